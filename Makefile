@@ -1,0 +1,32 @@
+# make demo: train the mini world with DDPO, sample before and after, print the table. make test: run the test suite.
+# Both set themselves up in .venv on first use.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export HF_HUB_OFFLINE := 1
+RUN ?= demo-$(shell date +%Y%m%d-%H%M%S)
+OUT := rl4med-out/mini
+MINI := config/mini.py
+
+.PHONY: demo test lint mini-weights
+
+.venv/ready: setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+demo: .venv/ready
+	accelerate launch --num_processes 1 scripts/train.py --config $(MINI):prompt_image_alignment_classifier_isic --config.run_name=$(RUN)
+	accelerate launch --num_processes 1 scripts/eval.py --config $(MINI):prompt_image_alignment_classifier_isic_eval --config.logdir=$(OUT)/samples/$(RUN)/SD
+	accelerate launch --num_processes 1 scripts/eval.py --config $(MINI):prompt_image_alignment_classifier_isic_eval_rl --config.load_from=$(OUT)/logs/$(RUN) --config.logdir=$(OUT)/samples/$(RUN)/RL
+	accelerate launch --num_processes 1 scripts/metric.py --config $(MINI):evaluate_metric_rl --config.metric.fake_path=$(OUT)/samples/$(RUN)/RL --config.metric.compare_path=$(OUT)/samples/$(RUN)/SD --config.metric.output=$(OUT)/metrics/$(RUN)
+	@echo "pictures: $(OUT)/samples/$(RUN)/SD/images and .../RL/images; training grids: $(OUT)/logs/$(RUN)/grid_*.png"
+
+test: .venv/ready
+	pytest -q
+
+lint: .venv/ready
+	ruff check .
+	ruff format --check .

@@ -1,0 +1,32 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="rl4med-ddpo",
+    version="0.1.0",
+    description="Reinforcement learning that makes diffusion models draw medical images matching their captions",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["ddpo_pytorch", "ddpo_pytorch.*"]),
+    package_data={"ddpo_pytorch": ["assets/*.txt", "assets/mini/*", "assets/mini/sd/*", "assets/mini/sd/*/*"]},
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "diffusers>=0.37",
+        "transformers>=5.0",
+        "accelerate>=1.10",
+        "peft>=0.17",
+        "huggingface-hub>=0.30",
+        "ml_collections>=1.1",
+        "absl-py>=2.1",
+        "numpy>=1.26",
+        "pillow>=10.0",
+        "safetensors>=0.5",
+        "timm>=1.0",
+        "torchmetrics>=1.6",
+        "torch-fidelity>=0.3",
+        "lpips>=0.1.4",
+        "tqdm>=4.66",
+        "wandb>=0.19",
+    ],
+    extras_require={"test": ["pytest>=8.0", "ruff>=0.9", "scipy>=1.11", "setuptools>=77"]},
+)
