@@ -1,0 +1,150 @@
+"""ISIC 2019 with artifact labels: label order, captions, split tables, image files. Their only home.
+
+The captions form an exact table of 2 x 2^4 = 32 entries; labels are looked up in it and never searched for as
+substrings ("ink" is in "pink").
+"""
+
+import csv
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddpo_pytorch.errors import UserError
+
+# the order of every label vector; judges with four heads use the first four.
+LABELS = ("hair", "gel_bubble", "ruler", "ink", "MEL", "NV")
+ARTIFACTS = LABELS[:4]
+DISEASES = {"MEL": "melanoma (MEL)", "NV": "melanocytic nevus (NV)"}
+
+
+def _compose(labels: tuple[int, ...]) -> str:
+    disease = DISEASES["MEL" if labels[4] else "NV"]
+    present = [name.replace("_", " ") for name, value in zip(ARTIFACTS, labels[:4], strict=True) if value]
+    tail = f"showing {', '.join(present)}" if present else "with no visible artifacts"
+    return f"a dermoscopic image with {disease} {tail}"
+
+
+# official order: melanoma first, then nevus; within each, binary counting with hair as the highest bit.
+_TABLE = {
+    _compose((*bits, *disease)): (*bits, *disease)
+    for disease in ((1, 0), (0, 1))
+    for bits in itertools.product((0, 1), repeat=4)
+}
+CAPTIONS: tuple[str, ...] = tuple(_TABLE)
+_CAPTION_OF_LABELS = {labels: caption for caption, labels in _TABLE.items()}
+_CAPTION_OF_FOLDER = {caption.replace(" ", "_"): caption for caption in CAPTIONS}
+# the columns of table 2: captions with exactly one artifact, by (disease, artifact).
+SINGLE_ARTIFACT_CAPTIONS = {
+    (disease, artifact): _compose((*(int(a == artifact) for a in ARTIFACTS), *((1, 0) if disease == "MEL" else (0, 1))))
+    for disease in DISEASES
+    for artifact in ARTIFACTS
+}
+
+
+def caption_of(labels: Sequence[int]) -> str:
+    """The caption of six 0/1 labels in the order of `LABELS`. Raises UserError if no caption states them."""
+    key = tuple(int(value) for value in labels)
+    if key not in _CAPTION_OF_LABELS:
+        raise UserError(
+            f"labels {key} have no caption: six 0/1 values in the order {LABELS}, exactly one of MEL and NV"
+        )
+    return _CAPTION_OF_LABELS[key]
+
+
+def labels_of(caption: str) -> tuple[int, ...]:
+    """The six labels that a caption states. Raises UserError for a text that is not one of `CAPTIONS`."""
+    if caption not in _TABLE:
+        raise UserError(f"{caption!r} is not one of the 32 ISIC captions, e.g. {CAPTIONS[1]!r}")
+    return _TABLE[caption]
+
+
+def folder_name(caption: str) -> str:
+    """Folder of a caption's images in a sample folder: spaces become underscores."""
+    return caption.replace(" ", "_")
+
+
+def caption_of_folder(name: str) -> str:
+    """The caption whose `folder_name` this is. Raises UserError for any other name."""
+    if name not in _CAPTION_OF_FOLDER:
+        raise UserError(f"folder {name!r} is not named after one of the 32 ISIC captions (spaces as underscores)")
+    return _CAPTION_OF_FOLDER[name]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a split table: image id, the six labels, the caption they give, and every column as text."""
+
+    image: str
+    labels: tuple[int, ...]
+    caption: str
+    fields: dict[str, str]
+
+
+def read_split(path: str | Path) -> list[Row]:
+    """Read a split table with the columns image, MEL, NV, hair, gel_bubble, ruler, ink (others are carried along).
+
+    Raises UserError for a missing file or column, a value other than 0 or 1, both or neither disease, or a repeated id.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"split table {str(path)!r} does not exist; give a CSV with the columns image, {', '.join(LABELS)}"
+        )
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        absent = [name for name in ("image", *LABELS) if name not in (reader.fieldnames or ())]
+        if absent:
+            raise UserError(f"split table {str(path)!r} lacks the columns {', '.join(absent)}")
+        rows, seen = [], set()
+        for fields in reader:
+            image, where = fields["image"], f"{str(path)!r} line {reader.line_num}"
+            labels = tuple(_binary(fields[name], name, where) for name in LABELS)
+            if labels[4] + labels[5] != 1:
+                raise UserError(f"{where}: MEL and NV are {labels[4:]}; exactly one of them must be 1")
+            if image in seen:
+                raise UserError(f"{where}: image {image!r} appears twice")
+            seen.add(image)
+            rows.append(Row(image, labels, caption_of(labels), dict(fields)))
+    return rows
+
+
+def _binary(text: str | None, name: str, where: str) -> int:
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        value = None
+    if value not in (0.0, 1.0):
+        raise UserError(f"{where}: {name} is {text!r}; allowed are 0 and 1")
+    return int(value)
+
+
+def find_image(data_path: str | Path, image: str) -> Path | None:
+    """The file of an image id: `<image>.jpg`, else `<image>_downsampled.jpg`, else None."""
+    for name in (f"{image}.jpg", f"{image}_downsampled.jpg"):
+        path = Path(data_path) / name
+        if path.is_file():
+            return path
+    return None
+
+
+def load_split(csv_path: str | Path, data_path: str | Path, limit: int = 0) -> tuple[list[Row], list[Path], int]:
+    """Rows that have an image, their files, and the number of rows without one.
+
+    `limit` > 0 keeps the first that many rows with an image. Raises UserError if the folder or every image is missing.
+    """
+    if not Path(data_path).is_dir():
+        raise UserError(f"image folder {str(data_path)!r} does not exist; give the folder that holds <image>.jpg files")
+    rows, paths, missing = [], [], 0
+    for row in read_split(csv_path):
+        if limit and len(rows) == limit:
+            break
+        path = find_image(data_path, row.image)
+        if path is None:
+            missing += 1
+        else:
+            rows.append(row)
+            paths.append(path)
+    if not rows:
+        raise UserError(f"none of the {missing} images of {str(csv_path)!r} is in {str(data_path)!r} as <image>.jpg")
+    return rows, paths, missing

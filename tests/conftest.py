@@ -1,0 +1,52 @@
+"""Shared fixtures: the optional folder of real data, a tiny Stable Diffusion, and real runs of the scripts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.generator import scratch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of golden numbers and real images, beside the checkout or named by DDPO_SHARED."""
+    folder = Path(os.environ.get("DDPO_SHARED", ROOT.parent / "shared"))
+    if not (folder / "golden").is_dir():
+        pytest.skip(f"real data absent: no golden/ in {folder.name!r} beside the checkout (or set DDPO_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_dir(tmp_path_factory) -> Path:
+    """A random Stable Diffusion of 16 x 16 latents and 64 px, in diffusers format."""
+    torch.manual_seed(0)
+    tokenizer = scratch.build_tokenizer(CAPTIONS)
+    text_encoder = scratch.build_text_encoder(tokenizer, 32, 1)
+    unet = scratch.build_unet((16, 32), (False, True), 32, 16)
+    folder = tmp_path_factory.mktemp("tiny-sd")
+    scratch.assemble(scratch.build_vae((8, 8, 8), 64), text_encoder, tokenizer, unet).save_pretrained(folder)
+    return folder
+
+
+def run_script(*arguments, processes: int = 1, timeout: float = 300, **environment) -> subprocess.CompletedProcess:
+    """Run `scripts/<arguments[0]> ...` from the repository root; several CPU processes go through torchrun."""
+    name, *options = [str(argument) for argument in arguments]
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    settings = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*launcher, f"scripts/{name}", *options],
+        cwd=ROOT,
+        env=os.environ | settings | {key: str(value) for key, value in environment.items()},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
