@@ -1,0 +1,119 @@
+"""Text to image with the whole denoising trajectory and the log-probability of each of its steps."""
+
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+
+from ddpo_pytorch.diffusers_patch.ddim_with_logprob import Generators, ddim_step_with_logprob
+from ddpo_pytorch.generator.pipeline import decode_latents, encode_prompts, guided_noise_prediction, latent_shape
+
+OUTPUT_TYPES = ("pt", "np", "pil", "latent")
+
+
+def _embed(
+    pipeline: StableDiffusionPipeline, prompt: str | list[str] | None, embeds: torch.Tensor | None, name: str
+) -> torch.Tensor:
+    """Embeddings (N, L, D) from exactly one of text and embeddings."""
+    if (prompt is None) == (embeds is None):
+        raise ValueError(f"give exactly one of {name} and {name}_embeds")
+    if embeds is not None:
+        return embeds
+    return encode_prompts(pipeline, [prompt] if isinstance(prompt, str) else prompt)
+
+
+def _initial_latents(
+    pipeline: StableDiffusionPipeline,
+    batch: int,
+    height: int | None,
+    width: int | None,
+    generator: Generators,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    """Gaussian noise (batch, C, h, w). Drawn in float32 and then rounded, so that one seed means one noise."""
+    channels, rows, columns = latent_shape(pipeline)
+    factor = pipeline.vae_scale_factor
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels is not None and (pixels <= 0 or pixels % factor):
+            raise ValueError(f"{name} is {pixels}; it must be a positive multiple of {factor} pixels")
+    shape = (batch, channels, height // factor if height else rows, width // factor if width else columns)
+    if isinstance(generator, list) and len(generator) != batch:
+        raise ValueError(f"{len(generator)} generators for a batch of {batch}; give one, or one per sample")
+    noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+    return (noise * pipeline.scheduler.init_noise_sigma).to(dtype)
+
+
+@torch.no_grad()
+def pipeline_with_logprob(
+    pipeline: StableDiffusionPipeline,
+    prompt: str | list[str] | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 7.5,
+    negative_prompt: str | list[str] | None = None,
+    eta: float = 0.0,
+    generator: Generators = None,
+    latents: torch.Tensor | None = None,
+    prompt_embeds: torch.Tensor | None = None,
+    negative_prompt_embeds: torch.Tensor | None = None,
+    output_type: str = "pt",
+    keep_trajectory: bool = True,
+) -> tuple[torch.Tensor | list, None, list[torch.Tensor], list[torch.Tensor | None]]:
+    """Generate images and record how: T = num_inference_steps DDIM steps through `pipeline.unet`.
+
+    Latents live in the dtype of the prompt embeddings; each step is rounded to it before its density is taken, so that
+    scoring the recorded latents later gives the recorded log-probs.
+
+    Args:
+        pipeline: from `generator.pipeline.load_pipeline`.
+        prompt, prompt_embeds: exactly one; text, or embeddings (B, L, D).
+        height, width: in pixels; None is the model's own size.
+        guidance_scale: classifier-free guidance weight; 1 or less switches guidance off.
+        negative_prompt, negative_prompt_embeds: at most one; neither is the empty prompt. One serves the whole batch.
+        eta: share of DDPM noise. 0 is deterministic and has no log-probs.
+        generator: source of all noise, one or a list with one per sample; None takes torch's global one.
+        latents: (B, C, h, w) to start from; None draws them.
+        output_type: "pt" (float32 tensor (B, 3, H, W) in [0, 1]), "np", "pil", or "latent".
+        keep_trajectory: False leaves both lists empty, which evaluation has no use for.
+
+    Returns:
+        images; None (no safety checker looked at them); T + 1 latents (B, C, h, w), from noise to image; T log-probs
+        (B,), each None where eta is 0.
+
+    Raises:
+        ValueError: contradictory arguments, a size that is no multiple of the VAE's factor, an unknown output type.
+    """
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type is {output_type!r}; it can be one of {', '.join(OUTPUT_TYPES)}")
+    prompt_embeds = _embed(pipeline, prompt, prompt_embeds, "prompt")
+    if guidance_scale > 1:
+        if negative_prompt is None and negative_prompt_embeds is None:
+            negative_prompt = ""
+        negative_prompt_embeds = _embed(pipeline, negative_prompt, negative_prompt_embeds, "negative_prompt")
+
+    batch, device, dtype = prompt_embeds.shape[0], prompt_embeds.device, prompt_embeds.dtype
+    if latents is None:
+        latents = _initial_latents(pipeline, batch, height, width, generator, dtype, device)
+    else:
+        latents = latents.to(device=device, dtype=dtype)
+    pipeline.scheduler.set_timesteps(num_inference_steps, device=device)
+
+    all_latents, all_log_probs = [latents], []
+    for timestep in pipeline.progress_bar(pipeline.scheduler.timesteps):
+        noise_prediction = guided_noise_prediction(
+            pipeline.unet, latents, timestep, prompt_embeds, negative_prompt_embeds, guidance_scale
+        )
+        latents, log_prob = ddim_step_with_logprob(
+            pipeline.scheduler, noise_prediction, timestep, latents, eta, generator
+        )
+        if keep_trajectory:
+            all_latents.append(latents)
+            all_log_probs.append(log_prob)
+
+    if output_type == "latent":
+        images = latents
+    else:
+        decoded = decode_latents(pipeline, latents)
+        images = pipeline.image_processor.postprocess(decoded, output_type, do_denormalize=[False] * batch)
+    return images, None, all_latents if keep_trajectory else [], all_log_probs

@@ -1,0 +1,94 @@
+"""The objective of one denoising step: PPO's clipped surrogate (Schulman et al. 2017, equation 7), KL to the base."""
+
+import torch
+from diffusers import DDIMScheduler
+from ml_collections import ConfigDict
+
+from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_mean_std
+from ddpo_pytorch.errors import UserError
+
+
+def ppo_loss(
+    log_prob: torch.Tensor,
+    old_log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    clip_range: float,
+    adv_clip_max: float,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Negative clipped surrogate, averaged over the batch.
+
+    Args:
+        log_prob: (B,) log-probabilities under the policy being trained.
+        old_log_prob: (B,) the same under the policy that drew the samples.
+        advantages: (B,).
+        clip_range: ratios outside [1 - clip_range, 1 + clip_range] gain nothing further. Log-probs here are means over
+            the D latent dimensions, so this bounds the true log-ratio by about D * clip_range nats.
+        adv_clip_max: advantages are clipped to [-adv_clip_max, adv_clip_max].
+
+    Returns:
+        The loss, a scalar, and detached 0-d tensors:
+        approx_kl             0.5 mean((log ratio)^2), the official code's estimate of KL(old || new)
+        approx_kl_k3          mean(ratio - 1 - log ratio), unbiased and never negative (Schulman 2020, "k3")
+        clipfrac              share of samples with |ratio - 1| > clip_range
+        ratio_mean            mean ratio
+        ratio_max_deviation   max |ratio - 1|; 0 before the first update
+        Both KL estimates are of per-dimension log-probs, hence far below the KL divergence of whole latents.
+
+    Raises:
+        ValueError: shapes differ; broadcasting (B,) against (B, 1) would silently pair every sample with every other.
+    """
+    if not log_prob.shape == old_log_prob.shape == advantages.shape:
+        raise ValueError(
+            f"log_prob {tuple(log_prob.shape)}, old_log_prob {tuple(old_log_prob.shape)} and "
+            f"advantages {tuple(advantages.shape)} must have one shape"
+        )
+    advantages = advantages.clamp(-adv_clip_max, adv_clip_max)
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.exp()
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
+
+    with torch.no_grad():
+        deviation = (ratio - 1).abs()
+        info = {
+            "approx_kl": 0.5 * (log_ratio**2).mean(),
+            # expm1 keeps the digits that ratio - 1 cancels.
+            "approx_kl_k3": (torch.expm1(log_ratio) - log_ratio).mean(),
+            "clipfrac": (deviation > clip_range).float().mean(),
+            "ratio_mean": ratio.mean(),
+            "ratio_max_deviation": deviation.max(),
+        }
+    return loss, info
+
+
+def step_kl(
+    scheduler: DDIMScheduler,
+    model_output: torch.Tensor,
+    base_output: torch.Tensor,
+    timestep: torch.Tensor,
+    sample: torch.Tensor,
+    eta: float,
+) -> torch.Tensor:
+    """KL(policy || base) of one denoising step, a scalar: the mean over samples and latent dimensions.
+
+    Both steps are Gaussians of the same standard deviation, so the divergence is (mean - base_mean)^2 / (2 std^2).
+    """
+    mean, std = ddim_mean_std(scheduler, model_output, timestep, sample, eta)
+    base_mean, _ = ddim_mean_std(scheduler, base_output, timestep, sample, eta)
+    return ((mean - base_mean) ** 2 / (2 * std**2)).mean()
+
+
+def make_optimizer(train: ConfigDict, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW with the settings of `config.train`; use_8bit_adam takes bitsandbytes' (UserError without that package)."""
+    settings = dict(
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        weight_decay=train.adam_weight_decay,
+        eps=train.adam_epsilon,
+    )
+    if not train.use_8bit_adam:
+        return torch.optim.AdamW(parameters, **settings)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError("train.use_8bit_adam=True needs bitsandbytes: pip install it, or set it to False") from error
+    return bitsandbytes.optim.AdamW8bit(parameters, **settings)
