@@ -1,0 +1,264 @@
+"""LoRA adapters of the UNet (Hu et al. 2021): W x + up(down(x)), added, trained, saved and loaded.
+
+`down` (lora_A) has shape (rank, in), `up` (lora_B) shape (out, rank). The scale alpha / rank is 1, as in the published
+checkpoint, and adapter weights are float32 whatever the UNet's dtype is. All functions take the bare UNet; unwrap it
+(`accelerator.unwrap_model`) first.
+"""
+
+import json
+import math
+import os
+import pickle
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ddpo_pytorch.errors import UserError
+
+ADAPTER = "default"
+FILE_NAME = "pytorch_lora_weights.safetensors"
+# What a folder may hold, newest format first.
+FILE_NAMES = (FILE_NAME, "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin")
+# Attention-processor files (diffusers < 0.22) name the layer after the projection that it corrects.
+LEGACY_KEY = re.compile(
+    r"(?P<attention>.+)\.processor\.(?P<projection>to_q|to_k|to_v|to_out)_lora\.(?P<half>down|up)\.weight"
+)
+# peft, and diffusers since: with the adapter's name in the middle or without.
+PEFT_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<half>A|B)(\.(?P<adapter>[^.]+))?\.weight")
+PREFIX = re.compile(r"(base_model\.model\.)?(unet\.)?")
+
+
+def add_lora(unet: UNet2DConditionModel, rank: int, targets: Sequence[str], seed: int) -> None:
+    """Add trainable adapters to every UNet layer whose name ends in one of `targets`; freeze everything else.
+
+    `down` is normal with standard deviation 1 / rank, `up` is zero, so the UNet's output does not change yet. The same
+    seed gives the same weights on every device and in every process.
+
+    Raises:
+        UserError: rank below 1, a target that names no layer, or the UNet has adapters already.
+    """
+    if rank < 1:
+        raise UserError(f"LoRA rank is {rank}; allowed is 1 or more (the published checkpoint has 4)")
+    if has_lora(unet):
+        raise UserError("the UNet has LoRA adapters already; load weights into them, or start from a fresh UNet")
+    layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            raise UserError(
+                f"LoRA target {target!r} names no linear or convolutional layer of the UNet; "
+                "use endings such as to_q, to_k, to_v, to_out.0"
+            )
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights="gaussian")
+    unet.add_adapter(config, adapter_name=ADAPTER)
+
+    generator = torch.Generator().manual_seed(seed)
+    for key, parameter in sorted(_adapter_weights(unet).items()):
+        # peft follows the dtype of the frozen layer; half precision would swallow small updates.
+        parameter.data = parameter.data.float()
+        if ".lora_A." in key:
+            noise = torch.randn(parameter.shape, generator=generator) / rank
+            parameter.data.copy_(noise)
+        else:
+            parameter.data.zero_()
+
+
+def has_lora(unet: nn.Module) -> bool:
+    """Whether the UNet has adapters."""
+    return any(isinstance(module, BaseTunerLayer) for module in unet.modules())
+
+
+def lora_parameters(unet: nn.Module) -> list[nn.Parameter]:
+    """The adapters' weights, float32, in the order of the UNet's modules."""
+    return list(_adapter_weights(unet).values())
+
+
+def lora_state_dict(unet: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the adapters' weights on the CPU, under the keys of `save_lora`: unet.<module>.lora_{A,B}.weight."""
+    return {f"unet.{key}": value.detach().cpu().clone().contiguous() for key, value in _adapter_weights(unet).items()}
+
+
+def save_lora(unet: nn.Module, path: str | Path) -> Path:
+    """Write the adapters in the format that diffusers' `load_lora_weights` reads; return the file.
+
+    Args:
+        path: a file ending in .safetensors, or a folder (made if absent), in which pytorch_lora_weights.safetensors is
+            written. The file appears complete or not at all.
+    """
+    path = Path(path)
+    file = path if path.suffix == ".safetensors" else path / FILE_NAME
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    save_file(lora_state_dict(unet), partial, metadata={"format": "pt"})
+    os.replace(partial, file)
+    return file
+
+
+def load_lora(unet: UNet2DConditionModel, path: str | Path) -> None:
+    """Load adapters from a file, or from the file that a folder holds, adding them first when the UNet has none.
+
+    Reads legacy attention-processor files (the published checkpoint), peft's and diffusers', .safetensors or .bin, with
+    or without the prefixes "unet." and "base_model.model.". A scale alpha / rank other than 1, as peft's and diffusers'
+    files may state, is multiplied into `up`. Weights of the UNet change only if the whole file fits.
+
+    Raises:
+        UserError: no such file; a pickle of anything but tensors; a key that is not understood or names no module of
+            the UNet; adapters of the UNet that the file lacks; a wrong shape or rank (key and both shapes are named).
+    """
+    file = _find_file(Path(path).expanduser())
+    tensors, metadata = _read_tensors(file)
+    weights, sources = _rename(tensors, file)
+    scale = _scale(file, metadata)
+    if has_lora(unet):
+        expected = {key: tuple(parameter.shape) for key, parameter in _adapter_weights(unet).items()}
+    else:
+        expected = _expected_shapes(unet, weights, sources, file)
+    for key, weight in weights.items():
+        if key not in expected:
+            raise UserError(f"{file}: {sources[key]} belongs to no adapter of the UNet; check train.lora_targets")
+        if tuple(weight.shape) != expected[key]:
+            raise UserError(
+                f"{file}: {sources[key]} has shape {tuple(weight.shape)}, the UNet's adapter wants {expected[key]}; "
+                "use the same base model and train.lora_rank"
+            )
+    missing = next((key for key in expected if key not in weights), None)
+    if missing is not None:
+        raise UserError(f"{file} lacks {missing}, which the UNet's adapters need; check train.lora_targets")
+
+    if not has_lora(unet):
+        modules = {key.rpartition(".lora_")[0] for key in weights}
+        rank = next(weight.shape[0] for key, weight in weights.items() if ".lora_A." in key)
+        add_lora(unet, rank, sorted(modules), seed=0)
+    with torch.no_grad():
+        for key, parameter in _adapter_weights(unet).items():
+            parameter.copy_(weights[key].float() * (scale if ".lora_B." in key else 1.0))
+
+
+@contextmanager
+def disabled_lora(unet: nn.Module) -> Iterator[None]:
+    """Within this context the UNet is the base model: a free reference for the KL divergence."""
+    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+    # peft freezes what it disables and unfreezes what it enables; the caller's choice has to survive both.
+    trainable = [(parameter, parameter.requires_grad) for parameter in lora_parameters(unet)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+
+
+def _adapter_weights(unet: nn.Module) -> dict[str, nn.Parameter]:
+    """Adapter weights by <module>.lora_{A,B}.weight, the names that every file is translated to."""
+    marker = f".{ADAPTER}.weight"
+    return {
+        name.replace(marker, ".weight"): parameter
+        for name, parameter in unet.named_parameters()
+        if ".lora_" in name and name.endswith(marker)
+    }
+
+
+def _find_file(path: Path) -> Path:
+    candidates = [path / name for name in FILE_NAMES] if path.is_dir() else [path]
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is None:
+        where = f"in {path}; a folder must hold one of {', '.join(FILE_NAMES)}" if path.is_dir() else f"at {path}"
+        raise UserError(f"no LoRA weights {where}; give a checkpoint folder or a .safetensors or .bin file that exists")
+    return file
+
+
+def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file or of a pickle that holds nothing but tensors."""
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}
+        except SafetensorError as error:
+            raise UserError(f"{file} is not a readable safetensors file ({error}); fetch or save it again") from error
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{file} is not a plain file of tensors and was not unpickled, because that can run any code; "
+            "give LoRA weights saved as safetensors, or as a dict of tensors"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise UserError(f"{file} holds other things than tensors; give LoRA weights as a dict of names to tensors")
+    return tensors, {}
+
+
+def _rename(tensors: dict[str, torch.Tensor], file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors by <module>.lora_{A,B}.weight, and for each of these names the key that the file uses."""
+    weights: dict[str, torch.Tensor] = {}
+    sources: dict[str, str] = {}
+    for source, tensor in tensors.items():
+        key = source[PREFIX.match(source).end() :]
+        if match := LEGACY_KEY.fullmatch(key):
+            layer = "to_out.0" if match["projection"] == "to_out" else match["projection"]
+            name = f"{match['attention']}.{layer}.lora_{'A' if match['half'] == 'down' else 'B'}.weight"
+        elif match := PEFT_KEY.fullmatch(key):
+            name = f"{match['module']}.lora_{match['half']}.weight"
+        else:
+            raise UserError(
+                f"{file}: the key {source} is no LoRA weight of a UNet; known are "
+                "<attention>.processor.to_q_lora.down.weight (legacy) and <module>.lora_A.weight (peft, diffusers)"
+            )
+        if name in weights:
+            raise UserError(f"{file}: {sources[name]} and {source} are the same weight; give a file with one adapter")
+        weights[name], sources[name] = tensor, source
+    if not weights:
+        raise UserError(f"{file} is empty; give a file with LoRA weights")
+    return weights, sources
+
+
+def _scale(file: Path, metadata: dict[str, str]) -> float:
+    """alpha / rank as stated by peft's adapter_config.json beside the file, or by diffusers in its metadata; else 1."""
+    config_file = file.with_name("adapter_config.json")
+    if file.name.startswith("adapter_model") and config_file.is_file():
+        config = json.loads(config_file.read_text())
+    else:
+        # a pipeline writes unet.r, a UNet on its own writes r
+        stated = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        config = {key.removeprefix("unet."): value for key, value in stated.items()}
+    for option in ("alpha_pattern", "use_dora"):
+        if config.get(option):
+            raise UserError(f"{file} was trained with {option}, which is not supported; use plain LoRA weights")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not rank or alpha is None:
+        return 1.0
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _expected_shapes(
+    unet: nn.Module, weights: dict[str, torch.Tensor], sources: dict[str, str], file: Path
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of both halves for every module that the file names, at the rank of the file's first weight."""
+    modules = dict(unet.named_modules())
+    first = next(iter(weights))
+    rank = weights[first].shape[0 if ".lora_A." in first else 1] if weights[first].ndim > 1 else 0
+    expected = {}
+    for key in weights:
+        name = key.rpartition(".lora_")[0]
+        layer = modules.get(name)
+        if isinstance(layer, nn.Linear):
+            down, up = (rank, layer.in_features), (layer.out_features, rank)
+        elif isinstance(layer, nn.Conv2d):
+            down, up = (rank, layer.in_channels, *layer.kernel_size), (layer.out_channels, rank, 1, 1)
+        else:
+            raise UserError(
+                f"{file}: {sources[key]} names no linear or convolutional layer of the UNet; use the base model that "
+                "the weights were trained on"
+            )
+        expected[f"{name}.lora_A.weight"], expected[f"{name}.lora_B.weight"] = down, up
+    return expected

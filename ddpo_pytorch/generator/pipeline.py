@@ -1,0 +1,207 @@
+"""Stable Diffusion as this project uses it: frozen parts, DDIM, cached embeddings, one guided noise prediction."""
+
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from ddpo_pytorch.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Ids that left the hub, and where the same files are now.
+MIRRORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def load_pipeline(
+    model: str | Path,
+    revision: str = "main",
+    unet_path: str | Path = "",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> StableDiffusionPipeline:
+    """Load Stable Diffusion in diffusers format with DDIM sampling, frozen and in evaluation mode.
+
+    The safety checker is off: on medical images it fires falsely, and the black images it returns would spoil rewards
+    and metrics unnoticed. The scheduler is built from the model's own configuration, so its betas, prediction type and
+    offsets are kept. Its alphas go to `device` once, which spares a transfer at every denoising step.
+
+    Args:
+        model: local folder, or Hugging Face id.
+        revision: branch, tag or commit of a Hugging Face id; a local folder has none.
+        unet_path: UNet state dict in diffusers names (safetensors) that replaces the model's own. "" keeps that.
+        dtype: of VAE, text encoder and UNet.
+
+    Raises:
+        UserError: no such folder or model, or a UNet file that does not fit.
+    """
+    pipe = _from_pretrained(str(model), revision, dtype)
+    if unet_path:
+        replace_unet_weights(pipe.unet, unet_path)
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+        part.requires_grad_(False).eval().to(device)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)
+    logger.debug("DDIM configuration: %s", dict(pipe.scheduler.config))
+    # None: tqdm shows its bar on a terminal and nowhere else.
+    pipe.set_progress_bar_config(disable=None, leave=False)
+    return pipe
+
+
+def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDiffusionPipeline:
+    if model in MIRRORS:
+        logger.warning("%s left the Hugging Face hub; loading its mirror %s", model, MIRRORS[model])
+        model = MIRRORS[model]
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise UserError(f"{model} has no model_index.json; expected a Stable Diffusion folder in diffusers format")
+        model = str(folder)
+    elif not HUB_ID.fullmatch(model):
+        raise UserError(f"no model folder {model}; give a folder in diffusers format or a Hugging Face id (owner/name)")
+    try:
+        return StableDiffusionPipeline.from_pretrained(
+            model, revision=revision, dtype=dtype, safety_checker=None, requires_safety_checker=False
+        )
+    except (OSError, ValueError) as error:
+        if folder.is_dir():
+            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{model} is not a complete Stable Diffusion folder ({cause}); save it again") from error
+        raise UserError(
+            f"model {model} is neither a folder here nor within reach on the Hugging Face hub; "
+            "check the path, the id and the network"
+        ) from error
+
+
+def replace_unet_weights(unet: nn.Module, path: str | Path) -> None:
+    """Replace all weights of the UNet by those of a safetensors file in diffusers names.
+
+    Raises:
+        UserError: no such file, not safetensors, or a key that is unknown, missing or of another shape (named).
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"no UNet weights at {path}; give a safetensors file with a UNet state dict in diffusers names")
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file ({error}); UNet weights must be safetensors") from error
+    own = unet.state_dict()
+    for key in weights:
+        if key not in own:
+            raise UserError(f"{path} has the key {key}, which the UNet lacks; use weights of the same architecture")
+        if weights[key].shape != own[key].shape:
+            raise UserError(
+                f"{path}: {key} has shape {tuple(weights[key].shape)}, the UNet wants {tuple(own[key].shape)}; "
+                "use weights of the same architecture"
+            )
+    missing = next((key for key in own if key not in weights), None)
+    if missing is not None:
+        raise UserError(f"{path} lacks the key {missing} of the UNet; use weights of the same architecture")
+    unet.load_state_dict(weights)
+
+
+@torch.no_grad()
+def encode_prompts(pipe: StableDiffusionPipeline, prompts: Iterable[str]) -> torch.Tensor:
+    """Embed N prompts: (N, L, D), L the tokenizer's length (77), in the text encoder's dtype. Longer ones are cut."""
+    tokens = pipe.tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=pipe.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    return pipe.text_encoder(tokens.input_ids.to(pipe.text_encoder.device))[0]
+
+
+class PromptTable:
+    """Prompt embeddings, computed once for each string.
+
+    Each prompt is encoded on its own: in a batch the last bits would depend on its neighbours, and a resumed run, which
+    meets the prompts in another order, would not repeat an uninterrupted one.
+    """
+
+    def __init__(self, pipe: StableDiffusionPipeline):
+        self._pipe = pipe
+        self._embeddings: dict[str, torch.Tensor] = {}
+
+    def __call__(self, prompts: Iterable[str]) -> torch.Tensor:
+        """Embeddings (N, L, D) of N prompts."""
+        return torch.stack([self._embedding(prompt) for prompt in prompts])
+
+    @property
+    def negative(self) -> torch.Tensor:
+        """Embedding (1, L, D) of the empty prompt, the unconditional side of guidance."""
+        return self._embedding("")[None]
+
+    def _embedding(self, prompt: str) -> torch.Tensor:
+        if prompt not in self._embeddings:
+            self._embeddings[prompt] = encode_prompts(self._pipe, [prompt])[0]
+        return self._embeddings[prompt]
+
+
+def guided_noise_prediction(
+    unet: nn.Module,
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    negative_prompt_embeds: torch.Tensor | None,
+    guidance_scale: float,
+) -> torch.Tensor:
+    """Noise prediction under classifier-free guidance: e(neg) + w (e(prompt) - e(neg)), Ho and Salimans 2022, eq. 6.
+
+    Rollout and update both call this function and no other, so that they run the same arithmetic and the PPO ratio
+    before the first update is 1.
+
+    Args:
+        unet: the UNet, wrapped (DDP, autocast) or not.
+        latents: (B, C, H, W).
+        timesteps: int, 0-d or (B,).
+        prompt_embeds: (B, L, D).
+        negative_prompt_embeds: (1, L, D) or (B, L, D); unused and allowed to be None if guidance_scale <= 1.
+        guidance_scale: weight w; 1 or less predicts from the prompt alone, at half the cost.
+
+    Returns:
+        (B, C, H, W) in float32; the two predictions are combined in float32 because their difference is small.
+    """
+    batch = latents.shape[0]
+    dtype = next(unet.parameters()).dtype
+    timesteps = torch.as_tensor(timesteps, device=latents.device).expand(batch)
+    latents, prompt_embeds = latents.to(dtype), prompt_embeds.to(dtype)
+    if guidance_scale <= 1:
+        return unet(latents, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0].float()
+    if negative_prompt_embeds is None:
+        raise ValueError(f"guidance_scale is {guidance_scale}; guidance above 1 needs negative_prompt_embeds")
+
+    negative = negative_prompt_embeds.to(dtype).expand(batch, -1, -1)
+    both = unet(
+        torch.cat([latents, latents]),
+        torch.cat([timesteps, timesteps]),
+        encoder_hidden_states=torch.cat([negative, prompt_embeds]),
+        return_dict=False,
+    )[0]
+    unconditional, conditional = both.float().chunk(2)
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+@torch.no_grad()
+def decode_latents(pipe: StableDiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
+    """Decode latents (B, C, h, w) to images (B, 3, H, W), float32 in [0, 1]."""
+    scaled = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
+    decoded = pipe.vae.decode(scaled, return_dict=False)[0]
+    return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+
+def latent_shape(pipe: StableDiffusionPipeline) -> tuple[int, int, int]:
+    """Shape (C, H, W) of one image's latents at the UNet's own resolution."""
+    config = getattr(pipe.unet, "module", pipe.unet).config
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return config.in_channels, height, width

@@ -1,0 +1,98 @@
+"""A small Stable Diffusion built from nothing: tokenizer, text encoder, VAE and UNet of chosen size.
+
+The parts are those of SD 1.5 (CLIP text model, AutoencoderKL with 4 latent channels, UNet2DConditionModel, the same
+noise schedule), only smaller, so the folder they are saved in opens like any Stable Diffusion.
+"""
+
+from collections.abc import Sequence
+
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+# SD 1.5's schedule. With set_alpha_to_one=False and steps_offset=1 the last DDIM step keeps a positive variance.
+SCHEDULE = dict(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
+)
+GROUPS = 8  # of group normalisation; every channel count must be a multiple
+
+
+def build_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
+    """A CLIP tokenizer of 77 tokens whose byte-pair merges are learned from `captions`."""
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    empty = CLIPTokenizer(vocab={token: index for index, token in enumerate(special)}, merges=[])
+    tokenizer = empty.train_new_from_iterator(sorted(set(captions)), vocab_size=1000, show_progress=False)
+    tokenizer.model_max_length = 77
+    return tokenizer
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextModel:
+    """A CLIP text model: `layers` transformer layers of `width` channels, heads of 16 channels."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=max(1, width // 16),
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_vae(channels: Sequence[int], image_size: int) -> AutoencoderKL:
+    """A KL autoencoder with 4 latent channels that divides each side by 2 ** (len(channels) - 1)."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=tuple(channels),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=GROUPS,
+        sample_size=image_size,
+    )
+    # begin with a posterior of small variance: at 1, noise would drown the latents for most of a short training.
+    nn.init.constant_(vae.quant_conv.bias[vae.config.latent_channels :], -6.0)
+    return vae
+
+
+def build_unet(
+    channels: Sequence[int], attention: Sequence[bool], text_width: int, latent_size: int
+) -> UNet2DConditionModel:
+    """A text-conditioned UNet, one block a resolution; `attention[i]` puts self- and cross-attention at resolution i.
+
+    Attention heads have up to 32 channels.
+    """
+    return UNet2DConditionModel(
+        sample_size=latent_size,
+        block_out_channels=tuple(channels),
+        layers_per_block=1,
+        down_block_types=tuple("CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attention),
+        up_block_types=tuple("CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(tuple(attention))),
+        cross_attention_dim=text_width,
+        # diffusers reads this as the number of heads, its name notwithstanding
+        attention_head_dim=tuple(max(1, width // 32) for width in channels),
+        norm_num_groups=GROUPS,
+    )
+
+
+def assemble(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:
+    """The four parts and SD 1.5's noise schedule as a pipeline; `save_pretrained` writes the usual folder."""
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(**SCHEDULE),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

@@ -1,0 +1,66 @@
+"""A UNet of the right kind and no size, and what LoRA should do to it, for the LoRA tests."""
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from ddpo_pytorch.generator.lora import lora_parameters
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+RANK = 4
+
+
+def make_unet() -> UNet2DConditionModel:
+    """A UNet of the right kind and no size; the same weights at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+            cross_attention_dim=12,
+            attention_head_dim=2,
+        ).requires_grad_(False)
+
+
+def projections(unet: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in unet.named_modules() if name.endswith(TARGETS)}
+
+
+def random_weights(unet: nn.Module, rank: int = RANK) -> dict[str, torch.Tensor]:
+    """Random adapter weights for every attention projection: <module>.down (rank, in) and <module>.up (out, rank)."""
+    generator = torch.Generator().manual_seed(1)
+    weights = {}
+    for name, layer in projections(unet).items():
+        weights[f"{name}.down"] = torch.randn(rank, layer.in_features, generator=generator)
+        weights[f"{name}.up"] = 0.05 * torch.randn(layer.out_features, rank, generator=generator)
+    return weights
+
+
+def run(unet: nn.Module) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    dtype = next(unet.parameters()).dtype
+    sample = torch.randn(2, 4, 8, 8, generator=generator).to(dtype)
+    text = torch.randn(2, 5, 12, generator=generator).to(dtype)
+    with torch.no_grad():
+        return unet(sample, torch.tensor([10, 700]), encoder_hidden_states=text).sample.float()
+
+
+def run_by_hand(weights: dict[str, torch.Tensor], scale: float = 1.0) -> torch.Tensor:
+    """Output of a plain UNet in which hooks add scale * up(down(x)) to each projection: LoRA without any library."""
+    unet = make_unet()
+    for name, layer in projections(unet).items():
+        down, up = weights[f"{name}.down"], weights[f"{name}.up"]
+        layer.register_forward_hook(lambda _, x, y, down=down, up=up: y + scale * (x[0] @ down.T @ up.T))
+    return run(unet)
+
+
+def randomize(unet: nn.Module) -> None:
+    """Give every adapter weight a random value that moves the output."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in lora_parameters(unet):
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
