@@ -1,0 +1,148 @@
+"""The attribute classifier: EfficientNet with one logit an attribute, its preprocessing and its files.
+
+H = 6 heads (`LABELS`) give the reward; an independent model with H = 4 heads (the artifacts) judges the outcome (APR).
+The paper's backbone is EfficientNet-B0 at 512 px; small relatives from timm serve small images.
+"""
+
+import json
+from pathlib import Path
+
+import timm
+import torch
+import torchvision.transforms.functional as tvf
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models import efficientnet_b0
+
+from ddpo_pytorch.data.isic import LABELS
+from ddpo_pytorch.errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+DROPOUT = 0.3
+# the published checkpoints: torchvision's EfficientNet-B0 with Sequential(Dropout, Linear) as classifier.
+PUBLISHED_ARCH = "torchvision/efficientnet_b0"
+
+
+class ArtifactClassifier(nn.Module):
+    """Backbone, dropout 0.3 and a linear layer to len(labels) logits; sigmoid(logit) > 0.5 means present.
+
+    `arch` is a timm model name, or "torchvision/efficientnet_b0" for the published checkpoints.
+    """
+
+    def __init__(
+        self,
+        labels: tuple[str, ...] = LABELS,
+        image_size: int = 512,
+        arch: str = "efficientnet_b0",
+        pretrained: bool = False,
+    ):
+        super().__init__()
+        self.labels, self.image_size, self.arch = tuple(labels), int(image_size), arch
+        if arch == PUBLISHED_ARCH:
+            self.model = efficientnet_b0(weights=None)
+            self.model.classifier = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(1280, len(self.labels)))
+        else:
+            if not timm.is_model(arch):
+                raise UserError(
+                    f"classifier architecture {arch!r} is unknown to timm; examples: efficientnet_b0, tinynet_e"
+                )
+            self.model = timm.create_model(arch, pretrained=pretrained, num_classes=len(self.labels), drop_rate=DROPOUT)
+
+    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [0, 1] -> resized (bilinear, antialiased), ImageNet-normalised; input unchanged."""
+        images = images.float()
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            images = tvf.resize(images, [self.image_size, self.image_size], antialias=True)
+        return tvf.normalize(images, IMAGENET_MEAN, IMAGENET_STD)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Preprocessed (B, 3, S, S) -> logits (B, H)."""
+        return self.model(pixels)
+
+    @torch.no_grad()
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """Images in [0, 1] -> logits (B, H)."""
+        return self(self.preprocess(images.to(next(self.parameters()).device)))
+
+    def predict(self, images: torch.Tensor) -> torch.Tensor:
+        """Images in [0, 1] -> 0/1 predictions (B, H) at threshold 0.5."""
+        return (self.logits(images) > 0).long()
+
+    @torch.no_grad()
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Images in [0, 1] -> pooled features before the head (B, F)."""
+        pixels = self.preprocess(images.to(next(self.parameters()).device))
+        if self.arch == PUBLISHED_ARCH:
+            return torch.flatten(self.model.avgpool(self.model.features(pixels)), 1)
+        return self.model.forward_head(self.model.forward_features(pixels), pre_logits=True)
+
+
+def save_classifier(model: ArtifactClassifier, path: str | Path) -> None:
+    """Write safetensors whose metadata holds labels, image_size and arch, so that the file describes itself."""
+    about = {"labels": model.labels, "image_size": model.image_size, "arch": model.arch}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    save_file(tensors, path, metadata={"artifact_classifier": json.dumps(about)})
+
+
+def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> ArtifactClassifier:
+    """Open one of our safetensors files or a published .pth, in eval mode and frozen.
+
+    Raises UserError for a missing file, a pickle that holds more than plain tensors, or weights of another shape.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"classifier {str(path)!r} does not exist; train one with scripts/train_isic_classifier.py or fetch the "
+            "published files (README, 'Published files')"
+        )
+    if path.suffix == ".safetensors":
+        model, state = _read_own(path)
+    else:
+        model, state = _read_published(path)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(
+            f"{str(path)!r} does not fit {model.arch} with {len(model.labels)} heads: {_first_lines(error)}"
+        ) from error
+    return model.requires_grad_(False).eval().to(device)
+
+
+def _read_own(path: Path) -> tuple[ArtifactClassifier, dict[str, torch.Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("artifact_classifier", "null"))
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
+    except SafetensorError as error:
+        raise UserError(f"{str(path)!r} is not a readable safetensors file ({error})") from error
+    if about is None:
+        raise UserError(
+            f"{str(path)!r} holds no classifier description; it was not written by train_isic_classifier.py"
+        )
+    return ArtifactClassifier(tuple(about["labels"]), about["image_size"], about["arch"]), state
+
+
+def _read_published(path: Path) -> tuple[ArtifactClassifier, dict[str, torch.Tensor]]:
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{str(path)!r} holds more than plain tensors and is not opened, since unpickling can run code "
+            f"({_first_lines(error)})"
+        ) from error
+    state = payload.get("model_state_dict", payload) if isinstance(payload, dict) else None
+    head = state.get("model.classifier.1.weight") if isinstance(state, dict) else None
+    if head is None or len(head) not in (4, 6):
+        raise UserError(
+            f"{str(path)!r} is not a published classifier: a dict with model_state_dict in torchvision's "
+            "EfficientNet-B0 names under 'model.' and a head of 4 or 6 rows was expected"
+        )
+    return ArtifactClassifier(LABELS[: len(head)], 512, PUBLISHED_ARCH), state
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

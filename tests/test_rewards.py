@@ -1,0 +1,146 @@
+"""Rewards: values by hand, weighted sums, errors, and that no reward ever changes its input."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.judges.classifier import ArtifactClassifier, save_classifier
+from ddpo_pytorch.rewards import (
+    build_reward,
+    isic_classifier_reward,
+    jpeg_compressibility,
+    jpeg_incompressibility,
+    parse_spec,
+)
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    torch.manual_seed(0)
+    return ArtifactClassifier(LABELS, image_size=64, arch="tinynet_e").eval()
+
+
+def noisy_images(amounts):
+    """Grey images with noise of the given amplitudes, (B, 3, 64, 64)."""
+    noise = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) - 0.5
+    return torch.stack([0.5 + amount * noise for amount in amounts])
+
+
+def metadata_of(prompts):
+    return [{"label": list(labels_of(prompt))} for prompt in prompts]
+
+
+def test_jpeg_size_is_in_kilobytes_and_grows_with_detail():
+    images = noisy_images([0.0, 0.1, 0.4, 1.0])
+    sizes, info = jpeg_incompressibility()(images, ["x"] * 4, [{}] * 4)
+    assert sizes.dtype == np.float64 and sizes.shape == (4,) and info == {}
+    assert np.all(np.diff(sizes) > 0)
+    buffer = io.BytesIO()
+    array = (images[2] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    Image.fromarray(array).save(buffer, "JPEG", quality=95)
+    assert sizes[2] == len(buffer.getvalue()) / 1000
+    np.testing.assert_array_equal(jpeg_compressibility()(images, ["x"] * 4, [{}] * 4)[0], -sizes)
+
+
+def test_classifier_reward_is_the_share_of_agreeing_attributes(classifier):
+    images, prompts = (
+        torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1)),
+        [CAPTIONS[i] for i in (0, 9, 21, 31)],
+    )
+    rewards, info = isic_classifier_reward(classifier)(images, prompts, metadata_of(prompts))
+    # reference: torchvision normalisation written out, sigmoid and threshold
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        probability = classifier((images - mean[:, None, None]) / std[:, None, None]).sigmoid()
+    stated = torch.tensor([labels_of(prompt) for prompt in prompts])
+    expected = [((p > 0.5) == s.bool()).sum().item() / 6 for p, s in zip(probability, stated, strict=True)]
+    np.testing.assert_allclose(rewards, expected)
+    np.testing.assert_array_equal(info["labels"], stated.numpy())
+    np.testing.assert_array_equal(info["predictions"], (probability > 0.5).numpy())
+
+
+def test_classifier_reward_reads_labels_from_metadata_then_from_the_prompt(classifier):
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    reward = isic_classifier_reward(classifier)
+    prompts = [CAPTIONS[3], CAPTIONS[20]]
+    np.testing.assert_array_equal(
+        reward(images, prompts, [{}, {}])[0], reward(images, ["a", "b"], metadata_of(prompts))[0]
+    )
+    with pytest.raises(UserError, match="'pink hair' is not one of the 32"):
+        reward(images, ["pink hair", CAPTIONS[0]], [{}, {}])
+
+
+def test_classifier_with_four_heads_and_from_a_file(tmp_path):
+    torch.manual_seed(0)
+    judge = ArtifactClassifier(LABELS[:4], image_size=32, arch="tinynet_e").eval()
+    save_classifier(judge, tmp_path / "h4.safetensors")
+    images, prompts = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(3)), list(CAPTIONS[7:10])
+    rewards, info = isic_classifier_reward(tmp_path / "h4.safetensors")(images, prompts, metadata_of(prompts))
+    assert info["labels"].shape == (3, 4) and set(rewards * 4) <= {0, 1, 2, 3, 4}
+    np.testing.assert_array_equal(rewards, isic_classifier_reward(judge)(images, prompts, metadata_of(prompts))[0])
+
+
+@pytest.mark.parametrize("name", ["jpeg_compressibility", "jpeg_incompressibility", "isic_classifier_reward"])
+def test_rewards_leave_their_input_alone(name, classifier):
+    kwargs = {"isic_classifier_reward": {"classifier": classifier}}
+    images = torch.rand(
+        2, 3, 64, 64, generator=torch.Generator().manual_seed(4)
+    )  # float32 at the classifier's own size
+    before, prompts = images.clone(), list(CAPTIONS[:2])
+    metadata = metadata_of(prompts)
+    build_reward(name, kwargs)(images, prompts, metadata)
+    assert torch.equal(images, before)
+    assert metadata == metadata_of(prompts) and prompts == list(CAPTIONS[:2])
+
+
+def test_weighted_sum_adds_parts_and_reports_them(classifier):
+    kwargs = {"isic_classifier_reward": {"classifier": classifier}, "jpeg_compressibility": {}}
+    images, prompts = noisy_images([0.1, 0.5]), list(CAPTIONS[:2])
+    metadata = metadata_of(prompts)
+    total, info = build_reward("isic_classifier_reward:0.7, jpeg_compressibility:0.3", kwargs)(
+        images, prompts, metadata
+    )
+    first, details = isic_classifier_reward(classifier)(images, prompts, metadata)
+    second, _ = jpeg_compressibility()(images, prompts, metadata)
+    np.testing.assert_allclose(total, 0.7 * first + 0.3 * second)
+    np.testing.assert_array_equal(info["isic_classifier_reward"], first)
+    np.testing.assert_array_equal(info["jpeg_compressibility"], second)
+    np.testing.assert_array_equal(info["isic_classifier_reward/predictions"], details["predictions"])
+    np.testing.assert_allclose(build_reward("jpeg_compressibility:2")(images, prompts, metadata)[0], 2 * second)
+
+
+def test_specifications():
+    assert parse_spec("jpeg_compressibility") == {"jpeg_compressibility": 1.0}
+    assert parse_spec("jpeg_compressibility:-1e-2,jpeg_incompressibility") == {
+        "jpeg_compressibility": -0.01,
+        "jpeg_incompressibility": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("aesthetic_score", "'aesthetic_score' .* is unknown; .*isic_classifier_reward, jpeg_comp"),
+        ("", "'' .* is unknown"),
+        ("jpeg_compressibility:", "weight '' .* is not a number"),
+        ("jpeg_compressibility:nan", "weight 'nan' .* is not a number"),
+        ("jpeg_compressibility:1,jpeg_compressibility:2", "twice"),
+    ],
+)
+def test_bad_specifications_are_named(spec, message):
+    with pytest.raises(UserError, match=message):
+        build_reward(spec)
+
+
+def test_keyword_arguments_that_do_not_fit_are_named():
+    with pytest.raises(UserError, match=r"reward_fn_kwargs.jpeg_compressibility has \['quality'\] but .* takes \[\]"):
+        build_reward("jpeg_compressibility", {"jpeg_compressibility": {"quality": 3}})
+    with pytest.raises(UserError, match="isic_classifier_reward takes .*classifier"):
+        build_reward("isic_classifier_reward")
+    with pytest.raises(UserError, match="'nowhere.safetensors' does not exist"):
+        build_reward("isic_classifier_reward", {"isic_classifier_reward": {"classifier": "nowhere.safetensors"}})
