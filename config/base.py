@@ -1,0 +1,224 @@
+"""Every setting of every script, with its default, unit and interactions. This file is the only home of defaults.
+
+Experiments are functions in the other files of this folder and state differences only:
+`--config config/dgx.py:prompt_image_alignment_classifier_isic`. The file chooses the scale, the name the experiment.
+Any field can be overridden on the command line (`--config.train.learning_rate=1e-4`); a field that does not exist here
+is an error.
+"""
+
+import ml_collections
+
+
+def get_config(name: str = "") -> ml_collections.ConfigDict:
+    """Return the defaults. `name` is accepted so that `config/base.py` can stand where an experiment file does."""
+    if name:
+        raise ValueError(
+            f"config/base.py holds no experiments, got {name!r}; use config/dgx.py:{name} or config/mini.py:{name}"
+        )
+    config = ml_collections.ConfigDict()
+
+    ###### General ######
+    # root of everything read and written; every other path below is derived from it, so overriding it moves them all.
+    config.base_log_path = "rl4med-out"
+    # name of the run, i.e. of its folder under logdir. Empty: date and time.
+    config.run_name = ""
+    # all randomness (prompts, noise, shuffles, LoRA init) is a function of (seed, epoch, sample index).
+    config.seed = 42
+    # folder that holds run folders (train.py), or the one to write into (eval.py, extract_dataset_latents.py).
+    config.logdir = "logs"
+    # number of RL epochs. One epoch is one round of sampling followed by training on those samples.
+    config.num_epochs = 100
+    # epochs between checkpoints (and fixed-seed sample grids).
+    config.save_freq = 20
+    # checkpoints kept in a run folder; older ones are removed after a newer one is complete.
+    config.num_checkpoint_limit = 5
+    # "fp16", "bf16" or "no". Frozen weights are held in this type; trained weights and log-probs stay in float32.
+    config.mixed_precision = "fp16"
+    # TF32 matrix products on Ampere and later GPUs.
+    config.allow_tf32 = True
+    # run folder or checkpoint folder to continue from; the newest checkpoint of a run folder is taken.
+    config.resume_from = ""
+    # LoRA adapters on the UNet (True) or all UNet weights (False).
+    config.use_lora = True
+    # "auto": Weights & Biases, online only when a key is set, otherwise offline; never asks. "disabled": not at all.
+    # The run's metrics.jsonl is written either way.
+    config.wandb = "auto"
+    config.wandb_project = "rl4med-ddpo"
+    # progress bars are shown on a terminal only; False hides them there too.
+    config.progress = True
+
+    ###### Pretrained model ######
+    config.pretrained = pretrained = ml_collections.ConfigDict()
+    # Stable Diffusion in diffusers format: a local folder, or a Hugging Face id. ("runwayml/stable-diffusion-v1-5",
+    # which the official configuration names, left the hub; this is its mirror.)
+    pretrained.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    pretrained.revision = "main"
+    # UNet state dict in diffusers names (safetensors) that replaces the pretrained UNet: the outcome of stage (i).
+    # Empty: keep the pretrained UNet.
+    config.unet_path = ""
+    # LoRA or UNet weights to evaluate (eval.py): a run folder, a checkpoint folder or a weight file. Empty: none, i.e.
+    # the base model.
+    config.load_from = ""
+
+    ###### Sampling ######
+    config.sample = sample = ml_collections.ConfigDict()
+    # DDIM steps.
+    sample.num_steps = 50
+    # DDIM eta: the share of DDPM noise injected at each step. Training needs eta > 0: without noise there is no policy.
+    sample.eta = 1.0
+    # classifier-free guidance weight; 1.0 or less switches guidance off.
+    sample.guidance_scale = 5.0
+    # images per process and batch.
+    sample.batch_size = 1
+    # batches per process and epoch. batch_size * num_batches_per_epoch * processes = samples an epoch (the README's M).
+    sample.num_batches_per_epoch = 2
+    # consecutive samples that share a prompt (algorithm 1: M images per prompt). 1 draws a prompt for every sample, as
+    # the official code does. Must divide batch_size * num_batches_per_epoch.
+    sample.images_per_prompt = 1
+
+    ###### Training ######
+    config.train = train = ml_collections.ConfigDict()
+    # samples per process in one forward and backward pass. Must divide sample.batch_size * num_batches_per_epoch.
+    train.batch_size = 1
+    # bitsandbytes' 8-bit Adam (needs that package and a GPU).
+    train.use_8bit_adam = False
+    train.learning_rate = 3e-4
+    train.adam_beta1 = 0.9
+    train.adam_beta2 = 0.999
+    train.adam_weight_decay = 1e-4
+    train.adam_epsilon = 1e-8
+    # train batches per optimizer update. One update averages over batch_size * gradient_accumulation_steps * processes
+    # samples and all of their trained timesteps.
+    train.gradient_accumulation_steps = 1
+    # gradient norm above which gradients are scaled down.
+    train.max_grad_norm = 1.0
+    # passes over one epoch's samples.
+    train.num_inner_epochs = 1
+    # guided noise prediction in the update. Must be on when sample.guidance_scale > 1: samples scored by another policy
+    # than the one that drew them have meaningless ratios.
+    train.cfg = True
+    # advantages are clipped to [-adv_clip_max, adv_clip_max].
+    train.adv_clip_max = 5
+    # PPO clip range for the ratio. Log-probs are *means* over latent dimensions D, so 1e-4 at D = 16,384 (512 px) clips
+    # at +-1.64 nats of the true log-ratio; the same at D = 1,024 is 1.6e-3.
+    train.clip_range = 1e-4
+    # share of a trajectory's timesteps trained on, drawn anew for each sample.
+    train.timestep_fraction = 1.0
+    # part of the trajectory that timesteps are drawn from, 0 = noise, 1 = image. (0.0, 1.0) is all of it.
+    train.timestep_window = (0.0, 1.0)
+    # recompute activations in the backward pass: less memory, about a third more time.
+    train.gradient_checkpointing = False
+    # LoRA rank; the scale alpha / rank is 1, as in the published checkpoint.
+    train.lora_rank = 4
+    # module name endings of the UNet that get an adapter.
+    train.lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    # weight of the KL divergence to the base model (adapters off), added to the loss. Needs use_lora.
+    train.kl_coef = 0.0
+    # "per_prompt": running per-prompt statistics (below). "group": mean and standard deviation over this epoch's
+    # samples of the same prompt (GRPO); wants sample.images_per_prompt > 1. "global": over all samples of the epoch.
+    train.advantage = "per_prompt"
+
+    ###### Stopping criterion of the paper ######
+    config.early_stop = early_stop = ml_collections.ConfigDict()
+    # stop after this many successive epochs whose mean reward changed by less than the tolerance. 0 never stops (the
+    # official code does not implement the criterion).
+    early_stop.patience = 0
+    early_stop.tolerance = 1e-3
+
+    ###### Prompts ######
+    # name of a function in ddpo_pytorch.prompts, and its keyword arguments.
+    config.prompt_fn = "isic_all"
+    config.prompt_fn_kwargs = ml_collections.ConfigDict()
+
+    ###### Rewards ######
+    # name of a function in ddpo_pytorch.rewards, or a weighted sum such as
+    # "isic_classifier_reward:1.0,jpeg_compressibility:0.1".
+    config.reward_fn = "isic_classifier_reward"
+    # keyword arguments by reward name, e.g. reward_fn_kwargs.isic_classifier_reward.classifier.
+    config.reward_fn_kwargs = ml_collections.ConfigDict()
+    config.reward_fn_kwargs.isic_classifier_reward = ml_collections.ConfigDict()
+    # H=6 attribute classifier that gives the reward.
+    config.reward_fn_kwargs.isic_classifier_reward.classifier = "rl4med-out/published/artifact_classifier_train_H6.pth"
+
+    ###### Per-prompt statistics ######
+    config.per_prompt_stat_tracking = ml_collections.ConfigDict()
+    # rewards remembered for each prompt.
+    config.per_prompt_stat_tracking.buffer_size = 16
+    # rewards a prompt needs before its own mean and standard deviation are used instead of the batch's.
+    config.per_prompt_stat_tracking.min_count = 16
+
+    ###### Data set ######
+    config.dataset = dataset = ml_collections.ConfigDict()
+    # folder of <image>.jpg (or <image>_downsampled.jpg) files, and the split table.
+    dataset.data_path = ""
+    dataset.csv = ""
+    # side in pixels to which images are resized (aspect ratio not kept, as in the paper).
+    dataset.image_size = 512
+    # rows used; 0 is all of them.
+    dataset.limit = 0
+
+    ###### Evaluation (eval.py) ######
+    config.eval = evaluation = ml_collections.ConfigDict()
+    # images per prompt, and images per process and batch.
+    evaluation.num_samples_per_prompt = 960
+    evaluation.batch_size = 20
+    # H-head classifier that scores the samples on the fly for image_log.json. Empty: none.
+    evaluation.classifier = ""
+
+    ###### Metrics (metric.py) ######
+    config.metric = metric = ml_collections.ConfigDict()
+    # sample folders: real images, generated images, and optionally a second generated set for a column beside it.
+    metric.real_path = ""
+    metric.fake_path = ""
+    metric.compare_path = ""
+    # column titles of fake_path and compare_path.
+    metric.fake_name = "SD+RL"
+    metric.compare_name = "SD"
+    # the H=4 judge, which took no part in training.
+    metric.classifier = ""
+    # folder for metrics.json, the tables and metrics_log.jsonl.
+    metric.output = ""
+    metric.batch_size = 256
+    # captions to evaluate; () is all 32.
+    metric.prompts = ()
+    # Inception weights (torch-fidelity's .pth) for FID. "auto": the torch hub cache, downloaded when there is a
+    # network. "": FID is left out.
+    metric.inception = "auto"
+    # AlexNet weights (torchvision's .pth) for LPIPS, likewise.
+    metric.alexnet = "auto"
+
+    ###### Stage (i): the generator itself (train_sd.py) ######
+    config.sd = sd = ml_collections.ConfigDict()
+    # "vae": train a small VAE from nothing. "unet": train tokenizer, text encoder and UNet from nothing on the VAE in
+    # sd.output. "finetune": train the UNet of pretrained.model, the paper's stage (i).
+    sd.stage = "finetune"
+    # folder for the outcome: a model in diffusers format ("vae", "unet"), pretrained_unet.safetensors ("unet",
+    # "finetune"), log and sample grids.
+    sd.output = ""
+    # training images (<image>.jpg) and their split table; side in pixels they are resized to; rows used (0 = all).
+    sd.data_path = ""
+    sd.csv = ""
+    sd.image_size = 512
+    sd.limit = 0
+    # optimizer steps, images per process and step, peak learning rate (linear warm-up, then a cosine to zero).
+    sd.num_steps = 10_000
+    sd.batch_size = 64
+    sd.learning_rate = 1e-5
+    sd.warmup_steps = 100
+    # share of captions replaced by the empty one: the unconditional model that guidance needs.
+    sd.caption_dropout = 0.1
+    # decay of the weight average that is saved; 0 saves the last weights.
+    sd.ema_decay = 0.999
+    # steps between log lines, and between sample grids (0: none).
+    sd.log_every = 50
+    sd.grid_every = 1000
+    # weight of the KL term of the VAE.
+    sd.vae_kl_weight = 1e-6
+    # sizes of the parts trained from nothing: VAE channels by resolution, UNet channels by resolution and which of them
+    # have attention, width and layers of the text encoder.
+    sd.vae_channels = (16, 32, 32)
+    sd.unet_channels = (32, 64, 64)
+    sd.unet_attention = (False, True, True)
+    sd.text_width = 64
+    sd.text_layers = 2
+    return config

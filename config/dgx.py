@@ -1,0 +1,172 @@
+"""Paper scale: ISIC 2019 at 512 px, Stable Diffusion 1.5, four A100s; and the same experiment on one smaller GPU.
+
+    accelerate launch scripts/train.py --config config/dgx.py:prompt_image_alignment_classifier_isic
+
+Every experiment is a function below and states what differs from config/base.py.
+"""
+
+import importlib.util
+from pathlib import Path
+
+_spec = importlib.util.spec_from_file_location("base", Path(__file__).with_name("base.py"))
+base = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(base)
+
+
+def model_and_dataset_configs():
+    """All paths. They follow base_log_path, so overriding that on the command line moves every one of them."""
+    config = base.get_config()
+    root = config.get_ref("base_log_path")
+    published = root + "/published"
+    # ISIC 2019 images, and the official split tables.
+    config.dataset.data_path = root + "/data/ISIC_2019_Training_Input"
+    config.dataset.csv = root + "/data/splits/isic2019_test.csv"
+    config.sd.data_path = root + "/data/ISIC_2019_Training_Input"
+    config.sd.csv = root + "/data/splits/isic2019_train.csv"
+    config.sd.output = root + "/sd"
+    # stage (i)'s UNet, the reward classifier and the judge, as published.
+    config.unet_path = published + "/pretrained_unet.safetensors"
+    config.reward_fn_kwargs.isic_classifier_reward.classifier = published + "/artifact_classifier_train_H6.pth"
+    config.eval.classifier = published + "/artifact_classifier_train_H6.pth"
+    config.metric.classifier = published + "/artifact_classifier_train_H4.pth"
+    # real images and samples, in folders that metric.py compares.
+    config.metric.real_path = root + "/real-images-test"
+    config.metric.output = root + "/metrics"
+    config.logdir = root + "/logs"
+    return config
+
+
+def finetune_sd():
+    """Stage (i): the UNet of SD 1.5 learns ISIC."""
+    config = model_and_dataset_configs()
+    config.unet_path = ""
+    config.sd.stage = "finetune"
+    config.sd.batch_size = 16
+    config.sd.num_steps = 15_000
+    return config
+
+
+def preprocess_isic_real_data():
+    """Real test images, sorted by caption for metric.py, and their VAE latents."""
+    config = model_and_dataset_configs()
+    config.logdir = config.get_ref("base_log_path") + "/real-images-test"
+    return config
+
+
+def prompt_image_alignment_classifier_isic():
+    """Stage (ii) as published, on 4 GPUs."""
+    config = model_and_dataset_configs()
+    config.run_name = "isic_classifier_reward_main"
+    config.num_epochs = 200
+    config.save_freq = 1
+    config.num_checkpoint_limit = 200
+    config.use_lora = True
+    config.prompt_fn = "isic_all"
+    config.reward_fn = "isic_classifier_reward"
+    config.per_prompt_stat_tracking.buffer_size = 32
+    config.per_prompt_stat_tracking.min_count = 16
+    # 8 * 8 * 4 GPUs = 256 samples per epoch
+    config.sample.batch_size = 8
+    config.sample.num_batches_per_epoch = 8
+    # 4 * 8 * 4 GPUs = 128 samples per update, (8 * 8) / (4 * 8) = 2 updates per epoch
+    config.train.batch_size = 4
+    config.train.gradient_accumulation_steps = 8
+    return config
+
+
+def prompt_image_alignment_classifier_isic_16gb():
+    """The same 256 samples and 2 updates an epoch on one GPU of 16 GB."""
+    config = prompt_image_alignment_classifier_isic()
+    # 4 * 64 = 256 samples per epoch
+    config.sample.batch_size = 4
+    config.sample.num_batches_per_epoch = 64
+    # 1 * 128 = 128 samples per update
+    config.train.batch_size = 1
+    config.train.gradient_accumulation_steps = 128
+    config.train.gradient_checkpointing = True
+    return config
+
+
+def prompt_image_alignment_classifier_isic_24gb():
+    """The same 256 samples and 2 updates an epoch on one GPU of 24 GB."""
+    config = prompt_image_alignment_classifier_isic()
+    # 8 * 32 = 256 samples per epoch
+    config.sample.batch_size = 8
+    config.sample.num_batches_per_epoch = 32
+    # 2 * 64 = 128 samples per update
+    config.train.batch_size = 2
+    config.train.gradient_accumulation_steps = 64
+    return config
+
+
+def prompt_image_alignment_classifier_isic_80gb():
+    """The same 256 samples and 2 updates an epoch on one GPU of 80 GB."""
+    config = prompt_image_alignment_classifier_isic()
+    # 32 * 8 = 256 samples per epoch
+    config.sample.batch_size = 32
+    config.sample.num_batches_per_epoch = 8
+    # 8 * 16 = 128 samples per update
+    config.train.batch_size = 8
+    config.train.gradient_accumulation_steps = 16
+    config.mixed_precision = "bf16"
+    return config
+
+
+def prompt_image_alignment_classifier_isic_eval():
+    """960 images a prompt from the base model (stage (i))."""
+    config = prompt_image_alignment_classifier_isic()
+    config.prompt_fn = "isic_all_idx"
+    config.seed = 88
+    config.eval.num_samples_per_prompt = 960
+    config.eval.batch_size = 20
+    config.logdir = config.get_ref("base_log_path") + "/samples/SD_samples"
+    return config
+
+
+def prompt_image_alignment_classifier_isic_eval_rl():
+    """The same prompts and noise from the RL checkpoint."""
+    config = prompt_image_alignment_classifier_isic_eval()
+    config.load_from = config.get_ref("base_log_path") + "/published/rl4med-checkpoint50"
+    config.logdir = config.get_ref("base_log_path") + "/samples/RL_samples"
+    return config
+
+
+def evaluate_metric_sd():
+    """APR, FID and LPIPS of the base model's samples."""
+    config = model_and_dataset_configs()
+    config.metric.fake_path = config.get_ref("base_log_path") + "/samples/SD_samples"
+    config.metric.fake_name = "SD"
+    return config
+
+
+def evaluate_metric_rl():
+    """APR, FID and LPIPS of the RL samples, with the base model's beside them when they exist."""
+    config = model_and_dataset_configs()
+    config.metric.fake_path = config.get_ref("base_log_path") + "/samples/RL_samples"
+    config.metric.fake_name = "SD+RL"
+    config.metric.compare_path = config.get_ref("base_log_path") + "/samples/SD_samples"
+    config.metric.compare_name = "SD"
+    return config
+
+
+EXPERIMENTS = {
+    function.__name__: function
+    for function in (
+        finetune_sd,
+        preprocess_isic_real_data,
+        prompt_image_alignment_classifier_isic,
+        prompt_image_alignment_classifier_isic_16gb,
+        prompt_image_alignment_classifier_isic_24gb,
+        prompt_image_alignment_classifier_isic_80gb,
+        prompt_image_alignment_classifier_isic_eval,
+        prompt_image_alignment_classifier_isic_eval_rl,
+        evaluate_metric_sd,
+        evaluate_metric_rl,
+    )
+}
+
+
+def get_config(name):
+    if name not in EXPERIMENTS:
+        raise ValueError(f"experiment {name!r} is unknown; config/dgx.py has {', '.join(EXPERIMENTS)}")
+    return EXPERIMENTS[name]()

@@ -1,0 +1,107 @@
+"""Checkpoints of a run: `checkpoint_<epochs completed>/` with the trained weights and what resuming needs.
+
+The weights are safetensors (`pytorch_lora_weights.safetensors`, or `unet.safetensors` of a full fine-tune); optimizer
+state is plain tensors, progress is JSON. Random states are not saved: all randomness is a function of progress.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.generator.lora import FILE_NAMES, has_lora, load_lora, save_lora
+from ddpo_pytorch.generator.pipeline import replace_unet_weights
+
+UNET_FILE = "unet.safetensors"
+STATE_FILE = "optimizer.pt"
+PROGRESS_FILE = "progress.json"
+_NAME = re.compile(r"checkpoint_?(\d+)")
+
+
+def checkpoints(run_dir: str | Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first."""
+    if not Path(run_dir).is_dir():
+        return []
+    folders = [path for path in Path(run_dir).iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder that `path` is, or the newest in the run folder that it is. UserError if neither."""
+    path = Path(path)
+    if (path / PROGRESS_FILE).is_file():
+        return path
+    found = checkpoints(path)
+    if not found:
+        raise UserError(f"{str(path)!r} is neither a checkpoint nor a run folder with checkpoint_<epoch> folders in it")
+    return found[-1]
+
+
+def find_weights(path: str | Path) -> Path:
+    """The weight file that `path` is or holds: LoRA in any known format, or a full UNet.
+
+    `path` may be a file, a checkpoint folder (also a published one), or a run folder, of which the newest checkpoint is
+    taken. Raises UserError naming what was looked for.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    names = (*FILE_NAMES, UNET_FILE)
+    for folder in (path, *reversed(checkpoints(path))):
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+    raise UserError(f"no weights at {str(path)!r}; give a weight file, or a folder that holds {' or '.join(names)}")
+
+
+def load_weights(unet: nn.Module, path: str | Path) -> Path:
+    """Load LoRA or full UNet weights, whichever `path` holds, and return the file they came from."""
+    file = find_weights(path)
+    if file.name in FILE_NAMES or "lora" in file.name:
+        load_lora(unet, file)
+    else:
+        replace_unet_weights(unet, file)
+    return file
+
+
+def save_checkpoint(
+    run_dir: str | Path, epoch: int, unet: nn.Module, optimizer: Any, scaler: Any, progress: dict, limit: int
+) -> Path:
+    """Write `checkpoint_<epoch>` whole or not at all, then remove all but the newest `limit`. Main process only."""
+    folder = Path(run_dir) / f"checkpoint_{epoch}"
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    if has_lora(unet):
+        save_lora(unet, partial)
+    else:
+        save_file({k: v.detach().cpu().contiguous() for k, v in unet.state_dict().items()}, partial / UNET_FILE)
+    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler is not None else None}
+    torch.save(state, partial / STATE_FILE)
+    (partial / PROGRESS_FILE).write_text(json.dumps(progress, indent=1))
+    os.replace(partial, folder)
+    for old in checkpoints(run_dir)[: -max(1, limit)]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler: Any) -> dict:
+    """Restore weights, optimizer and gradient scaler; return the progress that was saved with them."""
+    folder = Path(folder)
+    load_weights(unet, folder)
+    if not (folder / STATE_FILE).is_file() or not (folder / PROGRESS_FILE).is_file():
+        raise UserError(
+            f"{str(folder)!r} lacks {STATE_FILE} or {PROGRESS_FILE}; only checkpoints of train.py can be resumed"
+        )
+    state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    if scaler is not None and state["scaler"] is not None:
+        scaler.load_state_dict(state["scaler"])
+    return json.loads((folder / PROGRESS_FILE).read_text())

@@ -1,0 +1,128 @@
+"""Rollouts: prompts and noise as a function of (seed, epoch, sample index), and batches of trajectories.
+
+Nothing here depends on the number of processes or on the batch size: sample i of epoch e is the same image whoever
+draws it. That is what makes a resumed run equal an uninterrupted one, and two processes equal one.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+
+from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
+from ddpo_pytorch.generator.pipeline import PromptTable
+
+
+class Stream(IntEnum):
+    """Independent random streams of one run."""
+
+    PROMPTS = 0
+    NOISE = 1
+    ORDER = 2
+    TIMESTEPS = 3
+    GRID = 4
+
+
+def derived_seed(seed: int, stream: Stream, *progress: int) -> int:
+    """A 63-bit seed from the run's seed, the stream and where the run is (epoch, sample index, ...)."""
+    state = np.random.SeedSequence([seed, int(stream), *progress]).generate_state(2, np.uint32)
+    return (int(state[0]) << 31) ^ int(state[1])
+
+
+def generators(device: torch.device, seed: int, stream: Stream, epoch: int, indices: Sequence[int]) -> list:
+    """One torch.Generator for each global sample index."""
+    return [torch.Generator(device).manual_seed(derived_seed(seed, stream, epoch, index)) for index in indices]
+
+
+def draw_prompts(
+    prompt_fn: Callable[..., tuple[str, Any]], seed: int, epoch: int, count: int, images_per_prompt: int = 1
+) -> tuple[list[str], list[Any]]:
+    """Prompts and metadata of an epoch's `count` samples over all processes; `images_per_prompt` in a row agree."""
+    drawn = []
+    for group in range(-(-count // images_per_prompt)):
+        rng = random.Random(derived_seed(seed, Stream.PROMPTS, epoch, group))
+        drawn += [prompt_fn(rng=rng)] * images_per_prompt
+    prompts, metadata = zip(*drawn[:count], strict=True)
+    return list(prompts), list(metadata)
+
+
+@dataclass
+class Trajectories:
+    """B denoising trajectories of T steps.
+
+    Attributes:
+        prompts: B texts.
+        timesteps: (T,) int64, from noise to image.
+        latents: (B, T + 1, C, h, w) in the dtype that log-probs were taken in; step t goes from [:, t] to [:, t + 1].
+        log_probs: (B, T) float32, of each step under the policy that drew it.
+    """
+
+    prompts: list[str]
+    timesteps: torch.Tensor
+    latents: torch.Tensor
+    log_probs: torch.Tensor
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Trajectories"]) -> "Trajectories":
+        return cls(
+            [prompt for part in parts for prompt in part.prompts],
+            parts[0].timesteps,
+            torch.cat([part.latents for part in parts]),
+            torch.cat([part.log_probs for part in parts]),
+        )
+
+
+def sample_trajectories(
+    pipe: StableDiffusionPipeline,
+    table: PromptTable,
+    prompts: list[str],
+    noise: list[torch.Generator],
+    num_steps: int,
+    guidance_scale: float,
+    eta: float,
+) -> tuple[torch.Tensor, Trajectories]:
+    """Draw one image for each prompt: images (B, 3, H, W) float32 in [0, 1], and how they came about."""
+    images, _, latents, log_probs = pipeline_with_logprob(
+        pipe,
+        prompt_embeds=table(prompts),
+        negative_prompt_embeds=table.negative,
+        num_inference_steps=num_steps,
+        guidance_scale=guidance_scale,
+        eta=eta,
+        generator=noise,
+    )
+    timesteps = pipe.scheduler.timesteps
+    return images, Trajectories(prompts, timesteps, torch.stack(latents, dim=1), torch.stack(log_probs, dim=1))
+
+
+def update_order(
+    seed: int, epoch: int, inner_epoch: int, samples: int, updates: int, first: int, processes: int
+) -> list[int]:
+    """Order in which a process takes its samples // processes samples, the first of which has global index `first`.
+
+    Each run of `updates` consecutive global samples is dealt to the updates at random, one to each. So the samples that
+    make up an update, over all processes, do not depend on how many processes there are, every process has equally many
+    in each, and images of one prompt, which are neighbours, spread over the updates. Returns local indices.
+    """
+    piles: list[list[int]] = [[] for _ in range(updates)]
+    for start in range(first, first + samples // processes, updates):
+        rng = np.random.default_rng(derived_seed(seed, Stream.ORDER, epoch, inner_epoch, start))
+        for offset, pile in enumerate(rng.permutation(updates)):
+            piles[pile].append(start + offset - first)
+    return [index for pile in piles for index in pile]
+
+
+def timestep_order(
+    seed: int, epoch: int, inner_epoch: int, indices: Sequence[int], window: tuple[int, int], count: int
+) -> torch.Tensor:
+    """For each global sample index, `count` distinct steps of its trajectory in the window, shuffled: (B, count)."""
+    orders = []
+    for index in indices:
+        rng = np.random.default_rng(derived_seed(seed, Stream.TIMESTEPS, epoch, inner_epoch, index))
+        orders.append(window[0] + rng.permutation(window[1] - window[0])[:count])
+    return torch.from_numpy(np.stack(orders))

@@ -1,0 +1,194 @@
+"""Train or test the attribute classifier: six heads for the reward, four for the judge.
+
+    accelerate launch --num_processes 1 scripts/train_isic_classifier.py --data_path DIR --num_classes 6
+
+EfficientNet-B0, dropout 0.3, BCE with logits, AdamW with cosine decay, best epoch by validation loss.
+"""
+
+import csv
+import json
+import logging
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from absl import flags
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+
+from ddpo_pytorch.data.images import ImageFiles
+from ddpo_pytorch.data.isic import LABELS, load_split
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
+from ddpo_pytorch.run import cli, make_accelerator
+
+FLAGS = flags.FLAGS
+flags.DEFINE_enum("mode", "train", ["train", "test"], "train a classifier, or report on the test split")
+flags.DEFINE_string("data_path", None, "folder of <image>.jpg files", required=True)
+flags.DEFINE_enum(
+    "num_classes", "4", ["4", "6"], "4: the artifacts (the judge); 6: artifacts and diseases (the reward)"
+)
+flags.DEFINE_string("train_csv", "splits/isic2019_train.csv", "training split")
+flags.DEFINE_string("val_csv", "splits/isic2019_val.csv", "validation split")
+flags.DEFINE_string("test_csv", "splits/isic2019_test.csv", "test split")
+flags.DEFINE_string("checkpoint_dir", "rl4med-out/classifier", "folder for the classifier and its reports")
+flags.DEFINE_string(
+    "checkpoint", "", "classifier to start from (train) or to test; by default the one in checkpoint_dir"
+)
+flags.DEFINE_integer("num_epochs", 20, "epochs at most", lower_bound=1)
+flags.DEFINE_integer("patience", 15, "stop after this many epochs without a better validation loss", lower_bound=1)
+flags.DEFINE_integer("batch_size", 32, "images per process and step", lower_bound=1)
+flags.DEFINE_integer("image_size", 512, "side in pixels images are resized to", lower_bound=32)
+flags.DEFINE_float("learning_rate", 1e-4, "AdamW learning rate; decays to 1e-6 along a cosine")
+flags.DEFINE_string("arch", "efficientnet_b0", "timm architecture")
+flags.DEFINE_enum("weights", "imagenet", ["imagenet", "none"], "start from timm's ImageNet weights or from random ones")
+flags.DEFINE_integer("limit", 0, "rows used of each split, 0 = all", lower_bound=0)
+flags.DEFINE_integer("seed", 42, "seed of initial weights, order and flips")
+flags.DEFINE_integer("num_workers", 0, "image decoding processes", lower_bound=0)
+
+logger = logging.getLogger(__name__)
+
+
+def loader(csv_path: str, image_size: int, num_classes: int, train: bool) -> DataLoader:
+    rows, paths, missing = load_split(csv_path, FLAGS.data_path, FLAGS.limit)
+    logger.info("%s: %d images, %d rows without one are skipped", csv_path, len(rows), missing)
+    labels = torch.tensor([row.labels[:num_classes] for row in rows], dtype=torch.float32)
+    files = ImageFiles(paths, labels, image_size)
+    generator = torch.Generator().manual_seed(FLAGS.seed)
+    return DataLoader(files, FLAGS.batch_size, shuffle=train, generator=generator, num_workers=FLAGS.num_workers)
+
+
+def random_flips(images: torch.Tensor) -> torch.Tensor:
+    """Each image of (B, 3, H, W) mirrored left-right and top-bottom with probability 1/2 each."""
+    for dim in (-1, -2):
+        chosen = torch.rand(len(images), device=images.device) < 0.5
+        images = torch.where(chosen[:, None, None, None], images.flip(dim), images)
+    return images
+
+
+def build_model(num_classes: int) -> ArtifactClassifier:
+    if FLAGS.checkpoint:
+        return load_classifier(FLAGS.checkpoint).requires_grad_(True)
+    try:
+        return ArtifactClassifier(LABELS[:num_classes], FLAGS.image_size, FLAGS.arch, FLAGS.weights == "imagenet")
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"ImageNet weights of {FLAGS.arch!r} cannot be loaded ({type(error).__name__}); start from random weights "
+            "with --weights=none, or fill the Hugging Face cache on a machine with a network"
+        ) from error
+
+
+def train(accelerator: Accelerator, num_classes: int, output: Path) -> None:
+    if output.exists():
+        raise UserError(f"{str(output)!r} exists already; choose another --checkpoint_dir or move it away")
+    set_seed(FLAGS.seed)
+    model = build_model(num_classes)
+    train_loader = loader(FLAGS.train_csv, model.image_size, num_classes, train=True)
+    val_loader = loader(FLAGS.val_csv, model.image_size, num_classes, train=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=FLAGS.learning_rate, weight_decay=1e-4)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, FLAGS.num_epochs, eta_min=1e-6)
+    plain = model
+    model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
+    best_loss, best_epoch = float("inf"), -1
+    for epoch in range(FLAGS.num_epochs):
+        model.train()
+        losses = []
+        for images, labels in train_loader:
+            pixels = plain.preprocess(random_flips(images.float() / 255))
+            loss = F.binary_cross_entropy_with_logits(model(pixels), labels)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        scheduler.step()
+        logits, labels = evaluate(accelerator, model, plain, val_loader)
+        val_loss = F.binary_cross_entropy_with_logits(logits, labels).item()
+        accuracy = ((logits > 0) == (labels > 0)).float().mean(0)
+        logger.info(
+            "epoch %d: loss %.4f, val loss %.4f, val accuracy %s",
+            epoch,
+            torch.stack(losses).mean(),
+            val_loss,
+            " ".join(f"{name} {value:.3f}" for name, value in zip(plain.labels, accuracy, strict=True)),
+        )
+        if val_loss < best_loss:
+            best_loss, best_epoch = val_loss, epoch
+            if accelerator.is_main_process:
+                save_classifier(plain, output)
+        if epoch - best_epoch >= FLAGS.patience:
+            logger.info("no better validation loss for %d epochs, stopping", FLAGS.patience)
+            break
+    accelerator.wait_for_everyone()
+    logger.info("best epoch %d, validation loss %.4f, saved in %s", best_epoch, best_loss, output)
+
+
+@torch.no_grad()
+def evaluate(accelerator, model, plain: ArtifactClassifier, batches) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels (N, H) of a whole split, on every process."""
+    model.eval()
+    results = []
+    for images, labels in batches:
+        results.append(accelerator.gather_for_metrics((model(plain.preprocess(images.float() / 255)), labels)))
+    logits, labels = (torch.cat(parts).cpu().float() for parts in zip(*results, strict=True))
+    return logits, labels
+
+
+def report(logits: torch.Tensor, labels: torch.Tensor, names: tuple[str, ...]) -> list[dict]:
+    """Precision, recall, F1 and accuracy (threshold 0.5) for each attribute, then for each label combination present.
+
+    A quotient without a denominator is None, not 0. For a combination, only recall (= exact match) is defined.
+    """
+    predicted, truth = (logits > 0).numpy(), (labels > 0).numpy()
+    rows = []
+    for index, name in enumerate(names):
+        hits = int((predicted[:, index] & truth[:, index]).sum())
+        claimed, support = int(predicted[:, index].sum()), int(truth[:, index].sum())
+        precision, recall = (hits / claimed if claimed else None), (hits / support if support else None)
+        f1 = 2 * hits / (claimed + support) if claimed + support else None
+        accuracy = float((predicted[:, index] == truth[:, index]).mean())
+        rows.append(dict(what=name, support=support, precision=precision, recall=recall, f1=f1, accuracy=accuracy))
+    exact = (predicted == truth).all(1)
+    groups = defaultdict(list)
+    for row, match in zip(truth, exact, strict=True):
+        groups[tuple(row)].append(match)
+    for combination, matches in sorted(groups.items()):
+        what = "+".join(name for name, on in zip(names, combination, strict=True) if on) or "none"
+        rows.append(dict(what=what, support=len(matches), precision=None, recall=float(np.mean(matches)), f1=None))
+    return rows
+
+
+def test(accelerator: Accelerator, num_classes: int, output: Path) -> None:
+    path = Path(FLAGS.checkpoint or output)
+    model = load_classifier(path, accelerator.device)
+    if len(model.labels) != num_classes:
+        raise UserError(f"{str(path)!r} has {len(model.labels)} heads, --num_classes is {num_classes}; give the same")
+    batches = accelerator.prepare(loader(FLAGS.test_csv, model.image_size, num_classes, train=False))
+    rows = report(*evaluate(accelerator, model, model, batches), model.labels)
+    if accelerator.is_main_process:
+        target = Path(FLAGS.checkpoint_dir) / f"test_H{num_classes}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target.with_suffix(".csv"), "w", newline="") as file:
+            writer = csv.DictWriter(file, ["what", "support", "precision", "recall", "f1", "accuracy"])
+            writer.writeheader()
+            writer.writerows(rows)
+        target.with_suffix(".json").write_text(json.dumps(rows, indent=1))
+        for row in rows:
+            values = [
+                f"{key} {row[key]:.4f}" for key in ("precision", "recall", "f1", "accuracy") if row.get(key) is not None
+            ]
+            logger.info("%-28s support %5d  %s", row["what"], row["support"], "  ".join(values))
+        logger.info("written to %s.csv and .json", target)
+
+
+def main(_) -> None:
+    accelerator = make_accelerator("no")
+    num_classes = int(FLAGS.num_classes)
+    output = Path(FLAGS.checkpoint_dir) / f"artifact_classifier_H{num_classes}.safetensors"
+    (train if FLAGS.mode == "train" else test)(accelerator, num_classes, output)
+
+
+if __name__ == "__main__":
+    cli(main)

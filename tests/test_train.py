@@ -1,0 +1,257 @@
+"""scripts/train.py: every mode runs, ratios start at 1, resuming and two processes change nothing, errors are told."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import ROOT, run_script
+from safetensors.torch import load_file
+
+from ddpo_pytorch.data.isic import LABELS
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.judges.classifier import ArtifactClassifier, save_classifier
+
+
+def load_module(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_module(ROOT / "scripts" / "train.py")
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> Path:
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("classifier") / "H6.safetensors"
+    save_classifier(ArtifactClassifier(LABELS, 32, "tinynet_e"), path)
+    return path
+
+
+@pytest.fixture
+def settings(tiny_pipeline_dir, classifier, tmp_path) -> dict:
+    """Overrides of config/base.py: 8 samples an epoch of 3 steps in 2 updates, on the tiny pipeline."""
+    return {
+        "pretrained.model": str(tiny_pipeline_dir),
+        "reward_fn_kwargs.isic_classifier_reward.classifier": str(classifier),
+        "logdir": str(tmp_path / "logs"),
+        "run_name": "run",
+        "mixed_precision": "no",
+        "wandb": "disabled",
+        "num_epochs": 2,
+        "save_freq": 1,
+        "sample.num_steps": 3,
+        "sample.batch_size": 4,
+        "sample.num_batches_per_epoch": 2,
+        "train.batch_size": 4,
+        "train.learning_rate": 1e-2,
+        "train.clip_range": 1e-3,
+        "per_prompt_stat_tracking.min_count": 2,
+    }
+
+
+@pytest.fixture
+def train(script, settings, monkeypatch):
+    """Run the script's `train` in this process with overrides, and return the run folder and its logged epochs."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    base = load_module(ROOT / "config" / "base.py")
+
+    def run(**overrides):
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+        config = base.get_config()
+        config.update_from_flattened_dict(
+            settings | {key.replace("__", "."): value for key, value in overrides.items()}
+        )
+        folder = script.train(config)
+        return folder, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def weights(folder: Path, epoch: int, name: str = "pytorch_lora_weights.safetensors") -> dict[str, torch.Tensor]:
+    return load_file(folder / f"checkpoint_{epoch}" / name)
+
+
+def as_flags(settings: dict, **overrides) -> list[str]:
+    merged = settings | {key.replace("__", "."): value for key, value in overrides.items()}
+    return ["--config", "config/base.py", *(f"--config.{key}={value}" for key, value in merged.items())]
+
+
+def test_logs_every_measure_and_begins_at_ratio_one(train):
+    folder, epochs = train()
+    assert [entry["epoch"] for entry in epochs] == [0, 1]
+    assert epochs[-1]["global_step"] == 4  # 8 samples / 4 = 2 updates an epoch
+    for entry in epochs:
+        assert entry["first_ratio_deviation"] == 0.0
+        assert 0 <= entry["reward_min"] <= entry["reward_mean"] <= entry["reward_max"] <= 1
+        assert entry["approx_kl"] >= 0 and entry["approx_kl_k3"] >= -1e-9 and entry["grad_norm"] > 0
+        assert entry["rollout_samples_per_second"] > 0 and entry["update_samples_per_second"] > 0
+        for key in ("reward_std", "per_prompt_reward_std", "zero_std_share", "advantage_std", "clipfrac", "loss"):
+            assert key in entry
+        assert entry["peak_memory_gib"] > 0
+    assert (folder / "grid_0000.png").is_file() and (folder / "grid_0002.png").is_file()
+    before, after = weights(folder, 1), weights(folder, 2)
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"train__kl_coef": 0.5, "train__lora_rank": 2, "train__lora_targets": ("to_q", "conv1")},
+        {"train__advantage": "group", "sample__images_per_prompt": 4, "train__num_inner_epochs": 2},
+        {"train__advantage": "global", "train__timestep_fraction": 0.67, "train__gradient_checkpointing": True},
+        {"train__timestep_window": (0.0, 0.5), "sample__guidance_scale": 1.0, "train__cfg": False},
+        {"reward_fn": "isic_classifier_reward:1.0,jpeg_compressibility:0.1", "train__gradient_accumulation_steps": 2},
+        {
+            "reward_fn": "jpeg_incompressibility",
+            "prompt_fn": "from_file",
+            "prompt_fn_kwargs": {"path": "isic_prompts.txt"},
+        },
+    ],
+    ids=lambda value: "-".join(key.split("__")[-1] for key in value),
+)
+def test_modes(train, overrides):
+    folder, epochs = train(num_epochs=1, **overrides)
+    assert epochs[0]["first_ratio_deviation"] == 0.0
+    assert all(torch.isfinite(value).all() for value in weights(folder, 1).values())
+    if "train__kl_coef" in overrides:
+        assert epochs[0]["kl_to_base"] >= 0
+
+
+def test_bf16_begins_at_ratio_one(train):
+    _, epochs = train(mixed_precision="bf16")
+    assert max(entry["first_ratio_deviation"] for entry in epochs) < 1e-6
+
+
+def test_full_fine_tune_saves_a_unet_that_differs_from_the_base(train, tiny_pipeline_dir):
+    folder, epochs = train(use_lora=False, num_epochs=1)
+    assert epochs[0]["first_ratio_deviation"] == 0.0
+    base = load_file(tiny_pipeline_dir / "unet" / "diffusion_pytorch_model.safetensors")
+    tuned = weights(folder, 1, "unet.safetensors")
+    assert tuned.keys() == base.keys()
+    assert any(not torch.equal(tuned[key], base[key]) for key in base)
+
+
+def test_resuming_equals_not_stopping(train):
+    whole, epochs = train(num_epochs=4, run_name="whole")
+    part, _ = train(num_epochs=2, run_name="part")
+    part, resumed = train(num_epochs=4, resume_from=str(part))
+    assert [entry["reward_mean"] for entry in resumed] == [entry["reward_mean"] for entry in epochs]
+    for key, value in weights(whole, 4).items():
+        assert torch.equal(value, weights(part, 4)[key])
+    states = [torch.load(folder / "checkpoint_4" / "optimizer.pt", weights_only=True) for folder in (whole, part)]
+    for left, right in zip(*(state["optimizer"]["state"].values() for state in states), strict=True):
+        assert torch.equal(left["exp_avg"], right["exp_avg"]) and left["step"] == right["step"]
+    progress = [json.loads((folder / "checkpoint_4" / "progress.json").read_text()) for folder in (whole, part)]
+    assert progress[0] == progress[1]
+
+
+def test_keeps_the_newest_checkpoints_only(train):
+    folder, _ = train(num_epochs=3, num_checkpoint_limit=2)
+    assert sorted(path.name for path in folder.glob("*checkpoint_*")) == ["checkpoint_2", "checkpoint_3"]
+
+
+def test_stops_when_the_reward_no_longer_changes(train):
+    folder, epochs = train(num_epochs=6, early_stop__patience=2, early_stop__tolerance=10.0)
+    assert len(epochs) == 3  # the first has nothing to be compared with
+    assert (folder / "checkpoint_3").is_dir()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(settings, tmp_path):
+    """Adapters agree on both ranks (DDP would diverge otherwise) and with one process at the same global batch."""
+    one = run_script("train.py", *as_flags(settings, run_name="one", sample__num_batches_per_epoch=4,
+                                           train__gradient_accumulation_steps=2))  # fmt: skip
+    two = run_script("train.py", *as_flags(settings, run_name="two"), processes=2)
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    logs = tmp_path / "logs"
+    entries = [
+        [json.loads(line) for line in (logs / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    for left, right in zip(*entries, strict=True):
+        assert left["reward_mean"] == right["reward_mean"] and left["global_step"] == right["global_step"]
+        assert right["grad_norm"] == pytest.approx(left["grad_norm"], rel=1e-4)
+    start, expected = weights(logs / "one", 1), weights(logs / "one", 2)
+    actual = weights(logs / "two", 2)
+    step = max((expected[key] - start[key]).abs().max() for key in expected)
+    for key, value in expected.items():
+        assert (value - actual[key]).abs().max() < 0.02 * step, key
+
+
+def test_wandb_records_offline_without_a_key(settings, tmp_path):
+    result = run_script(
+        "train.py",
+        *as_flags(settings, wandb="auto", num_epochs=1),
+        WANDB_MODE="offline",
+        HOME=tmp_path,
+        WANDB_API_KEY="",
+    )
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "logs" / "run" / "wandb").glob("offline-run-*"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"sample__eta": 0.0}, "sample.eta is 0.0"),
+        ({"prompt_fn": "nope"}, "isic_all"),
+        ({"reward_fn": "nope"}, "jpeg_compressibility"),
+        ({"train__batch_size": 3}, "make it a multiple"),
+        ({"sample__images_per_prompt": 3}, "does not divide"),
+        ({"train__cfg": False}, "train.cfg"),
+        ({"train__timestep_fraction": 0.1}, "less than one"),
+        ({"train__use_8bit_adam": True}, "bitsandbytes"),
+        ({"train__advantage": "nope"}, "per_prompt"),
+        ({"use_lora": False, "train__kl_coef": 1.0}, "use_lora"),
+        ({"mixed_precision": "fp16"}, "needs a GPU"),
+        ({"pretrained.model": "/nowhere/sd"}, "/nowhere/sd"),
+        ({"reward_fn_kwargs.isic_classifier_reward.classifier": "/nowhere/H6.pth"}, "/nowhere/H6.pth"),
+        ({"resume_from": "/nowhere/run"}, "/nowhere/run"),
+        ({"unet_path": "/nowhere/unet.safetensors"}, "/nowhere/unet.safetensors"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_bad_input_is_one_clear_line_and_leaves_nothing(train, tmp_path, overrides, expected):
+    with pytest.raises(UserError) as caught:
+        train(**overrides)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "logs" / "run").exists()
+
+
+def test_an_existing_run_folder_is_left_alone(train, tmp_path):
+    folder, _ = train(num_epochs=1)
+    log = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="exists already"):
+        train(num_epochs=1)
+    assert (folder / "metrics.jsonl").read_bytes() == log
+    (folder / "checkpoint_2").mkdir()
+    with pytest.raises(UserError, match="newest"):
+        train(resume_from=str(folder / "checkpoint_1"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config", "config/dgx.py:nope"], "prompt_image_alignment_classifier_isic"),
+        (["--config", "config/base.py", "--config.train.nope=1"], "nope"),
+        (["--config", "config/base.py", "--config.seed=abc"], "seed"),
+        (["--config", "config/base.py", "--config.mixed_precision=fp16"], "needs a GPU"),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_code_2(arguments, expected):
+    result = run_script("train.py", *arguments)
+    assert result.returncode == 2
+    assert expected in result.stderr and "Traceback" not in result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.startswith("error:")]) == 1
