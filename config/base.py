@@ -6,6 +6,8 @@ Any field can be overridden on the command line (`--config.train.learning_rate=1
 is an error.
 """
 
+import inspect
+
 import ml_collections
 
 
@@ -126,9 +128,13 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     early_stop.tolerance = 1e-3
 
     ###### Prompts ######
-    # name of a function in ddpo_pytorch.prompts, and its keyword arguments.
+    # name of a function in ddpo_pytorch.prompts.
     config.prompt_fn = "isic_all"
-    config.prompt_fn_kwargs = ml_collections.ConfigDict()
+    config.prompt_fn_kwargs = prompt_fn_kwargs = ml_collections.ConfigDict()
+    # its keyword arguments; None is not passed on. from_file reads lines [low, high) of path.
+    prompt_fn_kwargs.path = ml_collections.config_dict.placeholder(str)
+    prompt_fn_kwargs.low = ml_collections.config_dict.placeholder(int)
+    prompt_fn_kwargs.high = ml_collections.config_dict.placeholder(int)
 
     ###### Rewards ######
     # name of a function in ddpo_pytorch.rewards, or a weighted sum such as
@@ -189,11 +195,11 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
 
     ###### Stage (i): the generator itself (train_sd.py) ######
     config.sd = sd = ml_collections.ConfigDict()
-    # "vae": train a small VAE from nothing. "unet": train tokenizer, text encoder and UNet from nothing on the VAE in
-    # sd.output. "finetune": train the UNet of pretrained.model, the paper's stage (i).
+    # "finetune": train the UNet of pretrained.model, the paper's stage (i). "decoder": sharpen its VAE decoder, latents
+    # stay as they are. From nothing: "vae", then "unet" (with tokenizer and text encoder) on the VAE in sd.output.
     sd.stage = "finetune"
-    # folder for the outcome: a model in diffusers format ("vae", "unet"), pretrained_unet.safetensors ("unet",
-    # "finetune"), log and sample grids.
+    # folder for the outcome: a model in diffusers format ("vae", "unet", "decoder"), pretrained_unet.safetensors
+    # ("unet", "finetune"), log and sample grids.
     sd.output = ""
     # training images (<image>.jpg) and their split table; side in pixels they are resized to; rows used (0 = all).
     sd.data_path = ""
@@ -221,4 +227,20 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     sd.unet_attention = (False, True, True)
     sd.text_width = 64
     sd.text_layers = 2
-    return config
+    return config.lock()
+
+
+def choose(module: dict, name: str) -> ml_collections.ConfigDict:
+    """The configuration that experiment `name`, a public function without arguments in the file `module`, returns."""
+    experiments = [
+        key
+        for key, value in module.items()
+        if inspect.isfunction(value)
+        and value.__module__ == module["__name__"]
+        and key[0] != "_"
+        and key != "get_config"
+        if not inspect.signature(value).parameters
+    ]
+    if name not in experiments:
+        raise ValueError(f"experiment {name!r} is unknown; {module['__file__']} has {', '.join(experiments)}")
+    return module[name]()

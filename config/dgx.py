@@ -13,9 +13,8 @@ base = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(base)
 
 
-def model_and_dataset_configs():
+def model_and_dataset_configs(config):
     """All paths. They follow base_log_path, so overriding that on the command line moves every one of them."""
-    config = base.get_config()
     root = config.get_ref("base_log_path")
     published = root + "/published"
     # ISIC 2019 images, and the official split tables.
@@ -38,7 +37,7 @@ def model_and_dataset_configs():
 
 def finetune_sd():
     """Stage (i): the UNet of SD 1.5 learns ISIC."""
-    config = model_and_dataset_configs()
+    config = model_and_dataset_configs(base.get_config())
     config.unet_path = ""
     config.sd.stage = "finetune"
     config.sd.batch_size = 16
@@ -48,14 +47,14 @@ def finetune_sd():
 
 def preprocess_isic_real_data():
     """Real test images, sorted by caption for metric.py, and their VAE latents."""
-    config = model_and_dataset_configs()
+    config = model_and_dataset_configs(base.get_config())
     config.logdir = config.get_ref("base_log_path") + "/real-images-test"
     return config
 
 
 def prompt_image_alignment_classifier_isic():
     """Stage (ii) as published, on 4 GPUs."""
-    config = model_and_dataset_configs()
+    config = model_and_dataset_configs(base.get_config())
     config.run_name = "isic_classifier_reward_main"
     config.num_epochs = 200
     config.save_freq = 1
@@ -133,7 +132,7 @@ def prompt_image_alignment_classifier_isic_eval_rl():
 
 def evaluate_metric_sd():
     """APR, FID and LPIPS of the base model's samples."""
-    config = model_and_dataset_configs()
+    config = model_and_dataset_configs(base.get_config())
     config.metric.fake_path = config.get_ref("base_log_path") + "/samples/SD_samples"
     config.metric.fake_name = "SD"
     return config
@@ -141,7 +140,7 @@ def evaluate_metric_sd():
 
 def evaluate_metric_rl():
     """APR, FID and LPIPS of the RL samples, with the base model's beside them when they exist."""
-    config = model_and_dataset_configs()
+    config = model_and_dataset_configs(base.get_config())
     config.metric.fake_path = config.get_ref("base_log_path") + "/samples/RL_samples"
     config.metric.fake_name = "SD+RL"
     config.metric.compare_path = config.get_ref("base_log_path") + "/samples/SD_samples"
@@ -149,24 +148,5 @@ def evaluate_metric_rl():
     return config
 
 
-EXPERIMENTS = {
-    function.__name__: function
-    for function in (
-        finetune_sd,
-        preprocess_isic_real_data,
-        prompt_image_alignment_classifier_isic,
-        prompt_image_alignment_classifier_isic_16gb,
-        prompt_image_alignment_classifier_isic_24gb,
-        prompt_image_alignment_classifier_isic_80gb,
-        prompt_image_alignment_classifier_isic_eval,
-        prompt_image_alignment_classifier_isic_eval_rl,
-        evaluate_metric_sd,
-        evaluate_metric_rl,
-    )
-}
-
-
 def get_config(name):
-    if name not in EXPERIMENTS:
-        raise ValueError(f"experiment {name!r} is unknown; config/dgx.py has {', '.join(EXPERIMENTS)}")
-    return EXPERIMENTS[name]()
+    return base.choose(globals(), name)

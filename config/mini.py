@@ -54,14 +54,80 @@ def finetune_sd():
     """Stage (i), second half: text encoder and UNet, from nothing."""
     config = model_and_dataset_configs(dgx.finetune_sd())
     config.sd.stage = "unet"
-    config.sd.num_steps = 3200
-    config.sd.batch_size = 64
+    config.sd.num_steps = 4000
+    config.sd.batch_size = 32
     config.sd.learning_rate = 1e-3
     return config
 
 
-EXPERIMENTS = {f.__name__: f for f in (train_vae, finetune_sd)}
+def polish_decoder():
+    """Stage (i), optional: sharpen the decoder while the encoder, and so the latents, stay as they are."""
+    config = train_vae()
+    config.sd.stage = "decoder"
+    config.pretrained.model = config.get_ref("base_log_path") + "/sd"
+    config.sd.output = config.get_ref("base_log_path") + "/sd_polished"
+    config.sd.num_steps = 2000
+    config.sd.learning_rate = 1e-3
+    return config
+
+
+def preprocess_isic_real_data():
+    """The phantom test images, sorted by caption."""
+    config = model_and_dataset_configs(dgx.preprocess_isic_real_data())
+    return config
+
+
+def prompt_image_alignment_classifier_isic():
+    """Stage (ii)."""
+    config = model_and_dataset_configs(dgx.prompt_image_alignment_classifier_isic())
+    config.run_name = ""
+    config.num_epochs = 25
+    config.save_freq = 5
+    # 64 * 4 = 256 samples per epoch
+    config.sample.batch_size = 64
+    config.sample.num_batches_per_epoch = 4
+    # 64 * 2 = 128 samples per update, 256 / 128 = 2 updates per epoch
+    config.train.batch_size = 64
+    config.train.gradient_accumulation_steps = 2
+    config.train.lora_rank = 16
+    config.train.learning_rate = 5e-3
+    # a mean over 4 * 16 * 16 = 1,024 dimensions: 1e-4 * 16,384 / 1,024
+    config.train.clip_range = 1.6e-3
+    return config
+
+
+def prompt_image_alignment_classifier_isic_eval():
+    """16 images for each of the 32 captions from the base model."""
+    config = model_and_dataset_configs(dgx.prompt_image_alignment_classifier_isic_eval())
+    config.eval.num_samples_per_prompt = 16
+    config.eval.batch_size = 64
+    return config
+
+
+def prompt_image_alignment_classifier_isic_eval_rl():
+    """The same from a run of train.py: give --config.load_from=rl4med-out/mini/logs/<run>."""
+    config = model_and_dataset_configs(dgx.prompt_image_alignment_classifier_isic_eval_rl())
+    config.eval.num_samples_per_prompt = 16
+    config.eval.batch_size = 64
+    config.load_from = config.get_ref("base_log_path") + "/logs"
+    return config
+
+
+def evaluate_metric_sd():
+    """APR of the base model's samples."""
+    config = model_and_dataset_configs(dgx.evaluate_metric_sd())
+    config.metric.batch_size = 64
+    config.metric.real_path = ""
+    return config
+
+
+def evaluate_metric_rl():
+    """APR of the RL samples beside the base model's."""
+    config = model_and_dataset_configs(dgx.evaluate_metric_rl())
+    config.metric.batch_size = 64
+    config.metric.real_path = ""
+    return config
 
 
 def get_config(name):
-    return EXPERIMENTS[name]()
+    return dgx.base.choose(globals(), name)

@@ -5,8 +5,10 @@ NV]}` (0/1), otherwise `{}`; rewards receive it. To add a set, write such a func
 `PROMPT_LISTS` if eval.py is to run over the whole of it.
 """
 
+import inspect
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,14 +75,23 @@ PROMPT_LISTS: dict[str, Callable[..., Sequence[str]]] = {
 }
 
 
-def get_prompt_fn(name: str) -> Callable[..., Prompt]:
-    """The prompt function of that name. Raises UserError that lists the names."""
-    return _look_up(PROMPTS, name)
+def get_prompt_fn(name: str, **kwargs: Any) -> Callable[..., Prompt]:
+    """The prompt function of that name with these keyword arguments; those that are None are left out.
+
+    Raises UserError that lists the names, or for keyword arguments that do not fit.
+    """
+    function = _look_up(PROMPTS, name)
+    kwargs = _given(kwargs)
+    try:
+        inspect.signature(function).bind(**kwargs)
+    except TypeError as error:
+        raise UserError(f"prompt_fn_kwargs {kwargs} do not fit prompt function {name!r} ({error})") from error
+    return partial(function, **kwargs)
 
 
 def all_prompts(name: str, **kwargs: Any) -> list[Prompt]:
     """Every prompt that function `name` can return with these keyword arguments, in order and without repetition."""
-    list_fn = _look_up(PROMPT_LISTS, name)
+    list_fn, kwargs = _look_up(PROMPT_LISTS, name), _given(kwargs)
     try:
         prompts = list_fn(**kwargs)
     except TypeError as error:
@@ -92,6 +103,10 @@ def _look_up(table: dict[str, Callable], name: str) -> Callable:
     if name not in table:
         raise UserError(f"prompt function {name!r} is unknown; ddpo_pytorch/prompts.py has {', '.join(sorted(table))}")
     return table[name]
+
+
+def _given(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in kwargs.items() if value is not None}
 
 
 def _choose(prompts: Sequence[str], rng: UniformSource | None) -> str:

@@ -84,7 +84,7 @@ def train(config: ConfigDict) -> Path:
     accelerator = make_accelerator(config.mixed_precision, config.allow_tf32)
     geometry = batch_geometry(config.sample, config.train, accelerator.num_processes)
     accelerator.gradient_accumulation_steps = config.train.gradient_accumulation_steps * geometry.train_timesteps
-    prompt_fn = partial(get_prompt_fn(config.prompt_fn), **config.prompt_fn_kwargs)
+    prompt_fn = get_prompt_fn(config.prompt_fn, **config.prompt_fn_kwargs)
     reward_fn = build_reward(config.reward_fn, config.reward_fn_kwargs.to_dict(), accelerator.device)
 
     ###### policy: the UNet, or adapters on it ######

@@ -104,11 +104,10 @@ def endless(loader: DataLoader) -> Iterator[list[torch.Tensor]]:
         yield from loader
 
 
-def train_vae(accelerator: Accelerator, sd: ConfigDict, files: ImageFiles, output: Path) -> None:
-    """Train the autoencoder; its scaling factor gives latents unit variance, as in SD."""
-    vae = scratch.build_vae(sd.vae_channels, sd.image_size)
+def train_vae(accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, files: ImageFiles, output: Path) -> None:
+    """Train whatever of the autoencoder requires gradients; write reconstructions (top: images) to <stage>.png."""
     loader = DataLoader(files, sd.batch_size, shuffle=True, drop_last=True)
-    log = JsonLines(output / "vae.jsonl", accelerator.is_main_process)
+    log = JsonLines(output / f"{sd.stage}.jsonl", accelerator.is_main_process)
     images = None
 
     def to_loss(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
@@ -117,15 +116,15 @@ def train_vae(accelerator: Accelerator, sd: ConfigDict, files: ImageFiles, outpu
         return model(images)
 
     optimize(accelerator, sd, AutoencoderLoss(vae, sd.vae_kl_weight), loader, to_loss, log)
-    if accelerator.is_main_process:
-        vae.eval()
-        with torch.no_grad():
-            latents = vae.encode(images).latent_dist.mean
-            pairs = torch.cat([images[:8], vae.decode(latents[:8]).sample]) / 2 + 0.5
+    vae.eval()
+    with torch.no_grad():
+        latents = vae.encode(images).latent_dist.mean
+        pairs = torch.cat([images[:8], vae.decode(latents[:8]).sample]) / 2 + 0.5
+    if sd.stage == "vae":
+        # latents of unit variance, as SD's diffusion expects them
         vae.register_to_config(scaling_factor=float(1 / latents.std()))
-        vae.save_pretrained(output / "vae")
-        image_grid(pairs.clamp(0, 1), columns=8).save(output / "vae.png")
-        logger.info("VAE in %s, scaling factor %.3f", output / "vae", vae.config.scaling_factor)
+    if accelerator.is_main_process:
+        image_grid(pairs.clamp(0, 1), columns=8).save(output / f"{sd.stage}.png")
 
 
 @torch.no_grad()
@@ -220,9 +219,15 @@ def draw_grid(pipe: StableDiffusionPipeline, config: ConfigDict, path: Path) -> 
 def main(_) -> None:
     config = flags.FLAGS.config
     sd, output = config.sd, Path(config.sd.output)
-    if sd.stage not in ("vae", "unet", "finetune"):
-        raise UserError(f"sd.stage is {sd.stage!r}; allowed are vae, unet and finetune")
-    outcome = output / ("vae" if sd.stage == "vae" else "pretrained_unet.safetensors")
+    outcomes = {
+        "vae": "vae",
+        "decoder": "vae",
+        "unet": "pretrained_unet.safetensors",
+        "finetune": "pretrained_unet.safetensors",
+    }
+    if sd.stage not in outcomes:
+        raise UserError(f"sd.stage is {sd.stage!r}; allowed are {', '.join(outcomes)}")
+    outcome = output / outcomes[sd.stage]
     if not sd.output or outcome.exists():
         problem = f"{str(outcome)!r} exists already" if sd.output else "sd.output is empty"
         raise UserError(f"{problem}; give another folder with --config.sd.output=DIR")
@@ -233,15 +238,28 @@ def main(_) -> None:
     logger.info("%d images, %d rows without one are skipped", len(rows), missing)
     set_seed(config.seed, device_specific=True)
     files = ImageFiles(paths, torch.arange(len(paths)), sd.image_size)
+    captions = [row.caption for row in rows]
+    pretrained, dtype = config.pretrained, DTYPES[config.mixed_precision]
+
     if sd.stage == "vae":
-        return train_vae(accelerator, sd, files, output)
-    if sd.stage == "unet":
-        pipe = build_from_scratch(sd, output)
+        vae = scratch.build_vae(sd.vae_channels, sd.image_size)
+        train_vae(accelerator, sd, vae, files, output)
+        if accelerator.is_main_process:
+            vae.save_pretrained(output / "vae")
+    elif sd.stage == "decoder":
+        pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, torch.float32, accelerator.device)
+        for part in (pipe.vae.decoder, pipe.vae.post_quant_conv):
+            part.requires_grad_(True).train()
+        train_vae(accelerator, sd, pipe.vae, files, output)
+        if accelerator.is_main_process:
+            pipe.save_pretrained(output)
+    elif sd.stage == "unet":
+        train_unet(accelerator, config, build_from_scratch(sd, output), files, captions)
     else:
-        dtype, pretrained = DTYPES[config.mixed_precision], config.pretrained
         pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, dtype, accelerator.device)
         pipe.unet.to(torch.float32).requires_grad_(True).train()
-    train_unet(accelerator, config, pipe, files, [row.caption for row in rows])
+        train_unet(accelerator, config, pipe, files, captions)
+    logger.info("finished; the outcome is in %s", output)
 
 
 if __name__ == "__main__":

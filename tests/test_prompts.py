@@ -59,7 +59,7 @@ def test_from_file_errors_say_what_to_do(tmp_path):
 
 
 def test_lookup_by_name():
-    assert get_prompt_fn("isic_all") is isic_all
+    assert get_prompt_fn("isic_all").func is isic_all
     with pytest.raises(UserError, match="'imagenet_animals' is unknown.*from_file, isic_all, isic_all_idx"):
         get_prompt_fn("imagenet_animals")
 

@@ -1,0 +1,116 @@
+"""Real dermoscopy without any download: a small Stable Diffusion trained from nothing on ISIC 2019 at 128 px.
+
+An hour on one GPU, or a patient CPU. Put images in <root>/data/images and the official split tables in
+<root>/data/splits, then run the stages in this order:
+
+    train_isic_classifier.py (--num_classes 6 and 4)  train_sd.py :train_vae, :finetune_sd  train.py  eval.py  metric.py
+
+Every experiment is the one of config/dgx.py with other sizes.
+"""
+
+import importlib.util
+from pathlib import Path
+
+_spec = importlib.util.spec_from_file_location("dgx", Path(__file__).with_name("dgx.py"))
+dgx = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(dgx)
+
+
+def model_and_dataset_configs(config):
+    """All paths, and the sizes that every stage shares."""
+    config.base_log_path = "rl4med-out/isic128"
+    root = config.get_ref("base_log_path")
+    config.mixed_precision = "no"
+    config.pretrained.model = root + "/sd"
+    config.unet_path = ""
+    config.dataset.data_path = root + "/data/images"
+    config.dataset.csv = root + "/data/splits/isic2019_val.csv"
+    config.dataset.image_size = 128
+    config.reward_fn_kwargs.isic_classifier_reward.classifier = root + "/classifier/artifact_classifier_H6.safetensors"
+    config.eval.classifier = root + "/classifier/artifact_classifier_H6.safetensors"
+    config.metric.classifier = root + "/classifier/artifact_classifier_H4.safetensors"
+    config.metric.real_path = root + "/real-images"
+    config.sd.data_path = root + "/data/images"
+    config.sd.csv = root + "/data/splits/isic2019_train.csv"
+    config.sd.image_size = 128
+    config.sample.num_steps = 20
+    config.sample.guidance_scale = 3.0
+    return config
+
+
+def train_vae():
+    """Stage (i), first half: the autoencoder, 128 px -> 16 x 16 x 4."""
+    config = model_and_dataset_configs(dgx.finetune_sd())
+    config.sd.stage = "vae"
+    config.sd.vae_channels = (32, 64, 64, 64)
+    config.sd.num_steps = 10_000
+    config.sd.batch_size = 16
+    config.sd.learning_rate = 1e-3
+    return config
+
+
+def finetune_sd():
+    """Stage (i), second half: text encoder and UNet, from nothing."""
+    config = model_and_dataset_configs(dgx.finetune_sd())
+    config.sd.stage = "unet"
+    config.sd.unet_channels = (64, 128, 128)
+    config.sd.num_steps = 20_000
+    config.sd.batch_size = 64
+    config.sd.learning_rate = 5e-4
+    return config
+
+
+def preprocess_isic_real_data():
+    """Real validation images, sorted by caption."""
+    config = model_and_dataset_configs(dgx.preprocess_isic_real_data())
+    config.logdir = config.get_ref("base_log_path") + "/real-images"
+    return config
+
+
+def prompt_image_alignment_classifier_isic():
+    """Stage (ii) on one device."""
+    config = model_and_dataset_configs(dgx.prompt_image_alignment_classifier_isic())
+    config.num_epochs = 50
+    config.save_freq = 10
+    # 64 * 4 = 256 samples per epoch
+    config.sample.batch_size = 64
+    config.sample.num_batches_per_epoch = 4
+    # 64 * 2 = 128 samples per update, 256 / 128 = 2 updates per epoch
+    config.train.batch_size = 64
+    config.train.gradient_accumulation_steps = 2
+    config.train.lora_rank = 16
+    config.train.learning_rate = 2e-3
+    # a mean over 4 * 16 * 16 = 1,024 dimensions: 1e-4 * 16,384 / 1,024
+    config.train.clip_range = 1.6e-3
+    return config
+
+
+def prompt_image_alignment_classifier_isic_eval():
+    """64 images for each of the 32 captions from the base model."""
+    config = model_and_dataset_configs(dgx.prompt_image_alignment_classifier_isic_eval())
+    config.eval.num_samples_per_prompt = 64
+    config.eval.batch_size = 64
+    return config
+
+
+def prompt_image_alignment_classifier_isic_eval_rl():
+    """The same from the RL run."""
+    config = model_and_dataset_configs(dgx.prompt_image_alignment_classifier_isic_eval_rl())
+    config.eval.num_samples_per_prompt = 64
+    config.eval.batch_size = 64
+    config.load_from = config.get_ref("base_log_path") + "/logs/isic_classifier_reward_main"
+    return config
+
+
+def evaluate_metric_sd():
+    """APR and fidelity of the base model's samples."""
+    return model_and_dataset_configs(dgx.evaluate_metric_sd())
+
+
+def evaluate_metric_rl():
+    """The same of the RL samples, beside the base model's."""
+    return model_and_dataset_configs(dgx.evaluate_metric_rl())
+
+
+def get_config(name):
+    return dgx.base.choose(globals(), name)

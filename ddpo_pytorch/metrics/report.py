@@ -1,0 +1,60 @@
+"""The paper's tables 2 and 3 as Markdown. A value that could not be measured is "n/a"."""
+
+from collections.abc import Mapping
+
+from ddpo_pytorch.data.isic import SINGLE_ARTIFACT_CAPTIONS
+
+# the paper's column order and titles of table 2.
+ARTIFACT_TITLES = {"hair": "Hair", "gel_bubble": "Gel", "ink": "Ink", "ruler": "Ruler"}
+DISEASE_ORDER = ("MEL", "NV")
+NOT_AVAILABLE = "n/a"
+
+
+def table2(models: Mapping[str, Mapping], real_images: Mapping[str, int] | None = None) -> str:
+    """APR in percent for the 8 captions with one artifact: a row a model, above them the number of real images.
+
+    `models`: metrics by model name, of which "APR_by_prompt" (ratios) is read. `real_images`: images by caption.
+    """
+    keys = [(disease, artifact) for disease in DISEASE_ORDER for artifact in ARTIFACT_TITLES]
+    captions = [SINGLE_ARTIFACT_CAPTIONS[key] for key in keys]
+    header = ["", *(f"{disease} {ARTIFACT_TITLES[artifact]}" for disease, artifact in keys)]
+    rows = []
+    if real_images is not None:
+        rows.append(["# Real Sample", *(str(real_images.get(caption, 0)) for caption in captions)])
+    for name, values in models.items():
+        apr = values["APR_by_prompt"]
+        rows.append([f"APR ↑ (%) {name}", *(_percent(apr.get(caption)) for caption in captions)])
+    return _markdown(header, rows)
+
+
+def table3(models: Mapping[str, Mapping]) -> str:
+    """APR (%), FID, LPIPS and FD-judge over all captions: a row a model. `models`: metrics by model name."""
+    header = ["Model", "APR ↑ (%)", "FID ↓", "LPIPS ↓", "FD-judge ↓", "Images"]
+    rows = [
+        [
+            name,
+            _percent(values["APR"]),
+            _number(values["FID"], ".2f"),
+            _number(values["LPIPS"], ".3f"),
+            _number(values["FD_judge"], ".4g"),  # the scale of its features is the judge's own
+            str(values["images"]),
+        ]
+        for name, values in models.items()
+    ]
+    return _markdown(header, rows)
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = ([cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+             for row in [header, rule, *rows])  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _percent(ratio: float | None) -> str:
+    return NOT_AVAILABLE if ratio is None else f"{100 * ratio:.2f}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return NOT_AVAILABLE if value is None else format(value, form)

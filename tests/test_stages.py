@@ -1,0 +1,92 @@
+"""The supervised stages on a small phantom world: classifiers, a model from nothing, polishing, fine-tuning."""
+
+import json
+
+import pytest
+from conftest import run_script
+from safetensors.torch import load_file
+
+from ddpo_pytorch.data.phantom import write_world
+from ddpo_pytorch.generator.pipeline import load_pipeline
+from ddpo_pytorch.judges.classifier import load_classifier
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder, 48, 16, 16, seed=3)
+    return folder
+
+
+def classifier_flags(world, folder, heads, **overrides):
+    splits = {f"{name}_csv": world / "splits" / f"phantom_{name}.csv" for name in ("train", "val", "test")}
+    options = {"data_path": world / "images", "num_classes": heads, "arch": "tinynet_e", "weights": "none"}
+    options |= {"image_size": 32, "batch_size": 16, "num_epochs": 2, "checkpoint_dir": folder, **splits, **overrides}
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def test_classifier_trains_tests_and_is_not_overwritten(world, tmp_path):
+    trained = run_script("train_isic_classifier.py", *classifier_flags(world, tmp_path, 4))
+    assert trained.returncode == 0, trained.stderr
+    file = tmp_path / "artifact_classifier_H4.safetensors"
+    model = load_classifier(file)
+    assert model.labels == ("hair", "gel_bubble", "ruler", "ink") and model.image_size == 32
+    again = run_script("train_isic_classifier.py", *classifier_flags(world, tmp_path, 4))
+    assert again.returncode == 2 and "exists already" in again.stderr
+    tested = run_script("train_isic_classifier.py", *classifier_flags(world, tmp_path, 4, mode="test"))
+    assert tested.returncode == 0, tested.stderr
+    rows = {row["what"]: row for row in json.loads((tmp_path / "test_H4.json").read_text())}
+    assert set(model.labels) <= set(rows) and rows["hair"]["accuracy"] <= 1
+    wrong = run_script("train_isic_classifier.py", *classifier_flags(world, tmp_path, 6, mode="test", checkpoint=file))
+    assert wrong.returncode == 2 and "4 heads" in wrong.stderr
+
+
+def test_a_model_from_nothing(world, tmp_path):
+    settings = {"mixed_precision": "no", "sd.data_path": world / "images", "sd.csv": world / "splits/phantom_train.csv"}
+    settings |= {"sd.image_size": 32, "sd.num_steps": 2, "sd.batch_size": 8, "sd.log_every": 1, "sd.grid_every": 2}
+    settings |= {"sd.vae_channels": "(8,8,8)", "sd.unet_channels": "(8,16)", "sd.unet_attention": "(False,True)"}
+    settings |= {"sd.text_width": 16, "sd.text_layers": 1, "sample.num_steps": 2}
+
+    def stage(name, output, **extra):
+        merged = settings | {"sd.stage": name, "sd.output": tmp_path / output} | extra
+        return run_script("train_sd.py", "--config=config/base.py", *(f"--config.{k}={v}" for k, v in merged.items()))
+
+    early = stage("unet", "sd")
+    assert early.returncode == 2 and "train it first" in early.stderr
+    for name in ("vae", "unet"):
+        result = stage(name, "sd")
+        assert result.returncode == 0, result.stderr
+        assert len((tmp_path / "sd" / f"{name}.jsonl").read_text().splitlines()) == 2
+    pipe = load_pipeline(tmp_path / "sd")
+    published = load_file(tmp_path / "sd" / "pretrained_unet.safetensors")
+    assert published.keys() == pipe.unet.state_dict().keys()
+    assert (tmp_path / "sd" / "grid_000002.png").is_file()
+    again = stage("unet", "sd")
+    assert again.returncode == 2 and "exists already" in again.stderr
+
+    model = {"pretrained.model": tmp_path / "sd"}
+    result = stage("decoder", "polished", **model)
+    assert result.returncode == 0, result.stderr
+    polished = load_pipeline(tmp_path / "polished")
+    for key, value in polished.vae.state_dict().items():
+        if not key.startswith(("decoder.", "post_quant_conv.")):
+            assert value.equal(pipe.vae.state_dict()[key]), key
+    assert not polished.vae.decoder.conv_out.weight.equal(pipe.vae.decoder.conv_out.weight)
+
+    result = stage("finetune", "tuned", **model)
+    assert result.returncode == 0, result.stderr
+    tuned = load_file(tmp_path / "tuned" / "pretrained_unet.safetensors")
+    assert any(not value.equal(published[key]) for key, value in tuned.items())
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [("sd.csv=/nowhere.csv", "/nowhere.csv"), ("sd.data_path=/nowhere", "/nowhere"), ("sd.stage=nope", "allowed are")],
+)
+def test_bad_input_of_train_sd(world, tmp_path, flag, expected):
+    common = [f"--config.sd.data_path={world / 'images'}", f"--config.sd.csv={world / 'splits/phantom_train.csv'}"]
+    result = run_script("train_sd.py", "--config=config/base.py", *common, f"--config.sd.output={tmp_path}",
+                        f"--config.{flag}")  # fmt: skip
+    assert result.returncode == 2 and expected in result.stderr and "Traceback" not in result.stderr
