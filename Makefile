@@ -27,6 +27,22 @@ demo: .venv/ready
 test: .venv/ready
 	pytest -q
 
+# Rebuilds ddpo_pytorch/assets/mini from nothing: phantom world, autoencoder, diffusion model, the two classifiers.
+WORLD := $(OUT)/data
+CLASSIFIER := accelerate launch --num_processes 1 scripts/train_isic_classifier.py --data_path $(WORLD)/images \
+	--val_csv $(WORLD)/splits/phantom_val.csv --checkpoint_dir $(OUT)/classifier --arch tinynet_e --weights none \
+	--image_size 64 --learning_rate 2e-3 --batch_size 32 --num_epochs 12
+TRAIN_SD := accelerate launch --num_processes 1 scripts/train_sd.py --config
+
+mini-weights: .venv/ready
+	python -m ddpo_pytorch.data.phantom --out $(WORLD)
+	$(TRAIN_SD) $(MINI):train_vae
+	$(TRAIN_SD) $(MINI):finetune_sd
+	$(TRAIN_SD) $(MINI):polish_decoder
+	$(CLASSIFIER) --num_classes 6 --train_csv $(WORLD)/splits/phantom_train_a.csv --seed 6
+	$(CLASSIFIER) --num_classes 4 --train_csv $(WORLD)/splits/phantom_train_b.csv --seed 4
+	@echo "copy $(OUT)/sd_polished and $(OUT)/classifier/*.safetensors to ddpo_pytorch/assets/mini to ship them"
+
 lint: .venv/ready
 	ruff check .
 	ruff format --check .

@@ -34,7 +34,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError) as error:
-        _fail(error)  # an unknown experiment or field, or a value of the wrong type
+        # an unknown experiment or field, or a value of the wrong type. What a configuration file raises arrives wrapped
+        # in a traceback, whose last line says it.
+        message = str(error).strip().splitlines()
+        _fail(UserError(message[-1]) if any("Traceback" in line for line in message) else error)
 
 
 def _reporting(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:

@@ -1,0 +1,98 @@
+"""What the tests of eval.py, metric.py and extract_dataset_latents.py share; a pytest plugin for its fixtures."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import ROOT, run_script
+from ml_collections import config_flags
+
+from ddpo_pytorch.data.isic import CAPTIONS, LABELS
+from ddpo_pytorch.judges.classifier import ArtifactClassifier, save_classifier
+
+PROMPTS = CAPTIONS[6:10]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def options(config: Path, **fields) -> list[str]:
+    """Flags of a script; `metric__batch_size=3` stands for --config.metric.batch_size=3."""
+    return [f"--config={config}", *(f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items())]
+
+
+def succeed(*arguments, **kwargs) -> subprocess.CompletedProcess:
+    result = run_script(*arguments, **kwargs)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def load_module(path: Path):
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_under_test", path)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, module)
+        patch.setattr(config_flags, "DEFINE_config_file", lambda *args, **kwargs: None)  # each script defines "config"
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run_main(monkeypatch):
+    """Function (script, config file, fields): run a script's main in this process. For the many ways to go wrong."""
+
+    def run(name, config_file, **fields):
+        config = load_module(config_file).get_config()
+        config.update_from_flattened_dict({key.replace("__", "."): value for key, value in fields.items()})
+        module = load_module(ROOT / "scripts" / name)
+        module.FLAGS = SimpleNamespace(config=config)
+        module.main([])
+
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    yield run
+    torch.set_num_threads(threads)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture(scope="session")
+def judges(tmp_path_factory) -> dict[int, Path]:
+    folder, paths = tmp_path_factory.mktemp("judges"), {}
+    for heads in (4, 6):
+        torch.manual_seed(heads)
+        paths[heads] = folder / f"h{heads}.safetensors"
+        save_classifier(ArtifactClassifier(LABELS[:heads], 32, "tinynet_e"), paths[heads])
+    return paths
+
+
+@pytest.fixture(scope="session")
+def config_file(tiny_pipeline_dir, judges, tmp_path_factory) -> Path:
+    """An experiment as a user writes one: config/base.py with tiny settings and a prompt file of four captions."""
+    folder = tmp_path_factory.mktemp("config")
+    (folder / "four.txt").write_text("\n".join(PROMPTS))
+    (folder / "tiny.py").write_text(f"""
+import runpy
+
+def get_config():
+    config = runpy.run_path({str(ROOT / "config" / "base.py")!r})["get_config"]()
+    config.pretrained.model = {str(tiny_pipeline_dir)!r}
+    config.mixed_precision = "no"
+    config.prompt_fn = "from_file"
+    config.prompt_fn_kwargs.path = {str(folder / "four.txt")!r}
+    config.sample.num_steps = 3
+    config.eval.num_samples_per_prompt = 3
+    config.eval.batch_size = 5
+    config.eval.classifier = {str(judges[6])!r}
+    config.metric.classifier = {str(judges[4])!r}
+    config.metric.batch_size = 4
+    return config
+""")
+    return folder / "tiny.py"

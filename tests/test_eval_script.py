@@ -1,0 +1,199 @@
+"""eval.py on a tiny model: the folder it writes, processes, kills, restarts, other settings, bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+from script_tools import PROMPTS, files_of, options, succeed
+
+from ddpo_pytorch.data.images import load_image, save_image
+from ddpo_pytorch.data.isic import folder_name, labels_of
+from ddpo_pytorch.data.sample_log import PartLog, claim_folder, logged, merge_parts, read_settings
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.generator.lora import add_lora, save_lora
+from ddpo_pytorch.generator.pipeline import load_pipeline
+from ddpo_pytorch.judges.classifier import load_classifier
+
+pytest_plugins = ["script_tools"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_pipeline_dir, tmp_path_factory) -> Path:
+    """A run folder with one LoRA checkpoint that changes the output."""
+    unet = load_pipeline(tiny_pipeline_dir).unet
+    add_lora(unet, 2, ["to_q", "to_v"], seed=0)
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(generator=torch.Generator().manual_seed(1))
+    folder = tmp_path_factory.mktemp("logs") / "run"
+    (folder / "checkpoint_3").mkdir(parents=True)
+    save_lora(unet, folder / "checkpoint_3")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def samples(config_file, run_dir, tmp_path_factory) -> Path:
+    """What one process of eval.py writes for a run folder: 4 prompts x 3 images in batches of 5."""
+    folder = tmp_path_factory.mktemp("samples") / "rl"
+    succeed("eval.py", *options(config_file, logdir=folder, load_from=run_dir))
+    return folder
+
+
+@pytest.mark.slow
+def test_eval_writes_the_sample_folder(samples, judges, run_dir):
+    log = json.loads((samples / "image_log.json").read_text())
+    assert [entry["sampleID"] for entry in log] == list(range(12))
+    expected = [(prompt, f"images/{folder_name(prompt)}/{i:05d}.png") for prompt in PROMPTS for i in range(3)]
+    assert [(entry["prompt"], entry["path_to_img"]) for entry in log] == expected
+    assert len({entry["seed"] for entry in log}) == 12
+    images = torch.stack([load_image(samples / entry["path_to_img"]) for entry in log])
+    assert images.shape == (12, 3, 64, 64) and images.std() > 0.01
+    predictions = load_classifier(judges[6]).predict(images).tolist()
+    for entry, predicted in zip(log, predictions, strict=True):
+        stated = list(labels_of(entry["prompt"]))
+        assert entry["labels"] == stated and entry["predictions"] == predicted
+        assert entry["reward"] == f"{sum(a == b for a, b in zip(stated, predicted, strict=True)) / 6:.4f}"
+    settings = read_settings(samples)
+    assert settings["seed"] == 42 and settings["prompts"] == list(PROMPTS)
+    about = json.loads((samples / "settings.json").read_text())["about"]
+    assert about["load_from"] == str(run_dir) and about["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert not list(samples.glob("*.jsonl"))
+
+
+@pytest.mark.slow
+def test_eval_two_processes_write_the_same_bytes(samples, config_file, run_dir, tmp_path):
+    succeed("eval.py", *options(config_file, logdir=tmp_path / "two", load_from=run_dir), processes=2)
+    assert files_of(tmp_path / "two") == files_of(samples)
+
+
+@pytest.mark.slow
+def test_eval_completes_a_killed_run_to_the_same_bytes(samples, config_file, run_dir, tmp_path):
+    folder = tmp_path / "killed"
+    arguments = options(config_file, logdir=folder, load_from=run_dir)
+    command = [sys.executable, "scripts/eval.py", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(folder.glob("images/*/*.png")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # what else a kill may leave behind: an image without its line, a line cut short, a temporary file
+    missing = [path for path in files_of(samples) if path.endswith(".png") and not (folder / path).exists()]
+    if missing:
+        (folder / missing[0]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(samples / missing[0], folder / missing[0])
+    with open(folder / "image_log.part0.jsonl", "a") as file:
+        file.write('{"prompt": "a dermo')
+    succeed("eval.py", *arguments, processes=2)
+    assert files_of(folder) == files_of(samples)
+
+
+@pytest.mark.slow
+def test_eval_leaves_a_finished_folder_alone_and_refuses_other_settings(samples, config_file, run_dir, run_main):
+    before = {path: path.stat().st_mtime_ns for path in samples.rglob("*.png")}
+    run_main("eval.py", config_file, logdir=str(samples), load_from=str(run_dir))
+    assert {path: path.stat().st_mtime_ns for path in samples.rglob("*.png")} == before
+    whole = files_of(samples)
+    for change, message in (
+        ({"seed": 43}, "made with seed 42, now it is 43; choose another logdir"),
+        ({"sample__num_steps": 4}, "made with num_steps 3, now it is 4"),
+        ({"load_from": ""}, "made with weights_sha256 "),
+        ({"prompt_fn": "isic_all", "prompt_fn_kwargs": {}}, "made with prompts "),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_main("eval.py", config_file, **({"logdir": str(samples), "load_from": str(run_dir)} | change))
+    assert files_of(samples) == whole
+
+
+def test_eval_more_images_keep_the_first_ones(config_file, run_main, tmp_path):
+    fields = {"eval__batch_size": 2, "sample__num_steps": 2, "eval__classifier": ""}
+    run_main("eval.py", config_file, logdir=str(tmp_path / "a"), eval__num_samples_per_prompt=1, **fields)
+    first = files_of(tmp_path / "a")
+    assert {entry["reward"] for entry in json.loads(first["image_log.json"])} == {None}
+    run_main("eval.py", config_file, logdir=str(tmp_path / "a"), eval__num_samples_per_prompt=2, **fields)
+    now = files_of(tmp_path / "a")
+    assert all(now[path] == data for path, data in first.items() if path.endswith(".png"))
+    assert len(json.loads(now["image_log.json"])) == 8
+    # the noise of an image depends on its numbers, not on its batch (its pixels then agree up to rounding)
+    run_main(
+        "eval.py",
+        config_file,
+        logdir=str(tmp_path / "b"),
+        eval__num_samples_per_prompt=2,
+        **fields | {"eval__batch_size": 7},
+    )
+    for path in (path for path in now if path.endswith(".png")):
+        difference = load_image(tmp_path / "a" / path) - load_image(tmp_path / "b" / path)
+        assert difference.abs().max() < 1.5 / 255
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"eval__batch_size": 0}, "eval.batch_size is 0; it must be at least 1"),
+        ({"eval__num_samples_per_prompt": 0}, "eval.num_samples_per_prompt is 0"),
+        ({"sample__eta": -0.5}, "sample.eta is -0.5; it must be at least 0"),
+        ({"sample__num_steps": 0}, "sample.num_steps is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"mixed_precision": "fp16"}, "mixed_precision is 'fp16', which needs a GPU"),
+        ({"prompt_fn": "nothing"}, "'nothing' is unknown; .*isic_all_idx"),
+        ({"prompt_fn_kwargs": {"path": "absent.txt"}}, "'absent.txt' does not exist"),
+        ({"load_from": "absent"}, "'absent'"),
+        ({"pretrained__model": "/absent"}, "/absent"),
+        ({"eval__classifier": "absent.pth"}, "'absent.pth' does not exist"),
+    ],
+)
+def test_eval_bad_input(fields, message, config_file, run_main, tmp_path):
+    with pytest.raises(UserError, match=message) as caught:
+        run_main("eval.py", config_file, **{"logdir": str(tmp_path / "x"), **fields})
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "x").exists()
+
+
+def test_eval_refuses_prompts_that_cannot_name_a_folder(config_file, run_main, tmp_path):
+    (tmp_path / "bad.txt").write_text("a nevus/melanoma\n")
+    with pytest.raises(UserError, match="'a nevus/melanoma' cannot name a folder"):
+        run_main(
+            "eval.py", config_file, prompt_fn_kwargs={"path": str(tmp_path / "bad.txt")}, logdir=str(tmp_path / "x")
+        )
+
+
+def test_a_folder_of_unknown_origin_is_not_touched(tmp_path):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(UserError, match="holds images but no settings.json; choose another logdir"):
+        claim_folder(tmp_path, {"seed": 1}, {})
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        claim_folder(tmp_path, {"seed": 1}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "settings.json"]
+
+
+def test_the_log_survives_torn_lines_and_counts_only_images_that_exist(tmp_path):
+    for name in ("b", "a", "c"):
+        save_image(tmp_path / f"{name}.png", torch.zeros(3, 4, 4))
+    (tmp_path / "image_log.part1.jsonl").write_text('{"path_to_img": "b.png", "x": 1}\n{"path_to_im')
+    with PartLog(tmp_path, 1) as log:
+        log.add([{"path_to_img": "a.png"}, {"path_to_img": "gone.png"}])
+    assert list(logged(tmp_path)) == ["b.png", "a.png"]
+    assert merge_parts(tmp_path, ["a.png", "b.png"]) == 2
+    entries = json.loads((tmp_path / "image_log.json").read_text())
+    assert entries == [{"sampleID": 0, "path_to_img": "a.png"}, {"sampleID": 1, "path_to_img": "b.png", "x": 1}]
+    with PartLog(tmp_path, 0) as log:
+        log.add([{"path_to_img": "c.png"}])
+    assert merge_parts(tmp_path) == 3 and not list(tmp_path.glob("*.jsonl"))
+
+
+@pytest.mark.slow
+def test_user_errors_are_one_line_and_exit_code_2(config_file, tmp_path):
+    result = run_script("eval.py", *options(config_file, pretrained__model="/absent", logdir=tmp_path / "x"))
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and len(errors) == 1 and "Traceback" not in result.stderr
+    assert not (tmp_path / "x").exists()

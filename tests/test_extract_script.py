@@ -1,0 +1,100 @@
+"""extract_dataset_latents.py on a small table: images, log and latents; one and two processes; bad input."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from script_tools import files_of, options, succeed
+
+from ddpo_pytorch.data.images import load_image, save_image
+from ddpo_pytorch.data.isic import caption_of, folder_name
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.generator.pipeline import load_pipeline
+
+pytest_plugins = ["script_tools"]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Path:
+    """Seven rows of the official columns; rows 2 and 5 have no image."""
+    folder, generator = tmp_path_factory.mktemp("isic"), torch.Generator().manual_seed(0)
+    with open(folder / "split.csv", "w", newline="") as file:
+        names = ["image", "MEL", "NV", "dark_corner", "hair", "gel_border", "gel_bubble", "ruler", "ink", "label"]
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        for row in range(7):
+            values = {
+                "hair": row % 2,
+                "gel_bubble": 0,
+                "ruler": row // 4,
+                "ink": 0,
+                "MEL": float(row < 3),
+                "NV": float(row >= 3),
+            }
+            writer.writerow({"image": f"ISIC_{row}", "dark_corner": 1, "gel_border": 0, "label": "x", **values})
+            if row not in (2, 5):
+                image = torch.rand(3, 40, 50, generator=generator)
+                save_image(folder / "image.png", image)
+                (folder / "image.png").rename(folder / f"ISIC_{row}{'_downsampled' if row == 3 else ''}.jpg")
+    return folder
+
+
+@pytest.mark.slow
+def test_extract_one_and_two_processes(table, config_file, tiny_pipeline_dir, tmp_path):
+    fields = {"dataset__csv": table / "split.csv", "dataset__data_path": table, "dataset__image_size": 64}
+    result = succeed("extract_dataset_latents.py", *options(config_file, logdir=tmp_path / "one", **fields))
+    assert "5 images" in result.stderr and "2 rows" in result.stderr
+    succeed("extract_dataset_latents.py", *options(config_file, logdir=tmp_path / "two", **fields), processes=2)
+    one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert all(one[path] == two[path] for path in one if not path.endswith(".safetensors"))
+
+    log = json.loads(one["image_log.json"])
+    assert [entry["sampleID"] for entry in log] == [0, 1, 3, 4, 6]
+    assert log[2]["prompt"] == caption_of((1, 0, 0, 0, 0, 1)) and log[2]["image"] == "ISIC_3"
+    assert log[2]["dark_corner"] == "1" and log[2]["path_to_img"] == f"images/{folder_name(log[2]['prompt'])}/3.png"
+    source = load_image(table / "ISIC_1.jpg", 64)
+    assert torch.equal(load_image(tmp_path / "one" / log[1]["path_to_img"]), source)
+
+    latents, other = (load_file(tmp_path / name / "latents.safetensors") for name in ("one", "two"))
+    assert latents["row"].tolist() == other["row"].tolist() == [0, 1, 3, 4, 6]
+    vae = load_pipeline(tiny_pipeline_dir).vae
+    with torch.no_grad():
+        posterior = vae.encode(source[None] * 2 - 1).latent_dist
+    for name, value in (("mean", posterior.mean), ("logvar", posterior.logvar)):
+        assert latents[name].dtype == torch.float16 and latents[name].shape == (5, *value.shape[1:])
+        torch.testing.assert_close(latents[name][1].float(), value[0], rtol=2e-3, atol=1e-3)
+        torch.testing.assert_close(latents[name], other[name], rtol=2e-3, atol=1e-3)
+
+
+def test_extract_without_a_model_stores_images_only_and_does_not_repeat_itself(table, config_file, run_main, tmp_path):
+    fields = {"dataset__csv": str(table / "split.csv"), "dataset__data_path": str(table), "dataset__image_size": 32}
+    fields |= {"pretrained__model": "", "dataset__limit": 3, "logdir": str(tmp_path / "x")}
+    run_main("extract_dataset_latents.py", config_file, **fields)
+    whole = files_of(tmp_path / "x")
+    assert sum(path.endswith(".png") for path in whole) == 3 and "latents.safetensors" not in whole
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*")}
+    run_main("extract_dataset_latents.py", config_file, **fields)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*")} == stamps
+    with pytest.raises(UserError, match="made with image_size 32, now it is 64; choose another logdir"):
+        run_main("extract_dataset_latents.py", config_file, **fields | {"dataset__image_size": 64})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dataset__csv": ""}, "dataset.csv is ''"),
+        ({"dataset__csv": "absent.csv"}, "'absent.csv' does not exist"),
+        ({"dataset__data_path": "absent"}, "'absent' does not exist"),
+        ({"dataset__image_size": 0}, "dataset.image_size is 0"),
+        ({"pretrained__model": "/absent"}, "/absent"),
+    ],
+)
+def test_extract_bad_input(fields, message, table, config_file, run_main, tmp_path):
+    usual = {"dataset__csv": str(table / "split.csv"), "dataset__data_path": str(table), "dataset__image_size": 64}
+    with pytest.raises(UserError, match=message):
+        run_main("extract_dataset_latents.py", config_file, **{"logdir": str(tmp_path / "x"), **usual, **fields})
+    assert not (tmp_path / "x").exists()

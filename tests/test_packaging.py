@@ -1,0 +1,62 @@
+"""The wheel holds every module and asset, and exactly the imported packages are declared."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import ROOT
+
+# distribution by import name, where they differ
+DISTRIBUTIONS = {
+    "absl": "absl-py",
+    "PIL": "pillow",
+    "torch_fidelity": "torch-fidelity",
+    "huggingface_hub": "huggingface-hub",
+}
+OPTIONAL = {"bitsandbytes"}
+COMMANDS = {"gdown"}
+
+
+def declared() -> set[str]:
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    (keyword,) = [
+        k for node in ast.walk(tree) if isinstance(node, ast.Call) for k in node.keywords if k.arg == "install_requires"
+    ]
+    return {requirement.split(">")[0] for requirement in ast.literal_eval(keyword.value)}
+
+
+def test_declared_is_what_is_imported():
+    imported = set()
+    for folder in ("ddpo_pytorch", "scripts", "config"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    imported.add(node.module.split(".")[0])
+    imported -= set(sys.stdlib_module_names) | {"ddpo_pytorch"} | OPTIONAL
+    assert {DISTRIBUTIONS.get(name, name) for name in imported} | COMMANDS == declared()
+
+
+@pytest.mark.slow
+def test_wheel_is_complete(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        ".",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(tmp_path),
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("rl4med_ddpo-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    package = ROOT / "ddpo_pytorch"
+    files = [p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    assert {str(path.relative_to(ROOT)) for path in files} <= names
