@@ -18,6 +18,7 @@ from torch import nn
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.lora import FILE_NAMES, has_lora, load_lora, save_lora
 from ddpo_pytorch.generator.pipeline import replace_unet_weights
+from ddpo_pytorch.published import resolve
 
 UNET_FILE = "unet.safetensors"
 STATE_FILE = "optimizer.pt"
@@ -50,7 +51,7 @@ def find_weights(path: str | Path) -> Path:
     `path` may be a file, a checkpoint folder (also a published one), or a run folder, of which the newest checkpoint is
     taken. Raises UserError naming what was looked for.
     """
-    path = Path(path)
+    path = resolve(path)
     if path.is_file():
         return path
     names = (*FILE_NAMES, UNET_FILE)

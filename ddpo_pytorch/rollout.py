@@ -26,6 +26,7 @@ class Stream(IntEnum):
     ORDER = 2
     TIMESTEPS = 3
     GRID = 4
+    EVALUATION = 5
 
 
 def derived_seed(seed: int, stream: Stream, *progress: int) -> int:

@@ -37,6 +37,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
         # an unknown experiment or field, or a value of the wrong type. What a configuration file raises arrives wrapped
         # in a traceback, whose last line says it.
         message = str(error).strip().splitlines()
+        if isinstance(error, KeyError):
+            _fail(UserError(f"the configuration has no field {error}; config/base.py lists all of them"))
         _fail(UserError(message[-1]) if any("Traceback" in line for line in message) else error)
 
 

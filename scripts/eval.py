@@ -29,16 +29,13 @@ from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.pipeline import PromptTable, load_pipeline
 from ddpo_pytorch.prompts import all_prompts
 from ddpo_pytorch.rewards import RewardFn, isic_classifier_reward
-from ddpo_pytorch.rollout import derived_seed
+from ddpo_pytorch.rollout import Stream, derived_seed
 from ddpo_pytorch.run import DTYPES, cli, make_accelerator
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", "config/base.py", "Sampling for evaluation.")
 
 logger = logging.getLogger(__name__)
-
-# random stream of evaluation noise, beside those of training (rollout.Stream).
-EVAL_STREAM = 5
 
 
 class Job(NamedTuple):
@@ -60,7 +57,7 @@ def plan(config: ConfigDict) -> list[Job]:
             raise UserError(f"prompt {prompt!r} cannot name a folder; use at most 255 bytes, no '/' and no leading '.'")
         for index in range(count):
             path = f"images/{folder}/{index:05d}.png"
-            jobs.append(Job(prompt, metadata, path, derived_seed(config.seed, EVAL_STREAM, number, index)))
+            jobs.append(Job(prompt, metadata, path, derived_seed(config.seed, Stream.EVALUATION, number, index)))
     return jobs
 
 

@@ -91,3 +91,8 @@ def test_files_that_are_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "pickle-was-executed").exists()
     with pytest.raises(UserError, match="unknown to timm"):
         ArtifactClassifier(arch="efficientnet_zero")
+
+
+def test_the_other_published_spelling_is_found(tmp_path):
+    published_file(tmp_path / "artifact_classifier_test_H4.pth", 4)
+    assert len(load_classifier(tmp_path / "artifact_classifier_train_H4.pth").labels) == 4

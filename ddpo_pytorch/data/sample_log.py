@@ -101,15 +101,16 @@ def _parts(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def merge_parts(folder: str | Path, order: Sequence[str] = ()) -> int:
-    """Write all entries to `image_log.json` and remove the parts; returns their number.
+    """Write all entries to `image_log.json`, remove the parts and what kills left half-written; returns the number.
 
-    Entries are sorted as their paths are in `order` (others behind, by path) and numbered: sampleID 0, 1, ...
+    For one process, when none writes any more. Entries are sorted as their paths are in `order` (others behind, by
+    path) and numbered: sampleID 0, 1, ...
     """
     entries, rank = logged(folder), {path: number for number, path in enumerate(order)}
     paths = sorted(entries, key=lambda path: (rank.get(path, len(rank)), path))
     write_log(folder, [{"sampleID": number, **_unnumbered(entries[path])} for number, path in enumerate(paths)])
-    for part in Path(folder).glob(PARTS):
-        part.unlink()
+    for leftover in [*Path(folder).glob(PARTS), *Path(folder).glob("images/*/.*.tmp")]:
+        leftover.unlink()
     return len(paths)
 
 

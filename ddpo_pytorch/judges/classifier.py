@@ -17,6 +17,7 @@ from torchvision.models import efficientnet_b0
 
 from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.published import resolve
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -93,7 +94,7 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> Art
 
     Raises UserError for a missing file, a pickle that holds more than plain tensors, or weights of another shape.
     """
-    path = Path(path)
+    path = resolve(path)
     if not path.is_file():
         raise UserError(
             f"classifier {str(path)!r} does not exist; train one with scripts/train_isic_classifier.py or fetch the "
