@@ -15,7 +15,7 @@ from absl import flags
 from accelerate import Accelerator
 from ml_collections import ConfigDict, config_flags
 
-from ddpo_pytorch.data.images import list_samples, load_image
+from ddpo_pytorch.data.images import list_samples, load_image, read_log
 from ddpo_pytorch.data.isic import CAPTIONS, caption_of_folder, folder_name
 from ddpo_pytorch.data.sample_log import read_settings
 from ddpo_pytorch.errors import UserError
@@ -85,6 +85,7 @@ def evaluate(
         "FID": measured.distance(real_side, "FID"),
         "LPIPS": weighted_mean(sums),
         "FD_judge": measured.distance(real_side, "FD_judge"),
+        "reward": mean_reward(folder),
         "LPIPS_pairs": int(sums[:, 1].sum()),
         "label_accuracy": counts.label_accuracy(),
         "APR_by_prompt": counts.apr_by_prompt(),
@@ -92,6 +93,12 @@ def evaluate(
         "images_by_prompt": counts.images_by_prompt(),
         "made_with": read_settings(folder),
     }
+
+
+def mean_reward(folder: str) -> float | None:
+    """Mean of the rewards that eval.py logged for the folder's images; None if it had no classifier."""
+    rewards = [float(entry["reward"]) for entry in read_log(folder) if entry.get("reward") is not None]
+    return sum(rewards) / len(rewards) if rewards else None
 
 
 def write(config: ConfigDict, result: dict, tables: dict[str, str]) -> None:

@@ -76,7 +76,7 @@ def test_metric_one_and_two_processes(sets, alexnet, judges, config_file, tmp_pa
     assert results[0]["real"]["images"] == 13 and results[0]["settings"]["seed"] == 42
     tables = [(tmp_path / "one" / f"{name}.md").read_text() for name in ("table2", "table3")]
     assert all(table in one.stdout for table in tables)
-    assert "# Real Sample" in tables[0] and tables[1].count("n/a") == 2
+    assert "# Real Sample" in tables[0] and tables[1].count("n/a") == 4  # FID and reward of two sets
     line = json.loads((tmp_path / "one" / "metrics_log.jsonl").read_text())
     values = results[0]["models"]["SD+RL"]
     assert line == {"metrics": {"APR_m": values["APR"], "LPIPS": values["LPIPS"], "FID": None}}

@@ -227,7 +227,7 @@ def test_pairs_depend_on_the_seed_and_on_nothing_else():
 
 
 def test_tables_have_the_papers_layout():
-    base = {"APR": 0.1828, "FID": 121.47, "LPIPS": 0.6, "FD_judge": None, "images": 32000}
+    base = {"APR": 0.1828, "FID": 121.47, "LPIPS": 0.6, "FD_judge": None, "reward": 0.8, "images": 32000}
     base["APR_by_prompt"] = {CAPTIONS[8]: 0.6374, CAPTIONS[1]: 0.002, CAPTIONS[18]: 0.8}
     tuned = base | {"APR": 0.6314, "FID": None, "FD_judge": 0.123456, "APR_by_prompt": {}}
     rows = [
@@ -246,6 +246,7 @@ def test_tables_have_the_papers_layout():
         "121.47",
         "0.600",
         "n/a",
+        "0.800",
         "32000",
     ]
     assert [cell.strip() for cell in lines[3].strip("|").split("|")] == [

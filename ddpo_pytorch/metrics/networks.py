@@ -33,7 +33,7 @@ def inception_features(
     """Function from images (B, 3, H, W) in [0, 1] to the 2048 pooled features of FID's Inception V3, or None.
 
     It is torch-fidelity's port: quantised to 8 bits, resized to 299 px bilinearly without antialiasing as TensorFlow 1
-    did, i.e. the features behind published FIDs (torchmetrics resizes with antialiasing since 1.7, which gives others).
+    did, i.e. the features behind published FIDs (torchmetrics now resizes with antialiasing, which gives others).
     """
     path = weight_file(option, URL_INCEPTION_V3, "FID", "--config.metric.inception")
     if path is None:

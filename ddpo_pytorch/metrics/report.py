@@ -28,8 +28,8 @@ def table2(models: Mapping[str, Mapping], real_images: Mapping[str, int] | None 
 
 
 def table3(models: Mapping[str, Mapping]) -> str:
-    """APR (%), FID, LPIPS and FD-judge over all captions: a row a model. `models`: metrics by model name."""
-    header = ["Model", "APR ↑ (%)", "FID ↓", "LPIPS ↓", "FD-judge ↓", "Images"]
+    """APR (%), FID, LPIPS, FD-judge and mean reward over all captions: a row a model. `models`: metrics by name."""
+    header = ["Model", "APR ↑ (%)", "FID ↓", "LPIPS ↓", "FD-judge ↓", "Reward ↑", "Images"]
     rows = [
         [
             name,
@@ -37,6 +37,7 @@ def table3(models: Mapping[str, Mapping]) -> str:
             _number(values["FID"], ".2f"),
             _number(values["LPIPS"], ".3f"),
             _number(values["FD_judge"], ".4g"),  # the scale of its features is the judge's own
+            _number(values["reward"], ".3f"),
             str(values["images"]),
         ]
         for name, values in models.items()
