@@ -255,6 +255,7 @@ def test_tables_have_the_papers_layout():
         "n/a",
         "0.600",
         "0.1235",
+        "0.800",
         "32000",
     ]
     assert len({len(line) for line in lines}) == 1
