@@ -2,8 +2,8 @@
 
     accelerate launch --num_processes 1 scripts/metric.py --config config/dgx.py:evaluate_metric_rl
 
-Prints the paper's tables and writes metrics.json, table2.md and table3.md to `metric.output`, where the official line
-{"metrics": {"APR_m", "LPIPS", "FID"}} is appended to metrics_log.jsonl. Any number of processes gives the same numbers.
+Prints the paper's tables and writes metrics.json, table2.md, table3.md and comparison.png to `metric.output`,
+where the official line {"metrics": {"APR_m", "LPIPS", "FID"}} is appended to metrics_log.jsonl. Any number of processes gives the same numbers.
 """
 
 import json
@@ -23,7 +23,7 @@ from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.metrics.fidelity import lpips_by_prompt, weighted_mean
 from ddpo_pytorch.metrics.measure import Instruments, Measured, Samples, lpips_sums, measure
 from ddpo_pytorch.metrics.networks import inception_features, lpips_distance
-from ddpo_pytorch.metrics.report import table2, table3
+from ddpo_pytorch.metrics.report import comparison, table2, table3
 from ddpo_pytorch.run import cli, make_accelerator
 
 FLAGS = flags.FLAGS
@@ -139,6 +139,7 @@ def main(_) -> None:
         real_images = real_side.counts.images_by_prompt() if real_side else None
         tables = {"table2": table2(models, real_images), "table3": table3(models)}
         write(config, result, tables)
+        comparison(sets).save(Path(metric.output) / "comparison.png")
         print(f"Table 2\n\n{tables['table2']}\nTable 3\n\n{tables['table3']}")  # the product of this command
         logger.info("written to %s", metric.output)
     accelerator.end_training()

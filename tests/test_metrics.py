@@ -12,7 +12,8 @@ import torch_fidelity.feature_extractor_inceptionv3 as inception_module
 import torchvision
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of
+from ddpo_pytorch.data.images import list_samples, save_image
+from ddpo_pytorch.data.isic import CAPTIONS, LABELS, folder_name, labels_of
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.metrics.alignment import count_alignment
 from ddpo_pytorch.metrics.fidelity import (
@@ -25,7 +26,7 @@ from ddpo_pytorch.metrics.fidelity import (
     weighted_mean,
 )
 from ddpo_pytorch.metrics.networks import URL_ALEXNET, inception_features, lpips_distance, weight_file
-from ddpo_pytorch.metrics.report import table2, table3
+from ddpo_pytorch.metrics.report import comparison, table2, table3
 
 
 def seeded(seed):
@@ -259,3 +260,14 @@ def test_tables_have_the_papers_layout():
         "32000",
     ]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_comparison_puts_the_same_captions_below_each_other(tmp_path):
+    sets = {}
+    for name, value in (("SD", 0.2), ("SD+RL", 0.8)):
+        for caption in CAPTIONS[:9]:
+            save_image(tmp_path / name / "images" / folder_name(caption) / "0.png", torch.full((3, 8, 8), value))
+        sets[name] = list_samples(tmp_path / name)
+    sheet = np.asarray(comparison(sets))
+    assert sheet.shape == (4 * 12, 8 * 5 + 8 * 10 + 2, 3)  # two rows of captions for each set
+    assert [int(sheet[row * 12 + 6, 46, 0]) for row in range(4)] == [51, 204, 51, 204]

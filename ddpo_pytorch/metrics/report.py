@@ -1,8 +1,13 @@
-"""The paper's tables 2 and 3 as Markdown. A value that could not be measured is "n/a"."""
+"""The paper's tables 2 and 3 as Markdown ("n/a" is what could not be measured), and pictures of sets side by side."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from ddpo_pytorch.data.isic import SINGLE_ARTIFACT_CAPTIONS
+import torch
+from PIL import Image, ImageDraw
+
+from ddpo_pytorch.data.images import image_grid, load_image
+from ddpo_pytorch.data.isic import CAPTIONS, SINGLE_ARTIFACT_CAPTIONS
 
 # the paper's column order and titles of table 2.
 ARTIFACT_TITLES = {"hair": "Hair", "gel_bubble": "Gel", "ink": "Ink", "ruler": "Ruler"}
@@ -43,6 +48,30 @@ def table3(models: Mapping[str, Mapping]) -> str:
         for name, values in models.items()
     ]
     return _markdown(header, rows)
+
+
+def comparison(sets: Mapping[str, Sequence[tuple[Path, str]]], columns: int = 8) -> Image.Image:
+    """The first image of every caption, a row a set, the sets' rows for the same captions below each other.
+
+    `sets`: (file, caption) by model name, as `list_samples` gives them. The names stand at the left of their rows.
+    """
+    first = {name: {caption: path for path, caption in reversed(samples)} for name, samples in sets.items()}
+    captions = [caption for caption in CAPTIONS if all(caption in paths for paths in first.values())]
+    blocks = []
+    for start in range(0, len(captions), columns):
+        for name, paths in first.items():
+            images = [load_image(paths[caption]) for caption in captions[start : start + columns]]
+            blocks.append((name, image_grid(torch.stack(images), columns)))
+    if not blocks:
+        return Image.new("RGB", (1, 1), (255, 255, 255))
+    width = max(8 * len(name) for name in first)
+    sheet = Image.new("RGB", (width + blocks[0][1].width, sum(grid.height for _, grid in blocks)), (255, 255, 255))
+    top = 0
+    for name, grid in blocks:
+        sheet.paste(grid, (width, top))
+        ImageDraw.Draw(sheet).text((2, top + grid.height // 2 - 5), name, fill=(0, 0, 0))
+        top += grid.height
+    return sheet
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
