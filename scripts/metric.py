@@ -2,8 +2,9 @@
 
     accelerate launch --num_processes 1 scripts/metric.py --config config/dgx.py:evaluate_metric_rl
 
-Prints the paper's tables and writes metrics.json, table2.md, table3.md and comparison.png to `metric.output`,
-where the official line {"metrics": {"APR_m", "LPIPS", "FID"}} is appended to metrics_log.jsonl. Any number of processes gives the same numbers.
+Prints the paper's tables and writes metrics.json, table2.md, table3.md and comparison.png to `metric.output`, where the
+official line {"metrics": {"APR_m", "LPIPS", "FID"}} is appended to metrics_log.jsonl. Any number of processes gives the
+same numbers.
 """
 
 import json
