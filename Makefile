@@ -5,7 +5,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_OFFLINE := 1
-RUN ?= demo-$(shell date +%Y%m%d-%H%M%S)
+ifndef RUN
+RUN := demo-$(shell date +%Y%m%d-%H%M%S)
+endif
 OUT := rl4med-out/mini
 MINI := config/mini.py
 

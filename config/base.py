@@ -27,7 +27,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # all randomness (prompts, noise, shuffles, LoRA init) is a function of (seed, epoch, sample index).
     config.seed = 42
     # folder that holds run folders (train.py), or the one to write into (eval.py, extract_dataset_latents.py).
-    config.logdir = "logs"
+    config.logdir = config.get_ref("base_log_path") + "/logs"
     # number of RL epochs. One epoch is one round of sampling followed by training on those samples.
     config.num_epochs = 100
     # epochs between checkpoints (and fixed-seed sample grids).
@@ -144,7 +144,9 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     config.reward_fn_kwargs = ml_collections.ConfigDict()
     config.reward_fn_kwargs.isic_classifier_reward = ml_collections.ConfigDict()
     # H=6 attribute classifier that gives the reward.
-    config.reward_fn_kwargs.isic_classifier_reward.classifier = "rl4med-out/published/artifact_classifier_train_H6.pth"
+    config.reward_fn_kwargs.isic_classifier_reward.classifier = (
+        config.get_ref("base_log_path") + "/published/artifact_classifier_train_H6.pth"
+    )
 
     ###### Per-prompt statistics ######
     config.per_prompt_stat_tracking = ml_collections.ConfigDict()

@@ -148,5 +148,5 @@ def evaluate_metric_rl():
     return config
 
 
-def get_config(name):
+def get_config(name=""):
     return base.choose(globals(), name)

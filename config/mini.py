@@ -96,6 +96,12 @@ def prompt_image_alignment_classifier_isic():
     return config
 
 
+# small enough for any GPU: the names of config/dgx.py mean the same here.
+prompt_image_alignment_classifier_isic_16gb = prompt_image_alignment_classifier_isic
+prompt_image_alignment_classifier_isic_24gb = prompt_image_alignment_classifier_isic
+prompt_image_alignment_classifier_isic_80gb = prompt_image_alignment_classifier_isic
+
+
 def prompt_image_alignment_classifier_isic_eval():
     """16 images for each of the 32 captions from the base model."""
     config = model_and_dataset_configs(dgx.prompt_image_alignment_classifier_isic_eval())
@@ -129,5 +135,5 @@ def evaluate_metric_rl():
     return config
 
 
-def get_config(name):
+def get_config(name=""):
     return dgx.base.choose(globals(), name)

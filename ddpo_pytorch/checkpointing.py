@@ -6,12 +6,14 @@ state is plain tensors, progress is JSON. Random states are not saved: all rando
 
 import json
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -65,11 +67,19 @@ def find_weights(path: str | Path) -> Path:
 def load_weights(unet: nn.Module, path: str | Path) -> Path:
     """Load LoRA or full UNet weights, whichever `path` holds, and return the file they came from."""
     file = find_weights(path)
-    if file.name in FILE_NAMES or "lora" in file.name:
-        load_lora(unet, file)
-    else:
+    if file.suffix == ".safetensors" and not _is_lora(file):
         replace_unet_weights(unet, file)
+    else:
+        load_lora(unet, file)
     return file
+
+
+def _is_lora(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return any("lora" in key for key in weights.keys())  # noqa: SIM118 (safe_open is not a dict)
+    except SafetensorError:
+        return "lora" in file.name  # let the loader that fits the name say what is wrong with it
 
 
 def save_checkpoint(
@@ -96,13 +106,27 @@ def save_checkpoint(
 def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler: Any) -> dict:
     """Restore weights, optimizer and gradient scaler; return the progress that was saved with them."""
     folder = Path(folder)
-    load_weights(unet, folder)
     if not (folder / STATE_FILE).is_file() or not (folder / PROGRESS_FILE).is_file():
         raise UserError(
             f"{str(folder)!r} lacks {STATE_FILE} or {PROGRESS_FILE}; only checkpoints of train.py can be resumed"
         )
-    state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    if scaler is not None and state["scaler"] is not None:
-        scaler.load_state_dict(state["scaler"])
-    return json.loads((folder / PROGRESS_FILE).read_text())
+    if (folder / UNET_FILE).is_file() == has_lora(unet):
+        held = "a full UNet" if has_lora(unet) else "LoRA adapters"
+        raise UserError(
+            f"{str(folder)!r} holds {held}, which does not fit use_lora={has_lora(unet)}; change that setting"
+        )
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    try:
+        progress = json.loads((folder / PROGRESS_FILE).read_text())
+        state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        load_weights(unet, folder)
+        optimizer.load_state_dict(state["optimizer"])
+        if scaler is not None and state["scaler"] is not None:
+            scaler.load_state_dict(state["scaler"])
+    except (ValueError, KeyError, RuntimeError, OSError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{str(folder)!r} cannot be resumed ({reason}); resume from another checkpoint") from error
+    # the optimizer's memory comes from the checkpoint, learning rate and the like from the configuration.
+    for group, current in zip(optimizer.param_groups, settings, strict=True):
+        group.update(current)
+    return progress

@@ -32,13 +32,16 @@ def cli(main: Callable[[list[str]], None]) -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
-    except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError) as error:
-        # an unknown experiment or field, or a value of the wrong type. What a configuration file raises arrives wrapped
-        # in a traceback, whose last line says it.
+        remaining = flags.FLAGS(argv)
+        if "config" in flags.FLAGS:
+            _ = flags.FLAGS.config  # a configuration file that does not exist is noticed only here
+        return remaining
+    except (AttributeError, KeyError) as error:
+        field = str(error.args[0] if error.args else error).strip().splitlines()[0]
+        _fail(UserError(f"the configuration has no such field: {field}; config/base.py lists all of them"))
+    except (flags.Error, UserError, TypeError, ValueError, OSError) as error:
+        # what a configuration file raises arrives wrapped in a traceback, whose last line says it.
         message = str(error).strip().splitlines()
-        if isinstance(error, KeyError):
-            _fail(UserError(f"the configuration has no field {error}; config/base.py lists all of them"))
         _fail(UserError(message[-1]) if any("Traceback" in line for line in message) else error)
 
 
@@ -76,20 +79,26 @@ def make_accelerator(
         )
     if on_cpu:
         # launchers set one thread a process; share the cores instead.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
     return Accelerator(
         cpu=on_cpu, mixed_precision=mixed_precision, gradient_accumulation_steps=gradient_accumulation_steps
     )
 
 
 class JsonLines:
-    """An append-only file of one JSON object a line; silent on every process but the main one."""
+    """An append-only file of one JSON object a line; silent on every process but the main one.
 
-    def __init__(self, path: str | Path, active: bool = True):
+    `keep` are the lines of an existing file that stay: a resumed run repeats the epochs after its checkpoint.
+    """
+
+    def __init__(self, path: str | Path, active: bool = True, keep: int | None = None):
         self.path, self.active = Path(path), active
         if active:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if keep is not None and self.path.is_file():
+                self.path.write_text("".join(self.path.read_text().splitlines(keepends=True)[:keep]))
 
     def write(self, entry: dict) -> None:
         if self.active:
@@ -162,9 +171,21 @@ def check_training(config: ConfigDict) -> None:
         raise UserError("train.kl_coef needs use_lora=True: the base model is the UNet with its adapters off")
     if config.train.advantage not in ("per_prompt", "group", "global"):
         raise UserError(f"train.advantage is {config.train.advantage!r}; allowed are per_prompt, group and global")
-    for name in ("save_freq", "num_checkpoint_limit", "num_epochs"):
-        if config[name] < 1:
-            raise UserError(f"{name} is {config[name]}; it must be 1 or more")
+    if config.wandb not in ("auto", "disabled"):
+        raise UserError(f"wandb is {config.wandb!r}; allowed are 'auto' and 'disabled'")
+    for name, least in (
+        ("seed", 0),
+        ("num_epochs", 1),
+        ("save_freq", 1),
+        ("num_checkpoint_limit", 1),
+        ("per_prompt_stat_tracking.buffer_size", 1),
+        ("per_prompt_stat_tracking.min_count", 1),
+    ):
+        if config[name] < least:
+            raise UserError(f"{name} is {config[name]}; it must be {least} or more")
+    for name in ("learning_rate", "clip_range", "adv_clip_max", "max_grad_norm"):
+        if not config.train[name] > 0:
+            raise UserError(f"train.{name} is {config.train[name]}; it must be above 0")
 
 
 class RewardPlateau:
@@ -197,7 +218,7 @@ def open_run(accelerator: Accelerator, logdir: str, run_name: str, resume_from: 
     """
     if resume_from:
         checkpoint = find_checkpoint(resume_from)
-        newest = checkpoints(checkpoint.parent)[-1]
+        newest = (checkpoints(checkpoint.parent) or [checkpoint])[-1]
         if newest.name != checkpoint.name:
             raise UserError(
                 f"{str(checkpoint)!r} is not the newest checkpoint of its run; continuing would overwrite "
@@ -221,8 +242,6 @@ def start_wandb(mode: str, project: str, run_dir: Path, config: dict, run_id: st
     """A Weights & Biases run, or None when `mode` is "disabled". Without a key it records offline and never asks."""
     if mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
         return None
-    if mode != "auto":
-        raise UserError(f"wandb is {mode!r}; allowed are 'auto' and 'disabled'")
     import wandb  # here, so that training also runs where it is not installed
 
     if "WANDB_MODE" not in os.environ and not _has_wandb_key():
@@ -250,4 +269,5 @@ def peak_memory_gib() -> float:
     """Peak memory of this process so far: of the GPU where there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -26,7 +26,7 @@ from ddpo_pytorch.data.isic import folder_name
 from ddpo_pytorch.data.sample_log import PartLog, claim_folder, logged, merge_parts
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.generator.pipeline import PromptTable, load_pipeline
+from ddpo_pytorch.generator.pipeline import PromptTable, load_pipeline, set_schedule
 from ddpo_pytorch.prompts import all_prompts
 from ddpo_pytorch.rewards import RewardFn, isic_classifier_reward
 from ddpo_pytorch.rollout import Stream, derived_seed
@@ -83,6 +83,7 @@ def load_model(config: ConfigDict, device: torch.device) -> StableDiffusionPipel
     else:
         logger.info("sampling from the base model (load_from is empty)")
     pipe.set_progress_bar_config(disable=True)
+    set_schedule(pipe, config.sample.num_steps)
     return pipe
 
 

@@ -86,7 +86,7 @@ def evaluate(
         "FID": measured.distance(real_side, "FID"),
         "LPIPS": weighted_mean(sums),
         "FD_judge": measured.distance(real_side, "FD_judge"),
-        "reward": mean_reward(folder),
+        "reward": mean_reward(folder, {caption for _, caption in fake}),
         "LPIPS_pairs": int(sums[:, 1].sum()),
         "label_accuracy": counts.label_accuracy(),
         "APR_by_prompt": counts.apr_by_prompt(),
@@ -96,9 +96,10 @@ def evaluate(
     }
 
 
-def mean_reward(folder: str) -> float | None:
-    """Mean of the rewards that eval.py logged for the folder's images; None if it had no classifier."""
-    rewards = [float(entry["reward"]) for entry in read_log(folder) if entry.get("reward") is not None]
+def mean_reward(folder: str, captions: set[str]) -> float | None:
+    """Mean of the rewards that eval.py logged for images of these captions; None if it had no classifier."""
+    entries = [entry for entry in read_log(folder) if entry["prompt"] in captions]
+    rewards = [float(entry["reward"]) for entry in entries if entry.get("reward") is not None]
     return sum(rewards) / len(rewards) if rewards else None
 
 

@@ -25,8 +25,9 @@ from tqdm.auto import tqdm
 from ddpo_pytorch.checkpointing import load_checkpoint, save_checkpoint
 from ddpo_pytorch.data.images import image_grid
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import check_schedule, ddim_step_with_logprob
+from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.lora import add_lora, disabled_lora
-from ddpo_pytorch.generator.pipeline import PromptTable, guided_noise_prediction, load_pipeline
+from ddpo_pytorch.generator.pipeline import PromptTable, guided_noise_prediction, load_pipeline, set_schedule
 from ddpo_pytorch.ppo import make_optimizer, ppo_loss, step_kl
 from ddpo_pytorch.prompts import get_prompt_fn
 from ddpo_pytorch.rewards import RewardFn, build_reward
@@ -87,11 +88,13 @@ def train(config: ConfigDict) -> Path:
     prompt_fn = get_prompt_fn(config.prompt_fn, **config.prompt_fn_kwargs)
     reward_fn = build_reward(config.reward_fn, config.reward_fn_kwargs.to_dict(), accelerator.device)
 
+    draw_prompts(prompt_fn, config.seed, 0, 1)  # a prompt file that cannot be read is told before anything is written
+
     ###### policy: the UNet, or adapters on it ######
     pretrained, dtype = config.pretrained, DTYPES[config.mixed_precision]
     pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, dtype, accelerator.device)
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler.set_timesteps(config.sample.num_steps, device=accelerator.device)
+    set_schedule(pipe, config.sample.num_steps)
     check_schedule(pipe.scheduler, config.sample.eta)
     if config.use_lora:
         add_lora(pipe.unet, config.train.lora_rank, config.train.lora_targets, config.seed)
@@ -112,9 +115,10 @@ def train(config: ConfigDict) -> Path:
         tracker.load_state_dict(progress["tracker"])
         plateau.load_state_dict(progress["plateau"])
         logger.info("resumed from %s after %d epochs", checkpoint, progress["epoch"])
-    log, wandb_run = JsonLines(run_dir / "metrics.jsonl", accelerator.is_main_process), None
+    log, wandb_run = JsonLines(run_dir / "metrics.jsonl", accelerator.is_main_process, keep=progress["epoch"]), None
     if accelerator.is_main_process:
-        (run_dir / "config.json").write_text(config.to_json_best_effort(indent=1))
+        name = "config.json" if checkpoint is None else f"config_{progress['epoch']:04d}.json"
+        (run_dir / name).write_text(config.to_json_best_effort(indent=1))
         wandb_run = start_wandb(config.wandb, config.wandb_project, run_dir, config.to_dict(), progress["wandb_id"])
         progress["wandb_id"] = wandb_run.id if wandb_run else None
     logger.info("run folder %s; %s", run_dir, geometry.describe())
@@ -190,6 +194,10 @@ def sample_and_score(run: Run, epoch: int, prompts: list[str], metadata: list) -
             images, batch = sample_trajectories(
                 run.pipe, run.table, texts, noise, sample.num_steps, sample.guidance_scale, sample.eta
             )
+        if not batch.log_probs.isfinite().all() or not images.isfinite().all():
+            raise UserError(
+                f"epoch {epoch}: a sample is not finite; lower train.learning_rate, or use mixed_precision bf16 or no"
+            )
         trajectories.append(batch)
         scores.append(run.executor.submit(run.reward_fn, images, texts, about))
     rewards = np.concatenate([score.result()[0] for score in scores])
@@ -197,7 +205,7 @@ def sample_and_score(run: Run, epoch: int, prompts: list[str], metadata: list) -
 
 
 def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor) -> dict[str, float]:
-    """PPO on the epoch's samples, with the advantages of all processes. Returns statistics averaged over processes."""
+    """PPO on the epoch's samples, with the advantages of all processes. Returns statistics, averaged likewise."""
     config, train, geometry, accelerator = run.config, run.config.train, run.geometry, run.accelerator
     statistics, grad_norms = [], []
     first_ratio_deviation = torch.zeros((), device=accelerator.device)

@@ -31,9 +31,9 @@ flags.DEFINE_string("data_path", None, "folder of <image>.jpg files", required=T
 flags.DEFINE_enum(
     "num_classes", "4", ["4", "6"], "4: the artifacts (the judge); 6: artifacts and diseases (the reward)"
 )
-flags.DEFINE_string("train_csv", "splits/isic2019_train.csv", "training split")
-flags.DEFINE_string("val_csv", "splits/isic2019_val.csv", "validation split")
-flags.DEFINE_string("test_csv", "splits/isic2019_test.csv", "test split")
+flags.DEFINE_string("train_csv", "rl4med-out/data/splits/isic2019_train.csv", "training split")
+flags.DEFINE_string("val_csv", "rl4med-out/data/splits/isic2019_val.csv", "validation split")
+flags.DEFINE_string("test_csv", "rl4med-out/data/splits/isic2019_test.csv", "test split")
 flags.DEFINE_string("checkpoint_dir", "rl4med-out/classifier", "folder for the classifier and its reports")
 flags.DEFINE_string(
     "checkpoint", "", "classifier to start from (train) or to test; by default the one in checkpoint_dir"
@@ -69,9 +69,16 @@ def random_flips(images: torch.Tensor) -> torch.Tensor:
     return images
 
 
+def check_heads(model: ArtifactClassifier, num_classes: int) -> None:
+    if len(model.labels) != num_classes:
+        raise UserError(f"the checkpoint has {len(model.labels)} heads, --num_classes is {num_classes}; give the same")
+
+
 def build_model(num_classes: int) -> ArtifactClassifier:
     if FLAGS.checkpoint:
-        return load_classifier(FLAGS.checkpoint).requires_grad_(True)
+        model = load_classifier(FLAGS.checkpoint).requires_grad_(True)
+        check_heads(model, num_classes)
+        return model
     try:
         return ArtifactClassifier(LABELS[:num_classes], FLAGS.image_size, FLAGS.arch, FLAGS.weights == "imagenet")
     except (OSError, RuntimeError) as error:
@@ -163,8 +170,7 @@ def report(logits: torch.Tensor, labels: torch.Tensor, names: tuple[str, ...]) -
 def test(accelerator: Accelerator, num_classes: int, output: Path) -> None:
     path = Path(FLAGS.checkpoint or output)
     model = load_classifier(path, accelerator.device)
-    if len(model.labels) != num_classes:
-        raise UserError(f"{str(path)!r} has {len(model.labels)} heads, --num_classes is {num_classes}; give the same")
+    check_heads(model, num_classes)
     batches = accelerator.prepare(loader(FLAGS.test_csv, model.image_size, num_classes, train=False))
     rows = report(*evaluate(accelerator, model, model, batches), model.labels)
     if accelerator.is_main_process:

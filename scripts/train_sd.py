@@ -63,9 +63,10 @@ class NoiseLoss(nn.Module):
         timesteps = torch.randint(self.schedule.config.num_train_timesteps, latents.shape[:1], device=latents.device)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         prediction = self.unet(noisy, timesteps, self.text_encoder(tokens)[0]).sample
-        if self.schedule.config.prediction_type == "v_prediction":
-            noise = self.schedule.get_velocity(latents, noise, timesteps)
-        return F.mse_loss(prediction.float(), noise.float())
+        target = {"epsilon": noise, "sample": latents}.get(self.schedule.config.prediction_type)
+        if target is None:
+            target = self.schedule.get_velocity(latents, noise, timesteps)
+        return F.mse_loss(prediction.float(), target.float())
 
 
 def optimize(
@@ -161,8 +162,8 @@ def train_unet(
 ) -> None:
     """Train the UNet (and, from nothing, the text encoder) on latents encoded once; save the weight average."""
     sd, output = config.sd, Path(config.sd.output)
-    pipe.vae.to(accelerator.device)
-    moments = encode_images(pipe.vae, files)
+    # in float32: SD's autoencoder overflows in half precision.
+    moments = encode_images(pipe.vae.to(accelerator.device, torch.float32), files)
     loader = DataLoader(TensorDataset(moments, tokenize(pipe, captions)), sd.batch_size, shuffle=True, drop_last=True)
     empty = tokenize(pipe, [""])[0].to(accelerator.device)
     loss_model = NoiseLoss(pipe)
@@ -232,9 +233,12 @@ def main(_) -> None:
         problem = f"{str(outcome)!r} exists already" if sd.output else "sd.output is empty"
         raise UserError(f"{problem}; give another folder with --config.sd.output=DIR")
     rows, paths, missing = load_split(sd.csv, sd.data_path, sd.limit)
-    if len(rows) < sd.batch_size:
-        raise UserError(f"{len(rows)} images are fewer than sd.batch_size={sd.batch_size}; lower it or add images")
     accelerator = make_accelerator(config.mixed_precision, config.allow_tf32)
+    step_images = sd.batch_size * accelerator.num_processes
+    if len(rows) < step_images:
+        raise UserError(f"{len(rows)} images are fewer than the {step_images} of one step; lower sd.batch_size")
+    if len(sd.unet_channels) != len(sd.unet_attention) or any(n % 8 for n in (*sd.unet_channels, *sd.vae_channels)):
+        raise UserError("sd.unet_channels and sd.unet_attention must be equally long, and channels multiples of 8")
     logger.info("%d images, %d rows without one are skipped", len(rows), missing)
     set_seed(config.seed, device_specific=True)
     files = ImageFiles(paths, torch.arange(len(paths)), sd.image_size)

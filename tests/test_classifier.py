@@ -3,6 +3,7 @@
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as tvf
@@ -21,7 +22,13 @@ def published_file(path, heads):
     network.classifier = nn.Sequential(nn.Dropout(0.3), nn.Linear(1280, heads))
     state = {f"model.{key}": value for key, value in network.state_dict().items()}
     torch.save(
-        {"epoch": 3, "model_state_dict": state, "optimizer_state_dict": {}, "val_loss": 0.1, "val_accuracy": [0.9]},
+        {
+            "epoch": 3,
+            "model_state_dict": state,
+            "optimizer_state_dict": {},
+            "val_loss": 0.1,
+            "val_accuracy": np.float64(0.9),
+        },
         path,
     )
     return network.eval()

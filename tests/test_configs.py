@@ -8,6 +8,7 @@ from conftest import ROOT
 
 from ddpo_pytorch.run import batch_geometry, check_training
 
+# the six of the official code, the one-GPU variants, and stage (i)
 OFFICIAL = (
     "preprocess_isic_real_data",
     "prompt_image_alignment_classifier_isic",
@@ -15,6 +16,10 @@ OFFICIAL = (
     "prompt_image_alignment_classifier_isic_eval",
     "evaluate_metric_rl",
     "evaluate_metric_sd",
+    "prompt_image_alignment_classifier_isic_16gb",
+    "prompt_image_alignment_classifier_isic_24gb",
+    "prompt_image_alignment_classifier_isic_80gb",
+    "finetune_sd",
 )
 
 

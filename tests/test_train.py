@@ -156,6 +156,27 @@ def test_resuming_equals_not_stopping(train):
     assert progress[0] == progress[1]
 
 
+def test_faulty_checkpoints_are_told(train, settings):
+    folder, _ = train(num_epochs=1)
+    with pytest.raises(UserError, match="use_lora=False"):
+        train(resume_from=str(folder), use_lora=False)
+    (folder / "checkpoint_1" / "optimizer.pt").write_bytes(b"torn")
+    with pytest.raises(UserError, match="cannot be resumed"):
+        train(resume_from=str(folder))
+    (folder / "checkpoint_1" / "progress.json").unlink()
+    with pytest.raises(UserError, match="progress.json"):
+        train(resume_from=str(folder / "checkpoint_1"))
+
+
+def test_an_epoch_after_the_checkpoint_is_logged_once(train):
+    folder, _ = train(num_epochs=2)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 2, "of": "a run that was killed"}\n')
+    _, epochs = train(num_epochs=3, resume_from=str(folder), train__learning_rate=1e-3)
+    assert [entry["epoch"] for entry in epochs] == [0, 1, 2] and "of" not in epochs[2]
+    assert (folder / "config_0002.json").is_file() and (folder / "config.json").is_file()
+
+
 def test_keeps_the_newest_checkpoints_only(train):
     folder, _ = train(num_epochs=3, num_checkpoint_limit=2)
     assert sorted(path.name for path in folder.glob("*checkpoint_*")) == ["checkpoint_2", "checkpoint_3"]
@@ -219,6 +240,11 @@ def test_wandb_records_offline_without_a_key(settings, tmp_path):
         ({"pretrained.model": "/nowhere/sd"}, "/nowhere/sd"),
         ({"reward_fn_kwargs.isic_classifier_reward.classifier": "/nowhere/H6.pth"}, "/nowhere/H6.pth"),
         ({"resume_from": "/nowhere/run"}, "/nowhere/run"),
+        ({"sample__num_steps": 2000}, "1 to 1000"),
+        ({"seed": -1}, "seed is -1"),
+        ({"train__learning_rate": 0.0}, "train.learning_rate"),
+        ({"wandb": "sometimes"}, "disabled"),
+        ({"prompt_fn": "from_file", "prompt_fn_kwargs.path": "/nowhere.txt"}, "/nowhere.txt"),
         ({"unet_path": "/nowhere/unet.safetensors"}, "/nowhere/unet.safetensors"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
@@ -245,6 +271,9 @@ def test_an_existing_run_folder_is_left_alone(train, tmp_path):
     ("arguments", "expected"),
     [
         (["--config", "config/dgx.py:nope"], "prompt_image_alignment_classifier_isic"),
+        (["--config", "config/nope.py:x"], "config/nope.py"),
+        (["--config", "config/mini.py"], "prompt_image_alignment_classifier_isic"),
+        (["--config", "config/base.py", "--config.nope=1"], "nope"),
         (["--config", "config/base.py", "--config.train.nope=1"], "nope"),
         (["--config", "config/base.py", "--config.seed=abc"], "seed"),
         (["--config", "config/base.py", "--config.mixed_precision=fp16"], "needs a GPU"),

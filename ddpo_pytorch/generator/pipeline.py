@@ -118,7 +118,10 @@ def encode_prompts(pipe: StableDiffusionPipeline, prompts: Iterable[str]) -> tor
         truncation=True,
         return_tensors="pt",
     )
-    return pipe.text_encoder(tokens.input_ids.to(pipe.text_encoder.device))[0]
+    encoder = pipe.text_encoder
+    # outside autocast, which would return float32 on a GPU: latents are stored in the dtype of the embeddings.
+    with torch.autocast(encoder.device.type, enabled=False):
+        return encoder(tokens.input_ids.to(encoder.device))[0].to(encoder.dtype)
 
 
 class PromptTable:
@@ -197,6 +200,14 @@ def decode_latents(pipe: StableDiffusionPipeline, latents: torch.Tensor) -> torc
     scaled = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
     decoded = pipe.vae.decode(scaled, return_dict=False)[0]
     return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+
+def set_schedule(pipe: StableDiffusionPipeline, num_steps: int) -> None:
+    """Set the number of DDIM steps. Raises UserError outside 1 ... the schedule's training timesteps."""
+    longest = pipe.scheduler.config.num_train_timesteps
+    if not 1 <= num_steps <= longest:
+        raise UserError(f"sample.num_steps is {num_steps}; this model's schedule allows 1 to {longest}")
+    pipe.scheduler.set_timesteps(num_steps, device=pipe.device)
 
 
 def latent_shape(pipe: StableDiffusionPipeline) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ The paper's backbone is EfficientNet-B0 at 512 px; small relatives from timm ser
 import json
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 import torchvision.transforms.functional as tvf
@@ -24,6 +25,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 DROPOUT = 0.3
 # the published checkpoints: torchvision's EfficientNet-B0 with Sequential(Dropout, Linear) as classifier.
 PUBLISHED_ARCH = "torchvision/efficientnet_b0"
+# a validation loss or accuracy beside the weights may be a numpy number; these name no code that could be run.
+_NUMPY_SCALARS = [
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    np.dtypes.Float32DType,
+    np.dtypes.Float64DType,
+]
 
 
 class ArtifactClassifier(nn.Module):
@@ -129,7 +138,8 @@ def _read_own(path: Path) -> tuple[ArtifactClassifier, dict[str, torch.Tensor]]:
 
 def _read_published(path: Path) -> tuple[ArtifactClassifier, dict[str, torch.Tensor]]:
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
             f"{str(path)!r} holds more than plain tensors and is not opened, since unpickling can run code "
