@@ -40,10 +40,9 @@ mini-weights: .venv/ready
 	python -m ddpo_pytorch.data.phantom --out $(WORLD)
 	$(TRAIN_SD) $(MINI):train_vae
 	$(TRAIN_SD) $(MINI):finetune_sd
-	$(TRAIN_SD) $(MINI):polish_decoder
 	$(CLASSIFIER) --num_classes 6 --train_csv $(WORLD)/splits/phantom_train_a.csv --seed 6
 	$(CLASSIFIER) --num_classes 4 --train_csv $(WORLD)/splits/phantom_train_b.csv --seed 4
-	@echo "copy $(OUT)/sd_polished and $(OUT)/classifier/*.safetensors to ddpo_pytorch/assets/mini to ship them"
+	@echo "copy $(OUT)/sd and $(OUT)/classifier/*.safetensors to ddpo_pytorch/assets/mini to ship them"
 
 lint: .venv/ready
 	ruff check .

@@ -197,10 +197,10 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
 
     ###### Stage (i): the generator itself (train_sd.py) ######
     config.sd = sd = ml_collections.ConfigDict()
-    # "finetune": train the UNet of pretrained.model, the paper's stage (i). "decoder": sharpen its VAE decoder, latents
-    # stay as they are. From nothing: "vae", then "unet" (with tokenizer and text encoder) on the VAE in sd.output.
+    # "finetune": train the UNet of pretrained.model, the paper's stage (i). From nothing: "vae", then "unet" (with
+    # tokenizer and text encoder) on the VAE in sd.output.
     sd.stage = "finetune"
-    # folder for the outcome: a model in diffusers format ("vae", "unet", "decoder"), pretrained_unet.safetensors
+    # folder for the outcome: a model in diffusers format ("vae", "unet"), pretrained_unet.safetensors
     # ("unet", "finetune"), log and sample grids.
     sd.output = ""
     # training images (<image>.jpg) and their split table; side in pixels they are resized to; rows used (0 = all).

@@ -44,7 +44,7 @@ def train_vae():
     """Stage (i), first half: the autoencoder, 64 px -> 16 x 16 x 4."""
     config = model_and_dataset_configs(dgx.finetune_sd())
     config.sd.stage = "vae"
-    config.sd.num_steps = 2000
+    config.sd.num_steps = 3600
     config.sd.batch_size = 16
     config.sd.learning_rate = 2e-3
     return config
@@ -56,17 +56,6 @@ def finetune_sd():
     config.sd.stage = "unet"
     config.sd.num_steps = 4000
     config.sd.batch_size = 32
-    config.sd.learning_rate = 1e-3
-    return config
-
-
-def polish_decoder():
-    """Stage (i), optional: sharpen the decoder while the encoder, and so the latents, stay as they are."""
-    config = train_vae()
-    config.sd.stage = "decoder"
-    config.pretrained.model = config.get_ref("base_log_path") + "/sd"
-    config.sd.output = config.get_ref("base_log_path") + "/sd_polished"
-    config.sd.num_steps = 2000
     config.sd.learning_rate = 1e-3
     return config
 
