@@ -70,14 +70,19 @@ def prompt_image_alignment_classifier_isic():
     """Stage (ii)."""
     config = model_and_dataset_configs(dgx.prompt_image_alignment_classifier_isic())
     config.run_name = ""
-    config.num_epochs = 25
+    config.num_epochs = 30
     config.save_freq = 5
+    config.num_checkpoint_limit = 5
+    # 8 rewards of a prompt come together in about one epoch
+    config.per_prompt_stat_tracking.min_count = 8
     # 64 * 4 = 256 samples per epoch
     config.sample.batch_size = 64
     config.sample.num_batches_per_epoch = 4
     # 64 * 2 = 128 samples per update, 256 / 128 = 2 updates per epoch
     config.train.batch_size = 64
     config.train.gradient_accumulation_steps = 2
+    # what an image shows is decided in the noisy half of the trajectory; the other half costs time and adds noise
+    config.train.timestep_window = (0.0, 0.5)
     config.train.lora_rank = 16
     config.train.learning_rate = 5e-3
     # a mean over 4 * 16 * 16 = 1,024 dimensions: 1e-4 * 16,384 / 1,024

@@ -6,7 +6,6 @@ state is plain tensors, progress is JSON. Random states are not saved: all rando
 
 import json
 import os
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -103,6 +102,13 @@ def save_checkpoint(
     return folder
 
 
+def _read_state(file: Path) -> dict:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise ValueError(f"{file.name} is damaged or holds more than plain tensors") from error
+
+
 def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler: Any) -> dict:
     """Restore weights, optimizer and gradient scaler; return the progress that was saved with them."""
     folder = Path(folder)
@@ -118,12 +124,12 @@ def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler:
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         progress = json.loads((folder / PROGRESS_FILE).read_text())
-        state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        state = _read_state(folder / STATE_FILE)
         load_weights(unet, folder)
         optimizer.load_state_dict(state["optimizer"])
         if scaler is not None and state["scaler"] is not None:
             scaler.load_state_dict(state["scaler"])
-    except (ValueError, KeyError, RuntimeError, OSError, pickle.UnpicklingError) as error:
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{str(folder)!r} cannot be resumed ({reason}); resume from another checkpoint") from error
     # the optimizer's memory comes from the checkpoint, learning rate and the like from the configuration.

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import diffusers
 import torch
+import transformers
 from absl import app, flags
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -34,15 +36,14 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         remaining = flags.FLAGS(argv)
         if "config" in flags.FLAGS:
-            _ = flags.FLAGS.config  # a configuration file that does not exist is noticed only here
+            _ = flags.FLAGS.config.seed  # a configuration file that does not exist is noticed only here
         return remaining
     except (AttributeError, KeyError) as error:
         field = str(error.args[0] if error.args else error).strip().splitlines()[0]
         _fail(UserError(f"the configuration has no such field: {field}; config/base.py lists all of them"))
     except (flags.Error, UserError, TypeError, ValueError, OSError) as error:
-        # what a configuration file raises arrives wrapped in a traceback, whose last line says it.
-        message = str(error).strip().splitlines()
-        _fail(UserError(message[-1]) if any("Traceback" in line for line in message) else error)
+        # several lines are a report of where it was looked for, or a traceback; the last one says what is wrong.
+        _fail(UserError(str(error).strip().splitlines()[-1]))
 
 
 def _reporting(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
@@ -51,6 +52,8 @@ def _reporting(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]
         level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
         logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
         logging.getLogger("httpx").setLevel(logging.WARNING)
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; options are written --name=value")

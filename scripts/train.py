@@ -99,7 +99,7 @@ def train(config: ConfigDict) -> Path:
     if config.use_lora:
         add_lora(pipe.unet, config.train.lora_rank, config.train.lora_targets, config.seed)
     else:
-        pipe.unet.to(torch.float32).requires_grad_(True)
+        pipe.unet.float().requires_grad_(True)
     if config.train.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     optimizer = make_optimizer(config.train, [p for p in pipe.unet.parameters() if p.requires_grad])

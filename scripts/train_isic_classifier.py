@@ -162,7 +162,7 @@ def report(logits: torch.Tensor, labels: torch.Tensor, names: tuple[str, ...]) -
     for row, match in zip(truth, exact, strict=True):
         groups[tuple(row)].append(match)
     for combination, matches in sorted(groups.items()):
-        what = "+".join(name for name, on in zip(names, combination, strict=True) if on) or "none"
+        what = "only " + ("+".join(name for name, on in zip(names, combination, strict=True) if on) or "none")
         rows.append(dict(what=what, support=len(matches), precision=None, recall=float(np.mean(matches)), f1=None))
     return rows
 

@@ -254,7 +254,7 @@ def main(_) -> None:
         train_unet(accelerator, config, build_from_scratch(sd, output), files, captions)
     else:
         pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, dtype, accelerator.device)
-        pipe.unet.to(torch.float32).requires_grad_(True).train()
+        pipe.unet.float().requires_grad_(True).train()
         train_unet(accelerator, config, pipe, files, captions)
     logger.info("finished; the outcome is in %s", output)
 
