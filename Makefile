@@ -33,7 +33,7 @@ test: .venv/ready
 WORLD := $(OUT)/data
 CLASSIFIER := accelerate launch --num_processes 1 scripts/train_isic_classifier.py --data_path $(WORLD)/images \
 	--val_csv $(WORLD)/splits/phantom_val.csv --checkpoint_dir $(OUT)/classifier --arch tinynet_e --weights none \
-	--image_size 64 --learning_rate 2e-3 --batch_size 32 --num_epochs 12
+	--image_size 96 --learning_rate 2e-3 --batch_size 32 --num_epochs 12
 TRAIN_SD := accelerate launch --num_processes 1 scripts/train_sd.py --config
 
 mini-weights: .venv/ready

@@ -107,7 +107,6 @@ def prompt_image_alignment_classifier_isic_80gb():
     # 8 * 16 = 128 samples per update
     config.train.batch_size = 8
     config.train.gradient_accumulation_steps = 16
-    config.mixed_precision = "bf16"
     return config
 
 

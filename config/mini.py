@@ -54,7 +54,7 @@ def finetune_sd():
     """Stage (i), second half: text encoder and UNet, from nothing."""
     config = model_and_dataset_configs(dgx.finetune_sd())
     config.sd.stage = "unet"
-    config.sd.num_steps = 4000
+    config.sd.num_steps = 3300
     config.sd.batch_size = 32
     config.sd.learning_rate = 1e-3
     return config

@@ -214,6 +214,7 @@ def test_two_processes_equal_one(settings, tmp_path):
         assert (value - actual[key]).abs().max() < 0.02 * step, key
 
 
+@pytest.mark.slow
 def test_wandb_records_offline_without_a_key(settings, tmp_path):
     result = run_script(
         "train.py",
@@ -270,6 +271,7 @@ def test_an_existing_run_folder_is_left_alone(train, tmp_path):
         train(resume_from=str(folder / "checkpoint_1"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
