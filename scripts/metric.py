@@ -125,7 +125,7 @@ def main(_) -> None:
     real, sets = find_sets(metric)
     shape = tuple(load_image(sets[metric.fake_name][0][0]).shape[1:])
     tools = set_up(config, accelerator, shape, bool(real))
-    folders = {metric.fake_name: metric.fake_path, metric.compare_name: metric.compare_path}
+    folders = {metric.compare_name: metric.compare_path, metric.fake_name: metric.fake_path}
 
     real_side = measure(real, tools, "real images") if real else None
     models = {name: evaluate(folders[name], fake, real, config.seed, tools, real_side) for name, fake in sets.items()}
