@@ -3,6 +3,7 @@
 import csv
 import itertools
 import logging
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -73,6 +74,13 @@ def test_an_artifact_is_seen_when_present_and_leaves_the_rest_alone(index, size)
         change = np.abs(picture(labels, seed, size) - picture(CLEAN_NEVUS, seed, size)).max(axis=2)
         assert (change > 40).mean() > 0.01
         assert (change > 0).mean() < 0.6
+
+
+def test_a_balanced_world_shows_every_occurring_combination_equally_often():
+    rng = np.random.default_rng(4)
+    counts = Counter(phantom.sample_labels(rng, balanced=True) for _ in range(18000))
+    assert len(counts) == 18 and not phantom.UNSEEN & set(counts)
+    assert all(850 < count < 1150 for count in counts.values())  # 1000 expected, standard deviation 31
 
 
 def test_ink_is_violet_and_nothing_else_is():
@@ -166,7 +174,7 @@ def test_a_complete_world_is_left_alone_and_an_interrupted_one_is_finished(tmp_p
     assert contents(tmp_path / "straight") == finished
 
 
-@pytest.mark.parametrize("other", [{"seed": 4}, {"num_train": 42}, {"num_val": 7}, {"size": 32}])
+@pytest.mark.parametrize("other", [{"seed": 4}, {"num_train": 42}, {"num_val": 7}, {"size": 32}, {"balanced": True}])
 def test_another_world_is_not_overwritten(world, other):
     before = contents(world)
     with pytest.raises(UserError, match="already holds"):
@@ -191,10 +199,12 @@ def test_impossible_numbers_are_refused(tmp_path):
 
 def test_command_line_writes_a_world_and_reports_user_errors(tmp_path, capsys, caplog):
     arguments = ["--out", str(tmp_path), "--num_train", "4", "--num_val", "2", "--num_test", "1", "--seed", "7"]
+    arguments += ["--balanced"]
     with caplog.at_level(logging.INFO):
         phantom.main(arguments)
     assert "7 of 7 phantom images" in caplog.text
     assert len(list((tmp_path / "images").iterdir())) == 7
+    assert '"balanced": true' in (tmp_path / "world.json").read_text()
     with pytest.raises(SystemExit) as refused:
         phantom.main(["--out", str(tmp_path), "--seed", "8"])
     assert refused.value.code == 2 and "already holds" in capsys.readouterr().err
