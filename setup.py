@@ -24,7 +24,7 @@ setup(
         "torch-fidelity>=0.3",
         "lpips>=0.1.4",
         "tqdm>=4.66",
-        "gdown>=5.2",  # a command, for the published files
+        "gdown>=6.0",
         "wandb>=0.19",
     ],
     extras_require={"test": ["pytest>=8.0", "ruff>=0.9", "scipy>=1.11", "setuptools>=77"]},

@@ -17,7 +17,6 @@ DISTRIBUTIONS = {
     "huggingface_hub": "huggingface-hub",
 }
 OPTIONAL = {"bitsandbytes"}
-COMMANDS = {"gdown"}
 
 
 def declared() -> set[str]:
@@ -38,7 +37,7 @@ def test_declared_is_what_is_imported():
                 elif isinstance(node, ast.ImportFrom):
                     imported.add(node.module.split(".")[0])
     imported -= set(sys.stdlib_module_names) | {"ddpo_pytorch"} | OPTIONAL
-    assert {DISTRIBUTIONS.get(name, name) for name in imported} | COMMANDS == declared()
+    assert {DISTRIBUTIONS.get(name, name) for name in imported} == declared()
 
 
 @pytest.mark.slow
