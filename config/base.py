@@ -162,8 +162,9 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     dataset.csv = ""
     # side in pixels to which images are resized (aspect ratio not kept, as in the paper).
     dataset.image_size = 512
-    # rows used; 0 is all of them.
+    # rows used; 0 is all of them. skip_broken leaves out damaged images, with a warning, instead of stopping at them.
     dataset.limit = 0
+    dataset.skip_broken = False
 
     ###### Evaluation (eval.py) ######
     config.eval = evaluation = ml_collections.ConfigDict()
@@ -203,11 +204,13 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # folder for the outcome: a model in diffusers format ("vae", "unet"), pretrained_unet.safetensors
     # ("unet", "finetune"), log and sample grids.
     sd.output = ""
-    # training images (<image>.jpg) and their split table; side in pixels they are resized to; rows used (0 = all).
+    # training images (<image>.jpg) and their split table; side in pixels they are resized to; rows used (0 = all);
+    # whether damaged images are left out, with a warning, instead of stopping the run.
     sd.data_path = ""
     sd.csv = ""
     sd.image_size = 512
     sd.limit = 0
+    sd.skip_broken = False
     # optimizer steps, images per process and step, peak learning rate (linear warm-up, then a cosine to zero).
     sd.num_steps = 10_000
     sd.batch_size = 64

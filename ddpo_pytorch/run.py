@@ -65,7 +65,9 @@ def _reporting(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]
 
 
 def _fail(error: BaseException) -> NoReturn:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    # an error from a data loader's worker arrives as the text of its whole traceback; its message stands at the end.
+    message = str(error).rpartition("UserError: ")[2]
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 

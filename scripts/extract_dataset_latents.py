@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ddpo_pytorch.data.images import load_image, save_image, write_log
 from ddpo_pytorch.data.isic import Row, folder_name, load_split, read_split
 from ddpo_pytorch.data.sample_log import claim_folder
+from ddpo_pytorch.data.splits import drop_broken
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.run import cli, make_accelerator
@@ -47,6 +48,8 @@ def find_rows(dataset: ConfigDict) -> tuple[list[tuple[int, Row, Path]], int]:
         raise UserError(f"dataset.image_size is {dataset.image_size}; it must be at least 1")
     index = {row.image: number for number, row in enumerate(read_split(dataset.csv))}
     rows, paths, missing = load_split(dataset.csv, dataset.data_path, dataset.limit)
+    if dataset.skip_broken:
+        rows, paths = drop_broken(rows, paths)
     return [(index[row.image], row, path) for row, path in zip(rows, paths, strict=True)], missing
 
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from ddpo_pytorch.data.images import ImageFiles
 from ddpo_pytorch.data.isic import LABELS, load_split
+from ddpo_pytorch.data.splits import drop_broken
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
 from ddpo_pytorch.run import cli, make_accelerator
@@ -46,6 +47,7 @@ flags.DEFINE_float("learning_rate", 1e-4, "AdamW learning rate; decays to 1e-6 a
 flags.DEFINE_string("arch", "efficientnet_b0", "timm architecture")
 flags.DEFINE_enum("weights", "imagenet", ["imagenet", "none"], "start from timm's ImageNet weights or from random ones")
 flags.DEFINE_integer("limit", 0, "rows used of each split, 0 = all", lower_bound=0)
+flags.DEFINE_bool("skip_broken", False, "leave out damaged images, with a warning, instead of stopping at them")
 flags.DEFINE_integer("seed", 42, "seed of initial weights, order and flips")
 flags.DEFINE_integer("num_workers", 0, "image decoding processes", lower_bound=0)
 
@@ -54,6 +56,8 @@ logger = logging.getLogger(__name__)
 
 def loader(csv_path: str, image_size: int, num_classes: int, train: bool) -> DataLoader:
     rows, paths, missing = load_split(csv_path, FLAGS.data_path, FLAGS.limit)
+    if FLAGS.skip_broken:
+        rows, paths = drop_broken(rows, paths)
     logger.info("%s: %d images, %d rows without one are skipped", csv_path, len(rows), missing)
     labels = torch.tensor([row.labels[:num_classes] for row in rows], dtype=torch.float32)
     files = ImageFiles(paths, labels, image_size)

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from ddpo_pytorch.data.images import ImageFiles, image_grid
 from ddpo_pytorch.data.isic import CAPTIONS, load_split
+from ddpo_pytorch.data.splits import drop_broken
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator import scratch
@@ -236,6 +237,8 @@ def main(_) -> None:
         problem = f"{str(outcome)!r} exists already" if sd.output else "sd.output is empty"
         raise UserError(f"{problem}; give another folder with --config.sd.output=DIR")
     rows, paths, missing = load_split(sd.csv, sd.data_path, sd.limit)
+    if sd.skip_broken:
+        rows, paths = drop_broken(rows, paths)
     accelerator = make_accelerator(config.mixed_precision, config.allow_tf32)
     step_images = sd.batch_size * accelerator.num_processes
     if len(rows) < step_images:

@@ -1,5 +1,8 @@
 """Labels, captions, split tables, image files: exact, and clear about what is wrong with a file."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -98,9 +101,17 @@ def test_broken_images_are_named(tmp_path):
     torn = tmp_path / "torn.jpg"
     torn.write_bytes(whole.read_bytes()[:900])
     (tmp_path / "text.jpg").write_text("not an image")
-    for name in ("torn.jpg", "text.jpg", "absent.jpg"):
-        with pytest.raises(UserError, match=name):
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    signature = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13)
+    (tmp_path / "huge.jpg").write_bytes(signature + header + struct.pack(">I", zlib.crc32(header)))
+    for name in ("torn.jpg", "text.jpg", "empty.jpg", "huge.jpg", "absent.jpg"):
+        with pytest.raises(UserError, match=f"{name}' cannot be read as an image"):
             images.load_image(tmp_path / name)
+    files = images.ImageFiles([whole, torn], torch.arange(2), 32)
+    assert files[0][0].shape == (3, 32, 32)
+    with pytest.raises(UserError, match="torn.jpg"):
+        files[1]
 
 
 def test_sample_folders(tmp_path):

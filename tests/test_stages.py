@@ -1,6 +1,7 @@
 """The supervised stages on a small phantom world: classifiers, a model from nothing, fine-tuning."""
 
 import json
+import shutil
 
 import pytest
 from conftest import run_script
@@ -41,6 +42,18 @@ def test_classifier_trains_tests_and_is_not_overwritten(world, tmp_path):
     assert set(model.labels) <= set(rows) and rows["hair"]["accuracy"] <= 1
     wrong = run_script("train_isic_classifier.py", *classifier_flags(world, tmp_path, 6, mode="test", checkpoint=file))
     assert wrong.returncode == 2 and "4 heads" in wrong.stderr
+
+
+def test_a_damaged_image_stops_the_stages_or_is_left_out_on_request(world, tmp_path):
+    shutil.copytree(world, tmp_path / "world")
+    victim = tmp_path / "world" / "images" / "PHANTOM_0000005.jpg"
+    victim.write_bytes(victim.read_bytes()[:400])
+    arguments = classifier_flags(tmp_path / "world", tmp_path / "out", 4, num_workers=1, num_epochs=1)
+    stopped = run_script("train_isic_classifier.py", *arguments)
+    said = stopped.stderr.strip().splitlines()[-1]
+    assert stopped.returncode == 2 and said.startswith(f"error: {str(victim)!r} cannot be read as an image")
+    went_on = run_script("train_isic_classifier.py", *arguments, "--skip_broken")
+    assert went_on.returncode == 0 and "47 images" in went_on.stderr and victim.name in went_on.stderr
 
 
 def test_a_model_from_nothing(world, tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from ddpo_pytorch.data.isic import caption_of_folder
@@ -34,16 +34,22 @@ def to_pil(image: torch.Tensor) -> Image.Image:
 def load_image(path: str | Path, size: int | None = None) -> torch.Tensor:
     """Read an image as (3, H, W) float in [0, 1], resized to size x size (PIL's default filter, aspect not kept).
 
-    Raises UserError for a missing, truncated or non-image file.
+    Raises UserError as `read_rgb` does.
     """
+    image = read_rgb(path)
+    if size is not None and image.size != (size, size):
+        image = image.resize((size, size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def read_rgb(path: str | Path) -> Image.Image:
+    """A file decoded to its last pixel, as RGB. Raises UserError for a missing, truncated, huge or non-image file."""
     try:
         with Image.open(path) as file:
-            image = file.convert("RGB")
-            if size is not None and image.size != (size, size):
-                image = image.resize((size, size))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{str(path)!r} cannot be read as an image ({error}); remove it or fetch it again") from error
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+            return file.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error  # whose text repeats the path
+        raise UserError(f"{str(path)!r} cannot be read as an image ({reason}); remove it or fetch it again") from error
 
 
 def save_image(path: str | Path, image: torch.Tensor) -> None:

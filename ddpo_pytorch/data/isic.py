@@ -2,10 +2,13 @@
 
 The captions form an exact table of 2 x 2^4 = 32 entries; labels are looked up in it and never searched for as
 substrings ("ink" is in "pink").
+
+`python -m ddpo_pytorch.data.isic --splits DIR` checks and counts split tables (`ddpo_pytorch.data.splits`).
 """
 
 import csv
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from ddpo_pytorch.errors import UserError
 # the order of every label vector; judges with four heads use the first four.
 LABELS = ("hair", "gel_bubble", "ruler", "ink", "MEL", "NV")
 ARTIFACTS = LABELS[:4]
+PAPER_ORDER = ("MEL", "NV", "hair", "gel_bubble", "ink", "ruler")  # of the columns of table 1
 DISEASES = {"MEL": "melanoma (MEL)", "NV": "melanocytic nevus (NV)"}
 
 
@@ -84,29 +88,49 @@ class Row:
 def read_split(path: str | Path) -> list[Row]:
     """Read a split table with the columns image, MEL, NV, hair, gel_bubble, ruler, ink (others are carried along).
 
-    Raises UserError for a missing file or column, a value other than 0 or 1, both or neither disease, or a repeated id.
+    Raises UserError for a missing file or column, a line with more or fewer cells than the header, an empty or repeated
+    id, a value other than 0 or 1, both or neither disease.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(
-            f"split table {str(path)!r} does not exist; give a CSV with the columns image, {', '.join(LABELS)}"
-        )
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        absent = [name for name in ("image", *LABELS) if name not in (reader.fieldnames or ())]
-        if absent:
-            raise UserError(f"split table {str(path)!r} lacks the columns {', '.join(absent)}")
-        rows, seen = [], set()
-        for fields in reader:
-            image, where = fields["image"], f"{str(path)!r} line {reader.line_num}"
-            labels = tuple(_binary(fields[name], name, where) for name in LABELS)
-            if labels[4] + labels[5] != 1:
-                raise UserError(f"{where}: MEL and NV are {labels[4:]}; exactly one of them must be 1")
-            if image in seen:
-                raise UserError(f"{where}: image {image!r} appears twice")
-            seen.add(image)
-            rows.append(Row(image, labels, caption_of(labels), dict(fields)))
+    rows, lines = [], {}
+    for line, fields in read_csv(path, ("image", *LABELS), "split table"):
+        image, where = fields["image"], f"{str(path)!r} line {line}"
+        labels = tuple(_binary(fields[name], name, where) for name in LABELS)
+        if labels[4] + labels[5] != 1:
+            raise UserError(f"{where}: MEL and NV are {labels[4:]}; exactly one of them must be 1")
+        if not image:
+            raise UserError(f"{where}: the image id is empty; give the name of the image file without .jpg")
+        if image_key(image) in lines:
+            first = lines[image_key(image)]
+            raise UserError(f"{where}: image {image!r} appears twice, first in line {first}; remove one of them")
+        lines[image_key(image)] = line
+        rows.append(Row(image, labels, caption_of(labels), fields))
     return rows
+
+
+def read_csv(path: str | Path, columns: Sequence[str], what: str) -> list[tuple[int, dict[str, str]]]:
+    """(line number, cells by column) of a CSV file that has at least `columns`; `what` names it in errors.
+
+    Raises UserError for a missing or undecodable file, a missing column, and a line of another length than the header.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{what} {str(path)!r} does not exist; give a CSV with the columns {', '.join(columns)}")
+    lines = []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte-order mark first
+            reader = csv.DictReader(file)
+            absent = [name for name in columns if name not in (reader.fieldnames or ())]
+            if absent:
+                raise UserError(f"{what} {str(path)!r} lacks the columns {', '.join(absent)}")
+            for fields in reader:
+                if None in fields or None in fields.values():
+                    raise UserError(
+                        f"{str(path)!r} line {reader.line_num} has more or fewer cells than the header, which has "
+                        f"{len(reader.fieldnames)}"
+                    )
+                lines.append((reader.line_num, fields))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{what} {str(path)!r} cannot be read as UTF-8 CSV ({error})") from error
+    return lines
 
 
 def _binary(text: str | None, name: str, where: str) -> int:
@@ -117,6 +141,26 @@ def _binary(text: str | None, name: str, where: str) -> int:
     if value not in (0.0, 1.0):
         raise UserError(f"{where}: {name} is {text!r}; allowed are 0 and 1")
     return int(value)
+
+
+def count_labels(rows: Sequence[Row]) -> dict[str, int]:
+    """How many rows have each of LABELS, in the order of table 1."""
+    return {name: sum(row.labels[LABELS.index(name)] for row in rows) for name in PAPER_ORDER}
+
+
+def count_single(rows: Sequence[Row]) -> dict[tuple[str, str], int]:
+    """How many rows have exactly one artifact, by (disease, artifact) in the order of table 2."""
+    captions = Counter(row.caption for row in rows)
+    return {
+        (disease, artifact): captions[SINGLE_ARTIFACT_CAPTIONS[disease, artifact]]
+        for disease in DISEASES
+        for artifact in PAPER_ORDER[2:]
+    }
+
+
+def image_key(image: str) -> str:
+    """The picture an image id stands for: ISIC gives some the suffix `_downsampled` in one file and not in another."""
+    return image.removesuffix("_downsampled")
 
 
 def find_image(data_path: str | Path, image: str) -> Path | None:
@@ -132,6 +176,7 @@ def load_split(csv_path: str | Path, data_path: str | Path, limit: int = 0) -> t
     """Rows that have an image, their files, and the number of rows without one.
 
     `limit` > 0 keeps the first that many rows with an image. Raises UserError if the folder or every image is missing.
+    A damaged image raises UserError when it is loaded (`splits.drop_broken` finds it before).
     """
     if not Path(data_path).is_dir():
         raise UserError(f"image folder {str(data_path)!r} does not exist; give the folder that holds <image>.jpg files")
@@ -148,3 +193,9 @@ def load_split(csv_path: str | Path, data_path: str | Path, limit: int = 0) -> t
     if not rows:
         raise UserError(f"none of the {missing} images of {str(csv_path)!r} is in {str(data_path)!r} as <image>.jpg")
     return rows, paths, missing
+
+
+if __name__ == "__main__":
+    from ddpo_pytorch.data.splits import main  # which imports this module
+
+    main()

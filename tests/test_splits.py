@@ -1,0 +1,292 @@
+"""Split tables as sets: the command that checks them, lesions in two splits, and splits made without any."""
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from ddpo_pytorch.data import isic, splits
+from ddpo_pytorch.data.lesions import RECORD, assign, regroup, report_leakage
+from ddpo_pytorch.errors import UserError
+
+HEADER = "image,MEL,NV,hair,gel_bubble,ruler,ink,site\n"
+
+
+def write_table(folder, name, images, seed=0):
+    rng = np.random.default_rng(seed)
+    lines = []
+    for image in images:
+        mel, *artifacts = (rng.random(5) < (0.25, 0.4, 0.1, 0.15, 0.03)).astype(int)
+        lines.append(",".join([image, f"{mel:.1f}", f"{1 - mel:.1f}", *map(str, artifacts), f'"arm, {image}"']))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.csv").write_text(HEADER + "\n".join([*lines, ""]))
+
+
+def write_metadata(path, lesions, columns="image,lesion_id,sex", rest=",male"):
+    path.write_text("\n".join([columns, *(f"{image},{lesion}{rest}" for image, lesion in lesions.items()), ""]))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three splits of 60, 20 and 20 images; phantom_train_a.csv is a part of one of them, as the phantom world has."""
+    numbers = iter(f"I{number:03d}" for number in range(100))
+    for seed, (split, size) in enumerate((("train", 60), ("val", 20), ("test", 20))):
+        write_table(tmp_path / "splits", f"isic2019_{split}", list(itertools.islice(numbers, size)), seed)
+    write_table(tmp_path / "splits", "isic2019_train_a", ["I000"])
+    (tmp_path / "splits" / "._isic2019_train.csv").write_bytes(b"\0\xff of another system")
+    return tmp_path / "splits"
+
+
+@pytest.fixture
+def command(caplog, capsys):
+    """Run the command in this process: its exit code, and everything it said."""
+
+    def run(*arguments):
+        caplog.clear()
+        code = 0
+        with caplog.at_level(logging.INFO):
+            try:
+                splits.main([str(argument) for argument in arguments])
+            except SystemExit as error:
+                code = error.code
+        captured = capsys.readouterr()
+        return code, "\n".join([*(record.getMessage() for record in caplog.records), captured.err])
+
+    return run
+
+
+def save_images(folder, names):
+    folder.mkdir(exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    for name in names:
+        Image.fromarray(pixels).save(folder / f"{name}.jpg")
+
+
+def test_the_official_splits_equal_the_paper(shared):
+    arguments = [sys.executable, "-m", "ddpo_pytorch.data.isic", "--splits", shared / "data" / "splits"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert [line[0][:8] for line in lines[:3]] == ["9b573686", "7300aa82", "f79b6bda"]
+    assert lines[3:7] == [
+        ["table", "1", "images", "MEL", "NV", "hair", "gel", "ink", "ruler"],
+        ["train", "12004", "2750", "9254", "4514", "1300", "201", "1608"],
+        ["val", "2119", "454", "1665", "802", "228", "34", "308"],
+        ["test", "2493", "537", "1956", "989", "257", "37", "341"],
+    ]
+    assert lines[7][:4] == ["table", "2", "MEL", "hair"] and result.stderr == ""
+    assert lines[8:] == [["#", "real", "543", "260", "4", "440", "3051", "489", "21", "520"]]
+
+
+def test_only_whole_splits_count_and_those_that_are_there_suffice(folder, command):
+    assert list(splits.find_splits(folder)) == ["isic2019"]
+    assert list(splits.find_splits(folder)["isic2019"]) == ["train", "val", "test"]
+    (folder / "isic2019_train.csv").rename(folder / "phantom_train.csv")
+    (folder / "isic2019_val.csv").unlink()
+    code, said = command("--splits", folder)
+    assert code == 0 and said.count("# real") == 1 and said.count("table 1") == 2
+
+
+def test_folders_without_splits_are_refused(tmp_path, command):
+    for path, expected in ((tmp_path / "nowhere", "does not exist"), (tmp_path, "holds no split table")):
+        code, said = command("--splits", path)
+        assert code == 2 and said.count("\n") == 1 and expected in said, said
+
+
+@pytest.mark.parametrize("image", ["I007", "I007_downsampled"])
+def test_an_image_in_two_splits(folder, command, image):
+    table = folder / "isic2019_test.csv"
+    table.write_text(table.read_text() + f"{image},1,0,0,0,0,0,arm\n")
+    code, said = command("--splits", folder)
+    assert code == 2
+    assert f"image '{image}' is in" in said and "isic2019_train.csv" in said and "isic2019_test.csv" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"a;MEL\n", "lacks the columns image, hair"),
+        (b"", "lacks the columns image, hair"),
+        (HEADER.encode() + b"a,1,0,0,0,0,0\n", "line 2 has more or fewer cells"),
+        (HEADER.encode() + b"a,1,0,0,0,0,0,arm,leg\n", "line 2 has more or fewer cells"),
+        (HEADER.encode() + b",1,0,0,0,0,0,arm\n", "line 2: the image id is empty"),
+        (HEADER.encode() + b"a,0,0,0,0,0,0,arm\n", "line 2: MEL and NV are (0, 0)"),
+        (HEADER.encode() + b"a,nan,0,0,0,0,0,arm\n", "line 2: MEL is 'nan'"),
+        (HEADER.encode() + b"a,1,0,0,0,0,0,x\nb,1,0,0,0,0,0,x\na,1,0,0,0,0,0,x\n", "line 4: image 'a' appears twice"),
+        (HEADER.encode() + b"a,1,0,0,0,0,0,\xff\n", "cannot be read as UTF-8"),
+    ],
+)
+def test_faulty_tables_are_named(tmp_path, command, content, expected):
+    (tmp_path / "isic2019_val.csv").write_bytes(content)
+    code, said = command("--splits", tmp_path)
+    assert code == 2 and expected in said and "isic2019_val.csv" in said
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    (tmp_path / "t.csv").write_text("\ufeff" + HEADER + "a,1,0,0,0,0,0,arm\n", encoding="utf-8")
+    assert isic.read_split(tmp_path / "t.csv")[0].image == "a"
+
+
+def test_images_are_counted_listed_and_decoded(folder, tmp_path, command):
+    images, listed = tmp_path / "images", tmp_path / "new" / "missing.csv"
+    save_images(images, [f"I{number:03d}{'_downsampled' * (number == 3)}" for number in range(72)])
+    code, said = command("--splits", folder, "--images", images, "--list_missing", listed)
+    assert code == 0 and "0 images are broken" in said
+    assert "60 images (1 _downsampled), 0 missing\n" in said
+    assert "12 images (0 _downsampled), 8 missing: I072, I073, I074, I075, I076, ...\n" in said
+    lines = listed.read_text().splitlines()
+    assert lines[:2] == ["split,image", "val,I072"] and lines[-1] == "test,I099" and len(lines) == 1 + 28
+    assert command("--splits", folder, "--images", images, "--list_missing", listed)[0] == 2
+
+    whole = (images / "I000.jpg").read_bytes()
+    (images / "I001.jpg").write_bytes(whole[: len(whole) // 2])
+    (images / "I002.jpg").write_bytes(whole[:-2])
+    (images / "I070.jpg").write_text("<html>not found</html> 100%d")
+    code, said = command("--splits", folder, "--images", images)
+    assert code == 2 and "3 images are broken" in said
+    assert all(f"{images / name}.jpg' cannot be read as an image" in said for name in ("I001", "I002", "I070"))
+    assert said.rstrip().splitlines()[-1].startswith("error: 3 broken images are named above")
+
+
+def test_a_folder_without_any_of_the_images_is_refused(folder, tmp_path, command):
+    assert "none of the 100 images" in command("--splits", folder, "--images", tmp_path)[1]
+    code, said = command("--splits", folder, "--images", tmp_path / "nowhere")
+    assert code == 2 and "does not exist" in said
+
+
+def test_broken_images_are_left_out_of_training_only_on_request(folder, tmp_path, caplog):
+    table, images = folder / "isic2019_val.csv", tmp_path / "images"
+    save_images(images, ["I060", "I062", "I063"])
+    (images / "I061_downsampled.jpg").write_bytes((images / "I060.jpg").read_bytes()[:500])
+    rows, paths, missing = isic.load_split(table, images)
+    assert len(rows) == len(paths) == 4 and missing == 16
+    rows, paths = splits.drop_broken(rows, paths)
+    assert [row.image for row in rows] == [path.stem for path in paths] == ["I060", "I062", "I063"]
+    assert "I061_downsampled.jpg" in caplog.text
+    for path in images.iterdir():
+        path.write_text("")
+    with pytest.raises(UserError, match="all 3 images are broken"):
+        splits.drop_broken(rows, paths)
+
+
+def test_lesions_in_several_splits_are_counted(folder, tmp_path, command):
+    # L1: train, train, val; L2: val, test; L3: train only; I062 has no lesion_id; the others are not in the file.
+    lesions = {"I000": "L1", "I001_downsampled": "L1", "I060": "L1", "I061": "L2", "I080": "L2", "I002": "L3"}
+    write_metadata(tmp_path / "meta.csv", lesions | {"I003": "L3", "I062": "", "I998": "L1"})
+    code, said = command("--splits", folder, "--metadata", tmp_path / "meta.csv")
+    assert code == 0
+    assert "7 of 100 images have a lesion_id" in said
+    assert "2 lesions, with 5 images, are in more than one split" in said
+    lines = [line for line in said.splitlines() if "that is also in" in line]
+    assert [line.split()[:4] + line.split()[-1:] for line in lines] == [
+        ["train", "2", "images", "(3.3", "val"],
+        ["val", "1", "images", "(5.0", "train"],
+        ["val", "1", "images", "(5.0", "test"],
+        ["test", "1", "images", "(5.0", "val"],
+    ]
+    assert "by source" not in said
+
+
+def test_sources_are_counted_where_the_metadata_have_them(folder, tmp_path, command):
+    lesions = {f"I{number:03d}": f"L{number},{'BCN' if number % 2 else 'HAM'}" for number in range(70)}
+    write_metadata(tmp_path / "meta.csv", lesions, "image,lesion_id,source", "")
+    said = command("--splits", folder, "--metadata", tmp_path / "meta.csv")[1]
+    assert "train    by source: BCN 30, HAM 30\n" in said and "val      by source: BCN 5, HAM 5, unknown 10\n" in said
+
+
+def test_regrouped_splits_share_no_lesion_and_keep_sizes_rows_and_labels(folder, tmp_path, command):
+    rng = np.random.default_rng(5)
+    lesions = {f"I{number:03d}": f"L{number if number > 60 else rng.integers(20)}" for number in rng.permutation(97)}
+    write_metadata(tmp_path / "meta.csv", lesions)
+    given = ("--splits", folder, "--metadata", tmp_path / "meta.csv", "--seed", 7)
+    code, said = command(*given, "--regroup", tmp_path / "out")
+    assert code == 0 and "0 lesions, with 0 images" in said
+    paths = splits.find_splits(tmp_path / "out")["isic2019"]
+    before, after = (splits.read_splits(splits.find_splits(path)["isic2019"]) for path in (folder, tmp_path / "out"))
+    assert {name: len(rows) for name, rows in after.items()} == {"train": 60, "val": 20, "test": 20}
+    owner = {}
+    for name, rows in after.items():
+        assert all(owner.setdefault(lesions[row.image], name) == name for row in rows if row.image in lesions)
+        old, new = isic.count_labels(before[name]), isic.count_labels(rows)
+        assert all(abs(old[label] - new[label]) <= max(3, 0.1 * old[label]) for label in old), (old, new)
+    every = [{row.image: row.fields for rows in part.values() for row in rows} for part in (before, after)]
+    assert every[0] == every[1]
+    assert paths["val"].read_text().startswith(HEADER)
+
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert record["seed"] == 7 and set(record["made_from"]) == {*(f"isic2019_{s}.csv" for s in after), "meta.csv"}
+    for name, path in paths.items():
+        entry = record["files"][path.name]
+        assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert entry["images"] == len(after[name]) and entry["MEL"] == sum(row.labels[4] for row in after[name])
+
+    command(*given, "--regroup", tmp_path / "again")
+    command(*given[:-1], 8, "--regroup", tmp_path / "other")
+    again, other = ((tmp_path / name / "isic2019_test.csv").read_bytes() for name in ("again", "other"))
+    assert again == paths["test"].read_bytes() != other
+    assert not list(tmp_path.glob(".*"))
+
+    paths["val"].write_text(paths["val"].read_text().replace("arm", "leg"))
+    code, said = command("--splits", tmp_path / "out")
+    assert code == 2 and "was changed after splits.json" in said
+    (tmp_path / "out" / RECORD).write_text("[]")
+    assert "not a record" in command("--splits", tmp_path / "out")[1]
+
+
+def test_lesions_too_large_to_fit_exactly_stay_whole():
+    groups = np.array([[3, 3], [3, 3], [3, 0], [3, 3]])
+    chosen = assign(groups, np.array([[8, 6], [4, 3]]), seed=0)
+    assert sorted(np.bincount(chosen)) == [1, 3]
+
+
+def test_regrouping_the_official_splits_keeps_their_frequencies(shared, tmp_path):
+    before = splits.read_splits(splits.find_splits(shared / "data" / "splits")["isic2019"])
+    rng = np.random.default_rng(0)
+    images = rng.permutation([row.image for rows in before.values() for row in rows])
+    lesions = np.repeat(np.arange(len(images)), rng.choice([1, 1, 1, 2, 3, 12], len(images)))[: len(images)]
+    metadata = {image: {"image": image, "lesion_id": f"L{n}"} for image, n in zip(images, lesions, strict=True)}
+    after = regroup(before, metadata, seed=1)
+    assert report_leakage(before, metadata)[0] > 1000 and report_leakage(after, metadata) == (0, 0)
+    for name in before:
+        assert len(after[name]) == len(before[name])
+        old, new = isic.count_labels(before[name]), isic.count_labels(after[name])
+        assert all(abs(old[label] - new[label]) <= max(2, 0.01 * old[label]) for label in old), (old, new)
+
+
+def test_unusable_requests_write_nothing(folder, tmp_path, command):
+    meta, out = tmp_path / "meta.csv", tmp_path / "out"
+    write_metadata(meta, {"I000": "L1"})
+    (tmp_path / "twice.csv").write_text("image,lesion_id\nI000,L1\nI000_downsampled,L2\n")
+    (tmp_path / "foreign.csv").write_text("image,lesion_id\nX,L1\n")
+    (tmp_path / "wrong.csv").write_text("image,lesion\nI000,L1\n")
+    (tmp_path / "taken").mkdir()
+    write_table(tmp_path / "single", "isic2019_train", ["I000"])
+    write_table(tmp_path / "two", "a_train", ["I000"])
+    write_table(tmp_path / "two", "b_train", ["I001"])
+    write_table(tmp_path / "mixed", "a_train", ["I000"])
+    (tmp_path / "mixed" / "a_val.csv").write_text(HEADER.replace("site", "place") + "I001,1,0,0,0,0,0,arm\n")
+    for place, source, target, expected in (
+        (folder, None, out, "--regroup needs --metadata"),
+        (folder, tmp_path / "absent.csv", out, "metadata .* does not exist"),
+        (folder, tmp_path / "wrong.csv", out, "lacks the columns lesion_id"),
+        (folder, tmp_path / "twice.csv", out, "line 3: image 'I000_downsampled' appears twice"),
+        (folder, tmp_path / "foreign.csv", out, "none of the 100 images"),
+        (folder, meta, tmp_path / "taken", "taken' exists already"),
+        (tmp_path / "single", meta, out, "only the split train"),
+        (tmp_path / "two", meta, out, "holds the splits a, b"),
+        (tmp_path / "mixed", meta, out, "columns of the split tables differ"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            splits.check_folder(str(place), metadata=str(source or ""), regroup_to=str(target))
+    with pytest.raises(UserError, match="--list_missing needs --images"):
+        splits.check_folder(str(folder), list_missing=str(out))
+    assert command("--splits", folder, "--metadata", meta, "--regroup", out, "--seed", -1)[0] == 2
+    assert not out.exists() and not list((tmp_path / "taken").iterdir()) and not list(tmp_path.glob(".*"))
