@@ -8,6 +8,7 @@ substrings ("ink" is in "pink").
 
 import csv
 import itertools
+import runpy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -196,6 +197,4 @@ def load_split(csv_path: str | Path, data_path: str | Path, limit: int = 0) -> t
 
 
 if __name__ == "__main__":
-    from ddpo_pytorch.data.splits import main  # which imports this module
-
-    main()
+    runpy.run_module("ddpo_pytorch.data.splits", run_name="__main__")

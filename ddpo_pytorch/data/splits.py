@@ -188,3 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_folder(given.splits, given.images, given.list_missing, given.metadata, given.regroup, given.seed)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
