@@ -29,7 +29,7 @@ demo: .venv/ready
 test: .venv/ready
 	pytest -q
 
-# Rebuilds ddpo_pytorch/assets/mini from nothing: phantom world, autoencoder, diffusion model, the two classifiers.
+# Rebuilds ddpo_pytorch/assets/mini from nothing: phantom worlds, autoencoder, diffusion model, the two classifiers.
 WORLD := $(OUT)/data
 CLASSIFIER := accelerate launch --num_processes 1 scripts/train_isic_classifier.py --data_path $(WORLD)/images \
 	--val_csv $(WORLD)/splits/phantom_val.csv --checkpoint_dir $(OUT)/classifier --arch tinynet_e --weights none \
@@ -38,6 +38,7 @@ TRAIN_SD := accelerate launch --num_processes 1 scripts/train_sd.py --config
 
 mini-weights: .venv/ready
 	python -m ddpo_pytorch.data.phantom --out $(WORLD)
+	python -m ddpo_pytorch.data.phantom --out $(OUT)/balanced --seed 1 --balanced --num_val 0 --num_test 0
 	$(TRAIN_SD) $(MINI):train_vae
 	$(TRAIN_SD) $(MINI):finetune_sd
 	$(CLASSIFIER) --num_classes 6 --train_csv $(WORLD)/splits/phantom_train_a.csv --seed 6

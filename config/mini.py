@@ -41,8 +41,13 @@ def model_and_dataset_configs(config):
 
 
 def train_vae():
-    """Stage (i), first half: the autoencoder, 64 px -> 16 x 16 x 4."""
+    """Stage (i), first half: the autoencoder, 64 px -> 16 x 16 x 4.
+
+    On a balanced world: from ISIC's frequencies it would learn to leave out ink, and no UNet could bring it back.
+    """
     config = model_and_dataset_configs(dgx.finetune_sd())
+    config.sd.data_path = config.get_ref("base_log_path") + "/balanced/images"
+    config.sd.csv = config.get_ref("base_log_path") + "/balanced/splits/phantom_train.csv"
     config.sd.stage = "vae"
     config.sd.num_steps = 3600
     config.sd.batch_size = 16
