@@ -18,7 +18,7 @@ setup(
         "ml_collections>=1.1",
         "absl-py>=2.1",
         "numpy>=1.26",
-        "pillow>=10.0",
+        "pillow>=10.1",
         "safetensors>=0.5",
         "timm>=1.0",
         "torch-fidelity>=0.3",

@@ -5,13 +5,9 @@
 EfficientNet-B0, dropout 0.3, BCE with logits, AdamW with cosine decay, best epoch by validation loss.
 """
 
-import csv
-import json
 import logging
-from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from absl import flags
@@ -23,7 +19,9 @@ from ddpo_pytorch.data.images import ImageFiles
 from ddpo_pytorch.data.isic import LABELS, load_split
 from ddpo_pytorch.data.splits import drop_broken
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
+from ddpo_pytorch.judges.classifier import PUBLISHED_SIZE, ArtifactClassifier, load_classifier, save_classifier
+from ddpo_pytorch.judges.report import Report, best_thresholds, one_sided
+from ddpo_pytorch.judges.torchvision_names import check_publishable, save_published
 from ddpo_pytorch.run import cli, make_accelerator
 
 FLAGS = flags.FLAGS
@@ -48,6 +46,10 @@ flags.DEFINE_string("arch", "efficientnet_b0", "timm architecture")
 flags.DEFINE_enum("weights", "imagenet", ["imagenet", "none"], "start from timm's ImageNet weights or from random ones")
 flags.DEFINE_integer("limit", 0, "rows used of each split, 0 = all", lower_bound=0)
 flags.DEFINE_bool("skip_broken", False, "leave out damaged images, with a warning, instead of stopping at them")
+flags.DEFINE_bool(
+    "calibrate_thresholds", False, "keep with the classifier the thresholds of best F1 on val; only reports use them"
+)
+flags.DEFINE_bool("save_published", False, "also write artifact_classifier_train_H<n>.pth in the published form")
 flags.DEFINE_integer("seed", 42, "seed of initial weights, order and flips")
 flags.DEFINE_integer("num_workers", 0, "image decoding processes", lower_bound=0)
 
@@ -60,6 +62,11 @@ def loader(csv_path: str, image_size: int, num_classes: int, train: bool) -> Dat
         rows, paths = drop_broken(rows, paths)
     logger.info("%s: %d images, %d rows without one are skipped", csv_path, len(rows), missing)
     labels = torch.tensor([row.labels[:num_classes] for row in rows], dtype=torch.float32)
+    for name, absent in one_sided(labels, LABELS[:num_classes]):
+        message = f"{csv_path!r} has no {absent} of {name!r} among its {len(rows)} images"
+        if FLAGS.mode == "train":
+            raise UserError(f"{message}; training needs both: add such images, or raise --limit if you gave one")
+        logger.warning("%s; its AUC is undefined", message)
     files = ImageFiles(paths, labels, image_size)
     generator = torch.Generator().manual_seed(FLAGS.seed)
     return DataLoader(files, FLAGS.batch_size, shuffle=train, generator=generator, num_workers=FLAGS.num_workers)
@@ -93,10 +100,16 @@ def build_model(num_classes: int) -> ArtifactClassifier:
 
 
 def train(accelerator: Accelerator, num_classes: int, output: Path) -> None:
-    if output.exists():
-        raise UserError(f"{str(output)!r} exists already; choose another --checkpoint_dir or move it away")
+    published = output.with_name(f"artifact_classifier_train_H{num_classes}.pth")
+    for path in (output, published) if FLAGS.save_published else (output,):
+        if path.exists():
+            raise UserError(f"{str(path)!r} exists already; choose another --checkpoint_dir or move it away")
     set_seed(FLAGS.seed)
     model = build_model(num_classes)
+    if FLAGS.save_published:
+        check_publishable(model)
+        if model.image_size != PUBLISHED_SIZE:
+            logger.warning("%s will not state its image size; readers take %d", published, PUBLISHED_SIZE)
     train_loader = loader(FLAGS.train_csv, model.image_size, num_classes, train=True)
     val_loader = loader(FLAGS.val_csv, model.image_size, num_classes, train=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=FLAGS.learning_rate, weight_decay=1e-4)
@@ -127,13 +140,21 @@ def train(accelerator: Accelerator, num_classes: int, output: Path) -> None:
         )
         if val_loss < best_loss:
             best_loss, best_epoch = val_loss, epoch
+            if FLAGS.calibrate_thresholds:
+                plain.thresholds = best_thresholds(logits, labels, plain.labels)
             if accelerator.is_main_process:
                 save_classifier(plain, output)
+                if FLAGS.save_published:
+                    save_published(plain, published, epoch, val_loss, accuracy.mean().item())
         if epoch - best_epoch >= FLAGS.patience:
             logger.info("no better validation loss for %d epochs, stopping", FLAGS.patience)
             break
     accelerator.wait_for_everyone()
+    if best_epoch < 0:
+        raise UserError("the validation loss was never finite, nothing is saved; lower --learning_rate")
     logger.info("best epoch %d, validation loss %.4f, saved in %s", best_epoch, best_loss, output)
+    if FLAGS.calibrate_thresholds:
+        logger.info("thresholds of best F1 on val: %s", " ".join(f"{k} {v:.3f}" for k, v in plain.thresholds.items()))
 
 
 @torch.no_grad()
@@ -147,50 +168,17 @@ def evaluate(accelerator, model, plain: ArtifactClassifier, batches) -> tuple[to
     return logits, labels
 
 
-def report(logits: torch.Tensor, labels: torch.Tensor, names: tuple[str, ...]) -> list[dict]:
-    """Precision, recall, F1 and accuracy (threshold 0.5) for each attribute, then for each label combination present.
-
-    A quotient without a denominator is None, not 0. For a combination, only recall (= exact match) is defined.
-    """
-    predicted, truth = (logits > 0).numpy(), (labels > 0).numpy()
-    rows = []
-    for index, name in enumerate(names):
-        hits = int((predicted[:, index] & truth[:, index]).sum())
-        claimed, support = int(predicted[:, index].sum()), int(truth[:, index].sum())
-        precision, recall = (hits / claimed if claimed else None), (hits / support if support else None)
-        f1 = 2 * hits / (claimed + support) if claimed + support else None
-        accuracy = float((predicted[:, index] == truth[:, index]).mean())
-        rows.append(dict(what=name, support=support, precision=precision, recall=recall, f1=f1, accuracy=accuracy))
-    exact = (predicted == truth).all(1)
-    groups = defaultdict(list)
-    for row, match in zip(truth, exact, strict=True):
-        groups[tuple(row)].append(match)
-    for combination, matches in sorted(groups.items()):
-        what = "only " + ("+".join(name for name, on in zip(names, combination, strict=True) if on) or "none")
-        rows.append(dict(what=what, support=len(matches), precision=None, recall=float(np.mean(matches)), f1=None))
-    return rows
-
-
 def test(accelerator: Accelerator, num_classes: int, output: Path) -> None:
     path = Path(FLAGS.checkpoint or output)
     model = load_classifier(path, accelerator.device)
     check_heads(model, num_classes)
     batches = accelerator.prepare(loader(FLAGS.test_csv, model.image_size, num_classes, train=False))
-    rows = report(*evaluate(accelerator, model, model, batches), model.labels)
+    logits, labels = evaluate(accelerator, model, model, batches)
     if accelerator.is_main_process:
-        target = Path(FLAGS.checkpoint_dir) / f"test_H{num_classes}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target.with_suffix(".csv"), "w", newline="") as file:
-            writer = csv.DictWriter(file, ["what", "support", "precision", "recall", "f1", "accuracy"])
-            writer.writeheader()
-            writer.writerows(rows)
-        target.with_suffix(".json").write_text(json.dumps(rows, indent=1))
-        for row in rows:
-            values = [
-                f"{key} {row[key]:.4f}" for key in ("precision", "recall", "f1", "accuracy") if row.get(key) is not None
-            ]
-            logger.info("%-28s support %5d  %s", row["what"], row["support"], "  ".join(values))
-        logger.info("written to %s.csv and .json", target)
+        report = Report(logits, labels, model.labels, model.thresholds)
+        logger.info("%s on %s\n%s", path, FLAGS.test_csv, report.table())
+        written = report.write(Path(FLAGS.checkpoint_dir) / f"test_H{num_classes}")
+        logger.info("written: %s", ", ".join(map(str, written)))
 
 
 def main(_) -> None:

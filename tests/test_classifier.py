@@ -1,5 +1,6 @@
 """The classifier: its files (ours and the published form), its preprocessing, and what it refuses to open."""
 
+import json
 import os
 import pickle
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as tvf
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import efficientnet_b0
 
@@ -56,6 +59,28 @@ def test_own_files_describe_themselves(tmp_path):
     head = model.model.get_classifier()
     assert torch.allclose(head(model.features(images)), model.logits(images), atol=1e-5)
     assert torch.equal(model.predict(images), (torch.sigmoid(model.logits(images)) > 0.5).long())
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["H4.safetensors"]
+
+
+def test_thresholds_are_kept_and_leave_predictions_alone(tmp_path):
+    torch.manual_seed(0)
+    model = ArtifactClassifier(LABELS[:4], 32, "tinynet_e", thresholds={"ink": 0.125}).eval()
+    save_classifier(model, tmp_path / "H4.safetensors")
+    with safe_open(tmp_path / "H4.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    thresholds = {"hair": 0.5, "gel_bubble": 0.5, "ruler": 0.5, "ink": 0.125}
+    assert json.loads(metadata["artifact_classifier"])["thresholds"] == thresholds
+    again = load_classifier(tmp_path / "H4.safetensors")
+    assert again.thresholds == thresholds
+    images = torch.rand(8, 3, 32, 32)
+    assert torch.equal(again.predict(images), (again.logits(images) > 0).long())
+
+    about = {"labels": LABELS[:4], "image_size": 32, "arch": "tinynet_e"}  # as before thresholds were kept
+    save_file(dict(model.state_dict()), tmp_path / "old.safetensors", {"artifact_classifier": json.dumps(about)})
+    assert set(load_classifier(tmp_path / "old.safetensors").thresholds.values()) == {0.5}
+    for wrong in ({"MEL": 0.5}, {"ink": 1.5}):
+        with pytest.raises(UserError, match="thresholds .* are not numbers in"):
+            ArtifactClassifier(LABELS[:4], 32, "tinynet_e", thresholds=wrong)
 
 
 def test_preprocessing_resizes_normalises_and_leaves_its_input_alone():

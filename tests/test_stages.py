@@ -1,9 +1,11 @@
 """The supervised stages on a small phantom world: classifiers, a model from nothing, fine-tuning."""
 
+import csv
 import json
 import shutil
 
 import pytest
+import torch
 from conftest import run_script
 from safetensors.torch import load_file
 
@@ -17,7 +19,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    write_world(folder, 48, 16, 16, seed=3)
+    write_world(folder, 48, 16, 16, seed=3, balanced=True)
     return folder
 
 
@@ -39,9 +41,60 @@ def test_classifier_trains_tests_and_is_not_overwritten(world, tmp_path):
     tested = run_script("train_isic_classifier.py", *classifier_flags(world, tmp_path, 4, mode="test"))
     assert tested.returncode == 0, tested.stderr
     rows = {row["what"]: row for row in json.loads((tmp_path / "test_H4.json").read_text())}
-    assert set(model.labels) <= set(rows) and rows["hair"]["accuracy"] <= 1
+    assert set(model.labels) <= set(rows) and rows["hair"]["accuracy_low"] <= rows["hair"]["accuracy"] <= 1
+    assert all(rows[name]["threshold"] == 0.5 for name in model.labels)
+    written = sorted(path.name for path in tmp_path.iterdir())
+    report = ["test_H4.csv", "test_H4.json", "test_H4_confusion.png", "test_H4_reliability.png"]
+    assert written == [file.name, *report] and all(name in tested.stderr for name in ("avg. precision", *report))
     wrong = run_script("train_isic_classifier.py", *classifier_flags(world, tmp_path, 6, mode="test", checkpoint=file))
     assert wrong.returncode == 2 and "4 heads" in wrong.stderr
+
+
+def without(world, folder, split, name):
+    """The split's table with no positive of an attribute."""
+    with open(world / "splits" / f"phantom_{split}.csv", newline="") as file:
+        rows = [row | {name: "0"} for row in csv.DictReader(file)]
+    with open(folder / f"no_{name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder / f"no_{name}.csv"
+
+
+def test_classifier_calibrates_publishes_and_is_tested_without_positives(world, tmp_path):
+    extra = ("--calibrate_thresholds", "--save_published")
+    options = classifier_flags(world, tmp_path, 4, arch="efficientnet_b0", num_epochs=1)
+    trained = run_script("train_isic_classifier.py", *options, *extra)
+    assert trained.returncode == 0, trained.stderr
+    assert "thresholds of best F1" in trained.stderr and "will not state its image size" in trained.stderr
+    model = load_classifier(tmp_path / "artifact_classifier_H4.safetensors")
+    published = load_classifier(tmp_path / "artifact_classifier_train_H4.pth")
+    assert any(value != 0.5 for value in model.thresholds.values())
+    pixels = torch.randn(2, 3, 64, 64)
+    assert torch.allclose(published(pixels), model(pixels), atol=1e-5)
+
+    table = without(world, tmp_path, "test", "ink")
+    tested = run_script("train_isic_classifier.py", *options, "--mode=test", f"--test_csv={table}")
+    assert tested.returncode == 0, tested.stderr
+    assert f"{str(table)!r} has no positive of 'ink' among its 16 images; its AUC is undefined" in tested.stderr
+    with open(tmp_path / "test_H4.csv", newline="") as file:
+        rows = {row["what"]: row for row in csv.DictReader(file)}
+    assert rows["ink"]["auc"] == rows["ink"]["recall"] == "" and rows["hair"]["auc"]
+    assert {name: float(rows[name]["threshold"]) for name in model.labels} == model.thresholds
+
+
+def test_classifier_training_that_cannot_work_stops_at_once(world, tmp_path):
+    cases = [
+        (classifier_flags(world, tmp_path / "a", 4, val_csv=without(world, tmp_path, "val", "ruler")),
+         f"error: {str(tmp_path / 'no_ruler.csv')!r} has no positive of 'ruler' among its 16 images"),
+        ([*classifier_flags(world, tmp_path / "b", 4), "--save_published"],
+         "error: a published file holds EfficientNet-B0 and no 'tinynet_e'"),
+    ]  # fmt: skip
+    for options, message in cases:
+        stopped = run_script("train_isic_classifier.py", *options)
+        assert stopped.returncode == 2 and stopped.stderr.strip().splitlines()[-1].startswith(message)
+        assert "epoch 0" not in stopped.stderr and "Traceback" not in stopped.stderr
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
 
 def test_a_damaged_image_stops_the_stages_or_is_left_out_on_request(world, tmp_path):

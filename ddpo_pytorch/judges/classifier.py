@@ -5,6 +5,8 @@ The paper's backbone is EfficientNet-B0 at 512 px; small relatives from timm ser
 """
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 DROPOUT = 0.3
 # the published checkpoints: torchvision's EfficientNet-B0 with Sequential(Dropout, Linear) as classifier.
 PUBLISHED_ARCH = "torchvision/efficientnet_b0"
+PUBLISHED_SIZE = 512  # pixels; the files do not state it
 # a validation loss or accuracy beside the weights may be a numpy number; these name no code that could be run.
 _NUMPY_SCALARS = [
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
@@ -38,7 +41,9 @@ _NUMPY_SCALARS = [
 class ArtifactClassifier(nn.Module):
     """Backbone, dropout 0.3 and a linear layer to len(labels) logits; sigmoid(logit) > 0.5 means present.
 
-    `arch` is a timm model name, or "torchvision/efficientnet_b0" for the published checkpoints.
+    `arch` is a timm model name, or "torchvision/efficientnet_b0" for the published checkpoints. `thresholds`, by label,
+    0.5 where none is given, are kept in the model's files for reports that ask for them; `predict`, and with it reward,
+    evaluation and metrics, stays at 0.5. Raises UserError for an unknown architecture or thresholds of other labels.
     """
 
     def __init__(
@@ -47,9 +52,13 @@ class ArtifactClassifier(nn.Module):
         image_size: int = 512,
         arch: str = "efficientnet_b0",
         pretrained: bool = False,
+        thresholds: Mapping[str, float] | None = None,
     ):
         super().__init__()
         self.labels, self.image_size, self.arch = tuple(labels), int(image_size), arch
+        self.thresholds = dict.fromkeys(self.labels, 0.5) | dict(thresholds or {})
+        if set(self.thresholds) != set(self.labels) or not all(0 <= value <= 1 for value in self.thresholds.values()):
+            raise UserError(f"thresholds {self.thresholds} are not numbers in [0, 1] for some of {self.labels}")
         if arch == PUBLISHED_ARCH:
             self.model = efficientnet_b0(weights=None)
             self.model.classifier = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(1280, len(self.labels)))
@@ -90,12 +99,17 @@ class ArtifactClassifier(nn.Module):
 
 
 def save_classifier(model: ArtifactClassifier, path: str | Path) -> None:
-    """Write safetensors whose metadata holds labels, image_size and arch, so that the file describes itself."""
-    about = {"labels": model.labels, "image_size": model.image_size, "arch": model.arch}
+    """Write safetensors whose metadata holds labels, image_size, arch and thresholds: the file describes itself.
+
+    It appears whole or not at all.
+    """
+    about = {name: getattr(model, name) for name in ("labels", "image_size", "arch", "thresholds")}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    save_file(tensors, path, metadata={"artifact_classifier": json.dumps(about)})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file(tensors, temporary, metadata={"artifact_classifier": json.dumps(about)})
+    os.replace(temporary, path)
 
 
 def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> ArtifactClassifier:
@@ -133,7 +147,8 @@ def _read_own(path: Path) -> tuple[ArtifactClassifier, dict[str, torch.Tensor]]:
         raise UserError(
             f"{str(path)!r} holds no classifier description; it was not written by train_isic_classifier.py"
         )
-    return ArtifactClassifier(tuple(about["labels"]), about["image_size"], about["arch"]), state
+    thresholds = about.get("thresholds")  # files written before they were kept have none
+    return ArtifactClassifier(tuple(about["labels"]), about["image_size"], about["arch"], thresholds=thresholds), state
 
 
 def _read_published(path: Path) -> tuple[ArtifactClassifier, dict[str, torch.Tensor]]:
@@ -152,7 +167,7 @@ def _read_published(path: Path) -> tuple[ArtifactClassifier, dict[str, torch.Ten
             f"{str(path)!r} is not a published classifier: a dict with model_state_dict in torchvision's "
             "EfficientNet-B0 names under 'model.' and a head of 4 or 6 rows was expected"
         )
-    return ArtifactClassifier(LABELS[: len(head)], 512, PUBLISHED_ARCH), state
+    return ArtifactClassifier(LABELS[: len(head)], PUBLISHED_SIZE, PUBLISHED_ARCH), state
 
 
 def _first_lines(error: Exception) -> str:
