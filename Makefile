@@ -30,9 +30,12 @@ test: .venv/ready
 	pytest -q
 
 # Rebuilds ddpo_pytorch/assets/mini from nothing: phantom worlds, autoencoder, diffusion model, the two classifiers.
+# The generator sees ISIC's frequencies. The autoencoder and the two judges see rare artifacts as often as common ones, and
+# the judges also the combinations that the generator never sees: they will be asked about them.
 WORLD := $(OUT)/data
-CLASSIFIER := accelerate launch --num_processes 1 scripts/train_isic_classifier.py --data_path $(WORLD)/images \
-	--val_csv $(WORLD)/splits/phantom_val.csv --checkpoint_dir $(OUT)/classifier --arch tinynet_e --weights none \
+JUDGED := $(OUT)/judged
+CLASSIFIER := accelerate launch --num_processes 1 scripts/train_isic_classifier.py --data_path $(JUDGED)/images \
+	--val_csv $(JUDGED)/splits/phantom_val.csv --checkpoint_dir $(OUT)/classifier --arch tinynet_e --weights none \
 	--image_size 96 --learning_rate 2e-3 --batch_size 32 --num_epochs 12
 TRAIN_SD := accelerate launch --num_processes 1 scripts/train_sd.py --config
 
@@ -41,8 +44,9 @@ mini-weights: .venv/ready
 	python -m ddpo_pytorch.data.phantom --out $(OUT)/balanced --seed 1 --balanced --num_val 0 --num_test 0
 	$(TRAIN_SD) $(MINI):train_vae
 	$(TRAIN_SD) $(MINI):finetune_sd
-	$(CLASSIFIER) --num_classes 6 --train_csv $(WORLD)/splits/phantom_train_a.csv --seed 6
-	$(CLASSIFIER) --num_classes 4 --train_csv $(WORLD)/splits/phantom_train_b.csv --seed 4
+	python -m ddpo_pytorch.data.phantom --out $(JUDGED) --seed 2 --balanced --unseen --num_test 0
+	$(CLASSIFIER) --num_classes 6 --train_csv $(JUDGED)/splits/phantom_train_a.csv --seed 6
+	$(CLASSIFIER) --num_classes 4 --train_csv $(JUDGED)/splits/phantom_train_b.csv --seed 4
 	@echo "copy $(OUT)/sd and $(OUT)/classifier/*.safetensors to ddpo_pytorch/assets/mini to ship them"
 
 lint: .venv/ready

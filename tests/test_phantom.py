@@ -83,6 +83,12 @@ def test_a_balanced_world_shows_every_occurring_combination_equally_often():
     assert all(850 < count < 1150 for count in counts.values())  # 1000 expected, standard deviation 31
 
 
+def test_unseen_combinations_are_drawn_on_request():
+    rng = np.random.default_rng(5)
+    drawn = {phantom.sample_labels(rng, balanced=True, unseen=True) for _ in range(1000)}
+    assert len(drawn) == 32 and phantom.UNSEEN < drawn
+
+
 def test_ink_is_violet_and_nothing_else_is():
     def violet_share(labels, seed):
         red, green, blue = np.moveaxis(picture(labels, seed), 2, 0)
@@ -174,7 +180,9 @@ def test_a_complete_world_is_left_alone_and_an_interrupted_one_is_finished(tmp_p
     assert contents(tmp_path / "straight") == finished
 
 
-@pytest.mark.parametrize("other", [{"seed": 4}, {"num_train": 42}, {"num_val": 7}, {"size": 32}, {"balanced": True}])
+@pytest.mark.parametrize(
+    "other", [{"seed": 4}, {"num_train": 42}, {"num_val": 7}, {"size": 32}, {"balanced": True}, {"unseen": True}]
+)
 def test_another_world_is_not_overwritten(world, other):
     before = contents(world)
     with pytest.raises(UserError, match="already holds"):

@@ -39,11 +39,11 @@ NEVUS_BROWNS = np.array([[142, 89, 60], [120, 74, 50], [92, 56, 38]], np.float32
 MELANOMA_REGIONS = (((164, 88, 76), 0.52, 0.8), ((100, 110, 130), 0.5, 0.85), ((28, 21, 21), 0.46, 0.95))
 
 
-def sample_labels(rng: np.random.Generator, balanced: bool = False) -> tuple[int, ...]:
-    """Six labels in the order of LABELS, never one of UNSEEN: as frequent as in ISIC or, balanced, all equally."""
+def sample_labels(rng: np.random.Generator, balanced: bool = False, unseen: bool = False) -> tuple[int, ...]:
+    """Six labels in the order of LABELS: as frequent as in ISIC or, balanced, all equally; UNSEEN ones on request."""
     while True:
         drawn = [int(value) for value in rng.random(5) < (0.5 if balanced else DRAWN)]
-        if (labels := (*drawn, 1 - drawn[4])) not in UNSEEN:
+        if (labels := (*drawn, 1 - drawn[4])) not in UNSEEN or unseen:
             return labels
 
 
@@ -239,15 +239,15 @@ def _ink(image: np.ndarray, rng: np.random.Generator, centre: np.ndarray, radius
     return _blend(image, violet, soaked * np.maximum(sheet.alpha(blur=0.5), 0.35 * sheet.alpha(blur=1.6)))
 
 
-def write_world(folder, num_train: int, num_val: int, num_test: int, seed: int, size=POINTS, balanced=False) -> None:
+def write_world(folder, num_train: int, num_val: int, num_test: int, seed: int, size=POINTS, **frequencies) -> None:
     """Write images/<image>.jpg and splits/phantom_{train,val,test}.csv as ISIC 2019 has them.
 
-    Image i depends on (seed, i, size, balanced) only. phantom_train_{a,b}.csv are disjoint halves of the training rows,
-    for the rewarding classifier and for the judge. The next call finishes an interrupted one. Raises UserError,
+    Image i depends on (seed, i, size) and the `frequencies` for `sample_labels`. phantom_train_{a,b}.csv are halves of
+    the training rows: for rewarding classifier and judge. The next call finishes an interrupted one. Raises UserError,
     touching nothing, where `folder` holds another world or images, and for impossible numbers.
     """
     world = dict(style=STYLE, seed=seed, size=size, num_train=num_train, num_val=num_val, num_test=num_test)
-    world |= dict(balanced=True) if balanced else {}
+    world |= {name: True for name, wanted in frequencies.items() if wanted}
     if min(world.values()) < 0 or size < 16:
         raise UserError(f"a phantom world needs numbers >= 0 and size >= 16, got {world}")
     images, splits, record = (Path(folder) / name for name in ("images", "splits", "world.json"))
@@ -262,7 +262,7 @@ def write_world(folder, num_train: int, num_val: int, num_test: int, seed: int, 
     rows, total = [], num_train + num_val + num_test
     for index in range(total):
         rng, path = np.random.default_rng((seed, index)), images / f"PHANTOM_{index:07d}.jpg"
-        labels = sample_labels(rng, balanced)
+        labels = sample_labels(rng, **frequencies)
         row = dict.fromkeys(COLUMNS, 0) | dict(zip(LABELS, labels, strict=True)) | {"image": path.stem}
         row |= {"MEL": float(row["MEL"]), "NV": float(row["NV"]), "label": row["MEL"]}
         rows.append(",".join(map(str, row.values())))
@@ -272,7 +272,6 @@ def write_world(folder, num_train: int, num_val: int, num_test: int, seed: int, 
             os.replace(partial, path)
         if (index + 1) % 1000 == 0 or index + 1 == total:
             logger.info("%d of %d phantom images", index + 1, total)
-
     train, val, test = rows[:num_train], rows[num_train : num_train + num_val], rows[num_train + num_val :]
     parts = {"train": train, "val": val, "test": test, "train_a": train[::2], "train_b": train[1::2]}
     unfinished = splits.with_suffix(".part")  # renamed at the end: a world that has splits/ is complete
@@ -288,10 +287,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, default in (("num_train", 10000), ("num_val", 1000), ("num_test", 1000), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--balanced", action="store_true", help="rare artifacts as often as common ones")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--unseen", action="store_true", help="combinations that ISIC lacks as well")
+    given = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        write_world(given.out, given.num_train, given.num_val, given.num_test, given.seed, balanced=given.balanced)
+        write_world(given.pop("out"), **given)
     except UserError as error:
         parser.error(str(error))
 
