@@ -31,8 +31,10 @@ def test_script_commands_build(command):
             file, experiment = re.fullmatch(r"config/(\w+)\.py:(\w+)", value).groups()
             config = load(file).get_config(experiment)
         elif name.startswith("--config."):
-            field = name.removeprefix("--config.").split("=")[0]
-            assert field in config, field
+            part = config
+            for field in name.removeprefix("--config.").split("=")[0].split("."):
+                assert field in part, name
+                part = part[field]
         elif name.startswith("--"):
             assert f'"{name[2:]}"' in source, name
 
