@@ -24,7 +24,8 @@ demo: .venv/ready
 	accelerate launch --num_processes 1 scripts/eval.py --config $(MINI):prompt_image_alignment_classifier_isic_eval --config.logdir=$(OUT)/samples/$(RUN)/SD
 	accelerate launch --num_processes 1 scripts/eval.py --config $(MINI):prompt_image_alignment_classifier_isic_eval_rl --config.load_from=$(OUT)/logs/$(RUN) --config.logdir=$(OUT)/samples/$(RUN)/RL
 	accelerate launch --num_processes 1 scripts/metric.py --config $(MINI):evaluate_metric_rl --config.metric.fake_path=$(OUT)/samples/$(RUN)/RL --config.metric.compare_path=$(OUT)/samples/$(RUN)/SD --config.metric.output=$(OUT)/metrics/$(RUN)
-	@echo "pictures: $(OUT)/samples/$(RUN)/SD/images and .../RL/images; training grids: $(OUT)/logs/$(RUN)/grid_*.png"
+	@echo "before and after, caption by caption: $(OUT)/metrics/$(RUN)/comparison.png"
+	@echo "all samples: $(OUT)/samples/$(RUN)/SD/images and .../RL/images; training grids: $(OUT)/logs/$(RUN)/grid_*.png"
 
 test: .venv/ready
 	pytest -q

@@ -36,7 +36,8 @@ def model_and_dataset_configs(config):
     config.sd.csv = root + "/data/splits/phantom_train.csv"
     config.sd.image_size = 64
     config.sample.num_steps = 10
-    config.sample.guidance_scale = 3.0
+    # no classifier-free guidance: half the cost, and what guidance adds is left for DDPO to learn
+    config.sample.guidance_scale = 1.0
     return config
 
 
@@ -75,9 +76,9 @@ def prompt_image_alignment_classifier_isic():
     """Stage (ii)."""
     config = model_and_dataset_configs(dgx.prompt_image_alignment_classifier_isic())
     config.run_name = ""
-    config.num_epochs = 30
-    config.save_freq = 5
-    config.num_checkpoint_limit = 5
+    config.num_epochs = 32
+    config.save_freq = 4
+    config.num_checkpoint_limit = 8
     # 8 rewards of a prompt come together in about one epoch
     config.per_prompt_stat_tracking.min_count = 8
     # 64 * 4 = 256 samples per epoch
@@ -89,7 +90,7 @@ def prompt_image_alignment_classifier_isic():
     # what an image shows is decided in the noisy half of the trajectory; the other half costs time and adds noise
     config.train.timestep_window = (0.0, 0.5)
     config.train.lora_rank = 16
-    config.train.learning_rate = 5e-3
+    config.train.learning_rate = 2.5e-3
     # a mean over 4 * 16 * 16 = 1,024 dimensions: 1e-4 * 16,384 / 1,024
     config.train.clip_range = 1.6e-3
     return config
