@@ -5,9 +5,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_OFFLINE := 1
+export WANDB_SILENT := true
 ifndef RUN
 RUN := demo-$(shell date +%Y%m%d-%H%M%S)
 endif
+# the options only keep the launcher from listing its defaults
+LAUNCH := accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 OUT := rl4med-out/mini
 MINI := config/mini.py
 
@@ -20,10 +23,10 @@ MINI := config/mini.py
 	touch $@
 
 demo: .venv/ready
-	accelerate launch --num_processes 1 scripts/train.py --config $(MINI):prompt_image_alignment_classifier_isic --config.run_name=$(RUN)
-	accelerate launch --num_processes 1 scripts/eval.py --config $(MINI):prompt_image_alignment_classifier_isic_eval --config.logdir=$(OUT)/samples/$(RUN)/SD
-	accelerate launch --num_processes 1 scripts/eval.py --config $(MINI):prompt_image_alignment_classifier_isic_eval_rl --config.load_from=$(OUT)/logs/$(RUN) --config.logdir=$(OUT)/samples/$(RUN)/RL
-	accelerate launch --num_processes 1 scripts/metric.py --config $(MINI):evaluate_metric_rl --config.metric.fake_path=$(OUT)/samples/$(RUN)/RL --config.metric.compare_path=$(OUT)/samples/$(RUN)/SD --config.metric.output=$(OUT)/metrics/$(RUN)
+	$(LAUNCH) scripts/train.py --config $(MINI):prompt_image_alignment_classifier_isic --config.run_name=$(RUN)
+	$(LAUNCH) scripts/eval.py --config $(MINI):prompt_image_alignment_classifier_isic_eval --config.logdir=$(OUT)/samples/$(RUN)/SD
+	$(LAUNCH) scripts/eval.py --config $(MINI):prompt_image_alignment_classifier_isic_eval_rl --config.load_from=$(OUT)/logs/$(RUN) --config.logdir=$(OUT)/samples/$(RUN)/RL
+	$(LAUNCH) scripts/metric.py --config $(MINI):evaluate_metric_rl --config.metric.fake_path=$(OUT)/samples/$(RUN)/RL --config.metric.compare_path=$(OUT)/samples/$(RUN)/SD --config.metric.output=$(OUT)/metrics/$(RUN)
 	@echo "before and after, caption by caption: $(OUT)/metrics/$(RUN)/comparison.png"
 	@echo "all samples: $(OUT)/samples/$(RUN)/SD/images and .../RL/images; training grids: $(OUT)/logs/$(RUN)/grid_*.png"
 
@@ -35,10 +38,10 @@ test: .venv/ready
 # the judges also the combinations that the generator never sees: they will be asked about them.
 WORLD := $(OUT)/data
 JUDGED := $(OUT)/judged
-CLASSIFIER := accelerate launch --num_processes 1 scripts/train_isic_classifier.py --data_path $(JUDGED)/images \
+CLASSIFIER := $(LAUNCH) scripts/train_isic_classifier.py --data_path $(JUDGED)/images \
 	--val_csv $(JUDGED)/splits/phantom_val.csv --checkpoint_dir $(OUT)/classifier --arch tinynet_e --weights none \
 	--image_size 96 --learning_rate 2e-3 --batch_size 32 --num_epochs 12
-TRAIN_SD := accelerate launch --num_processes 1 scripts/train_sd.py --config
+TRAIN_SD := $(LAUNCH) scripts/train_sd.py --config
 
 mini-weights: .venv/ready
 	python -m ddpo_pytorch.data.phantom --out $(WORLD)
