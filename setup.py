@@ -27,5 +27,5 @@ setup(
         "gdown>=6.0",
         "wandb>=0.19",
     ],
-    extras_require={"test": ["pytest>=8.0", "ruff>=0.9", "scipy>=1.11", "setuptools>=77"]},
+    extras_require={"test": ["pytest>=8.0", "ruff>=0.9", "scipy>=1.11", "setuptools>=77", "torchmetrics>=1.5"]},
 )
