@@ -100,7 +100,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # than the one that drew them have meaningless ratios.
     train.cfg = True
     # advantages are clipped to [-adv_clip_max, adv_clip_max].
-    train.adv_clip_max = 5
+    train.adv_clip_max = 5.0
     # PPO clip range for the ratio. Log-probs are *means* over latent dimensions D, so 1e-4 at D = 16,384 (512 px) clips
     # at +-1.64 nats of the true log-ratio; the same at D = 1,024 is 1.6e-3.
     train.clip_range = 1e-4
