@@ -45,6 +45,15 @@ def finetune_sd():
     return config
 
 
+def train_vae():
+    """An autoencoder from nothing, in the size of SD 1.5's; the paper keeps SD's own."""
+    config = finetune_sd()
+    config.sd.stage = "vae"
+    config.sd.vae_channels = (128, 256, 512, 512)
+    config.sd.learning_rate = 1e-4
+    return config
+
+
 def preprocess_isic_real_data():
     """Real test images, sorted by caption for metric.py, and their VAE latents."""
     config = model_and_dataset_configs(base.get_config())

@@ -56,7 +56,10 @@ def read_prompts(path: str | Path, low: int | None = None, high: int | None = No
             f"prompt file {str(path)!r} does not exist; give a path, or the name of a file in ddpo_pytorch/assets "
             "such as isic_prompts.txt"
         )
-    lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompt file {str(path)!r} is not UTF-8 text ({error}); give one prompt a line") from error
     prompts = [line for line in lines if line][low:high]
     if not prompts:
         raise UserError(f"prompt file {str(path)!r} has no prompts in lines [{low}, {high}); widen low and high")

@@ -97,6 +97,16 @@ def build_reward(
     return reward
 
 
+def check_prompts(reward_fn: RewardFn, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Score a black image for each (prompt, metadata): what the reward cannot judge is told before anything is drawn.
+
+    Raises what the reward raises, UserError for a prompt that it does not understand.
+    """
+    for start in range(0, len(prompts), 32):
+        texts, about = zip(*prompts[start : start + 32], strict=True)
+        reward_fn(torch.zeros(len(texts), 3, 64, 64), list(texts), list(about))
+
+
 def parse_spec(spec: str) -> dict[str, float]:
     """Weights by reward name of "a" or "a:0.7,b:0.3", in order. Raises UserError (see `build_reward`)."""
     weights: dict[str, float] = {}

@@ -95,7 +95,7 @@ def make_accelerator(
 class JsonLines:
     """An append-only file of one JSON object a line; silent on every process but the main one.
 
-    `keep` are the lines of an existing file that stay: a resumed run repeats the epochs after its checkpoint.
+    Of an existing file, entries whose epoch is below `keep` stay: a resumed run repeats those after its checkpoint.
     """
 
     def __init__(self, path: str | Path, active: bool = True, keep: int | None = None):
@@ -103,7 +103,10 @@ class JsonLines:
         if active:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if keep is not None and self.path.is_file():
-                self.path.write_text("".join(self.path.read_text().splitlines(keepends=True)[:keep]))
+                lines = self.path.read_text().splitlines(keepends=True)
+                # the last line of a killed run may be torn
+                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < keep]
+                self.path.write_text("".join(kept))
 
     def write(self, entry: dict) -> None:
         if self.active:
@@ -234,8 +237,8 @@ def open_run(accelerator: Accelerator, logdir: str, run_name: str, resume_from: 
     run_dir = Path(logdir) / name
     if run_dir.exists():
         raise UserError(
-            f"run folder {str(run_dir)!r} exists already; choose another --config.run_name, or continue it with "
-            f"--config.resume_from={run_dir}"
+            f"run folder {str(run_dir)!r} exists already; choose another --config.run_name, continue it with "
+            f"--config.resume_from={run_dir} if it holds a checkpoint, or move it away"
         )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -29,8 +29,8 @@ from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.lora import add_lora, disabled_lora
 from ddpo_pytorch.generator.pipeline import PromptTable, guided_noise_prediction, load_pipeline, set_schedule
 from ddpo_pytorch.ppo import make_optimizer, ppo_loss, step_kl
-from ddpo_pytorch.prompts import get_prompt_fn
-from ddpo_pytorch.rewards import RewardFn, build_reward
+from ddpo_pytorch.prompts import PROMPT_LISTS, all_prompts, get_prompt_fn
+from ddpo_pytorch.rewards import RewardFn, build_reward, check_prompts
 from ddpo_pytorch.rollout import (
     Stream,
     Trajectories,
@@ -88,7 +88,10 @@ def train(config: ConfigDict) -> Path:
     prompt_fn = get_prompt_fn(config.prompt_fn, **config.prompt_fn_kwargs)
     reward_fn = build_reward(config.reward_fn, config.reward_fn_kwargs.to_dict(), accelerator.device)
 
-    draw_prompts(prompt_fn, config.seed, 0, 1)  # a prompt file that cannot be read is told before anything is written
+    # a prompt that cannot be read or scored is told before anything is written.
+    draw_prompts(prompt_fn, config.seed, 0, 1)
+    if config.prompt_fn in PROMPT_LISTS:
+        check_prompts(reward_fn, all_prompts(config.prompt_fn, **config.prompt_fn_kwargs))
 
     ###### policy: the UNet, or adapters on it ######
     pretrained, dtype = config.pretrained, DTYPES[config.mixed_precision]

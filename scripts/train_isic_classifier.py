@@ -50,7 +50,7 @@ flags.DEFINE_bool(
     "calibrate_thresholds", False, "keep with the classifier the thresholds of best F1 on val; only reports use them"
 )
 flags.DEFINE_bool("save_published", False, "also write artifact_classifier_train_H<n>.pth in the published form")
-flags.DEFINE_integer("seed", 42, "seed of initial weights, order and flips")
+flags.DEFINE_integer("seed", 42, "seed of initial weights, order and flips", lower_bound=0)
 flags.DEFINE_integer("num_workers", 0, "image decoding processes", lower_bound=0)
 
 logger = logging.getLogger(__name__)

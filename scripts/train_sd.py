@@ -236,6 +236,8 @@ def main(_) -> None:
     if not sd.output or outcome.exists():
         problem = f"{str(outcome)!r} exists already" if sd.output else "sd.output is empty"
         raise UserError(f"{problem}; give another folder with --config.sd.output=DIR")
+    if min(sd.num_steps, sd.batch_size, sd.image_size, sd.log_every) < 1 or sd.limit < 0:
+        raise UserError("sd.num_steps, sd.batch_size, sd.image_size and sd.log_every must be 1 or more, sd.limit 0")
     rows, paths, missing = load_split(sd.csv, sd.data_path, sd.limit)
     if sd.skip_broken:
         rows, paths = drop_broken(rows, paths)

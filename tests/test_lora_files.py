@@ -140,6 +140,19 @@ def test_scale_stated_in_a_peft_folder(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": 1, "use_dora": True}))
     with pytest.raises(UserError, match="use_dora"):
         load_lora(make_unet(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{torn")
+    with pytest.raises(UserError, match="no readable adapter configuration"):
+        load_lora(make_unet(), tmp_path)
+
+
+def test_a_cut_attention_processor_file_is_refused(tmp_path):
+    """Half a file would be taken for the published checkpoint; peft's may adapt some layers only."""
+    weights = random_weights(make_unet())
+    cut = {key: value for key, value in weights.items() if not key.startswith(next(iter(weights)).rsplit(".", 1)[0])}
+    assert 0 < len(cut) == len(weights) - 2
+    with pytest.raises(UserError, match="lacks the adapter of .*attn.*fetch the whole file"):
+        load_lora(make_unet(), write(tmp_path / "cut.bin", legacy(cut)))
+    load_lora(make_unet(), write(tmp_path / "cut.safetensors", peft(cut, "unet.")))
 
 
 def test_scale_stated_by_diffusers(tmp_path):

@@ -56,6 +56,9 @@ def test_from_file_errors_say_what_to_do(tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(UserError, match="has no prompts"):
         from_file(tmp_path / "empty.txt")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
+    with pytest.raises(UserError, match="not UTF-8 text"):
+        from_file(tmp_path / "picture.png")
 
 
 def test_lookup_by_name():

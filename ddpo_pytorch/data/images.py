@@ -127,6 +127,9 @@ def write_log(folder: str | Path, entries: list[dict]) -> None:
 
 
 def read_log(folder: str | Path) -> list[dict]:
-    """Entries of `image_log.json`; an empty list when there is none."""
+    """Entries of `image_log.json`; an empty list when there is none. Raises UserError if it cannot be read."""
     path = Path(folder) / "image_log.json"
-    return json.loads(path.read_text()) if path.is_file() else []
+    try:
+        return json.loads(path.read_text()) if path.is_file() else []
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is torn or no JSON ({error}); make the samples again elsewhere") from error

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
@@ -25,6 +26,7 @@ from torch import nn
 from ddpo_pytorch.errors import UserError
 
 ADAPTER = "default"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # its projections
 FILE_NAME = "pytorch_lora_weights.safetensors"
 # What a folder may hold, newest format first.
 FILE_NAMES = (FILE_NAME, "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin")
@@ -121,6 +123,8 @@ def load_lora(unet: UNet2DConditionModel, path: str | Path) -> None:
         expected = {key: tuple(parameter.shape) for key, parameter in _adapter_weights(unet).items()}
     else:
         expected = _expected_shapes(unet, weights, sources, file)
+        if any(".processor." in source for source in sources.values()):
+            _check_every_attention(unet, expected, file)
     for key, weight in weights.items():
         if key not in expected:
             raise UserError(f"{file}: {sources[key]} belongs to no adapter of the UNet; check train.lora_targets")
@@ -226,10 +230,10 @@ def _scale(file: Path, metadata: dict[str, str]) -> float:
     """alpha / rank as stated by peft's adapter_config.json beside the file, or by diffusers in its metadata; else 1."""
     config_file = file.with_name("adapter_config.json")
     if file.name.startswith("adapter_model") and config_file.is_file():
-        config = json.loads(config_file.read_text())
+        config = _parsed(config_file.read_text(), config_file)
     else:
         # a pipeline writes unet.r, a UNet on its own writes r
-        stated = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        stated = _parsed(metadata.get("lora_adapter_metadata", "{}"), file)
         config = {key.removeprefix("unet."): value for key, value in stated.items()}
     for option in ("alpha_pattern", "use_dora"):
         if config.get(option):
@@ -238,6 +242,21 @@ def _scale(file: Path, metadata: dict[str, str]) -> float:
     if not rank or alpha is None:
         return 1.0
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _parsed(text: str, file: Path) -> dict:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} states no readable adapter configuration ({error}); fetch it again") from error
+
+
+def _check_every_attention(unet: nn.Module, expected: dict[str, tuple[int, ...]], file: Path) -> None:
+    """An attention-processor file adapts all projections of every attention; one that lacks some was cut."""
+    for name, module in unet.named_modules():
+        for projection in ATTENTION if isinstance(module, Attention) else ():
+            if f"{name}.{projection}.lora_A.weight" not in expected:
+                raise UserError(f"{file} lacks the adapter of {name}.{projection}; fetch the whole file again")
 
 
 def _expected_shapes(
