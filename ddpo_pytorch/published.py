@@ -6,12 +6,12 @@ The official README and configuration spell two names differently; both spelling
 import hashlib
 import http.client
 import logging
-import os
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import sha256, whole
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def fetch_split(name: str, folder: Path, base_url: str = SPLITS_URL) -> Path:
     """
     target, url = folder / name, f"{base_url}/{name}"
     if target.exists():
-        digest = hashlib.sha256(target.read_bytes()).hexdigest()
+        digest = sha256(target)
         if digest != SPLITS[name]:
             raise UserError(
                 f"{target} is not the official table (its sha256 is {digest}, expected {SPLITS[name]}) and is not "
@@ -96,9 +96,7 @@ def fetch_split(name: str, folder: Path, base_url: str = SPLITS_URL) -> Path:
             f"{url} gave another content than the official table (sha256 {digest}, expected {SPLITS[name]}), which was "
             f"not saved; see what your network answers there, or save the official table as {target}"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, target)
+    with whole(target) as temporary:
+        temporary.write_bytes(content)
     logger.info("%s fetched, sha256 as expected", target)
     return target

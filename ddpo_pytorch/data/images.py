@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from ddpo_pytorch.data.isic import caption_of_folder
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import whole
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -54,11 +55,8 @@ def read_rgb(path: str | Path) -> Image.Image:
 
 def save_image(path: str | Path, image: torch.Tensor) -> None:
     """Write a (3, H, W) image in [0, 1] as lossless PNG; the file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    to_pil(image).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        to_pil(image).save(temporary, format="PNG")
 
 
 class ImageFiles(Dataset):

@@ -4,7 +4,6 @@ ISIC shows many lesions in several images, and a classifier tested on lesions it
 """
 
 import csv
-import hashlib
 import json
 import logging
 import os
@@ -17,14 +16,10 @@ import numpy as np
 
 from ddpo_pytorch.data.isic import Row, count_labels, image_key, read_csv
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import sha256, whole
 
 logger = logging.getLogger(__name__)
 RECORD = "splits.json"  # seed, and the hash of every table, of splits made here
-
-
-def sha256(path: str | Path) -> str:
-    """SHA-256 of a file, in hex."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
@@ -149,13 +144,10 @@ def write_splits(folder: str | Path, name: str, splits: Mapping[str, Sequence[Ro
 
 def write_csv(path: Path, columns: Sequence[str], lines: Sequence[Mapping[str, str]]) -> None:
     """Write a table; the file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
+    with whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
-    os.replace(temporary, path)
 
 
 def refuse_existing(path: Path) -> None:

@@ -26,11 +26,11 @@ from ddpo_pytorch.data.lesions import (
     refuse_existing,
     regroup,
     report_leakage,
-    sha256,
     write_csv,
     write_splits,
 )
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import sha256
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")

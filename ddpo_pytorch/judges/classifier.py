@@ -5,7 +5,6 @@ The paper's backbone is EfficientNet-B0 at 512 px; small relatives from timm ser
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torchvision.models import efficientnet_b0
 
 from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import whole
 from ddpo_pytorch.published import resolve
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -104,12 +104,9 @@ def save_classifier(model: ArtifactClassifier, path: str | Path) -> None:
     It appears whole or not at all.
     """
     about = {name: getattr(model, name) for name in ("labels", "image_size", "arch", "thresholds")}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata={"artifact_classifier": json.dumps(about)})
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        save_file(tensors, temporary, metadata={"artifact_classifier": json.dumps(about)})
 
 
 def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> ArtifactClassifier:

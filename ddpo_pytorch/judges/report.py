@@ -6,7 +6,6 @@ Written as CSV and JSON (one row an attribute, then one a combination of labels)
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import whole
 from ddpo_pytorch.judges.report_pictures import confusion_picture, reliability_picture
 
 BINS = 15
@@ -167,10 +167,8 @@ class Report:
         written = []
         for suffix, content in contents.items():
             path = Path(f"{stem}{suffix}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
+            with whole(path) as temporary:
+                temporary.write_bytes(content)
             written.append(path)
         return written
 

@@ -5,7 +5,6 @@ eps 1e-5 and momentum 0.1. In eval mode the same tensors give the same logits un
 torchvision drops whole residual branches (stochastic depth up to 0.2), timm does not unless asked to.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 
 from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import whole
 from ddpo_pytorch.judges.classifier import PUBLISHED_ARCH, ArtifactClassifier
 
 TIMM_ARCH = "efficientnet_b0"
@@ -97,11 +97,8 @@ def save_published(
         "val_loss": float(val_loss),
         "val_accuracy": float(val_accuracy),
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    torch.save(payload, temporary)
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        torch.save(payload, temporary)
 
 
 def _renamed(state: Mapping[str, torch.Tensor], modules: Mapping[str, str], source: str) -> dict[str, torch.Tensor]:
