@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from ddpo_pytorch.data.isic import caption_of_folder
@@ -20,6 +20,9 @@ from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import whole
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+# how a picture becomes a square: as in the paper, sides scaled apart; its middle; or with black bars.
+RESIZES = ("stretch", "crop", "pad")
+_FILTER = Image.Resampling.BICUBIC  # what Image.resize takes by default
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -32,15 +35,29 @@ def to_pil(image: torch.Tensor) -> Image.Image:
     return Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
 
 
-def load_image(path: str | Path, size: int | None = None) -> torch.Tensor:
-    """Read an image as (3, H, W) float in [0, 1], resized to size x size (PIL's default filter, aspect not kept).
+def load_image(path: str | Path, size: int | None = None, resize: str = "stretch") -> torch.Tensor:
+    """Read an image as (3, H, W) float in [0, 1], made a square of size x size pixels (PIL's default filter).
 
-    Raises UserError as `read_rgb` does.
+    `resize` is one of RESIZES. Raises UserError as `read_rgb` does.
     """
-    image = read_rgb(path)
-    if size is not None and image.size != (size, size):
-        image = image.resize((size, size))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return load_pixels(path, size, resize).float() / 255
+
+
+def load_pixels(path: str | Path, size: int | None = None, resize: str = "stretch") -> torch.Tensor:
+    """The same image as uint8."""
+    return torch.from_numpy(np.array(_squared(read_rgb(path), size, resize))).permute(2, 0, 1).contiguous()
+
+
+def _squared(image: Image.Image, size: int | None, resize: str) -> Image.Image:
+    if resize not in RESIZES:
+        raise UserError(f"resize is {resize!r}; allowed are {', '.join(RESIZES)}")
+    if size is None or image.size == (size, size):
+        return image
+    if resize == "stretch":
+        return image.resize((size, size), _FILTER)
+    if resize == "crop":
+        return ImageOps.fit(image, (size, size), _FILTER)
+    return ImageOps.pad(image, (size, size), _FILTER)
 
 
 def read_rgb(path: str | Path) -> Image.Image:
@@ -60,24 +77,19 @@ def save_image(path: str | Path, image: torch.Tensor) -> None:
 
 
 class ImageFiles(Dataset):
-    """Image files as uint8 (3, size, size), with a vector of labels or an index beside each.
+    """Image files as uint8 (3, size, size), with a vector of labels or an index beside each; decoded at each access.
 
-    Decoded images are kept in memory as long as all of them fit in `cache_bytes`.
+    `image_cache.decoded` gives the same items without the decoding.
     """
 
-    def __init__(self, paths: Sequence[Path], targets: torch.Tensor, size: int, cache_bytes: int = 4 * 2**30):
-        self.paths, self.targets, self.size = list(paths), targets, size
-        self._cache: dict[int, torch.Tensor] | None = {} if len(self.paths) * 3 * size * size <= cache_bytes else None
+    def __init__(self, paths: Sequence[Path], targets: torch.Tensor, size: int, resize: str = "stretch"):
+        self.paths, self.targets, self.size, self.resize = list(paths), targets, size, resize
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._cache is None:
-            return to_uint8(load_image(self.paths[index], self.size)), self.targets[index]
-        if index not in self._cache:
-            self._cache[index] = to_uint8(load_image(self.paths[index], self.size))
-        return self._cache[index], self.targets[index]
+        return load_pixels(self.paths[index], self.size, self.resize), self.targets[index]
 
 
 def image_grid(images: torch.Tensor, columns: int, padding: int = 2) -> Image.Image:
