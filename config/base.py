@@ -160,11 +160,15 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # folder of <image>.jpg (or <image>_downsampled.jpg) files, and the split table.
     dataset.data_path = ""
     dataset.csv = ""
-    # side in pixels to which images are resized (aspect ratio not kept, as in the paper).
+    # side in pixels of the squares that images become, and how: "stretch" (aspect ratio not kept, as in the paper),
+    # "crop" (the middle) or "pad" (black bars).
     dataset.image_size = 512
+    dataset.resize = "stretch"
     # rows used; 0 is all of them. skip_broken leaves out damaged images, with a warning, instead of stopping at them.
     dataset.limit = 0
     dataset.skip_broken = False
+    # image decoding processes of each process; 0 decodes in the process itself.
+    dataset.num_workers = 0
 
     ###### Evaluation (eval.py) ######
     config.eval = evaluation = ml_collections.ConfigDict()

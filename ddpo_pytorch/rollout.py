@@ -7,7 +7,6 @@ draws it. That is what makes a resumed run equal an uninterrupted one, and two p
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -16,23 +15,7 @@ from diffusers import StableDiffusionPipeline
 
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
 from ddpo_pytorch.generator.pipeline import PromptTable
-
-
-class Stream(IntEnum):
-    """Independent random streams of one run."""
-
-    PROMPTS = 0
-    NOISE = 1
-    ORDER = 2
-    TIMESTEPS = 3
-    GRID = 4
-    EVALUATION = 5
-
-
-def derived_seed(seed: int, stream: Stream, *progress: int) -> int:
-    """A 63-bit seed from the run's seed, the stream and where the run is (epoch, sample index, ...)."""
-    state = np.random.SeedSequence([seed, int(stream), *progress]).generate_state(2, np.uint32)
-    return (int(state[0]) << 31) ^ int(state[1])
+from ddpo_pytorch.randomness import Stream, derived_seed
 
 
 def generators(device: torch.device, seed: int, stream: Stream, epoch: int, indices: Sequence[int]) -> list:

@@ -28,8 +28,8 @@ from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_log
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.pipeline import PromptTable, load_pipeline, set_schedule
 from ddpo_pytorch.prompts import all_prompts
+from ddpo_pytorch.randomness import Stream, derived_seed
 from ddpo_pytorch.rewards import RewardFn, isic_classifier_reward
-from ddpo_pytorch.rollout import Stream, derived_seed
 from ddpo_pytorch.run import DTYPES, cli, make_accelerator
 
 FLAGS = flags.FLAGS

@@ -2,28 +2,29 @@
 
     accelerate launch scripts/extract_dataset_latents.py --config config/dgx.py:preprocess_isic_real_data
 
-Writes to logdir: images/<caption with _>/<row index>.png, lossless and resized to `dataset.image_size`; image_log.json
-(sampleID = row index, prompt, path_to_img and every column of the table); and, when `pretrained.model` is not empty,
-latents.safetensors with `row` (N,) int64 and the VAE posterior's `mean` and `logvar` (N, C, h, w), fp16 and unscaled.
-Rows are dealt to processes by their index. A finished folder is left as it is.
+Writes to logdir: images/<caption with _>/<row index>.png, lossless and made square (`dataset.image_size`,
+`dataset.resize`); image_log.json (sampleID = row index, prompt, path_to_img and every column of the table); and, when
+`pretrained.model` is not empty, latents/ (`ddpo_pytorch.generator.latents`), from which scripts/train_sd.py trains.
+
+Shards of 256 images are dealt to the processes; any number of them writes the same. The same command again completes
+what a kill left unfinished and leaves a finished folder as it is.
 """
 
-import hashlib
 import logging
+import time
 from pathlib import Path
 
 import torch
 from absl import flags
-from diffusers import AutoencoderKL
 from ml_collections import ConfigDict, config_flags
-from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
-from ddpo_pytorch.data.images import load_image, save_image, write_log
-from ddpo_pytorch.data.isic import Row, folder_name, load_split, read_split
+from ddpo_pytorch.data.images import RESIZES, ImageFiles, save_image, write_log
+from ddpo_pytorch.data.isic import CAPTIONS, Row, folder_name, load_split, read_split
 from ddpo_pytorch.data.sample_log import claim_folder
 from ddpo_pytorch.data.splits import drop_broken
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import sha256
+from ddpo_pytorch.generator.latents import INDEX, encode_data_set, write_index
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.run import cli, make_accelerator
 
@@ -31,10 +32,6 @@ FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", "config/base.py", "Extraction of real images and latents.")
 
 logger = logging.getLogger(__name__)
-
-LATENTS = "latents.safetensors"
-PARTS = "latents.part*.safetensors"
-ENCODE_BATCH = 8
 
 
 def find_rows(dataset: ConfigDict) -> tuple[list[tuple[int, Row, Path]], int]:
@@ -46,6 +43,8 @@ def find_rows(dataset: ConfigDict) -> tuple[list[tuple[int, Row, Path]], int]:
         )
     if dataset.image_size < 1:
         raise UserError(f"dataset.image_size is {dataset.image_size}; it must be at least 1")
+    if dataset.resize not in RESIZES:
+        raise UserError(f"dataset.resize is {dataset.resize!r}; allowed are {', '.join(RESIZES)}")
     index = {row.image: number for number, row in enumerate(read_split(dataset.csv))}
     rows, paths, missing = load_split(dataset.csv, dataset.data_path, dataset.limit)
     if dataset.skip_broken:
@@ -59,79 +58,48 @@ def entry_of(index: int, row: Row) -> dict:
     return row.fields | {"sampleID": index, "prompt": row.caption, "path_to_img": path}
 
 
-@torch.no_grad()
-def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log-variance (B, C, h, w) in fp16 of the VAE's posterior for images (B, 3, H, W) in [0, 1]."""
-    posterior = vae.encode((images.to(vae.device) * 2 - 1).to(vae.dtype)).latent_dist
-    return posterior.mean.half().cpu().contiguous(), posterior.logvar.half().cpu().contiguous()
-
-
-def extract(share: list[tuple[int, Row, Path]], size: int, folder: Path, vae: AutoencoderKL | None, bar: tqdm) -> dict:
-    """Write this process's images; returns its latents as the tensors `row`, `mean`, `logvar` ({} without a VAE)."""
-    rows, means, logvars = [], [], []
-    for start in range(0, len(share), ENCODE_BATCH):
-        batch = share[start : start + ENCODE_BATCH]
-        images = torch.stack([load_image(path, size) for _, _, path in batch])
-        for (index, row, _), image in zip(batch, images, strict=True):
-            save_image(folder / entry_of(index, row)["path_to_img"], image)
-        if vae is not None:
-            mean, logvar = encode(vae, images)
-            rows += [index for index, _, _ in batch]
-            means.append(mean)
-            logvars.append(logvar)
-        bar.update(len(batch))
-    return {"row": torch.tensor(rows), "mean": torch.cat(means), "logvar": torch.cat(logvars)} if rows else {}
-
-
-def merge_latents(folder: Path) -> None:
-    """Join the processes' parts into one file sorted by row."""
-    parts = [load_file(file) for file in sorted(folder.glob(PARTS))]
-    if parts:
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        order = joined["row"].argsort()
-        save_file({name: value[order].contiguous() for name, value in joined.items()}, folder / LATENTS)
-    remove_parts(folder)
-
-
-def remove_parts(folder: Path) -> None:
-    for file in folder.glob(PARTS):
-        file.unlink()
-
-
 def main(_) -> None:
     config = FLAGS.config
     accelerator = make_accelerator("no", config.allow_tf32)
     rank, folder, dataset = accelerator.process_index, Path(config.logdir), config.dataset
     found, missing = find_rows(dataset)
-    settings = {
-        "csv_sha256": hashlib.sha256(Path(dataset.csv).read_bytes()).hexdigest(),
-        "rows": [index for index, _, _ in found],
-        "image_size": dataset.image_size,
-        "model": config.pretrained.model,
-    }
+    about = {"csv_sha256": sha256(dataset.csv), "image_size": dataset.image_size, "resize": dataset.resize}
+    rows = [index for index, _, _ in found]
     vae = None
     if config.pretrained.model:
         # fp32: half precision overflows in the encoder of SD 1.5, and stored halves hold its result well enough.
         vae = load_pipeline(config.pretrained.model, config.pretrained.revision, device=accelerator.device).vae
     if accelerator.is_main_process:
+        settings = about | {"rows": rows, "model": config.pretrained.model}
         claim_folder(folder, settings, {"csv": dataset.csv, "missing": missing})
-        remove_parts(folder)  # of a run that was killed, perhaps with another number of processes
     accelerator.wait_for_everyone()
-    if (folder / "image_log.json").is_file():
-        logger.info("%s is complete already; nothing to do", folder)
-        accelerator.end_training()
-        return
 
-    share = found[rank :: accelerator.num_processes]
-    with tqdm(total=len(share), disable=None if config.progress and not rank else True) as bar:
-        latents = extract(share, dataset.image_size, folder, vae, bar)
-    if latents:
-        save_file(latents, folder / PARTS.replace("*", str(rank)))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        merge_latents(folder)
+    paths = [folder / entry_of(index, row)["path_to_img"] for index, row, _ in found]
+    started = time.perf_counter()
+    done = encode_data_set(
+        vae,
+        ImageFiles([path for _, _, path in found], torch.tensor(rows), dataset.image_size, dataset.resize),
+        rows,
+        [CAPTIONS.index(row.caption) for _, row, _ in found],
+        folder / "latents",
+        rank=rank,
+        processes=accelerator.num_processes,
+        num_workers=dataset.num_workers,
+        progress=config.progress,
+        keep_image=lambda position, image: save_image(paths[position], image.float() / 255),
+        is_kept=lambda position: paths[position].is_file(),
+    )
+    done = accelerator.reduce(torch.tensor(done, device=accelerator.device)).item()
+    outcome = [folder / "image_log.json"] + [folder / "latents" / INDEX] * (vae is not None)
+    if accelerator.is_main_process and (done or not all(path.is_file() for path in outcome)):
+        if vae is not None:
+            write_index(folder / "latents", vae, CAPTIONS, len(rows), about)
         write_log(folder, [entry_of(index, row) for index, row, _ in found])
-        logger.info("%d images in %s; %d rows of %s have no image", len(found), folder, missing, dataset.csv)
+        speed = done / (time.perf_counter() - started)
+        logger.info("%d images in %s, %d made now at %.1f images/s", len(found), folder, done, speed)
+        logger.info("%d rows of %s have no image", missing, dataset.csv)
+    elif not done:
+        logger.info("%s is complete already; nothing to do", folder)
     accelerator.end_training()
 
 

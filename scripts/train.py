@@ -30,9 +30,9 @@ from ddpo_pytorch.generator.lora import add_lora, disabled_lora
 from ddpo_pytorch.generator.pipeline import PromptTable, guided_noise_prediction, load_pipeline, set_schedule
 from ddpo_pytorch.ppo import make_optimizer, ppo_loss, step_kl
 from ddpo_pytorch.prompts import PROMPT_LISTS, all_prompts, get_prompt_fn
+from ddpo_pytorch.randomness import Stream
 from ddpo_pytorch.rewards import RewardFn, build_reward, check_prompts
 from ddpo_pytorch.rollout import (
-    Stream,
     Trajectories,
     draw_prompts,
     generators,

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from script_tools import files_of, options, succeed
 
 from ddpo_pytorch.data.images import load_image, save_image
-from ddpo_pytorch.data.isic import caption_of, folder_name
+from ddpo_pytorch.data.isic import CAPTIONS, caption_of, folder_name
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.generator.latents import LatentShards, fingerprint
 from ddpo_pytorch.generator.pipeline import load_pipeline
 
 pytest_plugins = ["script_tools"]
@@ -43,14 +43,14 @@ def table(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_extract_one_and_two_processes(table, config_file, tiny_pipeline_dir, tmp_path):
+def test_extract_one_and_two_processes(table, config_file, tiny_pipeline_dir, tmp_path, monkeypatch):
     fields = {"dataset__csv": table / "split.csv", "dataset__data_path": table, "dataset__image_size": 64}
+    fields["dataset__num_workers"] = 1
     result = succeed("extract_dataset_latents.py", *options(config_file, logdir=tmp_path / "one", **fields))
-    assert "5 images" in result.stderr and "2 rows" in result.stderr
+    assert "5 images" in result.stderr and "images/s" in result.stderr and "2 rows of" in result.stderr
     succeed("extract_dataset_latents.py", *options(config_file, logdir=tmp_path / "two", **fields), processes=2)
     one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
-    assert one.keys() == two.keys()
-    assert all(one[path] == two[path] for path in one if not path.endswith(".safetensors"))
+    assert one == two
 
     log = json.loads(one["image_log.json"])
     assert [entry["sampleID"] for entry in log] == [0, 1, 3, 4, 6]
@@ -59,15 +59,47 @@ def test_extract_one_and_two_processes(table, config_file, tiny_pipeline_dir, tm
     source = load_image(table / "ISIC_1.jpg", 64)
     assert torch.equal(load_image(tmp_path / "one" / log[1]["path_to_img"]), source)
 
-    latents, other = (load_file(tmp_path / name / "latents.safetensors") for name in ("one", "two"))
-    assert latents["row"].tolist() == other["row"].tolist() == [0, 1, 3, 4, 6]
+    latents = LatentShards(tmp_path / "one" / "latents")
+    assert len(latents) == 5 and latents.captions == list(CAPTIONS) and latents.index["resize"] == "stretch"
     vae = load_pipeline(tiny_pipeline_dir).vae
+    assert latents.index["vae_sha256"] == fingerprint(vae) and latents.index["image_size"] == 64
     with torch.no_grad():
         posterior = vae.encode(source[None] * 2 - 1).latent_dist
-    for name, value in (("mean", posterior.mean), ("logvar", posterior.logvar)):
-        assert latents[name].dtype == torch.float16 and latents[name].shape == (5, *value.shape[1:])
-        torch.testing.assert_close(latents[name][1].float(), value[0], rtol=2e-3, atol=1e-3)
-        torch.testing.assert_close(latents[name], other[name], rtol=2e-3, atol=1e-3)
+    mean, logvar, caption = latents[1]
+    assert CAPTIONS[caption] == log[1]["prompt"] and latents.shape == mean.shape
+    for stored, value in ((mean, posterior.mean), (logvar, posterior.logvar)):
+        assert stored.dtype == torch.float16
+        torch.testing.assert_close(stored.float(), value[0], rtol=2e-3, atol=1e-3)
+
+
+def test_an_extraction_that_was_cut_off_is_completed(table, config_file, run_main, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("ddpo_pytorch.generator.latents.SHARD_IMAGES", 2)
+    fields = {"dataset__csv": str(table / "split.csv"), "dataset__data_path": str(table), "dataset__image_size": 64}
+    fields["logdir"] = str(tmp_path / "x")
+    run_main("extract_dataset_latents.py", config_file, **fields)
+    complete = files_of(tmp_path / "x")
+    shards = sorted((tmp_path / "x" / "latents").glob("shard_*"))
+    assert len(shards) == 3
+
+    # killed before the second shard: no index, no log
+    for path in (shards[1], shards[2], tmp_path / "x" / "latents" / "index.json", tmp_path / "x" / "image_log.json"):
+        path.unlink()
+    with pytest.raises(UserError, match="no complete latents"):
+        LatentShards(tmp_path / "x" / "latents")
+    first = shards[0].stat().st_mtime_ns
+    run_main("extract_dataset_latents.py", config_file, **fields)
+    assert files_of(tmp_path / "x") == complete and shards[0].stat().st_mtime_ns == first
+
+    # damaged afterwards: cut, and changed at equal length
+    changed = bytearray(complete["latents/shard_00002.safetensors"])
+    changed[-1] ^= 1
+    for path, content in ((shards[0], shards[0].read_bytes()[:-7]), (shards[2], bytes(changed))):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{path.name}' differs from the index; run the command"):
+            LatentShards(tmp_path / "x" / "latents")
+        run_main("extract_dataset_latents.py", config_file, **fields)
+        assert files_of(tmp_path / "x") == complete and f"{path} " in caplog.text
+    LatentShards(tmp_path / "x" / "latents")
 
 
 def test_extract_without_a_model_stores_images_only_and_does_not_repeat_itself(table, config_file, run_main, tmp_path):
@@ -75,7 +107,7 @@ def test_extract_without_a_model_stores_images_only_and_does_not_repeat_itself(t
     fields |= {"pretrained__model": "", "dataset__limit": 3, "logdir": str(tmp_path / "x")}
     run_main("extract_dataset_latents.py", config_file, **fields)
     whole = files_of(tmp_path / "x")
-    assert sum(path.endswith(".png") for path in whole) == 3 and "latents.safetensors" not in whole
+    assert sum(path.endswith(".png") for path in whole) == 3 and not any("latents" in path for path in whole)
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*")}
     run_main("extract_dataset_latents.py", config_file, **fields)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*")} == stamps
@@ -90,6 +122,7 @@ def test_extract_without_a_model_stores_images_only_and_does_not_repeat_itself(t
         ({"dataset__csv": "absent.csv"}, "'absent.csv' does not exist"),
         ({"dataset__data_path": "absent"}, "'absent' does not exist"),
         ({"dataset__image_size": 0}, "dataset.image_size is 0"),
+        ({"dataset__resize": "squash"}, "dataset.resize is 'squash'; allowed are stretch, crop, pad"),
         ({"pretrained__model": "/absent"}, "/absent"),
     ],
 )

@@ -7,10 +7,9 @@ from ml_collections import ConfigDict
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.pipeline import PromptTable, load_pipeline
 from ddpo_pytorch.prompts import get_prompt_fn
+from ddpo_pytorch.randomness import Stream, derived_seed
 from ddpo_pytorch.rollout import (
-    Stream,
     Trajectories,
-    derived_seed,
     draw_prompts,
     generators,
     sample_trajectories,

@@ -1,0 +1,190 @@
+"""Latents of a whole data set, encoded once: safetensors shards with an index, from which stage (i) trains.
+
+A folder of latents holds `shard_<number>.safetensors` and, once all of them are there, `index.json`. A shard has, for
+up to SHARD_IMAGES images in the order of the data set, `row` (n,) int64, `caption` (n,) int64 (the position of the
+caption in the index's list), and the mean and log-variance of the autoencoder's posterior, `mean` and `logvar`
+(n, C, h, w) in half precision, not scaled. The index states what made them: autoencoder, image size, resize, source.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
+
+from ddpo_pytorch.data.image_cache import loader_options
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import sha256, whole
+
+logger = logging.getLogger(__name__)
+INDEX = "index.json"
+SHARD_IMAGES = 256
+ENCODE_BATCH = 8
+
+
+def fingerprint(vae: AutoencoderKL) -> str:
+    """SHA-256 over names and float32 weights of an autoencoder: latents belong to it and to no other."""
+    digest = hashlib.sha256()
+    for name, value in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-variance (B, C, h, w), half precision on the CPU, of the posterior for uint8 images (B, 3, H, W)."""
+    pixels = (images.to(vae.device).float() / 127.5 - 1).to(vae.dtype)
+    posterior = vae.encode(pixels).latent_dist
+    return posterior.mean.half().cpu().contiguous(), posterior.logvar.half().cpu().contiguous()
+
+
+def sample_posterior(mean: torch.Tensor, logvar: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """mean + noise * exp(logvar / 2), clamped as AutoencoderKL does; float32, not scaled."""
+    return mean.float() + noise * torch.exp(0.5 * logvar.float().clamp(-30, 20))
+
+
+def encode_data_set(
+    vae: AutoencoderKL | None,
+    files: Dataset,
+    rows: Sequence[int],
+    caption_ids: Sequence[int],
+    folder: str | Path,
+    *,
+    rank: int = 0,
+    processes: int = 1,
+    num_workers: int = 0,
+    progress: bool = True,
+    keep_image: Callable[[int, torch.Tensor], None] | None = None,
+    is_kept: Callable[[int], bool] = lambda position: True,
+) -> int:
+    """Encode this process's shards of a data set of uint8 images; returns how many images were decoded.
+
+    Shards are dealt to the processes and written whole, so that a killed run goes on with the first that is missing,
+    and every number of processes writes the same. `keep_image(position, image)` gets each image that is decoded;
+    a shard whose images are not all `is_kept` is done again. Without a `vae` no shard is written, only images are kept.
+    """
+    done, count, hashes = 0, len(rows), _recorded_hashes(folder)
+    starts = range(rank * SHARD_IMAGES, count, processes * SHARD_IMAGES)
+    share = sum(min(SHARD_IMAGES, count - start) for start in starts)
+    bar = tqdm(total=share, desc="encoding", unit="image", disable=None if progress and rank == 0 else True)
+    for start in starts:
+        positions = list(range(start, min(start + SHARD_IMAGES, count)))
+        shard_rows = [rows[position] for position in positions]
+        path = shard_path(folder, start // SHARD_IMAGES)
+        if all(map(is_kept, positions)) and (vae is None or _holds(path, shard_rows, hashes.get(path.name))):
+            bar.update(len(positions))
+            continue
+        means, logvars = [], []
+        loader = DataLoader(Subset(files, positions), ENCODE_BATCH, **loader_options(num_workers))
+        for number, (images, _) in enumerate(loader):
+            for offset, image in enumerate(images if keep_image else ()):
+                keep_image(positions[number * ENCODE_BATCH + offset], image)
+            if vae is not None:
+                mean, logvar = encode(vae, images)
+                means.append(mean)
+                logvars.append(logvar)
+            bar.update(len(images))
+        done += len(positions)
+        if vae is not None:
+            ids = torch.tensor([caption_ids[position] for position in positions])
+            shard = {"row": torch.tensor(shard_rows), "caption": ids}
+            with whole(path) as temporary:
+                save_file(shard | {"mean": torch.cat(means), "logvar": torch.cat(logvars)}, temporary)
+    bar.close()
+    return done
+
+
+def shard_path(folder: str | Path, number: int) -> Path:
+    return Path(folder) / f"shard_{number:05d}.safetensors"
+
+
+def _recorded_hashes(folder: str | Path) -> dict[str, str]:
+    try:
+        return {entry["file"]: entry["sha256"] for entry in json.loads((Path(folder) / INDEX).read_text())["shards"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _holds(path: Path, rows: list[int], recorded: str | None) -> bool:
+    """Whether a shard is whole and of these rows; one that is not is told of and made again."""
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:  # refuses a file shorter than its header states
+            problem = "" if file.get_tensor("row").tolist() == rows else "holds other rows"
+    except (SafetensorError, OSError) as error:
+        problem = f"is damaged ({error})"
+    if not problem and recorded not in (None, sha256(path)):
+        problem = f"differs from {INDEX}"
+    if problem:
+        logger.warning("%s %s and is made again", path, problem)
+    return not problem
+
+
+def write_index(
+    folder: str | Path, vae: AutoencoderKL, captions: Sequence[str], images: int, about: Mapping[str, Any]
+) -> None:
+    """Write the index of a complete folder; `about` states the source. For one process, when all shards are there."""
+    paths = [shard_path(folder, number) for number in range(-(-images // SHARD_IMAGES))]
+    index = dict(about) | {
+        "vae_sha256": fingerprint(vae),
+        "scaling_factor": vae.config.scaling_factor,
+        "images": images,
+        "captions": list(captions),
+        "shards": [{"file": path.name, "sha256": sha256(path)} for path in paths],
+    }
+    with whole(Path(folder) / INDEX) as temporary:
+        temporary.write_text(json.dumps(index, indent=1) + "\n")
+
+
+class LatentShards(Dataset):
+    """Items (mean, logvar, caption id) of a folder of latents. Shards are memory-mapped and shared between processes.
+
+    `index` is the content of index.json. Raises UserError for a folder without one, a missing shard, or a shard that
+    differs from the hash in the index: cut off, or half-written by something else.
+    """
+
+    def __init__(self, folder: str | Path):
+        path = Path(folder) / INDEX
+        if not path.is_file():
+            raise UserError(
+                f"{str(folder)!r} holds no complete latents (no {INDEX}); run scripts/extract_dataset_latents.py, "
+                "or the same command again if it was stopped"
+            )
+        try:
+            self.index = json.loads(path.read_text())
+            self.captions, self.images = list(self.index["captions"]), int(self.index["images"])
+            self._shards = [self._load(path.parent, entry) for entry in self.index["shards"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{str(path)!r} is damaged ({error}); delete it and run the extraction again") from error
+
+    @staticmethod
+    def _load(folder: Path, entry: Mapping[str, str]) -> dict[str, torch.Tensor]:
+        path = folder / entry["file"]
+        if not path.is_file() or sha256(path) != entry["sha256"]:
+            problem = "differs from the index" if path.is_file() else "is missing"
+            raise UserError(
+                f"latent shard {str(path)!r} {problem}; run the command that wrote it again, it makes this shard anew"
+            )
+        return load_file(path)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one latent."""
+        return tuple(self._shards[0]["mean"].shape[1:])
+
+    def __len__(self) -> int:
+        return self.images
+
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        shard, offset = divmod(position, SHARD_IMAGES)
+        return tuple(self._shards[shard][name][offset] for name in ("mean", "logvar", "caption"))

@@ -1,0 +1,60 @@
+"""Randomness as a function of (seed, progress): what makes a resumed run equal to an uninterrupted one.
+
+No random state is ever saved, and nothing here depends on the number of processes.
+"""
+
+from collections.abc import Iterator
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+
+class Stream(IntEnum):
+    """Independent random streams of one run."""
+
+    PROMPTS = 0
+    NOISE = 1
+    ORDER = 2
+    TIMESTEPS = 3
+    GRID = 4
+    EVALUATION = 5
+    BATCHES = 6
+    VALIDATION = 7
+
+
+def derived_seed(seed: int, stream: Stream, *progress: int) -> int:
+    """A 63-bit seed from the run's seed, the stream and where the run is (epoch, sample index, ...)."""
+    state = np.random.SeedSequence([seed, int(stream), *progress]).generate_state(2, np.uint32)
+    return (int(state[0]) << 31) ^ int(state[1])
+
+
+def generator_of(seed: int, stream: Stream, *progress: int) -> torch.Generator:
+    """A CPU generator seeded by `derived_seed`."""
+    return torch.Generator().manual_seed(derived_seed(seed, stream, *progress))
+
+
+class EndlessBatches(Sampler[list[int]]):
+    """Batches of indices below `count` for ever: a new permutation every `count // (batch_size * processes)` batches.
+
+    Batch number k of all processes together is the same whatever their number is, if batch_size * processes is; each
+    process gets its part of it. A permutation's remainder is left out. `first` is the batch to begin with, so that a
+    resumed run goes on where it stopped.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, first: int = 0, rank: int = 0, processes: int = 1):
+        self.count, self.batch_size, self.seed, self.first = count, batch_size, seed, first
+        self.rank, self.processes = rank, processes
+        if count < batch_size * processes:
+            raise ValueError(f"{count} items are fewer than a batch of {batch_size} for {processes} processes")
+
+    def __iter__(self) -> Iterator[list[int]]:
+        whole = self.batch_size * self.processes
+        epoch, position = divmod(self.first, self.count // whole)
+        while True:
+            order = torch.randperm(self.count, generator=generator_of(self.seed, Stream.BATCHES, epoch))
+            for number in range(position, self.count // whole):
+                start = number * whole + self.rank * self.batch_size
+                yield order[start : start + self.batch_size].tolist()
+            epoch, position = epoch + 1, 0
