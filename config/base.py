@@ -205,35 +205,61 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # "finetune": train the UNet of pretrained.model, the paper's stage (i). From nothing: "vae", then "unet" (with
     # tokenizer and text encoder) on the VAE in sd.output.
     sd.stage = "finetune"
-    # folder for the outcome: a model in diffusers format ("vae", "unet"), pretrained_unet.safetensors
-    # ("unet", "finetune"), log and sample grids.
+    # folder for the outcome: a model in diffusers format ("vae", "unet"), pretrained_unet.safetensors ("unet",
+    # "finetune"), log and sample grids. The same command again goes on with what is unfinished there.
     sd.output = ""
-    # training images (<image>.jpg) and their split table; side in pixels they are resized to; rows used (0 = all);
-    # whether damaged images are left out, with a warning, instead of stopping the run.
+    # training images (<image>.jpg) and their split table; side in pixels and way in which they are made square (see
+    # dataset.resize); rows used (0 = all); whether damaged images are left out, with a warning, instead of stopping.
     sd.data_path = ""
     sd.csv = ""
     sd.image_size = 512
+    sd.resize = "stretch"
     sd.limit = 0
     sd.skip_broken = False
-    # optimizer steps, images per process and step, peak learning rate (linear warm-up, then a cosine to zero).
+    # split table for the validation loss, its rows used (0 = all), and steps between validations. "": none.
+    sd.val_csv = ""
+    sd.val_images = 512
+    sd.val_every = 500
+    # folders of latents written by extract_dataset_latents.py (<logdir>/latents), in place of images and tables. "":
+    # images are encoded once, into <output>/latents.
+    sd.latents = ""
+    sd.val_latents = ""
+    # folder for decoded images (stage "vae"; 3 image_size^2 bytes each); "" decodes at every step. Decoding processes.
+    sd.cache_dir = config.get_ref("base_log_path") + "/cache"
+    sd.num_workers = 0
+    # optimizer steps; images per process and forward pass, and forward passes per step.
     sd.num_steps = 10_000
     sd.batch_size = 64
+    sd.gradient_accumulation_steps = 1
+    # peak learning rate, reached in warmup_steps; then "cosine" to zero, or "constant".
     sd.learning_rate = 1e-5
     sd.warmup_steps = 100
+    sd.lr_schedule = "cosine"
     # share of captions replaced by the empty one: the unconditional model that guidance needs.
     sd.caption_dropout = 0.1
-    # decay of the weight average that is saved; 0 saves the last weights.
+    # weight timesteps by min(snr, gamma) / snr (Hang et al. 2023; 5 is usual). 0: all alike.
+    sd.min_snr_gamma = 0.0
+    # decay of the weight average that is saved, validated and drawn from; 0 takes the last weights.
     sd.ema_decay = 0.999
-    # steps between log lines, and between sample grids (0: none).
+    # LoRA adapters (True; "finetune" only, saved beside the merged UNet) or all weights of the UNet (False).
+    sd.use_lora = False
+    sd.lora_rank = 16
+    sd.lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    # less memory: recompute activations in the backward pass; bitsandbytes' 8-bit Adam (needs that package and a GPU).
+    sd.gradient_checkpointing = False
+    sd.use_8bit_adam = False
+    # steps between log lines, between sample grids (0: none), and between states to resume from (0: none).
     sd.log_every = 50
     sd.grid_every = 1000
+    sd.save_every = 1000
     # weight of the KL term of the VAE.
     sd.vae_kl_weight = 1e-6
     # sizes of the parts trained from nothing: VAE channels by resolution, UNet channels by resolution and which of them
-    # have attention, width and layers of the text encoder.
+    # have attention, kind ("clip"), width and layers of the text encoder.
     sd.vae_channels = (16, 32, 32)
     sd.unet_channels = (32, 64, 64)
     sd.unet_attention = (False, True, True)
+    sd.text_encoder = "clip"
     sd.text_width = 64
     sd.text_layers = 2
     return config.lock()

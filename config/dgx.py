@@ -22,6 +22,7 @@ def model_and_dataset_configs(config):
     config.dataset.csv = root + "/data/splits/isic2019_test.csv"
     config.sd.data_path = root + "/data/ISIC_2019_Training_Input"
     config.sd.csv = root + "/data/splits/isic2019_train.csv"
+    config.sd.val_csv = root + "/data/splits/isic2019_val.csv"
     config.sd.output = root + "/sd"
     # stage (i)'s UNet, the reward classifier and the judge, as published.
     config.unet_path = published + "/pretrained_unet.safetensors"

@@ -34,6 +34,7 @@ def model_and_dataset_configs(config):
     config.metric.alexnet = ""
     config.sd.data_path = root + "/data/images"
     config.sd.csv = root + "/data/splits/phantom_train.csv"
+    config.sd.val_csv = root + "/data/splits/phantom_val.csv"
     config.sd.image_size = 64
     config.sample.num_steps = 10
     # no classifier-free guidance: half the cost, and what guidance adds is left for DDPO to learn

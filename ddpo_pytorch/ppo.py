@@ -5,7 +5,7 @@ from diffusers import DDIMScheduler
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_mean_std
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.optimizer import make_adamw
 
 
 def ppo_loss(
@@ -79,16 +79,11 @@ def step_kl(
 
 def make_optimizer(train: ConfigDict, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW with the settings of `config.train`; use_8bit_adam takes bitsandbytes' (UserError without that package)."""
-    settings = dict(
+    return make_adamw(
+        parameters,
+        train.use_8bit_adam,
         lr=train.learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
         weight_decay=train.adam_weight_decay,
         eps=train.adam_epsilon,
     )
-    if not train.use_8bit_adam:
-        return torch.optim.AdamW(parameters, **settings)
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise UserError("train.use_8bit_adam=True needs bitsandbytes: pip install it, or set it to False") from error
-    return bitsandbytes.optim.AdamW8bit(parameters, **settings)

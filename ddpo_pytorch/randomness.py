@@ -58,3 +58,40 @@ class EndlessBatches(Sampler[list[int]]):
                 start = number * whole + self.rank * self.batch_size
                 yield order[start : start + self.batch_size].tolist()
             epoch, position = epoch + 1, 0
+
+
+class BatchDraws:
+    """Random numbers for batch `number` of a stream: drawn for all processes, of which this one keeps its own rows.
+
+    Drawn on the CPU, so that they are the same on every device. `size` is the rows of one process, at most `kept` of
+    which are used (a validation set's last batch is shorter).
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        stream: Stream,
+        number: int,
+        size: int,
+        rank: int = 0,
+        processes: int = 1,
+        kept: int | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self._generator, self._total, self._device = generator_of(seed, stream, number), size * processes, device
+        self._rows = slice(rank * size, rank * size + (size if kept is None else kept))
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """(B, *shape) from the standard normal distribution."""
+        return self._own(torch.randn(self._total, *shape, generator=self._generator))
+
+    def uniform(self) -> torch.Tensor:
+        """(B,) from [0, 1)."""
+        return self._own(torch.rand(self._total, generator=self._generator))
+
+    def integers(self, bound: int) -> torch.Tensor:
+        """(B,) from {0, ..., bound - 1}."""
+        return self._own(torch.randint(bound, (self._total,), generator=self._generator))
+
+    def _own(self, values: torch.Tensor) -> torch.Tensor:
+        return values[self._rows].to(self._device)

@@ -95,17 +95,17 @@ def make_accelerator(
 class JsonLines:
     """An append-only file of one JSON object a line; silent on every process but the main one.
 
-    Of an existing file, entries whose epoch is below `keep` stay: a resumed run repeats those after its checkpoint.
+    Of an existing file, entries whose `counter` is below `keep` stay: a resumed run repeats those after its checkpoint.
     """
 
-    def __init__(self, path: str | Path, active: bool = True, keep: int | None = None):
+    def __init__(self, path: str | Path, active: bool = True, keep: int | None = None, counter: str = "epoch"):
         self.path, self.active = Path(path), active
         if active:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if keep is not None and self.path.is_file():
                 lines = self.path.read_text().splitlines(keepends=True)
                 # the last line of a killed run may be torn
-                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < keep]
+                kept = [line for line in lines if line.endswith("\n") and json.loads(line)[counter] < keep]
                 self.path.write_text("".join(kept))
 
     def write(self, entry: dict) -> None:

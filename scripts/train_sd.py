@@ -3,208 +3,238 @@
     accelerate launch scripts/train_sd.py --config config/dgx.py:finetune_sd
 
 `sd.stage` chooses what is trained: "finetune" the UNet of SD 1.5 (VAE and text encoder frozen), or, from nothing and in
-this order, "vae" and "unet" (with tokenizer and text encoder). The objective is the usual one: predict the noise.
+this order, "vae" and "unet" (with tokenizer and text encoder). The diffusion model learns from latents that are encoded
+once. All randomness is a function of (seed, step): a killed run goes on by the same command and ends as if it had not
+been killed, and the number of processes does not matter at equal batches of all of them together.
 """
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from absl import flags
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
-from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers import StableDiffusionPipeline
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from ml_collections import ConfigDict, config_flags
 from safetensors.torch import save_file
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
-from ddpo_pytorch.data.images import ImageFiles, image_grid
-from ddpo_pytorch.data.isic import CAPTIONS, load_split
-from ddpo_pytorch.data.splits import drop_broken
+from ddpo_pytorch.data.image_cache import decoded
+from ddpo_pytorch.data.images import image_grid
+from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import whole
 from ddpo_pytorch.generator import scratch
+from ddpo_pytorch.generator.lora import add_lora, has_lora, merged_state_dict, save_lora
+from ddpo_pytorch.generator.objectives import AutoencoderLoss, CaptionTable, NoiseLoss
 from ddpo_pytorch.generator.pipeline import encode_prompts, load_pipeline
-from ddpo_pytorch.run import DTYPES, JsonLines, cli, make_accelerator
+from ddpo_pytorch.generator.stage_data import SCHEDULES, check_settings, find_images, open_latents, settings_of
+from ddpo_pytorch.generator.training import Training, endless_batches
+from ddpo_pytorch.optimizer import make_adamw
+from ddpo_pytorch.randomness import BatchDraws, Stream
+from ddpo_pytorch.run import DTYPES, JsonLines, cli, make_accelerator, peak_memory_gib
+from ddpo_pytorch.training_state import save_state
 
+FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", "config/base.py", "experiment, e.g. config/dgx.py:finetune_sd")
 logger = logging.getLogger(__name__)
 
 
-class AutoencoderLoss(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> reconstruction error plus the weighted KL of the posterior, a scalar.
+@dataclass
+class Stage:
+    """One training: the loss and what it is fed, and what is done with the model on the way and at the end."""
 
-    The error is L1 plus twice the mean square: L1 alone is slow to notice hairs and ruler ticks, which are few pixels.
-    """
-
-    def __init__(self, vae: AutoencoderKL, kl_weight: float):
-        super().__init__()
-        self.vae, self.kl_weight = vae, kl_weight
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        posterior = self.vae.encode(images).latent_dist
-        reconstruction = self.vae.decode(posterior.sample()).sample
-        error = F.l1_loss(reconstruction, images) + 2 * F.mse_loss(reconstruction, images)
-        return error + self.kl_weight * posterior.kl().mean()
+    loss: AutoencoderLoss | NoiseLoss
+    train_set: Dataset
+    val_set: Dataset | None
+    data: dict[str, Any]  # identifies the training data
+    draw: Callable[[Path], None]
+    finish: Callable[[], None]
 
 
-class NoiseLoss(nn.Module):
-    """Latents (B, C, h, w) and caption tokens (B, L) -> mean squared error of the predicted noise (Ho et al. 2020)."""
+def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
+    """AdamW with warm-up, weight average, validation, sample grids; the average is in the model at the end."""
+    sd, output, is_main = config.sd, Path(config.sd.output), accelerator.is_main_process
+    parameters = [p for p in stage.loss.parameters() if p.requires_grad]
+    optimizer = make_adamw(parameters, sd.use_8bit_adam, lr=sd.learning_rate, weight_decay=1e-2)
+    schedule = get_scheduler(
+        SCHEDULES[sd.lr_schedule], optimizer, num_warmup_steps=sd.warmup_steps, num_training_steps=sd.num_steps
+    )
+    model, optimizer = accelerator.prepare(stage.loss.train(), optimizer)
+    average = EMAModel(parameters, decay=sd.ema_decay, foreach=True) if sd.ema_decay > 0 else None
+    training = Training(parameters, optimizer, schedule, average, accelerator.scaler)
+    state_file, settings = output / f"{sd.stage}_state.pt", settings_of(config, accelerator.num_processes, stage.data)
+    first = training.restore(state_file, settings)
+    log = JsonLines(output / f"{sd.stage}.jsonl", is_main, keep=first + 1, counter="step")
+    batches = endless_batches(accelerator, sd, config.seed, stage.train_set, first * sd.gradient_accumulation_steps)
 
-    def __init__(self, pipe: StableDiffusionPipeline):
-        super().__init__()
-        self.unet, self.text_encoder = pipe.unet, pipe.text_encoder
-        self.schedule = DDPMScheduler.from_config(pipe.scheduler.config)
-
-    def forward(self, latents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        noise = torch.randn_like(latents)
-        timesteps = torch.randint(self.schedule.config.num_train_timesteps, latents.shape[:1], device=latents.device)
-        noisy = self.schedule.add_noise(latents, noise, timesteps)
-        prediction = self.unet(noisy, timesteps, self.text_encoder(tokens)[0]).sample
-        target = {"epsilon": noise, "sample": latents}.get(self.schedule.config.prediction_type)
-        if target is None:
-            target = self.schedule.get_velocity(latents, noise, timesteps)
-        return F.mse_loss(prediction.float(), target.float())
-
-
-def optimize(
-    accelerator: Accelerator,
-    sd: ConfigDict,
-    loss_model: nn.Module,
-    loader: DataLoader,
-    to_loss: Callable[[nn.Module, list[torch.Tensor]], torch.Tensor],
-    log: JsonLines,
-    after_step: Callable[[int], None] = lambda step: None,
-) -> None:
-    """AdamW with warm-up and cosine decay for sd.num_steps steps; `to_loss` feeds one batch to the (wrapped) model."""
-    parameters = [p for p in loss_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=sd.learning_rate, weight_decay=1e-2)
-    schedule = get_cosine_schedule_with_warmup(optimizer, sd.warmup_steps, sd.num_steps)
-    model, optimizer, loader = accelerator.prepare(loss_model, optimizer, loader)
-    losses, started, batches = [], time.perf_counter(), endless(loader)
-    for step in tqdm(range(1, sd.num_steps + 1), disable=None):
-        loss = to_loss(model, next(batches))
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+    losses, started = [], time.perf_counter()
+    for step in tqdm(
+        range(first + 1, sd.num_steps + 1), initial=first, total=sd.num_steps, disable=hidden(accelerator)
+    ):
+        for _ in range(sd.gradient_accumulation_steps):
+            batch, draws = next(batches)
+            with accelerator.accumulate(model):
+                loss = stage.loss.batch_loss(model, batch, draws)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.detach())
         schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-        if step % sd.log_every == 0 or step == sd.num_steps:
-            mean, elapsed = torch.stack(losses).mean().item(), time.perf_counter() - started
-            log.write({"step": step, "loss": mean, "seconds": round(elapsed, 1)})
-            logger.info("step %d/%d  loss %.4f  %.3f s a step", step, sd.num_steps, mean, elapsed / step)
+        if average:
+            average.step(parameters)
+
+        last = step == sd.num_steps
+        if step % sd.log_every == 0 or last:
+            mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+            images = sd.batch_size * len(losses) * accelerator.num_processes
+            speed, started = images / (time.perf_counter() - started), time.perf_counter()
+            report(log, step, mean, schedule.get_last_lr()[0], speed, sd.num_steps)
             losses.clear()
-        after_step(step)
+        if stage.val_set is not None and (step % sd.val_every == 0 or step == 1 or last):
+            with training.averaged():
+                val_loss = validate(accelerator, config, stage)
+            log.write({"step": step, "val_loss": val_loss})
+            logger.info("step %d/%d  validation loss %.5f", step, sd.num_steps, val_loss)
+        if sd.grid_every and step % sd.grid_every == 0 and is_main:
+            with training.averaged():
+                stage.draw(output / f"{sd.stage}_{step:06d}.png")
+        if sd.save_every and step % sd.save_every == 0 and not last and is_main:
+            save_state(state_file, training.snapshot(step), settings)
+
+    if average:
+        average.copy_to(parameters)
+    if is_main:
+        stage.finish()
+        state_file.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
 
 
-def endless(loader: DataLoader) -> Iterator[list[torch.Tensor]]:
-    while True:
-        yield from loader
-
-
-def train_vae(accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, files: ImageFiles, output: Path) -> None:
-    """Train the autoencoder; vae.png shows reconstructions below their images."""
-    loader = DataLoader(files, sd.batch_size, shuffle=True, drop_last=True)
-    log = JsonLines(output / "vae.jsonl", accelerator.is_main_process)
-    images = None
-
-    def to_loss(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
-        nonlocal images
-        images = batch[0].float() / 127.5 - 1
-        return model(images)
-
-    optimize(accelerator, sd, AutoencoderLoss(vae, sd.vae_kl_weight), loader, to_loss, log)
-    vae.eval()
-    with torch.no_grad():
-        latents = vae.encode(images).latent_dist.mean
-        pairs = torch.cat([images[:8], vae.decode(latents[:8]).sample]) / 2 + 0.5
-    # latents of unit variance, as SD's diffusion expects them
-    vae.register_to_config(scaling_factor=float(1 / latents.std()))
-    if accelerator.is_main_process:
-        vae.save_pretrained(output / "vae")
-        image_grid(pairs.clamp(0, 1), columns=8).save(output / "vae.png")
+def report(log: JsonLines, step: int, loss: float, learning_rate: float, speed: float, num_steps: int) -> None:
+    log.write(
+        {
+            "step": step,
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "images_per_second": round(speed, 2),
+            "peak_memory_gib": round(peak_memory_gib(), 2),
+        }
+    )
+    logger.info("step %d/%d  loss %.4f  %.1f images/s", step, num_steps, loss, speed)
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss} at step {step}; lower sd.learning_rate, or take bf16 instead of fp16")
 
 
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, files: ImageFiles) -> torch.Tensor:
-    """Latent mean and log-variance of every image, (N, 2 C, h, w) in half precision, so that none is encoded twice."""
-    moments = []
-    for images, _ in tqdm(DataLoader(files, 16), desc="encoding", disable=None):
-        pixels = (images.float() / 127.5 - 1).to(vae.device, vae.dtype)
-        moments.append(vae.encode(pixels).latent_dist.parameters.half().cpu())
-    return torch.cat(moments)
+def validate(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> float:
+    """Mean loss of the validation set, each image with the same noise and timestep every time."""
+    size, count, place = (
+        config.sd.batch_size,
+        len(stage.val_set),
+        (accelerator.process_index, accelerator.num_processes),
+    )
+    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    stage.loss.eval()
+    for number in range(math.ceil(count / (size * place[1]))):
+        start = (number * place[1] + place[0]) * size
+        items = [stage.val_set[index] for index in range(start, min(start + size, count))]
+        if items:
+            batch = [tensor.to(accelerator.device) for tensor in default_collate(items)]
+            draws = BatchDraws(
+                config.seed, Stream.VALIDATION, number, size, *place, len(items), device=accelerator.device
+            )
+            with accelerator.autocast():
+                loss = stage.loss.batch_loss(stage.loss, batch, draws)
+            sums += torch.tensor([loss.item() * len(items), len(items)], device=accelerator.device)
+    stage.loss.train()
+    total, images = accelerator.reduce(sums).tolist()
+    return total / images
 
 
-def tokenize(pipe: StableDiffusionPipeline, captions: list[str]) -> torch.Tensor:
-    length = pipe.tokenizer.model_max_length
-    return pipe.tokenizer(
-        captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    ).input_ids
+def hidden(accelerator: Accelerator) -> bool | None:
+    """tqdm's `disable`: a bar on the main process, if it has a terminal."""
+    return None if accelerator.is_main_process else True
 
 
-def build_from_scratch(sd: ConfigDict, output: Path) -> StableDiffusionPipeline:
-    """Fresh tokenizer, text encoder and UNet beside the VAE that stage "vae" left in `output`."""
-    if not (output / "vae" / "config.json").is_file():
-        raise UserError(f"{str(output / 'vae')!r} holds no VAE; train it first with --config.sd.stage=vae")
-    vae = AutoencoderKL.from_pretrained(output / "vae").requires_grad_(False).eval()
-    tokenizer = scratch.build_tokenizer(CAPTIONS)
-    text_encoder = scratch.build_text_encoder(tokenizer, sd.text_width, sd.text_layers)
-    latent_size = sd.image_size // 2 ** (len(vae.config.block_out_channels) - 1)
-    unet = scratch.build_unet(sd.unet_channels, sd.unet_attention, sd.text_width, latent_size)
-    return scratch.assemble(vae, text_encoder, tokenizer, unet)
-
-
-def train_unet(
-    accelerator: Accelerator, config: ConfigDict, pipe: StableDiffusionPipeline, files: ImageFiles, captions: list[str]
-) -> None:
-    """Train the UNet (and, from nothing, the text encoder) on latents encoded once; save the weight average."""
+def vae_stage(accelerator: Accelerator, config: ConfigDict) -> Stage:
+    """The autoencoder from nothing; vae.png shows reconstructions below their images."""
     sd, output = config.sd, Path(config.sd.output)
-    # in float32: SD's autoencoder overflows in half precision.
-    moments = encode_images(pipe.vae.to(accelerator.device, torch.float32), files)
-    loader = DataLoader(TensorDataset(moments, tokenize(pipe, captions)), sd.batch_size, shuffle=True, drop_last=True)
-    empty = tokenize(pipe, [""])[0].to(accelerator.device)
-    loss_model = NoiseLoss(pipe)
-    average = EMAModel([p for p in loss_model.parameters() if p.requires_grad], decay=sd.ema_decay)
-    average.to(accelerator.device)
+    vae = scratch.build_vae(sd.vae_channels, sd.image_size)
+    with accelerator.local_main_process_first():
+        train_set = decoded(find_images(sd, sd.csv, sd.limit), sd.cache_dir)
+        val_set = decoded(find_images(sd, sd.val_csv, sd.val_images), sd.cache_dir) if sd.val_csv else None
 
-    def to_loss(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
-        mean, logvar = batch[0].float().chunk(2, dim=1)
-        latents = mean + torch.randn_like(mean) * torch.exp(0.5 * logvar.clamp(-30, 20))
-        dropped = torch.rand(len(latents), device=latents.device) < sd.caption_dropout
-        tokens = torch.where(dropped[:, None], empty, batch[1])
-        return model(latents * pipe.vae.config.scaling_factor, tokens)
+    @torch.no_grad()
+    def encoded(dataset: Dataset, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images = torch.stack([dataset[index][0] for index in range(min(count, len(dataset)))])
+        images = images.to(accelerator.device).float() / 127.5 - 1
+        return images, vae.encode(images).latent_dist.mean
 
-    def after_step(step: int) -> None:
-        parameters = [p for p in loss_model.parameters() if p.requires_grad]
-        average.step(parameters)
-        if accelerator.is_main_process and sd.grid_every and step % sd.grid_every == 0:
-            average.store(parameters)
-            average.copy_to(parameters)
-            draw_grid(pipe, config, output / f"grid_{step:06d}.png")
-            average.restore(parameters)
+    @torch.no_grad()
+    def draw(path: Path) -> None:
+        images, latents = encoded(val_set or train_set, 8)
+        pairs = torch.cat([images, vae.decode(latents).sample]) / 2 + 0.5
+        image_grid(pairs.clamp(0, 1), columns=len(images)).save(path)
 
-    log = JsonLines(output / f"{sd.stage}.jsonl", accelerator.is_main_process)
-    optimize(accelerator, sd, loss_model, loader, to_loss, log, after_step)
-    if sd.ema_decay > 0:
-        average.copy_to([p for p in loss_model.parameters() if p.requires_grad])
-    if accelerator.is_main_process:
+    def finish() -> None:
+        # latents of unit variance, as SD's diffusion expects them
+        vae.register_to_config(scaling_factor=float(1 / encoded(train_set, 64)[1].std()))
+        draw(output / "vae.png")
+        vae.eval().save_pretrained(output / "vae")
+
+    return Stage(AutoencoderLoss(vae, sd.vae_kl_weight), train_set, val_set, {"images": len(train_set)}, draw, finish)
+
+
+def unet_stage(accelerator: Accelerator, config: ConfigDict, pipe: StableDiffusionPipeline) -> Stage:
+    """The UNet (and, from nothing, the text encoder) on latents."""
+    sd, output = config.sd, Path(config.sd.output)
+    pipe.vae.to(accelerator.device).float()  # in half precision SD's autoencoder overflows
+    train_set, val_set = (open_latents(accelerator, sd, pipe.vae, validation) for validation in (False, True))
+    captions = CaptionTable(pipe, train_set.captions, trained=sd.stage == "unet")
+    if val_set is not None and val_set.captions != train_set.captions:
+        raise UserError("training and validation latents have different lists of captions; extract them alike")
+    if sd.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    data = {"latents": [shard["sha256"] for shard in train_set.index["shards"]]}
+
+    def finish() -> None:
+        if has_lora(pipe.unet):
+            save_lora(pipe.unet, output)
         if sd.stage == "unet":
             pipe.save_pretrained(output)
-        state = {name: value.detach().cpu().contiguous() for name, value in pipe.unet.state_dict().items()}
-        save_file(state, output / "pretrained_unet.safetensors")
-        logger.info("UNet in %s", output / "pretrained_unet.safetensors")
+        with whole(output / "pretrained_unet.safetensors") as temporary:
+            save_file(merged_state_dict(pipe.unet), temporary)
+
+    loss = NoiseLoss(pipe, captions, sd.caption_dropout, sd.min_snr_gamma)
+    return Stage(loss, train_set, val_set, data, lambda path: draw_captions(pipe, config, path), finish)
+
+
+def load_pretrained(accelerator: Accelerator, config: ConfigDict) -> StableDiffusionPipeline:
+    """The pretrained model with a UNet to train: all of it in float32, or adapters on a frozen one of storage type."""
+    pretrained, sd = config.pretrained, config.sd
+    dtype = DTYPES[config.mixed_precision] if sd.use_lora else torch.float32
+    pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, dtype, accelerator.device)
+    if sd.use_lora:
+        add_lora(pipe.unet, sd.lora_rank, sd.lora_targets, config.seed)
+    else:
+        pipe.unet.requires_grad_(True)
+    return pipe
 
 
 @torch.no_grad()
-def draw_grid(pipe: StableDiffusionPipeline, config: ConfigDict, path: Path) -> None:
+def draw_captions(pipe: StableDiffusionPipeline, config: ConfigDict, path: Path) -> None:
     """One image for each of the 32 captions, from fixed noise."""
     was_training = pipe.unet.training
     pipe.unet.eval()
@@ -223,45 +253,20 @@ def draw_grid(pipe: StableDiffusionPipeline, config: ConfigDict, path: Path) -> 
 
 
 def main(_) -> None:
-    config = flags.FLAGS.config
-    sd, output = config.sd, Path(config.sd.output)
-    outcomes = {
-        "vae": "vae",
-        "unet": "pretrained_unet.safetensors",
-        "finetune": "pretrained_unet.safetensors",
-    }
-    if sd.stage not in outcomes:
-        raise UserError(f"sd.stage is {sd.stage!r}; allowed are {', '.join(outcomes)}")
-    outcome = output / outcomes[sd.stage]
-    if not sd.output or outcome.exists():
-        problem = f"{str(outcome)!r} exists already" if sd.output else "sd.output is empty"
-        raise UserError(f"{problem}; give another folder with --config.sd.output=DIR")
-    if min(sd.num_steps, sd.batch_size, sd.image_size, sd.log_every) < 1 or sd.limit < 0:
-        raise UserError("sd.num_steps, sd.batch_size, sd.image_size and sd.log_every must be 1 or more, sd.limit 0")
-    rows, paths, missing = load_split(sd.csv, sd.data_path, sd.limit)
-    if sd.skip_broken:
-        rows, paths = drop_broken(rows, paths)
-    accelerator = make_accelerator(config.mixed_precision, config.allow_tf32)
-    step_images = sd.batch_size * accelerator.num_processes
-    if len(rows) < step_images:
-        raise UserError(f"{len(rows)} images are fewer than the {step_images} of one step; lower sd.batch_size")
-    if len(sd.unet_channels) != len(sd.unet_attention) or any(n % 8 for n in (*sd.unet_channels, *sd.vae_channels)):
-        raise UserError("sd.unet_channels and sd.unet_attention must be equally long, and channels multiples of 8")
-    logger.info("%d images, %d rows without one are skipped", len(rows), missing)
-    set_seed(config.seed, device_specific=True)
-    files = ImageFiles(paths, torch.arange(len(paths)), sd.image_size)
-    captions = [row.caption for row in rows]
-    pretrained, dtype = config.pretrained, DTYPES[config.mixed_precision]
-
+    config = FLAGS.config
+    sd = config.sd
+    check_settings(sd)
+    accelerator = make_accelerator(config.mixed_precision, config.allow_tf32, sd.gradient_accumulation_steps)
+    set_seed(config.seed)  # of fresh weights, alike on all processes
     if sd.stage == "vae":
-        train_vae(accelerator, sd, scratch.build_vae(sd.vae_channels, sd.image_size), files, output)
+        stage = vae_stage(accelerator, config)
     elif sd.stage == "unet":
-        train_unet(accelerator, config, build_from_scratch(sd, output), files, captions)
+        stage = unet_stage(accelerator, config, scratch.build_pipeline(sd, CAPTIONS))
     else:
-        pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, dtype, accelerator.device)
-        pipe.unet.float().requires_grad_(True).train()
-        train_unet(accelerator, config, pipe, files, captions)
-    logger.info("finished; the outcome is in %s", output)
+        stage = unet_stage(accelerator, config, load_pretrained(accelerator, config))
+    train(accelerator, config, stage)
+    logger.info("finished; the outcome is in %s", sd.output)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.data.phantom import write_world
 from ddpo_pytorch.generator import scratch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +33,14 @@ def tiny_pipeline_dir(tmp_path_factory) -> Path:
     unet = scratch.build_unet((16, 32), (False, True), 32, 16)
     folder = tmp_path_factory.mktemp("tiny-sd")
     scratch.assemble(scratch.build_vae((8, 8, 8), 64), text_encoder, tokenizer, unet).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A small balanced phantom world of 48, 16 and 16 images."""
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder, 48, 16, 16, seed=3, balanced=True)
     return folder
 
 

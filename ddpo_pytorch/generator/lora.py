@@ -146,6 +146,19 @@ def load_lora(unet: UNet2DConditionModel, path: str | Path) -> None:
             parameter.copy_(weights[key].float() * (scale if ".lora_B." in key else 1.0))
 
 
+@torch.no_grad()
+def merged_state_dict(unet: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies on the CPU of the UNet's weights in diffusers' names, adapters added to them: W + up down."""
+    layers = {f"{name}.weight": layer for name, layer in unet.named_modules() if isinstance(layer, BaseTunerLayer)}
+    state = {}
+    for name, value in unet.state_dict().items():
+        if ".lora_" not in name:
+            name = name.replace(".base_layer.", ".")
+            merged = value + layers[name].get_delta_weight(ADAPTER).to(value) if name in layers else value
+            state[name] = merged.detach().cpu().clone().contiguous()
+    return state
+
+
 @contextmanager
 def disabled_lora(unet: nn.Module) -> Iterator[None]:
     """Within this context the UNet is the base model: a free reference for the KL divergence."""

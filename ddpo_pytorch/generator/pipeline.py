@@ -108,20 +108,24 @@ def replace_unet_weights(unet: nn.Module, path: str | Path) -> None:
     unet.load_state_dict(weights)
 
 
-@torch.no_grad()
-def encode_prompts(pipe: StableDiffusionPipeline, prompts: Iterable[str]) -> torch.Tensor:
-    """Embed N prompts: (N, L, D), L the tokenizer's length (77), in the text encoder's dtype. Longer ones are cut."""
-    tokens = pipe.tokenizer(
+def tokenize(pipe: StableDiffusionPipeline, prompts: Iterable[str]) -> torch.Tensor:
+    """Token numbers (N, L) of N prompts, L the tokenizer's length (77). Longer ones are cut."""
+    return pipe.tokenizer(
         list(prompts),
         padding="max_length",
         max_length=pipe.tokenizer.model_max_length,
         truncation=True,
         return_tensors="pt",
-    )
+    ).input_ids
+
+
+@torch.no_grad()
+def encode_prompts(pipe: StableDiffusionPipeline, prompts: Iterable[str]) -> torch.Tensor:
+    """Embed N prompts: (N, L, D), in the text encoder's dtype."""
     encoder = pipe.text_encoder
     # outside autocast, which would return float32 on a GPU: latents are stored in the dtype of the embeddings.
     with torch.autocast(encoder.device.type, enabled=False):
-        return encoder(tokens.input_ids.to(encoder.device))[0].to(encoder.dtype)
+        return encoder(tokenize(pipe, prompts).to(encoder.device))[0].to(encoder.dtype)
 
 
 class PromptTable:

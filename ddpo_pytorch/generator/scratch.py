@@ -5,10 +5,14 @@ noise schedule), only smaller, so the folder they are saved in opens like any St
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from ml_collections import ConfigDict
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ddpo_pytorch.errors import UserError
 
 # SD 1.5's schedule. With set_alpha_to_one=False and steps_offset=1 the last DDIM step keeps a positive variance.
 SCHEDULE = dict(
@@ -23,10 +27,25 @@ GROUPS = 8  # of group normalisation; every channel count must be a multiple
 
 
 def build_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer of 77 tokens whose byte-pair merges are learned from `captions`."""
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    empty = CLIPTokenizer(vocab={token: index for index, token in enumerate(special)}, merges=[])
-    tokenizer = empty.train_new_from_iterator(sorted(set(captions)), vocab_size=1000, show_progress=False)
+    """A CLIP tokenizer of 77 tokens whose byte-pair merges spell the words of `captions`, always the same ones.
+
+    Training merges on the captions would break ties at random, and two processes, or a resumed run, would number the
+    tokens differently.
+    """
+    vocab = ["<|startoftext|>", "<|endoftext|>"]
+    backend = CLIPTokenizer(vocab={token: index for index, token in enumerate(vocab)}, merges=[]).backend_tokenizer
+    texts = [backend.normalizer.normalize_str(caption) for caption in captions]
+    words = sorted({word for text in texts for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)})
+    letters = sorted({letter for word in words for letter in word})
+    vocab += letters + [f"{letter}</w>" for letter in letters]
+    merges = {}  # in place of a set, for its order
+    for word in words:
+        head, *tail = *word[:-1], f"{word[-1]}</w>"
+        for letter in tail:
+            merges[head, letter] = None
+            head += letter
+    vocab += dict.fromkeys(map("".join, merges))
+    tokenizer = CLIPTokenizer(vocab={token: index for index, token in enumerate(vocab)}, merges=list(merges))
     tokenizer.model_max_length = 77
     return tokenizer
 
@@ -46,6 +65,10 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLI
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+
+
+# what the configuration may choose: tokenizer from captions, and text encoder from (tokenizer, width, layers).
+TEXT_ENCODERS = {"clip": (build_tokenizer, build_text_encoder)}
 
 
 def build_vae(channels: Sequence[int], image_size: int) -> AutoencoderKL:
@@ -96,3 +119,17 @@ def assemble(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def build_pipeline(sd: ConfigDict, captions: Sequence[str]) -> StableDiffusionPipeline:
+    """Fresh tokenizer, text encoder and UNet of `config.sd` beside the VAE that stage "vae" left in sd.output."""
+    folder = Path(sd.output) / "vae"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{str(folder)!r} holds no VAE; train it first with --config.sd.stage=vae")
+    vae = AutoencoderKL.from_pretrained(folder).requires_grad_(False).eval()
+    build_tokenizer, build_text_encoder = TEXT_ENCODERS[sd.text_encoder]
+    tokenizer = build_tokenizer(captions)
+    text_encoder = build_text_encoder(tokenizer, sd.text_width, sd.text_layers)
+    latent_size = sd.image_size // 2 ** (len(vae.config.block_out_channels) - 1)
+    unet = build_unet(sd.unet_channels, sd.unet_attention, sd.text_width, latent_size)
+    return assemble(vae, text_encoder, tokenizer, unet)

@@ -1,0 +1,140 @@
+"""What stage (i) trains on: images of a split table, or their latents, made once and checked."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from ml_collections import ConfigDict
+
+from ddpo_pytorch.data.images import RESIZES, ImageFiles
+from ddpo_pytorch.data.isic import CAPTIONS, Row, load_split, read_split
+from ddpo_pytorch.data.sample_log import claim_folder
+from ddpo_pytorch.data.splits import drop_broken
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import sha256
+from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, fingerprint, write_index
+from ddpo_pytorch.generator.scratch import TEXT_ENCODERS
+
+logger = logging.getLogger(__name__)
+# what a finished stage has left in sd.output.
+OUTCOMES = {"vae": "vae", "unet": "pretrained_unet.safetensors", "finetune": "pretrained_unet.safetensors"}
+SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
+# settings that change how a training runs and not what it computes, or that say where things lie.
+_FREE = {"output", "data_path", "csv", "val_csv", "val_images", "val_every", "latents", "val_latents", "cache_dir"}
+_FREE |= {"num_workers", "gradient_checkpointing", "log_every", "grid_every", "save_every", "batch_size"}
+
+
+def check_settings(sd: ConfigDict) -> Path:
+    """Refuse `config.sd` that cannot be trained (UserError); returns the path that the outcome will have."""
+    for name, allowed in (
+        ("stage", OUTCOMES),
+        ("resize", RESIZES),
+        ("lr_schedule", SCHEDULES),
+        ("text_encoder", TEXT_ENCODERS),
+    ):
+        if sd[name] not in allowed:
+            raise UserError(f"sd.{name} is {sd[name]!r}; allowed are {', '.join(allowed)}")
+    outcome = Path(sd.output) / OUTCOMES[sd.stage]
+    if not sd.output or outcome.exists():
+        problem = f"{str(outcome)!r} exists already" if sd.output else "sd.output is empty"
+        raise UserError(f"{problem}; give another folder with --config.sd.output=DIR")
+    for name, least in (
+        *dict.fromkeys(("num_steps", "batch_size", "image_size", "log_every", "val_every", "lora_rank"), 1).items(),
+        ("gradient_accumulation_steps", 1),
+        *dict.fromkeys(("limit", "val_images", "warmup_steps", "grid_every", "save_every", "num_workers"), 0).items(),
+    ):
+        if sd[name] < least:
+            raise UserError(f"sd.{name} is {sd[name]}; it must be {least} or more")
+    if not sd.learning_rate > 0 or not sd.min_snr_gamma >= 0:
+        raise UserError(
+            f"sd.learning_rate is {sd.learning_rate}, which must be above 0, and sd.min_snr_gamma {sd.min_snr_gamma}, "
+            "which must be 0 or more"
+        )
+    for name in ("caption_dropout", "ema_decay"):
+        if not 0 <= sd[name] < 1:
+            raise UserError(f"sd.{name} is {sd[name]}; it must be in [0, 1)")
+    if sd.use_lora and sd.stage != "finetune":
+        raise UserError(f"sd.use_lora=True needs sd.stage=finetune; {sd.stage!r} trains all weights")
+    if len(sd.unet_channels) != len(sd.unet_attention) or any(n % 8 for n in (*sd.unet_channels, *sd.vae_channels)):
+        raise UserError("sd.unet_channels and sd.unet_attention must be equally long, and channels multiples of 8")
+    return outcome
+
+
+def settings_of(config: ConfigDict, processes: int, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a state to resume from belongs to: all settings that the result depends on, and hashes of the data."""
+    settings = {f"sd.{name}": value for name, value in config.sd.items() if name not in _FREE}
+    images_per_step = config.sd.batch_size * config.sd.gradient_accumulation_steps * processes
+    return settings | {
+        "seed": config.seed,
+        "mixed_precision": config.mixed_precision,
+        "sd.batch_size x processes": images_per_step // config.sd.gradient_accumulation_steps,
+        **data,
+    }
+
+
+def find_rows(sd: ConfigDict, csv: str, limit: int) -> tuple[list[Row], list[Path]]:
+    """Rows of a split table that have an image, at most `limit` (0: all), and their files."""
+    rows, paths, missing = load_split(csv, sd.data_path, limit)
+    if sd.skip_broken:
+        rows, paths = drop_broken(rows, paths)
+    logger.info("%s: %d images, %d rows without one are skipped", csv, len(rows), missing)
+    return rows, paths
+
+
+def find_images(sd: ConfigDict, csv: str, limit: int) -> ImageFiles:
+    """The images of a split table as uint8 squares."""
+    paths = find_rows(sd, csv, limit)[1]
+    return ImageFiles(paths, torch.arange(len(paths)), sd.image_size, sd.resize)
+
+
+def open_latents(
+    accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, validation: bool = False
+) -> LatentShards | None:
+    """The latents to train on or to validate with: those of the configuration, or made from images under sd.output.
+
+    None for a validation that is not configured. Raises UserError for latents of another autoencoder or size.
+    """
+    given, csv = (sd.val_latents, sd.val_csv) if validation else (sd.latents, sd.csv)
+    if not given and validation and not csv:
+        return None
+    folder = Path(given or Path(sd.output) / "latents" / ("val" if validation else "train"))
+    if not given:
+        _encode(accelerator, sd, vae, csv, sd.val_images if validation else sd.limit, folder)
+    latents = LatentShards(folder)
+    wanted = {"vae_sha256": fingerprint(vae), "image_size": sd.image_size, "resize": sd.resize}
+    for name, value in wanted.items():
+        if latents.index.get(name) != value:
+            raise UserError(
+                f"the latents in {str(folder)!r} were made with {name}={latents.index.get(name)!r}, this training has "
+                f"{value!r}; extract them again with the same model and size"
+            )
+    return latents
+
+
+def _encode(accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, csv: str, limit: int, folder: Path) -> None:
+    rows, paths = find_rows(sd, csv, limit)
+    numbers = {row.image: number for number, row in enumerate(read_split(csv))}
+    indices = [numbers[row.image] for row in rows]
+    about = {"csv_sha256": sha256(csv), "image_size": sd.image_size, "resize": sd.resize}
+    if accelerator.is_main_process:
+        claim_folder(folder, about | {"rows": indices, "vae_sha256": fingerprint(vae)}, {"csv": csv})
+    accelerator.wait_for_everyone()
+    done = encode_data_set(
+        vae,
+        ImageFiles(paths, torch.tensor(indices), sd.image_size, sd.resize),
+        indices,
+        [CAPTIONS.index(row.caption) for row in rows],
+        folder,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+        num_workers=sd.num_workers,
+    )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_index(folder, vae, CAPTIONS, len(rows), about)
+        logger.info("latents of %d images in %s, %d of them encoded now", len(rows), folder, done)
+    accelerator.wait_for_everyone()

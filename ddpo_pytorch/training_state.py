@@ -1,0 +1,48 @@
+"""The state of an unfinished training: one file, written whole, from which the same command goes on."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import whole
+
+
+def save_state(path: str | Path, state: Mapping[str, Any], belongs_to: Mapping[str, Any]) -> None:
+    """Write tensors and plain values, and the settings (JSON-able) that they belong to."""
+    with whole(path) as temporary:
+        torch.save({"state": dict(state), "belongs_to": json.dumps(belongs_to)}, temporary)
+
+
+def load_state(path: str | Path, belongs_to: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `save_state` wrote, on the CPU; None where there is no file.
+
+    Raises UserError for a damaged file, and for one of other settings, of which the first is named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        state, old = saved["state"], json.loads(saved["belongs_to"])
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise UserError(
+            f"{str(path)!r}, the state of an unfinished training, is damaged ({type(error).__name__}); delete it to "
+            "begin anew"
+        ) from error
+    new = json.loads(json.dumps(belongs_to))
+    for name in sorted({*old, *new}):
+        if old.get(name) != new.get(name):
+            raise UserError(
+                f"{str(path)!r} is the state of an unfinished training with {name}={_short(old.get(name))}, now it is "
+                f"{_short(new.get(name))}; give the same to go on, another folder, or delete it to begin anew"
+            )
+    return state
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
