@@ -46,6 +46,17 @@ def finetune_sd():
     return config
 
 
+def finetune_sd_24gb():
+    """The same on one GPU of 24 GB: 16.5 GiB by benchmarks/memory_budget.py. Needs bitsandbytes."""
+    config = finetune_sd()
+    # 4 * 4 = 16 images per step
+    config.sd.batch_size = 4
+    config.sd.gradient_accumulation_steps = 4
+    config.sd.gradient_checkpointing = True
+    config.sd.use_8bit_adam = True
+    return config
+
+
 def train_vae():
     """An autoencoder from nothing, in the size of SD 1.5's; the paper keeps SD's own."""
     config = finetune_sd()

@@ -101,6 +101,7 @@ def prompt_image_alignment_classifier_isic():
 prompt_image_alignment_classifier_isic_16gb = prompt_image_alignment_classifier_isic
 prompt_image_alignment_classifier_isic_24gb = prompt_image_alignment_classifier_isic
 prompt_image_alignment_classifier_isic_80gb = prompt_image_alignment_classifier_isic
+finetune_sd_24gb = finetune_sd
 
 
 def prompt_image_alignment_classifier_isic_eval():

@@ -20,6 +20,7 @@ OFFICIAL = (
     "prompt_image_alignment_classifier_isic_24gb",
     "prompt_image_alignment_classifier_isic_80gb",
     "finetune_sd",
+    "finetune_sd_24gb",
     "train_vae",
 )
 
