@@ -3,10 +3,10 @@
     python benchmarks/memory_budget.py --batch_size 4
 
 The UNet of SD 1.5's public configuration lies on the meta device: shapes are real, numbers are not. Counted are
-weights, gradients and weight average in float32, AdamW's states, the half-precision copies of the weights that autocast
-keeps during a step, autoencoder and text encoder in float32, and the activations that autograd keeps; with checkpointing
-these are the inputs of the blocks, and the activations of the largest block while it is computed again. Not counted are
-buffers of kernels and fragmentation: leave them a few GB.
+weights, gradients and weight average in float32, AdamW's states, the half-precision copies of the weights that
+autocast keeps during a step, autoencoder and text encoder in float32, and the activations that autograd keeps; with
+checkpointing these are the inputs of the blocks, and the activations of the largest block while it is computed again.
+Not counted are buffers of kernels and fragmentation: leave them a few GB.
 """
 
 import argparse
