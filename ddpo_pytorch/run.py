@@ -79,9 +79,7 @@ def make_accelerator(
         raise UserError(f"mixed_precision is {mixed_precision!r}; allowed are {', '.join(DTYPES)}")
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
     if on_cpu and mixed_precision == "fp16":
-        raise UserError(
-            "mixed_precision is 'fp16', which needs a GPU; on a CPU give --config.mixed_precision=no or bf16"
-        )
+        raise UserError("mixed_precision is 'fp16', which needs a GPU; on a CPU give mixed_precision=no or bf16")
     if on_cpu:
         # launchers set one thread a process; share the cores instead.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -76,7 +76,8 @@ def test_thresholds_are_kept_and_leave_predictions_alone(tmp_path):
     assert torch.equal(again.predict(images), (again.logits(images) > 0).long())
 
     about = {"labels": LABELS[:4], "image_size": 32, "arch": "tinynet_e"}  # as before thresholds were kept
-    save_file(dict(model.state_dict()), tmp_path / "old.safetensors", {"artifact_classifier": json.dumps(about)})
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, tmp_path / "old.safetensors", {"artifact_classifier": json.dumps(about)})
     assert set(load_classifier(tmp_path / "old.safetensors").thresholds.values()) == {0.5}
     for wrong in ({"MEL": 0.5}, {"ink": 1.5}):
         with pytest.raises(UserError, match="thresholds .* are not numbers in"):

@@ -7,6 +7,7 @@ The paper's backbone is EfficientNet-B0 at 512 px; small relatives from timm ser
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -60,7 +61,7 @@ class ArtifactClassifier(nn.Module):
         if set(self.thresholds) != set(self.labels) or not all(0 <= value <= 1 for value in self.thresholds.values()):
             raise UserError(f"thresholds {self.thresholds} are not numbers in [0, 1] for some of {self.labels}")
         if arch == PUBLISHED_ARCH:
-            self.model = efficientnet_b0(weights=None)
+            self.model = efficientnet_b0(weights="IMAGENET1K_V1" if pretrained else None)
             self.model.classifier = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(1280, len(self.labels)))
         else:
             if not timm.is_model(arch):
@@ -68,6 +69,7 @@ class ArtifactClassifier(nn.Module):
                     f"classifier architecture {arch!r} is unknown to timm; examples: efficientnet_b0, tinynet_e"
                 )
             self.model = timm.create_model(arch, pretrained=pretrained, num_classes=len(self.labels), drop_rate=DROPOUT)
+        self.to(memory_format=torch.channels_last)  # a training step on CPU takes .7 of the time, same logits
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [0, 1] -> resized (bilinear, antialiased), ImageNet-normalised; input unchanged."""
@@ -148,15 +150,20 @@ def _read_own(path: Path) -> tuple[ArtifactClassifier, dict[str, torch.Tensor]]:
     return ArtifactClassifier(tuple(about["labels"]), about["image_size"], about["arch"], thresholds=thresholds), state
 
 
-def _read_published(path: Path) -> tuple[ArtifactClassifier, dict[str, torch.Tensor]]:
+def read_pickle(path: Path) -> Any:
+    """A file of torch.save that holds plain tensors and numbers. Raises UserError for any other."""
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
-            payload = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
             f"{str(path)!r} holds more than plain tensors and is not opened, since unpickling can run code "
             f"({_first_lines(error)})"
         ) from error
+
+
+def _read_published(path: Path) -> tuple[ArtifactClassifier, dict[str, torch.Tensor]]:
+    payload = read_pickle(path)
     state = payload.get("model_state_dict", payload) if isinstance(payload, dict) else None
     head = state.get("model.classifier.1.weight") if isinstance(state, dict) else None
     if head is None or len(head) not in (4, 6):

@@ -6,7 +6,7 @@ Written as CSV and JSON (one row an attribute, then one a combination of labels)
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -83,45 +83,20 @@ class Report:
 
     def _attributes(self, seed: int) -> list[dict]:
         images = len(self.truth)
-        point = {name: values[0] for name, values in self._measure(np.ones((1, images))).items()}
-        rng, chunks = np.random.default_rng(seed), []
-        for start in range(0, self.resamples, _CHUNK):
-            count = min(_CHUNK, self.resamples - start)
-            drawn = rng.integers(images, size=(count, images)) + images * np.arange(count)[:, None]
-            weights = np.bincount(drawn.ravel(), minlength=count * images).reshape(count, images)
-            chunks.append(self._measure(weights.astype(np.float64)))
+        about = self.logits, self.truth
+        thresholds = np.array(list(self.thresholds.values()))
+        point = {name: values[0] for name, values in measure(*about, np.ones((1, images)), thresholds).items()}
+        chunks = [measure(*about, weights, thresholds) for weights in resampled(images, self.resamples, seed)]
         rows = []
         for index, name in enumerate(self.names):
             row = dict.fromkeys(COLUMNS) | {"what": name, "threshold": self.thresholds[name]}
             row |= {count: int(point[count][index]) for count in COUNTS}
             row["support"] = row["tp"] + row["fn"]
-            for measure in MEASURES:
-                values = np.concatenate([chunk[measure][:, index] for chunk in chunks] or [np.empty(0)])
-                row |= _interval(measure, point[measure][index], values)
+            for key in MEASURES:
+                values = np.concatenate([chunk[key][:, index] for chunk in chunks] or [np.empty(0)])
+                row |= _interval(key, point[key][index], values)
             rows.append(row)
         return rows
-
-    def _measure(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Counts and measures (R, H) of R samples, in which image n occurs weights[r, n] times; NaN where undefined."""
-        truth, predicted, total = self.truth, self.predicted, weights.sum(1, keepdims=True)
-        tp, fp, fn, tn = (
-            weights @ chosen.astype(np.float64)
-            for chosen in (truth & predicted, ~truth & predicted, truth & ~predicted, ~truth & ~predicted)
-        )
-        ranking = [_ranking(weights, *columns) for columns in zip(self.logits.T, truth.T, strict=True)]
-        gaps = [_gap(weights, *columns) for columns in zip(self.probabilities.T, truth.T, strict=True)]
-        return dict(
-            tp=tp, fp=fp, fn=fn, tn=tn,
-            prevalence=(tp + fn) / total,
-            auc=np.stack([auc for auc, _ in ranking], 1),
-            average_precision=np.stack([precision for _, precision in ranking], 1),
-            precision=_quotient(tp, tp + fp),
-            recall=_quotient(tp, tp + fn),
-            f1=_quotient(2 * tp, 2 * tp + fp + fn),
-            accuracy=(tp + tn) / total,
-            specificity=_quotient(tn, tn + fp),
-            ece=np.stack(gaps, 1),
-        )  # fmt: skip
 
     def _combinations(self) -> list[dict]:
         exact = (self.predicted == self.truth).all(1)
@@ -171,6 +146,46 @@ class Report:
                 temporary.write_bytes(content)
             written.append(path)
         return written
+
+
+def resampled(images: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """`resamples` bootstrap samples of `images` images, in portions (r, images) of how often each image occurs."""
+    rng = np.random.default_rng(seed)
+    for start in range(0, resamples, _CHUNK):
+        count = min(_CHUNK, resamples - start)
+        drawn = rng.integers(images, size=(count, images)) + images * np.arange(count)[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=count * images).reshape(count, images)
+        yield weights.astype(np.float64)
+
+
+def measure(
+    logits: np.ndarray, truth: np.ndarray, weights: np.ndarray, thresholds: np.ndarray | float = 0.5
+) -> dict[str, np.ndarray]:
+    """Counts and measures (R, H) of R samples, in which image n occurs weights[r, n] times; NaN where undefined.
+
+    `logits` (N, H) are finite, `truth` (N, H) is bool, `thresholds` are one or (H,). `Report` says what is measured.
+    """
+    probabilities = _sigmoid(logits)
+    predicted = probabilities > thresholds
+    total = weights.sum(1, keepdims=True).repeat(truth.shape[1], 1)
+    tp, fp, fn, tn = (
+        weights @ chosen.astype(np.float64)
+        for chosen in (truth & predicted, ~truth & predicted, truth & ~predicted, ~truth & ~predicted)
+    )
+    ranking = [_ranking(weights, *columns) for columns in zip(logits.T, truth.T, strict=True)]
+    gaps = [_gap(weights, *columns) for columns in zip(probabilities.T, truth.T, strict=True)]
+    return dict(
+        tp=tp, fp=fp, fn=fn, tn=tn,
+        prevalence=_quotient(tp + fn, total),
+        auc=np.stack([auc for auc, _ in ranking], 1),
+        average_precision=np.stack([precision for _, precision in ranking], 1),
+        precision=_quotient(tp, tp + fp),
+        recall=_quotient(tp, tp + fn),
+        f1=_quotient(2 * tp, 2 * tp + fp + fn),
+        accuracy=_quotient(tp + tn, total),
+        specificity=_quotient(tn, tn + fp),
+        ece=np.stack(gaps, 1),
+    )  # fmt: skip
 
 
 def one_sided(labels: torch.Tensor, names: Sequence[str]) -> list[tuple[str, str]]:
@@ -233,7 +248,7 @@ def _gap(weights: np.ndarray, probabilities: np.ndarray, truth: np.ndarray) -> n
     bins = np.minimum((probabilities * BINS).astype(int), BINS - 1)
     excess = np.zeros((len(truth), BINS))
     excess[np.arange(len(truth)), bins] = truth - probabilities
-    return np.abs(weights @ excess).sum(1) / weights.sum(1)
+    return _quotient(np.abs(weights @ excess).sum(1), weights.sum(1))
 
 
 def _quotient(above: np.ndarray, below: np.ndarray) -> np.ndarray:
