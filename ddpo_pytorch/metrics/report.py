@@ -29,7 +29,7 @@ def table2(models: Mapping[str, Mapping], real_images: Mapping[str, int] | None 
     for name, values in models.items():
         apr = values["APR_by_prompt"]
         rows.append([f"APR ↑ (%) {name}", *(_percent(apr.get(caption)) for caption in captions)])
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def table3(models: Mapping[str, Mapping]) -> str:
@@ -47,7 +47,7 @@ def table3(models: Mapping[str, Mapping]) -> str:
         ]
         for name, values in models.items()
     ]
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def comparison(sets: Mapping[str, Sequence[tuple[Path, str]]], columns: int = 8) -> Image.Image:
@@ -74,7 +74,8 @@ def comparison(sets: Mapping[str, Sequence[tuple[Path, str]]], columns: int = 8)
     return sheet
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in aligned Markdown, the first column to the left and the others to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = ([cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]

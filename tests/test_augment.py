@@ -1,0 +1,214 @@
+"""Table 4: which synthetic images are drawn, and what the report says, against independent loops."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.functional.classification import binary_accuracy, binary_auroc, binary_f1_score
+
+from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.metrics import augmentation_plan as planning
+from ddpo_pytorch.metrics.augmentation import MACRO, MEASURES, compare
+from ddpo_pytorch.metrics.augmentation_report import as_csv, markdown, short_caption, subgroups
+
+NAMES = ("hair", "ink")
+
+
+def test_wanted_images_of_a_ratio_and_balanced():
+    real = {CAPTIONS[0]: 10, CAPTIONS[1]: 3, CAPTIONS[2]: 0, CAPTIONS[3]: 1}
+    assert planning.wanted_images(real, 0.5) == {CAPTIONS[0]: 5, CAPTIONS[1]: 2, CAPTIONS[3]: 1}  # halves go up
+    assert planning.wanted_images(real, 2.0) == {CAPTIONS[0]: 20, CAPTIONS[1]: 6, CAPTIONS[3]: 2}
+    assert planning.wanted_images(real, "balanced") == {CAPTIONS[0]: 0, CAPTIONS[1]: 7, CAPTIONS[3]: 9}
+
+
+def test_drawn_samples_are_distinct_paired_nested_and_counted():
+    captions = [caption for caption in CAPTIONS[:3] for _ in range(20)]
+    wanted = {CAPTIONS[0]: 5, CAPTIONS[2]: 30, CAPTIONS[1]: 8}
+    drawn = planning.draw(captions, wanted, seed=1)
+    assert drawn == planning.draw(captions, wanted, seed=1) and drawn.places == sorted(set(drawn.places))
+    assert drawn.counts == {CAPTIONS[0]: 5, CAPTIONS[1]: 8, CAPTIONS[2]: 20} and drawn.missing == {CAPTIONS[2]: 10}
+    assert [captions[place] for place in drawn.places] == [CAPTIONS[0]] * 5 + [CAPTIONS[1]] * 8 + [CAPTIONS[2]] * 20
+    assert planning.draw(captions, wanted, seed=2).places != drawn.places
+    # each subgroup on its own: another folder, without the first caption, gives the second one's same samples.
+    alone = planning.draw(captions[20:], {CAPTIONS[1]: 8}, seed=1)
+    assert [place + 20 for place in alone.places] == [place for place in drawn.places if 20 <= place < 40]
+    assert set(alone.places) < set(planning.draw(captions[20:], {CAPTIONS[1]: 12}, seed=1).places)
+    # over seeds every sample has the same chance: 400 draws of 8 among 20 take each 160 times, +- 4.5 sd of 9.8
+    times = np.bincount([p for s in range(400) for p in planning.draw(captions[20:40], {CAPTIONS[1]: 8}, s).places])
+    assert abs(times - 160).max() < 44
+
+
+def test_plan_names_and_folders():
+    real = {CAPTIONS[0]: 2, CAPTIONS[1]: 1}
+    captions = {"SD": [CAPTIONS[0]] * 3 + [CAPTIONS[1]], "SD-RL": [CAPTIONS[1]]}
+    trainings = planning.plan(real, captions, planning.parse_ratios("1,balanced"), (3, 5))
+    assert [(one.name, one.folder) for one in trainings[:5]] == [
+        ("real", "real/seed3"),
+        ("real + 1x SD", "SD_1/seed3"),
+        ("real + 1x SD-RL", "SD-RL_1/seed3"),
+        ("real + balanced SD", "SD_balanced/seed3"),
+        ("real + balanced SD-RL", "SD-RL_balanced/seed3"),
+    ]
+    assert [one.name for one in trainings[5:]] == [one.name for one in trainings[:5]] and trainings[5].seed == 5
+    assert [len(one.drawn.places) for one in trainings[1:5]] == [3, 1, 1, 1] and trainings[0].drawn is None
+    assert trainings[2].drawn.missing == {CAPTIONS[0]: 2}
+    for other, ratio in ((CAPTIONS[7], 1.0), (CAPTIONS[1], 0.4)):
+        with pytest.raises(UserError, match=r"--samples=X=\.\.\.: ratio .* takes none of its 1 images"):
+            planning.plan(real, {"X": [other]}, [ratio], (0,))
+
+
+def test_flags_are_read_or_refused():
+    assert planning.parse_ratios("0.5, 1x,balanced") == (0.5, 1.0, "balanced")
+    assert planning.parse_seeds("0, 7,1") == (0, 7, 1)
+    assert planning.parse_samples(["SD=a/b", "SD-RL=c=d"]) == {"SD": Path("a/b"), "SD-RL": Path("c=d")}
+    for text in ("", "0", "-1", "nan", "inf", "1,,2", "much", "1,1.0", "balanced,balanced"):
+        with pytest.raises(UserError, match="ratio"):
+            planning.parse_ratios(text)
+    for text in ("", "1,1", "1,01", "-1", "1.5", "a"):
+        with pytest.raises(UserError, match="whole numbers"):
+            planning.parse_seeds(text)
+    bad = (["folder"], ["=folder"], ["SD="], ["a/b=c"], [".a=c"], ["A=x", "a=y"], ["Real=x"], [])
+    for given in bad:
+        with pytest.raises(UserError, match="--samples="):
+            planning.parse_samples(given)
+
+
+def test_minority_is_measured_on_real_training_images():
+    real = dict.fromkeys(CAPTIONS[:2], 49) | {CAPTIONS[2]: 2}
+    assert planning.minority(real, 0.02) == set(CAPTIONS[3:])  # 2 of 100 are not below 2 %
+    assert planning.minority(real, 0.03) == set(CAPTIONS[2:])
+
+
+def classifiers(images=150, seeds=3, seed=0):
+    """Logits of three kinds of classifiers, the last clearly the best; some are equal."""
+    rng = np.random.default_rng(seed)
+    truth = rng.random((images, len(NAMES))) < (0.4, 0.15)
+    return {
+        name: np.round(rng.normal(size=(seeds, *truth.shape)) + np.where(truth, strength, -strength), 1)
+        for name, strength in (("real", 0.8), ("same", 0.8), ("better", 2.0))
+    }, truth
+
+
+def reference(logits, truth):
+    """(measures,) of one attribute by torchmetrics."""
+    # in the order of sigmoid(logit), which torch does not always round alike for equal logits; 0.5 stays where it is.
+    scores, labels = torch.tensor((logits + 20) / 40), torch.tensor(truth).int()
+    return [function(scores, labels).item() for function in (binary_f1_score, binary_accuracy, binary_auroc)]
+
+
+@pytest.mark.parametrize("part", ["all", "half"])
+def test_means_spreads_and_paired_bootstrap_equal_a_loop(part):
+    logits, truth = classifiers()
+    chosen = None if part == "all" else np.arange(150) % 2 == 0
+    keep = np.flatnonzero(np.ones(150) if chosen is None else chosen)
+    rows = {
+        (row["attribute"], row["training"], row["measure"]): row
+        for row in compare(logits, truth, NAMES, chosen, resamples=1500, seed=5)
+    }
+    assert len(rows) == (len(NAMES) + 1) * 3 * len(MEASURES)
+
+    def measures(drawn):  # (training, seed, attribute and macro, measure)
+        table = np.array(
+            [
+                [[reference(one[drawn, h], truth[drawn, h]) for h in range(len(NAMES))] for one in stack]
+                for stack in logits.values()
+            ]
+        )
+        return np.concatenate([table, table.mean(2, keepdims=True)], 2)
+
+    point = measures(keep)
+    rng, differences = np.random.default_rng(0), []
+    for _ in range(150):  # images are drawn first, and those that count are taken from them
+        drawn = rng.integers(150, size=150)
+        means = measures(drawn[np.isin(drawn, keep)]).mean(1)
+        differences.append(means[1:] - means[:1])
+    low, high = np.quantile(differences, [0.025, 0.975], axis=0)
+    spread = np.std(differences, axis=0)
+    for column, attribute in enumerate((*NAMES, MACRO)):
+        for number, training in enumerate(logits):
+            for index, key in enumerate(MEASURES):
+                row, expected = rows[attribute, training, key], point[number, :, column, index]
+                assert row["values"] == pytest.approx(expected, abs=1e-6)
+                assert (row["mean"], row["sd"]) == pytest.approx((expected.mean(), expected.std(ddof=1)), abs=1e-6)
+                assert row["support"] == (None if attribute == MACRO else truth[keep, column].sum())
+                if number == 0:
+                    assert "difference" not in row
+                    continue
+                place = number - 1, column, index
+                assert row["difference"] == pytest.approx((point[number] - point[0]).mean(0)[column, index], abs=1e-6)
+                # quantiles of 150 resamples scatter by about a quarter of the standard deviation
+                assert (row["low"], row["high"]) == pytest.approx((low[place], high[place]), abs=0.9 * spread[place])
+                assert (row["high"] - row["low"]) == pytest.approx(high[place] - low[place], rel=0.35)
+                differences_of_seeds = (point[number] - point[0])[:, column, index]
+                assert row["seeds_agree"] == (abs(np.sign(differences_of_seeds).sum()) == 3)
+    assert rows["hair", "better", "auc"]["p"] < 0.002 and rows["hair", "same", "auc"]["p"] > 0.01
+    assert {row.get("seeds_agree") for row in rows.values()} == {None, True, False}
+
+
+def test_the_difference_of_a_classifier_to_itself_is_exactly_nothing():
+    """The same resample serves both: unpaired ones would give an interval of some width."""
+    logits, truth = classifiers()
+    rows = compare({"real": logits["real"], "copy": logits["real"][::-1]}, truth, NAMES, resamples=200)
+    copies = [row for row in rows if row["training"] == "copy"]
+    assert all(row["low"] == pytest.approx(0, abs=1e-12) == row["high"] and row["p"] > 0.5 for row in copies)
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_undefined_is_left_out_and_shown_as_a_dash():
+    logits, truth = classifiers(seeds=1)
+    truth[:, 1] = False
+    rows = compare(logits, truth, NAMES, resamples=50)
+    found = {(row["attribute"], row["training"], row["measure"]): row for row in rows}
+    for key in ("f1", "auc"):
+        row = found["ink", "better", key]
+        assert (row["mean"], row["sd"], row["difference"], row["p"]) == (None,) * 4
+        assert found[MACRO, "better", key]["mean"] == found["hair", "better", key]["mean"]
+    accuracy = [found[name, "better", "accuracy"]["mean"] for name in (*NAMES, MACRO)]
+    assert (
+        accuracy[2] == pytest.approx((accuracy[0] + accuracy[1]) / 2) and found["ink", "real", "accuracy"]["sd"] is None
+    )
+    assert compare(logits, truth, NAMES, np.zeros(150, bool)) == []
+
+    drawn = planning.draw([CAPTIONS[1]] * 2, {CAPTIONS[1]: 3}, 0)
+    groups = subgroups({CAPTIONS[1]: 3, CAPTIONS[8]: 4}, {CAPTIONS[0]: 1}, {CAPTIONS[1]}, {"real + 1x SD": drawn})
+    about = {"seeds": (4,), "minority_share": 0.02, "test_images": 150, "subgroups": groups}
+    text = markdown([{"group": "all"} | row for row in rows], about)
+    line = next(line for line in text.partition("### ink: in 0 of 150")[2].splitlines() if "better" in line)
+    assert [cell.strip() for cell in line.split("|")][2:5] == ["-"] * 3
+    assert "nan" not in text.lower() and "None" not in text and "1 seed(s) are too few" in text
+    assert "No test image has a combination of labels below 2 %" in text
+    assert "Samples were missing" in text
+    table = {
+        line.split("|")[1].strip(): line.split("|")[2:-1] for line in text.splitlines() if line.startswith("| MEL")
+    }
+    assert {name: [cell.strip() for cell in cells] for name, cells in table.items()} == {
+        "MEL plain": ["", "1", "0", "0"],
+        "MEL ink": ["yes", "0", "3", "2 of 3"],
+        "MEL hair": ["", "0", "4", "0"],
+    }
+    lines = list(csv.DictReader(as_csv([{"group": "all"} | row for row in rows]).splitlines()))
+    assert len(lines) == len(rows) and {line["mean"] for line in lines if line["measure"] == "auc"} >= {""}
+
+
+def test_stars_tell_seeds_that_agree_from_those_that_do_not():
+    truth = np.arange(200)[:, None] % 2 == 0
+    right = np.where(truth, 1.0, -1.0)
+    better, worse, half = right, -right, np.where(np.arange(200)[:, None] < 100, right, -right)
+    logits = {"real": np.stack([half] * 3), "all": np.stack([better] * 3), "two": np.stack([better, better, worse])}
+    logits["none"] = logits["real"]
+    rows = [{"group": "all"} | row for row in compare(logits, truth, ("ink",), resamples=200)]
+    about = {"seeds": (0, 1, 2), "minority_share": 0, "test_images": 200}
+    text = markdown(rows, about | {"subgroups": subgroups({CAPTIONS[0]: 1}, {}, (), {})})
+    lines = [line for line in text.splitlines() if line.startswith("| all ")]
+    assert "1.000* / 100.00*" in lines[0] and "+50.00" in lines[1] and "*?" not in "".join(lines)
+    two = next(line for line in text.splitlines() if line.startswith("| two "))
+    assert "66.67*?" in two
+    assert not any("*" in line for line in text.splitlines() if line.startswith("| none "))
+
+
+def test_short_captions_are_distinct():
+    assert [short_caption(CAPTIONS[index]) for index in (0, 9, 18)] == ["MEL plain", "MEL hair+ink", "NV ruler"]
+    assert len(set(map(short_caption, CAPTIONS))) == 32
