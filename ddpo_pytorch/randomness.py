@@ -94,4 +94,7 @@ class BatchDraws:
         return self._own(torch.randint(bound, (self._total,), generator=self._generator))
 
     def _own(self, values: torch.Tensor) -> torch.Tensor:
-        return values[self._rows].to(self._device)
+        values = values[self._rows]
+        if torch.device(self._device).type == "cuda":
+            values = values.pin_memory()  # so that the copy does not wait for the GPU
+        return values.to(self._device, non_blocking=True)

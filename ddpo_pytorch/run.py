@@ -60,6 +60,8 @@ def _reporting(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]
             main(argv)
         except UserError as error:
             _fail(error)
+        except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
+            _fail(UserError(f"{error.strerror}: {error.filename!r}; give another path, or change what is there"))
 
     return run
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.errors import UserError, difference
 from ddpo_pytorch.files import whole
 
 
@@ -26,7 +26,8 @@ def load_state(path: str | Path, belongs_to: Mapping[str, Any]) -> dict[str, Any
     if not path.is_file():
         return None
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        # mapped: the processes of a node share what would otherwise be a copy of all weights and moments for each
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state, old = saved["state"], json.loads(saved["belongs_to"])
     except Exception as error:  # a damaged pickle can fail in any way
         raise UserError(
@@ -34,15 +35,10 @@ def load_state(path: str | Path, belongs_to: Mapping[str, Any]) -> dict[str, Any
             "begin anew"
         ) from error
     new = json.loads(json.dumps(belongs_to))
-    for name in sorted({*old, *new}):
-        if old.get(name) != new.get(name):
-            raise UserError(
-                f"{str(path)!r} is the state of an unfinished training with {name}={_short(old.get(name))}, now it is "
-                f"{_short(new.get(name))}; give the same to go on, another folder, or delete it to begin anew"
-            )
+    if changed := difference(old, new):
+        name, before, now = changed
+        raise UserError(
+            f"{str(path)!r} is the state of an unfinished training with {name}={before}, now it is {now}; give the "
+            "same to go on, another folder, or delete it to begin anew"
+        )
     return state
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -37,12 +37,13 @@ from ddpo_pytorch.data.images import ImageFiles, list_samples
 from ddpo_pytorch.data.isic import LABELS, Row, labels_of, load_split
 from ddpo_pytorch.data.sample_log import claim_folder, read_settings
 from ddpo_pytorch.data.splits import read_splits
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.errors import UserError, difference
 from ddpo_pytorch.files import sha256, whole
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
 from ddpo_pytorch.judges.initial_weights import new_classifier
+from ddpo_pytorch.judges.prediction import predict
 from ddpo_pytorch.judges.report import one_sided
-from ddpo_pytorch.judges.training import FitState, Recipe, fit, predict
+from ddpo_pytorch.judges.training import FitState, Recipe, fit
 from ddpo_pytorch.metrics.augmentation import compare
 from ddpo_pytorch.metrics.augmentation_plan import (
     BALANCED,
@@ -175,12 +176,12 @@ def refuse_changed(settings: dict[Path, dict[str, Any]]) -> None:
     """Raise UserError if one of the folders was begun with other settings; nothing has been written then."""
     for folder, new in settings.items():
         old = read_settings(folder)
-        for name in sorted(old.keys() | new) if old else ():
-            if old.get(name) != new.get(name):
-                raise UserError(
-                    f"{str(folder)!r} was made with {name} {old.get(name)}, now it is {new.get(name)}; choose another "
-                    "--output or move that one away"
-                )
+        if changed := old and difference(old, json.loads(json.dumps(new))):
+            name, before, now = changed
+            raise UserError(
+                f"{str(folder)!r} was made with {name} {before}, now it is {now}; choose another --output or move that "
+                "one away"
+            )
 
 
 def warn(trainings: Sequence[Training], seeds: Sequence[int]) -> None:

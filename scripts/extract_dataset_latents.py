@@ -18,7 +18,7 @@ import torch
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from ddpo_pytorch.data.images import RESIZES, ImageFiles, save_image, write_log
+from ddpo_pytorch.data.images import RESIZES, ImageFiles, read_log, save_image, write_log
 from ddpo_pytorch.data.isic import CAPTIONS, Row, folder_name, load_split, read_split
 from ddpo_pytorch.data.sample_log import claim_folder
 from ddpo_pytorch.data.splits import drop_broken
@@ -70,7 +70,7 @@ def main(_) -> None:
         # fp32: half precision overflows in the encoder of SD 1.5, and stored halves hold its result well enough.
         vae = load_pipeline(config.pretrained.model, config.pretrained.revision, device=accelerator.device).vae
     if accelerator.is_main_process:
-        settings = about | {"rows": rows, "model": config.pretrained.model}
+        settings = about | {"limit": dataset.limit, "model": config.pretrained.model}
         claim_folder(folder, settings, {"csv": dataset.csv, "missing": missing})
     accelerator.wait_for_everyone()
 
@@ -90,8 +90,11 @@ def main(_) -> None:
         is_kept=lambda position: paths[position].is_file(),
     )
     done = accelerator.reduce(torch.tensor(done, device=accelerator.device)).item()
-    outcome = [folder / "image_log.json"] + [folder / "latents" / INDEX] * (vae is not None)
-    if accelerator.is_main_process and (done or not all(path.is_file() for path in outcome)):
+    complete = [entry["sampleID"] for entry in read_log(folder)] == rows
+    complete = complete and (vae is None or (folder / "latents" / INDEX).is_file())
+    if accelerator.is_main_process and (done or not complete):
+        for leftover in set(folder.glob("images/*/*.png")) - set(paths):  # of rows that have no image any more
+            leftover.unlink()
         if vae is not None:
             write_index(folder / "latents", vae, CAPTIONS, len(rows), about)
         write_log(folder, [entry_of(index, row) for index, row, _ in found])

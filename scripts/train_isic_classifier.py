@@ -18,13 +18,14 @@ from torch.utils.data import Dataset
 from ddpo_pytorch.data.image_cache import decoded
 from ddpo_pytorch.data.images import ImageFiles
 from ddpo_pytorch.data.isic import LABELS, load_split
-from ddpo_pytorch.data.splits import drop_broken
+from ddpo_pytorch.data.splits import drop_broken, read_splits
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.judges.classifier import PUBLISHED_SIZE, ArtifactClassifier, load_classifier, save_classifier
 from ddpo_pytorch.judges.initial_weights import new_classifier
+from ddpo_pytorch.judges.prediction import predict
 from ddpo_pytorch.judges.report import Report, best_thresholds, one_sided
 from ddpo_pytorch.judges.torchvision_names import check_publishable, save_published
-from ddpo_pytorch.judges.training import FitState, Recipe, fit, predict
+from ddpo_pytorch.judges.training import FitState, Recipe, fit
 from ddpo_pytorch.run import cli, make_accelerator
 
 FLAGS = flags.FLAGS
@@ -50,6 +51,10 @@ flags.DEFINE_integer("image_size", 512, "side in pixels images are resized to", 
 flags.DEFINE_float("learning_rate", Recipe.learning_rate, "AdamW learning rate; decays to 1e-6 along a cosine")
 flags.DEFINE_bool("pos_weight", False, "weight each attribute's positives by negatives/positives of the training split")
 flags.DEFINE_float("focal_gamma", 0.0, "exponent of the focal loss; 0 is plain BCE", lower_bound=0)
+flags.DEFINE_bool("quarter_turns", False, "turn training images by 90 degrees at random, beside the flips")
+flags.DEFINE_float(
+    "ema_decay", 0.0, "decay of a running average of the weights, which is then what is kept; 0 keeps none"
+)
 flags.DEFINE_enum("mixed_precision", "no", ["no", "bf16", "fp16"], "arithmetic of the network; fp16 needs a GPU")
 flags.DEFINE_string("arch", "efficientnet_b0", "timm architecture")
 flags.DEFINE_string(
@@ -112,6 +117,7 @@ def train(accelerator: Accelerator, num_classes: int, output: Path) -> None:
     for path in (output, published) if FLAGS.save_published else (output,):
         if path.exists() and not unfinished(output).exists():
             raise UserError(f"{str(path)!r} exists already; choose another --checkpoint_dir or move it away")
+    read_splits({"train": Path(FLAGS.train_csv), "val": Path(FLAGS.val_csv)})  # refuses an image in both
     set_seed(FLAGS.seed)
     model = build_model(accelerator, num_classes)
     if FLAGS.save_published:

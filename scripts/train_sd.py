@@ -10,7 +10,6 @@ been killed, and the number of processes does not matter at equal batches of all
 
 import logging
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,12 @@ from typing import Any
 import torch
 from absl import flags
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from ml_collections import ConfigDict, config_flags
+from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
@@ -33,21 +33,23 @@ from ddpo_pytorch.data.images import image_grid
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import whole
+from ddpo_pytorch.files import whole, whole_folder
 from ddpo_pytorch.generator import scratch
+from ddpo_pytorch.generator.latents import fingerprint
 from ddpo_pytorch.generator.lora import add_lora, has_lora, merged_state_dict, save_lora
 from ddpo_pytorch.generator.objectives import AutoencoderLoss, CaptionTable, NoiseLoss
 from ddpo_pytorch.generator.pipeline import encode_prompts, load_pipeline
 from ddpo_pytorch.generator.stage_data import SCHEDULES, check_settings, find_images, open_latents, settings_of
-from ddpo_pytorch.generator.training import Training, endless_batches
+from ddpo_pytorch.generator.training import Stopwatch, Training, endless_batches
 from ddpo_pytorch.optimizer import make_adamw
-from ddpo_pytorch.randomness import BatchDraws, Stream
+from ddpo_pytorch.randomness import BatchDraws, Stream, generator_of
 from ddpo_pytorch.run import DTYPES, JsonLines, cli, make_accelerator, peak_memory_gib
 from ddpo_pytorch.training_state import save_state
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", "config/base.py", "experiment, e.g. config/dgx.py:finetune_sd")
 logger = logging.getLogger(__name__)
+GRID_BATCH = 4  # images drawn at once: SD's autoencoder needs 3 GiB to decode four of 512 px
 
 
 @dataclass
@@ -73,12 +75,13 @@ def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
     model, optimizer = accelerator.prepare(stage.loss.train(), optimizer)
     average = EMAModel(parameters, decay=sd.ema_decay, foreach=True) if sd.ema_decay > 0 else None
     training = Training(parameters, optimizer, schedule, average, accelerator.scaler)
-    state_file, settings = output / f"{sd.stage}_state.pt", settings_of(config, accelerator.num_processes, stage.data)
+    identity = stage.data | {"initial weights": fingerprint(stage.loss)}
+    state_file, settings = output / f"{sd.stage}_state.pt", settings_of(config, accelerator.num_processes, identity)
     first = training.restore(state_file, settings)
     log = JsonLines(output / f"{sd.stage}.jsonl", is_main, keep=first + 1, counter="step")
     batches = endless_batches(accelerator, sd, config.seed, stage.train_set, first * sd.gradient_accumulation_steps)
 
-    losses, started = [], time.perf_counter()
+    losses, clock = [], Stopwatch()
     for step in tqdm(
         range(first + 1, sd.num_steps + 1), initial=first, total=sd.num_steps, disable=hidden(accelerator)
     ):
@@ -100,19 +103,19 @@ def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
         if step % sd.log_every == 0 or last:
             mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
             images = sd.batch_size * len(losses) * accelerator.num_processes
-            speed, started = images / (time.perf_counter() - started), time.perf_counter()
-            report(log, step, mean, schedule.get_last_lr()[0], speed, sd.num_steps)
+            report(log, step, mean, schedule.get_last_lr()[0], images / clock.lap(), sd.num_steps)
             losses.clear()
         if stage.val_set is not None and (step % sd.val_every == 0 or step == 1 or last):
-            with training.averaged():
+            with clock.paused(), training.averaged():
                 val_loss = validate(accelerator, config, stage)
             log.write({"step": step, "val_loss": val_loss})
             logger.info("step %d/%d  validation loss %.5f", step, sd.num_steps, val_loss)
-        if sd.grid_every and step % sd.grid_every == 0 and is_main:
-            with training.averaged():
-                stage.draw(output / f"{sd.stage}_{step:06d}.png")
         if sd.save_every and step % sd.save_every == 0 and not last and is_main:
-            save_state(state_file, training.snapshot(step), settings)
+            with clock.paused():
+                save_state(state_file, training.snapshot(step), settings)
+        if sd.grid_every and step % sd.grid_every == 0:
+            with clock.paused(), training.averaged():
+                stage.draw(output / f"{sd.stage}_{step:06d}.png")
 
     if average:
         average.copy_to(parameters)
@@ -173,7 +176,8 @@ def vae_stage(accelerator: Accelerator, config: ConfigDict) -> Stage:
     sd, output = config.sd, Path(config.sd.output)
     vae = scratch.build_vae(sd.vae_channels, sd.image_size)
     with accelerator.local_main_process_first():
-        train_set = decoded(find_images(sd, sd.csv, sd.limit), sd.cache_dir)
+        images = find_images(sd, sd.csv, sd.limit)
+        train_set = decoded(images, sd.cache_dir)
         val_set = decoded(find_images(sd, sd.val_csv, sd.val_images), sd.cache_dir) if sd.val_csv else None
 
     @torch.no_grad()
@@ -186,15 +190,18 @@ def vae_stage(accelerator: Accelerator, config: ConfigDict) -> Stage:
     def draw(path: Path) -> None:
         images, latents = encoded(val_set or train_set, 8)
         pairs = torch.cat([images, vae.decode(latents).sample]) / 2 + 0.5
-        image_grid(pairs.clamp(0, 1), columns=len(images)).save(path)
+        if accelerator.is_main_process:
+            save_picture(image_grid(pairs.clamp(0, 1), columns=len(images)), path)
 
     def finish() -> None:
         # latents of unit variance, as SD's diffusion expects them
         vae.register_to_config(scaling_factor=float(1 / encoded(train_set, 64)[1].std()))
         draw(output / "vae.png")
-        vae.eval().save_pretrained(output / "vae")
+        with whole_folder(output / "vae") as temporary:
+            vae.eval().save_pretrained(temporary)
 
-    return Stage(AutoencoderLoss(vae, sd.vae_kl_weight), train_set, val_set, {"images": len(train_set)}, draw, finish)
+    data = {"images": images.digest()}
+    return Stage(AutoencoderLoss(vae, sd.vae_kl_weight), train_set, val_set, data, draw, finish)
 
 
 def unet_stage(accelerator: Accelerator, config: ConfigDict, pipe: StableDiffusionPipeline) -> Stage:
@@ -205,9 +212,11 @@ def unet_stage(accelerator: Accelerator, config: ConfigDict, pipe: StableDiffusi
     captions = CaptionTable(pipe, train_set.captions, trained=sd.stage == "unet")
     if val_set is not None and val_set.captions != train_set.captions:
         raise UserError("training and validation latents have different lists of captions; extract them alike")
+    if val_set is not None and val_set.shares_images_with(train_set):
+        raise UserError("training and validation latents share images; extract them from different split tables")
     if sd.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
-    data = {"latents": [shard["sha256"] for shard in train_set.index["shards"]]}
+    data = {"latents": [shard["sha256"] for shard in train_set.index["shards"]], "captions": captions.digest()}
 
     def finish() -> None:
         if has_lora(pipe.unet):
@@ -218,7 +227,7 @@ def unet_stage(accelerator: Accelerator, config: ConfigDict, pipe: StableDiffusi
             save_file(merged_state_dict(pipe.unet), temporary)
 
     loss = NoiseLoss(pipe, captions, sd.caption_dropout, sd.min_snr_gamma)
-    return Stage(loss, train_set, val_set, data, lambda path: draw_captions(pipe, config, path), finish)
+    return Stage(loss, train_set, val_set, data, lambda path: draw_captions(accelerator, pipe, config, path), finish)
 
 
 def load_pretrained(accelerator: Accelerator, config: ConfigDict) -> StableDiffusionPipeline:
@@ -234,22 +243,33 @@ def load_pretrained(accelerator: Accelerator, config: ConfigDict) -> StableDiffu
 
 
 @torch.no_grad()
-def draw_captions(pipe: StableDiffusionPipeline, config: ConfigDict, path: Path) -> None:
-    """One image for each of the 32 captions, from fixed noise."""
-    was_training = pipe.unet.training
+def draw_captions(accelerator: Accelerator, pipe: StableDiffusionPipeline, config: ConfigDict, path: Path) -> None:
+    """One image for each of the 32 captions, each from its own fixed noise; dealt to the processes, a few at a time."""
+    was_training, images = pipe.unet.training, []
     pipe.unet.eval()
-    images, *_ = pipeline_with_logprob(
-        pipe,
-        prompt_embeds=encode_prompts(pipe, CAPTIONS),
-        negative_prompt_embeds=encode_prompts(pipe, [""]),
-        num_inference_steps=config.sample.num_steps,
-        guidance_scale=config.sample.guidance_scale,
-        eta=config.sample.eta,
-        generator=torch.Generator(pipe.device).manual_seed(config.seed),
-        keep_trajectory=False,
-    )
+    pipe.set_progress_bar_config(disable=True)
+    own = list(range(len(CAPTIONS)))[accelerator.process_index :: accelerator.num_processes]
+    for numbers in (own[start : start + GRID_BATCH] for start in range(0, len(own), GRID_BATCH)):
+        drawn, *_ = pipeline_with_logprob(
+            pipe,
+            prompt_embeds=encode_prompts(pipe, [CAPTIONS[number] for number in numbers]),
+            negative_prompt_embeds=encode_prompts(pipe, [""]),
+            num_inference_steps=config.sample.num_steps,
+            guidance_scale=config.sample.guidance_scale,
+            eta=config.sample.eta,
+            generator=[generator_of(config.seed, Stream.GRID, number) for number in numbers],
+            keep_trajectory=False,
+        )
+        images += zip(numbers, drawn.float().cpu(), strict=True)
     pipe.unet.train(was_training)
-    image_grid(images, columns=8).save(path)
+    images = gather_object(images)
+    if accelerator.is_main_process:
+        save_picture(image_grid(torch.stack([image for _, image in sorted(images, key=lambda item: item[0])]), 8), path)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    with whole(path) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 def main(_) -> None:

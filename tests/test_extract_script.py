@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,29 @@ def table(tmp_path_factory) -> Path:
                 save_image(folder / "image.png", image)
                 (folder / "image.png").rename(folder / f"ISIC_{row}{'_downsampled' if row == 3 else ''}.jpg")
     return folder
+
+
+@pytest.mark.slow
+def test_several_shards_are_the_same_from_two_processes(table, config_file, tmp_path):
+    """600 rows of the same few pictures: three shards, of which the second is the other process's."""
+    (tmp_path / "images").mkdir()
+    with open(table / "split.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["image"] in ("ISIC_0", "ISIC_1", "ISIC_4")]
+    with open(tmp_path / "many.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        for number in range(600):
+            row = rows[number % 3]
+            writer.writerow(row | {"image": f"copy_{number}"})
+            (tmp_path / "images" / f"copy_{number}.jpg").symlink_to(table / f"{row['image']}.jpg")
+    fields = {"dataset__csv": tmp_path / "many.csv", "dataset__data_path": tmp_path / "images"}
+    fields |= {"dataset__image_size": 16, "dataset__resize": "crop"}
+    for name, processes in (("one", 1), ("two", 2)):
+        settings = options(config_file, logdir=tmp_path / name, **fields)
+        succeed("extract_dataset_latents.py", *settings, processes=processes)
+    one = files_of(tmp_path / "one")
+    assert one == files_of(tmp_path / "two") and sum("shard_" in path for path in one) == 3
+    assert LatentShards(tmp_path / "one" / "latents")[599][2] == LatentShards(tmp_path / "one" / "latents")[2][2]
 
 
 @pytest.mark.slow
@@ -100,6 +124,36 @@ def test_an_extraction_that_was_cut_off_is_completed(table, config_file, run_mai
         run_main("extract_dataset_latents.py", config_file, **fields)
         assert files_of(tmp_path / "x") == complete and f"{path} " in caplog.text
     LatentShards(tmp_path / "x" / "latents")
+
+
+def test_images_that_come_and_go(table, config_file, run_main, tmp_path, monkeypatch):
+    monkeypatch.setattr("ddpo_pytorch.generator.latents.SHARD_IMAGES", 2)
+    shutil.copytree(table, tmp_path / "table")
+    victim = tmp_path / "table" / "ISIC_4.jpg"
+    picture = victim.read_bytes()
+    victim.write_bytes(picture[:50])
+    fields = {"dataset__csv": str(table / "split.csv"), "dataset__data_path": str(tmp_path / "table")}
+    fields |= {"dataset__image_size": 64, "logdir": str(tmp_path / "x")}
+    with pytest.raises(UserError, match="ISIC_4.jpg' cannot be read as an image"):
+        run_main("extract_dataset_latents.py", config_file, **fields)
+
+    def rows():
+        latents = LatentShards(tmp_path / "x" / "latents")
+        numbers = [entry["sampleID"] for entry in json.loads((tmp_path / "x" / "image_log.json").read_text())]
+        pictures = sorted(int(path.stem) for path in (tmp_path / "x" / "images").glob("*/*.png"))
+        shards = len(list((tmp_path / "x" / "latents").glob("shard_*")))
+        assert len(latents) == len(numbers) and pictures == numbers and shards == -(-len(numbers) // 2)
+        return numbers
+
+    run_main("extract_dataset_latents.py", config_file, **fields, dataset__skip_broken=True)
+    assert rows() == [0, 1, 3, 6]
+    victim.write_bytes(picture)
+    run_main("extract_dataset_latents.py", config_file, **fields)
+    assert rows() == [0, 1, 3, 4, 6]
+    for name in ("ISIC_0.jpg", "ISIC_6.jpg"):
+        (tmp_path / "table" / name).unlink()
+    run_main("extract_dataset_latents.py", config_file, **fields)
+    assert rows() == [1, 3, 4]
 
 
 def test_extract_without_a_model_stores_images_only_and_does_not_repeat_itself(table, config_file, run_main, tmp_path):

@@ -63,7 +63,32 @@ def test_without_a_folder_or_room_images_are_decoded_each_time(files, tmp_path, 
     assert decoded(files, "") is files
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     assert decoded(files, tmp_path / "cache") is files
-    assert "no room for a cache" in caplog.text and not list((tmp_path / "cache").iterdir())
+    assert (
+        "a cache of 0.0 GB cannot be kept" in caplog.text
+        and "no room" in caplog.text
+        and not list((tmp_path / "cache").iterdir())
+    )
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(files, tmp_path, monkeypatch, caplog):
+    (tmp_path / "cache").mkdir()
+    assert decoded(files, files.paths[0] / "below a file") is files and "Not a directory" in caplog.text
+
+    def full(file, header):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np.lib.format, "write_array_header_1_0", full)
+        assert decoded(files, tmp_path / "cache") is files
+    assert "No space left" in caplog.text and not list((tmp_path / "cache").iterdir())
+    name = decoded(files, tmp_path / "cache").path
+    name.unlink()
+    old, new = (name.with_name(f".{name.name}.{pid}.tmp") for pid in (1, 2))
+    for leftover in (old, new):
+        leftover.write_text("half")
+    os.utime(old, (1, 1))
+    decoded(files, tmp_path / "cache")
+    assert not old.exists() and new.exists()  # the new one may belong to a process at work
 
 
 def test_damage_is_told_and_leaves_no_cache(files, tmp_path):

@@ -1,14 +1,13 @@
-"""train_sd.py: a model from nothing, fine-tuning, every option; resumed, with two processes, and what is refused."""
+"""train_sd.py: a model from nothing, fine-tuning, every option; and what is refused."""
 
 import json
-import shutil
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import run_script
 from safetensors.torch import load_file
-from script_tools import options, succeed
+from script_tools import options
+from stage_tools import EXACT, SPLIT, assert_equal, entries, unet_of
 
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.errors import UserError
@@ -16,67 +15,8 @@ from ddpo_pytorch.generator.latents import INDEX, LatentShards
 from ddpo_pytorch.generator.lora import load_lora
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.scratch import build_tokenizer
-from ddpo_pytorch.generator.training import Training
 
-pytest_plugins = ["script_tools"]
-SPLIT = "splits/phantom_{}.csv"
-
-
-@pytest.fixture(scope="module")
-def base(world, tmp_path_factory):
-    """Settings of all stages on the small world, with a cache of their own."""
-    settings = {"mixed_precision": "no", "sd__data_path": str(world / "images"), "sd__image_size": 32}
-    settings |= {
-        f"sd__{key}": str(world / SPLIT.format(split)) for key, split in (("csv", "train"), ("val_csv", "val"))
-    }
-    settings |= {"sd__num_steps": 4, "sd__batch_size": 8, "sd__log_every": 1, "sd__val_every": 2, "sd__grid_every": 0}
-    settings |= {"sd__save_every": 0, "sd__warmup_steps": 1, "sd__learning_rate": 1e-3, "sample__num_steps": 2}
-    settings |= {"sd__vae_channels": (8, 8, 8), "sd__unet_channels": (16, 16), "sd__unet_attention": (False, True)}
-    settings |= {"sd__text_width": 16, "sd__text_layers": 1, "sd__cache_dir": str(tmp_path_factory.mktemp("cache"))}
-    return settings
-
-
-@pytest.fixture
-def train(run_main, config_file, base):
-    """Function (output, fields): train_sd.py's main in this process; returns its log entries."""
-
-    def run(output, **fields):
-        try:
-            run_main("train_sd.py", config_file, **base | {"sd__output": str(output)} | fields)
-        finally:
-            for state in (AcceleratorState, GradientState, PartialState):
-                state._reset_state()
-        return entries(output / f"{fields.get('sd__stage', 'finetune')}.jsonl")
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def model(base, config_file, tmp_path_factory):
-    """A folder with the outcome of stages "vae" and "unet", made by real runs of the script; and what these said."""
-    folder = tmp_path_factory.mktemp("sd")
-    said = {}
-    for stage in ("vae", "unet"):
-        fields = base | {"sd__output": folder, "sd__stage": stage, "sd__grid_every": 4, "sd__num_workers": 1}
-        said[stage] = succeed("train_sd.py", *options(config_file, **fields)).stderr
-    return folder, said
-
-
-def entries(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def unet_of(folder):
-    return load_file(folder / "pretrained_unet.safetensors")
-
-
-def assert_equal(one, other, **tolerance):
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(value, other[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
-
-
-EXACT = {"rtol": 0, "atol": 0}
+pytest_plugins = ["script_tools", "stage_tools"]
 
 
 @pytest.mark.slow
@@ -115,66 +55,6 @@ def test_stages_come_in_order(train, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["vae", "unet", "finetune"])
-def test_a_training_that_was_stopped_goes_on_to_the_same_end(stage, model, train, tmp_path, monkeypatch):
-    fields = {"sd__stage": stage, "sd__num_steps": 5, "sd__save_every": 2, "sd__gradient_accumulation_steps": 2}
-    fields["pretrained__model"] = str(model[0])
-    for name in ("whole", "stopped"):
-        if stage == "unet":
-            shutil.copytree(model[0] / "vae", tmp_path / name / "vae")
-    expected = train(tmp_path / "whole", **fields)
-
-    snapshot = Training.snapshot
-
-    def stop(self, step):
-        if step == 4:
-            raise KeyboardInterrupt
-        return snapshot(self, step)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Training, "snapshot", stop)
-        train(tmp_path / "stopped", **fields)
-    assert len(entries(tmp_path / "stopped" / f"{stage}.jsonl")) > 4  # steps 3 and 4 will be repeated
-    with pytest.raises(
-        UserError, match="unfinished training with sd.learning_rate=0.001, now it is 0.1; give the same"
-    ):
-        train(tmp_path / "stopped", **fields, sd__learning_rate=0.1)
-    log = train(tmp_path / "stopped", **fields)
-    assert [(e["step"], e.get("loss"), e.get("val_loss")) for e in log] == [
-        (e["step"], e.get("loss"), e.get("val_loss")) for e in expected
-    ]
-    names = ["vae/diffusion_pytorch_model.safetensors"] if stage == "vae" else ["pretrained_unet.safetensors"]
-    names += ["text_encoder/model.safetensors"] * (stage == "unet")
-    for name in names:
-        assert_equal(load_file(tmp_path / "stopped" / name), load_file(tmp_path / "whole" / name), **EXACT)
-    assert not list((tmp_path / "stopped").glob("*_state.pt"))
-
-
-def test_a_damaged_state_is_told(train, tmp_path):
-    (tmp_path / "vae_state.pt").write_bytes(b"torn")
-    with pytest.raises(UserError, match="vae_state.pt', the state of an unfinished training, is damaged"):
-        train(tmp_path, sd__stage="vae")
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(model, base, config_file, tmp_path):
-    fields = base | {"pretrained__model": model[0], "sd__gradient_accumulation_steps": 2}
-    for name, processes, batch in (("one", 1, 8), ("two", 2, 4)):
-        settings = fields | {"sd__output": tmp_path / name, "sd__batch_size": batch}
-        succeed("train_sd.py", *options(config_file, **settings), processes=processes)
-    one, two = (entries(tmp_path / name / "finetune.jsonl") for name in ("one", "two"))
-    for first, second in zip(one, two, strict=True):
-        for key in ("loss", "val_loss"):
-            assert first.get(key, 0) == pytest.approx(second.get(key, 0), rel=1e-5)
-    assert_equal(unet_of(tmp_path / "one"), unet_of(tmp_path / "two"), rtol=1e-4, atol=1e-6)
-    assert_equal(
-        {f"{i}": value for i in range(48) for value in LatentShards(tmp_path / "one" / "latents" / "train")[i][:1]},
-        {f"{i}": value for i in range(48) for value in LatentShards(tmp_path / "two" / "latents" / "train")[i][:1]},
-        **EXACT,
-    )
-
-
-@pytest.mark.slow
 def test_lora_is_saved_beside_the_merged_unet(model, train, tmp_path):
     fields = {"pretrained__model": str(model[0]), "sd__use_lora": True, "sd__lora_rank": 2, "sd__learning_rate": 0.1}
     train(tmp_path, **fields)
@@ -186,6 +66,20 @@ def test_lora_is_saved_beside_the_merged_unet(model, train, tmp_path):
         adapted, whole = (p.unet(latents, timesteps, embeds).sample for p in (pipe, merged))
     torch.testing.assert_close(adapted, whole, rtol=1e-4, atol=1e-5)
     assert (adapted - plain).abs().max() > 1e-3
+
+    # a frozen UNet in half precision, merged in float32
+    train(tmp_path / "bf16", **fields, mixed_precision="bf16", sd__grid_every=4)
+    assert (tmp_path / "bf16" / "finetune_000004.png").is_file()
+    before, adapters = (
+        load_pipeline(model[0], dtype=torch.bfloat16).unet.state_dict(),
+        load_file(tmp_path / "bf16" / "pytorch_lora_weights.safetensors"),
+    )
+    for name, value in unet_of(tmp_path / "bf16").items():
+        key = f"unet.{name.removesuffix('.weight')}"
+        expected = before[name].float()
+        if f"{key}.lora_A.weight" in adapters:
+            expected = expected + adapters[f"{key}.lora_B.weight"] @ adapters[f"{key}.lora_A.weight"]
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -203,7 +97,7 @@ def test_every_option_changes_what_it_should(model, train, tmp_path):
         "last_weights": {"sd__ema_decay": 0.0},
         "seed": {"seed": 1},
         "bf16": {"mixed_precision": "bf16"},
-        "crop": {"sd__resize": "crop", "sd__image_size": 16, "sd__skip_broken": True},
+        "skip_broken": {"sd__skip_broken": True, "seed": 2},
         "no_validation": {"sd__val_csv": ""},
         "limit": {"sd__limit": 16, "sd__val_images": 3},
     }
@@ -230,10 +124,14 @@ def test_extracted_latents_take_the_place_of_images(model, world, train, run_mai
     fields = {"pretrained__model": str(folder), "dataset__data_path": str(world / "images")}
     fields |= {"dataset__image_size": 32, "dataset__csv": str(world / SPLIT.format("train"))}
     run_main("extract_dataset_latents.py", config_file, logdir=str(tmp_path / "real"), **fields)
-    latents = str(tmp_path / "real" / "latents")
+    fields["dataset__csv"] = str(world / SPLIT.format("val"))
+    run_main("extract_dataset_latents.py", config_file, logdir=str(tmp_path / "val"), **fields)
+    latents, val = (str(tmp_path / name / "latents") for name in ("real", "val"))
     train(tmp_path / "images", pretrained__model=str(folder))
     train(tmp_path / "latents", pretrained__model=str(folder), sd__latents=latents, sd__csv="", sd__data_path="",
-          sd__val_csv="", sd__val_latents=latents)  # fmt: skip
+          sd__val_csv="", sd__val_latents=val)  # fmt: skip
+    with pytest.raises(UserError, match="training and validation latents share images"):
+        train(tmp_path / "y", pretrained__model=str(folder), sd__latents=latents, sd__val_latents=latents)
     assert not (tmp_path / "latents" / "latents").exists()
     assert_equal(unet_of(tmp_path / "latents"), unet_of(tmp_path / "images"), **EXACT)
 
@@ -272,13 +170,16 @@ def test_extracted_latents_take_the_place_of_images(model, world, train, run_mai
         ({"sd__vae_channels": (8, 9)}, "channels multiples of 8"),
         ({"sd__latents": "/nowhere"}, "'/nowhere' holds no complete latents"),
         ({"sd__output": ""}, "sd.output is empty"),
+        ({"sd__stage": "vae", "sd__image_size": 30}, "sd.image_size is 30; it must be a multiple of 4"),
+        ({"sd__val_csv": "TRAIN"}, r"is in .*phantom_train.csv' \(train\) and in .*phantom_train.csv' \(val\); keep"),
         ({"sd__use_8bit_adam": True, "sd__stage": "vae"}, "use_8bit_adam=True needs bitsandbytes"),
     ],
 )
-def test_bad_input(fields, message, train, tiny_pipeline_dir, tmp_path):
+def test_bad_input(fields, message, train, base, tiny_pipeline_dir, tmp_path):
+    fields = {key: base["sd__csv"] if value == "TRAIN" else value for key, value in fields.items()}
     with pytest.raises(UserError, match=message):
         train(tmp_path / "x", **{"pretrained__model": str(tiny_pipeline_dir)} | fields)
-    assert not list(tmp_path.rglob("*.jsonl")) or "items" in message
+    assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.safetensors"))
 
 
 @pytest.mark.slow

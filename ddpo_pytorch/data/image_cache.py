@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ddpo_pytorch.files import whole
 
 logger = logging.getLogger(__name__)
 _SPARE_BYTES = 2**30  # left free on the disk
+_WINDOW = 256  # images
 
 
 class DecodedImages(Dataset):
@@ -48,16 +49,16 @@ class DecodedImages(Dataset):
         """What DataLoader calls for a whole batch."""
         if self._pixels is None:
             self._pixels = np.load(self.path, mmap_mode="r")
-        # in the file's order, so that a disk reads forwards; the copy is writable and holds no reference to the map
+        # the copy is writable and holds no reference to the map
         return [(torch.from_numpy(self._pixels[index].copy()), self.targets[index]) for index in indices]
 
 
 def decoded(files: ImageFiles, folder: str | Path) -> Dataset:
     """The same items from a cache in `folder`, which is made now if it is not there; `files` if `folder` is "".
 
-    The cache belongs to the paths, sizes and modification times of the files and to the way they are resized. Where the
-    disk has no room for it, a warning is logged and `files` returned. With several processes a node, let one come
-    first: `with accelerator.local_main_process_first()`. Raises UserError for a damaged image.
+    The cache belongs to the paths, sizes and modification times of the files and to the way they are resized. Where it
+    cannot be written (no room, no permission), a warning is logged and `files` returned. With several processes a node,
+    let one come first: `with accelerator.local_main_process_first()`. Raises UserError for a damaged image.
     """
     if not str(folder):
         return files
@@ -67,23 +68,45 @@ def decoded(files: ImageFiles, folder: str | Path) -> Dataset:
         if path.stat().st_size < np.prod(shape):
             raise UserError(f"{str(path)!r} is shorter than its {len(files)} images; delete it, it will be made again")
         return DecodedImages(files, path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = int(np.prod(shape)), shutil.disk_usage(path.parent).free
-    if needed + _SPARE_BYTES > free:
-        logger.warning("no room for a cache of %.1f GB in %s; every image is decoded each time", needed / 1e9, folder)
+    gigabytes, started = np.prod(shape) / 1e9, time.perf_counter()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        if np.prod(shape) + _SPARE_BYTES > shutil.disk_usage(path.parent).free:
+            raise OSError("no room on the disk")
+        with whole(path) as temporary, open(temporary, "wb") as file:
+            # written from front to back: a full disk is then an error, where a memory map would kill the process
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for image in _decode_all(files):
+                file.write(image.numpy().tobytes())
+    except OSError as error:
+        logger.warning(
+            "a cache of %.1f GB cannot be kept in %s (%s); every image is decoded each time", gigabytes, folder, error
+        )
         return files
-    started = time.perf_counter()
-    with whole(path) as temporary:
-        pixels = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-        with ThreadPoolExecutor(_cores()) as pool:  # PIL decodes and resizes outside Python's lock
-            images = pool.map(lambda index: files[index][0].numpy(), range(len(files)))
-            for index, image in enumerate(tqdm(images, total=len(files), desc="decoding", unit="image", disable=None)):
-                pixels[index] = image
-        pixels.flush()
-        del pixels
     speed = len(files) / (time.perf_counter() - started)
-    logger.info("%d images decoded at %.0f images/s into %s (%.2f GB)", len(files), speed, path, needed / 1e9)
+    logger.info("%d images decoded at %.0f images/s into %s (%.2f GB)", len(files), speed, path, gigabytes)
     return DecodedImages(files, path)
+
+
+def _decode_all(files: ImageFiles) -> Iterator[torch.Tensor]:
+    """All images in order, decoded by threads: PIL works outside Python's lock. A few wait in memory, not all."""
+    with (
+        ThreadPoolExecutor(_cores()) as pool,
+        tqdm(total=len(files), desc="decoding", unit="image", disable=None) as bar,
+    ):
+        for start in range(0, len(files), _WINDOW):
+            for image, _ in pool.map(files.__getitem__, range(start, min(start + _WINDOW, len(files)))):
+                yield image
+                bar.update()
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Delete what a kill has left half-written of this cache: it may be large. One in use is never an hour old."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        if time.time() - leftover.stat().st_mtime > 3600:
+            leftover.unlink(missing_ok=True)
 
 
 def loader_options(num_workers: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A sample folder holds `images/<caption with _ for spaces>/<name>.png|jpg` and `i
 image (at least prompt and path_to_img, relative to the folder).
 """
 
+import hashlib
 import json
 import math
 import os
@@ -84,6 +85,11 @@ class ImageFiles(Dataset):
 
     def __init__(self, paths: Sequence[Path], targets: torch.Tensor, size: int, resize: str = "stretch"):
         self.paths, self.targets, self.size, self.resize = list(paths), targets, size, resize
+
+    def digest(self) -> str:
+        """Hash of the images' names, targets, size and way of resizing, wherever they lie; not of their pixels."""
+        about = [self.size, self.resize, [Path(path).name for path in self.paths], self.targets.tolist()]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ddpo_pytorch.data.images import read_log, write_log
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.errors import UserError, difference
 
 SETTINGS = "settings.json"
 PARTS = "image_log.part*.jsonl"
@@ -26,7 +26,12 @@ def claim_folder(folder: str | Path, settings: Mapping[str, Any], about: Mapping
     folder = Path(folder)
     path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
     if path.is_file():
-        _compare(folder, read_settings(folder), settings)
+        if changed := difference(read_settings(folder), settings):
+            name, before, now = changed
+            raise UserError(
+                f"{str(folder)!r} holds images made with {name} {before}, now it is {now}; choose another logdir or "
+                "move the folder away"
+            )
         return
     if (folder / "images").is_dir():
         raise UserError(f"{str(folder)!r} holds images but no {SETTINGS}; choose another logdir or move it away")
@@ -45,20 +50,6 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
         return json.loads(path.read_text())["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(path)!r} is damaged; choose another folder or move this one away") from error
-
-
-def _compare(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    for name in sorted({*old, *new}):
-        if old.get(name) != new.get(name):
-            raise UserError(
-                f"{str(folder)!r} holds images made with {name} {_short(old.get(name))}, now it is "
-                f"{_short(new.get(name))}; choose another logdir or move the folder away"
-            )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 class PartLog:

@@ -66,14 +66,15 @@ def read_splits(paths: Mapping[str, Path]) -> dict[str, list[Row]]:
         raise UserError(f"{str(record)!r} is not a record of split hashes; make the splits again") from error
     splits, owners = {}, {}
     for split, path in paths.items():
+        splits[split] = read_split(path)
         if hashes.get(path.name, sha256(path)) != sha256(path):
             raise UserError(f"{str(path)!r} was changed after {RECORD} recorded its hash; make the splits again")
-        splits[split] = read_split(path)
         for row in splits[split]:
-            other = owners.setdefault(image_key(row.image), path)
-            if other != path:
+            other = owners.setdefault(image_key(row.image), split)
+            if other != split:
                 raise UserError(
-                    f"image {row.image!r} is in {str(other)!r} and in {str(path)!r}; keep it in one of them"
+                    f"image {row.image!r} is in {str(paths[other])!r} ({other}) and in {str(path)!r} ({split}); keep "
+                    "it in one of them"
                 )
     return splits
 
@@ -120,7 +121,8 @@ def drop_broken(rows: Sequence[Row], paths: Sequence[Path]) -> tuple[list[Row], 
 
     Raises UserError if none is left.
     """
-    faults = {path: _fault(path) for path in paths}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        faults = dict(zip(paths, pool.map(_fault, paths), strict=True))
     kept = [(row, path) for row, path in zip(rows, paths, strict=True) if not faults[path]]
     for fault in filter(None, faults.values()):
         logger.warning("left out: %s", fault)

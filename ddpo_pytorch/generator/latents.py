@@ -7,9 +7,11 @@ caption in the index's list), and the mean and log-variance of the autoencoder's
 """
 
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ddpo_pytorch.data.image_cache import loader_options
@@ -30,10 +33,10 @@ SHARD_IMAGES = 256
 ENCODE_BATCH = 8
 
 
-def fingerprint(vae: AutoencoderKL) -> str:
-    """SHA-256 over names and float32 weights of an autoencoder: latents belong to it and to no other."""
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names and float32 weights of a model. Latents belong to one autoencoder and to no other."""
     digest = hashlib.sha256()
-    for name, value in sorted(vae.state_dict().items()):
+    for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -41,9 +44,17 @@ def fingerprint(vae: AutoencoderKL) -> str:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log-variance (B, C, h, w), half precision on the CPU, of the posterior for uint8 images (B, 3, H, W)."""
-    pixels = (images.to(vae.device).float() / 127.5 - 1).to(vae.dtype)
-    posterior = vae.encode(pixels).latent_dist
+    """Mean and log-variance (B, C, h, w), half precision on the CPU, of the posterior for uint8 images (B, 3, H, W).
+
+    On a CPU by one thread: the last bits depend on their number, and that on the number of processes. To use more
+    cores, start more processes.
+    """
+    pixels, threads = (images.to(vae.device).float() / 127.5 - 1).to(vae.dtype), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        posterior = vae.encode(pixels).latent_dist
+    finally:
+        torch.set_num_threads(threads)
     return posterior.mean.half().cpu().contiguous(), posterior.logvar.half().cpu().contiguous()
 
 
@@ -72,35 +83,42 @@ def encode_data_set(
     and every number of processes writes the same. `keep_image(position, image)` gets each image that is decoded;
     a shard whose images are not all `is_kept` is done again. Without a `vae` no shard is written, only images are kept.
     """
-    done, count, hashes = 0, len(rows), _recorded_hashes(folder)
+    count, hashes = len(rows), _recorded_hashes(folder)
     starts = range(rank * SHARD_IMAGES, count, processes * SHARD_IMAGES)
     share = sum(min(SHARD_IMAGES, count - start) for start in starts)
-    bar = tqdm(total=share, desc="encoding", unit="image", disable=None if progress and rank == 0 else True)
+    shards = {}  # to be made: the positions of a shard's images, in batches
     for start in starts:
         positions = list(range(start, min(start + SHARD_IMAGES, count)))
-        shard_rows = [rows[position] for position in positions]
         path = shard_path(folder, start // SHARD_IMAGES)
-        if all(map(is_kept, positions)) and (vae is None or _holds(path, shard_rows, hashes.get(path.name))):
-            bar.update(len(positions))
-            continue
-        means, logvars = [], []
-        loader = DataLoader(Subset(files, positions), ENCODE_BATCH, **loader_options(num_workers))
-        for number, (images, _) in enumerate(loader):
-            for offset, image in enumerate(images if keep_image else ()):
-                keep_image(positions[number * ENCODE_BATCH + offset], image)
+        kept = vae is None or _holds(path, [rows[position] for position in positions], hashes.get(path.name))
+        if not kept or not all(map(is_kept, positions)):
+            shards[path] = [positions[i : i + ENCODE_BATCH] for i in range(0, len(positions), ENCODE_BATCH)]
+    # one loader for all shards: its workers stay
+    batches = list(itertools.chain.from_iterable(shards.values()))
+    loader = iter(DataLoader(files, batch_sampler=batches, **loader_options(num_workers)))
+    missing = sum(map(len, batches))
+    shown = None if progress and rank == 0 else True
+    with (
+        tqdm(total=share, initial=share - missing, desc="encoding", unit="image", disable=shown) as bar,
+        ThreadPoolExecutor(ENCODE_BATCH) as pool,  # compressing PNGs takes longer than decoding JPEGs
+    ):
+        for path, own_batches in shards.items():
+            latents = []
+            for positions in own_batches:
+                images, _ = next(loader)
+                saving = pool.map(keep_image, positions, images) if keep_image else ()
+                if vae is not None:
+                    latents.append(encode(vae, images))
+                list(saving)  # an error in a thread is raised here
+                bar.update(len(images))
             if vae is not None:
-                mean, logvar = encode(vae, images)
-                means.append(mean)
-                logvars.append(logvar)
-            bar.update(len(images))
-        done += len(positions)
-        if vae is not None:
-            ids = torch.tensor([caption_ids[position] for position in positions])
-            shard = {"row": torch.tensor(shard_rows), "caption": ids}
-            with whole(path) as temporary:
-                save_file(shard | {"mean": torch.cat(means), "logvar": torch.cat(logvars)}, temporary)
-    bar.close()
-    return done
+                positions = list(itertools.chain.from_iterable(own_batches))
+                shard = {"row": torch.tensor([rows[position] for position in positions])}
+                shard["caption"] = torch.tensor([caption_ids[position] for position in positions])
+                shard["mean"], shard["logvar"] = map(torch.cat, zip(*latents, strict=True))
+                with whole(path) as temporary:
+                    save_file(shard, temporary)
+    return missing
 
 
 def shard_path(folder: str | Path, number: int) -> Path:
@@ -133,7 +151,10 @@ def _holds(path: Path, rows: list[int], recorded: str | None) -> bool:
 def write_index(
     folder: str | Path, vae: AutoencoderKL, captions: Sequence[str], images: int, about: Mapping[str, Any]
 ) -> None:
-    """Write the index of a complete folder; `about` states the source. For one process, when all shards are there."""
+    """Write the index of a complete folder; `about` states the source. For one process, when all shards are there.
+
+    Shards beyond it, of an earlier run with more images, are removed.
+    """
     paths = [shard_path(folder, number) for number in range(-(-images // SHARD_IMAGES))]
     index = dict(about) | {
         "vae_sha256": fingerprint(vae),
@@ -142,6 +163,8 @@ def write_index(
         "captions": list(captions),
         "shards": [{"file": path.name, "sha256": sha256(path)} for path in paths],
     }
+    for leftover in set(Path(folder).glob("shard_*.safetensors")) - set(paths):
+        leftover.unlink()
     with whole(Path(folder) / INDEX) as temporary:
         temporary.write_text(json.dumps(index, indent=1) + "\n")
 
@@ -176,6 +199,11 @@ class LatentShards(Dataset):
                 f"latent shard {str(path)!r} {problem}; run the command that wrote it again, it makes this shard anew"
             )
         return load_file(path)
+
+    def shares_images_with(self, other: "LatentShards") -> bool:
+        """Whether the two were made from rows of one table of which some are in both."""
+        rows = [{row for shard in own._shards for row in shard["row"].tolist()} for own in (self, other)]
+        return self.index.get("csv_sha256") == other.index.get("csv_sha256") and bool(rows[0] & rows[1])
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -148,14 +148,17 @@ def load_lora(unet: UNet2DConditionModel, path: str | Path) -> None:
 
 @torch.no_grad()
 def merged_state_dict(unet: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies on the CPU of the UNet's weights in diffusers' names, adapters added to them: W + up down."""
+    """Copies on the CPU of the UNet's weights in diffusers' names, adapters added to them: W + up down, in float32.
+
+    Half precision would round most of a small correction away.
+    """
     layers = {f"{name}.weight": layer for name, layer in unet.named_modules() if isinstance(layer, BaseTunerLayer)}
     state = {}
     for name, value in unet.state_dict().items():
         if ".lora_" not in name:
             name = name.replace(".base_layer.", ".")
-            merged = value + layers[name].get_delta_weight(ADAPTER).to(value) if name in layers else value
-            state[name] = merged.detach().cpu().clone().contiguous()
+            merged = value.float() + layers[name].get_delta_weight(ADAPTER).float() if name in layers else value
+            state[name] = merged.detach().float().cpu().clone().contiguous()
     return state
 
 

@@ -1,5 +1,6 @@
 """What stage (i) minimises: the autoencoder's loss and the diffusion model's, each with its random numbers given."""
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -42,7 +43,7 @@ class CaptionTable(nn.Module):
     """Caption numbers (B,) -> prompt embeddings (B, L, D); number len(captions) is the empty caption.
 
     A frozen text encoder embeds every caption once and is not called again. One that is trained is a part of this
-    module. This is the only place of stage (i) that knows the text encoder.
+    module. In the training itself no other place knows the text encoder.
     """
 
     def __init__(self, pipe: StableDiffusionPipeline, captions: Sequence[str], trained: bool):
@@ -53,6 +54,11 @@ class CaptionTable(nn.Module):
             self.register_buffer("tokens", tokenize(pipe, [*captions, ""]), persistent=False)
         else:
             self.register_buffer("embeddings", encode_prompts(pipe, [*captions, ""]), persistent=False)
+
+    def digest(self) -> str:
+        """Hash of the frozen embeddings, or of the tokens of a text encoder that is trained."""
+        table = self.tokens if self.text_encoder else self.embeddings.float()
+        return hashlib.sha256(table.cpu().numpy().tobytes()).hexdigest()
 
     def forward(self, numbers: torch.Tensor) -> torch.Tensor:
         if self.text_encoder is None:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from ddpo_pytorch.data.images import RESIZES, ImageFiles
 from ddpo_pytorch.data.isic import CAPTIONS, Row, load_split, read_split
 from ddpo_pytorch.data.sample_log import claim_folder
-from ddpo_pytorch.data.splits import drop_broken
+from ddpo_pytorch.data.splits import drop_broken, read_splits
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import sha256
 from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, fingerprint, write_index
@@ -59,6 +59,11 @@ def check_settings(sd: ConfigDict) -> Path:
             raise UserError(f"sd.{name} is {sd[name]}; it must be in [0, 1)")
     if sd.use_lora and sd.stage != "finetune":
         raise UserError(f"sd.use_lora=True needs sd.stage=finetune; {sd.stage!r} trains all weights")
+    factor = 2 ** (len(sd.vae_channels) - 1) if sd.stage != "finetune" else 8
+    if sd.image_size % factor:
+        raise UserError(f"sd.image_size is {sd.image_size}; it must be a multiple of {factor}, what the VAE divides by")
+    if sd.csv and sd.val_csv and not sd.latents:
+        read_splits({"train": Path(sd.csv), "val": Path(sd.val_csv)})  # refuses an image in both
     if len(sd.unet_channels) != len(sd.unet_attention) or any(n % 8 for n in (*sd.unet_channels, *sd.vae_channels)):
         raise UserError("sd.unet_channels and sd.unet_attention must be equally long, and channels multiples of 8")
     return outcome
@@ -121,7 +126,7 @@ def _encode(accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, csv: s
     indices = [numbers[row.image] for row in rows]
     about = {"csv_sha256": sha256(csv), "image_size": sd.image_size, "resize": sd.resize}
     if accelerator.is_main_process:
-        claim_folder(folder, about | {"rows": indices, "vae_sha256": fingerprint(vae)}, {"csv": csv})
+        claim_folder(folder, about | {"limit": limit, "vae_sha256": fingerprint(vae)}, {"csv": csv})
     accelerator.wait_for_everyone()
     done = encode_data_set(
         vae,
@@ -133,7 +138,7 @@ def _encode(accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, csv: s
         processes=accelerator.num_processes,
         num_workers=sd.num_workers,
     )
-    accelerator.wait_for_everyone()
+    done = accelerator.reduce(torch.tensor(done, device=accelerator.device)).item()
     if accelerator.is_main_process:
         write_index(folder, vae, CAPTIONS, len(rows), about)
         logger.info("latents of %d images in %s, %d of them encoded now", len(rows), folder, done)

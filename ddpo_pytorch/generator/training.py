@@ -1,6 +1,7 @@
 """The moving parts of stage (i): what changes from step to step, and batches that go on where a killed run stopped."""
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,23 @@ from ddpo_pytorch.randomness import BatchDraws, EndlessBatches, Stream
 from ddpo_pytorch.training_state import load_state
 
 logger = logging.getLogger(__name__)
+
+
+class Stopwatch:
+    """Seconds of work since the last lap; what happens within `paused` does not count."""
+
+    def __init__(self):
+        self._started = time.perf_counter()
+
+    def lap(self) -> float:
+        seconds, self._started = time.perf_counter() - self._started, time.perf_counter()
+        return seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - begun
 
 
 @dataclass

@@ -38,9 +38,15 @@ class EpochBatches:
         return iter(deal(order, self.batch_size, self.rank, self.processes))
 
 
-def random_flips(images: torch.Tensor) -> torch.Tensor:
-    """Each image of (B, 3, H, W) mirrored left-right and top-bottom with probability 1/2 each."""
+def random_flips(images: torch.Tensor, quarter_turns: bool = False) -> torch.Tensor:
+    """Each square image of (B, 3, S, S) mirrored left-right and top-bottom with probability 1/2 each.
+
+    With `quarter_turns` it is also transposed with probability 1/2, which makes the eight symmetries equally likely.
+    """
     for dim in (-1, -2):
         chosen = torch.rand(len(images), device=images.device) < 0.5
         images = torch.where(chosen[:, None, None, None], images.flip(dim), images)
+    if quarter_turns:
+        chosen = torch.rand(len(images), device=images.device) < 0.5
+        images = torch.where(chosen[:, None, None, None], images.transpose(-1, -2), images)
     return images

@@ -9,23 +9,23 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch.utils.data import DataLoader
+from timm.utils import ModelEmaV3
 from tqdm.auto import tqdm
 
-from ddpo_pytorch.data.image_cache import loader_options
 from ddpo_pytorch.data.images import ImageFiles
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.judges.classifier import ArtifactClassifier
 from ddpo_pytorch.judges.epochs import EpochBatches, random_flips
 from ddpo_pytorch.judges.identity import images_digest, weights_digest
 from ddpo_pytorch.judges.losses import attribute_loss, positive_weights
+from ddpo_pytorch.judges.prediction import all_logits, image_loader, validation_loader
 from ddpo_pytorch.judges.report import Report
 from ddpo_pytorch.randomness import Stream, derived_seed
 from ddpo_pytorch.training_state import load_state, save_state
@@ -41,7 +41,10 @@ class Recipe:
 
     `batch_size` is per process, `learning_rate` decays to 1e-6 along a cosine, one step an epoch; `patience` is the
     number of epochs without a better validation loss that ends the training. `pos_weight` and `focal_gamma`, which are
-    not in the paper, counter rare attributes (`attribute_loss`). `num_workers` has no influence on the result.
+    not in the paper, counter rare attributes (`attribute_loss`). Nor are `quarter_turns`, which beside the flips turns
+    images by 90 degrees, and `ema_decay`, with which a running average of the weights is validated and kept (timm's
+    ModelEmaV3, warming up as 1 - (1 + step)^-3/4): both help a training from random weights. `num_workers` has no
+    influence on the result.
     """
 
     num_epochs: int = 20
@@ -50,6 +53,8 @@ class Recipe:
     learning_rate: float = 1e-4
     pos_weight: bool = False
     focal_gamma: float = 0.0
+    quarter_turns: bool = False
+    ema_decay: float = 0.0
     seed: int = 42
     num_workers: int = 0
 
@@ -58,6 +63,8 @@ class Recipe:
         for name, low in least.items():
             if not low <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be {low} or more")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay is {self.ema_decay}; it must be in [0, 1)")
         if not 0 < self.learning_rate < math.inf:
             raise UserError(f"learning_rate is {self.learning_rate}; it must be above 0")
 
@@ -82,18 +89,6 @@ class FitResult:
     best_epoch: int
     best_loss: float
     epochs: int  # trained, whether before or after a resume
-
-
-def predict(
-    accelerator: Accelerator, model: ArtifactClassifier, files: ImageFiles, batch_size: int, num_workers: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and labels (N, H) of all images in their order, float32 on the CPU of every process.
-
-    Processes take whole batches in turn, so a batch holds the same images for any number of them. The model goes to the
-    accelerator's device and into eval mode.
-    """
-    loader = _validation_loader(accelerator, files, batch_size, num_workers)
-    return _logits(accelerator, model.to(accelerator.device), loader), files.targets.float()
 
 
 def fit(
@@ -130,7 +125,7 @@ def fit(
         if state_path is not None and accelerator.is_main_process:
             save_state(state_path, fitting.state(), fitting.belongs_to)
         if better and on_best:  # after the state: files of an unfinished training never lie there without it
-            on_best(fitting.best_epoch())
+            fitting.with_best_weights(on_best)
     result = fitting.finish()
     accelerator.wait_for_everyone()
     if state_path is not None and accelerator.is_main_process:
@@ -159,14 +154,23 @@ class _Fitting:
         )
         if accelerator.scaler is not None:  # it may have served another training
             accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
+        self.average = None
+        if recipe.ema_decay:
+            self.average = ModelEmaV3(
+                model.to(accelerator.device), recipe.ema_decay, use_warmup=True, warmup_power=0.75
+            )
+        self.network = self.average.module if self.average else model  # what is validated and kept
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         rank, processes = accelerator.process_index, accelerator.num_processes
         self.batches = EpochBatches(len(train), drawn, recipe.batch_size, recipe.seed, rank, processes)
-        self.train_loader = _loader(train, self.batches, recipe.num_workers)
-        self.val_loader = _validation_loader(accelerator, val, recipe.batch_size, recipe.num_workers)
-        self.epoch, self.best = 0, None
+        self.train_loader = image_loader(train, self.batches, recipe.num_workers)
+        self.val_loader = validation_loader(accelerator, val, recipe.batch_size, recipe.num_workers)
+        self.epoch, self.updates, self.best, self.last_loss = 0, 0, None, 0.0
 
     def out_of_patience(self) -> bool:
+        if not math.isfinite(self.last_loss):
+            logger.warning("the training loss is %s, stopping; lower the learning rate", self.last_loss)
+            return True
         stop = self.epoch - 1 - (self.best["epoch"] if self.best else -1) >= self.recipe.patience
         if stop:
             logger.info("no better validation loss for %d epochs, stopping", self.recipe.patience)
@@ -180,25 +184,26 @@ class _Fitting:
         """Train, validate and log one epoch; whether it is the best one."""
         device, started = self.accelerator.device, time.perf_counter()
         self.batches.epoch = self.epoch
-        with torch.random.fork_rng([device.index] if device.type == "cuda" else []):
+        with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
             torch.manual_seed(derived_seed(self.recipe.seed, Stream.NOISE, self.epoch, self.accelerator.process_index))
             loss = self._train()
         speed = self.drawn / (time.perf_counter() - started)
         self.scheduler.step()
-        for buffer in self.plain.buffers():
-            broadcast(buffer)
-        logits = _logits(self.accelerator, self.plain, self.val_loader)
+        for network in (self.plain, self.average.module) if self.average else (self.plain,):
+            for buffer in network.buffers():
+                broadcast(buffer)
+        logits = all_logits(self.accelerator, self.network, self.val_loader)
         val_loss = self.loss(logits, self.val.targets).item()
         now = FitState(self.epoch, val_loss, logits, self.val.targets.float())
         better = val_loss < (self.best["val_loss"] if self.best else math.inf)
         if better:
-            weights = {name: value.detach().to("cpu", copy=True) for name, value in self.plain.state_dict().items()}
+            weights = {name: value.detach().to("cpu", copy=True) for name, value in self.network.state_dict().items()}
             self.best = {"epoch": self.epoch, "val_loss": val_loss, "logits": logits, "weights": weights}
         logger.info(
             "epoch %d: loss %.4f, val loss %.4f, val AUC %s, val accuracy %.3f, %.0f images/s",
             *(self.epoch, loss, val_loss, _aucs(now, self.plain.labels), now.accuracy.mean(), speed),
         )
-        self.epoch += 1
+        self.epoch, self.last_loss = self.epoch + 1, loss
         return better
 
     def _train(self) -> float:
@@ -208,7 +213,7 @@ class _Fitting:
         shown = None if accelerator.is_main_process else True
         with tqdm(total=self.drawn, desc=f"epoch {self.epoch}", unit="image", leave=False, disable=shown) as bar:
             for images, labels in self.train_loader:
-                images = random_flips(images.to(accelerator.device, non_blocking=True))
+                images = random_flips(images.to(accelerator.device, non_blocking=True), self.recipe.quarter_turns)
                 pixels = self.plain.preprocess(images.float() / 255)
                 with accelerator.autocast():
                     logits = self.model(pixels)
@@ -216,6 +221,9 @@ class _Fitting:
                 accelerator.backward(loss)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+                self.updates += 1
+                if self.average:
+                    self.average.update(self.plain, self.updates)
                 losses.append(loss.detach())
                 bar.update(len(images) * accelerator.num_processes)
         return accelerator.reduce(torch.stack(losses).mean(), "mean").item()
@@ -236,6 +244,8 @@ class _Fitting:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),
+            "average": self.average and self.average.module.state_dict(),
+            "updates": self.updates,
             "best": self.best,
         }
 
@@ -245,7 +255,9 @@ class _Fitting:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.best = state["epoch"], state["best"]
+        if self.average:
+            self.average.module.load_state_dict(state["average"])
+        self.epoch, self.updates, self.best = state["epoch"], state["updates"], state["best"]
 
     def finish(self) -> FitResult | None:
         if self.best:
@@ -253,28 +265,6 @@ class _Fitting:
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
         return FitResult(self.best["epoch"], self.best["val_loss"], self.epoch) if self.best else None
-
-
-def _loader(files: ImageFiles, batches: Iterable[list[int]], num_workers: int) -> DataLoader:
-    # a generator of its own: starting workers would draw from the one that flips and dropout use
-    generator = torch.Generator().manual_seed(0)
-    return DataLoader(files, batch_sampler=batches, generator=generator, **loader_options(num_workers))
-
-
-def _validation_loader(accelerator: Accelerator, files: ImageFiles, batch_size: int, num_workers: int) -> DataLoader:
-    batches = [batch.tolist() for batch in torch.arange(len(files)).split(batch_size)]
-    return _loader(files, batches[accelerator.process_index :: accelerator.num_processes], num_workers)
-
-
-@torch.no_grad()
-def _logits(accelerator: Accelerator, model: ArtifactClassifier, loader: DataLoader) -> torch.Tensor:
-    model.eval()
-    table = torch.zeros(len(loader.dataset), len(model.labels), device=accelerator.device)
-    for indices, (images, _) in zip(loader.batch_sampler, loader, strict=True):
-        pixels = model.preprocess(images.to(accelerator.device, non_blocking=True).float() / 255)
-        with accelerator.autocast():
-            table[indices] = model(pixels).float()
-    return accelerator.reduce(table, "sum").cpu()  # every row comes from one process, the others have zeros there
 
 
 def _aucs(state: FitState, names: Sequence[str]) -> str:

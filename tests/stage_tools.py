@@ -1,0 +1,68 @@
+"""What the tests of train_sd.py share; a pytest plugin for its fixtures."""
+
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
+from script_tools import options, succeed
+
+SPLIT = "splits/phantom_{}.csv"
+
+
+@pytest.fixture(scope="session")
+def base(world, tmp_path_factory):
+    """Settings of all stages on the small world, with a cache of their own."""
+    settings = {"mixed_precision": "no", "sd__data_path": str(world / "images"), "sd__image_size": 32}
+    settings |= {
+        f"sd__{key}": str(world / SPLIT.format(split)) for key, split in (("csv", "train"), ("val_csv", "val"))
+    }
+    settings |= {"sd__num_steps": 4, "sd__batch_size": 8, "sd__log_every": 1, "sd__val_every": 2, "sd__grid_every": 0}
+    settings |= {"sd__save_every": 0, "sd__warmup_steps": 1, "sd__learning_rate": 1e-3, "sample__num_steps": 2}
+    settings |= {"sd__vae_channels": (8, 8, 8), "sd__unet_channels": (16, 16), "sd__unet_attention": (False, True)}
+    settings |= {"sd__text_width": 16, "sd__text_layers": 1, "sd__cache_dir": str(tmp_path_factory.mktemp("cache"))}
+    return settings
+
+
+@pytest.fixture
+def train(run_main, config_file, base):
+    """Function (output, fields): train_sd.py's main in this process; returns its log entries."""
+
+    def run(output, **fields):
+        try:
+            run_main("train_sd.py", config_file, **base | {"sd__output": str(output)} | fields)
+        finally:
+            for state in (AcceleratorState, GradientState, PartialState):
+                state._reset_state()
+        return entries(output / f"{fields.get('sd__stage', 'finetune')}.jsonl")
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def model(base, config_file, tmp_path_factory):
+    """A folder with the outcome of stages "vae" and "unet", made by real runs of the script; and what these said."""
+    folder = tmp_path_factory.mktemp("sd")
+    said = {}
+    for stage in ("vae", "unet"):
+        fields = base | {"sd__output": folder, "sd__stage": stage, "sd__grid_every": 4, "sd__num_workers": 1}
+        said[stage] = succeed("train_sd.py", *options(config_file, **fields)).stderr
+    return folder, said
+
+
+def entries(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def unet_of(folder):
+    return load_file(folder / "pretrained_unet.safetensors")
+
+
+def assert_equal(one, other, **tolerance):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+EXACT = {"rtol": 0, "atol": 0}
