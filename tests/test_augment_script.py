@@ -129,7 +129,7 @@ def test_bad_input_is_one_line_and_writes_nothing(world, tmp_path):
     cases = [
         (
             [sd, f"--output={tmp_path / 'begun'}"],
-            "was made with arch None, now it is tinynet_e; choose",
+            "was made with arch None, now it is 'tinynet_e'; choose",
         ),
         (["--samples=SD=nowhere"], "'nowhere' is not a sample folder"),
         ([f"--samples=SD={world / 'none'}"], "holds no images"),

@@ -2,12 +2,19 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from PIL import Image
 from torchvision.ops import sigmoid_focal_loss
 
+from ddpo_pytorch.data.images import ImageFiles
+from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.judges import training
+from ddpo_pytorch.judges.classifier import ArtifactClassifier
 from ddpo_pytorch.judges.epochs import deal, epoch_order, random_flips
 from ddpo_pytorch.judges.losses import attribute_loss, positive_weights
 
@@ -78,3 +85,36 @@ def test_flips_mirror_each_image_on_its_own():
     variants = [image, image.flip(-1), image.flip(-2), image.flip(-1, -2)]
     counts = [sum(torch.equal(one, variant) for one in flipped) for variant in variants]
     assert sum(counts) == 400 and all(abs(count - 100) < 40 for count in counts)  # 4.6 standard deviations
+    turned = random_flips(image.repeat(800, 1, 1, 1), quarter_turns=True)
+    variants += [variant.transpose(-1, -2) for variant in variants]
+    counts = [sum(torch.equal(one, variant) for one in turned) for variant in variants]
+    assert sum(counts) == 800 and all(abs(count - 100) < 43 for count in counts)
+
+
+def test_the_running_average_is_what_is_kept(tmp_path, monkeypatch):
+    rng, paths = np.random.default_rng(0), [tmp_path / f"{number}.png" for number in range(24)]
+    for path in paths:
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    files = ImageFiles(paths, torch.from_numpy(rng.integers(0, 2, (24, 4))).float(), 32)
+    torch.manual_seed(0)
+    model, after = ArtifactClassifier(LABELS[:4], 32, "tinynet_e"), []
+    update = training.ModelEmaV3.update
+
+    def record(self, network, step):
+        after.append({name: value.clone() for name, value in network.state_dict().items()})
+        update(self, network, step)
+
+    monkeypatch.setattr(training.ModelEmaV3, "update", record)
+    recipe = training.Recipe(num_epochs=2, batch_size=4, learning_rate=1e-3, ema_decay=0.6)
+    kept = []
+    result = training.fit(Accelerator(cpu=True), model, files, files, recipe, on_best=lambda best: kept.append(
+        {name: value.clone() for name, value in model.state_dict().items()}))  # fmt: skip
+    assert len(after) == 12 and len(kept) >= 1
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, kept[-1][name])
+        if value.is_floating_point():
+            average = after[0][name].double()
+            for number, state in enumerate(after[1 : 6 * (result.best_epoch + 1)], start=1):
+                decay = min(0.6, 1 - (1 + number) ** -0.75)
+                average = decay * average + (1 - decay) * state[name].double()
+            torch.testing.assert_close(value.double(), average, rtol=1e-4, atol=1e-6)

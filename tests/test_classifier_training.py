@@ -19,7 +19,8 @@ from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.judges import training
 from ddpo_pytorch.judges.classifier import ArtifactClassifier
 from ddpo_pytorch.judges.losses import positive_weights
-from ddpo_pytorch.judges.training import Recipe, fit, predict
+from ddpo_pytorch.judges.prediction import predict
+from ddpo_pytorch.judges.training import Recipe, fit
 
 HEADS = LABELS[:4]
 STATES = (AcceleratorState, GradientState, PartialState)  # of a process; each accelerator shares them
@@ -75,10 +76,11 @@ RECIPE = Recipe(num_epochs=4, batch_size=16, learning_rate=2e-3, seed=7)
 
 
 @pytest.mark.slow
-def test_a_stopped_training_ends_like_one_that_was_not(accelerators, sets, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("additions", [{}, {"ema_decay": 0.9, "quarter_turns": True}])
+def test_a_stopped_training_ends_like_one_that_was_not(additions, accelerators, sets, tmp_path, monkeypatch, caplog):
     def run(model, stop=0, workers=0):
         calls = []
-        recipe = Recipe(**RECIPE.__dict__ | {"num_workers": workers})
+        recipe = Recipe(**RECIPE.__dict__ | {"num_workers": workers} | additions)
         with monkeypatch.context() as patch:
             rates = stop_after(patch, stop)
             try:
@@ -205,7 +207,8 @@ def test_predictions_are_those_of_the_model_in_order(accelerators, sets):
 @pytest.mark.parametrize(
     ("field", "value"),
     [("num_epochs", 0), ("patience", 0), ("batch_size", 0), ("learning_rate", 0.0), ("learning_rate", math.nan),
-     ("focal_gamma", -1.0), ("focal_gamma", math.inf), ("seed", -1), ("num_workers", -1)],
+     ("ema_decay", 1.0), ("ema_decay", -0.1), ("focal_gamma", -1.0), ("focal_gamma", math.inf),
+     ("seed", -1), ("num_workers", -1)],
 )  # fmt: skip
 def test_recipes_that_cannot_work(field, value):
     with pytest.raises(UserError, match=f"{field} is {value}"):
@@ -213,7 +216,8 @@ def test_recipes_that_cannot_work(field, value):
 
 
 def test_official_values_are_the_defaults():
-    assert Recipe() == Recipe(20, 15, 32, 1e-4, False, 0.0, 42, 0)
+    off = {"pos_weight": False, "focal_gamma": 0.0, "quarter_turns": False, "ema_decay": 0.0}
+    assert Recipe() == Recipe(20, 15, 32, 1e-4, **off, seed=42, num_workers=0)
 
 
 def test_too_few_images(accelerators, sets):
@@ -230,6 +234,7 @@ from ddpo_pytorch.data.images import ImageFiles
 from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.judges import training
 from ddpo_pytorch.judges.classifier import ArtifactClassifier
+from ddpo_pytorch.judges.prediction import predict
 
 folder = Path(sys.argv[1])
 sets = {
@@ -250,11 +255,11 @@ for run in range(2):
     torch.manual_seed(0)
     model = ArtifactClassifier(LABELS[:4], 32, "tinynet_e")
     model.model.classifier.weight.data *= 1e3
-    first, labels = training.predict(accelerator, model, sets["val"], 4)
+    first, labels = predict(accelerator, model, sets["val"], 4)
     if run and accelerator.is_main_process:
         shutil.copy(kept, state)
     accelerator.wait_for_everyone()
-    recipe = training.Recipe(num_epochs=2, batch_size=8, learning_rate=2e-3)
+    recipe = training.Recipe(num_epochs=2, batch_size=8, learning_rate=2e-3, ema_decay=0.9)
     result = training.fit(accelerator, model, sets["train"], sets["val"], recipe, state_path=state)
     runs.append({"weights": model.state_dict(), "result": vars(result)})
 torch.save({"first": first, "labels": labels, "runs": runs}, folder / f"rank{accelerator.process_index}.pt")
