@@ -5,7 +5,7 @@
 `sd.stage` chooses what is trained: "finetune" the UNet of SD 1.5 (VAE and text encoder frozen), or, from nothing and in
 this order, "vae" and "unet" (with tokenizer and text encoder). The diffusion model learns from latents that are encoded
 once. All randomness is a function of (seed, step): a killed run goes on by the same command and ends as if it had not
-been killed, and the number of processes does not matter at equal batches of all of them together.
+been killed (on a CPU to the bit), and the number of processes does not matter at equal batches of all of them together.
 """
 
 import logging
