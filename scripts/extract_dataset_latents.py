@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ddpo_pytorch.data.images import RESIZES, ImageFiles, read_log, save_image, write_log
-from ddpo_pytorch.data.isic import CAPTIONS, Row, folder_name, load_split, read_split
+from ddpo_pytorch.data.isic import CAPTIONS, Row, folder_name, load_split
 from ddpo_pytorch.data.sample_log import claim_folder
 from ddpo_pytorch.data.splits import drop_broken
 from ddpo_pytorch.errors import UserError
@@ -34,8 +34,8 @@ config_flags.DEFINE_config_file("config", "config/base.py", "Extraction of real 
 logger = logging.getLogger(__name__)
 
 
-def find_rows(dataset: ConfigDict) -> tuple[list[tuple[int, Row, Path]], int]:
-    """(row index in the table, row, file) of every row with an image, at most `limit`; and the number without one."""
+def find_rows(dataset: ConfigDict) -> tuple[list[Row], list[Path], int]:
+    """Every row with an image, at most `limit`, their files, and the number of rows without one."""
     if not dataset.csv or not dataset.data_path:
         raise UserError(
             f"dataset.csv is {dataset.csv!r} and dataset.data_path {dataset.data_path!r}; give the split table and the "
@@ -45,26 +45,25 @@ def find_rows(dataset: ConfigDict) -> tuple[list[tuple[int, Row, Path]], int]:
         raise UserError(f"dataset.image_size is {dataset.image_size}; it must be at least 1")
     if dataset.resize not in RESIZES:
         raise UserError(f"dataset.resize is {dataset.resize!r}; allowed are {', '.join(RESIZES)}")
-    index = {row.image: number for number, row in enumerate(read_split(dataset.csv))}
     rows, paths, missing = load_split(dataset.csv, dataset.data_path, dataset.limit)
     if dataset.skip_broken:
         rows, paths = drop_broken(rows, paths)
-    return [(index[row.image], row, path) for row, path in zip(rows, paths, strict=True)], missing
+    return rows, paths, missing
 
 
-def entry_of(index: int, row: Row) -> dict:
+def entry_of(row: Row) -> dict:
     """Log entry of one image: every column of the table, and what each sample folder states of an image."""
-    path = f"images/{folder_name(row.caption)}/{index}.png"
-    return row.fields | {"sampleID": index, "prompt": row.caption, "path_to_img": path}
+    path = f"images/{folder_name(row.caption)}/{row.number}.png"
+    return row.fields | {"sampleID": row.number, "prompt": row.caption, "path_to_img": path}
 
 
 def main(_) -> None:
     config = FLAGS.config
     accelerator = make_accelerator("no", config.allow_tf32)
     rank, folder, dataset = accelerator.process_index, Path(config.logdir), config.dataset
-    found, missing = find_rows(dataset)
+    rows, sources, missing = find_rows(dataset)
     about = {"csv_sha256": sha256(dataset.csv), "image_size": dataset.image_size, "resize": dataset.resize}
-    rows = [index for index, _, _ in found]
+    numbers = [row.number for row in rows]
     vae = None
     if config.pretrained.model:
         # fp32: half precision overflows in the encoder of SD 1.5, and stored halves hold its result well enough.
@@ -74,13 +73,13 @@ def main(_) -> None:
         claim_folder(folder, settings, {"csv": dataset.csv, "missing": missing})
     accelerator.wait_for_everyone()
 
-    paths = [folder / entry_of(index, row)["path_to_img"] for index, row, _ in found]
+    paths = [folder / entry_of(row)["path_to_img"] for row in rows]
     started = time.perf_counter()
     done = encode_data_set(
         vae,
-        ImageFiles([path for _, _, path in found], torch.tensor(rows), dataset.image_size, dataset.resize),
-        rows,
-        [CAPTIONS.index(row.caption) for _, row, _ in found],
+        ImageFiles(sources, torch.tensor(numbers), dataset.image_size, dataset.resize),
+        numbers,
+        [CAPTIONS.index(row.caption) for row in rows],
         folder / "latents",
         rank=rank,
         processes=accelerator.num_processes,
@@ -90,16 +89,16 @@ def main(_) -> None:
         is_kept=lambda position: paths[position].is_file(),
     )
     done = accelerator.reduce(torch.tensor(done, device=accelerator.device)).item()
-    complete = [entry["sampleID"] for entry in read_log(folder)] == rows
+    complete = [entry["sampleID"] for entry in read_log(folder)] == numbers
     complete = complete and (vae is None or (folder / "latents" / INDEX).is_file())
     if accelerator.is_main_process and (done or not complete):
         for leftover in set(folder.glob("images/*/*.png")) - set(paths):  # of rows that have no image any more
             leftover.unlink()
         if vae is not None:
             write_index(folder / "latents", vae, CAPTIONS, len(rows), about)
-        write_log(folder, [entry_of(index, row) for index, row, _ in found])
+        write_log(folder, [entry_of(row) for row in rows])
         speed = done / (time.perf_counter() - started)
-        logger.info("%d images in %s, %d made now at %.1f images/s", len(found), folder, done, speed)
+        logger.info("%d images in %s, %d made now at %.1f images/s", len(rows), folder, done, speed)
         logger.info("%d rows of %s have no image", missing, dataset.csv)
     elif not done:
         logger.info("%s is complete already; nothing to do", folder)

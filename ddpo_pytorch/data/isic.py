@@ -78,12 +78,13 @@ def caption_of_folder(name: str) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a split table: image id, the six labels, the caption they give, and every column as text."""
+    """One line of a split table: image id, six labels, their caption, every column as text, its number from 0."""
 
     image: str
     labels: tuple[int, ...]
     caption: str
     fields: dict[str, str]
+    number: int
 
 
 def read_split(path: str | Path) -> list[Row]:
@@ -104,7 +105,7 @@ def read_split(path: str | Path) -> list[Row]:
             first = lines[image_key(image)]
             raise UserError(f"{where}: image {image!r} appears twice, first in line {first}; remove one of them")
         lines[image_key(image)] = line
-        rows.append(Row(image, labels, caption_of(labels), fields))
+        rows.append(Row(image, labels, caption_of(labels), fields, len(rows)))
     return rows
 
 

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.data.images import RESIZES, ImageFiles
-from ddpo_pytorch.data.isic import CAPTIONS, Row, load_split, read_split
+from ddpo_pytorch.data.isic import CAPTIONS, Row, load_split
 from ddpo_pytorch.data.sample_log import claim_folder
 from ddpo_pytorch.data.splits import drop_broken, read_splits
 from ddpo_pytorch.errors import UserError
@@ -122,8 +122,7 @@ def open_latents(
 
 def _encode(accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, csv: str, limit: int, folder: Path) -> None:
     rows, paths = find_rows(sd, csv, limit)
-    numbers = {row.image: number for number, row in enumerate(read_split(csv))}
-    indices = [numbers[row.image] for row in rows]
+    indices = [row.number for row in rows]
     about = {"csv_sha256": sha256(csv), "image_size": sd.image_size, "resize": sd.resize}
     if accelerator.is_main_process:
         claim_folder(folder, about | {"limit": limit, "vae_sha256": fingerprint(vae)}, {"csv": csv})
