@@ -7,7 +7,16 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["ddpo_pytorch", "ddpo_pytorch.*"]),
-    package_data={"ddpo_pytorch": ["assets/*.txt", "assets/mini/*", "assets/mini/sd/*", "assets/mini/sd/*/*"]},
+    package_data={
+        "ddpo_pytorch": [
+            "assets/*.txt",
+            "assets/mini/*",
+            "assets/mini/sd/*",
+            "assets/mini/sd/*/*",
+            "report/*.j2",
+            "report/*.css",
+        ]
+    },
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
@@ -24,8 +33,12 @@ setup(
         "torch-fidelity>=0.3",
         "lpips>=0.1.4",
         "tqdm>=4.66",
+        "jinja2>=3.1",
+        "matplotlib>=3.9",
         "gdown>=6.0",
         "wandb>=0.19",
     ],
-    extras_require={"test": ["pytest>=8.0", "ruff>=0.9", "scipy>=1.11", "setuptools>=77", "torchmetrics>=1.5"]},
+    extras_require={
+        "test": ["pytest>=8.0", "ruff>=0.9", "scipy>=1.11", "selenium>=4.20", "setuptools>=77", "torchmetrics>=1.5"]
+    },
 )

@@ -57,6 +57,13 @@ def caption_of(labels: Sequence[int]) -> str:
     return _CAPTION_OF_LABELS[key]
 
 
+def short_caption(caption: str) -> str:
+    """A subgroup in few letters: "MEL hair+ink", "NV plain"."""
+    labels = labels_of(caption)
+    present = [name for name, value in zip(ARTIFACTS, labels, strict=False) if value]
+    return f"{'MEL' if labels[4] else 'NV'} {'+'.join(present) or 'plain'}"
+
+
 def labels_of(caption: str) -> tuple[int, ...]:
     """The six labels that a caption states. Raises UserError for a text that is not one of `CAPTIONS`."""
     if caption not in _TABLE:

@@ -1,0 +1,195 @@
+"""The model card and data card, in the order of the FDA's scorecard for synthetic medical data.
+
+Seven criteria (arXiv 2406.11143): congruence, coverage, constraint, completeness, compliance, comprehension,
+consistency. Sentences state what metrics.json holds; what it does not hold is a marked gap for a person to fill.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.report.cells import count, dig, finite, in_words, plain, share
+from ddpo_pytorch.report.findings import apr_of, diversity_sentences, main_judge, memorisation_sentences
+from ddpo_pytorch.report.quality_tables import distance_name
+
+MINI = "assets/mini/"
+# names of image files by the world they come from: the archive's, and those of data/phantom.py.
+ORIGINS = {"ISIC_": "the ISIC archive", "PHANTOM_": "the phantom world, drawn by this code"}
+LICENCES = (
+    "ISIC 2019 images are CC BY-NC 4.0, and weights trained on them inherit the non-commercial condition; Stable "
+    "Diffusion 1.5 is under CreativeML OpenRAIL-M; phantom images and the mini weights are part of the code's "
+    "repository (MIT) and hold no patient data."
+)
+
+
+FLAWS = {
+    "identical_images": "Images identical to another one",
+    "black_images": "Black images",
+    "copies_of_training_images": "Images that are also among the training images",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A heading of the card, its sentences, and gaps that a person has to fill."""
+
+    title: str
+    sentences: list[str]
+    gaps: Sequence[str] = ()
+
+
+def model_card(result: Mapping, configs: Sequence[Mapping], embedded: int) -> list[Entry]:
+    """Intended use, then the seven criteria.
+
+    `configs`: settings of the training runs. `embedded`: number of real and training images that the page shows.
+    """
+    made = [
+        Entry("Intended use", _use(result)),
+        Entry("Congruence: like real images?", _congruence(result)),
+        Entry("Coverage: their whole variety?", _coverage(result)),
+        Entry("Constraint: what was asked for?", _constraint(result)),
+        Entry("Completeness: what was measured?", _completeness(result)),
+        _compliance(result, configs, embedded),
+        Entry("Comprehension: what do the numbers not say?", _limits(result)),
+        Entry("Consistency: the same again?", _consistency(result, configs)),
+    ]
+    return [entry for entry in made if entry.sentences or entry.gaps]
+
+
+def _use(result: Mapping) -> list[str]:
+    names = " and ".join(result.get("models") or {}) or "The models"
+    return [
+        f"{names}: research on controlled generation of dermoscopic images, and on augmenting the training data of "
+        "classifiers.",
+        "Not for diagnosis, nor for any decision about a patient. Nothing here is a medical device, and a generated "
+        "image is no photograph of a lesion.",
+    ]
+
+
+def _congruence(result: Mapping) -> list[str]:
+    lines = []
+    for name, values in (result.get("models") or {}).items():
+        for extractor, block in (values.get("fidelity") or {}).items():
+            fid = dig(block, "matched", "FID")
+            if finite(dig(fid, "value")) is not None:
+                number = count(dig(block, "matched", "n"))
+                lines.append(
+                    f"{name}: {distance_name(extractor)} {in_words(fid, plain, '.2f', 1)} ({extractor} features) on "
+                    f"{number} images whose prompts are mixed like those of the real images."
+                )
+    return lines or ["Likeness to real images was not measured."]
+
+
+def _coverage(result: Mapping) -> list[str]:
+    lines, models = [], result.get("models") or {}
+    for name, values in models.items():
+        drawn = sum(bool(number) for number in (values.get("images_by_prompt") or {}).values())
+        if drawn:
+            lines.append(f"{name} was sampled for {drawn} of the {len(CAPTIONS)} captions.")
+    real = dig(result, "sets", "real", "images_by_prompt")
+    if real is not None:
+        absent = len(CAPTIONS) - sum(bool(real.get(caption)) for caption in CAPTIONS)
+        lines.append(f"Captions without a real image to compare with: {absent} of {len(CAPTIONS)}.")
+    return lines + diversity_sentences(result)
+
+
+def _constraint(result: Mapping) -> list[str]:
+    judge, lines = main_judge(result), []
+    for name, values in (result.get("models") or {}).items():
+        apr = apr_of(values, judge)
+        if finite(apr.get("value")) is not None:
+            lines.append(f"{name}: {in_words(apr, share)} of the images show what their prompt states (APR).")
+    ceiling = apr_of(result.get("real"), judge)
+    if finite(ceiling.get("value")) is not None:
+        lines.append(f"On real images the judge itself reaches {in_words(ceiling, share)}.")
+    elif lines:
+        lines.append("The judge's own error on real images was not measured, so the ceiling of APR is unknown.")
+    return lines
+
+
+def _completeness(result: Mapping) -> list[str]:
+    missing = result.get("missing") or {}
+    lines = [f"Not measured: {name} ({reason})" for name, reason in missing.items()]
+    return lines or ["metrics.json names nothing that could not be measured."]
+
+
+def _compliance(result: Mapping, configs: Sequence[Mapping], embedded: int) -> Entry:
+    sentences, gaps = [], []
+    if any(MINI in str(dig(config, "pretrained", "model")) for config in configs):
+        sentences.append("The trained runs began from the mini weights of the phantom world: no patient data.")
+    else:
+        gaps.append("training data of the generator, and its licence")
+    if MINI in str(dig(result, "settings", "classifier")):
+        sentences.append(f"The judge of APR ({main_judge(result)}) has mini weights, trained on phantoms.")
+    sentences.append(LICENCES)
+    if embedded:
+        sentences.append(
+            f"This page holds {count(embedded)} thumbnails of real or training images: pass it on as their licence "
+            "allows."
+        )
+    if "train" in (result.get("sets") or {}):
+        sentences += memorisation_sentences(result)
+    else:
+        sentences.append("Whether images repeat training images was not measured.")
+    return Entry("Compliance: licences, privacy", sentences, gaps)
+
+
+def _limits(result: Mapping) -> list[str]:
+    lines = [
+        "The judge is a classifier and no dermatologist: APR says that it sees the artifacts asked for, not that an "
+        "image is medically right. No physician's reading of the images is recorded.",
+        "Skin tone, age, sex and body site were not measured; fairness cannot be claimed.",
+    ]
+    small = [
+        f"{name} ({count(values['images'])})"
+        for name, values in (result.get("models") or {}).items()
+        if finite(values.get("images")) is not None and values["images"] < 2048
+    ]
+    if small:
+        lines.append(f"Below 2,048 images Frechet distances are strongly biased: {', '.join(small)}.")
+    return lines
+
+
+def _consistency(result: Mapping, configs: Sequence[Mapping]) -> list[str]:
+    lines = []
+    for name, values in (result.get("models") or {}).items():
+        folders = values.get("folders") or []
+        seeds = [str(seed) for seed in (dig(f, "made_with", "seed") for f in folders) if seed is not None]
+        if seeds:
+            lines.append(f"{name}: generation seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}.")
+        elif folders:
+            lines.append(f"{name}: {len(folders)} folder{'s' if len(folders) > 1 else ''}, no seed recorded.")
+    if (seed := dig(result, "settings", "seed")) is not None:
+        lines.append(f"Seed of the measurement: {seed}.")
+    seeds = [str(config["seed"]) for config in configs if config.get("seed") is not None]
+    if seeds:
+        lines.append(f"Training seeds of the curves: {', '.join(seeds)}.")
+    lines.append("Intervals cover the choice of images and prompts; they do not cover that of training seeds.")
+    return lines
+
+
+def data_card(result: Mapping, files: Mapping[str, str | Path | None]) -> list[Entry]:
+    """Real and training images: where from, how many, which splits. `files`: an image file of "real" and of "train"."""
+    made, sets = [], result.get("sets") or {}
+    for key, title in (("real", "Real images"), ("train", "Training images")):
+        if key not in sets:
+            continue
+        values = sets[key]
+        by_prompt = values.get("images_by_prompt") or {}
+        sentences = [f"{count(values.get('images'))} images in {values.get('path')}."]
+        if any(by_prompt.values()):
+            held = sum(bool(number) for number in by_prompt.values())
+            sentences.append(f"They cover {held} of the {len(CAPTIONS)} captions.")
+        for flaw, words in FLAWS.items():
+            if values.get(flaw):
+                sentences.append(f"{words}: {count(values[flaw])}.")
+        gaps = ["split (train, validation or test), and whether lesions are shared between splits"]
+        name = Path(files[key]).name if files.get(key) else ""
+        origin = next((world for start, world in ORIGINS.items() if name.startswith(start)), "")
+        if origin:
+            sentences.append(f"Files are named as those of {origin} ({name}).")
+        else:
+            gaps.insert(0, "source and licence")
+        made.append(Entry(title, sentences, gaps))
+    return made

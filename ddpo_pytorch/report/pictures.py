@@ -1,0 +1,140 @@
+"""Pictures inside the page: thumbnails as JPEG data, grids of the same noise, pairs with the nearest training image."""
+
+import base64
+import io
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from ddpo_pytorch.data.images import read_rgb
+from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.report.cells import finite
+
+SIDE = 128  # pixels
+QUALITY = 90
+Samples = Mapping[str, Sequence[tuple[Path, str]]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A thumbnail: data URI, width and height in pixels, text for those who do not see it."""
+
+    source: str
+    width: int
+    height: int
+    alt: str
+
+
+class Album:
+    """Makes thumbnails and remembers the files that could not be read, so that the page can name them."""
+
+    def __init__(self) -> None:
+        self.unreadable: list[str] = []
+
+    def picture(self, path: str | Path, alt: str) -> Picture | None:
+        """The image in its own size, at most `SIDE` pixels a side; None if the file cannot be read."""
+        try:
+            image = read_rgb(path)
+        except UserError:
+            self.unreadable.append(str(path))
+            return None
+        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=QUALITY, optimize=True)
+        data = base64.b64encode(buffer.getvalue()).decode("ascii")
+        return Picture(f"data:image/jpeg;base64,{data}", image.width, image.height, alt)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The pictures of one prompt, `width` columns of the files `stems` ([] where rows have their own files).
+
+    `rows` are (name, pictures); a picture is None where its file cannot be read.
+    """
+
+    caption: str
+    width: int
+    stems: list[str]
+    rows: list[tuple[str, list[Picture | None]]]
+
+
+def rarest_first(captions: Sequence[str], real_images: Mapping[str, int] | None) -> list[str]:
+    """Captions by number of real images, fewest first; ties, and all without real images, in the official order."""
+    official = {caption: index for index, caption in enumerate(CAPTIONS)}
+    ordered = sorted(captions, key=lambda caption: (official.get(caption, len(official)), caption))
+    return sorted(ordered, key=lambda caption: (real_images or {}).get(caption, 0))
+
+
+def paired_files(sets: Samples, caption: str, columns: int) -> tuple[list[str], dict[str, list[Path | None]]]:
+    """The first `columns` files of a caption that all sets have, paired by file stem, and the stems.
+
+    A stem that occurs several times (several generation seeds) is paired in its order. Where the sets share no stem,
+    each shows its own first files, and the stems are [].
+    """
+    keyed = {name: _keyed(samples, caption) for name, samples in sets.items()}
+    keyed = {name: files for name, files in keyed.items() if files}
+    if not keyed:
+        return [], {}
+    first = next(iter(keyed.values()))
+    common = [key for key in first if all(key in files for files in keyed.values())][:columns]
+    if common:
+        return [stem for stem, _ in common], {name: [files[key] for key in common] for name, files in keyed.items()}
+    return [], {name: [*files.values()][:columns] for name, files in keyed.items()}
+
+
+def _keyed(samples: Sequence[tuple[Path, str]], caption: str) -> dict[tuple[str, int], Path]:
+    seen, files = defaultdict(int), {}
+    for path, text in samples:
+        if text == caption:
+            stem = Path(path).stem
+            files[stem, seen[stem]] = Path(path)
+            seen[stem] += 1
+    return files
+
+
+def grids(samples: Samples, captions: Sequence[str], album: Album, columns: int = 6) -> list[Grid]:
+    """For each caption the paper's figures 3 and 4: a row of real images, and a row a model on the same noise.
+
+    Nothing is picked: the columns are the first in the order of `samples`.
+    """
+    models = {name: files for name, files in samples.items() if name != "real"}
+    made = []
+    for caption in captions:
+        stems, rows = paired_files(models, caption, columns)
+        real = [Path(path) for path, text in samples.get("real", ()) if text == caption][:columns]
+        rows = ({"real": real} if "real" in samples else {}) | rows
+        width = max((len(paths) for paths in rows.values()), default=0)
+        if not width:
+            continue
+        pictures = []
+        for name, paths in rows.items():
+            pictures.append((name, [album.picture(path, f"{name}, {path.stem}: {caption}") for path in paths]))
+        made.append(Grid(caption, width, stems, pictures))
+    return made
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A generated image beside the nearest training image, their distance and the generated one's caption."""
+
+    generated: Picture | None
+    training: Picture | None
+    distance: float | None
+    caption: str
+
+
+def closest_pairs(closest: Sequence[Mapping], name: str, album: Album) -> list[Pair]:
+    """The contact sheet of one model, closest first. `closest`: {"path", "caption", "train", "distance"} each."""
+    return [
+        Pair(
+            album.picture(one["path"], f"{name}, {Path(one['path']).stem}: {one.get('caption') or ''}"),
+            album.picture(one["train"], f"training image {Path(one['train']).stem}"),
+            finite(one.get("distance")),
+            one.get("caption") or "",
+        )
+        for one in closest
+    ]

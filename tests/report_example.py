@@ -1,0 +1,202 @@
+"""A made-up measurement for the tests of the report: invented numbers, real phantom pictures, real log files."""
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ddpo_pytorch.data.isic import CAPTIONS, LABELS, folder_name, labels_of
+from ddpo_pytorch.data.phantom import draw
+
+HOW = "bootstrap over prompts and images, 2,000 resamples"
+MODELS = ("SD", "SD+RL")
+
+
+def quantity(value: float, half: float, n: int, how: str = HOW) -> dict:
+    return {"value": value, "low": value - half, "high": value + half, "n": n, "how": how}
+
+
+def ratio(value: float, half: float, n: int) -> dict:
+    return quantity(value, half, n) | {"low": max(value - half, 0.0), "high": min(value + half, 1.0)}
+
+
+def write_images(folder: Path, captions: Sequence[str], number: int, size: int, seed: int, wrong: float = 0.0, stem=""):
+    """A sample folder of phantoms; a share `wrong` of them lacks or adds an artifact. (file, caption) of each."""
+    rng, samples = np.random.default_rng(seed), []
+    for caption, index in itertools.product(captions, range(number)):
+        labels = list(labels_of(caption))
+        if rng.random() < wrong:
+            flip = rng.integers(4)
+            labels[flip] = 1 - labels[flip]
+        path = folder / "images" / folder_name(caption) / f"{stem}{index:05d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # the same stream for both models: the same patient, so that columns look like one noise
+        noise = np.random.default_rng((CAPTIONS.index(caption), index))
+        Image.fromarray(draw(labels, noise, size)).save(path)
+        samples.append((path, caption))
+    return samples
+
+
+def write_run(folder: Path, epochs: int, seed: int, gain: float = 0.14) -> Path:
+    """A run folder as train.py leaves it: metrics.jsonl with held-out APR in every fourth epoch, and config.json."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    lines = []
+    for epoch in range(epochs):
+        rise = 1 - math.exp(-4 * epoch / epochs)
+        entry = {"epoch": epoch, "reward_mean": 0.765 + gain * rise + 0.006 * rng.standard_normal()}
+        entry |= {"reward_std": 0.14 - 0.05 * rise, "clipfrac": 0.1 + 0.1 * rng.random()}
+        entry |= {"approx_kl": 2e-6 * (1 + rng.random()), "grad_norm": 0.02 + 0.01 * rng.random(), "seconds": 14.0}
+        if epoch % 4 == 3:
+            entry |= {"held_out_apr": 0.15 + 2.2 * gain * rise, "held_out_reward": 0.76 + gain * rise}
+        lines.append(json.dumps(entry))
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    config = {"seed": seed, "num_epochs": epochs, "reward_fn": "isic_classifier_reward"}
+    config |= {"pretrained": {"model": "ddpo_pytorch/assets/mini/sd"}, "train": {"learning_rate": 2.5e-3}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def sha(number: int) -> str:
+    return f"{number:064x}"
+
+
+def alignment(aprs: dict[str, float], n: int, labels: Sequence[str]) -> dict:
+    """A judge's block of one model."""
+    mean = sum(aprs.values()) / len(aprs)
+    found = {
+        name: {
+            "precision": quantity(0.62 + 0.3 * mean, 0.06, n),
+            "recall": quantity(0.5 + 0.4 * mean, 0.05, n),
+            "requested": n // 2,
+            "seen": n // 2 - 17,
+        }
+        for name in labels
+    }
+    by_prompt = {caption: ratio(apr, 0.12, n // 32) for caption, apr in aprs.items()}
+    return {"APR": quantity(mean, 0.035, n), "by_prompt": by_prompt, "attributes": found}
+
+
+def model(name: str, folder: Path, train: list, samples: list, seed: int) -> dict:
+    """One model's block, better for SD+RL in APR and worse in diversity."""
+    rl, rng, n = name == "SD+RL", np.random.default_rng(seed), 512
+    level = 0.47 if rl else 0.14
+    aprs = {c: float(np.clip(level + rng.normal(0, 0.15), 0, 1)) for c in CAPTIONS}
+    h4, h6 = alignment(aprs, n, LABELS[:4]), alignment({c: 0.8 * v for c, v in aprs.items()}, n, LABELS)
+    fid, kid = (84.31 if rl else 91.07), (0.0412 if rl else 0.0467)
+    matched = {"n": 480, "FID": quantity(fid, 3.1, 480), "KID": quantity(kid, 0.004, 480)}
+    matched |= {
+        key: quantity(value, 0.03, 480)
+        for key, value in {"precision": 0.61, "recall": 0.22, "density": 0.54, "coverage": 0.41}.items()
+    }
+    unmatched = {"n": n, "n_real": 1281, "FID": quantity(fid + 9, 2.9, n), "KID": quantity(kid + 0.01, 0.004, n)}
+    closest = [
+        {"path": str(path), "caption": caption, "train": str(other), "distance": 0.21 + 0.013 * index}
+        for index, ((path, caption), (other, _)) in enumerate(zip(samples[::7][:16], train, strict=False))
+    ]
+    made_with = {"seed": 88, "num_steps": 10, "eta": 1.0, "guidance_scale": 1.0, "weights_sha256": sha(seed)}
+    made_with |= {"prompts": list(CAPTIONS)}
+    by_prompt = dict.fromkeys(CAPTIONS, 16)
+    return {
+        "folders": [{"path": str(folder), "images": n, "sha256": sha(seed + 7), "made_with": made_with}],
+        "images": n,
+        "black_images": 0,
+        "APR": h4["APR"]["value"],
+        "FID": fid,
+        "KID": kid,
+        "LPIPS": None,
+        "FD_judge": 0.274 if rl else 0.292,
+        "reward": 0.908 if rl else 0.764,
+        "APR_by_prompt": aprs,
+        "images_by_prompt": by_prompt,
+        "alignment": {"H4": h4, "H6": h6},
+        "fidelity": {"inception": {"matched": matched, "unmatched": unmatched}},
+        "perception": {"LPIPS": None, "LPIPS_within": None},
+        "diversity": {
+            "judge": {
+                "vendi": quantity(4.12 if rl else 6.31, 0.2, n),
+                "pairwise_distance": quantity(0.31 if rl else 0.44, 0.02, n),
+            }
+        },
+        "memorisation": {
+            "judge": {
+                "share_closer": quantity(0.027 if rl else 0.012, 0.009, n),
+                "threshold": 0.2071,
+                "copies": 0,
+                "closest": closest,
+            }
+        },
+    }
+
+
+def full_example(folder: Path, size: int = 64, number: int = 6) -> tuple[dict, dict, list[Path]]:
+    """(result, samples, runs) of a measurement with nearly everything in it; images of `size` pixels in `folder`."""
+    real_counts = {c: (3 * i * i) % 41 for i, c in enumerate(CAPTIONS)}  # several captions without a real image
+    real = [
+        sample
+        for caption in CAPTIONS
+        for sample in write_images(
+            folder / "real", [caption], min(real_counts[caption], number), size, 1, stem="PHANTOM_"
+        )
+    ]
+    train = write_images(folder / "train", CAPTIONS[::2], 1, size, 2)
+    samples = {"real": real}
+    for seed, (name, wrong) in enumerate(zip(MODELS, (0.8, 0.4), strict=True), 3):
+        samples[name] = write_images(folder / name, CAPTIONS, number, size, seed, wrong)
+    blocks = {name: model(name, folder / name, train, samples[name], seed) for seed, name in enumerate(MODELS, 3)}
+    ceiling = alignment(dict.fromkeys(CAPTIONS, 0.915), sum(real_counts.values()), LABELS[:4])
+    difference = blocks["SD+RL"]["APR"] - blocks["SD"]["APR"]
+    result = {
+        "format": 2,
+        "created": "2026-03-01T12:00:00+00:00",
+        "versions": {"torch": "2.9.0", "torch-fidelity": "0.4.0"},
+        "settings": {"batch_size": 64, "classifier": "ddpo_pytorch/assets/mini/H4.safetensors", "prompts": []},
+        "judges": {
+            "H4": {"file": "ddpo_pytorch/assets/mini/H4.safetensors", "sha256": sha(4), "labels": list(LABELS[:4])},
+            "H6": {"file": "ddpo_pytorch/assets/mini/H6.safetensors", "sha256": sha(6), "labels": list(LABELS)},
+        },
+        "networks": {"inception": {"what": "Inception V3 of FID", "sha256": sha(9), "features": 2048}},
+        "missing": {"LPIPS": "no AlexNet weights; give --config.metric.alexnet=FILE"},
+        "warnings": ["FID of SD rests on 480 images, fewer than 2,048; its bias is large"],
+        "sets": {
+            "real": {"path": str(folder / "real"), "images": sum(real_counts.values()), "sha256": sha(1)},
+            "train": {"path": str(folder / "train"), "images": len(train), "sha256": sha(2), "identical_images": 2},
+        },
+        "models": blocks,
+        "real": {
+            "images": sum(real_counts.values()),
+            "APR": 0.915,
+            "alignment": {"H4": ceiling},
+            "diversity": {"judge": {"vendi": quantity(7.9, 0.3, 640)}},
+        },
+        "comparisons": [
+            {
+                "from": "SD",
+                "to": "SD+RL",
+                "paired": True,
+                "reason": "",
+                "pairs": 512,
+                "APR": quantity(difference, 0.04, 512),
+                "p": 0.0001,
+                "gained": 190,
+                "lost": 21,
+            }
+        ],
+    }
+    result["settings"] |= {"seed": 42, "image_shape": [size, size]}
+    result["sets"]["real"]["images_by_prompt"] = real_counts
+    runs = [write_run(folder / "logs" / "demo", 32, 42), write_run(folder / "logs" / "other-seed", 32, 1, 0.11)]
+    return result, samples, runs
+
+
+def minimal_result() -> dict:
+    """A result in which nearly nothing could be measured."""
+    return {
+        "format": 2,
+        "missing": {"FID (inception)": "no weights; give --config.metric.inception=FILE"},
+        "models": {"SD": {"images": 3, "APR": 0.25, "FID": None, "KID": None, "LPIPS": None, "reward": None}},
+    }

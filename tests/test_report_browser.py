@@ -1,0 +1,140 @@
+"""The report in a real headless Chromium: what it loads, whether it fits a phone, whether pictures and print work."""
+
+import base64
+import json
+import re
+import shutil
+
+import pytest
+from report_example import full_example, minimal_result
+
+from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.report.page import write_report
+
+pytestmark = pytest.mark.slow
+
+FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium absent")
+    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("browser absent: chromium and chromedriver are not both on the path")
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in FLAGS:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    window = webdriver.Chrome(options, Service(driver))
+    yield window
+    window.quit()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    result, samples, runs = full_example(folder / "data", number=2)
+    full = write_report(folder / "full", result, samples, runs)
+    return {"full": full, "minimal": write_report(folder / "minimal", minimal_result(), {}, [])}
+
+
+def visit(browser, path, width: int = 1280, scheme: str = "light", media: str = "") -> list[dict]:
+    """Open a page at this width and return what the browser asked for."""
+    screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": [feature]})
+    browser.get_log("performance")
+    browser.get_log("browser")
+    browser.get(path.as_uri())
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [m["params"]["request"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+
+
+@pytest.mark.parametrize("name", ["full", "minimal"])
+def test_nothing_is_loaded_and_nothing_complained(browser, pages, name):
+    asked = [request["url"] for request in visit(browser, pages[name])]
+    assert pages[name].as_uri() in asked
+    assert [url for url in asked if not url.startswith("data:")] == [pages[name].as_uri()]
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("name", ["full", "minimal"])
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("opened", [False, True])
+def test_the_page_does_not_scroll_sideways(browser, pages, name, width, opened):
+    visit(browser, pages[name], width)
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = arguments[0])", opened)
+    assert browser.execute_script("return innerWidth") == width
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    # what is cut off must be reachable: only the boxes that scroll may hold more than they show
+    wide = "return [...document.querySelectorAll('main *')].filter(e => e.scrollWidth > e.clientWidth + 1 && "
+    wide += "e.clientWidth && getComputedStyle(e).display !== 'inline' && !e.closest('.scroll') && "
+    wide += "getComputedStyle(e).overflowX === 'visible').map(e => e.outerHTML.slice(0, 99))"
+    assert browser.execute_script(wide) == []
+
+
+def test_all_pictures_are_decoded(browser, pages):
+    visit(browser, pages["full"])
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    sizes = browser.execute_async_script(
+        "const done = arguments[0], all = [...document.images];"
+        "Promise.allSettled(all.map(i => i.decode())).then(() => done(all.map(i => [i.naturalWidth, i.alt.length])))"
+    )
+    assert len(sizes) > 2 * 2 * 32 and all(width > 0 and alt > 0 for width, alt in sizes)
+
+
+def test_numbers_and_headings_are_seen(browser, pages):
+    visit(browser, pages["full"])
+    text = browser.execute_script("return document.body.innerText")
+    assert "a gain of 29.3 percentage points" in text.replace("\u00a0", " ")
+    for seen in ("91.07", "[87.97, 94.17]", "Table 2", "Table 3", "Not for diagnosis", "24 more prompts"):
+        assert seen in text
+    assert "melanoma (MEL) showing hair, ruler, ink" not in text.split("Samples by prompt")[0]  # folded
+
+
+def luminance(colour: str) -> float:
+    channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in channels]
+    return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_legible_in_both_schemes(browser, pages, scheme):
+    """WCAG's contrast of at least 4.5 for every colour of text."""
+    visit(browser, pages["full"], scheme=scheme)
+    ground = luminance(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
+    assert (ground < 0.2) == (scheme == "dark")
+    colours = browser.execute_script(
+        "return [...new Set([...document.querySelectorAll('body *')].map(e => getComputedStyle(e).color))]"
+    )
+    for colour in colours:
+        light, dark = sorted((luminance(colour), ground), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, colour
+    plots = "return ['light', 'dark'].map(c => document.querySelector('.plots .' + c).offsetHeight > 0)"
+    assert browser.execute_script(plots) == [scheme == "light", scheme == "dark"]
+
+
+def test_print_opens_what_is_folded(browser, pages):
+    visit(browser, pages["full"], scheme="dark", media="print")
+    hidden = (
+        "return [...document.querySelectorAll('details')].filter(d => !d.lastElementChild.checkVisibility()).length"
+    )
+    assert (
+        browser.execute_script(hidden)
+        == 0
+        < browser.execute_script("return document.querySelectorAll('details').length")
+    )
+    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert browser.execute_script("return document.querySelector('.plots .light').offsetHeight") > 0
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    pdf = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {"preferCSSPageSize": True})["data"])
+    # the pictures of all 32 prompts are on the pages, not only those of the first eight
+    assert pdf.count(b"/Subtype /Image") + pdf.count(b"/Subtype/Image") >= 2 * 2 * len(CAPTIONS)

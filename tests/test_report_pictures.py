@@ -1,0 +1,94 @@
+"""The report's pictures and curves: order, pairs, thumbnails, logs of runs."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from report_example import write_run
+
+from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.report.pictures import SIDE, Album, paired_files, rarest_first
+from ddpo_pytorch.report.plots import curves, read_runs, series
+
+
+def test_rarest_prompts_come_first():
+    counts = dict.fromkeys(CAPTIONS, 5) | {CAPTIONS[7]: 0, CAPTIONS[30]: 2, CAPTIONS[3]: 2}
+    order = rarest_first(tuple(reversed(CAPTIONS)), counts)
+    assert order[:3] == [CAPTIONS[7], CAPTIONS[3], CAPTIONS[30]]
+    assert order[3:] == [c for c in CAPTIONS if counts[c] == 5]
+    assert rarest_first(tuple(reversed(CAPTIONS)), None) == list(CAPTIONS)
+
+
+def test_columns_pair_files_of_one_stem():
+    def files(folder, *stems):
+        return [(Path(folder) / f"{stem}.png", "a") for stem in stems] + [(Path(folder) / "x.png", "b")]
+
+    sets = {"SD": files("sd", "0", "1", "2", "3"), "RL": files("rl", "3", "1", "4")}
+    stems, rows = paired_files(sets, "a", 2)
+    assert stems == ["1", "3"]
+    assert rows == {"SD": [Path("sd/1.png"), Path("sd/3.png")], "RL": [Path("rl/1.png"), Path("rl/3.png")]}
+    # two generation seeds have the same stems, and are paired in their order
+    twice = {"SD": files("s1", "0") + files("s2", "0"), "RL": files("r1", "0") + files("r2", "0")}
+    stems, rows = paired_files(twice, "a", 6)
+    assert stems == ["0", "0"] and rows["RL"] == [Path("r1/0.png"), Path("r2/0.png")]
+    stems, rows = paired_files({"SD": files("sd", "0"), "RL": files("rl", "9")}, "a", 6)
+    assert stems == [] and rows == {"SD": [Path("sd/0.png")], "RL": [Path("rl/9.png")]}
+
+
+def test_thumbnails_keep_small_images_and_shrink_large_ones(tmp_path):
+    rng, sizes = np.random.default_rng(0), {"small": (48, 64), "large": (512, 256)}
+    for name, (width, height) in sizes.items():
+        smooth = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((width, height))
+        smooth.save(tmp_path / f"{name}.png")
+    album = Album()
+    pictures = {name: album.picture(tmp_path / f"{name}.png", name) for name in sizes}
+    assert (pictures["small"].width, pictures["small"].height) == (48, 64)
+    assert (pictures["large"].width, pictures["large"].height) == (SIDE, SIDE // 2)
+    decoded = Image.open(io.BytesIO(base64.b64decode(pictures["small"].source.split(",")[1])))
+    truth = np.asarray(Image.open(tmp_path / "small.png"), np.float32)
+    assert np.abs(np.asarray(decoded, np.float32) - truth).mean() < 3
+    assert album.picture(tmp_path / "none.png", "") is None and album.unreadable == [str(tmp_path / "none.png")]
+
+
+def test_logs_are_read_by_epoch(tmp_path):
+    run = write_run(tmp_path / "a" / "run", 9, 0)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"epoch": 9, "reward_mean": float("nan"), "grad_norm": 0.5}) + '\n{"epoch": 10, "rew')
+    other = write_run(tmp_path / "b" / "run", 3, 1)
+    runs = read_runs([run, other])
+    assert list(runs) == ["a/run", "b/run"]
+    assert [point[0] for point in series(runs["a/run"], "held_out_apr")] == [3.0, 7.0]
+    assert len(series(runs["a/run"], "reward_mean")) == 9 and len(series(runs["a/run"], "grad_norm")) == 10
+    assert series(runs["a/run"], "reward_mean")[0][2] == pytest.approx(0.14)
+    plots = {plot.title: plot for plot in curves(runs)}
+    assert list(plots)[:2] == ["Reward", "APR during training"] and "KL to the base model" not in plots
+    assert "b/run" in plots["Gradient norm"].alt
+    (run / "metrics.jsonl").write_text("[1]\n{}\n")
+    with pytest.raises(UserError, match="line 1 is no JSON object"):
+        read_runs([run])
+
+
+def test_held_out_evaluations_begin_with_the_base_model(tmp_path):
+    lines = [{"epoch": 0, "reward_mean": 0.5}, {"epoch": 1, "reward_mean": 0.6, "held_out_apr": 0.3}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    entries = read_runs([tmp_path])[tmp_path.name]
+    assert [point[:2] for point in series(entries, "held_out_apr")] == [(1, 0.3)]
+    evaluations = [{"epoch": 0, "apr": 0.1, "reward": 0.4}, {"epoch": 2, "apr": 0.3, "reward": 0.7}]
+    (tmp_path / "held_out.jsonl").write_text("\n".join(map(json.dumps, evaluations)))
+    entries = read_runs([tmp_path])[tmp_path.name]
+    assert [point[:2] for point in series(entries, "held_out_apr")] == [(0, 0.1), (2, 0.3)]
+    assert [point[:2] for point in series(entries, "held_out_reward")] == [(0, 0.4), (2, 0.7)]
+    assert [point[:2] for point in series(entries, "reward_mean")] == [(0, 0.5), (1, 0.6)]
+
+
+def test_plots_are_the_same_bytes_again():
+    runs = {"$run_1": [{"epoch": epoch, "reward_mean": 0.1 * epoch} for epoch in range(3)]}
+    (plot,) = curves(runs)
+    assert curves(runs) == [plot] and plot.light != plot.dark
+    svg = base64.b64decode(plot.dark.split(",")[1]).decode()
+    assert svg.count("<svg") == 1 and "<image" not in svg
