@@ -64,9 +64,12 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
 
     ###### Sampling ######
     config.sample = sample = ml_collections.ConfigDict()
-    # DDIM steps.
+    # denoising steps.
     sample.num_steps = 50
-    # DDIM eta: the share of DDPM noise injected at each step. Training needs eta > 0: without noise there is no policy.
+    # "ddim", or in eval.py also "dpm++": DPM-Solver++ of second order (2M), deterministic, good in 15 to 25 steps.
+    sample.scheduler = "ddim"
+    # DDIM eta in [0, 1]: the share of DDPM noise injected at each step. Training needs eta > 0: without noise there is
+    # no policy. eval.py takes 0, too. DPM-Solver++ has none.
     sample.eta = 1.0
     # classifier-free guidance weight; 1.0 or less switches guidance off.
     sample.guidance_scale = 5.0
@@ -127,6 +130,21 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     early_stop.patience = 0
     early_stop.tolerance = 1e-3
 
+    ###### Held-out evaluation during training (train.py) ######
+    config.held_out = ml_collections.ConfigDict()
+    # epochs between evaluations of all prompts of prompt_fn at fixed noise; 0: none. The first comes before training.
+    # Each costs the sampling of images_per_prompt * prompts images (8 * 32 = 256), with the settings of `sample`. The
+    # best checkpoint by APR is kept in <run>/best.
+    config.held_out.every = 0
+    config.held_out.images_per_prompt = 8
+    # the H=4 judge; refused when it gives the reward, too.
+    config.held_out.classifier = ""
+    # stop after this many evaluations in a row whose APR is below the best by more than the tolerance while their mean
+    # reward is above that of the best: the reward is hacked. 0 never stops. The standard error of an APR near 1/2 is
+    # 0.03 for 256 images.
+    config.held_out.patience = 0
+    config.held_out.tolerance = 0.05
+
     ###### Prompts ######
     # name of a function in ddpo_pytorch.prompts.
     config.prompt_fn = "isic_all"
@@ -172,33 +190,55 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
 
     ###### Evaluation (eval.py) ######
     config.eval = evaluation = ml_collections.ConfigDict()
-    # images per prompt, and images per process and batch.
+    # prompts, one image folder each: "('caption one','caption two')". (): all of prompt_fn, which can be a file.
+    evaluation.prompts = ()
+    # images per prompt.
     evaluation.num_samples_per_prompt = 960
+    # images that go through the networks together on a GPU. On a CPU that number follows from the model's size alone,
+    # so that this field changes no byte.
     evaluation.batch_size = 20
+    # "png" (lossless), or "jpg": quality 95 without chroma subsampling (4:4:4), 3 to 4 times smaller.
+    evaluation.image_format = "png"
     # H-head classifier that scores the samples on the fly for image_log.json. Empty: none.
     evaluation.classifier = ""
 
     ###### Metrics (metric.py) ######
     config.metric = metric = ml_collections.ConfigDict()
-    # sample folders: real images, generated images, and optionally a second generated set for a column beside it.
+    # sample folders: real images, generated images, and optionally a second generated set for a row above it.
     metric.real_path = ""
     metric.fake_path = ""
     metric.compare_path = ""
-    # column titles of fake_path and compare_path.
+    # titles of fake_path and compare_path.
     metric.fake_name = "SD+RL"
     metric.compare_name = "SD"
-    # the H=4 judge, which took no part in training.
+    # in place of these, any number of folders, "SD=DIR,SD+RL=DIR": the others are compared with the first. Several
+    # folders of one name are generation seeds of one model; from three on they give its interval.
+    metric.folders = ""
+    # folder of training images (at any depth): how near do samples come to them, by the measure of real_path's images?
+    metric.train_path = ""
+    # the H=4 judge, which took no part in training, and others beside it: "H6=FILE,NAME=FILE".
     metric.classifier = ""
-    # folder for metrics.json, the tables and metrics_log.jsonl.
+    metric.more_judges = ""
+    # folders for metrics.json and the tables, and for what networks say about images (by content; may be deleted).
     metric.output = ""
+    metric.cache_dir = config.get_ref("base_log_path") + "/cache/metrics"
+    # images per process and forward pass.
     metric.batch_size = 256
     # captions to evaluate; () is all 32.
     metric.prompts = ()
+    # feature networks of FID, KID, precision, recall, density, coverage, diversity and memorisation: "inception",
+    # "judge" (metric.classifier's pooled features) and "dinov2".
+    metric.extractors = ("inception", "judge")
+    # "exact", or "compat": x * 256 wrapped to 8 bits and sets of different prompt mixes, as behind the published FIDs.
+    metric.fid = "exact"
     # Inception weights (torch-fidelity's .pth) for FID. "auto": the torch hub cache, downloaded when there is a
     # network. "": FID is left out.
     metric.inception = "auto"
-    # AlexNet weights (torchvision's .pth) for LPIPS, likewise.
+    # AlexNet weights (torchvision's .pth) for LPIPS, and timm's DINOv2 weights (.safetensors), likewise.
     metric.alexnet = "auto"
+    metric.dinov2 = "auto"
+    # run folders of train.py whose curves the report shows: "NAME=DIR,NAME=DIR".
+    metric.logs = ""
 
     ###### Stage (i): the generator itself (train_sd.py) ######
     config.sd = sd = ml_collections.ConfigDict()

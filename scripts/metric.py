@@ -1,150 +1,234 @@
-"""Measure generated samples: APR (tables 2 and 3), FID and LPIPS against real images.
+"""Measure folders of images: alignment, fidelity, perception, diversity, memorisation; tables 2 and 3.
 
-    accelerate launch --num_processes 1 scripts/metric.py --config config/dgx.py:evaluate_metric_rl
+    accelerate launch --num_processes 1 scripts/metric.py --config config/dgx.py:evaluate_metric_rl --report
 
-Prints the paper's tables and writes metrics.json, table2.md, table3.md and comparison.png to `metric.output`, where the
-official line {"metrics": {"APR_m", "LPIPS", "FID"}} is appended to metrics_log.jsonl. Any number of processes gives the
-same numbers.
+Writes metrics.json, per_image.csv, table2 and table3 (.md, .csv, .tex) and comparison.png to `metric.output`, appends
+the official line {"metrics": {"APR_m", "LPIPS", "FID"}} to metrics_log.jsonl and, with --report, writes report.html.
+All processes look at images; what their networks say is kept by content (`metric.cache_dir`), and the main process
+computes the numbers from it, which therefore do not depend on the number of processes.
 """
 
 import json
 import logging
+import time
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 from absl import flags
-from accelerate import Accelerator
 from ml_collections import ConfigDict, config_flags
 
-from ddpo_pytorch.data.images import list_samples, load_image, read_log
-from ddpo_pytorch.data.isic import CAPTIONS, caption_of_folder, folder_name
-from ddpo_pytorch.data.sample_log import read_settings
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.judges.classifier import load_classifier
-from ddpo_pytorch.metrics.fidelity import lpips_by_prompt, weighted_mean
-from ddpo_pytorch.metrics.measure import Instruments, Measured, Samples, lpips_sums, measure
-from ddpo_pytorch.metrics.networks import inception_features, lpips_distance
-from ddpo_pytorch.metrics.report import comparison, table2, table3
+from ddpo_pytorch.data.isic import CAPTIONS, short_caption
+from ddpo_pytorch.files import whole
+from ddpo_pytorch.metrics.diversity import within_pairs
+from ddpo_pytorch.metrics.evaluation import (
+    Context,
+    Folder,
+    compare,
+    different_settings,
+    measure_folder,
+    set_facts,
+    summarise,
+    write_per_image,
+)
+from ddpo_pytorch.metrics.fidelity import pair_images
+from ddpo_pytorch.metrics.measure import Side, copies, matched, spread_size
+from ddpo_pytorch.metrics.pictures import comparison, contact_sheet
+from ddpo_pytorch.metrics.request import Sets, Tools, check_request, find_sets, load_tools
+from ddpo_pytorch.metrics.sets import ImageSet, named_paths, shape_of
+from ddpo_pytorch.metrics.store import FeatureStore
+from ddpo_pytorch.metrics.tables import as_csv, latex, markdown, table2, table3
+from ddpo_pytorch.report.page import write_report
 from ddpo_pytorch.run import cli, make_accelerator
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", "config/base.py", "Metrics of sample folders.")
+flags.DEFINE_bool("report", False, "also write report.html, one page with tables, curves and pictures")
 
 logger = logging.getLogger(__name__)
 
-INCEPTION_FEATURES = 2048
+# fewer images than Inception has features: its covariance is singular, and FID's bias large
+FEW_IMAGES = 2048
 
 
-def find_sets(metric: ConfigDict) -> tuple[Samples, dict[str, Samples]]:
-    """Real samples ([] when no folder is given), and generated ones by name: compare_path's, then fake_path's."""
-    prompts = [caption_of_folder(folder_name(prompt)) for prompt in metric.prompts]
-    if not metric.fake_path:
-        raise UserError("metric.fake_path is empty; give the folder that eval.py wrote, --config.metric.fake_path=DIR")
-    sets = {metric.fake_name: list_samples(metric.fake_path, prompts)}
-    if metric.compare_path and (Path(metric.compare_path) / "images").is_dir():
-        if metric.compare_name == metric.fake_name:
-            raise UserError(f"metric.compare_name and metric.fake_name are both {metric.fake_name!r}; name them apart")
-        sets = {metric.compare_name: list_samples(metric.compare_path, prompts)} | sets
-    elif metric.compare_path:
-        logger.info("%s is left out: there are no samples in %s", metric.compare_name, metric.compare_path)
-    if not metric.real_path:
-        logger.info("FID, LPIPS and FD-judge are n/a: metric.real_path is empty")
-    return (list_samples(metric.real_path, prompts) if metric.real_path else []), sets
+def look(title: str, images: ImageSet, store: FeatureStore, tools: Tools) -> Side:
+    """What every network says about a set."""
+    return Side(images, store.features(title, images, tools.networks))
 
 
-def set_up(config: ConfigDict, accelerator: Accelerator, shape: tuple[int, int], compare_to_real: bool) -> Instruments:
-    """Load the judge and, where there are real images to compare with, the networks of FID and LPIPS."""
-    metric, device = config.metric, accelerator.device
-    if metric.batch_size < 1:
-        raise UserError(f"metric.batch_size is {metric.batch_size}; it must be at least 1")
-    if not metric.classifier:
-        raise UserError("metric.classifier is empty; give the H=4 judge, --config.metric.classifier=FILE")
-    judge = load_classifier(metric.classifier, device)
-    extractors, lpips = {}, None
-    if compare_to_real:
-        extractors = {"FD_judge": judge.features}
-        with accelerator.main_process_first():  # one process downloads, the others find the file
-            inception = inception_features(metric.inception, device)
-            lpips = lpips_distance(metric.alexnet, device)
-        if inception is not None:
-            extractors["FID"] = inception
-    return Instruments(accelerator, judge, extractors, lpips, shape, metric.batch_size, config.progress)
-
-
-def evaluate(
-    folder: str, fake: Samples, real: Samples, seed: int, tools: Instruments, real_side: Measured | None
-) -> dict:
-    """All metrics of one generated set, None where one could not be measured."""
-    measured = measure(fake, tools, "judging")
-    sums, counts = lpips_sums(fake, real, seed, tools), measured.counts
-    if "FID" in tools.extractors and min(len(fake), len(real)) <= INCEPTION_FEATURES:
-        logger.info("FID of %s rests on %d and %d images; below 10,000 its bias is large", folder, len(fake), len(real))
-    return {
-        "path": folder,
-        "images": counts.total,
-        "APR": counts.apr(),
-        "FID": measured.distance(real_side, "FID"),
-        "LPIPS": weighted_mean(sums),
-        "FD_judge": measured.distance(real_side, "FD_judge"),
-        "reward": mean_reward(folder, {caption for _, caption in fake}),
-        "LPIPS_pairs": int(sums[:, 1].sum()),
-        "label_accuracy": counts.label_accuracy(),
-        "APR_by_prompt": counts.apr_by_prompt(),
-        "LPIPS_by_prompt": lpips_by_prompt(sums, CAPTIONS),
-        "images_by_prompt": counts.images_by_prompt(),
-        "made_with": read_settings(folder),
+def lpips_of(title: str, images: ImageSet, real: ImageSet | None, store: FeatureStore, tools: Tools, seed: int) -> dict:
+    """Pairs (P, 2) and their LPIPS (P,): with real images of the same caption, and within the set."""
+    if tools.lpips is None:
+        return {}
+    pairs = {"within": within_pairs(np.array(images.groups), seed, images.keys)}
+    partners = {"within": images}
+    if real is not None:
+        own, theirs = ({path: i for i, path in enumerate(side.paths)} for side in (images, real))
+        pairs["real"] = [(own[a], theirs[b]) for a, b, _ in pair_images(images.samples, real.samples, seed)]
+        partners["real"] = real
+    rows = {
+        name: store.pairs(f"{title}: LPIPS {name}", images, partners[name], chosen, tools.lpips)
+        for name, chosen in pairs.items()
     }
+    return {name: (np.array(pairs[name]).reshape(-1, 2), rows[name][:][:, 0]) for name in pairs if len(rows[name])}
 
 
-def mean_reward(folder: str, captions: set[str]) -> float | None:
-    """Mean of the rewards that eval.py logged for images of these captions; None if it had no classifier."""
-    entries = [entry for entry in read_log(folder) if entry["prompt"] in captions]
-    rewards = [float(entry["reward"]) for entry in entries if entry.get("reward") is not None]
-    return sum(rewards) / len(rewards) if rewards else None
+def warnings_of(sets: Sets, folders: dict[str, list[Folder]], parts: list[np.ndarray], context: Context) -> list[str]:
+    """What a reader of the numbers has to know."""
+    found = []
+    if context.real is not None and context.train is not None and (known := copies(context.real, context.train)).any():
+        first = sets.real.paths[int(known.argmax())]
+        found.append(
+            f"{known.sum()} of {len(known)} real images are training images, the first is {first}; they are left out "
+            "where real images tell how near is near, but not from distances to real images"
+        )
+    if sets.real is not None:
+        lacking = sorted({c for own in sets.models.values() for s in own for c in s.captions} - set(sets.real.captions))
+        if lacking:
+            found.append(
+                f"{sets.real.folder} has no image of {len(lacking)} generated captions, which count in APR but not in "
+                f"LPIPS nor in matched distances: {', '.join(map(short_caption, lacking))}"
+            )
+        if min(len(part) for part in parts) < FEW_IMAGES:
+            found.append(
+                f"matched distances rest on {len(parts[0])} images a set; below {FEW_IMAGES}, as many as FID has "
+                "features, FID is biased upwards and comparable at equal numbers only; KID is not biased"
+            )
+        counts = {len(images) for own in sets.models.values() for images in own}
+        if len(counts) > 1:
+            found.append(f"sets hold {sorted(counts)} images: unmatched distances are not comparable between them")
+    first = next(iter(folders.values()))[0]
+    for own in folders.values():
+        found += [line for folder in own if folder is not first for line in different_settings(first.side, folder.side)]
+        for folder in own:
+            facts = set_facts(folder.side)
+            for key, what in (("black_images", "are black"), ("identical_images", "repeat another one to the pixel")):
+                if facts[key]:
+                    found.append(f"{facts['path']}: {facts[key]} of {facts['images']} images {what}")
+    return found
 
 
-def write(config: ConfigDict, result: dict, tables: dict[str, str]) -> None:
-    """Write the report files and append the official line, whose APR is a ratio."""
-    output = Path(config.metric.output)
+def measure(config: ConfigDict, sets: Sets, tools: Tools, sides: dict, lpips: dict) -> tuple[dict, dict]:
+    """metrics.json, and the measured folders by model."""
+    metric, real, train = config.metric, sides["real"], sides["train"]
+    models = {name: sides[name] for name in sets.models}
+    every = [side for own in models.values() for side in own]
+    parts = matched([side.images for side in ([real] if real else []) + every], config.seed)
+    judges = {name: labels for name, (_, labels) in tools.judges.items()}
+    per_group = spread_size([side.images for side in every])
+    context = Context(judges, list(tools.extractors), real, train, per_group, config.seed)
+    parts_of = iter(parts[1:]) if real else None
+    folders = {
+        name: [
+            measure_folder(side, lpips[side.images.folder], (parts[0], next(parts_of)) if real else None, context)
+            for side in own
+        ]
+        for name, own in models.items()
+    }
+    fid_part = "unmatched" if metric.fid == "compat" else "matched"
+    result = {
+        "format": 2,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": {n: version(n) for n in ("torch", "torchvision", "timm", "torch-fidelity", "lpips", "numpy")},
+        "settings": metric.to_dict() | {"seed": config.seed, "image_shape": list(shape_of(every[0].images))},
+        "judges": {
+            name: {"what": network.what, "sha256": network.sha256, "labels": list(labels)}
+            for name, (network, labels) in tools.judges.items()
+        },
+        "networks": {
+            network.name: {"what": network.what, "sha256": network.sha256}
+            for network in [*tools.extractors.values(), *([tools.lpips] if tools.lpips else [])]
+        },
+        "missing": tools.missing | ({} if real else {"FID, KID, LPIPS to real images": "metric.real_path is empty"}),
+        "warnings": warnings_of(sets, folders, parts, context),
+        "sets": {name: set_facts(sides[name]) for name in ("real", "train") if sides[name]},
+        "models": {
+            name: summarise(own, fid_part)
+            | {"folders": [set_facts(f.side) | {"made_with": dict(f.side.images.made_with)} for f in own]}
+            | {"black_images": sum(set_facts(f.side)["black_images"] for f in own)}
+            | {"images_by_prompt": {c: sum(f.side.images.captions.count(c) for f in own) for c in CAPTIONS}}
+            for name, own in folders.items()
+        },
+        "judge_labels": list(judges[next(iter(judges))]),
+        "fid_part": fid_part,
+    }
+    first = next(iter(folders))
+    result["comparisons"] = [
+        {"from": first, "to": name} | compare(folders[first], own, config.seed)
+        for name, own in folders.items()
+        if name != first
+    ]
+    if real:
+        ceiling = measure_folder(real, {}, None, context)
+        folders = {"real": [ceiling]} | folders
+        result["real"] = summarise([ceiling], fid_part)
+    return json.loads(json.dumps(result, default=lambda quantity: quantity.to_dict())), folders
+
+
+def write(config: ConfigDict, result: dict, folders: dict[str, list[Folder]]) -> dict[str, str]:
+    """Write the report's files and append the official line, whose APR is a ratio. Returns the tables in Markdown."""
+    output, models = Path(config.metric.output), result["models"]
     output.mkdir(parents=True, exist_ok=True)
-    (output / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
-    for name, text in tables.items():
-        (output / f"{name}.md").write_text(text)
-    main = result["models"][config.metric.fake_name]
-    line = {"metrics": {"APR_m": main["APR"], "LPIPS": main["LPIPS"], "FID": main["FID"]}}
+    counts = result["sets"]["real"]["images_by_prompt"] if "real" in result["sets"] else None
+    tables = {
+        "table2": table2(models, result.get("real"), counts),
+        "table3": table3(models, result["fid_part"]),
+    }
+    texts = {f"{name}.{suffix}": form(table) for name, table in tables.items() for suffix, form in
+             (("md", markdown), ("csv", as_csv), ("tex", latex))}  # fmt: skip
+    texts["metrics.json"] = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    for name, text in texts.items():
+        with whole(output / name) as temporary:
+            temporary.write_text(text)
+    write_per_image(output / "per_image.csv", folders)
+    comparison({name: own[0].side.images.samples for name, own in folders.items()}).save(output / "comparison.png")
+    for name, model in models.items():
+        for extractor, block in (model.get("memorisation") or {}).items():
+            contact_sheet(block["closest"]).save(output / f"closest_{extractor}_{name.replace('/', '_')}.png")
+    last = models[list(models)[-1]]
     with open(output / "metrics_log.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps({"metrics": {"APR_m": last["APR"], "LPIPS": last["LPIPS"], "FID": last["FID"]}}) + "\n")
+    return {name: texts[f"{name}.md"] for name in tables}
 
 
 def main(_) -> None:
     config = FLAGS.config
     metric = config.metric
-    if not metric.output:
-        raise UserError("metric.output is empty; give the folder for the tables, --config.metric.output=DIR")
+    check_request(metric)
     accelerator = make_accelerator("no", config.allow_tf32)
-    real, sets = find_sets(metric)
-    shape = tuple(load_image(sets[metric.fake_name][0][0]).shape[1:])
-    tools = set_up(config, accelerator, shape, bool(real))
-    folders = {metric.compare_name: metric.compare_path, metric.fake_name: metric.fake_path}
+    sets = find_sets(metric, accelerator)
+    tools = load_tools(metric, accelerator)
+    store = FeatureStore(Path(metric.cache_dir), accelerator, metric.batch_size, config.progress)
 
-    real_side = measure(real, tools, "real images") if real else None
-    models = {name: evaluate(folders[name], fake, real, config.seed, tools, real_side) for name, fake in sets.items()}
-    result = {"models": models, "settings": metric.to_dict() | {"seed": config.seed, "image_shape": shape}}
-    result["judge_labels"] = tools.judge.labels
-    result["versions"] = {name: version(name) for name in ("torch", "torchvision", "timm", "torch-fidelity", "lpips")}
-    if real_side is not None:
-        counts = real_side.counts
-        result["real"] = {"images": counts.total, "APR": counts.apr(), "label_accuracy": counts.label_accuracy()}
-        result["real"]["images_by_prompt"] = counts.images_by_prompt()
-        logger.info("the judge agrees with the captions of %.2f %% of the real images", 100 * counts.apr())
-    if accelerator.is_main_process:
-        real_images = real_side.counts.images_by_prompt() if real_side else None
-        tables = {"table2": table2(models, real_images), "table3": table3(models)}
-        write(config, result, tables)
-        comparison(sets).save(Path(metric.output) / "comparison.png")
-        print(f"Table 2\n\n{tables['table2']}\nTable 3\n\n{tables['table3']}")  # the product of this command
-        logger.info("written to %s", metric.output)
+    # every process: networks look at images
+    sides: dict = {"real": None, "train": None}
+    for name, images in (("real", sets.real), ("train", sets.train)):
+        if images is not None:
+            sides[name] = look(f"{name} images", images, store, tools)
+    lpips = {}
+    for name, own in sets.models.items():
+        sides[name] = [look(name, images, store, tools) for images in own]
+        lpips |= {images.folder: lpips_of(name, images, sets.real, store, tools, config.seed) for images in own}
     accelerator.end_training()
+    if not accelerator.is_main_process:
+        return
+
+    # the main process alone: numbers from what they said
+    result, folders = measure(config, sets, tools, sides, lpips)
+    for line in result["warnings"]:
+        logger.warning("%s", line)
+    for row in result["comparisons"]:
+        if not row["paired"]:
+            logger.warning("%s and %s are compared without pairs: %s", row["from"], row["to"], row["reason"])
+    tables = write(config, result, folders)
+    if "real" in result:
+        logger.info("the judge agrees with the captions of %.2f %% of the real images", 100 * result["real"]["APR"])
+    print(f"Table 2\n\n{tables['table2']}\nTable 3\n\n{tables['table3']}")  # the product of this command
+    if FLAGS.report:
+        samples = {name: own[0].side.images.samples for name, own in folders.items()}
+        runs = [Path(path) for _, path in named_paths(metric.logs, "metric.logs")]
+        logger.info("report: %s", write_report(Path(metric.output), result, samples, runs))
+    logger.info("written to %s", metric.output)
 
 
 if __name__ == "__main__":

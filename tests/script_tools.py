@@ -51,7 +51,7 @@ def run_main(monkeypatch):
         config = load_module(config_file).get_config()
         config.update_from_flattened_dict({key.replace("__", "."): value for key, value in fields.items()})
         module = load_module(ROOT / "scripts" / name)
-        module.FLAGS = SimpleNamespace(config=config)
+        module.FLAGS = SimpleNamespace(config=config, report=False)
         module.main([])
 
     threads = torch.get_num_threads()

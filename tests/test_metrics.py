@@ -1,32 +1,21 @@
-"""APR by hand, Frechet distances against closed forms and other implementations, LPIPS pairing, tables."""
+"""APR by hand, Frechet distances against closed forms and other implementations, LPIPS pairing."""
 
-import itertools
 from pathlib import Path
 
-import lpips
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-import torch_fidelity.feature_extractor_inceptionv3 as inception_module
-import torchvision
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from ddpo_pytorch.data.images import list_samples, save_image
-from ddpo_pytorch.data.isic import CAPTIONS, LABELS, folder_name, labels_of
+from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.metrics.alignment import count_alignment
 from ddpo_pytorch.metrics.fidelity import (
     Moments,
-    add_distances,
     frechet_distance,
-    lpips_by_prompt,
     moments,
     pair_images,
-    weighted_mean,
 )
-from ddpo_pytorch.metrics.networks import URL_ALEXNET, inception_features, lpips_distance, weight_file
-from ddpo_pytorch.metrics.report import comparison, table2, table3
 
 
 def seeded(seed):
@@ -124,79 +113,6 @@ def test_moments_add_up_over_uneven_batches_and_refuse_one_sample():
         moments(features[:1]).gaussian()
 
 
-# --- the networks of FID and LPIPS ---
-
-
-@pytest.fixture(scope="module")
-def random_inception(tmp_path_factory):
-    """A file in the form of torch-fidelity's weights, with random numbers: (path, the network that holds them)."""
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:  # build it without the download it insists on
-        patch.setattr(inception_module, "load_state_dict_from_url", lambda *args, **kwargs: {})
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *args: None)
-        network = FeatureExtractorInceptionV3("reference", ["2048"])
-    for layer in network.modules():
-        if isinstance(layer, torch.nn.Conv2d):  # keeps activations of order 1 (and out of slow denormal numbers)
-            torch.nn.init.kaiming_normal_(layer.weight)
-    torch.save(network.state_dict(), path)
-    return path, network
-
-
-@pytest.mark.slow
-def test_inception_features_see_white_as_white(random_inception):
-    path, network = random_inception
-    features = inception_features(str(path))
-    white, black = torch.ones(1, 3, 64, 64), torch.zeros(1, 3, 64, 64)
-    assert features(white).shape == (1, 2048)
-    torch.testing.assert_close(features(white), network(torch.full((1, 3, 64, 64), 255, dtype=torch.uint8))[0])
-    # the official x * 256 wraps 1.0 to 0, which makes these two equal
-    assert (features(white) - features(black)).norm() > 1e-3 * features(black).norm()
-
-
-def test_lpips_equals_the_lpips_package(tmp_path):
-    torch.manual_seed(0)
-    alexnet = torchvision.models.alexnet(weights=None)
-    torch.save(alexnet.state_dict(), tmp_path / "alexnet.pth")
-    ours = lpips_distance(str(tmp_path / "alexnet.pth"))
-    reference = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
-    layers = itertools.chain(*(slice_.named_children() for slice_ in reference.net.children()))
-    for name, layer in layers:
-        layer.load_state_dict(alexnet.features[int(name)].state_dict())
-    x, y = torch.rand(2, 3, 3, 64, 64, generator=seeded(8))
-    sums = torch.zeros(2, 2, dtype=torch.float64)
-    add_distances(sums, ours, x, y, [0, 1, 0])
-    values = reference(x, y, normalize=True).flatten().double().detach()
-    expected = torch.tensor([[values[0] + values[2], 2], [values[1], 1]], dtype=torch.float64)
-    torch.testing.assert_close(sums, expected, rtol=1e-6, atol=0)
-    assert values.min() > 0 and ours(x, x).abs().max() == 0
-    assert weighted_mean(sums) == pytest.approx(float(values.mean()))
-    assert lpips_by_prompt(sums, ["a", "b"])["a"] == pytest.approx(float((values[0] + values[2]) / 2))
-
-
-def test_weight_files_that_cannot_be_had(tmp_path, monkeypatch, caplog):
-    caplog.set_level("INFO")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    assert inception_features("auto") is None and lpips_distance("auto") is None and lpips_distance("") is None
-    messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 3
-    assert messages[0].startswith("FID is n/a") and "--config.metric.inception=FILE" in messages[0]
-    assert messages[1].startswith("LPIPS is n/a") and URL_ALEXNET in messages[1]
-    with pytest.raises(UserError, match="metric.alexnet='nope.pth' does not exist"):
-        lpips_distance("nope.pth")
-    cached = tmp_path / "checkpoints" / URL_ALEXNET.rsplit("/", 1)[1]
-    cached.parent.mkdir()
-    cached.write_bytes(b"x")
-    assert weight_file("auto", URL_ALEXNET, "LPIPS", "f") == cached
-    with pytest.raises(UserError, match="is not a file of plain tensors"):
-        lpips_distance("auto")
-    torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "wrong.pth")
-    for load in (lpips_distance, inception_features):
-        with pytest.raises(UserError, match="are not torch"):
-            load(str(tmp_path / "wrong.pth"))
-
-
 # --- LPIPS pairs ---
 
 
@@ -222,52 +138,3 @@ def test_pairs_depend_on_the_seed_and_on_nothing_else():
     first = [pair for pair in pairs if pair[2] == CAPTIONS[0]]
     assert pair_images(fake[:30], real[:30], 1) == first
     assert [p[1].name for p in first] != [p[1].name for p in pairs if p[2] == CAPTIONS[1]]
-
-
-# --- tables ---
-
-
-def test_tables_have_the_papers_layout():
-    base = {"APR": 0.1828, "FID": 121.47, "LPIPS": 0.6, "FD_judge": None, "reward": 0.8, "images": 32000}
-    base["APR_by_prompt"] = {CAPTIONS[8]: 0.6374, CAPTIONS[1]: 0.002, CAPTIONS[18]: 0.8}
-    tuned = base | {"APR": 0.6314, "FID": None, "FD_judge": 0.123456, "APR_by_prompt": {}}
-    rows = [
-        line.strip("| ").split("|") for line in table2({"SD": base, "SD+RL": tuned}, {CAPTIONS[8]: 543}).split("\n")
-    ]
-    cells = [[cell.strip() for cell in row] for row in rows]
-    assert "MEL Hair,MEL Gel,MEL Ink,MEL Ruler,NV Hair,NV Gel,NV Ink,NV Ruler".split(",") == cells[0][-8:]
-    assert cells[2] == ["# Real Sample", "543", *["0"] * 7]
-    assert cells[3] == ["APR ↑ (%) SD", "63.74", "n/a", "0.20", "n/a", "n/a", "n/a", "n/a", "80.00"]
-    assert cells[4] == ["APR ↑ (%) SD+RL", *["n/a"] * 8]
-    assert "# Real" not in table2({"SD": base})
-    lines = table3({"SD": base, "SD+RL": tuned}).splitlines()
-    assert [cell.strip() for cell in lines[2].strip("|").split("|")] == [
-        "SD",
-        "18.28",
-        "121.47",
-        "0.600",
-        "n/a",
-        "0.800",
-        "32000",
-    ]
-    assert [cell.strip() for cell in lines[3].strip("|").split("|")] == [
-        "SD+RL",
-        "63.14",
-        "n/a",
-        "0.600",
-        "0.1235",
-        "0.800",
-        "32000",
-    ]
-    assert len({len(line) for line in lines}) == 1
-
-
-def test_comparison_puts_the_same_captions_below_each_other(tmp_path):
-    sets = {}
-    for name, value in (("SD", 0.2), ("SD+RL", 0.8)):
-        for caption in CAPTIONS[:9]:
-            save_image(tmp_path / name / "images" / folder_name(caption) / "0.png", torch.full((3, 8, 8), value))
-        sets[name] = list_samples(tmp_path / name)
-    sheet = np.asarray(comparison(sets))
-    assert sheet.shape == (4 * 12, 8 * 5 + 8 * 10 + 2, 3)  # two rows of captions for each set
-    assert [int(sheet[row * 12 + 6, 46, 0]) for row in range(4)] == [51, 204, 51, 204]

@@ -5,10 +5,10 @@ import io
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from ddpo_pytorch.data.isic import ARTIFACTS, CAPTIONS, labels_of
+from ddpo_pytorch.data.isic import CAPTIONS, short_caption
 from ddpo_pytorch.metrics.augmentation import MEASURES, RESAMPLES
 from ddpo_pytorch.metrics.augmentation_plan import Draw
-from ddpo_pytorch.metrics.report import markdown_table
+from ddpo_pytorch.metrics.tables import markdown_table
 
 UNDEFINED = "-"
 TITLES = {"f1": "F1", "accuracy": "accuracy (%)", "auc": "AUC"}
@@ -16,13 +16,6 @@ COLUMNS = ("group", "attribute", "training", "measure", "mean", "sd", "differenc
     "seeds_agree", "resamples", "images", "support"
 )  # fmt: skip
 Row = Mapping[str, Any]
-
-
-def short_caption(caption: str) -> str:
-    """A subgroup in few letters: "MEL hair+ink", "NV plain"."""
-    labels = labels_of(caption)
-    present = [name for name, value in zip(ARTIFACTS, labels, strict=False) if value]
-    return f"{'MEL' if labels[4] else 'NV'} {'+'.join(present) or 'plain'}"
 
 
 def subgroups(

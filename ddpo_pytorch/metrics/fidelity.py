@@ -5,46 +5,79 @@ that shares of several processes are summed and evaluated once.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.metrics.arrays import finite
+from ddpo_pytorch.metrics.intervals import Quantity, t_quantile
 
 
 @dataclass
 class Moments:
-    """Additive first and second moments of F features in float64: count (), total (F,), outer (F, F)."""
+    """Additive first and second moments of F features in float64: count (), total (F,), outer (F, F).
+
+    total and outer are sums of (f - shift) and (f - shift)(f - shift)^T. With a shift near the mean, a covariance does
+    not come out as the difference of two large numbers. It is zero unless given; sums of single fields, as over
+    processes, are those of the whole only if all parts have one shift, while + and - take care of it.
+    """
 
     count: torch.Tensor
     total: torch.Tensor
     outer: torch.Tensor
+    shift: torch.Tensor | float = 0.0
 
     @classmethod
-    def zeros(cls, width: int, device: str | torch.device = "cpu") -> "Moments":
-        """No samples yet."""
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((), width, (width, width))))
+    def zeros(cls, width: int, device: str | torch.device = "cpu", shift: torch.Tensor | float = 0.0) -> "Moments":
+        """No samples yet; `shift` (F,) is a guess of their mean."""
+        sums = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((), width, (width, width)))
+        return cls(*sums, shift.to(device, torch.float64) if isinstance(shift, torch.Tensor) else shift)
 
     def add(self, features: torch.Tensor) -> None:
-        """Add (B, F) features of any float type."""
+        """Add (B, F) features of any float type. Raises ValueError for NaN or infinity."""
         features = features.to(self.total)
+        if not features.isfinite().all():
+            finite(features.cpu(), "features", int(self.count))  # which names the row
+        features = features - self.shift
         self.count += len(features)
         self.total += features.sum(0)
         self.outer += features.T @ features
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Moments of both sets of samples together."""
+        moved = other.shifted(self.shift)
+        return Moments(self.count + moved.count, self.total + moved.total, self.outer + moved.outer, self.shift)
+
+    def __sub__(self, other: "Moments") -> "Moments":
+        """Moments without those of a set of samples that is part of this one."""
+        moved = other.shifted(self.shift)
+        return Moments(self.count - moved.count, self.total - moved.total, self.outer - moved.outer, self.shift)
+
+    def shifted(self, shift: torch.Tensor | float) -> "Moments":
+        """The same moments about another shift."""
+        if shift is self.shift:
+            return self
+        step = torch.zeros_like(self.total) + self.shift - shift
+        cross = torch.outer(self.total, step)
+        outer = self.outer + cross + cross.T + self.count * torch.outer(step, step)
+        return Moments(self.count, self.total + self.count * step, outer, shift)
 
     def gaussian(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean (F,) and unbiased covariance (F, F). Raises UserError below two samples."""
         if self.count < 2:
             raise UserError(f"a Frechet distance needs at least 2 images in each set, got {int(self.count)}")
         mean = self.total / self.count
-        return mean, (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
+        return mean + self.shift, (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
 
 
 def moments(features: torch.Tensor) -> Moments:
-    """Moments of one (N, F) feature set."""
-    result = Moments.zeros(features.shape[1], features.device)
+    """Moments of one (N, F) feature set, about its mean."""
+    shift = features.double().mean(0) if len(features) else 0.0
+    result = Moments.zeros(features.shape[1], features.device, shift)
     result.add(features)
     return result
 
@@ -56,18 +89,48 @@ def frechet_distance(x: Moments, y: Moments) -> float:
     eigenvalues of Cx Cy these are exact to rounding where covariances are singular (fewer samples than features): a set
     is at distance 0 from itself, and the distance is symmetric.
     """
-    (mean_x, cov_x), (mean_y, cov_y) = x.gaussian(), y.gaussian()
-    root_x, root_y = _root(cov_x), _root(cov_y)
+    return _distance(x, *_mean_and_root(y))
+
+
+def frechet_jackknife(groups: Sequence[Moments], real: Moments) -> Quantity:
+    """Frechet distance of all groups together to real, with an interval for the randomness of the generated images.
+
+    groups: moments of about 10 random parts of the generated images, of about the same size; real is taken as given.
+    The interval is value +- t se (t of G - 1 degrees of freedom, se from leaving out one group at a time, with weights
+    for unequal sizes: Busing, Meijer and van der Leeden 1999), cut at 0. It is not a bootstrap because a resample holds
+    some images several times: it has the covariance of fewer images, so its distances are all larger than the one they
+    should surround. The distance's own bias, larger for fewer images, is not in the interval: compare equal n only.
+    """
+    root = _mean_and_root(real)
+    whole = sum(groups[1:], groups[0])
+    value, images = _distance(whole, *root), int(whole.count)
+    if len(groups) < 2:
+        return Quantity(value, None, None, images, "one group: no interval")
+    shares = np.array([float(group.count / whole.count) for group in groups])
+    if shares.min() <= 0 or images * (1 - shares.max()) < 2:
+        raise ValueError(f"a jackknife needs images in every group, and 2 outside each: {shares * images} images")
+    left = np.array([_distance(whole - group, *root) for group in groups])
+    centre = len(groups) * value - ((1 - shares) * left).sum()
+    pseudo = (value - (1 - shares) * left) / shares
+    error = float(np.sqrt(((pseudo - centre) ** 2 * shares / (1 - shares)).mean()))
+    half = t_quantile(len(groups) - 1) * error
+    how = f"jackknife over {len(groups)} random groups of the generated images"
+    return Quantity(value, max(0.0, value - half), value + half, images, how)
+
+
+def _distance(x: Moments, mean_y: torch.Tensor, root_y: torch.Tensor) -> float:
+    mean_x, root_x = _mean_and_root(x)
     cross = torch.linalg.svdvals(root_x.T @ root_y).sum()
     spread = root_x.square().sum() + root_y.square().sum() - 2 * cross
     return max(0.0, float((mean_x - mean_y).square().sum() + spread))
 
 
-def _root(covariance: torch.Tensor) -> torch.Tensor:
-    """A (F, r) with A A^T = covariance, directions of rounding noise left out."""
+def _mean_and_root(x: Moments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean (F,) and A (F, r) with A A^T = the covariance, directions of rounding noise left out."""
+    mean, covariance = x.gaussian()
     values, vectors = torch.linalg.eigh(covariance)
     keep = values > values.max() * len(values) * torch.finfo(values.dtype).eps
-    return vectors[:, keep] * values[keep].sqrt()
+    return mean, vectors[:, keep] * values[keep].sqrt()
 
 
 def pair_images(
@@ -92,26 +155,3 @@ def _by_caption(samples: Sequence[tuple[Path, str]]) -> dict[str, list[Path]]:
     for path, caption in sorted(samples):
         groups.setdefault(caption, []).append(path)
     return groups
-
-
-def add_distances(
-    sums: torch.Tensor,
-    distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    fake: torch.Tensor,
-    real: torch.Tensor,
-    rows: Sequence[int],
-) -> None:
-    """Add LPIPS of B pairs of images in [0, 1] to sums (P, 2) float64 of (distance, pairs), pair b in row rows[b]."""
-    values = distance(fake * 2 - 1, real * 2 - 1).flatten().double().cpu()
-    sums.index_add_(0, torch.tensor(rows), torch.stack([values, torch.ones_like(values)], dim=1))
-
-
-def weighted_mean(sums: torch.Tensor) -> float | None:
-    """Mean over all pairs of (P, 2) sums of (distance, pairs); None without pairs."""
-    distance, pairs = sums.sum(0).tolist()
-    return distance / pairs if pairs else None
-
-
-def lpips_by_prompt(sums: torch.Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """Mean of each caption that has pairs."""
-    return {caption: float(row[0] / row[1]) for caption, row in zip(captions, sums, strict=True) if row[1]}

@@ -1,100 +1,220 @@
-"""Passes over sample sets with a judge and feature networks, shared among processes.
+"""What is measured on one sample folder: alignment, fidelity, perception, diversity, memorisation.
 
-Each process takes every n-th image; counts, moments and distances are summed in float64 at the end of a pass, so the
-results do not depend on the number of processes and uneven shares do no harm.
+Each function takes what networks said about the images (`store`) and returns a part of metrics.json, in which a
+`Quantity` is a number with its 95 % interval. Nothing here reads images.
 """
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
+import numpy as np
 import torch
-from accelerate import Accelerator
-from tqdm import tqdm
 
-from ddpo_pytorch.data.isic import CAPTIONS
-from ddpo_pytorch.judges.classifier import ArtifactClassifier
-from ddpo_pytorch.metrics.alignment import AlignmentCounts, count_alignment
-from ddpo_pytorch.metrics.fidelity import Moments, add_distances, frechet_distance, pair_images
-from ddpo_pytorch.metrics.loading import load_batches
+from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of
+from ddpo_pytorch.metrics.diversity import spread
+from ddpo_pytorch.metrics.fidelity import Moments, frechet_distance, frechet_jackknife
+from ddpo_pytorch.metrics.intervals import Quantity, bootstrap_mean, bootstrap_ratio
+from ddpo_pytorch.metrics.kernel import kernel_distance
+from ddpo_pytorch.metrics.manifold import manifold_metrics
+from ddpo_pytorch.metrics.memorisation import closest, memorisation, nearest
+from ddpo_pytorch.metrics.sets import ImageSet
+from ddpo_pytorch.metrics.store import Rows
 
-logger = logging.getLogger(__name__)
-
-Samples = Sequence[tuple[Path, str]]
-Extractor = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Instruments:
-    """What measures: the judge, feature extractors by the name of their Frechet distance, LPIPS or None.
-
-    `shape` (H, W) is the one size of all images, `batch_size` images a process and batch.
-    """
-
-    accelerator: Accelerator
-    judge: ArtifactClassifier
-    extractors: dict[str, Extractor]
-    lpips: torch.nn.Module | None
-    shape: tuple[int, int]
-    batch_size: int
-    progress: bool = True
-
-    def share(self, items: Sequence) -> Sequence:
-        """This process's part of a list that every process holds whole."""
-        return items[self.accelerator.process_index :: self.accelerator.num_processes]
-
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """Sum of a float64 tensor over all processes."""
-        return self.accelerator.reduce(value.to(self.accelerator.device), reduction="sum").to(value.device)
-
-    def batches(self, title: str, *columns: Sequence[Path]) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Aligned batches (B, 3, H, W) of one or more equally long lists of files, with a progress bar."""
-        loaders = [load_batches(paths, self.batch_size, self.shape) for paths in columns]
-        total = -(-len(columns[0]) // self.batch_size)
-        hidden = None if self.progress and self.accelerator.is_main_process else True
-        for batch in tqdm(zip(*loaders, strict=True), desc=title, total=total, disable=hidden):
-            yield tuple(images.to(self.accelerator.device) for images in batch)
+# sets above this are reduced to a seeded draw of so many for KID, precision, recall, density and coverage, whose cost
+# or memory grows with the square.
+PAIRWISE_IMAGES = 10_000
+NEIGHBOURS = 5
+JACKKNIFE_GROUPS = 10
+# images a prompt that diversity is computed from: Vendi's score grows with their number.
+SPREAD_IMAGES = 64
+CLOSEST = 16
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What one pass over a sample set yields: the judge's counts, and moments by the name of the features."""
+@dataclass
+class Side:
+    """An image set with what was found out about it: rows by network, and the moments of all its features."""
 
-    counts: AlignmentCounts
+    images: ImageSet
+    rows: Mapping[str, Rows]
     moments: dict[str, Moments] = field(default_factory=dict)
 
-    def distance(self, other: "Measured | None", name: str) -> float | None:
-        """Frechet distance of the named features to those of another set; None where either was not measured."""
-        if other is None or name not in self.moments or name not in other.moments:
-            return None
-        return frechet_distance(self.moments[name], other.moments[name])
+    @property
+    def groups(self) -> np.ndarray:
+        return np.array(self.images.groups, dtype=np.int64)
+
+    def all_moments(self, extractor: str) -> Moments:
+        """Moments over all images, computed once."""
+        if extractor not in self.moments:
+            rows = self.rows[extractor]
+            self.moments[extractor] = sum_moments(rows, [np.arange(len(rows))])[0]
+        return self.moments[extractor]
 
 
-def measure(samples: Samples, tools: Instruments, title: str) -> Measured:
-    """Judge every sample and collect the moments of its features."""
-    device, probe = tools.accelerator.device, torch.zeros(1, 3, *tools.shape)
-    moments = {name: Moments.zeros(fn(probe).shape[1], device) for name, fn in tools.extractors.items()}
-    counts = count_alignment([], torch.empty(0), tools.judge.labels)
-    share = tools.share(samples)
-    captions = iter([caption for _, caption in share])
-    for (images,) in tools.batches(title, [path for path, _ in share]):
-        stated = [next(captions) for _ in images]
-        counts += count_alignment(stated, tools.judge.predict(images), tools.judge.labels)
-        for name, features in tools.extractors.items():
-            moments[name].add(features(images))
-    table = tools.sum(counts.table)
-    summed = {name: Moments(tools.sum(m.count), tools.sum(m.total), tools.sum(m.outer)) for name, m in moments.items()}
-    return Measured(AlignmentCounts(counts.labels, table), summed)
+def aligned_images(labels: Sequence[str], logits: np.ndarray, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Stated and seen labels (N, H) of N images, bool; an image is aligned when its rows are equal (equation (3))."""
+    columns = [LABELS.index(name) for name in labels]
+    stated = np.array([labels_of(caption) for caption in captions], dtype=bool)[:, columns]
+    return stated, logits > 0
 
 
-def lpips_sums(fake: Samples, real: Samples, seed: int, tools: Instruments) -> torch.Tensor:
-    """(32, 2) float64 sums of (LPIPS, pairs) by caption; zeros without LPIPS or real images."""
-    sums = torch.zeros(len(CAPTIONS), 2, dtype=torch.float64)
-    if tools.lpips is None:
-        return sums
-    pairs = tools.share(pair_images(fake, real, seed))
-    rows = iter([CAPTIONS.index(caption) for _, _, caption in pairs])
-    for fakes, reals in tools.batches("LPIPS", [pair[0] for pair in pairs], [pair[1] for pair in pairs]):
-        add_distances(sums, tools.lpips, fakes, reals, [next(rows) for _ in fakes])
-    return tools.sum(sums)
+def alignment(labels: Sequence[str], logits: np.ndarray, captions: Sequence[str], seed: int) -> dict:
+    """APR over all and by prompt, and precision and recall of each attribute.
+
+    Recall is the share of images asked to show an attribute in which the judge sees it, precision the share of images
+    in which it sees it that were asked to.
+    """
+    stated, seen = aligned_images(labels, logits, captions)
+    hits = (stated == seen).all(axis=1).astype(float)
+    groups = np.array([CAPTIONS.index(caption) for caption in captions])
+    result = {"APR": bootstrap_mean(hits, groups, seed, resample_groups=True), "by_prompt": {}, "attributes": {}}
+    for number in np.unique(groups):
+        own = groups == number
+        quantity = bootstrap_mean(hits[own], groups[own], seed, resample_groups=False)
+        result["by_prompt"][CAPTIONS[number]] = quantity
+    for column, name in enumerate(labels):
+        asked, found = stated[:, column].astype(float), seen[:, column].astype(float)
+        result["attributes"][name] = {
+            "precision": bootstrap_ratio(asked * found, found, groups, seed),
+            "recall": bootstrap_ratio(asked * found, asked, groups, seed),
+            "accuracy": float((asked == found).mean()),
+            "requested": int(asked.sum()),
+            "seen": int(found.sum()),
+        }
+    return result
+
+
+def matched(sides: Sequence[ImageSet], seed: int) -> list[np.ndarray]:
+    """Indices into each set such that all hold equally many images of every caption: the fewest that any set has.
+
+    Which ones is drawn by (seed, caption) from the images in their order, so that sets made from the same noise keep
+    the same noise.
+    """
+    chosen: list[list[int]] = [[] for _ in sides]
+    by_caption = [defaultdict(list) for _ in sides]
+    for groups, images in zip(by_caption, sides, strict=True):
+        for index, caption in enumerate(images.captions):
+            groups[caption].append(index)
+    for number, caption in enumerate(CAPTIONS):
+        count = min(len(groups[caption]) for groups in by_caption)
+        for indices, groups in zip(chosen, by_caption, strict=True):
+            order = np.random.default_rng([seed, number, 0]).permutation(len(groups[caption]))[:count]
+            indices += sorted(groups[caption][position] for position in order)
+    return [np.array(indices, dtype=np.int64) for indices in chosen]
+
+
+def sum_moments(rows: Rows, groups: Sequence[np.ndarray], block: int = 4096) -> list[Moments]:
+    """Moments of each group of indices, read a block at a time."""
+    result = []
+    for indices in groups:
+        total = None
+        for start in range(0, len(indices), block):
+            values = torch.from_numpy(rows.take(indices[start : start + block]))
+            total = Moments.zeros(values.shape[1]) if total is None else total
+            total.add(values)
+        result.append(total)
+    return result
+
+
+def frechet(real: Moments, fake: Rows, indices: np.ndarray, seed: int) -> Quantity:
+    """Frechet distance of the chosen generated images to real ones, with its jackknife interval."""
+    if len(indices) < 2 * JACKKNIFE_GROUPS:
+        own = sum_moments(fake, [indices])[0]
+        return Quantity(frechet_distance(own, real), None, None, len(indices), "too few images for an interval")
+    order = np.random.default_rng([seed, 1]).permutation(indices)
+    return frechet_jackknife(sum_moments(fake, np.array_split(order, JACKKNIFE_GROUPS)), real)
+
+
+def fidelity(
+    extractor: str, real: Side, fake: Side, real_part: np.ndarray, fake_part: np.ndarray, seed: int
+) -> dict[str, dict]:
+    """Distances between features of real and generated images, in the same prompt mix and, beside it, of all images."""
+    ours, theirs = fake.rows[extractor], real.rows[extractor]
+    result = {"unmatched": {"n": len(ours), "n_real": len(theirs)}, "matched": {"n": len(fake_part)}}
+    if min(len(ours), len(theirs)) > 1:
+        x, y = _few(theirs, np.arange(len(theirs)), seed), _few(ours, np.arange(len(ours)), seed)
+        result["unmatched"]["FID"] = frechet(real.all_moments(extractor), ours, np.arange(len(ours)), seed)
+        result["unmatched"]["KID"] = kernel_distance(x, y, seed)
+    if len(fake_part) > 1:
+        x, y = _few(theirs, real_part, seed), _few(ours, fake_part, seed)
+        result["matched"]["FID"] = frechet(sum_moments(theirs, [real_part])[0], ours, fake_part, seed)
+        result["matched"]["KID"] = kernel_distance(x, y, seed)
+        if len(x) > NEIGHBOURS:
+            how = f"k = {NEIGHBOURS}; no interval"
+            values = manifold_metrics(x, y, NEIGHBOURS)
+            result["matched"] |= {key: Quantity(value, None, None, len(y), how) for key, value in values.items()}
+    return result
+
+
+def _few(rows: Rows, indices: np.ndarray, seed: int) -> np.ndarray:
+    if len(indices) > PAIRWISE_IMAGES:
+        indices = np.sort(np.random.default_rng([seed, 2]).permutation(indices)[:PAIRWISE_IMAGES])
+    return rows.take(indices)
+
+
+def spread_size(models: Sequence[ImageSet]) -> int:
+    """Images a prompt from which the diversity of all sets is computed; below 2 there is none."""
+    counts = [images.captions.count(caption) for images in models for caption in set(images.captions)]
+    return min(SPREAD_IMAGES, *counts)
+
+
+def diversity(extractor: str, side: Side, per_group: int, seed: int) -> dict[str, Quantity] | None:
+    """Spread of the features within prompts that have at least `per_group` images; None where there is no such."""
+    groups, kept = side.groups, []
+    for number in np.unique(groups):
+        own = np.flatnonzero(groups == number)
+        if len(own) >= max(2, per_group):
+            order = np.random.default_rng([seed, int(number), 3]).permutation(len(own))[: 2 * per_group]
+            kept.append(np.sort(own[order]))
+    if per_group < 2 or not kept:
+        return None
+    indices = np.concatenate(kept)
+    return spread(side.rows[extractor].take(indices), groups[indices], per_group, seed)
+
+
+@dataclass
+class Neighbours:
+    """For N images: distance to and index of the nearest training image."""
+
+    distances: np.ndarray
+    indices: np.ndarray
+
+    def where(self, kept: np.ndarray) -> "Neighbours | None":
+        """Those of the images for which kept (N,) is True; None if there are none."""
+        return Neighbours(self.distances[kept], self.indices[kept]) if kept.any() else None
+
+
+def neighbours(extractor: str, side: Side, train: Side) -> Neighbours:
+    """Nearest training image of every image, by the cosine distance of features."""
+    return Neighbours(*nearest(side.rows[extractor], train.rows[extractor]))
+
+
+def memorised(fake: Side, train: Side, own: Neighbours, baseline: Neighbours | None, seed: int) -> dict:
+    """Share of samples closer to a training image than 99 % of real images are, pixel copies, and the closest pairs."""
+    result = {
+        "copies": int(copies(fake, train).sum()),
+        "closest": [
+            {
+                "path": str(fake.images.paths[i].resolve()),
+                "caption": fake.images.captions[i],
+                "train": str(train.images.paths[own.indices[i]].resolve()),
+                "distance": float(own.distances[i]),
+            }
+            for i in closest(own.distances, own.indices, CLOSEST)
+        ],
+    }
+    if baseline is not None:
+        share, threshold = memorisation(own.distances, baseline.distances, fake.groups, seed)
+        result |= {"share_closer": share, "threshold": threshold}
+    return result
+
+
+def copies(side: Side, train: Side) -> np.ndarray:
+    """(N,) bool: images whose pixels are those of a training image."""
+    known = {row.tobytes() for row in pixels(train)[:, 1:]}
+    return np.array([row.tobytes() in known for row in pixels(side)[:, 1:]])
+
+
+def pixels(side: Side) -> np.ndarray:
+    """`pixel_facts` (N, 5) of all images."""
+    return np.concatenate(list(side.rows["pixels"].chunks()))

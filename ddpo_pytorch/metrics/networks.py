@@ -1,61 +1,127 @@
-"""The two public networks behind FID and LPIPS, from weight files that may have to be fetched first.
+"""The networks that see images for the metrics, from weight files that may have to be fetched first.
 
-Neither file is part of a package: where it cannot be had, loading returns None after one log line that names the
-option, and the metric is reported as n/a.
+Inception, AlexNet and DINOv2 are part of no package: where their weights cannot be had, `Unavailable` says why and
+names the option, and the caller goes on with the other metrics.
 """
 
+import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import lpips
+import timm
 import torch
+import torchvision.transforms.functional as tvf
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torchvision.transforms import InterpolationMode
 
 from ddpo_pytorch.data.images import to_uint8
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import sha256
+from ddpo_pytorch.judges.classifier import IMAGENET_MEAN, IMAGENET_STD, load_classifier
+from ddpo_pytorch.metrics.store import Network
+from ddpo_pytorch.published import resolve
 
 logger = logging.getLogger(__name__)
 
 URL_ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
+DINOV2 = "vit_small_patch14_dinov2.lvd142m"
+URL_DINOV2 = f"https://huggingface.co/timm/{DINOV2}/resolve/main/model.safetensors"
+DINOV2_SIZE = 224
 # seconds to wait for the server; without a network the metrics go on instead of hanging.
 TIMEOUT = 10
+# how images in [0, 1] become the 8 bits that Inception sees
+FID_MODES = ("exact", "compat")
+Device = str | torch.device
 
 
-def inception_features(
-    option: str, device: str | torch.device = "cpu"
-) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """Function from images (B, 3, H, W) in [0, 1] to the 2048 pooled features of FID's Inception V3, or None.
+class Unavailable(Exception):
+    """A network whose weights cannot be had here; the text says why and what to do."""
 
-    It is torch-fidelity's port: quantised to 8 bits, resized to 299 px bilinearly without antialiasing as TensorFlow 1
-    did, i.e. the features behind published FIDs (torchmetrics now resizes with antialiasing, which gives others).
+
+def judge_network(name: str, option: str, device: Device = "cpu") -> tuple[Network, Network, tuple[str, ...]]:
+    """A classifier as two networks, `name` giving logits (B, H) and "features" the pooled features; and its labels.
+
+    Raises UserError as `load_classifier` does.
     """
-    path = weight_file(option, URL_INCEPTION_V3, "FID", "--config.metric.inception")
-    if path is None:
-        return None
+    model = load_classifier(option, device)
+    digest, where = sha256(resolve(option)), f"classifier {Path(option).name}, {model.image_size} px"
+    logits = Network(name, f"logits of {where}", digest, _key("logits", digest), model.logits)
+    features = Network("judge", f"pooled features of {where}", digest, _key("features", digest), model.features)
+    return logits, features, model.labels
+
+
+def inception_network(option: str, mode: str = "exact", device: Device = "cpu") -> Network:
+    """FID's Inception V3 as torch-fidelity ports it: images (B, 3, H, W) in [0, 1] to 2048 pooled features.
+
+    Images are quantised to 8 bits and resized to 299 px bilinearly without antialiasing as TensorFlow 1 did, i.e. the
+    features behind published FIDs (torchmetrics now resizes with antialiasing, which gives others). `mode` "exact"
+    rounds; "compat" repeats the official code's x * 256 cut to 8 bits, in which pure white becomes black.
+
+    Raises:
+        Unavailable: no weights.
+        UserError: a file that does not exist or holds something else.
+    """
+    if mode not in FID_MODES:
+        raise UserError(f"metric.fid is {mode!r}; allowed are {', '.join(FID_MODES)}")
+    path = weight_file(option, URL_INCEPTION_V3, "--config.metric.inception")
     _plain_tensors(path)  # the extractor unpickles the file itself: let through only what needs no unpickling
     try:
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path)).to(device)
     except RuntimeError as error:
         raise UserError(f"{str(path)!r} are not torch-fidelity's Inception V3 weights ({_short(error)})") from error
+    quantise = to_uint8 if mode == "exact" else official_uint8
+    what = "Inception V3 of FID, 2048 pooled features; 299 px, bilinear, not antialiased (TensorFlow 1)"
+    what += "; x * 256 wrapped to 8 bits as officially" if mode == "compat" else "; rounded to 8 bits"
+    digest = sha256(path)
+    return Network(
+        "inception", what, digest, _key(f"inception {mode}", digest), lambda x: network(quantise(x.to(device)))[0]
+    )
 
-    @torch.no_grad()
+
+def official_uint8(images: torch.Tensor) -> torch.Tensor:
+    """The official metric.py's quantisation of images in [0, 1]: x * 256 cut to an integer, of which 256 wraps to 0."""
+    return (images.detach().float() * 256).to(torch.int64).remainder(256).to(torch.uint8)
+
+
+def dinov2_network(option: str, device: Device = "cpu") -> Network:
+    """DINOv2 (ViT-S/14, timm): images (B, 3, H, W) in [0, 1] to the 384 features of the class token.
+
+    Resized to 224 px bicubically with antialiasing, ImageNet-normalised. Raises as `inception_network`.
+    """
+    path = weight_file(option, URL_DINOV2, "--config.metric.dinov2", f"{DINOV2}.safetensors")
+    model = timm.create_model(DINOV2, pretrained=False, num_classes=0, img_size=DINOV2_SIZE)
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else _plain_tensors(path)
+        state = timm.models.vision_transformer.checkpoint_filter_fn(state, model)  # resamples position embeddings
+        model.load_state_dict(state)
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        raise UserError(f"{str(path)!r} are not timm's {DINOV2} weights ({_short(error)})") from error
+    model.requires_grad_(False).eval().to(device)
+
     def features(images: torch.Tensor) -> torch.Tensor:
-        return network(to_uint8(images.to(device)))[0]
+        size = [DINOV2_SIZE, DINOV2_SIZE]
+        pixels = tvf.resize(images.to(device), size, InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+        return model(tvf.normalize(pixels, IMAGENET_MEAN, IMAGENET_STD))
 
-    return features
+    digest = sha256(path)
+    what = f"DINOv2 ({DINOV2}), class token; {DINOV2_SIZE} px, bicubic, antialiased"
+    return Network("dinov2", what, digest, _key("dinov2", digest), features)
 
 
-def lpips_distance(option: str, device: str | torch.device = "cpu") -> nn.Module | None:
-    """LPIPS (AlexNet, v0.1 linear layers, which the lpips package ships) on images in [-1, 1], or None."""
-    path = weight_file(option, URL_ALEXNET, "LPIPS", "--config.metric.alexnet")
-    if path is None:
-        return None
+def lpips_network(option: str, device: Device = "cpu") -> Network:
+    """LPIPS (AlexNet, v0.1 linear layers, which the lpips package ships): two (B, 3, H, W) in [0, 1] to (B, 1).
+
+    Images keep their size. Raises as `inception_network`.
+    """
+    path = weight_file(option, URL_ALEXNET, "--config.metric.alexnet")
     state = _plain_tensors(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips calls torchvision by an argument of 2021
@@ -66,28 +132,33 @@ def lpips_distance(option: str, device: str | torch.device = "cpu") -> nn.Module
         model.net.load_state_dict(trunk)
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{str(path)!r} are not torchvision's AlexNet weights ({_short(error)})") from error
-    return model.requires_grad_(False).eval().to(device)
+    model = model.requires_grad_(False).eval().to(device)
+    digest = sha256(path)
+    return Network(
+        "lpips", "LPIPS (AlexNet, v0.1), native size", digest, _key("lpips", digest), lambda x, y: _lpips(model, x, y)
+    )
 
 
-def weight_file(option: str, url: str, metric: str, flag: str) -> Path | None:
+def _lpips(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return model(x * 2 - 1, y * 2 - 1).flatten(1)
+
+
+def weight_file(option: str, url: str, flag: str, name: str = "") -> Path:
     """The file that an option names: "" is none, "auto" the torch hub cache or a download, else a path.
 
-    Raises UserError for a path that does not exist.
+    `name` is that of the file in the cache, by default the url's. Raises Unavailable where there is none, UserError for
+    a path that does not exist.
     """
     if not option:
-        logger.info("%s is n/a: %s is empty", metric, flag)
-        return None
+        raise Unavailable(f"{flag} is empty; give 'auto' or the file of {url}")
     if option != "auto":
         if not Path(option).is_file():
-            raise UserError(f"{flag}={option!r} does not exist; fetch {url}, or give '' to leave {metric} out")
+            raise UserError(f"{flag}={option!r} does not exist; fetch {url}, or give '' to do without")
         return Path(option)
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / (name or url.rsplit("/", 1)[1])
     if path.is_file() or _download(url, path):
         return path
-    logger.info(
-        "%s is n/a: no weights in %s and no download; fetch %s and give %s=FILE", metric, path.parent, url, flag
-    )
-    return None
+    raise Unavailable(f"no weights in {path.parent} and no download; fetch {url} and give {flag}=FILE")
 
 
 def _download(url: str, path: Path) -> bool:
@@ -107,6 +178,10 @@ def _plain_tensors(path: Path) -> dict[str, torch.Tensor]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{str(path)!r} is not a file of plain tensors ({_short(error)}); fetch it again") from error
+
+
+def _key(preprocessing: str, digest: str) -> str:
+    return hashlib.sha256(f"{preprocessing} {digest} torch {torch.__version__}".encode()).hexdigest()
 
 
 def _short(error: Exception) -> str:

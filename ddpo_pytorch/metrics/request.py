@@ -1,0 +1,148 @@
+"""What a configuration asks metric.py for: folders by model, judges, feature networks."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import Accelerator
+from ml_collections import ConfigDict
+
+from ddpo_pytorch.data.isic import ARTIFACTS, caption_of_folder, folder_name
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.metrics.networks import (
+    FID_MODES,
+    Unavailable,
+    dinov2_network,
+    inception_network,
+    judge_network,
+    lpips_network,
+)
+from ddpo_pytorch.metrics.sets import ImageSet, any_files, caption_files, inspected, named_paths
+from ddpo_pytorch.metrics.store import PIXELS, Network
+
+logger = logging.getLogger(__name__)
+
+EXTRACTORS = ("inception", "judge", "dinov2")
+RESERVED = ("real", "train")
+JUDGE = "H4"  # the name under which metric.classifier stands in metrics.json
+
+
+@dataclass
+class Sets:
+    """Image sets of a report: models by name, each a list of folders; real and training images, or None."""
+
+    models: dict[str, list[ImageSet]]
+    real: ImageSet | None
+    train: ImageSet | None
+
+
+@dataclass
+class Tools:
+    """Networks of a report: judges by name with their labels, feature extractors, LPIPS; what is missing, and why."""
+
+    judges: dict[str, tuple[Network, tuple[str, ...]]]
+    extractors: dict[str, Network] = field(default_factory=dict)
+    lpips: Network | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def networks(self) -> list[Network]:
+        """Those of a single image."""
+        return [PIXELS, *(judge for judge, _ in self.judges.values()), *self.extractors.values()]
+
+
+def check_request(metric: ConfigDict) -> None:
+    """Raise UserError for a setting without which nothing can be measured, or that is not allowed."""
+    for name, advice in (("output", "the folder for the tables"), ("classifier", "the H=4 judge, FILE")):
+        if not metric[name]:
+            raise UserError(f"metric.{name} is empty; give {advice}: --config.metric.{name}=...")
+    if metric.batch_size < 1:
+        raise UserError(f"metric.batch_size is {metric.batch_size}; it must be at least 1")
+    if metric.fid not in FID_MODES:
+        raise UserError(f"metric.fid is {metric.fid!r}; allowed are {', '.join(FID_MODES)}")
+    for name in metric.extractors:
+        if name not in EXTRACTORS:
+            raise UserError(f"metric.extractors has {name!r}; allowed are {', '.join(EXTRACTORS)}")
+
+
+def requested_models(metric: ConfigDict) -> dict[str, list[str]]:
+    """Folders by model: those of `folders`, else compare_path (where it holds samples) and fake_path."""
+    if metric.folders:
+        models: dict[str, list[str]] = {}
+        for name, folder in named_paths(metric.folders, "metric.folders"):
+            if folder in models.setdefault(name, []):
+                raise UserError(f"metric.folders gives {folder!r} twice for {name!r}; give each folder once")
+            models[name].append(folder)
+        return _check_names(models)
+    if not metric.fake_path:
+        raise UserError("metric.fake_path is empty; give the folder that eval.py wrote, --config.metric.fake_path=DIR")
+    models = {metric.fake_name: [metric.fake_path]}
+    if metric.compare_path and (Path(metric.compare_path) / "images").is_dir():
+        if metric.compare_name == metric.fake_name:
+            raise UserError(f"metric.compare_name and metric.fake_name are both {metric.fake_name!r}; name them apart")
+        models = {metric.compare_name: [metric.compare_path]} | models
+    elif metric.compare_path:
+        logger.info("%s is left out: there are no samples in %s", metric.compare_name, metric.compare_path)
+    return _check_names(models)
+
+
+def _check_names(models: dict[str, list[str]]) -> dict[str, list[str]]:
+    for name in RESERVED:
+        if name in models:
+            raise UserError(f"a model is named {name!r}, which stands for the {name} images; name it otherwise")
+    return models
+
+
+def find_sets(metric: ConfigDict, accelerator: Accelerator) -> Sets:
+    """All files of the request, checked and hashed (see `inspected`, whose errors it raises, and `list_samples`)."""
+    prompts = [caption_of_folder(folder_name(prompt)) for prompt in metric.prompts]
+    models = requested_models(metric)
+    found = [caption_files(folder, prompts) for folders in models.values() for folder in folders]
+    real = [caption_files(metric.real_path, prompts)] if metric.real_path else []
+    train = [any_files(metric.train_path)] if metric.train_path else []
+    sets = inspected([*real, *train, *found], accelerator.process_index, accelerator.num_processes)
+    real_set = sets.pop(0) if real else None
+    train_set = sets.pop(0) if train else None
+    rest = iter(sets)
+    return Sets({name: [next(rest) for _ in folders] for name, folders in models.items()}, real_set, train_set)
+
+
+def load_tools(metric: ConfigDict, accelerator: Accelerator) -> Tools:
+    """The judges and every network whose weights are at hand. Raises UserError for a wrong file or judge."""
+    device = accelerator.device
+    logits, features, labels = judge_network(JUDGE, metric.classifier, device)
+    if labels != ARTIFACTS:
+        raise UserError(
+            f"metric.classifier={metric.classifier!r} has {len(labels)} heads ({', '.join(labels)}); APR is judged by "
+            f"the four {', '.join(ARTIFACTS)}. Others go into --config.metric.more_judges=NAME=FILE"
+        )
+    tools = Tools({JUDGE: (logits, labels)})
+    for name, path in named_paths(metric.more_judges, "metric.more_judges"):
+        if name in tools.judges:
+            raise UserError(f"metric.more_judges names {name!r} again; {JUDGE} is metric.classifier")
+        network, _, judge_labels = judge_network(name, path, device)
+        tools.judges[name] = (network, judge_labels)
+    loaders: dict[str, tuple[str, Callable[[], Network]]] = {
+        "inception": (
+            "FID, KID, precision ... (inception)",
+            lambda: inception_network(metric.inception, metric.fid, device),
+        ),
+        "dinov2": ("FID, KID, precision ... (dinov2)", lambda: dinov2_network(metric.dinov2, device)),
+        "judge": ("", lambda: features),
+    }
+    with accelerator.main_process_first():  # one process downloads, the others find the file
+        for name in metric.extractors:
+            title, load = loaders[name]
+            tools.extractors |= {name: network} if (network := _attempt(tools, title, load)) else {}
+        tools.lpips = _attempt(tools, "LPIPS", lambda: lpips_network(metric.alexnet, device))
+    return tools
+
+
+def _attempt(tools: Tools, title: str, load: Callable[[], Network]) -> Network | None:
+    try:
+        return load()
+    except Unavailable as error:
+        tools.missing[title] = str(error)
+        logger.info("%s: n/a, %s", title, error)
+        return None

@@ -1,0 +1,241 @@
+"""Intervals against the naive bootstrap, scipy and simulations with a known truth."""
+
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from ddpo_pytorch.metrics.intervals import (
+    bootstrap_difference,
+    bootstrap_mean,
+    bootstrap_ratio,
+    bootstrap_unpaired_difference,
+    over_runs,
+)
+from ddpo_pytorch.metrics.resampling import Sample, replicate_means
+
+SIMULATIONS = 300
+
+
+def coverage(simulate, truth):
+    """Share of SIMULATIONS intervals that hold the truth."""
+    quantities = [simulate(seed) for seed in range(SIMULATIONS)]
+    return np.mean([quantity.low <= truth <= quantity.high for quantity in quantities])
+
+
+def naive(values, groups, seed, resample_groups, replicates):
+    """Two-level bootstrap means in plain loops."""
+    rng, members = np.random.default_rng(seed), [values[groups == group] for group in np.unique(groups)]
+    means = []
+    for _ in range(replicates):
+        drawn = rng.integers(0, len(members), len(members)) if resample_groups else range(len(members))
+        means.append(np.mean(np.concatenate([rng.choice(members[i], len(members[i])) for i in drawn])))
+    return np.array(means)
+
+
+def clustered(seed, between, prompts=24, images=12):
+    """Binary values (N,) with mean 1/2 and their prompts (N,), whose rates vary more for a larger `between`."""
+    rng = np.random.default_rng([seed, 17])
+    groups = np.repeat(np.arange(prompts), images)
+    rates = rng.beta(1 / between, 1 / between, prompts) if between else np.full(prompts, 0.5)
+    return (rng.random(len(groups)) < rates[groups]).astype(float), groups
+
+
+# --- means ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resample_groups", [True, False])
+@pytest.mark.parametrize("kind", ["binary", "continuous"])
+def test_replicates_are_those_of_the_naive_bootstrap(kind, resample_groups):
+    # prompts differ by far more than the noise of their images, and have different numbers of them
+    rng = np.random.default_rng(0)
+    rates = rng.permutation(np.linspace(0.02, 0.98, 12))
+    groups = rng.permutation(np.repeat(np.arange(12) * 3, rng.integers(100, 200, 12)))
+    values = (rng.random(len(groups)) < rates[groups // 3]) * 1.0
+    if kind == "continuous":
+        values = rng.normal(size=len(groups)) + 10 * rates[groups // 3]
+    quantity = bootstrap_mean(values, groups, 5, resample_groups=resample_groups, replicates=20_000)
+    expected = naive(values, groups, 6, resample_groups, 20_000)
+    assert quantity.value == pytest.approx(values.mean(), rel=1e-12) and quantity.n == len(groups)
+    # 20,000 replicates know a 2.5 % percentile to about 2 % of the standard deviation; four times that
+    low, high = np.percentile(expected, [2.5, 97.5])
+    assert abs(quantity.low - low) < 0.08 * expected.std() and abs(quantity.high - high) < 0.08 * expected.std()
+
+
+@pytest.mark.parametrize("images", ["counts", "images"])
+def test_resampled_means_have_the_mean_and_variance_of_their_prompt(images):
+    rng = np.random.default_rng(1)
+    groups = np.repeat([0, 1, 2], [5, 30, 200])
+    values = rng.integers(0, 3, 235) / 2 if images == "counts" else rng.normal(size=235)
+    sample = Sample(values[:, None], groups)
+    assert (sample._levels is None) == (images == "images")
+    drawn = sample.draw(np.tile([2, 0, 1, 1], (20_000, 1)), rng)[..., 0]
+    for column, group in enumerate([2, 0, 1, 1]):
+        own = values[groups == group]
+        error = own.std() / math.sqrt(len(own))
+        assert drawn[:, column].mean() == pytest.approx(own.mean(), abs=4 * error / math.sqrt(20_000))
+        assert drawn[:, column].std() == pytest.approx(error, rel=0.03)
+    assert abs(np.corrcoef(drawn.T)[2, 3]) < 0.03  # two draws of one prompt are independent
+
+
+def test_replicates_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
+    values, groups = np.random.default_rng(2).normal(size=(2, 60))[0], np.arange(60) % 4
+    whole = replicate_means([Sample(values[:, None], groups)], 3, resample_groups=False, replicates=50)[0]
+    monkeypatch.setattr("ddpo_pytorch.metrics.resampling.CHUNK", 130)
+    parts = replicate_means([Sample(values[:, None], groups)], 3, resample_groups=False, replicates=50)[0]
+    np.testing.assert_array_equal(whole, parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("between", [0.0, 0.3, 2.0])
+def test_the_interval_over_prompts_covers_the_truth(between):
+    def simulate(seed):
+        values, groups = clustered(seed, between)
+        return bootstrap_mean(values, groups, seed, resample_groups=True, replicates=500)
+
+    assert 0.90 <= coverage(simulate, 0.5) <= 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompts", [1, 5])
+def test_the_interval_over_images_covers_the_truth_of_these_prompts(prompts):
+    rates, groups = np.linspace(0.2, 0.8, prompts), np.repeat(np.arange(prompts), 40)
+
+    def simulate(seed):
+        values = np.random.default_rng([seed, 3]).random(len(groups)) < rates[groups]
+        return bootstrap_mean(values, groups, seed, resample_groups=False, replicates=500)
+
+    assert 0.90 <= coverage(simulate, rates.mean()) <= 0.99
+
+
+def test_ignoring_prompts_would_not_cover():
+    # the simulation above can fail: with images as the unit, clustered values give intervals that are far too narrow
+    def simulate(seed):
+        values, groups = clustered(seed, 2.0)
+        return bootstrap_mean(values, groups, seed, resample_groups=False, replicates=200)
+
+    assert coverage(simulate, 0.5) < 0.8
+
+
+def test_values_that_are_all_equal():
+    zeros, groups = np.zeros(40), np.arange(40) % 8
+    images = bootstrap_mean(zeros, groups, 0, resample_groups=False)
+    expected = scipy.stats.binomtest(0, 40).proportion_ci(0.95, "exact")
+    assert (images.low, images.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
+    prompts = bootstrap_mean(zeros + 1, groups, 0, resample_groups=True)
+    expected = scipy.stats.binomtest(8, 8).proportion_ci(0.95, "exact")
+    assert (prompts.low, prompts.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
+    other = bootstrap_mean(zeros + 0.25, groups, 0, resample_groups=True)
+    assert (other.value, other.low, other.high) == (0.25, 0.25, 0.25)
+
+
+def test_one_image_and_none():
+    one = bootstrap_mean(np.array([0.5]), np.array([3]), 0, resample_groups=True)
+    assert (one.value, one.low, one.high, one.n) == (0.5, None, None, 1)
+    for none in (
+        bootstrap_mean(np.empty(0), np.empty(0), 0, resample_groups=True),
+        bootstrap_difference(np.empty(0), np.empty(0), np.empty(0), 0),
+        bootstrap_ratio(np.zeros(4), np.zeros(4), np.zeros(4), 0),
+        bootstrap_unpaired_difference(np.ones(2), np.zeros(2), np.ones(2), np.ones(2), 0),
+        over_runs([]),
+    ):
+        assert none.value is None and none.low is None and none.n == 0 and none.how
+
+
+def test_results_depend_on_the_seed_and_not_on_the_order_of_images():
+    values, groups = clustered(0, 0.3)
+    first = bootstrap_mean(values, groups, 1, resample_groups=True)
+    order = np.random.default_rng(0).permutation(len(values))
+    assert bootstrap_mean(values[order], groups[order], 1, resample_groups=True) == first
+    assert bootstrap_mean(values, groups, 2, resample_groups=True) != first
+
+
+def test_rows_that_are_not_usable():
+    values = np.ones(5)
+    values[3] = np.nan
+    with pytest.raises(ValueError, match="values: row 3 holds NaN or infinity"):
+        bootstrap_mean(values, np.zeros(5), 0, resample_groups=False)
+    with pytest.raises(ValueError, match="equally long"):
+        bootstrap_difference(np.ones(5), np.ones(4), np.zeros(5), 0)
+
+
+@pytest.mark.slow
+def test_seventy_thousand_images_take_bounded_memory():
+    rng = np.random.default_rng(0)
+    values, groups = rng.normal(size=70_000), rng.integers(0, 32, 70_000)
+    tracemalloc.start()
+    quantity = bootstrap_mean(values, groups, 0, resample_groups=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200e6 and quantity.high - quantity.low < 0.04
+
+
+# --- differences ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("paired", [True, False])
+def test_intervals_of_differences_cover_the_truth(paired):
+    def simulate(seed):
+        rng = np.random.default_rng([seed, 5])
+        groups = np.repeat(np.arange(24), 10)
+        easy, gain = rng.uniform(0.1, 0.5, 24), rng.uniform(0, 0.4, 24)
+        a = rng.random(240) < easy[groups]
+        b = rng.random(240) < (easy + gain)[groups]
+        if paired:
+            return bootstrap_difference(a, b, groups, seed, replicates=500)
+        return bootstrap_unpaired_difference(a, groups, b, groups, seed)
+
+    assert 0.90 <= coverage(simulate, 0.2) <= 0.99
+
+
+def test_unpaired_differences_draw_the_same_prompts_for_both_sides():
+    # prompts differ widely, and every b is its prompt's a plus 1: only shared draws leave no more than image noise
+    rng = np.random.default_rng(4)
+    groups = np.repeat(np.arange(10), 100)
+    a, b = groups * 100 + rng.normal(size=1000), groups * 100 + 1 + rng.normal(size=1000)
+    quantity = bootstrap_unpaired_difference(a, groups, b, groups, 0)
+    assert quantity.value == pytest.approx(b.mean() - a.mean(), abs=1e-9) and quantity.n == 2000
+    assert quantity.high - quantity.low == pytest.approx(2 * 1.96 * math.sqrt(2 / 1000), rel=0.15)
+
+
+def test_unpaired_differences_are_over_shared_prompts():
+    groups_a, groups_b = np.array([1, 1, 2, 2, 9]), np.array([2, 2, 2, 1, 5])
+    quantity = bootstrap_unpaired_difference(
+        np.array([0, 1, 0, 0, 1]), groups_a, np.array([1, 1, 0, 1, 0]), groups_b, 0
+    )
+    assert quantity.value == pytest.approx(3 / 4 - 1 / 4) and quantity.n == 8 and "2 prompts" in quantity.how
+
+
+def test_paired_differences_that_are_all_equal():
+    for constant in (-1, 0, 1):
+        a = np.full(6, max(0, -constant))
+        quantity = bootstrap_difference(a, a + constant, np.arange(6) % 2, 0)
+        assert (quantity.value, quantity.low, quantity.high) == (constant, constant, constant)
+
+
+# --- ratios ---
+
+
+def test_a_ratio_by_hand_and_its_exact_edges():
+    seen, right = np.array([1, 1, 0, 1, 1]), np.array([1, 0, 0, 1, 1])
+    quantity = bootstrap_ratio(right, seen, np.zeros(5), 0)
+    assert quantity.value == 0.75 and quantity.n == 4 and 0 <= quantity.low < 0.75 < quantity.high <= 1
+    edge = bootstrap_ratio(seen, seen, np.zeros(5), 0)
+    assert edge.low == pytest.approx(scipy.stats.binomtest(4, 4).proportion_ci().low) and edge.high == 1
+
+
+@pytest.mark.slow
+def test_the_interval_of_a_ratio_covers_the_truth():
+    groups = np.repeat(np.arange(6), 30)
+    seen, right = np.linspace(0.2, 0.7, 6), np.linspace(0.9, 0.3, 6)
+
+    def simulate(seed):
+        rng = np.random.default_rng([seed, 7])
+        denominator = rng.random(180) < seen[groups]
+        return bootstrap_ratio(denominator & (rng.random(180) < right[groups]), denominator, groups, seed)
+
+    assert 0.90 <= coverage(simulate, (seen * right).sum() / seen.sum()) <= 0.99

@@ -1,0 +1,136 @@
+"""The metrics' networks against the packages they come from, from files of the published form; files that fail."""
+
+import itertools
+
+import lpips
+import pytest
+import timm
+import torch
+import torch_fidelity.feature_extractor_inceptionv3 as inception_module
+import torchvision
+from safetensors.torch import save_file
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from ddpo_pytorch.data.isic import LABELS
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
+from ddpo_pytorch.metrics.networks import (
+    DINOV2,
+    URL_ALEXNET,
+    Unavailable,
+    dinov2_network,
+    inception_network,
+    judge_network,
+    lpips_network,
+    official_uint8,
+    weight_file,
+)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def random_inception(tmp_path_factory):
+    """A file in the form of torch-fidelity's weights, with random numbers: (path, the network that holds them)."""
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:  # build it without the download it insists on
+        patch.setattr(inception_module, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *args: None)
+        network = FeatureExtractorInceptionV3("reference", ["2048"])
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d):  # keeps activations of order 1 (and out of slow denormal numbers)
+            torch.nn.init.kaiming_normal_(layer.weight)
+    torch.save(network.state_dict(), path)
+    return path, network
+
+
+@pytest.mark.slow
+def test_inception_sees_white_as_white_unless_told_to_be_compatible(random_inception):
+    path, network = random_inception
+    white, black = torch.ones(1, 3, 64, 64), torch.zeros(1, 3, 64, 64)
+    exact, compat = (inception_network(str(path), mode) for mode in ("exact", "compat"))
+    assert exact.run(white).shape == (1, 2048)
+    torch.testing.assert_close(exact.run(white), network(torch.full((1, 3, 64, 64), 255, dtype=torch.uint8))[0])
+    assert (exact.run(white) - exact.run(black)).norm() > 1e-3 * exact.run(black).norm()
+    # the official x * 256 wraps 1.0 to 0
+    assert torch.equal(compat.run(white), compat.run(black))
+    assert exact.key != compat.key and exact.sha256 == compat.sha256
+    with pytest.raises(UserError, match="metric.fid is 'clean'; allowed are exact, compat"):
+        inception_network(str(path), "clean")
+
+
+def test_official_quantisation_keeps_every_level_but_white():
+    levels = torch.arange(256).float() / 255
+    assert official_uint8(levels)[:255].tolist() == list(range(255)) and official_uint8(levels)[255] == 0
+
+
+def test_lpips_equals_the_lpips_package(tmp_path):
+    torch.manual_seed(0)
+    alexnet = torchvision.models.alexnet(weights=None)
+    torch.save(alexnet.state_dict(), tmp_path / "alexnet.pth")
+    ours = lpips_network(str(tmp_path / "alexnet.pth"))
+    reference = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
+    for name, layer in itertools.chain(*(slice_.named_children() for slice_ in reference.net.children())):
+        layer.load_state_dict(alexnet.features[int(name)].state_dict())
+    x, y = torch.rand(2, 3, 3, 64, 64, generator=seeded(8))
+    expected = reference(x, y, normalize=True).flatten(1).detach()
+    torch.testing.assert_close(ours.run(x, y), expected, rtol=1e-6, atol=0)
+    assert expected.min() > 0 and ours.run(x, x).abs().max() == 0
+
+
+@pytest.mark.slow
+def test_dinov2_takes_timms_file_with_its_own_position_embeddings(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model(DINOV2, pretrained=False, num_classes=0).eval()  # 518 px, as published
+    save_file(model.state_dict(), tmp_path / "dinov2.safetensors")
+    network = dinov2_network(str(tmp_path / "dinov2.safetensors"))
+    images = torch.rand(2, 3, 64, 64, generator=seeded(1))
+    features = network.run(images)
+    assert features.shape == (2, 384) and not torch.equal(features[0], features[1])
+    # the same weights in timm's own model of that size
+    small = timm.create_model(DINOV2, pretrained=False, num_classes=0, img_size=224).eval()
+    small.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(model.state_dict(), small))
+    pixels = torch.nn.functional.interpolate(images, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        torch.testing.assert_close(features, small((pixels - mean) / std), rtol=1e-4, atol=1e-5)
+
+
+def test_a_judge_is_two_networks(tmp_path):
+    torch.manual_seed(0)
+    save_classifier(ArtifactClassifier(LABELS[:4], 32, "tinynet_e"), tmp_path / "h4.safetensors")
+    logits, features, labels = judge_network("H4", str(tmp_path / "h4.safetensors"))
+    model, images = load_classifier(tmp_path / "h4.safetensors"), torch.rand(2, 3, 48, 48, generator=seeded(2))
+    assert labels == LABELS[:4] and logits.key != features.key
+    assert torch.equal(logits.run(images), model.logits(images))
+    assert torch.equal(features.run(images), model.features(images))
+
+
+def test_weight_files_that_cannot_be_had(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(Unavailable, match="fetch .*inception.* and give --config.metric.inception=FILE"):
+        inception_network("auto")
+    with pytest.raises(Unavailable, match=f"fetch {URL_ALEXNET}"):
+        lpips_network("auto")
+    with pytest.raises(Unavailable, match="no weights in .* fetch https://huggingface.co/timm/vit_small"):
+        dinov2_network("auto")
+    with pytest.raises(Unavailable, match="--config.metric.alexnet is empty"):
+        lpips_network("")
+    with pytest.raises(UserError, match="metric.alexnet='nope.pth' does not exist"):
+        lpips_network("nope.pth")
+    cached = tmp_path / "checkpoints" / URL_ALEXNET.rsplit("/", 1)[1]
+    cached.parent.mkdir()
+    cached.write_bytes(b"x")
+    assert weight_file("auto", URL_ALEXNET, "f") == cached
+    with pytest.raises(UserError, match="is not a file of plain tensors"):
+        lpips_network("auto")
+    torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "wrong.pth")
+    for load in (lpips_network, inception_network):
+        with pytest.raises(UserError, match="are not torch"):
+            load(str(tmp_path / "wrong.pth"))
+    with pytest.raises(UserError, match="are not timm's"):
+        dinov2_network(str(tmp_path / "wrong.pth"))

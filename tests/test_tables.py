@@ -1,0 +1,81 @@
+"""Tables 2 and 3 in the paper's layout, with intervals, in three formats; pictures of sets side by side."""
+
+import csv
+import io
+
+import numpy as np
+import torch
+
+from ddpo_pytorch.data.images import list_samples, save_image
+from ddpo_pytorch.data.isic import CAPTIONS, folder_name
+from ddpo_pytorch.metrics.pictures import comparison, contact_sheet
+from ddpo_pytorch.metrics.tables import as_csv, latex, markdown, table2, table3
+
+
+def quantity(value, low=None, high=None):
+    return {"value": value, "low": low, "high": high, "n": 1, "how": ""}
+
+
+def model(apr, by_prompt, reward=None, **blocks):
+    block = {"H4": {"APR": apr, "by_prompt": by_prompt}}
+    return {"alignment": block, "reward": reward, "images": 32000} | blocks
+
+
+SD = model(
+    quantity(0.1828, 0.15, 0.2),
+    {CAPTIONS[8]: quantity(0.6374), CAPTIONS[1]: quantity(0.002, 0.0, 0.01), CAPTIONS[18]: quantity(0.8)},
+    reward=0.8,
+    fidelity={"inception": {"matched": {"FID": quantity(121.47), "KID": quantity(0.0123)}, "unmatched": {}}},
+    perception={"LPIPS": quantity(0.6)},
+)
+RL = model(quantity(0.6314), {}, fidelity={"judge": {"matched": {"FID": quantity(0.123456)}}}, perception=None)
+
+
+def test_table_2_has_the_papers_layout():
+    real = model(quantity(0.9), {CAPTIONS[8]: quantity(0.95)})
+    header, rows = table2({"SD": SD, "SD+RL": RL}, real, {CAPTIONS[8]: 543})
+    assert header[1:] == "MEL Hair,MEL Gel,MEL Ink,MEL Ruler,NV Hair,NV Gel,NV Ink,NV Ruler".split(",")
+    assert rows[0] == ["# Real Sample", "543", *["0"] * 7]
+    assert rows[1] == ["APR ↑ (%) SD", "63.74", "n/a", "0.20 [0.00, 1.00]", "n/a", "n/a", "n/a", "n/a", "80.00"]
+    assert rows[2] == ["APR ↑ (%) SD+RL", *["n/a"] * 8]
+    assert rows[3] == ["APR ↑ (%) real images", "95.00", *["n/a"] * 7]
+    assert [row[0] for row in table2({"SD": SD})[1]] == ["APR ↑ (%) SD"]
+
+
+def test_table_3_states_what_is_missing():
+    _, rows = table3({"SD": SD, "SD+RL": RL})
+    assert rows[0] == ["SD", "18.28 [15.00, 20.00]", "121.47", "12.30", "0.600", "n/a", "0.800", "32000"]
+    assert rows[1] == ["SD+RL", "63.14", "n/a", "n/a", "n/a", "0.1235", "n/a", "32000"]
+    assert table3({"SD": SD}, "unmatched")[1][0][2] == "n/a"
+
+
+def test_formats_hold_the_same_cells():
+    table = table3({"100 % a_b & c": SD})
+    lines = markdown(table).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert list(csv.reader(io.StringIO(as_csv(table)))) == [table[0], cells]
+    text = latex(table)
+    assert text.startswith(r"\begin{tabular}{lrrrrrrr}") and r"100 \% a\_b \& c & 18.28 [15.00, 20.00] & 121.47" in text
+    assert r"FID $\downarrow$" in text and "↓" not in text
+
+
+def test_comparison_puts_the_same_captions_below_each_other(tmp_path):
+    sets = {}
+    for name, value in (("SD", 0.2), ("SD+RL", 0.8)):
+        for caption in CAPTIONS[:9]:
+            save_image(tmp_path / name / "images" / folder_name(caption) / "0.png", torch.full((3, 8, 8), value))
+        sets[name] = list_samples(tmp_path / name)
+    sheet = np.asarray(comparison(sets))
+    assert sheet.shape == (4 * 12, 8 * 5 + 8 * 10 + 2, 3)  # two rows of captions for each set
+    assert [int(sheet[row * 12 + 6, 46, 0]) for row in range(4)] == [51, 204, 51, 204]
+
+
+def test_contact_sheet_shows_pairs(tmp_path):
+    for name, value in (("a", 0.2), ("b", 0.8)):
+        save_image(tmp_path / f"{name}.png", torch.full((3, 8, 8), value))
+    pair = {"path": str(tmp_path / "a.png"), "train": str(tmp_path / "b.png"), "distance": 0.5}
+    sheet = np.asarray(contact_sheet([pair] * 5))
+    assert sheet.shape == (2 * 26, 4 * 30, 3)
+    assert [int(sheet[20, x, 0]) for x in (6, 16)] == [51, 204]
+    assert contact_sheet([]).size == (1, 1)
