@@ -28,6 +28,7 @@ def model_and_dataset_configs(config):
     config.unet_path = published + "/pretrained_unet.safetensors"
     config.reward_fn_kwargs.isic_classifier_reward.classifier = published + "/artifact_classifier_train_H6.pth"
     config.eval.classifier = published + "/artifact_classifier_train_H6.pth"
+    config.held_out.classifier = published + "/artifact_classifier_train_H4.pth"
     config.metric.classifier = published + "/artifact_classifier_train_H4.pth"
     # real images and samples, in folders that metric.py compares.
     config.metric.real_path = root + "/real-images-test"

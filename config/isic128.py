@@ -28,6 +28,7 @@ def model_and_dataset_configs(config):
     config.dataset.image_size = 128
     config.reward_fn_kwargs.isic_classifier_reward.classifier = root + "/classifier/artifact_classifier_H6.safetensors"
     config.eval.classifier = root + "/classifier/artifact_classifier_H6.safetensors"
+    config.held_out.classifier = root + "/classifier/artifact_classifier_H4.safetensors"
     config.metric.classifier = root + "/classifier/artifact_classifier_H4.safetensors"
     config.metric.real_path = root + "/real-images"
     config.sd.data_path = root + "/data/images"

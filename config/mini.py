@@ -28,6 +28,7 @@ def model_and_dataset_configs(config):
     config.dataset.image_size = 64
     config.reward_fn_kwargs.isic_classifier_reward.classifier = ASSETS + "/artifact_classifier_H6.safetensors"
     config.eval.classifier = ASSETS + "/artifact_classifier_H6.safetensors"
+    config.held_out.classifier = ASSETS + "/artifact_classifier_H4.safetensors"
     config.metric.classifier = ASSETS + "/artifact_classifier_H4.safetensors"
     # no metric network may be downloaded here
     config.metric.inception = ""

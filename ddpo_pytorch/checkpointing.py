@@ -2,6 +2,7 @@
 
 The weights are safetensors (`pytorch_lora_weights.safetensors`, or `unet.safetensors` of a full fine-tune); optimizer
 state is plain tensors, progress is JSON. Random states are not saved: all randomness is a function of progress.
+`best/` beside them is a checkpoint, too: that of the highest held-out APR, which progress.json states.
 """
 
 import json
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import whole_folder
 from ddpo_pytorch.generator.lora import FILE_NAMES, has_lora, load_lora, save_lora
 from ddpo_pytorch.generator.pipeline import replace_unet_weights
 from ddpo_pytorch.published import resolve
@@ -24,6 +26,7 @@ from ddpo_pytorch.published import resolve
 UNET_FILE = "unet.safetensors"
 STATE_FILE = "optimizer.pt"
 PROGRESS_FILE = "progress.json"
+BEST = "best"
 _NAME = re.compile(r"checkpoint_?(\d+)")
 
 
@@ -81,25 +84,69 @@ def _is_lora(file: Path) -> bool:
         return "lora" in file.name  # let the loader that fits the name say what is wrong with it
 
 
+def epochs_completed(checkpoint: str | Path) -> int:
+    """Epochs after which a checkpoint was saved, from its name or else its progress. UserError if that is damaged."""
+    checkpoint = Path(checkpoint)
+    if name := _NAME.fullmatch(checkpoint.name):
+        return int(name[1])
+    file = checkpoint / PROGRESS_FILE
+    try:
+        return int(json.loads(file.read_text())["epoch"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{str(file)!r} is damaged ({error}); resume from another checkpoint") from error
+
+
 def save_checkpoint(
     run_dir: str | Path, epoch: int, unet: nn.Module, optimizer: Any, scaler: Any, progress: dict, limit: int
 ) -> Path:
     """Write `checkpoint_<epoch>` whole or not at all, then remove all but the newest `limit`. Main process only."""
     folder = Path(run_dir) / f"checkpoint_{epoch}"
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if has_lora(unet):
-        save_lora(unet, partial)
-    else:
-        save_file({k: v.detach().cpu().contiguous() for k, v in unet.state_dict().items()}, partial / UNET_FILE)
-    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler is not None else None}
-    torch.save(state, partial / STATE_FILE)
-    (partial / PROGRESS_FILE).write_text(json.dumps(progress, indent=1))
-    os.replace(partial, folder)
+    with whole_folder(folder) as temporary:
+        _write(temporary, unet, optimizer, scaler, progress)
     for old in checkpoints(run_dir)[: -max(1, limit)]:
         shutil.rmtree(old)
     return folder
+
+
+def save_best(run_dir: str | Path, unet: nn.Module, optimizer: Any, scaler: Any, progress: dict) -> Path:
+    """Put the same in the place of `best`, whose last content is removed when the new one is complete."""
+    best, new, old = _best_names(run_dir)
+    shutil.rmtree(new, ignore_errors=True)
+    with whole_folder(new) as temporary:
+        _write(temporary, unet, optimizer, scaler, progress)
+    shutil.rmtree(old, ignore_errors=True)
+    if best.exists():
+        os.replace(best, old)
+    os.replace(new, best)
+    shutil.rmtree(old, ignore_errors=True)
+    return best
+
+
+def recover_best(run_dir: str | Path) -> Path | None:
+    """`best` of a run, or None. A kill while it was replaced may have left it under another name: it gets its own back.
+
+    Main process only.
+    """
+    best, *others = _best_names(run_dir)
+    for other in others:  # complete where they are, as they appear whole
+        if not best.exists() and other.exists():
+            os.replace(other, best)
+        shutil.rmtree(other, ignore_errors=True)
+    return best if best.is_dir() else None
+
+
+def _best_names(run_dir: str | Path) -> tuple[Path, Path, Path]:
+    return tuple(Path(run_dir) / name for name in (BEST, f".{BEST}.new", f".{BEST}.old"))
+
+
+def _write(folder: Path, unet: nn.Module, optimizer: Any, scaler: Any, progress: dict) -> None:
+    if has_lora(unet):
+        save_lora(unet, folder)
+    else:
+        save_file({k: v.detach().cpu().contiguous() for k, v in unet.state_dict().items()}, folder / UNET_FILE)
+    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler is not None else None}
+    torch.save(state, folder / STATE_FILE)
+    (folder / PROGRESS_FILE).write_text(json.dumps(progress, indent=1))
 
 
 def _read_state(file: Path) -> dict:

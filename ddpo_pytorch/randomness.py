@@ -3,6 +3,7 @@
 No random state is ever saved, and nothing here depends on the number of processes.
 """
 
+import hashlib
 from collections.abc import Iterator
 from enum import IntEnum
 
@@ -22,12 +23,18 @@ class Stream(IntEnum):
     EVALUATION = 5
     BATCHES = 6
     VALIDATION = 7
+    HELD_OUT = 8
 
 
 def derived_seed(seed: int, stream: Stream, *progress: int) -> int:
     """A 63-bit seed from the run's seed, the stream and where the run is (epoch, sample index, ...)."""
     state = np.random.SeedSequence([seed, int(stream), *progress]).generate_state(2, np.uint32)
     return (int(state[0]) << 31) ^ int(state[1])
+
+
+def text_number(text: str) -> int:
+    """128 bits of SHA-256 of a text, to take the place of a number in `derived_seed`: wherever the text stands."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
 
 
 def generator_of(seed: int, stream: Stream, *progress: int) -> torch.Generator:

@@ -21,8 +21,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from ml_collections import ConfigDict
 
-from ddpo_pytorch.checkpointing import checkpoints, find_checkpoint
+from ddpo_pytorch.checkpointing import checkpoints, epochs_completed, find_checkpoint
 from ddpo_pytorch.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -175,6 +177,12 @@ def check_training(config: ConfigDict) -> None:
             f"train.cfg is False but sample.guidance_scale is {config.sample.guidance_scale}: samples drawn with "
             "guidance cannot be scored without it; set train.cfg=True, or sample.guidance_scale=1"
         )
+    scheduler = config.sample.get("scheduler", "ddim")
+    if scheduler != "ddim":
+        raise UserError(
+            f"sample.scheduler is {scheduler!r}; train.py needs 'ddim', whose steps have log-probabilities to "
+            "train on: set sample.scheduler=ddim"
+        )
     if config.train.kl_coef and not config.use_lora:
         raise UserError("train.kl_coef needs use_lora=True: the base model is the UNet with its adapters off")
     if config.train.advantage not in ("per_prompt", "group", "global"):
@@ -188,50 +196,42 @@ def check_training(config: ConfigDict) -> None:
         ("num_checkpoint_limit", 1),
         ("per_prompt_stat_tracking.buffer_size", 1),
         ("per_prompt_stat_tracking.min_count", 1),
+        ("early_stop.patience", 0),
+        ("early_stop.tolerance", 0),
+        ("held_out.every", 0),
+        ("held_out.images_per_prompt", 1),
+        ("held_out.patience", 0),
+        ("held_out.tolerance", 0),
     ):
         if config[name] < least:
             raise UserError(f"{name} is {config[name]}; it must be {least} or more")
+    if config.held_out.patience and not config.held_out.every:
+        raise UserError(
+            f"held_out.patience is {config.held_out.patience} but held_out.every is 0: nothing is evaluated; set "
+            "held_out.every, or held_out.patience=0"
+        )
     for name in ("learning_rate", "clip_range", "adv_clip_max", "max_grad_norm"):
         if not config.train[name] > 0:
             raise UserError(f"train.{name} is {config.train[name]}; it must be above 0")
-
-
-class RewardPlateau:
-    """The paper's stopping criterion: mean reward changed by less than `tolerance` in `patience` successive epochs."""
-
-    def __init__(self, tolerance: float, patience: int):
-        self.tolerance, self.patience = tolerance, patience
-        self.previous: float | None = None
-        self.quiet_epochs = 0
-
-    def update(self, reward: float) -> bool:
-        """Take this epoch's mean reward; True when training should stop. Never with patience 0."""
-        quiet = self.previous is not None and abs(reward - self.previous) < self.tolerance
-        self.quiet_epochs = self.quiet_epochs + 1 if quiet else 0
-        self.previous = reward
-        return 0 < self.patience <= self.quiet_epochs
-
-    def state_dict(self) -> dict:
-        return {"previous": self.previous, "quiet_epochs": self.quiet_epochs}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.previous, self.quiet_epochs = state["previous"], state["quiet_epochs"]
 
 
 def open_run(accelerator: Accelerator, logdir: str, run_name: str, resume_from: str) -> tuple[Path, Path | None]:
     """The run's folder and the checkpoint to continue from, agreed between processes.
 
     A new run gets a new folder `<logdir>/<run_name>` (date and time without a name); an existing one is an error.
-    Resuming goes on in the folder of the checkpoint and must start from the newest there, so nothing is overwritten.
+    Resuming goes on in the folder of the checkpoint and must start from the newest there, so nothing is overwritten; a
+    `run_name` beside it, which experiments of config/dgx.py have, is not used.
     """
     if resume_from:
         checkpoint = find_checkpoint(resume_from)
         newest = (checkpoints(checkpoint.parent) or [checkpoint])[-1]
-        if newest.name != checkpoint.name:
+        if epochs_completed(newest) > epochs_completed(checkpoint):
             raise UserError(
                 f"{str(checkpoint)!r} is not the newest checkpoint of its run; continuing would overwrite "
                 f"{newest.name}: resume from that, or copy the checkpoint into a folder of its own"
             )
+        if run_name and Path(run_name).name != checkpoint.resolve().parent.name:
+            logger.info("run_name %r is not used: resume_from continues a run in its own folder", run_name)
         return checkpoint.parent, checkpoint
     name = broadcast_object_list([run_name or time.strftime("%Y.%m.%d_%H.%M.%S")])[0]
     run_dir = Path(logdir) / name

@@ -9,6 +9,7 @@ steps on them (equation 2 of the RL4Med-DDPO paper).
 
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -22,16 +23,18 @@ from diffusers import StableDiffusionPipeline
 from ml_collections import ConfigDict, config_flags
 from tqdm.auto import tqdm
 
-from ddpo_pytorch.checkpointing import load_checkpoint, save_checkpoint
 from ddpo_pytorch.data.images import image_grid
-from ddpo_pytorch.diffusers_patch.ddim_with_logprob import check_schedule, ddim_step_with_logprob
+from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.generator.lora import add_lora, disabled_lora
-from ddpo_pytorch.generator.pipeline import PromptTable, guided_noise_prediction, load_pipeline, set_schedule
+from ddpo_pytorch.generator.lora import disabled_lora
+from ddpo_pytorch.generator.pipeline import PromptTable, guided_noise_prediction
+from ddpo_pytorch.generator.policy import load_policy
+from ddpo_pytorch.held_out import HeldOut, Sampling, draw_images, load_judge
 from ddpo_pytorch.ppo import make_optimizer, ppo_loss, step_kl
-from ddpo_pytorch.prompts import PROMPT_LISTS, all_prompts, get_prompt_fn
+from ddpo_pytorch.prompts import PROMPT_LISTS, Prompt, all_prompts, get_prompt_fn
 from ddpo_pytorch.randomness import Stream
-from ddpo_pytorch.rewards import RewardFn, build_reward, check_prompts
+from ddpo_pytorch.record import Record
+from ddpo_pytorch.rewards import RewardFn, build_reward, check_prompts, parse_spec
 from ddpo_pytorch.rollout import (
     Trajectories,
     draw_prompts,
@@ -40,20 +43,9 @@ from ddpo_pytorch.rollout import (
     timestep_order,
     update_order,
 )
-from ddpo_pytorch.run import (
-    DTYPES,
-    Geometry,
-    JsonLines,
-    RewardPlateau,
-    batch_geometry,
-    check_training,
-    cli,
-    make_accelerator,
-    open_run,
-    peak_memory_gib,
-    start_wandb,
-)
+from ddpo_pytorch.run import DTYPES, Geometry, batch_geometry, check_training, cli, make_accelerator, peak_memory_gib
 from ddpo_pytorch.stat_tracking import PerPromptStatTracker, compute_advantages, reward_statistics
+from ddpo_pytorch.stopping import BestAndCollapse, RewardPlateau
 
 config_flags.DEFINE_config_file("config", "config/base.py", "experiment, e.g. config/mini.py:NAME")
 logger = logging.getLogger(__name__)
@@ -81,56 +73,21 @@ class Run:
 
 def train(config: ConfigDict) -> Path:
     """Run the experiment and return its run folder."""
-    check_training(config)
-    accelerator = make_accelerator(config.mixed_precision, config.allow_tf32)
-    geometry = batch_geometry(config.sample, config.train, accelerator.num_processes)
-    accelerator.gradient_accumulation_steps = config.train.gradient_accumulation_steps * geometry.train_timesteps
-    prompt_fn = get_prompt_fn(config.prompt_fn, **config.prompt_fn_kwargs)
-    reward_fn = build_reward(config.reward_fn, config.reward_fn_kwargs.to_dict(), accelerator.device)
-
-    # a prompt that cannot be read or scored is told before anything is written.
-    draw_prompts(prompt_fn, config.seed, 0, 1)
-    if config.prompt_fn in PROMPT_LISTS:
-        check_prompts(reward_fn, all_prompts(config.prompt_fn, **config.prompt_fn_kwargs))
-
-    ###### policy: the UNet, or adapters on it ######
-    pretrained, dtype = config.pretrained, DTYPES[config.mixed_precision]
-    pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, dtype, accelerator.device)
-    pipe.set_progress_bar_config(disable=True)
-    set_schedule(pipe, config.sample.num_steps)
-    check_schedule(pipe.scheduler, config.sample.eta)
-    if config.use_lora:
-        add_lora(pipe.unet, config.train.lora_rank, config.train.lora_targets, config.seed)
-    else:
-        pipe.unet.float().requires_grad_(True)
-    if config.train.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
-    optimizer = make_optimizer(config.train, [p for p in pipe.unet.parameters() if p.requires_grad])
-    unet, optimizer = accelerator.prepare(pipe.unet, optimizer)
-
-    ###### run folder and progress ######
-    run_dir, checkpoint = open_run(accelerator, config.logdir, config.run_name, config.resume_from)
-    tracker = PerPromptStatTracker(**config.per_prompt_stat_tracking)
-    plateau = RewardPlateau(config.early_stop.tolerance, config.early_stop.patience)
-    progress = {"epoch": 0, "global_step": 0, "wandb_id": None}
-    if checkpoint is not None:
-        progress = load_checkpoint(checkpoint, pipe.unet, optimizer, accelerator.scaler)
-        tracker.load_state_dict(progress["tracker"])
-        plateau.load_state_dict(progress["plateau"])
-        logger.info("resumed from %s after %d epochs", checkpoint, progress["epoch"])
-    log, wandb_run = JsonLines(run_dir / "metrics.jsonl", accelerator.is_main_process, keep=progress["epoch"]), None
-    if accelerator.is_main_process:
-        name = "config.json" if checkpoint is None else f"config_{progress['epoch']:04d}.json"
-        (run_dir / name).write_text(config.to_json_best_effort(indent=1))
-        wandb_run = start_wandb(config.wandb, config.wandb_project, run_dir, config.to_dict(), progress["wandb_id"])
-        progress["wandb_id"] = wandb_run.id if wandb_run else None
-    logger.info("run folder %s; %s", run_dir, geometry.describe())
-
-    table, executor = PromptTable(pipe), ThreadPoolExecutor(max_workers=2)
-    run = Run(config, accelerator, geometry, pipe, unet, optimizer, table, reward_fn, executor)
-    if progress["epoch"] == 0:
-        save_grid(run, prompt_fn, run_dir / "grid_0000.png")
-    for epoch in range(progress["epoch"], config.num_epochs):
+    run, prompt_fn, held_out = set_up(config)
+    accelerator, geometry = run.accelerator, run.geometry
+    record = open_record(run, held_out)
+    if record.epoch >= config.num_epochs:
+        done, asked = record.epoch, config.num_epochs
+        logger.info("nothing is left to do: %s has %d epochs, num_epochs is %d", record.folder, done, asked)
+        accelerator.end_training()
+        return record.folder
+    record.begin(config.to_dict(), config.to_json_best_effort(indent=1), config.wandb, config.wandb_project)
+    logger.info("run folder %s; %s", record.folder, geometry.describe())
+    if record.epoch == 0:
+        save_grid(run, prompt_fn, record.folder / "grid_0000.png")
+    if held_out and record.watch.best is None:
+        evaluate(run, record, held_out)
+    for epoch in range(record.epoch, config.num_epochs):
         started = time.perf_counter()
         prompts, metadata = draw_prompts(
             prompt_fn, config.seed, epoch, geometry.samples, config.sample.images_per_prompt
@@ -139,16 +96,17 @@ def train(config: ConfigDict) -> Path:
         sampled = time.perf_counter()
 
         rewards = accelerator.gather(local_rewards).cpu().numpy()
-        advantages = compute_advantages(config.train.advantage, tracker, prompts, rewards)
+        advantages = compute_advantages(config.train.advantage, record.tracker, prompts, rewards)
 
         info = update(run, epoch, samples, torch.from_numpy(advantages).to(accelerator.device, torch.float32))
         updated = time.perf_counter()
 
-        progress |= {"epoch": epoch + 1, "global_step": progress["global_step"] + info.pop("updates")}
+        statistics = reward_statistics(prompts, rewards)
+        record.advance(info.pop("updates"), statistics["reward_mean"])
         entry = {
             "epoch": epoch,
-            "global_step": progress["global_step"],
-            **reward_statistics(prompts, rewards),
+            "global_step": record.global_step,
+            **statistics,
             "advantage_std": float(advantages.std()),
             **info,
             "rollout_samples_per_second": geometry.samples / (sampled - started),
@@ -156,32 +114,74 @@ def train(config: ConfigDict) -> Path:
             "peak_memory_gib": peak_memory_gib(),
             "seconds": updated - started,
         }
-        log.write(entry)
-        if wandb_run:
-            wandb_run.log(entry, step=progress["global_step"])
-        shown = ("epoch", "reward_mean", "reward_std", "first_ratio_deviation", "clipfrac", "grad_norm", "seconds")
-        logger.info(
-            "epoch %d  reward %.4f +- %.4f  |ratio-1| %.1e  clipfrac %.3f  grad norm %.4f  %.1f s",
-            *(entry[key] for key in shown),
-        )
+        if evaluated := bool(held_out) and record.epoch % config.held_out.every == 0:
+            entry |= evaluate(run, record, held_out)
+        record.write(entry)
 
-        stop = plateau.update(entry["reward_mean"])
-        if stop or (epoch + 1) % config.save_freq == 0 or epoch + 1 == config.num_epochs:
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                progress |= {"tracker": tracker.state_dict(), "plateau": plateau.state_dict()}
-                limit = config.num_checkpoint_limit
-                save_checkpoint(run_dir, epoch + 1, pipe.unet, optimizer, accelerator.scaler, progress, limit)
-            save_grid(run, prompt_fn, run_dir / f"grid_{epoch + 1:04d}.png")
+        stop = record.stop_reason(evaluated)
+        if stop or record.epoch % config.save_freq == 0 or record.epoch == config.num_epochs:
+            record.save(run.pipe.unet, run.optimizer, config.num_checkpoint_limit)
+            save_grid(run, prompt_fn, record.folder / f"grid_{record.epoch:04d}.png")
         if stop:
-            logger.info("mean reward changed by less than %g for %d epochs", plateau.tolerance, plateau.patience)
+            logger.info("stopped: %s", stop)
             break
-    executor.shutdown()
-    if wandb_run:
-        wandb_run.finish()
-    logger.info("finished after %d epochs; checkpoints, metrics.jsonl and grids are in %s", progress["epoch"], run_dir)
+    run.executor.shutdown()
+    record.close()
+    logger.info("finished after %d epochs; checkpoints, logs and grids are in %s", record.epoch, record.folder)
     accelerator.end_training()
-    return run_dir
+    return record.folder
+
+
+def set_up(config: ConfigDict) -> tuple[Run, Callable[..., Prompt], HeldOut | None]:
+    """Everything but the run folder: what cannot be used is told before anything is written."""
+    check_training(config)
+    accelerator = make_accelerator(config.mixed_precision, config.allow_tf32)
+    geometry = batch_geometry(config.sample, config.train, accelerator.num_processes)
+    accelerator.gradient_accumulation_steps = config.train.gradient_accumulation_steps * geometry.train_timesteps
+    dtype, device = DTYPES[config.mixed_precision], accelerator.device
+    prompt_fn, reward_fn, held_out = prompts_and_judges(config, device)
+    pipe = load_policy(
+        config.pretrained, config.unet_path, config.sample, config.train, config.use_lora, config.seed, dtype, device
+    )
+    optimizer = make_optimizer(config.train, [p for p in pipe.unet.parameters() if p.requires_grad])
+    unet, optimizer = accelerator.prepare(pipe.unet, optimizer)
+    table, executor = PromptTable(pipe), ThreadPoolExecutor(max_workers=2)
+    return Run(config, accelerator, geometry, pipe, unet, optimizer, table, reward_fn, executor), prompt_fn, held_out
+
+
+def prompts_and_judges(
+    config: ConfigDict, device: torch.device
+) -> tuple[Callable[..., Prompt], RewardFn, HeldOut | None]:
+    """Prompt function, reward, and held-out set (None if it is off), of which each has been tried on the prompts."""
+    prompt_fn = get_prompt_fn(config.prompt_fn, **config.prompt_fn_kwargs)
+    reward_fn = build_reward(config.reward_fn, config.reward_fn_kwargs.to_dict(), device)
+    draw_prompts(prompt_fn, config.seed, 0, 1)
+    if config.prompt_fn in PROMPT_LISTS:
+        check_prompts(reward_fn, all_prompts(config.prompt_fn, **config.prompt_fn_kwargs))
+    if not config.held_out.every:
+        return prompt_fn, reward_fn, None
+    rewarding = [config.reward_fn_kwargs.get(name, {}).get("classifier") for name in parse_spec(config.reward_fn)]
+    judge = load_judge(config.held_out.classifier, filter(None, rewarding), device)
+    prompts = all_prompts(config.prompt_fn, **config.prompt_fn_kwargs)
+    count, sampling = config.held_out.images_per_prompt, sampling_of(config)
+    return prompt_fn, reward_fn, HeldOut(judge, prompts, count, config.seed, sampling)
+
+
+def sampling_of(config: ConfigDict) -> Sampling:
+    return Sampling(config.sample.num_steps, config.sample.guidance_scale, config.sample.eta)
+
+
+def open_record(run: Run, held_out: HeldOut | None) -> Record:
+    """The record of a new run or, with its weights loaded, of the one to go on with."""
+    config = run.config
+    tracker = PerPromptStatTracker(**config.per_prompt_stat_tracking)
+    plateau = RewardPlateau(config.early_stop.tolerance, config.early_stop.patience)
+    watch = BestAndCollapse(config.held_out.tolerance, config.held_out.patience)
+    record = Record(run.accelerator, tracker, plateau, watch)
+    record.open(config.logdir, config.run_name, config.resume_from, run.pipe.unet, run.optimizer)
+    if held_out and record.held_out_identity:
+        held_out.check_identity(record.held_out_identity)
+    return record
 
 
 def sample_and_score(run: Run, epoch: int, prompts: list[str], metadata: list) -> tuple[Trajectories, torch.Tensor]:
@@ -273,19 +273,24 @@ def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor
     }
 
 
-def save_grid(run: Run, prompt_fn, path: Path) -> None:
+def evaluate(run: Run, record: Record, held_out: HeldOut) -> dict[str, float]:
+    """APR and reward on the held-out set, put on record; the best checkpoint is replaced where APR is the highest."""
+    show = partial(tqdm, desc="held-out images", leave=False, disable=None if run.config.progress else True)
+    evaluation = held_out.evaluate(
+        run.pipe, run.table, run.reward_fn, run.config.sample.batch_size, run.accelerator, show
+    )
+    return record.add_evaluation(evaluation, held_out, run.pipe.unet, run.optimizer)
+
+
+def save_grid(run: Run, prompt_fn: Callable[..., Prompt], path: Path) -> None:
     """16 images from prompts and noise that stay the same for the whole run."""
     if run.accelerator.is_main_process:
-        sample, images = run.config.sample, []
+        size = run.config.sample.batch_size
         prompts, _ = draw_prompts(prompt_fn, run.config.seed, 0, 16)
         noise = generators(run.accelerator.device, run.config.seed, Stream.GRID, 0, range(16))
-        for start in range(0, 16, sample.batch_size):
-            part = slice(start, start + sample.batch_size)
-            with run.accelerator.autocast():
-                drawn, _ = sample_trajectories(
-                    run.pipe, run.table, prompts[part], noise[part], sample.num_steps, sample.guidance_scale, sample.eta
-                )
-            images.append(drawn)
+        parts = [slice(start, start + size) for start in range(0, 16, size)]
+        with run.accelerator.autocast():
+            images = [draw_images(run.pipe, run.table, prompts[p], noise[p], sampling_of(run.config)) for p in parts]
         image_grid(torch.cat(images), columns=8).save(path)
     run.accelerator.wait_for_everyone()
 

@@ -16,7 +16,8 @@ from ddpo_pytorch.rollout import (
     timestep_order,
     update_order,
 )
-from ddpo_pytorch.run import RewardPlateau, batch_geometry
+from ddpo_pytorch.run import batch_geometry
+from ddpo_pytorch.stopping import RewardPlateau
 
 
 def test_seeds_differ_by_stream_and_progress_and_repeat():

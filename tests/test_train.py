@@ -129,7 +129,7 @@ def test_full_fine_tune_saves_a_unet_that_differs_from_the_base(train, tiny_pipe
 def test_resuming_equals_not_stopping(train):
     whole, epochs = train(num_epochs=4, run_name="whole")
     part, _ = train(num_epochs=2, run_name="part")
-    part, resumed = train(num_epochs=4, resume_from=str(part))
+    part, resumed = train(num_epochs=4, resume_from=str(part), run_name="part")
     assert [entry["reward_mean"] for entry in resumed] == [entry["reward_mean"] for entry in epochs]
     for key, value in weights(whole, 4).items():
         assert torch.equal(value, weights(part, 4)[key])
@@ -235,6 +235,10 @@ def test_wandb_records_offline_without_a_key(settings, tmp_path):
         ({"wandb": "sometimes"}, "disabled"),
         ({"prompt_fn": "from_file", "prompt_fn_kwargs.path": "/nowhere.txt"}, "/nowhere.txt"),
         ({"unet_path": "/nowhere/unet.safetensors"}, "/nowhere/unet.safetensors"),
+        ({"early_stop__patience": -1}, "early_stop.patience is -1"),
+        ({"held_out__every": -1}, "held_out.every is -1"),
+        ({"held_out__patience": 2}, "held_out.every is 0"),
+        ({"held_out__every": 1}, "held_out.classifier is empty"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )

@@ -1,8 +1,13 @@
 """Every mode of scripts/train.py runs for an epoch, and what it asks for reaches the loop."""
 
+import logging
+
 import pytest
 import torch
-from test_train import classifier, script, settings, train, weights  # noqa: F401 (fixtures)
+from test_train import ROOT, classifier, load_module, script, settings, train, weights  # noqa: F401 (fixtures)
+
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.run import check_training
 
 
 @pytest.mark.parametrize(
@@ -45,3 +50,36 @@ def test_modes(script, train, overrides, monkeypatch):  # noqa: F811
     assert all(torch.isfinite(value).all() for value in weights(folder, 1).values())
     if "train__kl_coef" in overrides:
         assert epochs[0]["kl_to_base"] >= 0
+
+
+def test_nothing_left_to_do_is_said_and_changes_nothing(train, caplog):  # noqa: F811
+    caplog.set_level(logging.INFO)
+    folder, _ = train(num_epochs=2)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    for fewer in (2, 1):
+        caplog.clear()
+        again, epochs = train(num_epochs=fewer, resume_from=str(folder))
+        assert again == folder and len(epochs) == 2
+        assert f"nothing is left to do: {folder} has 2 epochs, num_epochs is {fewer}" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_resuming_goes_on_in_the_runs_folder_whatever_name_is_given(train, tmp_path, caplog):  # noqa: F811
+    caplog.set_level(logging.INFO)
+    folder, _ = train(num_epochs=1)
+    again, entries = train(num_epochs=2, run_name="other", resume_from=str(folder))
+    assert again == folder and len(entries) == 2 and not (tmp_path / "logs" / "other").exists()
+    assert "run_name 'other' is not used" in caplog.text
+    caplog.clear()
+    train(num_epochs=3, run_name="run", resume_from=str(folder))
+    assert "is not used" not in caplog.text
+
+
+def test_only_ddim_can_be_trained():
+    config = load_module(ROOT / "config" / "base.py").get_config()
+    with config.unlocked():
+        config.sample.scheduler = "ddim"
+    check_training(config)
+    config.sample.scheduler = "dpmsolver++"
+    with pytest.raises(UserError, match="sample.scheduler is 'dpmsolver[+][+]'; train.py needs 'ddim'"):
+        check_training(config)

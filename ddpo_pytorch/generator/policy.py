@@ -1,0 +1,37 @@
+"""The policy of stage (ii): a pipeline whose UNet, or adapters on it, can be trained by policy gradient."""
+
+import torch
+from diffusers import StableDiffusionPipeline
+from ml_collections import ConfigDict
+
+from ddpo_pytorch.diffusers_patch.ddim_with_logprob import check_schedule
+from ddpo_pytorch.generator.lora import add_lora
+from ddpo_pytorch.generator.pipeline import load_pipeline, set_schedule
+
+
+def load_policy(
+    pretrained: ConfigDict,
+    unet_path: str,
+    sample: ConfigDict,
+    train: ConfigDict,
+    use_lora: bool,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> StableDiffusionPipeline:
+    """The pipeline of `config.pretrained` and `unet_path`, its schedule set and checked; frozen but for the policy.
+
+    The policy is in float32: LoRA adapters of `config.train` (their start a function of `seed`), or the whole UNet. The
+    rest is in `dtype`. Raises UserError for files that do not fit, and for a schedule that cannot be trained.
+    """
+    pipe = load_pipeline(pretrained.model, pretrained.revision, unet_path, dtype, device)
+    pipe.set_progress_bar_config(disable=True)
+    set_schedule(pipe, sample.num_steps)
+    check_schedule(pipe.scheduler, sample.eta)
+    if use_lora:
+        add_lora(pipe.unet, train.lora_rank, train.lora_targets, seed)
+    else:
+        pipe.unet.float().requires_grad_(True)
+    if train.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    return pipe

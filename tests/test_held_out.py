@@ -1,0 +1,269 @@
+"""Held-out evaluation during training: the same noise every time, no trace in the training, the best one kept."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from accelerate import Accelerator
+from script_tools import succeed
+from test_train import as_flags, classifier, script, settings, train, weights  # noqa: F401 (fixtures)
+
+from ddpo_pytorch.checkpointing import find_weights
+from ddpo_pytorch.data.images import to_uint8
+from ddpo_pytorch.data.isic import ARTIFACTS, CAPTIONS, LABELS, labels_of
+from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.generator.pipeline import PromptTable, load_pipeline
+from ddpo_pytorch.held_out import Evaluation, HeldOut, Sampling
+from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
+from ddpo_pytorch.randomness import Stream, derived_seed
+from ddpo_pytorch.rewards import isic_classifier_reward
+
+PROMPTS = CAPTIONS[:3]
+TIMES = {"rollout_samples_per_second", "update_samples_per_second", "peak_memory_gib", "seconds"}
+
+
+def divide_evenly(model: ArtifactClassifier, images: torch.Tensor) -> ArtifactClassifier:
+    """Shift each logit so that half of the images are above 0: an untrained head sees the same in all images."""
+    ordered = model.eval().logits(images).sort(dim=0).values
+    middle = ordered[len(images) // 2 - 1 : len(images) // 2 + 1].mean(dim=0)
+    with torch.no_grad():
+        model.model.get_classifier().bias -= middle
+    return model
+
+
+def draw(folder, seed: int, count: int = 4) -> tuple[list[str], torch.Tensor]:
+    """The images of the held-out set one by one, through the pipeline alone; as they would be stored."""
+    pipe, captions, images = load_pipeline(folder), [], []
+    pipe.set_progress_bar_config(disable=True)
+    for number, caption in enumerate(PROMPTS):
+        for index in range(count):
+            generator = torch.Generator().manual_seed(derived_seed(seed, Stream.HELD_OUT, number, index))
+            image, *_ = pipeline_with_logprob(
+                pipe, caption, num_inference_steps=3, guidance_scale=5.0, eta=1.0, generator=[generator]
+            )
+            captions.append(caption)
+            images.append(to_uint8(image).float() / 255)
+    return captions, torch.cat(images)
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny_pipeline_dir):
+    return draw(tiny_pipeline_dir, seed=42)
+
+
+@pytest.fixture(scope="module")
+def judge(drawn, tmp_path_factory):
+    """An H=4 judge that tells the tiny pipeline's images apart."""
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("judge") / "H4.safetensors"
+    save_classifier(divide_evenly(ArtifactClassifier(ARTIFACTS, 32, "tinynet_e"), drawn[1]), path)
+    return path
+
+
+@pytest.fixture
+def held_out(settings, judge, drawn, tmp_path):  # noqa: F811
+    """Settings of runs that evaluate every epoch 4 images of each of 3 captions; the reward tells images apart, too."""
+    torch.manual_seed(4)
+    rewarding = tmp_path / "H6.safetensors"
+    save_classifier(divide_evenly(ArtifactClassifier(LABELS, 32, "tinynet_e"), drawn[1]), rewarding)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    settings |= {
+        "reward_fn_kwargs.isic_classifier_reward.classifier": str(rewarding),
+        "prompt_fn": "from_file",
+        "prompt_fn_kwargs.path": str(tmp_path / "prompts.txt"),
+        "held_out.every": 1,
+        "held_out.images_per_prompt": 4,
+        "held_out.classifier": str(judge),
+    }
+    return settings
+
+
+def evaluations(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
+
+
+def progress(checkpoint) -> dict:
+    return json.loads((checkpoint / "progress.json").read_text())
+
+
+def test_base_is_scored_as_by_hand(held_out, train, drawn, judge):  # noqa: F811
+    """APR and reward of epoch 0 from images drawn one by one and counted here."""
+    folder, epochs = train()
+    captions, images = drawn
+    predictions = load_classifier(judge).predict(images)
+    aligned = [tuple(row.tolist()) == labels_of(text)[:4] for row, text in zip(predictions, captions, strict=True)]
+    rewarding = load_classifier(held_out["reward_fn_kwargs.isic_classifier_reward.classifier"]).predict(images)
+    stated = torch.tensor([labels_of(text) for text in captions])
+    base, *later = evaluations(folder)
+    assert len({tuple(row.tolist()) for row in predictions}) > 2  # a judge that tells images apart
+    assert base["epoch"] == 0 and base["apr"] == sum(aligned) / len(aligned)
+    assert base["apr_by_prompt"] == {text: sum(aligned[4 * i : 4 * i + 4]) / 4 for i, text in enumerate(PROMPTS)}
+    assert base["reward"] == pytest.approx((rewarding == stated).double().mean().item(), abs=1e-12)
+    assert [entry["epoch"] for entry in later] == [1, 2]
+    assert [(entry["held_out_apr"], entry["held_out_reward"]) for entry in epochs] == [
+        (entry["apr"], entry["reward"]) for entry in later
+    ]
+    assert len({entry["reward"] for entry in (base, *later)}) > 1  # weights do change what is measured
+
+
+def test_training_is_the_same_with_and_without(held_out, train):  # noqa: F811
+    with_it, epochs = train(run_name="with")
+    without, plain = train(run_name="without", held_out__every=0)
+    assert not (without / "held_out.jsonl").exists() and not (without / "best").exists()
+    for left, right in zip(epochs, plain, strict=True):
+        assert {key: left[key] for key in right.keys() - TIMES} == {key: right[key] for key in right.keys() - TIMES}
+        assert left.keys() - right.keys() == {"held_out_apr", "held_out_reward"}
+    for key, value in weights(without, 2).items():
+        assert torch.equal(value, weights(with_it, 2)[key])
+    assert (with_it / "grid_0002.png").read_bytes() == (without / "grid_0002.png").read_bytes()
+
+
+def test_does_not_depend_on_the_global_generator_or_the_batch(tiny_pipeline_dir, judge, classifier):  # noqa: F811
+    pipe = load_pipeline(tiny_pipeline_dir)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = [(text, {"label": list(labels_of(text))}) for text in PROMPTS]
+    held_out = HeldOut(load_classifier(judge), prompts, 4, 42, Sampling(3, 5.0, 1.0))
+    reward, found = isic_classifier_reward(classifier), []
+    for size in (4, 5, 12):
+        torch.manual_seed(size)
+        state = torch.get_rng_state()
+        found.append(held_out.evaluate(pipe, PromptTable(pipe), reward, size, Accelerator(cpu=True)))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert found[0].apr_by_prompt == found[1].apr_by_prompt == found[2].apr_by_prompt
+    seeds = [job.seed for job in held_out.jobs]
+    assert len(set(seeds)) == 12 and seeds[:4] == [derived_seed(42, Stream.HELD_OUT, 0, i) for i in range(4)]
+
+
+def test_resuming_equals_not_stopping(held_out, train):  # noqa: F811
+    whole, epochs = train(num_epochs=4, run_name="whole")
+    part, _ = train(num_epochs=2, run_name="part")
+    part, resumed = train(num_epochs=4, run_name="part", resume_from=str(part))
+    assert evaluations(whole) == evaluations(part) and [e["epoch"] for e in evaluations(part)] == [0, 1, 2, 3, 4]
+    assert [entry["held_out_apr"] for entry in resumed] == [entry["held_out_apr"] for entry in epochs]
+    assert progress(whole / "checkpoint_4") == progress(part / "checkpoint_4")
+    assert progress(whole / "best") == progress(part / "best")
+    for name in ("checkpoint_4", "best"):
+        left, right = (torch.load(folder / name / "optimizer.pt", weights_only=True) for folder in (whole, part))
+        assert left["optimizer"]["param_groups"] == right["optimizer"]["param_groups"]
+        files = [(folder / name / "pytorch_lora_weights.safetensors").read_bytes() for folder in (whole, part)]
+        assert files[0] == files[1]
+
+
+def scripted(monkeypatch, values) -> None:
+    """Evaluations that return these (apr, reward) in turn, in place of what the judge says."""
+    rest = iter(values)
+    monkeypatch.setattr(HeldOut, "evaluate", lambda *args, **kwargs: Evaluation(*next(rest), {}))
+
+
+def test_best_outlives_the_others_and_can_be_loaded(held_out, train, monkeypatch):  # noqa: F811
+    scripted(monkeypatch, [(0.2, 0.5), (0.6, 0.5), (0.6, 0.6), (0.3, 0.4)])
+    folder, _ = train(num_epochs=3, num_checkpoint_limit=1)
+    assert sorted(path.name for path in folder.glob("*checkpoint_*")) == ["checkpoint_3"]
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    state = progress(folder / "best")  # the first of two equals
+    assert state["epoch"] == 1 and state["held_out"]["best"] == {"epoch": 1, "apr": 0.6, "reward": 0.5}
+    assert find_weights(folder / "best") == folder / "best" / "pytorch_lora_weights.safetensors"
+    assert find_weights(folder) == folder / "checkpoint_3" / "pytorch_lora_weights.safetensors"
+    with pytest.raises(
+        UserError, match="not the newest checkpoint of its run; continuing would overwrite checkpoint_3"
+    ):
+        train(num_epochs=4, resume_from=str(folder / "best"))
+
+
+def test_going_on_from_a_copy_of_best_is_right(held_out, train, monkeypatch, tmp_path):  # noqa: F811
+    scripted(monkeypatch, [(0.2, 0.5), (0.6, 0.5), (0.4, 0.6), (0.3, 0.6)] + [(0.4, 0.6), (0.3, 0.6)])
+    folder, epochs = train(num_epochs=3)
+    shutil.copytree(folder / "best", tmp_path / "logs" / "copy" / "best")
+    copy, resumed = train(num_epochs=3, run_name="", resume_from=str(tmp_path / "logs" / "copy" / "best"))
+    assert [entry["reward_mean"] for entry in resumed] == [entry["reward_mean"] for entry in epochs[1:]]
+    assert progress(copy / "checkpoint_3") == progress(folder / "checkpoint_3")
+    for key, value in weights(folder, 3).items():
+        assert torch.equal(value, weights(copy, 3)[key])
+
+
+def test_collapse_stops_training(held_out, train, monkeypatch, caplog):  # noqa: F811
+    caplog.set_level(logging.INFO)
+    scripted(monkeypatch, [(0.5, 0.5), (0.6, 0.6), (0.5, 0.7), (0.4, 0.8), (0.9, 0.9)])
+    folder, epochs = train(num_epochs=6, save_freq=10, held_out__patience=2, held_out__tolerance=0.05)
+    assert len(epochs) == 3 and (folder / "checkpoint_3").is_dir() and progress(folder / "best")["epoch"] == 1
+    assert "the reward rose from 0.6000 to 0.8000 while APR fell from 0.6000 to 0.4000" in caplog.text
+    assert f"after 1 epochs, is {folder / 'best'}" in caplog.text
+    assert "held-out APR 0.4000 reward 0.8000" in caplog.text
+
+
+def test_an_old_checkpoint_begins_its_evaluations_where_it_is(held_out, train):  # noqa: F811
+    folder, _ = train(held_out__every=0)
+    state = progress(folder / "checkpoint_2")
+    del state["held_out"]
+    (folder / "checkpoint_2" / "progress.json").write_text(json.dumps(state))
+    train(num_epochs=3, resume_from=str(folder))
+    assert [entry["epoch"] for entry in evaluations(folder)] == [2, 3] and (folder / "best").is_dir()
+
+
+def test_evaluations_that_cannot_be_compared_are_refused(held_out, train):  # noqa: F811
+    folder, _ = train(num_epochs=1)
+    with pytest.raises(UserError, match="images_per_prompt=4, now it is 2.*held_out.every=0"):
+        train(num_epochs=2, resume_from=str(folder), held_out__images_per_prompt=2)
+    _, epochs = train(num_epochs=2, resume_from=str(folder), held_out__every=0)
+    assert "held_out_apr" not in epochs[1] and progress(folder / "checkpoint_2")["held_out"]["best"] is not None
+
+
+def test_a_best_of_another_epoch_is_told(held_out, train, monkeypatch, caplog):  # noqa: F811
+    scripted(monkeypatch, [(0.2, 0.5), (0.3, 0.5), (0.4, 0.5), (0.1, 0.5)])
+    folder, _ = train(num_epochs=2)
+    shutil.rmtree(folder / "checkpoint_2")
+    train(num_epochs=2, resume_from=str(folder))
+    assert "held-out evaluation was after 1 epochs (APR 0.3000)" in caplog.text and "best is after 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"held_out__classifier": "H6"}, "predicts hair, gel_bubble, ruler, ink, MEL, NV; the judge predicts hair"),
+        ({"reward_fn_kwargs.isic_classifier_reward.classifier": "H4"}, "which gives the reward"),
+        ({"held_out__classifier": "/nowhere/H4.pth"}, "/nowhere/H4.pth"),
+        ({"reward_fn": "jpeg_compressibility", "prompt_fn_kwargs.path": "cats"}, "'a cat' is not one of the 32"),
+        ({"held_out__images_per_prompt": 0}, "held_out.images_per_prompt is 0"),
+        ({"held_out__tolerance": -0.1}, "held_out.tolerance is -0.1"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_no_judge_is_refused_first(held_out, train, judge, tmp_path, wrong, expected):  # noqa: F811
+    copied = shutil.copyfile(judge, tmp_path / "another name.safetensors")
+    (tmp_path / "cats.txt").write_text("a cat\n")
+    places = {
+        "H6": held_out["reward_fn_kwargs.isic_classifier_reward.classifier"],
+        "H4": str(copied),
+        "cats": str(tmp_path / "cats.txt"),
+    }
+    with pytest.raises(UserError) as caught:
+        train(**{key: places.get(value, value) for key, value in wrong.items()})
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same_apr(held_out, tmp_path):
+    """12 images in batches of 4: three batches, of which one process gets two."""
+    one = {"sample__num_batches_per_epoch": 4, "train__gradient_accumulation_steps": 2}
+    succeed("train.py", *as_flags(held_out, run_name="one", num_epochs=1, **one))
+    succeed("train.py", *as_flags(held_out, run_name="two", num_epochs=1), processes=2)
+    left, right = (evaluations(tmp_path / "logs" / name) for name in ("one", "two"))
+    assert left[0] == right[0]  # the base model: the very same numbers
+    assert [entry["epoch"] for entry in right] == [0, 1] and (tmp_path / "logs" / "two" / "best").is_dir()
+    # afterwards weights differ by the order in which gradients were added up
+    assert right[1]["apr"] == pytest.approx(left[1]["apr"], abs=1 / 12 + 1e-9)
+
+
+@pytest.mark.slow
+def test_eval_takes_best(held_out, tmp_path):
+    run = tmp_path / "logs" / "run"
+    succeed("train.py", *as_flags(held_out, num_epochs=1))
+    values = {key: value for key, value in held_out.items() if key.startswith(("pretrained", "prompt_fn", "mixed"))}
+    values |= {"sample.num_steps": 3, "eval.num_samples_per_prompt": 1, "eval.batch_size": 3}
+    values |= {"load_from": str(run / "best"), "logdir": str(tmp_path / "samples")}
+    result = succeed("eval.py", *as_flags(values))
+    assert str(run / "best" / "pytorch_lora_weights.safetensors") in result.stderr
