@@ -64,12 +64,10 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
 
     ###### Sampling ######
     config.sample = sample = ml_collections.ConfigDict()
-    # denoising steps.
-    sample.num_steps = 50
+    sample.num_steps = 50  # of denoising
     # "ddim", or in eval.py also "dpm++": DPM-Solver++ of second order (2M), deterministic, good in 15 to 25 steps.
     sample.scheduler = "ddim"
-    # DDIM eta in [0, 1]: the share of DDPM noise injected at each step. Training needs eta > 0: without noise there is
-    # no policy. eval.py takes 0, too. DPM-Solver++ has none.
+    # DDIM eta in [0, 1]: share of DDPM noise at each step. Training needs eta > 0: without noise there is no policy.
     sample.eta = 1.0
     # classifier-free guidance weight; 1.0 or less switches guidance off.
     sample.guidance_scale = 5.0
@@ -125,23 +123,20 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
 
     ###### Stopping criterion of the paper ######
     config.early_stop = early_stop = ml_collections.ConfigDict()
-    # stop after this many successive epochs whose mean reward changed by less than the tolerance. 0 never stops (the
-    # official code does not implement the criterion).
+    # stop after so many epochs in a row whose mean reward changed by less than the tolerance. 0: never, as officially.
     early_stop.patience = 0
     early_stop.tolerance = 1e-3
 
     ###### Held-out evaluation during training (train.py) ######
     config.held_out = ml_collections.ConfigDict()
-    # epochs between evaluations of all prompts of prompt_fn at fixed noise; 0: none. The first comes before training.
-    # Each costs the sampling of images_per_prompt * prompts images (8 * 32 = 256), with the settings of `sample`. The
-    # best checkpoint by APR is kept in <run>/best.
+    # epochs between evaluations of all prompts of prompt_fn at fixed noise, the first before training; 0: none. Each
+    # draws images_per_prompt * prompts images (8 * 32 = 256). The best checkpoint by APR is kept in <run>/best.
     config.held_out.every = 0
     config.held_out.images_per_prompt = 8
     # the H=4 judge; refused when it gives the reward, too.
     config.held_out.classifier = ""
-    # stop after this many evaluations in a row whose APR is below the best by more than the tolerance while their mean
-    # reward is above that of the best: the reward is hacked. 0 never stops. The standard error of an APR near 1/2 is
-    # 0.03 for 256 images.
+    # stop after this many evaluations in a row whose APR is below the best by more than the tolerance (an APR near 1/2
+    # of 256 images has a standard error of 0.03) while their mean reward is above that of the best. 0 never stops.
     config.held_out.patience = 0
     config.held_out.tolerance = 0.05
 
@@ -185,19 +180,16 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # rows used; 0 is all of them. skip_broken leaves out damaged images, with a warning, instead of stopping at them.
     dataset.limit = 0
     dataset.skip_broken = False
-    # image decoding processes of each process; 0 decodes in the process itself.
-    dataset.num_workers = 0
+    dataset.num_workers = 0  # image decoding processes of each process; 0 decodes in the process itself
 
     ###### Evaluation (eval.py) ######
     config.eval = evaluation = ml_collections.ConfigDict()
     # prompts, one image folder each: "('caption one','caption two')". (): all of prompt_fn, which can be a file.
     evaluation.prompts = ()
-    # images per prompt.
-    evaluation.num_samples_per_prompt = 960
-    # images that go through the networks together on a GPU. On a CPU that number follows from the model's size alone,
-    # so that this field changes no byte.
+    evaluation.num_samples_per_prompt = 960  # of each prompt
+    # images that go through the networks together on a GPU; on a CPU that number follows from the model's size alone.
     evaluation.batch_size = 20
-    # "png" (lossless), or "jpg": quality 95 without chroma subsampling (4:4:4), 3 to 4 times smaller.
+    # "png" (lossless), or "jpg": quality 95 without chroma subsampling (4:4:4).
     evaluation.image_format = "png"
     # H-head classifier that scores the samples on the fly for image_log.json. Empty: none.
     evaluation.classifier = ""
@@ -208,8 +200,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     metric.real_path = ""
     metric.fake_path = ""
     metric.compare_path = ""
-    # titles of fake_path and compare_path.
-    metric.fake_name = "SD+RL"
+    metric.fake_name = "SD+RL"  # titles of fake_path and compare_path
     metric.compare_name = "SD"
     # in place of these, any number of folders, "SD=DIR,SD+RL=DIR": the others are compared with the first. Several
     # folders of one name are generation seeds of one model; from three on they give its interval.
@@ -222,19 +213,15 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # folders for metrics.json and the tables, and for what networks say about images (by content; may be deleted).
     metric.output = ""
     metric.cache_dir = config.get_ref("base_log_path") + "/cache/metrics"
-    # images per process and forward pass.
-    metric.batch_size = 256
-    # captions to evaluate; () is all 32.
-    metric.prompts = ()
-    # feature networks of FID, KID, precision, recall, density, coverage, diversity and memorisation: "inception",
-    # "judge" (metric.classifier's pooled features) and "dinov2".
+    metric.batch_size = 256  # images per process and forward pass
+    metric.prompts = ()  # captions to evaluate; () is all 32
+    # feature networks of FID, KID and the like: "inception", "judge" (metric.classifier's pooled features), "dinov2".
     metric.extractors = ("inception", "judge")
     # "exact", or "compat": x * 256 wrapped to 8 bits and sets of different prompt mixes, as behind the published FIDs.
     metric.fid = "exact"
-    # Inception weights (torch-fidelity's .pth) for FID. "auto": the torch hub cache, downloaded when there is a
-    # network. "": FID is left out.
+    # weights of Inception (torch-fidelity's .pth) for FID, AlexNet (torchvision's .pth) for LPIPS, and DINOv2 (timm's
+    # .safetensors). "auto": the torch hub cache, downloaded when there is a network. "": left out.
     metric.inception = "auto"
-    # AlexNet weights (torchvision's .pth) for LPIPS, and timm's DINOv2 weights (.safetensors), likewise.
     metric.alexnet = "auto"
     metric.dinov2 = "auto"
     # run folders of train.py whose curves the report shows: "NAME=DIR,NAME=DIR".
@@ -242,8 +229,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
 
     ###### Stage (i): the generator itself (train_sd.py) ######
     config.sd = sd = ml_collections.ConfigDict()
-    # "finetune": train the UNet of pretrained.model, the paper's stage (i). From nothing: "vae", then "unet" (with
-    # tokenizer and text encoder) on the VAE in sd.output.
+    # "finetune": the UNet of pretrained.model, as in the paper. From nothing: "vae", then "unet" (with text encoder).
     sd.stage = "finetune"
     # folder for the outcome: a model in diffusers format ("vae", "unet"), pretrained_unet.safetensors ("unet",
     # "finetune"), log and sample grids. The same command again goes on with what is unfinished there.
@@ -260,8 +246,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     sd.val_csv = ""
     sd.val_images = 512
     sd.val_every = 500
-    # folders of latents written by extract_dataset_latents.py (<logdir>/latents), in place of images and tables. "":
-    # images are encoded once, into <output>/latents.
+    # latents of extract_dataset_latents.py (<logdir>/latents) in place of images and tables. "": made in <output>.
     sd.latents = ""
     sd.val_latents = ""
     # folder for decoded images (stage "vae"; 3 image_size^2 bytes each); "" decodes at every step. Decoding processes.
@@ -292,10 +277,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     sd.log_every = 50
     sd.grid_every = 1000
     sd.save_every = 1000
-    # weight of the KL term of the VAE.
-    sd.vae_kl_weight = 1e-6
-    # sizes of the parts trained from nothing: VAE channels by resolution, UNet channels by resolution and which of them
-    # have attention, kind ("clip"), width and layers of the text encoder.
+    sd.vae_kl_weight = 1e-6  # of the VAE's KL term
+    # parts trained from nothing: channels by resolution, which have attention; kind, width, layers of the text encoder.
     sd.vae_channels = (16, 32, 32)
     sd.unet_channels = (32, 64, 64)
     sd.unet_attention = (False, True, True)
@@ -307,15 +290,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
 
 def choose(module: dict, name: str) -> ml_collections.ConfigDict:
     """The configuration that experiment `name`, a public function without arguments in the file `module`, returns."""
-    experiments = [
-        key
-        for key, value in module.items()
-        if inspect.isfunction(value)
-        and value.__module__ == module["__name__"]
-        and key[0] != "_"
-        and key != "get_config"
-        if not inspect.signature(value).parameters
-    ]
+    own = {key: f for key, f in module.items() if inspect.isfunction(f) and f.__module__ == module["__name__"]}
+    experiments = [key for key, f in own.items() if key[0] != "_" and not inspect.signature(f).parameters]
     if name not in experiments:
         raise ValueError(f"experiment {name!r} is unknown; {module['__file__']} has {', '.join(experiments)}")
     return module[name]()

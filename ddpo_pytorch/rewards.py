@@ -47,8 +47,8 @@ def isic_classifier_reward(classifier: str | Path | ArtifactClassifier, device: 
     """Share of the classifier's attributes that it predicts as the prompt states: 0, 1/H, ..., 1.
 
     The stated attributes come from metadata["label"], or from the prompt where metadata has none (then it must be one
-    of the ISIC captions, else UserError). info: predictions and labels, (B, H) integers in the order of
-    `classifier.labels`. `classifier` is a model or the path of one.
+    of the ISIC captions, else UserError). info: predictions and labels, (B, H) integers, and logits, (B, H) float32, in
+    the order of `classifier.labels`. `classifier` is a model or the path of one.
     """
     model = classifier if isinstance(classifier, ArtifactClassifier) else load_classifier(classifier, device)
     model = model.to(device).eval()
@@ -57,8 +57,10 @@ def isic_classifier_reward(classifier: str | Path | ArtifactClassifier, device: 
     def reward(images, prompts, metadata):
         stated = [_labels(prompt, about) for prompt, about in zip(prompts, metadata, strict=True)]
         labels = np.array(stated, dtype=np.int64)[:, columns]
-        predictions = model.predict(images).cpu().numpy()
-        return (predictions == labels).mean(axis=1), {"predictions": predictions, "labels": labels}
+        logits = model.logits(images).float().cpu().numpy()
+        predictions = (logits > 0).astype(np.int64)  # as ArtifactClassifier.predict
+        about = {"predictions": predictions, "labels": labels, "logits": logits}
+        return (predictions == labels).mean(axis=1), about
 
     return reward
 

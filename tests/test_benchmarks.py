@@ -33,3 +33,21 @@ def test_memory_budget():
     assert result.returncode == 0, result.stderr
     # 859,520,964 float32 numbers
     assert "3.20 GiB  UNet weights" in result.stdout and result.stdout.count("in all") == 4
+
+
+def test_sampling():
+    result = run("sampling.py", "--count", 4, "--turns", 1, "--images_per_prompt", 1)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout.splitlines()[-1])
+    for guidance in ("guidance_1", "guidance_3"):
+        ratios = figures[guidance]
+        assert ratios["against_bare"] == pytest.approx(
+            ratios["eval_images_per_s"] / ratios["bare_diffusers_images_per_s"], rel=0.05
+        )
+        assert ratios["against_official"] == pytest.approx(
+            ratios["eval_lora_images_per_s"] / ratios["official_way_images_per_s"], rel=0.05
+        )
+    assert set(figures["peak_mib"]) == {"32", "128"} and min(figures["peak_mib"].values()) > 100
+    assert "times as fast as bare diffusers" in result.stdout
+    wrong = run("sampling.py", "--turns", 0)
+    assert wrong.returncode == 2 and "must be at least 1" in wrong.stderr

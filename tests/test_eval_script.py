@@ -1,9 +1,11 @@
-"""eval.py on a tiny model: the folder it writes, processes, kills, restarts, other settings, bad input."""
+"""eval.py on a tiny model: the folder it writes, processes, nodes, kills, restarts, other settings, bad input."""
 
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.classifier import load_classifier
 
 pytest_plugins = ["script_tools"]
+COUNT = 11  # images per prompt: 4 * 11 = 44 are passes of 32 and 12, uneven for 2 processes
 
 
 @pytest.fixture(scope="module")
@@ -39,25 +42,34 @@ def run_dir(tiny_pipeline_dir, tmp_path_factory) -> Path:
     return folder
 
 
+def arguments_of(config_file, folder, run_dir, **fields) -> list[str]:
+    return options(config_file, logdir=folder, load_from=run_dir, eval__num_samples_per_prompt=COUNT, **fields)
+
+
 @pytest.fixture(scope="module")
 def samples(config_file, run_dir, tmp_path_factory) -> Path:
-    """What one process of eval.py writes for a run folder: 4 prompts x 3 images in batches of 5."""
+    """What one process of eval.py writes for a run folder."""
     folder = tmp_path_factory.mktemp("samples") / "rl"
-    succeed("eval.py", *options(config_file, logdir=folder, load_from=run_dir))
+    result = succeed("eval.py", *arguments_of(config_file, folder, run_dir))
+    assert "44 images for 4 prompts, 44 are missing" in result.stderr
+    assert re.search(rf"44 images in {folder}; drawn now: 44, [\d.]+ images/s; peak memory of .* GiB", result.stderr)
     return folder
 
 
 @pytest.mark.slow
 def test_eval_writes_the_sample_folder(samples, judges, run_dir):
     log = json.loads((samples / "image_log.json").read_text())
-    assert [entry["sampleID"] for entry in log] == list(range(12))
-    expected = [(prompt, f"images/{folder_name(prompt)}/{i:05d}.png") for prompt in PROMPTS for i in range(3)]
+    assert [entry["sampleID"] for entry in log] == list(range(44))
+    expected = [(prompt, f"images/{folder_name(prompt)}/{i:05d}.png") for prompt in PROMPTS for i in range(COUNT)]
     assert [(entry["prompt"], entry["path_to_img"]) for entry in log] == expected
-    assert len({entry["seed"] for entry in log}) == 12
+    assert len({entry["seed"] for entry in log}) == 44
     images = torch.stack([load_image(samples / entry["path_to_img"]) for entry in log])
-    assert images.shape == (12, 3, 64, 64) and images.std() > 0.01
-    predictions = load_classifier(judges[6]).predict(images).tolist()
-    for entry, predicted in zip(log, predictions, strict=True):
+    assert images.shape == (44, 3, 64, 64) and images.std() > 0.01
+    logits = load_classifier(judges[6]).logits(images)
+    torch.testing.assert_close(torch.tensor([entry["logits"] for entry in log]), logits, rtol=1e-4, atol=1e-5)
+    assert {entry["weights_sha256"] for entry in log} == {read_settings(samples)["weights_sha256"]}
+    assert {entry["black"] for entry in log} == {False}
+    for entry, predicted in zip(log, (logits > 0).long().tolist(), strict=True):
         stated = list(labels_of(entry["prompt"]))
         assert entry["labels"] == stated and entry["predictions"] == predicted
         assert entry["reward"] == f"{sum(a == b for a, b in zip(stated, predicted, strict=True)) / 6:.4f}"
@@ -70,14 +82,33 @@ def test_eval_writes_the_sample_folder(samples, judges, run_dir):
 
 @pytest.mark.slow
 def test_eval_two_processes_write_the_same_bytes(samples, config_file, run_dir, tmp_path):
-    succeed("eval.py", *options(config_file, logdir=tmp_path / "two", load_from=run_dir), processes=2)
+    result = succeed("eval.py", *arguments_of(config_file, tmp_path / "two", run_dir), processes=2)
     assert files_of(tmp_path / "two") == files_of(samples)
+    assert result.stderr.count("images in") == 1
+
+
+@pytest.mark.slow
+def test_eval_two_nodes_write_the_same_bytes(samples, config_file, run_dir, tmp_path):
+    """Two processes that are number 0 of their nodes, as torchrun starts them on two machines with a common disk."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    common |= {"MASTER_PORT": str(port), "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "scripts/eval.py", *arguments_of(config_file, tmp_path / "nodes", run_dir)]
+    nodes = [
+        subprocess.Popen(command, cwd=ROOT, env=os.environ | common | {"RANK": str(rank)}, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    errors = [node.communicate(timeout=300)[1].decode() for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors
+    assert files_of(tmp_path / "nodes") == files_of(samples)
 
 
 @pytest.mark.slow
 def test_eval_completes_a_killed_run_to_the_same_bytes(samples, config_file, run_dir, tmp_path):
     folder = tmp_path / "killed"
-    arguments = options(config_file, logdir=folder, load_from=run_dir)
+    arguments = arguments_of(config_file, folder, run_dir)
     command = [sys.executable, "scripts/eval.py", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
@@ -85,6 +116,8 @@ def test_eval_completes_a_killed_run_to_the_same_bytes(samples, config_file, run
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert 0 < len(list(folder.glob("images/*/*.png"))) < 4 * COUNT and not (folder / "image_log.json").exists()
     # what else a kill may leave behind: an image without its line, a line cut short, a temporary file
     missing = [path for path in files_of(samples) if path.endswith(".png") and not (folder / path).exists()]
     if missing:
@@ -100,7 +133,8 @@ def test_eval_completes_a_killed_run_to_the_same_bytes(samples, config_file, run
 @pytest.mark.slow
 def test_eval_leaves_a_finished_folder_alone_and_refuses_other_settings(samples, config_file, run_dir, run_main):
     before = {path: path.stat().st_mtime_ns for path in samples.rglob("*.png")}
-    run_main("eval.py", config_file, logdir=str(samples), load_from=str(run_dir))
+    same = {"logdir": str(samples), "load_from": str(run_dir), "eval__num_samples_per_prompt": COUNT}
+    run_main("eval.py", config_file, **same)
     assert {path: path.stat().st_mtime_ns for path in samples.rglob("*.png")} == before
     whole = files_of(samples)
     for change, message in (
@@ -108,9 +142,11 @@ def test_eval_leaves_a_finished_folder_alone_and_refuses_other_settings(samples,
         ({"sample__num_steps": 4}, "made with num_steps 3, now it is 4"),
         ({"load_from": ""}, "made with weights_sha256 "),
         ({"prompt_fn": "isic_all", "prompt_fn_kwargs": {}}, "made with prompts "),
+        ({"sample__scheduler": "dpm++"}, "made with eta 1.0, now it is None"),
+        ({"eval__image_format": "jpg"}, "made with image_format 'png', now it is 'jpg'"),
     ):
         with pytest.raises(UserError, match=message):
-            run_main("eval.py", config_file, **({"logdir": str(samples), "load_from": str(run_dir)} | change))
+            run_main("eval.py", config_file, **(same | change))
     assert files_of(samples) == whole
 
 
@@ -123,17 +159,6 @@ def test_eval_more_images_keep_the_first_ones(config_file, run_main, tmp_path):
     now = files_of(tmp_path / "a")
     assert all(now[path] == data for path, data in first.items() if path.endswith(".png"))
     assert len(json.loads(now["image_log.json"])) == 8
-    # the noise of an image depends on its numbers, not on its batch (its pixels then agree up to rounding)
-    run_main(
-        "eval.py",
-        config_file,
-        logdir=str(tmp_path / "b"),
-        eval__num_samples_per_prompt=2,
-        **fields | {"eval__batch_size": 7},
-    )
-    for path in (path for path in now if path.endswith(".png")):
-        difference = load_image(tmp_path / "a" / path) - load_image(tmp_path / "b" / path)
-        assert difference.abs().max() < 1.5 / 255
 
 
 @pytest.mark.parametrize(
@@ -142,6 +167,12 @@ def test_eval_more_images_keep_the_first_ones(config_file, run_main, tmp_path):
         ({"eval__batch_size": 0}, "eval.batch_size is 0; it must be at least 1"),
         ({"eval__num_samples_per_prompt": 0}, "eval.num_samples_per_prompt is 0"),
         ({"sample__eta": -0.5}, "sample.eta is -0.5; it must be at least 0"),
+        ({"sample__eta": 1.5}, "sample.eta is 1.5; a share of noise is at most 1"),
+        ({"sample__scheduler": "euler"}, "sample.scheduler is 'euler'; allowed are ddim, dpm\\+\\+"),
+        ({"eval__image_format": "gif"}, "eval.image_format is 'gif'; allowed are png, jpg"),
+        ({"eval__prompts": ("a", "b", "a"), "eval__classifier": ""}, "prompt 'a' is given twice"),
+        ({"eval__prompts": ("a b", "a_b"), "eval__classifier": ""}, "prompts 'a b' and 'a_b' share the folder 'a_b'"),
+        ({"eval__prompts": ("a nevus",)}, "'a nevus' is not one of .*set --config.eval.classifier="),
         ({"sample__num_steps": 0}, "sample.num_steps is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"mixed_precision": "fp16"}, "mixed_precision is 'fp16', which needs a GPU"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sample_sets import write_samples
+from scipy.special import expit
 from script_tools import options, succeed
 
 from ddpo_pytorch.data.images import load_image, save_image
@@ -164,3 +165,18 @@ def test_features_are_computed_once_and_again_when_an_image_changes(config_file,
     changed = read(tmp_path / "out")
     hashes = [result["models"]["SD+RL"]["folders"][0]["sha256"] for result in (first, changed)]
     assert hashes[0] != hashes[1]
+
+
+def test_apr_is_that_of_the_samplers_own_log(lively_judge, config_file, fields, run_main, tmp_path):
+    """Drawn by eval.py with the judge looking on; counted from its log, without any of metric.py's code."""
+    run_main("eval.py", config_file, logdir=str(tmp_path / "drawn"), eval__classifier=str(lively_judge))
+    log = json.loads((tmp_path / "drawn" / "image_log.json").read_text())
+    right = [entry["predictions"] == entry["labels"][:4] for entry in log]
+    run_main("metric.py", config_file, **fields(fake_path=tmp_path / "drawn", compare_path="", real_path=""))
+    assert len(log) == 12 and read(tmp_path / "out")["models"]["SD+RL"]["APR"] == sum(right) / 12
+    with open(tmp_path / "out" / "per_image.csv") as file:
+        lines = {line["path"]: line for line in csv.DictReader(file)}
+    for entry in log:
+        line = lines[entry["path_to_img"]]
+        assert int(line["seed"]) == entry["seed"]
+        assert float(line["H4_hair"]) == pytest.approx(expit(entry["logits"][0]), abs=1e-5)

@@ -72,9 +72,17 @@ def read_rgb(path: str | Path) -> Image.Image:
 
 
 def save_image(path: str | Path, image: torch.Tensor) -> None:
-    """Write a (3, H, W) image in [0, 1] as lossless PNG; the file appears whole or not at all."""
+    """Write a (3, H, W) image, uint8 or float in [0, 1], as lossless PNG, or as JPEG where the path ends in .jpg.
+
+    JPEG has quality 95 and no chroma subsampling (4:4:4). The file appears whole or not at all.
+    """
+    levels = image if image.dtype == torch.uint8 else to_uint8(image)
+    picture = Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())
     with whole(path) as temporary:
-        to_pil(image).save(temporary, format="PNG")
+        if Path(path).suffix == ".jpg":
+            picture.save(temporary, format="JPEG", quality=95, subsampling=0)
+        else:
+            picture.save(temporary, format="PNG")
 
 
 class ImageFiles(Dataset):

@@ -1,0 +1,216 @@
+"""Drawing images for evaluation: what to draw, how, and into which files; a function of (seed, prompt, index) alone.
+
+Convolutions and matrix products choose their kernel by the shape of their input, and with it the order of their sums:
+an image drawn among 7 others differs in its last bits from the same image drawn among 63. Networks therefore see passes
+of one fixed shape here, the last one filled up.
+"""
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from torch import nn
+
+from ddpo_pytorch.data.images import load_pixels, save_image, to_uint8
+from ddpo_pytorch.data.isic import folder_name
+from ddpo_pytorch.data.sample_log import PartLog
+from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.generator.pipeline import PromptTable, latent_shape, set_schedule
+from ddpo_pytorch.randomness import Stream, derived_seed, text_number
+
+SCHEDULERS = ("ddim", "dpm++")
+IMAGE_FORMATS = ("png", "jpg")
+BLACK = 2  # an image with every 8-bit level below this is counted as black
+CPU_PASS = 32  # images a pass on a CPU, of 16 x 16 latents; fewer of larger ones
+Judge = Callable[[torch.Tensor, Sequence[str], Sequence[Mapping[str, Any]]], tuple[Sequence[float], dict[str, Any]]]
+
+
+class Job(NamedTuple):
+    """One image to draw: its prompt, the prompt's metadata, its file relative to the folder, the seed of its noise."""
+
+    prompt: str
+    metadata: dict[str, Any]
+    path: str
+    seed: int
+
+
+def plan(prompts: Sequence[tuple[str, dict[str, Any]]], count: int, seed: int, image_format: str = "png") -> list[Job]:
+    """`count` images of each (prompt, metadata), prompt by prompt.
+
+    Seeds depend on (seed, text of the prompt, index): other prompts beside it, or more images, change nothing.
+
+    Raises:
+        UserError: a prompt that cannot name a folder, occurs twice, or shares its folder with another one.
+    """
+    jobs, owners = [], {}
+    for prompt, metadata in prompts:
+        folder = folder_name(prompt)
+        if not prompt.strip() or "/" in folder or folder.startswith(".") or len(folder.encode()) > 255:
+            raise UserError(
+                f"prompt {prompt!r} cannot name a folder; use 1 to 255 bytes, no '/' and no leading '.', one line"
+            )
+        if folder in owners:
+            if owners[folder] == prompt:
+                raise UserError(f"prompt {prompt!r} is given twice; give every prompt once")
+            raise UserError(f"prompts {owners[folder]!r} and {prompt!r} share the folder {folder!r}; leave one out")
+        owners[folder] = prompt
+        for index in range(count):
+            noise = derived_seed(seed, Stream.EVALUATION, text_number(prompt), index)
+            jobs.append(Job(prompt, metadata, f"images/{folder}/{index:05d}.{image_format}", noise))
+    return jobs
+
+
+def images_per_pass(pipe: StableDiffusionPipeline, batch_size: int) -> int:
+    """Images that go through the networks together: `batch_size` on a GPU, a function of the model alone on a CPU.
+
+    On a CPU 32 images of 16 x 16 latents are as fast as 64 of them, and 2 of 64 x 64 (512 px) are as many, so that
+    nothing is lost by giving every run the same shapes, and with them the same bytes. On a GPU more images are faster
+    until its memory is full, which is the user's to say.
+    """
+    if pipe.device.type != "cpu":
+        return batch_size
+    _, height, width = latent_shape(pipe)
+    return min(max(CPU_PASS * 16 * 16 // (height * width), 1), CPU_PASS)
+
+
+def check_finite(module: nn.Module, file: str | Path) -> None:
+    """Raise UserError naming `file` and the first weight that is NaN or infinite."""
+    for name, value in module.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(
+                f"{str(file)!r}: {name} holds NaN or infinity as {str(value.dtype).removeprefix('torch.')}; the file "
+                "is damaged or its training diverged: give other weights, or mixed_precision=bf16 if fp16 overflows"
+            )
+
+
+def fingerprint(pipe: StableDiffusionPipeline) -> str:
+    """SHA-256 over all weights: tells a retrained model from the one that began a folder, wherever its files lie."""
+    digest = hashlib.sha256()
+    for part in (pipe.text_encoder, pipe.unet, pipe.vae):
+        for name, value in part.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class Sampler:
+    """Images from prompts and seeds, each from a CPU generator of its own, so that noise is the same on every device.
+
+    A generator gives first the initial latents, whatever the scheduler, then with DDIM a draw a step.
+
+    Args:
+        pipe: from `load_pipeline`, with all weights loaded; its scheduler is set.
+        scheduler: one of SCHEDULERS; "dpm++" takes no eta.
+        num_steps, eta, guidance_scale: as in config/base.py.
+
+    Raises:
+        UserError: unknown scheduler, or more steps than the model's schedule has.
+    """
+
+    def __init__(
+        self, pipe: StableDiffusionPipeline, scheduler: str, num_steps: int, eta: float, guidance_scale: float
+    ):
+        if scheduler not in SCHEDULERS:
+            raise UserError(f"sample.scheduler is {scheduler!r}; allowed are {', '.join(SCHEDULERS)}")
+        if scheduler == "dpm++":
+            pipe.scheduler = DPMSolverMultistepScheduler.from_config(
+                pipe.scheduler.config, algorithm_type="dpmsolver++"
+            )
+        set_schedule(pipe, num_steps)
+        pipe.set_progress_bar_config(disable=True)
+        self.pipe, self.scheduler, self.eta = pipe, scheduler, eta
+        self.common = {"num_inference_steps": num_steps, "guidance_scale": guidance_scale, "output_type": "pt"}
+        self.table = PromptTable(pipe)
+
+    def __call__(self, prompts: Iterable[str], seeds: Iterable[int]) -> torch.Tensor:
+        """Images (B, 3, H, W), float32 in [0, 1] or NaN."""
+        embeds = self.table(prompts)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        draw = self._ddim if self.scheduler == "ddim" else self._dpm_solver
+        with torch.autocast(embeds.device.type, embeds.dtype, enabled=embeds.dtype != torch.float32):
+            return draw(prompt_embeds=embeds, generator=generators, **self.common).float()
+
+    def _ddim(self, **arguments: Any) -> torch.Tensor:
+        negative = self.table.negative
+        images, *_ = pipeline_with_logprob(
+            self.pipe, negative_prompt_embeds=negative, eta=self.eta, keep_trajectory=False, **arguments
+        )
+        return images
+
+    def _dpm_solver(self, prompt_embeds: torch.Tensor, generator: list[torch.Generator], **arguments: Any):
+        shape = latent_shape(self.pipe)
+        latents = torch.stack([torch.randn(shape, generator=source) for source in generator]).to(prompt_embeds)
+        return self.pipe(
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=self.table.negative.expand_as(prompt_embeds),
+            generator=generator,
+            latents=latents,
+            **arguments,
+        ).images
+
+
+def draw_pass(
+    sampler: Sampler,
+    jobs: Sequence[Job],
+    size: int,
+    folder: Path,
+    log: PartLog,
+    done: Collection[str] = (),
+    judge: Judge | None = None,
+    weights_sha256: str = "",
+) -> list[Job]:
+    """Draw one pass of `size` images, of which `jobs` are wanted; write files and log entries of those not in `done`.
+
+    All are drawn, those in `done` too, so that a restart repeats the same pass. The judge sees the images as they are
+    stored: in 8 bits, and after JPEG where that is the format. Returns the jobs whose image is not finite; they are
+    neither written nor logged.
+    """
+    rows = [*jobs, *[jobs[-1]] * (size - len(jobs))]
+    images = sampler([job.prompt for job in rows], [job.seed for job in rows])
+    finite = images.flatten(1).isfinite().all(dim=1).tolist()
+    pixels = to_uint8(images.nan_to_num()).cpu()
+    wanted = [number for number, job in enumerate(jobs) if job.path not in done]
+    new = [number for number in wanted if finite[number]]
+    for number in new:
+        path = folder / jobs[number].path
+        save_image(path, pixels[number])
+        if path.suffix != ".png":
+            pixels[number] = load_pixels(path)
+    if new:
+        about = _entries(rows, pixels, judge, images.device, weights_sha256)
+        log.add([about[number] for number in new])
+    return [jobs[number] for number in wanted if not finite[number]]
+
+
+def _entries(
+    rows: Sequence[Job], pixels: torch.Tensor, judge: Judge | None, device: torch.device, weights_sha256: str
+) -> list[dict[str, Any]]:
+    """Log entries for rows of stored pixels, uint8 (B, 3, H, W). The judge, too, always sees a whole pass."""
+    black = (pixels.flatten(1).amax(dim=1) < BLACK).tolist()
+    entries = [
+        {
+            "prompt": job.prompt,
+            "reward": None,
+            "path_to_img": job.path,
+            "predictions": None,
+            "labels": job.metadata.get("label"),
+            "logits": None,
+            "seed": job.seed,
+            "black": is_black,
+            "weights_sha256": weights_sha256,
+        }
+        for job, is_black in zip(rows, black, strict=True)
+    ]
+    if judge is not None:
+        images = pixels.to(device).float() / 255
+        rewards, info = judge(images, [job.prompt for job in rows], [job.metadata for job in rows])
+        for entry, reward, predictions, logits in zip(
+            entries, rewards, info["predictions"], info["logits"], strict=True
+        ):
+            entry |= {"reward": f"{reward:.4f}", "predictions": predictions.tolist()}
+            entry["logits"] = [round(float(logit), 6) for logit in logits]
+    return entries
