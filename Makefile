@@ -1,5 +1,5 @@
-# make demo: train the mini world with DDPO, sample before and after, print the table. make test: run the test suite.
-# Both set themselves up in .venv on first use.
+# make demo: train the mini world with DDPO, sample before and after, measure against phantoms, write a report.
+# make test: run the test suite. Both set themselves up in .venv on first use.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -23,11 +23,13 @@ MINI := config/mini.py
 	touch $@
 
 demo: .venv/ready
-	$(LAUNCH) scripts/train.py --config $(MINI):prompt_image_alignment_classifier_isic --config.run_name=$(RUN)
+	$(LAUNCH) scripts/train.py --config $(MINI):prompt_image_alignment_classifier_isic --config.run_name=$(RUN) --config.held_out.every=8
 	$(LAUNCH) scripts/eval.py --config $(MINI):prompt_image_alignment_classifier_isic_eval --config.logdir=$(OUT)/samples/$(RUN)/SD
 	$(LAUNCH) scripts/eval.py --config $(MINI):prompt_image_alignment_classifier_isic_eval_rl --config.load_from=$(OUT)/logs/$(RUN) --config.logdir=$(OUT)/samples/$(RUN)/RL
-	$(LAUNCH) scripts/metric.py --config $(MINI):evaluate_metric_rl --config.metric.fake_path=$(OUT)/samples/$(RUN)/RL --config.metric.compare_path=$(OUT)/samples/$(RUN)/SD --config.metric.output=$(OUT)/metrics/$(RUN)
-	@echo "before and after, caption by caption: $(OUT)/metrics/$(RUN)/comparison.png"
+	python -m ddpo_pytorch.data.phantom --out $(OUT)/held-out --seed 9 --balanced --unseen --num_train 0 --num_val 0 --num_test 1000
+	$(LAUNCH) scripts/extract_dataset_latents.py --config $(MINI):preprocess_isic_real_data --config.dataset.data_path=$(OUT)/held-out/images --config.dataset.csv=$(OUT)/held-out/splits/phantom_test.csv
+	$(LAUNCH) scripts/metric.py --config $(MINI):evaluate_metric_rl --config.metric.folders=SD=$(OUT)/samples/$(RUN)/SD,SD+RL=$(OUT)/samples/$(RUN)/RL --config.metric.real_path=$(OUT)/real-images-test --config.metric.logs=$(RUN)=$(OUT)/logs/$(RUN) --config.metric.output=$(OUT)/metrics/$(RUN) --report
+	@echo "tables, curves and pictures: $(OUT)/metrics/$(RUN)/report.html"
 	@echo "all samples: $(OUT)/samples/$(RUN)/SD/images and .../RL/images; training grids: $(OUT)/logs/$(RUN)/grid_*.png"
 
 test: .venv/ready
