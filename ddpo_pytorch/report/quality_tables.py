@@ -7,8 +7,8 @@ from ddpo_pytorch.report.tables import REAL
 
 # rows of a fidelity table: key, title, what is good, form.
 FIDELITY = (
-    ("FID", "FID", "lower is better", ".2f"),
-    ("KID", "KID", "lower is better", ".4f"),
+    ("FID", "FID", "lower is better", ".4g"),
+    ("KID", "KID", "lower is better", ".3g"),
     ("precision", "Precision", "0 to 1, higher is better", ".3f"),
     ("recall", "Recall", "0 to 1, higher is better", ".3f"),
     ("density", "Density", "higher is better", ".3f"),

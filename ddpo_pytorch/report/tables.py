@@ -54,7 +54,7 @@ def headline(result: Mapping) -> Table:
         table.rows.append((head, cells[:split] + change + cells[split:]))
     quantities = [apr_of(values, judge) for values in sides.values()] + [one["APR"] for one in differences]
     for values in sides.values():
-        quantities += [with_interval(values, metric) for metric in ("FID", "KID", "LPIPS")]
+        quantities += [with_interval(values, metric) for metric in ("FID", "KID", "LPIPS", "FD_judge")]
     tests = dict.fromkeys(one["test"] for one in differences if one.get("test"))
     table.text = _brackets(quantities) + "".join(f" Tests of the difference: {test}." for test in tests)
     return table
@@ -68,10 +68,12 @@ def _headline_rows(sides: Mapping, models: Mapping, judge: str | None) -> list[t
     rows = [("APR", Head("APR", "%, higher is better"), [estimate(apr_of(v, judge), ".2f", 100) for v in each])]
     for metric, small, form in (
         ("FID", "lower is better", ".2f"),
-        ("KID", "lower is better", ".4f"),
+        ("KID", "lower is better", ".3g"),
         ("LPIPS", "to real images, lower is better", ".3f"),
+        ("FD_judge", "of the judge's features, lower is better", ".4g"),
     ):
-        rows.append((metric, Head(metric, small), [estimate(with_interval(v, metric), form) for v in each]))
+        title = "Frechet distance" if metric == "FD_judge" else metric
+        rows.append((metric, Head(title, small), [estimate(with_interval(v, metric), form) for v in each]))
     rows.append(
         ("reward", Head("Reward", "mean, higher is better"), [Cell(plain(v.get("reward"), ".3f")) for v in each])
     )
