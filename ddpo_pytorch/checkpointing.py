@@ -39,11 +39,14 @@ def checkpoints(run_dir: str | Path) -> list[Path]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder that `path` is, or the newest in the run folder that it is. UserError if neither."""
+    """The checkpoint folder that `path` is, or the newest in the run folder that it is; best/ where it holds no other.
+
+    Raises UserError if it is neither.
+    """
     path = Path(path)
     if (path / PROGRESS_FILE).is_file():
         return path
-    found = checkpoints(path)
+    found = checkpoints(path) or [best for best in [path / BEST] if (best / PROGRESS_FILE).is_file()]
     if not found:
         raise UserError(f"{str(path)!r} is neither a checkpoint nor a run folder with checkpoint_<epoch> folders in it")
     return found[-1]
@@ -53,13 +56,13 @@ def find_weights(path: str | Path) -> Path:
     """The weight file that `path` is or holds: LoRA in any known format, or a full UNet.
 
     `path` may be a file, a checkpoint folder (also a published one), or a run folder, of which the newest checkpoint is
-    taken. Raises UserError naming what was looked for.
+    taken, or best/ where there is no other. Raises UserError naming what was looked for.
     """
     path = resolve(path)
     if path.is_file():
         return path
     names = (*FILE_NAMES, UNET_FILE)
-    for folder in (path, *reversed(checkpoints(path))):
+    for folder in (path, *reversed(checkpoints(path)), path / BEST):
         for name in names:
             if (folder / name).is_file():
                 return folder / name

@@ -1,5 +1,6 @@
 """What every script needs around its algorithm: entry point, accelerator, batch geometry, run folder, logs."""
 
+import errno
 import json
 import logging
 import math
@@ -26,6 +27,11 @@ from ddpo_pytorch.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+# what the system says about places that a user chose: permissions, kinds of files, disks that are full or read-only
+USER_ERRNOS = {
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG),
+}
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -62,8 +68,11 @@ def _reporting(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]
             main(argv)
         except UserError as error:
             _fail(error)
-        except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
-            _fail(UserError(f"{error.strerror}: {error.filename!r}; give another path, or change what is there"))
+        except OSError as error:
+            if error.errno not in USER_ERRNOS:
+                raise
+            where = "" if error.filename is None else f": {error.filename!r}"
+            _fail(UserError(f"{error.strerror}{where}; give another path, or change what is there"))
 
     return run
 
@@ -203,7 +212,7 @@ def check_training(config: ConfigDict) -> None:
         ("held_out.patience", 0),
         ("held_out.tolerance", 0),
     ):
-        if config[name] < least:
+        if not config[name] >= least:  # NaN is refused as well
             raise UserError(f"{name} is {config[name]}; it must be {least} or more")
     if config.held_out.patience and not config.held_out.every:
         raise UserError(

@@ -8,7 +8,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ddpo_pytorch import checkpointing
-from ddpo_pytorch.checkpointing import checkpoints, epochs_completed, recover_best, save_best
+from ddpo_pytorch.checkpointing import (
+    checkpoints,
+    epochs_completed,
+    find_checkpoint,
+    find_weights,
+    recover_best,
+    save_best,
+)
 from ddpo_pytorch.errors import UserError
 
 
@@ -63,3 +70,9 @@ def test_epochs_come_from_name_or_progress(tmp_path):
     (tmp_path / "progress.json").write_text('{"ep')
     with pytest.raises(UserError, match="progress.json' is damaged"):
         epochs_completed(tmp_path)
+
+
+def test_a_run_that_only_has_a_best_is_found(tmp_path):
+    save(tmp_path, 1.0)
+    assert not checkpoints(tmp_path)
+    assert find_checkpoint(tmp_path) == tmp_path / "best" and find_weights(tmp_path).parent == tmp_path / "best"
