@@ -18,21 +18,22 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from ddpo_pytorch.data.isic import CAPTIONS, short_caption
+from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.files import whole
+from ddpo_pytorch.metrics.cautions import missing_of, warnings_of
+from ddpo_pytorch.metrics.comparison import compare
 from ddpo_pytorch.metrics.diversity import within_pairs
 from ddpo_pytorch.metrics.evaluation import (
     Context,
     Folder,
-    compare,
-    different_settings,
+    ceiling,
     measure_folder,
     set_facts,
     summarise,
     write_per_image,
 )
 from ddpo_pytorch.metrics.fidelity import pair_images
-from ddpo_pytorch.metrics.measure import Side, copies, matched, spread_size
+from ddpo_pytorch.metrics.measure import Side, matched, spread_size
 from ddpo_pytorch.metrics.pictures import comparison, contact_sheet
 from ddpo_pytorch.metrics.request import Sets, Tools, check_request, find_sets, load_tools
 from ddpo_pytorch.metrics.sets import ImageSet, named_paths, shape_of
@@ -46,9 +47,6 @@ config_flags.DEFINE_config_file("config", "config/base.py", "Metrics of sample f
 flags.DEFINE_bool("report", False, "also write report.html, one page with tables, curves and pictures")
 
 logger = logging.getLogger(__name__)
-
-# fewer images than Inception has features: its covariance is singular, and FID's bias large
-FEW_IMAGES = 2048
 
 
 def look(title: str, images: ImageSet, store: FeatureStore, tools: Tools) -> Side:
@@ -73,39 +71,10 @@ def lpips_of(title: str, images: ImageSet, real: ImageSet | None, store: Feature
     return {name: (np.array(pairs[name]).reshape(-1, 2), rows[name][:][:, 0]) for name in pairs if len(rows[name])}
 
 
-def warnings_of(sets: Sets, folders: dict[str, list[Folder]], parts: list[np.ndarray], context: Context) -> list[str]:
-    """What a reader of the numbers has to know."""
-    found = []
-    if context.real is not None and context.train is not None and (known := copies(context.real, context.train)).any():
-        first = sets.real.paths[int(known.argmax())]
-        found.append(
-            f"{known.sum()} of {len(known)} real images are training images, the first is {first}; they are left out "
-            "where real images tell how near is near, but not from distances to real images"
-        )
-    if sets.real is not None:
-        lacking = sorted({c for own in sets.models.values() for s in own for c in s.captions} - set(sets.real.captions))
-        if lacking:
-            found.append(
-                f"{sets.real.folder} has no image of {len(lacking)} generated captions, which count in APR but not in "
-                f"LPIPS nor in matched distances: {', '.join(map(short_caption, lacking))}"
-            )
-        if min(len(part) for part in parts) < FEW_IMAGES:
-            found.append(
-                f"matched distances rest on {len(parts[0])} images a set; below {FEW_IMAGES}, as many as FID has "
-                "features, FID is biased upwards and comparable at equal numbers only; KID is not biased"
-            )
-        counts = {len(images) for own in sets.models.values() for images in own}
-        if len(counts) > 1:
-            found.append(f"sets hold {sorted(counts)} images: unmatched distances are not comparable between them")
-    first = next(iter(folders.values()))[0]
-    for own in folders.values():
-        found += [line for folder in own if folder is not first for line in different_settings(first.side, folder.side)]
-        for folder in own:
-            facts = set_facts(folder.side)
-            for key, what in (("black_images", "are black"), ("identical_images", "repeat another one to the pixel")):
-                if facts[key]:
-                    found.append(f"{facts['path']}: {facts[key]} of {facts['images']} images {what}")
-    return found
+def ceiling_of(own: list[Folder], reference: Folder, seed: int) -> dict:
+    """How far the judge agrees with real images in the mix of captions that a model's folders have."""
+    quantity, share = ceiling([caption for f in own for caption in f.side.images.captions], reference, seed)
+    return {"ceiling": quantity, "ceiling_share": share}
 
 
 def measure(config: ConfigDict, sets: Sets, tools: Tools, sides: dict, lpips: dict) -> tuple[dict, dict]:
@@ -125,6 +94,8 @@ def measure(config: ConfigDict, sets: Sets, tools: Tools, sides: dict, lpips: di
         ]
         for name, own in models.items()
     }
+    facts = {id(f): set_facts(f.side, context) for own in folders.values() for f in own}
+    reference = measure_folder(real, {}, None, context) if real else None
     fid_part = "unmatched" if metric.fid == "compat" else "matched"
     result = {
         "format": 2,
@@ -140,13 +111,15 @@ def measure(config: ConfigDict, sets: Sets, tools: Tools, sides: dict, lpips: di
             for network in [*tools.extractors.values(), *([tools.lpips] if tools.lpips else [])]
         },
         "missing": tools.missing | ({} if real else {"FID, KID, LPIPS to real images": "metric.real_path is empty"}),
-        "warnings": warnings_of(sets, folders, parts, context),
+        "warnings": warnings_of(context, folders, facts, parts),
         "sets": {name: set_facts(sides[name]) for name in ("real", "train") if sides[name]},
         "models": {
             name: summarise(own, fid_part)
-            | {"folders": [set_facts(f.side) | {"made_with": dict(f.side.images.made_with)} for f in own]}
-            | {"black_images": sum(set_facts(f.side)["black_images"] for f in own)}
+            | {"folders": [facts[id(f)] | {"made_with": dict(f.side.images.made_with)} for f in own]}
+            | {"black_images": sum(facts[id(f)]["black_images"] for f in own)}
             | {"images_by_prompt": {c: sum(f.side.images.captions.count(c) for f in own) for c in CAPTIONS}}
+            | {"missing": missing_of(own, context)}
+            | (ceiling_of(own, reference, config.seed) if reference else {})
             for name, own in folders.items()
         },
         "judge_labels": list(judges[next(iter(judges))]),
@@ -159,9 +132,8 @@ def measure(config: ConfigDict, sets: Sets, tools: Tools, sides: dict, lpips: di
         if name != first
     ]
     if real:
-        ceiling = measure_folder(real, {}, None, context)
-        folders = {"real": [ceiling]} | folders
-        result["real"] = summarise([ceiling], fid_part)
+        folders = {"real": [reference]} | folders
+        result["real"] = summarise([reference], fid_part)
     return json.loads(json.dumps(result, default=lambda quantity: quantity.to_dict())), folders
 
 
@@ -176,8 +148,8 @@ def write(config: ConfigDict, result: dict, folders: dict[str, list[Folder]]) ->
     }
     texts = {f"{name}.{suffix}": form(table) for name, table in tables.items() for suffix, form in
              (("md", markdown), ("csv", as_csv), ("tex", latex))}  # fmt: skip
-    texts["metrics.json"] = json.dumps(result, indent=1, allow_nan=False) + "\n"
-    for name, text in texts.items():
+    numbers = {"metrics.json": json.dumps(result, indent=1, allow_nan=False) + "\n"}
+    for name, text in (numbers | texts).items():
         with whole(output / name) as temporary:
             temporary.write_text(text)
     write_per_image(output / "per_image.csv", folders)
@@ -222,7 +194,9 @@ def main(_) -> None:
             logger.warning("%s and %s are compared without pairs: %s", row["from"], row["to"], row["reason"])
     tables = write(config, result, folders)
     if "real" in result:
-        logger.info("the judge agrees with the captions of %.2f %% of the real images", 100 * result["real"]["APR"])
+        for name, model in result["models"].items():
+            if (agreed := model["ceiling"]["value"]) is not None:
+                logger.info("on real images in the prompt mix of %s the judge finds APR %.2f %%", name, 100 * agreed)
     print(f"Table 2\n\n{tables['table2']}\nTable 3\n\n{tables['table3']}")  # the product of this command
     if FLAGS.report:
         samples = {name: own[0].side.images.samples for name, own in folders.items()}

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from conftest import run_script
 from PIL import Image
 from sample_sets import write_samples
+from script_tools import options
 
 from ddpo_pytorch.data.isic import CAPTIONS, LABELS, folder_name
 from ddpo_pytorch.errors import UserError
@@ -48,7 +50,7 @@ def test_a_judge_with_other_heads_is_refused_and_welcome_as_a_second_one(
 ):
     with pytest.raises(UserError, match=r"h6.safetensors' has 6 heads .*metric.more_judges=NAME=FILE"):
         run_main("metric.py", config_file, **fields(classifier=judges[6]))
-    with pytest.raises(UserError, match="names 'H4' again"):
+    with pytest.raises(UserError, match="names a judge 'H4', which is taken"):
         run_main("metric.py", config_file, **fields(more_judges=f"H4={judges[6]}"))
     run_main("metric.py", config_file, **fields(more_judges=f"H6={judges[6]}", compare_path=""))
     assert (tmp_path / "out" / "metrics.json").read_text().count('"H6"') >= 2
@@ -85,10 +87,21 @@ def test_an_image_cut_short_is_named_and_what_came_before_is_kept(config_file, f
     given = fields(fake_path=folder, compare_path="", real_path="")
     with pytest.raises(UserError, match=rf"{images[-1].name}' cannot be read as an image"):
         run_main("metric.py", config_file, **given)
-    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 2 * 3 and not (tmp_path / "out").exists()
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 2 * 4 and not (tmp_path / "out").exists()
     images[-1].unlink()
     run_main("metric.py", config_file, **given)
     assert (tmp_path / "out" / "metrics.json").is_file()
+
+
+@pytest.mark.slow
+def test_both_processes_end_alike_when_one_meets_a_faulty_image(config_file, fields, tmp_path):
+    folder = write_samples(tmp_path / "own", {CAPTIONS[0]: 9}, seed=1)
+    last = sorted((folder / "images" / folder_name(CAPTIONS[0])).iterdir())[-1]
+    last.write_bytes(last.read_bytes()[:600])
+    given = options(config_file, **fields(fake_path=folder, compare_path="", real_path=""))
+    result = run_script("metric.py", *given, processes=2)
+    assert result.returncode != 0 and result.stderr.count(f"error: '{last}' cannot be read as an image") == 2
+    assert "Connection closed" not in result.stderr
 
 
 def test_a_network_that_gives_nan_names_the_image(config_file, fields, run_main, tmp_path):
@@ -121,5 +134,5 @@ def test_what_real_images_lack_and_black_and_repeated_samples_are_told(
         "has no image of 1 generated captions, which count in APR" in caplog.text
         and "NV hair+gel_bubble+ruler+ink" in caplog.text
     )
-    assert "1 of 6 images are black" in caplog.text and "1 of 6 images repeat another one to the pixel" in caplog.text
-    assert "rest on 4 images a set; below 2048" in caplog.text
+    assert "1 of 6 images is black" in caplog.text and "1 of 6 images is equal to another one" in caplog.text
+    assert "rest on 4 images a set: Frechet distances of few images are biased" in caplog.text

@@ -154,14 +154,14 @@ def test_features_are_computed_once_and_again_when_an_image_changes(config_file,
     usual = fields(fake_path=folder, compare_path="", real_path="")
     run_main("metric.py", config_file, **usual)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
-    assert len(before) == 3 * 3  # three networks (pixels, logits, features), chunks of 4
+    assert len(before) == 4 * 3  # four networks (pixels, thumbnail, logits, features), chunks of 4
     run_main("metric.py", config_file, **usual)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")} == before
     first = read(tmp_path / "out")
     image = folder / "images" / folder_name(CAPTIONS[0]) / "5.png"
     save_image(image, 1 - load_image(image))
     run_main("metric.py", config_file, **usual)
-    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 4 * 3  # one chunk anew
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 4 * 4  # one chunk anew
     changed = read(tmp_path / "out")
     hashes = [result["models"]["SD+RL"]["folders"][0]["sha256"] for result in (first, changed)]
     assert hashes[0] != hashes[1]

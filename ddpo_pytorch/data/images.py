@@ -122,7 +122,8 @@ def image_grid(images: torch.Tensor, columns: int, padding: int = 2) -> Image.Im
 def list_samples(folder: str | Path, prompts: Sequence[str] = ()) -> list[tuple[Path, str]]:
     """(file, caption) of every image of a sample folder, sorted; only the given captions when `prompts` is not empty.
 
-    Raises UserError when the folder is missing, is not a sample folder, or holds no image of these captions.
+    Hidden entries are passed over. Raises UserError when the folder is missing, is not a sample folder, holds no image
+    of these captions, or anything but images of captions.
     """
     root = Path(folder) / "images"
     if not root.is_dir():
@@ -132,14 +133,26 @@ def list_samples(folder: str | Path, prompts: Sequence[str] = ()) -> list[tuple[
         )
     wanted = set(prompts)
     samples = []
-    for directory in sorted(entry for entry in root.iterdir() if entry.is_dir()):
-        caption = caption_of_folder(directory.name)
+    for directory in sorted(entry for entry in root.iterdir() if entry.name[0] != "."):
+        if not directory.is_dir():
+            raise _not_read(directory)
+        try:
+            caption = caption_of_folder(directory.name)
+        except UserError as error:
+            raise UserError(f"{str(folder)!r}: {error}") from error
         if not wanted or caption in wanted:
-            files = sorted(p for p in directory.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != ".")
-            samples += [(path, caption) for path in files]
+            for path in sorted(entry for entry in directory.iterdir() if entry.name[0] != "."):
+                if path.suffix.lower() not in IMAGE_SUFFIXES:
+                    raise _not_read(path)
+                samples.append((path, caption))
     if not samples:
         raise UserError(f"{str(folder)!r} holds no images" + (f" of the prompts {sorted(wanted)}" if wanted else ""))
     return samples
+
+
+def _not_read(path: Path) -> UserError:
+    allowed = f"images/<caption with _ for spaces>/ holds only {', '.join(IMAGE_SUFFIXES)} files"
+    return UserError(f"{str(path)!r} is not read: {allowed}; convert it, or move it away")
 
 
 def write_log(folder: str | Path, entries: list[dict]) -> None:
@@ -151,9 +164,15 @@ def write_log(folder: str | Path, entries: list[dict]) -> None:
 
 
 def read_log(folder: str | Path) -> list[dict]:
-    """Entries of `image_log.json`; an empty list when there is none. Raises UserError if it cannot be read."""
+    """Entries of `image_log.json`; an empty list when there is none.
+
+    Raises UserError if it cannot be read or is no list of JSON objects.
+    """
     path = Path(folder) / "image_log.json"
     try:
-        return json.loads(path.read_text()) if path.is_file() else []
+        entries = json.loads(path.read_text()) if path.is_file() else []
     except ValueError as error:
         raise UserError(f"{str(path)!r} is torn or no JSON ({error}); make the samples again elsewhere") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"{str(path)!r} is no list with an object an image; make the samples again elsewhere")
+    return entries

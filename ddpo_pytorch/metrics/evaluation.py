@@ -1,7 +1,8 @@
-"""All measures of one folder, of a model that is one or several folders, and of two models against each other."""
+"""All measures of one folder, and of a model that is one or several folders."""
 
 import csv
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,16 +11,9 @@ import numpy as np
 
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.files import whole
-from ddpo_pytorch.metrics.intervals import (
-    Quantity,
-    bootstrap_difference,
-    bootstrap_mean,
-    bootstrap_unpaired_difference,
-    mcnemar,
-    over_runs,
-    sign_permutation_p,
-)
+from ddpo_pytorch.metrics.intervals import Quantity, bootstrap_mean, bootstrap_ratio, over_runs
 from ddpo_pytorch.metrics.measure import (
+    NEAR_COPY,
     Neighbours,
     Side,
     aligned_images,
@@ -31,10 +25,7 @@ from ddpo_pytorch.metrics.measure import (
     neighbours,
     pixels,
 )
-from ddpo_pytorch.metrics.store import count_identical
-
-# settings of eval.py that may differ between two folders of which one is compared with the other
-OWN_SETTINGS = ("weights_sha256", "prompts", "classifier")
+from ddpo_pytorch.metrics.store import THUMBNAILS, count_identical
 
 
 @dataclass
@@ -51,12 +42,21 @@ class Context:
 
     def __post_init__(self) -> None:
         if self.real is not None and self.train is not None:
-            self.baselines = {name: neighbours(name, self.real, self.train) for name in self.extractors}
+            self.baselines = {name: neighbours(name, self.real, self.train) for name in self.spaces}
 
-    def unseen(self, extractor: str) -> Neighbours | None:
+    @property
+    def spaces(self) -> list[str]:
+        """In which nearness to training images is measured: every extractor, and thumbnails."""
+        return [*self.extractors, THUMBNAILS.name]
+
+    def near_copies(self) -> np.ndarray:
+        """(N,) bool: real images that are copies or near copies of training images."""
+        return copies(self.real, self.train) | (self.baselines[THUMBNAILS.name].distances < NEAR_COPY)
+
+    def unseen(self, space: str) -> Neighbours | None:
         """The real images' neighbours: the measure of near. Copies of training images among them would spoil it."""
-        own = self.baselines.get(extractor)
-        return None if own is None else own.where(~copies(self.real, self.train))
+        own = self.baselines.get(space)
+        return None if own is None else own.where(~self.near_copies())
 
 
 @dataclass
@@ -69,11 +69,33 @@ class Folder:
     columns: dict[str, Sequence]
 
 
-def set_facts(side: Side) -> dict:
-    """What metrics.json states about a set of images."""
+def set_facts(side: Side, context: Context | None = None) -> dict:
+    """What metrics.json states about a set of images, and, of a generated one in a context, its copies of real ones."""
     facts = pixels(side)
     black = int((facts[:, 0] < 2).sum())
-    return side.images.about() | {"identical_images": count_identical(facts), "black_images": black}
+    about = side.images.about() | {"identical_images": count_identical(facts), "black_images": black}
+    for name in ("real", "train"):
+        other = getattr(context, name, None)
+        if other is not None and other is not side:
+            kind = "training" if name == "train" else "real"
+            about[f"copies_of_{kind}_images"] = int(copies(side, other).sum())
+            near = neighbours(THUMBNAILS.name, side, other).distances < NEAR_COPY
+            about[f"near_copies_of_{kind}_images"] = int(near.sum())
+    return about
+
+
+def ceiling(captions: Sequence[str], real: Folder, seed: int) -> tuple[Quantity, float]:
+    """The judge's agreement with real images in the mix of these captions, and the share of them that real ones have.
+
+    Every real image weighs as many of the captions as there are for each real image of its caption; the interval
+    resamples captions and images.
+    """
+    wanted, held = Counter(captions), Counter(real.side.images.captions)
+    weights = np.array([wanted[c] / held[c] for c in real.side.images.captions])
+    covered = sum(wanted[c] for c in held if c in wanted) / len(captions)
+    if not weights.any():
+        return Quantity.missing("no real image of these captions"), 0.0
+    return bootstrap_ratio(weights * real.aligned, weights, real.side.groups, seed), covered
 
 
 def measure_folder(side: Side, lpips: Mapping, parts: tuple[np.ndarray, np.ndarray] | None, context: Context) -> Folder:
@@ -108,12 +130,14 @@ def measure_folder(side: Side, lpips: Mapping, parts: tuple[np.ndarray, np.ndarr
         result["fidelity"] = {n: fidelity(n, context.real, side, *parts, seed) for n in context.extractors}
     if context.train is not None:
         result["memorisation"] = {}
-        for name in context.extractors:
+        for name in context.spaces:
             own = context.baselines[name] if side is context.real else neighbours(name, side, context.train)
             result["memorisation"][name] = memorised(side, context.train, own, context.unseen(name), seed)
             if "train_distance" not in columns:
                 columns["nearest_train"] = [str(context.train.images.paths[i]) for i in own.indices]
                 columns["train_distance"] = own.distances
+        columns["thumbnail_distance"] = own.distances
+        columns["copy_of_train"] = copies(side, context.train).astype(int)
     return Folder(side, result, hits, columns)
 
 
@@ -162,85 +186,37 @@ def mean_reward(folder: Folder) -> float | None:
     return sum(rewards) / len(rewards) if rewards else None
 
 
-def combined(parts: Sequence):
-    """Equal structures as one: numbers averaged, counts added, quantities with an interval over the parts."""
+# ends of what a number can be; others are at least 0
+BOUNDS = {"KID": (-np.inf, np.inf), "vendi": (1, np.inf), "pairwise_distance": (0, 2)}
+BOUNDS |= dict.fromkeys(("FID", "density", "LPIPS", "LPIPS_within"), (0, np.inf))
+
+
+def combined(parts: Sequence, name: str = "", of_set: bool = False):
+    """Equal structures as one: numbers averaged, counts added, quantities with an interval over the parts.
+
+    Counts behind statistics of a whole set, on whose value they bear, stay those of the smallest part.
+    """
     first = parts[0]
     if len(parts) == 1:
         return first
     if isinstance(first, Mapping):
         # what one of them lacks, e.g. a caption without images, is left out of its mean
         keys = dict.fromkeys(key for part in parts for key in part or {})
-        return {key: combined([part[key] for part in parts if part and key in part]) for key in keys}
+        of_set = of_set or name in ("fidelity", "diversity")
+        return {key: combined([part[key] for part in parts if part and key in part], key, of_set) for key in keys}
     if isinstance(first, Quantity):
         values = [part.value for part in parts if part.value is not None]
         if not values:
             return first
-        quantity = over_runs(values)
-        return Quantity(quantity.value, quantity.low, quantity.high, sum(part.n for part in parts), quantity.how)
+        quantity, counts = over_runs(values), [part.n for part in parts]
+        low, high = BOUNDS.get(name, (0, 1))
+        ends = [None if end is None else float(np.clip(end, low, high)) for end in (quantity.low, quantity.high)]
+        return Quantity(quantity.value, *ends, min(counts) if of_set else sum(counts), quantity.how)
     if isinstance(first, list):
         return sorted((entry for part in parts for entry in part), key=lambda entry: entry["distance"])[: len(first)]
     if isinstance(first, int):
-        return sum(parts)
+        return min(parts) if of_set else sum(parts)
     return None if first is None else statistics.fmean(part for part in parts if part is not None)
-
-
-def compare(first: Sequence[Folder], second: Sequence[Folder], seed: int) -> dict:
-    """APR of one model minus that of another: paired where both were drawn from the same noise, unpaired elsewhere."""
-    reasons = [pairing_fault(a.side, b.side) for a, b in zip(first, second, strict=False)]
-    if len(first) != len(second):
-        reasons.append(f"{len(first)} and {len(second)} folders")
-    reason = next(filter(None, reasons), "")
-    if reason:
-        values = [np.concatenate([folder.aligned for folder in folders]).astype(float) for folders in (first, second)]
-        groups = [np.concatenate([folder.side.groups for folder in folders]) for folders in (first, second)]
-        quantity = bootstrap_unpaired_difference(values[0], groups[0], values[1], groups[1], seed)
-        return {"paired": False, "reason": reason, "pairs": 0, "APR": quantity, "p": None}
-    a, b, groups = (np.concatenate(column) for column in zip(*map(_pairs, first, second), strict=True))
-    gained, lost, p = mcnemar(a, b)
-    return {
-        "paired": True,
-        "reason": "",
-        "pairs": len(a),
-        "APR": bootstrap_difference(a.astype(float), b.astype(float), groups, seed),
-        "p": p,
-        "p_by_prompt": sign_permutation_p(b.astype(float) - a.astype(float), groups, seed),
-        "gained": gained,
-        "lost": lost,
-        "test": "p: McNemar, exact; p_by_prompt: sign flips of the prompts' mean differences",
-    }
-
-
-def pairing_fault(first: Side, second: Side) -> str:
-    """Why two folders' images are not pairs from the same noise; "" if they are. Names the first image that differs."""
-    a, b = first.images, second.images
-    position = {key: index for index, key in enumerate(b.keys)}
-    for index, key in enumerate(a.keys):
-        if key not in position:
-            return f"{a.paths[index]} has no counterpart in {b.folder}"
-        seeds = a.entry(index).get("seed"), b.entry(position[key]).get("seed")
-        if None in seeds:
-            folder = a.folder if seeds[0] is None else b.folder
-            return f"{folder}/image_log.json states no seed for {key}"
-        if seeds[0] != seeds[1]:
-            return f"{a.paths[index]} was drawn from seed {seeds[0]}, {b.paths[position[key]]} from {seeds[1]}"
-    return "" if len(a) == len(b) else f"{a.folder} has {len(a)} images, {b.folder} {len(b)}"
-
-
-def _pairs(first: Folder, second: Folder) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    position = {key: index for index, key in enumerate(second.side.images.keys)}
-    order = [position[key] for key in first.side.images.keys]
-    return first.aligned, second.aligned[order], first.side.groups
-
-
-def different_settings(first: Side, second: Side) -> list[str]:
-    """Lines for settings of eval.py, other than the model, in which two folders differ."""
-    a, b = first.images.made_with, second.images.made_with
-    names = [name for name in a if name in b and name not in OWN_SETTINGS and a[name] != b[name]]
-    return [
-        f"{first.images.folder} was made with {n} {a[n]}, {second.images.folder} with {n} {b[n]}; a difference between "
-        "them is not one between their weights alone"
-        for n in names
-    ]
 
 
 def write_per_image(path: Path, models: Mapping[str, Sequence[Folder]]) -> None:

@@ -4,7 +4,7 @@ Each function takes what networks said about the images (`store`) and returns a 
 `Quantity` is a number with its 95 % interval. Nothing here reads images.
 """
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ from ddpo_pytorch.metrics.kernel import kernel_distance
 from ddpo_pytorch.metrics.manifold import manifold_metrics
 from ddpo_pytorch.metrics.memorisation import closest, memorisation, nearest
 from ddpo_pytorch.metrics.sets import ImageSet
-from ddpo_pytorch.metrics.store import Rows
+from ddpo_pytorch.metrics.store import THUMBNAIL, THUMBNAILS, Rows
 
 # sets above this are reduced to a seeded draw of so many for KID, precision, recall, density and coverage, whose cost
 # or memory grows with the square.
@@ -29,6 +29,10 @@ JACKKNIFE_GROUPS = 10
 # images a prompt that diversity is computed from: Vendi's score grows with their number.
 SPREAD_IMAGES = 64
 CLOSEST = 16
+# cosine distance of thumbnails below which an image is called a near copy. On ISIC 2019 at 64 px, 95 % of training
+# images that were compressed (JPEG, quality 90) or made 5 % brighter are within .001; of the validation split's images
+# .6 % are near a training image.
+NEAR_COPY = 0.003
 
 
 @dataclass
@@ -85,22 +89,24 @@ def alignment(labels: Sequence[str], logits: np.ndarray, captions: Sequence[str]
 
 
 def matched(sides: Sequence[ImageSet], seed: int) -> list[np.ndarray]:
-    """Indices into each set such that all hold equally many images of every caption: the fewest that any set has.
+    """Indices into each set such that all hold equally many images of every caption: the fewest that any set has."""
+    return same_counts([np.array(images.groups) for images in sides], seed)
 
-    Which ones is drawn by (seed, caption) from the images in their order, so that sets made from the same noise keep
-    the same noise.
+
+def same_counts(groups: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
+    """Indices into each array of prompts (N,) such that all have equally many of every prompt.
+
+    Which ones is drawn by (seed, prompt) from the images in their order, so that sets made from the same noise keep the
+    same noise.
     """
-    chosen: list[list[int]] = [[] for _ in sides]
-    by_caption = [defaultdict(list) for _ in sides]
-    for groups, images in zip(by_caption, sides, strict=True):
-        for index, caption in enumerate(images.captions):
-            groups[caption].append(index)
-    for number, caption in enumerate(CAPTIONS):
-        count = min(len(groups[caption]) for groups in by_caption)
-        for indices, groups in zip(chosen, by_caption, strict=True):
-            order = np.random.default_rng([seed, number, 0]).permutation(len(groups[caption]))[:count]
-            indices += sorted(groups[caption][position] for position in order)
-    return [np.array(indices, dtype=np.int64) for indices in chosen]
+    chosen: list[list[np.ndarray]] = [[] for _ in groups]
+    for prompt in range(len(CAPTIONS)):
+        own = [np.flatnonzero(column == prompt) for column in groups]
+        count = min(len(indices) for indices in own)
+        for part, indices in zip(chosen, own, strict=True):
+            order = np.random.default_rng([seed, prompt, 0]).permutation(len(indices))[:count]
+            part.append(np.sort(indices[order]))
+    return [np.concatenate(part) for part in chosen]
 
 
 def sum_moments(rows: Rows, groups: Sequence[np.ndarray], block: int = 4096) -> list[Moments]:
@@ -153,9 +159,13 @@ def _few(rows: Rows, indices: np.ndarray, seed: int) -> np.ndarray:
 
 
 def spread_size(models: Sequence[ImageSet]) -> int:
-    """Images a prompt from which the diversity of all sets is computed; below 2 there is none."""
-    counts = [images.captions.count(caption) for images in models for caption in set(images.captions)]
-    return min(SPREAD_IMAGES, *counts)
+    """Images a prompt from which the diversity of all sets is computed; 0 where no prompt has two in every set.
+
+    Prompts of which a set has one image do not count.
+    """
+    counts = [Counter(images.captions) for images in models]
+    common = [min(count[caption] for count in counts) for caption in CAPTIONS]
+    return min([SPREAD_IMAGES, *(number for number in common if number > 1)]) if max(common) > 1 else 0
 
 
 def diversity(extractor: str, side: Side, per_group: int, seed: int) -> dict[str, Quantity] | None:
@@ -185,8 +195,15 @@ class Neighbours:
 
 
 def neighbours(extractor: str, side: Side, train: Side) -> Neighbours:
-    """Nearest training image of every image, by the cosine distance of features."""
-    return Neighbours(*nearest(side.rows[extractor], train.rows[extractor]))
+    """Nearest training image of every image, by the cosine distance of features; of thumbnails, mirrored ones too."""
+    best = Neighbours(*nearest(side.rows[extractor], train.rows[extractor]))
+    if extractor == THUMBNAILS.name:
+        grids = np.concatenate(list(side.rows[extractor].chunks())).reshape(-1, THUMBNAIL, THUMBNAIL)
+        for mirrored in (grids[:, :, ::-1], grids[:, ::-1]):
+            other = Neighbours(*nearest(mirrored.reshape(len(grids), -1), train.rows[extractor]))
+            closer = other.distances < best.distances
+            best.distances[closer], best.indices[closer] = other.distances[closer], other.indices[closer]
+    return best
 
 
 def memorised(fake: Side, train: Side, own: Neighbours, baseline: Neighbours | None, seed: int) -> dict:

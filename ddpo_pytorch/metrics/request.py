@@ -1,6 +1,7 @@
 """What a configuration asks metric.py for: folders by model, judges, feature networks."""
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +20,12 @@ from ddpo_pytorch.metrics.networks import (
     lpips_network,
 )
 from ddpo_pytorch.metrics.sets import ImageSet, any_files, caption_files, inspected, named_paths
-from ddpo_pytorch.metrics.store import PIXELS, Network
+from ddpo_pytorch.metrics.store import PIXELS, THUMBNAILS, Network
 
 logger = logging.getLogger(__name__)
 
 EXTRACTORS = ("inception", "judge", "dinov2")
+OTHER_NETWORKS = (*EXTRACTORS, PIXELS.name, THUMBNAILS.name, "lpips")
 RESERVED = ("real", "train")
 JUDGE = "H4"  # the name under which metric.classifier stands in metrics.json
 
@@ -49,7 +51,7 @@ class Tools:
     @property
     def networks(self) -> list[Network]:
         """Those of a single image."""
-        return [PIXELS, *(judge for judge, _ in self.judges.values()), *self.extractors.values()]
+        return [PIXELS, THUMBNAILS, *(judge for judge, _ in self.judges.values()), *self.extractors.values()]
 
 
 def check_request(metric: ConfigDict) -> None:
@@ -61,9 +63,22 @@ def check_request(metric: ConfigDict) -> None:
         raise UserError(f"metric.batch_size is {metric.batch_size}; it must be at least 1")
     if metric.fid not in FID_MODES:
         raise UserError(f"metric.fid is {metric.fid!r}; allowed are {', '.join(FID_MODES)}")
+    for name in ("output", "cache_dir"):  # told before anything is computed
+        _check_writable(Path(metric[name]), f"metric.{name}")
+    for _, run in named_paths(metric.logs, "metric.logs"):
+        if not (Path(run) / "metrics.jsonl").is_file():
+            raise UserError(f"{run!r} in metric.logs holds no metrics.jsonl; give run folders that train.py wrote")
     for name in metric.extractors:
         if name not in EXTRACTORS:
             raise UserError(f"metric.extractors has {name!r}; allowed are {', '.join(EXTRACTORS)}")
+
+
+def _check_writable(folder: Path, name: str) -> None:
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"{name}={str(folder)!r} cannot be written ({str(place)!r} is no folder to write into)")
 
 
 def requested_models(metric: ConfigDict) -> dict[str, list[str]]:
@@ -71,7 +86,7 @@ def requested_models(metric: ConfigDict) -> dict[str, list[str]]:
     if metric.folders:
         models: dict[str, list[str]] = {}
         for name, folder in named_paths(metric.folders, "metric.folders"):
-            if folder in models.setdefault(name, []):
+            if Path(folder).resolve() in [Path(one).resolve() for one in models.setdefault(name, [])]:
                 raise UserError(f"metric.folders gives {folder!r} twice for {name!r}; give each folder once")
             models[name].append(folder)
         return _check_names(models)
@@ -105,7 +120,14 @@ def find_sets(metric: ConfigDict, accelerator: Accelerator) -> Sets:
     real_set = sets.pop(0) if real else None
     train_set = sets.pop(0) if train else None
     rest = iter(sets)
-    return Sets({name: [next(rest) for _ in folders] for name, folders in models.items()}, real_set, train_set)
+    by_name = {name: [next(rest) for _ in folders] for name, folders in models.items()}
+    for name, own in by_name.items():
+        contents = [images.about()["sha256"] for images in own]
+        for number, content in enumerate(contents):
+            if content in contents[:number]:
+                twin = own[contents.index(content)].folder
+                raise UserError(f"{str(own[number].folder)!r} and {str(twin)!r} of {name!r} hold the same images")
+    return Sets(by_name, real_set, train_set)
 
 
 def load_tools(metric: ConfigDict, accelerator: Accelerator) -> Tools:
@@ -119,8 +141,8 @@ def load_tools(metric: ConfigDict, accelerator: Accelerator) -> Tools:
         )
     tools = Tools({JUDGE: (logits, labels)})
     for name, path in named_paths(metric.more_judges, "metric.more_judges"):
-        if name in tools.judges:
-            raise UserError(f"metric.more_judges names {name!r} again; {JUDGE} is metric.classifier")
+        if name in (*tools.judges, *OTHER_NETWORKS):
+            raise UserError(f"metric.more_judges names a judge {name!r}, which is taken; name it otherwise")
         network, _, judge_labels = judge_network(name, path, device)
         tools.judges[name] = (network, judge_labels)
     loaders: dict[str, tuple[str, Callable[[], Network]]] = {

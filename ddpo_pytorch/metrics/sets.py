@@ -5,6 +5,9 @@ A *model* is a column of the tables: one sample folder, or several that differ i
 
 import hashlib
 import io
+import logging
+import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +20,8 @@ from ddpo_pytorch.data.images import IMAGE_SUFFIXES, list_samples, read_log
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.data.sample_log import read_settings
 from ddpo_pytorch.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 MODE = "RGB"
 
@@ -87,8 +92,14 @@ def caption_files(folder: str | Path, prompts: Sequence[str]) -> tuple[Path, lis
 
 def any_files(folder: str | Path) -> tuple[Path, list[tuple[Path, str]]]:
     """Every image at or below a folder, without captions. Raises UserError where there is none."""
-    folder = Path(folder)
-    files = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."]
+    folder, files, seen = Path(folder), [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        found = [Path(place, name) for name in names if name[0] != "."]
+        files += [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
         raise UserError(f"{str(folder)!r} is no folder with images; give one with {', '.join(IMAGE_SUFFIXES)} files")
     return folder, [(path, "") for path in sorted(files)]
@@ -120,17 +131,43 @@ def inspected(found: Iterable[tuple[Path, list[tuple[Path, str]]]], rank: int, p
         raise UserError(faults[0] + more)
     digests, sets = iter(facts[number][0] for number in range(len(files))), []
     for folder, samples in found:
-        entries = {entry["path_to_img"]: entry for entry in read_log(folder)}
         paths, captions = zip(*samples, strict=True)
+        entries = _logged(folder, samples) if any(captions) else {}
         own = tuple(next(digests) for _ in samples)
         sets.append(ImageSet(folder, paths, captions, own, entries, read_settings(folder)))
     return sets
+
+
+def _logged(folder: Path, samples: Sequence[tuple[Path, str]]) -> dict[str, dict]:
+    """Lines of image_log.json by path. Raises UserError where they contradict the files."""
+    entries = {entry["path_to_img"]: entry for entry in read_log(folder)}
+    captions, stems = {str(path.relative_to(folder)): caption for path, caption in samples}, {}
+    for path, caption in samples:
+        if (caption, path.stem) in stems:
+            raise UserError(f"{str(stems[caption, path.stem])!r} and {str(path)!r} share a name; keep one of them")
+        stems[caption, path.stem] = path
+    for path, entry in entries.items():
+        where = f"{str(folder / 'image_log.json')!r}, {path}"
+        if path in captions and entry.get("prompt") not in (None, captions[path]):
+            raise UserError(f"{where}: the prompt {entry['prompt']!r} is not that of its folder; correct one of them")
+        try:
+            fine = entry.get("reward") is None or math.isfinite(float(entry["reward"]))
+        except (TypeError, ValueError):
+            fine = False
+        if not fine:
+            raise UserError(f"{where}: the reward {entry['reward']!r} is no finite number; remove it or draw again")
+    if absent := [path for path in entries if not (folder / path).is_file()]:
+        logger.warning("%s: image_log.json lists %d images that are absent, first %s", folder, len(absent), absent[0])
+    return entries
 
 
 def _look(path: Path) -> tuple[str, str, tuple[int, int]]:
     """SHA-256, fault or "", and (width, height) of a file, from its bytes and its header."""
     try:
         content = path.read_bytes()
+    except OSError as error:
+        return "", f"{str(path)!r} cannot be read ({error.strerror}); make it readable, or remove it", (0, 0)
+    try:
         with Image.open(io.BytesIO(content)) as image:
             mode, size = image.mode, image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from ddpo_pytorch.data.images import load_image
@@ -117,7 +118,8 @@ class FeatureStore:
         files = {n.name: [self.folder / n.key[:16] / f"{name[:32]}.npy" for name in names] for n in networks}
         work, met = [], set()
         for number, part in enumerate(parts):
-            absent = [(n, files[n.name][number]) for n in networks if not files[n.name][number].is_file()]
+            count = len(paths[0][part])
+            absent = [(n, files[n.name][number]) for n in networks if not _intact(files[n.name][number], count)]
             if absent and names[number] not in met:  # chunks of the same content are one
                 met.add(names[number])
                 work.append((absent, [column[part] for column in paths]))
@@ -129,11 +131,17 @@ class FeatureStore:
                  unit="img", disable=hidden) as bar,
             ThreadPoolExecutor(self._threads, initializer=_one_thread(self.accelerator.device)) as pool,
         ):  # fmt: skip
-            for count in _bounded_map(pool, self._chunk, work[rank::processes], self._threads + 1):
-                bar.update(count * processes if bar.n + count * processes <= len(paths[0]) else len(paths[0]) - bar.n)
+            fault = ""
+            try:
+                for count in _bounded_map(pool, self._chunk, work[rank::processes], self._threads + 1):
+                    bar.update(min(count * processes, len(paths[0]) - bar.n))
+            except UserError as error:
+                fault = str(error)
         if self.accelerator.device.type == "cpu":
             torch.set_num_threads(self._threads)  # what the pool's threads set holds for all
-        self.accelerator.wait_for_everyone()
+        # all processes meet here, and end alike: none is left waiting for one that met a faulty image
+        if fault := next(filter(None, gather_object([fault])), ""):
+            raise UserError(fault)
         return {n.name: Rows(files[n.name], len(paths[0]), self.batch_size) for n in networks}
 
     def _chunk(self, absent: Sequence[tuple[Network, Path]], columns: Sequence[Sequence[Path]]) -> int:
@@ -148,6 +156,19 @@ class FeatureStore:
                 with open(temporary, "wb") as stream:  # np.save would append .npy to the name
                     np.save(stream, rows, allow_pickle=False)
         return len(columns[0])
+
+
+def _intact(file: Path, rows: int) -> bool:
+    """Whether a chunk's file is there and holds so many rows; a damaged one is made again."""
+    if not file.is_file():
+        return False
+    try:
+        if len(np.load(file, mmap_mode="r")) == rows:
+            return True
+    except (OSError, ValueError, EOFError, TypeError):
+        pass
+    logger.warning("%s is damaged and made again", file)
+    return False
 
 
 def _one_thread(device: torch.device) -> Callable[[], None] | None:
@@ -182,6 +203,21 @@ def pixel_facts(images: torch.Tensor) -> torch.Tensor:
     return torch.tensor(np.array(rows, dtype=np.float64))
 
 
+def thumbnails(images: torch.Tensor) -> torch.Tensor:
+    """(B, 256): each image's luminance on a grid of 16 x 16, without its mean. Alike for near copies of an image.
+
+    The cosine distance of two of them changes little with JPEG compression, resizing and brightness.
+    """
+    luminance = (images * torch.tensor([0.299, 0.587, 0.114], device=images.device).view(3, 1, 1)).sum(1, keepdim=True)
+    grid = torch.nn.functional.interpolate(luminance, (THUMBNAIL, THUMBNAIL), mode="area").flatten(1).double()
+    grid = grid - grid.mean(dim=1, keepdim=True)
+    grid[grid.abs().amax(dim=1) < 1e-6, 0] = 1.0  # one colour all over has no direction: all such are alike
+    return grid
+
+
+THUMBNAIL = 16
+_THUMBNAIL_KEY = hashlib.sha256(b"thumbnail 1").hexdigest()
+THUMBNAILS = Network("thumbnail", "luminance on a grid of 16 x 16", "", _THUMBNAIL_KEY, thumbnails)
 PIXELS = Network("pixels", "pixels", "", hashlib.sha256(b"pixel facts 1").hexdigest(), pixel_facts)
 
 
