@@ -100,6 +100,13 @@ def test_numbers_and_headings_are_seen(browser, pages):
     assert "melanoma (MEL) showing hair, ruler, ink" not in text.split("Samples by prompt")[0]  # folded
 
 
+def test_the_lead_fits_the_first_screen_of_a_phone(browser, pages):
+    visit(browser, pages["full"], 390)
+    box = "const b = document.querySelector('.finding').getBoundingClientRect(); return [b.height, b.bottom]"
+    height, bottom = browser.execute_script(box)
+    assert height < 844 / 3 and bottom < 844
+
+
 def luminance(colour: str) -> float:
     channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
     linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in channels]

@@ -12,7 +12,7 @@ from report_example import write_run
 
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.report.pictures import SIDE, Album, paired_files, rarest_first
+from ddpo_pytorch.report.pictures import SIDE, Album, natural, paired_files, rarest_first
 from ddpo_pytorch.report.plots import curves, read_runs, series
 
 
@@ -36,6 +36,14 @@ def test_columns_pair_files_of_one_stem():
     twice = {"SD": files("s1", "0") + files("s2", "0"), "RL": files("r1", "0") + files("r2", "0")}
     stems, rows = paired_files(twice, "a", 6)
     assert stems == ["0", "0"] and rows["RL"] == [Path("r1/0.png"), Path("r2/0.png")]
+    # by number and not letter by letter, whatever the order on the disk; all of the first seed before the second
+    order = ("0", "1", "10", "100", "2")
+    many = {"SD": files("s1", *order) + files("s2", *order), "RL": files("r1", *reversed(order)) + files("r2", *order)}
+    stems, rows = paired_files(many, "a", 7)
+    assert stems == ["0", "1", "2", "10", "100", "0", "1"]
+    assert rows["RL"] == [Path(f"r1/{n}.png") for n in (0, 1, 2, 10, 100)] + [Path("r2/0.png"), Path("r2/1.png")]
+    names = ["b2", "a10", "10b", "a9", "9", "a", "a09"]
+    assert sorted(names, key=natural) == ["9", "10b", "a", "a09", "a9", "a10", "b2"]
     stems, rows = paired_files({"SD": files("sd", "0"), "RL": files("rl", "9")}, "a", 6)
     assert stems == [] and rows == {"SD": [Path("sd/0.png")], "RL": [Path("rl/9.png")]}
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpo_pytorch.data.isic import CAPTIONS
-from ddpo_pytorch.report.cells import count, dig, finite, in_words, plain, share
-from ddpo_pytorch.report.findings import apr_of, diversity_sentences, main_judge, memorisation_sentences
-from ddpo_pytorch.report.quality_tables import distance_name
+from ddpo_pytorch.report.cells import count, counted, dig, finite, in_folders, in_words, plain, share
+from ddpo_pytorch.report.findings import apr_of, ceiling_sentences, main_judge
+from ddpo_pytorch.report.headline import all_missing
+from ddpo_pytorch.report.quality_sentences import copy_sentences, diversity_sentences, memorisation_sentences
+from ddpo_pytorch.report.quality_tables import CAUTION, distance_name
 
 MINI = "assets/mini/"
 # names of image files by the world they come from: the archive's, and those of data/phantom.py.
@@ -27,6 +29,7 @@ FLAWS = {
     "identical_images": "Images identical to another one",
     "black_images": "Black images",
     "copies_of_training_images": "Images that are also among the training images",
+    "near_copies_of_training_images": "Images that are copies or near copies of training images",
 }
 
 
@@ -68,16 +71,19 @@ def _use(result: Mapping) -> list[str]:
 
 
 def _congruence(result: Mapping) -> list[str]:
-    lines = []
+    lines, judged = [], False
     for name, values in (result.get("models") or {}).items():
         for extractor, block in (values.get("fidelity") or {}).items():
             fid = dig(block, "matched", "FID")
             if finite(dig(fid, "value")) is not None:
-                number = count(dig(block, "matched", "n"))
+                number = in_folders(dig(block, "matched", "n"), values.get("folders"))
                 lines.append(
                     f"{name}: {distance_name(extractor)} {in_words(fid, plain, '.2f', 1)} ({extractor} features) on "
-                    f"{number} images whose prompts are mixed like those of the real images."
+                    f"{number}, with equally many real and generated images of every caption."
                 )
+                judged |= extractor == "judge"
+    if judged:
+        lines.append(CAUTION)
     return lines or ["Likeness to real images was not measured."]
 
 
@@ -100,17 +106,14 @@ def _constraint(result: Mapping) -> list[str]:
         apr = apr_of(values, judge)
         if finite(apr.get("value")) is not None:
             lines.append(f"{name}: {in_words(apr, share)} of the images show what their prompt states (APR).")
-    ceiling = apr_of(result.get("real"), judge)
-    if finite(ceiling.get("value")) is not None:
-        lines.append(f"On real images the judge itself reaches {in_words(ceiling, share)}.")
-    elif lines:
+    ceilings = ceiling_sentences(result)
+    if lines and not ceilings:
         lines.append("The judge's own error on real images was not measured, so the ceiling of APR is unknown.")
-    return lines
+    return lines + ceilings
 
 
 def _completeness(result: Mapping) -> list[str]:
-    missing = result.get("missing") or {}
-    lines = [f"Not measured: {name} ({reason})" for name, reason in missing.items()]
+    lines = [f"Not measured: {name} ({reason})" for name, reason in all_missing(result).items()]
     return lines or ["metrics.json names nothing that could not be measured."]
 
 
@@ -125,9 +128,10 @@ def _compliance(result: Mapping, configs: Sequence[Mapping], embedded: int) -> E
     sentences.append(LICENCES)
     if embedded:
         sentences.append(
-            f"This page holds {count(embedded)} thumbnails of real or training images: pass it on as their licence "
+            f"This page holds {counted(embedded, 'thumbnail')} of real or training images: pass it on as their licence "
             "allows."
         )
+    sentences += copy_sentences(result)
     if "train" in (result.get("sets") or {}):
         sentences += memorisation_sentences(result)
     else:
@@ -141,14 +145,22 @@ def _limits(result: Mapping) -> list[str]:
         "image is medically right. No physician's reading of the images is recorded.",
         "Skin tone, age, sex and body site were not measured; fairness cannot be claimed.",
     ]
-    small = [
-        f"{name} ({count(values['images'])})"
-        for name, values in (result.get("models") or {}).items()
-        if finite(values.get("images")) is not None and values["images"] < 2048
-    ]
+    small = []
+    for name, values in (result.get("models") or {}).items():
+        number = _least_images(values)
+        if number is not None and number < 2048:
+            small.append(f"{name} ({in_folders(number, values.get('folders'))})")
     if small:
         lines.append(f"Below 2,048 images Frechet distances are strongly biased: {', '.join(small)}.")
     return lines
+
+
+def _least_images(values: Mapping) -> int | None:
+    """Of how few generated images a Frechet distance of this model was taken; where none was, its smallest folder."""
+    parts = [block.get(kind) for block in (values.get("fidelity") or {}).values() for kind in ("matched", "unmatched")]
+    numbers = [dig(part, "n") for part in parts if finite(dig(part, "FID", "value")) is not None]
+    sizes = [folder.get("images") for folder in values.get("folders") or []] or [values.get("images")]
+    return min((int(number) for number in numbers or sizes if finite(number) is not None), default=None)
 
 
 def _consistency(result: Mapping, configs: Sequence[Mapping]) -> list[str]:
@@ -159,7 +171,7 @@ def _consistency(result: Mapping, configs: Sequence[Mapping]) -> list[str]:
         if seeds:
             lines.append(f"{name}: generation seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}.")
         elif folders:
-            lines.append(f"{name}: {len(folders)} folder{'s' if len(folders) > 1 else ''}, no seed recorded.")
+            lines.append(f"{name}: {counted(len(folders), 'folder')}, no seed recorded.")
     if (seed := dig(result, "settings", "seed")) is not None:
         lines.append(f"Seed of the measurement: {seed}.")
     seeds = [str(config["seed"]) for config in configs if config.get("seed") is not None]
@@ -177,7 +189,7 @@ def data_card(result: Mapping, files: Mapping[str, str | Path | None]) -> list[E
             continue
         values = sets[key]
         by_prompt = values.get("images_by_prompt") or {}
-        sentences = [f"{count(values.get('images'))} images in {values.get('path')}."]
+        sentences = [f"{counted(values.get('images'), 'image')} in {values.get('path')}."]
         if any(by_prompt.values()):
             held = sum(bool(number) for number in by_prompt.values())
             sentences.append(f"They cover {held} of the {len(CAPTIONS)} captions.")

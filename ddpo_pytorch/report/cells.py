@@ -94,6 +94,23 @@ def count(value: Any) -> str:
     return NOT_AVAILABLE if finite(value) is None else f"{int(value):,}"
 
 
+def counted(value: Any, noun: str) -> str:
+    """A number of things: "1 image", "2 images"; the noun's plural takes an s."""
+    return f"{count(value)} {noun}{'' if finite(value) == 1 else 's'}"
+
+
+def in_folders(number: Any, folders: Sequence[Mapping] | None, least: bool = False) -> str:
+    """`number` images of one folder: "512 images", or "3 folders of 512 images" where a model has several.
+
+    `least`: the number is that of the smallest folder, and others may hold more.
+    """
+    folders = folders or []
+    if len(folders) < 2:
+        return counted(number, "image")
+    more = " or more" if least and len({folder.get("images") for folder in folders}) > 1 else ""
+    return f"{len(folders)} folders of {counted(number, 'image')}{more}"
+
+
 def bounds(quantity: Mapping | None, form: str = ".2f", scale: float = 1.0) -> str:
     """The interval "[low, high]" of a quantity {"value", "low", "high", ...}; "" where it has none."""
     low, high = (finite((quantity or {}).get(key)) for key in ("low", "high"))

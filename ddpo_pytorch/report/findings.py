@@ -1,8 +1,12 @@
-"""What the numbers say, in sentences: who draws what prompts state, what was lost for it, how near training images."""
+"""What the numbers say, in sentences: who draws what prompts state, what the judge can know of it, what was lost."""
 
 from collections.abc import Mapping
 
-from ddpo_pytorch.report.cells import bounds, count, dig, finite, in_words, plain, share
+from ddpo_pytorch.report.cells import bounds, count, counted, dig, finite, in_words, plain, share
+from ddpo_pytorch.report.quality_sentences import copy_sentences, diversity_sentences
+
+# the least p of a test that flips the signs of G prompts is 2 / 2^G: above 0.05 for fewer than these
+FEW_PROMPTS = 6
 
 
 def main_judge(result: Mapping) -> str | None:
@@ -16,10 +20,14 @@ def apr_of(values: Mapping | None, judge: str | None) -> dict:
 
 
 def findings(result: Mapping) -> list[str]:
-    """One sentence a comparison, the main one first; else the APR of each model; else that there is none."""
-    models, judge = result.get("models") or {}, main_judge(result)
-    sentences = [_compared(one, models, judge) for one in result.get("comparisons") or []]
-    sentences = [sentence for sentence in sentences if sentence]
+    """A claim a comparison and what it rests on, the main one first; else APR of each model; else that there is none.
+
+    No sentence holds a path: why images are not pairs stands in the notes of the table below.
+    """
+    models, judge, sentences = result.get("models") or {}, main_judge(result), []
+    for one in result.get("comparisons") or []:
+        if verdict(one):
+            sentences += [_claim(one, models, judge), _basis(one)]
     if sentences:
         return sentences
     alone = []
@@ -27,8 +35,8 @@ def findings(result: Mapping) -> list[str]:
         apr = apr_of(values, judge)
         if finite(apr.get("value")) is not None:
             alone.append(
-                f"The judge finds in {in_words(apr, share)} of {count(values.get('images'))} images of {name} exactly "
-                "the artifacts that the prompt states."
+                f"The judge finds in {in_words(apr, share)} of {counted(values.get('images'), 'image')} of {name} "
+                "exactly the artifacts that the prompt states."
             )
     if alone:
         return [*alone, "There is no comparison of two models here."]
@@ -57,125 +65,126 @@ def _tests(comparison: Mapping) -> dict[str, float]:
     return {name: p for name, p in named.items() if p is not None}
 
 
-def _compared(comparison: Mapping, models: Mapping, judge: str | None) -> str:
-    word = verdict(comparison)
-    if not word:
-        return ""
-    base, other = comparison["from"], comparison["to"]
-    before, after = (share(apr_of(models.get(name), judge).get("value")) for name in (base, other))
+def _claim(comparison: Mapping, models: Mapping, judge: str | None) -> str:
+    word, base, other = verdict(comparison), comparison["from"], comparison["to"]
+    before, after = (share(_compared_apr(comparison, side, models, judge)) for side in ("from", "to"))
     difference = comparison["APR"]
     points = plain(abs(difference["value"]), ".1f", 100)
-    sides = f"{other} shows what its prompt states in {after} of its images, {base} in {before}"
-    details = _evidence(comparison)
+    prompts = _shared_prompts(comparison, models)
+    sides = f"{other} shows what its prompt states in {after} of its images, {base} in {before}{prompts}"
+    details = _bounds_and_tests(comparison)
     if word == "better":
-        return f"{sides}: a gain of {points} percentage points ({details})."
+        return f"{sides}: a gain of {points} percentage points{details}."
     if word == "worse":
-        return f"{sides}: {other} got worse, by {points} percentage points ({details})."
+        return f"{sides}: {other} got worse, by {points} percentage points{details}."
     if word == "unknown":
-        return f"{sides}; without an interval, chance cannot be told from a difference ({details})."
+        return f"{sides}; without an interval, chance cannot be told from a difference{details}."
     reason = "whose interval contains 0"
     if not finite(difference["low"]) <= 0 <= finite(difference["high"]):
         reason = "on which interval and test disagree"
     signed = plain(difference["value"], "+.1f", 100)
-    return f"{sides}: a difference of {signed} percentage points, {reason}; none can be claimed ({details})."
+    return f"{sides}: a difference of {signed} percentage points, {reason}; none can be claimed{details}."
 
 
-def _evidence(comparison: Mapping) -> str:
+def _compared_apr(comparison: Mapping, side: str, models: Mapping, judge: str | None) -> float | None:
+    """APR over the images that are compared; older measurements give only that over all images of the model."""
+    compared = finite(comparison.get(f"{side}_APR"))
+    return apr_of(models.get(comparison[side]), judge).get("value") if compared is None else compared
+
+
+def _shared_prompts(comparison: Mapping, models: Mapping) -> str:
+    """ ", over the N prompts that both have" where a model has more than these; else ""."""
+    shared = finite(comparison.get("prompts"))
+    numbers = [dig(models, comparison[side], "images_by_prompt") or {} for side in ("from", "to")]
+    most = max(sum(bool(number) for number in own.values()) for own in numbers)
+    if shared is None or shared >= most:
+        return ""
+    return (
+        ", over the one prompt that both have" if shared == 1 else f", over the {count(shared)} prompts that both have"
+    )
+
+
+def _bounds_and_tests(comparison: Mapping) -> str:
     interval = bounds(comparison["APR"], "+.1f", 100)
     parts = [f"95\u00a0% interval {interval}"] if interval else []
     parts += [f"{name} < 0.001" if p < 0.001 else f"{name} = {p:.3f}" for name, p in _tests(comparison).items()]
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def _basis(comparison: Mapping) -> str:
+    """What a claim rests on: the pairs, and the prompts where they are too few to speak for others."""
     if comparison.get("paired"):
-        pair = f"{count(comparison.get('pairs'))} pairs from the same noise"
+        sentence = f"Compared: {counted(comparison.get('pairs'), 'pair')} from the same noise"
         if comparison.get("gained") is not None and comparison.get("lost") is not None:
-            pair += f", of which {count(comparison['gained'])} gained and {count(comparison['lost'])} lost"
-        parts.append(pair)
+            sentence += f", of which {count(comparison['gained'])} gained and {count(comparison['lost'])} lost"
+        sentence += "."
     else:
-        parts.append(f"not paired: {comparison.get('reason') or 'no reason was recorded'}")
-    return "; ".join(parts)
+        sentence = "The two models' images are not paired; the note under the table says why."
+    prompts = finite(comparison.get("prompts"))
+    if prompts is not None and prompts < FEW_PROMPTS and finite(comparison.get("p_by_prompt")) is None:
+        these = "this one prompt" if prompts == 1 else f"these {count(prompts)} prompts"
+        claimed = verdict(comparison) in ("better", "worse")
+        only = f"The claim is about {these} only" if claimed else f"Compared were {these} only"
+        sentence += f" {only}: with fewer than {FEW_PROMPTS}, no test over prompts has any power."
+    return sentence
 
 
-def pairs_of_models(result: Mapping) -> list[tuple[str, str]]:
-    """(from, to) of the comparisons; without any, the first model with each of the others."""
-    models = list(result.get("models") or {})
-    named = [(one["from"], one["to"]) for one in result.get("comparisons") or []]
-    named = [pair for pair in named if set(pair) <= set(models)]
-    return named or [(models[0], other) for other in models[1:]]
+def pairing_note(comparison: Mapping) -> str:
+    """Why the images of two models are not pairs, with the file that shows it; "" where they are."""
+    if comparison.get("paired"):
+        return ""
+    reason = comparison.get("reason") or "no reason was recorded"
+    return f"{comparison['to']} and {comparison['from']} are not paired: {reason}"
 
 
 def remarks(result: Mapping) -> list[str]:
-    """What must be known beside the main sentence: the judge's own error, over-optimised reward, lost diversity."""
-    models, judge, lines = result.get("models") or {}, main_judge(result), []
-    ceiling = apr_of(result.get("real"), judge)
-    if finite(ceiling.get("value")) is not None:
-        lines.append(
-            f"On {count(dig(result, 'real', 'images'))} real images the same judge agrees with the caption in "
-            f"{in_words(ceiling, share)}: the rest is its own error."
-        )
+    """What must be known beside the main claim: the judge's ceiling, over-optimised reward, copies, lost diversity."""
+    models, lines = result.get("models") or {}, ceiling_sentences(result)
     for comparison in result.get("comparisons") or []:
         rewards = [finite(dig(models, comparison[side], "reward")) for side in ("from", "to")]
-        if None not in rewards and rewards[1] > rewards[0] and verdict(comparison) in ("worse", "unclear"):
+        word = verdict(comparison)
+        if None not in rewards and rewards[1] > rewards[0] and word in ("worse", "unclear"):
+            rose = word == "unclear" and comparison["APR"]["value"] > 0
+            apr = "no gain in APR can be claimed" if rose else "APR did not"
             lines.append(
-                f"The reward rose from {rewards[0]:.3f} to {rewards[1]:.3f} while APR did not: {comparison['to']} may "
-                "have learned the errors of the reward."
+                f"The reward rose from {rewards[0]:.3f} to {rewards[1]:.3f} while {apr}: {comparison['to']} may have "
+                "learned the errors of the reward."
             )
-    black = {name: values.get("black_images") or 0 for name, values in models.items()}
-    lines += [f"{count(n)} images of {name} are black and are counted as they are." for name, n in black.items() if n]
+    lines += copy_sentences(result)
+    for name, values in models.items():
+        if black := values.get("black_images"):
+            are = "is black and is counted as it is" if black == 1 else "are black and are counted as they are"
+            lines.append(f"{counted(black, 'image')} of {name} {are}.")
     return lines + [line for line in diversity_sentences(result) if "fell" in line][:1]
 
 
-def diversity_sentences(result: Mapping) -> list[str]:
-    """For each pair of models and each measure of spread, how it changed, and whether the intervals overlap."""
-    models, lines = result.get("models") or {}, []
-    for base, other in pairs_of_models(result):
-        for what, keys, form in _spreads(models[base]):
-            before, after = dig(models[base], *keys), dig(models[other], *keys)
-            values = [finite(dig(one, "value")) for one in (before, after)]
-            if None in values:
-                continue
-            words = "is the same" if values[0] == values[1] else "fell" if values[1] < values[0] else "rose"
-            change = f"from {in_words(before, _as(form), form, 1)} to {in_words(after, _as(form), form, 1)}"
-            overlap = _overlap(before, after)
-            lines.append(f"From {base} to {other}, {what} {words}, {change}{overlap}.")
-    return lines
+def ceiling_sentences(result: Mapping) -> list[str]:
+    """How far the judge agrees with the captions of real images, once for all models with one mix of captions.
 
-
-def _as(form: str):
-    return lambda value: plain(value, form)
-
-
-def _spreads(values: Mapping) -> list[tuple[str, tuple, str]]:
-    spreads = []
-    for extractor in values.get("diversity") or {}:
-        spreads.append((f"the Vendi score ({extractor})", ("diversity", extractor, "vendi"), ".2f"))
-        spreads.append((f"the pairwise distance ({extractor})", ("diversity", extractor, "pairwise_distance"), ".4g"))
-    return [*spreads, ("LPIPS within prompts", ("perception", "LPIPS_within"), ".3f")]
-
-
-def _overlap(first: Mapping, second: Mapping) -> str:
-    if not bounds(first) or not bounds(second):
-        return ""
-    apart = first["high"] < second["low"] or second["high"] < first["low"]
-    return "; the intervals do not overlap" if apart else "; the intervals overlap"
-
-
-def memorisation_sentences(result: Mapping) -> list[str]:
-    """For each model and extractor: the share of images nearer to training images than real ones are, and copies."""
-    lines = []
+    Without any model's `ceiling`, the agreement with the real images as they are.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
     for name, values in (result.get("models") or {}).items():
-        for extractor, found in (values.get("memorisation") or {}).items():
-            closer, threshold, copies = found.get("share_closer"), finite(found.get("threshold")), found.get("copies")
-            sentence = ""
-            if finite(dig(closer, "value")) is not None and threshold is not None:
-                more = finite(closer.get("low")) is not None and closer["low"] > 0.01
-                sentence = (
-                    f"{in_words(closer, share)} of the images are closer to a training image than {threshold:.4g}, the "
-                    f"distance below which 1\u00a0% of held-out real images are{'; that is more' if more else ''}. "
-                )
-            if copies is not None:
-                number = (
-                    "No image is" if copies == 0 else "1 image is" if copies == 1 else f"{count(copies)} images are"
-                )
-                sentence += f"{number} pixel for pixel a training image."
-            if sentence:
-                lines.append(f"{name} ({extractor}): {sentence.strip()}")
-    return lines
+        ceiling, held = values.get("ceiling"), finite(values.get("ceiling_share"))
+        if finite(dig(ceiling, "value")) is not None:
+            only = f" (as far as there are real ones: for {share(held)} of the images)" if partial(held) else ""
+            groups.setdefault((only, in_words(ceiling, share)), []).append(name)
+    if groups:
+        return [
+            f"On real images, mixed by caption as those of {' and '.join(names)}{only}, the judge agrees with the "
+            f"caption in {agreement}: the rest is judge error, or wrong labels."
+            for (only, agreement), names in groups.items()
+        ]
+    real = apr_of(result.get("real"), main_judge(result))
+    if finite(real.get("value")) is None:
+        return []
+    return [
+        f"On {counted(dig(result, 'real', 'images'), 'real image')} as they are, in a mix of captions that may not be "
+        f"the models', the judge agrees with the caption in {in_words(real, share)}: the rest is judge error, or wrong "
+        "labels."
+    ]
+
+
+def partial(ceiling_share: float | None) -> bool:
+    """Whether some of a model's images have captions without real images."""
+    return ceiling_share is not None and ceiling_share < 1

@@ -11,11 +11,13 @@ from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import whole
 from ddpo_pytorch.report import tables
 from ddpo_pytorch.report.card import data_card, model_card
-from ddpo_pytorch.report.cells import dig, letter
-from ddpo_pytorch.report.findings import diversity_sentences, findings, memorisation_sentences, remarks
+from ddpo_pytorch.report.cells import counted, dig, letter
+from ddpo_pytorch.report.findings import findings, main_judge, remarks
+from ddpo_pytorch.report.headline import all_missing, headline
 from ddpo_pytorch.report.pictures import Album, Grid, Samples, closest_pairs, grids, rarest_first
 from ddpo_pytorch.report.plots import curves, read_runs
 from ddpo_pytorch.report.provenance import listings, read_config
+from ddpo_pytorch.report.quality_sentences import copy_sentences, diversity_sentences, memorisation_sentences
 from ddpo_pytorch.report.quality_tables import diversity_table, fidelity_tables, memorisation_table
 
 FORMAT = 2
@@ -53,7 +55,7 @@ def render(content: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["letter"] = letter
+    environment.filters |= {"letter": letter, "counted": counted}
     return environment.get_template("page.html.j2").render(content)
 
 
@@ -66,10 +68,10 @@ def page_content(result: Mapping, samples: Samples, runs: Sequence[Path], title:
     content = {
         "title": title,
         "created": _moment(result.get("created")),
-        "judge": tables.main_judge(result),
+        "judge": main_judge(result),
         "findings": findings(result),
         "remarks": remarks(result),
-        "headline": tables.headline(result) if result.get("models") else None,
+        "headline": headline(result) if result.get("models") else None,
         "alignment": [t for t in (tables.table2(result), tables.table3(result)) if t],
         "prompts": tables.prompt_table(result),
         "attributes": tables.attribute_tables(result),
@@ -82,10 +84,10 @@ def page_content(result: Mapping, samples: Samples, runs: Sequence[Path], title:
         "diversity": diversity_table(result),
         "diversity_sentences": diversity_sentences(result),
         "memorisation": memorisation_table(result),
-        "memorisation_sentences": memorisation_sentences(result),
+        "memorisation_sentences": copy_sentences(result) + memorisation_sentences(result),
         "sheets": sheets,
         "listings": listings(result, runs),
-        "missing": result.get("missing") or {},
+        "missing": all_missing(result),
         "model_card": model_card(result, configs, _embedded(blocks, sheets)),
         "data_card": data_card(result, {"real": real[0][0] if real else None, "train": _training_file(result)}),
         "warnings": [*(result.get("warnings") or []), *(f"{p} cannot be read as an image" for p in album.unreadable)],
@@ -156,7 +158,11 @@ def _contents(content: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("fidelity", "Fidelity", ("fidelity",)),
         ("curves", "Training", ("curves",)),
         ("pictures", "Samples by prompt", ("blocks",)),
-        ("near", "Diversity and nearness to training images", ("diversity", "memorisation", "sheets")),
+        (
+            "near",
+            "Diversity and nearness to training images",
+            ("diversity", "memorisation", "memorisation_sentences", "sheets"),
+        ),
         ("provenance", "Settings, versions, hashes", ("listings", "missing")),
         ("card", "Model card and data card", ("model_card",)),
     )

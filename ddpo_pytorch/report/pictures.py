@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,8 @@ def rarest_first(captions: Sequence[str], real_images: Mapping[str, int] | None)
 def paired_files(sets: Samples, caption: str, columns: int) -> tuple[list[str], dict[str, list[Path | None]]]:
     """The first `columns` files of a caption that all sets have, paired by file stem, and the stems.
 
-    A stem that occurs several times (several generation seeds) is paired in its order. Where the sets share no stem,
+    Stems are in natural order: 2 before 10. One that occurs several times (several generation seeds) is paired in the
+    order of `sets`, second ones behind all first ones. Where the sets share no stem,
     each shows its own first files, and the stems are [].
     """
     keyed = {name: _keyed(samples, caption) for name, samples in sets.items()}
@@ -93,19 +95,25 @@ def _keyed(samples: Sequence[tuple[Path, str]], caption: str) -> dict[tuple[str,
             stem = Path(path).stem
             files[stem, seen[stem]] = Path(path)
             seen[stem] += 1
-    return files
+    return dict(sorted(files.items(), key=lambda item: (item[0][1], natural(item[0][0]))))
+
+
+def natural(stem: str) -> tuple[list[str | int], str]:
+    """A key that sorts names by the numbers in them: 0, 1, 2, 10."""
+    # parts at odd places are digits in every name, so that numbers are compared with numbers
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", stem))], stem
 
 
 def grids(samples: Samples, captions: Sequence[str], album: Album, columns: int = 6) -> list[Grid]:
     """For each caption the paper's figures 3 and 4: a row of real images, and a row a model on the same noise.
 
-    Nothing is picked: the columns are the first in the order of `samples`.
+    Nothing is picked: the columns are the first by file name.
     """
     models = {name: files for name, files in samples.items() if name != "real"}
     made = []
     for caption in captions:
         stems, rows = paired_files(models, caption, columns)
-        real = [Path(path) for path, text in samples.get("real", ()) if text == caption][:columns]
+        real = [*_keyed(samples.get("real", ()), caption).values()][:columns]
         rows = ({"real": real} if "real" in samples else {}) | rows
         width = max((len(paths) for paths in rows.values()), default=0)
         if not width:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.report.cells import count
+from ddpo_pytorch.report.cells import count, counted
 
 LONG = 8  # entries of a list that are written out
 
@@ -85,7 +85,7 @@ def _networks(result: Mapping) -> list[tuple[str, str]]:
         labels = ", ".join(judge.get("labels") or ())
         rows.append((f"judge {name}", _joined(judge.get("file"), judge.get("what"), labels, _hash(judge))))
     for name, network in (result.get("networks") or {}).items():
-        features = f"{count(network['features'])} features" if network.get("features") else ""
+        features = counted(network["features"], "feature") if network.get("features") else ""
         rows.append((name, _joined(network.get("what"), features, _hash(network))))
     return rows
 
@@ -100,11 +100,14 @@ def _images(result: Mapping) -> list[tuple[str, str]]:
 
 
 def _set(values: Mapping) -> str:
-    parts = [values.get("path"), f"{count(values.get('images'))} images"]
+    parts = [values.get("path"), counted(values.get("images"), "image")]
     for key, word in (
         ("identical_images", "identical to another"),
         ("black_images", "black"),
         ("copies_of_training_images", "also among the training images"),
+        ("near_copies_of_training_images", "nearly among the training images"),
+        ("copies_of_real_images", "also among the real images"),
+        ("near_copies_of_real_images", "nearly among the real images"),
     ):
         if values.get(key) is not None:
             parts.append(f"{count(values[key])} {word}")

@@ -1,9 +1,21 @@
 """The tables of fidelity, diversity and nearness to training images."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from ddpo_pytorch.report.cells import Cell, Head, Table, count, dig, estimate, methods, plain, union
-from ddpo_pytorch.report.tables import REAL
+from ddpo_pytorch.report.cells import (
+    Cell,
+    Head,
+    Table,
+    count,
+    counted,
+    dig,
+    estimate,
+    in_folders,
+    methods,
+    plain,
+    union,
+)
+from ddpo_pytorch.report.headline import REAL
 
 # rows of a fidelity table: key, title, what is good, form.
 FIDELITY = (
@@ -13,6 +25,11 @@ FIDELITY = (
     ("recall", "Recall", "0 to 1, higher is better", ".3f"),
     ("density", "Density", "higher is better", ".3f"),
     ("coverage", "Coverage", "0 to 1, higher is better", ".3f"),
+)
+# of distances in features of a classifier that may be near kin of the one that gave the reward
+CAUTION = (
+    "These are distances in features of the judge: where it was trained on the same images as the classifier of the "
+    "reward, it shares that classifier's errors, and a smaller distance may be one of these."
 )
 
 
@@ -34,34 +51,43 @@ def fidelity_tables(result: Mapping) -> list[Table]:
             [Head(name, "", sum(column[0] == name for column in columns)) for name in names],
             [Head(kind) for _, kind, _ in columns],
         ]
-        table = Table(f"Features of {extractor}", "", header, [], wide=len(columns) > 4)
-        images = [_numbers(column) for _, _, column in columns]
+        table = Table(f"Features of {_the(extractor)}", "", header, [], wide=len(columns) > 4)
+        images = [_numbers(column, models[name].get("folders"), kind) for name, kind, column in columns]
         table.rows.append((Head("Images", "generated, real"), images))
         for key, title, small, form in FIDELITY:
             row = [dig(column, key) for _, _, column in columns]
             if any(row):
                 cells = [estimate(one, form) if one else Cell("\u2013") for one in row]
-                table.rows.append((Head(distance_name(extractor) if key == "FID" else title, small), cells))
+                title = distance_name(extractor, key) if key in ("FID", "KID") else title
+                table.rows.append((Head(title, small), cells))
         how = methods(dig(column, key) for _, _, column in columns for key, *_ in FIDELITY)
         table.text = _about(result, extractor) + (f" In brackets: 95 % intervals ({how})." if how else "")
+        if extractor == "judge":
+            table.text += f" {CAUTION}"
         tables.append(table)
     return tables
 
 
-def distance_name(extractor: str) -> str:
-    """FID is the Frechet distance in Inception's features, and no other."""
-    return "FID" if extractor == "inception" else "Frechet distance"
+def distance_name(extractor: str, key: str = "FID") -> str:
+    """FID and KID are distances in Inception's features, and no others."""
+    return key if extractor == "inception" else {"FID": "Frechet distance", "KID": "Kernel distance"}[key]
 
 
-def _numbers(column: Mapping) -> Cell:
+def _the(extractor: str) -> str:
+    return "the judge" if extractor == "judge" else extractor
+
+
+def _numbers(column: Mapping, folders: Sequence[Mapping] | None, kind: str) -> Cell:
+    """Images that a distance rests on; of a model's several folders each has its own distance, over as many."""
     number = count(column.get("n"))
     real = count(column["n_real"]) if column.get("n_real") is not None else number
-    return Cell(f"{number}, {real}")
+    several = in_folders(column.get("n"), folders, kind == "unmatched") if len(folders or ()) > 1 else ""
+    return Cell(f"{number}, {real}", several)
 
 
 def _about(result: Mapping, extractor: str) -> str:
     network = dig(result, "networks", extractor) or {}
-    features = f"{count(network['features'])} features" if network.get("features") else ""
+    features = counted(network["features"], "feature") if network.get("features") else ""
     text = ", ".join(str(part) for part in (network.get("what"), features) if part)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 

@@ -1,109 +1,22 @@
-"""The tables of alignment: headline, tables 2 and 3, every prompt, every attribute, further judges."""
+"""The tables of alignment: tables 2 and 3, every prompt, every attribute, further judges."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ddpo_pytorch.data.isic import CAPTIONS, DISEASES, PAPER_ORDER, SINGLE_ARTIFACT_CAPTIONS
 from ddpo_pytorch.report.cells import (
-    NOT_AVAILABLE,
     Cell,
     Head,
     Table,
     count,
+    counted,
     dig,
     estimate,
     finite,
-    methods,
     percent,
-    plain,
     union,
 )
-from ddpo_pytorch.report.findings import apr_of, main_judge, verdict
-
-REAL = "real images"
-# what a number needs beside the samples, and the words under which metrics.json may say why it is missing.
-NEEDS_REAL = {"FID", "KID", "LPIPS", "FD_judge", "share closer"}
-WORDS = {"KID": ("KID", "FID"), "share closer": ("memoris", "closer", "training"), "diversity": ("divers", "vendi")}
-
-
-def reason_missing(result: Mapping, metric: str) -> str:
-    """Why a number is n/a: what metrics.json says under `missing`, else what was not given."""
-    for word in WORDS.get(metric, (metric,)):
-        for name, reason in (result.get("missing") or {}).items():
-            if word.lower() in name.lower():
-                return f"{name}: {reason}"
-    sets = result.get("sets") or {}
-    if metric in NEEDS_REAL and "real" not in sets:
-        return f"{metric}: no real images were given to compare with"
-    if metric == "share closer" and "train" not in sets:
-        return f"{metric}: no training images were given"
-    return f"{metric}: not measured, and metrics.json does not say why"
-
-
-def headline(result: Mapping) -> Table:
-    """A row a metric, a column a model; then differences of APR, and real images where there are some."""
-    models, judge, real = result.get("models") or {}, main_judge(result), result.get("real")
-    sides = models | ({REAL: real} if real else {})
-    differences = [one for one in result.get("comparisons") or [] if verdict(one)]
-    heads = [Head(name, f"n = {count(values.get('images'))}") for name, values in sides.items()]
-    changes = [Head("difference", f"{one['to']} \u2212 {one['from']}") for one in differences]
-    split = len(models)
-    table = Table("The result in numbers", "", [heads[:split] + changes + heads[split:]], [])
-    for metric, head, cells in _headline_rows(sides, models, judge):
-        cells = [_explained(table, result, metric, cell, name == REAL) for name, cell in zip(sides, cells, strict=True)]
-        change = [estimate(one["APR"], "+.2f", 100) if metric == "APR" else Cell("") for one in differences]
-        table.rows.append((head, cells[:split] + change + cells[split:]))
-    quantities = [apr_of(values, judge) for values in sides.values()] + [one["APR"] for one in differences]
-    for values in sides.values():
-        quantities += [with_interval(values, metric) for metric in ("FID", "KID", "LPIPS", "FD_judge")]
-    tests = dict.fromkeys(one["test"] for one in differences if one.get("test"))
-    table.text = _brackets(quantities) + "".join(f" Tests of the difference: {test}." for test in tests)
-    return table
-
-
-def _headline_rows(sides: Mapping, models: Mapping, judge: str | None) -> list[tuple[str, Head, list[Cell]]]:
-    spread = next(iter(union(values.get("diversity") for values in sides.values())), None)
-    near = next(iter(union(values.get("memorisation") for values in models.values())), None)
-    each = list(sides.values())
-    unit = f"Vendi score, {spread}" if spread else "Vendi score"
-    rows = [("APR", Head("APR", "%, higher is better"), [estimate(apr_of(v, judge), ".2f", 100) for v in each])]
-    for metric, small, form in (
-        ("FID", "lower is better", ".2f"),
-        ("KID", "lower is better", ".3g"),
-        ("LPIPS", "to real images, lower is better", ".3f"),
-        ("FD_judge", "of the judge's features, lower is better", ".4g"),
-    ):
-        title = "Frechet distance" if metric == "FD_judge" else metric
-        rows.append((metric, Head(title, small), [estimate(with_interval(v, metric), form) for v in each]))
-    rows.append(
-        ("reward", Head("Reward", "mean, higher is better"), [Cell(plain(v.get("reward"), ".3f")) for v in each])
-    )
-    vendi = [estimate(dig(v, "diversity", spread, "vendi")) for v in each]
-    rows.append(("diversity", Head("Diversity", f"{unit}, higher is more varied"), vendi))
-    closer = [estimate(dig(v, "memorisation", near, "share_closer"), ".2f", 100) for v in each]
-    small = "%, 1 % is expected of new real images" + (f", {near}" if near else "")
-    return [*rows, ("share closer", Head("Closer to training images", small), closer)]
-
-
-def _explained(table: Table, result: Mapping, metric: str, cell: Cell, real: bool) -> Cell:
-    if cell.text != NOT_AVAILABLE:
-        return cell
-    return Cell("\u2013") if real else Cell(cell.text, "", table.note(reason_missing(result, metric)))
-
-
-def with_interval(values: Mapping, metric: str) -> dict:
-    """A headline number with the interval of the quantity that it was taken from, found by its value."""
-    value, name = finite(values.get(metric)), "FID" if metric == "FD_judge" else metric
-    blocks = (values.get("fidelity") or {}).values()
-    distances = [dig(block, kind, name) for kind in ("matched", "unmatched") for block in blocks]
-    for quantity in [dig(values, "perception", metric), *distances]:
-        if value is not None and finite(dig(quantity, "value")) == value:
-            return dict(quantity)
-    return {"value": value}
-
-
-def _brackets(quantities: Iterable[Mapping | None]) -> str:
-    how = methods(quantities)
-    return f"In brackets: 95 % intervals ({how})." if how else ""
+from ddpo_pytorch.report.findings import apr_of, main_judge
+from ddpo_pytorch.report.headline import REAL, brackets, explained, with_interval
 
 
 def table2(result: Mapping) -> Table | None:
@@ -129,7 +42,7 @@ def table2(result: Mapping) -> Table | None:
             shown[name] = quantities
     if not shown:
         return None
-    table.text = "APR in percent. " + _brackets(one for quantities in shown.values() for one in quantities)
+    table.text = "APR in percent. " + brackets(one for quantities in shown.values() for one in quantities)
     return table
 
 
@@ -155,10 +68,10 @@ def table3(result: Mapping) -> Table | None:
         for metric, _, form in columns:
             quantity = apr_of(values, judge) if metric == "APR" else with_interval(values, metric)
             cell = estimate(quantity, form, 100 if metric == "APR" else 1)
-            cells.append(_explained(table, result, metric, cell, False))
+            cells.append(explained(table, result, metric, cell, name))
             quantities.append(quantity)
         table.rows.append((Head(name), [*cells, Cell(count(values.get("images")))]))
-    table.text = _brackets(quantities)
+    table.text = brackets(quantities)
     return table if table.rows else None
 
 
@@ -179,7 +92,12 @@ def prompt_table(result: Mapping) -> Table | None:
         [Head(name, "", 2) for name in names],
         [head for _ in names for head in (Head("n"), Head("APR", "%"))],
     ]
-    table, quantities = Table(f"All {len(captions)} prompts", "Prompt", header, [], wide=True), []
+    table, quantities = (
+        Table(
+            "The only prompt" if len(captions) == 1 else f"All {len(captions)} prompts", "Prompt", header, [], wide=True
+        ),
+        [],
+    )
     for caption in captions:
         cells = []
         for name in names:
@@ -189,7 +107,7 @@ def prompt_table(result: Mapping) -> Table | None:
             quantities.append(apr)
         table.rows.append((Head(caption[len(begin) :]), cells))
     start = f"Each prompt begins with \u201c{begin.strip()}\u201d. " if begin else ""
-    table.text = start + _brackets(quantities)
+    table.text = start + brackets(quantities)
     return table
 
 
@@ -231,7 +149,7 @@ def attribute_tables(result: Mapping) -> list[Table]:
             table.rows.append((Head(label.replace("_", " ")), cells))
         table.text = (
             "Precision: share of the images in which the judge sees the attribute that were asked for it; recall: "
-            "share of the images asked for it in which the judge sees it. " + _brackets(quantities)
+            "share of the images asked for it in which the judge sees it. " + brackets(quantities)
         )
         tables.append(table)
     return tables
@@ -243,7 +161,8 @@ def judge_table(result: Mapping) -> Table | None:
     names = union([judges, *(values.get("alignment") for values in sides.values())])
     if len(names) < 2:
         return None
-    table, quantities = Table("Further judges", "Judge", [[Head(name, "APR, %") for name in sides]], []), []
+    heads = [Head(name, "APR, %, as they are" if name == REAL else "APR, %") for name in sides]
+    table, quantities = Table("Further judges", "Judge", [heads], []), []
     for judge in names:
         labels = ", ".join(str(label).replace("_", " ") for label in dig(judges, judge, "labels") or ())
         row = [dig(values, "alignment", judge, "APR") for values in sides.values()]
@@ -251,7 +170,7 @@ def judge_table(result: Mapping) -> Table | None:
         table.rows.append((Head(judge, labels), [estimate(one, ".2f", 100) for one in row]))
     table.text = (
         "An image counts when all labels that a judge has agree with the prompt, so judges with more labels are "
-        "stricter. " + _brackets(quantities)
+        "stricter. " + brackets(quantities)
     )
     return table
 
@@ -264,5 +183,5 @@ def apr_line(result: Mapping, caption: str) -> str:
         if finite(apr.get("value")) is not None:
             parts.append(f"{name} {percent(apr['value'], '.1f')} %")
     real = dig(result, "sets", "real", "images_by_prompt")
-    number = "" if real is None else f"{count(real.get(caption, 0))} real images"
+    number = "" if real is None else counted(real.get(caption, 0), "real image")
     return "; ".join(part for part in ("APR " + ", ".join(parts) if parts else "", number) if part)
