@@ -1,4 +1,4 @@
-"""How fast eval.py draws, as ratios of one run on one CPU thread, and that its memory does not grow with the images.
+"""How fast eval.py draws on a CPU, as ratios within one run, and that its memory does not grow with the images.
 
     python benchmarks/sampling.py
 
@@ -6,8 +6,11 @@ The mini model (64 px), 10 steps, batches of 64, guidance 1 and 3. (a) eval.py's
 bare loop over diffusers' own pipeline, prompts embedded once, nothing saved. (b) The same path with LoRA of rank 4,
 against sampling as the official code does it: prompts encoded in every batch, alphas looked up on the host at every
 step, LoRA in attention processors with explicit softmax, trajectory and log-probs kept and copied, JPEGs. (c) Peak
-resident memory of eval.py for N and 4 N images. Both sides of a pair run by turns; CPU seconds are compared, which
-waiting for other programs does not change. The last line is JSON.
+resident memory of eval.py for N and 4 N images. (d) Pair (a) on all cores: eval.py's workers against the bare loop with
+as many torch threads; give at least 32 images for every core. Ours uses channels_last and passes of 32; the bare loop
+has diffusers' memory format and one batch. Both sides of a pair run by turns. On one thread, CPU seconds are compared,
+which waiting for other programs does not change; on all cores, seconds of the clock, so the machine has to be idle. The
+last line is JSON.
 """
 
 import argparse
@@ -34,7 +37,7 @@ from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.data.sample_log import PartLog
 from ddpo_pytorch.generator.lora import ATTENTION, add_lora
 from ddpo_pytorch.generator.pipeline import PromptTable, load_pipeline
-from ddpo_pytorch.generator.sampling import Sampler, draw_pass, images_per_pass, plan
+from ddpo_pytorch.generator.sampling import Sampler, draw_passes, images_per_pass, plan
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "ddpo_pytorch/assets/mini/sd"
@@ -43,20 +46,22 @@ STEPS, RANK = 10, 4
 logger = logging.getLogger(__name__)
 
 
-def by_turns(first: Callable[[], None], second: Callable[[], None], turns: int) -> tuple[float, float]:
-    """Median CPU seconds of each; both run once untimed before."""
+def by_turns(
+    first: Callable[[], None], second: Callable[[], None], turns: int, clock: Callable[[], float] = time.process_time
+) -> tuple[float, float]:
+    """Median seconds of each, of the CPU by default; both run once untimed before."""
     seconds = ([], [])
     for turn in range(turns + 1):
         for kind, function in enumerate((first, second)):
-            started = time.process_time()
+            started = clock()
             function()
             if turn:
-                seconds[kind].append(time.process_time() - started)
+                seconds[kind].append(clock() - started)
     return statistics.median(seconds[0]), statistics.median(seconds[1])
 
 
-def eval_path(folder: Path, count: int, guidance: float, lora: bool) -> Callable[[], None]:
-    """As scripts/eval.py draws, without a judge: `count` images, over the captions by turns."""
+def eval_path(folder: Path, count: int, guidance: float, lora: bool, workers: int = 1) -> Callable[[], None]:
+    """As scripts/eval.py draws on `workers` cores, without a judge: `count` images, over the captions by turns."""
     pipe = load_pipeline(MODEL)
     if lora:
         add_lora(pipe.unet, RANK, ATTENTION, seed=0)
@@ -66,12 +71,15 @@ def eval_path(folder: Path, count: int, guidance: float, lora: bool) -> Callable
     jobs = plan([(caption, {}) for caption in CAPTIONS], math.ceil(count / len(CAPTIONS)), seed=0)[:count]
     size = images_per_pass(pipe, count)
 
+    passes = [jobs[start : start + size] for start in range(0, count, size)]
+
     def run() -> None:
+        torch.set_num_threads(1)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         with PartLog(folder, 0) as log:
-            for start in range(0, count, size):
-                draw_pass(sampler, jobs[start : start + size], size, folder, log)
+            for _ in draw_passes(sampler, passes, workers, size, folder, log):
+                pass
 
     return run
 
@@ -87,13 +95,14 @@ def prompts_of(count: int) -> list[str]:
     return [CAPTIONS[number % len(CAPTIONS)] for number in range(count)]
 
 
-def bare_loop(count: int, guidance: float) -> Callable[[], None]:
-    """One call of diffusers' pipeline."""
+def bare_loop(count: int, guidance: float, threads: int = 1) -> Callable[[], None]:
+    """One call of diffusers' pipeline on that many torch threads."""
     pipe = plain_diffusers()
     table = PromptTable(pipe)
     embeds = table(prompts_of(count))
 
     def run() -> None:
+        torch.set_num_threads(threads)
         pipe(
             prompt_embeds=embeds,
             negative_prompt_embeds=table.negative.expand_as(embeds),
@@ -158,6 +167,7 @@ def official_way(folder: Path, count: int, guidance: float) -> Callable[[], None
 
     @torch.no_grad()
     def run() -> None:
+        torch.set_num_threads(1)
         folder.mkdir(exist_ok=True)
         embeds, negative = encode(prompts_of(count)), encode([""]).repeat(count, 1, 1)
         context = torch.cat([negative, embeds]) if guidance > 1 else embeds
@@ -198,15 +208,23 @@ def peak_mib(folder: Path, images_per_prompt: int, batch_size: int) -> int:
     return round(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**20)
 
 
-def measure(folder: Path, guidance: float, count: int, turns: int) -> dict[str, float]:
-    """Images a second of the four, and the two ratios."""
+def measure(folder: Path, guidance: float, count: int, turns: int, cores: int) -> dict[str, float]:
+    """Images a second of all, and the three ratios."""
     bare, own = by_turns(bare_loop(count, guidance), eval_path(folder / "own", count, guidance, lora=False), turns)
     official, own_lora = by_turns(
         official_way(folder / "official", count, guidance), eval_path(folder / "lora", count, guidance, True), turns
     )
-    times = {"eval": own, "bare_diffusers": bare, "eval_lora": own_lora, "official_way": official}
+    all_bare, all_own = by_turns(
+        bare_loop(count, guidance, cores),
+        eval_path(folder / "cores", count, guidance, lora=False, workers=cores),
+        turns,
+        time.perf_counter,
+    )
+    times = {"eval_all_cores": all_own, "bare_diffusers_all_cores": all_bare}
+    times |= {"eval": own, "bare_diffusers": bare, "eval_lora": own_lora, "official_way": official}
     speeds = {f"{name}_images_per_s": round(count / seconds, 2) for name, seconds in times.items()}
-    return speeds | {"against_bare": round(bare / own, 3), "against_official": round(official / own_lora, 3)}
+    ratios = {"against_bare": bare / own, "against_official": official / own_lora, "all_cores": all_bare / all_own}
+    return speeds | {name: round(ratio, 3) for name, ratio in ratios.items()}
 
 
 def main() -> None:
@@ -218,15 +236,16 @@ def main() -> None:
     if min(given.count, given.turns, given.images_per_prompt) < 1:
         parser.exit(2, "error: --count, --turns and --images_per_prompt must be at least 1\n")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    torch.set_num_threads(1)
-    result = {}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    result = {"cores": cores}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for guidance in (1.0, 3.0):
-            result[f"guidance_{guidance:g}"] = ratios = measure(folder, guidance, given.count, given.turns)
+            result[f"guidance_{guidance:g}"] = ratios = measure(folder, guidance, given.count, given.turns, cores)
             logger.info(
-                "guidance %g: %s times as fast as bare diffusers; with LoRA, %s times as the official way",
-                *(guidance, ratios["against_bare"], ratios["against_official"]),
+                "guidance %g: %s times as fast as bare diffusers, on %d core(s) %s times; with LoRA, %s times as the "
+                "official way",
+                *(guidance, ratios["against_bare"], cores, ratios["all_cores"], ratios["against_official"]),
             )
         small, large = (
             peak_mib(folder / f"x{factor}", factor * given.images_per_prompt, given.count) for factor in (1, 4)

@@ -13,10 +13,21 @@ class UserError(Exception):
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str, str] | None:
-    """The first name, alphabetically, whose values differ between two settings, and both values, cut to be read."""
+    """The first name, alphabetically, whose values differ between two settings, and both values, cut to be read.
+
+    Of two lists it is the first element that differs, "<name>[<number>]", or else their lengths.
+    """
     for name in sorted({*old, *new}):
-        if old.get(name) != new.get(name):
-            return name, _short(old.get(name)), _short(new.get(name))
+        before, now = old.get(name), new.get(name)
+        if before == now:
+            continue
+        if isinstance(before, list | tuple) and isinstance(now, list | tuple):
+            pairs = enumerate(zip(before, now, strict=False))
+            place = next((number for number, (one, other) in pairs if one != other), None)
+            if place is None:
+                return f"length of {name}", str(len(before)), str(len(now))
+            name, before, now = f"{name}[{place}]", before[place], now[place]
+        return name, _short(before), _short(now)
     return None
 
 

@@ -4,15 +4,20 @@
 
 Writes <logdir>/images/<caption with _>/<index>.png, <logdir>/image_log.json and <logdir>/settings.json. The noise of an
 image is a function of (seed, prompt, index), and passes through the networks are cut from the list of all images before
-they are dealt to processes: files do not depend on the number of processes. To complete an interrupted folder, run the
-same command again; finished images are not written again. Processes on several nodes need a logdir they all see.
+they are dealt to processes and their cores: files do not depend on the number of either. To complete an interrupted
+folder, or to add images or prompts, run the command again; finished images are not written again. Processes on several
+nodes need a logdir they all see.
 """
 
 import logging
+import math
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from absl import flags
@@ -25,7 +30,7 @@ from tqdm import tqdm
 from ddpo_pytorch.checkpointing import load_weights
 from ddpo_pytorch.data.images import read_log
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
-from ddpo_pytorch.data.sample_log import PartLog, claim_folder, logged, merge_parts
+from ddpo_pytorch.data.sample_log import SETTINGS, PartLog, claim_folder, locked, logged, merge_parts, strays
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.sampling import (
@@ -33,7 +38,8 @@ from ddpo_pytorch.generator.sampling import (
     Job,
     Sampler,
     check_finite,
-    draw_pass,
+    cut_prompts,
+    draw_passes,
     fingerprint,
     images_per_pass,
     plan,
@@ -58,10 +64,12 @@ def check_settings(config: ConfigDict) -> None:
         ("sample.eta", config.sample.eta, 0),
         ("seed", config.seed, 0),
     ):
-        if value < least:
+        if not value >= least:  # also NaN
             raise UserError(f"{name} is {value}; it must be at least {least}")
     if config.sample.eta > 1:
         raise UserError(f"sample.eta is {config.sample.eta}; a share of noise is at most 1")
+    if not math.isfinite(config.sample.guidance_scale):
+        raise UserError(f"sample.guidance_scale is {config.sample.guidance_scale}; it must be a finite number")
     if config.eval.image_format not in IMAGE_FORMATS:
         raise UserError(f"eval.image_format is {config.eval.image_format!r}; allowed are {', '.join(IMAGE_FORMATS)}")
 
@@ -77,10 +85,10 @@ def prompts_of(config: ConfigDict) -> list[Prompt]:
     return [(text, {"label": list(labels_of(text))} if text in CAPTIONS else {}) for text in texts]
 
 
-def load_judge(path: str, prompts: Sequence[Prompt], device: torch.device) -> RewardFn | None:
-    """The classifier at `path` as a reward, or None without one. UserError for prompts that it cannot judge."""
+def load_judge(path: str, prompts: Sequence[Prompt], device: torch.device) -> tuple[RewardFn | None, str]:
+    """The classifier at `path` as a reward, and its hash; (None, "") without one. UserError for other prompts."""
     if not path:
-        return None
+        return None, ""
     model = load_classifier(path, device)
     check_finite(model, path)
     judge = isic_classifier_reward(model, device)
@@ -88,7 +96,7 @@ def load_judge(path: str, prompts: Sequence[Prompt], device: torch.device) -> Re
         check_prompts(judge, prompts)
     except UserError as error:
         raise UserError(f"{error}; eval.classifier judges no other prompt, set --config.eval.classifier=") from error
-    return judge
+    return judge, fingerprint(model, about=f"{model.labels} {model.arch} {model.image_size}")
 
 
 def load_model(config: ConfigDict, device: torch.device) -> StableDiffusionPipeline:
@@ -110,8 +118,9 @@ def load_model(config: ConfigDict, device: torch.device) -> StableDiffusionPipel
     return pipe
 
 
-def settings_of(config: ConfigDict, prompts: Sequence[Prompt], weights_sha256: str) -> dict:
-    """What determines the images and their log, as opposed to how many there are and who draws them."""
+def settings_of(config: ConfigDict, device: str, weights_sha256: str, judge_sha256: str, size: int) -> dict:
+    """What determines an image and its log entry, as opposed to which and how many there are, and who draws them."""
+    on_cpu = device == "cpu"
     return {
         "seed": config.seed,
         "scheduler": config.sample.scheduler,
@@ -120,69 +129,90 @@ def settings_of(config: ConfigDict, prompts: Sequence[Prompt], weights_sha256: s
         "guidance_scale": config.sample.guidance_scale,
         "mixed_precision": config.mixed_precision,
         "weights_sha256": weights_sha256,
-        "prompts": [prompt for prompt, _ in prompts],
-        "classifier": config.eval.classifier,
+        "classifier": judge_sha256,
         "image_format": config.eval.image_format,
+        "device": device,
+        "images_per_pass": None if on_cpu else size,  # there it follows from the model
+        "allow_tf32": None if on_cpu else config.allow_tf32,
     }
 
 
-def claim(
-    accelerator: Accelerator, config: ConfigDict, prompts: Sequence[Prompt], pipe: StableDiffusionPipeline
-) -> str:
-    """Reserve logdir for these settings; returns the fingerprint of the weights, on every process."""
-    digest = None
+def on_main(accelerator: Accelerator, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function` returns on the main process, on every process; where it fails there, all of them end."""
+    value, failure = None, None
     if accelerator.is_main_process:
-        digest = fingerprint(pipe)
-        about = {"load_from": config.load_from, "model": config.pretrained.model, "unet_path": config.unet_path}
-        about |= {"images_per_pass": images_per_pass(pipe, config.eval.batch_size), "device": accelerator.device.type}
-        versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
-        claim_folder(config.logdir, settings_of(config, prompts, digest), about | {"versions": versions})
-    return broadcast_object_list([digest])[0]
+        try:
+            value = function(*arguments)
+        except (UserError, OSError) as error:
+            failure = error
+    value, failed = broadcast_object_list([value, failure is not None])
+    if failure is not None:
+        raise failure
+    if failed:
+        sys.exit(2)  # the main process says why
+    return value
 
 
-def report(folder: Path, jobs: Sequence[Job], broken: Sequence[Job], drawn: int, seconds: float, peak: float) -> None:
-    """Merge the log; say what there is, and what is wrong with it. UserError when images were not finite."""
-    count = merge_parts(folder, [job.path for job in jobs])
-    logger.info(
-        "%d images in %s; drawn now: %d, %.2f images/s; peak memory of a process %.2f GiB",
-        *(count, folder, drawn, drawn / seconds, peak),
-    )
-    if black := [entry["path_to_img"] for entry in read_log(folder) if entry.get("black")]:
-        logger.warning("%d images are black, the first is %s", len(black), folder / black[0])
+def claim(held: ExitStack, config: ConfigDict, prompts: Sequence[Prompt], pipe: StableDiffusionPipeline, judge: str):
+    """Lock logdir and reserve it for these settings; returns the fingerprint of the weights."""
+    digest, size = fingerprint(pipe.text_encoder, pipe.unet, pipe.vae), images_per_pass(pipe, config.eval.batch_size)
+    about = {"load_from": config.load_from, "model": config.pretrained.model, "unet_path": config.unet_path}
+    about |= {"classifier": config.eval.classifier, "prompts": [prompt for prompt, _ in prompts]}
+    about |= {"versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}}
+    held.enter_context(locked(config.logdir))
+    claim_folder(config.logdir, settings_of(config, pipe.device.type, digest, judge, size), about)
+    return digest
+
+
+def check_common(folder: Path, seen: Sequence[bool]) -> None:
+    """`seen` says of every process whether it sees what the main process has written."""
+    if not all(seen):
+        raise UserError(f"process {seen.index(False)} does not see {str(folder)!r}: several nodes need a common logdir")
+
+
+def report(folder: Path, jobs: Sequence[Job], broken: Sequence[Job], drawn: str, mixed_precision: str) -> None:
+    """Merge the log; say what there is, and what is wrong with it. UserError when images are not there."""
+    planned = [job.path for job in jobs]
+    count = merge_parts(folder, planned)
+    logger.info("%d images in %s; %s", count, folder, drawn)
+    entries = read_log(folder)
+    listed = {entry["path_to_img"] for entry in entries}
+    for what, paths in (
+        ("images are black", [entry["path_to_img"] for entry in entries if entry.get("black")]),
+        ("images are more than this command asks for", sorted(listed.difference(planned))),
+        ("files are not in image_log.json, but metric.py would count them", strays(folder, listed)),
+    ):
+        if paths:
+            logger.warning("%d %s, the first is %s", len(paths), what, folder / paths[0])
     if broken:
         first = min(broken, key=jobs.index)
+        other = "" if mixed_precision == "no" else "--config.mixed_precision=bf16 or no, or with "
         raise UserError(
             f"{len(broken)} images are not finite and were not written, the first is {first.path} of {first.prompt!r}; "
-            "the others and their log are complete. Run again with another logdir and --config.mixed_precision=bf16 or "
-            "no, or with other weights"
+            f"the others and their log are complete. Run again with another logdir and {other}other weights"
+        )
+    if missing := [path for path in planned if path not in listed]:
+        raise UserError(
+            f"{len(missing)} of {len(planned)} images are not in {str(folder)!r}, the first is {missing[0]}; run the "
+            "same command again"
         )
 
 
-def main(_) -> None:
-    config = FLAGS.config
-    accelerator = make_accelerator(config.mixed_precision, config.allow_tf32)
-    rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    folder, sample = Path(config.logdir), config.sample
-    if device.type == "cpu":
-        # sums are split among threads, and last bits with them: files would depend on the cores that a process gets.
-        torch.set_num_threads(1)
-    check_settings(config)
-    prompts = prompts_of(config)
-    jobs = plan(prompts, config.eval.num_samples_per_prompt, config.seed, config.eval.image_format)
-    judge = load_judge(config.eval.classifier, prompts, device)
-    pipe = load_model(config, device)
-    sampler = Sampler(pipe, sample.scheduler, sample.num_steps, sample.eta, sample.guidance_scale)
-    digest = claim(accelerator, config, prompts, pipe)
-
-    size, done = images_per_pass(pipe, config.eval.batch_size), logged(folder)
+def draw(
+    accelerator: Accelerator, config: ConfigDict, sampler: Sampler, jobs: Sequence[Job], workers: int, *judging: Any
+) -> tuple[list[Job], str]:
+    """Draw what is missing, on all processes; returns the jobs whose image is not finite, and a text of figures."""
+    rank, processes, folder = accelerator.process_index, accelerator.num_processes, Path(config.logdir)
+    size, done = images_per_pass(sampler.pipe, config.eval.batch_size), logged(folder)
     passes = [jobs[start : start + size] for start in range(0, len(jobs), size)]
     missing = [[job for job in one if job.path not in done] for one in passes]
     passes = [one for one, lacking in zip(passes, missing, strict=True) if lacking]
     missing = [len(lacking) for lacking in missing if lacking]
     accelerator.wait_for_everyone()  # everyone has looked before anyone writes
-    logger.info("%d images for %d prompts, %d are missing", len(jobs), len(prompts), sum(missing))
-    if device.type == "cpu":
-        logger.info("%d process(es) of one core each; torchrun --nproc_per_node starts more", processes)
+    prompts = len({job.prompt for job in jobs})
+    logger.info("%d images for %d prompts, %d are missing", len(jobs), prompts, sum(missing))
+    if accelerator.device.type == "cpu":
+        logger.info("%d process(es) of %d core(s)", processes, workers)
 
     started, broken = time.perf_counter(), []
     shown = config.progress and not rank
@@ -190,15 +220,39 @@ def main(_) -> None:
         PartLog(folder, rank) as log,
         tqdm(total=sum(missing), unit="img", smoothing=0.1, disable=None if shown else True) as bar,
     ):
-        for number in range(rank, len(passes), processes):
-            broken += draw_pass(sampler, passes[number], size, folder, log, done, judge, digest)
+        own = passes[rank::processes]
+        for number, failed in draw_passes(sampler, own, workers, size, folder, log, done, *judging):
+            broken += failed
             # the other processes are about as far as this one
-            bar.update(sum(missing[number : number + processes]))
+            bar.update(sum(missing[number * processes : (number + 1) * processes]))
     accelerator.wait_for_everyone()
-    seconds, broken = time.perf_counter() - started, gather_object(broken)
-    peak = max(gather_object([peak_memory_gib()]))
-    if accelerator.is_main_process:
-        report(folder, jobs, [Job(*job) for job in broken], sum(missing) - len(broken), seconds, peak)
+    seconds, broken = time.perf_counter() - started, [Job(*job) for job in gather_object(broken)]
+    drawn, peak = sum(missing) - len(broken), max(gather_object([peak_memory_gib()]))
+    speed = f"drawn now: {drawn}, {drawn / seconds:.2f} images/s; peak memory of a process {peak:.2f} GiB"
+    return broken, speed
+
+
+def main(_) -> None:
+    config = FLAGS.config
+    accelerator = make_accelerator(config.mixed_precision, config.allow_tf32)
+    device, folder, sample = accelerator.device, Path(config.logdir), config.sample
+    workers = torch.get_num_threads()
+    if device.type == "cpu":
+        # sums are split among threads, and last bits with them: each core draws passes of its own.
+        torch.set_num_threads(1)
+    check_settings(config)
+    prompts = prompts_of(config)
+    jobs = plan(prompts, config.eval.num_samples_per_prompt, config.seed, config.eval.image_format)
+    judge, judge_digest = load_judge(config.eval.classifier, prompts, device)
+    pipe = load_model(config, device)
+    sampler = Sampler(pipe, sample.scheduler, sample.num_steps, sample.eta, sample.guidance_scale)
+    if cut := cut_prompts(pipe, [prompt for prompt, _ in prompts]):
+        logger.warning("%d prompts are longer than the text encoder reads, the first is %r", len(cut), cut[0])
+    with ExitStack() as held:
+        digest = on_main(accelerator, claim, held, config, prompts, pipe, judge_digest)
+        on_main(accelerator, check_common, folder, gather_object([(folder / SETTINGS).is_file()]))
+        broken, drawn = draw(accelerator, config, sampler, jobs, workers, judge, digest)
+        on_main(accelerator, report, folder, jobs, broken, drawn, config.mixed_precision)
     accelerator.end_training()
 
 

@@ -47,7 +47,12 @@ def test_sampling():
         assert ratios["against_official"] == pytest.approx(
             ratios["eval_lora_images_per_s"] / ratios["official_way_images_per_s"], rel=0.05
         )
-    assert set(figures["peak_mib"]) == {"32", "128"} and min(figures["peak_mib"].values()) > 100
+        assert ratios["all_cores"] == pytest.approx(
+            ratios["eval_all_cores_images_per_s"] / ratios["bare_diffusers_all_cores_images_per_s"], rel=0.05
+        )
+    assert (
+        figures["cores"] >= 1 and set(figures["peak_mib"]) == {"32", "128"} and min(figures["peak_mib"].values()) > 100
+    )
     assert "times as fast as bare diffusers" in result.stdout
     wrong = run("sampling.py", "--turns", 0)
     assert wrong.returncode == 2 and "must be at least 1" in wrong.stderr

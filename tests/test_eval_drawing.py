@@ -169,6 +169,7 @@ def test_images_that_are_not_finite_are_named_and_the_others_complete(config_fil
     message = str(caught.value)
     assert message.startswith(f"{3 * len(ruled)} images are not finite and were not written, the first is images/")
     assert f"{folder_name(ruled[0])}/00000.png of {ruled[0]!r}" in message and "\n" not in message
+    assert message.endswith("Run again with another logdir and other weights")  # float32 it was
     assert [entry["prompt"] for entry in log_of(tmp_path / "x")] == [
         p for p in PROMPTS if p not in ruled for _ in "123"
     ]

@@ -74,8 +74,9 @@ def test_eval_writes_the_sample_folder(samples, judges, run_dir):
         assert entry["labels"] == stated and entry["predictions"] == predicted
         assert entry["reward"] == f"{sum(a == b for a, b in zip(stated, predicted, strict=True)) / 6:.4f}"
     settings = read_settings(samples)
-    assert settings["seed"] == 42 and settings["prompts"] == list(PROMPTS)
+    assert settings["seed"] == 42 and settings["device"] == "cpu" and settings["images_per_pass"] is None
     about = json.loads((samples / "settings.json").read_text())["about"]
+    assert about["prompts"] == list(PROMPTS) and about["classifier"] == str(judges[6])
     assert about["load_from"] == str(run_dir) and about["versions"]["torch"] == torch.__version__.split("+")[0]
     assert not list(samples.glob("*.jsonl"))
 
@@ -131,17 +132,21 @@ def test_eval_completes_a_killed_run_to_the_same_bytes(samples, config_file, run
 
 
 @pytest.mark.slow
-def test_eval_leaves_a_finished_folder_alone_and_refuses_other_settings(samples, config_file, run_dir, run_main):
+def test_eval_leaves_a_finished_folder_alone_and_refuses_other_settings(
+    samples, config_file, run_dir, run_main, judges, tmp_path
+):
     before = {path: path.stat().st_mtime_ns for path in samples.rglob("*.png")}
     same = {"logdir": str(samples), "load_from": str(run_dir), "eval__num_samples_per_prompt": COUNT}
-    run_main("eval.py", config_file, **same)
+    moved = shutil.copy(judges[6], tmp_path / "moved.safetensors")
+    run_main("eval.py", config_file, **same, eval__classifier=str(moved))  # the same judge elsewhere
     assert {path: path.stat().st_mtime_ns for path in samples.rglob("*.png")} == before
     whole = files_of(samples)
     for change, message in (
         ({"seed": 43}, "made with seed 42, now it is 43; choose another logdir"),
         ({"sample__num_steps": 4}, "made with num_steps 3, now it is 4"),
         ({"load_from": ""}, "made with weights_sha256 "),
-        ({"prompt_fn": "isic_all", "prompt_fn_kwargs": {}}, "made with prompts "),
+        ({"eval__classifier": str(judges[4])}, "made with classifier "),
+        ({"eval__classifier": ""}, "made with classifier "),
         ({"sample__scheduler": "dpm++"}, "made with eta 1.0, now it is None"),
         ({"eval__image_format": "jpg"}, "made with image_format 'png', now it is 'jpg'"),
     ):
@@ -168,6 +173,15 @@ def test_eval_more_images_keep_the_first_ones(config_file, run_main, tmp_path):
         ({"eval__num_samples_per_prompt": 0}, "eval.num_samples_per_prompt is 0"),
         ({"sample__eta": -0.5}, "sample.eta is -0.5; it must be at least 0"),
         ({"sample__eta": 1.5}, "sample.eta is 1.5; a share of noise is at most 1"),
+        ({"sample__eta": float("nan")}, "sample.eta is nan; it must be at least 0"),
+        ({"sample__eta": float("inf")}, "sample.eta is inf; a share of noise is at most 1"),
+        ({"sample__guidance_scale": float("nan")}, "sample.guidance_scale is nan; it must be a finite number"),
+        ({"sample__guidance_scale": float("inf")}, "sample.guidance_scale is inf"),
+        ({"load_from": "/etc/passwd"}, "/etc/passwd is not a plain file of tensors"),
+        ({"eval__prompts": ("a\0b",)}, r"prompt 'a\\x00b' has characters that cannot be printed"),
+        ({"eval__prompts": ("a\nb",)}, r"prompt 'a\\nb' has characters"),
+        ({"eval__prompts": ("a\tb",)}, r"prompt 'a\\tb' has characters"),
+        ({"eval__prompts": ("a\udc80b",)}, r"prompt 'a\\udc80b' has characters"),
         ({"sample__scheduler": "euler"}, "sample.scheduler is 'euler'; allowed are ddim, dpm\\+\\+"),
         ({"eval__image_format": "gif"}, "eval.image_format is 'gif'; allowed are png, jpg"),
         ({"eval__prompts": ("a", "b", "a"), "eval__classifier": ""}, "prompt 'a' is given twice"),
@@ -212,8 +226,11 @@ def test_the_log_survives_torn_lines_and_counts_only_images_that_exist(tmp_path)
     for name in ("b", "a", "c"):
         save_image(tmp_path / f"{name}.png", torch.zeros(3, 4, 4))
     (tmp_path / "image_log.part1.jsonl").write_text('{"path_to_img": "b.png", "x": 1}\n{"path_to_im')
+    with open(tmp_path / "image_log.part1.jsonl", "ab") as file:
+        file.write(b'g": "c\xff.png"}\n[1]\n{"prompt": "x"}\n{"path_to_img": 3}\n{"path_to_img": "c.png", "\xe9')
+    (tmp_path / "empty.png").touch()
     with PartLog(tmp_path, 1) as log:
-        log.add([{"path_to_img": "a.png"}, {"path_to_img": "gone.png"}])
+        log.add([{"path_to_img": "a.png"}, {"path_to_img": "gone.png"}, {"path_to_img": "empty.png"}])
     assert list(logged(tmp_path)) == ["b.png", "a.png"]
     assert merge_parts(tmp_path, ["a.png", "b.png"]) == 2
     entries = json.loads((tmp_path / "image_log.json").read_text())

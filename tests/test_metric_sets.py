@@ -148,6 +148,7 @@ def test_a_damaged_cache_is_made_again(measured, tmp_path, caplog, damage):
         (lambda f: Image.open(images_of(f, A)[0]).save(f / "images" / "loose.png"), "loose.png' is not read"),
         (lambda f: (f / "images" / folder_name(A) / "deeper").mkdir(), "deeper' is not read"),
         (lambda f: log(f, reward="high"), "the reward 'high' is no finite number"),
+        (lambda f: write_log(f, [{"prompt": A}]), "entry 0 has no path_to_img"),
         (lambda f: log(f, reward="nan"), "the reward 'nan' is no finite number"),
         (lambda f: log(f, prompt=B), "is not that of its folder; correct one"),
     ],

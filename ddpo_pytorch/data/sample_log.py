@@ -4,17 +4,58 @@ While images are made, each process appends one JSON line an image to `image_log
 merged into `image_log.json`. `settings.json` states what made the images, so that no folder mixes two origins.
 """
 
+import errno
+import fcntl
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
-from ddpo_pytorch.data.images import read_log, write_log
+from ddpo_pytorch.data.images import IMAGE_SUFFIXES, read_log, write_log
 from ddpo_pytorch.errors import UserError, difference
 
 SETTINGS = "settings.json"
 PARTS = "image_log.part*.jsonl"
+LOCK = ".lock"
+# of file systems that know no locks
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """The folder, made if absent, for this process alone. Raises UserError while another process has it.
+
+    The lock ends with the process, however that ends; its file is removed by whoever holds it last.
+    """
+    path = Path(folder) / LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(path, "w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise UserError(
+                f"{str(folder)!r} is being written by another run; wait for its end or choose another logdir"
+            ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            logger.warning("%s: no locks on this file system; let no second run write here", folder)
+        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            break
+        file.close()  # a run that ended just now removed the file: it locks nothing
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 def claim_folder(folder: str | Path, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -47,23 +88,30 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text())["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{str(path)!r} is damaged; choose another folder or move this one away") from error
+        settings = json.loads(path.read_text())["settings"]
+    except (ValueError, KeyError, TypeError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"{str(path)!r} is damaged; choose another folder or move this one away")
+    return settings
 
 
 class PartLog:
-    """Context manager around one process's part of the log; `add` writes entries that survive a kill right after."""
+    """Context manager around one process's part of the log; `add` writes entries that survive a kill right after.
+
+    Threads may share it.
+    """
 
     def __init__(self, folder: str | Path, rank: int):
         self._path = Path(folder) / PARTS.replace("*", str(rank))
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
+        self._turn = threading.Lock()
 
     def __enter__(self) -> "PartLog":
-        torn = self._path.is_file() and not self._path.read_text().endswith("\n")
-        self._file = open(self._path, "a")
+        torn = self._path.is_file() and not self._path.read_bytes().endswith(b"\n")
+        self._file = open(self._path, "ab")
         if torn:  # a kill in mid-line: what follows must not be glued to it
-            self._file.write("\n")
+            self._file.write(b"\n")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,34 +119,68 @@ class PartLog:
 
     def add(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Append entries; each has at least path_to_img, relative to the folder."""
-        self._file.writelines(json.dumps(entry) + "\n" for entry in entries)
-        self._file.flush()
+        lines = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+        with self._turn:
+            self._file.write(lines)
+            self._file.flush()
 
 
 def logged(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """Entries so far by path_to_img, from the merged log and every part; those whose image is absent are left out."""
+    """Entries so far by path_to_img, from the merged log and every part.
+
+    Those whose image is absent or empty, as after a power cut, are left out. Raises UserError for a merged log of
+    another shape.
+    """
     folder = Path(folder)
-    entries = {entry["path_to_img"]: entry for entry in [*read_log(folder), *_parts(folder)]}
-    return {path: entry for path, entry in entries.items() if (folder / path).is_file()}
+    merged = read_log(folder)
+    if not all(_names_image(entry) for entry in merged):
+        raise UserError(f"'{folder / 'image_log.json'}' has entries without path_to_img; choose another logdir")
+    entries = {entry["path_to_img"]: entry for entry in [*merged, *_parts(folder)]}
+    return {path: entry for path, entry in entries.items() if _holds_bytes(folder / path)}
+
+
+def strays(folder: str | Path, listed: Collection[str]) -> list[str]:
+    """Image files of the folder, relative to it and sorted, that `listed` does not name."""
+    files = (path for path in Path(folder).glob("images/*/*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = (str(path.relative_to(folder)) for path in files if not path.name.startswith("."))
+    return sorted(path for path in paths if path not in listed)
+
+
+def _names_image(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("path_to_img"), str)
+
+
+def _holds_bytes(path: Path) -> bool:
+    try:
+        return path.is_file() and path.stat().st_size > 0
+    except ValueError:  # a NUL in a damaged log
+        return False
 
 
 def _parts(folder: Path) -> Iterator[dict[str, Any]]:
     for part in sorted(folder.glob(PARTS)):
-        for line in part.read_text().splitlines():
+        for line in part.read_bytes().split(b"\n"):
             try:
-                yield json.loads(line)
+                entry = json.loads(line)
             except ValueError:
                 continue  # torn by a kill; its image counts as absent and is made again
+            if _names_image(entry):
+                yield entry
 
 
 def merge_parts(folder: str | Path, order: Sequence[str] = ()) -> int:
     """Write all entries to `image_log.json`, remove the parts and what kills left half-written; returns the number.
 
-    For one process, when none writes any more. Entries are sorted as their paths are in `order` (others behind, by
-    path) and numbered: sampleID 0, 1, ...
+    For one process, when none writes any more. Entries are sorted as their paths are in `order`, others behind those of
+    their folder, or behind all, by path; and numbered: sampleID 0, 1, ...
     """
     entries, rank = logged(folder), {path: number for number, path in enumerate(order)}
-    paths = sorted(entries, key=lambda path: (rank.get(path, len(rank)), path))
+    last = {os.path.dirname(path): number for path, number in rank.items()}
+
+    def place(path: str) -> tuple[int, bool, str]:
+        return rank.get(path, last.get(os.path.dirname(path), len(rank))), path not in rank, path
+
+    paths = sorted(entries, key=place)
     write_log(folder, [{"sampleID": number, **_unnumbered(entries[path])} for number, path in enumerate(paths)])
     for leftover in [*Path(folder).glob(PARTS), *Path(folder).glob("images/*/.*.tmp")]:
         leftover.unlink()

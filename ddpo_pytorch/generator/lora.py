@@ -8,7 +8,6 @@ checkpoint, and adapter weights are float32 whatever the UNet's dtype is. All fu
 import json
 import math
 import os
-import pickle
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -208,7 +207,9 @@ def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             raise UserError(f"{file} is not a readable safetensors file ({error}); fetch or save it again") from error
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # bytes that are no pickle can fail in any way
         raise UserError(
             f"{file} is not a plain file of tensors and was not unpickled, because that can run any code; "
             "give LoRA weights saved as safetensors, or as a dict of tensors"

@@ -2,11 +2,16 @@
 
 Convolutions and matrix products choose their kernel by the shape of their input, and with it the order of their sums:
 an image drawn among 7 others differs in its last bits from the same image drawn among 63. Networks therefore see passes
-of one fixed shape here, the last one filled up.
+of one fixed shape here, the last one filled up. On a CPU they also see one thread each, since sums are split among
+threads, and last bits with them; the cores of a process draw as many passes side by side.
 """
 
+import copy
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,10 +49,12 @@ def plan(prompts: Sequence[tuple[str, dict[str, Any]]], count: int, seed: int, i
     Seeds depend on (seed, text of the prompt, index): other prompts beside it, or more images, change nothing.
 
     Raises:
-        UserError: a prompt that cannot name a folder, occurs twice, or shares its folder with another one.
+        UserError: a prompt that cannot name a folder or be printed, occurs twice, or shares its folder with another.
     """
     jobs, owners = [], {}
     for prompt, metadata in prompts:
+        if not prompt.isprintable():  # also halves of UTF-16 pairs, which no file can hold
+            raise UserError(f"prompt {prompt!r} has characters that cannot be printed; give one line of plain text")
         folder = folder_name(prompt)
         if not prompt.strip() or "/" in folder or folder.startswith(".") or len(folder.encode()) > 255:
             raise UserError(
@@ -87,10 +94,20 @@ def check_finite(module: nn.Module, file: str | Path) -> None:
             )
 
 
-def fingerprint(pipe: StableDiffusionPipeline) -> str:
-    """SHA-256 over all weights: tells a retrained model from the one that began a folder, wherever its files lie."""
-    digest = hashlib.sha256()
-    for part in (pipe.text_encoder, pipe.unet, pipe.vae):
+def cut_prompts(pipe: StableDiffusionPipeline, prompts: Sequence[str]) -> list[str]:
+    """Those of which the text encoder sees only the beginning, because they have more tokens than it takes."""
+    tokens = pipe.tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+    longest = pipe.tokenizer.model_max_length
+    return [prompt for prompt, ids in zip(prompts, tokens, strict=True) if len(ids) > longest]
+
+
+def fingerprint(*parts: nn.Module, about: str = "") -> str:
+    """SHA-256 over all weights: tells a retrained model from the one that began a folder, wherever its files lie.
+
+    `about` is hashed before them.
+    """
+    digest = hashlib.sha256(about.encode())
+    for part in parts:
         for name, value in part.state_dict().items():
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -100,10 +117,11 @@ def fingerprint(pipe: StableDiffusionPipeline) -> str:
 class Sampler:
     """Images from prompts and seeds, each from a CPU generator of its own, so that noise is the same on every device.
 
-    A generator gives first the initial latents, whatever the scheduler, then with DDIM a draw a step.
+    A generator gives first the initial latents, whatever the scheduler, then with DDIM a draw a step. For one thread:
+    schedulers remember the step they are at. Others get a `twin`.
 
     Args:
-        pipe: from `load_pipeline`, with all weights loaded; its scheduler is set.
+        pipe: from `load_pipeline`, with all weights loaded. They are shared; the pipeline itself is left as it is.
         scheduler: one of SCHEDULERS; "dpm++" takes no eta.
         num_steps, eta, guidance_scale: as in config/base.py.
 
@@ -116,15 +134,21 @@ class Sampler:
     ):
         if scheduler not in SCHEDULERS:
             raise UserError(f"sample.scheduler is {scheduler!r}; allowed are {', '.join(SCHEDULERS)}")
+        pipe = _own_pipeline(pipe)
         if scheduler == "dpm++":
             pipe.scheduler = DPMSolverMultistepScheduler.from_config(
                 pipe.scheduler.config, algorithm_type="dpmsolver++"
             )
         set_schedule(pipe, num_steps)
-        pipe.set_progress_bar_config(disable=True)
         self.pipe, self.scheduler, self.eta = pipe, scheduler, eta
         self.common = {"num_inference_steps": num_steps, "guidance_scale": guidance_scale, "output_type": "pt"}
         self.table = PromptTable(pipe)
+
+    def twin(self) -> "Sampler":
+        """The same for another thread: scheduler and pipeline of its own; weights and prompt embeddings are shared."""
+        twin = copy.copy(self)
+        twin.pipe = _own_pipeline(self.pipe)
+        return twin
 
     def __call__(self, prompts: Iterable[str], seeds: Iterable[int]) -> torch.Tensor:
         """Images (B, 3, H, W), float32 in [0, 1] or NaN."""
@@ -153,6 +177,44 @@ class Sampler:
         ).images
 
 
+def _own_pipeline(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    parts = pipe.components | {"scheduler": copy.deepcopy(pipe.scheduler)}
+    own = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    own.set_progress_bar_config(disable=True)
+    return own
+
+
+def draw_passes(
+    sampler: Sampler, passes: Sequence[Sequence[Job]], workers: int, *arguments: Any
+) -> Iterator[tuple[int, list[Job]]]:
+    """`draw_pass(sampler, passes[i], *arguments)` for every i: yields i and what it returns, as they get ready.
+
+    On a CPU `workers` threads draw a pass each at the same time, with the same bytes for any number of them; memory
+    grows with their number and not with that of the passes. On a GPU one draws while another encodes and writes.
+    Set torch's threads to 1 before on a CPU. An error of one pass is raised after those that have begun.
+    """
+    device, local = sampler.pipe.device, threading.local()
+    turn = nullcontext() if device.type == "cpu" else threading.Lock()
+
+    def start() -> None:
+        if device.type == "cpu":
+            torch.set_num_threads(1)  # each thread has a number of its own
+        elif device.type == "cuda":
+            torch.cuda.set_device(device)
+        local.sampler = sampler.twin()
+
+    def draw(jobs: Sequence[Job]) -> list[Job]:
+        return draw_pass(local.sampler, jobs, *arguments, turn=turn)
+
+    pool = ThreadPoolExecutor(workers if device.type == "cpu" else 2, initializer=start)
+    try:
+        numbers = {pool.submit(draw, jobs): number for number, jobs in enumerate(passes)}
+        for future in as_completed(numbers):
+            yield numbers[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def draw_pass(
     sampler: Sampler,
     jobs: Sequence[Job],
@@ -162,17 +224,20 @@ def draw_pass(
     done: Collection[str] = (),
     judge: Judge | None = None,
     weights_sha256: str = "",
+    turn: AbstractContextManager | None = None,
 ) -> list[Job]:
     """Draw one pass of `size` images, of which `jobs` are wanted; write files and log entries of those not in `done`.
 
     All are drawn, those in `done` too, so that a restart repeats the same pass. The judge sees the images as they are
-    stored: in 8 bits, and after JPEG where that is the format. Returns the jobs whose image is not finite; they are
-    neither written nor logged.
+    stored: in 8 bits, and after JPEG where that is the format. An image is logged after its file is there. Returns the
+    jobs whose image is not finite; they are neither written nor logged. Drawing, not writing, happens within `turn`.
     """
     rows = [*jobs, *[jobs[-1]] * (size - len(jobs))]
-    images = sampler([job.prompt for job in rows], [job.seed for job in rows])
-    finite = images.flatten(1).isfinite().all(dim=1).tolist()
-    pixels = to_uint8(images.nan_to_num()).cpu()
+    with turn or nullcontext():
+        images = sampler([job.prompt for job in rows], [job.seed for job in rows])
+        finite = images.flatten(1).isfinite().all(dim=1).tolist()
+        device, pixels = images.device, to_uint8(images.nan_to_num()).cpu()
+        del images
     wanted = [number for number, job in enumerate(jobs) if job.path not in done]
     new = [number for number in wanted if finite[number]]
     for number in new:
@@ -181,7 +246,7 @@ def draw_pass(
         if path.suffix != ".png":
             pixels[number] = load_pixels(path)
     if new:
-        about = _entries(rows, pixels, judge, images.device, weights_sha256)
+        about = _entries(rows, pixels, judge, device, weights_sha256)
         log.add([about[number] for number in new])
     return [jobs[number] for number in wanted if not finite[number]]
 
@@ -189,7 +254,10 @@ def draw_pass(
 def _entries(
     rows: Sequence[Job], pixels: torch.Tensor, judge: Judge | None, device: torch.device, weights_sha256: str
 ) -> list[dict[str, Any]]:
-    """Log entries for rows of stored pixels, uint8 (B, 3, H, W). The judge, too, always sees a whole pass."""
+    """Log entries for rows of stored pixels, uint8 (B, 3, H, W). The judge, too, always sees a whole pass.
+
+    labels are those of the judge's attributes, as predictions are; without a judge, all that the prompt states.
+    """
     black = (pixels.flatten(1).amax(dim=1) < BLACK).tolist()
     entries = [
         {
@@ -208,9 +276,8 @@ def _entries(
     if judge is not None:
         images = pixels.to(device).float() / 255
         rewards, info = judge(images, [job.prompt for job in rows], [job.metadata for job in rows])
-        for entry, reward, predictions, logits in zip(
-            entries, rewards, info["predictions"], info["logits"], strict=True
-        ):
-            entry |= {"reward": f"{reward:.4f}", "predictions": predictions.tolist()}
+        found = zip(entries, rewards, info["predictions"], info["labels"], info["logits"], strict=True)
+        for entry, reward, predictions, labels, logits in found:
+            entry |= {"reward": f"{reward:.4f}", "predictions": predictions.tolist(), "labels": labels.tolist()}
             entry["logits"] = [round(float(logit), 6) for logit in logits]
     return entries

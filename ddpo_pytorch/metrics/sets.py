@@ -140,7 +140,11 @@ def inspected(found: Iterable[tuple[Path, list[tuple[Path, str]]]], rank: int, p
 
 def _logged(folder: Path, samples: Sequence[tuple[Path, str]]) -> dict[str, dict]:
     """Lines of image_log.json by path. Raises UserError where they contradict the files."""
-    entries = {entry["path_to_img"]: entry for entry in read_log(folder)}
+    log = read_log(folder)
+    for number, entry in enumerate(log):
+        if not isinstance(entry.get("path_to_img"), str):
+            raise UserError(f"{str(folder / 'image_log.json')!r}: entry {number} has no path_to_img; remove it")
+    entries = {entry["path_to_img"]: entry for entry in log}
     captions, stems = {str(path.relative_to(folder)): caption for path, caption in samples}, {}
     for path, caption in samples:
         if (caption, path.stem) in stems:
