@@ -37,7 +37,7 @@ from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.data.sample_log import PartLog
 from ddpo_pytorch.generator.lora import ATTENTION, add_lora
 from ddpo_pytorch.generator.pipeline import PromptTable, load_pipeline
-from ddpo_pytorch.generator.sampling import Sampler, draw_passes, images_per_pass, plan
+from ddpo_pytorch.sampling import Sampler, draw_passes, images_per_pass, plan
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "ddpo_pytorch/assets/mini/sd"

@@ -33,7 +33,11 @@ from ddpo_pytorch.data.isic import CAPTIONS, labels_of
 from ddpo_pytorch.data.sample_log import SETTINGS, PartLog, claim_folder, locked, logged, merge_parts, strays
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.pipeline import load_pipeline
-from ddpo_pytorch.generator.sampling import (
+from ddpo_pytorch.judges.classifier import load_classifier
+from ddpo_pytorch.prompts import Prompt, all_prompts, read_prompts
+from ddpo_pytorch.rewards import RewardFn, check_prompts, isic_classifier_reward
+from ddpo_pytorch.run import DTYPES, cli, make_accelerator, peak_memory_gib
+from ddpo_pytorch.sampling import (
     IMAGE_FORMATS,
     Job,
     Sampler,
@@ -44,10 +48,6 @@ from ddpo_pytorch.generator.sampling import (
     images_per_pass,
     plan,
 )
-from ddpo_pytorch.judges.classifier import load_classifier
-from ddpo_pytorch.prompts import Prompt, all_prompts, read_prompts
-from ddpo_pytorch.rewards import RewardFn, check_prompts, isic_classifier_reward
-from ddpo_pytorch.run import DTYPES, cli, make_accelerator, peak_memory_gib
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", "config/base.py", "Sampling for evaluation.")

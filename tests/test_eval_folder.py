@@ -19,8 +19,8 @@ from ddpo_pytorch.data.isic import folder_name, labels_of
 from ddpo_pytorch.data.sample_log import PartLog, locked, logged, merge_parts
 from ddpo_pytorch.errors import UserError, difference
 from ddpo_pytorch.generator.pipeline import load_pipeline
-from ddpo_pytorch.generator.sampling import Sampler, draw_pass, draw_passes, plan
 from ddpo_pytorch.rewards import isic_classifier_reward
+from ddpo_pytorch.sampling import Sampler, draw_pass, draw_passes, plan
 
 pytest_plugins = ["script_tools"]
 FOLDERS = [f"images/{folder_name(prompt)}" for prompt in PROMPTS]
@@ -87,7 +87,7 @@ def test_drawing_takes_turns_and_writing_does_not(tiny_pipeline_dir, one_thread,
         assert not logged(tmp_path)  # the file comes first
         save_image(path, image)
 
-    monkeypatch.setattr("ddpo_pytorch.generator.sampling.save_image", save)
+    monkeypatch.setattr("ddpo_pytorch.sampling.save_image", save)
     with PartLog(tmp_path, 0) as log:
         draw_pass(draw, plan([(PROMPTS[0], {})], 2, seed=5), 2, tmp_path, log, turn=turn)
     assert held == [True, False, False] and len(logged(tmp_path)) == 2
@@ -127,7 +127,7 @@ def test_an_incomplete_folder_is_told_and_completed(config_file, run_main, tmp_p
             path.write_bytes(b"")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ddpo_pytorch.generator.sampling.save_image", save)
+        patch.setattr("ddpo_pytorch.sampling.save_image", save)
         with pytest.raises(UserError) as caught:
             run_main("eval.py", config_file, **fields)
     start = f"2 of 12 images are not in {str(folder)!r}, the first is {lost}"
