@@ -28,8 +28,8 @@ from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_step_with_logpro
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.lora import disabled_lora
 from ddpo_pytorch.generator.pipeline import PromptTable, guided_noise_prediction
-from ddpo_pytorch.generator.policy import load_policy
 from ddpo_pytorch.held_out import HeldOut, Sampling, draw_images, load_judge
+from ddpo_pytorch.policy import load_policy
 from ddpo_pytorch.ppo import make_optimizer, ppo_loss, step_kl
 from ddpo_pytorch.prompts import PROMPT_LISTS, Prompt, all_prompts, get_prompt_fn
 from ddpo_pytorch.randomness import Stream
