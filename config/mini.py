@@ -71,6 +71,7 @@ def finetune_sd():
 def preprocess_isic_real_data():
     """The phantom test images, sorted by caption."""
     config = model_and_dataset_configs(dgx.preprocess_isic_real_data())
+    config.dataset.num_workers = 0
     return config
 
 

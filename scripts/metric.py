@@ -77,6 +77,25 @@ def ceiling_of(own: list[Folder], reference: Folder, seed: int) -> dict:
     return {"ceiling": quantity, "ceiling_share": share}
 
 
+def describe(config: ConfigDict, tools: Tools, sides: dict, shape: tuple[int, int]) -> dict:
+    """What metrics.json states beside the numbers: settings, versions, hashes, what is missing."""
+    missing = {} if sides["real"] else {"FID, KID, LPIPS to real images": "metric.real_path is empty"}
+    networks = [*tools.extractors.values(), *([tools.lpips] if tools.lpips else [])]
+    return {
+        "format": 2,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": {n: version(n) for n in ("torch", "torchvision", "timm", "torch-fidelity", "lpips", "numpy")},
+        "settings": config.metric.to_dict() | {"seed": config.seed, "image_shape": list(shape)},
+        "judges": {
+            name: {"what": network.what, "sha256": network.sha256, "labels": list(labels)}
+            for name, (network, labels) in tools.judges.items()
+        },
+        "networks": {network.name: {"what": network.what, "sha256": network.sha256} for network in networks},
+        "missing": tools.missing | missing,
+        "sets": {name: set_facts(sides[name]) for name in ("real", "train") if sides[name]},
+    }
+
+
 def measure(config: ConfigDict, sets: Sets, tools: Tools, sides: dict, lpips: dict) -> tuple[dict, dict]:
     """metrics.json, and the measured folders by model."""
     metric, real, train = config.metric, sides["real"], sides["train"]
@@ -97,22 +116,8 @@ def measure(config: ConfigDict, sets: Sets, tools: Tools, sides: dict, lpips: di
     facts = {id(f): set_facts(f.side, context) for own in folders.values() for f in own}
     reference = measure_folder(real, {}, None, context) if real else None
     fid_part = "unmatched" if metric.fid == "compat" else "matched"
-    result = {
-        "format": 2,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": {n: version(n) for n in ("torch", "torchvision", "timm", "torch-fidelity", "lpips", "numpy")},
-        "settings": metric.to_dict() | {"seed": config.seed, "image_shape": list(shape_of(every[0].images))},
-        "judges": {
-            name: {"what": network.what, "sha256": network.sha256, "labels": list(labels)}
-            for name, (network, labels) in tools.judges.items()
-        },
-        "networks": {
-            network.name: {"what": network.what, "sha256": network.sha256}
-            for network in [*tools.extractors.values(), *([tools.lpips] if tools.lpips else [])]
-        },
-        "missing": tools.missing | ({} if real else {"FID, KID, LPIPS to real images": "metric.real_path is empty"}),
+    result = describe(config, tools, sides, shape_of(every[0].images)) | {
         "warnings": warnings_of(context, folders, facts, parts),
-        "sets": {name: set_facts(sides[name]) for name in ("real", "train") if sides[name]},
         "models": {
             name: summarise(own, fid_part)
             | {"folders": [facts[id(f)] | {"made_with": dict(f.side.images.made_with)} for f in own]}
