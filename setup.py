@@ -1,5 +1,8 @@
 from setuptools import find_packages, setup
 
+RATE = ["fastapi>=0.115", "uvicorn>=0.30"]  # the rating page
+TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "selenium>=4.20", "setuptools>=77", "torchmetrics>=1.5"]
+
 setup(
     name="rl4med-ddpo",
     version="0.1.0",
@@ -15,6 +18,9 @@ setup(
             "assets/mini/sd/*/*",
             "report/*.j2",
             "report/*.css",
+            "rating/*.html",
+            "rating/*.css",
+            "rating/*.js",
         ]
     },
     install_requires=[
@@ -30,6 +36,7 @@ setup(
         "pillow>=10.1",
         "safetensors>=0.5",
         "timm>=1.0",
+        "scipy>=1.11",
         "torch-fidelity>=0.3",
         "lpips>=0.1.4",
         "tqdm>=4.66",
@@ -39,6 +46,7 @@ setup(
         "wandb>=0.19",
     ],
     extras_require={
-        "test": ["pytest>=8.0", "ruff>=0.9", "scipy>=1.11", "selenium>=4.20", "setuptools>=77", "torchmetrics>=1.5"]
+        "rate": RATE,
+        "test": [*RATE, *TEST],
     },
 )

@@ -16,7 +16,7 @@ DISTRIBUTIONS = {
     "torch_fidelity": "torch-fidelity",
     "huggingface_hub": "huggingface-hub",
 }
-OPTIONAL = {"bitsandbytes"}
+OPTIONAL = {"bitsandbytes", "fastapi", "uvicorn"}
 
 
 def declared() -> set[str]:

@@ -1,0 +1,271 @@
+"""Expert ratings of images, 1 (poor) to 3 (excellent): the table, its faults, what raters agree on.
+
+An expert's level is the weight of his rating in means and losses. It never changes the rating itself.
+"""
+
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from ddpo_pytorch.data.csv_tables import choice, read_table
+from ddpo_pytorch.data.fundus import (
+    MODALITY,
+    assign_patients,
+    caption_fault,
+    caption_of,
+    image_fault,
+    patient_of,
+    tidy_path,
+)
+from ddpo_pytorch.errors import UserError
+
+COLUMNS = ("image_path", "rating", "modality", "expert_level", "prompt", "rater_id")
+CLASSES = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Rating:
+    """One row: one expert's rating of an image for a prompt ("Fundus: <text>").
+
+    `rating`, `quality`, `alignment` and `expert_level` are in [1, 3]; `quality` and `alignment` are None where the
+    expert gave one rating for both. `rater_id` is "" where the table does not tell. `path` is the image file.
+    """
+
+    image: str
+    rating: float
+    modality: str
+    expert_level: float
+    prompt: str
+    rater_id: str
+    quality: float | None
+    alignment: float | None
+    patient: str
+    line: int
+    path: Path = Path()
+
+
+@dataclass(frozen=True)
+class RatedImage:
+    """What the experts say together of an image for a prompt.
+
+    `quality` and `alignment`: means in [1, 3] over `ratings` rows, weighted by expert level. `weight`: mean level / 3.
+    """
+
+    image: str
+    path: Path
+    prompt: str
+    quality: float
+    alignment: float
+    weight: float
+    patient: str
+    ratings: int
+
+    def reward(self, column: str) -> float:
+        """R = (r - 1) / 2 in [0, 1] of the column "quality" or "alignment"."""
+        return (getattr(self, column) - 1) / 2
+
+
+def read_ratings(path: str | Path, root: str | Path = "") -> list[Rating]:
+    """Read a table with image_path, rating, prompt and perhaps the rest of COLUMNS, quality, alignment, patient.
+
+    Without expert_level every expert has level 3; without rater_id every row is another rater. Image paths start from
+    `root`, or from the table's folder where that is empty. See `csv_tables.read_table` for what is understood.
+
+    Raises UserError that names the line, and the lines of further faults, for a rating or level that is no number from
+    1 to 3, an image that is missing or outside `root`, an empty prompt, another modality, a rater who rates the same
+    image and prompt twice, an image of two patients, and commas that cannot be resolved.
+    """
+    root = Path(root or Path(path).parent)
+    table, faults = read_table(path, ("image_path", "rating", "prompt"), "prompt", "ratings table")
+    ratings, by_rater, patients = [], {}, {}
+    for line, fields in table:
+        rating, found = _rating(fields, line, root)
+        twice = (rating.rater_id, rating.image, rating.prompt)
+        if rating.rater_id and twice in by_rater:
+            found.append(
+                f"rater {rating.rater_id!r} has rated image {rating.image!r} for this prompt in line {by_rater[twice]} "
+                "too; keep one of the two"
+            )
+        patient, first = patients.setdefault(rating.image, (rating.patient, line))
+        if patient != rating.patient:
+            found.append(f"image {rating.image!r} is of patient {rating.patient!r}, but in line {first} of {patient!r}")
+        for text in found:
+            faults.add(line, text)
+        by_rater.setdefault(twice, line)
+        ratings.append(rating)
+    faults.refuse()
+    if not ratings:
+        raise UserError(f"ratings table {str(path)!r} has a header and no rows; scripts/rate.py adds them")
+    return ratings
+
+
+def _rating(fields: Mapping[str, str], line: int, root: Path) -> tuple[Rating, list[str]]:
+    """A row, and what is wrong with it; a number that cannot be read is NaN there."""
+    faults = []
+
+    def number(name: str, hint: str = "") -> float:
+        text = fields[name]
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 1 <= value <= 3:
+            faults.append(f"{name} is {text!r}; allowed are 1 to 3{hint}")
+        return value
+
+    image = tidy_path(fields["image_path"])
+    path = root / image
+    if os.path.isabs(image):  # in the table's spelling, wherever inside the folder it is written
+        image = os.path.relpath(image, os.path.abspath(root))
+    faults += filter(None, (image_fault(image), caption_fault(fields["prompt"], choice(fields, "modality", MODALITY))))
+    if image and not image_fault(image) and not path.is_file():
+        faults.append(f"image {image!r} is rated, but is not in {str(root)!r}; remove the row or bring the file back")
+    level = number("expert_level", " (without this column all are 3)") if "expert_level" in fields else 3.0
+    apart = {name: number(name) if choice(fields, name) else None for name in ("quality", "alignment")}
+    rating = Rating(
+        image=image,
+        rating=number("rating"),
+        modality=MODALITY,
+        expert_level=level,
+        prompt=caption_of(fields["prompt"]),
+        rater_id=choice(fields, "rater_id"),
+        **apart,
+        patient=choice(fields, "patient", patient_of(image)),
+        line=line,
+        path=path,
+    )
+    return rating, faults
+
+
+def aggregate(ratings: Sequence[Rating], root: str | Path = "") -> list[RatedImage]:
+    """One entry for each (image, prompt), in the order of their first rows.
+
+    The mean over its rows is sum(level * rating) / sum(level). `root` replaces the folder the ratings were read with.
+    """
+    images = []
+    for (image, prompt), rows in _units(ratings).items():
+        levels = [row.expert_level for row in rows]
+        quality, alignment = (
+            float(np.average([_of(row, column) for row in rows], weights=levels)) for column in ("quality", "alignment")
+        )
+        path = Path(root) / image if root else rows[0].path
+        weight = float(np.mean(levels)) / 3
+        images.append(RatedImage(image, path, prompt, quality, alignment, weight, rows[0].patient, len(rows)))
+    return images
+
+
+def check_classes(images: Sequence[RatedImage], column: str = "quality") -> str:
+    """A warning where no image has one of the ratings 1, 2, 3 (of means: the nearest, halves upwards), or "".
+
+    Raises UserError where all images have the same one: from such ratings nothing can be learned.
+    """
+    counts = Counter(rating_class(getattr(image, column)) for image in images)
+    if len(counts) < 2:
+        which = f"all {len(images)} images are rated {next(iter(counts))}" if counts else "no image is rated"
+        raise UserError(f"{which} ({column}); judges need images of at least two of the ratings 1, 2 and 3")
+    absent = [str(value) for value in CLASSES if not counts[value]]
+    if not absent:
+        return ""
+    held = ", ".join(f"{counts[value]} of {value}" for value in CLASSES if counts[value])
+    return f"no image is rated {absent[0]} ({column}; there are {held}): scores near that rating will be guesses"
+
+
+def rating_class(mean: float) -> int:
+    """The rating 1, 2 or 3 nearest to a mean; halves upwards."""
+    return math.floor(mean + 0.5)
+
+
+def split_by_patient(
+    images: Sequence[RatedImage], share: float, seed: int
+) -> tuple[list[RatedImage], list[RatedImage]]:
+    """(train, validation) images, each patient in one of them; `share` of the images, and of each rating, validate.
+
+    Raises UserError for a share outside (0, 1) and for a single patient.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"the validation share is {share}; allowed is a number between 0 and 1")
+    kinds = [rating_class(image.quality) for image in images]
+    numbers = assign_patients([image.patient for image in images], kinds, (1 - share, share), seed)
+    train, val = ([image for image, own in zip(images, numbers, strict=True) if own == number] for number in (0, 1))
+    return train, val
+
+
+def agreement(ratings: Sequence[Rating], column: str = "quality") -> dict[str, float | int | None]:
+    """What several raters of the same image and prompt agree on, in the column "quality" or "alignment".
+
+    `alpha`: Krippendorff's, ordinal; 1 is agreement, 0 chance. `kappa`: Cohen's, quadratic weights, mean over the pairs
+    of named raters. None where undefined: nothing rated twice, or all ratings equal. `images` rated at least twice,
+    `pairs` of ratings of the same image, `raters` by name, `rater_pairs` behind `kappa`.
+    """
+    units = [rows for rows in _units(ratings).values() if len(rows) > 1]
+    by_rater = defaultdict(dict)
+    for row in ratings:
+        if row.rater_id:
+            by_rater[row.rater_id][row.image, row.prompt] = _of(row, column)
+    kappas = [_shared_kappa(by_rater[one], by_rater[other]) for one, other in combinations(sorted(by_rater), 2)]
+    kappas = [kappa for kappa in kappas if kappa is not None]
+    return {
+        "alpha": ordinal_alpha([[_of(row, column) for row in rows] for rows in units]),
+        "kappa": float(np.mean(kappas)) if kappas else None,
+        "images": len(units),
+        "pairs": sum(math.comb(len(rows), 2) for rows in units),
+        "raters": len(by_rater),
+        "rater_pairs": len(kappas),
+    }
+
+
+def ordinal_alpha(units: Iterable[Sequence[float]]) -> float | None:
+    """Krippendorff's alpha for ordinal data: each unit holds the values that it was given, by any observers.
+
+    alpha = 1 - (n - 1) sum_ck o_ck d_ck / sum_ck n_c n_k d_ck, with the coincidences o_ck (each ordered pair in a unit
+    of m values counts 1 / (m - 1)), n_c = sum_k o_ck, n = sum_c n_c, and d_ck the square of the number of values from c
+    to k by rank, sum_{g=c..k} n_g - (n_c + n_k) / 2 (Krippendorff, Computing Krippendorff's Alpha-Reliability, 2011).
+    Units with fewer than two values do not count. None where no unit has two, or all values are equal.
+    """
+    units = [list(unit) for unit in units if len(unit) > 1]
+    values = sorted({value for unit in units for value in unit})
+    if len(values) < 2:
+        return None
+    rank = {value: index for index, value in enumerate(values)}
+    coincidences = np.zeros((len(values), len(values)))
+    for unit in units:
+        counts = np.bincount([rank[value] for value in unit], minlength=len(values))
+        coincidences += (np.outer(counts, counts) - np.diag(counts)) / (len(unit) - 1)
+    totals = coincidences.sum(1)
+    middles = totals.cumsum() - totals / 2
+    distances = (middles[:, None] - middles) ** 2
+    expected = (np.outer(totals, totals) * distances).sum() / (totals.sum() - 1)
+    return float(1 - (coincidences * distances).sum() / expected)
+
+
+def quadratic_kappa(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Cohen's kappa of two raters of the same items, with quadratic weights; None where both always say one value.
+
+    1 - mean_i (a_i - b_i)^2 / mean_ij (a_i - b_j)^2.
+    """
+    a, b = np.asarray(first, float), np.asarray(second, float)
+    expected = ((a[:, None] - b) ** 2).mean()
+    return float(1 - ((a - b) ** 2).mean() / expected) if expected else None
+
+
+def _shared_kappa(one: Mapping[Hashable, float], other: Mapping[Hashable, float]) -> float | None:
+    shared = sorted(one.keys() & other.keys())
+    return quadratic_kappa([one[key] for key in shared], [other[key] for key in shared]) if len(shared) > 1 else None
+
+
+def _units(ratings: Iterable[Rating]) -> dict[tuple[str, str], list[Rating]]:
+    units = defaultdict(list)
+    for row in ratings:
+        units[row.image, row.prompt].append(row)
+    return units
+
+
+def _of(row: Rating, column: str) -> float:
+    apart = getattr(row, column)
+    return row.rating if apart is None else apart
