@@ -1,0 +1,102 @@
+"""Let experts rate images 1, 2 or 3 on a local web page, blind to where an image comes from.
+
+    python scripts/rate.py --images rl4med-out/samples/fundus --out rl4med-out/ratings.csv
+
+shows the images of sample folders (--images, several by commas or repeated) and of a fundus table (--csv, --data_path),
+mixed in an order of each rater's own, and appends each click at once to --out and to the journal beside it. Run again
+with the same --out to go on. It is reachable from this machine only, or from others with a token: --host 0.0.0.0.
+"""
+
+import logging
+import secrets
+import socket
+from collections import Counter
+from pathlib import Path
+
+from absl import flags
+
+from ddpo_pytorch.data.images import RESIZES
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.rating.items import Item, distinct, sample_items, table_items
+from ddpo_pytorch.rating.questions import Questions
+from ddpo_pytorch.rating.store import Store, rater_name
+from ddpo_pytorch.run import cli
+
+FLAGS = flags.FLAGS
+flags.DEFINE_multi_string("images", [], "folders that eval.py wrote, by commas or one each")
+flags.DEFINE_string("csv", None, "fundus table (path,Text,modality) whose images are rated too")
+flags.DEFINE_string("data_path", None, "folder that the paths of --csv start from")
+flags.DEFINE_string("out", "rl4med-out/ratings.csv", "table of ratings, which is continued if it exists")
+flags.DEFINE_string("rater", None, "name of the only rater; by default the page asks for it")
+flags.DEFINE_integer("expert_level", None, "1, 2 or 3, of all raters; by default the page asks", 1, 3)
+flags.DEFINE_integer("image_size", 0, "side in pixels that images are shown at; 0 = as they are", 0, 4096)
+flags.DEFINE_enum("resize", "pad", RESIZES, "how --image_size makes a square of an image")
+flags.DEFINE_string("host", "127.0.0.1", "address to listen at; any but this machine's own needs a token")
+flags.DEFINE_integer("port", 0, "port to listen at; 0 = a free one", 0, 65535)
+flags.DEFINE_string("token", None, "what the address must hold; one is made where it is needed")
+flags.DEFINE_integer("seed", 0, "of the order in which each rater sees the images", 0)
+
+logger = logging.getLogger(__name__)
+
+
+def find_items() -> list[Item]:
+    """All questions, from all sources."""
+    if bool(FLAGS.csv) != bool(FLAGS.data_path):
+        raise UserError("--csv and --data_path belong together: a fundus table and the folder of its images")
+    items = []
+    for folder in (part for given in FLAGS.images for part in given.split(",") if part):
+        items += sample_items(folder, FLAGS.out)
+    if FLAGS.csv:
+        found, missing = table_items(FLAGS.csv, FLAGS.data_path, FLAGS.out)
+        items += found
+        if missing:
+            logger.warning("%d rows of %s have no image", missing, FLAGS.csv)
+    if not items:
+        raise UserError("there are no images to rate; give --images FOLDER, or --csv TABLE with --data_path FOLDER")
+    if outside := sum(Path(item.image_path).is_absolute() for item in items):
+        folder = Path(FLAGS.out).parent.resolve()
+        logger.warning(
+            "%d images are not inside %s, the folder of --out: their paths are written whole", outside, folder
+        )
+    sizes = Counter(item.size for item in items)
+    if len(sizes) > 1 and not FLAGS.image_size:
+        one, other = ("{}x{}".format(*size) for size in list(sizes)[:2])
+        logger.warning(
+            "images differ in size (%s, %s), which may tell raters their source; see --image_size", one, other
+        )
+    return distinct(items)
+
+
+def address(host: str, port: int, token: str) -> str:
+    """What to open in a browser."""
+    name = socket.gethostname() if host in ("", "0.0.0.0", "::") else host
+    return f"http://{f'[{name}]' if ':' in name else name}:{port}/" + (f"?token={token}" if token else "")
+
+
+def main(_) -> None:
+    try:
+        from ddpo_pytorch.rating.guard import Guard, check_token, is_loopback
+        from ddpo_pytorch.rating.server import Display, listen, make_app, serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "uvicorn"):
+            raise
+        raise UserError(f'{error.name} is not installed; run: pip install "rl4med-ddpo[rate]"') from error
+
+    rater = "" if FLAGS.rater is None else rater_name(FLAGS.rater)
+    token = FLAGS.token or ("" if is_loopback(FLAGS.host) else secrets.token_urlsafe(32))
+    if token:
+        check_token(token)
+    items = find_items()
+    sock = listen(FLAGS.host, FLAGS.port)
+    port = sock.getsockname()[1]
+    store = Store(FLAGS.out)
+    display = Display(rater, FLAGS.expert_level or 0, FLAGS.image_size, FLAGS.resize)
+    app = make_app(Questions(items, store, FLAGS.seed), Guard(FLAGS.host, port, token), display)
+    logger.info("%d images; ratings go to %s, which has %d; Ctrl-C ends", len(items), Path(FLAGS.out), len(store))
+    logger.info("open %s", address(FLAGS.host, port, token))
+    serve(app, sock)
+    logger.info("%d ratings are in %s, every click in %s", len(store), store.path, store.journal)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,239 @@
+"""scripts/rate.py over real HTTP: blindness, refusals, what is on disk after a click, resuming, several raters."""
+
+import csv
+import io
+import json
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_script
+from PIL import Image
+from rating_tools import PROMPTS, RatePage, write_gallery
+
+from ddpo_pytorch.data.ratings import COLUMNS, read_ratings
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.rating.items import distinct, sample_items, table_items
+from ddpo_pytorch.rating.progress import order_for
+from ddpo_pytorch.rating.store import Store
+
+pytestmark = pytest.mark.slow
+pytest_plugins = ["rating_tools"]
+listen = pytest.importorskip("ddpo_pytorch.rating.server", reason="fastapi absent", exc_type=ImportError).listen
+
+
+def journal(page) -> list[dict]:
+    with open(page.table.with_name("ratings.journal.csv"), newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def red(content: bytes) -> int:
+    return int(np.array(Image.open(io.BytesIO(content)))[0, 0, 0])
+
+
+def test_nothing_that_is_sent_tells_the_source(rating_page):
+    """Whole answers are searched: headers, the page, states, images. PNG and JPEG files leave as the same kind."""
+    state = rating_page.post("state", "blind")
+    assert (state["total"], state["rated"]) == (9, 0)
+    answers, kinds = [rating_page.ask("/")], set()
+    while state["current"]:
+        assert set(state["current"]) == {"id", "prompt"} and state["current"]["prompt"] in PROMPTS
+        answers.append(rating_page.ask(f"/image/{state['current']['id']}"))
+        picture = Image.open(io.BytesIO(answers[-1].content))
+        assert picture.info == {} and picture.format == "PNG"
+        kinds.add((frozenset(answers[-1].headers.keys()), answers[-1].headers["content-type"]))
+        state = rating_page.rate("blind", state, 1)
+        assert not set(json.dumps(state).lower().split('"')) & {"real", "made", "secret", "source"}
+    assert len(kinds) == 1
+    for answer in answers:
+        sent = f"{answer.headers.items()}".encode() + answer.content
+        for told in (b"hidden-generator", b"/real", b"/made", b"secret", b"jpg", b"last-modified", b"uvicorn"):
+            assert told not in sent.lower()
+
+
+def test_the_order_is_the_raters_own_and_mixes_the_folders(rating_page):
+    orders = {}
+    for rater in ("order a", "order b"):
+        state, orders[rater] = rating_page.post("state", rater), []
+        while state["current"]:
+            orders[rater].append(red(rating_page.ask(f"/image/{state['current']['id']}").content))
+            state = rating_page.rate(rater, state, 2)
+    for reds in orders.values():
+        made = [value >= 120 for value in reds]  # JPEG is off by a level or two
+        assert sum(made) == 5 and made not in (sorted(made), sorted(made, reverse=True))
+    assert orders["order a"] != orders["order b"] and sorted(orders["order a"]) == sorted(orders["order b"])
+
+
+def test_ratings_are_what_training_reads(rating_page):
+    state = rating_page.post("state", "Zoë")
+    wanted = []
+    for rating in (3, 1, 2):
+        colour = red(rating_page.ask(f"/image/{state['current']['id']}").content)
+        wanted.append((rating, colour, state["current"]["prompt"]))
+        state = rating_page.rate("Zoë", state, rating, level=1)
+    rows = [row for row in read_ratings(rating_page.table) if row.rater_id == "Zoë"]
+    found = [(row.rating, np.array(Image.open(row.path))[0, 0, 0], row.prompt) for row in rows]
+    for (rating, colour, prompt), (read, stored, text) in zip(wanted, found, strict=True):
+        assert (rating, prompt) == (read, text) and abs(int(stored) - colour) <= 2
+    assert {(row.modality, row.expert_level) for row in rows} == {("Fundus", 1)}
+    assert not any(row.image.startswith(("/", "..")) for row in rows)
+    assert rating_page.table.read_text().splitlines()[0] == ",".join(COLUMNS)
+
+
+def test_skip_undo_and_again(rating_page):
+    who, start = "skipper", rating_page.post("state", "skipper")
+    assert not start["undo"]
+    skipped = start["current"]["id"]
+    state = rating_page.post("skip", who, id=skipped)
+    assert state["current"] == start["next"] and state["rated"] == 0
+    state = rating_page.post("undo", who)
+    assert state == start
+    state = rating_page.post("skip", who, id=skipped)
+    seen = []
+    while state["current"]["id"] != skipped:
+        seen.append(state["current"]["id"])
+        state = rating_page.rate(who, state, 1)
+    assert len(set(seen)) == 8 and state["rated"] == 8  # it comes once again, after all others
+    state = rating_page.post("skip", who, id=skipped)
+    assert state["current"] is None and state["skipped"] == 1
+    state = rating_page.post("again", who)
+    assert state["current"]["id"] == skipped
+    done = rating_page.rate(who, state, 3)
+    assert done["current"] is None and (done["rated"], done["skipped"]) == (9, 0)
+
+    def own() -> list[str]:
+        return [row["rating"] for row in csv.DictReader(open(rating_page.table)) if row["rater_id"] == who]
+
+    assert own() == ["1"] * 8 + ["3"]
+    assert rating_page.post("undo", who)["current"]["id"] == skipped and own() == ["1"] * 8
+    state = rating_page.post("undo", who)  # the second skip
+    state = rating_page.post("undo", who)
+    assert state["current"]["id"] == seen[-1] and own() == ["1"] * 7
+    actions = [row["action"] for row in journal(rating_page) if row["rater_id"] == who]
+    assert actions == ["skip", "undo", "skip"] + ["rate"] * 8 + ["skip", "rate"] + ["undo"] * 3
+
+
+def test_two_raters_and_two_windows_at_the_same_time(rating_page):
+    """Each rater clicks from two windows at once: every image is rated once by each, and no line is torn."""
+
+    def work(rater: str) -> int:
+        clicks = 0
+        while (state := rating_page.post("state", rater))["current"]:
+            answer = rating_page.post("rate", rater, id=state["current"]["id"], rating=2, expert_level=3)
+            clicks += "already" not in answer
+        return clicks
+
+    raters = ["twin a", "twin b"] * 2
+    with ThreadPoolExecutor(4) as pool:
+        clicks = list(pool.map(work, raters))
+    assert (clicks[0] + clicks[2], clicks[1] + clicks[3]) == (9, 9)
+    rows = [row for row in read_ratings(rating_page.table) if row.rater_id.startswith("twin")]
+    assert len({(row.rater_id, row.image, row.prompt) for row in rows}) == len(rows) == 18
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/image/../ratings.csv", "/image/%2e%2e/ratings.csv", "/image/..%2fratings.csv", "/image/%2e%2e%2f%2e%2e%2fetc"]
+    + ["/image/" + "0" * 32, "/image/0", "/image/", "/images/source/0.jpg", "/real/images/source/0.jpg", "//etc/passwd"]
+    + ["/image/%00", "/docs", "/redoc", "/openapi.json", "/page.js", "/ratings.csv", "/image/real%2Fimages%2F0.jpg"],
+)
+def test_nothing_but_listed_images_is_served(rating_page, path):
+    answer = rating_page.ask(path)
+    assert answer.status == 404 and b"root:" not in answer.content and COLUMNS[0].encode() not in answer.content
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [({"Origin": "http://evil.example"}, 403), ({"Origin": None}, 403), ({"Origin": "null"}, 403)]
+    + [({"Content_Type": "text/plain"}, 415), ({"Content_Type": None}, 415)]
+    + [({"Host": "evil.example"}, 400), ({"Host": "127.0.0.1.evil.example"}, 400), ({"Host": None}, 400)]
+    + [({"Host": "192.0.2.1"}, 400), ({"Content_Length": None, "Transfer_Encoding": "chunked"}, 413)],
+)
+def test_requests_of_others_are_refused(rating_page, headers, status):
+    body = {"rater": "intruder"}
+    if "Transfer_Encoding" in headers:
+        body = b'15\r\n{"rater": "intruder"}\r\n0\r\n\r\n'
+    assert rating_page.ask("/api/state", body, **headers).status == status
+    if "Host" in headers:
+        assert rating_page.ask("/", **headers).status == status
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"rating": 0}, {"rating": 4}, {"rating": 2.5}, {"rating": "2"}, {"rating": None}, {"rating": True}]
+    + [{"expert_level": 0}, {"expert_level": 4}, {"id": "../x"}, {"id": "0" * 32}, {"id": 5}]
+    + [{"rater": name} for name in ("", "  ", "a,b", "a\nb", "a\u0000", "x" * 65, "\ud800", 7)],
+)
+def test_faulty_clicks_change_nothing(rating_page, fields):
+    state = rating_page.post("state", "steady")
+    usual = {"rater": "steady", "id": state["current"]["id"], "rating": 2, "expert_level": 2}
+    before = rating_page.table.read_bytes(), len(journal(rating_page))
+    assert rating_page.ask("/api/rate", usual | fields).status in (404, 422)
+    assert (rating_page.table.read_bytes(), len(journal(rating_page))) == before
+    assert rating_page.ask("/api/rate", b"{" * 5000).status == 413
+    assert rating_page.post("state", "steady") == state
+
+
+def test_the_page_allows_no_foreign_code(rating_page):
+    answer = rating_page.ask("/")
+    policy = answer.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'") and "unsafe" not in policy and "http" not in policy
+    assert b"http://" not in answer.content and b"https://" not in answer.content
+    assert answer.headers["referrer-policy"] == "no-referrer" and answer.headers["cache-control"] == "no-store"
+    assert rating_page.token is None and "set-cookie" not in answer.headers
+    assert rating_page.ask("/", method="DELETE", body={}).status == 405
+
+
+def test_kill_resume_token_and_end(tmp_path):
+    """Every flag in use. A click is on disk when it is confirmed; the same command goes on; others need a token."""
+    made, table = tmp_path / "made", tmp_path / "ratings.csv"
+    write_gallery(made, 4)
+    (tmp_path / "captions.csv").write_text("path,Text\nimages/source/0.png,Drusen.\nimages/source/1.png,Myopia.\n")
+    command = ["--images", made, "--csv", tmp_path / "captions.csv", "--data_path", made, "--out", table, "--seed", 5]
+    command += ["--rater", "Ann", "--expert_level", 3, "--image_size", 32, "--resize", "crop"]
+    items = distinct(sample_items(made, table) + table_items(tmp_path / "captions.csv", made, table)[0])
+    order = [items[number] for number in order_for(6, 5, "Ann")]
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    page = RatePage(*command, "--token", "a-token-of-my-own", "--port", port)
+    assert (page.host, page.port, page.token) == ("127.0.0.1", port, "a-token-of-my-own")
+    assert page.ask("/", Cookie=None).status == 401
+    state = page.post("state", "Ann")
+    assert Image.open(io.BytesIO(page.ask(f"/image/{state['current']['id']}").content)).size == (32, 32)
+    for rating in (3, 1):
+        state = page.rate("Ann", state, rating, level=1)  # but the flag says 3
+    assert page.ask("/api/state", {"rater": "Bob"}).status == 422
+    assert page.end(signal.SIGKILL) == -signal.SIGKILL
+    rows = [(row.rating, row.expert_level, row.image, row.prompt, row.rater_id) for row in read_ratings(table)]
+    assert rows == [(3, 3, *order[0].key, "Ann"), (1, 3, *order[1].key, "Ann")]
+
+    with open(table, "ab") as file:
+        file.write(b"made/images/source/0.png,2,Fun")
+    page = RatePage(*command, "--host", "0.0.0.0")
+    assert any("dropped line 4, which was cut off" in line for line in page.lines)
+    assert len(page.token) >= 40
+    for wrong in ("/", "/?token=", f"/?token={page.token[:-1]}x", f"/image/0?token={page.token}", "/nothing"):
+        for cookie in (None, page.cookie + "x", page.cookie[:-1], "rate=" + page.token):
+            assert page.ask(wrong, Cookie=cookie).status == 401
+    assert page.ask("/api/state", {"rater": "Ann"}, Cookie=None).status == 401
+    assert page.ask(f"/?token={page.token}", Host="evil.example").status == 400
+    attributes = page.ask(f"/?token={page.token}").headers["set-cookie"].lower()
+    assert "httponly" in attributes and "samesite=strict" in attributes
+    state = page.post("state", "Ann")
+    assert (state["rated"], state["total"]) == (2, 6)
+    assert [state[name]["prompt"] for name in ("current", "next")] == [item.prompt for item in order[2:4]]
+    assert page.post("undo", "Ann")["current"]["prompt"] == order[1].prompt
+    with pytest.raises(UserError, match="written by another rating page"):
+        Store(table)
+    assert page.end(signal.SIGINT) == 0
+    assert "1 ratings are in" in page.lines[-1] and "Traceback" not in "".join(page.lines)
+    assert [row.rating for row in read_ratings(table)] == [3]
+
+
+def test_without_fastapi_one_line_says_what_to_install(tmp_path):
+    missing = 'raise ModuleNotFoundError("No module named \'fastapi\'", name="fastapi")'
+    (tmp_path / "fastapi.py").write_text(missing)
+    result = run_script("rate.py", "--images", tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert result.returncode == 2
+    assert result.stderr == 'error: fastapi is not installed; run: pip install "rl4med-ddpo[rate]"\n'

@@ -1,0 +1,299 @@
+"""What the rating page is made of: which images it takes, its files after crashes, the way of a rater, its guard."""
+
+import csv
+import errno
+import json
+import os
+import re
+import socket
+from pathlib import Path
+
+import pytest
+from rating_tools import PROMPTS, write_gallery
+
+from ddpo_pytorch.data.ratings import COLUMNS, read_ratings
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.rating import store as storing
+from ddpo_pytorch.rating.items import distinct, sample_items, table_items
+from ddpo_pytorch.rating.progress import Progress, order_for
+from ddpo_pytorch.rating.store import JOURNAL_COLUMNS, Store, rater_name
+
+
+@pytest.fixture
+def items(tmp_path):
+    write_gallery(tmp_path / "made", 4)
+    return sample_items(tmp_path / "made", tmp_path / "ratings.csv")
+
+
+def rows_of(path: Path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def reopened(path: Path) -> Store:
+    """A second start: the first one's lock ends with its file."""
+    return Store(path)
+
+
+# what is rated
+
+
+def test_items_of_a_sample_folder_and_of_a_table(tmp_path, items):
+    entries = json.loads((tmp_path / "made/image_log.json").read_text())
+    assert [(item.image_path, item.prompt) for item in items] == [
+        (f"made/{entry['path_to_img']}", entry["prompt"]) for entry in entries
+    ]
+    assert {item.modality for item in items} == {"Fundus"} and {item.size for item in items} == {(48, 48)}
+    table = tmp_path / "captions.csv"
+    table.write_text("path,Text\nimages/source/0.png,Drusen.\nimages/source/9.png,Absent.\n")
+    found, missing = table_items(table, tmp_path / "made", tmp_path / "elsewhere" / "ratings.csv")
+    assert missing == 1 and [(item.path.name, item.prompt) for item in found] == [("0.png", "Fundus: Drusen.")]
+    assert found[0].image_path == (tmp_path / "made/images/source/0.png").resolve().as_posix()
+    assert len(distinct([*items, *items, *found])) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"path_to_img": "../outside.png"}, "leads out of"),
+        ({"path_to_img": "images/../../outside.png"}, "leads out of"),
+        ({"path_to_img": "/etc/hostname"}, "leads out of"),
+        ({"path_to_img": "images/link.png"}, "leads out of"),
+        ({"path_to_img": "images/linked/outside.png"}, "leads out of"),
+        ({"path_to_img": "images/absent.png"}, "there is no file"),
+        ({"path_to_img": "image_log.json"}, "not an image"),
+        ({"path_to_img": 3}, "needs the texts"),
+        ({"prompt": None}, "needs the texts"),
+        ({"prompt": "two\nlines"}, "line breaks"),
+    ],
+)
+def test_an_entry_that_leads_elsewhere_is_refused_at_the_start(tmp_path, items, change, told):
+    folder = tmp_path / "made"
+    (tmp_path / "other").mkdir()
+    for outside in (tmp_path / "outside.png", tmp_path / "other" / "outside.png"):
+        outside.write_bytes((folder / "images/source/0.png").read_bytes())
+    (folder / "images/link.png").symlink_to(tmp_path / "outside.png")
+    (folder / "images/linked").symlink_to(tmp_path / "other")
+    entries = json.loads((folder / "image_log.json").read_text())
+    entries[2] |= change
+    (folder / "image_log.json").write_text(json.dumps(entries))
+    with pytest.raises(UserError, match=f"entry 3.*{told}"):
+        sample_items(folder, tmp_path / "ratings.csv")
+
+
+def test_folders_without_images_are_refused(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        sample_items(tmp_path / "absent", tmp_path / "ratings.csv")
+    with pytest.raises(UserError, match="lists no images"):
+        sample_items(tmp_path, tmp_path / "ratings.csv")
+
+
+# the files
+
+
+def test_the_table_is_read_by_training_after_every_click(tmp_path, items):
+    path = tmp_path / "ratings.csv"
+    store = Store(path)
+    odd = 'Dr. "Q" O\'Neil'
+    store.rate(items[1], 3, 2, odd)
+    store.rate(items[1], 1, 1, "Ann")
+    store.skip(items[0], "Ann")
+    store.rate(items[0], 2, 1, "Ann")
+    found = [(row.path.name, row.rating, row.expert_level, row.prompt, row.rater_id) for row in read_ratings(path)]
+    assert found == [
+        ("1.png", 3, 2, PROMPTS[1], odd),
+        ("1.png", 1, 1, PROMPTS[1], "Ann"),
+        ("0.png", 2, 1, PROMPTS[0], "Ann"),
+    ]
+    store.undo(items[1], "Ann")
+    assert [row.rater_id for row in read_ratings(path)] == [odd, "Ann"] and len(store) == 2
+    actions = [(row["action"], row["rater_id"], row["rating"]) for row in rows_of(store.journal)]
+    assert actions == [("rate", odd, "3"), ("rate", "Ann", "1"), ("skip", "Ann", ""), ("rate", "Ann", "2")] + [
+        ("undo", "Ann", "1")
+    ]
+    assert tuple(rows_of(store.journal)[0]) == JOURNAL_COLUMNS
+    assert reopened_rated(store, path, odd) == [items[1].key]
+
+
+def reopened_rated(store: Store, path: Path, rater: str) -> list:
+    store._lock.close()
+    return reopened(path).rated(rater)
+
+
+def test_a_crash_at_any_byte_loses_no_confirmed_click(tmp_path, items):
+    """After each prefix of what one click writes, journal first, the next start has all clicks before it."""
+    path = tmp_path / "ratings.csv"
+    store = Store(path)
+    store.rate(items[0], 3, 2, "Ann")
+    before = {file: file.read_bytes() for file in (store.journal, path)}
+    store.rate(items[1], 1, 2, "Ann")
+    after = {file: file.read_bytes() for file in (store.journal, path)}
+    store._lock.close()
+    for cut in range(len(before[store.journal]), len(after[store.journal]) + 1):
+        store.journal.write_bytes(after[store.journal][:cut])
+        path.write_bytes(before[path])
+        again = reopened(path)
+        again._lock.close()
+        journaled = cut == len(after[store.journal])
+        assert again.rated("Ann") == [items[0].key] + [items[1].key] * journaled
+        assert path.read_bytes() == (after if journaled else before)[path]
+    for cut in range(len(before[path]), len(after[path]) + 1):
+        store.journal.write_bytes(after[store.journal])
+        path.write_bytes(after[path][:cut])
+        again = reopened(path)
+        again._lock.close()
+        assert path.read_bytes() == after[path] and again.rated("Ann") == [items[0].key, items[1].key]
+    for cut in range(len(",".join(COLUMNS))):  # in the very first line
+        path.write_bytes(before[path][:cut])
+        reopened(path)._lock.close()
+        assert path.read_bytes().startswith(before[path].splitlines(keepends=True)[0])
+
+
+def test_an_undo_that_a_crash_cut_short_is_done_at_the_next_start(tmp_path, items):
+    path = tmp_path / "ratings.csv"
+    store = Store(path)
+    store.rate(items[0], 3, 2, "Ann")
+    store.rate(items[1], 1, 2, "Ann")
+    full = path.read_bytes()
+    store.undo(items[1], "Ann")
+    store._lock.close()
+    path.write_bytes(full)
+    assert reopened(path).rated("Ann") == [items[0].key]
+    assert [row.rating for row in read_ratings(path)] == [3]
+
+
+def test_a_moved_table_is_not_revived_from_its_journal(tmp_path, items):
+    path = tmp_path / "ratings.csv"
+    store = Store(path)
+    store.rate(items[0], 3, 2, "Ann")
+    store._lock.close()
+    path.rename(tmp_path / "old.csv")
+    assert len(reopened(path)) == 0
+
+
+@pytest.mark.parametrize("failing", ["ratings.csv", "ratings.journal.csv"])
+def test_a_full_disk_leaves_both_files_as_they_were(tmp_path, items, monkeypatch, failing):
+    path = tmp_path / "ratings.csv"
+    store = Store(path)
+    store.rate(items[0], 3, 2, "Ann")
+    before = path.read_bytes(), store.journal.read_bytes()
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(f"/{failing}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(storing.os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space"):
+        store.rate(items[1], 1, 2, "Ann")
+    assert (path.read_bytes(), store.journal.read_bytes()) == before and len(store) == 1
+    monkeypatch.undo()
+    store.rate(items[1], 2, 2, "Ann")
+    assert [row.rating for row in read_ratings(path)] == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"path,Text\n1.png,x\n", "is another file"),
+        (b"\x89PNG\r\n\x1a\n\xff", "is another file"),
+        (",".join((*COLUMNS, "quality")).encode() + b"\n", "is another file"),
+        (",".join(COLUMNS).encode() + b"\na.png,3\n", "line 2 does not have 6 cells"),
+        (",".join(COLUMNS).encode() + b"\na.png,4,Fundus,3,x,Ann\n", "line 2: rating '4'"),
+        (",".join(COLUMNS).encode() + b"\na.png,1,Fundus,3,x,Ann\na.png,2,Fundus,3,x,Ann\n", "line 3.*a second time"),
+    ],
+)
+def test_another_file_is_refused_and_left_alone(tmp_path, content, told):
+    path = tmp_path / "ratings.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=told):
+        Store(path)
+    assert path.read_bytes() == content
+
+
+def test_a_foreign_file_gets_no_journal(tmp_path):
+    (tmp_path / "other.csv").write_text("path,Text\n")
+    with pytest.raises(UserError, match="another --out"):
+        Store(tmp_path / "other.csv")
+    assert os.listdir(tmp_path) == ["other.csv"]
+
+
+@pytest.mark.parametrize("name", ["", "   ", "a,b", "a\nb", "a\tb", "a\u2028b", "\u202eevil", "\ud800", "x" * 65])
+def test_unusable_names_are_refused(name):
+    with pytest.raises(UserError, match="1 to 64 printable characters"):
+        rater_name(name)
+
+
+def test_usable_names_have_one_spelling():
+    assert rater_name(" Zoe\u0308 O'Neil ") == "Zoë O'Neil" and rater_name("x" * 64) == "x" * 64
+
+
+# the way of a rater
+
+
+def test_the_order_depends_on_seed_and_name_only():
+    orders = {(seed, name): order_for(40, seed, name) for seed in (0, 1) for name in ("Ann", "Bob")}
+    assert orders[0, "Ann"] == order_for(40, 0, "Ann")
+    assert all(sorted(order) == list(range(40)) for order in orders.values())
+    assert len({tuple(order) for order in orders.values()}) == 4
+
+
+def test_a_skipped_question_comes_once_more_and_then_waits():
+    progress = Progress([2, 0, 1], rated=[])
+    progress.skip(2)
+    assert progress.waiting == [0, 1, 2]
+    progress.rate(0)
+    progress.skip(1)
+    assert progress.waiting == [2, 1] and progress.put_off == []
+    progress.skip(2)
+    progress.skip(1)
+    assert progress.waiting == [] and progress.put_off == [2, 1] and progress.open == 2
+    for expected in ([1], [2, 1], [1, 2]):
+        progress.undo()
+        assert progress.waiting == expected
+    progress.undo()
+    assert progress.waiting == [0, 1, 2] and progress.last == 2
+
+
+def test_the_last_question_skipped_does_not_come_at_once_again():
+    progress = Progress([0, 1], rated=[1])
+    progress.skip(0)
+    assert progress.waiting == [] and progress.put_off == [0]
+    progress.undo()
+    assert progress.waiting == [0] and progress.last == 1  # what an earlier session rated
+    progress.undo()
+    assert progress.waiting == [1, 0] and progress.last is None
+
+
+# the guard
+
+
+@pytest.mark.parametrize(
+    ("bound", "header", "allowed"),
+    [("127.0.0.1", name, True) for name in ("127.0.0.1:80", "localhost:9000", "[::1]:80", "LOCALHOST", "127.0.0.2")]
+    + [("127.0.0.1", name, False) for name in ("", "evil.example", "localhost.evil.example", "192.0.2.7", "[::1", "@")]
+    + [("0.0.0.0", name, True) for name in ("192.0.2.7:80", "localhost:80", socket.gethostname())]
+    + [("0.0.0.0", name, False) for name in ("evil.example", "192.0.2.7.evil.example:80")]
+    + [("rater.example", "rater.example:80", True), ("rater.example", "other.example", False)],
+)
+def test_host_names(bound, header, allowed):
+    guard = pytest.importorskip("ddpo_pytorch.rating.guard", reason="fastapi absent", exc_type=ImportError)
+    assert guard.Guard(bound, 80, "")._is_own(header) is allowed
+
+
+@pytest.mark.parametrize("token", ["short", "x" * 15, "has space in it 1234", "ümlaut-ümlaut-ü", "x" * 129, "a?b" * 9])
+def test_weak_tokens_are_refused(token):
+    guard = pytest.importorskip("ddpo_pytorch.rating.guard", reason="fastapi absent", exc_type=ImportError)
+    with pytest.raises(UserError, match="16 to 128"):
+        guard.check_token(token)
+
+
+def test_a_port_in_use_and_a_foreign_address_are_refused():
+    server = pytest.importorskip("ddpo_pytorch.rating.server", reason="fastapi absent", exc_type=ImportError)
+    with server.listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=re.escape(f"--port {port} cannot be used (Address already in use)")):
+            server.listen("127.0.0.1", port)
+    with pytest.raises(UserError, match="--host 192.0.2.1"):
+        server.listen("192.0.2.1", 0)
