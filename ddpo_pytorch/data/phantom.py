@@ -3,7 +3,7 @@
 Every picture is drawn from its six labels: skin, one lesion (nevus or melanoma), then the artifacts a dermatoscope
 adds. `python -m ddpo_pytorch.data.phantom --out DIR` writes a world that is read like ISIC 2019, by the same loader.
 
-Geometry is in *points*: the picture is 64 points wide whatever its size in pixels. Colours are RGB in [0, 255].
+Geometry is in *points* (`ddpo_pytorch.data.drawing`). Colours are RGB in [0, 255].
 """
 
 import argparse
@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image
 
+from ddpo_pytorch.data.drawing import POINTS, Sheet, blend, clouds, direction, plane, step
 from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.errors import UserError
 
 logger = logging.getLogger(__name__)
-POINTS = 64
 STYLE = 1  # raised when the drawing code changes pictures, so that old and new worlds never mix
 COLUMNS = tuple("image MEL NV dark_corner hair gel_border gel_bubble ruler ink patches vasc label".split())
 # Chances of LABELS[:5] which, UNSEEN left out, become ISIC's: hair 38 %, gel 11 %, ruler 14 %, ink 1.6 %, MEL 22.5 %.
@@ -68,39 +68,11 @@ def draw(labels: Sequence[int], rng: np.random.Generator, size: int = POINTS) ->
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
-def _plane(pixels: int) -> tuple[np.ndarray, np.ndarray]:
-    axis = (np.arange(pixels, dtype=np.float32) + 0.5) * (POINTS / pixels)
-    return axis[None, :], axis[:, None]
-
-
-def _clouds(rng: np.random.Generator, pixels: int, cells: int, octaves: int = 3) -> np.ndarray:
-    """Smooth noise of standard deviation about 0.5 whose largest structures are 1/cells of the picture."""
-    field = np.zeros((pixels, pixels), np.float32)
-    for octave in range(octaves):
-        coarse = rng.standard_normal((cells * 2**octave,) * 2, dtype=np.float32)
-        field += np.asarray(Image.fromarray(coarse).resize((pixels, pixels), Image.Resampling.BICUBIC)) * 0.5**octave
-    return 0.6 * field
-
-
-def _step(distance: np.ndarray, width: float | np.ndarray) -> np.ndarray:
-    """Smooth step from 0 to 1 around distance 0, `width` points wide."""
-    ramp = np.clip(distance / width + 0.5, 0, 1)
-    return ramp * ramp * (3 - 2 * ramp)
-
-
-def _blend(image: np.ndarray, colour: np.ndarray | Sequence[float], alpha: np.ndarray) -> np.ndarray:
-    return image + (np.asarray(colour, np.float32) - image) * alpha[..., None]
-
-
-def _direction(angle: float) -> np.ndarray:
-    return np.array([math.cos(angle), math.sin(angle)], np.float32)
-
-
 def _skin(rng: np.random.Generator, pixels: int) -> np.ndarray:
     """Float32 (pixels, pixels, 3): mottled skin of any tone, lit from one side, a little darker in the corners."""
-    x, y = _plane(pixels)
-    mottling, redness, grain = _clouds(rng, pixels, 4), _clouds(rng, pixels, 3, 2), _clouds(rng, pixels, 28, 2)
-    tilt = rng.uniform(0.0, 0.002) * _direction(rng.uniform(0, 2 * math.pi))
+    x, y = plane(pixels)
+    mottling, redness, grain = clouds(rng, pixels, 4), clouds(rng, pixels, 3, 2), clouds(rng, pixels, 28, 2)
+    tilt = rng.uniform(0.0, 0.002) * direction(rng.uniform(0, 2 * math.pi))
     vignette = rng.uniform(0.08, 0.24) * (((x - 32) ** 2 + (y - 32) ** 2) / 2048) ** 1.5
     light = (1 + tilt[0] * (x - 32) + tilt[1] * (y - 32)) * (1 - vignette) + 0.035 * mottling + 0.018 * grain
     image = rng.choice(SKIN_TONES) * np.float32(rng.uniform(0.97, 1.03, size=3)) * light[..., None]
@@ -109,7 +81,7 @@ def _skin(rng: np.random.Generator, pixels: int) -> np.ndarray:
 
 def _blob(rng: np.random.Generator, pixels: int, centre: np.ndarray, stretch: float, waves: range, by: float):
     """(pixels, pixels) each: elliptic distance from `centre`, angle about it, wavy outline in units of the radius."""
-    (x, y), axis = _plane(pixels), _direction(rng.uniform(0, math.pi))
+    (x, y), axis = plane(pixels), direction(rng.uniform(0, math.pi))
     along = (axis[0] * (x - centre[0]) + axis[1] * (y - centre[1])) / stretch
     across = (axis[0] * (y - centre[1]) - axis[1] * (x - centre[0])) * stretch
     angle = np.arctan2(across, along)
@@ -119,86 +91,62 @@ def _blob(rng: np.random.Generator, pixels: int, centre: np.ndarray, stretch: fl
 
 def _network(rng: np.random.Generator, pixels: int, period: float) -> np.ndarray:
     """Pigment network, 0.5 on its cords and -0.5 in its holes: a honeycomb of three plane waves, bent by noise."""
-    x, y = _plane(pixels)
-    bend, turn = 2.0 * _clouds(rng, pixels, 8, 2), rng.uniform(0, math.pi)
-    waves = (2 * math.pi / period * _direction(turn + k * 2 * math.pi / 3) for k in range(3))
-    return _step(0.2 - sum(np.cos(wave[0] * x + wave[1] * y + bend) for wave in waves), 2.2) - 0.5
+    x, y = plane(pixels)
+    bend, turn = 2.0 * clouds(rng, pixels, 8, 2), rng.uniform(0, math.pi)
+    waves = (2 * math.pi / period * direction(turn + k * 2 * math.pi / 3) for k in range(3))
+    return step(0.2 - sum(np.cos(wave[0] * x + wave[1] * y + bend) for wave in waves), 2.2) - 0.5
 
 
 def _nevus(image: np.ndarray, rng: np.random.Generator, centre: np.ndarray, radius: float) -> np.ndarray:
     """Round, even, one brown, a soft border; most show a fine pigment network that fades outwards."""
     pixels = len(image)
     distance, _, outline = _blob(rng, pixels, centre, rng.uniform(0.93, 1.09), range(2, 5), 0.025)
-    inside = _step(0.92 * radius * outline + 0.35 * _clouds(rng, pixels, 10, 1) - distance, rng.uniform(3.5, 6.5))
+    inside = step(0.92 * radius * outline + 0.35 * clouds(rng, pixels, 10, 1) - distance, rng.uniform(3.5, 6.5))
     outward = (distance / radius) ** 2
-    shade = 1 + rng.uniform(-0.1, 0.2) * outward + 0.07 * _clouds(rng, pixels, 7)
+    shade = 1 + rng.uniform(-0.1, 0.2) * outward + 0.07 * clouds(rng, pixels, 7)
     network = _network(rng, pixels, rng.uniform(3.6, 4.6)) * np.clip(1.2 - outward, 0, 1)
     shade -= (0.0, 0.16, 0.24)[rng.integers(3)] * network
     brown = rng.choice(NEVUS_BROWNS) * np.float32(rng.uniform(0.94, 1.06, size=3))
     brown *= min(max(float(image.mean()) / 190, 0.72), 1.0)  # a brown mole stays darker than brown skin
-    return _blend(image, brown * shade[..., None], 0.95 * inside)
+    return blend(image, brown * shade[..., None], 0.95 * inside)
 
 
 def _melanoma(image: np.ndarray, rng: np.random.Generator, centre: np.ndarray, radius: float) -> np.ndarray:
     """Asymmetric, ragged, of many colours: brown with black, blue-grey and reddish regions."""
-    pixels, (x, y) = len(image), _plane(len(image))
-    ragged, uneven = _clouds(rng, pixels, 7, 2), _clouds(rng, pixels, 9)
+    pixels, (x, y) = len(image), plane(len(image))
+    ragged, uneven = clouds(rng, pixels, 7, 2), clouds(rng, pixels, 9)
     distance, angle, outline = _blob(rng, pixels, centre, rng.uniform(1.06, 1.22), range(1, 7), 0.09)
     sharpness = 3.0 + 1.6 * np.cos(angle + rng.uniform(0, 2 * math.pi))  # abrupt on one side, fading on the other
-    inside = _step(1.04 * radius * outline + 1.8 * ragged - distance, sharpness)
+    inside = step(1.04 * radius * outline + 1.8 * ragged - distance, sharpness)
     lesion = np.full_like(image, np.float32([108, 66, 44]) * rng.uniform(0.85, 1.15))
     start = rng.uniform(0, 2 * math.pi)
     for turn, (colour, reach, opacity) in enumerate(MELANOMA_REGIONS):
-        heading = _direction(start + turn * 2 * math.pi / 3 + rng.uniform(-0.5, 0.5))
+        heading = direction(start + turn * 2 * math.pi / 3 + rng.uniform(-0.5, 0.5))
         at = centre + rng.uniform(0.4, 0.62) * radius * heading
         gap = np.sqrt((x - at[0]) ** 2 + (y - at[1]) ** 2)
         edge = reach * radius * rng.uniform(0.8, 1.25) + (5.0 * ragged if turn % 2 else 4.0 * uneven)
-        lesion = _blend(lesion, colour, opacity * _step(edge - gap, 7.0))
+        lesion = blend(lesion, colour, opacity * step(edge - gap, 7.0))
     shade = 1 + 0.17 * uneven - 0.26 * _network(rng, pixels, rng.uniform(4.2, 6.0))
-    return _blend(image, lesion * shade[..., None], 0.96 * inside)
-
-
-class _Sheet:
-    """A transparent sheet drawn on at four times the picture's resolution; `alpha` is its antialiased coverage."""
-
-    def __init__(self, size: int):
-        self.scale, self.sheet = 4 * size / POINTS, Image.new("L", (4 * size, 4 * size))
-        self.pen = ImageDraw.Draw(self.sheet)
-
-    def stroke(self, start: np.ndarray, bend: np.ndarray, end: np.ndarray, width: float) -> None:
-        """A quadratic Bezier curve with round ends."""
-        t = np.linspace(0, 1, 16)[:, None]
-        path = ((1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end) * self.scale
-        self.pen.line([tuple(point) for point in path], 255, round(width * self.scale), "curve")
-        self.disc(start, width / 2)
-        self.disc(end, width / 2)
-
-    def disc(self, centre: np.ndarray, radius: float, strength: float = 1.0) -> None:
-        (x, y), reach = centre * self.scale, radius * self.scale
-        self.pen.ellipse((x - reach, y - reach, x + reach, y + reach), round(255 * strength))
-
-    def alpha(self, blur: float = 0.0) -> np.ndarray:
-        radius = blur * self.scale / 4
-        return np.asarray(self.sheet.reduce(4).filter(ImageFilter.GaussianBlur(radius)), np.float32) / 255
+    return blend(image, lesion * shade[..., None], 0.96 * inside)
 
 
 def _hair(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Four to eight long dark hairs of one lie, each with a faint shadow."""
-    sheet, lie = _Sheet(len(image)), rng.uniform(0, math.pi)
+    sheet, lie = Sheet(len(image)), rng.uniform(0, math.pi)
     for _ in range(rng.integers(4, 9)):
-        along = _direction(lie + rng.normal(0, 0.4))
+        along = direction(lie + rng.normal(0, 0.4))
         across = along[::-1] * (-1, 1)
         middle = 32 + across * rng.uniform(-27, 27) + along * rng.uniform(-8, 8)
         root, tip, sag = rng.uniform(20, 44), rng.uniform(20, 44), rng.uniform(-14, 14)
         sheet.stroke(middle - along * root, middle + across * sag, middle + along * tip, rng.uniform(1.0, 1.5))
     shadow, colour = np.roll(sheet.alpha(blur=0.8), 1, axis=(0, 1)), rng.uniform(0.7, 1.4) * np.array([38, 26, 20])
-    return _blend(image * (1 - 0.16 * shadow)[..., None], colour, 0.92 * sheet.alpha())
+    return blend(image * (1 - 0.16 * shadow)[..., None], colour, 0.92 * sheet.alpha())
 
 
 def _gel_bubbles(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Four to seven air bubbles in the contact gel: a bright ring between dark lines, a clear middle, a highlight."""
-    light, dark, placed = _Sheet(len(image)), _Sheet(len(image)), []
-    shine, wanted = 0.5 * _direction(rng.uniform(-2.6, -2.0)), rng.integers(4, 8)
+    light, dark, placed = Sheet(len(image)), Sheet(len(image)), []
+    shine, wanted = 0.5 * direction(rng.uniform(-2.6, -2.0)), rng.integers(4, 8)
     while len(placed) < wanted:
         centre, radius = rng.uniform(5, 59, size=2), rng.uniform(3.0, 6.8) if len(placed) < 3 else rng.uniform(2.4, 4.2)
         if any(math.dist(centre, other) < radius + reach + 0.5 for other, reach in placed):
@@ -209,34 +157,34 @@ def _gel_bubbles(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         light.disc(centre, radius, 0.95)
         light.disc(centre, radius - 1.1, 0.3)
         light.disc(centre + radius * shine, 0.24 * radius + 0.25)
-    return _blend(image * (1 - 0.7 * dark.alpha())[..., None], (255, 252, 248), light.alpha())
+    return blend(image * (1 - 0.7 * dark.alpha())[..., None], (255, 252, 248), light.alpha())
 
 
 def _ruler(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A line with tick marks along one edge, every fifth longer, as etched into the contact glass."""
-    sheet, spacing, long_tick = _Sheet(len(image)), rng.uniform(3.6, 4.8), rng.integers(5)
+    sheet, spacing, long_tick = Sheet(len(image)), rng.uniform(3.6, 4.8), rng.integers(5)
     inset, tilt, width = rng.uniform(0.5, 3.0), rng.uniform(-0.05, 0.05), rng.uniform(0.9, 1.2)
     along, across, corner = np.array([1, tilt]), np.array([-tilt, 1]), np.array([0, inset - 32 * tilt])
     sheet.stroke(corner, corner + 32 * along, corner + 64 * along, width)
     for index, at in enumerate(np.arange(rng.uniform(0, spacing), POINTS, spacing)):
         foot, length = corner + at * along, 9.5 if index % 5 == long_tick else 5.0
         sheet.stroke(foot, foot + across, foot + length * across, width)
-    return _blend(image, (26, 26, 34), 0.9 * np.rot90(sheet.alpha(), rng.integers(4)))
+    return blend(image, (26, 26, 34), 0.9 * np.rot90(sheet.alpha(), rng.integers(4)))
 
 
 def _ink(image: np.ndarray, rng: np.random.Generator, centre: np.ndarray, radius: float) -> np.ndarray:
     """Gentian violet left by a surgical marker: strokes around the lesion or a ring of dots, soaked into the skin."""
-    sheet, start, dots = _Sheet(len(image)), rng.uniform(0, 2 * math.pi), rng.random() < 0.35
+    sheet, start, dots = Sheet(len(image)), rng.uniform(0, 2 * math.pi), rng.random() < 0.35
     count = int(rng.integers(3, 6))
     for turn in range(count):
         heading = start + turn * 2 * math.pi / count + rng.uniform(-0.25, 0.25)
-        near = centre + (radius + rng.uniform(3, 5)) * _direction(heading)
-        side = (0.1 if dots else rng.uniform(5, 9)) * _direction(heading + math.pi / 2 + rng.uniform(-0.4, 0.4))
-        bend = near if dots else near + 4 * _direction(heading)
+        near = centre + (radius + rng.uniform(3, 5)) * direction(heading)
+        side = (0.1 if dots else rng.uniform(5, 9)) * direction(heading + math.pi / 2 + rng.uniform(-0.4, 0.4))
+        bend = near if dots else near + 4 * direction(heading)
         sheet.stroke(near - side, bend, near + side, rng.uniform(4.8, 6.4) if dots else rng.uniform(2.4, 3.6))
     violet = np.array([92, 46, 158]) + rng.uniform(-1, 1) * np.array([26, -6, 8])
-    soaked = np.clip(0.86 + 0.16 * _clouds(rng, len(image), 14, 2), 0.55, 0.97)
-    return _blend(image, violet, soaked * np.maximum(sheet.alpha(blur=0.5), 0.35 * sheet.alpha(blur=1.6)))
+    soaked = np.clip(0.86 + 0.16 * clouds(rng, len(image), 14, 2), 0.55, 0.97)
+    return blend(image, violet, soaked * np.maximum(sheet.alpha(blur=0.5), 0.35 * sheet.alpha(blur=1.6)))
 
 
 def write_world(folder, num_train: int, num_val: int, num_test: int, seed: int, size=POINTS, **frequencies) -> None:

@@ -1,0 +1,69 @@
+"""What the phantom worlds are drawn with: smooth noise, soft steps, blending, antialiased strokes.
+
+Geometry is in *points*: a picture is POINTS points wide whatever its size in pixels. Colours are RGB in [0, 255].
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+POINTS = 64
+
+
+def plane(pixels: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels' centres in points: x (1, pixels) and y (pixels, 1)."""
+    axis = (np.arange(pixels, dtype=np.float32) + 0.5) * (POINTS / pixels)
+    return axis[None, :], axis[:, None]
+
+
+def clouds(rng: np.random.Generator, pixels: int, cells: int, octaves: int = 3) -> np.ndarray:
+    """Smooth noise (pixels, pixels), standard deviation near 0.5; its largest structures: 1/cells of the picture."""
+    field = np.zeros((pixels, pixels), np.float32)
+    for octave in range(octaves):
+        coarse = rng.standard_normal((cells * 2**octave,) * 2, dtype=np.float32)
+        field += np.asarray(Image.fromarray(coarse).resize((pixels, pixels), Image.Resampling.BICUBIC)) * 0.5**octave
+    return 0.6 * field
+
+
+def step(distance: np.ndarray, width: float | np.ndarray) -> np.ndarray:
+    """Smooth step from 0 to 1 around distance 0, `width` points wide."""
+    ramp = np.clip(distance / width + 0.5, 0, 1)
+    return ramp * ramp * (3 - 2 * ramp)
+
+
+def blend(image: np.ndarray, colour: np.ndarray | Sequence[float], alpha: np.ndarray) -> np.ndarray:
+    """The (H, W, 3) image under a colour of (H, W) opacity."""
+    return image + (np.asarray(colour, np.float32) - image) * alpha[..., None]
+
+
+def direction(angle: float) -> np.ndarray:
+    """The unit vector (x, y) at this angle, in radians."""
+    return np.array([math.cos(angle), math.sin(angle)], np.float32)
+
+
+class Sheet:
+    """A transparent sheet drawn on at four times the picture's resolution; `alpha` is its antialiased coverage."""
+
+    def __init__(self, size: int):
+        self.scale, self.sheet = 4 * size / POINTS, Image.new("L", (4 * size, 4 * size))
+        self.pen = ImageDraw.Draw(self.sheet)
+
+    def stroke(self, start: np.ndarray, bend: np.ndarray, end: np.ndarray, width: float) -> None:
+        """A quadratic Bezier curve with round ends."""
+        t = np.linspace(0, 1, 16)[:, None]
+        path = ((1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end) * self.scale
+        self.pen.line([tuple(point) for point in path], 255, round(width * self.scale), "curve")
+        self.disc(start, width / 2)
+        self.disc(end, width / 2)
+
+    def disc(self, centre: np.ndarray, radius: float, strength: float = 1.0) -> None:
+        """A filled circle; a later one replaces what is under it."""
+        (x, y), reach = centre * self.scale, radius * self.scale
+        self.pen.ellipse((x - reach, y - reach, x + reach, y + reach), round(255 * strength))
+
+    def alpha(self, blur: float = 0.0) -> np.ndarray:
+        """Coverage in [0, 1], (size, size), softened by a Gaussian of `blur` points."""
+        radius = blur * self.scale / 4
+        return np.asarray(self.sheet.reduce(4).filter(ImageFilter.GaussianBlur(radius)), np.float32) / 255

@@ -1,0 +1,177 @@
+"""Damage to fundus images: it grows with the strength, looks alike at any size, and does what its name says."""
+
+import dataclasses
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+from ddpo_pytorch.data import retina
+from ddpo_pytorch.data.damage import BANDS, KINDS, VISIBLE, degrade, vessel_contrast
+from ddpo_pytorch.data.field_of_view import fov_mask
+from ddpo_pytorch.data.fundus import read_split
+from ddpo_pytorch.errors import UserError
+
+
+def fundus(seed=0, size=64, finding="normal fundus", **look):
+    rng = np.random.default_rng(seed)
+    return retina.draw(finding, "left", dataclasses.replace(retina.draw_look(rng), **look), rng, size)
+
+
+def disc(level, size=64):
+    """An evenly lit round field."""
+    x = np.arange(size) + 0.5 - size / 2
+    return np.where((np.hypot(x, x[:, None]) < 0.48 * size)[..., None], np.uint8(level), np.uint8(0)).repeat(3, axis=2)
+
+
+def change(image, kind, strength, seed=0):
+    """Mean absolute difference, in levels of 255."""
+    return np.abs(degrade(image, kind, strength, np.random.default_rng(seed)).astype(float) - image).mean()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [64, 100])
+def test_change_grows_with_the_strength(kind, size):
+    for seed in range(2):
+        changes = [change(fundus(seed, size), kind, strength, seed) for strength in (0.1, 0.25, 0.4, 0.6, 0.8, 1.0)]
+        assert changes == sorted(changes) and changes[-1] > 1.5 * changes[2] > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mildest_bad_image_is_worse_than_the_worst_mild_one(kind):
+    """The bands leave a gap: from the end of grade 2 to the start of grade 1 the change grows by a third and more."""
+    mild, bad = BANDS[2], BANDS[1]
+    assert mild[0] < mild[1] < bad[0] < bad[1] <= 1
+    for seed in range(5):
+        image = fundus(seed, finding=list(retina.FINDINGS)[seed % 5])
+        assert change(image, kind, bad[0], seed) > 1.33 * change(image, kind, mild[1], seed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strength", [0.3, 0.9])
+def test_an_image_looks_as_bad_at_any_size(kind, strength):
+    """At 64 and 192 pixels, seen from afar; noise, which would be averaged away, from near."""
+
+    def seen(size, seed):
+        image, rng = fundus(seed, size), np.random.default_rng(seed)
+        pair = [Image.fromarray(one) for one in (image, degrade(image, kind, strength, rng))]
+        small = [np.asarray(one if kind == "noise" else one.reduce(size // 64), float) for one in pair]
+        return np.abs(small[1] - small[0]).mean()
+
+    near, far = (np.mean([seen(size, seed) for seed in range(4)]) for size in (64, 192))
+    assert 0.75 < near / far < 1.33
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_field_changes_and_the_input_does_not(kind):
+    image = fundus(1, 80)
+    before, outside = image.copy(), ~fov_mask(image)
+    spoilt = degrade(image, kind, 1.0, np.random.default_rng(0))
+    assert spoilt.dtype == np.uint8 and spoilt.shape == image.shape
+    np.testing.assert_array_equal(image, before)
+    np.testing.assert_array_equal(spoilt[outside], image[outside])
+    np.testing.assert_array_equal(spoilt, degrade(image, kind, 1.0, np.random.default_rng(0)))
+
+
+def test_blur_is_a_gaussian_of_a_share_of_the_width():
+    """Far from the rim it is scipy's filter of 0.04 x strength^1.25 x width; the rim itself stays."""
+    image = np.clip(
+        disc(128, 128) + (np.random.default_rng(0).normal(0, 20, (128, 128, 1)) * (disc(1, 128) > 0)), 0, 255
+    )
+    image = image.astype(np.uint8)
+    for strength in (0.3, 0.8):
+        sigma = 0.04 * strength**1.25 * 128
+        expected = ndimage.gaussian_filter(image.astype(float), (sigma, sigma, 0))
+        blurred = degrade(image, "blur", strength, np.random.default_rng(0))
+        np.testing.assert_allclose(blurred[44:84, 44:84], expected[44:84, 44:84], atol=0.51)
+    rim = fov_mask(image) & ~ndimage.binary_erosion(fov_mask(image))
+    np.testing.assert_array_equal(blurred[rim], image[rim])
+
+
+def test_noise_has_no_bias_and_a_spread_in_proportion_to_strength_and_grows_with_the_light():
+    def spread(level, strength):
+        image = disc(level, 200)
+        noisy = [degrade(image, "noise", strength, np.random.default_rng(seed))[fov_mask(image)] for seed in range(6)]
+        assert np.mean(noisy) == pytest.approx(level, abs=1.25 * strength)  # of one image: 0.8 x strength
+        return np.mean(noisy, axis=2).std()
+
+    assert spread(128, 0.6) / spread(128, 0.2) == pytest.approx(3, rel=0.02)
+    assert spread(128, 0.2) / spread(32, 0.2) == pytest.approx(1 / 0.6, rel=0.04)  # 0.2 + 0.8 sqrt(light / 128)
+
+
+def test_bright_images_are_overexposed_and_dark_ones_underexposed():
+    for seed in range(5):
+        for level, sign in ((170, 1), (40, -1)):
+            spoilt = degrade(disc(level), "exposure", 0.3, np.random.default_rng(seed)).astype(int)
+            assert sign * (spoilt - disc(level))[32, 32, 0] > 10
+    spoilt = {int(degrade(disc(100), "exposure", 0.3, np.random.default_rng(seed))[32, 32, 0]) for seed in range(12)}
+    assert len(spoilt) == 2 and min(spoilt) < 90 and max(spoilt) > 110  # in between, either
+
+
+def test_crop_blackens_one_side_and_leaves_the_rest():
+    """What is lost is outside a circle of the picture's width, shifted by 0.45 x strength x width."""
+    for seed in range(6):
+        image, strength = disc(120, 200), 0.4
+        spoilt = degrade(image, "crop", strength, np.random.default_rng(seed))
+        lost, field = spoilt[..., 0] == 0, fov_mask(image)
+        kept = spoilt[..., 0] == 120
+        assert (lost | kept)[field].mean() > 0.96  # and a narrow soft edge
+        apart, radii = 0.45 * strength * 200, (0.48 * 200, 0.5 * 200)
+        assert (lost & field).sum() / field.sum() == pytest.approx(
+            1 - _lens(*radii, apart) / (np.pi * radii[0] ** 2), abs=0.02
+        )
+
+
+def _lens(one, other, apart):
+    """Area in which two circles of these radii overlap."""
+    a = (apart**2 + one**2 - other**2) / (2 * apart)
+    b = apart - a
+    return (
+        one**2 * np.arccos(a / one)
+        - a * np.sqrt(one**2 - a**2)
+        + other**2 * np.arccos(b / other)
+        - b * np.sqrt(other**2 - b**2)
+    )
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_erasing_brings_a_retina_near_to_the_same_one_without_vessels(size):
+    for seed in range(5):
+        image, bare = fundus(seed, size), fundus(seed, size, vessel_strength=0.0)
+        left = {
+            s: np.abs(degrade(image, "vessels", s, np.random.default_rng(0)).astype(float) - bare) for s in (0.3, 1.0)
+        }
+        all_of_them = np.abs(image.astype(float) - bare).mean()
+        assert left[1.0].mean() < 0.4 * all_of_them
+        assert 0.4 * all_of_them < left[0.3].mean() < 0.9 * all_of_them
+        assert vessel_contrast(bare) < 0.35 * vessel_contrast(image)
+
+
+@pytest.mark.parametrize("kind, strength", [("fog", 0.5), ("blur", 0.0), ("blur", 1.01), ("noise", float("nan"))])
+def test_other_kinds_and_strengths_are_refused(kind, strength):
+    with pytest.raises(UserError, match="blur, noise, exposure, crop, vessels"):
+        degrade(fundus(), kind, strength, np.random.default_rng(0))
+
+
+def test_a_black_image_stays_black():
+    black = np.zeros((64, 64, 3), np.uint8)
+    assert vessel_contrast(black) == 0
+    for kind in KINDS:
+        assert not degrade(black, kind, 1.0, np.random.default_rng(0)).any()
+
+
+def test_on_photographs_bad_is_worse_than_mild_and_cataract_hides_the_vessels(shared):
+    with zipfile.ZipFile(shared / "data" / "odir-128" / "images.zip") as archive:
+        rows = read_split(shared / "data" / "odir-128" / "captions.csv")
+        photographs = {}
+        for finding in ("normal fundus", "cataract"):
+            those = [row.image for row in rows if row.caption.endswith(f" shows {finding}.")][:25]
+            photographs[finding] = [np.asarray(Image.open(archive.open(image))) for image in those]
+    contrast = {end: [vessel_contrast(image) for image in part] for end, part in photographs.items()}
+    assert np.mean(np.array(contrast["normal fundus"]) > VISIBLE) > 0.9
+    assert np.median(contrast["cataract"]) < 0.5 * np.median(contrast["normal fundus"])
+    for image in photographs["normal fundus"][:8]:
+        for kind in KINDS:
+            assert change(image, kind, BANDS[1][0]) > 1.25 * change(image, kind, BANDS[2][1]) > 0
