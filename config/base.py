@@ -1,4 +1,5 @@
-"""Every setting of every script, with its default, unit and interactions. This file is the only home of defaults.
+"""Every setting of every script, with its default, unit and interactions. This file is the only home of defaults, with
+base_sd.py (the block `sd`, stage (i)) and base_fundus.py (what only the fundus system has), which it takes in.
 
 Experiments are functions in the other files of this folder and state differences only:
 `--config config/dgx.py:prompt_image_alignment_classifier_isic`. The file chooses the scale, the name the experiment.
@@ -7,8 +8,13 @@ is an error.
 """
 
 import inspect
+import runpy
+from pathlib import Path
 
 import ml_collections
+
+add_sd = runpy.run_path(str(Path(__file__).with_name("base_sd.py")))["add_sd"]
+add_fundus = runpy.run_path(str(Path(__file__).with_name("base_fundus.py")))["add_fundus"]
 
 
 def get_config(name: str = "") -> ml_collections.ConfigDict:
@@ -144,7 +150,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # name of a function in ddpo_pytorch.prompts.
     config.prompt_fn = "isic_all"
     config.prompt_fn_kwargs = prompt_fn_kwargs = ml_collections.ConfigDict()
-    # its keyword arguments; None is not passed on. from_file reads lines [low, high) of path.
+    # its keyword arguments; None is not passed on. from_file reads lines [low, high) of path, fundus_table the captions
+    # of the table at path.
     prompt_fn_kwargs.path = ml_collections.config_dict.placeholder(str)
     prompt_fn_kwargs.low = ml_collections.config_dict.placeholder(int)
     prompt_fn_kwargs.high = ml_collections.config_dict.placeholder(int)
@@ -155,6 +162,9 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     config.reward_fn = "isic_classifier_reward"
     # keyword arguments by reward name, e.g. reward_fn_kwargs.isic_classifier_reward.classifier.
     config.reward_fn_kwargs = ml_collections.ConfigDict()
+    # folder of train_rlhf.py with Selector and Policy.
+    config.reward_fn_kwargs.fundus_alignment = ml_collections.ConfigDict()
+    config.reward_fn_kwargs.fundus_alignment.judges = config.get_ref("base_log_path") + "/rlhf"
     config.reward_fn_kwargs.isic_classifier_reward = ml_collections.ConfigDict()
     # H=6 attribute classifier that gives the reward.
     config.reward_fn_kwargs.isic_classifier_reward.classifier = (
@@ -173,8 +183,9 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # folder of <image>.jpg (or <image>_downsampled.jpg) files, and the split table.
     dataset.data_path = ""
     dataset.csv = ""
+    dataset.kind = "isic"  # or "fundus": which tables are read (ddpo_pytorch/data/isic.py, fundus.py)
     # side in pixels of the squares that images become, and how: "stretch" (aspect ratio not kept, as in the paper),
-    # "crop" (the middle) or "pad" (black bars).
+    # "crop" (the middle), "pad" (black bars) or "fov" (a fundus photograph's circle, padded).
     dataset.image_size = 512
     dataset.resize = "stretch"
     # rows used; 0 is all of them. skip_broken leaves out damaged images, with a warning, instead of stopping at them.
@@ -227,64 +238,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # run folders of train.py whose curves the report shows: "NAME=DIR,NAME=DIR".
     metric.logs = ""
 
-    ###### Stage (i): the generator itself (train_sd.py) ######
-    config.sd = sd = ml_collections.ConfigDict()
-    # "finetune": the UNet of pretrained.model, as in the paper. From nothing: "vae", then "unet" (with text encoder).
-    sd.stage = "finetune"
-    # folder for the outcome: a model in diffusers format ("vae", "unet"), pretrained_unet.safetensors ("unet",
-    # "finetune"), log and sample grids. The same command again goes on with what is unfinished there.
-    sd.output = ""
-    # training images (<image>.jpg) and their split table; side in pixels and way in which they are made square (see
-    # dataset.resize); rows used (0 = all); whether damaged images are left out, with a warning, instead of stopping.
-    sd.data_path = ""
-    sd.csv = ""
-    sd.image_size = 512
-    sd.resize = "stretch"
-    sd.limit = 0
-    sd.skip_broken = False
-    # split table for the validation loss, its rows used (0 = all), and steps between validations. "": none.
-    sd.val_csv = ""
-    sd.val_images = 512
-    sd.val_every = 500
-    # latents of extract_dataset_latents.py (<logdir>/latents) in place of images and tables. "": made in <output>.
-    sd.latents = ""
-    sd.val_latents = ""
-    # folder for decoded images (stage "vae"; 3 image_size^2 bytes each); "" decodes at every step. Decoding processes.
-    sd.cache_dir = config.get_ref("base_log_path") + "/cache"
-    sd.num_workers = 0
-    # optimizer steps; images per process and forward pass, and forward passes per step.
-    sd.num_steps = 10_000
-    sd.batch_size = 64
-    sd.gradient_accumulation_steps = 1
-    # peak learning rate, reached in warmup_steps; then "cosine" to zero, or "constant".
-    sd.learning_rate = 1e-5
-    sd.warmup_steps = 100
-    sd.lr_schedule = "cosine"
-    # share of captions replaced by the empty one: the unconditional model that guidance needs.
-    sd.caption_dropout = 0.1
-    # weight timesteps by min(snr, gamma) / snr (Hang et al. 2023; 5 is usual). 0: all alike.
-    sd.min_snr_gamma = 0.0
-    # decay of the weight average that is saved, validated and drawn from; 0 takes the last weights.
-    sd.ema_decay = 0.999
-    # LoRA adapters (True; "finetune" only, saved beside the merged UNet) or all weights of the UNet (False).
-    sd.use_lora = False
-    sd.lora_rank = 16
-    sd.lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    # less memory: recompute activations in the backward pass; bitsandbytes' 8-bit Adam (needs that package and a GPU).
-    sd.gradient_checkpointing = False
-    sd.use_8bit_adam = False
-    # steps between log lines, between sample grids (0: none), and between states to resume from (0: none).
-    sd.log_every = 50
-    sd.grid_every = 1000
-    sd.save_every = 1000
-    sd.vae_kl_weight = 1e-6  # of the VAE's KL term
-    # parts trained from nothing: channels by resolution, which have attention; kind, width, layers of the text encoder.
-    sd.vae_channels = (16, 32, 32)
-    sd.unet_channels = (32, 64, 64)
-    sd.unet_attention = (False, True, True)
-    sd.text_encoder = "clip"
-    sd.text_width = 64
-    sd.text_layers = 2
+    add_sd(config)
+    add_fundus(config)
     return config.lock()
 
 

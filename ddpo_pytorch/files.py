@@ -40,4 +40,5 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
 
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file, in hex."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,8 +8,13 @@ import torch
 from ddpo_pytorch.errors import UserError
 
 
-def make_adamw(parameters: Iterable[torch.nn.Parameter], use_8bit_adam: bool, **settings: Any) -> torch.optim.Optimizer:
-    """AdamW with `settings` (lr, betas, eps, weight_decay); use_8bit_adam takes bitsandbytes', UserError without it."""
+def make_adamw(
+    parameters: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], use_8bit_adam: bool, **settings: Any
+) -> torch.optim.Optimizer:
+    """AdamW of parameters or groups of them, with `settings` (lr, betas, eps, weight_decay).
+
+    use_8bit_adam takes bitsandbytes'; UserError without that package.
+    """
     if not use_8bit_adam:
         return torch.optim.AdamW(parameters, **settings)
     try:

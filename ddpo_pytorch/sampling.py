@@ -94,13 +94,6 @@ def check_finite(module: nn.Module, file: str | Path) -> None:
             )
 
 
-def cut_prompts(pipe: StableDiffusionPipeline, prompts: Sequence[str]) -> list[str]:
-    """Those of which the text encoder sees only the beginning, because they have more tokens than it takes."""
-    tokens = pipe.tokenizer(list(prompts), truncation=False, verbose=False).input_ids
-    longest = pipe.tokenizer.model_max_length
-    return [prompt for prompt, ids in zip(prompts, tokens, strict=True) if len(ids) > longest]
-
-
 def fingerprint(*parts: nn.Module, about: str = "") -> str:
     """SHA-256 over all weights: tells a retrained model from the one that began a folder, wherever its files lie.
 

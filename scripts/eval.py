@@ -33,6 +33,7 @@ from ddpo_pytorch.data.isic import CAPTIONS, labels_of
 from ddpo_pytorch.data.sample_log import SETTINGS, PartLog, claim_folder, locked, logged, merge_parts, strays
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.pipeline import load_pipeline
+from ddpo_pytorch.generator.text import too_long
 from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.prompts import Prompt, all_prompts, read_prompts
 from ddpo_pytorch.rewards import RewardFn, check_prompts, isic_classifier_reward
@@ -42,7 +43,6 @@ from ddpo_pytorch.sampling import (
     Job,
     Sampler,
     check_finite,
-    cut_prompts,
     draw_passes,
     fingerprint,
     images_per_pass,
@@ -246,7 +246,7 @@ def main(_) -> None:
     judge, judge_digest = load_judge(config.eval.classifier, prompts, device)
     pipe = load_model(config, device)
     sampler = Sampler(pipe, sample.scheduler, sample.num_steps, sample.eta, sample.guidance_scale)
-    if cut := cut_prompts(pipe, [prompt for prompt, _ in prompts]):
+    if cut := too_long(pipe.tokenizer, [prompt for prompt, _ in prompts]):
         logger.warning("%d prompts are longer than the text encoder reads, the first is %r", len(cut), cut[0])
     with ExitStack() as held:
         digest = on_main(accelerator, claim, held, config, prompts, pipe, judge_digest)

@@ -19,7 +19,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ddpo_pytorch.data.images import RESIZES, ImageFiles, read_log, save_image, write_log
-from ddpo_pytorch.data.isic import CAPTIONS, Row, folder_name, load_split
+from ddpo_pytorch.data.isic import folder_name
+from ddpo_pytorch.data.kinds import Row, source
 from ddpo_pytorch.data.sample_log import claim_folder
 from ddpo_pytorch.data.splits import drop_broken
 from ddpo_pytorch.errors import UserError
@@ -45,7 +46,7 @@ def find_rows(dataset: ConfigDict) -> tuple[list[Row], list[Path], int]:
         raise UserError(f"dataset.image_size is {dataset.image_size}; it must be at least 1")
     if dataset.resize not in RESIZES:
         raise UserError(f"dataset.resize is {dataset.resize!r}; allowed are {', '.join(RESIZES)}")
-    rows, paths, missing = load_split(dataset.csv, dataset.data_path, dataset.limit)
+    rows, paths, missing = source(dataset.kind).load_split(dataset.csv, dataset.data_path, dataset.limit)
     if dataset.skip_broken:
         rows, paths = drop_broken(rows, paths)
     return rows, paths, missing
@@ -63,7 +64,7 @@ def main(_) -> None:
     rank, folder, dataset = accelerator.process_index, Path(config.logdir), config.dataset
     rows, sources, missing = find_rows(dataset)
     about = {"csv_sha256": sha256(dataset.csv), "image_size": dataset.image_size, "resize": dataset.resize}
-    numbers = [row.number for row in rows]
+    numbers, captions = [row.number for row in rows], source(dataset.kind).caption_list(rows)
     vae = None
     if config.pretrained.model:
         # fp32: half precision overflows in the encoder of SD 1.5, and stored halves hold its result well enough.
@@ -79,7 +80,7 @@ def main(_) -> None:
         vae,
         ImageFiles(sources, torch.tensor(numbers), dataset.image_size, dataset.resize),
         numbers,
-        [CAPTIONS.index(row.caption) for row in rows],
+        [captions.index(row.caption) for row in rows],
         folder / "latents",
         rank=rank,
         processes=accelerator.num_processes,
@@ -95,7 +96,7 @@ def main(_) -> None:
         for leftover in set(folder.glob("images/*/*.png")) - set(paths):  # of rows that have no image any more
             leftover.unlink()
         if vae is not None:
-            write_index(folder / "latents", vae, CAPTIONS, len(rows), about)
+            write_index(folder / "latents", vae, captions, len(rows), about)
         write_log(folder, [entry_of(row) for row in rows])
         speed = done / (time.perf_counter() - started)
         logger.info("%d images in %s, %d made now at %.1f images/s", len(rows), folder, done, speed)

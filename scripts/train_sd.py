@@ -12,44 +12,54 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from absl import flags
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from ml_collections import ConfigDict, config_flags
-from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
+from ddpo_pytorch.caption_grid import draw_captions
 from ddpo_pytorch.data.image_cache import decoded
 from ddpo_pytorch.data.images import image_grid
-from ddpo_pytorch.data.isic import CAPTIONS
-from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
+from ddpo_pytorch.data.kinds import source
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import whole, whole_folder
 from ddpo_pytorch.generator import scratch
-from ddpo_pytorch.generator.latents import fingerprint
+from ddpo_pytorch.generator.conditioning import save_model, unet_metadata, with_bert
+from ddpo_pytorch.generator.latents import LatentShards, fingerprint
 from ddpo_pytorch.generator.lora import add_lora, has_lora, merged_state_dict, save_lora
 from ddpo_pytorch.generator.objectives import AutoencoderLoss, CaptionTable, NoiseLoss
-from ddpo_pytorch.generator.pipeline import encode_prompts, load_pipeline
-from ddpo_pytorch.generator.stage_data import SCHEDULES, check_settings, find_images, open_latents, settings_of
-from ddpo_pytorch.generator.training import Stopwatch, Training, endless_batches
+from ddpo_pytorch.generator.pipeline import load_pipeline
+from ddpo_pytorch.generator.stage_data import (
+    SCHEDULES,
+    add_pool,
+    check_settings,
+    find_images,
+    find_rows,
+    open_latents,
+    settings_of,
+)
+from ddpo_pytorch.generator.text import has_mask, too_long
+from ddpo_pytorch.generator.training import Stopwatch, Training, endless_batches, parameter_groups
 from ddpo_pytorch.optimizer import make_adamw
-from ddpo_pytorch.randomness import BatchDraws, Stream, generator_of
+from ddpo_pytorch.randomness import BatchDraws, Stream
 from ddpo_pytorch.run import DTYPES, JsonLines, cli, make_accelerator, peak_memory_gib
 from ddpo_pytorch.training_state import save_state
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", "config/base.py", "experiment, e.g. config/dgx.py:finetune_sd")
 logger = logging.getLogger(__name__)
-GRID_BATCH = 4  # images drawn at once: SD's autoencoder needs 3 GiB to decode four of 512 px
+GRID_CAPTIONS = 32  # drawn at intervals: all of ISIC's
 
 
 @dataclass
@@ -68,7 +78,8 @@ def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
     """AdamW with warm-up, weight average, validation, sample grids; the average is in the model at the end."""
     sd, output, is_main = config.sd, Path(config.sd.output), accelerator.is_main_process
     parameters = [p for p in stage.loss.parameters() if p.requires_grad]
-    optimizer = make_adamw(parameters, sd.use_8bit_adam, lr=sd.learning_rate, weight_decay=1e-2)
+    groups = parameter_groups(stage.loss, parameters, sd)
+    optimizer = make_adamw(groups, sd.use_8bit_adam, lr=sd.learning_rate, weight_decay=1e-2)
     schedule = get_scheduler(
         SCHEDULES[sd.lr_schedule], optimizer, num_warmup_steps=sd.warmup_steps, num_training_steps=sd.num_steps
     )
@@ -172,9 +183,9 @@ def hidden(accelerator: Accelerator) -> bool | None:
 
 
 def vae_stage(accelerator: Accelerator, config: ConfigDict) -> Stage:
-    """The autoencoder from nothing; vae.png shows reconstructions below their images."""
+    """The autoencoder, from nothing or another one; vae.png shows reconstructions below their images."""
     sd, output = config.sd, Path(config.sd.output)
-    vae = scratch.build_vae(sd.vae_channels, sd.image_size)
+    vae = scratch.load_vae(sd.vae) if sd.vae else scratch.build_vae(sd.vae_channels, sd.image_size)
     with accelerator.local_main_process_first():
         images = find_images(sd, sd.csv, sd.limit)
         train_set = decoded(images, sd.cache_dir)
@@ -191,7 +202,8 @@ def vae_stage(accelerator: Accelerator, config: ConfigDict) -> Stage:
         images, latents = encoded(val_set or train_set, 8)
         pairs = torch.cat([images, vae.decode(latents).sample]) / 2 + 0.5
         if accelerator.is_main_process:
-            save_picture(image_grid(pairs.clamp(0, 1), columns=len(images)), path)
+            with whole(path) as temporary:
+                image_grid(pairs.clamp(0, 1), columns=len(images)).save(temporary, format="PNG")
 
     def finish() -> None:
         # latents of unit variance, as SD's diffusion expects them
@@ -209,25 +221,40 @@ def unet_stage(accelerator: Accelerator, config: ConfigDict, pipe: StableDiffusi
     sd, output = config.sd, Path(config.sd.output)
     pipe.vae.to(accelerator.device).float()  # in half precision SD's autoencoder overflows
     train_set, val_set = (open_latents(accelerator, sd, pipe.vae, validation) for validation in (False, True))
-    captions = CaptionTable(pipe, train_set.captions, trained=sd.stage == "unet")
-    if val_set is not None and val_set.captions != train_set.captions:
-        raise UserError("training and validation latents have different lists of captions; extract them alike")
-    if val_set is not None and val_set.shares_images_with(train_set):
+    if sd.pool:
+        train_set = add_pool(accelerator, sd, pipe.vae, train_set)
+    names = list(dict.fromkeys([*train_set.captions, *(val_set.captions if val_set else ())]))
+    captions = CaptionTable(pipe, names, trained=sd.stage == "unet" or sd.train_text_encoder)
+    if cut := too_long(pipe.tokenizer, names):
+        limit = pipe.tokenizer.model_max_length
+        logger.warning("%d captions have more than %d tokens and are cut, the first is %r", len(cut), limit, cut[0])
+    train_set.renumber(names)
+    if val_set is not None:
+        val_set.renumber(names)
+    if val_set is not None and train_set.shares_images_with(val_set):
         raise UserError("training and validation latents share images; extract them from different split tables")
     if sd.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
-    data = {"latents": [shard["sha256"] for shard in train_set.index["shards"]], "captions": captions.digest()}
+    data = {"latents": train_set.digests(), "captions": captions.digest()}
 
     def finish() -> None:
         if has_lora(pipe.unet):
             save_lora(pipe.unet, output)
-        if sd.stage == "unet":
-            pipe.save_pretrained(output)
+        if sd.stage == "unet" or sd.text_encoder == "bert" or sd.train_text_encoder:
+            save_model(pipe, output)
         with whole(output / "pretrained_unet.safetensors") as temporary:
-            save_file(merged_state_dict(pipe.unet), temporary)
+            save_file(merged_state_dict(pipe.unet), temporary, metadata=unet_metadata(pipe))
 
     loss = NoiseLoss(pipe, captions, sd.caption_dropout, sd.min_snr_gamma)
-    return Stage(loss, train_set, val_set, data, lambda path: draw_captions(accelerator, pipe, config, path), finish)
+    draw = partial(draw_captions, accelerator, pipe, names[:GRID_CAPTIONS], config.sample, config.seed)
+    return Stage(loss, train_set, val_set, data, draw, finish)
+
+
+def captions_of(sd: ConfigDict) -> tuple[str, ...]:
+    """The training captions, whose words the tokenizer of a new model knows."""
+    if sd.latents:
+        return tuple(LatentShards(sd.latents).captions)
+    return source(sd.kind).caption_list(find_rows(sd, sd.csv, sd.limit)[0])
 
 
 def load_pretrained(accelerator: Accelerator, config: ConfigDict) -> StableDiffusionPipeline:
@@ -239,37 +266,11 @@ def load_pretrained(accelerator: Accelerator, config: ConfigDict) -> StableDiffu
         add_lora(pipe.unet, sd.lora_rank, sd.lora_targets, config.seed)
     else:
         pipe.unet.requires_grad_(True)
+    if sd.text_encoder == "bert" and not has_mask(pipe.text_encoder):
+        pipe = with_bert(pipe, sd.bert, sd.text_tokens)
+    if sd.train_text_encoder:
+        pipe.text_encoder.float().requires_grad_(True)
     return pipe
-
-
-@torch.no_grad()
-def draw_captions(accelerator: Accelerator, pipe: StableDiffusionPipeline, config: ConfigDict, path: Path) -> None:
-    """One image for each of the 32 captions, each from its own fixed noise; dealt to the processes, a few at a time."""
-    was_training, images = pipe.unet.training, []
-    pipe.unet.eval()
-    pipe.set_progress_bar_config(disable=True)
-    own = list(range(len(CAPTIONS)))[accelerator.process_index :: accelerator.num_processes]
-    for numbers in (own[start : start + GRID_BATCH] for start in range(0, len(own), GRID_BATCH)):
-        drawn, *_ = pipeline_with_logprob(
-            pipe,
-            prompt_embeds=encode_prompts(pipe, [CAPTIONS[number] for number in numbers]),
-            negative_prompt_embeds=encode_prompts(pipe, [""]),
-            num_inference_steps=config.sample.num_steps,
-            guidance_scale=config.sample.guidance_scale,
-            eta=config.sample.eta,
-            generator=[generator_of(config.seed, Stream.GRID, number) for number in numbers],
-            keep_trajectory=False,
-        )
-        images += zip(numbers, drawn.float().cpu(), strict=True)
-    pipe.unet.train(was_training)
-    images = gather_object(images)
-    if accelerator.is_main_process:
-        save_picture(image_grid(torch.stack([image for _, image in sorted(images, key=lambda item: item[0])]), 8), path)
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    with whole(path) as temporary:
-        picture.save(temporary, format="PNG")
 
 
 def main(_) -> None:
@@ -281,7 +282,7 @@ def main(_) -> None:
     if sd.stage == "vae":
         stage = vae_stage(accelerator, config)
     elif sd.stage == "unet":
-        stage = unet_stage(accelerator, config, scratch.build_pipeline(sd, CAPTIONS))
+        stage = unet_stage(accelerator, config, scratch.build_pipeline(sd, captions_of(sd)))
     else:
         stage = unet_stage(accelerator, config, load_pretrained(accelerator, config))
     train(accelerator, config, stage)

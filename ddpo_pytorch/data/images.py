@@ -16,13 +16,16 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from ddpo_pytorch.data.isic import caption_of_folder
+from ddpo_pytorch.data.field_of_view import fov_square
+from ddpo_pytorch.data.isic import caption_of_folder, folder_name
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import whole
 
+LOG = "image_log.json"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-# how a picture becomes a square: as in the paper, sides scaled apart; its middle; or with black bars.
-RESIZES = ("stretch", "crop", "pad")
+# how a picture becomes a square: as in the paper, sides scaled apart; its middle; with black bars; or a fundus
+# photograph's circle, with black bars.
+RESIZES = ("stretch", "crop", "pad", "fov")
 _FILTER = Image.Resampling.BICUBIC  # what Image.resize takes by default
 
 
@@ -52,6 +55,8 @@ def load_pixels(path: str | Path, size: int | None = None, resize: str = "stretc
 def _squared(image: Image.Image, size: int | None, resize: str) -> Image.Image:
     if resize not in RESIZES:
         raise UserError(f"resize is {resize!r}; allowed are {', '.join(RESIZES)}")
+    if resize == "fov":
+        image = fov_square(image)
     if size is None or image.size == (size, size):
         return image
     if resize == "stretch":
@@ -122,8 +127,9 @@ def image_grid(images: torch.Tensor, columns: int, padding: int = 2) -> Image.Im
 def list_samples(folder: str | Path, prompts: Sequence[str] = ()) -> list[tuple[Path, str]]:
     """(file, caption) of every image of a sample folder, sorted; only the given captions when `prompts` is not empty.
 
-    Hidden entries are passed over. Raises UserError when the folder is missing, is not a sample folder, holds no image
-    of these captions, or anything but images of captions.
+    A caption is the ISIC caption that the images' folder is named after, or else the prompt of image_log.json that it
+    is named after. Hidden entries are passed over. Raises UserError when the folder is missing, is not a sample folder,
+    holds no image of these captions, or anything but images of captions.
     """
     root = Path(folder) / "images"
     if not root.is_dir():
@@ -133,13 +139,12 @@ def list_samples(folder: str | Path, prompts: Sequence[str] = ()) -> list[tuple[
         )
     wanted = set(prompts)
     samples = []
-    for directory in sorted(entry for entry in root.iterdir() if entry.name[0] != "."):
+    directories = sorted(entry for entry in root.iterdir() if entry.name[0] != ".")
+    captions = _captions_of(folder, [entry.name for entry in directories if entry.is_dir()])
+    for directory in directories:
         if not directory.is_dir():
             raise _not_read(directory)
-        try:
-            caption = caption_of_folder(directory.name)
-        except UserError as error:
-            raise UserError(f"{str(folder)!r}: {error}") from error
+        caption = captions[directory.name]
         if not wanted or caption in wanted:
             for path in sorted(entry for entry in directory.iterdir() if entry.name[0] != "."):
                 if path.suffix.lower() not in IMAGE_SUFFIXES:
@@ -150,6 +155,22 @@ def list_samples(folder: str | Path, prompts: Sequence[str] = ()) -> list[tuple[
     return samples
 
 
+def _captions_of(folder: str | Path, names: Sequence[str]) -> dict[str, str]:
+    """The caption of each folder of images, from the table of ISIC or else from the log."""
+    found, logged = {}, None
+    for name in names:
+        try:
+            found[name] = caption_of_folder(name)
+        except UserError as error:
+            if logged is None:
+                prompts = {str(entry.get("prompt")) for entry in read_log(folder)}
+                logged = {folder_name(prompt): prompt for prompt in prompts}
+            if name not in logged:
+                raise UserError(f"{str(folder)!r}: {error}, nor after a prompt of image_log.json") from error
+            found[name] = logged[name]
+    return found
+
+
 def _not_read(path: Path) -> UserError:
     allowed = f"images/<caption with _ for spaces>/ holds only {', '.join(IMAGE_SUFFIXES)} files"
     return UserError(f"{str(path)!r} is not read: {allowed}; convert it, or move it away")
@@ -157,7 +178,7 @@ def _not_read(path: Path) -> UserError:
 
 def write_log(folder: str | Path, entries: list[dict]) -> None:
     """Write `image_log.json` atomically."""
-    path = Path(folder) / "image_log.json"
+    path = Path(folder) / LOG
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(entries, indent=1) + "\n")
     os.replace(temporary, path)
@@ -168,7 +189,7 @@ def read_log(folder: str | Path) -> list[dict]:
 
     Raises UserError if it cannot be read or is no list of JSON objects.
     """
-    path = Path(folder) / "image_log.json"
+    path = Path(folder) / LOG
     try:
         entries = json.loads(path.read_text()) if path.is_file() else []
     except ValueError as error:

@@ -57,6 +57,11 @@ def caption_of(labels: Sequence[int]) -> str:
     return _CAPTION_OF_LABELS[key]
 
 
+def caption_list(rows: Sequence["Row"]) -> tuple[str, ...]:
+    """All 32 captions, whichever of them the rows have."""
+    return CAPTIONS
+
+
 def short_caption(caption: str) -> str:
     """A subgroup in few letters: "MEL hair+ink", "NV plain"."""
     labels = labels_of(caption)

@@ -186,6 +186,7 @@ class LatentShards(Dataset):
         try:
             self.index = json.loads(path.read_text())
             self.captions, self.images = list(self.index["captions"]), int(self.index["images"])
+            self._positions = torch.arange(len(self.captions))
             self._shards = [self._load(path.parent, entry) for entry in self.index["shards"]]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{str(path)!r} is damaged ({error}); delete it and run the extraction again") from error
@@ -205,6 +206,14 @@ class LatentShards(Dataset):
         rows = [{row for shard in own._shards for row in shard["row"].tolist()} for own in (self, other)]
         return self.index.get("csv_sha256") == other.index.get("csv_sha256") and bool(rows[0] & rows[1])
 
+    def digests(self) -> list[str]:
+        """SHA-256 of each shard."""
+        return [shard["sha256"] for shard in self.index["shards"]]
+
+    def renumber(self, captions: Sequence[str]) -> None:
+        """From now on caption ids are positions in this list, which has all captions of the latents."""
+        self._positions = torch.tensor([captions.index(caption) for caption in self.captions])
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, h, w) of one latent."""
@@ -215,4 +224,5 @@ class LatentShards(Dataset):
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         shard, offset = divmod(position, SHARD_IMAGES)
-        return tuple(self._shards[shard][name][offset] for name in ("mean", "logvar", "caption"))
+        mean, logvar, caption = (self._shards[shard][name][offset] for name in ("mean", "logvar", "caption"))
+        return mean, logvar, self._positions[caption]

@@ -10,7 +10,8 @@ from diffusers.training_utils import compute_snr
 from torch import nn
 
 from ddpo_pytorch.generator.latents import sample_posterior
-from ddpo_pytorch.generator.pipeline import encode_prompts, tokenize
+from ddpo_pytorch.generator.pipeline import encode_prompts
+from ddpo_pytorch.generator.text import encode_tokens, tokenize
 from ddpo_pytorch.randomness import BatchDraws
 
 
@@ -51,7 +52,7 @@ class CaptionTable(nn.Module):
         self.empty = len(captions)
         self.text_encoder = pipe.text_encoder if trained else None
         if trained:
-            self.register_buffer("tokens", tokenize(pipe, [*captions, ""]), persistent=False)
+            self.register_buffer("tokens", tokenize(pipe.tokenizer, [*captions, ""]), persistent=False)
         else:
             self.register_buffer("embeddings", encode_prompts(pipe, [*captions, ""]), persistent=False)
 
@@ -63,7 +64,7 @@ class CaptionTable(nn.Module):
     def forward(self, numbers: torch.Tensor) -> torch.Tensor:
         if self.text_encoder is None:
             return self.embeddings[numbers]
-        return self.text_encoder(self.tokens[numbers])[0]
+        return encode_tokens(self.text_encoder, self.tokens[numbers])
 
 
 class NoiseLoss(nn.Module):
@@ -88,9 +89,14 @@ class NoiseLoss(nn.Module):
         self.caption_dropout, self.min_snr_gamma = caption_dropout, min_snr_gamma
 
     def forward(
-        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, caption_numbers: torch.Tensor
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        caption_numbers: torch.Tensor,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Scaled latents and noise (B, C, h, w), timesteps and caption numbers (B,) -> scalar."""
+        """Scaled latents and noise (B, C, h, w), timesteps, caption numbers and weights (B,) -> scalar."""
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         prediction = self.unet(noisy, timesteps, self.captions(caption_numbers)).sample
         kind = self.schedule.config.prediction_type
@@ -100,19 +106,21 @@ class NoiseLoss(nn.Module):
         errors = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
         if self.training and self.min_snr_gamma > 0:
             errors = errors * min_snr_weights(self.schedule, timesteps, self.min_snr_gamma)
+        if weights is not None:
+            errors = errors * weights
         return errors.mean()
 
     def batch_loss(self, model: nn.Module, batch: Sequence[torch.Tensor], draws: BatchDraws) -> torch.Tensor:
-        """Loss of a batch (mean, logvar, caption number) by `model`, this module or its wrapper.
+        """Loss of a batch (mean, logvar, caption number, perhaps a weight) by `model`, this module or its wrapper.
 
         In training mode captions are dropped with probability `caption_dropout`: guidance needs a model without.
         """
-        mean, logvar, numbers = batch
+        mean, logvar, numbers, *weights = batch
         latents = sample_posterior(mean, logvar, draws.normal(*mean.shape[1:])) * self.scaling_factor
         noise, timesteps = draws.normal(*mean.shape[1:]), draws.integers(self.schedule.config.num_train_timesteps)
         if self.training:
             numbers = torch.where(draws.uniform() < self.caption_dropout, self.captions.empty, numbers)
-        return model(latents, noise, timesteps, numbers)
+        return model(latents, noise, timesteps, numbers, *weights)
 
 
 def min_snr_weights(schedule: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.generator.conditioning import check_model, check_unet_file
+from ddpo_pytorch.generator.text import bert_part, check_tokenizer, embed, mask_padding, quiet
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +42,19 @@ def load_pipeline(
         dtype: of VAE, text encoder and UNet.
 
     Raises:
-        UserError: no such folder or model, or a UNet file that does not fit.
+        UserError: no such folder or model, or parts or a UNet file that do not fit each other.
     """
     pipe = _from_pretrained(str(model), revision, dtype)
+    check_tokenizer(pipe.tokenizer, pipe.text_encoder, str(model))
+    if pipe.text_encoder.config.hidden_size != pipe.unet.config.cross_attention_dim:
+        raise UserError(
+            f"{model}: the UNet expects embeddings of width {pipe.unet.config.cross_attention_dim}, the text encoder's "
+            f"have {pipe.text_encoder.config.hidden_size}; they do not belong together"
+        )
     if unet_path:
         replace_unet_weights(pipe.unet, unet_path)
+        check_unet_file(pipe, model, unet_path)
+    mask_padding(pipe.unet, pipe.text_encoder)
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.requires_grad_(False).eval().to(device)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -67,9 +77,15 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
     elif not HUB_ID.fullmatch(model):
         raise UserError(f"no model folder {model}; give a folder in diffusers format or a Hugging Face id (owner/name)")
     try:
-        return StableDiffusionPipeline.from_pretrained(
-            model, revision=revision, dtype=dtype, safety_checker=None, requires_safety_checker=False
-        )
+        with quiet():  # diffusers warns of a text encoder that is not CLIP's
+            pipe = StableDiffusionPipeline.from_pretrained(
+                model,
+                revision=revision,
+                dtype=dtype,
+                safety_checker=None,
+                requires_safety_checker=False,
+                **bert_part(model, revision, dtype),
+            )
     except (OSError, ValueError) as error:
         if folder.is_dir():
             cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -78,6 +94,9 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
             f"model {model} is neither a folder here nor within reach on the Hugging Face hub; "
             "check the path, the id and the network"
         ) from error
+    if folder.is_dir():
+        check_model(pipe, folder)
+    return pipe
 
 
 def replace_unet_weights(unet: nn.Module, path: str | Path) -> None:
@@ -108,24 +127,9 @@ def replace_unet_weights(unet: nn.Module, path: str | Path) -> None:
     unet.load_state_dict(weights)
 
 
-def tokenize(pipe: StableDiffusionPipeline, prompts: Iterable[str]) -> torch.Tensor:
-    """Token numbers (N, L) of N prompts, L the tokenizer's length (77). Longer ones are cut."""
-    return pipe.tokenizer(
-        list(prompts),
-        padding="max_length",
-        max_length=pipe.tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
-
-
-@torch.no_grad()
 def encode_prompts(pipe: StableDiffusionPipeline, prompts: Iterable[str]) -> torch.Tensor:
-    """Embed N prompts: (N, L, D), in the text encoder's dtype."""
-    encoder = pipe.text_encoder
-    # outside autocast, which would return float32 on a GPU: latents are stored in the dtype of the embeddings.
-    with torch.autocast(encoder.device.type, enabled=False):
-        return encoder(tokenize(pipe, prompts).to(encoder.device))[0].to(encoder.dtype)
+    """Embed N prompts: (N, L, D), in the text encoder's dtype (see `text.embed`)."""
+    return embed(pipe.tokenizer, pipe.text_encoder, prompts)
 
 
 class PromptTable:

@@ -1,7 +1,8 @@
 """A small Stable Diffusion built from nothing: tokenizer, text encoder, VAE and UNet of chosen size.
 
-The parts are those of SD 1.5 (CLIP text model, AutoencoderKL with 4 latent channels, UNet2DConditionModel, the same
-noise schedule), only smaller, so the folder they are saved in opens like any Stable Diffusion.
+The parts are those of SD 1.5 (CLIP text model, or a BERT in its place, AutoencoderKL with 4 latent channels,
+UNet2DConditionModel, the same noise schedule), only smaller, so the folder they are saved in opens like any Stable
+Diffusion.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.generator.text import TextEncoder, build_bert, mask_padding
 
 # SD 1.5's schedule. With set_alpha_to_one=False and steps_offset=1 the last DDIM step keeps a positive variance.
 SCHEDULE = dict(
@@ -67,8 +69,21 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLI
     )
 
 
-# what the configuration may choose: tokenizer from captions, and text encoder from (tokenizer, width, layers).
-TEXT_ENCODERS = {"clip": (build_tokenizer, build_text_encoder)}
+def build_clip(captions: Sequence[str], width: int, layers: int, tokens: int) -> TextEncoder:
+    """Tokenizer and text model; a prompt has CLIP's 77 tokens whatever `tokens` says."""
+    tokenizer = build_tokenizer(captions)
+    return tokenizer, build_text_encoder(tokenizer, width, layers)
+
+
+# what the configuration may choose: tokenizer and text encoder from (captions, width, layers, tokens).
+TEXT_ENCODERS = {"clip": build_clip, "bert": build_bert}
+
+
+def load_vae(folder: str | Path) -> AutoencoderKL:
+    """An autoencoder in diffusers format, float32. Raises UserError where the folder holds none."""
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"{str(folder)!r} holds no VAE; train it first with --config.sd.stage=vae")
+    return AutoencoderKL.from_pretrained(folder)
 
 
 def build_vae(channels: Sequence[int], image_size: int) -> AutoencoderKL:
@@ -108,7 +123,8 @@ def build_unet(
 
 
 def assemble(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:
-    """The four parts and SD 1.5's noise schedule as a pipeline; `save_pretrained` writes the usual folder."""
+    """The four parts and SD 1.5's noise schedule as a pipeline; `conditioning.save_model` writes the usual folder."""
+    mask_padding(unet, text_encoder)
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -123,13 +139,8 @@ def assemble(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:
 
 def build_pipeline(sd: ConfigDict, captions: Sequence[str]) -> StableDiffusionPipeline:
     """Fresh tokenizer, text encoder and UNet of `config.sd` beside the VAE that stage "vae" left in sd.output."""
-    folder = Path(sd.output) / "vae"
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{str(folder)!r} holds no VAE; train it first with --config.sd.stage=vae")
-    vae = AutoencoderKL.from_pretrained(folder).requires_grad_(False).eval()
-    build_tokenizer, build_text_encoder = TEXT_ENCODERS[sd.text_encoder]
-    tokenizer = build_tokenizer(captions)
-    text_encoder = build_text_encoder(tokenizer, sd.text_width, sd.text_layers)
+    vae = load_vae(Path(sd.output) / "vae").requires_grad_(False).eval()
+    tokenizer, text_encoder = TEXT_ENCODERS[sd.text_encoder](captions, sd.text_width, sd.text_layers, sd.text_tokens)
     latent_size = sd.image_size // 2 ** (len(vae.config.block_out_channels) - 1)
     unet = build_unet(sd.unet_channels, sd.unet_attention, sd.text_width, latent_size)
     return assemble(vae, text_encoder, tokenizer, unet)

@@ -1,7 +1,7 @@
 """What stage (i) trains on: images of a split table, or their latents, made once and checked."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,14 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from ml_collections import ConfigDict
 
-from ddpo_pytorch.data.images import RESIZES, ImageFiles
-from ddpo_pytorch.data.isic import CAPTIONS, Row, load_split
+from ddpo_pytorch.data.images import LOG, RESIZES, ImageFiles, read_log
+from ddpo_pytorch.data.kinds import KINDS, Row, check_apart, source
 from ddpo_pytorch.data.sample_log import claim_folder
-from ddpo_pytorch.data.splits import drop_broken, read_splits
+from ddpo_pytorch.data.splits import drop_broken
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import sha256
 from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, fingerprint, write_index
+from ddpo_pytorch.generator.mixing import MixedLatents
 from ddpo_pytorch.generator.scratch import TEXT_ENCODERS
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ def check_settings(sd: ConfigDict) -> Path:
     """Refuse `config.sd` that cannot be trained (UserError); returns the path that the outcome will have."""
     for name, allowed in (
         ("stage", OUTCOMES),
+        ("kind", KINDS),
         ("resize", RESIZES),
         ("lr_schedule", SCHEDULES),
         ("text_encoder", TEXT_ENCODERS),
@@ -45,6 +47,7 @@ def check_settings(sd: ConfigDict) -> Path:
     for name, least in (
         *dict.fromkeys(("num_steps", "batch_size", "image_size", "log_every", "val_every", "lora_rank"), 1).items(),
         ("gradient_accumulation_steps", 1),
+        ("text_tokens", 2),
         *dict.fromkeys(("limit", "val_images", "warmup_steps", "grid_every", "save_every", "num_workers"), 0).items(),
     ):
         if sd[name] < least:
@@ -57,13 +60,16 @@ def check_settings(sd: ConfigDict) -> Path:
     for name in ("caption_dropout", "ema_decay"):
         if not 0 <= sd[name] < 1:
             raise UserError(f"sd.{name} is {sd[name]}; it must be in [0, 1)")
-    if sd.use_lora and sd.stage != "finetune":
-        raise UserError(f"sd.use_lora=True needs sd.stage=finetune; {sd.stage!r} trains all weights")
+    if sd.pool and sd.stage != "finetune":
+        raise UserError(f"sd.pool is for sd.stage=finetune, which is {sd.stage!r}")
+    if sd.use_lora and (sd.stage != "finetune" or sd.train_text_encoder):
+        needed = "sd.train_text_encoder=False" if sd.stage == "finetune" else "sd.stage=finetune"
+        raise UserError(f"sd.use_lora=True needs {needed}: it trains adapters of the UNet and nothing else")
     factor = 2 ** (len(sd.vae_channels) - 1) if sd.stage != "finetune" else 8
     if sd.image_size % factor:
         raise UserError(f"sd.image_size is {sd.image_size}; it must be a multiple of {factor}, what the VAE divides by")
     if sd.csv and sd.val_csv and not sd.latents:
-        read_splits({"train": Path(sd.csv), "val": Path(sd.val_csv)})  # refuses an image in both
+        check_apart(sd.kind, Path(sd.csv), Path(sd.val_csv))
     if len(sd.unet_channels) != len(sd.unet_attention) or any(n % 8 for n in (*sd.unet_channels, *sd.vae_channels)):
         raise UserError("sd.unet_channels and sd.unet_attention must be equally long, and channels multiples of 8")
     return outcome
@@ -83,7 +89,7 @@ def settings_of(config: ConfigDict, processes: int, data: Mapping[str, Any]) -> 
 
 def find_rows(sd: ConfigDict, csv: str, limit: int) -> tuple[list[Row], list[Path]]:
     """Rows of a split table that have an image, at most `limit` (0: all), and their files."""
-    rows, paths, missing = load_split(csv, sd.data_path, limit)
+    rows, paths, missing = source(sd.kind).load_split(csv, sd.data_path, limit)
     if sd.skip_broken:
         rows, paths = drop_broken(rows, paths)
     logger.info("%s: %d images, %d rows without one are skipped", csv, len(rows), missing)
@@ -122,23 +128,53 @@ def open_latents(
 
 def _encode(accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, csv: str, limit: int, folder: Path) -> None:
     rows, paths = find_rows(sd, csv, limit)
-    indices = [row.number for row in rows]
+    images = ImageFiles(paths, torch.tensor([row.number for row in rows]), sd.image_size, sd.resize)
+    captions = source(sd.kind).caption_list(rows)
+    numbers = [captions.index(row.caption) for row in rows]
     about = {"csv_sha256": sha256(csv), "image_size": sd.image_size, "resize": sd.resize}
+    _encode_images(accelerator, vae, images, captions, numbers, folder, about, about | {"limit": limit}, sd.num_workers)
+
+
+def add_pool(accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, real: LatentShards) -> MixedLatents:
+    """The real images' latents mixed with those of the images in sd.pool that passed, weighted by the Policy's scores.
+
+    Raises UserError for a folder that generate.py did not write, and where no image passed.
+    """
+    entries = [entry for entry in read_log(sd.pool) if entry.get("passed")]
+    if not entries:
+        raise UserError(
+            f"sd.pool {sd.pool!r} has no image that the Selector passed; draw more with scripts/generate.py "
+            "(improve.max_attempts), or lower its threshold (--config.rlhf.threshold) and train it again"
+        )
+    prompts, weights = [entry["prompt"] for entry in entries], [float(entry["policy"]) for entry in entries]
+    paths, captions = [Path(sd.pool) / entry["path_to_img"] for entry in entries], sorted(set(prompts))
+    images = ImageFiles(paths, torch.arange(len(paths)), sd.image_size, sd.resize)
+    about = {"pool_sha256": sha256(Path(sd.pool) / LOG), "image_size": sd.image_size, "resize": sd.resize}
+    folder = Path(sd.output) / "latents" / "pool"
+    numbers = [captions.index(prompt) for prompt in prompts]
+    _encode_images(accelerator, vae, images, captions, numbers, folder, about, about, sd.num_workers)
+    return MixedLatents(real, LatentShards(folder), weights, sd.real_share)
+
+
+def _encode_images(
+    accelerator: Accelerator,
+    vae: AutoencoderKL,
+    images: ImageFiles,
+    captions: Sequence[str],
+    numbers: Sequence[int],
+    folder: Path,
+    about: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    num_workers: int,
+) -> None:
+    """Latents of images, whose captions have these numbers in the list, in a folder that is kept for these settings."""
     if accelerator.is_main_process:
-        claim_folder(folder, about | {"limit": limit, "vae_sha256": fingerprint(vae)}, {"csv": csv})
+        claim_folder(folder, dict(settings) | {"vae_sha256": fingerprint(vae)}, {"images": len(images)})
     accelerator.wait_for_everyone()
-    done = encode_data_set(
-        vae,
-        ImageFiles(paths, torch.tensor(indices), sd.image_size, sd.resize),
-        indices,
-        [CAPTIONS.index(row.caption) for row in rows],
-        folder,
-        rank=accelerator.process_index,
-        processes=accelerator.num_processes,
-        num_workers=sd.num_workers,
-    )
+    place = {"rank": accelerator.process_index, "processes": accelerator.num_processes}
+    done = encode_data_set(vae, images, images.targets.tolist(), numbers, folder, **place, num_workers=num_workers)
     done = accelerator.reduce(torch.tensor(done, device=accelerator.device)).item()
     if accelerator.is_main_process:
-        write_index(folder, vae, CAPTIONS, len(rows), about)
-        logger.info("latents of %d images in %s, %d of them encoded now", len(rows), folder, done)
+        write_index(folder, vae, captions, len(images), about)
+        logger.info("latents of %d images in %s, %d of them encoded now", len(images), folder, done)
     accelerator.wait_for_everyone()

@@ -23,6 +23,16 @@ from ddpo_pytorch.training_state import load_state
 logger = logging.getLogger(__name__)
 
 
+def parameter_groups(loss: nn.Module, parameters: list[nn.Parameter], sd: ConfigDict) -> list:
+    """What the optimizer takes: a text encoder that is trained further learns at a tenth of the UNet's rate."""
+    if sd.stage != "finetune" or not sd.train_text_encoder:
+        return parameters
+    text = {id(parameter) for parameter in loss.captions.parameters()}
+    slow = [parameter for parameter in parameters if id(parameter) in text]
+    fast = [parameter for parameter in parameters if id(parameter) not in text]
+    return [{"params": fast}, {"params": slow, "lr": sd.learning_rate / 10}]
+
+
 class Stopwatch:
     """Seconds of work since the last lap; what happens within `paused` does not count."""
 
