@@ -1,0 +1,81 @@
+"""The Selector: the quality of an image in [0, 1], whatever it was meant to show, and the score from which it passes.
+
+Vision transformer (patch 16, width 768, 6 layers, 12 heads at full size), then width -> 256 -> 64 -> 1.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.judges.vision import ImageEncoder, VisionSizes, fill, read_judge, save_judge, scoring, sizes_of
+
+HEAD = (256, 64)
+MLP_RATIO = 8 / 3  # of its blocks: 2048 at width 768
+
+
+class Selector(nn.Module):
+    """Images -> one logit each; the score is its sigmoid.
+
+    Attributes:
+        threshold: score from which an image passes, or None before it is calibrated.
+        calibration: how the threshold came about (plain values), for people.
+        origin: what the Selector was trained on and how (plain values).
+    """
+
+    def __init__(self, sizes: VisionSizes):
+        super().__init__()
+        self.sizes = sizes
+        self.threshold: float | None = None
+        self.calibration: Mapping[str, Any] = {}
+        self.origin: Mapping[str, Any] = {}
+        self.encoder = ImageEncoder(sizes)
+        layers, width = [], sizes.width
+        for inner in HEAD:
+            layers += [nn.Linear(width, inner), nn.GELU(), nn.Dropout(sizes.dropout)]
+            width = inner
+        self.head = nn.Sequential(*layers, nn.Linear(width, 1))
+
+    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, 3, S, S) in [-1, 1]."""
+        return self.encoder.preprocess(images)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Preprocessed images -> logits (B,)."""
+        return self.head(self.encoder(pixels)).squeeze(-1)
+
+    def score(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> scores (B,), float32 in [0, 1], without dropout or gradients."""
+        with scoring(self):
+            return self(self.preprocess(images.to(next(self.parameters()).device))).float().sigmoid()
+
+    def passes(self, images: torch.Tensor) -> torch.Tensor:
+        """Which images (B,) score `threshold` or more. Raises UserError before there is a threshold."""
+        return self.accepts(self.score(images))
+
+    def accepts(self, scores: torch.Tensor) -> torch.Tensor:
+        """The same for scores that are known."""
+        if self.threshold is None:
+            raise UserError("the Selector has no threshold; stage 1 of train_rlhf.py calibrates it")
+        return scores >= self.threshold
+
+
+def save_selector(selector: Selector, path: str | Path) -> None:
+    """Write safetensors with sizes, threshold, calibration and origin inside; whole or not at all."""
+    about = {name: getattr(selector, name) for name in ("threshold", "calibration", "origin")}
+    save_judge(path, "selector", selector, about | {"sizes": dataclasses.asdict(selector.sizes)})
+
+
+def load_selector(path: str | Path, device: str | torch.device = "cpu") -> Selector:
+    """Open a Selector, frozen and in eval mode. Raises UserError for a missing or other file."""
+    about, weights = read_judge(path, "selector")
+    selector = Selector(sizes_of(about, "selector", path))
+    fill(selector, weights, path)
+    selector.threshold, selector.calibration, selector.origin = (
+        about[name] for name in ("threshold", "calibration", "origin")
+    )
+    return selector.requires_grad_(False).eval().to(device)

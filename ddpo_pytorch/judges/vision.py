@@ -1,0 +1,165 @@
+"""The image encoder of Selector and Policy: timm's vision transformer, RGB, and the one way that images get into it.
+
+Blocks are pre-norm, attention runs over the patches of one image, position embeddings start at std 0.02, the class
+token after the last LayerNorm is what is returned.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision.transforms.functional as tvf
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import whole
+
+STEMS = ("linear", "conv")
+LEAST_CHANNELS = 24  # of a convolution of the stem
+
+
+@dataclass(frozen=True)
+class VisionSizes:
+    """Sizes of a vision transformer. Raises UserError for those that do not divide.
+
+    `stem` makes tokens from patches: "linear", one projection; or "conv", 3 x 3 convolutions of stride 2 with batch
+    norm, as many as halve the patch to one, then a projection (Xiao et al. 2021), which learns from few images what
+    blur and noise are. `image_size` and `patch_size` in pixels; `width` of tokens, split among `heads`; `dropout` after
+    positions, attention and both layers of each MLP, whose inner width is `mlp_ratio` x width.
+    """
+
+    image_size: int = 512
+    patch_size: int = 16
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    dropout: float = 0.1
+    mlp_ratio: float = 4.0
+    stem: str = "linear"
+
+    def __post_init__(self):
+        for name in ("image_size", "patch_size", "width", "layers", "heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} of a judge is {getattr(self, name)}; it must be 1 or more")
+        for name, part in (("image_size", "patch_size"), ("width", "heads")):
+            whole_size, divisor = getattr(self, name), getattr(self, part)
+            if whole_size % divisor:
+                raise UserError(f"{name} {whole_size} of a judge is no multiple of {part} {divisor}; change one")
+        if self.stem not in STEMS:
+            raise UserError(f"stem of a judge is {self.stem!r}; allowed are {', '.join(STEMS)}")
+        if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
+            raise UserError(f"patch_size {self.patch_size} of a judge is no power of two, which stem 'conv' needs")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout of a judge is {self.dropout}; it must be in [0, 1)")
+
+
+class ImageEncoder(nn.Module):
+    """Preprocessed images (B, 3, S, S) -> features (B, width)."""
+
+    def __init__(self, sizes: VisionSizes):
+        super().__init__()
+        self.size = sizes.image_size
+        self.vit = VisionTransformer(
+            img_size=sizes.image_size,
+            patch_size=sizes.patch_size,
+            num_classes=0,
+            embed_dim=sizes.width,
+            depth=sizes.layers,
+            num_heads=sizes.heads,
+            mlp_ratio=sizes.mlp_ratio,
+            pos_drop_rate=sizes.dropout,
+            proj_drop_rate=sizes.dropout,
+            attn_drop_rate=sizes.dropout,
+        )
+        if sizes.stem == "conv":
+            self.vit.patch_embed.proj = conv_stem(sizes.patch_size, sizes.width)
+
+    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, 3, S, S) in [-1, 1], float32; input unchanged.
+
+        Colours and exposure are signs of quality, so no image is stretched to its own minimum and maximum.
+        """
+        return resized(images.float(), self.size) * 2 - 1
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.vit(pixels)
+
+
+def conv_stem(patch_size: int, width: int) -> nn.Sequential:
+    """Images (B, 3, S, S) -> tokens (B, width, S / patch_size, S / patch_size)."""
+    halvings, channels, layers = patch_size.bit_length() - 1, 3, []
+    for left in range(halvings - 1, -1, -1):
+        following = max(width >> left, LEAST_CHANNELS)
+        layers += [nn.Conv2d(channels, following, 3, 2, 1, bias=False), nn.BatchNorm2d(following), nn.ReLU()]
+        channels = following
+    return nn.Sequential(*layers, nn.Conv2d(channels, width, 1))
+
+
+def resized(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Float images (B, 3, H, W) at size x size pixels: bilinear, antialiased. Training and scoring both scale by this.
+
+    Another filter would be sharper or softer, and sharpness is part of what is judged.
+    """
+    if images.shape[-2:] == (size, size):
+        return images
+    return tvf.resize(images, [size, size], antialias=True).clamp(0, 1)
+
+
+@contextmanager
+def scoring(module: nn.Module) -> Iterator[None]:
+    """Without gradients and dropout; the module is afterwards in the mode that it was in."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(training)
+
+
+def save_judge(path: str | Path, kind: str, module: nn.Module, about: Mapping[str, Any]) -> None:
+    """Safetensors of all weights with `about` as JSON under the name `kind`: the file describes itself."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    with whole(path) as temporary:
+        save_file(tensors, temporary, metadata={kind: json.dumps(about)})
+
+
+def read_judge(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What `save_judge` wrote: description and weights. Raises UserError for a file that is missing or another."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{kind} {str(path)!r} does not exist; train one with scripts/train_rlhf.py")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get(kind, "null"))
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{str(path)!r} is not a readable safetensors file ({error}); train it again") from error
+    if not isinstance(about, dict):
+        raise UserError(f"{str(path)!r} is no {kind}: it holds no description of one; train_rlhf.py writes them")
+    return about, weights
+
+
+def sizes_of(about: Mapping[str, Any], kind: str, path: str | Path) -> VisionSizes:
+    """Sizes from the description of a file. Raises UserError where it states none that can be."""
+    try:
+        return VisionSizes(**about["sizes"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{str(path)!r} describes no {kind} of this version ({error}); train it again") from error
+
+
+def fill(module: nn.Module, weights: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """Load weights. Raises UserError where names or shapes are not the module's."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"{str(path)!r} does not hold the weights that it describes: {' '.join(str(error).split())[:200]}"
+        ) from error

@@ -1,0 +1,247 @@
+"""Learn Selector and Policy from experts' ratings of 1 to 3, in two stages, by the rule of ddpo_pytorch/reinforce.py.
+
+    accelerate launch scripts/train_rlhf.py --config config/fundus.py:train_rlhf
+
+Stage 1: both learn from all rated images; then the Selector's threshold is calibrated on held-out ratings. Stage 2: the
+Policy goes on from its weights on the images that the Selector passes, with a share of others; the Selector, and so the
+meaning of its threshold, stays as it is. A training that was stopped goes on when the same command is given again.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from absl import flags
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from ml_collections import ConfigDict, config_flags
+
+from ddpo_pytorch.data.ratings import (
+    RatedImage,
+    aggregate,
+    agreement,
+    check_classes,
+    read_ratings,
+    split_by_patient,
+)
+from ddpo_pytorch.errors import UserError, difference
+from ddpo_pytorch.files import whole
+from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, Policy, TextFeatures, load_judges, save_policy
+from ddpo_pytorch.judges.rated import COLUMNS, RatedSet, best_threshold, read_rated
+from ddpo_pytorch.judges.rlhf import StageTraining, all_scores, check_settings, chosen_samples, training_identity
+from ddpo_pytorch.judges.selector import MLP_RATIO, Selector, save_selector
+from ddpo_pytorch.judges.vision import VisionSizes, read_judge
+from ddpo_pytorch.run import JsonLines, cli, make_accelerator
+from ddpo_pytorch.training_state import load_state, save_state
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", "config/base.py", "experiment, e.g. config/fundus.py:train_rlhf")
+logger = logging.getLogger(__name__)
+FIRST_POLICY = "policy_stage_1.safetensors"  # what stage 2 began with
+
+
+def read_images(rlhf: ConfigDict, seed: int) -> tuple[list[RatedImage], list[RatedImage]]:
+    """Rated images to learn from, and of other patients to measure with."""
+    if not rlhf.ratings:
+        raise UserError("rlhf.ratings is empty; give a table with image_path,rating,modality,expert_level,prompt")
+    train = read_table(rlhf.ratings, rlhf.data_path)
+    if rlhf.val_ratings:
+        val, name = read_table(rlhf.val_ratings, rlhf.data_path), repr(rlhf.val_ratings)
+        check_apart(train, val, rlhf)
+    else:
+        train, val = split_by_patient(train, rlhf.val_share, seed)
+        name = f"the validation part of {rlhf.ratings!r}"
+    for column in COLUMNS:
+        if warning := check_classes(train, column):
+            logger.warning("%s: %s", rlhf.ratings, warning)
+    good = sum(image.quality >= 2 for image in val)
+    if rlhf.threshold is None and not 0 < good < len(val):
+        raise UserError(
+            f"{name} has {good} images of quality 2 or more and {len(val) - good} below 2; the Selector's threshold "
+            "needs both: rate more images, or give rlhf.threshold"
+        )
+    logger.info("learning from %d rated images, measuring with %d", len(train), len(val))
+    return train, val
+
+
+def read_table(path: str, root: str) -> list[RatedImage]:
+    ratings = read_ratings(path, root)
+    images = aggregate(ratings, root)
+    found = " ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in agreement(ratings).items())
+    logger.info("%s: %d ratings of %d images; raters' agreement: %s", path, len(ratings), len(images), found)
+    return images
+
+
+def check_apart(train: Sequence[RatedImage], val: Sequence[RatedImage], rlhf: ConfigDict) -> None:
+    """Refuse validation images, or their patients, among the training images."""
+    keys = {"image": lambda image: str(image.path.resolve())}
+    if rlhf.data_path or Path(rlhf.ratings).resolve().parent == Path(rlhf.val_ratings).resolve().parent:
+        keys["patient"] = lambda image: image.patient  # often a file's name, which says nothing in another folder
+    for what, key in keys.items():
+        if common := sorted(set(map(key, train)) & set(map(key, val))):
+            raise UserError(
+                f"{rlhf.ratings!r} and {rlhf.val_ratings!r} share the {what} {common[0]!r}; rlhf.val_ratings has to be "
+                "of other patients"
+            )
+
+
+def train(accelerator: Accelerator, training: StageTraining, output: Path, first_epoch: int) -> dict[str, Any]:
+    """Run what is left of a stage; its last entry in metrics.jsonl. The stage's state stays in `output`."""
+    state_file, is_main = unfinished(output, training.stage), accelerator.is_main_process
+    if state := load_state(state_file, training.belongs_to):
+        training.resume(state)
+        logger.info("resuming from %s: %d epochs are done", state_file, training.epoch)
+    log = JsonLines(output / "metrics.jsonl", is_main, keep=first_epoch + training.epoch)
+    for epoch in range(training.epoch, training.rlhf.num_epochs):
+        entry = training.run_epoch()
+        log.write({"epoch": first_epoch + epoch} | entry)
+        describe(epoch, entry)
+        if is_main:
+            save_state(state_file, training.state(), training.belongs_to)
+    measured = training.held_out()
+    training.finish()
+    return {
+        "stage": training.stage,
+        "epochs": first_epoch + training.epoch,
+        "settings": training.belongs_to,
+        "held_out": measured,
+    }
+
+
+def describe(epoch: int, entry: dict[str, Any]) -> None:
+    for name, loss in entry["loss"].items():
+        figures = (f"{key} {'-' if value is None else format(value, '.3f')}" for key, value in entry[name].items())
+        logger.info("stage %d epoch %d  %s: loss %.4f, %s", entry["stage"], epoch, name, loss, ", ".join(figures))
+
+
+def first_stage(
+    accelerator: Accelerator, config: ConfigDict, train_set: RatedSet, val_set: RatedSet, finished: dict[str, Any]
+) -> None:
+    """Train both judges on all ratings and calibrate the threshold; or check that those there came about like that."""
+    rlhf, output, networks = config.rlhf, Path(config.rlhf.output), new_judges(accelerator, config, train_set.prompts)
+    if finished:
+        now = training_identity(accelerator, 1, networks, train_set, val_set, rlhf, config.seed)
+        if changed := difference(finished["settings"], json.loads(json.dumps(now))):
+            name, before, after = changed
+            raise UserError(
+                f"stage 1 in {str(output)!r} is of another training, with {name}={before}, now it is {after}; give the "
+                "same, another rlhf.output, or rlhf.stages=(2,) to go on from it as it is"
+            )
+        return
+    training = StageTraining(accelerator, 1, networks, train_set, val_set, rlhf, config.seed)
+    origin = train(accelerator, training, output, 0)
+    selector, policy = networks["selector"], networks["policy"]
+    selector.origin = policy.origin = origin
+    calibrate(selector, all_scores(accelerator, selector, val_set, rlhf.batch_size), val_set, rlhf.threshold)
+    if accelerator.is_main_process:
+        save_selector(selector, output / SELECTOR_FILE)
+        save_policy(policy, output / POLICY_FILE)
+        unfinished(output, 1).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+
+
+def new_judges(accelerator: Accelerator, config: ConfigDict, prompts: Sequence[str]) -> dict[str, Selector | Policy]:
+    rlhf = config.rlhf
+    sizes = {name: rlhf[name] for name in ("image_size", "patch_size", "width", "heads", "dropout", "stem")}
+    with accelerator.local_main_process_first():  # one of them fetches
+        text = TextFeatures(rlhf.text_encoder, rlhf.text_tokens, accelerator.device)
+    set_seed(config.seed)
+    selector = Selector(VisionSizes(layers=rlhf.selector_layers, mlp_ratio=MLP_RATIO, **sizes))
+    policy = Policy(VisionSizes(layers=rlhf.policy_layers, **sizes), text)
+    policy.fit_text(prompts)
+    return {"selector": selector, "policy": policy}
+
+
+def calibrate(selector: Selector, scores: torch.Tensor, rated: RatedSet, given: float | None) -> None:
+    """Set the Selector's threshold: the one given, else the one that is best for the scores of these images."""
+    if given is not None:
+        selector.threshold, selector.calibration = given, {"how": "given as rlhf.threshold"}
+    else:
+        threshold, youden = best_threshold(scores, rated.rewards["quality"])
+        selector.threshold = threshold
+        selector.calibration = {"how": "best J for ratings of 2 or more", "J": youden, "images": len(rated)}
+        if youden <= 0:
+            logger.warning("the Selector tells good from bad no better than chance; its threshold means nothing")
+    share = selector.accepts(scores).double().mean().item()
+    logger.info("threshold %.4f (%s) passes %.1f %%", selector.threshold, selector.calibration["how"], 100 * share)
+
+
+def second_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedSet, val_set: RatedSet) -> None:
+    """Train the Policy of stage 1 on what the Selector passes, and a share of what it rejects."""
+    rlhf, output = config.rlhf, Path(config.rlhf.output)
+    selector, policy = load_judges(output, accelerator.device, rlhf.text_encoder)
+    before = policy.origin
+    scores = all_scores(accelerator, selector, train_set, rlhf.batch_size)
+    other_threshold = rlhf.threshold is not None and rlhf.threshold != selector.threshold
+    if other_threshold:
+        calibrate(selector, scores, train_set, rlhf.threshold)
+    passed = selector.accepts(scores)
+    chosen = chosen_samples(passed, rlhf.replay_share, config.seed)
+    logger.info(
+        "stage 2: the Selector passes %d of %d images; with them go %d that it rejects",
+        *(int(passed.sum()), len(passed), len(chosen) - int(passed.sum())),
+    )
+    networks = {"policy": policy.requires_grad_(True)}
+    samples = train_set.subset(chosen)
+    training = StageTraining(accelerator, 2, networks, samples, val_set, rlhf, config.seed, scores[chosen])
+    policy.origin = train(accelerator, training, output, before["epochs"])
+    if accelerator.is_main_process:
+        with whole(output / FIRST_POLICY) as temporary:
+            shutil.copyfile(output / POLICY_FILE, temporary)
+        if other_threshold:
+            save_selector(selector, output / SELECTOR_FILE)
+        save_policy(policy, output / POLICY_FILE)
+        unfinished(output, 2).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+
+
+def unfinished(output: Path, stage: int) -> Path:
+    """Where the state of a stage lies until its judges are final."""
+    return output / f"stage_{stage}.unfinished.pt"
+
+
+def what_is_there(output: Path, stages: tuple[int, ...]) -> dict[str, Any]:
+    """What the last finished stage in `output` says of itself, {} without one.
+
+    Raises UserError where there is nothing to go on from, or nothing left to do.
+    """
+    if not (output / POLICY_FILE).exists():
+        if stages[0] == 2:
+            raise UserError(f"{str(output)!r} holds no judges of stage 1 to go on from; run rlhf.stages=(1,2), or (1,)")
+        if (output / SELECTOR_FILE).exists() and not unfinished(output, 1).exists():
+            raise UserError(f"{str(output / SELECTOR_FILE)!r} is there already; choose another rlhf.output or move it")
+        return {}
+    finished = read_judge(output / POLICY_FILE, "policy")[0]["origin"]
+    if finished["stage"] >= stages[-1] and not unfinished(output, finished["stage"]).exists():
+        raise UserError(
+            f"stage {finished['stage']} in {str(output)!r} is finished; choose another rlhf.output, or move it away"
+        )
+    return finished
+
+
+def main(_) -> None:
+    config = FLAGS.config
+    rlhf, stages, output = config.rlhf, tuple(config.rlhf.stages), Path(config.rlhf.output)
+    check_settings(rlhf)
+    accelerator = make_accelerator(config.mixed_precision, config.allow_tf32)
+    finished = what_is_there(output, stages)
+    accelerator.wait_for_everyone()
+    if finished and accelerator.is_main_process:  # killed after the last file of a stage was written
+        unfinished(output, finished["stage"]).unlink(missing_ok=True)
+    if finished and finished["stage"] >= stages[-1]:
+        logger.info("stage %d in %s is finished", finished["stage"], output)
+        return
+    train_set, val_set = (read_rated(rated, rlhf.image_size) for rated in read_images(rlhf, config.seed))
+    if 1 in stages:
+        first_stage(accelerator, config, train_set, val_set, finished)
+    if 2 in stages:
+        second_stage(accelerator, config, train_set, val_set)
+    logger.info("Selector and Policy are in %s", output)
+
+
+if __name__ == "__main__":
+    cli(main)

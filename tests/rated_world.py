@@ -1,0 +1,96 @@
+"""A small world of rated images whose truth is known: stripes, sharp (3), soft (2) or washed out (1), as told or not.
+
+Quality is the sharpness, alignment (3 or 1) whether the stripes have the colour that the prompt says.
+"""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import ROOT
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from ddpo_pytorch.generator.text import build_bert
+
+SIZE = 32
+PROMPTS = ("Fundus: stripes in red", "Fundus: stripes in blue")
+BLUR = {3: 0.0, 2: 1.5, 1: 3.0}  # pixels
+
+
+def stripes(quality: int, blue: bool, rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
+    """uint8 (size, size, 3) of red or blue stripes that stand or lie, of random period and phase."""
+    wave = np.sign(np.sin(2 * np.pi * np.arange(size) / (rng.uniform(5, 8) * size / SIZE) + rng.uniform(0, 2 * np.pi)))
+    picture = np.tile(0.5 + 0.5 * wave, (size, 1))
+    picture = gaussian_filter(picture.T if rng.random() < 0.5 else picture, BLUR[quality] * size / SIZE, mode="wrap")
+    colour = np.array([1, 0.7, 0.5])[:: -1 if blue else 1]
+    picture = picture[..., None] * colour + rng.normal(0, 0.03, (size, size, 3))
+    return (picture.clip(0, 1) * 255).astype(np.uint8)
+
+
+def write_rated_world(folder: Path, count: int = 120, seed: int = 0) -> Path:
+    """images/, ratings.csv (two images a patient) and bert/, a text encoder; the folder."""
+    (folder / "images").mkdir(parents=True)
+    rng, rows = np.random.default_rng(seed), []
+    for number in range(count):
+        quality, blue, said = 1 + number % 3, number // 3 % 2, number // 6 % 2
+        name = f"images/{number:03d}.png"
+        Image.fromarray(stripes(quality, bool(blue), rng)).save(folder / name)
+        rows.append(
+            {"image_path": name, "rating": quality, "modality": "Fundus", "expert_level": 3, "prompt": PROMPTS[said]}
+            | {
+                "rater_id": "a",
+                "quality": quality,
+                "alignment": 3 if blue == said else 1,
+                "patient": f"p{number // 2}",
+            }
+        )
+    write_table(folder / "ratings.csv", rows)
+    write_bert(folder / "bert")
+    return folder
+
+
+def write_table(path: Path, rows: list[dict]) -> Path:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def read_table(path: Path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_bert(folder: Path, seed: int = 0) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for part in build_bert(PROMPTS, 32, 2, tokens=16):
+            part.save_pretrained(folder)
+    return folder
+
+
+def write_config(rated: Path) -> Path:
+    """An experiment as a user writes one."""
+    path = rated / "tiny.py"
+    path.write_text(f"""
+import runpy
+
+def get_config():
+    config = runpy.run_path({str(ROOT / "config" / "base.py")!r})["get_config"]()
+    config.mixed_precision = "no"
+    rlhf = config.rlhf
+    rlhf.ratings = {str(rated / "ratings.csv")!r}
+    rlhf.text_encoder = {str(rated / "bert")!r}
+    rlhf.text_tokens = 16
+    rlhf.image_size, rlhf.patch_size, rlhf.width, rlhf.heads = 32, 8, 32, 2
+    rlhf.selector_layers = rlhf.policy_layers = 2
+    rlhf.num_epochs = 2
+    rlhf.batch_size = 16
+    rlhf.learning_rate = 3e-3
+    rlhf.second_learning_rate = 1e-3
+    return config
+""")
+    return path

@@ -1,0 +1,296 @@
+"""train_rlhf.py on striped images whose ratings are known: learned, stopped and gone on with, refused."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_script
+from PIL import Image
+from rated_world import PROMPTS, read_table, write_config, write_rated_world, write_table
+from safetensors.torch import load_file
+from script_tools import files_of, options, succeed
+
+from ddpo_pytorch import training_state
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.judges.policy import load_judges
+from ddpo_pytorch.judges.rlhf import chosen_samples
+
+pytest_plugins = ["script_tools"]
+SCRIPT, NAMES = "train_rlhf.py", ("selector.safetensors", "policy.safetensors")
+
+
+@pytest.fixture(scope="module")
+def rated(tmp_path_factory):
+    return write_rated_world(tmp_path_factory.mktemp("rated") / "world")
+
+
+@pytest.fixture(scope="module")
+def config_file(rated):
+    return write_config(rated)
+
+
+@pytest.fixture
+def train(run_main, config_file, caplog):
+    """Function (fields of rlhf): run the script in this process; its log."""
+
+    def run(**fields):
+        caplog.clear()
+        fields["output"] = str(fields["output"])
+        run_main(SCRIPT, config_file, **{f"rlhf__{name}": value for name, value in fields.items()})
+        return caplog.text
+
+    caplog.set_level(logging.INFO)
+    return run
+
+
+def entries(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speed(folder):
+    return [{name: value for name, value in entry.items() if name != "images_per_second"} for entry in entries(folder)]
+
+
+@pytest.mark.slow
+def test_both_judges_learn_what_experts_mean(train, rated, tmp_path):
+    log = train(output=tmp_path, num_epochs=16, batch_size=8)
+    written = entries(tmp_path)
+    assert [(entry["epoch"], entry["stage"]) for entry in written] == [(n, 1 + n // 16) for n in range(32)]
+    rates = [entry["learning_rate"] for entry in written]
+    assert rates[0] == 3e-3 and rates[16] == 1e-3 and rates[15] < 1e-4
+    assert rates == sorted(rates[:16], reverse=True) + sorted(rates[16:], reverse=True)
+    first, last = written[15], written[-1]
+    assert first["selector"]["spearman"] > 0.85 and first["selector"]["auc"] > 0.95 and first["selector"]["mae"] < 0.15
+    assert last["policy"]["auc"] > 0.95 and last["policy"]["mae"] < 0.25
+    assert 0.4 < first["selector"]["pass_rate"] < 0.9 and "selector" not in last  # frozen in stage 2
+    selector, policy = load_judges(tmp_path)
+    assert selector.calibration["how"] == "best J for ratings of 2 or more" and selector.calibration["J"] > 0.8
+    assert (selector.origin["stage"], policy.origin["stage"], policy.origin["epochs"]) == (1, 2, 32)
+    assert "raters' agreement: alpha None" in log and "the Selector passes" in log
+    # what they say of a good and a bad image
+    sharp, flat = (torch.from_numpy(_picture(rated, number)) for number in (2, 0))
+    assert selector.passes(torch.stack([sharp, flat])).tolist() == [True, False]
+    told = policy.score(torch.stack([sharp, sharp]), PROMPTS)  # number 2 is red
+    assert told[0] > 0.6 > 0.4 > told[1]
+    with pytest.raises(UserError, match="stage 2 in .* is finished; choose another rlhf.output"):
+        train(output=tmp_path, num_epochs=16, batch_size=8)
+
+
+def _picture(rated, number):
+    with Image.open(rated / f"images/{number:03d}.png") as image:
+        return np.asarray(image).transpose(2, 0, 1).astype("float32") / 255
+
+
+def test_stages_apart_are_the_stages_together(train, tmp_path):
+    train(output=tmp_path / "together")
+    train(output=tmp_path / "apart", stages=(1,))
+    first = files_of(tmp_path / "apart")
+    with pytest.raises(UserError, match="stage 1 in .* is finished"):
+        train(output=tmp_path / "apart", stages=(1,))
+    with pytest.raises(UserError, match=r"is of another training, with rlhf.width=32, now it is 16; give the same"):
+        train(output=tmp_path / "apart", width=16)
+    assert files_of(tmp_path / "apart") == first
+    train(output=tmp_path / "apart", stages=(2,))
+    found = files_of(tmp_path / "apart")
+    assert found["policy_stage_1.safetensors"] == first["policy.safetensors"] != found["policy.safetensors"]
+    assert found["selector.safetensors"] == first["selector.safetensors"]
+    assert sorted(found) == sorted((*NAMES, "policy_stage_1.safetensors", "metrics.jsonl"))  # and no state
+    assert all(found[name] == files_of(tmp_path / "together")[name] for name in NAMES)
+    assert without_speed(tmp_path / "apart") == without_speed(tmp_path / "together")
+
+
+@pytest.mark.parametrize("killed_after", [1, 3])
+def test_a_stopped_training_goes_on_as_if_it_had_not(train, tmp_path, monkeypatch, killed_after):
+    settings = {"importance": True, "objective": "log"}
+    train(output=tmp_path / "whole", **settings)
+    save, calls = training_state.save_state, []
+
+    def stopping(*arguments):
+        calls.append(save(*arguments))
+        if len(calls) == killed_after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training_state, "save_state", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train(output=tmp_path / "stopped", **settings)
+    with open(tmp_path / "stopped/metrics.jsonl", "a") as file:
+        file.write('{"epoch": 9')  # torn by the kill
+    with pytest.raises(UserError, match=r"rlhf.batch_size=16, now it is 8|second_learning_rate"):
+        train(
+            output=tmp_path / "stopped",
+            **settings,
+            **({"batch_size": 8} if killed_after == 1 else {"second_learning_rate": 1e-4}),
+        )
+    log = train(output=tmp_path / "stopped", **settings)
+    assert f"stage_{1 + killed_after // 2}.unfinished.pt: 1 epochs are done" in log
+    one, other = files_of(tmp_path / "whole"), files_of(tmp_path / "stopped")
+    assert all(one[name] == other[name] for name in one if name != "metrics.jsonl") and one.keys() == other.keys()
+    assert without_speed(tmp_path / "whole") == without_speed(tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_killed_after_the_last_file(train, tmp_path, stage):
+    stages = tuple(range(1, stage + 1))
+    train(output=tmp_path, stages=stages, num_epochs=1)
+    before = files_of(tmp_path)
+    (tmp_path / f"stage_{stage}.unfinished.pt").write_bytes(b"left over")
+    assert f"stage {stage} in {tmp_path} is finished" in train(output=tmp_path, stages=stages, num_epochs=1)
+    assert files_of(tmp_path) == before
+
+
+def test_nothing_passes(train, tmp_path):
+    train(output=tmp_path, stages=(1,), num_epochs=1)
+    before = files_of(tmp_path)
+    with pytest.raises(
+        UserError, match="the Selector passes none of 96 rated images, .* stage 1's files are as they were"
+    ):
+        train(output=tmp_path, stages=(2,), threshold=1.0)
+    assert files_of(tmp_path) == before
+
+
+def test_a_given_threshold_is_kept_with_the_selector(train, tmp_path):
+    log = train(output=tmp_path, num_epochs=1, threshold=0.0)
+    selector, _ = load_judges(tmp_path)
+    assert selector.threshold == 0.0 and selector.calibration == {"how": "given as rlhf.threshold"}
+    assert "the Selector passes 96 of 96 images; with them go 0 that it rejects" in log
+    assert entries(tmp_path)[0]["selector"]["pass_rate"] == 1
+
+
+def test_second_stage_s_samples():
+    passed = torch.rand(100, generator=torch.Generator().manual_seed(0)) < 0.4
+    for share in (0.0, 0.25, 0.5, 0.9):
+        chosen = chosen_samples(passed, share, seed=3)
+        kept, replayed = int(passed[chosen].sum()), int((~passed[chosen]).sum())
+        assert (
+            kept == int(passed.sum())
+            and len(chosen.unique()) == len(chosen)
+            and 0 <= chosen.min() <= chosen.max() < 100
+        )
+        assert replayed == min(int((~passed).sum()), round(share / (1 - share) * kept))
+        assert torch.equal(chosen, chosen.sort().values) and torch.equal(chosen, chosen_samples(passed, share, seed=3))
+    assert not torch.equal(chosen_samples(passed, 0.25, 3), chosen_samples(passed, 0.25, 4))
+
+
+def test_settings_reach_the_training(train, rated, tmp_path):
+    """Expert levels, the objective and the flips change the weights of stage 1."""
+    rows = read_table(rated / "ratings.csv")
+    levels = str(write_table(rated / "levels.csv", [row | {"expert_level": 1 + n % 3} for n, row in enumerate(rows)]))
+    found = []
+    for number, fields in enumerate(({}, {"ratings": levels}, {"objective": "delta"}, {"flip": False})):
+        train(output=tmp_path / str(number), num_epochs=1, stages=(1,), **fields)
+        found.append(load_file(tmp_path / str(number) / NAMES[1])["head.8.weight"])
+    assert not any(torch.equal(found[0], changed) for changed in found[1:])
+
+
+def test_stage_2_weighs_and_starts_where_stage_1_ended(train, tmp_path):
+    train(output=tmp_path / "0", num_epochs=1, stages=(1,))
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
+    found = []
+    for number in (0, 1):
+        train(
+            output=tmp_path / str(number), num_epochs=1, stages=(2,), importance=bool(number), second_learning_rate=1e-5
+        )
+        found.append(load_file(tmp_path / str(number) / NAMES[1])["head.8.weight"])
+    before = load_file(tmp_path / "0" / "policy_stage_1.safetensors")["head.8.weight"]
+    assert not torch.equal(*found) and not torch.equal(found[0], before)
+    assert (found[0] - before).abs().max() < 1e-4  # a handful of small steps of Adam away
+
+
+def test_flat_rows_and_several_raters(train, rated, tmp_path):
+    """One rating for both, by two experts of different level: the mean, and their agreement, come out."""
+    rows = []
+    for row in read_table(rated / "ratings.csv"):
+        del row["quality"], row["alignment"]
+        rows += [row, row | {"rater_id": "b", "rating": min(3, int(row["rating"]) + 1), "expert_level": 1}]
+    log = train(ratings=str(write_table(rated / "flat.csv", rows)), output=tmp_path, num_epochs=1)
+    assert "240 ratings of 120 images; raters' agreement: alpha 0." in log and "raters 2" in log
+
+
+def test_bad_tables_and_settings(train, rated, tmp_path):
+    rows = read_table(rated / "ratings.csv")
+
+    def refused(message, **fields):
+        with pytest.raises(UserError, match=message) as caught:
+            train(output=tmp_path / "out", **fields)
+        assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+    def table(name, changed):
+        return str(write_table(rated / f"{name}.csv", changed))
+
+    refused("rlhf.ratings is empty", ratings="")
+    refused("all 96 images are rated 3", ratings=table("good", [row | {"quality": 3} for row in rows]))
+    refused(
+        "the validation part of .* has 24 images of quality 2 or more and 0 below 2",
+        ratings=table("fair", [row | {"quality": 2 + int(row["rating"]) % 2} for row in rows]),
+    )
+    refused("rating is '4'; allowed are 1 to 3", ratings=table("four", [rows[0] | {"rating": 4}, *rows[1:]]))
+    refused("is rated, but is not in", ratings=table("absent", [rows[0] | {"image_path": "no.png"}, *rows[1:]]))
+    refused("share the image", val_ratings=table("same", rows[:12]))
+    refused("share the patient 'p0'", ratings=table("even", rows[::2]), val_ratings=table("odd", rows[1::2]))
+    refused("holds no judges of stage 1", stages=(2,))
+    refused(r"rlhf.stages is \(2, 1\)", stages=(2, 1))
+    refused("rlhf.objective is 'abs'", objective="abs")
+    refused("rlhf.threshold is 1.5", threshold=1.5)
+    refused("rlhf.replay_share is 1.0", replay_share=1.0)
+    refused("rlhf.num_epochs is 0", num_epochs=0)
+    refused("image_size 30 of a judge is no multiple of patch_size 8", image_size=30)
+
+
+def test_a_rating_that_nobody_gave_is_told(train, rated, tmp_path):
+    rows = [row for row in read_table(rated / "ratings.csv") if row["quality"] != "2"]
+    log = train(ratings=str(write_table(rated / "no_twos.csv", rows)), output=tmp_path, num_epochs=1)
+    assert "no image is rated 2 (quality;" in log and (tmp_path / NAMES[1]).exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(train, tmp_path):
+    with pytest.raises(UserError, match="loss is nan in epoch ., stage 1; lower the learning rate"):
+        train(output=tmp_path, learning_rate=1e30)
+    assert not (tmp_path / NAMES[0]).exists()
+
+
+@pytest.mark.slow
+def test_killed_for_real(train, config_file, tmp_path):
+    fields = {"rlhf__num_epochs": 6, "rlhf__output": tmp_path / "killed"}
+    settings = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, f"scripts/{SCRIPT}", *options(config_file, **fields)]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | settings, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed/stage_1.unfinished.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / NAMES[1]).exists()
+    assert "resuming from" in train(num_epochs=6, stages=(1,), output=tmp_path / "killed")
+    train(num_epochs=6, stages=(1,), output=tmp_path / "whole")
+    one, other = files_of(tmp_path / "whole"), files_of(tmp_path / "killed")
+    assert all(one[name] == other[name] for name in NAMES)
+    fields |= {"rlhf__stages": (2,), "rlhf__threshold": 1.0}
+    result = run_script(SCRIPT, *options(config_file, **fields))
+    assert result.returncode == 2 and result.stderr.strip().splitlines()[-1].startswith(
+        "error: the Selector passes none"
+    )
+    assert files_of(tmp_path / "killed") == other
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(train, config_file, tmp_path):
+    fields = {"rlhf__dropout": 0.0, "rlhf__importance": False, "rlhf__threshold": 0.0}  # 96 images in both stages
+    succeed(SCRIPT, *options(config_file, **fields, rlhf__batch_size=8, rlhf__output=tmp_path / "two"), processes=2)
+    train(**{name[6:]: value for name, value in fields.items()}, output=tmp_path / "one")
+    for name in NAMES:
+        one, two = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)
+        for key in one:
+            if key.endswith("qkv.bias"):  # softmax cancels the keys' bias: Adam follows the rounding of its gradient
+                one[key][32:64] = two[key][32:64] = 0
+            torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-5)
+    for one, two in zip(entries(tmp_path / "one"), entries(tmp_path / "two"), strict=True):
+        assert one["policy"] == pytest.approx(two["policy"], abs=1e-4) and one["loss"] == pytest.approx(
+            two["loss"], abs=1e-4
+        )
