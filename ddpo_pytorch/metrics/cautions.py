@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ddpo_pytorch.data.isic import CAPTIONS, short_caption
 from ddpo_pytorch.metrics.comparison import different_settings
 from ddpo_pytorch.metrics.evaluation import Context, Folder, mean_reward
+from ddpo_pytorch.metrics.vocabulary import in_order, listed
 
 # fewer images than Inception has features: its covariance is singular, and FID's bias large
 FEW_IMAGES = 2048
@@ -28,7 +28,7 @@ def warnings_of(
     `facts`: `set_facts` by id of the folder. `parts`: indices of the matched images of the real and every other set.
     """
     every = [folder for own in folders.values() for folder in own]
-    found = [*_of_real(context, every, parts), *_of_prompts(folders)]
+    found = [*_of_real(context, every, parts), *_of_prompts(context, folders)]
     counts = sorted({len(folder.side.images) for folder in every})
     if len(counts) > 1:
         found.append(f"sets hold {' and '.join(map(str, counts))} images: unmatched distances do not compare")
@@ -61,11 +61,11 @@ def _of_real(context: Context, every: Sequence[Folder], parts: Sequence[np.ndarr
             f"first is {first}; they are left out where real images tell how near is near, but not elsewhere"
         )
     asked = {caption for folder in every for caption in folder.side.images.captions}
-    lacking = [caption for caption in CAPTIONS if caption in asked - set(real.images.captions)]
+    lacking = in_order(asked - set(real.images.captions))
     if lacking:
         found.append(
-            f"{real.images.folder} has no image of {len(lacking)} generated captions, which count in APR but not in "
-            f"LPIPS nor in matched distances: {', '.join(map(short_caption, lacking))}"
+            f"{real.images.folder} has no image of {len(lacking)} generated captions, which count in {context.key} but "
+            f"not in LPIPS nor in matched distances: {listed(lacking)}"
         )
     count = len(parts[0])
     if count < 2:
@@ -83,15 +83,14 @@ def _of_real(context: Context, every: Sequence[Folder], parts: Sequence[np.ndarr
     return found
 
 
-def _of_prompts(folders: Mapping[str, Sequence[Folder]]) -> list[str]:
+def _of_prompts(context: Context, folders: Mapping[str, Sequence[Folder]]) -> list[str]:
     held = {name: {c for folder in own for c in folder.side.images.captions} for name, own in folders.items()}
     asked, found = set().union(*held.values()), []
     for name, captions in held.items():
-        lacking = [caption for caption in CAPTIONS if caption in asked - captions]
-        if lacking:
+        if lacking := in_order(asked - captions):
             found.append(
-                f"{name} has no images of {len(lacking)} captions that others have, which count in the others' APR but "
-                f"not in matched distances: {', '.join(map(short_caption, lacking))}"
+                f"{name} has no images of {len(lacking)} captions that others have, which count in the others' "
+                f"{context.key} but not in matched distances: {listed(lacking)}"
             )
     return found
 

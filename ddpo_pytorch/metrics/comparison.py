@@ -19,9 +19,10 @@ OWN_SETTINGS = ("weights_sha256", "prompts", "classifier", "classifier_sha256")
 FEW_PROMPTS = 6
 
 
-def compare(first: Sequence[Folder], second: Sequence[Folder], seed: int) -> dict:
+def compare(first: Sequence[Folder], second: Sequence[Folder], seed: int, key: str = "APR") -> dict:
     """APR of one model minus that of another: paired where both were drawn from the same noise, unpaired elsewhere.
 
+    With `key` "alignment" it is the mean of the images' alignment, whose paired tests flip the signs of differences.
     Unpaired, both are reduced to equally many images of every prompt that both have, drawn by the seed. The two rates
     beside the difference are of the images that were compared.
     """
@@ -32,20 +33,25 @@ def compare(first: Sequence[Folder], second: Sequence[Folder], seed: int) -> dic
     if reason:
         a, groups_a, b, groups_b = _same_mix(first, second, seed)
         result = {"paired": False, "reason": reason, "pairs": 0, "p": None, "p_by_prompt": None}
-        result["APR"] = bootstrap_unpaired_difference(a, groups_a, b, groups_b, seed)
+        result[key] = bootstrap_unpaired_difference(a, groups_a, b, groups_b, seed)
     else:
         a, b, groups_a = (
             np.concatenate(column).astype(float) for column in zip(*map(_pairs, first, second), strict=True)
         )
-        gained, lost, p = mcnemar(a, b)
         prompts = len(np.unique(groups_a))
         by_prompt = sign_permutation_p(b - a, groups_a, seed) if prompts >= FEW_PROMPTS else None
-        test = "p: McNemar, exact; p_by_prompt: sign flips of the prompts' mean differences"
+        if key == "APR":
+            gained, lost, p = mcnemar(a, b)
+            test = "p: McNemar, exact"
+        else:
+            gained, lost, p = int((b > a).sum()), int((b < a).sum()), sign_permutation_p(b - a, np.arange(len(a)), seed)
+            test = "p: sign flips of the pairs' differences"
+        test += "; p_by_prompt: sign flips of the prompts' mean differences"
         if by_prompt is None:
             test += f", none below {FEW_PROMPTS} prompts, which cannot make it small"
         result = {"paired": True, "reason": "", "pairs": len(a), "p": p, "p_by_prompt": by_prompt}
-        result |= {"APR": bootstrap_difference(a, b, groups_a, seed), "gained": gained, "lost": lost, "test": test}
-    rates = {"from_APR": float(a.mean()) if len(a) else None, "to_APR": float(b.mean()) if len(b) else None}
+        result |= {key: bootstrap_difference(a, b, groups_a, seed), "gained": gained, "lost": lost, "test": test}
+    rates = {f"{end}_{key}": float(x.mean()) if len(x) else None for end, x in (("from", a), ("to", b))}
     return result | rates | {"prompts": len(np.unique(groups_a))}
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.files import whole
+from ddpo_pytorch.metrics.fundus import JUDGES, Structure, fundus_alignment, inception_block, quality, structure
 from ddpo_pytorch.metrics.intervals import Quantity, bootstrap_mean, bootstrap_ratio, over_runs
 from ddpo_pytorch.metrics.measure import (
     NEAR_COPY,
@@ -30,7 +30,10 @@ from ddpo_pytorch.metrics.store import THUMBNAILS, count_identical
 
 @dataclass
 class Context:
-    """What the folders of a report are measured against. Judges map names to labels, the first one judges APR."""
+    """What the folders of a report are measured against. Judges map names to labels, the first one judges APR.
+
+    Of fundus images there are none of these; `threshold` is the Selector's. `quality`: names of sets of statistics.
+    """
 
     judges: Mapping[str, tuple[str, ...]]
     extractors: Sequence[str]
@@ -38,11 +41,18 @@ class Context:
     train: Side | None
     per_group: int
     seed: int
+    threshold: float | None = None
+    quality: Sequence[str] = ()
     baselines: dict[str, Neighbours] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.real is not None and self.train is not None:
             self.baselines = {name: neighbours(name, self.real, self.train) for name in self.spaces}
+
+    @property
+    def key(self) -> str:
+        """Name in metrics.json of how well images show their prompts."""
+        return "APR" if self.threshold is None else "alignment"
 
     @property
     def spaces(self) -> list[str]:
@@ -61,7 +71,10 @@ class Context:
 
 @dataclass
 class Folder:
-    """One measured folder: its part of metrics.json, and what is known of each image (arrays of length N)."""
+    """One measured folder: its part of metrics.json, and what is known of each image (arrays of length N).
+
+    `aligned` is 0 or 1, or of fundus images the alignment in [0, 1].
+    """
 
     side: Side
     result: dict
@@ -98,15 +111,30 @@ def ceiling(captions: Sequence[str], real: Folder, seed: int) -> tuple[Quantity,
     return bootstrap_ratio(weights * real.aligned, weights, real.side.groups, seed), covered
 
 
-def measure_folder(side: Side, lpips: Mapping, parts: tuple[np.ndarray, np.ndarray] | None, context: Context) -> Folder:
+def measure_folder(
+    side: Side,
+    lpips: Mapping,
+    parts: tuple[np.ndarray, np.ndarray] | None,
+    context: Context,
+    pairwise: Structure | None = None,
+) -> Folder:
     """Every measure that the context allows.
 
     `lpips` holds under "real" and "within" pairs (P, 2) of indices, of which the first is into this set, and their
-    distances (P,). `parts` are the indices of real and of own images that have the same prompt mix.
+    distances (P,). `parts` are the indices of real and of own images that have the same prompt mix. `pairwise`: see
+    `fundus.Structure`.
     """
     seed, captions = context.seed, side.images.captions
     result = {"images": len(captions), "alignment": {}, "perception": {}, "diversity": {}}
     columns: dict[str, Sequence] = {}
+    if context.threshold is not None:
+        result["alignment"][JUDGES], hits, columns = fundus_alignment(side, context.threshold, seed)
+        result["inception_score"] = inception_block(side, seed)
+    if context.quality:
+        result["quality"], own = quality(side, context.real, context.quality, seed)
+        columns |= own
+    if pairwise:
+        result["structure"] = structure(side, pairwise, seed)
     for name, labels in context.judges.items():
         logits = np.concatenate(list(side.rows[name].chunks()))
         result["alignment"][name] = alignment(labels, logits, captions, seed)
@@ -121,7 +149,7 @@ def measure_folder(side: Side, lpips: Mapping, parts: tuple[np.ndarray, np.ndarr
             groups = side.groups[pairs[:, 0]]
             result["perception"][key] = bootstrap_mean(distances, groups, seed, resample_groups=True)
             if name == "real":
-                means = {CAPTIONS[g]: float(distances[groups == g].mean()) for g in np.unique(groups)}
+                means = {side.images.vocabulary[g]: float(distances[groups == g].mean()) for g in np.unique(groups)}
                 result |= {"LPIPS_by_prompt": means, "LPIPS_pairs": len(pairs)}
                 columns["lpips"] = _scattered(len(captions), pairs[:, 0], distances)
     for name in context.extractors:
@@ -159,15 +187,16 @@ def summarise(folders: Sequence[Folder], fid_part: str) -> dict:
     """
     result = combined([folder.result for folder in folders])
     judge = next(iter(result["alignment"].values()))
+    key, name = ("APR", "APR") if "APR" in judge else ("alignment", "fundus_alignment")
     rewards = [reward for folder in folders if (reward := mean_reward(folder)) is not None]
     headline = {
-        "APR": judge["APR"].value,
+        name: judge[key].value,
         "FID": _value(result, "fidelity", "inception", fid_part, "FID"),
         "KID": _value(result, "fidelity", "inception", fid_part, "KID"),
         "LPIPS": _value(result, "perception", "LPIPS"),
         "FD_judge": _value(result, "fidelity", "judge", "matched", "FID"),
         "reward": statistics.fmean(rewards) if rewards else None,
-        "APR_by_prompt": {caption: quantity.value for caption, quantity in judge["by_prompt"].items()},
+        f"{name}_by_prompt": {caption: quantity.value for caption, quantity in judge["by_prompt"].items()},
     }
     result.setdefault("LPIPS_pairs", 0)
     return headline | result
@@ -188,6 +217,10 @@ def mean_reward(folder: Folder) -> float | None:
 
 # ends of what a number can be; others are at least 0
 BOUNDS = {"KID": (-np.inf, np.inf), "vendi": (1, np.inf), "pairwise_distance": (0, 2)}
+BOUNDS |= dict.fromkeys(("mean", "difference", "standardised"), (-np.inf, np.inf)) | {
+    "SSIM": (-1, 1),
+    "IS": (1, np.inf),
+}
 BOUNDS |= dict.fromkeys(("FID", "density", "LPIPS", "LPIPS_within"), (0, np.inf))
 
 
@@ -219,12 +252,15 @@ def combined(parts: Sequence, name: str = "", of_set: bool = False):
     return None if first is None else statistics.fmean(part for part in parts if part is not None)
 
 
-def write_per_image(path: Path, models: Mapping[str, Sequence[Folder]]) -> None:
-    """A CSV with one line an image: model, folder, path, caption, seed, whether aligned, and all its numbers."""
+def write_per_image(path: Path, models: Mapping[str, Sequence[Folder]], key: str = "aligned") -> None:
+    """A CSV with one line an image: model, folder, path, caption, seed, whether aligned, and all its numbers.
+
+    `key`: name of the column that says how well the image is aligned.
+    """
     extra = dict.fromkeys(name for folders in models.values() for folder in folders for name in folder.columns)
     with whole(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["model", "folder", "path", "caption", "seed", "aligned", *extra])
+        writer.writerow(["model", "folder", "path", "caption", "seed", key, *extra])
         for model, folders in models.items():
             for folder in folders:
                 images = folder.side.images
@@ -232,4 +268,4 @@ def write_per_image(path: Path, models: Mapping[str, Sequence[Folder]]) -> None:
                     about = [model, images.folder, image.relative_to(images.folder), images.captions[i]]
                     numbers = [folder.columns[name][i] if name in folder.columns else None for name in extra]
                     shown = [f"{x:.6g}" if isinstance(x, float) else x for x in numbers]
-                    writer.writerow([*about, images.entry(i).get("seed"), int(folder.aligned[i]), *shown])
+                    writer.writerow([*about, images.entry(i).get("seed"), f"{float(folder.aligned[i]):.6g}", *shown])

@@ -41,21 +41,28 @@ class Quantity:
 
 
 def bootstrap_mean(
-    values: np.ndarray, groups: np.ndarray, seed: int, *, resample_groups: bool, replicates: int = REPLICATES
+    values: np.ndarray,
+    groups: np.ndarray,
+    seed: int,
+    *,
+    resample_groups: bool,
+    replicates: int = REPLICATES,
+    share: bool = True,
 ) -> Quantity:
     """Mean of the values (N,) of all images, with a percentile interval; groups (N,) are the images' prompts.
 
     resample_groups draws prompts with replacement and images within each drawn prompt, else images within the prompts
     as they are. `resampling.replicate_means` has the details. Values that are all 0 or all 1 leave nothing to resample;
-    their interval is the exact binomial one (Clopper-Pearson), counting prompts or images as the independent trials.
+    their interval is the exact binomial one (Clopper-Pearson), counting prompts or images as the independent trials,
+    unless they are no `share` of anything (a contrast of 1).
     """
     values, groups = _columns(groups, "values", values)
     if not len(values):
         return Quantity.missing("no images")
-    if len(values) > 1 and values[0] in (0, 1) and (values == values[0]).all():
-        prompts, share = len(np.unique(groups)), float(values[0])
+    if share and len(values) > 1 and values[0] in (0, 1) and (values == values[0]).all():
+        prompts, value = len(np.unique(groups)), float(values[0])
         trials = prompts if resample_groups and prompts > 1 else len(values)
-        return Quantity(share, *_all_equal(share, trials), len(values), f"exact binomial, {trials} trials")
+        return Quantity(value, *_all_equal(value, trials), len(values), f"exact binomial, {trials} trials")
     return _resampled(values, groups, seed, resample_groups, replicates)
 
 

@@ -100,7 +100,7 @@ def same_counts(groups: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
     same noise.
     """
     chosen: list[list[np.ndarray]] = [[] for _ in groups]
-    for prompt in range(len(CAPTIONS)):
+    for prompt in range(1 + max((int(column.max()) for column in groups if len(column)), default=0)):
         own = [np.flatnonzero(column == prompt) for column in groups]
         count = min(len(indices) for indices in own)
         for part, indices in zip(chosen, own, strict=True):
@@ -164,7 +164,7 @@ def spread_size(models: Sequence[ImageSet]) -> int:
     Prompts of which a set has one image do not count.
     """
     counts = [Counter(images.captions) for images in models]
-    common = [min(count[caption] for count in counts) for caption in CAPTIONS]
+    common = [min(count[caption] for count in counts) for caption in models[0].vocabulary]
     return min([SPREAD_IMAGES, *(number for number in common if number > 1)]) if max(common) > 1 else 0
 
 

@@ -39,6 +39,7 @@ DINOV2_SIZE = 224
 TIMEOUT = 10
 # how images in [0, 1] become the 8 bits that Inception sees
 FID_MODES = ("exact", "compat")
+LOGITS = "inception logits"
 Device = str | torch.device
 
 
@@ -53,14 +54,15 @@ def judge_network(name: str, option: str, device: Device = "cpu") -> tuple[Netwo
     """
     model = load_classifier(option, device)
     digest, where = sha256(resolve(option)), f"classifier {Path(option).name}, {model.image_size} px"
-    logits = Network(name, f"logits of {where}", digest, _key("logits", digest), model.logits)
-    features = Network("judge", f"pooled features of {where}", digest, _key("features", digest), model.features)
+    logits = Network(name, f"logits of {where}", digest, key_of("logits", digest), model.logits)
+    features = Network("judge", f"pooled features of {where}", digest, key_of("features", digest), model.features)
     return logits, features, model.labels
 
 
-def inception_network(option: str, mode: str = "exact", device: Device = "cpu") -> Network:
+def inception_network(option: str, mode: str = "exact", device: Device = "cpu", layer: str = "2048") -> Network:
     """FID's Inception V3 as torch-fidelity ports it: images (B, 3, H, W) in [0, 1] to 2048 pooled features.
 
+    `layer` "logits_unbiased" gives the logits of its 1008 classes in their place, under the name "inception logits".
     Images are quantised to 8 bits and resized to 299 px bilinearly without antialiasing as TensorFlow 1 did, i.e. the
     features behind published FIDs (torchmetrics now resizes with antialiasing, which gives others). `mode` "exact"
     rounds; "compat" repeats the official code's x * 256 cut to 8 bits, in which pure white becomes black.
@@ -74,16 +76,17 @@ def inception_network(option: str, mode: str = "exact", device: Device = "cpu") 
     path = weight_file(option, URL_INCEPTION_V3, "--config.metric.inception")
     _plain_tensors(path)  # the extractor unpickles the file itself: let through only what needs no unpickling
     try:
-        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path)).to(device)
+        network = FeatureExtractorInceptionV3("inception-v3-compat", [layer], str(path)).to(device)
     except RuntimeError as error:
         raise UserError(f"{str(path)!r} are not torch-fidelity's Inception V3 weights ({_short(error)})") from error
     quantise = to_uint8 if mode == "exact" else official_uint8
-    what = "Inception V3 of FID, 2048 pooled features; 299 px, bilinear, not antialiased (TensorFlow 1)"
+    name, key, outputs = ("inception", f"inception {mode}", "2048 pooled features")
+    if layer != "2048":
+        name, key, outputs = (LOGITS, f"inception {layer} {mode}", "1008 logits without bias")
+    what = f"Inception V3 of FID, {outputs}; 299 px, bilinear, not antialiased (TensorFlow 1)"
     what += "; x * 256 wrapped to 8 bits as officially" if mode == "compat" else "; rounded to 8 bits"
     digest = sha256(path)
-    return Network(
-        "inception", what, digest, _key(f"inception {mode}", digest), lambda x: network(quantise(x.to(device)))[0]
-    )
+    return Network(name, what, digest, key_of(key, digest), lambda x: network(quantise(x.to(device)))[0])
 
 
 def official_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -113,7 +116,7 @@ def dinov2_network(option: str, device: Device = "cpu") -> Network:
 
     digest = sha256(path)
     what = f"DINOv2 ({DINOV2}), class token; {DINOV2_SIZE} px, bicubic, antialiased"
-    return Network("dinov2", what, digest, _key("dinov2", digest), features)
+    return Network("dinov2", what, digest, key_of("dinov2", digest), features)
 
 
 def lpips_network(option: str, device: Device = "cpu") -> Network:
@@ -135,7 +138,7 @@ def lpips_network(option: str, device: Device = "cpu") -> Network:
     model = model.requires_grad_(False).eval().to(device)
     digest = sha256(path)
     return Network(
-        "lpips", "LPIPS (AlexNet, v0.1), native size", digest, _key("lpips", digest), lambda x, y: _lpips(model, x, y)
+        "lpips", "LPIPS (AlexNet, v0.1), native size", digest, key_of("lpips", digest), lambda x, y: _lpips(model, x, y)
     )
 
 
@@ -180,7 +183,8 @@ def _plain_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{str(path)!r} is not a file of plain tensors ({_short(error)}); fetch it again") from error
 
 
-def _key(preprocessing: str, digest: str) -> str:
+def key_of(preprocessing: str, digest: str) -> str:
+    """A network's key: what it does to images, and the hash of its weights."""
     return hashlib.sha256(f"{preprocessing} {digest} torch {torch.__version__}".encode()).hexdigest()
 
 

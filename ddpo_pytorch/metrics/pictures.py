@@ -7,16 +7,19 @@ import torch
 from PIL import Image, ImageDraw
 
 from ddpo_pytorch.data.images import image_grid, load_image
-from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.metrics.vocabulary import in_order
+
+MOST_CAPTIONS = 64
 
 
 def comparison(sets: Mapping[str, Sequence[tuple[Path, str]]], columns: int = 8) -> Image.Image:
     """The first image of every caption, a row a set, the sets' rows for the same captions below each other.
 
     `sets`: (file, caption) by model name, as `list_samples` gives them. The names stand at the left of their rows.
+    Of more than MOST_CAPTIONS captions the first are shown.
     """
     first = {name: {caption: path for path, caption in reversed(samples)} for name, samples in sets.items()}
-    captions = [caption for caption in CAPTIONS if all(caption in paths for paths in first.values())]
+    captions = in_order(set.intersection(*(set(paths) for paths in first.values())))[:MOST_CAPTIONS]
     blocks = []
     for start in range(0, len(captions), columns):
         for name, paths in first.items():

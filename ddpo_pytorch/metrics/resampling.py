@@ -65,7 +65,7 @@ class Sample:
 
 
 def replicate_means(
-    samples: Sequence[Sample], seed: int, *, resample_groups: bool, replicates: int
+    samples: Sequence[Sample], seed: int | Sequence[int], *, resample_groups: bool, replicates: int
 ) -> list[np.ndarray]:
     """(replicates, V) bootstrap means over all images of each sample; samples have the same G prompts.
 

@@ -20,6 +20,7 @@ from ddpo_pytorch.data.images import IMAGE_SUFFIXES, list_samples, read_log
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.data.sample_log import read_settings
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.metrics.vocabulary import vocabulary_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,8 @@ MODE = "RGB"
 class ImageSet:
     """A folder's images in their order: files, captions ("" where none is known) and SHA-256 of each file.
 
-    `entries` holds the lines of its image_log.json by path relative to the folder, `made_with` its settings.
+    `entries` holds the lines of its image_log.json by path relative to the folder, `made_with` its settings;
+    `vocabulary` are the captions of all sets of the report.
     """
 
     folder: Path
@@ -39,6 +41,7 @@ class ImageSet:
     digests: tuple[str, ...]
     entries: Mapping[str, Mapping] = field(default_factory=dict)
     made_with: Mapping = field(default_factory=dict)
+    vocabulary: tuple[str, ...] = CAPTIONS
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -55,8 +58,9 @@ class ImageSet:
 
     @property
     def groups(self) -> list[int]:
-        """Number of each image's caption in the official order."""
-        return [CAPTIONS.index(caption) for caption in self.captions]
+        """Number of each image's caption in the vocabulary."""
+        numbers = {caption: number for number, caption in enumerate(self.vocabulary)}
+        return [numbers[caption] for caption in self.captions]
 
     def entry(self, index: int) -> Mapping:
         """The log's line about an image; {} where there is none."""
@@ -70,7 +74,7 @@ class ImageSet:
             "path": str(self.folder),
             "images": len(self),
             "sha256": hashlib.sha256("\n".join(content).encode()).hexdigest(),
-            "images_by_prompt": {caption: counts.get(caption, 0) for caption in CAPTIONS},
+            "images_by_prompt": {caption: counts.get(caption, 0) for caption in self.vocabulary},
         }
 
 
@@ -130,11 +134,12 @@ def inspected(found: Iterable[tuple[Path, list[tuple[Path, str]]]], rank: int, p
         more = f" ({len(faults) - 1} more files have such a fault)" if len(faults) > 1 else ""
         raise UserError(faults[0] + more)
     digests, sets = iter(facts[number][0] for number in range(len(files))), []
+    vocabulary = vocabulary_of(caption for _, samples in found for _, caption in samples)
     for folder, samples in found:
         paths, captions = zip(*samples, strict=True)
         entries = _logged(folder, samples) if any(captions) else {}
         own = tuple(next(digests) for _ in samples)
-        sets.append(ImageSet(folder, paths, captions, own, entries, read_settings(folder)))
+        sets.append(ImageSet(folder, paths, captions, own, entries, read_settings(folder), vocabulary))
     return sets
 
 

@@ -34,8 +34,8 @@ GPU_THREADS = 3
 class Network:
     """A function of images, and what identifies it.
 
-    `run` maps images (B, 3, H, W) in [0, 1] to (B, F); of two images for `pairs`. `key` changes with the weights and
-    with the preprocessing; `sha256` is that of the weight file.
+    `run` maps images (B, 3, H, W) in [0, 1] to (B, F); of two images for `pairs`, of images and their B captions where
+    it `reads_captions`. `key` changes with the weights and with the preprocessing; `sha256` is that of the weight file.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Network:
     sha256: str
     key: str
     run: Callable[..., torch.Tensor]
+    reads_captions: bool = False
 
 
 class Rows:
@@ -98,10 +99,14 @@ class FeatureStore:
     def features(self, title: str, images: ImageSet, networks: Sequence[Network]) -> dict[str, Rows]:
         """Rows by name of the network. Every process must call this with the same arguments.
 
+        Networks that read captions are left out where the set has none.
+
         Raises UserError naming the file that cannot be decoded or whose result is not finite; what was computed before
         stays.
         """
-        return self._compute(title, networks, [images.paths], [images.digests])
+        if not all(images.captions):
+            networks = [network for network in networks if not network.reads_captions]
+        return self._compute(title, networks, [images.paths], [images.digests], images.captions)
 
     def pairs(self, title: str, first: ImageSet, second: ImageSet, pairs: Sequence[tuple[int, int]], network: Network):
         """Rows of a network of two images, for pairs of (index in the first set, index in the second)."""
@@ -111,24 +116,31 @@ class FeatureStore:
         return self._compute(title, [network], paths, digests)[network.name]
 
     def _compute(
-        self, title: str, networks: Sequence[Network], paths: Sequence[Sequence[Path]], digests: Sequence[Sequence[str]]
+        self,
+        title: str,
+        networks: Sequence[Network],
+        paths: Sequence[Sequence[Path]],
+        digests: Sequence[Sequence[str]],
+        captions: Sequence[str] = (),
     ) -> dict[str, Rows]:
         parts = [slice(start, start + self.batch_size) for start in range(0, len(paths[0]), self.batch_size)]
-        names = [hashlib.sha256(repr([column[part] for column in digests]).encode()).hexdigest() for part in parts]
-        files = {n.name: [self.folder / n.key[:16] / f"{name[:32]}.npy" for name in names] for n in networks}
+        names = {False: _names(digests, parts), True: _names([*digests, captions], parts)}
+        files = {
+            n.name: [self.folder / n.key[:16] / f"{name}.npy" for name in names[n.reads_captions]] for n in networks
+        }
         work, met = [], set()
         for number, part in enumerate(parts):
             count = len(paths[0][part])
-            absent = [(n, files[n.name][number]) for n in networks if not _intact(files[n.name][number], count)]
-            if absent and names[number] not in met:  # chunks of the same content are one
-                met.add(names[number])
-                work.append((absent, [column[part] for column in paths]))
+            own = [(n, files[n.name][number]) for n in networks if files[n.name][number] not in met]
+            met |= {file for _, file in own}  # chunks of the same content are one
+            if absent := [(n, file) for n, file in own if not _intact(file, count)]:
+                work.append((absent, [column[part] for column in paths], captions[part]))
         self.accelerator.wait_for_everyone()  # everyone has looked before anyone writes
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         hidden = None if self.progress and not rank else True
         with (
-            tqdm(total=len(paths[0]), initial=len(paths[0]) - sum(len(columns[0]) for _, columns in work), desc=title,
-                 unit="img", disable=hidden) as bar,
+            tqdm(total=len(paths[0]), initial=len(paths[0]) - sum(len(columns[0]) for _, columns, _ in work),
+                 desc=title, unit="img", disable=hidden) as bar,
             ThreadPoolExecutor(self._threads, initializer=_one_thread(self.accelerator.device)) as pool,
         ):  # fmt: skip
             fault = ""
@@ -144,11 +156,14 @@ class FeatureStore:
             raise UserError(fault)
         return {n.name: Rows(files[n.name], len(paths[0]), self.batch_size) for n in networks}
 
-    def _chunk(self, absent: Sequence[tuple[Network, Path]], columns: Sequence[Sequence[Path]]) -> int:
+    def _chunk(
+        self, absent: Sequence[tuple[Network, Path]], columns: Sequence[Sequence[Path]], captions: Sequence[str]
+    ) -> int:
         batches = [torch.stack([load_image(path) for path in column]).to(self.accelerator.device) for column in columns]
         for network, file in absent:
             with torch.no_grad():
-                rows = network.run(*batches).cpu().numpy()
+                given = (*batches, captions) if network.reads_captions else batches
+                rows = network.run(*given).cpu().numpy()
             bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
             if len(bad):
                 raise UserError(f"{str(columns[0][bad[0]])!r}: {network.what} gives NaN or infinity; check its weights")
@@ -156,6 +171,12 @@ class FeatureStore:
                 with open(temporary, "wb") as stream:  # np.save would append .npy to the name
                     np.save(stream, rows, allow_pickle=False)
         return len(columns[0])
+
+
+def _names(columns: Sequence[Sequence[str]], parts: Sequence[slice]) -> list[str]:
+    """A file name for what is known of each part: hashes of its images, and their captions where they matter."""
+    whole_names = (hashlib.sha256(repr([column[part] for column in columns]).encode()) for part in parts)
+    return [name.hexdigest()[:32] for name in whole_names]
 
 
 def _intact(file: Path, rows: int) -> bool:

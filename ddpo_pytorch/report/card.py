@@ -8,22 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.report.cells import count, counted, dig, finite, in_folders, in_words, plain, share
 from ddpo_pytorch.report.findings import apr_of, ceiling_sentences, main_judge
 from ddpo_pytorch.report.headline import all_missing
 from ddpo_pytorch.report.quality_sentences import copy_sentences, diversity_sentences, memorisation_sentences
-from ddpo_pytorch.report.quality_tables import CAUTION, distance_name
+from ddpo_pytorch.report.quality_tables import distance_name
+from ddpo_pytorch.report.wording import wording_of
 
 MINI = "assets/mini/"
-# names of image files by the world they come from: the archive's, and those of data/phantom.py.
-ORIGINS = {"ISIC_": "the ISIC archive", "PHANTOM_": "the phantom world, drawn by this code"}
-LICENCES = (
-    "ISIC 2019 images are CC BY-NC 4.0, and weights trained on them inherit the non-commercial condition; Stable "
-    "Diffusion 1.5 is under CreativeML OpenRAIL-M; phantom images and the mini weights are part of the code's "
-    "repository (MIT) and hold no patient data."
-)
-
 
 FLAWS = {
     "identical_images": "Images identical to another one",
@@ -62,12 +54,7 @@ def model_card(result: Mapping, configs: Sequence[Mapping], embedded: int) -> li
 
 def _use(result: Mapping) -> list[str]:
     names = " and ".join(result.get("models") or {}) or "The models"
-    return [
-        f"{names}: research on controlled generation of dermoscopic images, and on augmenting the training data of "
-        "classifiers.",
-        "Not for diagnosis, nor for any decision about a patient. Nothing here is a medical device, and a generated "
-        "image is no photograph of a lesion.",
-    ]
+    return [sentence.format(names=names) for sentence in wording_of(result).use]
 
 
 def _congruence(result: Mapping) -> list[str]:
@@ -83,20 +70,21 @@ def _congruence(result: Mapping) -> list[str]:
                 )
                 judged |= extractor == "judge"
     if judged:
-        lines.append(CAUTION)
+        lines.append(wording_of(result).caution)
     return lines or ["Likeness to real images was not measured."]
 
 
 def _coverage(result: Mapping) -> list[str]:
     lines, models = [], result.get("models") or {}
     for name, values in models.items():
-        drawn = sum(bool(number) for number in (values.get("images_by_prompt") or {}).values())
+        numbers = values.get("images_by_prompt") or {}
+        drawn = sum(bool(number) for number in numbers.values())
         if drawn:
-            lines.append(f"{name} was sampled for {drawn} of the {len(CAPTIONS)} captions.")
+            lines.append(f"{name} was sampled for {drawn} of the {len(numbers)} captions.")
     real = dig(result, "sets", "real", "images_by_prompt")
     if real is not None:
-        absent = len(CAPTIONS) - sum(bool(real.get(caption)) for caption in CAPTIONS)
-        lines.append(f"Captions without a real image to compare with: {absent} of {len(CAPTIONS)}.")
+        absent = sum(not number for number in real.values())
+        lines.append(f"Captions without a real image to compare with: {absent} of {len(real)}.")
     return lines + diversity_sentences(result)
 
 
@@ -105,10 +93,11 @@ def _constraint(result: Mapping) -> list[str]:
     for name, values in (result.get("models") or {}).items():
         apr = apr_of(values, judge)
         if finite(apr.get("value")) is not None:
-            lines.append(f"{name}: {in_words(apr, share)} of the images show what their prompt states (APR).")
+            lines.append(wording_of(result).meaning.format(name=name, value=in_words(apr, share)))
     ceilings = ceiling_sentences(result)
     if lines and not ceilings:
-        lines.append("The judge's own error on real images was not measured, so the ceiling of APR is unknown.")
+        measure = wording_of(result).measure
+        lines.append(f"The judge's own error on real images was not measured, so the ceiling of {measure} is unknown.")
     return lines + ceilings
 
 
@@ -124,8 +113,10 @@ def _compliance(result: Mapping, configs: Sequence[Mapping], embedded: int) -> E
     else:
         gaps.append("training data of the generator, and its licence")
     if MINI in str(dig(result, "settings", "classifier")):
-        sentences.append(f"The judge of APR ({main_judge(result)}) has mini weights, trained on phantoms.")
-    sentences.append(LICENCES)
+        sentences.append(
+            f"The judge of {wording_of(result).measure} ({main_judge(result)}) has mini weights, trained on phantoms."
+        )
+    sentences.append(wording_of(result).licences)
     if embedded:
         sentences.append(
             f"This page holds {counted(embedded, 'thumbnail')} of real or training images: pass it on as their licence "
@@ -140,11 +131,7 @@ def _compliance(result: Mapping, configs: Sequence[Mapping], embedded: int) -> E
 
 
 def _limits(result: Mapping) -> list[str]:
-    lines = [
-        "The judge is a classifier and no dermatologist: APR says that it sees the artifacts asked for, not that an "
-        "image is medically right. No physician's reading of the images is recorded.",
-        "Skin tone, age, sex and body site were not measured; fairness cannot be claimed.",
-    ]
+    lines = list(wording_of(result).limits)
     small = []
     for name, values in (result.get("models") or {}).items():
         number = _least_images(values)
@@ -192,13 +179,14 @@ def data_card(result: Mapping, files: Mapping[str, str | Path | None]) -> list[E
         sentences = [f"{counted(values.get('images'), 'image')} in {values.get('path')}."]
         if any(by_prompt.values()):
             held = sum(bool(number) for number in by_prompt.values())
-            sentences.append(f"They cover {held} of the {len(CAPTIONS)} captions.")
+            sentences.append(f"They cover {held} of the {len(by_prompt)} captions.")
         for flaw, words in FLAWS.items():
             if values.get(flaw):
                 sentences.append(f"{words}: {count(values[flaw])}.")
-        gaps = ["split (train, validation or test), and whether lesions are shared between splits"]
+        shared = wording_of(result).shared
+        gaps = [f"split (train, validation or test), and whether {shared} are shared between splits"]
         name = Path(files[key]).name if files.get(key) else ""
-        origin = next((world for start, world in ORIGINS.items() if name.startswith(start)), "")
+        origin = next((world for start, world in wording_of(result).origins.items() if name.startswith(start)), "")
         if origin:
             sentences.append(f"Files are named as those of {origin} ({name}).")
         else:

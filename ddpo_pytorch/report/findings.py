@@ -4,19 +4,25 @@ from collections.abc import Mapping
 
 from ddpo_pytorch.report.cells import bounds, count, counted, dig, finite, in_words, plain, share
 from ddpo_pytorch.report.quality_sentences import copy_sentences, diversity_sentences
+from ddpo_pytorch.report.wording import DERMOSCOPIC, FUNDUS, Wording, difference_of, wording_of
 
 # the least p of a test that flips the signs of G prompts is 2 / 2^G: above 0.05 for fewer than these
 FEW_PROMPTS = 6
 
 
 def main_judge(result: Mapping) -> str | None:
-    """Name of the judge of APR: the first one."""
+    """Name of the judge of APR: the first one; of Selector and Policy together, "fundus"."""
+    if wording_of(result) is FUNDUS:
+        return result["kind"]
     return next(iter(result.get("judges") or {}), None)
 
 
 def apr_of(values: Mapping | None, judge: str | None) -> dict:
-    """APR of a model, or of the real images, as a quantity; without bounds where only the ratio was written."""
-    return dig(values, "alignment", judge, "APR") or {"value": dig(values, "APR")}
+    """APR, or alignment, of a model or the real images as a quantity; without bounds if only the ratio was written."""
+    for words in (DERMOSCOPIC, FUNDUS):
+        if found := dig(values, "alignment", judge, words.key):
+            return found
+    return {"value": dig(values, "APR")}
 
 
 def findings(result: Mapping) -> list[str]:
@@ -25,22 +31,21 @@ def findings(result: Mapping) -> list[str]:
     No sentence holds a path: why images are not pairs stands in the notes of the table below.
     """
     models, judge, sentences = result.get("models") or {}, main_judge(result), []
+    words = wording_of(result)
     for one in result.get("comparisons") or []:
         if verdict(one):
-            sentences += [_claim(one, models, judge), _basis(one)]
+            sentences += [_claim(one, models, judge, words), _basis(one)]
     if sentences:
         return sentences
     alone = []
     for name, values in models.items():
         apr = apr_of(values, judge)
         if finite(apr.get("value")) is not None:
-            alone.append(
-                f"The judge finds in {in_words(apr, share)} of {counted(values.get('images'), 'image')} of {name} "
-                "exactly the artifacts that the prompt states."
-            )
+            images = counted(values.get("images"), "image")
+            alone.append(words.alone.format(value=in_words(apr, share), images=images, name=name))
     if alone:
         return [*alone, "There is no comparison of two models here."]
-    return ["APR was not measured: nothing can be said about how often images show what their prompts state."]
+    return [words.unmeasured]
 
 
 def verdict(comparison: Mapping) -> str:
@@ -48,7 +53,7 @@ def verdict(comparison: Mapping) -> str:
 
     Tests count only where they give a p: at p >= 0.05 a difference whose interval lies beside 0 is still unclear.
     """
-    difference = comparison.get("APR") or {}
+    difference = difference_of(comparison)
     value, low, high = (finite(difference.get(key)) for key in ("value", "low", "high"))
     if value is None:
         return ""
@@ -65,13 +70,13 @@ def _tests(comparison: Mapping) -> dict[str, float]:
     return {name: p for name, p in named.items() if p is not None}
 
 
-def _claim(comparison: Mapping, models: Mapping, judge: str | None) -> str:
+def _claim(comparison: Mapping, models: Mapping, judge: str | None, words: Wording) -> str:
     word, base, other = verdict(comparison), comparison["from"], comparison["to"]
     before, after = (share(_compared_apr(comparison, side, models, judge)) for side in ("from", "to"))
-    difference = comparison["APR"]
+    difference = difference_of(comparison)
     points = plain(abs(difference["value"]), ".1f", 100)
     prompts = _shared_prompts(comparison, models)
-    sides = f"{other} shows what its prompt states in {after} of its images, {base} in {before}{prompts}"
+    sides = words.claim.format(other=other, base=base, after=after, before=before) + prompts
     details = _bounds_and_tests(comparison)
     if word == "better":
         return f"{sides}: a gain of {points} percentage points{details}."
@@ -88,7 +93,8 @@ def _claim(comparison: Mapping, models: Mapping, judge: str | None) -> str:
 
 def _compared_apr(comparison: Mapping, side: str, models: Mapping, judge: str | None) -> float | None:
     """APR over the images that are compared; older measurements give only that over all images of the model."""
-    compared = finite(comparison.get(f"{side}_APR"))
+    found = (finite(comparison.get(f"{side}_{words.key}")) for words in (DERMOSCOPIC, FUNDUS))
+    compared = next((value for value in found if value is not None), None)
     return apr_of(models.get(comparison[side]), judge).get("value") if compared is None else compared
 
 
@@ -105,7 +111,7 @@ def _shared_prompts(comparison: Mapping, models: Mapping) -> str:
 
 
 def _bounds_and_tests(comparison: Mapping) -> str:
-    interval = bounds(comparison["APR"], "+.1f", 100)
+    interval = bounds(difference_of(comparison), "+.1f", 100)
     parts = [f"95\u00a0% interval {interval}"] if interval else []
     parts += [f"{name} < 0.001" if p < 0.001 else f"{name} = {p:.3f}" for name, p in _tests(comparison).items()]
     return f" ({'; '.join(parts)})" if parts else ""
@@ -144,8 +150,8 @@ def remarks(result: Mapping) -> list[str]:
         rewards = [finite(dig(models, comparison[side], "reward")) for side in ("from", "to")]
         word = verdict(comparison)
         if None not in rewards and rewards[1] > rewards[0] and word in ("worse", "unclear"):
-            rose = word == "unclear" and comparison["APR"]["value"] > 0
-            apr = "no gain in APR can be claimed" if rose else "APR did not"
+            rose, measure = word == "unclear" and difference_of(comparison)["value"] > 0, wording_of(result).measure
+            apr = f"no gain in {measure} can be claimed" if rose else f"{measure} did not"
             lines.append(
                 f"The reward rose from {rewards[0]:.3f} to {rewards[1]:.3f} while {apr}: {comparison['to']} may have "
                 "learned the errors of the reward."
@@ -164,6 +170,7 @@ def ceiling_sentences(result: Mapping) -> list[str]:
     Without any model's `ceiling`, the agreement with the real images as they are.
     """
     groups: dict[tuple[str, str], list[str]] = {}
+    words = wording_of(result)
     for name, values in (result.get("models") or {}).items():
         ceiling, held = values.get("ceiling"), finite(values.get("ceiling_share"))
         if finite(dig(ceiling, "value")) is not None:
@@ -171,18 +178,14 @@ def ceiling_sentences(result: Mapping) -> list[str]:
             groups.setdefault((only, in_words(ceiling, share)), []).append(name)
     if groups:
         return [
-            f"On real images, mixed by caption as those of {' and '.join(names)}{only}, the judge agrees with the "
-            f"caption in {agreement}: the rest is judge error, or wrong labels."
+            words.ceiling.format(names=" and ".join(names), only=only, value=agreement)
             for (only, agreement), names in groups.items()
         ]
     real = apr_of(result.get("real"), main_judge(result))
     if finite(real.get("value")) is None:
         return []
-    return [
-        f"On {counted(dig(result, 'real', 'images'), 'real image')} as they are, in a mix of captions that may not be "
-        f"the models', the judge agrees with the caption in {in_words(real, share)}: the rest is judge error, or wrong "
-        "labels."
-    ]
+    images = counted(dig(result, "real", "images"), "real image")
+    return [words.ceiling_as_is.format(images=images, value=in_words(real, share))]
 
 
 def partial(ceiling_share: float | None) -> bool:

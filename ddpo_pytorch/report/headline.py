@@ -17,6 +17,7 @@ from ddpo_pytorch.report.cells import (
     union,
 )
 from ddpo_pytorch.report.findings import apr_of, main_judge, pairing_note, partial, verdict
+from ddpo_pytorch.report.wording import difference_of, wording_of
 
 REAL = "real images"
 # what a number needs beside the samples, and the words under which metrics.json may say why it is missing.
@@ -57,21 +58,22 @@ def all_missing(result: Mapping) -> dict[str, str]:
 def headline(result: Mapping) -> Table:
     """A row a metric, a column a model; then differences of APR, and real images where there are some."""
     models, judge, real = result.get("models") or {}, main_judge(result), result.get("real")
+    words = wording_of(result)
     sides = models | ({REAL: real} if real else {})
     differences = [one for one in result.get("comparisons") or [] if verdict(one)]
     heads = [Head(name, _number(values, name == REAL)) for name, values in sides.items()]
     changes = [Head("difference", f"{one['to']} \u2212 {one['from']}") for one in differences]
     split = len(models)
     table = Table("The result in numbers", "", [heads[:split] + changes + heads[split:]], [])
-    for metric, head, cells in _headline_rows(sides, models, judge):
+    for metric, head, cells in _headline_rows(sides, models, judge, words.Measure):
         cells = [explained(table, result, metric, cell, name) for name, cell in zip(sides, cells, strict=True)]
         change = [_difference(table, one) if metric == "APR" else Cell("") for one in differences]
         table.rows.append((head, cells[:split] + change + cells[split:]))
         if metric == "APR" and any(finite(dig(values, "ceiling", "value")) is not None for values in models.values()):
             cells = [_ceiling(table, values) for values in sides.values()]
-            head = Head("Ceiling of APR", "%, judge on real images mixed by caption as the model's")
+            head = Head(f"Ceiling of {words.measure}", "%, judge on real images mixed by caption as the model's")
             table.rows.append((head, cells[:split] + [Cell("")] * len(differences) + cells[split:]))
-    quantities = [apr_of(values, judge) for values in sides.values()] + [one["APR"] for one in differences]
+    quantities = [apr_of(values, judge) for values in sides.values()] + [difference_of(one) for one in differences]
     quantities += [values.get("ceiling") for values in models.values()]
     for values in sides.values():
         quantities += [with_interval(values, metric) for metric in ("FID", "KID", "LPIPS", "FD_judge")]
@@ -87,7 +89,7 @@ def _number(values: Mapping, real: bool) -> str:
 
 
 def _difference(table: Table, comparison: Mapping) -> Cell:
-    cell, note = estimate(comparison["APR"], "+.2f", 100), pairing_note(comparison)
+    cell, note = estimate(difference_of(comparison), "+.2f", 100), pairing_note(comparison)
     return Cell(cell.text, cell.small, table.note(note) if note else "")
 
 
@@ -102,12 +104,14 @@ def _ceiling(table: Table, values: Mapping) -> Cell:
     return Cell(cell.text, cell.small, table.note(note))
 
 
-def _headline_rows(sides: Mapping, models: Mapping, judge: str | None) -> list[tuple[str, Head, list[Cell]]]:
+def _headline_rows(
+    sides: Mapping, models: Mapping, judge: str | None, measure: str
+) -> list[tuple[str, Head, list[Cell]]]:
     spread = next(iter(union(values.get("diversity") for values in sides.values())), None)
     near = next(iter(union(values.get("memorisation") for values in models.values())), None)
     each = list(sides.values())
     unit = f"Vendi score, {spread}" if spread else "Vendi score"
-    rows = [("APR", Head("APR", "%, higher is better"), [estimate(apr_of(v, judge), ".2f", 100) for v in each])]
+    rows = [("APR", Head(measure, "%, higher is better"), [estimate(apr_of(v, judge), ".2f", 100) for v in each])]
     for metric, small, form in (
         ("FID", "lower is better", ".2f"),
         ("KID", "lower is better", ".3g"),
@@ -116,9 +120,10 @@ def _headline_rows(sides: Mapping, models: Mapping, judge: str | None) -> list[t
     ):
         title = "Frechet distance" if metric == "FD_judge" else metric
         rows.append((metric, Head(title, small), [estimate(with_interval(v, metric), form) for v in each]))
-    rows.append(
-        ("reward", Head("Reward", "mean, higher is better"), [Cell(plain(v.get("reward"), ".3f")) for v in each])
-    )
+    if measure == "APR" or any(v.get("reward") is not None for v in each):
+        rows.append(
+            ("reward", Head("Reward", "mean, higher is better"), [Cell(plain(v.get("reward"), ".3f")) for v in each])
+        )
     vendi = [estimate(dig(v, "diversity", spread, "vendi")) for v in each]
     rows.append(("diversity", Head("Diversity", f"{unit}, higher is more varied"), vendi))
     closer = [estimate(dig(v, "memorisation", near, "share_closer"), ".2f", 100) for v in each]

@@ -12,26 +12,29 @@ from ddpo_pytorch.files import whole
 from ddpo_pytorch.report import tables
 from ddpo_pytorch.report.card import data_card, model_card
 from ddpo_pytorch.report.cells import counted, dig, letter
-from ddpo_pytorch.report.findings import findings, main_judge, remarks
+from ddpo_pytorch.report.findings import findings, remarks
+from ddpo_pytorch.report.fundus_tables import fundus_table, judges_text, quality_tables
 from ddpo_pytorch.report.headline import all_missing, headline
 from ddpo_pytorch.report.pictures import Album, Grid, Samples, closest_pairs, grids, rarest_first
 from ddpo_pytorch.report.plots import curves, read_runs
 from ddpo_pytorch.report.provenance import listings, read_config
 from ddpo_pytorch.report.quality_sentences import copy_sentences, diversity_sentences, memorisation_sentences
 from ddpo_pytorch.report.quality_tables import diversity_table, fidelity_tables, memorisation_table
+from ddpo_pytorch.report.wording import wording_of
 
 FORMAT = 2
 OPEN_GRIDS = 8  # prompts whose pictures are not folded away
-TITLE = "Generated dermoscopic images: alignment, fidelity, memorisation"
+MOST_GRIDS = 64  # prompts with pictures
 
 
 def write_report(
-    output: str | Path, result: Mapping[str, Any], samples: Samples, runs: Sequence[Path], title: str = TITLE
+    output: str | Path, result: Mapping[str, Any], samples: Samples, runs: Sequence[Path], title: str = ""
 ) -> Path:
     """Write `output`/report.html whole and return its path.
 
     `result`: the content of metrics.json (format 2). `samples`: (file, caption) lists by name, "real" (optional) and
     the models in their order; equal stems of a caption are the same noise. `runs`: run folders of scripts/train.py.
+    `title`: "" is that of the kind of images.
     Raises UserError for a result of another format and for a run folder that cannot be read. Image files that cannot
     be read are named among the page's warnings.
     """
@@ -40,7 +43,7 @@ def write_report(
             f"the metrics have format {result.get('format')!r}, this report reads {FORMAT}; run scripts/metric.py again"
         )
     path = Path(output) / "report.html"
-    text = render(page_content(result, samples, runs, title))
+    text = render(page_content(result, samples, runs, title or wording_of(result).title))
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
@@ -68,19 +71,21 @@ def page_content(result: Mapping, samples: Samples, runs: Sequence[Path], title:
     content = {
         "title": title,
         "created": _moment(result.get("created")),
-        "judge": main_judge(result),
+        "explained": judges_text(result),
+        "measure": wording_of(result).measure,
         "findings": findings(result),
         "remarks": remarks(result),
         "headline": headline(result) if result.get("models") else None,
-        "alignment": [t for t in (tables.table2(result), tables.table3(result)) if t],
+        "alignment": [t for t in (tables.table2(result), tables.table3(result), fundus_table(result)) if t],
         "prompts": tables.prompt_table(result),
         "attributes": tables.attribute_tables(result),
         "judges": tables.judge_table(result),
+        "statistics": quality_tables(result),
         "fidelity": fidelity_tables(result),
         "curves": curves(read_runs(runs)),
         "blocks": blocks[:OPEN_GRIDS],
         "more_blocks": blocks[OPEN_GRIDS:],
-        "noise": _noise(result, samples),
+        "noise": f"{_left_out(samples)}{_noise(result, samples)}",
         "diversity": diversity_table(result),
         "diversity_sentences": diversity_sentences(result),
         "memorisation": memorisation_table(result),
@@ -106,7 +111,7 @@ def _moment(created: str | None) -> str:
 def _picture_blocks(result: Mapping, samples: Samples, album: Album) -> list[tuple[Grid, str]]:
     """(grid, line above it) of every caption, rarest first by the number of real images."""
     captions = list(dict.fromkeys(caption for files in samples.values() for _, caption in files))
-    order = rarest_first(captions, dig(result, "sets", "real", "images_by_prompt"))
+    order = rarest_first(captions, dig(result, "sets", "real", "images_by_prompt"))[:MOST_GRIDS]
     return [(grid, tables.apr_line(result, grid.caption)) for grid in grids(samples, order, album)]
 
 
@@ -138,6 +143,12 @@ def _embedded(blocks: Sequence[tuple[Grid, str]], sheets: Sequence[tuple[str, st
     return real + sum(pair.training is not None for *_, pairs in sheets for pair in pairs)
 
 
+def _left_out(samples: Samples) -> str:
+    """That not all prompts are shown, in words; "" where they are."""
+    number = len({caption for files in samples.values() for _, caption in files})
+    return f"Of {number} prompts the first {MOST_GRIDS} are shown. " if number > MOST_GRIDS else ""
+
+
 def _noise(result: Mapping, samples: Samples) -> str:
     """Whether the columns of the grids share their noise, in words; "" for fewer than two models."""
     models = [name for name in samples if name != "real"]
@@ -155,6 +166,7 @@ def _contents(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(anchor, title) of the sections that have something to show."""
     sections = (
         ("alignment", "Alignment with the prompt", ("alignment", "prompts", "attributes", "judges")),
+        ("statistics", "Image statistics", ("statistics",)),
         ("fidelity", "Fidelity", ("fidelity",)),
         ("curves", "Training", ("curves",)),
         ("pictures", "Samples by prompt", ("blocks",)),

@@ -11,8 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from ddpo_pytorch.data.images import read_rgb
-from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.metrics.vocabulary import in_order
 from ddpo_pytorch.report.cells import finite
 
 SIDE = 128  # pixels
@@ -65,9 +65,7 @@ class Grid:
 
 def rarest_first(captions: Sequence[str], real_images: Mapping[str, int] | None) -> list[str]:
     """Captions by number of real images, fewest first; ties, and all without real images, in the official order."""
-    official = {caption: index for index, caption in enumerate(CAPTIONS)}
-    ordered = sorted(captions, key=lambda caption: (official.get(caption, len(official)), caption))
-    return sorted(ordered, key=lambda caption: (real_images or {}).get(caption, 0))
+    return sorted(in_order(captions), key=lambda caption: (real_images or {}).get(caption, 0))
 
 
 def paired_files(sets: Samples, caption: str, columns: int) -> tuple[list[str], dict[str, list[Path | None]]]:

@@ -16,6 +16,7 @@ from ddpo_pytorch.report.cells import (
     union,
 )
 from ddpo_pytorch.report.headline import REAL
+from ddpo_pytorch.report.wording import wording_of
 
 # rows of a fidelity table: key, title, what is good, form.
 FIDELITY = (
@@ -25,11 +26,6 @@ FIDELITY = (
     ("recall", "Recall", "0 to 1, higher is better", ".3f"),
     ("density", "Density", "higher is better", ".3f"),
     ("coverage", "Coverage", "0 to 1, higher is better", ".3f"),
-)
-# of distances in features of a classifier that may be near kin of the one that gave the reward
-CAUTION = (
-    "These are distances in features of the judge: where it was trained on the same images as the classifier of the "
-    "reward, it shares that classifier's errors, and a smaller distance may be one of these."
 )
 
 
@@ -63,7 +59,7 @@ def fidelity_tables(result: Mapping) -> list[Table]:
         how = methods(dig(column, key) for _, _, column in columns for key, *_ in FIDELITY)
         table.text = _about(result, extractor) + (f" In brackets: 95 % intervals ({how})." if how else "")
         if extractor == "judge":
-            table.text += f" {CAUTION}"
+            table.text += f" {wording_of(result).caution}"
         tables.append(table)
     return tables
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from ddpo_pytorch.data.isic import CAPTIONS, DISEASES, PAPER_ORDER, SINGLE_ARTIFACT_CAPTIONS
+from ddpo_pytorch.data.isic import DISEASES, PAPER_ORDER, SINGLE_ARTIFACT_CAPTIONS
+from ddpo_pytorch.metrics.vocabulary import in_order
 from ddpo_pytorch.report.cells import (
     Cell,
     Head,
@@ -17,10 +18,13 @@ from ddpo_pytorch.report.cells import (
 )
 from ddpo_pytorch.report.findings import apr_of, main_judge
 from ddpo_pytorch.report.headline import REAL, brackets, explained, with_interval
+from ddpo_pytorch.report.wording import DERMOSCOPIC, wording_of
 
 
 def table2(result: Mapping) -> Table | None:
     """The paper's table 2: the 8 captions with one artifact; real images above, and the judge's agreement on them."""
+    if wording_of(result) is not DERMOSCOPIC:
+        return None
     judge = main_judge(result)
     artifacts = [name for name in PAPER_ORDER if name not in DISEASES]
     captions = [SINGLE_ARTIFACT_CAPTIONS[disease, artifact] for disease in DISEASES for artifact in artifacts]
@@ -57,6 +61,8 @@ def apr_of_prompt(values: Mapping | None, judge: str | None, caption: str) -> di
 
 def table3(result: Mapping) -> Table | None:
     """The paper's table 3 with intervals: all prompts together, a row a model."""
+    if wording_of(result) is not DERMOSCOPIC:
+        return None
     models, judge = result.get("models") or {}, main_judge(result)
     columns = [("APR", "% \u2191", ".2f"), ("FID", "\u2193", ".2f"), ("LPIPS", "\u2193", ".3f")]
     columns += [("FD_judge", "\u2193", ".4g"), ("reward", "\u2191", ".3f")]
@@ -77,20 +83,20 @@ def table3(result: Mapping) -> Table | None:
 
 def prompt_table(result: Mapping) -> Table | None:
     """Every caption that has images: real images, and for each model images and APR."""
-    judge, sides = main_judge(result), _sides(result)
+    judge, sides, measure = main_judge(result), _sides(result), wording_of(result).Measure
     counts = {name: values.get("images_by_prompt") or {} for name, values in sides.items()}
     counts[REAL] = counts.get(REAL) or dig(result, "sets", "real", "images_by_prompt") or {}
     listed = {c for numbers in counts.values() for c, number in numbers.items() if number}
     listed |= {c for v in sides.values() for c in [*(v.get("APR_by_prompt") or {}), *_judged(v, judge)]}
     if not listed:
         return None
-    captions = [c for c in CAPTIONS if c in listed] + sorted(listed - set(CAPTIONS))
+    captions = in_order(listed)
     begin = common_beginning(captions)
     names = [name for name in counts if counts[name] or name in sides]
     names = [name for name in (REAL, *(result.get("models") or {})) if name in names]
     header = [
         [Head(name, "", 2) for name in names],
-        [head for _ in names for head in (Head("n"), Head("APR", "%"))],
+        [head for _ in names for head in (Head("n"), Head(measure, "%"))],
     ]
     table, quantities = (
         Table(
@@ -159,7 +165,7 @@ def judge_table(result: Mapping) -> Table | None:
     """APR by every judge, where there are several."""
     sides, judges = _sides(result), result.get("judges") or {}
     names = union([judges, *(values.get("alignment") for values in sides.values())])
-    if len(names) < 2:
+    if len(names) < 2 or wording_of(result) is not DERMOSCOPIC:
         return None
     heads = [Head(name, "APR, %, as they are" if name == REAL else "APR, %") for name in sides]
     table, quantities = Table("Further judges", "Judge", [heads], []), []
@@ -184,4 +190,6 @@ def apr_line(result: Mapping, caption: str) -> str:
             parts.append(f"{name} {percent(apr['value'], '.1f')} %")
     real = dig(result, "sets", "real", "images_by_prompt")
     number = "" if real is None else counted(real.get(caption, 0), "real image")
-    return "; ".join(part for part in ("APR " + ", ".join(parts) if parts else "", number) if part)
+    return "; ".join(
+        part for part in (f"{wording_of(result).Measure} " + ", ".join(parts) if parts else "", number) if part
+    )
