@@ -32,8 +32,11 @@ def add_fundus(config: ml_collections.ConfigDict) -> None:
     rlhf.policy_layers = 12
     rlhf.dropout = 0.1
     # how patches become tokens: "linear", as in the document; "conv", convolutions with batch norm, which learns from
-    # hundreds of rated images what the other needs very many for (see the README).
+    # a thousand rated images what the other does not (see docs/fundus.md).
     rlhf.stem = "linear"
+    # model folder whose autoencoder rated photographs pass before they are learned from ("": none): else judges that
+    # have seen no generated image take the softness of the autoencoder for a fault, and reject whatever is generated.
+    rlhf.autoencoder = ""
     # how the signed, detached advantage A = R - score moves the score p. "symmetric_log": A+ log p + A- log(1 - p);
     # "log": A log p, REINFORCE as in the official code, with the sign that it lost; "delta": A p, its documentation.
     rlhf.objective = "symmetric_log"
@@ -74,6 +77,10 @@ def add_fundus(config: ml_collections.ConfigDict) -> None:
     improve.batch_size = 32
     improve.real_share = 0.5
     improve.learning_rate = 1e-5
+    improve.ema_decay = 0.99  # of the weight average that is kept; see sd.ema_decay
+    # only real images that the Selector passes are mixed in: of an archive of mixed quality the rest teaches what the
+    # rounds are to unlearn.
+    improve.select_real = False
     # real images to mix in, and others to compare with: fundus tables, and the folder of their images.
     improve.csv = ""
     improve.held_out_csv = ""

@@ -30,8 +30,9 @@ from ddpo_pytorch.data.ratings import (
 )
 from ddpo_pytorch.errors import UserError, difference
 from ddpo_pytorch.files import whole
+from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, Policy, TextFeatures, load_judges, save_policy
-from ddpo_pytorch.judges.rated import COLUMNS, RatedSet, best_threshold, read_rated
+from ddpo_pytorch.judges.rated import COLUMNS, RatedSet, best_threshold, read_rated, through_autoencoder
 from ddpo_pytorch.judges.rlhf import StageTraining, all_scores, check_settings, chosen_samples, training_identity
 from ddpo_pytorch.judges.selector import MLP_RATIO, Selector, save_selector
 from ddpo_pytorch.judges.vision import VisionSizes, read_judge
@@ -236,6 +237,9 @@ def main(_) -> None:
         logger.info("stage %d in %s is finished", finished["stage"], output)
         return
     train_set, val_set = (read_rated(rated, rlhf.image_size) for rated in read_images(rlhf, config.seed))
+    if rlhf.autoencoder:
+        vae = load_pipeline(rlhf.autoencoder, device=accelerator.device).vae
+        train_set, val_set = (through_autoencoder(rated, vae, rlhf.batch_size) for rated in (train_set, val_set))
     if 1 in stages:
         first_stage(accelerator, config, train_set, val_set, finished)
     if 2 in stages:

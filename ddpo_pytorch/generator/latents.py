@@ -58,6 +58,22 @@ def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torc
     return posterior.mean.half().cpu().contiguous(), posterior.logvar.half().cpu().contiguous()
 
 
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """What the autoencoder makes of uint8 images (B, 3, H, W), uint8: the best that any diffusion model on it can draw.
+
+    On a CPU by one thread, as `encode`.
+    """
+    mean, _ = encode(vae, images)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        decoded = vae.decode(mean.to(vae.device, vae.dtype)).sample
+    finally:
+        torch.set_num_threads(threads)
+    return ((decoded.float() / 2 + 0.5) * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
 def sample_posterior(mean: torch.Tensor, logvar: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """mean + noise * exp(logvar / 2), clamped as AutoencoderKL does; float32, not scaled."""
     return mean.float() + noise * torch.exp(0.5 * logvar.float().clamp(-30, 20))

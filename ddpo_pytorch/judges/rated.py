@@ -4,17 +4,19 @@ import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 
 from ddpo_pytorch.data.field_of_view import fov_square
 from ddpo_pytorch.data.fundus import names_side
 from ddpo_pytorch.data.images import read_rgb, to_uint8
 from ddpo_pytorch.data.ratings import RatedImage
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.generator.latents import fingerprint, reconstruct
 from ddpo_pytorch.judges.vision import resized
 from ddpo_pytorch.randomness import Stream, generator_of
 
@@ -74,6 +76,13 @@ def read_rated(rated: Sequence[RatedImage], size: int) -> RatedSet:
         torch.tensor([not names_side(one.prompt) for one in rated]),
         hashlib.sha256(json.dumps([size, about]).encode()).hexdigest()[:12],
     )
+
+
+def through_autoencoder(rated: RatedSet, vae: AutoencoderKL, batch_size: int) -> RatedSet:
+    """The set with its images encoded and decoded once, as the generator would draw them at its best."""
+    images = torch.cat([reconstruct(vae, part) for part in rated.images.split(batch_size)])
+    digest = hashlib.sha256((rated.digest + fingerprint(vae)).encode()).hexdigest()[:12]
+    return replace(rated, images=images, digest=digest)
 
 
 def _pixels(path: str | Path, size: int) -> torch.Tensor:

@@ -26,7 +26,15 @@ from ddpo_pytorch.randomness import Stream, derived_seed, generator_of
 from ddpo_pytorch.reinforce import OBJECTIVES, advantages, importance_weights, reinforce_loss
 
 COLUMN = {"selector": "quality", "policy": "alignment"}
-PLACES = ("ratings", "data_path", "val_ratings", "output", "stages", "text_encoder")  # known by what is in them
+PLACES = (
+    "ratings",
+    "data_path",
+    "val_ratings",
+    "output",
+    "stages",
+    "text_encoder",
+    "autoencoder",
+)  # known by what is in them
 SECOND_ONLY = ("second_learning_rate", "importance", "importance_range", "replay_share")
 
 

@@ -1,7 +1,7 @@
 """The image encoder of Selector and Policy: timm's vision transformer, RGB, and the one way that images get into it.
 
 Blocks are pre-norm, attention runs over the patches of one image, position embeddings start at std 0.02, the class
-token after the last LayerNorm is what is returned.
+token after the last LayerNorm (or, with stem "conv", the mean of the others) is what is returned.
 """
 
 import json
@@ -29,10 +29,10 @@ LEAST_CHANNELS = 24  # of a convolution of the stem
 class VisionSizes:
     """Sizes of a vision transformer. Raises UserError for those that do not divide.
 
-    `stem` makes tokens from patches: "linear", one projection; or "conv", 3 x 3 convolutions of stride 2 with batch
-    norm, as many as halve the patch to one, then a projection (Xiao et al. 2021), which learns from few images what
-    blur and noise are. `image_size` and `patch_size` in pixels; `width` of tokens, split among `heads`; `dropout` after
-    positions, attention and both layers of each MLP, whose inner width is `mlp_ratio` x width.
+    `stem` makes tokens from patches: "linear", one projection, and the class token is returned; or "conv", `conv_stem`
+    (after Xiao et al. 2021), and the mean of all tokens, which learns from few images what blur and noise are.
+    `image_size` and `patch_size` in pixels; `width` of tokens, split among `heads`; `dropout` after positions,
+    attention and both layers of each MLP, whose inner width is `mlp_ratio` x width.
     """
 
     image_size: int = 512
@@ -70,6 +70,8 @@ class ImageEncoder(nn.Module):
             img_size=sizes.image_size,
             patch_size=sizes.patch_size,
             num_classes=0,
+            global_pool="avg" if sizes.stem == "conv" else "token",
+            fc_norm=False,
             embed_dim=sizes.width,
             depth=sizes.layers,
             num_heads=sizes.heads,
@@ -92,9 +94,23 @@ class ImageEncoder(nn.Module):
         return self.vit(pixels)
 
 
+class Detail(nn.Module):
+    """Images (B, 3, H, W) -> (B, 6, H, W): the image, and what the mean of 3 x 3 pixels removes from it, times 8.
+
+    Blur, noise and missing vessels show in differences between neighbours, which are small beside those of colour.
+    """
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        smooth = nn.functional.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
+        return torch.cat([images, 8 * (images - smooth)], dim=1)
+
+
 def conv_stem(patch_size: int, width: int) -> nn.Sequential:
-    """Images (B, 3, S, S) -> tokens (B, width, S / patch_size, S / patch_size)."""
-    halvings, channels, layers = patch_size.bit_length() - 1, 3, []
+    """Images (B, 3, S, S) -> tokens (B, width, S / patch_size, S / patch_size).
+
+    `Detail`, then 3 x 3 convolutions of stride 2 with batch norm, as many as halve the patch to one, and a projection.
+    """
+    halvings, channels, layers = patch_size.bit_length() - 1, 6, [Detail()]
     for left in range(halvings - 1, -1, -1):
         following = max(width >> left, LEAST_CHANNELS)
         layers += [nn.Conv2d(channels, following, 3, 2, 1, bias=False), nn.BatchNorm2d(following), nn.ReLU()]
