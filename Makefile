@@ -1,5 +1,6 @@
+# make demo-fundus: the second system on phantoms: generator, ratings, judges, rounds of improvement, report.
 # make demo: train the mini world with DDPO, sample before and after, measure against phantoms, write a report.
-# make test: run the test suite. Both set themselves up in .venv on first use.
+# make test: run the test suite. They set themselves up in .venv on first use.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,7 +15,13 @@ LAUNCH := accelerate launch --num_processes 1 --num_machines 1 --mixed_precision
 OUT := rl4med-out/mini
 MINI := config/mini.py
 
-.PHONY: demo test lint mini-weights
+# the second system, in a folder of its own
+FUNDUS := config/fundus.py
+FROOT := rl4med-out/fundus-$(RUN)
+FLAGS := --config.base_log_path=$(FROOT)
+TWO := torchrun --standalone --nproc_per_node 2
+
+.PHONY: demo demo-fundus test lint mini-weights
 
 .venv/ready: setup.py
 	$(PYTHON) -m venv .venv
@@ -32,8 +39,27 @@ demo: .venv/ready
 	@echo "tables, curves and pictures: $(OUT)/metrics/$(RUN)/report.html"
 	@echo "all samples: $(OUT)/samples/$(RUN)/SD/images and .../RL/images; training grids: $(OUT)/logs/$(RUN)/grid_*.png"
 
+# captions -> generator -> ratings by known degradations -> Selector and Policy -> rounds of improvement -> table 1
+demo-fundus: export ACCELERATE_USE_CPU := true
+demo-fundus: export OMP_NUM_THREADS := 1
+demo-fundus: .venv/ready
+	python -m ddpo_pytorch.data.retina --out $(FROOT)/data --degraded 0.5 --num_train 2000 --num_val 1000 --num_test 300
+	$(TWO) scripts/train_sd.py --config $(FUNDUS):train_vae_mini $(FLAGS) --config.sd.batch_size=8
+	$(TWO) scripts/train_sd.py --config $(FUNDUS):finetune_sd_mini $(FLAGS) --config.sd.batch_size=16
+	python -m ddpo_pytorch.data.degradation --csv $(FROOT)/data/splits/fundus_train.csv --data_path $(FROOT)/data --out $(FROOT)/ratings --resize stretch --limit 1000
+	python -m ddpo_pytorch.data.degradation --csv $(FROOT)/data/splits/fundus_val.csv --data_path $(FROOT)/data --out $(FROOT)/ratings-held-out --resize stretch --seed 1
+	$(TWO) scripts/train_rlhf.py --config $(FUNDUS):train_rlhf_mini $(FLAGS) --config.rlhf.batch_size=16
+	$(TWO) scripts/train_rlhf.py --config $(FUNDUS):train_rlhf_held_out_mini $(FLAGS) --config.rlhf.batch_size=16
+	python scripts/improve.py --launch="$(TWO)" --config $(FUNDUS):improve_mini $(FLAGS) --config.sample.num_batches_per_epoch=2 --config.train.batch_size=32
+	$(TWO) scripts/generate.py --config $(FUNDUS):generate_mini $(FLAGS)
+	$(TWO) scripts/eval.py --config $(FUNDUS):eval_base_mini $(FLAGS)
+	$(TWO) scripts/eval.py --config $(FUNDUS):eval_improved_mini $(FLAGS)
+	$(TWO) scripts/extract_dataset_latents.py --config $(FUNDUS):real_images_mini $(FLAGS)
+	$(TWO) scripts/metric.py --config $(FUNDUS):evaluate_metric_mini $(FLAGS) --report
+	@echo "rounds: $(FROOT)/improve/rounds.md; tables and pictures: $(FROOT)/metrics/report.html"
+
 test: .venv/ready
-	pytest -q
+	pytest -q -n 2 --dist loadfile
 
 # Rebuilds ddpo_pytorch/assets/mini from nothing: phantom worlds, autoencoder, diffusion model, the two classifiers.
 # The generator sees ISIC's frequencies. The autoencoder and the two judges see rare artifacts as often as common ones, and

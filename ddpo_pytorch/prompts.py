@@ -8,11 +8,12 @@ NV]}` (0/1), otherwise `{}`; rewards receive it. To add a set, write such a func
 import inspect
 import random
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
+from ddpo_pytorch.data import fundus
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
 from ddpo_pytorch.errors import UserError
 
@@ -44,6 +45,16 @@ def from_file(
     return _describe(_choose(read_prompts(path, low, high), rng))
 
 
+def fundus_table(path: str | Path, rng: UniformSource | None = None) -> Prompt:
+    """One of the distinct captions of a fundus table, uniformly. See `data.fundus.read_split` for its errors."""
+    return _describe(_choose(_table_captions(path), rng))
+
+
+@cache
+def _table_captions(path: str | Path) -> tuple[str, ...]:
+    return fundus.caption_list(fundus.read_split(path))
+
+
 def read_prompts(path: str | Path, low: int | None = None, high: int | None = None) -> list[str]:
     """Lines [low, high) of a text file without blank ones: an absolute path, one from the current folder, or an asset.
 
@@ -70,11 +81,13 @@ PROMPTS: dict[str, Callable[..., Prompt]] = {
     "isic_all": isic_all,
     "isic_all_idx": isic_all_idx,
     "from_file": from_file,
+    "fundus_table": fundus_table,
 }
 PROMPT_LISTS: dict[str, Callable[..., Sequence[str]]] = {
     "isic_all": lambda: CAPTIONS,
     "isic_all_idx": lambda: CAPTIONS,
     "from_file": read_prompts,
+    "fundus_table": _table_captions,
 }
 
 

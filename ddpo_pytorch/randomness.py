@@ -24,6 +24,7 @@ class Stream(IntEnum):
     BATCHES = 6
     VALIDATION = 7
     HELD_OUT = 8
+    POOL = 9
 
 
 def derived_seed(seed: int, stream: Stream, *progress: int) -> int:

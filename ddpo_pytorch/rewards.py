@@ -19,6 +19,7 @@ from ddpo_pytorch.data.images import to_pil
 from ddpo_pytorch.data.isic import LABELS, labels_of
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier
+from ddpo_pytorch.judges.policy import load_judges
 
 RewardFn = Callable[[torch.Tensor, Sequence[str], Sequence[Mapping[str, Any]]], tuple[np.ndarray, dict[str, Any]]]
 JPEG_QUALITY = 95
@@ -65,7 +66,23 @@ def isic_classifier_reward(classifier: str | Path | ArtifactClassifier, device: 
     return reward
 
 
+def fundus_alignment(judges: str | Path, device: str | torch.device = "cpu") -> RewardFn:
+    """[selector >= tau] * policy, in [0, 1]: what the Selector rejects earns nothing, the rest the Policy's score.
+
+    `judges` is a folder that train_rlhf.py wrote; tau is the Selector's own threshold. info: both scores (B,).
+    """
+    selector, policy = load_judges(judges, device)
+
+    def reward(images, prompts, metadata):
+        quality = selector.score(images).double().cpu().numpy()
+        alignment = policy.score(images, prompts).double().cpu().numpy()
+        return (quality >= selector.threshold) * alignment, {"selector": quality, "policy": alignment}
+
+    return reward
+
+
 REWARDS: dict[str, Callable[..., RewardFn]] = {
+    "fundus_alignment": fundus_alignment,
     "isic_classifier_reward": isic_classifier_reward,
     "jpeg_compressibility": jpeg_compressibility,
     "jpeg_incompressibility": jpeg_incompressibility,

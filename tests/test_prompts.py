@@ -63,7 +63,9 @@ def test_from_file_errors_say_what_to_do(tmp_path):
 
 def test_lookup_by_name():
     assert get_prompt_fn("isic_all").func is isic_all
-    with pytest.raises(UserError, match="'imagenet_animals' is unknown.*from_file, isic_all, isic_all_idx"):
+    with pytest.raises(
+        UserError, match="'imagenet_animals' is unknown.*from_file, fundus_table, isic_all, isic_all_idx"
+    ):
         get_prompt_fn("imagenet_animals")
 
 
@@ -76,4 +78,4 @@ def test_all_prompts_lists_every_set_once(tmp_path):
         all_prompts("isic_all", path="x")
     with pytest.raises(UserError, match="is unknown"):
         all_prompts("nothing")
-    assert set(PROMPTS) == {"isic_all", "isic_all_idx", "from_file"}
+    assert set(PROMPTS) == {"isic_all", "isic_all_idx", "from_file", "fundus_table"}

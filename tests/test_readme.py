@@ -10,7 +10,8 @@ from test_configs import load
 
 from ddpo_pytorch import rewards
 
-TEXT = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "docs" / "fundus.md"]
+TEXT = "\n".join(page.read_text() for page in PAGES)
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.S)
 COMMANDS = [
     shlex.split(line.split("  #")[0])
@@ -21,12 +22,12 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] == "accelerate"], ids=" ".join)
+@pytest.mark.parametrize("command", [c for c in COMMANDS if any("scripts/" in word for word in c)], ids=" ".join)
 def test_script_commands_build(command):
     script = next(word for word in command if word.startswith("scripts/"))
     source = (ROOT / script).read_text()
     options = command[command.index(script) + 1 :]
-    for name, value in zip(options, options[1:] + [""], strict=True):
+    for name, value in zip(options, [*options, ""][1:], strict=True):
         if name == "--config":
             file, experiment = re.fullmatch(r"config/(\w+)\.py:(\w+)", value).groups()
             config = load(file).get_config(experiment)
@@ -41,13 +42,16 @@ def test_script_commands_build(command):
 
 def test_make_targets_exist():
     targets = [command[1] for command in COMMANDS if command[0] == "make"]
-    assert targets == ["demo", "test"]
+    assert targets == ["demo", "test", "demo-fundus"]
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{target}:" in makefile for target in [*targets, "mini-weights"])
 
 
 def test_linked_files_exist():
-    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT) + re.findall(r"`(ddpo_pytorch/[\w/.]+)`", TEXT):
+    for page in PAGES:
+        for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+            assert (page.parent / path).exists(), path
+    for path in re.findall(r"`(ddpo_pytorch/[\w/.]+)`", TEXT):
         assert (ROOT / path).exists(), path
 
 

@@ -235,19 +235,27 @@ def write_splits(folder: str | Path, splits: Mapping[str, Sequence[Row]]) -> Non
 
     Raises UserError, before anything is written, where a file of that name holds something else.
     """
-    texts = {}
-    for name, rows in splits.items():
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, list(rows[0].fields), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row.fields for row in rows)
-        texts[Path(folder) / f"fundus_{name}.csv"] = buffer.getvalue().encode()
+    texts = {Path(folder) / f"fundus_{name}.csv": _as_csv(rows) for name, rows in splits.items()}
     for path, text in texts.items():
         if path.exists() and path.read_bytes() != text:
             raise UserError(f"{str(path)!r} exists and holds something else; choose another folder or move it away")
     for path, text in texts.items():
         with whole(path) as temporary:
             temporary.write_bytes(text)
+
+
+def write_table(path: str | Path, rows: Sequence[Row]) -> None:
+    """Write rows with every column of the table that they were read from; whole or not at all."""
+    with whole(path) as temporary:
+        temporary.write_bytes(_as_csv(rows))
+
+
+def _as_csv(rows: Sequence[Row]) -> bytes:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0].fields), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row.fields for row in rows)
+    return buffer.getvalue().encode()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

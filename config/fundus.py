@@ -1,0 +1,274 @@
+"""The second system: fundus photographs, a Selector and a Policy learned from expert ratings, rounds of improvement.
+
+    python scripts/improve.py --config config/fundus.py:improve
+
+Names without a suffix are for a GPU: SD 1.5 with BioMedBERT at 512 px on a table of your own (rl4med-out/fundus). Those
+that end in _mini are the same on fundus phantoms at 64 px on a CPU, in minutes, offline ("make demo-fundus").
+"""
+
+import importlib.util
+from pathlib import Path
+
+_spec = importlib.util.spec_from_file_location("base", Path(__file__).with_name("base.py"))
+base = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(base)
+ASSETS = Path(importlib.util.find_spec("ddpo_pytorch").origin).parent / "assets"
+
+
+def _common():
+    """What all experiments share: paths, which follow base_log_path, and how images are drawn."""
+    config = base.get_config()
+    config.base_log_path = "rl4med-out/fundus"
+    root = config.get_ref("base_log_path")
+    config.logdir = root + "/logs"
+    # the table fundus_{train,val,test}.csv of python -m ddpo_pytorch.data.fundus, and the images' folder
+    config.dataset.kind = "fundus"
+    config.dataset.data_path = root + "/data"
+    config.dataset.csv = root + "/data/splits/fundus_test.csv"
+    config.dataset.resize = "fov"
+    config.sd.kind = "fundus"
+    config.sd.data_path = root + "/data"
+    config.sd.csv = root + "/data/splits/fundus_train.csv"
+    config.sd.val_csv = root + "/data/splits/fundus_val.csv"
+    config.sd.resize = "fov"
+    config.sd.text_encoder = "bert"
+    config.sd.output = root + "/sd"
+    config.rlhf.ratings = root + "/ratings/ratings.csv"
+    config.rlhf.output = root + "/rlhf"
+    config.improve.output = root + "/improve"
+    config.improve.judges = root + "/rlhf"
+    config.improve.held_out_judges = root + "/rlhf-held-out"
+    config.improve.csv = root + "/data/splits/fundus_train.csv"
+    config.improve.held_out_csv = root + "/data/splits/fundus_test.csv"
+    config.improve.data_path = root + "/data"
+    config.prompt_fn = "fundus_table"
+    config.prompt_fn_kwargs.path = root + "/data/splits/fundus_train.csv"
+    config.reward_fn = "fundus_alignment"
+    config.reward_fn_kwargs.fundus_alignment.judges = root + "/rlhf"
+    config.sample.num_steps = 50
+    config.sample.guidance_scale = 7.5
+    config.metric.judges = root + "/rlhf-held-out"
+    config.metric.classifier = ""
+    config.metric.quality = ("legacy", "fov")
+    config.metric.real_path = root + "/real-images-test"
+    config.metric.output = root + "/metrics"
+    return config
+
+
+def trained(config):
+    """The generator is the one of `finetune_sd`."""
+    config.pretrained.model = config.get_ref("base_log_path") + "/sd"
+    return config
+
+
+def finetune_sd():
+    """Stage (i): SD 1.5's UNet with BioMedBERT in CLIP's place; 20,000 steps of 4 x 20 images (MINIM)."""
+    config = _common()
+    config.sd.image_size = 512
+    config.sd.num_steps = 20_000
+    config.sd.batch_size = 20
+    config.sd.gradient_accumulation_steps = 4
+    config.sd.learning_rate = 1e-5
+    config.sd.gradient_checkpointing = True
+    return config
+
+
+def train_rlhf():
+    """Selector and Policy from expert ratings, in two stages."""
+    return _common()
+
+
+def train_rlhf_held_out():
+    """The same from other ratings, for measuring alone."""
+    config = _common()
+    config.rlhf.ratings = config.get_ref("base_log_path") + "/ratings-held-out/ratings.csv"
+    config.rlhf.output = config.get_ref("base_log_path") + "/rlhf-held-out"
+    config.seed = 43
+    return config
+
+
+def generate():
+    """Best-of-N images of every caption of the training table."""
+    config = trained(_common())
+    config.logdir = config.get_ref("base_log_path") + "/samples/best-of-n"
+    return config
+
+
+def improve():
+    """Three rounds of fine-tuning on what the judges chose, half of the images real."""
+    return trained(_common())
+
+
+def ddpo():
+    """Policy gradient on the judges' reward, [selector >= tau] * policy."""
+    config = trained(_common())
+    config.num_epochs = 50
+    config.save_freq = 5
+    # 8 * 8 = 64 samples per epoch and process, 2 updates
+    config.sample.batch_size = 8
+    config.sample.num_batches_per_epoch = 8
+    config.train.batch_size = 4
+    config.train.gradient_accumulation_steps = 8
+    config.train.gradient_checkpointing = True
+    return config
+
+
+def eval_base():
+    """Samples of every caption from the generator before improvement."""
+    config = trained(_common())
+    config.eval.num_samples_per_prompt = 16
+    config.logdir = config.get_ref("base_log_path") + "/samples/SD"
+    return config
+
+
+def eval_improved():
+    """The same, from the same noise, after the best round."""
+    config = eval_base()
+    config.pretrained.model = config.get_ref("base_log_path") + "/improve/best"
+    config.logdir = config.get_ref("base_log_path") + "/samples/RL"
+    return config
+
+
+def real_images():
+    """The test photographs as a sample folder."""
+    config = _common()
+    config.pretrained.model = ""
+    config.logdir = config.get_ref("base_log_path") + "/real-images-test"
+    return config
+
+
+def evaluate_metric():
+    """Table 1, judges' scores, KID and diversity before and after improvement, beside real photographs."""
+    config = _common()
+    root = config.get_ref("base_log_path")
+    config.metric.compare_path = root + "/samples/SD"
+    config.metric.fake_path = root + "/samples/RL"
+    config.metric.compare_name = "SD"
+    config.metric.fake_name = "SD+RLHF"
+    return config
+
+
+def mini(config):
+    """Phantoms at 64 px on a CPU: sizes, and no metric network that would have to be downloaded."""
+    config.base_log_path = "rl4med-out/fundus-mini"
+    config.mixed_precision = "no"
+    config.dataset.image_size = 64
+    config.dataset.resize = "stretch"
+    config.sd.image_size = 64
+    config.sd.resize = "stretch"
+    config.sd.text_tokens = 24
+    config.sd.gradient_accumulation_steps = 1
+    config.sd.gradient_checkpointing = False
+    config.sd.num_workers = 0
+    config.sample.num_steps = 10
+    config.sample.guidance_scale = 1.0
+    config.eval.batch_size = 64
+    config.rlhf.text_encoder = config.get_ref("base_log_path") + "/sd"
+    config.rlhf.text_tokens = 24
+    config.rlhf.image_size = 64
+    config.rlhf.autoencoder = config.get_ref("base_log_path") + "/sd"
+    config.rlhf.width = 96
+    config.rlhf.heads = 3
+    config.rlhf.selector_layers = 2
+    config.rlhf.policy_layers = 3
+    config.rlhf.dropout = 0.0
+    config.rlhf.stem = "conv"
+    config.rlhf.num_epochs = 10
+    config.rlhf.learning_rate = 1e-3
+    config.rlhf.second_learning_rate = 3e-4
+    config.wandb = "disabled"
+    config.improve.images_per_prompt = 8
+    config.improve.held_out_images = 32
+    config.improve.num_steps = 200
+    config.improve.learning_rate = 5e-4
+    config.improve.ema_decay = 0.95
+    # the phantom archive is half spoilt
+    config.improve.select_real = True
+    config.metric.inception = ""
+    config.metric.alexnet = ""
+    config.metric.batch_size = 64
+    return config
+
+
+def train_vae_mini():
+    """Stage (i), first: the skin phantoms' autoencoder, trained further on fundus phantoms."""
+    config = mini(_common())
+    config.sd.stage = "vae"
+    config.sd.vae = str(ASSETS / "mini" / "sd" / "vae")
+    config.sd.num_steps = 450
+    config.sd.batch_size = 16
+    config.sd.learning_rate = 1e-3
+    return config
+
+
+def finetune_sd_mini():
+    """Stage (i), second: a small BERT and a UNet from nothing."""
+    config = mini(_common())
+    config.sd.stage = "unet"
+    config.sd.num_steps = 1500
+    config.sd.batch_size = 32
+    config.sd.learning_rate = 1e-3
+    return config
+
+
+def train_rlhf_mini():
+    return mini(train_rlhf())
+
+
+def train_rlhf_held_out_mini():
+    return mini(train_rlhf_held_out())
+
+
+def improve_mini():
+    """Three rounds of DDPO."""
+    config = ddpo_mini()
+    config.improve.methods = ("ddpo",)
+    return config
+
+
+def ddpo_mini():
+    """One round's worth of DDPO: 256 samples an epoch in 4 updates."""
+    config = mini(ddpo())
+    config.num_epochs = 8
+    config.save_freq = 8
+    config.sample.batch_size = 64
+    config.sample.num_batches_per_epoch = 4
+    config.train.batch_size = 64
+    config.train.gradient_accumulation_steps = 1
+    config.train.gradient_checkpointing = False
+    # half of the steps, anywhere: what is drawn is decided early, how sharply late
+    config.train.timestep_fraction = 0.5
+    config.train.lora_rank = 16
+    config.train.learning_rate = 2.5e-3
+    # a mean over 4 * 16 * 16 = 1,024 dimensions: 1e-4 * 16,384 / 1,024
+    config.train.clip_range = 1.6e-3
+    config.per_prompt_stat_tracking.min_count = 8
+    return config
+
+
+def generate_mini():
+    """From the best round."""
+    config = mini(generate())
+    config.pretrained.model = config.get_ref("base_log_path") + "/improve/best"
+    config.improve.images_per_prompt = 2
+    return config
+
+
+def eval_base_mini():
+    return mini(eval_base())
+
+
+def eval_improved_mini():
+    return mini(eval_improved())
+
+
+def real_images_mini():
+    return mini(real_images())
+
+
+def evaluate_metric_mini():
+    return mini(evaluate_metric())
+
+
+def get_config(name=""):
+    return base.choose(globals(), name)

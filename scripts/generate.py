@@ -1,0 +1,120 @@
+"""Best-of-N images: those of each prompt that the Selector passes, ranked by the Policy.
+
+    accelerate launch scripts/generate.py --config config/fundus.py:generate --config.logdir=DIR
+
+For each prompt (eval.prompts, else all of prompt_fn), `improve.images_per_prompt` times: images are drawn until
+`improve.num_candidates` pass or `improve.max_attempts` are drawn. Writes <logdir>/images/<caption with _>/
+Fundus_<number>_selector_<score>_policy_<score>.png and, at the end, <logdir>/image_log.json, in which `best` marks the
+image of highest Policy score; where none passed, the last one is kept, with `passed` false. The same command again does
+nothing once the log is there, and otherwise begins anew.
+"""
+
+import logging
+import shutil
+import time
+from pathlib import Path
+
+from absl import flags
+from accelerate.utils import gather_object
+from ml_collections import ConfigDict, config_flags
+from tqdm.auto import tqdm
+
+from ddpo_pytorch.best_of_n import Request, best_of_n, log_entries
+from ddpo_pytorch.checkpointing import load_weights
+from ddpo_pytorch.data.images import LOG, save_image, write_log
+from ddpo_pytorch.data.sample_log import claim_folder
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import sha256
+from ddpo_pytorch.generator.pipeline import load_pipeline
+from ddpo_pytorch.generator.text import too_long
+from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges
+from ddpo_pytorch.prompts import all_prompts
+from ddpo_pytorch.run import DTYPES, cli, make_accelerator
+from ddpo_pytorch.sampling import Sampler, fingerprint, plan
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", "config/base.py", "experiment, e.g. config/fundus.py:generate")
+logger = logging.getLogger(__name__)
+
+
+def check_settings(config: ConfigDict) -> None:
+    """Raise UserError for a number that is out of range."""
+    improve = config.improve
+    for name in ("images_per_prompt", "num_candidates", "max_attempts"):
+        if improve[name] < 1:
+            raise UserError(f"improve.{name} is {improve[name]}; it must be at least 1")
+    if improve.num_candidates > improve.max_attempts:
+        raise UserError(
+            f"improve.num_candidates is {improve.num_candidates}, improve.max_attempts {improve.max_attempts}; so many "
+            "candidates cannot pass in fewer attempts"
+        )
+    if config.eval.batch_size < 1:
+        raise UserError(f"eval.batch_size is {config.eval.batch_size}; it must be at least 1")
+
+
+def main(_) -> None:
+    config = FLAGS.config
+    improve, sample, folder = config.improve, config.sample, Path(config.logdir)
+    check_settings(config)
+    accelerator = make_accelerator(config.mixed_precision, config.allow_tf32)
+    prompts = [str(text) for text in config.eval.prompts]
+    prompts = prompts or [prompt for prompt, _ in all_prompts(config.prompt_fn, **config.prompt_fn_kwargs)]
+    plan([(prompt, {}) for prompt in prompts], 1, config.seed)  # refuses prompts that cannot name a folder
+    selector, policy = load_judges(improve.judges, accelerator.device)
+    pretrained = config.pretrained
+    pipe = load_pipeline(
+        pretrained.model, pretrained.revision, config.unet_path, DTYPES[config.mixed_precision], accelerator.device
+    )
+    if config.load_from:
+        load_weights(pipe.unet, config.load_from)
+    if cut := too_long(pipe.tokenizer, prompts):
+        limit = pipe.tokenizer.model_max_length
+        logger.warning("%d prompts have more than %d tokens and are cut, the first is %r", len(cut), limit, cut[0])
+    sampler = Sampler(pipe, sample.scheduler, sample.num_steps, sample.eta, sample.guidance_scale)
+    settings = {name: improve[name] for name in ("images_per_prompt", "num_candidates", "max_attempts")}
+    settings |= {name: sample[name] for name in ("scheduler", "num_steps", "eta", "guidance_scale")}
+    settings |= {"seed": config.seed, "prompts": prompts, "mixed_precision": config.mixed_precision}
+    settings |= {name: sha256(Path(improve.judges) / name) for name in (SELECTOR_FILE, POLICY_FILE)}
+    settings["weights_sha256"] = fingerprint(pipe.text_encoder, pipe.unet, pipe.vae)
+    if accelerator.is_main_process:
+        claim_folder(folder, settings, {"model": pretrained.model, "load_from": config.load_from})
+    accelerator.wait_for_everyone()
+    if (folder / LOG).is_file():
+        logger.info("%s is complete already; nothing to do", folder)
+        accelerator.end_training()
+        return
+    if accelerator.is_main_process:  # of a run that was stopped
+        shutil.rmtree(folder / "images", ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+    requests = [Request(prompt, number) for prompt in prompts for number in range(improve.images_per_prompt)]
+    own, entries, started = requests[accelerator.process_index :: accelerator.num_processes], [], time.perf_counter()
+    served = best_of_n(
+        sampler,
+        selector,
+        policy,
+        own,
+        improve.num_candidates,
+        improve.max_attempts,
+        config.eval.batch_size,
+        config.seed,
+    )
+    shown = config.progress and accelerator.is_main_process
+    for request in tqdm(served, total=len(own), unit="prompt", disable=None if shown else True):
+        for entry, image in log_entries(request, improve.max_attempts):
+            save_image(folder / entry["path_to_img"], image)
+            entries.append(entry)
+    drawn = sum(gather_object([request.attempts for request in own]))
+    entries = sorted(gather_object(entries), key=lambda entry: (entry["prompt"], entry["path_to_img"]))
+    if accelerator.is_main_process:
+        write_log(folder, entries)
+        passed = sum(entry["passed"] for entry in entries)
+        logger.info("%d images drawn at %.1f images/s", drawn, drawn / (time.perf_counter() - started))
+        logger.info("%d of them passed and are in %s, the best of each prompt marked in %s", passed, folder, LOG)
+        if empty := [entry["prompt"] for entry in entries if not entry["passed"]]:
+            logger.warning("for %d of %d requests no image passed, e.g. %r", len(empty), len(requests), empty[0])
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    cli(main)

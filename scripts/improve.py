@@ -1,0 +1,239 @@
+"""Improve the generator in rounds: draw a pool, let the judges choose, learn from what they chose, measure.
+
+    python scripts/improve.py --config config/fundus.py:improve
+
+A round draws a best-of-N pool (scripts/generate.py), then changes the generator by each of `improve.methods` in turn:
+"finetune" on the chosen images, weighted by the Policy's scores, among real ones (scripts/train_sd.py); "ddpo" with the
+reward fundus_alignment (scripts/train.py). Judges that chose nothing then score images of fixed noise; KID to real
+images and diversity are taken beside them. Rounds end early, and say so, when these show a collapse.
+
+The scripts run as commands of their own; --launch="accelerate launch --num_processes 8" starts them so. Every round's
+model is a folder that eval.py and train.py open. The same command again goes on with the round that it was in.
+"""
+
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from ddpo_pytorch.checkpointing import checkpoints, load_weights
+from ddpo_pytorch.data import fundus
+from ddpo_pytorch.data.sample_log import claim_folder, locked
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import sha256, whole, whole_folder
+from ddpo_pytorch.generator.conditioning import save_model
+from ddpo_pytorch.generator.latents import INDEX, LatentShards
+from ddpo_pytorch.generator.lora import merged_state_dict
+from ddpo_pytorch.generator.pipeline import load_pipeline
+from ddpo_pytorch.improvement import (
+    Standing,
+    assess,
+    collapse,
+    describe,
+    draw_fixed,
+    passing,
+    real_features,
+    record,
+    save_rounds_grid,
+    table,
+)
+from ddpo_pytorch.judges.policy import load_judges
+from ddpo_pytorch.run import DTYPES, JsonLines, cli
+from ddpo_pytorch.sampling import Sampler
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", "config/base.py", "experiment, e.g. config/fundus.py:improve")
+flags.DEFINE_string("launch", "", "command that starts the scripts of a round, e.g. 'accelerate launch'; empty: python")
+logger = logging.getLogger(__name__)
+METHODS = ("finetune", "ddpo")
+FINETUNING = ("num_steps", "batch_size", "learning_rate", "ema_decay", "real_share")
+LOG = "rounds.jsonl"
+
+
+def check_settings(config: ConfigDict) -> None:
+    """Raise UserError for a setting that cannot work."""
+    improve = config.improve
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "start improve.py as one process; --launch='accelerate launch ...' is for the scripts that it runs"
+        )
+    for name in improve.methods:
+        if name not in METHODS:
+            raise UserError(f"improve.methods has {name!r}; allowed are {', '.join(METHODS)}")
+    if improve.rounds < 1 or improve.held_out_images < 2 or not improve.methods:
+        raise UserError(
+            f"improve.rounds is {improve.rounds}, improve.held_out_images {improve.held_out_images}, improve.methods "
+            f"{tuple(improve.methods)}; at least 1 round of at least 1 method and 2 images are needed"
+        )
+    for name in ("judges", "held_out_judges", "csv", "held_out_csv", "data_path"):
+        if not improve[name]:
+            raise UserError(f"improve.{name} is empty; give it with --config.improve.{name}=...")
+    if Path(improve.judges).resolve() == Path(improve.held_out_judges).resolve():
+        raise UserError(f"improve.held_out_judges are improve.judges, {improve.judges!r}; what chooses cannot judge")
+
+
+class Rounds:
+    """The rounds of one output folder."""
+
+    def __init__(self, config: ConfigDict, device: torch.device):
+        self.config, self.improve, self.device = config, config.improve, device
+        self.output = Path(self.improve.output)
+        self.selector, self.policy = load_judges(self.improve.held_out_judges, device)
+        rows, paths, _ = fundus.load_split(self.improve.held_out_csv, self.improve.data_path)
+        self.prompts = fundus.caption_list(rows)
+        self.real = real_features(self.selector, paths, config.sd.image_size, config.sd.resize, config.eval.batch_size)
+
+    def folder(self, number: int) -> Path:
+        return self.output / f"round_{number}"
+
+    def model(self, number: int) -> Path:
+        """Where the generator after round `number` lies; round 0 is the one to begin with."""
+        return self.folder(number) / "model" if number else Path(self.config.pretrained.model)
+
+    def command(self, script: str, number: int, **fields) -> None:
+        """Run a script with this command's own configuration and these fields. UserError where it fails."""
+        own = [argument for argument in sys.argv[1:] if not argument.lstrip("-").startswith("launch")]
+        fields = {"seed": self.config.seed + number, "wandb": self.config.wandb, **fields}
+        start = shlex.split(FLAGS.launch) or [sys.executable]
+        place = Path(__file__).with_name(script)
+        options = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
+        logger.info("round %d: %s", number, script)
+        if (code := subprocess.run([*start, str(place), *own, *options]).returncode) != 0:
+            raise UserError(
+                f"round {number}: {script} ended with exit code {code}, its last line says why; what is finished is in "
+                f"{str(self.folder(number))!r}, and the same command goes on from there"
+            )
+
+    def run(self, number: int) -> None:
+        """One round, from the generator before it to the one after it."""
+        folder, model = self.folder(number), self.model(number - 1)
+        for place, method in enumerate(self.improve.methods):
+            last = place == len(self.improve.methods) - 1
+            outcome = self.model(number) if last else folder / f"model_{place}"
+            if (outcome / "model_index.json").is_file():
+                model = outcome
+                continue
+            (self.finetune if method == "finetune" else self.ddpo)(number, model, outcome)
+            model = outcome
+
+    def finetune(self, number: int, model: Path, outcome: Path) -> None:
+        """Supervised steps on the pool's chosen images, weighted, among real ones."""
+        improve, folder = self.improve, self.folder(number)
+        start = {"pretrained__model": model, "unet_path": ""}
+        self.command("generate.py", number, **start, logdir=folder / "pool", load_from="")
+        table = self.real_table()
+        own = {"sd__latents": self.latents_of(table), "sd__val_csv": "", "sd__val_latents": ""}
+        own |= {"sd__csv": table, "sd__data_path": improve.data_path, "sd__kind": "fundus"}
+        own |= {f"sd__{name}": improve[name] for name in FINETUNING}
+        own |= {"sd__stage": "finetune", "sd__pool": folder / "pool"}
+        self.command("train_sd.py", number, **start, **own, sd__output=folder / "finetune")
+        save_merged(model, folder / "finetune" / "pretrained_unet.safetensors", outcome)
+
+    def real_table(self) -> Path:
+        """The table of real images to mix in: improve.csv, or those of its rows whose image the Selector passes."""
+        improve, path = self.improve, self.output / "real.csv"
+        if not improve.select_real:
+            return Path(improve.csv)
+        if not path.is_file():
+            selector, _ = load_judges(improve.judges, self.device)
+            rows, files, _ = fundus.load_split(improve.csv, improve.data_path)
+            size, resize = self.config.sd.image_size, self.config.sd.resize
+            kept = passing(selector, files, size, resize, self.config.eval.batch_size)
+            logger.info("of %d real images %d pass the Selector and are learned from", len(rows), len(kept))
+            fundus.write_table(path, [rows[index] for index in kept])
+        return path
+
+    def latents_of(self, table: Path) -> Path | str:
+        """Latents of a table's images that stage (i) or the first round has made; "" where there are none."""
+        for place in (Path(self.config.sd.output), self.folder(1) / "finetune"):
+            latents = place / "latents" / "train"
+            if (latents / INDEX).is_file() and LatentShards(latents).index["csv_sha256"] == sha256(table):
+                return latents
+        return ""
+
+    def ddpo(self, number: int, model: Path, outcome: Path) -> None:
+        """Policy gradient on the judges' reward; the adapters are then merged into the UNet."""
+        runs = self.folder(number) / "ddpo"
+        fields = {"pretrained__model": model, "unet_path": "", "logdir": runs, "run_name": "run"}
+        if checkpoints(runs / "run"):
+            fields["resume_from"] = runs / "run"
+        fields |= {"reward_fn": "fundus_alignment", "reward_fn_kwargs__fundus_alignment__judges": self.improve.judges}
+        self.command("train.py", number, **fields)
+        save_merged(model, runs / "run", outcome)
+
+    def measure(self, number: int) -> Standing:
+        config, improve = self.config, self.improve
+        pretrained, sample = config.pretrained, config.sample
+        unet_path = "" if number else config.unet_path
+        dtype = DTYPES[config.mixed_precision]
+        pipe = load_pipeline(str(self.model(number)), pretrained.revision, unet_path, dtype, self.device)
+        sampler = Sampler(pipe, sample.scheduler, sample.num_steps, sample.eta, sample.guidance_scale)
+        size, count = config.eval.batch_size, improve.held_out_images
+        images = draw_fixed(sampler, self.prompts, count, config.seed, size)
+        save_rounds_grid(self.folder(number) / "grid.png", images, count)
+        prompts = [prompt for prompt in self.prompts for _ in range(count)]
+        return assess(images, prompts, self.selector, self.policy, self.real, config.seed, size)
+
+
+def read_history(path: Path) -> list[Standing]:
+    """The rounds that have been measured."""
+    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [Standing(**{name: entry[name] for name in Standing.__dataclass_fields__}) for entry in entries]
+
+
+def point_to(link: Path, target: Path) -> None:
+    """Make `link` a link to a folder, in the place of an earlier one."""
+    with whole(link) as temporary:
+        temporary.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+
+
+def save_merged(model: Path, weights: Path, outcome: Path) -> None:
+    """The model with these UNet weights, or with these adapters merged into it, as a folder of its own."""
+    pipe = load_pipeline(str(model))
+    load_weights(pipe.unet, weights)
+    merged = merged_state_dict(pipe.unet)
+    pipe = load_pipeline(str(model))
+    pipe.unet.load_state_dict(merged)
+    with whole_folder(outcome) as temporary:
+        save_model(pipe, temporary)
+
+
+def main(_) -> None:
+    config = FLAGS.config
+    check_settings(config)
+    improve, output = config.improve, Path(config.improve.output)
+    rounds = Rounds(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    with locked(output):
+        about = {f"improve.{name}": improve[name] for name in improve if name not in ("output", "rounds")}
+        claim_folder(output, about | {"seed": config.seed, "model": config.pretrained.model}, {})
+        log = JsonLines(output / LOG, keep=improve.rounds + 1, counter="round")
+        history = read_history(output / LOG)
+        for number in range(improve.rounds + 1):
+            if number < len(history):
+                logger.info("%s (done before)", describe(number, history[number]))
+            else:
+                if number:
+                    rounds.run(number)
+                history.append(rounds.measure(number))
+                log.write(record(history[-1], round=number))
+                logger.info("%s", describe(number, history[-1]))
+            if stop := collapse(history[: number + 1], improve.tolerance, improve.kid_tolerance):
+                logger.warning("stopped after round %d: %s", number, stop)
+                break
+        best = max(range(len(history)), key=lambda one: history[one].alignment)
+        point_to(output / "best", rounds.model(best))
+        with whole(output / "rounds.md") as temporary:
+            temporary.write_text(table(history))
+    print(table(history))  # the product of this command
+    logger.info("models, pools and measures of all rounds are in %s; best/ is round %d", output, best)
+
+
+if __name__ == "__main__":
+    cli(main)

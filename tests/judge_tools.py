@@ -1,0 +1,49 @@
+"""A tiny Stable Diffusion with BERT, and tiny judges that read its text encoder; a pytest plugin for these fixtures."""
+
+import pytest
+import torch
+
+from ddpo_pytorch.generator import scratch
+from ddpo_pytorch.generator.conditioning import save_model
+from ddpo_pytorch.generator.text import build_bert
+from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, Policy, TextFeatures, save_policy
+from ddpo_pytorch.judges.selector import Selector, save_selector
+from ddpo_pytorch.judges.vision import VisionSizes
+
+FUNDUS_PROMPTS = (
+    "Fundus: The left eye fundus image shows drusen, lens dust.",
+    "Fundus: The right eye fundus image shows normal fundus.",
+)
+
+
+@pytest.fixture(scope="session")
+def bert_pipeline_dir(tmp_path_factory):
+    """A random Stable Diffusion of 8 x 8 latents and 32 px with a BERT of 24 tokens."""
+    torch.manual_seed(2)
+    tokenizer, encoder = build_bert(FUNDUS_PROMPTS, 32, 1, 24)
+    pipe = scratch.assemble(
+        scratch.build_vae((8, 8, 8), 32), encoder, tokenizer, scratch.build_unet((16, 32), (False, True), 32, 8)
+    )
+    folder = tmp_path_factory.mktemp("bert-sd") / "model"
+    save_model(pipe, folder)
+    return folder
+
+
+def write_judges(folder, text_encoder, seed, threshold=0.5):
+    """Random judges whose scores differ between images: their last layers are enlarged."""
+    torch.manual_seed(seed)
+    sizes = VisionSizes(image_size=32, patch_size=8, width=32, layers=1, heads=2, mlp_ratio=2.0, dropout=0.0)
+    selector, policy = Selector(sizes), Policy(sizes, TextFeatures(text_encoder, 24))
+    policy.fit_text(FUNDUS_PROMPTS)
+    with torch.no_grad():
+        for judge in (selector, policy):
+            judge.head[-1].weight.mul_(30)
+    selector.threshold = threshold
+    save_selector(selector, folder / SELECTOR_FILE)
+    save_policy(policy, folder / POLICY_FILE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def judges_dir(bert_pipeline_dir, tmp_path_factory):
+    return write_judges(tmp_path_factory.mktemp("judges"), bert_pipeline_dir, seed=3, threshold=0.1)

@@ -1,0 +1,242 @@
+"""Best of N, standings and collapse; generate.py and improve.py as users run them."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from judge_tools import FUNDUS_PROMPTS, write_judges
+from script_tools import files_of, options, succeed
+
+from ddpo_pytorch.best_of_n import Request, best_of_n, log_entries
+from ddpo_pytorch.data.images import read_log, save_image
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.generator.pipeline import load_pipeline
+from ddpo_pytorch.improvement import Standing, assess, collapse, draw_fixed, features_of
+from ddpo_pytorch.judges.policy import SELECTOR_FILE, load_judges
+from ddpo_pytorch.judges.selector import save_selector
+from ddpo_pytorch.metrics.kernel import kernel_distance
+from ddpo_pytorch.metrics.structure import ms_ssim
+from ddpo_pytorch.prompts import all_prompts
+from ddpo_pytorch.rewards import build_reward
+from ddpo_pytorch.sampling import Sampler
+
+pytest_plugins = ("script_tools", "judge_tools")
+
+
+@pytest.fixture(scope="module")
+def sampler(bert_pipeline_dir):
+    return Sampler(load_pipeline(bert_pipeline_dir), "ddim", 2, 1.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A fundus table of 24 images of 12 patients, with the captions that the tiny BERT knows."""
+    folder = tmp_path_factory.mktemp("table")
+    (folder / "images").mkdir()
+    lines = ["path,Text,modality,patient"]
+    for number in range(24):
+        prompt = FUNDUS_PROMPTS[number % 2].removeprefix("Fundus: ")
+        pixels = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(number))
+        save_image(folder / f"images/{number}.png", pixels)
+        lines.append(f'images/{number}.png,"{prompt}",Fundus,p{number // 2}')
+    (folder / "table.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def serve(sampler, judges, threshold, requests, candidates=2, attempts=5, batch=3, seed=7):
+    selector, policy = judges
+    selector.threshold = threshold
+    return list(best_of_n(sampler, selector, policy, requests, candidates, attempts, batch, seed))
+
+
+def test_candidates_are_the_first_that_pass(sampler, judges_dir):
+    """As by drawing all attempts of a request one by one and looking at them."""
+    selector, policy = load_judges(judges_dir)
+    requests = [Request(prompt, number) for prompt in FUNDUS_PROMPTS for number in range(2)]
+    everything = serve(sampler, (selector, policy), 0.0, requests, candidates=5)
+    scores = [one.selector for request in everything for one in request.kept]
+    threshold = float(np.median(scores))
+    again = [Request(prompt, number) for prompt in FUNDUS_PROMPTS for number in range(2)]
+    served = serve(sampler, (selector, policy), threshold, again)
+    assert len({round(score, 4) for score in scores}) > 10  # the judges tell images apart
+    for request in served:
+        everyone = next(r for r in everything if (r.prompt, r.repetition) == (request.prompt, request.repetition)).kept
+        passing = [one.attempt for one in everyone if one.selector >= threshold][:2]
+        if passing:
+            assert [one.attempt for one in request.kept] == passing
+            assert request.best.policy == max(one.policy for one in request.kept)
+            assert request.attempts == (passing[1] + 1 if len(passing) == 2 else 5)
+        else:
+            assert [one.attempt for one in request.kept] == [4] and not request.best.passed
+
+
+def test_names_carry_both_scores_and_scores_are_those_of_the_stored_images(sampler, judges_dir):
+    judges = load_judges(judges_dir)
+    (request,) = serve(sampler, judges, 0.0, [Request(FUNDUS_PROMPTS[0], 1)])
+    entries = log_entries(request, max_attempts=5)
+    assert sum(entry["best"] for entry, _ in entries) == 1
+    for entry, image in entries:
+        name = re.fullmatch(r"images/.+/Fundus_(\d+)_selector_(\d\.\d\d)_policy_(\d\.\d\d)\.png", entry["path_to_img"])
+        pixels = image[None].float() / 255
+        assert float(name[2]) == pytest.approx(judges[0].score(pixels).item(), abs=0.006)
+        assert float(name[3]) == pytest.approx(judges[1].score(pixels, [entry["prompt"]]).item(), abs=0.006)
+        assert 5 <= int(name[1]) < 10
+
+
+def test_where_nothing_passes_the_last_image_is_kept(sampler, judges_dir):
+    (request,) = serve(sampler, load_judges(judges_dir), 1.1, [Request(FUNDUS_PROMPTS[0], 0)], attempts=3)
+    assert request.attempts == 3 and [one.attempt for one in request.kept] == [2] and not request.best.passed
+    assert log_entries(request, 3)[0][0]["reward"] == "0.0000"
+
+
+def test_the_reward_is_the_policys_score_of_what_passes(bert_pipeline_dir, tmp_path):
+    images, prompts = torch.rand(6, 3, 32, 32), [FUNDUS_PROMPTS[i % 2] for i in range(6)]
+    selector, policy = load_judges(write_judges(tmp_path, bert_pipeline_dir, seed=3))
+    quality, aligned = selector.score(images).double().numpy(), policy.score(images, prompts).double().numpy()
+    selector.threshold = float(np.median(quality))
+    save_selector(selector, tmp_path / SELECTOR_FILE)
+    rewards, info = build_reward("fundus_alignment", {"fundus_alignment": {"judges": tmp_path}})(images, prompts, [])
+    np.testing.assert_allclose(rewards, np.where(quality >= selector.threshold, aligned, 0))
+    np.testing.assert_allclose(info["selector"], quality)
+    assert (rewards > 0).sum() == 3
+
+
+def test_the_prompts_of_a_table(table):
+    assert [prompt for prompt, _ in all_prompts("fundus_table", path=str(table / "table.csv"))] == sorted(
+        FUNDUS_PROMPTS
+    )
+
+
+def test_a_standing_is_what_is_counted_by_hand(judges_dir):
+    selector, policy = load_judges(judges_dir)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (12, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    prompts = [FUNDUS_PROMPTS[0]] * 6 + [FUNDUS_PROMPTS[1]] * 6
+    real = features_of(selector, torch.randint(0, 256, (9, 3, 32, 32), generator=generator, dtype=torch.uint8), 4)
+    selector.threshold = selector.score(images[:7].float() / 255).median().item()
+    standing = assess(images, prompts, selector, policy, real, seed=1, batch_size=5)
+    assert 0 < standing.pass_rate < 1
+    pixels = images.float() / 255
+    quality, aligned = selector.score(pixels), policy.score(pixels, prompts)
+    passed = (quality >= selector.threshold).float()
+    assert standing.alignment == pytest.approx((passed * aligned).mean().item(), abs=1e-6)
+    assert (standing.images, standing.pass_rate) == (12, pytest.approx(passed.mean().item()))
+    assert standing.kid == pytest.approx(kernel_distance(real, features_of(selector, images, 12), 1).value, abs=1e-9)
+    pairs = [(i, i + 1) for i in range(11) if i != 5]
+    similar = [ms_ssim(pixels[a, None], pixels[b, None]).item() for a, b in pairs]
+    assert standing.ms_ssim == pytest.approx(np.mean(similar), abs=1e-6)
+
+
+def test_fixed_noise_depends_on_nothing_but_seed_prompt_and_index(sampler):
+    both = draw_fixed(sampler, FUNDUS_PROMPTS, 3, seed=5, batch_size=4)
+    alone = draw_fixed(sampler, FUNDUS_PROMPTS[1:], 2, seed=5, batch_size=1)
+    assert both.dtype == torch.uint8
+    assert (both[3:5].int() - alone.int()).abs().max() <= 1
+    assert not torch.equal(both[:2], alone)
+
+
+def standing(alignment=0.5, kid=0.1, ms_ssim=0.2):
+    return Standing(alignment, 0.5, 0.5, 0.5, kid, 0.01, ms_ssim, 100)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "expected"),
+    [
+        ([standing()], ""),
+        ([standing(), standing(alignment=0.6, kid=0.12, ms_ssim=0.5)], ""),
+        ([standing(), standing(alignment=0.6), standing(alignment=0.57)], "held-out score fell to 0.570"),
+        ([standing(), standing(alignment=0.6, kid=0.2)], "KID to real images rose from 0.1 to 0.2"),
+        ([standing(), standing(alignment=0.6, ms_ssim=0.61)], "became alike"),
+    ],
+)
+def test_collapse_is_seen(rounds, expected):
+    said = collapse(rounds, tolerance=0.02, kid_tolerance=3.0)
+    assert expected in said and bool(said) == bool(expected)
+
+
+@pytest.fixture
+def fields(table, bert_pipeline_dir, judges_dir, tmp_path):
+    """Settings of generate.py and improve.py in the small."""
+    held_out = tmp_path / "held-out-judges"
+    held_out.mkdir()
+    write_judges(held_out, bert_pipeline_dir, seed=4, threshold=0.1)
+    settings = {"mixed_precision": "no", "pretrained__model": bert_pipeline_dir, "sample__num_steps": 2}
+    settings |= {"sample__guidance_scale": 1.0, "prompt_fn": "fundus_table", "reward_fn": "fundus_alignment"}
+    settings |= {"prompt_fn_kwargs__path": table / "table.csv", "eval__batch_size": 4, "wandb": "disabled"}
+    settings |= {"improve__judges": judges_dir, "improve__held_out_judges": held_out, "improve__images_per_prompt": 2}
+    settings |= {"improve__csv": table / "table.csv", "improve__held_out_csv": table / "table.csv"}
+    settings |= {"improve__data_path": table, "improve__num_steps": 2, "improve__batch_size": 4}
+    settings |= {"improve__held_out_images": 4, "improve__rounds": 1, "improve__output": tmp_path / "improve"}
+    settings |= {"improve__tolerance": 1.0, "improve__kid_tolerance": 1e9, "improve__max_attempts": 4}
+    settings |= {"sd__image_size": 32, "sd__output": tmp_path / "none", "sd__text_encoder": "bert", "sd__grid_every": 0}
+    settings |= {"num_epochs": 1, "sample__batch_size": 4, "sample__num_batches_per_epoch": 1, "train__batch_size": 4}
+    settings |= {"eval__prompts": (), "save_freq": 1, "train__cfg": False, "sd__cache_dir": tmp_path / "cache"}
+    return settings
+
+
+def as_values(fields):
+    kept = bool | int | float | tuple
+    return {name: value if isinstance(value, kept) else str(value) for name, value in fields.items()}
+
+
+@pytest.mark.slow
+def test_generate_writes_the_same_with_two_processes_and_once(config_file, fields, tmp_path):
+    for folder, processes in (("one", 1), ("two", 2)):
+        given = fields | {"logdir": tmp_path / folder, "eval__batch_size": 1}
+        succeed("generate.py", *options(config_file, **given), processes=processes)
+    one, two = (files_of(tmp_path / name / "images") for name in ("one", "two"))
+    assert one == two and len(one) >= 4
+    assert read_log(tmp_path / "one") == read_log(tmp_path / "two")
+    said = succeed("generate.py", *options(config_file, **fields, logdir=tmp_path / "one") [:-1],
+                   *options(config_file, eval__batch_size=1, logdir=tmp_path / "one")[1:]).stderr  # fmt: skip
+    assert "complete already" in said and files_of(tmp_path / "one" / "images") == one
+
+
+@pytest.mark.slow
+def test_rounds_go_on_where_they_were(config_file, fields, tmp_path):
+    fields["improve__methods"] = "('finetune','ddpo')"
+    first = succeed("improve.py", *options(config_file, **fields))
+    output = tmp_path / "improve"
+    entries = [json.loads(line) for line in (output / "rounds.jsonl").read_text().splitlines()]
+    assert [entry["round"] for entry in entries] == [0, 1]
+    assert entries[0]["alignment"] != entries[1]["alignment"]
+    assert first.stdout.count("|") > 20 and (output / "rounds.md").read_text() == first.stdout.rstrip("\n") + "\n"
+    load_pipeline(output / "round_1" / "model")
+    assert (output / "best" / "model_index.json").is_file()
+    # the round was measured, its last step was lost
+    (output / "rounds.jsonl").write_text(json.dumps(entries[0]) + "\n")
+    shutil.rmtree(output / "round_1" / "model")
+    again = succeed("improve.py", *options(config_file, **fields))
+    assert "generate.py" not in again.stderr.replace("scripts/generate.py", "")
+    repeated = [json.loads(line) for line in (output / "rounds.jsonl").read_text().splitlines()]
+    assert repeated == entries
+    third = succeed("improve.py", *options(config_file, **fields | {"improve__rounds": 1})).stderr
+    assert third.count("done before") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"improve__methods": ("sft",)}, "improve.methods has 'sft'"),
+        ({"improve__rounds": 0}, "improve.rounds is 0"),
+        ({"improve__csv": ""}, "improve.csv is empty"),
+    ],
+)
+def test_bad_settings_are_told(run_main, config_file, fields, changes, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        given = {
+            name: value if isinstance(value, bool | int | float | tuple) else str(value)
+            for name, value in fields.items()
+        }
+        run_main("improve.py", config_file, **given | changes)
+
+
+def test_what_chooses_cannot_judge(run_main, config_file, fields):
+    given = {
+        name: value if isinstance(value, bool | int | float | tuple) else str(value) for name, value in fields.items()
+    }
+    with pytest.raises(UserError, match="what chooses cannot judge"):
+        run_main("improve.py", config_file, **given | {"improve__held_out_judges": given["improve__judges"]})
