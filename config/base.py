@@ -218,7 +218,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     metric.folders = ""
     # folder of training images (at any depth): how near do samples come to them, by the measure of real_path's images?
     metric.train_path = ""
-    # the H=4 judge, which took no part in training, and others beside it: "H6=FILE,NAME=FILE".
+    # the H=4 judge, which took no part in training ("" where metric.judges judge), and others: "H6=FILE,NAME=FILE".
     metric.classifier = ""
     metric.more_judges = ""
     # folders for metrics.json and the tables, and for what networks say about images (by content; may be deleted).
@@ -226,7 +226,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     metric.cache_dir = config.get_ref("base_log_path") + "/cache/metrics"
     metric.batch_size = 256  # images per process and forward pass
     metric.prompts = ()  # captions to evaluate; () is all 32
-    # feature networks of FID, KID and the like: "inception", "judge" (metric.classifier's pooled features), "dinov2".
+    # feature networks of FID, KID and the like: "inception", "dinov2", "judge" (pooled features of metric.classifier,
+    # or of the Selector).
     metric.extractors = ("inception", "judge")
     # "exact", or "compat": x * 256 wrapped to 8 bits and sets of different prompt mixes, as behind the published FIDs.
     metric.fid = "exact"

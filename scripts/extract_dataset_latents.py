@@ -18,11 +18,11 @@ import torch
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from ddpo_pytorch.data import kinds
 from ddpo_pytorch.data.images import RESIZES, ImageFiles, read_log, save_image, write_log
 from ddpo_pytorch.data.isic import folder_name
 from ddpo_pytorch.data.kinds import Row, source
 from ddpo_pytorch.data.sample_log import claim_folder
-from ddpo_pytorch.data.splits import drop_broken
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import sha256
 from ddpo_pytorch.generator.latents import INDEX, encode_data_set, write_index
@@ -46,10 +46,7 @@ def find_rows(dataset: ConfigDict) -> tuple[list[Row], list[Path], int]:
         raise UserError(f"dataset.image_size is {dataset.image_size}; it must be at least 1")
     if dataset.resize not in RESIZES:
         raise UserError(f"dataset.resize is {dataset.resize!r}; allowed are {', '.join(RESIZES)}")
-    rows, paths, missing = source(dataset.kind).load_split(dataset.csv, dataset.data_path, dataset.limit)
-    if dataset.skip_broken:
-        rows, paths = drop_broken(rows, paths)
-    return rows, paths, missing
+    return kinds.find_rows(dataset.kind, dataset.csv, dataset.data_path, dataset.limit, dataset.skip_broken)
 
 
 def entry_of(row: Row) -> dict:

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from ml_collections import ConfigDict, config_flags
 
+from ddpo_pytorch.data.fundus import check_images
 from ddpo_pytorch.data.ratings import (
     RatedImage,
     aggregate,
@@ -72,6 +73,7 @@ def read_images(rlhf: ConfigDict, seed: int) -> tuple[list[RatedImage], list[Rat
 def read_table(path: str, root: str) -> list[RatedImage]:
     ratings = read_ratings(path, root)
     images = aggregate(ratings, root)
+    check_images([image.path for image in images])
     found = " ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in agreement(ratings).items())
     logger.info("%s: %d ratings of %d images; raters' agreement: %s", path, len(ratings), len(images), found)
     return images

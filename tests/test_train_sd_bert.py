@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from script_tools import options, succeed
 from stage_tools import entries
@@ -117,3 +118,12 @@ def test_a_pool_without_passing_images_is_told(model, pool, train, tmp_path):
     (tmp_path / "none" / "image_log.json").write_text(json.dumps([entry | {"passed": False} for entry in log]))
     with pytest.raises(UserError, match="no image that the Selector passed"):
         train(tmp_path / "out", pretrained__model=str(model[0]), sd__pool=str(tmp_path / "none"))
+
+
+def test_fundus_images_that_are_not_rgb_are_named(model, train, tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("L", (32, 32), 90).save(tmp_path / "images" / "grey.png")
+    (tmp_path / "t.csv").write_text("path,Text,modality\nimages/grey.png,drusen,Fundus\n")
+    fields = {"pretrained__model": str(model[0]), "sd__kind": "fundus", "sd__csv": str(tmp_path / "t.csv")}
+    with pytest.raises(UserError, match="grey.png.* is grey; images are 8-bit RGB"):
+        train(tmp_path / "out", **fields, sd__val_csv="", sd__data_path=str(tmp_path))

@@ -20,7 +20,7 @@ import torch
 from ddpo_pytorch.data import ratings
 from ddpo_pytorch.data.csv_tables import choice
 from ddpo_pytorch.data.damage import BANDS, ERASABLE, KINDS, VISIBLE, degrade, draw_damage, vessel_contrast
-from ddpo_pytorch.data.fundus import MODALITY, Row, load_split
+from ddpo_pytorch.data.fundus import MODALITY, Row, check_images, load_split
 from ddpo_pytorch.data.images import RESIZES, load_pixels, save_image
 from ddpo_pytorch.errors import UserError, difference
 from ddpo_pytorch.files import sha256, whole
@@ -214,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         rows, paths, missing = load_split(given.pop("csv"), given.pop("data_path"), given.pop("limit"))
+        check_images(paths)
         if missing:
             logger.info("%d rows of the table have no image", missing)
         write_rating_set(rows, paths, **given)

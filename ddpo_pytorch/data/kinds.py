@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Protocol
 
 from ddpo_pytorch.data import fundus, isic
-from ddpo_pytorch.data.splits import read_splits
+from ddpo_pytorch.data.splits import drop_broken, read_splits
 from ddpo_pytorch.errors import UserError
 
 KINDS: dict[str, ModuleType] = {"isic": isic, "fundus": fundus}
@@ -28,6 +28,19 @@ def source(kind: str) -> ModuleType:
     if kind not in KINDS:
         raise UserError(f"tables of the kind {kind!r} are not read; allowed are {', '.join(KINDS)}")
     return KINDS[kind]
+
+
+def find_rows(kind: str, csv: str | Path, data_path: str | Path, limit: int, skip_broken: bool):
+    """`load_split` of that kind: rows with an image, their files, the number of rows without one.
+
+    `skip_broken` leaves damaged images out. Fundus images that are not 8-bit RGB are refused by UserError.
+    """
+    rows, paths, missing = source(kind).load_split(csv, data_path, limit)
+    if skip_broken:
+        rows, paths = drop_broken(rows, paths)
+    if kind == "fundus":
+        fundus.check_images(paths)
+    return rows, paths, missing
 
 
 def check_apart(kind: str, train: Path, val: Path) -> None:

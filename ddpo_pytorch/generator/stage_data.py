@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from ml_collections import ConfigDict
 
+from ddpo_pytorch.data import kinds
 from ddpo_pytorch.data.images import LOG, RESIZES, ImageFiles, read_log
 from ddpo_pytorch.data.kinds import KINDS, Row, check_apart, source
 from ddpo_pytorch.data.sample_log import claim_folder
-from ddpo_pytorch.data.splits import drop_broken
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import sha256
 from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, fingerprint, write_index
@@ -89,9 +89,7 @@ def settings_of(config: ConfigDict, processes: int, data: Mapping[str, Any]) -> 
 
 def find_rows(sd: ConfigDict, csv: str, limit: int) -> tuple[list[Row], list[Path]]:
     """Rows of a split table that have an image, at most `limit` (0: all), and their files."""
-    rows, paths, missing = source(sd.kind).load_split(csv, sd.data_path, limit)
-    if sd.skip_broken:
-        rows, paths = drop_broken(rows, paths)
+    rows, paths, missing = kinds.find_rows(sd.kind, csv, sd.data_path, limit, sd.skip_broken)
     logger.info("%s: %d images, %d rows without one are skipped", csv, len(rows), missing)
     return rows, paths
 
