@@ -58,6 +58,8 @@ demo-fundus: .venv/ready
 	$(TWO) scripts/metric.py --config $(FUNDUS):evaluate_metric_mini $(FLAGS) --report
 	@echo "rounds: $(FROOT)/improve/rounds.md; tables and pictures: $(FROOT)/metrics/report.html"
 
+# two workers of one thread each: threads of one would spin on the other's core
+test: export OMP_NUM_THREADS := 1
 test: .venv/ready
 	pytest -q -n 2 --dist loadfile
 
