@@ -55,6 +55,8 @@ def add_fundus(config: ml_collections.ConfigDict) -> None:
     rlhf.second_learning_rate = 1e-4
     rlhf.final_learning_rate = 1e-6
     rlhf.weight_decay = 1e-4
+    # updates of stage 1 over which the learning rate rises to its value; 0: none, as officially.
+    rlhf.warmup_steps = 0
     rlhf.flip = True  # mirror images at random, but for those whose prompt names an eye or a side
 
     ###### Improvement rounds (improve.py) ######

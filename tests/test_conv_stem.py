@@ -1,5 +1,7 @@
 """The convolutional stem of a judge, and judges that learn from what an autoencoder leaves of photographs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -10,6 +12,7 @@ from ddpo_pytorch.data.ratings import RatedImage
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator import scratch
 from ddpo_pytorch.judges.rated import read_rated, through_autoencoder
+from ddpo_pytorch.judges.rlhf import StageTraining
 from ddpo_pytorch.judges.selector import Selector, load_selector, save_selector
 from ddpo_pytorch.judges.vision import Detail, VisionSizes, conv_stem
 from ddpo_pytorch.reinforce import advantages, reinforce_loss
@@ -82,3 +85,10 @@ def test_rated_photographs_pass_the_autoencoder(tmp_path):
     expected = to_uint8(vae.decode(mean).sample / 2 + 0.5)
     assert (passed.images[3:4].int() - expected.int()).abs().max() <= 1
     assert through_autoencoder(plain, vae, 5).images.shape == plain.images.shape
+
+
+def test_the_learning_rate_rises_in_stage_1_only():
+    training = SimpleNamespace(stage=1, rlhf=SimpleNamespace(warmup_steps=4))
+    assert [StageTraining._warmth(training, update) for update in (1, 2, 4, 9)] == [0.25, 0.5, 1.0, 1.0]
+    training.stage = 2
+    assert StageTraining._warmth(training, 1) == 1.0

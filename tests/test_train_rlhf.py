@@ -109,7 +109,7 @@ def test_stages_apart_are_the_stages_together(train, tmp_path):
 
 @pytest.mark.parametrize("killed_after", [1, 3])
 def test_a_stopped_training_goes_on_as_if_it_had_not(train, tmp_path, monkeypatch, killed_after):
-    settings = {"importance": True, "objective": "log"}
+    settings = {"importance": True, "objective": "log", "warmup_steps": 8}
     train(output=tmp_path / "whole", **settings)
     save, calls = training_state.save_state, []
 

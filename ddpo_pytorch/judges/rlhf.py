@@ -50,6 +50,8 @@ def check_settings(rlhf: ConfigDict) -> None:
     for name in ("learning_rate", "second_learning_rate", "final_learning_rate"):
         if not 0 < rlhf[name] < math.inf:
             raise UserError(f"rlhf.{name} is {rlhf[name]}; it must be above 0")
+    if rlhf.warmup_steps < 0:
+        raise UserError(f"rlhf.warmup_steps is {rlhf.warmup_steps}; it must be 0 or more")
     if not 0 <= rlhf.weight_decay < math.inf:
         raise UserError(f"rlhf.weight_decay is {rlhf.weight_decay}; it must be 0 or more")
     for name, value in (("replay_share", rlhf.replay_share), ("val_share", rlhf.val_share)):
@@ -196,7 +198,9 @@ class StageTraining:
         flips = self.train.flips(self.seed, self.epoch) if self.rlhf.flip else torch.zeros(len(self.train)).bool()
         for model in self.models.values():
             model.train()
-        for batch in self.batches:
+        rate, batches = self.scheduler.get_last_lr()[0], list(self.batches)
+        for number, batch in enumerate(batches):
+            self._set_rate(rate * self._warmth(self.epoch * len(batches) + number + 1))
             indices = torch.tensor(batch)
             images = self.train.images[indices]
             images = torch.where(flips[indices][:, None, None, None], images.flip(-1), images)
@@ -207,8 +211,17 @@ class StageTraining:
             self.optimizer.zero_grad()
             for name, loss in found.items():
                 losses[name].append(loss.detach())
+        self._set_rate(rate)  # from which the schedule goes on
         means = torch.stack([torch.stack(values).mean() for values in losses.values()])
         return dict(zip(losses, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+
+    def _warmth(self, update: int) -> float:
+        """Factor of the learning rate at an update, counted from 1: rises in a line over stage 1's warm-up."""
+        return min(1.0, update / self.rlhf.warmup_steps) if self.stage == 1 and self.rlhf.warmup_steps else 1.0
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
     def _loss(self, name: str, indices: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """The loss of one network for float images of the batch of these numbers."""
