@@ -37,7 +37,7 @@ def write_judges(folder, text_encoder, seed, threshold=0.5):
     policy.fit_text(FUNDUS_PROMPTS)
     with torch.no_grad():
         for judge in (selector, policy):
-            judge.head[-1].weight.mul_(30)
+            judge.head[-1].weight.mul_(10)
     selector.threshold = threshold
     save_selector(selector, folder / SELECTOR_FILE)
     save_policy(policy, folder / POLICY_FILE)

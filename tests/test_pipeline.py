@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
@@ -83,7 +84,8 @@ def test_the_id_that_left_the_hub_is_mirrored(monkeypatch, caplog):
         asked.append(model)
         raise OSError("stop here")
 
-    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", record)
+    for loader in (AutoConfig, StableDiffusionPipeline):
+        monkeypatch.setattr(loader, "from_pretrained", record)
     with caplog.at_level(logging.WARNING), pytest.raises(UserError):
         load_pipeline("runwayml/stable-diffusion-v1-5")
     assert asked == ["stable-diffusion-v1-5/stable-diffusion-v1-5"]
