@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,11 @@ def check_settings(config: ConfigDict) -> None:
         raise UserError(
             "start improve.py as one process; --launch='accelerate launch ...' is for the scripts that it runs"
         )
+    for name in ("unet_path", "load_from"):
+        if config[name]:
+            raise UserError(
+                f"{name} is {config[name]!r}; rounds begin from a whole model: give its folder, pretrained.model=DIR"
+            )
     for name in improve.methods:
         if name not in METHODS:
             raise UserError(f"improve.methods has {name!r}; allowed are {', '.join(METHODS)}")
@@ -99,7 +105,13 @@ class Rounds:
 
     def command(self, script: str, number: int, **fields) -> None:
         """Run a script with this command's own configuration and these fields. UserError where it fails."""
-        own = [argument for argument in sys.argv[1:] if not argument.lstrip("-").startswith("launch")]
+        words = iter(sys.argv[1:])
+        own = []
+        for word in words:
+            if word.lstrip("-") == "launch":
+                next(words, None)  # its value
+            elif not word.lstrip("-").startswith("launch="):
+                own.append(word)
         fields = {"seed": self.config.seed + number, "wandb": self.config.wandb, **fields}
         start = shlex.split(FLAGS.launch) or [sys.executable]
         place = Path(__file__).with_name(script)
@@ -164,6 +176,8 @@ class Rounds:
         fields = {"pretrained__model": model, "unet_path": "", "logdir": runs, "run_name": "run"}
         if checkpoints(runs / "run"):
             fields["resume_from"] = runs / "run"
+        else:  # of a run that was stopped before its first checkpoint
+            shutil.rmtree(runs / "run", ignore_errors=True)
         fields |= {"reward_fn": "fundus_alignment", "reward_fn_kwargs__fundus_alignment__judges": self.improve.judges}
         self.command("train.py", number, **fields)
         save_merged(model, runs / "run", outcome)
@@ -171,9 +185,8 @@ class Rounds:
     def measure(self, number: int) -> Standing:
         config, improve = self.config, self.improve
         pretrained, sample = config.pretrained, config.sample
-        unet_path = "" if number else config.unet_path
         dtype = DTYPES[config.mixed_precision]
-        pipe = load_pipeline(str(self.model(number)), pretrained.revision, unet_path, dtype, self.device)
+        pipe = load_pipeline(str(self.model(number)), pretrained.revision, "", dtype, self.device)
         sampler = Sampler(pipe, sample.scheduler, sample.num_steps, sample.eta, sample.guidance_scale)
         size, count = config.eval.batch_size, improve.held_out_images
         images = draw_fixed(sampler, self.prompts, count, config.seed, size)

@@ -80,7 +80,7 @@ def main(_) -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn"):
             raise
-        raise UserError(f'{error.name} is not installed; run: pip install "rl4med-ddpo[rate]"') from error
+        raise UserError(f'{error.name} is not installed; run: pip install -e ".[rate]"') from error
 
     rater = "" if FLAGS.rater is None else rater_name(FLAGS.rater)
     token = FLAGS.token or ("" if is_loopback(FLAGS.host) else secrets.token_urlsafe(32))

@@ -223,6 +223,7 @@ def test_rounds_go_on_where_they_were(config_file, fields, tmp_path):
         ({"improve__methods": ("sft",)}, "improve.methods has 'sft'"),
         ({"improve__rounds": 0}, "improve.rounds is 0"),
         ({"improve__csv": ""}, "improve.csv is empty"),
+        ({"unet_path": "unet.safetensors"}, "rounds begin from a whole model"),
     ],
 )
 def test_bad_settings_are_told(run_main, config_file, fields, changes, message):

@@ -236,4 +236,4 @@ def test_without_fastapi_one_line_says_what_to_install(tmp_path):
     (tmp_path / "fastapi.py").write_text(missing)
     result = run_script("rate.py", "--images", tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert result.returncode == 2
-    assert result.stderr == 'error: fastapi is not installed; run: pip install "rl4med-ddpo[rate]"\n'
+    assert result.stderr == 'error: fastapi is not installed; run: pip install -e ".[rate]"\n'
