@@ -58,10 +58,10 @@ demo-fundus: .venv/ready
 	$(TWO) scripts/metric.py --config $(FUNDUS):evaluate_metric_mini $(FLAGS) --report
 	@echo "rounds: $(FROOT)/improve/rounds.md; tables and pictures: $(FROOT)/metrics/report.html"
 
-# two workers of one thread each: threads of one would spin on the other's core
+# two workers, each on a core of its own and with one thread; files with slow tests first
 test: export OMP_NUM_THREADS := 1
 test: .venv/ready
-	pytest -q -n 2 --dist loadfile
+	pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Rebuilds ddpo_pytorch/assets/mini from nothing: phantom worlds, autoencoder, diffusion model, the two classifiers.
 # The generator sees ISIC's frequencies. The autoencoder and the two judges see rare artifacts as often as common ones, and

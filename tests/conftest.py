@@ -1,8 +1,12 @@
 """Shared fixtures: the optional folder of real data, a tiny Stable Diffusion, and real runs of the scripts."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,18 @@ from ddpo_pytorch.data.phantom import write_world
 from ddpo_pytorch.generator import scratch
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# Each worker of pytest-xdist keeps to a core of its own, with all that it starts: processes that share their cores with
+# others would wait for each other's threads, several times as long as the work takes.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no worker is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
@@ -44,17 +60,34 @@ def world(tmp_path_factory) -> Path:
     return folder
 
 
+@cache
+def warm_server() -> dict[str, str]:
+    """Settings by which tests/warm.py finds a server of its own, which ends with this process."""
+    address = Path(tempfile.mkdtemp()) / "socket"
+    atexit.register(shutil.rmtree, address.parent)
+    server = subprocess.Popen(
+        [sys.executable, "tests/warm.py", "--serve", address],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return {"WARM_SERVER": str(address), "WARM_SETTINGS": server.stdout.readline().strip()}
+
+
 def run_script(*arguments, processes: int = 1, timeout: float = 300, **environment) -> subprocess.CompletedProcess:
     """Run `scripts/<arguments[0]> ...` from the repository root; several CPU processes go through torchrun."""
     name, *options = [str(argument) for argument in arguments]
-    launcher = [sys.executable]
+    launcher = []
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--no-python"]
+        launcher += [sys.executable]
     settings = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [*launcher, f"scripts/{name}", *options],
+        [sys.executable, *launcher, "tests/warm.py", f"scripts/{name}", *options],
         cwd=ROOT,
-        env=os.environ | settings | {key: str(value) for key, value in environment.items()},
+        env=os.environ | settings | warm_server() | {key: str(value) for key, value in environment.items()},
         capture_output=True,
         text=True,
         timeout=timeout,

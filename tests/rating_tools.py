@@ -81,7 +81,12 @@ class RatePage:
         for name, value in usual.items():
             if value is not None:
                 connection.putheader(name, value)
+        # in one packet: a server that refuses at the headers hangs up, and a body still to come would reset the line
+        pieces: list[bytes] = []
+        connection.connect()
+        connection.send = pieces.append
         connection.endheaders(data)
+        connection.sock.sendall(b"".join(pieces))
         answer = connection.getresponse()
         content = answer.read()
         connection.close()
