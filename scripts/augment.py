@@ -32,6 +32,7 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from ddpo_pytorch.cli import cli
 from ddpo_pytorch.data.image_cache import decoded
 from ddpo_pytorch.data.images import ImageFiles, list_samples
 from ddpo_pytorch.data.isic import LABELS, Row, labels_of, load_split
@@ -56,7 +57,7 @@ from ddpo_pytorch.metrics.augmentation_plan import (
 )
 from ddpo_pytorch.metrics.augmentation_report import as_csv, markdown, subgroups
 from ddpo_pytorch.published import resolve
-from ddpo_pytorch.run import cli, make_accelerator
+from ddpo_pytorch.run import make_accelerator
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_path", None, "folder of <image>.jpg files", required=True)

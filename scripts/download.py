@@ -17,11 +17,11 @@ from absl import flags
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 
+from ddpo_pytorch.cli import cli
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.lora import add_lora, load_lora, lora_parameters
 from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.published import DRIVE_ID, DRIVE_URL, FILES, SPLITS, TIMEOUT, PublishedFile, fetch_split, spellings
-from ddpo_pytorch.run import cli
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("root", "rl4med-out", "files go to ROOT/published, split tables to ROOT/data/splits")

@@ -28,6 +28,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from ddpo_pytorch.checkpointing import load_weights
+from ddpo_pytorch.cli import cli
 from ddpo_pytorch.data.images import read_log
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
 from ddpo_pytorch.data.sample_log import SETTINGS, PartLog, claim_folder, locked, logged, merge_parts, strays
@@ -37,7 +38,7 @@ from ddpo_pytorch.generator.text import too_long
 from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.prompts import Prompt, all_prompts, read_prompts
 from ddpo_pytorch.rewards import RewardFn, check_prompts, isic_classifier_reward
-from ddpo_pytorch.run import DTYPES, cli, make_accelerator, peak_memory_gib
+from ddpo_pytorch.run import DTYPES, make_accelerator, peak_memory_gib
 from ddpo_pytorch.sampling import (
     IMAGE_FORMATS,
     Job,

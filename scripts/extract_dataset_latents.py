@@ -18,6 +18,7 @@ import torch
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from ddpo_pytorch.cli import cli
 from ddpo_pytorch.data import kinds
 from ddpo_pytorch.data.images import RESIZES, ImageFiles, read_log, save_image, write_log
 from ddpo_pytorch.data.isic import folder_name
@@ -27,7 +28,7 @@ from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import sha256
 from ddpo_pytorch.generator.latents import INDEX, encode_data_set, write_index
 from ddpo_pytorch.generator.pipeline import load_pipeline
-from ddpo_pytorch.run import cli, make_accelerator
+from ddpo_pytorch.run import make_accelerator
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", "config/base.py", "Extraction of real images and latents.")

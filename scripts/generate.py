@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from ddpo_pytorch.best_of_n import Request, best_of_n, log_entries
 from ddpo_pytorch.checkpointing import load_weights
+from ddpo_pytorch.cli import cli
 from ddpo_pytorch.data.images import LOG, save_image, write_log
 from ddpo_pytorch.data.sample_log import claim_folder
 from ddpo_pytorch.errors import UserError
@@ -29,7 +30,7 @@ from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import too_long
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges
 from ddpo_pytorch.prompts import all_prompts
-from ddpo_pytorch.run import DTYPES, cli, make_accelerator
+from ddpo_pytorch.run import DTYPES, make_accelerator
 from ddpo_pytorch.sampling import Sampler, fingerprint, plan
 
 FLAGS = flags.FLAGS

@@ -25,6 +25,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ddpo_pytorch.checkpointing import checkpoints, load_weights
+from ddpo_pytorch.cli import cli
 from ddpo_pytorch.data import fundus
 from ddpo_pytorch.data.sample_log import claim_folder, locked
 from ddpo_pytorch.errors import UserError
@@ -46,7 +47,7 @@ from ddpo_pytorch.improvement import (
     table,
 )
 from ddpo_pytorch.judges.policy import load_judges
-from ddpo_pytorch.run import DTYPES, JsonLines, cli
+from ddpo_pytorch.run import DTYPES, JsonLines
 from ddpo_pytorch.sampling import Sampler
 
 FLAGS = flags.FLAGS

@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from ddpo_pytorch.cli import cli
 from ddpo_pytorch.files import whole
 from ddpo_pytorch.metrics.cautions import missing_of, warnings_of
 from ddpo_pytorch.metrics.comparison import compare
@@ -45,7 +46,7 @@ from ddpo_pytorch.metrics.store import FeatureStore
 from ddpo_pytorch.metrics.structure import MOST_PAIRS, circle_pairs, pairs_by_name
 from ddpo_pytorch.metrics.tables import Table, as_csv, latex, markdown, table2, table3
 from ddpo_pytorch.report.page import write_report
-from ddpo_pytorch.run import cli, make_accelerator
+from ddpo_pytorch.run import make_accelerator
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", "config/base.py", "Metrics of sample folders.")

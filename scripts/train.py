@@ -23,6 +23,7 @@ from diffusers import StableDiffusionPipeline
 from ml_collections import ConfigDict, config_flags
 from tqdm.auto import tqdm
 
+from ddpo_pytorch.cli import cli
 from ddpo_pytorch.data.images import image_grid
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
 from ddpo_pytorch.errors import UserError
@@ -43,7 +44,7 @@ from ddpo_pytorch.rollout import (
     timestep_order,
     update_order,
 )
-from ddpo_pytorch.run import DTYPES, Geometry, batch_geometry, check_training, cli, make_accelerator, peak_memory_gib
+from ddpo_pytorch.run import DTYPES, Geometry, batch_geometry, check_training, make_accelerator, peak_memory_gib
 from ddpo_pytorch.stat_tracking import PerPromptStatTracker, compute_advantages, reward_statistics
 from ddpo_pytorch.stopping import BestAndCollapse, RewardPlateau
 

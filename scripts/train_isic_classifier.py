@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import Dataset
 
+from ddpo_pytorch.cli import cli
 from ddpo_pytorch.data.image_cache import decoded
 from ddpo_pytorch.data.images import ImageFiles
 from ddpo_pytorch.data.isic import LABELS, load_split
@@ -26,7 +27,7 @@ from ddpo_pytorch.judges.prediction import predict
 from ddpo_pytorch.judges.report import Report, best_thresholds, one_sided
 from ddpo_pytorch.judges.torchvision_names import check_publishable, save_published
 from ddpo_pytorch.judges.training import FitState, Recipe, fit
-from ddpo_pytorch.run import cli, make_accelerator
+from ddpo_pytorch.run import make_accelerator
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("mode", "train", ["train", "test"], "train a classifier, or report on the test split")

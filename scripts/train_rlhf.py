@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from ml_collections import ConfigDict, config_flags
 
+from ddpo_pytorch.cli import cli
 from ddpo_pytorch.data.fundus import check_images
 from ddpo_pytorch.data.ratings import (
     RatedImage,
@@ -37,7 +38,7 @@ from ddpo_pytorch.judges.rated import COLUMNS, RatedSet, best_threshold, read_ra
 from ddpo_pytorch.judges.rlhf import StageTraining, all_scores, check_settings, chosen_samples, training_identity
 from ddpo_pytorch.judges.selector import MLP_RATIO, Selector, save_selector
 from ddpo_pytorch.judges.vision import VisionSizes, read_judge
-from ddpo_pytorch.run import JsonLines, cli, make_accelerator
+from ddpo_pytorch.run import JsonLines, make_accelerator
 from ddpo_pytorch.training_state import load_state, save_state
 
 FLAGS = flags.FLAGS

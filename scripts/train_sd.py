@@ -29,6 +29,7 @@ from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
 from ddpo_pytorch.caption_grid import draw_captions
+from ddpo_pytorch.cli import cli
 from ddpo_pytorch.data.image_cache import decoded
 from ddpo_pytorch.data.images import image_grid
 from ddpo_pytorch.data.kinds import source
@@ -53,7 +54,7 @@ from ddpo_pytorch.generator.text import has_mask, too_long
 from ddpo_pytorch.generator.training import Stopwatch, Training, endless_batches, parameter_groups
 from ddpo_pytorch.optimizer import make_adamw
 from ddpo_pytorch.randomness import BatchDraws, Stream
-from ddpo_pytorch.run import DTYPES, JsonLines, cli, make_accelerator, peak_memory_gib
+from ddpo_pytorch.run import DTYPES, JsonLines, make_accelerator, peak_memory_gib
 from ddpo_pytorch.training_state import save_state
 
 FLAGS = flags.FLAGS

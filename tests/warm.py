@@ -1,7 +1,7 @@
-"""Start the project's scripts without waiting for the libraries: `python warm.py SCRIPT ARGUMENT...` as `python SCRIPT ...`.
+"""Start scripts without waiting for libraries: `python warm.py SCRIPT ARGUMENT...` stands for `python SCRIPT ...`.
 
-Importing torch, diffusers, transformers and timm takes about six seconds of a script's start, and the tests start scripts
-some hundred times. A server imports these libraries once and forks a process for each script; it knows nothing of the
+Importing torch, diffusers, transformers and timm takes about six seconds of a script's start, and the tests start some
+hundred scripts. A server imports these libraries once and forks a process for each script; it knows nothing of the
 project, whose own modules every such process imports itself. A script sees the arguments, environment, working
 directory, standard streams and signals of the command that stands for it, and that command ends with its exit status.
 Without a server (WARM_SERVER unset), or with settings that the libraries read when they are imported, it is started
