@@ -1,6 +1,6 @@
 from setuptools import find_packages, setup
 
-RATE = ["fastapi>=0.115", "uvicorn>=0.30"]  # the rating page
+RATE = ["fastapi>=0.120.1", "uvicorn>=0.30"]  # the rating page
 TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "selenium>=4.20", "setuptools>=77", "torchmetrics>=1.5"]
 
 setup(
@@ -26,23 +26,23 @@ setup(
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
-        "diffusers>=0.37",
+        "diffusers>=0.42.1",
         "transformers>=5.0",
         "accelerate>=1.10",
-        "peft>=0.17",
+        "peft>=0.18",
         "ml_collections>=1.1",
         "absl-py>=2.1",
-        "numpy>=1.26",
-        "pillow>=10.1",
+        "numpy>=2.0",
+        "pillow>=10.3",
         "safetensors>=0.5",
-        "timm>=1.0",
+        "timm>=1.0.3",
         "scipy>=1.11",
         "torch-fidelity>=0.3",
         "lpips>=0.1.4",
-        "tqdm>=4.66",
-        "jinja2>=3.1",
+        "tqdm>=4.66.3",
+        "jinja2>=3.1.6",
         "matplotlib>=3.9",
-        "gdown>=6.0",
+        "gdown>=6.3",
         "wandb>=0.19",
     ],
     extras_require={

@@ -99,6 +99,12 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # train batches per optimizer update. One update averages over batch_size * gradient_accumulation_steps * processes
     # samples and all of their trained timesteps.
     train.gradient_accumulation_steps = 1
+    # timesteps of a sample in one forward and backward pass, which then has batch_size * timesteps_per_forward rows
+    # (twice with guidance). The same gradients up to rounding; faster where small batches leave the device idle, and
+    # more memory. Must divide the number of timesteps trained on.
+    train.timesteps_per_forward = 1
+    # updates whose loss or gradient is not finite are left out; so many in a row end the run.
+    train.max_skipped_updates = 10
     # gradient norm above which gradients are scaled down.
     train.max_grad_norm = 1.0
     # passes over one epoch's samples.
@@ -117,6 +123,9 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     train.timestep_window = (0.0, 1.0)
     # recompute activations in the backward pass: less memory, about a third more time.
     train.gradient_checkpointing = False
+    # torch.compile of the UNet's transformer blocks: minutes at the start (compiled code is kept between runs), less time
+    # in each pass. On a CPU it takes the place of the UNet's division among cores.
+    train.compile = False
     # LoRA rank; the scale alpha / rank is 1, as in the published checkpoint.
     train.lora_rank = 4
     # module name endings of the UNet that get an adapter.
@@ -232,7 +241,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # "exact", or "compat": x * 256 wrapped to 8 bits and sets of different prompt mixes, as behind the published FIDs.
     metric.fid = "exact"
     # weights of Inception (torch-fidelity's .pth) for FID, AlexNet (torchvision's .pth) for LPIPS, and DINOv2 (timm's
-    # .safetensors). "auto": the torch hub cache, downloaded when there is a network. "": left out.
+    # .safetensors). "auto": the torch hub cache. "download": that, or fetched. "": left out.
     metric.inception = "auto"
     metric.alexnet = "auto"
     metric.dinov2 = "auto"

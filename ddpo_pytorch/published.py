@@ -15,6 +15,7 @@ from ddpo_pytorch.files import sha256, whole
 
 logger = logging.getLogger(__name__)
 
+ARCHIVE = "images.zip"
 DRIVE_ID = "1ah15Yu5Iu7kXdSM649yKhqCLDhqol0ef"
 DRIVE_URL = f"https://drive.google.com/drive/folders/{DRIVE_ID}"
 
@@ -38,7 +39,7 @@ FILES = (
     PublishedFile("artifact_classifier_train_H4.pth", "judge"),
     PublishedFile("rl4med-checkpoint50", "LoRA of stage (ii)"),
     PublishedFile("pretrained_unet.safetensors", "UNet of stage (i)"),
-    PublishedFile("images.zip", "generated samples", required=False),
+    PublishedFile(ARCHIVE, "generated samples", required=False),
 )
 
 SPLITS_URL = "https://raw.githubusercontent.com/parhamsaremi/rl4med-ddpo/main/splits"

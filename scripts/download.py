@@ -2,12 +2,13 @@
 
     python scripts/download.py                                  # into rl4med-out/published and rl4med-out/data/splits
     python scripts/download.py --check rl4med-out/published     # no network: what is there, and is it complete?
+    python scripts/download.py --unpack rl4med-out/published    # no network: its images.zip, beside it
 
 Run again after an interruption: what is complete is kept, what is half done is continued.
 """
 
 import logging
-import zipfile
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,15 +18,27 @@ from absl import flags
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 
+from ddpo_pytorch.archive import opened, unpack
 from ddpo_pytorch.cli import cli
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.lora import add_lora, load_lora, lora_parameters
 from ddpo_pytorch.judges.classifier import load_classifier
-from ddpo_pytorch.published import DRIVE_ID, DRIVE_URL, FILES, SPLITS, TIMEOUT, PublishedFile, fetch_split, spellings
+from ddpo_pytorch.published import (
+    ARCHIVE,
+    DRIVE_ID,
+    DRIVE_URL,
+    FILES,
+    SPLITS,
+    TIMEOUT,
+    PublishedFile,
+    fetch_split,
+    spellings,
+)
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("root", "rl4med-out", "files go to ROOT/published, split tables to ROOT/data/splits")
 flags.DEFINE_string("check", None, "only check this folder of published files; nothing is downloaded")
+flags.DEFINE_string("unpack", None, f"only unpack {ARCHIVE} of this folder of published files; nothing is downloaded")
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +95,9 @@ def check_classifier(path: Path, heads: int) -> str:
 
 
 def check_zip(path: Path) -> str:
-    """The directory at the archive's end is there; testing every entry would read gigabytes."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return f"zip of {sum(not entry.is_dir() for entry in archive.infolist())} files"
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path} does not open as a zip ({error}); move it away and fetch it again") from error
+    """The directory at the archive's end is there, and fit to be unpacked; every entry's content would be gigabytes."""
+    with opened(path) as archive:
+        return f"zip of {sum(not entry.is_dir() for entry in archive.infolist())} files"
 
 
 CHECKS: dict[str, Callable[[Path], str]] = {
@@ -95,7 +105,7 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "rl4med-checkpoint50": check_lora,
     "artifact_classifier_train_H6.pth": lambda path: check_classifier(path, 6),
     "artifact_classifier_train_H4.pth": lambda path: check_classifier(path, 4),
-    "images.zip": check_zip,
+    ARCHIVE: check_zip,
 }
 
 
@@ -160,7 +170,11 @@ def fetch_published(folder: Path) -> None:
     failed = []
     required_first = sorted(zip(listing, entries, strict=True), key=lambda pair: not (pair[1] and pair[1].required))
     for item, _ in required_first:
-        target = Path(item.local_path)
+        target = Path(os.path.abspath(item.local_path))
+        if not target.is_relative_to(os.path.abspath(folder)):
+            logger.warning("%s would lie outside %s and is not fetched", item.path, folder)
+            failed.append(item.path)
+            continue
         if target.is_file():
             logger.info("%s is there already, %s", target, size(target))
             continue
@@ -191,6 +205,11 @@ def manual_route(folder: Path) -> None:
 def main(_) -> None:
     if FLAGS.check is not None:
         check(Path(FLAGS.check).expanduser())
+        return
+    if FLAGS.unpack is not None:
+        folder = Path(FLAGS.unpack).expanduser()
+        for path in unpack(folder / ARCHIVE, folder):
+            logger.info("unpacked: %s", path)
         return
     root, problems = Path(FLAGS.root).expanduser(), []
     for name in SPLITS:

@@ -48,7 +48,10 @@ class DecodedImages(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """What DataLoader calls for a whole batch."""
         if self._pixels is None:
-            self._pixels = np.load(self.path, mmap_mode="r")
+            try:
+                self._pixels = np.lib.format.open_memmap(self.path, mode="r")
+            except (OSError, ValueError, EOFError) as error:
+                raise UserError(f"{str(self.path)!r} is damaged ({error}); delete it, it will be made again") from error
         # the copy is writable and holds no reference to the map
         return [(torch.from_numpy(self._pixels[index].copy()), self.targets[index]) for index in indices]
 

@@ -23,6 +23,8 @@ from ddpo_pytorch.files import whole
 
 LOG = "image_log.json"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+# what files may hold, whatever they are called: Pillow would hand others to programs (PostScript to Ghostscript)
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 # how a picture becomes a square: as in the paper, sides scaled apart; its middle; with black bars; or a fundus
 # photograph's circle, with black bars.
 RESIZES = ("stretch", "crop", "pad", "fov")
@@ -69,7 +71,7 @@ def _squared(image: Image.Image, size: int | None, resize: str) -> Image.Image:
 def read_rgb(path: str | Path) -> Image.Image:
     """A file decoded to its last pixel, as RGB. Raises UserError for a missing, truncated, huge or non-image file."""
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             return file.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error  # whose text repeats the path

@@ -215,7 +215,10 @@ class LatentShards(Dataset):
             raise UserError(
                 f"latent shard {str(path)!r} {problem}; run the command that wrote it again, it makes this shard anew"
             )
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{str(path)!r} is not a readable safetensors file ({error}); extract again") from error
 
     def shares_images_with(self, other: "LatentShards") -> bool:
         """Whether the two were made from rows of one table of which some are in both."""

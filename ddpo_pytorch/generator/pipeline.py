@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -13,7 +14,7 @@ from torch import nn
 
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.conditioning import check_model, check_unet_file
-from ddpo_pytorch.generator.text import bert_part, check_tokenizer, embed, mask_padding, quiet
+from ddpo_pytorch.generator.text import PICKLE, bert_part, check_tokenizer, embed, mask_padding, quiet
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,8 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
             f"model {model} is neither a folder here nor within reach on the Hugging Face hub; "
             "check the path, the id and the network"
         ) from error
+    except UnpicklingError as error:
+        raise UserError(f"{model}: {PICKLE}") from error
     if folder.is_dir():
         check_model(pipe, folder)
     return pipe
@@ -152,8 +155,16 @@ class PromptTable:
         """Embedding (1, L, D) of the empty prompt, the unconditional side of guidance."""
         return self._embedding("")[None]
 
+    def complete(self, prompts: Iterable[str]) -> None:
+        """Embed these and the empty prompt, and let the text encoder go: no other prompt can follow (KeyError)."""
+        for prompt in ("", *prompts):
+            self._embedding(prompt)
+        self._pipe.text_encoder = None
+
     def _embedding(self, prompt: str) -> torch.Tensor:
         if prompt not in self._embeddings:
+            if self._pipe.text_encoder is None:
+                raise KeyError(f"{prompt!r} was not among the prompts when the text encoder was let go")
             self._embeddings[prompt] = encode_prompts(self._pipe, [prompt])[0]
         return self._embeddings[prompt]
 

@@ -80,10 +80,15 @@ TEXT_ENCODERS = {"clip": build_clip, "bert": build_bert}
 
 
 def load_vae(folder: str | Path) -> AutoencoderKL:
-    """An autoencoder in diffusers format, float32. Raises UserError where the folder holds none."""
+    """An autoencoder in diffusers format, float32. Raises UserError where the folder holds none, or a torn one."""
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{str(folder)!r} holds no VAE; train it first with --config.sd.stage=vae")
-    return AutoencoderKL.from_pretrained(folder)
+    try:
+        return AutoencoderKL.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{str(folder)!r} holds no VAE that can be read ({' '.join(str(error).split())[:200]})"
+        ) from error
 
 
 def build_vae(channels: Sequence[int], image_size: int) -> AutoencoderKL:

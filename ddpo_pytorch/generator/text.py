@@ -10,6 +10,7 @@ without a mask of their own to forget. BERT's last hidden states have the width 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ from transformers import (
 from ddpo_pytorch.errors import UserError
 
 TOKENS = 256  # positions that a prompt has for BERT, [CLS] and [SEP] among them: half of what BioMedBERT could read
+# what is wrong with a folder of which some .bin holds more than tensors
+PICKLE = (
+    "its weights are a pickle of more than plain tensors and were not opened, since that can run code; give safetensors"
+)
 TextEncoder = tuple[PreTrainedTokenizerBase, PreTrainedModel]
 
 
@@ -50,17 +55,19 @@ def load_text_encoder(model: str | Path, tokens: int = TOKENS, device: str | tor
         if (folder / "text_encoder").is_dir():
             places = (folder / "tokenizer", folder / "text_encoder")
     try:
-        kind = AutoConfig.from_pretrained(places[1]).model_type
+        kind = AutoConfig.from_pretrained(places[1], trust_remote_code=False).model_type
         loader = {"bert": _bert_from, "clip_text_model": CLIPTextModel.from_pretrained}.get(kind)
         if loader is None:
             raise UserError(f"text encoder {str(model)!r} is of kind {kind!r}; allowed are BERT and CLIP's text model")
-        tokenizer = AutoTokenizer.from_pretrained(places[0])
+        tokenizer = AutoTokenizer.from_pretrained(places[0], trust_remote_code=False)
         encoder = loader(places[1])
     except (OSError, ValueError) as error:
         raise UserError(
             f"text encoder {str(model)!r} is neither a folder with tokenizer and weights nor within reach on the "
             "Hugging Face hub; check the path, the id and the network"
         ) from error
+    except UnpicklingError as error:
+        raise UserError(f"text encoder {str(model)!r}: {PICKLE}") from error
     check_tokenizer(tokenizer, encoder, str(model))
     if has_mask(encoder):
         tokenizer.model_max_length = min(tokens, encoder.config.max_position_embeddings)
@@ -78,7 +85,7 @@ def bert_part(model: str, revision: str, dtype: torch.dtype) -> dict[str, BertMo
     Raises OSError where the model has none.
     """
     where = {"subfolder": "text_encoder", "revision": revision}
-    if AutoConfig.from_pretrained(model, **where).model_type != "bert":
+    if AutoConfig.from_pretrained(model, trust_remote_code=False, **where).model_type != "bert":
         return {}
     return {"text_encoder": _bert_from(model, dtype=dtype, **where)}
 

@@ -16,7 +16,7 @@ import torchvision.transforms.functional as tvf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torchvision.models import efficientnet_b0
+from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
 
 from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.errors import UserError
@@ -61,7 +61,10 @@ class ArtifactClassifier(nn.Module):
         if set(self.thresholds) != set(self.labels) or not all(0 <= value <= 1 for value in self.thresholds.values()):
             raise UserError(f"thresholds {self.thresholds} are not numbers in [0, 1] for some of {self.labels}")
         if arch == PUBLISHED_ARCH:
-            self.model = efficientnet_b0(weights="IMAGENET1K_V1" if pretrained else None)
+            self.model = efficientnet_b0()
+            if pretrained:  # torchvision's own way would unpickle whatever lies in the cache
+                weights = EfficientNet_B0_Weights.IMAGENET1K_V1
+                self.model.load_state_dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
             self.model.classifier = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(1280, len(self.labels)))
         else:
             if not timm.is_model(arch):

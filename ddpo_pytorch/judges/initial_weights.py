@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from pickle import UnpicklingError
 
 import timm
 import torch
@@ -27,7 +28,7 @@ def new_classifier(labels: tuple[str, ...], image_size: int, arch: str, weights:
         raise UserError(f"weights are {weights!r}; allowed are imagenet, none and the path of a file")
     try:
         model = ArtifactClassifier(labels, image_size, arch, pretrained=weights == "imagenet")
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UnpicklingError) as error:
         raise UserError(
             f"ImageNet weights of {arch!r} cannot be loaded ({type(error).__name__}); give --weights=none for random "
             f"ones or --weights=PATH of a file: {_sources(arch)}, fetched on a machine with a network"

@@ -5,11 +5,12 @@ names the option, and the caller goes on with the other metrics.
 """
 
 import hashlib
+import io
 import logging
 import os
+import re
 import warnings
 from pathlib import Path
-from urllib.error import URLError
 from urllib.request import urlopen
 
 import lpips
@@ -74,9 +75,12 @@ def inception_network(option: str, mode: str = "exact", device: Device = "cpu", 
     if mode not in FID_MODES:
         raise UserError(f"metric.fid is {mode!r}; allowed are {', '.join(FID_MODES)}")
     path = weight_file(option, URL_INCEPTION_V3, "--config.metric.inception")
-    _plain_tensors(path)  # the extractor unpickles the file itself: let through only what needs no unpickling
+    # the extractor unpickles what it is given, with all that a pickle may do: it gets bytes written here, not the file
+    copy = io.BytesIO()
+    torch.save(_plain_tensors(path), copy)
+    copy.seek(0)
     try:
-        network = FeatureExtractorInceptionV3("inception-v3-compat", [layer], str(path)).to(device)
+        network = FeatureExtractorInceptionV3("inception-v3-compat", [layer], copy).to(device)
     except RuntimeError as error:
         raise UserError(f"{str(path)!r} are not torch-fidelity's Inception V3 weights ({_short(error)})") from error
     quantise = to_uint8 if mode == "exact" else official_uint8
@@ -100,9 +104,9 @@ def dinov2_network(option: str, device: Device = "cpu") -> Network:
     Resized to 224 px bicubically with antialiasing, ImageNet-normalised. Raises as `inception_network`.
     """
     path = weight_file(option, URL_DINOV2, "--config.metric.dinov2", f"{DINOV2}.safetensors")
-    model = timm.create_model(DINOV2, pretrained=False, num_classes=0, img_size=DINOV2_SIZE)
     try:
         state = load_file(path) if path.suffix == ".safetensors" else _plain_tensors(path)
+        model = timm.create_model(DINOV2, pretrained=False, num_classes=0, img_size=DINOV2_SIZE)
         state = timm.models.vision_transformer.checkpoint_filter_fn(state, model)  # resamples position embeddings
         model.load_state_dict(state)
     except (SafetensorError, RuntimeError, KeyError) as error:
@@ -147,21 +151,23 @@ def _lpips(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def weight_file(option: str, url: str, flag: str, name: str = "") -> Path:
-    """The file that an option names: "" is none, "auto" the torch hub cache or a download, else a path.
+    """The file that an option names: "" is none, "auto" the torch hub cache, "download" that or the url, else a path.
 
-    `name` is that of the file in the cache, by default the url's. Raises Unavailable where there is none, UserError for
-    a path that does not exist.
+    `name` is that of the file in the cache, by default the url's. No network is used unless the option asks for it.
+    Raises Unavailable where there is none, UserError for a path that does not exist.
     """
     if not option:
         raise Unavailable(f"{flag} is empty; give 'auto' or the file of {url}")
-    if option != "auto":
+    if option not in ("auto", "download"):
         if not Path(option).is_file():
             raise UserError(f"{flag}={option!r} does not exist; fetch {url}, or give '' to do without")
         return Path(option)
     path = Path(torch.hub.get_dir()) / "checkpoints" / (name or url.rsplit("/", 1)[1])
-    if path.is_file() or _download(url, path):
+    if path.is_file() or (option == "download" and _download(url, path)):
         return path
-    raise Unavailable(f"no weights in {path.parent} and no download; fetch {url} and give {flag}=FILE")
+    if option == "download":
+        raise Unavailable(f"no weights in {path.parent} and no download; fetch {url} and give {flag}=FILE")
+    raise Unavailable(f"no weights in {path.parent}; fetch {url} and give {flag}=FILE, or let {flag}=download fetch it")
 
 
 def _download(url: str, path: Path) -> bool:
@@ -170,17 +176,24 @@ def _download(url: str, path: Path) -> bool:
     try:
         urlopen(url, timeout=TIMEOUT).close()
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), progress=False)
-    except (URLError, OSError):
+        # PyTorch's habit: a file's name ends in the first digits of its sha256
+        prefix = re.search(r"-([0-9a-f]{8,})\.pth$", url)
+        torch.hub.download_url_to_file(url, str(path), prefix and prefix[1], progress=False)
+    except (OSError, RuntimeError) as error:  # no answer, or other content than the name says
+        logger.warning("%s cannot be fetched (%s)", url, _short(error))
         return False
     return True
 
 
 def _plain_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict, by the unpickler that makes tensors and nothing else. Raises UserError for any other file."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{str(path)!r} is not a file of plain tensors ({_short(error)}); fetch it again") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{str(path)!r} holds other things than tensors by name; give a state dict")
+    return state
 
 
 def key_of(preprocessing: str, digest: str) -> str:

@@ -81,7 +81,7 @@ class Rows:
 
     def _read(self, number: int) -> np.ndarray:
         try:
-            return np.load(self._files[number], mmap_mode="r")
+            return np.lib.format.open_memmap(self._files[number], mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise UserError(
                 f"{str(self._files[number])!r} is damaged ({error}); remove it, to make it again"
@@ -184,7 +184,7 @@ def _intact(file: Path, rows: int) -> bool:
     if not file.is_file():
         return False
     try:
-        if len(np.load(file, mmap_mode="r")) == rows:
+        if len(np.lib.format.open_memmap(file, mode="r")) == rows:
             return True
     except (OSError, ValueError, EOFError, TypeError):
         pass

@@ -1,0 +1,102 @@
+"""Nothing is asked of other machines by scripts whose models and data are files here, and none is told anything."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from rated_world import write_config, write_rated_world
+from rating_tools import write_gallery
+from sample_sets import write_samples
+from script_tools import options
+from stage_tools import SPLIT
+
+from ddpo_pytorch.data.isic import CAPTIONS
+
+pytest_plugins = ["script_tools", "judge_tools"]
+WITHOUT_NETWORK = ["unshare", "--net", "--map-root-user"]
+
+
+def run_offline(tmp_path, commands, launcher=(), **environment) -> tuple[list, str]:
+    """Notes of tests/offline.py, and what was said. No variable tells a library to keep off the network."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "WANDB_", "TRANSFORMERS_"))}
+    own |= {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "TORCH_HOME": str(tmp_path / "torch")}
+    own |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "WANDB_MODE": "offline"}
+    result = subprocess.run(
+        [*launcher, sys.executable, "tests/offline.py", tmp_path / "notes"],
+        cwd=ROOT,
+        env=own | environment,
+        input=json.dumps([[str(word) for word in command] for command in commands]),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [json.loads(line) for line in (tmp_path / "notes").read_text().splitlines()], result.stderr
+
+
+@pytest.fixture
+def commands(config_file, world, tiny_pipeline_dir, bert_pipeline_dir, judges_dir, judges, tmp_path) -> dict[str, list]:
+    """Each script as briefly as it runs, on local files; fields as they are by default, but for sizes."""
+    data = {
+        "dataset__csv": world / SPLIT.format("val"),
+        "dataset__data_path": world / "images",
+        "dataset__num_workers": 0,
+        "dataset__image_size": 64,
+    }
+    stage = {"sd__csv": world / SPLIT.format("train"), "sd__val_csv": world / SPLIT.format("val")}
+    stage |= {"sd__data_path": world / "images", "sd__image_size": 64, "sd__cache_dir": tmp_path / "cache"}
+    stage |= {"sd__num_steps": 1, "sd__batch_size": 2, "sd__grid_every": 0, "sd__output": tmp_path / "sd"}
+    train = {"logdir": tmp_path / "logs", "run_name": "run", "num_epochs": 1, "sample__batch_size": 4}
+    train |= {"sample__num_batches_per_epoch": 1, "train__batch_size": 2, "held_out__every": 1}
+    train |= {"held_out__classifier": judges[4], "held_out__images_per_prompt": 1, "wandb": "auto"}
+    train["reward_fn_kwargs__isic_classifier_reward__classifier"] = judges[6]
+    generate = {"pretrained__model": bert_pipeline_dir, "improve__judges": judges_dir, "improve__images_per_prompt": 1}
+    generate |= {"reward_fn": "fundus_alignment", "prompt_fn": "from_file", "improve__max_attempts": 2}
+    generate |= {"logdir": tmp_path / "generated", "improve__num_candidates": 1, "sample__guidance_scale": 1.0}
+    samples = write_samples(tmp_path / "real", {CAPTIONS[6]: 2, CAPTIONS[7]: 2}, 0)
+    metric = {"fake_path": samples, "real_path": samples, "output": tmp_path / "out", "cache_dir": tmp_path / "metrics"}
+    classifier = {f"{name}_csv": world / SPLIT.format(name) for name in ("train", "val", "test")}
+    classifier |= {"data_path": world / "images", "num_classes": 4, "arch": "tinynet_e", "weights": "none"}
+    classifier |= {"image_size": 32, "num_epochs": 1, "checkpoint_dir": tmp_path / "classifier"}
+    rated = write_config(write_rated_world(tmp_path / "rated", 24))
+    rlhf = {"rlhf__output": tmp_path / "rlhf", "rlhf__num_epochs": 1, "rlhf__batch_size": 8}
+    write_gallery(tmp_path / "gallery", 2)
+    rate = {"images": tmp_path / "gallery", "out": tmp_path / "ratings.csv", "rater": "a"}
+    plain = {"train_isic_classifier.py": classifier, "rate.py": rate}
+    flags = {name: [f"--{key}={value}" for key, value in given.items()] for name, given in plain.items()}
+    flags |= {
+        "train.py": options(config_file, **train),
+        "eval.py": options(config_file, logdir=tmp_path / "samples", eval__num_samples_per_prompt=1),
+        "metric.py": options(config_file, **{f"metric__{key}": value for key, value in metric.items()}),
+        "extract_dataset_latents.py": options(config_file, logdir=tmp_path / "latents", **data),
+        "train_sd.py": options(config_file, **stage),
+        "generate.py": options(config_file, **generate),
+        "train_rlhf.py": options(rated, **rlhf),
+    }
+    return {name: [f"scripts/{name}", *given] for name, given in flags.items()}
+
+
+@pytest.mark.slow
+def test_local_files_need_no_network_and_images_stay_here(commands, tmp_path):
+    """Where the system allows it, also for the programs that scripts start: in a network without anybody."""
+    unshared = shutil.which("unshare") and subprocess.run([*WITHOUT_NETWORK, "true"], capture_output=True)
+    launcher = WITHOUT_NETWORK if unshared and unshared.returncode == 0 else ()
+    # and a script that does what the others must not, without which this test could not fail
+    (tmp_path / "look.py").write_text("import urllib.request\nurllib.request.urlopen('http://192.0.2.1/')")
+    commands["look.py"] = [tmp_path / "look.py"]
+    notes, said = run_offline(tmp_path, commands.values(), launcher)
+    found = {name: [what for n, what in notes if n == number] for number, name in enumerate(commands)}
+    assert found.pop("look.py") == ["socket.getaddrinfo 192.0.2.1", 1]
+    assert found == {name: [0] for name in found}, said[-5000:]
+    # Weights & Biases has recorded a run with pictures in its folder, and has none of them
+    (record,) = (tmp_path / "logs" / "run" / "wandb").glob("offline-run-*")
+    files = [path for path in record.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files) and list((tmp_path / "logs" / "run").rglob("*.png"))
+    assert not any(path.suffix in (".png", ".jpg") or "media" in path.parts for path in files)
+    for path in files:
+        content = path.read_bytes()
+        assert b"\x89PNG\r\n" not in content and b"\xff\xd8\xff" not in content and b"image-file" not in content
