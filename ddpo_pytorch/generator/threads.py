@@ -1,0 +1,64 @@
+"""A UNet whose batches are divided among the cores of a CPU.
+
+PyTorch's own threads divide every operation, and the UNet of a small model is made of operations too short for that:
+they wait for each other some hundred times in a pass. Here each thread takes some of the rows through all of the UNet,
+forward and backward, alone on its core.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+from torch import nn
+
+
+class _Rows(torch.autograd.Function):
+    """Outputs of all parts; backward takes all parts back at the same time and adds up their gradients."""
+
+    @staticmethod
+    def forward(ctx, pool, passes, weights, *_):
+        outputs = list(pool.map(torch.enable_grad()(lambda run: run()), passes))
+        ctx.pool, ctx.outputs, ctx.weights = pool, outputs, weights
+        return torch.cat([output.detach() for output in outputs])
+
+    @staticmethod
+    def backward(ctx, grad):
+        parts = zip(ctx.outputs, grad.split([len(output) for output in ctx.outputs]), strict=True)
+        found = ctx.pool.map(lambda part: torch.autograd.grad(part[0], ctx.weights, part[1], allow_unused=True), parts)
+        sums = [None if grads[0] is None else sum(grads) for grads in zip(*found, strict=True)]
+        ctx.outputs = None  # and with them all that was kept for this
+        return None, None, None, *sums
+
+
+def divide_among_threads(unet: nn.Module, threads: int) -> None:
+    """Have `unet` run so, in this many threads. Passes under autocast, and batches of fewer rows, run as before.
+
+    Each thread has one of PyTorch's (torch.set_num_threads(1)); outside of the UNet nothing changes.
+    """
+    pool = ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1))
+    unet.forward = partial(_forward, unet, unet.forward, pool, threads)
+
+
+def _forward(
+    unet: nn.Module,
+    whole: Callable[..., tuple[torch.Tensor]],
+    pool: ThreadPoolExecutor,
+    threads: int,
+    sample: torch.Tensor,
+    timesteps: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    return_dict: bool = False,
+) -> tuple[torch.Tensor]:
+    if len(sample) < threads or torch.is_autocast_enabled(sample.device.type):
+        return whole(sample, timesteps, encoder_hidden_states=encoder_hidden_states, return_dict=return_dict)
+
+    def run(x, t, context):
+        return whole(x, t, encoder_hidden_states=context, return_dict=False)[0]
+
+    parts = zip(*(tensor.tensor_split(threads) for tensor in (sample, timesteps, encoder_hidden_states)), strict=True)
+    passes = [partial(run, *part) for part in parts]
+    weights = [weight for weight in unet.parameters() if weight.requires_grad]
+    if torch.is_grad_enabled() and weights:
+        return (_Rows.apply(pool, passes, weights, *weights),)
+    return (torch.cat(list(pool.map(torch.no_grad()(lambda run: run()), passes))),)

@@ -1,0 +1,95 @@
+"""A UNet divided among threads, and one with fused adapters, against the plain one."""
+
+import pytest
+import torch
+
+from ddpo_pytorch.generator import scratch
+from ddpo_pytorch.generator.fused_lora import fuse_lora
+from ddpo_pytorch.generator.lora import ATTENTION, add_lora, disabled_lora
+from ddpo_pytorch.generator.threads import divide_among_threads
+
+
+def unet(lora: bool):
+    torch.manual_seed(0)
+    unet = scratch.build_unet((16, 32), (False, True), 32, 16).double().eval()
+    if lora:
+        unet.requires_grad_(False)
+        add_lora(unet, 4, ATTENTION, seed=0)
+        unet.double()
+        for name, parameter in unet.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    return unet
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize(("rows", "threads"), [(6, 2), (7, 3), (1, 2)])
+def test_outputs_and_gradients_are_those_of_the_whole_batch(lora, rows, threads):
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(rows, 4, 16, 16, generator=generator, dtype=torch.float64)
+    context = torch.randn(rows, 9, 32, generator=generator, dtype=torch.float64)
+    timesteps = torch.arange(rows) * 90
+    weights = torch.randn(latents.shape, generator=generator, dtype=torch.float64)
+    outputs, gradients, drawn = [], [], []
+    for divided in (False, True):
+        model = unet(lora)
+        if divided:
+            divide_among_threads(model, threads)
+        with torch.no_grad():
+            drawn.append(model(latents, timesteps, encoder_hidden_states=context, return_dict=False)[0])
+        output = model(latents, timesteps, encoder_hidden_states=context, return_dict=False)[0]
+        (output * weights).sum().backward()
+        outputs.append(output)
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert torch.equal(drawn[1], outputs[1]) and not drawn[1].requires_grad
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-10, atol=1e-12)
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 10
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_a_failure_in_a_thread_is_not_lost():
+    model = unet(True)
+    divide_among_threads(model, 2)
+    latents, too_narrow = torch.zeros(2, 4, 16, 16).double(), torch.zeros(2, 9, 31).double()
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        model(latents, torch.zeros(2).long(), encoder_hidden_states=too_narrow)
+
+
+def test_fused_adapters_compute_what_peft_computes():
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(3, 4, 16, 16, generator=generator, dtype=torch.float64)
+    context = torch.randn(3, 9, 32, generator=generator, dtype=torch.float64)
+    timesteps = torch.tensor([1, 500, 900])
+    outputs, gradients, without = [], [], []
+    for fused in (False, True):
+        model = unet(True)
+        if fused:
+            fuse_lora(model)
+        output = model(latents, timesteps, encoder_hidden_states=context, return_dict=False)[0]
+        (output**2).sum().backward()
+        outputs.append(output)
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+        with torch.no_grad(), disabled_lora(model):
+            without.append(model(latents, timesteps, encoder_hidden_states=context, return_dict=False)[0])
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-10, atol=1e-12)
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-8, atol=1e-10, msg=name)
+    assert torch.equal(*without) and not torch.allclose(without[0], outputs[0])
+
+
+def test_fused_adapters_leave_half_precision_to_peft():
+    """There, W + up down would be W again: an update of a thousandth of W's last digit still changes the output."""
+    results = []
+    for fused in (False, True):
+        model = unet(True).bfloat16()
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float() * 1e-3
+        if fused:
+            fuse_lora(model)
+        layer = model.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+        x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(3)).bfloat16()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            results.append(layer(x))
+    assert torch.equal(*results)
