@@ -123,8 +123,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     train.timestep_window = (0.0, 1.0)
     # recompute activations in the backward pass: less memory, about a third more time.
     train.gradient_checkpointing = False
-    # torch.compile of the UNet's transformer blocks: minutes at the start (compiled code is kept between runs), less time
-    # in each pass. On a CPU it takes the place of the UNet's division among cores.
+    # torch.compile of the UNet's transformer blocks: minutes at the start (compiled code is kept between runs), less
+    # time in each pass. On a CPU it takes the place of the UNet's division among cores.
     train.compile = False
     # LoRA rank; the scale alpha / rank is 1, as in the published checkpoint.
     train.lora_rank = 4

@@ -2,10 +2,12 @@
 
 The weights are safetensors (`pytorch_lora_weights.safetensors`, or `unet.safetensors` of a full fine-tune); optimizer
 state is plain tensors, progress is JSON. Random states are not saved: all randomness is a function of progress.
-`best/` beside them is a checkpoint, too: that of the highest held-out APR, which progress.json states.
+`best/` beside them is a checkpoint, too: that of the highest held-out APR, which progress.json states. A manifest in
+each lists its files and their hashes (older ones have none); a checkpoint without fault against it is called whole.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -14,20 +16,23 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import whole_folder
-from ddpo_pytorch.generator.lora import FILE_NAMES, has_lora, load_lora, save_lora
+from ddpo_pytorch.generator.lora import FILE_NAME, FILE_NAMES, has_lora, load_lora
 from ddpo_pytorch.generator.pipeline import replace_unet_weights
+from ddpo_pytorch.manifest import MANIFEST, file_fault, read_manifest
 from ddpo_pytorch.published import resolve
+from ddpo_pytorch.sharding import load_optimizer_into, load_weights_into
 
 UNET_FILE = "unet.safetensors"
 STATE_FILE = "optimizer.pt"
 PROGRESS_FILE = "progress.json"
 BEST = "best"
 _NAME = re.compile(r"checkpoint_?(\d+)")
+
+logger = logging.getLogger(__name__)
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
@@ -38,18 +43,73 @@ def checkpoints(run_dir: str | Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder that `path` is, or the newest in the run folder that it is; best/ where it holds no other.
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a folder is, or once was, a checkpoint of train.py, as opposed to a run folder."""
+    path = Path(path)
+    named = path.name == BEST or _NAME.fullmatch(path.name)
+    return path.is_dir() and not checkpoints(path) and (bool(named) or (path / PROGRESS_FILE).is_file())
 
-    Raises UserError if it is neither.
+
+def fault(checkpoint: str | Path, thorough: bool = True) -> str | None:
+    """Why a checkpoint cannot be gone on from, in a few words; None when it is whole.
+
+    Its files are compared with its manifest: their hashes only when `thorough`, else their sizes. One from before there
+    was a manifest has all files and, when `thorough`, no torn one.
+    """
+    checkpoint = Path(checkpoint)
+    try:
+        listed = read_manifest(checkpoint)
+    except ValueError as error:
+        return str(error)
+    if listed is not None:
+        if PROGRESS_FILE not in listed:
+            return f"{MANIFEST} does not list {PROGRESS_FILE}"
+        faults = (file_fault(checkpoint / name, about, thorough) for name, about in listed.items())
+        return next(filter(None, faults), None)
+    weights = next((name for name in (FILE_NAME, UNET_FILE) if (checkpoint / name).is_file()), FILE_NAME)
+    for name in (STATE_FILE, PROGRESS_FILE, weights):
+        if not (checkpoint / name).is_file():
+            return f"{name} is not there"
+    try:
+        epochs_completed(checkpoint, stated=True)
+        if thorough:
+            _read_state(checkpoint / STATE_FILE, mmap=True)
+            with safe_open(checkpoint / weights, framework="pt"):  # knows from the header how long the file must be
+                pass
+    except (UserError, ValueError, SafetensorError, OSError) as error:
+        return " ".join(str(error).split())[:200]
+    return None
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder that `path` is, or of a run folder the newest whole one; best/ where only that is whole.
+
+    Damaged ones that are passed over on the way are told, one line each. Raises UserError if `path` is neither, is a
+    damaged checkpoint, or has no whole one.
     """
     path = Path(path)
-    if (path / PROGRESS_FILE).is_file():
+    if is_checkpoint(path):
+        if reason := fault(path):
+            raise UserError(
+                f"{str(path)!r} cannot be resumed ({reason}); resume from another checkpoint, or from the run folder, "
+                "of which the newest whole one is taken"
+            )
         return path
-    found = checkpoints(path) or [best for best in [path / BEST] if (best / PROGRESS_FILE).is_file()]
+    found = [*reversed(checkpoints(path)), *(best for best in [path / BEST] if best.is_dir())]
     if not found:
         raise UserError(f"{str(path)!r} is neither a checkpoint nor a run folder with checkpoint_<epoch> folders in it")
-    return found[-1]
+    faults: dict[Path, str] = {}
+    for checkpoint in found:
+        if (reason := fault(checkpoint)) is None:
+            for damaged, what in faults.items():
+                logger.warning("%s is damaged (%s): going on from %s instead", damaged, what, checkpoint.name)
+            return checkpoint
+        faults[checkpoint] = reason
+    damaged, what = next(iter(faults.items()))
+    raise UserError(
+        f"no checkpoint of {str(path)!r} is whole, the newest is {damaged.name} ({what}); bring back a whole one, or "
+        "choose another --config.run_name to begin anew"
+    )
 
 
 def find_weights(path: str | Path) -> Path:
@@ -65,8 +125,20 @@ def find_weights(path: str | Path) -> Path:
     for folder in (path, *reversed(checkpoints(path)), path / BEST):
         for name in names:
             if (folder / name).is_file():
+                _check_listed(folder / name)
                 return folder / name
     raise UserError(f"no weights at {str(path)!r}; give a weight file, or a folder that holds {' or '.join(names)}")
+
+
+def _check_listed(file: Path) -> None:
+    """UserError where the folder's manifest states another content of a file."""
+    try:
+        listed = read_manifest(file.parent) or {}
+        reason = file_fault(file, listed[file.name]) if file.name in listed else None
+    except ValueError as error:
+        reason = str(error)
+    if reason:
+        raise UserError(f"{str(file)!r} is damaged ({reason}); give another checkpoint folder, or the file itself")
 
 
 def load_weights(unet: nn.Module, path: str | Path) -> Path:
@@ -87,10 +159,13 @@ def _is_lora(file: Path) -> bool:
         return "lora" in file.name  # let the loader that fits the name say what is wrong with it
 
 
-def epochs_completed(checkpoint: str | Path) -> int:
-    """Epochs after which a checkpoint was saved, from its name or else its progress. UserError if that is damaged."""
+def epochs_completed(checkpoint: str | Path, stated: bool = False) -> int:
+    """Epochs after which a checkpoint was saved, from its name or else its progress. UserError if that is damaged.
+
+    `stated`: from its progress whatever its name.
+    """
     checkpoint = Path(checkpoint)
-    if name := _NAME.fullmatch(checkpoint.name):
+    if (name := _NAME.fullmatch(checkpoint.name)) and not stated:
         return int(name[1])
     file = checkpoint / PROGRESS_FILE
     try:
@@ -99,38 +174,22 @@ def epochs_completed(checkpoint: str | Path) -> int:
         raise UserError(f"{str(file)!r} is damaged ({error}); resume from another checkpoint") from error
 
 
-def save_checkpoint(
-    run_dir: str | Path, epoch: int, unet: nn.Module, optimizer: Any, scaler: Any, progress: dict, limit: int
-) -> Path:
-    """Write `checkpoint_<epoch>` whole or not at all, then remove all but the newest `limit`. Main process only."""
-    folder = Path(run_dir) / f"checkpoint_{epoch}"
-    with whole_folder(folder) as temporary:
-        _write(temporary, unet, optimizer, scaler, progress)
-    for old in checkpoints(run_dir)[: -max(1, limit)]:
-        shutil.rmtree(old)
-    return folder
+def checkpoint_folder(run_dir: str | Path, epoch: int) -> Path:
+    """Where the checkpoint after so many epochs lies."""
+    return Path(run_dir) / f"checkpoint_{epoch}"
 
 
-def save_best(run_dir: str | Path, unet: nn.Module, optimizer: Any, scaler: Any, progress: dict) -> Path:
-    """Put the same in the place of `best`, whose last content is removed when the new one is complete."""
-    best, new, old = _best_names(run_dir)
-    shutil.rmtree(new, ignore_errors=True)
-    with whole_folder(new) as temporary:
-        _write(temporary, unet, optimizer, scaler, progress)
-    shutil.rmtree(old, ignore_errors=True)
-    if best.exists():
-        os.replace(best, old)
-    os.replace(new, best)
-    shutil.rmtree(old, ignore_errors=True)
-    return best
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint is there and without fault."""
+    return checkpoint.is_dir() and fault(checkpoint) is None
 
 
 def recover_best(run_dir: str | Path) -> Path | None:
     """`best` of a run, or None. A kill while it was replaced may have left it under another name: it gets its own back.
 
-    Main process only.
+    Main process only. It may be damaged.
     """
-    best, *others = _best_names(run_dir)
+    best, *others = best_names(run_dir)
     for other in others:  # complete where they are, as they appear whole
         if not best.exists() and other.exists():
             os.replace(other, best)
@@ -138,29 +197,24 @@ def recover_best(run_dir: str | Path) -> Path | None:
     return best if best.is_dir() else None
 
 
-def _best_names(run_dir: str | Path) -> tuple[Path, Path, Path]:
+def best_names(run_dir: str | Path) -> tuple[Path, Path, Path]:
+    """best/, and what it is called shortly before and after."""
     return tuple(Path(run_dir) / name for name in (BEST, f".{BEST}.new", f".{BEST}.old"))
 
 
-def _write(folder: Path, unet: nn.Module, optimizer: Any, scaler: Any, progress: dict) -> None:
-    if has_lora(unet):
-        save_lora(unet, folder)
-    else:
-        save_file({k: v.detach().cpu().contiguous() for k, v in unet.state_dict().items()}, folder / UNET_FILE)
-    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler is not None else None}
-    torch.save(state, folder / STATE_FILE)
-    (folder / PROGRESS_FILE).write_text(json.dumps(progress, indent=1))
-
-
-def _read_state(file: Path) -> dict:
+def _read_state(file: Path, mmap: bool = False) -> dict:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle can fail in any way
         raise ValueError(f"{file.name} is damaged or holds more than plain tensors") from error
 
 
 def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler: Any) -> dict:
-    """Restore weights, optimizer and gradient scaler; return the progress that was saved with them."""
+    """Restore weights, optimizer and gradient scaler; return the progress that was saved with them.
+
+    `folder` is from `find_checkpoint`, which has compared it with its manifest. Raises UserError for a checkpoint of
+    other settings.
+    """
     folder = Path(folder)
     if not (folder / STATE_FILE).is_file() or not (folder / PROGRESS_FILE).is_file():
         raise UserError(
@@ -175,11 +229,14 @@ def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler:
     try:
         progress = json.loads((folder / PROGRESS_FILE).read_text())
         state = _read_state(folder / STATE_FILE)
-        load_weights(unet, folder)
-        optimizer.load_state_dict(state["optimizer"])
+        if has_lora(unet):
+            load_lora(unet, folder)
+        else:
+            load_weights_into(unet, load_file(folder / UNET_FILE))
+        load_optimizer_into(optimizer, state["optimizer"])
         if scaler is not None and state["scaler"] is not None:
             scaler.load_state_dict(state["scaler"])
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
+    except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{str(folder)!r} cannot be resumed ({reason}); resume from another checkpoint") from error
     # the optimizer's memory comes from the checkpoint, learning rate and the like from the configuration.

@@ -1,44 +1,161 @@
-"""Files that appear whole or not at all, and their hashes."""
+"""Files that appear whole or not at all, their hashes, disks that are full, and logs of one JSON object a line."""
 
+import errno
 import hashlib
+import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ddpo_pytorch.errors import UserError
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PARTIAL = re.compile(r"\..+\.(partial|\d+\.tmp|removed)")
+
 
 @contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
+def whole(path: str | Path, durable: bool = False) -> Iterator[Path]:
     """A temporary path beside `path` (its folder is made if absent); what is written there gets the name at the end.
 
-    After an error nothing is left, and a file that had the name before is still the old one.
+    After an error nothing is left, and a file that had the name before is still the old one. `durable`: also after a
+    power cut, for the price of waiting for the disk.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        if durable:
+            _sync(temporary)
         os.replace(temporary, path)
+        if durable:
+            _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """The same for a folder, which must not exist yet."""
+    """The same for a folder, which must not exist when it gets its name. Always durable."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        for written in (*temporary.rglob("*"), temporary):
+            _sync(written)
         os.replace(temporary, path)
+        _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: str | Path) -> None:
+    """Remove a folder, which loses its name at once: no kill leaves a part of it under that name."""
+    path = Path(path)
+    gone = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(path, gone)
+    shutil.rmtree(gone)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove what the functions above left half-written or half-removed in a folder when they were killed."""
+    for path in Path(folder).iterdir():
+        if _PARTIAL.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # file systems that sync files only
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def room_for(path: str | Path, size: int) -> Iterator[None]:
+    """Around writing `size` bytes, about, as `path`. UserError with both numbers before that, and when they do not fit.
+
+    A quota, or a limit on the size of files, is noticed only when it is met. What was written is left to the caller.
+    """
+    parent = Path(path).parent
+    usage = shutil.disk_usage(parent)
+    advice = f"about {_readable(size)} are needed and %s are free; what was there before is untouched: make room in "
+    advice += f"{str(parent)!r}, then run the same command again"
+    if usage.total and usage.free < size:  # there are network file systems that know no sizes
+        raise UserError(f"{str(path)!r} was not begun: {advice % _readable(usage.free)}")
+    try:
+        yield
+    except Exception as error:
+        if reason := _full_disk(error):
+            free = _readable(usage.free)
+            raise UserError(f"{str(path)!r} could not be written ({reason}): {advice % free}") from error
+        raise
+
+
+def _full_disk(error: BaseException | None) -> str:
+    """What the system said of a full disk, from an error of Python, PyTorch or safetensors; "" for other errors."""
+    while error is not None:
+        code = error.errno if isinstance(error, OSError) else 0
+        if stated := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
+            code = int(stated[1])
+        if code in FULL_DISK:
+            return os.strerror(code)
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _readable(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class JsonLines:
+    """An append-only file of one JSON object a line; silent on every process but the main one.
+
+    Of an existing file, entries whose `counter` is below `keep` stay: a resumed run repeats those after its checkpoint.
+    """
+
+    def __init__(self, path: str | Path, active: bool = True, keep: int | None = None, counter: str = "epoch"):
+        self.path, self.active = Path(path), active
+        if active:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if keep is not None and self.path.is_file():
+                lines = self.path.read_bytes().splitlines(keepends=True)
+                kept = [line for line in lines if (number := _number(line, counter)) is not None and number < keep]
+                if kept != lines:
+                    with whole(self.path, durable=True) as temporary:
+                        temporary.write_bytes(b"".join(kept))
+
+    def write(self, entry: dict) -> None:
+        """Append a line, which is on the disk when this returns. Numbers that JSON lacks, as nan, become null."""
+        if self.active:
+            entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+            with open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def _number(line: bytes, counter: str) -> int | None:
+    """The counter of a line; None where a kill or a power cut has torn it."""
+    try:
+        return json.loads(line)[counter] if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None

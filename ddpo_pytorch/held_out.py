@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
+from ml_collections import ConfigDict
 
 from ddpo_pytorch.data.images import to_uint8
 from ddpo_pytorch.data.isic import ARTIFACTS, labels_of
@@ -66,6 +67,11 @@ class Sampling:
     num_steps: int
     guidance_scale: float
     eta: float
+
+    @classmethod
+    def of(cls, sample: ConfigDict) -> "Sampling":
+        """Those of `config.sample`."""
+        return cls(sample.num_steps, sample.guidance_scale, sample.eta)
 
 
 def draw_images(
@@ -158,10 +164,13 @@ class HeldOut:
         8 bits, as they would be stored. `show` wraps this process's batches, for a progress bar. Raises UserError when
         an image is not finite.
         """
-        starts = range(0, len(self.jobs), batch_size)[accelerator.process_index :: accelerator.num_processes]
+        every = range(0, len(self.jobs), batch_size)
+        starts = every[accelerator.process_index :: accelerator.num_processes]
+        # all processes draw equally many, the last one perhaps for nothing: a divided UNet (sharding.py) needs them all
+        spare = [0] * (-(-len(every) // accelerator.num_processes) - len(starts))
         heads = len(self.judge.labels)
         scores = torch.zeros(len(self.jobs), heads + 1, dtype=torch.float64)
-        for start in show(starts):
+        for number, start in enumerate(show([*starts, *spare])):
             batch = self.jobs[start : start + batch_size]
             noise = [torch.Generator().manual_seed(job.seed) for job in batch]  # on the CPU: alike on every device
             with accelerator.autocast():
@@ -171,6 +180,8 @@ class HeldOut:
                     f"held-out image of {batch[0].prompt!r}, or one beside it, is not finite; lower "
                     "train.learning_rate, or use mixed_precision bf16 or no"
                 )
+            if number >= len(starts):
+                continue
             images = to_uint8(images).float() / 255
             rewards, _ = reward_fn(images, [job.prompt for job in batch], [job.metadata for job in batch])
             rows = scores[start : start + batch_size]

@@ -5,8 +5,11 @@ from diffusers import StableDiffusionPipeline
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import check_schedule
+from ddpo_pytorch.generator.fused_lora import fuse_lora
 from ddpo_pytorch.generator.lora import add_lora
 from ddpo_pytorch.generator.pipeline import load_pipeline, set_schedule
+from ddpo_pytorch.generator.threads import divide_among_threads
+from ddpo_pytorch.sharding import sharding_asked
 
 
 def load_policy(
@@ -28,10 +31,18 @@ def load_policy(
     pipe.set_progress_bar_config(disable=True)
     set_schedule(pipe, sample.num_steps)
     check_schedule(pipe.scheduler, sample.eta)
+    # what convolutions are fastest in; but FSDP divides contiguous weights only
+    for part in (pipe.vae,) if sharding_asked() else (pipe.unet, pipe.vae):
+        part.to(memory_format=torch.channels_last)
     if use_lora:
         add_lora(pipe.unet, train.lora_rank, train.lora_targets, seed)
+        fuse_lora(pipe.unet)
     else:
         pipe.unet.float().requires_grad_(True)
     if train.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
+    if train.compile:
+        pipe.unet.compile_repeated_blocks()
+    elif device.type == "cpu" and torch.get_num_threads() > 1 and not sharding_asked():
+        divide_among_threads(pipe.unet, torch.get_num_threads())
     return pipe

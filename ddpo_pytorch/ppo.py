@@ -1,6 +1,9 @@
 """The objective of one denoising step: PPO's clipped surrogate (Schulman et al. 2017, equation 7), KL to the base."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
+from accelerate import Accelerator
 from diffusers import DDIMScheduler
 from ml_collections import ConfigDict
 
@@ -75,6 +78,18 @@ def step_kl(
     mean, std = ddim_mean_std(scheduler, model_output, timestep, sample, eta)
     base_mean, _ = ddim_mean_std(scheduler, base_output, timestep, sample, eta)
     return ((mean - base_mean) ** 2 / (2 * std**2)).mean()
+
+
+def averages(accelerator: Accelerator, statistics: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
+    """Mean of each 0-d tensor over all entries and processes, which have equally many; NaN where nothing is finite.
+
+    Values that are not finite belong to updates that were left out, and do not count.
+    """
+    means = {}
+    for key in statistics[0] if statistics else ():
+        values = torch.stack([entry[key] for entry in statistics]).float()
+        means[key] = values[values.isfinite()].mean()
+    return {key: value.item() for key, value in accelerator.reduce(means, "mean").items()}
 
 
 def make_optimizer(train: ConfigDict, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -1,15 +1,29 @@
 """What a training run remembers beside its model, and the folder where it writes that down."""
 
 import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
 
-from ddpo_pytorch.checkpointing import BEST, epochs_completed, load_checkpoint, recover_best, save_best, save_checkpoint
+from ddpo_pytorch.checkpointing import (
+    BEST,
+    checkpoint_folder,
+    epochs_completed,
+    fault,
+    is_whole,
+    load_checkpoint,
+    recover_best,
+)
+from ddpo_pytorch.files import JsonLines
 from ddpo_pytorch.held_out import Evaluation, HeldOut
-from ddpo_pytorch.run import JsonLines, open_run, start_wandb
+from ddpo_pytorch.processes import on_main
+from ddpo_pytorch.run_folder import open_run, start_wandb, write_settings
+from ddpo_pytorch.saving import put_aside, save_best, save_checkpoint, snapshot
 from ddpo_pytorch.stat_tracking import PerPromptStatTracker
 from ddpo_pytorch.stopping import BestAndCollapse, RewardPlateau
 
@@ -24,6 +38,7 @@ class Record:
 
     Attributes:
         epoch, global_step: epochs and optimizer updates completed.
+        skipped_updates: updates that were left out.
         tracker, plateau, watch: statistics that outlive an epoch, of rewards and of held-out evaluations.
         held_out_identity: settings of the held-out evaluations so far (`HeldOut.identity`); None before the first.
     """
@@ -37,45 +52,71 @@ class Record:
     ):
         self.accelerator = accelerator
         self.tracker, self.plateau, self.watch = tracker, plateau, watch
-        self.epoch, self.global_step, self.wandb_id = 0, 0, None
+        self.epoch, self.global_step, self.skipped_updates, self.wandb_id = 0, 0, 0, None
         self.held_out_identity: dict | None = None
-        self.resumed = False
+        self.resumed, self.stands_still, self.wandb_run = False, False, None
+        self._held = ExitStack()
+        self._line_due = False  # an epoch is complete and not yet in the log
+        self._best_due: tuple[nn.Module, Any] | None = None  # its model is the best so far
 
-    def open(self, logdir: str, run_name: str, resume_from: str, unet: nn.Module, optimizer: Any) -> None:
-        """Find the run's folder; where there is a checkpoint to go on from, take weights, optimizer and progress of it.
+    def open(
+        self,
+        logdir: str,
+        run_name: str,
+        resume_from: str,
+        settings: Mapping[str, Any],
+        unet: nn.Module,
+        optimizer: Any,
+    ) -> None:
+        """Find the run's folder, which is this run's alone until `close` or the end of the main process; where there is
+        a checkpoint to go on from, take weights, optimizer and progress of it.
 
-        Raises UserError as `open_run` and `load_checkpoint` do.
+        `settings` are the whole configuration: a folder begun with other ones is refused. Raises UserError as
+        `open_run` and `load_checkpoint` do.
         """
-        self.folder, checkpoint = open_run(self.accelerator, logdir, run_name, resume_from)
-        if checkpoint is None:
-            return
+        self.settings = {**settings, "processes": self.accelerator.num_processes}
+        try:
+            self.folder, checkpoint = open_run(
+                self.accelerator, self._held, logdir, run_name, resume_from, self.settings
+            )
+            if checkpoint is not None:
+                self._load(checkpoint, unet, optimizer)
+        except BaseException:
+            self._held.close()
+            raise
+
+    def _load(self, checkpoint: Path, unet: nn.Module, optimizer: Any) -> None:
         progress = load_checkpoint(checkpoint, unet, optimizer, self.accelerator.scaler)
         self.epoch, self.global_step = progress["epoch"], progress["global_step"]
+        self.skipped_updates = progress.get("skipped_updates", 0)
         self.wandb_id, self.resumed = progress["wandb_id"], True
         self.tracker.load_state_dict(progress["tracker"])
         self.plateau.load_state_dict(progress["plateau"])
+        self.stands_still = self.plateau.stop
         if held_out := progress.get("held_out"):  # checkpoints from before there was such an evaluation lack it
             self.watch.load_state_dict(held_out)
             self.held_out_identity = held_out["identity"]
         logger.info("resumed from %s after %d epochs", checkpoint, self.epoch)
 
-    def begin(self, settings: dict, settings_text: str, wandb_mode: str, wandb_project: str) -> None:
-        """Open the logs, of which what is newer than the checkpoint is dropped, and write down the settings."""
+    def begin(self, wandb_mode: str, wandb_project: str) -> None:
+        """Write down the settings, and open the logs, of which what is newer than the checkpoint is dropped."""
         main = self.accelerator.is_main_process
+        if main:
+            write_settings(self.folder, self.settings, self.epoch, self.resumed)
         self.log = JsonLines(self.folder / "metrics.jsonl", main, keep=self.epoch)
         self.held_out_log = JsonLines(
             self.folder / "held_out.jsonl", main, keep=self.epoch + 1 if self.watch.best else 0
         )
-        self.wandb_run = None
         if main:
-            name = f"config_{self.epoch:04d}.json" if self.resumed else "config.json"
-            (self.folder / name).write_text(settings_text)
-            self.wandb_run = start_wandb(wandb_mode, wandb_project, self.folder, settings, self.wandb_id)
+            self.wandb_run = start_wandb(wandb_mode, wandb_project, self.folder, self.settings, self.wandb_id)
             self.wandb_id = self.wandb_run.id if self.wandb_run else None
             self._check_best()
 
     def _check_best(self) -> None:
         best = recover_best(self.folder)
+        if best is not None and (reason := fault(best)):
+            logger.warning("%s is damaged (%s) and was put aside as %s", best, reason, put_aside(best).name)
+            best = None
         if self.watch.best and (best is None or epochs_completed(best) != self.watch.best["epoch"]):
             held = f"is after {epochs_completed(best)}" if best else "is not there"
             logger.warning(
@@ -91,20 +132,25 @@ class Record:
         return {
             "epoch": self.epoch,
             "global_step": self.global_step,
+            "skipped_updates": self.skipped_updates,
             "wandb_id": self.wandb_id,
             "tracker": self.tracker.state_dict(),
             "plateau": self.plateau.state_dict(),
             "held_out": self.watch.state_dict() | {"identity": self.held_out_identity},
         }
 
-    def advance(self, updates: int, reward_mean: float) -> None:
-        """Count an epoch of so many optimizer updates and this mean reward."""
+    def advance(self, updates: int, skipped_updates: int, reward_mean: float) -> None:
+        """Count an epoch of so many optimizer updates, so many left out, and this mean reward."""
         self.epoch, self.global_step = self.epoch + 1, self.global_step + updates
-        self.stands_still = self.plateau.update(reward_mean)
+        self.skipped_updates += skipped_updates
+        self.stands_still, self._line_due = self.plateau.update(reward_mean), True
 
     def write(self, entry: dict) -> None:
-        """Log an epoch."""
+        """Log an epoch; then keep its model where the evaluation after it was the best."""
         self.log.write(entry)
+        self._line_due = False
+        if self._best_due:
+            self._save_best()
         if self.wandb_run:
             self.wandb_run.log(entry, step=self.global_step)
         shown = ("epoch", "reward_mean", "reward_std", "first_ratio_deviation", "clipfrac", "grad_norm", "seconds")
@@ -135,21 +181,32 @@ class Record:
         if self.wandb_run:
             self.wandb_run.log(entry, step=self.global_step)
         if self.watch.update(self.epoch, evaluation.apr, evaluation.reward):
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                save_best(self.folder, unet, optimizer, self.accelerator.scaler, self.state_dict())
+            self._best_due = (unet, optimizer)
+            if not self._line_due:
+                self._save_best()
         return entry
 
+    def _save_best(self) -> None:
+        # A run that has no other checkpoint goes on from the best one, whose epoch's line must then be in the log.
+        taken = snapshot(*self._best_due, self.accelerator.scaler, self.accelerator.is_main_process)
+        on_main(self.accelerator, save_best, self.folder, taken, self.state_dict())
+        self._best_due = None
+
     def save(self, unet: nn.Module, optimizer: Any, limit: int) -> None:
-        """Write checkpoint_<epochs completed>; the newest `limit` stay."""
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            save_checkpoint(self.folder, self.epoch, unet, optimizer, scaler, self.state_dict(), limit)
+        """Write checkpoint_<epochs completed>, unless a whole one is there; the newest `limit` stay.
+
+        To be called between epochs, by every process. Raises UserError when the disk is full.
+        """
+        if on_main(self.accelerator, is_whole, checkpoint_folder(self.folder, self.epoch)):
+            return
+        taken = snapshot(unet, optimizer, self.accelerator.scaler, self.accelerator.is_main_process)
+        on_main(self.accelerator, save_checkpoint, self.folder, self.epoch, taken, self.state_dict(), limit)
 
     def close(self) -> None:
+        """End the W&B run, and leave the folder to others."""
         if self.wandb_run:
             self.wandb_run.finish()
+        self._held.close()
 
 
 def _shown_held_out(entry: dict) -> str:

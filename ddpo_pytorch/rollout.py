@@ -52,13 +52,15 @@ class Trajectories:
     log_probs: torch.Tensor
 
     @classmethod
-    def concatenate(cls, parts: Sequence["Trajectories"]) -> "Trajectories":
-        return cls(
-            [prompt for part in parts for prompt in part.prompts],
-            parts[0].timesteps,
-            torch.cat([part.latents for part in parts]),
-            torch.cat([part.log_probs for part in parts]),
-        )
+    def like(cls, batch: "Trajectories", count: int) -> "Trajectories":
+        """Room for `count` trajectories of the same steps, shapes and types: one array, which batches are put into."""
+        latents, log_probs = (array.new_empty(count, *array.shape[1:]) for array in (batch.latents, batch.log_probs))
+        return cls([""] * count, batch.timesteps, latents, log_probs)
+
+    def put(self, start: int, batch: "Trajectories") -> None:
+        """Store a batch as trajectories start ... start + B - 1."""
+        part = slice(start, start + len(batch.prompts))
+        self.prompts[part], self.latents[part], self.log_probs[part] = batch.prompts, batch.latents, batch.log_probs
 
 
 def sample_trajectories(

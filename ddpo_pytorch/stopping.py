@@ -16,6 +16,11 @@ class RewardPlateau:
         quiet = self.previous is not None and abs(reward - self.previous) < self.tolerance
         self.quiet_epochs = self.quiet_epochs + 1 if quiet else 0
         self.previous = reward
+        return self.stop
+
+    @property
+    def stop(self) -> bool:
+        """Whether training should stop."""
         return 0 < self.patience <= self.quiet_epochs
 
     def state_dict(self) -> dict:

@@ -292,8 +292,7 @@ def main(_) -> None:
             claim_folder(folder, settings[folder], {"training": training.name})
         train(accelerator, training, data, sets)
     if accelerator.is_main_process:
-        logger.info("\n%s", write_report(trainings, data, seeds))
-        logger.info("written: %s", ", ".join(str(Path(FLAGS.output, f"table4.{end}")) for end in ("md", "csv", "json")))
+        logger.info("\n%s\nin %s", write_report(trainings, data, seeds), Path(FLAGS.output, "table4.{md,csv,json}"))
     accelerator.end_training()
 
 

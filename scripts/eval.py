@@ -11,9 +11,8 @@ nodes need a logdir they all see.
 
 import logging
 import math
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from absl import flags
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from diffusers import StableDiffusionPipeline
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
@@ -36,6 +35,7 @@ from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import too_long
 from ddpo_pytorch.judges.classifier import load_classifier
+from ddpo_pytorch.processes import on_main
 from ddpo_pytorch.prompts import Prompt, all_prompts, read_prompts
 from ddpo_pytorch.rewards import RewardFn, check_prompts, isic_classifier_reward
 from ddpo_pytorch.run import DTYPES, make_accelerator, peak_memory_gib
@@ -136,22 +136,6 @@ def settings_of(config: ConfigDict, device: str, weights_sha256: str, judge_sha2
         "images_per_pass": None if on_cpu else size,  # there it follows from the model
         "allow_tf32": None if on_cpu else config.allow_tf32,
     }
-
-
-def on_main(accelerator: Accelerator, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function` returns on the main process, on every process; where it fails there, all of them end."""
-    value, failure = None, None
-    if accelerator.is_main_process:
-        try:
-            value = function(*arguments)
-        except (UserError, OSError) as error:
-            failure = error
-    value, failed = broadcast_object_list([value, failure is not None])
-    if failure is not None:
-        raise failure
-    if failed:
-        sys.exit(2)  # the main process says why
-    return value
 
 
 def claim(held: ExitStack, config: ConfigDict, prompts: Sequence[Prompt], pipe: StableDiffusionPipeline, judge: str):

@@ -29,7 +29,7 @@ from ddpo_pytorch.cli import cli
 from ddpo_pytorch.data import fundus
 from ddpo_pytorch.data.sample_log import claim_folder, locked
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import sha256, whole, whole_folder
+from ddpo_pytorch.files import JsonLines, sha256, whole, whole_folder
 from ddpo_pytorch.generator.conditioning import save_model
 from ddpo_pytorch.generator.latents import INDEX, LatentShards
 from ddpo_pytorch.generator.lora import merged_state_dict
@@ -47,7 +47,7 @@ from ddpo_pytorch.improvement import (
     table,
 )
 from ddpo_pytorch.judges.policy import load_judges
-from ddpo_pytorch.run import DTYPES, JsonLines
+from ddpo_pytorch.run import DTYPES
 from ddpo_pytorch.sampling import Sampler
 
 FLAGS = flags.FLAGS

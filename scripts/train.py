@@ -8,14 +8,12 @@ steps on them (equation 2 of the RL4Med-DDPO paper).
 """
 
 import logging
+import math
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from absl import flags
 from accelerate import Accelerator
@@ -24,18 +22,19 @@ from ml_collections import ConfigDict, config_flags
 from tqdm.auto import tqdm
 
 from ddpo_pytorch.cli import cli
-from ddpo_pytorch.data.images import image_grid
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.estimate import epoch_time
 from ddpo_pytorch.generator.lora import disabled_lora
 from ddpo_pytorch.generator.pipeline import PromptTable, guided_noise_prediction
-from ddpo_pytorch.held_out import HeldOut, Sampling, draw_images, load_judge
+from ddpo_pytorch.held_out import Sampling
+from ddpo_pytorch.interruption import StopRequest
+from ddpo_pytorch.objective import Objective, make_objective
+from ddpo_pytorch.optimizer import GuardedOptimizer
 from ddpo_pytorch.policy import load_policy
-from ddpo_pytorch.ppo import make_optimizer, ppo_loss, step_kl
-from ddpo_pytorch.prompts import PROMPT_LISTS, Prompt, all_prompts, get_prompt_fn
+from ddpo_pytorch.ppo import averages, make_optimizer, ppo_loss, step_kl
 from ddpo_pytorch.randomness import Stream
 from ddpo_pytorch.record import Record
-from ddpo_pytorch.rewards import RewardFn, build_reward, check_prompts, parse_spec
 from ddpo_pytorch.rollout import (
     Trajectories,
     draw_prompts,
@@ -45,6 +44,8 @@ from ddpo_pytorch.rollout import (
     update_order,
 )
 from ddpo_pytorch.run import DTYPES, Geometry, batch_geometry, check_training, make_accelerator, peak_memory_gib
+from ddpo_pytorch.sample_grid import save_grid
+from ddpo_pytorch.scoring import Scorer
 from ddpo_pytorch.stat_tracking import PerPromptStatTracker, compute_advantages, reward_statistics
 from ddpo_pytorch.stopping import BestAndCollapse, RewardPlateau
 
@@ -59,12 +60,13 @@ class Run:
     config: ConfigDict
     accelerator: Accelerator
     geometry: Geometry
+    objective: Objective
     pipe: StableDiffusionPipeline
     unet: torch.nn.Module
     optimizer: torch.optim.Optimizer
+    guard: GuardedOptimizer
     table: PromptTable
-    reward_fn: RewardFn
-    executor: ThreadPoolExecutor
+    scorer: Scorer
 
     @property
     def first_sample(self) -> int:
@@ -74,26 +76,43 @@ class Run:
 
 def train(config: ConfigDict) -> Path:
     """Run the experiment and return its run folder."""
-    run, prompt_fn, held_out = set_up(config)
-    accelerator, geometry = run.accelerator, run.geometry
-    record = open_record(run, held_out)
-    if record.epoch >= config.num_epochs:
-        done, asked = record.epoch, config.num_epochs
-        logger.info("nothing is left to do: %s has %d epochs, num_epochs is %d", record.folder, done, asked)
-        accelerator.end_training()
+    run = set_up(config)
+    record = open_record(run)
+    over = record.epoch >= config.num_epochs
+    if reason := f"num_epochs is {config.num_epochs}" if over else record.stop_reason(bool(run.objective.held_out)):
+        logger.info("nothing is left to do: %s has %d epochs, %s", record.folder, record.epoch, reason)
+        record.close()
+        run.accelerator.end_training()
         return record.folder
-    record.begin(config.to_dict(), config.to_json_best_effort(indent=1), config.wandb, config.wandb_project)
-    logger.info("run folder %s; %s", record.folder, geometry.describe())
+    record.begin(config.wandb, config.wandb_project)
+    with run.accelerator.autocast():
+        lasting = epoch_time(run.pipe, run.table, config.sample, config.train, config.use_lora, run.geometry)
+    logger.info("run folder %s; %s; about %s an epoch", record.folder, run.geometry.describe(), lasting)
     if record.epoch == 0:
-        save_grid(run, prompt_fn, record.folder / "grid_0000.png")
-    if held_out and record.watch.best is None:
-        evaluate(run, record, held_out)
+        draw_grid(run, record)
+    if run.objective.held_out and record.watch.best is None:
+        evaluate(run, record)
+    with StopRequest(run.accelerator) as stop_request:
+        outcome = run_epochs(run, record, stop_request)
+    run.scorer.close()
+    record.close()
+    logger.info("%s after %d epochs; checkpoints, logs and grids are in %s", outcome, record.epoch, record.folder)
+    run.accelerator.end_training()
+    return record.folder
+
+
+def run_epochs(run: Run, record: Record, stop_request: StopRequest) -> str:
+    """Algorithm 1 of the paper, from where the record is. Returns how it ended."""
+    config, accelerator, geometry = run.config, run.accelerator, run.geometry
     for epoch in range(record.epoch, config.num_epochs):
         started = time.perf_counter()
         prompts, metadata = draw_prompts(
-            prompt_fn, config.seed, epoch, geometry.samples, config.sample.images_per_prompt
+            run.objective.prompt_fn, config.seed, epoch, geometry.samples, config.sample.images_per_prompt
         )
-        samples, local_rewards = sample_and_score(run, epoch, prompts, metadata)
+        if (drawn := sample_and_score(run, epoch, prompts, metadata, stop_request)) is None:
+            record.save(run.pipe.unet, run.optimizer, config.num_checkpoint_limit)
+            return "stopped as asked, to be gone on with by the same command,"
+        samples, local_rewards = drawn
         sampled = time.perf_counter()
 
         rewards = accelerator.gather(local_rewards).cpu().numpy()
@@ -103,7 +122,7 @@ def train(config: ConfigDict) -> Path:
         updated = time.perf_counter()
 
         statistics = reward_statistics(prompts, rewards)
-        record.advance(info.pop("updates"), statistics["reward_mean"])
+        record.advance(info.pop("updates"), info["skipped_updates"], statistics["reward_mean"])
         entry = {
             "epoch": epoch,
             "global_step": record.global_step,
@@ -115,82 +134,68 @@ def train(config: ConfigDict) -> Path:
             "peak_memory_gib": peak_memory_gib(),
             "seconds": updated - started,
         }
-        if evaluated := bool(held_out) and record.epoch % config.held_out.every == 0:
-            entry |= evaluate(run, record, held_out)
+        if evaluated := bool(run.objective.held_out) and record.epoch % config.held_out.every == 0:
+            entry |= evaluate(run, record)
         record.write(entry)
 
         stop = record.stop_reason(evaluated)
         if stop or record.epoch % config.save_freq == 0 or record.epoch == config.num_epochs:
+            draw_grid(run, record)
             record.save(run.pipe.unet, run.optimizer, config.num_checkpoint_limit)
-            save_grid(run, prompt_fn, record.folder / f"grid_{record.epoch:04d}.png")
         if stop:
             logger.info("stopped: %s", stop)
             break
-    run.executor.shutdown()
-    record.close()
-    logger.info("finished after %d epochs; checkpoints, logs and grids are in %s", record.epoch, record.folder)
-    accelerator.end_training()
-    return record.folder
+    return "finished"
 
 
-def set_up(config: ConfigDict) -> tuple[Run, Callable[..., Prompt], HeldOut | None]:
+def set_up(config: ConfigDict) -> Run:
     """Everything but the run folder: what cannot be used is told before anything is written."""
     check_training(config)
-    accelerator = make_accelerator(config.mixed_precision, config.allow_tf32)
+    accelerator = make_accelerator(config.mixed_precision, config.allow_tf32, may_shard=True)
     geometry = batch_geometry(config.sample, config.train, accelerator.num_processes)
-    accelerator.gradient_accumulation_steps = config.train.gradient_accumulation_steps * geometry.train_timesteps
+    accelerator.gradient_accumulation_steps = config.train.gradient_accumulation_steps * geometry.forwards
     dtype, device = DTYPES[config.mixed_precision], accelerator.device
-    prompt_fn, reward_fn, held_out = prompts_and_judges(config, device)
+    asked = config.prompt_fn, config.prompt_fn_kwargs, config.reward_fn, config.reward_fn_kwargs
+    objective = make_objective(*asked, config.held_out, config.sample, config.seed, device)
     pipe = load_policy(
         config.pretrained, config.unet_path, config.sample, config.train, config.use_lora, config.seed, dtype, device
     )
     optimizer = make_optimizer(config.train, [p for p in pipe.unet.parameters() if p.requires_grad])
     unet, optimizer = accelerator.prepare(pipe.unet, optimizer)
-    table, executor = PromptTable(pipe), ThreadPoolExecutor(max_workers=2)
-    return Run(config, accelerator, geometry, pipe, unet, optimizer, table, reward_fn, executor), prompt_fn, held_out
+    guard = GuardedOptimizer(accelerator, optimizer, config.train.max_grad_norm, config.train.max_skipped_updates)
+    table = PromptTable(pipe)
+    if objective.prompts is not None:
+        table.complete(text for text, _ in objective.prompts)
+    scorer = Scorer(objective.reward_fn, device)
+    return Run(config, accelerator, geometry, objective, pipe, unet, optimizer, guard, table, scorer)
 
 
-def prompts_and_judges(
-    config: ConfigDict, device: torch.device
-) -> tuple[Callable[..., Prompt], RewardFn, HeldOut | None]:
-    """Prompt function, reward, and held-out set (None if it is off), of which each has been tried on the prompts."""
-    prompt_fn = get_prompt_fn(config.prompt_fn, **config.prompt_fn_kwargs)
-    reward_fn = build_reward(config.reward_fn, config.reward_fn_kwargs.to_dict(), device)
-    draw_prompts(prompt_fn, config.seed, 0, 1)
-    if config.prompt_fn in PROMPT_LISTS:
-        check_prompts(reward_fn, all_prompts(config.prompt_fn, **config.prompt_fn_kwargs))
-    if not config.held_out.every:
-        return prompt_fn, reward_fn, None
-    rewarding = [config.reward_fn_kwargs.get(name, {}).get("classifier") for name in parse_spec(config.reward_fn)]
-    judge = load_judge(config.held_out.classifier, filter(None, rewarding), device)
-    prompts = all_prompts(config.prompt_fn, **config.prompt_fn_kwargs)
-    count, sampling = config.held_out.images_per_prompt, sampling_of(config)
-    return prompt_fn, reward_fn, HeldOut(judge, prompts, count, config.seed, sampling)
-
-
-def sampling_of(config: ConfigDict) -> Sampling:
-    return Sampling(config.sample.num_steps, config.sample.guidance_scale, config.sample.eta)
-
-
-def open_record(run: Run, held_out: HeldOut | None) -> Record:
+def open_record(run: Run) -> Record:
     """The record of a new run or, with its weights loaded, of the one to go on with."""
     config = run.config
-    tracker = PerPromptStatTracker(**config.per_prompt_stat_tracking)
     plateau = RewardPlateau(config.early_stop.tolerance, config.early_stop.patience)
     watch = BestAndCollapse(config.held_out.tolerance, config.held_out.patience)
-    record = Record(run.accelerator, tracker, plateau, watch)
-    record.open(config.logdir, config.run_name, config.resume_from, run.pipe.unet, run.optimizer)
-    if held_out and record.held_out_identity:
-        held_out.check_identity(record.held_out_identity)
+    record = Record(run.accelerator, PerPromptStatTracker(**config.per_prompt_stat_tracking), plateau, watch)
+    where = config.logdir, config.run_name, config.resume_from
+    record.open(*where, config.to_dict(), run.pipe.unet, run.optimizer)
+    if run.objective.held_out and record.held_out_identity:
+        run.objective.held_out.check_identity(record.held_out_identity)
     return record
 
 
-def sample_and_score(run: Run, epoch: int, prompts: list[str], metadata: list) -> tuple[Trajectories, torch.Tensor]:
-    """This process's share of the epoch's trajectories, and their rewards (N,), scored while the next batch samples."""
+def sample_and_score(
+    run: Run, epoch: int, prompts: list[str], metadata: list, stop_request: StopRequest
+) -> tuple[Trajectories, torch.Tensor] | None:
+    """This process's share of the epoch's trajectories, and their rewards (N,), scored while the next batch samples.
+
+    None if a process was asked to stop.
+    """
     sample, size = run.config.sample, run.config.sample.batch_size
-    trajectories, scores = [], []
+    trajectories = None
     shares = range(run.first_sample, run.first_sample + run.geometry.local_samples, size)
     for start in tqdm(shares, f"epoch {epoch} sampling", leave=False, disable=None if run.config.progress else True):
+        if stop_request.agreed():
+            return None
         indices = range(start, start + size)
         noise = generators(run.accelerator.device, run.config.seed, Stream.NOISE, epoch, indices)
         texts, about = prompts[start : start + size], metadata[start : start + size]
@@ -202,10 +207,10 @@ def sample_and_score(run: Run, epoch: int, prompts: list[str], metadata: list) -
             raise UserError(
                 f"epoch {epoch}: a sample is not finite; lower train.learning_rate, or use mixed_precision bf16 or no"
             )
-        trajectories.append(batch)
-        scores.append(run.executor.submit(run.reward_fn, images, texts, about))
-    rewards = np.concatenate([score.result()[0] for score in scores])
-    return Trajectories.concatenate(trajectories), torch.as_tensor(rewards, device=run.accelerator.device)
+        trajectories = trajectories or Trajectories.like(batch, run.geometry.local_samples)
+        trajectories.put(start - run.first_sample, batch)
+        run.scorer.submit(images, texts, about)
+    return trajectories, torch.as_tensor(run.scorer.collect(), device=run.accelerator.device)
 
 
 def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor) -> dict[str, float]:
@@ -226,16 +231,18 @@ def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor
                 (run.first_sample + batch).tolist(),
                 geometry.timestep_window,
                 geometry.train_timesteps,
-            )
+            ).to(accelerator.device)
             prompt_embeds = run.table([samples.prompts[i] for i in batch.tolist()])
-            for step in chosen.to(accelerator.device).T:
-                latents, next_latents = samples.latents[batch, step], samples.latents[batch, step + 1]
+            for steps in chosen.split(train.timesteps_per_forward, dim=1):
+                # one row for each sample and timestep: of sample `row` the step to `step + 1`
+                row, step = batch.repeat_interleave(steps.shape[1]), steps.flatten()
+                latents, next_latents = samples.latents[row, step], samples.latents[row, step + 1]
                 timesteps = samples.timesteps[step]
                 predict = partial(
                     guided_noise_prediction,
                     latents=latents,
                     timesteps=timesteps,
-                    prompt_embeds=prompt_embeds,
+                    prompt_embeds=prompt_embeds.repeat_interleave(steps.shape[1], dim=0),
                     negative_prompt_embeds=run.table.negative,
                     guidance_scale=config.sample.guidance_scale,
                 )
@@ -247,8 +254,8 @@ def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor
                     )
                     loss, info = ppo_loss(
                         log_prob,
-                        samples.log_probs[batch, step],
-                        advantages[run.first_sample + batch],
+                        samples.log_probs[row, step],
+                        advantages[run.first_sample + row],
                         train.clip_range,
                         train.adv_clip_max,
                     )
@@ -262,38 +269,31 @@ def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor
                     if not grad_norms:
                         first_ratio_deviation = torch.maximum(first_ratio_deviation, info["ratio_max_deviation"])
                     if accelerator.sync_gradients:
-                        grad_norms.append(accelerator.clip_grad_norm_(run.unet.parameters(), train.max_grad_norm))
-                    run.optimizer.step()
-                    run.optimizer.zero_grad()
+                        grad_norms.append(run.guard.step(run.unet.parameters()))
                 statistics.append({"loss": loss.detach(), **info})
-    means = {key: torch.stack([entry[key] for entry in statistics]).mean() for key in statistics[0]}
-    means["grad_norm"] = torch.stack(grad_norms).mean()
-    return {key: value.item() for key, value in accelerator.reduce(means, "mean").items()} | {
+    taken = [{"grad_norm": norm} for norm in grad_norms if norm is not None]
+    means = {"grad_norm": math.nan} | averages(accelerator, statistics) | averages(accelerator, taken)
+    return means | {
         "first_ratio_deviation": accelerator.gather(first_ratio_deviation[None]).max().item(),
-        "updates": len(grad_norms),
+        "updates": len(taken),
+        "skipped_updates": len(grad_norms) - len(taken),
     }
 
 
-def evaluate(run: Run, record: Record, held_out: HeldOut) -> dict[str, float]:
+def evaluate(run: Run, record: Record) -> dict[str, float]:
     """APR and reward on the held-out set, put on record; the best checkpoint is replaced where APR is the highest."""
     show = partial(tqdm, desc="held-out images", leave=False, disable=None if run.config.progress else True)
-    evaluation = held_out.evaluate(
-        run.pipe, run.table, run.reward_fn, run.config.sample.batch_size, run.accelerator, show
-    )
+    held_out, size = run.objective.held_out, run.config.sample.batch_size
+    evaluation = held_out.evaluate(run.pipe, run.table, run.objective.reward_fn, size, run.accelerator, show)
     return record.add_evaluation(evaluation, held_out, run.pipe.unet, run.optimizer)
 
 
-def save_grid(run: Run, prompt_fn: Callable[..., Prompt], path: Path) -> None:
+def draw_grid(run: Run, record: Record) -> None:
     """16 images from prompts and noise that stay the same for the whole run."""
-    if run.accelerator.is_main_process:
-        size = run.config.sample.batch_size
-        prompts, _ = draw_prompts(prompt_fn, run.config.seed, 0, 16)
-        noise = generators(run.accelerator.device, run.config.seed, Stream.GRID, 0, range(16))
-        parts = [slice(start, start + size) for start in range(0, 16, size)]
-        with run.accelerator.autocast():
-            images = [draw_images(run.pipe, run.table, prompts[p], noise[p], sampling_of(run.config)) for p in parts]
-        image_grid(torch.cat(images), columns=8).save(path)
-    run.accelerator.wait_for_everyone()
+    seed, size = run.config.seed, run.config.sample.batch_size
+    prompts, _ = draw_prompts(run.objective.prompt_fn, seed, 0, 16)
+    path = record.folder / f"grid_{record.epoch:04d}.png"
+    save_grid(run.accelerator, run.pipe, run.table, prompts, seed, Sampling.of(run.config.sample), size, path)
 
 
 if __name__ == "__main__":

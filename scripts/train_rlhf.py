@@ -31,14 +31,14 @@ from ddpo_pytorch.data.ratings import (
     split_by_patient,
 )
 from ddpo_pytorch.errors import UserError, difference
-from ddpo_pytorch.files import whole
+from ddpo_pytorch.files import JsonLines, whole
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, Policy, TextFeatures, load_judges, save_policy
 from ddpo_pytorch.judges.rated import COLUMNS, RatedSet, best_threshold, read_rated, through_autoencoder
 from ddpo_pytorch.judges.rlhf import StageTraining, all_scores, check_settings, chosen_samples, training_identity
 from ddpo_pytorch.judges.selector import MLP_RATIO, Selector, save_selector
 from ddpo_pytorch.judges.vision import VisionSizes, read_judge
-from ddpo_pytorch.run import JsonLines, make_accelerator
+from ddpo_pytorch.run import make_accelerator
 from ddpo_pytorch.training_state import load_state, save_state
 
 FLAGS = flags.FLAGS

@@ -34,7 +34,7 @@ from ddpo_pytorch.data.image_cache import decoded
 from ddpo_pytorch.data.images import image_grid
 from ddpo_pytorch.data.kinds import source
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import whole, whole_folder
+from ddpo_pytorch.files import JsonLines, whole, whole_folder
 from ddpo_pytorch.generator import scratch
 from ddpo_pytorch.generator.conditioning import save_model, unet_metadata, with_bert
 from ddpo_pytorch.generator.latents import LatentShards, fingerprint
@@ -54,7 +54,7 @@ from ddpo_pytorch.generator.text import has_mask, too_long
 from ddpo_pytorch.generator.training import Stopwatch, Training, endless_batches, parameter_groups
 from ddpo_pytorch.optimizer import make_adamw
 from ddpo_pytorch.randomness import BatchDraws, Stream
-from ddpo_pytorch.run import DTYPES, JsonLines, make_accelerator, peak_memory_gib
+from ddpo_pytorch.run import DTYPES, make_accelerator, peak_memory_gib
 from ddpo_pytorch.training_state import save_state
 
 FLAGS = flags.FLAGS

@@ -7,22 +7,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ddpo_pytorch import checkpointing
-from ddpo_pytorch.checkpointing import (
-    checkpoints,
-    epochs_completed,
-    find_checkpoint,
-    find_weights,
-    recover_best,
-    save_best,
-)
+from ddpo_pytorch import saving
+from ddpo_pytorch.checkpointing import checkpoints, epochs_completed, find_checkpoint, find_weights, recover_best
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.saving import save_best, snapshot
 
 
 def save(folder, value: float):
     unet = nn.Linear(1, 1)
     nn.init.constant_(unet.weight, value)
-    return save_best(folder, unet, torch.optim.AdamW(unet.parameters()), None, {"epoch": int(value)})
+    return save_best(folder, snapshot(unet, torch.optim.AdamW(unet.parameters()), None), {"epoch": int(value)})
 
 
 def held(folder) -> tuple[int, float]:
@@ -40,7 +34,7 @@ def test_best_is_replaced_and_leaves_nothing_else(tmp_path):
 def test_a_kill_at_any_rename_leaves_a_whole_best(tmp_path, monkeypatch, failing):
     """The renames: the new one gets complete, the old one steps aside, the new one takes its place."""
     save(tmp_path, 1.0)
-    calls, replace = [], checkpointing.os.replace
+    calls, replace = [], saving.os.replace
 
     def killed(source, target):
         calls.append(target)
@@ -49,7 +43,7 @@ def test_a_kill_at_any_rename_leaves_a_whole_best(tmp_path, monkeypatch, failing
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpointing.os, "replace", killed)
+        patch.setattr(saving.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 2.0)
     assert len(calls) == failing

@@ -199,6 +199,7 @@ def test_an_old_checkpoint_begins_its_evaluations_where_it_is(held_out, train): 
     state = progress(folder / "checkpoint_2")
     del state["held_out"]
     (folder / "checkpoint_2" / "progress.json").write_text(json.dumps(state))
+    (folder / "checkpoint_2" / "manifest.json").unlink()
     train(num_epochs=3, resume_from=str(folder))
     assert [entry["epoch"] for entry in evaluations(folder)] == [2, 3] and (folder / "best").is_dir()
 

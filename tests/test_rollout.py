@@ -77,7 +77,9 @@ def test_a_sample_does_not_depend_on_its_batch(tiny_pipeline_dir):
 
     images, whole = draw(range(4))
     parts = [draw([0, 1]), draw([2, 3])]
-    joined = Trajectories.concatenate([part for _, part in parts])
+    joined = Trajectories.like(parts[0][1], 4)
+    for start, (_, part) in zip((0, 2), parts, strict=True):
+        joined.put(start, part)
     assert whole.latents.shape == (4, 4, 4, 16, 16) and whole.log_probs.shape == (4, 3)
     assert joined.prompts == whole.prompts and images.shape == (4, 3, 64, 64)
     assert torch.allclose(joined.latents, whole.latents, atol=1e-5)
@@ -86,7 +88,7 @@ def test_a_sample_does_not_depend_on_its_batch(tiny_pipeline_dir):
 
 def geometry(**overrides):
     sample = ConfigDict({"batch_size": 8, "num_batches_per_epoch": 4, "images_per_prompt": 1, "num_steps": 10})
-    train = {"batch_size": 4, "gradient_accumulation_steps": 4, "num_inner_epochs": 1}
+    train = {"batch_size": 4, "gradient_accumulation_steps": 4, "num_inner_epochs": 1, "timesteps_per_forward": 1}
     train = ConfigDict(train | {"timestep_window": (0.0, 1.0), "timestep_fraction": 1.0})
     for key, value in overrides.items():
         (sample if key in sample else train)[key] = value

@@ -10,6 +10,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT, run_script
 from safetensors.torch import load_file
+from script_tools import files_of
 
 from ddpo_pytorch.data.isic import CAPTIONS, LABELS
 from ddpo_pytorch.errors import UserError
@@ -145,14 +146,13 @@ def test_faulty_checkpoints_are_told(train, settings):
     with pytest.raises(UserError, match="use_lora=False"):
         train(resume_from=str(folder), use_lora=False)
     (folder / "checkpoint_1" / "optimizer.pt").write_bytes(b"torn")
-    with pytest.raises(UserError, match="cannot be resumed"):
+    with pytest.raises(UserError, match="no checkpoint of .* is whole, the newest is checkpoint_1 .optimizer.pt has 4"):
         train(resume_from=str(folder))
     (folder / "checkpoint_1" / "optimizer.pt").unlink()
-    with pytest.raises(UserError, match="lacks optimizer.pt"):
+    with pytest.raises(UserError, match="cannot be resumed .optimizer.pt is not there"):
         train(resume_from=str(folder / "checkpoint_1"))
-    (folder / "checkpoint_1" / "progress.json").unlink()
     with pytest.raises(UserError, match="neither a checkpoint"):
-        train(resume_from=str(folder / "checkpoint_1"))
+        train(resume_from=str(folder / "config.json"))
 
 
 def test_an_epoch_after_the_checkpoint_is_logged_once(train):
@@ -249,15 +249,14 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(train, tmp_path, overrid
     assert not (tmp_path / "logs" / "run").exists()
 
 
-def test_an_existing_run_folder_is_left_alone(train, tmp_path):
-    folder, _ = train(num_epochs=1)
-    log = (folder / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match="exists already"):
-        train(num_epochs=1)
-    assert (folder / "metrics.jsonl").read_bytes() == log
-    (folder / "checkpoint_2").mkdir()
-    with pytest.raises(UserError, match="newest"):
-        train(resume_from=str(folder / "checkpoint_1"))
+def test_an_older_checkpoint_is_not_gone_on_from(train):
+    folder, _ = train()
+    before = files_of(folder)
+    with pytest.raises(
+        UserError, match="not the newest checkpoint of its run; continuing would overwrite checkpoint_2"
+    ):
+        train(num_epochs=3, resume_from=str(folder / "checkpoint_1"))
+    assert files_of(folder) == before
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """The loop of scripts/train.py itself: its update against the golden numbers, and that each option has its effect."""
 
-from concurrent.futures import ThreadPoolExecutor
+import shutil
 
 import numpy as np
 import pytest
@@ -9,8 +9,10 @@ from conftest import ROOT
 from test_golden import golden_dir, lora_pipe, numbers, pipe, relative, settings  # noqa: F401 (fixtures)
 from test_train import load_module, script  # noqa: F401 (fixture)
 
+from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.lora import load_lora, lora_parameters, lora_state_dict
 from ddpo_pytorch.generator.pipeline import PromptTable, set_schedule
+from ddpo_pytorch.optimizer import GuardedOptimizer
 from ddpo_pytorch.ppo import make_optimizer
 from ddpo_pytorch.rollout import Trajectories
 from ddpo_pytorch.run import batch_geometry, make_accelerator
@@ -50,17 +52,20 @@ def one_update(script, lora_pipe, settings, numbers, monkeypatch):  # noqa: F811
         )
         accelerator = make_accelerator("no")
         geometry = batch_geometry(config.sample, config.train, 1)
-        accelerator.gradient_accumulation_steps = config.train.gradient_accumulation_steps * geometry.train_timesteps
+        accelerator.gradient_accumulation_steps = config.train.gradient_accumulation_steps * geometry.forwards
         set_schedule(lora_pipe, config.sample.num_steps)
         parameters = lora_parameters(lora_pipe.unet)
         unet, optimizer = accelerator.prepare(lora_pipe.unet, make_optimizer(config.train, parameters))
-        table, executor = PromptTable(lora_pipe), ThreadPoolExecutor(1)
-        job = script.Run(config, accelerator, geometry, lora_pipe, unet, optimizer, table, None, executor)
+        guard = GuardedOptimizer(accelerator, optimizer, config.train.max_grad_norm, config.train.max_skipped_updates)
+        job = script.Run(
+            config, accelerator, geometry, None, lora_pipe, unet, optimizer, guard, PromptTable(lora_pipe), None
+        )
         samples = Trajectories(
             settings["prompts"], lora_pipe.scheduler.timesteps, latents, numbers["ppo/old_log_probs"].float()
         )
         before = lora_state_dict(lora_pipe.unet)
         info = script.update(job, 0, samples, numbers["ppo/advantages"].float())
+        info["first_moments"] = [optimizer.state[p]["exp_avg"].flatten() for p in parameters if p in optimizer.state]
         return info, before, lora_state_dict(lora_pipe.unet)
 
     return run
@@ -98,6 +103,43 @@ def test_option_changes_the_update(one_update, lora_pipe, golden_dir, changes): 
     assert torch.equal(flat(before), flat(again))
     assert relative(flat(with_option) - flat(before), flat(without) - flat(before)) > 0.05
     assert info["updates"] == changes.get("train__num_inner_epochs", 1)
+
+
+@pytest.mark.parametrize("count", [2, "all"])
+def test_timesteps_together_give_the_same_gradients(one_update, lora_pipe, settings, golden_dir, count):  # noqa: F811
+    """Adam's first moments after one update are the gradients, times 1 - beta1; in float64, hardly any is rounding."""
+    lora_pipe.unet.double()
+    together = settings["num_inference_steps"] if count == "all" else count
+    info, *_ = one_update()
+    load_lora(lora_pipe.unet, golden_dir / "legacy_lora")
+    lora_pipe.unet.double()
+    other_info, *_ = one_update(train__timesteps_per_forward=together)
+    assert relative(torch.cat(other_info["first_moments"]), torch.cat(info["first_moments"])) < 1e-7
+    for key in ("loss", "approx_kl", "clipfrac", "grad_norm", "ratio_mean"):
+        assert other_info[key] == pytest.approx(info[key], rel=1e-4, abs=1e-9), key
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which torch.compile needs on a CPU")
+def test_compiled_blocks_give_the_golden_update(one_update, lora_pipe, golden_dir, numbers):  # noqa: F811
+    lora_pipe.unet.compile_repeated_blocks()
+    info, before, after = one_update()
+    assert info["grad_norm"] == pytest.approx(numbers["ppo/grad_norm"].item(), rel=1e-3)
+    load_lora(lora_pipe.unet, golden_dir / "legacy_lora_after_step")
+    expected = lora_state_dict(lora_pipe.unet)
+    assert relative(flat(after) - flat(before), flat(expected) - flat(before)) < 2e-2
+
+
+def test_an_update_that_is_not_finite_is_left_out(one_update, lora_pipe, monkeypatch, numbers):  # noqa: F811
+    advantages = numbers["ppo/advantages"].clone()
+    advantages[0] = torch.nan
+    monkeypatch.setitem(numbers, "ppo/advantages", advantages)
+    info, before, after = one_update()
+    assert torch.equal(flat(before), flat(after))
+    assert (info["updates"], info["skipped_updates"]) == (0, 1)
+    with pytest.raises(UserError, match="2 updates in a row had a gradient that is not finite"):
+        one_update(train__num_inner_epochs=3, train__max_skipped_updates=2)
+    assert torch.equal(flat(before), flat(lora_state_dict(lora_pipe.unet)))
 
 
 def test_kl_is_measured_to_the_model_without_adapters(one_update, lora_pipe):  # noqa: F811

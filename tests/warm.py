@@ -122,7 +122,10 @@ def ask(address: str, arguments: list[str]) -> int:
     for number in FORWARDED:
         signal.signal(number, lambda number, _: connection.send(bytes([number])))
     socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
-    status = int(connection.recv(16) or -signal.SIGKILL)
+    try:
+        status = int(connection.recv(16) or -signal.SIGKILL)
+    except ConnectionResetError:  # the server has ended
+        status = -signal.SIGKILL
     if status < 0:  # it died of a signal, so does this
         if -status in FORWARDED:
             signal.signal(-status, signal.SIG_DFL)

@@ -28,10 +28,11 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
+def locked(folder: str | Path, instead: str = "another logdir") -> Iterator[None]:
     """The folder, made if absent, for this process alone. Raises UserError while another process has it.
 
-    The lock ends with the process, however that ends; its file is removed by whoever holds it last.
+    The lock ends with the process, however that ends; its file is removed by whoever holds it last. `instead` says what
+    else the user can give.
     """
     path = Path(folder) / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +43,7 @@ def locked(folder: str | Path) -> Iterator[None]:
         except BlockingIOError as error:
             file.close()
             raise UserError(
-                f"{str(folder)!r} is being written by another run; wait for its end or choose another logdir"
+                f"{str(folder)!r} is being written by another run; wait for its end or choose {instead}"
             ) from error
         except OSError as error:
             if error.errno not in NO_LOCKS:

@@ -1,0 +1,260 @@
+"""Checkpoints that are torn, changed, from before there were manifests, or do not fit on the disk."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from script_tools import files_of
+from torch import nn
+
+from ddpo_pytorch import files
+from ddpo_pytorch.checkpointing import fault, find_checkpoint, find_weights, load_checkpoint, recover_best
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import JsonLines, whole, whole_folder
+from ddpo_pytorch.saving import save_best, save_checkpoint, snapshot
+
+FILES = ("unet.safetensors", "optimizer.pt", "progress.json")
+
+
+def trained(value: float, size: int = 3):
+    """A network of constant weights, its optimizer after one step, and how far it is."""
+    unet = nn.Linear(size, size)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-9)
+    unet(torch.ones(1, size)).sum().backward()
+    optimizer.step()
+    nn.init.constant_(unet.weight, value)
+    return unet, optimizer
+
+
+def save(run: Path, epoch: int, limit: int = 10, size: int = 3) -> Path:
+    return save_checkpoint(run, epoch, snapshot(*trained(epoch, size), None), {"epoch": epoch}, limit)
+
+
+def held(checkpoint: Path, size: int = 3) -> float:
+    """The weight in a checkpoint, as it is resumed."""
+    unet, optimizer = trained(0.0, size)
+    assert load_checkpoint(checkpoint, unet, optimizer, None)["epoch"] == unet.weight[0, 0].item()
+    return unet.weight[0, 0].item()
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in run.iterdir())
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "gone": (Path.unlink, "{} is not there"),
+    "torn": (lambda path: os.truncate(path, path.stat().st_size - 1), "{} has "),
+    "empty": (lambda path: os.truncate(path, 0), "{} has 0 bytes instead of"),
+    "a bit": (flip, "{} has another content than manifest.json states"),
+}
+LISTS = {"empty": "", "torn": '{"files": {"progress.json": {"by', "other": "[]", "lacking": '{"files": {}}'}
+CASES = [(name, how, said.format(name)) for name in FILES for how, said in DAMAGES.values()]
+CASES += [("manifest.json", lambda path, text=text: path.write_text(text), "manifest.json ") for text in LISTS.values()]
+
+
+@pytest.mark.parametrize(("name", "damage", "said"), CASES, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_damaged_newest_checkpoint_falls_back_and_says_so(tmp_path, caplog, name, damage, said):
+    for epoch in (1, 2, 3):
+        save(tmp_path, epoch)
+    damage(tmp_path / "checkpoint_3" / name)
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoint_2" and held(tmp_path / "checkpoint_2") == 2
+    (line,) = caplog.messages
+    assert f"{tmp_path / 'checkpoint_3'} is damaged ({said}" in line and "\n" not in line and "checkpoint_2" in line
+    with pytest.raises(UserError, match="checkpoint_3' cannot be resumed") as caught:
+        find_checkpoint(tmp_path / "checkpoint_3")
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_best_is_gone_on_from_where_only_it_is_whole(tmp_path, caplog):
+    save(tmp_path, 1)
+    save_best(tmp_path, snapshot(*trained(2), None), {"epoch": 2})
+    save(tmp_path, 3)
+    assert find_checkpoint(tmp_path).name == "checkpoint_3" and not caplog.messages
+    for epoch in (1, 3):
+        flip(tmp_path / f"checkpoint_{epoch}" / "optimizer.pt")
+    assert find_checkpoint(tmp_path) == tmp_path / "best" and held(tmp_path / "best") == 2
+    assert len(caplog.messages) == 2
+    flip(tmp_path / "best" / "optimizer.pt")
+    with pytest.raises(UserError, match="no checkpoint of .* is whole, the newest is checkpoint_3 .optimizer.pt has"):
+        find_checkpoint(tmp_path)
+
+
+def test_checkpoints_without_a_manifest_load(tmp_path):
+    for epoch in (1, 2, 3, 4):
+        (save(tmp_path, epoch) / "manifest.json").unlink()
+    assert find_checkpoint(tmp_path).name == "checkpoint_4" and held(tmp_path / "checkpoint_4") == 4
+    os.truncate(tmp_path / "checkpoint_4" / "optimizer.pt", 200)
+    os.truncate(tmp_path / "checkpoint_3" / "unet.safetensors", 60)
+    (tmp_path / "checkpoint_2" / "progress.json").write_text('{"ep')
+    assert find_checkpoint(tmp_path).name == "checkpoint_1"
+    (tmp_path / "checkpoint_1" / "unet.safetensors").unlink()
+    with pytest.raises(UserError, match="no checkpoint of .* is whole"):
+        find_checkpoint(tmp_path)
+
+
+def test_changed_weights_are_not_evaluated(tmp_path):
+    save(tmp_path, 1)
+    assert find_weights(tmp_path) == tmp_path / "checkpoint_1" / "unet.safetensors"
+    flip(tmp_path / "checkpoint_1" / "unet.safetensors")
+    with pytest.raises(UserError, match="unet.safetensors' is damaged .*another content"):
+        find_weights(tmp_path)
+
+
+def test_the_newest_stay_and_damaged_ones_do_not_count(tmp_path):
+    save_best(tmp_path, snapshot(*trained(0), None), {"epoch": 0})
+    for epoch in (1, 2, 3):
+        save(tmp_path, epoch, limit=2)
+    assert names(tmp_path) == ["best", "checkpoint_2", "checkpoint_3"]
+    (tmp_path / "checkpoint_3" / "optimizer.pt").unlink()
+    save(tmp_path, 4, limit=2)
+    assert names(tmp_path) == ["best", "checkpoint_2", "checkpoint_3", "checkpoint_4"]
+    save(tmp_path, 5, limit=2)
+    assert names(tmp_path) == ["best", "checkpoint_4", "checkpoint_5"]
+    save(tmp_path, 6, limit=0)
+    assert names(tmp_path) == ["best", "checkpoint_6"]
+
+
+def test_a_damaged_one_of_the_same_epoch_gives_way_once_the_new_one_is_whole(tmp_path, monkeypatch, caplog):
+    save(tmp_path, 1)
+    for number in ("", "2"):
+        (tmp_path / "checkpoint_1" / "optimizer.pt").write_bytes(f"torn{number}".encode())
+        with monkeypatch.context() as patch, pytest.raises(OSError):
+            patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+            save(tmp_path, 1)
+        assert (tmp_path / "checkpoint_1" / "optimizer.pt").read_bytes() == f"torn{number}".encode()
+        save(tmp_path, 1)
+        assert held(tmp_path / "checkpoint_1") == 1
+        assert (tmp_path / f"checkpoint_1.damaged{number}" / "optimizer.pt").read_bytes() == f"torn{number}".encode()
+    assert names(tmp_path) == ["checkpoint_1", "checkpoint_1.damaged", "checkpoint_1.damaged2"]
+    assert "checkpoint_1 is damaged and was put aside as checkpoint_1.damaged2" in caplog.text
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Every file of the folder and the folder itself, then the rename, then the list of names that holds it."""
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    path_of = {}
+
+    def opened(path, *arguments, original=os.open):
+        path_of[(descriptor := original(path, *arguments))] = Path(path)
+        return descriptor
+
+    monkeypatch.setattr(files.os, "open", opened)
+    monkeypatch.setattr(files.os, "fsync", lambda number: (calls.append(("sync", path_of[number].name)), fsync(number)))
+    monkeypatch.setattr(files.os, "replace", lambda old, new: (calls.append(("name", new.name)), replace(old, new)))
+    save(tmp_path, 1)
+    synced = {name for what, name in calls[:5] if what == "sync"}
+    assert synced == {*FILES, "manifest.json", ".checkpoint_1.partial"}
+    assert calls[5:] == [("name", "checkpoint_1"), ("sync", tmp_path.name)]
+    calls.clear()
+    with whole(tmp_path / "a", durable=True) as temporary:
+        temporary.write_text("a")
+    assert calls == [("sync", temporary.name), ("name", "a"), ("sync", tmp_path.name)]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    if os.getuid() or not shutil.which("mount"):
+        pytest.skip("only root can mount a small file system")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no file system may be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def check_full(run: Path, before: dict, said: str) -> None:
+    """Nothing but a line came of the attempt to save a larger checkpoint, alone or as the best."""
+    for attempt in (
+        lambda: save(run, 2, limit=1, size=300),
+        lambda: save_best(run, snapshot(*trained(2, 300), None), {"epoch": 2}),
+    ):
+        with pytest.raises(UserError) as caught:
+            attempt()
+        assert said in str(caught.value) and "\n" not in str(caught.value)
+        assert "about 1.1 MiB are needed" in str(caught.value) and "MiB are free" in str(caught.value)
+        assert files_of(run) == before and names(run) == ["best", "checkpoint_1"]
+
+
+def begin(run: Path) -> dict:
+    save_best(run, snapshot(*trained(1), None), {"epoch": 1})
+    save(run, 1)
+    return files_of(run)
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(small_disk, monkeypatch):
+    before = begin(small_disk)
+    check_full(small_disk, before, "' was not begun: about 1.1 MiB")
+    # where the system states more room than there is, as under a quota
+    usage = namedtuple("usage", "total used free")(2**40, 0, 2**40)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
+    check_full(small_disk, before, "' could not be written (No space left on device)")
+
+
+@pytest.mark.parametrize("size", [300_000, 500_000], ids=["weights", "optimizer"])
+def test_a_limit_met_while_writing_leaves_nothing(tmp_path, size):
+    """Weights are 360 kB, the optimizer's memory twice that."""
+    before, limits = begin(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        check_full(tmp_path, before, "' could not be written (File too large)")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    save(tmp_path, 2, limit=1, size=300)
+    assert names(tmp_path) == ["best", "checkpoint_2"]
+
+
+def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("a defect")))
+    with pytest.raises(RuntimeError, match="a defect"):
+        save(tmp_path, 1)
+    assert names(tmp_path) == []
+
+
+def test_logs_lose_torn_lines_and_those_after_the_checkpoint(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = JsonLines(path)
+    for epoch in range(3):
+        log.write({"epoch": epoch})
+    whole_text = path.read_text()
+    with open(path, "a") as file:
+        file.write('\0\0\n{"epoch": 3')
+    JsonLines(path, keep=9)
+    assert path.read_text() == whole_text
+    JsonLines(path, keep=2)
+    assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [0, 1]
+    assert names(tmp_path) == ["log.jsonl"]
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "a") as temporary:
+        (temporary / "b").write_text("b")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+    with whole_folder(tmp_path / "a") as temporary:
+        (temporary / "b").mkdir()
+        (temporary / "b" / "c").write_text("c")
+    assert files_of(tmp_path) == {"a/b/c": b"c"}
+
+
+def test_a_best_that_is_damaged_is_still_found(tmp_path):
+    """`recover_best` gives it its name back; what is wrong with it is for `fault` to say."""
+    best = save_best(tmp_path, snapshot(*trained(1), None), {"epoch": 1})
+    os.replace(best, tmp_path / ".best.new")
+    flip(tmp_path / ".best.new" / "unet.safetensors")
+    assert fault(recover_best(tmp_path)) == "unet.safetensors has another content than manifest.json states"
