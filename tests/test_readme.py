@@ -10,7 +10,7 @@ from test_configs import load
 
 from ddpo_pytorch import rewards
 
-PAGES = [ROOT / "README.md", ROOT / "docs" / "fundus.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "fundus.md", ROOT / "docs" / "scaling.md"]
 TEXT = "\n".join(page.read_text() for page in PAGES)
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.S)
 COMMANDS = [
