@@ -1,11 +1,15 @@
 """The benchmarks run and print what they promise; what they find is measured by hand and never asserted."""
 
+import argparse
 import json
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, run_script
+
+from ddpo_pytorch.errors import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -56,3 +60,35 @@ def test_sampling():
     assert "times as fast as bare diffusers" in result.stdout
     wrong = run("sampling.py", "--turns", 0)
     assert wrong.returncode == 2 and "must be at least 1" in wrong.stderr
+
+
+def test_training():
+    fields = [f"--set={name}" for name in ("sample.num_steps=2", "sample.batch_size=2", "train.batch_size=1")]
+    result = run_script("../benchmarks/training.py", "--turns", 1, "--batches", 1, "--threads", 1, *fields)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout.splitlines()[-1])
+    for part in ("rollout", "update", "epoch"):
+        ours, baseline = (figures[side][f"{part}_samples_per_s"] for side in ("ours", "baseline"))
+        assert figures["ratio"][part] == pytest.approx(ours / baseline, rel=0.02)
+    assert figures["ratio"]["memory"] == pytest.approx(
+        figures["peak_mib"]["ours"] / figures["peak_mib"]["baseline"], rel=0.01
+    )
+    assert figures["unet_inputs"] == 4 and figures["set"][-1] == "train.batch_size=1"
+    assert "loss: ours and the baseline's differ by" in result.stdout
+
+
+def test_training_knows_its_models(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import workload
+
+    with torch.device("meta"):
+        pipe = workload.random_model("sd15")
+    parts = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}  # parameters of Stable Diffusion 1.5
+    for name, expected in parts.items():
+        assert sum(weight.numel() for weight in getattr(pipe, name).parameters()) == expected
+    pipe.unet.save_config(tmp_path / "unet")
+    forward, both = workload.unet_flops(tmp_path)
+    assert 0.6e12 < forward < 0.9e12 and 1.9 * forward < both < 3 * forward
+    given = argparse.Namespace(size="mini", batches=1, set=["train.no_such=1"])
+    with pytest.raises(UserError, match="no_such"):
+        workload.configure(tmp_path, given)
