@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.data.phantom import write_world
@@ -29,6 +30,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, so that no worker is left alone with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True)
+def forget_accelerator():
+    """Accelerate keeps its precision and processes for the life of this process; the next test may want others."""
+    yield
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
 
 
 @pytest.fixture(scope="session")
