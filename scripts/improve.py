@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from ddpo_pytorch.checkpointing import checkpoints, load_weights
+from ddpo_pytorch.checkpointing import load_weights
 from ddpo_pytorch.cli import cli
 from ddpo_pytorch.data import fundus
 from ddpo_pytorch.data.sample_log import claim_folder, locked
@@ -174,11 +173,8 @@ class Rounds:
     def ddpo(self, number: int, model: Path, outcome: Path) -> None:
         """Policy gradient on the judges' reward; the adapters are then merged into the UNet."""
         runs = self.folder(number) / "ddpo"
+        # with a name of its own, a run that was stopped is gone on with
         fields = {"pretrained__model": model, "unet_path": "", "logdir": runs, "run_name": "run"}
-        if checkpoints(runs / "run"):
-            fields["resume_from"] = runs / "run"
-        else:  # of a run that was stopped before its first checkpoint
-            shutil.rmtree(runs / "run", ignore_errors=True)
         fields |= {"reward_fn": "fundus_alignment", "reward_fn_kwargs__fundus_alignment__judges": self.improve.judges}
         self.command("train.py", number, **fields)
         save_merged(model, runs / "run", outcome)
