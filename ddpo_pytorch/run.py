@@ -1,4 +1,4 @@
-"""What scripts need around their algorithm: accelerator, batch geometry, run folder, logs."""
+"""What scripts need around their algorithm: accelerator, batch geometry, checked settings, peak memory."""
 
 import math
 import os

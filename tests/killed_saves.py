@@ -9,7 +9,6 @@ what is left on the disk, and the outcome is compared with a run that nothing ha
 
 import builtins
 import dataclasses
-import importlib.util
 import io
 import json
 import os
@@ -23,20 +22,13 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from test_train import load_module
 
 from ddpo_pytorch import record, run_folder, saving
 from ddpo_pytorch.held_out import Evaluation, HeldOut
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITES = ("replace", "rename", "fsync", "unlink", "rmdir", "mkdir", "remove", "truncate")
-
-
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def kill_before_write(number: int) -> None:
@@ -96,7 +88,7 @@ class Family:
     """Settings, and a training that was prepared once."""
 
     def __init__(self, settings: dict):
-        self.script, self.settings = load(ROOT / "scripts" / "train.py"), settings
+        self.script, self.settings = load_module(ROOT / "scripts" / "train.py"), settings
         self.logs = Path(settings["logdir"])
         self.prepared = self.script.set_up(self.config("prepared"))
         self.script.set_up = lambda config: dataclasses.replace(self.prepared, config=config)
@@ -106,7 +98,7 @@ class Family:
         record.Record.add_evaluation = self.better_evaluation()
 
     def config(self, name: str):
-        config = load(ROOT / "config" / "base.py").get_config()
+        config = load_module(ROOT / "config" / "base.py").get_config()
         config.update_from_flattened_dict(self.settings | {"run_name": name})
         return config
 
