@@ -7,8 +7,10 @@ out below as ddpo-pytorch has it: prompts encoded in every batch, alphas looked 
 timestep a forward pass, trajectories stacked, copied and permuted. Both train the same LoRA on the same model, with one
 optimizer step an epoch.
 
-First both score and train one fixed batch in float32: log-probs, loss and gradient norm have to agree, and so has the
-number of UNet inputs and optimizer steps. Then epochs run by turns; medians are compared. On one CPU thread these are
+First both score and train one fixed batch in float32: log-probs, loss and gradient norm have to agree, and UNet inputs
+and optimizer steps have to be as many as expected. With train.gradients_while_sampling (the default) rollouts of ours
+have backward passes, which its update then spares: only epochs compare; with --set train.gradients_while_sampling=False
+the parts do. Then epochs run by turns; medians are compared. On one CPU thread these are
 CPU seconds, which waiting for other programs does not change; on more, or a GPU, seconds of the clock. Peak memory of
 either side is that of a process of its own. Speed settings are compared through --set, e.g. --set train.batch_size=4.
 
@@ -24,7 +26,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,9 +39,7 @@ from ml_collections import ConfigDict
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.rewards import build_reward
 from ddpo_pytorch.run import DTYPES, peak_memory_gib
-from ddpo_pytorch.stat_tracking import PerPromptStatTracker
 
-TOLERANCE = 1e-4
 logger = logging.getLogger(__name__)
 
 
@@ -182,21 +181,15 @@ class Baseline:
         return torch.maximum(-advantages * ratio, -advantages * clipped).mean()
 
 
-Side = workload.Ours | Baseline
+def check(model: Path, given: argparse.Namespace, while_sampling: bool) -> None:
+    """One epoch of at most 4 steps in float32, of either side. Raises RuntimeError where they do not agree.
 
-
-def agree(what: str, ours: torch.Tensor | float, baseline: torch.Tensor | float) -> None:
-    """Raise RuntimeError where the two differ by more than the tolerance."""
-    difference = (torch.as_tensor(ours) - torch.as_tensor(baseline)).abs().max().item()
-    logger.info("%s: ours and the baseline's differ by %.1e", what, difference)
-    if not difference <= TOLERANCE:
-        raise RuntimeError(f"{what} differ by {difference}; the two sides do not do the same work")
-
-
-def check(model: Path, given: argparse.Namespace) -> None:
-    """One epoch of at most 4 steps in float32, of either side. Raises RuntimeError where they do not agree."""
+    while_sampling: ours takes gradients then; else the update has other weights than drew the samples, so ratios are
+    not 1.
+    """
     config = workload.configure(model, given)
     config.mixed_precision, config.allow_tf32, config.sample.num_steps = "no", False, min(config.sample.num_steps, 4)
+    config.train.gradients_while_sampling = while_sampling
     ours, baseline = workload.Ours(config, given), Baseline(config, given)
     prompts, metadata = workload.draw(config, 0)
     counted = {"ours": workload.count_work(ours), "baseline": workload.count_work(baseline)}
@@ -207,28 +200,19 @@ def check(model: Path, given: argparse.Namespace) -> None:
     theirs |= {"latents": samples.latents[:, :-1], "next_latents": samples.latents[:, 1:]}
     with torch.no_grad():
         scored = [baseline.score(theirs, j) for j in range(config.sample.num_steps)]
-    agree("log-probs", samples.log_probs, torch.stack(scored, dim=1))
+    workload.agree("log-probs", samples.log_probs, torch.stack(scored, dim=1))
     theirs["log_probs"] = samples.log_probs
-    # other weights than the samples were drawn with: ratios are not 1
-    workload.same_adapters(ours.pipe.unet, baseline.pipe.unet, seed=1)
+    if not while_sampling:
+        workload.same_adapters(ours.pipe.unet, baseline.pipe.unet, seed=1)
     counted["baseline"]["inputs"] -= inputs  # of the scoring
     advantages = torch.linspace(-1, 2, len(prompts), device=ours.device)
     own, their = ours.update(0, samples, advantages), baseline.update(0, theirs, advantages)
-    agree("loss", own["loss"], their["loss"])
-    agree("gradient norm, relative", own["grad_norm"] / their["grad_norm"], 1.0)
-    if any(done != {"inputs": 2 * inputs, "steps": 1} for done in counted.values()):
-        raise RuntimeError(f"work differs: {counted}, expected {2 * inputs} UNet inputs and 1 optimizer step")
-
-
-def epoch_of(side: Side, config: ConfigDict, epoch: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Seconds of a whole epoch and of its parts."""
-    started = clock()
-    prompts, metadata = workload.draw(config, epoch)
-    samples, rewards = side.rollout(epoch, prompts, metadata)
-    sampled = clock()
-    advantages = PerPromptStatTracker(**config.per_prompt_stat_tracking).update(prompts, rewards)
-    side.update(epoch, samples, torch.as_tensor(advantages, dtype=torch.float32, device=side.device))
-    return {"rollout": sampled - started, "update": clock() - sampled, "epoch": clock() - started}
+    workload.agree("loss", own["loss"], their["loss"])
+    workload.agree("gradient norm, relative", own["grad_norm"] / their["grad_norm"], 1.0)
+    recorded, checked = ours.recorded(inputs)
+    expected = {"ours": 2 * inputs - recorded + checked, "baseline": 2 * inputs}
+    if any(counted[name] != {"inputs": count, "steps": 1} for name, count in expected.items()):
+        raise RuntimeError(f"work differs: {counted}, expected {expected} UNet inputs and 1 optimizer step")
 
 
 def peak_memory(kind: type, model: Path, given: argparse.Namespace) -> float:
@@ -236,7 +220,7 @@ def peak_memory(kind: type, model: Path, given: argparse.Namespace) -> float:
     config = workload.configure(model, given)
     side = kind(config, given)
     for epoch in range(2):
-        epoch_of(side, config, epoch, time.perf_counter)
+        workload.epoch_of(side, config, epoch, time.perf_counter)
     return round(1024 * peak_memory_gib(), 1)
 
 
@@ -254,21 +238,27 @@ def measure(model: Path, given: argparse.Namespace) -> dict:
     times = {name: [] for name in sides}
     for turn in range(given.turns + 1):
         for name, side in sides.items():
-            times[name].append(epoch_of(side, config, turn, clock))
+            times[name].append(workload.epoch_of(side, config, turn, clock))
     median = {
         name: {part: statistics.median(taken[part] for taken in all_turns[1:]) for part in all_turns[0]}
         for name, all_turns in times.items()
     }
     samples = config.sample.batch_size * given.batches
     inputs = samples * config.sample.num_steps * (2 if config.sample.guidance_scale > 1 else 1)
-    peak, flops = workload.matmul_peak(device, DTYPES[config.mixed_precision], clock), workload.unet_flops(model)
+    peak, (forward, both) = (
+        workload.matmul_peak(device, DTYPES[config.mixed_precision], clock),
+        workload.unet_flops(model),
+    )
     result = {"samples": samples, "unet_inputs": inputs, "steps": config.sample.num_steps}
     result["matmul_peak_tflops"] = round(peak / 1e12, 3)
     for name, seconds in median.items():
         result[name] = {f"{part}_samples_per_s": round(samples / taken, 3) for part, taken in seconds.items()}
         result[name] |= {f"{part}_ms_per_input": round(1e3 * taken / inputs, 3) for part, taken in seconds.items()}
-        for part, count in zip(("rollout", "update"), flops, strict=True):
-            result[name][f"{part}_utilisation"] = round(count * inputs / seconds[part] / peak, 4)
+        recorded, checked = sides[name].recorded(inputs) if name == "ours" else (0, 0)
+        work = {"rollout": forward * inputs + (both - forward) * recorded}
+        work["update"] = both * (inputs - recorded) + forward * checked
+        work["epoch"] = work["rollout"] + work["update"]
+        result[name] |= {f"{part}_utilisation": round(work[part] / seconds[part] / peak, 4) for part in work}
     result["ratio"] = {part: round(median["baseline"][part] / median["ours"][part], 3) for part in median["ours"]}
     return result
 
@@ -281,7 +271,8 @@ def main() -> None:
             model = workload.ASSETS / "sd" if given.size == "mini" else Path(name)
             if given.size != "mini":
                 workload.apart(workload.save_model, given.size, model)
-            workload.apart(check, model, given)
+            for while_sampling in (False, True):
+                workload.apart(check, model, given, while_sampling)
             result = workload.apart(measure, model, given)
             ours, baseline = (workload.apart(peak_memory, kind, model, given) for kind in (workload.Ours, Baseline))
     except UserError as error:

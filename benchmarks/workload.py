@@ -34,6 +34,7 @@ from ddpo_pytorch.generator import scratch
 from ddpo_pytorch.prompts import get_prompt_fn
 from ddpo_pytorch.rollout import Trajectories, draw_prompts
 from ddpo_pytorch.run import DTYPES
+from ddpo_pytorch.stat_tracking import PerPromptStatTracker
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "ddpo_pytorch/assets/mini"
@@ -44,6 +45,9 @@ SIZES = {
 }
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 RANK = 4
+TOLERANCE = 1e-4  # between the two sides in float32
+
+logger = logging.getLogger(__name__)
 
 
 def load(path: str) -> ModuleType:
@@ -170,6 +174,14 @@ class Ours:
     def update(self, epoch: int, samples: Trajectories, advantages: torch.Tensor) -> dict[str, float]:
         return self.script.update(self.run, epoch, samples, advantages)
 
+    def recorded(self, inputs: int) -> tuple[int, int]:
+        """UNet inputs, of `inputs` in an epoch, with gradients taken while sampling; and those that check a ratio."""
+        gradients = self.run.gradients
+        if not gradients:
+            return 0, 0
+        guided = self.run.config.sample.guidance_scale > 1
+        return inputs * gradients.samples // self.run.geometry.local_samples, gradients.batch_size * (1 + guided)
+
 
 def draw(config: ConfigDict, epoch: int) -> tuple[list[str], list]:
     """Prompts of an epoch, and what the reward is told about them."""
@@ -234,3 +246,22 @@ def arguments() -> argparse.Namespace:
     if min(given.threads, given.turns, given.batches) < 1 or given.threads > cores():
         parser.exit(2, f"error: --threads can be 1 to {cores()}, --turns and --batches 1 or more\n")
     return given
+
+
+def agree(what: str, ours: torch.Tensor | float, baseline: torch.Tensor | float) -> None:
+    """Raise RuntimeError where the two differ by more than the tolerance."""
+    difference = (torch.as_tensor(ours) - torch.as_tensor(baseline)).abs().max().item()
+    logger.info("%s: ours and the baseline's differ by %.1e", what, difference)
+    if not difference <= TOLERANCE:
+        raise RuntimeError(f"{what} differ by {difference}; the two sides do not do the same work")
+
+
+def epoch_of(side: Any, config: ConfigDict, epoch: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Seconds of a whole epoch and of its parts."""
+    started = clock()
+    prompts, metadata = draw(config, epoch)
+    samples, rewards = side.rollout(epoch, prompts, metadata)
+    sampled = clock()
+    advantages = PerPromptStatTracker(**config.per_prompt_stat_tracking).update(prompts, rewards)
+    side.update(epoch, samples, torch.as_tensor(advantages, dtype=torch.float32, device=side.device))
+    return {"rollout": sampled - started, "update": clock() - sampled, "epoch": clock() - started}

@@ -123,6 +123,10 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     train.timestep_window = (0.0, 1.0)
     # recompute activations in the backward pass: less memory, about a third more time.
     train.gradient_checkpointing = False
+    # take the gradients of an epoch's first update while sampling, where its ratio is 1: the same up to rounding, but
+    # without the forward passes of its samples. Only where LoRA is trained on all timesteps of the window (that is,
+    # timestep_fraction 1), without kl_coef and compile. Keeps 4 bytes for each adapter weight and sample of the update.
+    train.gradients_while_sampling = True
     # torch.compile of the UNet's transformer blocks: minutes at the start (compiled code is kept between runs), less
     # time in each pass. On a CPU it takes the place of the UNet's division among cores.
     train.compile = False

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from ddpo_pytorch.generator.pipeline import PromptTable, guided_noise_prediction, latent_shape
 from ddpo_pytorch.run import Geometry
+from ddpo_pytorch.score_gradients import ScoreGradients
 
 # Passes that the forward and backward pass of a training step last, measured: of adapters, of the whole UNet.
 TRAINING_PASSES = {True: 2, False: 3}
@@ -18,19 +19,21 @@ TRAINING_PASSES = {True: 2, False: 3}
 def epoch_time(
     pipe: StableDiffusionPipeline,
     table: PromptTable,
-    sample: ConfigDict,
-    train: ConfigDict,
-    use_lora: bool,
+    config: ConfigDict,
     geometry: Geometry,
+    gradients: ScoreGradients | None,
 ) -> str:
     """Hours:minutes:seconds of an epoch's rollout and update; decoding, rewards and evaluations come on top.
 
     Measured on a noise prediction of `sample.batch_size` images, after a first one which is not timed. Every process
-    of a divided UNet has to call this.
+    of a divided UNet has to call this. `gradients` taken while sampling spare a pass each.
     """
-    seconds = _pass_seconds(pipe, table.negative.expand(sample.batch_size, -1, -1), table.negative, sample)
-    trained = TRAINING_PASSES[use_lora] * train.num_inner_epochs * geometry.train_timesteps
-    passes = geometry.local_samples / sample.batch_size * (sample.num_steps + trained)
+    size = config.sample.batch_size
+    seconds = _pass_seconds(pipe, table.negative.expand(size, -1, -1), table.negative, config.sample)
+    trained = TRAINING_PASSES[config.use_lora] * config.train.num_inner_epochs * geometry.train_timesteps
+    passes = geometry.local_samples / size * (config.sample.num_steps + trained)
+    if gradients:
+        passes -= gradients.samples / size * geometry.train_timesteps
     return str(timedelta(seconds=math.ceil(seconds * passes)))
 
 

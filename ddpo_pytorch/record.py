@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from ml_collections import ConfigDict
 from torch import nn
 
 from ddpo_pytorch.checkpointing import (
@@ -207,6 +208,19 @@ class Record:
         if self.wandb_run:
             self.wandb_run.finish()
         self._held.close()
+
+
+def open_record(
+    config: ConfigDict, accelerator: Accelerator, held_out: HeldOut | None, unet: nn.Module, optimizer: Any
+) -> Record:
+    """The record of a new run of train.py or, with its weights loaded, of the one to go on with."""
+    plateau = RewardPlateau(config.early_stop.tolerance, config.early_stop.patience)
+    watch = BestAndCollapse(config.held_out.tolerance, config.held_out.patience)
+    record = Record(accelerator, PerPromptStatTracker(**config.per_prompt_stat_tracking), plateau, watch)
+    record.open(config.logdir, config.run_name, config.resume_from, config.to_dict(), unet, optimizer)
+    if held_out and record.held_out_identity:
+        held_out.check_identity(record.held_out_identity)
+    return record
 
 
 def _shown_held_out(entry: dict) -> str:

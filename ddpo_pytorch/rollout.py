@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
-from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
+from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import LogProbGradients, pipeline_with_logprob
+from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.pipeline import PromptTable
 from ddpo_pytorch.randomness import Stream, derived_seed
 
@@ -57,10 +58,18 @@ class Trajectories:
         latents, log_probs = (array.new_empty(count, *array.shape[1:]) for array in (batch.latents, batch.log_probs))
         return cls([""] * count, batch.timesteps, latents, log_probs)
 
-    def put(self, start: int, batch: "Trajectories") -> None:
-        """Store a batch as trajectories start ... start + B - 1."""
-        part = slice(start, start + len(batch.prompts))
-        self.prompts[part], self.latents[part], self.log_probs[part] = batch.prompts, batch.latents, batch.log_probs
+    def put(self, places: list[int], batch: "Trajectories") -> None:
+        """Store a batch, its trajectories at these places."""
+        for place, prompt in zip(places, batch.prompts, strict=True):
+            self.prompts[place] = prompt
+        self.latents[places], self.log_probs[places] = batch.latents, batch.log_probs
+
+    def check_finite(self, images: torch.Tensor, epoch: int) -> None:
+        """Raise UserError where these, or the images that they end in, are not finite."""
+        if not self.log_probs.isfinite().all() or not images.isfinite().all():
+            raise UserError(
+                f"epoch {epoch}: a sample is not finite; lower train.learning_rate, or use mixed_precision bf16 or no"
+            )
 
 
 def sample_trajectories(
@@ -71,8 +80,12 @@ def sample_trajectories(
     num_steps: int,
     guidance_scale: float,
     eta: float,
+    gradients: LogProbGradients | None = None,
 ) -> tuple[torch.Tensor, Trajectories]:
-    """Draw one image for each prompt: images (B, 3, H, W) float32 in [0, 1], and how they came about."""
+    """Draw one image for each prompt: images (B, 3, H, W) float32 in [0, 1], and how they came about.
+
+    gradients: takes those of the log-probs with respect to the policy's weights.
+    """
     images, _, latents, log_probs = pipeline_with_logprob(
         pipe,
         prompt_embeds=table(prompts),
@@ -81,6 +94,7 @@ def sample_trajectories(
         guidance_scale=guidance_scale,
         eta=eta,
         generator=noise,
+        gradients=gradients,
     )
     timesteps = pipe.scheduler.timesteps
     return images, Trajectories(prompts, timesteps, torch.stack(latents, dim=1), torch.stack(log_probs, dim=1))

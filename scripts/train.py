@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from absl import flags
 from accelerate import Accelerator
@@ -23,7 +24,6 @@ from tqdm.auto import tqdm
 
 from ddpo_pytorch.cli import cli
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.estimate import epoch_time
 from ddpo_pytorch.generator.lora import disabled_lora
 from ddpo_pytorch.generator.pipeline import PromptTable, guided_noise_prediction
@@ -34,7 +34,7 @@ from ddpo_pytorch.optimizer import GuardedOptimizer
 from ddpo_pytorch.policy import load_policy
 from ddpo_pytorch.ppo import averages, make_optimizer, ppo_loss, step_kl
 from ddpo_pytorch.randomness import Stream
-from ddpo_pytorch.record import Record
+from ddpo_pytorch.record import Record, open_record
 from ddpo_pytorch.rollout import (
     Trajectories,
     draw_prompts,
@@ -45,9 +45,9 @@ from ddpo_pytorch.rollout import (
 )
 from ddpo_pytorch.run import DTYPES, Geometry, batch_geometry, check_training, make_accelerator, peak_memory_gib
 from ddpo_pytorch.sample_grid import save_grid
+from ddpo_pytorch.score_gradients import ScoreGradients, rollout_batches, while_sampling
 from ddpo_pytorch.scoring import Scorer
-from ddpo_pytorch.stat_tracking import PerPromptStatTracker, compute_advantages, reward_statistics
-from ddpo_pytorch.stopping import BestAndCollapse, RewardPlateau
+from ddpo_pytorch.stat_tracking import compute_advantages, reward_statistics
 
 config_flags.DEFINE_config_file("config", "config/base.py", "experiment, e.g. config/mini.py:NAME")
 logger = logging.getLogger(__name__)
@@ -67,17 +67,24 @@ class Run:
     guard: GuardedOptimizer
     table: PromptTable
     scorer: Scorer
+    gradients: ScoreGradients | None
 
     @property
     def first_sample(self) -> int:
         """Global index of this process's first sample of an epoch."""
         return self.accelerator.process_index * self.geometry.local_samples
 
+    def order(self, epoch: int, inner_epoch: int) -> list[int]:
+        """Of this process's samples in the updates of an inner epoch."""
+        geometry = self.geometry
+        share = geometry.samples, geometry.updates, self.first_sample, geometry.processes
+        return update_order(self.config.seed, epoch, inner_epoch, *share)
+
 
 def train(config: ConfigDict) -> Path:
     """Run the experiment and return its run folder."""
     run = set_up(config)
-    record = open_record(run)
+    record = open_record(config, run.accelerator, run.objective.held_out, run.pipe.unet, run.optimizer)
     over = record.epoch >= config.num_epochs
     if reason := f"num_epochs is {config.num_epochs}" if over else record.stop_reason(bool(run.objective.held_out)):
         logger.info("nothing is left to do: %s has %d epochs, %s", record.folder, record.epoch, reason)
@@ -86,7 +93,7 @@ def train(config: ConfigDict) -> Path:
         return record.folder
     record.begin(config.wandb, config.wandb_project)
     with run.accelerator.autocast():
-        lasting = epoch_time(run.pipe, run.table, config.sample, config.train, config.use_lora, run.geometry)
+        lasting = epoch_time(run.pipe, run.table, config, run.geometry, run.gradients)
     logger.info("run folder %s; %s; about %s an epoch", record.folder, run.geometry.describe(), lasting)
     if record.epoch == 0:
         draw_grid(run, record)
@@ -167,20 +174,8 @@ def set_up(config: ConfigDict) -> Run:
     if objective.prompts is not None:
         table.complete(text for text, _ in objective.prompts)
     scorer = Scorer(objective.reward_fn, device)
-    return Run(config, accelerator, geometry, objective, pipe, unet, optimizer, guard, table, scorer)
-
-
-def open_record(run: Run) -> Record:
-    """The record of a new run or, with its weights loaded, of the one to go on with."""
-    config = run.config
-    plateau = RewardPlateau(config.early_stop.tolerance, config.early_stop.patience)
-    watch = BestAndCollapse(config.held_out.tolerance, config.held_out.patience)
-    record = Record(run.accelerator, PerPromptStatTracker(**config.per_prompt_stat_tracking), plateau, watch)
-    where = config.logdir, config.run_name, config.resume_from
-    record.open(*where, config.to_dict(), run.pipe.unet, run.optimizer)
-    if run.objective.held_out and record.held_out_identity:
-        run.objective.held_out.check_identity(record.held_out_identity)
-    return record
+    gradients = while_sampling(accelerator, pipe.unet, geometry, config.sample, config.train)
+    return Run(config, accelerator, geometry, objective, pipe, unet, optimizer, guard, table, scorer, gradients)
 
 
 def sample_and_score(
@@ -190,40 +185,41 @@ def sample_and_score(
 
     None if a process was asked to stop.
     """
-    sample, size = run.config.sample, run.config.sample.batch_size
-    trajectories = None
-    shares = range(run.first_sample, run.first_sample + run.geometry.local_samples, size)
-    for start in tqdm(shares, f"epoch {epoch} sampling", leave=False, disable=None if run.config.progress else True):
+    config, sample, device, first = run.config, run.config.sample, run.accelerator.device, run.first_sample
+    order = run.order(epoch, inner_epoch=0) if run.gradients else range(run.geometry.local_samples)
+    trajectories, drawn = None, []
+    show = partial(tqdm, desc=f"epoch {epoch} sampling", leave=False, disable=None if config.progress else True)
+    for batch, recording in show(rollout_batches(order, sample.batch_size, run.gradients)):
         if stop_request.agreed():
             return None
-        indices = range(start, start + size)
-        noise = generators(run.accelerator.device, run.config.seed, Stream.NOISE, epoch, indices)
-        texts, about = prompts[start : start + size], metadata[start : start + size]
-        with run.accelerator.autocast():
-            images, batch = sample_trajectories(
-                run.pipe, run.table, texts, noise, sample.num_steps, sample.guidance_scale, sample.eta
+        indices = [first + place for place in batch]
+        noise = generators(device, config.seed, Stream.NOISE, epoch, indices)
+        texts, about = [prompts[i] for i in indices], [metadata[i] for i in indices]
+        with run.accelerator.autocast(), recording as gradients:
+            images, part = sample_trajectories(
+                run.pipe, run.table, texts, noise, sample.num_steps, sample.guidance_scale, sample.eta, gradients
             )
-        if not batch.log_probs.isfinite().all() or not images.isfinite().all():
-            raise UserError(
-                f"epoch {epoch}: a sample is not finite; lower train.learning_rate, or use mixed_precision bf16 or no"
-            )
-        trajectories = trajectories or Trajectories.like(batch, run.geometry.local_samples)
-        trajectories.put(start - run.first_sample, batch)
+        part.check_finite(images, epoch)
+        trajectories = trajectories or Trajectories.like(part, run.geometry.local_samples)
+        trajectories.put(batch, part)
         run.scorer.submit(images, texts, about)
-    return trajectories, torch.as_tensor(run.scorer.collect(), device=run.accelerator.device)
+        drawn += batch
+    rewards = torch.from_numpy(run.scorer.collect()[np.argsort(drawn)])
+    return trajectories, rewards.to(device)
 
 
 def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor) -> dict[str, float]:
     """PPO on the epoch's samples, with the advantages of all processes. Returns statistics, averaged likewise."""
     config, train, geometry, accelerator = run.config, run.config.train, run.geometry, run.accelerator
+    objective = partial(ppo_loss, clip_range=train.clip_range, adv_clip_max=train.adv_clip_max)
     statistics, grad_norms = [], []
     first_ratio_deviation = torch.zeros((), device=accelerator.device)
     for inner_epoch in range(train.num_inner_epochs):
-        order = update_order(
-            config.seed, epoch, inner_epoch, geometry.samples, geometry.updates, run.first_sample, geometry.processes
-        )
-        batches = torch.tensor(order, device=accelerator.device).split(train.batch_size)
-        for batch in tqdm(batches, f"epoch {epoch} update", leave=False, disable=None if config.progress else True):
+        batches = torch.tensor(run.order(epoch, inner_epoch), device=accelerator.device).split(train.batch_size)
+        show = partial(tqdm, desc=f"epoch {epoch} update", leave=False, disable=None if config.progress else True)
+        for number, batch in enumerate(show(batches), start=1):
+            # in the first update the ratio is 1, as one pass shows, and the gradient was taken while sampling
+            on_policy = run.gradients and inner_epoch == 0 and number <= train.gradient_accumulation_steps
             chosen = timestep_order(
                 config.seed,
                 epoch,
@@ -236,6 +232,11 @@ def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor
             for steps in chosen.split(train.timesteps_per_forward, dim=1):
                 # one row for each sample and timestep: of sample `row` the step to `step + 1`
                 row, step = batch.repeat_interleave(steps.shape[1]), steps.flatten()
+                old_log_prob, advantage = samples.log_probs[row, step], advantages[run.first_sample + row]
+                if on_policy and statistics:
+                    loss, info = objective(old_log_prob, old_log_prob, advantage)
+                    statistics.append({"loss": loss, **info})
+                    continue
                 latents, next_latents = samples.latents[row, step], samples.latents[row, step + 1]
                 timesteps = samples.timesteps[step]
                 predict = partial(
@@ -246,31 +247,30 @@ def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor
                     negative_prompt_embeds=run.table.negative,
                     guidance_scale=config.sample.guidance_scale,
                 )
-                with accelerator.accumulate(run.unet):
+                with torch.no_grad() if on_policy else accelerator.accumulate(run.unet):
                     with accelerator.autocast():
                         noise_pred = predict(run.unet)
                     _, log_prob = ddim_step_with_logprob(
                         run.pipe.scheduler, noise_pred, timesteps, latents, config.sample.eta, prev_sample=next_latents
                     )
-                    loss, info = ppo_loss(
-                        log_prob,
-                        samples.log_probs[row, step],
-                        advantages[run.first_sample + row],
-                        train.clip_range,
-                        train.adv_clip_max,
-                    )
+                    loss, info = objective(log_prob, old_log_prob, advantage)
                     if train.kl_coef:
                         with torch.no_grad(), disabled_lora(run.pipe.unet), accelerator.autocast():
                             base_pred = predict(run.pipe.unet)
                         kl = step_kl(run.pipe.scheduler, noise_pred, base_pred, timesteps, latents, config.sample.eta)
                         loss = loss + train.kl_coef * kl
                         info["kl_to_base"] = kl.detach()
-                    accelerator.backward(loss)
                     if not grad_norms:
                         first_ratio_deviation = torch.maximum(first_ratio_deviation, info["ratio_max_deviation"])
-                    if accelerator.sync_gradients:
-                        grad_norms.append(run.guard.step(run.unet.parameters()))
+                    if not on_policy:
+                        accelerator.backward(loss)
+                        if accelerator.sync_gradients:
+                            grad_norms.append(run.guard.step(run.unet.parameters()))
                 statistics.append({"loss": loss.detach(), **info})
+            if on_policy and number == train.gradient_accumulation_steps:
+                own = advantages[run.first_sample + torch.cat(batches[:number])]
+                run.gradients.set_gradients(own.clamp(-train.adv_clip_max, train.adv_clip_max))
+                grad_norms.append(run.guard.step(run.unet.parameters()))
     taken = [{"grad_norm": norm} for norm in grad_norms if norm is not None]
     means = {"grad_norm": math.nan} | averages(accelerator, statistics) | averages(accelerator, taken)
     return means | {

@@ -78,8 +78,8 @@ def test_a_sample_does_not_depend_on_its_batch(tiny_pipeline_dir):
     images, whole = draw(range(4))
     parts = [draw([0, 1]), draw([2, 3])]
     joined = Trajectories.like(parts[0][1], 4)
-    for start, (_, part) in zip((0, 2), parts, strict=True):
-        joined.put(start, part)
+    for places, (_, part) in zip(([0, 1], [2, 3]), parts, strict=True):
+        joined.put(places, part)
     assert whole.latents.shape == (4, 4, 4, 16, 16) and whole.log_probs.shape == (4, 3)
     assert joined.prompts == whole.prompts and images.shape == (4, 3, 64, 64)
     assert torch.allclose(joined.latents, whole.latents, atol=1e-5)

@@ -58,7 +58,7 @@ def one_update(script, lora_pipe, settings, numbers, monkeypatch):  # noqa: F811
         unet, optimizer = accelerator.prepare(lora_pipe.unet, make_optimizer(config.train, parameters))
         guard = GuardedOptimizer(accelerator, optimizer, config.train.max_grad_norm, config.train.max_skipped_updates)
         job = script.Run(
-            config, accelerator, geometry, None, lora_pipe, unet, optimizer, guard, PromptTable(lora_pipe), None
+            config, accelerator, geometry, None, lora_pipe, unet, optimizer, guard, PromptTable(lora_pipe), None, None
         )
         samples = Trajectories(
             settings["prompts"], lora_pipe.scheduler.timesteps, latents, numbers["ppo/old_log_probs"].float()

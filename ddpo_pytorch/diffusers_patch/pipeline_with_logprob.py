@@ -1,5 +1,7 @@
 """Text to image with the whole denoising trajectory and the log-probability of each of its steps."""
 
+from typing import Protocol
+
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
@@ -8,6 +10,16 @@ from ddpo_pytorch.diffusers_patch.ddim_with_logprob import Generators, ddim_step
 from ddpo_pytorch.generator.pipeline import decode_latents, encode_prompts, guided_noise_prediction, latent_shape
 
 OUTPUT_TYPES = ("pt", "np", "pil", "latent")
+
+
+class LogProbGradients(Protocol):
+    """What takes gradients of log-probs while they are drawn."""
+
+    def wants(self, step: int) -> bool:
+        """Whether the step, counted from 0 = noise, has to be drawn with gradients enabled."""
+
+    def take(self, log_probs: torch.Tensor) -> None:
+        """Take those of a step's log-probs (B,); their graph is let go afterwards."""
 
 
 def _embed(
@@ -59,6 +71,7 @@ def pipeline_with_logprob(
     negative_prompt_embeds: torch.Tensor | None = None,
     output_type: str = "pt",
     keep_trajectory: bool = True,
+    gradients: LogProbGradients | None = None,
 ) -> tuple[torch.Tensor | list, None, list[torch.Tensor], list[torch.Tensor | None]]:
     """Generate images and record how: T = num_inference_steps DDIM steps through `pipeline.unet`.
 
@@ -76,6 +89,7 @@ def pipeline_with_logprob(
         latents: (B, C, h, w) to start from; None draws them.
         output_type: "pt" (float32 tensor (B, 3, H, W) in [0, 1]), "np", "pil", or "latent".
         keep_trajectory: False leaves both lists empty, which evaluation has no use for.
+        gradients: takes those of the log-probs with respect to weights.
 
     Returns:
         images; None (no safety checker looked at them); T + 1 latents (B, C, h, w), from noise to image; T log-probs
@@ -100,13 +114,20 @@ def pipeline_with_logprob(
     pipeline.scheduler.set_timesteps(num_inference_steps, device=device)
 
     all_latents, all_log_probs = [latents], []
-    for timestep in pipeline.progress_bar(pipeline.scheduler.timesteps):
-        noise_prediction = guided_noise_prediction(
-            pipeline.unet, latents, timestep, prompt_embeds, negative_prompt_embeds, guidance_scale
-        )
-        latents, log_prob = ddim_step_with_logprob(
-            pipeline.scheduler, noise_prediction, timestep, latents, eta, generator
-        )
+    for step, timestep in enumerate(pipeline.progress_bar(pipeline.scheduler.timesteps)):
+        wanted = gradients is not None and gradients.wants(step)
+        if wanted:
+            torch.clear_autocast_cache()  # or casts of weights from a step without gradients would be used again
+        with torch.set_grad_enabled(wanted):
+            noise_prediction = guided_noise_prediction(
+                pipeline.unet, latents, timestep, prompt_embeds, negative_prompt_embeds, guidance_scale
+            )
+            latents, log_prob = ddim_step_with_logprob(
+                pipeline.scheduler, noise_prediction, timestep, latents, eta, generator
+            )
+            if wanted:
+                gradients.take(log_prob)
+                latents, log_prob = latents.detach(), log_prob.detach()
         if keep_trajectory:
             all_latents.append(latents)
             all_log_probs.append(log_prob)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 
-class _LinearWithLora(torch.autograd.Function):
+class LinearWithLora(torch.autograd.Function):
     """y = x W'^T + b, with gradients of x, down and up; W and b are frozen."""
 
     @staticmethod
@@ -38,10 +38,19 @@ def fuse_lora(unet: nn.Module, adapter: str = "default") -> None:
             module.forward = partial(_forward, module, adapter)
 
 
+def is_fused(layer: lora.Linear) -> bool:
+    """Whether `fuse_lora` has been there."""
+    return "forward" in vars(layer)
+
+
+def fusible(layer: lora.Linear, x: torch.Tensor) -> bool:
+    """Whether the layer computes so now: its adapter is on, and nothing is in half precision."""
+    on = not (layer.disable_adapters or layer.merged)
+    return on and layer.base_layer.weight.dtype.itemsize >= 4 and not torch.is_autocast_enabled(x.device.type)
+
+
 def _forward(layer: lora.Linear, adapter: str, x: torch.Tensor) -> torch.Tensor:
-    base, down, up = layer.base_layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    if layer.disable_adapters or layer.merged:
-        return base(x)
-    if base.weight.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type):
+    if not fusible(layer, x):
         return type(layer).forward(layer, x)
-    return _LinearWithLora.apply(x, base.weight, base.bias, down, up)
+    base, down, up = layer.base_layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return LinearWithLora.apply(x, base.weight, base.bias, down, up)

@@ -5,12 +5,21 @@ they wait for each other some hundred times in a pass. Here each thread takes so
 forward and backward, alone on its core.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import nn
+
+_first_row: ContextVar[int] = ContextVar("first_row", default=0)
+
+
+def first_row() -> int:
+    """Which row of the UNet's batch this thread's part begins with."""
+    return _first_row.get()
 
 
 class _Rows(torch.autograd.Function):
@@ -24,11 +33,20 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        parts = zip(ctx.outputs, grad.split([len(output) for output in ctx.outputs]), strict=True)
-        found = ctx.pool.map(lambda part: torch.autograd.grad(part[0], ctx.weights, part[1], allow_unused=True), parts)
+        def back(output, grad, first):
+            _first_row.set(first)  # layers run once more here where activations are recomputed
+            return torch.autograd.grad(output, ctx.weights, grad, allow_unused=True)
+
+        lengths = [len(output) for output in ctx.outputs]
+        found = ctx.pool.map(back, ctx.outputs, grad.split(lengths), _starts(lengths))
         sums = [None if grads[0] is None else sum(grads) for grads in zip(*found, strict=True)]
         ctx.outputs = None  # and with them all that was kept for this
         return None, None, None, *sums
+
+
+def _starts(lengths: Iterable[int]) -> list[int]:
+    """Where parts of these lengths begin."""
+    return list(accumulate(lengths, initial=0))[:-1]
 
 
 def divide_among_threads(unet: nn.Module, threads: int) -> None:
@@ -53,11 +71,12 @@ def _forward(
     if len(sample) < threads or torch.is_autocast_enabled(sample.device.type):
         return whole(sample, timesteps, encoder_hidden_states=encoder_hidden_states, return_dict=return_dict)
 
-    def run(x, t, context):
+    def run(x, t, context, first):
+        _first_row.set(first)
         return whole(x, t, encoder_hidden_states=context, return_dict=False)[0]
 
-    parts = zip(*(tensor.tensor_split(threads) for tensor in (sample, timesteps, encoder_hidden_states)), strict=True)
-    passes = [partial(run, *part) for part in parts]
+    inputs = [tensor.tensor_split(threads) for tensor in (sample, timesteps, encoder_hidden_states)]
+    passes = [partial(run, *part) for part in zip(*inputs, _starts(map(len, inputs[0])), strict=True)]
     weights = [weight for weight in unet.parameters() if weight.requires_grad]
     if torch.is_grad_enabled() and weights:
         return (_Rows.apply(pool, passes, weights, *weights),)

@@ -1,0 +1,145 @@
+"""Gradients of the first update taken while sampling, against those of the update itself, through scripts/train.py."""
+
+import shutil
+
+import pytest
+import torch
+from accelerate import Accelerator
+from test_train import ROOT, classifier, load_module, script, settings, train  # noqa: F401 (fixtures)
+
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.generator.lora import ATTENTION, add_lora, lora_parameters
+from ddpo_pytorch.generator.pipeline import PromptTable, load_pipeline
+from ddpo_pytorch.policy import load_policy
+from ddpo_pytorch.rollout import sample_trajectories
+from ddpo_pytorch.run import batch_geometry
+from ddpo_pytorch.score_gradients import ScoreGradients, while_sampling
+
+
+@pytest.fixture
+def both_ways(train, script, settings, monkeypatch):  # noqa: F811
+    """Function: an epoch without and with gradients taken while sampling; those of its updates, and the log line."""
+    set_up = script.set_up
+
+    def run(**overrides):
+        results = []
+        for number, sampling in enumerate((False, True)):
+            taken, jobs = [], []
+
+            def recording(config, taken=taken, jobs=jobs):
+                job = set_up(config)
+                jobs.append(job)
+                generator = torch.Generator().manual_seed(0)
+                for name, weight in job.pipe.unet.named_parameters():
+                    if "lora_B" in name:  # begins at 0, where the gradient of the other half is 0
+                        weight.data.normal_(std=0.02, generator=generator)
+                step = job.guard.step
+
+                def record_and_step(parameters):
+                    taken.append(torch.cat([p.grad.flatten() for p in lora_parameters(job.pipe.unet)]).clone())
+                    return step(parameters)
+
+                job.guard.step = record_and_step
+                return job
+
+            monkeypatch.setattr(script, "set_up", recording)
+            chosen = {"run_name": f"run{number}", "train__gradients_while_sampling": sampling, "num_epochs": 1}
+            _, epochs = train(**overrides | chosen)
+            assert (jobs[0].gradients is not None) == sampling
+            results.append((taken, epochs[0]))
+        return results
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("overrides", "updates"),
+    [
+        ({}, 2),
+        ({"train__gradient_accumulation_steps": 2}, 1),
+        ({"train__batch_size": 2, "train__gradient_accumulation_steps": 2, "train__num_inner_epochs": 2}, 4),
+        ({"sample__guidance_scale": 1.0, "train__timestep_window": (0.0, 0.5)}, 2),
+        ({"train__timestep_window": (0.34, 1.0), "train__adv_clip_max": 0.3}, 2),
+        ({"train__batch_size": 2, "train__timesteps_per_forward": 3, "train__gradient_checkpointing": True}, 4),
+        ({"sample__images_per_prompt": 4, "train__advantage": "group"}, 2),
+    ],
+    ids=lambda value: "-".join(key.split("__")[-1] for key in value) if isinstance(value, dict) else None,
+)
+def test_same_gradients(both_ways, overrides, updates):
+    (expected, line), (actual, sampled_line) = both_ways(**overrides)
+    assert len(expected) == len(actual) == updates
+    for number, (one, other) in enumerate(zip(expected, actual, strict=True)):
+        # from the second update on, weights differ by what Adam makes of the first one's rounding
+        assert (one - other).norm() < (1e-5 if number == 0 else 1e-2) * one.norm() and one.norm() > 0
+    assert sampled_line["first_ratio_deviation"] == 0.0
+    for key, value in line.items():
+        if key.startswith("reward") or key in ("global_step", "advantage_std", "loss"):
+            assert sampled_line[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+def test_same_gradients_in_half_precision(both_ways):
+    """The window begins after steps without gradients, whose casts of weights must not be used again.
+
+    Rounding to 8 bits puts either gradient of this model .4 of its norm away from the one in float32 on the same
+    trajectories (measured, guidance is 5); from each other they are .06 away.
+    """
+    (expected, _), (actual, line) = both_ways(mixed_precision="bf16", train__timestep_window=(0.34, 1.0))
+    assert (expected[0] - actual[0]).norm() < 0.1 * expected[0].norm() and expected[0].norm() > 0
+    assert line["first_ratio_deviation"] == 0.0
+
+
+def test_an_update_that_is_not_finite_is_left_out(train, script, monkeypatch):  # noqa: F811
+    def advantages(*arguments, original=script.compute_advantages):
+        return original(*arguments) * float("nan")
+
+    monkeypatch.setattr(script, "compute_advantages", advantages)
+    _, epochs = train(num_epochs=1)
+    assert (epochs[0]["skipped_updates"], epochs[0]["global_step"]) == (2, 0)
+    with pytest.raises(UserError, match="2 updates in a row had a gradient that is not finite"):
+        train(num_epochs=1, run_name="other", train__max_skipped_updates=2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "possible"),
+    [
+        ({}, True),
+        ({"train.timestep_window": (0.0, 0.5)}, True),
+        ({"train.gradients_while_sampling": False}, False),
+        ({"train.timestep_fraction": 0.67}, False),
+        ({"train.kl_coef": 0.1}, False),
+        ({"train.compile": True}, False),
+        ({"train.lora_targets": ("to_q", "conv1")}, False),
+        ({"use_lora": False}, False),
+    ],
+    ids=str,
+)
+def test_where_it_is_possible(settings, monkeypatch, overrides, possible):  # noqa: F811
+    if "train.compile" in overrides and shutil.which("g++") is None:
+        pytest.skip("no g++, which torch.compile needs on a CPU")
+    config = load_module(ROOT / "config" / "base.py").get_config()
+    config.update_from_flattened_dict(settings | overrides)
+    where = torch.float32, torch.device("cpu")
+    pipe = load_policy(config.pretrained, "", config.sample, config.train, config.use_lora, config.seed, *where)
+    geometry = batch_geometry(config.sample, config.train, 1)
+    found = while_sampling(Accelerator(cpu=True), pipe.unet, geometry, config.sample, config.train)
+    assert (found is not None) == possible
+
+
+def test_a_gradient_scaler_scales_them(tiny_pipeline_dir):
+    """As with mixed_precision fp16 on a GPU: gradients are the scale times as large, and unscaling restores them."""
+    pipe = load_pipeline(tiny_pipeline_dir)
+    pipe.set_progress_bar_config(disable=True)
+    add_lora(pipe.unet, 2, ATTENTION, seed=0)
+    table, found = PromptTable(pipe), []
+    for scale in (1.0, 1024.0):
+        accelerator = Accelerator(cpu=True)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        gradients = ScoreGradients(accelerator, pipe.unet, 3, 2, (0, 2), 2)
+        for first, prompts in ((0, ["one", "two"]), (2, ["three"])):
+            noise = [torch.Generator().manual_seed(first + i) for i in range(len(prompts))]
+            with gradients.of(first, len(prompts)) as taking:
+                sample_trajectories(pipe, table, prompts, noise, 2, 3.0, 1.0, taking)
+        gradients.set_gradients(torch.tensor([1.0, -2.0, 0.5]))
+        found.append(torch.cat([weight.grad.flatten() for weight in lora_parameters(pipe.unet)]))
+    torch.testing.assert_close(found[1], 1024 * found[0], rtol=1e-5, atol=1e-9)
+    assert found[0].norm() > 0
