@@ -1,8 +1,10 @@
 """Files that appear whole or not at all, their hashes, disks that are full, and logs of one JSON object a line."""
 
 import errno
+import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -10,10 +12,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from ddpo_pytorch.errors import UserError
 
+# of file systems that know no locks
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+logger = logging.getLogger(__name__)
 _PARTIAL = re.compile(r"\..+\.(partial|\d+\.tmp|removed)")
 
 
@@ -159,3 +165,22 @@ def _number(line: bytes, counter: str) -> int | None:
         return json.loads(line)[counter] if line.endswith(b"\n") else None
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def lock(path: str | Path, taken: str, second: str) -> IO[bytes]:
+    """The file at `path`, made if absent, open for appending and locked until it is closed or the process ends.
+
+    Raises UserError(taken) while another process has it. On a file system without locks a warning says so, and to let
+    no `second` one write.
+    """
+    file = open(path, "ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(taken) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        logger.warning("%s: no locks on this file system; let no second %s write here", path, second)
+    return file

@@ -33,7 +33,7 @@ from ddpo_pytorch.data.isic import CAPTIONS, labels_of
 from ddpo_pytorch.data.sample_log import SETTINGS, PartLog, claim_folder, locked, logged, merge_parts, strays
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.pipeline import load_pipeline
-from ddpo_pytorch.generator.text import too_long
+from ddpo_pytorch.generator.text import warn_of_cut
 from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.processes import on_main
 from ddpo_pytorch.prompts import Prompt, all_prompts, read_prompts
@@ -231,8 +231,7 @@ def main(_) -> None:
     judge, judge_digest = load_judge(config.eval.classifier, prompts, device)
     pipe = load_model(config, device)
     sampler = Sampler(pipe, sample.scheduler, sample.num_steps, sample.eta, sample.guidance_scale)
-    if cut := too_long(pipe.tokenizer, [prompt for prompt, _ in prompts]):
-        logger.warning("%d prompts are longer than the text encoder reads, the first is %r", len(cut), cut[0])
+    warn_of_cut(pipe.tokenizer, [prompt for prompt, _ in prompts])
     with ExitStack() as held:
         digest = on_main(accelerator, claim, held, config, prompts, pipe, judge_digest)
         on_main(accelerator, check_common, folder, gather_object([(folder / SETTINGS).is_file()]))

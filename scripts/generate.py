@@ -27,7 +27,7 @@ from ddpo_pytorch.data.sample_log import claim_folder
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import sha256
 from ddpo_pytorch.generator.pipeline import load_pipeline
-from ddpo_pytorch.generator.text import too_long
+from ddpo_pytorch.generator.text import warn_of_cut
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges
 from ddpo_pytorch.prompts import all_prompts
 from ddpo_pytorch.run import DTYPES, make_accelerator
@@ -68,9 +68,7 @@ def main(_) -> None:
     )
     if config.load_from:
         load_weights(pipe.unet, config.load_from)
-    if cut := too_long(pipe.tokenizer, prompts):
-        limit = pipe.tokenizer.model_max_length
-        logger.warning("%d prompts have more than %d tokens and are cut, the first is %r", len(cut), limit, cut[0])
+    warn_of_cut(pipe.tokenizer, prompts)
     sampler = Sampler(pipe, sample.scheduler, sample.num_steps, sample.eta, sample.guidance_scale)
     settings = {name: improve[name] for name in ("images_per_prompt", "num_candidates", "max_attempts")}
     settings |= {name: sample[name] for name in ("scheduler", "num_steps", "eta", "guidance_scale")}

@@ -50,7 +50,7 @@ from ddpo_pytorch.generator.stage_data import (
     open_latents,
     settings_of,
 )
-from ddpo_pytorch.generator.text import has_mask, too_long
+from ddpo_pytorch.generator.text import has_mask, warn_of_cut
 from ddpo_pytorch.generator.training import Stopwatch, Training, endless_batches, parameter_groups
 from ddpo_pytorch.optimizer import make_adamw
 from ddpo_pytorch.randomness import BatchDraws, Stream
@@ -226,9 +226,7 @@ def unet_stage(accelerator: Accelerator, config: ConfigDict, pipe: StableDiffusi
         train_set = add_pool(accelerator, sd, pipe.vae, train_set)
     names = list(dict.fromkeys([*train_set.captions, *(val_set.captions if val_set else ())]))
     captions = CaptionTable(pipe, names, trained=sd.stage == "unet" or sd.train_text_encoder)
-    if cut := too_long(pipe.tokenizer, names):
-        limit = pipe.tokenizer.model_max_length
-        logger.warning("%d captions have more than %d tokens and are cut, the first is %r", len(cut), limit, cut[0])
+    warn_of_cut(pipe.tokenizer, names, "captions")
     train_set.renumber(names)
     if val_set is not None:
         val_set.renumber(names)

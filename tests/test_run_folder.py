@@ -240,7 +240,7 @@ def test_a_run_folder_is_one_runs_alone(train, tmp_path, monkeypatch, caplog):  
     caplog.clear()
     train(num_epochs=3)
     assert [text for text in caplog.messages if "no locks on this file system" in text] == [
-        f"{folder}: no locks on this file system; let no second run write here"
+        f"{folder / '.lock'}: no locks on this file system; let no second run write here"
     ]
 
 

@@ -54,14 +54,17 @@ def test_a_signal_is_a_request_and_handlers_come_back(number):
     assert signal.getsignal(number) == before
 
 
-def test_a_complete_table_needs_no_text_encoder(tiny_pipeline_dir):
+def test_a_complete_table_needs_no_text_encoder(tiny_pipeline_dir, caplog):
     pipe = load_pipeline(tiny_pipeline_dir)
-    prompts = ["a photo of a mole", "a ruler"]
+    prompts = ["a photo of a mole", "a ruler " * 77]
     lazy = PromptTable(pipe)
     expected, negative = lazy(prompts), lazy.negative
     table = PromptTable(pipe)
     table.complete(prompts)
     assert pipe.text_encoder is None
+    assert any(
+        "1 prompts have more than 77 tokens and are cut, the first is 'a ruler" in text for text in caplog.messages
+    )
     assert torch.equal(table(prompts[::-1]), expected.flip(0)) and torch.equal(table.negative, negative)
     with pytest.raises(KeyError, match="let go"):
         table(["another"])

@@ -11,7 +11,15 @@ from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator import scratch
 from ddpo_pytorch.generator.conditioning import RECORD, save_model, unet_metadata, with_bert
 from ddpo_pytorch.generator.pipeline import PromptTable, encode_prompts, guided_noise_prediction, load_pipeline
-from ddpo_pytorch.generator.text import build_bert, embed, encode_tokens, load_text_encoder, tokenize, too_long
+from ddpo_pytorch.generator.text import (
+    build_bert,
+    embed,
+    encode_tokens,
+    load_text_encoder,
+    tokenize,
+    too_long,
+    warn_of_cut,
+)
 from ddpo_pytorch.sampling import Sampler
 
 PROMPTS = [
@@ -53,11 +61,15 @@ def test_embeddings_are_berts_own_and_zero_at_padding():
         assert (row[: len(own)] != 0).any(dim=-1).all() and not row[len(own) :].any()
 
 
-def test_the_tokenizer_says_how_long_prompts_are_and_longer_ones_are_named():
+def test_the_tokenizer_says_how_long_prompts_are_and_longer_ones_are_named(caplog):
     tokenizer, _ = bert(tokens=8)
     assert tokenize(tokenizer, PROMPTS).shape == (2, 8)
     assert too_long(tokenizer, ["fundus", *PROMPTS]) == PROMPTS
     assert too_long(tokenizer, []) == []
+    warn_of_cut(tokenizer, ["fundus"])
+    assert not caplog.messages
+    warn_of_cut(tokenizer, ["fundus", *PROMPTS], "captions")
+    assert caplog.messages == [f"2 captions have more than 8 tokens and are cut, the first is {PROMPTS[0]!r}"]
 
 
 def test_an_encoder_is_loaded_from_folders_of_both_kinds(folder, tmp_path):

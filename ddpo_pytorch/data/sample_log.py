@@ -4,10 +4,7 @@ While images are made, each process appends one JSON line an image to `image_log
 merged into `image_log.json`. `settings.json` states what made the images, so that no folder mixes two origins.
 """
 
-import errno
-import fcntl
 import json
-import logging
 import os
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,14 +14,11 @@ from typing import Any, BinaryIO
 
 from ddpo_pytorch.data.images import IMAGE_SUFFIXES, read_log, write_log
 from ddpo_pytorch.errors import UserError, difference
+from ddpo_pytorch.files import lock
 
 SETTINGS = "settings.json"
 PARTS = "image_log.part*.jsonl"
 LOCK = ".lock"
-# of file systems that know no locks
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-
-logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -36,19 +30,9 @@ def locked(folder: str | Path, instead: str = "another logdir") -> Iterator[None
     """
     path = Path(folder) / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
+    taken = f"{str(folder)!r} is being written by another run; wait for its end or choose {instead}"
     while True:
-        file = open(path, "w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            raise UserError(
-                f"{str(folder)!r} is being written by another run; wait for its end or choose {instead}"
-            ) from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            logger.warning("%s: no locks on this file system; let no second run write here", folder)
+        file = lock(path, taken, "run")
         if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
             break
         file.close()  # a run that ended just now removed the file: it locks nothing

@@ -14,7 +14,7 @@ from torch import nn
 
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.conditioning import check_model, check_unet_file
-from ddpo_pytorch.generator.text import PICKLE, bert_part, check_tokenizer, embed, mask_padding, quiet
+from ddpo_pytorch.generator.text import PICKLE, bert_part, check_tokenizer, embed, mask_padding, quiet, warn_of_cut
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,12 @@ class PromptTable:
         return self._embedding("")[None]
 
     def complete(self, prompts: Iterable[str]) -> None:
-        """Embed these and the empty prompt, and let the text encoder go: no other prompt can follow (KeyError)."""
+        """Embed these and the empty prompt, and let the text encoder go: no other prompt can follow (KeyError).
+
+        Warns of prompts that are too long for it.
+        """
+        prompts = list(dict.fromkeys(prompts))
+        warn_of_cut(self._pipe.tokenizer, prompts)
         for prompt in ("", *prompts):
             self._embedding(prompt)
         self._pipe.text_encoder = None

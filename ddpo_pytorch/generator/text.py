@@ -7,6 +7,7 @@ without a mask of their own to forget. BERT's last hidden states have the width 
 (768), and go there without a projection.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from diffusers.utils import logging
+from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -29,6 +30,7 @@ from transformers import (
 
 from ddpo_pytorch.errors import UserError
 
+logger = logging.getLogger(__name__)
 TOKENS = 256  # positions that a prompt has for BERT, [CLS] and [SEP] among them: half of what BioMedBERT could read
 # what is wrong with a folder of which some .bin holds more than tensors
 PICKLE = (
@@ -93,12 +95,12 @@ def bert_part(model: str, revision: str, dtype: torch.dtype) -> dict[str, BertMo
 @contextmanager
 def quiet() -> Iterator[None]:
     """Within it, diffusers reports errors only."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        diffusers_logging.set_verbosity(level)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, name: str) -> None:
@@ -130,6 +132,13 @@ def too_long(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list
     """Those prompts that `tokenize` cuts."""
     numbers = tokenizer(list(prompts), truncation=False, verbose=False).input_ids if prompts else []
     return [prompt for prompt, own in zip(prompts, numbers, strict=True) if len(own) > tokenizer.model_max_length]
+
+
+def warn_of_cut(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], what: str = "prompts") -> None:
+    """Log a warning where `tokenize` cuts some: how many, and the first."""
+    if cut := too_long(tokenizer, prompts):
+        limit = tokenizer.model_max_length
+        logger.warning("%d %s have more than %d tokens and are cut, the first is %r", len(cut), what, limit, cut[0])
 
 
 def encode_tokens(encoder: nn.Module, tokens: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ crash in between is mended at the next start from the journal's last line, and a
 
 import csv
 import errno
-import fcntl
 import io
 import logging
 import os
@@ -19,9 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ddpo_pytorch.data.ratings import COLUMNS
-from ddpo_pytorch.data.sample_log import NO_LOCKS
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import whole
+from ddpo_pytorch.files import lock, whole
 from ddpo_pytorch.rating.items import Item
 
 JOURNAL_COLUMNS = ("time", "action", *COLUMNS)
@@ -54,7 +52,8 @@ class Store:
         self._unknown = 0
         for path, columns in ((self.journal, JOURNAL_COLUMNS), (self.path, COLUMNS)):
             _read(path, columns)  # a file of somebody else's is refused before anything is written
-        self._lock = _locked(self.journal)
+        taken = f"{str(self.journal)!r} is being written by another rating page; end that one, or give another --out"
+        self._lock = lock(self.journal, taken, "rating page")
         new = not self.path.exists()
         clicks = _open(self.journal, JOURNAL_COLUMNS)
         for number, cells in enumerate(_open(self.path, COLUMNS), 2):
@@ -204,20 +203,3 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def _locked(path: Path) -> io.BufferedWriter:
-    """The file, open and locked until the process ends."""
-    file = open(path, "ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise UserError(
-            f"{str(path)!r} is being written by another rating page; end that one, or give another --out"
-        ) from error
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        logger.warning("%s: no locks on this file system; let no second rating page write here", path)
-    return file
