@@ -179,8 +179,9 @@ class Ours:
         gradients = self.run.gradients
         if not gradients:
             return 0, 0
-        guided = self.run.config.sample.guidance_scale > 1
-        return inputs * gradients.samples // self.run.geometry.local_samples, gradients.batch_size * (1 + guided)
+        config = self.run.config
+        rows = config.train.batch_size * config.train.timesteps_per_forward * (1 + (config.sample.guidance_scale > 1))
+        return inputs * gradients.samples // self.run.geometry.local_samples, rows
 
 
 def draw(config: ConfigDict, epoch: int) -> tuple[list[str], list]:

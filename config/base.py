@@ -77,7 +77,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     sample.eta = 1.0
     # classifier-free guidance weight; 1.0 or less switches guidance off.
     sample.guidance_scale = 5.0
-    # images per process and batch.
+    # images per process and batch (but see train.gradients_while_sampling).
     sample.batch_size = 1
     # batches per process and epoch. batch_size * num_batches_per_epoch * processes = samples an epoch (the README's M).
     sample.num_batches_per_epoch = 2
@@ -124,8 +124,9 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # recompute activations in the backward pass: less memory, about a third more time.
     train.gradient_checkpointing = False
     # take the gradients of an epoch's first update while sampling, where its ratio is 1: the same up to rounding, but
-    # without the forward passes of its samples. Only where LoRA is trained on all timesteps of the window (that is,
-    # timestep_fraction 1), without kl_coef and compile. Keeps 4 bytes for each adapter weight and sample of the update.
+    # without the forward passes of its samples, which are drawn batch_size * timesteps_per_forward at once. Only where
+    # LoRA of linear layers is trained on all timesteps of the window (timestep_fraction is 1), without kl_coef and
+    # compile; elsewhere it changes nothing. Keeps 4 bytes for each adapter weight and sample of the update.
     train.gradients_while_sampling = True
     # torch.compile of the UNet's transformer blocks: minutes at the start (compiled code is kept between runs), less
     # time in each pass. On a CPU it takes the place of the UNet's division among cores.

@@ -9,6 +9,7 @@ A need the rewards of the whole epoch, the inner sum does not: it is taken right
 UNet's activations are there, and kept for each sample. That spares the update the forward passes of its samples.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -19,6 +20,8 @@ from torch import nn
 
 from ddpo_pytorch.generator.row_gradients import has_row_gradients, row_gradients
 from ddpo_pytorch.run import Geometry
+
+logger = logging.getLogger(__name__)
 
 
 class ScoreGradients:
@@ -46,6 +49,7 @@ class ScoreGradients:
     ):
         self.samples, self.batch_size = samples, batch_size
         self._accelerator, self._unet, self._window, self._passes = accelerator, unet, window, passes
+        self._terms = samples * (window[1] - window[0])
         self._weights = [weight for weight in unet.parameters() if weight.requires_grad]
         self._sums = torch.zeros(samples, sum(weight.numel() for weight in self._weights))
 
@@ -63,16 +67,18 @@ class ScoreGradients:
 
     def take(self, log_probs: torch.Tensor) -> None:
         """Add the gradients of a step's log-probs (B,), one of each sample."""
-        total, scaler = log_probs.sum(), self._accelerator.scaler
-        torch.autograd.grad(total if scaler is None else scaler.scale(total), self._weights, allow_unused=True)
+        # divided as in an update's loss, so that a gradient scaler finds the magnitudes that it is used to
+        total, scaler = log_probs.sum() / self._terms, self._accelerator.scaler
+        total = total if scaler is None else scaler.scale(total)
+        with torch.autocast(log_probs.device.type, enabled=False):  # which is for forward passes
+            torch.autograd.grad(total, self._weights, allow_unused=True)
 
     def set_gradients(self, advantages: torch.Tensor) -> None:
         """Give the weights the update's gradient, averaged over processes.
 
         advantages: (samples,) of the first update's samples in their order, clipped.
         """
-        factors = -advantages / (len(advantages) * (self._window[1] - self._window[0]))
-        mean = self._accelerator.reduce((factors.cpu() @ self._sums).to(advantages.device), "mean")
+        mean = self._accelerator.reduce((-advantages.cpu() @ self._sums).to(advantages.device), "mean")
         for weight, part in zip(self._weights, mean.split([weight.numel() for weight in self._weights]), strict=True):
             weight.grad = part.view_as(weight).clone()
 
@@ -82,7 +88,8 @@ def while_sampling(
 ) -> ScoreGradients | None:
     """What takes the first updates' gradients, or None where `train` does not want that or it is not possible.
 
-    It is where adapters of linear layers are all that is trained, on every timestep of the window, without a KL term.
+    It is where adapters of linear layers are all that is trained, on every timestep of the window, without a KL term
+    and without compiled blocks.
     """
     window = geometry.timestep_window
     partly = geometry.train_timesteps < window[1] - window[0]
@@ -90,6 +97,7 @@ def while_sampling(
         return None
     rows = train.batch_size * train.timesteps_per_forward
     samples = geometry.local_samples // geometry.updates
+    logger.info("gradients of an epoch's first update are taken while sampling, %d samples at once", min(rows, samples))
     return ScoreGradients(accelerator, unet, samples, min(rows, samples), window, 2 if sample.guidance_scale > 1 else 1)
 
 

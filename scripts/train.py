@@ -219,7 +219,7 @@ def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor
         show = partial(tqdm, desc=f"epoch {epoch} update", leave=False, disable=None if config.progress else True)
         for number, batch in enumerate(show(batches), start=1):
             # in the first update the ratio is 1, as one pass shows, and the gradient was taken while sampling
-            on_policy = run.gradients and inner_epoch == 0 and number <= train.gradient_accumulation_steps
+            recorded = run.gradients and inner_epoch == 0 and number <= train.gradient_accumulation_steps
             chosen = timestep_order(
                 config.seed,
                 epoch,
@@ -233,7 +233,7 @@ def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor
                 # one row for each sample and timestep: of sample `row` the step to `step + 1`
                 row, step = batch.repeat_interleave(steps.shape[1]), steps.flatten()
                 old_log_prob, advantage = samples.log_probs[row, step], advantages[run.first_sample + row]
-                if on_policy and statistics:
+                if recorded and statistics:
                     loss, info = objective(old_log_prob, old_log_prob, advantage)
                     statistics.append({"loss": loss, **info})
                     continue
@@ -247,7 +247,7 @@ def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor
                     negative_prompt_embeds=run.table.negative,
                     guidance_scale=config.sample.guidance_scale,
                 )
-                with torch.no_grad() if on_policy else accelerator.accumulate(run.unet):
+                with torch.no_grad() if recorded else accelerator.accumulate(run.unet):
                     with accelerator.autocast():
                         noise_pred = predict(run.unet)
                     _, log_prob = ddim_step_with_logprob(
@@ -262,12 +262,12 @@ def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor
                         info["kl_to_base"] = kl.detach()
                     if not grad_norms:
                         first_ratio_deviation = torch.maximum(first_ratio_deviation, info["ratio_max_deviation"])
-                    if not on_policy:
+                    if not recorded:
                         accelerator.backward(loss)
                         if accelerator.sync_gradients:
                             grad_norms.append(run.guard.step(run.unet.parameters()))
                 statistics.append({"loss": loss.detach(), **info})
-            if on_policy and number == train.gradient_accumulation_steps:
+            if recorded and number == train.gradient_accumulation_steps:
                 own = advantages[run.first_sample + torch.cat(batches[:number])]
                 run.gradients.set_gradients(own.clamp(-train.adv_clip_max, train.adv_clip_max))
                 grad_norms.append(run.guard.step(run.unet.parameters()))

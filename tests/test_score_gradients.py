@@ -62,6 +62,8 @@ def both_ways(train, script, settings, monkeypatch):  # noqa: F811
         ({"train__timestep_window": (0.34, 1.0), "train__adv_clip_max": 0.3}, 2),
         ({"train__batch_size": 2, "train__timesteps_per_forward": 3, "train__gradient_checkpointing": True}, 4),
         ({"sample__images_per_prompt": 4, "train__advantage": "group"}, 2),
+        # 8 samples, drawn 3, 3 and 2 at once
+        ({"train__batch_size": 1, "train__timesteps_per_forward": 3, "train__gradient_accumulation_steps": 8}, 1),
     ],
     ids=lambda value: "-".join(key.split("__")[-1] for key in value) if isinstance(value, dict) else None,
 )
@@ -71,7 +73,8 @@ def test_same_gradients(both_ways, overrides, updates):
     for number, (one, other) in enumerate(zip(expected, actual, strict=True)):
         # from the second update on, weights differ by what Adam makes of the first one's rounding
         assert (one - other).norm() < (1e-5 if number == 0 else 1e-2) * one.norm() and one.norm() > 0
-    assert sampled_line["first_ratio_deviation"] == 0.0
+    # passes of other sizes may round otherwise
+    assert sampled_line["first_ratio_deviation"] <= (1e-6 if "train__timesteps_per_forward" in overrides else 0)
     for key, value in line.items():
         if key.startswith("reward") or key in ("global_step", "advantage_std", "loss"):
             assert sampled_line[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
@@ -125,21 +128,25 @@ def test_where_it_is_possible(settings, monkeypatch, overrides, possible):  # no
     assert (found is not None) == possible
 
 
-def test_a_gradient_scaler_scales_them(tiny_pipeline_dir):
-    """As with mixed_precision fp16 on a GPU: gradients are the scale times as large, and unscaling restores them."""
+def test_a_gradient_scaler_takes_part(tiny_pipeline_dir):
+    """As with mixed_precision fp16 on a GPU: gradients are the scale times as large until they are unscaled."""
     pipe = load_pipeline(tiny_pipeline_dir)
     pipe.set_progress_bar_config(disable=True)
     add_lora(pipe.unet, 2, ATTENTION, seed=0)
-    table, found = PromptTable(pipe), []
-    for scale in (1.0, 1024.0):
+    table, weights, found = PromptTable(pipe), lora_parameters(pipe.unet), []
+    for scale in (None, 1024.0):
         accelerator = Accelerator(cpu=True)
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        accelerator.scaler = scale and torch.amp.GradScaler("cpu", init_scale=scale)
         gradients = ScoreGradients(accelerator, pipe.unet, 3, 2, (0, 2), 2)
         for first, prompts in ((0, ["one", "two"]), (2, ["three"])):
             noise = [torch.Generator().manual_seed(first + i) for i in range(len(prompts))]
             with gradients.of(first, len(prompts)) as taking:
                 sample_trajectories(pipe, table, prompts, noise, 2, 3.0, 1.0, taking)
         gradients.set_gradients(torch.tensor([1.0, -2.0, 0.5]))
-        found.append(torch.cat([weight.grad.flatten() for weight in lora_parameters(pipe.unet)]))
-    torch.testing.assert_close(found[1], 1024 * found[0], rtol=1e-5, atol=1e-9)
-    assert found[0].norm() > 0
+        found.append(torch.cat([weight.grad.flatten() for weight in weights]))
+    plain, scaled = found
+    torch.testing.assert_close(scaled, 1024 * plain, rtol=1e-5, atol=1e-9)
+    accelerator.scaler.unscale_(torch.optim.SGD(weights))
+    unscaled = torch.cat([weight.grad.flatten() for weight in weights])
+    torch.testing.assert_close(unscaled, plain, rtol=1e-5, atol=1e-12)
+    assert plain.norm() > 0

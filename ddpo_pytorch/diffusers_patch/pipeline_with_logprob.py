@@ -116,8 +116,6 @@ def pipeline_with_logprob(
     all_latents, all_log_probs = [latents], []
     for step, timestep in enumerate(pipeline.progress_bar(pipeline.scheduler.timesteps)):
         wanted = gradients is not None and gradients.wants(step)
-        if wanted:
-            torch.clear_autocast_cache()  # or casts of weights from a step without gradients would be used again
         with torch.set_grad_enabled(wanted):
             noise_prediction = guided_noise_prediction(
                 pipeline.unet, latents, timestep, prompt_embeds, negative_prompt_embeds, guidance_scale

@@ -4,81 +4,101 @@ An adapter weight W takes part in a row i as y_i = W x_i, so that its gradient i
 g_i the gradient of y_i. The sum is what autograd keeps; here the terms are kept (Goodfellow 2015).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from peft.tuners import lora
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn import functional as F
 
 from ddpo_pytorch.generator.fused_lora import LinearWithLora, fusible, is_fused
 from ddpo_pytorch.generator.threads import first_row
 
 Gradients = dict[nn.Parameter, torch.Tensor]
+Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 def has_row_gradients(unet: nn.Module) -> bool:
-    """Whether adapters are all that is trained, and all of linear layers."""
-    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
-    return bool(layers) and all(isinstance(layer, lora.Linear) for layer in layers)
+    """Whether adapters of linear layers are all that is trained."""
+    layers = [module for module in unet.modules() if isinstance(module, lora.Linear)]
+    adapters = {weight for layer in layers for narrow in (layer.lora_A, layer.lora_B) for weight in narrow.parameters()}
+    return bool(adapters) and {weight for weight in unet.parameters() if weight.requires_grad} == adapters
 
 
 @contextmanager
 def row_gradients(unet: nn.Module, rows: int, adapter: str = "default") -> Iterator[Gradients]:
     """Within it, backward passes through `unet` on batches of `rows` rows add to what is yielded, and to nothing else.
 
-    That is {weight: (rows, *weight.shape)}, float32 or wider, at first 0. The backward pass has to be
+    That is {weight: (rows, *weight.shape)}, float32 or wider, at first 0. A backward pass has to be
     `torch.autograd.grad` with the adapters' weights as inputs, its results are of no use.
     """
     found: Gradients = {}
     with ExitStack() as stack:
+
+        def replace(module: nn.Module, forward: Callable, *arguments: Any) -> None:
+            if "forward" in vars(module):
+                stack.callback(setattr, module, "forward", module.forward)
+            else:
+                stack.callback(delattr, module, "forward")
+            module.forward = partial(forward, module, module.forward, found, *arguments)
+
         for layer in (module for module in unet.modules() if isinstance(module, lora.Linear)):
             narrow = layer.lora_A[adapter], layer.lora_B[adapter]
             for linear in narrow:
                 found[linear.weight] = linear.weight.new_zeros(rows, *linear.weight.shape)
-                stack.callback(linear.register_forward_hook(partial(_after_linear, found)).remove)
+                replace(linear, _narrow)
             if is_fused(layer):
-                stack.callback(setattr, layer, "forward", layer.forward)
-                layer.forward = partial(_fused, layer, layer.forward, found, *(linear.weight for linear in narrow))
+                replace(layer, _fused, *(linear.weight for linear in narrow))
         yield found
 
 
-def _after_linear(found: Gradients, linear: nn.Linear, args: tuple[torch.Tensor], y: torch.Tensor) -> torch.Tensor:
-    return _Kept.apply(y, args[0], linear.weight, found, first_row()) if y.requires_grad else y
+def _narrow(linear: nn.Linear, plain: Forward, found: Gradients, x: torch.Tensor) -> torch.Tensor:
+    """`down` or `up` alone."""
+    if not torch.is_grad_enabled():
+        return plain(x)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return _LinearWithKept.apply(x, linear.weight, dtype, found, first_row())
 
 
-def _fused(layer: lora.Linear, plain, found: Gradients, down: nn.Parameter, up: nn.Parameter, x: torch.Tensor):
+def _fused(
+    layer: lora.Linear, plain: Forward, found: Gradients, down: nn.Parameter, up: nn.Parameter, x: torch.Tensor
+) -> torch.Tensor:
+    """A layer with both of them fused into its weight."""
     if not torch.is_grad_enabled() or not fusible(layer, x):
         return plain(x)
     base = layer.base_layer
-    return _LinearWithKept.apply(x, base.weight, base.bias, down, up, found, first_row())
+    return _FusedWithKept.apply(x, base.weight, base.bias, down, up, found, first_row())
 
 
 def _keep(found: Gradients, weight: nn.Parameter, first: int, grad: torch.Tensor, x: torch.Tensor) -> None:
     """Add grad_i^T x_i of rows first, first + 1, ..., summed over all but the first and the last dimension."""
-    rows = len(x)
-    product = grad.reshape(rows, -1, grad.shape[-1]).mT @ x.reshape(rows, -1, x.shape[-1])
-    found[weight][first : first + rows] += product
+    rows, kept = len(x), found[weight]
+    grad, x = (value.reshape(rows, -1, value.shape[-1]).to(kept.dtype) for value in (grad, x))
+    kept[first : first + rows].baddbmm_(grad.mT, x)
 
 
-class _Kept(torch.autograd.Function):
-    """y of y = W x; backward keeps the gradients of W."""
+class _LinearWithKept(torch.autograd.Function):
+    """y = W x in `dtype`, as autocast has it; backward keeps the gradients of W."""
 
     @staticmethod
-    def forward(ctx, y, x, weight, found, first):
-        ctx.save_for_backward(x.to(y.dtype))
-        ctx.weight, ctx.found, ctx.first = weight, found, first
-        return y.view_as(y)
+    def forward(ctx, x, weight, dtype, found, first):
+        ctx.weight, ctx.found, ctx.first, ctx.dtype = weight, found, first, x.dtype
+        x, cast = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(x, cast)
+        return F.linear(x, cast)
 
     @staticmethod
     def backward(ctx, grad):
-        _keep(ctx.found, ctx.weight, ctx.first, grad, *ctx.saved_tensors)
-        return grad, None, None, None, None
+        x, cast = ctx.saved_tensors
+        _keep(ctx.found, ctx.weight, ctx.first, grad, x)
+        return (grad @ cast).to(ctx.dtype) if ctx.needs_input_grad[0] else None, None, None, None, None
 
 
-class _LinearWithKept(LinearWithLora):
+class _FusedWithKept(LinearWithLora):
     """The fused layer; backward keeps the gradients of its adapter."""
 
     @staticmethod

@@ -5,7 +5,7 @@ they wait for each other some hundred times in a pass. Here each thread takes so
 forward and backward, alone on its core.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from functools import partial
@@ -33,20 +33,11 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        def back(output, grad, first):
-            _first_row.set(first)  # layers run once more here where activations are recomputed
-            return torch.autograd.grad(output, ctx.weights, grad, allow_unused=True)
-
-        lengths = [len(output) for output in ctx.outputs]
-        found = ctx.pool.map(back, ctx.outputs, grad.split(lengths), _starts(lengths))
+        parts = zip(ctx.outputs, grad.split([len(output) for output in ctx.outputs]), strict=True)
+        found = ctx.pool.map(lambda part: torch.autograd.grad(part[0], ctx.weights, part[1], allow_unused=True), parts)
         sums = [None if grads[0] is None else sum(grads) for grads in zip(*found, strict=True)]
         ctx.outputs = None  # and with them all that was kept for this
         return None, None, None, *sums
-
-
-def _starts(lengths: Iterable[int]) -> list[int]:
-    """Where parts of these lengths begin."""
-    return list(accumulate(lengths, initial=0))[:-1]
 
 
 def divide_among_threads(unet: nn.Module, threads: int) -> None:
@@ -76,7 +67,8 @@ def _forward(
         return whole(x, t, encoder_hidden_states=context, return_dict=False)[0]
 
     inputs = [tensor.tensor_split(threads) for tensor in (sample, timesteps, encoder_hidden_states)]
-    passes = [partial(run, *part) for part in zip(*inputs, _starts(map(len, inputs[0])), strict=True)]
+    starts = list(accumulate(map(len, inputs[0]), initial=0))[:-1]
+    passes = [partial(run, *part) for part in zip(*inputs, starts, strict=True)]
     weights = [weight for weight in unet.parameters() if weight.requires_grad]
     if torch.is_grad_enabled() and weights:
         return (_Rows.apply(pool, passes, weights, *weights),)
