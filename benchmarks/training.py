@@ -4,15 +4,16 @@
 
 Ours is what scripts/train.py runs, `sample_and_score` and `update`, set up by its own `set_up`. The baseline is written
 out below as ddpo-pytorch has it: prompts encoded in every batch, alphas looked up on the host at every step, one
-timestep a forward pass, trajectories stacked, copied and permuted. Both train the same LoRA on the same model, with one
-optimizer step an epoch.
+timestep a forward pass, trajectories stacked, copied and permuted. Both train the same LoRA on the same model.
 
-First both score and train one fixed batch in float32: log-probs, loss and gradient norm have to agree, and UNet inputs
-and optimizer steps have to be as many as expected. With train.gradients_while_sampling (the default) rollouts of ours
-have backward passes, which its update then spares: only epochs compare; with --set train.gradients_while_sampling=False
-the parts do. Then epochs run by turns; medians are compared. On one CPU thread these are
-CPU seconds, which waiting for other programs does not change; on more, or a GPU, seconds of the clock. Peak memory of
-either side is that of a process of its own. Speed settings are compared through --set, e.g. --set train.batch_size=4.
+First both score and train one fixed batch in float32, with one update: log-probs, loss and gradient norm have to agree,
+and UNet inputs and optimizer steps have to be as many as expected. Then epochs run by turns; medians are compared. With
+train.gradients_while_sampling, the default, rollouts of ours take backward passes and its updates are spared forward
+passes, so that epochs compare, not their parts; these do with --set train.gradients_while_sampling=False.
+
+On one CPU thread times are CPU seconds, which waiting for other programs does not change; on more, or a GPU, seconds of
+the clock. Peak memory of either side is that of a process of its own. Settings are compared through --set, e.g. --set
+train.batch_size=4.
 
 Sizes: mini, the embedded model (64 px, no guidance); 4m, a random UNet of 4 million parameters on 16 x 16 latents;
 sd15, SD 1.5's architecture with random weights, bfloat16, for a GPU. The last line is JSON.
@@ -217,7 +218,7 @@ def check(model: Path, given: argparse.Namespace, while_sampling: bool) -> None:
 
 def peak_memory(kind: type, model: Path, given: argparse.Namespace) -> float:
     """Peak of a process with two epochs, MiB."""
-    config = workload.configure(model, given)
+    config = workload.configure(model, given, given.updates)
     side = kind(config, given)
     for epoch in range(2):
         workload.epoch_of(side, config, epoch, time.perf_counter)
@@ -226,7 +227,7 @@ def peak_memory(kind: type, model: Path, given: argparse.Namespace) -> float:
 
 def measure(model: Path, given: argparse.Namespace) -> dict:
     """Medians of `turns` epochs of both sides by turns, after one that is not counted; speeds, ratios, utilisation."""
-    config = workload.configure(model, given)
+    config = workload.configure(model, given, given.updates)
     sides = {"ours": workload.Ours(config, given), "baseline": Baseline(config, given)}
     device = sides["ours"].device
 

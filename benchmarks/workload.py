@@ -84,8 +84,8 @@ def save_model(size: str, folder: Path) -> None:
     random_model(size).to(dtype=DTYPES[SIZES[size]["mixed_precision"]]).save_pretrained(folder)
 
 
-def configure(model: Path, given: argparse.Namespace) -> ConfigDict:
-    """config/base.py with the size's and the user's fields, one update an epoch."""
+def configure(model: Path, given: argparse.Namespace, updates: int = 1) -> ConfigDict:
+    """config/base.py with the size's and the user's fields, and so many updates an epoch."""
     config = load("config/base.py").get_config()
     classifier = str(ASSETS / "artifact_classifier_H6.safetensors")
     fields = {"reward_fn_kwargs.isic_classifier_reward.classifier": classifier, "progress": False}
@@ -104,7 +104,10 @@ def configure(model: Path, given: argparse.Namespace) -> ConfigDict:
         raise UserError(f"--set takes name=value of config/base.py ({' '.join(str(error).split())})") from error
     if "train.batch_size" not in overrides:
         config.train.batch_size = config.sample.batch_size
-    config.train.gradient_accumulation_steps = config.sample.batch_size * given.batches // config.train.batch_size
+    batches = config.sample.batch_size * given.batches // config.train.batch_size
+    if batches % updates:
+        raise UserError(f"--updates {updates} does not divide the {batches} train batches of an epoch")
+    config.train.gradient_accumulation_steps = batches // updates
     return config
 
 
@@ -242,10 +245,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--turns", type=int, default=5, help="timed epochs of each side")
     parser.add_argument("--batches", type=int, default=2, help="rollout batches of an epoch")
+    parser.add_argument("--updates", type=int, default=1, help="of the weights in an epoch; 2 in the paper")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of config/base.py")
     given = parser.parse_args()
-    if min(given.threads, given.turns, given.batches) < 1 or given.threads > cores():
-        parser.exit(2, f"error: --threads can be 1 to {cores()}, --turns and --batches 1 or more\n")
+    if min(given.threads, given.turns, given.batches, given.updates) < 1 or given.threads > cores():
+        parser.exit(2, f"error: --threads can be 1 to {cores()}, --turns, --batches and --updates 1 or more\n")
     return given
 
 

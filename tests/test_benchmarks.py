@@ -64,7 +64,8 @@ def test_sampling():
 
 def test_training():
     fields = [f"--set={name}" for name in ("sample.num_steps=2", "sample.batch_size=2", "train.batch_size=1")]
-    result = run_script("../benchmarks/training.py", "--turns", 1, "--batches", 1, "--threads", 1, *fields)
+    options = ("--turns", 1, "--batches", 1, "--threads", 1, "--updates")
+    result = run_script("../benchmarks/training.py", *options, 2, *fields)
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout.splitlines()[-1])
     for part in ("rollout", "update", "epoch"):
@@ -75,6 +76,8 @@ def test_training():
     )
     assert figures["unet_inputs"] == 4 and figures["set"][-1] == "train.batch_size=1"
     assert "loss: ours and the baseline's differ by" in result.stdout
+    wrong = run_script("../benchmarks/training.py", *options, 3, *fields)
+    assert wrong.returncode == 2 and "--updates 3 does not divide the 2 train batches of an epoch" in wrong.stderr
 
 
 def test_training_knows_its_models(tmp_path, monkeypatch):
