@@ -58,7 +58,7 @@ class ScoreGradients:
         """Within it `take` is about the samples first ... first + count - 1 of the first update, in its order."""
         with row_gradients(self._unet, self._passes * count) as found:
             yield self
-        parts = (found[weight].view(self._passes, count, -1).sum(dim=0) for weight in self._weights)
+        parts = (found[weight].reshape(self._passes, count, -1).sum(dim=0) for weight in self._weights)
         self._sums[first : first + count] = torch.cat(list(parts), dim=1).to("cpu", torch.float32)
 
     def wants(self, step: int) -> bool:

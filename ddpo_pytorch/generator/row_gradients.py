@@ -46,12 +46,13 @@ def row_gradients(unet: nn.Module, rows: int, adapter: str = "default") -> Itera
             module.forward = partial(forward, module, module.forward, found, *arguments)
 
         for layer in (module for module in unet.modules() if isinstance(module, lora.Linear)):
-            narrow = layer.lora_A[adapter], layer.lora_B[adapter]
-            for linear in narrow:
-                found[linear.weight] = linear.weight.new_zeros(rows, *linear.weight.shape)
-                replace(linear, _narrow)
+            down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+            found[down.weight] = down.weight.new_zeros(rows, *down.weight.shape)
+            found[up.weight] = up.weight.new_zeros(rows, *up.weight.T.shape).mT  # in the order of memory it is added to
+            replace(down, _narrow)
+            replace(up, _narrow)
             if is_fused(layer):
-                replace(layer, _fused, *(linear.weight for linear in narrow))
+                replace(layer, _fused, down.weight, up.weight)
         yield found
 
 
@@ -74,11 +75,9 @@ def _fused(
     return _FusedWithKept.apply(x, base.weight, base.bias, down, up, found, first_row())
 
 
-def _keep(found: Gradients, weight: nn.Parameter, first: int, grad: torch.Tensor, x: torch.Tensor) -> None:
-    """Add grad_i^T x_i of rows first, first + 1, ..., summed over all but the first and the last dimension."""
-    rows, kept = len(x), found[weight]
-    grad, x = (value.reshape(rows, -1, value.shape[-1]).to(kept.dtype) for value in (grad, x))
-    kept[first : first + rows].baddbmm_(grad.mT, x)
+def _by_row(x: torch.Tensor) -> torch.Tensor:
+    """(rows, positions, features)."""
+    return x.reshape(len(x), -1, x.shape[-1])
 
 
 class _LinearWithKept(torch.autograd.Function):
@@ -94,7 +93,8 @@ class _LinearWithKept(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, cast = ctx.saved_tensors
-        _keep(ctx.found, ctx.weight, ctx.first, grad, x)
+        kept = ctx.found[ctx.weight][ctx.first : ctx.first + len(x)]
+        kept.baddbmm_(_by_row(grad).mT.to(kept.dtype), _by_row(x).to(kept.dtype))
         return (grad @ cast).to(ctx.dtype) if ctx.needs_input_grad[0] else None, None, None, None, None
 
 
@@ -109,6 +109,8 @@ class _FusedWithKept(LinearWithLora):
     @staticmethod
     def backward(ctx, grad):
         x, merged, down, up = ctx.saved_tensors
-        _keep(ctx.found, ctx.weights[0], ctx.first, grad @ up, x)
-        _keep(ctx.found, ctx.weights[1], ctx.first, grad, x @ down.T)
+        x_rows, grad_rows = _by_row(x), _by_row(grad)
+        down_rows, up_rows = (ctx.found[weight][ctx.first : ctx.first + len(x)] for weight in ctx.weights)
+        down_rows.baddbmm_(up.T @ grad_rows.mT, x_rows)
+        up_rows.mT.baddbmm_(down @ x_rows.mT, grad_rows)
         return grad @ merged if ctx.needs_input_grad[0] else None, None, None, None, None, None, None
