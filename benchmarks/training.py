@@ -246,10 +246,8 @@ def measure(model: Path, given: argparse.Namespace) -> dict:
     }
     samples = config.sample.batch_size * given.batches
     inputs = samples * config.sample.num_steps * (2 if config.sample.guidance_scale > 1 else 1)
-    peak, (forward, both) = (
-        workload.matmul_peak(device, DTYPES[config.mixed_precision], clock),
-        workload.unet_flops(model),
-    )
+    peak = workload.matmul_peak(device, DTYPES[config.mixed_precision], clock)
+    forward, both = workload.unet_flops(model)
     result = {"samples": samples, "unet_inputs": inputs, "steps": config.sample.num_steps}
     result["matmul_peak_tflops"] = round(peak / 1e12, 3)
     for name, seconds in median.items():

@@ -39,13 +39,14 @@ from ddpo_pytorch.rollout import (
     Trajectories,
     draw_prompts,
     generators,
+    rollout_batches,
     sample_trajectories,
     timestep_order,
     update_order,
 )
 from ddpo_pytorch.run import DTYPES, Geometry, batch_geometry, check_training, make_accelerator, peak_memory_gib
 from ddpo_pytorch.sample_grid import save_grid
-from ddpo_pytorch.score_gradients import ScoreGradients, rollout_batches, while_sampling
+from ddpo_pytorch.score_gradients import ScoreGradients, while_sampling
 from ddpo_pytorch.scoring import Scorer
 from ddpo_pytorch.stat_tracking import compute_advantages, reward_statistics
 
@@ -204,8 +205,7 @@ def sample_and_score(
         trajectories.put(batch, part)
         run.scorer.submit(images, texts, about)
         drawn += batch
-    rewards = torch.from_numpy(run.scorer.collect()[np.argsort(drawn)])
-    return trajectories, rewards.to(device)
+    return trajectories, torch.from_numpy(run.scorer.collect()[np.argsort(drawn)]).to(device)
 
 
 def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor) -> dict[str, float]:
