@@ -16,6 +16,7 @@ from typing import IO
 
 from ddpo_pytorch.errors import UserError
 
+LOCK = ".lock"
 # of file systems that know no locks
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -24,7 +25,7 @@ _PARTIAL = re.compile(r"\..+\.(partial|\d+\.tmp|removed)")
 
 
 @contextmanager
-def whole(path: str | Path, durable: bool = False) -> Iterator[Path]:
+def atomic_write(path: str | Path, durable: bool = False) -> Iterator[Path]:
     """A temporary path beside `path` (its folder is made if absent); what is written there gets the name at the end.
 
     After an error nothing is left, and a file that had the name before is still the old one. `durable`: also after a
@@ -45,7 +46,7 @@ def whole(path: str | Path, durable: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path) -> Iterator[Path]:
     """The same for a folder, which must not exist when it gets its name. Always durable."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.partial")
@@ -146,7 +147,7 @@ class JsonLines:
                 lines = self.path.read_bytes().splitlines(keepends=True)
                 kept = [line for line in lines if (number := _number(line, counter)) is not None and number < keep]
                 if kept != lines:
-                    with whole(self.path, durable=True) as temporary:
+                    with atomic_write(self.path, durable=True) as temporary:
                         temporary.write_bytes(b"".join(kept))
 
     def write(self, entry: dict) -> None:
@@ -184,3 +185,25 @@ def lock(path: str | Path, taken: str, second: str) -> IO[bytes]:
             raise
         logger.warning("%s: no locks on this file system; let no second %s write here", path, second)
     return file
+
+
+@contextmanager
+def locked(folder: str | Path, instead: str = "another logdir") -> Iterator[None]:
+    """The folder, made if absent, for this process alone. Raises UserError while another process has it.
+
+    The lock ends with the process, however that ends; its file is removed by whoever holds it last. `instead` says what
+    else the user can give.
+    """
+    path = Path(folder) / LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    taken = f"{str(folder)!r} is being written by another run; wait for its end or choose {instead}"
+    while True:
+        file = lock(path, taken, "run")
+        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            break
+        file.close()  # a run that ended just now removed the file: it locks nothing
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()

@@ -15,7 +15,7 @@ import torch
 
 from ddpo_pytorch.data.images import image_grid, load_pixels, to_uint8
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import whole
+from ddpo_pytorch.files import atomic_write
 from ddpo_pytorch.judges.policy import Policy
 from ddpo_pytorch.judges.selector import Selector
 from ddpo_pytorch.metrics.kernel import kernel_distance
@@ -172,7 +172,7 @@ def table(history: Sequence[Standing]) -> str:
 
 def save_rounds_grid(path: Path, images: torch.Tensor, count: int) -> None:
     """The first image of each of the first prompts, of which there are `count` each, in rows."""
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         image_grid(images[::count][: 2 * GRID_COLUMNS].float() / 255, GRID_COLUMNS).save(temporary, format="PNG")
 
 

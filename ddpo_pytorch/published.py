@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import sha256, whole
+from ddpo_pytorch.files import atomic_write, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def fetch_split(name: str, folder: Path, base_url: str = SPLITS_URL) -> Path:
             f"{url} gave another content than the official table (sha256 {digest}, expected {SPLITS[name]}), which was "
             f"not saved; see what your network answers there, or save the official table as {target}"
         )
-    with whole(target) as temporary:
+    with atomic_write(target) as temporary:
         temporary.write_bytes(content)
     logger.info("%s fetched, sha256 as expected", target)
     return target

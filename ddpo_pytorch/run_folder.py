@@ -21,9 +21,8 @@ from ddpo_pytorch.checkpointing import (
     is_checkpoint,
     recover_best,
 )
-from ddpo_pytorch.data.sample_log import LOCK, locked
 from ddpo_pytorch.errors import UserError, difference
-from ddpo_pytorch.files import remove_leftovers, whole
+from ddpo_pytorch.files import LOCK, atomic_write, locked, remove_leftovers
 from ddpo_pytorch.processes import on_main
 from ddpo_pytorch.saving import put_aside
 
@@ -130,7 +129,7 @@ def write_settings(folder: Path, settings: Mapping[str, Any], epoch: int, resume
     newest = ([None, *_settings_files(folder)])[-1]
     if resumed and newest is not None and newest.read_text() == text:
         return
-    with whole(folder / (f"config_{epoch:04d}.json" if resumed else CONFIG), durable=True) as temporary:
+    with atomic_write(folder / (f"config_{epoch:04d}.json" if resumed else CONFIG), durable=True) as temporary:
         temporary.write_text(text)
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from ddpo_pytorch.errors import UserError, difference
-from ddpo_pytorch.files import whole
+from ddpo_pytorch.files import atomic_write
 
 
 def save_state(path: str | Path, state: Mapping[str, Any], belongs_to: Mapping[str, Any]) -> None:
     """Write tensors and plain values, and the settings (JSON-able) that they belong to."""
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         torch.save({"state": dict(state), "belongs_to": json.dumps(belongs_to)}, temporary)
 
 

@@ -39,7 +39,7 @@ from ddpo_pytorch.data.isic import LABELS, Row, labels_of, load_split
 from ddpo_pytorch.data.sample_log import claim_folder, read_settings
 from ddpo_pytorch.data.splits import read_splits
 from ddpo_pytorch.errors import UserError, difference
-from ddpo_pytorch.files import sha256, whole
+from ddpo_pytorch.files import atomic_write, sha256
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
 from ddpo_pytorch.judges.initial_weights import new_classifier
 from ddpo_pytorch.judges.prediction import predict
@@ -232,7 +232,7 @@ def train(accelerator: Accelerator, training: Training, data: Data, sets: Mappin
     if not logits.isfinite().all():
         raise UserError(f"{str(path)!r} gives logits that are not finite; lower --learning_rate, in another --output")
     if accelerator.is_main_process:
-        with whole(folder / LOGITS) as temporary:
+        with atomic_write(folder / LOGITS) as temporary:
             save_file({"logits": logits, "labels": labels}, temporary)
     accelerator.wait_for_everyone()
 
@@ -262,7 +262,7 @@ def write_report(trainings: Sequence[Training], data: Data, seeds: Sequence[int]
     }
     text = markdown(rows, about)
     for suffix, content in ((".md", text), (".csv", as_csv(rows)), (".json", json.dumps(about | {"rows": rows}))):
-        with whole(Path(FLAGS.output, f"table4{suffix}")) as temporary:
+        with atomic_write(Path(FLAGS.output, f"table4{suffix}")) as temporary:
             temporary.write_text(content)
     return text
 

@@ -30,8 +30,9 @@ from ddpo_pytorch.checkpointing import load_weights
 from ddpo_pytorch.cli import cli
 from ddpo_pytorch.data.images import read_log
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
-from ddpo_pytorch.data.sample_log import SETTINGS, PartLog, claim_folder, locked, logged, merge_parts, strays
+from ddpo_pytorch.data.sample_log import SETTINGS, PartLog, claim_folder, logged, merge_parts, strays
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import locked
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import warn_of_cut
 from ddpo_pytorch.judges.classifier import load_classifier

@@ -26,9 +26,9 @@ from ml_collections import ConfigDict, config_flags
 from ddpo_pytorch.checkpointing import load_weights
 from ddpo_pytorch.cli import cli
 from ddpo_pytorch.data import fundus
-from ddpo_pytorch.data.sample_log import claim_folder, locked
+from ddpo_pytorch.data.sample_log import claim_folder
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import JsonLines, sha256, whole, whole_folder
+from ddpo_pytorch.files import JsonLines, atomic_folder, atomic_write, locked, sha256
 from ddpo_pytorch.generator.conditioning import save_model
 from ddpo_pytorch.generator.latents import INDEX, LatentShards
 from ddpo_pytorch.generator.lora import merged_state_dict
@@ -200,7 +200,7 @@ def read_history(path: Path) -> list[Standing]:
 
 def point_to(link: Path, target: Path) -> None:
     """Make `link` a link to a folder, in the place of an earlier one."""
-    with whole(link) as temporary:
+    with atomic_write(link) as temporary:
         temporary.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
 
 
@@ -211,7 +211,7 @@ def save_merged(model: Path, weights: Path, outcome: Path) -> None:
     merged = merged_state_dict(pipe.unet)
     pipe = load_pipeline(str(model))
     pipe.unet.load_state_dict(merged)
-    with whole_folder(outcome) as temporary:
+    with atomic_folder(outcome) as temporary:
         save_model(pipe, temporary)
 
 
@@ -239,7 +239,7 @@ def main(_) -> None:
                 break
         best = max(range(len(history)), key=lambda one: history[one].alignment)
         point_to(output / "best", rounds.model(best))
-        with whole(output / "rounds.md") as temporary:
+        with atomic_write(output / "rounds.md") as temporary:
             temporary.write_text(table(history))
     print(table(history))  # the product of this command
     logger.info("models, pools and measures of all rounds are in %s; best/ is round %d", output, best)

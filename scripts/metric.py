@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ddpo_pytorch.cli import cli
-from ddpo_pytorch.files import whole
+from ddpo_pytorch.files import atomic_write
 from ddpo_pytorch.metrics.cautions import missing_of, warnings_of
 from ddpo_pytorch.metrics.comparison import compare
 from ddpo_pytorch.metrics.diversity import within_pairs
@@ -210,7 +210,7 @@ def write(config: ConfigDict, result: dict, folders: dict[str, list[Folder]]) ->
              (("md", markdown), ("csv", as_csv), ("tex", latex))}  # fmt: skip
     numbers = {"metrics.json": json.dumps(result, indent=1, allow_nan=False) + "\n"}
     for name, text in (numbers | texts).items():
-        with whole(output / name) as temporary:
+        with atomic_write(output / name) as temporary:
             temporary.write_text(text)
     write_per_image(output / "per_image.csv", folders, "alignment" if fundus else "aligned")
     comparison({name: own[0].side.images.samples for name, own in folders.items()}).save(output / "comparison.png")

@@ -31,7 +31,7 @@ from ddpo_pytorch.data.ratings import (
     split_by_patient,
 )
 from ddpo_pytorch.errors import UserError, difference
-from ddpo_pytorch.files import JsonLines, whole
+from ddpo_pytorch.files import JsonLines, atomic_write
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, Policy, TextFeatures, load_judges, save_policy
 from ddpo_pytorch.judges.rated import COLUMNS, RatedSet, best_threshold, read_rated, through_autoencoder
@@ -194,7 +194,7 @@ def second_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedS
     training = StageTraining(accelerator, 2, networks, samples, val_set, rlhf, config.seed, scores[chosen])
     policy.origin = train(accelerator, training, output, before["epochs"])
     if accelerator.is_main_process:
-        with whole(output / FIRST_POLICY) as temporary:
+        with atomic_write(output / FIRST_POLICY) as temporary:
             shutil.copyfile(output / POLICY_FILE, temporary)
         if other_threshold:
             save_selector(selector, output / SELECTOR_FILE)

@@ -34,7 +34,7 @@ from ddpo_pytorch.data.image_cache import decoded
 from ddpo_pytorch.data.images import image_grid
 from ddpo_pytorch.data.kinds import source
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import JsonLines, whole, whole_folder
+from ddpo_pytorch.files import JsonLines, atomic_folder, atomic_write
 from ddpo_pytorch.generator import scratch
 from ddpo_pytorch.generator.conditioning import save_model, unet_metadata, with_bert
 from ddpo_pytorch.generator.latents import LatentShards, fingerprint
@@ -203,14 +203,14 @@ def vae_stage(accelerator: Accelerator, config: ConfigDict) -> Stage:
         images, latents = encoded(val_set or train_set, 8)
         pairs = torch.cat([images, vae.decode(latents).sample]) / 2 + 0.5
         if accelerator.is_main_process:
-            with whole(path) as temporary:
+            with atomic_write(path) as temporary:
                 image_grid(pairs.clamp(0, 1), columns=len(images)).save(temporary, format="PNG")
 
     def finish() -> None:
         # latents of unit variance, as SD's diffusion expects them
         vae.register_to_config(scaling_factor=float(1 / encoded(train_set, 64)[1].std()))
         draw(output / "vae.png")
-        with whole_folder(output / "vae") as temporary:
+        with atomic_folder(output / "vae") as temporary:
             vae.eval().save_pretrained(temporary)
 
     data = {"images": images.digest()}
@@ -241,7 +241,7 @@ def unet_stage(accelerator: Accelerator, config: ConfigDict, pipe: StableDiffusi
             save_lora(pipe.unet, output)
         if sd.stage == "unet" or sd.text_encoder == "bert" or sd.train_text_encoder:
             save_model(pipe, output)
-        with whole(output / "pretrained_unet.safetensors") as temporary:
+        with atomic_write(output / "pretrained_unet.safetensors") as temporary:
             save_file(merged_state_dict(pipe.unet), temporary, metadata=unet_metadata(pipe))
 
     loss = NoiseLoss(pipe, captions, sd.caption_dropout, sd.min_snr_gamma)

@@ -16,7 +16,7 @@ from torch import nn
 from ddpo_pytorch import files
 from ddpo_pytorch.checkpointing import fault, find_checkpoint, find_weights, load_checkpoint, recover_best
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import JsonLines, whole, whole_folder
+from ddpo_pytorch.files import JsonLines, atomic_folder, atomic_write
 from ddpo_pytorch.saving import save_best, save_checkpoint, snapshot
 
 FILES = ("unet.safetensors", "optimizer.pt", "progress.json")
@@ -159,7 +159,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
     assert synced == {*FILES, "manifest.json", ".checkpoint_1.partial"}
     assert calls[5:] == [("name", "checkpoint_1"), ("sync", tmp_path.name)]
     calls.clear()
-    with whole(tmp_path / "a", durable=True) as temporary:
+    with atomic_write(tmp_path / "a", durable=True) as temporary:
         temporary.write_text("a")
     assert calls == [("sync", temporary.name), ("name", "a"), ("sync", tmp_path.name)]
 
@@ -242,11 +242,11 @@ def test_logs_lose_torn_lines_and_those_after_the_checkpoint(tmp_path):
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path):
-    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "a") as temporary:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "a") as temporary:
         (temporary / "b").write_text("b")
         raise KeyboardInterrupt
     assert names(tmp_path) == []
-    with whole_folder(tmp_path / "a") as temporary:
+    with atomic_folder(tmp_path / "a") as temporary:
         (temporary / "b").mkdir()
         (temporary / "b" / "c").write_text("c")
     assert files_of(tmp_path) == {"a/b/c": b"c"}

@@ -13,8 +13,8 @@ from conftest import run_script
 from script_tools import files_of
 from test_train import as_flags, classifier, script, settings, train, weights  # noqa: F401 (fixtures)
 
-from ddpo_pytorch.data.sample_log import LOCK, locked
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import LOCK, locked
 
 TIMES = {"rollout_samples_per_second", "update_samples_per_second", "peak_memory_gib", "seconds"}
 

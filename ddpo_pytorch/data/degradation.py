@@ -23,7 +23,7 @@ from ddpo_pytorch.data.damage import BANDS, ERASABLE, KINDS, VISIBLE, degrade, d
 from ddpo_pytorch.data.fundus import MODALITY, Row, check_images, load_split
 from ddpo_pytorch.data.images import RESIZES, load_pixels, save_image
 from ddpo_pytorch.errors import UserError, difference
-from ddpo_pytorch.files import sha256, whole
+from ddpo_pytorch.files import atomic_write, sha256
 from ddpo_pytorch.randomness import text_number
 
 logger = logging.getLogger(__name__)
@@ -81,13 +81,13 @@ def write_rating_set(
     rng = np.random.default_rng((seed, 1))
     truth = _true_ratings(sources, mismatched, rng)
     numbers = rng.permutation(len(truth))
-    with whole(out / "record.json") as temporary:
+    with atomic_write(out / "record.json") as temporary:
         temporary.write_text(json.dumps(settings, indent=1) + "\n")
     for index, source in enumerate(sources):
         files = [out / _image_path(number) for number in numbers[3 * index : 3 * index + 3]]
         _write_grades(source, files, seed, size, resize)
     rated = [dict(truth[at], image_path=_image_path(numbers[at])) for at in np.argsort(numbers)]
-    with whole(out / "ratings.csv") as temporary, open(temporary, "w", newline="") as file:
+    with atomic_write(out / "ratings.csv") as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(given := _given_ratings(rated, raters, rng))

@@ -24,7 +24,7 @@ from ddpo_pytorch.data.csv_tables import choice, read_table
 from ddpo_pytorch.data.images import read_rgb
 from ddpo_pytorch.data.lesions import assign
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import whole
+from ddpo_pytorch.files import atomic_write
 
 logger = logging.getLogger(__name__)
 MODALITY = "Fundus"
@@ -240,13 +240,13 @@ def write_splits(folder: str | Path, splits: Mapping[str, Sequence[Row]]) -> Non
         if path.exists() and path.read_bytes() != text:
             raise UserError(f"{str(path)!r} exists and holds something else; choose another folder or move it away")
     for path, text in texts.items():
-        with whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(text)
 
 
 def write_table(path: str | Path, rows: Sequence[Row]) -> None:
     """Write rows with every column of the table that they were read from; whole or not at all."""
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(_as_csv(rows))
 
 

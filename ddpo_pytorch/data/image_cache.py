@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ddpo_pytorch.data.images import ImageFiles
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import whole
+from ddpo_pytorch.files import atomic_write
 
 logger = logging.getLogger(__name__)
 _SPARE_BYTES = 2**30  # left free on the disk
@@ -77,7 +77,7 @@ def decoded(files: ImageFiles, folder: str | Path) -> Dataset:
         _remove_leftovers(path)
         if np.prod(shape) + _SPARE_BYTES > shutil.disk_usage(path.parent).free:
             raise OSError("no room on the disk")
-        with whole(path) as temporary, open(temporary, "wb") as file:
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
             # written from front to back: a full disk is then an error, where a memory map would kill the process
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ddpo_pytorch.data.field_of_view import fov_square
 from ddpo_pytorch.data.isic import caption_of_folder, folder_name
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import whole
+from ddpo_pytorch.files import atomic_write
 
 LOG = "image_log.json"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -85,7 +85,7 @@ def save_image(path: str | Path, image: torch.Tensor) -> None:
     """
     levels = image if image.dtype == torch.uint8 else to_uint8(image)
     picture = Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         if Path(path).suffix == ".jpg":
             picture.save(temporary, format="JPEG", quality=95, subsampling=0)
         else:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ddpo_pytorch.data.isic import Row, count_labels, image_key, read_csv
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import sha256, whole
+from ddpo_pytorch.files import atomic_write, sha256
 
 logger = logging.getLogger(__name__)
 RECORD = "splits.json"  # seed, and the hash of every table, of splits made here
@@ -144,7 +144,7 @@ def write_splits(folder: str | Path, name: str, splits: Mapping[str, Sequence[Ro
 
 def write_csv(path: Path, columns: Sequence[str], lines: Sequence[Mapping[str, str]]) -> None:
     """Write a table; the file appears whole or not at all."""
-    with whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)

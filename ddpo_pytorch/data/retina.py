@@ -23,7 +23,7 @@ from PIL import Image
 from ddpo_pytorch.data.damage import degrade, draw_damage
 from ddpo_pytorch.data.drawing import POINTS, Sheet, blend, clouds, direction, plane, step
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import whole
+from ddpo_pytorch.files import atomic_write
 
 logger = logging.getLogger(__name__)
 STYLE = 1  # raised when the drawing code changes pictures, so that old and new worlds never mix
@@ -267,7 +267,7 @@ def _write_patient(root: Path, seed: int, patient: int, size: int, degraded: flo
             image = draw(finding, eye, look, np.random.default_rng(own), size)
             if quality < 3:
                 image = degrade(image, *draw_damage(quality, damage), damage)
-            with whole(path) as temporary:
+            with atomic_write(path) as temporary:
                 Image.fromarray(image).save(temporary, "JPEG", quality=95, subsampling=0)
         about = (f"images/{path.name}", caption_of(finding, eye), "Fundus", path.name[:7], eye, age, sex, quality)
         rows.append(dict(zip(COLUMNS, about, strict=True)))
@@ -275,7 +275,7 @@ def _write_patient(root: Path, seed: int, patient: int, size: int, degraded: flo
 
 
 def _write_table(path: Path, rows: list[dict]) -> None:
-    with whole(path) as temporary, open(temporary, "w", newline="") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -8,39 +8,14 @@ import json
 import os
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ddpo_pytorch.data.images import IMAGE_SUFFIXES, read_log, write_log
 from ddpo_pytorch.errors import UserError, difference
-from ddpo_pytorch.files import lock
 
 SETTINGS = "settings.json"
 PARTS = "image_log.part*.jsonl"
-LOCK = ".lock"
-
-
-@contextmanager
-def locked(folder: str | Path, instead: str = "another logdir") -> Iterator[None]:
-    """The folder, made if absent, for this process alone. Raises UserError while another process has it.
-
-    The lock ends with the process, however that ends; its file is removed by whoever holds it last. `instead` says what
-    else the user can give.
-    """
-    path = Path(folder) / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    taken = f"{str(folder)!r} is being written by another run; wait for its end or choose {instead}"
-    while True:
-        file = lock(path, taken, "run")
-        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-            break
-        file.close()  # a run that ended just now removed the file: it locks nothing
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        file.close()
 
 
 def claim_folder(folder: str | Path, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:

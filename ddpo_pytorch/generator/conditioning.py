@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import sha256, whole
+from ddpo_pytorch.files import atomic_write, sha256
 from ddpo_pytorch.generator.latents import fingerprint
 from ddpo_pytorch.generator.text import has_mask, load_text_encoder, mask_padding
 
@@ -29,7 +29,7 @@ def save_model(pipe: StableDiffusionPipeline, folder: str | Path) -> None:
     if has_mask(pipe.text_encoder):
         files = {str(path.relative_to(folder)): sha256(path) for path in _files(folder)}
         record = {KEY: fingerprint(pipe.text_encoder), "tokens": pipe.tokenizer.model_max_length, "files": files}
-        with whole(folder / RECORD) as temporary:
+        with atomic_write(folder / RECORD) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from ddpo_pytorch.data.image_cache import loader_options
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import sha256, whole
+from ddpo_pytorch.files import atomic_write, sha256
 
 logger = logging.getLogger(__name__)
 INDEX = "index.json"
@@ -132,7 +132,7 @@ def encode_data_set(
                 shard = {"row": torch.tensor([rows[position] for position in positions])}
                 shard["caption"] = torch.tensor([caption_ids[position] for position in positions])
                 shard["mean"], shard["logvar"] = map(torch.cat, zip(*latents, strict=True))
-                with whole(path) as temporary:
+                with atomic_write(path) as temporary:
                     save_file(shard, temporary)
     return missing
 
@@ -181,7 +181,7 @@ def write_index(
     }
     for leftover in set(Path(folder).glob("shard_*.safetensors")) - set(paths):
         leftover.unlink()
-    with whole(Path(folder) / INDEX) as temporary:
+    with atomic_write(Path(folder) / INDEX) as temporary:
         temporary.write_text(json.dumps(index, indent=1) + "\n")
 
 

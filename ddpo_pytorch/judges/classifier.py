@@ -20,7 +20,7 @@ from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
 
 from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import whole
+from ddpo_pytorch.files import atomic_write
 from ddpo_pytorch.published import resolve
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -110,7 +110,7 @@ def save_classifier(model: ArtifactClassifier, path: str | Path) -> None:
     """
     about = {name: getattr(model, name) for name in ("labels", "image_size", "arch", "thresholds")}
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata={"artifact_classifier": json.dumps(about)})
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import whole
+from ddpo_pytorch.files import atomic_write
 from ddpo_pytorch.judges.report_pictures import confusion_picture, reliability_picture
 
 BINS = 15
@@ -142,7 +142,7 @@ class Report:
         written = []
         for suffix, content in contents.items():
             path = Path(f"{stem}{suffix}")
-            with whole(path) as temporary:
+            with atomic_write(path) as temporary:
                 temporary.write_bytes(content)
             written.append(path)
         return written

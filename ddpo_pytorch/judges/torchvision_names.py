@@ -12,7 +12,7 @@ import torch
 
 from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import whole
+from ddpo_pytorch.files import atomic_write
 from ddpo_pytorch.judges.classifier import PUBLISHED_ARCH, ArtifactClassifier
 
 TIMM_ARCH = "efficientnet_b0"
@@ -97,7 +97,7 @@ def save_published(
         "val_loss": float(val_loss),
         "val_accuracy": float(val_accuracy),
     }
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         torch.save(payload, temporary)
 
 

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import whole
+from ddpo_pytorch.files import atomic_write
 
 STEMS = ("linear", "conv")
 LEAST_CHANNELS = 24  # of a convolution of the stem
@@ -143,7 +143,7 @@ def scoring(module: nn.Module) -> Iterator[None]:
 def save_judge(path: str | Path, kind: str, module: nn.Module, about: Mapping[str, Any]) -> None:
     """Safetensors of all weights with `about` as JSON under the name `kind`: the file describes itself."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata={kind: json.dumps(about)})
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpo_pytorch.files import whole
+from ddpo_pytorch.files import atomic_write
 from ddpo_pytorch.metrics.fundus import JUDGES, Structure, fundus_alignment, inception_block, quality, structure
 from ddpo_pytorch.metrics.intervals import Quantity, bootstrap_mean, bootstrap_ratio, over_runs
 from ddpo_pytorch.metrics.measure import (
@@ -258,7 +258,7 @@ def write_per_image(path: Path, models: Mapping[str, Sequence[Folder]], key: str
     `key`: name of the column that says how well the image is aligned.
     """
     extra = dict.fromkeys(name for folders in models.values() for folder in folders for name in folder.columns)
-    with whole(path) as temporary, open(temporary, "w", newline="") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["model", "folder", "path", "caption", "seed", key, *extra])
         for model, folders in models.items():

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ddpo_pytorch.data.images import load_image
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import whole
+from ddpo_pytorch.files import atomic_write
 from ddpo_pytorch.metrics.sets import ImageSet
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class FeatureStore:
             bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
             if len(bad):
                 raise UserError(f"{str(columns[0][bad[0]])!r}: {network.what} gives NaN or infinity; check its weights")
-            with whole(file) as temporary:
+            with atomic_write(file) as temporary:
                 with open(temporary, "wb") as stream:  # np.save would append .npy to the name
                     np.save(stream, rows, allow_pickle=False)
         return len(columns[0])

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ddpo_pytorch.data.ratings import COLUMNS
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import lock, whole
+from ddpo_pytorch.files import atomic_write, lock
 from ddpo_pytorch.rating.items import Item
 
 JOURNAL_COLUMNS = ("time", "action", *COLUMNS)
@@ -194,7 +194,7 @@ def _append(path: Path, cells: Sequence[str], replaced: int = 0) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     """Write a file whole, on disk with its name before this returns."""
-    with whole(path) as temporary, open(temporary, "wb") as file:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import whole
+from ddpo_pytorch.files import atomic_write
 from ddpo_pytorch.report import tables
 from ddpo_pytorch.report.card import data_card, model_card
 from ddpo_pytorch.report.cells import counted, dig, letter
@@ -44,7 +44,7 @@ def write_report(
         )
     path = Path(output) / "report.html"
     text = render(page_content(result, samples, runs, title or wording_of(result).title))
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
 
