@@ -17,8 +17,8 @@ from script_tools import PROMPTS, files_of, options, succeed
 from ddpo_pytorch.data.images import save_image
 from ddpo_pytorch.data.isic import folder_name, labels_of
 from ddpo_pytorch.data.sample_log import PartLog, logged, merge_parts
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import difference, locked
+from ddpo_pytorch.errors import UserError, difference
+from ddpo_pytorch.files import locked
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.rewards import isic_classifier_reward
 from ddpo_pytorch.sampling import Sampler, draw_pass, draw_passes, plan
