@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from judge_tools import threshold_between
 from PIL import Image
 from test_networks import random_inception  # noqa: F401 (a fixture of this plugin too)
 
@@ -77,8 +78,7 @@ def fundus_judges(tmp_path_factory, fundus_sets) -> Path:
             judge.head[-1].weight *= 1.5 / logits.std()
             judge.head[-1].bias *= 0
             judge.head[-1].bias -= torch.logit(scores(images)).mean()
-    middle = selector.score(images).sort().values[5:7]
-    selector.threshold = float(middle.mean())
+    selector.threshold = threshold_between(selector.score(images))
     save_selector(selector, folder / SELECTOR_FILE)
     save_policy(policy, folder / POLICY_FILE)
     return folder

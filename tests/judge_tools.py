@@ -44,6 +44,20 @@ def write_judges(folder, text_encoder, seed, threshold=0.5):
     return folder
 
 
+def threshold_between(scores) -> float:
+    """Return a threshold that passes some of `scores` (N,), N >= 4, and that no rounding can carry a score across.
+
+    It lies in the middle of the widest gap between neighbours of the inner half. A score itself, or their median, would
+    pass or fail its own image by the last digit, which another batch size or processor changes.
+    """
+    ordered = torch.as_tensor(scores, dtype=torch.float64).sort().values
+    inner = ordered[len(ordered) // 4 : len(ordered) - len(ordered) // 4]
+    gaps = inner.diff()
+    widest = int(gaps.argmax())
+    assert gaps[widest] > 1e-4, f"the scores lie too close together: {inner.tolist()}"
+    return inner[widest : widest + 2].mean().item()
+
+
 @pytest.fixture(scope="session")
 def judges_dir(bert_pipeline_dir, tmp_path_factory):
     return write_judges(tmp_path_factory.mktemp("judges"), bert_pipeline_dir, seed=3, threshold=0.1)
