@@ -184,7 +184,11 @@ def test_bf16_trains_float32_weights_and_leaves_the_model_as_it_was(accelerators
         runs.append(model)
     exact, rough = (call.logits for call in calls)
     assert rough.dtype == torch.float32 and not torch.equal(exact, rough)
-    assert torch.allclose(exact, rough, atol=0.2)
+    # Both move the same way: cosine .82 to .84 on several instruction sets, 0 for unrelated trainings. Logits are no
+    # measure: after one epoch they are near 0 for every image.
+    start = new_model().state_dict()
+    moved = [torch.cat([(value - start[name]).flatten() for name, value in model.named_parameters()]) for model in runs]
+    assert torch.nn.functional.cosine_similarity(*moved, dim=0) > 0.5
     assert all(value.dtype in (torch.float32, torch.int64) for value in runs[1].state_dict().values())
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():

@@ -60,6 +60,11 @@ def by_hand(judges: Path, folder: Path) -> tuple[np.ndarray, np.ndarray, list[st
     return np.array(scores), np.array(values), texts, selector.threshold
 
 
+# Scored one by one and in batches, images have sharpened float32 scores that differ by about 1e-6, more on some
+# processors than on others; an image more or less in a mean of ten would be 1e-2.
+FLOAT32 = 1e-5
+
+
 def test_the_judges_numbers_by_hand(measured, fundus_sets, fundus_judges, tmp_path):
     result = measured()
     assert result["kind"] == "fundus" and list(result["judges"]) == ["selector", "policy"]
@@ -69,23 +74,23 @@ def test_the_judges_numbers_by_hand(measured, fundus_sets, fundus_judges, tmp_pa
         scores, values, texts, threshold = by_hand(fundus_judges, fundus_sets[name])
         aligned[name] = np.where(scores >= threshold, values, 0)
         assert 0 < (scores >= threshold).sum() < len(scores)  # the test could fail
-        assert block["selector"]["value"] == pytest.approx(scores.mean(), abs=1e-6)
+        assert block["selector"]["value"] == pytest.approx(scores.mean(), abs=FLOAT32)
         assert block["pass_rate"]["value"] == pytest.approx((scores >= threshold).mean(), abs=1e-12)
-        assert block["policy"]["value"] == pytest.approx(values.mean(), abs=1e-6)
-        assert block["alignment"]["value"] == pytest.approx(aligned[name].mean(), abs=1e-6)
+        assert block["policy"]["value"] == pytest.approx(values.mean(), abs=FLOAT32)
+        assert block["alignment"]["value"] == pytest.approx(aligned[name].mean(), abs=FLOAT32)
         assert block["alignment"]["low"] <= block["alignment"]["value"] <= block["alignment"]["high"]
         first = np.array([text == PROMPTS[0] for text in texts])
-        assert block["by_prompt"][PROMPTS[0]]["value"] == pytest.approx(aligned[name][first].mean(), abs=1e-6)
-    assert result["models"]["better"]["fundus_alignment"] == pytest.approx(aligned["better"].mean(), abs=1e-6)
+        assert block["by_prompt"][PROMPTS[0]]["value"] == pytest.approx(aligned[name][first].mean(), abs=FLOAT32)
+    assert result["models"]["better"]["fundus_alignment"] == pytest.approx(aligned["better"].mean(), abs=FLOAT32)
     (row,) = result["comparisons"]
     assert row["paired"] and row["pairs"] == 10 and "sign flips of the pairs' differences" in row["test"]
     difference = aligned["better"].mean() - aligned["base"].mean()
-    assert row["alignment"]["value"] == pytest.approx(difference, abs=1e-6) and row["p"] is not None
+    assert row["alignment"]["value"] == pytest.approx(difference, abs=FLOAT32) and row["p"] is not None
     lines = table(tmp_path / "out" / "per_image.csv")
     own = {line["path"]: line for line in lines if line["model"] == "base"}
     for path, value in zip(images_of(fundus_sets["base"]), aligned["base"], strict=True):
         line = own[str(path.relative_to(fundus_sets["base"]))]
-        assert float(line["alignment"]) == pytest.approx(value, abs=1e-5) and line["caption"] in PROMPTS
+        assert float(line["alignment"]) == pytest.approx(value, abs=FLOAT32) and line["caption"] in PROMPTS
     log = json.loads((tmp_path / "out" / "metrics_log.jsonl").read_text())["metrics"]
     assert log["fundus_alignment"] == result["models"]["better"]["fundus_alignment"]
 
