@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, their hashes, disks that are full, and logs of one JSON object a line."""
+"""Names that stay inside a folder, regular files, atomic writes, hashes, full disks, logs of one JSON object a line."""
 
 import errno
 import fcntl
@@ -9,10 +9,11 @@ import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 from ddpo_pytorch.errors import UserError
 
@@ -22,6 +23,41 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 logger = logging.getLogger(__name__)
 _PARTIAL = re.compile(r"\..+\.(partial|\d+\.tmp|removed)")
+
+
+def path_fault(name: str) -> str | None:
+    """Return why a name from a table or log may not be opened below a folder, or None.
+
+    It must lead to something inside that folder on any system: not empty, not absolute, no drive letter, no "..", no
+    control characters. A backslash counts as a slash. Links inside the folder are the user's own and are followed.
+    """
+    parts = name.replace("\\", "/").split("/")
+    if not name or all(part in ("", ".") for part in parts):
+        return "is empty"
+    if any(ord(character) < 32 or ord(character) == 127 for character in name):
+        return "holds control characters"
+    if not parts[0] or ".." in parts or re.match(r"[A-Za-z]:", name):
+        return "leads out of the folder"
+    return None
+
+
+def path_inside(folder: str | Path, name: str, where: str) -> Path:
+    """Return `folder / name`. Raises UserError, which begins with `where`, for a name that `path_fault` refuses."""
+    if fault := path_fault(name):
+        raise UserError(f"{where}: the path {name!r} {fault} {str(folder)!r}; give one that starts from that folder")
+    return Path(folder) / name
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading. A pipe would block, a device may have no end: both raise UserError.
+
+    Raises OSError as `open` does.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without O_NONBLOCK, opening a pipe waits for a writer
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{str(path)!r} is a folder, pipe or device, where a regular file is needed; remove it")
+    return os.fdopen(descriptor, "rb")
 
 
 @contextmanager
@@ -128,8 +164,8 @@ def _readable(size: int) -> str:
 
 
 def sha256(path: str | Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
+    """SHA-256 of a regular file, in hex."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ddpo_pytorch.files import sha256
+from ddpo_pytorch.files import path_fault, sha256
 
 MANIFEST = "manifest.json"
 
@@ -25,6 +25,8 @@ def read_manifest(folder: str | Path) -> dict[str, dict] | None:
         return None
     try:
         files = json.loads(path.read_bytes())["files"]
+        if any(path_fault(name) for name in files):
+            raise ValueError("it names files outside its folder")
         return {
             str(name): {"bytes": int(about["bytes"]), "sha256": str(about["sha256"])} for name, about in files.items()
         }

@@ -7,7 +7,7 @@ import torch
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.held_out import HeldOut, Sampling, load_judge
-from ddpo_pytorch.prompts import PROMPT_LISTS, Prompt, all_prompts, get_prompt_fn
+from ddpo_pytorch.prompts import PROMPT_LISTS, Prompt, all_prompts, check_prompt, get_prompt_fn
 from ddpo_pytorch.rewards import RewardFn, build_reward, check_prompts, parse_spec
 from ddpo_pytorch.rollout import draw_prompts
 
@@ -46,6 +46,8 @@ def make_objective(
     prompts = None
     if prompt_fn in PROMPT_LISTS:
         prompts = all_prompts(prompt_fn, **prompt_fn_kwargs)
+        for prompt, _ in prompts:
+            check_prompt(prompt)  # here as in eval.py, which would otherwise refuse them after the training
         check_prompts(reward, prompts)
     if not held_out.every:
         return Objective(draw, prompts, reward, None)

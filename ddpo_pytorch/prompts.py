@@ -7,6 +7,7 @@ NV]}` (0/1), otherwise `{}`; rewards receive it. To add a set, write such a func
 
 import inspect
 import random
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib import resources
@@ -89,6 +90,15 @@ PROMPT_LISTS: dict[str, Callable[..., Sequence[str]]] = {
     "from_file": read_prompts,
     "fundus_table": _table_captions,
 }
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise UserError for a prompt that is blank or no single line of text; all others can be trained and drawn."""
+    if not prompt.strip():
+        raise UserError(f"prompt {prompt!r} is blank; describe an image")
+    # control characters, line separators, and halves of UTF-16 pairs, which no text file can hold
+    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in prompt):
+        raise UserError(f"prompt {prompt!r} has characters that cannot be printed; give one line of plain text")
 
 
 def get_prompt_fn(name: str, **kwargs: Any) -> Callable[..., Prompt]:

@@ -19,12 +19,13 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from torch import nn
 
+from ddpo_pytorch.data.folder_names import folder_name
 from ddpo_pytorch.data.images import load_pixels, save_image, to_uint8
-from ddpo_pytorch.data.isic import folder_name
 from ddpo_pytorch.data.sample_log import PartLog
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.pipeline import PromptTable, latent_shape, set_schedule
+from ddpo_pytorch.prompts import check_prompt
 from ddpo_pytorch.randomness import Stream, derived_seed, text_number
 
 SCHEDULERS = ("ddim", "dpm++")
@@ -49,22 +50,15 @@ def plan(prompts: Sequence[tuple[str, dict[str, Any]]], count: int, seed: int, i
     Seeds depend on (seed, text of the prompt, index): other prompts beside it, or more images, change nothing.
 
     Raises:
-        UserError: a prompt that cannot name a folder or be printed, occurs twice, or shares its folder with another.
+        UserError: a prompt that `check_prompt` refuses, or that occurs twice.
     """
-    jobs, owners = [], {}
+    jobs, seen = [], set()
     for prompt, metadata in prompts:
-        if not prompt.isprintable():  # also halves of UTF-16 pairs, which no file can hold
-            raise UserError(f"prompt {prompt!r} has characters that cannot be printed; give one line of plain text")
+        check_prompt(prompt)
+        if prompt in seen:
+            raise UserError(f"prompt {prompt!r} is given twice; give every prompt once")
+        seen.add(prompt)
         folder = folder_name(prompt)
-        if not prompt.strip() or "/" in folder or folder.startswith(".") or len(folder.encode()) > 255:
-            raise UserError(
-                f"prompt {prompt!r} cannot name a folder; use 1 to 255 bytes, no '/' and no leading '.', one line"
-            )
-        if folder in owners:
-            if owners[folder] == prompt:
-                raise UserError(f"prompt {prompt!r} is given twice; give every prompt once")
-            raise UserError(f"prompts {owners[folder]!r} and {prompt!r} share the folder {folder!r}; leave one out")
-        owners[folder] = prompt
         for index in range(count):
             noise = derived_seed(seed, Stream.EVALUATION, text_number(prompt), index)
             jobs.append(Job(prompt, metadata, f"images/{folder}/{index:05d}.{image_format}", noise))

@@ -20,8 +20,8 @@ from ml_collections import ConfigDict, config_flags
 
 from ddpo_pytorch.cli import cli
 from ddpo_pytorch.data import kinds
+from ddpo_pytorch.data.folder_names import folder_name
 from ddpo_pytorch.data.images import RESIZES, ImageFiles, read_log, save_image, write_log
-from ddpo_pytorch.data.isic import folder_name
 from ddpo_pytorch.data.kinds import Row, source
 from ddpo_pytorch.data.sample_log import claim_folder
 from ddpo_pytorch.errors import UserError

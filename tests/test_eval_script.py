@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, run_script
 from script_tools import PROMPTS, files_of, options, succeed
 
-from ddpo_pytorch.data.images import load_image, save_image
+from ddpo_pytorch.data.images import list_samples, load_image, save_image
 from ddpo_pytorch.data.isic import folder_name, labels_of
 from ddpo_pytorch.data.sample_log import PartLog, claim_folder, logged, merge_parts, read_settings
 from ddpo_pytorch.errors import UserError
@@ -185,7 +185,7 @@ def test_eval_more_images_keep_the_first_ones(config_file, run_main, tmp_path):
         ({"sample__scheduler": "euler"}, "sample.scheduler is 'euler'; allowed are ddim, dpm\\+\\+"),
         ({"eval__image_format": "gif"}, "eval.image_format is 'gif'; allowed are png, jpg"),
         ({"eval__prompts": ("a", "b", "a"), "eval__classifier": ""}, "prompt 'a' is given twice"),
-        ({"eval__prompts": ("a b", "a_b"), "eval__classifier": ""}, "prompts 'a b' and 'a_b' share the folder 'a_b'"),
+        ({"eval__prompts": ("a", " "), "eval__classifier": ""}, "prompt ' ' is blank"),
         ({"eval__prompts": ("a nevus",)}, "'a nevus' is not one of .*set --config.eval.classifier="),
         ({"sample__num_steps": 0}, "sample.num_steps is 0"),
         ({"seed": -1}, "seed is -1"),
@@ -204,12 +204,28 @@ def test_eval_bad_input(fields, message, config_file, run_main, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_eval_refuses_prompts_that_cannot_name_a_folder(config_file, run_main, tmp_path):
-    (tmp_path / "bad.txt").write_text("a nevus/melanoma\n")
-    with pytest.raises(UserError, match="'a nevus/melanoma' cannot name a folder"):
-        run_main(
-            "eval.py", config_file, prompt_fn_kwargs={"path": str(tmp_path / "bad.txt")}, logdir=str(tmp_path / "x")
-        )
+ODD = (
+    "a b",
+    "a_b",
+    "cup/disc ratio 0.6",
+    "../../x",
+    ".x",
+    "A b",
+    "zero-width\u200djoiner",
+    *(f"{'y ' * 140}{n}" for n in (1, 2)),
+)
+
+
+def test_any_prompt_gets_a_folder_of_its_own_which_the_log_maps(config_file, run_main, tmp_path):
+    (tmp_path / "odd.txt").write_text("\n".join(ODD), encoding="utf-8")
+    given = {"prompt_fn_kwargs": {"path": str(tmp_path / "odd.txt")}, "logdir": str(tmp_path / "x")}
+    run_main("eval.py", config_file, eval__classifier="", eval__num_samples_per_prompt=1, sample__num_steps=1, **given)
+    entries = json.loads((tmp_path / "x" / "image_log.json").read_text())
+    assert [entry["prompt"] for entry in entries] == [*ODD]
+    assert len({(tmp_path / "x" / entry["path_to_img"]).parent for entry in entries}) == len(ODD)
+    assert entries[0]["path_to_img"] == "images/a_b/00000.png"
+    assert sorted(caption for _, caption in list_samples(tmp_path / "x")) == sorted(ODD)
+    assert {path.name for path in tmp_path.iterdir()} == {"odd.txt", "x"}
 
 
 def test_a_folder_of_unknown_origin_is_not_touched(tmp_path):

@@ -24,7 +24,7 @@ from ddpo_pytorch.data.csv_tables import choice, read_table
 from ddpo_pytorch.data.images import read_rgb
 from ddpo_pytorch.data.lesions import assign
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_write
+from ddpo_pytorch.files import atomic_write, path_fault
 
 logger = logging.getLogger(__name__)
 MODALITY = "Fundus"
@@ -57,7 +57,7 @@ class Row:
 def read_split(path: str | Path) -> list[Row]:
     """Read a table with the columns path and Text, and perhaps modality (or modal), patient, eye; others are carried.
 
-    See `csv_tables.read_table` for what is understood. A path starts from the image folder or is absolute. Raises
+    See `csv_tables.read_table` for what is understood. A path starts from the image folder. Raises
     UserError that names the line, and the lines of further faults, for a row whose commas cannot be resolved, an empty
     path or caption, a path out of the folder, one that appears twice, and another modality than fundus.
     """
@@ -103,12 +103,11 @@ def tidy_path(text: str) -> str:
 
 
 def image_fault(image: str) -> str | None:
-    """What is wrong with a tidy path, or None."""
+    """Return why an image of a table may not be opened, or None. `image` is a tidy path (`files.path_fault`)."""
     if not image:
         return "the path of the image is empty"
-    if image == "." or image.split("/")[0] == "..":
-        return f"path {image!r} leads out of the image folder; give one that starts from that folder"
-    return None
+    fault = path_fault(image)
+    return fault and f"path {image!r} {fault}; give one that starts from the image folder"
 
 
 def caption_fault(text: str, modality: str) -> str | None:

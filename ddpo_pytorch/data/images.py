@@ -17,9 +17,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from ddpo_pytorch.data.field_of_view import fov_square
-from ddpo_pytorch.data.isic import caption_of_folder, folder_name
+from ddpo_pytorch.data.folder_names import folder_name
+from ddpo_pytorch.data.isic import caption_of_folder
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_write
+from ddpo_pytorch.files import atomic_write, path_inside
 
 LOG = "image_log.json"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -158,15 +159,19 @@ def list_samples(folder: str | Path, prompts: Sequence[str] = ()) -> list[tuple[
 
 
 def _captions_of(folder: str | Path, names: Sequence[str]) -> dict[str, str]:
-    """The caption of each folder of images, from the table of ISIC or else from the log."""
+    """Return the caption of each folder of images, from the table of ISIC or else from the log.
+
+    The log maps the folders of its images, whatever they are called, to its prompts.
+    """
     found, logged = {}, None
     for name in names:
         try:
             found[name] = caption_of_folder(name)
         except UserError as error:
             if logged is None:
-                prompts = {str(entry.get("prompt")) for entry in read_log(folder)}
-                logged = {folder_name(prompt): prompt for prompt in prompts}
+                entries = [entry for entry in read_log(folder) if isinstance(entry.get("prompt"), str)]
+                logged = {folder_name(entry["prompt"]): entry["prompt"] for entry in entries}
+                logged |= {Path(str(entry.get("path_to_img"))).parent.name: entry["prompt"] for entry in entries}
             if name not in logged:
                 raise UserError(f"{str(folder)!r}: {error}, nor after a prompt of image_log.json") from error
             found[name] = logged[name]
@@ -189,7 +194,7 @@ def write_log(folder: str | Path, entries: list[dict]) -> None:
 def read_log(folder: str | Path) -> list[dict]:
     """Entries of `image_log.json`; an empty list when there is none.
 
-    Raises UserError if it cannot be read or is no list of JSON objects.
+    Raises UserError if it cannot be read, is no list of JSON objects, or names an image outside the folder.
     """
     path = Path(folder) / LOG
     try:
@@ -198,4 +203,7 @@ def read_log(folder: str | Path) -> list[dict]:
         raise UserError(f"{str(path)!r} is torn or no JSON ({error}); make the samples again elsewhere") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{str(path)!r} is no list with an object an image; make the samples again elsewhere")
+    for number, entry in enumerate(entries):
+        if isinstance(name := entry.get("path_to_img"), str):
+            path_inside(folder, name, f"{str(path)!r}, entry {number}")
     return entries

@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ddpo_pytorch.data.folder_names import folder_name
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import path_fault
 
 # the order of every label vector; judges with four heads use the first four.
 LABELS = ("hair", "gel_bubble", "ruler", "ink", "MEL", "NV")
@@ -38,7 +40,7 @@ _TABLE = {
 }
 CAPTIONS: tuple[str, ...] = tuple(_TABLE)
 _CAPTION_OF_LABELS = {labels: caption for caption, labels in _TABLE.items()}
-_CAPTION_OF_FOLDER = {caption.replace(" ", "_"): caption for caption in CAPTIONS}
+_CAPTION_OF_FOLDER = {folder_name(caption): caption for caption in CAPTIONS}
 # the columns of table 2: captions with exactly one artifact, by (disease, artifact).
 SINGLE_ARTIFACT_CAPTIONS = {
     (disease, artifact): _compose((*(int(a == artifact) for a in ARTIFACTS), *((1, 0) if disease == "MEL" else (0, 1))))
@@ -76,11 +78,6 @@ def labels_of(caption: str) -> tuple[int, ...]:
     return _TABLE[caption]
 
 
-def folder_name(caption: str) -> str:
-    """Folder of a caption's images in a sample folder: spaces become underscores."""
-    return caption.replace(" ", "_")
-
-
 def caption_of_folder(name: str) -> str:
     """The caption whose `folder_name` this is. Raises UserError for any other name."""
     if name not in _CAPTION_OF_FOLDER:
@@ -113,6 +110,8 @@ def read_split(path: str | Path) -> list[Row]:
             raise UserError(f"{where}: MEL and NV are {labels[4:]}; exactly one of them must be 1")
         if not image:
             raise UserError(f"{where}: the image id is empty; give the name of the image file without .jpg")
+        if fault := path_fault(image):
+            raise UserError(f"{where}: the image id {image!r} {fault}; give the name of the file in the image folder")
         if image_key(image) in lines:
             first = lines[image_key(image)]
             raise UserError(f"{where}: image {image!r} appears twice, first in line {first}; remove one of them")

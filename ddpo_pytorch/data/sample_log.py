@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from ddpo_pytorch.data.images import IMAGE_SUFFIXES, read_log, write_log
 from ddpo_pytorch.errors import UserError, difference
+from ddpo_pytorch.files import path_fault
 
 SETTINGS = "settings.json"
 PARTS = "image_log.part*.jsonl"
@@ -107,7 +108,8 @@ def strays(folder: str | Path, listed: Collection[str]) -> list[str]:
 
 
 def _names_image(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("path_to_img"), str)
+    name = entry.get("path_to_img") if isinstance(entry, dict) else None
+    return isinstance(name, str) and not path_fault(name)
 
 
 def _holds_bytes(path: Path) -> bool:

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from ddpo_pytorch.data.image_cache import loader_options
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_write, sha256
+from ddpo_pytorch.files import atomic_write, path_inside, sha256
 
 logger = logging.getLogger(__name__)
 INDEX = "index.json"
@@ -209,7 +209,7 @@ class LatentShards(Dataset):
 
     @staticmethod
     def _load(folder: Path, entry: Mapping[str, str]) -> dict[str, torch.Tensor]:
-        path = folder / entry["file"]
+        path = path_inside(folder, str(entry["file"]), f"{str(folder / INDEX)!r}")
         if not path.is_file() or sha256(path) != entry["sha256"]:
             problem = "differs from the index" if path.is_file() else "is missing"
             raise UserError(

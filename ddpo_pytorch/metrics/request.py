@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from ml_collections import ConfigDict
 
-from ddpo_pytorch.data.isic import ARTIFACTS, CAPTIONS, caption_of_folder, folder_name
+from ddpo_pytorch.data.isic import ARTIFACTS, CAPTIONS, caption_of_folder
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.metrics.fundus_networks import FundusJudges, fundus_judges, quality_network, structure_networks
 from ddpo_pytorch.metrics.networks import (
@@ -148,7 +148,7 @@ def find_sets(metric: ConfigDict, accelerator: Accelerator) -> Sets:
     """All files of the request, checked and hashed (see `inspected`, whose errors it raises, and `list_samples`)."""
     prompts = list(metric.prompts)
     if not metric.judges:
-        prompts = [caption_of_folder(folder_name(prompt)) for prompt in prompts]
+        prompts = [caption_of_folder(prompt.replace(" ", "_")) for prompt in prompts]
     models = requested_models(metric)
     found = [caption_files(folder, prompts) for folders in models.values() for folder in folders]
     real = [caption_files(metric.real_path, prompts)] if metric.real_path else []
