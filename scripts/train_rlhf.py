@@ -47,16 +47,17 @@ logger = logging.getLogger(__name__)
 FIRST_POLICY = "policy_stage_1.safetensors"  # what stage 2 began with
 
 
-def read_images(rlhf: ConfigDict, seed: int) -> tuple[list[RatedImage], list[RatedImage]]:
-    """Rated images to learn from, and of other patients to measure with."""
+def read_images(config: ConfigDict) -> tuple[list[RatedImage], list[RatedImage]]:
+    """Return rated images to learn from, and of other patients to measure with."""
+    rlhf = config.rlhf
     if not rlhf.ratings:
         raise UserError("rlhf.ratings is empty; give a table with image_path,rating,modality,expert_level,prompt")
-    train = read_table(rlhf.ratings, rlhf.data_path)
+    train = read_table(rlhf.ratings, rlhf.data_path, config.base_log_path)
     if rlhf.val_ratings:
-        val, name = read_table(rlhf.val_ratings, rlhf.data_path), repr(rlhf.val_ratings)
+        val, name = read_table(rlhf.val_ratings, rlhf.data_path, config.base_log_path), repr(rlhf.val_ratings)
         check_apart(train, val, rlhf)
     else:
-        train, val = split_by_patient(train, rlhf.val_share, seed)
+        train, val = split_by_patient(train, rlhf.val_share, config.seed)
         name = f"the validation part of {rlhf.ratings!r}"
     for column in COLUMNS:
         if warning := check_classes(train, column):
@@ -71,9 +72,9 @@ def read_images(rlhf: ConfigDict, seed: int) -> tuple[list[RatedImage], list[Rat
     return train, val
 
 
-def read_table(path: str, root: str) -> list[RatedImage]:
-    ratings = read_ratings(path, root)
-    images = aggregate(ratings, root)
+def read_table(path: str, root: str, within: str) -> list[RatedImage]:
+    ratings = read_ratings(path, root, within)
+    images = aggregate(ratings)
     check_images([image.path for image in images])
     found = " ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in agreement(ratings).items())
     logger.info("%s: %d ratings of %d images; raters' agreement: %s", path, len(ratings), len(images), found)
@@ -239,7 +240,7 @@ def main(_) -> None:
     if finished and finished["stage"] >= stages[-1]:
         logger.info("stage %d in %s is finished", finished["stage"], output)
         return
-    train_set, val_set = (read_rated(rated, rlhf.image_size) for rated in read_images(rlhf, config.seed))
+    train_set, val_set = (read_rated(rated, rlhf.image_size) for rated in read_images(config))
     if rlhf.autoencoder:
         vae = load_pipeline(rlhf.autoencoder, device=accelerator.device).vae
         train_set, val_set = (through_autoencoder(rated, vae, rlhf.batch_size) for rated in (train_set, val_set))

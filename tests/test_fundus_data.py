@@ -60,7 +60,7 @@ def test_unquoted_commas_are_resolved_where_the_other_cells_fit(tmp_path):
     text = "path,Text,modality,patient,eye,age,camera\n"
     text += "1.jpg,Normal.,Fundus,P 1,left,60,Topcon TRC\n"
     text += "2.jpg,Drusen, lens dust, and a scar,Fundus,P2,right,,Zeiss\n"  # no cell of two words is known as a camera
-    with pytest.raises(UserError, match=r"captions.csv' line 3: has 9 cells where the header has 7, and which commas"):
+    with pytest.raises(UserError, match=r"captions.csv' line 3: has 9 cells where the header has 7"):
         fundus.read_split(table(tmp_path, text))
     rows = fundus.read_split(table(tmp_path, text.replace("Zeiss", "Topcon TRC").replace("P2", "P 1")))
     assert rows[1].caption == "Fundus: Drusen, lens dust, and a scar"
@@ -110,7 +110,7 @@ def test_two_columns_of_free_text_are_not_told_apart(tmp_path):
         ('1.jpg,"A\nB",Fundus\n\n2.jpg,,Fundus', "line 5: the caption is empty"),
         ('1.jpg,A,Fundus\n2.jpg,"B,Fundus\n3.jpg,C,Fundus\n', "line 3: a double quote is opened and not closed"),
         ('1.jpg,"A,Fundus\n2.jpg,B,Fundus\n3.jpg,"C",Fundus\n', "line 2: a double quote is opened and not closed"),
-        ("1.jpg,A,CT\n2.jpg,B,Fundus\n3.jpg\n4.jpg,,MRI", r"line 2: .*\(and 2 further faults, in lines 4, 5\)$"),
+        ("1.jpg,A,CT\n2.jpg,B,Fundus\n3.jpg\n4.jpg,,MRI", r"line 2: .*CT.*; line 4: .*; line 5: .*MRI"),
         ("", "has a header and no rows"),
     ],
 )

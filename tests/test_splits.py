@@ -115,8 +115,8 @@ def test_an_image_in_two_splits(folder, command, image):
     [
         (b"a;MEL\n", "lacks the columns image, hair"),
         (b"", "lacks the columns image, hair"),
-        (HEADER.encode() + b"a,1,0,0,0,0,0\n", "line 2 has more or fewer cells"),
-        (HEADER.encode() + b"a,1,0,0,0,0,0,arm,leg\n", "line 2 has more or fewer cells"),
+        (HEADER.encode() + b"a,1,0,0,0,0,0\n", "line 2: has 7 cells where the header has 8"),
+        (HEADER.encode() + b"a,1,0,0,0,0,0,arm,leg\n", "line 2: has 9 cells where the header has 8"),
         (HEADER.encode() + b",1,0,0,0,0,0,arm\n", "line 2: the image id is empty"),
         (HEADER.encode() + b"a,0,0,0,0,0,0,arm\n", "line 2: MEL and NV are (0, 0)"),
         (HEADER.encode() + b"a,nan,0,0,0,0,0,arm\n", "line 2: MEL is 'nan'"),

@@ -5,7 +5,6 @@ of a table: each as it is (rating 3), visibly spoilt (2) and badly spoilt (1).
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import logging
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from ddpo_pytorch.data import ratings
-from ddpo_pytorch.data.csv_tables import choice
+from ddpo_pytorch.data.csv_tables import choice, write_table
 from ddpo_pytorch.data.damage import BANDS, ERASABLE, KINDS, VISIBLE, degrade, draw_damage, vessel_contrast
 from ddpo_pytorch.data.fundus import MODALITY, Row, check_images, load_split
 from ddpo_pytorch.data.images import RESIZES, load_pixels, save_image
@@ -87,10 +86,8 @@ def write_rating_set(
         files = [out / _image_path(number) for number in numbers[3 * index : 3 * index + 3]]
         _write_grades(source, files, seed, size, resize)
     rated = [dict(truth[at], image_path=_image_path(numbers[at])) for at in np.argsort(numbers)]
-    with atomic_write(out / "ratings.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(given := _given_ratings(rated, raters, rng))
+    given = _given_ratings(rated, raters, rng)
+    write_table(out / "ratings.csv", COLUMNS, given)
     logger.info("%d ratings of %d images in %s", len(given), len(rated), out)
 
 

@@ -4,8 +4,6 @@ python -m ddpo_pytorch.data.fundus --csv captions.csv --out DIR     # fundus_{tr
 """
 
 import argparse
-import csv
-import io
 import logging
 import os
 import posixpath
@@ -20,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ddpo_pytorch.data.csv_tables import choice, read_table
+from ddpo_pytorch.data.csv_tables import choice, read_table, table_text
 from ddpo_pytorch.data.images import read_rgb
 from ddpo_pytorch.data.lesions import assign
 from ddpo_pytorch.errors import UserError
@@ -29,6 +27,7 @@ from ddpo_pytorch.files import atomic_write, path_fault
 logger = logging.getLogger(__name__)
 MODALITY = "Fundus"
 SPLITS = ("train", "val", "test")
+OPTIONAL = ("modality", "patient", "eye", "quality")  # columns of a table that are used if it has them
 _PREFIX = re.compile(r"fundus\s*:\s*", re.IGNORECASE)
 _EYE_OF_FILE = re.compile(r"^(.+)[_\- ](left|right|od|os)$", re.IGNORECASE)
 _EYES = {"left": "left", "l": "left", "os": "left", "right": "right", "r": "right", "od": "right"}
@@ -57,11 +56,11 @@ class Row:
 def read_split(path: str | Path) -> list[Row]:
     """Read a table with the columns path and Text, and perhaps modality (or modal), patient, eye; others are carried.
 
-    See `csv_tables.read_table` for what is understood. A path starts from the image folder. Raises
-    UserError that names the line, and the lines of further faults, for a row whose commas cannot be resolved, an empty
-    path or caption, a path out of the folder, one that appears twice, and another modality than fundus.
+    See `csv_tables.read_table` for what is understood. A path starts from the image folder. Raises UserError
+    that describes the first faults by line and counts the others: a row whose commas cannot be resolved, an
+    empty path or caption, a path out of the folder, one that appears twice, and another modality than fundus.
     """
-    table, faults = read_table(path, ("path", "Text"), "Text", "fundus table")
+    table, faults = read_table(path, ("path", "Text"), "fundus table", OPTIONAL, free_text="Text")
     rows, lines = [], {}
     for line, fields in table:
         image = tidy_path(fields["path"])
@@ -234,27 +233,23 @@ def write_splits(folder: str | Path, splits: Mapping[str, Sequence[Row]]) -> Non
 
     Raises UserError, before anything is written, where a file of that name holds something else.
     """
-    texts = {Path(folder) / f"fundus_{name}.csv": _as_csv(rows) for name, rows in splits.items()}
-    for path, text in texts.items():
-        if path.exists() and path.read_bytes() != text:
+    contents = {Path(folder) / f"fundus_{name}.csv": _as_csv(rows).encode() for name, rows in splits.items()}
+    for path, content in contents.items():
+        if path.exists() and path.read_bytes() != content:
             raise UserError(f"{str(path)!r} exists and holds something else; choose another folder or move it away")
-    for path, text in texts.items():
+    for path, content in contents.items():
         with atomic_write(path) as temporary:
-            temporary.write_bytes(text)
+            temporary.write_bytes(content)
 
 
 def write_table(path: str | Path, rows: Sequence[Row]) -> None:
-    """Write rows with every column of the table that they were read from; whole or not at all."""
+    """Write rows with every column of the table that they were read from; the file appears whole or not at all."""
     with atomic_write(path) as temporary:
-        temporary.write_bytes(_as_csv(rows))
+        temporary.write_bytes(_as_csv(rows).encode())
 
 
-def _as_csv(rows: Sequence[Row]) -> bytes:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0].fields), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row.fields for row in rows)
-    return buffer.getvalue().encode()
+def _as_csv(rows: Sequence[Row]) -> str:
+    return table_text(list(rows[0].fields), (row.fields for row in rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,7 +6,6 @@ substrings ("ink" is in "pink").
 `python -m ddpo_pytorch.data.isic --splits DIR` checks and counts split tables (`ddpo_pytorch.data.splits`).
 """
 
-import csv
 import itertools
 import runpy
 from collections import Counter
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ddpo_pytorch.data.csv_tables import number, read_table
 from ddpo_pytorch.data.folder_names import folder_name
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import path_fault
@@ -99,61 +99,34 @@ class Row:
 def read_split(path: str | Path) -> list[Row]:
     """Read a split table with the columns image, MEL, NV, hair, gel_bubble, ruler, ink (others are carried along).
 
-    Raises UserError for a missing file or column, a line with more or fewer cells than the header, an empty or repeated
-    id, a value other than 0 or 1, both or neither disease.
+    See `csv_tables.read_table` for what is understood. Raises UserError that describes the first faults by line and
+    counts the others: a row of the wrong number of cells, an empty or repeated id, a label other than 0 or 1, both or
+    neither disease.
     """
+    table, faults = read_table(path, ("image", *LABELS), "split table")
     rows, lines = [], {}
-    for line, fields in read_csv(path, ("image", *LABELS), "split table"):
-        image, where = fields["image"], f"{str(path)!r} line {line}"
-        labels = tuple(_binary(fields[name], name, where) for name in LABELS)
-        if labels[4] + labels[5] != 1:
-            raise UserError(f"{where}: MEL and NV are {labels[4:]}; exactly one of them must be 1")
+    for line, fields in table:
+        image, values = fields["image"], [number(fields[name]) for name in LABELS]
+        wrong = [
+            f"{name} is {fields[name]!r}" for name, value in zip(LABELS, values, strict=True) if value not in (0, 1)
+        ]
+        if wrong:
+            faults.add(line, f"{', '.join(wrong)}; allowed are 0 and 1")
+        elif values[4] + values[5] != 1:
+            faults.add(line, f"MEL and NV are {tuple(map(int, values[4:]))}; exactly one of them must be 1")
         if not image:
-            raise UserError(f"{where}: the image id is empty; give the name of the image file without .jpg")
-        if fault := path_fault(image):
-            raise UserError(f"{where}: the image id {image!r} {fault}; give the name of the file in the image folder")
-        if image_key(image) in lines:
+            faults.add(line, "the image id is empty; give the name of the image file without .jpg")
+        elif fault := path_fault(image):
+            faults.add(line, f"the image id {image!r} {fault}; give the name of the file in the image folder")
+        elif image_key(image) in lines:
             first = lines[image_key(image)]
-            raise UserError(f"{where}: image {image!r} appears twice, first in line {first}; remove one of them")
-        lines[image_key(image)] = line
-        rows.append(Row(image, labels, caption_of(labels), fields, len(rows)))
+            faults.add(line, f"image {image!r} appears twice, first in line {first}; remove one of them")
+        lines.setdefault(image_key(image), line)
+        if not faults.found:
+            labels = tuple(map(int, values))
+            rows.append(Row(image, labels, caption_of(labels), fields, len(rows)))
+    faults.refuse()
     return rows
-
-
-def read_csv(path: str | Path, columns: Sequence[str], what: str) -> list[tuple[int, dict[str, str]]]:
-    """(line number, cells by column) of a CSV file that has at least `columns`; `what` names it in errors.
-
-    Raises UserError for a missing or undecodable file, a missing column, and a line of another length than the header.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"{what} {str(path)!r} does not exist; give a CSV with the columns {', '.join(columns)}")
-    lines = []
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte-order mark first
-            reader = csv.DictReader(file)
-            absent = [name for name in columns if name not in (reader.fieldnames or ())]
-            if absent:
-                raise UserError(f"{what} {str(path)!r} lacks the columns {', '.join(absent)}")
-            for fields in reader:
-                if None in fields or None in fields.values():
-                    raise UserError(
-                        f"{str(path)!r} line {reader.line_num} has more or fewer cells than the header, which has "
-                        f"{len(reader.fieldnames)}"
-                    )
-                lines.append((reader.line_num, fields))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{what} {str(path)!r} cannot be read as UTF-8 CSV ({error})") from error
-    return lines
-
-
-def _binary(text: str | None, name: str, where: str) -> int:
-    try:
-        value = float(text)
-    except (TypeError, ValueError):
-        value = None
-    if value not in (0.0, 1.0):
-        raise UserError(f"{where}: {name} is {text!r}; allowed are 0 and 1")
-    return int(value)
 
 
 def count_labels(rows: Sequence[Row]) -> dict[str, int]:

@@ -3,7 +3,6 @@
 ISIC shows many lesions in several images, and a classifier tested on lesions it was trained on looks better than it is.
 """
 
-import csv
 import json
 import logging
 import os
@@ -14,24 +13,27 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpo_pytorch.data.isic import Row, count_labels, image_key, read_csv
+from ddpo_pytorch.data.csv_tables import read_table, write_table
+from ddpo_pytorch.data.isic import Row, count_labels, image_key
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_write, sha256
+from ddpo_pytorch.files import sha256
 
 logger = logging.getLogger(__name__)
 RECORD = "splits.json"  # seed, and the hash of every table, of splits made here
 
 
 def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
-    """The columns of ISIC's metadata by `image_key`; at least image and lesion_id, which may be empty.
+    """Return the columns of ISIC's metadata by `image_key`; at least image and lesion_id, which may be empty.
 
-    Raises UserError for a missing file or column and for an image that appears twice.
+    Raises UserError as `csv_tables.read_table` does and for images that appear twice.
     """
+    table, faults = read_table(path, ("image", "lesion_id"), "metadata", optional=("source",))
     metadata = {}
-    for line, fields in read_csv(path, ("image", "lesion_id"), "metadata"):
+    for line, fields in table:
         if image_key(fields["image"]) in metadata:
-            raise UserError(f"{str(path)!r} line {line}: image {fields['image']!r} appears twice; remove one of them")
+            faults.add(line, f"image {fields['image']!r} appears twice; remove one of them")
         metadata[image_key(fields["image"])] = fields
+    faults.refuse()
     return metadata
 
 
@@ -134,20 +136,12 @@ def write_splits(folder: str | Path, name: str, splits: Mapping[str, Sequence[Ro
         files = {}
         for split, rows in splits.items():
             path = unfinished / f"{name}_{split}.csv"
-            write_csv(path, columns, [row.fields for row in rows])
+            write_table(path, columns, (row.fields for row in rows))
             files[path.name] = {"sha256": sha256(path), "images": len(rows), **count_labels(rows)}
         (unfinished / RECORD).write_text(json.dumps({**about, "files": files}, indent=1) + "\n")
         os.rename(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def write_csv(path: Path, columns: Sequence[str], lines: Sequence[Mapping[str, str]]) -> None:
-    """Write a table; the file appears whole or not at all."""
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
 
 
 def refuse_existing(path: Path) -> None:

@@ -13,17 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
+from ddpo_pytorch.data import csv_tables
 from ddpo_pytorch.data.csv_tables import choice, read_table
 from ddpo_pytorch.data.fundus import (
     MODALITY,
     assign_patients,
     caption_fault,
     caption_of,
-    image_fault,
     patient_of,
     tidy_path,
 )
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import path_fault
 
 COLUMNS = ("image_path", "rating", "modality", "expert_level", "prompt", "rater_id")
 CLASSES = (1, 2, 3)
@@ -71,21 +72,24 @@ class RatedImage:
         return (getattr(self, column) - 1) / 2
 
 
-def read_ratings(path: str | Path, root: str | Path = "") -> list[Rating]:
+def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "") -> list[Rating]:
     """Read a table with image_path, rating, prompt and perhaps the rest of COLUMNS, quality, alignment, patient.
 
     Without expert_level every expert has level 3; without rater_id every row is another rater. Image paths start from
-    `root`, or from the table's folder where that is empty. See `csv_tables.read_table` for what is understood.
+    `root` or from the table's folder. The images have to lie in `root`, which is by default the table's folder, or in
+    the folder `within`: a table from elsewhere cannot point to other files. See `csv_tables.read_table` for what is
+    understood.
 
-    Raises UserError that names the line, and the lines of further faults, for a rating or level that is no number from
-    1 to 3, an image that is missing or outside `root`, an empty prompt, another modality, a rater who rates the same
-    image and prompt twice, an image of two patients, and commas that cannot be resolved.
+    Raises UserError that describes the first faults by line and counts the others: a rating or level that is no number
+    from 1 to 3, an image that is missing or lies elsewhere, an empty prompt, another modality, a rater who rates the
+    same image and prompt twice, an image of two patients, and commas that cannot be resolved.
     """
-    root = Path(root or Path(path).parent)
-    table, faults = read_table(path, ("image_path", "rating", "prompt"), "prompt", "ratings table")
+    required, optional = ("image_path", "rating", "prompt"), (*COLUMNS, "quality", "alignment", "patient")
+    table, faults = read_table(path, required, "ratings table", optional, free_text="prompt")
+    folders = _Folders(Path(path).parent, root, within)
     ratings, by_rater, patients = [], {}, {}
     for line, fields in table:
-        rating, found = _rating(fields, line, root)
+        rating, found = _rating(fields, line, folders)
         twice = (rating.rater_id, rating.image, rating.prompt)
         if rating.rater_id and twice in by_rater:
             found.append(
@@ -105,27 +109,45 @@ def read_ratings(path: str | Path, root: str | Path = "") -> list[Rating]:
     return ratings
 
 
-def _rating(fields: Mapping[str, str], line: int, root: Path) -> tuple[Rating, list[str]]:
-    """A row, and what is wrong with it; a number that cannot be read is NaN there."""
+class _Folders:
+    """Where the images of a table of ratings may lie."""
+
+    def __init__(self, table: Path, root: str | Path, within: str | Path):
+        self.root = Path(root or table)
+        self._starts = (self.root, table)
+        self._allowed = [folder for folder in (str(self.root), str(within)) if folder]
+
+    def find(self, image: str) -> tuple[str, Path, str | None]:
+        """Return the image's path from `root`, its file, and what is wrong with it, or None."""
+        if not image:
+            return image, self.root, "the path of the image is empty"
+        # without following links: a folder may be one, and ".." means what it meant where the table was written
+        paths = [Path(os.path.normpath(start / image)) for start in self._starts]
+        inside = [path for path in paths if any(not path_fault(os.path.relpath(path, one)) for one in self._allowed)]
+        path = next(filter(os.path.isfile, inside), (inside or paths)[0])
+        name = os.path.relpath(path, self.root)
+        if not inside:
+            folders = " or ".join(map(repr, self._allowed))
+            fault = f"path {name!r} leads out of {folders}; give the folder that holds the images as rlhf.data_path"
+        elif not os.path.isfile(path):
+            fault = f"image {name!r} is rated, but is not in {str(self.root)!r}; remove the row or bring the file back"
+        else:
+            fault = None
+        return name, path, fault
+
+
+def _rating(fields: Mapping[str, str], line: int, folders: _Folders) -> tuple[Rating, list[str]]:
+    """Return the rating of a row and what is wrong with it; a number that cannot be read is NaN there."""
     faults = []
 
     def number(name: str, hint: str = "") -> float:
-        text = fields[name]
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not 1 <= value <= 3:
-            faults.append(f"{name} is {text!r}; allowed are 1 to 3{hint}")
-        return value
+        value = csv_tables.number(fields[name])
+        if value is None or not 1 <= value <= 3:
+            faults.append(f"{name} is {fields[name]!r}; allowed are 1 to 3{hint}")
+        return math.nan if value is None else value
 
-    image = tidy_path(fields["image_path"])
-    path = root / image
-    if os.path.isabs(image):  # in the table's spelling, wherever inside the folder it is written
-        image = os.path.relpath(image, os.path.abspath(root))
-    faults += filter(None, (image_fault(image), caption_fault(fields["prompt"], choice(fields, "modality", MODALITY))))
-    if image and not image_fault(image) and not path.is_file():
-        faults.append(f"image {image!r} is rated, but is not in {str(root)!r}; remove the row or bring the file back")
+    image, path, fault = folders.find(tidy_path(fields["image_path"]))
+    faults += filter(None, (fault, caption_fault(fields["prompt"], choice(fields, "modality", MODALITY))))
     level = number("expert_level", " (without this column all are 3)") if "expert_level" in fields else 3.0
     apart = {name: number(name) if choice(fields, name) else None for name in ("quality", "alignment")}
     rating = Rating(

@@ -8,7 +8,6 @@ Geometry is in *points* (`ddpo_pytorch.data.drawing`), from the left and from th
 """
 
 import argparse
-import csv
 import json
 import logging
 import math
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ddpo_pytorch.data.csv_tables import write_table
 from ddpo_pytorch.data.damage import degrade, draw_damage
 from ddpo_pytorch.data.drawing import POINTS, Sheet, blend, clouds, direction, plane, step
 from ddpo_pytorch.errors import UserError
@@ -248,10 +248,10 @@ def write_world(
             patient += 1
             if patient % 500 == 0 or 2 * patient == total:
                 logger.info("%d of %d fundus images", 2 * patient, total)
-    _write_table(root / "captions.csv", [row for rows in parts.values() for row in rows])
+    write_table(root / "captions.csv", COLUMNS, [row for rows in parts.values() for row in rows])
     unfinished = splits.with_suffix(".part")  # renamed at the end: a world that has splits/ is complete
     for part, rows in parts.items():
-        _write_table(unfinished / f"fundus_{part}.csv", rows)
+        write_table(unfinished / f"fundus_{part}.csv", COLUMNS, rows)
     os.rename(unfinished, splits)
 
 
@@ -272,13 +272,6 @@ def _write_patient(root: Path, seed: int, patient: int, size: int, degraded: flo
         about = (f"images/{path.name}", caption_of(finding, eye), "Fundus", path.name[:7], eye, age, sex, quality)
         rows.append(dict(zip(COLUMNS, about, strict=True)))
     return rows
-
-
-def _write_table(path: Path, rows: list[dict]) -> None:
-    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ddpo_pytorch.data.csv_tables import write_table
 from ddpo_pytorch.data.images import read_rgb
 from ddpo_pytorch.data.isic import Row, count_labels, count_single, find_image, image_key, read_split
 from ddpo_pytorch.data.lesions import (
@@ -26,7 +27,6 @@ from ddpo_pytorch.data.lesions import (
     refuse_existing,
     regroup,
     report_leakage,
-    write_csv,
     write_splits,
 )
 from ddpo_pytorch.errors import UserError
@@ -171,7 +171,7 @@ def check_folder(
             report_counts(made)
             report_leakage(made, known)
     if list_missing:
-        write_csv(Path(list_missing), ("split", "image"), [dict(split=split, image=image) for split, image in missing])
+        write_table(list_missing, ("split", "image"), missing)
     if faults:
         raise UserError(f"{len(faults)} broken images are named above, the first: {faults[0]}")
 

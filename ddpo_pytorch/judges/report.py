@@ -3,7 +3,6 @@
 Written as CSV and JSON (one row an attribute, then one a combination of labels) and as two pictures.
 """
 
-import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ddpo_pytorch.data.csv_tables import table_text
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import atomic_write
 from ddpo_pytorch.judges.report_pictures import confusion_picture, reliability_picture
@@ -127,11 +127,10 @@ class Report:
 
     def write(self, stem: str | Path) -> list[Path]:
         """Write <stem>.csv, .json, _confusion.png and _reliability.png, each of them whole or not at all."""
-        table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        contents = {".csv": table.getvalue().encode(), ".json": (json.dumps(self.rows, indent=1) + "\n").encode()}
+        contents = {
+            ".csv": table_text(COLUMNS, self.rows).encode(),
+            ".json": (json.dumps(self.rows, indent=1) + "\n").encode(),
+        }
         for name, picture in (
             ("confusion", confusion_picture(self.attributes)),
             ("reliability", reliability_picture(self.probabilities, self.truth, self.names, BINS)),

@@ -1,10 +1,9 @@
 """Table 4 as Markdown and CSV, from the rows of `augmentation.compare`."""
 
-import csv
-import io
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
+from ddpo_pytorch.data.csv_tables import table_text
 from ddpo_pytorch.data.isic import CAPTIONS, short_caption
 from ddpo_pytorch.metrics.augmentation import MEASURES, RESAMPLES
 from ddpo_pytorch.metrics.augmentation_plan import Draw
@@ -161,9 +160,6 @@ def as_csv(rows: Sequence[Row]) -> str:
     """One line for each group, attribute, training set and measure; empty is undefined. Measures are ratios."""
     seeds = len(rows[0]["values"])
     columns = (*COLUMNS, *(f"value_{number}" for number in range(1, seeds + 1)))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow(row | {f"value_{number}": value for number, value in enumerate(row["values"], 1)})
-    return text.getvalue()
+    return table_text(
+        columns, (row | {f"value_{number}": value for number, value in enumerate(row["values"], 1)} for row in rows)
+    )

@@ -1,6 +1,5 @@
 """All measures of one folder, and of a model that is one or several folders."""
 
-import csv
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpo_pytorch.files import atomic_write
+from ddpo_pytorch.data.csv_tables import write_table
 from ddpo_pytorch.metrics.fundus import JUDGES, Structure, fundus_alignment, inception_block, quality, structure
 from ddpo_pytorch.metrics.intervals import Quantity, bootstrap_mean, bootstrap_ratio, over_runs
 from ddpo_pytorch.metrics.measure import (
@@ -258,14 +257,13 @@ def write_per_image(path: Path, models: Mapping[str, Sequence[Folder]], key: str
     `key`: name of the column that says how well the image is aligned.
     """
     extra = dict.fromkeys(name for folders in models.values() for folder in folders for name in folder.columns)
-    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["model", "folder", "path", "caption", "seed", key, *extra])
-        for model, folders in models.items():
-            for folder in folders:
-                images = folder.side.images
-                for i, image in enumerate(images.paths):
-                    about = [model, images.folder, image.relative_to(images.folder), images.captions[i]]
-                    numbers = [folder.columns[name][i] if name in folder.columns else None for name in extra]
-                    shown = [f"{x:.6g}" if isinstance(x, float) else x for x in numbers]
-                    writer.writerow([*about, images.entry(i).get("seed"), f"{float(folder.aligned[i]):.6g}", *shown])
+    rows = []
+    for model, folders in models.items():
+        for folder in folders:
+            images = folder.side.images
+            for i, image in enumerate(images.paths):
+                about = [model, images.folder, image.relative_to(images.folder), images.captions[i]]
+                numbers = [folder.columns[name][i] if name in folder.columns else None for name in extra]
+                shown = [f"{x:.6g}" if isinstance(x, float) else x for x in numbers]
+                rows.append([*about, images.entry(i).get("seed"), f"{float(folder.aligned[i]):.6g}", *shown])
+    write_table(path, ["model", "folder", "path", "caption", "seed", key, *extra], rows)

@@ -1,9 +1,8 @@
 """The paper's tables 2 and 3 with 95 % intervals, as Markdown, CSV and LaTeX; "n/a" is what could not be measured."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 
+from ddpo_pytorch.data.csv_tables import table_text
 from ddpo_pytorch.data.isic import SINGLE_ARTIFACT_CAPTIONS
 
 # the paper's column order and titles of table 2.
@@ -87,10 +86,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def as_csv(table: Table) -> str:
-    """As CSV; an interval stands in the cell of its number."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([table[0], *table[1]])
-    return text.getvalue()
+    """Return the table as CSV; an interval stands in the cell of its number."""
+    return table_text(*table)
 
 
 def latex(table: Table) -> str:
