@@ -203,7 +203,7 @@ def read_log(folder: str | Path) -> list[dict]:
         raise UserError(f"{str(path)!r} is torn or no JSON ({error}); make the samples again elsewhere") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{str(path)!r} is no list with an object an image; make the samples again elsewhere")
-    for number, entry in enumerate(entries):
+    for number, entry in enumerate(entries, 1):
         if isinstance(name := entry.get("path_to_img"), str):
-            path_inside(folder, name, f"{str(path)!r}, entry {number}")
+            path_inside(folder, name, f"{str(path)!r} entry {number}")
     return entries
