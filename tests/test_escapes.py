@@ -66,7 +66,7 @@ def test_logs_that_name_images_elsewhere_are_refused(name, secret):
     assert logged(folder) == {}
     (folder / "image_log.json").write_text(json.dumps([{"prompt": "A", "path_to_img": "fine.jpg"}, entry]))
     for read in (read_log, logged):
-        with pytest.raises(UserError, match="image_log.json', entry 1"):
+        with pytest.raises(UserError, match="image_log.json' entry 2"):
             read(folder)
 
 
