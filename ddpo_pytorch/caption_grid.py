@@ -9,9 +9,8 @@ from accelerate.utils import gather_object
 from diffusers import StableDiffusionPipeline
 from ml_collections import ConfigDict
 
-from ddpo_pytorch.data.images import image_grid
+from ddpo_pytorch.data.images import image_grid, save_picture
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
-from ddpo_pytorch.files import atomic_write
 from ddpo_pytorch.generator.pipeline import encode_prompts
 from ddpo_pytorch.randomness import Stream, generator_of
 
@@ -51,5 +50,4 @@ def draw_captions(
     images = gather_object(images)
     if accelerator.is_main_process:
         grid = image_grid(torch.stack([image for _, image in sorted(images, key=lambda item: item[0])]), 8)
-        with atomic_write(path) as temporary:
-            grid.save(temporary, format="PNG")
+        save_picture(path, grid)

@@ -1,4 +1,4 @@
-"""Names that stay inside a folder, regular files, atomic writes, hashes, full disks, logs of one JSON object a line."""
+"""Names inside a folder, atomic writes, locks, full disks, hashes, and logs of one JSON object a line."""
 
 import errno
 import fcntl
@@ -10,19 +10,27 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.json_files import COUNT, parse_json
 
 LOCK = ".lock"
-# of file systems that know no locks
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF)  # of file systems without locks
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# what atomic_write, atomic_folder (now, and in earlier versions) and remove_folder leave behind when they are killed
+UNFINISHED = re.compile(r"\..+\.(\d+\.tmp|partial|removed)")
+ABANDONED_AFTER = 3600  # seconds without a change, where no lock can tell whether a file is still being written
 logger = logging.getLogger(__name__)
-_PARTIAL = re.compile(r"\..+\.(partial|\d+\.tmp|removed)")
+
+
+class DiskFull(UserError, OSError):
+    """A file that does not fit: on the disk, into a quota, or below a limit on the size of files."""
 
 
 def path_fault(name: str) -> str | None:
@@ -62,40 +70,58 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 @contextmanager
 def atomic_write(path: str | Path, durable: bool = False) -> Iterator[Path]:
-    """A temporary path beside `path` (its folder is made if absent); what is written there gets the name at the end.
+    """Yield an empty temporary file beside `path` (the folder is made if absent), which is renamed to it at the end.
 
-    After an error nothing is left, and a file that had the name before is still the old one. `durable`: also after a
-    power cut, for the price of waiting for the disk.
+    After an error nothing is left, and a file that had the name before is still the old one. What a kill leaves,
+    `remove_leftovers` removes. `durable`: also after a power cut, for the price of waiting for the disk. Raises
+    DiskFull, and whatever is raised within.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        if durable:
-            _sync(temporary)
-        os.replace(temporary, path)
-        if durable:
-            _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = _temporary(path)
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            try:
+                _try_lock(file.fileno())
+                yield temporary
+                if durable:
+                    _sync(temporary)
+                os.replace(temporary, path)
+                if durable:
+                    _sync(path.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """The same for a folder, which must not exist when it gets its name. Always durable."""
+def atomic_folder(path: str | Path, size: int | None = None) -> Iterator[Path]:
+    """Do the same for a folder, which must not exist when it gets its name. Always durable.
+
+    Raises DiskFull before anything is written where fewer than `size` bytes are free.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for written in (*temporary.rglob("*"), temporary):
-            _sync(written)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _temporary(path)
+    with room_for(path, size):
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
+        temporary.mkdir(parents=True)
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            _try_lock(descriptor)
+            yield temporary
+            for written in (*temporary.rglob("*"), temporary):
+                _sync(written)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        finally:
+            os.close(descriptor)
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: str | Path, value: Any, durable: bool = False) -> None:
+    """Write indented JSON whole or not at all."""
+    text = json.dumps(value, indent=1) + "\n"
+    with atomic_write(path, durable) as temporary:
+        temporary.write_text(text)
 
 
 def remove_folder(path: str | Path) -> None:
@@ -107,11 +133,37 @@ def remove_folder(path: str | Path) -> None:
     shutil.rmtree(gone)
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Remove what the functions above left half-written or half-removed in a folder when they were killed."""
-    for path in Path(folder).iterdir():
-        if _PARTIAL.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+def remove_leftovers(folder: str | Path, depth: int = 2) -> None:
+    """Remove what the functions above left when they were killed, in a folder and `depth` levels of folders in it.
+
+    What a living process is writing stays.
+    """
+    entries: list[os.DirEntry] = []
+    with suppress(OSError):  # what cannot be read or removed is in nobody's way
+        entries = list(os.scandir(folder))
+    for entry in entries:
+        with suppress(OSError):
+            is_folder = entry.is_dir(follow_symlinks=False)
+            if not UNFINISHED.fullmatch(entry.name):
+                if is_folder and depth:
+                    remove_leftovers(entry.path, depth - 1)
+            elif entry.is_symlink() or not _in_use(entry.path):
+                shutil.rmtree(entry.path) if is_folder else os.unlink(entry.path)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _in_use(path: str) -> bool:
+    """Return whether a living process is writing a temporary file or folder."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    try:
+        return not _try_lock(descriptor) and time.time() - os.stat(descriptor).st_mtime < ABANDONED_AFTER
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
 
 
 def _sync(path: Path) -> None:
@@ -127,39 +179,58 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def room_for(path: str | Path, size: int) -> Iterator[None]:
-    """Around writing `size` bytes, about, as `path`. UserError with both numbers before that, and when they do not fit.
+def room_for(path: str | Path, size: int | None = None) -> Iterator[None]:
+    """Turn the errors of a full disk, within this context, into DiskFull; what was written is left to the caller.
 
-    A quota, or a limit on the size of files, is noticed only when it is met. What was written is left to the caller.
+    Raises DiskFull at once where fewer than `size` bytes are free. A quota, or a limit on the size of files, is
+    noticed only when it is met.
     """
-    parent = Path(path).parent
-    usage = shutil.disk_usage(parent)
-    advice = f"about {_readable(size)} are needed and %s are free; what was there before is untouched: make room in "
-    advice += f"{str(parent)!r}, then run the same command again"
-    if usage.total and usage.free < size:  # there are network file systems that know no sizes
-        raise UserError(f"{str(path)!r} was not begun: {advice % _readable(usage.free)}")
+    path = Path(path)
+    needed = "" if size is None else f"about {_readable(size)} are needed and "
+    if size is not None and not _free(path) >= size:
+        raise DiskFull(f"{str(path)!r} was not begun: {needed}{_advice(path)}")
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        if reason := _full_disk(error):
-            free = _readable(usage.free)
-            raise UserError(f"{str(path)!r} could not be written ({reason}): {advice % free}") from error
+        if reason := full_disk(error):
+            raise DiskFull(f"{str(path)!r} could not be written ({reason}): {needed}{_advice(path)}") from error
         raise
 
 
-def _full_disk(error: BaseException | None) -> str:
-    """What the system said of a full disk, from an error of Python, PyTorch or safetensors; "" for other errors."""
+def full_disk(error: BaseException | None) -> str:
+    """Return what the system said of a full disk, from an error of Python, NumPy, PyTorch or safetensors; else ""."""
     while error is not None:
-        code = error.errno if isinstance(error, OSError) else 0
-        if stated := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
+        code = error.errno if isinstance(error, OSError) else None
+        if stated := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors and tokenizers
             code = int(stated[1])
+        if isinstance(error, OSError) and re.search(r"\d+ requested and \d+ written", str(error)):  # numpy
+            code = errno.ENOSPC
         if code in FULL_DISK:
             return os.strerror(code)
         error = error.__cause__ or error.__context__
     return ""
 
 
-def _readable(size: int) -> str:
+def _existing(path: Path) -> Path:
+    """Return the folder that a new path would be in, or the nearest above it that exists."""
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
+
+
+def _free(path: Path) -> float:
+    usage = shutil.disk_usage(_existing(path))
+    return usage.free if usage.total else math.inf  # there are network file systems that know no sizes
+
+
+def _advice(path: Path) -> str:
+    return (
+        f"{_readable(_free(path))} are free; what was there before is untouched: make room in "
+        f"{str(_existing(path))!r}, then run the same command again"
+    )
+
+
+def _readable(size: float) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
 
@@ -169,77 +240,128 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def append_line(path: str | Path, line: str) -> None:
+    """Append a line, which is on the disk when this returns; one that does not fit (DiskFull) leaves nothing."""
+    with room_for(path), open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            content = line.encode() + b"\n"
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
+
+
 class JsonLines:
     """An append-only file of one JSON object a line; silent on every process but the main one.
 
     Of an existing file, entries whose `counter` is below `keep` stay: a resumed run repeats those after its checkpoint.
+    A line that a power cut has torn is removed, with a warning that says which; one that lacks only its newline is
+    complete.
     """
 
     def __init__(self, path: str | Path, active: bool = True, keep: int | None = None, counter: str = "epoch"):
         self.path, self.active = Path(path), active
-        if active:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if keep is not None and self.path.is_file():
-                lines = self.path.read_bytes().splitlines(keepends=True)
-                kept = [line for line in lines if (number := _number(line, counter)) is not None and number < keep]
-                if kept != lines:
-                    with atomic_write(self.path, durable=True) as temporary:
-                        temporary.write_bytes(b"".join(kept))
+        if not active:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.is_file():
+            return
+        content, kept, last = self.path.read_bytes(), [], None
+        for number, line in enumerate(content.splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                count = parse_json(line, {counter: COUNT}, "")[counter] if keep is not None else None
+            except UserError:
+                self._warn(line, number, counter, last, keep)
+                continue
+            if keep is None or count < keep:
+                kept.append(line)
+                last = count
+        if (text := b"".join(line + b"\n" for line in kept)) != content:
+            with atomic_write(self.path, durable=True) as temporary:
+                temporary.write_bytes(text)
 
-    def write(self, entry: dict) -> None:
-        """Append a line, which is on the disk when this returns. Numbers that JSON lacks, as nan, become null."""
+    def _warn(self, line: bytes, number: int, counter: str, last: int | None, keep: int) -> None:
+        stated = re.match(rb'\{"%s": (\d+),' % counter.encode(), line)  # it comes first, so a torn line often has it
+        lost = int(stated[1]) if stated else None
+        which = f"{counter} {lost}" if stated else f"after {counter} {last}" if last is not None else "the first"
+        repeated = (last + 1 if last is not None else 0) >= keep if lost is None else lost >= keep
+        outcome = "it is made and logged again" if repeated else "the run has it, the log lacks it from now on"
+        logger.warning("%s: line %d (%s) is damaged and was removed; %s", self.path, number, which, outcome)
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Append a line, as `append_line` does. Numbers that JSON lacks, as nan, become null."""
         if self.active:
             entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-            with open(self.path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(self.path, json.dumps(entry))
 
 
-def _number(line: bytes, counter: str) -> int | None:
-    """The counter of a line; None where a kill or a power cut has torn it."""
-    try:
-        return json.loads(line)[counter] if line.endswith(b"\n") else None
-    except (ValueError, KeyError, TypeError):
-        return None
+_locks: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()
+# a data loader's worker would keep the locks of its parent, for a while also after the parent was killed
+os.register_at_fork(after_in_child=lambda: [file.close() for file in list(_locks)])
 
 
 def lock(path: str | Path, taken: str, second: str) -> IO[bytes]:
-    """The file at `path`, made if absent, open for appending and locked until it is closed or the process ends.
+    """Open the file at `path`, made if absent, and lock it until it is closed or the process ends.
 
-    Raises UserError(taken) while another process has it. On a file system without locks a warning says so, and to let
-    no `second` one write.
+    Raises UserError(taken) while another process has it. On a file system without locks a warning asks to let no
+    `second` one write.
     """
     file = open(path, "ab")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        supported = _try_lock(file.fileno())
     except BlockingIOError as error:
         file.close()
         raise UserError(taken) from error
+    if not supported:
+        logger.warning("%s: no locks on this file system; let no second %s write here", path, second)
+    _locks.add(file)
+    return file
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock an open file; return False on a file system without locks. Raises BlockingIOError where it is locked."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        logger.warning("%s: no locks on this file system; let no second %s write here", path, second)
-    return file
+        return False
+    return True
 
 
 @contextmanager
 def locked(folder: str | Path, instead: str = "another logdir") -> Iterator[None]:
-    """The folder, made if absent, for this process alone. Raises UserError while another process has it.
+    """Keep a folder, made if absent, for this process alone, and remove what killed ones have left half-written there.
 
-    The lock ends with the process, however that ends; its file is removed by whoever holds it last. `instead` says what
-    else the user can give.
+    Every command that writes a folder does so within this. Raises UserError while another process has the folder;
+    `instead` is what else the user can give. The lock ends with the process, however that ends; its file is removed by
+    whoever holds it last, and so is a folder that was made for nothing.
     """
-    path = Path(folder) / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    path, made = folder / LOCK, not folder.exists()
     taken = f"{str(folder)!r} is being written by another run; wait for its end or choose {instead}"
     while True:
-        file = lock(path, taken, "run")
-        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-            break
-        file.close()  # a run that ended just now removed the file: it locks nothing
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = lock(path, taken, "run")
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                break
+            file.close()
+        except FileNotFoundError:
+            continue  # a run that ended just now removed the file or the folder: that locks nothing
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"{str(folder)!r} is not a folder, or lies in what is none; choose {instead}") from error
     try:
+        remove_leftovers(folder)
         yield
     finally:
         path.unlink(missing_ok=True)
         file.close()
+        if made:
+            with suppress(OSError):  # unless it is empty
+                folder.rmdir()

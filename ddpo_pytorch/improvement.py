@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddpo_pytorch.data.images import image_grid, load_pixels, to_uint8
+from ddpo_pytorch.data.images import image_grid, load_pixels, save_picture, to_uint8
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_write
 from ddpo_pytorch.judges.policy import Policy
 from ddpo_pytorch.judges.selector import Selector
 from ddpo_pytorch.metrics.kernel import kernel_distance
@@ -172,8 +171,7 @@ def table(history: Sequence[Standing]) -> str:
 
 def save_rounds_grid(path: Path, images: torch.Tensor, count: int) -> None:
     """The first image of each of the first prompts, of which there are `count` each, in rows."""
-    with atomic_write(path) as temporary:
-        image_grid(images[::count][: 2 * GRID_COLUMNS].float() / 255, GRID_COLUMNS).save(temporary, format="PNG")
+    save_picture(path, image_grid(images[::count][: 2 * GRID_COLUMNS].float() / 255, GRID_COLUMNS))
 
 
 def record(standing: Standing, **more: Any) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from ddpo_pytorch.checkpointing import (
     recover_best,
 )
 from ddpo_pytorch.errors import UserError, difference
-from ddpo_pytorch.files import LOCK, atomic_write, locked, remove_leftovers
+from ddpo_pytorch.files import LOCK, atomic_write, locked
+from ddpo_pytorch.json_files import read_json
 from ddpo_pytorch.processes import on_main
 from ddpo_pytorch.saving import put_aside
 
@@ -77,7 +78,6 @@ def _open_run(
         checkpoint = _continued(folder, settings)
     if checkpoint is not None:
         _clear_way(checkpoint)
-    remove_leftovers(folder)
     return folder, checkpoint
 
 
@@ -140,12 +140,12 @@ def _settings_files(folder: Path) -> list[Path]:
 
 def _last_settings(folder: Path) -> dict[str, Any]:
     files = _settings_files(folder)
+    problem = f"its {files[-1].name} is damaged" if files else f"it holds no {CONFIG}"
     try:
-        return dict(json.loads(files[-1].read_text()))
-    except (IndexError, ValueError, TypeError) as error:
-        which = f"its {files[-1].name} is damaged" if files else f"it holds no {CONFIG}"
+        return read_json(files[-1], {"save_freq?": int})
+    except (IndexError, UserError) as error:
         raise UserError(
-            f"run folder {str(folder)!r} exists already, and {which}; choose another --config.run_name, continue it "
+            f"run folder {str(folder)!r} exists already, and {problem}; choose another --config.run_name, continue it "
             f"with --config.resume_from={folder} if it holds a checkpoint, or move it away"
         ) from error
 

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 
-from ddpo_pytorch.data.images import image_grid
+from ddpo_pytorch.data.images import image_grid, save_picture
 from ddpo_pytorch.generator.pipeline import PromptTable
 from ddpo_pytorch.held_out import Sampling, draw_images
 from ddpo_pytorch.randomness import Stream
@@ -32,5 +32,5 @@ def save_grid(
     with accelerator.autocast():
         images = [draw_images(pipe, table, prompts[part], noise[part], sampling) for part in parts]
     if accelerator.is_main_process:
-        image_grid(torch.cat(images), columns=8).save(path)
+        save_picture(path, image_grid(torch.cat(images), columns=8))
     accelerator.wait_for_everyone()

@@ -24,7 +24,7 @@ from ddpo_pytorch.checkpointing import (
     checkpoints,
     fault,
 )
-from ddpo_pytorch.files import atomic_folder, remove_folder, room_for
+from ddpo_pytorch.files import atomic_folder, remove_folder
 from ddpo_pytorch.generator.lora import FILE_NAME, has_lora, lora_state_dict
 from ddpo_pytorch.manifest import write_manifest
 from ddpo_pytorch.sharding import gather_optimizer, gather_weights
@@ -98,7 +98,7 @@ def _write(folder: Path, taken: Snapshot, progress: dict) -> None:
     tensors = [*taken.weights.values(), *_tensors(taken.state)]
     # what surrounds a tensor in the files is small and bounded
     size = sum(tensor.nbytes for tensor in tensors) + 512 * len(tensors) + len(text) + 2**16
-    with room_for(folder, size), atomic_folder(folder) as temporary:
+    with atomic_folder(folder, size) as temporary:
         save_file(taken.weights, temporary / taken.file, metadata={"format": "pt"})
         with open(temporary / STATE_FILE, "wb") as file:  # of a path, PyTorch would not say why it cannot be written
             torch.save(taken.state, file)

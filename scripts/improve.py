@@ -201,6 +201,7 @@ def read_history(path: Path) -> list[Standing]:
 def point_to(link: Path, target: Path) -> None:
     """Make `link` a link to a folder, in the place of an earlier one."""
     with atomic_write(link) as temporary:
+        temporary.unlink()
         temporary.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
 
 

@@ -20,7 +20,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ddpo_pytorch.cli import cli
-from ddpo_pytorch.files import atomic_write
+from ddpo_pytorch.data.images import save_picture
+from ddpo_pytorch.files import JsonLines, atomic_write
 from ddpo_pytorch.metrics.cautions import missing_of, warnings_of
 from ddpo_pytorch.metrics.comparison import compare
 from ddpo_pytorch.metrics.diversity import within_pairs
@@ -204,7 +205,6 @@ def make_tables(result: dict) -> dict[str, Table]:
 def write(config: ConfigDict, result: dict, folders: dict[str, list[Folder]]) -> dict[str, str]:
     """Write the report's files and append the official line, whose APR is a ratio. Returns the tables in Markdown."""
     output, models = Path(config.metric.output), result["models"]
-    output.mkdir(parents=True, exist_ok=True)
     fundus, tables = result.get("kind") == FUNDUS, make_tables(result)
     texts = {f"{name}.{suffix}": form(table) for name, table in tables.items() for suffix, form in
              (("md", markdown), ("csv", as_csv), ("tex", latex))}  # fmt: skip
@@ -213,14 +213,15 @@ def write(config: ConfigDict, result: dict, folders: dict[str, list[Folder]]) ->
         with atomic_write(output / name) as temporary:
             temporary.write_text(text)
     write_per_image(output / "per_image.csv", folders, "alignment" if fundus else "aligned")
-    comparison({name: own[0].side.images.samples for name, own in folders.items()}).save(output / "comparison.png")
+    samples = {name: own[0].side.images.samples for name, own in folders.items()}
+    save_picture(output / "comparison.png", comparison(samples))
     for name, model in models.items():
         for extractor, block in (model.get("memorisation") or {}).items():
-            contact_sheet(block["closest"]).save(output / f"closest_{extractor}_{name.replace('/', '_')}.png")
+            path = output / f"closest_{extractor}_{name.replace('/', '_')}.png"
+            save_picture(path, contact_sheet(block["closest"]))
     last = models[list(models)[-1]]
     score = {"fundus_alignment": last["fundus_alignment"]} if fundus else {"APR_m": last["APR"]}
-    with open(output / "metrics_log.jsonl", "a") as file:
-        file.write(json.dumps({"metrics": score | {"LPIPS": last["LPIPS"], "FID": last["FID"]}}) + "\n")
+    JsonLines(output / "metrics_log.jsonl").write({"metrics": score | {"LPIPS": last["LPIPS"], "FID": last["FID"]}})
     return {name: texts[f"{name}.md"] for name in tables}
 
 

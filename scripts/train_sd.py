@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from ddpo_pytorch.caption_grid import draw_captions
 from ddpo_pytorch.cli import cli
 from ddpo_pytorch.data.image_cache import decoded
-from ddpo_pytorch.data.images import image_grid
+from ddpo_pytorch.data.images import image_grid, save_picture
 from ddpo_pytorch.data.kinds import source
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import JsonLines, atomic_folder, atomic_write
@@ -203,8 +203,7 @@ def vae_stage(accelerator: Accelerator, config: ConfigDict) -> Stage:
         images, latents = encoded(val_set or train_set, 8)
         pairs = torch.cat([images, vae.decode(latents).sample]) / 2 + 0.5
         if accelerator.is_main_process:
-            with atomic_write(path) as temporary:
-                image_grid(pairs.clamp(0, 1), columns=len(images)).save(temporary, format="PNG")
+            save_picture(path, image_grid(pairs.clamp(0, 1), columns=len(images)))
 
     def finish() -> None:
         # latents of unit variance, as SD's diffusion expects them

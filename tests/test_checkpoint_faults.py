@@ -156,7 +156,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
     monkeypatch.setattr(files.os, "replace", lambda old, new: (calls.append(("name", new.name)), replace(old, new)))
     save(tmp_path, 1)
     synced = {name for what, name in calls[:5] if what == "sync"}
-    assert synced == {*FILES, "manifest.json", ".checkpoint_1.partial"}
+    assert synced == {*FILES, "manifest.json", f".checkpoint_1.{os.getpid()}.tmp"}
     assert calls[5:] == [("name", "checkpoint_1"), ("sync", tmp_path.name)]
     calls.clear()
     with atomic_write(tmp_path / "a", durable=True) as temporary:

@@ -174,7 +174,7 @@ def test_other_sources_and_other_files_are_not_overwritten(rated, table, tmp_pat
     with pytest.raises(UserError, match="holds something else"):
         degradation.write_rating_set(*table, tmp_path, **SET)
     (tmp_path / "record.json").write_text("{torn")
-    with pytest.raises(UserError, match="no record of a rating set"):
+    with pytest.raises(UserError, match="record.json"):
         degradation.write_rating_set(*table, tmp_path, **SET)
     assert len(contents(tmp_path)) == 2
 

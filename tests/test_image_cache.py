@@ -1,5 +1,6 @@
 """Images as squares, and the file in which they are kept decoded."""
 
+import fcntl
 import os
 import shutil
 
@@ -83,12 +84,13 @@ def test_a_cache_that_cannot_be_written_is_done_without(files, tmp_path, monkeyp
     assert "No space left" in caplog.text and not list((tmp_path / "cache").iterdir())
     name = decoded(files, tmp_path / "cache").path
     name.unlink()
-    old, new = (name.with_name(f".{name.name}.{pid}.tmp") for pid in (1, 2))
-    for leftover in (old, new):
+    abandoned, at_work = (name.with_name(f".{name.name}.{pid}.tmp") for pid in (1, 2))
+    for leftover in (abandoned, at_work):
         leftover.write_text("half")
-    os.utime(old, (1, 1))
-    decoded(files, tmp_path / "cache")
-    assert not old.exists() and new.exists()  # the new one may belong to a process at work
+    with open(at_work) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        decoded(files, tmp_path / "cache")
+    assert not abandoned.exists() and at_work.exists()
 
 
 def test_damage_is_told_and_leaves_no_cache(files, tmp_path):

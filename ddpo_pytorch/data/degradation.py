@@ -9,9 +9,10 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ from ddpo_pytorch.data.damage import BANDS, ERASABLE, KINDS, VISIBLE, degrade, d
 from ddpo_pytorch.data.fundus import MODALITY, Row, check_images, load_split
 from ddpo_pytorch.data.images import RESIZES, load_pixels, save_image
 from ddpo_pytorch.errors import UserError, difference
-from ddpo_pytorch.files import atomic_write, sha256
+from ddpo_pytorch.files import LOCK, locked, sha256, write_json
+from ddpo_pytorch.json_files import read_json
 from ddpo_pytorch.randomness import text_number
 
 logger = logging.getLogger(__name__)
@@ -67,8 +69,13 @@ def write_rating_set(
     settings = dict(style=STYLE, seed=seed, size=size, resize=resize, mismatched=mismatched, raters=raters)
     settings |= dict(kinds=list(KINDS), bands={str(grade): list(band) for grade, band in BANDS.items()})
     settings |= dict(images=len(rows), sources=_digest(rows, paths))
-    if _complete(out, settings):
-        return
+    with locked(out, "another --out"):
+        if not _complete(out, settings):
+            _write_rating_set(rows, paths, out, settings)
+
+
+def _write_rating_set(rows: Sequence[Row], paths: Sequence[Path], out: Path, settings: Mapping[str, Any]) -> None:
+    seed, size, resize, mismatched = (settings[name] for name in ("seed", "size", "resize", "mismatched"))
     chosen = [(row, path) for row, path in zip(rows, paths, strict=True) if choice(row.fields, "quality", "3") == "3"]
     sources = _visible(chosen, size, resize)
     logger.info(
@@ -80,13 +87,12 @@ def write_rating_set(
     rng = np.random.default_rng((seed, 1))
     truth = _true_ratings(sources, mismatched, rng)
     numbers = rng.permutation(len(truth))
-    with atomic_write(out / "record.json") as temporary:
-        temporary.write_text(json.dumps(settings, indent=1) + "\n")
+    write_json(out / "record.json", settings)
     for index, source in enumerate(sources):
         files = [out / _image_path(number) for number in numbers[3 * index : 3 * index + 3]]
         _write_grades(source, files, seed, size, resize)
     rated = [dict(truth[at], image_path=_image_path(numbers[at])) for at in np.argsort(numbers)]
-    given = _given_ratings(rated, raters, rng)
+    given = _given_ratings(rated, settings["raters"], rng)
     write_table(out / "ratings.csv", COLUMNS, given)
     logger.info("%d ratings of %d images in %s", len(given), len(rated), out)
 
@@ -104,15 +110,11 @@ def _complete(out: Path, settings: dict) -> bool:
     """Whether `out` holds the whole set already; UserError where it holds another or anything else."""
     record = out / "record.json"
     if record.exists():
-        try:
-            changed = difference(json.loads(record.read_text()), settings)
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{str(record)!r} is no record of a rating set ({error}); give a new folder") from error
-        if changed:
+        if changed := difference(read_json(record, advice="give a new folder"), settings):
             name, before, now = changed
             raise UserError(f"{str(out)!r} holds a rating set of {name} {before}, not {now}; give a new folder")
         return (out / "ratings.csv").exists()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if any(path.name != LOCK for path in out.iterdir()):
         raise UserError(f"{str(out)!r} holds something else than a rating set; give a new folder")
     return False
 

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ddpo_pytorch.data.images import ImageFiles
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_write
+from ddpo_pytorch.files import atomic_write, remove_leftovers
 
 logger = logging.getLogger(__name__)
 _SPARE_BYTES = 2**30  # left free on the disk
@@ -74,7 +74,7 @@ def decoded(files: ImageFiles, folder: str | Path) -> Dataset:
     gigabytes, started = np.prod(shape) / 1e9, time.perf_counter()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
+        remove_leftovers(path.parent, depth=0)
         if np.prod(shape) + _SPARE_BYTES > shutil.disk_usage(path.parent).free:
             raise OSError("no room on the disk")
         with atomic_write(path) as temporary, open(temporary, "wb") as file:
@@ -103,13 +103,6 @@ def _decode_all(files: ImageFiles) -> Iterator[torch.Tensor]:
             for image, _ in pool.map(files.__getitem__, range(start, min(start + _WINDOW, len(files)))):
                 yield image
                 bar.update()
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Delete what a kill has left half-written of this cache: it may be large. One in use is never an hour old."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        if time.time() - leftover.stat().st_mtime > 3600:
-            leftover.unlink(missing_ok=True)
 
 
 def loader_options(num_workers: int) -> dict[str, Any]:

@@ -5,11 +5,12 @@ image (at least prompt and path_to_img, relative to the folder).
 """
 
 import hashlib
+import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from ddpo_pytorch.data.field_of_view import fov_square
 from ddpo_pytorch.data.folder_names import folder_name
 from ddpo_pytorch.data.isic import caption_of_folder
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_write, path_inside
+from ddpo_pytorch.files import atomic_write, path_inside, write_json
 
 LOG = "image_log.json"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -86,11 +87,21 @@ def save_image(path: str | Path, image: torch.Tensor) -> None:
     """
     levels = image if image.dtype == torch.uint8 else to_uint8(image)
     picture = Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())
+    if Path(path).suffix == ".jpg":
+        save_picture(path, picture, format="JPEG", quality=95, subsampling=0)
+    else:
+        save_picture(path, picture)
+
+
+def save_picture(path: str | Path, picture: Image.Image, **options: Any) -> None:
+    """Write a PIL image whole or not at all, by default as PNG; `options` are those of its method `save`.
+
+    It is encoded in memory: Pillow's JPEG encoder does not notice when a full disk takes only a part of its bytes.
+    """
+    encoded = io.BytesIO()
+    picture.save(encoded, **{"format": "PNG"} | options)
     with atomic_write(path) as temporary:
-        if Path(path).suffix == ".jpg":
-            picture.save(temporary, format="JPEG", quality=95, subsampling=0)
-        else:
-            picture.save(temporary, format="PNG")
+        temporary.write_bytes(encoded.getvalue())
 
 
 class ImageFiles(Dataset):
@@ -185,10 +196,7 @@ def _not_read(path: Path) -> UserError:
 
 def write_log(folder: str | Path, entries: list[dict]) -> None:
     """Write `image_log.json` atomically."""
-    path = Path(folder) / LOG
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(entries, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_json(Path(folder) / LOG, entries)
 
 
 def read_log(folder: str | Path) -> list[dict]:

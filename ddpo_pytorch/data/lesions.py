@@ -3,10 +3,7 @@
 ISIC shows many lesions in several images, and a classifier tested on lesions it was trained on looks better than it is.
 """
 
-import json
 import logging
-import os
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +13,7 @@ import numpy as np
 from ddpo_pytorch.data.csv_tables import read_table, write_table
 from ddpo_pytorch.data.isic import Row, count_labels, image_key
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import sha256
+from ddpo_pytorch.files import atomic_folder, sha256, write_json
 
 logger = logging.getLogger(__name__)
 RECORD = "splits.json"  # seed, and the hash of every table, of splits made here
@@ -130,18 +127,13 @@ def write_splits(folder: str | Path, name: str, splits: Mapping[str, Sequence[Ro
     for row in (row for rows in splits.values() for row in rows):
         if set(row.fields) != set(columns):
             raise UserError(f"the columns of the split tables differ ({', '.join(set(row.fields) ^ set(columns))})")
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    unfinished.mkdir(parents=True)
-    try:
+    with atomic_folder(folder) as unfinished:
         files = {}
         for split, rows in splits.items():
             path = unfinished / f"{name}_{split}.csv"
             write_table(path, columns, (row.fields for row in rows))
             files[path.name] = {"sha256": sha256(path), "images": len(rows), **count_labels(rows)}
-        (unfinished / RECORD).write_text(json.dumps({**about, "files": files}, indent=1) + "\n")
-        os.rename(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        write_json(unfinished / RECORD, {**about, "files": files})
 
 
 def refuse_existing(path: Path) -> None:

@@ -8,19 +8,20 @@ Geometry is in *points* (`ddpo_pytorch.data.drawing`). Colours are RGB in [0, 25
 
 import argparse
 import itertools
-import json
 import logging
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ddpo_pytorch.data.drawing import POINTS, Sheet, blend, clouds, direction, plane, step
+from ddpo_pytorch.data.images import save_picture
 from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import atomic_folder, locked, write_json
+from ddpo_pytorch.json_files import read_json
 
 logger = logging.getLogger(__name__)
 STYLE = 1  # raised when the drawing code changes pictures, so that old and new worlds never mix
@@ -198,16 +199,22 @@ def write_world(folder, num_train: int, num_val: int, num_test: int, seed: int, 
     world |= {name: True for name, wanted in frequencies.items() if wanted}
     if min(world.values()) < 0 or size < 16:
         raise UserError(f"a phantom world needs numbers >= 0 and size >= 16, got {world}")
-    images, splits, record = (Path(folder) / name for name in ("images", "splits", "world.json"))
-    held = json.loads(record.read_text()) if record.exists() else None
+    with locked(folder, "another --out"):
+        _write_world(Path(folder), world, frequencies)
+
+
+def _write_world(folder: Path, world: Mapping[str, int], frequencies: Mapping[str, bool]) -> None:
+    images, splits, record = (folder / name for name in ("images", "splits", "world.json"))
+    held = read_json(record, advice="give a new folder") if record.exists() else None
     if held != world and (held or images.exists() or splits.exists()):
         raise UserError(f"{folder} already holds {held or 'other images'}, not {world}; give a new folder")
     if splits.exists():
         return
-    images.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(world) + "\n")
+    write_json(record, world)
+    images.mkdir(exist_ok=True)
 
-    rows, total = [], num_train + num_val + num_test
+    seed, size, num_train, num_val = (world[name] for name in ("seed", "size", "num_train", "num_val"))
+    rows, total = [], num_train + num_val + world["num_test"]
     for index in range(total):
         rng, path = np.random.default_rng((seed, index)), images / f"PHANTOM_{index:07d}.jpg"
         labels = sample_labels(rng, **frequencies)
@@ -215,18 +222,15 @@ def write_world(folder, num_train: int, num_val: int, num_test: int, seed: int, 
         row |= {"MEL": float(row["MEL"]), "NV": float(row["NV"]), "label": row["MEL"]}
         rows.append(",".join(map(str, row.values())))
         if not path.exists():
-            partial = path.with_suffix(".part")
-            Image.fromarray(draw(labels, rng, size)).save(partial, "JPEG", quality=95, subsampling=0)
-            os.replace(partial, path)
+            picture = Image.fromarray(draw(labels, rng, size))
+            save_picture(path, picture, format="JPEG", quality=95, subsampling=0)
         if (index + 1) % 1000 == 0 or index + 1 == total:
             logger.info("%d of %d phantom images", index + 1, total)
     train, val, test = rows[:num_train], rows[num_train : num_train + num_val], rows[num_train + num_val :]
     parts = {"train": train, "val": val, "test": test, "train_a": train[::2], "train_b": train[1::2]}
-    unfinished = splits.with_suffix(".part")  # renamed at the end: a world that has splits/ is complete
-    unfinished.mkdir(exist_ok=True)
-    for name, part in parts.items():
-        (unfinished / f"phantom_{name}.csv").write_text("\n".join([",".join(COLUMNS), *part, ""]))
-    os.rename(unfinished, splits)
+    with atomic_folder(splits) as unfinished:  # a world that has splits/ is complete
+        for name, part in parts.items():
+            (unfinished / f"phantom_{name}.csv").write_text("\n".join([",".join(COLUMNS), *part, ""]))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

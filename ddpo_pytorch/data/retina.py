@@ -8,11 +8,9 @@ Geometry is in *points* (`ddpo_pytorch.data.drawing`), from the left and from th
 """
 
 import argparse
-import json
 import logging
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +20,10 @@ from PIL import Image
 from ddpo_pytorch.data.csv_tables import write_table
 from ddpo_pytorch.data.damage import degrade, draw_damage
 from ddpo_pytorch.data.drawing import POINTS, Sheet, blend, clouds, direction, plane, step
+from ddpo_pytorch.data.images import save_picture
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_write
+from ddpo_pytorch.files import atomic_folder, locked, write_json
+from ddpo_pytorch.json_files import read_json
 
 logger = logging.getLogger(__name__)
 STYLE = 1  # raised when the drawing code changes pictures, so that old and new worlds never mix
@@ -229,16 +229,20 @@ def write_world(
     world = dict(style=STYLE, seed=seed, size=size, degraded=degraded) | numbers
     if min(world.values()) < 0 or size < 32 or degraded > 1 or any(value % 2 for value in numbers.values()):
         raise UserError(f"a fundus world needs even numbers >= 0, size >= 32 and degraded in [0, 1], got {world}")
-    root, splits = Path(folder), Path(folder) / "splits"
-    record = root / "world.json"
-    held = json.loads(record.read_text()) if record.exists() else None
+    with locked(folder, "another --out"):
+        _write_world(Path(folder), world, numbers)
+
+
+def _write_world(root: Path, world: Mapping[str, float], numbers: Mapping[str, int]) -> None:
+    splits, record = root / "splits", root / "world.json"
+    held = read_json(record, advice="give a new folder") if record.exists() else None
     if held != world and (held or any((root / name).exists() for name in ("images", "splits", "captions.csv"))):
-        raise UserError(f"{folder} already holds {held or 'other images'}, not {world}; give a new folder")
+        raise UserError(f"{root} already holds {held or 'other images'}, not {world}; give a new folder")
     if splits.exists():
         return
-    (root / "images").mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(world) + "\n")
+    write_json(record, world)
 
+    seed, size, degraded = (world[name] for name in ("seed", "size", "degraded"))
     parts, patient, total = {}, 0, sum(numbers.values())
     for name, count in numbers.items():
         part = name.removeprefix("num_")
@@ -249,10 +253,9 @@ def write_world(
             if patient % 500 == 0 or 2 * patient == total:
                 logger.info("%d of %d fundus images", 2 * patient, total)
     write_table(root / "captions.csv", COLUMNS, [row for rows in parts.values() for row in rows])
-    unfinished = splits.with_suffix(".part")  # renamed at the end: a world that has splits/ is complete
-    for part, rows in parts.items():
-        write_table(unfinished / f"fundus_{part}.csv", COLUMNS, rows)
-    os.rename(unfinished, splits)
+    with atomic_folder(splits) as unfinished:  # a world that has splits/ is complete
+        for part, rows in parts.items():
+            write_table(unfinished / f"fundus_{part}.csv", COLUMNS, rows)
 
 
 def _write_patient(root: Path, seed: int, patient: int, size: int, degraded: float) -> list[dict]:
@@ -267,8 +270,7 @@ def _write_patient(root: Path, seed: int, patient: int, size: int, degraded: flo
             image = draw(finding, eye, look, np.random.default_rng(own), size)
             if quality < 3:
                 image = degrade(image, *draw_damage(quality, damage), damage)
-            with atomic_write(path) as temporary:
-                Image.fromarray(image).save(temporary, "JPEG", quality=95, subsampling=0)
+            save_picture(path, Image.fromarray(image), format="JPEG", quality=95, subsampling=0)
         about = (f"images/{path.name}", caption_of(finding, eye), "Fundus", path.name[:7], eye, age, sex, quality)
         rows.append(dict(zip(COLUMNS, about, strict=True)))
     return rows

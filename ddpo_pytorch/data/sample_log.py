@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from ddpo_pytorch.data.images import IMAGE_SUFFIXES, read_log, write_log
 from ddpo_pytorch.errors import UserError, difference
-from ddpo_pytorch.files import path_fault
+from ddpo_pytorch.files import path_fault, room_for, write_json
 
 SETTINGS = "settings.json"
 PARTS = "image_log.part*.jsonl"
@@ -37,10 +37,7 @@ def claim_folder(folder: str | Path, settings: Mapping[str, Any], about: Mapping
         return
     if (folder / "images").is_dir():
         raise UserError(f"{str(folder)!r} holds images but no {SETTINGS}; choose another logdir or move it away")
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{SETTINGS}.tmp")
-    temporary.write_text(json.dumps({"settings": settings, "about": about}, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_json(path, {"settings": settings, "about": about})
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
@@ -81,7 +78,7 @@ class PartLog:
     def add(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Append entries; each has at least path_to_img, relative to the folder."""
         lines = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
-        with self._turn:
+        with self._turn, room_for(self._path):
             self._file.write(lines)
             self._file.flush()
 
@@ -131,7 +128,7 @@ def _parts(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def merge_parts(folder: str | Path, order: Sequence[str] = ()) -> int:
-    """Write all entries to `image_log.json`, remove the parts and what kills left half-written; returns the number.
+    """Write all entries to `image_log.json` and remove the parts; returns the number.
 
     For one process, when none writes any more. Entries are sorted as their paths are in `order`, others behind those of
     their folder, or behind all, by path; and numbered: sampleID 0, 1, ...
@@ -144,8 +141,8 @@ def merge_parts(folder: str | Path, order: Sequence[str] = ()) -> int:
 
     paths = sorted(entries, key=place)
     write_log(folder, [{"sampleID": number, **_unnumbered(entries[path])} for number, path in enumerate(paths)])
-    for leftover in [*Path(folder).glob(PARTS), *Path(folder).glob("images/*/.*.tmp")]:
-        leftover.unlink()
+    for part in Path(folder).glob(PARTS):
+        part.unlink()
     return len(paths)
 
 

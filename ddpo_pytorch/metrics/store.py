@@ -7,6 +7,7 @@ ones: results do not depend on their number, and memory not on the number of ima
 """
 
 import hashlib
+import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -167,9 +168,10 @@ class FeatureStore:
             bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
             if len(bad):
                 raise UserError(f"{str(columns[0][bad[0]])!r}: {network.what} gives NaN or infinity; check its weights")
+            content = io.BytesIO()
+            np.save(content, rows, allow_pickle=False)
             with atomic_write(file) as temporary:
-                with open(temporary, "wb") as stream:  # np.save would append .npy to the name
-                    np.save(stream, rows, allow_pickle=False)
+                temporary.write_bytes(content.getvalue())
         return len(columns[0])
 
 
