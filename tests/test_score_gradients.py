@@ -84,10 +84,11 @@ def test_same_gradients_in_half_precision(both_ways):
     """The window begins after steps without gradients, whose casts of weights must not be used again.
 
     Rounding to 8 bits puts either gradient of this model .4 of its norm away from the one in float32 on the same
-    trajectories (measured, guidance is 5); from each other they are .06 away.
+    trajectories (measured, guidance is 5); from each other they are .06 to .10 away, by the instruction set. Casts used
+    again would carry no gradient at all: 1.
     """
     (expected, _), (actual, line) = both_ways(mixed_precision="bf16", train__timestep_window=(0.34, 1.0))
-    assert (expected[0] - actual[0]).norm() < 0.1 * expected[0].norm() and expected[0].norm() > 0
+    assert (expected[0] - actual[0]).norm() < 0.4 * expected[0].norm() and expected[0].norm() > 0
     assert line["first_ratio_deviation"] == 0.0
 
 

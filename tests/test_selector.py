@@ -121,7 +121,9 @@ def test_policy_reads_the_prompt(policy, images):
 
 def test_text_features_are_centred_cls_states(policy, bert):
     features = (policy.text(PROMPTS) - policy.text_mean) / policy.text_scale
-    torch.testing.assert_close(features.mean(0), torch.zeros(32), atol=1e-4, rtol=0)
+    # the states are nearly alike: centring leaves the rounding of numbers 1 / text_scale times as large
+    rounding = torch.finfo(torch.float32).eps * float(policy.text_mean.abs().max() / policy.text_scale)
+    torch.testing.assert_close(features.mean(0), torch.zeros(32), atol=8 * rounding, rtol=0)
     assert features.square().mean().item() == pytest.approx(1, abs=1e-3)
     tokenizer, encoder = policy.text._tokenizer, policy.text._encoder
     batch = tokenizer(list(PROMPTS), padding="max_length", max_length=16, return_tensors="pt")
