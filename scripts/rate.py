@@ -3,8 +3,9 @@
     python scripts/rate.py --images rl4med-out/samples/fundus --out rl4med-out/ratings.csv
 
 shows the images of sample folders (--images, several by commas or repeated) and of a fundus table (--csv, --data_path),
-mixed in an order of each rater's own, and appends each click at once to --out and to the journal beside it. Run again
-with the same --out to go on. It is reachable from this machine only, or from others with a token: --host 0.0.0.0.
+mixed in an order of each rater's own. Each click is saved at once, in the journal beside --out and from there in --out.
+Run again with the same --out to continue. The page is reachable from this machine only, or from others with a token:
+--host 0.0.0.0. The table names images by their paths from its folder, so table and images can be moved together.
 """
 
 import logging
@@ -26,7 +27,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_multi_string("images", [], "folders that eval.py wrote, by commas or one each")
 flags.DEFINE_string("csv", None, "fundus table (path,Text,modality) whose images are rated too")
 flags.DEFINE_string("data_path", None, "folder that the paths of --csv start from")
-flags.DEFINE_string("out", "rl4med-out/ratings.csv", "table of ratings, which is continued if it exists")
+flags.DEFINE_string("out", "rl4med-out/ratings.csv", "table of ratings, a .csv; it is continued if it exists")
 flags.DEFINE_string("rater", None, "name of the only rater; by default the page asks for it")
 flags.DEFINE_integer("expert_level", None, "1, 2 or 3, of all raters; by default the page asks", 1, 3)
 flags.DEFINE_integer("image_size", 0, "side in pixels that images are shown at; 0 = as they are", 0, 4096)
@@ -53,11 +54,6 @@ def find_items() -> list[Item]:
             logger.warning("%d rows of %s have no image", missing, FLAGS.csv)
     if not items:
         raise UserError("there are no images to rate; give --images FOLDER, or --csv TABLE with --data_path FOLDER")
-    if outside := sum(Path(item.image_path).is_absolute() for item in items):
-        folder = Path(FLAGS.out).parent.resolve()
-        logger.warning(
-            "%d images are not inside %s, the folder of --out: their paths are written whole", outside, folder
-        )
     sizes = Counter(item.size for item in items)
     if len(sizes) > 1 and not FLAGS.image_size:
         one, other = ("{}x{}".format(*size) for size in list(sizes)[:2])
@@ -95,6 +91,7 @@ def main(_) -> None:
     logger.info("%d images; ratings go to %s, which has %d; Ctrl-C ends", len(items), Path(FLAGS.out), len(store))
     logger.info("open %s", address(FLAGS.host, port, token))
     serve(app, sock)
+    store.close()
     logger.info("%d ratings are in %s, every click in %s", len(store), store.path, store.journal)
 
 

@@ -1,7 +1,9 @@
 """What the rating page is made of: which images it takes, its files after crashes, the way of a rater, its guard."""
 
+import asyncio
 import csv
 import errno
+import io
 import json
 import os
 import re
@@ -48,7 +50,7 @@ def test_items_of_a_sample_folder_and_of_a_table(tmp_path, items):
     table.write_text("path,Text\nimages/source/0.png,Drusen.\nimages/source/9.png,Absent.\n")
     found, missing = table_items(table, tmp_path / "made", tmp_path / "elsewhere" / "ratings.csv")
     assert missing == 1 and [(item.path.name, item.prompt) for item in found] == [("0.png", "Fundus: Drusen.")]
-    assert found[0].image_path == (tmp_path / "made/images/source/0.png").resolve().as_posix()
+    assert found[0].image_path == "../made/images/source/0.png"
     assert len(distinct([*items, *items, *found])) == 5
 
 
@@ -162,13 +164,180 @@ def test_an_undo_that_a_crash_cut_short_is_done_at_the_next_start(tmp_path, item
     assert [row.rating for row in read_ratings(path)] == [3]
 
 
-def test_a_moved_table_is_not_revived_from_its_journal(tmp_path, items):
-    path = tmp_path / "ratings.csv"
+class Restart:
+    """A store that ends as after kill -9, and its next start; what is on disk."""
+
+    def __init__(self, path: Path):
+        self.path, self.store = path, Store(path)
+
+    def __call__(self) -> Store:
+        self.store._lock.close()
+        self.store = Store(self.path)
+        return self.store
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        return [(row["image_path"], row["rating"], row["rater_id"]) for row in rows_of(self.path)]
+
+    def aside(self) -> list[str]:
+        return sorted(path.name for path in self.path.parent.glob("ratings*edited*"))
+
+
+@pytest.fixture
+def rated(tmp_path, items):
+    """Four images rated by Ann."""
+    again = Restart(tmp_path / "ratings.csv")
+    for number, item in enumerate(items):
+        again.store.rate(item, 1 + number % 3, 2, "Ann")
+    assert len(again.rows()) == 4
+    return again
+
+
+def as_a_spreadsheet_saves_it(content: bytes) -> bytes:
+    text = io.StringIO(newline="")
+    rows = csv.reader(io.StringIO(content.decode()))
+    csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\r\n").writerows(rows)
+    return b"\xef\xbb\xbf" + text.getvalue().encode()
+
+
+CHANGES = {  # of the table by another program, and whether what it holds then is kept under another name
+    "spreadsheet": (as_a_spreadsheet_saves_it, False),
+    "semicolons": (lambda content: content.replace(b",", b";"), True),
+    "utf-16": (lambda content: content.decode().encode("utf-16"), True),
+    "no newline at the end": (lambda content: content[:-1], False),
+    "torn": (lambda content: content[:-5], False),
+    "emptied": (lambda content: b"", False),
+    "deleted": (lambda content: None, False),
+    "another rating": (lambda content: content.replace(b"0.png,1,", b"0.png,3,"), True),
+    "half a row more": (lambda content: content + b"made/images/source/0.png,2,Fun", True),
+    "a row more without newline": (lambda content: content + content.splitlines()[1].replace(b"Ann", b"Bo"), True),
+    "a row more": (lambda content: content + content.splitlines()[1].replace(b"Ann", b"Bob") + b"\n", True),
+    "sorted": (lambda content: b"".join([*content.splitlines(True)[:1], *content.splitlines(True)[:0:-1]]), True),
+    "binary": (lambda content: b"\x89PNG\0\xff", True),
+}
+
+
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_table_is_what_the_journal_says_whatever_others_do_to_it(rated, items, name, running):
+    change, kept = CHANGES[name]
+    before = rated.rows()
+    content = change(rated.path.read_bytes())
+    rated.path.unlink() if content is None else rated.path.write_bytes(content)
+    store = rated.store if running else rated()
+    store.undo(items[3], "Ann")
+    assert rated.rows() == before[:3] and store.rated("Ann") == [item.key for item in items[:3]]
+    store.rate(items[3], 3, 1, "Ann")
+    store.rate(items[0], 2, 1, "Bob")
+    wanted = [*before[:3], (items[3].image_path, "3", "Ann"), (items[0].image_path, "2", "Bob")]
+    assert rated.rows() == wanted and len(read_ratings(rated.path)) == len(store) == 5
+    assert rated.path.read_bytes().startswith(",".join(COLUMNS).encode() + b"\n")
+    assert len(rated()) == 5 and rated.rows() == wanted
+    assert rated.aside() == ["ratings.edited-1.csv"] * kept
+    if kept:
+        assert (rated.path.parent / "ratings.edited-1.csv").read_bytes() == content
+
+
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("change", [as_a_spreadsheet_saves_it, lambda content: content[:-1], lambda content: None])
+def test_the_journal_survives_what_others_do_to_it(rated, items, change, running):
+    """A last line without its end is whole: the table shows it. Without a journal the table is the truth."""
+    before = rated.rows()
+    content = change(rated.store.journal.read_bytes())
+    rated.store.journal.unlink() if content is None else rated.store.journal.write_bytes(content)
+    store = rated.store if running else rated()
+    store.skip(items[0], "Bob")
+    store.rate(items[0], 2, 1, "Bob")
+    assert rated.rows() == [*before, (items[0].image_path, "2", "Bob")]
+    rated.path.unlink()
+    assert len(rated()) == 5 and rated.rows() == [*before, (items[0].image_path, "2", "Bob")]
+    assert [row["action"] for row in rows_of(rated.store.journal)] == ["rate"] * 4 + ["skip", "rate"]
+
+
+def test_both_files_without_their_last_newline(rated, items):
+    before = rated.rows()
+    for path in (rated.path, rated.store.journal):
+        path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    rated()
+    assert rated.rows() == before and rated.aside() == []
+
+
+def test_an_undo_at_the_end_of_a_journal_without_its_newline_is_kept(rated, items):
+    rated.store.undo(items[3], "Ann")
+    rated.store.journal.write_bytes(rated.store.journal.read_bytes()[:-1])
+    assert len(rated()) == 3 and len(rated.rows()) == 3
+
+
+@pytest.mark.parametrize("end", [b"2026-01-01T00:00:00Z,rate,made/im", b"\0" * 300, b"\xff\xfe", b'a,"'])
+def test_an_end_of_the_journal_that_is_cut_off_is_dropped(rated, items, end, caplog):
+    before, content = rated.rows(), rated.store.journal.read_bytes()
+    rated.store.journal.write_bytes(content + end)
+    rated()
+    assert rated.rows() == before and rated.store.journal.read_bytes() == content
+    assert "line 6" in caplog.text
+
+
+@pytest.mark.parametrize("line", ["now,love,a,3,Fundus,2,x,Ann", "now,rate,a,9,Fundus,2,x,Ann", "a,b", "\x00"])
+def test_a_faulty_journal_is_refused_and_left_alone(rated, line):
+    content, before = rated.store.journal.read_bytes() + f"{line}\n".encode(), rated.path.read_bytes()
+    rated.store.journal.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        rated()
+    assert "ratings.journal.csv" in str(error.value)
+    assert (rated.store.journal.read_bytes(), rated.path.read_bytes()) == (content, before)
+
+
+def test_a_moved_table_is_made_again_from_its_journal(rated, caplog):
+    old = rated.path.rename(rated.path.with_name("old.csv"))
+    assert len(rated()) == 4 and rated.path.read_bytes() == old.read_bytes()
+    assert str(rated.path) in caplog.text
+
+
+def test_a_table_without_a_journal_is_taken_as_it_is(tmp_path, items):
+    """As people save it: other case, spaces, absolute paths, a last line without its end; unknown raters repeat."""
+    path, first, second = tmp_path / "ratings.csv", items[0], items[1]
+    header, prompt = ", ".join(COLUMNS).upper(), first.prompt.replace('"', '""')
+    rows = [f'{tmp_path / first.image_path}, 3.0, Fundus, 2, "{prompt}", Ann']
+    rows += [f"{second.image_path},1,Fundus,1,Scar,", f"./{second.image_path},2,Fundus,1,Scar,"]
+    path.write_text("\n".join([header, *rows]))
     store = Store(path)
-    store.rate(items[0], 3, 2, "Ann")
+    assert store.rated("Ann") == [first.key] and len(store) == 3
+    assert [row.rating for row in read_ratings(path)] == [3, 1, 2] and len(rows_of(store.journal)) == 3
+    assert rows_of(path)[0]["image_path"] == first.image_path
+
+
+def test_formulas_are_quoted_on_disk_and_known_again(tmp_path):
+    entries = write_gallery(tmp_path / "=made", 1)
+    (tmp_path / "=made/image_log.json").write_text(json.dumps([entries[0] | {"prompt": "=cmd|' /C calc'!A0"}]))
+    (item,) = sample_items(tmp_path / "=made", tmp_path / "ratings.csv")
+    store, raters = Store(tmp_path / "ratings.csv"), ["@Ann", "-1", "'=Bob"]
+    for rater in raters:
+        store.rate(item, 3, 2, rater)
+    for file in (store.path, store.journal):
+        cells = [cell for row in csv.reader(open(file, newline="")) for cell in row]
+        assert not any(cell.startswith(("=", "@", "+")) for cell in cells)
     store._lock.close()
-    path.rename(tmp_path / "old.csv")
-    assert len(reopened(path)) == 0
+    again = reopened(store.path)
+    assert [again.rated(rater) for rater in raters] == [[item.key]] * 3
+    assert [row.rater_id for row in read_ratings(store.path)] == raters
+    assert read_ratings(store.path)[0].prompt == "Fundus: =cmd|' /C calc'!A0"
+
+
+@pytest.mark.parametrize("name", ["ratings", "ratings.png", "ratings.CSV", "made/images/source/0.png", "made"])
+def test_only_csv_files_are_written(tmp_path, items, name):
+    content = (tmp_path / "made/images/source/0.png").read_bytes()
+    with pytest.raises(UserError) as error:
+        Store(tmp_path / name)
+    assert name in str(error.value) and (tmp_path / "made/images/source/0.png").read_bytes() == content
+    assert os.listdir(tmp_path) == ["made"]
+
+
+def test_what_a_killed_write_has_left_is_removed(rated):
+    leftovers = [rated.path.with_name(f".ratings{part}.csv.7.tmp") for part in ("", ".journal")]
+    other = rated.path.with_name(".others.csv.7.tmp")
+    for path in (*leftovers, other):
+        path.write_text("x" * 100)
+    rated()
+    assert other.exists() and not any(path.exists() for path in leftovers)
 
 
 @pytest.mark.parametrize("failing", ["ratings.csv", "ratings.journal.csv"])
@@ -180,7 +349,7 @@ def test_a_full_disk_leaves_both_files_as_they_were(tmp_path, items, monkeypatch
     real = os.fsync
 
     def fsync(descriptor: int) -> None:
-        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(f"/{failing}"):
+        if failing in os.readlink(f"/proc/self/fd/{descriptor}"):  # or in the file that takes its place
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
@@ -199,7 +368,7 @@ def test_a_full_disk_leaves_both_files_as_they_were(tmp_path, items, monkeypatch
         (b"path,Text\n1.png,x\n", "is another file"),
         (b"\x89PNG\r\n\x1a\n\xff", "is another file"),
         (",".join((*COLUMNS, "quality")).encode() + b"\n", "is another file"),
-        (",".join(COLUMNS).encode() + b"\na.png,3\n", "line 2 does not have 6 cells"),
+        (",".join(COLUMNS).encode() + b"\na.png,3\n", "line 2: has 2 cells where the header has 6"),
         (",".join(COLUMNS).encode() + b"\na.png,4,Fundus,3,x,Ann\n", "line 2: rating '4'"),
         (",".join(COLUMNS).encode() + b"\na.png,1,Fundus,3,x,Ann\na.png,2,Fundus,3,x,Ann\n", "line 3.*a second time"),
     ],
@@ -267,6 +436,28 @@ def test_the_last_question_skipped_does_not_come_at_once_again():
 
 
 # the guard
+
+
+@pytest.mark.parametrize(("pieces", "arrived"), [((4096,), 1), ((4000, 96, 0), 3), ((4097,), 0), ((4000, 97, 9), 1)])
+def test_a_body_is_counted_as_it_arrives(pieces, arrived):
+    guard = pytest.importorskip("ddpo_pytorch.rating.guard", reason="fastapi absent", exc_type=ImportError)
+    waiting, got = [{"type": "http.request", "body": b" " * size} for size in pieces], []
+
+    async def receive() -> dict:
+        return waiting.pop(0)
+
+    async def read() -> None:
+        counting = guard.limited(receive)
+        for _ in pieces:
+            got.append(await counting())
+
+    if arrived == len(pieces):
+        asyncio.run(read())
+    else:
+        with pytest.raises(guard.HTTPException) as error:
+            asyncio.run(read())
+        assert error.value.status_code == 413
+    assert len(got) == arrived
 
 
 @pytest.mark.parametrize(

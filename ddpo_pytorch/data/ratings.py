@@ -127,8 +127,11 @@ class _Folders:
         path = next(filter(os.path.isfile, inside), (inside or paths)[0])
         name = os.path.relpath(path, self.root)
         if not inside:
-            folders = " or ".join(map(repr, self._allowed))
-            fault = f"path {name!r} leads out of {folders}; give the folder that holds the images as rlhf.data_path"
+            folders = " and ".join(map(repr, self._allowed))
+            fault = (
+                f"path {name!r} leads out of {folders}; if you trust the table, give the folder of its images as "
+                "rlhf.data_path"
+            )
         elif not os.path.isfile(path):
             fault = f"image {name!r} is rated, but is not in {str(self.root)!r}; remove the row or bring the file back"
         else:

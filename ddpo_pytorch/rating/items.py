@@ -1,12 +1,13 @@
 """What is rated: images of sample folders and of fundus tables, each with its prompt. Nothing else is ever served."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from ddpo_pytorch.data.fundus import MODALITY, load_split
+from ddpo_pytorch.data.fundus import MODALITY, load_split, tidy_path
 from ddpo_pytorch.data.images import read_log
 from ddpo_pytorch.errors import UserError
 
@@ -16,8 +17,8 @@ class Item:
     """One question: an image file, its path as the table of ratings states it, the prompt, the modality (or ""), and
     (width, height) of the file.
 
-    The path starts from the folder of the table of ratings if the image lies in it, so that `read_ratings` finds it
-    there, wherever that folder goes; else it is absolute.
+    The path starts from the folder of the table of ratings, from which `read_ratings` finds it: images in other folders
+    are found as long as these lie where they lay from the table, so that all can be moved together.
     """
 
     path: Path
@@ -70,17 +71,20 @@ def table_items(csv: str | Path, data_path: str | Path, table: str | Path) -> tu
 
 
 def _item(path: Path, prompt: str, folder: str | Path, table: str | Path, where: str) -> Item:
-    inside = Path(folder).resolve()
+    path, inside = Path(os.path.abspath(path)), Path(folder).resolve()
     resolved = path.resolve()
     if not resolved.is_relative_to(inside):
         raise UserError(f"{where}: {str(path)!r} leads out of {str(folder)!r}; only images inside it are shown")
     if not resolved.is_file():
         raise UserError(f"{where}: there is no file {str(path)!r}; run what wrote the folder again, or drop the entry")
-    root = Path(table).parent.resolve()
-    image_path = (resolved.relative_to(root) if resolved.is_relative_to(root) else resolved).as_posix()
+    # links on the way are not followed: the folders are named as the user sees them, in which a table may be moved
+    image_path = Path(os.path.relpath(path, os.path.abspath(Path(table).parent))).as_posix()
     if not prompt.isprintable() or not image_path.isprintable():
         # each row of the table is one line of the file, so that a torn one can be told from a whole one.
         raise UserError(f"{where}: its prompt or path holds line breaks or control characters; write them as spaces")
+    if tidy_path(image_path.strip()) != image_path:
+        raise UserError(f"{where}: a table cannot hold the path {image_path!r}; use no backslashes and outer spaces")
+    prompt = " ".join(prompt.split())  # as `read_ratings` reads it
     modality = MODALITY if prompt.lower().startswith(f"{MODALITY.lower()}:") else ""
     return Item(resolved, image_path, prompt, modality, _size(resolved, where))
 

@@ -11,6 +11,7 @@ import io
 import logging
 import signal
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Annotated
@@ -20,10 +21,12 @@ from fastapi import Body, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from PIL import Image
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ddpo_pytorch.data.images import load_pixels
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.rating.guard import Guard
+from ddpo_pytorch.rating.guard import Guard, limited
 from ddpo_pytorch.rating.items import Item
 from ddpo_pytorch.rating.questions import Questions
 from ddpo_pytorch.rating.store import rater_name
@@ -71,20 +74,34 @@ def page() -> tuple[str, str]:
     return parts["html"].replace("/*css*/", parts["css"]).replace("/*js*/", parts["js"]), policy
 
 
+class Guarded:
+    """Middleware that refuses what `guard` refuses, counts bodies as they arrive, and adds headers to every answer.
+
+    It is plain ASGI: what is refused is never read.
+    """
+
+    def __init__(self, app: ASGIApp, guard: Guard, headers: Mapping[str, str]):
+        self._app, self._guard, self._headers = app, guard, headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(self._headers)
+            await send(message)
+
+        refused = self._guard.refusal(Request(scope))
+        closed = {"Connection": "close"}  # else the server would go through a body of any length to its end
+        app = JSONResponse({"detail": refused[1]}, refused[0], closed) if refused else self._app
+        await app(scope, limited(receive), answer)
+
+
 def make_app(questions: Questions, guard: Guard, display: Display) -> FastAPI:
     """The page, its images and its requests; all refused that `guard` refuses."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     text, policy = page()
     level = str(display.expert_level or "")
     text = text.replace("/*rater*/", html.escape(display.rater)).replace("/*level*/", level)
-    headers = HEADERS | {"Content-Security-Policy": policy}
-
-    @app.middleware("http")
-    async def guarded(request: Request, follow):
-        refused = guard.refusal(request)
-        response = JSONResponse({"detail": refused[1]}, refused[0]) if refused else await follow(request)
-        response.headers.update(headers)
-        return response
+    app.add_middleware(Guarded, guard=guard, headers=HEADERS | {"Content-Security-Policy": policy})
 
     @app.exception_handler(OSError)
     async def not_written(request: Request, error: OSError):

@@ -1,34 +1,40 @@
-"""Ratings on disk: a table for training, and a journal of every click.
+"""Ratings on disk: a journal of every click, which is the truth, and a table for training, which is made from it.
 
-`ratings.csv` has the columns of `data.ratings.COLUMNS` and is a valid table for `read_ratings` at every moment: a
-rating appends a line, and an undo, which takes one away, writes the file whole under the same name.
-`ratings.journal.csv` beside it is only ever appended to (time, rate / skip / undo, the columns): who clicked what and
-when, undone or not. Each click is on disk (fsync) before it is confirmed: first in the journal, then in the table. A
-crash in between is mended at the next start from the journal's last line, and a line that a crash cut off is dropped.
+`ratings.journal.csv` is only appended to (time, rate / skip / undo, the columns of the table): who clicked what and
+when, undone or not. A click is on disk (fsync) before it is confirmed. `ratings.csv` has the columns of
+`data.ratings.COLUMNS` and is a valid table for `read_ratings` at every moment: each rating or undo replaces it as a
+whole. What another program has made of either file is kept under another name before it is replaced, so neither a
+spreadsheet nor a crash changes, loses or doubles a rating. Only a table without a journal is taken as it is.
 """
 
 import csv
 import errno
+import glob
 import io
+import itertools
 import logging
 import os
 import time
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ddpo_pytorch.data.csv_tables import number, read_table, table_text, unprotected
 from ddpo_pytorch.data.ratings import COLUMNS
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import atomic_write, lock
 from ddpo_pytorch.rating.items import Item
 
 JOURNAL_COLUMNS = ("time", "action", *COLUMNS)
+ACTIONS = ("rate", "skip", "undo")
+TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 logger = logging.getLogger(__name__)
+Key = tuple[str, ...]
 
 
 def rater_name(text: str) -> str:
-    """A rater's name without spaces around it, in Unicode's composed form.
+    """Return a rater's name without spaces around it, in Unicode's composed form.
 
     Raises UserError unless it has 1 to 64 printable characters and no comma.
     """
@@ -44,162 +50,237 @@ class Store:
     def __init__(self, path: str | Path):
         """Make or open both files. Raises UserError for another table, a faulty line, or a second process."""
         self.path = Path(path)
+        if self.path.suffix != ".csv":  # tables of one name and two suffixes would share a journal
+            raise UserError(f"--out is {str(self.path)!r}; give a file whose name ends in .csv, such as ratings.csv")
         self.journal = self.path.with_name(f"{self.path.stem}.journal.csv")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.journal.is_dir() or self.path.is_dir():
             raise UserError(f"{str(self.path)!r} is a folder, or its journal is; give a file such as ratings.csv")
-        self._rows: dict[tuple[str, str, str], list[str]] = {}
-        self._unknown = 0
-        for path, columns in ((self.journal, JOURNAL_COLUMNS), (self.path, COLUMNS)):
-            _read(path, columns)  # a file of somebody else's is refused before anything is written
-        taken = f"{str(self.journal)!r} is being written by another rating page; end that one, or give another --out"
-        self._lock = lock(self.journal, taken, "rating page")
-        new = not self.path.exists()
-        clicks = _open(self.journal, JOURNAL_COLUMNS)
-        for number, cells in enumerate(_open(self.path, COLUMNS), 2):
-            self._check(cells, number)
-        if clicks and not new:  # the journal of a table that was moved away tells nothing about a new one
-            self._mend(clicks[-1])
+        self._read()  # a file of somebody else's is refused before anything is written
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        taken = f"{str(self.path)!r} is being written by another rating page; end that one, or give another --out"
+        self._lock = lock(self.path.with_name(f".{self.path.stem}.lock"), taken, "rating page")
+        for file in (self.path, self.journal):
+            for leftover in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):  # of an atomic write that was killed
+                leftover.unlink()
+        self._clicks, dropped = self._read()
+        if dropped:
+            text = dropped.decode(errors="replace")
+            logger.warning("%s: dropped line %d, which was cut off: %r", self.journal, len(self._clicks) + 2, text)
+        self._rows = _replay(self._clicks)
+        if _bytes(self.journal) != (content := _content(JOURNAL_COLUMNS, self._clicks)):
+            _replace(self.journal, content)
+        self._signature = _signature(self.journal)
+        if self._rows and not self.path.exists():
+            logger.warning("%s: made again from the journal, with %d ratings", self.path, len(self._rows))
+        self._write_table(self._rows, _replay(self._clicks[:-1]))
 
     def __len__(self) -> int:
-        return len(self._rows) + self._unknown
+        return len(self._rows)
+
+    def close(self) -> None:
+        """Make the table again if another program has changed it, and let other processes have both files."""
+        self._write_table(self._rows, self._rows)
+        self._lock.close()
 
     def rated(self, rater: str) -> list[tuple[str, str]]:
-        """(image_path, prompt) of what a rater has rated, in the order of the table."""
-        return [(image_path, prompt) for image_path, prompt, name in self._rows if name == rater]
+        """Return (image_path, prompt) of what a rater has rated, in the order of the table."""
+        return [(cells[0], cells[4]) for cells in self._rows.values() if cells[5] == rater]
 
     def rate(self, item: Item, rating: int, expert_level: int, rater: str) -> None:
-        """Append one rating to both files. Raises OSError, with both files as before, when it cannot be written."""
-        cells = [item.image_path, str(rating), item.modality, str(expert_level), item.prompt, rater]
-        self._click("rate", cells, lambda: _append(self.path, cells))
-        self._rows[(*item.key, rater)] = cells
+        """Record one rating. Raises OSError, with nothing recorded, when it cannot be written."""
+        self._click("rate", [item.image_path, str(rating), item.modality, str(expert_level), item.prompt, rater])
 
     def skip(self, item: Item, rater: str) -> None:
-        """Append a skip to the journal."""
+        """Record a skip, which only the journal tells."""
         self._click("skip", [item.image_path, "", item.modality, "", item.prompt, rater])
 
     def undo(self, item: Item, rater: str) -> None:
-        """Append an undo to the journal and take the rater's line, if there is one, out of the table."""
-        key = (*item.key, rater)
-        cells = self._rows.get(key)
-        if cells is None:
-            self._click("undo", [item.image_path, "", item.modality, "", item.prompt, rater])
-        else:
-            self._click("undo", cells, lambda: self._remove(cells))
-            del self._rows[key]
+        """Record an undo and take the rater's row, if there is one, out of the table. Raises OSError as `rate` does."""
+        skipped = [item.image_path, "", item.modality, "", item.prompt, rater]
+        self._click("undo", self._rows.get((*item.key, rater), skipped))
 
-    def _click(self, action: str, cells: list[str], change: Callable[[], None] = lambda: None) -> None:
+    def _click(self, action: str, cells: list[str]) -> None:
+        click = [time.strftime(TIME, time.gmtime()), action, *cells]
+        rows = _replay([click], self._rows)
+        if _signature(self.journal) != self._signature:  # moved, removed or written to by another program
+            content, found = _content(JOURNAL_COLUMNS, self._clicks), _bytes(self.journal)
+            if found != content:
+                if not content.startswith(found):
+                    _keep_aside(self.journal, found)
+                _replace(self.journal, content)
         size = self.journal.stat().st_size
-        _append(self.journal, [time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), action, *cells])
         try:
-            change()
+            _append(self.journal, _content(click))
+            self._write_table(rows, self._rows)
         except OSError:
-            os.truncate(self.journal, size)  # the click did not happen: no next start may make up for it
+            os.truncate(self.journal, size)  # the click did not happen: no later start may make up for it
             raise
+        finally:
+            self._signature = _signature(self.journal)
+        self._clicks.append(click)
+        self._rows = rows
 
-    def _remove(self, cells: list[str]) -> None:
-        # out of the file as it is now: what somebody else has changed in it since stays.
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        line = _line(cells)
-        _write(self.path, b"".join(one for one in lines if one.rstrip(b"\r\n") != line.rstrip(b"\n")))
-
-    def _check(self, cells: list[str], number: int) -> None:
-        where, (image_path, rating, _, level, prompt, rater) = f"{str(self.path)!r} line {number}", cells
-        if not (_is_rating(rating) and _is_rating(level)):
-            raise UserError(f"{where}: rating {rating!r} of expert level {level!r}; both are 1 to 3. Correct the line")
-        if not rater:  # of somebody unknown, as often as there are lines
-            self._unknown += 1
+    def _write_table(self, rows: dict[Key, list[str]], before: dict[Key, list[str]]) -> None:
+        """Make the table hold `rows`. One that another program has changed since it held `before` is kept aside."""
+        content, found = _content(COLUMNS, rows.values()), _bytes(self.path)
+        if found == content:
             return
-        if (key := (image_path, prompt, rater)) in self._rows:
-            raise UserError(f"{where}: {rater!r} rates {image_path!r} a second time; remove one of the lines")
-        self._rows[key] = cells
+        if not any(self._is_part(found, list(known.values())) for known in (rows, before)):
+            _keep_aside(self.path, found)
+        _replace(self.path, content)
 
-    def _mend(self, last: list[str]) -> None:
-        """Do in the table what the journal's last click says, if a crash came between the two."""
-        _, action, *cells = last
-        key = (cells[0], cells[4], cells[5])
-        if action == "rate" and key not in self._rows:
-            _append(self.path, cells)
-            self._rows[key] = cells
-            logger.warning("%s: added the last click, which only the journal had", self.path)
-        elif action == "undo" and self._rows.get(key) == cells:
-            self._remove(cells)
-            del self._rows[key]
-            logger.warning("%s: removed the last line, which had been undone", self.path)
-
-
-def _open(path: Path, columns: Sequence[str]) -> list[list[str]]:
-    """Cells of every line but the header, which a new file gets; a torn last line is dropped."""
-    rows, torn = _read(path, columns)
-    size = path.stat().st_size if path.exists() else 0
-    if rows is None:
-        _append(path, columns, replaced=size)
-    elif torn:
-        os.truncate(path, size - len(torn))
-        text = torn.decode(errors="replace")
-        logger.warning("%s: dropped line %d, which was cut off: %r", path, len(rows) + 2, text)
-    return rows or []
-
-
-def _read(path: Path, columns: Sequence[str]) -> tuple[list[list[str]] | None, bytes]:
-    """Cells of every whole line but the header, and what follows them; None for a file without a whole header.
-
-    Raises UserError for another header, a line of another length, and what is no UTF-8 CSV.
-    """
-    content = path.read_bytes() if path.exists() else b""
-    if _line(columns).startswith(content) and not content.endswith(b"\n"):
-        return None, content
-    end = content.rfind(b"\n") + 1
-    try:
-        header, *rows = csv.reader(io.StringIO(content[:end].decode("utf-8-sig"), newline=""))
-    except (ValueError, csv.Error):
-        header, rows = [], []
-    if header != list(columns):
-        raise UserError(
-            f"{str(path)!r} is another file (its first line is not {','.join(columns)}); give another --out"
-        )
-    for number, cells in enumerate(rows, 2):
-        if len(cells) != len(columns):
-            raise UserError(f"{str(path)!r} line {number} does not have {len(columns)} cells; correct or remove it")
-    return rows, content[end:]
-
-
-def _is_rating(text: str) -> bool:
-    try:
-        return 1 <= float(text) <= 3
-    except ValueError:
-        return False
-
-
-def _line(cells: Sequence[str]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(cells)
-    return text.getvalue().encode()
-
-
-def _append(path: Path, cells: Sequence[str], replaced: int = 0) -> None:
-    """Append a line, in place of the last `replaced` bytes, and wait until it is on disk; one that does not fit is
-    taken back."""
-    with open(path, "ab", buffering=0) as file:
-        size = file.truncate(file.seek(0, os.SEEK_END) - replaced)
-        line = _line(cells)
+    def _is_part(self, content: bytes, rows: list[list[str]]) -> bool:
+        """Tell whether a table says nothing but these rows or the first of them, in whatever spelling of CSV."""
+        if _content(COLUMNS, rows).startswith(content):
+            return True
         try:
-            if file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(size)
-            raise
+            held = self._rows_of(content)
+        except UserError:
+            return False
+        return held == rows[: len(held)]
+
+    def _rows_of(self, table: bytes) -> list[list[str]]:
+        """Return the rows of a table whose last line may lack its end. Raises UserError as `_parse` does."""
+        return self._parse(self.path, table.rstrip(b"\r\n") + b"\n", COLUMNS)[0]
+
+    def _read(self) -> tuple[list[list[str]], bytes]:
+        """Return the clicks of the journal, without a journal the rows of the table as clicks of now; and what to drop.
+
+        That is a last line of the journal without its end: a click that was cut off by a crash, unless the table shows
+        that it was confirmed. Raises UserError for files that are no journal or table of ratings.
+        """
+        content = _bytes(self.journal)
+        if _content(JOURNAL_COLUMNS).startswith(content):  # absent, or cut off in its first line
+            return self._read_table(), b""
+        clicks, tail = self._parse(self.journal, content, JOURNAL_COLUMNS)
+        for line, (_, action, *cells) in enumerate(clicks, 2):
+            if action not in ACTIONS or (action == "rate" and not _is_rating(cells)):
+                raise UserError(
+                    f"{str(self.journal)!r} line {line}: action {action!r}, rating {cells[1]!r} of expert level "
+                    f"{cells[3]!r}; correct the line, or move the journal away to begin from the table"
+                )
+        if click := self._confirmed(tail, _replay(clicks)):
+            return [*clicks, click], b""
+        return clicks, tail
+
+    def _confirmed(self, tail: bytes, rows: dict[Key, list[str]]) -> list[str] | None:
+        """Return the click of a journal's last line without its end if the table shows it, else None."""
+        try:
+            line = _content(JOURNAL_COLUMNS) + tail + b"\n"
+            ((_, action, *cells),) = clicks = self._parse(self.journal, line, JOURNAL_COLUMNS)[0]
+            table = {_key(row): row for row in self._rows_of(_bytes(self.path))}
+        except (UserError, ValueError):
+            return None
+        key = _key(cells)
+        shown = table.get(key) == cells if action == "rate" else key in rows and key not in table
+        return clicks[0] if shown else None
+
+    def _read_table(self) -> list[list[str]]:
+        """Return the rows of a table without a journal as clicks of now. Raises UserError for any fault."""
+        content = _bytes(self.path)
+        if not content:
+            return []
+        try:
+            table, faults = read_table(self.path, COLUMNS, "ratings table", free_text="prompt")
+            header = next(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
+            if len(list(filter(None, header))) > len(COLUMNS):
+                raise UserError(f"its columns are not {', '.join(COLUMNS)} alone")
+        except UserError as error:
+            raise UserError(f"{str(self.path)!r} is another file ({error}); give another --out") from error
+        now, clicks, lines = time.strftime(TIME, time.gmtime()), [], {}
+        for line, fields in table:
+            cells = [fields[name] for name in COLUMNS]
+            cells[0] = self._tidy(cells[0])
+            if not _is_rating(cells):
+                faults.add(line, f"rating {cells[1]!r} of expert level {cells[3]!r}; both are 1 to 3")
+            if cells[5] and (first := lines.setdefault(_key(cells), line)) != line:
+                again = f"{cells[5]!r} rates {cells[0]!r} a second time, first in line {first}"
+                faults.add(line, f"{again}; remove one of the lines")
+            clicks.append([now, "rate", *cells])
+        faults.refuse()
+        return clicks
+
+    def _parse(self, path: Path, content: bytes, columns: Sequence[str]) -> tuple[list[list[str]], bytes]:
+        """Return the cells of every whole line but the header, and what follows the last one.
+
+        Raises UserError for another header, a line of another length, and what is no UTF-8 CSV.
+        """
+        end = content.rfind(b"\n") + 1
+        try:
+            header, *rows = csv.reader(io.StringIO(content[:end].decode("utf-8-sig"), newline=""))
+        except (ValueError, csv.Error):
+            header, rows = [], []
+        if header != list(columns):
+            raise UserError(
+                f"{str(path)!r} is another file, or was changed by another program: its first line is not "
+                f"{','.join(columns)}; move it away, or give another --out"
+            )
+        for line, cells in enumerate(rows, 2):
+            if cells and len(cells) != len(columns):
+                raise UserError(f"{str(path)!r} line {line} does not have {len(columns)} cells; correct or remove it")
+        rows, image = [[unprotected(cell) for cell in cells] for cells in rows if cells], columns.index("image_path")
+        for cells in rows:
+            cells[image] = self._tidy(cells[image])
+        return rows, content[end:]
+
+    def _tidy(self, image_path: str) -> str:
+        """Return a path as items have it: from the table's folder."""
+        folder = os.path.abspath(self.path.parent)
+        return os.path.relpath(os.path.join(folder, image_path), folder)
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole, on disk with its name before this returns."""
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    folder = os.open(path.parent, os.O_RDONLY)
+def _replay(clicks: Iterable[Sequence[str]], before: Mapping[Key, list[str]] | None = None) -> dict[Key, list[str]]:
+    """Return the rows of the table after these clicks. A second rating replaces the first."""
+    rows = dict(before or {})
+    for place, (_, action, *cells) in enumerate(clicks):
+        key = _key(cells) if cells[5] else (str(place),)  # somebody unknown may rate as often as there are lines
+        if action in ("rate", "undo"):
+            rows.pop(key, None)
+        if action == "rate":
+            rows[key] = cells
+    return rows
+
+
+def _key(cells: Sequence[str]) -> Key:
+    return cells[0], cells[4], cells[5]
+
+
+def _is_rating(cells: Sequence[str]) -> bool:
+    return all((value := number(cell)) is not None and 1 <= value <= 3 for cell in (cells[1], cells[3]))
+
+
+def _content(header: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> bytes:
+    return table_text(header, rows).encode()
+
+
+def _bytes(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+def _signature(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when another program writes a file."""
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        state = path.stat()
+    except FileNotFoundError:
+        return None
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def _keep_aside(path: Path, content: bytes) -> None:
+    names = (path.with_name(f"{path.stem}.edited-{number}.csv") for number in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    _replace(aside, content)
+    logger.warning("%s was changed by another program; what it held is in %s, the ratings are as clicked", path, aside)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    with atomic_write(path.resolve(), durable=True) as temporary:
+        temporary.write_bytes(content)
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Append a line and wait until it is on disk. Raises OSError where it does not fit."""
+    with open(path, "ab", buffering=0) as file:
+        if file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        os.fsync(file.fileno())
