@@ -10,7 +10,8 @@ def add_fundus(config: ml_collections.ConfigDict) -> None:
     ###### Selector and Policy from expert ratings (train_rlhf.py) ######
     config.rlhf = rlhf = ml_collections.ConfigDict()
     # ratings: image_path,rating,modality,expert_level,prompt (and rater_id; quality and alignment, if rated apart), and
-    # the folder that their paths start from ("": that of the table).
+    # the folder that holds their images ("": that of the table). Paths start from there or from the table's folder, as
+    # those of rate.py do; images in base_log_path are read, too, and no others.
     rlhf.ratings = ""
     rlhf.data_path = ""
     # a table of other patients' images for the metrics and the threshold; "": val_share of the patients of `ratings`.

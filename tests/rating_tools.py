@@ -39,11 +39,11 @@ def write_gallery(folder: Path, count: int, size: int = 48, suffix: str = "png",
 class RatePage:
     """A running scripts/rate.py and a client for it."""
 
-    def __init__(self, *options, **environment):
+    def __init__(self, *options, cwd: Path = ROOT, **environment):
         settings = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
             [sys.executable, "scripts/rate.py", *map(str, options)],
-            cwd=ROOT,
+            cwd=cwd,
             env=os.environ | settings | environment,
             stderr=subprocess.PIPE,
             text=True,

@@ -68,6 +68,66 @@ def test_paths_start_from_the_root(folder):
     path.unlink()
 
 
+@pytest.fixture
+def tree(tmp_path):
+    """base/ratings/ratings.csv beside base/samples and base/data; a file outside of base."""
+    for path in ("base/samples/SD/1.png", "base/data/1.png", "base/ratings/images/1.png", "secret/1.png"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / path)
+    return tmp_path
+
+
+def test_a_table_names_images_of_other_folders_that_are_allowed(tree):
+    names = ["../samples/SD/1.png", "../data/1.png", "images/1.png", f"{tree}/base/data/../samples/SD/1.png"]
+    lines = [f"{name},2,Fundus,3,normal {number},a" for number, name in enumerate(names)]
+    path = table(tree / "base/ratings", lines)
+    rows = ratings.read_ratings(path, within=tree / "base")
+    assert [(row.image, row.path) for row in rows] == [
+        (n, (tree / "base/ratings" / n).resolve()) for n in names[:3]
+    ] + [(names[0], tree / "base/samples/SD/1.png")]
+    assert [image.path for image in ratings.aggregate(rows)] == [row.path for row in rows]
+    with pytest.raises(UserError) as error:
+        ratings.read_ratings(path)
+    assert all(word in str(error.value) for word in ("line 2", "line 3", "line 5", "rlhf.data_path"))
+    path = table(tree / "base/ratings", lines[:3])  # as the message says; and all of it moved
+    (tree / "base").rename(tree / "moved")
+    path = tree / "moved/ratings/ratings.csv"
+    for folders in ({"root": tree / "moved"}, {"within": tree / "moved"}):
+        assert [row.path for row in ratings.read_ratings(path, **folders)] == [
+            tree / "moved" / name for name in ("samples/SD/1.png", "data/1.png", "ratings/images/1.png")
+        ]
+
+
+def test_relative_folders_and_links_to_folders(tree, monkeypatch):
+    (tree / "base/ratings").rename(tree / "elsewhere")
+    (tree / "base/ratings").symlink_to(tree / "elsewhere")
+    table(tree / "base/ratings", ["../data/1.png,2,Fundus,3,normal,a"])
+    monkeypatch.chdir(tree)
+    (row,) = ratings.read_ratings("base/ratings/ratings.csv", within="base")
+    assert str(row.path) == "base/data/1.png" and row.image == "../data/1.png"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../secret/1.png",
+        "{tree}/secret/1.png",
+        "../data/../../secret/1.png",
+        "..\\..\\secret\\1.png",
+        "/etc/hostname",
+    ]
+    + ["../../../../../../../../etc/hostname", "C:\\1.png", "//host/1.png", "../../basement/1.png", "..", "../.."],
+)
+def test_a_table_points_to_no_file_elsewhere(tree, name):
+    (tree / "basement").mkdir()
+    Image.new("RGB", (4, 4)).save(tree / "basement/1.png")
+    path = table(tree / "base/ratings", [f"images/1.png,2,Fundus,3,x,a\n{name.format(tree=tree)},2,Fundus,3,x,a"])
+    for folders in ({}, {"within": tree / "base"}, {"root": tree / "base"}, {"root": tree / "base/data"}):
+        with pytest.raises(UserError) as error:
+            ratings.read_ratings(path, **folders)
+        assert "line 3: " in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

@@ -106,7 +106,8 @@ def make_app(questions: Questions, guard: Guard, display: Display) -> FastAPI:
     @app.exception_handler(OSError)
     async def not_written(request: Request, error: OSError):
         logger.error("a click could not be saved: %s", error)
-        return JSONResponse({"detail": f"Your last click could not be saved ({error.strerror})."}, 507)
+        reason = error.strerror or "the disk is full"  # of DiskFull, whose text names paths
+        return JSONResponse({"detail": f"Your last click could not be saved ({reason})."}, 507)
 
     @app.exception_handler(RequestValidationError)
     async def not_understood(request: Request, error: RequestValidationError):

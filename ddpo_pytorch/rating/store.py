@@ -9,7 +9,6 @@ spreadsheet nor a crash changes, loses or doubles a rating. Only a table without
 
 import csv
 import errno
-import glob
 import io
 import itertools
 import logging
@@ -22,7 +21,7 @@ from pathlib import Path
 from ddpo_pytorch.data.csv_tables import number, read_table, table_text, unprotected
 from ddpo_pytorch.data.ratings import COLUMNS
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_write, lock
+from ddpo_pytorch.files import atomic_write, lock, remove_leftovers
 from ddpo_pytorch.rating.items import Item
 
 JOURNAL_COLUMNS = ("time", "action", *COLUMNS)
@@ -59,9 +58,7 @@ class Store:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         taken = f"{str(self.path)!r} is being written by another rating page; end that one, or give another --out"
         self._lock = lock(self.path.with_name(f".{self.path.stem}.lock"), taken, "rating page")
-        for file in (self.path, self.journal):
-            for leftover in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):  # of an atomic write that was killed
-                leftover.unlink()
+        remove_leftovers(self.path.parent, depth=0)
         self._clicks, dropped = self._read()
         if dropped:
             text = dropped.decode(errors="replace")
