@@ -194,7 +194,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
 
     ###### Data set ######
     config.dataset = dataset = ml_collections.ConfigDict()
-    # folder of <image>.jpg (or <image>_downsampled.jpg) files, and the split table.
+    # folder of <image>.jpg files (any suffix, with or without _downsampled), and the split table.
     dataset.data_path = ""
     dataset.csv = ""
     dataset.kind = "isic"  # or "fundus": which tables are read (ddpo_pytorch/data/isic.py, fundus.py)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from ddpo_pytorch.checkpointing import load_weights
 from ddpo_pytorch.cli import cli
-from ddpo_pytorch.data.images import read_log
+from ddpo_pytorch.data.images import is_whole, read_log
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
 from ddpo_pytorch.data.sample_log import SETTINGS, PartLog, claim_folder, logged, merge_parts, strays
 from ddpo_pytorch.errors import UserError
@@ -190,6 +190,12 @@ def draw(
     """Draw what is missing, on all processes; returns the jobs whose image is not finite, and a text of figures."""
     rank, processes, folder = accelerator.process_index, accelerator.num_processes, Path(config.logdir)
     size, done = images_per_pass(sampler.pipe, config.eval.batch_size), logged(folder)
+    there = [job.path for job in jobs if job.path in done]
+    damaged = sorted(gather_object([path for path in there[rank::processes] if not is_whole(folder / path)]))
+    for path in damaged:
+        del done[path]
+    if damaged:
+        logger.warning("%d images are damaged and are drawn again, the first is %s", len(damaged), folder / damaged[0])
     passes = [jobs[start : start + size] for start in range(0, len(jobs), size)]
     missing = [[job for job in one if job.path not in done] for one in passes]
     passes = [one for one, lacking in zip(passes, missing, strict=True) if lacking]

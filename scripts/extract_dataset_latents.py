@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from ddpo_pytorch.cli import cli
 from ddpo_pytorch.data import kinds
 from ddpo_pytorch.data.folder_names import folder_name
-from ddpo_pytorch.data.images import RESIZES, ImageFiles, read_log, save_image, write_log
+from ddpo_pytorch.data.images import RESIZES, ImageFiles, is_whole, read_log, save_image, write_log
 from ddpo_pytorch.data.kinds import Row, source
 from ddpo_pytorch.data.sample_log import claim_folder
 from ddpo_pytorch.errors import UserError
@@ -85,7 +85,7 @@ def main(_) -> None:
         num_workers=dataset.num_workers,
         progress=config.progress,
         keep_image=lambda position, image: save_image(paths[position], image.float() / 255),
-        is_kept=lambda position: paths[position].is_file(),
+        is_kept=lambda position: is_whole(paths[position]),
     )
     done = accelerator.reduce(torch.tensor(done, device=accelerator.device)).item()
     complete = [entry["sampleID"] for entry in read_log(folder)] == numbers

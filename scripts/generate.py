@@ -6,12 +6,13 @@ For each prompt (eval.prompts, else all of prompt_fn), `improve.images_per_promp
 `improve.num_candidates` pass or `improve.max_attempts` are drawn. Writes <logdir>/images/<caption with _>/
 Fundus_<number>_selector_<score>_policy_<score>.png and, at the end, <logdir>/image_log.json, in which `best` marks the
 image of highest Policy score; where none passed, the last one is kept, with `passed` false. The same command again does
-nothing once the log is there, and otherwise begins anew.
+nothing once the log and all its images are there, and otherwise draws everything again.
 """
 
 import logging
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from absl import flags
@@ -22,7 +23,7 @@ from tqdm.auto import tqdm
 from ddpo_pytorch.best_of_n import Request, best_of_n, log_entries
 from ddpo_pytorch.checkpointing import load_weights
 from ddpo_pytorch.cli import cli
-from ddpo_pytorch.data.images import LOG, save_image, write_log
+from ddpo_pytorch.data.images import LOG, is_whole, read_log, save_image, write_log
 from ddpo_pytorch.data.sample_log import claim_folder
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import sha256
@@ -53,6 +54,22 @@ def check_settings(config: ConfigDict) -> None:
         raise UserError(f"eval.batch_size is {config.eval.batch_size}; it must be at least 1")
 
 
+def is_complete(folder: Path) -> bool:
+    """Return whether the log is there and each of its images undamaged; a warning names the first that is not."""
+    if not (folder / LOG).is_file():
+        return False
+    paths = [str(entry.get("path_to_img")) for entry in read_log(folder)]
+    with ThreadPoolExecutor() as pool:
+        sound = pool.map(is_whole, map(folder.joinpath, paths))
+        damaged = [path for path, fine in zip(paths, sound, strict=True) if not fine]
+    if damaged:
+        logger.warning(
+            "%d of %d images in %s are damaged, the first is %s; all are drawn again",
+            len(damaged), len(paths), folder, damaged[0],
+        )  # fmt: skip
+    return not damaged
+
+
 def main(_) -> None:
     config = FLAGS.config
     improve, sample, folder = config.improve, config.sample, Path(config.logdir)
@@ -60,7 +77,7 @@ def main(_) -> None:
     accelerator = make_accelerator(config.mixed_precision, config.allow_tf32)
     prompts = [str(text) for text in config.eval.prompts]
     prompts = prompts or [prompt for prompt, _ in all_prompts(config.prompt_fn, **config.prompt_fn_kwargs)]
-    plan([(prompt, {}) for prompt in prompts], 1, config.seed)  # refuses prompts that cannot name a folder
+    plan([(prompt, {}) for prompt in prompts], 1, config.seed)  # refuses what eval.py refuses
     selector, policy = load_judges(improve.judges, accelerator.device)
     pretrained = config.pretrained
     pipe = load_pipeline(
@@ -78,11 +95,13 @@ def main(_) -> None:
     if accelerator.is_main_process:
         claim_folder(folder, settings, {"model": pretrained.model, "load_from": config.load_from})
     accelerator.wait_for_everyone()
-    if (folder / LOG).is_file():
+    if is_complete(folder):
         logger.info("%s is complete already; nothing to do", folder)
         accelerator.end_training()
         return
+    accelerator.wait_for_everyone()  # all have looked before anything is removed
     if accelerator.is_main_process:  # of a run that was stopped
+        (folder / LOG).unlink(missing_ok=True)
         shutil.rmtree(folder / "images", ignore_errors=True)
     accelerator.wait_for_everyone()
 

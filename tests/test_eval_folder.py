@@ -139,6 +139,25 @@ def test_an_incomplete_folder_is_told_and_completed(config_file, run_main, tmp_p
     assert files_of(folder) == files_of(tmp_path / "b") and len(log_of(folder)) == 12
 
 
+@pytest.mark.parametrize("image_format", ["png", "jpg"])
+def test_damaged_images_are_drawn_again(image_format, config_file, run_main, tmp_path, caplog):
+    """One is cut, one changed in its middle, one is no image, one a pipe, which must not block."""
+    fields = {"logdir": str(tmp_path), "sample__num_steps": 1, "eval__classifier": ""}
+    fields |= {"eval__image_format": image_format, "eval__num_samples_per_prompt": 2, "eval__prompts": PROMPTS[:2]}
+    run_main("eval.py", config_file, **fields)
+    before = files_of(tmp_path)
+    cut, changed, text, pipe = (tmp_path / entry["path_to_img"] for entry in log_of(tmp_path))
+    data = changed.read_bytes()
+    cut.write_bytes(cut.read_bytes()[:-100])
+    changed.write_bytes(data[:300] + bytes([data[300] ^ 1]) + data[301:] if image_format == "png" else data[:-1])
+    text.write_text("<html>")
+    pipe.unlink()
+    os.mkfifo(pipe)
+    run_main("eval.py", config_file, **fields)
+    assert files_of(tmp_path) == before
+    assert "3 images are damaged" in caplog.text  # the fourth is missing
+
+
 def test_a_folder_is_written_by_one_run_at_a_time(config_file, run_main, tmp_path):
     fields = {"logdir": str(tmp_path / "a"), "sample__num_steps": 1, "eval__classifier": ""}
     with locked(tmp_path / "a"):

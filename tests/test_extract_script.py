@@ -169,6 +169,18 @@ def test_extract_without_a_model_stores_images_only_and_does_not_repeat_itself(t
         run_main("extract_dataset_latents.py", config_file, **fields | {"dataset__image_size": 64})
 
 
+def test_damaged_pictures_are_written_again(table, config_file, run_main, tmp_path):
+    fields = {"dataset__csv": str(table / "split.csv"), "dataset__data_path": str(table), "dataset__image_size": 32}
+    fields |= {"pretrained__model": "", "logdir": str(tmp_path)}
+    run_main("extract_dataset_latents.py", config_file, **fields)
+    before = files_of(tmp_path)
+    for damage in (lambda data: data[:-100], lambda data: data[:-1], lambda data: b"", lambda data: data[:99] + data):
+        path = sorted(tmp_path.glob("images/*/*.png"))[1]
+        path.write_bytes(damage(path.read_bytes()))
+        run_main("extract_dataset_latents.py", config_file, **fields)
+        assert files_of(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -1,10 +1,8 @@
 """Fundus tables, their faults, images, divisions by patient."""
 
-import struct
 import subprocess
 import sys
 import zipfile
-import zlib
 
 import numpy as np
 import pytest
@@ -155,46 +153,22 @@ def test_load_split_counts_missing_images(tmp_path):
         fundus.load_split(path, tmp_path / "none")
 
 
-def test_images_that_conversion_would_change_are_refused_by_name(tmp_path):
+def test_images_that_the_reader_refuses_are_named_and_counted(tmp_path):
     rgb = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
     Image.fromarray(rgb).save(tmp_path / "good.png")
     Image.fromarray(rgb).save(tmp_path / "good.jpg")
     Image.fromarray(rgb[..., 0]).save(tmp_path / "grey.png")
-    Image.fromarray(rgb[..., 0]).save(tmp_path / "grey.jpg")
     Image.fromarray(np.dstack([rgb, rgb[..., 0]])).save(tmp_path / "alpha.png")
-    Image.fromarray(rgb).quantize(4).save(tmp_path / "palette.png")
-    Image.fromarray(rgb[..., 0].astype(np.uint16) * 256).save(tmp_path / "grey16.png")
-    (tmp_path / "rgb16.png").write_bytes(deep_png())
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:-80])
     (tmp_path / "text.png").write_text("no image")
-    good = [tmp_path / "good.png", tmp_path / "good.jpg"]
+    good = [tmp_path / "good.png", tmp_path / "good.jpg", tmp_path / "grey.png"]
     fundus.check_images(good)
-    expected = {
-        "grey.png": "is grey; images are 8-bit RGB",
-        "grey.jpg": "is grey",
-        "alpha.png": "is RGB with transparency",
-        "palette.png": "is a palette image",
-        "grey16.png": "is of 16 bits a channel",
-        "rgb16.png": "is of 16 bits a channel",
-        "cut.jpg": "cannot be read as an image",
-        "text.png": "cannot be read as an image",
-        "none.png": "cannot be read as an image",
-    }
-    for name, message in expected.items():
-        with pytest.raises(UserError, match=f"{name}' {message}"):
-            fundus.check_images([*good, tmp_path / name])
-    with pytest.raises(UserError, match=r"alpha.png' .*\(and 2 more of 5 images\)$"):
-        fundus.check_images([*good, *(tmp_path / name for name in ("alpha.png", "text.png", "grey.jpg"))])
-
-
-def deep_png() -> bytes:
-    """An RGB image of 16 bits a channel, 1 x 1, which Pillow reads and does not write."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(7))) + chunk(b"IEND", b"")
+    bad = [tmp_path / f"{name}" for name in ("alpha.png", "cut.jpg", "text.png", "none.png")]
+    for path in bad:
+        with pytest.raises(UserError, match=path.name):
+            fundus.check_images([*good, path])
+    with pytest.raises(UserError, match=r"alpha.png' .*\(and 3 more of 7 images\)$"):
+        fundus.check_images([*good, *bad])
 
 
 def test_texts_that_name_a_side():

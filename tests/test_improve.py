@@ -183,6 +183,18 @@ def as_values(fields):
     return {name: value if isinstance(value, kept) else str(value) for name, value in fields.items()}
 
 
+def test_generate_draws_damaged_images_again(config_file, fields, run_main, tmp_path, caplog):
+    given = as_values(fields | {"logdir": tmp_path / "pool", "eval__prompts": (FUNDUS_PROMPTS[0],), "progress": False})
+    run_main("generate.py", config_file, **given)
+    before = files_of(tmp_path / "pool")
+    for damage in (lambda path: path.write_bytes(path.read_bytes()[:-50]), lambda path: path.unlink()):
+        path = sorted((tmp_path / "pool").glob("images/*/*.png"))[-1]
+        damage(path)
+        run_main("generate.py", config_file, **given)
+        assert files_of(tmp_path / "pool") == before and path.name in caplog.text
+        caplog.clear()
+
+
 @pytest.mark.slow
 def test_generate_writes_the_same_with_two_processes_and_once(config_file, fields, tmp_path):
     for folder, processes in (("one", 1), ("two", 2)):

@@ -5,10 +5,22 @@ from importlib import resources
 
 import numpy as np
 import pytest
+import torch
+from ml_collections import ConfigDict
 
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.prompts import PROMPTS, all_prompts, from_file, get_prompt_fn, isic_all, isic_all_idx, read_prompts
+from ddpo_pytorch.objective import make_objective
+from ddpo_pytorch.prompts import (
+    PROMPTS,
+    all_prompts,
+    check_prompt,
+    from_file,
+    get_prompt_fn,
+    isic_all,
+    isic_all_idx,
+    read_prompts,
+)
 
 
 def test_asset_is_the_official_list_in_order():
@@ -79,3 +91,20 @@ def test_all_prompts_lists_every_set_once(tmp_path):
     with pytest.raises(UserError, match="is unknown"):
         all_prompts("nothing")
     assert set(PROMPTS) == {"isic_all", "isic_all_idx", "from_file", "fundus_table"}
+
+
+@pytest.mark.parametrize("line", ["a\tmole", "a\x07mole", "a\udc80mole"])
+def test_training_refuses_prompts_that_eval_would_refuse_after_it(line, tmp_path):
+    """Everything else, slashes and long texts too, can be trained and drawn."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("cup/disc ratio 0.6\n" + "long " * 100 + "\n")
+    given = [ConfigDict({"path": str(path)}), "jpeg_compressibility", ConfigDict(), ConfigDict({"every": 0})]
+    objective = make_objective("from_file", *given, ConfigDict(), 0, torch.device("cpu"))
+    assert [prompt for prompt, _ in objective.prompts] == ["cup/disc ratio 0.6", ("long " * 100).strip()]
+    if line.isascii():
+        path.write_text(f"{line}\n")
+        with pytest.raises(UserError) as error:
+            make_objective("from_file", *given, ConfigDict(), 0, torch.device("cpu"))
+        assert repr(line) in str(error.value)
+    with pytest.raises(UserError):
+        check_prompt(line)

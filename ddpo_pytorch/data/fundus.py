@@ -5,21 +5,19 @@ python -m ddpo_pytorch.data.fundus --csv captions.csv --out DIR     # fundus_{tr
 
 import argparse
 import logging
-import os
 import posixpath
 import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ddpo_pytorch.data.csv_tables import choice, read_table, table_text
-from ddpo_pytorch.data.images import read_rgb
+from ddpo_pytorch.data.image_paths import rows_with_image
+from ddpo_pytorch.data.images import find_damage
 from ddpo_pytorch.data.lesions import assign
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import atomic_write, path_fault
@@ -136,58 +134,21 @@ def _eye(cell: str, image: str, text: str) -> str:
 
 
 def load_split(csv_path: str | Path, data_path: str | Path, limit: int = 0) -> tuple[list[Row], list[Path], int]:
-    """Rows that have an image, their files, and the number of rows without one.
+    """Return rows that have an image, their files, and the number of rows without one, which a warning names.
 
-    `limit` > 0 keeps the first that many rows with an image. Raises UserError as `read_split` does, and if the folder
-    or every image is missing. `check_images` finds damaged ones.
+    `limit` > 0 keeps the first that many rows with an image. Raises UserError as `read_split` and
+    `image_paths.rows_with_image` do. `check_images` finds damaged ones.
     """
-    if not Path(data_path).is_dir():
-        raise UserError(f"image folder {str(data_path)!r} does not exist; give the folder that the paths start from")
-    rows, paths, missing = [], [], 0
-    table = read_split(csv_path)
-    for row in table:
-        if limit and len(rows) == limit:
-            break
-        path = Path(data_path) / row.image
-        if path.is_file():
-            rows.append(row)
-            paths.append(path)
-        else:
-            missing += 1
-    if not rows:
-        raise UserError(
-            f"none of the {missing} images of {str(csv_path)!r} is in {str(data_path)!r}, where the first would be "
-            f"{str(Path(data_path) / table[0].image)!r}; give the folder that the paths start from"
-        )
-    return rows, paths, missing
+    rows = read_split(csv_path)
+    return rows_with_image(rows, [row.image for row in rows], csv_path, data_path, limit)
 
 
 def check_images(paths: Sequence[Path]) -> None:
-    """Decode every image. Raises UserError that names the first one which is damaged or not 8-bit RGB, and counts them.
-
-    Grey values, transparency and 16-bit levels would be lost or invented by a silent conversion.
-    """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        faults = [fault for fault in pool.map(_image_file_fault, paths) if fault]
+    """Decode every image. Raises UserError that names the first that `images.read_rgb` refuses, and counts them."""
+    faults = [fault for fault in find_damage(paths) if fault]
     if faults:
         more = f" (and {len(faults) - 1} more of {len(paths)} images)" if len(faults) > 1 else ""
         raise UserError(faults[0] + more)
-
-
-def _image_file_fault(path: Path) -> str | None:
-    try:
-        with Image.open(path) as file:
-            mode, deep = file.mode, ";16" in str(file.tile)  # 16-bit RGB opens as RGB, its lower half dropped
-        read_rgb(path)
-    except UserError as error:
-        return str(error)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"{str(path)!r} cannot be read as an image ({error}); remove it or fetch it again"
-    if mode != "RGB" or deep:
-        kind = {"L": "grey", "LA": "grey", "RGBA": "RGB with transparency", "P": "a palette image"}.get(mode, mode)
-        kind = "of 16 bits a channel" if deep or mode.startswith("I") else kind
-        return f"{str(path)!r} is {kind}; images are 8-bit RGB, so convert it (for example to a PNG in mode RGB)"
-    return None
 
 
 def assign_patients(patients: Sequence[str], kinds: Sequence, shares: Sequence[float], seed: int) -> list[int]:

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ddpo_pytorch.data.images import ImageFiles
+from ddpo_pytorch.data.images import READER_VERSION, ImageFiles
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import atomic_write, remove_leftovers
 
@@ -59,7 +59,8 @@ class DecodedImages(Dataset):
 def decoded(files: ImageFiles, folder: str | Path) -> Dataset:
     """The same items from a cache in `folder`, which is made now if it is not there; `files` if `folder` is "".
 
-    The cache belongs to the paths, sizes and modification times of the files and to the way they are resized. Where it
+    The cache belongs to the paths, sizes and modification times of the files, to the way they are resized and to the
+    version of the reader. Where it
     cannot be written (no room, no permission), a warning is logged and `files` returned. With several processes a node,
     let one come first: `with accelerator.local_main_process_first()`. Raises UserError for a damaged image.
     """
@@ -114,7 +115,8 @@ def loader_options(num_workers: int) -> dict[str, Any]:
 
 def _fingerprint(files: ImageFiles) -> str:
     stats = [(path, path.stat()) for path in map(Path, files.paths)]
-    about = [files.size, files.resize, [(str(path.resolve()), s.st_size, s.st_mtime_ns) for path, s in stats]]
+    about = [READER_VERSION, files.size, files.resize]
+    about.append([(str(path.resolve()), s.st_size, s.st_mtime_ns) for path, s in stats])
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 

@@ -8,7 +8,11 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +25,20 @@ from ddpo_pytorch.data.field_of_view import fov_square
 from ddpo_pytorch.data.folder_names import folder_name
 from ddpo_pytorch.data.isic import caption_of_folder
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_write, path_inside, write_json
+from ddpo_pytorch.files import atomic_write, open_regular, path_inside, write_json
 
 LOG = "image_log.json"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 # what files may hold, whatever they are called: Pillow would hand others to programs (PostScript to Ghostscript)
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
+# raised with every change of the pixels that `read_rgb` makes of a file, so that no cache serves those of older rules
+READER_VERSION = 2
 # how a picture becomes a square: as in the paper, sides scaled apart; its middle; with black bars; or a fundus
 # photograph's circle, with black bars.
 RESIZES = ("stretch", "crop", "pad", "fov")
+# what RGB can be made of without a choice; CMYK, LAB and HSV depend on a profile
+_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr")
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _FILTER = Image.Resampling.BICUBIC  # what Image.resize takes by default
 
 
@@ -70,14 +79,111 @@ def _squared(image: Image.Image, size: int | None, resize: str) -> Image.Image:
     return ImageOps.pad(image, (size, size), _FILTER)
 
 
-def read_rgb(path: str | Path) -> Image.Image:
-    """A file decoded to its last pixel, as RGB. Raises UserError for a missing, truncated, huge or non-image file."""
+@contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """Open an image file of FORMATS, whatever its name says; pixels are decoded when they are asked for.
+
+    Raises UserError, also for what is met inside the block: a missing, truncated, huge or non-image file, one that is
+    not regular, and one of which the levels have no certain meaning in 8 bits (see `_ambiguity`).
+    """
     try:
-        with Image.open(path, formats=FORMATS) as file:
-            return file.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error  # whose text repeats the path
-        raise UserError(f"{str(path)!r} cannot be read as an image ({reason}); remove it or fetch it again") from error
+        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
+            if reason := _ambiguity(image):
+                raise _refusal(path, reason)
+            yield image
+    except UserError:
+        raise
+    except Exception as error:  # of damaged files Pillow's decoders raise nearly anything
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+        raise UserError(f"{str(path)!r} cannot be read as an image; remove it or fetch it again ({reason})") from error
+
+
+def read_rgb(path: str | Path) -> Image.Image:
+    """Decode a file to its last pixel, as 8-bit RGB: the one reader of skin, fundus and generated images.
+
+    Grey levels, palettes and YCbCr become RGB; a fully opaque alpha channel is dropped; 16-bit grey levels are divided
+    by 257 and rounded, of 16-bit RGB the upper byte is kept. Raises UserError as `open_image` does, and for transparent
+    pixels and images of 16 bits that use only the lowest twelve, which would come out nearly black.
+    """
+    with open_image(path) as image:
+        white = _white(image)  # known until pixels are decoded
+        if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+            straight = image.convert("LA") if image.mode == "La" else image
+            if straight.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+                raise _refusal(path, "has transparent pixels, whose colour is not defined")
+        if white and image.mode.startswith("I"):
+            levels = np.asarray(image).astype(np.int64)
+            if 0 < levels.max() <= white // 16:
+                raise _refusal(path, f"has no grey level above {levels.max()}, where white is {white}")
+            return Image.fromarray(((levels * 255 + white // 2) // white).astype(np.uint8)).convert("RGB")
+        picture = image.convert("RGB")
+        if white and max(high for _, high in picture.getextrema()) < 16:
+            raise _refusal(path, f"has no level above {white // 16}, where white is {white}")
+        return picture
+
+
+def _refusal(path: str | Path, reason: str) -> UserError:
+    return UserError(f"{str(path)!r} {reason}; convert it to 8-bit RGB as you mean it")
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """Return how the levels lie in the file, in Pillow's words, e.g. "RGB;16B"; "" where that is not stated."""
+    arguments = image.tile[0][3] if image.tile else ""
+    return arguments if isinstance(arguments, str) else str(arguments[0])
+
+
+def _white(image: Image.Image) -> int:
+    """Return the highest level of an image of more than 8 bits a channel, else 0."""
+    deep = re.search(r";(12|16)", _raw_mode(image))
+    return 2 ** int(deep[1]) - 1 if deep else 0
+
+
+def _ambiguity(image: Image.Image) -> str | None:
+    """Return why the levels of an opened image have no certain meaning in 8 bits, from its header, or None."""
+    if image.format in ("PNG", "TIFF", "WEBP") and (frames := getattr(image, "n_frames", 1)) > 1:
+        return f"holds {frames} images"
+    tags = getattr(image, "tag_v2", {})
+    samples = tags.get(339, (1,))  # SampleFormat: 1 is unsigned, 2 signed, 3 floating point
+    if image.mode == "F" or set(samples if isinstance(samples, tuple) else (samples,)) != {1}:
+        return "has signed or floating-point levels, of which black and white are unknown"
+    white = _white(image)
+    if image.mode.startswith("I") and not (white and re.fullmatch(r"I;(12|16)[BLNR]?", _raw_mode(image))):
+        return "has 32-bit or signed levels, of which black and white are unknown"
+    if white and tags.get(262) == 0:  # PhotometricInterpretation: white is zero, which Pillow heeds for 8 bits only
+        return "has 16-bit levels in which white is 0"
+    if "transparency" in image.info and image.mode != "P" and _raw_mode(image) not in ("L", "RGB"):
+        return "declares one of its levels transparent"
+    if image.mode not in _MODES and not image.mode.startswith("I"):
+        return f"has mode {image.mode}"
+    return None
+
+
+def find_damage(paths: Sequence[Path]) -> list[str | None]:
+    """Decode images on all cores; return for each why `read_rgb` refuses it, or None."""
+
+    def fault(path: Path) -> str | None:
+        try:
+            read_rgb(path)
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(fault, paths))
+
+
+def is_whole(path: str | Path) -> bool:
+    """Return whether an image that was written here is there and undamaged: PNG by its checksums, others decoded."""
+    try:
+        with open_image(path) as image:
+            if image.format != "PNG":
+                image.load()
+                return True
+            image.fp.seek(-len(_PNG_END), os.SEEK_END)
+            ended = image.fp.read() == _PNG_END
+            image.verify()
+            return ended
+    except UserError:
+        return False
 
 
 def save_image(path: str | Path, image: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ddpo_pytorch.data.csv_tables import number, read_table
 from ddpo_pytorch.data.folder_names import folder_name
+from ddpo_pytorch.data.image_paths import find_images, rows_with_image, stem_of
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import path_fault
 
@@ -145,40 +146,29 @@ def count_single(rows: Sequence[Row]) -> dict[tuple[str, str], int]:
 
 
 def image_key(image: str) -> str:
-    """The picture an image id stands for: ISIC gives some the suffix `_downsampled` in one file and not in another."""
-    return image.removesuffix("_downsampled")
+    """Return the picture an image id stands for: ISIC adds `_downsampled` to some ids in one file, not in others."""
+    return stem_of(image).removesuffix("_downsampled")
+
+
+def file_key(stem: str) -> str:
+    """Return what the id in a table and the name of its file have in common."""
+    return image_key(stem.casefold())
 
 
 def find_image(data_path: str | Path, image: str) -> Path | None:
-    """The file of an image id: `<image>.jpg`, else `<image>_downsampled.jpg`, else None."""
-    for name in (f"{image}.jpg", f"{image}_downsampled.jpg"):
-        path = Path(data_path) / name
-        if path.is_file():
-            return path
-    return None
+    """Return the file of an image id (`image_paths.find_images`), with or without `_downsampled`, or None."""
+    return find_images(data_path, [stem_of(image)], file_key)[0]
 
 
 def load_split(csv_path: str | Path, data_path: str | Path, limit: int = 0) -> tuple[list[Row], list[Path], int]:
-    """Rows that have an image, their files, and the number of rows without one.
+    """Return rows that have an image, their files, and the number of rows without one, which a warning names.
 
-    `limit` > 0 keeps the first that many rows with an image. Raises UserError if the folder or every image is missing.
-    A damaged image raises UserError when it is loaded (`splits.drop_broken` finds it before).
+    `limit` > 0 keeps the first that many rows with an image. Raises UserError as `read_split` and
+    `image_paths.rows_with_image` do. A damaged image raises UserError when it is loaded (`splits.drop_broken` finds it
+    before).
     """
-    if not Path(data_path).is_dir():
-        raise UserError(f"image folder {str(data_path)!r} does not exist; give the folder that holds <image>.jpg files")
-    rows, paths, missing = [], [], 0
-    for row in read_split(csv_path):
-        if limit and len(rows) == limit:
-            break
-        path = find_image(data_path, row.image)
-        if path is None:
-            missing += 1
-        else:
-            rows.append(row)
-            paths.append(path)
-    if not rows:
-        raise UserError(f"none of the {missing} images of {str(csv_path)!r} is in {str(data_path)!r} as <image>.jpg")
-    return rows, paths, missing
+    rows = read_split(csv_path)
+    return rows_with_image(rows, [stem_of(row.image) for row in rows], csv_path, data_path, limit, file_key)
 
 
 if __name__ == "__main__":

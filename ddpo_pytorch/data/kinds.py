@@ -33,7 +33,7 @@ def source(kind: str) -> ModuleType:
 def find_rows(kind: str, csv: str | Path, data_path: str | Path, limit: int, skip_broken: bool):
     """`load_split` of that kind: rows with an image, their files, the number of rows without one.
 
-    `skip_broken` leaves damaged images out. Fundus images that are not 8-bit RGB are refused by UserError.
+    `skip_broken` leaves damaged images out; of fundus images, which are all decoded here, others raise UserError.
     """
     rows, paths, missing = source(kind).load_split(csv, data_path, limit)
     if skip_broken:

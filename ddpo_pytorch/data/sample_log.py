@@ -117,7 +117,7 @@ def _holds_bytes(path: Path) -> bool:
 
 
 def _parts(folder: Path) -> Iterator[dict[str, Any]]:
-    for part in sorted(folder.glob(PARTS)):
+    for part in filter(Path.is_file, sorted(folder.glob(PARTS))):
         for line in part.read_bytes().split(b"\n"):
             try:
                 entry = json.loads(line)

@@ -11,16 +11,15 @@ A set of splits is `<name>_train.csv`, `<name>_val.csv` and `<name>_test.csv` of
 import argparse
 import json
 import logging
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ddpo_pytorch.data.csv_tables import write_table
-from ddpo_pytorch.data.images import read_rgb
-from ddpo_pytorch.data.isic import Row, count_labels, count_single, find_image, image_key, read_split
+from ddpo_pytorch.data.image_paths import find_images, stem_of
+from ddpo_pytorch.data.images import find_damage
+from ddpo_pytorch.data.isic import Row, count_labels, count_single, file_key, image_key, read_split
 from ddpo_pytorch.data.lesions import (
     RECORD,
     read_metadata,
@@ -100,7 +99,8 @@ def check_images(splits: Mapping[str, Sequence[Row]], folder: str | Path) -> tup
         raise UserError(f"image folder {str(folder)!r} does not exist; give the folder that holds <image>.jpg files")
     found, missing = [], []
     for split, rows in splits.items():
-        paths = {row.image: find_image(folder, row.image) for row in rows}
+        names = [row.image for row in rows]
+        paths = dict(zip(names, find_images(folder, map(stem_of, names), file_key), strict=True))
         there = [path for path in paths.values() if path]
         absent = [image for image, path in paths.items() if not path]
         found, missing = found + there, missing + [(split, image) for image in absent]
@@ -108,10 +108,9 @@ def check_images(splits: Mapping[str, Sequence[Row]], folder: str | Path) -> tup
         some = f": {', '.join(absent[:5])}{', ...' if absent[5:] else ''}" if absent else ""
         logger.info("%-8s %d images (%d _downsampled), %d missing%s", split, len(there), downsampled, len(absent), some)
     if not found:
-        raise UserError(f"none of the {len(missing)} images of the splits is in {str(folder)!r} as <image>.jpg")
+        raise UserError(f"none of the {len(missing)} images of the splits is in {str(folder)!r}")
     logger.info("decoding %d images", len(found))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        faults = [fault for fault in pool.map(_fault, found) if fault]
+    faults = [fault for fault in find_damage(found) if fault]
     logger.info("%s", "\n".join([f"{len(faults)} images are broken", *faults]))
     return missing, faults
 
@@ -121,21 +120,13 @@ def drop_broken(rows: Sequence[Row], paths: Sequence[Path]) -> tuple[list[Row], 
 
     Raises UserError if none is left.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        faults = dict(zip(paths, pool.map(_fault, paths), strict=True))
+    faults = dict(zip(paths, find_damage(paths), strict=True))
     kept = [(row, path) for row, path in zip(rows, paths, strict=True) if not faults[path]]
     for fault in filter(None, faults.values()):
         logger.warning("left out: %s", fault)
     if not kept:
         raise UserError(f"all {len(paths)} images are broken, the first: {faults[paths[0]]}")
     return [row for row, _ in kept], [path for _, path in kept]
-
-
-def _fault(path: Path) -> str | None:
-    try:
-        read_rgb(path)
-    except UserError as error:
-        return str(error)
 
 
 def check_folder(

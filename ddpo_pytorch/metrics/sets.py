@@ -4,7 +4,6 @@ A *model* is a column of the tables: one sample folder, or several that differ i
 """
 
 import hashlib
-import io
 import logging
 import math
 import os
@@ -14,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate.utils import gather_object
-from PIL import Image
 
-from ddpo_pytorch.data.images import IMAGE_SUFFIXES, list_samples, read_log
+from ddpo_pytorch.data.image_paths import SUFFIXES
+from ddpo_pytorch.data.images import list_samples, open_image, read_log
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.data.sample_log import read_settings
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import sha256
 from ddpo_pytorch.metrics.vocabulary import vocabulary_of
 
 logger = logging.getLogger(__name__)
@@ -103,9 +103,9 @@ def any_files(folder: str | Path) -> tuple[Path, list[tuple[Path, str]]]:
             continue
         seen.add(real)
         found = [Path(place, name) for name in names if name[0] != "."]
-        files += [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
+        files += [path for path in found if path.suffix.lower() in SUFFIXES]
     if not files:
-        raise UserError(f"{str(folder)!r} is no folder with images; give one with {', '.join(IMAGE_SUFFIXES)} files")
+        raise UserError(f"{str(folder)!r} is no folder with images; give one with {', '.join(SUFFIXES)} files")
     return folder, [(path, "") for path in sorted(files)]
 
 
@@ -171,21 +171,20 @@ def _logged(folder: Path, samples: Sequence[tuple[Path, str]]) -> dict[str, dict
 
 
 def _look(path: Path) -> tuple[str, str, tuple[int, int]]:
-    """SHA-256, fault or "", and (width, height) of a file, from its bytes and its header."""
+    """Return SHA-256, fault or "", and (width, height) of a file, from its bytes and its header."""
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        return "", f"{str(path)!r} cannot be read ({error.strerror}); make it readable, or remove it", (0, 0)
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            mode, size = image.mode, image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return "", f"{str(path)!r} cannot be read as an image; remove it or make it again", (0, 0)
-    fault = "" if mode == MODE else f"{str(path)!r} has mode {mode}, not {MODE}; convert it to RGB without transparency"
-    return hashlib.sha256(content).hexdigest(), fault, size
+        with open_image(path) as image:
+            mode, size, transparent = image.mode, image.size, "transparency" in image.info
+        digest = sha256(path)
+    except UserError as error:
+        return "", str(error), (0, 0)
+    if mode != MODE or transparent:
+        mode = f"{mode} with transparency" if transparent else mode
+        return digest, f"{str(path)!r} has mode {mode}, not {MODE}; convert it to RGB without transparency", size
+    return digest, "", size
 
 
 def shape_of(images: ImageSet) -> tuple[int, int]:
     """(height, width) in pixels, which `inspected` has made sure is the same for all."""
-    with Image.open(images.paths[0]) as image:
+    with open_image(images.paths[0]) as image:
         return image.size[1], image.size[0]

@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-
 from ddpo_pytorch.data.fundus import MODALITY, load_split, tidy_path
-from ddpo_pytorch.data.images import read_log
+from ddpo_pytorch.data.images import open_image, read_log
 from ddpo_pytorch.errors import UserError
 
 
@@ -91,11 +89,10 @@ def _item(path: Path, prompt: str, folder: str | Path, table: str | Path, where:
 
 def _size(path: Path, where: str) -> tuple[int, int]:
     try:
-        with Image.open(path) as file:
-            return file.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{where}: {str(path)!r} cannot be read as an image ({reason}); fetch it again") from error
+        with open_image(path) as image:
+            return image.size
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def distinct(items: Sequence[Item]) -> list[Item]:
