@@ -33,6 +33,7 @@ from ddpo_pytorch.data.phantom import draw
 from ddpo_pytorch.generator import scratch
 from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, write_index
 from ddpo_pytorch.generator.objectives import CaptionTable, NoiseLoss
+from ddpo_pytorch.paths import add_path
 from ddpo_pytorch.randomness import BatchDraws, EndlessBatches, Stream
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ def measure_input(paths: list[Path], folder: Path, turns: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Ratios of stage (i) and of the classifier's input.")
-    parser.add_argument("--images", default="", help="folder of .jpg files; phantoms without")
+    add_path(parser, "--images", optional=True, help="folder of .jpg files; phantoms without")
     parser.add_argument("--count", type=int, default=256, help="images used")
     parser.add_argument("--batch_size", type=int, default=64, help="of a step of train_sd.py")
     parser.add_argument("--turns", type=int, default=5, help="timed repetitions of each side")

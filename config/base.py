@@ -27,6 +27,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
 
     ###### General ######
     # root of everything read and written; every other path below is derived from it, so overriding it moves them all.
+    # Paths are relative to the folder a command is run from; "~" is your home folder; an empty output is refused.
     config.base_log_path = "rl4med-out"
     # name of the run, i.e. of its folder under logdir. Empty: date and time.
     config.run_name = ""

@@ -5,17 +5,55 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags
+from ml_collections import config_flags
 
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.paths import expand
 
 # what the system says about places that a user chose: permissions, kinds of files, disks that are full or read-only
 USER_ERRNOS = {
     *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG),
 }
+
+
+flags.disclaim_key_flags()  # --help lists what is defined here as a flag of the script
+
+
+def define_config(script: str, help_text: str) -> None:
+    """Define the flag --config of a script (its `__file__`), by default config/base.py of the script's repository."""
+    base = Path(script).resolve().parents[1] / "config" / "base.py"
+    config_flags.DEFINE_config_file("config", str(base), help_text)
+
+
+def _find_config(argv: list[str]) -> list[str]:
+    """Return the command line with an existing file in --config=FILE:NAME.
+
+    A relative one is looked for where the user stands, then in the repository of the script.
+    """
+    found = list(argv)
+    for place, word in enumerate(argv):
+        option, equals, given = word.partition("=")
+        if option not in ("-config", "--config"):
+            continue
+        if not equals:
+            if place + 1 == len(argv):
+                break  # absl says that a value is missing
+            place, given = place + 1, argv[place + 1]
+        file, colon, name = given.partition(":")
+        path = Path(expand(file))
+        own = Path(argv[0]).resolve().parents[1] / path
+        if not path.is_file():
+            if not own.is_file():
+                tried = f"{str(path)!r} nor {str(own)!r}"
+                raise UserError(f"--config={given}: there is neither {tried}; give FILE.py:EXPERIMENT")
+            path = own
+        found[place] = (f"{option}=" if equals else "") + f"{path}{colon}{name}"
+    return found
 
 
 def cli(main: Callable[[list[str]], None]) -> None:
@@ -25,7 +63,7 @@ def cli(main: Callable[[list[str]], None]) -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
-        remaining = flags.FLAGS(argv)
+        remaining = flags.FLAGS(_find_config(argv) if "config" in flags.FLAGS else argv)
         if "config" in flags.FLAGS:
             _ = flags.FLAGS.config.seed  # a configuration file that does not exist is noticed only here
         return remaining

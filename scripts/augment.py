@@ -56,6 +56,7 @@ from ddpo_pytorch.metrics.augmentation_plan import (
     plan,
 )
 from ddpo_pytorch.metrics.augmentation_report import as_csv, markdown, subgroups
+from ddpo_pytorch.paths import expand_flags
 from ddpo_pytorch.published import resolve
 from ddpo_pytorch.run import make_accelerator
 
@@ -268,6 +269,8 @@ def write_report(trainings: Sequence[Training], data: Data, seeds: Sequence[int]
 
 
 def main(_) -> None:
+    required = ("data_path", "train_csv", "val_csv", "test_csv", "output", "weights")
+    expand_flags(FLAGS, required, optional=("cache_dir",))
     folders, ratios, seeds = parse_samples(FLAGS.samples), parse_ratios(FLAGS.ratios), parse_seeds(FLAGS.seeds)
     if not 0 <= FLAGS.minority_share <= 1:
         raise UserError(f"--minority_share={FLAGS.minority_share} is not a share; give a number from 0 to 1")

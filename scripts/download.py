@@ -23,6 +23,7 @@ from ddpo_pytorch.cli import cli
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.lora import add_lora, load_lora, lora_parameters
 from ddpo_pytorch.judges.classifier import load_classifier
+from ddpo_pytorch.paths import expand_flags
 from ddpo_pytorch.published import (
     ARCHIVE,
     DRIVE_ID,
@@ -203,15 +204,16 @@ def manual_route(folder: Path) -> None:
 
 
 def main(_) -> None:
+    expand_flags(FLAGS, ("root", "check", "unpack"))
     if FLAGS.check is not None:
-        check(Path(FLAGS.check).expanduser())
+        check(Path(FLAGS.check))
         return
     if FLAGS.unpack is not None:
-        folder = Path(FLAGS.unpack).expanduser()
+        folder = Path(FLAGS.unpack)
         for path in unpack(folder / ARCHIVE, folder):
             logger.info("unpacked: %s", path)
         return
-    root, problems = Path(FLAGS.root).expanduser(), []
+    root, problems = Path(FLAGS.root), []
     for name in SPLITS:
         try:
             fetch_split(name, root / "data" / "splits")

@@ -23,11 +23,11 @@ from absl import flags
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import StableDiffusionPipeline
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ddpo_pytorch.checkpointing import load_weights
-from ddpo_pytorch.cli import cli
+from ddpo_pytorch.cli import cli, define_config
 from ddpo_pytorch.data.images import is_whole, read_log
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
 from ddpo_pytorch.data.sample_log import SETTINGS, PartLog, claim_folder, logged, merge_parts, strays
@@ -36,6 +36,7 @@ from ddpo_pytorch.files import locked
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import warn_of_cut
 from ddpo_pytorch.judges.classifier import load_classifier
+from ddpo_pytorch.paths import expand_config
 from ddpo_pytorch.processes import on_main
 from ddpo_pytorch.prompts import Prompt, all_prompts, read_prompts
 from ddpo_pytorch.rewards import RewardFn, check_prompts, isic_classifier_reward
@@ -52,7 +53,7 @@ from ddpo_pytorch.sampling import (
 )
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", "config/base.py", "Sampling for evaluation.")
+define_config(__file__, "Sampling for evaluation.")
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +226,7 @@ def draw(
 
 
 def main(_) -> None:
-    config = FLAGS.config
+    config = expand_config(FLAGS.config, "logdir", "pretrained.model")
     accelerator = make_accelerator(config.mixed_precision, config.allow_tf32)
     device, folder, sample = accelerator.device, Path(config.logdir), config.sample
     workers = torch.get_num_threads()

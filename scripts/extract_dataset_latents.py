@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from ddpo_pytorch.cli import cli
+from ddpo_pytorch.cli import cli, define_config
 from ddpo_pytorch.data import kinds
 from ddpo_pytorch.data.folder_names import folder_name
 from ddpo_pytorch.data.images import RESIZES, ImageFiles, is_whole, read_log, save_image, write_log
@@ -28,21 +28,17 @@ from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import sha256
 from ddpo_pytorch.generator.latents import INDEX, encode_data_set, write_index
 from ddpo_pytorch.generator.pipeline import load_pipeline
+from ddpo_pytorch.paths import expand_config
 from ddpo_pytorch.run import make_accelerator
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", "config/base.py", "Extraction of real images and latents.")
+define_config(__file__, "Extraction of real images and latents.")
 
 logger = logging.getLogger(__name__)
 
 
 def find_rows(dataset: ConfigDict) -> tuple[list[Row], list[Path], int]:
     """Every row with an image, at most `limit`, their files, and the number of rows without one."""
-    if not dataset.csv or not dataset.data_path:
-        raise UserError(
-            f"dataset.csv is {dataset.csv!r} and dataset.data_path {dataset.data_path!r}; give the split table and the "
-            "folder of its <image>.jpg files"
-        )
     if dataset.image_size < 1:
         raise UserError(f"dataset.image_size is {dataset.image_size}; it must be at least 1")
     if dataset.resize not in RESIZES:
@@ -57,7 +53,7 @@ def entry_of(row: Row) -> dict:
 
 
 def main(_) -> None:
-    config = FLAGS.config
+    config = expand_config(FLAGS.config, "logdir", "dataset.csv", "dataset.data_path")
     accelerator = make_accelerator("no", config.allow_tf32)
     rank, folder, dataset = accelerator.process_index, Path(config.logdir), config.dataset
     rows, sources, missing = find_rows(dataset)

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from absl import flags
 from accelerate.utils import gather_object
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
 from ddpo_pytorch.best_of_n import Request, best_of_n, log_entries
 from ddpo_pytorch.checkpointing import load_weights
-from ddpo_pytorch.cli import cli
+from ddpo_pytorch.cli import cli, define_config
 from ddpo_pytorch.data.images import LOG, is_whole, read_log, save_image, write_log
 from ddpo_pytorch.data.sample_log import claim_folder
 from ddpo_pytorch.errors import UserError
@@ -30,12 +30,13 @@ from ddpo_pytorch.files import sha256
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import warn_of_cut
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges
+from ddpo_pytorch.paths import expand_config
 from ddpo_pytorch.prompts import all_prompts
 from ddpo_pytorch.run import DTYPES, make_accelerator
 from ddpo_pytorch.sampling import Sampler, fingerprint, plan
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", "config/base.py", "experiment, e.g. config/fundus.py:generate")
+define_config(__file__, "experiment, e.g. config/fundus.py:generate")
 logger = logging.getLogger(__name__)
 
 
@@ -71,7 +72,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def main(_) -> None:
-    config = FLAGS.config
+    config = expand_config(FLAGS.config, "logdir", "pretrained.model", "improve.judges")
     improve, sample, folder = config.improve, config.sample, Path(config.logdir)
     check_settings(config)
     accelerator = make_accelerator(config.mixed_precision, config.allow_tf32)

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from ddpo_pytorch.checkpointing import load_weights
-from ddpo_pytorch.cli import cli
+from ddpo_pytorch.cli import cli, define_config
 from ddpo_pytorch.data import fundus
 from ddpo_pytorch.data.sample_log import claim_folder
 from ddpo_pytorch.errors import UserError
@@ -46,11 +46,12 @@ from ddpo_pytorch.improvement import (
     table,
 )
 from ddpo_pytorch.judges.policy import load_judges
+from ddpo_pytorch.paths import expand_config
 from ddpo_pytorch.run import DTYPES
 from ddpo_pytorch.sampling import Sampler
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", "config/base.py", "experiment, e.g. config/fundus.py:improve")
+define_config(__file__, "experiment, e.g. config/fundus.py:improve")
 flags.DEFINE_string("launch", "", "command that starts the scripts of a round, e.g. 'accelerate launch'; empty: python")
 logger = logging.getLogger(__name__)
 METHODS = ("finetune", "ddpo")
@@ -78,9 +79,6 @@ def check_settings(config: ConfigDict) -> None:
             f"improve.rounds is {improve.rounds}, improve.held_out_images {improve.held_out_images}, improve.methods "
             f"{tuple(improve.methods)}; at least 1 round of at least 1 method and 2 images are needed"
         )
-    for name in ("judges", "held_out_judges", "csv", "held_out_csv", "data_path"):
-        if not improve[name]:
-            raise UserError(f"improve.{name} is empty; give it with --config.improve.{name}=...")
     if Path(improve.judges).resolve() == Path(improve.held_out_judges).resolve():
         raise UserError(f"improve.held_out_judges are improve.judges, {improve.judges!r}; what chooses cannot judge")
 
@@ -164,7 +162,8 @@ class Rounds:
 
     def latents_of(self, table: Path) -> Path | str:
         """Latents of a table's images that stage (i) or the first round has made; "" where there are none."""
-        for place in (Path(self.config.sd.output), self.folder(1) / "finetune"):
+        stage_one = [Path(self.config.sd.output)] if self.config.sd.output else []
+        for place in (*stage_one, self.folder(1) / "finetune"):
             latents = place / "latents" / "train"
             if (latents / INDEX).is_file() and LatentShards(latents).index["csv_sha256"] == sha256(table):
                 return latents
@@ -217,7 +216,8 @@ def save_merged(model: Path, weights: Path, outcome: Path) -> None:
 
 
 def main(_) -> None:
-    config = FLAGS.config
+    required = ("output", "judges", "held_out_judges", "csv", "held_out_csv", "data_path")
+    config = expand_config(FLAGS.config, "pretrained.model", *(f"improve.{name}" for name in required))
     check_settings(config)
     improve, output = config.improve, Path(config.improve.output)
     rounds = Rounds(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from ddpo_pytorch.cli import cli
+from ddpo_pytorch.cli import cli, define_config
 from ddpo_pytorch.data.images import save_picture
 from ddpo_pytorch.files import JsonLines, atomic_write
 from ddpo_pytorch.metrics.cautions import missing_of, warnings_of
@@ -46,11 +46,12 @@ from ddpo_pytorch.metrics.sets import ImageSet, named_paths, shape_of
 from ddpo_pytorch.metrics.store import FeatureStore
 from ddpo_pytorch.metrics.structure import MOST_PAIRS, circle_pairs, pairs_by_name
 from ddpo_pytorch.metrics.tables import Table, as_csv, latex, markdown, table2, table3
+from ddpo_pytorch.paths import expand_config
 from ddpo_pytorch.report.page import write_report
 from ddpo_pytorch.run import make_accelerator
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", "config/base.py", "Metrics of sample folders.")
+define_config(__file__, "Metrics of sample folders.")
 flags.DEFINE_bool("report", False, "also write report.html, one page with tables, curves and pictures")
 
 logger = logging.getLogger(__name__)
@@ -226,7 +227,7 @@ def write(config: ConfigDict, result: dict, folders: dict[str, list[Folder]]) ->
 
 
 def main(_) -> None:
-    config = FLAGS.config
+    config = expand_config(FLAGS.config, "metric.output", "metric.cache_dir")
     metric = config.metric
     check_request(metric)
     accelerator = make_accelerator("no", config.allow_tf32)

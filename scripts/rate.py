@@ -19,6 +19,7 @@ from absl import flags
 from ddpo_pytorch.cli import cli
 from ddpo_pytorch.data.images import RESIZES
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.paths import expand, expand_flags
 from ddpo_pytorch.rating.items import Item, distinct, sample_items, table_items
 from ddpo_pytorch.rating.questions import Questions
 from ddpo_pytorch.rating.store import Store, rater_name
@@ -46,7 +47,7 @@ def find_items() -> list[Item]:
         raise UserError("--csv and --data_path belong together: a fundus table and the folder of its images")
     items = []
     for folder in (part for given in FLAGS.images for part in given.split(",") if part):
-        items += sample_items(folder, FLAGS.out)
+        items += sample_items(expand(folder), FLAGS.out)
     if FLAGS.csv:
         found, missing = table_items(FLAGS.csv, FLAGS.data_path, FLAGS.out)
         items += found
@@ -78,6 +79,7 @@ def main(_) -> None:
             raise
         raise UserError(f'{error.name} is not installed; run: pip install -e ".[rate]"') from error
 
+    expand_flags(FLAGS, ("out",), optional=("csv", "data_path"))
     rater = "" if FLAGS.rater is None else rater_name(FLAGS.rater)
     token = FLAGS.token or ("" if is_loopback(FLAGS.host) else secrets.token_urlsafe(32))
     if token:

@@ -19,10 +19,10 @@ import torch
 from absl import flags
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
-from ddpo_pytorch.cli import cli
+from ddpo_pytorch.cli import cli, define_config
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
 from ddpo_pytorch.estimate import epoch_time
 from ddpo_pytorch.generator.lora import disabled_lora
@@ -31,6 +31,7 @@ from ddpo_pytorch.held_out import Sampling
 from ddpo_pytorch.interruption import StopRequest
 from ddpo_pytorch.objective import Objective, make_objective
 from ddpo_pytorch.optimizer import GuardedOptimizer
+from ddpo_pytorch.paths import expand_config
 from ddpo_pytorch.policy import load_policy
 from ddpo_pytorch.ppo import averages, make_optimizer, ppo_loss, step_kl
 from ddpo_pytorch.randomness import Stream
@@ -50,7 +51,7 @@ from ddpo_pytorch.score_gradients import ScoreGradients, while_sampling
 from ddpo_pytorch.scoring import Scorer
 from ddpo_pytorch.stat_tracking import compute_advantages, reward_statistics
 
-config_flags.DEFINE_config_file("config", "config/base.py", "experiment, e.g. config/mini.py:NAME")
+define_config(__file__, "experiment, e.g. config/mini.py:NAME")
 logger = logging.getLogger(__name__)
 
 
@@ -158,7 +159,7 @@ def run_epochs(run: Run, record: Record, stop_request: StopRequest) -> str:
 
 def set_up(config: ConfigDict) -> Run:
     """Everything but the run folder: what cannot be used is told before anything is written."""
-    check_training(config)
+    check_training(expand_config(config, "logdir", "pretrained.model"))
     accelerator = make_accelerator(config.mixed_precision, config.allow_tf32, may_shard=True)
     geometry = batch_geometry(config.sample, config.train, accelerator.num_processes)
     accelerator.gradient_accumulation_steps = config.train.gradient_accumulation_steps * geometry.forwards

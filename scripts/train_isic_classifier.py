@@ -27,6 +27,7 @@ from ddpo_pytorch.judges.prediction import predict
 from ddpo_pytorch.judges.report import Report, best_thresholds, one_sided
 from ddpo_pytorch.judges.torchvision_names import check_publishable, save_published
 from ddpo_pytorch.judges.training import FitState, Recipe, fit
+from ddpo_pytorch.paths import expand_flags
 from ddpo_pytorch.run import make_accelerator
 
 FLAGS = flags.FLAGS
@@ -158,6 +159,8 @@ def test(accelerator: Accelerator, num_classes: int, output: Path) -> None:
 
 
 def main(_) -> None:
+    required = ("data_path", "train_csv", "val_csv", "test_csv", "checkpoint_dir", "weights")
+    expand_flags(FLAGS, required, optional=("checkpoint", "cache_dir"))
     accelerator = make_accelerator(FLAGS.mixed_precision)
     num_classes = int(FLAGS.num_classes)
     output = Path(FLAGS.checkpoint_dir) / f"artifact_classifier_H{num_classes}.safetensors"

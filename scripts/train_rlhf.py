@@ -18,9 +18,9 @@ import torch
 from absl import flags
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from ddpo_pytorch.cli import cli
+from ddpo_pytorch.cli import cli, define_config
 from ddpo_pytorch.data.fundus import check_images
 from ddpo_pytorch.data.ratings import (
     RatedImage,
@@ -38,11 +38,12 @@ from ddpo_pytorch.judges.rated import COLUMNS, RatedSet, best_threshold, read_ra
 from ddpo_pytorch.judges.rlhf import StageTraining, all_scores, check_settings, chosen_samples, training_identity
 from ddpo_pytorch.judges.selector import MLP_RATIO, Selector, save_selector
 from ddpo_pytorch.judges.vision import VisionSizes, read_judge
+from ddpo_pytorch.paths import expand_config
 from ddpo_pytorch.run import make_accelerator
 from ddpo_pytorch.training_state import load_state, save_state
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", "config/base.py", "experiment, e.g. config/fundus.py:train_rlhf")
+define_config(__file__, "experiment, e.g. config/fundus.py:train_rlhf")
 logger = logging.getLogger(__name__)
 FIRST_POLICY = "policy_stage_1.safetensors"  # what stage 2 began with
 
@@ -50,8 +51,6 @@ FIRST_POLICY = "policy_stage_1.safetensors"  # what stage 2 began with
 def read_images(config: ConfigDict) -> tuple[list[RatedImage], list[RatedImage]]:
     """Return rated images to learn from, and of other patients to measure with."""
     rlhf = config.rlhf
-    if not rlhf.ratings:
-        raise UserError("rlhf.ratings is empty; give a table with image_path,rating,modality,expert_level,prompt")
     train = read_table(rlhf.ratings, rlhf.data_path, config.base_log_path)
     if rlhf.val_ratings:
         val, name = read_table(rlhf.val_ratings, rlhf.data_path, config.base_log_path), repr(rlhf.val_ratings)
@@ -229,7 +228,7 @@ def what_is_there(output: Path, stages: tuple[int, ...]) -> dict[str, Any]:
 
 
 def main(_) -> None:
-    config = FLAGS.config
+    config = expand_config(FLAGS.config, "rlhf.output", "rlhf.ratings", "rlhf.text_encoder")
     rlhf, stages, output = config.rlhf, tuple(config.rlhf.stages), Path(config.rlhf.output)
     check_settings(rlhf)
     accelerator = make_accelerator(config.mixed_precision, config.allow_tf32)

@@ -23,13 +23,13 @@ from accelerate.utils import set_seed
 from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from safetensors.torch import save_file
 from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
 from ddpo_pytorch.caption_grid import draw_captions
-from ddpo_pytorch.cli import cli
+from ddpo_pytorch.cli import cli, define_config
 from ddpo_pytorch.data.image_cache import decoded
 from ddpo_pytorch.data.images import image_grid, save_picture
 from ddpo_pytorch.data.kinds import source
@@ -53,12 +53,13 @@ from ddpo_pytorch.generator.stage_data import (
 from ddpo_pytorch.generator.text import has_mask, warn_of_cut
 from ddpo_pytorch.generator.training import Stopwatch, Training, endless_batches, parameter_groups
 from ddpo_pytorch.optimizer import make_adamw
+from ddpo_pytorch.paths import expand_config
 from ddpo_pytorch.randomness import BatchDraws, Stream
 from ddpo_pytorch.run import DTYPES, make_accelerator, peak_memory_gib
 from ddpo_pytorch.training_state import save_state
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", "config/base.py", "experiment, e.g. config/dgx.py:finetune_sd")
+define_config(__file__, "experiment, e.g. config/dgx.py:finetune_sd")
 logger = logging.getLogger(__name__)
 GRID_CAPTIONS = 32  # drawn at intervals: all of ISIC's
 
@@ -272,7 +273,7 @@ def load_pretrained(accelerator: Accelerator, config: ConfigDict) -> StableDiffu
 
 
 def main(_) -> None:
-    config = FLAGS.config
+    config = expand_config(FLAGS.config, "sd.output")
     sd = config.sd
     check_settings(sd)
     accelerator = make_accelerator(config.mixed_precision, config.allow_tf32, sd.gradient_accumulation_steps)

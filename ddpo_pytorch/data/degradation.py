@@ -25,6 +25,7 @@ from ddpo_pytorch.data.images import RESIZES, load_pixels, save_image
 from ddpo_pytorch.errors import UserError, difference
 from ddpo_pytorch.files import LOCK, locked, sha256, write_json
 from ddpo_pytorch.json_files import read_json
+from ddpo_pytorch.paths import add_path
 from ddpo_pytorch.randomness import text_number
 
 logger = logging.getLogger(__name__)
@@ -197,9 +198,9 @@ def _heard(grade: int, error: float, rng: np.random.Generator) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Spoil fundus images in known degrees: a rating set of known truth.")
-    parser.add_argument("--csv", required=True, help="fundus table with the columns path and Text")
-    parser.add_argument("--data_path", required=True, help="folder that the paths of the table start from")
-    parser.add_argument("--out", required=True, help="folder to write: new, or the same set to be finished")
+    add_path(parser, "--csv", help="fundus table with the columns path and Text")
+    add_path(parser, "--data_path", help="folder that the paths of the table start from")
+    add_path(parser, "--out", help="folder to write: new, or the same set to be finished")
     parser.add_argument("--resize", default="fov", help=f"how images become squares: {', '.join(RESIZES)}; default fov")
     for name, default, what in (
         ("seed", 0, "of kinds, strengths, names and swapped captions"),

@@ -21,6 +21,7 @@ from ddpo_pytorch.data.images import find_damage
 from ddpo_pytorch.data.lesions import assign
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import atomic_write, path_fault
+from ddpo_pytorch.paths import add_path
 
 logger = logging.getLogger(__name__)
 MODALITY = "Fundus"
@@ -215,8 +216,8 @@ def _as_csv(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Divide a fundus table by patient into train, val and test.")
-    parser.add_argument("--csv", required=True, help="table with the columns path, Text and perhaps modality, patient")
-    parser.add_argument("--out", required=True, help="folder for fundus_train.csv, fundus_val.csv, fundus_test.csv")
+    add_path(parser, "--csv", help="table with the columns path, Text and perhaps modality, patient")
+    add_path(parser, "--out", help="folder for fundus_train.csv, fundus_val.csv, fundus_test.csv")
     for name in ("val", "test"):
         parser.add_argument(f"--{name}", type=float, default=0.15, help="share of the images, default 0.15; 0: no file")
     parser.add_argument("--seed", type=int, default=42, help="default 42")

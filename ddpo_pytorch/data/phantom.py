@@ -22,6 +22,7 @@ from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import atomic_folder, locked, write_json
 from ddpo_pytorch.json_files import read_json
+from ddpo_pytorch.paths import add_path
 
 logger = logging.getLogger(__name__)
 STYLE = 1  # raised when the drawing code changes pictures, so that old and new worlds never mix
@@ -235,7 +236,7 @@ def _write_world(folder: Path, world: Mapping[str, int], frequencies: Mapping[st
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw a world of dermoscopy-like images in the layout of ISIC 2019.")
-    parser.add_argument("--out", required=True, help="folder to write: new, or the same world to be finished")
+    add_path(parser, "--out", help="folder to write: new, or the same world to be finished")
     for name, default in (("num_train", 10000), ("num_val", 1000), ("num_test", 1000), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--balanced", action="store_true", help="rare artifacts as often as common ones")

@@ -24,6 +24,7 @@ from ddpo_pytorch.data.images import save_picture
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import atomic_folder, locked, write_json
 from ddpo_pytorch.json_files import read_json
+from ddpo_pytorch.paths import add_path
 
 logger = logging.getLogger(__name__)
 STYLE = 1  # raised when the drawing code changes pictures, so that old and new worlds never mix
@@ -278,7 +279,7 @@ def _write_patient(root: Path, seed: int, patient: int, size: int, degraded: flo
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw a world of fundus photographs in the layout of ODIR-5K.")
-    parser.add_argument("--out", required=True, help="folder to write: new, or the same world to be finished")
+    add_path(parser, "--out", help="folder to write: new, or the same world to be finished")
     for name, default in (("num_train", 4000), ("num_val", 400), ("num_test", 400), ("seed", 0), ("size", POINTS)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--degraded", type=float, default=0, help="share of spoilt train and val images, default 0")

@@ -30,6 +30,7 @@ from ddpo_pytorch.data.lesions import (
 )
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import sha256
+from ddpo_pytorch.paths import add_path
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
@@ -169,11 +170,11 @@ def check_folder(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Check and count split tables.")
-    parser.add_argument("--splits", required=True, help="folder of *_train.csv, *_val.csv, *_test.csv")
-    parser.add_argument("--images", default="", help="folder of <image>.jpg: count missing ones, decode all others")
-    parser.add_argument("--list_missing", default="", help="CSV file to write: split and id of every missing image")
-    parser.add_argument("--metadata", default="", help="ISIC_2019_Training_Metadata.csv: report lesions in two splits")
-    parser.add_argument("--regroup", default="", help="folder to write: splits that have each lesion in one of them")
+    add_path(parser, "--splits", help="folder of *_train.csv, *_val.csv, *_test.csv")
+    add_path(parser, "--images", optional=True, help="folder of <image>.jpg: count missing ones, decode all others")
+    add_path(parser, "--list_missing", optional=True, help="CSV file to write: split and id of every missing image")
+    add_path(parser, "--metadata", optional=True, help="ISIC_2019_Training_Metadata.csv: report lesions in two splits")
+    add_path(parser, "--regroup", optional=True, help="folder to write: splits that have each lesion in one of them")
     parser.add_argument("--seed", type=int, default=42, help="of --regroup, default 42")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)

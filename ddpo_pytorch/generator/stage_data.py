@@ -41,9 +41,8 @@ def check_settings(sd: ConfigDict) -> Path:
         if sd[name] not in allowed:
             raise UserError(f"sd.{name} is {sd[name]!r}; allowed are {', '.join(allowed)}")
     outcome = Path(sd.output) / OUTCOMES[sd.stage]
-    if not sd.output or outcome.exists():
-        problem = f"{str(outcome)!r} exists already" if sd.output else "sd.output is empty"
-        raise UserError(f"{problem}; give another folder with --config.sd.output=DIR")
+    if outcome.exists():
+        raise UserError(f"{str(outcome)!r} exists already; give another folder with --config.sd.output=DIR")
     for name, least in (
         *dict.fromkeys(("num_steps", "batch_size", "image_size", "log_every", "val_every", "lora_rank"), 1).items(),
         ("gradient_accumulation_steps", 1),

@@ -14,6 +14,7 @@ import numpy as np
 
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.paths import expand
 
 REAL, BALANCED = "real", "balanced"
 Ratio = float | str  # a number, or BALANCED
@@ -46,7 +47,7 @@ def parse_samples(given: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"--samples={text} is unusable; write NAME=FOLDER with a NAME of letters, digits, . + - _")
         if name.lower() in {REAL, *(other.lower() for other in folders)}:
             raise UserError(f"--samples={text}: the name {name!r} is taken; give each folder a name of its own")
-        folders[name] = Path(folder)
+        folders[name] = Path(expand(folder))
     if not folders:
         raise UserError("there is no folder of synthetic images; give one or more, --samples=SD=FOLDER")
     return folders

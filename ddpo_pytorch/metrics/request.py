@@ -70,8 +70,6 @@ class Tools:
 
 def check_request(metric: ConfigDict) -> None:
     """Raise UserError for a setting without which nothing can be measured, or that is not allowed."""
-    if not metric.output:
-        raise UserError("metric.output is empty; give the folder for the tables: --config.metric.output=...")
     _check_judges(metric)
     if metric.batch_size < 1:
         raise UserError(f"metric.batch_size is {metric.batch_size}; it must be at least 1")

@@ -21,6 +21,7 @@ from ddpo_pytorch.data.sample_log import read_settings
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import sha256
 from ddpo_pytorch.metrics.vocabulary import vocabulary_of
+from ddpo_pytorch.paths import expand
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def named_paths(text: str, field_name: str) -> list[tuple[str, str]]:
         name, _, path = (piece.strip() for piece in part.partition("="))
         if not name or not path:
             raise UserError(f"{part!r} in {field_name}={text!r} is not NAME=PATH; separate several by commas")
-        pairs.append((name, path))
+        pairs.append((name, expand(path)))
     return pairs
 
 
