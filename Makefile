@@ -41,7 +41,6 @@ demo: .venv/ready
 
 # captions -> generator -> ratings by known degradations -> Selector and Policy -> rounds of improvement -> table 1
 demo-fundus: export ACCELERATE_USE_CPU := true
-demo-fundus: export OMP_NUM_THREADS := 1
 demo-fundus: .venv/ready
 	python -m ddpo_pytorch.data.retina --out $(FROOT)/data --degraded 0.5 --num_train 2000 --num_val 1000 --num_test 300
 	$(TWO) scripts/train_sd.py --config $(FUNDUS):train_vae_mini $(FLAGS) --config.sd.batch_size=8

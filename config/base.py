@@ -53,6 +53,9 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # The run's metrics.jsonl is written either way.
     config.wandb = "auto"
     config.wandb_project = "rl4med-ddpo"
+    # seconds that a process waits for the others before it takes them for lost: a day, as one may work alone for hours
+    # (decoding images, downloading, a slow reward). On GPUs NCCL aborts the process when this is over.
+    config.process_timeout = 24 * 3600.0
     # progress bars are shown on a terminal only; False hides them there too.
     config.progress = True
 

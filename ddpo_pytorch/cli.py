@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,10 @@ def _reporting(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]
             main(argv)
         except UserError as error:
             _fail(error)
+        except RuntimeError as error:
+            if (reason := _lost_process(str(error))) is None:
+                raise
+            _fail(UserError(reason))
         except OSError as error:
             if error.errno not in USER_ERRNOS:
                 raise
@@ -97,6 +102,20 @@ def _reporting(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]
             _fail(UserError(f"{error.strerror}{where}; give another path, or change what is there"))
 
     return run
+
+
+def _lost_process(message: str) -> str | None:
+    """Return what an error of torch.distributed means to a user; None for other errors."""
+    rank = os.environ.get("RANK", "0")
+    if re.search(r"Connection (closed|reset) by peer", message) and "gloo" in message:
+        return f"process {rank} has lost another one, which has ended; what that one says is the cause"
+    if waited := re.search(r"(?:Timed out waiting|wait timeout after|Timeout\(ms\)=)\s*(\d+)", message):
+        option = "--config.process_timeout" if "config" in flags.FLAGS else "--process_timeout"
+        return (
+            f"process {rank} waited {int(waited[1]) / 1000:g} s for another one, which still worked or has ended; if "
+            f"it worked, raise process_timeout: {option}=SECONDS"
+        )
+    return None
 
 
 def _fail(error: BaseException) -> NoReturn:

@@ -34,6 +34,7 @@ FREE = frozenset(
         *("base_log_path", "logdir", "run_name", "resume_from", "load_from"),  # where things are
         *("num_epochs", "early_stop", "held_out.patience", "held_out.tolerance"),  # when it ends
         *("save_freq", "num_checkpoint_limit", "wandb", "wandb_project", "progress"),  # what is seen of it
+        "process_timeout",
         *("dataset", "eval", "metric", "sd", "rlhf", "improve"),  # blocks of other scripts
     )
 )

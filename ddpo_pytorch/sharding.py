@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin, GradientAccumulationPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin, GradientAccumulationPlugin, KwargsHandler
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -40,7 +40,7 @@ def check_sharding(use_lora: bool, use_8bit_adam: bool, mixed_precision: str) ->
         raise UserError("mixed_precision is 'fp16', which FSDP lacks here; set mixed_precision=bf16 or no")
 
 
-def sharding_accelerator(cpu: bool, mixed_precision: str) -> Accelerator:
+def sharding_accelerator(cpu: bool, mixed_precision: str, *handlers: KwargsHandler) -> Accelerator:
     """An Accelerator whose `prepare` divides a UNet and its optimizer as the launcher's FSDP settings say.
 
     Weights are kept in float32 and gradients are added up in it; "bf16" is the type that forward and backward passes
@@ -57,6 +57,8 @@ def sharding_accelerator(cpu: bool, mixed_precision: str) -> Accelerator:
         mixed_precision=mixed_precision,
         fsdp_plugin=plugin,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_each_batch=True),
+        dynamo_backend="no",
+        kwargs_handlers=list(handlers),
     )
     if accelerator.distributed_type == DistributedType.MULTI_CPU:
         # Accelerate takes FSDP to be for GPUs and leaves the plugin aside, but PyTorch's works with gloo just as well

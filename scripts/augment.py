@@ -58,7 +58,7 @@ from ddpo_pytorch.metrics.augmentation_plan import (
 from ddpo_pytorch.metrics.augmentation_report import as_csv, markdown, subgroups
 from ddpo_pytorch.paths import expand_flags
 from ddpo_pytorch.published import resolve
-from ddpo_pytorch.run import make_accelerator
+from ddpo_pytorch.run import PROCESS_TIMEOUT, make_accelerator
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_path", None, "folder of <image>.jpg files", required=True)
@@ -84,6 +84,7 @@ flags.DEFINE_float("minority_share", 0.02, "subgroups below this share of the re
 flags.DEFINE_enum("mixed_precision", "no", ["no", "bf16", "fp16"], "arithmetic of the network; fp16 needs a GPU")
 flags.DEFINE_string("cache_dir", None, "folder for decoded images, by default <output>/cache; '' keeps none")
 flags.DEFINE_integer("num_workers", 0, "image loading processes", lower_bound=0)
+flags.DEFINE_float("process_timeout", PROCESS_TIMEOUT, "seconds that a process waits for the others")
 
 logger = logging.getLogger(__name__)
 LOGITS = "test_logits.safetensors"
@@ -275,7 +276,7 @@ def main(_) -> None:
     if not 0 <= FLAGS.minority_share <= 1:
         raise UserError(f"--minority_share={FLAGS.minority_share} is not a share; give a number from 0 to 1")
     recipe_of(seeds[0])
-    accelerator = make_accelerator(FLAGS.mixed_precision)
+    accelerator = make_accelerator(FLAGS.mixed_precision, process_timeout=FLAGS.process_timeout)
     data = read_data(folders)
     trainings = plan(data.real, data.captions, ratios, seeds)
     warn(trainings, seeds)

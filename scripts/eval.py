@@ -227,7 +227,7 @@ def draw(
 
 def main(_) -> None:
     config = expand_config(FLAGS.config, "logdir", "pretrained.model")
-    accelerator = make_accelerator(config.mixed_precision, config.allow_tf32)
+    accelerator = make_accelerator(config.mixed_precision, config.allow_tf32, process_timeout=config.process_timeout)
     device, folder, sample = accelerator.device, Path(config.logdir), config.sample
     workers = torch.get_num_threads()
     if device.type == "cpu":

@@ -39,6 +39,11 @@ logger = logging.getLogger(__name__)
 
 def find_rows(dataset: ConfigDict) -> tuple[list[Row], list[Path], int]:
     """Every row with an image, at most `limit`, their files, and the number of rows without one."""
+    if not dataset.csv or not dataset.data_path:
+        raise UserError(
+            f"dataset.csv is {dataset.csv!r} and dataset.data_path {dataset.data_path!r}; give the split table and the "
+            "folder of its <image>.jpg files"
+        )
     if dataset.image_size < 1:
         raise UserError(f"dataset.image_size is {dataset.image_size}; it must be at least 1")
     if dataset.resize not in RESIZES:
@@ -53,8 +58,8 @@ def entry_of(row: Row) -> dict:
 
 
 def main(_) -> None:
-    config = expand_config(FLAGS.config, "logdir", "dataset.csv", "dataset.data_path")
-    accelerator = make_accelerator("no", config.allow_tf32)
+    config = expand_config(FLAGS.config, "logdir")
+    accelerator = make_accelerator("no", config.allow_tf32, process_timeout=config.process_timeout)
     rank, folder, dataset = accelerator.process_index, Path(config.logdir), config.dataset
     rows, sources, missing = find_rows(dataset)
     about = {"csv_sha256": sha256(dataset.csv), "image_size": dataset.image_size, "resize": dataset.resize}

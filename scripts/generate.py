@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from ddpo_pytorch.best_of_n import Request, best_of_n, log_entries
 from ddpo_pytorch.checkpointing import load_weights
 from ddpo_pytorch.cli import cli, define_config
+from ddpo_pytorch.cores import thread_limit
 from ddpo_pytorch.data.images import LOG, is_whole, read_log, save_image, write_log
 from ddpo_pytorch.data.sample_log import claim_folder
 from ddpo_pytorch.errors import UserError
@@ -60,7 +61,7 @@ def is_complete(folder: Path) -> bool:
     if not (folder / LOG).is_file():
         return False
     paths = [str(entry.get("path_to_img")) for entry in read_log(folder)]
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(thread_limit()) as pool:
         sound = pool.map(is_whole, map(folder.joinpath, paths))
         damaged = [path for path, fine in zip(paths, sound, strict=True) if not fine]
     if damaged:
@@ -75,7 +76,7 @@ def main(_) -> None:
     config = expand_config(FLAGS.config, "logdir", "pretrained.model", "improve.judges")
     improve, sample, folder = config.improve, config.sample, Path(config.logdir)
     check_settings(config)
-    accelerator = make_accelerator(config.mixed_precision, config.allow_tf32)
+    accelerator = make_accelerator(config.mixed_precision, config.allow_tf32, process_timeout=config.process_timeout)
     prompts = [str(text) for text in config.eval.prompts]
     prompts = prompts or [prompt for prompt, _ in all_prompts(config.prompt_fn, **config.prompt_fn_kwargs)]
     plan([(prompt, {}) for prompt in prompts], 1, config.seed)  # refuses what eval.py refuses

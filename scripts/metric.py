@@ -230,7 +230,7 @@ def main(_) -> None:
     config = expand_config(FLAGS.config, "metric.output", "metric.cache_dir")
     metric = config.metric
     check_request(metric)
-    accelerator = make_accelerator("no", config.allow_tf32)
+    accelerator = make_accelerator("no", config.allow_tf32, process_timeout=config.process_timeout)
     sets = find_sets(metric, accelerator)
     tools = load_tools(metric, accelerator, min(shape_of(next(iter(sets.models.values()))[0])))
     store = FeatureStore(Path(metric.cache_dir), accelerator, metric.batch_size, config.progress)

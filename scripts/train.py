@@ -160,7 +160,9 @@ def run_epochs(run: Run, record: Record, stop_request: StopRequest) -> str:
 def set_up(config: ConfigDict) -> Run:
     """Everything but the run folder: what cannot be used is told before anything is written."""
     check_training(expand_config(config, "logdir", "pretrained.model"))
-    accelerator = make_accelerator(config.mixed_precision, config.allow_tf32, may_shard=True)
+    accelerator = make_accelerator(
+        config.mixed_precision, config.allow_tf32, may_shard=True, process_timeout=config.process_timeout
+    )
     geometry = batch_geometry(config.sample, config.train, accelerator.num_processes)
     accelerator.gradient_accumulation_steps = config.train.gradient_accumulation_steps * geometry.forwards
     dtype, device = DTYPES[config.mixed_precision], accelerator.device

@@ -28,7 +28,7 @@ from ddpo_pytorch.judges.report import Report, best_thresholds, one_sided
 from ddpo_pytorch.judges.torchvision_names import check_publishable, save_published
 from ddpo_pytorch.judges.training import FitState, Recipe, fit
 from ddpo_pytorch.paths import expand_flags
-from ddpo_pytorch.run import make_accelerator
+from ddpo_pytorch.run import PROCESS_TIMEOUT, make_accelerator
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("mode", "train", ["train", "test"], "train a classifier, or report on the test split")
@@ -70,6 +70,7 @@ flags.DEFINE_bool(
 flags.DEFINE_bool("save_published", False, "also write artifact_classifier_train_H<n>.pth in the published form")
 flags.DEFINE_integer("seed", Recipe.seed, "seed of initial weights, order, flips and dropout", lower_bound=0)
 flags.DEFINE_integer("num_workers", 0, "image loading processes", lower_bound=0)
+flags.DEFINE_float("process_timeout", PROCESS_TIMEOUT, "seconds that a process waits for the others")
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ def test(accelerator: Accelerator, num_classes: int, output: Path) -> None:
 def main(_) -> None:
     required = ("data_path", "train_csv", "val_csv", "test_csv", "checkpoint_dir", "weights")
     expand_flags(FLAGS, required, optional=("checkpoint", "cache_dir"))
-    accelerator = make_accelerator(FLAGS.mixed_precision)
+    accelerator = make_accelerator(FLAGS.mixed_precision, process_timeout=FLAGS.process_timeout)
     num_classes = int(FLAGS.num_classes)
     output = Path(FLAGS.checkpoint_dir) / f"artifact_classifier_H{num_classes}.safetensors"
     (train if FLAGS.mode == "train" else test)(accelerator, num_classes, output)

@@ -231,7 +231,7 @@ def main(_) -> None:
     config = expand_config(FLAGS.config, "rlhf.output", "rlhf.ratings", "rlhf.text_encoder")
     rlhf, stages, output = config.rlhf, tuple(config.rlhf.stages), Path(config.rlhf.output)
     check_settings(rlhf)
-    accelerator = make_accelerator(config.mixed_precision, config.allow_tf32)
+    accelerator = make_accelerator(config.mixed_precision, config.allow_tf32, process_timeout=config.process_timeout)
     finished = what_is_there(output, stages)
     accelerator.wait_for_everyone()
     if finished and accelerator.is_main_process:  # killed after the last file of a stage was written

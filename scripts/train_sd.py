@@ -276,7 +276,12 @@ def main(_) -> None:
     config = expand_config(FLAGS.config, "sd.output")
     sd = config.sd
     check_settings(sd)
-    accelerator = make_accelerator(config.mixed_precision, config.allow_tf32, sd.gradient_accumulation_steps)
+    accelerator = make_accelerator(
+        config.mixed_precision,
+        config.allow_tf32,
+        sd.gradient_accumulation_steps,
+        process_timeout=config.process_timeout,
+    )
     set_seed(config.seed)  # of fresh weights, alike on all processes
     if sd.stage == "vae":
         stage = vae_stage(accelerator, config)

@@ -21,7 +21,7 @@ CONFIG_SCRIPTS = {
     "train.py": ("logdir", "pretrained.model"),
     "eval.py": ("logdir", "pretrained.model"),
     "generate.py": ("logdir", "pretrained.model", "improve.judges"),
-    "extract_dataset_latents.py": ("logdir", "dataset.csv", "dataset.data_path"),
+    "extract_dataset_latents.py": ("logdir",),
     "metric.py": ("metric.output", "metric.cache_dir"),
     "train_sd.py": ("sd.output",),
     "train_rlhf.py": ("rlhf.output", "rlhf.ratings", "rlhf.text_encoder"),
@@ -73,7 +73,6 @@ def test_lists_of_named_paths_are_expanded(home):
 @pytest.mark.parametrize("empty", ["", " "])
 def test_an_empty_path_is_refused_by_name_and_nothing_is_written(home, run_main, script, field, empty):
     given = {"base_log_path": "out", "sd.output": "sd", "metric.output": "metrics", "rlhf.ratings": "ratings.csv"}
-    given |= dict.fromkeys(("dataset.csv", "dataset.data_path"), "given")
     given |= {f"improve.{name}": name for name in ("held_out_judges", "csv", "held_out_csv", "data_path")}
     with pytest.raises(UserError) as refused:
         if script == "train.py":

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from ddpo_pytorch.cores import thread_limit
 from ddpo_pytorch.data.images import READER_VERSION, ImageFiles
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import atomic_write, remove_leftovers
@@ -97,7 +97,7 @@ def decoded(files: ImageFiles, folder: str | Path) -> Dataset:
 def _decode_all(files: ImageFiles) -> Iterator[torch.Tensor]:
     """All images in order, decoded by threads: PIL works outside Python's lock. A few wait in memory, not all."""
     with (
-        ThreadPoolExecutor(_cores()) as pool,
+        ThreadPoolExecutor(thread_limit()) as pool,
         tqdm(total=len(files), desc="decoding", unit="image", disable=None) as bar,
     ):
         for start in range(0, len(files), _WINDOW):
@@ -118,7 +118,3 @@ def _fingerprint(files: ImageFiles) -> str:
     about = [READER_VERSION, files.size, files.resize]
     about.append([(str(path.resolve()), s.st_size, s.st_mtime_ns) for path, s in stats])
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -21,6 +21,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from ddpo_pytorch.cores import thread_limit
 from ddpo_pytorch.data.field_of_view import fov_square
 from ddpo_pytorch.data.folder_names import folder_name
 from ddpo_pytorch.data.isic import caption_of_folder
@@ -167,7 +168,7 @@ def find_damage(paths: Sequence[Path]) -> list[str | None]:
         except UserError as error:
             return str(error)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(thread_limit()) as pool:
         return list(pool.map(fault, paths))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
+from ddpo_pytorch.cores import thread_limit
 from ddpo_pytorch.data.field_of_view import fov_square
 from ddpo_pytorch.data.fundus import names_side
 from ddpo_pytorch.data.images import read_rgb, to_uint8
@@ -65,7 +66,7 @@ def read_rated(rated: Sequence[RatedImage], size: int) -> RatedSet:
     One that is no square is first cut to its field of view and padded with black. Raises UserError for a file that
     cannot be read.
     """
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(thread_limit()) as pool:
         images = torch.stack(list(pool.map(lambda image: _pixels(image.path, size), rated)))
     about = [[Path(one.image).name, one.prompt, one.quality, one.alignment, one.weight] for one in rated]
     return RatedSet(
