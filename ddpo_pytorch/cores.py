@@ -1,10 +1,23 @@
-"""How many threads this process may run: the cores it is bound to, and the limit that the user has set."""
+"""How many threads this process may run, and results that do not depend on that number.
+
+The number is that of the cores the process is bound to, within the limit that the user has set. How a sum or a matrix
+product is divided among threads decides its last bits; so what must not depend on their number, nor on that of the
+processes that share the cores, is computed by one thread, and many such computations at the same time.
+"""
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+
+MOST_WORKERS = 16  # each holds memory of its own
 LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 LAUNCHERS = re.compile(r"(.*/)?(accelerate(-launch)?|torchrun)|(torch\.distributed|accelerate\.commands)\..*")
 LAUNCHER_OPTION = re.compile(r"--?num[-_]cpu[-_]threads[-_]per[-_]process(=.*)?")
@@ -18,6 +31,41 @@ def available_cores() -> int:
 def thread_limit() -> int:
     """Return the number of threads that this process may run: all its cores, but at most what the user allows."""
     return min([available_cores(), *_user_limits()])
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch compute on a CPU by one thread. Also a decorator."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
+def on_all_cores(function: Callable[..., Any], items: Iterable[Any]) -> list[Any]:
+    """Return function(item) of all items in order, each by one thread. Raises the first item's error there is."""
+    workers = min(thread_limit(), MOST_WORKERS)
+    with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool:
+        return list(pool.map(function, items))
+
+
+@one_thread()
+def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return a @ b.T (N, M) of float64 arrays (N, F) and (M, F), the same to the bit for any number of threads.
+
+    By PyTorch, whose threads can be set: NumPy's BLAS takes their number from the environment when it is loaded.
+    Copies, since alignment in memory can decide last bits, too.
+    """
+    return (torch.tensor(a) @ torch.tensor(b).T).numpy()
+
+
+@one_thread()
+def eigenvalues(symmetric: np.ndarray) -> np.ndarray:
+    """Return the eigenvalues (..., N) in ascending order of symmetric matrices (..., N, N), as reproducibly."""
+    return torch.linalg.eigvalsh(torch.tensor(symmetric)).numpy()
 
 
 def _user_limits() -> list[int]:

@@ -246,9 +246,19 @@ def test_the_inception_score_lies_between_one_and_the_classes():
     for scale in (1e-3, 1, 30, 1e4):
         for _ in range(5):
             assert inception_score(scale * rng.normal(size=(20, 1008)))[0] >= 1
-    assert (split_count(19), split_count(20)) == (1, 10)
+    counts = {1: 1, 19: 1, 20: 1, 1999: 1, 2000: 2, 9_999: 9, 10_000: 10, 50_000: 10}
+    assert {images: split_count(images) for images in counts} == counts
     with pytest.raises(ValueError, match="needs as many images"):
         inception_score(sure[:5])
+
+
+def test_the_inception_score_does_not_fall_where_images_are_divided():
+    """Clusters as a generator's images form them: one image more changes the score by some percent at most."""
+    rng = np.random.default_rng(0)
+    logits = 3 * rng.normal(size=(60, 1008))[rng.integers(0, 60, 2001)] + 2 * rng.normal(size=(2001, 1008))
+    for images in (20, 100, 2000):
+        before, after = (inception_score(logits[:n], split_count(n))[0] for n in (images - 1, images))
+        assert after == pytest.approx(before, rel=0.1)
 
 
 def test_wasserstein_reference_is_not_the_difference_of_means():

@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ddpo_pytorch.cores import one_thread
 from ddpo_pytorch.data.image_cache import loader_options
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import atomic_write, path_inside, sha256
@@ -49,12 +50,9 @@ def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torc
     On a CPU by one thread: the last bits depend on their number, and that on the number of processes. To use more
     cores, start more processes.
     """
-    pixels, threads = (images.to(vae.device).float() / 127.5 - 1).to(vae.dtype), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    pixels = (images.to(vae.device).float() / 127.5 - 1).to(vae.dtype)
+    with one_thread():
         posterior = vae.encode(pixels).latent_dist
-    finally:
-        torch.set_num_threads(threads)
     return posterior.mean.half().cpu().contiguous(), posterior.logvar.half().cpu().contiguous()
 
 
@@ -65,12 +63,8 @@ def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     On a CPU by one thread, as `encode`.
     """
     mean, _ = encode(vae, images)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         decoded = vae.decode(mean.to(vae.device, vae.dtype)).sample
-    finally:
-        torch.set_num_threads(threads)
     return ((decoded.float() / 2 + 0.5) * 255).round().clamp(0, 255).to(torch.uint8).cpu()
 
 

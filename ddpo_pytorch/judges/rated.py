@@ -103,8 +103,8 @@ def ranks(values: np.ndarray) -> np.ndarray:
 def spearman(scores: np.ndarray, rewards: np.ndarray) -> float | None:
     """Correlation of ranks; None where either is constant."""
     x, y = (ranks(values) - (len(values) + 1) / 2 for values in (scores, rewards))
-    spread = np.sqrt((x @ x) * (y @ y))
-    return float(x @ y / spread) if spread > 0 else None
+    spread = np.sqrt((x * x).sum() * (y * y).sum())
+    return float((x * y).sum() / spread) if spread > 0 else None
 
 
 def auc(scores: np.ndarray, good: np.ndarray) -> float | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ddpo_pytorch.cores import product
 from ddpo_pytorch.data.csv_tables import table_text
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import atomic_write
@@ -247,7 +248,7 @@ def _gap(weights: np.ndarray, probabilities: np.ndarray, truth: np.ndarray) -> n
     bins = np.minimum((probabilities * BINS).astype(int), BINS - 1)
     excess = np.zeros((len(truth), BINS))
     excess[np.arange(len(truth)), bins] = truth - probabilities
-    return _quotient(np.abs(weights @ excess).sum(1), weights.sum(1))
+    return _quotient(np.abs(product(weights, excess.T)).sum(1), weights.sum(1))
 
 
 def _quotient(above: np.ndarray, below: np.ndarray) -> np.ndarray:

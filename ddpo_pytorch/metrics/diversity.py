@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ddpo_pytorch.cores import eigenvalues, product
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.metrics.arrays import blocks, finite, unit_rows
 from ddpo_pytorch.metrics.intervals import Quantity
@@ -17,8 +18,8 @@ def vendi_score(features: np.ndarray) -> float:
     eigenvalues but zeros, so the smaller one is used. Raises ValueError for no rows, NaN, infinity or a row of zeros.
     """
     unit = _directions(features, 1)
-    gram = unit @ unit.T if len(unit) <= unit.shape[1] else unit.T @ unit
-    return float(_effective_number(np.linalg.eigvalsh(gram / len(unit))))
+    rows = unit if len(unit) <= unit.shape[1] else unit.T
+    return float(_effective_number(eigenvalues(product(rows, rows) / len(unit))))
 
 
 def mean_pairwise_distance(features: np.ndarray) -> float:
@@ -105,7 +106,7 @@ def _directions(features: np.ndarray, least: int) -> np.ndarray:
 
 def _subset_scores(unit: np.ndarray, size: int, count: int, rng: np.random.Generator) -> np.ndarray:
     """(vendi, pairwise distance) (count, 2) of `count` random subsets of `size` different rows of unit (n, F)."""
-    gram, results = unit @ unit.T, []
+    gram, results = product(unit, unit), []
     if len(unit) == size:
         return np.broadcast_to(_of_grams(gram[None]), (count, 2))
     chunk = max(1, 2_000_000 // size**2)
@@ -119,7 +120,7 @@ def _of_grams(grams: np.ndarray) -> np.ndarray:
     """(vendi, pairwise distance) (k, 2) from cosine similarities (k, m, m)."""
     size = grams.shape[-1]
     distances = 1 - (grams.sum(axis=(1, 2)) - size) / (size * (size - 1))
-    return np.stack([_effective_number(np.linalg.eigvalsh(grams / size)), np.maximum(distances, 0)], axis=1)
+    return np.stack([_effective_number(eigenvalues(grams / size)), np.maximum(distances, 0)], axis=1)
 
 
 def _effective_number(eigenvalues: np.ndarray) -> np.ndarray:

@@ -234,7 +234,7 @@ def combined(parts: Sequence, name: str = "", of_set: bool = False):
     if isinstance(first, Mapping):
         # what one of them lacks, e.g. a caption without images, is left out of its mean
         keys = dict.fromkeys(key for part in parts for key in part or {})
-        of_set = of_set or name in ("fidelity", "diversity")
+        of_set = of_set or name in ("fidelity", "diversity", "inception_score")
         return {key: combined([part[key] for part in parts if part and key in part], key, of_set) for key in keys}
     if isinstance(first, Quantity):
         values = [part.value for part in parts if part.value is not None]

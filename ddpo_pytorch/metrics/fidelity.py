@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ddpo_pytorch.cores import on_all_cores, one_thread
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.metrics.arrays import finite
 from ddpo_pytorch.metrics.intervals import Quantity, t_quantile
@@ -37,6 +38,7 @@ class Moments:
         sums = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((), width, (width, width)))
         return cls(*sums, shift.to(device, torch.float64) if isinstance(shift, torch.Tensor) else shift)
 
+    @one_thread()
     def add(self, features: torch.Tensor) -> None:
         """Add (B, F) features of any float type. Raises ValueError for NaN or infinity."""
         features = features.to(self.total)
@@ -74,6 +76,7 @@ class Moments:
         return mean + self.shift, (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
 
 
+@one_thread()
 def moments(features: torch.Tensor) -> Moments:
     """Moments of one (N, F) feature set, about its mean."""
     shift = features.double().mean(0) if len(features) else 0.0
@@ -82,6 +85,7 @@ def moments(features: torch.Tensor) -> Moments:
     return result
 
 
+@one_thread()
 def frechet_distance(x: Moments, y: Moments) -> float:
     """|mx - my|^2 + tr(Cx + Cy - 2 (Cx Cy)^(1/2)), the squared 2-Wasserstein distance of two Gaussians (Heusel 2017).
 
@@ -92,6 +96,7 @@ def frechet_distance(x: Moments, y: Moments) -> float:
     return _distance(x, *_mean_and_root(y))
 
 
+@one_thread()
 def frechet_jackknife(groups: Sequence[Moments], real: Moments) -> Quantity:
     """Frechet distance of all groups together to real, with an interval for the randomness of the generated images.
 
@@ -109,7 +114,7 @@ def frechet_jackknife(groups: Sequence[Moments], real: Moments) -> Quantity:
     shares = np.array([float(group.count / whole.count) for group in groups])
     if shares.min() <= 0 or images * (1 - shares.max()) < 2:
         raise ValueError(f"a jackknife needs images in every group, and 2 outside each: {shares * images} images")
-    *left, same = [_quick_distance(part, *root) for part in [*(whole - group for group in groups), whole]]
+    *left, same = on_all_cores(lambda part: _quick_distance(part, *root), [*(whole - group for group in groups), whole])
     left = np.array(left)
     centre = len(groups) * same - ((1 - shares) * left).sum()
     pseudo = (same - (1 - shares) * left) / shares

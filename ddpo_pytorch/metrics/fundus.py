@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ddpo_pytorch.metrics.fundus_networks import POLICY, SELECTOR, quality_name
-from ddpo_pytorch.metrics.inception_score import inception_score, split_count
+from ddpo_pytorch.metrics.inception_score import PART_IMAGES, inception_score, split_count
 from ddpo_pytorch.metrics.intervals import Quantity, bootstrap_mean
 from ddpo_pytorch.metrics.measure import Side
 from ddpo_pytorch.metrics.networks import LOGITS
@@ -82,7 +82,11 @@ def inception_block(side: Side, seed: int) -> dict | None:
     order = np.random.default_rng([seed, 4]).permutation(len(side.images))
     parts = split_count(len(order))
     mean, spread = inception_score(side.rows[LOGITS].take(order), parts)
-    how = f"mean of {parts} parts, standard deviation {spread:.3g}" if parts > 1 else "one part, below 20 images"
+    how = f"{parts} part{'s' * (parts > 1)} of {len(order) // parts} images"
+    if parts > 1:
+        how += f", standard deviation {spread:.3g}"
+    elif len(order) < PART_IMAGES:
+        how += f": below {PART_IMAGES} the score grows with the number of images, compare equal numbers only"
     return {"IS": Quantity(mean, None, None, len(order), how), "sd": spread if parts > 1 else None, "parts": parts}
 
 

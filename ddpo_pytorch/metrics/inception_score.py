@@ -9,6 +9,9 @@ import numpy as np
 from ddpo_pytorch.metrics.arrays import finite
 
 SPLITS = 10
+# images that a part needs: as many as there are classes. The score of fewer grows with their number (that of n images
+# is at most n), so dividing them would lower it.
+PART_IMAGES = 1000
 
 
 def inception_score(logits: np.ndarray, splits: int = SPLITS) -> tuple[float, float]:
@@ -33,5 +36,5 @@ def inception_score(logits: np.ndarray, splits: int = SPLITS) -> tuple[float, fl
 
 
 def split_count(images: int) -> int:
-    """Parts for so many images: ten, or one where ten would have fewer than two images each."""
-    return SPLITS if images >= 2 * SPLITS else 1
+    """Return the number of parts for so many images: up to ten, of at least 1,000 images each, or one."""
+    return max(1, min(SPLITS, images // PART_IMAGES))

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from ddpo_pytorch.cores import on_all_cores, product
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.metrics.arrays import finite
 from ddpo_pytorch.metrics.intervals import Quantity
@@ -31,11 +32,9 @@ def kernel_distance(x: Any, y: Any, seed: int, subsets: int = 100, subset_size: 
     if size < 2:
         raise UserError(f"a kernel distance needs at least 2 images in each set, got {len(x)} and {len(y)}")
     rng = np.random.RandomState(seed % 2**32)  # the old generator, for the same subsets as torch-fidelity
-    estimates, variances = np.empty(subsets), np.empty((subsets, 2, 2))
-    for i in range(subsets):
-        rows_x = _rows(x, rng.choice(len(x), size, replace=False), "first set")
-        rows_y = _rows(y, rng.choice(len(y), size, replace=False), "second set")
-        estimates[i], variances[i] = _estimate(rows_x, rows_y)
+    picked = [[rng.choice(len(rows), size, replace=False) for rows in (x, y)] for _ in range(subsets)]
+    found = on_all_cores(lambda own: _estimate(_rows(x, own[0], "first set"), _rows(y, own[1], "second set")), picked)
+    estimates, variances = (np.array(column) for column in zip(*found, strict=True))
     value, spread = float(estimates.mean()), float(estimates.std())
     how = f"U-statistic standard error; sd {spread:.3g} over {subsets} subsets of {size}"
     if size < 4:
@@ -80,13 +79,14 @@ def _variances(within: np.ndarray, between: np.ndarray) -> tuple[float, float]:
         itself[columns] = 1
         partners = itself.sum() - itself
         halves.append(within[:, columns].sum(axis=1) / partners - between[:, columns].mean(axis=1))
-    shared = np.cov(halves)[0, 1]
+    centred = [half - half.mean() for half in halves]
+    shared = (centred[0] * centred[1]).sum() / (size - 1)
     whole = within.sum(axis=1) / (size - 1) - between.mean(axis=1)
     return float(shared), float(size * (whole.var(ddof=1) - shared))
 
 
 def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    base = a @ b.T
+    base = product(a, b)
     base /= a.shape[1]
     base += 1
     return base * base * base

@@ -1,12 +1,14 @@
 """Precision and recall, density and coverage of generated images, from nearest neighbours in a feature space."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from ddpo_pytorch.cores import on_all_cores, product
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.metrics.arrays import blocks
+from ddpo_pytorch.metrics.arrays import blocks, finite
 
 # Distances that differ by less than this share of the largest squared norm are the same distance, rounded differently:
 # an image that is in both sets lies exactly on the edge of some balls.
@@ -69,14 +71,17 @@ def _distances(a: Any, b: Any, centre: np.ndarray, block: int) -> Iterator[tuple
     for start, rows in blocks(a, block, "features"):
         rows = rows - centre  # keeps |a|^2 + |b|^2 - 2 a.b from cancelling where all features lie far from 0
         result = np.empty((len(rows), len(b)))
-        for first, columns in blocks(b, block, "features"):
-            columns = columns - centre
-            part = result[:, first : first + len(columns)]
-            np.matmul(rows, columns.T, out=part)
-            part *= -2
-            part += np.square(rows).sum(axis=1)[:, None]
-            part += np.square(columns).sum(axis=1)
+        on_all_cores(partial(_fill, result, rows, b, centre, block), range(0, len(b), block))
         yield start, result
+
+
+def _fill(result: np.ndarray, rows: np.ndarray, b: Any, centre: np.ndarray, block: int, first: int) -> None:
+    """Write squared distances of centred rows to rows `first` ... of b into their columns of result (R, len(b))."""
+    columns = finite(b[first : first + block], "features", first) - centre
+    part = result[:, first : first + len(columns)]
+    np.multiply(product(rows, columns), -2, out=part)
+    part += np.square(rows).sum(axis=1)[:, None]
+    part += np.square(columns).sum(axis=1)
 
 
 def _radii(features: Any, centre: np.ndarray, k: int, block: int) -> np.ndarray:

@@ -6,7 +6,7 @@ Each function takes what networks said about the images (`store`) and returns a 
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -126,9 +126,15 @@ def frechet(real: Moments, fake: Rows, indices: np.ndarray, seed: int) -> Quanti
     """Frechet distance of the chosen generated images to real ones, with its jackknife interval."""
     if len(indices) < 2 * JACKKNIFE_GROUPS:
         own = sum_moments(fake, [indices])[0]
-        return Quantity(frechet_distance(own, real), None, None, len(indices), "too few images for an interval")
-    order = np.random.default_rng([seed, 1]).permutation(indices)
-    return frechet_jackknife(sum_moments(fake, np.array_split(order, JACKKNIFE_GROUPS)), real)
+        why = f"no interval below {2 * JACKKNIFE_GROUPS} images"
+        quantity = Quantity(frechet_distance(own, real), None, None, len(indices), why)
+    else:
+        order = np.random.default_rng([seed, 1]).permutation(indices)
+        quantity = frechet_jackknife(sum_moments(fake, np.array_split(order, JACKKNIFE_GROUPS)), real)
+    fewest, features = min(len(indices), int(real.count)), len(real.total)
+    if fewest <= features:  # a covariance is singular
+        return replace(quantity, how=f"{quantity.how}; {fewest} images of {features} features: biased upwards")
+    return quantity
 
 
 def fidelity(
@@ -140,16 +146,24 @@ def fidelity(
     if min(len(ours), len(theirs)) > 1:
         x, y = _few(theirs, np.arange(len(theirs)), seed), _few(ours, np.arange(len(ours)), seed)
         result["unmatched"]["FID"] = frechet(real.all_moments(extractor), ours, np.arange(len(ours)), seed)
-        result["unmatched"]["KID"] = kernel_distance(x, y, seed)
+        result["unmatched"]["KID"] = _of_draw(kernel_distance(x, y, seed), len(theirs), len(ours))
     if len(fake_part) > 1:
         x, y = _few(theirs, real_part, seed), _few(ours, fake_part, seed)
         result["matched"]["FID"] = frechet(sum_moments(theirs, [real_part])[0], ours, fake_part, seed)
-        result["matched"]["KID"] = kernel_distance(x, y, seed)
+        result["matched"]["KID"] = _of_draw(kernel_distance(x, y, seed), len(real_part), len(fake_part))
         if len(x) > NEIGHBOURS:
             how = f"k = {NEIGHBOURS}; no interval"
-            values = manifold_metrics(x, y, NEIGHBOURS)
-            result["matched"] |= {key: Quantity(value, None, None, len(y), how) for key, value in values.items()}
+            for key, value in manifold_metrics(x, y, NEIGHBOURS).items():
+                quantity = Quantity(value, None, None, len(y), how)
+                result["matched"][key] = _of_draw(quantity, len(real_part), len(fake_part))
     return result
+
+
+def _of_draw(quantity: Quantity, *counts: int) -> Quantity:
+    """Return the quantity, which says so if it rests on a draw of these many images."""
+    if max(counts) <= PAIRWISE_IMAGES:
+        return quantity
+    return replace(quantity, how=f"{quantity.how}; {PAIRWISE_IMAGES} images drawn by the seed from each larger set")
 
 
 def _few(rows: Rows, indices: np.ndarray, seed: int) -> np.ndarray:

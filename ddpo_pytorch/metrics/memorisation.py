@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ddpo_pytorch.cores import on_all_cores, product
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.metrics.arrays import blocks, finite, unit_rows
 from ddpo_pytorch.metrics.intervals import Quantity, bootstrap_mean
@@ -21,24 +22,29 @@ TIE = 1e-13
 def nearest(query: Any, reference: Any, block: int = 1000) -> tuple[np.ndarray, np.ndarray]:
     """Cosine distance 1 - cos (N,) of every row of query (N, F) to the nearest row of reference (M, F), and its number.
 
-    Both are feature stores (`arrays`), read in blocks, so memory is about 3 x block x (block + F) numbers. Distances
+    Both are feature stores (`arrays`), read in blocks, so memory is about 3 x block x (block + F) numbers for
+    each core. Distances
     lie in [0, 2]; equal rows are at most 1e-12 apart; ties go to the smallest number. Time grows with N M F. Raises
     UserError without references, ValueError for NaN, infinity or a row of zeros.
     """
     if not len(reference):
         raise UserError("the nearest training image needs at least one training image, got none")
     distances, indices = np.empty(len(query)), np.empty(len(query), dtype=np.int64)
-    for start, rows in blocks(query, block, "query features"):
+
+    def find(start: int) -> None:
+        rows = finite(query[start : start + block], "query features", start)
         rows = unit_rows(rows, "query features", start)
         best, where = np.full(len(rows), -np.inf), np.zeros(len(rows), dtype=np.int64)
         for first, others in blocks(reference, block, "reference features"):
-            similarity = rows @ unit_rows(others, "reference features", first).T
+            similarity = product(rows, unit_rows(others, "reference features", first))
             top = similarity.max(axis=1)
             column = (similarity >= top[:, None] - TIE).argmax(axis=1)
             closer = top > best + TIE
             best[closer], where[closer] = top[closer], first + column[closer]
         distances[start : start + len(rows)] = np.clip(1 - best, 0, 2)
         indices[start : start + len(rows)] = where
+
+    on_all_cores(find, range(0, len(query), block))
     return distances, indices
 
 
