@@ -89,11 +89,12 @@ def main(_) -> None:
     port = sock.getsockname()[1]
     store = Store(FLAGS.out)
     display = Display(rater, FLAGS.expert_level or 0, FLAGS.image_size, FLAGS.resize)
-    app = make_app(Questions(items, store, FLAGS.seed), Guard(FLAGS.host, port, token), display)
+    questions = Questions(items, store, FLAGS.seed)
+    app = make_app(questions, Guard(FLAGS.host, port, token), display)
     logger.info("%d images; ratings go to %s, which has %d; Ctrl-C ends", len(items), Path(FLAGS.out), len(store))
     logger.info("open %s", address(FLAGS.host, port, token))
     serve(app, sock)
-    store.close()
+    questions.close()
     logger.info("%d ratings are in %s, every click in %s", len(store), store.path, store.journal)
 
 

@@ -5,6 +5,7 @@ import csv
 import io
 import itertools
 import json
+import resource
 import signal
 import socket
 import time
@@ -118,6 +119,21 @@ def test_skip_undo_and_again(rating_page):
     assert state["current"]["id"] == seen[-1] and own() == ["1"] * 7
     actions = [row["action"] for row in journal(rating_page) if row["rater_id"] == who]
     assert actions == ["skip", "undo", "skip"] + ["rate"] * 8 + ["skip", "rate"] + ["undo"] * 3
+
+
+def test_an_undo_is_of_the_click_that_the_page_shows(rating_page):
+    """A second try after a lost answer, and a window that does not know of the other's click, undo nothing."""
+    who, states = "undoer", [rating_page.post("state", "undoer")]
+    for rating in (1, 2, 3):
+        states.append(rating_page.rate(who, states[-1], rating))
+    assert [state["undo"] for state in states] == [0, 1, 2, 3]
+    assert rating_page.post("undo", who, undoable=3) == states[2]
+    for stale in (3, 1, 0, -1):
+        assert rating_page.post("undo", who, undoable=stale) == states[2] | {"already": True}
+    for faulty in ("2", 2.5, True, [2]):
+        assert rating_page.ask("/api/undo", {"rater": who, "undoable": faulty}).status == 422
+    assert rating_page.post("undo", who, undoable=2) == states[1]
+    assert [row.rating for row in read_ratings(rating_page.table) if row.rater_id == who] == [1]
 
 
 def test_two_raters_and_two_windows_at_the_same_time(rating_page):
@@ -262,6 +278,24 @@ def test_kill_resume_token_and_end(tmp_path):
     assert page.end(signal.SIGINT) == 0
     assert "1 ratings are in" in page.lines[-1] and "Traceback" not in "".join(page.lines)
     assert [row.rating for row in read_ratings(table)] == [3]
+
+
+def test_a_click_that_does_not_fit_on_the_disk_is_refused_and_can_be_repeated(tmp_path):
+    write_gallery(tmp_path / "made", 4)
+    page = RatePage("--images", tmp_path / "made", "--out", tmp_path / "ratings.csv")
+    page.table = tmp_path / "ratings.csv"
+    state = page.rate("Ann", page.post("state", "Ann"), 3)
+    before = page.table.read_bytes(), journal(page)
+    limit = page.table.with_name("ratings.journal.csv").stat().st_size + 9
+    resource.prlimit(page.process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    click = {"rater": "Ann", "id": state["current"]["id"], "rating": 1, "expert_level": 2}
+    for _ in range(2):
+        answer = page.ask("/api/rate", click)
+        assert answer.status == 507 and str(tmp_path) not in answer.json["detail"]
+        assert page.post("state", "Ann") == state and (page.table.read_bytes(), journal(page)) == before
+    resource.prlimit(page.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert page.rate("Ann", state, 1)["rated"] == 2
+    assert page.end() == 0 and [row.rating for row in read_ratings(page.table)] == [3, 1]
 
 
 def test_other_programs_change_the_table_while_raters_click(tmp_path):

@@ -276,6 +276,15 @@ def test_an_end_of_the_journal_that_is_cut_off_is_dropped(rated, items, end, cap
     assert "line 6" in caplog.text
 
 
+def test_a_closed_store_takes_no_click(rated, items):
+    rated.path.unlink()
+    rated.store.close()
+    before = rated.path.read_bytes(), rated.store.journal.read_bytes()
+    with pytest.raises(OSError, match="ended"):
+        rated.store.undo(items[3], "Ann")
+    assert (rated.path.read_bytes(), rated.store.journal.read_bytes()) == before and len(rated()) == 4
+
+
 @pytest.mark.parametrize("line", ["now,love,a,3,Fundus,2,x,Ann", "now,rate,a,9,Fundus,2,x,Ann", "a,b", "\x00"])
 def test_a_faulty_journal_is_refused_and_left_alone(rated, line):
     content, before = rated.store.journal.read_bytes() + f"{line}\n".encode(), rated.path.read_bytes()

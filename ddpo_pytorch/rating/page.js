@@ -116,11 +116,14 @@ async function act(action) {
     const about = { rater: who.rater };
     if (rating) Object.assign(about, { id: state.current.id, rating, expert_level: who.expert_level });
     if (action === "skip") about.id = state.current.id;
+    if (action === "undo") about.undoable = state.undo; // so that a second try undoes nothing more
     const next = await post(rating ? "rate" : action, about);
     const done = WORDS[action];
-    at("status").textContent = action === "undo" ? "Undone." : done ? `${rating || ""} ${done}. Next image.` : "";
+    const undone = next.already ? "" : "Undone.";
+    at("status").textContent = action === "undo" ? undone : done ? `${rating || ""} ${done}. Next image.` : "";
     await show(next);
-    if (next.already) tell("That image already had your rating, perhaps from another window; it was kept.");
+    if (next.already && action === "undo") tell("You clicked elsewhere since, or this was undone already; nothing else was undone.");
+    else if (next.already) tell("That image already had your rating, perhaps from another window; it was kept.");
   } catch (error) {
     tell(error.message);
     if (error.status === 404) await show(await post("state", { rater: who.rater })).catch(() => {});

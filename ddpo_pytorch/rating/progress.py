@@ -28,6 +28,11 @@ class Progress:
         return len(self.waiting) + len(self.put_off)
 
     @property
+    def undoable(self) -> int:
+        """The number of clicks that `undo` can take back."""
+        return len(self._history)
+
+    @property
     def last(self) -> int | None:
         """The question that `undo` would bring back."""
         return self._history[-1][0] if self._history else None

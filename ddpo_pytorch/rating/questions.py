@@ -50,10 +50,16 @@ class Questions:
                 progress.rate(number)
             return self._state(progress)
 
-    def undo(self, rater: str) -> dict:
-        """Take the rater's last click back, if there is one."""
+    def undo(self, rater: str, undoable: int | None = None) -> dict:
+        """Take the rater's last click back, if there is one; return the new state.
+
+        `undoable` is what the page knew of it. If another window has clicked since, or this undo is a second try after
+        an answer that was lost, nothing is undone, and the state says "already".
+        """
         with self._lock:
             progress = self._progress(rater)
+            if undoable not in (None, progress.undoable):
+                return self._state(progress) | {"already": True}
             if progress.last is not None:
                 self._store.undo(self._items[progress.last], rater)
                 progress.undo()
@@ -65,6 +71,11 @@ class Questions:
             progress = self._progress(rater)
             progress.ask_put_off()
             return self._state(progress)
+
+    def close(self) -> None:
+        """Close the store after the click that is being saved."""
+        with self._lock:
+            self._store.close()
 
     def _progress(self, rater: str) -> Progress:
         if rater not in self._raters:
@@ -78,7 +89,7 @@ class Questions:
             "total": progress.total,
             "rated": progress.total - progress.open,
             "skipped": len(progress.put_off),
-            "undo": progress.last is not None,
+            "undo": progress.undoable,
             "current": shown[0] if shown else None,
             "next": shown[1] if len(shown) > 1 else None,
         }

@@ -172,8 +172,8 @@ def _add_requests(app: FastAPI, questions: Questions, display: Display) -> None:
         return questions.answer(checked(rater), id)
 
     @app.post("/api/undo")
-    def undo(rater: OnlyName) -> dict:
-        return questions.undo(checked(rater))
+    def undo(rater: Name, undoable: Annotated[int | None, Body(strict=True)] = None) -> dict:
+        return questions.undo(checked(rater), undoable)
 
     @app.post("/api/again")
     def again(rater: OnlyName) -> dict:

@@ -69,13 +69,17 @@ class Store:
         self._signature = _signature(self.journal)
         if self._rows and not self.path.exists():
             logger.warning("%s: made again from the journal, with %d ratings", self.path, len(self._rows))
+        self._table = b""  # as it was last written
         self._write_table(self._rows, _replay(self._clicks[:-1]))
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def close(self) -> None:
-        """Make the table again if another program has changed it, and let other processes have both files."""
+        """Make the table again if another program has changed it, and let other processes have both files.
+
+        A click after that raises OSError.
+        """
         self._write_table(self._rows, self._rows)
         self._lock.close()
 
@@ -97,6 +101,8 @@ class Store:
         self._click("undo", self._rows.get((*item.key, rater), skipped))
 
     def _click(self, action: str, cells: list[str]) -> None:
+        if self._lock.closed:
+            raise OSError(errno.ESHUTDOWN, "the page has ended")
         click = [time.strftime(TIME, time.gmtime()), action, *cells]
         rows = _replay([click], self._rows)
         if _signature(self.journal) != self._signature:  # moved, removed or written to by another program
@@ -121,10 +127,12 @@ class Store:
         """Make the table hold `rows`. One that another program has changed since it held `before` is kept aside."""
         content, found = _content(COLUMNS, rows.values()), _bytes(self.path)
         if found == content:
+            self._table = content
             return
-        if not any(self._is_part(found, list(known.values())) for known in (rows, before)):
+        if found != self._table and not any(self._is_part(found, list(known.values())) for known in (rows, before)):
             _keep_aside(self.path, found)
         _replace(self.path, content)
+        self._table = content
 
     def _is_part(self, content: bytes, rows: list[list[str]]) -> bool:
         """Tell whether a table says nothing but these rows or the first of them, in whatever spelling of CSV."""
