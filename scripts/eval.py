@@ -5,7 +5,7 @@
 Writes <logdir>/images/<caption with _>/<index>.png, <logdir>/image_log.json and <logdir>/settings.json. The noise of an
 image is a function of (seed, prompt, index), and passes through the networks are cut from the list of all images before
 they are dealt to processes and their cores: files do not depend on the number of either. To complete an interrupted
-folder, or to add images or prompts, run the command again; finished images are not written again. Processes on several
+folder, or to add images or prompts, run the command again: missing and damaged images are drawn. Processes on several
 nodes need a logdir they all see.
 """
 
