@@ -94,10 +94,11 @@ def atomic_write(path: str | Path, durable: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | Path, size: int | None = None) -> Iterator[Path]:
-    """Do the same for a folder, which must not exist when it gets its name. Always durable.
+def atomic_folder(path: str | Path, size: int | None = None, durable: bool = True) -> Iterator[Path]:
+    """Do the same for a folder, which must not exist when it gets its name.
 
-    Raises DiskFull before anything is written where fewer than `size` bytes are free.
+    Raises DiskFull before anything is written where fewer than `size` bytes are free, and UserError where another
+    command has given a folder this name meanwhile.
     """
     path = Path(path)
     temporary = _temporary(path)
@@ -108,9 +109,14 @@ def atomic_folder(path: str | Path, size: int | None = None) -> Iterator[Path]:
         try:
             _try_lock(descriptor)
             yield temporary
-            for written in (*temporary.rglob("*"), temporary):
+            for written in (*temporary.rglob("*"), temporary) if durable else ():
                 _sync(written)
-            os.replace(temporary, path)
+            try:
+                os.replace(temporary, path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                raise UserError(f"{str(path)!r} exists already; move it away, or choose another name") from error
             _sync(path.parent)
         finally:
             os.close(descriptor)

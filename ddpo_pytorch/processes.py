@@ -1,13 +1,16 @@
 """What one of several processes does for all of them."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import locked
 
 
 def on_main(accelerator: Accelerator, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -28,3 +31,14 @@ def on_main(accelerator: Accelerator, function: Callable[..., Any], *arguments: 
     if failed:
         sys.exit(2)  # the main process says why
     return value
+
+
+@contextmanager
+def locked_by_main(accelerator: Accelerator, folder: str | Path, instead: str = "another logdir") -> Iterator[None]:
+    """Keep a folder for this command, whose main process locks it (`files.locked`); every process calls this.
+
+    Where another command has the folder, all of them end, as in `on_main`.
+    """
+    with ExitStack() as held:
+        on_main(accelerator, held.enter_context, locked(folder, instead))
+        yield

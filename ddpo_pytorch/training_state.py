@@ -12,9 +12,12 @@ from ddpo_pytorch.files import atomic_write
 
 
 def save_state(path: str | Path, state: Mapping[str, Any], belongs_to: Mapping[str, Any]) -> None:
-    """Write tensors and plain values, and the settings (JSON-able) that they belong to."""
-    with atomic_write(path) as temporary:
-        torch.save({"state": dict(state), "belongs_to": json.dumps(belongs_to)}, temporary)
+    """Write tensors and plain values, and the settings (JSON-able) that they belong to.
+
+    The file is on the disk when this returns. Raises DiskFull, with the old one untouched.
+    """
+    with atomic_write(path, durable=True) as temporary, open(temporary, "wb") as file:
+        torch.save({"state": dict(state), "belongs_to": json.dumps(belongs_to)}, file)
 
 
 def load_state(path: str | Path, belongs_to: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -57,6 +57,7 @@ from ddpo_pytorch.metrics.augmentation_plan import (
 )
 from ddpo_pytorch.metrics.augmentation_report import as_csv, markdown, subgroups
 from ddpo_pytorch.paths import expand_flags
+from ddpo_pytorch.processes import locked_by_main
 from ddpo_pytorch.published import resolve
 from ddpo_pytorch.run import PROCESS_TIMEOUT, make_accelerator
 
@@ -277,6 +278,13 @@ def main(_) -> None:
         raise UserError(f"--minority_share={FLAGS.minority_share} is not a share; give a number from 0 to 1")
     recipe_of(seeds[0])
     accelerator = make_accelerator(FLAGS.mixed_precision, process_timeout=FLAGS.process_timeout)
+    with locked_by_main(accelerator, FLAGS.output, "another --output"):
+        augment(accelerator, folders, ratios, seeds)
+    accelerator.end_training()
+
+
+def augment(accelerator: Accelerator, folders: dict[str, Path], ratios: Sequence[Any], seeds: Sequence[int]) -> None:
+    """Train what is not there yet and write the table."""
     data = read_data(folders)
     trainings = plan(data.real, data.captions, ratios, seeds)
     warn(trainings, seeds)
@@ -297,7 +305,6 @@ def main(_) -> None:
         train(accelerator, training, data, sets)
     if accelerator.is_main_process:
         logger.info("\n%s\nin %s", write_report(trainings, data, seeds), Path(FLAGS.output, "table4.{md,csv,json}"))
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

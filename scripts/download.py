@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from ddpo_pytorch.archive import opened, unpack
 from ddpo_pytorch.cli import cli
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import locked
 from ddpo_pytorch.generator.lora import add_lora, load_lora, lora_parameters
 from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.paths import expand_flags
@@ -210,10 +211,18 @@ def main(_) -> None:
         return
     if FLAGS.unpack is not None:
         folder = Path(FLAGS.unpack)
-        for path in unpack(folder / ARCHIVE, folder):
-            logger.info("unpacked: %s", path)
+        with locked(folder, "another folder"):
+            for path in unpack(folder / ARCHIVE, folder):
+                logger.info("unpacked: %s", path)
         return
-    root, problems = Path(FLAGS.root), []
+    root = Path(FLAGS.root)
+    with locked(root, "another --root"):
+        fetch(root)
+
+
+def fetch(root: Path) -> None:
+    """Fetch all files into a folder. Raises UserError, which says what to do, where some did not arrive."""
+    problems = []
     for name in SPLITS:
         try:
             fetch_split(name, root / "data" / "splits")

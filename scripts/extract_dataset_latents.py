@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from absl import flags
+from accelerate import Accelerator
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.cli import cli, define_config
@@ -29,6 +30,7 @@ from ddpo_pytorch.files import sha256
 from ddpo_pytorch.generator.latents import INDEX, encode_data_set, write_index
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.paths import expand_config
+from ddpo_pytorch.processes import locked_by_main
 from ddpo_pytorch.run import make_accelerator
 
 FLAGS = flags.FLAGS
@@ -60,6 +62,13 @@ def entry_of(row: Row) -> dict:
 def main(_) -> None:
     config = expand_config(FLAGS.config, "logdir")
     accelerator = make_accelerator("no", config.allow_tf32, process_timeout=config.process_timeout)
+    with locked_by_main(accelerator, config.logdir):
+        extract(accelerator, config)
+    accelerator.end_training()
+
+
+def extract(accelerator: Accelerator, config: ConfigDict) -> None:
+    """Write what is missing of the sample folder and its latents."""
     rank, folder, dataset = accelerator.process_index, Path(config.logdir), config.dataset
     rows, sources, missing = find_rows(dataset)
     about = {"csv_sha256": sha256(dataset.csv), "image_size": dataset.image_size, "resize": dataset.resize}
@@ -89,7 +98,7 @@ def main(_) -> None:
         is_kept=lambda position: is_whole(paths[position]),
     )
     done = accelerator.reduce(torch.tensor(done, device=accelerator.device)).item()
-    complete = [entry["sampleID"] for entry in read_log(folder)] == numbers
+    complete = [entry.get("sampleID") for entry in read_log(folder)] == numbers
     complete = complete and (vae is None or (folder / "latents" / INDEX).is_file())
     if accelerator.is_main_process and (done or not complete):
         for leftover in set(folder.glob("images/*/*.png")) - set(paths):  # of rows that have no image any more
@@ -102,7 +111,6 @@ def main(_) -> None:
         logger.info("%d rows of %s have no image", missing, dataset.csv)
     elif not done:
         logger.info("%s is complete already; nothing to do", folder)
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

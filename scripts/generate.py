@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from absl import flags
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from ml_collections import ConfigDict
 from tqdm.auto import tqdm
@@ -32,6 +33,7 @@ from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import warn_of_cut
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges
 from ddpo_pytorch.paths import expand_config
+from ddpo_pytorch.processes import locked_by_main
 from ddpo_pytorch.prompts import all_prompts
 from ddpo_pytorch.run import DTYPES, make_accelerator
 from ddpo_pytorch.sampling import Sampler, fingerprint, plan
@@ -74,9 +76,16 @@ def is_complete(folder: Path) -> bool:
 
 def main(_) -> None:
     config = expand_config(FLAGS.config, "logdir", "pretrained.model", "improve.judges")
-    improve, sample, folder = config.improve, config.sample, Path(config.logdir)
     check_settings(config)
     accelerator = make_accelerator(config.mixed_precision, config.allow_tf32, process_timeout=config.process_timeout)
+    with locked_by_main(accelerator, config.logdir):
+        generate(accelerator, config)
+    accelerator.end_training()
+
+
+def generate(accelerator: Accelerator, config: ConfigDict) -> None:
+    """Draw, choose and log the images, unless the log is there."""
+    improve, sample, folder = config.improve, config.sample, Path(config.logdir)
     prompts = [str(text) for text in config.eval.prompts]
     prompts = prompts or [prompt for prompt, _ in all_prompts(config.prompt_fn, **config.prompt_fn_kwargs)]
     plan([(prompt, {}) for prompt in prompts], 1, config.seed)  # refuses what eval.py refuses
@@ -99,7 +108,6 @@ def main(_) -> None:
     accelerator.wait_for_everyone()
     if is_complete(folder):
         logger.info("%s is complete already; nothing to do", folder)
-        accelerator.end_training()
         return
     accelerator.wait_for_everyone()  # all have looked before anything is removed
     if accelerator.is_main_process:  # of a run that was stopped
@@ -133,7 +141,6 @@ def main(_) -> None:
         logger.info("%d of them passed and are in %s, the best of each prompt marked in %s", passed, folder, LOG)
         if empty := [entry["prompt"] for entry in entries if not entry["passed"]]:
             logger.warning("for %d of %d requests no image passed, e.g. %r", len(empty), len(requests), empty[0])
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

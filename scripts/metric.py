@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
+from accelerate import Accelerator
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.cli import cli, define_config
@@ -47,6 +48,7 @@ from ddpo_pytorch.metrics.store import FeatureStore
 from ddpo_pytorch.metrics.structure import MOST_PAIRS, circle_pairs, pairs_by_name
 from ddpo_pytorch.metrics.tables import Table, as_csv, latex, markdown, table2, table3
 from ddpo_pytorch.paths import expand_config
+from ddpo_pytorch.processes import locked_by_main
 from ddpo_pytorch.report.page import write_report
 from ddpo_pytorch.run import make_accelerator
 
@@ -231,6 +233,13 @@ def main(_) -> None:
     metric = config.metric
     check_request(metric)
     accelerator = make_accelerator("no", config.allow_tf32, process_timeout=config.process_timeout)
+    with locked_by_main(accelerator, metric.output, "another metric.output"):
+        evaluate(accelerator, config)
+
+
+def evaluate(accelerator: Accelerator, config: ConfigDict) -> None:
+    """Look at all images, measure, and write the report."""
+    metric = config.metric
     sets = find_sets(metric, accelerator)
     tools = load_tools(metric, accelerator, min(shape_of(next(iter(sets.models.values()))[0])))
     store = FeatureStore(Path(metric.cache_dir), accelerator, metric.batch_size, config.progress)

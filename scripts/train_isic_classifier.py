@@ -28,6 +28,7 @@ from ddpo_pytorch.judges.report import Report, best_thresholds, one_sided
 from ddpo_pytorch.judges.torchvision_names import check_publishable, save_published
 from ddpo_pytorch.judges.training import FitState, Recipe, fit
 from ddpo_pytorch.paths import expand_flags
+from ddpo_pytorch.processes import locked_by_main
 from ddpo_pytorch.run import PROCESS_TIMEOUT, make_accelerator
 
 FLAGS = flags.FLAGS
@@ -165,7 +166,8 @@ def main(_) -> None:
     accelerator = make_accelerator(FLAGS.mixed_precision, process_timeout=FLAGS.process_timeout)
     num_classes = int(FLAGS.num_classes)
     output = Path(FLAGS.checkpoint_dir) / f"artifact_classifier_H{num_classes}.safetensors"
-    (train if FLAGS.mode == "train" else test)(accelerator, num_classes, output)
+    with locked_by_main(accelerator, FLAGS.checkpoint_dir, "another --checkpoint_dir"):
+        (train if FLAGS.mode == "train" else test)(accelerator, num_classes, output)
 
 
 if __name__ == "__main__":

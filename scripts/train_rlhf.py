@@ -39,6 +39,7 @@ from ddpo_pytorch.judges.rlhf import StageTraining, all_scores, check_settings, 
 from ddpo_pytorch.judges.selector import MLP_RATIO, Selector, save_selector
 from ddpo_pytorch.judges.vision import VisionSizes, read_judge
 from ddpo_pytorch.paths import expand_config
+from ddpo_pytorch.processes import locked_by_main
 from ddpo_pytorch.run import make_accelerator
 from ddpo_pytorch.training_state import load_state, save_state
 
@@ -229,9 +230,15 @@ def what_is_there(output: Path, stages: tuple[int, ...]) -> dict[str, Any]:
 
 def main(_) -> None:
     config = expand_config(FLAGS.config, "rlhf.output", "rlhf.ratings", "rlhf.text_encoder")
-    rlhf, stages, output = config.rlhf, tuple(config.rlhf.stages), Path(config.rlhf.output)
-    check_settings(rlhf)
+    check_settings(config.rlhf)
     accelerator = make_accelerator(config.mixed_precision, config.allow_tf32, process_timeout=config.process_timeout)
+    with locked_by_main(accelerator, config.rlhf.output, "another rlhf.output"):
+        learn(accelerator, config)
+
+
+def learn(accelerator: Accelerator, config: ConfigDict) -> None:
+    """Run what is left of the stages."""
+    rlhf, stages, output = config.rlhf, tuple(config.rlhf.stages), Path(config.rlhf.output)
     finished = what_is_there(output, stages)
     accelerator.wait_for_everyone()
     if finished and accelerator.is_main_process:  # killed after the last file of a stage was written

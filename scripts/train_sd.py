@@ -48,12 +48,14 @@ from ddpo_pytorch.generator.stage_data import (
     find_images,
     find_rows,
     open_latents,
+    refuse_outcome,
     settings_of,
 )
 from ddpo_pytorch.generator.text import has_mask, warn_of_cut
 from ddpo_pytorch.generator.training import Stopwatch, Training, endless_batches, parameter_groups
 from ddpo_pytorch.optimizer import make_adamw
 from ddpo_pytorch.paths import expand_config
+from ddpo_pytorch.processes import locked_by_main, on_main
 from ddpo_pytorch.randomness import BatchDraws, Stream
 from ddpo_pytorch.run import DTYPES, make_accelerator, peak_memory_gib
 from ddpo_pytorch.training_state import save_state
@@ -283,13 +285,15 @@ def main(_) -> None:
         process_timeout=config.process_timeout,
     )
     set_seed(config.seed)  # of fresh weights, alike on all processes
-    if sd.stage == "vae":
-        stage = vae_stage(accelerator, config)
-    elif sd.stage == "unet":
-        stage = unet_stage(accelerator, config, scratch.build_pipeline(sd, captions_of(sd)))
-    else:
-        stage = unet_stage(accelerator, config, load_pretrained(accelerator, config))
-    train(accelerator, config, stage)
+    with locked_by_main(accelerator, sd.output, "another --config.sd.output"):
+        on_main(accelerator, refuse_outcome, sd)  # one that another command has finished meanwhile
+        if sd.stage == "vae":
+            stage = vae_stage(accelerator, config)
+        elif sd.stage == "unet":
+            stage = unet_stage(accelerator, config, scratch.build_pipeline(sd, captions_of(sd)))
+        else:
+            stage = unet_stage(accelerator, config, load_pretrained(accelerator, config))
+        train(accelerator, config, stage)
     logger.info("finished; the outcome is in %s", sd.output)
     accelerator.end_training()
 

@@ -1,6 +1,9 @@
 """Archives: unpacked whole, or refused with nothing written, inside the folder or outside."""
 
-import io
+import os
+import random
+import resource
+import shutil
 import stat
 import struct
 import zipfile
@@ -9,11 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, run_script
-from script_tools import load_module
+from script_tools import files_of, load_module
 
 from ddpo_pytorch import archive
 from ddpo_pytorch.archive import unpack
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import DiskFull
 
 GOOD = {"script-samples/run/images/a_b/0.jpg": b"\xff\xd8 picture", "script-samples/run/image_log.json": b"[]"}
 
@@ -136,18 +140,111 @@ def test_torn_and_encrypted_archives_leave_nothing(folder, tmp_path):
     assert everything(folder) == []
 
 
-def test_names_that_one_file_system_takes_for_the_same(folder, tmp_path, monkeypatch):
-    """Where case does not count, the second is not written over the first: the file must be new."""
-    path = write(tmp_path / "images.zip", (entry("a"), b"1"), (entry("A"), b"2"))
-
-    def insensitive(target, mode="r", **options):
-        return real(Path(target).with_name(Path(target).name.lower()), mode, **options)
-
-    real = io.open
-    monkeypatch.setattr(archive, "open", insensitive, raising=False)
-    with pytest.raises(UserError, match="File exists"):
+@pytest.mark.parametrize(
+    "pair", [("a", "A"), ("x/1", "X/2"), ("stra\u00dfe", "STRASSE"), ("e\u0301", "\u00e9"), ("x", "X/1")], ids=ascii
+)
+def test_names_that_some_file_systems_take_for_the_same(folder, tmp_path, pair):
+    path = write(tmp_path / "images.zip", *((entry(name), b"1") for name in pair))
+    with pytest.raises(UserError) as caught:
         unpack(path, folder)
-    assert everything(folder) == []
+    assert all(repr(name.split("/")[0])[1:-1] in str(caught.value) for name in pair) and everything(folder) == []
+
+
+UNSUITABLE = {
+    "one long name": "x" * 256,
+    "many bytes": "\u00e9" * 128,
+    "a long path": "/".join(["x" * 100] * 11),
+    "deep": "x/" * 60 + "x",
+    "very deep": "x/" * 30_000 + "x",
+    "temporary folder": ".images.zip.partial/y",
+    "temporary file": "a/.0.png.12.tmp",
+    "unpacked": ".images.zip.unpacked/y",
+    "lock": ".lock",
+}
+
+
+@pytest.mark.parametrize("case", UNSUITABLE)
+def test_names_that_cannot_be_or_are_taken_leave_nothing(folder, tmp_path, case):
+    """`!first` would come before the one that fails."""
+    path = write(tmp_path / "images.zip", (entry("!first/x"), b"1"), (entry(UNSUITABLE[case]), b"2"))
+    before = everything(tmp_path)
+    with pytest.raises(UserError) as caught:
+        unpack(path, folder)
+    assert UNSUITABLE[case][:100] in str(caught.value) and "\n" not in str(caught.value)
+    assert everything(tmp_path) == before
+
+
+def test_too_many_entries_leave_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(archive, "MOST_ENTRIES", 9)
+    path = write(tmp_path / "images.zip", *((entry(str(number)), b"") for number in range(7)))
+    assert len(unpack(path, folder)) == 8
+    write(path, *((entry(f"new{number}"), b"") for number in range(8)))
+    with pytest.raises(UserError, match="10 entries, more than 9"):
+        unpack(path, tmp_path)
+
+
+def test_a_failure_while_names_are_given_undoes_them(folder, tmp_path, monkeypatch):
+    path, replace = write(tmp_path / "images.zip", (entry("!first/x"), b"1"), (entry("z"), b"2")), os.replace
+
+    def failing(old, new):
+        if Path(new).name == "z":
+            raise PermissionError(13, "denied")
+        replace(old, new)
+
+    with monkeypatch.context() as patch, pytest.raises(PermissionError):
+        patch.setattr(os, "replace", failing)
+        unpack(path, folder)
+    assert [file.name for file in folder.iterdir() if not file.name.startswith(".")] == []
+    assert [file.name for file in unpack(path, folder)] == ["!first", "script-samples", "z"]
+    assert sorted(file.name for file in folder.iterdir()) == ["!first", "script-samples", "z"]
+
+
+@pytest.mark.parametrize("moment", ["unpacking", "!first", "script-samples", "z"])
+def test_the_call_after_a_kill_ends_as_if_there_had_been_none(folder, tmp_path, monkeypatch, moment):
+    path, replace = write(tmp_path / "images.zip", (entry("!first/x"), b"1"), (entry("z"), b"2")), os.replace
+
+    def killed(old, new):
+        if Path(new).name == moment or moment == "unpacking":
+            os._exit(9)
+        replace(old, new)
+
+    if not (child := os.fork()):
+        os.replace = killed
+        unpack(path, folder)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert [file.name for file in unpack(path, folder)][-1] == "z"
+    assert {name: content for name, content in files_of(folder).items()} == GOOD | {"!first/x": b"1", "z": b"2"}
+
+
+def test_a_full_disk_leaves_nothing_of_an_archive(folder, tmp_path):
+    path, limits = (
+        write(tmp_path / "images.zip", (entry("z"), bytes(20_000))),
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+    )
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
+    try:
+        with pytest.raises(DiskFull):
+            unpack(path, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert everything(folder) == [] and len(unpack(path, folder)) == 2
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_archives_with_any_damaged_byte_are_unpacked_or_refused_in_one_line(folder, tmp_path, compression):
+    content, path = write(tmp_path / "images.zip", compression=compression).read_bytes(), tmp_path / "images.zip"
+    rng = random.Random(0)
+    for place in rng.sample(range(len(content)), 150):
+        damaged = bytearray(content)
+        damaged[place] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            for made in unpack(path, folder):
+                shutil.rmtree(made) if made.is_dir() else made.unlink()
+        except UserError as error:
+            assert "\n" not in str(error)
+        assert everything(folder) == []
 
 
 @pytest.mark.slow

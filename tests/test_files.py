@@ -32,6 +32,7 @@ from ddpo_pytorch.files import (
     remove_leftovers,
     write_json,
 )
+from ddpo_pytorch.training_state import load_state, save_state
 
 KILLED = """
 import os, signal, sys
@@ -234,3 +235,20 @@ def test_a_log_without_its_last_newline_is_not_glued_to(tmp_path):
     assert (tmp_path / "log").read_text() == LINES[0] + '\n{"epoch": 1}\n'
     append_line(tmp_path / "log", "x")
     assert (tmp_path / "log").read_text().endswith("}\nx\n")
+
+
+def test_the_state_of_a_training_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Of train_sd.py, train_rlhf.py and the classifiers: after a power cut, the state is this one or the one before."""
+    path, calls = tmp_path / "vae_state.pt", []
+    save_state(path, {"step": 1}, {"seed": 0})
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda number: (calls.append(os.readlink(f"/proc/self/fd/{number}")), fsync(number))
+    )
+    monkeypatch.setattr(os, "replace", lambda old, new: (calls.append("renamed"), replace(old, new)))
+    save_state(path, {"step": 2}, {"seed": 0})
+    file, renamed, folder = calls
+    assert file.startswith(f"{tmp_path}/.vae_state.pt.") and (renamed, folder) == ("renamed", str(tmp_path))
+    with limited(9000), pytest.raises(DiskFull, match="vae_state.pt"):
+        save_state(path, {"step": 3, "weights": torch.ones(20_000)}, {"seed": 0})
+    assert load_state(path, {"seed": 0})["step"] == 2 and names(tmp_path) == ["vae_state.pt"]

@@ -40,9 +40,7 @@ def check_settings(sd: ConfigDict) -> Path:
     ):
         if sd[name] not in allowed:
             raise UserError(f"sd.{name} is {sd[name]!r}; allowed are {', '.join(allowed)}")
-    outcome = Path(sd.output) / OUTCOMES[sd.stage]
-    if outcome.exists():
-        raise UserError(f"{str(outcome)!r} exists already; give another folder with --config.sd.output=DIR")
+    outcome = refuse_outcome(sd)
     for name, least in (
         *dict.fromkeys(("num_steps", "batch_size", "image_size", "log_every", "val_every", "lora_rank"), 1).items(),
         ("gradient_accumulation_steps", 1),
@@ -71,6 +69,14 @@ def check_settings(sd: ConfigDict) -> Path:
         check_apart(sd.kind, Path(sd.csv), Path(sd.val_csv))
     if len(sd.unet_channels) != len(sd.unet_attention) or any(n % 8 for n in (*sd.unet_channels, *sd.vae_channels)):
         raise UserError("sd.unet_channels and sd.unet_attention must be equally long, and channels multiples of 8")
+    return outcome
+
+
+def refuse_outcome(sd: ConfigDict) -> Path:
+    """Return the path that a stage's outcome will have. Raises UserError where it is there."""
+    outcome = Path(sd.output) / OUTCOMES[sd.stage]
+    if outcome.exists():
+        raise UserError(f"{str(outcome)!r} exists already; give another folder with --config.sd.output=DIR")
     return outcome
 
 

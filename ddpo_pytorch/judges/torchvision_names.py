@@ -97,8 +97,8 @@ def save_published(
         "val_loss": float(val_loss),
         "val_accuracy": float(val_accuracy),
     }
-    with atomic_write(path) as temporary:
-        torch.save(payload, temporary)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        torch.save(payload, file)
 
 
 def _renamed(state: Mapping[str, torch.Tensor], modules: Mapping[str, str], source: str) -> dict[str, torch.Tensor]:

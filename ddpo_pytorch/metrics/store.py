@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ddpo_pytorch.data.images import load_image
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_write
+from ddpo_pytorch.files import atomic_write, remove_leftovers
 from ddpo_pytorch.metrics.sets import ImageSet
 
 logger = logging.getLogger(__name__)
@@ -95,6 +95,8 @@ class FeatureStore:
     def __init__(self, folder: Path, accelerator: Accelerator, batch_size: int, progress: bool = True):
         self.folder, self.accelerator, self.batch_size, self.progress = folder, accelerator, batch_size, progress
         # on a CPU one thread an operation, as many operations as cores: last bits depend on how sums are split.
+        if accelerator.is_main_process and folder.is_dir():
+            remove_leftovers(folder, depth=1)
         self._threads = max(1, torch.get_num_threads()) if accelerator.device.type == "cpu" else GPU_THREADS
 
     def features(self, title: str, images: ImageSet, networks: Sequence[Network]) -> dict[str, Rows]:
