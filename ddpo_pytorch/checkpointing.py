@@ -6,7 +6,6 @@ state is plain tensors, progress is JSON. Random states are not saved: all rando
 each lists its files and their hashes (older ones have none); a checkpoint without fault against it is called whole.
 """
 
-import json
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ from torch import nn
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.lora import FILE_NAME, FILE_NAMES, has_lora, load_lora
 from ddpo_pytorch.generator.pipeline import replace_unet_weights
+from ddpo_pytorch.json_files import COUNT, OneOf, read_json
 from ddpo_pytorch.manifest import MANIFEST, file_fault, read_manifest
 from ddpo_pytorch.published import resolve
 from ddpo_pytorch.sharding import load_optimizer_into, load_weights_into
@@ -30,6 +30,22 @@ UNET_FILE = "unet.safetensors"
 STATE_FILE = "optimizer.pt"
 PROGRESS_FILE = "progress.json"
 BEST = "best"
+_EVALUATION = OneOf(({"epoch": COUNT, "apr": float, "reward": float}, None))
+# What a checkpoint's progress may state (`Record.state_dict`); older ones state less.
+PROGRESS = {
+    "epoch": COUNT,
+    "global_step?": COUNT,
+    "skipped_updates?": COUNT,
+    "wandb_id?": OneOf((str, None)),
+    "tracker?": {"rewards": [(OneOf((str, int)), [float])]},
+    "plateau?": {"previous": OneOf((float, None)), "quiet_epochs": COUNT},
+    "held_out?": {
+        "best": _EVALUATION,
+        "last": _EVALUATION,
+        "collapsed": COUNT,
+        "identity": OneOf((dict, None)),
+    },
+}
 _NAME = re.compile(r"checkpoint_?(\d+)")
 
 logger = logging.getLogger(__name__)
@@ -167,11 +183,11 @@ def epochs_completed(checkpoint: str | Path, stated: bool = False) -> int:
     checkpoint = Path(checkpoint)
     if (name := _NAME.fullmatch(checkpoint.name)) and not stated:
         return int(name[1])
-    file = checkpoint / PROGRESS_FILE
-    try:
-        return int(json.loads(file.read_text())["epoch"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{str(file)!r} is damaged ({error}); resume from another checkpoint") from error
+    return _read_progress(checkpoint)["epoch"]
+
+
+def _read_progress(checkpoint: Path) -> dict[str, Any]:
+    return read_json(checkpoint / PROGRESS_FILE, PROGRESS, "resume from another checkpoint")
 
 
 def checkpoint_folder(run_dir: str | Path, epoch: int) -> Path:
@@ -227,7 +243,7 @@ def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler:
         )
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
-        progress = json.loads((folder / PROGRESS_FILE).read_text())
+        progress = _read_progress(folder)
         state = _read_state(folder / STATE_FILE)
         if has_lora(unet):
             load_lora(unet, folder)

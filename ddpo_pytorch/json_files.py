@@ -34,12 +34,19 @@ def parse_json(text: str | bytes, shape: Any, source: str, advice: str = ADVICE)
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_int=_int64)
-        problem = _unusable(value) or _mismatch(value, shape)
+        problem = _unusable(value)
     except RecursionError:
         problem = "it is nested too deeply"
     except ValueError as error:
         problem = f"it is not JSON: {' '.join(str(error).split())[:200]}"
     if problem:
+        raise UserError(f"{source} is damaged ({problem}); {advice}")
+    return checked(value, shape, source, advice)
+
+
+def checked(value: Any, shape: Any, source: str, advice: str = ADVICE) -> Any:
+    """Return a value that has been parsed already. Raises UserError, as `parse_json` does, for another shape."""
+    if problem := _mismatch(value, shape):
         raise UserError(f"{source} is damaged ({problem}); {advice}")
     return value
 

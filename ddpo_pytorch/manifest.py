@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import path_fault, sha256
+from ddpo_pytorch.json_files import COUNT, read_json
 
 MANIFEST = "manifest.json"
 
@@ -24,14 +26,12 @@ def read_manifest(folder: str | Path) -> dict[str, dict] | None:
     if not path.is_file():
         return None
     try:
-        files = json.loads(path.read_bytes())["files"]
-        if any(path_fault(name) for name in files):
-            raise ValueError("it names files outside its folder")
-        return {
-            str(name): {"bytes": int(about["bytes"]), "sha256": str(about["sha256"])} for name, about in files.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        files = read_json(path, {"files": {str: {"bytes": COUNT, "sha256": str}}})["files"]
+    except UserError as error:
         raise ValueError(f"{MANIFEST} is damaged") from error
+    if any(path_fault(name) for name in files):
+        raise ValueError(f"{MANIFEST} is damaged: it names files outside its folder")
+    return files
 
 
 def file_fault(path: Path, about: dict, thorough: bool = True) -> str | None:

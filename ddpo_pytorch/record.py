@@ -20,6 +20,7 @@ from ddpo_pytorch.checkpointing import (
     load_checkpoint,
     recover_best,
 )
+from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import JsonLines
 from ddpo_pytorch.held_out import Evaluation, HeldOut
 from ddpo_pytorch.processes import on_main
@@ -88,6 +89,10 @@ class Record:
 
     def _load(self, checkpoint: Path, unet: nn.Module, optimizer: Any) -> None:
         progress = load_checkpoint(checkpoint, unet, optimizer, self.accelerator.scaler)
+        if missing := [name for name in ("global_step", "wandb_id", "tracker", "plateau") if name not in progress]:
+            raise UserError(
+                f"progress.json of {str(checkpoint)!r} lacks {missing[0]!r}; resume from another checkpoint"
+            )
         self.epoch, self.global_step = progress["epoch"], progress["global_step"]
         self.skipped_updates = progress.get("skipped_updates", 0)
         self.wandb_id, self.resumed = progress["wandb_id"], True

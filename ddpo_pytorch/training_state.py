@@ -1,7 +1,7 @@
 """The state of an unfinished training: one file, written whole, from which the same command goes on."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 
 from ddpo_pytorch.errors import UserError, difference
 from ddpo_pytorch.files import atomic_write
+from ddpo_pytorch.json_files import parse_json
 
 
 def save_state(path: str | Path, state: Mapping[str, Any], belongs_to: Mapping[str, Any]) -> None:
@@ -18,6 +19,22 @@ def save_state(path: str | Path, state: Mapping[str, Any], belongs_to: Mapping[s
     """
     with atomic_write(path, durable=True) as temporary, open(temporary, "wb") as file:
         torch.save({"state": dict(state), "belongs_to": json.dumps(belongs_to)}, file)
+
+
+def restore_state(
+    path: str | Path, belongs_to: Mapping[str, Any], restore: Callable[[Mapping[str, Any]], None]
+) -> dict[str, Any] | None:
+    """Load a state and give it to `restore`; return it, or None where there is no file.
+
+    Raises UserError as `load_state` does, and where `restore` finds another content than it expects.
+    """
+    state = load_state(path, belongs_to)
+    if state is not None:
+        try:
+            restore(state)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            raise _damaged(path, error) from error
+    return state
 
 
 def load_state(path: str | Path, belongs_to: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -31,12 +48,9 @@ def load_state(path: str | Path, belongs_to: Mapping[str, Any]) -> dict[str, Any
     try:
         # mapped: the processes of a node share what would otherwise be a copy of all weights and moments for each
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state, old = saved["state"], json.loads(saved["belongs_to"])
+        state, old = dict(saved["state"]), parse_json(saved["belongs_to"], dict, "")
     except Exception as error:  # a damaged pickle can fail in any way
-        raise UserError(
-            f"{str(path)!r}, the state of an unfinished training, is damaged ({type(error).__name__}); delete it to "
-            "begin anew"
-        ) from error
+        raise _damaged(path, error) from error
     new = json.loads(json.dumps(belongs_to))
     if changed := difference(old, new):
         name, before, now = changed
@@ -45,3 +59,10 @@ def load_state(path: str | Path, belongs_to: Mapping[str, Any]) -> dict[str, Any
             "same to go on, another folder, or delete it to begin anew"
         )
     return state
+
+
+def _damaged(path: str | Path, error: Exception) -> UserError:
+    return UserError(
+        f"{str(path)!r}, the state of an unfinished training, is damaged ({type(error).__name__}); delete it to start "
+        "again"
+    )

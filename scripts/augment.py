@@ -29,6 +29,7 @@ import torch
 from absl import flags
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
@@ -240,11 +241,23 @@ def train(accelerator: Accelerator, training: Training, data: Data, sets: Mappin
     accelerator.wait_for_everyone()
 
 
+def read_logits(path: Path, files: ImageFiles) -> np.ndarray:
+    """Return a classifier's logits (N, H) on the test split. Raises UserError for a damaged file."""
+    try:
+        logits = load_file(path)["logits"].double().numpy()
+        if logits.shape == tuple(files.targets.shape) and np.isfinite(logits).all():
+            return logits
+        reason = f"logits of shape {logits.shape} for {tuple(files.targets.shape)}, or not finite"
+    except (SafetensorError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+    raise UserError(f"{str(path)!r} is damaged ({reason}); delete it, and the same command makes it again")
+
+
 def write_report(trainings: Sequence[Training], data: Data, seeds: Sequence[int]) -> str:
     """Write table4.md, .csv and .json from the logits of all trainings; the table's text."""
     logits = defaultdict(list)
     for training in trainings:
-        logits[training.name].append(load_file(Path(FLAGS.output, training.folder, LOGITS))["logits"].double().numpy())
+        logits[training.name].append(read_logits(Path(FLAGS.output, training.folder, LOGITS), data.files["test"]))
     logits, truth = {name: np.stack(own) for name, own in logits.items()}, data.files["test"].targets.numpy() > 0
     minor = minority(data.real, FLAGS.minority_share)
     chosen = {"all": None, "minority": np.array([row.caption in minor for row in data.rows["test"]])}

@@ -11,7 +11,6 @@ The scripts run as commands of their own; --launch="accelerate launch --num_proc
 model is a folder that eval.py and train.py open. The same command again goes on with the round that it was in.
 """
 
-import json
 import logging
 import os
 import shlex
@@ -45,6 +44,7 @@ from ddpo_pytorch.improvement import (
     save_rounds_grid,
     table,
 )
+from ddpo_pytorch.json_files import COUNT, parse_json
 from ddpo_pytorch.judges.policy import load_judges
 from ddpo_pytorch.paths import expand_config
 from ddpo_pytorch.run import DTYPES
@@ -192,9 +192,17 @@ class Rounds:
 
 
 def read_history(path: Path) -> list[Standing]:
-    """The rounds that have been measured."""
-    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return [Standing(**{name: entry[name] for name in Standing.__dataclass_fields__}) for entry in entries]
+    """Return the rounds that have been measured, up to the first one that is missing."""
+    shape = {"round": COUNT} | {name: float for name in Standing.__dataclass_fields__}
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    found = {}
+    for number, line in enumerate(lines, 1):
+        entry = parse_json(line, shape, f"{str(path)!r} line {number}", "remove that line, to measure its round again")
+        found[entry["round"]] = Standing(**{name: entry[name] for name in Standing.__dataclass_fields__})
+    history: list[Standing] = []
+    while len(history) in found:
+        history.append(found[len(history)])
+    return history
 
 
 def point_to(link: Path, target: Path) -> None:

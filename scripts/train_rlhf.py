@@ -33,6 +33,7 @@ from ddpo_pytorch.data.ratings import (
 from ddpo_pytorch.errors import UserError, difference
 from ddpo_pytorch.files import JsonLines, atomic_write
 from ddpo_pytorch.generator.pipeline import load_pipeline
+from ddpo_pytorch.json_files import COUNT, checked
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, Policy, TextFeatures, load_judges, save_policy
 from ddpo_pytorch.judges.rated import COLUMNS, RatedSet, best_threshold, read_rated, through_autoencoder
 from ddpo_pytorch.judges.rlhf import StageTraining, all_scores, check_settings, chosen_samples, training_identity
@@ -41,7 +42,7 @@ from ddpo_pytorch.judges.vision import VisionSizes, read_judge
 from ddpo_pytorch.paths import expand_config
 from ddpo_pytorch.processes import locked_by_main
 from ddpo_pytorch.run import make_accelerator
-from ddpo_pytorch.training_state import load_state, save_state
+from ddpo_pytorch.training_state import restore_state, save_state
 
 FLAGS = flags.FLAGS
 define_config(__file__, "experiment, e.g. config/fundus.py:train_rlhf")
@@ -97,8 +98,7 @@ def check_apart(train: Sequence[RatedImage], val: Sequence[RatedImage], rlhf: Co
 def train(accelerator: Accelerator, training: StageTraining, output: Path, first_epoch: int) -> dict[str, Any]:
     """Run what is left of a stage; its last entry in metrics.jsonl. The stage's state stays in `output`."""
     state_file, is_main = unfinished(output, training.stage), accelerator.is_main_process
-    if state := load_state(state_file, training.belongs_to):
-        training.resume(state)
+    if restore_state(state_file, training.belongs_to, training.resume):
         logger.info("resuming from %s: %d epochs are done", state_file, training.epoch)
     log = JsonLines(output / "metrics.jsonl", is_main, keep=first_epoch + training.epoch)
     for epoch in range(training.epoch, training.rlhf.num_epochs):
@@ -220,7 +220,9 @@ def what_is_there(output: Path, stages: tuple[int, ...]) -> dict[str, Any]:
         if (output / SELECTOR_FILE).exists() and not unfinished(output, 1).exists():
             raise UserError(f"{str(output / SELECTOR_FILE)!r} is there already; choose another rlhf.output or move it")
         return {}
-    finished = read_judge(output / POLICY_FILE, "policy")[0]["origin"]
+    about = read_judge(output / POLICY_FILE, "policy")[0]
+    shape = {"origin": {"stage": range(1, 3), "epochs": COUNT, "settings": dict}}
+    finished = checked(about, shape, f"the description in {str(output / POLICY_FILE)!r}", "train it again")["origin"]
     if finished["stage"] >= stages[-1] and not unfinished(output, finished["stage"]).exists():
         raise UserError(
             f"stage {finished['stage']} in {str(output)!r} is finished; choose another rlhf.output, or move it away"

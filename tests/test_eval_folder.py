@@ -172,8 +172,8 @@ def test_a_folder_is_written_by_one_run_at_a_time(config_file, run_main, tmp_pat
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("image_log.json", '{"a": 1}', "image_log.json' is no list with an object an image"),
-        ("image_log.json", "[1]", "image_log.json' is no list with an object an image"),
+        ("image_log.json", '{"a": 1}', "image_log.json' is damaged"),
+        ("image_log.json", "[1]", "image_log.json' is damaged"),
         ("image_log.json", '[{"prompt": "x"}]', "image_log.json' has entries without path_to_img"),
         ("settings.json", '{"settings": null}', "settings.json' is damaged"),
         ("settings.json", "[]", "settings.json' is damaged"),

@@ -77,7 +77,7 @@ def test_logs_are_read_by_epoch(tmp_path):
     assert list(plots)[:2] == ["Reward", "APR during training"] and "KL to the base model" not in plots
     assert "b/run" in plots["Gradient norm"].alt
     (run / "metrics.jsonl").write_text("[1]\n{}\n")
-    with pytest.raises(UserError, match="line 1 is no JSON object"):
+    with pytest.raises(UserError, match="metrics.jsonl' line 1 is damaged"):
         read_runs([run])
 
 

@@ -193,9 +193,9 @@ def test_wrong_files_are_refused(selector, policy, bert, tmp_path):
     refused("not a readable safetensors file", load_selector, tmp_path / "torn")
     about = '{"sizes": {"image_size": 32, "patch_size": 8, "width": 16, "layers": 1, "heads": 2}}'
     save_file({"x": torch.zeros(1)}, tmp_path / "x", metadata={"selector": about})
-    refused("does not hold the weights that it describes", load_selector, tmp_path / "x")
+    refused("does not fit the network that it describes", load_selector, tmp_path / "x")
     save_file({"x": torch.zeros(1)}, tmp_path / "y", metadata={"selector": '{"sizes": 3}'})
-    refused("describes no selector", load_selector, tmp_path / "y")
+    refused("'sizes' is 3", load_selector, tmp_path / "y")
 
 
 def test_another_text_encoder_is_refused_by_name(policy, tmp_path, tiny_pipeline_dir):

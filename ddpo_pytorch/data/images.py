@@ -27,8 +27,10 @@ from ddpo_pytorch.data.folder_names import folder_name
 from ddpo_pytorch.data.isic import caption_of_folder
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import atomic_write, open_regular, path_inside, write_json
+from ddpo_pytorch.json_files import OneOf, read_json
 
 LOG = "image_log.json"
+LARGEST_SIDE = 4096  # pixels of the squares that a judge looks at
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 # what files may hold, whatever they are called: Pillow would hand others to programs (PostScript to Ghostscript)
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
@@ -311,13 +313,8 @@ def read_log(folder: str | Path) -> list[dict]:
 
     Raises UserError if it cannot be read, is no list of JSON objects, or names an image outside the folder.
     """
-    path = Path(folder) / LOG
-    try:
-        entries = json.loads(path.read_text()) if path.is_file() else []
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is torn or no JSON ({error}); make the samples again elsewhere") from error
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(f"{str(path)!r} is no list with an object an image; make the samples again elsewhere")
+    path, shape = Path(folder) / LOG, [{"path_to_img?": str, "prompt?": OneOf((str, None))}]
+    entries = read_json(path, shape, "make the samples again elsewhere") if path.is_file() else []
     for number, entry in enumerate(entries, 1):
         if isinstance(name := entry.get("path_to_img"), str):
             path_inside(folder, name, f"{str(path)!r} entry {number}")

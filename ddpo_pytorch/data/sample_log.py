@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from ddpo_pytorch.data.images import IMAGE_SUFFIXES, read_log, write_log
 from ddpo_pytorch.errors import UserError, difference
 from ddpo_pytorch.files import path_fault, room_for, write_json
+from ddpo_pytorch.json_files import parse_json, read_json
 
 SETTINGS = "settings.json"
 PARTS = "image_log.part*.jsonl"
@@ -45,13 +46,7 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / SETTINGS
     if not path.is_file():
         return {}
-    try:
-        settings = json.loads(path.read_text())["settings"]
-    except (ValueError, KeyError, TypeError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise UserError(f"{str(path)!r} is damaged; choose another folder or move this one away")
-    return settings
+    return read_json(path, {"settings": dict}, "choose another folder or move this one away")["settings"]
 
 
 class PartLog:
@@ -120,8 +115,8 @@ def _parts(folder: Path) -> Iterator[dict[str, Any]]:
     for part in filter(Path.is_file, sorted(folder.glob(PARTS))):
         for line in part.read_bytes().split(b"\n"):
             try:
-                entry = json.loads(line)
-            except ValueError:
+                entry = parse_json(line, dict, "")
+            except UserError:
                 continue  # torn by a kill; its image counts as absent and is made again
             if _names_image(entry):
                 yield entry

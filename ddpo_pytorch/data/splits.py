@@ -9,7 +9,6 @@ A set of splits is `<name>_train.csv`, `<name>_val.csv` and `<name>_test.csv` of
 """
 
 import argparse
-import json
 import logging
 import sys
 from collections import defaultdict
@@ -30,6 +29,7 @@ from ddpo_pytorch.data.lesions import (
 )
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import sha256
+from ddpo_pytorch.json_files import read_json
 from ddpo_pytorch.paths import add_path
 
 logger = logging.getLogger(__name__)
@@ -58,12 +58,10 @@ def read_splits(paths: Mapping[str, Path]) -> dict[str, list[Row]]:
     Where the folder holds the record that regrouping writes, a table that differs from its recorded hash is refused.
     """
     record = next(iter(paths.values())).parent / RECORD
-    try:
-        hashes = {name: file["sha256"] for name, file in json.loads(record.read_text())["files"].items()}
-    except FileNotFoundError:
-        hashes = {}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{str(record)!r} is not a record of split hashes; make the splits again") from error
+    hashes: dict[str, str] = {}
+    if record.is_file():
+        files = read_json(record, {"files": {str: {"sha256": str}}}, "make the splits again")["files"]
+        hashes = {name: file["sha256"] for name, file in files.items()}
     splits, owners = {}, {}
     for split, path in paths.items():
         splits[split] = read_split(path)

@@ -6,16 +6,16 @@ before it was trained: pictures that look like something and mean nothing. So a 
 apart name the text encoder that they were trained with. Models with CLIP have neither.
 """
 
-import json
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_write, sha256
+from ddpo_pytorch.files import sha256, write_json
 from ddpo_pytorch.generator.latents import fingerprint
 from ddpo_pytorch.generator.text import has_mask, load_text_encoder, mask_padding
+from ddpo_pytorch.json_files import read_json
 
 RECORD = "conditioning.json"
 KEY = "text_encoder_sha256"
@@ -29,8 +29,7 @@ def save_model(pipe: StableDiffusionPipeline, folder: str | Path) -> None:
     if has_mask(pipe.text_encoder):
         files = {str(path.relative_to(folder)): sha256(path) for path in _files(folder)}
         record = {KEY: fingerprint(pipe.text_encoder), "tokens": pipe.tokenizer.model_max_length, "files": files}
-        with atomic_write(folder / RECORD) as temporary:
-            temporary.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(folder / RECORD, record)
 
 
 def with_bert(pipe: StableDiffusionPipeline, model: str | Path, tokens: int) -> StableDiffusionPipeline:
@@ -86,9 +85,8 @@ def check_unet_file(pipe: StableDiffusionPipeline, model: str | Path, path: str 
 
 def _record(folder: Path) -> dict:
     try:
-        record = json.loads((folder / RECORD).read_text())
-        return {KEY: record[KEY], "files": dict(record["files"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return read_json(folder / RECORD, {KEY: str, "files": {str: str}})
+    except (OSError, UserError) as error:
         raise UserError(
             f"{str(folder)!r} has a BERT text encoder but no readable {RECORD}, so nothing says that its UNet was "
             "trained with it; give a folder that scripts/train_sd.py wrote"

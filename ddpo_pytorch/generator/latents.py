@@ -8,7 +8,6 @@ caption in the index's list), and the mean and log-variance of the autoencoder's
 
 import hashlib
 import itertools
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,11 +25,13 @@ from tqdm.auto import tqdm
 from ddpo_pytorch.cores import one_thread
 from ddpo_pytorch.data.image_cache import loader_options
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_write, path_inside, sha256
+from ddpo_pytorch.files import atomic_write, path_inside, sha256, write_json
+from ddpo_pytorch.json_files import COUNT, read_json
 
 logger = logging.getLogger(__name__)
 INDEX = "index.json"
 SHARD_IMAGES = 256
+SHAPE = {"captions": [str], "images": COUNT, "shards": [{"file": str, "sha256": str}]}  # of the index
 ENCODE_BATCH = 8
 
 
@@ -136,9 +137,11 @@ def shard_path(folder: str | Path, number: int) -> Path:
 
 
 def _recorded_hashes(folder: str | Path) -> dict[str, str]:
+    path = Path(folder) / INDEX
     try:
-        return {entry["file"]: entry["sha256"] for entry in json.loads((Path(folder) / INDEX).read_text())["shards"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        return {entry["file"]: entry["sha256"] for entry in read_json(path, SHAPE)["shards"]} if path.is_file() else {}
+    except UserError as error:
+        logger.warning("%s; it is written again", error)
         return {}
 
 
@@ -175,8 +178,7 @@ def write_index(
     }
     for leftover in set(Path(folder).glob("shard_*.safetensors")) - set(paths):
         leftover.unlink()
-    with atomic_write(Path(folder) / INDEX) as temporary:
-        temporary.write_text(json.dumps(index, indent=1) + "\n")
+    write_json(Path(folder) / INDEX, index)
 
 
 class LatentShards(Dataset):
@@ -193,13 +195,11 @@ class LatentShards(Dataset):
                 f"{str(folder)!r} holds no complete latents (no {INDEX}); run scripts/extract_dataset_latents.py, "
                 "or the same command again if it was stopped"
             )
-        try:
-            self.index = json.loads(path.read_text())
-            self.captions, self.images = list(self.index["captions"]), int(self.index["images"])
-            self._positions = torch.arange(len(self.captions))
-            self._shards = [self._load(path.parent, entry) for entry in self.index["shards"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{str(path)!r} is damaged ({error}); delete it and run the extraction again") from error
+        self.index = read_json(path, SHAPE, "delete it and run the extraction again")
+        self.captions, self.images = self.index["captions"], self.index["images"]
+        self._positions = torch.arange(len(self.captions))
+        self._shards = [self._load(path.parent, entry) for entry in self.index["shards"]]
+        self._check(path)
 
     @staticmethod
     def _load(folder: Path, entry: Mapping[str, str]) -> dict[str, torch.Tensor]:
@@ -213,6 +213,27 @@ class LatentShards(Dataset):
             return load_file(path)
         except SafetensorError as error:
             raise UserError(f"{str(path)!r} is not a readable safetensors file ({error}); extract again") from error
+
+    def _check(self, path: Path) -> None:
+        """Raise UserError for shards of which an item could not be taken, or would have no caption."""
+        sizes = [min(SHARD_IMAGES, self.images - start) for start in range(0, self.images, SHARD_IMAGES)]
+        faults = map(self._fault, self._shards, sizes)
+        if not sizes or len(sizes) != len(self._shards):
+            faults = [f"it states {self.images} images and {len(self._shards)} shards"]
+        if fault := next(filter(None, faults), None):
+            raise UserError(f"{str(path)!r} is damaged ({fault}); delete it and run the extraction again")
+
+    def _fault(self, shard: Mapping[str, torch.Tensor], size: int) -> str | None:
+        if lacking := {"row", "caption", "mean", "logvar"} - shard.keys():
+            return f"a shard lacks {min(lacking)!r}"
+        rows, captions = shard["row"], shard["caption"]
+        if {rows.dtype, captions.dtype} != {torch.int64} or not rows.shape == captions.shape == (size,):
+            return f"a shard is not of {size} images"
+        if not 0 <= captions.min() <= captions.max() < len(self.captions):
+            return "a shard has a caption that is not listed"
+        if not shard["mean"].shape == shard["logvar"].shape == (size, *self.shape) or len(self.shape) != 3:
+            return "shards have latents of different shapes"
+        return None
 
     def shares_images_with(self, other: "LatentShards") -> bool:
         """Whether the two were made from rows of one table of which some are in both."""

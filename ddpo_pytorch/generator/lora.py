@@ -5,7 +5,6 @@ checkpoint, and adapter weights are float32 whatever the UNet's dtype is. All fu
 (`accelerator.unwrap_model`) first.
 """
 
-import json
 import math
 import os
 import re
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.json_files import OneOf, parse_json
 
 ADAPTER = "default"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # its projections
@@ -262,10 +262,10 @@ def _scale(file: Path, metadata: dict[str, str]) -> float:
 
 
 def _parsed(text: str, file: Path) -> dict:
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{file} states no readable adapter configuration ({error}); fetch it again") from error
+    advice = "it states no readable adapter configuration: fetch it again"
+    stated = {"r": OneOf((range(1, 2**20), None)), "lora_alpha": OneOf((float, None))}
+    shape = {f"{prefix}{name}?": one for name, one in stated.items() for prefix in ("", "unet.")}
+    return parse_json(text, shape, repr(str(file)), advice)
 
 
 def _check_every_attention(unet: nn.Module, expected: dict[str, tuple[int, ...]], file: Path) -> None:

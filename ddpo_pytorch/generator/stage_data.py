@@ -19,6 +19,7 @@ from ddpo_pytorch.files import sha256
 from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, fingerprint, write_index
 from ddpo_pytorch.generator.mixing import MixedLatents
 from ddpo_pytorch.generator.scratch import TEXT_ENCODERS
+from ddpo_pytorch.json_files import checked
 
 logger = logging.getLogger(__name__)
 # what a finished stage has left in sd.output.
@@ -149,6 +150,8 @@ def add_pool(accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, real:
             f"sd.pool {sd.pool!r} has no image that the Selector passed; draw more with scripts/generate.py "
             "(improve.max_attempts), or lower its threshold (--config.rlhf.threshold) and train it again"
         )
+    shape = [{"prompt": str, "policy": float, "path_to_img": str}]
+    checked(entries, shape, repr(str(Path(sd.pool) / LOG)), "draw the pool again with scripts/generate.py")
     prompts, weights = [entry["prompt"] for entry in entries], [float(entry["policy"]) for entry in entries]
     paths, captions = [Path(sd.pool) / entry["path_to_img"] for entry in entries], sorted(set(prompts))
     images = ImageFiles(paths, torch.arange(len(paths)), sd.image_size, sd.resize)

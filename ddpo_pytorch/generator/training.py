@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from ddpo_pytorch.data.image_cache import loader_options
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.randomness import BatchDraws, EndlessBatches, Stream
-from ddpo_pytorch.training_state import load_state
+from ddpo_pytorch.training_state import restore_state
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +72,14 @@ class Training:
         }
 
     def restore(self, file: Path, settings: dict[str, Any]) -> int:
-        """Take what `snapshot` made from a state file; returns its step, 0 if there is no file."""
-        state = load_state(file, settings)
+        """Take what `snapshot` made from a state file; return its step, 0 if there is no file."""
+        state = restore_state(file, settings, self._take)
         if state is None:
             return 0
+        logger.info("resuming after step %d of %s", state["step"], file)
+        return state["step"]
+
+    def _take(self, state: Mapping[str, Any]) -> None:
         with torch.no_grad():
             for parameter, value in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
@@ -87,8 +91,8 @@ class Training:
         self.schedule.load_state_dict(state["schedule"])
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
-        logger.info("going on after step %d of %s", state["step"], file)
-        return state["step"]
+        if not isinstance(state["step"], int):
+            raise TypeError("step")
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -5,7 +5,8 @@ The paper's backbone is EfficientNet-B0 at 512 px; small relatives from timm ser
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
 
+from ddpo_pytorch.data.images import LARGEST_SIDE
 from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import atomic_write
+from ddpo_pytorch.json_files import OneOf, parse_json
+from ddpo_pytorch.judges.vision import build
 from ddpo_pytorch.published import resolve
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -29,6 +33,13 @@ DROPOUT = 0.3
 # the published checkpoints: torchvision's EfficientNet-B0 with Sequential(Dropout, Linear) as classifier.
 PUBLISHED_ARCH = "torchvision/efficientnet_b0"
 PUBLISHED_SIZE = 512  # pixels; the files do not state it
+# what our files state about themselves
+DESCRIPTION = {
+    "labels": [str],
+    "image_size": range(1, LARGEST_SIDE + 1),
+    "arch": str,
+    "thresholds?": OneOf(({str: float}, None)),
+}
 # a validation loss or accuracy beside the weights may be a numpy number; these name no code that could be run.
 _NUMPY_SCALARS = [
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
@@ -57,9 +68,12 @@ class ArtifactClassifier(nn.Module):
     ):
         super().__init__()
         self.labels, self.image_size, self.arch = tuple(labels), int(image_size), arch
+        if not self.labels or len(set(self.labels)) < len(self.labels):
+            raise UserError(f"labels {str(self.labels)[:200]} of a classifier are none, or not all different")
         self.thresholds = dict.fromkeys(self.labels, 0.5) | dict(thresholds or {})
         if set(self.thresholds) != set(self.labels) or not all(0 <= value <= 1 for value in self.thresholds.values()):
-            raise UserError(f"thresholds {self.thresholds} are not numbers in [0, 1] for some of {self.labels}")
+            given, names = str(self.thresholds)[:200], str(self.labels)[:200]
+            raise UserError(f"thresholds {given} are not numbers in [0, 1] for some of {names}")
         if arch == PUBLISHED_ARCH:
             self.model = efficientnet_b0()
             if pretrained:  # torchvision's own way would unpickle whatever lies in the cache
@@ -126,22 +140,17 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> Art
             "published files (README, 'Published files')"
         )
     if path.suffix == ".safetensors":
-        model, state = _read_own(path)
+        make, state = _read_own(path)
     else:
-        model, state = _read_published(path)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(
-            f"{str(path)!r} does not fit {model.arch} with {len(model.labels)} heads: {_first_lines(error)}"
-        ) from error
+        make, state = _read_published(path)
+    model = build(make, state, path)
     return model.requires_grad_(False).eval().to(device)
 
 
-def _read_own(path: Path) -> tuple[ArtifactClassifier, dict[str, torch.Tensor]]:
+def _read_own(path: Path) -> tuple[Callable[[], ArtifactClassifier], dict[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("artifact_classifier", "null"))
+            about = (file.metadata() or {}).get("artifact_classifier")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
     except SafetensorError as error:
         raise UserError(f"{str(path)!r} is not a readable safetensors file ({error})") from error
@@ -149,8 +158,10 @@ def _read_own(path: Path) -> tuple[ArtifactClassifier, dict[str, torch.Tensor]]:
         raise UserError(
             f"{str(path)!r} holds no classifier description; it was not written by train_isic_classifier.py"
         )
+    about = parse_json(about, DESCRIPTION, f"the description in {str(path)!r}", "train it again")
     thresholds = about.get("thresholds")  # files written before they were kept have none
-    return ArtifactClassifier(tuple(about["labels"]), about["image_size"], about["arch"], thresholds=thresholds), state
+    labels, image_size, arch = tuple(about["labels"]), about["image_size"], about["arch"]
+    return partial(ArtifactClassifier, labels, image_size, arch, thresholds=thresholds), state
 
 
 def read_pickle(path: Path) -> Any:
@@ -165,7 +176,7 @@ def read_pickle(path: Path) -> Any:
         ) from error
 
 
-def _read_published(path: Path) -> tuple[ArtifactClassifier, dict[str, torch.Tensor]]:
+def _read_published(path: Path) -> tuple[Callable[[], ArtifactClassifier], dict[str, torch.Tensor]]:
     payload = read_pickle(path)
     state = payload.get("model_state_dict", payload) if isinstance(payload, dict) else None
     head = state.get("model.classifier.1.weight") if isinstance(state, dict) else None
@@ -174,7 +185,7 @@ def _read_published(path: Path) -> tuple[ArtifactClassifier, dict[str, torch.Ten
             f"{str(path)!r} is not a published classifier: a dict with model_state_dict in torchvision's "
             "EfficientNet-B0 names under 'model.' and a head of 4 or 6 rows was expected"
         )
-    return ArtifactClassifier(LABELS[: len(head)], PUBLISHED_SIZE, PUBLISHED_ARCH), state
+    return partial(ArtifactClassifier, LABELS[: len(head)], PUBLISHED_SIZE, PUBLISHED_ARCH), state
 
 
 def _first_lines(error: Exception) -> str:

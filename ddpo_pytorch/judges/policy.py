@@ -19,7 +19,7 @@ from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.latents import fingerprint
 from ddpo_pytorch.generator.text import embed, has_mask, load_text_encoder, too_long
 from ddpo_pytorch.judges.selector import Selector, load_selector
-from ddpo_pytorch.judges.vision import ImageEncoder, VisionSizes, fill, read_judge, save_judge, scoring, sizes_of
+from ddpo_pytorch.judges.vision import ImageEncoder, VisionSizes, build, read_judge, save_judge, scoring, sizes_of
 
 logger = logging.getLogger(__name__)
 SELECTOR_FILE, POLICY_FILE = "selector.safetensors", "policy.safetensors"
@@ -129,9 +129,8 @@ def load_policy_judge(path: str | Path, device: str | torch.device = "cpu", text
             f"{str(path)!r} was trained with the text encoder {about['text']['name']!r} (fingerprint "
             f"{about['text']['fingerprint']}); {text.name!r} is another one ({text.fingerprint}): give that one"
         )
-    policy = Policy(sizes, text)
-    fill(policy, weights, path)
-    policy.origin = about["origin"]
+    policy = build(lambda: Policy(sizes, text), weights, path)
+    policy.origin = about.get("origin", {})
     return policy.requires_grad_(False).eval().to(device)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.judges.vision import ImageEncoder, VisionSizes, fill, read_judge, save_judge, scoring, sizes_of
+from ddpo_pytorch.judges.vision import ImageEncoder, VisionSizes, build, read_judge, save_judge, scoring, sizes_of
 
 HEAD = (256, 64)
 MLP_RATIO = 8 / 3  # of its blocks: 2048 at width 768
@@ -73,9 +73,8 @@ def save_selector(selector: Selector, path: str | Path) -> None:
 def load_selector(path: str | Path, device: str | torch.device = "cpu") -> Selector:
     """Open a Selector, frozen and in eval mode. Raises UserError for a missing or other file."""
     about, weights = read_judge(path, "selector")
-    selector = Selector(sizes_of(about, "selector", path))
-    fill(selector, weights, path)
-    selector.threshold, selector.calibration, selector.origin = (
-        about[name] for name in ("threshold", "calibration", "origin")
-    )
+    sizes = sizes_of(about, "selector", path)
+    selector = build(lambda: Selector(sizes), weights, path)
+    selector.threshold = about.get("threshold")
+    selector.calibration, selector.origin = about.get("calibration", {}), about.get("origin", {})
     return selector.requires_grad_(False).eval().to(device)

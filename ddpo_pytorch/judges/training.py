@@ -28,7 +28,7 @@ from ddpo_pytorch.judges.losses import attribute_loss, positive_weights
 from ddpo_pytorch.judges.prediction import all_logits, image_loader, validation_loader
 from ddpo_pytorch.judges.report import Report
 from ddpo_pytorch.randomness import Stream, derived_seed
-from ddpo_pytorch.training_state import load_state, save_state
+from ddpo_pytorch.training_state import restore_state, save_state
 
 logger = logging.getLogger(__name__)
 WEIGHT_DECAY = 1e-4
@@ -115,8 +115,7 @@ def fit(
     Raises UserError for a state of another training, a damaged one, too few images, and a loss that was never finite.
     """
     fitting = _Fitting(accelerator, model, train, val, recipe, epoch_images)
-    if state_path is not None and (state := load_state(state_path, fitting.belongs_to)):
-        fitting.resume(state)
+    if state_path is not None and restore_state(state_path, fitting.belongs_to, fitting.resume):
         logger.info("resuming from %s: %d of %d epochs are done", state_path, fitting.epoch, recipe.num_epochs)
         if on_best and fitting.best:
             fitting.with_best_weights(on_best)

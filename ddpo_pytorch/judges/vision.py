@@ -5,7 +5,7 @@ token after the last LayerNorm (or, with stem "conv", the mean of the others) is
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,31 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from ddpo_pytorch.data.images import LARGEST_SIDE
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import atomic_write
+from ddpo_pytorch.json_files import OneOf, parse_json
 
 STEMS = ("linear", "conv")
+_SIZES = {
+    "image_size": range(1, LARGEST_SIDE + 1),
+    "patch_size": range(1, 1025),
+    "width": range(1, 8193),
+    "layers": range(1, 97),
+    "heads": range(1, 513),
+    "dropout?": float,
+    "mlp_ratio?": float,
+    "stem?": str,
+}
+# what the files of judges state about themselves
+DESCRIPTIONS = {
+    "selector": {"sizes": _SIZES, "threshold?": OneOf((float, None)), "calibration?": dict, "origin?": dict},
+    "policy": {
+        "sizes": _SIZES,
+        "text": {"name": str, "tokens": range(2, 2**16), "fingerprint": str},
+        "origin?": dict,
+    },
+}
 LEAST_CHANNELS = 24  # of a convolution of the stem
 
 
@@ -56,6 +77,8 @@ class VisionSizes:
             raise UserError(f"stem of a judge is {self.stem!r}; allowed are {', '.join(STEMS)}")
         if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
             raise UserError(f"patch_size {self.patch_size} of a judge is no power of two, which stem 'conv' needs")
+        if not 0 < self.mlp_ratio <= 16:
+            raise UserError(f"mlp_ratio of a judge is {self.mlp_ratio}; it must be above 0 and at most 16")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout of a judge is {self.dropout}; it must be in [0, 1)")
 
@@ -154,28 +177,42 @@ def read_judge(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, t
         raise UserError(f"{kind} {str(path)!r} does not exist; train one with scripts/train_rlhf.py")
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(kind, "null"))
+            about = (file.metadata() or {}).get(kind)
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{str(path)!r} is not a readable safetensors file ({error}); train it again") from error
-    if not isinstance(about, dict):
+    if about is None:
         raise UserError(f"{str(path)!r} is no {kind}: it holds no description of one; train_rlhf.py writes them")
-    return about, weights
+    return parse_json(about, DESCRIPTIONS[kind], f"the description in {str(path)!r}", "train it again"), weights
 
 
 def sizes_of(about: Mapping[str, Any], kind: str, path: str | Path) -> VisionSizes:
     """Sizes from the description of a file. Raises UserError where it states none that can be."""
     try:
         return VisionSizes(**about["sizes"])
-    except (KeyError, TypeError) as error:
+    except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{str(path)!r} describes no {kind} of this version ({error}); train it again") from error
 
 
-def fill(module: nn.Module, weights: Mapping[str, torch.Tensor], path: str | Path) -> None:
-    """Load weights. Raises UserError where names or shapes are not the module's."""
+def build(make: Callable[[], nn.Module], weights: Mapping[str, torch.Tensor], path: str | Path) -> nn.Module:
+    """Return the module that `make` builds, with these weights in it.
+
+    Names and shapes are compared before any memory is taken: a file may describe a network that no machine can hold.
+    Raises UserError where they are not the module's.
+    """
     try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
+        with torch.device("meta"):
+            expected = {name: tuple(value.shape) for name, value in make().state_dict().items()}
+    except Exception as error:  # of timm, for a description of what it cannot build
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{str(path)!r} describes a network that cannot be built ({reason})") from error
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+        ours, theirs = (shapes.get(wrong[0], "absent") for shapes in (expected, found))
         raise UserError(
-            f"{str(path)!r} does not hold the weights that it describes: {' '.join(str(error).split())[:200]}"
-        ) from error
+            f"{str(path)!r} does not fit the network that it describes: {wrong[0]} is {theirs} instead of {ours}"
+            + (f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else "")
+        )
+    module = make()
+    module.load_state_dict(weights)
+    return module

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.json_files import parse_json
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; each run has its own marker and dashes as well.
 COLOURS = {
@@ -95,16 +95,16 @@ def _with_held_out(entries: list[dict], path: Path) -> list[dict]:
 
 
 def _read_lines(path: Path) -> list[dict]:
-    lines, entries = path.read_text().splitlines(), []
+    content, entries = path.read_bytes(), []
+    lines = content.splitlines()
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            entry = json.loads(line)
-        except ValueError:
-            entry = None
-        if isinstance(entry, dict):
-            entries.append(entry)
-        elif number < len(lines):
-            raise UserError(f"{str(path)!r} line {number} is no JSON object; remove that line, or the run")
+            entries.append(parse_json(line, {"epoch?": float}, f"{str(path)!r} line {number}", "remove that line"))
+        except UserError:
+            if number < len(lines) or content.endswith(b"\n"):
+                raise
     return entries
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.json_files import read_json
 from ddpo_pytorch.report.cells import count, counted
 
 LONG = 8  # entries of a list that are written out
@@ -68,11 +68,7 @@ def read_config(run: str | Path) -> dict:
     path = Path(run) / "config.json"
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is torn or no JSON ({error}); restore it, or remove it") from error
-    return config if isinstance(config, dict) else {}
+    return read_json(path)
 
 
 def _created(result: Mapping) -> dict:
