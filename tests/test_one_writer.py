@@ -12,7 +12,7 @@ CONFIGURED = {
     "train_sd.py": {"sd__stage": "vae"},
     "extract_dataset_latents.py": {},
     "generate.py": {},
-    "train_rlhf.py": {},
+    "train_rlhf.py": {"rlhf__ratings": "no.csv"},
     "metric.py": {"metric__fake_path": "samples"},
 }
 FOLDER = {"train_sd.py": "sd__output", "train_rlhf.py": "rlhf__output", "metric.py": "metric__output"}
@@ -54,7 +54,7 @@ def test_leftovers_go_even_where_the_command_then_fails(run_main, config_file, t
     for place in (tmp_path, tmp_path / "images" / "hair"):
         place.mkdir(parents=True, exist_ok=True)
         (place / ".shard_00000.safetensors.4242.tmp").write_bytes(bytes(1000))
-    fields = {FOLDER.get(name, "logdir"): str(tmp_path), "sd__data_path": "", "sd__stage": "vae"}
+    fields = CONFIGURED[name] | {FOLDER.get(name, "logdir"): str(tmp_path), "sd__data_path": ""}
     with pytest.raises((UserError, OSError)):
         run_main(name, config_file, **fields, pretrained__model=str(tmp_path / "nowhere"), dataset__csv="no.csv")
     assert files_of(tmp_path) == {}
