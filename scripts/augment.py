@@ -35,7 +35,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from ddpo_pytorch.cli import cli
 from ddpo_pytorch.data.image_cache import decoded
-from ddpo_pytorch.data.images import ImageFiles, list_samples
+from ddpo_pytorch.data.images import ImageFiles, captions_without_images, list_samples
 from ddpo_pytorch.data.isic import LABELS, Row, labels_of, load_split
 from ddpo_pytorch.data.sample_log import claim_folder, read_settings
 from ddpo_pytorch.data.splits import read_splits
@@ -57,6 +57,7 @@ from ddpo_pytorch.metrics.augmentation_plan import (
     plan,
 )
 from ddpo_pytorch.metrics.augmentation_report import as_csv, markdown, subgroups
+from ddpo_pytorch.metrics.vocabulary import lacking_images
 from ddpo_pytorch.paths import expand_flags
 from ddpo_pytorch.processes import locked_by_main
 from ddpo_pytorch.published import resolve
@@ -139,6 +140,8 @@ def read_data(folders: dict[str, Path]) -> Data:
     for name, folder in folders.items():
         found = list_samples(folder)
         captions[name] = [caption for _, caption in found]
+        if lacking := captions_without_images(folder, found):
+            logger.warning("%s", lacking_images(folder, lacking))
         labels = targets_of([labels_of(caption) for caption in captions[name]])
         samples[name] = ImageFiles([path for path, _ in found], labels, FLAGS.image_size)
         logger.info("%s: %d synthetic images of %d subgroups", folder, len(found), len(set(captions[name])))

@@ -6,14 +6,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from absl import flags
 from conftest import ROOT
 from safetensors.torch import load_file
-from script_tools import files_of, succeed
+from script_tools import files_of, load_module, succeed
 from torchmetrics.functional.classification import binary_f1_score
 
-from ddpo_pytorch.data.isic import CAPTIONS, folder_name, read_split
+from ddpo_pytorch.data.isic import CAPTIONS, caption_of_folder, folder_name, read_split, short_caption
 from ddpo_pytorch.data.phantom import write_world
 from ddpo_pytorch.metrics.augmentation import MACRO
 
@@ -166,3 +168,19 @@ def test_bad_input_is_one_line_and_writes_nothing(world, tmp_path):
         last = said.splitlines()[-1]
         assert last.startswith("error: ") and message in last and "Traceback" not in said, (arguments, said)
     assert not output.exists() and [path for path in (tmp_path / "begun").rglob("*.*")] == [begun]
+
+
+def test_a_caption_without_images_is_named(world, tmp_path, monkeypatch, caplog):
+    for kind in ("string", "multi_string", "enum", "integer", "float"):
+        monkeypatch.setattr(flags, f"DEFINE_{kind}", lambda *_, **__: None)
+    script = load_module(ROOT / "scripts" / "augment.py")
+    tables = {f"{split}_csv": str(world / "splits" / f"phantom_{split}.csv") for split in ("train", "val", "test")}
+    given = {"data_path": str(world / "images"), "limit": 0, "image_size": 32, "num_classes": "4", **tables}
+    script.FLAGS = SimpleNamespace(**given)
+    folder = shutil.copytree(world / "sd", tmp_path / "sd")
+    place = min((folder / "images").iterdir())
+    shutil.rmtree(place)
+    place.mkdir()
+    script.read_data({"SD": folder})
+    (line,) = [line for line in caplog.messages if str(folder) in line and "has no image of" in line]
+    assert short_caption(caption_of_folder(place.name)) in line

@@ -9,7 +9,7 @@ from PIL import Image
 from sample_sets import write_samples
 
 from ddpo_pytorch.data.images import load_image, save_image, write_log
-from ddpo_pytorch.data.isic import CAPTIONS, folder_name
+from ddpo_pytorch.data.isic import CAPTIONS, folder_name, short_caption
 from ddpo_pytorch.errors import UserError
 
 pytest_plugins = ["script_tools", "sample_sets"]
@@ -45,6 +45,33 @@ def test_models_of_different_prompts_are_compared_on_what_they_share(measured, t
     assert row["from_APR"] == result["models"]["SD"]["APR_by_prompt"][B]
     assert row["to_APR"] - row["from_APR"] == pytest.approx(row["APR"]["value"])
     assert "RL has no images of 1 captions that others have" in caplog.text and "MEL plain" in caplog.text
+
+
+@pytest.mark.parametrize("role", ["fake_path", "real_path", "compare_path", "pairs_path"])
+@pytest.mark.parametrize("how", ["emptied", "hidden", "removed"])
+def test_a_caption_without_images_is_named_for_one_model_and_any_folder(measured, sets, tmp_path, caplog, role, how):
+    folder = write_samples(tmp_path / "own", {A: 3, B: 4}, seed=7, drawn=88)
+    for path in images_of(folder, A):
+        path.unlink()
+    place = folder / "images" / folder_name(A)
+    if how == "hidden":
+        (place / ".DS_Store").write_text("")
+    elif how == "removed":  # the log still has its images
+        place.rmdir()
+    result = measured(**{"real_path": "", "compare_path": "", "fake_path": sets["sd"]} | {role: folder})
+    if role != "pairs_path":
+        assert any(str(folder) in line and short_caption(A) in line for line in result["warnings"])
+    assert any(str(folder) in line and short_caption(A) in line for line in caplog.messages)
+
+
+def test_a_prompt_that_was_asked_for_and_has_no_folder_is_named(config_file, fields, run_main, tmp_path):
+    folder = write_samples(tmp_path / "own", {B: 3}, seed=7)
+    run_main(
+        "metric.py", config_file, **fields(fake_path=folder, real_path="", compare_path=""), metric__prompts=(B, C)
+    )
+    result = read(tmp_path / "out")
+    assert [line for line in result["warnings"] if short_caption(C) in line and str(folder) in line]
+    assert not [line for line in result["warnings"] if short_caption(B) in line]
 
 
 def test_the_ceiling_has_the_models_mix_of_prompts(measured, tmp_path):

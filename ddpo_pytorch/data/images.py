@@ -278,6 +278,20 @@ def list_samples(folder: str | Path, prompts: Sequence[str] = ()) -> list[tuple[
     return samples
 
 
+def captions_without_images(
+    folder: str | Path, samples: Sequence[tuple[Path, str]], prompts: Sequence[str] = ()
+) -> list[str]:
+    """Return the captions that a sample folder should hold an image of and does not, sorted; `samples` are its images.
+
+    Those are the captions that a folder in images/ is named after, the prompts of image_log.json, and `prompts`, which
+    are the only ones if there are any.
+    """
+    names = [entry.name for entry in (Path(folder) / "images").iterdir() if entry.is_dir() and entry.name[0] != "."]
+    logged = (entry.get("prompt") for entry in read_log(folder))
+    named = {*_captions_of(folder, names).values(), *(prompt for prompt in logged if isinstance(prompt, str))}
+    return sorted((set(prompts) or named) - {caption for _, caption in samples})
+
+
 def _captions_of(folder: str | Path, names: Sequence[str]) -> dict[str, str]:
     """Return the caption of each folder of images, from the table of ISIC or else from the log.
 

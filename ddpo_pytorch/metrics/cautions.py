@@ -6,7 +6,7 @@ import numpy as np
 
 from ddpo_pytorch.metrics.comparison import different_settings
 from ddpo_pytorch.metrics.evaluation import Context, Folder, mean_reward
-from ddpo_pytorch.metrics.vocabulary import in_order, listed
+from ddpo_pytorch.metrics.vocabulary import in_order, lacking_images, listed
 
 # fewer images than Inception has features: its covariance is singular, and FID's bias large
 FEW_IMAGES = 2048
@@ -29,6 +29,10 @@ def warnings_of(
     """
     every = [folder for own in folders.values() for folder in own]
     found = [*_of_real(context, every, parts), *_of_prompts(context, folders)]
+    sides = [context.real] if context.real is not None else []
+    for images in (side.images for side in [*sides, *(folder.side for folder in every)]):
+        if images.lacking:
+            found.append(lacking_images(images.folder, images.lacking))
     counts = sorted({len(folder.side.images) for folder in every})
     if len(counts) > 1:
         found.append(f"sets hold {' and '.join(map(str, counts))} images: unmatched distances do not compare")

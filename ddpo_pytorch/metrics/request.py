@@ -26,6 +26,7 @@ from ddpo_pytorch.metrics.quality import SETS
 from ddpo_pytorch.metrics.sets import ImageSet, any_files, caption_files, inspected, named_paths
 from ddpo_pytorch.metrics.store import PIXELS, THUMBNAILS, Network
 from ddpo_pytorch.metrics.structure import WINDOW
+from ddpo_pytorch.metrics.vocabulary import lacking_images
 
 logger = logging.getLogger(__name__)
 
@@ -156,13 +157,16 @@ def find_sets(metric: ConfigDict, accelerator: Accelerator) -> Sets:
         raise UserError(
             f"no folder has images of {sorted(unknown)[0]!r} in metric.prompts; give prompts that were drawn"
         )
-    sets = inspected([*real, *train, *pairs, *found], accelerator.process_index, accelerator.num_processes)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    sets = inspected([*real, *train, *pairs, *found], rank, processes, prompts)
     real_set, train_set, pair_set = (sets.pop(0) if one else None for one in (real, train, pairs))
     if not metric.judges and (others := sorted(set(sets[0].vocabulary) - set(CAPTIONS))):
         raise UserError(
             f"metric.classifier judges the 32 ISIC captions, and a folder has {others[0]!r}; give the folder of "
             "train_rlhf.py for fundus images, --config.metric.judges=DIR --config.metric.classifier="
         )
+    if pair_set is not None and pair_set.lacking and rank == 0:
+        logger.warning("%s", lacking_images(pair_set.folder, pair_set.lacking))
     rest = iter(sets)
     by_name = {name: [next(rest) for _ in folders] for name, folders in models.items()}
     for name, own in by_name.items():

@@ -15,7 +15,7 @@ from pathlib import Path
 from accelerate.utils import gather_object
 
 from ddpo_pytorch.data.image_paths import SUFFIXES
-from ddpo_pytorch.data.images import list_samples, open_image, read_log
+from ddpo_pytorch.data.images import captions_without_images, list_samples, open_image, read_log
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.data.sample_log import read_settings
 from ddpo_pytorch.errors import UserError
@@ -33,7 +33,7 @@ class ImageSet:
     """A folder's images in their order: files, captions ("" where none is known) and SHA-256 of each file.
 
     `entries` holds the lines of its image_log.json by path relative to the folder, `made_with` its settings;
-    `vocabulary` are the captions of all sets of the report.
+    `vocabulary` are the captions of all sets of the report; `lacking` those of this folder without an image.
     """
 
     folder: Path
@@ -43,6 +43,7 @@ class ImageSet:
     entries: Mapping[str, Mapping] = field(default_factory=dict)
     made_with: Mapping = field(default_factory=dict)
     vocabulary: tuple[str, ...] = CAPTIONS
+    lacking: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -110,7 +111,9 @@ def any_files(folder: str | Path) -> tuple[Path, list[tuple[Path, str]]]:
     return folder, [(path, "") for path in sorted(files)]
 
 
-def inspected(found: Iterable[tuple[Path, list[tuple[Path, str]]]], rank: int, processes: int) -> list[ImageSet]:
+def inspected(
+    found: Iterable[tuple[Path, list[tuple[Path, str]]]], rank: int, processes: int, prompts: Sequence[str] = ()
+) -> list[ImageSet]:
     """Check every file's header and hash its content, shared among processes; returns the sets to all of them.
 
     Nothing is computed before this has passed: all images have one size and are RGB, so that sets which were resized
@@ -139,8 +142,9 @@ def inspected(found: Iterable[tuple[Path, list[tuple[Path, str]]]], rank: int, p
     for folder, samples in found:
         paths, captions = zip(*samples, strict=True)
         entries = _logged(folder, samples) if any(captions) else {}
+        lacking = captions_without_images(folder, samples, prompts) if any(captions) else ()
         own = tuple(next(digests) for _ in samples)
-        sets.append(ImageSet(folder, paths, captions, own, entries, read_settings(folder), vocabulary))
+        sets.append(ImageSet(folder, paths, captions, own, entries, read_settings(folder), vocabulary, tuple(lacking)))
     return sets
 
 

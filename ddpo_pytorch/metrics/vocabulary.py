@@ -1,6 +1,7 @@
 """The captions of a report: the 32 of ISIC, or, of other images, those that its sets hold."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from ddpo_pytorch.data.isic import CAPTIONS, short_caption
 
@@ -17,6 +18,12 @@ def in_order(captions: Iterable[str]) -> list[str]:
     """Each caption once: ISIC's in the official order, then others by name."""
     held = set(captions)
     return [caption for caption in CAPTIONS if caption in held] + sorted(held - set(CAPTIONS))
+
+
+def lacking_images(folder: str | Path, captions: Iterable[str]) -> str:
+    """Return the warning that a folder has no image of these captions."""
+    ordered = in_order(captions)
+    return f"{folder} has no image of {len(ordered)} of its captions: {listed(ordered)}"
 
 
 def listed(captions: Sequence[str]) -> str:
