@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import math
@@ -249,12 +250,17 @@ def sha256(path: str | Path) -> str:
 def append_line(path: str | Path, line: str) -> None:
     """Append a line, which is on the disk when this returns; one that does not fit (DiskFull) leaves nothing."""
     with room_for(path), open(path, "ab", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
+        append(file, line.encode() + b"\n")
+        os.fsync(file.fileno())
+
+
+def append(file: io.FileIO, content: bytes) -> None:
+    """Append all of some bytes to an unbuffered file, or, raising DiskFull, none of them."""
+    size = file.seek(0, os.SEEK_END)
+    with room_for(file.name):
         try:
-            content = line.encode() + b"\n"
             if file.write(content) != len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            os.fsync(file.fileno())
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
         except OSError:
             file.truncate(size)
             raise

@@ -4,16 +4,17 @@ While images are made, each process appends one JSON line an image to `image_log
 merged into `image_log.json`. `settings.json` states what made the images, so that no folder mixes two origins.
 """
 
+import io
 import json
 import os
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ddpo_pytorch.data.images import IMAGE_SUFFIXES, read_log, write_log
 from ddpo_pytorch.errors import UserError, difference
-from ddpo_pytorch.files import path_fault, room_for, write_json
+from ddpo_pytorch.files import append, path_fault, write_json
 from ddpo_pytorch.json_files import parse_json, read_json
 
 SETTINGS = "settings.json"
@@ -57,14 +58,14 @@ class PartLog:
 
     def __init__(self, folder: str | Path, rank: int):
         self._path = Path(folder) / PARTS.replace("*", str(rank))
-        self._file: BinaryIO | None = None
+        self._file: io.FileIO | None = None
         self._turn = threading.Lock()
 
     def __enter__(self) -> "PartLog":
         torn = self._path.is_file() and not self._path.read_bytes().endswith(b"\n")
-        self._file = open(self._path, "ab")
+        self._file = open(self._path, "ab", buffering=0)
         if torn:  # a kill in mid-line: what follows must not be glued to it
-            self._file.write(b"\n")
+            append(self._file, b"\n")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,9 +74,8 @@ class PartLog:
     def add(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Append entries; each has at least path_to_img, relative to the folder."""
         lines = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
-        with self._turn, room_for(self._path):
-            self._file.write(lines)
-            self._file.flush()
+        with self._turn:
+            append(self._file, lines)
 
 
 def logged(folder: str | Path) -> dict[str, dict[str, Any]]:
