@@ -26,6 +26,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.settings import POSITIVE, check_pair
 
 OBJECTIVES = ("symmetric_log", "log", "delta")
 
@@ -73,8 +74,7 @@ def importance_weights(
     selector_scores: torch.Tensor, policy_scores: torch.Tensor, low: float, high: float
 ) -> torch.Tensor:
     """sg(P_selector / P_policy) (B,), clipped to [low, high], then divided by its mean; no gradient."""
-    if not 0 < low <= high:
-        raise UserError(f"rlhf.importance_range is {(low, high)}; it must be two numbers above 0, the lower one first")
+    check_pair("rlhf.importance_range", (low, high), POSITIVE, equal=True)
     ratio = selector_scores.detach() / policy_scores.detach().clamp(min=torch.finfo(torch.float32).tiny)
     ratio = ratio.clamp(low, high)
     return ratio / ratio.mean()

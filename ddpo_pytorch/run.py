@@ -16,6 +16,20 @@ from ml_collections import ConfigDict
 
 from ddpo_pytorch.cores import available_cores, thread_limit
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.settings import (
+    BELOW_ONE,
+    FINITE,
+    NOT_NEGATIVE,
+    ONE_OR_MORE,
+    POSITIVE,
+    SEED,
+    SHARE,
+    ZERO_OR_MORE,
+    Range,
+    check_choices,
+    check_pair,
+    check_ranges,
+)
 from ddpo_pytorch.sharding import check_sharding, sharding_accelerator, sharding_asked
 
 logger = logging.getLogger(__name__)
@@ -27,6 +41,44 @@ UNKNOWN_TO_SCRIPTS = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# what batch_geometry computes with
+BATCHES = {
+    "sample.batch_size": ONE_OR_MORE,
+    "sample.num_batches_per_epoch": ONE_OR_MORE,
+    "sample.images_per_prompt": ONE_OR_MORE,
+    "sample.num_steps": ONE_OR_MORE,
+    "train.batch_size": ONE_OR_MORE,
+    "train.gradient_accumulation_steps": ONE_OR_MORE,
+    "train.num_inner_epochs": ONE_OR_MORE,
+    "train.timesteps_per_forward": ONE_OR_MORE,
+    "train.timestep_fraction": Range("(0, 1]"),
+}
+# Numeric settings of train.py. With a value outside its range, training fails, or runs and learns nothing.
+TRAINING = BATCHES | {
+    "seed": SEED,
+    "num_epochs": ONE_OR_MORE,
+    "save_freq": ONE_OR_MORE,
+    "num_checkpoint_limit": ONE_OR_MORE,
+    "sample.guidance_scale": FINITE,
+    "train.learning_rate": POSITIVE,
+    "train.adam_beta1": BELOW_ONE,
+    "train.adam_beta2": BELOW_ONE,
+    "train.adam_weight_decay": NOT_NEGATIVE,
+    "train.adam_epsilon": POSITIVE,
+    "train.max_skipped_updates": ONE_OR_MORE,
+    "train.max_grad_norm": Range("(0, inf]"),  # infinity: gradients are not clipped
+    "train.adv_clip_max": POSITIVE,
+    "train.clip_range": POSITIVE,
+    "train.lora_rank": ONE_OR_MORE,
+    "train.kl_coef": NOT_NEGATIVE,
+    "early_stop.patience": ZERO_OR_MORE,
+    "early_stop.tolerance": NOT_NEGATIVE,
+    "held_out.every": ZERO_OR_MORE,
+    "held_out.images_per_prompt": ONE_OR_MORE,
+    "held_out.patience": ZERO_OR_MORE,
+    "held_out.tolerance": BELOW_ONE,  # APR never falls by 1 or more
+}
+ADVANTAGES = ("per_prompt", "group", "global")
 
 
 def make_accelerator(
@@ -132,12 +184,9 @@ class Geometry:
 
 def batch_geometry(sample: ConfigDict, train: ConfigDict, processes: int) -> Geometry:
     """Check that all batch sizes divide and return the counts. Raises UserError with both numbers where they do not."""
+    check_ranges({"sample": sample, "train": train}, BATCHES)
     local = sample.batch_size * sample.num_batches_per_epoch
     per_update = train.batch_size * train.gradient_accumulation_steps
-    if min(local, per_update, train.num_inner_epochs, sample.images_per_prompt, sample.num_steps) < 1:
-        raise UserError(
-            "batch sizes, batch counts, num_inner_epochs, images_per_prompt and num_steps must be 1 or more"
-        )
     if local % per_update:
         raise UserError(
             f"sample.batch_size x sample.num_batches_per_epoch = {local} samples a process do not divide into "
@@ -147,19 +196,14 @@ def batch_geometry(sample: ConfigDict, train: ConfigDict, processes: int) -> Geo
         raise UserError(
             f"sample.images_per_prompt={sample.images_per_prompt} does not divide the {local} samples of a process"
         )
-    low, high = train.timestep_window
-    if not 0 <= low < high <= 1 or not 0 < train.timestep_fraction <= 1:
-        raise UserError(
-            f"train.timestep_window={(low, high)} must satisfy 0 <= start < end <= 1 and "
-            f"train.timestep_fraction={train.timestep_fraction} must lie in (0, 1]"
-        )
+    low, high = check_pair("train.timestep_window", train.timestep_window, SHARE)
     first, last = math.floor(low * sample.num_steps), math.ceil(high * sample.num_steps)
     timesteps = int((last - first) * train.timestep_fraction)
     if timesteps < 1:
         raise UserError(
             f"train.timestep_fraction={train.timestep_fraction} of {last - first} timesteps is less than one; raise it"
         )
-    if train.timesteps_per_forward < 1 or timesteps % train.timesteps_per_forward:
+    if timesteps % train.timesteps_per_forward:
         raise UserError(
             f"train.timesteps_per_forward={train.timesteps_per_forward} does not divide the {timesteps} timesteps that "
             "each sample is trained on; give a divisor, or change train.timestep_fraction"
@@ -168,7 +212,9 @@ def batch_geometry(sample: ConfigDict, train: ConfigDict, processes: int) -> Geo
 
 
 def check_training(config: ConfigDict) -> None:
-    """Refuse settings of train.py that would train something other than what was asked for (UserError)."""
+    """Raise UserError for settings of train.py that cannot train, or train something other than what was asked for."""
+    check_ranges(config, TRAINING)
+    check_choices(config, {"train.advantage": ADVANTAGES, "wandb": ("auto", "disabled")})
     if config.sample.guidance_scale > 1 and not config.train.cfg:
         raise UserError(
             f"train.cfg is False but sample.guidance_scale is {config.sample.guidance_scale}: samples drawn with "
@@ -184,35 +230,26 @@ def check_training(config: ConfigDict) -> None:
         raise UserError("train.kl_coef needs use_lora=True: the base model is the UNet with its adapters off")
     if sharding_asked():
         check_sharding(config.use_lora, config.train.use_8bit_adam, config.mixed_precision)
-    if config.train.advantage not in ("per_prompt", "group", "global"):
-        raise UserError(f"train.advantage is {config.train.advantage!r}; allowed are per_prompt, group and global")
-    if config.wandb not in ("auto", "disabled"):
-        raise UserError(f"wandb is {config.wandb!r}; allowed are 'auto' and 'disabled'")
-    for name, least in (
-        ("seed", 0),
-        ("num_epochs", 1),
-        ("save_freq", 1),
-        ("num_checkpoint_limit", 1),
-        ("per_prompt_stat_tracking.buffer_size", 1),
-        ("per_prompt_stat_tracking.min_count", 1),
-        ("early_stop.patience", 0),
-        ("early_stop.tolerance", 0),
-        ("held_out.every", 0),
-        ("held_out.images_per_prompt", 1),
-        ("held_out.patience", 0),
-        ("held_out.tolerance", 0),
-        ("train.max_skipped_updates", 1),
-    ):
-        if not config[name] >= least:  # NaN is refused as well
-            raise UserError(f"{name} is {config[name]}; it must be {least} or more")
+    _check_statistics(config.per_prompt_stat_tracking)
     if config.held_out.patience and not config.held_out.every:
         raise UserError(
             f"held_out.patience is {config.held_out.patience} but held_out.every is 0: nothing is evaluated; set "
             "held_out.every, or held_out.patience=0"
         )
-    for name in ("learning_rate", "clip_range", "adv_clip_max", "max_grad_norm"):
-        if not config.train[name] > 0:
-            raise UserError(f"train.{name} is {config.train[name]}; it must be above 0")
+
+
+def _check_statistics(tracking: ConfigDict | None) -> None:
+    """Refuse per-prompt statistics that could only have a standard deviation of 0, or would never be used."""
+    if tracking is None:
+        return
+    two = Range("[2, inf)", whole=True)  # one reward has no standard deviation, and gets advantage 0
+    check_ranges(tracking, {"buffer_size": two, "min_count": two}, "per_prompt_stat_tracking.")
+    if tracking.min_count > tracking.buffer_size:
+        raise UserError(
+            f"per_prompt_stat_tracking.min_count is {tracking.min_count} but only buffer_size={tracking.buffer_size} "
+            "rewards are remembered, so no prompt would ever use its own statistics; raise buffer_size, or set "
+            "per_prompt_stat_tracking=None to normalize over the whole batch"
+        )
 
 
 def peak_memory_gib() -> float:

@@ -27,8 +27,11 @@ from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.pipeline import PromptTable, latent_shape, set_schedule
 from ddpo_pytorch.prompts import check_prompt
 from ddpo_pytorch.randomness import Stream, derived_seed, text_number
+from ddpo_pytorch.settings import FINITE, ONE_OR_MORE, SEED, SHARE
 
 SCHEDULERS = ("ddim", "dpm++")
+# numeric settings by which images are drawn; training needs more of sample.eta (`check_schedule`)
+SAMPLING = {"seed": SEED, "sample.num_steps": ONE_OR_MORE, "sample.eta": SHARE, "sample.guidance_scale": FINITE}
 IMAGE_FORMATS = ("png", "jpg")
 BLACK = 2  # an image with every 8-bit level below this is counted as black
 CPU_PASS = 32  # images a pass on a CPU, of 16 x 16 latents; fewer of larger ones

@@ -292,7 +292,8 @@ def main(_) -> None:
     folders, ratios, seeds = parse_samples(FLAGS.samples), parse_ratios(FLAGS.ratios), parse_seeds(FLAGS.seeds)
     if not 0 <= FLAGS.minority_share <= 1:
         raise UserError(f"--minority_share={FLAGS.minority_share} is not a share; give a number from 0 to 1")
-    recipe_of(seeds[0])
+    for seed in seeds:
+        recipe_of(seed)  # refuses values out of range
     accelerator = make_accelerator(FLAGS.mixed_precision, process_timeout=FLAGS.process_timeout)
     with locked_by_main(accelerator, FLAGS.output, "another --output"):
         augment(accelerator, folders, ratios, seeds)

@@ -23,7 +23,7 @@ from ddpo_pytorch.cli import cli, define_config
 from ddpo_pytorch.data import kinds
 from ddpo_pytorch.data.folder_names import folder_name
 from ddpo_pytorch.data.images import RESIZES, ImageFiles, is_whole, read_log, save_image, write_log
-from ddpo_pytorch.data.kinds import Row, source
+from ddpo_pytorch.data.kinds import KINDS, Row, source
 from ddpo_pytorch.data.sample_log import claim_folder
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import sha256
@@ -32,6 +32,7 @@ from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.paths import expand_config
 from ddpo_pytorch.processes import locked_by_main
 from ddpo_pytorch.run import make_accelerator
+from ddpo_pytorch.settings import ONE_OR_MORE, ZERO_OR_MORE, check_choices, check_ranges
 
 FLAGS = flags.FLAGS
 define_config(__file__, "Extraction of real images and latents.")
@@ -46,10 +47,8 @@ def find_rows(dataset: ConfigDict) -> tuple[list[Row], list[Path], int]:
             f"dataset.csv is {dataset.csv!r} and dataset.data_path {dataset.data_path!r}; give the split table and the "
             "folder of its <image>.jpg files"
         )
-    if dataset.image_size < 1:
-        raise UserError(f"dataset.image_size is {dataset.image_size}; it must be at least 1")
-    if dataset.resize not in RESIZES:
-        raise UserError(f"dataset.resize is {dataset.resize!r}; allowed are {', '.join(RESIZES)}")
+    check_ranges(dataset, {"image_size": ONE_OR_MORE, "limit": ZERO_OR_MORE, "num_workers": ZERO_OR_MORE}, "dataset.")
+    check_choices(dataset, {"kind": KINDS, "resize": RESIZES}, "dataset.")
     return kinds.find_rows(dataset.kind, dataset.csv, dataset.data_path, dataset.limit, dataset.skip_broken)
 
 

@@ -31,6 +31,7 @@ from ddpo_pytorch.files import JsonLines, atomic_folder, atomic_write, locked, s
 from ddpo_pytorch.generator.conditioning import save_model
 from ddpo_pytorch.generator.latents import INDEX, LatentShards
 from ddpo_pytorch.generator.lora import merged_state_dict
+from ddpo_pytorch.generator.mixing import REAL_SHARE
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.improvement import (
     Standing,
@@ -47,14 +48,25 @@ from ddpo_pytorch.improvement import (
 from ddpo_pytorch.json_files import COUNT, parse_json
 from ddpo_pytorch.judges.policy import load_judges
 from ddpo_pytorch.paths import expand_config
-from ddpo_pytorch.run import DTYPES
-from ddpo_pytorch.sampling import Sampler
+from ddpo_pytorch.run import DTYPES, batch_geometry, check_training
+from ddpo_pytorch.sampling import SAMPLING, Sampler
+from ddpo_pytorch.settings import BELOW_ONE, NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, Range, check_ranges
 
 FLAGS = flags.FLAGS
 define_config(__file__, "experiment, e.g. config/fundus.py:improve")
 flags.DEFINE_string("launch", "", "command that starts the scripts of a round, e.g. 'accelerate launch'; empty: python")
 logger = logging.getLogger(__name__)
 METHODS = ("finetune", "ddpo")
+RANGES = {
+    **dict.fromkeys(("rounds", "images_per_prompt", "num_candidates", "max_attempts"), ONE_OR_MORE),
+    **dict.fromkeys(("num_steps", "batch_size"), ONE_OR_MORE),
+    "held_out_images": Range("[2, inf)", whole=True),
+    "learning_rate": POSITIVE,
+    "ema_decay": BELOW_ONE,
+    "real_share": REAL_SHARE,
+    "tolerance": NOT_NEGATIVE,
+    "kid_tolerance": NOT_NEGATIVE,
+}
 FINETUNING = ("num_steps", "batch_size", "learning_rate", "ema_decay", "real_share")
 LOG = "rounds.jsonl"
 
@@ -74,11 +86,14 @@ def check_settings(config: ConfigDict) -> None:
     for name in improve.methods:
         if name not in METHODS:
             raise UserError(f"improve.methods has {name!r}; allowed are {', '.join(METHODS)}")
-    if improve.rounds < 1 or improve.held_out_images < 2 or not improve.methods:
-        raise UserError(
-            f"improve.rounds is {improve.rounds}, improve.held_out_images {improve.held_out_images}, improve.methods "
-            f"{tuple(improve.methods)}; at least 1 round of at least 1 method and 2 images are needed"
-        )
+    if not improve.methods:
+        raise UserError(f"improve.methods is empty; name one or more of {', '.join(METHODS)}")
+    # also of the scripts that it runs: the first training begins hours after the start
+    check_ranges(config, SAMPLING | {"eval.batch_size": ONE_OR_MORE})
+    check_ranges(improve, RANGES, "improve.")
+    if "ddpo" in improve.methods:
+        check_training(config)
+        batch_geometry(config.sample, config.train, processes=1)
     if Path(improve.judges).resolve() == Path(improve.held_out_judges).resolve():
         raise UserError(f"improve.held_out_judges are improve.judges, {improve.judges!r}; what chooses cannot judge")
 

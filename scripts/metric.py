@@ -51,6 +51,7 @@ from ddpo_pytorch.paths import expand_config
 from ddpo_pytorch.processes import locked_by_main
 from ddpo_pytorch.report.page import write_report
 from ddpo_pytorch.run import make_accelerator
+from ddpo_pytorch.settings import SEED, check_ranges
 
 FLAGS = flags.FLAGS
 define_config(__file__, "Metrics of sample folders.")
@@ -231,6 +232,7 @@ def write(config: ConfigDict, result: dict, folders: dict[str, list[Folder]]) ->
 def main(_) -> None:
     config = expand_config(FLAGS.config, "metric.output", "metric.cache_dir")
     metric = config.metric
+    check_ranges(config, {"seed": SEED})
     check_request(metric)
     accelerator = make_accelerator("no", config.allow_tf32, process_timeout=config.process_timeout)
     with locked_by_main(accelerator, metric.output, "another metric.output"):

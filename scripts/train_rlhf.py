@@ -42,6 +42,7 @@ from ddpo_pytorch.judges.vision import VisionSizes, read_judge
 from ddpo_pytorch.paths import expand_config
 from ddpo_pytorch.processes import locked_by_main
 from ddpo_pytorch.run import make_accelerator
+from ddpo_pytorch.settings import SEED, check_ranges
 from ddpo_pytorch.training_state import restore_state, save_state
 
 FLAGS = flags.FLAGS
@@ -232,6 +233,7 @@ def what_is_there(output: Path, stages: tuple[int, ...]) -> dict[str, Any]:
 
 def main(_) -> None:
     config = expand_config(FLAGS.config, "rlhf.output", "rlhf.ratings", "rlhf.text_encoder")
+    check_ranges(config, {"seed": SEED})
     check_settings(config.rlhf)
     accelerator = make_accelerator(config.mixed_precision, config.allow_tf32, process_timeout=config.process_timeout)
     with locked_by_main(accelerator, config.rlhf.output, "another rlhf.output"):

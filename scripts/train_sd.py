@@ -58,6 +58,8 @@ from ddpo_pytorch.paths import expand_config
 from ddpo_pytorch.processes import locked_by_main, on_main
 from ddpo_pytorch.randomness import BatchDraws, Stream
 from ddpo_pytorch.run import DTYPES, make_accelerator, peak_memory_gib
+from ddpo_pytorch.sampling import SAMPLING
+from ddpo_pytorch.settings import SEED, check_ranges
 from ddpo_pytorch.training_state import save_state
 
 FLAGS = flags.FLAGS
@@ -277,6 +279,7 @@ def load_pretrained(accelerator: Accelerator, config: ConfigDict) -> StableDiffu
 def main(_) -> None:
     config = expand_config(FLAGS.config, "sd.output")
     sd = config.sd
+    check_ranges(config, SAMPLING if sd.grid_every else {"seed": SEED})
     check_settings(sd)
     accelerator = make_accelerator(
         config.mixed_precision,

@@ -165,7 +165,7 @@ def test_extracted_latents_take_the_place_of_images(model, world, train, run_mai
         ({"sd__num_steps": 0}, "sd.num_steps is 0; it must be 1 or more"),
         ({"sd__gradient_accumulation_steps": 0}, "sd.gradient_accumulation_steps is 0"),
         ({"sd__save_every": -1}, "sd.save_every is -1; it must be 0 or more"),
-        ({"sd__learning_rate": 0.0}, "sd.learning_rate is 0.0, which must be above 0"),
+        ({"sd__learning_rate": 0.0}, "sd.learning_rate is 0.0"),
         ({"sd__batch_size": 100, "sd__stage": "vae"}, "48 items are fewer than a batch of 100"),
         ({"sd__vae_channels": (8, 9)}, "channels multiples of 8"),
         ({"sd__latents": "/nowhere"}, "'/nowhere' holds no complete latents"),

@@ -51,6 +51,8 @@ def add_lora(unet: UNet2DConditionModel, rank: int, targets: Sequence[str], seed
         raise UserError(f"LoRA rank is {rank}; allowed is 1 or more (the published checkpoint has 4)")
     if has_lora(unet):
         raise UserError("the UNet has LoRA adapters already; load weights into them, or start from a fresh UNet")
+    if not targets:
+        raise UserError("LoRA targets are empty, so nothing would be trained; name endings such as to_q, to_k, to_v")
     layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in layers):

@@ -7,6 +7,9 @@ from torch.utils.data import Dataset
 
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.latents import LatentShards
+from ddpo_pytorch.settings import Range, check_ranges
+
+REAL_SHARE = Range("[0.5, 1]")  # half of the images are real, or more
 
 
 class MixedLatents(Dataset):
@@ -25,8 +28,7 @@ class MixedLatents(Dataset):
     """
 
     def __init__(self, real: LatentShards, pool: LatentShards, weights: Sequence[float], real_share: float):
-        if not 0.5 <= real_share <= 1:
-            raise UserError(f"sd.real_share is {real_share}; allowed is 0.5 (half of the images are real) to 1")
+        check_ranges({"real_share": real_share}, {"real_share": REAL_SHARE}, "sd.")
         values = torch.tensor(weights, dtype=torch.float32)
         if len(values) != len(pool) or not (values >= 0).all() or not values.sum() > 0:
             raise UserError(

@@ -17,13 +17,35 @@ from ddpo_pytorch.data.sample_log import claim_folder
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import sha256
 from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, fingerprint, write_index
-from ddpo_pytorch.generator.mixing import MixedLatents
+from ddpo_pytorch.generator.mixing import REAL_SHARE, MixedLatents
 from ddpo_pytorch.generator.scratch import TEXT_ENCODERS
 from ddpo_pytorch.json_files import checked
+from ddpo_pytorch.settings import (
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    ONE_OR_MORE,
+    POSITIVE,
+    ZERO_OR_MORE,
+    Range,
+    check_choices,
+    check_ranges,
+)
 
 logger = logging.getLogger(__name__)
 # what a finished stage has left in sd.output.
 OUTCOMES = {"vae": "vae", "unet": "pretrained_unet.safetensors", "finetune": "pretrained_unet.safetensors"}
+RANGES = {
+    **dict.fromkeys(("num_steps", "batch_size", "gradient_accumulation_steps", "image_size"), ONE_OR_MORE),
+    **dict.fromkeys(("log_every", "val_every", "lora_rank", "text_width", "text_layers"), ONE_OR_MORE),
+    **dict.fromkeys(("limit", "val_images", "warmup_steps", "grid_every", "save_every", "num_workers"), ZERO_OR_MORE),
+    "text_tokens": Range("[2, inf)", whole=True),
+    "learning_rate": POSITIVE,
+    "min_snr_gamma": NOT_NEGATIVE,
+    "vae_kl_weight": NOT_NEGATIVE,
+    "caption_dropout": BELOW_ONE,
+    "ema_decay": BELOW_ONE,
+    "real_share": REAL_SHARE,
+}
 SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
 # settings that change how a training runs and not what it computes, or that say where things lie.
 _FREE = {"output", "data_path", "csv", "val_csv", "val_images", "val_every", "latents", "val_latents", "cache_dir"}
@@ -32,32 +54,10 @@ _FREE |= {"num_workers", "gradient_checkpointing", "log_every", "grid_every", "s
 
 def check_settings(sd: ConfigDict) -> Path:
     """Refuse `config.sd` that cannot be trained (UserError); returns the path that the outcome will have."""
-    for name, allowed in (
-        ("stage", OUTCOMES),
-        ("kind", KINDS),
-        ("resize", RESIZES),
-        ("lr_schedule", SCHEDULES),
-        ("text_encoder", TEXT_ENCODERS),
-    ):
-        if sd[name] not in allowed:
-            raise UserError(f"sd.{name} is {sd[name]!r}; allowed are {', '.join(allowed)}")
+    choices = {"stage": OUTCOMES, "kind": KINDS, "resize": RESIZES, "lr_schedule": SCHEDULES}
+    check_choices(sd, choices | {"text_encoder": TEXT_ENCODERS}, "sd.")
+    check_ranges(sd, RANGES, "sd.")
     outcome = refuse_outcome(sd)
-    for name, least in (
-        *dict.fromkeys(("num_steps", "batch_size", "image_size", "log_every", "val_every", "lora_rank"), 1).items(),
-        ("gradient_accumulation_steps", 1),
-        ("text_tokens", 2),
-        *dict.fromkeys(("limit", "val_images", "warmup_steps", "grid_every", "save_every", "num_workers"), 0).items(),
-    ):
-        if sd[name] < least:
-            raise UserError(f"sd.{name} is {sd[name]}; it must be {least} or more")
-    if not sd.learning_rate > 0 or not sd.min_snr_gamma >= 0:
-        raise UserError(
-            f"sd.learning_rate is {sd.learning_rate}, which must be above 0, and sd.min_snr_gamma {sd.min_snr_gamma}, "
-            "which must be 0 or more"
-        )
-    for name in ("caption_dropout", "ema_decay"):
-        if not 0 <= sd[name] < 1:
-            raise UserError(f"sd.{name} is {sd[name]}; it must be in [0, 1)")
     if sd.pool and sd.stage != "finetune":
         raise UserError(f"sd.pool is for sd.stage=finetune, which is {sd.stage!r}")
     if sd.use_lora and (sd.stage != "finetune" or sd.train_text_encoder):

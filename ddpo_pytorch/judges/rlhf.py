@@ -24,6 +24,17 @@ from ddpo_pytorch.judges.rated import RatedSet, best_threshold, measures
 from ddpo_pytorch.judges.selector import Selector
 from ddpo_pytorch.randomness import Stream, derived_seed, generator_of
 from ddpo_pytorch.reinforce import OBJECTIVES, advantages, importance_weights, reinforce_loss
+from ddpo_pytorch.settings import (
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    ONE_OR_MORE,
+    POSITIVE,
+    SHARE,
+    ZERO_OR_MORE,
+    check_choices,
+    check_pair,
+    check_ranges,
+)
 
 COLUMN = {"selector": "quality", "policy": "alignment"}
 PLACES = (
@@ -35,6 +46,13 @@ PLACES = (
     "text_encoder",
     "autoencoder",
 )  # known by what is in them
+RANGES = {
+    **dict.fromkeys(("num_epochs", "batch_size", "text_tokens"), ONE_OR_MORE),
+    **dict.fromkeys(("learning_rate", "second_learning_rate", "final_learning_rate"), POSITIVE),
+    **dict.fromkeys(("replay_share", "val_share"), BELOW_ONE),
+    "warmup_steps": ZERO_OR_MORE,
+    "weight_decay": NOT_NEGATIVE,
+}
 SECOND_ONLY = ("second_learning_rate", "importance", "importance_range", "replay_share")
 
 
@@ -42,26 +60,11 @@ def check_settings(rlhf: ConfigDict) -> None:
     """Refuse settings that cannot work (UserError)."""
     if tuple(rlhf.stages) not in ((1,), (2,), (1, 2)):
         raise UserError(f"rlhf.stages is {tuple(rlhf.stages)}; allowed are (1,), (2,) and (1, 2)")
-    if rlhf.objective not in OBJECTIVES:
-        raise UserError(f"rlhf.objective is {rlhf.objective!r}; allowed are {', '.join(OBJECTIVES)}")
-    for name in ("num_epochs", "batch_size", "text_tokens"):
-        if rlhf[name] < 1:
-            raise UserError(f"rlhf.{name} is {rlhf[name]}; it must be 1 or more")
-    for name in ("learning_rate", "second_learning_rate", "final_learning_rate"):
-        if not 0 < rlhf[name] < math.inf:
-            raise UserError(f"rlhf.{name} is {rlhf[name]}; it must be above 0")
-    if rlhf.warmup_steps < 0:
-        raise UserError(f"rlhf.warmup_steps is {rlhf.warmup_steps}; it must be 0 or more")
-    if not 0 <= rlhf.weight_decay < math.inf:
-        raise UserError(f"rlhf.weight_decay is {rlhf.weight_decay}; it must be 0 or more")
-    for name, value in (("replay_share", rlhf.replay_share), ("val_share", rlhf.val_share)):
-        if not 0 <= value < 1:
-            raise UserError(f"rlhf.{name} is {value}; it must be in [0, 1)")
-    if rlhf.threshold is not None and not 0 <= rlhf.threshold <= 1:
-        raise UserError(f"rlhf.threshold is {rlhf.threshold}; it must be in [0, 1]")
-    low, high = rlhf.importance_range
-    if not 0 < low <= high:
-        raise UserError(f"rlhf.importance_range is {(low, high)}; it must be two numbers above 0, the lower one first")
+    check_choices(rlhf, {"objective": OBJECTIVES}, "rlhf.")
+    check_ranges(rlhf, RANGES, "rlhf.")
+    if rlhf.threshold is not None:
+        check_ranges(rlhf, {"threshold": SHARE}, "rlhf.")
+    check_pair("rlhf.importance_range", rlhf.importance_range, POSITIVE, equal=True)
 
 
 def chosen_samples(passed: torch.Tensor, replay_share: float, seed: int) -> torch.Tensor:

@@ -28,11 +28,20 @@ from ddpo_pytorch.judges.losses import attribute_loss, positive_weights
 from ddpo_pytorch.judges.prediction import all_logits, image_loader, validation_loader
 from ddpo_pytorch.judges.report import Report
 from ddpo_pytorch.randomness import Stream, derived_seed
+from ddpo_pytorch.settings import BELOW_ONE, NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, SEED, ZERO_OR_MORE, check_ranges
 from ddpo_pytorch.training_state import restore_state, save_state
 
 logger = logging.getLogger(__name__)
 WEIGHT_DECAY = 1e-4
 FINAL_LEARNING_RATE = 1e-6
+RANGES = {
+    **dict.fromkeys(("num_epochs", "patience", "batch_size"), ONE_OR_MORE),
+    "learning_rate": POSITIVE,
+    "focal_gamma": NOT_NEGATIVE,
+    "ema_decay": BELOW_ONE,
+    "seed": SEED,
+    "num_workers": ZERO_OR_MORE,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +68,7 @@ class Recipe:
     num_workers: int = 0
 
     def __post_init__(self):
-        least = {"num_epochs": 1, "patience": 1, "batch_size": 1, "seed": 0, "num_workers": 0, "focal_gamma": 0}
-        for name, low in least.items():
-            if not low <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be {low} or more")
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"ema_decay is {self.ema_decay}; it must be in [0, 1)")
-        if not 0 < self.learning_rate < math.inf:
-            raise UserError(f"learning_rate is {self.learning_rate}; it must be above 0")
+        check_ranges(vars(self), RANGES)
 
 
 @dataclasses.dataclass(frozen=True)

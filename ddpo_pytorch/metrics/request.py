@@ -27,6 +27,7 @@ from ddpo_pytorch.metrics.sets import ImageSet, any_files, caption_files, inspec
 from ddpo_pytorch.metrics.store import PIXELS, THUMBNAILS, Network
 from ddpo_pytorch.metrics.structure import WINDOW
 from ddpo_pytorch.metrics.vocabulary import lacking_images
+from ddpo_pytorch.settings import ONE_OR_MORE, check_choices, check_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +73,8 @@ class Tools:
 def check_request(metric: ConfigDict) -> None:
     """Raise UserError for a setting without which nothing can be measured, or that is not allowed."""
     _check_judges(metric)
-    if metric.batch_size < 1:
-        raise UserError(f"metric.batch_size is {metric.batch_size}; it must be at least 1")
-    if metric.fid not in FID_MODES:
-        raise UserError(f"metric.fid is {metric.fid!r}; allowed are {', '.join(FID_MODES)}")
+    check_ranges(metric, {"batch_size": ONE_OR_MORE}, "metric.")
+    check_choices(metric, {"fid": FID_MODES}, "metric.")
     for name in ("output", "cache_dir"):  # told before anything is computed
         _check_writable(Path(metric[name]), f"metric.{name}")
     for _, run in named_paths(metric.logs, "metric.logs"):
