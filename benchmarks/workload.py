@@ -171,8 +171,8 @@ class Ours:
         self.stop_request = self.script.StopRequest(self.run.accelerator)
 
     def rollout(self, epoch: int, prompts: list[str], metadata: list) -> tuple[Trajectories, np.ndarray]:
-        samples, rewards = self.script.sample_and_score(self.run, epoch, prompts, metadata, self.stop_request)
-        return samples, rewards.cpu().numpy()
+        samples, scores = self.script.sample_and_score(self.run, epoch, prompts, metadata, self.stop_request)
+        return samples, scores[:, 0].cpu().numpy()
 
     def update(self, epoch: int, samples: Trajectories, advantages: torch.Tensor) -> dict[str, float]:
         return self.script.update(self.run, epoch, samples, advantages)

@@ -31,6 +31,16 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str
     return None
 
 
+def describe_value(value: Any) -> str:
+    """Return the type of a value, with shape and kind of elements where it has any, for an error message."""
+    kind = type(value).__name__
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"a {kind} of shape {tuple(value.shape)} and type {value.dtype}"
+    if isinstance(value, tuple | list):
+        return f"a {kind} of {len(value)} ({', '.join(sorted({type(one).__name__ for one in value})) or 'empty'})"
+    return f"{_short(value)} ({kind})"
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -24,7 +24,7 @@ from ddpo_pytorch.judges.identity import weights_digest
 from ddpo_pytorch.metrics.alignment import count_alignment
 from ddpo_pytorch.prompts import Prompt
 from ddpo_pytorch.randomness import Stream, derived_seed
-from ddpo_pytorch.rewards import RewardFn
+from ddpo_pytorch.rewards import RewardFn, as_reward
 
 
 def load_judge(
@@ -183,10 +183,10 @@ class HeldOut:
             if number >= len(starts):
                 continue
             images = to_uint8(images).float() / 255
-            rewards, _ = reward_fn(images, [job.prompt for job in batch], [job.metadata for job in batch])
+            rewards, _ = as_reward(reward_fn)(images, [job.prompt for job in batch], [job.metadata for job in batch])
             rows = scores[start : start + batch_size]
             rows[:, :heads] = self.judge.predict(images).cpu().double()
-            rows[:, heads] = torch.as_tensor(rewards, dtype=torch.float64)
+            rows[:, heads] = torch.from_numpy(rewards)
         # every row comes from one process, the others have zeros there
         scores = accelerator.reduce(scores.to(accelerator.device), "sum").cpu()
         counts = count_alignment([job.prompt for job in self.jobs], scores[:, :heads].long(), self.judge.labels)

@@ -1,8 +1,9 @@
 """Reward functions, chosen by name: `reward_fn` and `reward_fn_kwargs` of a configuration.
 
 A factory returns `fn(images, prompts, metadata) -> (rewards, info)`: images (B, 3, H, W) float in [0, 1], which a
-reward never modifies; prompts, B strings; metadata, B dicts of the prompt function; rewards, B floats; info, a dict of
-further per-image values. To add one, write a factory and enter it in `REWARDS`.
+reward never modifies; prompts, B strings; metadata, B dicts of the prompt function; rewards, B finite numbers as a
+list, an array or a tensor (`check_result`); info, a dict of further per-image values. To add one, write a factory and
+enter it in `REWARDS`.
 """
 
 import inspect
@@ -17,7 +18,7 @@ import torch
 
 from ddpo_pytorch.data.images import to_pil
 from ddpo_pytorch.data.isic import LABELS, labels_of
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.errors import UserError, describe_value
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier
 from ddpo_pytorch.judges.policy import load_judges
 
@@ -89,41 +90,137 @@ REWARDS: dict[str, Callable[..., RewardFn]] = {
 }
 
 
+class Reward:
+    """A reward, or a weighted sum of rewards, with `check_result` applied to whatever they return.
+
+    Called with a batch it returns rewards (B,) float64 and info. info of one unweighted reward is its own; info of a
+    sum holds every part's unweighted rewards under its name and the part's own info under "<name>/<key>". UserError of
+    a reward is passed on; other exceptions become RuntimeError, naming the reward and the prompts of the batch.
+
+    Args:
+        functions: reward functions by name.
+        weights: of each in a sum; None for a single reward that is taken as it is.
+
+    Attributes:
+        parts: names under which info holds the rewards of a sum's parts; () where there is no sum.
+    """
+
+    def __init__(self, functions: Mapping[str, RewardFn], weights: Mapping[str, float] | None = None):
+        self._functions, self._weights = dict(functions), weights
+        self.parts = () if weights is None else tuple(functions)
+
+    def __call__(
+        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        if self._weights is None:
+            ((name, function),) = self._functions.items()
+            return _score(name, function, images, prompts, metadata)
+        total, info = np.zeros(len(prompts)), {}
+        for name, function in self._functions.items():
+            info[name], details = _score(name, function, images, prompts, metadata)
+            info |= {f"{name}/{key}": value for key, value in details.items()}
+            total += self._weights[name] * info[name]
+        return check_result(" + ".join(self.parts), (total, info), prompts)
+
+
+def as_reward(function: RewardFn) -> Reward:
+    """Return `function` as a `Reward`, which checks its results; a `Reward` is returned as it is."""
+    name = getattr(function, "__name__", type(function).__name__)
+    return function if isinstance(function, Reward) else Reward({name: function})
+
+
+def _score(
+    name: str, function: RewardFn, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    try:
+        result = function(images, prompts, metadata)
+    except UserError:
+        raise
+    except Exception as error:
+        texts = ", ".join(map(repr, dict.fromkeys(prompts)))
+        raise RuntimeError(f"reward {name!r} failed on images of {texts}") from error
+    return check_result(name, result, prompts)
+
+
 def build_reward(
     spec: str, kwargs_by_name: Mapping[str, Mapping[str, Any]] | None = None, device: str | torch.device = "cpu"
-) -> RewardFn:
-    """The reward that `spec` names: "a", or a weighted sum such as "a:0.7,b:0.3" (weight 1 where none is given).
+) -> Reward:
+    """Return the reward that `spec` names: "a", or a weighted sum such as "a:0.7,b:0.3" (weight 1 where none is given).
 
     `kwargs_by_name` holds each factory's keyword arguments; entries of rewards that `spec` does not name are ignored.
-    info of one unweighted reward is its own; info of a sum holds every part's unweighted rewards under its name and the
-    part's own info under "<name>/<key>". Raises UserError for an unknown or repeated name, a weight that is not a
-    finite number, or keyword arguments that do not fit.
+    Raises UserError for an unknown or repeated name, weights that are not finite or all 0, keyword arguments that do
+    not fit or belong to no reward, and a factory that returns no function.
     """
     weights = parse_spec(spec)
     kwargs_by_name = kwargs_by_name or {}
+    for name, kwargs in kwargs_by_name.items():
+        if name not in REWARDS:
+            raise UserError(f"reward_fn_kwargs.{name} belongs to no reward; {_known(name)}")
+        if not isinstance(kwargs, Mapping):
+            raise UserError(
+                f"reward_fn_kwargs.{name} is {kwargs!r}; give arguments, reward_fn_kwargs.{name}.NAME=VALUE"
+            )
     parts = {name: _build(name, kwargs_by_name.get(name, {}), device) for name in weights}
-    if list(weights.values()) == [1.0]:
-        return next(iter(parts.values()))
+    return Reward(parts, None if list(weights.values()) == [1.0] else weights)
 
-    def reward(images, prompts, metadata):
-        total, info = np.zeros(len(prompts)), {}
-        for name, part in parts.items():
-            info[name], details = part(images, prompts, metadata)
-            info |= {f"{name}/{key}": value for key, value in details.items()}
-            total += weights[name] * info[name]
-        return total, info
 
-    return reward
+def check_result(name: str, result: Any, prompts: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return what a reward function returned for B prompts as rewards (B,) float64, and info.
+
+    Rewards may be a list or tuple of B numbers, a NumPy array or a tensor of shape (B,) or (B, 1), of integers,
+    booleans or floats, on any device and with or without a gradient.
+
+    Raises:
+        UserError: anything else, naming the reward, what it returned and what is allowed; a value that is not finite,
+            naming its prompt.
+    """
+    if not isinstance(result, tuple | list) or len(result) != 2 or not isinstance(result[1], Mapping):
+        raise UserError(
+            f"reward {name!r} returned {describe_value(result)} for {len(prompts)} images; it must return a pair of "
+            "rewards and a dict, as in `return rewards, {}`"
+        )
+    (rewards, info), count = result, len(prompts)
+    values = _as_array(rewards)
+    if values is None or values.shape not in ((count,), (count, 1)):
+        raise UserError(
+            f"reward {name!r} returned {describe_value(rewards)} for {count} images; it must return {count} real "
+            f"numbers, one for each image: a list, an array or a tensor of shape ({count},)"
+        )
+    values = values.reshape(count)
+    for prompt, value in zip(prompts, values, strict=True):
+        if not np.isfinite(value):
+            raise UserError(f"the reward {name!r} of an image of {prompt!r} is {value}; rewards must be finite numbers")
+    return values, dict(info)
+
+
+def _as_array(rewards: Any) -> np.ndarray | None:
+    """Return real numbers as float64, in the shape that they are given in; None for anything else."""
+    try:
+        rewards = [_on_host(one) for one in rewards] if isinstance(rewards, tuple | list) else _on_host(rewards)
+        array = np.asarray(rewards)
+    except (TypeError, ValueError, RuntimeError):  # ragged lists, tensors that are not plain arrays
+        return None
+    return array.astype(np.float64) if array.dtype.kind in "biuf" else None
+
+
+def _on_host(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.detach().cpu()
+    return (value.double() if value.is_floating_point() else value).numpy()  # NumPy knows no bfloat16
 
 
 def check_prompts(reward_fn: RewardFn, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    """Score a black image for each (prompt, metadata): what the reward cannot judge is told before anything is drawn.
+    """Try a reward on an image of noise for each (prompt, metadata), before anything is sampled.
 
-    Raises what the reward raises, UserError for a prompt that it does not understand.
+    Every call has at least two images, so that one value for a whole batch is noticed. Raises what `Reward` raises,
+    among it UserError for a prompt that the reward does not understand.
     """
-    for start in range(0, len(prompts), 32):
-        texts, about = zip(*prompts[start : start + 32], strict=True)
-        reward_fn(torch.zeros(len(texts), 3, 64, 64), list(texts), list(about))
+    reward_fn, noise = as_reward(reward_fn), torch.rand(32, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for start in range(0, len(prompts), len(noise)):
+        tried = prompts[start : start + len(noise)]
+        texts, metadata = zip(*(tried if len(tried) > 1 else [*tried, *tried]), strict=True)
+        reward_fn(noise[: len(texts)].clone(), list(texts), list(metadata))
 
 
 def parse_spec(spec: str) -> dict[str, float]:
@@ -132,14 +229,18 @@ def parse_spec(spec: str) -> dict[str, float]:
     for part in spec.split(","):
         name, _, text = (piece.strip() for piece in part.partition(":"))
         if name not in REWARDS:
-            raise UserError(
-                f"reward {name!r} (in reward_fn={spec!r}) is unknown; ddpo_pytorch/rewards.py has "
-                f"{', '.join(sorted(REWARDS))}"
-            )
+            raise UserError(f"reward {name!r} (in reward_fn={spec!r}) is unknown; {_known(name)}")
         if name in weights:
             raise UserError(f"reward {name!r} appears twice in reward_fn={spec!r}; add up its weights instead")
         weights[name] = _weight(text, spec) if ":" in part else 1.0
+    if not any(weights.values()):
+        raise UserError(f"all weights in reward_fn={spec!r} are 0, so there is nothing to learn; change one of them")
     return weights
+
+
+def _known(name: str) -> str:
+    known = f"REWARDS in ddpo_pytorch/rewards.py has {', '.join(sorted(REWARDS))}"
+    return f"{known}: enter the function of that name there" if callable(globals().get(name)) else known
 
 
 def _weight(text: str, spec: str) -> float:
@@ -164,7 +265,13 @@ def _build(name: str, kwargs: Mapping[str, Any], device: str | torch.device) -> 
         raise UserError(
             f"reward_fn_kwargs.{name} has {sorted(kwargs)} but {name} takes {sorted(accepted)} ({error})"
         ) from error
-    return factory(**kwargs)
+    function = factory(**kwargs)
+    if not callable(function):
+        raise UserError(
+            f"REWARDS[{name!r}] returned {describe_value(function)}; it must be a factory, which returns a function of "
+            "images, prompts and metadata"
+        )
+    return function
 
 
 def _jpeg_bytes(image: torch.Tensor) -> int:

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.rewards import RewardFn
+from ddpo_pytorch.rewards import RewardFn, as_reward
+
+Scores = dict[str, np.ndarray]  # (B,) float64: the rewards under TOTAL, those of a sum's parts under their names
+TOTAL = ""
 
 
 class Scorer:
@@ -23,10 +25,10 @@ class Scorer:
     """
 
     def __init__(self, reward_fn: RewardFn, device: torch.device):
-        self.reward_fn = reward_fn
+        self.reward_fn = as_reward(reward_fn)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._executor = ThreadPoolExecutor(max_workers=1) if self._stream else None
-        self._scores: list[np.ndarray | Future] = []
+        self._scores: list[Scores | Future[Scores]] = []
 
     def submit(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
         """Score images (B, 3, H, W), float32 in [0, 1]. Raises what `collect` would if an earlier batch has failed."""
@@ -40,34 +42,29 @@ class Scorer:
         self._scores.append(self._executor.submit(self._score_on_stream, ready, images, prompts, metadata))
 
     def collect(self) -> np.ndarray:
-        """Rewards (N,), float64, of all images since the last call, in their order.
+        """Return rewards (N,), float64, of all images since the last call, in the order of submission.
 
-        Raises UserError for a reward that is not finite, naming its prompt; RuntimeError, naming the prompts of the
-        batch, from whatever else the reward function raises.
+        Raises what `Reward` raises.
         """
-        scores, self._scores = self._scores, []
-        return np.concatenate([score.result() if isinstance(score, Future) else score for score in scores])
+        return self.collect_parts()[TOTAL]
+
+    def collect_parts(self) -> Scores:
+        """Do the same for a sum and its parts: rewards (N,) under TOTAL, unweighted ones under the parts' names."""
+        pending, self._scores = self._scores, []
+        scores = [one.result() if isinstance(one, Future) else one for one in pending]
+        return {name: np.concatenate([one[name] for one in scores]) for name in (TOTAL, *self.reward_fn.parts)}
 
     def close(self) -> None:
         """End the thread; what is still queued is dropped."""
         if self._executor:
             self._executor.shutdown(cancel_futures=True)
 
-    def _score_on_stream(self, ready: torch.cuda.Event, images: torch.Tensor, *about) -> np.ndarray:
+    def _score_on_stream(self, ready: torch.cuda.Event, images: torch.Tensor, *about) -> Scores:
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
             images.record_stream(self._stream)  # or its memory could be reused before it was read
             return self._score(images, *about)
 
-    def _score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence) -> np.ndarray:
-        try:
-            rewards = np.asarray(self.reward_fn(images, prompts, metadata)[0], dtype=np.float64)
-        except UserError:
-            raise
-        except Exception as error:
-            about = ", ".join(map(repr, dict.fromkeys(prompts)))
-            raise RuntimeError(f"the reward failed on images of {about}") from error
-        for prompt, reward in zip(prompts, rewards, strict=True):
-            if not np.isfinite(reward):
-                raise UserError(f"the reward of an image of {prompt!r} is {reward}; rewards must be finite numbers")
-        return rewards
+    def _score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence) -> Scores:
+        rewards, info = self.reward_fn(images, prompts, metadata)
+        return {TOTAL: rewards} | {name: info[name] for name in self.reward_fn.parts}

@@ -1,7 +1,7 @@
 """Advantages: rewards relative to what is usual for the prompt, for the group, or for the epoch. All in float64."""
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,23 +82,30 @@ class PerPromptStatTracker:
         self._rewards = {prompt: deque(rewards, maxlen=self.buffer_size) for prompt, rewards in state["rewards"]}
 
 
-def reward_statistics(prompts: Sequence[Hashable], rewards: Sequence[float]) -> dict[str, float]:
-    """What to log about an epoch's rewards (N,).
+def reward_statistics(
+    prompts: Sequence[Hashable], rewards: Sequence[float], parts: Mapping[str, Sequence[float]] | None = None
+) -> dict[str, float]:
+    """Return what is logged about an epoch's rewards (N,), and about the parts (N,) of a weighted sum by name.
 
-    Mean, standard deviation, minimum and maximum; the mean over prompts of the standard deviation within a prompt; and
-    the share of prompts (of those seen at least twice) whose rewards were all equal: they teach nothing.
+    reward_mean, reward_std, reward_min, reward_max; reward_<name>_mean and reward_<name>_std of each part, unweighted;
+    per_prompt_reward_std, the standard deviation within a prompt, averaged over prompts that were drawn at least twice;
+    and zero_std_share, the share of prompts whose rewards were all equal, which includes those that were drawn once.
     """
     prompts, rewards = _as_arrays(prompts, rewards)
     groups = [rewards[prompts == prompt] for prompt in np.unique(prompts)]
-    spreads = np.array([group.std() for group in groups if len(group) > 1])
-    return {
+    spreads = [group.std() for group in groups if len(group) > 1]
+    statistics = {
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()),
         "reward_min": float(rewards.min()),
         "reward_max": float(rewards.max()),
-        "per_prompt_reward_std": float(spreads.mean()) if len(spreads) else 0.0,
-        "zero_std_share": float((spreads == 0).mean()) if len(spreads) else 0.0,
+        "per_prompt_reward_std": float(np.mean(spreads)) if spreads else 0.0,
+        # not std() == 0, which rounding can miss
+        "zero_std_share": float(np.mean([np.ptp(group) == 0 for group in groups])),
     }
+    for name, values in (parts or {}).items():
+        statistics |= {f"reward_{name}_mean": float(np.mean(values)), f"reward_{name}_std": float(np.std(values))}
+    return statistics
 
 
 def compute_advantages(

@@ -11,7 +11,9 @@ from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, save_classifier
 from ddpo_pytorch.rewards import (
+    REWARDS,
     build_reward,
+    check_prompts,
     isic_classifier_reward,
     jpeg_compressibility,
     jpeg_incompressibility,
@@ -130,6 +132,9 @@ def test_specifications():
         ("jpeg_compressibility:", "weight '' .* is not a number"),
         ("jpeg_compressibility:nan", "weight 'nan' .* is not a number"),
         ("jpeg_compressibility:1,jpeg_compressibility:2", "twice"),
+        ("jpeg_compressibility:inf", "weight 'inf' .* is not a number"),
+        ("jpeg_compressibility:0,jpeg_incompressibility:0.0", "are 0"),
+        ("build_reward", "'build_reward' .* enter the function"),
     ],
 )
 def test_bad_specifications_are_named(spec, message):
@@ -144,3 +149,124 @@ def test_keyword_arguments_that_do_not_fit_are_named():
         build_reward("isic_classifier_reward")
     with pytest.raises(UserError, match="'nowhere.safetensors' does not exist"):
         build_reward("isic_classifier_reward", {"isic_classifier_reward": {"classifier": "nowhere.safetensors"}})
+
+
+PROMPT_PAIR = ("a cat", "a dog")
+
+
+def returning(value):
+    """A reward that returns `value`, or what it returns for the images if it is a function."""
+
+    def factory():
+        return lambda images, prompts, metadata: value(images) if callable(value) else value
+
+    return factory
+
+
+def brightness(images: torch.Tensor) -> torch.Tensor:
+    return images.mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("spec", ["mine", "mine:1.0,jpeg_compressibility:0.5", "mine:2"])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.25, 0.5], (0.25, 0.5)),
+        ((1, 3), (1, 3)),
+        ([True, False], (1, 0)),
+        ([torch.tensor(0.25, requires_grad=True), torch.tensor(0.5)], (0.25, 0.5)),
+        ([np.float32(0.25), 2], (0.25, 2)),
+        ([[0.25], [0.5]], (0.25, 0.5)),
+        (np.array([1, 3], dtype=np.int8), (1, 3)),
+        (np.array([0.25, 0.5], dtype=np.float16), (0.25, 0.5)),
+        (np.array([[0.25], [0.5]]), (0.25, 0.5)),
+        (torch.tensor([0.25, 0.5]), (0.25, 0.5)),
+        (torch.tensor([0.25, 0.5], dtype=torch.bfloat16, requires_grad=True), (0.25, 0.5)),
+        (torch.tensor([[0.25], [0.5]], dtype=torch.float16), (0.25, 0.5)),
+        (torch.tensor([1, 3]), (1, 3)),
+        (torch.tensor([True, False]), (1, 0)),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, tuple) else "",
+)
+def test_numbers_of_every_kind_work_alone_and_in_sums(monkeypatch, spec, values, expected):
+    monkeypatch.setitem(REWARDS, "mine", returning((values, {"note": "x"})))
+    images = noisy_images([0.1, 0.5])
+    reward = build_reward(spec)
+    total, info = reward(images, PROMPT_PAIR, [{}, {}])
+    size = jpeg_compressibility()(images, PROMPT_PAIR, [{}, {}])[0]
+    wanted = np.array(expected, dtype=np.float64) * (2 if spec == "mine:2" else 1)
+    assert isinstance(total, np.ndarray) and total.dtype == np.float64 and total.shape == (2,)
+    np.testing.assert_array_equal(total, wanted + (0.5 * size if "jpeg" in spec else 0))
+    if spec == "mine":
+        assert info == {"note": "x"} and reward.parts == ()
+    else:
+        np.testing.assert_array_equal(info["mine"], expected)
+        assert info["mine/note"] == "x" and reward.parts[0] == "mine"
+
+
+@pytest.mark.parametrize("spec", ["mine", "mine:1.0,jpeg_compressibility:0.5"])
+@pytest.mark.parametrize(
+    ("result", "stated"),
+    [
+        (([0.5], {}), "list of 1"),  # would be broadcast to the batch
+        ((torch.tensor([0.5]), {}), "(1,)"),
+        ((np.zeros(3), {}), "(3,)"),
+        ((torch.tensor(0.5), {}), "()"),
+        ((0.5, {}), "0.5"),
+        ((np.float64(0.5), {}), "()"),
+        ((None, {}), "None"),
+        ((torch.zeros(1, 2), {}), "(1, 2)"),
+        ((torch.zeros(2, 2), {}), "(2, 2)"),
+        ((torch.zeros(2, 1, 1), {}), "(2, 1, 1)"),
+        ((["0.25", "0.5"], {}), "str"),
+        ((np.array(["0.25", "0.5"]), {}), "<U4"),
+        ((torch.zeros(2, dtype=torch.complex64), {}), "complex64"),
+        (([1j, 2j], {}), "complex"),
+        (([0.5, None], {}), "NoneType"),
+        (([[0.5], [0.5, 0.5]], {}), "list"),
+        ((({0.25, 0.5}), {}), "set"),
+        (({"a cat": 1.0}, {}), "dict"),
+        ("ab", "ab"),
+        (None, "None"),
+        ([0.25, 0.5], "list of 2"),  # no pair of rewards and info, although it has two elements
+        (brightness, "(2,)"),
+        (([0.25, 0.5], None), "NoneType"),
+        (([0.25, 0.5], {}, {}), "tuple of 3"),
+        (([0.25, float("nan")], {}), "'a dog'"),
+        ((torch.tensor([float("inf"), 0.0]), {}), "'a cat'"),
+    ],
+)
+def test_other_results_are_refused_by_name_at_the_trial_and_after(monkeypatch, spec, result, stated):
+    monkeypatch.setitem(REWARDS, "mine", returning(result))
+    reward = build_reward(spec)
+    for call in (
+        lambda: reward(noisy_images([0.1, 0.5]), PROMPT_PAIR, [{}, {}]),
+        lambda: check_prompts(reward, [(prompt, {}) for prompt in PROMPT_PAIR]),
+    ):
+        with pytest.raises(UserError) as caught:
+            call()
+        assert "'mine'" in str(caught.value) and stated in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_one_value_for_a_batch_is_noticed_with_a_single_prompt(monkeypatch):
+    monkeypatch.setitem(REWARDS, "mine", returning(lambda images: ([images.mean().item()], {})))
+    with pytest.raises(UserError, match="'mine' .* list of 1 .* 2 images"):
+        check_prompts(build_reward("mine"), [("a cat", {})])
+    monkeypatch.setitem(REWARDS, "mine", returning(lambda images: (brightness(images), {})))
+    check_prompts(build_reward("mine"), [(f"prompt {number}", {}) for number in range(33)])
+
+
+def test_what_is_no_factory_or_belongs_to_no_reward_is_named(monkeypatch):
+    monkeypatch.setitem(REWARDS, "mine", lambda: None)
+    with pytest.raises(UserError, match="'mine'.*None"):
+        build_reward("mine")
+    with pytest.raises(UserError, match="reward_fn_kwargs.isic_clasifier_reward"):
+        build_reward("jpeg_compressibility", {"isic_clasifier_reward": {"classifier": "H6"}})
+    with pytest.raises(UserError, match="reward_fn_kwargs.jpeg_compressibility is 3"):
+        build_reward("jpeg_compressibility", {"jpeg_compressibility": 3})
+
+
+def test_a_sum_that_overflows_is_named(monkeypatch):
+    monkeypatch.setitem(REWARDS, "mine", returning(([1e308, 0.0], {})))
+    with pytest.raises(UserError, match="'a cat' is inf"):
+        build_reward("mine:10,jpeg_compressibility:0")(noisy_images([0.1, 0.5]), PROMPT_PAIR, [{}, {}])

@@ -36,10 +36,10 @@ def test_rewards_come_in_the_order_of_submission():
 
 def test_a_reward_that_fails_is_told_at_once_with_its_prompts():
     scorer = Scorer(brightness, CPU)
-    with pytest.raises(RuntimeError, match="the reward failed on images of 'a', 'fail'") as failure:
+    with pytest.raises(RuntimeError, match="'brightness' failed on images of 'a', 'fail'") as failure:
         scorer.submit(torch.zeros(3, 3, 4, 4), ["a", "fail", "a"], [{}] * 3)
     assert isinstance(failure.value.__cause__, ZeroDivisionError)
-    with pytest.raises(UserError, match="the reward of an image of 'nothing' is nan"):
+    with pytest.raises(UserError, match="'brightness' of an image of 'nothing' is nan"):
         scorer.submit(torch.zeros(2, 3, 4, 4), ["a", "nothing"], [{}] * 2)
 
 

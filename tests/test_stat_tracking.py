@@ -5,7 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from ddpo_pytorch.stat_tracking import PerPromptStatTracker, global_advantages, group_advantages
+from ddpo_pytorch.stat_tracking import (
+    PerPromptStatTracker,
+    global_advantages,
+    group_advantages,
+    reward_statistics,
+)
 
 
 def standardized(values, reference) -> np.ndarray:
@@ -80,3 +85,15 @@ def test_lengths_must_agree():
         PerPromptStatTracker(8, 1).update(["a", "b"], [1.0])
     with pytest.raises(ValueError, match="one length"):
         group_advantages(["a"], [1.0, 2.0])
+
+
+def test_statistics_count_prompts_that_taught_nothing():
+    # "a" differs, "b" is equal (0.1 three times: std() is not exactly 0), "c" and "d" were drawn once
+    prompts, rewards = ["a", "b", "a", "b", "c", "b", "d"], [1.0, 0.1, 0.0, 0.1, 0.7, 0.1, 0.2]
+    statistics = reward_statistics(prompts, rewards, {"jpeg": [1, 2, 3, 4, 5, 6, 7]})
+    assert statistics["zero_std_share"] == 3 / 4
+    assert statistics["per_prompt_reward_std"] == pytest.approx(0.25)  # of "a" and "b"
+    assert (statistics["reward_min"], statistics["reward_max"]) == (0.0, 1.0)
+    assert (statistics["reward_jpeg_mean"], statistics["reward_jpeg_std"]) == (4.0, 2.0)
+    assert reward_statistics(["a", "b"], [1.0, 2.0])["zero_std_share"] == 1.0
+    assert reward_statistics(["a", "a"], [1.0, 2.0])["zero_std_share"] == 0.0
