@@ -172,10 +172,13 @@ class Record:
             return f"mean reward changed by less than {self.plateau.tolerance:g} for {self.plateau.patience} epochs"
         if evaluated and self.watch.stop:
             best, last = self.watch.best, self.watch.last
+            hacked = self.watch.hacked
+            cause = "the reward is being hacked" if hacked else "the policy has collapsed"
             return (
-                f"on held-out noise the reward rose from {best['reward']:.4f} to {last['reward']:.4f} while APR fell "
-                f"from {best['apr']:.4f} to {last['apr']:.4f}, in {self.watch.collapsed} evaluations in a row; the "
-                f"best checkpoint, after {best['epoch']} epochs, is {self.folder / BEST}"
+                f"{cause}: on held-out noise the reward {'rose' if hacked else 'went'} from {best['reward']:.4f} to "
+                f"{last['reward']:.4f} while APR fell from {best['apr']:.4f} to {last['apr']:.4f}, in "
+                f"{self.watch.collapsed} evaluations in a row; the best checkpoint, after {best['epoch']} epochs, is "
+                f"{self.folder / BEST}; try {'train.kl_coef' if hacked else 'a lower train.learning_rate'}"
             )
         return None
 
@@ -221,7 +224,9 @@ def open_record(
     """The record of a new run of train.py or, with its weights loaded, of the one to go on with."""
     plateau = RewardPlateau(config.early_stop.tolerance, config.early_stop.patience)
     watch = BestAndCollapse(config.held_out.tolerance, config.held_out.patience)
-    record = Record(accelerator, PerPromptStatTracker(**config.per_prompt_stat_tracking), plateau, watch)
+    # None: advantages are taken over the whole batch, and the tracker stays empty
+    tracking = config.per_prompt_stat_tracking or {"buffer_size": 2, "min_count": 2}
+    record = Record(accelerator, PerPromptStatTracker(**tracking), plateau, watch)
     record.open(config.logdir, config.run_name, config.resume_from, config.to_dict(), unet, optimizer)
     if held_out and record.held_out_identity:
         held_out.check_identity(record.held_out_identity)

@@ -1,4 +1,4 @@
-"""When training should end before its last epoch: a reward that stands still, a judge that no longer follows it."""
+"""When training should end before its last epoch: the reward stands still, or the held-out APR has fallen."""
 
 from typing import Any
 
@@ -31,10 +31,11 @@ class RewardPlateau:
 
 
 class BestAndCollapse:
-    """The best of a run's held-out evaluations, and whether the policy has come to please the reward alone.
+    """The best of a run's held-out evaluations, and whether the policy has collapsed since.
 
-    The best evaluation is the one of highest APR, the first of equals. A later one has *collapsed* when, against the
-    best and on the same prompts and noise, its mean reward is higher and its APR lower by more than `tolerance`.
+    The best evaluation is the one of highest APR, the first of equals. A later one has *collapsed* when, on the same
+    prompts and noise, its APR is lower by more than `tolerance`. Where its mean reward is higher than the best's at the
+    same time, the reward is being hacked; where it is not, the policy itself has broken down.
 
     Args:
         tolerance: fall of APR, in [0, 1], that is put down to chance.
@@ -57,14 +58,18 @@ class BestAndCollapse:
         if self.best is None or apr > self.best["apr"]:
             self.best, self.collapsed = self.last, 0
             return True
-        fell = self.best["apr"] - apr > self.tolerance
-        self.collapsed = self.collapsed + 1 if fell and reward > self.best["reward"] else 0
+        self.collapsed = self.collapsed + 1 if self.best["apr"] - apr > self.tolerance else 0
         return False
 
     @property
     def stop(self) -> bool:
         """Whether training should stop."""
         return 0 < self.patience <= self.collapsed
+
+    @property
+    def hacked(self) -> bool:
+        """Whether the last evaluation has a higher reward than the best one: the reward rises while APR falls."""
+        return self.best is not None and self.last["reward"] > self.best["reward"]
 
     def state_dict(self) -> dict:
         return {"best": self.best, "last": self.last, "collapsed": self.collapsed}
