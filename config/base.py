@@ -13,6 +13,8 @@ from pathlib import Path
 
 import ml_collections
 
+from ddpo_pytorch.config_blocks import Configuration, KeywordArguments, OptionalBlock
+
 add_sd = runpy.run_path(str(Path(__file__).with_name("base_sd.py")))["add_sd"]
 add_fundus = runpy.run_path(str(Path(__file__).with_name("base_fundus.py")))["add_fundus"]
 
@@ -23,7 +25,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
         raise ValueError(
             f"config/base.py holds no experiments, got {name!r}; use config/dgx.py:{name} or config/mini.py:{name}"
         )
-    config = ml_collections.ConfigDict()
+    config = Configuration()
 
     ###### General ######
     # root of everything read and written; every other path below is derived from it, so overriding it moves them all.
@@ -142,7 +144,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # weight of the KL divergence to the base model (adapters off), added to the loss. Needs use_lora.
     train.kl_coef = 0.0
     # "per_prompt": running per-prompt statistics (below). "group": mean and standard deviation over this epoch's
-    # samples of the same prompt (GRPO); wants sample.images_per_prompt > 1. "global": over all samples of the epoch.
+    # samples of the same prompt (GRPO); wants sample.images_per_prompt > 1, since a sample that is the only one of its
+    # prompt teaches nothing. "global": over all samples of the epoch.
     train.advantage = "per_prompt"
 
     ###### Stopping criterion of the paper ######
@@ -160,16 +163,17 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # the H=4 judge; refused when it gives the reward, too.
     config.held_out.classifier = ""
     # stop after this many evaluations in a row whose APR is below the best by more than the tolerance (an APR near 1/2
-    # of 256 images has a standard error of 0.03) while their mean reward is above that of the best. 0 never stops.
+    # of 256 images has a standard error of 0.03): the reward is hacked where it rises meanwhile, else the policy has
+    # collapsed. 0 never stops.
     config.held_out.patience = 0
     config.held_out.tolerance = 0.05
 
     ###### Prompts ######
     # name of a function in ddpo_pytorch.prompts.
     config.prompt_fn = "isic_all"
-    config.prompt_fn_kwargs = prompt_fn_kwargs = ml_collections.ConfigDict()
+    config.prompt_fn_kwargs = prompt_fn_kwargs = KeywordArguments()
     # its keyword arguments; None is not passed on. from_file reads lines [low, high) of path, fundus_table the captions
-    # of the table at path.
+    # of the table at path. Those of your own function can be set without being named here.
     prompt_fn_kwargs.path = ml_collections.config_dict.placeholder(str)
     prompt_fn_kwargs.low = ml_collections.config_dict.placeholder(int)
     prompt_fn_kwargs.high = ml_collections.config_dict.placeholder(int)
@@ -178,22 +182,23 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # name of a function in ddpo_pytorch.rewards, or a weighted sum such as
     # "isic_classifier_reward:1.0,jpeg_compressibility:0.1".
     config.reward_fn = "isic_classifier_reward"
-    # keyword arguments by reward name, e.g. reward_fn_kwargs.isic_classifier_reward.classifier.
-    config.reward_fn_kwargs = ml_collections.ConfigDict()
+    # keyword arguments by reward name, e.g. reward_fn_kwargs.isic_classifier_reward.classifier. Those of your own
+    # reward can be set without being named here.
+    config.reward_fn_kwargs = KeywordArguments()
     # folder of train_rlhf.py with Selector and Policy.
-    config.reward_fn_kwargs.fundus_alignment = ml_collections.ConfigDict()
     config.reward_fn_kwargs.fundus_alignment.judges = config.get_ref("base_log_path") + "/rlhf"
-    config.reward_fn_kwargs.isic_classifier_reward = ml_collections.ConfigDict()
     # H=6 attribute classifier that gives the reward.
     config.reward_fn_kwargs.isic_classifier_reward.classifier = (
         config.get_ref("base_log_path") + "/published/artifact_classifier_train_H6.pth"
     )
 
     ###### Per-prompt statistics ######
-    config.per_prompt_stat_tracking = ml_collections.ConfigDict()
-    # rewards remembered for each prompt.
+    # None: advantages are taken over the whole batch, as with train.advantage="global".
+    config.per_prompt_stat_tracking = OptionalBlock()
+    # rewards remembered for each prompt, 2 or more.
     config.per_prompt_stat_tracking.buffer_size = 16
-    # rewards a prompt needs before its own mean and standard deviation are used instead of the batch's.
+    # rewards a prompt needs before its own mean and standard deviation are used instead of the batch's: 2 to
+    # buffer_size.
     config.per_prompt_stat_tracking.min_count = 16
 
     ###### Data set ######

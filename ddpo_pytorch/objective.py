@@ -7,9 +7,11 @@ import torch
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.held_out import HeldOut, Sampling, load_judge
-from ddpo_pytorch.prompts import PROMPT_LISTS, Prompt, all_prompts, check_prompt, get_prompt_fn
+from ddpo_pytorch.prompts import PROMPT_LISTS, Prompt, all_prompts, get_prompt_fn
 from ddpo_pytorch.rewards import RewardFn, build_reward, check_prompts, parse_spec
 from ddpo_pytorch.rollout import draw_prompts
+
+TRIED_PROMPTS = 32  # of a function without a list of its prompts; the reward is tried on them before training
 
 
 class Objective(NamedTuple):
@@ -42,17 +44,13 @@ def make_objective(
     """
     draw = get_prompt_fn(prompt_fn, **prompt_fn_kwargs)
     reward = build_reward(reward_fn, reward_fn_kwargs.to_dict(), device)
-    draw_prompts(draw, seed, 0, 1)
-    prompts = None
-    if prompt_fn in PROMPT_LISTS:
-        prompts = all_prompts(prompt_fn, **prompt_fn_kwargs)
-        for prompt, _ in prompts:
-            check_prompt(prompt)  # here as in eval.py, which would otherwise refuse them after the training
-        check_prompts(reward, prompts)
+    sampled = dict(zip(*draw_prompts(draw, seed, 0, TRIED_PROMPTS), strict=True))
+    prompts = all_prompts(prompt_fn, **prompt_fn_kwargs) if prompt_fn in PROMPT_LISTS else None
+    check_prompts(reward, list(sampled.items()) if prompts is None else prompts)
     if not held_out.every:
         return Objective(draw, prompts, reward, None)
+    judged = all_prompts(prompt_fn, **prompt_fn_kwargs)
     rewarding = [reward_fn_kwargs.get(name, {}).get("classifier") for name in parse_spec(reward_fn)]
     judge = load_judge(held_out.classifier, filter(None, rewarding), device)
-    asked = all_prompts(prompt_fn, **prompt_fn_kwargs)
-    evaluation = HeldOut(judge, asked, held_out.images_per_prompt, seed, Sampling.of(sample))
+    evaluation = HeldOut(judge, judged, held_out.images_per_prompt, seed, Sampling.of(sample))
     return Objective(draw, prompts, reward, evaluation)

@@ -1,23 +1,30 @@
 """Prompt functions, chosen by name: `prompt_fn` and `prompt_fn_kwargs` of a configuration.
 
-Each returns one `(prompt, metadata)`. Metadata of an ISIC caption is `{"label": [hair, gel_bubble, ruler, ink, MEL,
-NV]}` (0/1), otherwise `{}`; rewards receive it. To add a set, write such a function and enter it in `PROMPTS`, and in
-`PROMPT_LISTS` if eval.py is to run over the whole of it.
+Each returns one `(prompt, metadata)`, or a prompt alone, and takes its random numbers from its argument `rng`; one
+without `rng`, as ddpo-pytorch has them, may use random, NumPy or PyTorch as it likes (`draw_prompt`). Metadata of an
+ISIC caption is `{"label": [hair, gel_bubble, ruler, ink, MEL, NV]}` (0/1), otherwise `{}`; rewards receive it. To add a
+set, write such a function and enter it in `PROMPTS`, and in `PROMPT_LISTS` if eval.py is to run over the whole of it.
 """
 
+import codecs
 import inspect
+import logging
 import random
-import unicodedata
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, lru_cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
 from ddpo_pytorch.data import fundus
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.data.prompt_text import invisible_character
+from ddpo_pytorch.errors import UserError, describe_value
+from ddpo_pytorch.randomness import seeded_globals
+from ddpo_pytorch.settings import ZERO_OR_MORE, check_ranges
 
+logger = logging.getLogger(__name__)
 Prompt = tuple[str, dict[str, Any]]
 
 
@@ -57,10 +64,15 @@ def _table_captions(path: str | Path) -> tuple[str, ...]:
 
 
 def read_prompts(path: str | Path, low: int | None = None, high: int | None = None) -> list[str]:
-    """Lines [low, high) of a text file without blank ones: an absolute path, one from the current folder, or an asset.
+    """Return the prompts [low, high) of a text file, one a line: an absolute path, one from the current folder, or an
+    asset.
 
-    Raises UserError when no such file exists or no prompt remains.
+    Blank lines do not count, and a byte-order mark and spaces around a prompt are removed. A prompt that occurs more
+    than once is returned as often, with a warning. Raises UserError where no such file exists, no prompt remains, or a
+    line holds what `check_prompt` refuses, naming the line.
     """
+    given = {name: value for name, value in (("low", low), ("high", high)) if value is not None}
+    check_ranges(given, dict.fromkeys(given, ZERO_OR_MORE), "prompt_fn_kwargs.")
     asset = resources.files("ddpo_pytorch") / "assets" / str(path)
     source = Path(path) if Path(path).is_file() else asset
     if not source.is_file():
@@ -68,14 +80,48 @@ def read_prompts(path: str | Path, low: int | None = None, high: int | None = No
             f"prompt file {str(path)!r} does not exist; give a path, or the name of a file in ddpo_pytorch/assets "
             "such as isic_prompts.txt"
         )
+    prompts = _parse_prompts(str(path), source.read_bytes())
+    if not prompts[low:high]:
+        raise UserError(
+            f"prompt file {str(path)!r} has no prompts in [{low}, {high}), since it has {len(prompts)}; change "
+            "prompt_fn_kwargs.low and .high"
+        )
+    return list(prompts[low:high])
+
+
+@lru_cache(maxsize=8)  # a file is read for every prompt that is drawn from it
+def _parse_prompts(path: str, content: bytes) -> tuple[str, ...]:
     try:
-        lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"prompt file {str(path)!r} is not UTF-8 text ({error}); give one prompt a line") from error
-    prompts = [line for line in lines if line][low:high]
-    if not prompts:
-        raise UserError(f"prompt file {str(path)!r} has no prompts in lines [{low}, {high}); widen low and high")
-    return prompts
+        line = content[: error.start].count(b"\n") + 1
+        kind = "UTF-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "not UTF-8"
+        raise UserError(f"prompt file {path!r} line {line}: this is {kind} text ({error}); save it as UTF-8") from error
+    first_lines: dict[str, int] = {}
+    prompts = []
+    for number, line in enumerate(re.split("\r\n|\r|\n", text), start=1):
+        if not (prompt := line.strip()):
+            continue
+        check_prompt(prompt, f"prompt file {path!r} line {number}")
+        if (first := first_lines.setdefault(prompt, number)) != number:
+            logger.warning("prompt file %r: line %d repeats line %d, %r", path, number, first, prompt)
+        prompts.append(prompt)
+    return tuple(prompts)
+
+
+def check_prompt(prompt: str, where: str = "prompt") -> None:
+    """Raise UserError for a prompt that is blank or has an `invisible_character`. `where` begins the message."""
+    fault = "is blank; describe an image" if not prompt.strip() else invisible_character(prompt)
+    if fault:
+        raise UserError(f"{where}: {prompt!r} {fault}")
+
+
+def given_prompts(prompts: Sequence[Any]) -> list[str]:
+    """Return the texts of `eval.prompts`. Raises UserError for one that `check_prompt` refuses, naming its place."""
+    texts = [str(prompt) for prompt in prompts]
+    for number, text in enumerate(texts, start=1):
+        check_prompt(text, f"eval.prompts, prompt {number}")
+    return texts
 
 
 PROMPTS: dict[str, Callable[..., Prompt]] = {
@@ -92,42 +138,91 @@ PROMPT_LISTS: dict[str, Callable[..., Sequence[str]]] = {
 }
 
 
-def check_prompt(prompt: str) -> None:
-    """Raise UserError for a prompt that is blank or no single line of text; all others can be trained and drawn."""
-    if not prompt.strip():
-        raise UserError(f"prompt {prompt!r} is blank; describe an image")
-    # control characters, line separators, and halves of UTF-16 pairs, which no text file can hold
-    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in prompt):
-        raise UserError(f"prompt {prompt!r} has characters that cannot be printed; give one line of plain text")
-
-
 def get_prompt_fn(name: str, **kwargs: Any) -> Callable[..., Prompt]:
-    """The prompt function of that name with these keyword arguments; those that are None are left out.
+    """Return the prompt function of that name with these keyword arguments; those that are None are left out.
 
     Raises UserError that lists the names, or for keyword arguments that do not fit.
     """
-    function = _look_up(PROMPTS, name)
-    kwargs = _given(kwargs)
-    try:
-        inspect.signature(function).bind(**kwargs)
-    except TypeError as error:
-        raise UserError(f"prompt_fn_kwargs {kwargs} do not fit prompt function {name!r} ({error})") from error
-    return partial(function, **kwargs)
+    function = _look_up(PROMPTS, "PROMPTS", name)
+    _check_arguments(name, function, kwargs := _given(kwargs))
+    chosen = partial(function, **kwargs)
+    chosen.__name__ = name  # for messages: functions may have been entered under another name
+    return chosen
+
+
+def draw_prompt(function: Callable[..., Any], seed: int) -> Prompt:
+    """Call a prompt function such that its result is a function of the seed, and return its prompt and metadata.
+
+    A function with the parameter `rng` gets a `random.Random`. For any other one, the global generators of random,
+    NumPy and PyTorch are seeded during the call. Raises UserError for a result that `as_prompt` refuses.
+    """
+    name = getattr(function, "__name__", str(function))
+    if _takes_rng(function):
+        return as_prompt(function(rng=random.Random(seed)), name)
+    with seeded_globals(seed):
+        return as_prompt(function(), name)
+
+
+def as_prompt(result: Any, name: str) -> Prompt:
+    """Return what prompt function `name` returned, a prompt or a pair of a prompt and a dict, as such a pair.
+
+    Raises UserError for anything else, and for a prompt that `check_prompt` refuses.
+    """
+    pair = (result, {}) if isinstance(result, str) else result
+    fits = isinstance(pair, tuple | list) and len(pair) == 2
+    if not fits or not isinstance(pair[0], str) or not isinstance(pair[1], Mapping):
+        raise UserError(
+            f"prompt function {name!r} returned {describe_value(result)}; it must return a prompt, or a pair of a "
+            "prompt and a dict of metadata, as in `return prompt, {}`"
+        )
+    check_prompt(pair[0], f"prompt function {name!r}")
+    return str(pair[0]), pair[1]
 
 
 def all_prompts(name: str, **kwargs: Any) -> list[Prompt]:
-    """Every prompt that function `name` can return with these keyword arguments, in order and without repetition."""
-    list_fn, kwargs = _look_up(PROMPT_LISTS, name), _given(kwargs)
+    """Return every prompt that function `name` can return with these keyword arguments, in order, without repetition.
+
+    Raises UserError for an unknown name, one without an entry in PROMPT_LISTS, and arguments that do not fit.
+    """
+    if name in PROMPTS and name not in PROMPT_LISTS:
+        raise UserError(
+            f"prompt function {name!r} has no entry in PROMPT_LISTS of ddpo_pytorch/prompts.py, so all of its prompts "
+            "are not known; enter a function that lists them, or do without: eval.prompts for eval.py and generate.py, "
+            "held_out.every=0 for train.py"
+        )
+    list_fn = _look_up(PROMPT_LISTS, "PROMPT_LISTS", name)
+    _check_arguments(name, list_fn, kwargs := _given(kwargs))
+    prompts: dict[str, Any] = {}
+    for listed in list_fn(**kwargs):
+        text, metadata = as_prompt(listed, name)
+        prompts.setdefault(text, metadata or _describe(text)[1])
+    if not prompts:
+        raise UserError(f"the list of prompt function {name!r} in PROMPT_LISTS is empty")
+    return list(prompts.items())
+
+
+def _takes_rng(function: Callable) -> bool:
+    return "rng" in inspect.signature(function).parameters
+
+
+def _check_arguments(name: str, function: Callable, kwargs: Mapping[str, Any]) -> None:
     try:
-        prompts = list_fn(**kwargs)
+        inspect.signature(function).bind(**({"rng": None} if _takes_rng(function) else {}) | dict(kwargs))
     except TypeError as error:
-        raise UserError(f"prompt_fn_kwargs {kwargs} do not fit prompt function {name!r} ({error})") from error
-    return [_describe(prompt) for prompt in dict.fromkeys(prompts)]
+        accepted = [one for one in inspect.signature(function).parameters if one != "rng"]
+        raise UserError(
+            f"prompt_fn_kwargs {dict(kwargs)} do not fit prompt function {name!r}, which takes "
+            f"{', '.join(accepted) or 'none'} ({error})"
+        ) from error
 
 
-def _look_up(table: dict[str, Callable], name: str) -> Callable:
+def _look_up(table: Mapping[str, Callable], table_name: str, name: str) -> Callable:
     if name not in table:
-        raise UserError(f"prompt function {name!r} is unknown; ddpo_pytorch/prompts.py has {', '.join(sorted(table))}")
+        defined = callable(globals().get(name))
+        raise UserError(
+            f"prompt function {name!r} is unknown; {table_name} in ddpo_pytorch/prompts.py has "
+            f"{', '.join(sorted(table))}{': enter the function of that name there' if defined else ''}"
+        )
     return table[name]
 
 

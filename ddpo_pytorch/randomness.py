@@ -4,7 +4,9 @@ No random state is ever saved, and nothing here depends on the number of process
 """
 
 import hashlib
+import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 import numpy as np
@@ -36,6 +38,21 @@ def derived_seed(seed: int, stream: Stream, *progress: int) -> int:
 def text_number(text: str) -> int:
     """128 bits of SHA-256 of a text, to take the place of a number in `derived_seed`: wherever the text stands."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
+
+
+@contextmanager
+def seeded_globals(seed: int) -> Iterator[None]:
+    """Seed the global CPU generators of random, NumPy and PyTorch within the block, and restore them after it."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 def generator_of(seed: int, stream: Stream, *progress: int) -> torch.Generator:

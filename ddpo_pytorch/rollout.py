@@ -4,7 +4,6 @@ Nothing here depends on the number of processes or on the batch size: sample i o
 draws it. That is what makes a resumed run equal an uninterrupted one, and two processes equal one.
 """
 
-import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from diffusers import StableDiffusionPipeline
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import LogProbGradients, pipeline_with_logprob
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.pipeline import PromptTable
+from ddpo_pytorch.prompts import draw_prompt
 from ddpo_pytorch.randomness import Stream, derived_seed
 from ddpo_pytorch.score_gradients import ScoreGradients
 
@@ -27,13 +27,15 @@ def generators(device: torch.device, seed: int, stream: Stream, epoch: int, indi
 
 
 def draw_prompts(
-    prompt_fn: Callable[..., tuple[str, Any]], seed: int, epoch: int, count: int, images_per_prompt: int = 1
+    prompt_fn: Callable[..., Any], seed: int, epoch: int, count: int, images_per_prompt: int = 1
 ) -> tuple[list[str], list[Any]]:
-    """Prompts and metadata of an epoch's `count` samples over all processes; `images_per_prompt` in a row agree."""
+    """Return prompts and metadata of an epoch's `count` samples over all processes; `images_per_prompt` in a row agree.
+
+    Raises UserError for a result of `prompt_fn` that is no prompt.
+    """
     drawn = []
     for group in range(-(-count // images_per_prompt)):
-        rng = random.Random(derived_seed(seed, Stream.PROMPTS, epoch, group))
-        drawn += [prompt_fn(rng=rng)] * images_per_prompt
+        drawn += [draw_prompt(prompt_fn, derived_seed(seed, Stream.PROMPTS, epoch, group))] * images_per_prompt
     prompts, metadata = zip(*drawn[:count], strict=True)
     return list(prompts), list(metadata)
 

@@ -39,6 +39,8 @@ FREE = frozenset(
     )
 )
 
+ARGUMENTS = ("prompt_fn_kwargs.", "reward_fn_kwargs.")
+
 logger = logging.getLogger(__name__)
 
 
@@ -152,12 +154,16 @@ def _last_settings(folder: Path) -> dict[str, Any]:
 
 
 def _comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What must be equal of two settings, by dotted names. A field that only one of them knows is not compared: it is
-    of another version of this program."""
+    """Return what must be equal of two settings, by dotted names.
+
+    A field that only one of them has belongs to another version of this program and is not compared, but for keyword
+    arguments of prompt functions and rewards, which are there when they are given.
+    """
     plain = json.loads(json.dumps(new, default=str))
     left, right = dict(_flat(old)), dict(_flat(plain))
-    names = [name for name in left if name in right and name not in FREE and name.split(".")[0] not in FREE]
-    return {name: left[name] for name in names}, {name: right[name] for name in names}
+    both = [name for name in left | right if name.startswith(ARGUMENTS) or (name in left and name in right)]
+    names = [name for name in both if name not in FREE and name.split(".")[0] not in FREE]
+    return {name: left.get(name) for name in names}, {name: right.get(name) for name in names}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,6 @@ nodes need a logdir they all see.
 """
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -38,11 +37,12 @@ from ddpo_pytorch.generator.text import warn_of_cut
 from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.paths import expand_config
 from ddpo_pytorch.processes import on_main
-from ddpo_pytorch.prompts import Prompt, all_prompts, read_prompts
+from ddpo_pytorch.prompts import Prompt, all_prompts, given_prompts, read_prompts
 from ddpo_pytorch.rewards import RewardFn, check_prompts, isic_classifier_reward
 from ddpo_pytorch.run import DTYPES, make_accelerator, peak_memory_gib
 from ddpo_pytorch.sampling import (
     IMAGE_FORMATS,
+    SAMPLING,
     Job,
     Sampler,
     check_finite,
@@ -51,6 +51,7 @@ from ddpo_pytorch.sampling import (
     images_per_pass,
     plan,
 )
+from ddpo_pytorch.settings import ONE_OR_MORE, check_choices, check_ranges
 
 FLAGS = flags.FLAGS
 define_config(__file__, "Sampling for evaluation.")
@@ -60,26 +61,13 @@ logger = logging.getLogger(__name__)
 
 def check_settings(config: ConfigDict) -> None:
     """Raise UserError for a value that is out of range."""
-    for name, value, least in (
-        ("eval.num_samples_per_prompt", config.eval.num_samples_per_prompt, 1),
-        ("eval.batch_size", config.eval.batch_size, 1),
-        ("sample.num_steps", config.sample.num_steps, 1),
-        ("sample.eta", config.sample.eta, 0),
-        ("seed", config.seed, 0),
-    ):
-        if not value >= least:  # also NaN
-            raise UserError(f"{name} is {value}; it must be at least {least}")
-    if config.sample.eta > 1:
-        raise UserError(f"sample.eta is {config.sample.eta}; a share of noise is at most 1")
-    if not math.isfinite(config.sample.guidance_scale):
-        raise UserError(f"sample.guidance_scale is {config.sample.guidance_scale}; it must be a finite number")
-    if config.eval.image_format not in IMAGE_FORMATS:
-        raise UserError(f"eval.image_format is {config.eval.image_format!r}; allowed are {', '.join(IMAGE_FORMATS)}")
+    check_ranges(config, SAMPLING | {"eval.num_samples_per_prompt": ONE_OR_MORE, "eval.batch_size": ONE_OR_MORE})
+    check_choices(config, {"eval.image_format": IMAGE_FORMATS})
 
 
 def prompts_of(config: ConfigDict) -> list[Prompt]:
     """(prompt, metadata) of eval.prompts, else all of prompt_fn; a text that is given twice is there twice."""
-    texts = [str(text) for text in config.eval.prompts]
+    texts = given_prompts(config.eval.prompts)
     if not texts:
         described = all_prompts(config.prompt_fn, **config.prompt_fn_kwargs)
         if config.prompt_fn != "from_file":

@@ -34,9 +34,10 @@ from ddpo_pytorch.generator.text import warn_of_cut
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges
 from ddpo_pytorch.paths import expand_config
 from ddpo_pytorch.processes import locked_by_main
-from ddpo_pytorch.prompts import all_prompts
+from ddpo_pytorch.prompts import all_prompts, given_prompts
 from ddpo_pytorch.run import DTYPES, make_accelerator
-from ddpo_pytorch.sampling import Sampler, fingerprint, plan
+from ddpo_pytorch.sampling import SAMPLING, Sampler, fingerprint, plan
+from ddpo_pytorch.settings import ONE_OR_MORE, check_ranges
 
 FLAGS = flags.FLAGS
 define_config(__file__, "experiment, e.g. config/fundus.py:generate")
@@ -46,16 +47,15 @@ logger = logging.getLogger(__name__)
 def check_settings(config: ConfigDict) -> None:
     """Raise UserError for a number that is out of range."""
     improve = config.improve
-    for name in ("images_per_prompt", "num_candidates", "max_attempts"):
-        if improve[name] < 1:
-            raise UserError(f"improve.{name} is {improve[name]}; it must be at least 1")
+    check_ranges(config, SAMPLING | {"eval.batch_size": ONE_OR_MORE})
+    check_ranges(
+        improve, dict.fromkeys(("images_per_prompt", "num_candidates", "max_attempts"), ONE_OR_MORE), "improve."
+    )
     if improve.num_candidates > improve.max_attempts:
         raise UserError(
             f"improve.num_candidates is {improve.num_candidates}, improve.max_attempts {improve.max_attempts}; so many "
             "candidates cannot pass in fewer attempts"
         )
-    if config.eval.batch_size < 1:
-        raise UserError(f"eval.batch_size is {config.eval.batch_size}; it must be at least 1")
 
 
 def is_complete(folder: Path) -> bool:
@@ -86,7 +86,7 @@ def main(_) -> None:
 def generate(accelerator: Accelerator, config: ConfigDict) -> None:
     """Draw, choose and log the images, unless the log is there."""
     improve, sample, folder = config.improve, config.sample, Path(config.logdir)
-    prompts = [str(text) for text in config.eval.prompts]
+    prompts = given_prompts(config.eval.prompts)
     prompts = prompts or [prompt for prompt, _ in all_prompts(config.prompt_fn, **config.prompt_fn_kwargs)]
     plan([(prompt, {}) for prompt in prompts], 1, config.seed)  # refuses what eval.py refuses
     selector, policy = load_judges(improve.judges, accelerator.device)

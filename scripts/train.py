@@ -27,6 +27,7 @@ from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_step_with_logpro
 from ddpo_pytorch.estimate import epoch_time
 from ddpo_pytorch.generator.lora import disabled_lora
 from ddpo_pytorch.generator.pipeline import PromptTable, guided_noise_prediction
+from ddpo_pytorch.health import HealthCheck, check_groups
 from ddpo_pytorch.held_out import Sampling
 from ddpo_pytorch.interruption import StopRequest
 from ddpo_pytorch.objective import Objective, make_objective
@@ -113,24 +114,26 @@ def train(config: ConfigDict) -> Path:
 def run_epochs(run: Run, record: Record, stop_request: StopRequest) -> str:
     """Algorithm 1 of the paper, from where the record is. Returns how it ended."""
     config, accelerator, geometry = run.config, run.accelerator, run.geometry
+    health = HealthCheck(config.train, accelerator.is_main_process)
     for epoch in range(record.epoch, config.num_epochs):
         started = time.perf_counter()
         prompts, metadata = draw_prompts(
             run.objective.prompt_fn, config.seed, epoch, geometry.samples, config.sample.images_per_prompt
         )
+        health.check_prompts(epoch, prompts)
         if (drawn := sample_and_score(run, epoch, prompts, metadata, stop_request)) is None:
             record.save(run.pipe.unet, run.optimizer, config.num_checkpoint_limit)
             return "stopped as asked, to be gone on with by the same command,"
-        samples, local_rewards = drawn
+        samples, local_scores = drawn
         sampled = time.perf_counter()
 
-        rewards = accelerator.gather(local_rewards).cpu().numpy()
+        rewards, *parts = accelerator.gather(local_scores).T.contiguous().cpu().numpy()
         advantages = compute_advantages(config.train.advantage, record.tracker, prompts, rewards)
 
         info = update(run, epoch, samples, torch.from_numpy(advantages).to(accelerator.device, torch.float32))
         updated = time.perf_counter()
 
-        statistics = reward_statistics(prompts, rewards)
+        statistics = reward_statistics(prompts, rewards, dict(zip(run.scorer.reward_fn.parts, parts, strict=True)))
         record.advance(info.pop("updates"), info["skipped_updates"], statistics["reward_mean"])
         entry = {
             "epoch": epoch,
@@ -143,6 +146,7 @@ def run_epochs(run: Run, record: Record, stop_request: StopRequest) -> str:
             "peak_memory_gib": peak_memory_gib(),
             "seconds": updated - started,
         }
+        health.check_epoch(epoch, advantages, entry)
         if evaluated := bool(run.objective.held_out) and record.epoch % config.held_out.every == 0:
             entry |= evaluate(run, record)
         record.write(entry)
@@ -158,8 +162,10 @@ def run_epochs(run: Run, record: Record, stop_request: StopRequest) -> str:
 
 
 def set_up(config: ConfigDict) -> Run:
-    """Everything but the run folder: what cannot be used is told before anything is written."""
+    """Set up everything but the run folder, so that whatever is unusable is reported before anything is written."""
     check_training(expand_config(config, "logdir", "pretrained.model"))
+    if config.per_prompt_stat_tracking is None and config.train.advantage == "per_prompt":
+        config.train.advantage = "global"  # as in ddpo-pytorch
     accelerator = make_accelerator(
         config.mixed_precision, config.allow_tf32, may_shard=True, process_timeout=config.process_timeout
     )
@@ -168,6 +174,8 @@ def set_up(config: ConfigDict) -> Run:
     dtype, device = DTYPES[config.mixed_precision], accelerator.device
     asked = config.prompt_fn, config.prompt_fn_kwargs, config.reward_fn, config.reward_fn_kwargs
     objective = make_objective(*asked, config.held_out, config.sample, config.seed, device)
+    first = draw_prompts(objective.prompt_fn, config.seed, 0, geometry.samples, config.sample.images_per_prompt)
+    check_groups(config.train.advantage, first[0])
     pipe = load_policy(
         config.pretrained, config.unet_path, config.sample, config.train, config.use_lora, config.seed, dtype, device
     )
@@ -185,9 +193,10 @@ def set_up(config: ConfigDict) -> Run:
 def sample_and_score(
     run: Run, epoch: int, prompts: list[str], metadata: list, stop_request: StopRequest
 ) -> tuple[Trajectories, torch.Tensor] | None:
-    """This process's share of the epoch's trajectories, and their rewards (N,), scored while the next batch samples.
+    """Return this process's N trajectories of the epoch and their scores, taken while the next batch is sampled.
 
-    None if a process was asked to stop.
+    Scores are (N, 1 + P) float64: the rewards, then the unweighted rewards of the P parts of a weighted sum. None if a
+    process was asked to stop.
     """
     config, sample, device, first = run.config, run.config.sample, run.accelerator.device, run.first_sample
     order = run.order(epoch, inner_epoch=0) if run.gradients else range(run.geometry.local_samples)
@@ -208,7 +217,8 @@ def sample_and_score(
         trajectories.put(batch, part)
         run.scorer.submit(images, texts, about)
         drawn += batch
-    return trajectories, torch.from_numpy(run.scorer.collect()[np.argsort(drawn)]).to(device)
+    scores = np.stack(list(run.scorer.collect_parts().values()), axis=1)
+    return trajectories, torch.from_numpy(scores[np.argsort(drawn)]).to(device)
 
 
 def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor) -> dict[str, float]:

@@ -100,6 +100,7 @@ def test_two_columns_of_free_text_are_not_told_apart(tmp_path):
         ("1.jpg,Heart, lungs,CXR", "line 2: modality is 'CXR'; only Fundus"),
         (",Normal.,Fundus", "line 2: the path of the image is empty"),
         ("1.jpg, ,Fundus", "line 2: the caption is empty"),
+        ("1.jpg,a\u200db,Fundus", r"line 2: the caption 'a\\u200db' .*U\+200D"),
         ("1.jpg,Fundus:,Fundus", "line 2: the caption is empty"),
         ("1.jpg,Normal.", "line 2: has 2 cells where the header has 3$"),
         ("a/../../1.jpg,Normal.,Fundus", "line 2: path '../1.jpg' leads out"),

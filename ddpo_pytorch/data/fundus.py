@@ -19,6 +19,7 @@ from ddpo_pytorch.data.csv_tables import choice, read_table, table_text
 from ddpo_pytorch.data.image_paths import rows_with_image
 from ddpo_pytorch.data.images import find_damage
 from ddpo_pytorch.data.lesions import assign
+from ddpo_pytorch.data.prompt_text import invisible_character
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import atomic_write, path_fault
 from ddpo_pytorch.paths import add_path
@@ -114,7 +115,9 @@ def caption_fault(text: str, modality: str) -> str | None:
         return f"modality is {modality!r}; only {MODALITY} images are generated here, so remove rows of any other"
     if not _PREFIX.sub("", text, count=1).strip():
         return "the caption is empty; describe the image"
-    return None
+    caption = " ".join(text.split())
+    fault = invisible_character(caption)
+    return fault and f"the caption {caption!r} {fault}"
 
 
 def patient_of(image: str) -> str:
