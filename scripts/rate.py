@@ -49,10 +49,7 @@ def find_items() -> list[Item]:
     for folder in (part for given in FLAGS.images for part in given.split(",") if part):
         items += sample_items(expand(folder), FLAGS.out)
     if FLAGS.csv:
-        found, missing = table_items(FLAGS.csv, FLAGS.data_path, FLAGS.out)
-        items += found
-        if missing:
-            logger.warning("%d rows of %s have no image", missing, FLAGS.csv)
+        items += table_items(FLAGS.csv, FLAGS.data_path, FLAGS.out)[0]
     if not items:
         raise UserError("there are no images to rate; give --images FOLDER, or --csv TABLE with --data_path FOLDER")
     sizes = Counter(item.size for item in items)

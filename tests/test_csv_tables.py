@@ -99,6 +99,17 @@ def test_what_cannot_be_read_is_named_by_line(table, change, said):
     assert all(word in message for word in said), message
 
 
+def test_huge_cells_and_many_faults_make_no_huge_message(table):
+    header, *rows = table.text.splitlines()
+    cells = rows[0].split(",")
+    for line in (",".join(["x" * 100_000] * len(cells)), ",".join([*cells[:-1], *"yz" * 5000])):
+        for text in (table.text + f"{line}\n{line}\n" * 50, f"{header},{line}\n", line, f"{line}\n{table.text}"):
+            try:
+                table.read(text)
+            except UserError as error:
+                assert "\n" not in str(error) and len(str(error)) < 2000
+
+
 def test_missing_and_repeated_columns_are_named(table):
     header, rest = table.text.split("\n", 1)
     with pytest.raises(UserError) as error:

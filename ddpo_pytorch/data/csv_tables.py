@@ -52,7 +52,7 @@ class Faults:
         if not self.found:
             return
         ordered = sorted(self.found, key=lambda fault: fault[0])
-        text = "; ".join(f"line {line}: {text}" for line, text in ordered[:DESCRIBED])
+        text = "; ".join(f"line {line}: {_cut(text)}" for line, text in ordered[:DESCRIBED])
         if others := ordered[DESCRIBED:]:
             lines = list(dict.fromkeys(str(line) for line, _ in others))
             named = f"{', '.join(lines[:10])}{', ...' if lines[10:] else ''}"
@@ -162,6 +162,11 @@ def _runs(cell: str) -> bool:
     return cell.startswith(_FORMULA) and not _VALUE.fullmatch(cell)
 
 
+def _cut(text: str, longest: int = 300) -> str:
+    """Return a text for a message, without the end of one that quotes a huge cell."""
+    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
+
+
 def _miscounted(cells: Sequence[str], header: Sequence[str]) -> str:
     return f"has {len(cells)} cell{'s'[: len(cells) > 1]} where the header has {len(header)}"
 
@@ -218,10 +223,10 @@ def _header(cells: Sequence[str], columns: Sequence[str], optional: Sequence[str
     known = {_spelling(name): name for name in (*columns, *optional)}
     spelled = [_spelling(cell) for cell in cells]
     if absent := [name for name in columns if _spelling(name) not in spelled]:
-        found = f"its first line has {', '.join(filter(None, cells)) or 'none'}"
+        found = f"its first line has {_cut(', '.join(filter(None, cells))) or 'none'}"
         raise UserError(f"{where} lacks the columns {', '.join(absent)}; {hint or found}")
     if twice := sorted({name for name in spelled if name and spelled.count(name) > 1}):
-        names = ", ".join(repr(known.get(name, name)) for name in twice)
+        names = _cut(", ".join(repr(known.get(name, name)) for name in twice))
         raise UserError(f"{where} has the column{'s'[: len(twice) > 1]} {names} twice; remove or rename one of each")
     return [known.get(spelling, cell) for spelling, cell in zip(spelled, cells, strict=True)]
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ddpo_pytorch.data import ratings
-from ddpo_pytorch.data.csv_tables import choice, write_table
+from ddpo_pytorch.data.csv_tables import choice, number, write_table
 from ddpo_pytorch.data.damage import BANDS, ERASABLE, KINDS, VISIBLE, degrade, draw_damage, vessel_contrast
 from ddpo_pytorch.data.fundus import MODALITY, Row, check_images, load_split
 from ddpo_pytorch.data.images import RESIZES, load_pixels, save_image
@@ -77,7 +77,8 @@ def write_rating_set(
 
 def _write_rating_set(rows: Sequence[Row], paths: Sequence[Path], out: Path, settings: Mapping[str, Any]) -> None:
     seed, size, resize, mismatched = (settings[name] for name in ("seed", "size", "resize", "mismatched"))
-    chosen = [(row, path) for row, path in zip(rows, paths, strict=True) if choice(row.fields, "quality", "3") == "3"]
+    pairs = zip(rows, paths, strict=True)
+    chosen = [(row, path) for row, path in pairs if number(choice(row.fields, "quality", "3")) == 3]
     sources = _visible(chosen, size, resize)
     logger.info(
         "%d images, of which %d have a lower quality in the table and %d show no vessels; %d are taken",
