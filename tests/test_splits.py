@@ -238,7 +238,7 @@ def test_regrouped_splits_share_no_lesion_and_keep_sizes_rows_and_labels(folder,
     code, said = command("--splits", tmp_path / "out")
     assert code == 2 and "was changed after splits.json" in said
     (tmp_path / "out" / RECORD).write_text("[]")
-    assert "not a record" in command("--splits", tmp_path / "out")[1]
+    assert "splits.json" in command("--splits", tmp_path / "out")[1]
 
 
 def test_lesions_too_large_to_fit_exactly_stay_whole():
