@@ -50,6 +50,7 @@ from ddpo_pytorch.generator.stage_data import (
     open_latents,
     refuse_outcome,
     settings_of,
+    state_file,
 )
 from ddpo_pytorch.generator.text import has_mask, warn_of_cut
 from ddpo_pytorch.generator.training import Stopwatch, Training, endless_batches, parameter_groups
@@ -93,8 +94,8 @@ def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
     average = EMAModel(parameters, decay=sd.ema_decay, foreach=True) if sd.ema_decay > 0 else None
     training = Training(parameters, optimizer, schedule, average, accelerator.scaler)
     identity = stage.data | {"initial weights": fingerprint(stage.loss)}
-    state_file, settings = output / f"{sd.stage}_state.pt", settings_of(config, accelerator.num_processes, identity)
-    first = training.restore(state_file, settings)
+    state, settings = state_file(sd), settings_of(config, accelerator.num_processes, identity)
+    first = training.restore(state, settings)
     log = JsonLines(output / f"{sd.stage}.jsonl", is_main, keep=first + 1, counter="step")
     batches = endless_batches(accelerator, sd, config.seed, stage.train_set, first * sd.gradient_accumulation_steps)
 
@@ -129,7 +130,7 @@ def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
             logger.info("step %d/%d  validation loss %.5f", step, sd.num_steps, val_loss)
         if sd.save_every and step % sd.save_every == 0 and not last and is_main:
             with clock.paused():
-                save_state(state_file, training.snapshot(step), settings)
+                save_state(state, training.snapshot(step), settings)
         if sd.grid_every and step % sd.grid_every == 0:
             with clock.paused(), training.averaged():
                 stage.draw(output / f"{sd.stage}_{step:06d}.png")
@@ -138,7 +139,7 @@ def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
         average.copy_to(parameters)
     if is_main:
         stage.finish()
-        state_file.unlink(missing_ok=True)
+        state.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
 
 
@@ -289,7 +290,7 @@ def main(_) -> None:
     )
     set_seed(config.seed)  # of fresh weights, alike on all processes
     with locked_by_main(accelerator, sd.output, "another --config.sd.output"):
-        on_main(accelerator, refuse_outcome, sd)  # one that another command has finished meanwhile
+        on_main(accelerator, refuse_outcome, sd)
         if sd.stage == "vae":
             stage = vae_stage(accelerator, config)
         elif sd.stage == "unet":

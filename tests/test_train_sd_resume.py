@@ -3,14 +3,17 @@
 import shutil
 
 import pytest
+from conftest import ROOT
 from safetensors.torch import load_file
-from script_tools import assert_same_training, options, succeed
+from script_tools import assert_same_training, load_module, options, succeed
 from stage_tools import EXACT, assert_equal, entries, unet_of
 
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.latents import LatentShards
 from ddpo_pytorch.generator.pipeline import load_pipeline
+from ddpo_pytorch.generator.stage_data import settings_of
 from ddpo_pytorch.generator.training import Training
+from ddpo_pytorch.training_state import save_state
 
 pytest_plugins = ["script_tools", "stage_tools"]
 
@@ -55,6 +58,75 @@ def test_a_damaged_state_is_told(train, tmp_path):
     (tmp_path / "vae_state.pt").write_bytes(b"torn")
     with pytest.raises(UserError, match="vae_state.pt', the state of an unfinished training, is damaged"):
         train(tmp_path, sd__stage="vae")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change",
+    [{"step": "1"}, {"parameters": 3}, {"parameters": []}, {"optimizer": []}, {"schedule": {}}, {"average": 3}, None],
+    ids=str,
+)
+def test_a_state_of_other_content_is_told(train, tmp_path, monkeypatch, change):
+    written = []
+
+    def stop(path, state, belongs_to):
+        content = {key: value for key, value in state.items() if change is not None} | (change or {})
+        written.append(save_state(path, content, belongs_to))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("ddpo_pytorch.training_state.save_state", stop)
+        train(tmp_path, sd__stage="vae", sd__save_every=1, sd__num_steps=2)
+    assert written
+    with pytest.raises(UserError, match="vae_state.pt") as caught:
+        train(tmp_path, sd__stage="vae", sd__save_every=1, sd__num_steps=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_kill_after_the_end_leaves_is_removed(train, tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae_state.pt").write_bytes(b"state")
+    with pytest.raises(UserError, match="vae' exists already"):
+        train(tmp_path, sd__stage="vae")
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+
+
+# a setting, another value, and the stages whose result depends on it
+READ = [
+    ("vae_kl_weight", 1.0, {"vae"}),
+    ("vae_channels", (8, 8), {"vae"}),
+    ("unet_channels", (8, 8), {"unet"}),
+    ("text_width", 8, {"unet"}),
+    ("caption_dropout", 0.5, {"unet", "finetune"}),
+    ("min_snr_gamma", 5.0, {"unet", "finetune"}),
+    ("text_encoder", "bert", {"unet", "finetune"}),
+    ("train_text_encoder", True, {"finetune"}),
+    ("use_lora", True, {"finetune"}),
+    ("real_share", 0.9, {"finetune"}),
+    ("lora_rank", 9, set()),  # without use_lora
+    ("text_tokens", 9, set()),  # of BERT
+    ("learning_rate", 1.0, {"vae", "unet", "finetune"}),
+]
+PLACES = {
+    **dict.fromkeys(("output", "data_path", "csv", "val_csv", "latents", "val_latents", "cache_dir"), "elsewhere"),
+    **dict.fromkeys(("vae", "bert", "pool"), ""),
+}
+
+
+@pytest.mark.parametrize("stage", ["vae", "unet", "finetune"])
+def test_only_settings_that_the_result_depends_on_are_compared(stage):
+    """Not where things lie, as in a folder that was copied, nor what another stage reads."""
+    config = load_module(ROOT / "config" / "base.py").get_config()
+    config.sd.stage, config.sd.pool, config.sd.bert = stage, "pool", "bert"
+
+    def changed(fields):
+        other = config.copy_and_resolve_references()
+        other.sd.update(fields)
+        return settings_of(other, 1, {}) != settings_of(config, 1, {})
+
+    assert not changed({key: value for key, value in PLACES.items() if key != "pool"})
+    for name, value, stages in READ:
+        assert changed({name: value}) is (stage in stages), name
 
 
 @pytest.mark.slow

@@ -47,17 +47,25 @@ RANGES = {
     "real_share": REAL_SHARE,
 }
 SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
-# settings that change how a training runs and not what it computes, or that say where things lie.
+# settings that change how a training runs and not what it computes, or that say where things lie: of the autoencoder,
+# BERT and pool that these name, the contents are compared.
 _FREE = {"output", "data_path", "csv", "val_csv", "val_images", "val_every", "latents", "val_latents", "cache_dir"}
 _FREE |= {"num_workers", "gradient_checkpointing", "log_every", "grid_every", "save_every", "batch_size"}
+_FREE |= {"vae", "bert", "pool"}
+# settings that only some stages read
+_STAGES_READING = {
+    **dict.fromkeys(("vae_kl_weight", "vae_channels"), ("vae",)),
+    **dict.fromkeys(("unet_channels", "unet_attention", "text_width", "text_layers"), ("unet",)),
+    **dict.fromkeys(("caption_dropout", "min_snr_gamma", "text_encoder", "text_tokens"), ("unet", "finetune")),
+    **dict.fromkeys(("use_lora", "lora_rank", "lora_targets", "train_text_encoder", "real_share"), ("finetune",)),
+}
 
 
-def check_settings(sd: ConfigDict) -> Path:
-    """Refuse `config.sd` that cannot be trained (UserError); returns the path that the outcome will have."""
+def check_settings(sd: ConfigDict) -> None:
+    """Refuse `config.sd` that cannot be trained (UserError)."""
     choices = {"stage": OUTCOMES, "kind": KINDS, "resize": RESIZES, "lr_schedule": SCHEDULES}
     check_choices(sd, choices | {"text_encoder": TEXT_ENCODERS}, "sd.")
     check_ranges(sd, RANGES, "sd.")
-    outcome = refuse_outcome(sd)
     if sd.pool and sd.stage != "finetune":
         raise UserError(f"sd.pool is for sd.stage=finetune, which is {sd.stage!r}")
     if sd.use_lora and (sd.stage != "finetune" or sd.train_text_encoder):
@@ -70,20 +78,24 @@ def check_settings(sd: ConfigDict) -> Path:
         check_apart(sd.kind, Path(sd.csv), Path(sd.val_csv))
     if len(sd.unet_channels) != len(sd.unet_attention) or any(n % 8 for n in (*sd.unet_channels, *sd.vae_channels)):
         raise UserError("sd.unet_channels and sd.unet_attention must be equally long, and channels multiples of 8")
-    return outcome
 
 
-def refuse_outcome(sd: ConfigDict) -> Path:
-    """Return the path that a stage's outcome will have. Raises UserError where it is there."""
+def state_file(sd: ConfigDict) -> Path:
+    """Return where the state of an unfinished stage lies."""
+    return Path(sd.output) / f"{sd.stage}_state.pt"
+
+
+def refuse_outcome(sd: ConfigDict) -> None:
+    """Raise UserError where a stage's outcome is there, of which nothing but a kill has left the state."""
     outcome = Path(sd.output) / OUTCOMES[sd.stage]
     if outcome.exists():
+        state_file(sd).unlink(missing_ok=True)
         raise UserError(f"{str(outcome)!r} exists already; give another folder with --config.sd.output=DIR")
-    return outcome
 
 
 def settings_of(config: ConfigDict, processes: int, data: Mapping[str, Any]) -> dict[str, Any]:
-    """What a state to resume from belongs to: all settings that the result depends on, and hashes of the data."""
-    settings = {f"sd.{name}": value for name, value in config.sd.items() if name not in _FREE}
+    """Return what a state to resume from belongs to: settings that its result depends on, and hashes of the data."""
+    settings = {f"sd.{name}": value for name, value in config.sd.items() if _matters(config.sd, name)}
     images_per_step = config.sd.batch_size * config.sd.gradient_accumulation_steps * processes
     return settings | {
         "seed": config.seed,
@@ -91,6 +103,12 @@ def settings_of(config: ConfigDict, processes: int, data: Mapping[str, Any]) -> 
         "sd.batch_size x processes": images_per_step // config.sd.gradient_accumulation_steps,
         **data,
     }
+
+
+def _matters(sd: ConfigDict, name: str) -> bool:
+    read = {"vae_channels": not sd.vae, "text_tokens": sd.text_encoder == "bert", "real_share": bool(sd.pool)}
+    read |= dict.fromkeys(("lora_rank", "lora_targets"), sd.use_lora)
+    return name not in _FREE and sd.stage in _STAGES_READING.get(name, OUTCOMES) and read.get(name, True)
 
 
 def find_rows(sd: ConfigDict, csv: str, limit: int) -> tuple[list[Row], list[Path]]:
