@@ -25,6 +25,7 @@ from ddpo_pytorch.errors import UserError, difference
 from ddpo_pytorch.files import LOCK, atomic_write, locked
 from ddpo_pytorch.json_files import read_json
 from ddpo_pytorch.processes import on_main
+from ddpo_pytorch.rewards import parse_spec
 from ddpo_pytorch.saving import put_aside
 
 CONFIG = "config.json"
@@ -157,13 +158,25 @@ def _comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[st
     """Return what must be equal of two settings, by dotted names.
 
     A field that only one of them has belongs to another version of this program and is not compared, but for keyword
-    arguments of prompt functions and rewards, which are there when they are given.
+    arguments of prompt functions and rewards, which are there when they are given; nor is one that nothing reads.
     """
     plain = json.loads(json.dumps(new, default=str))
     left, right = dict(_flat(old)), dict(_flat(plain))
     both = [name for name in left | right if name.startswith(ARGUMENTS) or (name in left and name in right)]
-    names = [name for name in both if name not in FREE and name.split(".")[0] not in FREE]
+    names = [name for name in both if name not in FREE and name.split(".")[0] not in FREE and _is_read(name, right)]
     return {name: left.get(name) for name in names}, {name: right.get(name) for name in names}
+
+
+def _is_read(name: str, settings: Mapping[str, Any]) -> bool:
+    """Return whether a run with these settings, by dotted names, reads one of them. Without it they mean the same."""
+    block, _, field = name.partition(".")
+    if block == "reward_fn_kwargs":
+        return field.split(".")[0] in parse_spec(settings["reward_fn"])
+    if block == "held_out":
+        return field == "every" or settings["held_out.every"] > 0
+    if block == "per_prompt_stat_tracking":
+        return settings["train.advantage"] == "per_prompt"
+    return name not in ("train.lora_rank", "train.lora_targets", "train.kl_coef") or settings["use_lora"]
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,11 +9,12 @@ import subprocess
 
 import pytest
 import torch
-from conftest import run_script
-from script_tools import files_of
+from conftest import ROOT, run_script
+from script_tools import files_of, load_module
 from test_train import as_flags, classifier, script, settings, train, weights  # noqa: F401 (fixtures)
 
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch import run_folder
+from ddpo_pytorch.errors import UserError, difference
 from ddpo_pytorch.files import LOCK, locked
 
 TIMES = {"rollout_samples_per_second", "update_samples_per_second", "peak_memory_gib", "seconds"}
@@ -111,6 +112,35 @@ def test_another_number_of_processes_is_refused(train):  # noqa: F811
     train(num_epochs=2)
 
 
+@pytest.mark.parametrize(
+    ("unread", "read"),
+    [
+        ({}, {"base_log_path": "elsewhere"}),
+        ({"reward_fn_kwargs.fundus_alignment.judges": "elsewhere"}, {"reward_fn": "fundus_alignment"}),
+        ({"held_out.classifier": "elsewhere", "held_out.images_per_prompt": 9}, {"held_out.every": 2}),
+        ({"per_prompt_stat_tracking.buffer_size": 9}, {"train.advantage": "per_prompt"}),
+        ({"train.lora_rank": 9, "train.lora_targets": ("to_q",)}, {"use_lora": True}),
+    ],
+    ids=["places", "rewards", "held out", "statistics", "adapters"],
+)
+def test_settings_that_nothing_reads_may_change(unread, read):
+    """So that a run folder that was copied elsewhere can be continued there."""
+    usual = {"train.advantage": "group", "use_lora": False, "reward_fn": "jpeg_compressibility"}
+    names = ("logdir", "reward_fn_kwargs.isic_classifier_reward.classifier", "metric.cache_dir", "sd.cache_dir")
+    usual |= dict.fromkeys(names, "here")
+
+    def changed(common, fields):
+        one, two = (load_module(ROOT / "config" / "base.py").get_config() for _ in range(2))
+        one.update_from_flattened_dict(usual | common)
+        two.update_from_flattened_dict(usual | common | fields | dict.fromkeys(names, "there"))
+        return difference(*run_folder._comparable(json.loads(json.dumps(one.to_dict())), two.to_dict()))
+
+    assert changed({}, unread) is None
+    if unread:
+        assert changed(read | {names[1]: "there"}, unread)[0].split("[")[0] in unread
+        assert changed({}, read)[0] in read
+
+
 def test_after_resuming_with_other_settings_the_same_command_is_that_one(train):  # noqa: F811
     folder, _ = train(num_epochs=1)
     train(num_epochs=2, resume_from=str(folder), train__learning_rate=1e-3)
@@ -130,6 +160,7 @@ def test_a_run_without_a_checkpoint_begins_anew(train, tmp_path, caplog):  # noq
     folder = tmp_path / "logs" / "run"
     folder.mkdir()
     (folder / LOCK).touch()  # killed at once
+    (folder / ".config.json.4242.tmp").write_text('{"seed": 4')  # or a little later
     train()
     assert_same_run(reference, folder, 2)
     for left in (*folder.glob("checkpoint_*"), folder / "grid_0002.png"):
