@@ -352,7 +352,7 @@ def locked(folder: str | Path, instead: str = "another logdir") -> Iterator[None
 
     Every command that writes a folder does so within this. Raises UserError while another process has the folder;
     `instead` is what else the user can give. The lock ends with the process, however that ends; its file is removed by
-    whoever holds it last, and so is a folder that was made for nothing.
+    whoever holds it last, and so is, after an error, a folder that was made for nothing.
     """
     folder = Path(folder)
     path, made = folder / LOCK, not folder.exists()
@@ -368,12 +368,14 @@ def locked(folder: str | Path, instead: str = "another logdir") -> Iterator[None
             continue  # a run that ended just now removed the file or the folder: that locks nothing
         except (FileExistsError, NotADirectoryError) as error:
             raise UserError(f"{str(folder)!r} is not a folder, or lies in what is none; choose {instead}") from error
+    failed = True
     try:
         remove_leftovers(folder)
         yield
+        failed = False
     finally:
         path.unlink(missing_ok=True)
         file.close()
-        if made:
+        if made and failed:
             with suppress(OSError):  # unless it is empty
                 folder.rmdir()

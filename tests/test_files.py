@@ -84,6 +84,9 @@ def test_a_folder_has_one_writer(tmp_path):
         with pytest.raises(UserError) as caught, locked(folder, "another --output"):
             pass
         assert str(folder) in str(caught.value) and "another --output" in str(caught.value)
+    folder.rmdir()
+    with pytest.raises(ValueError), locked(folder):
+        raise ValueError
     assert not folder.exists() and folder.parent.is_dir()  # a folder that was made for nothing goes
     with locked(folder):
         (folder / "x").touch()
