@@ -98,7 +98,7 @@ def assess(
 ) -> Standing:
     """The standing of uint8 images (N, 3, H, W) of N prompts, of which equal ones are neighbours.
 
-    `real` are the Selector's features (M, D) of real images.
+    `real` are the Selector's features (M, D) of real images. Raises UserError for fewer than 4 images of either.
     """
     quality, aligned = [], []
     for part, texts in zip(images.split(batch_size), _chunks(prompts, batch_size), strict=True):
@@ -108,7 +108,12 @@ def assess(
     quality, aligned = torch.cat(quality).double(), torch.cat(aligned).double()
     passed = selector.accepts(quality).double()
     distance = kernel_distance(real, features_of(selector, images, batch_size), seed)
-    error = 0.0 if distance.high is None else (distance.high - distance.low) / (2 * 1.96)
+    if distance.high is None:  # an error of 0 would call every rise of KID a collapse
+        raise UserError(
+            f"KID of {len(images)} drawn and {len(real)} real images has no standard error; it needs 4 of each: raise "
+            "improve.held_out_images, or give more images in improve.held_out_csv"
+        )
+    error = (distance.high - distance.low) / (2 * 1.96)
     pairs = torch.tensor([i for i in range(1, len(prompts)) if prompts[i] == prompts[i - 1]])
     similar = [ms_ssim(images[part - 1].float() / 255, images[part].float() / 255) for part in pairs.split(batch_size)]
     return Standing(

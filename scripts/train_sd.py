@@ -278,7 +278,8 @@ def load_pretrained(accelerator: Accelerator, config: ConfigDict) -> StableDiffu
 
 
 def main(_) -> None:
-    config = expand_config(FLAGS.config, "sd.output")
+    needed = ("sd.output", "pretrained.model") if FLAGS.config.sd.stage == "finetune" else ("sd.output",)
+    config = expand_config(FLAGS.config, *needed)
     sd = config.sd
     check_ranges(config, SAMPLING if sd.grid_every else {"seed": SEED})
     check_settings(sd)

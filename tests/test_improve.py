@@ -126,6 +126,8 @@ def test_a_standing_is_what_is_counted_by_hand(judges_dir):
     assert standing.alignment == pytest.approx((passed * aligned).mean().item(), abs=1e-6)
     assert (standing.images, standing.pass_rate) == (12, pytest.approx(passed.mean().item()))
     assert standing.kid == pytest.approx(kernel_distance(real, features_of(selector, images, 12), 1).value, abs=1e-9)
+    with pytest.raises(UserError, match="3 drawn and 9 real images"):  # no error of KID to judge its rise by
+        assess(images[:3], prompts[:3], selector, policy, real, seed=1, batch_size=5)
     pairs = [(i, i + 1) for i in range(11) if i != 5]
     similar = [ms_ssim(pixels[a, None], pixels[b, None]).item() for a, b in pairs]
     assert standing.ms_ssim == pytest.approx(np.mean(similar), abs=1e-6)

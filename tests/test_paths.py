@@ -23,7 +23,7 @@ CONFIG_SCRIPTS = {
     "generate.py": ("logdir", "pretrained.model", "improve.judges"),
     "extract_dataset_latents.py": ("logdir",),
     "metric.py": ("metric.output", "metric.cache_dir"),
-    "train_sd.py": ("sd.output",),
+    "train_sd.py": ("sd.output", "pretrained.model"),
     "train_rlhf.py": ("rlhf.output", "rlhf.ratings", "rlhf.text_encoder"),
     "improve.py": ("improve.output", "improve.judges", "improve.csv", "improve.data_path", "pretrained.model"),
 }
