@@ -13,9 +13,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 from ddpo_pytorch.errors import UserError
@@ -25,6 +22,7 @@ from ddpo_pytorch.json_files import COUNT, OneOf, read_json
 from ddpo_pytorch.manifest import MANIFEST, file_fault, read_manifest
 from ddpo_pytorch.published import resolve
 from ddpo_pytorch.sharding import load_optimizer_into, load_weights_into
+from ddpo_pytorch.weights import open_safetensors, read_pickle, read_safetensors
 
 UNET_FILE = "unet.safetensors"
 STATE_FILE = "optimizer.pt"
@@ -90,9 +88,9 @@ def fault(checkpoint: str | Path, thorough: bool = True) -> str | None:
         epochs_completed(checkpoint, stated=True)
         if thorough:
             _read_state(checkpoint / STATE_FILE, mmap=True)
-            with safe_open(checkpoint / weights, framework="pt"):  # knows from the header how long the file must be
+            with open_safetensors(checkpoint / weights):  # knows from the header how long the file must be
                 pass
-    except (UserError, ValueError, SafetensorError, OSError) as error:
+    except (UserError, ValueError, OSError) as error:
         return " ".join(str(error).split())[:200]
     return None
 
@@ -157,10 +155,18 @@ def _check_listed(file: Path) -> None:
         raise UserError(f"{str(file)!r} is damaged ({reason}); give another checkpoint folder, or the file itself")
 
 
-def load_weights(unet: nn.Module, path: str | Path) -> Path:
-    """Load LoRA or full UNet weights, whichever `path` holds, and return the file they came from."""
+def load_weights(unet: nn.Module, path: str | Path, adapters: bool | None = None) -> Path:
+    """Load LoRA or full UNet weights, whichever `path` holds, and return the file they came from.
+
+    `adapters`: which of the two they have to be. Raises UserError for the other kind, and as the loaders do.
+    """
     file = find_weights(path)
-    if file.suffix == ".safetensors" and not _is_lora(file):
+    full = file.suffix == ".safetensors" and not _is_lora(file)
+    if adapters is full:
+        held = "a full UNet" if full else "LoRA adapters"
+        advice = "give it as unet_path" if full else "give full weights, or set use_lora=True"
+        raise UserError(f"load_from: {str(file)!r} holds {held}, which does not fit use_lora={adapters}; {advice}")
+    if full:
         replace_unet_weights(unet, file)
     else:
         load_lora(unet, file)
@@ -168,11 +174,8 @@ def load_weights(unet: nn.Module, path: str | Path) -> Path:
 
 
 def _is_lora(file: Path) -> bool:
-    try:
-        with safe_open(file, framework="pt") as weights:
-            return any("lora" in key for key in weights.keys())  # noqa: SIM118 (safe_open is not a dict)
-    except SafetensorError:
-        return "lora" in file.name  # let the loader that fits the name say what is wrong with it
+    with open_safetensors(file) as weights:
+        return any("lora" in key for key in weights.keys())  # noqa: SIM118 (safe_open is not a dict)
 
 
 def epochs_completed(checkpoint: str | Path, stated: bool = False) -> int:
@@ -220,8 +223,8 @@ def best_names(run_dir: str | Path) -> tuple[Path, Path, Path]:
 
 def _read_state(file: Path, mmap: bool = False) -> dict:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # a damaged pickle can fail in any way
+        return read_pickle(file, mmap)
+    except UserError as error:
         raise ValueError(f"{file.name} is damaged or holds more than plain tensors") from error
 
 
@@ -243,16 +246,16 @@ def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler:
         )
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
-        progress = _read_progress(folder)
         state = _read_state(folder / STATE_FILE)
+        progress = _read_progress(folder)
         if has_lora(unet):
             load_lora(unet, folder)
         else:
-            load_weights_into(unet, load_file(folder / UNET_FILE))
+            load_weights_into(unet, read_safetensors(folder / UNET_FILE)[0])
         load_optimizer_into(optimizer, state["optimizer"])
         if scaler is not None and state["scaler"] is not None:
             scaler.load_state_dict(state["scaler"])
-    except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{str(folder)!r} cannot be resumed ({reason}); resume from another checkpoint") from error
     # the optimizer's memory comes from the checkpoint, learning rate and the like from the configuration.

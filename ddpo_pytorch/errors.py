@@ -21,6 +21,8 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str
         before, now = old.get(name), new.get(name)
         if before == now:
             continue
+        if name not in old:  # by an earlier version of the program
+            return name, "(not recorded)", _short(now)
         if isinstance(before, list | tuple) and isinstance(now, list | tuple):
             pairs = enumerate(zip(before, now, strict=False))
             place = next((number for number, (one, other) in pairs if one != other), None)

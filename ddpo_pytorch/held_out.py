@@ -18,9 +18,9 @@ from ddpo_pytorch.data.images import to_uint8
 from ddpo_pytorch.data.isic import ARTIFACTS, labels_of
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
 from ddpo_pytorch.errors import UserError, difference
+from ddpo_pytorch.fingerprint import fingerprint
 from ddpo_pytorch.generator.pipeline import PromptTable
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier
-from ddpo_pytorch.judges.identity import weights_digest
 from ddpo_pytorch.metrics.alignment import count_alignment
 from ddpo_pytorch.prompts import Prompt
 from ddpo_pytorch.randomness import Stream, derived_seed
@@ -44,7 +44,7 @@ def load_judge(
             f"{', '.join(ARTIFACTS)}: give the H=4 classifier"
         )
     for other in reward_classifiers:
-        if weights_digest(load_classifier(other)) == weights_digest(judge):
+        if fingerprint(load_classifier(other).state_dict()) == fingerprint(judge.state_dict()):
             raise UserError(
                 f"held_out.classifier {str(path)!r} has the weights of {str(other)!r}, which gives the reward, and is "
                 "no independent judge; give one that was trained apart"
@@ -133,7 +133,7 @@ class HeldOut:
         ]
         # what two evaluations must share for their numbers to be compared
         self.identity = {
-            "judge": weights_digest(judge),
+            "judge": fingerprint(judge),
             "seed": seed,
             "prompts": [prompt for prompt, _ in prompts],
             "images_per_prompt": images_per_prompt,

@@ -7,7 +7,6 @@ threads, and last bits with them; the cores of a process draw as many passes sid
 """
 
 import copy
-import hashlib
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -17,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-from torch import nn
 
 from ddpo_pytorch.data.folder_names import folder_name
 from ddpo_pytorch.data.images import load_pixels, save_image, to_uint8
@@ -79,29 +77,6 @@ def images_per_pass(pipe: StableDiffusionPipeline, batch_size: int) -> int:
         return batch_size
     _, height, width = latent_shape(pipe)
     return min(max(CPU_PASS * 16 * 16 // (height * width), 1), CPU_PASS)
-
-
-def check_finite(module: nn.Module, file: str | Path) -> None:
-    """Raise UserError naming `file` and the first weight that is NaN or infinite."""
-    for name, value in module.state_dict().items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise UserError(
-                f"{str(file)!r}: {name} holds NaN or infinity as {str(value.dtype).removeprefix('torch.')}; the file "
-                "is damaged or its training diverged: give other weights, or mixed_precision=bf16 if fp16 overflows"
-            )
-
-
-def fingerprint(*parts: nn.Module, about: str = "") -> str:
-    """SHA-256 over all weights: tells a retrained model from the one that began a folder, wherever its files lie.
-
-    `about` is hashed before them.
-    """
-    digest = hashlib.sha256(about.encode())
-    for part in parts:
-        for name, value in part.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class Sampler:

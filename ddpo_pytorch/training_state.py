@@ -10,6 +10,7 @@ import torch
 from ddpo_pytorch.errors import UserError, difference
 from ddpo_pytorch.files import atomic_write
 from ddpo_pytorch.json_files import parse_json
+from ddpo_pytorch.weights import read_pickle
 
 
 def save_state(path: str | Path, state: Mapping[str, Any], belongs_to: Mapping[str, Any]) -> None:
@@ -47,7 +48,7 @@ def load_state(path: str | Path, belongs_to: Mapping[str, Any]) -> dict[str, Any
         return None
     try:
         # mapped: the processes of a node share what would otherwise be a copy of all weights and moments for each
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        saved = read_pickle(path, mmap=True)
         state, old = dict(saved["state"]), parse_json(saved["belongs_to"], dict, "")
     except Exception as error:  # a damaged pickle can fail in any way
         raise _damaged(path, error) from error

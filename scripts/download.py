@@ -16,7 +16,6 @@ import gdown
 import torch
 from absl import flags
 from diffusers import UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
 
 from ddpo_pytorch.archive import opened, unpack
 from ddpo_pytorch.cli import cli
@@ -36,6 +35,7 @@ from ddpo_pytorch.published import (
     fetch_split,
     spellings,
 )
+from ddpo_pytorch.weights import open_safetensors
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("root", "rl4med-out", "files go to ROOT/published, split tables to ROOT/data/splits")
@@ -66,13 +66,10 @@ def sd15_unet() -> UNet2DConditionModel:
 
 def check_unet(path: Path) -> str:
     """Names and shapes are SD 1.5's. Only the header is read, not the gigabytes after it."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
-            shapes = {name: tuple(tensor.get_shape()) for name, tensor in found.items()}
-            dtypes = sorted({tensor.get_dtype() for tensor in found.values()})
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error})") from error
+    with open_safetensors(path) as file:
+        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
+        shapes = {name: tuple(tensor.get_shape()) for name, tensor in found.items()}
+        dtypes = sorted({tensor.get_dtype() for tensor in found.values()})
     expected = {name: tuple(tensor.shape) for name, tensor in sd15_unet().state_dict().items()}
     for name in sorted(expected | shapes):
         ours, theirs = expected.get(name, "absent"), shapes.get(name, "absent")

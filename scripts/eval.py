@@ -32,8 +32,10 @@ from ddpo_pytorch.data.isic import CAPTIONS, labels_of
 from ddpo_pytorch.data.sample_log import SETTINGS, PartLog, claim_folder, logged, merge_parts, strays
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import locked
+from ddpo_pytorch.fingerprint import fingerprint, pipeline_fingerprints
+from ddpo_pytorch.generator.lora import adapter_fingerprint
 from ddpo_pytorch.generator.pipeline import load_pipeline
-from ddpo_pytorch.generator.text import warn_of_cut
+from ddpo_pytorch.generator.text import check_tokens
 from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.paths import expand_config
 from ddpo_pytorch.processes import on_main
@@ -45,9 +47,7 @@ from ddpo_pytorch.sampling import (
     SAMPLING,
     Job,
     Sampler,
-    check_finite,
     draw_passes,
-    fingerprint,
     images_per_pass,
     plan,
 )
@@ -81,25 +81,20 @@ def load_judge(path: str, prompts: Sequence[Prompt], device: torch.device) -> tu
     if not path:
         return None, ""
     model = load_classifier(path, device)
-    check_finite(model, path)
     judge = isic_classifier_reward(model, device)
     try:
         check_prompts(judge, prompts)
     except UserError as error:
         raise UserError(f"{error}; eval.classifier judges no other prompt, set --config.eval.classifier=") from error
-    return judge, fingerprint(model, about=f"{model.labels} {model.arch} {model.image_size}")
+    return judge, fingerprint(model, model.labels, model.arch, model.image_size)
 
 
 def load_model(config: ConfigDict, device: torch.device) -> StableDiffusionPipeline:
-    """The pipeline of the configuration with the weights of `load_from` in it, all of them finite."""
+    """Load the pipeline of the configuration with the weights of `load_from` in it."""
     dtype = DTYPES[config.mixed_precision]
     pipe = load_pipeline(config.pretrained.model, config.pretrained.revision, config.unet_path, dtype, device)
-    check_finite(pipe.unet, config.unet_path or config.pretrained.model)
-    for part in (pipe.text_encoder, pipe.vae):
-        check_finite(part, config.pretrained.model)
     if config.load_from:
         file = load_weights(pipe.unet, config.load_from)
-        check_finite(pipe.unet, file)
         logger.info("sampling with %s", file)
     else:
         logger.info("sampling from the base model (load_from is empty)")
@@ -109,17 +104,20 @@ def load_model(config: ConfigDict, device: torch.device) -> StableDiffusionPipel
     return pipe
 
 
-def settings_of(config: ConfigDict, device: str, weights_sha256: str, judge_sha256: str, size: int) -> dict:
-    """What determines an image and its log entry, as opposed to which and how many there are, and who draws them."""
+def settings_of(config: ConfigDict, device: str, model: dict[str, str], judge_sha256: str, size: int) -> dict:
+    """Return what determines an image and its log entry, as opposed to how many there are and who draws them.
+
+    `model` holds the fingerprints of the pipeline's parts and of the adapter on it.
+    """
     on_cpu = device == "cpu"
-    return {
+    return model | {
         "seed": config.seed,
         "scheduler": config.sample.scheduler,
         "num_steps": config.sample.num_steps,
         "eta": config.sample.eta if config.sample.scheduler == "ddim" else None,
         "guidance_scale": config.sample.guidance_scale,
         "mixed_precision": config.mixed_precision,
-        "weights_sha256": weights_sha256,
+        "weights_sha256": fingerprint(model),
         "classifier": judge_sha256,
         "image_format": config.eval.image_format,
         "device": device,
@@ -129,14 +127,16 @@ def settings_of(config: ConfigDict, device: str, weights_sha256: str, judge_sha2
 
 
 def claim(held: ExitStack, config: ConfigDict, prompts: Sequence[Prompt], pipe: StableDiffusionPipeline, judge: str):
-    """Lock logdir and reserve it for these settings; returns the fingerprint of the weights."""
-    digest, size = fingerprint(pipe.text_encoder, pipe.unet, pipe.vae), images_per_pass(pipe, config.eval.batch_size)
+    """Lock logdir and reserve it for these settings; return the fingerprint of the model."""
+    size = images_per_pass(pipe, config.eval.batch_size)
+    model = pipeline_fingerprints(pipe) | {"load_from": adapter_fingerprint(pipe.unet)}
+    settings = settings_of(config, pipe.device.type, model, judge, size)
     about = {"load_from": config.load_from, "model": config.pretrained.model, "unet_path": config.unet_path}
     about |= {"classifier": config.eval.classifier, "prompts": [prompt for prompt, _ in prompts]}
     about |= {"versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}}
     held.enter_context(locked(config.logdir))
-    claim_folder(config.logdir, settings_of(config, pipe.device.type, digest, judge, size), about)
-    return digest
+    claim_folder(config.logdir, settings, about)
+    return settings["weights_sha256"]
 
 
 def check_common(folder: Path, seen: Sequence[bool]) -> None:
@@ -227,7 +227,7 @@ def main(_) -> None:
     judge, judge_digest = load_judge(config.eval.classifier, prompts, device)
     pipe = load_model(config, device)
     sampler = Sampler(pipe, sample.scheduler, sample.num_steps, sample.eta, sample.guidance_scale)
-    warn_of_cut(pipe.tokenizer, [prompt for prompt, _ in prompts])
+    check_tokens(pipe.tokenizer, [prompt for prompt, _ in prompts])
     with ExitStack() as held:
         digest = on_main(accelerator, claim, held, config, prompts, pipe, judge_digest)
         on_main(accelerator, check_common, folder, gather_object([(folder / SETTINGS).is_file()]))

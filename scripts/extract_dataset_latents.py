@@ -27,6 +27,7 @@ from ddpo_pytorch.data.kinds import KINDS, Row, source
 from ddpo_pytorch.data.sample_log import claim_folder
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import sha256
+from ddpo_pytorch.fingerprint import fingerprint
 from ddpo_pytorch.generator.latents import INDEX, encode_data_set, write_index
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.paths import expand_config
@@ -78,6 +79,7 @@ def extract(accelerator: Accelerator, config: ConfigDict) -> None:
         vae = load_pipeline(config.pretrained.model, config.pretrained.revision, device=accelerator.device).vae
     if accelerator.is_main_process:
         settings = about | {"limit": dataset.limit, "model": config.pretrained.model}
+        settings["vae_sha256"] = fingerprint(vae) if vae is not None else ""
         claim_folder(folder, settings, {"csv": dataset.csv, "missing": missing})
     accelerator.wait_for_everyone()
 

@@ -28,15 +28,16 @@ from ddpo_pytorch.cores import thread_limit
 from ddpo_pytorch.data.images import LOG, is_whole, read_log, save_image, write_log
 from ddpo_pytorch.data.sample_log import claim_folder
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import sha256
+from ddpo_pytorch.fingerprint import fingerprint, pipeline_fingerprints
+from ddpo_pytorch.generator.lora import adapter_fingerprint
 from ddpo_pytorch.generator.pipeline import load_pipeline
-from ddpo_pytorch.generator.text import warn_of_cut
+from ddpo_pytorch.generator.text import check_tokens
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges
 from ddpo_pytorch.paths import expand_config
 from ddpo_pytorch.processes import locked_by_main
 from ddpo_pytorch.prompts import all_prompts, given_prompts
 from ddpo_pytorch.run import DTYPES, make_accelerator
-from ddpo_pytorch.sampling import SAMPLING, Sampler, fingerprint, plan
+from ddpo_pytorch.sampling import SAMPLING, Sampler, plan
 from ddpo_pytorch.settings import ONE_OR_MORE, check_ranges
 
 FLAGS = flags.FLAGS
@@ -96,13 +97,13 @@ def generate(accelerator: Accelerator, config: ConfigDict) -> None:
     )
     if config.load_from:
         load_weights(pipe.unet, config.load_from)
-    warn_of_cut(pipe.tokenizer, prompts)
+    check_tokens(pipe.tokenizer, prompts)
     sampler = Sampler(pipe, sample.scheduler, sample.num_steps, sample.eta, sample.guidance_scale)
     settings = {name: improve[name] for name in ("images_per_prompt", "num_candidates", "max_attempts")}
     settings |= {name: sample[name] for name in ("scheduler", "num_steps", "eta", "guidance_scale")}
     settings |= {"seed": config.seed, "prompts": prompts, "mixed_precision": config.mixed_precision}
-    settings |= {name: sha256(Path(improve.judges) / name) for name in (SELECTOR_FILE, POLICY_FILE)}
-    settings["weights_sha256"] = fingerprint(pipe.text_encoder, pipe.unet, pipe.vae)
+    settings |= {name: fingerprint(Path(improve.judges) / name) for name in (SELECTOR_FILE, POLICY_FILE)}
+    settings |= pipeline_fingerprints(pipe) | {"load_from": adapter_fingerprint(pipe.unet)}
     if accelerator.is_main_process:
         claim_folder(folder, settings, {"model": pretrained.model, "load_from": config.load_from})
     accelerator.wait_for_everyone()

@@ -28,6 +28,7 @@ from ddpo_pytorch.data import fundus
 from ddpo_pytorch.data.sample_log import claim_folder
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import JsonLines, atomic_folder, atomic_write, locked, sha256
+from ddpo_pytorch.fingerprint import fingerprint, pipeline_fingerprints
 from ddpo_pytorch.generator.conditioning import save_model
 from ddpo_pytorch.generator.latents import INDEX, LatentShards
 from ddpo_pytorch.generator.lora import merged_state_dict
@@ -238,6 +239,18 @@ def save_merged(model: Path, weights: Path, outcome: Path) -> None:
         save_model(pipe, temporary)
 
 
+def settings_of(config: ConfigDict) -> dict:
+    """Return what rounds have in common: settings, and fingerprints of the files behind them."""
+    improve, pretrained = config.improve, config.pretrained
+    settings = {f"improve.{name}": improve[name] for name in improve if name not in ("output", "rounds")}
+    settings |= {f"sample.{name}": config.sample[name] for name in ("scheduler", "num_steps", "eta", "guidance_scale")}
+    settings |= {"seed": config.seed, "model": pretrained.model, "mixed_precision": config.mixed_precision}
+    settings |= pipeline_fingerprints(load_pipeline(pretrained.model, pretrained.revision))
+    for name in ("judges", "held_out_judges", "csv", "held_out_csv"):
+        settings[f"contents.{name}"] = fingerprint(Path(improve[name]))
+    return settings
+
+
 def main(_) -> None:
     required = ("output", "judges", "held_out_judges", "csv", "held_out_csv", "data_path")
     config = expand_config(FLAGS.config, "pretrained.model", *(f"improve.{name}" for name in required))
@@ -245,8 +258,7 @@ def main(_) -> None:
     improve, output = config.improve, Path(config.improve.output)
     rounds = Rounds(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with locked(output):
-        about = {f"improve.{name}": improve[name] for name in improve if name not in ("output", "rounds")}
-        claim_folder(output, about | {"seed": config.seed, "model": config.pretrained.model}, {})
+        claim_folder(output, settings_of(config), {})
         log = JsonLines(output / LOG, keep=improve.rounds + 1, counter="round")
         history = read_history(output / LOG)
         for number in range(improve.rounds + 1):

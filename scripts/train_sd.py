@@ -35,9 +35,10 @@ from ddpo_pytorch.data.images import image_grid, save_picture
 from ddpo_pytorch.data.kinds import source
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import JsonLines, atomic_folder, atomic_write
+from ddpo_pytorch.fingerprint import fingerprint, pipeline_fingerprints
 from ddpo_pytorch.generator import scratch
 from ddpo_pytorch.generator.conditioning import save_model, unet_metadata, with_bert
-from ddpo_pytorch.generator.latents import LatentShards, fingerprint
+from ddpo_pytorch.generator.latents import LatentShards
 from ddpo_pytorch.generator.lora import add_lora, has_lora, merged_state_dict, save_lora
 from ddpo_pytorch.generator.objectives import AutoencoderLoss, CaptionTable, NoiseLoss
 from ddpo_pytorch.generator.pipeline import load_pipeline
@@ -52,7 +53,7 @@ from ddpo_pytorch.generator.stage_data import (
     settings_of,
     state_file,
 )
-from ddpo_pytorch.generator.text import has_mask, warn_of_cut
+from ddpo_pytorch.generator.text import check_tokens, has_mask
 from ddpo_pytorch.generator.training import Stopwatch, Training, endless_batches, parameter_groups
 from ddpo_pytorch.optimizer import make_adamw
 from ddpo_pytorch.paths import expand_config
@@ -62,6 +63,7 @@ from ddpo_pytorch.run import DTYPES, make_accelerator, peak_memory_gib
 from ddpo_pytorch.sampling import SAMPLING
 from ddpo_pytorch.settings import SEED, check_ranges
 from ddpo_pytorch.training_state import save_state
+from ddpo_pytorch.weights import check_finite
 
 FLAGS = flags.FLAGS
 define_config(__file__, "experiment, e.g. config/dgx.py:finetune_sd")
@@ -231,7 +233,7 @@ def unet_stage(accelerator: Accelerator, config: ConfigDict, pipe: StableDiffusi
         train_set = add_pool(accelerator, sd, pipe.vae, train_set)
     names = list(dict.fromkeys([*train_set.captions, *(val_set.captions if val_set else ())]))
     captions = CaptionTable(pipe, names, trained=sd.stage == "unet" or sd.train_text_encoder)
-    warn_of_cut(pipe.tokenizer, names, "captions")
+    check_tokens(pipe.tokenizer, names, "captions")
     train_set.renumber(names)
     if val_set is not None:
         val_set.renumber(names)
@@ -240,6 +242,7 @@ def unet_stage(accelerator: Accelerator, config: ConfigDict, pipe: StableDiffusi
     if sd.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     data = {"latents": train_set.digests(), "captions": captions.digest()}
+    data |= pipeline_fingerprints(pipe, ("scheduler", "text_encoder", "tokenizer", "vae"))  # the UNet is in the loss
 
     def finish() -> None:
         if has_lora(pipe.unet):
@@ -264,9 +267,11 @@ def captions_of(sd: ConfigDict) -> tuple[str, ...]:
 def load_pretrained(accelerator: Accelerator, config: ConfigDict) -> StableDiffusionPipeline:
     """The pretrained model with a UNet to train: all of it in float32, or adapters on a frozen one of storage type."""
     pretrained, sd = config.pretrained, config.sd
-    dtype = DTYPES[config.mixed_precision] if sd.use_lora else torch.float32
-    pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, dtype, accelerator.device)
+    pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, device=accelerator.device)
     if sd.use_lora:
+        for part in (pipe.unet, pipe.text_encoder):  # not the VAE, whose latents belong to its float32 weights
+            part.to(DTYPES[config.mixed_precision])
+            check_finite(part.state_dict(), config.unet_path or pretrained.model)
         add_lora(pipe.unet, sd.lora_rank, sd.lora_targets, config.seed)
     else:
         pipe.unet.requires_grad_(True)

@@ -114,6 +114,12 @@ def test_a_killed_training_ends_like_one_that_was_not(world, trained, tmp_path, 
     assert process.returncode == -9 and state.is_file() and (tmp_path / H4).is_file()
     with pytest.raises(UserError, match="learning_rate=0.0001, now it is 0.001"):
         run(*options, "--learning_rate=1e-3")
+    for other, what in (
+        (f"--checkpoint={folder / H4}", "initial weights"),
+        (f"--train_csv={without(world, tmp_path, 'train', 'hair')}", "hair|training images"),
+    ):
+        with pytest.raises(UserError, match=what):
+            run(*options, other)
     tested = run(*options, "--mode=test")
     assert f"{tmp_path / H4} is the best epoch so far of a training that is not finished" in tested
     (tmp_path / H4).unlink()  # what the state says is written again

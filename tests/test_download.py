@@ -146,8 +146,8 @@ def changed(**shapes: list[int] | None):
 
 
 FAULTS = {
-    "UNet torn": (UNET, torn_unet, "is not a whole safetensors file"),
-    "UNet empty": (UNET, lambda path, _: path.touch(), "is not a whole safetensors file"),
+    "UNet torn": (UNET, torn_unet, "not a readable safetensors file"),
+    "UNet empty": (UNET, lambda path, _: path.touch(), "is empty"),
     "UNet with a wrong shape": (
         UNET,
         changed(conv_in__weight=[9, 4, 3, 3]),
@@ -159,7 +159,7 @@ FAULTS = {
     "LoRA of another rank": (LORA, lambda path, unet: lora_folder(path, unet, 8), "has shape (8, 320)"),
     "LoRA of fewer layers": (LORA, lambda path, unet: lora_folder(path, unet, 4, 2), "lacks down_blocks.0"),
     "heads": (H6, lambda path, _: published_file(path, 4), "has 4 heads, 6 belong under this name"),
-    "page instead of weights": (H4, lambda path, _: path.write_text("<html>quota</html>"), "is not opened"),
+    "page instead of weights": (H4, lambda path, _: path.write_text("<html>quota</html>"), "web page"),
     "zip torn": ("images.zip", lambda path, _: path.write_bytes(b"PK"), "does not open as a zip"),
 }
 

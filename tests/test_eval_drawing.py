@@ -211,7 +211,7 @@ def test_weights_that_are_not_finite_are_refused(config_file, tiny_pipeline_dir,
     for fields, name in (
         ({"load_from": str(model / "unet" / file)}, model / "unet" / file),
         ({"unet_path": str(model / "unet" / file)}, model / "unet" / file),
-        ({"pretrained__model": str(model)}, model),
+        ({"pretrained__model": str(model)}, model / "unet" / file),
     ):
         with pytest.raises(UserError) as caught:
             run_main("eval.py", config_file, logdir=str(tmp_path / "x"), **fields)

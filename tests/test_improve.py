@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from judge_tools import FUNDUS_PROMPTS, threshold_between, write_judges
-from script_tools import files_of, options, succeed
+from script_tools import files_of, load_module, options, succeed
 
 from ddpo_pytorch.best_of_n import Request, best_of_n, log_entries
 from ddpo_pytorch.data.images import read_log, save_image
@@ -248,6 +250,36 @@ def test_bad_settings_are_told(run_main, config_file, fields, changes, message):
             for name, value in fields.items()
         }
         run_main("improve.py", config_file, **given | changes)
+
+
+def test_rounds_and_pools_belong_to_the_files_that_they_were_begun_with(
+    run_main, config_file, fields, judges_dir, bert_pipeline_dir, tmp_path
+):
+    """At the same paths: another tokenizer setting, schedule, judge, table."""
+    model, judges = (shutil.copytree(place, tmp_path / place.name) for place in (bert_pipeline_dir, judges_dir))
+    table = Path(shutil.copy(fields["improve__csv"], tmp_path / "table.csv"))
+    fields |= {"pretrained__model": model, "improve__judges": judges, "improve__csv": table}
+    given = {k: v if isinstance(v, bool | int | float | tuple) else str(v) for k, v in fields.items()}
+    claims = []
+    improve = load_module(ROOT / "scripts" / "improve.py")
+    config = load_module(config_file).get_config()
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in given.items()})
+
+    def changed():
+        claims.append(improve.settings_of(config))
+        return {name for name in claims[-1] if claims[-1][name] != claims[0][name]}
+
+    assert not changed() and not changed()
+    run_main("generate.py", config_file, **given, logdir=str(tmp_path / "pool"))
+    schedule = model / "scheduler" / "scheduler_config.json"
+    schedule.write_text(json.dumps(json.loads(schedule.read_text()) | {"beta_end": 0.02}))
+    assert changed() == {"model.scheduler"}
+    with pytest.raises(UserError, match="model.scheduler"):
+        run_main("generate.py", config_file, **given, logdir=str(tmp_path / "pool"))
+    write_judges(judges, model, seed=5, threshold=0.1)
+    assert changed() == {"model.scheduler", "contents.judges"}
+    table.write_text(table.read_text() + "\n")
+    assert changed() == {"model.scheduler", "contents.judges", "contents.csv"}
 
 
 def test_what_chooses_cannot_judge(run_main, config_file, fields):

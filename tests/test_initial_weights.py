@@ -98,7 +98,7 @@ def test_files_that_do_not_fit(tmp_path, monkeypatch):
             r"does not fit 'efficientnet_b0': of its weights \d+ are missing, 0 unexpected",
         ),
         ("few.pth", "tinynet_e", "of its weights 2 are missing, 1 unexpected and 1 of another shape, the first"),
-        ("numbers.pth", "tinynet_e", "holds no state dict"),
+        ("numbers.pth", "tinynet_e", "other things than tensors"),
         ("torn.pth", "tinynet_e", "holds more than plain tensors"),
         ("text.safetensors", "tinynet_e", "not a readable safetensors"),
         ("absent.pth", "tinynet_e", "allowed are imagenet, none and the path of a file"),

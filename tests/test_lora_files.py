@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from peft import LoraConfig
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny_unet import RANK, TARGETS, make_unet, random_weights, randomize, run, run_by_hand
 
@@ -42,7 +43,31 @@ def peft(weights: dict[str, torch.Tensor], prefix: str, adapter: str = "") -> di
     return renamed
 
 
+def trained(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Names of diffusers' training scripts."""
+    return {
+        f"{prefix}{key.replace('.down', '.lora.down').replace('.up', '.lora.up')}.weight": w
+        for key, w in weights.items()
+    }
+
+
+def kohya(weights: dict[str, torch.Tensor], alpha: float = RANK) -> dict[str, torch.Tensor]:
+    """Names of kohya's scripts, with an alpha for each module."""
+    renamed = {}
+    for key, value in weights.items():
+        module, half = key.rsplit(".", 1)
+        name = f"lora_unet_{module.replace('.', '_')}"
+        renamed[f"{name}.lora_{half}.weight"] = value
+        renamed[f"{name}.alpha"] = torch.tensor(float(alpha))
+    return renamed
+
+
 FORMATS = {
+    "trained.safetensors": lambda w: trained(w, "unet."),
+    "trained_bare.safetensors": lambda w: trained(w, ""),
+    "trained.bin": lambda w: trained(w, "unet."),
+    "kohya.safetensors": lambda w: kohya(w),
+    "kohya.bin": lambda w: kohya(w),
     "legacy.bin": lambda w: legacy(w),
     "legacy_prefixed.bin": lambda w: legacy(w, "unet."),
     "legacy.safetensors": lambda w: legacy(w),
@@ -171,6 +196,71 @@ def test_scale_stated_by_diffusers(tmp_path):
         torch.testing.assert_close(run(ours), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("converted", [True, False], ids=["diffusers_names", "peft_names"])
+def test_adapters_saved_as_diffusers_training_scripts_do(tmp_path, converted, safe):
+    """As in train_text_to_image_lora.py: `save_lora_weights` of what peft gives, in diffusers' names or not."""
+    theirs = make_unet()
+    theirs.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(TARGETS), init_lora_weights=False))
+    layers = get_peft_model_state_dict(theirs)
+    layers = convert_state_dict_to_diffusers(layers) if converted else layers
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers, safe_serialization=safe)
+    ours = make_unet()
+    load_lora(ours, tmp_path)
+    torch.testing.assert_close(run(ours), run(theirs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("converted", [True, False], ids=["diffusers_names", "peft_names"])
+def test_an_adapter_of_the_text_encoder_is_refused_by_name(tmp_path, converted):
+    theirs = make_unet()
+    theirs.add_adapter(LoraConfig(r=RANK, target_modules=list(TARGETS), init_lora_weights=False))
+    text = {f"text_model.encoder.layers.0.self_attn.q_proj.lora_{half}.weight": torch.rand(4, 4) for half in "AB"}
+    change = convert_state_dict_to_diffusers if converted else dict
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=change(get_peft_model_state_dict(theirs)),
+        text_encoder_lora_layers=change(text),
+    )
+    kohyas = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(4, 4)}
+    for place in (tmp_path, write(tmp_path / "kohya.safetensors", kohyas)):
+        with pytest.raises(UserError, match="text_encoder|lora_te_") as caught:
+            load_lora(make_unet(), place)
+        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_each_module_has_its_own_alpha_in_kohyas_files(tmp_path):
+    weights = random_weights(make_unet())
+    unet = make_unet()
+    load_lora(unet, write(tmp_path / "half.safetensors", kohya(weights, RANK / 2)))
+    torch.testing.assert_close(run(unet), run_by_hand(weights, 0.5), rtol=1e-5, atol=1e-5)
+    mixed = kohya(weights)
+    first = next(name for name in mixed if name.endswith(".alpha"))
+    mixed[first] = mixed[first] / 2
+    load_lora(unet, write(tmp_path / "mixed.safetensors", mixed))
+    halved = {
+        key: value / 2 if key == next(iter(weights)).replace(".down", ".up") else value
+        for key, value in weights.items()
+    }
+    torch.testing.assert_close(run(unet), run_by_hand(halved), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ("lora_unet_nowhere_attn1_to_q.lora_down.weight", "nowhere"),
+        ("lora_unet_nowhere.alpha", "nowhere"),
+        ("lora_unet_{}.dora_scale", "dora_scale"),
+        ("lora_unet_{}.hada_w1_a", "hada_w1_a"),
+    ],
+)
+def test_what_is_not_plain_lora_is_refused_by_name(tmp_path, extra, named):
+    weights = random_weights(make_unet())
+    module = next(iter(weights)).rsplit(".", 1)[0].replace(".", "_")
+    tensors = kohya(weights) | {extra.format(module): torch.ones(1)}
+    with pytest.raises(UserError, match=named):
+        load_lora(make_unet(), write(tmp_path / "other.safetensors", tensors))
+
+
 def test_convolutions_can_be_targets(tmp_path):
     unet = make_unet()
     add_lora(unet, 2, ("conv1", "proj_in"), seed=0)
@@ -258,7 +348,7 @@ def test_malicious_pickle_is_not_run(tmp_path):
             torch.save({"a": Malicious(victim)}, file)
         else:
             file.write_bytes(pickle.dumps({"a": Malicious(victim)}, protocol=2))
-        with pytest.raises(UserError, match="not a plain file of tensors"):
+        with pytest.raises(UserError, match=str(file)):
             load_lora(make_unet(), file)
         assert not victim.exists()
 
@@ -274,7 +364,7 @@ def test_files_that_are_not_weights(tmp_path):
     with pytest.raises(UserError, match="not a readable safetensors file"):
         load_lora(unet, garbage)
     (tmp_path / "empty.bin").write_bytes(b"")
-    with pytest.raises(UserError, match="not a plain file of tensors"):
+    with pytest.raises(UserError, match="empty.bin.* is empty"):
         load_lora(unet, tmp_path / "empty.bin")
     torch.save({"epoch": 3, "weights": torch.zeros(2)}, tmp_path / "mixed.bin")
     with pytest.raises(UserError, match="other things than tensors"):

@@ -65,13 +65,13 @@ def test_missing_models_are_one_clear_line(tmp_path, tiny_pipeline_dir, monkeypa
         load_pipeline(tmp_path)
 
     shutil.copytree(tiny_pipeline_dir, tmp_path / "cut", ignore=shutil.ignore_patterns("diffusion_pytorch_model*"))
-    with pytest.raises(UserError, match="not a complete Stable Diffusion folder"):
+    with pytest.raises(UserError, match=str(tmp_path / "cut" / "unet")):
         load_pipeline(tmp_path / "cut")
 
     def unreachable(*args, **kwargs):
         raise OSError("Cannot find the requested files\nand many more lines")
 
-    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", unreachable)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
     with pytest.raises(UserError, match="model someone/something is neither") as error:
         load_pipeline("someone/something")
     assert "\n" not in str(error.value)
@@ -84,8 +84,7 @@ def test_the_id_that_left_the_hub_is_mirrored(monkeypatch, caplog):
         asked.append(model)
         raise OSError("stop here")
 
-    for loader in (AutoConfig, StableDiffusionPipeline):
-        monkeypatch.setattr(loader, "from_pretrained", record)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", record)
     with caplog.at_level(logging.WARNING), pytest.raises(UserError):
         load_pipeline("runwayml/stable-diffusion-v1-5")
     assert asked == ["stable-diffusion-v1-5/stable-diffusion-v1-5"]
@@ -104,7 +103,7 @@ def test_unfit_unet_weights_fail_by_name(pipe, tiny_pipeline_dir, tmp_path):
     with pytest.raises(UserError, match="no UNet weights at"):
         load_pipeline(tiny_pipeline_dir, unet_path=file)
     file.write_bytes(b"garbage")
-    with pytest.raises(UserError, match="not a safetensors file"):
+    with pytest.raises(UserError, match=str(file)):
         load_pipeline(tiny_pipeline_dir, unet_path=file)
     weights = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
     cases = {

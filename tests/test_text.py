@@ -105,7 +105,7 @@ def test_what_is_no_text_encoder_is_refused(damage, tmp_path):
         build_bert(["many other words that this encoder never saw, xyzq"], 32, 2, 24)[0].save_pretrained(tmp_path)
         encoder.resize_token_embeddings(10)
         encoder.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match={"absent": "neither", "gpt": "gpt2", "vocabulary": "tokens"}[damage]):
+    with pytest.raises(UserError, match={"absent": "tokenizer.json", "gpt": "gpt2", "vocabulary": "tokens"}[damage]):
         load_text_encoder(tmp_path)
 
 

@@ -20,6 +20,7 @@ from script_tools import assert_same_training, files_of, options, succeed
 
 from ddpo_pytorch import training_state
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.policy import load_judges
 from ddpo_pytorch.judges.rlhf import chosen_samples
 
@@ -134,6 +135,37 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(train, tmp_path, monkeypatc
     one, other = files_of(tmp_path / "whole"), files_of(tmp_path / "stopped")
     assert all(one[name] == other[name] for name in one if name != "metrics.jsonl") and one.keys() == other.keys()
     assert without_speed(tmp_path / "whole") == without_speed(tmp_path / "stopped")
+
+
+def test_a_stopped_training_is_not_resumed_with_another_text_encoder_or_autoencoder(
+    train, rated, tiny_pipeline_dir, tmp_path, monkeypatch
+):
+    """At the same path: a tokenizer with two words the other way round; another autoencoder."""
+    bert, model = (shutil.copytree(place, tmp_path / place.name) for place in (rated / "bert", tiny_pipeline_dir))
+    fields = {"output": tmp_path / "out", "text_encoder": str(bert), "autoencoder": str(model), "stages": (1,)}
+    save = training_state.save_state
+
+    def stopping(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training_state, "save_state", stopping)
+        train(**fields)
+    tokenizer = (bert / "tokenizer.json").read_text()
+    content = json.loads(tokenizer)
+    numbers = content["model"]["vocab"]
+    numbers["red"], numbers["blue"] = numbers["blue"], numbers["red"]
+    (bert / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="text encoder"):
+        train(**fields)
+    (bert / "tokenizer.json").write_text(tokenizer)
+    pipe = load_pipeline(model)
+    pipe.vae.quant_conv.bias.data += 0.1
+    pipe.save_pretrained(model)
+    with pytest.raises(UserError, match="training ratings"):
+        train(**fields)
+    assert (tmp_path / "out" / "stage_1.unfinished.pt").is_file()
 
 
 @pytest.mark.parametrize("stage", [1, 2])

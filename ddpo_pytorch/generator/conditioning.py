@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import sha256, write_json
-from ddpo_pytorch.generator.latents import fingerprint
+from ddpo_pytorch.fingerprint import fingerprint
 from ddpo_pytorch.generator.text import has_mask, load_text_encoder, mask_padding
 from ddpo_pytorch.json_files import read_json
 

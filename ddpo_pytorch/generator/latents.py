@@ -6,7 +6,6 @@ caption in the index's list), and the mean and log-variance of the autoencoder's
 (n, C, h, w) in half precision, not scaled. The index states what made them: autoencoder, image size, resize, source.
 """
 
-import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +15,8 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -26,22 +24,15 @@ from ddpo_pytorch.cores import one_thread
 from ddpo_pytorch.data.image_cache import loader_options
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import atomic_write, path_inside, sha256, write_json
+from ddpo_pytorch.fingerprint import fingerprint
 from ddpo_pytorch.json_files import COUNT, read_json
+from ddpo_pytorch.weights import open_safetensors
 
 logger = logging.getLogger(__name__)
 INDEX = "index.json"
 SHARD_IMAGES = 256
 SHAPE = {"captions": [str], "images": COUNT, "shards": [{"file": str, "sha256": str}]}  # of the index
 ENCODE_BATCH = 8
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names and float32 weights of a model. Latents belong to one autoencoder and to no other."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -150,9 +141,9 @@ def _holds(path: Path, rows: list[int], recorded: str | None) -> bool:
     if not path.is_file():
         return False
     try:
-        with safe_open(path, framework="pt") as file:  # refuses a file shorter than its header states
+        with open_safetensors(path) as file:  # refuses a file shorter than its header states
             problem = "" if file.get_tensor("row").tolist() == rows else "holds other rows"
-    except (SafetensorError, OSError) as error:
+    except (UserError, SafetensorError) as error:
         problem = f"is damaged ({error})"
     if not problem and recorded not in (None, sha256(path)):
         problem = f"differs from {INDEX}"
@@ -209,10 +200,8 @@ class LatentShards(Dataset):
             raise UserError(
                 f"latent shard {str(path)!r} {problem}; run the command that wrote it again, it makes this shard anew"
             )
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{str(path)!r} is not a readable safetensors file ({error}); extract again") from error
+        with open_safetensors(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
 
     def _check(self, path: Path) -> None:
         """Raise UserError for shards of which an item could not be taken, or would have no caption."""

@@ -17,12 +17,13 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.fingerprint import fingerprint
 from ddpo_pytorch.json_files import OneOf, parse_json
+from ddpo_pytorch.weights import read_tensors
 
 ADAPTER = "default"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # its projections
@@ -33,8 +34,14 @@ FILE_NAMES = (FILE_NAME, "pytorch_lora_weights.bin", "adapter_model.safetensors"
 LEGACY_KEY = re.compile(
     r"(?P<attention>.+)\.processor\.(?P<projection>to_q|to_k|to_v|to_out)_lora\.(?P<half>down|up)\.weight"
 )
-# peft, and diffusers since: with the adapter's name in the middle or without.
+# peft, with the adapter's name in the middle or without; diffusers' training scripts; kohya's, of modules whose dots
+# have become underscores.
 PEFT_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<half>A|B)(\.(?P<adapter>[^.]+))?\.weight")
+DIFFUSERS_KEY = re.compile(r"(?P<module>.+)\.lora\.(?P<half>down|up)\.weight")
+KOHYA_KEY = re.compile(r"lora_unet_(?P<module>[^.]+)\.lora_(?P<half>down|up)\.weight")
+ALPHA_KEY = re.compile(r"(lora_unet_)?(?P<module>.+?)(\.lora)?\.alpha")
+TEXT_ENCODER_KEY = re.compile(r"text_encoder(_2)?\.|lora_te\d?_")
+HALVES = {"down": "A", "up": "B"}
 PREFIX = re.compile(r"(base_model\.model\.)?(unet\.)?")
 
 
@@ -89,6 +96,11 @@ def lora_state_dict(unet: nn.Module) -> dict[str, torch.Tensor]:
     return {f"unet.{key}": value.detach().cpu().clone().contiguous() for key, value in _adapter_weights(unet).items()}
 
 
+def adapter_fingerprint(unet: nn.Module) -> str:
+    """Return the fingerprint of the adapters' weights; "" for a UNet without."""
+    return fingerprint(lora_state_dict(unet)) if has_lora(unet) else ""
+
+
 def save_lora(unet: nn.Module, path: str | Path) -> Path:
     """Write the adapters in the format that diffusers' `load_lora_weights` reads; return the file.
 
@@ -108,17 +120,18 @@ def save_lora(unet: nn.Module, path: str | Path) -> Path:
 def load_lora(unet: UNet2DConditionModel, path: str | Path) -> None:
     """Load adapters from a file, or from the file that a folder holds, adding them first when the UNet has none.
 
-    Reads legacy attention-processor files (the published checkpoint), peft's and diffusers', .safetensors or .bin, with
-    or without the prefixes "unet." and "base_model.model.". A scale alpha / rank other than 1, as peft's and diffusers'
-    files may state, is multiplied into `up`. Weights of the UNet change only if the whole file fits.
+    Reads legacy attention-processor files (the published checkpoint), peft's, those of diffusers' training scripts and
+    kohya's, .safetensors or .bin, with or without the prefixes "unet." and "base_model.model.". A scale alpha / rank
+    other than 1, as files may state, is multiplied into `up`. Weights of the UNet change only if the whole file fits.
 
     Raises:
-        UserError: no such file; a pickle of anything but tensors; a key that is not understood or names no module of
-            the UNet; adapters of the UNet that the file lacks; a wrong shape or rank (key and both shapes are named).
+        UserError: no such file; one that `read_tensors` refuses; a key that is not understood or names no module of the
+            UNet, or that of a text encoder; adapters of the UNet that the file lacks; a wrong shape or rank (key and
+            both shapes are named).
     """
     file = _find_file(Path(path).expanduser())
-    tensors, metadata = _read_tensors(file)
-    weights, sources = _rename(tensors, file)
+    tensors, metadata = read_tensors(file)
+    weights, sources, alphas = _rename(tensors, unet, file)
     scale = _scale(file, metadata)
     if has_lora(unet):
         expected = {key: tuple(parameter.shape) for key, parameter in _adapter_weights(unet).items()}
@@ -144,7 +157,9 @@ def load_lora(unet: UNet2DConditionModel, path: str | Path) -> None:
         add_lora(unet, rank, sorted(modules), seed=0)
     with torch.no_grad():
         for key, parameter in _adapter_weights(unet).items():
-            parameter.copy_(weights[key].float() * (scale if ".lora_B." in key else 1.0))
+            module, half = key.rsplit(".lora_", 1)
+            own = alphas[module] / len(weights[f"{module}.lora_A.weight"]) if module in alphas else scale
+            parameter.copy_(weights[key].float() * (own if half == "B.weight" else 1.0))
 
 
 @torch.no_grad()
@@ -199,50 +214,46 @@ def _find_file(path: Path) -> Path:
     return file
 
 
-def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file or of a pickle that holds nothing but tensors."""
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, framework="pt") as opened:
-                return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}
-        except SafetensorError as error:
-            raise UserError(f"{file} is not a readable safetensors file ({error}); fetch or save it again") from error
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # bytes that are no pickle can fail in any way
-        raise UserError(
-            f"{file} is not a plain file of tensors and was not unpickled, because that can run any code; "
-            "give LoRA weights saved as safetensors, or as a dict of tensors"
-        ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise UserError(f"{file} holds other things than tensors; give LoRA weights as a dict of names to tensors")
-    return tensors, {}
-
-
-def _rename(tensors: dict[str, torch.Tensor], file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors by <module>.lora_{A,B}.weight, and for each of these names the key that the file uses."""
+def _rename(
+    tensors: dict[str, torch.Tensor], unet: nn.Module, file: Path
+) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, float]]:
+    """Return tensors by <module>.lora_{A,B}.weight, the key that the file uses for each, and alpha by module."""
     weights: dict[str, torch.Tensor] = {}
     sources: dict[str, str] = {}
+    alphas: dict[str, float] = {}
+    modules = {name.replace(".", "_"): name for name, _ in unet.named_modules()}  # kohya's names of them
     for source, tensor in tensors.items():
         key = source[PREFIX.match(source).end() :]
+        if TEXT_ENCODER_KEY.match(key):
+            raise UserError(
+                f"{file} adapts the text encoder, too ({source}), which is not supported here, and without that part "
+                "the rest draws something else; give an adapter trained without --train_text_encoder"
+            )
+        if (match := ALPHA_KEY.fullmatch(key)) and tensor.numel() == 1:
+            alphas[modules.get(match["module"], match["module"])] = float(tensor)
+            continue
         if match := LEGACY_KEY.fullmatch(key):
             layer = "to_out.0" if match["projection"] == "to_out" else match["projection"]
-            name = f"{match['attention']}.{layer}.lora_{'A' if match['half'] == 'down' else 'B'}.weight"
-        elif match := PEFT_KEY.fullmatch(key):
-            name = f"{match['module']}.lora_{match['half']}.weight"
+            module, half = f"{match['attention']}.{layer}", match["half"]
+        elif match := KOHYA_KEY.fullmatch(key):
+            module, half = modules.get(match["module"], match["module"]), match["half"]
+        elif match := DIFFUSERS_KEY.fullmatch(key) or PEFT_KEY.fullmatch(key):
+            module, half = match["module"], match["half"]
         else:
             raise UserError(
-                f"{file}: the key {source} is no LoRA weight of a UNet; known are "
-                "<attention>.processor.to_q_lora.down.weight (legacy) and <module>.lora_A.weight (peft, diffusers)"
+                f"{file}: the key {source} is no LoRA weight of a UNet; known are <module>.lora_A.weight (peft), "
+                "<module>.lora.down.weight (diffusers), <attention>.processor.to_q_lora.down.weight (legacy) and "
+                "lora_unet_<module>.lora_down.weight (kohya)"
             )
+        name = f"{module}.lora_{HALVES.get(half, half)}.weight"
         if name in weights:
             raise UserError(f"{file}: {sources[name]} and {source} are the same weight; give a file with one adapter")
         weights[name], sources[name] = tensor, source
     if not weights:
         raise UserError(f"{file} is empty; give a file with LoRA weights")
-    return weights, sources
+    if strange := [module for module in alphas if f"{module}.lora_A.weight" not in weights]:
+        raise UserError(f"{file} states alpha for {strange[0]} but holds no adapter of it; fetch the whole file again")
+    return weights, sources, alphas
 
 
 def _scale(file: Path, metadata: dict[str, str]) -> float:

@@ -4,17 +4,17 @@ import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
+from transformers import AutoConfig
 
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.conditioning import check_model, check_unet_file
-from ddpo_pytorch.generator.text import PICKLE, bert_part, check_tokenizer, embed, mask_padding, quiet, warn_of_cut
+from ddpo_pytorch.generator.parts import check_tokenizer, check_tokenizer_files, first_line, load_part, quiet
+from ddpo_pytorch.generator.text import check_tokens, embed, load_encoder, mask_padding
+from ddpo_pytorch.weights import check_finite, read_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ def load_pipeline(
         dtype: of VAE, text encoder and UNet.
 
     Raises:
-        UserError: no such folder or model, or parts or a UNet file that do not fit each other.
+        UserError: no such folder or model; a part that is not whole (see `load_part`); parts or a UNet file that do not
+            fit each other.
     """
     pipe = _from_pretrained(str(model), revision, dtype)
     check_tokenizer(pipe.tokenizer, pipe.text_encoder, str(model))
@@ -54,6 +55,7 @@ def load_pipeline(
         )
     if unet_path:
         replace_unet_weights(pipe.unet, unet_path)
+        check_finite(pipe.unet.state_dict(), unet_path)  # in its own type, which may be narrower than the file's
         check_unet_file(pipe, model, unet_path)
     mask_padding(pipe.unet, pipe.text_encoder)
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
@@ -71,33 +73,40 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
         logger.warning("%s left the Hugging Face hub; loading its mirror %s", model, MIRRORS[model])
         model = MIRRORS[model]
     folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise UserError(f"{model} has no model_index.json; expected a Stable Diffusion folder in diffusers format")
-        model = str(folder)
-    elif not HUB_ID.fullmatch(model):
-        raise UserError(f"no model folder {model}; give a folder in diffusers format or a Hugging Face id (owner/name)")
+    if not (local := folder.is_dir()):
+        if not HUB_ID.fullmatch(model):
+            raise UserError(
+                f"no model folder {model}; give a folder in diffusers format or a Hugging Face id (owner/name)"
+            )
+        try:
+            AutoConfig.from_pretrained(model, subfolder="text_encoder", revision=revision, trust_remote_code=False)
+            folder = Path(StableDiffusionPipeline.download(model, revision=revision, safety_checker=None))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model {model} is neither a folder here nor within reach on the Hugging Face hub; "
+                "check the path, the id and the network"
+            ) from error
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{model} has no model_index.json; expected a Stable Diffusion folder in diffusers format")
+    for name in ("scheduler", "text_encoder", "tokenizer", "unet", "vae"):
+        if not (folder / name).is_dir():
+            raise UserError(f"{model} has no folder {name}; copy or fetch the whole model again")
+    check_tokenizer_files(folder / "tokenizer")
+    parts = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    parts = {name: load_part(kind, folder, name, dtype) for name, kind in parts.items()}
     try:
+        parts["text_encoder"] = load_encoder(str(folder), "text_encoder", dtype)
         with quiet():  # diffusers warns of a text encoder that is not CLIP's
             pipe = StableDiffusionPipeline.from_pretrained(
-                model,
-                revision=revision,
-                dtype=dtype,
-                safety_checker=None,
-                requires_safety_checker=False,
-                **bert_part(model, revision, dtype),
+                folder, safety_checker=None, requires_safety_checker=False, **parts
             )
-    except (OSError, ValueError) as error:
-        if folder.is_dir():
-            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{model} is not a complete Stable Diffusion folder ({cause}); save it again") from error
+    except UserError:
+        raise
+    except Exception as error:  # the JSON files of scheduler and tokenizer may hold anything
         raise UserError(
-            f"model {model} is neither a folder here nor within reach on the Hugging Face hub; "
-            "check the path, the id and the network"
+            f"{model} is not a complete Stable Diffusion folder ({first_line(error)}); save it again"
         ) from error
-    except UnpicklingError as error:
-        raise UserError(f"{model}: {PICKLE}") from error
-    if folder.is_dir():
+    if local:
         check_model(pipe, folder)
     return pipe
 
@@ -111,10 +120,7 @@ def replace_unet_weights(unet: nn.Module, path: str | Path) -> None:
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"no UNet weights at {path}; give a safetensors file with a UNet state dict in diffusers names")
-    try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file ({error}); UNet weights must be safetensors") from error
+    weights, _ = read_safetensors(path)
     own = unet.state_dict()
     for key in weights:
         if key not in own:
@@ -161,7 +167,7 @@ class PromptTable:
         Warns of prompts that are too long for it.
         """
         prompts = list(dict.fromkeys(prompts))
-        warn_of_cut(self._pipe.tokenizer, prompts)
+        check_tokens(self._pipe.tokenizer, prompts)
         for prompt in ("", *prompts):
             self._embedding(prompt)
         self._pipe.text_encoder = None

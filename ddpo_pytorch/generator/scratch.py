@@ -14,6 +14,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.generator.parts import load_part
 from ddpo_pytorch.generator.text import TextEncoder, build_bert, mask_padding
 
 # SD 1.5's schedule. With set_alpha_to_one=False and steps_offset=1 the last DDIM step keeps a positive variance.
@@ -80,15 +81,10 @@ TEXT_ENCODERS = {"clip": build_clip, "bert": build_bert}
 
 
 def load_vae(folder: str | Path) -> AutoencoderKL:
-    """An autoencoder in diffusers format, float32. Raises UserError where the folder holds none, or a torn one."""
+    """Load an autoencoder in diffusers format, float32. Raises UserError as `load_part` does."""
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{str(folder)!r} holds no VAE; train it first with --config.sd.stage=vae")
-    try:
-        return AutoencoderKL.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{str(folder)!r} holds no VAE that can be read ({' '.join(str(error).split())[:200]})"
-        ) from error
+    return load_part(AutoencoderKL, folder)
 
 
 def build_vae(channels: Sequence[int], image_size: int) -> AutoencoderKL:

@@ -16,7 +16,8 @@ from ddpo_pytorch.data.kinds import KINDS, Row, check_apart, source
 from ddpo_pytorch.data.sample_log import claim_folder
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import sha256
-from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, fingerprint, write_index
+from ddpo_pytorch.fingerprint import fingerprint
+from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, write_index
 from ddpo_pytorch.generator.mixing import REAL_SHARE, MixedLatents
 from ddpo_pytorch.generator.scratch import TEXT_ENCODERS
 from ddpo_pytorch.json_files import checked

@@ -8,14 +8,10 @@ without a mask of their own to forget. BERT's last hidden states have the width 
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
 import torch
-from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -29,18 +25,17 @@ from transformers import (
 )
 
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.generator.parts import check_tokenizer, check_tokenizer_files, first_line, load_part
 
 logger = logging.getLogger(__name__)
 TOKENS = 256  # positions that a prompt has for BERT, [CLS] and [SEP] among them: half of what BioMedBERT could read
-# what is wrong with a folder of which some .bin holds more than tensors
-PICKLE = (
-    "its weights are a pickle of more than plain tensors and were not opened, since that can run code; give safetensors"
-)
+# Encoders by the model_type of their config.json.
+KINDS = {"bert": BertModel, "clip_text_model": CLIPTextModel}
 TextEncoder = tuple[PreTrainedTokenizerBase, PreTrainedModel]
 
 
 def load_text_encoder(model: str | Path, tokens: int = TOKENS, device: str | torch.device = "cpu") -> TextEncoder:
-    """Tokenizer and frozen encoder, float32, in evaluation mode.
+    """Load tokenizer and frozen encoder, float32, in evaluation mode.
 
     Args:
         model: a folder in diffusers format (its tokenizer/ and text_encoder/), a folder of transformers, or a Hugging
@@ -48,68 +43,44 @@ def load_text_encoder(model: str | Path, tokens: int = TOKENS, device: str | tor
         tokens: positions of a prompt for BERT, kept as `tokenizer.model_max_length`; at most what the encoder has.
 
     Raises:
-        UserError: no such model, one of another kind than BERT and CLIP, or a tokenizer of another encoder.
+        UserError: no such model, one of another kind than BERT and CLIP, one that is not whole (see `load_part`), or a
+            tokenizer of another encoder.
     """
     folder = Path(model).expanduser()
-    places = (model, model)
-    if folder.is_dir():
-        places = (folder, folder)
-        if (folder / "text_encoder").is_dir():
-            places = (folder / "tokenizer", folder / "text_encoder")
+    model, part, place = str(model), "", str(model)
+    if local := folder.is_dir():
+        model, part = str(folder), "text_encoder" if (folder / "text_encoder").is_dir() else ""
+        place = folder / "tokenizer" if part else folder
+        check_tokenizer_files(place)
     try:
-        kind = AutoConfig.from_pretrained(places[1], trust_remote_code=False).model_type
-        loader = {"bert": _bert_from, "clip_text_model": CLIPTextModel.from_pretrained}.get(kind)
-        if loader is None:
-            raise UserError(f"text encoder {str(model)!r} is of kind {kind!r}; allowed are BERT and CLIP's text model")
-        tokenizer = AutoTokenizer.from_pretrained(places[0], trust_remote_code=False)
-        encoder = loader(places[1])
-    except (OSError, ValueError) as error:
+        encoder = load_encoder(model, part)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # tokenizer.json and config.json may hold anything
+        if local:
+            raise UserError(f"text encoder {model!r}: {first_line(error)}; save or fetch it again") from error
         raise UserError(
-            f"text encoder {str(model)!r} is neither a folder with tokenizer and weights nor within reach on the "
+            f"text encoder {model!r} is neither a folder with tokenizer and weights nor within reach on the "
             "Hugging Face hub; check the path, the id and the network"
         ) from error
-    except UnpicklingError as error:
-        raise UserError(f"text encoder {str(model)!r}: {PICKLE}") from error
-    check_tokenizer(tokenizer, encoder, str(model))
     if has_mask(encoder):
         tokenizer.model_max_length = min(tokens, encoder.config.max_position_embeddings)
-    return tokenizer, encoder.float().requires_grad_(False).eval().to(device)
+    check_tokenizer(tokenizer, encoder, model)
+    return tokenizer, encoder.requires_grad_(False).eval().to(device)
 
 
-def _bert_from(place: str | Path, **where: Any) -> BertModel:
-    # no pooler: its weights belong to next-sentence prediction, and published files may lack them
-    return BertModel.from_pretrained(place, add_pooling_layer=False, **where)
+def load_encoder(model: str | Path, part: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load the text encoder of a folder or Hugging Face id, which may lie in a subfolder `part`.
 
-
-def bert_part(model: str, revision: str, dtype: torch.dtype) -> dict[str, BertModel]:
-    """The text encoder of a model in diffusers format, where that is BERT, as an argument for its pipeline; else {}.
-
-    Raises OSError where the model has none.
+    Raises UserError for an encoder of another kind than BERT and CLIP, and as `load_part` does.
     """
-    where = {"subfolder": "text_encoder", "revision": revision}
-    if AutoConfig.from_pretrained(model, trust_remote_code=False, **where).model_type != "bert":
-        return {}
-    return {"text_encoder": _bert_from(model, dtype=dtype, **where)}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Within it, diffusers reports errors only."""
-    level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(level)
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, name: str) -> None:
-    """Raise UserError where the encoder lacks embeddings for tokens. It may have more: BioMedBERT's table is longer."""
-    if len(tokenizer) > encoder.config.vocab_size:
-        raise UserError(
-            f"{name}: the tokenizer has {len(tokenizer)} tokens, the text encoder {encoder.config.vocab_size}; they do "
-            "not belong together"
-        )
+    kind = AutoConfig.from_pretrained(model, subfolder=part, trust_remote_code=False).model_type
+    if kind not in KINDS:
+        raise UserError(f"text encoder {str(model)!r} is of kind {kind!r}; allowed are BERT and CLIP's text model")
+    # no pooler: its weights belong to next-sentence prediction, and published files may lack them
+    options = {"add_pooling_layer": False} if kind == "bert" else {}
+    return load_part(KINDS[kind], model, part, dtype, **options)
 
 
 def has_mask(encoder: nn.Module) -> bool:
@@ -139,6 +110,21 @@ def warn_of_cut(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], what
     if cut := too_long(tokenizer, prompts):
         limit = tokenizer.model_max_length
         logger.warning("%d %s have more than %d tokens and are cut, the first is %r", len(cut), what, limit, cut[0])
+
+
+def check_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], what: str = "prompts") -> None:
+    """Raise UserError where prompts that differ in more than case and spaces all become the same tokens.
+
+    The text encoder cannot tell them apart then: the tokenizer has none of their words and letters. Warns of those that
+    are cut.
+    """
+    warn_of_cut(tokenizer, prompts, what)
+    if len({" ".join(prompt.lower().split()) for prompt in prompts}) > 1:
+        if len({tuple(numbers) for numbers in tokenizer(list(prompts), verbose=False).input_ids}) == 1:
+            raise UserError(
+                f"the model's tokenizer maps all {len(prompts)} {what} to the same tokens, the first is "
+                f"{prompts[0]!r}; give a model whose tokenizer knows their words"
+            )
 
 
 def encode_tokens(encoder: nn.Module, tokens: torch.Tensor) -> torch.Tensor:

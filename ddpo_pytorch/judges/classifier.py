@@ -8,13 +8,10 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import timm
 import torch
 import torchvision.transforms.functional as tvf
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
@@ -26,6 +23,7 @@ from ddpo_pytorch.files import atomic_write
 from ddpo_pytorch.json_files import OneOf, parse_json
 from ddpo_pytorch.judges.vision import build
 from ddpo_pytorch.published import resolve
+from ddpo_pytorch.weights import read_tensors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -40,14 +38,6 @@ DESCRIPTION = {
     "arch": str,
     "thresholds?": OneOf(({str: float}, None)),
 }
-# a validation loss or accuracy beside the weights may be a numpy number; these name no code that could be run.
-_NUMPY_SCALARS = [
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    np.dtypes.Float32DType,
-    np.dtypes.Float64DType,
-]
 
 
 class ArtifactClassifier(nn.Module):
@@ -131,7 +121,8 @@ def save_classifier(model: ArtifactClassifier, path: str | Path) -> None:
 def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> ArtifactClassifier:
     """Open one of our safetensors files or a published .pth, in eval mode and frozen.
 
-    Raises UserError for a missing file, a pickle that holds more than plain tensors, or weights of another shape.
+    Raises UserError for a missing file, weights that are missing, unexpected or of another shape, and as `read_tensors`
+    does.
     """
     path = resolve(path)
     if not path.is_file():
@@ -148,12 +139,8 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> Art
 
 
 def _read_own(path: Path) -> tuple[Callable[[], ArtifactClassifier], dict[str, torch.Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = (file.metadata() or {}).get("artifact_classifier")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
-    except SafetensorError as error:
-        raise UserError(f"{str(path)!r} is not a readable safetensors file ({error})") from error
+    state, metadata = read_tensors(path)
+    about = metadata.get("artifact_classifier")
     if about is None:
         raise UserError(
             f"{str(path)!r} holds no classifier description; it was not written by train_isic_classifier.py"
@@ -164,23 +151,10 @@ def _read_own(path: Path) -> tuple[Callable[[], ArtifactClassifier], dict[str, t
     return partial(ArtifactClassifier, labels, image_size, arch, thresholds=thresholds), state
 
 
-def read_pickle(path: Path) -> Any:
-    """A file of torch.save that holds plain tensors and numbers. Raises UserError for any other."""
-    try:
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"{str(path)!r} holds more than plain tensors and is not opened, since unpickling can run code "
-            f"({_first_lines(error)})"
-        ) from error
-
-
 def _read_published(path: Path) -> tuple[Callable[[], ArtifactClassifier], dict[str, torch.Tensor]]:
-    payload = read_pickle(path)
-    state = payload.get("model_state_dict", payload) if isinstance(payload, dict) else None
-    head = state.get("model.classifier.1.weight") if isinstance(state, dict) else None
-    if head is None or len(head) not in (4, 6):
+    state, _ = read_tensors(path)
+    head = state.get("model.classifier.1.weight")
+    if head is None or head.ndim != 2 or len(head) not in (4, 6):
         raise UserError(
             f"{str(path)!r} is not a published classifier: a dict with model_state_dict in torchvision's "
             "EfficientNet-B0 names under 'model.' and a head of 4 or 6 rows was expected"

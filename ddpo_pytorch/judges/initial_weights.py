@@ -6,13 +6,12 @@ from pickle import UnpicklingError
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.judges.classifier import PUBLISHED_ARCH, ArtifactClassifier, read_pickle
+from ddpo_pytorch.judges.classifier import PUBLISHED_ARCH, ArtifactClassifier
 from ddpo_pytorch.judges.torchvision_names import TIMM_ARCH, TORCHVISION_MODULES
 from ddpo_pytorch.published import resolve
+from ddpo_pytorch.weights import read_tensors
 
 logger = logging.getLogger(__name__)
 TORCHVISION_FILE = "efficientnet_b0_rwightman-7f5810bc.pth"  # https://download.pytorch.org/models/
@@ -41,11 +40,11 @@ def new_classifier(labels: tuple[str, ...], image_size: int, arch: str, weights:
 def load_backbone(model: ArtifactClassifier, path: str | Path) -> None:
     """Load all but the head from a file: timm's or torchvision's of the architecture, or a classifier of this project.
 
-    The head may have any size and is left out. Raises UserError for a file that holds more than plain tensors, or does
-    not fit the architecture.
+    The head may have any size and is left out. Raises UserError for a file that does not fit the architecture, and as
+    `read_tensors` does.
     """
     path = resolve(path)
-    state = _read(path)
+    state, _ = read_tensors(path)
     if state and all(name.startswith("model.") for name in state):  # a classifier of ours, or a published one
         state = {name.removeprefix("model."): value for name, value in state.items()}
     from_torchvision = "features.0.0.weight" in state
@@ -71,21 +70,6 @@ def load_backbone(model: ArtifactClassifier, path: str | Path) -> None:
         "backbone from %s: %d tensors under %s names; its head is left out (%d tensors), the new one starts fresh",
         *(path, len(found), "torchvision's" if from_torchvision else "timm's", len(state) - len(found)),
     )
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{str(path)!r} is not a readable safetensors file ({error})") from error
-    state = read_pickle(path)
-    for name in ("model_state_dict", "state_dict"):  # in a checkpoint: of this project, of timm
-        if isinstance(state, dict) and name in state:
-            state = state[name]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{str(path)!r} holds no state dict, which is a dict of tensors by name")
-    return dict(state)
 
 
 def _renamed(state: dict[str, torch.Tensor], modules: dict[str, str]) -> dict[str, torch.Tensor]:

@@ -5,8 +5,6 @@ width + text width -> width -> width / 2 -> 1 (1536 -> 768 -> 384 -> 1), with La
 """
 
 import dataclasses
-import hashlib
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +14,7 @@ import torch
 from torch import nn
 
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.generator.latents import fingerprint
+from ddpo_pytorch.fingerprint import fingerprint
 from ddpo_pytorch.generator.text import embed, has_mask, load_text_encoder, too_long
 from ddpo_pytorch.judges.selector import Selector, load_selector
 from ddpo_pytorch.judges.vision import ImageEncoder, VisionSizes, build, read_judge, save_judge, scoring, sizes_of
@@ -39,8 +37,7 @@ class TextFeatures:
         if not has_mask(self._encoder):
             raise UserError(f"text encoder {self.name!r} is CLIP's; the Policy needs BERT, whose [CLS] sees all tokens")
         self.width = self._encoder.config.hidden_size
-        vocabulary = json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
-        self.fingerprint = hashlib.sha256((fingerprint(self._encoder) + vocabulary).encode()).hexdigest()[:16]
+        self.fingerprint = fingerprint(self._encoder, self._tokenizer)[:16]
         self._known: dict[str, torch.Tensor] = {}
 
     def __call__(self, prompts: Sequence[str]) -> torch.Tensor:

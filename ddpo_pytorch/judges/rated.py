@@ -17,7 +17,8 @@ from ddpo_pytorch.data.fundus import names_side
 from ddpo_pytorch.data.images import read_rgb, to_uint8
 from ddpo_pytorch.data.ratings import RatedImage
 from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.generator.latents import fingerprint, reconstruct
+from ddpo_pytorch.fingerprint import fingerprint
+from ddpo_pytorch.generator.latents import reconstruct
 from ddpo_pytorch.judges.vision import resized
 from ddpo_pytorch.randomness import Stream, generator_of
 
@@ -82,7 +83,7 @@ def read_rated(rated: Sequence[RatedImage], size: int) -> RatedSet:
 def through_autoencoder(rated: RatedSet, vae: AutoencoderKL, batch_size: int) -> RatedSet:
     """The set with its images encoded and decoded once, as the generator would draw them at its best."""
     images = torch.cat([reconstruct(vae, part) for part in rated.images.split(batch_size)])
-    digest = hashlib.sha256((rated.digest + fingerprint(vae)).encode()).hexdigest()[:12]
+    digest = fingerprint(rated.digest, vae)[:12]
     return replace(rated, images=images, digest=digest)
 
 

@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 from torch import nn
 
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.fingerprint import fingerprint
 from ddpo_pytorch.judges.epochs import EpochBatches
-from ddpo_pytorch.judges.identity import weights_digest
 from ddpo_pytorch.judges.policy import Policy
 from ddpo_pytorch.judges.rated import RatedSet, best_threshold, measures
 from ddpo_pytorch.judges.selector import Selector
@@ -114,7 +114,7 @@ def training_identity(
         "mixed_precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
         "text encoder": networks["policy"].text.fingerprint,
-        "weights at the start": {name: weights_digest(network) for name, network in networks.items()},
+        "weights at the start": {name: fingerprint(network) for name, network in networks.items()},
         "training ratings": train.digest,
         "validation ratings": val.digest,
     }

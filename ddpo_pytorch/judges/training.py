@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 
 from ddpo_pytorch.data.images import ImageFiles
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.fingerprint import fingerprint
 from ddpo_pytorch.judges.classifier import ArtifactClassifier
 from ddpo_pytorch.judges.epochs import EpochBatches, random_flips
-from ddpo_pytorch.judges.identity import images_digest, weights_digest
 from ddpo_pytorch.judges.losses import attribute_loss, positive_weights
 from ddpo_pytorch.judges.prediction import all_logits, image_loader, validation_loader
 from ddpo_pytorch.judges.report import Report
@@ -285,7 +285,12 @@ def _identity(
         "image_size": model.image_size,
         "mixed_precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
-        "initial weights": weights_digest(model),
-        "training images": images_digest(train),
-        "validation images": images_digest(val),
+        "initial weights": fingerprint(model),
+        "training images": _images_digest(train),
+        "validation images": _images_digest(val),
     }
+
+
+def _images_digest(files: ImageFiles) -> str:
+    """Return the digest of the images, also of those behind a cache."""
+    return getattr(files, "files", files).digest()

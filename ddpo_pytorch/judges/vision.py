@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torchvision.transforms.functional as tvf
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -22,6 +21,7 @@ from ddpo_pytorch.data.images import LARGEST_SIDE
 from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import atomic_write
 from ddpo_pytorch.json_files import OneOf, parse_json
+from ddpo_pytorch.weights import read_safetensors
 
 STEMS = ("linear", "conv")
 _SIZES = {
@@ -175,13 +175,8 @@ def read_judge(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, t
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{kind} {str(path)!r} does not exist; train one with scripts/train_rlhf.py")
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = (file.metadata() or {}).get(kind)
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{str(path)!r} is not a readable safetensors file ({error}); train it again") from error
-    if about is None:
+    weights, metadata = read_safetensors(path)
+    if (about := metadata.get(kind)) is None:
         raise UserError(f"{str(path)!r} is no {kind}: it holds no description of one; train_rlhf.py writes them")
     return parse_json(about, DESCRIPTIONS[kind], f"the description in {str(path)!r}", "train it again"), weights
 

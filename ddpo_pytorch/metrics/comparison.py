@@ -14,7 +14,8 @@ from ddpo_pytorch.metrics.intervals import (
 from ddpo_pytorch.metrics.measure import Side, same_counts
 
 # settings of eval.py that may differ between two folders of which one is compared with the other
-OWN_SETTINGS = ("weights_sha256", "prompts", "classifier", "classifier_sha256")
+OWN_SETTINGS = ("weights_sha256", "prompts", "classifier", "classifier_sha256", "load_from")
+OWN_SETTINGS += ("model.unet", "model.text_encoder", "model.vae")
 # with fewer prompts no pattern of signs has a probability below 5 %
 FEW_PROMPTS = 6
 

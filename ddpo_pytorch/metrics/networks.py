@@ -17,8 +17,6 @@ import lpips
 import timm
 import torch
 import torchvision.transforms.functional as tvf
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torchvision.transforms import InterpolationMode
@@ -29,6 +27,7 @@ from ddpo_pytorch.files import sha256
 from ddpo_pytorch.judges.classifier import IMAGENET_MEAN, IMAGENET_STD, load_classifier
 from ddpo_pytorch.metrics.store import Network
 from ddpo_pytorch.published import resolve
+from ddpo_pytorch.weights import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +76,7 @@ def inception_network(option: str, mode: str = "exact", device: Device = "cpu", 
     path = weight_file(option, URL_INCEPTION_V3, "--config.metric.inception")
     # the extractor unpickles what it is given, with all that a pickle may do: it gets bytes written here, not the file
     copy = io.BytesIO()
-    torch.save(_plain_tensors(path), copy)
+    torch.save(read_tensors(path)[0], copy)
     copy.seek(0)
     try:
         network = FeatureExtractorInceptionV3("inception-v3-compat", [layer], copy).to(device)
@@ -104,12 +103,12 @@ def dinov2_network(option: str, device: Device = "cpu") -> Network:
     Resized to 224 px bicubically with antialiasing, ImageNet-normalised. Raises as `inception_network`.
     """
     path = weight_file(option, URL_DINOV2, "--config.metric.dinov2", f"{DINOV2}.safetensors")
+    state, _ = read_tensors(path)
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else _plain_tensors(path)
         model = timm.create_model(DINOV2, pretrained=False, num_classes=0, img_size=DINOV2_SIZE)
         state = timm.models.vision_transformer.checkpoint_filter_fn(state, model)  # resamples position embeddings
         model.load_state_dict(state)
-    except (SafetensorError, RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError) as error:
         raise UserError(f"{str(path)!r} are not timm's {DINOV2} weights ({_short(error)})") from error
     model.requires_grad_(False).eval().to(device)
 
@@ -129,7 +128,7 @@ def lpips_network(option: str, device: Device = "cpu") -> Network:
     Images keep their size. Raises as `inception_network`.
     """
     path = weight_file(option, URL_ALEXNET, "--config.metric.alexnet")
-    state = _plain_tensors(path)
+    state, _ = read_tensors(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips calls torchvision by an argument of 2021
         model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
@@ -183,17 +182,6 @@ def _download(url: str, path: Path) -> bool:
         logger.warning("%s cannot be fetched (%s)", url, _short(error))
         return False
     return True
-
-
-def _plain_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict, by the unpickler that makes tensors and nothing else. Raises UserError for any other file."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{str(path)!r} is not a file of plain tensors ({_short(error)}); fetch it again") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{str(path)!r} holds other things than tensors by name; give a state dict")
-    return state
 
 
 def key_of(preprocessing: str, digest: str) -> str:

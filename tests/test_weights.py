@@ -1,0 +1,197 @@
+"""Weight files that are something else, torn or not finite: one line with the file's name, no advice to unpickle.
+
+Tried on the reader, and through every place that reads weights.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_unet import make_unet
+from torch import nn
+
+from ddpo_pytorch.checkpointing import load_weights
+from ddpo_pytorch.data.isic import LABELS
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.generator.lora import load_lora
+from ddpo_pytorch.generator.pipeline import load_pipeline, replace_unet_weights
+from ddpo_pytorch.generator.scratch import load_vae
+from ddpo_pytorch.generator.text import load_text_encoder
+from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
+from ddpo_pytorch.judges.initial_weights import new_classifier
+from ddpo_pytorch.judges.policy import load_policy_judge
+from ddpo_pytorch.judges.selector import Selector, load_selector, save_selector
+from ddpo_pytorch.judges.vision import VisionSizes
+from ddpo_pytorch.metrics.networks import dinov2_network, inception_network, lpips_network
+from ddpo_pytorch.weights import read_pickle, read_tensors
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 3438167534\n"
+CONTENTS = {  # and a word that tells it
+    "page": (b"<!DOCTYPE html>\n<html><body>Sign in</body></html>", "web page"),
+    "page with a byte order mark": (b"\xef\xbb\xbf\r\n<html>", "web page"),
+    "xml": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "web page"),
+    "json": (b'{"error": "Repository not found"}', "JSON"),
+    "text": (b"Entry not found", "text"),
+    "long text": ("größer ".encode() * 400, "text"),
+    "pointer": (LFS, "git lfs pull"),
+    "empty": (b"", "empty"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".bin", ".safetensors"])
+@pytest.mark.parametrize("content", CONTENTS)
+def test_what_is_no_weight_file_is_said(tmp_path, content, suffix):
+    path = tmp_path / f"weights{suffix}"
+    data, word = CONTENTS[content]
+    path.write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        read_tensors(path)
+    message = str(caught.value)
+    assert str(path) in message and word in message and "\n" not in message and "weights_only" not in message
+
+
+@pytest.mark.parametrize("kept", [5, 40, 300, -1])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_torn_files_are_named(tmp_path, suffix, kept):
+    path, state = tmp_path / f"weights{suffix}", {"layer.weight": torch.rand(9, 9)}
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError) as caught:
+        read_tensors(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_content_decides_the_format(tmp_path):
+    state = {"layer.weight": torch.rand(3, 2)}
+    save_file(state, tmp_path / "renamed.bin", metadata={"format": "pt"})
+    tensors, metadata = read_tensors(tmp_path / "renamed.bin")
+    assert torch.equal(tensors["layer.weight"], state["layer.weight"]) and metadata == {"format": "pt"}
+    for name, wrapped in (("a.pth", state), ("b.pth", {"epoch": 3, "model_state_dict": state})):
+        torch.save(wrapped, tmp_path / name)
+        assert torch.equal(read_tensors(tmp_path / name)[0]["layer.weight"], state["layer.weight"])
+    torch.save(state, tmp_path / "pickle.safetensors")
+    with pytest.raises(UserError, match=r"pickle\.safetensors"):
+        read_tensors(tmp_path / "pickle.safetensors")
+
+
+def test_a_pickle_of_more_than_tensors_names_what_it_holds(tmp_path):
+    torch.save(nn.Linear(1, 1), tmp_path / "module.pth")
+    with pytest.raises(UserError, match=r"module\.pth.*torch\.nn\.modules\.linear\.Linear") as caught:
+        read_pickle(tmp_path / "module.pth")
+    assert "weights_only" not in str(caught.value)
+
+
+SELECTOR = VisionSizes(image_size=32, patch_size=8, width=32, layers=1, heads=2, mlp_ratio=2.0, dropout=0.0)
+READERS = {
+    "classifier.pth": load_classifier,
+    "classifier.safetensors": load_classifier,
+    "backbone.pth": lambda path: new_classifier(LABELS, 32, "tinynet_e", str(path)),
+    "backbone.safetensors": lambda path: new_classifier(LABELS, 32, "tinynet_e", str(path)),
+    "lora.bin": lambda path: load_lora(make_unet(), path),
+    "lora.safetensors": lambda path: load_lora(make_unet(), path),
+    "load_from.safetensors": lambda path: load_weights(make_unet(), path),
+    "unet.safetensors": lambda path: replace_unet_weights(nn.Linear(1, 1), path),
+    "selector.safetensors": load_selector,
+    "policy.safetensors": load_policy_judge,
+    "inception.pth": lambda path: inception_network(str(path)),
+    "alexnet.pth": lambda path: lpips_network(str(path)),
+    "dinov2.safetensors": lambda path: dinov2_network(str(path)),
+}
+
+
+@pytest.mark.parametrize("content", ["page", "pointer", "empty"])
+@pytest.mark.parametrize("name", READERS)
+def test_every_reader_says_what_a_file_is(tmp_path, name, content):
+    data, word = CONTENTS[content]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        READERS[name](tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value) and word in str(caught.value) and "\n" not in str(caught.value)
+
+
+PARTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
+OPENERS = {"vae": lambda folder: load_vae(folder / "vae"), "text_encoder": load_text_encoder}
+
+
+@pytest.fixture
+def copy(tiny_pipeline_dir, tmp_path):
+    return shutil.copytree(tiny_pipeline_dir, tmp_path / "model")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_of_a_model_folder_say_what_they_are(copy, part, suffix):
+    (copy / part / f"{PARTS[part]}.safetensors").unlink()
+    stem = "pytorch_model" if (part, suffix) == ("text_encoder", ".bin") else PARTS[part]
+    path = copy / part / f"{stem}{suffix}"
+    for data, word in (CONTENTS["page"], CONTENTS["pointer"]):
+        path.write_bytes(data)
+        for read in (load_pipeline, OPENERS.get(part, load_pipeline)):
+            with pytest.raises(UserError) as caught:
+                read(copy)
+            assert str(path) in str(caught.value) and word in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_that_is_not_finite_is_named_by_tensor_and_file(copy, part, value):
+    path = copy / part / f"{PARTS[part]}.safetensors"
+    weights = load_file(path)
+    name = sorted(weights)[2]
+    weights[name].view(-1)[0] = value
+    save_file(weights, path, metadata={"format": "pt"})
+    for read in (load_pipeline, OPENERS.get(part, load_pipeline)):
+        with pytest.raises(UserError) as caught:
+            read(copy)
+        assert str(path) in str(caught.value) and name in str(caught.value)
+
+
+def test_weights_that_overflow_in_half_precision_are_named(copy):
+    path = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["conv_in.bias"][0] = 1e5  # the largest half is 65504
+    save_file(weights, path, metadata={"format": "pt"})
+    load_pipeline(copy)
+    with pytest.raises(UserError, match="conv_in.bias .* float16"):
+        load_pipeline(copy, dtype=torch.float16)
+
+
+def test_single_files_that_are_not_finite_are_named(tmp_path):
+    unet, classifier, selector = make_unet(), ArtifactClassifier(LABELS, 32, "tinynet_e"), Selector(SELECTOR)
+    for module in (classifier, selector):
+        module.head_name = next(iter(module.state_dict()))
+        module.state_dict()[module.head_name].fill_(torch.nan)
+    save_classifier(classifier, tmp_path / "h6.safetensors")
+    save_selector(selector, tmp_path / "selector.safetensors")
+    state = {name: value.clone() for name, value in unet.state_dict().items()}
+    state["conv_out.bias"][0] = torch.inf
+    save_file(state, tmp_path / "unet.safetensors")
+    adapter = {"unet.down_blocks.0.lora_A.weight": torch.full((4, 8), torch.nan)}
+    save_file(adapter, tmp_path / "lora.safetensors")
+    torch.save(adapter, tmp_path / "lora.bin")
+    for name, tensor, read in (
+        ("h6.safetensors", classifier.head_name, load_classifier),
+        ("h6.safetensors", classifier.head_name, lambda path: new_classifier(LABELS, 32, "tinynet_e", str(path))),
+        ("selector.safetensors", selector.head_name, load_selector),
+        ("unet.safetensors", "conv_out.bias", lambda path: replace_unet_weights(unet, path)),
+        ("lora.safetensors", "down_blocks.0", lambda path: load_lora(unet, path)),
+        ("lora.bin", "down_blocks.0", lambda path: load_lora(unet, path)),
+    ):
+        with pytest.raises(UserError) as caught:
+            read(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value) and tensor in str(caught.value)
+
+
+def test_descriptions_survive(tmp_path):
+    """A file is its tensors and its metadata; reading them apart must not lose either."""
+    torch.manual_seed(0)
+    model = ArtifactClassifier(LABELS[:4], 48, "tinynet_e")
+    save_classifier(model, tmp_path / "h4.safetensors")
+    about = json.loads(read_tensors(tmp_path / "h4.safetensors")[1]["artifact_classifier"])
+    assert about["image_size"] == 48 and load_classifier(tmp_path / "h4.safetensors").labels == LABELS[:4]
