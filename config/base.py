@@ -70,8 +70,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # UNet state dict in diffusers names (safetensors) that replaces the pretrained UNet: the outcome of stage (i).
     # Empty: keep the pretrained UNet.
     config.unet_path = ""
-    # LoRA or UNet weights to evaluate (eval.py): a run folder, a checkpoint folder or a weight file. Empty: none, i.e.
-    # the base model.
+    # LoRA or UNet weights to evaluate (eval.py, generate.py) or to start training from (train.py, with adapters of the
+    # rank and targets below): a run folder, a checkpoint folder or a weight file. Empty: none, i.e. the base model.
     config.load_from = ""
 
     ###### Sampling ######

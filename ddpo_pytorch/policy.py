@@ -1,15 +1,20 @@
 """The policy of stage (ii): a pipeline whose UNet, or adapters on it, can be trained by policy gradient."""
 
+import logging
+
 import torch
 from diffusers import StableDiffusionPipeline
 from ml_collections import ConfigDict
 
+from ddpo_pytorch.checkpointing import load_weights
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import check_schedule
 from ddpo_pytorch.generator.fused_lora import fuse_lora
 from ddpo_pytorch.generator.lora import add_lora
 from ddpo_pytorch.generator.pipeline import load_pipeline, set_schedule
 from ddpo_pytorch.generator.threads import divide_among_threads
 from ddpo_pytorch.sharding import sharding_asked
+
+logger = logging.getLogger(__name__)
 
 
 def load_policy(
@@ -21,11 +26,14 @@ def load_policy(
     seed: int,
     dtype: torch.dtype,
     device: torch.device,
+    load_from: str = "",
 ) -> StableDiffusionPipeline:
-    """The pipeline of `config.pretrained` and `unet_path`, its schedule set and checked; frozen but for the policy.
+    """Load the pipeline of `config.pretrained` and `unet_path`, with its schedule, frozen but for the policy.
 
-    The policy is in float32: LoRA adapters of `config.train` (their start a function of `seed`), or the whole UNet. The
-    rest is in `dtype`. Raises UserError for files that do not fit, and for a schedule that cannot be trained.
+    The policy is in float32: LoRA adapters of `config.train`, or the whole UNet. Adapters start from a function of
+    `seed` that changes nothing; with `load_from`, which eval.py reads in the same way, the policy starts from the
+    weights there. The rest is in `dtype`. Raises UserError for files that do not fit, and for a schedule that cannot be
+    trained.
     """
     pipe = load_pipeline(pretrained.model, pretrained.revision, unet_path, dtype, device)
     pipe.set_progress_bar_config(disable=True)
@@ -39,6 +47,8 @@ def load_policy(
         fuse_lora(pipe.unet)
     else:
         pipe.unet.float().requires_grad_(True)
+    if load_from:
+        logger.info("training starts from %s", load_weights(pipe.unet, load_from, adapters=use_lora))
     if train.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     if train.compile:

@@ -24,7 +24,7 @@ from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.files import JsonLines
 from ddpo_pytorch.held_out import Evaluation, HeldOut
 from ddpo_pytorch.processes import on_main
-from ddpo_pytorch.run_folder import open_run, start_wandb, write_settings
+from ddpo_pytorch.run_folder import CONTENTS, open_run, start_wandb, write_settings
 from ddpo_pytorch.saving import put_aside, save_best, save_checkpoint, snapshot
 from ddpo_pytorch.stat_tracking import PerPromptStatTracker
 from ddpo_pytorch.stopping import BestAndCollapse, RewardPlateau
@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 class Record:
     """Progress, logs and checkpoints of a run. Every process keeps the progress, the main one alone writes.
 
-    The folder holds metrics.jsonl (a line an epoch), held_out.jsonl (a line an evaluation: epochs completed, 0 for the
-    base model, apr, reward, apr_by_prompt), config.json, checkpoint_<epochs completed>/ and best/.
+    The folder holds metrics.jsonl (a line an epoch), held_out.jsonl (a line an evaluation: epochs completed, 0 before
+    the first, apr, reward, apr_by_prompt), config.json, checkpoint_<epochs completed>/ and best/.
 
     Attributes:
         epoch, global_step: epochs and optimizer updates completed.
@@ -219,15 +219,24 @@ class Record:
 
 
 def open_record(
-    config: ConfigDict, accelerator: Accelerator, held_out: HeldOut | None, unet: nn.Module, optimizer: Any
+    config: ConfigDict,
+    contents: Mapping[str, str],
+    accelerator: Accelerator,
+    held_out: HeldOut | None,
+    unet: nn.Module,
+    optimizer: Any,
 ) -> Record:
-    """The record of a new run of train.py or, with its weights loaded, of the one to go on with."""
+    """Return the record of a new run of train.py or, with its weights loaded, of the one to resume.
+
+    `contents` are fingerprints of the files behind the settings (needed on the main process).
+    """
     plateau = RewardPlateau(config.early_stop.tolerance, config.early_stop.patience)
     watch = BestAndCollapse(config.held_out.tolerance, config.held_out.patience)
     # None: advantages are taken over the whole batch, and the tracker stays empty
     tracking = config.per_prompt_stat_tracking or {"buffer_size": 2, "min_count": 2}
     record = Record(accelerator, PerPromptStatTracker(**tracking), plateau, watch)
-    record.open(config.logdir, config.run_name, config.resume_from, config.to_dict(), unet, optimizer)
+    settings = {**config.to_dict(), CONTENTS: dict(contents)}
+    record.open(config.logdir, config.run_name, config.resume_from, settings, unet, optimizer)
     if held_out and record.held_out_identity:
         held_out.check_identity(record.held_out_identity)
     return record

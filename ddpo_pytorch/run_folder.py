@@ -32,15 +32,24 @@ CONFIG = "config.json"
 # Settings that may change when a run goes on: they do not change what an epoch does.
 FREE = frozenset(
     (
-        *("base_log_path", "logdir", "run_name", "resume_from", "load_from"),  # where things are
+        # where things are; of load_from the content is compared
+        *("base_log_path", "logdir", "run_name", "resume_from", "load_from"),
         *("num_epochs", "early_stop", "held_out.patience", "held_out.tolerance"),  # when it ends
         *("save_freq", "num_checkpoint_limit", "wandb", "wandb_project", "progress"),  # what is seen of it
         "process_timeout",
         *("dataset", "eval", "metric", "sd", "rlhf", "improve"),  # blocks of other scripts
+        "contents",  # compared on its own
     )
 )
 
 ARGUMENTS = ("prompt_fn_kwargs.", "reward_fn_kwargs.")
+# Under this name config.json keeps fingerprints of the files behind the settings, and these are their settings.
+CONTENTS = "contents"
+BEHIND = {
+    "model": ("pretrained", "unet_path", "mixed_precision", "use_lora"),
+    "reward": ("reward_fn", "reward_fn_kwargs"),
+    "prompts": ("prompt_fn", "prompt_fn_kwargs"),
+}
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +83,11 @@ def _open_run(
         held.enter_context(locked(folder, "another run"))
         recover_best(folder)
         checkpoint = find_checkpoint(given)
+        try:
+            old = _last_settings(folder)
+        except UserError:  # a checkpoint may have been copied alone
+            old = {}
+        _check_contents(folder, old, settings, resume_from=True)
         if run_name and Path(run_name).name != folder.resolve().name:
             logger.info("run_name %r is not used: resume_from continues a run in its own folder", run_name)
     else:
@@ -97,6 +111,7 @@ def _continued(folder: Path, settings: Mapping[str, Any]) -> Path | None:
             f"same to go on with it, another --config.run_name to begin a new run, or --config.resume_from={folder} to "
             "go on with the new settings"
         )
+    _check_contents(folder, old, settings, resume_from=False)
     recover_best(folder)
     if _holds_checkpoint(folder):
         return find_checkpoint(folder)
@@ -177,6 +192,34 @@ def _is_read(name: str, settings: Mapping[str, Any]) -> bool:
     if block == "per_prompt_stat_tracking":
         return settings["train.advantage"] == "per_prompt"
     return name not in ("train.lora_rank", "train.lora_targets", "train.kl_coef") or settings["use_lora"]
+
+
+def _check_contents(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], resume_from: bool) -> None:
+    """Raise UserError where a file behind the settings of a run is another than when the run began.
+
+    With `resume_from`, whose settings may differ, only where the setting itself has not changed, and for an adapter to
+    start from that is not the one that the run started from: it would have no effect. What an earlier version of this
+    program has not recorded is not compared.
+    """
+    before, now = (dict(_flat(json.loads(json.dumps(settings, default=str)))) for settings in (old, new))
+    before = {f"{CONTENTS}.load_from": ""} | before
+    for name in sorted(before.keys() & now.keys()):
+        block, _, what = name.partition(".")
+        if block != CONTENTS or before[name] == now[name]:
+            continue
+        sources = BEHIND.get(what.split(".")[0], ())
+        settings = [key for key in before.keys() | now.keys() if key.split(".")[0] in sources]
+        changed = any(before.get(key) != now.get(key) for key in settings) if sources else not now[name]
+        if resume_from and changed:
+            continue
+        advice = "give the one that it was begun with"
+        if resume_from and what == "load_from":
+            advice = "leave load_from out, since the run continues from its own checkpoint"
+        old_print, new_print = (str(settings[name])[:16] or "none" for settings in (before, now))
+        raise UserError(
+            f"run folder {str(folder)!r} was begun with another {what} (fingerprint {old_print}, now {new_print}); "
+            f"{advice}, or another --config.run_name for a new run"
+        )
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

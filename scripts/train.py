@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 from ddpo_pytorch.cli import cli, define_config
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
 from ddpo_pytorch.estimate import epoch_time
-from ddpo_pytorch.generator.lora import disabled_lora
+from ddpo_pytorch.fingerprint import fingerprint, pipeline_fingerprints, with_contents
+from ddpo_pytorch.generator.lora import adapter_fingerprint, disabled_lora
 from ddpo_pytorch.generator.pipeline import PromptTable, guided_noise_prediction
 from ddpo_pytorch.health import HealthCheck, check_groups
 from ddpo_pytorch.held_out import Sampling
@@ -37,6 +38,7 @@ from ddpo_pytorch.policy import load_policy
 from ddpo_pytorch.ppo import averages, make_optimizer, ppo_loss, step_kl
 from ddpo_pytorch.randomness import Stream
 from ddpo_pytorch.record import Record, open_record
+from ddpo_pytorch.rewards import parse_spec
 from ddpo_pytorch.rollout import (
     Trajectories,
     draw_prompts,
@@ -71,6 +73,7 @@ class Run:
     table: PromptTable
     scorer: Scorer
     gradients: ScoreGradients | None
+    contents: dict[str, str]  # fingerprints of the files behind the settings; on the main process
 
     @property
     def first_sample(self) -> int:
@@ -87,7 +90,7 @@ class Run:
 def train(config: ConfigDict) -> Path:
     """Run the experiment and return its run folder."""
     run = set_up(config)
-    record = open_record(config, run.accelerator, run.objective.held_out, run.pipe.unet, run.optimizer)
+    record = open_record(config, run.contents, run.accelerator, run.objective.held_out, run.pipe.unet, run.optimizer)
     over = record.epoch >= config.num_epochs
     if reason := f"num_epochs is {config.num_epochs}" if over else record.stop_reason(bool(run.objective.held_out)):
         logger.info("nothing is left to do: %s has %d epochs, %s", record.folder, record.epoch, reason)
@@ -176,9 +179,9 @@ def set_up(config: ConfigDict) -> Run:
     objective = make_objective(*asked, config.held_out, config.sample, config.seed, device)
     first = draw_prompts(objective.prompt_fn, config.seed, 0, geometry.samples, config.sample.images_per_prompt)
     check_groups(config.train.advantage, first[0])
-    pipe = load_policy(
-        config.pretrained, config.unet_path, config.sample, config.train, config.use_lora, config.seed, dtype, device
-    )
+    base = config.pretrained, config.unet_path, config.sample, config.train, config.use_lora, config.seed
+    pipe = load_policy(*base, dtype, device, config.load_from)
+    contents = fingerprints(config, pipe, objective) if accelerator.is_main_process else {}
     optimizer = make_optimizer(config.train, [p for p in pipe.unet.parameters() if p.requires_grad])
     unet, optimizer = accelerator.prepare(pipe.unet, optimizer)
     guard = GuardedOptimizer(accelerator, optimizer, config.train.max_grad_norm, config.train.max_skipped_updates)
@@ -187,7 +190,20 @@ def set_up(config: ConfigDict) -> Run:
         table.complete(text for text, _ in objective.prompts)
     scorer = Scorer(objective.reward_fn, device)
     gradients = while_sampling(accelerator, pipe.unet, geometry, config.sample, config.train)
-    return Run(config, accelerator, geometry, objective, pipe, unet, optimizer, guard, table, scorer, gradients)
+    return Run(
+        config, accelerator, geometry, objective, pipe, unet, optimizer, guard, table, scorer, gradients, contents
+    )
+
+
+def fingerprints(config: ConfigDict, pipe: StableDiffusionPipeline, objective: Objective) -> dict[str, str]:
+    """Return the fingerprints of the files behind the settings: base model, adapter to start from, rewards, prompts."""
+    found = pipeline_fingerprints(pipe)
+    found["load_from"] = config.load_from and (adapter_fingerprint(pipe.unet) or found["model.unet"])
+    kwargs = config.reward_fn_kwargs.to_dict()
+    for name in parse_spec(config.reward_fn):
+        found[f"reward.{name}"] = fingerprint(with_contents(kwargs.get(name, {})))
+    found["prompts"] = fingerprint(objective.prompts or with_contents(config.prompt_fn_kwargs.to_dict()))
+    return found
 
 
 def sample_and_score(

@@ -1,0 +1,276 @@
+"""The one fingerprint: what changes it and what does not; and that work begun with other files is not continued."""
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from script_tools import files_of
+
+from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.fingerprint import fingerprint, pipeline_fingerprints, with_contents
+from ddpo_pytorch.generator.latents import LatentShards
+from ddpo_pytorch.generator.lora import adapter_fingerprint, add_lora, lora_parameters
+from ddpo_pytorch.generator.pipeline import encode_prompts, load_pipeline
+from ddpo_pytorch.generator.training import Training
+
+pytest_plugins = ["script_tools", "stage_tools", "rl_tools"]
+
+
+def edit(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def nudge(path, name=None):
+    """Change one number of a weight file, whose size stays."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    weights = load_file(path)
+    name = name or sorted(weights)[0]
+    weights[name].view(-1)[0] += 0.25
+    save_file(weights, path, metadata=header.get("__metadata__"))
+
+
+def other_numbers(folder):
+    """A tokenizer that numbers two letters the other way round."""
+    path = folder / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    numbers = content["model"]["vocab"]
+    numbers["a</w>"], numbers["e"] = numbers["e"], numbers["a</w>"]
+    path.write_text(json.dumps(content))
+
+
+@contextmanager
+def replaced(folder, apply):
+    """Within it the folder is changed, and what lies beside it."""
+    around = [folder.parent / "H6.safetensors", folder.parent / "prompts.txt", *folder.rglob("*")]
+    kept = {path: path.read_bytes() for path in around if path.is_file()}
+    apply(folder)
+    try:
+        yield
+    finally:
+        for path, content in kept.items():
+            path.write_bytes(content)
+
+
+def moved_vae(folder):
+    nudge(folder / "vae" / "diffusion_pytorch_model.safetensors")
+
+
+# what a user may replace at the same path, and the part that it changes
+CHANGES = {
+    "unet": ("model.unet", lambda f: nudge(f / "unet" / "diffusion_pytorch_model.safetensors")),
+    "text encoder": ("model.text_encoder", lambda f: nudge(f / "text_encoder" / "model.safetensors")),
+    "vae": ("model.vae", moved_vae),
+    "scaling factor": ("model.vae", lambda f: edit(f / "vae" / "config.json", scaling_factor=0.5)),
+    "activation": ("model.unet", lambda f: edit(f / "unet" / "config.json", act_fn="gelu")),
+    "text activation": ("model.text_encoder", lambda f: edit(f / "text_encoder" / "config.json", hidden_act="gelu")),
+    "schedule": ("model.scheduler", lambda f: edit(f / "scheduler" / "scheduler_config.json", beta_end=0.02)),
+    "prediction": (
+        "model.scheduler",
+        lambda f: edit(f / "scheduler" / "scheduler_config.json", prediction_type="v_prediction"),
+    ),
+    "tokenizer": ("model.tokenizer", other_numbers),
+    "tokens": ("model.tokenizer", lambda f: edit(f / "tokenizer" / "tokenizer_config.json", model_max_length=70)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_each_file_of_a_model_counts_in_its_part(own_model, change):
+    before = pipeline_fingerprints(load_pipeline(own_model))
+    part, apply = CHANGES[change]
+    apply(own_model)
+    after = pipeline_fingerprints(load_pipeline(own_model))
+    assert {name for name in before if before[name] != after[name]} == {part}
+
+
+def test_what_is_the_same_has_the_same_fingerprint(own_model, tmp_path):
+    """Elsewhere, saved again, as .bin, described by another version, and after it was used."""
+    pipe = load_pipeline(own_model)
+    before = pipeline_fingerprints(pipe)
+    encode_prompts(pipe, CAPTIONS[:2])
+    pipe.unet.to(memory_format=torch.channels_last)
+    pipe.save_pretrained(tmp_path / "again")
+    weights = load_file(tmp_path / "again" / "unet" / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "again" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(weights, tmp_path / "again" / "unet" / "diffusion_pytorch_model.bin")
+    edit(tmp_path / "again" / "vae" / "config.json", _diffusers_version="9.0", _name_or_path="x")
+    edit(tmp_path / "again" / "text_encoder" / "config.json", transformers_version="9.0")
+    assert pipeline_fingerprints(pipe) == before == pipeline_fingerprints(load_pipeline(tmp_path / "again"))
+
+
+def test_adapters_have_a_fingerprint_of_their_own(own_model):
+    pipe = load_pipeline(own_model)
+    before = pipeline_fingerprints(pipe)
+    assert adapter_fingerprint(pipe.unet) == ""
+    add_lora(pipe.unet, 2, ("to_q", "to_k"), seed=0)
+    first = adapter_fingerprint(pipe.unet)
+    assert pipeline_fingerprints(pipe) == before and first
+    lora_parameters(pipe.unet)[0].data += 1
+    assert adapter_fingerprint(pipe.unet) != first and pipeline_fingerprints(pipe) == before
+
+
+def test_files_and_folders_count_by_content(tmp_path):
+    folder = tmp_path / "judges"
+    folder.mkdir()
+    (folder / "a.safetensors").write_bytes(b"1234")
+    (folder / "log.jsonl").write_text("{}")
+    before = fingerprint(folder), fingerprint(folder / "a.safetensors")
+    assert before == (fingerprint(shutil.copytree(folder, tmp_path / "other")), fingerprint(folder / "a.safetensors"))
+    (folder / "log.jsonl").write_text("{}\n{}")
+    (folder / "grid.png").write_bytes(b"1")
+    assert fingerprint(folder) == before[0]
+    times = os.stat(folder / "a.safetensors")
+    (folder / "a.safetensors").write_bytes(b"1235")  # as long, and dated back
+    os.utime(folder / "a.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert fingerprint(folder) != before[0] and fingerprint(folder / "a.safetensors") != before[1]
+
+
+def test_settings_count_with_the_files_that_they_name(tmp_path):
+    path = tmp_path / "h6.pth"
+    settings = {"classifier": str(path), "weight": 0.5, "names": ["a", str(path)], "none": None}
+    before = fingerprint(with_contents(settings))
+    path.write_bytes(b"first")
+    first = fingerprint(with_contents(settings))
+    path.write_bytes(b"second")
+    assert len({before, first, fingerprint(with_contents(settings))}) == 3
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 2, "b": 1})
+
+
+# Work that is continued: the same command, after a file was replaced under its name.
+
+
+def test_eval_does_not_complete_a_folder_of_another_model(own_model, config_file, run_main, tmp_path):
+    fields = {"pretrained__model": str(own_model), "logdir": str(tmp_path / "samples"), "eval__classifier": ""}
+    fields |= {"sample__num_steps": 1, "eval__num_samples_per_prompt": 1}
+    run_main("eval.py", config_file, **fields)
+    before = files_of(tmp_path / "samples")
+    for what, apply in CHANGES.values():
+        with replaced(own_model, apply), pytest.raises(UserError, match=what):
+            run_main("eval.py", config_file, **fields | {"eval__num_samples_per_prompt": 2})
+    assert files_of(tmp_path / "samples") == before
+    run_main("eval.py", config_file, **fields)
+
+
+def test_eval_tells_an_adapter_from_a_base_model(own_model, config_file, run_main, tmp_path):
+    fields = {"pretrained__model": str(own_model), "logdir": str(tmp_path / "samples"), "eval__classifier": ""}
+    fields |= {"sample__num_steps": 1, "eval__num_samples_per_prompt": 1, "load_from": str(tmp_path / "a.safetensors")}
+    pipe = load_pipeline(own_model)
+    add_lora(pipe.unet, 2, ("to_q",), seed=0)
+    weights = {f"unet.{name}": value for name, value in pipe.unet.state_dict().items() if "lora" in name}
+    save_file(weights, tmp_path / "a.safetensors")
+    run_main("eval.py", config_file, **fields)
+    nudge(tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="load_from"):
+        run_main("eval.py", config_file, **fields)
+
+
+def test_extraction_does_not_continue_with_another_autoencoder(own_model, world, config_file, run_main, tmp_path):
+    fields = {"pretrained__model": str(own_model), "logdir": str(tmp_path / "real"), "dataset__image_size": 32}
+    fields |= {"dataset__csv": str(world / "splits" / "phantom_test.csv"), "dataset__data_path": str(world / "images")}
+    run_main("extract_dataset_latents.py", config_file, **fields)
+    (tmp_path / "real" / "latents" / "index.json").unlink()  # as after a kill
+    moved_vae(own_model)
+    with pytest.raises(UserError, match="vae_sha256"):
+        run_main("extract_dataset_latents.py", config_file, **fields)
+
+
+def test_a_folder_of_an_earlier_version_is_refused_in_one_line(own_model, config_file, run_main, tmp_path):
+    fields = {"pretrained__model": str(own_model), "logdir": str(tmp_path / "samples"), "eval__classifier": ""}
+    fields |= {"sample__num_steps": 1, "eval__num_samples_per_prompt": 1}
+    run_main("eval.py", config_file, **fields)
+    path = tmp_path / "samples" / "settings.json"
+    content = json.loads(path.read_text())
+    content["settings"] = {k: v for k, v in content["settings"].items() if k != "model.tokenizer"}
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="model.tokenizer .not recorded") as caught:
+        run_main("eval.py", config_file, **fields)
+    assert "\n" not in str(caught.value)
+
+
+def replace_prompts(folder):
+    (folder.parent / "prompts.txt").write_text("\n".join(CAPTIONS[4:8]) + "\n")
+
+
+RL_CHANGES = {name: CHANGES[name] for name in ("unet", "vae", "scaling factor", "schedule", "tokenizer")}
+RL_CHANGES["reward"] = ("reward.isic_classifier_reward", lambda f: nudge(f.parent / "H6.safetensors"))
+RL_CHANGES["prompts"] = ("prompts", replace_prompts)
+
+
+def test_training_does_not_resume_with_other_files_at_the_same_paths(rl, own_model):
+    folder = rl.train()
+    for what, apply in RL_CHANGES.values():
+        with replaced(own_model, apply):
+            for fields in ({}, {"resume_from": str(folder)}):
+                with pytest.raises(UserError, match=f"another {what} ") as caught:
+                    rl.train(num_epochs=2, **fields)
+                assert "\n" not in str(caught.value)
+    assert not (folder / "checkpoint_2").exists()
+    rl.train(num_epochs=2)
+    assert (folder / "checkpoint_2").is_dir()
+
+
+def test_training_resumes_with_other_files_where_the_settings_say_so(rl, own_model, tmp_path):
+    folder = rl.train()
+    shutil.copy(tmp_path / "H6.safetensors", tmp_path / "other.safetensors")
+    nudge(tmp_path / "other.safetensors")
+    other = {"reward_fn_kwargs__isic_classifier_reward__classifier": str(tmp_path / "other.safetensors")}
+    rl.train(num_epochs=2, resume_from=str(folder), **other)
+    rl.train(num_epochs=3, **other)
+    assert (folder / "checkpoint_3").is_dir()
+    recorded = json.loads((folder / "config.json").read_text())["contents"]
+    assert recorded["model.unet"] == pipeline_fingerprints(load_pipeline(own_model))["model.unet"]
+
+
+def test_runs_begun_by_an_earlier_version_are_resumed(rl, own_model):
+    """They recorded no fingerprints."""
+    folder = rl.train()
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("contents")
+    (folder / "config.json").write_text(json.dumps(config))
+    CHANGES["scaling factor"][1](own_model)
+    rl.train(num_epochs=2)
+    assert (folder / "checkpoint_2").is_dir()
+
+
+@pytest.mark.slow
+def test_stage_one_does_not_resume_on_another_base(own_model, train, tmp_path, monkeypatch):
+    snapshot = Training.snapshot
+
+    def stop(self, step):
+        if step == 2:
+            raise KeyboardInterrupt
+        return snapshot(self, step)
+
+    fields = {"pretrained__model": str(own_model), "sd__image_size": 64, "sd__num_steps": 3, "sd__save_every": 1}
+    fields |= {"sd__val_csv": "", "sd__limit": 8}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Training, "snapshot", stop)
+        train(tmp_path / "out", **fields)
+    for change, what in (
+        ("unet", "initial weights"),
+        ("text encoder", "captions"),
+        ("tokenizer", "captions"),
+        ("vae", "vae_sha256"),
+        ("scaling factor", "vae_sha256"),
+        ("schedule", "model.scheduler"),
+    ):
+        with replaced(own_model, CHANGES[change][1]), pytest.raises(UserError, match=what):
+            train(tmp_path / "out", **fields)
+    train(tmp_path / "out", **fields)
+    assert (tmp_path / "out" / "pretrained_unet.safetensors").is_file()
+
+
+def test_latents_of_another_autoencoder_are_not_trained_on(own_model, train, tmp_path):
+    fields = {"pretrained__model": str(own_model), "sd__image_size": 64, "sd__num_steps": 1, "sd__limit": 8}
+    train(tmp_path / "first", **fields, sd__val_csv="")
+    latents = tmp_path / "first" / "latents" / "train"
+    own = LatentShards(latents).index["vae_sha256"]
+    assert own == fingerprint(load_pipeline(own_model).vae)
+    moved_vae(own_model)
+    with pytest.raises(UserError, match=f"vae_sha256='{own}'"):
+        train(tmp_path / "second", **fields, sd__val_csv="", sd__latents=str(latents))
