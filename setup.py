@@ -1,6 +1,6 @@
 from setuptools import find_packages, setup
 
-RATE = ["fastapi>=0.120.1", "uvicorn>=0.30"]  # the rating page
+RATE = ["fastapi>=0.120.1", "starlette>=0.46", "uvicorn>=0.30"]  # the rating page
 TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "selenium>=4.20", "setuptools>=77", "torchmetrics>=1.5"]
 
 setup(

@@ -144,7 +144,7 @@ def test_eval_leaves_a_finished_folder_alone_and_refuses_other_settings(
     for change, message in (
         ({"seed": 43}, "made with seed 42, now it is 43; choose another logdir"),
         ({"sample__num_steps": 4}, "made with num_steps 3, now it is 4"),
-        ({"load_from": ""}, "made with model.unet "),
+        ({"load_from": ""}, "made with load_from "),
         ({"eval__classifier": str(judges[4])}, "made with classifier "),
         ({"eval__classifier": ""}, "made with classifier "),
         ({"sample__scheduler": "dpm++"}, "made with eta 1.0, now it is None"),
