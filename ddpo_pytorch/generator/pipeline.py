@@ -80,7 +80,8 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
             )
         try:
             AutoConfig.from_pretrained(model, subfolder="text_encoder", revision=revision, trust_remote_code=False)
-            folder = Path(StableDiffusionPipeline.download(model, revision=revision, safety_checker=None))
+            with quiet():  # of a network that is not there
+                folder = Path(StableDiffusionPipeline.download(model, revision=revision, safety_checker=None))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"model {model} is neither a folder here nor within reach on the Hugging Face hub; "
