@@ -16,7 +16,7 @@ DISTRIBUTIONS = {
     "torch_fidelity": "torch-fidelity",
     "huggingface_hub": "huggingface-hub",
 }
-OPTIONAL = {"bitsandbytes", "fastapi", "uvicorn"}
+OPTIONAL = {"bitsandbytes", "fastapi", "starlette", "uvicorn"}
 
 
 def declared() -> set[str]:
