@@ -10,7 +10,7 @@ steps on them (equation 2 of the RL4Med-DDPO paper).
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -73,7 +73,7 @@ class Run:
     table: PromptTable
     scorer: Scorer
     gradients: ScoreGradients | None
-    contents: dict[str, str]  # fingerprints of the files behind the settings; on the main process
+    contents: dict[str, str] = field(default_factory=dict)  # fingerprints of files, on the main process
 
     @property
     def first_sample(self) -> int:

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from conftest import run_script
 from PIL import Image
 from sample_sets import write_samples
