@@ -120,10 +120,10 @@ def test_a_pool_without_passing_images_is_told(model, pool, train, tmp_path):
         train(tmp_path / "out", pretrained__model=str(model[0]), sd__pool=str(tmp_path / "none"))
 
 
-def test_fundus_images_that_are_not_rgb_are_named(model, train, tmp_path):
+def test_fundus_images_that_are_ambiguous_are_named(model, train, tmp_path):
     (tmp_path / "images").mkdir()
-    Image.new("L", (32, 32), 90).save(tmp_path / "images" / "grey.png")
-    (tmp_path / "t.csv").write_text("path,Text,modality\nimages/grey.png,drusen,Fundus\n")
+    Image.new("RGBA", (32, 32), (90, 0, 0, 128)).save(tmp_path / "images" / "glass.png")
+    (tmp_path / "t.csv").write_text("path,Text,modality\nimages/glass.png,drusen,Fundus\n")
     fields = {"pretrained__model": str(model[0]), "sd__kind": "fundus", "sd__csv": str(tmp_path / "t.csv")}
-    with pytest.raises(UserError, match="grey.png.* is grey; images are 8-bit RGB"):
+    with pytest.raises(UserError, match="glass.png"):
         train(tmp_path / "out", **fields, sd__val_csv="", sd__data_path=str(tmp_path))
