@@ -50,9 +50,15 @@ def assert_same_training(one: dict, other: dict, tolerance: float = 1e-3, but: d
         assert difference.norm() <= tolerance * value.norm(), name
 
 
+# absl tells a module that is loaded again from another one that defines the same flag by the id of the module object,
+# which a new object may take over from one that is gone
+_LOADED = []
+
+
 def load_module(path: Path):
     spec = importlib.util.spec_from_file_location(f"{path.stem}_under_test", path)
     module = importlib.util.module_from_spec(spec)
+    _LOADED.append(module)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, spec.name, module)
         patch.setattr(config_flags, "DEFINE_config_file", lambda *args, **kwargs: None)  # each script defines "config"
