@@ -1,7 +1,7 @@
 """Weight files from anywhere: tensors by name, read without running code, or one line that says what the file is.
 
 A browser saves a login page under the name of a checkpoint, a clone without Git LFS holds a pointer, a disk that was
-full holds half a file, a training that diverged holds NaN. All of these are told from weights here and nowhere else.
+full holds half a file, a training that diverged holds NaN. All of these are recognised here and nowhere else.
 """
 
 import re
