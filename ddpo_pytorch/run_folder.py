@@ -23,6 +23,7 @@ from ddpo_pytorch.checkpointing import (
 )
 from ddpo_pytorch.errors import UserError, difference
 from ddpo_pytorch.files import LOCK, atomic_write, locked
+from ddpo_pytorch.fingerprint import with_contents
 from ddpo_pytorch.json_files import read_json
 from ddpo_pytorch.processes import on_main
 from ddpo_pytorch.rewards import parse_spec
@@ -177,9 +178,18 @@ def _comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[st
     """
     plain = json.loads(json.dumps(new, default=str))
     left, right = dict(_flat(old)), dict(_flat(plain))
+    recorded = bool(old.get(CONTENTS))
     both = [name for name in left | right if name.startswith(ARGUMENTS) or (name in left and name in right)]
     names = [name for name in both if name not in FREE and name.split(".")[0] not in FREE and _is_read(name, right)]
+    names = [name for name in names if not (recorded and _is_by_content(name, right.get(name)))]
     return {name: left.get(name) for name in names}, {name: right.get(name) for name in names}
+
+
+def _is_by_content(name: str, value: Any) -> bool:
+    """Return whether a setting is the path of a file or folder of which config.json keeps a fingerprint."""
+    if name in ("pretrained.model", "pretrained.revision", "unet_path", "held_out.classifier"):
+        return True
+    return name.startswith(ARGUMENTS) and isinstance(with_contents(value), Path)
 
 
 def _is_read(name: str, settings: Mapping[str, Any]) -> bool:

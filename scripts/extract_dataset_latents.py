@@ -78,9 +78,8 @@ def extract(accelerator: Accelerator, config: ConfigDict) -> None:
         # fp32: half precision overflows in the encoder of SD 1.5, and stored halves hold its result well enough.
         vae = load_pipeline(config.pretrained.model, config.pretrained.revision, device=accelerator.device).vae
     if accelerator.is_main_process:
-        settings = about | {"limit": dataset.limit, "model": config.pretrained.model}
-        settings["vae_sha256"] = fingerprint(vae) if vae is not None else ""
-        claim_folder(folder, settings, {"csv": dataset.csv, "missing": missing})
+        settings = about | {"limit": dataset.limit, "vae_sha256": fingerprint(vae) if vae is not None else ""}
+        claim_folder(folder, settings, {"csv": dataset.csv, "model": config.pretrained.model, "missing": missing})
     accelerator.wait_for_everyone()
 
     paths = [folder / entry_of(row)["path_to_img"] for row in rows]

@@ -242,11 +242,12 @@ def save_merged(model: Path, weights: Path, outcome: Path) -> None:
 def settings_of(config: ConfigDict) -> dict:
     """Return what rounds have in common: settings, and fingerprints of the files behind them."""
     improve, pretrained = config.improve, config.pretrained
-    settings = {f"improve.{name}": improve[name] for name in improve if name not in ("output", "rounds")}
+    files = ("judges", "held_out_judges", "csv", "held_out_csv")  # compared by content, wherever they lie
+    settings = {f"improve.{name}": improve[name] for name in improve if name not in ("output", "rounds", *files)}
     settings |= {f"sample.{name}": config.sample[name] for name in ("scheduler", "num_steps", "eta", "guidance_scale")}
-    settings |= {"seed": config.seed, "model": pretrained.model, "mixed_precision": config.mixed_precision}
+    settings |= {"seed": config.seed, "mixed_precision": config.mixed_precision}
     settings |= pipeline_fingerprints(load_pipeline(pretrained.model, pretrained.revision))
-    for name in ("judges", "held_out_judges", "csv", "held_out_csv"):
+    for name in files:
         settings[f"contents.{name}"] = fingerprint(Path(improve[name]))
     return settings
 
@@ -258,7 +259,7 @@ def main(_) -> None:
     improve, output = config.improve, Path(config.improve.output)
     rounds = Rounds(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with locked(output):
-        claim_folder(output, settings_of(config), {})
+        claim_folder(output, settings_of(config), {"model": config.pretrained.model})
         log = JsonLines(output / LOG, keep=improve.rounds + 1, counter="round")
         history = read_history(output / LOG)
         for number in range(improve.rounds + 1):

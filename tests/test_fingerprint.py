@@ -179,6 +179,24 @@ def test_extraction_does_not_continue_with_another_autoencoder(own_model, world,
         run_main("extract_dataset_latents.py", config_file, **fields)
 
 
+def test_a_model_that_was_moved_is_the_same_model(rl, own_model, world, config_file, run_main, tmp_path):
+    fields = {"logdir": str(tmp_path / "real"), "dataset__image_size": 32}
+    fields |= {"dataset__csv": str(world / "splits" / "phantom_test.csv"), "dataset__data_path": str(world / "images")}
+    run_main("extract_dataset_latents.py", config_file, pretrained__model=str(own_model), **fields)
+    folder = rl.train()
+    moved = own_model.rename(own_model.with_name("moved"))
+    judge = (tmp_path / "H6.safetensors").rename(tmp_path / "moved.safetensors")
+    (tmp_path / "real" / "latents" / "index.json").unlink()  # as after a kill
+    run_main("extract_dataset_latents.py", config_file, pretrained__model=str(moved), **fields)
+    assert (tmp_path / "real" / "latents" / "index.json").is_file()
+    rl.train(
+        num_epochs=2,
+        pretrained__model=str(moved),
+        reward_fn_kwargs__isic_classifier_reward__classifier=str(judge),
+    )
+    assert (folder / "checkpoint_2").is_dir()
+
+
 def test_a_folder_of_an_earlier_version_is_refused_in_one_line(own_model, config_file, run_main, tmp_path):
     fields = {"pretrained__model": str(own_model), "logdir": str(tmp_path / "samples"), "eval__classifier": ""}
     fields |= {"sample__num_steps": 1, "eval__num_samples_per_prompt": 1}

@@ -6,7 +6,6 @@ checkpoint, and adapter weights are float32 whatever the UNet's dtype is. All fu
 """
 
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.files import atomic_write
 from ddpo_pytorch.fingerprint import fingerprint
 from ddpo_pytorch.json_files import OneOf, parse_json
 from ddpo_pytorch.weights import read_tensors
@@ -110,10 +110,8 @@ def save_lora(unet: nn.Module, path: str | Path) -> Path:
     """
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / FILE_NAME
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    save_file(lora_state_dict(unet), partial, metadata={"format": "pt"})
-    os.replace(partial, file)
+    with atomic_write(file) as temporary:
+        save_file(lora_state_dict(unet), temporary, metadata={"format": "pt"})
     return file
 
 
