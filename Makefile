@@ -33,7 +33,7 @@ demo: .venv/ready
 	$(LAUNCH) scripts/train.py --config $(MINI):prompt_image_alignment_classifier_isic --config.run_name=$(RUN) --config.held_out.every=8
 	$(LAUNCH) scripts/eval.py --config $(MINI):prompt_image_alignment_classifier_isic_eval --config.logdir=$(OUT)/samples/$(RUN)/SD
 	$(LAUNCH) scripts/eval.py --config $(MINI):prompt_image_alignment_classifier_isic_eval_rl --config.load_from=$(OUT)/logs/$(RUN) --config.logdir=$(OUT)/samples/$(RUN)/RL
-	python -m ddpo_pytorch.data.phantom --out $(OUT)/held-out --seed 9 --balanced --unseen --num_train 0 --num_val 0 --num_test 1000
+	python -m ddpo_pytorch.phantoms.skin --out $(OUT)/held-out --seed 9 --balanced --unseen --num_train 0 --num_val 0 --num_test 1000
 	$(LAUNCH) scripts/extract_dataset_latents.py --config $(MINI):preprocess_isic_real_data --config.dataset.data_path=$(OUT)/held-out/images --config.dataset.csv=$(OUT)/held-out/splits/phantom_test.csv
 	$(LAUNCH) scripts/metric.py --config $(MINI):evaluate_metric_rl --config.metric.folders=SD=$(OUT)/samples/$(RUN)/SD,SD+RL=$(OUT)/samples/$(RUN)/RL --config.metric.real_path=$(OUT)/real-images-test --config.metric.logs=$(RUN)=$(OUT)/logs/$(RUN) --config.metric.output=$(OUT)/metrics/$(RUN) --report
 	@echo "tables, curves and pictures: $(OUT)/metrics/$(RUN)/report.html"
@@ -42,11 +42,11 @@ demo: .venv/ready
 # captions -> generator -> ratings by known degradations -> Selector and Policy -> rounds of improvement -> table 1
 demo-fundus: export ACCELERATE_USE_CPU := true
 demo-fundus: .venv/ready
-	python -m ddpo_pytorch.data.retina --out $(FROOT)/data --degraded 0.5 --num_train 2000 --num_val 1000 --num_test 300
+	python -m ddpo_pytorch.phantoms.fundus --out $(FROOT)/data --degraded 0.5 --num_train 2000 --num_val 1000 --num_test 300
 	$(TWO) scripts/train_sd.py --config $(FUNDUS):train_vae_mini $(FLAGS) --config.sd.batch_size=8
 	$(TWO) scripts/train_sd.py --config $(FUNDUS):finetune_sd_mini $(FLAGS) --config.sd.batch_size=16
-	python -m ddpo_pytorch.data.degradation --csv $(FROOT)/data/splits/fundus_train.csv --data_path $(FROOT)/data --out $(FROOT)/ratings --resize stretch --limit 1000
-	python -m ddpo_pytorch.data.degradation --csv $(FROOT)/data/splits/fundus_val.csv --data_path $(FROOT)/data --out $(FROOT)/ratings-held-out --resize stretch --seed 1
+	python -m ddpo_pytorch.phantoms.rating_sets --csv $(FROOT)/data/splits/fundus_train.csv --data_path $(FROOT)/data --out $(FROOT)/ratings --resize stretch --limit 1000
+	python -m ddpo_pytorch.phantoms.rating_sets --csv $(FROOT)/data/splits/fundus_val.csv --data_path $(FROOT)/data --out $(FROOT)/ratings-held-out --resize stretch --seed 1
 	$(TWO) scripts/train_rlhf.py --config $(FUNDUS):train_rlhf_mini $(FLAGS) --config.rlhf.batch_size=16
 	$(TWO) scripts/train_rlhf.py --config $(FUNDUS):train_rlhf_held_out_mini $(FLAGS) --config.rlhf.batch_size=16
 	python scripts/improve.py --launch="$(TWO)" --config $(FUNDUS):improve_mini $(FLAGS) --config.sample.num_batches_per_epoch=2 --config.train.batch_size=32
@@ -73,11 +73,11 @@ CLASSIFIER := $(LAUNCH) scripts/train_isic_classifier.py --data_path $(JUDGED)/i
 TRAIN_SD := $(LAUNCH) scripts/train_sd.py --config
 
 mini-weights: .venv/ready
-	python -m ddpo_pytorch.data.phantom --out $(WORLD)
-	python -m ddpo_pytorch.data.phantom --out $(OUT)/balanced --seed 1 --balanced --num_val 0 --num_test 0
+	python -m ddpo_pytorch.phantoms.skin --out $(WORLD)
+	python -m ddpo_pytorch.phantoms.skin --out $(OUT)/balanced --seed 1 --balanced --num_val 0 --num_test 0
 	$(TRAIN_SD) $(MINI):train_vae
 	$(TRAIN_SD) $(MINI):finetune_sd
-	python -m ddpo_pytorch.data.phantom --out $(JUDGED) --seed 2 --balanced --unseen --num_test 0
+	python -m ddpo_pytorch.phantoms.skin --out $(JUDGED) --seed 2 --balanced --unseen --num_test 0
 	$(CLASSIFIER) --num_classes 6 --train_csv $(JUDGED)/splits/phantom_train_a.csv --seed 6
 	$(CLASSIFIER) --num_classes 4 --train_csv $(JUDGED)/splits/phantom_train_b.csv --seed 4
 	@echo "copy $(OUT)/sd and $(OUT)/classifier/*.safetensors to ddpo_pytorch/assets/mini to ship them"

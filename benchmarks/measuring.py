@@ -23,7 +23,7 @@ import torch
 from ddpo_pytorch.data.folder_names import folder_name
 from ddpo_pytorch.data.images import save_image
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
-from ddpo_pytorch.data.phantom import draw
+from ddpo_pytorch.phantoms.skin import draw
 
 ROOT = Path(__file__).resolve().parents[1]
 DRAWN = 64  # different phantoms; the others are these with noise of their own

@@ -34,7 +34,7 @@ from PIL import Image
 from torch import nn
 
 from ddpo_pytorch.data.isic import CAPTIONS
-from ddpo_pytorch.data.sample_log import PartLog
+from ddpo_pytorch.data.sample_folder import PartLog
 from ddpo_pytorch.generator.lora import ATTENTION, add_lora
 from ddpo_pytorch.generator.pipeline import PromptTable, load_pipeline
 from ddpo_pytorch.sampling import Sampler, draw_passes, images_per_pass, plan

@@ -29,12 +29,12 @@ from torch.utils.data import DataLoader
 from ddpo_pytorch.data.image_cache import decoded
 from ddpo_pytorch.data.images import ImageFiles, load_image
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
-from ddpo_pytorch.data.phantom import draw
-from ddpo_pytorch.generator import scratch
+from ddpo_pytorch.generator import from_scratch as scratch
+from ddpo_pytorch.generator.finetune_losses import CaptionTable, NoiseLoss
 from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, write_index
-from ddpo_pytorch.generator.objectives import CaptionTable, NoiseLoss
-from ddpo_pytorch.paths import add_path
-from ddpo_pytorch.randomness import BatchDraws, EndlessBatches, Stream
+from ddpo_pytorch.phantoms.skin import draw
+from ddpo_pytorch.utils.paths import add_path
+from ddpo_pytorch.utils.randomness import BatchDraws, EndlessBatches, Stream
 
 logger = logging.getLogger(__name__)
 SIZE = 128

@@ -37,9 +37,9 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from ml_collections import ConfigDict
 
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.rewards import build_reward
-from ddpo_pytorch.run import DTYPES, peak_memory_gib
+from ddpo_pytorch.training.setup import DTYPES, peak_memory_gib
+from ddpo_pytorch.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -29,12 +29,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ddpo_pytorch.data.isic import CAPTIONS
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.generator import scratch
+from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.prompts import get_prompt_fn
 from ddpo_pytorch.rollout import Trajectories, draw_prompts
-from ddpo_pytorch.run import DTYPES
 from ddpo_pytorch.stat_tracking import PerPromptStatTracker
+from ddpo_pytorch.training.setup import DTYPES
+from ddpo_pytorch.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "ddpo_pytorch/assets/mini"

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_mean_std
-from ddpo_pytorch.optimizer import make_adamw
+from ddpo_pytorch.training.optimizer import make_adamw
 
 
 def ppo_loss(

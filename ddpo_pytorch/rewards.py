@@ -18,9 +18,9 @@ import torch
 
 from ddpo_pytorch.data.images import to_pil
 from ddpo_pytorch.data.isic import LABELS, labels_of
-from ddpo_pytorch.errors import UserError, describe_value
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier
 from ddpo_pytorch.judges.policy import load_judges
+from ddpo_pytorch.utils.errors import UserError, describe_value
 
 RewardFn = Callable[[torch.Tensor, Sequence[str], Sequence[Mapping[str, Any]]], tuple[np.ndarray, dict[str, Any]]]
 JPEG_QUALITY = 95

@@ -14,11 +14,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import LogProbGradients, pipeline_with_logprob
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.pipeline import PromptTable
 from ddpo_pytorch.prompts import draw_prompt
-from ddpo_pytorch.randomness import Stream, derived_seed
-from ddpo_pytorch.score_gradients import ScoreGradients
+from ddpo_pytorch.training.rollout_gradients import ScoreGradients
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.randomness import Stream, derived_seed
 
 
 def generators(device: torch.device, seed: int, stream: Stream, epoch: int, indices: Sequence[int]) -> list:

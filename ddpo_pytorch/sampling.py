@@ -19,13 +19,13 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from ddpo_pytorch.data.folder_names import folder_name
 from ddpo_pytorch.data.images import load_pixels, save_image, to_uint8
-from ddpo_pytorch.data.sample_log import PartLog
+from ddpo_pytorch.data.sample_folder import PartLog
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.pipeline import PromptTable, latent_shape, set_schedule
 from ddpo_pytorch.prompts import check_prompt
-from ddpo_pytorch.randomness import Stream, derived_seed, text_number
-from ddpo_pytorch.settings import FINITE, ONE_OR_MORE, SEED, SHARE
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.randomness import Stream, derived_seed, text_number
+from ddpo_pytorch.utils.settings import FINITE, ONE_OR_MORE, SEED, SHARE
 
 SCHEDULERS = ("ddim", "dpm++")
 # numeric settings by which images are drawn; training needs more of sample.eta (`check_schedule`)

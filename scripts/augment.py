@@ -33,21 +33,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from ddpo_pytorch.cli import cli
-from ddpo_pytorch.data.image_cache import decoded
-from ddpo_pytorch.data.images import ImageFiles, captions_without_images, list_samples
-from ddpo_pytorch.data.isic import LABELS, Row, labels_of, load_split
-from ddpo_pytorch.data.sample_log import claim_folder, read_settings
-from ddpo_pytorch.data.splits import read_splits
-from ddpo_pytorch.errors import UserError, difference
-from ddpo_pytorch.files import atomic_write, sha256
-from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
-from ddpo_pytorch.judges.initial_weights import new_classifier
-from ddpo_pytorch.judges.prediction import predict
-from ddpo_pytorch.judges.report import one_sided
-from ddpo_pytorch.judges.training import FitState, Recipe, fit
-from ddpo_pytorch.metrics.augmentation import compare
-from ddpo_pytorch.metrics.augmentation_plan import (
+from ddpo_pytorch.augmentation.compare import compare
+from ddpo_pytorch.augmentation.plan import (
     BALANCED,
     Training,
     minority,
@@ -56,12 +43,25 @@ from ddpo_pytorch.metrics.augmentation_plan import (
     parse_seeds,
     plan,
 )
-from ddpo_pytorch.metrics.augmentation_report import as_csv, markdown, subgroups
+from ddpo_pytorch.augmentation.report import as_csv, markdown, subgroups
+from ddpo_pytorch.data.image_cache import decoded
+from ddpo_pytorch.data.images import ImageFiles, captions_without_images, list_samples
+from ddpo_pytorch.data.isic import LABELS, Row, labels_of, load_split
+from ddpo_pytorch.data.sample_folder import claim_folder, read_settings
+from ddpo_pytorch.data.splits import read_splits
+from ddpo_pytorch.judges.backbones import new_classifier
+from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
+from ddpo_pytorch.judges.classifier_report import one_sided
+from ddpo_pytorch.judges.classifier_training import FitState, Recipe, fit
+from ddpo_pytorch.judges.prediction import predict
 from ddpo_pytorch.metrics.vocabulary import lacking_images
-from ddpo_pytorch.paths import expand_flags
-from ddpo_pytorch.processes import locked_by_main
-from ddpo_pytorch.published import resolve
-from ddpo_pytorch.run import PROCESS_TIMEOUT, make_accelerator
+from ddpo_pytorch.training.setup import PROCESS_TIMEOUT, make_accelerator
+from ddpo_pytorch.utils.cli import cli
+from ddpo_pytorch.utils.errors import UserError, difference
+from ddpo_pytorch.utils.files import atomic_write, sha256
+from ddpo_pytorch.utils.paths import expand_flags
+from ddpo_pytorch.utils.processes import locked_by_main
+from ddpo_pytorch.utils.published import resolve
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_path", None, "folder of <image>.jpg files", required=True)

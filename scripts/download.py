@@ -17,14 +17,14 @@ import torch
 from absl import flags
 from diffusers import UNet2DConditionModel
 
-from ddpo_pytorch.archive import opened, unpack
-from ddpo_pytorch.cli import cli
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import locked
 from ddpo_pytorch.generator.lora import add_lora, load_lora, lora_parameters
 from ddpo_pytorch.judges.classifier import load_classifier
-from ddpo_pytorch.paths import expand_flags
-from ddpo_pytorch.published import (
+from ddpo_pytorch.utils.archive import opened, unpack
+from ddpo_pytorch.utils.cli import cli
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import locked
+from ddpo_pytorch.utils.paths import expand_flags
+from ddpo_pytorch.utils.published import (
     ARCHIVE,
     DRIVE_ID,
     DRIVE_URL,
@@ -35,7 +35,7 @@ from ddpo_pytorch.published import (
     fetch_split,
     spellings,
 )
-from ddpo_pytorch.weights import open_safetensors
+from ddpo_pytorch.utils.weights import open_safetensors
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("root", "rl4med-out", "files go to ROOT/published, split tables to ROOT/data/splits")

@@ -25,23 +25,15 @@ from diffusers import StableDiffusionPipeline
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ddpo_pytorch.checkpointing import load_weights
-from ddpo_pytorch.cli import cli, define_config
 from ddpo_pytorch.data.images import is_whole, read_log
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
-from ddpo_pytorch.data.sample_log import SETTINGS, PartLog, claim_folder, logged, merge_parts, strays
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import locked
-from ddpo_pytorch.fingerprint import fingerprint, pipeline_fingerprints
+from ddpo_pytorch.data.sample_folder import SETTINGS, PartLog, claim_folder, logged, merge_parts, strays
 from ddpo_pytorch.generator.lora import adapter_fingerprint
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import check_tokens
 from ddpo_pytorch.judges.classifier import load_classifier
-from ddpo_pytorch.paths import expand_config
-from ddpo_pytorch.processes import on_main
 from ddpo_pytorch.prompts import Prompt, all_prompts, given_prompts, read_prompts
 from ddpo_pytorch.rewards import RewardFn, check_prompts, isic_classifier_reward
-from ddpo_pytorch.run import DTYPES, make_accelerator, peak_memory_gib
 from ddpo_pytorch.sampling import (
     IMAGE_FORMATS,
     SAMPLING,
@@ -51,7 +43,15 @@ from ddpo_pytorch.sampling import (
     images_per_pass,
     plan,
 )
-from ddpo_pytorch.settings import ONE_OR_MORE, check_choices, check_ranges
+from ddpo_pytorch.training.checkpoints import load_weights
+from ddpo_pytorch.training.setup import DTYPES, make_accelerator, peak_memory_gib
+from ddpo_pytorch.utils.cli import cli, define_config
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import locked
+from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
+from ddpo_pytorch.utils.paths import expand_config
+from ddpo_pytorch.utils.processes import on_main
+from ddpo_pytorch.utils.settings import ONE_OR_MORE, check_choices, check_ranges
 
 FLAGS = flags.FLAGS
 define_config(__file__, "Sampling for evaluation.")

@@ -19,21 +19,21 @@ from absl import flags
 from accelerate import Accelerator
 from ml_collections import ConfigDict
 
-from ddpo_pytorch.cli import cli, define_config
-from ddpo_pytorch.data import kinds
+from ddpo_pytorch.data import datasets as kinds
+from ddpo_pytorch.data.datasets import KINDS, Row, source
 from ddpo_pytorch.data.folder_names import folder_name
 from ddpo_pytorch.data.images import RESIZES, ImageFiles, is_whole, read_log, save_image, write_log
-from ddpo_pytorch.data.kinds import KINDS, Row, source
-from ddpo_pytorch.data.sample_log import claim_folder
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import sha256
-from ddpo_pytorch.fingerprint import fingerprint
+from ddpo_pytorch.data.sample_folder import claim_folder
 from ddpo_pytorch.generator.latents import INDEX, encode_data_set, write_index
 from ddpo_pytorch.generator.pipeline import load_pipeline
-from ddpo_pytorch.paths import expand_config
-from ddpo_pytorch.processes import locked_by_main
-from ddpo_pytorch.run import make_accelerator
-from ddpo_pytorch.settings import ONE_OR_MORE, ZERO_OR_MORE, check_choices, check_ranges
+from ddpo_pytorch.training.setup import make_accelerator
+from ddpo_pytorch.utils.cli import cli, define_config
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import sha256
+from ddpo_pytorch.utils.fingerprint import fingerprint
+from ddpo_pytorch.utils.paths import expand_config
+from ddpo_pytorch.utils.processes import locked_by_main
+from ddpo_pytorch.utils.settings import ONE_OR_MORE, ZERO_OR_MORE, check_choices, check_ranges
 
 FLAGS = flags.FLAGS
 define_config(__file__, "Extraction of real images and latents.")

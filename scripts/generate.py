@@ -21,24 +21,24 @@ from accelerate.utils import gather_object
 from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
-from ddpo_pytorch.best_of_n import Request, best_of_n, log_entries
-from ddpo_pytorch.checkpointing import load_weights
-from ddpo_pytorch.cli import cli, define_config
-from ddpo_pytorch.cores import thread_limit
 from ddpo_pytorch.data.images import LOG, is_whole, read_log, save_image, write_log
-from ddpo_pytorch.data.sample_log import claim_folder
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.fingerprint import fingerprint, pipeline_fingerprints
+from ddpo_pytorch.data.sample_folder import claim_folder
 from ddpo_pytorch.generator.lora import adapter_fingerprint
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import check_tokens
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges
-from ddpo_pytorch.paths import expand_config
-from ddpo_pytorch.processes import locked_by_main
 from ddpo_pytorch.prompts import all_prompts, given_prompts
-from ddpo_pytorch.run import DTYPES, make_accelerator
+from ddpo_pytorch.rlhf.best_of_n import Request, best_of_n, log_entries
 from ddpo_pytorch.sampling import SAMPLING, Sampler, plan
-from ddpo_pytorch.settings import ONE_OR_MORE, check_ranges
+from ddpo_pytorch.training.checkpoints import load_weights
+from ddpo_pytorch.training.setup import DTYPES, make_accelerator
+from ddpo_pytorch.utils.cli import cli, define_config
+from ddpo_pytorch.utils.cores import thread_limit
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
+from ddpo_pytorch.utils.paths import expand_config
+from ddpo_pytorch.utils.processes import locked_by_main
+from ddpo_pytorch.utils.settings import ONE_OR_MORE, check_ranges
 
 FLAGS = flags.FLAGS
 define_config(__file__, "experiment, e.g. config/fundus.py:generate")

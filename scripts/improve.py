@@ -22,19 +22,15 @@ import torch
 from absl import flags
 from ml_collections import ConfigDict
 
-from ddpo_pytorch.checkpointing import load_weights
-from ddpo_pytorch.cli import cli, define_config
 from ddpo_pytorch.data import fundus
-from ddpo_pytorch.data.sample_log import claim_folder
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import JsonLines, atomic_folder, atomic_write, locked, sha256
-from ddpo_pytorch.fingerprint import fingerprint, pipeline_fingerprints
+from ddpo_pytorch.data.sample_folder import claim_folder
 from ddpo_pytorch.generator.conditioning import save_model
 from ddpo_pytorch.generator.latents import INDEX, LatentShards
 from ddpo_pytorch.generator.lora import merged_state_dict
 from ddpo_pytorch.generator.mixing import REAL_SHARE
 from ddpo_pytorch.generator.pipeline import load_pipeline
-from ddpo_pytorch.improvement import (
+from ddpo_pytorch.judges.policy import load_judges
+from ddpo_pytorch.rlhf.rounds import (
     Standing,
     assess,
     collapse,
@@ -46,12 +42,16 @@ from ddpo_pytorch.improvement import (
     save_rounds_grid,
     table,
 )
-from ddpo_pytorch.json_files import COUNT, parse_json
-from ddpo_pytorch.judges.policy import load_judges
-from ddpo_pytorch.paths import expand_config
-from ddpo_pytorch.run import DTYPES, batch_geometry, check_training
 from ddpo_pytorch.sampling import SAMPLING, Sampler
-from ddpo_pytorch.settings import BELOW_ONE, NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, Range, check_ranges
+from ddpo_pytorch.training.checkpoints import load_weights
+from ddpo_pytorch.training.setup import DTYPES, batch_geometry, check_training
+from ddpo_pytorch.utils.cli import cli, define_config
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import JsonLines, atomic_folder, atomic_write, locked, sha256
+from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
+from ddpo_pytorch.utils.json_files import COUNT, parse_json
+from ddpo_pytorch.utils.paths import expand_config
+from ddpo_pytorch.utils.settings import BELOW_ONE, NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, Range, check_ranges
 
 FLAGS = flags.FLAGS
 define_config(__file__, "experiment, e.g. config/fundus.py:improve")

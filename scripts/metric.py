@@ -20,9 +20,7 @@ from absl import flags
 from accelerate import Accelerator
 from ml_collections import ConfigDict
 
-from ddpo_pytorch.cli import cli, define_config
 from ddpo_pytorch.data.images import save_picture
-from ddpo_pytorch.files import JsonLines, atomic_write
 from ddpo_pytorch.metrics.cautions import missing_of, warnings_of
 from ddpo_pytorch.metrics.comparison import compare
 from ddpo_pytorch.metrics.diversity import within_pairs
@@ -35,23 +33,25 @@ from ddpo_pytorch.metrics.evaluation import (
     summarise,
     write_per_image,
 )
+from ddpo_pytorch.metrics.feature_store import FeatureStore
 from ddpo_pytorch.metrics.fidelity import pair_images
 from ddpo_pytorch.metrics.fundus import JUDGES as FUNDUS
 from ddpo_pytorch.metrics.fundus import Structure
 from ddpo_pytorch.metrics.fundus_networks import SELECTOR
 from ddpo_pytorch.metrics.fundus_tables import fundus_table, table1
-from ddpo_pytorch.metrics.measure import Side, matched, spread_size
+from ddpo_pytorch.metrics.image_sets import ImageSet, named_paths, shape_of
+from ddpo_pytorch.metrics.inputs import Sets, Tools, check_request, find_sets, load_tools
+from ddpo_pytorch.metrics.measures import Side, matched, spread_size
 from ddpo_pytorch.metrics.pictures import comparison, contact_sheet
-from ddpo_pytorch.metrics.request import Sets, Tools, check_request, find_sets, load_tools
-from ddpo_pytorch.metrics.sets import ImageSet, named_paths, shape_of
-from ddpo_pytorch.metrics.store import FeatureStore
-from ddpo_pytorch.metrics.structure import MOST_PAIRS, circle_pairs, pairs_by_name
+from ddpo_pytorch.metrics.ssim import MOST_PAIRS, circle_pairs, pairs_by_name
 from ddpo_pytorch.metrics.tables import Table, as_csv, latex, markdown, table2, table3
-from ddpo_pytorch.paths import expand_config
-from ddpo_pytorch.processes import locked_by_main
 from ddpo_pytorch.report.page import write_report
-from ddpo_pytorch.run import make_accelerator
-from ddpo_pytorch.settings import SEED, check_ranges
+from ddpo_pytorch.training.setup import make_accelerator
+from ddpo_pytorch.utils.cli import cli, define_config
+from ddpo_pytorch.utils.files import JsonLines, atomic_write
+from ddpo_pytorch.utils.paths import expand_config
+from ddpo_pytorch.utils.processes import locked_by_main
+from ddpo_pytorch.utils.settings import SEED, check_ranges
 
 FLAGS = flags.FLAGS
 define_config(__file__, "Metrics of sample folders.")

@@ -22,22 +22,10 @@ from diffusers import StableDiffusionPipeline
 from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
-from ddpo_pytorch.cli import cli, define_config
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
-from ddpo_pytorch.estimate import epoch_time
-from ddpo_pytorch.fingerprint import fingerprint, pipeline_fingerprints, with_contents
 from ddpo_pytorch.generator.lora import adapter_fingerprint, disabled_lora
 from ddpo_pytorch.generator.pipeline import PromptTable, guided_noise_prediction
-from ddpo_pytorch.health import HealthCheck, check_groups
-from ddpo_pytorch.held_out import Sampling
-from ddpo_pytorch.interruption import StopRequest
-from ddpo_pytorch.objective import Objective, make_objective
-from ddpo_pytorch.optimizer import GuardedOptimizer
-from ddpo_pytorch.paths import expand_config
-from ddpo_pytorch.policy import load_policy
 from ddpo_pytorch.ppo import averages, make_optimizer, ppo_loss, step_kl
-from ddpo_pytorch.randomness import Stream
-from ddpo_pytorch.record import Record, open_record
 from ddpo_pytorch.rewards import parse_spec
 from ddpo_pytorch.rollout import (
     Trajectories,
@@ -48,11 +36,30 @@ from ddpo_pytorch.rollout import (
     timestep_order,
     update_order,
 )
-from ddpo_pytorch.run import DTYPES, Geometry, batch_geometry, check_training, make_accelerator, peak_memory_gib
-from ddpo_pytorch.sample_grid import save_grid
-from ddpo_pytorch.score_gradients import ScoreGradients, while_sampling
-from ddpo_pytorch.scoring import Scorer
 from ddpo_pytorch.stat_tracking import compute_advantages, reward_statistics
+from ddpo_pytorch.training.estimate import epoch_time
+from ddpo_pytorch.training.health import HealthCheck, check_groups
+from ddpo_pytorch.training.held_out import Sampling
+from ddpo_pytorch.training.objective import Objective, make_objective
+from ddpo_pytorch.training.optimizer import GuardedOptimizer
+from ddpo_pytorch.training.policy import load_policy
+from ddpo_pytorch.training.rollout_gradients import ScoreGradients, while_sampling
+from ddpo_pytorch.training.run_state import Record, open_record
+from ddpo_pytorch.training.sample_grid import save_grid
+from ddpo_pytorch.training.scoring import Scorer
+from ddpo_pytorch.training.setup import (
+    DTYPES,
+    Geometry,
+    batch_geometry,
+    check_training,
+    make_accelerator,
+    peak_memory_gib,
+)
+from ddpo_pytorch.utils.cli import cli, define_config
+from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints, with_contents
+from ddpo_pytorch.utils.interruption import StopRequest
+from ddpo_pytorch.utils.paths import expand_config
+from ddpo_pytorch.utils.randomness import Stream
 
 define_config(__file__, "experiment, e.g. config/mini.py:NAME")
 logger = logging.getLogger(__name__)

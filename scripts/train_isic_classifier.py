@@ -15,21 +15,21 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import Dataset
 
-from ddpo_pytorch.cli import cli
 from ddpo_pytorch.data.image_cache import decoded
 from ddpo_pytorch.data.images import ImageFiles
 from ddpo_pytorch.data.isic import LABELS, load_split
 from ddpo_pytorch.data.splits import drop_broken, read_splits
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.judges.backbones import new_classifier
 from ddpo_pytorch.judges.classifier import PUBLISHED_SIZE, ArtifactClassifier, load_classifier, save_classifier
-from ddpo_pytorch.judges.initial_weights import new_classifier
+from ddpo_pytorch.judges.classifier_report import Report, best_thresholds, one_sided
+from ddpo_pytorch.judges.classifier_training import FitState, Recipe, fit
 from ddpo_pytorch.judges.prediction import predict
-from ddpo_pytorch.judges.report import Report, best_thresholds, one_sided
 from ddpo_pytorch.judges.torchvision_names import check_publishable, save_published
-from ddpo_pytorch.judges.training import FitState, Recipe, fit
-from ddpo_pytorch.paths import expand_flags
-from ddpo_pytorch.processes import locked_by_main
-from ddpo_pytorch.run import PROCESS_TIMEOUT, make_accelerator
+from ddpo_pytorch.training.setup import PROCESS_TIMEOUT, make_accelerator
+from ddpo_pytorch.utils.cli import cli
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.paths import expand_flags
+from ddpo_pytorch.utils.processes import locked_by_main
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("mode", "train", ["train", "test"], "train a classifier, or report on the test split")

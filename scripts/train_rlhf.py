@@ -1,4 +1,4 @@
-"""Learn Selector and Policy from experts' ratings of 1 to 3, in two stages, by the rule of ddpo_pytorch/reinforce.py.
+"""Learn Selector and Policy from experts' ratings of 1 to 3 in two stages (ddpo_pytorch/rlhf/reinforce.py).
 
     accelerate launch scripts/train_rlhf.py --config config/fundus.py:train_rlhf
 
@@ -20,7 +20,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from ml_collections import ConfigDict
 
-from ddpo_pytorch.cli import cli, define_config
 from ddpo_pytorch.data.fundus import check_images
 from ddpo_pytorch.data.ratings import (
     RatedImage,
@@ -30,20 +29,21 @@ from ddpo_pytorch.data.ratings import (
     read_ratings,
     split_by_patient,
 )
-from ddpo_pytorch.errors import UserError, difference
-from ddpo_pytorch.files import JsonLines, atomic_write
 from ddpo_pytorch.generator.pipeline import load_pipeline
-from ddpo_pytorch.json_files import COUNT, checked
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, Policy, TextFeatures, load_judges, save_policy
-from ddpo_pytorch.judges.rated import COLUMNS, RatedSet, best_threshold, read_rated, through_autoencoder
-from ddpo_pytorch.judges.rlhf import StageTraining, all_scores, check_settings, chosen_samples, training_identity
 from ddpo_pytorch.judges.selector import MLP_RATIO, Selector, save_selector
-from ddpo_pytorch.judges.vision import VisionSizes, read_judge
-from ddpo_pytorch.paths import expand_config
-from ddpo_pytorch.processes import locked_by_main
-from ddpo_pytorch.run import make_accelerator
-from ddpo_pytorch.settings import SEED, check_ranges
-from ddpo_pytorch.training_state import restore_state, save_state
+from ddpo_pytorch.judges.vit import VisionSizes, read_judge
+from ddpo_pytorch.rlhf.rated_images import COLUMNS, RatedSet, best_threshold, read_rated, through_autoencoder
+from ddpo_pytorch.rlhf.training import StageTraining, all_scores, check_settings, chosen_samples, training_identity
+from ddpo_pytorch.training.setup import make_accelerator
+from ddpo_pytorch.utils.cli import cli, define_config
+from ddpo_pytorch.utils.errors import UserError, difference
+from ddpo_pytorch.utils.files import JsonLines, atomic_write
+from ddpo_pytorch.utils.json_files import COUNT, checked
+from ddpo_pytorch.utils.paths import expand_config
+from ddpo_pytorch.utils.processes import locked_by_main
+from ddpo_pytorch.utils.settings import SEED, check_ranges
+from ddpo_pytorch.utils.training_state import restore_state, save_state
 
 FLAGS = flags.FLAGS
 define_config(__file__, "experiment, e.g. config/fundus.py:train_rlhf")

@@ -28,21 +28,12 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
-from ddpo_pytorch.caption_grid import draw_captions
-from ddpo_pytorch.cli import cli, define_config
+from ddpo_pytorch.data.datasets import source
 from ddpo_pytorch.data.image_cache import decoded
 from ddpo_pytorch.data.images import image_grid, save_picture
-from ddpo_pytorch.data.kinds import source
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import JsonLines, atomic_folder, atomic_write
-from ddpo_pytorch.fingerprint import fingerprint, pipeline_fingerprints
-from ddpo_pytorch.generator import scratch
+from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.generator.conditioning import save_model, unet_metadata, with_bert
-from ddpo_pytorch.generator.latents import LatentShards
-from ddpo_pytorch.generator.lora import add_lora, has_lora, merged_state_dict, save_lora
-from ddpo_pytorch.generator.objectives import AutoencoderLoss, CaptionTable, NoiseLoss
-from ddpo_pytorch.generator.pipeline import load_pipeline
-from ddpo_pytorch.generator.stage_data import (
+from ddpo_pytorch.generator.finetune_data import (
     SCHEDULES,
     add_pool,
     check_settings,
@@ -53,17 +44,26 @@ from ddpo_pytorch.generator.stage_data import (
     settings_of,
     state_file,
 )
+from ddpo_pytorch.generator.finetune_losses import AutoencoderLoss, CaptionTable, NoiseLoss
+from ddpo_pytorch.generator.finetune_state import Stopwatch, Training, endless_batches, parameter_groups
+from ddpo_pytorch.generator.latents import LatentShards
+from ddpo_pytorch.generator.lora import add_lora, has_lora, merged_state_dict, save_lora
+from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import check_tokens, has_mask
-from ddpo_pytorch.generator.training import Stopwatch, Training, endless_batches, parameter_groups
-from ddpo_pytorch.optimizer import make_adamw
-from ddpo_pytorch.paths import expand_config
-from ddpo_pytorch.processes import locked_by_main, on_main
-from ddpo_pytorch.randomness import BatchDraws, Stream
-from ddpo_pytorch.run import DTYPES, make_accelerator, peak_memory_gib
 from ddpo_pytorch.sampling import SAMPLING
-from ddpo_pytorch.settings import SEED, check_ranges
-from ddpo_pytorch.training_state import save_state
-from ddpo_pytorch.weights import check_finite
+from ddpo_pytorch.training.caption_grid import draw_captions
+from ddpo_pytorch.training.optimizer import make_adamw
+from ddpo_pytorch.training.setup import DTYPES, make_accelerator, peak_memory_gib
+from ddpo_pytorch.utils.cli import cli, define_config
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import JsonLines, atomic_folder, atomic_write
+from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
+from ddpo_pytorch.utils.paths import expand_config
+from ddpo_pytorch.utils.processes import locked_by_main, on_main
+from ddpo_pytorch.utils.randomness import BatchDraws, Stream
+from ddpo_pytorch.utils.settings import SEED, check_ranges
+from ddpo_pytorch.utils.training_state import save_state
+from ddpo_pytorch.utils.weights import check_finite
 
 FLAGS = flags.FLAGS
 define_config(__file__, "experiment, e.g. config/dgx.py:finetune_sd")

@@ -14,8 +14,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from ddpo_pytorch.data.isic import CAPTIONS
-from ddpo_pytorch.data.phantom import write_world
-from ddpo_pytorch.generator import scratch
+from ddpo_pytorch.generator import from_scratch as scratch
+from ddpo_pytorch.phantoms.skin import write_world
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,7 +15,7 @@ from ddpo_pytorch.data.isic import folder_name
 from ddpo_pytorch.generator.text import build_bert
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, Policy, TextFeatures, save_policy
 from ddpo_pytorch.judges.selector import Selector, save_selector
-from ddpo_pytorch.judges.vision import VisionSizes
+from ddpo_pytorch.judges.vit import VisionSizes
 
 PROMPTS = (
     "Fundus: The left eye fundus image shows drusen, lens dust.",

@@ -24,8 +24,9 @@ import safetensors.torch
 import torch
 from test_train import load_module
 
-from ddpo_pytorch import record, run_folder, saving
-from ddpo_pytorch.held_out import Evaluation, HeldOut
+from ddpo_pytorch.training import run_folder, saving
+from ddpo_pytorch.training import run_state as record
+from ddpo_pytorch.training.held_out import Evaluation, HeldOut
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITES = ("replace", "rename", "fsync", "unlink", "rmdir", "mkdir", "remove", "truncate")

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ddpo_pytorch.data.isic import CAPTIONS, LABELS, folder_name, labels_of
-from ddpo_pytorch.data.phantom import draw
+from ddpo_pytorch.phantoms.skin import draw
 
 HOW = "bootstrap over prompts and images, 2,000 resamples"
 MODELS = ("SD", "SD+RL")

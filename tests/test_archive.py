@@ -14,10 +14,10 @@ import pytest
 from conftest import ROOT, run_script
 from script_tools import files_of, load_module
 
-from ddpo_pytorch import archive
-from ddpo_pytorch.archive import unpack
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import DiskFull
+from ddpo_pytorch.utils import archive
+from ddpo_pytorch.utils.archive import unpack
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import DiskFull
 
 GOOD = {"script-samples/run/images/a_b/0.jpg": b"\xff\xd8 picture", "script-samples/run/image_log.json": b"[]"}
 

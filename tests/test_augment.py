@@ -8,11 +8,11 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_accuracy, binary_auroc, binary_f1_score
 
+from ddpo_pytorch.augmentation import plan as planning
+from ddpo_pytorch.augmentation.compare import MACRO, MEASURES, compare
+from ddpo_pytorch.augmentation.report import as_csv, markdown, subgroups
 from ddpo_pytorch.data.isic import CAPTIONS, short_caption
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.metrics import augmentation_plan as planning
-from ddpo_pytorch.metrics.augmentation import MACRO, MEASURES, compare
-from ddpo_pytorch.metrics.augmentation_report import as_csv, markdown, subgroups
+from ddpo_pytorch.utils.errors import UserError
 
 NAMES = ("hair", "ink")
 

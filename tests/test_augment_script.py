@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from script_tools import files_of, load_module, succeed
 from torchmetrics.functional.classification import binary_f1_score
 
+from ddpo_pytorch.augmentation.compare import MACRO
 from ddpo_pytorch.data.isic import CAPTIONS, caption_of_folder, folder_name, read_split, short_caption
-from ddpo_pytorch.data.phantom import write_world
-from ddpo_pytorch.metrics.augmentation import MACRO
+from ddpo_pytorch.phantoms.skin import write_world
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_two_processes_six_heads_and_few_images(world, tmp_path):
 
 CASES = """
 import os, runpy, sys, traceback
-import ddpo_pytorch.judges.training, ddpo_pytorch.run  # once for all cases
+import ddpo_pytorch.judges.classifier_training, ddpo_pytorch.training.setup  # once for all cases
 for line in sys.stdin.read().splitlines():
     sys.stderr.flush()
     child = os.fork()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
 

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ddpo_pytorch import saving
-from ddpo_pytorch.checkpointing import checkpoints, epochs_completed, find_checkpoint, find_weights, recover_best
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.saving import save_best, snapshot
+from ddpo_pytorch.training import saving
+from ddpo_pytorch.training.checkpoints import checkpoints, epochs_completed, find_checkpoint, find_weights, recover_best
+from ddpo_pytorch.training.saving import save_best, snapshot
+from ddpo_pytorch.utils.errors import UserError
 
 
 def save(folder, value: float):

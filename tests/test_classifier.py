@@ -14,8 +14,8 @@ from torch import nn
 from torchvision.models import efficientnet_b0
 
 from ddpo_pytorch.data.isic import LABELS
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
+from ddpo_pytorch.utils.errors import UserError
 
 
 def published_file(path, heads):

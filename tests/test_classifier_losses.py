@@ -12,11 +12,11 @@ from torchvision.ops import sigmoid_focal_loss
 
 from ddpo_pytorch.data.images import ImageFiles
 from ddpo_pytorch.data.isic import LABELS
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.judges import training
+from ddpo_pytorch.judges import classifier_training as training
 from ddpo_pytorch.judges.classifier import ArtifactClassifier
 from ddpo_pytorch.judges.epochs import deal, epoch_order, random_flips
 from ddpo_pytorch.judges.losses import attribute_loss, positive_weights
+from ddpo_pytorch.utils.errors import UserError
 
 
 def by_definition(logits, labels, pos_weight, gamma):

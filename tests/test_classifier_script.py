@@ -18,9 +18,9 @@ from test_classifier_training import STATES
 
 from ddpo_pytorch.data.images import ImageFiles
 from ddpo_pytorch.data.isic import load_split
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.judges.losses import positive_weights
+from ddpo_pytorch.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
 SCRIPT = "train_isic_classifier.py"

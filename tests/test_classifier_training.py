@@ -15,12 +15,12 @@ from test_classifier_losses import by_definition
 
 from ddpo_pytorch.data.images import ImageFiles
 from ddpo_pytorch.data.isic import LABELS, load_split
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.judges import training
+from ddpo_pytorch.judges import classifier_training as training
 from ddpo_pytorch.judges.classifier import ArtifactClassifier
+from ddpo_pytorch.judges.classifier_training import Recipe, fit
 from ddpo_pytorch.judges.losses import positive_weights
 from ddpo_pytorch.judges.prediction import predict
-from ddpo_pytorch.judges.training import Recipe, fit
+from ddpo_pytorch.utils.errors import UserError
 
 HEADS = LABELS[:4]
 STATES = (AcceleratorState, GradientState, PartialState)  # of a process; each accelerator shares them
@@ -236,7 +236,7 @@ import torch
 from accelerate import Accelerator
 from ddpo_pytorch.data.images import ImageFiles
 from ddpo_pytorch.data.isic import LABELS
-from ddpo_pytorch.judges import training
+from ddpo_pytorch.judges import classifier_training as training
 from ddpo_pytorch.judges.classifier import ArtifactClassifier
 from ddpo_pytorch.judges.prediction import predict
 

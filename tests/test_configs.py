@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from ddpo_pytorch.run import batch_geometry, check_training
+from ddpo_pytorch.training.setup import batch_geometry, check_training
 
 # the six of the official code, the one-GPU variants, and stage (i)
 OFFICIAL = (

@@ -9,13 +9,13 @@ from scipy.ndimage import uniform_filter
 
 from ddpo_pytorch.data.images import save_image, to_uint8
 from ddpo_pytorch.data.ratings import RatedImage
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.generator import scratch
-from ddpo_pytorch.judges.rated import read_rated, through_autoencoder
-from ddpo_pytorch.judges.rlhf import StageTraining
+from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.judges.selector import Selector, load_selector, save_selector
-from ddpo_pytorch.judges.vision import Detail, VisionSizes, conv_stem
-from ddpo_pytorch.reinforce import advantages, reinforce_loss
+from ddpo_pytorch.judges.vit import Detail, VisionSizes, conv_stem
+from ddpo_pytorch.rlhf.rated_images import read_rated, through_autoencoder
+from ddpo_pytorch.rlhf.reinforce import advantages, reinforce_loss
+from ddpo_pytorch.rlhf.training import StageTraining
+from ddpo_pytorch.utils.errors import UserError
 
 SIZES = VisionSizes(image_size=32, patch_size=8, width=32, layers=1, heads=2, dropout=0.0, stem="conv")
 

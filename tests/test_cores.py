@@ -11,7 +11,7 @@ from conftest import ROOT
 STATISTICS = """
 import json, sys
 import numpy as np, torch
-from ddpo_pytorch.judges.report import Report
+from ddpo_pytorch.judges.classifier_report import Report
 from ddpo_pytorch.metrics import diversity, fidelity, kernel, manifold, memorisation
 
 torch.set_num_threads(int(sys.argv[1]))

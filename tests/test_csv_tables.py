@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from ddpo_pytorch.data import fundus, isic
-from ddpo_pytorch.data.csv_tables import number, protected, read_table, table_text, unprotected
 from ddpo_pytorch.data.lesions import read_metadata, write_splits
 from ddpo_pytorch.data.ratings import read_ratings
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.data.tables import number, protected, read_table, table_text, unprotected
 from ddpo_pytorch.metrics import tables
 from ddpo_pytorch.metrics.evaluation import write_per_image
+from ddpo_pytorch.utils.errors import UserError
 
 # header and rows of each table, what reads it, and a column that has to be there
 TABLES = {

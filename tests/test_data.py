@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ddpo_pytorch.data import images, isic
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.utils.errors import UserError
 
 HEADER = "image,MEL,NV,hair,gel_bubble,ruler,ink\n"
 

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler
 from torch.distributions import Normal
 
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import check_schedule, ddim_mean_std, ddim_step_with_logprob
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.utils.errors import UserError
 
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")

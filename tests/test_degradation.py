@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpo_pytorch.data import degradation, ratings, retina
-from ddpo_pytorch.data.degradation import COLUMNS
+from ddpo_pytorch.data import ratings
 from ddpo_pytorch.data.fundus import load_split
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.phantoms import fundus as retina
+from ddpo_pytorch.phantoms import rating_sets as degradation
+from ddpo_pytorch.phantoms.rating_sets import COLUMNS
+from ddpo_pytorch.utils.errors import UserError
 
 SET = dict(seed=2, size=48, resize="stretch")
 

@@ -7,8 +7,8 @@ import pytest
 import scipy.spatial.distance
 import scipy.stats
 
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.metrics.diversity import mean_pairwise_distance, spread, vendi_score, within_pairs
+from ddpo_pytorch.utils.errors import UserError
 
 
 def normal(seed, *shape):

@@ -23,8 +23,8 @@ from test_classifier import published_file
 from test_lora_files import legacy
 from tiny_unet import random_weights
 
-from ddpo_pytorch import published
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.utils import published
+from ddpo_pytorch.utils.errors import UserError
 
 UNET, LORA = "pretrained_unet.safetensors", "rl4med-checkpoint50"
 H6, H4 = "artifact_classifier_train_H6.pth", "artifact_classifier_train_H4.pth"

@@ -7,11 +7,11 @@ from PIL import Image
 
 from ddpo_pytorch.data import fundus, isic, ratings
 from ddpo_pytorch.data.images import list_samples, read_log
-from ddpo_pytorch.data.sample_log import PARTS, logged
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import path_fault, path_inside
+from ddpo_pytorch.data.sample_folder import PARTS, logged
 from ddpo_pytorch.generator.latents import LatentShards
-from ddpo_pytorch.manifest import MANIFEST, read_manifest
+from ddpo_pytorch.training.manifest import MANIFEST, read_manifest
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import path_fault, path_inside
 
 pytest_plugins = ["script_tools"]
 OUTSIDE = ["../private/secret", "/private/secret", "a/../../secret", "..\\secret", "C:\\secret", "C:x", "\\\\host\\x"]

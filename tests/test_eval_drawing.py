@@ -22,9 +22,9 @@ from script_tools import PROMPTS, files_of, options
 
 from ddpo_pytorch.data.images import load_image, save_image
 from ddpo_pytorch.data.isic import folder_name
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.sampling import images_per_pass, plan
+from ddpo_pytorch.utils.errors import UserError
 
 pytest_plugins = ["script_tools"]
 PLAIN = {"eval__classifier": "", "sample__num_steps": 2}

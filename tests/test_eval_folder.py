@@ -16,12 +16,12 @@ from script_tools import PROMPTS, files_of, options, succeed
 
 from ddpo_pytorch.data.images import save_image
 from ddpo_pytorch.data.isic import folder_name, labels_of
-from ddpo_pytorch.data.sample_log import PartLog, logged, merge_parts
-from ddpo_pytorch.errors import UserError, difference
-from ddpo_pytorch.files import locked
+from ddpo_pytorch.data.sample_folder import PartLog, logged, merge_parts
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.rewards import isic_classifier_reward
 from ddpo_pytorch.sampling import Sampler, draw_pass, draw_passes, plan
+from ddpo_pytorch.utils.errors import UserError, difference
+from ddpo_pytorch.utils.files import locked
 
 pytest_plugins = ["script_tools"]
 FOLDERS = [f"images/{folder_name(prompt)}" for prompt in PROMPTS]

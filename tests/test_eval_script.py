@@ -18,11 +18,11 @@ from script_tools import PROMPTS, files_of, options, succeed
 
 from ddpo_pytorch.data.images import list_samples, load_image, save_image
 from ddpo_pytorch.data.isic import folder_name, labels_of
-from ddpo_pytorch.data.sample_log import PartLog, claim_folder, logged, merge_parts, read_settings
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.data.sample_folder import PartLog, claim_folder, logged, merge_parts, read_settings
 from ddpo_pytorch.generator.lora import add_lora, save_lora
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.classifier import load_classifier
+from ddpo_pytorch.utils.errors import UserError
 
 pytest_plugins = ["script_tools"]
 COUNT = 11  # images per prompt: 4 * 11 = 44 are passes of 32 and 12, uneven for 2 processes

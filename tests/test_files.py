@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from script_tools import files_of
 
 from ddpo_pytorch.data.images import save_picture
-from ddpo_pytorch.data.sample_log import PartLog, claim_folder
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import (
+from ddpo_pytorch.data.sample_folder import PartLog, claim_folder
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import (
     LOCK,
     DiskFull,
     JsonLines,
@@ -32,11 +32,11 @@ from ddpo_pytorch.files import (
     remove_leftovers,
     write_json,
 )
-from ddpo_pytorch.training_state import load_state, save_state
+from ddpo_pytorch.utils.training_state import load_state, save_state
 
 KILLED = """
 import os, signal, sys
-from ddpo_pytorch.files import atomic_folder, atomic_write
+from ddpo_pytorch.utils.files import atomic_folder, atomic_write
 with {0}(sys.argv[1]) as temporary:
     {1}
     os.kill(os.getpid(), signal.SIGKILL)

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from script_tools import files_of
 
 from ddpo_pytorch.data.isic import CAPTIONS
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.fingerprint import fingerprint, pipeline_fingerprints, with_contents
+from ddpo_pytorch.generator.finetune_state import Training
 from ddpo_pytorch.generator.latents import LatentShards
 from ddpo_pytorch.generator.lora import adapter_fingerprint, add_lora, lora_parameters
 from ddpo_pytorch.generator.pipeline import encode_prompts, load_pipeline
-from ddpo_pytorch.generator.training import Training
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints, with_contents
 
 pytest_plugins = ["script_tools", "stage_tools", "rl_tools"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from script_tools import files_of
 
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.utils.errors import UserError
 
 pytest_plugins = ["script_tools", "stage_tools", "sample_sets"]
 PAGE = 4096  # bytes by which a small file system counts

@@ -10,7 +10,7 @@ from conftest import ROOT
 from PIL import Image
 
 from ddpo_pytorch.data import fundus
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.utils.errors import UserError
 
 PLAIN = "path,Text,modality\nimages/1_left.jpg,The left eye shows drusen.,Fundus\n"
 

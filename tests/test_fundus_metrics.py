@@ -17,13 +17,13 @@ from test_metric_script import numbers
 
 from ddpo_pytorch.data.images import load_image, read_log, write_log
 from ddpo_pytorch.data.isic import CAPTIONS, folder_name
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.judges.policy import load_judges
 from ddpo_pytorch.judges.selector import load_selector, save_selector
+from ddpo_pytorch.metrics.image_statistics import FOV, LEGACY, fov_quality, legacy_quality
 from ddpo_pytorch.metrics.inception_score import inception_score
-from ddpo_pytorch.metrics.quality import FOV, LEGACY, fov_quality, legacy_quality
-from ddpo_pytorch.metrics.structure import ssim
+from ddpo_pytorch.metrics.ssim import ssim
 from ddpo_pytorch.report.page import write_report
+from ddpo_pytorch.utils.errors import UserError
 
 pytest_plugins = ["script_tools", "sample_sets", "fundus_sets"]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.health import HealthCheck, check_groups
+from ddpo_pytorch.training.health import HealthCheck, check_groups
+from ddpo_pytorch.utils.errors import UserError
 
 HEALTHY = {"reward_mean": 0.7, "reward_std": 0.2, "zero_std_share": 0.1, "clipfrac": 0.0, "grad_norm": 4e-4}
 SPREAD = np.array([-1.0, 0.5, 0.5])

@@ -10,16 +10,16 @@ from accelerate import Accelerator
 from script_tools import succeed
 from test_train import as_flags, classifier, script, settings, train, weights  # noqa: F401 (fixtures)
 
-from ddpo_pytorch.checkpointing import find_weights
 from ddpo_pytorch.data.images import to_uint8
 from ddpo_pytorch.data.isic import ARTIFACTS, CAPTIONS, LABELS, labels_of
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.pipeline import PromptTable, load_pipeline
-from ddpo_pytorch.held_out import Evaluation, HeldOut, Sampling
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
-from ddpo_pytorch.randomness import Stream, derived_seed
 from ddpo_pytorch.rewards import isic_classifier_reward
+from ddpo_pytorch.training.checkpoints import find_weights
+from ddpo_pytorch.training.held_out import Evaluation, HeldOut, Sampling
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.randomness import Stream, derived_seed
 
 PROMPTS = CAPTIONS[:3]
 TIMES = {"rollout_samples_per_second", "update_samples_per_second", "peak_memory_gib", "seconds"}

@@ -11,22 +11,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from script_tools import load_module
 
-from ddpo_pytorch import run_folder
-from ddpo_pytorch.checkpointing import epochs_completed, fault
-from ddpo_pytorch.data import phantom, retina
 from ddpo_pytorch.data.images import read_log
-from ddpo_pytorch.data.sample_log import logged, read_settings
+from ddpo_pytorch.data.sample_folder import logged, read_settings
 from ddpo_pytorch.data.splits import read_splits
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator import conditioning
+from ddpo_pytorch.generator.from_scratch import build_unet, build_vae
 from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, write_index
 from ddpo_pytorch.generator.lora import load_lora
-from ddpo_pytorch.generator.scratch import build_unet, build_vae
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
 from ddpo_pytorch.judges.selector import Selector, load_selector, save_selector
-from ddpo_pytorch.judges.vision import VisionSizes
+from ddpo_pytorch.judges.vit import VisionSizes
+from ddpo_pytorch.phantoms import fundus as retina
+from ddpo_pytorch.phantoms import skin as phantom
 from ddpo_pytorch.report.plots import read_runs
 from ddpo_pytorch.report.provenance import read_config
+from ddpo_pytorch.training import run_folder
+from ddpo_pytorch.training.checkpoints import epochs_completed, fault
+from ddpo_pytorch.utils.errors import UserError
 
 CONTENTS = {
     "empty": b"",

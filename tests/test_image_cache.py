@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from ddpo_pytorch.data.image_cache import DecodedImages, decoded, loader_options
 from ddpo_pytorch.data.images import ImageFiles, load_image
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.utils.errors import UserError
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from conftest import ROOT
 from PIL import Image, TiffImagePlugin
 
 from ddpo_pytorch.data import fundus, splits
+from ddpo_pytorch.data.datasets import find_rows
 from ddpo_pytorch.data.image_cache import decoded
 from ddpo_pytorch.data.images import (
     ImageFiles,
@@ -22,11 +23,10 @@ from ddpo_pytorch.data.images import (
     save_image,
     write_log,
 )
-from ddpo_pytorch.data.kinds import find_rows
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import sha256
-from ddpo_pytorch.metrics.sets import any_files, inspected
+from ddpo_pytorch.metrics.image_sets import any_files, inspected
 from ddpo_pytorch.rating.items import sample_items
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import sha256
 
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 COLOUR = np.stack([GREY, GREY.T, 255 - GREY], axis=-1)

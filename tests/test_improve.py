@@ -12,18 +12,18 @@ from conftest import ROOT
 from judge_tools import FUNDUS_PROMPTS, threshold_between, write_judges
 from script_tools import files_of, load_module, options, succeed
 
-from ddpo_pytorch.best_of_n import Request, best_of_n, log_entries
 from ddpo_pytorch.data.images import read_log, save_image
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.pipeline import load_pipeline
-from ddpo_pytorch.improvement import Standing, assess, collapse, draw_fixed, features_of
 from ddpo_pytorch.judges.policy import SELECTOR_FILE, load_judges
 from ddpo_pytorch.judges.selector import save_selector
 from ddpo_pytorch.metrics.kernel import kernel_distance
-from ddpo_pytorch.metrics.structure import ms_ssim
+from ddpo_pytorch.metrics.ssim import ms_ssim
 from ddpo_pytorch.prompts import all_prompts
 from ddpo_pytorch.rewards import build_reward
+from ddpo_pytorch.rlhf.best_of_n import Request, best_of_n, log_entries
+from ddpo_pytorch.rlhf.rounds import Standing, assess, collapse, draw_fixed, features_of
 from ddpo_pytorch.sampling import Sampler
+from ddpo_pytorch.utils.errors import UserError
 
 pytest_plugins = ("script_tools", "judge_tools")
 

@@ -8,9 +8,9 @@ from test_classifier import published_file
 from torchvision.models import efficientnet_b0
 
 from ddpo_pytorch.data.isic import LABELS
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.judges.backbones import TORCHVISION_FILE, new_classifier
 from ddpo_pytorch.judges.classifier import PUBLISHED_ARCH, ArtifactClassifier, save_classifier
-from ddpo_pytorch.judges.initial_weights import TORCHVISION_FILE, new_classifier
+from ddpo_pytorch.utils.errors import UserError
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.json_files import COUNT, OneOf, parse_json, read_json
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.json_files import COUNT, OneOf, parse_json, read_json
 
 SHAPE = {
     "epoch": COUNT,

@@ -19,8 +19,8 @@ from torchmetrics.functional.classification import (
 )
 
 from ddpo_pytorch.data.isic import LABELS
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.judges.report import COLUMNS, MEASURES, Report, best_thresholds, one_sided
+from ddpo_pytorch.judges.classifier_report import COLUMNS, MEASURES, Report, best_thresholds, one_sided
+from ddpo_pytorch.utils.errors import UserError
 
 
 def sample(images=200, heads=6, seed=0):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch_fidelity.metric_kid import kid_features_to_metric
 
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.metrics.kernel import kernel_distance
+from ddpo_pytorch.utils.errors import UserError
 
 
 def normal(seed, count, width, scale=1.0, offset=0.0):

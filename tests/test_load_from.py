@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from script_tools import files_of
 
-from ddpo_pytorch.checkpointing import load_weights
 from ddpo_pytorch.data.isic import ARTIFACTS, CAPTIONS
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.lora import lora_state_dict
 from ddpo_pytorch.generator.pipeline import PromptTable, load_pipeline
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, save_classifier
+from ddpo_pytorch.training.checkpoints import load_weights
+from ddpo_pytorch.utils.errors import UserError
 
 pytest_plugins = ["script_tools", "rl_tools"]
 LORA = "pytorch_lora_weights.safetensors"

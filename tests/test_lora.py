@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_unet import RANK, TARGETS, make_unet, projections, randomize, run
 
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.lora import add_lora, disabled_lora, has_lora, lora_parameters, lora_state_dict
+from ddpo_pytorch.utils.errors import UserError
 
 
 def test_new_adapters_change_nothing_and_follow_the_seed():

@@ -13,7 +13,6 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny_unet import RANK, TARGETS, make_unet, random_weights, randomize, run, run_by_hand
 
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.lora import (
     add_lora,
     has_lora,
@@ -21,6 +20,7 @@ from ddpo_pytorch.generator.lora import (
     lora_state_dict,
     save_lora,
 )
+from ddpo_pytorch.utils.errors import UserError
 
 
 def legacy(weights: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.metrics.manifold import manifold_metrics
+from ddpo_pytorch.utils.errors import UserError
 
 
 def normal(seed, count, width, scale=1.0, offset=0.0):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import scipy.spatial.distance
 
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.metrics.memorisation import closest, memorisation, nearest
+from ddpo_pytorch.utils.errors import UserError
 
 
 def normal(seed, *shape):

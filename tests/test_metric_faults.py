@@ -8,8 +8,8 @@ from sample_sets import write_samples
 from script_tools import options
 
 from ddpo_pytorch.data.isic import CAPTIONS, LABELS, folder_name
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, save_classifier
+from ddpo_pytorch.utils.errors import UserError
 
 pytest_plugins = ["script_tools", "sample_sets"]
 

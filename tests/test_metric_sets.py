@@ -10,7 +10,7 @@ from sample_sets import write_samples
 
 from ddpo_pytorch.data.images import load_image, save_image, write_log
 from ddpo_pytorch.data.isic import CAPTIONS, folder_name, short_caption
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.utils.errors import UserError
 
 pytest_plugins = ["script_tools", "sample_sets"]
 

@@ -8,7 +8,6 @@ import scipy.linalg
 import torch
 
 from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.metrics.alignment import count_alignment
 from ddpo_pytorch.metrics.fidelity import (
     Moments,
@@ -16,6 +15,7 @@ from ddpo_pytorch.metrics.fidelity import (
     moments,
     pair_images,
 )
+from ddpo_pytorch.utils.errors import UserError
 
 
 def seeded(seed):

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from ddpo_pytorch.data.isic import LABELS
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
 from ddpo_pytorch.metrics.networks import (
     DINOV2,
@@ -25,6 +24,7 @@ from ddpo_pytorch.metrics.networks import (
     official_uint8,
     weight_file,
 )
+from ddpo_pytorch.utils.errors import UserError
 
 
 def seeded(seed):

@@ -7,12 +7,12 @@ import torch
 from diffusers import DDPMScheduler
 
 from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.generator.finetune_losses import AutoencoderLoss, CaptionTable, NoiseLoss, min_snr_weights
+from ddpo_pytorch.generator.from_scratch import SCHEDULE
 from ddpo_pytorch.generator.latents import sample_posterior
 from ddpo_pytorch.generator.lora import add_lora, lora_parameters, merged_state_dict
-from ddpo_pytorch.generator.objectives import AutoencoderLoss, CaptionTable, NoiseLoss, min_snr_weights
 from ddpo_pytorch.generator.pipeline import encode_prompts, load_pipeline
-from ddpo_pytorch.generator.scratch import SCHEDULE
-from ddpo_pytorch.randomness import BatchDraws, EndlessBatches, Stream
+from ddpo_pytorch.utils.randomness import BatchDraws, EndlessBatches, Stream
 
 
 @pytest.fixture

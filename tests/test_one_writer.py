@@ -4,8 +4,8 @@ import pytest
 from conftest import run_script
 from script_tools import files_of
 
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import locked
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import locked
 
 pytest_plugins = ["script_tools"]
 CONFIGURED = {

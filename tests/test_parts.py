@@ -9,10 +9,10 @@ from judge_tools import FUNDUS_PROMPTS
 from safetensors.torch import load_file, save_file
 
 from ddpo_pytorch.data.isic import CAPTIONS
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.generator import scratch
+from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.generator.pipeline import PromptTable, encode_prompts, load_pipeline
 from ddpo_pytorch.generator.text import build_bert, check_tokens, load_text_encoder
+from ddpo_pytorch.utils.errors import UserError
 
 pytest_plugins = ["judge_tools"]
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}

@@ -9,11 +9,14 @@ import pytest
 from conftest import ROOT, run_script
 from script_tools import load_module
 
-from ddpo_pytorch.data import degradation, fundus, phantom, retina, splits
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.metrics.augmentation_plan import parse_samples
-from ddpo_pytorch.metrics.sets import named_paths
-from ddpo_pytorch.paths import expand, expand_config
+from ddpo_pytorch.augmentation.plan import parse_samples
+from ddpo_pytorch.data import fundus, splits
+from ddpo_pytorch.metrics.image_sets import named_paths
+from ddpo_pytorch.phantoms import fundus as retina
+from ddpo_pytorch.phantoms import rating_sets as degradation
+from ddpo_pytorch.phantoms import skin as phantom
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.paths import expand, expand_config
 
 pytest_plugins = ["script_tools"]
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpo_pytorch.data import phantom
 from ddpo_pytorch.data.isic import LABELS, load_split
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.phantoms import skin as phantom
+from ddpo_pytorch.utils.errors import UserError
 
 ISIC_COLUMNS = "image,MEL,NV,dark_corner,hair,gel_border,gel_bubble,ruler,ink,patches,vasc,label"
 ISIC_FREQUENCIES = {"hair": 0.38, "gel_bubble": 0.11, "ruler": 0.14, "ink": 0.016, "MEL": 0.225, "NV": 0.775}

@@ -12,7 +12,6 @@ from transformers import AutoConfig
 
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.lora import add_lora, lora_parameters
 from ddpo_pytorch.generator.pipeline import (
     PromptTable,
@@ -22,6 +21,7 @@ from ddpo_pytorch.generator.pipeline import (
     latent_shape,
     load_pipeline,
 )
+from ddpo_pytorch.utils.errors import UserError
 
 PROMPTS = [
     "a dermoscopic image with melanoma (MEL) showing hair, ink",

@@ -9,8 +9,6 @@ import torch
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.objective import make_objective
 from ddpo_pytorch.prompts import (
     PROMPT_LISTS,
     PROMPTS,
@@ -25,6 +23,8 @@ from ddpo_pytorch.prompts import (
     isic_all_idx,
     read_prompts,
 )
+from ddpo_pytorch.training.objective import make_objective
+from ddpo_pytorch.utils.errors import UserError
 
 
 def test_asset_is_the_official_list_in_order():

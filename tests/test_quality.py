@@ -14,11 +14,11 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 from torchmetrics.functional.image.ssim import _ssim_update
 
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.metrics.image_statistics import FOV, LEGACY, ROUNDING, distances, fov_quality, legacy_quality, summary
 from ddpo_pytorch.metrics.inception_score import inception_score, split_count
 from ddpo_pytorch.metrics.intervals import Quantity
-from ddpo_pytorch.metrics.quality import FOV, LEGACY, ROUNDING, distances, fov_quality, legacy_quality, summary
-from ddpo_pytorch.metrics.structure import SCALES, circle_pairs, ms_ssim, pairs_by_name, scale_count, ssim
+from ddpo_pytorch.metrics.ssim import SCALES, circle_pairs, ms_ssim, pairs_by_name, scale_count, ssim
+from ddpo_pytorch.utils.errors import UserError
 
 
 def noise_image(height: int, width: int, seed: int) -> np.ndarray:

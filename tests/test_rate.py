@@ -20,10 +20,10 @@ from PIL import Image
 from rating_tools import PROMPTS, RatePage, write_gallery
 
 from ddpo_pytorch.data.ratings import COLUMNS, read_ratings
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.rating.items import distinct, sample_items, table_items
 from ddpo_pytorch.rating.progress import order_for
 from ddpo_pytorch.rating.store import Store
+from ddpo_pytorch.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
 pytest_plugins = ["rating_tools"]

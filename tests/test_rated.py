@@ -11,10 +11,10 @@ from rated_world import SIZE, stripes
 from scipy import stats
 
 from ddpo_pytorch.data.ratings import RatedImage
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.judges.rated import auc, best_threshold, calibration_error, measures, ranks, read_rated, spearman
 from ddpo_pytorch.judges.selector import Selector
-from ddpo_pytorch.judges.vision import VisionSizes
+from ddpo_pytorch.judges.vit import VisionSizes
+from ddpo_pytorch.rlhf.rated_images import auc, best_threshold, calibration_error, measures, ranks, read_rated, spearman
+from ddpo_pytorch.utils.errors import UserError
 
 
 def rated(path: Path, prompt="Fundus: drusen", quality=2.0, alignment=2.0, weight=1.0) -> RatedImage:

@@ -17,7 +17,7 @@ from rating_tools import PROMPTS, RatePage, write_gallery
 
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.data.ratings import read_ratings
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.utils.errors import UserError
 
 pytest.importorskip("fastapi", reason="fastapi absent")
 pytestmark = pytest.mark.slow

@@ -14,11 +14,11 @@ import pytest
 from rating_tools import PROMPTS, write_gallery
 
 from ddpo_pytorch.data.ratings import COLUMNS, read_ratings
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.rating import store as storing
 from ddpo_pytorch.rating.items import distinct, sample_items, table_items
 from ddpo_pytorch.rating.progress import Progress, order_for
 from ddpo_pytorch.rating.store import JOURNAL_COLUMNS, Store, rater_name
+from ddpo_pytorch.utils.errors import UserError
 
 
 @pytest.fixture

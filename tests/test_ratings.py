@@ -9,7 +9,7 @@ from PIL import Image
 from torchmetrics.functional.classification import multiclass_cohen_kappa
 
 from ddpo_pytorch.data import ratings
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.utils.errors import UserError
 
 HEADER = ",".join(ratings.COLUMNS) + "\n"
 # the reliability data of Krippendorff's "Computing Krippendorff's Alpha-Reliability" (2011), section E: observers by

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.reinforce import OBJECTIVES, advantages, importance_weights, reinforce_loss
+from ddpo_pytorch.rlhf.reinforce import OBJECTIVES, advantages, importance_weights, reinforce_loss
+from ddpo_pytorch.utils.errors import UserError
 
 STARTS, REWARDS = (0.02, 0.2, 0.5, 0.8, 0.98), (0.0, 0.5, 1.0)
 

@@ -8,7 +8,6 @@ import pytest
 from report_example import MODELS, full_example, minimal_result, quantity
 
 from ddpo_pytorch.data.isic import CAPTIONS, SINGLE_ARTIFACT_CAPTIONS
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.report.cells import bounds, counted, in_folders, letter, methods, percent, plain
 from ddpo_pytorch.report.findings import findings
 from ddpo_pytorch.report.headline import headline
@@ -17,6 +16,7 @@ from ddpo_pytorch.report.pictures import rarest_first
 from ddpo_pytorch.report.provenance import flatten
 from ddpo_pytorch.report.quality_tables import fidelity_tables
 from ddpo_pytorch.report.tables import common_beginning, prompt_table, table2, table3
+from ddpo_pytorch.utils.errors import UserError
 
 VOID = {"meta", "img", "br", "link", "hr", "input", "source"}
 

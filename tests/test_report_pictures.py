@@ -11,9 +11,9 @@ from PIL import Image
 from report_example import write_run
 
 from ddpo_pytorch.data.isic import CAPTIONS
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.report.pictures import SIDE, Album, natural, paired_files, rarest_first
 from ddpo_pytorch.report.plots import curves, read_runs, series
+from ddpo_pytorch.utils.errors import UserError
 
 
 def test_rarest_prompts_come_first():

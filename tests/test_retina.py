@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpo_pytorch.data import retina
 from ddpo_pytorch.data.field_of_view import fov_mask
 from ddpo_pytorch.data.fundus import load_split, read_split
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.phantoms import fundus as retina
+from ddpo_pytorch.utils.errors import UserError
 
 NORMAL, DRUSEN, GLAUCOMA, RETINOPATHY, MYOPIA = retina.FINDINGS
 WORLD = dict(num_train=24, num_val=8, num_test=6, seed=3, size=48, degraded=0.5)

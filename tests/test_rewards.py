@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, save_classifier
 from ddpo_pytorch.rewards import (
     REWARDS,
@@ -19,6 +18,7 @@ from ddpo_pytorch.rewards import (
     jpeg_incompressibility,
     parse_spec,
 )
+from ddpo_pytorch.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

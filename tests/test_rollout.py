@@ -4,10 +4,8 @@ import pytest
 import torch
 from ml_collections import ConfigDict
 
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.pipeline import PromptTable, load_pipeline
 from ddpo_pytorch.prompts import get_prompt_fn
-from ddpo_pytorch.randomness import Stream, derived_seed
 from ddpo_pytorch.rollout import (
     Trajectories,
     draw_prompts,
@@ -16,8 +14,10 @@ from ddpo_pytorch.rollout import (
     timestep_order,
     update_order,
 )
-from ddpo_pytorch.run import batch_geometry
-from ddpo_pytorch.stopping import RewardPlateau
+from ddpo_pytorch.training.setup import batch_geometry
+from ddpo_pytorch.training.stopping import RewardPlateau
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.randomness import Stream, derived_seed
 
 
 def test_seeds_differ_by_stream_and_progress_and_repeat():

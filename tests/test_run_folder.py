@@ -13,9 +13,9 @@ from conftest import ROOT, run_script
 from script_tools import files_of, load_module
 from test_train import as_flags, classifier, script, settings, train, weights  # noqa: F401 (fixtures)
 
-from ddpo_pytorch import run_folder
-from ddpo_pytorch.errors import UserError, difference
-from ddpo_pytorch.files import LOCK, locked
+from ddpo_pytorch.training import run_folder
+from ddpo_pytorch.utils.errors import UserError, difference
+from ddpo_pytorch.utils.files import LOCK, locked
 
 TIMES = {"rollout_samples_per_second", "update_samples_per_second", "peak_memory_gib", "seconds"}
 

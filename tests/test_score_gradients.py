@@ -7,13 +7,13 @@ import torch
 from accelerate import Accelerator
 from test_train import ROOT, classifier, load_module, script, settings, train  # noqa: F401 (fixtures)
 
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.lora import ATTENTION, add_lora, lora_parameters
 from ddpo_pytorch.generator.pipeline import PromptTable, load_pipeline
-from ddpo_pytorch.policy import load_policy
 from ddpo_pytorch.rollout import sample_trajectories
-from ddpo_pytorch.run import batch_geometry
-from ddpo_pytorch.score_gradients import ScoreGradients, while_sampling
+from ddpo_pytorch.training.policy import load_policy
+from ddpo_pytorch.training.rollout_gradients import ScoreGradients, while_sampling
+from ddpo_pytorch.training.setup import batch_geometry
+from ddpo_pytorch.utils.errors import UserError
 
 
 @pytest.fixture

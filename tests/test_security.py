@@ -18,24 +18,24 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from ddpo_pytorch.checkpointing import PROGRESS_FILE, STATE_FILE, UNET_FILE, load_checkpoint
 from ddpo_pytorch.data.image_cache import DecodedImages
 from ddpo_pytorch.data.images import ImageFiles, read_rgb
 from ddpo_pytorch.data.isic import LABELS
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import sha256
+from ddpo_pytorch.generator.from_scratch import load_vae
 from ddpo_pytorch.generator.latents import INDEX, LatentShards
 from ddpo_pytorch.generator.lora import load_lora
 from ddpo_pytorch.generator.pipeline import load_pipeline, replace_unet_weights
-from ddpo_pytorch.generator.scratch import load_vae
 from ddpo_pytorch.generator.text import load_text_encoder
+from ddpo_pytorch.judges.backbones import TORCHVISION_FILE, load_backbone, new_classifier
 from ddpo_pytorch.judges.classifier import PUBLISHED_ARCH, ArtifactClassifier, load_classifier
-from ddpo_pytorch.judges.initial_weights import TORCHVISION_FILE, load_backbone, new_classifier
 from ddpo_pytorch.judges.policy import load_policy_judge
 from ddpo_pytorch.judges.selector import load_selector
+from ddpo_pytorch.metrics.feature_store import Rows
 from ddpo_pytorch.metrics.networks import dinov2_network, inception_network, lpips_network
-from ddpo_pytorch.metrics.store import Rows
-from ddpo_pytorch.training_state import load_state
+from ddpo_pytorch.training.checkpoints import PROGRESS_FILE, STATE_FILE, UNET_FILE, load_checkpoint
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import sha256
+from ddpo_pytorch.utils.training_state import load_state
 
 
 class Touch:

@@ -11,10 +11,10 @@ from rated_world import PROMPTS, stripes, write_bert
 from safetensors.torch import save_file
 
 from ddpo_pytorch.data.images import to_uint8
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.judges.policy import Policy, TextFeatures, load_judges, load_policy_judge, save_policy
 from ddpo_pytorch.judges.selector import MLP_RATIO, Selector, load_selector, save_selector
-from ddpo_pytorch.judges.vision import VisionSizes, resized
+from ddpo_pytorch.judges.vit import VisionSizes, resized
+from ddpo_pytorch.utils.errors import UserError
 
 TINY = VisionSizes(image_size=32, patch_size=8, width=32, layers=2, heads=2, dropout=0.1)
 

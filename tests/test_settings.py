@@ -8,13 +8,13 @@ from conftest import ROOT
 from ml_collections import ConfigDict
 from script_tools import load_module
 
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.generator import stage_data
-from ddpo_pytorch.judges import rlhf
-from ddpo_pytorch.judges.training import Recipe
-from ddpo_pytorch.metrics.request import check_request
-from ddpo_pytorch.run import batch_geometry, check_training
-from ddpo_pytorch.settings import ONE_OR_MORE, POSITIVE, SEED, Range, check_choices, check_pair, check_ranges
+from ddpo_pytorch.generator import finetune_data as stage_data
+from ddpo_pytorch.judges.classifier_training import Recipe
+from ddpo_pytorch.metrics.inputs import check_request
+from ddpo_pytorch.rlhf import training as rlhf
+from ddpo_pytorch.training.setup import batch_geometry, check_training
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.settings import ONE_OR_MORE, POSITIVE, SEED, Range, check_choices, check_pair, check_ranges
 
 NO_RATES = (0.0, -1e-4, math.inf, -math.inf, math.nan)
 

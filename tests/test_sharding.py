@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from test_scale import assert_same_gradients, gradients
 from test_train import as_flags, classifier, settings  # noqa: F401 (fixtures)
 
-from ddpo_pytorch.checkpointing import load_weights
 from ddpo_pytorch.data.isic import ARTIFACTS, CAPTIONS
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.generator import scratch
+from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, save_classifier
-from ddpo_pytorch.run import make_accelerator
-from ddpo_pytorch.sharding import (
+from ddpo_pytorch.training.checkpoints import load_weights
+from ddpo_pytorch.training.setup import make_accelerator
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.sharding import (
     check_sharding,
     gather_optimizer,
     gather_weights,

@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.generator import scratch
+from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.generator.conditioning import RECORD, save_model, unet_metadata, with_bert
 from ddpo_pytorch.generator.pipeline import PromptTable, encode_prompts, guided_noise_prediction, load_pipeline
 from ddpo_pytorch.generator.text import (
@@ -21,6 +20,7 @@ from ddpo_pytorch.generator.text import (
     warn_of_cut,
 )
 from ddpo_pytorch.sampling import Sampler
+from ddpo_pytorch.utils.errors import UserError
 
 PROMPTS = [
     "Fundus: The left eye fundus image shows drusen, lens dust.",

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ddpo_pytorch.generator import scratch
-from ddpo_pytorch.generator.fused_lora import fuse_lora
+from ddpo_pytorch.generator import from_scratch as scratch
+from ddpo_pytorch.generator.cpu_kernels import fuse_lora
 from ddpo_pytorch.generator.lora import ATTENTION, add_lora, disabled_lora
 from ddpo_pytorch.generator.threads import divide_among_threads
 

@@ -7,9 +7,9 @@ from torch import nn
 from torchvision.models import efficientnet_b0
 
 from ddpo_pytorch.data.isic import LABELS
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.judges.classifier import PUBLISHED_ARCH, ArtifactClassifier, load_classifier
 from ddpo_pytorch.judges.torchvision_names import TORCHVISION_MODULES, save_published, to_timm, to_torchvision
+from ddpo_pytorch.utils.errors import UserError
 
 
 def scrambled(model):

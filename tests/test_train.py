@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from script_tools import files_of
 
 from ddpo_pytorch.data.isic import CAPTIONS, LABELS
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, save_classifier
+from ddpo_pytorch.utils.errors import UserError
 
 
 def load_module(path: Path):

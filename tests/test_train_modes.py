@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_train import ROOT, classifier, load_module, script, settings, train, weights  # noqa: F401 (fixtures)
 
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.run import check_training
+from ddpo_pytorch.training.setup import check_training
+from ddpo_pytorch.utils.errors import UserError
 
 
 @pytest.mark.parametrize(

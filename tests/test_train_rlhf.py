@@ -18,11 +18,11 @@ from rated_world import PROMPTS, read_table, write_config, write_rated_world, wr
 from safetensors.torch import load_file
 from script_tools import assert_same_training, files_of, options, succeed
 
-from ddpo_pytorch import training_state
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.policy import load_judges
-from ddpo_pytorch.judges.rlhf import chosen_samples
+from ddpo_pytorch.rlhf.training import chosen_samples
+from ddpo_pytorch.utils import training_state
+from ddpo_pytorch.utils.errors import UserError
 
 pytest_plugins = ["script_tools"]
 SCRIPT, NAMES = "train_rlhf.py", ("selector.safetensors", "policy.safetensors")

@@ -10,11 +10,11 @@ from script_tools import assert_same_training, options
 from stage_tools import EXACT, SPLIT, assert_equal, entries, unet_of
 
 from ddpo_pytorch.data.isic import CAPTIONS
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.generator.from_scratch import build_tokenizer
 from ddpo_pytorch.generator.latents import INDEX, LatentShards
 from ddpo_pytorch.generator.lora import load_lora
 from ddpo_pytorch.generator.pipeline import load_pipeline
-from ddpo_pytorch.generator.scratch import build_tokenizer
+from ddpo_pytorch.utils.errors import UserError
 
 pytest_plugins = ["script_tools", "stage_tools"]
 

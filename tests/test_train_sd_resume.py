@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 from script_tools import assert_same_training, load_module, options, succeed
 from stage_tools import EXACT, assert_equal, entries, unet_of
 
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.generator.finetune_data import settings_of
+from ddpo_pytorch.generator.finetune_state import Training
 from ddpo_pytorch.generator.latents import LatentShards
 from ddpo_pytorch.generator.pipeline import load_pipeline
-from ddpo_pytorch.generator.stage_data import settings_of
-from ddpo_pytorch.generator.training import Training
-from ddpo_pytorch.training_state import save_state
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.training_state import save_state
 
 pytest_plugins = ["script_tools", "stage_tools"]
 
@@ -75,7 +75,7 @@ def test_a_state_of_other_content_is_told(train, tmp_path, monkeypatch, change):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("ddpo_pytorch.training_state.save_state", stop)
+        patch.setattr("ddpo_pytorch.utils.training_state.save_state", stop)
         train(tmp_path, sd__stage="vae", sd__save_every=1, sd__num_steps=2)
     assert written
     with pytest.raises(UserError, match="vae_state.pt") as caught:

@@ -9,13 +9,13 @@ from conftest import ROOT
 from test_golden import golden_dir, lora_pipe, numbers, pipe, relative, settings  # noqa: F401 (fixtures)
 from test_train import load_module, script  # noqa: F401 (fixture)
 
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.lora import load_lora, lora_parameters, lora_state_dict
 from ddpo_pytorch.generator.pipeline import PromptTable, set_schedule
-from ddpo_pytorch.optimizer import GuardedOptimizer
 from ddpo_pytorch.ppo import make_optimizer
 from ddpo_pytorch.rollout import Trajectories
-from ddpo_pytorch.run import batch_geometry, make_accelerator
+from ddpo_pytorch.training.optimizer import GuardedOptimizer
+from ddpo_pytorch.training.setup import batch_geometry, make_accelerator
+from ddpo_pytorch.utils.errors import UserError
 
 
 def flat(state: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -12,20 +12,20 @@ from safetensors.torch import load_file, save_file
 from tiny_unet import make_unet
 from torch import nn
 
-from ddpo_pytorch.checkpointing import load_weights
 from ddpo_pytorch.data.isic import LABELS
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.generator.from_scratch import load_vae
 from ddpo_pytorch.generator.lora import load_lora
 from ddpo_pytorch.generator.pipeline import load_pipeline, replace_unet_weights
-from ddpo_pytorch.generator.scratch import load_vae
 from ddpo_pytorch.generator.text import load_text_encoder
+from ddpo_pytorch.judges.backbones import new_classifier
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
-from ddpo_pytorch.judges.initial_weights import new_classifier
 from ddpo_pytorch.judges.policy import load_policy_judge
 from ddpo_pytorch.judges.selector import Selector, load_selector, save_selector
-from ddpo_pytorch.judges.vision import VisionSizes
+from ddpo_pytorch.judges.vit import VisionSizes
 from ddpo_pytorch.metrics.networks import dinov2_network, inception_network, lpips_network
-from ddpo_pytorch.weights import read_pickle, read_tensors
+from ddpo_pytorch.training.checkpoints import load_weights
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.weights import read_pickle, read_tensors
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 3438167534\n"
 CONTENTS = {  # and a word that tells it

@@ -19,8 +19,8 @@ from absl import flags
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from ddpo_pytorch.cli import cli
-from ddpo_pytorch.sharding import whole
+from ddpo_pytorch.utils.cli import cli
+from ddpo_pytorch.utils.sharding import whole
 
 FOLDER = Path(os.environ["RECORD"])
 

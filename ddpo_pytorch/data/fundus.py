@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpo_pytorch.data.csv_tables import choice, read_table, table_text
 from ddpo_pytorch.data.image_paths import rows_with_image
 from ddpo_pytorch.data.images import find_damage
 from ddpo_pytorch.data.lesions import assign
 from ddpo_pytorch.data.prompt_text import invisible_character
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_write, path_fault
-from ddpo_pytorch.paths import add_path
+from ddpo_pytorch.data.tables import choice, read_table, table_text
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import atomic_write, path_fault
+from ddpo_pytorch.utils.paths import add_path
 
 logger = logging.getLogger(__name__)
 MODALITY = "Fundus"

@@ -15,10 +15,10 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ddpo_pytorch.cores import thread_limit
 from ddpo_pytorch.data.images import READER_VERSION, ImageFiles
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_write, remove_leftovers
+from ddpo_pytorch.utils.cores import thread_limit
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import atomic_write, remove_leftovers
 
 logger = logging.getLogger(__name__)
 _SPARE_BYTES = 2**30  # left free on the disk

@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import path_inside
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import path_inside
 
 logger = logging.getLogger(__name__)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")

@@ -21,13 +21,13 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from ddpo_pytorch.cores import thread_limit
 from ddpo_pytorch.data.field_of_view import fov_square
 from ddpo_pytorch.data.folder_names import folder_name
 from ddpo_pytorch.data.isic import caption_of_folder
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_write, open_regular, path_inside, write_json
-from ddpo_pytorch.json_files import OneOf, read_json
+from ddpo_pytorch.utils.cores import thread_limit
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import atomic_write, open_regular, path_inside, write_json
+from ddpo_pytorch.utils.json_files import OneOf, read_json
 
 LOG = "image_log.json"
 LARGEST_SIDE = 4096  # pixels of the squares that a judge looks at

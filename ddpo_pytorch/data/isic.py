@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpo_pytorch.data.csv_tables import number, read_table
 from ddpo_pytorch.data.folder_names import folder_name
 from ddpo_pytorch.data.image_paths import find_images, rows_with_image, stem_of
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import path_fault
+from ddpo_pytorch.data.tables import number, read_table
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import path_fault
 
 # the order of every label vector; judges with four heads use the first four.
 LABELS = ("hair", "gel_bubble", "ruler", "ink", "MEL", "NV")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpo_pytorch.data.csv_tables import read_table, write_table
 from ddpo_pytorch.data.isic import Row, count_labels, image_key
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_folder, sha256, write_json
+from ddpo_pytorch.data.tables import read_table, write_table
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import atomic_folder, sha256, write_json
 
 logger = logging.getLogger(__name__)
 RECORD = "splits.json"  # seed, and the hash of every table, of splits made here

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpo_pytorch.data import csv_tables
-from ddpo_pytorch.data.csv_tables import choice, read_table
+from ddpo_pytorch.data import tables as csv_tables
 from ddpo_pytorch.data.fundus import (
     MODALITY,
     assign_patients,
@@ -23,8 +22,9 @@ from ddpo_pytorch.data.fundus import (
     patient_of,
     tidy_path,
 )
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import path_fault
+from ddpo_pytorch.data.tables import choice, read_table
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import path_fault
 
 COLUMNS = ("image_path", "rating", "modality", "expert_level", "prompt", "rater_id")
 CLASSES = (1, 2, 3)

@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ddpo_pytorch.data.csv_tables import write_table
 from ddpo_pytorch.data.image_paths import find_images, stem_of
 from ddpo_pytorch.data.images import find_damage
 from ddpo_pytorch.data.isic import Row, count_labels, count_single, file_key, image_key, read_split
@@ -27,10 +26,11 @@ from ddpo_pytorch.data.lesions import (
     report_leakage,
     write_splits,
 )
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import sha256
-from ddpo_pytorch.json_files import read_json
-from ddpo_pytorch.paths import add_path
+from ddpo_pytorch.data.tables import write_table
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import sha256
+from ddpo_pytorch.utils.json_files import read_json
+from ddpo_pytorch.utils.paths import add_path
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.utils.errors import UserError
 
 Timestep = int | torch.Tensor
 Generators = torch.Generator | list[torch.Generator] | None

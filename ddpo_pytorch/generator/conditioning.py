@@ -11,11 +11,11 @@ from pathlib import Path
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import sha256, write_json
-from ddpo_pytorch.fingerprint import fingerprint
 from ddpo_pytorch.generator.text import has_mask, load_text_encoder, mask_padding
-from ddpo_pytorch.json_files import read_json
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import sha256, write_json
+from ddpo_pytorch.utils.fingerprint import fingerprint
+from ddpo_pytorch.utils.json_files import read_json
 
 RECORD = "conditioning.json"
 KEY = "text_encoder_sha256"

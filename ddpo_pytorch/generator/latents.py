@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ddpo_pytorch.cores import one_thread
 from ddpo_pytorch.data.image_cache import loader_options
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_write, path_inside, sha256, write_json
-from ddpo_pytorch.fingerprint import fingerprint
-from ddpo_pytorch.json_files import COUNT, read_json
-from ddpo_pytorch.weights import open_safetensors
+from ddpo_pytorch.utils.cores import one_thread
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import atomic_write, path_inside, sha256, write_json
+from ddpo_pytorch.utils.fingerprint import fingerprint
+from ddpo_pytorch.utils.json_files import COUNT, read_json
+from ddpo_pytorch.utils.weights import open_safetensors
 
 logger = logging.getLogger(__name__)
 INDEX = "index.json"

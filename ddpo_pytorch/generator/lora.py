@@ -19,11 +19,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
 
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_write
-from ddpo_pytorch.fingerprint import fingerprint
-from ddpo_pytorch.json_files import OneOf, parse_json
-from ddpo_pytorch.weights import read_tensors
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import atomic_write
+from ddpo_pytorch.utils.fingerprint import fingerprint
+from ddpo_pytorch.utils.json_files import OneOf, parse_json
+from ddpo_pytorch.utils.weights import read_tensors
 
 ADAPTER = "default"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # its projections

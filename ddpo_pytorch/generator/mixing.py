@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch.utils.data import Dataset
 
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.latents import LatentShards
-from ddpo_pytorch.settings import Range, check_ranges
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.settings import Range, check_ranges
 
 REAL_SHARE = Range("[0.5, 1]")  # half of the images are real, or more
 

@@ -19,8 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.weights import check_finite, open_safetensors, read_pickle, refuse_text
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.weights import check_finite, open_safetensors, read_pickle, refuse_text
 
 # Weight files of diffusers and transformers, whole or in shards, of the full precision or of the variant fp16.
 _WEIGHTS = re.compile(

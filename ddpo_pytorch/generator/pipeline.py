@@ -10,11 +10,11 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import nn
 from transformers import AutoConfig
 
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.conditioning import check_model, check_unet_file
 from ddpo_pytorch.generator.parts import check_tokenizer, check_tokenizer_files, first_line, load_part, quiet
 from ddpo_pytorch.generator.text import check_tokens, embed, load_encoder, mask_padding
-from ddpo_pytorch.weights import check_finite, read_safetensors
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.weights import check_finite, read_safetensors
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.generator.parts import check_tokenizer, check_tokenizer_files, first_line, load_part
+from ddpo_pytorch.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 TOKENS = 256  # positions that a prompt has for BERT, [CLS] and [SEP] among them: half of what BioMedBERT could read

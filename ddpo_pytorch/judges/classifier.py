@@ -18,12 +18,12 @@ from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
 
 from ddpo_pytorch.data.images import LARGEST_SIDE
 from ddpo_pytorch.data.isic import LABELS
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_write
-from ddpo_pytorch.json_files import OneOf, parse_json
-from ddpo_pytorch.judges.vision import build
-from ddpo_pytorch.published import resolve
-from ddpo_pytorch.weights import read_tensors
+from ddpo_pytorch.judges.vit import build
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import atomic_write
+from ddpo_pytorch.utils.json_files import OneOf, parse_json
+from ddpo_pytorch.utils.published import resolve
+from ddpo_pytorch.utils.weights import read_tensors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

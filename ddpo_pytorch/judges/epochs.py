@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ddpo_pytorch.randomness import Stream, generator_of
+from ddpo_pytorch.utils.randomness import Stream, generator_of
 
 
 def epoch_order(images: int, drawn: int, seed: int, epoch: int) -> torch.Tensor:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.judges.report import one_sided
+from ddpo_pytorch.judges.classifier_report import one_sided
+from ddpo_pytorch.utils.errors import UserError
 
 
 def attribute_loss(

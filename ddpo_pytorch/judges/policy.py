@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.fingerprint import fingerprint
 from ddpo_pytorch.generator.text import embed, has_mask, load_text_encoder, too_long
 from ddpo_pytorch.judges.selector import Selector, load_selector
-from ddpo_pytorch.judges.vision import ImageEncoder, VisionSizes, build, read_judge, save_judge, scoring, sizes_of
+from ddpo_pytorch.judges.vit import ImageEncoder, VisionSizes, build, read_judge, save_judge, scoring, sizes_of
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 SELECTOR_FILE, POLICY_FILE = "selector.safetensors", "policy.safetensors"

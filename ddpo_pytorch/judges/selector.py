@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.judges.vision import ImageEncoder, VisionSizes, build, read_judge, save_judge, scoring, sizes_of
+from ddpo_pytorch.judges.vit import ImageEncoder, VisionSizes, build, read_judge, save_judge, scoring, sizes_of
+from ddpo_pytorch.utils.errors import UserError
 
 HEAD = (256, 64)
 MLP_RATIO = 8 / 3  # of its blocks: 2048 at width 768

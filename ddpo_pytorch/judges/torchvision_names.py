@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from ddpo_pytorch.data.isic import LABELS
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_write
 from ddpo_pytorch.judges.classifier import PUBLISHED_ARCH, ArtifactClassifier
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import atomic_write
 
 TIMM_ARCH = "efficientnet_b0"
 _BLOCKS = (1, 2, 2, 3, 3, 4, 1)  # in each stage; those of the first stage have no expansion

@@ -11,7 +11,7 @@ from ddpo_pytorch.metrics.intervals import (
     mcnemar,
     sign_permutation_p,
 )
-from ddpo_pytorch.metrics.measure import Side, same_counts
+from ddpo_pytorch.metrics.measures import Side, same_counts
 
 # settings of eval.py that may differ between two folders of which one is compared with the other
 OWN_SETTINGS = ("weights_sha256", "prompts", "classifier", "classifier_sha256", "load_from")

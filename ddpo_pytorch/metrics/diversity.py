@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ddpo_pytorch.cores import eigenvalues, product
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.metrics.arrays import blocks, finite, unit_rows
 from ddpo_pytorch.metrics.intervals import Quantity
+from ddpo_pytorch.utils.cores import eigenvalues, product
+from ddpo_pytorch.utils.errors import UserError
 
 
 def vendi_score(features: np.ndarray) -> float:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpo_pytorch.data.csv_tables import write_table
+from ddpo_pytorch.data.tables import write_table
+from ddpo_pytorch.metrics.feature_store import THUMBNAILS, count_identical
 from ddpo_pytorch.metrics.fundus import JUDGES, Structure, fundus_alignment, inception_block, quality, structure
 from ddpo_pytorch.metrics.intervals import Quantity, bootstrap_mean, bootstrap_ratio, over_runs
-from ddpo_pytorch.metrics.measure import (
+from ddpo_pytorch.metrics.measures import (
     NEAR_COPY,
     Neighbours,
     Side,
@@ -24,7 +25,6 @@ from ddpo_pytorch.metrics.measure import (
     neighbours,
     pixels,
 )
-from ddpo_pytorch.metrics.store import THUMBNAILS, count_identical
 
 
 @dataclass

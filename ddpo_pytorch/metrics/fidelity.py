@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddpo_pytorch.cores import on_all_cores, one_thread
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.metrics.arrays import finite
 from ddpo_pytorch.metrics.intervals import Quantity, t_quantile
+from ddpo_pytorch.utils.cores import on_all_cores, one_thread
+from ddpo_pytorch.utils.errors import UserError
 
 
 @dataclass

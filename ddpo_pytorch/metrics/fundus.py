@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ddpo_pytorch.metrics.fundus_networks import POLICY, SELECTOR, quality_name
+from ddpo_pytorch.metrics.image_statistics import SETS, distances, summary
 from ddpo_pytorch.metrics.inception_score import PART_IMAGES, inception_score, split_count
 from ddpo_pytorch.metrics.intervals import Quantity, bootstrap_mean
-from ddpo_pytorch.metrics.measure import Side
+from ddpo_pytorch.metrics.measures import Side
 from ddpo_pytorch.metrics.networks import LOGITS
-from ddpo_pytorch.metrics.quality import SETS, distances, summary
 
 JUDGES = "fundus"  # the name under which Selector and Policy together stand in metrics.json
 # pairs (P, 2) and values (P,) by measure: "SSIM" of (index here, index there), "MS_SSIM", "MS_SSIM_within" of own pairs

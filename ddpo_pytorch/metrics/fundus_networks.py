@@ -10,13 +10,13 @@ import scipy
 import torch
 
 from ddpo_pytorch.data.images import to_uint8
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import sha256
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges
+from ddpo_pytorch.metrics.feature_store import Network
+from ddpo_pytorch.metrics.image_statistics import QualitySet
 from ddpo_pytorch.metrics.networks import Device, key_of
-from ddpo_pytorch.metrics.quality import QualitySet
-from ddpo_pytorch.metrics.store import Network
-from ddpo_pytorch.metrics.structure import ms_ssim, scale_count, ssim
+from ddpo_pytorch.metrics.ssim import ms_ssim, scale_count, ssim
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import sha256
 
 SELECTOR, POLICY = "selector", "policy"
 PAIRS_AT_ONCE = 8  # their windows take 60 times the memory of the images

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from ddpo_pytorch.metrics.fundus import JUDGES
-from ddpo_pytorch.metrics.quality import SETS
+from ddpo_pytorch.metrics.image_statistics import SETS
 from ddpo_pytorch.metrics.tables import NOT_AVAILABLE, Table, number, percent
 
 REAL = "real images"

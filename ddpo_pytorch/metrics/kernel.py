@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from ddpo_pytorch.cores import on_all_cores, product
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.metrics.arrays import finite
 from ddpo_pytorch.metrics.intervals import Quantity
+from ddpo_pytorch.utils.cores import on_all_cores, product
+from ddpo_pytorch.utils.errors import UserError
 
 
 def kernel_distance(x: Any, y: Any, seed: int, subsets: int = 100, subset_size: int = 1000) -> Quantity:

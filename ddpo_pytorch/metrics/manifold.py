@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ddpo_pytorch.cores import on_all_cores, product
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.metrics.arrays import blocks, finite
+from ddpo_pytorch.utils.cores import on_all_cores, product
+from ddpo_pytorch.utils.errors import UserError
 
 # Distances that differ by less than this share of the largest squared norm are the same distance, rounded differently:
 # an image that is in both sets lies exactly on the edge of some balls.

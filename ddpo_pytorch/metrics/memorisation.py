@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ddpo_pytorch.cores import on_all_cores, product
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.metrics.arrays import blocks, finite, unit_rows
 from ddpo_pytorch.metrics.intervals import Quantity, bootstrap_mean
+from ddpo_pytorch.utils.cores import on_all_cores, product
+from ddpo_pytorch.utils.errors import UserError
 
 # Similarities of equal rows differ by about 1e-15, depending on where the rows stand in a block.
 TIE = 1e-13

@@ -22,12 +22,12 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from torchvision.transforms import InterpolationMode
 
 from ddpo_pytorch.data.images import to_uint8
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import sha256
 from ddpo_pytorch.judges.classifier import IMAGENET_MEAN, IMAGENET_STD, load_classifier
-from ddpo_pytorch.metrics.store import Network
-from ddpo_pytorch.published import resolve
-from ddpo_pytorch.weights import read_tensors
+from ddpo_pytorch.metrics.feature_store import Network
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import sha256
+from ddpo_pytorch.utils.published import resolve
+from ddpo_pytorch.utils.weights import read_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from ddpo_pytorch.data.csv_tables import table_text
 from ddpo_pytorch.data.isic import SINGLE_ARTIFACT_CAPTIONS
+from ddpo_pytorch.data.tables import table_text
 
 # the paper's column order and titles of table 2.
 ARTIFACT_TITLES = {"hair": "Hair", "gel_bubble": "Gel", "ink": "Ink", "ruler": "Ruler"}

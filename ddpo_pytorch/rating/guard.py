@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from fastapi import HTTPException, Request
 from starlette.types import Message, Receive
 
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.utils.errors import UserError
 
 LONGEST_BODY = 4096  # bytes of a request
 

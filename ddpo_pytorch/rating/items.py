@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ddpo_pytorch.data.fundus import MODALITY, load_split, tidy_path
 from ddpo_pytorch.data.images import open_image, read_log
-from ddpo_pytorch.errors import UserError
+from ddpo_pytorch.utils.errors import UserError
 
 
 @dataclass(frozen=True)

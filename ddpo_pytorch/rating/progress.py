@@ -2,7 +2,7 @@
 
 import torch
 
-from ddpo_pytorch.randomness import Stream, generator_of, text_number
+from ddpo_pytorch.utils.randomness import Stream, generator_of, text_number
 
 
 def order_for(count: int, seed: int, rater: str) -> list[int]:

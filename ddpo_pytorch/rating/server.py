@@ -25,11 +25,11 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ddpo_pytorch.data.images import load_pixels
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.rating.guard import Guard, limited
 from ddpo_pytorch.rating.items import Item
 from ddpo_pytorch.rating.questions import Questions
 from ddpo_pytorch.rating.store import rater_name
+from ddpo_pytorch.utils.errors import UserError
 
 HEADERS = {
     "Cache-Control": "no-store",

@@ -19,11 +19,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from ddpo_pytorch.data.csv_tables import number, read_table, table_text, unprotected
 from ddpo_pytorch.data.ratings import COLUMNS
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_write, lock, remove_leftovers
+from ddpo_pytorch.data.tables import number, read_table, table_text, unprotected
 from ddpo_pytorch.rating.items import Item
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import atomic_write, lock, remove_leftovers
 
 JOURNAL_COLUMNS = ("time", "action", *COLUMNS)
 ACTIONS = ("rate", "skip", "undo")

@@ -7,8 +7,6 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.files import atomic_write
 from ddpo_pytorch.report import tables
 from ddpo_pytorch.report.card import data_card, model_card
 from ddpo_pytorch.report.cells import counted, dig, letter
@@ -21,6 +19,8 @@ from ddpo_pytorch.report.provenance import listings, read_config
 from ddpo_pytorch.report.quality_sentences import copy_sentences, diversity_sentences, memorisation_sentences
 from ddpo_pytorch.report.quality_tables import diversity_table, fidelity_tables, memorisation_table
 from ddpo_pytorch.report.wording import wording_of
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import atomic_write
 
 FORMAT = 2
 OPEN_GRIDS = 8  # prompts whose pictures are not folded away

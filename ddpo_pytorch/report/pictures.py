@@ -11,9 +11,9 @@ from pathlib import Path
 from PIL import Image
 
 from ddpo_pytorch.data.images import read_rgb
-from ddpo_pytorch.errors import UserError
 from ddpo_pytorch.metrics.vocabulary import in_order
 from ddpo_pytorch.report.cells import finite
+from ddpo_pytorch.utils.errors import UserError
 
 SIDE = 128  # pixels
 QUALITY = 90

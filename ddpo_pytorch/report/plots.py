@@ -12,8 +12,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ddpo_pytorch.errors import UserError
-from ddpo_pytorch.json_files import parse_json
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.json_files import parse_json
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; each run has its own marker and dashes as well.
 COLOURS = {

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpo_pytorch.json_files import read_json
 from ddpo_pytorch.report.cells import count, counted
+from ddpo_pytorch.utils.json_files import read_json
 
 LONG = 8  # entries of a list that are written out
 

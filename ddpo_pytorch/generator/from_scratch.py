@@ -1,0 +1,147 @@
+"""A small Stable Diffusion built from nothing: tokenizer, text encoder, VAE and UNet of chosen size.
+
+The parts are those of SD 1.5 (CLIP text model, or a BERT in its place, AutoencoderKL with 4 latent channels,
+UNet2DConditionModel, the same noise schedule), only smaller, so the folder they are saved in opens like any Stable
+Diffusion.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from ml_collections import ConfigDict
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ddpo_pytorch.generator.parts import load_part
+from ddpo_pytorch.generator.text import TextEncoder, build_bert, mask_padding
+from ddpo_pytorch.utils.errors import UserError
+
+# SD 1.5's schedule. With set_alpha_to_one=False and steps_offset=1 the last DDIM step keeps a positive variance.
+SCHEDULE = dict(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
+)
+GROUPS = 8  # of group normalisation; every channel count must be a multiple
+
+
+def build_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
+    """A CLIP tokenizer of 77 tokens whose byte-pair merges spell the words of `captions`, always the same ones.
+
+    Training merges on the captions would break ties at random, and two processes, or a resumed run, would number the
+    tokens differently.
+    """
+    vocab = ["<|startoftext|>", "<|endoftext|>"]
+    backend = CLIPTokenizer(vocab={token: index for index, token in enumerate(vocab)}, merges=[]).backend_tokenizer
+    texts = [backend.normalizer.normalize_str(caption) for caption in captions]
+    words = sorted({word for text in texts for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)})
+    letters = sorted({letter for word in words for letter in word})
+    vocab += letters + [f"{letter}</w>" for letter in letters]
+    merges = {}  # in place of a set, for its order
+    for word in words:
+        head, *tail = *word[:-1], f"{word[-1]}</w>"
+        for letter in tail:
+            merges[head, letter] = None
+            head += letter
+    vocab += dict.fromkeys(map("".join, merges))
+    tokenizer = CLIPTokenizer(vocab={token: index for index, token in enumerate(vocab)}, merges=list(merges))
+    tokenizer.model_max_length = 77
+    return tokenizer
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextModel:
+    """A CLIP text model: `layers` transformer layers of `width` channels, heads of 16 channels."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=max(1, width // 16),
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_clip(captions: Sequence[str], width: int, layers: int, tokens: int) -> TextEncoder:
+    """Tokenizer and text model; a prompt has CLIP's 77 tokens whatever `tokens` says."""
+    tokenizer = build_tokenizer(captions)
+    return tokenizer, build_text_encoder(tokenizer, width, layers)
+
+
+# what the configuration may choose: tokenizer and text encoder from (captions, width, layers, tokens).
+TEXT_ENCODERS = {"clip": build_clip, "bert": build_bert}
+
+
+def load_vae(folder: str | Path) -> AutoencoderKL:
+    """Load an autoencoder in diffusers format, float32. Raises UserError as `load_part` does."""
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"{str(folder)!r} holds no VAE; train it first with --config.sd.stage=vae")
+    return load_part(AutoencoderKL, folder)
+
+
+def build_vae(channels: Sequence[int], image_size: int) -> AutoencoderKL:
+    """A KL autoencoder with 4 latent channels that divides each side by 2 ** (len(channels) - 1)."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=tuple(channels),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=GROUPS,
+        sample_size=image_size,
+    )
+    # begin with a posterior of small variance: at 1, noise would drown the latents for most of a short training.
+    nn.init.constant_(vae.quant_conv.bias[vae.config.latent_channels :], -6.0)
+    return vae
+
+
+def build_unet(
+    channels: Sequence[int], attention: Sequence[bool], text_width: int, latent_size: int
+) -> UNet2DConditionModel:
+    """A text-conditioned UNet, one block a resolution; `attention[i]` puts self- and cross-attention at resolution i.
+
+    Attention heads have up to 32 channels.
+    """
+    return UNet2DConditionModel(
+        sample_size=latent_size,
+        block_out_channels=tuple(channels),
+        layers_per_block=1,
+        down_block_types=tuple("CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attention),
+        up_block_types=tuple("CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(tuple(attention))),
+        cross_attention_dim=text_width,
+        # diffusers reads this as the number of heads, its name notwithstanding
+        attention_head_dim=tuple(max(1, width // 32) for width in channels),
+        norm_num_groups=GROUPS,
+    )
+
+
+def assemble(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:
+    """The four parts and SD 1.5's noise schedule as a pipeline; `conditioning.save_model` writes the usual folder."""
+    mask_padding(unet, text_encoder)
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(**SCHEDULE),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def build_pipeline(sd: ConfigDict, captions: Sequence[str]) -> StableDiffusionPipeline:
+    """Fresh tokenizer, text encoder and UNet of `config.sd` beside the VAE that stage "vae" left in sd.output."""
+    vae = load_vae(Path(sd.output) / "vae").requires_grad_(False).eval()
+    tokenizer, text_encoder = TEXT_ENCODERS[sd.text_encoder](captions, sd.text_width, sd.text_layers, sd.text_tokens)
+    latent_size = sd.image_size // 2 ** (len(vae.config.block_out_channels) - 1)
+    unet = build_unet(sd.unet_channels, sd.unet_attention, sd.text_width, latent_size)
+    return assemble(vae, text_encoder, tokenizer, unet)

@@ -1,0 +1,148 @@
+"""One fingerprint of everything that determines a result, by which work is continued or refused.
+
+A path says where something lies and not what it is: a model, a classifier or a table can be replaced under its name.
+So folders and states record fingerprints of contents beside their settings, and whoever continues compares both.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddpo_pytorch.utils.published import resolve
+
+PIPELINE_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+# What of a folder counts: weights, configurations, vocabularies, tables; not images, logs and unfinished states.
+_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".json", ".txt", ".csv", ".npz", ".onnx", ".py")
+_UNFINISHED = ".unfinished.pt"
+# Entries of a configuration that state who wrote it, and the type weights are held in, which is hashed with them.
+_IDLE = {"architectures", "dtype", "torch_dtype", "transformers_version"}
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return the SHA-256, in hex, of parts in their order; equal for equal contents, wherever they lie.
+
+    A part may be a network (weights with their names and types, and its `config`; not the adapters on it), a state
+    dict, a tokenizer, a scheduler, the Path of a file or folder (of a folder, the files that could be weights,
+    configurations or tables), or plain values; mappings and lists may hold such parts. Of a configuration only what
+    differs from its class's defaults counts, so that another version of a library, which knows further entries, changes
+    nothing.
+    """
+    return hashlib.sha256(b"".join(map(_digest, parts))).hexdigest()
+
+
+def pipeline_fingerprints(pipe: Any, parts: Iterable[str] = PIPELINE_PARTS) -> dict[str, str]:
+    """Return the fingerprint of each part of a Stable Diffusion: {"model.unet": ..., "model.tokenizer": ..., ...}."""
+    return {f"model.{name}": fingerprint(getattr(pipe, name)) for name in parts}
+
+
+def with_contents(settings: Any) -> Any:
+    """Return settings with each text that names an existing file or folder replaced by its Path."""
+    if isinstance(settings, Mapping):
+        return {name: with_contents(value) for name, value in settings.items()}
+    if isinstance(settings, list | tuple):
+        return [with_contents(value) for value in settings]
+    if isinstance(settings, str) and settings.strip() and "\0" not in settings and len(settings) < 4096:
+        path = resolve(settings)
+        return path if path.exists() else settings
+    return settings
+
+
+def _digest(part: Any) -> bytes:
+    digest = hashlib.sha256(_kind(part).encode())
+    for piece in _pieces(part):
+        digest.update(piece)
+    return digest.digest()
+
+
+def _kind(part: Any) -> str:
+    return "path" if isinstance(part, Path) else "module" if isinstance(part, nn.Module) else "value"
+
+
+def _pieces(part: Any) -> Iterator[bytes]:
+    if isinstance(part, Path):
+        yield from _files(part)
+    elif isinstance(part, nn.Module):
+        yield _json(_settings_of(part.config, type(part)) if hasattr(part, "config") else {})
+        state = part.state_dict()
+        yield from _tensors({name.replace(".base_layer.", "."): state[name] for name in state if ".lora_" not in name})
+    elif hasattr(part, "backend_tokenizer"):
+        backend = json.loads(part.backend_tokenizer.to_str())
+        # how the last call padded and cut
+        yield _json({name: value for name, value in backend.items() if name not in ("padding", "truncation")})
+        yield _json([part.special_tokens_map, part.model_max_length, part.padding_side])
+    elif isinstance(part, Mapping) and part and all(isinstance(value, torch.Tensor) for value in part.values()):
+        yield from _tensors(part)
+    elif isinstance(part, Mapping):
+        for name in sorted(part, key=str):
+            yield _json(str(name))
+            yield _digest(part[name])
+    elif isinstance(part, list | tuple):
+        yield from map(_digest, part)
+    elif hasattr(part, "config"):  # a scheduler
+        yield _json(_settings_of(part.config, type(part)))
+    else:
+        yield _json(part)
+
+
+def _tensors(state: Mapping[str, torch.Tensor]) -> Iterator[bytes]:
+    """Yield a digest of each tensor, by name. Threads share the work, which releases Python's lock."""
+
+    def one(name: str) -> bytes:
+        value = state[name].detach().cpu().contiguous()
+        digest = hashlib.sha256(_json([name, str(value.dtype), list(value.shape)]))
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+        return digest.digest()
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        yield from pool.map(one, sorted(state))
+
+
+def _settings_of(config: Any, owner: type) -> dict[str, Any]:
+    """Return what the configuration of a class's object states beyond the defaults, without who wrote it."""
+    if hasattr(config, "to_diff_dict"):  # of transformers
+        config = config.to_diff_dict()
+    usual = inspect.signature(owner.__init__).parameters
+    return {
+        name: value
+        for name, value in config.items()
+        if not name.startswith("_")
+        and name not in _IDLE
+        and not (name in usual and _json(value) == _json(usual[name].default))
+    }
+
+
+def _files(path: Path) -> Iterator[bytes]:
+    if path.is_file():
+        yield _file_digest(path)
+        return
+    for file in sorted(path.rglob("*")):
+        local = file.relative_to(path)
+        hidden = any(name.startswith(".") for name in local.parts)
+        if file.suffix in _SUFFIXES and file.is_file() and not hidden and not file.name.endswith(_UNFINISHED):
+            yield _json(local.as_posix())
+            yield _file_digest(file)
+
+
+def _file_digest(path: Path) -> bytes:
+    about = path.stat()
+    return _hash_once(path.resolve(), about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+
+
+@cache
+def _hash_once(path: Path, *_: int) -> bytes:
+    """Return the SHA-256 of a file, computed once in a process while its size and times stay."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, default=str).encode()

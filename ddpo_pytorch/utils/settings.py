@@ -1,0 +1,81 @@
+"""Checks of settings: a table of field -> `Range` for each script, and one function that applies it."""
+
+import math
+from collections.abc import Collection, Mapping
+from functools import reduce
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+from ddpo_pytorch.utils.errors import UserError
+
+
+class Range(NamedTuple):
+    """Numbers in an interval, written as in mathematics: "(0, 1]" excludes 0 and includes 1.
+
+    `whole` admits integers only. NaN and booleans are never inside, infinity only where the interval includes it.
+    """
+
+    interval: str
+    whole: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, Integral if self.whole else Real) or isinstance(value, bool):
+            return False
+        low, high = self._bounds()
+        above = low < value if self.interval[0] == "(" else low <= value
+        return above and (value < high if self.interval[-1] == ")" else value <= high)
+
+    def __str__(self) -> str:
+        low, high = self._bounds()
+        if self.whole:
+            return f"{low:.0f} or more, a whole number" if high == math.inf else f"a whole number in {self.interval}"
+        if high < math.inf:
+            return f"in {self.interval}"
+        if low == -math.inf:
+            return "a finite number"
+        text = f"above {low:g}" if self.interval[0] == "(" else f"{low:g} or more"
+        return text if self.interval[-1] == "]" else f"{text}, and finite"
+
+    def _bounds(self) -> tuple[float, float]:
+        low, _, high = self.interval[1:-1].partition(",")
+        return float(low), float(high)
+
+
+ONE_OR_MORE = Range("[1, inf)", whole=True)
+ZERO_OR_MORE = Range("[0, inf)", whole=True)
+FINITE = Range("(-inf, inf)")
+POSITIVE = Range("(0, inf)")
+NOT_NEGATIVE = Range("[0, inf)")
+SHARE = Range("[0, 1]")
+BELOW_ONE = Range("[0, 1)")
+SEED = Range("[0, 4294967295]", whole=True)  # NumPy's generators take 32 bits
+
+
+def check_ranges(settings: Mapping[str, Any], ranges: Mapping[str, Range], prefix: str = "") -> None:
+    """Raise UserError naming the first setting that is outside its range.
+
+    Args:
+        settings: a configuration, a block of it, or a dict.
+        ranges: allowed values by field; "train.batch_size" is the field batch_size of the block train.
+        prefix: goes before the names in the message, e.g. "sd." where `settings` is that block.
+    """
+    for name, allowed in ranges.items():
+        value = reduce(lambda block, field: block[field], name.split("."), settings)
+        if value not in allowed:
+            raise UserError(f"{prefix}{name} is {value!r}; it must be {allowed}")
+
+
+def check_choices(settings: Mapping[str, Any], choices: Mapping[str, Collection[str]], prefix: str = "") -> None:
+    """Raise UserError naming the first setting that is not among its choices."""
+    for name, allowed in choices.items():
+        value = reduce(lambda block, field: block[field], name.split("."), settings)
+        if value not in allowed:
+            raise UserError(f"{prefix}{name} is {value!r}; allowed are {', '.join(allowed)}")
+
+
+def check_pair(name: str, value: Any, allowed: Range, equal: bool = False) -> tuple[float, float]:
+    """Return a setting of two numbers, the lower one first; `equal` admits a pair of equal ones. Raises UserError."""
+    numbers = isinstance(value, tuple | list) and len(value) == 2 and all(one in allowed for one in value)
+    if not numbers or value[0] > value[1] or (value[0] == value[1] and not equal):
+        raise UserError(f"{name} is {value!r}; it must be two numbers, the lower one first, each {allowed}")
+    return value[0], value[1]
