@@ -38,7 +38,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.rewards import build_reward
-from ddpo_pytorch.training.setup import DTYPES, peak_memory_gib
+from ddpo_pytorch.utils.distributed import DTYPES, peak_memory_gib
 from ddpo_pytorch.utils.errors import UserError
 
 logger = logging.getLogger(__name__)

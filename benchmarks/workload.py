@@ -33,7 +33,7 @@ from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.prompts import get_prompt_fn
 from ddpo_pytorch.rollout import Trajectories, draw_prompts
 from ddpo_pytorch.stat_tracking import PerPromptStatTracker
-from ddpo_pytorch.training.setup import DTYPES
+from ddpo_pytorch.utils.distributed import DTYPES
 from ddpo_pytorch.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -44,8 +44,9 @@ from ddpo_pytorch.rlhf.rounds import (
 )
 from ddpo_pytorch.sampling import SAMPLING, Sampler
 from ddpo_pytorch.training.checkpoints import load_weights
-from ddpo_pytorch.training.setup import DTYPES, batch_geometry, check_training
+from ddpo_pytorch.training.setup import batch_geometry, check_training
 from ddpo_pytorch.utils.cli import cli, define_config
+from ddpo_pytorch.utils.distributed import DTYPES
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import JsonLines, atomic_folder, atomic_write, locked, sha256
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints

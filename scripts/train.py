@@ -47,17 +47,10 @@ from ddpo_pytorch.training.rollout_gradients import ScoreGradients, while_sampli
 from ddpo_pytorch.training.run_state import Record, open_record
 from ddpo_pytorch.training.sample_grid import save_grid
 from ddpo_pytorch.training.scoring import Scorer
-from ddpo_pytorch.training.setup import (
-    DTYPES,
-    Geometry,
-    batch_geometry,
-    check_training,
-    make_accelerator,
-    peak_memory_gib,
-)
+from ddpo_pytorch.training.setup import Geometry, batch_geometry, check_training
 from ddpo_pytorch.utils.cli import cli, define_config
+from ddpo_pytorch.utils.distributed import DTYPES, StopRequest, make_accelerator, peak_memory_gib
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints, with_contents
-from ddpo_pytorch.utils.interruption import StopRequest
 from ddpo_pytorch.utils.paths import expand_config
 from ddpo_pytorch.utils.randomness import Stream
 

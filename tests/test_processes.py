@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-from ddpo_pytorch.training.setup import make_accelerator
 from ddpo_pytorch.utils.cores import available_cores, thread_limit
+from ddpo_pytorch.utils.distributed import make_accelerator
 from ddpo_pytorch.utils.errors import UserError
 
 REPORT = """
 import os, sys, torch
-from ddpo_pytorch.training.setup import make_accelerator
+from ddpo_pytorch.utils.distributed import make_accelerator
 accelerator = make_accelerator("no")
 print("threads", torch.get_num_threads(), flush=True)
 """
@@ -25,8 +25,8 @@ SLOW = """
 import sys, time
 from absl import flags
 from ddpo_pytorch.utils.cli import cli
-from ddpo_pytorch.utils.processes import on_main
-from ddpo_pytorch.training.setup import make_accelerator
+from ddpo_pytorch.utils.distributed import on_main
+from ddpo_pytorch.utils.distributed import make_accelerator
 flags.DEFINE_float("process_timeout", 1.0, "")
 
 def main(_):

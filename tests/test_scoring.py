@@ -10,8 +10,8 @@ import torch
 
 from ddpo_pytorch.generator.pipeline import PromptTable, load_pipeline
 from ddpo_pytorch.training.scoring import Scorer
+from ddpo_pytorch.utils.distributed import SIGNALS, StopRequest
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.interruption import SIGNALS, StopRequest
 
 CPU = torch.device("cpu")
 

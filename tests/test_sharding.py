@@ -18,16 +18,16 @@ from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, save_classifier
 from ddpo_pytorch.training.checkpoints import load_weights
-from ddpo_pytorch.training.setup import make_accelerator
-from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.sharding import (
+from ddpo_pytorch.utils.distributed import (
     check_sharding,
     gather_optimizer,
     gather_weights,
     load_optimizer_into,
     load_weights_into,
+    make_accelerator,
     sharding_accelerator,
 )
+from ddpo_pytorch.utils.errors import UserError
 
 ALONE = {"sample__num_batches_per_epoch": 2, "train__gradient_accumulation_steps": 2}
 PROCESSES = {"num_processes": 2, "main_process_port": 0}

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from ddpo_pytorch.utils.cli import cli
-from ddpo_pytorch.utils.sharding import whole
+from ddpo_pytorch.utils.distributed import whole
 
 FOLDER = Path(os.environ["RECORD"])
 

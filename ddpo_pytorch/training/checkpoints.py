@@ -18,10 +18,10 @@ from torch import nn
 from ddpo_pytorch.generator.lora import FILE_NAME, FILE_NAMES, has_lora, load_lora
 from ddpo_pytorch.generator.pipeline import replace_unet_weights
 from ddpo_pytorch.training.manifest import MANIFEST, file_fault, read_manifest
+from ddpo_pytorch.utils.distributed import load_optimizer_into, load_weights_into
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.json_files import COUNT, OneOf, read_json
 from ddpo_pytorch.utils.published import resolve
-from ddpo_pytorch.utils.sharding import load_optimizer_into, load_weights_into
 from ddpo_pytorch.utils.weights import open_safetensors, read_pickle, read_safetensors
 
 UNET_FILE = "unet.safetensors"

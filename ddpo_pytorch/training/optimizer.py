@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
+from ddpo_pytorch.utils.distributed import whole
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.sharding import whole
 
 
 def make_adamw(

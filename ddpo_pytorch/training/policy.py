@@ -12,7 +12,7 @@ from ddpo_pytorch.generator.lora import add_lora
 from ddpo_pytorch.generator.pipeline import load_pipeline, set_schedule
 from ddpo_pytorch.generator.threads import divide_among_threads
 from ddpo_pytorch.training.checkpoints import load_weights
-from ddpo_pytorch.utils.sharding import sharding_asked
+from ddpo_pytorch.utils.distributed import sharding_asked
 
 logger = logging.getLogger(__name__)
 

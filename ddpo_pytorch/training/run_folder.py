@@ -23,11 +23,11 @@ from ddpo_pytorch.training.checkpoints import (
     recover_best,
 )
 from ddpo_pytorch.training.saving import put_aside
+from ddpo_pytorch.utils.distributed import on_main
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import LOCK, atomic_write, locked
 from ddpo_pytorch.utils.fingerprint import with_contents
 from ddpo_pytorch.utils.json_files import read_json
-from ddpo_pytorch.utils.processes import on_main
 
 CONFIG = "config.json"
 # Settings that may change when a run goes on: they do not change what an epoch does.

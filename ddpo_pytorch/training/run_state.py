@@ -25,9 +25,9 @@ from ddpo_pytorch.training.held_out import Evaluation, HeldOut
 from ddpo_pytorch.training.run_folder import CONTENTS, open_run, start_wandb, write_settings
 from ddpo_pytorch.training.saving import put_aside, save_best, save_checkpoint, snapshot
 from ddpo_pytorch.training.stopping import BestAndCollapse, RewardPlateau
+from ddpo_pytorch.utils.distributed import on_main
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import JsonLines
-from ddpo_pytorch.utils.processes import on_main
 
 logger = logging.getLogger(__name__)
 

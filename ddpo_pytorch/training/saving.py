@@ -26,8 +26,8 @@ from ddpo_pytorch.training.checkpoints import (
     fault,
 )
 from ddpo_pytorch.training.manifest import write_manifest
+from ddpo_pytorch.utils.distributed import gather_optimizer, gather_weights
 from ddpo_pytorch.utils.files import atomic_folder, remove_folder
-from ddpo_pytorch.utils.sharding import gather_optimizer, gather_weights
 
 logger = logging.getLogger(__name__)
 

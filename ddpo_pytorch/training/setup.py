@@ -2,19 +2,11 @@
 
 import logging
 import math
-import os
-import resource
-import sys
 from dataclasses import dataclass
-from datetime import timedelta
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
-from accelerate.utils.environment import parse_flag_from_env
 from ml_collections import ConfigDict
 
-from ddpo_pytorch.utils.cores import available_cores, thread_limit
+from ddpo_pytorch.utils.distributed import check_sharding, sharding_asked
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.settings import (
     BELOW_ONE,
@@ -30,17 +22,8 @@ from ddpo_pytorch.utils.settings import (
     check_pair,
     check_ranges,
 )
-from ddpo_pytorch.utils.sharding import check_sharding, sharding_accelerator, sharding_asked
 
 logger = logging.getLogger(__name__)
-PROCESS_TIMEOUT = 24 * 3600.0
-LONGEST_TIMEOUT = 365 * 24 * 3600
-UNKNOWN_TO_SCRIPTS = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
-}
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # what batch_geometry computes with
 BATCHES = {
     "sample.batch_size": ONE_OR_MORE,
@@ -79,79 +62,6 @@ TRAINING = BATCHES | {
     "held_out.tolerance": BELOW_ONE,  # APR never falls by 1 or more
 }
 ADVANTAGES = ("per_prompt", "group", "global")
-
-
-def make_accelerator(
-    mixed_precision: str,
-    allow_tf32: bool = True,
-    gradient_accumulation_steps: int = 1,
-    may_shard: bool = False,
-    process_timeout: float = PROCESS_TIMEOUT,
-) -> Accelerator:
-    """Return an Accelerator that follows these settings, not those of the launcher or of ACCELERATE_* variables.
-
-    On a CPU the processes of a machine share its cores, within the user's limit on threads (see `thread_limit`).
-
-    Args:
-        mixed_precision: "no", "bf16", or on a GPU "fp16".
-        gradient_accumulation_steps: backward passes for each step of the optimizer.
-        may_shard: the caller can train a model that is divided among processes, as FSDP settings of the launcher ask.
-        process_timeout: seconds that a process waits for the others, e.g. while one of them decodes images.
-
-    Raises UserError for other values, and for launchers' features that the scripts do not have.
-    """
-    if sharding_asked() and not may_shard:
-        raise UserError("the launcher asks for FSDP, which only train.py knows; take another file of config/accelerate")
-    check_launcher(mixed_precision, gradient_accumulation_steps)
-    if mixed_precision not in DTYPES:
-        raise UserError(f"mixed_precision is {mixed_precision!r}; allowed are {', '.join(DTYPES)}")
-    if not 0 < process_timeout <= LONGEST_TIMEOUT:
-        raise UserError(
-            f"process_timeout is {process_timeout}; it must be above 0 and at most {LONGEST_TIMEOUT} seconds"
-        )
-    on_cpu = _flag("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    if on_cpu and mixed_precision == "fp16":
-        raise UserError("mixed_precision is 'fp16', which needs a GPU; on a CPU give mixed_precision=no or bf16")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
-    waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=process_timeout))
-    if sharding_asked():
-        accelerator = sharding_accelerator(on_cpu, mixed_precision, waiting)
-    else:
-        accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision=mixed_precision,
-            # as a plugin: ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides a plain number
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=gradient_accumulation_steps),
-            dynamo_backend="no",
-            kwargs_handlers=[waiting],
-        )
-    if on_cpu:  # after Accelerate, which may set a number of its own
-        share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, min(share, thread_limit())))
-    return accelerator
-
-
-def check_launcher(mixed_precision: str, gradient_accumulation_steps: int) -> None:
-    """Refuse what a launcher asks for and no script can do (UserError); log what it asks for and settings decide."""
-    for variable, feature in UNKNOWN_TO_SCRIPTS.items():
-        if _flag(variable):
-            raise UserError(f"the launcher asks for {feature} ({variable}), which no script knows; launch without it")
-    for variable, used in (
-        ("ACCELERATE_MIXED_PRECISION", mixed_precision),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(gradient_accumulation_steps)),
-        ("ACCELERATE_DYNAMO_BACKEND", "no"),
-    ):
-        asked = os.environ.get(variable, "").lower()
-        if asked not in ("", "no", "1", used):  # launchers set "no" and "1" where they are asked for nothing
-            logger.info("%s=%s of the launcher is not used: the settings of this command decide", variable, asked)
-
-
-def _flag(variable: str) -> bool:
-    """Return whether an environment variable is on, in the words that Accelerate reads."""
-    try:
-        return parse_flag_from_env(variable)
-    except ValueError as error:
-        raise UserError(f"{variable} is {os.environ[variable]!r}; give true or false") from error
 
 
 @dataclass(frozen=True)
@@ -250,11 +160,3 @@ def _check_statistics(tracking: ConfigDict | None) -> None:
             "rewards are remembered, so no prompt would ever use its own statistics; raise buffer_size, or set "
             "per_prompt_stat_tracking=None to normalize over the whole batch"
         )
-
-
-def peak_memory_gib() -> float:
-    """Peak memory of this process so far: of the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
