@@ -5,10 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler
-from ml_collections import ConfigDict
 
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_mean_std
-from ddpo_pytorch.training.optimizer import make_adamw
 
 
 def ppo_loss(
@@ -90,15 +88,3 @@ def averages(accelerator: Accelerator, statistics: Sequence[Mapping[str, torch.T
         values = torch.stack([entry[key] for entry in statistics]).float()
         means[key] = values[values.isfinite()].mean()
     return {key: value.item() for key, value in accelerator.reduce(means, "mean").items()}
-
-
-def make_optimizer(train: ConfigDict, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW with the settings of `config.train`; use_8bit_adam takes bitsandbytes' (UserError without that package)."""
-    return make_adamw(
-        parameters,
-        train.use_8bit_adam,
-        lr=train.learning_rate,
-        betas=(train.adam_beta1, train.adam_beta2),
-        weight_decay=train.adam_weight_decay,
-        eps=train.adam_epsilon,
-    )

@@ -5,7 +5,6 @@ draws it. That is what makes a resumed run equal an uninterrupted one, and two p
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,6 @@ from diffusers import StableDiffusionPipeline
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import LogProbGradients, pipeline_with_logprob
 from ddpo_pytorch.generator.pipeline import PromptTable
 from ddpo_pytorch.prompts import draw_prompt
-from ddpo_pytorch.training.rollout_gradients import ScoreGradients
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import Stream, derived_seed
 
@@ -102,20 +100,6 @@ def sample_trajectories(
     )
     timesteps = pipe.scheduler.timesteps
     return images, Trajectories(prompts, timesteps, torch.stack(latents, dim=1), torch.stack(log_probs, dim=1))
-
-
-def rollout_batches(
-    order: Sequence[int], size: int, gradients: ScoreGradients | None
-) -> list[tuple[list[int], AbstractContextManager]]:
-    """Samples to draw together, and within what: those of the first update, first in `order`, within `gradients.of`."""
-    first = gradients.samples if gradients else 0
-    batches = []
-    for start in range(0, first, gradients.batch_size if gradients else 1):
-        batch = list(order[start : min(start + gradients.batch_size, first)])
-        batches.append((batch, gradients.of(start, len(batch))))
-    for start in range(first, len(order), size):
-        batches.append((list(order[start : start + size]), nullcontext()))
-    return batches
 
 
 def update_order(

@@ -25,13 +25,12 @@ from tqdm.auto import tqdm
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
 from ddpo_pytorch.generator.lora import adapter_fingerprint, disabled_lora
 from ddpo_pytorch.generator.pipeline import PromptTable, guided_noise_prediction
-from ddpo_pytorch.ppo import averages, make_optimizer, ppo_loss, step_kl
+from ddpo_pytorch.ppo import averages, ppo_loss, step_kl
 from ddpo_pytorch.rewards import parse_spec
 from ddpo_pytorch.rollout import (
     Trajectories,
     draw_prompts,
     generators,
-    rollout_batches,
     sample_trajectories,
     timestep_order,
     update_order,
@@ -41,9 +40,9 @@ from ddpo_pytorch.training.estimate import epoch_time
 from ddpo_pytorch.training.health import HealthCheck, check_groups
 from ddpo_pytorch.training.held_out import Sampling
 from ddpo_pytorch.training.objective import Objective, make_objective
-from ddpo_pytorch.training.optimizer import GuardedOptimizer
+from ddpo_pytorch.training.optimizer import GuardedOptimizer, make_optimizer
 from ddpo_pytorch.training.policy import load_policy
-from ddpo_pytorch.training.rollout_gradients import ScoreGradients, while_sampling
+from ddpo_pytorch.training.rollout_gradients import ScoreGradients, rollout_batches, while_sampling
 from ddpo_pytorch.training.run_state import Record, open_record
 from ddpo_pytorch.training.sample_grid import save_grid
 from ddpo_pytorch.training.scoring import Scorer

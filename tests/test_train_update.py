@@ -11,9 +11,8 @@ from test_train import load_module, script  # noqa: F401 (fixture)
 
 from ddpo_pytorch.generator.lora import load_lora, lora_parameters, lora_state_dict
 from ddpo_pytorch.generator.pipeline import PromptTable, set_schedule
-from ddpo_pytorch.ppo import make_optimizer
 from ddpo_pytorch.rollout import Trajectories
-from ddpo_pytorch.training.optimizer import GuardedOptimizer
+from ddpo_pytorch.training.optimizer import GuardedOptimizer, make_optimizer
 from ddpo_pytorch.training.setup import batch_geometry
 from ddpo_pytorch.utils.distributed import make_accelerator
 from ddpo_pytorch.utils.errors import UserError

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from ml_collections import ConfigDict
 
 from ddpo_pytorch.utils.distributed import whole
 from ddpo_pytorch.utils.errors import UserError
@@ -25,6 +26,18 @@ def make_adamw(
     except ImportError as error:
         raise UserError("use_8bit_adam=True needs bitsandbytes: pip install it, or set it to False") from error
     return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+
+
+def make_optimizer(train: ConfigDict, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW with the settings of `config.train`; use_8bit_adam takes bitsandbytes' (UserError without that package)."""
+    return make_adamw(
+        parameters,
+        train.use_8bit_adam,
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        weight_decay=train.adam_weight_decay,
+        eps=train.adam_epsilon,
+    )
 
 
 class GuardedOptimizer:

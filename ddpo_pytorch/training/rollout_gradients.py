@@ -10,8 +10,8 @@ UNet's activations are there, and kept for each sample. That spares the update t
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -99,3 +99,17 @@ def while_sampling(
     samples = geometry.local_samples // geometry.updates
     logger.info("gradients of an epoch's first update are taken while sampling, %d samples at once", min(rows, samples))
     return ScoreGradients(accelerator, unet, samples, min(rows, samples), window, 2 if sample.guidance_scale > 1 else 1)
+
+
+def rollout_batches(
+    order: Sequence[int], size: int, gradients: ScoreGradients | None
+) -> list[tuple[list[int], AbstractContextManager]]:
+    """Samples to draw together, and within what: those of the first update, first in `order`, within `gradients.of`."""
+    first = gradients.samples if gradients else 0
+    batches = []
+    for start in range(0, first, gradients.batch_size if gradients else 1):
+        batch = list(order[start : min(start + gradients.batch_size, first)])
+        batches.append((batch, gradients.of(start, len(batch))))
+    for start in range(first, len(order), size):
+        batches.append((list(order[start : start + size]), nullcontext()))
+    return batches
