@@ -33,7 +33,7 @@ from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.generator.finetune_losses import CaptionTable, NoiseLoss
 from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, write_index
 from ddpo_pytorch.phantoms.skin import draw
-from ddpo_pytorch.utils.paths import add_path
+from ddpo_pytorch.utils.cli import add_path
 from ddpo_pytorch.utils.randomness import BatchDraws, EndlessBatches, Stream
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import ml_collections
 
-from ddpo_pytorch.utils.config_blocks import Configuration, KeywordArguments, OptionalBlock
+from ddpo_pytorch.utils.cli import Configuration, KeywordArguments, OptionalBlock
 
 add_sd = runpy.run_path(str(Path(__file__).with_name("base_sd.py")))["add_sd"]
 add_fundus = runpy.run_path(str(Path(__file__).with_name("base_fundus.py")))["add_fundus"]

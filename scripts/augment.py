@@ -55,11 +55,10 @@ from ddpo_pytorch.judges.classifier_report import one_sided
 from ddpo_pytorch.judges.classifier_training import FitState, Recipe, fit
 from ddpo_pytorch.judges.prediction import predict
 from ddpo_pytorch.metrics.vocabulary import lacking_images
-from ddpo_pytorch.utils.cli import cli
+from ddpo_pytorch.utils.cli import cli, expand_flags
 from ddpo_pytorch.utils.distributed import PROCESS_TIMEOUT, locked_by_main, make_accelerator
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import atomic_write, sha256
-from ddpo_pytorch.utils.paths import expand_flags
 from ddpo_pytorch.utils.published import resolve
 
 FLAGS = flags.FLAGS

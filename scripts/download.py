@@ -19,11 +19,9 @@ from diffusers import UNet2DConditionModel
 
 from ddpo_pytorch.generator.lora import add_lora, load_lora, lora_parameters
 from ddpo_pytorch.judges.classifier import load_classifier
-from ddpo_pytorch.utils.archive import opened, unpack
-from ddpo_pytorch.utils.cli import cli
+from ddpo_pytorch.utils.cli import cli, expand_flags
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import locked
-from ddpo_pytorch.utils.paths import expand_flags
 from ddpo_pytorch.utils.published import (
     ARCHIVE,
     DRIVE_ID,
@@ -33,7 +31,9 @@ from ddpo_pytorch.utils.published import (
     TIMEOUT,
     PublishedFile,
     fetch_split,
+    opened,
     spellings,
+    unpack,
 )
 from ddpo_pytorch.utils.weights import open_safetensors
 

@@ -44,12 +44,11 @@ from ddpo_pytorch.sampling import (
     plan,
 )
 from ddpo_pytorch.training.checkpoints import load_weights
-from ddpo_pytorch.utils.cli import cli, define_config
+from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import DTYPES, make_accelerator, on_main, peak_memory_gib
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import locked
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
-from ddpo_pytorch.utils.paths import expand_config
 from ddpo_pytorch.utils.settings import ONE_OR_MORE, check_choices, check_ranges
 
 FLAGS = flags.FLAGS

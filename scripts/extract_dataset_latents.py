@@ -26,12 +26,11 @@ from ddpo_pytorch.data.images import RESIZES, ImageFiles, is_whole, read_log, sa
 from ddpo_pytorch.data.sample_folder import claim_folder
 from ddpo_pytorch.generator.latents import INDEX, encode_data_set, write_index
 from ddpo_pytorch.generator.pipeline import load_pipeline
-from ddpo_pytorch.utils.cli import cli, define_config
+from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import locked_by_main, make_accelerator
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
 from ddpo_pytorch.utils.fingerprint import fingerprint
-from ddpo_pytorch.utils.paths import expand_config
 from ddpo_pytorch.utils.settings import ONE_OR_MORE, ZERO_OR_MORE, check_choices, check_ranges
 
 FLAGS = flags.FLAGS

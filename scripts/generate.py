@@ -31,12 +31,11 @@ from ddpo_pytorch.prompts import all_prompts, given_prompts
 from ddpo_pytorch.rlhf.best_of_n import Request, best_of_n, log_entries
 from ddpo_pytorch.sampling import SAMPLING, Sampler, plan
 from ddpo_pytorch.training.checkpoints import load_weights
-from ddpo_pytorch.utils.cli import cli, define_config
+from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.cores import thread_limit
 from ddpo_pytorch.utils.distributed import DTYPES, locked_by_main, make_accelerator
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
-from ddpo_pytorch.utils.paths import expand_config
 from ddpo_pytorch.utils.settings import ONE_OR_MORE, check_ranges
 
 FLAGS = flags.FLAGS

@@ -46,10 +46,9 @@ from ddpo_pytorch.metrics.pictures import comparison, contact_sheet
 from ddpo_pytorch.metrics.ssim import MOST_PAIRS, circle_pairs, pairs_by_name
 from ddpo_pytorch.metrics.tables import Table, as_csv, latex, markdown, table2, table3
 from ddpo_pytorch.report.page import write_report
-from ddpo_pytorch.utils.cli import cli, define_config
+from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import locked_by_main, make_accelerator
 from ddpo_pytorch.utils.files import JsonLines, atomic_write
-from ddpo_pytorch.utils.paths import expand_config
 from ddpo_pytorch.utils.settings import SEED, check_ranges
 
 FLAGS = flags.FLAGS

@@ -20,9 +20,8 @@ from ddpo_pytorch.data.images import RESIZES
 from ddpo_pytorch.rating.items import Item, distinct, sample_items, table_items
 from ddpo_pytorch.rating.questions import Questions
 from ddpo_pytorch.rating.store import Store, rater_name
-from ddpo_pytorch.utils.cli import cli
+from ddpo_pytorch.utils.cli import cli, expand, expand_flags
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.paths import expand, expand_flags
 
 FLAGS = flags.FLAGS
 flags.DEFINE_multi_string("images", [], "folders that eval.py wrote, by commas or one each")

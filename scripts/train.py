@@ -39,18 +39,15 @@ from ddpo_pytorch.stat_tracking import compute_advantages, reward_statistics
 from ddpo_pytorch.training.estimate import epoch_time
 from ddpo_pytorch.training.health import HealthCheck, check_groups
 from ddpo_pytorch.training.held_out import Sampling
-from ddpo_pytorch.training.objective import Objective, make_objective
 from ddpo_pytorch.training.optimizer import GuardedOptimizer, make_optimizer
-from ddpo_pytorch.training.policy import load_policy
 from ddpo_pytorch.training.rollout_gradients import ScoreGradients, rollout_batches, while_sampling
 from ddpo_pytorch.training.run_state import Record, open_record
 from ddpo_pytorch.training.sample_grid import save_grid
 from ddpo_pytorch.training.scoring import Scorer
-from ddpo_pytorch.training.setup import Geometry, batch_geometry, check_training
-from ddpo_pytorch.utils.cli import cli, define_config
+from ddpo_pytorch.training.setup import Geometry, Objective, batch_geometry, check_training, load_policy, make_objective
+from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import DTYPES, StopRequest, make_accelerator, peak_memory_gib
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints, with_contents
-from ddpo_pytorch.utils.paths import expand_config
 from ddpo_pytorch.utils.randomness import Stream
 
 define_config(__file__, "experiment, e.g. config/mini.py:NAME")

@@ -25,10 +25,9 @@ from ddpo_pytorch.judges.classifier_report import Report, best_thresholds, one_s
 from ddpo_pytorch.judges.classifier_training import FitState, Recipe, fit
 from ddpo_pytorch.judges.prediction import predict
 from ddpo_pytorch.judges.torchvision_names import check_publishable, save_published
-from ddpo_pytorch.utils.cli import cli
+from ddpo_pytorch.utils.cli import cli, expand_flags
 from ddpo_pytorch.utils.distributed import PROCESS_TIMEOUT, locked_by_main, make_accelerator
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.paths import expand_flags
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("mode", "train", ["train", "test"], "train a classifier, or report on the test split")

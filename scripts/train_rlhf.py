@@ -35,12 +35,11 @@ from ddpo_pytorch.judges.selector import MLP_RATIO, Selector, save_selector
 from ddpo_pytorch.judges.vit import VisionSizes, read_judge
 from ddpo_pytorch.rlhf.rated_images import COLUMNS, RatedSet, best_threshold, read_rated, through_autoencoder
 from ddpo_pytorch.rlhf.training import StageTraining, all_scores, check_settings, chosen_samples, training_identity
-from ddpo_pytorch.utils.cli import cli, define_config
+from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import locked_by_main, make_accelerator
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import JsonLines, atomic_write
 from ddpo_pytorch.utils.json_files import COUNT, checked
-from ddpo_pytorch.utils.paths import expand_config
 from ddpo_pytorch.utils.settings import SEED, check_ranges
 from ddpo_pytorch.utils.training_state import restore_state, save_state
 

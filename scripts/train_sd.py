@@ -53,12 +53,11 @@ from ddpo_pytorch.generator.text import check_tokens, has_mask
 from ddpo_pytorch.sampling import SAMPLING
 from ddpo_pytorch.training.caption_grid import draw_captions
 from ddpo_pytorch.training.optimizer import make_adamw
-from ddpo_pytorch.utils.cli import cli, define_config
+from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import DTYPES, locked_by_main, make_accelerator, on_main, peak_memory_gib
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import JsonLines, atomic_folder, atomic_write
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
-from ddpo_pytorch.utils.paths import expand_config
 from ddpo_pytorch.utils.randomness import BatchDraws, Stream
 from ddpo_pytorch.utils.settings import SEED, check_ranges
 from ddpo_pytorch.utils.training_state import save_state

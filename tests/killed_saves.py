@@ -24,7 +24,8 @@ import safetensors.torch
 import torch
 from test_train import load_module
 
-from ddpo_pytorch.training import run_folder, saving
+from ddpo_pytorch.training import checkpoints as saving
+from ddpo_pytorch.training import run_folder
 from ddpo_pytorch.training import run_state as record
 from ddpo_pytorch.training.held_out import Evaluation, HeldOut
 

@@ -14,10 +14,10 @@ import pytest
 from conftest import ROOT, run_script
 from script_tools import files_of, load_module
 
-from ddpo_pytorch.utils import archive
-from ddpo_pytorch.utils.archive import unpack
+from ddpo_pytorch.utils import published as archive
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import DiskFull
+from ddpo_pytorch.utils.published import unpack
 
 GOOD = {"script-samples/run/images/a_b/0.jpg": b"\xff\xd8 picture", "script-samples/run/image_log.json": b"[]"}
 

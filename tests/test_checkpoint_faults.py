@@ -13,8 +13,16 @@ import torch
 from script_tools import files_of
 from torch import nn
 
-from ddpo_pytorch.training.checkpoints import fault, find_checkpoint, find_weights, load_checkpoint, recover_best
-from ddpo_pytorch.training.saving import save_best, save_checkpoint, snapshot
+from ddpo_pytorch.training.checkpoints import (
+    fault,
+    find_checkpoint,
+    find_weights,
+    load_checkpoint,
+    recover_best,
+    save_best,
+    save_checkpoint,
+    snapshot,
+)
 from ddpo_pytorch.utils import files
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import JsonLines, atomic_folder, atomic_write

@@ -7,9 +7,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ddpo_pytorch.training import saving
-from ddpo_pytorch.training.checkpoints import checkpoints, epochs_completed, find_checkpoint, find_weights, recover_best
-from ddpo_pytorch.training.saving import save_best, snapshot
+from ddpo_pytorch.training import checkpoints as saving
+from ddpo_pytorch.training.checkpoints import (
+    checkpoints,
+    epochs_completed,
+    find_checkpoint,
+    find_weights,
+    recover_best,
+    save_best,
+    snapshot,
+)
 from ddpo_pytorch.utils.errors import UserError
 
 

@@ -9,7 +9,7 @@ from ddpo_pytorch.data import fundus, isic, ratings
 from ddpo_pytorch.data.images import list_samples, read_log
 from ddpo_pytorch.data.sample_folder import PARTS, logged
 from ddpo_pytorch.generator.latents import LatentShards
-from ddpo_pytorch.training.manifest import MANIFEST, read_manifest
+from ddpo_pytorch.training.checkpoints import MANIFEST, read_manifest
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import path_fault, path_inside
 

@@ -15,8 +15,8 @@ from ddpo_pytorch.metrics.image_sets import named_paths
 from ddpo_pytorch.phantoms import fundus as retina
 from ddpo_pytorch.phantoms import rating_sets as degradation
 from ddpo_pytorch.phantoms import skin as phantom
+from ddpo_pytorch.utils.cli import expand, expand_config
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.paths import expand, expand_config
 
 pytest_plugins = ["script_tools"]
 

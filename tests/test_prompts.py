@@ -23,7 +23,7 @@ from ddpo_pytorch.prompts import (
     isic_all_idx,
     read_prompts,
 )
-from ddpo_pytorch.training.objective import make_objective
+from ddpo_pytorch.training.setup import make_objective
 from ddpo_pytorch.utils.errors import UserError
 
 

@@ -14,8 +14,8 @@ from ddpo_pytorch.rollout import (
     timestep_order,
     update_order,
 )
+from ddpo_pytorch.training.run_state import RewardPlateau
 from ddpo_pytorch.training.setup import batch_geometry
-from ddpo_pytorch.training.stopping import RewardPlateau
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import Stream, derived_seed
 

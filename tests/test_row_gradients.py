@@ -7,7 +7,7 @@ from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.generator.cpu_kernels import fuse_lora
 from ddpo_pytorch.generator.lora import add_lora, lora_parameters
 from ddpo_pytorch.generator.threads import divide_among_threads
-from ddpo_pytorch.training.row_gradients import has_row_gradients, row_gradients
+from ddpo_pytorch.training.rollout_gradients import has_row_gradients, row_gradients
 
 ROWS = 5
 # attention, feed-forward, and the time embedding's projection, whose inputs have no dimension of pixels

@@ -10,9 +10,8 @@ from test_train import ROOT, classifier, load_module, script, settings, train  #
 from ddpo_pytorch.generator.lora import ATTENTION, add_lora, lora_parameters
 from ddpo_pytorch.generator.pipeline import PromptTable, load_pipeline
 from ddpo_pytorch.rollout import sample_trajectories
-from ddpo_pytorch.training.policy import load_policy
 from ddpo_pytorch.training.rollout_gradients import ScoreGradients, while_sampling
-from ddpo_pytorch.training.setup import batch_geometry
+from ddpo_pytorch.training.setup import batch_geometry, load_policy
 from ddpo_pytorch.utils.errors import UserError
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ddpo_pytorch.training.stopping import BestAndCollapse
+from ddpo_pytorch.training.run_state import BestAndCollapse
 
 
 def stops_at(patience: int, tolerance: float, values) -> int | None:

@@ -90,5 +90,5 @@ def test_a_constant_reward_and_prompts_that_are_alone_are_warned_of(train, monke
     monkeypatch.setitem(PROMPTS, "some", lambda: f"prompt {next(numbers)}")
     _, (first, second) = train(prompt_fn="some", reward_fn="constant", train__advantage="group")
     assert first["zero_std_share"] == second["zero_std_share"] == 1.0 and first["grad_norm"] == 0
-    warnings = [record.getMessage() for record in caplog.records if record.name == "ddpo_pytorch.training.health"]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "ddpo_pytorch.training.optimizer"]
     assert len(warnings) == 2 and "2 of 5 prompts" in warnings[0] and "epoch 0 taught" in warnings[1]

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.utils.cli import expand
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.paths import expand
 
 REAL, BALANCED = "real", "balanced"
 Ratio = float | str  # a number, or BALANCED

@@ -20,9 +20,9 @@ from ddpo_pytorch.data.images import find_damage
 from ddpo_pytorch.data.lesions import assign
 from ddpo_pytorch.data.prompt_text import invisible_character
 from ddpo_pytorch.data.tables import choice, read_table, table_text
+from ddpo_pytorch.utils.cli import add_path
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_write, path_fault
-from ddpo_pytorch.utils.paths import add_path
 
 logger = logging.getLogger(__name__)
 MODALITY = "Fundus"

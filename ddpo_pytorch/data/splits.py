@@ -27,10 +27,10 @@ from ddpo_pytorch.data.lesions import (
     write_splits,
 )
 from ddpo_pytorch.data.tables import write_table
+from ddpo_pytorch.utils.cli import add_path
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
 from ddpo_pytorch.utils.json_files import read_json
-from ddpo_pytorch.utils.paths import add_path
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")

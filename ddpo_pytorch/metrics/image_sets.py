@@ -19,9 +19,9 @@ from ddpo_pytorch.data.images import captions_without_images, list_samples, open
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.data.sample_folder import read_settings
 from ddpo_pytorch.metrics.vocabulary import vocabulary_of
+from ddpo_pytorch.utils.cli import expand
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
-from ddpo_pytorch.utils.paths import expand
 
 logger = logging.getLogger(__name__)
 

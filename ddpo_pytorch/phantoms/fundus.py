@@ -21,10 +21,10 @@ from ddpo_pytorch.data.images import save_picture
 from ddpo_pytorch.data.tables import write_table
 from ddpo_pytorch.phantoms.damage import degrade, draw_damage
 from ddpo_pytorch.phantoms.drawing import POINTS, Sheet, blend, clouds, direction, plane, step
+from ddpo_pytorch.utils.cli import add_path
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_folder, locked, write_json
 from ddpo_pytorch.utils.json_files import read_json
-from ddpo_pytorch.utils.paths import add_path
 
 logger = logging.getLogger(__name__)
 STYLE = 1  # raised when the drawing code changes pictures, so that old and new worlds never mix

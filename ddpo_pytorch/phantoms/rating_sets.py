@@ -22,10 +22,10 @@ from ddpo_pytorch.data.fundus import MODALITY, Row, check_images, load_split
 from ddpo_pytorch.data.images import RESIZES, load_pixels, save_image
 from ddpo_pytorch.data.tables import choice, number, write_table
 from ddpo_pytorch.phantoms.damage import BANDS, ERASABLE, KINDS, VISIBLE, degrade, draw_damage, vessel_contrast
+from ddpo_pytorch.utils.cli import add_path
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import LOCK, locked, sha256, write_json
 from ddpo_pytorch.utils.json_files import read_json
-from ddpo_pytorch.utils.paths import add_path
 from ddpo_pytorch.utils.randomness import text_number
 
 logger = logging.getLogger(__name__)

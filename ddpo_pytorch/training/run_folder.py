@@ -20,9 +20,9 @@ from ddpo_pytorch.training.checkpoints import (
     fault,
     find_checkpoint,
     is_checkpoint,
+    put_aside,
     recover_best,
 )
-from ddpo_pytorch.training.saving import put_aside
 from ddpo_pytorch.utils.distributed import on_main
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import LOCK, atomic_write, locked

@@ -2,10 +2,24 @@
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
+from diffusers import StableDiffusionPipeline
 from ml_collections import ConfigDict
 
+from ddpo_pytorch.diffusers_patch.ddim_with_logprob import check_schedule
+from ddpo_pytorch.generator.cpu_kernels import fuse_lora
+from ddpo_pytorch.generator.lora import add_lora
+from ddpo_pytorch.generator.pipeline import load_pipeline, set_schedule
+from ddpo_pytorch.generator.threads import divide_among_threads
+from ddpo_pytorch.prompts import PROMPT_LISTS, Prompt, all_prompts, get_prompt_fn
+from ddpo_pytorch.rewards import RewardFn, build_reward, check_prompts, parse_spec
+from ddpo_pytorch.rollout import draw_prompts
+from ddpo_pytorch.training.checkpoints import load_weights
+from ddpo_pytorch.training.held_out import HeldOut, Sampling, load_judge
 from ddpo_pytorch.utils.distributed import check_sharding, sharding_asked
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.settings import (
@@ -160,3 +174,89 @@ def _check_statistics(tracking: ConfigDict | None) -> None:
             "rewards are remembered, so no prompt would ever use its own statistics; raise buffer_size, or set "
             "per_prompt_stat_tracking=None to normalize over the whole batch"
         )
+
+
+def load_policy(
+    pretrained: ConfigDict,
+    unet_path: str,
+    sample: ConfigDict,
+    train: ConfigDict,
+    use_lora: bool,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_from: str = "",
+) -> StableDiffusionPipeline:
+    """Load the pipeline of `config.pretrained` and `unet_path`, with its schedule, frozen but for the policy.
+
+    The policy is in float32: LoRA adapters of `config.train`, or the whole UNet. Adapters start from a function of
+    `seed` that changes nothing; with `load_from`, which eval.py reads in the same way, the policy starts from the
+    weights there. The rest is in `dtype`. Raises UserError for files that do not fit, and for a schedule that cannot be
+    trained.
+    """
+    pipe = load_pipeline(pretrained.model, pretrained.revision, unet_path, dtype, device)
+    pipe.set_progress_bar_config(disable=True)
+    set_schedule(pipe, sample.num_steps)
+    check_schedule(pipe.scheduler, sample.eta)
+    # what convolutions are fastest in; but FSDP divides contiguous weights only
+    for part in (pipe.vae,) if sharding_asked() else (pipe.unet, pipe.vae):
+        part.to(memory_format=torch.channels_last)
+    if use_lora:
+        add_lora(pipe.unet, train.lora_rank, train.lora_targets, seed)
+        fuse_lora(pipe.unet)
+    else:
+        pipe.unet.float().requires_grad_(True)
+    if load_from:
+        logger.info("training starts from %s", load_weights(pipe.unet, load_from, adapters=use_lora))
+    if train.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    if train.compile:
+        pipe.unet.compile_repeated_blocks()
+    elif device.type == "cpu" and torch.get_num_threads() > 1 and not sharding_asked():
+        divide_among_threads(pipe.unet, torch.get_num_threads())
+    return pipe
+
+
+TRIED_PROMPTS = 32  # of a function without a list of its prompts; the reward is tried on them before training
+
+
+class Objective(NamedTuple):
+    """Attributes:
+    prompt_fn: draws a prompt and its metadata.
+    prompts: all that it can draw, or None where that is not known.
+    reward_fn: scores images of them.
+    held_out: the evaluation at fixed noise, or None if it is off.
+    """
+
+    prompt_fn: Callable[..., Prompt]
+    prompts: list[Prompt] | None
+    reward_fn: RewardFn
+    held_out: HeldOut | None
+
+
+def make_objective(
+    prompt_fn: str,
+    prompt_fn_kwargs: ConfigDict,
+    reward_fn: str,
+    reward_fn_kwargs: ConfigDict,
+    held_out: ConfigDict,
+    sample: ConfigDict,
+    seed: int,
+    device: torch.device,
+) -> Objective:
+    """The objective that these settings name, of which each part has been tried on the prompts.
+
+    Raises UserError for what does not exist, does not fit, or cannot be judged.
+    """
+    draw = get_prompt_fn(prompt_fn, **prompt_fn_kwargs)
+    reward = build_reward(reward_fn, reward_fn_kwargs.to_dict(), device)
+    sampled = dict(zip(*draw_prompts(draw, seed, 0, TRIED_PROMPTS), strict=True))
+    prompts = all_prompts(prompt_fn, **prompt_fn_kwargs) if prompt_fn in PROMPT_LISTS else None
+    check_prompts(reward, list(sampled.items()) if prompts is None else prompts)
+    if not held_out.every:
+        return Objective(draw, prompts, reward, None)
+    judged = all_prompts(prompt_fn, **prompt_fn_kwargs)
+    rewarding = [reward_fn_kwargs.get(name, {}).get("classifier") for name in parse_spec(reward_fn)]
+    judge = load_judge(held_out.classifier, filter(None, rewarding), device)
+    evaluation = HeldOut(judge, judged, held_out.images_per_prompt, seed, Sampling.of(sample))
+    return Objective(draw, prompts, reward, evaluation)

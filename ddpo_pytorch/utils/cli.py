@@ -1,19 +1,23 @@
 """The entry point of every script: usage errors become one line and exit code 2. Light, so that --help is quick."""
 
+import argparse
+import ast
 import errno
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import placeholder
+from ml_collections.config_flags import register_flag_parser_for_type
 
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.paths import expand
 
 # what the system says about places that a user chose: permissions, kinds of files, disks that are full or read-only
 USER_ERRNOS = {
@@ -123,3 +127,143 @@ def _fail(error: BaseException) -> NoReturn:
     message = str(error).rpartition("UserError: ")[2]
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def expand(path: str) -> str:
+    """Return `path` with a leading "~" or "~user" replaced by that user's home folder.
+
+    Raises UserError where there is no such user, instead of naming a folder "~user".
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise UserError(f"{path!r}: this system has no user {path.split('/')[0][1:]!r}; write ./{path} for a folder")
+    return expanded
+
+
+def expand_config(config: ConfigDict, *required: str) -> ConfigDict:
+    """Expand every path of a configuration in place, and return it.
+
+    Every text that begins with "~" is taken to be a path, since the keyword arguments of rewards have any name; texts
+    within tuples are prompts and stay as they are. Raises UserError for `base_log_path`, or a field of `required` (by
+    its dotted name), that is empty.
+    """
+    _expand_field(config, "base_log_path")  # first: other paths are derived from it
+    for name in _texts(config):
+        _expand_field(config, name)
+    for name in ("base_log_path", *required):
+        _check_given(config[name], name, f"--config.{name}")
+    return config
+
+
+def expand_flags(values: Any, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+    """Expand the paths among absl's flags in place. Raises UserError for one of `required` that is given and empty."""
+    for name in (*required, *optional):
+        if (given := getattr(values, name)) is not None:
+            setattr(values, name, expand(given))
+            if name in required:
+                _check_given(given, f"--{name}", f"--{name}")
+
+
+def add_path(parser: argparse.ArgumentParser, name: str, optional: bool = False, **keywords: Any) -> None:
+    """Add an argument that is a path: expanded, and refused where it is empty unless it is `optional`."""
+    keywords |= {"default": ""} if optional else {"required": True}
+    parser.add_argument(name, type=partial(_argument, name=name, optional=optional), **keywords)
+
+
+def _argument(text: str, name: str, optional: bool) -> str:
+    try:
+        if not optional:
+            _check_given(text, name, name)
+        return expand(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _check_given(path: str, name: str, option: str) -> None:
+    if not path.strip():
+        raise UserError(f"{name} is empty; give {option}=PATH (. is the current folder)")
+
+
+def _expand_field(config: ConfigDict, name: str) -> None:
+    try:
+        expanded = expand(config[name])
+    except UserError as error:
+        raise UserError(f"{name}={error}") from error
+    if expanded != config[name]:
+        config.update_from_flattened_dict({name: expanded})
+
+
+def _texts(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of all fields that hold a text."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _texts(value, f"{prefix}{name}.")
+        elif isinstance(value, str):
+            yield prefix + name
+
+
+class Configuration(ConfigDict):
+    """A configuration in which a dict may take the place of a block, as configurations of ddpo-pytorch write it."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        old = self[key] if key in self else None
+        super().__setitem__(key, _converted(type(old), value) if isinstance(old, ConfigDict) else value)
+
+
+class KeywordArguments(ConfigDict):
+    """Keyword arguments of functions that users add, whose names config/base.py cannot know.
+
+    The block is never locked: config files may set fields that do not exist yet (config.reward_fn_kwargs.my_reward.x =
+    1), and so may the command line. Whoever calls the functions checks the names.
+    """
+
+    def lock(self) -> "KeywordArguments":
+        return self
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, _converted(KeywordArguments, value))
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self and not name.startswith("_"):
+            self[name] = KeywordArguments()
+        return super().__getattr__(name)
+
+    def get_type(self, key: str) -> type:
+        if key not in self:
+            self[key] = placeholder(object)  # the command line may give any literal
+        return super().get_type(key)
+
+    def update_from_flattened_dict(self, flattened_dict: Mapping[str, Any], strip_prefix: str = "") -> None:
+        for key in flattened_dict:
+            block, dot, _ = key.removeprefix(strip_prefix).partition(".")
+            if key.startswith(strip_prefix) and dot:
+                getattr(self, block)
+        super().update_from_flattened_dict(flattened_dict, strip_prefix)
+
+
+class OptionalBlock(ConfigDict):
+    """A block that None switches off, in a config file or on the command line."""
+
+
+class _OptionalBlockParser(flags.ArgumentParser):
+    def parse(self, argument: Any) -> Any:
+        try:
+            value = ast.literal_eval(argument) if isinstance(argument, str) else argument
+        except (SyntaxError, ValueError):
+            value = argument
+        if not isinstance(value, dict | ConfigDict | None):
+            raise ValueError(f"{argument!r} is neither None nor a dict")
+        return value
+
+
+register_flag_parser_for_type(OptionalBlock, _OptionalBlockParser())
+
+
+def _converted(kind: type[ConfigDict], value: Any) -> Any:
+    """Return a dict, or a block of another class, as a block of class `kind`; anything else as it is."""
+    if not isinstance(value, dict | ConfigDict) or isinstance(value, kind):
+        return value
+    block = kind()
+    for name, inner in value.items():
+        block[name] = inner
+    return block
