@@ -22,13 +22,17 @@ def unet(lora: bool):
     return unet
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize(("rows", "threads"), [(6, 2), (7, 3), (1, 2)])
-def test_outputs_and_gradients_are_those_of_the_whole_batch(lora, rows, threads):
+def test_outputs_and_gradients_are_those_of_the_whole_batch(lora, rows, threads, masked):
     generator = torch.Generator().manual_seed(2)
     latents = torch.randn(rows, 4, 16, 16, generator=generator, dtype=torch.float64)
     context = torch.randn(rows, 9, 32, generator=generator, dtype=torch.float64)
     timesteps = torch.arange(rows) * 90
+    inputs = {"encoder_hidden_states": context, "return_dict": False}
+    if masked:  # as text of different lengths has it, where the text encoder is a BERT
+        inputs["encoder_attention_mask"] = torch.arange(9) < 2 + torch.arange(rows)[:, None]
     weights = torch.randn(latents.shape, generator=generator, dtype=torch.float64)
     outputs, gradients, drawn = [], [], []
     for divided in (False, True):
@@ -36,8 +40,8 @@ def test_outputs_and_gradients_are_those_of_the_whole_batch(lora, rows, threads)
         if divided:
             divide_among_threads(model, threads)
         with torch.no_grad():
-            drawn.append(model(latents, timesteps, encoder_hidden_states=context, return_dict=False)[0])
-        output = model(latents, timesteps, encoder_hidden_states=context, return_dict=False)[0]
+            drawn.append(model(latents, timesteps, **inputs)[0])
+        output = model(latents, timesteps, **inputs)[0]
         (output * weights).sum().backward()
         outputs.append(output)
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})

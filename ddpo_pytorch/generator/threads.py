@@ -57,16 +57,25 @@ def _forward(
     sample: torch.Tensor,
     timesteps: torch.Tensor,
     encoder_hidden_states: torch.Tensor,
+    encoder_attention_mask: torch.Tensor | None = None,
     return_dict: bool = False,
 ) -> tuple[torch.Tensor]:
     if len(sample) < threads or torch.is_autocast_enabled(sample.device.type):
-        return whole(sample, timesteps, encoder_hidden_states=encoder_hidden_states, return_dict=return_dict)
+        return whole(
+            sample,
+            timesteps,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            return_dict=return_dict,
+        )
 
-    def run(x, t, context, first):
+    def run(x, t, context, mask, first):
         _first_row.set(first)
-        return whole(x, t, encoder_hidden_states=context, return_dict=False)[0]
+        return whole(x, t, encoder_hidden_states=context, encoder_attention_mask=mask, return_dict=False)[0]
 
     inputs = [tensor.tensor_split(threads) for tensor in (sample, timesteps, encoder_hidden_states)]
+    no_mask = encoder_attention_mask is None
+    inputs.append([None] * threads if no_mask else encoder_attention_mask.tensor_split(threads))
     starts = list(accumulate(map(len, inputs[0]), initial=0))[:-1]
     passes = [partial(run, *part) for part in zip(*inputs, starts, strict=True)]
     weights = [weight for weight in unet.parameters() if weight.requires_grad]
