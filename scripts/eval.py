@@ -45,7 +45,7 @@ from ddpo_pytorch.sampling import (
 )
 from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
-from ddpo_pytorch.utils.distributed import DTYPES, make_accelerator, on_main, peak_memory_gib
+from ddpo_pytorch.utils.distributed import DTYPES, make_accelerator, peak_memory_gib, run_on_main_process
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import locked
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
@@ -227,10 +227,10 @@ def main(_) -> None:
     sampler = Sampler(pipe, sample.scheduler, sample.num_steps, sample.eta, sample.guidance_scale)
     check_tokens(pipe.tokenizer, [prompt for prompt, _ in prompts])
     with ExitStack() as held:
-        digest = on_main(accelerator, claim, held, config, prompts, pipe, judge_digest)
-        on_main(accelerator, check_common, folder, gather_object([(folder / SETTINGS).is_file()]))
+        digest = run_on_main_process(accelerator, claim, held, config, prompts, pipe, judge_digest)
+        run_on_main_process(accelerator, check_common, folder, gather_object([(folder / SETTINGS).is_file()]))
         broken, drawn = draw(accelerator, config, sampler, jobs, workers, judge, digest)
-        on_main(accelerator, report, folder, jobs, broken, drawn, config.mixed_precision)
+        run_on_main_process(accelerator, report, folder, jobs, broken, drawn, config.mixed_precision)
     accelerator.end_training()
 
 

@@ -54,7 +54,13 @@ from ddpo_pytorch.sampling import SAMPLING
 from ddpo_pytorch.training.caption_grid import draw_captions
 from ddpo_pytorch.training.optimizer import make_adamw
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
-from ddpo_pytorch.utils.distributed import DTYPES, locked_by_main, make_accelerator, on_main, peak_memory_gib
+from ddpo_pytorch.utils.distributed import (
+    DTYPES,
+    locked_by_main,
+    make_accelerator,
+    peak_memory_gib,
+    run_on_main_process,
+)
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import JsonLines, atomic_folder, atomic_write
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
@@ -294,7 +300,7 @@ def main(_) -> None:
     )
     set_seed(config.seed)  # of fresh weights, alike on all processes
     with locked_by_main(accelerator, sd.output, "another --config.sd.output"):
-        on_main(accelerator, refuse_outcome, sd)
+        run_on_main_process(accelerator, refuse_outcome, sd)
         if sd.stage == "vae":
             stage = vae_stage(accelerator, config)
         elif sd.stage == "unet":

@@ -25,13 +25,13 @@ SLOW = """
 import sys, time
 from absl import flags
 from ddpo_pytorch.utils.cli import cli
-from ddpo_pytorch.utils.distributed import on_main
+from ddpo_pytorch.utils.distributed import run_on_main_process
 from ddpo_pytorch.utils.distributed import make_accelerator
 flags.DEFINE_float("process_timeout", 1.0, "")
 
 def main(_):
     accelerator = make_accelerator("no", process_timeout=flags.FLAGS.process_timeout)
-    on_main(accelerator, time.sleep, 6)
+    run_on_main_process(accelerator, time.sleep, 6)
     accelerator.wait_for_everyone()
     print("met", flush=True)
 

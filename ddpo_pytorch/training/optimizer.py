@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from ml_collections import ConfigDict
 
-from ddpo_pytorch.utils.distributed import whole
+from ddpo_pytorch.utils.distributed import full_tensor
 from ddpo_pytorch.utils.errors import UserError
 
 
@@ -62,7 +62,7 @@ class GuardedOptimizer:
 
         Raises UserError at `limit` steps in a row. Processes agree, as their gradients are averaged.
         """
-        grad_norm = whole(self._accelerator.clip_grad_norm_(parameters, self._max_grad_norm))
+        grad_norm = full_tensor(self._accelerator.clip_grad_norm_(parameters, self._max_grad_norm))
         if left_out := not grad_norm.isfinite():
             if self._accelerator.scaler is not None:
                 self._optimizer.step()  # which leaves it out, and lowers the scale

@@ -23,7 +23,7 @@ from ddpo_pytorch.training.checkpoints import (
     put_aside,
     recover_best,
 )
-from ddpo_pytorch.utils.distributed import on_main
+from ddpo_pytorch.utils.distributed import run_on_main_process
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import LOCK, atomic_write, locked
 from ddpo_pytorch.utils.fingerprint import with_contents
@@ -70,7 +70,7 @@ def open_run(
     others exit) for a folder that another run is writing, for other settings, of which the first is named, and as
     `find_checkpoint` does.
     """
-    return on_main(accelerator, _open_run, held, logdir, run_name, resume_from, settings)
+    return run_on_main_process(accelerator, _open_run, held, logdir, run_name, resume_from, settings)
 
 
 def _open_run(

@@ -27,7 +27,7 @@ from ddpo_pytorch.training.checkpoints import (
 )
 from ddpo_pytorch.training.held_out import Evaluation, HeldOut
 from ddpo_pytorch.training.run_folder import CONTENTS, open_run, start_wandb, write_settings
-from ddpo_pytorch.utils.distributed import on_main
+from ddpo_pytorch.utils.distributed import run_on_main_process
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import JsonLines
 
@@ -275,7 +275,7 @@ class Record:
     def _save_best(self) -> None:
         # A run that has no other checkpoint goes on from the best one, whose epoch's line must then be in the log.
         taken = snapshot(*self._best_due, self.accelerator.scaler, self.accelerator.is_main_process)
-        on_main(self.accelerator, save_best, self.folder, taken, self.state_dict())
+        run_on_main_process(self.accelerator, save_best, self.folder, taken, self.state_dict())
         self._best_due = None
 
     def save(self, unet: nn.Module, optimizer: Any, limit: int) -> None:
@@ -283,10 +283,10 @@ class Record:
 
         To be called between epochs, by every process. Raises UserError when the disk is full.
         """
-        if on_main(self.accelerator, is_whole, checkpoint_folder(self.folder, self.epoch)):
+        if run_on_main_process(self.accelerator, is_whole, checkpoint_folder(self.folder, self.epoch)):
             return
         taken = snapshot(unet, optimizer, self.accelerator.scaler, self.accelerator.is_main_process)
-        on_main(self.accelerator, save_checkpoint, self.folder, self.epoch, taken, self.state_dict(), limit)
+        run_on_main_process(self.accelerator, save_checkpoint, self.folder, self.epoch, taken, self.state_dict(), limit)
 
     def close(self) -> None:
         """End the W&B run, and leave the folder to others."""

@@ -83,7 +83,7 @@ def sharding_accelerator(cpu: bool, mixed_precision: str, *handlers: KwargsHandl
     return accelerator
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor as it is without division, on every process. Collective where it is divided."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -126,7 +126,7 @@ def _gather(value: Any, main: bool) -> Any:
     if isinstance(value, list | tuple):
         return type(value)([_gather(item, main) for item in value])
     if isinstance(value, torch.Tensor):
-        value = whole(value)  # one at a time, so that no more than that has to fit beside the divided ones
+        value = full_tensor(value)  # one at a time, so that no more than that has to fit beside the divided ones
         return value.detach().cpu() if main else None
     return value
 
@@ -150,7 +150,7 @@ def _part(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
 
 
-def on_main(accelerator: Accelerator, function: Callable[..., Any], *arguments: Any) -> Any:
+def run_on_main_process(accelerator: Accelerator, function: Callable[..., Any], *arguments: Any) -> Any:
     """What `function` returns on the main process, on every process; where it fails there, all of them end.
 
     The others wait meanwhile. The main process raises what `function` raised (UserError or OSError), the others exit
@@ -174,10 +174,10 @@ def on_main(accelerator: Accelerator, function: Callable[..., Any], *arguments: 
 def locked_by_main(accelerator: Accelerator, folder: str | Path, instead: str = "another logdir") -> Iterator[None]:
     """Keep a folder for this command, whose main process locks it (`files.locked`); every process calls this.
 
-    Where another command has the folder, all of them end, as in `on_main`.
+    Where another command has the folder, all of them end, as in `run_on_main_process`.
     """
     with ExitStack() as held:
-        on_main(accelerator, held.enter_context, locked(folder, instead))
+        run_on_main_process(accelerator, held.enter_context, locked(folder, instead))
         yield
 
 
