@@ -36,7 +36,7 @@ from torch import nn
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.data.sample_folder import PartLog
 from ddpo_pytorch.generator.lora import ATTENTION, add_lora
-from ddpo_pytorch.generator.pipeline import PromptTable, load_pipeline
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
 from ddpo_pytorch.sampling import Sampler, draw_passes, images_per_pass, plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,7 +98,7 @@ def prompts_of(count: int) -> list[str]:
 def bare_loop(count: int, guidance: float, threads: int = 1) -> Callable[[], None]:
     """One call of diffusers' pipeline on that many torch threads."""
     pipe = plain_diffusers()
-    table = PromptTable(pipe)
+    table = PromptEmbeddings(pipe)
     embeds = table(prompts_of(count))
 
     def run() -> None:

@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import LogProbGradients, pipeline_with_logprob
-from ddpo_pytorch.generator.pipeline import PromptTable
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings
 from ddpo_pytorch.prompts import draw_prompt
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import Stream, derived_seed
@@ -76,7 +76,7 @@ class Trajectories:
 
 def sample_trajectories(
     pipe: StableDiffusionPipeline,
-    table: PromptTable,
+    table: PromptEmbeddings,
     prompts: list[str],
     noise: list[torch.Generator],
     num_steps: int,

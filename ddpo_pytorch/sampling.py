@@ -21,7 +21,7 @@ from ddpo_pytorch.data.folder_names import folder_name
 from ddpo_pytorch.data.images import load_pixels, save_image, to_uint8
 from ddpo_pytorch.data.sample_folder import PartLog
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
-from ddpo_pytorch.generator.pipeline import PromptTable, latent_shape, set_schedule
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings, latent_shape, set_schedule
 from ddpo_pytorch.prompts import check_prompt
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import Stream, derived_seed, text_number
@@ -107,7 +107,7 @@ class Sampler:
         set_schedule(pipe, num_steps)
         self.pipe, self.scheduler, self.eta = pipe, scheduler, eta
         self.common = {"num_inference_steps": num_steps, "guidance_scale": guidance_scale, "output_type": "pt"}
-        self.table = PromptTable(pipe)
+        self.table = PromptEmbeddings(pipe)
 
     def twin(self) -> "Sampler":
         """The same for another thread: scheduler and pipeline of its own; weights and prompt embeddings are shared."""

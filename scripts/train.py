@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
 from ddpo_pytorch.generator.lora import adapter_fingerprint, disabled_lora
-from ddpo_pytorch.generator.pipeline import PromptTable, guided_noise_prediction
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings, guided_noise_prediction
 from ddpo_pytorch.ppo import averages, ppo_loss, step_kl
 from ddpo_pytorch.rewards import parse_spec
 from ddpo_pytorch.rollout import (
@@ -66,7 +66,7 @@ class Run:
     unet: torch.nn.Module
     optimizer: torch.optim.Optimizer
     guard: GuardedOptimizer
-    table: PromptTable
+    table: PromptEmbeddings
     scorer: Scorer
     gradients: ScoreGradients | None
     contents: dict[str, str] = field(default_factory=dict)  # fingerprints of files, on the main process
@@ -181,9 +181,9 @@ def set_up(config: ConfigDict) -> Run:
     optimizer = make_optimizer(config.train, [p for p in pipe.unet.parameters() if p.requires_grad])
     unet, optimizer = accelerator.prepare(pipe.unet, optimizer)
     guard = GuardedOptimizer(accelerator, optimizer, config.train.max_grad_norm, config.train.max_skipped_updates)
-    table = PromptTable(pipe)
+    table = PromptEmbeddings(pipe)
     if objective.prompts is not None:
-        table.complete(text for text, _ in objective.prompts)
+        table.precompute(text for text, _ in objective.prompts)
     scorer = Scorer(objective.reward_fn, device)
     gradients = while_sampling(accelerator, pipe.unet, geometry, config.sample, config.train)
     return Run(

@@ -13,7 +13,7 @@ from test_train import as_flags, classifier, script, settings, train, weights  #
 from ddpo_pytorch.data.images import to_uint8
 from ddpo_pytorch.data.isic import ARTIFACTS, CAPTIONS, LABELS, labels_of
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
-from ddpo_pytorch.generator.pipeline import PromptTable, load_pipeline
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
 from ddpo_pytorch.rewards import isic_classifier_reward
 from ddpo_pytorch.training.checkpoints import find_weights
@@ -130,7 +130,7 @@ def test_does_not_depend_on_the_global_generator_or_the_batch(tiny_pipeline_dir,
     for size in (4, 5, 12):
         torch.manual_seed(size)
         state = torch.get_rng_state()
-        found.append(held_out.evaluate(pipe, PromptTable(pipe), reward, size, Accelerator(cpu=True)))
+        found.append(held_out.evaluate(pipe, PromptEmbeddings(pipe), reward, size, Accelerator(cpu=True)))
         assert torch.equal(torch.get_rng_state(), state)
     assert found[0].apr_by_prompt == found[1].apr_by_prompt == found[2].apr_by_prompt
     seeds = [job.seed for job in held_out.jobs]

@@ -11,7 +11,7 @@ from script_tools import files_of
 from ddpo_pytorch.data.isic import ARTIFACTS, CAPTIONS
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
 from ddpo_pytorch.generator.lora import lora_state_dict
-from ddpo_pytorch.generator.pipeline import PromptTable, load_pipeline
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, save_classifier
 from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.utils.errors import UserError
@@ -48,7 +48,7 @@ def test_training_starts_from_an_adapter_as_eval_reads_it(rl, earlier, own_model
         started = lora_state_dict(run.pipe.unet)
         assert started.keys() == weights.keys()
         assert all(torch.equal(started[name], weights[name]) for name in weights)
-    expected = images(evaluated, PromptTable(evaluated))
+    expected = images(evaluated, PromptEmbeddings(evaluated))
     torch.testing.assert_close(images(run.pipe, run.table), expected, rtol=0, atol=1e-4)
     folder = rl.train(load_from=str(earlier), train__kl_coef=0.1)
     (entry,) = epochs(folder)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.generator import from_scratch as scratch
-from ddpo_pytorch.generator.pipeline import PromptTable, encode_prompts, load_pipeline
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings, encode_prompts, load_pipeline
 from ddpo_pytorch.generator.text import build_bert, check_tokens, load_text_encoder
 from ddpo_pytorch.utils.errors import UserError
 
@@ -222,9 +222,9 @@ def clip_files(folder):
 
 
 def test_a_tokenizer_of_vocabulary_and_merges_is_the_same(copy):
-    expected = PromptTable(load_pipeline(copy))(CAPTIONS)
+    expected = PromptEmbeddings(load_pipeline(copy))(CAPTIONS)
     clip_files(copy)
-    assert torch.equal(PromptTable(load_pipeline(copy))(CAPTIONS), expected)
+    assert torch.equal(PromptEmbeddings(load_pipeline(copy))(CAPTIONS), expected)
 
 
 def edited(**fields):
@@ -328,4 +328,4 @@ def test_prompts_that_become_the_same_tokens_are_refused(copy):
     for prompts in (["ネコ"], ["ネコ", "ネコ "], ["A nevus", "a nevus"], CAPTIONS, []):
         check_tokens(tokenizer, prompts)
     with pytest.raises(UserError, match="'ネコ'"):
-        PromptTable(load_pipeline(copy)).complete(["ネコ", "イヌ"])
+        PromptEmbeddings(load_pipeline(copy)).precompute(["ネコ", "イヌ"])

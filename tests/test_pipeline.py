@@ -14,7 +14,7 @@ from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_step_with_logpro
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
 from ddpo_pytorch.generator.lora import add_lora, lora_parameters
 from ddpo_pytorch.generator.pipeline import (
-    PromptTable,
+    PromptEmbeddings,
     decode_latents,
     encode_prompts,
     guided_noise_prediction,
@@ -119,7 +119,7 @@ def test_unfit_unet_weights_fail_by_name(pipe, tiny_pipeline_dir, tmp_path):
 
 def test_prompt_table_equals_diffusers_and_encodes_once(pipe, monkeypatch):
     expected, negative = pipe.encode_prompt(PROMPTS, "cpu", 1, True)
-    table = PromptTable(pipe)
+    table = PromptEmbeddings(pipe)
     torch.testing.assert_close(table(PROMPTS), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(encode_prompts(pipe, PROMPTS), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(table.negative, negative[:1], rtol=1e-5, atol=1e-5)
@@ -132,7 +132,7 @@ def test_prompt_table_equals_diffusers_and_encodes_once(pipe, monkeypatch):
 def test_guidance_combines_two_predictions(pipe):
     latents = torch.randn(3, *latent_shape(pipe), generator=seeded(0))
     timesteps = torch.tensor([901, 401, 1])
-    table = PromptTable(pipe)
+    table = PromptEmbeddings(pipe)
     embeds = table([PROMPTS[0], PROMPTS[1], PROMPTS[0]])
     with torch.no_grad():
         conditional = pipe.unet(latents, timesteps, encoder_hidden_states=embeds).sample
@@ -187,7 +187,7 @@ def test_update_scores_the_trajectory_as_the_rollout_did(tiny_pipeline_dir, dtyp
     with torch.no_grad():
         for parameter in lora_parameters(pipe.unet):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=seeded(parameter.numel())))
-    embeds, negative = PromptTable(pipe)(PROMPTS), PromptTable(pipe).negative
+    embeds, negative = PromptEmbeddings(pipe)(PROMPTS), PromptEmbeddings(pipe).negative
     _, _, latents, log_probs = pipeline_with_logprob(
         pipe,
         prompt_embeds=embeds,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from ml_collections import ConfigDict
 
-from ddpo_pytorch.generator.pipeline import PromptTable, load_pipeline
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
 from ddpo_pytorch.prompts import get_prompt_fn
 from ddpo_pytorch.rollout import (
     Trajectories,
@@ -68,7 +68,7 @@ def test_timesteps_are_shuffled_within_the_window_and_never_repeated():
 def test_a_sample_does_not_depend_on_its_batch(tiny_pipeline_dir):
     pipe = load_pipeline(tiny_pipeline_dir)
     pipe.set_progress_bar_config(disable=True)
-    table = PromptTable(pipe)
+    table = PromptEmbeddings(pipe)
     prompts, _ = draw_prompts(get_prompt_fn("isic_all"), 0, 0, 4)
 
     def draw(indices):

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from ddpo_pytorch.generator import from_scratch as scratch
-from ddpo_pytorch.generator.cpu_kernels import fuse_lora
+from ddpo_pytorch.generator.cpu_kernels import fuse_lora, run_batch_on_all_cores
 from ddpo_pytorch.generator.lora import add_lora, lora_parameters
-from ddpo_pytorch.generator.threads import divide_among_threads
 from ddpo_pytorch.training.rollout_gradients import has_row_gradients, row_gradients
 
 ROWS = 5
@@ -57,7 +56,7 @@ def test_rows_have_their_own_gradients(threads, fused, checkpointing):
     if checkpointing:
         model.enable_gradient_checkpointing()
     if threads:
-        divide_among_threads(model, threads)
+        run_batch_on_all_cores(model, threads)
     weights = lora_parameters(model)
     with row_gradients(model, ROWS) as found:
         for _ in range(2):  # passes add up

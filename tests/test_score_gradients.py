@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from test_train import ROOT, classifier, load_module, script, settings, train  # noqa: F401 (fixtures)
 
 from ddpo_pytorch.generator.lora import ATTENTION, add_lora, lora_parameters
-from ddpo_pytorch.generator.pipeline import PromptTable, load_pipeline
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
 from ddpo_pytorch.rollout import sample_trajectories
 from ddpo_pytorch.training.rollout_gradients import ScoreGradients, while_sampling
 from ddpo_pytorch.training.setup import batch_geometry, load_policy
@@ -133,7 +133,7 @@ def test_a_gradient_scaler_takes_part(tiny_pipeline_dir):
     pipe = load_pipeline(tiny_pipeline_dir)
     pipe.set_progress_bar_config(disable=True)
     add_lora(pipe.unet, 2, ATTENTION, seed=0)
-    table, weights, found = PromptTable(pipe), lora_parameters(pipe.unet), []
+    table, weights, found = PromptEmbeddings(pipe), lora_parameters(pipe.unet), []
     for scale in (None, 1024.0):
         accelerator = Accelerator(cpu=True)
         accelerator.scaler = scale and torch.amp.GradScaler("cpu", init_scale=scale)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpo_pytorch.generator.pipeline import PromptTable, load_pipeline
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
 from ddpo_pytorch.training.scoring import Scorer
 from ddpo_pytorch.utils.distributed import SIGNALS, StopRequest
 from ddpo_pytorch.utils.errors import UserError
@@ -57,10 +57,10 @@ def test_a_signal_is_a_request_and_handlers_come_back(number):
 def test_a_complete_table_needs_no_text_encoder(tiny_pipeline_dir, caplog):
     pipe = load_pipeline(tiny_pipeline_dir)
     prompts = ["a photo of a mole", "a ruler " * 77]
-    lazy = PromptTable(pipe)
+    lazy = PromptEmbeddings(pipe)
     expected, negative = lazy(prompts), lazy.negative
-    table = PromptTable(pipe)
-    table.complete(prompts)
+    table = PromptEmbeddings(pipe)
+    table.precompute(prompts)
     assert pipe.text_encoder is None
     assert any(
         "1 prompts have more than 77 tokens and are cut, the first is 'a ruler" in text for text in caplog.messages

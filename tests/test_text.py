@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.generator.conditioning import RECORD, save_model, unet_metadata, with_bert
-from ddpo_pytorch.generator.pipeline import PromptTable, encode_prompts, guided_noise_prediction, load_pipeline
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings, encode_prompts, guided_noise_prediction, load_pipeline
 from ddpo_pytorch.generator.text import (
     build_bert,
     embed,
@@ -130,7 +130,7 @@ def test_training_and_sampling_mask_alike(pipe):
     torch.testing.assert_close(pipe.unet(latents, torch.tensor(3), embeds).sample, named)
     tokens = tokenize(pipe.tokenizer, PROMPTS)
     torch.testing.assert_close(encode_tokens(pipe.text_encoder, tokens), embeds)
-    negative = PromptTable(pipe).negative
+    negative = PromptEmbeddings(pipe).negative
     assert negative.shape == (1, 24, 32) and (negative != 0).any(dim=-1).sum() == 2  # [CLS] and [SEP]
     guided = guided_noise_prediction(pipe.unet, latents, 3, embeds, negative, 3.0)
     empty = pipe.unet(latents, torch.tensor(3), negative[:, :2].expand(2, -1, -1)).sample

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from ddpo_pytorch.generator import from_scratch as scratch
-from ddpo_pytorch.generator.cpu_kernels import fuse_lora
+from ddpo_pytorch.generator.cpu_kernels import fuse_lora, run_batch_on_all_cores
 from ddpo_pytorch.generator.lora import ATTENTION, add_lora, disabled_lora
-from ddpo_pytorch.generator.threads import divide_among_threads
 
 
 def unet(lora: bool):
@@ -38,7 +37,7 @@ def test_outputs_and_gradients_are_those_of_the_whole_batch(lora, rows, threads,
     for divided in (False, True):
         model = unet(lora)
         if divided:
-            divide_among_threads(model, threads)
+            run_batch_on_all_cores(model, threads)
         with torch.no_grad():
             drawn.append(model(latents, timesteps, **inputs)[0])
         output = model(latents, timesteps, **inputs)[0]
@@ -54,7 +53,7 @@ def test_outputs_and_gradients_are_those_of_the_whole_batch(lora, rows, threads,
 
 def test_a_failure_in_a_thread_is_not_lost():
     model = unet(True)
-    divide_among_threads(model, 2)
+    run_batch_on_all_cores(model, 2)
     latents, too_narrow = torch.zeros(2, 4, 16, 16).double(), torch.zeros(2, 9, 31).double()
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         model(latents, torch.zeros(2).long(), encoder_hidden_states=too_narrow)

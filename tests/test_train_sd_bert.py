@@ -12,8 +12,8 @@ from stage_tools import entries
 
 from ddpo_pytorch.data.images import read_log, save_image, write_log
 from ddpo_pytorch.data.isic import CAPTIONS, folder_name
+from ddpo_pytorch.generator.finetune_data import MixedLatents
 from ddpo_pytorch.generator.latents import LatentShards
-from ddpo_pytorch.generator.mixing import MixedLatents
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import has_mask
 from ddpo_pytorch.utils.errors import UserError

@@ -10,7 +10,7 @@ from test_golden import golden_dir, lora_pipe, numbers, pipe, relative, settings
 from test_train import load_module, script  # noqa: F401 (fixture)
 
 from ddpo_pytorch.generator.lora import load_lora, lora_parameters, lora_state_dict
-from ddpo_pytorch.generator.pipeline import PromptTable, set_schedule
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings, set_schedule
 from ddpo_pytorch.rollout import Trajectories
 from ddpo_pytorch.training.optimizer import GuardedOptimizer, make_optimizer
 from ddpo_pytorch.training.setup import batch_geometry
@@ -58,7 +58,17 @@ def one_update(script, lora_pipe, settings, numbers, monkeypatch):  # noqa: F811
         unet, optimizer = accelerator.prepare(lora_pipe.unet, make_optimizer(config.train, parameters))
         guard = GuardedOptimizer(accelerator, optimizer, config.train.max_grad_norm, config.train.max_skipped_updates)
         job = script.Run(
-            config, accelerator, geometry, None, lora_pipe, unet, optimizer, guard, PromptTable(lora_pipe), None, None
+            config,
+            accelerator,
+            geometry,
+            None,
+            lora_pipe,
+            unet,
+            optimizer,
+            guard,
+            PromptEmbeddings(lora_pipe),
+            None,
+            None,
         )
         samples = Trajectories(
             settings["prompts"], lora_pipe.scheduler.timesteps, latents, numbers["ppo/old_log_probs"].float()

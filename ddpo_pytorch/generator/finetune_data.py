@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from ml_collections import ConfigDict
+from torch.utils.data import Dataset
 
 from ddpo_pytorch.data import datasets as kinds
 from ddpo_pytorch.data.datasets import KINDS, Row, check_apart, source
@@ -16,7 +17,6 @@ from ddpo_pytorch.data.images import LOG, RESIZES, ImageFiles, read_log
 from ddpo_pytorch.data.sample_folder import claim_folder
 from ddpo_pytorch.generator.from_scratch import TEXT_ENCODERS
 from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, write_index
-from ddpo_pytorch.generator.mixing import REAL_SHARE, MixedLatents
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
 from ddpo_pytorch.utils.fingerprint import fingerprint
@@ -33,6 +33,7 @@ from ddpo_pytorch.utils.settings import (
 )
 
 logger = logging.getLogger(__name__)
+REAL_SHARE = Range("[0.5, 1]")  # half of the images are real, or more
 # what a finished stage has left in sd.output.
 OUTCOMES = {"vae": "vae", "unet": "pretrained_unet.safetensors", "finetune": "pretrained_unet.safetensors"}
 RANGES = {
@@ -60,6 +61,59 @@ _STAGES_READING = {
     **dict.fromkeys(("caption_dropout", "min_snr_gamma", "text_encoder", "text_tokens"), ("unet", "finetune")),
     **dict.fromkeys(("use_lora", "lora_rank", "lora_targets", "train_text_encoder", "real_share"), ("finetune",)),
 }
+
+
+class MixedLatents(Dataset):
+    """Items (mean, logvar, caption id, weight): the real images and as many from the pool as `real_share` asks for.
+
+    One pass has every real image once, with weight 1, and round(real (1 - real_share) / real_share) items of the pool,
+    which is gone through from its beginning as often as that takes; pool image i has weight w_i / mean(w). So the real
+    images keep the generator from drifting into what the judges do not see, whatever the size of the pool.
+
+    Args:
+        real, pool: latents whose caption ids count in the same list (`LatentShards.renumber`).
+        weights: (len(pool),), not negative, not all 0; the judges' scores.
+        real_share: in [0.5, 1].
+
+    Raises UserError for another share or weights.
+    """
+
+    def __init__(self, real: LatentShards, pool: LatentShards, weights: Sequence[float], real_share: float):
+        check_ranges({"real_share": real_share}, {"real_share": REAL_SHARE}, "sd.")
+        values = torch.tensor(weights, dtype=torch.float32)
+        if len(values) != len(pool) or not (values >= 0).all() or not values.sum() > 0:
+            raise UserError(
+                f"{len(values)} weights for {len(pool)} images of the pool, or weights that are not positive numbers; "
+                "draw the pool again with scripts/generate.py"
+            )
+        self.real, self.pool, self.weights = real, pool, values / values.mean()
+        self.drawn = round(len(real) * (1 - real_share) / real_share)
+
+    @property
+    def captions(self) -> list[str]:
+        return list(dict.fromkeys([*self.real.captions, *self.pool.captions]))
+
+    def digests(self) -> list[str]:
+        """Hashes of all that is learned from, weights included."""
+        return [*self.real.digests(), *self.pool.digests(), str(self.weights.tolist()), str(self.drawn)]
+
+    def shares_images_with(self, other: LatentShards) -> bool:
+        """See `LatentShards.shares_images_with`; of the real images."""
+        return self.real.shares_images_with(other)
+
+    def renumber(self, captions: Sequence[str]) -> None:
+        """See `LatentShards.renumber`; for both parts."""
+        self.real.renumber(captions)
+        self.pool.renumber(captions)
+
+    def __len__(self) -> int:
+        return len(self.real) + self.drawn
+
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, ...]:
+        if position < len(self.real):
+            return *self.real[position], torch.ones(())
+        index = (position - len(self.real)) % len(self.pool)
+        return *self.pool[index], self.weights[index]
 
 
 def check_settings(sd: ConfigDict) -> None:

@@ -142,7 +142,7 @@ def encode_prompts(pipe: StableDiffusionPipeline, prompts: Iterable[str]) -> tor
     return embed(pipe.tokenizer, pipe.text_encoder, prompts)
 
 
-class PromptTable:
+class PromptEmbeddings:
     """Prompt embeddings, computed once for each string.
 
     Each prompt is encoded on its own: in a batch the last bits would depend on its neighbours, and a resumed run, which
@@ -162,7 +162,7 @@ class PromptTable:
         """Embedding (1, L, D) of the empty prompt, the unconditional side of guidance."""
         return self._embedding("")[None]
 
-    def complete(self, prompts: Iterable[str]) -> None:
+    def precompute(self, prompts: Iterable[str]) -> None:
         """Embed these and the empty prompt, and let the text encoder go: no other prompt can follow (KeyError).
 
         Warns of prompts that are too long for it.

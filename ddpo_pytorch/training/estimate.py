@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from ml_collections import ConfigDict
 
-from ddpo_pytorch.generator.pipeline import PromptTable, guided_noise_prediction, latent_shape
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings, guided_noise_prediction, latent_shape
 from ddpo_pytorch.training.rollout_gradients import ScoreGradients
 from ddpo_pytorch.training.setup import Geometry
 
@@ -18,7 +18,7 @@ TRAINING_PASSES = {True: 2, False: 3}
 
 def epoch_time(
     pipe: StableDiffusionPipeline,
-    table: PromptTable,
+    table: PromptEmbeddings,
     config: ConfigDict,
     geometry: Geometry,
     gradients: ScoreGradients | None,

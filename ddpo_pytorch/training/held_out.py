@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from ddpo_pytorch.data.images import to_uint8
 from ddpo_pytorch.data.isic import ARTIFACTS, labels_of
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
-from ddpo_pytorch.generator.pipeline import PromptTable
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier
 from ddpo_pytorch.metrics.alignment import count_alignment
 from ddpo_pytorch.prompts import Prompt
@@ -76,7 +76,7 @@ class Sampling:
 
 def draw_images(
     pipe: StableDiffusionPipeline,
-    table: PromptTable,
+    table: PromptEmbeddings,
     prompts: Sequence[str],
     noise: list[torch.Generator],
     sampling: Sampling,
@@ -152,7 +152,7 @@ class HeldOut:
     def evaluate(
         self,
         pipe: StableDiffusionPipeline,
-        table: PromptTable,
+        table: PromptEmbeddings,
         reward_fn: RewardFn,
         batch_size: int,
         accelerator: Accelerator,

@@ -22,8 +22,7 @@ from peft.tuners import lora
 from torch import nn
 from torch.nn import functional as F
 
-from ddpo_pytorch.generator.cpu_kernels import LinearWithLora, fusible, is_fused
-from ddpo_pytorch.generator.threads import first_row
+from ddpo_pytorch.generator.cpu_kernels import LinearWithLora, first_row, fusible, is_fused
 from ddpo_pytorch.training.setup import Geometry
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 
 from ddpo_pytorch.data.images import image_grid, save_picture
-from ddpo_pytorch.generator.pipeline import PromptTable
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings
 from ddpo_pytorch.rollout import generators
 from ddpo_pytorch.training.held_out import Sampling, draw_images
 from ddpo_pytorch.utils.randomness import Stream
@@ -16,7 +16,7 @@ from ddpo_pytorch.utils.randomness import Stream
 def save_grid(
     accelerator: Accelerator,
     pipe: StableDiffusionPipeline,
-    table: PromptTable,
+    table: PromptEmbeddings,
     prompts: list[str],
     seed: int,
     sampling: Sampling,

@@ -11,10 +11,9 @@ from diffusers import StableDiffusionPipeline
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import check_schedule
-from ddpo_pytorch.generator.cpu_kernels import fuse_lora
+from ddpo_pytorch.generator.cpu_kernels import fuse_lora, run_batch_on_all_cores
 from ddpo_pytorch.generator.lora import add_lora
 from ddpo_pytorch.generator.pipeline import load_pipeline, set_schedule
-from ddpo_pytorch.generator.threads import divide_among_threads
 from ddpo_pytorch.prompts import PROMPT_LISTS, Prompt, all_prompts, get_prompt_fn
 from ddpo_pytorch.rewards import RewardFn, build_reward, check_prompts, parse_spec
 from ddpo_pytorch.rollout import draw_prompts
@@ -213,7 +212,7 @@ def load_policy(
     if train.compile:
         pipe.unet.compile_repeated_blocks()
     elif device.type == "cpu" and torch.get_num_threads() > 1 and not sharding_asked():
-        divide_among_threads(pipe.unet, torch.get_num_threads())
+        run_batch_on_all_cores(pipe.unet, torch.get_num_threads())
     return pipe
 
 
