@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddpo_pytorch.data.folder_names import folder_name
 from ddpo_pytorch.data.images import save_image
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
+from ddpo_pytorch.data.sample_folder import folder_name
 from ddpo_pytorch.phantoms.skin import draw
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from ddpo_pytorch.data import fundus
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
-from ddpo_pytorch.data.prompt_text import invisible_character
+from ddpo_pytorch.data.tables import invisible_character
 from ddpo_pytorch.utils.errors import UserError, describe_value
 from ddpo_pytorch.utils.randomness import seeded_globals
 from ddpo_pytorch.utils.settings import ZERO_OR_MORE, check_ranges

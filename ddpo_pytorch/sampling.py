@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-from ddpo_pytorch.data.folder_names import folder_name
 from ddpo_pytorch.data.images import load_pixels, save_image, to_uint8
-from ddpo_pytorch.data.sample_folder import PartLog
+from ddpo_pytorch.data.sample_folder import PartLog, folder_name
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, latent_shape, set_schedule
 from ddpo_pytorch.prompts import check_prompt

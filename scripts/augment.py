@@ -45,9 +45,9 @@ from ddpo_pytorch.augmentation.plan import (
 )
 from ddpo_pytorch.augmentation.report import as_csv, markdown, subgroups
 from ddpo_pytorch.data.image_cache import decoded
-from ddpo_pytorch.data.images import ImageFiles, captions_without_images, list_samples
+from ddpo_pytorch.data.images import ImageFiles
 from ddpo_pytorch.data.isic import LABELS, Row, labels_of, load_split
-from ddpo_pytorch.data.sample_folder import claim_folder, read_settings
+from ddpo_pytorch.data.sample_folder import captions_without_images, claim_folder, list_samples, read_settings
 from ddpo_pytorch.data.splits import read_splits
 from ddpo_pytorch.judges.backbones import new_classifier
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier

@@ -25,9 +25,9 @@ from diffusers import StableDiffusionPipeline
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ddpo_pytorch.data.images import is_whole, read_log
+from ddpo_pytorch.data.images import is_whole
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
-from ddpo_pytorch.data.sample_folder import SETTINGS, PartLog, claim_folder, logged, merge_parts, strays
+from ddpo_pytorch.data.sample_folder import SETTINGS, PartLog, claim_folder, logged, merge_parts, read_log, strays
 from ddpo_pytorch.generator.lora import adapter_fingerprint
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import check_tokens

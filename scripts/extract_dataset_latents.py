@@ -21,9 +21,8 @@ from ml_collections import ConfigDict
 
 from ddpo_pytorch.data import datasets as kinds
 from ddpo_pytorch.data.datasets import KINDS, Row, source
-from ddpo_pytorch.data.folder_names import folder_name
-from ddpo_pytorch.data.images import RESIZES, ImageFiles, is_whole, read_log, save_image, write_log
-from ddpo_pytorch.data.sample_folder import claim_folder
+from ddpo_pytorch.data.images import RESIZES, ImageFiles, is_whole, save_image
+from ddpo_pytorch.data.sample_folder import claim_folder, folder_name, read_log, write_log
 from ddpo_pytorch.generator.latents import INDEX, encode_data_set, write_index
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config

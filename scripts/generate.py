@@ -21,8 +21,8 @@ from accelerate.utils import gather_object
 from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
-from ddpo_pytorch.data.images import LOG, is_whole, read_log, save_image, write_log
-from ddpo_pytorch.data.sample_folder import claim_folder
+from ddpo_pytorch.data.images import is_whole, save_image
+from ddpo_pytorch.data.sample_folder import LOG, claim_folder, read_log, write_log
 from ddpo_pytorch.generator.lora import adapter_fingerprint
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import check_tokens

@@ -10,8 +10,8 @@ from judge_tools import threshold_between
 from PIL import Image
 from test_networks import random_inception  # noqa: F401 (a fixture of this plugin too)
 
-from ddpo_pytorch.data.images import load_image, write_log
-from ddpo_pytorch.data.isic import folder_name
+from ddpo_pytorch.data.images import load_image
+from ddpo_pytorch.data.sample_folder import folder_name, write_log
 from ddpo_pytorch.generator.text import build_bert
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, Policy, TextFeatures, save_policy
 from ddpo_pytorch.judges.selector import Selector, save_selector

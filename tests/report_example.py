@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ddpo_pytorch.data.isic import CAPTIONS, LABELS, folder_name, labels_of
+from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of
+from ddpo_pytorch.data.sample_folder import folder_name
 from ddpo_pytorch.phantoms.skin import draw
 
 HOW = "bootstrap over prompts and images, 2,000 resamples"

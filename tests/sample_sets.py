@@ -7,8 +7,9 @@ import pytest
 import torch
 import torchvision
 
-from ddpo_pytorch.data.images import save_image, write_log
-from ddpo_pytorch.data.isic import CAPTIONS, LABELS, folder_name
+from ddpo_pytorch.data.images import save_image
+from ddpo_pytorch.data.isic import CAPTIONS, LABELS
+from ddpo_pytorch.data.sample_folder import folder_name, write_log
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, save_classifier
 
 

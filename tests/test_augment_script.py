@@ -16,7 +16,8 @@ from script_tools import files_of, load_module, succeed
 from torchmetrics.functional.classification import binary_f1_score
 
 from ddpo_pytorch.augmentation.compare import MACRO
-from ddpo_pytorch.data.isic import CAPTIONS, caption_of_folder, folder_name, read_split, short_caption
+from ddpo_pytorch.data.isic import CAPTIONS, read_split, short_caption
+from ddpo_pytorch.data.sample_folder import caption_of_folder, folder_name
 from ddpo_pytorch.phantoms.skin import write_world
 
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from ddpo_pytorch.data import fundus, isic
-from ddpo_pytorch.data.lesions import read_metadata, write_splits
 from ddpo_pytorch.data.ratings import read_ratings
+from ddpo_pytorch.data.splits import read_metadata, write_splits
 from ddpo_pytorch.data.tables import number, protected, read_table, table_text, unprotected
 from ddpo_pytorch.metrics import tables
 from ddpo_pytorch.metrics.evaluation import write_per_image

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from ddpo_pytorch.data.field_of_view import fov_mask
 from ddpo_pytorch.data.fundus import read_split
+from ddpo_pytorch.data.images import fov_mask
 from ddpo_pytorch.phantoms import fundus as retina
 from ddpo_pytorch.phantoms.damage import BANDS, KINDS, VISIBLE, degrade, vessel_contrast
 from ddpo_pytorch.utils.errors import UserError

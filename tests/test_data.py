@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpo_pytorch.data import images, isic
+from ddpo_pytorch.data import images, isic, sample_folder
 from ddpo_pytorch.utils.errors import UserError
 
 HEADER = "image,MEL,NV,hair,gel_bubble,ruler,ink\n"
@@ -23,7 +23,7 @@ def test_captions_in_official_order():
     assert isic.CAPTIONS[31].endswith("(NV) showing hair, gel bubble, ruler, ink")
     for caption in isic.CAPTIONS:
         assert isic.caption_of(isic.labels_of(caption)) == caption
-        assert isic.caption_of_folder(isic.folder_name(caption)) == caption
+        assert sample_folder.caption_of_folder(sample_folder.folder_name(caption)) == caption
 
 
 def test_labels_are_looked_up_not_searched_for():
@@ -116,19 +116,19 @@ def test_broken_images_are_named(tmp_path):
 
 def test_sample_folders(tmp_path):
     with pytest.raises(UserError, match="not a sample folder"):
-        images.list_samples(tmp_path)
+        sample_folder.list_samples(tmp_path)
     first, second = isic.CAPTIONS[:2]
     for caption in (first, second):
-        images.save_image(tmp_path / "images" / isic.folder_name(caption) / "00000.png", torch.zeros(3, 4, 4))
-    assert {caption for _, caption in images.list_samples(tmp_path)} == {first, second}
-    assert [caption for _, caption in images.list_samples(tmp_path, [second])] == [second]
+        images.save_image(tmp_path / "images" / sample_folder.folder_name(caption) / "00000.png", torch.zeros(3, 4, 4))
+    assert {caption for _, caption in sample_folder.list_samples(tmp_path)} == {first, second}
+    assert [caption for _, caption in sample_folder.list_samples(tmp_path, [second])] == [second]
     with pytest.raises(UserError, match="holds no images"):
-        images.list_samples(tmp_path, [isic.CAPTIONS[5]])
+        sample_folder.list_samples(tmp_path, [isic.CAPTIONS[5]])
     (tmp_path / "images" / "pink").mkdir()
     with pytest.raises(UserError, match="'pink'"):
-        images.list_samples(tmp_path)
-    images.write_log(tmp_path, [{"prompt": first}])
-    assert images.read_log(tmp_path) == [{"prompt": first}]
+        sample_folder.list_samples(tmp_path)
+    sample_folder.write_log(tmp_path, [{"prompt": first}])
+    assert sample_folder.read_log(tmp_path) == [{"prompt": first}]
 
 
 def test_grid_places_images_row_by_row():

@@ -6,8 +6,7 @@ import pytest
 from PIL import Image
 
 from ddpo_pytorch.data import fundus, isic, ratings
-from ddpo_pytorch.data.images import list_samples, read_log
-from ddpo_pytorch.data.sample_folder import PARTS, logged
+from ddpo_pytorch.data.sample_folder import PARTS, list_samples, logged, read_log
 from ddpo_pytorch.generator.latents import LatentShards
 from ddpo_pytorch.training.checkpoints import MANIFEST, read_manifest
 from ddpo_pytorch.utils.errors import UserError

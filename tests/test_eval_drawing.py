@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from script_tools import PROMPTS, files_of, options
 
 from ddpo_pytorch.data.images import load_image, save_image
-from ddpo_pytorch.data.isic import folder_name
+from ddpo_pytorch.data.sample_folder import folder_name
 from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.sampling import images_per_pass, plan
 from ddpo_pytorch.utils.errors import UserError

@@ -15,8 +15,8 @@ from conftest import ROOT, run_script
 from script_tools import PROMPTS, files_of, options, succeed
 
 from ddpo_pytorch.data.images import save_image
-from ddpo_pytorch.data.isic import folder_name, labels_of
-from ddpo_pytorch.data.sample_folder import PartLog, logged, merge_parts
+from ddpo_pytorch.data.isic import labels_of
+from ddpo_pytorch.data.sample_folder import PartLog, folder_name, logged, merge_parts
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.rewards import isic_classifier_reward
 from ddpo_pytorch.sampling import Sampler, draw_pass, draw_passes, plan

@@ -16,9 +16,17 @@ import torch
 from conftest import ROOT, run_script
 from script_tools import PROMPTS, files_of, options, succeed
 
-from ddpo_pytorch.data.images import list_samples, load_image, save_image
-from ddpo_pytorch.data.isic import folder_name, labels_of
-from ddpo_pytorch.data.sample_folder import PartLog, claim_folder, logged, merge_parts, read_settings
+from ddpo_pytorch.data.images import load_image, save_image
+from ddpo_pytorch.data.isic import labels_of
+from ddpo_pytorch.data.sample_folder import (
+    PartLog,
+    claim_folder,
+    folder_name,
+    list_samples,
+    logged,
+    merge_parts,
+    read_settings,
+)
 from ddpo_pytorch.generator.lora import add_lora, save_lora
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.classifier import load_classifier

@@ -10,7 +10,8 @@ import torch
 from script_tools import files_of, options, succeed
 
 from ddpo_pytorch.data.images import load_image, save_image
-from ddpo_pytorch.data.isic import CAPTIONS, caption_of, folder_name
+from ddpo_pytorch.data.isic import CAPTIONS, caption_of
+from ddpo_pytorch.data.sample_folder import folder_name
 from ddpo_pytorch.generator.latents import LatentShards, fingerprint
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.utils.errors import UserError

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from ddpo_pytorch.data.field_of_view import fov_mask, fov_square
+from ddpo_pytorch.data.images import fov_mask, fov_square
 
 
 def disc(height, width, centre, radius, level=90):

@@ -6,8 +6,8 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from ddpo_pytorch.data.folder_names import folder_name
 from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.data.sample_folder import folder_name
 
 ODD = [
     "cup/disc ratio 0.6",

@@ -15,8 +15,9 @@ from sample_sets import write_samples
 from script_tools import options, succeed
 from test_metric_script import numbers
 
-from ddpo_pytorch.data.images import load_image, read_log, write_log
-from ddpo_pytorch.data.isic import CAPTIONS, folder_name
+from ddpo_pytorch.data.images import load_image
+from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.data.sample_folder import folder_name, read_log, write_log
 from ddpo_pytorch.judges.policy import load_judges
 from ddpo_pytorch.judges.selector import load_selector, save_selector
 from ddpo_pytorch.metrics.image_statistics import FOV, LEGACY, fov_quality, legacy_quality

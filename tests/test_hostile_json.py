@@ -11,8 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from script_tools import load_module
 
-from ddpo_pytorch.data.images import read_log
-from ddpo_pytorch.data.sample_folder import logged, read_settings
+from ddpo_pytorch.data.sample_folder import logged, read_log, read_settings
 from ddpo_pytorch.data.splits import read_splits
 from ddpo_pytorch.generator import conditioning
 from ddpo_pytorch.generator.from_scratch import build_unet, build_vae

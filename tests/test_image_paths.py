@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from ddpo_pytorch.data import fundus, isic, splits
-from ddpo_pytorch.data.image_paths import find_images
+from ddpo_pytorch.data.images import find_images
 from ddpo_pytorch.utils.errors import UserError
 
 HEADER = "image,MEL,NV,hair,gel_bubble,ruler,ink\n"

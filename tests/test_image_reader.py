@@ -14,15 +14,8 @@ from PIL import Image, TiffImagePlugin
 from ddpo_pytorch.data import fundus, splits
 from ddpo_pytorch.data.datasets import find_rows
 from ddpo_pytorch.data.image_cache import decoded
-from ddpo_pytorch.data.images import (
-    ImageFiles,
-    find_damage,
-    is_whole,
-    load_pixels,
-    read_rgb,
-    save_image,
-    write_log,
-)
+from ddpo_pytorch.data.images import ImageFiles, find_damage, is_whole, load_pixels, read_rgb, save_image
+from ddpo_pytorch.data.sample_folder import write_log
 from ddpo_pytorch.metrics.image_sets import any_files, inspected
 from ddpo_pytorch.rating.items import sample_items
 from ddpo_pytorch.utils.errors import UserError

@@ -12,7 +12,8 @@ from conftest import ROOT
 from judge_tools import FUNDUS_PROMPTS, threshold_between, write_judges
 from script_tools import files_of, load_module, options, succeed
 
-from ddpo_pytorch.data.images import read_log, save_image
+from ddpo_pytorch.data.images import save_image
+from ddpo_pytorch.data.sample_folder import read_log
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.policy import SELECTOR_FILE, load_judges
 from ddpo_pytorch.judges.selector import save_selector

@@ -7,7 +7,8 @@ from PIL import Image
 from sample_sets import write_samples
 from script_tools import options
 
-from ddpo_pytorch.data.isic import CAPTIONS, LABELS, folder_name
+from ddpo_pytorch.data.isic import CAPTIONS, LABELS
+from ddpo_pytorch.data.sample_folder import folder_name
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, save_classifier
 from ddpo_pytorch.utils.errors import UserError
 

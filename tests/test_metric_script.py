@@ -11,7 +11,8 @@ from scipy.special import expit
 from script_tools import options, succeed
 
 from ddpo_pytorch.data.images import load_image, save_image
-from ddpo_pytorch.data.isic import CAPTIONS, folder_name, labels_of
+from ddpo_pytorch.data.isic import CAPTIONS, labels_of
+from ddpo_pytorch.data.sample_folder import folder_name
 from ddpo_pytorch.judges.classifier import load_classifier
 
 pytest_plugins = ["script_tools", "sample_sets"]

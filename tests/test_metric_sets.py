@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 from sample_sets import write_samples
 
-from ddpo_pytorch.data.images import load_image, save_image, write_log
-from ddpo_pytorch.data.isic import CAPTIONS, folder_name, short_caption
+from ddpo_pytorch.data.images import load_image, save_image
+from ddpo_pytorch.data.isic import CAPTIONS, short_caption
+from ddpo_pytorch.data.sample_folder import folder_name, write_log
 from ddpo_pytorch.utils.errors import UserError
 
 pytest_plugins = ["script_tools", "sample_sets"]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpo_pytorch.data.field_of_view import fov_mask
 from ddpo_pytorch.data.fundus import load_split, read_split
+from ddpo_pytorch.data.images import fov_mask
 from ddpo_pytorch.phantoms import fundus as retina
 from ddpo_pytorch.utils.errors import UserError
 

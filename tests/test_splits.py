@@ -14,7 +14,7 @@ from conftest import ROOT
 from PIL import Image
 
 from ddpo_pytorch.data import isic, splits
-from ddpo_pytorch.data.lesions import RECORD, assign, regroup, report_leakage
+from ddpo_pytorch.data.splits import RECORD, assign, regroup, report_leakage
 from ddpo_pytorch.utils.errors import UserError
 
 HEADER = "image,MEL,NV,hair,gel_bubble,ruler,ink,site\n"

@@ -6,8 +6,9 @@ import io
 import numpy as np
 import torch
 
-from ddpo_pytorch.data.images import list_samples, save_image
-from ddpo_pytorch.data.isic import CAPTIONS, folder_name
+from ddpo_pytorch.data.images import save_image
+from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.data.sample_folder import folder_name, list_samples
 from ddpo_pytorch.metrics.pictures import comparison, contact_sheet
 from ddpo_pytorch.metrics.tables import as_csv, latex, markdown, table2, table3
 

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from script_tools import options, succeed
 from stage_tools import entries
 
-from ddpo_pytorch.data.images import read_log, save_image, write_log
-from ddpo_pytorch.data.isic import CAPTIONS, folder_name
+from ddpo_pytorch.data.images import save_image
+from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.data.sample_folder import folder_name, read_log, write_log
 from ddpo_pytorch.generator.finetune_data import MixedLatents
 from ddpo_pytorch.generator.latents import LatentShards
 from ddpo_pytorch.generator.pipeline import load_pipeline

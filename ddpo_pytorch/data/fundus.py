@@ -15,11 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpo_pytorch.data.image_paths import rows_with_image
-from ddpo_pytorch.data.images import find_damage
-from ddpo_pytorch.data.lesions import assign
-from ddpo_pytorch.data.prompt_text import invisible_character
-from ddpo_pytorch.data.tables import choice, read_table, table_text
+from ddpo_pytorch.data.images import find_damage, rows_with_image
+from ddpo_pytorch.data.splits import assign
+from ddpo_pytorch.data.tables import choice, invisible_character, read_table, table_text
 from ddpo_pytorch.utils.cli import add_path
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_write, path_fault
@@ -56,7 +54,7 @@ class Row:
 def read_split(path: str | Path) -> list[Row]:
     """Read a table with the columns path and Text, and perhaps modality (or modal), patient, eye; others are carried.
 
-    See `csv_tables.read_table` for what is understood. A path starts from the image folder. Raises UserError
+    See `tables.read_table` for what is understood. A path starts from the image folder. Raises UserError
     that describes the first faults by line and counts the others: a row whose commas cannot be resolved, an
     empty path or caption, a path out of the folder, one that appears twice, and another modality than fundus.
     """
@@ -141,7 +139,7 @@ def load_split(csv_path: str | Path, data_path: str | Path, limit: int = 0) -> t
     """Return rows that have an image, their files, and the number of rows without one, which a warning names.
 
     `limit` > 0 keeps the first that many rows with an image. Raises UserError as `read_split` and
-    `image_paths.rows_with_image` do. `check_images` finds damaged ones.
+    `images.rows_with_image` do. `check_images` finds damaged ones.
     """
     rows = read_split(csv_path)
     return rows_with_image(rows, [row.image for row in rows], csv_path, data_path, limit)

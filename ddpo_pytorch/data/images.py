@@ -7,31 +7,29 @@ image (at least prompt and path_to_img, relative to the folder).
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from scipy import ndimage
 from torch.utils.data import Dataset
 
-from ddpo_pytorch.data.field_of_view import fov_square
-from ddpo_pytorch.data.folder_names import folder_name
-from ddpo_pytorch.data.isic import caption_of_folder
 from ddpo_pytorch.utils.cores import thread_limit
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.files import atomic_write, open_regular, path_inside, write_json
-from ddpo_pytorch.utils.json_files import OneOf, read_json
+from ddpo_pytorch.utils.files import atomic_write, open_regular, path_inside
 
-LOG = "image_log.json"
 LARGEST_SIDE = 4096  # pixels of the squares that a judge looks at
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 # what files may hold, whatever they are called: Pillow would hand others to programs (PostScript to Ghostscript)
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 # raised with every change of the pixels that `read_rgb` makes of a file, so that no cache serves those of older rules
@@ -247,89 +245,166 @@ def image_grid(images: torch.Tensor, columns: int, padding: int = 2) -> Image.Im
     return sheet
 
 
-def list_samples(folder: str | Path, prompts: Sequence[str] = ()) -> list[tuple[Path, str]]:
-    """(file, caption) of every image of a sample folder, sorted; only the given captions when `prompts` is not empty.
+# levels of 255. The surround of JPEG files reaches about 10; the darkest retina is red alone, hence the largest channel
+# and not green or grey, which miss a third and more of underexposed fields.
+THRESHOLD = 15
+# parts of an underexposed field that hang apart count from this share of the picture; stamped letters are smaller.
+SMALLEST_PART = 1 / 500
 
-    A caption is the ISIC caption that the images' folder is named after, or else the prompt of image_log.json that it
-    is named after. Hidden entries are passed over. Raises UserError when the folder is missing, is not a sample folder,
-    holds no image of these captions, or anything but images of captions.
+
+def fov_mask(rgb: np.ndarray) -> np.ndarray:
+    """The field of view of a uint8 (H, W, 3) image: bool (H, W), true inside.
+
+    The largest connected region whose largest channel exceeds THRESHOLD, without holes. All false for a black image.
     """
-    root = Path(folder) / "images"
-    if not root.is_dir():
-        raise UserError(
-            f"{str(folder)!r} is not a sample folder (no images/ inside); "
-            "scripts/eval.py and scripts/extract_dataset_latents.py write them"
-        )
-    wanted = set(prompts)
-    samples = []
-    directories = sorted(entry for entry in root.iterdir() if entry.name[0] != ".")
-    captions = _captions_of(folder, [entry.name for entry in directories if entry.is_dir()])
-    for directory in directories:
-        if not directory.is_dir():
-            raise _not_read(directory)
-        caption = captions[directory.name]
-        if not wanted or caption in wanted:
-            for path in sorted(entry for entry in directory.iterdir() if entry.name[0] != "."):
-                if path.suffix.lower() not in IMAGE_SUFFIXES:
-                    raise _not_read(path)
-                samples.append((path, caption))
-    if not samples:
-        raise UserError(f"{str(folder)!r} holds no images" + (f" of the prompts {sorted(wanted)}" if wanted else ""))
-    return samples
+    regions, sizes = _regions(rgb)
+    if not sizes.any():
+        return np.zeros(regions.shape, bool)
+    return ndimage.binary_fill_holes(regions == sizes.argmax())
 
 
-def captions_without_images(
-    folder: str | Path, samples: Sequence[tuple[Path, str]], prompts: Sequence[str] = ()
-) -> list[str]:
-    """Return the captions that a sample folder should hold an image of and does not, sorted; `samples` are its images.
+def fov_square(image: Image.Image) -> Image.Image:
+    """An RGB image cut to the box of its field of view and padded with black to a square, centred.
 
-    Those are the captions that a folder in images/ is named after, the prompts of image_log.json, and `prompts`, which
-    are the only ones if there are any.
+    No pixel is scaled. The box holds every lit region of at least SMALLEST_PART of the picture, so that a dark band
+    through the field loses no part of it. A picture without any such region, or lit to all four edges, is only padded.
     """
-    names = [entry.name for entry in (Path(folder) / "images").iterdir() if entry.is_dir() and entry.name[0] != "."]
-    logged = (entry.get("prompt") for entry in read_log(folder))
-    named = {*_captions_of(folder, names).values(), *(prompt for prompt in logged if isinstance(prompt, str))}
-    return sorted((set(prompts) or named) - {caption for _, caption in samples})
+    regions, sizes = _regions(np.asarray(image))
+    sizeable = sizes >= SMALLEST_PART * regions.size
+    sizeable[0] = False
+    if sizeable.any():
+        rows, columns = (np.flatnonzero(sizeable[regions].any(axis)) for axis in (1, 0))
+        image = image.crop((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
+    side = max(image.size)
+    square = Image.new("RGB", (side, side))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
-def _captions_of(folder: str | Path, names: Sequence[str]) -> dict[str, str]:
-    """Return the caption of each folder of images, from the table of ISIC or else from the log.
+def _regions(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(H, W) numbers of the connected lit regions from 1, 0 elsewhere; pixels of each, 0 for the dark."""
+    regions, _ = ndimage.label(rgb.max(2) > THRESHOLD)
+    sizes = np.bincount(regions.ravel())
+    sizes[0] = 0
+    return regions, sizes
 
-    The log maps the folders of its images, whatever they are called, to its prompts.
+
+logger = logging.getLogger(__name__)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+T = TypeVar("T")
+_LISTED = 5  # missing images that a warning names
+
+
+def stem_of(name: str) -> str:
+    """Return a name without its suffix, if that is one of SUFFIXES in any case."""
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in SUFFIXES else name
+
+
+def find_images(
+    folder: str | Path, names: Sequence[str], key: Callable[[str], str] = str.casefold
+) -> list[Path | None]:
+    """Return the image file of each name, a path from `folder`; None where there is none.
+
+    A name with a suffix is that file, else the only one that differs from it in the case of letters or the spelling of
+    the suffix (.jpeg for .jpg). A name without a suffix is the only file with any of SUFFIXES whose stem has the same
+    `key`. Where names differ by case alone, it has to agree. Raises UserError for a name that leads out of the folder
+    and for two files of one name.
     """
-    found, logged = {}, None
+    folder, names = Path(folder), list(names)
+    found = {name: path_inside(folder, name, "image table") for name in names}
+    found = {name: path for name, path in found.items() if stem_of(name) != name and path.is_file()}
+    taken = set(found.values())
+
+    def group(name: str) -> tuple[str, str, str]:
+        path = PurePosixPath(name)
+        return str(path.parent).casefold(), key(stem_of(path.name)), _format(name)
+
+    @cache
+    def directory(parent: PurePosixPath) -> Path | None:
+        return _directory(folder, parent)
+
+    @cache
+    def files(place: Path) -> dict[str, list[Path]]:
+        by_key: dict[str, list[Path]] = {}
+        with os.scandir(place) as entries:
+            for entry in entries:  # a pipe or device is kept here, for the reader to refuse by name
+                if _format(entry.name) and not entry.is_dir() and os.path.exists(entry.path):
+                    by_key.setdefault(key(stem_of(entry.name)), []).append(place / entry.name)
+        return by_key
+
+    groups = Counter(map(group, names))
     for name in names:
-        try:
-            found[name] = caption_of_folder(name)
-        except UserError as error:
-            if logged is None:
-                entries = [entry for entry in read_log(folder) if isinstance(entry.get("prompt"), str)]
-                logged = {folder_name(entry["prompt"]): entry["prompt"] for entry in entries}
-                logged |= {Path(str(entry.get("path_to_img"))).parent.name: entry["prompt"] for entry in entries}
-            if name not in logged:
-                raise UserError(f"{str(folder)!r}: {error}, nor after a prompt of image_log.json") from error
-            found[name] = logged[name]
-    return found
+        path = PurePosixPath(name)
+        if name in found or (place := directory(path.parent)) is None:
+            continue
+        _, stem_key, wanted = group(name)
+        candidates = [file for file in files(place).get(stem_key, ()) if file not in taken]
+        candidates = [file for file in candidates if wanted in ("", _format(file.name))]
+        if groups[group(name)] > 1:
+            candidates = [file for file in candidates if file.stem == stem_of(path.name)]
+        if len(candidates) > 1:
+            one, other = sorted(candidates)[:2]
+            raise UserError(f"{str(one)!r} and {str(other)!r} are both the image {name!r}; keep one of them")
+        if not candidates and (place / path.name).is_file():  # with no suffix, or with one not in SUFFIXES
+            candidates = [place / path.name]
+        if candidates:
+            found[name] = candidates[0]
+            taken.add(candidates[0])
+    return [found.get(name) for name in names]
 
 
-def _not_read(path: Path) -> UserError:
-    allowed = f"images/<caption with _ for spaces>/ holds only {', '.join(IMAGE_SUFFIXES)} files"
-    return UserError(f"{str(path)!r} is not read: {allowed}; convert it, or move it away")
+def _format(name: str) -> str:
+    suffix = PurePosixPath(name).suffix.lower()
+    return {".jpeg": ".jpg", ".tiff": ".tif"}.get(suffix, suffix) if suffix in SUFFIXES else ""
 
 
-def write_log(folder: str | Path, entries: list[dict]) -> None:
-    """Write `image_log.json` atomically."""
-    write_json(Path(folder) / LOG, entries)
+def _directory(folder: Path, parent: PurePosixPath) -> Path | None:
+    for part in parent.parts:
+        if not (folder / part).is_dir():
+            names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+            twins = [name for name in names if name.casefold() == part.casefold()]
+            if len(twins) != 1:
+                return None
+            (part,) = twins
+        folder = folder / part
+    return folder
 
 
-def read_log(folder: str | Path) -> list[dict]:
-    """Entries of `image_log.json`; an empty list when there is none.
+def rows_with_image(
+    rows: Sequence[T],
+    names: Sequence[str],
+    table: str | Path,
+    folder: str | Path,
+    limit: int = 0,
+    key: Callable[[str], str] = str.casefold,
+) -> tuple[list[T], list[Path], int]:
+    """Return the rows of a table whose image is found, its file, and the number of rows without one (a warning).
 
-    Raises UserError if it cannot be read, is no list of JSON objects, or names an image outside the folder.
+    `names` are those of the rows' images, for `find_images`, whose errors it raises. `limit` > 0 keeps the first that
+    many rows with an image. Raises UserError where the folder or every image is missing.
     """
-    path, shape = Path(folder) / LOG, [{"path_to_img?": str, "prompt?": OneOf((str, None))}]
-    entries = read_json(path, shape, "make the samples again elsewhere") if path.is_file() else []
-    for number, entry in enumerate(entries, 1):
-        if isinstance(name := entry.get("path_to_img"), str):
-            path_inside(folder, name, f"{str(path)!r} entry {number}")
-    return entries
+    if not Path(folder).is_dir():
+        raise UserError(f"image folder {str(folder)!r} does not exist; give that of the images in {str(table)!r}")
+    if not rows:
+        raise UserError(f"{str(table)!r} has a header and no rows; give one image a line")
+    kept, paths, missing = [], [], []
+    for row, name, path in zip(rows, names, find_images(folder, names, key), strict=True):
+        if limit and len(kept) == limit:
+            break
+        if path is None:
+            missing.append(name)
+        else:
+            kept.append(row)
+            paths.append(path)
+    if not kept:
+        raise UserError(
+            f"none of the {len(missing)} images of {str(table)!r} is in {str(folder)!r}, where the first would be "
+            f"{str(Path(folder) / names[0])!r}; give the folder that the names start from"
+        )
+    if missing:
+        named = f"{', '.join(missing[:_LISTED])}{', ...' if missing[_LISTED:] else ''}"
+        total = len(kept) + len(missing)
+        said = "%d of %d images of %s are not in %s, their rows are skipped: %s"
+        logger.warning(said, len(missing), total, table, folder, named)
+    return kept, paths, len(missing)

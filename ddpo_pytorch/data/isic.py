@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpo_pytorch.data.folder_names import folder_name
-from ddpo_pytorch.data.image_paths import find_images, rows_with_image, stem_of
+from ddpo_pytorch.data.images import find_images, rows_with_image, stem_of
 from ddpo_pytorch.data.tables import number, read_table
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import path_fault
@@ -41,7 +40,6 @@ _TABLE = {
 }
 CAPTIONS: tuple[str, ...] = tuple(_TABLE)
 _CAPTION_OF_LABELS = {labels: caption for caption, labels in _TABLE.items()}
-_CAPTION_OF_FOLDER = {folder_name(caption): caption for caption in CAPTIONS}
 # the columns of table 2: captions with exactly one artifact, by (disease, artifact).
 SINGLE_ARTIFACT_CAPTIONS = {
     (disease, artifact): _compose((*(int(a == artifact) for a in ARTIFACTS), *((1, 0) if disease == "MEL" else (0, 1))))
@@ -79,13 +77,6 @@ def labels_of(caption: str) -> tuple[int, ...]:
     return _TABLE[caption]
 
 
-def caption_of_folder(name: str) -> str:
-    """The caption whose `folder_name` this is. Raises UserError for any other name."""
-    if name not in _CAPTION_OF_FOLDER:
-        raise UserError(f"folder {name!r} is not named after one of the 32 ISIC captions (spaces as underscores)")
-    return _CAPTION_OF_FOLDER[name]
-
-
 @dataclass(frozen=True)
 class Row:
     """One line of a split table: image id, six labels, their caption, every column as text, its number from 0."""
@@ -100,7 +91,7 @@ class Row:
 def read_split(path: str | Path) -> list[Row]:
     """Read a split table with the columns image, MEL, NV, hair, gel_bubble, ruler, ink (others are carried along).
 
-    See `csv_tables.read_table` for what is understood. Raises UserError that describes the first faults by line and
+    See `tables.read_table` for what is understood. Raises UserError that describes the first faults by line and
     counts the others: a row of the wrong number of cells, an empty or repeated id, a label other than 0 or 1, both or
     neither disease.
     """
@@ -156,7 +147,7 @@ def file_key(stem: str) -> str:
 
 
 def find_image(data_path: str | Path, image: str) -> Path | None:
-    """Return the file of an image id (`image_paths.find_images`), with or without `_downsampled`, or None."""
+    """Return the file of an image id (`images.find_images`), with or without `_downsampled`, or None."""
     return find_images(data_path, [stem_of(image)], file_key)[0]
 
 
@@ -164,7 +155,7 @@ def load_split(csv_path: str | Path, data_path: str | Path, limit: int = 0) -> t
     """Return rows that have an image, their files, and the number of rows without one, which a warning names.
 
     `limit` > 0 keeps the first that many rows with an image. Raises UserError as `read_split` and
-    `image_paths.rows_with_image` do. A damaged image raises UserError when it is loaded (`splits.drop_broken` finds it
+    `images.rows_with_image` do. A damaged image raises UserError when it is loaded (`splits.drop_broken` finds it
     before).
     """
     rows = read_split(csv_path)

@@ -77,7 +77,7 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
 
     Without expert_level every expert has level 3; without rater_id every row is another rater. Image paths start from
     `root` or from the table's folder. The images have to lie in `root`, which is by default the table's folder, or in
-    the folder `within`: a table from elsewhere cannot point to other files. See `csv_tables.read_table` for what is
+    the folder `within`: a table from elsewhere cannot point to other files. See `tables.read_table` for what is
     understood.
 
     Raises UserError that describes the first faults by line and counts the others: a rating or level that is no number

@@ -4,20 +4,24 @@ While images are made, each process appends one JSON line an image to `image_log
 merged into `image_log.json`. `settings.json` states what made the images, so that no folder mixes two origins.
 """
 
+import hashlib
 import io
 import json
 import os
+import re
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ddpo_pytorch.data.images import IMAGE_SUFFIXES, read_log, write_log
+from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.utils.errors import UserError, difference
-from ddpo_pytorch.utils.files import append, path_fault, write_json
-from ddpo_pytorch.utils.json_files import parse_json, read_json
+from ddpo_pytorch.utils.files import append, path_fault, path_inside, write_json
+from ddpo_pytorch.utils.json_files import OneOf, parse_json, read_json
 
 SETTINGS = "settings.json"
+LOG = "image_log.json"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 PARTS = "image_log.part*.jsonl"
 
 
@@ -143,3 +147,136 @@ def merge_parts(folder: str | Path, order: Sequence[str] = ()) -> int:
 
 def _unnumbered(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key != "sampleID"}
+
+
+def list_samples(folder: str | Path, prompts: Sequence[str] = ()) -> list[tuple[Path, str]]:
+    """(file, caption) of every image of a sample folder, sorted; only the given captions when `prompts` is not empty.
+
+    A caption is the ISIC caption that the images' folder is named after, or else the prompt of image_log.json that it
+    is named after. Hidden entries are passed over. Raises UserError when the folder is missing, is not a sample folder,
+    holds no image of these captions, or anything but images of captions.
+    """
+    root = Path(folder) / "images"
+    if not root.is_dir():
+        raise UserError(
+            f"{str(folder)!r} is not a sample folder (no images/ inside); "
+            "scripts/eval.py and scripts/extract_dataset_latents.py write them"
+        )
+    wanted = set(prompts)
+    samples = []
+    directories = sorted(entry for entry in root.iterdir() if entry.name[0] != ".")
+    captions = _captions_of(folder, [entry.name for entry in directories if entry.is_dir()])
+    for directory in directories:
+        if not directory.is_dir():
+            raise _not_read(directory)
+        caption = captions[directory.name]
+        if not wanted or caption in wanted:
+            for path in sorted(entry for entry in directory.iterdir() if entry.name[0] != "."):
+                if path.suffix.lower() not in IMAGE_SUFFIXES:
+                    raise _not_read(path)
+                samples.append((path, caption))
+    if not samples:
+        raise UserError(f"{str(folder)!r} holds no images" + (f" of the prompts {sorted(wanted)}" if wanted else ""))
+    return samples
+
+
+def captions_without_images(
+    folder: str | Path, samples: Sequence[tuple[Path, str]], prompts: Sequence[str] = ()
+) -> list[str]:
+    """Return the captions that a sample folder should hold an image of and does not, sorted; `samples` are its images.
+
+    Those are the captions that a folder in images/ is named after, the prompts of image_log.json, and `prompts`, which
+    are the only ones if there are any.
+    """
+    names = [entry.name for entry in (Path(folder) / "images").iterdir() if entry.is_dir() and entry.name[0] != "."]
+    logged = (entry.get("prompt") for entry in read_log(folder))
+    named = {*_captions_of(folder, names).values(), *(prompt for prompt in logged if isinstance(prompt, str))}
+    return sorted((set(prompts) or named) - {caption for _, caption in samples})
+
+
+def _captions_of(folder: str | Path, names: Sequence[str]) -> dict[str, str]:
+    """Return the caption of each folder of images, from the table of ISIC or else from the log.
+
+    The log maps the folders of its images, whatever they are called, to its prompts.
+    """
+    found, logged = {}, None
+    for name in names:
+        try:
+            found[name] = caption_of_folder(name)
+        except UserError as error:
+            if logged is None:
+                entries = [entry for entry in read_log(folder) if isinstance(entry.get("prompt"), str)]
+                logged = {folder_name(entry["prompt"]): entry["prompt"] for entry in entries}
+                logged |= {Path(str(entry.get("path_to_img"))).parent.name: entry["prompt"] for entry in entries}
+            if name not in logged:
+                raise UserError(f"{str(folder)!r}: {error}, nor after a prompt of image_log.json") from error
+            found[name] = logged[name]
+    return found
+
+
+def _not_read(path: Path) -> UserError:
+    allowed = f"images/<caption with _ for spaces>/ holds only {', '.join(IMAGE_SUFFIXES)} files"
+    return UserError(f"{str(path)!r} is not read: {allowed}; convert it, or move it away")
+
+
+def write_log(folder: str | Path, entries: list[dict]) -> None:
+    """Write `image_log.json` atomically."""
+    write_json(Path(folder) / LOG, entries)
+
+
+def read_log(folder: str | Path) -> list[dict]:
+    """Entries of `image_log.json`; an empty list when there is none.
+
+    Raises UserError if it cannot be read, is no list of JSON objects, or names an image outside the folder.
+    """
+    path, shape = Path(folder) / LOG, [{"path_to_img?": str, "prompt?": OneOf((str, None))}]
+    entries = read_json(path, shape, "make the samples again elsewhere") if path.is_file() else []
+    for number, entry in enumerate(entries, 1):
+        if isinstance(name := entry.get("path_to_img"), str):
+            path_inside(folder, name, f"{str(path)!r} entry {number}")
+    return entries
+
+
+LONGEST = 255  # bytes of a file name on common file systems
+_HASH_DIGITS = 16
+
+
+def folder_name(caption: str) -> str:
+    """Return the folder of a caption's images: a function of the caption alone, different for different captions.
+
+    Spaces become underscores, as in the official code. What that rule or a file system cannot keep apart is written as
+    % and hex digits of its UTF-8 bytes: "_", "/", "\\", unprintable characters, a dot in front, and a "%" that reads as
+    such an escape. `urllib.parse.unquote(name.replace("_", " "))` gives the caption back. A name beyond 255 bytes, and
+    that of the empty caption, ends in %FF, which no escape contains, and a hash of the caption; image_log.json maps it.
+    """
+    pieces = [_escaped(caption, place) for place in range(len(caption))]
+    name = "".join(pieces)
+    if name and len(name.encode()) <= LONGEST:
+        return name
+    ending = "%FF" + hashlib.sha256(caption.encode(errors="surrogatepass")).hexdigest()[:_HASH_DIGITS]
+    head, room = "", LONGEST - len(ending)
+    for piece in pieces:
+        if (room := room - len(piece.encode())) < 0:
+            break
+        head += piece
+    return head + ending
+
+
+def _escaped(caption: str, place: int) -> str:
+    character = caption[place]
+    if character == " ":
+        return "_"
+    unsafe = character in "_/\\" or not character.isprintable() or (character == "." and place == 0)
+    if unsafe or (character == "%" and re.match("[0-9A-Fa-f]{2}", caption[place + 1 : place + 3])):
+        return "".join(f"%{byte:02X}" for byte in character.encode(errors="surrogatepass"))
+    return character
+
+
+_CAPTION_OF_FOLDER = {folder_name(caption): caption for caption in CAPTIONS}
+
+
+def caption_of_folder(name: str) -> str:
+    """The caption whose `folder_name` this is. Raises UserError for any other name."""
+    if name not in _CAPTION_OF_FOLDER:
+        raise UserError(f"folder {name!r} is not named after one of the 32 ISIC captions (spaces as underscores)")
+    return _CAPTION_OF_FOLDER[name]

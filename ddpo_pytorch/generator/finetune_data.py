@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 
 from ddpo_pytorch.data import datasets as kinds
 from ddpo_pytorch.data.datasets import KINDS, Row, check_apart, source
-from ddpo_pytorch.data.images import LOG, RESIZES, ImageFiles, read_log
-from ddpo_pytorch.data.sample_folder import claim_folder
+from ddpo_pytorch.data.images import RESIZES, ImageFiles
+from ddpo_pytorch.data.sample_folder import LOG, claim_folder, read_log
 from ddpo_pytorch.generator.from_scratch import TEXT_ENCODERS
 from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, write_index
 from ddpo_pytorch.utils.errors import UserError

@@ -14,10 +14,9 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
-from ddpo_pytorch.data.image_paths import SUFFIXES
-from ddpo_pytorch.data.images import captions_without_images, list_samples, open_image, read_log
+from ddpo_pytorch.data.images import SUFFIXES, open_image
 from ddpo_pytorch.data.isic import CAPTIONS
-from ddpo_pytorch.data.sample_folder import read_settings
+from ddpo_pytorch.data.sample_folder import captions_without_images, list_samples, read_log, read_settings
 from ddpo_pytorch.metrics.vocabulary import vocabulary_of
 from ddpo_pytorch.utils.cli import expand
 from ddpo_pytorch.utils.errors import UserError

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage, stats
 
-from ddpo_pytorch.data.field_of_view import fov_mask
+from ddpo_pytorch.data.images import fov_mask
 from ddpo_pytorch.metrics.intervals import REPLICATES, Quantity, bootstrap_mean
 from ddpo_pytorch.metrics.resampling import Sample, replicate_means
 
@@ -66,7 +66,7 @@ def legacy_quality(pixels: np.ndarray) -> tuple[float, ...]:
 def fov_quality(pixels: np.ndarray) -> tuple[float, ...] | None:
     """Seven numbers of an image uint8 (H, W, 3) inside its field of view; None where it has none.
 
-    The field (`field_of_view.fov_mask`) is eroded by W / 128 pixels, at least 3, so that its rim is not measured. Of
+    The field (`images.fov_mask`) is eroded by W / 128 pixels, at least 3, so that its rim is not measured. Of
     the green channel G in [0, 1]: RMS contrast = std; Michelson contrast = (p95 - p5) / (p95 + p5); Sharpness = mean
     squared Sobel gradient (Tenengrad); Vessel visibility = mean black top-hat (closing - G) with a square of 15 W / 512
     pixels, which is what is dark and narrower; Uniformity = 1 - std / mean over the means of the cells of an 8 x 8 grid

@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 from ml_collections import ConfigDict
 
-from ddpo_pytorch.data.isic import ARTIFACTS, CAPTIONS, caption_of_folder
+from ddpo_pytorch.data.isic import ARTIFACTS, CAPTIONS
+from ddpo_pytorch.data.sample_folder import caption_of_folder
 from ddpo_pytorch.metrics.feature_store import PIXELS, THUMBNAILS, Network
 from ddpo_pytorch.metrics.fundus_networks import FundusJudges, fundus_judges, quality_network, structure_networks
 from ddpo_pytorch.metrics.image_sets import ImageSet, any_files, caption_files, inspected, named_paths

@@ -8,7 +8,7 @@ import math
 import numpy as np
 from scipy import ndimage
 
-from ddpo_pytorch.data.field_of_view import fov_mask
+from ddpo_pytorch.data.images import fov_mask
 from ddpo_pytorch.utils.errors import UserError
 
 # strengths that an expert would rate 2 (mild but plain to see) and 1 (of little use); what lies between is not used.

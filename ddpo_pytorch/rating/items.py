@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpo_pytorch.data.fundus import MODALITY, load_split, tidy_path
-from ddpo_pytorch.data.images import open_image, read_log
+from ddpo_pytorch.data.images import open_image
+from ddpo_pytorch.data.sample_folder import read_log
 from ddpo_pytorch.utils.errors import UserError
 
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ddpo_pytorch.data.folder_names import folder_name
 from ddpo_pytorch.data.fundus import MODALITY
 from ddpo_pytorch.data.images import to_uint8
+from ddpo_pytorch.data.sample_folder import folder_name
 from ddpo_pytorch.judges.policy import Policy
 from ddpo_pytorch.judges.selector import Selector
 from ddpo_pytorch.sampling import Sampler

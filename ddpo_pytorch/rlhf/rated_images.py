@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from ddpo_pytorch.data.field_of_view import fov_square
 from ddpo_pytorch.data.fundus import names_side
-from ddpo_pytorch.data.images import read_rgb, to_uint8
+from ddpo_pytorch.data.images import fov_square, read_rgb, to_uint8
 from ddpo_pytorch.data.ratings import RatedImage
 from ddpo_pytorch.generator.latents import reconstruct
 from ddpo_pytorch.judges.vit import resized
