@@ -43,6 +43,8 @@ setup(
         "jinja2>=3.1.6",
         "matplotlib>=3.9",
         "gdown>=6.3",
+        "filelock>=4.0",
+        "psutil>=5.9",
         "wandb>=0.19",
     ],
     extras_require={

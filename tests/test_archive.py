@@ -156,7 +156,7 @@ UNSUITABLE = {
     "a long path": "/".join(["x" * 100] * 11),
     "deep": "x/" * 60 + "x",
     "very deep": "x/" * 30_000 + "x",
-    "temporary folder": ".images.zip.partial/y",
+    "temporary folder": ".images.zip.12@host.tmp/y",
     "temporary file": "a/.0.png.12.tmp",
     "unpacked": ".images.zip.unpacked/y",
     "lock": ".lock",

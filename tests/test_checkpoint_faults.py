@@ -164,7 +164,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
     monkeypatch.setattr(files.os, "replace", lambda old, new: (calls.append(("name", new.name)), replace(old, new)))
     save(tmp_path, 1)
     synced = {name for what, name in calls[:5] if what == "sync"}
-    assert synced == {*FILES, "manifest.json", f".checkpoint_1.{os.getpid()}.tmp"}
+    assert synced == {*FILES, "manifest.json", f".checkpoint_1.{os.getpid()}@{files.HOST}.tmp"}
     assert calls[5:] == [("name", "checkpoint_1"), ("sync", tmp_path.name)]
     calls.clear()
     with atomic_write(tmp_path / "a", durable=True) as temporary:
@@ -207,7 +207,7 @@ def begin(run: Path) -> dict:
 
 def test_a_disk_without_room_is_told_before_anything_is_written(small_disk, monkeypatch):
     before = begin(small_disk)
-    check_full(small_disk, before, "' was not begun: about 1.1 MiB")
+    check_full(small_disk, before, "' could not be written (too little space): about 1.1 MiB")
     # where the system states more room than there is, as under a quota
     usage = namedtuple("usage", "total used free")(2**40, 0, 2**40)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)

@@ -134,7 +134,7 @@ def test_eval_completes_a_killed_run_to_the_same_bytes(samples, config_file, run
         shutil.copy(samples / missing[0], folder / missing[0])
     with open(folder / "image_log.part0.jsonl", "a") as file:
         file.write('{"prompt": "a dermo')
-    next(folder.glob("images/*")).joinpath(".00002.png.7.tmp").write_bytes(b"")
+    next(folder.glob("images/*")).joinpath(".00002.png.9999999.tmp").write_bytes(b"")
     succeed("eval.py", *arguments, processes=2)
     assert files_of(folder) == files_of(samples)
 

@@ -53,7 +53,7 @@ def test_a_second_script_in_a_folder_ends_with_one_line(tmp_path, name, options)
 def test_leftovers_go_even_where_the_command_then_fails(run_main, config_file, tmp_path, name):
     for place in (tmp_path, tmp_path / "images" / "hair"):
         place.mkdir(parents=True, exist_ok=True)
-        (place / ".shard_00000.safetensors.4242.tmp").write_bytes(bytes(1000))
+        (place / ".shard_00000.safetensors.9999999.tmp").write_bytes(bytes(1000))
     fields = CONFIGURED[name] | {FOLDER.get(name, "logdir"): str(tmp_path), "sd__data_path": ""}
     with pytest.raises((UserError, OSError)):
         run_main(name, config_file, **fields, pretrained__model=str(tmp_path / "nowhere"), dataset__csv="no.csv")

@@ -118,7 +118,7 @@ def test_the_table_is_read_by_training_after_every_click(tmp_path, items):
 
 
 def reopened_rated(store: Store, path: Path, rater: str) -> list:
-    store._lock.close()
+    store._lock.release()
     return reopened(path).rated(rater)
 
 
@@ -130,12 +130,12 @@ def test_a_crash_at_any_byte_loses_no_confirmed_click(tmp_path, items):
     before = {file: file.read_bytes() for file in (store.journal, path)}
     store.rate(items[1], 1, 2, "Ann")
     after = {file: file.read_bytes() for file in (store.journal, path)}
-    store._lock.close()
+    store._lock.release()
     for cut in range(len(before[store.journal]), len(after[store.journal]) + 1):
         store.journal.write_bytes(after[store.journal][:cut])
         path.write_bytes(before[path])
         again = reopened(path)
-        again._lock.close()
+        again._lock.release()
         journaled = cut == len(after[store.journal])
         assert again.rated("Ann") == [items[0].key] + [items[1].key] * journaled
         assert path.read_bytes() == (after if journaled else before)[path]
@@ -143,11 +143,11 @@ def test_a_crash_at_any_byte_loses_no_confirmed_click(tmp_path, items):
         store.journal.write_bytes(after[store.journal])
         path.write_bytes(after[path][:cut])
         again = reopened(path)
-        again._lock.close()
+        again._lock.release()
         assert path.read_bytes() == after[path] and again.rated("Ann") == [items[0].key, items[1].key]
     for cut in range(len(",".join(COLUMNS))):  # in the very first line
         path.write_bytes(before[path][:cut])
-        reopened(path)._lock.close()
+        reopened(path)._lock.release()
         assert path.read_bytes().startswith(before[path].splitlines(keepends=True)[0])
 
 
@@ -158,7 +158,7 @@ def test_an_undo_that_a_crash_cut_short_is_done_at_the_next_start(tmp_path, item
     store.rate(items[1], 1, 2, "Ann")
     full = path.read_bytes()
     store.undo(items[1], "Ann")
-    store._lock.close()
+    store._lock.release()
     path.write_bytes(full)
     assert reopened(path).rated("Ann") == [items[0].key]
     assert [row.rating for row in read_ratings(path)] == [3]
@@ -171,7 +171,7 @@ class Restart:
         self.path, self.store = path, Store(path)
 
     def __call__(self) -> Store:
-        self.store._lock.close()
+        self.store._lock.release()
         self.store = Store(self.path)
         return self.store
 
@@ -324,7 +324,7 @@ def test_formulas_are_quoted_on_disk_and_known_again(tmp_path):
     for file in (store.path, store.journal):
         cells = [cell for row in csv.reader(open(file, newline="")) for cell in row]
         assert not any(cell.startswith(("=", "@", "+")) for cell in cells)
-    store._lock.close()
+    store._lock.release()
     again = reopened(store.path)
     assert [again.rated(rater) for rater in raters] == [[item.key]] * 3
     assert [row.rater_id for row in read_ratings(store.path)] == raters
@@ -341,7 +341,7 @@ def test_only_csv_files_are_written(tmp_path, items, name):
 
 
 def test_what_a_killed_write_has_left_is_removed(rated):
-    leftovers = [rated.path.with_name(f".ratings{part}.csv.7.tmp") for part in ("", ".journal")]
+    leftovers = [rated.path.with_name(f".ratings{part}.csv.9999999.tmp") for part in ("", ".journal")]
     for path in leftovers:
         path.write_text("x" * 100)
     rated()

@@ -1,6 +1,5 @@
 """The same command again: what goes on, from where, what is refused, and that no two runs share a folder."""
 
-import fcntl
 import json
 import logging
 import os
@@ -160,7 +159,7 @@ def test_a_run_without_a_checkpoint_begins_anew(train, tmp_path, caplog):  # noq
     folder = tmp_path / "logs" / "run"
     folder.mkdir()
     (folder / LOCK).touch()  # killed at once
-    (folder / ".config.json.4242.tmp").write_text('{"seed": 4')  # or a little later
+    (folder / ".config.json.9999999.tmp").write_text('{"seed": 4')  # or a little later
     train()
     assert_same_run(reference, folder, 2)
     for left in (*folder.glob("checkpoint_*"), folder / "grid_0002.png"):
@@ -252,7 +251,7 @@ def test_a_damaged_best_is_put_aside(train, tmp_path, caplog):  # noqa: F811
     assert (folder / "best.damaged").is_dir() and not (folder / "best").exists()
 
 
-def test_a_run_folder_is_one_runs_alone(train, tmp_path, monkeypatch, caplog):  # noqa: F811
+def test_a_run_folder_is_one_runs_alone(train, tmp_path):  # noqa: F811
     folder = tmp_path / "logs" / "run"
     train(num_epochs=1)
     before = files_of(folder)
@@ -266,13 +265,6 @@ def test_a_run_folder_is_one_runs_alone(train, tmp_path, monkeypatch, caplog):  
         train(num_epochs=2, use_lora=False)  # the lock went with the error
     train(num_epochs=2)
     assert not (folder / LOCK).exists()
-
-    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(95, "not supported")))
-    caplog.clear()
-    train(num_epochs=3)
-    assert [text for text in caplog.messages if "no locks on this file system" in text] == [
-        f"{folder / '.lock'}: no locks on this file system; let no second run write here"
-    ]
 
 
 @pytest.mark.slow
@@ -302,7 +294,7 @@ def test_a_full_disk_ends_a_run_that_then_goes_on(settings, tmp_path):  # noqa: 
         assert full.returncode == 2 and "Traceback" not in full.stderr
         (line,) = [line for line in full.stderr.splitlines() if line.startswith("error:")]
         number = len(list((disk / "run").glob("checkpoint_*")))
-        assert f"{str(disk / 'run' / f'checkpoint_{number + 1}')!r} was not begun: about 0." in line and number
+        assert f"{str(disk / 'run' / f'checkpoint_{number + 1}')!r} could not be written (too little space): about 0." in line and number
         subprocess.run(["mount", "-o", "remount,size=9m", disk], check=True)
         again = run_script("train.py", *as_flags(settings, **flags, logdir=str(disk)))
         assert again.returncode == 0, again.stderr

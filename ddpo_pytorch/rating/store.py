@@ -58,7 +58,7 @@ class Store:
         self._read()  # a file of somebody else's is refused before anything is written
         self.path.parent.mkdir(parents=True, exist_ok=True)
         taken = f"{str(self.path)!r} is being written by another rating page; end that one, or give another --out"
-        self._lock = lock(self.path.with_name(f".{self.path.stem}.lock"), taken, "rating page")
+        self._lock = lock(self.path.with_name(f".{self.path.stem}.lock"), taken)
         remove_leftovers(self.path.parent, depth=0)
         self._clicks, dropped = self._read()
         if dropped:
@@ -82,7 +82,7 @@ class Store:
         A click after that raises OSError.
         """
         self._write_table(self._rows, self._rows)
-        self._lock.close()
+        self._lock.release()
 
     def rated(self, rater: str) -> list[tuple[str, str]]:
         """Return (image_path, prompt) of what a rater has rated, in the order of the table."""
@@ -102,7 +102,7 @@ class Store:
         self._click("undo", self._rows.get((*item.key, rater), skipped))
 
     def _click(self, action: str, cells: list[str]) -> None:
-        if self._lock.closed:
+        if not self._lock.is_locked:
             raise OSError(errno.ESHUTDOWN, "the page has ended")
         click = [time.strftime(TIME, time.gmtime()), action, *cells]
         rows = _replay([click], self._rows)

@@ -1,44 +1,49 @@
-"""Names inside a folder, atomic writes, locks, full disks, hashes, and logs of one JSON object a line."""
+"""Paths inside a folder, atomic writes, locks, full disks, hashes, and logs of one JSON object a line."""
 
 import errno
-import fcntl
 import hashlib
 import io
 import json
 import logging
 import math
 import os
+import platform
 import re
 import shutil
 import stat
 import time
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
+
+import psutil
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.json_files import COUNT, parse_json
 
 LOCK = ".lock"
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF)  # of file systems without locks
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF)  # errors of file systems without locks
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# what atomic_write, atomic_folder (now, and in earlier versions) and remove_folder leave behind when they are killed
-UNFINISHED = re.compile(r"\..+\.(\d+\.tmp|partial|removed)")
-ABANDONED_AFTER = 3600  # seconds without a change, where no lock can tell whether a file is still being written
+HOST = re.sub(r"[^\w-]", "-", platform.node())
+# left behind by atomic_write, atomic_folder and remove_folder when they are killed
+UNFINISHED = re.compile(r"\..+\.((?P<pid>\d+)(@(?P<host>[\w-]+))?\.tmp|removed)")
+ABANDONED_AFTER = 3600  # seconds without a change after which another machine is not writing a temporary file any more
+# Windows has no O_NONBLOCK and translates line ends without O_BINARY
+READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 logger = logging.getLogger(__name__)
 
 
 class DiskFull(UserError, OSError):
-    """A file that does not fit: on the disk, into a quota, or below a limit on the size of files."""
+    """A file exceeds the free space of the disk, a quota, or a limit on the size of files."""
 
 
 def path_fault(name: str) -> str | None:
     """Return why a name from a table or log may not be opened below a folder, or None.
 
-    It must lead to something inside that folder on any system: not empty, not absolute, no drive letter, no "..", no
-    control characters. A backslash counts as a slash. Links inside the folder are the user's own and are followed.
+    The name must lead inside the folder on any system: not empty, not absolute, no drive letter, no "..", no control
+    characters; a backslash counts as a slash. Links inside the folder belong to the user and are followed.
     """
     parts = name.replace("\\", "/").split("/")
     if not name or all(part in ("", ".") for part in parts):
@@ -51,64 +56,59 @@ def path_fault(name: str) -> str | None:
 
 
 def path_inside(folder: str | Path, name: str, where: str) -> Path:
-    """Return `folder / name`. Raises UserError, which begins with `where`, for a name that `path_fault` refuses."""
+    """Return `folder / name`. Raises UserError, prefixed by `where`, for a name that `path_fault` rejects."""
     if fault := path_fault(name):
-        raise UserError(f"{where}: the path {name!r} {fault} {str(folder)!r}; give one that starts from that folder")
+        raise UserError(f"{where}: the path {name!r} {fault} {str(folder)!r}; give one relative to that folder")
     return Path(folder) / name
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file for reading. A pipe would block, a device may have no end: both raise UserError.
+    """Open a regular file for reading.
 
-    Raises OSError as `open` does.
+    Raises UserError for a pipe, which would block, and for a device or folder; OSError as `open` does.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without O_NONBLOCK, opening a pipe waits for a writer
+    descriptor = os.open(path, READ_FLAGS)  # without O_NONBLOCK, opening a pipe waits for a writer
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise UserError(f"{str(path)!r} is a folder, pipe or device, where a regular file is needed; remove it")
+        raise UserError(f"{str(path)!r} is a folder, pipe or device; a regular file is needed: remove it")
     return os.fdopen(descriptor, "rb")
 
 
 @contextmanager
 def atomic_write(path: str | Path, durable: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary file beside `path` (the folder is made if absent), which is renamed to it at the end.
+    """Yield an empty temporary file next to `path`, renamed to `path` at the end; missing folders are created.
 
-    After an error nothing is left, and a file that had the name before is still the old one. What a kill leaves,
-    `remove_leftovers` removes. `durable`: also after a power cut, for the price of waiting for the disk. Raises
-    DiskFull, and whatever is raised within.
+    An error leaves nothing behind and an existing file unchanged; `remove_leftovers` cleans up after a kill. With
+    `durable` the file also survives a power cut, at the price of waiting for the disk. Raises DiskFull.
     """
     path = Path(path)
     temporary = _temporary(path)
     with room_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            try:
-                _try_lock(file.fileno())
-                yield temporary
-                if durable:
-                    _sync(temporary)
-                os.replace(temporary, path)
-                if durable:
-                    _sync(path.parent)
-            finally:
-                temporary.unlink(missing_ok=True)
+        try:
+            temporary.write_bytes(b"")
+            yield temporary
+            if durable:
+                _sync(temporary)
+            os.replace(temporary, path)
+            if durable:
+                _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: str | Path, size: int | None = None, durable: bool = True) -> Iterator[Path]:
-    """Do the same for a folder, which must not exist when it gets its name.
+    """Yield an empty temporary folder, renamed to `path` at the end.
 
-    Raises DiskFull before anything is written where fewer than `size` bytes are free, and UserError where another
-    command has given a folder this name meanwhile.
+    Raises DiskFull, before anything is written if fewer than `size` bytes are free, and UserError if `path` exists.
     """
     path = Path(path)
     temporary = _temporary(path)
     with room_for(path, size):
-        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same number
         temporary.mkdir(parents=True)
-        descriptor = os.open(temporary, os.O_RDONLY)
         try:
-            _try_lock(descriptor)
             yield temporary
             for written in (*temporary.rglob("*"), temporary) if durable else ():
                 _sync(written)
@@ -117,65 +117,63 @@ def atomic_folder(path: str | Path, size: int | None = None, durable: bool = Tru
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
-                raise UserError(f"{str(path)!r} exists already; move it away, or choose another name") from error
+                raise UserError(f"{str(path)!r} already exists; move it away, or choose another name") from error
             _sync(path.parent)
         finally:
-            os.close(descriptor)
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: str | Path, value: Any, durable: bool = False) -> None:
-    """Write indented JSON whole or not at all."""
+    """Write indented JSON atomically."""
     text = json.dumps(value, indent=1) + "\n"
     with atomic_write(path, durable) as temporary:
         temporary.write_text(text)
 
 
 def remove_folder(path: str | Path) -> None:
-    """Remove a folder, which loses its name at once: no kill leaves a part of it under that name."""
+    """Rename a folder, then remove it, so that a kill leaves no partial folder under its name."""
     path = Path(path)
-    gone = path.with_name(f".{path.name}.removed")
-    shutil.rmtree(gone, ignore_errors=True)
-    os.replace(path, gone)
-    shutil.rmtree(gone)
+    renamed = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(renamed, ignore_errors=True)
+    os.replace(path, renamed)
+    shutil.rmtree(renamed)
 
 
 def remove_leftovers(folder: str | Path, depth: int = 2) -> None:
-    """Remove what the functions above left when they were killed, in a folder and `depth` levels of folders in it.
-
-    What a living process is writing stays.
-    """
+    """Remove temporary files and folders of killed processes from `folder` and `depth` levels of subfolders."""
     entries: list[os.DirEntry] = []
     with suppress(OSError):  # what cannot be read or removed is in nobody's way
         entries = list(os.scandir(folder))
     for entry in entries:
         with suppress(OSError):
             is_folder = entry.is_dir(follow_symlinks=False)
-            if not UNFINISHED.fullmatch(entry.name):
+            if not (unfinished := UNFINISHED.fullmatch(entry.name)):
                 if is_folder and depth:
                     remove_leftovers(entry.path, depth - 1)
-            elif entry.is_symlink() or not _in_use(entry.path):
+            elif not _being_written(entry, unfinished["pid"], unfinished["host"]):
                 shutil.rmtree(entry.path) if is_folder else os.unlink(entry.path)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _in_use(path: str) -> bool:
-    """Return whether a living process is writing a temporary file or folder."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+def _being_written(entry: os.DirEntry, pid: str | None, host: str | None) -> bool:
+    if pid is None or entry.is_symlink():
+        return False
+    if host not in (None, HOST):
+        return time.time() - entry.stat().st_mtime < ABANDONED_AFTER
     try:
-        return not _try_lock(descriptor) and time.time() - os.stat(descriptor).st_mtime < ABANDONED_AFTER
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
+        return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}@{HOST}.tmp")
 
 
 def _sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -187,27 +185,26 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def room_for(path: str | Path, size: int | None = None) -> Iterator[None]:
-    """Turn the errors of a full disk, within this context, into DiskFull; what was written is left to the caller.
+    """Turn errors of a full disk into DiskFull; raise it at once if fewer than `size` bytes are free.
 
-    Raises DiskFull at once where fewer than `size` bytes are free. A quota, or a limit on the size of files, is
-    noticed only when it is met.
+    A quota, or a limit on the size of files, shows only when it is exceeded.
     """
     path = Path(path)
-    needed = "" if size is None else f"about {_readable(size)} are needed and "
-    if size is not None and not _free(path) >= size:
-        raise DiskFull(f"{str(path)!r} was not begun: {needed}{_advice(path)}")
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    if size is not None and _free(folder) < size:
+        raise _disk_full(path, folder, "too little space", size)
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         if reason := full_disk(error):
-            raise DiskFull(f"{str(path)!r} could not be written ({reason}): {needed}{_advice(path)}") from error
+            raise _disk_full(path, folder, reason, size) from error
         raise
 
 
 def full_disk(error: BaseException | None) -> str:
-    """Return what the system said of a full disk, from an error of Python, NumPy, PyTorch or safetensors; else ""."""
+    """Return the system's message if an error of Python, NumPy, PyTorch or safetensors means a full disk, else ""."""
     while error is not None:
         code = error.errno if isinstance(error, OSError) else None
         if stated := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors and tokenizers
@@ -220,42 +217,34 @@ def full_disk(error: BaseException | None) -> str:
     return ""
 
 
-def _existing(path: Path) -> Path:
-    """Return the folder that a new path would be in, or the nearest above it that exists."""
-    return next(parent for parent in path.absolute().parents if parent.is_dir())
-
-
-def _free(path: Path) -> float:
-    usage = shutil.disk_usage(_existing(path))
-    return usage.free if usage.total else math.inf  # there are network file systems that know no sizes
-
-
-def _advice(path: Path) -> str:
-    return (
-        f"{_readable(_free(path))} are free; what was there before is untouched: make room in "
-        f"{str(_existing(path))!r}, then run the same command again"
+def _disk_full(path: Path, folder: Path, reason: str, size: int | None) -> DiskFull:
+    needed = f"about {size / 2**20:,.1f} MiB are needed, " if size else ""
+    return DiskFull(
+        f"{str(path)!r} could not be written ({reason}): {needed}{_free(folder) / 2**20:,.1f} MiB are free; existing "
+        f"files are untouched: make room in {str(folder)!r}, then run the same command again"
     )
 
 
-def _readable(size: float) -> str:
-    return f"{size / 2**20:,.1f} MiB"
+def _free(folder: Path) -> float:
+    usage = shutil.disk_usage(folder)
+    return usage.free if usage.total else math.inf  # some network file systems know no sizes
 
 
 def sha256(path: str | Path) -> str:
-    """SHA-256 of a regular file, in hex."""
+    """Return the SHA-256 of a regular file, in hex."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def append_line(path: str | Path, line: str) -> None:
-    """Append a line, which is on the disk when this returns; one that does not fit (DiskFull) leaves nothing."""
+    """Append a line and wait until it is on the disk. A line that does not fit (DiskFull) leaves nothing."""
     with room_for(path), open(path, "ab", buffering=0) as file:
         append(file, line.encode() + b"\n")
         os.fsync(file.fileno())
 
 
 def append(file: io.FileIO, content: bytes) -> None:
-    """Append all of some bytes to an unbuffered file, or, raising DiskFull, none of them."""
+    """Append `content` to an unbuffered file completely, or raise DiskFull and leave the file unchanged."""
     size = file.seek(0, os.SEEK_END)
     with room_for(file.name):
         try:
@@ -267,11 +256,10 @@ def append(file: io.FileIO, content: bytes) -> None:
 
 
 class JsonLines:
-    """An append-only file of one JSON object a line; silent on every process but the main one.
+    """An append-only file of one JSON object a line, written by the main process only.
 
-    Of an existing file, entries whose `counter` is below `keep` stay: a resumed run repeats those after its checkpoint.
-    A line that a power cut has torn is removed, with a warning that says which; one that lacks only its newline is
-    complete.
+    With `keep`, entries of an existing file whose `counter` is `keep` or more are removed, since a resumed run repeats
+    them; so are damaged lines, with a warning. A last line that lacks only its newline is complete.
     """
 
     def __init__(self, path: str | Path, active: bool = True, keep: int | None = None, counter: str = "epoch"):
@@ -281,101 +269,72 @@ class JsonLines:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.is_file():
             return
-        content, kept, last = self.path.read_bytes(), [], None
+        content, kept = self.path.read_bytes(), b""
         for number, line in enumerate(content.splitlines(), 1):
             if not line.strip():
                 continue
             try:
-                count = parse_json(line, {counter: COUNT}, "")[counter] if keep is not None else None
+                if keep is None or parse_json(line, {counter: COUNT}, "")[counter] < keep:
+                    kept += line + b"\n"
             except UserError:
-                self._warn(line, number, counter, last, keep)
-                continue
-            if keep is None or count < keep:
-                kept.append(line)
-                last = count
-        if (text := b"".join(line + b"\n" for line in kept)) != content:
+                logger.warning("%s: removed line %d, which is damaged: %.80r", self.path, number, line)
+        if kept != content:
             with atomic_write(self.path, durable=True) as temporary:
-                temporary.write_bytes(text)
-
-    def _warn(self, line: bytes, number: int, counter: str, last: int | None, keep: int) -> None:
-        stated = re.match(rb'\{"%s": (\d+),' % counter.encode(), line)  # it comes first, so a torn line often has it
-        lost = int(stated[1]) if stated else None
-        which = f"{counter} {lost}" if stated else f"after {counter} {last}" if last is not None else "the first"
-        repeated = (last + 1 if last is not None else 0) >= keep if lost is None else lost >= keep
-        outcome = "it is made and logged again" if repeated else "the run has it, the log lacks it from now on"
-        logger.warning("%s: line %d (%s) is damaged and was removed; %s", self.path, number, which, outcome)
+                temporary.write_bytes(kept)
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Append a line, as `append_line` does. Numbers that JSON lacks, as nan, become null."""
+        """Append an entry, as `append_line` does; NaN and infinity, which JSON lacks, become null."""
         if self.active:
             entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
             append_line(self.path, json.dumps(entry))
 
 
-_locks: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()
-# a data loader's worker would keep the locks of its parent, for a while also after the parent was killed
-os.register_at_fork(after_in_child=lambda: [file.close() for file in list(_locks)])
+def lock(path: str | Path, taken: str) -> BaseFileLock:
+    """Lock the file at `path`, made if absent, until `release` is called or the process ends; forks do not hold it.
 
-
-def lock(path: str | Path, taken: str, second: str) -> IO[bytes]:
-    """Open the file at `path`, made if absent, and lock it until it is closed or the process ends.
-
-    Raises UserError(taken) while another process has it. On a file system without locks a warning asks to let no
-    `second` one write.
+    Where the file system has no locks, the file itself is the lock. Raises UserError(taken) while another process
+    holds it.
     """
-    file = open(path, "ab")
+    held: BaseFileLock = FileLock(path, timeout=0, thread_local=False)
     try:
-        supported = _try_lock(file.fileno())
-    except BlockingIOError as error:
-        file.close()
+        try:
+            held.acquire()
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            if os.path.getsize(path) == 0:  # made by the attempt above; a soft lock holds its owner's number
+                os.unlink(path)
+            held = SoftFileLock(path, timeout=0, thread_local=False)
+            held.acquire()
+    except Timeout as error:
         raise UserError(taken) from error
-    if not supported:
-        logger.warning("%s: no locks on this file system; let no second %s write here", path, second)
-    _locks.add(file)
-    return file
-
-
-def _try_lock(descriptor: int) -> bool:
-    """Lock an open file; return False on a file system without locks. Raises BlockingIOError where it is locked."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        return False
-    return True
+    return held
 
 
 @contextmanager
 def locked(folder: str | Path, instead: str = "another logdir") -> Iterator[None]:
-    """Keep a folder, made if absent, for this process alone, and remove what killed ones have left half-written there.
+    """Reserve a folder, created if absent, for this process, and remove what killed processes left in it.
 
-    Every command that writes a folder does so within this. Raises UserError while another process has the folder;
-    `instead` is what else the user can give. The lock ends with the process, however that ends; its file is removed by
-    whoever holds it last, and so is, after an error, a folder that was made for nothing.
+    Every command that writes a folder does so within this context. The lock ends with the process, however it ends.
+    After an error, a folder that was created and is still empty is removed. Raises UserError, which suggests
+    `instead`, while another process holds the folder.
     """
     folder = Path(folder)
-    path, made = folder / LOCK, not folder.exists()
-    taken = f"{str(folder)!r} is being written by another run; wait for its end or choose {instead}"
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = lock(path, taken, "run")
-            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                break
-            file.close()
-        except FileNotFoundError:
-            continue  # a run that ended just now removed the file or the folder: that locks nothing
-        except (FileExistsError, NotADirectoryError) as error:
-            raise UserError(f"{str(folder)!r} is not a folder, or lies in what is none; choose {instead}") from error
-    failed = True
+    path, created = folder / LOCK, not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{str(folder)!r} is not a folder, or is inside a file; choose {instead}") from error
+    held = lock(path, f"{str(folder)!r} is being written by another run; wait for its end or choose {instead}")
+    succeeded = False
     try:
         remove_leftovers(folder)
         yield
-        failed = False
+        succeeded = True
     finally:
-        path.unlink(missing_ok=True)
-        file.close()
-        if made and failed:
-            with suppress(OSError):  # unless it is empty
+        with suppress(OSError):  # Windows removes no open file
+            path.unlink()
+        held.release()
+        if created and not succeeded:
+            with suppress(OSError):  # the folder is not empty
                 folder.rmdir()
