@@ -294,7 +294,8 @@ def test_a_full_disk_ends_a_run_that_then_goes_on(settings, tmp_path):  # noqa: 
         assert full.returncode == 2 and "Traceback" not in full.stderr
         (line,) = [line for line in full.stderr.splitlines() if line.startswith("error:")]
         number = len(list((disk / "run").glob("checkpoint_*")))
-        assert f"{str(disk / 'run' / f'checkpoint_{number + 1}')!r} could not be written (too little space): about 0." in line and number
+        checkpoint = disk / "run" / f"checkpoint_{number + 1}"
+        assert f"{str(checkpoint)!r} could not be written (too little space): about 0." in line and number
         subprocess.run(["mount", "-o", "remount,size=9m", disk], check=True)
         again = run_script("train.py", *as_flags(settings, **flags, logdir=str(disk)))
         assert again.returncode == 0, again.stderr
