@@ -1,8 +1,8 @@
-"""LoRA adapters of the UNet (Hu et al. 2021): W x + up(down(x)), added, trained, saved and loaded.
+"""LoRA adapters of the UNet (Hu et al. 2021), W x + up(down x): adding, training, saving and loading them.
 
-`down` (lora_A) has shape (rank, in), `up` (lora_B) shape (out, rank). The scale alpha / rank is 1, as in the published
-checkpoint, and adapter weights are float32 whatever the UNet's dtype is. All functions take the bare UNet; unwrap it
-(`accelerator.unwrap_model`) first.
+Built on diffusers' own adapters (`add_adapter`, `disable_adapters`, its file formats). `down` (lora_A) has shape
+(rank, in), `up` (lora_B) shape (out, rank). The scale alpha / rank is 1, as in the published checkpoint, and adapters
+are float32 whatever the UNet's dtype. All functions take the bare UNet (`accelerator.unwrap_model`).
 """
 
 import math
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
+from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
@@ -26,33 +26,25 @@ from ddpo_pytorch.utils.json_files import OneOf, parse_json
 from ddpo_pytorch.utils.weights import read_tensors
 
 ADAPTER = "default"
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # its projections
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the projections of every attention layer
 FILE_NAME = "pytorch_lora_weights.safetensors"
-# What a folder may hold, newest format first.
+# names to look for in a folder, newest format first
 FILE_NAMES = (FILE_NAME, "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin")
-# Attention-processor files (diffusers < 0.22) name the layer after the projection that it corrects.
-LEGACY_KEY = re.compile(
-    r"(?P<attention>.+)\.processor\.(?P<projection>to_q|to_k|to_v|to_out)_lora\.(?P<half>down|up)\.weight"
-)
-# peft, with the adapter's name in the middle or without; diffusers' training scripts; kohya's, of modules whose dots
-# have become underscores.
-PEFT_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<half>A|B)(\.(?P<adapter>[^.]+))?\.weight")
-DIFFUSERS_KEY = re.compile(r"(?P<module>.+)\.lora\.(?P<half>down|up)\.weight")
+PREFIX = re.compile(r"(base_model\.model\.)?(unet\.)?")
+PEFT_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<half>A|B)(\.[^.]+)?\.weight")  # with or without the adapter's name
 KOHYA_KEY = re.compile(r"lora_unet_(?P<module>[^.]+)\.lora_(?P<half>down|up)\.weight")
 ALPHA_KEY = re.compile(r"(lora_unet_)?(?P<module>.+?)(\.lora)?\.alpha")
 TEXT_ENCODER_KEY = re.compile(r"text_encoder(_2)?\.|lora_te\d?_")
-HALVES = {"down": "A", "up": "B"}
-PREFIX = re.compile(r"(base_model\.model\.)?(unet\.)?")
 
 
 def add_lora(unet: UNet2DConditionModel, rank: int, targets: Sequence[str], seed: int) -> None:
     """Add trainable adapters to every UNet layer whose name ends in one of `targets`; freeze everything else.
 
-    `down` is normal with standard deviation 1 / rank, `up` is zero, so the UNet's output does not change yet. The same
-    seed gives the same weights on every device and in every process.
+    `down` is drawn from N(0, 1 / rank^2), the same for a seed on every device; `up` is zero, so the UNet's output does
+    not change yet.
 
     Raises:
-        UserError: rank below 1, a target that names no layer, or the UNet has adapters already.
+        UserError: rank below 1, a target that names no layer, or a UNet with adapters.
     """
     if rank < 1:
         raise UserError(f"LoRA rank is {rank}; allowed is 1 or more (the published checkpoint has 4)")
@@ -60,7 +52,7 @@ def add_lora(unet: UNet2DConditionModel, rank: int, targets: Sequence[str], seed
         raise UserError("the UNet has LoRA adapters already; load weights into them, or start from a fresh UNet")
     if not targets:
         raise UserError("LoRA targets are empty, so nothing would be trained; name endings such as to_q, to_k, to_v")
-    layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    layers = _layers(unet)
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             raise UserError(
@@ -72,27 +64,26 @@ def add_lora(unet: UNet2DConditionModel, rank: int, targets: Sequence[str], seed
 
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in sorted(_adapter_weights(unet).items()):
-        # peft follows the dtype of the frozen layer; half precision would swallow small updates.
+        # peft follows the dtype of the frozen layer; half precision would round small updates away
         parameter.data = parameter.data.float()
         if ".lora_A." in key:
-            noise = torch.randn(parameter.shape, generator=generator) / rank
-            parameter.data.copy_(noise)
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / rank)
         else:
             parameter.data.zero_()
 
 
 def has_lora(unet: nn.Module) -> bool:
-    """Whether the UNet has adapters."""
+    """Return whether the UNet has adapters."""
     return any(isinstance(module, BaseTunerLayer) for module in unet.modules())
 
 
 def lora_parameters(unet: nn.Module) -> list[nn.Parameter]:
-    """The adapters' weights, float32, in the order of the UNet's modules."""
+    """Return the adapters' weights, float32, in the order of the UNet's modules."""
     return list(_adapter_weights(unet).values())
 
 
 def lora_state_dict(unet: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the adapters' weights on the CPU, under the keys of `save_lora`: unet.<module>.lora_{A,B}.weight."""
+    """Return copies of the adapters' weights on the CPU, by unet.<module>.lora_{A,B}.weight as in `save_lora`."""
     return {f"unet.{key}": value.detach().cpu().clone().contiguous() for key, value in _adapter_weights(unet).items()}
 
 
@@ -105,8 +96,7 @@ def save_lora(unet: nn.Module, path: str | Path) -> Path:
     """Write the adapters in the format that diffusers' `load_lora_weights` reads; return the file.
 
     Args:
-        path: a file ending in .safetensors, or a folder (made if absent), in which pytorch_lora_weights.safetensors is
-            written. The file appears complete or not at all.
+        path: a file ending in .safetensors, or a folder (made if absent) for pytorch_lora_weights.safetensors.
     """
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / FILE_NAME
@@ -116,53 +106,45 @@ def save_lora(unet: nn.Module, path: str | Path) -> Path:
 
 
 def load_lora(unet: UNet2DConditionModel, path: str | Path) -> None:
-    """Load adapters from a file, or from the file that a folder holds, adding them first when the UNet has none.
+    """Load adapters from a file or folder, adding them first when the UNet has none.
 
-    Reads legacy attention-processor files (the published checkpoint), peft's, those of diffusers' training scripts and
-    kohya's, .safetensors or .bin, with or without the prefixes "unet." and "base_model.model.". A scale alpha / rank
-    other than 1, as files may state, is multiplied into `up`. Weights of the UNet change only if the whole file fits.
+    Reads attention-processor files of diffusers < 0.22 (the published checkpoint), peft's, those of diffusers' training
+    scripts and kohya's, .safetensors or .bin, with or without the prefixes "unet." and "base_model.model.". A scale
+    alpha / rank other than 1, as files may state, is multiplied into `up`. A file that does not fit changes nothing.
 
     Raises:
-        UserError: no such file; one that `read_tensors` refuses; a key that is not understood or names no module of the
-            UNet, or that of a text encoder; adapters of the UNet that the file lacks; a wrong shape or rank (key and
-            both shapes are named).
+        UserError: no such file; one that `read_tensors` refuses; an unknown key, or one of a text encoder; weights that
+            the UNet's adapters lack, or the reverse; a wrong shape or rank (the key and both shapes are named).
     """
     file = _find_file(Path(path).expanduser())
     tensors, metadata = read_tensors(file)
-    weights, sources, alphas = _rename(tensors, unet, file)
+    weights, sources, alphas = _in_peft_names(tensors, unet, file)
     scale = _scale(file, metadata)
-    if has_lora(unet):
-        expected = {key: tuple(parameter.shape) for key, parameter in _adapter_weights(unet).items()}
-    else:
-        expected = _expected_shapes(unet, weights, sources, file)
-        if any(".processor." in source for source in sources.values()):
-            _check_every_attention(unet, expected, file)
-    for key, weight in weights.items():
-        if key not in expected:
-            raise UserError(f"{file}: {sources[key]} belongs to no adapter of the UNet; check train.lora_targets")
-        if tuple(weight.shape) != expected[key]:
-            raise UserError(
-                f"{file}: {sources[key]} has shape {tuple(weight.shape)}, the UNet's adapter wants {expected[key]}; "
-                "use the same base model and train.lora_rank"
-            )
-    missing = next((key for key in expected if key not in weights), None)
-    if missing is not None:
-        raise UserError(f"{file} lacks {missing}, which the UNet's adapters need; check train.lora_targets")
-
-    if not has_lora(unet):
+    if added := not has_lora(unet):
         modules = {key.rpartition(".lora_")[0] for key in weights}
-        rank = next(weight.shape[0] for key, weight in weights.items() if ".lora_A." in key)
-        add_lora(unet, rank, sorted(modules), seed=0)
+        if strange := modules - _layers(unet):
+            key = next(key for key in weights if key.rpartition(".lora_")[0] in strange)
+            raise UserError(f"{file}: {sources[key]} names no layer of the UNet; use the base model it was trained on")
+        # attention-processor files adapt every attention: one that lacks some was cut short
+        legacy = any(".processor." in source for source in sources.values())
+        rank = next((weight.shape[0] for key, weight in weights.items() if ".lora_A." in key and weight.ndim), 1)
+        add_lora(unet, rank, ATTENTION if legacy else sorted(modules), seed=0)
+    try:
+        _check_fit(_adapter_weights(unet), weights, sources, file)
+    except UserError:
+        if added:
+            unet.unload_lora()
+        raise
     with torch.no_grad():
         for key, parameter in _adapter_weights(unet).items():
             module, half = key.rsplit(".lora_", 1)
-            own = alphas[module] / len(weights[f"{module}.lora_A.weight"]) if module in alphas else scale
-            parameter.copy_(weights[key].float() * (own if half == "B.weight" else 1.0))
+            own_scale = alphas[module] / len(weights[f"{module}.lora_A.weight"]) if module in alphas else scale
+            parameter.copy_(weights[key].float() * (own_scale if half == "B.weight" else 1.0))
 
 
 @torch.no_grad()
 def merged_state_dict(unet: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies on the CPU of the UNet's weights in diffusers' names, adapters added to them: W + up down, in float32.
+    """Return copies on the CPU of the UNet's weights in diffusers' names, with adapters added: W + up down, in float32.
 
     Half precision would round most of a small correction away.
     """
@@ -177,24 +159,26 @@ def merged_state_dict(unet: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def disabled_lora(unet: nn.Module) -> Iterator[None]:
-    """Within this context the UNet is the base model: a free reference for the KL divergence."""
-    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
-    # peft freezes what it disables and unfreezes what it enables; the caller's choice has to survive both.
+def disabled_lora(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Turn the UNet into the base model within this context: a free reference for the KL divergence."""
+    # peft freezes the adapters that it disables and unfreezes those that it enables
     trainable = [(parameter, parameter.requires_grad) for parameter in lora_parameters(unet)]
-    for layer in layers:
-        layer.enable_adapters(False)
+    unet.disable_adapters()
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+        unet.enable_adapters()
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
 
 
+def _layers(unet: nn.Module) -> set[str]:
+    """Return the names of the layers that can have an adapter."""
+    return {name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+
+
 def _adapter_weights(unet: nn.Module) -> dict[str, nn.Parameter]:
-    """Adapter weights by <module>.lora_{A,B}.weight, the names that every file is translated to."""
+    """Return the adapters' weights by <module>.lora_{A,B}.weight."""
     marker = f".{ADAPTER}.weight"
     return {
         name.replace(marker, ".weight"): parameter
@@ -212,38 +196,34 @@ def _find_file(path: Path) -> Path:
     return file
 
 
-def _rename(
+def _in_peft_names(
     tensors: dict[str, torch.Tensor], unet: nn.Module, file: Path
 ) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, float]]:
-    """Return tensors by <module>.lora_{A,B}.weight, the key that the file uses for each, and alpha by module."""
+    """Return tensors by <module>.lora_{A,B}.weight, the file's own name of each, and alpha by module."""
     weights: dict[str, torch.Tensor] = {}
     sources: dict[str, str] = {}
     alphas: dict[str, float] = {}
-    modules = {name.replace(".", "_"): name for name, _ in unet.named_modules()}  # kohya's names of them
+    modules = {name.replace(".", "_"): name for name, _ in unet.named_modules()}  # by kohya's names
     for source, tensor in tensors.items():
         key = source[PREFIX.match(source).end() :]
         if TEXT_ENCODER_KEY.match(key):
             raise UserError(
-                f"{file} adapts the text encoder, too ({source}), which is not supported here, and without that part "
-                "the rest draws something else; give an adapter trained without --train_text_encoder"
+                f"{file} also adapts the text encoder ({source}), which is not supported; give an adapter trained "
+                "without --train_text_encoder"
             )
         if (match := ALPHA_KEY.fullmatch(key)) and tensor.numel() == 1:
             alphas[modules.get(match["module"], match["module"])] = float(tensor)
             continue
-        if match := LEGACY_KEY.fullmatch(key):
-            layer = "to_out.0" if match["projection"] == "to_out" else match["projection"]
-            module, half = f"{match['attention']}.{layer}", match["half"]
-        elif match := KOHYA_KEY.fullmatch(key):
-            module, half = modules.get(match["module"], match["module"]), match["half"]
-        elif match := DIFFUSERS_KEY.fullmatch(key) or PEFT_KEY.fullmatch(key):
-            module, half = match["module"], match["half"]
-        else:
+        if match := KOHYA_KEY.fullmatch(key):
+            key = f"{modules.get(match['module'], match['module'])}.lora.{match['half']}.weight"
+        (key,) = convert_unet_state_dict_to_peft({key: tensor})
+        if not (match := PEFT_KEY.fullmatch(key)):
             raise UserError(
                 f"{file}: the key {source} is no LoRA weight of a UNet; known are <module>.lora_A.weight (peft), "
                 "<module>.lora.down.weight (diffusers), <attention>.processor.to_q_lora.down.weight (legacy) and "
                 "lora_unet_<module>.lora_down.weight (kohya)"
             )
-        name = f"{module}.lora_{HALVES.get(half, half)}.weight"
+        name = f"{match['module']}.lora_{match['half']}.weight"
         if name in weights:
             raise UserError(f"{file}: {sources[name]} and {source} are the same weight; give a file with one adapter")
         weights[name], sources[name] = tensor, source
@@ -254,58 +234,37 @@ def _rename(
     return weights, sources, alphas
 
 
+def _check_fit(
+    adapters: dict[str, nn.Parameter], weights: dict[str, torch.Tensor], sources: dict[str, str], file: Path
+) -> None:
+    """Raise UserError unless the file has exactly the adapters' weights (diffusers only warns of missing ones)."""
+    for key, weight in weights.items():
+        if key not in adapters:
+            raise UserError(f"{file}: {sources[key]} belongs to no adapter of the UNet; check train.lora_targets")
+        if weight.shape != adapters[key].shape:
+            raise UserError(
+                f"{file}: {sources[key]} has shape {tuple(weight.shape)}, the UNet's adapter wants "
+                f"{tuple(adapters[key].shape)}; use the same base model and train.lora_rank"
+            )
+    if missing := next((key for key in adapters if key not in weights), None):
+        raise UserError(f"{file} lacks {missing}; fetch the whole file again, or check train.lora_targets")
+
+
 def _scale(file: Path, metadata: dict[str, str]) -> float:
-    """alpha / rank as stated by peft's adapter_config.json beside the file, or by diffusers in its metadata; else 1."""
+    """Return alpha / rank from peft's adapter_config.json next to the file, or from diffusers' metadata; else 1."""
     config_file = file.with_name("adapter_config.json")
     if file.name.startswith("adapter_model") and config_file.is_file():
-        config = _parsed(config_file.read_text(), config_file)
+        text, place = config_file.read_text(), config_file
     else:
-        # a pipeline writes unet.r, a UNet on its own writes r
-        stated = _parsed(metadata.get("lora_adapter_metadata", "{}"), file)
-        config = {key.removeprefix("unet."): value for key, value in stated.items()}
+        text, place = metadata.get("lora_adapter_metadata", "{}"), file
+    fields = {"r": OneOf((range(1, 2**20), None)), "lora_alpha": OneOf((float, None))}
+    shape = {f"{prefix}{name}?": kind for name, kind in fields.items() for prefix in ("", "unet.")}
+    stated = parse_json(text, shape, repr(str(place)), "it states no readable adapter configuration: fetch it again")
+    config = {key.removeprefix("unet."): value for key, value in stated.items()}  # a pipeline writes unet.r, a UNet r
     for option in ("alpha_pattern", "use_dora"):
         if config.get(option):
-            raise UserError(f"{file} was trained with {option}, which is not supported; use plain LoRA weights")
+            raise UserError(f"{place} was trained with {option}, which is not supported; use plain LoRA weights")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not rank or alpha is None:
         return 1.0
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _parsed(text: str, file: Path) -> dict:
-    advice = "it states no readable adapter configuration: fetch it again"
-    stated = {"r": OneOf((range(1, 2**20), None)), "lora_alpha": OneOf((float, None))}
-    shape = {f"{prefix}{name}?": one for name, one in stated.items() for prefix in ("", "unet.")}
-    return parse_json(text, shape, repr(str(file)), advice)
-
-
-def _check_every_attention(unet: nn.Module, expected: dict[str, tuple[int, ...]], file: Path) -> None:
-    """An attention-processor file adapts all projections of every attention; one that lacks some was cut."""
-    for name, module in unet.named_modules():
-        for projection in ATTENTION if isinstance(module, Attention) else ():
-            if f"{name}.{projection}.lora_A.weight" not in expected:
-                raise UserError(f"{file} lacks the adapter of {name}.{projection}; fetch the whole file again")
-
-
-def _expected_shapes(
-    unet: nn.Module, weights: dict[str, torch.Tensor], sources: dict[str, str], file: Path
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of both halves for every module that the file names, at the rank of the file's first weight."""
-    modules = dict(unet.named_modules())
-    first = next(iter(weights))
-    rank = weights[first].shape[0 if ".lora_A." in first else 1] if weights[first].ndim > 1 else 0
-    expected = {}
-    for key in weights:
-        name = key.rpartition(".lora_")[0]
-        layer = modules.get(name)
-        if isinstance(layer, nn.Linear):
-            down, up = (rank, layer.in_features), (layer.out_features, rank)
-        elif isinstance(layer, nn.Conv2d):
-            down, up = (rank, layer.in_channels, *layer.kernel_size), (layer.out_channels, rank, 1, 1)
-        else:
-            raise UserError(
-                f"{file}: {sources[key]} names no linear or convolutional layer of the UNet; use the base model that "
-                "the weights were trained on"
-            )
-        expected[f"{name}.lora_A.weight"], expected[f"{name}.lora_B.weight"] = down, up
-    return expected
