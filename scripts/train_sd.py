@@ -1,18 +1,15 @@
-"""Stage (i): a Stable Diffusion that draws the data set, to be improved by scripts/train.py.
+"""Stage (i): train a Stable Diffusion that draws the data set, to be improved by scripts/train.py.
 
     accelerate launch scripts/train_sd.py --config config/dgx.py:finetune_sd
 
-`sd.stage` chooses what is trained: "finetune" the UNet of SD 1.5 (VAE and text encoder frozen), or, from nothing and in
-this order, "vae" and "unet" (with tokenizer and text encoder). The diffusion model learns from latents that are encoded
-once. All randomness is a function of (seed, step): a killed run goes on by the same command and ends as if it had not
-been killed (on a CPU to the bit), and the number of processes does not matter at equal batches of all of them together.
+`sd.stage` is "finetune" for the UNet of SD 1.5 (VAE and text encoder frozen), or, from scratch and in this order, "vae"
+and "unet" (with tokenizer and text encoder). The diffusion model trains on latents that are encoded once. All
+randomness is a function of (seed, step): after a kill, rerun the same command to resume; the result is that of an
+uninterrupted run (on a CPU to the bit), for any number of processes with the same total batch size.
 """
 
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +42,7 @@ from ddpo_pytorch.generator.finetune_data import (
     state_file,
 )
 from ddpo_pytorch.generator.finetune_losses import AutoencoderLoss, CaptionTable, NoiseLoss
-from ddpo_pytorch.generator.finetune_state import Stopwatch, Training, endless_batches, parameter_groups
+from ddpo_pytorch.generator.finetune_state import Stopwatch, Training, endless_batches
 from ddpo_pytorch.generator.latents import LatentShards
 from ddpo_pytorch.generator.lora import add_lora, has_lora, merged_state_dict, save_lora
 from ddpo_pytorch.generator.pipeline import load_pipeline
@@ -72,43 +69,126 @@ from ddpo_pytorch.utils.weights import check_finite
 FLAGS = flags.FLAGS
 define_config(__file__, "experiment, e.g. config/dgx.py:finetune_sd")
 logger = logging.getLogger(__name__)
-GRID_CAPTIONS = 32  # drawn at intervals: all of ISIC's
+GRID_CAPTIONS = 32  # in a sample grid: all of ISIC's
 
 
-@dataclass
-class Stage:
-    """One training: the loss and what it is fed, and what is done with the model on the way and at the end."""
+class AutoencoderStage:
+    """Training of the autoencoder, from scratch or from sd.vae; vae.png shows reconstructions below their images."""
 
-    loss: AutoencoderLoss | NoiseLoss
-    train_set: Dataset
-    val_set: Dataset | None
-    data: dict[str, Any]  # identifies the training data
-    draw: Callable[[Path], None]
-    finish: Callable[[], None]
+    def __init__(self, accelerator: Accelerator, config: ConfigDict):
+        sd = config.sd
+        self.accelerator, self.output = accelerator, Path(sd.output)
+        self.vae = scratch.load_vae(sd.vae) if sd.vae else scratch.build_vae(sd.vae_channels, sd.image_size)
+        with accelerator.local_main_process_first():  # the others read its cache
+            images = find_images(sd, sd.csv, sd.limit)
+            self.train_set = decoded(images, sd.cache_dir)
+            self.val_set = decoded(find_images(sd, sd.val_csv, sd.val_images), sd.cache_dir) if sd.val_csv else None
+        self.loss = AutoencoderLoss(self.vae, sd.vae_kl_weight)
+        self.data = {"images": images.digest()}  # what a state to resume from was trained on
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.loss.parameters())}]
+
+    @torch.no_grad()
+    def _encode(self, dataset: Dataset, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the first images (N, 3, H, W) in [-1, 1] and their mean latents (N, C, h, w)."""
+        images = torch.stack([dataset[index][0] for index in range(min(count, len(dataset)))])
+        images = images.to(self.accelerator.device).float() / 127.5 - 1
+        return images, self.vae.encode(images).latent_dist.mean
+
+    @torch.no_grad()
+    def draw(self, path: Path) -> None:
+        """Save a grid of images and their reconstructions."""
+        images, latents = self._encode(self.val_set or self.train_set, 8)
+        pairs = torch.cat([images, self.vae.decode(latents).sample]) / 2 + 0.5
+        if self.accelerator.is_main_process:
+            save_picture(path, image_grid(pairs.clamp(0, 1), columns=len(images)))
+
+    def finish(self) -> None:
+        """Save the autoencoder, scaled to latents of unit variance as SD's diffusion expects them."""
+        self.vae.register_to_config(scaling_factor=float(1 / self._encode(self.train_set, 64)[1].std()))
+        self.draw(self.output / "vae.png")
+        with atomic_folder(self.output / "vae") as temporary:
+            self.vae.eval().save_pretrained(temporary)
+
+
+class DiffusionStage:
+    """Training of the UNet, and of the text encoder from scratch or with sd.train_text_encoder, on latents."""
+
+    def __init__(self, accelerator: Accelerator, config: ConfigDict, pipe: StableDiffusionPipeline):
+        sd = config.sd
+        self.accelerator, self.config, self.pipe, self.output = accelerator, config, pipe, Path(sd.output)
+        pipe.vae.to(accelerator.device).float()  # in half precision SD's autoencoder overflows
+        self.train_set, self.val_set = (
+            open_latents(accelerator, sd, pipe.vae, validation) for validation in (False, True)
+        )
+        if sd.pool:
+            self.train_set = add_pool(accelerator, sd, pipe.vae, self.train_set)
+        sets = [self.train_set, *([self.val_set] if self.val_set else [])]
+        self.captions = list(dict.fromkeys(caption for latents in sets for caption in latents.captions))
+        table = CaptionTable(pipe, self.captions, trained=sd.stage == "unet" or sd.train_text_encoder)
+        check_tokens(pipe.tokenizer, self.captions, "captions")
+        for latents in sets:
+            latents.renumber(self.captions)
+        if self.val_set and self.train_set.shares_images_with(self.val_set):
+            raise UserError("training and validation latents share images; extract them from different split tables")
+        if sd.gradient_checkpointing:
+            pipe.unet.enable_gradient_checkpointing()
+        self.loss = NoiseLoss(pipe, table, sd.caption_dropout, sd.min_snr_gamma)
+        self.data = {"latents": self.train_set.digests(), "captions": table.digest()}
+        # the UNet's initial weights are part of the loss
+        self.data |= pipeline_fingerprints(pipe, ("scheduler", "text_encoder", "tokenizer", "vae"))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return all trained weights; a pretrained text encoder learns at a tenth of the UNet's rate."""
+        sd, trained = self.config.sd, [weight for weight in self.loss.parameters() if weight.requires_grad]
+        if sd.stage != "finetune" or not sd.train_text_encoder:
+            return [{"params": trained}]
+        slow = {id(weight) for weight in self.loss.captions.parameters()}
+        return [
+            {"params": [weight for weight in trained if id(weight) not in slow]},
+            {"params": [weight for weight in trained if id(weight) in slow], "lr": sd.learning_rate / 10},
+        ]
+
+    def draw(self, path: Path) -> None:
+        """Save a grid of one image per caption."""
+        captions = self.captions[:GRID_CAPTIONS]
+        draw_captions(self.accelerator, self.pipe, captions, self.config.sample, self.config.seed, path)
+
+    def finish(self) -> None:
+        """Save the UNet for --config.unet_path; also adapters, and the whole model if other parts are new."""
+        sd, pipe = self.config.sd, self.pipe
+        if has_lora(pipe.unet):
+            save_lora(pipe.unet, self.output)
+        if sd.stage == "unet" or sd.text_encoder == "bert" or sd.train_text_encoder:
+            save_model(pipe, self.output)
+        with atomic_write(self.output / "pretrained_unet.safetensors") as temporary:
+            save_file(merged_state_dict(pipe.unet), temporary, metadata=unet_metadata(pipe))
+
+
+Stage = AutoencoderStage | DiffusionStage
 
 
 def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
-    """AdamW with warm-up, weight average, validation, sample grids; the average is in the model at the end."""
+    """Train with AdamW, warm-up and a weight average, which is in the model at the end."""
     sd, output, is_main = config.sd, Path(config.sd.output), accelerator.is_main_process
-    parameters = [p for p in stage.loss.parameters() if p.requires_grad]
-    groups = parameter_groups(stage.loss, parameters, sd)
-    optimizer = make_adamw(groups, sd.use_8bit_adam, lr=sd.learning_rate, weight_decay=1e-2)
+    parameters = [weight for weight in stage.loss.parameters() if weight.requires_grad]
+    optimizer = make_adamw(stage.parameter_groups(), sd.use_8bit_adam, lr=sd.learning_rate, weight_decay=1e-2)
     schedule = get_scheduler(
         SCHEDULES[sd.lr_schedule], optimizer, num_warmup_steps=sd.warmup_steps, num_training_steps=sd.num_steps
     )
     model, optimizer = accelerator.prepare(stage.loss.train(), optimizer)
     average = EMAModel(parameters, decay=sd.ema_decay, foreach=True) if sd.ema_decay > 0 else None
     training = Training(parameters, optimizer, schedule, average, accelerator.scaler)
-    identity = stage.data | {"initial weights": fingerprint(stage.loss)}
-    state, settings = state_file(sd), settings_of(config, accelerator.num_processes, identity)
+    data = stage.data | {"initial weights": fingerprint(stage.loss)}
+    state, settings = state_file(sd), settings_of(config, accelerator.num_processes, data)
     first = training.restore(state, settings)
     log = JsonLines(output / f"{sd.stage}.jsonl", is_main, keep=first + 1, counter="step")
     batches = endless_batches(accelerator, sd, config.seed, stage.train_set, first * sd.gradient_accumulation_steps)
 
     losses, clock = [], Stopwatch()
-    for step in tqdm(
-        range(first + 1, sd.num_steps + 1), initial=first, total=sd.num_steps, disable=hidden(accelerator)
-    ):
+    hidden = None if is_main else True  # None: a bar on terminals only
+    for step in tqdm(range(first + 1, sd.num_steps + 1), initial=first, total=sd.num_steps, disable=hidden):
         for _ in range(sd.gradient_accumulation_steps):
             batch, draws = next(batches)
             with accelerator.accumulate(model):
@@ -126,8 +206,14 @@ def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
         last = step == sd.num_steps
         if step % sd.log_every == 0 or last:
             mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-            images = sd.batch_size * len(losses) * accelerator.num_processes
-            report(log, step, mean, schedule.get_last_lr()[0], images / clock.lap(), sd.num_steps)
+            speed = sd.batch_size * len(losses) * accelerator.num_processes / clock.lap()
+            entry = {"step": step, "loss": mean, "learning_rate": schedule.get_last_lr()[0]}
+            log.write(entry | {"images_per_second": round(speed, 2), "peak_memory_gib": round(peak_memory_gib(), 2)})
+            logger.info("step %d/%d  loss %.4f  %.1f images/s", step, sd.num_steps, mean, speed)
+            if not math.isfinite(mean):
+                raise UserError(
+                    f"the loss is {mean} at step {step}; lower sd.learning_rate, or use bf16 instead of fp16"
+                )
             losses.clear()
         if stage.val_set is not None and (step % sd.val_every == 0 or step == 1 or last):
             with clock.paused(), training.averaged():
@@ -149,131 +235,40 @@ def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
     accelerator.wait_for_everyone()
 
 
-def report(log: JsonLines, step: int, loss: float, learning_rate: float, speed: float, num_steps: int) -> None:
-    log.write(
-        {
-            "step": step,
-            "loss": loss,
-            "learning_rate": learning_rate,
-            "images_per_second": round(speed, 2),
-            "peak_memory_gib": round(peak_memory_gib(), 2),
-        }
-    )
-    logger.info("step %d/%d  loss %.4f  %.1f images/s", step, num_steps, loss, speed)
-    if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} at step {step}; lower sd.learning_rate, or take bf16 instead of fp16")
-
-
 @torch.no_grad()
 def validate(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> float:
-    """Mean loss of the validation set, each image with the same noise and timestep every time."""
-    size, count, place = (
-        config.sd.batch_size,
-        len(stage.val_set),
-        (accelerator.process_index, accelerator.num_processes),
-    )
-    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    """Return the mean loss of the validation set, where each image always has the same noise and timestep."""
+    size, count, device = config.sd.batch_size, len(stage.val_set), accelerator.device
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # of losses, of images
     stage.loss.eval()
-    for number in range(math.ceil(count / (size * place[1]))):
-        start = (number * place[1] + place[0]) * size
+    for number in range(math.ceil(count / (size * processes))):
+        start = (number * processes + rank) * size
         items = [stage.val_set[index] for index in range(start, min(start + size, count))]
         if items:
-            batch = [tensor.to(accelerator.device) for tensor in default_collate(items)]
-            draws = BatchDraws(
-                config.seed, Stream.VALIDATION, number, size, *place, len(items), device=accelerator.device
-            )
+            batch = [tensor.to(device) for tensor in default_collate(items)]
+            draws = BatchDraws(config.seed, Stream.VALIDATION, number, size, rank, processes, len(items), device=device)
             with accelerator.autocast():
                 loss = stage.loss.batch_loss(stage.loss, batch, draws)
-            sums += torch.tensor([loss.item() * len(items), len(items)], device=accelerator.device)
+            sums += torch.tensor([loss.item() * len(items), len(items)], device=device)
     stage.loss.train()
     total, images = accelerator.reduce(sums).tolist()
     return total / images
 
 
-def hidden(accelerator: Accelerator) -> bool | None:
-    """tqdm's `disable`: a bar on the main process, if it has a terminal."""
-    return None if accelerator.is_main_process else True
-
-
-def vae_stage(accelerator: Accelerator, config: ConfigDict) -> Stage:
-    """The autoencoder, from nothing or another one; vae.png shows reconstructions below their images."""
-    sd, output = config.sd, Path(config.sd.output)
-    vae = scratch.load_vae(sd.vae) if sd.vae else scratch.build_vae(sd.vae_channels, sd.image_size)
-    with accelerator.local_main_process_first():
-        images = find_images(sd, sd.csv, sd.limit)
-        train_set = decoded(images, sd.cache_dir)
-        val_set = decoded(find_images(sd, sd.val_csv, sd.val_images), sd.cache_dir) if sd.val_csv else None
-
-    @torch.no_grad()
-    def encoded(dataset: Dataset, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        images = torch.stack([dataset[index][0] for index in range(min(count, len(dataset)))])
-        images = images.to(accelerator.device).float() / 127.5 - 1
-        return images, vae.encode(images).latent_dist.mean
-
-    @torch.no_grad()
-    def draw(path: Path) -> None:
-        images, latents = encoded(val_set or train_set, 8)
-        pairs = torch.cat([images, vae.decode(latents).sample]) / 2 + 0.5
-        if accelerator.is_main_process:
-            save_picture(path, image_grid(pairs.clamp(0, 1), columns=len(images)))
-
-    def finish() -> None:
-        # latents of unit variance, as SD's diffusion expects them
-        vae.register_to_config(scaling_factor=float(1 / encoded(train_set, 64)[1].std()))
-        draw(output / "vae.png")
-        with atomic_folder(output / "vae") as temporary:
-            vae.eval().save_pretrained(temporary)
-
-    data = {"images": images.digest()}
-    return Stage(AutoencoderLoss(vae, sd.vae_kl_weight), train_set, val_set, data, draw, finish)
-
-
-def unet_stage(accelerator: Accelerator, config: ConfigDict, pipe: StableDiffusionPipeline) -> Stage:
-    """The UNet (and, from nothing, the text encoder) on latents."""
-    sd, output = config.sd, Path(config.sd.output)
-    pipe.vae.to(accelerator.device).float()  # in half precision SD's autoencoder overflows
-    train_set, val_set = (open_latents(accelerator, sd, pipe.vae, validation) for validation in (False, True))
-    if sd.pool:
-        train_set = add_pool(accelerator, sd, pipe.vae, train_set)
-    names = list(dict.fromkeys([*train_set.captions, *(val_set.captions if val_set else ())]))
-    captions = CaptionTable(pipe, names, trained=sd.stage == "unet" or sd.train_text_encoder)
-    check_tokens(pipe.tokenizer, names, "captions")
-    train_set.renumber(names)
-    if val_set is not None:
-        val_set.renumber(names)
-    if val_set is not None and train_set.shares_images_with(val_set):
-        raise UserError("training and validation latents share images; extract them from different split tables")
-    if sd.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
-    data = {"latents": train_set.digests(), "captions": captions.digest()}
-    data |= pipeline_fingerprints(pipe, ("scheduler", "text_encoder", "tokenizer", "vae"))  # the UNet is in the loss
-
-    def finish() -> None:
-        if has_lora(pipe.unet):
-            save_lora(pipe.unet, output)
-        if sd.stage == "unet" or sd.text_encoder == "bert" or sd.train_text_encoder:
-            save_model(pipe, output)
-        with atomic_write(output / "pretrained_unet.safetensors") as temporary:
-            save_file(merged_state_dict(pipe.unet), temporary, metadata=unet_metadata(pipe))
-
-    loss = NoiseLoss(pipe, captions, sd.caption_dropout, sd.min_snr_gamma)
-    draw = partial(draw_captions, accelerator, pipe, names[:GRID_CAPTIONS], config.sample, config.seed)
-    return Stage(loss, train_set, val_set, data, draw, finish)
-
-
-def captions_of(sd: ConfigDict) -> tuple[str, ...]:
-    """The training captions, whose words the tokenizer of a new model knows."""
+def training_captions(sd: ConfigDict) -> tuple[str, ...]:
+    """Return the training captions, from which a new model's tokenizer learns its words."""
     if sd.latents:
         return tuple(LatentShards(sd.latents).captions)
     return source(sd.kind).caption_list(find_rows(sd, sd.csv, sd.limit)[0])
 
 
 def load_pretrained(accelerator: Accelerator, config: ConfigDict) -> StableDiffusionPipeline:
-    """The pretrained model with a UNet to train: all of it in float32, or adapters on a frozen one of storage type."""
+    """Load the pretrained model and make its UNet trainable, in float32, or with adapters on a frozen UNet."""
     pretrained, sd = config.pretrained, config.sd
     pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, device=accelerator.device)
     if sd.use_lora:
-        for part in (pipe.unet, pipe.text_encoder):  # not the VAE, whose latents belong to its float32 weights
+        for part in (pipe.unet, pipe.text_encoder):  # the VAE stays in float32, as its latents are stored
             part.to(DTYPES[config.mixed_precision])
             check_finite(part.state_dict(), config.unet_path or pretrained.model)
         add_lora(pipe.unet, sd.lora_rank, sd.lora_targets, config.seed)
@@ -287,8 +282,8 @@ def load_pretrained(accelerator: Accelerator, config: ConfigDict) -> StableDiffu
 
 
 def main(_) -> None:
-    needed = ("sd.output", "pretrained.model") if FLAGS.config.sd.stage == "finetune" else ("sd.output",)
-    config = expand_config(FLAGS.config, *needed)
+    required = ("sd.output", "pretrained.model") if FLAGS.config.sd.stage == "finetune" else ("sd.output",)
+    config = expand_config(FLAGS.config, *required)
     sd = config.sd
     check_ranges(config, SAMPLING if sd.grid_every else {"seed": SEED})
     check_settings(sd)
@@ -298,17 +293,18 @@ def main(_) -> None:
         sd.gradient_accumulation_steps,
         process_timeout=config.process_timeout,
     )
-    set_seed(config.seed)  # of fresh weights, alike on all processes
+    set_seed(config.seed)  # the same initial weights on all processes
     with locked_by_main(accelerator, sd.output, "another --config.sd.output"):
         run_on_main_process(accelerator, refuse_outcome, sd)
         if sd.stage == "vae":
-            stage = vae_stage(accelerator, config)
+            stage = AutoencoderStage(accelerator, config)
         elif sd.stage == "unet":
-            stage = unet_stage(accelerator, config, scratch.build_pipeline(sd, captions_of(sd)))
+            pipe = scratch.build_pipeline(sd, training_captions(sd))
+            stage = DiffusionStage(accelerator, config, pipe)
         else:
-            stage = unet_stage(accelerator, config, load_pretrained(accelerator, config))
+            stage = DiffusionStage(accelerator, config, load_pretrained(accelerator, config))
         train(accelerator, config, stage)
-    logger.info("finished; the outcome is in %s", sd.output)
+    logger.info("finished; the result is in %s", sd.output)
     accelerator.end_training()
 
 

@@ -12,7 +12,7 @@ from test_networks import random_inception  # noqa: F401 (a fixture of this plug
 
 from ddpo_pytorch.data.images import load_image
 from ddpo_pytorch.data.sample_folder import folder_name, write_log
-from ddpo_pytorch.generator.text import build_bert
+from ddpo_pytorch.generator.from_scratch import build_bert
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, Policy, TextFeatures, save_policy
 from ddpo_pytorch.judges.selector import Selector, save_selector
 from ddpo_pytorch.judges.vit import VisionSizes

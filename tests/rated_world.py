@@ -12,7 +12,7 @@ from conftest import ROOT
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from ddpo_pytorch.generator.text import build_bert
+from ddpo_pytorch.generator.from_scratch import build_bert
 
 SIZE = 32
 PROMPTS = ("Fundus: stripes in red", "Fundus: stripes in blue")

@@ -207,7 +207,7 @@ def test_a_prompt_that_is_cut_is_told(config_file, run_main, tmp_path, caplog):
     short, words = " ".join("a" * 75), " ".join("a" * 76)  # and two tokens around them, of 77
     fields = {"sample__num_steps": 1, "eval__num_samples_per_prompt": 1, "eval__classifier": ""}
     run_main("eval.py", config_file, logdir=str(tmp_path / "x"), eval__prompts=(short, words), **fields)
-    assert f"1 prompts have more than 77 tokens and are cut, the first is {words!r}" in caplog.text
+    assert f"1 prompts exceed 77 tokens and are truncated, the first is {words!r}" in caplog.text
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.generator import from_scratch as scratch
+from ddpo_pytorch.generator.from_scratch import build_bert
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, encode_prompts, load_pipeline
-from ddpo_pytorch.generator.text import build_bert, check_tokens, load_text_encoder
+from ddpo_pytorch.generator.text import check_tokens, load_text_encoder
 from ddpo_pytorch.utils.errors import UserError
 
 pytest_plugins = ["judge_tools"]

@@ -109,7 +109,7 @@ def test_unfit_unet_weights_fail_by_name(pipe, tiny_pipeline_dir, tmp_path):
     cases = {
         r"has the key conv_extra\.weight": weights | {"conv_extra.weight": torch.zeros(1)},
         r"lacks the key conv_in\.bias": {key: value for key, value in weights.items() if key != "conv_in.bias"},
-        r"conv_in\.bias has shape \(3,\)": weights | {"conv_in.bias": torch.zeros(3)},
+        r"conv_in\.bias of shape \(3,\)": weights | {"conv_in.bias": torch.zeros(3)},
     }
     for message, tensors in cases.items():
         save_file(tensors, file)

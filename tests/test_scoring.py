@@ -63,7 +63,7 @@ def test_a_complete_table_needs_no_text_encoder(tiny_pipeline_dir, caplog):
     table.precompute(prompts)
     assert pipe.text_encoder is None
     assert any(
-        "1 prompts have more than 77 tokens and are cut, the first is 'a ruler" in text for text in caplog.messages
+        "1 prompts exceed 77 tokens and are truncated, the first is 'a ruler" in text for text in caplog.messages
     )
     assert torch.equal(table(prompts[::-1]), expected.flip(0)) and torch.equal(table.negative, negative)
     with pytest.raises(KeyError, match="let go"):

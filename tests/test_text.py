@@ -9,15 +9,15 @@ from safetensors.torch import load_file, save_file
 
 from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.generator.conditioning import RECORD, save_model, unet_metadata, with_bert
+from ddpo_pytorch.generator.from_scratch import build_bert
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, encode_prompts, guided_noise_prediction, load_pipeline
 from ddpo_pytorch.generator.text import (
-    build_bert,
+    check_tokens,
     embed,
     encode_tokens,
     load_text_encoder,
     tokenize,
     too_long,
-    warn_of_cut,
 )
 from ddpo_pytorch.sampling import Sampler
 from ddpo_pytorch.utils.errors import UserError
@@ -66,10 +66,10 @@ def test_the_tokenizer_says_how_long_prompts_are_and_longer_ones_are_named(caplo
     assert tokenize(tokenizer, PROMPTS).shape == (2, 8)
     assert too_long(tokenizer, ["fundus", *PROMPTS]) == PROMPTS
     assert too_long(tokenizer, []) == []
-    warn_of_cut(tokenizer, ["fundus"])
+    check_tokens(tokenizer, ["fundus"])
     assert not caplog.messages
-    warn_of_cut(tokenizer, ["fundus", *PROMPTS], "captions")
-    assert caplog.messages == [f"2 captions have more than 8 tokens and are cut, the first is {PROMPTS[0]!r}"]
+    check_tokens(tokenizer, ["fundus", *PROMPTS], "captions")
+    assert caplog.messages == [f"2 captions exceed 8 tokens and are truncated, the first is {PROMPTS[0]!r}"]
 
 
 def test_an_encoder_is_loaded_from_folders_of_both_kinds(folder, tmp_path):
@@ -151,7 +151,7 @@ def test_a_saved_model_draws_the_same(pipe, folder):
 
 
 def test_a_wrong_or_missing_unet_is_refused(pipe, folder, tiny_pipeline_dir, tmp_path):
-    for damage, message in (("other", "not the one"), ("missing", "."), ("unrecorded", "nothing says")):
+    for damage, message in (("other", "not the one"), ("missing", "."), ("unrecorded", RECORD)):
         broken = shutil.copytree(folder, tmp_path / damage)
         weights = next((broken / "unet").glob("*.safetensors"))
         if damage == "other":
@@ -169,14 +169,14 @@ def test_a_wrong_or_missing_unet_is_refused(pipe, folder, tiny_pipeline_dir, tmp
 def test_unet_weights_for_another_text_encoder_are_refused(pipe, folder, tmp_path):
     plain = tmp_path / "unet.safetensors"
     save_file(pipe.unet.state_dict(), plain)
-    with pytest.raises(UserError, match="CLIP, or none that they name; that of .* is BERT"):
+    with pytest.raises(UserError, match="with text encoder CLIP .* has BERT"):
         load_pipeline(folder, unet_path=plain)
     torch.manual_seed(3)
     tokenizer = scratch.build_tokenizer(PROMPTS)
     clip = scratch.assemble(pipe.vae, scratch.build_text_encoder(tokenizer, 32, 1), tokenizer, pipe.unet)
     clip.save_pretrained(tmp_path / "clip")
     load_pipeline(tmp_path / "clip", unet_path=plain)
-    with pytest.raises(UserError, match="BERT .*; that of .* is CLIP"):
+    with pytest.raises(UserError, match="with text encoder BERT .* has CLIP"):
         load_pipeline(tmp_path / "clip", unet_path=folder / "pretrained_unet.safetensors")
 
 

@@ -1,9 +1,8 @@
-"""Which UNet belongs to which text encoder, written down where nothing else would tell.
+"""Records that tie a UNet to the BERT it was trained with.
 
-A UNet trained for CLIP takes BERT's embeddings without complaint, their width being the same, and draws what it drew
-before it was trained: pictures that look like something and mean nothing. So a model with a BERT keeps
-`conditioning.json` beside model_index.json, with hashes of UNet, text encoder and tokenizer, and UNet weights saved
-apart name the text encoder that they were trained with. Models with CLIP have neither.
+A UNet trained with CLIP accepts BERT's embeddings, which have the same width, and draws meaningless images. A model
+with BERT therefore has conditioning.json next to model_index.json, with hashes of UNet, text encoder and tokenizer, and
+separate UNet weights name their text encoder in their metadata. Models with CLIP have neither.
 """
 
 from pathlib import Path
@@ -19,23 +18,22 @@ from ddpo_pytorch.utils.json_files import read_json
 
 RECORD = "conditioning.json"
 KEY = "text_encoder_sha256"
-_PARTS = ("unet", "text_encoder", "tokenizer")
 
 
 def save_model(pipe: StableDiffusionPipeline, folder: str | Path) -> None:
-    """Write the pipeline in diffusers format and, of one with BERT, its record, which comes last."""
+    """Write the pipeline in diffusers format, with conditioning.json (last) if its text encoder is a BERT."""
     folder = Path(folder)
     pipe.save_pretrained(folder)
     if has_mask(pipe.text_encoder):
-        files = {str(path.relative_to(folder)): sha256(path) for path in _files(folder)}
+        files = {name: sha256(path) for name, path in _files(folder).items()}
         record = {KEY: fingerprint(pipe.text_encoder), "tokens": pipe.tokenizer.model_max_length, "files": files}
         write_json(folder / RECORD, record)
 
 
 def with_bert(pipe: StableDiffusionPipeline, model: str | Path, tokens: int) -> StableDiffusionPipeline:
-    """The pipeline with a BERT (see `load_text_encoder`) in the place of its text encoder; its UNet is to be trained.
+    """Return the pipeline with the BERT `model` (see `load_text_encoder`) as text encoder, for its UNet to be trained.
 
-    Raises UserError where BERT's width is not that of the UNet's cross-attention.
+    Raises UserError for a text encoder that is no BERT, or whose width differs from the UNet's cross-attention.
     """
     tokenizer, encoder = load_text_encoder(model, tokens, pipe.device)
     if not has_mask(encoder):
@@ -49,37 +47,36 @@ def with_bert(pipe: StableDiffusionPipeline, model: str | Path, tokens: int) -> 
 
 
 def unet_metadata(pipe: StableDiffusionPipeline) -> dict[str, str]:
-    """What UNet weights of this pipeline state in their file, beside their format."""
+    """Return the metadata for a file of this pipeline's UNet weights."""
     return {"format": "pt"} | ({KEY: fingerprint(pipe.text_encoder)} if has_mask(pipe.text_encoder) else {})
 
 
 def check_model(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    """Raise UserError for a model folder with BERT whose UNet, text encoder or tokenizer is not the recorded one."""
+    """Raise UserError for a folder with BERT whose UNet, text encoder or tokenizer is not the recorded one."""
     if not has_mask(pipe.text_encoder):
         return
-    record = _record(folder)
-    found = {str(path.relative_to(folder)): path for path in _files(folder)}
-    for name, expected in record["files"].items():
-        if name not in found or sha256(found[name]) != expected:
-            problem = "is missing" if name not in found else "is not the one that was trained with the others"
+    files = _files(folder)
+    for name, expected in _record(folder)["files"].items():
+        if name not in files or sha256(files[name]) != expected:
+            problem = "is missing" if name not in files else "is not the one that was trained with the others"
             raise UserError(
-                f"{str(folder / name)!r} {problem} (see {RECORD}); a UNet draws nothing meaningful from another text "
-                "encoder's embeddings: copy the whole folder again, or train with scripts/train_sd.py"
+                f"{str(folder / name)!r} {problem} (see {RECORD}); copy the whole folder again, or train with "
+                "scripts/train_sd.py"
             )
 
 
 def check_unet_file(pipe: StableDiffusionPipeline, model: str | Path, path: str | Path) -> None:
-    """Raise UserError for UNet weights that name another text encoder than the model's, or, for BERT, none."""
+    """Raise UserError for UNet weights that were trained with another text encoder than the model's."""
     with safe_open(path, framework="pt") as file:
         stated = (file.metadata() or {}).get(KEY)
     own = None
     if has_mask(pipe.text_encoder):
         own = _record(Path(model))[KEY] if Path(model).is_dir() else fingerprint(pipe.text_encoder)
     if stated != own:
-        theirs, ours = ("CLIP, or none that they name" if one is None else f"BERT {one[:12]}" for one in (stated, own))
+        theirs, ours = ("CLIP (or one not recorded)" if one is None else f"BERT {one[:12]}" for one in (stated, own))
         raise UserError(
-            f"UNet weights {str(path)!r} were trained with text encoder {theirs}; that of {str(model)!r} is {ours}: "
-            "give the model that scripts/train_sd.py wrote beside them"
+            f"UNet weights {str(path)!r} were trained with text encoder {theirs}, {str(model)!r} has {ours}; give the "
+            "model that scripts/train_sd.py wrote with them"
         )
 
 
@@ -88,10 +85,13 @@ def _record(folder: Path) -> dict:
         return read_json(folder / RECORD, {KEY: str, "files": {str: str}})
     except (OSError, UserError) as error:
         raise UserError(
-            f"{str(folder)!r} has a BERT text encoder but no readable {RECORD}, so nothing says that its UNet was "
-            "trained with it; give a folder that scripts/train_sd.py wrote"
+            f"{str(folder)!r} has a BERT text encoder but no readable {RECORD}, so its UNet may not have been trained "
+            "with it; give a folder that scripts/train_sd.py wrote"
         ) from error
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for part in _PARTS for path in (folder / part).glob("*") if path.is_file())
+def _files(folder: Path) -> dict[str, Path]:
+    """Return the recorded parts' files by path relative to the folder."""
+    parts = ("unet", "text_encoder", "tokenizer")
+    paths = sorted(path for part in parts for path in (folder / part).glob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path for path in paths}

@@ -1,4 +1,4 @@
-"""What stage (i) trains on: images of a split table, or their latents, made once and checked."""
+"""Training data and settings of stage (i): images of a split table, or latents that are encoded once and verified."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -33,9 +33,10 @@ from ddpo_pytorch.utils.settings import (
 )
 
 logger = logging.getLogger(__name__)
-REAL_SHARE = Range("[0.5, 1]")  # half of the images are real, or more
-# what a finished stage has left in sd.output.
+# the result of each stage in sd.output
 OUTCOMES = {"vae": "vae", "unet": "pretrained_unet.safetensors", "finetune": "pretrained_unet.safetensors"}
+SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
+REAL_SHARE = Range("[0.5, 1]")  # at least half of the images are real
 RANGES = {
     **dict.fromkeys(("num_steps", "batch_size", "gradient_accumulation_steps", "image_size"), ONE_OR_MORE),
     **dict.fromkeys(("log_every", "val_every", "lora_rank", "text_width", "text_layers"), ONE_OR_MORE),
@@ -48,14 +49,13 @@ RANGES = {
     "ema_decay": BELOW_ONE,
     "real_share": REAL_SHARE,
 }
-SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
-# settings that change how a training runs and not what it computes, or that say where things lie: of the autoencoder,
-# BERT and pool that these name, the contents are compared.
+# Settings that may change between a run and its resumption: those that do not affect the result, and paths. The VAE,
+# BERT and pool at these paths are compared by content.
 _FREE = {"output", "data_path", "csv", "val_csv", "val_images", "val_every", "latents", "val_latents", "cache_dir"}
 _FREE |= {"num_workers", "gradient_checkpointing", "log_every", "grid_every", "save_every", "batch_size"}
 _FREE |= {"vae", "bert", "pool"}
-# settings that only some stages read
-_STAGES_READING = {
+# settings that only some stages use
+_STAGES_USING = {
     **dict.fromkeys(("vae_kl_weight", "vae_channels"), ("vae",)),
     **dict.fromkeys(("unet_channels", "unet_attention", "text_width", "text_layers"), ("unet",)),
     **dict.fromkeys(("caption_dropout", "min_snr_gamma", "text_encoder", "text_tokens"), ("unet", "finetune")),
@@ -63,72 +63,19 @@ _STAGES_READING = {
 }
 
 
-class MixedLatents(Dataset):
-    """Items (mean, logvar, caption id, weight): the real images and as many from the pool as `real_share` asks for.
-
-    One pass has every real image once, with weight 1, and round(real (1 - real_share) / real_share) items of the pool,
-    which is gone through from its beginning as often as that takes; pool image i has weight w_i / mean(w). So the real
-    images keep the generator from drifting into what the judges do not see, whatever the size of the pool.
-
-    Args:
-        real, pool: latents whose caption ids count in the same list (`LatentShards.renumber`).
-        weights: (len(pool),), not negative, not all 0; the judges' scores.
-        real_share: in [0.5, 1].
-
-    Raises UserError for another share or weights.
-    """
-
-    def __init__(self, real: LatentShards, pool: LatentShards, weights: Sequence[float], real_share: float):
-        check_ranges({"real_share": real_share}, {"real_share": REAL_SHARE}, "sd.")
-        values = torch.tensor(weights, dtype=torch.float32)
-        if len(values) != len(pool) or not (values >= 0).all() or not values.sum() > 0:
-            raise UserError(
-                f"{len(values)} weights for {len(pool)} images of the pool, or weights that are not positive numbers; "
-                "draw the pool again with scripts/generate.py"
-            )
-        self.real, self.pool, self.weights = real, pool, values / values.mean()
-        self.drawn = round(len(real) * (1 - real_share) / real_share)
-
-    @property
-    def captions(self) -> list[str]:
-        return list(dict.fromkeys([*self.real.captions, *self.pool.captions]))
-
-    def digests(self) -> list[str]:
-        """Hashes of all that is learned from, weights included."""
-        return [*self.real.digests(), *self.pool.digests(), str(self.weights.tolist()), str(self.drawn)]
-
-    def shares_images_with(self, other: LatentShards) -> bool:
-        """See `LatentShards.shares_images_with`; of the real images."""
-        return self.real.shares_images_with(other)
-
-    def renumber(self, captions: Sequence[str]) -> None:
-        """See `LatentShards.renumber`; for both parts."""
-        self.real.renumber(captions)
-        self.pool.renumber(captions)
-
-    def __len__(self) -> int:
-        return len(self.real) + self.drawn
-
-    def __getitem__(self, position: int) -> tuple[torch.Tensor, ...]:
-        if position < len(self.real):
-            return *self.real[position], torch.ones(())
-        index = (position - len(self.real)) % len(self.pool)
-        return *self.pool[index], self.weights[index]
-
-
 def check_settings(sd: ConfigDict) -> None:
-    """Refuse `config.sd` that cannot be trained (UserError)."""
+    """Raise UserError for values of `config.sd` that cannot be trained."""
     choices = {"stage": OUTCOMES, "kind": KINDS, "resize": RESIZES, "lr_schedule": SCHEDULES}
     check_choices(sd, choices | {"text_encoder": TEXT_ENCODERS}, "sd.")
     check_ranges(sd, RANGES, "sd.")
     if sd.pool and sd.stage != "finetune":
-        raise UserError(f"sd.pool is for sd.stage=finetune, which is {sd.stage!r}")
+        raise UserError(f"sd.pool needs sd.stage=finetune, which is {sd.stage!r}")
     if sd.use_lora and (sd.stage != "finetune" or sd.train_text_encoder):
         needed = "sd.train_text_encoder=False" if sd.stage == "finetune" else "sd.stage=finetune"
         raise UserError(f"sd.use_lora=True needs {needed}: it trains adapters of the UNet and nothing else")
     factor = 2 ** (len(sd.vae_channels) - 1) if sd.stage != "finetune" else 8
     if sd.image_size % factor:
-        raise UserError(f"sd.image_size is {sd.image_size}; it must be a multiple of {factor}, what the VAE divides by")
+        raise UserError(f"sd.image_size is {sd.image_size}; it must be a multiple of {factor}, the VAE's reduction")
     if sd.csv and sd.val_csv and not sd.latents:
         check_apart(sd.kind, Path(sd.csv), Path(sd.val_csv))
     if len(sd.unet_channels) != len(sd.unet_attention) or any(n % 8 for n in (*sd.unet_channels, *sd.vae_channels)):
@@ -136,12 +83,12 @@ def check_settings(sd: ConfigDict) -> None:
 
 
 def state_file(sd: ConfigDict) -> Path:
-    """Return where the state of an unfinished stage lies."""
+    """Return the path of an unfinished stage's state."""
     return Path(sd.output) / f"{sd.stage}_state.pt"
 
 
 def refuse_outcome(sd: ConfigDict) -> None:
-    """Raise UserError where a stage's outcome is there, of which nothing but a kill has left the state."""
+    """Raise UserError if the stage is finished already; remove a state that a kill left behind then."""
     outcome = Path(sd.output) / OUTCOMES[sd.stage]
     if outcome.exists():
         state_file(sd).unlink(missing_ok=True)
@@ -149,32 +96,28 @@ def refuse_outcome(sd: ConfigDict) -> None:
 
 
 def settings_of(config: ConfigDict, processes: int, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a state to resume from belongs to: settings that its result depends on, and hashes of the data."""
-    settings = {f"sd.{name}": value for name, value in config.sd.items() if _matters(config.sd, name)}
-    images_per_step = config.sd.batch_size * config.sd.gradient_accumulation_steps * processes
-    return settings | {
-        "seed": config.seed,
-        "mixed_precision": config.mixed_precision,
-        "sd.batch_size x processes": images_per_step // config.sd.gradient_accumulation_steps,
-        **data,
+    """Return what must stay the same to resume: settings that the result depends on, and hashes of the data."""
+    sd = config.sd
+    used = {"vae_channels": not sd.vae, "text_tokens": sd.text_encoder == "bert", "real_share": bool(sd.pool)}
+    used |= dict.fromkeys(("lora_rank", "lora_targets"), sd.use_lora)
+    settings = {
+        f"sd.{name}": value
+        for name, value in sd.items()
+        if name not in _FREE and sd.stage in _STAGES_USING.get(name, OUTCOMES) and used.get(name, True)
     }
-
-
-def _matters(sd: ConfigDict, name: str) -> bool:
-    read = {"vae_channels": not sd.vae, "text_tokens": sd.text_encoder == "bert", "real_share": bool(sd.pool)}
-    read |= dict.fromkeys(("lora_rank", "lora_targets"), sd.use_lora)
-    return name not in _FREE and sd.stage in _STAGES_READING.get(name, OUTCOMES) and read.get(name, True)
+    common = {"seed": config.seed, "mixed_precision": config.mixed_precision}
+    return settings | common | {"sd.batch_size x processes": sd.batch_size * processes, **data}
 
 
 def find_rows(sd: ConfigDict, csv: str, limit: int) -> tuple[list[Row], list[Path]]:
-    """Rows of a split table that have an image, at most `limit` (0: all), and their files."""
+    """Return the rows of a split table that have an image, at most `limit` (0: all), and their files."""
     rows, paths, missing = kinds.find_rows(sd.kind, csv, sd.data_path, limit, sd.skip_broken)
     logger.info("%s: %d images, %d rows without one are skipped", csv, len(rows), missing)
     return rows, paths
 
 
 def find_images(sd: ConfigDict, csv: str, limit: int) -> ImageFiles:
-    """The images of a split table as uint8 squares."""
+    """Return the images of a split table as uint8 squares."""
     paths = find_rows(sd, csv, limit)[1]
     return ImageFiles(paths, torch.arange(len(paths)), sd.image_size, sd.resize)
 
@@ -182,16 +125,20 @@ def find_images(sd: ConfigDict, csv: str, limit: int) -> ImageFiles:
 def open_latents(
     accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, validation: bool = False
 ) -> LatentShards | None:
-    """The latents to train on or to validate with: those of the configuration, or made from images under sd.output.
+    """Return the latents for training or validation: those configured, or made from images in sd.output/latents.
 
-    None for a validation that is not configured. Raises UserError for latents of another autoencoder or size.
+    None if no validation is configured. Raises UserError for latents of another autoencoder, size or resize mode.
     """
     given, csv = (sd.val_latents, sd.val_csv) if validation else (sd.latents, sd.csv)
     if not given and validation and not csv:
         return None
     folder = Path(given or Path(sd.output) / "latents" / ("val" if validation else "train"))
     if not given:
-        _encode(accelerator, sd, vae, csv, sd.val_images if validation else sd.limit, folder)
+        limit = sd.val_images if validation else sd.limit
+        rows, paths = find_rows(sd, csv, limit)
+        texts, captions = [row.caption for row in rows], source(sd.kind).caption_list(rows)
+        numbers = [row.number for row in rows]
+        _encode(accelerator, sd, vae, paths, numbers, texts, captions, folder, {"csv_sha256": sha256(csv)}, limit=limit)
     latents = LatentShards(folder)
     wanted = {"vae_sha256": fingerprint(vae), "image_size": sd.image_size, "resize": sd.resize}
     for name, value in wanted.items():
@@ -203,20 +150,12 @@ def open_latents(
     return latents
 
 
-def _encode(accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, csv: str, limit: int, folder: Path) -> None:
-    rows, paths = find_rows(sd, csv, limit)
-    images = ImageFiles(paths, torch.tensor([row.number for row in rows]), sd.image_size, sd.resize)
-    captions = source(sd.kind).caption_list(rows)
-    numbers = [captions.index(row.caption) for row in rows]
-    about = {"csv_sha256": sha256(csv), "image_size": sd.image_size, "resize": sd.resize}
-    _encode_images(accelerator, vae, images, captions, numbers, folder, about, about | {"limit": limit}, sd.num_workers)
+def add_pool(accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, real: LatentShards) -> "MixedLatents":
+    """Mix real latents with those of the images in sd.pool that passed the Selector, weighted by the Policy's scores.
 
-
-def add_pool(accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, real: LatentShards) -> MixedLatents:
-    """The real images' latents mixed with those of the images in sd.pool that passed, weighted by the Policy's scores.
-
-    Raises UserError for a folder that generate.py did not write, and where no image passed.
+    Raises UserError for a folder that generate.py did not write, and if no image passed.
     """
+    log, folder = Path(sd.pool) / LOG, Path(sd.output) / "latents" / "pool"
     entries = [entry for entry in read_log(sd.pool) if entry.get("passed")]
     if not entries:
         raise UserError(
@@ -224,36 +163,93 @@ def add_pool(accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, real:
             "(improve.max_attempts), or lower its threshold (--config.rlhf.threshold) and train it again"
         )
     shape = [{"prompt": str, "policy": float, "path_to_img": str}]
-    checked(entries, shape, repr(str(Path(sd.pool) / LOG)), "draw the pool again with scripts/generate.py")
-    prompts, weights = [entry["prompt"] for entry in entries], [float(entry["policy"]) for entry in entries]
-    paths, captions = [Path(sd.pool) / entry["path_to_img"] for entry in entries], sorted(set(prompts))
-    images = ImageFiles(paths, torch.arange(len(paths)), sd.image_size, sd.resize)
-    about = {"pool_sha256": sha256(Path(sd.pool) / LOG), "image_size": sd.image_size, "resize": sd.resize}
-    folder = Path(sd.output) / "latents" / "pool"
-    numbers = [captions.index(prompt) for prompt in prompts]
-    _encode_images(accelerator, vae, images, captions, numbers, folder, about, about, sd.num_workers)
-    return MixedLatents(real, LatentShards(folder), weights, sd.real_share)
+    checked(entries, shape, repr(str(log)), "draw the pool again with scripts/generate.py")
+    paths, prompts = zip(*((Path(sd.pool) / entry["path_to_img"], entry["prompt"]) for entry in entries), strict=True)
+    numbers, captions = range(len(paths)), sorted(set(prompts))
+    _encode(accelerator, sd, vae, paths, numbers, prompts, captions, folder, {"pool_sha256": sha256(log)})
+    return MixedLatents(real, LatentShards(folder), [entry["policy"] for entry in entries], sd.real_share)
 
 
-def _encode_images(
+def _encode(
     accelerator: Accelerator,
+    sd: ConfigDict,
     vae: AutoencoderKL,
-    images: ImageFiles,
-    captions: Sequence[str],
+    paths: Sequence[Path],
     numbers: Sequence[int],
+    texts: Sequence[str],
+    captions: Sequence[str],
     folder: Path,
-    about: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    num_workers: int,
+    origin: Mapping[str, Any],
+    **settings: Any,
 ) -> None:
-    """Latents of images, whose captions have these numbers in the list, in a folder that is kept for these settings."""
+    """Encode images with row `numbers` and captions `texts` into a folder reserved for this origin and settings."""
+    about = {**origin, "image_size": sd.image_size, "resize": sd.resize}
     if accelerator.is_main_process:
-        claim_folder(folder, dict(settings) | {"vae_sha256": fingerprint(vae)}, {"images": len(images)})
+        claim_folder(folder, about | settings | {"vae_sha256": fingerprint(vae)}, {"images": len(paths)})
     accelerator.wait_for_everyone()
-    place = {"rank": accelerator.process_index, "processes": accelerator.num_processes}
-    done = encode_data_set(vae, images, images.targets.tolist(), numbers, folder, **place, num_workers=num_workers)
+    done = encode_data_set(
+        vae,
+        ImageFiles(paths, torch.tensor(numbers), sd.image_size, sd.resize),
+        list(numbers),
+        [captions.index(text) for text in texts],
+        folder,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+        num_workers=sd.num_workers,
+    )
     done = accelerator.reduce(torch.tensor(done, device=accelerator.device)).item()
     if accelerator.is_main_process:
-        write_index(folder, vae, captions, len(images), about)
-        logger.info("latents of %d images in %s, %d of them encoded now", len(images), folder, done)
+        write_index(folder, vae, captions, len(paths), about)
+        logger.info("latents of %d images in %s, %d of them encoded now", len(paths), folder, done)
     accelerator.wait_for_everyone()
+
+
+class MixedLatents(Dataset):
+    """Real and pool latents for fine-tuning on what judges chose (RAFT, Dong et al. 2023).
+
+    Items are (mean, logvar, caption id, weight). One pass has every real image once, with weight 1, followed by
+    round(real (1 - real_share) / real_share) items of the pool in cyclic order, with weights w_i / mean(w). So the real
+    images keep the generator from drifting where the judges are blind, whatever the size of the pool.
+
+    Args:
+        real, pool: latents with caption ids in the same list (`LatentShards.renumber`).
+        weights: (len(pool),), non-negative, not all 0; the judges' scores.
+        real_share: in [0.5, 1].
+
+    Raises UserError for another share or weights.
+    """
+
+    def __init__(self, real: LatentShards, pool: LatentShards, weights: Sequence[float], real_share: float):
+        check_ranges({"real_share": real_share}, {"real_share": REAL_SHARE}, "sd.")
+        values = torch.tensor(weights, dtype=torch.float32)
+        if len(values) != len(pool) or not (values >= 0).all() or not values.sum() > 0:
+            raise UserError(
+                f"the pool's {len(pool)} images have {len(values)} weights, which must be as many non-negative numbers "
+                "and not all 0; draw the pool again with scripts/generate.py"
+            )
+        self.real, self.pool, self.weights = real, pool, values / values.mean()
+        self.from_pool = round(len(real) * (1 - real_share) / real_share)
+
+    @property
+    def captions(self) -> list[str]:
+        return list(dict.fromkeys([*self.real.captions, *self.pool.captions]))
+
+    def digests(self) -> list[str]:
+        """Return hashes of all training data, weights included."""
+        return [*self.real.digests(), *self.pool.digests(), str(self.weights.tolist()), str(self.from_pool)]
+
+    def shares_images_with(self, other: LatentShards) -> bool:
+        return self.real.shares_images_with(other)
+
+    def renumber(self, captions: Sequence[str]) -> None:
+        self.real.renumber(captions)
+        self.pool.renumber(captions)
+
+    def __len__(self) -> int:
+        return len(self.real) + self.from_pool
+
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, ...]:
+        if position < len(self.real):
+            return *self.real[position], torch.ones(())
+        index = (position - len(self.real)) % len(self.pool)
+        return *self.pool[index], self.weights[index]

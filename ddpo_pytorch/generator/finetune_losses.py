@@ -1,4 +1,4 @@
-"""What stage (i) minimises: the autoencoder's loss and the diffusion model's, each with its random numbers given."""
+"""Losses of stage (i), the autoencoder's and the diffusion model's, with all random numbers passed in."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from ddpo_pytorch.utils.randomness import BatchDraws
 
 
 class AutoencoderLoss(nn.Module):
-    """Images -> reconstruction error plus the weighted KL of the posterior, a scalar.
+    """Reconstruction error plus weighted KL of the posterior.
 
     The error is L1 plus twice the mean square: L1 alone is slow to notice hairs and ruler ticks, which are few pixels.
     """
@@ -26,14 +26,14 @@ class AutoencoderLoss(nn.Module):
         self.vae, self.kl_weight = vae, kl_weight
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) in [-1, 1] and standard normal noise of the latents' shape."""
+        """Return the scalar loss of images (B, 3, H, W) in [-1, 1], with standard normal noise (B, C, h, w)."""
         posterior = self.vae.encode(images).latent_dist
         reconstruction = self.vae.decode(sample_posterior(posterior.mean, posterior.logvar, noise)).sample
         error = F.l1_loss(reconstruction, images) + 2 * F.mse_loss(reconstruction, images)
         return error + self.kl_weight * posterior.kl().mean()
 
     def batch_loss(self, model: nn.Module, batch: Sequence[torch.Tensor], draws: BatchDraws) -> torch.Tensor:
-        """Loss of a batch (uint8 images, ...) by `model`, this module or its wrapper."""
+        """Return the loss of a batch (uint8 images, ...) by `model`, which is this module or its DDP wrapper."""
         images = batch[0].float() / 127.5 - 1
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         height, width = images.shape[-2] // factor, images.shape[-1] // factor
@@ -41,10 +41,9 @@ class AutoencoderLoss(nn.Module):
 
 
 class CaptionTable(nn.Module):
-    """Caption numbers (B,) -> prompt embeddings (B, L, D); number len(captions) is the empty caption.
+    """Prompt embeddings (B, L, D) by caption number (B,); number len(captions) is the empty caption.
 
-    A frozen text encoder embeds every caption once and is not called again. One that is trained is a part of this
-    module. In the training itself no other place knows the text encoder.
+    A frozen text encoder embeds every caption once and is not needed again. A trained one is part of this module.
     """
 
     def __init__(self, pipe: StableDiffusionPipeline, captions: Sequence[str], trained: bool):
@@ -57,7 +56,7 @@ class CaptionTable(nn.Module):
             self.register_buffer("embeddings", encode_prompts(pipe, [*captions, ""]), persistent=False)
 
     def digest(self) -> str:
-        """Hash of the frozen embeddings, or of the tokens of a text encoder that is trained."""
+        """Return a hash of the frozen embeddings, or of the tokens for a trained text encoder."""
         table = self.tokens if self.text_encoder else self.embeddings.float()
         return hashlib.sha256(table.cpu().numpy().tobytes()).hexdigest()
 
@@ -68,11 +67,11 @@ class CaptionTable(nn.Module):
 
 
 class NoiseLoss(nn.Module):
-    """Mean squared error of the UNet's prediction (Ho et al. 2020): of the noise, or whatever the schedule asks for.
+    """Mean squared error of the UNet's prediction (Ho et al. 2020): the noise, or whatever the schedule predicts.
 
-    With `min_snr_gamma` > 0, in training mode, each sample is weighted as by Hang et al. 2023: min(snr, gamma) / snr
-    for noise prediction, / (snr + 1) for velocity, and without a divisor for the sample itself. In evaluation mode the
-    loss is unweighted, so that validation losses of different weightings compare.
+    With `min_snr_gamma` > 0, samples are weighted in training mode as by Hang et al. 2023: min(snr, gamma) / snr for
+    noise prediction, / (snr + 1) for velocity, / 1 for the sample itself. Evaluation is unweighted, so that validation
+    losses of different weightings compare.
     """
 
     def __init__(
@@ -96,14 +95,13 @@ class NoiseLoss(nn.Module):
         caption_numbers: torch.Tensor,
         weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Scaled latents and noise (B, C, h, w), timesteps, caption numbers and weights (B,) -> scalar."""
+        """Return the scalar loss of scaled latents and noise (B, C, h, w), with the other arguments (B,)."""
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         prediction = self.unet(noisy, timesteps, self.captions(caption_numbers)).sample
-        kind = self.schedule.config.prediction_type
-        target = {"epsilon": noise, "sample": latents}.get(kind)
+        target = {"epsilon": noise, "sample": latents}.get(self.schedule.config.prediction_type)
         if target is None:
             target = self.schedule.get_velocity(latents, noise, timesteps)
-        errors = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
+        errors = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))  # (B,)
         if self.training and self.min_snr_gamma > 0:
             errors = errors * min_snr_weights(self.schedule, timesteps, self.min_snr_gamma)
         if weights is not None:
@@ -111,9 +109,9 @@ class NoiseLoss(nn.Module):
         return errors.mean()
 
     def batch_loss(self, model: nn.Module, batch: Sequence[torch.Tensor], draws: BatchDraws) -> torch.Tensor:
-        """Loss of a batch (mean, logvar, caption number, perhaps a weight) by `model`, this module or its wrapper.
+        """Return the loss of a batch (mean, logvar, caption number, optional weight) by `model`, as above.
 
-        In training mode captions are dropped with probability `caption_dropout`: guidance needs a model without.
+        In training mode, captions are dropped with probability `caption_dropout`: guidance needs a model without.
         """
         mean, logvar, numbers, *weights = batch
         latents = sample_posterior(mean, logvar, draws.normal(*mean.shape[1:])) * self.scaling_factor
@@ -124,7 +122,7 @@ class NoiseLoss(nn.Module):
 
 
 def min_snr_weights(schedule: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Weights (B,) of the squared error at timesteps (B,); snr = alpha_bar / (1 - alpha_bar)."""
+    """Return weights (B,) of the squared error at timesteps (B,); snr = alpha_bar / (1 - alpha_bar)."""
     snr = compute_snr(schedule, timesteps)
     divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
     return snr.clamp(max=gamma) / divisor[schedule.config.prediction_type]

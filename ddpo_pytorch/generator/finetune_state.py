@@ -1,4 +1,4 @@
-"""The moving parts of stage (i): what changes from step to step, and batches that go on where a killed run stopped."""
+"""Training state of stage (i), its batches from any step on, and a stopwatch."""
 
 import logging
 import time
@@ -23,23 +23,14 @@ from ddpo_pytorch.utils.training_state import restore_state
 logger = logging.getLogger(__name__)
 
 
-def parameter_groups(loss: nn.Module, parameters: list[nn.Parameter], sd: ConfigDict) -> list:
-    """What the optimizer takes: a text encoder that is trained further learns at a tenth of the UNet's rate."""
-    if sd.stage != "finetune" or not sd.train_text_encoder:
-        return parameters
-    text = {id(parameter) for parameter in loss.captions.parameters()}
-    slow = [parameter for parameter in parameters if id(parameter) in text]
-    fast = [parameter for parameter in parameters if id(parameter) not in text]
-    return [{"params": fast}, {"params": slow, "lr": sd.learning_rate / 10}]
-
-
 class Stopwatch:
-    """Seconds of work since the last lap; what happens within `paused` does not count."""
+    """Measure working time; what happens within `paused` does not count."""
 
     def __init__(self):
         self._started = time.perf_counter()
 
     def lap(self) -> float:
+        """Return the seconds since the last lap."""
         seconds, self._started = time.perf_counter() - self._started, time.perf_counter()
         return seconds
 
@@ -61,6 +52,7 @@ class Training:
     scaler: Any
 
     def snapshot(self, step: int) -> dict[str, Any]:
+        """Return the state after `step`, for `save_state`."""
         average = self.average
         return {
             "step": step,
@@ -72,7 +64,7 @@ class Training:
         }
 
     def restore(self, file: Path, settings: dict[str, Any]) -> int:
-        """Take what `snapshot` made from a state file; return its step, 0 if there is no file."""
+        """Restore a snapshot from a state file; return its step, or 0 if there is no file."""
         state = restore_state(file, settings, self._take)
         if state is None:
             return 0
@@ -96,7 +88,7 @@ class Training:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within this context the model has its averaged weights."""
+        """Give the model its averaged weights within this context."""
         if self.average:
             self.average.store(self.parameters)
             self.average.copy_to(self.parameters)
@@ -110,13 +102,13 @@ class Training:
 def endless_batches(
     accelerator: Accelerator, sd: ConfigDict, seed: int, dataset: Dataset, first: int
 ) -> Iterator[tuple[list[torch.Tensor], BatchDraws]]:
-    """This process's batches from number `first` on, each with its random numbers."""
-    size, place = sd.batch_size, (accelerator.process_index, accelerator.num_processes)
+    """Yield this process's batches from number `first` on, each with its random numbers."""
+    size, share = sd.batch_size, (accelerator.process_index, accelerator.num_processes)
     try:
-        sampler = EndlessBatches(len(dataset), size, seed, first, *place)
+        sampler = EndlessBatches(len(dataset), size, seed, first, *share)
     except ValueError as error:
         raise UserError(f"{error}; lower sd.batch_size") from error
     loader = DataLoader(dataset, batch_sampler=sampler, **loader_options(sd.num_workers))
     for number, batch in enumerate(loader, start=first):
         batch = [tensor.to(accelerator.device, non_blocking=True) for tensor in batch]
-        yield batch, BatchDraws(seed, Stream.NOISE, number, size, *place, device=accelerator.device)
+        yield batch, BatchDraws(seed, Stream.NOISE, number, size, *share, device=accelerator.device)

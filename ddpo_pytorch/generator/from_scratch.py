@@ -1,8 +1,7 @@
-"""A small Stable Diffusion built from nothing: tokenizer, text encoder, VAE and UNet of chosen size.
+"""A small Stable Diffusion built from scratch: tokenizer, text encoder, VAE and UNet of chosen size.
 
-The parts are those of SD 1.5 (CLIP text model, or a BERT in its place, AutoencoderKL with 4 latent channels,
-UNet2DConditionModel, the same noise schedule), only smaller, so the folder they are saved in opens like any Stable
-Diffusion.
+The parts are those of SD 1.5 (CLIP's text model, or a BERT in its place; AutoencoderKL with 4 latent channels;
+UNet2DConditionModel; the same noise schedule), only smaller, so the saved folder opens like any Stable Diffusion.
 """
 
 from collections.abc import Sequence
@@ -11,10 +10,18 @@ from pathlib import Path
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from ml_collections import ConfigDict
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from ddpo_pytorch.generator.parts import load_part
-from ddpo_pytorch.generator.text import TextEncoder, build_bert, mask_padding
+from ddpo_pytorch.generator.text import TOKENS, TextEncoder, mask_padding
 from ddpo_pytorch.utils.errors import UserError
 
 # SD 1.5's schedule. With set_alpha_to_one=False and steps_offset=1 the last DDIM step keeps a positive variance.
@@ -30,18 +37,16 @@ GROUPS = 8  # of group normalisation; every channel count must be a multiple
 
 
 def build_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer of 77 tokens whose byte-pair merges spell the words of `captions`, always the same ones.
+    """Return a CLIP tokenizer of 77 tokens whose byte-pair merges spell the words of `captions`.
 
-    Training merges on the captions would break ties at random, and two processes, or a resumed run, would number the
-    tokens differently.
+    Merges are written down rather than trained: training breaks ties at random, so two processes, or a resumed run,
+    would number the tokens differently.
     """
     vocab = ["<|startoftext|>", "<|endoftext|>"]
-    backend = CLIPTokenizer(vocab={token: index for index, token in enumerate(vocab)}, merges=[]).backend_tokenizer
-    texts = [backend.normalizer.normalize_str(caption) for caption in captions]
-    words = sorted({word for text in texts for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)})
-    letters = sorted({letter for word in words for letter in word})
+    words = _words(CLIPTokenizer(vocab={token: index for index, token in enumerate(vocab)}, merges=[]), captions)
+    letters = _letters(words)
     vocab += letters + [f"{letter}</w>" for letter in letters]
-    merges = {}  # in place of a set, for its order
+    merges = {}  # an ordered set
     for word in words:
         head, *tail = *word[:-1], f"{word[-1]}</w>"
         for letter in tail:
@@ -54,7 +59,7 @@ def build_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextModel:
-    """A CLIP text model: `layers` transformer layers of `width` channels, heads of 16 channels."""
+    """Return a CLIP text model of `layers` transformer layers with `width` channels, 16 to a head."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -71,13 +76,46 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLI
 
 
 def build_clip(captions: Sequence[str], width: int, layers: int, tokens: int) -> TextEncoder:
-    """Tokenizer and text model; a prompt has CLIP's 77 tokens whatever `tokens` says."""
+    """Return a CLIP tokenizer and text model; prompts always have CLIP's 77 tokens, `tokens` is ignored."""
     tokenizer = build_tokenizer(captions)
     return tokenizer, build_text_encoder(tokenizer, width, layers)
 
 
-# what the configuration may choose: tokenizer and text encoder from (captions, width, layers, tokens).
+def build_bert(captions: Sequence[str], width: int, layers: int, tokens: int = TOKENS) -> TextEncoder:
+    """Return a BERT whose WordPiece vocabulary is the words and letters of `captions`; 16 channels to a head."""
+    words = _words(BertTokenizer(vocab={"[UNK]": 0}, do_lower_case=True), captions)
+    letters = _letters(words)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocab = [*special, *letters, *(f"##{letter}" for letter in letters), *(word for word in words if len(word) > 1)]
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(vocab)}, do_lower_case=True)
+    tokenizer.model_max_length = tokens
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 16),
+        max_position_embeddings=tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return tokenizer, BertModel(config, add_pooling_layer=False)
+
+
+# builders by sd.text_encoder, called with (captions, width, layers, tokens)
 TEXT_ENCODERS = {"clip": build_clip, "bert": build_bert}
+
+
+def _words(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> list[str]:
+    """Return the words of captions as the tokenizer normalises and splits them, sorted."""
+    backend = tokenizer.backend_tokenizer
+    texts = [backend.normalizer.normalize_str(caption) for caption in captions]
+    return sorted({word for text in texts for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)})
+
+
+def _letters(words: Sequence[str]) -> list[str]:
+    return sorted({letter for word in words for letter in word})
 
 
 def load_vae(folder: str | Path) -> AutoencoderKL:
@@ -88,7 +126,7 @@ def load_vae(folder: str | Path) -> AutoencoderKL:
 
 
 def build_vae(channels: Sequence[int], image_size: int) -> AutoencoderKL:
-    """A KL autoencoder with 4 latent channels that divides each side by 2 ** (len(channels) - 1)."""
+    """Return a KL autoencoder with 4 latent channels that divides each side by 2 ** (len(channels) - 1)."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
@@ -98,7 +136,7 @@ def build_vae(channels: Sequence[int], image_size: int) -> AutoencoderKL:
         norm_num_groups=GROUPS,
         sample_size=image_size,
     )
-    # begin with a posterior of small variance: at 1, noise would drown the latents for most of a short training.
+    # start with a small posterior variance: at 1, noise would drown the latents for most of a short training
     nn.init.constant_(vae.quant_conv.bias[vae.config.latent_channels :], -6.0)
     return vae
 
@@ -106,9 +144,9 @@ def build_vae(channels: Sequence[int], image_size: int) -> AutoencoderKL:
 def build_unet(
     channels: Sequence[int], attention: Sequence[bool], text_width: int, latent_size: int
 ) -> UNet2DConditionModel:
-    """A text-conditioned UNet, one block a resolution; `attention[i]` puts self- and cross-attention at resolution i.
+    """Return a text-conditioned UNet with one block per resolution.
 
-    Attention heads have up to 32 channels.
+    `attention[i]` puts self- and cross-attention, of up to 32 channels per head, at resolution i.
     """
     return UNet2DConditionModel(
         sample_size=latent_size,
@@ -117,14 +155,14 @@ def build_unet(
         down_block_types=tuple("CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attention),
         up_block_types=tuple("CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(tuple(attention))),
         cross_attention_dim=text_width,
-        # diffusers reads this as the number of heads, its name notwithstanding
+        # despite its name, diffusers reads this as the number of heads
         attention_head_dim=tuple(max(1, width // 32) for width in channels),
         norm_num_groups=GROUPS,
     )
 
 
 def assemble(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:
-    """The four parts and SD 1.5's noise schedule as a pipeline; `conditioning.save_model` writes the usual folder."""
+    """Return a pipeline of the four parts and SD 1.5's noise schedule; save it with `conditioning.save_model`."""
     mask_padding(unet, text_encoder)
     return StableDiffusionPipeline(
         vae=vae,
@@ -139,7 +177,7 @@ def assemble(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:
 
 
 def build_pipeline(sd: ConfigDict, captions: Sequence[str]) -> StableDiffusionPipeline:
-    """Fresh tokenizer, text encoder and UNet of `config.sd` beside the VAE that stage "vae" left in sd.output."""
+    """Build tokenizer, text encoder and UNet of `config.sd` around the VAE that stage "vae" left in sd.output."""
     vae = load_vae(Path(sd.output) / "vae").requires_grad_(False).eval()
     tokenizer, text_encoder = TEXT_ENCODERS[sd.text_encoder](captions, sd.text_width, sd.text_layers, sd.text_tokens)
     latent_size = sd.image_size // 2 ** (len(vae.config.block_out_channels) - 1)

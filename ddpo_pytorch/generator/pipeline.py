@@ -1,4 +1,4 @@
-"""Stable Diffusion as this project uses it: frozen parts, DDIM, cached embeddings, one guided noise prediction."""
+"""Stable Diffusion: strict loading, cached prompt embeddings, guided noise prediction, decoding."""
 
 import logging
 import re
@@ -17,8 +17,7 @@ from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.weights import check_finite, read_safetensors
 
 logger = logging.getLogger(__name__)
-
-# Ids that left the hub, and where the same files are now.
+# where the files of ids that left the hub are now
 MIRRORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -32,39 +31,35 @@ def load_pipeline(
 ) -> StableDiffusionPipeline:
     """Load Stable Diffusion in diffusers format with DDIM sampling, frozen and in evaluation mode.
 
-    The safety checker is off: on medical images it fires falsely, and the black images it returns would spoil rewards
-    and metrics unnoticed. The scheduler is built from the model's own configuration, so its betas, prediction type and
-    offsets are kept. Its alphas go to `device` once, which spares a transfer at every denoising step.
+    The safety checker is off: it misfires on medical images, and its black images would corrupt rewards and metrics
+    unnoticed. The DDIM scheduler keeps the model's own betas, prediction type and offsets.
 
     Args:
         model: local folder, or Hugging Face id.
-        revision: branch, tag or commit of a Hugging Face id; a local folder has none.
-        unet_path: UNet state dict in diffusers names (safetensors) that replaces the model's own. "" keeps that.
+        revision: branch, tag or commit of a Hugging Face id.
+        unet_path: safetensors file in diffusers names that replaces the UNet's weights; "" keeps the model's own.
         dtype: of VAE, text encoder and UNet.
 
     Raises:
-        UserError: no such folder or model; a part that is not whole (see `load_part`); parts or a UNet file that do not
-            fit each other.
+        UserError: no such model, an incomplete part (see `load_part`), or parts or a UNet file that do not match.
     """
     pipe = _from_pretrained(str(model), revision, dtype)
     check_tokenizer(pipe.tokenizer, pipe.text_encoder, str(model))
     if pipe.text_encoder.config.hidden_size != pipe.unet.config.cross_attention_dim:
         raise UserError(
             f"{model}: the UNet expects embeddings of width {pipe.unet.config.cross_attention_dim}, the text encoder's "
-            f"have {pipe.text_encoder.config.hidden_size}; they do not belong together"
+            f"have {pipe.text_encoder.config.hidden_size}; copy or fetch the whole model again"
         )
     if unet_path:
         replace_unet_weights(pipe.unet, unet_path)
-        check_finite(pipe.unet.state_dict(), unet_path)  # in its own type, which may be narrower than the file's
+        check_finite(pipe.unet.state_dict(), unet_path)  # its dtype may be narrower than the file's
         check_unet_file(pipe, model, unet_path)
     mask_padding(pipe.unet, pipe.text_encoder)
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.requires_grad_(False).eval().to(device)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)
-    logger.debug("DDIM configuration: %s", dict(pipe.scheduler.config))
-    # None: tqdm shows its bar on a terminal and nowhere else.
-    pipe.set_progress_bar_config(disable=None, leave=False)
+    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)  # spares a transfer at each step
+    pipe.set_progress_bar_config(disable=None, leave=False)  # None: a bar on terminals only
     return pipe
 
 
@@ -80,11 +75,11 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
             )
         try:
             AutoConfig.from_pretrained(model, subfolder="text_encoder", revision=revision, trust_remote_code=False)
-            with quiet():  # of a network that is not there
+            with quiet():  # no retry warnings while offline
                 folder = Path(StableDiffusionPipeline.download(model, revision=revision, safety_checker=None))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"model {model} is neither a folder here nor within reach on the Hugging Face hub; "
+                f"model {model} is neither a local folder nor reachable on the Hugging Face hub; "
                 "check the path, the id and the network"
             ) from error
     if not (folder / "model_index.json").is_file():
@@ -93,11 +88,13 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
         if not (folder / name).is_dir():
             raise UserError(f"{model} has no folder {name}; copy or fetch the whole model again")
     check_tokenizer_files(folder / "tokenizer")
-    parts = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
-    parts = {name: load_part(kind, folder, name, dtype) for name, kind in parts.items()}
+    parts = {
+        "unet": load_part(UNet2DConditionModel, folder, "unet", dtype),
+        "vae": load_part(AutoencoderKL, folder, "vae", dtype),
+    }
     try:
         parts["text_encoder"] = load_encoder(str(folder), "text_encoder", dtype)
-        with quiet():  # diffusers warns of a text encoder that is not CLIP's
+        with quiet():  # diffusers warns of text encoders other than CLIP
             pipe = StableDiffusionPipeline.from_pretrained(
                 folder, safety_checker=None, requires_safety_checker=False, **parts
             )
@@ -115,38 +112,36 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
 def replace_unet_weights(unet: nn.Module, path: str | Path) -> None:
     """Replace all weights of the UNet by those of a safetensors file in diffusers names.
 
-    Raises:
-        UserError: no such file, not safetensors, or a key that is unknown, missing or of another shape (named).
+    Raises UserError for a missing or unreadable file, and for an unknown key, a missing one, or another shape.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"no UNet weights at {path}; give a safetensors file with a UNet state dict in diffusers names")
     weights, _ = read_safetensors(path)
-    own = unet.state_dict()
-    for key in weights:
-        if key not in own:
-            raise UserError(f"{path} has the key {key}, which the UNet lacks; use weights of the same architecture")
-        if weights[key].shape != own[key].shape:
-            raise UserError(
-                f"{path}: {key} has shape {tuple(weights[key].shape)}, the UNet wants {tuple(own[key].shape)}; "
-                "use weights of the same architecture"
-            )
-    missing = next((key for key in own if key not in weights), None)
-    if missing is not None:
-        raise UserError(f"{path} lacks the key {missing} of the UNet; use weights of the same architecture")
+    shapes = {key: tuple(value.shape) for key, value in unet.state_dict().items()}
+    problem = ""
+    for key in (*weights, *shapes):
+        if key not in shapes:
+            problem = f"has the key {key}, which the UNet lacks"
+        elif key not in weights:
+            problem = f"lacks the key {key} of the UNet"
+        elif (shape := tuple(weights[key].shape)) != shapes[key]:
+            problem = f"holds {key} of shape {shape}, the UNet wants {shapes[key]}"
+        if problem:
+            raise UserError(f"{path} {problem}; use weights of the same architecture")
     unet.load_state_dict(weights)
 
 
 def encode_prompts(pipe: StableDiffusionPipeline, prompts: Iterable[str]) -> torch.Tensor:
-    """Embed N prompts: (N, L, D), in the text encoder's dtype (see `text.embed`)."""
+    """Return embeddings (N, L, D) of N prompts in the text encoder's dtype (see `text.embed`)."""
     return embed(pipe.tokenizer, pipe.text_encoder, prompts)
 
 
 class PromptEmbeddings:
-    """Prompt embeddings, computed once for each string.
+    """Cache of prompt embeddings.
 
-    Each prompt is encoded on its own: in a batch the last bits would depend on its neighbours, and a resumed run, which
-    meets the prompts in another order, would not repeat an uninterrupted one.
+    Each prompt is encoded alone: in a batch the last bits would depend on its neighbours, and a resumed run, which
+    encodes the prompts in another order, would differ from an uninterrupted one.
     """
 
     def __init__(self, pipe: StableDiffusionPipeline):
@@ -154,18 +149,18 @@ class PromptEmbeddings:
         self._embeddings: dict[str, torch.Tensor] = {}
 
     def __call__(self, prompts: Iterable[str]) -> torch.Tensor:
-        """Embeddings (N, L, D) of N prompts."""
+        """Return embeddings (N, L, D) of N prompts."""
         return torch.stack([self._embedding(prompt) for prompt in prompts])
 
     @property
     def negative(self) -> torch.Tensor:
-        """Embedding (1, L, D) of the empty prompt, the unconditional side of guidance."""
+        """Return the embedding (1, L, D) of the empty prompt, for the unconditional side of guidance."""
         return self._embedding("")[None]
 
     def precompute(self, prompts: Iterable[str]) -> None:
-        """Embed these and the empty prompt, and let the text encoder go: no other prompt can follow (KeyError).
+        """Embed these and the empty prompt, then drop the text encoder: any other prompt raises KeyError.
 
-        Warns of prompts that are too long for it.
+        Warns of truncated prompts (see `check_tokens`).
         """
         prompts = list(dict.fromkeys(prompts))
         check_tokens(self._pipe.tokenizer, prompts)
@@ -176,7 +171,7 @@ class PromptEmbeddings:
     def _embedding(self, prompt: str) -> torch.Tensor:
         if prompt not in self._embeddings:
             if self._pipe.text_encoder is None:
-                raise KeyError(f"{prompt!r} was not among the prompts when the text encoder was let go")
+                raise KeyError(f"{prompt!r} was not precomputed, and the text encoder is gone")
             self._embeddings[prompt] = encode_prompts(self._pipe, [prompt])[0]
         return self._embeddings[prompt]
 
@@ -189,21 +184,21 @@ def guided_noise_prediction(
     negative_prompt_embeds: torch.Tensor | None,
     guidance_scale: float,
 ) -> torch.Tensor:
-    """Noise prediction under classifier-free guidance: e(neg) + w (e(prompt) - e(neg)), Ho and Salimans 2022, eq. 6.
+    """Predict noise with classifier-free guidance: e(neg) + w (e(prompt) - e(neg)), Ho and Salimans 2022, eq. 6.
 
-    Rollout and update both call this function and no other, so that they run the same arithmetic and the PPO ratio
-    before the first update is 1.
+    Rollout and update both use this function, so that their arithmetic is the same and the PPO ratio before the first
+    update is exactly 1.
 
     Args:
         unet: the UNet, wrapped (DDP, autocast) or not.
         latents: (B, C, H, W).
         timesteps: int, 0-d or (B,).
         prompt_embeds: (B, L, D).
-        negative_prompt_embeds: (1, L, D) or (B, L, D); unused and allowed to be None if guidance_scale <= 1.
-        guidance_scale: weight w; 1 or less predicts from the prompt alone, at half the cost.
+        negative_prompt_embeds: (1, L, D) or (B, L, D); may be None if guidance_scale <= 1.
+        guidance_scale: weight w; 1 or less uses the prompt alone, at half the cost.
 
     Returns:
-        (B, C, H, W) in float32; the two predictions are combined in float32 because their difference is small.
+        (B, C, H, W) in float32, in which the small difference of the two predictions is taken.
     """
     batch = latents.shape[0]
     dtype = next(unet.parameters()).dtype
@@ -215,7 +210,7 @@ def guided_noise_prediction(
         raise ValueError(f"guidance_scale is {guidance_scale}; guidance above 1 needs negative_prompt_embeds")
 
     negative = negative_prompt_embeds.to(dtype).expand(batch, -1, -1)
-    both = unet(
+    both = unet(  # (2B, C, H, W): one pass for both predictions
         torch.cat([latents, latents]),
         torch.cat([timesteps, timesteps]),
         encoder_hidden_states=torch.cat([negative, prompt_embeds]),
@@ -242,8 +237,8 @@ def set_schedule(pipe: StableDiffusionPipeline, num_steps: int) -> None:
 
 
 def latent_shape(pipe: StableDiffusionPipeline) -> tuple[int, int, int]:
-    """Shape (C, H, W) of one image's latents at the UNet's own resolution."""
-    config = getattr(pipe.unet, "module", pipe.unet).config
+    """Return the shape (C, H, W) of one image's latents at the UNet's own resolution."""
+    config = getattr(pipe.unet, "module", pipe.unet).config  # .module: of DistributedDataParallel
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return config.in_channels, height, width
