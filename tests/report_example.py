@@ -118,7 +118,10 @@ def model(name: str, folder: Path, train: list, samples: list, seed: int) -> dic
         "missing": {},
         "images_by_prompt": by_prompt,
         "alignment": {"H4": h4, "H6": h6},
-        "fidelity": {"inception": {"matched": matched, "unmatched": unmatched}},
+        "fidelity": {
+            "inception": {"matched": matched, "unmatched": unmatched},
+            "judge": {"matched": {"n": 480, "FID": quantity(0.274 if rl else 0.292, 0.02, 480)}, "unmatched": {"n": n}},
+        },
         "perception": {"LPIPS": None, "LPIPS_within": None},
         "diversity": {
             "judge": {
@@ -156,14 +159,22 @@ def full_example(folder: Path, size: int = 64, number: int = 6) -> tuple[dict, d
     difference = blocks["SD+RL"]["APR"] - blocks["SD"]["APR"]
     result = {
         "format": 2,
-        "created": "2026-03-01T12:00:00+00:00",
+        "fid_part": "matched",
+        "created": "2026-03-01T12:00:00Z",
         "versions": {"torch": "2.9.0", "torch-fidelity": "0.4.0"},
-        "settings": {"batch_size": 64, "classifier": "ddpo_pytorch/assets/mini/H4.safetensors", "prompts": []},
-        "judges": {
-            "H4": {"file": "ddpo_pytorch/assets/mini/H4.safetensors", "sha256": sha(4), "labels": list(LABELS[:4])},
-            "H6": {"file": "ddpo_pytorch/assets/mini/H6.safetensors", "sha256": sha(6), "labels": list(LABELS)},
+        "settings": {
+            "batch_size": 64,
+            "classifier": "ddpo_pytorch/assets/mini/H4.safetensors",
+            "prompts": [],
+            "quality": [],
+            "seed": 42,
+            "image_shape": [size, size],
         },
-        "networks": {"inception": {"what": "Inception V3 of FID", "sha256": sha(9), "features": 2048}},
+        "judges": {
+            "H4": {"what": "assets/mini/H4.safetensors", "sha256": sha(4), "labels": list(LABELS[:4])},
+            "H6": {"what": "assets/mini/H6.safetensors", "sha256": sha(6), "labels": list(LABELS)},
+        },
+        "networks": {"inception": {"what": "Inception V3 of FID", "sha256": sha(9)}},
         "missing": {"LPIPS": "no AlexNet weights; give --config.metric.alexnet=FILE"},
         "warnings": ["FID of SD rests on 480 images, fewer than 2,048; its bias is large"],
         "sets": {
@@ -175,6 +186,7 @@ def full_example(folder: Path, size: int = 64, number: int = 6) -> tuple[dict, d
             "images": sum(real_counts.values()),
             "APR": 0.915,
             "alignment": {"H4": ceiling},
+            "perception": {},
             "diversity": {"judge": {"vendi": quantity(7.9, 0.3, 640)}},
         },
         "comparisons": [
@@ -192,19 +204,74 @@ def full_example(folder: Path, size: int = 64, number: int = 6) -> tuple[dict, d
                 "p_by_prompt": 0.0002,
                 "gained": 190,
                 "lost": 21,
+                "test": "p: McNemar, exact; p_by_prompt: sign flips of the prompts' mean differences",
             }
         ],
     }
-    result["settings"] |= {"seed": 42, "image_shape": [size, size]}
     result["sets"]["real"]["images_by_prompt"] = real_counts
+    result["sets"]["train"]["images_by_prompt"] = {c: int(c in CAPTIONS[::2]) for c in CAPTIONS}
     runs = [write_run(folder / "logs" / "demo", 32, 42), write_run(folder / "logs" / "other-seed", 32, 1, 0.11)]
     return result, samples, runs
 
 
 def minimal_result() -> dict:
-    """A result in which nearly nothing could be measured."""
+    """Return the result of one folder without real and training images, and without weights of Inception or AlexNet."""
+    captions = list(CAPTIONS[:2])
+    missing = {"LPIPS": "metric.alexnet is empty", "FID, KID, LPIPS to real images": "metric.real_path is empty"}
+    images = {"images": 3, "sha256": sha(3), "made_with": {}, "black_images": 0, "identical_images": 0}
+    model = {
+        "images": 3,
+        "APR": 0.25,
+        "reward": None,
+        "black_images": 0,
+        "alignment": {"H4": alignment(dict.fromkeys(captions, 0.25), 3, LABELS[:4])},
+        "perception": {},
+        "diversity": {"judge": None},
+        "missing": {"reward": "image_log.json states no rewards"},
+        "images_by_prompt": dict.fromkeys(CAPTIONS, 0) | {captions[0]: 2, captions[1]: 1},
+        "folders": [images | {"path": "samples"}],
+    }
     return {
         "format": 2,
-        "missing": {"FID (inception)": "no weights; give --config.metric.inception=FILE"},
-        "models": {"SD": {"images": 3, "APR": 0.25, "FID": None, "KID": None, "LPIPS": None, "reward": None}},
+        "fid_part": "matched",
+        "created": "2026-03-01T12:00:00Z",
+        "versions": {"torch": "2.9.0"},
+        "settings": {"classifier": "H4.safetensors", "quality": [], "seed": 42, "image_shape": [64, 64]},
+        "judges": {"H4": {"what": "H4.safetensors", "sha256": sha(4), "labels": list(LABELS[:4])}},
+        "networks": {},
+        "missing": missing,
+        "warnings": [],
+        "sets": {},
+        "models": {"SD": model},
+        "comparisons": [],
+    }
+
+
+def fundus_result() -> dict:
+    """Return the result of two models and real images, judged by Selector and Policy, with image statistics."""
+    result, prompts = minimal_result(), {"a fundus photograph": 3}
+    models = {}
+    for name, value, sharpness in (("SD", 0.4, 0.4), ("SD+RL", 0.55, 0.5), ("real", 0.7, 0.7)):
+        judged = dict.fromkeys(("selector", "pass_rate", "policy", "alignment"), quantity(value, 0.1, 3))
+        statistics = {"mean": quantity(sharpness, 0.1, 3), "sd": 0.1}
+        if name != "real":
+            statistics |= {"difference": quantity(sharpness - 0.7, 0.1, 3), "standardised": quantity(-1.5, 0.1, 3)}
+            statistics |= {"wasserstein": 1.6}
+        block = {"images": 3, "no_field": 2 * (name == "real"), "statistics": {"sharpness": statistics}}
+        models[name] = result["models"]["SD"] | {
+            "alignment": {"fundus": judged | {"by_prompt": dict.fromkeys(prompts, quantity(value, 0.1, 3))}},
+            "images_by_prompt": prompts,
+            "quality": {"legacy": block},
+        }
+    rates = {"from_alignment": 0.4, "to_alignment": 0.55, "alignment": quantity(0.15, 0.1, 3)}
+    pairs = {"paired": True, "reason": "", "pairs": 3, "gained": 3, "lost": 0, "p": 0.01, "p_by_prompt": None}
+    result["settings"] |= {"quality": ["legacy"], "classifier": ""}
+    facts = {"path": "real", "images": 3, "sha256": sha(1), "images_by_prompt": prompts}
+    return result | {
+        "kind": "fundus",
+        "judges": {name: {"what": name, "sha256": sha(5), "labels": []} for name in ("selector", "policy")},
+        "real": models.pop("real"),
+        "models": models,
+        "sets": {"real": facts},
+        "comparisons": [{"from": "SD", "to": "SD+RL", "prompts": 1} | rates | pairs],
     }

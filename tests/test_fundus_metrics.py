@@ -23,7 +23,6 @@ from ddpo_pytorch.judges.selector import load_selector, save_selector
 from ddpo_pytorch.metrics.image_statistics import FOV, LEGACY, fov_quality, legacy_quality
 from ddpo_pytorch.metrics.inception_score import inception_score
 from ddpo_pytorch.metrics.ssim import ssim
-from ddpo_pytorch.report.page import write_report
 from ddpo_pytorch.utils.errors import UserError
 
 pytest_plugins = ["script_tools", "sample_sets", "fundus_sets"]
@@ -230,15 +229,6 @@ def test_fundus_metrics_of_one_and_two_processes(config_file, fundus_fields, mea
         assert absent not in page, absent
     for present in ("fundus", "ODIR-5K", "Table 1", "Pass rate", "Kernel distance", PROMPTS[0]):
         assert present in page, present
-
-
-def test_a_page_of_little_has_no_empty_sections(tmp_path):
-    model = {"images": 3, "fundus_alignment": None, "alignment": {}, "images_by_prompt": {PROMPTS[0]: 3}}
-    write_report(tmp_path, {"format": 2, "kind": "fundus", "models": {"SD": model}}, {}, [])
-    page = (tmp_path / "report.html").read_text()
-    assert "Alignment was not measured" in page and "fundus" in page
-    for absent in ("Image statistics", "Table 1", "Table 2", "artifact", "dermoscopic", "ISIC"):
-        assert absent not in page, absent
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Pictures inside the page: thumbnails as JPEG data, grids of the same noise, pairs with the nearest training image."""
+"""Pictures in the page: JPEG thumbnails, grids of images from the same noise, pairs with the nearest training image."""
 
 import base64
 import io
@@ -12,7 +12,6 @@ from PIL import Image
 
 from ddpo_pytorch.data.images import read_rgb
 from ddpo_pytorch.metrics.vocabulary import in_order
-from ddpo_pytorch.report.cells import finite
 from ddpo_pytorch.utils.errors import UserError
 
 SIDE = 128  # pixels
@@ -31,13 +30,13 @@ class Picture:
 
 
 class Album:
-    """Makes thumbnails and remembers the files that could not be read, so that the page can name them."""
+    """Maker of thumbnails that remembers unreadable files, which the page names."""
 
     def __init__(self) -> None:
         self.unreadable: list[str] = []
 
     def picture(self, path: str | Path, alt: str) -> Picture | None:
-        """The image in its own size, at most `SIDE` pixels a side; None if the file cannot be read."""
+        """Return the image, at most `SIDE` pixels a side, or None if it cannot be read."""
         try:
             image = read_rgb(path)
         except UserError:
@@ -64,16 +63,15 @@ class Grid:
 
 
 def rarest_first(captions: Sequence[str], real_images: Mapping[str, int] | None) -> list[str]:
-    """Captions by number of real images, fewest first; ties, and all without real images, in the official order."""
+    """Return captions by number of real images, fewest first; ties are in the official order."""
     return sorted(in_order(captions), key=lambda caption: (real_images or {}).get(caption, 0))
 
 
 def paired_files(sets: Samples, caption: str, columns: int) -> tuple[list[str], dict[str, list[Path | None]]]:
-    """The first `columns` files of a caption that all sets have, paired by file stem, and the stems.
+    """Return the stems of the first `columns` files of a caption that all sets have, and these files by set.
 
-    Stems are in natural order: 2 before 10. One that occurs several times (several generation seeds) is paired in the
-    order of `sets`, second ones behind all first ones. Where the sets share no stem,
-    each shows its own first files, and the stems are [].
+    Stems are in natural order: 2 before 10. The n-th files of a repeated stem (several generation seeds) are paired,
+    second ones behind all first ones. Sets that share no stem show their own first files, and the stems are [].
     """
     keyed = {name: _keyed(samples, caption) for name, samples in sets.items()}
     keyed = {name: files for name, files in keyed.items() if files}
@@ -97,50 +95,46 @@ def _keyed(samples: Sequence[tuple[Path, str]], caption: str) -> dict[tuple[str,
 
 
 def natural(stem: str) -> tuple[list[str | int], str]:
-    """A key that sorts names by the numbers in them: 0, 1, 2, 10."""
-    # parts at odd places are digits in every name, so that numbers are compared with numbers
+    """Return a key that sorts names by the numbers in them: 0, 1, 2, 10."""
+    # parts at odd places are digits in every name, so numbers are compared with numbers
     return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", stem))], stem
 
 
 def grids(samples: Samples, captions: Sequence[str], album: Album, columns: int = 6) -> list[Grid]:
-    """For each caption the paper's figures 3 and 4: a row of real images, and a row a model on the same noise.
+    """Return for each caption a row of real images and a row a model on the same noise, as in figures 3 and 4.
 
     Nothing is picked: the columns are the first by file name.
     """
-    models = {name: files for name, files in samples.items() if name != "real"}
-    made = []
+    models, made = {name: files for name, files in samples.items() if name != "real"}, []
     for caption in captions:
         stems, rows = paired_files(models, caption, columns)
         real = [*_keyed(samples.get("real", ()), caption).values()][:columns]
         rows = ({"real": real} if "real" in samples else {}) | rows
         width = max((len(paths) for paths in rows.values()), default=0)
-        if not width:
-            continue
-        pictures = []
-        for name, paths in rows.items():
-            pictures.append((name, [album.picture(path, f"{name}, {path.stem}: {caption}") for path in paths]))
-        made.append(Grid(caption, width, stems, pictures))
+        pictures = [
+            (name, [album.picture(path, f"{name}, {path.stem}: {caption}") for path in paths])
+            for name, paths in rows.items()
+        ]
+        if width:
+            made.append(Grid(caption, width, stems, pictures))
     return made
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A generated image beside the nearest training image, their distance and the generated one's caption."""
+    """A generated image, the nearest training image, their distance and the generated one's caption."""
 
     generated: Picture | None
     training: Picture | None
-    distance: float | None
+    distance: float
     caption: str
 
 
 def closest_pairs(closest: Sequence[Mapping], name: str, album: Album) -> list[Pair]:
-    """The contact sheet of one model, closest first. `closest`: {"path", "caption", "train", "distance"} each."""
-    return [
-        Pair(
-            album.picture(one["path"], f"{name}, {Path(one['path']).stem}: {one.get('caption') or ''}"),
-            album.picture(one["train"], f"training image {Path(one['train']).stem}"),
-            finite(one.get("distance")),
-            one.get("caption") or "",
-        )
-        for one in closest
-    ]
+    """Return the contact sheet of one model. `closest`: {"path", "caption", "train", "distance"} of each pair."""
+    pairs = []
+    for one in closest:
+        generated = album.picture(one["path"], f"{name}, {Path(one['path']).stem}: {one['caption']}")
+        training = album.picture(one["train"], f"training image {Path(one['train']).stem}")
+        pairs.append(Pair(generated, training, one["distance"], one["caption"]))
+    return pairs
