@@ -14,7 +14,7 @@ _spec.loader.exec_module(base)
 
 
 def model_and_dataset_configs(config):
-    """All paths. They follow base_log_path, so overriding that on the command line moves every one of them."""
+    """Set all paths. They follow base_log_path, so overriding that on the command line moves them all."""
     root = config.get_ref("base_log_path")
     published = root + "/published"
     # ISIC 2019 images, and the official split tables.
@@ -59,7 +59,7 @@ def finetune_sd_24gb():
 
 
 def train_vae():
-    """An autoencoder from nothing, in the size of SD 1.5's; the paper keeps SD's own."""
+    """An autoencoder from scratch, in the size of SD 1.5's; the paper keeps SD's own."""
     config = finetune_sd()
     config.sd.stage = "vae"
     config.sd.vae_channels = (128, 256, 512, 512)
@@ -161,7 +161,7 @@ def evaluate_metric_sd():
 
 
 def evaluate_metric_rl():
-    """APR, FID and LPIPS of the RL samples, with the base model's beside them when they exist."""
+    """APR, FID and LPIPS of the RL samples and, if they exist, of the base model's."""
     config = model_and_dataset_configs(base.get_config())
     config.metric.fake_path = config.get_ref("base_log_path") + "/samples/RL_samples"
     config.metric.fake_name = "SD+RL"

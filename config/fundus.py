@@ -2,8 +2,8 @@
 
     python scripts/improve.py --config config/fundus.py:improve
 
-Names without a suffix are for a GPU: SD 1.5 with BioMedBERT at 512 px on a table of your own (rl4med-out/fundus). Those
-that end in _mini are the same on fundus phantoms at 64 px on a CPU, in minutes, offline ("make demo-fundus").
+Names without a suffix are for a GPU: SD 1.5 with BioMedBERT at 512 px on a table of your own (rl4med-out/fundus). With
+the suffix _mini each of them runs on fundus phantoms at 64 px on a CPU, in minutes, offline ("make demo-fundus").
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ ASSETS = Path(importlib.util.find_spec("ddpo_pytorch").origin).parent / "assets"
 
 
 def _common():
-    """What all experiments share: paths, which follow base_log_path, and how images are drawn."""
+    """Return what all experiments share: paths, which follow base_log_path, and settings of sampling."""
     config = base.get_config()
     config.base_log_path = "rl4med-out/fundus"
     root = config.get_ref("base_log_path")
@@ -56,7 +56,7 @@ def _common():
 
 
 def trained(config):
-    """The generator is the one of `finetune_sd`."""
+    """Use the generator of `finetune_sd`."""
     config.pretrained.model = config.get_ref("base_log_path") + "/sd"
     return config
 
@@ -138,7 +138,7 @@ def real_images():
 
 
 def evaluate_metric():
-    """Table 1, judges' scores, KID and diversity before and after improvement, beside real photographs."""
+    """Table 1, judges' scores, KID and diversity of real photographs and of samples before and after improvement."""
     config = _common()
     root = config.get_ref("base_log_path")
     config.metric.compare_path = root + "/samples/SD"
@@ -149,7 +149,7 @@ def evaluate_metric():
 
 
 def mini(config):
-    """Phantoms at 64 px on a CPU: sizes, and no metric network that would have to be downloaded."""
+    """Set the sizes of phantoms at 64 px on a CPU, and no metric networks, which would have to be downloaded."""
     config.base_log_path = "rl4med-out/fundus-mini"
     config.mixed_precision = "no"
     config.dataset.image_size = 64
@@ -182,7 +182,7 @@ def mini(config):
     config.improve.num_steps = 200
     config.improve.learning_rate = 5e-4
     config.improve.ema_decay = 0.95
-    # the phantom archive is half spoilt
+    # half of the phantom archive is degraded
     config.improve.select_real = True
     config.metric.inception = ""
     config.metric.alexnet = ""
@@ -202,21 +202,13 @@ def train_vae_mini():
 
 
 def finetune_sd_mini():
-    """Stage (i), second: a small BERT and a UNet from nothing."""
+    """Stage (i), second: a small BERT and a UNet from scratch."""
     config = mini(_common())
     config.sd.stage = "unet"
     config.sd.num_steps = 1500
     config.sd.batch_size = 32
     config.sd.learning_rate = 1e-3
     return config
-
-
-def train_rlhf_mini():
-    return mini(train_rlhf())
-
-
-def train_rlhf_held_out_mini():
-    return mini(train_rlhf_held_out())
 
 
 def improve_mini():
@@ -236,7 +228,7 @@ def ddpo_mini():
     config.train.batch_size = 64
     config.train.gradient_accumulation_steps = 1
     config.train.gradient_checkpointing = False
-    # half of the steps, anywhere: what is drawn is decided early, how sharply late
+    # half of the steps, anywhere: early ones decide the content, late ones the sharpness
     config.train.timestep_fraction = 0.5
     config.train.lora_rank = 16
     config.train.learning_rate = 2.5e-3
@@ -254,21 +246,8 @@ def generate_mini():
     return config
 
 
-def eval_base_mini():
-    return mini(eval_base())
-
-
-def eval_improved_mini():
-    return mini(eval_improved())
-
-
-def real_images_mini():
-    return mini(real_images())
-
-
-def evaluate_metric_mini():
-    return mini(evaluate_metric())
-
-
 def get_config(name=""):
+    """Return an experiment of this file; <name>_mini is <name> at the scale of `mini` unless it is defined above."""
+    if name.endswith("_mini") and name not in globals():
+        return mini(base.choose(globals(), name.removesuffix("_mini")))
     return base.choose(globals(), name)

@@ -1,11 +1,11 @@
-"""Real dermoscopy without any download: a small Stable Diffusion trained from nothing on ISIC 2019 at 128 px.
+"""Real dermoscopy without any download: a small Stable Diffusion trained from scratch on ISIC 2019 at 128 px.
 
 An hour on one GPU, or a patient CPU. Put images in <root>/data/images and the official split tables in
 <root>/data/splits, then run the stages in this order:
 
     train_isic_classifier.py (--num_classes 6 and 4)  train_sd.py :train_vae, :finetune_sd  train.py  eval.py  metric.py
 
-Every experiment is the one of config/dgx.py with other sizes.
+Experiments that are not defined below are those of config/dgx.py with the paths and sizes of this file.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ _spec.loader.exec_module(dgx)
 
 
 def model_and_dataset_configs(config):
-    """All paths, and the sizes that every stage shares."""
+    """Set all paths, and the sizes that every stage shares."""
     config.base_log_path = "rl4med-out/isic128"
     root = config.get_ref("base_log_path")
     config.mixed_precision = "no"
@@ -52,7 +52,7 @@ def train_vae():
 
 
 def finetune_sd():
-    """Stage (i), second half: text encoder and UNet, from nothing."""
+    """Stage (i), second half: text encoder and UNet, from scratch."""
     config = model_and_dataset_configs(dgx.finetune_sd())
     config.sd.stage = "unet"
     config.sd.unet_channels = (64, 128, 128)
@@ -111,15 +111,8 @@ def prompt_image_alignment_classifier_isic_eval_rl():
     return config
 
 
-def evaluate_metric_sd():
-    """APR and fidelity of the base model's samples."""
-    return model_and_dataset_configs(dgx.evaluate_metric_sd())
-
-
-def evaluate_metric_rl():
-    """The same of the RL samples, beside the base model's."""
-    return model_and_dataset_configs(dgx.evaluate_metric_rl())
-
-
 def get_config(name=""):
+    """Return an experiment of this file, or else the one of config/dgx.py at this file's scale."""
+    if name not in globals() and hasattr(dgx, name):
+        return model_and_dataset_configs(dgx.get_config(name))
     return dgx.base.choose(globals(), name)

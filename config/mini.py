@@ -2,8 +2,8 @@
 
     accelerate launch scripts/train.py --config config/mini.py:prompt_image_alignment_classifier_isic
 
-The weights are in ddpo_pytorch/assets/mini; "make mini-weights" rebuilds them with the stages below. Every experiment
-is the one of config/dgx.py with other sizes.
+The weights are in ddpo_pytorch/assets/mini; "make mini-weights" rebuilds them with the stages below. Experiments that
+are not defined below are those of config/dgx.py with the paths and sizes of this file.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ ASSETS = str(Path(importlib.util.find_spec("ddpo_pytorch").origin).parent / "ass
 
 
 def model_and_dataset_configs(config):
-    """All paths, and the sizes that every stage shares."""
+    """Set all paths, and the sizes that every stage shares."""
     config.base_log_path = "rl4med-out/mini"
     root = config.get_ref("base_log_path")
     config.mixed_precision = "no"
@@ -30,7 +30,10 @@ def model_and_dataset_configs(config):
     config.eval.classifier = ASSETS + "/artifact_classifier_H6.safetensors"
     config.held_out.classifier = ASSETS + "/artifact_classifier_H4.safetensors"
     config.metric.classifier = ASSETS + "/artifact_classifier_H4.safetensors"
-    # no metric network may be downloaded here
+    config.dataset.num_workers = 0
+    config.metric.batch_size = 64
+    config.metric.real_path = ""
+    # metric networks would have to be downloaded
     config.metric.inception = ""
     config.metric.alexnet = ""
     config.sd.data_path = root + "/data/images"
@@ -59,19 +62,12 @@ def train_vae():
 
 
 def finetune_sd():
-    """Stage (i), second half: text encoder and UNet, from nothing."""
+    """Stage (i), second half: text encoder and UNet, from scratch."""
     config = model_and_dataset_configs(dgx.finetune_sd())
     config.sd.stage = "unet"
     config.sd.num_steps = 3300
     config.sd.batch_size = 32
     config.sd.learning_rate = 1e-3
-    return config
-
-
-def preprocess_isic_real_data():
-    """The phantom test images, sorted by caption."""
-    config = model_and_dataset_configs(dgx.preprocess_isic_real_data())
-    config.dataset.num_workers = 0
     return config
 
 
@@ -123,21 +119,8 @@ def prompt_image_alignment_classifier_isic_eval_rl():
     return config
 
 
-def evaluate_metric_sd():
-    """APR of the base model's samples."""
-    config = model_and_dataset_configs(dgx.evaluate_metric_sd())
-    config.metric.batch_size = 64
-    config.metric.real_path = ""
-    return config
-
-
-def evaluate_metric_rl():
-    """APR of the RL samples beside the base model's."""
-    config = model_and_dataset_configs(dgx.evaluate_metric_rl())
-    config.metric.batch_size = 64
-    config.metric.real_path = ""
-    return config
-
-
 def get_config(name=""):
+    """Return an experiment of this file, or else the one of config/dgx.py at this file's scale."""
+    if name not in globals() and hasattr(dgx, name):
+        return model_and_dataset_configs(dgx.get_config(name))
     return dgx.base.choose(globals(), name)
