@@ -39,7 +39,7 @@ from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import locked_by_main, make_accelerator
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import JsonLines, atomic_write
-from ddpo_pytorch.utils.json_files import COUNT, checked
+from ddpo_pytorch.utils.json_files import COUNT, check_shape
 from ddpo_pytorch.utils.settings import SEED, check_ranges
 from ddpo_pytorch.utils.training_state import restore_state, save_state
 
@@ -221,7 +221,9 @@ def what_is_there(output: Path, stages: tuple[int, ...]) -> dict[str, Any]:
         return {}
     about = read_judge(output / POLICY_FILE, "policy")[0]
     shape = {"origin": {"stage": range(1, 3), "epochs": COUNT, "settings": dict}}
-    finished = checked(about, shape, f"the description in {str(output / POLICY_FILE)!r}", "train it again")["origin"]
+    finished = check_shape(about, shape, f"the description in {str(output / POLICY_FILE)!r}", "train it again")[
+        "origin"
+    ]
     if finished["stage"] >= stages[-1] and not unfinished(output, finished["stage"]).exists():
         raise UserError(
             f"stage {finished['stage']} in {str(output)!r} is finished; choose another rlhf.output, or move it away"

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from ddpo_pytorch.utils.cli import cli
-from ddpo_pytorch.utils.distributed import whole
+from ddpo_pytorch.utils.distributed import full_tensor
 
 FOLDER = Path(os.environ["RECORD"])
 
@@ -48,7 +48,7 @@ def record(run) -> None:
     def record_and_step(*arguments, **named):
         if run.accelerator.sync_gradients and not gradients:
             for name, parameter in trained.items():
-                gradients[name] = whole(parameter.grad).clone(memory_format=torch.contiguous_format)
+                gradients[name] = full_tensor(parameter.grad).clone(memory_format=torch.contiguous_format)
             if run.accelerator.is_main_process:
                 save_file(gradients, FOLDER / "gradients.safetensors")
         return step(*arguments, **named)

@@ -20,7 +20,7 @@ from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, write_
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
 from ddpo_pytorch.utils.fingerprint import fingerprint
-from ddpo_pytorch.utils.json_files import checked
+from ddpo_pytorch.utils.json_files import check_shape
 from ddpo_pytorch.utils.settings import (
     BELOW_ONE,
     NOT_NEGATIVE,
@@ -163,7 +163,7 @@ def add_pool(accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, real:
             "(improve.max_attempts), or lower its threshold (--config.rlhf.threshold) and train it again"
         )
     shape = [{"prompt": str, "policy": float, "path_to_img": str}]
-    checked(entries, shape, repr(str(log)), "draw the pool again with scripts/generate.py")
+    check_shape(entries, shape, repr(str(log)), "draw the pool again with scripts/generate.py")
     paths, prompts = zip(*((Path(sd.pool) / entry["path_to_img"], entry["prompt"]) for entry in entries), strict=True)
     numbers, captions = range(len(paths)), sorted(set(prompts))
     _encode(accelerator, sd, vae, paths, numbers, prompts, captions, folder, {"pool_sha256": sha256(log)})

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.weights import check_finite, open_safetensors, read_pickle, refuse_text
+from ddpo_pytorch.utils.weights import check_finite, open_safetensors, read_head, read_pickle
 
 # weight files of diffusers and transformers: one file or shards, in full precision or of the variant fp16
 _WEIGHTS = re.compile(
@@ -96,7 +96,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], str | None]:
     half, pickled = min(forms)
     for path in forms[half, pickled]:
         if pickled:
-            refuse_text(path)
+            read_head(path)
         else:
             with open_safetensors(path):
                 pass

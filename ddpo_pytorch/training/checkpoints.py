@@ -21,7 +21,7 @@ from torch import nn
 
 from ddpo_pytorch.generator.lora import FILE_NAME, FILE_NAMES, has_lora, load_lora, lora_state_dict
 from ddpo_pytorch.generator.pipeline import replace_unet_weights
-from ddpo_pytorch.utils.distributed import gather_optimizer, gather_weights, load_optimizer_into, load_weights_into
+from ddpo_pytorch.utils.distributed import gather_state, load_optimizer_into, load_weights_into
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_folder, path_fault, remove_folder, sha256
 from ddpo_pytorch.utils.json_files import COUNT, OneOf, read_json
@@ -282,8 +282,8 @@ def snapshot(unet: nn.Module, optimizer: Any, scaler: Any, main: bool = True) ->
     Tensors that are on the CPU already are not copied: write them before the next update.
     """
     lora = has_lora(unet)
-    weights = (lora_state_dict(unet) if main else None) if lora else gather_weights(unet, main)
-    optimizer_state = gather_optimizer(optimizer, main)
+    weights = (lora_state_dict(unet) if main else None) if lora else gather_state(unet, main)
+    optimizer_state = gather_state(optimizer, main)
     if not main:
         return None
     weights = {key: value.contiguous() for key, value in weights.items()}

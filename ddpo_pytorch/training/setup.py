@@ -19,7 +19,7 @@ from ddpo_pytorch.rewards import RewardFn, build_reward, check_prompts, parse_sp
 from ddpo_pytorch.rollout import draw_prompts
 from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.training.held_out import HeldOut, Sampling, load_judge
-from ddpo_pytorch.utils.distributed import check_sharding, sharding_asked
+from ddpo_pytorch.utils.distributed import check_sharding, sharding_requested
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.settings import (
     BELOW_ONE,
@@ -151,7 +151,7 @@ def check_training(config: ConfigDict) -> None:
         )
     if config.train.kl_coef and not config.use_lora:
         raise UserError("train.kl_coef needs use_lora=True: the base model is the UNet with its adapters off")
-    if sharding_asked():
+    if sharding_requested():
         check_sharding(config.use_lora, config.train.use_8bit_adam, config.mixed_precision)
     _check_statistics(config.per_prompt_stat_tracking)
     if config.held_out.patience and not config.held_out.every:
@@ -198,7 +198,7 @@ def load_policy(
     set_schedule(pipe, sample.num_steps)
     check_schedule(pipe.scheduler, sample.eta)
     # what convolutions are fastest in; but FSDP divides contiguous weights only
-    for part in (pipe.vae,) if sharding_asked() else (pipe.unet, pipe.vae):
+    for part in (pipe.vae,) if sharding_requested() else (pipe.unet, pipe.vae):
         part.to(memory_format=torch.channels_last)
     if use_lora:
         add_lora(pipe.unet, train.lora_rank, train.lora_targets, seed)
@@ -211,7 +211,7 @@ def load_policy(
         pipe.unet.enable_gradient_checkpointing()
     if train.compile:
         pipe.unet.compile_repeated_blocks()
-    elif device.type == "cpu" and torch.get_num_threads() > 1 and not sharding_asked():
+    elif device.type == "cpu" and torch.get_num_threads() > 1 and not sharding_requested():
         run_batch_on_all_cores(pipe.unet, torch.get_num_threads())
     return pipe
 

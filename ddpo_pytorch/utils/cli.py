@@ -8,7 +8,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,14 +18,12 @@ from ml_collections.config_flags import register_flag_parser_for_type
 
 from ddpo_pytorch.utils.errors import UserError
 
-# what the system says about places that a user chose: permissions, kinds of files, disks that are full or read-only
+# errors about places that a user chose: permissions, kinds of files, disks that are full or read-only
 USER_ERRNOS = {
     *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG),
 }
-
-
-flags.disclaim_key_flags()  # --help lists what is defined here as a flag of the script
+flags.disclaim_key_flags()  # --help lists flags defined here as flags of the script
 
 
 def define_config(script: str, help_text: str) -> None:
@@ -35,104 +32,107 @@ def define_config(script: str, help_text: str) -> None:
     config_flags.DEFINE_config_file("config", str(base), help_text)
 
 
-def _find_config(argv: list[str]) -> list[str]:
-    """Return the command line with an existing file in --config=FILE:NAME.
-
-    A relative one is looked for where the user stands, then in the repository of the script.
-    """
-    found = list(argv)
-    for place, word in enumerate(argv):
-        option, equals, given = word.partition("=")
-        if option not in ("-config", "--config"):
-            continue
-        if not equals:
-            if place + 1 == len(argv):
-                break  # absl says that a value is missing
-            place, given = place + 1, argv[place + 1]
-        file, colon, name = given.partition(":")
-        path = Path(expand(file))
-        own = Path(argv[0]).resolve().parents[1] / path
-        if not path.is_file():
-            if not own.is_file():
-                tried = f"{str(path)!r} nor {str(own)!r}"
-                raise UserError(f"--config={given}: there is neither {tried}; give FILE.py:EXPERIMENT")
-            path = own
-        found[place] = (f"{option}=" if equals else "") + f"{path}{colon}{name}"
-    return found
-
-
 def cli(main: Callable[[list[str]], None]) -> None:
     """Run a script's main under absl. Unusable flags and `UserError` become one line on stderr and exit code 2."""
-    app.run(_reporting(main), flags_parser=_parse_flags)
+
+    def run(argv: list[str]) -> None:
+        _configure_logging()
+        try:
+            if len(argv) > 1:
+                raise UserError(f"unexpected argument {argv[1]!r}; options are written --name=value")
+            main(argv)
+        except UserError as error:
+            _fail(str(error))
+        except RuntimeError as error:
+            if (reason := _lost_process(str(error))) is None:
+                raise
+            _fail(reason)
+        except OSError as error:
+            if error.errno not in USER_ERRNOS:
+                raise
+            where = "" if error.filename is None else f": {error.filename!r}"
+            _fail(f"{error.strerror}{where}; give another path, or change what is there")
+
+    app.run(run, flags_parser=_parse_flags)
+
+
+def _configure_logging() -> None:
+    """Log plain lines instead of absl's, warnings only on all but the first process."""
+    level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("diffusers", "transformers"):
+        if library := sys.modules.get(name):
+            library.utils.logging.disable_progress_bar()
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
         remaining = flags.FLAGS(_find_config(argv) if "config" in flags.FLAGS else argv)
         if "config" in flags.FLAGS:
-            _ = flags.FLAGS.config.seed  # a configuration file that does not exist is noticed only here
+            _ = flags.FLAGS.config.seed  # the configuration file is read only now
         return remaining
     except (AttributeError, KeyError) as error:
         field = str(error.args[0] if error.args else error).strip().splitlines()[0]
-        _fail(UserError(f"the configuration has no such field: {field}; config/base.py lists all of them"))
+        _fail(f"the configuration has no such field: {field}; config/base.py lists all of them")
     except (flags.Error, UserError, TypeError, ValueError, OSError) as error:
-        # several lines are a report of where it was looked for, or a traceback; the last one says what is wrong.
-        _fail(UserError(str(error).strip().splitlines()[-1]))
+        _fail(str(error).strip().splitlines()[-1])  # of a search report or a traceback, the last line states the cause
 
 
-def _reporting(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
-    def run(argv: list[str]) -> None:
-        # absl has put its own handler in place by now; people read plain lines.
-        level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
-        logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-        logging.getLogger("httpx").setLevel(logging.WARNING)
-        for name in ("diffusers", "transformers"):
-            if library := sys.modules.get(name):
-                library.utils.logging.disable_progress_bar()
-        try:
-            if len(argv) > 1:
-                raise UserError(f"unexpected argument {argv[1]!r}; options are written --name=value")
-            main(argv)
-        except UserError as error:
-            _fail(error)
-        except RuntimeError as error:
-            if (reason := _lost_process(str(error))) is None:
-                raise
-            _fail(UserError(reason))
-        except OSError as error:
-            if error.errno not in USER_ERRNOS:
-                raise
-            where = "" if error.filename is None else f": {error.filename!r}"
-            _fail(UserError(f"{error.strerror}{where}; give another path, or change what is there"))
+def _find_config(argv: list[str]) -> list[str]:
+    """Return the command line with an existing file in --config=FILE:NAME.
 
-    return run
+    A relative path starts from the current folder or, if it does not exist there, from the script's repository.
+    """
+    found = list(argv)
+    for index, word in enumerate(argv):
+        option, equals, given = word.partition("=")
+        if option not in ("-config", "--config"):
+            continue
+        if not equals:
+            if index + 1 == len(argv):
+                break  # absl reports the missing value
+            index, given = index + 1, argv[index + 1]
+        file, colon, name = given.partition(":")
+        path = Path(expand(file))
+        if not path.is_file():
+            in_repository = Path(argv[0]).resolve().parents[1] / path
+            if not in_repository.is_file():
+                tried = f"{str(path)!r} nor {str(in_repository)!r}"
+                raise UserError(f"--config={given}: there is neither {tried}; give FILE.py:EXPERIMENT")
+            path = in_repository
+        found[index] = (f"{option}=" if equals else "") + f"{path}{colon}{name}"
+    return found
 
 
 def _lost_process(message: str) -> str | None:
-    """Return what an error of torch.distributed means to a user; None for other errors."""
+    """Return a torch.distributed error in the user's terms; None for other errors."""
     rank = os.environ.get("RANK", "0")
     if re.search(r"Connection (closed|reset) by peer", message) and "gloo" in message:
-        return f"process {rank} has lost another one, which has ended; what that one says is the cause"
+        return f"process {rank} has lost another one, which has ended; its own message states the cause"
     if waited := re.search(r"(?:Timed out waiting|wait timeout after|Timeout\(ms\)=)\s*(\d+)", message):
         option = "--config.process_timeout" if "config" in flags.FLAGS else "--process_timeout"
         return (
-            f"process {rank} waited {int(waited[1]) / 1000:g} s for another one, which still worked or has ended; if "
-            f"it worked, raise process_timeout: {option}=SECONDS"
+            f"process {rank} waited {int(waited[1]) / 1000:g} s for another one, which is still working or has ended; "
+            f"if it is working, raise process_timeout: {option}=SECONDS"
         )
     return None
 
 
-def _fail(error: BaseException) -> NoReturn:
-    # an error from a data loader's worker arrives as the text of its whole traceback; its message stands at the end.
-    message = str(error).rpartition("UserError: ")[2]
+def _fail(message: str) -> NoReturn:
+    # an error in a data loader's worker arrives as the text of its traceback, which ends with the message
+    message = message.rpartition("UserError: ")[2]
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+###### Paths ######
 
 
 def expand(path: str) -> str:
     """Return `path` with a leading "~" or "~user" replaced by that user's home folder.
 
-    Raises UserError where there is no such user, instead of naming a folder "~user".
+    Raises UserError for an unknown user, instead of naming a folder "~user".
     """
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
@@ -143,13 +143,16 @@ def expand(path: str) -> str:
 def expand_config(config: ConfigDict, *required: str) -> ConfigDict:
     """Expand every path of a configuration in place, and return it.
 
-    Every text that begins with "~" is taken to be a path, since the keyword arguments of rewards have any name; texts
-    within tuples are prompts and stay as they are. Raises UserError for `base_log_path`, or a field of `required` (by
-    its dotted name), that is empty.
+    Every text that begins with "~" is a path, since rewards' keyword arguments have any name; texts within tuples are
+    prompts and stay. Raises UserError if `base_log_path`, or a field of `required` (by its dotted name), is empty.
     """
-    _expand_field(config, "base_log_path")  # first: other paths are derived from it
-    for name in _texts(config):
-        _expand_field(config, name)
+    for name in ("base_log_path", *_texts(config)):  # the root first: other paths are derived from it
+        try:
+            expanded = expand(config[name])
+        except UserError as error:
+            raise UserError(f"{name}={error}") from error
+        if expanded != config[name]:
+            config.update_from_flattened_dict({name: expanded})
     for name in ("base_log_path", *required):
         _check_given(config[name], name, f"--config.{name}")
     return config
@@ -165,32 +168,23 @@ def expand_flags(values: Any, required: tuple[str, ...], optional: tuple[str, ..
 
 
 def add_path(parser: argparse.ArgumentParser, name: str, optional: bool = False, **keywords: Any) -> None:
-    """Add an argument that is a path: expanded, and refused where it is empty unless it is `optional`."""
+    """Add an argument that is a path: expanded, and rejected if it is empty unless it is `optional`."""
+
+    def convert(text: str) -> str:
+        try:
+            if not optional:
+                _check_given(text, name, name)
+            return expand(text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
     keywords |= {"default": ""} if optional else {"required": True}
-    parser.add_argument(name, type=partial(_argument, name=name, optional=optional), **keywords)
-
-
-def _argument(text: str, name: str, optional: bool) -> str:
-    try:
-        if not optional:
-            _check_given(text, name, name)
-        return expand(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    parser.add_argument(name, type=convert, **keywords)
 
 
 def _check_given(path: str, name: str, option: str) -> None:
     if not path.strip():
         raise UserError(f"{name} is empty; give {option}=PATH (. is the current folder)")
-
-
-def _expand_field(config: ConfigDict, name: str) -> None:
-    try:
-        expanded = expand(config[name])
-    except UserError as error:
-        raise UserError(f"{name}={error}") from error
-    if expanded != config[name]:
-        config.update_from_flattened_dict({name: expanded})
 
 
 def _texts(config: ConfigDict, prefix: str = "") -> Iterator[str]:
@@ -202,8 +196,11 @@ def _texts(config: ConfigDict, prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
+###### Blocks of config/base.py ######
+
+
 class Configuration(ConfigDict):
-    """A configuration in which a dict may take the place of a block, as configurations of ddpo-pytorch write it."""
+    """A configuration in which a dict can replace a block, as in configurations of ddpo-pytorch."""
 
     def __setitem__(self, key: str, value: Any) -> None:
         old = self[key] if key in self else None
@@ -213,8 +210,8 @@ class Configuration(ConfigDict):
 class KeywordArguments(ConfigDict):
     """Keyword arguments of functions that users add, whose names config/base.py cannot know.
 
-    The block is never locked: config files may set fields that do not exist yet (config.reward_fn_kwargs.my_reward.x =
-    1), and so may the command line. Whoever calls the functions checks the names.
+    The block is never locked: config files and the command line can set new fields
+    (config.reward_fn_kwargs.my_reward.x = 1). The caller of the functions checks the names.
     """
 
     def lock(self) -> "KeywordArguments":
@@ -230,7 +227,7 @@ class KeywordArguments(ConfigDict):
 
     def get_type(self, key: str) -> type:
         if key not in self:
-            self[key] = placeholder(object)  # the command line may give any literal
+            self[key] = placeholder(object)  # the command line can give any literal
         return super().get_type(key)
 
     def update_from_flattened_dict(self, flattened_dict: Mapping[str, Any], strip_prefix: str = "") -> None:
@@ -242,7 +239,7 @@ class KeywordArguments(ConfigDict):
 
 
 class OptionalBlock(ConfigDict):
-    """A block that None switches off, in a config file or on the command line."""
+    """A block that None disables, in a config file or on the command line."""
 
 
 class _OptionalBlockParser(flags.ArgumentParser):
@@ -260,7 +257,7 @@ register_flag_parser_for_type(OptionalBlock, _OptionalBlockParser())
 
 
 def _converted(kind: type[ConfigDict], value: Any) -> Any:
-    """Return a dict, or a block of another class, as a block of class `kind`; anything else as it is."""
+    """Return a dict, or a block of another class, as a block of class `kind`; anything else unchanged."""
     if not isinstance(value, dict | ConfigDict) or isinstance(value, kind):
         return value
     block = kind()

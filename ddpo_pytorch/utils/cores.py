@@ -1,13 +1,12 @@
-"""How many threads this process may run, and results that do not depend on that number.
+"""Threads of this process, and results that do not depend on their number.
 
-The number is that of the cores the process is bound to, within the limit that the user has set. How a sum or a matrix
-product is divided among threads decides its last bits; so what must not depend on their number, nor on that of the
-processes that share the cores, is computed by one thread, and many such computations at the same time.
+How a sum or a matrix product is split among threads decides its last bits. What must not depend on the number of
+threads or processes is therefore computed by one thread, and many such computations run at the same time.
 """
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 
 MOST_WORKERS = 16  # each holds memory of its own
-LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 LAUNCHERS = re.compile(r"(.*/)?(accelerate(-launch)?|torchrun)|(torch\.distributed|accelerate\.commands)\..*")
 LAUNCHER_OPTION = re.compile(r"--?num[-_]cpu[-_]threads[-_]per[-_]process(=.*)?")
 
@@ -29,13 +27,37 @@ def available_cores() -> int:
 
 
 def thread_limit() -> int:
-    """Return the number of threads that this process may run: all its cores, but at most what the user allows."""
-    return min([available_cores(), *_user_limits()])
+    """Return the number of available cores, or the user's OMP_NUM_THREADS or MKL_NUM_THREADS if that is less.
+
+    torchrun and `accelerate launch` set OMP_NUM_THREADS for their processes, by default to 1. That is no limit of the
+    user if the launcher's own environment lacks it and no option asked for it; where these cannot be read (not on
+    Linux, or another program stands between), it is respected.
+    """
+    limits = [available_cores()]
+    launcher = _launcher_environment()
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        number = re.match(r"[1-9]\d*", os.environ.get(name, ""))  # OpenMP allows a list, one per level
+        if number and (launcher is None or name in launcher):
+            limits.append(int(number.group()))
+    return min(limits)
+
+
+def _launcher_environment() -> set[str] | None:
+    """Return the names of the variables given to the launcher of this process; None without a launcher."""
+    process = Path("/proc", str(os.getppid()))
+    try:
+        words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        variables = (process / "environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return None
+    if not any(map(LAUNCHERS.fullmatch, words)) or any(map(LAUNCHER_OPTION.fullmatch, words)):
+        return None
+    return {variable.split("=")[0] for variable in variables}
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let PyTorch compute on a CPU by one thread. Also a decorator."""
+    """Limit PyTorch to one CPU thread. Also a decorator."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -46,7 +68,7 @@ def one_thread() -> Iterator[None]:
 
 @one_thread()
 def on_all_cores(function: Callable[..., Any], items: Iterable[Any]) -> list[Any]:
-    """Return function(item) of all items in order, each by one thread. Raises the first item's error there is."""
+    """Return function(item) of all items in order, each computed by one thread. Raises the first item's error."""
     workers = min(thread_limit(), MOST_WORKERS)
     with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool:
         return list(pool.map(function, items))
@@ -56,39 +78,13 @@ def on_all_cores(function: Callable[..., Any], items: Iterable[Any]) -> list[Any
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return a @ b.T (N, M) of float64 arrays (N, F) and (M, F), the same to the bit for any number of threads.
 
-    By PyTorch, whose threads can be set: NumPy's BLAS takes their number from the environment when it is loaded.
-    Copies, since alignment in memory can decide last bits, too.
+    PyTorch's threads can be set; NumPy's BLAS reads their number when it is loaded. The arrays are copied, since memory
+    alignment can decide the last bits, too.
     """
     return (torch.tensor(a) @ torch.tensor(b).T).numpy()
 
 
 @one_thread()
 def eigenvalues(symmetric: np.ndarray) -> np.ndarray:
-    """Return the eigenvalues (..., N) in ascending order of symmetric matrices (..., N, N), as reproducibly."""
+    """Return the ascending eigenvalues (..., N) of symmetric matrices (..., N, N), equally reproducible."""
     return torch.linalg.eigvalsh(torch.tensor(symmetric)).numpy()
-
-
-def _user_limits() -> list[int]:
-    """Return the values of `LIMITS` that the user has set.
-
-    torchrun and `accelerate launch` set OMP_NUM_THREADS for the processes they start, 1 by default, whatever the number
-    of cores. Such a value is theirs, and no limit, if their own environment lacks it and no option asked for it. Where
-    that cannot be read (not on Linux, or another program stands between), the limit is respected.
-    """
-    given = [name for name in LIMITS if re.match(r"[1-9]\d*", os.environ.get(name, ""))]
-    if given and (launcher := _launcher_environment()) is not None:
-        given = [name for name in given if name in launcher]
-    return [int(re.match(r"\d+", os.environ[name]).group()) for name in given]  # OpenMP allows a list, one per level
-
-
-def _launcher_environment() -> Mapping[str, str] | None:
-    """Return the environment that the user gave to the launcher of this process; None without one, or unknown."""
-    process = Path("/proc", str(os.getppid()))
-    try:
-        words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-        lines = (process / "environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return None
-    if not any(LAUNCHERS.fullmatch(word) for word in words) or any(LAUNCHER_OPTION.fullmatch(word) for word in words):
-        return None
-    return dict(line.split("=", 1) for line in lines if "=" in line)

@@ -5,15 +5,15 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something in the command, the configuration or a file is not usable.
+    """A fault in the command, the configuration or a file.
 
-    The message is one line: what was given, what is allowed, and what to do. Scripts turn it into that line on standard
-    error and exit code 2 (`ddpo_pytorch.utils.cli.cli`); everything else keeps its traceback, because it is a defect.
+    The message is one line: what was given, what is allowed, and what to do. Scripts print it and exit with code 2
+    (`ddpo_pytorch.utils.cli.cli`); any other exception is a defect and keeps its traceback.
     """
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str, str] | None:
-    """The first name, alphabetically, whose values differ between two settings, and both values, cut to be read.
+    """Return the first name, alphabetically, whose values differ, and both values, shortened; None if none does.
 
     Of two lists it is the first element that differs, "<name>[<number>]", or else their lengths.
     """
@@ -21,20 +21,20 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str
         before, now = old.get(name), new.get(name)
         if before == now:
             continue
-        if name not in old:  # by an earlier version of the program
+        if name not in old:  # written by an earlier version of the program
             return name, "(not recorded)", _short(now)
         if isinstance(before, list | tuple) and isinstance(now, list | tuple):
             pairs = enumerate(zip(before, now, strict=False))
-            place = next((number for number, (one, other) in pairs if one != other), None)
-            if place is None:
+            index = next((index for index, (one, other) in pairs if one != other), None)
+            if index is None:
                 return f"length of {name}", str(len(before)), str(len(now))
-            name, before, now = f"{name}[{place}]", before[place], now[place]
+            name, before, now = f"{name}[{index}]", before[index], now[index]
         return name, _short(before), _short(now)
     return None
 
 
 def describe_value(value: Any) -> str:
-    """Return the type of a value, with shape and kind of elements where it has any, for an error message."""
+    """Return the type of a value, with shape or types of elements, for an error message."""
     kind = type(value).__name__
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"a {kind} of shape {tuple(value.shape)} and type {value.dtype}"

@@ -1,7 +1,7 @@
-"""One fingerprint of everything that determines a result, by which work is continued or refused.
+"""Fingerprints of everything that determines a result, compared before work is resumed.
 
-A path says where something lies and not what it is: a model, a classifier or a table can be replaced under its name.
-So folders and states record fingerprints of contents beside their settings, and whoever continues compares both.
+A path is not a content: a model, a classifier or a table can be replaced under its name. So folders and states record
+fingerprints of contents next to their settings.
 """
 
 import hashlib
@@ -20,21 +20,20 @@ from torch import nn
 from ddpo_pytorch.utils.published import resolve
 
 PIPELINE_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
-# What of a folder counts: weights, configurations, vocabularies, tables; not images, logs and unfinished states.
+# files of a folder that count: weights, configurations, vocabularies, tables; not images, logs and unfinished states
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".json", ".txt", ".csv", ".npz", ".onnx", ".py")
 _UNFINISHED = ".unfinished.pt"
-# Entries of a configuration that state who wrote it, and the type weights are held in, which is hashed with them.
-_IDLE = {"architectures", "dtype", "torch_dtype", "transformers_version"}
+# entries of a configuration without effect: its author, and the type of weights, which is hashed with them
+_IGNORED = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 
 
 def fingerprint(*parts: Any) -> str:
-    """Return the SHA-256, in hex, of parts in their order; equal for equal contents, wherever they lie.
+    """Return the SHA-256, in hex, of parts in their order; equal for equal contents, whatever their paths.
 
-    A part may be a network (weights with their names and types, and its `config`; not the adapters on it), a state
-    dict, a tokenizer, a scheduler, the Path of a file or folder (of a folder, the files that could be weights,
-    configurations or tables), or plain values; mappings and lists may hold such parts. Of a configuration only what
-    differs from its class's defaults counts, so that another version of a library, which knows further entries, changes
-    nothing.
+    A part may be a network (names, types and values of weights, and its `config`; without adapters), a state dict, a
+    tokenizer, a scheduler, the Path of a file or folder (of which weights, configurations and tables count), or plain
+    values; mappings and lists may hold such parts. Of a configuration only what differs from its class's defaults
+    counts, so that a library version with further entries changes nothing.
     """
     return hashlib.sha256(b"".join(map(_digest, parts))).hexdigest()
 
@@ -57,14 +56,11 @@ def with_contents(settings: Any) -> Any:
 
 
 def _digest(part: Any) -> bytes:
-    digest = hashlib.sha256(_kind(part).encode())
+    kind = "path" if isinstance(part, Path) else "module" if isinstance(part, nn.Module) else "value"
+    digest = hashlib.sha256(kind.encode())
     for piece in _pieces(part):
         digest.update(piece)
     return digest.digest()
-
-
-def _kind(part: Any) -> str:
-    return "path" if isinstance(part, Path) else "module" if isinstance(part, nn.Module) else "value"
 
 
 def _pieces(part: Any) -> Iterator[bytes]:
@@ -76,7 +72,7 @@ def _pieces(part: Any) -> Iterator[bytes]:
         yield from _tensors({name.replace(".base_layer.", "."): state[name] for name in state if ".lora_" not in name})
     elif hasattr(part, "backend_tokenizer"):
         backend = json.loads(part.backend_tokenizer.to_str())
-        # how the last call padded and cut
+        # without the padding and truncation of the last call
         yield _json({name: value for name, value in backend.items() if name not in ("padding", "truncation")})
         yield _json([part.special_tokens_map, part.model_max_length, part.padding_side])
     elif isinstance(part, Mapping) and part and all(isinstance(value, torch.Tensor) for value in part.values()):
@@ -94,29 +90,29 @@ def _pieces(part: Any) -> Iterator[bytes]:
 
 
 def _tensors(state: Mapping[str, torch.Tensor]) -> Iterator[bytes]:
-    """Yield a digest of each tensor, by name. Threads share the work, which releases Python's lock."""
+    """Yield a digest of each tensor, in order of names; hashed by threads, since hashing releases Python's lock."""
 
-    def one(name: str) -> bytes:
+    def tensor_digest(name: str) -> bytes:
         value = state[name].detach().cpu().contiguous()
         digest = hashlib.sha256(_json([name, str(value.dtype), list(value.shape)]))
         digest.update(value.flatten().view(torch.uint8).numpy().data)
         return digest.digest()
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        yield from pool.map(one, sorted(state))
+        yield from pool.map(tensor_digest, sorted(state))
 
 
 def _settings_of(config: Any, owner: type) -> dict[str, Any]:
-    """Return what the configuration of a class's object states beyond the defaults, without who wrote it."""
+    """Return the entries of a configuration that have an effect and differ from the defaults of the class."""
     if hasattr(config, "to_diff_dict"):  # of transformers
         config = config.to_diff_dict()
-    usual = inspect.signature(owner.__init__).parameters
+    defaults = inspect.signature(owner.__init__).parameters
     return {
         name: value
         for name, value in config.items()
         if not name.startswith("_")
-        and name not in _IDLE
-        and not (name in usual and _json(value) == _json(usual[name].default))
+        and name not in _IGNORED
+        and not (name in defaults and _json(value) == _json(defaults[name].default))
     }
 
 
@@ -133,13 +129,13 @@ def _files(path: Path) -> Iterator[bytes]:
 
 
 def _file_digest(path: Path) -> bytes:
-    about = path.stat()
-    return _hash_once(path.resolve(), about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+    status = path.stat()
+    return _hash_once(path.resolve(), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @cache
 def _hash_once(path: Path, *_: int) -> bytes:
-    """Return the SHA-256 of a file, computed once in a process while its size and times stay."""
+    """Return the SHA-256 of a file, computed once per process while its size and times stay the same."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 

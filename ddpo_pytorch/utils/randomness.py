@@ -1,4 +1,4 @@
-"""Randomness as a function of (seed, progress): what makes a resumed run equal to an uninterrupted one.
+"""Randomness as a function of (seed, progress), which makes a resumed run equal to an uninterrupted one.
 
 No random state is ever saved, and nothing here depends on the number of processes.
 """
@@ -30,19 +30,19 @@ class Stream(IntEnum):
 
 
 def derived_seed(seed: int, stream: Stream, *progress: int) -> int:
-    """A 63-bit seed from the run's seed, the stream and where the run is (epoch, sample index, ...)."""
+    """Return a 63-bit seed from the run's seed, the stream and the progress (epoch, sample index, ...)."""
     state = np.random.SeedSequence([seed, int(stream), *progress]).generate_state(2, np.uint32)
     return (int(state[0]) << 31) ^ int(state[1])
 
 
 def text_number(text: str) -> int:
-    """128 bits of SHA-256 of a text, to take the place of a number in `derived_seed`: wherever the text stands."""
+    """Return 128 bits of a text's SHA-256, to use in `derived_seed` in place of an index."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
 
 
 @contextmanager
 def seeded_globals(seed: int) -> Iterator[None]:
-    """Seed the global CPU generators of random, NumPy and PyTorch within the block, and restore them after it."""
+    """Seed the global CPU generators of random, NumPy and PyTorch within the context, then restore them."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -56,16 +56,15 @@ def seeded_globals(seed: int) -> Iterator[None]:
 
 
 def generator_of(seed: int, stream: Stream, *progress: int) -> torch.Generator:
-    """A CPU generator seeded by `derived_seed`."""
+    """Return a CPU generator seeded by `derived_seed`."""
     return torch.Generator().manual_seed(derived_seed(seed, stream, *progress))
 
 
 class EndlessBatches(Sampler[list[int]]):
-    """Batches of indices below `count` for ever: a new permutation every `count // (batch_size * processes)` batches.
+    """Endless batches of indices below `count`: a new permutation every `count // (batch_size * processes)` batches.
 
-    Batch number k of all processes together is the same whatever their number is, if batch_size * processes is; each
-    process gets its part of it. A permutation's remainder is left out. `first` is the batch to begin with, so that a
-    resumed run goes on where it stopped.
+    Batch k of all processes together depends only on batch_size * processes; each process gets its part of it. A
+    permutation's remainder is dropped. A resumed run starts at batch `first`.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, first: int = 0, rank: int = 0, processes: int = 1):
@@ -75,21 +74,21 @@ class EndlessBatches(Sampler[list[int]]):
             raise ValueError(f"{count} items are fewer than a batch of {batch_size} for {processes} processes")
 
     def __iter__(self) -> Iterator[list[int]]:
-        whole = self.batch_size * self.processes
-        epoch, position = divmod(self.first, self.count // whole)
+        total = self.batch_size * self.processes
+        epoch, first = divmod(self.first, self.count // total)
         while True:
             order = torch.randperm(self.count, generator=generator_of(self.seed, Stream.BATCHES, epoch))
-            for number in range(position, self.count // whole):
-                start = number * whole + self.rank * self.batch_size
+            for number in range(first, self.count // total):
+                start = number * total + self.rank * self.batch_size
                 yield order[start : start + self.batch_size].tolist()
-            epoch, position = epoch + 1, 0
+            epoch, first = epoch + 1, 0
 
 
 class BatchDraws:
-    """Random numbers for batch `number` of a stream: drawn for all processes, of which this one keeps its own rows.
+    """Random numbers for batch `number` of a stream: sampled for all processes, of which this one keeps its rows.
 
-    Drawn on the CPU, so that they are the same on every device. `size` is the rows of one process, at most `kept` of
-    which are used (a validation set's last batch is shorter).
+    Sampled on the CPU, so that they are the same on every device. `size` is the number of rows of one process, of which
+    the first `kept` are used (a validation set's last batch is shorter).
     """
 
     def __init__(
@@ -107,18 +106,18 @@ class BatchDraws:
         self._rows = slice(rank * size, rank * size + (size if kept is None else kept))
 
     def normal(self, *shape: int) -> torch.Tensor:
-        """(B, *shape) from the standard normal distribution."""
-        return self._own(torch.randn(self._total, *shape, generator=self._generator))
+        """Return (B, *shape) from the standard normal distribution."""
+        return self._local(torch.randn(self._total, *shape, generator=self._generator))
 
     def uniform(self) -> torch.Tensor:
-        """(B,) from [0, 1)."""
-        return self._own(torch.rand(self._total, generator=self._generator))
+        """Return (B,) from [0, 1)."""
+        return self._local(torch.rand(self._total, generator=self._generator))
 
     def integers(self, bound: int) -> torch.Tensor:
-        """(B,) from {0, ..., bound - 1}."""
-        return self._own(torch.randint(bound, (self._total,), generator=self._generator))
+        """Return (B,) from {0, ..., bound - 1}."""
+        return self._local(torch.randint(bound, (self._total,), generator=self._generator))
 
-    def _own(self, values: torch.Tensor) -> torch.Tensor:
+    def _local(self, values: torch.Tensor) -> torch.Tensor:
         values = values[self._rows]
         if torch.device(self._device).type == "cuda":
             values = values.pin_memory()  # so that the copy does not wait for the GPU

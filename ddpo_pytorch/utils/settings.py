@@ -10,9 +10,9 @@ from ddpo_pytorch.utils.errors import UserError
 
 
 class Range(NamedTuple):
-    """Numbers in an interval, written as in mathematics: "(0, 1]" excludes 0 and includes 1.
+    """Numbers in an interval, in mathematical notation: "(0, 1]" excludes 0 and includes 1.
 
-    `whole` admits integers only. NaN and booleans are never inside, infinity only where the interval includes it.
+    `whole` admits integers only. NaN and booleans are never inside, infinity only if the interval includes it.
     """
 
     interval: str
@@ -27,14 +27,12 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         low, high = self._bounds()
-        if self.whole:
-            return f"{low:.0f} or more, a whole number" if high == math.inf else f"a whole number in {self.interval}"
+        kind = "an integer" if self.whole else "a finite number" if self.interval.endswith("inf)") else "a number"
         if high < math.inf:
-            return f"in {self.interval}"
+            return f"{kind} in {self.interval}"
         if low == -math.inf:
-            return "a finite number"
-        text = f"above {low:g}" if self.interval[0] == "(" else f"{low:g} or more"
-        return text if self.interval[-1] == "]" else f"{text}, and finite"
+            return kind
+        return f"{kind} above {low:g}" if self.interval[0] == "(" else f"{kind}, {low:g} or more"
 
     def _bounds(self) -> tuple[float, float]:
         low, _, high = self.interval[1:-1].partition(",")
@@ -57,25 +55,27 @@ def check_ranges(settings: Mapping[str, Any], ranges: Mapping[str, Range], prefi
     Args:
         settings: a configuration, a block of it, or a dict.
         ranges: allowed values by field; "train.batch_size" is the field batch_size of the block train.
-        prefix: goes before the names in the message, e.g. "sd." where `settings` is that block.
+        prefix: goes before the names in the message, e.g. "sd." if `settings` is that block.
     """
     for name, allowed in ranges.items():
-        value = reduce(lambda block, field: block[field], name.split("."), settings)
-        if value not in allowed:
+        if (value := _get(settings, name)) not in allowed:
             raise UserError(f"{prefix}{name} is {value!r}; it must be {allowed}")
 
 
 def check_choices(settings: Mapping[str, Any], choices: Mapping[str, Collection[str]], prefix: str = "") -> None:
     """Raise UserError naming the first setting that is not among its choices."""
     for name, allowed in choices.items():
-        value = reduce(lambda block, field: block[field], name.split("."), settings)
-        if value not in allowed:
+        if (value := _get(settings, name)) not in allowed:
             raise UserError(f"{prefix}{name} is {value!r}; allowed are {', '.join(allowed)}")
 
 
 def check_pair(name: str, value: Any, allowed: Range, equal: bool = False) -> tuple[float, float]:
-    """Return a setting of two numbers, the lower one first; `equal` admits a pair of equal ones. Raises UserError."""
+    """Return a setting of two numbers in ascending order; `equal` admits equal ones. Raises UserError."""
     numbers = isinstance(value, tuple | list) and len(value) == 2 and all(one in allowed for one in value)
     if not numbers or value[0] > value[1] or (value[0] == value[1] and not equal):
         raise UserError(f"{name} is {value!r}; it must be two numbers, the lower one first, each {allowed}")
     return value[0], value[1]
+
+
+def _get(settings: Mapping[str, Any], name: str) -> Any:
+    return reduce(lambda block, field: block[field], name.split("."), settings)

@@ -1,7 +1,7 @@
-"""Weight files from anywhere: tensors by name, read without running code, or one line that says what the file is.
+"""Weight files: tensors by name, read without running code, or an error that says what the file is.
 
 A browser saves a login page under the name of a checkpoint, a clone without Git LFS holds a pointer, a disk that was
-full holds half a file, a training that diverged holds NaN. All of these are recognised here and nowhere else.
+full holds half a file, a diverged training holds NaN. All of these are recognised here and nowhere else.
 """
 
 import re
@@ -18,7 +18,6 @@ from ddpo_pytorch.utils.errors import UserError
 
 # Checkpoints wrap their state dict: ours and the published classifiers under the first name, timm's under the second.
 WRAPPERS = ("model_state_dict", "state_dict")
-_HEAD = 1024  # bytes of a file that tell a text from weights
 # A validation loss or accuracy in a checkpoint may be a numpy number; these name no code that could be run.
 _NUMPY_SCALARS = [
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
@@ -32,12 +31,15 @@ _NUMPY_SCALARS = [
 def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return the tensors of a weight file by name, on the CPU, and the metadata of a safetensors file, else {}.
 
-    The content decides the format, but a name ending in .safetensors promises that one. Raises UserError for a file
-    that is missing, torn or no weight file (a web page, JSON, a Git LFS pointer), for a pickle of more than tensors,
-    and for a tensor that holds NaN or infinity.
+    The content decides the format, except that a name ending in .safetensors requires that one. Raises UserError for a
+    file that is missing, torn or no weight file (a web page, JSON, a Git LFS pointer), for a pickle of more than
+    tensors, and for NaN or infinity.
     """
     path = Path(path)
-    if path.suffix == ".safetensors" or _is_safetensors(path):
+    head = read_head(path)
+    # safetensors begin with the length of a JSON header, then that header
+    is_safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+    if path.suffix == ".safetensors" or is_safetensors:
         return read_safetensors(path)
     tensors = read_pickle(path)
     for name in WRAPPERS:
@@ -50,7 +52,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return tensors by name, and metadata, of a file that has to be safetensors. Raises UserError likewise."""
+    """Return tensors by name, and metadata, of a safetensors file. Raises UserError as `read_tensors` does."""
     with open_safetensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
         metadata = file.metadata() or {}
@@ -60,15 +62,16 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
 
 @contextmanager
 def open_safetensors(path: str | Path) -> Iterator[Any]:
-    """Open a safetensors file, whose header is checked against its length; no tensor is read yet. Raises UserError."""
+    """Open a safetensors file and check its header against its length; tensors are not read yet. Raises UserError."""
     path = Path(path)
-    refuse_text(path)
+    read_head(path)
     try:
         opened = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())[:150]
         raise UserError(
-            f"{str(path)!r} is not a readable safetensors file ({_one_line(error)}); it is cut off, damaged or of "
-            "another format: fetch or save it again"
+            f"{str(path)!r} is not a readable safetensors file ({reason}); it is cut off, damaged or of another "
+            "format: fetch or save it again"
         ) from error
     with opened as file:
         yield file
@@ -80,32 +83,18 @@ def read_pickle(path: str | Path, mmap: bool = False) -> Any:
     Raises UserError for any other content, none of which is run, and for a file that is missing or damaged.
     """
     path = Path(path)
-    refuse_text(path)
+    read_head(path)
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle can fail in any way
-        # PyTorch's own text advises to switch the protection off
+        # PyTorch's own message suggests to switch the protection off
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        problem = (
-            f"holds more than plain tensors ({named[1]})" if named else "is damaged or holds more than plain tensors"
-        )
+        problem = f"holds more than plain tensors ({named[1]})" if named else "is damaged or holds more than tensors"
         raise UserError(
             f"{str(path)!r} {problem} and is not opened, since unpickling can run code; fetch or save it again, "
             "as safetensors or as tensors by name"
         ) from error
-
-
-def refuse_text(path: str | Path) -> None:
-    """Raise UserError for a file that is missing, empty or a text, none of which weights are."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{str(path)!r} does not exist or is not a file")
-    with open(path, "rb") as file:
-        head = file.read(_HEAD)
-    if what := _text_kind(head):
-        kind = "safetensors" if path.suffix == ".safetensors" else "weight"
-        raise UserError(f"{str(path)!r} is not a readable {kind} file: it {what}")
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], file: str | Path) -> None:
@@ -118,19 +107,22 @@ def check_finite(tensors: Mapping[str, torch.Tensor], file: str | Path) -> None:
             )
 
 
-def _is_safetensors(path: Path) -> bool:
-    """Return whether a file begins as safetensors do: the length of a JSON header, then that header."""
+def read_head(path: Path) -> bytes:
+    """Return the first bytes of a weight file. Raises UserError for a file that is missing, empty or a text."""
     if not path.is_file():
-        return False
+        raise UserError(f"{str(path)!r} does not exist or is not a file")
     with open(path, "rb") as file:
-        head = file.read(9)
-    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+        head = file.read(1024)
+    if problem := _text_kind(head):
+        kind = "safetensors" if path.suffix == ".safetensors" else "weight"
+        raise UserError(f"{str(path)!r} is not a readable {kind} file: it {problem}")
+    return head
 
 
 def _text_kind(head: bytes) -> str:
-    """Return what the first bytes of a file that holds no weights show, and what to do; "" where they may be weights.
+    """Return what kind of text a file is, by its first bytes, and what to do; "" for what may be weights.
 
-    Safetensors have a NUL among their first 8 bytes, archives soon after, and other pickles begin outside of UTF-8.
+    Safetensors have a NUL among their first 8 bytes, archives soon after, and other pickles do not begin with UTF-8.
     """
     if not head:
         return "is empty; fetch it again"
@@ -144,12 +136,8 @@ def _text_kind(head: bytes) -> str:
     try:
         text.decode()
     except UnicodeDecodeError as error:
-        if error.start < len(text) - 3:  # else the end cut a character in two
+        if error.start < len(text) - 3:  # else a character is cut at the end
             return ""
     if text.startswith((b"{", b"[")):
         return "looks like JSON, perhaps a server's error message; download it again"
     return "is a text file; give the file of weights"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:150]
