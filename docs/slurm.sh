@@ -1,8 +1,8 @@
 #!/bin/bash
-# scripts/train.py on every GPU of a Slurm job, from the repository root, with the environment that has it active:
+# Run scripts/train.py on every GPU of a Slurm job. Submit from the repository root, in the active environment:
 #     sbatch docs/slurm.sh --config config/dgx.py:prompt_image_alignment_classifier_isic --config.run_name=main
-# The run_name makes the same command go on where it was. Slurm gives it again after a pre-emption or the loss of a node;
-# ten minutes before the time is over the run saves and ends, and this script puts the job back into the queue.
+# A fixed run_name makes the command resume. Slurm resubmits it after a pre-emption or the loss of a node; ten minutes before
+# the time limit the run saves and exits, and this script requeues the job.
 #SBATCH --job-name=ddpo
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -15,14 +15,14 @@
 #SBATCH --output=ddpo-%j.log
 set -euo pipefail
 
-# another file of config/accelerate, or the port, where that of another job on the same node is taken
+# override for another launch file, or where another job on the node already uses the port
 export LAUNCH_CONFIG=${LAUNCH_CONFIG:-config/accelerate/multi_node.yaml}
 export MAIN_PORT=${MAIN_PORT:-29500}
 read -r MAIN_NODE < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MAIN_NODE
 
-# One launcher a node; it starts a process a GPU. Slurm signals this shell only, and a launcher would die of USR1: it
-# ignores the signal, which is handed to its children, the processes of train.py.
+# One launcher per node; it starts one process per GPU. Slurm signals this shell only, and USR1 would kill a launcher: it
+# ignores the signal, which is forwarded to its children, the processes of train.py.
 srun --kill-on-bad-exit=1 bash -c '
     trap "" USR1
     accelerate launch --config_file "$LAUNCH_CONFIG" --num_machines "$SLURM_NNODES" \
@@ -31,7 +31,7 @@ srun --kill-on-bad-exit=1 bash -c '
     launcher=$!
     trap "pkill -USR1 -P $launcher" USR1
     code=0
-    while kill -0 $launcher 2>/dev/null; do # a signal ends a wait before its time
+    while kill -0 $launcher 2>/dev/null; do # a signal interrupts wait
         code=0
         wait $launcher || code=$?
     done
@@ -40,10 +40,10 @@ srun --kill-on-bad-exit=1 bash -c '
 step=$!
 
 out_of_time=
-trap 'out_of_time=1; kill -USR1 $step' USR1 # srun hands it to the shell on each node
+trap 'out_of_time=1; kill -USR1 $step' USR1 # srun forwards it to the shell on each node
 code=0
 wait $step || code=$?
-if [ -n "$out_of_time" ]; then # the signal ended that wait, not the step
+if [ -n "$out_of_time" ]; then # the signal interrupted wait, not the step
     code=0
     wait $step || code=$?
     [ $code -ne 0 ] || scontrol requeue "$SLURM_JOB_ID"
