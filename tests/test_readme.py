@@ -1,65 +1,190 @@
-"""The README tells the truth: its commands exist, its configurations build, its example runs, its files are there."""
+"""README and docs: commands and experiments build, examples run, and every path, link, name and setting exists."""
 
 import re
 import shlex
+import string
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from absl import flags
+from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT
+from diffusers import StableDiffusionPipeline
+from ml_collections import config_flags
+from safetensors.torch import load_file, save_file
 from test_configs import load
 
-from ddpo_pytorch import rewards
+from ddpo_pytorch import prompts, rewards
+from ddpo_pytorch.generator.lora import add_lora, load_lora, lora_parameters, save_lora
+from ddpo_pytorch.training.setup import check_training
 
-PAGES = [ROOT / "README.md", ROOT / "docs" / "fundus.md", ROOT / "docs" / "scaling.md"]
-TEXT = "\n".join(page.read_text() for page in PAGES)
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.S)
-COMMANDS = [
-    shlex.split(line.split("  #")[0])
-    for language, block in BLOCKS
-    if language == "sh"
-    for line in block.splitlines()
-    if line and not line.startswith("#")
-]
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if any("scripts/" in word for word in c)], ids=" ".join)
-def test_script_commands_build(command):
-    script = next(word for word in command if word.startswith("scripts/"))
-    source = (ROOT / script).read_text()
-    options = command[command.index(script) + 1 :]
-    for name, value in zip(options, [*options, ""][1:], strict=True):
-        if name == "--config":
-            file, experiment = re.fullmatch(r"config/(\w+)\.py:(\w+)", value).groups()
-            config = load(file).get_config(experiment)
-        elif name.startswith("--config."):
-            part = config
-            for field in name.removeprefix("--config.").split("=")[0].split("."):
-                assert field in part, name
-                part = part[field]
-        elif name.startswith("--"):
-            assert f'"{name[2:]}"' in source, name
+README, DOCS = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
+PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in (README, ROOT / "CONTRIBUTING.md", *DOCS)}
+TEXT = "\n".join(PAGES.values())
+TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+# scripts and modules whose flags are in another file
+SOURCES = {"ddpo_pytorch.data.isic": "ddpo_pytorch/data/splits.py", "benchmarks/training.py": "benchmarks/workload.py"}
+OTHERS = ("pip", "pip-audit", "sbatch", "pytest")  # commands that are not this repository's
 
 
-def test_make_targets_exist():
-    targets = [command[1] for command in COMMANDS if command[0] == "make"]
-    assert targets == ["demo", "test", "demo-fundus"]
-    makefile = (ROOT / "Makefile").read_text()
-    assert all(f"\n{target}:" in makefile for target in [*targets, "mini-weights"])
+def blocks(language: str, text: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.S | re.M)
 
 
-def test_linked_files_exist():
-    for page in PAGES:
-        for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
-            assert (page.parent / path).exists(), path
-    for path in re.findall(r"`(ddpo_pytorch/[\w/.]+)`", TEXT):
+def commands() -> list[tuple[str, ...]]:
+    """Return the commands of all sh blocks as words, with the shell variables of their block filled in."""
+    found = []
+    for block in blocks("sh", TEXT):
+        variables = {}
+        for line in block.splitlines():
+            line = string.Template(line.split("  #")[0]).safe_substitute(variables)
+            if assignment := re.fullmatch(r'(\w+)="?(.*?)"?', line):
+                variables[assignment[1]] = assignment[2]
+            elif line and not line.startswith("#"):
+                found += [tuple(shlex.split(part)) for part in line.split(" && ")]
+    (slurm,) = re.findall(r"^# +(sbatch .*)$", (ROOT / "docs" / "slurm.sh").read_text(), re.M)
+    return [*found, tuple(shlex.split(slurm))]
+
+
+COMMANDS = list(dict.fromkeys(commands()))
+
+
+def options(words: list[str]) -> dict[str, str]:
+    """Return long options with their values, "" where the next word is an option itself."""
+    pairs = zip(words, [*words[1:], "--"], strict=False)
+    return {word: "" if following.startswith("--") else following for word, following in pairs if word[:2] == "--"}
+
+
+def build(words: list[str], monkeypatch: pytest.MonkeyPatch):
+    """Return the configuration that a script gets from these arguments, overridden as on the command line."""
+    monkeypatch.setattr(sys, "argv", ["script", *words])
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    values(sys.argv, known_only=True)
+    return values.config
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if any("/slurm.sh" in w or "scripts/" in w for w in c)])
+def test_commands_of_scripts_build(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    place = next(i for i, word in enumerate(command) if word.startswith(("scripts/", "docs/slurm.sh")))
+    launcher, script, given = options(command[:place]), command[place], list(command[place + 1 :])
+    source = (ROOT / script.replace("docs/slurm.sh", "scripts/train.py")).read_text()
+    if file := launcher.get("--config_file"):
+        assert load_config_from_file(file).num_machines == int(launcher.get("--num_machines", 1))
+    for name in options(given):
+        assert name.startswith("--config") or f'"{name[2:].split("=")[0]}"' in source, name
+    if given[:2] == ["--config", "my_experiment.py"]:
+        return  # see test_an_experiment_of_ones_own
+    if "--config" in given:
+        config = build(given, monkeypatch)
+        if "train.py" in script:
+            check_training(config)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not any("scripts/" in word for word in c)])
+def test_other_commands_exist(command):
+    words = [word for word in command if not re.fullmatch(r"[A-Z_]+=\w+", word)]  # VARIABLE=value
+    if words[0] == "make":
+        assert words[1] in TARGETS
+    elif words[0] == "python" or words[:3] == [".venv/bin/python", "-m", "pytest"]:
+        name = words[2] if words[1] == "-m" else words[1]
+        if name == "pytest":
+            return
+        file = ROOT / (name if name.endswith(".py") else f"{name.replace('.', '/')}.py")
+        source = file.read_text() + (ROOT / SOURCES.get(name, file)).read_text()
+        for option, value in options(words).items():
+            assert re.search(rf'"(--)?{option[2:]}"|f"--\{{name\}}"', source), option
+            if option == "--set":
+                assert value.split("=")[0] in load("base").get_config()
+    else:
+        assert Path(words[0]).name in (*OTHERS, "gdown", "pre-commit")
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_paths_names_and_settings_exist(name):
+    page, text = ROOT / name, PAGES[name]
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+        target = (page.parent / path) if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+    folders = "ddpo_pytorch|scripts|config|tests|benchmarks|docs"
+    for path, experiment in re.findall(rf"`((?:{folders})/[\w/.]+)(?::(\w+))?`", text):
         assert (ROOT / path).exists(), path
+        assert not experiment or load(Path(path).stem).get_config(experiment), experiment
+    for function, path in re.findall(r"`(\w+)` in\s+`([\w/]+\.py)`", text):
+        assert re.search(rf"^(def|class) {function}\b", (ROOT / path).read_text(), re.M), function
+    config, block = load("base").get_config(), "sample|train|held_out|early_stop|dataset|eval|metric|sd|rlhf|improve"
+    for setting in re.findall(rf"`(?:--config\.)?((?:{block})\.\w+(?:\.\w+)*)(?:=[^`]*)?`", text):
+        group, field = setting.split(".", 1)
+        assert field in ("py", "jsonl") or field in config[group], setting
+    for setting in re.findall(r"`(?:--)?config\.(?!json\b)(\w+)", text):
+        assert setting in config, setting
 
 
-def test_the_reward_example_runs(monkeypatch):
-    (code,) = [block for language, block in BLOCKS if language == "python"]
+def test_readme_is_short_and_plain():
+    assert len(README.read_text().splitlines()) <= 150
+    private = r"gone on|go(es)? on with|is told|are told|spoilt|anew|put aside|from nothing"
+    assert not re.findall(rf"\b({private})\b", TEXT)
+
+
+def test_an_experiment_of_ones_own(tmp_path, monkeypatch):
+    """The README's my_experiment.py: a reward and a prompt function without a change to the package."""
+    (code,) = [block for block in blocks("python", README.read_text()) if "def get_config" in block]
+    (tmp_path / "my_experiment.py").write_text(code)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(rewards, "REWARDS", dict(rewards.REWARDS))
+    monkeypatch.setattr(prompts, "PROMPTS", dict(prompts.PROMPTS))
+    config = build(["--config", str(tmp_path / "my_experiment.py"), "--config.num_epochs=1"], monkeypatch)
+    check_training(config)
+    function = prompts.get_prompt_fn(config.prompt_fn)
+    texts = {prompts.draw_prompt(function, seed)[0] for seed in range(8)}
+    assert texts == {"a small skin lesion", "a large skin lesion"}
+    images = torch.rand(2, 3, 16, 16)
+    values, _ = rewards.build_reward(config.reward_fn)(images, ["a", "b"], [{}, {}])
+    assert values == pytest.approx(images[:, 0].mean(dim=(1, 2)).numpy())
+    (mixture,) = re.findall(r'weighted sum, "(.+)"', code)
+    _, info = rewards.build_reward(mixture)(images, ["a", "b"], [{}, {}])
+    assert info["redness"] == pytest.approx(values)
+
+
+def test_a_checkpoint_in_diffusers(tmp_path, monkeypatch):
+    """The README's load_lora_weights loads our checkpoint, and nothing of a file in the published legacy form."""
+    (code,) = [block for block in blocks("python", README.read_text()) if "load_lora_weights" in block]
+    (path,) = re.findall(r'load_lora_weights\("(.+)"\)', code)
+    monkeypatch.chdir(ROOT)
+    (folder,) = re.findall(r'from_pretrained\("(.+)"\)', code)
+    unet = StableDiffusionPipeline.from_pretrained(folder).unet
+    add_lora(unet, 2, ("to_q", "to_k", "to_v", "to_out.0"), seed=0)
+    for weight in lora_parameters(unet):
+        torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(1))
+    file = save_lora(unet, tmp_path / "checkpoint")
+
     namespace = {}
-    exec(code, namespace)
-    monkeypatch.setitem(rewards.REWARDS, "redness", namespace["redness"])
-    reward = rewards.build_reward("jpeg_compressibility:1.0,redness:0.2")
-    values, info = reward(torch.rand(2, 3, 16, 16), ["a", "b"], [{}, {}])
-    assert values.shape == (2,) and info["redness"].shape == (2,)
+    exec(code.replace(path, str(file.parent)), namespace)
+    loaded = {name: w for name, w in namespace["pipe"].unet.named_parameters() if ".lora_" in name}
+    assert len(loaded) == len(lora_parameters(unet)) and all(
+        torch.equal(one, other) for one, other in zip(loaded.values(), lora_parameters(unet), strict=True)
+    )
+
+    legacy = {
+        re.sub(r"^unet\.(.+)\.(to_\w+)(\.0)?\.lora_([AB])\.weight", r"\1.processor.\2_lora.\4.weight", name)
+        .replace("lora.A", "lora.down")
+        .replace("lora.B", "lora.up"): weight
+        for name, weight in load_file(file).items()
+    }
+    save_file(legacy, tmp_path / "pytorch_lora_weights.safetensors")
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.load_lora_weights(str(tmp_path))
+    assert not any(".lora_" in name for name, _ in pipe.unet.named_parameters())
+    load_lora(pipe.unet, tmp_path)
+    pairs = zip(lora_parameters(pipe.unet), lora_parameters(unet), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import shutil
 import signal
 import socket
@@ -12,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import test_readme
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT
@@ -162,23 +160,3 @@ def test_the_slurm_script_is_bash():
     subprocess.run(["bash", "-n", "docs/slurm.sh"], cwd=ROOT, check=True)
     asked = [line.split()[1] for line in (ROOT / "docs" / "slurm.sh").read_text().splitlines() if "#SBATCH" in line]
     assert {"--requeue", "--signal=B:USR1@600", "--ntasks-per-node=1"} <= set(asked)
-
-
-def commands() -> list[list[str]]:
-    """Launches in docs/scaling.md, and the one that docs/slurm.sh names."""
-    lines = [*(ROOT / "docs" / "scaling.md").read_text().splitlines()]
-    lines += [line.removeprefix("#").strip() for line in (ROOT / "docs" / "slurm.sh").read_text().splitlines()[:5]]
-    return [shlex.split(line) for line in lines if line.startswith(("accelerate launch", "sbatch "))]
-
-
-def test_commands_name_files_and_settings_that_exist():
-    assert len(commands()) == 7
-    for command in commands():
-        if command[0] == "sbatch":
-            assert (ROOT / command[1]).is_file()
-            test_readme.test_script_commands_build(["scripts/train.py", *command[2:]])
-        else:
-            file = command[command.index("--config_file") + 1]
-            machines = int(command[command.index("--num_machines") + 1]) if "--num_machines" in command else 1
-            assert load_config_from_file(str(ROOT / file)).num_machines == machines
-            test_readme.test_script_commands_build(command)
