@@ -1,9 +1,9 @@
-"""Drawing images for evaluation: what to draw, how, and into which files; a function of (seed, prompt, index) alone.
+"""Drawing images without log-probs: for evaluation, as a function of (seed, prompt, index) alone.
 
-Convolutions and matrix products choose their kernel by the shape of their input, and with it the order of their sums:
-an image drawn among 7 others differs in its last bits from the same image drawn among 63. Networks therefore see passes
-of one fixed shape here, the last one filled up. On a CPU they also see one thread each, since sums are split among
-threads, and last bits with them; the cores of a process draw as many passes side by side.
+Convolutions and matrix products choose their kernel by input shape, so an image drawn in a batch of 8 differs in its
+last bits from the same image drawn in a batch of 64. `draw_passes` therefore uses passes of one fixed shape, the last
+one padded. On a CPU the number of threads matters as well: there each pass runs on one thread, and the cores draw
+several passes at the same time.
 """
 
 import copy
@@ -11,11 +11,13 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from ml_collections import ConfigDict
 
 from ddpo_pytorch.data.images import load_pixels, save_image, to_uint8
 from ddpo_pytorch.data.sample_folder import PartLog, folder_name
@@ -27,27 +29,27 @@ from ddpo_pytorch.utils.randomness import Stream, derived_seed, text_number
 from ddpo_pytorch.utils.settings import FINITE, ONE_OR_MORE, SEED, SHARE
 
 SCHEDULERS = ("ddim", "dpm++")
-# numeric settings by which images are drawn; training needs more of sample.eta (`check_schedule`)
+# ranges of the sampling settings; training needs more of sample.eta (`check_schedule`)
 SAMPLING = {"seed": SEED, "sample.num_steps": ONE_OR_MORE, "sample.eta": SHARE, "sample.guidance_scale": FINITE}
 IMAGE_FORMATS = ("png", "jpg")
-BLACK = 2  # an image with every 8-bit level below this is counted as black
-CPU_PASS = 32  # images a pass on a CPU, of 16 x 16 latents; fewer of larger ones
+BLACK = 2  # an image with all 8-bit levels below this is black
+CPU_PASS = 32  # images per pass on a CPU for 16 x 16 latents, fewer for larger ones
 Judge = Callable[[torch.Tensor, Sequence[str], Sequence[Mapping[str, Any]]], tuple[Sequence[float], dict[str, Any]]]
 
 
 class Job(NamedTuple):
-    """One image to draw: its prompt, the prompt's metadata, its file relative to the folder, the seed of its noise."""
+    """One image to draw: prompt, the prompt's metadata, seed of its noise, and file relative to the folder."""
 
     prompt: str
     metadata: dict[str, Any]
-    path: str
     seed: int
+    path: str = ""
 
 
 def plan(prompts: Sequence[tuple[str, dict[str, Any]]], count: int, seed: int, image_format: str = "png") -> list[Job]:
-    """`count` images of each (prompt, metadata), prompt by prompt.
+    """Return `count` jobs for each (prompt, metadata), prompt by prompt.
 
-    Seeds depend on (seed, text of the prompt, index): other prompts beside it, or more images, change nothing.
+    Seeds depend on (seed, prompt, index) alone: other prompts, or more images, do not change them.
 
     Raises:
         UserError: a prompt that `check_prompt` refuses, or that occurs twice.
@@ -58,19 +60,73 @@ def plan(prompts: Sequence[tuple[str, dict[str, Any]]], count: int, seed: int, i
         if prompt in seen:
             raise UserError(f"prompt {prompt!r} is given twice; give every prompt once")
         seen.add(prompt)
-        folder = folder_name(prompt)
+        folder, number = folder_name(prompt), text_number(prompt)
         for index in range(count):
-            noise = derived_seed(seed, Stream.EVALUATION, text_number(prompt), index)
-            jobs.append(Job(prompt, metadata, f"images/{folder}/{index:05d}.{image_format}", noise))
+            noise_seed = derived_seed(seed, Stream.EVALUATION, number, index)
+            jobs.append(Job(prompt, metadata, noise_seed, f"images/{folder}/{index:05d}.{image_format}"))
     return jobs
 
 
-def images_per_pass(pipe: StableDiffusionPipeline, batch_size: int) -> int:
-    """Images that go through the networks together: `batch_size` on a GPU, a function of the model alone on a CPU.
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of DDIM sampling."""
 
-    On a CPU 32 images of 16 x 16 latents are as fast as 64 of them, and 2 of 64 x 64 (512 px) are as many, so that
-    nothing is lost by giving every run the same shapes, and with them the same bytes. On a GPU more images are faster
-    until its memory is full, which is the user's to say.
+    num_steps: int
+    guidance_scale: float
+    eta: float
+
+    @classmethod
+    def of(cls, sample: ConfigDict) -> "Sampling":
+        """Return those of `config.sample`."""
+        return cls(sample.num_steps, sample.guidance_scale, sample.eta)
+
+
+def draw_images(
+    pipe: StableDiffusionPipeline,
+    embeddings: PromptEmbeddings,
+    prompts: Iterable[str],
+    noise: list[torch.Generator],
+    sampling: Sampling,
+) -> torch.Tensor:
+    """Draw one image per prompt with DDIM, each from its own generator: (B, 3, H, W) float32 in [0, 1]."""
+    images, *_ = pipeline_with_logprob(
+        pipe,
+        prompt_embeds=embeddings(prompts),
+        negative_prompt_embeds=embeddings.negative,
+        num_inference_steps=sampling.num_steps,
+        guidance_scale=sampling.guidance_scale,
+        eta=sampling.eta,
+        generator=noise,
+        keep_trajectory=False,
+    )
+    return images
+
+
+def draw_images_dpm(
+    pipe: StableDiffusionPipeline,
+    embeddings: PromptEmbeddings,
+    prompts: Iterable[str],
+    noise: list[torch.Generator],
+    sampling: Sampling,
+) -> torch.Tensor:
+    """Draw with DPM-Solver++ (`pipe.scheduler`), which ignores eta; otherwise as `draw_images`."""
+    embeds, shape = embeddings(prompts), latent_shape(pipe)
+    return pipe(
+        prompt_embeds=embeds,
+        negative_prompt_embeds=embeddings.negative.expand_as(embeds),
+        num_inference_steps=sampling.num_steps,
+        guidance_scale=sampling.guidance_scale,
+        generator=noise,
+        latents=torch.stack([torch.randn(shape, generator=source) for source in noise]).to(embeds),
+        output_type="pt",
+    ).images
+
+
+def images_per_pass(pipe: StableDiffusionPipeline, batch_size: int) -> int:
+    """Return the number of images per pass: `batch_size` on a GPU, a function of the model alone on a CPU.
+
+    On a CPU, 32 images of 16 x 16 latents (2 of 64 x 64) are as fast as more, so fixing the shape costs nothing and
+    makes the bytes equal in all runs. On a GPU more images are faster until memory is full.
     """
     if pipe.device.type != "cpu":
         return batch_size
@@ -79,14 +135,13 @@ def images_per_pass(pipe: StableDiffusionPipeline, batch_size: int) -> int:
 
 
 class Sampler:
-    """Images from prompts and seeds, each from a CPU generator of its own, so that noise is the same on every device.
+    """Draw images from prompts and seeds. Noise comes from CPU generators and is the same on every device.
 
-    A generator gives first the initial latents, whatever the scheduler, then with DDIM a draw a step. For one thread:
-    schedulers remember the step they are at. Others get a `twin`.
+    A Sampler serves one thread, since schedulers keep track of their step; `twin` makes one for another thread.
 
     Args:
-        pipe: from `load_pipeline`, with all weights loaded. They are shared; the pipeline itself is left as it is.
-        scheduler: one of SCHEDULERS; "dpm++" takes no eta.
+        pipe: from `load_pipeline`, with all weights loaded. They are shared; its scheduler is not changed.
+        scheduler: one of SCHEDULERS; "dpm++" ignores eta.
         num_steps, eta, guidance_scale: as in config/base.py.
 
     Raises:
@@ -98,50 +153,31 @@ class Sampler:
     ):
         if scheduler not in SCHEDULERS:
             raise UserError(f"sample.scheduler is {scheduler!r}; allowed are {', '.join(SCHEDULERS)}")
-        pipe = _own_pipeline(pipe)
+        pipe = _with_own_scheduler(pipe)
         if scheduler == "dpm++":
             pipe.scheduler = DPMSolverMultistepScheduler.from_config(
                 pipe.scheduler.config, algorithm_type="dpmsolver++"
             )
         set_schedule(pipe, num_steps)
-        self.pipe, self.scheduler, self.eta = pipe, scheduler, eta
-        self.common = {"num_inference_steps": num_steps, "guidance_scale": guidance_scale, "output_type": "pt"}
-        self.table = PromptEmbeddings(pipe)
+        self.pipe, self.embeddings = pipe, PromptEmbeddings(pipe)
+        self._draw = draw_images if scheduler == "ddim" else draw_images_dpm
+        self._sampling = Sampling(num_steps, guidance_scale, eta)
 
     def twin(self) -> "Sampler":
-        """The same for another thread: scheduler and pipeline of its own; weights and prompt embeddings are shared."""
+        """Return a Sampler for another thread that shares weights and prompt embeddings."""
         twin = copy.copy(self)
-        twin.pipe = _own_pipeline(self.pipe)
+        twin.pipe = _with_own_scheduler(self.pipe)
         return twin
 
     def __call__(self, prompts: Iterable[str], seeds: Iterable[int]) -> torch.Tensor:
-        """Images (B, 3, H, W), float32 in [0, 1] or NaN."""
-        embeds = self.table(prompts)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        draw = self._ddim if self.scheduler == "ddim" else self._dpm_solver
-        with torch.autocast(embeds.device.type, embeds.dtype, enabled=embeds.dtype != torch.float32):
-            return draw(prompt_embeds=embeds, generator=generators, **self.common).float()
-
-    def _ddim(self, **arguments: Any) -> torch.Tensor:
-        negative = self.table.negative
-        images, *_ = pipeline_with_logprob(
-            self.pipe, negative_prompt_embeds=negative, eta=self.eta, keep_trajectory=False, **arguments
-        )
-        return images
-
-    def _dpm_solver(self, prompt_embeds: torch.Tensor, generator: list[torch.Generator], **arguments: Any):
-        shape = latent_shape(self.pipe)
-        latents = torch.stack([torch.randn(shape, generator=source) for source in generator]).to(prompt_embeds)
-        return self.pipe(
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=self.table.negative.expand_as(prompt_embeds),
-            generator=generator,
-            latents=latents,
-            **arguments,
-        ).images
+        """Return images (B, 3, H, W), float32 in [0, 1] or NaN."""
+        noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+        device, dtype = self.pipe.device.type, self.pipe.text_encoder.dtype
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            return self._draw(self.pipe, self.embeddings, prompts, noise, self._sampling).float()
 
 
-def _own_pipeline(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
+def _with_own_scheduler(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
     parts = pipe.components | {"scheduler": copy.deepcopy(pipe.scheduler)}
     own = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     own.set_progress_bar_config(disable=True)
@@ -151,18 +187,17 @@ def _own_pipeline(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
 def draw_passes(
     sampler: Sampler, passes: Sequence[Sequence[Job]], workers: int, *arguments: Any
 ) -> Iterator[tuple[int, list[Job]]]:
-    """`draw_pass(sampler, passes[i], *arguments)` for every i: yields i and what it returns, as they get ready.
+    """Run `draw_pass(sampler, passes[i], *arguments)` for all i; yield i and its result as they complete.
 
-    On a CPU `workers` threads draw a pass each at the same time, with the same bytes for any number of them; memory
-    grows with their number and not with that of the passes. On a GPU one draws while another encodes and writes.
-    Set torch's threads to 1 before on a CPU. An error of one pass is raised after those that have begun.
+    On a CPU, `workers` threads draw one pass each (set torch's threads to 1 before). On a GPU, one thread draws while
+    another encodes and writes. An error of a pass is raised after the passes in progress.
     """
     device, local = sampler.pipe.device, threading.local()
     turn = nullcontext() if device.type == "cpu" else threading.Lock()
 
     def start() -> None:
         if device.type == "cpu":
-            torch.set_num_threads(1)  # each thread has a number of its own
+            torch.set_num_threads(1)  # a setting of each thread
         elif device.type == "cuda":
             torch.cuda.set_device(device)
         local.sampler = sampler.twin()
@@ -190,11 +225,11 @@ def draw_pass(
     weights_sha256: str = "",
     turn: AbstractContextManager | None = None,
 ) -> list[Job]:
-    """Draw one pass of `size` images, of which `jobs` are wanted; write files and log entries of those not in `done`.
+    """Draw a pass of `jobs` padded to `size` images; write files and log entries of those whose path is not in `done`.
 
-    All are drawn, those in `done` too, so that a restart repeats the same pass. The judge sees the images as they are
-    stored: in 8 bits, and after JPEG where that is the format. An image is logged after its file is there. Returns the
-    jobs whose image is not finite; they are neither written nor logged. Drawing, not writing, happens within `turn`.
+    All are drawn, those in `done` too, so that a rerun repeats the same pass. The judge sees images as stored: in 8
+    bits, and after JPEG compression where that is the format. Images are logged after their files are written. Only
+    drawing happens within `turn`. Returns the jobs with a non-finite image, which are neither written nor logged.
     """
     rows = [*jobs, *[jobs[-1]] * (size - len(jobs))]
     with turn or nullcontext():
@@ -210,17 +245,17 @@ def draw_pass(
         if path.suffix != ".png":
             pixels[number] = load_pixels(path)
     if new:
-        about = _entries(rows, pixels, judge, device, weights_sha256)
-        log.add([about[number] for number in new])
+        entries = _log_entries(rows, pixels, judge, device, weights_sha256)
+        log.add([entries[number] for number in new])
     return [jobs[number] for number in wanted if not finite[number]]
 
 
-def _entries(
+def _log_entries(
     rows: Sequence[Job], pixels: torch.Tensor, judge: Judge | None, device: torch.device, weights_sha256: str
 ) -> list[dict[str, Any]]:
-    """Log entries for rows of stored pixels, uint8 (B, 3, H, W). The judge, too, always sees a whole pass.
+    """Return log entries for stored pixels, uint8 (B, 3, H, W), of a whole pass.
 
-    labels are those of the judge's attributes, as predictions are; without a judge, all that the prompt states.
+    labels are those of the judge's attributes; without a judge, all that the prompt states.
     """
     black = (pixels.flatten(1).amax(dim=1) < BLACK).tolist()
     entries = [
@@ -240,8 +275,8 @@ def _entries(
     if judge is not None:
         images = pixels.to(device).float() / 255
         rewards, info = judge(images, [job.prompt for job in rows], [job.metadata for job in rows])
-        found = zip(entries, rewards, info["predictions"], info["labels"], info["logits"], strict=True)
-        for entry, reward, predictions, labels, logits in found:
+        judged = zip(entries, rewards, info["predictions"], info["labels"], info["logits"], strict=True)
+        for entry, reward, predictions, labels, logits in judged:
             entry |= {"reward": f"{reward:.4f}", "predictions": predictions.tolist(), "labels": labels.tolist()}
             entry["logits"] = [round(float(logit), 6) for logit in logits]
     return entries

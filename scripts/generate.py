@@ -1,18 +1,17 @@
-"""Best-of-N images: those of each prompt that the Selector passes, ranked by the Policy.
+"""Draw best-of-N images: those of each prompt that pass the Selector, ranked by the Policy.
 
     accelerate launch scripts/generate.py --config config/fundus.py:generate --config.logdir=DIR
 
-For each prompt (eval.prompts, else all of prompt_fn), `improve.images_per_prompt` times: images are drawn until
+For each prompt (eval.prompts, else all of prompt_fn), `improve.images_per_prompt` times: draw images until
 `improve.num_candidates` pass or `improve.max_attempts` are drawn. Writes <logdir>/images/<caption with _>/
 Fundus_<number>_selector_<score>_policy_<score>.png and, at the end, <logdir>/image_log.json, in which `best` marks the
-image of highest Policy score; where none passed, the last one is kept, with `passed` false. The same command again does
-nothing once the log and all its images are there, and otherwise draws everything again.
+image of highest Policy score; if none passed, the last one is kept, with `passed` false. A complete folder stays as it
+is, an incomplete one is drawn from the start.
 """
 
 import logging
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from absl import flags
@@ -21,8 +20,8 @@ from accelerate.utils import gather_object
 from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
-from ddpo_pytorch.data.images import is_whole, save_image
-from ddpo_pytorch.data.sample_folder import LOG, claim_folder, read_log, write_log
+from ddpo_pytorch.data.images import save_image
+from ddpo_pytorch.data.sample_folder import LOG, claim_folder, damaged_images, read_log, write_log
 from ddpo_pytorch.generator.lora import adapter_fingerprint
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import check_tokens
@@ -32,7 +31,6 @@ from ddpo_pytorch.rlhf.best_of_n import Request, best_of_n, log_entries
 from ddpo_pytorch.sampling import SAMPLING, Sampler, plan
 from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
-from ddpo_pytorch.utils.cores import thread_limit
 from ddpo_pytorch.utils.distributed import DTYPES, locked_by_main, make_accelerator
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
@@ -41,31 +39,27 @@ from ddpo_pytorch.utils.settings import ONE_OR_MORE, check_ranges
 FLAGS = flags.FLAGS
 define_config(__file__, "experiment, e.g. config/fundus.py:generate")
 logger = logging.getLogger(__name__)
+COUNTS = ("images_per_prompt", "num_candidates", "max_attempts")
 
 
 def check_settings(config: ConfigDict) -> None:
     """Raise UserError for a number that is out of range."""
     improve = config.improve
     check_ranges(config, SAMPLING | {"eval.batch_size": ONE_OR_MORE})
-    check_ranges(
-        improve, dict.fromkeys(("images_per_prompt", "num_candidates", "max_attempts"), ONE_OR_MORE), "improve."
-    )
+    check_ranges(improve, dict.fromkeys(COUNTS, ONE_OR_MORE), "improve.")
     if improve.num_candidates > improve.max_attempts:
         raise UserError(
-            f"improve.num_candidates is {improve.num_candidates}, improve.max_attempts {improve.max_attempts}; so many "
-            "candidates cannot pass in fewer attempts"
+            f"improve.num_candidates is {improve.num_candidates}; it must be at most improve.max_attempts, which is "
+            f"{improve.max_attempts}"
         )
 
 
 def is_complete(folder: Path) -> bool:
-    """Return whether the log is there and each of its images undamaged; a warning names the first that is not."""
+    """Return whether there is a log with all its images undamaged."""
     if not (folder / LOG).is_file():
         return False
     paths = [str(entry.get("path_to_img")) for entry in read_log(folder)]
-    with ThreadPoolExecutor(thread_limit()) as pool:
-        sound = pool.map(is_whole, map(folder.joinpath, paths))
-        damaged = [path for path, fine in zip(paths, sound, strict=True) if not fine]
-    if damaged:
+    if damaged := damaged_images(folder, paths):
         logger.warning(
             "%d of %d images in %s are damaged, the first is %s; all are drawn again",
             len(damaged), len(paths), folder, damaged[0],
@@ -73,31 +67,20 @@ def is_complete(folder: Path) -> bool:
     return not damaged
 
 
-def main(_) -> None:
-    config = expand_config(FLAGS.config, "logdir", "pretrained.model", "improve.judges")
-    check_settings(config)
-    accelerator = make_accelerator(config.mixed_precision, config.allow_tf32, process_timeout=config.process_timeout)
-    with locked_by_main(accelerator, config.logdir):
-        generate(accelerator, config)
-    accelerator.end_training()
-
-
 def generate(accelerator: Accelerator, config: ConfigDict) -> None:
-    """Draw, choose and log the images, unless the log is there."""
-    improve, sample, folder = config.improve, config.sample, Path(config.logdir)
+    """Draw, select and log the images, unless the folder is complete."""
+    improve, sample, pretrained, folder = config.improve, config.sample, config.pretrained, Path(config.logdir)
     prompts = given_prompts(config.eval.prompts)
     prompts = prompts or [prompt for prompt, _ in all_prompts(config.prompt_fn, **config.prompt_fn_kwargs)]
-    plan([(prompt, {}) for prompt in prompts], 1, config.seed)  # refuses what eval.py refuses
+    plan([(prompt, {}) for prompt in prompts], 1, config.seed)  # refuses the same prompts as eval.py
     selector, policy = load_judges(improve.judges, accelerator.device)
-    pretrained = config.pretrained
-    pipe = load_pipeline(
-        pretrained.model, pretrained.revision, config.unet_path, DTYPES[config.mixed_precision], accelerator.device
-    )
+    dtype = DTYPES[config.mixed_precision]
+    pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, dtype, accelerator.device)
     if config.load_from:
         load_weights(pipe.unet, config.load_from)
     check_tokens(pipe.tokenizer, prompts)
     sampler = Sampler(pipe, sample.scheduler, sample.num_steps, sample.eta, sample.guidance_scale)
-    settings = {name: improve[name] for name in ("images_per_prompt", "num_candidates", "max_attempts")}
+    settings = {name: improve[name] for name in COUNTS}
     settings |= {name: sample[name] for name in ("scheduler", "num_steps", "eta", "guidance_scale")}
     settings |= {"seed": config.seed, "prompts": prompts, "mixed_precision": config.mixed_precision}
     settings |= {name: fingerprint(Path(improve.judges) / name) for name in (SELECTOR_FILE, POLICY_FILE)}
@@ -108,38 +91,39 @@ def generate(accelerator: Accelerator, config: ConfigDict) -> None:
     if is_complete(folder):
         logger.info("%s is complete already; nothing to do", folder)
         return
-    accelerator.wait_for_everyone()  # all have looked before anything is removed
-    if accelerator.is_main_process:  # of a run that was stopped
+    accelerator.wait_for_everyone()  # all have read the folder before anything is removed
+    if accelerator.is_main_process:  # remains of an interrupted run
         (folder / LOG).unlink(missing_ok=True)
         shutil.rmtree(folder / "images", ignore_errors=True)
     accelerator.wait_for_everyone()
 
     requests = [Request(prompt, number) for prompt in prompts for number in range(improve.images_per_prompt)]
     own, entries, started = requests[accelerator.process_index :: accelerator.num_processes], [], time.perf_counter()
-    served = best_of_n(
-        sampler,
-        selector,
-        policy,
-        own,
-        improve.num_candidates,
-        improve.max_attempts,
-        config.eval.batch_size,
-        config.seed,
-    )
+    limits = improve.num_candidates, improve.max_attempts, config.eval.batch_size
+    served = best_of_n(sampler, selector, policy, own, *limits, config.seed)
     shown = config.progress and accelerator.is_main_process
     for request in tqdm(served, total=len(own), unit="prompt", disable=None if shown else True):
         for entry, image in log_entries(request, improve.max_attempts):
             save_image(folder / entry["path_to_img"], image)
             entries.append(entry)
-    drawn = sum(gather_object([request.attempts for request in own]))
+    attempts = sum(gather_object([request.attempts for request in own]))
     entries = sorted(gather_object(entries), key=lambda entry: (entry["prompt"], entry["path_to_img"]))
     if accelerator.is_main_process:
         write_log(folder, entries)
         passed = sum(entry["passed"] for entry in entries)
-        logger.info("%d images drawn at %.1f images/s", drawn, drawn / (time.perf_counter() - started))
-        logger.info("%d of them passed and are in %s, the best of each prompt marked in %s", passed, folder, LOG)
-        if empty := [entry["prompt"] for entry in entries if not entry["passed"]]:
-            logger.warning("for %d of %d requests no image passed, e.g. %r", len(empty), len(requests), empty[0])
+        logger.info("%d images drawn at %.1f images/s", attempts, attempts / (time.perf_counter() - started))
+        logger.info("%d of them passed and are in %s; the best of each prompt is marked in %s", passed, folder, LOG)
+        if failed := [entry["prompt"] for entry in entries if not entry["passed"]]:
+            logger.warning("no image passed for %d of %d requests, e.g. %r", len(failed), len(requests), failed[0])
+
+
+def main(_) -> None:
+    config = expand_config(FLAGS.config, "logdir", "pretrained.model", "improve.judges")
+    check_settings(config)
+    accelerator = make_accelerator(config.mixed_precision, config.allow_tf32, process_timeout=config.process_timeout)
+    with locked_by_main(accelerator, config.logdir):
+        generate(accelerator, config)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -35,10 +35,10 @@ from ddpo_pytorch.rollout import (
     timestep_order,
     update_order,
 )
+from ddpo_pytorch.sampling import Sampling
 from ddpo_pytorch.stat_tracking import compute_advantages, reward_statistics
 from ddpo_pytorch.training.estimate import epoch_time
 from ddpo_pytorch.training.health import HealthCheck, check_groups
-from ddpo_pytorch.training.held_out import Sampling
 from ddpo_pytorch.training.optimizer import GuardedOptimizer, make_optimizer
 from ddpo_pytorch.training.rollout_gradients import ScoreGradients, rollout_batches, while_sampling
 from ddpo_pytorch.training.run_state import Record, open_record

@@ -16,8 +16,9 @@ from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_log
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
 from ddpo_pytorch.rewards import isic_classifier_reward
+from ddpo_pytorch.sampling import Sampling
 from ddpo_pytorch.training.checkpoints import find_weights
-from ddpo_pytorch.training.held_out import Evaluation, HeldOut, Sampling
+from ddpo_pytorch.training.held_out import Evaluation, HeldOut
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import Stream, derived_seed
 

@@ -11,10 +11,13 @@ import os
 import re
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ddpo_pytorch.data.images import is_whole
 from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.utils.cores import thread_limit
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import append, path_fault, path_inside, write_json
 from ddpo_pytorch.utils.json_files import OneOf, parse_json, read_json
@@ -147,6 +150,44 @@ def merge_parts(folder: str | Path, order: Sequence[str] = ()) -> int:
 
 def _unnumbered(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key != "sampleID"}
+
+
+def damaged_images(folder: str | Path, paths: Sequence[str]) -> list[str]:
+    """Return the image files, relative to the folder, that are damaged."""
+    with ThreadPoolExecutor(thread_limit()) as pool:
+        sound = pool.map(is_whole, map(Path(folder).joinpath, paths))
+        return [path for path, fine in zip(paths, sound, strict=True) if not fine]
+
+
+class Contents(NamedTuple):
+    """Contents of a sample folder, by path relative to it.
+
+    Attributes:
+        images: number of images in its log.
+        black: logged images that are black.
+        unplanned: logged images that were not planned.
+        unlogged: image files that are not in the log.
+        missing: planned images that are not in the log.
+    """
+
+    images: int
+    black: list[str]
+    unplanned: list[str]
+    unlogged: list[str]
+    missing: list[str]
+
+
+def finish_log(folder: str | Path, planned: Sequence[str]) -> Contents:
+    """Merge the parts of the log, in the order of the planned paths, and return the folder's contents."""
+    images = merge_parts(folder, planned)
+    entries = {entry["path_to_img"]: entry for entry in read_log(folder)}
+    return Contents(
+        images=images,
+        black=[path for path, entry in entries.items() if entry.get("black")],
+        unplanned=sorted(entries.keys() - planned),
+        unlogged=strays(folder, entries),
+        missing=[path for path in planned if path not in entries],
+    )
 
 
 def list_samples(folder: str | Path, prompts: Sequence[str] = ()) -> list[tuple[Path, str]]:

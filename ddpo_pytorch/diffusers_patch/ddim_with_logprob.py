@@ -1,7 +1,7 @@
-"""One DDIM step as a Gaussian policy: its mean and standard deviation, a draw from it, and the density of that draw.
+"""One DDIM step as a Gaussian policy: its mean and standard deviation, a sample from it, and that sample's density.
 
-With noise (eta > 0) a DDIM step is a Gaussian with a diagonal covariance (DDIM paper, equation 12), so denoising is a
-Markov chain whose transition densities are known exactly. That is all a policy gradient needs (DDPO, section 4.3).
+With noise (eta > 0) a DDIM step is a Gaussian with diagonal covariance (DDIM paper, equation 12), so denoising is a
+Markov chain with known transition densities: all that a policy gradient needs (DDPO, section 4.3).
 """
 
 import math
@@ -17,29 +17,28 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 def _alphas(scheduler: DDIMScheduler, timestep: Timestep, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cumulative alphas before and after the step, each float32 of shape (B,), or (1,) for a single timestep.
+    """Return the cumulative alphas before and after the step, float32 (B,), or (1,) for a single timestep.
 
-    Timesteps are spaced by num_train_timesteps // num_inference_steps, as in `DDIMScheduler.step`. The one after the
-    last is clamped to 0 and so takes alphas_cumprod[0], whatever set_alpha_to_one says: were alpha 1 there, the last
-    step would have no variance and hence no density.
+    After the last step the timestep is clamped to 0, so alphas_cumprod[0] is taken whatever set_alpha_to_one says: with
+    alpha 1 the last step would have no variance and hence no density.
     """
     if scheduler.num_inference_steps is None:
         raise ValueError("the scheduler has no timesteps yet; call scheduler.set_timesteps(num_inference_steps) first")
     timesteps = torch.as_tensor(timestep, device=device).reshape(-1).long()
-    stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    table = scheduler.alphas_cumprod.to(device=device, dtype=torch.float32)
+    stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps  # as in DDIMScheduler.step
+    table = scheduler.alphas_cumprod.to(device=device, dtype=torch.float32)  # (num_train_timesteps,)
     return table[timesteps], table[(timesteps - stride).clamp(min=0)]
 
 
 def _variance(alpha: torch.Tensor, alpha_prev: torch.Tensor) -> torch.Tensor:
-    """Variance of the step at eta = 1 (DDIM paper, equation 16, squared)."""
+    """Return the variance of the step at eta = 1 (DDIM paper, equation 16, squared)."""
     return (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
 
 
 def _clean_and_noise(
     prediction_type: str, model_output: torch.Tensor, sample: torch.Tensor, alpha: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predicted clean latents x0 and noise epsilon, from sample = sqrt(alpha) x0 + sqrt(1 - alpha) epsilon."""
+    """Return predicted x0 and epsilon (B, C, H, W), where sample = sqrt(alpha) x0 + sqrt(1 - alpha) epsilon."""
     signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
     if prediction_type == "epsilon":
         return (sample - noise * model_output) / signal, model_output
@@ -53,27 +52,27 @@ def _clean_and_noise(
 def ddim_mean_std(
     scheduler: DDIMScheduler, model_output: torch.Tensor, timestep: Timestep, sample: torch.Tensor, eta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of p(x_prev | x_t) for a DDIM step (DDIM paper, equations 12 and 16).
+    """Return mean and standard deviation of p(x_prev | x_t) for a DDIM step (DDIM paper, equations 12 and 16).
 
     Args:
         scheduler: after `set_timesteps`; its prediction type, thresholding and clipping are respected.
-        model_output: (B, C, H, W), what the UNet (after guidance) returned for `sample`.
+        model_output: (B, C, H, W), the UNet's output (after guidance) for `sample`.
         timestep: one for the whole batch (int or 0-d), or (B,).
         sample: (B, C, H, W), the latents x_t.
-        eta: share of DDPM noise, >= 0.
+        eta: amount of noise, >= 0; 1 is DDPM's.
 
     Returns:
-        mean (B, C, H, W) and std (B, 1, 1, 1) or (1, 1, 1, 1), both float32 whatever the inputs are: half precision
-        loses the small variances of the last steps.
+        mean (B, C, H, W) and std (B, 1, 1, 1) or (1, 1, 1, 1), always float32: half precision loses the small variances
+        of the last steps.
 
     Raises:
         ValueError: negative eta, unknown prediction type, scheduler without timesteps.
     """
     if not eta >= 0:
-        raise ValueError(f"eta is {eta}; it is a share of noise and cannot be negative")
+        raise ValueError(f"eta is {eta}; it cannot be negative")
     model_output, sample = model_output.float(), sample.float()
     per_sample = (-1, *[1] * (sample.ndim - 1))
-    alpha, alpha_prev = (a.view(per_sample) for a in _alphas(scheduler, timestep, sample.device))
+    alpha, alpha_prev = (a.view(per_sample) for a in _alphas(scheduler, timestep, sample.device))  # (B, 1, 1, 1)
 
     clean, noise = _clean_and_noise(scheduler.config.prediction_type, model_output, sample, alpha)
     if scheduler.config.thresholding:
@@ -83,14 +82,14 @@ def ddim_mean_std(
         clean = clean.clamp(-limit, limit)
 
     std = eta * _variance(alpha, alpha_prev).sqrt()
-    # Without any signal left (alpha = 0) and eta = 1, rounding can put std**2 a digit above 1 - alpha_prev.
+    # at alpha = 0 and eta = 1, rounding can lift std**2 slightly above 1 - alpha_prev
     direction = (1 - alpha_prev - std**2).clamp(min=0).sqrt()
     mean = alpha_prev.sqrt() * clean + direction * noise
     return mean, std
 
 
 def _draw(mean: torch.Tensor, std: torch.Tensor, generator: Generators) -> torch.Tensor:
-    """Draw from the step; a list of generators gives each sample noise that does not depend on its neighbours."""
+    """Sample the step; a list of generators makes each sample's noise independent of its batch."""
     if isinstance(generator, list) and len(generator) != mean.shape[0]:
         raise ValueError(f"{len(generator)} generators for a batch of {mean.shape[0]}; give one, or one per sample")
     return mean + std * randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
@@ -105,33 +104,33 @@ def ddim_step_with_logprob(
     generator: Generators = None,
     prev_sample: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Take one DDIM step, or score a step taken earlier, and return it with its log-probability.
+    """Take one DDIM step, or score an earlier one, and return it with its log-probability.
 
-    Sampling (`prev_sample` is None) draws the next latents; scoring evaluates the given ones, with a gradient through
-    `model_output` only. Both see the latents in the dtype of `sample`, which is the dtype they are stored in: a density
-    taken before the rounding would differ from the one computed on the stored latents, and the PPO ratio from 1.
+    Without `prev_sample` the next latents are drawn; with it they are scored, with a gradient through `model_output`
+    only. Both use the latents in the dtype of `sample`, in which they are stored: a density taken before the rounding
+    would differ from that of the stored latents, and the PPO ratio from 1.
 
     Args:
         scheduler: after `set_timesteps`.
         model_output, sample: (B, C, H, W).
         timestep: one for the whole batch (int or 0-d), or (B,).
-        eta: share of DDPM noise. 0 is deterministic.
-        generator: source of the noise, one or a list with one per sample; None takes torch's global one.
+        eta: amount of noise; 0 is deterministic.
+        generator: source of the noise, one or a list with one per sample; None uses torch's global one.
         prev_sample: (B, C, H, W), the next latents to score.
 
     Returns:
         The next latents (B, C, H, W) in the dtype of `sample`, and their log-probability (B,) in float32: the *mean* of
-        the Gaussian log density over latent dimensions, as in DDPO's code, hence a ratio of two such densities is the
-        D-th root of the true one. None when sampling with eta = 0, where there is no density.
+        the Gaussian log density over the D latent dimensions, as in DDPO's code, so a ratio of two such densities is
+        the D-th root of the true one. None when sampling with eta = 0, where there is no density.
 
     Raises:
-        ValueError: negative eta; scoring with eta = 0; a generator together with `prev_sample`; a list of generators
-            that is not one per sample.
+        ValueError: negative eta; scoring with eta = 0; both a generator and `prev_sample`; a list of generators that is
+            not one per sample.
     """
     scoring = prev_sample is not None
     if scoring and generator is not None:
         raise ValueError("give either prev_sample (to score a step) or generator (to draw one), not both")
-    mean, std = ddim_mean_std(scheduler, model_output, timestep, sample, eta)
+    mean, std = ddim_mean_std(scheduler, model_output, timestep, sample, eta)  # (B, C, H, W), (B or 1, 1, 1, 1)
     if eta == 0:
         if scoring:
             raise ValueError("eta is 0: the step is deterministic and has no log-probability; score with eta > 0")
@@ -139,28 +138,27 @@ def ddim_step_with_logprob(
     if not scoring:
         prev_sample = _draw(mean, std, generator).to(sample.dtype)
 
-    squared_error = (prev_sample.detach().float() - mean) ** 2
-    log_density = -squared_error / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
-    return prev_sample, log_density.flatten(1).mean(dim=1)
+    squared_error = (prev_sample.detach().float() - mean) ** 2  # detached: the sample is data, not a function of theta
+    log_density = -squared_error / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)  # (B, C, H, W)
+    return prev_sample, log_density.flatten(1).mean(dim=1)  # (B,)
 
 
 def check_schedule(scheduler: DDIMScheduler, eta: float) -> None:
-    """Make sure that every step of the schedule is a Gaussian with positive variance, as training needs.
+    """Check that every step of the schedule is a Gaussian with positive variance, as training needs.
 
     Raises:
-        UserError: eta <= 0; a timestep without variance (schedules that begin at timestep 0); an eta so large that more
-            noise would be added than the next timestep holds.
+        UserError: eta <= 0; a timestep without variance (schedules that begin at timestep 0); an eta so large that a
+            step would add more noise than the next timestep holds.
     """
     if not eta > 0:
         raise UserError(
             f"sample.eta is {eta}: without noise DDIM is deterministic and there is no policy to train; "
             "allowed is eta > 0 (DDPO uses 1.0), set sample.eta=1.0"
         )
-    alpha, alpha_prev = _alphas(scheduler, scheduler.timesteps, scheduler.timesteps.device)
+    timesteps = scheduler.timesteps  # (T,)
+    alpha, alpha_prev = _alphas(scheduler, timesteps, timesteps.device)
     variance = eta**2 * _variance(alpha, alpha_prev)
-    for timestep, var, room in zip(
-        scheduler.timesteps.tolist(), variance.tolist(), (1 - alpha_prev).tolist(), strict=True
-    ):
+    for timestep, var, room in zip(timesteps.tolist(), variance.tolist(), (1 - alpha_prev).tolist(), strict=True):
         if not var > 0:
             raise UserError(
                 f"the DDIM step at timestep {timestep} has zero variance, so its log-probability is infinite; "
@@ -168,6 +166,6 @@ def check_schedule(scheduler: DDIMScheduler, eta: float) -> None:
             )
         if var > room * (1 + 1e-5):
             raise UserError(
-                f"sample.eta is {eta}: the DDIM step at timestep {timestep} would add more noise than its outcome may "
-                "hold; allowed is 0 < eta <= 1, set sample.eta=1.0"
+                f"sample.eta is {eta}: the DDIM step at timestep {timestep} would add more noise than the next "
+                "timestep holds; allowed is 0 < eta <= 1, set sample.eta=1.0"
             )

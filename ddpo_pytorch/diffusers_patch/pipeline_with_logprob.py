@@ -1,4 +1,4 @@
-"""Text to image with the whole denoising trajectory and the log-probability of each of its steps."""
+"""Text to image, as in diffusers, with the denoising trajectory and the log-probability of each step."""
 
 from typing import Protocol
 
@@ -13,19 +13,19 @@ OUTPUT_TYPES = ("pt", "np", "pil", "latent")
 
 
 class LogProbGradients(Protocol):
-    """What takes gradients of log-probs while they are drawn."""
+    """Consumer of log-prob gradients during sampling (`training.rollout_gradients`)."""
 
     def wants(self, step: int) -> bool:
-        """Whether the step, counted from 0 = noise, has to be drawn with gradients enabled."""
+        """Return whether step `step` (0 starts from noise) must be drawn with gradients enabled."""
 
     def take(self, log_probs: torch.Tensor) -> None:
-        """Take those of a step's log-probs (B,); their graph is let go afterwards."""
+        """Use the graph of a step's log-probs (B,), which is freed afterwards."""
 
 
 def _embed(
     pipeline: StableDiffusionPipeline, prompt: str | list[str] | None, embeds: torch.Tensor | None, name: str
 ) -> torch.Tensor:
-    """Embeddings (N, L, D) from exactly one of text and embeddings."""
+    """Return embeddings (N, L, D) from exactly one of text and embeddings."""
     if (prompt is None) == (embeds is None):
         raise ValueError(f"give exactly one of {name} and {name}_embeds")
     if embeds is not None:
@@ -39,10 +39,9 @@ def _initial_latents(
     height: int | None,
     width: int | None,
     generator: Generators,
-    dtype: torch.dtype,
     device: torch.device,
 ) -> torch.Tensor:
-    """Gaussian noise (batch, C, h, w). Drawn in float32 and then rounded, so that one seed means one noise."""
+    """Return Gaussian noise (batch, C, h, w), float32: a seed gives the same noise in every dtype."""
     channels, rows, columns = latent_shape(pipeline)
     factor = pipeline.vae_scale_factor
     for name, pixels in (("height", height), ("width", width)):
@@ -52,7 +51,7 @@ def _initial_latents(
     if isinstance(generator, list) and len(generator) != batch:
         raise ValueError(f"{len(generator)} generators for a batch of {batch}; give one, or one per sample")
     noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-    return (noise * pipeline.scheduler.init_noise_sigma).to(dtype)
+    return noise * pipeline.scheduler.init_noise_sigma
 
 
 @torch.no_grad()
@@ -73,34 +72,34 @@ def pipeline_with_logprob(
     keep_trajectory: bool = True,
     gradients: LogProbGradients | None = None,
 ) -> tuple[torch.Tensor | list, None, list[torch.Tensor], list[torch.Tensor | None]]:
-    """Generate images and record how: T = num_inference_steps DDIM steps through `pipeline.unet`.
+    """Generate images in T = num_inference_steps DDIM steps, and return the trajectory with its log-probs.
 
-    Latents live in the dtype of the prompt embeddings; each step is rounded to it before its density is taken, so that
-    scoring the recorded latents later gives the recorded log-probs.
+    Latents have the dtype of the prompt embeddings. Each step is rounded to it before its density is taken, so that
+    scoring the stored latents later gives the same log-probs.
 
     Args:
         pipeline: from `generator.pipeline.load_pipeline`.
         prompt, prompt_embeds: exactly one; text, or embeddings (B, L, D).
         height, width: in pixels; None is the model's own size.
-        guidance_scale: classifier-free guidance weight; 1 or less switches guidance off.
-        negative_prompt, negative_prompt_embeds: at most one; neither is the empty prompt. One serves the whole batch.
-        eta: share of DDPM noise. 0 is deterministic and has no log-probs.
-        generator: source of all noise, one or a list with one per sample; None takes torch's global one.
+        guidance_scale: weight of classifier-free guidance; 1 or less disables it.
+        negative_prompt, negative_prompt_embeds: at most one; by default the empty prompt. One may serve all B.
+        eta: amount of noise; 0 is deterministic and has no log-probs.
+        generator: source of all noise, one or a list with one per sample; None uses torch's global one.
         latents: (B, C, h, w) to start from; None draws them.
         output_type: "pt" (float32 tensor (B, 3, H, W) in [0, 1]), "np", "pil", or "latent".
-        keep_trajectory: False leaves both lists empty, which evaluation has no use for.
-        gradients: takes those of the log-probs with respect to weights.
+        keep_trajectory: False returns empty lists of latents and log-probs.
+        gradients: receives log-probs with their graph.
 
     Returns:
-        images; None (no safety checker looked at them); T + 1 latents (B, C, h, w), from noise to image; T log-probs
-        (B,), each None where eta is 0.
+        images; None (there is no safety checker); T + 1 latents (B, C, h, w), from noise to image; T log-probs (B,),
+        each None where eta is 0.
 
     Raises:
         ValueError: contradictory arguments, a size that is no multiple of the VAE's factor, an unknown output type.
     """
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type is {output_type!r}; it can be one of {', '.join(OUTPUT_TYPES)}")
-    prompt_embeds = _embed(pipeline, prompt, prompt_embeds, "prompt")
+    prompt_embeds = _embed(pipeline, prompt, prompt_embeds, "prompt")  # (B, L, D)
     if guidance_scale > 1:
         if negative_prompt is None and negative_prompt_embeds is None:
             negative_prompt = ""
@@ -108,16 +107,15 @@ def pipeline_with_logprob(
 
     batch, device, dtype = prompt_embeds.shape[0], prompt_embeds.device, prompt_embeds.dtype
     if latents is None:
-        latents = _initial_latents(pipeline, batch, height, width, generator, dtype, device)
-    else:
-        latents = latents.to(device=device, dtype=dtype)
+        latents = _initial_latents(pipeline, batch, height, width, generator, device)
+    latents = latents.to(device=device, dtype=dtype)  # (B, C, h, w)
     pipeline.scheduler.set_timesteps(num_inference_steps, device=device)
 
     all_latents, all_log_probs = [latents], []
-    for step, timestep in enumerate(pipeline.progress_bar(pipeline.scheduler.timesteps)):
+    for step, timestep in enumerate(pipeline.progress_bar(pipeline.scheduler.timesteps)):  # T, from noise to image
         wanted = gradients is not None and gradients.wants(step)
         with torch.set_grad_enabled(wanted):
-            noise_prediction = guided_noise_prediction(
+            noise_prediction = guided_noise_prediction(  # (B, C, h, w) float32
                 pipeline.unet, latents, timestep, prompt_embeds, negative_prompt_embeds, guidance_scale
             )
             latents, log_prob = ddim_step_with_logprob(
@@ -133,6 +131,6 @@ def pipeline_with_logprob(
     if output_type == "latent":
         images = latents
     else:
-        decoded = decode_latents(pipeline, latents)
+        decoded = decode_latents(pipeline, latents)  # (B, 3, H, W) in [0, 1]
         images = pipeline.image_processor.postprocess(decoded, output_type, do_denormalize=[False] * batch)
     return images, None, all_latents if keep_trajectory else [], all_log_probs

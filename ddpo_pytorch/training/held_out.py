@@ -7,21 +7,20 @@ run differ by the weights alone. No random state is read or left behind: trainin
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
-from ml_collections import ConfigDict
 
 from ddpo_pytorch.data.images import to_uint8
 from ddpo_pytorch.data.isic import ARTIFACTS, labels_of
-from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier
 from ddpo_pytorch.metrics.alignment import count_alignment
 from ddpo_pytorch.prompts import Prompt
 from ddpo_pytorch.rewards import RewardFn, as_reward
+from ddpo_pytorch.sampling import Job, Sampling, draw_images
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.randomness import Stream, derived_seed
@@ -50,49 +49,6 @@ def load_judge(
                 "no independent judge; give one that was trained apart"
             )
     return judge
-
-
-class Job(NamedTuple):
-    """One image to draw: its prompt, the prompt's metadata, and the seed of its noise."""
-
-    prompt: str
-    metadata: dict[str, Any]
-    seed: int
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How images are drawn; as in training."""
-
-    num_steps: int
-    guidance_scale: float
-    eta: float
-
-    @classmethod
-    def of(cls, sample: ConfigDict) -> "Sampling":
-        """Those of `config.sample`."""
-        return cls(sample.num_steps, sample.guidance_scale, sample.eta)
-
-
-def draw_images(
-    pipe: StableDiffusionPipeline,
-    table: PromptEmbeddings,
-    prompts: Sequence[str],
-    noise: list[torch.Generator],
-    sampling: Sampling,
-) -> torch.Tensor:
-    """One image for each prompt from its own generator: (B, 3, H, W) float32 in [0, 1]; trajectories are not kept."""
-    images, *_ = pipeline_with_logprob(
-        pipe,
-        prompt_embeds=table(prompts),
-        negative_prompt_embeds=table.negative,
-        num_inference_steps=sampling.num_steps,
-        guidance_scale=sampling.guidance_scale,
-        eta=sampling.eta,
-        generator=noise,
-        keep_trajectory=False,
-    )
-    return images
 
 
 @dataclass(frozen=True)

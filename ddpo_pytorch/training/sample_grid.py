@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from ddpo_pytorch.data.images import image_grid, save_picture
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings
 from ddpo_pytorch.rollout import generators
-from ddpo_pytorch.training.held_out import Sampling, draw_images
+from ddpo_pytorch.sampling import Sampling, draw_images
 from ddpo_pytorch.utils.randomness import Stream
 
 

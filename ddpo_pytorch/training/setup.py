@@ -17,8 +17,9 @@ from ddpo_pytorch.generator.pipeline import load_pipeline, set_schedule
 from ddpo_pytorch.prompts import PROMPT_LISTS, Prompt, all_prompts, get_prompt_fn
 from ddpo_pytorch.rewards import RewardFn, build_reward, check_prompts, parse_spec
 from ddpo_pytorch.rollout import draw_prompts
+from ddpo_pytorch.sampling import Sampling
 from ddpo_pytorch.training.checkpoints import load_weights
-from ddpo_pytorch.training.held_out import HeldOut, Sampling, load_judge
+from ddpo_pytorch.training.held_out import HeldOut, load_judge
 from ddpo_pytorch.utils.distributed import check_sharding, sharding_requested
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.settings import (
