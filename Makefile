@@ -85,3 +85,4 @@ mini-weights: .venv/ready
 lint: .venv/ready
 	ruff check .
 	ruff format --check .
+	mypy

@@ -1,7 +1,10 @@
 from setuptools import find_packages, setup
 
 RATE = ["fastapi>=0.120.1", "starlette>=0.46", "uvicorn>=0.30"]  # the rating page
-TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "selenium>=4.20", "setuptools>=77", "torchmetrics>=1.5"]
+TEST = [
+    *("mypy>=1.11", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "selenium>=4.20", "setuptools>=77"),
+    "torchmetrics>=1.5",
+]
 
 setup(
     name="rl4med-ddpo",
@@ -12,6 +15,7 @@ setup(
     packages=find_packages(include=["ddpo_pytorch", "ddpo_pytorch.*"]),
     package_data={
         "ddpo_pytorch": [
+            "py.typed",
             "assets/*.txt",
             "assets/mini/*",
             "assets/mini/sd/*",

@@ -1,0 +1,65 @@
+"""The layout of the package: imports point down its floors, few modules at the root, no module imports a script."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "ddpo_pytorch"
+FLOORS = (
+    {"utils", "stat_tracking"},
+    {"data"},
+    {"generator", "phantoms", "rating", "prompts"},
+    {"judges", "diffusers_patch"},
+    {"metrics", "rewards", "sampling", "rollout", "ppo"},
+    {"training", "rlhf", "augmentation", "report"},
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Yield the dotted names of what a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_every_room_has_a_floor():
+    assert {room(path) for path in FILES} - {"__init__"} == set(FLOOR)
+    assert len(list(PACKAGE.glob("*.py"))) <= 8
+
+
+@pytest.mark.parametrize("name", sorted(FLOOR))
+def test_imports_point_down(name):
+    for path in (path for path in FILES if room(path) == name):
+        for target in imported(path):
+            first, _, rest = target.partition(".")
+            assert first not in ("scripts", "tests", "config", "benchmarks"), f"{path} imports {target}"
+            other = rest.split(".")[0]
+            if first == "ddpo_pytorch" and other != name:
+                assert FLOOR[other] <= FLOOR[name], f"{path} imports {target}, which is above it"
+
+
+def test_rooms_of_one_floor_do_not_import_each_other_in_a_circle():
+    arrows = {name: set() for name in FLOOR}
+    for path in FILES:
+        for target in imported(path):
+            first, _, rest = target.partition(".")
+            if first == "ddpo_pytorch" and rest and room(path) in arrows:
+                arrows[room(path)].add(rest.split(".")[0])
+    for name in arrows:
+        arrows[name].discard(name)
+    while leaves := [name for name, below in arrows.items() if not below & arrows.keys()]:
+        for name in leaves:
+            del arrows[name]
+    assert arrows == {}
