@@ -1,14 +1,17 @@
-"""Fetch the published files and the official split tables, and check every file.
+"""Fetch and check the published files and the official split tables.
 
     python scripts/download.py                                  # into rl4med-out/published and rl4med-out/data/splits
-    python scripts/download.py --check rl4med-out/published     # no network: what is there, and is it complete?
-    python scripts/download.py --unpack rl4med-out/published    # no network: its images.zip, beside it
+    python scripts/download.py --check rl4med-out/published     # no network: check the files
+    python scripts/download.py --unpack rl4med-out/published    # no network: unpack images.zip
 
-Run again after an interruption: what is complete is kept, what is half done is continued.
+After an interruption the same command keeps complete files and continues partial ones.
 """
 
+import hashlib
+import http.client
 import logging
 import os
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,20 +24,8 @@ from ddpo_pytorch.generator.lora import add_lora, load_lora, lora_parameters
 from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.utils.cli import cli, expand_flags
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.files import locked
-from ddpo_pytorch.utils.published import (
-    ARCHIVE,
-    DRIVE_ID,
-    DRIVE_URL,
-    FILES,
-    SPLITS,
-    TIMEOUT,
-    PublishedFile,
-    fetch_split,
-    opened,
-    spellings,
-    unpack,
-)
+from ddpo_pytorch.utils.files import atomic_write, locked
+from ddpo_pytorch.utils.published import ARCHIVE, FILES, PublishedFile, opened, spellings, unpack
 from ddpo_pytorch.utils.weights import open_safetensors
 
 FLAGS = flags.FLAGS
@@ -44,42 +35,42 @@ flags.DEFINE_string("unpack", None, f"only unpack {ARCHIVE} of this folder of pu
 
 logger = logging.getLogger(__name__)
 
+DRIVE_ID = "1ah15Yu5Iu7kXdSM649yKhqCLDhqol0ef"
+DRIVE_URL = f"https://drive.google.com/drive/folders/{DRIVE_ID}"
+SPLITS_URL = "https://raw.githubusercontent.com/parhamsaremi/rl4med-ddpo/main/splits"
+# sha256 by name
+SPLITS = {
+    "isic2019_train.csv": "9b573686e740b0bf49beb36458fc30367b3757eee1fa355435eac24c0280274b",
+    "isic2019_val.csv": "7300aa82b8a932a69a3b547b2c806b28236c9ac17dfda4bb629946e37531288f",
+    "isic2019_test.csv": "f79b6bdab6129e52efea348ee9f74bd7980960e3468f827eb02205584e2dea1e",
+}
+TIMEOUT = 30  # seconds without an answer
 LORA_RANK = 4
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def sd15_unet() -> UNet2DConditionModel:
-    """SD 1.5's UNet on the meta device: names and shapes without memory."""
+    """Return SD 1.5's UNet on the meta device: names and shapes without memory."""
     with torch.device("meta"):
-        return UNet2DConditionModel(
-            sample_size=64,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(320, 640, 1280, 1280),
-            layers_per_block=2,
-            cross_attention_dim=768,
-            attention_head_dim=8,
-            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        )
+        return UNet2DConditionModel(cross_attention_dim=768)  # other defaults are SD 1.5's
 
 
 def check_unet(path: Path) -> str:
-    """Names and shapes are SD 1.5's. Only the header is read, not the gigabytes after it."""
+    """Check that names and shapes are SD 1.5's, from the header, without reading the gigabytes after it."""
     with open_safetensors(path) as file:
-        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
-        shapes = {name: tuple(tensor.get_shape()) for name, tensor in found.items()}
-        dtypes = sorted({tensor.get_dtype() for tensor in found.values()})
+        tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
+        shapes = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
+        dtypes = sorted({tensor.get_dtype() for tensor in tensors.values()})
     expected = {name: tuple(tensor.shape) for name, tensor in sd15_unet().state_dict().items()}
     for name in sorted(expected | shapes):
-        ours, theirs = expected.get(name, "absent"), shapes.get(name, "absent")
-        if ours != theirs:
-            raise UserError(f"{path} has another architecture: {name} is {theirs}, in SD 1.5's UNet {ours}")
+        wanted, given = expected.get(name, "absent"), shapes.get(name, "absent")
+        if wanted != given:
+            raise UserError(f"{path} has another architecture: {name} is {given}, in SD 1.5's UNet {wanted}")
     return f"UNet of SD 1.5, {len(shapes)} tensors, {'/'.join(dtypes)}"
 
 
 def check_lora(path: Path) -> str:
-    """Every attention projection of SD 1.5's UNet has both halves, of the published rank."""
+    """Check that every attention projection of SD 1.5's UNet has both matrices, of the published rank."""
     unet = sd15_unet()
     add_lora(unet, LORA_RANK, LORA_TARGETS, seed=0)
     load_lora(unet, path)
@@ -87,14 +78,14 @@ def check_lora(path: Path) -> str:
 
 
 def check_classifier(path: Path, heads: int) -> str:
-    found = len(load_classifier(path).labels)
-    if found != heads:
-        raise UserError(f"{path} has {found} heads, {heads} belong under this name; fetch it again")
+    actual = len(load_classifier(path).labels)
+    if actual != heads:
+        raise UserError(f"{path} has {actual} heads, {heads} belong under this name; fetch it again")
     return f"classifier with {heads} heads"
 
 
 def check_zip(path: Path) -> str:
-    """The directory at the archive's end is there, and fit to be unpacked; every entry's content would be gigabytes."""
+    """Check the archive's directory, without reading its gigabytes of content."""
     with opened(path) as archive:
         return f"zip of {sum(not entry.is_dir() for entry in archive.infolist())} files"
 
@@ -108,49 +99,71 @@ CHECKS: dict[str, Callable[[Path], str]] = {
 }
 
 
+def check(folder: Path) -> None:
+    """Log a line for each published file. Raises UserError if one is wrong, or a required one is missing."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; give the folder that holds the published files")
+    bad = []
+    for file in FILES:
+        names = spellings(file.name)
+        present = [folder / name for name in names if (folder / name).exists()]
+        for path in present:
+            label = f"{path.name}{f' (README: {file.name})' if path.name != file.name else ''}, {size(path)}"
+            try:
+                logger.info("%s: %s: OK", label, CHECKS[file.name](path))
+            except UserError as error:
+                logger.info("%s: WRONG: %s", label, error)
+                bad.append(path.name)
+        if not present:
+            # gdown adds eight random characters and .part to the file's name
+            partial = any(any(folder.glob(f"{name}????????.part")) for name in names)
+            notes = f"{'' if file.required else ', optional'}{', partly downloaded' if partial else ''}"
+            logger.info("%s: missing (%s%s)", " or ".join(names), file.description, notes)
+            if file.required:
+                bad.append(file.name)
+    if bad:
+        raise UserError(f"{folder}: missing or wrong: {', '.join(bad)}; move wrong files away and fetch them again")
+
+
 def size(path: Path) -> str:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return f"{sum(file.stat().st_size for file in files) / 2**20:.1f} MiB"
 
 
-def check(folder: Path) -> None:
-    """Log one line for each published file. Raises UserError if one is wrong, or a required one is missing."""
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; give the folder that holds the published files")
-    bad = []
-    for file in FILES:
-        present = [folder / name for name in spellings(file.name) if (folder / name).exists()]
-        for path in present:
-            also = f" (README: {file.name})" if path.name != file.name else ""
-            try:
-                logger.info("%s%s, %s: %s: OK", path.name, also, size(path), CHECKS[file.name](path))
-            except UserError as error:
-                logger.info("%s%s, %s: WRONG: %s", path.name, also, size(path), error)
-                bad.append(path.name)
-        if not present:
-            names = " or ".join(spellings(file.name))
-            notes = [file.what] if file.required else [file.what, "optional"]
-            # gdown writes to the file's name with eight random characters and .part added
-            if any(any(folder.glob(f"{name}????????.part")) for name in spellings(file.name)):
-                notes.append("a part of it is there")
-            logger.info("%s: missing (%s)", names, ", ".join(notes))
-            if file.required:
-                bad.append(file.name)
-    if bad:
+def fetch_split(name: str, folder: Path, base_url: str = SPLITS_URL) -> Path:
+    """Fetch one split table of `SPLITS` into `folder` unless it is there; return the file.
+
+    Raises UserError, without writing, for another content, also of an existing file, and if there is no answer.
+    """
+    target, url = folder / name, f"{base_url}/{name}"
+    exists = target.exists()
+    try:
+        with open(target, "rb") if exists else urllib.request.urlopen(url, timeout=TIMEOUT) as source:
+            content = source.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{target if exists else url} cannot be read ({error}); save {url} as {target}") from error
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != SPLITS[name]:
         raise UserError(
-            f"{folder}: missing or wrong: {', '.join(bad)} (see above); move wrong files away and fetch them again"
+            f"{target if exists else url} is not the official table (sha256 {digest}, expected {SPLITS[name]}); "
+            f"nothing was overwritten: save the official table as {target}"
         )
+    if not exists:
+        with atomic_write(target) as temporary:
+            temporary.write_bytes(content)
+    logger.info("%s %s, sha256 as expected", target, "exists" if exists else "fetched")
+    return target
 
 
 def entry_of(path: str) -> PublishedFile | None:
-    """The published file that a path of the listing, relative to the folder, is or is part of."""
+    """Return the published file that contains a path of the listing."""
     top = Path(path).parts[0]
     return next((file for file in FILES if top in spellings(file.name)), None)
 
 
 def fetch_published(folder: Path) -> None:
-    """List the Drive folder, then fetch what is not there, required files first; one failure does not stop the rest."""
-    # gdown's exceptions have no common base in all its versions, and a page that Google changed raises anything.
+    """Fetch the missing files of the Drive folder, required ones first. Raises UserError after trying all of them."""
+    # gdown's exceptions share no base class, and a page that Google changed raises anything
     try:
         listing = gdown.download_folder(
             id=DRIVE_ID, output=str(folder), skip_download=True, quiet=True, timeout=TIMEOUT
@@ -161,7 +174,7 @@ def fetch_published(folder: Path) -> None:
         raise UserError("Google Drive lists nothing in the published folder")
     entries = [entry_of(item.path) for item in listing]
     for item, entry in zip(listing, entries, strict=True):
-        logger.info("listed: %s (%s)", item.path, entry.what if entry else "not known here, fetched too")
+        logger.info("listed: %s (%s)", item.path, entry.description if entry else "unknown, fetched too")
     for file in FILES:
         if file not in entries:
             logger.warning("not listed: %s", " or ".join(spellings(file.name)))
@@ -173,17 +186,16 @@ def fetch_published(folder: Path) -> None:
         if not target.is_relative_to(os.path.abspath(folder)):
             logger.warning("%s would lie outside %s and is not fetched", item.path, folder)
             failed.append(item.path)
-            continue
-        if target.is_file():
-            logger.info("%s is there already, %s", target, size(target))
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            gdown.download(id=item.id, output=str(target), resume=True, timeout=TIMEOUT, retries=3)
-            logger.info("%s fetched, %s", target, size(target))
-        except Exception as error:
-            logger.warning("%s did not arrive: %s", item.path, reason(error))
-            failed.append(item.path)
+        elif target.is_file():
+            logger.info("%s exists, %s", target, size(target))
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                gdown.download(id=item.id, output=str(target), resume=True, timeout=TIMEOUT, retries=3)
+                logger.info("%s fetched, %s", target, size(target))
+            except Exception as error:
+                logger.warning("%s did not arrive: %s", item.path, reason(error))
+                failed.append(item.path)
     if failed:
         raise UserError(f"{len(failed)} of {len(listing)} files did not arrive ({', '.join(failed)})")
 
@@ -192,34 +204,9 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def manual_route(folder: Path) -> None:
-    names = [" or ".join(spellings(file.name)) + ("" if file.required else " (optional)") for file in FILES]
-    logger.warning("Google Drive often refuses scripts, for up to a day. Run this again later, or by hand:")
-    logger.warning("  1. open %s in a browser", DRIVE_URL)
-    logger.warning("  2. download %s", ", ".join(names))
-    logger.warning("  3. put them into %s", folder)
-    logger.warning("  4. python scripts/download.py --check %s", folder)
-
-
-def main(_) -> None:
-    expand_flags(FLAGS, ("root", "check", "unpack"))
-    if FLAGS.check is not None:
-        check(Path(FLAGS.check))
-        return
-    if FLAGS.unpack is not None:
-        folder = Path(FLAGS.unpack)
-        with locked(folder, "another folder"):
-            for path in unpack(folder / ARCHIVE, folder):
-                logger.info("unpacked: %s", path)
-        return
-    root = Path(FLAGS.root)
-    with locked(root, "another --root"):
-        fetch(root)
-
-
 def fetch(root: Path) -> None:
-    """Fetch all files into a folder. Raises UserError, which says what to do, where some did not arrive."""
-    problems = []
+    """Fetch and check all files. Raises UserError, after log lines with advice, if some did not arrive."""
+    published, problems = root / "published", []
     for name in SPLITS:
         try:
             fetch_split(name, root / "data" / "splits")
@@ -227,15 +214,34 @@ def fetch(root: Path) -> None:
             logger.warning("%s", error)
             problems.append(f"split table {name}")
     try:
-        fetch_published(root / "published")
+        fetch_published(published)
     except UserError as error:
+        names = [" or ".join(spellings(file.name)) + ("" if file.required else " (optional)") for file in FILES]
         logger.warning("%s", error)
-        manual_route(root / "published")
+        logger.warning("Google Drive often refuses scripts, for up to a day. Run this again later, or by hand:")
+        logger.warning("  1. open %s in a browser", DRIVE_URL)
+        logger.warning("  2. download %s", ", ".join(names))
+        logger.warning("  3. put them into %s", published)
+        logger.warning("  4. python scripts/download.py --check %s", published)
         problems.append("published files")
-    if (root / "published").is_dir():
-        check(root / "published")
+    if published.is_dir():
+        check(published)
     if problems:
-        raise UserError(f"could not be fetched: {', '.join(problems)}; what to do is said above")
+        raise UserError(f"could not be fetched: {', '.join(problems)}; see the advice above")
+
+
+def main(_) -> None:
+    expand_flags(FLAGS, ("root", "check", "unpack"))
+    if FLAGS.check is not None:
+        check(Path(FLAGS.check))
+    elif FLAGS.unpack is not None:
+        folder = Path(FLAGS.unpack)
+        with locked(folder, "another folder"):
+            for path in unpack(folder / ARCHIVE, folder):
+                logger.info("unpacked: %s", path)
+    else:
+        with locked(FLAGS.root, "another --root"):
+            fetch(Path(FLAGS.root))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ Writes to logdir: images/<caption with _>/<row index>.png, lossless and made squ
 `dataset.resize`); image_log.json (sampleID = row index, prompt, path_to_img and every column of the table); and, when
 `pretrained.model` is not empty, latents/ (`ddpo_pytorch.generator.latents`), from which scripts/train_sd.py trains.
 
-Shards of 256 images are dealt to the processes; any number of them writes the same. The same command again completes
-what a kill left unfinished and leaves a finished folder as it is.
+Shards of 256 images are distributed over the processes, whose number does not change the result. The same command
+completes an interrupted folder and keeps a complete one.
 """
 
 import logging
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_rows(dataset: ConfigDict) -> tuple[list[Row], list[Path], int]:
-    """Every row with an image, at most `limit`, their files, and the number of rows without one."""
+    """Return the rows with an image, their files, and the number of rows without one."""
     if not dataset.csv or not dataset.data_path:
         raise UserError(
             f"dataset.csv is {dataset.csv!r} and dataset.data_path {dataset.data_path!r}; give the split table and the "
@@ -51,7 +51,7 @@ def find_rows(dataset: ConfigDict) -> tuple[list[Row], list[Path], int]:
 
 
 def entry_of(row: Row) -> dict:
-    """Log entry of one image: every column of the table, and what each sample folder states of an image."""
+    """Return the log entry of an image: every column of the table, and the fields of any sample folder."""
     path = f"images/{folder_name(row.caption)}/{row.number}.png"
     return row.fields | {"sampleID": row.number, "prompt": row.caption, "path_to_img": path}
 
@@ -65,18 +65,18 @@ def main(_) -> None:
 
 
 def extract(accelerator: Accelerator, config: ConfigDict) -> None:
-    """Write what is missing of the sample folder and its latents."""
+    """Write the missing parts of the sample folder and its latents."""
     rank, folder, dataset = accelerator.process_index, Path(config.logdir), config.dataset
     rows, sources, missing = find_rows(dataset)
-    about = {"csv_sha256": sha256(dataset.csv), "image_size": dataset.image_size, "resize": dataset.resize}
+    settings = {"csv_sha256": sha256(dataset.csv), "image_size": dataset.image_size, "resize": dataset.resize}
     numbers, captions = [row.number for row in rows], source(dataset.kind).caption_list(rows)
     vae = None
     if config.pretrained.model:
-        # fp32: half precision overflows in the encoder of SD 1.5, and stored halves hold its result well enough.
+        # fp32, because half precision overflows in the encoder of SD 1.5; its result is stored in half precision
         vae = load_pipeline(config.pretrained.model, config.pretrained.revision, device=accelerator.device).vae
     if accelerator.is_main_process:
-        settings = about | {"limit": dataset.limit, "vae_sha256": fingerprint(vae) if vae is not None else ""}
-        claim_folder(folder, settings, {"csv": dataset.csv, "model": config.pretrained.model, "missing": missing})
+        claimed = settings | {"limit": dataset.limit, "vae_sha256": fingerprint(vae) if vae is not None else ""}
+        claim_folder(folder, claimed, {"csv": dataset.csv, "model": config.pretrained.model, "missing": missing})
     accelerator.wait_for_everyone()
 
     paths = [folder / entry_of(row)["path_to_img"] for row in rows]
@@ -98,16 +98,16 @@ def extract(accelerator: Accelerator, config: ConfigDict) -> None:
     complete = [entry.get("sampleID") for entry in read_log(folder)] == numbers
     complete = complete and (vae is None or (folder / "latents" / INDEX).is_file())
     if accelerator.is_main_process and (done or not complete):
-        for leftover in set(folder.glob("images/*/*.png")) - set(paths):  # of rows that have no image any more
+        for leftover in set(folder.glob("images/*/*.png")) - set(paths):  # of rows whose image was removed
             leftover.unlink()
         if vae is not None:
-            write_index(folder / "latents", vae, captions, len(rows), about)
+            write_index(folder / "latents", vae, captions, len(rows), settings)
         write_log(folder, [entry_of(row) for row in rows])
         speed = done / (time.perf_counter() - started)
-        logger.info("%d images in %s, %d made now at %.1f images/s", len(rows), folder, done, speed)
+        logger.info("%d images in %s, %d of them new at %.1f images/s", len(rows), folder, done, speed)
         logger.info("%d rows of %s have no image", missing, dataset.csv)
     elif not done:
-        logger.info("%s is complete already; nothing to do", folder)
+        logger.info("%s is complete; nothing to do", folder)
 
 
 if __name__ == "__main__":

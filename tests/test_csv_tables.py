@@ -1,4 +1,4 @@
-"""One set of rules for every table that is read, and cells that no spreadsheet runs in every table that is written."""
+"""Rules of every table that is read, and cells that no spreadsheet runs in every table that is written."""
 
 import csv
 import dataclasses
@@ -17,7 +17,7 @@ from ddpo_pytorch.metrics import tables
 from ddpo_pytorch.metrics.evaluation import write_per_image
 from ddpo_pytorch.utils.errors import UserError
 
-# header and rows of each table, what reads it, and a column that has to be there
+# text of each table, its reader, and a required column
 TABLES = {
     "isic": ("image,MEL,NV,hair,gel_bubble,ruler,ink\na,1,0,0,1,0,0\nb,0,1,1,0,0,1\n", isic.read_split, "gel_bubble"),
     "metadata": ("image,lesion_id,source\na,L1,BCN\nb,,HAM\n", read_metadata, "lesion_id"),
@@ -28,7 +28,7 @@ TABLES = {
 
 @pytest.fixture(params=TABLES)
 def table(request, tmp_path):
-    """A table of each kind, and `read(content)` for another text or bytes in its place."""
+    """A table of each kind, and `read(content)` for other contents."""
     text, reader, column = TABLES[request.param]
     for name in "ab":
         Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
@@ -40,15 +40,10 @@ def table(request, tmp_path):
     return SimpleNamespace(text=text, read=read, column=column, path=tmp_path / "table.csv")
 
 
-def upper_header(text):
-    header, rest = text.split("\n", 1)
-    return f"{header.upper()}\n{rest}"
-
-
 @pytest.mark.parametrize(
     "change",
     [
-        upper_header,
+        lambda text: text.partition("\n")[0].upper() + text[text.index("\n") :],
         lambda text: text.replace("_", " ", 1).replace("image", "Image", 1),
         lambda text: text.replace(",", ", "),
         lambda text: text.replace(",", " ,\t"),
@@ -100,14 +95,15 @@ def test_what_cannot_be_read_is_named_by_line(table, change, said):
 
 
 def test_huge_cells_and_many_faults_make_no_huge_message(table):
-    header, *rows = table.text.splitlines()
-    cells = rows[0].split(",")
-    for line in (",".join(["x" * 100_000] * len(cells)), ",".join([*cells[:-1], *"yz" * 5000])):
-        for text in (table.text + f"{line}\n{line}\n" * 50, f"{header},{line}\n", line, f"{line}\n{table.text}"):
+    header, first, _ = table.text.splitlines()
+    cells, messages = first.split(","), []
+    for line in (",".join(["x" * 100_000] * len(cells)), ",".join([*cells[:-1], *"yz" * 500])):
+        for text in (table.text + f"{line}\n{line}\n" * 5, f"{header},{line}\n", line, f"{line}\n{table.text}"):
             try:
                 table.read(text)
             except UserError as error:
-                assert "\n" not in str(error) and len(str(error)) < 2000
+                messages.append(str(error))
+    assert len(messages) >= 6 and all("\n" not in message and len(message) < 2000 for message in messages)
 
 
 def test_missing_and_repeated_columns_are_named(table):
@@ -123,15 +119,12 @@ def test_missing_and_repeated_columns_are_named(table):
         read_table(table.path.parent, columns, "table")
 
 
-def test_several_faults_are_described_and_the_rest_counted(tmp_path):
+def test_the_first_faults_are_described_and_the_others_counted(tmp_path):
     path = tmp_path / "split.csv"
     rows = ["a,2,0,0,0,0,0", "b,1,1,0,0,0,0", "c,1,0,1,0,0", "d,1,0,0,0,0,0", "D,1,0,0,0,0,0", "d,1,0,x,y,0,0"]
     path.write_text("\n".join([TABLES["isic"][0].split("\n")[0], *rows, ""]))
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=r"line 2: MEL is '2'.*line 3.*\(1, 1\).*line 4.*6 cells.*2 more, in line 7"):
         isic.read_split(path)
-    message = str(error.value)
-    assert all(part in message for part in ("line 2: MEL is '2'", "line 3", "(1, 1)", "line 4", "6 cells"))
-    assert "2 more faults, in line 7" in message
 
 
 @pytest.mark.parametrize("cell", ["1", "1.0", " 1", "1. ", "+1", "1e0", '"1"', "01", "1.000"])
@@ -160,34 +153,11 @@ def test_other_spellings_are_refused_with_their_text(tmp_path, cell):
 
 
 FORMULAS = [
-    "=1+1",
-    "=cmd|' /C calc'!A0",
-    "+1+1",
-    "-2+3",
-    "@SUM(A1)",
-    "\t=1",
-    "\r=1",
-    "＝1",
-    "'=1",
-    "''@x",
-    "-",
-    "=",
-    "-a",
+    *("=1+1", "=cmd|' /C calc'!A0", "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "＝1", "'=1", "''@x", "-", "=", "-a"),
 ]
 PLAIN = [
-    "-1",
-    "+1.5",
-    "-1e-3",
-    "-0.12 [-0.5, +0.3]",
-    "-inf",
-    "",
-    "'",
-    "'quoted'",
-    "'-1",
-    "a=1",
-    "x, y",
-    'say "x"',
-    "a\nb",
+    *("-1", "+1.5", "-1e-3", "-0.12 [-0.5, +0.3]", "-inf", "", "'", "'quoted'", "'-1"),
+    *("a=1", "x, y", 'say "x"', "a\nb"),
 ]
 
 

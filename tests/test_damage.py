@@ -1,4 +1,4 @@
-"""Damage to fundus images: it grows with the strength, looks alike at any size, and does what its name says."""
+"""Degradations of fundus images: they grow with the strength, look equal at any size, and do what their names say."""
 
 import dataclasses
 import zipfile
@@ -34,19 +34,13 @@ def change(image, kind, strength, seed=0):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [64, 100])
 def test_change_grows_with_the_strength(kind, size):
-    for seed in range(2):
-        changes = [change(fundus(seed, size), kind, strength, seed) for strength in (0.1, 0.25, 0.4, 0.6, 0.8, 1.0)]
-        assert changes == sorted(changes) and changes[-1] > 1.5 * changes[2] > 0
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_mildest_bad_image_is_worse_than_the_worst_mild_one(kind):
-    """The bands leave a gap: from the end of grade 2 to the start of grade 1 the change grows by a third and more."""
+    """Between the bands of the grades 2 and 1, the change grows by a third and more."""
     mild, bad = BANDS[2], BANDS[1]
     assert mild[0] < mild[1] < bad[0] < bad[1] <= 1
-    for seed in range(5):
-        image = fundus(seed, finding=list(retina.FINDINGS)[seed % 5])
-        assert change(image, kind, bad[0], seed) > 1.33 * change(image, kind, mild[1], seed)
+    for seed in range(3):
+        image = fundus(seed, size, finding=list(retina.FINDINGS)[seed])
+        changes = [change(image, kind, strength, seed) for strength in (0.1, *mild, 0.6, *bad)]
+        assert changes == sorted(changes) and changes[1] > 0 and changes[4] > 1.33 * changes[2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -68,19 +62,17 @@ def test_an_image_looks_as_bad_at_any_size(kind, strength):
 def test_only_the_field_changes_and_the_input_does_not(kind):
     image = fundus(1, 80)
     before, outside = image.copy(), ~fov_mask(image)
-    spoilt = degrade(image, kind, 1.0, np.random.default_rng(0))
-    assert spoilt.dtype == np.uint8 and spoilt.shape == image.shape
+    degraded = degrade(image, kind, 1.0, np.random.default_rng(0))
+    assert degraded.dtype == np.uint8 and degraded.shape == image.shape
     np.testing.assert_array_equal(image, before)
-    np.testing.assert_array_equal(spoilt[outside], image[outside])
-    np.testing.assert_array_equal(spoilt, degrade(image, kind, 1.0, np.random.default_rng(0)))
+    np.testing.assert_array_equal(degraded[outside], image[outside])
+    np.testing.assert_array_equal(degraded, degrade(image, kind, 1.0, np.random.default_rng(0)))
 
 
 def test_blur_is_a_gaussian_of_a_share_of_the_width():
     """Far from the rim it is scipy's filter of 0.04 x strength^1.25 x width; the rim itself stays."""
-    image = np.clip(
-        disc(128, 128) + (np.random.default_rng(0).normal(0, 20, (128, 128, 1)) * (disc(1, 128) > 0)), 0, 255
-    )
-    image = image.astype(np.uint8)
+    noise = np.random.default_rng(0).normal(0, 20, (128, 128, 1)) * (disc(1, 128) > 0)
+    image = np.clip(disc(128, 128) + noise, 0, 255).astype(np.uint8)
     for strength in (0.3, 0.8):
         sigma = 0.04 * strength**1.25 * 128
         expected = ndimage.gaussian_filter(image.astype(float), (sigma, sigma, 0))
@@ -90,7 +82,7 @@ def test_blur_is_a_gaussian_of_a_share_of_the_width():
     np.testing.assert_array_equal(blurred[rim], image[rim])
 
 
-def test_noise_has_no_bias_and_a_spread_in_proportion_to_strength_and_grows_with_the_light():
+def test_noise_has_no_bias_and_grows_with_strength_and_light():
     def spread(level, strength):
         image = disc(level, 200)
         noisy = [degrade(image, "noise", strength, np.random.default_rng(seed))[fov_mask(image)] for seed in range(6)]
@@ -104,19 +96,19 @@ def test_noise_has_no_bias_and_a_spread_in_proportion_to_strength_and_grows_with
 def test_bright_images_are_overexposed_and_dark_ones_underexposed():
     for seed in range(5):
         for level, sign in ((170, 1), (40, -1)):
-            spoilt = degrade(disc(level), "exposure", 0.3, np.random.default_rng(seed)).astype(int)
-            assert sign * (spoilt - disc(level))[32, 32, 0] > 10
-    spoilt = {int(degrade(disc(100), "exposure", 0.3, np.random.default_rng(seed))[32, 32, 0]) for seed in range(12)}
-    assert len(spoilt) == 2 and min(spoilt) < 90 and max(spoilt) > 110  # in between, either
+            degraded = degrade(disc(level), "exposure", 0.3, np.random.default_rng(seed)).astype(int)
+            assert sign * (degraded - disc(level))[32, 32, 0] > 10
+    degraded = {int(degrade(disc(100), "exposure", 0.3, np.random.default_rng(seed))[32, 32, 0]) for seed in range(12)}
+    assert len(degraded) == 2 and min(degraded) < 90 and max(degraded) > 110  # in between, either
 
 
 def test_crop_blackens_one_side_and_leaves_the_rest():
-    """What is lost is outside a circle of the picture's width, shifted by 0.45 x strength x width."""
+    """It keeps a circle of the picture's width, shifted by 0.45 x strength x width."""
     for seed in range(6):
         image, strength = disc(120, 200), 0.4
-        spoilt = degrade(image, "crop", strength, np.random.default_rng(seed))
-        lost, field = spoilt[..., 0] == 0, fov_mask(image)
-        kept = spoilt[..., 0] == 120
+        degraded = degrade(image, "crop", strength, np.random.default_rng(seed))
+        lost, field = degraded[..., 0] == 0, fov_mask(image)
+        kept = degraded[..., 0] == 120
         assert (lost | kept)[field].mean() > 0.96  # and a narrow soft edge
         apart, radii = 0.45 * strength * 200, (0.48 * 200, 0.5 * 200)
         assert (lost & field).sum() / field.sum() == pytest.approx(
@@ -125,27 +117,19 @@ def test_crop_blackens_one_side_and_leaves_the_rest():
 
 
 def _lens(one, other, apart):
-    """Area in which two circles of these radii overlap."""
+    """Return the area in which two circles of these radii overlap."""
     a = (apart**2 + one**2 - other**2) / (2 * apart)
-    b = apart - a
-    return (
-        one**2 * np.arccos(a / one)
-        - a * np.sqrt(one**2 - a**2)
-        + other**2 * np.arccos(b / other)
-        - b * np.sqrt(other**2 - b**2)
-    )
+    segments = [(one, a), (other, apart - a)]
+    return sum(radius**2 * np.arccos(x / radius) - x * np.sqrt(radius**2 - x**2) for radius, x in segments)
 
 
 @pytest.mark.parametrize("size", [64, 128])
-def test_erasing_brings_a_retina_near_to_the_same_one_without_vessels(size):
+def test_erasing_vessels_approaches_the_same_retina_without_vessels(size):
     for seed in range(5):
         image, bare = fundus(seed, size), fundus(seed, size, vessel_strength=0.0)
-        left = {
-            s: np.abs(degrade(image, "vessels", s, np.random.default_rng(0)).astype(float) - bare) for s in (0.3, 1.0)
-        }
-        all_of_them = np.abs(image.astype(float) - bare).mean()
-        assert left[1.0].mean() < 0.4 * all_of_them
-        assert 0.4 * all_of_them < left[0.3].mean() < 0.9 * all_of_them
+        erased = [degrade(image, "vessels", strength, np.random.default_rng(0)) for strength in (0.3, 1.0)]
+        before, partly, fully = (np.abs(one.astype(float) - bare).mean() for one in (image, *erased))
+        assert fully < 0.4 * before < partly < 0.9 * before
         assert vessel_contrast(bare) < 0.35 * vessel_contrast(image)
 
 

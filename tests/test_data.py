@@ -1,4 +1,4 @@
-"""Labels, captions, split tables, image files: exact, and clear about what is wrong with a file."""
+"""ISIC's labels and captions, image files, and sample folders."""
 
 import struct
 import zlib
@@ -10,8 +10,6 @@ from PIL import Image
 
 from ddpo_pytorch.data import images, isic, sample_folder
 from ddpo_pytorch.utils.errors import UserError
-
-HEADER = "image,MEL,NV,hair,gel_bubble,ruler,ink\n"
 
 
 def test_captions_in_official_order():
@@ -31,54 +29,6 @@ def test_labels_are_looked_up_not_searched_for():
         isic.labels_of("a dermoscopic image with melanoma (MEL) showing pink hair")
     with pytest.raises(UserError, match="exactly one of MEL and NV"):
         isic.caption_of((0, 0, 0, 0, 1, 1))
-
-
-def test_official_splits_give_table_1_and_the_real_samples_of_table_2(shared):
-    expected = {
-        "train": (2750, 9254, 4514, 1300, 201, 1608),
-        "val": (454, 1665, 802, 228, 34, 308),
-        "test": (537, 1956, 989, 257, 37, 341),
-    }
-    for name, counts in expected.items():
-        rows = isic.read_split(shared / "data" / "splits" / f"isic2019_{name}.csv")
-        totals = dict(zip(isic.LABELS, np.sum([row.labels for row in rows], axis=0), strict=True))
-        assert tuple(totals[key] for key in ("MEL", "NV", "hair", "gel_bubble", "ink", "ruler")) == counts
-    rows = isic.read_split(shared / "data" / "splits" / "isic2019_train.csv")
-    single = {key: sum(row.caption == c for row in rows) for key, c in isic.SINGLE_ARTIFACT_CAPTIONS.items()}
-    assert list(single.values()) == [543, 260, 440, 4, 3051, 489, 520, 21]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("image,MEL\na,1\n", "lacks the columns hair, gel_bubble, ruler, ink, NV"),
-        (HEADER + "a,1,0,0,0,0,2\n", "ink is '2'"),
-        (HEADER + "a,1,0,0,0,,0\n", "ruler is ''"),
-        (HEADER + "a,1,1,0,0,0,0\n", "exactly one of them"),
-        (HEADER + "a,1,0,0,0,0,0\na,0,1,0,0,0,0\n", "appears twice"),
-    ],
-)
-def test_faulty_split_tables(tmp_path, text, expected):
-    path = tmp_path / "split.csv"
-    path.write_text(text)
-    with pytest.raises(UserError, match=expected):
-        isic.read_split(path)
-
-
-def test_load_split_counts_missing_images_and_takes_downsampled_ones(tmp_path):
-    table = tmp_path / "split.csv"
-    table.write_text(HEADER + "a,1,0,0,0,0,0\nb,0,1,1,0,0,0\nc,0,1,0,0,0,1\n")
-    for name in ("a.jpg", "c_downsampled.jpg"):
-        Image.new("RGB", (8, 8)).save(tmp_path / name)
-    rows, paths, missing = isic.load_split(table, tmp_path)
-    assert [row.image for row in rows] == ["a", "c"] and missing == 1
-    assert [path.name for path in paths] == ["a.jpg", "c_downsampled.jpg"]
-    assert len(isic.load_split(table, tmp_path, limit=1)[0]) == 1
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="none of the 3 images"):
-        isic.load_split(table, tmp_path / "empty")
-    with pytest.raises(UserError, match="does not exist"):
-        isic.load_split(table, tmp_path / "nowhere")
 
 
 def test_every_8_bit_level_survives_and_white_stays_white():

@@ -1,4 +1,4 @@
-"""Tables, logs and captions that name files elsewhere: refused by name, nothing read or written outside a folder."""
+"""Tables, logs and captions that name files outside a folder: refused by name, nothing read or written there."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_names_inside_a_folder_are_taken(name, tmp_path):
 
 @pytest.fixture
 def secret(tmp_path):
-    """A private image beside the image folder, under each suffix that a table may mean."""
+    """A private image next to the image folder."""
     for folder in ("images", "private"):
         (tmp_path / folder).mkdir()
     for name in ("private/secret.jpg", "secret.jpg", "images/fine.jpg"):

@@ -1,4 +1,4 @@
-"""The field of view of fundus photographs: discs that are drawn, and real ones."""
+"""The field of view of drawn discs and real fundus photographs."""
 
 import io
 import zipfile
@@ -14,7 +14,7 @@ from ddpo_pytorch.data.images import fov_mask, fov_square
 def disc(height, width, centre, radius, level=90):
     y, x = np.mgrid[:height, :width]
     inside = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 <= radius**2
-    noise = np.random.default_rng(0).integers(0, 11, (height, width, 3))  # of a camera in the dark, or JPEG
+    noise = np.random.default_rng(0).integers(0, 11, (height, width, 3))  # of the camera, or JPEG
     return np.where(inside[..., None], np.array([level, level // 3, 5]) + noise, noise).astype(np.uint8), inside
 
 
@@ -65,7 +65,7 @@ def test_real_photographs_lose_no_pixel_of_the_field(shared):
             image = Image.open(io.BytesIO(archive.read(name)))
             pixels = np.asarray(image)
             square = np.asarray(fov_square(image))
-            # the field in another way: lit after smoothing, so that single pixels of compression noise are not.
+            # an independent field: lit after smoothing, without single pixels of compression noise
             field = (ndimage.uniform_filter(pixels.astype(float), (5, 5, 1)) > 15).any(2) & (pixels.max(2) > 15)
             assert square.shape[0] == square.shape[1] <= 128, name
             assert square.sum() >= pixels[field].sum() and (square.max(2) > 15).sum() >= field.sum(), name

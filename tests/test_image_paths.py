@@ -1,4 +1,4 @@
-"""Names of tables and files of folders: suffixes, case, ISIC's `_downsampled`, what is missing, what is there twice."""
+"""Image files by the names of tables: suffixes, case, ISIC's `_downsampled`, missing files, two files of one name."""
 
 import pytest
 from PIL import Image
@@ -26,16 +26,12 @@ def fundus_table(folder, *names):
     return folder / "f.csv"
 
 
-@pytest.mark.parametrize("image", ["ISIC_7", "ISIC_7_downsampled", "isic_7", "ISIC_7.jpg", "ISIC_7.JPEG"])
-@pytest.mark.parametrize(
-    "file",
-    ["ISIC_7.jpg", "ISIC_7.JPG", "ISIC_7.jpeg", "ISIC_7.PNG", "ISIC_7.tif", "ISIC_7_downsampled.png", "Isic_7.Jpg"],
-)
+@pytest.mark.parametrize("image", ["ISIC_7", "ISIC_7_downsampled", "isic_7", "ISIC_7.JPEG"])
+@pytest.mark.parametrize("file", ["ISIC_7.jpg", "ISIC_7.JPEG", "ISIC_7.tif", "ISIC_7_downsampled.png", "Isic_7.Jpg"])
 def test_ids_of_isic_are_found_under_any_suffix_and_case(image, file, tmp_path):
     save(tmp_path, file, "ISIC_77.jpg")
     rows, paths, missing = isic.load_split(isic_table(tmp_path, image), tmp_path)
     assert (paths, missing, len(rows)) == ([tmp_path / file], 0, 1)
-    assert isic.find_image(tmp_path, image) == tmp_path / file
 
 
 @pytest.mark.parametrize("path", ["images/1_left.jpg", "IMAGES/1_LEFT.JPG", "images/1_left.jpeg"])

@@ -1,4 +1,4 @@
-"""Split tables as sets: the command that checks them, lesions in two splits, and splits made without any."""
+"""Sets of split tables: the command that checks them, lesions in two splits, and regrouped splits without any."""
 
 import hashlib
 import itertools
@@ -14,7 +14,7 @@ from conftest import ROOT
 from PIL import Image
 
 from ddpo_pytorch.data import isic, splits
-from ddpo_pytorch.data.splits import RECORD, assign, regroup, report_leakage
+from ddpo_pytorch.data.splits import RECORD, assign, count_labels, regroup, report_leakage
 from ddpo_pytorch.utils.errors import UserError
 
 HEADER = "image,MEL,NV,hair,gel_bubble,ruler,ink,site\n"
@@ -47,7 +47,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def command(caplog, capsys):
-    """Run the command in this process: its exit code, and everything it said."""
+    """Run the command in this process; return its exit code, log and errors."""
 
     def run(*arguments):
         caplog.clear()
@@ -86,17 +86,15 @@ def test_the_official_splits_equal_the_paper(shared):
     assert lines[8:] == [["#", "real", "543", "260", "4", "440", "3051", "489", "21", "520"]]
 
 
-def test_only_whole_splits_count_and_those_that_are_there_suffice(folder, command):
+def test_sets_need_not_be_complete_and_parts_of_splits_do_not_count(folder, tmp_path, command):
     assert list(splits.find_splits(folder)) == ["isic2019"]
     assert list(splits.find_splits(folder)["isic2019"]) == ["train", "val", "test"]
     (folder / "isic2019_train.csv").rename(folder / "phantom_train.csv")
     (folder / "isic2019_val.csv").unlink()
     code, said = command("--splits", folder)
     assert code == 0 and said.count("# real") == 1 and said.count("table 1") == 2
-
-
-def test_folders_without_splits_are_refused(tmp_path, command):
-    for path, expected in ((tmp_path / "nowhere", "does not exist"), (tmp_path, "holds no split table")):
+    (tmp_path / "empty").mkdir()
+    for path, expected in ((tmp_path / "nowhere", "does not exist"), (tmp_path / "empty", "holds no split table")):
         code, said = command("--splits", path)
         assert code == 2 and said.count("\n") == 1 and expected in said, said
 
@@ -111,28 +109,22 @@ def test_an_image_in_two_splits(folder, command, image):
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"),
+    ("row", "expected"),
     [
-        (b"a;MEL\n", "lacks the columns image, hair"),
-        (b"", "lacks the columns image, hair"),
-        (HEADER.encode() + b"a,1,0,0,0,0,0\n", "line 2: has 7 cells where the header has 8"),
-        (HEADER.encode() + b"a,1,0,0,0,0,0,arm,leg\n", "line 2: has 9 cells where the header has 8"),
-        (HEADER.encode() + b",1,0,0,0,0,0,arm\n", "line 2: the image id is empty"),
-        (HEADER.encode() + b"a,0,0,0,0,0,0,arm\n", "line 2: MEL and NV are (0, 0)"),
-        (HEADER.encode() + b"a,nan,0,0,0,0,0,arm\n", "line 2: MEL is 'nan'"),
-        (HEADER.encode() + b"a,1,0,0,0,0,0,x\nb,1,0,0,0,0,0,x\na,1,0,0,0,0,0,x\n", "line 4: image 'a' appears twice"),
-        (HEADER.encode() + b"a,1,0,0,0,0,0,\xff\n", "cannot be read as UTF-8"),
+        ("a,1,0,0,0,0,0", "line 2: has 7 cells where the header has 8"),
+        ("a,1,0,0,0,0,0,arm,leg", "line 2: has 9 cells where the header has 8"),
+        (",1,0,0,0,0,0,arm", "line 2: the image id is empty"),
+        ("a,0,0,0,0,0,0,arm", "line 2: MEL and NV are (0, 0)"),
+        ("a,1,1,0,0,0,0,arm", "line 2: MEL and NV are (1, 1)"),
+        ("a,nan,0,0,0,0,0,arm", "line 2: MEL is 'nan'"),
+        ("a,1,0,0,0,,2,arm", "line 2: ruler is '', ink is '2'"),
+        ("a,1,0,0,0,0,0,x\nb,1,0,0,0,0,0,x\na,1,0,0,0,0,0,x", "line 4: image 'a' appears twice"),
     ],
 )
-def test_faulty_tables_are_named(tmp_path, command, content, expected):
-    (tmp_path / "isic2019_val.csv").write_bytes(content)
+def test_faulty_tables_are_named(tmp_path, command, row, expected):
+    (tmp_path / "isic2019_val.csv").write_text(f"{HEADER}{row}\n")
     code, said = command("--splits", tmp_path)
     assert code == 2 and expected in said and "isic2019_val.csv" in said
-
-
-def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
-    (tmp_path / "t.csv").write_text("\ufeff" + HEADER + "a,1,0,0,0,0,0,arm\n", encoding="utf-8")
-    assert isic.read_split(tmp_path / "t.csv")[0].image == "a"
 
 
 def test_images_are_counted_listed_and_decoded(folder, tmp_path, command):
@@ -153,13 +145,11 @@ def test_images_are_counted_listed_and_decoded(folder, tmp_path, command):
     code, said = command("--splits", folder, "--images", images)
     assert code == 2 and "3 images are broken" in said
     assert all(f"{images / name}.jpg' cannot be read as an image" in said for name in ("I001", "I002", "I070"))
-    assert said.rstrip().splitlines()[-1].startswith("error: 3 broken images are named above")
-
-
-def test_a_folder_without_any_of_the_images_is_refused(folder, tmp_path, command):
-    assert "none of the 100 images" in command("--splits", folder, "--images", tmp_path)[1]
-    code, said = command("--splits", folder, "--images", tmp_path / "nowhere")
-    assert code == 2 and "does not exist" in said
+    assert said.rstrip().splitlines()[-1].startswith("error: 3 broken images")
+    (tmp_path / "empty").mkdir()
+    for place, expected in ((tmp_path / "empty", "none of the 100 images"), (tmp_path / "nowhere", "does not exist")):
+        code, said = command("--splits", folder, "--images", place)
+        assert code == 2 and expected in said
 
 
 def test_broken_images_are_left_out_of_training_only_on_request(folder, tmp_path, caplog):
@@ -194,8 +184,6 @@ def test_lesions_in_several_splits_are_counted(folder, tmp_path, command):
     ]
     assert "by source" not in said
 
-
-def test_sources_are_counted_where_the_metadata_have_them(folder, tmp_path, command):
     lesions = {f"I{number:03d}": f"L{number},{'BCN' if number % 2 else 'HAM'}" for number in range(70)}
     write_metadata(tmp_path / "meta.csv", lesions, "image,lesion_id,source", "")
     said = command("--splits", folder, "--metadata", tmp_path / "meta.csv")[1]
@@ -215,7 +203,7 @@ def test_regrouped_splits_share_no_lesion_and_keep_sizes_rows_and_labels(folder,
     owner = {}
     for name, rows in after.items():
         assert all(owner.setdefault(lesions[row.image], name) == name for row in rows if row.image in lesions)
-        old, new = isic.count_labels(before[name]), isic.count_labels(rows)
+        old, new = count_labels(before[name]), count_labels(rows)
         assert all(abs(old[label] - new[label]) <= max(3, 0.1 * old[label]) for label in old), (old, new)
     every = [{row.image: row.fields for rows in part.values() for row in rows} for part in (before, after)]
     assert every[0] == every[1]
@@ -257,7 +245,7 @@ def test_regrouping_the_official_splits_keeps_their_frequencies(shared, tmp_path
     assert report_leakage(before, metadata)[0] > 1000 and report_leakage(after, metadata) == (0, 0)
     for name in before:
         assert len(after[name]) == len(before[name])
-        old, new = isic.count_labels(before[name]), isic.count_labels(after[name])
+        old, new = count_labels(before[name]), count_labels(after[name])
         assert all(abs(old[label] - new[label]) <= max(2, 0.01 * old[label]) for label in old), (old, new)
 
 

@@ -1,7 +1,7 @@
-"""The kinds of image tables that there are: modules of the same functions, chosen by name in a configuration.
+"""Kinds of image tables: modules with the same functions, chosen by name in a configuration.
 
 Each has `load_split(csv, data_path, limit) -> (rows, files, number of rows without an image)` and
-`caption_list(rows) -> captions`, in an order that is the same whenever the captions are.
+`caption_list(rows) -> captions`, in a fixed order.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ KINDS: dict[str, ModuleType] = {"isic": isic, "fundus": fundus}
 
 
 class Row(Protocol):
-    """A line of a table: its caption, every column as text, its number from 0."""
+    """Row of a table: its caption, every column as text, its number from 0."""
 
     caption: str
     fields: dict[str, str]
@@ -24,21 +24,23 @@ class Row(Protocol):
 
 
 def source(kind: str) -> ModuleType:
-    """The module of that name. Raises UserError that lists the names."""
+    """Return the module of that name. Raises UserError that lists the names."""
     if kind not in KINDS:
-        raise UserError(f"tables of the kind {kind!r} are not read; allowed are {', '.join(KINDS)}")
+        raise UserError(f"dataset kind is {kind!r}; allowed are {', '.join(KINDS)}")
     return KINDS[kind]
 
 
-def find_rows(kind: str, csv: str | Path, data_path: str | Path, limit: int, skip_broken: bool):
-    """`load_split` of that kind: rows with an image, their files, the number of rows without one.
+def find_rows(
+    kind: str, csv: str | Path, data_path: str | Path, limit: int, skip_broken: bool
+) -> tuple[list[Row], list[Path], int]:
+    """Return `load_split` of that kind, without damaged images if `skip_broken`.
 
-    `skip_broken` leaves damaged images out; of fundus images, which are all decoded here, others raise UserError.
+    Raises UserError for damaged fundus images, which are all decoded here, unless they are skipped.
     """
     rows, paths, missing = source(kind).load_split(csv, data_path, limit)
     if skip_broken:
         rows, paths = drop_broken(rows, paths)
-    if kind == "fundus":
+    elif kind == "fundus":
         fundus.check_images(paths)
     return rows, paths, missing
 
@@ -48,9 +50,9 @@ def check_apart(kind: str, train: Path, val: Path) -> None:
     if kind == "isic":
         read_splits({"train": train, "val": val})
         return
-    ours, theirs = ({row.patient for row in fundus.read_split(path)} for path in (train, val))
-    if both := sorted(ours & theirs):
+    train_patients, val_patients = ({row.patient for row in fundus.read_split(path)} for path in (train, val))
+    if both := sorted(train_patients & val_patients):
         raise UserError(
-            f"patient {both[0]!r} is in {str(train)!r} and in {str(val)!r} (and {len(both) - 1} more are); split by "
+            f"patient {both[0]!r} and {len(both) - 1} more are in {str(train)!r} and in {str(val)!r}; split by "
             "patient: python -m ddpo_pytorch.data.fundus --csv TABLE --out DIR"
         )

@@ -1,4 +1,4 @@
-"""Images decoded and resized once: one memory-mapped file that epochs, workers, processes and runs share."""
+"""A memory-mapped cache of decoded and resized images, shared by epochs, workers, processes and runs."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ _WINDOW = 256  # images
 
 
 class DecodedImages(Dataset):
-    """The items of an `ImageFiles`, with pixels from a file made by `decoded`."""
+    """The items of an `ImageFiles`, with pixels from a file of `decoded`."""
 
     def __init__(self, files: ImageFiles, path: Path):
         self.files, self.path = files, path
@@ -46,23 +46,22 @@ class DecodedImages(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """What DataLoader calls for a whole batch."""
+        """Return a batch; DataLoader calls this if it exists."""
         if self._pixels is None:
             try:
                 self._pixels = np.lib.format.open_memmap(self.path, mode="r")
             except (OSError, ValueError, EOFError) as error:
-                raise UserError(f"{str(self.path)!r} is damaged ({error}); delete it, it will be made again") from error
-        # the copy is writable and holds no reference to the map
+                raise UserError(f"{str(self.path)!r} is damaged ({error}); delete it, it is made again") from error
+        # a copy is writable and holds no reference to the map
         return [(torch.from_numpy(self._pixels[index].copy()), self.targets[index]) for index in indices]
 
 
 def decoded(files: ImageFiles, folder: str | Path) -> Dataset:
-    """The same items from a cache in `folder`, which is made now if it is not there; `files` if `folder` is "".
+    """Return the same items from a cache in `folder`, which is written if absent; `files` if `folder` is "".
 
-    The cache belongs to the paths, sizes and modification times of the files, to the way they are resized and to the
-    version of the reader. Where it
-    cannot be written (no room, no permission), a warning is logged and `files` returned. With several processes a node,
-    let one come first: `with accelerator.local_main_process_first()`. Raises UserError for a damaged image.
+    The cache depends on paths, sizes and modification times of the files, the resizing and the version of the reader.
+    If it cannot be written (no room, no permission), a warning is logged and `files` returned. With several processes a
+    node, call it within `accelerator.local_main_process_first()`. Raises UserError for a damaged image.
     """
     if not str(folder):
         return files
@@ -70,7 +69,7 @@ def decoded(files: ImageFiles, folder: str | Path) -> Dataset:
     path = Path(folder) / f"images_{_fingerprint(files)}.npy"
     if path.is_file():
         if path.stat().st_size < np.prod(shape):
-            raise UserError(f"{str(path)!r} is shorter than its {len(files)} images; delete it, it will be made again")
+            raise UserError(f"{str(path)!r} is shorter than its {len(files)} images; delete it, it is made again")
         return DecodedImages(files, path)
     gigabytes, started = np.prod(shape) / 1e9, time.perf_counter()
     try:
@@ -79,15 +78,12 @@ def decoded(files: ImageFiles, folder: str | Path) -> Dataset:
         if np.prod(shape) + _SPARE_BYTES > shutil.disk_usage(path.parent).free:
             raise OSError("no room on the disk")
         with atomic_write(path) as temporary, open(temporary, "wb") as file:
-            # written from front to back: a full disk is then an error, where a memory map would kill the process
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
+            # written front to back, so that a full disk is an error, where a memory map would kill the process
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for image in _decode_all(files):
                 file.write(image.numpy().tobytes())
     except OSError as error:
-        logger.warning(
-            "a cache of %.1f GB cannot be kept in %s (%s); every image is decoded each time", gigabytes, folder, error
-        )
+        logger.warning("no cache of %.1f GB in %s (%s); images are decoded on every access", gigabytes, folder, error)
         return files
     speed = len(files) / (time.perf_counter() - started)
     logger.info("%d images decoded at %.0f images/s into %s (%.2f GB)", len(files), speed, path, gigabytes)
@@ -95,7 +91,7 @@ def decoded(files: ImageFiles, folder: str | Path) -> Dataset:
 
 
 def _decode_all(files: ImageFiles) -> Iterator[torch.Tensor]:
-    """All images in order, decoded by threads: PIL works outside Python's lock. A few wait in memory, not all."""
+    """Yield all images in order, decoded by threads in windows that fit into memory."""
     with (
         ThreadPoolExecutor(thread_limit()) as pool,
         tqdm(total=len(files), desc="decoding", unit="image", disable=None) as bar,
@@ -107,14 +103,12 @@ def _decode_all(files: ImageFiles) -> Iterator[torch.Tensor]:
 
 
 def loader_options(num_workers: int) -> dict[str, Any]:
-    """Arguments of a DataLoader that keep a GPU fed: pinned memory where there is one, workers that stay alive."""
-    return dict(
-        num_workers=num_workers, persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available()
-    )  # fmt: skip
+    """Return arguments of a DataLoader: persistent workers, and pinned memory if there is a GPU."""
+    pinned = torch.cuda.is_available()
+    return dict(num_workers=num_workers, persistent_workers=num_workers > 0, pin_memory=pinned)
 
 
 def _fingerprint(files: ImageFiles) -> str:
-    stats = [(path, path.stat()) for path in map(Path, files.paths)]
-    about = [READER_VERSION, files.size, files.resize]
-    about.append([(str(path.resolve()), s.st_size, s.st_mtime_ns) for path, s in stats])
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    stats = [(str(path.resolve()), path.stat()) for path in map(Path, files.paths)]
+    described = [READER_VERSION, files.size, files.resize, [(path, s.st_size, s.st_mtime_ns) for path, s in stats]]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]

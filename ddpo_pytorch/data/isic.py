@@ -1,14 +1,11 @@
-"""ISIC 2019 with artifact labels: label order, captions, split tables, image files. Their only home.
+"""ISIC 2019 with artifact labels: label order, captions, split tables, image files.
 
-The captions form an exact table of 2 x 2^4 = 32 entries; labels are looked up in it and never searched for as
-substrings ("ink" is in "pink").
-
+There are 2 x 2^4 = 32 captions. Labels are looked up by the whole caption, not searched for ("ink" is in "pink").
 `python -m ddpo_pytorch.data.isic --splits DIR` checks and counts split tables (`ddpo_pytorch.data.splits`).
 """
 
 import itertools
 import runpy
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +15,10 @@ from ddpo_pytorch.data.tables import number, read_table
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import path_fault
 
-# the order of every label vector; judges with four heads use the first four.
+# the order of every label vector; judges with four heads use the first four
 LABELS = ("hair", "gel_bubble", "ruler", "ink", "MEL", "NV")
 ARTIFACTS = LABELS[:4]
-PAPER_ORDER = ("MEL", "NV", "hair", "gel_bubble", "ink", "ruler")  # of the columns of table 1
+PAPER_ORDER = ("MEL", "NV", "hair", "gel_bubble", "ink", "ruler")  # columns of table 1
 DISEASES = {"MEL": "melanoma (MEL)", "NV": "melanocytic nevus (NV)"}
 
 
@@ -32,7 +29,7 @@ def _compose(labels: tuple[int, ...]) -> str:
     return f"a dermoscopic image with {disease} {tail}"
 
 
-# official order: melanoma first, then nevus; within each, binary counting with hair as the highest bit.
+# official order: melanoma, then nevus; within each, binary counting with hair as the highest bit
 _TABLE = {
     _compose((*bits, *disease)): (*bits, *disease)
     for disease in ((1, 0), (0, 1))
@@ -40,7 +37,7 @@ _TABLE = {
 }
 CAPTIONS: tuple[str, ...] = tuple(_TABLE)
 _CAPTION_OF_LABELS = {labels: caption for caption, labels in _TABLE.items()}
-# the columns of table 2: captions with exactly one artifact, by (disease, artifact).
+# columns of table 2: captions with exactly one artifact, by (disease, artifact)
 SINGLE_ARTIFACT_CAPTIONS = {
     (disease, artifact): _compose((*(int(a == artifact) for a in ARTIFACTS), *((1, 0) if disease == "MEL" else (0, 1))))
     for disease in DISEASES
@@ -49,7 +46,7 @@ SINGLE_ARTIFACT_CAPTIONS = {
 
 
 def caption_of(labels: Sequence[int]) -> str:
-    """The caption of six 0/1 labels in the order of `LABELS`. Raises UserError if no caption states them."""
+    """Return the caption of six 0/1 labels in the order of `LABELS`. Raises UserError if there is none."""
     key = tuple(int(value) for value in labels)
     if key not in _CAPTION_OF_LABELS:
         raise UserError(
@@ -59,19 +56,19 @@ def caption_of(labels: Sequence[int]) -> str:
 
 
 def caption_list(rows: Sequence["Row"]) -> tuple[str, ...]:
-    """All 32 captions, whichever of them the rows have."""
+    """Return all 32 captions, whether or not they are in the rows."""
     return CAPTIONS
 
 
 def short_caption(caption: str) -> str:
-    """A subgroup in few letters: "MEL hair+ink", "NV plain"."""
+    """Return a short name of a subgroup: "MEL hair+ink", "NV plain"."""
     labels = labels_of(caption)
     present = [name for name, value in zip(ARTIFACTS, labels, strict=False) if value]
     return f"{'MEL' if labels[4] else 'NV'} {'+'.join(present) or 'plain'}"
 
 
 def labels_of(caption: str) -> tuple[int, ...]:
-    """The six labels that a caption states. Raises UserError for a text that is not one of `CAPTIONS`."""
+    """Return the six labels of a caption. Raises UserError for a text that is not one of `CAPTIONS`."""
     if caption not in _TABLE:
         raise UserError(f"{caption!r} is not one of the 32 ISIC captions, e.g. {CAPTIONS[1]!r}")
     return _TABLE[caption]
@@ -79,7 +76,7 @@ def labels_of(caption: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a split table: image id, six labels, their caption, every column as text, its number from 0."""
+    """Row of a split table: image id, six labels, their caption, every column as text, its number from 0."""
 
     image: str
     labels: tuple[int, ...]
@@ -89,77 +86,48 @@ class Row:
 
 
 def read_split(path: str | Path) -> list[Row]:
-    """Read a split table with the columns image, MEL, NV, hair, gel_bubble, ruler, ink (others are carried along).
+    """Read a split table with the columns image, MEL, NV, hair, gel_bubble, ruler, ink, and perhaps others.
 
-    See `tables.read_table` for what is understood. Raises UserError that describes the first faults by line and
-    counts the others: a row of the wrong number of cells, an empty or repeated id, a label other than 0 or 1, both or
-    neither disease.
+    See `tables.read_table` for the format. Raises UserError for a row of the wrong number of cells, an empty or
+    repeated id, a label other than 0 or 1, and both or neither disease.
     """
     table, faults = read_table(path, ("image", *LABELS), "split table")
     rows, lines = [], {}
     for line, fields in table:
         image, values = fields["image"], [number(fields[name]) for name in LABELS]
-        wrong = [
-            f"{name} is {fields[name]!r}" for name, value in zip(LABELS, values, strict=True) if value not in (0, 1)
-        ]
-        if wrong:
-            faults.add(line, f"{', '.join(wrong)}; allowed are 0 and 1")
+        if wrong := [name for name, value in zip(LABELS, values, strict=True) if value not in (0, 1)]:
+            faults.add(line, f"{', '.join(f'{name} is {fields[name]!r}' for name in wrong)}; allowed are 0 and 1")
         elif values[4] + values[5] != 1:
             faults.add(line, f"MEL and NV are {tuple(map(int, values[4:]))}; exactly one of them must be 1")
         if not image:
             faults.add(line, "the image id is empty; give the name of the image file without .jpg")
         elif fault := path_fault(image):
             faults.add(line, f"the image id {image!r} {fault}; give the name of the file in the image folder")
-        elif image_key(image) in lines:
-            first = lines[image_key(image)]
+        elif (first := lines.setdefault(image_key(image), line)) != line:
             faults.add(line, f"image {image!r} appears twice, first in line {first}; remove one of them")
-        lines.setdefault(image_key(image), line)
-        if not faults.found:
+        if not faults.entries:
             labels = tuple(map(int, values))
             rows.append(Row(image, labels, caption_of(labels), fields, len(rows)))
     faults.refuse()
     return rows
 
 
-def count_labels(rows: Sequence[Row]) -> dict[str, int]:
-    """How many rows have each of LABELS, in the order of table 1."""
-    return {name: sum(row.labels[LABELS.index(name)] for row in rows) for name in PAPER_ORDER}
-
-
-def count_single(rows: Sequence[Row]) -> dict[tuple[str, str], int]:
-    """How many rows have exactly one artifact, by (disease, artifact) in the order of table 2."""
-    captions = Counter(row.caption for row in rows)
-    return {
-        (disease, artifact): captions[SINGLE_ARTIFACT_CAPTIONS[disease, artifact]]
-        for disease in DISEASES
-        for artifact in PAPER_ORDER[2:]
-    }
-
-
 def image_key(image: str) -> str:
-    """Return the picture an image id stands for: ISIC adds `_downsampled` to some ids in one file, not in others."""
+    """Return an image id without suffix and `_downsampled`, which ISIC adds to some ids in some files only."""
     return stem_of(image).removesuffix("_downsampled")
 
 
-def file_key(stem: str) -> str:
-    """Return what the id in a table and the name of its file have in common."""
-    return image_key(stem.casefold())
-
-
-def find_image(data_path: str | Path, image: str) -> Path | None:
-    """Return the file of an image id (`images.find_images`), with or without `_downsampled`, or None."""
-    return find_images(data_path, [stem_of(image)], file_key)[0]
+def find_image_files(data_path: str | Path, images: Sequence[str]) -> list[Path | None]:
+    """Return the files of image ids, with or without `_downsampled`, by `images.find_images`."""
+    return find_images(data_path, [stem_of(image) for image in images], lambda stem: image_key(stem.casefold()))
 
 
 def load_split(csv_path: str | Path, data_path: str | Path, limit: int = 0) -> tuple[list[Row], list[Path], int]:
-    """Return rows that have an image, their files, and the number of rows without one, which a warning names.
+    """Return the rows that have an image, their files, and the number of rows without one, which a warning lists.
 
-    `limit` > 0 keeps the first that many rows with an image. Raises UserError as `read_split` and
-    `images.rows_with_image` do. A damaged image raises UserError when it is loaded (`splits.drop_broken` finds it
-    before).
+    `limit` > 0 keeps the first rows. Raises UserError as `read_split` and `images.rows_with_image` do.
     """
-    rows = read_split(csv_path)
-    return rows_with_image(rows, [stem_of(row.image) for row in rows], csv_path, data_path, limit, file_key)
+    return rows_with_image(read_split(csv_path), csv_path, data_path, limit, find_image_files)
 
 
 if __name__ == "__main__":

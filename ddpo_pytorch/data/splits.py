@@ -1,54 +1,70 @@
-"""Split tables as a whole: whether they are sound, what they count, whether one lesion is in two of them.
+"""Checks of split tables: their counts, their images, and lesions that are in several splits.
 
     python -m ddpo_pytorch.data.isic --splits DIR                       # checks, table 1, table 2's "# real" row
-    python -m ddpo_pytorch.data.isic --splits DIR --images FOLDER       # and every image: there, and whole?
+    python -m ddpo_pytorch.data.isic --splits DIR --images FOLDER       # and every image: missing or broken
     python -m ddpo_pytorch.data.isic --splits DIR --metadata CSV        # and lesions that are in several splits
     python -m ddpo_pytorch.data.isic --splits DIR --metadata CSV --regroup OUT --seed S   # new splits without any
 
-A set of splits is `<name>_train.csv`, `<name>_val.csv` and `<name>_test.csv` of one folder, or some of the three.
+A set of splits is `<name>_train.csv`, `<name>_val.csv` and `<name>_test.csv` of one folder, or some of the three. ISIC
+shows many lesions in several images, and a classifier tested on lesions of its training looks better than it is.
 """
 
 import argparse
 import logging
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import permutations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ddpo_pytorch.data.images import find_damage, find_images, stem_of
-from ddpo_pytorch.data.isic import Row, count_labels, count_single, file_key, image_key, read_split
+from ddpo_pytorch.data.images import find_damage
+from ddpo_pytorch.data.isic import (
+    DISEASES,
+    LABELS,
+    PAPER_ORDER,
+    SINGLE_ARTIFACT_CAPTIONS,
+    Row,
+    find_image_files,
+    image_key,
+    read_split,
+)
 from ddpo_pytorch.data.tables import read_table, write_table
-from ddpo_pytorch.utils.cli import add_path
+from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_folder, sha256, write_json
 from ddpo_pytorch.utils.json_files import read_json
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
+RECORD = "splits.json"  # seed, and the hash of every table, of regrouped splits
 
 
 def find_splits(folder: str | Path) -> dict[str, dict[str, Path]]:
-    """The sets of splits in a folder: files by train, val, test, by the name in front. UserError if there is none.
+    """Return the sets of splits in a folder: files by train, val, test, by the name in front of them.
 
-    Only names that end in exactly _train, _val or _test count: phantom_train_a.csv is a part of one, not a split.
+    Names must end in exactly _train, _val or _test; phantom_train_a.csv is no split. Raises UserError if there is none.
     """
     if not Path(folder).is_dir():
         raise UserError(f"split folder {str(folder)!r} does not exist; give the folder of the *_train.csv files")
-    found = defaultdict(dict)
+    sets = defaultdict(dict)
     for split in SPLITS:
         for path in sorted(Path(folder).glob(f"[!.]*_{split}.csv")):
-            found[path.stem.removesuffix(f"_{split}")][split] = path
-    if not found:
+            sets[path.stem.removesuffix(f"_{split}")][split] = path
+    if not sets:
         raise UserError(f"{str(folder)!r} holds no split table; they are named *_train.csv, *_val.csv, *_test.csv")
-    return dict(found)
+    return dict(sets)
 
 
 def read_splits(paths: Mapping[str, Path]) -> dict[str, list[Row]]:
-    """Read the tables of one set. Raises UserError as `read_split` does, and for an image that is in two of them.
+    """Read the tables of one set.
 
-    Where the folder holds the record that regrouping writes, a table that differs from its recorded hash is refused.
+    Raises UserError as `read_split` does, for an image in two tables, and for a table that differs from the hash that
+    regrouping recorded in the folder.
     """
     record = next(iter(paths.values())).parent / RECORD
     hashes: dict[str, str] = {}
@@ -58,75 +74,207 @@ def read_splits(paths: Mapping[str, Path]) -> dict[str, list[Row]]:
     splits, owners = {}, {}
     for split, path in paths.items():
         splits[split] = read_split(path)
-        if hashes.get(path.name, sha256(path)) != sha256(path):
+        if path.name in hashes and hashes[path.name] != sha256(path):
             raise UserError(f"{str(path)!r} was changed after {RECORD} recorded its hash; make the splits again")
         for row in splits[split]:
             other = owners.setdefault(image_key(row.image), split)
             if other != split:
-                raise UserError(
-                    f"image {row.image!r} is in {str(paths[other])!r} ({other}) and in {str(path)!r} ({split}); keep "
-                    "it in one of them"
-                )
+                raise UserError(f"image {row.image!r} is in {str(paths[other])!r} and {str(path)!r}; keep one of them")
     return splits
+
+
+def count_labels(rows: Sequence[Row]) -> dict[str, int]:
+    """Return the number of rows with each label, in the order of table 1."""
+    return {name: sum(row.labels[LABELS.index(name)] for row in rows) for name in PAPER_ORDER}
 
 
 def report_counts(splits: Mapping[str, Sequence[Row]]) -> None:
     """Log table 1 and, over train, the "# real" row of table 2."""
-    logger.info("table 1  %7s" + " %6s" * 6, "images", *(name.replace("_bubble", "") for name in count_labels([])))
+    logger.info("table 1  %7s" + " %6s" * 6, "images", *(name.replace("_bubble", "") for name in PAPER_ORDER))
     for split, rows in splits.items():
         logger.info("%-8s %7d" + " %6d" * 6, split, len(rows), *count_labels(rows).values())
     if "train" in splits:
-        single = count_single(splits["train"])
-        heads = (f"{disease} {artifact.replace('_bubble', '')}" for disease, artifact in single)
+        captions = Counter(row.caption for row in splits["train"])
+        columns = [(disease, artifact) for disease in DISEASES for artifact in PAPER_ORDER[2:]]
+        heads = (f"{disease} {artifact.replace('_bubble', '')}" for disease, artifact in columns)
         logger.info("table 2 " + " %9s" * 8, *heads)
-        logger.info("# real  " + " %9d" * 8, *single.values())
+        logger.info("# real  " + " %9d" * 8, *(captions[SINGLE_ARTIFACT_CAPTIONS[column]] for column in columns))
 
 
 def check_images(splits: Mapping[str, Sequence[Row]], folder: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
-    """Decode every image of the splits: (split, image id) of those that are missing, and what is wrong with which file.
+    """Decode the images of the splits; return (split, image id) of missing ones and the faults of broken ones.
 
     Raises UserError if the folder does not exist or holds none of the images.
     """
     if not Path(folder).is_dir():
         raise UserError(f"image folder {str(folder)!r} does not exist; give the folder that holds <image>.jpg files")
-    found, missing = [], []
+    paths, missing = [], []
     for split, rows in splits.items():
-        names = [row.image for row in rows]
-        paths = dict(zip(names, find_images(folder, map(stem_of, names), file_key), strict=True))
-        there = [path for path in paths.values() if path]
-        absent = [image for image, path in paths.items() if not path]
-        found, missing = found + there, missing + [(split, image) for image in absent]
-        downsampled = sum(path.stem.endswith("_downsampled") for path in there)
-        some = f": {', '.join(absent[:5])}{', ...' if absent[5:] else ''}" if absent else ""
-        logger.info("%-8s %d images (%d _downsampled), %d missing%s", split, len(there), downsampled, len(absent), some)
-    if not found:
+        images = [row.image for row in rows]
+        files = find_image_files(folder, images)
+        present = [path for path in files if path]
+        absent = [image for image, path in zip(images, files, strict=True) if not path]
+        paths, missing = paths + present, missing + [(split, image) for image in absent]
+        downsampled = sum(path.stem.endswith("_downsampled") for path in present)
+        listed = f": {', '.join(absent[:5])}{', ...' if absent[5:] else ''}" if absent else ""
+        logger.info(
+            "%-8s %d images (%d _downsampled), %d missing%s", split, len(present), downsampled, len(absent), listed
+        )
+    if not paths:
         raise UserError(f"none of the {len(missing)} images of the splits is in {str(folder)!r}")
-    logger.info("decoding %d images", len(found))
-    faults = [fault for fault in find_damage(found) if fault]
+    logger.info("decoding %d images", len(paths))
+    faults = [fault for fault in find_damage(paths) if fault]
     logger.info("%s", "\n".join([f"{len(faults)} images are broken", *faults]))
     return missing, faults
 
 
 def drop_broken(rows: Sequence[Row], paths: Sequence[Path]) -> tuple[list[Row], list[Path]]:
-    """The rows whose image (at the same place in `paths`) can be decoded to its last pixel; warns of every other one.
+    """Return the rows of which the image can be decoded, and these images; warn of every other one.
 
     Raises UserError if none is left.
     """
-    faults = dict(zip(paths, find_damage(paths), strict=True))
-    kept = [(row, path) for row, path in zip(rows, paths, strict=True) if not faults[path]]
-    for fault in filter(None, faults.values()):
+    faults = find_damage(paths)
+    for fault in filter(None, faults):
         logger.warning("left out: %s", fault)
-    if not kept:
-        raise UserError(f"all {len(paths)} images are broken, the first: {faults[paths[0]]}")
-    return [row for row, _ in kept], [path for _, path in kept]
+    if all(faults):
+        raise UserError(f"all {len(paths)} images are broken, the first: {faults[0]}")
+    good = [index for index, fault in enumerate(faults) if not fault]
+    return [rows[index] for index in good], [paths[index] for index in good]
+
+
+def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
+    """Return the columns of ISIC's metadata by `image_key`: image, lesion_id (which may be empty), perhaps source.
+
+    Raises UserError as `tables.read_table` does and for images that appear twice.
+    """
+    table, faults = read_table(path, ("image", "lesion_id"), "metadata", optional=("source",))
+    metadata = {}
+    for line, fields in table:
+        if image_key(fields["image"]) in metadata:
+            faults.add(line, f"image {fields['image']!r} appears twice; remove one of them")
+        metadata[image_key(fields["image"])] = fields
+    faults.refuse()
+    return metadata
+
+
+def _frame(splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, Mapping[str, str]]) -> "DataFrame":
+    """Return split, row, known (to the metadata), lesion and source of every row; a row without a lesion is its own."""
+    from pandas import DataFrame  # a slow import, which training does not need
+
+    records = []
+    for split, rows in splits.items():
+        for row in rows:
+            fields = metadata.get(image_key(row.image))
+            lesion = fields["lesion_id"].strip() if fields else ""
+            lesion = f"lesion {lesion}" if lesion else f"image {row.image}"
+            records.append((split, row, fields is not None, lesion, (fields or {}).get("source")))
+    return DataFrame(records, columns=["split", "row", "known", "lesion", "source"])
+
+
+def report_leakage(splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, Mapping[str, str]]) -> tuple[int, int]:
+    """Log lesions that are in several splits and, if the metadata have a column source, images by source.
+
+    Returns the number of such lesions and of their images. Raises UserError if the metadata have none of the images.
+    """
+    frame = _frame(splits, metadata)
+    if not frame.known.any():
+        raise UserError(f"the metadata have none of the {len(frame)} images of the splits; give ISIC's own file")
+    named = frame.lesion.str.startswith("lesion ").sum()
+    logger.info("lesions  %d of %d images have a lesion_id; the others cannot be checked", named, len(frame))
+    shared = frame[frame.groupby("lesion").split.transform("nunique") > 1]
+    count = shared.lesion.nunique(), len(shared)
+    logger.info("leakage  %d lesions, with %d images, are in more than one split", *count)
+    for split, other in permutations(splits, 2):
+        leaked = shared.lesion[shared.split == split].isin(shared.lesion[shared.split == other]).sum()
+        if leaked:
+            share = 100 * leaked / len(splits[split])
+            logger.info("%-8s %d images (%.1f %%) show a lesion that is also in %s", split, leaked, share, other)
+    if frame.source.notna().any():
+        sources = frame.source.fillna("").replace("", "unknown")
+        for split in splits:
+            counts = sources[frame.split == split].value_counts().sort_index()
+            logger.info("%-8s by source: %s", split, ", ".join(f"{name} {n}" for name, n in counts.items()))
+    return count
+
+
+def assign(groups: np.ndarray, targets: np.ndarray, seed: int) -> np.ndarray:
+    """Return the split (G,) of each group such that the sums over each split come near its target.
+
+    `groups` (G, F) and `targets` (S, F) count images in their first column and other features in the rest.
+    A group goes where there is room and the sum of (count - target)^2 / target grows least.
+    """
+    groups, targets = groups.astype(float), targets.astype(float)
+    rarity = np.where(groups > 0, groups.sum(0), np.inf).min(1)
+    # large groups and rare labels, which are hard to place, go first
+    order = np.lexsort((np.random.default_rng(seed).permutation(len(groups)), rarity, -groups[:, 0]))
+    sums, chosen = np.zeros_like(targets), np.zeros(len(groups), int)
+    for index in order:
+        group = groups[index]
+        excess = np.maximum(sums[:, 0] + group[0] - targets[:, 0], 0)
+        cost = (group * (2 * (sums - targets) + group) / np.maximum(targets, 1)).sum(1)
+        chosen[index] = np.lexsort((cost, excess))[0]
+        sums[chosen[index]] += group
+    return chosen
+
+
+def regroup(
+    splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, Mapping[str, str]], seed: int
+) -> dict[str, list[Row]]:
+    """Return the rows with each lesion in one split only, of sizes and label frequencies near those of `splits`.
+
+    A function of the arguments; rows are in random order. Raises UserError for a single split.
+    """
+    if len(splits) < 2:
+        raise UserError(f"there is only the split {', '.join(splits)}; regrouping needs two or three")
+    frame = _frame(splits, metadata)
+    lesions, _ = frame.lesion.factorize()  # (N,) numbers from 0 in the order of first appearance
+    columns = [LABELS.index(name) for name in PAPER_ORDER]
+    counts = np.array([[1, *(row.labels[column] for column in columns)] for row in frame.row])  # (N, 7)
+    groups = np.zeros((lesions.max() + 1, counts.shape[1]), int)
+    np.add.at(groups, lesions, counts)
+    targets = np.array([counts[frame.split == split].sum(0) for split in splits])
+    chosen = assign(groups, targets, seed)[lesions]
+    by_lesion, rng = np.argsort(lesions, kind="stable"), np.random.default_rng(seed)
+    result = {}
+    for number, split in enumerate(splits):
+        rows = [frame.row[index] for index in by_lesion if chosen[index] == number]
+        result[split] = [rows[index] for index in rng.permutation(len(rows))]
+    return result
+
+
+def write_splits(folder: str | Path, name: str, splits: Mapping[str, Sequence[Row]], metadata: Mapping) -> None:
+    """Write `<name>_<split>.csv` with every column, and splits.json with `metadata` and each file's hash and counts.
+
+    The folder is written atomically. Raises UserError if it exists, or if the tables have different columns.
+    """
+    folder = Path(folder)
+    refuse_existing(folder)
+    every = [row for rows in splits.values() for row in rows]
+    columns = list(every[0].fields)
+    for row in every:
+        if other := set(row.fields) ^ set(columns):
+            raise UserError(f"the columns of the split tables differ ({', '.join(other)}); give all tables the same")
+    with atomic_folder(folder) as unfinished:
+        files = {}
+        for split, rows in splits.items():
+            path = unfinished / f"{name}_{split}.csv"
+            write_table(path, columns, (row.fields for row in rows))
+            files[path.name] = {"sha256": sha256(path), "images": len(rows), **count_labels(rows)}
+        write_json(unfinished / RECORD, {**metadata, "files": files})
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise UserError if `path` exists."""
+    if path.exists():
+        raise UserError(f"{str(path)!r} exists already; choose another name or move it away")
 
 
 def check_folder(
     folder: str, images: str = "", list_missing: str = "", metadata: str = "", regroup_to: str = "", seed: int = 0
 ) -> None:
-    """What the module's command does: log the reports asked for on the sets of splits in a folder, write what is named.
+    """Log the reports of the sets of splits in a folder, and write the files asked for.
 
-    Raises UserError for whatever is wrong, broken images last, after everything else has been reported.
+    Raises UserError for anything wrong; for broken images only after all reports.
     """
     if (regroup_to and not metadata) or (list_missing and not images) or seed < 0:
         raise UserError("--regroup needs --metadata, --list_missing needs --images, and --seed is 0 or more")
@@ -147,158 +295,27 @@ def check_folder(
             known = read_metadata(metadata)
             report_leakage(splits, known)
         if regroup_to:
-            made = regroup(splits, known, seed)
-            about = {"seed": seed, "made_from": {path.name: sha256(path) for path in (*paths.values(), Path(metadata))}}
-            write_splits(regroup_to, name, made, about)
+            regrouped = regroup(splits, known, seed)
+            sources = {path.name: sha256(path) for path in (*paths.values(), Path(metadata))}
+            write_splits(regroup_to, name, regrouped, {"seed": seed, "made_from": sources})
             logger.info("written to %s, each lesion in one split", regroup_to)
-            report_counts(made)
-            report_leakage(made, known)
+            report_counts(regrouped)
+            report_leakage(regrouped, known)
     if list_missing:
         write_table(list_missing, ("split", "image"), missing)
     if faults:
-        raise UserError(f"{len(faults)} broken images are named above, the first: {faults[0]}")
-
-
-RECORD = "splits.json"  # seed, and the hash of every table, of splits made here
-
-
-def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
-    """Return the columns of ISIC's metadata by `image_key`; at least image and lesion_id, which may be empty.
-
-    Raises UserError as `tables.read_table` does and for images that appear twice.
-    """
-    table, faults = read_table(path, ("image", "lesion_id"), "metadata", optional=("source",))
-    metadata = {}
-    for line, fields in table:
-        if image_key(fields["image"]) in metadata:
-            faults.add(line, f"image {fields['image']!r} appears twice; remove one of them")
-        metadata[image_key(fields["image"])] = fields
-    faults.refuse()
-    return metadata
-
-
-def group_by_lesion(
-    splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, Mapping[str, str]]
-) -> list[list[tuple[str, Row]]]:
-    """(split, row) of all rows, one list a lesion; a row whose lesion is not known is a lesion of its own."""
-    lesions = defaultdict(list)
-    for split, rows in splits.items():
-        for row in rows:
-            lesion = metadata.get(image_key(row.image), {}).get("lesion_id", "").strip()
-            lesions[("lesion", lesion) if lesion else ("image", row.image)].append((split, row))
-    return list(lesions.values())
-
-
-def report_leakage(splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, Mapping[str, str]]) -> tuple[int, int]:
-    """Log lesions that are in more than one split and, where the metadata have a column source, images by source.
-
-    Returns the number of such lesions and of their images. Raises UserError if the metadata know none of the images.
-    """
-    images = [image_key(row.image) for rows in splits.values() for row in rows]
-    known = [image for image in images if image in metadata]
-    if not known:
-        raise UserError(f"the metadata have none of the {len(images)} images of the splits; give ISIC's own file")
-    named = sum(bool(metadata[image]["lesion_id"].strip()) for image in known)
-    logger.info("lesions  %d of %d images have a lesion_id; for the others leakage cannot be seen", named, len(images))
-    shared = [group for group in group_by_lesion(splits, metadata) if len({split for split, _ in group}) > 1]
-    count = len(shared), sum(len(group) for group in shared)
-    logger.info("leakage  %d lesions, with %d images, are in more than one split", *count)
-    for split, rows in splits.items():
-        for other in (name for name in splits if name != split):
-            both = [group for group in shared if any(name == other for name, _ in group)]
-            leaked = sum(name == split for group in both for name, _ in group)
-            if leaked:
-                share = 100 * leaked / len(rows)
-                logger.info("%-8s %d images (%.1f %%) show a lesion that is also in %s", split, leaked, share, other)
-    if "source" in metadata[known[0]]:
-        for split, rows in splits.items():
-            sources = Counter(metadata.get(image_key(row.image), {}).get("source") or "unknown" for row in rows)
-            logger.info("%-8s by source: %s", split, ", ".join(f"{name} {n}" for name, n in sorted(sources.items())))
-    return count
-
-
-def assign(groups: np.ndarray, targets: np.ndarray, seed: int) -> np.ndarray:
-    """The split (G,) of each group such that the sums over each split come near its target.
-
-    `groups` (G, F) and `targets` (S, F) count images in their first column and anything else to be kept in the others.
-    A group goes where there is room for it and where the sum of (count - target)^2 / target grows least.
-    """
-    groups, targets = groups.astype(float), targets.astype(float)
-    rarity = np.where(groups > 0, groups.sum(0), np.inf).min(1)
-    # what is hard to place goes first, large groups and rare labels; what is left for the end fits anywhere.
-    order = np.lexsort((np.random.default_rng(seed).permutation(len(groups)), rarity, -groups[:, 0]))
-    sums, chosen = np.zeros_like(targets), np.zeros(len(groups), int)
-    for index in order:
-        group = groups[index]
-        excess = np.maximum(sums[:, 0] + group[0] - targets[:, 0], 0)
-        cost = (group * (2 * (sums - targets) + group) / np.maximum(targets, 1)).sum(1)
-        chosen[index] = np.lexsort((cost, excess))[0]
-        sums[chosen[index]] += group
-    return chosen
-
-
-def regroup(
-    splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, Mapping[str, str]], seed: int
-) -> dict[str, list[Row]]:
-    """The same rows with each lesion in one split only, sizes and label frequencies near those of `splits`.
-
-    A function of the arguments; rows are in random order. Raises UserError for a single split.
-    """
-    if len(splits) < 2:
-        raise UserError(f"there is only the split {', '.join(splits)}; regrouping needs two or three")
-    groups, names, result = group_by_lesion(splits, metadata), list(splits), {name: [] for name in splits}
-    counts = np.array([_totals([row for _, row in group]) for group in groups])
-    targets = np.array([_totals(rows) for rows in splits.values()])
-    for group, index in zip(groups, assign(counts, targets, seed), strict=True):
-        result[names[index]] += [row for _, row in group]
-    rng = np.random.default_rng(seed)
-    return {name: [rows[index] for index in rng.permutation(len(rows))] for name, rows in result.items()}
-
-
-def _totals(rows: Sequence[Row]) -> list[int]:
-    return [len(rows), *count_labels(rows).values()]
-
-
-def write_splits(folder: str | Path, name: str, splits: Mapping[str, Sequence[Row]], about: Mapping) -> None:
-    """Write `<name>_<split>.csv` with every column and splits.json: `about`, and each file's hash and counts.
-
-    The folder appears whole or not at all. Raises UserError if it exists, or if the tables have different columns.
-    """
-    folder = Path(folder)
-    refuse_existing(folder)
-    columns = list(next(row for rows in splits.values() for row in rows).fields)
-    for row in (row for rows in splits.values() for row in rows):
-        if set(row.fields) != set(columns):
-            raise UserError(f"the columns of the split tables differ ({', '.join(set(row.fields) ^ set(columns))})")
-    with atomic_folder(folder) as unfinished:
-        files = {}
-        for split, rows in splits.items():
-            path = unfinished / f"{name}_{split}.csv"
-            write_table(path, columns, (row.fields for row in rows))
-            files[path.name] = {"sha256": sha256(path), "images": len(rows), **count_labels(rows)}
-        write_json(unfinished / RECORD, {**about, "files": files})
-
-
-def refuse_existing(path: Path) -> None:
-    """Raise UserError if something is there already."""
-    if path.exists():
-        raise UserError(f"{str(path)!r} exists already; choose another name or move it away")
+        raise UserError(f"{len(faults)} broken images are listed above, the first: {faults[0]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Check and count split tables.")
-    add_path(parser, "--splits", help="folder of *_train.csv, *_val.csv, *_test.csv")
+    add_path(parser, "--splits", dest="folder", help="folder of *_train.csv, *_val.csv, *_test.csv")
     add_path(parser, "--images", optional=True, help="folder of <image>.jpg: count missing ones, decode all others")
     add_path(parser, "--list_missing", optional=True, help="CSV file to write: split and id of every missing image")
     add_path(parser, "--metadata", optional=True, help="ISIC_2019_Training_Metadata.csv: report lesions in two splits")
-    add_path(parser, "--regroup", optional=True, help="folder to write: splits that have each lesion in one of them")
+    add_path(parser, "--regroup", optional=True, dest="regroup_to", help="folder to write: splits that share no lesion")
     parser.add_argument("--seed", type=int, default=42, help="of --regroup, default 42")
-    given = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    try:
-        check_folder(given.splits, given.images, given.list_missing, given.metadata, given.regroup, given.seed)
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
+    run_command(parser, check_folder, arguments)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The one reader and the one writer of CSV tables: split tables, metadata, captions, ratings, per-image results.
+"""CSV tables that people and spreadsheets write: one reader, one writer, and the rules of their cells.
 
-Tables are written by people and by spreadsheets: headers in any case, spaces after commas, captions with commas that
-nobody quoted. Rows with faults are collected with their lines, so that one message describes several of them.
+Headers come in any case, with spaces after commas, and captions with commas that nobody quoted. pandas reads such rows
+without an error and shifts their cells. Rows with faults are collected by line, so that one message lists several.
 """
 
 import csv
@@ -17,48 +17,54 @@ from typing import Any
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_write, open_regular
 
-# other spellings of columns' names, as `_spelling` returns them
-SYNONYMS = {"modal": "modality"}
+SYNONYMS = {"modal": "modality"}  # of column names, as `_normalized` returns them
 DESCRIBED = 3  # faults of a table that a message describes; the others are counted
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
-# what begins with a sign and is no formula: a number, perhaps with its interval
+# text that begins with a sign and is no formula: a number, perhaps with its interval
 _VALUE = re.compile(rf"{_NUMBER.pattern}( \[{_NUMBER.pattern}, {_NUMBER.pattern}\])?|[-+](inf|nan)")
-# what a cell has to begin with for a spreadsheet to run it; also the full-width forms that some of them accept
+# first characters of the cells that spreadsheets run; some of them accept the full-width forms
 _FORMULA = tuple("=+-@\t\r\n＝＋－＠")
-# what the cells of well-known columns look like; it decides where a caption with unquoted commas ends.
+# cells of well-known columns; they decide where a caption with unquoted commas ends
 _FORMS = {
-    "path": re.compile(r".+\.(png|jpe?g|tiff?|bmp|webp|ppm)", re.IGNORECASE),
+    **dict.fromkeys(("path", "image_path"), re.compile(r".+\.(png|jpe?g|tiff?|bmp|webp|ppm)", re.IGNORECASE)),
     "modality": re.compile(r"[A-Za-z]*"),
     "eye": re.compile(r"left|right|l|r|od|os|", re.IGNORECASE),
     **dict.fromkeys(("age", "rating", "expert_level", "quality", "alignment"), re.compile(f"({_NUMBER.pattern})?")),
 }
-_FORMS["image_path"] = _FORMS["path"]
-# between the quote that closes a cell, empty or not, and the comma; it is not CSV, but is written
+# spaces between a closing quote and the comma, which are not CSV, but common
 _SPACE_AFTER_QUOTE = re.compile(r'((?<!")"|(?<![^,\s])"")[ \t]+(?=,|\r?\n?$)')
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+# control and format characters, surrogates, and separators other than the plain space
+_INVISIBLE_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp", "Zs")
+# printable characters without a shape: joiners, fillers, variation selectors, the blank Braille pattern
+_INVISIBLE_RANGES = (
+    *((0x034F, 0x034F), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x2800, 0x2800), (0x3164, 0x3164)),
+    *((0xFE00, 0xFE0F), (0xFFA0, 0xFFA0), (0xE0100, 0xE01EF)),
+)
+_CONTROL_NAMES = {"\0": "NUL", "\t": "tab", "\n": "line feed", "\r": "carriage return"}
 
 
 @dataclass(frozen=True)
 class Faults:
-    """What is wrong with the rows of a table, as (line, text). `refuse` raises it."""
+    """Faults in the rows of a table, as (line, text). `refuse` raises them."""
 
     path: str
-    found: list[tuple[int, str]] = field(default_factory=list)
+    entries: list[tuple[int, str]] = field(default_factory=list)
 
     def add(self, line: int, text: str) -> None:
-        self.found.append((line, text))
+        self.entries.append((line, text))
 
     def refuse(self) -> None:
         """Raise UserError that describes the first faults and counts the others. Return if there are none."""
-        if not self.found:
+        if not self.entries:
             return
-        ordered = sorted(self.found, key=lambda fault: fault[0])
-        text = "; ".join(f"line {line}: {_cut(text)}" for line, text in ordered[:DESCRIBED])
+        ordered = sorted(self.entries, key=lambda fault: fault[0])
+        message = "; ".join(f"line {line}: {_cut(text)}" for line, text in ordered[:DESCRIBED])
         if others := ordered[DESCRIBED:]:
             lines = list(dict.fromkeys(str(line) for line, _ in others))
-            named = f"{', '.join(lines[:10])}{', ...' if lines[10:] else ''}"
-            text += f" (and {len(others)} more fault{'s'[: len(others) > 1]}, in line{'s'[: len(lines) > 1]} {named})"
-        raise UserError(f"{self.path!r} {text}")
+            listed = f"{', '.join(lines[:10])}{', ...' if lines[10:] else ''}"
+            message += f" (and {len(others)} more, in line {listed})"
+        raise UserError(f"{self.path!r} {message}")
 
 
 def read_table(
@@ -66,63 +72,54 @@ def read_table(
 ) -> tuple[list[tuple[int, dict[str, str]]], Faults]:
     """Return (line, cells by column) of every row, and the faults so far, to which the caller adds.
 
-    All `columns` have to be there. Their names and those of `optional` columns match in any case, with spaces or
-    underscores, and are returned in the given spelling; other columns keep theirs. Cells are stripped, and what
-    `protected` has put before a formula is removed. Empty lines are skipped. Cells of the column `free_text` may hold
-    commas that are not quoted, and their white space becomes single spaces: a row with too many cells is resolved where
-    all others look as they do in other rows; otherwise it is a fault, like a row with too few. `what` names the table
-    in errors.
+    The names of `columns`, which are required, and of `optional` ones match in any case, with spaces or underscores,
+    and are returned in the given spelling; other columns keep theirs. Cells are stripped and `unprotected`, empty lines
+    skipped. Cells of the column `free_text` may hold unquoted commas, and their white space becomes single spaces: a
+    row with too many cells is resolved if all other cells look as in other rows, else it is a fault, like a row with
+    too few. `what` names the table in errors.
 
     Raises UserError for a missing or undecodable file, another separator than the comma, an unclosed quote, and a
     missing or repeated column.
     """
-    if not os.path.exists(path):
-        raise UserError(f"{what} {str(path)!r} does not exist; give a CSV with the columns {', '.join(columns)}")
     where = f"{what} {str(path)!r}"
+    if not os.path.exists(path):
+        raise UserError(f"{where} does not exist; give a CSV with the columns {', '.join(columns)}")
     with open_regular(path) as file:
         text = _decode(file.read(), where)
-    records = list(_records(text, where))
-    header = _header(records[0][1] if records else [], columns, optional, where, _separator_hint(text))
+    (_, first), *records = list(_records(text, where)) or [(1, [])]
+    header = _header(first, columns, optional, where, _separator_hint(text))
     free = header.index(free_text) if free_text else None
-    faults, rows, long = Faults(str(path)), [], []
-    for line, cells in records[1:]:
-        if len(cells) == len(header):
-            rows.append((line, cells))
-        elif len(cells) > len(header):
-            long.append((line, cells))
-        else:
-            faults.add(line, _miscounted(cells, header))
-    seen = [{cells[index] for _, cells in rows} for index in range(len(header))]
-    for line, cells in long:
-        resolved = _resolve(cells, header, free, seen)
-        if resolved:
-            rows.append((line, resolved))
-        elif free_text:
-            text = f"{_miscounted(cells, header)}, and the commas may belong to more than one column"
-            faults.add(line, f"{text}; put the cell of {free_text} in double quotes")
-        else:
-            faults.add(line, f"{_miscounted(cells, header)}; put cells that hold commas in double quotes")
-    named = []
-    for line, cells in sorted(rows):
+    regular = [cells for _, cells in records if len(cells) == len(header)]
+    seen = [set(column) for column in zip(*regular, strict=True)] or [set()] * len(header)
+    table, faults = [], Faults(str(path))
+    for line, cells in records:
+        if len(cells) > len(header) and (resolved := _resolve(cells, header, free, seen)):
+            cells = resolved
+        if len(cells) != len(header):
+            hint = ""
+            if len(cells) > len(header):
+                hint = f"; put {f'the cell of {free_text}' if free_text else 'cells that hold commas'} in double quotes"
+            faults.add(line, f"has {len(cells)} cell{'s'[: len(cells) > 1]} where the header has {len(header)}{hint}")
+            continue
         fields = {name: unprotected(cell) for name, cell in zip(header, cells, strict=True) if name}
         if free_text:
             fields[free_text] = " ".join(fields[free_text].split())
-        named.append((line, fields))
-    return named, faults
+        table.append((line, fields))
+    return table, faults
 
 
 def choice(fields: Mapping[str, str], name: str, default: str = "") -> str:
-    """Return the cell of an optional column; `default` where the table lacks it or the cell is empty."""
+    """Return the cell of an optional column; `default` if the table lacks it or the cell is empty."""
     return fields.get(name) or default
 
 
 def number(text: str) -> float | None:
-    """Return the number that a cell states in plain ASCII, such as "1", "1.0" or "1e-3"; None for any other text."""
+    """Return the number of a cell in plain ASCII, such as "1", "1.0" or "1e-3"; None for any other text."""
     return float(text) if _NUMBER.fullmatch(text) else None
 
 
 def table_text(header: Sequence[str], rows: Iterable[Sequence[Any] | Mapping[str, Any]]) -> str:
-    """Return a table as CSV. Rows are cells in the header's order, or by column.
+    """Return a table as CSV, from rows of cells in the header's order or by column.
 
     Cells are `protected` unless they are numbers; None is an empty cell.
     """
@@ -131,45 +128,56 @@ def table_text(header: Sequence[str], rows: Iterable[Sequence[Any] | Mapping[str
     all_quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
     for row in (header, *rows):
         values = [row.get(name) for name in header] if isinstance(row, Mapping) else row
-        cells = [one if one is None or isinstance(one, int | float) else protected(str(one)) for one in values]
-        # the module does not quote a lone carriage return, which ends a line for readers
+        cells = [
+            value if value is None or isinstance(value, int | float) else protected(str(value)) for value in values
+        ]
+        # csv does not quote a lone carriage return, which ends a line for readers
         quoted = any(isinstance(cell, str) and "\r" in cell for cell in cells)
         (all_quoted if quoted else writer).writerow(cells)
     return text.getvalue()
 
 
 def write_table(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[Any] | Mapping[str, Any]]) -> None:
-    """Write a table as `table_text` states it, in UTF-8; the file appears whole or not at all."""
+    """Write `table_text` in UTF-8, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(table_text(header, rows).encode())
 
 
 def protected(cell: str) -> str:
-    """Return a cell as a file holds it: with an apostrophe in front where a spreadsheet would run it as a formula.
+    """Return a cell as it is written: with an apostrophe before a formula that a spreadsheet would run.
 
-    One that begins with apostrophes and a formula gets one more, so that `unprotected` restores every cell.
+    A formula with apostrophes in front gets one more, so that `unprotected` restores every cell.
     """
-    return f"'{cell}" if _runs(cell) else cell
+    return f"'{cell}" if _is_formula(cell) else cell
 
 
 def unprotected(cell: str) -> str:
     """Return the cell that `protected` was given."""
-    return cell[1:] if cell.startswith("'") and _runs(cell) else cell
+    return cell[1:] if cell.startswith("'") and _is_formula(cell) else cell
 
 
-def _runs(cell: str) -> bool:
-    """Tell whether a cell, without apostrophes in front, is a formula to a spreadsheet."""
+def _is_formula(cell: str) -> bool:
     cell = cell.lstrip("'")
     return cell.startswith(_FORMULA) and not _VALUE.fullmatch(cell)
 
 
+def invisible_character(text: str) -> str | None:
+    """Return a fault that names the first invisible character of a text, or None.
+
+    Invisible are tabs, line breaks, NUL, byte-order marks, zero-width joiners and the like, and every space but the
+    plain one. Nobody sees them in a prompt, but a tokenizer does.
+    """
+    for position, character in enumerate(text, start=1):
+        shapeless = any(low <= ord(character) <= high for low, high in _INVISIBLE_RANGES)
+        if character != " " and (shapeless or unicodedata.category(character) in _INVISIBLE_CATEGORIES):
+            name = unicodedata.name(character, _CONTROL_NAMES.get(character, "a control character"))
+            return f"has the invisible character U+{ord(character):04X} ({name}) at position {position}; delete it"
+    return None
+
+
 def _cut(text: str, longest: int = 300) -> str:
-    """Return a text for a message, without the end of one that quotes a huge cell."""
+    """Return a text for a message, shortened if it quotes a huge cell."""
     return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
-
-
-def _miscounted(cells: Sequence[str], header: Sequence[str]) -> str:
-    return f"has {len(cells)} cell{'s'[: len(cells) > 1]} where the header has {len(header)}"
 
 
 def _decode(content: bytes, where: str) -> str:
@@ -186,7 +194,7 @@ def _decode(content: bytes, where: str) -> str:
 
 
 def _separator_hint(text: str) -> str:
-    """Return what to do about a table whose first line has more of another separator than commas, or ""."""
+    """Return advice for a table of which the first line has more of another separator than commas, or ""."""
     first = text.lstrip().partition("\n")[0]
     separator = max(_SEPARATORS, key=first.count)
     if first.count(separator) <= first.count(","):
@@ -207,35 +215,32 @@ def _records(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
                 yield first, cells
             first = reader.line_num + 1
     except csv.Error as error:
-        hint = (
-            f"a double quote is opened and not closed, or text follows a closed one ({error}); write a quote inside a "
-            "quoted cell twice"
-        )
+        hint = f"a double quote is opened and not closed, or text follows a closed one ({error})"
         raise UserError(f"{where} line {first}: {_separator_hint(text) * (not count) or hint}") from error
 
 
-def _spelling(name: str) -> str:
-    """Return a column's name as names are compared: in small letters, underscores for spaces, no byte-order mark."""
+def _normalized(name: str) -> str:
+    """Return a column's name for comparison: lower case, underscores for spaces, no byte-order mark."""
     name = "_".join(name.replace("\ufeff", " ").lower().split())
     return SYNONYMS.get(name, name)
 
 
 def _header(cells: Sequence[str], columns: Sequence[str], optional: Sequence[str], where: str, hint: str) -> list[str]:
-    known = {_spelling(name): name for name in (*columns, *optional)}
-    spelled = [_spelling(cell) for cell in cells]
-    if absent := [name for name in columns if _spelling(name) not in spelled]:
-        found = f"its first line has {_cut(', '.join(filter(None, cells))) or 'none'}"
-        raise UserError(f"{where} lacks the columns {', '.join(absent)}; {hint or found}")
-    if twice := sorted({name for name in spelled if name and spelled.count(name) > 1}):
-        names = _cut(", ".join(repr(known.get(name, name)) for name in twice))
-        raise UserError(f"{where} has the column{'s'[: len(twice) > 1]} {names} twice; remove or rename one of each")
-    return [known.get(spelling, cell) for spelling, cell in zip(spelled, cells, strict=True)]
+    known = {_normalized(name): name for name in (*columns, *optional)}
+    names = [_normalized(cell) for cell in cells]
+    if absent := [name for name in columns if _normalized(name) not in names]:
+        first = f"its first line has {_cut(', '.join(filter(None, cells))) or 'none'}"
+        raise UserError(f"{where} lacks the columns {', '.join(absent)}; {hint or first}")
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):
+        listed = _cut(", ".join(repr(known.get(name, name)) for name in twice))
+        raise UserError(f"{where} has the column {listed} twice; remove or rename one of each")
+    return [known.get(name, cell) for name, cell in zip(names, cells, strict=True)]
 
 
 def _resolve(
     cells: Sequence[str], header: Sequence[str], free: int | None, seen: Sequence[set[str]]
 ) -> list[str] | None:
-    """Return as many cells as the header has; None where no reading of the surplus, or more than one, fits."""
+    """Return as many cells as the header has; None unless exactly one reading of the surplus fits."""
     readings = []
     if free is not None:
         end = free + len(cells) - len(header) + 1
@@ -244,46 +249,14 @@ def _resolve(
     if not any(cells[len(header) :]):  # spreadsheets fill rows up with empty cells
         readings.append(list(cells[: len(header)]))
     others = [index for index in range(len(header)) if index != free]
-    fitting = [
-        reading for reading in readings if all(_fits(reading[index], header[index], seen[index]) for index in others)
-    ]
-    return fitting[0] if len(fitting) == 1 else None
+    readings = [cells for cells in readings if all(_fits(cells[index], header[index], seen[index]) for index in others)]
+    return readings[0] if len(readings) == 1 else None
 
 
 def _fits(cell: str, name: str, seen: set[str]) -> bool:
+    """Return whether a cell looks like those `seen` in its column."""
     if form := _FORMS.get(name.lower()):
         return bool(form.fullmatch(cell))
     if any("," in other for other in seen):
         return False  # another column of free text
     return cell in seen or not any(" " in text for text in (cell, *seen))
-
-
-# control and format characters, halves of UTF-16 pairs, and separators, of which only the plain space is seen
-_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp", "Zs")
-# printable, but without a shape of their own: joiners, fillers, variation selectors, the blank Braille pattern
-_OTHERS = frozenset(
-    chr(code)
-    for low, high in (
-        *((0x034F, 0x034F), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x2800, 0x2800), (0x3164, 0x3164)),
-        *((0xFE00, 0xFE0F), (0xFFA0, 0xFFA0), (0xE0100, 0xE01EF)),
-    )
-    for code in range(low, high + 1)
-)
-_CONTROL_NAMES = {"\0": "NUL", "\t": "tab", "\n": "line feed", "\r": "carriage return"}
-
-
-def invisible_character(text: str) -> str | None:
-    """Return which character of a text is invisible and what to do about it, to follow the text; None if all are seen.
-
-    Invisible are tabs, line breaks, NUL, byte-order marks, zero-width joiners and the like, and spaces other than the
-    plain one.
-    """
-    for place, character in enumerate(text, start=1):
-        unseen = character in _OTHERS or unicodedata.category(character) in _CATEGORIES
-        if unseen and character != " ":
-            name = unicodedata.name(character, _CONTROL_NAMES.get(character, "a control character"))
-            return (
-                f"has the invisible character U+{ord(character):04X} ({name}) at position {place}; delete it, or type "
-                "a plain space in its place"
-            )
-    return None

@@ -1,6 +1,6 @@
-"""Ways to spoil a fundus image by a known degree: out of focus, noisy, wrongly exposed, cut off, without its vessels.
+"""Degradations of fundus images with known strength: blur, noise, exposure, crop, erased vessels.
 
-Lengths are shares of the image's width, so that a picture looks as bad at any size.
+Lengths are shares of the image's width, so that an image looks equally bad at any size.
 """
 
 import math
@@ -11,14 +11,14 @@ from scipy import ndimage
 from ddpo_pytorch.data.images import fov_mask
 from ddpo_pytorch.utils.errors import UserError
 
-# strengths that an expert would rate 2 (mild but plain to see) and 1 (of little use); what lies between is not used.
+# strengths that an expert would rate 2 (mild but visible) and 1 (of little use), with an unused gap between
 BANDS = {2: (0.25, 0.4), 1: (0.8, 1.0)}
-# least `vessel_contrast` of an image that can be a 3 (below, nothing is to be seen), and of one to erase vessels in.
+# least `vessel_contrast` of an image that can be rated 3, and of one to erase vessels in
 VISIBLE, ERASABLE = 0.005, 0.015
 
 
 def degrade(image: np.ndarray, kind: str, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """A uint8 (H, W, 3) fundus image, spoilt by one of KINDS with a strength in (0, 1].
+    """Degrade a uint8 (H, W, 3) fundus image by one of KINDS with a strength in (0, 1].
 
     Nothing changes outside the field of view. With equal generators, the mean absolute change grows with the strength.
     Raises UserError for another kind or strength.
@@ -28,12 +28,12 @@ def degrade(image: np.ndarray, kind: str, strength: float, rng: np.random.Genera
             f"degradation {kind!r} of strength {strength}: kinds are {', '.join(KINDS)}; strength in (0, 1]"
         )
     field = fov_mask(image)
-    spoilt = _SPOIL[kind](image.astype(np.float32), field, float(strength), rng)
-    return np.where(field[..., None], np.clip(np.rint(spoilt), 0, 255), image).astype(np.uint8)
+    degraded = _DEGRADE[kind](image.astype(np.float32), field, float(strength), rng)
+    return np.where(field[..., None], np.clip(np.rint(degraded), 0, 255), image).astype(np.uint8)
 
 
 def vessel_contrast(image: np.ndarray) -> float:
-    """How much darker than their surround the vessels of a uint8 (H, W, 3) image are, as a mean over the field.
+    """Return the contrast of the vessels of a uint8 (H, W, 3) image with their surround, as a mean over the field.
 
     About 0.05 in the phantom world, 0.02 in photographs, and below 0.005 where haze or darkness hides everything.
     """
@@ -44,26 +44,26 @@ def vessel_contrast(image: np.ndarray) -> float:
 
 
 def draw_damage(grade: int, rng: np.random.Generator, vessels: bool = True) -> tuple[str, float]:
-    """A kind and a strength that make an image one of this grade, 2 or 1; without `vessels` none can be erased."""
+    """Draw a kind and a strength for the grade 2 or 1; without `vessels`, erasing them is no choice."""
     kinds = KINDS if vessels else tuple(kind for kind in KINDS if kind != "vessels")
     return str(rng.choice(kinds)), float(rng.uniform(*BANDS[grade]))
 
 
 def _smooth(values: np.ndarray, weight: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian mean of (H, W, 3) values over the pixels that (H, W) `weight` counts; sigma in pixels."""
+    """Return the Gaussian mean of (H, W, 3) values, weighted by (H, W); sigma in pixels."""
     total = ndimage.gaussian_filter(weight, sigma)
     sums = ndimage.gaussian_filter(values * weight[..., None], (sigma, sigma, 0))
     return sums / np.maximum(total, 1e-6)[..., None]
 
 
 def _blur(image: np.ndarray, field: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Out of focus: the aperture's rim stays sharp, because it lies behind the lens."""
+    """Defocus the retina; the aperture's rim stays sharp, because it lies behind the lens."""
     soft = _smooth(image, field.astype(np.float32), 0.04 * strength**1.25 * image.shape[1])
     return image + (soft - image) * _inside(field, 0.015)[..., None]
 
 
 def _noise(image: np.ndarray, field: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """A sensor at high gain: grain that grows with the square root of the light, and coarser specks of colour."""
+    """Add the noise of a high gain: grain that grows with the square root of the light, and coarse colour specks."""
     height, width, _ = image.shape
     grain = ndimage.gaussian_filter(rng.standard_normal((height, width), np.float32), width / 256)
     specks = ndimage.gaussian_filter(rng.standard_normal((height, width, 3), np.float32), (width / 100, width / 100, 0))
@@ -72,7 +72,7 @@ def _noise(image: np.ndarray, field: np.ndarray, strength: float, rng: np.random
 
 
 def _exposure(image: np.ndarray, field: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Too much light or too little, first gamma, then gain; the more probable, the brighter or darker the field is."""
+    """Over- or underexpose by gamma, then gain; bright fields are more likely overexposed, dark ones underexposed."""
     brightness = image[field].mean() if field.any() else 0
     over = rng.random() < np.clip((brightness - 60) / 80, 0, 1)
     gamma, gain = (1 / (1 + 1.6 * strength), 1 + 0.45 * strength) if over else (1 + 1.4 * strength, 1 - 0.45 * strength)
@@ -80,7 +80,7 @@ def _exposure(image: np.ndarray, field: np.ndarray, strength: float, rng: np.ran
 
 
 def _crop(image: np.ndarray, field: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """A camera off axis: from one side, part of the retina lies outside the field and is black."""
+    """Blacken one side of the field, as a camera off axis does."""
     height, width, _ = image.shape
     angle, radius = rng.uniform(0, 2 * math.pi), 0.5 * width
     x, y = np.arange(width) + 0.5 - width / 2, np.arange(height)[:, None] + 0.5 - height / 2
@@ -90,10 +90,7 @@ def _crop(image: np.ndarray, field: np.ndarray, strength: float, rng: np.random.
 
 
 def _vessels(image: np.ndarray, field: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Vessels lost: in a part of the field that grows with the strength, they are filled from their surround.
-
-    A strength of 0.4 fills half of them, 0.8 all.
-    """
+    """Fill vessels from their surround, in a part of the field that grows with the strength: 0.4 half, 0.8 all."""
     height, width, _ = image.shape
     vessel, fill = _find_vessels(image, field)
     patches = ndimage.gaussian_filter(rng.standard_normal((height, width), np.float32), 0.07 * width)
@@ -106,7 +103,7 @@ def _vessels(image: np.ndarray, field: np.ndarray, strength: float, rng: np.rand
 
 
 def _find_vessels(image: np.ndarray, field: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What is dark and narrow in the green channel (black top-hat), (H, W) in [0, 1]; the image without, (H, W, 3)."""
+    """Return what is dark and narrow in green (black top-hat), (H, W) in [0, 1], and the (H, W, 3) image without it."""
     width = image.shape[1]
     around = _smooth(image[..., 1:2], field.astype(np.float32), 0.05 * width)[..., 0]
     # capped, so that the gaps between bright spots are not dark; outside the field, so that its rim is no edge
@@ -120,9 +117,9 @@ def _find_vessels(image: np.ndarray, field: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _inside(field: np.ndarray, ramp: float) -> np.ndarray:
-    """(H, W): 0 outside the field and at its rim, which is half dark, growing to 1 over `ramp` times the width."""
+    """Return (H, W): 0 outside the field and at its half-dark rim, growing to 1 over `ramp` times the width."""
     return np.clip((ndimage.distance_transform_edt(field) - 1) / (ramp * field.shape[1]) - 0.5, 0, 1)
 
 
-_SPOIL = {"blur": _blur, "noise": _noise, "exposure": _exposure, "crop": _crop, "vessels": _vessels}
-KINDS = tuple(_SPOIL)
+_DEGRADE = {"blur": _blur, "noise": _noise, "exposure": _exposure, "crop": _crop, "vessels": _vessels}
+KINDS = tuple(_DEGRADE)

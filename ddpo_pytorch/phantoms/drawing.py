@@ -1,25 +1,30 @@
-"""What the phantom worlds are drawn with: smooth noise, soft steps, blending, antialiased strokes.
+"""Tools that the phantoms share: smooth noise, soft steps, blending, antialiased strokes, and records of settings.
 
 Geometry is in *points*: a picture is POINTS points wide whatever its size in pixels. Colours are RGB in [0, 255].
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+
+from ddpo_pytorch.utils.errors import UserError, difference
+from ddpo_pytorch.utils.json_files import read_json
 
 POINTS = 64
 
 
 def plane(pixels: int) -> tuple[np.ndarray, np.ndarray]:
-    """The pixels' centres in points: x (1, pixels) and y (pixels, 1)."""
+    """Return the pixels' centres in points: x (1, pixels) and y (pixels, 1)."""
     axis = (np.arange(pixels, dtype=np.float32) + 0.5) * (POINTS / pixels)
     return axis[None, :], axis[:, None]
 
 
 def clouds(rng: np.random.Generator, pixels: int, cells: int, octaves: int = 3) -> np.ndarray:
-    """Smooth noise (pixels, pixels), standard deviation near 0.5; its largest structures: 1/cells of the picture."""
+    """Return smooth noise (pixels, pixels) of standard deviation near 0.5 and largest structures 1/cells wide."""
     field = np.zeros((pixels, pixels), np.float32)
     for octave in range(octaves):
         coarse = rng.standard_normal((cells * 2**octave,) * 2, dtype=np.float32)
@@ -28,18 +33,18 @@ def clouds(rng: np.random.Generator, pixels: int, cells: int, octaves: int = 3) 
 
 
 def step(distance: np.ndarray, width: float | np.ndarray) -> np.ndarray:
-    """Smooth step from 0 to 1 around distance 0, `width` points wide."""
+    """Return a smooth step from 0 to 1 around distance 0, `width` points wide."""
     ramp = np.clip(distance / width + 0.5, 0, 1)
     return ramp * ramp * (3 - 2 * ramp)
 
 
 def blend(image: np.ndarray, colour: np.ndarray | Sequence[float], alpha: np.ndarray) -> np.ndarray:
-    """The (H, W, 3) image under a colour of (H, W) opacity."""
+    """Return the (H, W, 3) image under a colour of (H, W) opacity."""
     return image + (np.asarray(colour, np.float32) - image) * alpha[..., None]
 
 
 def direction(angle: float) -> np.ndarray:
-    """The unit vector (x, y) at this angle, in radians."""
+    """Return the unit vector (x, y) at this angle, in radians."""
     return np.array([math.cos(angle), math.sin(angle)], np.float32)
 
 
@@ -51,7 +56,7 @@ class Sheet:
         self.pen = ImageDraw.Draw(self.sheet)
 
     def stroke(self, start: np.ndarray, bend: np.ndarray, end: np.ndarray, width: float) -> None:
-        """A quadratic Bezier curve with round ends."""
+        """Draw a quadratic Bezier curve with round ends."""
         t = np.linspace(0, 1, 16)[:, None]
         path = ((1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end) * self.scale
         self.pen.line([tuple(point) for point in path], 255, round(width * self.scale), "curve")
@@ -59,11 +64,21 @@ class Sheet:
         self.disc(end, width / 2)
 
     def disc(self, centre: np.ndarray, radius: float, strength: float = 1.0) -> None:
-        """A filled circle; a later one replaces what is under it."""
+        """Draw a filled circle, which replaces what is under it."""
         (x, y), reach = centre * self.scale, radius * self.scale
         self.pen.ellipse((x - reach, y - reach, x + reach, y + reach), round(255 * strength))
 
     def alpha(self, blur: float = 0.0) -> np.ndarray:
-        """Coverage in [0, 1], (size, size), softened by a Gaussian of `blur` points."""
+        """Return the coverage in [0, 1], (size, size), softened by a Gaussian of `blur` points."""
         radius = blur * self.scale / 4
         return np.asarray(self.sheet.reduce(4).filter(ImageFilter.GaussianBlur(radius)), np.float32) / 255
+
+
+def check_record(record: Path, settings: Mapping[str, Any], occupied: bool) -> None:
+    """Raise UserError if a folder's record holds other settings, or if it has none and is `occupied` by other files."""
+    if record.exists():
+        if changed := difference(read_json(record, advice="give a new folder"), settings):
+            name, before, now = changed
+            raise UserError(f"{str(record.parent)!r} already holds {name} {before}, not {now}; give a new folder")
+    elif occupied:
+        raise UserError(f"{str(record.parent)!r} already holds other files; give a new folder")

@@ -1,8 +1,7 @@
-"""A small world of fundus photographs whose findings are exact, for everything that should run without ODIR.
+"""Fundus photographs with exact findings, for everything that should run without ODIR.
 
-Every picture is drawn from an eye and a finding: background and light, then what the finding does to the retina, then
-disc and vessels, seen through a round aperture. `python -m ddpo_pytorch.phantoms.fundus --out DIR` writes a world that
-is read like ODIR-5K, by the same loader.
+A picture is drawn from an eye and a finding: background, changes of the retina, disc and vessels, seen through a round
+aperture. `python -m ddpo_pytorch.phantoms.fundus --out DIR` writes a world in the layout of ODIR-5K.
 
 Geometry is in *points* (`ddpo_pytorch.phantoms.drawing`), from the left and from the top.
 """
@@ -10,27 +9,26 @@ Geometry is in *points* (`ddpo_pytorch.phantoms.drawing`), from the left and fro
 import argparse
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ddpo_pytorch.data.images import save_picture
+from ddpo_pytorch.data.images import save_jpeg
 from ddpo_pytorch.data.tables import write_table
 from ddpo_pytorch.phantoms.damage import degrade, draw_damage
-from ddpo_pytorch.phantoms.drawing import POINTS, Sheet, blend, clouds, direction, plane, step
-from ddpo_pytorch.utils.cli import add_path
+from ddpo_pytorch.phantoms.drawing import POINTS, Sheet, blend, check_record, clouds, direction, plane, step
+from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_folder, locked, write_json
-from ddpo_pytorch.utils.json_files import read_json
 
 logger = logging.getLogger(__name__)
 STYLE = 1  # raised when the drawing code changes pictures, so that old and new worlds never mix
 COLUMNS = ("path", "Text", "modality", "patient", "eye", "age", "sex", "quality")
 EYES = ("left", "right")
-# what an eye shows, in the words of ODIR's captions, and how often: uneven, as in every archive.
+# findings in the words of ODIR's captions and their frequencies, uneven as in every archive
 FINDINGS = {
     "normal fundus": 0.36,
     "drusen": 0.2,
@@ -38,14 +36,14 @@ FINDINGS = {
     "severe nonproliferative retinopathy": 0.15,
     "pathological myopia": 0.11,
 }
-SAME = 0.5  # chance that the second eye shows what the first does; otherwise it is drawn for itself
+SAME = 0.5  # chance that the second eye takes the finding of the first; otherwise it is drawn independently
 TONES = np.array([[206, 108, 56], [188, 88, 48], [172, 98, 60], [212, 128, 88], [158, 80, 52]], np.float32)
 APERTURE = 31.0  # radius of the field
 
 
 @dataclass(frozen=True)
 class Look:
-    """What both eyes of a patient share: colour (RGB), lengths in points, and the share of the disc that is cup."""
+    """Appearance that both eyes of a patient share: colour (RGB), lengths in points, cup by disc."""
 
     tone: np.ndarray
     disc_radius: float
@@ -57,29 +55,29 @@ class Look:
 
 
 def draw_look(rng: np.random.Generator) -> Look:
-    """A patient without any finding."""
+    """Draw the look of a patient."""
     tone = rng.choice(TONES) * np.float32(rng.uniform(0.94, 1.06, size=3))
     ranges = ((4.9, 5.7), (17.5, 20.5), (0.25, 0.38), (1.15, 1.4), (0.85, 1.05), (0.42, 0.56))
     return Look(tone, *(float(rng.uniform(*values)) for values in ranges))
 
 
 def draw_findings(rng: np.random.Generator) -> tuple[str, str]:
-    """What the left and the right eye of a patient show, as often as FINDINGS and SAME tell."""
+    """Draw the findings of the left and the right eye with the frequencies FINDINGS and SAME."""
     first, other = (str(finding) for finding in rng.choice(list(FINDINGS), size=2, p=list(FINDINGS.values())))
     return first, first if rng.random() < SAME else other
 
 
 def caption_of(finding: str, eye: str) -> str:
-    """The caption that ODIR's tables give such a photograph."""
+    """Return the caption of such a photograph in ODIR's tables."""
     return f"The {eye} eye fundus image shows {finding}."
 
 
 def draw(finding: str, eye: str, look: Look, rng: np.random.Generator, size: int = POINTS) -> np.ndarray:
-    """The photograph of an eye: uint8 (size, size, 3), black around a round field.
+    """Draw the photograph of an eye: uint8 (size, size, 3), black around a round field.
 
-    The disc lies on the nasal side of the macula: at its right in a right eye, at its left in a left one. Each layer
-    has its own random stream, so two calls from equal generators show one eye with either finding. Raises UserError
-    for a finding that is not one of FINDINGS and an eye that is not one of EYES.
+    The disc lies on the nasal side of the macula: right of it in a right eye, left in a left one. Each layer has its
+    own random stream: equal generators give one eye with either finding. Raises UserError for a finding not in FINDINGS
+    or an eye not in EYES.
     """
     if finding not in FINDINGS or eye not in EYES:
         raise UserError(
@@ -105,13 +103,13 @@ def draw(finding: str, eye: str, look: Look, rng: np.random.Generator, size: int
 
 
 def _from(centre: np.ndarray, pixels: int) -> np.ndarray:
-    """(pixels, pixels): distance from a place, in points."""
+    """Return (pixels, pixels) distances from a centre, in points."""
     x, y = plane(pixels)
     return np.hypot(x - np.float32(centre[0]), y - np.float32(centre[1]))
 
 
 def _background(look: Look, rng: np.random.Generator, pixels: int, macula: np.ndarray) -> np.ndarray:
-    """Float32 (pixels, pixels, 3): the patient's tone, mottled, with the dark macula."""
+    """Draw the patient's tone, mottled, with the dark macula: float32 (pixels, pixels, 3)."""
     mottling, warmth = clouds(rng, pixels, 5), clouds(rng, pixels, 3, 2)
     pit = np.exp(-((_from(macula, pixels) / rng.uniform(4.0, 4.8)) ** 2))
     shade = (1 + 0.045 * mottling) * (1 - look.macula_depth * pit)
@@ -119,7 +117,7 @@ def _background(look: Look, rng: np.random.Generator, pixels: int, macula: np.nd
 
 
 def _myopia(image: np.ndarray, rng: np.random.Generator, disc: np.ndarray, nasal: int, look: Look) -> np.ndarray:
-    """A thinned retina: pale, streaked by the choroid's vessels, with a white atrophy on the disc's temporal side."""
+    """Draw a thinned retina: pale, streaked by the choroid's vessels, with a white atrophy temporal of the disc."""
     pixels = len(image)
     x, y = plane(pixels)
     image = blend(image, (238, 164, 112), np.full((pixels, pixels), 0.62, np.float32))
@@ -133,7 +131,7 @@ def _myopia(image: np.ndarray, rng: np.random.Generator, disc: np.ndarray, nasal
 
 
 def _drusen(image: np.ndarray, rng: np.random.Generator, macula: np.ndarray) -> np.ndarray:
-    """Eighteen to thirty yellow spots with soft edges around the macula."""
+    """Draw eighteen to thirty yellow spots with soft edges around the macula."""
     sheet = Sheet(len(image))
     for _ in range(rng.integers(18, 31)):
         place = macula + min(abs(rng.normal(0, 6.0)) + 1.0, 14.0) * direction(rng.uniform(0, 2 * math.pi))
@@ -142,7 +140,7 @@ def _drusen(image: np.ndarray, rng: np.random.Generator, macula: np.ndarray) -> 
 
 
 def _disc(image: np.ndarray, rng: np.random.Generator, at: np.ndarray, look: Look, cup: float) -> np.ndarray:
-    """The head of the optic nerve: an orange rim around a white cup of `cup` times its diameter."""
+    """Draw the head of the optic nerve: an orange rim around a white cup of `cup` times its diameter."""
     distance = _from(at, len(image))
     image = blend(image, (240, 176, 98), 0.95 * step(look.disc_radius - distance, 1.2))
     place = at + rng.uniform(-0.3, 0.3, size=2)
@@ -150,7 +148,7 @@ def _disc(image: np.ndarray, rng: np.random.Generator, at: np.ndarray, look: Loo
 
 
 def _vessels(image, rng, disc: np.ndarray, macula: np.ndarray, nasal: int, look: Look) -> np.ndarray:
-    """An artery and a wider, darker vein in each quadrant; the temporal ones arch above and below the macula."""
+    """Draw an artery and a wider, darker vein in each quadrant; the temporal ones arch above and below the macula."""
     arteries, veins = Sheet(len(image)), Sheet(len(image))
     for up in (-1, 1):
         for temporal in (True, False):
@@ -171,7 +169,7 @@ def _vessels(image, rng, disc: np.ndarray, macula: np.ndarray, nasal: int, look:
 
 
 def _tree(sheet: Sheet, rng, root: np.ndarray, bend: np.ndarray, end: np.ndarray, width: float, branches: int) -> None:
-    """A tapering vessel along a quadratic Bezier curve and, alternately to its sides, branches of half its width."""
+    """Draw a tapering vessel along a quadratic Bezier curve, with branches of half its width to alternating sides."""
 
     def at(t: float) -> np.ndarray:
         return (1 - t) ** 2 * root + 2 * t * (1 - t) * bend + t**2 * end
@@ -191,7 +189,7 @@ def _tree(sheet: Sheet, rng, root: np.ndarray, bend: np.ndarray, end: np.ndarray
 
 
 def _retinopathy(image: np.ndarray, rng: np.random.Generator, macula: np.ndarray, disc: np.ndarray) -> np.ndarray:
-    """Sixteen to 26 dark haemorrhages over the whole field, and hard yellow exudates in two or three clusters."""
+    """Draw 16 to 26 dark haemorrhages all over the field, and hard yellow exudates in two or three clusters."""
     blood, lipid = Sheet(len(image)), Sheet(len(image))
     for _ in range(rng.integers(16, 27)):
         place = 32 + rng.uniform(5, 26) * direction(rng.uniform(0, 2 * math.pi))
@@ -207,7 +205,7 @@ def _retinopathy(image: np.ndarray, rng: np.random.Generator, macula: np.ndarray
 
 
 def _through_the_camera(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Uneven flash, darker towards the rim, a little grain, and the round aperture that is all the camera sees."""
+    """Add an uneven flash, darker towards the rim, a little grain, and the round aperture of the camera."""
     x, y = plane(len(image))
     radius = _from(np.array([32.0, 32.0]), len(image))
     tilt = rng.uniform(0.0, 0.004) * direction(rng.uniform(0, 2 * math.pi))
@@ -219,76 +217,63 @@ def _through_the_camera(image: np.ndarray, rng: np.random.Generator) -> np.ndarr
 def write_world(
     folder: str | Path, num_train: int, num_val: int, num_test: int, seed: int, size: int = POINTS, degraded: float = 0
 ) -> None:
-    """Write images/<patient>_<eye>.jpg, captions.csv and splits/fundus_{train,val,test}.csv, as ODIR has them.
+    """Write images/<patient>_<eye>.jpg, captions.csv and splits/fundus_{train,val,test}.csv in the layout of ODIR.
 
-    The numbers are of images, two a patient, so even. A share `degraded` of the training and validation images is
-    spoilt (`damage.degrade`), as in a clinic's unsorted archive; the column `quality` is 3, 2 or 1, and 3 in all
-    of the test. An image depends on (seed, patient, size, degraded) alone. The next call finishes an interrupted one.
-    Raises UserError, touching nothing, where `folder` holds another world or images, and for impossible values.
+    The numbers count images, two a patient, and are even. A share `degraded` of the training and validation images is
+    degraded (`damage.degrade`), as in a clinic's unsorted archive; the column `quality` is 3, 2 or 1, in the test
+    always 3. An image depends on (seed, patient, size, degraded) alone. The same call completes an interrupted world.
+    Raises UserError, without writing, for impossible values and a folder with another world or other images.
     """
     numbers = dict(num_train=num_train, num_val=num_val, num_test=num_test)
     world = dict(style=STYLE, seed=seed, size=size, degraded=degraded) | numbers
     if min(world.values()) < 0 or size < 32 or degraded > 1 or any(value % 2 for value in numbers.values()):
         raise UserError(f"a fundus world needs even numbers >= 0, size >= 32 and degraded in [0, 1], got {world}")
-    with locked(folder, "another --out"):
-        _write_world(Path(folder), world, numbers)
-
-
-def _write_world(root: Path, world: Mapping[str, float], numbers: Mapping[str, int]) -> None:
+    root = Path(folder)
     splits, record = root / "splits", root / "world.json"
-    held = read_json(record, advice="give a new folder") if record.exists() else None
-    if held != world and (held or any((root / name).exists() for name in ("images", "splits", "captions.csv"))):
-        raise UserError(f"{root} already holds {held or 'other images'}, not {world}; give a new folder")
-    if splits.exists():
-        return
-    write_json(record, world)
-
-    seed, size, degraded = (world[name] for name in ("seed", "size", "degraded"))
-    parts, patient, total = {}, 0, sum(numbers.values())
-    for name, count in numbers.items():
-        part = name.removeprefix("num_")
-        parts[part] = []
-        for _ in range(count // 2):
-            parts[part] += _write_patient(root, seed, patient, size, degraded if part != "test" else 0)
-            patient += 1
-            if patient % 500 == 0 or 2 * patient == total:
-                logger.info("%d of %d fundus images", 2 * patient, total)
-    write_table(root / "captions.csv", COLUMNS, [row for rows in parts.values() for row in rows])
-    with atomic_folder(splits) as unfinished:  # a world that has splits/ is complete
-        for part, rows in parts.items():
-            write_table(unfinished / f"fundus_{part}.csv", COLUMNS, rows)
+    with locked(root, "another --out"):
+        occupied = any((root / name).exists() for name in ("images", "splits", "captions.csv"))
+        check_record(record, world, occupied)
+        if splits.exists():  # a world that has splits/ is complete
+            return
+        write_json(record, world)
+        parts, patient, total = {"train": [], "val": [], "test": []}, 0, sum(numbers.values())
+        for (name, rows), count in zip(parts.items(), numbers.values(), strict=True):
+            for _ in range(count // 2):
+                rows += _write_patient(root, seed, patient, size, degraded if name != "test" else 0)
+                patient += 1
+                if patient % 500 == 0 or 2 * patient == total:
+                    logger.info("%d of %d fundus images", 2 * patient, total)
+        write_table(root / "captions.csv", COLUMNS, [row for rows in parts.values() for row in rows])
+        with atomic_folder(splits) as unfinished:
+            for name, rows in parts.items():
+                write_table(unfinished / f"fundus_{name}.csv", COLUMNS, rows)
 
 
 def _write_patient(root: Path, seed: int, patient: int, size: int, degraded: float) -> list[dict]:
-    """Both eyes of a patient, those that are not there yet, and their rows."""
+    """Draw both eyes of a patient unless their files exist; return their rows."""
     rng = np.random.default_rng((seed, patient))
     look, age, sex = draw_look(rng), int(rng.integers(25, 86)), str(rng.choice(("Male", "Female")))
     findings, rows = draw_findings(rng), []
-    for finding, eye, own in zip(findings, EYES, rng.integers(2**63, size=2), strict=True):
-        path, damage = root / "images" / f"R{patient:06d}_{eye}.jpg", np.random.default_rng((own, 1))
+    for finding, eye, eye_seed in zip(findings, EYES, rng.integers(2**63, size=2), strict=True):
+        path, damage = root / "images" / f"R{patient:06d}_{eye}.jpg", np.random.default_rng((eye_seed, 1))
         quality = int(damage.integers(1, 3)) if damage.random() < degraded else 3
         if not path.exists():
-            image = draw(finding, eye, look, np.random.default_rng(own), size)
+            image = draw(finding, eye, look, np.random.default_rng(eye_seed), size)
             if quality < 3:
                 image = degrade(image, *draw_damage(quality, damage), damage)
-            save_picture(path, Image.fromarray(image), format="JPEG", quality=95, subsampling=0)
-        about = (f"images/{path.name}", caption_of(finding, eye), "Fundus", path.name[:7], eye, age, sex, quality)
-        rows.append(dict(zip(COLUMNS, about, strict=True)))
+            save_jpeg(path, Image.fromarray(image))
+        cells = (f"images/{path.name}", caption_of(finding, eye), "Fundus", path.name[:7], eye, age, sex, quality)
+        rows.append(dict(zip(COLUMNS, cells, strict=True)))
     return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw a world of fundus photographs in the layout of ODIR-5K.")
-    add_path(parser, "--out", help="folder to write: new, or the same world to be finished")
+    add_path(parser, "--out", dest="folder", help="folder to write: new, or the same world to be completed")
     for name, default in (("num_train", 4000), ("num_val", 400), ("num_test", 400), ("seed", 0), ("size", POINTS)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    parser.add_argument("--degraded", type=float, default=0, help="share of spoilt train and val images, default 0")
-    given = vars(parser.parse_args(arguments))
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        write_world(given.pop("out"), **given)
-    except UserError as error:
-        parser.error(str(error))
+    parser.add_argument("--degraded", type=float, default=0, help="share of degraded train and val images, default 0")
+    run_command(parser, write_world, arguments)
 
 
 if __name__ == "__main__":

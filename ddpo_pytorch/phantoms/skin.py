@@ -1,7 +1,7 @@
-"""A small world of dermoscopy-like images whose labels are exact, for everything that should run without ISIC.
+"""Dermoscopy-like images with exact labels, for everything that should run without ISIC.
 
-Every picture is drawn from its six labels: skin, one lesion (nevus or melanoma), then the artifacts a dermatoscope
-adds. `python -m ddpo_pytorch.phantoms.skin --out DIR` writes a world that is read like ISIC 2019, by the same loader.
+A picture is drawn from its six labels: skin, one lesion (nevus or melanoma), then the artifacts of a dermatoscope.
+`python -m ddpo_pytorch.phantoms.skin --out DIR` writes a world in the layout of ISIC 2019.
 
 Geometry is in *points* (`ddpo_pytorch.phantoms.drawing`). Colours are RGB in [0, 255].
 """
@@ -10,27 +10,27 @@ import argparse
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ddpo_pytorch.data.images import save_picture
+from ddpo_pytorch.data.images import save_jpeg
 from ddpo_pytorch.data.isic import LABELS
-from ddpo_pytorch.phantoms.drawing import POINTS, Sheet, blend, clouds, direction, plane, step
-from ddpo_pytorch.utils.cli import add_path
+from ddpo_pytorch.data.tables import write_table
+from ddpo_pytorch.phantoms.drawing import POINTS, Sheet, blend, check_record, clouds, direction, plane, step
+from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_folder, locked, write_json
-from ddpo_pytorch.utils.json_files import read_json
 
 logger = logging.getLogger(__name__)
 STYLE = 1  # raised when the drawing code changes pictures, so that old and new worlds never mix
 COLUMNS = tuple("image MEL NV dark_corner hair gel_border gel_bubble ruler ink patches vasc label".split())
-# Chances of LABELS[:5] which, UNSEEN left out, become ISIC's: hair 38 %, gel 11 %, ruler 14 %, ink 1.6 %, MEL 22.5 %.
+# chances of LABELS[:5] that, without UNSEEN, give ISIC's: hair 38 %, gel 11 %, ruler 14 %, ink 1.6 %, MEL 22.5 %
 DRAWN = (0.38, 0.11518, 0.14555, 0.02098, 0.22791)
-# ISIC lacks some of the 32 combinations, and generating what was never seen is what the method is asked to do. Here 14
-# never occur: ink together with a ruler or gel bubbles, and melanoma with both gel bubbles and a ruler.
+# ISIC lacks some of the 32 combinations, which the method has to generate all the same. Here 14 never occur: ink with a
+# ruler or gel bubbles, and melanoma with both gel bubbles and a ruler.
 UNSEEN: frozenset[tuple[int, ...]] = frozenset(
     (hair, gel, ruler, ink, mel, 1 - mel)
     for hair, gel, ruler, ink, mel in itertools.product((0, 1), repeat=5)
@@ -42,7 +42,7 @@ MELANOMA_REGIONS = (((164, 88, 76), 0.52, 0.8), ((100, 110, 130), 0.5, 0.85), ((
 
 
 def sample_labels(rng: np.random.Generator, balanced: bool = False, unseen: bool = False) -> tuple[int, ...]:
-    """Six labels in the order of LABELS: as frequent as in ISIC or, balanced, all equally; UNSEEN ones on request."""
+    """Draw six labels in the order of LABELS, as frequent as in ISIC or `balanced`; UNSEEN ones only on request."""
     while True:
         drawn = [int(value) for value in rng.random(5) < (0.5 if balanced else DRAWN)]
         if (labels := (*drawn, 1 - drawn[4])) not in UNSEEN or unseen:
@@ -50,10 +50,10 @@ def sample_labels(rng: np.random.Generator, balanced: bool = False, unseen: bool
 
 
 def draw(labels: Sequence[int], rng: np.random.Generator, size: int = POINTS) -> np.ndarray:
-    """The picture of `labels` (six of 0/1, exactly one of MEL and NV set): uint8 (size, size, 3).
+    """Draw the picture of six 0/1 labels, one of MEL and NV set: uint8 (size, size, 3).
 
-    Each layer has its own random stream, so two calls from equal generators whose labels differ in one artifact give
-    the same patient with and without it. Raises UserError for labels that describe no picture.
+    Each layer has its own random stream: equal generators give the same patient with and without an artifact. Raises
+    UserError for other labels.
     """
     if len(labels) != len(LABELS) or any(value not in (0, 1) for value in labels) or sum(labels[4:]) != 1:
         raise UserError(f"labels {tuple(labels)} cannot be drawn; give 0 or 1 for each of {LABELS}, one of MEL, NV set")
@@ -62,7 +62,7 @@ def draw(labels: Sequence[int], rng: np.random.Generator, size: int = POINTS) ->
     centre, radius = layers[0].uniform(28, 36, size=2).astype(np.float32), layers[0].uniform(13, 18)
     image = (_melanoma if melanoma else _nevus)(_skin(layers[1], 2 * size), layers[2], centre, radius)
     image = (image[::2, ::2] + image[1::2, ::2] + image[::2, 1::2] + image[1::2, 1::2]) / 4
-    # In the order in which things lie: ink on the skin, hair above it, gel over both, the ruler on the glass.
+    # in the order of their layers: ink on the skin, hair above it, gel over both, the ruler on the glass
     image = _ink(image, layers[3], centre, radius) if ink else image
     image = _hair(image, layers[4]) if hair else image
     image = _gel_bubbles(image, layers[5]) if gel_bubble else image
@@ -71,7 +71,7 @@ def draw(labels: Sequence[int], rng: np.random.Generator, size: int = POINTS) ->
 
 
 def _skin(rng: np.random.Generator, pixels: int) -> np.ndarray:
-    """Float32 (pixels, pixels, 3): mottled skin of any tone, lit from one side, a little darker in the corners."""
+    """Draw mottled skin of any tone, lit from one side, darker in the corners: float32 (pixels, pixels, 3)."""
     x, y = plane(pixels)
     mottling, redness, grain = clouds(rng, pixels, 4), clouds(rng, pixels, 3, 2), clouds(rng, pixels, 28, 2)
     tilt = rng.uniform(0.0, 0.002) * direction(rng.uniform(0, 2 * math.pi))
@@ -82,7 +82,7 @@ def _skin(rng: np.random.Generator, pixels: int) -> np.ndarray:
 
 
 def _blob(rng: np.random.Generator, pixels: int, centre: np.ndarray, stretch: float, waves: range, by: float):
-    """(pixels, pixels) each: elliptic distance from `centre`, angle about it, wavy outline in units of the radius."""
+    """Return elliptic distance and angle from `centre`, and a wavy outline by the radius, each (pixels, pixels)."""
     (x, y), axis = plane(pixels), direction(rng.uniform(0, math.pi))
     along = (axis[0] * (x - centre[0]) + axis[1] * (y - centre[1])) / stretch
     across = (axis[0] * (y - centre[1]) - axis[1] * (x - centre[0])) * stretch
@@ -92,7 +92,7 @@ def _blob(rng: np.random.Generator, pixels: int, centre: np.ndarray, stretch: fl
 
 
 def _network(rng: np.random.Generator, pixels: int, period: float) -> np.ndarray:
-    """Pigment network, 0.5 on its cords and -0.5 in its holes: a honeycomb of three plane waves, bent by noise."""
+    """Draw a pigment network, 0.5 on its cords and -0.5 in its holes: three plane waves, bent by noise."""
     x, y = plane(pixels)
     bend, turn = 2.0 * clouds(rng, pixels, 8, 2), rng.uniform(0, math.pi)
     waves = (2 * math.pi / period * direction(turn + k * 2 * math.pi / 3) for k in range(3))
@@ -100,7 +100,7 @@ def _network(rng: np.random.Generator, pixels: int, period: float) -> np.ndarray
 
 
 def _nevus(image: np.ndarray, rng: np.random.Generator, centre: np.ndarray, radius: float) -> np.ndarray:
-    """Round, even, one brown, a soft border; most show a fine pigment network that fades outwards."""
+    """Draw a round, even nevus of one brown and soft border, most with a fine pigment network that fades outwards."""
     pixels = len(image)
     distance, _, outline = _blob(rng, pixels, centre, rng.uniform(0.93, 1.09), range(2, 5), 0.025)
     inside = step(0.92 * radius * outline + 0.35 * clouds(rng, pixels, 10, 1) - distance, rng.uniform(3.5, 6.5))
@@ -114,7 +114,7 @@ def _nevus(image: np.ndarray, rng: np.random.Generator, centre: np.ndarray, radi
 
 
 def _melanoma(image: np.ndarray, rng: np.random.Generator, centre: np.ndarray, radius: float) -> np.ndarray:
-    """Asymmetric, ragged, of many colours: brown with black, blue-grey and reddish regions."""
+    """Draw an asymmetric, ragged melanoma: brown with black, blue-grey and reddish regions."""
     pixels, (x, y) = len(image), plane(len(image))
     ragged, uneven = clouds(rng, pixels, 7, 2), clouds(rng, pixels, 9)
     distance, angle, outline = _blob(rng, pixels, centre, rng.uniform(1.06, 1.22), range(1, 7), 0.09)
@@ -133,7 +133,7 @@ def _melanoma(image: np.ndarray, rng: np.random.Generator, centre: np.ndarray, r
 
 
 def _hair(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Four to eight long dark hairs of one lie, each with a faint shadow."""
+    """Draw four to eight long dark hairs of similar direction, each with a faint shadow."""
     sheet, lie = Sheet(len(image)), rng.uniform(0, math.pi)
     for _ in range(rng.integers(4, 9)):
         along = direction(lie + rng.normal(0, 0.4))
@@ -146,7 +146,7 @@ def _hair(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _gel_bubbles(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Four to seven air bubbles in the contact gel: a bright ring between dark lines, a clear middle, a highlight."""
+    """Draw four to seven air bubbles in gel: a bright ring between dark lines, a clear middle, a highlight."""
     light, dark, placed = Sheet(len(image)), Sheet(len(image)), []
     shine, wanted = 0.5 * direction(rng.uniform(-2.6, -2.0)), rng.integers(4, 8)
     while len(placed) < wanted:
@@ -163,7 +163,7 @@ def _gel_bubbles(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _ruler(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A line with tick marks along one edge, every fifth longer, as etched into the contact glass."""
+    """Draw a line with tick marks along one edge, every fifth longer, as etched into the contact glass."""
     sheet, spacing, long_tick = Sheet(len(image)), rng.uniform(3.6, 4.8), rng.integers(5)
     inset, tilt, width = rng.uniform(0.5, 3.0), rng.uniform(-0.05, 0.05), rng.uniform(0.9, 1.2)
     along, across, corner = np.array([1, tilt]), np.array([-tilt, 1]), np.array([0, inset - 32 * tilt])
@@ -175,7 +175,7 @@ def _ruler(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _ink(image: np.ndarray, rng: np.random.Generator, centre: np.ndarray, radius: float) -> np.ndarray:
-    """Gentian violet left by a surgical marker: strokes around the lesion or a ring of dots, soaked into the skin."""
+    """Draw gentian violet of a surgical marker: strokes or dots around the lesion, soaked into the skin."""
     sheet, start, dots = Sheet(len(image)), rng.uniform(0, 2 * math.pi), rng.random() < 0.35
     count = int(rng.integers(3, 6))
     for turn in range(count):
@@ -189,64 +189,51 @@ def _ink(image: np.ndarray, rng: np.random.Generator, centre: np.ndarray, radius
     return blend(image, violet, soaked * np.maximum(sheet.alpha(blur=0.5), 0.35 * sheet.alpha(blur=1.6)))
 
 
-def write_world(folder, num_train: int, num_val: int, num_test: int, seed: int, size=POINTS, **frequencies) -> None:
-    """Write images/<image>.jpg and splits/phantom_{train,val,test}.csv as ISIC 2019 has them.
+def write_world(
+    folder: str | Path, num_train: int, num_val: int, num_test: int, seed: int, size: int = POINTS, **frequencies: bool
+) -> None:
+    """Write images/<image>.jpg and splits/phantom_{train,val,test}.csv in the layout of ISIC 2019.
 
     Image i depends on (seed, i, size) and the `frequencies` for `sample_labels`. phantom_train_{a,b}.csv are halves of
-    the training rows: for rewarding classifier and judge. The next call finishes an interrupted one. Raises UserError,
-    touching nothing, where `folder` holds another world or images, and for impossible numbers.
+    the training rows, for the rewarding classifier and the judge. The same call completes an interrupted world. Raises
+    UserError, without writing, for impossible numbers and a folder with another world or other images.
     """
     world = dict(style=STYLE, seed=seed, size=size, num_train=num_train, num_val=num_val, num_test=num_test)
     world |= {name: True for name, wanted in frequencies.items() if wanted}
     if min(world.values()) < 0 or size < 16:
         raise UserError(f"a phantom world needs numbers >= 0 and size >= 16, got {world}")
+    folder, total = Path(folder), num_train + num_val + num_test
+    images, splits, record = folder / "images", folder / "splits", folder / "world.json"
     with locked(folder, "another --out"):
-        _write_world(Path(folder), world, frequencies)
-
-
-def _write_world(folder: Path, world: Mapping[str, int], frequencies: Mapping[str, bool]) -> None:
-    images, splits, record = (folder / name for name in ("images", "splits", "world.json"))
-    held = read_json(record, advice="give a new folder") if record.exists() else None
-    if held != world and (held or images.exists() or splits.exists()):
-        raise UserError(f"{folder} already holds {held or 'other images'}, not {world}; give a new folder")
-    if splits.exists():
-        return
-    write_json(record, world)
-    images.mkdir(exist_ok=True)
-
-    seed, size, num_train, num_val = (world[name] for name in ("seed", "size", "num_train", "num_val"))
-    rows, total = [], num_train + num_val + world["num_test"]
-    for index in range(total):
-        rng, path = np.random.default_rng((seed, index)), images / f"PHANTOM_{index:07d}.jpg"
-        labels = sample_labels(rng, **frequencies)
-        row = dict.fromkeys(COLUMNS, 0) | dict(zip(LABELS, labels, strict=True)) | {"image": path.stem}
-        row |= {"MEL": float(row["MEL"]), "NV": float(row["NV"]), "label": row["MEL"]}
-        rows.append(",".join(map(str, row.values())))
-        if not path.exists():
-            picture = Image.fromarray(draw(labels, rng, size))
-            save_picture(path, picture, format="JPEG", quality=95, subsampling=0)
-        if (index + 1) % 1000 == 0 or index + 1 == total:
-            logger.info("%d of %d phantom images", index + 1, total)
-    train, val, test = rows[:num_train], rows[num_train : num_train + num_val], rows[num_train + num_val :]
-    parts = {"train": train, "val": val, "test": test, "train_a": train[::2], "train_b": train[1::2]}
-    with atomic_folder(splits) as unfinished:  # a world that has splits/ is complete
-        for name, part in parts.items():
-            (unfinished / f"phantom_{name}.csv").write_text("\n".join([",".join(COLUMNS), *part, ""]))
+        check_record(record, world, occupied=images.exists() or splits.exists())
+        if splits.exists():  # a world that has splits/ is complete
+            return
+        write_json(record, world)
+        rows = []
+        for index in range(total):
+            rng, path = np.random.default_rng((seed, index)), images / f"PHANTOM_{index:07d}.jpg"
+            labels = sample_labels(rng, **frequencies)
+            row = dict.fromkeys(COLUMNS, 0) | dict(zip(LABELS, labels, strict=True)) | {"image": path.stem}
+            rows.append(row | {"MEL": float(row["MEL"]), "NV": float(row["NV"]), "label": row["MEL"]})
+            if not path.exists():
+                save_jpeg(path, Image.fromarray(draw(labels, rng, size)))
+            if (index + 1) % 1000 == 0 or index + 1 == total:
+                logger.info("%d of %d phantom images", index + 1, total)
+        train, val, test = rows[:num_train], rows[num_train : num_train + num_val], rows[num_train + num_val :]
+        parts = {"train": train, "val": val, "test": test, "train_a": train[::2], "train_b": train[1::2]}
+        with atomic_folder(splits) as unfinished:
+            for name, part in parts.items():
+                write_table(unfinished / f"phantom_{name}.csv", COLUMNS, part)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw a world of dermoscopy-like images in the layout of ISIC 2019.")
-    add_path(parser, "--out", help="folder to write: new, or the same world to be finished")
+    add_path(parser, "--out", dest="folder", help="folder to write: new, or the same world to be completed")
     for name, default in (("num_train", 10000), ("num_val", 1000), ("num_test", 1000), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--balanced", action="store_true", help="rare artifacts as often as common ones")
     parser.add_argument("--unseen", action="store_true", help="combinations that ISIC lacks as well")
-    given = vars(parser.parse_args(arguments))
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        write_world(given.pop("out"), **given)
-    except UserError as error:
-        parser.error(str(error))
+    run_command(parser, write_world, arguments)
 
 
 if __name__ == "__main__":

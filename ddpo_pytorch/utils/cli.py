@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -180,6 +180,16 @@ def add_path(parser: argparse.ArgumentParser, name: str, optional: bool = False,
 
     keywords |= {"default": ""} if optional else {"required": True}
     parser.add_argument(name, type=convert, **keywords)
+
+
+def run_command(parser: argparse.ArgumentParser, run: Callable[..., Any], arguments: Sequence[str] | None) -> None:
+    """Parse arguments and pass them to `run` by name, logging to stdout; UserError becomes one line and exit code 2."""
+    given = vars(parser.parse_args(arguments))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    try:
+        run(**given)
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 def _check_given(path: str, name: str, option: str) -> None:
