@@ -1,4 +1,4 @@
-"""Statistics are the same to the bit for any number of threads: of PyTorch, and of NumPy's BLAS when it is loaded."""
+"""Statistics are the same to the bit for any number of threads, of PyTorch and of NumPy's BLAS."""
 
 import json
 import os
@@ -39,7 +39,7 @@ print(json.dumps({key: [str(value) for value in values] for key, values in found
 @pytest.mark.slow
 def test_statistics_do_not_depend_on_threads():
     results = []
-    for torch_threads, blas_threads in ((1, 1), (2, 1), (2, 2), (3, 5)):
+    for torch_threads, blas_threads in ((1, 1), (3, 2)):
         environment = os.environ | {"OMP_NUM_THREADS": str(blas_threads), "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", STATISTICS, str(torch_threads)]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

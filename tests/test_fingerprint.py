@@ -12,7 +12,6 @@ from script_tools import files_of
 
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.generator.finetune_state import Training
-from ddpo_pytorch.generator.latents import LatentShards
 from ddpo_pytorch.generator.lora import adapter_fingerprint, add_lora, lora_parameters
 from ddpo_pytorch.generator.pipeline import encode_prompts, load_pipeline
 from ddpo_pytorch.utils.errors import UserError
@@ -197,19 +196,6 @@ def test_a_model_that_was_moved_is_the_same_model(rl, own_model, world, config_f
     assert (folder / "checkpoint_2").is_dir()
 
 
-def test_a_folder_of_an_earlier_version_is_refused_in_one_line(own_model, config_file, run_main, tmp_path):
-    fields = {"pretrained__model": str(own_model), "logdir": str(tmp_path / "samples"), "eval__classifier": ""}
-    fields |= {"sample__num_steps": 1, "eval__num_samples_per_prompt": 1}
-    run_main("eval.py", config_file, **fields)
-    path = tmp_path / "samples" / "settings.json"
-    content = json.loads(path.read_text())
-    content["settings"] = {k: v for k, v in content["settings"].items() if k != "model.tokenizer"}
-    path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="model.tokenizer .not recorded") as caught:
-        run_main("eval.py", config_file, **fields)
-    assert "\n" not in str(caught.value)
-
-
 def replace_prompts(folder):
     (folder.parent / "prompts.txt").write_text("\n".join(CAPTIONS[4:8]) + "\n")
 
@@ -244,17 +230,6 @@ def test_training_resumes_with_other_files_where_the_settings_say_so(rl, own_mod
     assert recorded["model.unet"] == pipeline_fingerprints(load_pipeline(own_model))["model.unet"]
 
 
-def test_runs_begun_by_an_earlier_version_are_resumed(rl, own_model):
-    """They recorded no fingerprints."""
-    folder = rl.train()
-    config = json.loads((folder / "config.json").read_text())
-    assert config.pop("contents")
-    (folder / "config.json").write_text(json.dumps(config))
-    CHANGES["scaling factor"][1](own_model)
-    rl.train(num_epochs=2)
-    assert (folder / "checkpoint_2").is_dir()
-
-
 @pytest.mark.slow
 def test_stage_one_does_not_resume_on_another_base(own_model, train, tmp_path, monkeypatch):
     snapshot = Training.snapshot
@@ -281,14 +256,3 @@ def test_stage_one_does_not_resume_on_another_base(own_model, train, tmp_path, m
             train(tmp_path / "out", **fields)
     train(tmp_path / "out", **fields)
     assert (tmp_path / "out" / "pretrained_unet.safetensors").is_file()
-
-
-def test_latents_of_another_autoencoder_are_not_trained_on(own_model, train, tmp_path):
-    fields = {"pretrained__model": str(own_model), "sd__image_size": 64, "sd__num_steps": 1, "sd__limit": 8}
-    train(tmp_path / "first", **fields, sd__val_csv="")
-    latents = tmp_path / "first" / "latents" / "train"
-    own = LatentShards(latents).index["vae_sha256"]
-    assert own == fingerprint(load_pipeline(own_model).vae)
-    moved_vae(own_model)
-    with pytest.raises(UserError, match=f"vae_sha256='{own}'"):
-        train(tmp_path / "second", **fields, sd__val_csv="", sd__latents=str(latents))

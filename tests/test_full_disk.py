@@ -18,7 +18,7 @@ TIMES = ("images_per_second", "peak_memory_gib")
 
 @contextmanager
 def disk(folder: Path, size: int):
-    """A file system of so many bytes; a function within makes it larger."""
+    """Mount a file system of `size` bytes; yield a function that enlarges it."""
     if os.getuid() or not shutil.which("mount"):
         pytest.skip("only root can mount a small file system")
     folder.mkdir()
@@ -36,7 +36,7 @@ def used(folder: Path) -> int:
 
 
 def check(run, tmp_path: Path, share: float) -> None:
-    """`run(folder)` writes a folder: on a disk with room for a share of it, then with room for all."""
+    """Let `run(folder)` write a folder on a disk with room for a share of it, then with room for all."""
     run(tmp_path / "reference")
     expected, needed = files_of(tmp_path / "reference"), used(tmp_path / "reference")
     with disk(tmp_path / "disk", max(4 * PAGE, int(share * needed))) as enlarge:
@@ -54,7 +54,7 @@ def check(run, tmp_path: Path, share: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.05, 0.4, 0.8])
+@pytest.mark.parametrize("share", [0.05, 0.6])
 def test_extraction(run_main, config_file, world, tmp_path, share):
     fields = {"dataset__csv": str(world / "splits" / "phantom_val.csv"), "dataset__data_path": str(world / "images")}
     fields |= {"dataset__image_size": 32, "progress": False}
@@ -62,16 +62,14 @@ def test_extraction(run_main, config_file, world, tmp_path, share):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.05, 0.4, 0.8])
-@pytest.mark.parametrize("form", ["png", "jpg"])
-def test_evaluation(run_main, config_file, tmp_path, share, form):
+@pytest.mark.parametrize("share", [0.05, 0.6])
+def test_evaluation(run_main, config_file, tmp_path, share):
     fields = {"eval__classifier": "", "eval__num_samples_per_prompt": 2, "sample__num_steps": 1, "progress": False}
-    fields |= {"eval__image_format": form}
     check(lambda out: run_main("eval.py", config_file, logdir=str(out), **fields), tmp_path, share)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("share", [0.05, 0.6])
 def test_stage_one(train, tmp_path, share):
     def run(out):
         train(out, sd__stage="vae", sd__save_every=1, sd__grid_every=2, sd__cache_dir=str(out / "cache"))
@@ -82,7 +80,7 @@ def test_stage_one(train, tmp_path, share):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("share", [0.05, 0.6])
 def test_metrics(run_main, config_file, fields, tmp_path, share):
     def run(out):
         run_main("metric.py", config_file, **fields(output=out / "tables", cache_dir=out / "cache"))
