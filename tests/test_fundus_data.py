@@ -4,10 +4,8 @@ import subprocess
 import sys
 import zipfile
 
-import numpy as np
 import pytest
 from conftest import ROOT
-from PIL import Image
 
 from ddpo_pytorch.data import fundus
 from ddpo_pytorch.utils.errors import UserError
@@ -114,34 +112,6 @@ def test_faults_are_reported_by_line(tmp_path, lines, message):
     with pytest.raises(UserError, match=message) as error:
         fundus.read_split(table(tmp_path, f"path,Text,modality\n{lines}\n"))
     assert "\n" not in str(error.value)
-
-
-def test_load_split_counts_missing_images(tmp_path):
-    path = table(tmp_path, "path,Text\n1.jpg,A\nsub\\2.jpg,B\n3.jpg,C\n")
-    (tmp_path / "sub").mkdir()
-    for name in ("sub/2.jpg", "3.jpg"):
-        Image.new("RGB", (4, 4)).save(tmp_path / name)
-    rows, paths, missing = fundus.load_split(path, tmp_path)
-    assert [row.number for row in rows] == [1, 2] and missing == 1
-    assert paths == [tmp_path / "sub" / "2.jpg", tmp_path / "3.jpg"]
-    assert [row.image for row in fundus.load_split(path, tmp_path, limit=1)[0]] == ["sub/2.jpg"]
-    with pytest.raises(UserError, match="none of the 2 images .* the first would be .*sub/1.jpg"):
-        fundus.load_split(table(tmp_path, "path,Text\n1.jpg,A\n2.png,B\n"), tmp_path / "sub")
-    with pytest.raises(UserError, match="image folder .* does not exist"):
-        fundus.load_split(path, tmp_path / "none")
-
-
-def test_images_that_the_reader_refuses_are_counted(tmp_path):
-    rgb = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
-    good = [tmp_path / "good.png", tmp_path / "good.jpg", tmp_path / "grey.png"]
-    for path, pixels in zip(good, (rgb, rgb, rgb[..., 0]), strict=True):
-        Image.fromarray(pixels).save(path)
-    fundus.check_images(good)
-    Image.fromarray(np.dstack([rgb, rgb[..., 0]])).save(tmp_path / "alpha.png")
-    (tmp_path / "cut.jpg").write_bytes(good[1].read_bytes()[:-80])
-    (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(UserError, match=r"alpha.png' .*\(4 of 7 images are unusable\)$"):
-        fundus.check_images([*good, *(tmp_path / name for name in ("alpha.png", "cut.jpg", "text.png", "none.png"))])
 
 
 def test_texts_that_name_a_side():

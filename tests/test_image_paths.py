@@ -73,15 +73,20 @@ def test_missing_images_are_named_and_counted(kind, tmp_path, caplog):
     save(tmp_path, *(f"{name}.jpg" for name in names[8:]))
     table = {"isic": isic_table, "fundus": fundus_table}[kind](tmp_path, *(name + suffix for name in names))
     load = {"isic": isic, "fundus": fundus}[kind].load_split
-    assert len(load(table, tmp_path)[0]) == 12 and load(table, tmp_path)[2] == 8
-    (record, _) = caplog.records
+    rows, paths, missing = load(table, tmp_path)
+    assert [row.number for row in rows] == list(range(8, 20)) and missing == 8
+    assert paths == [tmp_path / f"{name}.jpg" for name in names[8:]]
+    (record,) = caplog.records
     assert record.levelname == "WARNING" and {8, 20} <= {*record.args}
     assert all(name in record.getMessage() for name in (*names[:5], "t.csv" if kind == "isic" else "f.csv"))
     assert "I06" not in record.getMessage()
-    caplog.clear()
     (tmp_path / "other").mkdir()
-    with pytest.raises(UserError, match="none of the 20 images"):
+    assert [row.number for row in load(table, tmp_path, limit=2)[0]] == [8, 9]
+    with pytest.raises(UserError, match="none of the 20 images .* the first would be .*other/I00"):
         load(table, tmp_path / "other")
+    with pytest.raises(UserError, match="nowhere' does not exist"):
+        load(table, tmp_path / "nowhere")
+    caplog.clear()
     for name in names[:8]:
         save(tmp_path, f"{name}.jpg")
     load(table, tmp_path)
