@@ -62,7 +62,7 @@ test: export OMP_NUM_THREADS := 1
 test: .venv/ready
 	pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-# Rebuilds ddpo_pytorch/assets/mini from nothing: phantom worlds, autoencoder, diffusion model, the two classifiers.
+# Rebuild ddpo_pytorch/assets/mini from scratch: phantom worlds, autoencoder, diffusion model, the two classifiers.
 # The generator sees ISIC's frequencies. The autoencoder and the two judges see rare artifacts as often as common ones, and
 # the judges also the combinations that the generator never sees: they will be asked about them.
 WORLD := $(OUT)/data
