@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
-from ddpo_pytorch.data.sample_folder import SETTINGS, PartLog, claim_folder, damaged_images, finish_log, logged
+from ddpo_pytorch.data.sample_folder import SETTINGS, PartLog, claim_folder, damaged_images, finish_log, read_entries
 from ddpo_pytorch.generator.lora import adapter_fingerprint
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import check_tokens
@@ -137,7 +137,7 @@ def check_shared(folder: Path, seen: Sequence[bool]) -> None:
 def find_done(accelerator: Accelerator, folder: Path, jobs: Sequence[Job]) -> set[str]:
     """Return the paths of images that are logged and undamaged. The processes share the reading."""
     run_on_main_process(accelerator, check_shared, folder, gather_object([(folder / SETTINGS).is_file()]))
-    entries = logged(folder)
+    entries = read_entries(folder)
     done = [job.path for job in jobs if job.path in entries]
     damaged = damaged_images(folder, done[accelerator.process_index :: accelerator.num_processes])
     if damaged := sorted(gather_object(damaged)):

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from ddpo_pytorch.data import datasets as kinds
 from ddpo_pytorch.data.datasets import KINDS, Row, source
-from ddpo_pytorch.data.images import RESIZES, ImageFiles, is_whole, save_image
+from ddpo_pytorch.data.images import RESIZES, ImageFiles, is_intact, save_image
 from ddpo_pytorch.data.sample_folder import claim_folder, folder_name, read_log, write_log
 from ddpo_pytorch.generator.latents import INDEX, encode_data_set, write_index
 from ddpo_pytorch.generator.pipeline import load_pipeline
@@ -92,7 +92,7 @@ def extract(accelerator: Accelerator, config: ConfigDict) -> None:
         num_workers=dataset.num_workers,
         progress=config.progress,
         keep_image=lambda position, image: save_image(paths[position], image.float() / 255),
-        is_kept=lambda position: is_whole(paths[position]),
+        is_kept=lambda position: is_intact(paths[position]),
     )
     done = accelerator.reduce(torch.tensor(done, device=accelerator.device)).item()
     complete = [entry.get("sampleID") for entry in read_log(folder)] == numbers

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from ddpo_pytorch.data import fundus, isic, ratings
-from ddpo_pytorch.data.sample_folder import PARTS, list_samples, logged, read_log
+from ddpo_pytorch.data.sample_folder import PARTS, list_samples, read_entries, read_log
 from ddpo_pytorch.generator.latents import LatentShards
 from ddpo_pytorch.training.checkpoints import MANIFEST, read_manifest
 from ddpo_pytorch.utils.errors import UserError
@@ -62,9 +62,9 @@ def test_logs_that_name_images_elsewhere_are_refused(name, secret):
     folder = secret / "images"
     entry = {"prompt": "A", "path_to_img": f"{name}.jpg"}
     (folder / PARTS.replace("*", "0")).write_text(json.dumps(entry) + "\n")
-    assert logged(folder) == {}
+    assert read_entries(folder) == {}
     (folder / "image_log.json").write_text(json.dumps([{"prompt": "A", "path_to_img": "fine.jpg"}, entry]))
-    for read in (read_log, logged):
+    for read in (read_log, read_entries):
         with pytest.raises(UserError, match="image_log.json' entry 2"):
             read(folder)
 

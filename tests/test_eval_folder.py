@@ -16,7 +16,7 @@ from script_tools import PROMPTS, files_of, options, succeed
 
 from ddpo_pytorch.data.images import save_image
 from ddpo_pytorch.data.isic import labels_of
-from ddpo_pytorch.data.sample_folder import PartLog, folder_name, logged, merge_parts
+from ddpo_pytorch.data.sample_folder import PartLog, folder_name, merge_parts, read_entries
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.rewards import isic_classifier_reward
 from ddpo_pytorch.sampling import Sampler, draw_pass, draw_passes, plan
@@ -71,7 +71,7 @@ def test_an_error_while_drawing_ends_the_run(tiny_pipeline_dir, one_thread, tmp_
     passes = [[job] for job in plan([(PROMPTS[0], {})], 40, seed=5)]
     with PartLog(tmp_path, 0) as log, pytest.raises(OSError, match="no more"):
         list(draw_passes(sampler, passes, 2, 1, tmp_path, log, (), judge, ""))
-    assert 0 < len(list(tmp_path.rglob("*.png"))) < 40 and not logged(tmp_path)  # the rest was not begun
+    assert 0 < len(list(tmp_path.rglob("*.png"))) < 40 and not read_entries(tmp_path)  # the rest was not begun
 
 
 def test_drawing_takes_turns_and_writing_does_not(tiny_pipeline_dir, one_thread, tmp_path, monkeypatch):
@@ -85,13 +85,13 @@ def test_drawing_takes_turns_and_writing_does_not(tiny_pipeline_dir, one_thread,
 
     def save(path, image):
         held.append(turn.locked())
-        assert not logged(tmp_path)  # the file comes first
+        assert not read_entries(tmp_path)  # the file comes first
         save_image(path, image)
 
     monkeypatch.setattr("ddpo_pytorch.sampling.save_image", save)
     with PartLog(tmp_path, 0) as log:
         draw_pass(draw, plan([(PROMPTS[0], {})], 2, seed=5), 2, tmp_path, log, turn=turn)
-    assert held == [True, False, False] and len(logged(tmp_path)) == 2
+    assert held == [True, False, False] and len(read_entries(tmp_path)) == 2
 
 
 def test_other_prompts_join_a_folder_and_more_than_planned_is_told(config_file, run_main, tmp_path, caplog):

@@ -23,8 +23,8 @@ from ddpo_pytorch.data.sample_folder import (
     claim_folder,
     folder_name,
     list_samples,
-    logged,
     merge_parts,
+    read_entries,
     read_settings,
 )
 from ddpo_pytorch.generator.lora import add_lora, save_lora
@@ -254,7 +254,7 @@ def test_the_log_survives_torn_lines_and_counts_only_images_that_exist(tmp_path)
     (tmp_path / "empty.png").touch()
     with PartLog(tmp_path, 1) as log:
         log.add([{"path_to_img": "a.png"}, {"path_to_img": "gone.png"}, {"path_to_img": "empty.png"}])
-    assert list(logged(tmp_path)) == ["b.png", "a.png"]
+    assert list(read_entries(tmp_path)) == ["b.png", "a.png"]
     assert merge_parts(tmp_path, ["a.png", "b.png"]) == 2
     entries = json.loads((tmp_path / "image_log.json").read_text())
     assert entries == [{"sampleID": 0, "path_to_img": "a.png"}, {"sampleID": 1, "path_to_img": "b.png", "x": 1}]

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from script_tools import load_module
 
-from ddpo_pytorch.data.sample_folder import logged, read_log, read_settings
+from ddpo_pytorch.data.sample_folder import read_entries, read_log, read_settings
 from ddpo_pytorch.data.splits import read_splits
 from ddpo_pytorch.generator import conditioning
 from ddpo_pytorch.generator.from_scratch import build_unet, build_vae
@@ -71,7 +71,7 @@ READERS = {
     "metrics": ("metrics.jsonl", runs),
     "held out": ("held_out.jsonl", runs),
     "image log": ("image_log.json", read_log),
-    "merged log": ("image_log.json", logged),
+    "merged log": ("image_log.json", read_entries),
     "settings": ("settings.json", read_settings),
     "splits": ("splits.json", lambda folder: read_splits({"train": folder / "isic_train.csv"})),
     "conditioning": ("conditioning.json", conditioning._record),

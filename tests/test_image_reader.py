@@ -13,7 +13,7 @@ from PIL import Image, TiffImagePlugin
 
 from ddpo_pytorch.data import fundus, splits
 from ddpo_pytorch.data.datasets import find_rows
-from ddpo_pytorch.data.images import find_damage, is_whole, load_pixels, read_rgb, save_image
+from ddpo_pytorch.data.images import find_damage, is_intact, load_pixels, read_rgb, save_image
 from ddpo_pytorch.data.sample_folder import write_log
 from ddpo_pytorch.metrics.image_sets import any_files, inspected
 from ddpo_pytorch.rating.items import sample_items
@@ -157,7 +157,7 @@ def endless(tmp_path):
 def test_only_regular_files_are_opened(endless):
     """Whether images are listed by folder, as metric.py and augment.py do, or named by a table or log."""
     for path, fault in zip(endless, find_damage(endless), strict=True):
-        assert repr(str(path)) in fault and not is_whole(path)
+        assert repr(str(path)) in fault and not is_intact(path)
     folder = endless[0].parent
     endless[2].rmdir()
     for path in endless[:2]:
@@ -192,13 +192,13 @@ def test_a_file_that_is_cut_or_changed_anywhere_is_damaged(suffix, tmp_path):
     path = tmp_path / f"a{suffix}"
     save_image(path, torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0)))
     content = path.read_bytes()
-    assert is_whole(path)
+    assert is_intact(path)
     for size in range(len(content)):
         path.write_bytes(content[:size])
-        assert not is_whole(path), size
+        assert not is_intact(path), size
     if suffix == ".png":
         for place in range(len(content)):
             path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-            assert not is_whole(path), place
+            assert not is_intact(path), place
     path.unlink()
-    assert not is_whole(path)
+    assert not is_intact(path)

@@ -181,7 +181,7 @@ def find_damage(paths: Sequence[Path]) -> list[str | None]:
         return list(pool.map(fault, paths))
 
 
-def is_whole(path: str | Path) -> bool:
+def is_intact(path: str | Path) -> bool:
     """Return whether an image exists and is undamaged: PNG by its checksums, others by decoding."""
     try:
         with open_image(path) as image:

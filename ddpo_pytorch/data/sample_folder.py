@@ -18,7 +18,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddpo_pytorch.data.images import is_whole
+from ddpo_pytorch.data.images import is_intact
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.utils.cores import thread_limit
 from ddpo_pytorch.utils.errors import UserError, difference
@@ -138,7 +138,7 @@ class PartLog:
             append(self._file, lines)
 
 
-def logged(folder: str | Path) -> dict[str, dict[str, Any]]:
+def read_entries(folder: str | Path) -> dict[str, dict[str, Any]]:
     """Return the entries of the merged log and of every part by path_to_img, without those of absent or empty images.
 
     Raises UserError for a merged log of another shape.
@@ -163,19 +163,13 @@ def _parts(folder: Path) -> Iterator[dict[str, Any]]:
                 yield entry
 
 
-def strays(folder: str | Path, listed: Collection[str]) -> list[str]:
-    """Return the sorted image files of the folder, relative to it, that are not `listed`."""
-    files = (path for path in Path(folder).glob("images/*/[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted({str(path.relative_to(folder)) for path in files}.difference(listed))
-
-
 def merge_parts(folder: str | Path, order: Sequence[str] = ()) -> int:
     """Write all entries to `image_log.json`, remove the parts and return the number of entries.
 
     For one process, when no other writes. Entries are sorted as their paths in `order`, then by folder, then by path,
     and numbered: sampleID 0, 1, ...
     """
-    entries, rank = logged(folder), {path: number for number, path in enumerate(order)}
+    entries, rank = read_entries(folder), {path: number for number, path in enumerate(order)}
     last = {os.path.dirname(path): number for path, number in rank.items()}
 
     def sort_key(path: str) -> tuple[int, bool, str]:
@@ -192,7 +186,7 @@ def merge_parts(folder: str | Path, order: Sequence[str] = ()) -> int:
 def damaged_images(folder: str | Path, paths: Sequence[str]) -> list[str]:
     """Return the image files, relative to the folder, that are damaged."""
     with ThreadPoolExecutor(thread_limit()) as pool:
-        sound = pool.map(is_whole, map(Path(folder).joinpath, paths))
+        sound = pool.map(is_intact, map(Path(folder).joinpath, paths))
         return [path for path, fine in zip(paths, sound, strict=True) if not fine]
 
 
@@ -218,11 +212,12 @@ def finish_log(folder: str | Path, planned: Sequence[str]) -> Contents:
     """Merge the parts of the log, in the order of the planned paths, and return the folder's contents."""
     images = merge_parts(folder, planned)
     entries = {entry["path_to_img"]: entry for entry in read_log(folder)}
+    files = (path for path in Path(folder).glob("images/*/[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES)
     return Contents(
         images=images,
         black=[path for path, entry in entries.items() if entry.get("black")],
         unplanned=sorted(entries.keys() - planned),
-        unlogged=strays(folder, entries),
+        unlogged=sorted({str(path.relative_to(folder)) for path in files} - entries.keys()),
         missing=[path for path in planned if path not in entries],
     )
 
