@@ -184,7 +184,7 @@ class Ours:
             return 0, 0
         config = self.run.config
         rows = config.train.batch_size * config.train.timesteps_per_forward * (1 + (config.sample.guidance_scale > 1))
-        return inputs * gradients.samples // self.run.geometry.local_samples, rows
+        return inputs * gradients.samples // self.run.sizes.local_samples, rows
 
 
 def draw(config: ConfigDict, epoch: int) -> tuple[list[str], list]:

@@ -46,9 +46,11 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     config.resume_from = ""
     # LoRA adapters on the UNet (True) or all UNet weights (False).
     config.use_lora = True
-    # "auto": Weights & Biases, online if a key is set, otherwise offline; never asks. "disabled": not at all.
-    # The run's metrics.jsonl is written either way.
-    config.wandb = "auto"
+    # Accelerate's trackers: "wandb", "tensorboard", "wandb,tensorboard", ...; "" for none. Weights & Biases records
+    # offline where no key is set and never asks. The run's metrics.jsonl is written in any case.
+    config.log_with = "wandb"
+    # also send the sample grids there; off by default, since images of a medical model may not leave the machine.
+    config.log_images = False
     config.wandb_project = "rl4med-ddpo"
     # seconds that a process waits for the others before it gives up: a day, since one may work alone for hours
     # (decoding images, downloading, a slow reward). On GPUs NCCL then aborts the process.

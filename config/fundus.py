@@ -176,7 +176,7 @@ def mini(config):
     config.rlhf.num_epochs = 10
     config.rlhf.learning_rate = 1e-3
     config.rlhf.second_learning_rate = 3e-4
-    config.wandb = "disabled"
+    config.log_with = ""
     config.improve.images_per_prompt = 8
     config.improve.held_out_images = 32
     config.improve.num_steps = 200

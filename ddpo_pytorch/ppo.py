@@ -1,4 +1,4 @@
-"""The objective of one denoising step: PPO's clipped surrogate (Schulman et al. 2017, equation 7), KL to the base."""
+"""The loss of denoising steps: PPO's clipped surrogate (Schulman et al. 2017, equation 7) and KL to the base model."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,11 +16,11 @@ def ppo_loss(
     clip_range: float,
     adv_clip_max: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Negative clipped surrogate, averaged over the batch.
+    """Return the negative clipped surrogate, averaged over the batch, and statistics.
 
     Args:
         log_prob: (B,) log-probabilities under the policy being trained.
-        old_log_prob: (B,) the same under the policy that drew the samples.
+        old_log_prob: (B,) log-probabilities under the policy that sampled them.
         advantages: (B,).
         clip_range: ratios outside [1 - clip_range, 1 + clip_range] gain nothing further. Log-probs here are means over
             the D latent dimensions, so this bounds the true log-ratio by about D * clip_range nats.
@@ -69,9 +69,9 @@ def step_kl(
     sample: torch.Tensor,
     eta: float,
 ) -> torch.Tensor:
-    """KL(policy || base) of one denoising step, a scalar: the mean over samples and latent dimensions.
+    """Return KL(policy || base) of denoising steps, a scalar: the mean over samples and latent dimensions.
 
-    Both steps are Gaussians of the same standard deviation, so the divergence is (mean - base_mean)^2 / (2 std^2).
+    Both steps are Gaussians with the same standard deviation, so the divergence is (mean - base_mean)^2 / (2 std^2).
     """
     mean, std = ddim_mean_std(scheduler, model_output, timestep, sample, eta)
     base_mean, _ = ddim_mean_std(scheduler, base_output, timestep, sample, eta)
@@ -79,9 +79,9 @@ def step_kl(
 
 
 def averages(accelerator: Accelerator, statistics: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
-    """Mean of each 0-d tensor over all entries and processes, which have equally many; NaN where nothing is finite.
+    """Return the mean of each 0-d tensor over all entries and processes; NaN where no value is finite.
 
-    Values that are not finite belong to updates that were left out, and do not count.
+    Every process has equally many entries. Non-finite values belong to skipped updates and are left out.
     """
     means = {}
     for key in statistics[0] if statistics else ():

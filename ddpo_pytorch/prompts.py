@@ -1,9 +1,10 @@
-"""Prompt functions, chosen by name: `prompt_fn` and `prompt_fn_kwargs` of a configuration.
+"""Prompt functions, selected by `prompt_fn` and `prompt_fn_kwargs` of a configuration.
 
-Each returns one `(prompt, metadata)`, or a prompt alone, and takes its random numbers from its argument `rng`; one
-without `rng`, as ddpo-pytorch has them, may use random, NumPy or PyTorch as it likes (`draw_prompt`). Metadata of an
-ISIC caption is `{"label": [hair, gel_bubble, ruler, ink, MEL, NV]}` (0/1), otherwise `{}`; rewards receive it. To add a
-set, write such a function and enter it in `PROMPTS`, and in `PROMPT_LISTS` if eval.py is to run over the whole of it.
+A prompt function returns `(prompt, metadata)`, or a prompt alone, and draws from its argument `rng`; without one, as in
+ddpo-pytorch, it may use random, NumPy or PyTorch (`draw_prompt`). Metadata of an ISIC caption is
+`{"label": [hair, gel_bubble, ruler, ink, MEL, NV]}` (0/1), else `{}`; rewards receive it. Your own is given as
+`prompt_fn="my_module:my_function"`, or entered in `PROMPTS`, and in `PROMPT_LISTS` to let eval.py draw all of its
+prompts.
 """
 
 import codecs
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 from ddpo_pytorch.data import fundus
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
 from ddpo_pytorch.data.tables import invisible_character
+from ddpo_pytorch.utils.cli import import_function
 from ddpo_pytorch.utils.errors import UserError, describe_value
 from ddpo_pytorch.utils.randomness import seeded_globals
 from ddpo_pytorch.utils.settings import ZERO_OR_MORE, check_ranges
@@ -29,18 +31,18 @@ Prompt = tuple[str, dict[str, Any]]
 
 
 class UniformSource(Protocol):
-    """`random.Random` or `numpy.random.Generator`: the one method of both that is used here."""
+    """The method of `random.Random` and `numpy.random.Generator` that is used here."""
 
     def random(self) -> float: ...
 
 
 def isic_all(rng: UniformSource | None = None) -> Prompt:
-    """One of the 32 ISIC captions, uniformly."""
+    """Return one of the 32 ISIC captions, uniformly."""
     return _describe(_choose(CAPTIONS, rng))
 
 
 def isic_all_idx(idx: int, rng: UniformSource | None = None) -> Prompt:
-    """Caption number `idx` in [0, 32) of the official order; `rng` is accepted and unused. UserError out of range."""
+    """Return caption `idx`, in [0, 32), of the official order. Raises UserError out of range."""
     if not 0 <= idx < len(CAPTIONS):
         raise UserError(f"prompt index {idx} is out of range; isic_all_idx takes 0 to {len(CAPTIONS) - 1}")
     return _describe(CAPTIONS[idx])
@@ -49,12 +51,12 @@ def isic_all_idx(idx: int, rng: UniformSource | None = None) -> Prompt:
 def from_file(
     path: str | Path, low: int | None = None, high: int | None = None, rng: UniformSource | None = None
 ) -> Prompt:
-    """One of the lines [low, high) of a prompt file, uniformly. See `read_prompts` for the paths and errors."""
+    """Return one of the lines [low, high) of a prompt file, uniformly (see `read_prompts`)."""
     return _describe(_choose(read_prompts(path, low, high), rng))
 
 
 def fundus_table(path: str | Path, rng: UniformSource | None = None) -> Prompt:
-    """One of the distinct captions of a fundus table, uniformly. See `data.fundus.read_split` for its errors."""
+    """Return one of the distinct captions of a fundus table, uniformly (see `data.fundus.read_split`)."""
     return _describe(_choose(_table_captions(path), rng))
 
 
@@ -64,12 +66,10 @@ def _table_captions(path: str | Path) -> tuple[str, ...]:
 
 
 def read_prompts(path: str | Path, low: int | None = None, high: int | None = None) -> list[str]:
-    """Return the prompts [low, high) of a text file, one a line: an absolute path, one from the current folder, or an
-    asset.
+    """Return the prompts [low, high) of a text file, given by path or by the name of an asset, one per line.
 
-    Blank lines do not count, and a byte-order mark and spaces around a prompt are removed. A prompt that occurs more
-    than once is returned as often, with a warning. Raises UserError where no such file exists, no prompt remains, or a
-    line holds what `check_prompt` refuses, naming the line.
+    Blank lines, a byte-order mark and surrounding spaces are dropped; repeated prompts stay, with a warning. Raises
+    UserError for a missing file, an empty range, or a line that `check_prompt` refuses.
     """
     given = {name: value for name, value in (("low", low), ("high", high)) if value is not None}
     check_ranges(given, dict.fromkeys(given, ZERO_OR_MORE), "prompt_fn_kwargs.")
@@ -110,14 +110,14 @@ def _parse_prompts(path: str, content: bytes) -> tuple[str, ...]:
 
 
 def check_prompt(prompt: str, where: str = "prompt") -> None:
-    """Raise UserError for a prompt that is blank or has an `invisible_character`. `where` begins the message."""
+    """Raise UserError for a prompt that is blank or holds invisible characters. `where` starts the message."""
     fault = "is blank; describe an image" if not prompt.strip() else invisible_character(prompt)
     if fault:
         raise UserError(f"{where}: {prompt!r} {fault}")
 
 
 def given_prompts(prompts: Sequence[Any]) -> list[str]:
-    """Return the texts of `eval.prompts`. Raises UserError for one that `check_prompt` refuses, naming its place."""
+    """Return the texts of `eval.prompts`. Raises UserError for one that `check_prompt` refuses."""
     texts = [str(prompt) for prompt in prompts]
     for number, text in enumerate(texts, start=1):
         check_prompt(text, f"eval.prompts, prompt {number}")
@@ -139,11 +139,11 @@ PROMPT_LISTS: dict[str, Callable[..., Sequence[str]]] = {
 
 
 def get_prompt_fn(name: str, **kwargs: Any) -> Callable[..., Prompt]:
-    """Return the prompt function of that name with these keyword arguments; those that are None are left out.
+    """Return the prompt function `name` (of PROMPTS, or "module:function") with keyword arguments that are not None.
 
-    Raises UserError that lists the names, or for keyword arguments that do not fit.
+    Raises UserError for an unknown name, listing the known ones, and for arguments that do not fit.
     """
-    function = _look_up(PROMPTS, "PROMPTS", name)
+    function = import_function(name, "prompt_fn") if ":" in name else _look_up(PROMPTS, "PROMPTS", name)
     _check_arguments(name, function, kwargs := _given(kwargs))
     chosen = partial(function, **kwargs)
     chosen.__name__ = name  # for messages: functions may have been entered under another name
@@ -151,10 +151,10 @@ def get_prompt_fn(name: str, **kwargs: Any) -> Callable[..., Prompt]:
 
 
 def draw_prompt(function: Callable[..., Any], seed: int) -> Prompt:
-    """Call a prompt function such that its result is a function of the seed, and return its prompt and metadata.
+    """Call a prompt function so that its result depends on the seed alone; return prompt and metadata.
 
-    A function with the parameter `rng` gets a `random.Random`. For any other one, the global generators of random,
-    NumPy and PyTorch are seeded during the call. Raises UserError for a result that `as_prompt` refuses.
+    A function with the parameter `rng` gets a `random.Random`; for any other, the global generators of random, NumPy
+    and PyTorch are seeded during the call. Raises UserError as `as_prompt` does.
     """
     name = getattr(function, "__name__", str(function))
     if _takes_rng(function):
@@ -164,7 +164,7 @@ def draw_prompt(function: Callable[..., Any], seed: int) -> Prompt:
 
 
 def as_prompt(result: Any, name: str) -> Prompt:
-    """Return what prompt function `name` returned, a prompt or a pair of a prompt and a dict, as such a pair.
+    """Return the result of prompt function `name`, a prompt or a (prompt, dict) pair, as such a pair.
 
     Raises UserError for anything else, and for a prompt that `check_prompt` refuses.
     """
@@ -172,23 +172,22 @@ def as_prompt(result: Any, name: str) -> Prompt:
     fits = isinstance(pair, tuple | list) and len(pair) == 2
     if not fits or not isinstance(pair[0], str) or not isinstance(pair[1], Mapping):
         raise UserError(
-            f"prompt function {name!r} returned {describe_value(result)}; it must return a prompt, or a pair of a "
-            "prompt and a dict of metadata, as in `return prompt, {}`"
+            f"prompt function {name!r} returned {describe_value(result)}; it must return a prompt, or a prompt and a "
+            "dict of metadata, as in `return prompt, {}`"
         )
     check_prompt(pair[0], f"prompt function {name!r}")
     return str(pair[0]), pair[1]
 
 
 def all_prompts(name: str, **kwargs: Any) -> list[Prompt]:
-    """Return every prompt that function `name` can return with these keyword arguments, in order, without repetition.
+    """Return every distinct prompt that function `name` can return with these keyword arguments, in order.
 
     Raises UserError for an unknown name, one without an entry in PROMPT_LISTS, and arguments that do not fit.
     """
-    if name in PROMPTS and name not in PROMPT_LISTS:
+    if (name in PROMPTS or ":" in name) and name not in PROMPT_LISTS:
         raise UserError(
-            f"prompt function {name!r} has no entry in PROMPT_LISTS of ddpo_pytorch/prompts.py, so all of its prompts "
-            "are not known; enter a function that lists them, or do without: eval.prompts for eval.py and generate.py, "
-            "held_out.every=0 for train.py"
+            f"prompt function {name!r} has no entry in PROMPT_LISTS of ddpo_pytorch/prompts.py, so its prompts cannot "
+            "be listed; add one, or give eval.prompts to eval.py and generate.py, held_out.every=0 to train.py"
         )
     list_fn = _look_up(PROMPT_LISTS, "PROMPT_LISTS", name)
     _check_arguments(name, list_fn, kwargs := _given(kwargs))
@@ -218,10 +217,10 @@ def _check_arguments(name: str, function: Callable, kwargs: Mapping[str, Any]) -
 
 def _look_up(table: Mapping[str, Callable], table_name: str, name: str) -> Callable:
     if name not in table:
-        defined = callable(globals().get(name))
+        hint = ": add the function of that name there" if callable(globals().get(name)) else ", or give module:function"
         raise UserError(
             f"prompt function {name!r} is unknown; {table_name} in ddpo_pytorch/prompts.py has "
-            f"{', '.join(sorted(table))}{': enter the function of that name there' if defined else ''}"
+            f"{', '.join(sorted(table))}{hint}"
         )
     return table[name]
 

@@ -1,9 +1,9 @@
-"""Reward functions, chosen by name: `reward_fn` and `reward_fn_kwargs` of a configuration.
+"""Reward functions, selected by `reward_fn` and `reward_fn_kwargs` of a configuration.
 
-A factory returns `fn(images, prompts, metadata) -> (rewards, info)`: images (B, 3, H, W) float in [0, 1], which a
-reward never modifies; prompts, B strings; metadata, B dicts of the prompt function; rewards, B finite numbers as a
-list, an array or a tensor (`check_result`); info, a dict of further per-image values. To add one, write a factory and
-enter it in `REWARDS`.
+A factory returns `fn(images, prompts, metadata) -> (rewards, info)`: images (B, 3, H, W) float in [0, 1], never to be
+modified; prompts, B strings; metadata, B dicts from the prompt function; rewards, B finite numbers as a list, array or
+tensor (`check_result`); info, a dict of further per-image values. Give your own factory as
+`reward_fn="my_module:my_reward"`, with `reward_fn_kwargs.my_reward`, or enter it in `REWARDS`.
 """
 
 import inspect
@@ -11,7 +11,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from ddpo_pytorch.data.images import to_pil
 from ddpo_pytorch.data.isic import LABELS, labels_of
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier
 from ddpo_pytorch.judges.policy import load_judges
+from ddpo_pytorch.utils.cli import import_function
 from ddpo_pytorch.utils.errors import UserError, describe_value
 
 RewardFn = Callable[[torch.Tensor, Sequence[str], Sequence[Mapping[str, Any]]], tuple[np.ndarray, dict[str, Any]]]
@@ -27,7 +28,7 @@ JPEG_QUALITY = 95
 
 
 def jpeg_incompressibility() -> RewardFn:
-    """Size in kB (1000 bytes) of the image as JPEG of quality 95."""
+    """Reward the size in kB (1000 bytes) of the image as a JPEG of quality 95."""
 
     def reward(images, prompts, metadata):
         return np.array([_jpeg_bytes(image) / 1000 for image in images], dtype=np.float64), {}
@@ -36,7 +37,7 @@ def jpeg_incompressibility() -> RewardFn:
 
 
 def jpeg_compressibility() -> RewardFn:
-    """Minus the size in kB of the image as JPEG of quality 95."""
+    """Reward minus the size in kB of the image as a JPEG of quality 95."""
     size = jpeg_incompressibility()
 
     def reward(images, prompts, metadata):
@@ -46,10 +47,10 @@ def jpeg_compressibility() -> RewardFn:
 
 
 def isic_classifier_reward(classifier: str | Path | ArtifactClassifier, device: str | torch.device = "cpu") -> RewardFn:
-    """Share of the classifier's attributes that it predicts as the prompt states: 0, 1/H, ..., 1.
+    """Reward the share of the classifier's H attributes that it predicts as the prompt states: 0, 1/H, ..., 1.
 
-    The stated attributes come from metadata["label"], or from the prompt where metadata has none (then it must be one
-    of the ISIC captions, else UserError). info: predictions and labels, (B, H) integers, and logits, (B, H) float32, in
+    The stated attributes come from metadata["label"], else from the prompt, which must be an ISIC caption then
+    (UserError). info: predictions and labels, (B, H) integers, and logits, (B, H) float32, in
     the order of `classifier.labels`. `classifier` is a model or the path of one.
     """
     model = classifier if isinstance(classifier, ArtifactClassifier) else load_classifier(classifier, device)
@@ -68,9 +69,9 @@ def isic_classifier_reward(classifier: str | Path | ArtifactClassifier, device: 
 
 
 def fundus_alignment(judges: str | Path, device: str | torch.device = "cpu") -> RewardFn:
-    """[selector >= tau] * policy, in [0, 1]: what the Selector rejects earns nothing, the rest the Policy's score.
+    """Reward [selector >= tau] * policy, in [0, 1]: the Policy's score of images that the Selector accepts.
 
-    `judges` is a folder that train_rlhf.py wrote; tau is the Selector's own threshold. info: both scores (B,).
+    `judges` is a folder written by train_rlhf.py; tau is the Selector's own threshold. info: both scores (B,).
     """
     selector, policy = load_judges(judges, device)
 
@@ -124,7 +125,7 @@ class Reward:
 
 
 def as_reward(function: RewardFn) -> Reward:
-    """Return `function` as a `Reward`, which checks its results; a `Reward` is returned as it is."""
+    """Return `function` as a `Reward`, which checks its results."""
     name = getattr(function, "__name__", type(function).__name__)
     return function if isinstance(function, Reward) else Reward({name: function})
 
@@ -145,34 +146,31 @@ def _score(
 def build_reward(
     spec: str, kwargs_by_name: Mapping[str, Mapping[str, Any]] | None = None, device: str | torch.device = "cpu"
 ) -> Reward:
-    """Return the reward that `spec` names: "a", or a weighted sum such as "a:0.7,b:0.3" (weight 1 where none is given).
+    """Return the reward that `spec` names: "a", or a weighted sum such as "a:0.7,b:0.3" (weight 1 by default).
 
-    `kwargs_by_name` holds each factory's keyword arguments; entries of rewards that `spec` does not name are ignored.
-    Raises UserError for an unknown or repeated name, weights that are not finite or all 0, keyword arguments that do
-    not fit or belong to no reward, and a factory that returns no function.
+    `kwargs_by_name` holds each factory's keyword arguments; those of registered rewards that are not in `spec` are
+    ignored. Raises UserError for an unknown or repeated name, weights that are not finite or all 0, keyword arguments
+    that do not fit or belong to no reward, and a factory that returns no function.
     """
-    weights = parse_spec(spec)
+    parts = parse_spec(spec)
     kwargs_by_name = kwargs_by_name or {}
     for name, kwargs in kwargs_by_name.items():
-        if name not in REWARDS:
+        if name not in REWARDS and name not in parts:
             raise UserError(f"reward_fn_kwargs.{name} belongs to no reward; {_known(name)}")
         if not isinstance(kwargs, Mapping):
             raise UserError(
                 f"reward_fn_kwargs.{name} is {kwargs!r}; give arguments, reward_fn_kwargs.{name}.NAME=VALUE"
             )
-    parts = {name: _build(name, kwargs_by_name.get(name, {}), device) for name in weights}
-    return Reward(parts, None if list(weights.values()) == [1.0] else weights)
+    functions = {name: _build(name, part.path, kwargs_by_name.get(name, {}), device) for name, part in parts.items()}
+    weights = {name: part.weight for name, part in parts.items()}
+    return Reward(functions, None if list(weights.values()) == [1.0] else weights)
 
 
 def check_result(name: str, result: Any, prompts: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return what a reward function returned for B prompts as rewards (B,) float64, and info.
+    """Return a reward function's result for B prompts as rewards (B,) float64 and info.
 
-    Rewards may be a list or tuple of B numbers, a NumPy array or a tensor of shape (B,) or (B, 1), of integers,
-    booleans or floats, on any device and with or without a gradient.
-
-    Raises:
-        UserError: anything else, naming the reward, what it returned and what is allowed; a value that is not finite,
-            naming its prompt.
+    Rewards may be a list or tuple of B numbers, or an array or tensor of shape (B,) or (B, 1), of integers, booleans or
+    floats, on any device. Raises UserError for anything else, and for a value that is not finite.
     """
     if not isinstance(result, tuple | list) or len(result) != 2 or not isinstance(result[1], Mapping):
         raise UserError(
@@ -194,7 +192,7 @@ def check_result(name: str, result: Any, prompts: Sequence[str]) -> tuple[np.nda
 
 
 def _as_array(rewards: Any) -> np.ndarray | None:
-    """Return real numbers as float64, in the shape that they are given in; None for anything else."""
+    """Return real numbers as float64 in their shape, None for anything else."""
     try:
         rewards = [_on_host(one) for one in rewards] if isinstance(rewards, tuple | list) else _on_host(rewards)
         array = np.asarray(rewards)
@@ -213,8 +211,8 @@ def _on_host(value: Any) -> Any:
 def check_prompts(reward_fn: RewardFn, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     """Try a reward on an image of noise for each (prompt, metadata), before anything is sampled.
 
-    Every call has at least two images, so that one value for a whole batch is noticed. Raises what `Reward` raises,
-    among it UserError for a prompt that the reward does not understand.
+    Every call has at least two images, to notice one value for a whole batch. Raises as `Reward` does, and UserError
+    for a prompt that the reward does not understand.
     """
     reward_fn, noise = as_reward(reward_fn), torch.rand(32, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for start in range(0, len(prompts), len(noise)):
@@ -223,42 +221,51 @@ def check_prompts(reward_fn: RewardFn, prompts: Sequence[tuple[str, Mapping[str,
         reward_fn(noise[: len(texts)].clone(), list(texts), list(metadata))
 
 
-def parse_spec(spec: str) -> dict[str, float]:
-    """Weights by reward name of "a" or "a:0.7,b:0.3", in order. Raises UserError (see `build_reward`)."""
-    weights: dict[str, float] = {}
-    for part in spec.split(","):
-        name, _, text = (piece.strip() for piece in part.partition(":"))
-        if name not in REWARDS:
+class Part(NamedTuple):
+    """A reward in a specification: its weight, and "module:factory" for one that is not registered."""
+
+    weight: float
+    path: str = ""
+
+
+def parse_spec(spec: str) -> dict[str, Part]:
+    """Return the rewards of "a" or "a:0.7,b:0.3" by name, in order; each may be "module:factory"."""
+    parts: dict[str, Part] = {}
+    for piece in spec.split(","):
+        name, colon, last = (text.strip() for text in piece.rpartition(":"))
+        weight = _as_number(last)
+        if not colon or (weight is None and ":" not in name and name not in REWARDS):
+            name, weight = piece.strip(), 1.0  # without a weight, perhaps module:factory
+        path, name = (name, name.rpartition(":")[2]) if ":" in name else ("", name)
+        if not path and name not in REWARDS:
             raise UserError(f"reward {name!r} (in reward_fn={spec!r}) is unknown; {_known(name)}")
-        if name in weights:
+        if weight is None:
+            raise UserError(f"weight {last!r} in reward_fn={spec!r} is not a finite number; write name:weight")
+        if name in parts:
             raise UserError(f"reward {name!r} appears twice in reward_fn={spec!r}; add up its weights instead")
-        weights[name] = _weight(text, spec) if ":" in part else 1.0
-    if not any(weights.values()):
+        parts[name] = Part(weight, path)
+    if not any(part.weight for part in parts.values()):
         raise UserError(f"all weights in reward_fn={spec!r} are 0, so there is nothing to learn; change one of them")
-    return weights
+    return parts
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _known(name: str) -> str:
     known = f"REWARDS in ddpo_pytorch/rewards.py has {', '.join(sorted(REWARDS))}"
-    return f"{known}: enter the function of that name there" if callable(globals().get(name)) else known
+    return f"{known}: add the function of that name there" if callable(globals().get(name)) else known
 
 
-def _weight(text: str, spec: str) -> float:
-    try:
-        weight = float(text)
-    except ValueError:
-        weight = math.nan
-    if not math.isfinite(weight):
-        raise UserError(f"weight {text!r} in reward_fn={spec!r} is not a number; write name:weight")
-    return weight
-
-
-def _build(name: str, kwargs: Mapping[str, Any], device: str | torch.device) -> RewardFn:
-    factory = REWARDS[name]
+def _build(name: str, path: str, kwargs: Mapping[str, Any], device: str | torch.device) -> RewardFn:
+    factory = import_function(path, "reward_fn") if path else REWARDS[name]
     accepted = inspect.signature(factory).parameters
-    kwargs = dict(kwargs)
-    if "device" in accepted:
-        kwargs.setdefault("device", device)
+    kwargs = {"device": device} | dict(kwargs) if "device" in accepted else dict(kwargs)
     try:
         inspect.signature(factory).bind(**kwargs)
     except TypeError as error:
@@ -268,7 +275,7 @@ def _build(name: str, kwargs: Mapping[str, Any], device: str | torch.device) -> 
     function = factory(**kwargs)
     if not callable(function):
         raise UserError(
-            f"REWARDS[{name!r}] returned {describe_value(function)}; it must be a factory, which returns a function of "
+            f"reward {name!r} returned {describe_value(function)}; it must be a factory, which returns a function of "
             "images, prompts and metadata"
         )
     return function

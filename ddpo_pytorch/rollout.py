@@ -1,7 +1,7 @@
-"""Rollouts: prompts and noise as a function of (seed, epoch, sample index), and batches of trajectories.
+"""Rollouts: prompts and noise as functions of (seed, epoch, sample index), and batches of trajectories.
 
-Nothing here depends on the number of processes or on the batch size: sample i of epoch e is the same image whoever
-draws it. That is what makes a resumed run equal an uninterrupted one, and two processes equal one.
+Nothing here depends on the number of processes or the batch size: sample i of epoch e is the same image whichever
+process draws it. That makes a resumed run equal to an uninterrupted one, and two processes equal to one.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,21 +15,22 @@ from diffusers import StableDiffusionPipeline
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import LogProbGradients, pipeline_with_logprob
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings
 from ddpo_pytorch.prompts import draw_prompt
+from ddpo_pytorch.sampling import Sampling
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import Stream, derived_seed
 
 
 def generators(device: torch.device, seed: int, stream: Stream, epoch: int, indices: Sequence[int]) -> list:
-    """One torch.Generator for each global sample index."""
+    """Return one torch.Generator per global sample index."""
     return [torch.Generator(device).manual_seed(derived_seed(seed, stream, epoch, index)) for index in indices]
 
 
 def draw_prompts(
     prompt_fn: Callable[..., Any], seed: int, epoch: int, count: int, images_per_prompt: int = 1
 ) -> tuple[list[str], list[Any]]:
-    """Return prompts and metadata of an epoch's `count` samples over all processes; `images_per_prompt` in a row agree.
+    """Return prompts and metadata of an epoch's `count` samples over all processes.
 
-    Raises UserError for a result of `prompt_fn` that is no prompt.
+    Runs of `images_per_prompt` samples share a prompt. Raises UserError if `prompt_fn` returns no prompt.
     """
     drawn = []
     for group in range(-(-count // images_per_prompt)):
@@ -45,8 +46,9 @@ class Trajectories:
     Attributes:
         prompts: B texts.
         timesteps: (T,) int64, from noise to image.
-        latents: (B, T + 1, C, h, w) in the dtype that log-probs were taken in; step t goes from [:, t] to [:, t + 1].
-        log_probs: (B, T) float32, of each step under the policy that drew it.
+        latents: (B, T + 1, C, h, w), rounded to the dtype in which log-probs were taken; step t goes from [:, t] to
+            [:, t + 1].
+        log_probs: (B, T) float32, of each step under the policy that sampled it.
     """
 
     prompts: list[str]
@@ -56,18 +58,18 @@ class Trajectories:
 
     @classmethod
     def like(cls, batch: "Trajectories", count: int) -> "Trajectories":
-        """Room for `count` trajectories of the same steps, shapes and types: one array, which batches are put into."""
+        """Allocate `count` trajectories of the same steps, shapes and dtypes, to be filled by `put`."""
         latents, log_probs = (array.new_empty(count, *array.shape[1:]) for array in (batch.latents, batch.log_probs))
         return cls([""] * count, batch.timesteps, latents, log_probs)
 
-    def put(self, places: list[int], batch: "Trajectories") -> None:
-        """Store a batch, its trajectories at these places."""
-        for place, prompt in zip(places, batch.prompts, strict=True):
-            self.prompts[place] = prompt
-        self.latents[places], self.log_probs[places] = batch.latents, batch.log_probs
+    def put(self, indices: list[int], batch: "Trajectories") -> None:
+        """Store the trajectories of a batch at these indices."""
+        for index, prompt in zip(indices, batch.prompts, strict=True):
+            self.prompts[index] = prompt
+        self.latents[indices], self.log_probs[indices] = batch.latents, batch.log_probs
 
     def check_finite(self, images: torch.Tensor, epoch: int) -> None:
-        """Raise UserError where these, or the images that they end in, are not finite."""
+        """Raise UserError if log-probs or final images are not finite."""
         if not self.log_probs.isfinite().all() or not images.isfinite().all():
             raise UserError(
                 f"epoch {epoch}: a sample is not finite; lower train.learning_rate, or use mixed_precision bf16 or no"
@@ -76,40 +78,40 @@ class Trajectories:
 
 def sample_trajectories(
     pipe: StableDiffusionPipeline,
-    table: PromptEmbeddings,
-    prompts: list[str],
+    embeddings: PromptEmbeddings,
+    prompts: Sequence[str],
     noise: list[torch.Generator],
-    num_steps: int,
-    guidance_scale: float,
-    eta: float,
+    sampling: Sampling,
     gradients: LogProbGradients | None = None,
 ) -> tuple[torch.Tensor, Trajectories]:
-    """Draw one image for each prompt: images (B, 3, H, W) float32 in [0, 1], and how they came about.
+    """Sample one image per prompt; return images (B, 3, H, W), float32 in [0, 1], and their trajectories.
 
-    gradients: takes those of the log-probs with respect to the policy's weights.
+    gradients: takes the gradients of the log-probs with respect to the policy's weights on the way.
     """
     images, _, latents, log_probs = pipeline_with_logprob(
         pipe,
-        prompt_embeds=table(prompts),
-        negative_prompt_embeds=table.negative,
-        num_inference_steps=num_steps,
-        guidance_scale=guidance_scale,
-        eta=eta,
+        prompt_embeds=embeddings(prompts),
+        negative_prompt_embeds=embeddings.negative,
+        num_inference_steps=sampling.num_steps,
+        guidance_scale=sampling.guidance_scale,
+        eta=sampling.eta,
         generator=noise,
         gradients=gradients,
     )
     timesteps = pipe.scheduler.timesteps
-    return images, Trajectories(prompts, timesteps, torch.stack(latents, dim=1), torch.stack(log_probs, dim=1))
+    return images, Trajectories(list(prompts), timesteps, torch.stack(latents, dim=1), torch.stack(log_probs, dim=1))
 
 
 def update_order(
     seed: int, epoch: int, inner_epoch: int, samples: int, updates: int, first: int, processes: int
 ) -> list[int]:
-    """Order in which a process takes its samples // processes samples, the first of which has global index `first`.
+    """Return the order in which a process takes its samples // processes samples, as local indices.
 
-    Each run of `updates` consecutive global samples is dealt to the updates at random, one to each. So the samples that
-    make up an update, over all processes, do not depend on how many processes there are, every process has equally many
-    in each, and images of one prompt, which are neighbours, spread over the updates. Returns local indices.
+    first: global index of the process's first sample.
+
+    Each run of `updates` consecutive global samples is dealt to the updates at random, one to each. So the samples of
+    an update, over all processes, do not depend on the number of processes, every process has equally many in each, and
+    images of one prompt, which are neighbours, spread over the updates.
     """
     piles: list[list[int]] = [[] for _ in range(updates)]
     for start in range(first, first + samples // processes, updates):
@@ -122,7 +124,7 @@ def update_order(
 def timestep_order(
     seed: int, epoch: int, inner_epoch: int, indices: Sequence[int], window: tuple[int, int], count: int
 ) -> torch.Tensor:
-    """For each global sample index, `count` distinct steps of its trajectory in the window, shuffled: (B, count)."""
+    """Return (B, count): for each global sample index, distinct steps of its trajectory in the window, shuffled."""
     orders = []
     for index in indices:
         rng = np.random.default_rng(derived_seed(seed, Stream.TIMESTEPS, epoch, inner_epoch, index))

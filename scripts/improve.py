@@ -44,7 +44,7 @@ from ddpo_pytorch.rlhf.rounds import (
 )
 from ddpo_pytorch.sampling import SAMPLING, Sampler
 from ddpo_pytorch.training.checkpoints import load_weights
-from ddpo_pytorch.training.setup import batch_geometry, check_training
+from ddpo_pytorch.training.setup import batch_sizes, check_training
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import DTYPES
 from ddpo_pytorch.utils.errors import UserError
@@ -94,7 +94,7 @@ def check_settings(config: ConfigDict) -> None:
     check_ranges(improve, RANGES, "improve.")
     if "ddpo" in improve.methods:
         check_training(config)
-        batch_geometry(config.sample, config.train, processes=1)
+        batch_sizes(config.sample, config.train, processes=1)
     if Path(improve.judges).resolve() == Path(improve.held_out_judges).resolve():
         raise UserError(f"improve.held_out_judges are improve.judges, {improve.judges!r}; what chooses cannot judge")
 
@@ -126,7 +126,7 @@ class Rounds:
                 next(words, None)  # its value
             elif not word.lstrip("-").startswith("launch="):
                 own.append(word)
-        fields = {"seed": self.config.seed + number, "wandb": self.config.wandb, **fields}
+        fields = {"seed": self.config.seed + number, "log_with": self.config.log_with, **fields}
         start = shlex.split(FLAGS.launch) or [sys.executable]
         place = Path(__file__).with_name(script)
         options = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]

@@ -1,15 +1,16 @@
-"""DDPO: fine-tune a Stable Diffusion so that its images earn more reward (stage (ii)).
+"""DDPO: fine-tune Stable Diffusion with reinforcement learning, so that its images earn more reward (stage (ii)).
 
     accelerate launch scripts/train.py --config config/dgx.py:prompt_image_alignment_classifier_isic
 
-Denoising is a Markov decision process: state (latents, timestep, caption), action the next latents, reward on the final
-image. Each epoch samples trajectories with the current policy, scores the images, and takes PPO-clipped policy-gradient
-steps on them (equation 2 of the RL4Med-DDPO paper).
+Denoising is a Markov decision process: the state is (latents, timestep, caption), the action the next latents, and the
+reward depends on the final image. Each epoch samples trajectories with the current policy, scores their images and
+takes PPO-clipped policy-gradient steps on them (algorithm 1 and equation 2 of the RL4Med-DDPO paper).
 """
 
 import logging
 import math
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,10 +24,9 @@ from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
-from ddpo_pytorch.generator.lora import adapter_fingerprint, disabled_lora
+from ddpo_pytorch.generator.lora import disabled_lora
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, guided_noise_prediction
 from ddpo_pytorch.ppo import averages, ppo_loss, step_kl
-from ddpo_pytorch.rewards import parse_spec
 from ddpo_pytorch.rollout import (
     Trajectories,
     draw_prompts,
@@ -40,285 +40,347 @@ from ddpo_pytorch.stat_tracking import compute_advantages, reward_statistics
 from ddpo_pytorch.training.estimate import epoch_time
 from ddpo_pytorch.training.health import HealthCheck, check_groups
 from ddpo_pytorch.training.optimizer import GuardedOptimizer, make_optimizer
-from ddpo_pytorch.training.rollout_gradients import ScoreGradients, rollout_batches, while_sampling
-from ddpo_pytorch.training.run_state import Record, open_record
+from ddpo_pytorch.training.rollout_gradients import RolloutGradients, rollout_batches, rollout_gradients
+from ddpo_pytorch.training.run_state import RunState, open_run_state
 from ddpo_pytorch.training.sample_grid import save_grid
 from ddpo_pytorch.training.scoring import Scorer
-from ddpo_pytorch.training.setup import Geometry, Objective, batch_geometry, check_training, load_policy, make_objective
+from ddpo_pytorch.training.setup import (
+    BatchSizes,
+    Task,
+    batch_sizes,
+    check_training,
+    content_fingerprints,
+    load_policy,
+    make_task,
+)
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
-from ddpo_pytorch.utils.distributed import DTYPES, StopRequest, make_accelerator, peak_memory_gib
-from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints, with_contents
+from ddpo_pytorch.utils.distributed import DTYPES, StopRequest, StopRequested, make_accelerator, peak_memory_gib
 from ddpo_pytorch.utils.randomness import Stream
 
-define_config(__file__, "experiment, e.g. config/mini.py:NAME")
+define_config(__file__, "experiment", default="config/mini.py:prompt_image_alignment_classifier_isic")
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Run:
-    """What the stages of an epoch share. `unet` is `pipe.unet` as prepared for training: it averages gradients."""
+    """Everything the stages of an epoch share. `unet` is `pipe.unet` as prepared by Accelerate, averaging gradients."""
 
     config: ConfigDict
     accelerator: Accelerator
-    geometry: Geometry
-    objective: Objective
+    sizes: BatchSizes
+    task: Task
     pipe: StableDiffusionPipeline
     unet: torch.nn.Module
     optimizer: torch.optim.Optimizer
     guard: GuardedOptimizer
-    table: PromptEmbeddings
+    embeddings: PromptEmbeddings
     scorer: Scorer
-    gradients: ScoreGradients | None
+    gradients: RolloutGradients | None  # None: every update computes its own
     contents: dict[str, str] = field(default_factory=dict)  # fingerprints of files, on the main process
 
     @property
     def first_sample(self) -> int:
         """Global index of this process's first sample of an epoch."""
-        return self.accelerator.process_index * self.geometry.local_samples
+        return self.accelerator.process_index * self.sizes.local_samples
 
-    def order(self, epoch: int, inner_epoch: int) -> list[int]:
-        """Of this process's samples in the updates of an inner epoch."""
-        geometry = self.geometry
-        share = geometry.samples, geometry.updates, self.first_sample, geometry.processes
-        return update_order(self.config.seed, epoch, inner_epoch, *share)
+    def sample_order(self, epoch: int, inner_epoch: int) -> list[int]:
+        """Return local sample indices in the order in which the updates of an inner epoch take them."""
+        sizes = self.sizes
+        return update_order(
+            self.config.seed, epoch, inner_epoch, sizes.samples, sizes.updates, self.first_sample, sizes.processes
+        )
+
+    def progress(self, steps: Iterable, description: str) -> Iterable:
+        """Return `steps` with a progress bar, on a terminal only."""
+        return tqdm(steps, desc=description, leave=False, disable=None if self.config.progress else True)
 
 
 def train(config: ConfigDict) -> Path:
     """Run the experiment and return its run folder."""
     run = set_up(config)
-    record = open_record(config, run.contents, run.accelerator, run.objective.held_out, run.pipe.unet, run.optimizer)
-    over = record.epoch >= config.num_epochs
-    if reason := f"num_epochs is {config.num_epochs}" if over else record.stop_reason(bool(run.objective.held_out)):
-        logger.info("nothing is left to do: %s has %d epochs, %s", record.folder, record.epoch, reason)
-        record.close()
+    held_out = run.task.held_out
+    state = open_run_state(config, run.contents, run.accelerator, held_out, run.pipe.unet, run.optimizer)
+    finished = f"num_epochs is {config.num_epochs}" if state.epoch >= config.num_epochs else None
+    if reason := finished or state.stop_reason(bool(held_out)):
+        logger.info("nothing left to do: %s has %d epochs, %s", state.folder, state.epoch, reason)
+        state.close()
         run.accelerator.end_training()
-        return record.folder
-    record.begin(config.wandb, config.wandb_project)
+        return state.folder
+
+    state.begin(config.log_with, config.wandb_project)
     with run.accelerator.autocast():
-        lasting = epoch_time(run.pipe, run.table, config, run.geometry, run.gradients)
-    logger.info("run folder %s; %s; about %s an epoch", record.folder, run.geometry.describe(), lasting)
-    if record.epoch == 0:
-        draw_grid(run, record)
-    if run.objective.held_out and record.watch.best is None:
-        evaluate(run, record)
+        duration = epoch_time(run.pipe, run.embeddings, config, run.sizes, run.gradients)
+    logger.info("run folder %s; %s; about %s per epoch", state.folder, run.sizes.describe(), duration)
+    if state.epoch == 0:
+        draw_grid(run, state)
+    if held_out and state.watch.best is None:
+        evaluate(run, state)
+        state.save(run.pipe.unet, run.optimizer)
     with StopRequest(run.accelerator) as stop_request:
-        outcome = run_epochs(run, record, stop_request)
+        try:
+            run_epochs(run, state, stop_request)
+            outcome = "finished"
+        except StopRequested:
+            # the unfinished epoch is dropped: the resumed run draws the same samples again
+            state.save(run.pipe.unet, run.optimizer)
+            outcome = "stopped on request (rerun the same command to resume)"
     run.scorer.close()
-    record.close()
-    logger.info("%s after %d epochs; checkpoints, logs and grids are in %s", outcome, record.epoch, record.folder)
+    state.close()
+    logger.info("%s after %d epochs; checkpoints, logs and grids are in %s", outcome, state.epoch, state.folder)
     run.accelerator.end_training()
-    return record.folder
-
-
-def run_epochs(run: Run, record: Record, stop_request: StopRequest) -> str:
-    """Algorithm 1 of the paper, from where the record is. Returns how it ended."""
-    config, accelerator, geometry = run.config, run.accelerator, run.geometry
-    health = HealthCheck(config.train, accelerator.is_main_process)
-    for epoch in range(record.epoch, config.num_epochs):
-        started = time.perf_counter()
-        prompts, metadata = draw_prompts(
-            run.objective.prompt_fn, config.seed, epoch, geometry.samples, config.sample.images_per_prompt
-        )
-        health.check_prompts(epoch, prompts)
-        if (drawn := sample_and_score(run, epoch, prompts, metadata, stop_request)) is None:
-            record.save(run.pipe.unet, run.optimizer, config.num_checkpoint_limit)
-            return "stopped as asked, to be gone on with by the same command,"
-        samples, local_scores = drawn
-        sampled = time.perf_counter()
-
-        rewards, *parts = accelerator.gather(local_scores).T.contiguous().cpu().numpy()
-        advantages = compute_advantages(config.train.advantage, record.tracker, prompts, rewards)
-
-        info = update(run, epoch, samples, torch.from_numpy(advantages).to(accelerator.device, torch.float32))
-        updated = time.perf_counter()
-
-        statistics = reward_statistics(prompts, rewards, dict(zip(run.scorer.reward_fn.parts, parts, strict=True)))
-        record.advance(info.pop("updates"), info["skipped_updates"], statistics["reward_mean"])
-        entry = {
-            "epoch": epoch,
-            "global_step": record.global_step,
-            **statistics,
-            "advantage_std": float(advantages.std()),
-            **info,
-            "rollout_samples_per_second": geometry.samples / (sampled - started),
-            "update_samples_per_second": geometry.samples * config.train.num_inner_epochs / (updated - sampled),
-            "peak_memory_gib": peak_memory_gib(),
-            "seconds": updated - started,
-        }
-        health.check_epoch(epoch, advantages, entry)
-        if evaluated := bool(run.objective.held_out) and record.epoch % config.held_out.every == 0:
-            entry |= evaluate(run, record)
-        record.write(entry)
-
-        stop = record.stop_reason(evaluated)
-        if stop or record.epoch % config.save_freq == 0 or record.epoch == config.num_epochs:
-            draw_grid(run, record)
-            record.save(run.pipe.unet, run.optimizer, config.num_checkpoint_limit)
-        if stop:
-            logger.info("stopped: %s", stop)
-            break
-    return "finished"
+    return state.folder
 
 
 def set_up(config: ConfigDict) -> Run:
-    """Set up everything but the run folder, so that whatever is unusable is reported before anything is written."""
+    """Build all of a run but its folder, so that unusable settings are reported before anything is written."""
     check_training(expand_config(config, "logdir", "pretrained.model"))
     if config.per_prompt_stat_tracking is None and config.train.advantage == "per_prompt":
         config.train.advantage = "global"  # as in ddpo-pytorch
     accelerator = make_accelerator(
         config.mixed_precision, config.allow_tf32, may_shard=True, process_timeout=config.process_timeout
     )
-    geometry = batch_geometry(config.sample, config.train, accelerator.num_processes)
-    accelerator.gradient_accumulation_steps = config.train.gradient_accumulation_steps * geometry.forwards
-    dtype, device = DTYPES[config.mixed_precision], accelerator.device
-    asked = config.prompt_fn, config.prompt_fn_kwargs, config.reward_fn, config.reward_fn_kwargs
-    objective = make_objective(*asked, config.held_out, config.sample, config.seed, device)
-    first = draw_prompts(objective.prompt_fn, config.seed, 0, geometry.samples, config.sample.images_per_prompt)
-    check_groups(config.train.advantage, first[0])
-    base = config.pretrained, config.unet_path, config.sample, config.train, config.use_lora, config.seed
-    pipe = load_policy(*base, dtype, device, config.load_from)
-    contents = fingerprints(config, pipe, objective) if accelerator.is_main_process else {}
+    device = accelerator.device
+    sizes = batch_sizes(config.sample, config.train, accelerator.num_processes)
+    # every (minibatch, timesteps) pair is a backward pass, and an update averages over all of them
+    accelerator.gradient_accumulation_steps = config.train.gradient_accumulation_steps * sizes.forwards
+    task = make_task(config, device)
+    prompts, _ = draw_prompts(task.prompt_fn, config.seed, 0, sizes.samples, config.sample.images_per_prompt)
+    check_groups(config.train.advantage, prompts)
+
+    # frozen weights in the type of mixed_precision, trained weights in float32
+    pipe = load_policy(config, DTYPES[config.mixed_precision], device)
+    contents = content_fingerprints(config, pipe, task) if accelerator.is_main_process else {}
     optimizer = make_optimizer(config.train, [p for p in pipe.unet.parameters() if p.requires_grad])
     unet, optimizer = accelerator.prepare(pipe.unet, optimizer)
     guard = GuardedOptimizer(accelerator, optimizer, config.train.max_grad_norm, config.train.max_skipped_updates)
-    table = PromptEmbeddings(pipe)
-    if objective.prompts is not None:
-        table.precompute(text for text, _ in objective.prompts)
-    scorer = Scorer(objective.reward_fn, device)
-    gradients = while_sampling(accelerator, pipe.unet, geometry, config.sample, config.train)
-    return Run(
-        config, accelerator, geometry, objective, pipe, unet, optimizer, guard, table, scorer, gradients, contents
-    )
+    embeddings = PromptEmbeddings(pipe)
+    if task.prompts is not None:
+        embeddings.precompute(text for text, _ in task.prompts)
+    scorer = Scorer(task.reward_fn, device)
+    gradients = rollout_gradients(accelerator, pipe.unet, sizes, config.sample, config.train)
+    return Run(config, accelerator, sizes, task, pipe, unet, optimizer, guard, embeddings, scorer, gradients, contents)
 
 
-def fingerprints(config: ConfigDict, pipe: StableDiffusionPipeline, objective: Objective) -> dict[str, str]:
-    """Return the fingerprints of the files behind the settings: base model, adapter to start from, rewards, prompts."""
-    found = pipeline_fingerprints(pipe)
-    found["load_from"] = config.load_from and (adapter_fingerprint(pipe.unet) or found["model.unet"])
-    kwargs = config.reward_fn_kwargs.to_dict()
-    for name in parse_spec(config.reward_fn):
-        found[f"reward.{name}"] = fingerprint(with_contents(kwargs.get(name, {})))
-    found["prompts"] = fingerprint(objective.prompts or with_contents(config.prompt_fn_kwargs.to_dict()))
-    return found
+def run_epochs(run: Run, state: RunState, stop_request: StopRequest) -> None:
+    """Train from the epoch that `state` is at, by algorithm 1. Raises StopRequested between batches of samples."""
+    config, accelerator, sizes = run.config, run.accelerator, run.sizes
+    health = HealthCheck(config.train, accelerator.is_main_process)
+    for epoch in range(state.epoch, config.num_epochs):
+        #################### SAMPLING ####################
+        started = time.perf_counter()
+        # N prompts over all processes, a function of (seed, epoch) alone: every process draws the same list
+        prompts, metadata = draw_prompts(
+            run.task.prompt_fn, config.seed, epoch, sizes.samples, config.sample.images_per_prompt
+        )
+        health.check_prompts(epoch, prompts)
+        samples, local_scores = sample_and_score(run, epoch, prompts, metadata, stop_request)
+        sampled = time.perf_counter()
+
+        #################### ADVANTAGES ####################
+        # (N,) rewards of all processes, in the order of `prompts`, and (N,) of each part of a weighted sum
+        rewards, *parts = accelerator.gather(local_scores).T.contiguous().cpu().numpy()
+        advantages = compute_advantages(config.train.advantage, state.tracker, prompts, rewards)  # (N,) float64
+        local = torch.from_numpy(advantages[run.first_sample :][: sizes.local_samples])
+
+        #################### TRAINING ####################
+        info = update(run, epoch, samples, local.to(accelerator.device, torch.float32))
+        updated = time.perf_counter()
+
+        #################### LOGS AND CHECKPOINTS ####################
+        statistics = reward_statistics(prompts, rewards, dict(zip(run.scorer.reward_fn.parts, parts, strict=True)))
+        state.advance(info.pop("updates"), info["skipped_updates"], statistics["reward_mean"])
+        entry = {
+            "epoch": epoch,
+            "global_step": state.global_step,
+            **statistics,
+            "advantage_std": float(advantages.std()),
+            **info,
+            "rollout_samples_per_second": sizes.samples / (sampled - started),
+            "update_samples_per_second": sizes.samples * config.train.num_inner_epochs / (updated - sampled),
+            "peak_memory_gib": peak_memory_gib(),
+            "seconds": updated - started,
+        }
+        health.check_epoch(epoch, advantages, entry)
+        if evaluated := bool(run.task.held_out) and state.epoch % config.held_out.every == 0:
+            entry |= evaluate(run, state)
+        state.write(entry)
+
+        stop = state.stop_reason(evaluated)
+        due = stop or state.epoch % config.save_freq == 0 or state.epoch == config.num_epochs
+        if due:
+            draw_grid(run, state)
+        if due or state.best_due:
+            state.save(run.pipe.unet, run.optimizer)
+        if stop:
+            logger.info("stopped: %s", stop)
+            return
 
 
 def sample_and_score(
     run: Run, epoch: int, prompts: list[str], metadata: list, stop_request: StopRequest
-) -> tuple[Trajectories, torch.Tensor] | None:
-    """Return this process's N trajectories of the epoch and their scores, taken while the next batch is sampled.
+) -> tuple[Trajectories, torch.Tensor]:
+    """Return this process's n trajectories of an epoch and their scores, computed while the next batch is sampled.
 
-    Scores are (N, 1 + P) float64: the rewards, then the unweighted rewards of the P parts of a weighted sum. None if a
-    process was asked to stop.
+    Scores are (n, 1 + P) float64: the reward, then the unweighted rewards of the P parts of a weighted sum.
     """
-    config, sample, device, first = run.config, run.config.sample, run.accelerator.device, run.first_sample
-    order = run.order(epoch, inner_epoch=0) if run.gradients else range(run.geometry.local_samples)
-    trajectories, drawn = None, []
-    show = partial(tqdm, desc=f"epoch {epoch} sampling", leave=False, disable=None if config.progress else True)
-    for batch, recording in show(rollout_batches(order, sample.batch_size, run.gradients)):
-        if stop_request.agreed():
-            return None
-        indices = [first + place for place in batch]
-        noise = generators(device, config.seed, Stream.NOISE, epoch, indices)
-        texts, about = [prompts[i] for i in indices], [metadata[i] for i in indices]
+    config, sampling, device = run.config, Sampling.of(run.config.sample), run.accelerator.device
+    # with gradients taken while sampling, the samples of the first update come first, in its minibatches
+    order = run.sample_order(epoch, inner_epoch=0) if run.gradients else range(run.sizes.local_samples)
+    trajectories, order_drawn = None, []
+    batches = rollout_batches(order, config.sample.batch_size, run.gradients)
+    for indices, recording in run.progress(batches, f"epoch {epoch} sampling"):
+        stop_request.check()
+        global_indices = [run.first_sample + i for i in indices]
+        texts, about = [prompts[i] for i in global_indices], [metadata[i] for i in global_indices]
+        # one generator per image: the result depends neither on batch sizes nor on the number of processes
+        noise = generators(device, config.seed, Stream.NOISE, epoch, global_indices)
         with run.accelerator.autocast(), recording as gradients:
-            images, part = sample_trajectories(
-                run.pipe, run.table, texts, noise, sample.num_steps, sample.guidance_scale, sample.eta, gradients
-            )
-        part.check_finite(images, epoch)
-        trajectories = trajectories or Trajectories.like(part, run.geometry.local_samples)
-        trajectories.put(batch, part)
-        run.scorer.submit(images, texts, about)
-        drawn += batch
-    scores = np.stack(list(run.scorer.collect_parts().values()), axis=1)
-    return trajectories, torch.from_numpy(scores[np.argsort(drawn)]).to(device)
+            # images (B, 3, H, W) in [0, 1]; latents (B, T + 1, C, h, w) and log_probs (B, T) of each step
+            images, batch = sample_trajectories(run.pipe, run.embeddings, texts, noise, sampling, gradients)
+        batch.check_finite(images, epoch)
+        if trajectories is None:
+            trajectories = Trajectories.like(batch, run.sizes.local_samples)
+        trajectories.put(indices, batch)
+        run.scorer.submit(images, texts, about)  # on a GPU in a thread, beside the next batch
+        order_drawn += indices
+    scores = np.stack(list(run.scorer.collect().values()), axis=1)
+    return trajectories, torch.from_numpy(scores[np.argsort(order_drawn)]).to(device)
 
 
 def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor) -> dict[str, float]:
-    """PPO on the epoch's samples, with the advantages of all processes. Returns statistics, averaged likewise."""
-    config, train, geometry, accelerator = run.config, run.config.train, run.geometry, run.accelerator
-    objective = partial(ppo_loss, clip_range=train.clip_range, adv_clip_max=train.adv_clip_max)
-    statistics, grad_norms = [], []
-    first_ratio_deviation = torch.zeros((), device=accelerator.device)
+    """Take PPO steps on this process's n samples with their advantages (n,); return statistics over all processes."""
+    train = run.config.train
+    per_update = train.batch_size * train.gradient_accumulation_steps
+    statistics, grad_norms, first_ratio_deviation = [], [], 0.0
     for inner_epoch in range(train.num_inner_epochs):
-        batches = torch.tensor(run.order(epoch, inner_epoch), device=accelerator.device).split(train.batch_size)
-        show = partial(tqdm, desc=f"epoch {epoch} update", leave=False, disable=None if config.progress else True)
-        for number, batch in enumerate(show(batches), start=1):
-            # in the first update the ratio is 1, as one pass shows, and the gradient was taken while sampling
-            recorded = run.gradients and inner_epoch == 0 and number <= train.gradient_accumulation_steps
-            chosen = timestep_order(
-                config.seed,
-                epoch,
-                inner_epoch,
-                (run.first_sample + batch).tolist(),
-                geometry.timestep_window,
-                geometry.train_timesteps,
-            ).to(accelerator.device)
-            prompt_embeds = run.table([samples.prompts[i] for i in batch.tolist()])
-            for steps in chosen.split(train.timesteps_per_forward, dim=1):
-                # one row for each sample and timestep: of sample `row` the step to `step + 1`
-                row, step = batch.repeat_interleave(steps.shape[1]), steps.flatten()
-                old_log_prob, advantage = samples.log_probs[row, step], advantages[run.first_sample + row]
-                if recorded and statistics:
-                    loss, info = objective(old_log_prob, old_log_prob, advantage)
-                    statistics.append({"loss": loss, **info})
-                    continue
-                latents, next_latents = samples.latents[row, step], samples.latents[row, step + 1]
-                timesteps = samples.timesteps[step]
-                predict = partial(
-                    guided_noise_prediction,
-                    latents=latents,
-                    timesteps=timesteps,
-                    prompt_embeds=prompt_embeds.repeat_interleave(steps.shape[1], dim=0),
-                    negative_prompt_embeds=run.table.negative,
-                    guidance_scale=config.sample.guidance_scale,
-                )
-                with torch.no_grad() if recorded else accelerator.accumulate(run.unet):
-                    with accelerator.autocast():
-                        noise_pred = predict(run.unet)
-                    _, log_prob = ddim_step_with_logprob(
-                        run.pipe.scheduler, noise_pred, timesteps, latents, config.sample.eta, prev_sample=next_latents
-                    )
-                    loss, info = objective(log_prob, old_log_prob, advantage)
-                    if train.kl_coef:
-                        with torch.no_grad(), disabled_lora(run.pipe.unet), accelerator.autocast():
-                            base_pred = predict(run.pipe.unet)
-                        kl = step_kl(run.pipe.scheduler, noise_pred, base_pred, timesteps, latents, config.sample.eta)
-                        loss = loss + train.kl_coef * kl
-                        info["kl_to_base"] = kl.detach()
-                    if not grad_norms:
-                        first_ratio_deviation = torch.maximum(first_ratio_deviation, info["ratio_max_deviation"])
-                    if not recorded:
-                        accelerator.backward(loss)
-                        if accelerator.sync_gradients:
-                            grad_norms.append(run.guard.step(run.unet.parameters()))
-                statistics.append({"loss": loss.detach(), **info})
-            if recorded and number == train.gradient_accumulation_steps:
-                own = advantages[run.first_sample + torch.cat(batches[:number])]
-                run.gradients.set_gradients(own.clamp(-train.adv_clip_max, train.adv_clip_max))
-                grad_norms.append(run.guard.step(run.unet.parameters()))
+        # shuffle samples and divide them among the optimizer updates of this pass
+        order = torch.tensor(run.sample_order(epoch, inner_epoch), device=advantages.device)
+        for indices in run.progress(order.split(per_update), f"epoch {epoch} update"):
+            if not grad_norms and run.gradients:
+                # the rollout has taken this gradient already, and the ratio is 1
+                info = load_rollout_gradient(run, epoch, samples, advantages, indices)
+            else:
+                info = accumulate_gradient(run, epoch, inner_epoch, samples, advantages, indices)
+            if not grad_norms:  # until the first step the policy is the one that sampled: must be 0 up to rounding
+                first_ratio_deviation = info["ratio_max_deviation"]
+            grad_norms.append(run.guard.step(run.unet.parameters()))  # None: not finite, skipped
+            statistics.append(info)
     taken = [{"grad_norm": norm} for norm in grad_norms if norm is not None]
-    means = {"grad_norm": math.nan} | averages(accelerator, statistics) | averages(accelerator, taken)
+    means = {"grad_norm": math.nan} | averages(run.accelerator, statistics) | averages(run.accelerator, taken)
     return means | {
-        "first_ratio_deviation": accelerator.gather(first_ratio_deviation[None]).max().item(),
+        "first_ratio_deviation": run.accelerator.gather(first_ratio_deviation[None]).max().item(),
         "updates": len(taken),
         "skipped_updates": len(grad_norms) - len(taken),
     }
 
 
-def evaluate(run: Run, record: Record) -> dict[str, float]:
-    """APR and reward on the held-out set, put on record; the best checkpoint is replaced where APR is the highest."""
-    show = partial(tqdm, desc="held-out images", leave=False, disable=None if run.config.progress else True)
-    held_out, size = run.objective.held_out, run.config.sample.batch_size
-    evaluation = held_out.evaluate(run.pipe, run.table, run.objective.reward_fn, size, run.accelerator, show)
-    return record.add_evaluation(evaluation, held_out, run.pipe.unet, run.optimizer)
+def accumulate_gradient(
+    run: Run, epoch: int, inner_epoch: int, samples: Trajectories, advantages: torch.Tensor, indices: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Add up the gradient of one optimizer update on the samples `indices`; return its statistics, 0-d tensors."""
+    infos = []
+    for sample, step in minibatches(run, epoch, inner_epoch, indices):
+        # gradients are averaged over processes in the last backward pass of the update only
+        with run.accelerator.accumulate(run.unet):
+            loss, info = minibatch_loss(run, samples, advantages, sample, step)
+            run.accelerator.backward(loss)
+        infos.append(info | {"loss": loss.detach()})
+    means = {name: torch.stack([info[name] for info in infos]).mean() for name in infos[0]}
+    return means | {"ratio_max_deviation": torch.stack([info["ratio_max_deviation"] for info in infos]).max()}
 
 
-def draw_grid(run: Run, record: Record) -> None:
-    """16 images from prompts and noise that stay the same for the whole run."""
+@torch.no_grad()
+def load_rollout_gradient(
+    run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor, indices: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Set the gradient of the epoch's first update from the rollout's; return the statistics of one minibatch.
+
+    A single forward pass measures that the ratio is 1, on which the shortcut rests (rollout_gradients.py).
+    """
+    limit = run.config.train.adv_clip_max
+    clipped = advantages[indices].clamp(-limit, limit)
+    run.gradients.set_gradients(clipped)
+    sample, step = next(minibatches(run, epoch, 0, indices))
+    _, info = minibatch_loss(run, samples, advantages, sample, step)
+    return info | {"loss": -clipped.mean()}  # the loss at ratio 1
+
+
+def minibatches(
+    run: Run, epoch: int, inner_epoch: int, indices: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield an update's (sample, step) index pairs, each (B,), B = train.batch_size * train.timesteps_per_forward."""
+    train, sizes = run.config.train, run.sizes
+    for batch in indices.split(train.batch_size):
+        # (batch_size, T'): trained timesteps of each sample, shuffled independently
+        steps = timestep_order(
+            run.config.seed,
+            epoch,
+            inner_epoch,
+            (run.first_sample + batch).tolist(),
+            sizes.timestep_window,
+            sizes.train_timesteps,
+        ).to(batch.device)
+        for chunk in steps.split(train.timesteps_per_forward, dim=1):
+            yield batch.repeat_interleave(chunk.shape[1]), chunk.flatten()
+
+
+def minibatch_loss(
+    run: Run, samples: Trajectories, advantages: torch.Tensor, sample: torch.Tensor, step: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the loss of B denoising steps (equation 2 of the paper), with gradient, and detached statistics.
+
+    sample, step: (B,) indices of the trajectory and of its step.
+    """
+    config, train, scheduler = run.config, run.config.train, run.pipe.scheduler
+    latents, next_latents = samples.latents[sample, step], samples.latents[sample, step + 1]  # (B, C, h, w)
+    timesteps = samples.timesteps[step]  # (B,)
+    predict_noise = partial(
+        guided_noise_prediction,
+        latents=latents,
+        timesteps=timesteps,
+        prompt_embeds=run.embeddings([samples.prompts[i] for i in sample.tolist()]),  # (B, L, D)
+        negative_prompt_embeds=run.embeddings.negative,
+        guidance_scale=config.sample.guidance_scale,
+    )
+    with run.accelerator.autocast():
+        noise_pred = predict_noise(run.unet)  # the same call as in the rollout, so that the ratio begins at exactly 1
+    # log-prob (B,) of the step that the rollout took, under the policy as it is now; in float32, outside autocast
+    _, log_prob = ddim_step_with_logprob(
+        scheduler, noise_pred, timesteps, latents, config.sample.eta, prev_sample=next_latents
+    )
+    loss, info = ppo_loss(
+        log_prob,
+        samples.log_probs[sample, step],
+        advantages[sample],
+        clip_range=train.clip_range,
+        adv_clip_max=train.adv_clip_max,
+    )
+    if train.kl_coef:  # not in ddpo-pytorch: KL to the base model, which is the UNet with its adapters off
+        with torch.no_grad(), disabled_lora(run.pipe.unet), run.accelerator.autocast():
+            base_pred = predict_noise(run.pipe.unet)
+        kl = step_kl(scheduler, noise_pred, base_pred, timesteps, latents, config.sample.eta)
+        loss = loss + train.kl_coef * kl
+        info["kl_to_base"] = kl.detach()
+    return loss, info
+
+
+def evaluate(run: Run, state: RunState) -> dict[str, float]:
+    """Measure and log APR and reward on the held-out set."""
+    held_out, size = run.task.held_out, run.config.sample.batch_size
+    show = partial(run.progress, description="held-out images")
+    evaluation = held_out.evaluate(run.pipe, run.embeddings, run.task.reward_fn, size, run.accelerator, show)
+    return state.add_evaluation(evaluation, held_out)
+
+
+def draw_grid(run: Run, state: RunState) -> None:
+    """Save 16 images of prompts and noise that stay the same for the whole run."""
     seed, size = run.config.seed, run.config.sample.batch_size
-    prompts, _ = draw_prompts(run.objective.prompt_fn, seed, 0, 16)
-    path = record.folder / f"grid_{record.epoch:04d}.png"
-    save_grid(run.accelerator, run.pipe, run.table, prompts, seed, Sampling.of(run.config.sample), size, path)
+    prompts, _ = draw_prompts(run.task.prompt_fn, seed, 0, 16)
+    path = state.folder / f"grid_{state.epoch:04d}.png"
+    sampling = Sampling.of(run.config.sample)
+    picture = save_grid(run.accelerator, run.pipe, run.embeddings, prompts, seed, sampling, size, path)
+    if run.config.log_images and picture is not None:
+        state.log_image(picture)
 
 
 if __name__ == "__main__":

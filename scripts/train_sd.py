@@ -45,11 +45,11 @@ from ddpo_pytorch.generator.finetune_losses import AutoencoderLoss, CaptionTable
 from ddpo_pytorch.generator.finetune_state import Stopwatch, Training, endless_batches
 from ddpo_pytorch.generator.latents import LatentShards
 from ddpo_pytorch.generator.lora import add_lora, has_lora, merged_state_dict, save_lora
-from ddpo_pytorch.generator.pipeline import load_pipeline
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
 from ddpo_pytorch.generator.text import check_tokens, has_mask
-from ddpo_pytorch.sampling import SAMPLING
-from ddpo_pytorch.training.caption_grid import draw_captions
+from ddpo_pytorch.sampling import SAMPLING, Sampling
 from ddpo_pytorch.training.optimizer import make_adamw
+from ddpo_pytorch.training.sample_grid import save_grid
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import (
     DTYPES,
@@ -69,7 +69,7 @@ from ddpo_pytorch.utils.weights import check_finite
 FLAGS = flags.FLAGS
 define_config(__file__, "experiment, e.g. config/dgx.py:finetune_sd")
 logger = logging.getLogger(__name__)
-GRID_CAPTIONS = 32  # in a sample grid: all of ISIC's
+GRID_CAPTIONS, GRID_BATCH = 32, 4  # of all ISIC captions; the autoencoder takes 3 GiB to decode four of 512 px
 
 
 class AutoencoderStage:
@@ -152,8 +152,10 @@ class DiffusionStage:
 
     def draw(self, path: Path) -> None:
         """Save a grid of one image per caption."""
-        captions = self.captions[:GRID_CAPTIONS]
-        draw_captions(self.accelerator, self.pipe, captions, self.config.sample, self.config.seed, path)
+        config, embeddings = self.config, PromptEmbeddings(self.pipe)  # new ones: the text encoder may be in training
+        self.pipe.set_progress_bar_config(disable=True)
+        captions, sampling = self.captions[:GRID_CAPTIONS], Sampling.of(config.sample)
+        save_grid(self.accelerator, self.pipe, embeddings, captions, config.seed, sampling, GRID_BATCH, path)
 
     def finish(self) -> None:
         """Save the UNet for --config.unet_path; also adapters, and the whole model if other parts are new."""

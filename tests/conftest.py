@@ -18,6 +18,7 @@ from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.phantoms.skin import write_world
 
 ROOT = Path(__file__).resolve().parents[1]
+pytest_plugins = ["script_tools", "rl_tools"]
 
 # Each worker of pytest-xdist keeps to a core of its own, with all that it starts: processes that share their cores with
 # others would wait for each other's threads, several times as long as the work takes.

@@ -22,11 +22,10 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from test_train import load_module
+from script_tools import load_module
 
 from ddpo_pytorch.training import checkpoints as saving
-from ddpo_pytorch.training import run_folder
-from ddpo_pytorch.training import run_state as record
+from ddpo_pytorch.training import run_folder, run_state
 from ddpo_pytorch.training.held_out import Evaluation, HeldOut
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +75,8 @@ def content(folder: Path) -> dict:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = os.readlink(path)
         if path.is_dir() or name.startswith("config"):
             continue
         found[name] = path.read_bytes().decode("latin-1")
@@ -97,7 +98,7 @@ class Family:
         self.script.save_grid = lambda *arguments: arguments[-1].write_bytes(b"16 images")
         self.script.epoch_time = lambda *_: "no time"
         HeldOut.evaluate = lambda *_, **__: None  # for the following
-        record.Record.add_evaluation = self.better_evaluation()
+        run_state.RunState.add_evaluation = self.better_evaluation()
 
     def config(self, name: str):
         config = load_module(ROOT / "config" / "base.py").get_config()
@@ -109,21 +110,21 @@ class Family:
 
     def better_evaluation(self):
         """Every evaluation is better than the one before."""
-        add = record.Record.add_evaluation
+        add = run_state.RunState.add_evaluation
         return lambda book, _, *others: add(book, Evaluation(book.epoch / 10, 0.5, {}), *others)
 
     def first_epochs(self, orders: int, answers: int) -> None:
         """Train to the end of the second epoch; then, for each order, let a process save it and die on the way."""
         # without a lock, or those that go on would find the folder taken
         run_folder.locked = lambda folder, _: nullcontext(folder.mkdir(parents=True, exist_ok=True))
-        add = record.Record.add_evaluation
+        add = run_state.RunState.add_evaluation
 
         def second_evaluation(book, *arguments):
             if book.epoch == 2:
-                shutil.copytree(self.logs / "run", self.logs / "before")
+                shutil.copytree(self.logs / "run", self.logs / "before", symlinks=True)
                 while order := os.read(orders, 8):
                     shutil.rmtree(self.logs / "run")
-                    shutil.copytree(self.logs / "before", self.logs / "run")
+                    shutil.copytree(self.logs / "before", self.logs / "run", symlinks=True)
                     if not (process := os.fork()):
                         self.end_after_saving()
                         kill_before_write(int(order))
@@ -133,27 +134,27 @@ class Family:
                     os._exit(0)
             return add(book, *arguments)
 
-        record.Record.add_evaluation = second_evaluation
+        run_state.RunState.add_evaluation = second_evaluation
         self.train("run")
 
     def end_after_saving(self) -> None:
-        save = record.Record.save
+        save = run_state.RunState.save
 
         def saved(*arguments):
             save(*arguments)
             os._exit(0)
 
-        record.Record.save = saved
+        run_state.RunState.save = saved
 
     def go_on(self) -> None:
         """The same command again. The exit code is 10 + the epochs that were there."""
-        opened = record.Record.open
+        opened = run_state.RunState.open
 
         def opening(book, *arguments):
             opened(book, *arguments)
             begun.append(book.epoch)
 
-        begun, record.Record.open = [], opening
+        begun, run_state.RunState.open = [], opening
         self.train("run")
         os._exit(10 + begun[0])
 

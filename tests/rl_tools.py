@@ -1,16 +1,144 @@
-"""train.py in this process on a copy of the tiny model, four samples of two steps an epoch; a pytest plugin."""
+"""Runs of train.py in this process on the tiny model, and a judge of its images; a pytest plugin."""
 
+import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT
+from safetensors.torch import load_file
 from script_tools import load_module
 
-from ddpo_pytorch.data.isic import CAPTIONS, LABELS
+from ddpo_pytorch.data.images import to_uint8
+from ddpo_pytorch.data.isic import ARTIFACTS, CAPTIONS, LABELS
+from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
+from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, save_classifier
+from ddpo_pytorch.utils.randomness import Stream, derived_seed
+
+PROMPTS = CAPTIONS[:3]
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_module(ROOT / "scripts" / "train.py")
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> Path:
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("classifier") / "H6.safetensors"
+    save_classifier(ArtifactClassifier(LABELS, 32, "tinynet_e"), path)
+    return path
+
+
+@pytest.fixture
+def settings(tiny_pipeline_dir, classifier, tmp_path) -> dict:
+    """Overrides of config/base.py: 8 samples an epoch of 3 steps in 2 updates, on the tiny pipeline."""
+    return {
+        "pretrained.model": str(tiny_pipeline_dir),
+        "reward_fn_kwargs.isic_classifier_reward.classifier": str(classifier),
+        "logdir": str(tmp_path / "logs"),
+        "run_name": "run",
+        "mixed_precision": "no",
+        "log_with": "",
+        "num_epochs": 2,
+        "save_freq": 1,
+        "sample.num_steps": 3,
+        "sample.batch_size": 4,
+        "sample.num_batches_per_epoch": 2,
+        "train.batch_size": 4,
+        "train.learning_rate": 1e-2,
+        "train.clip_range": 1e-3,
+        "per_prompt_stat_tracking.min_count": 2,
+    }
+
+
+@pytest.fixture
+def train(script, settings, monkeypatch):
+    """Run the script's `train` in this process with overrides, and return the run folder and its logged epochs."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    base = load_module(ROOT / "config" / "base.py")
+
+    def run(**overrides):
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+        config = base.get_config()
+        config.update_from_flattened_dict(
+            settings | {key.replace("__", "."): value for key, value in overrides.items()}
+        )
+        folder = script.train(config)
+        return folder, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def weights(folder: Path, epoch: int, name: str = "pytorch_lora_weights.safetensors") -> dict[str, torch.Tensor]:
+    return load_file(folder / f"checkpoint_{epoch}" / name)
+
+
+def as_flags(settings: dict, **overrides) -> list[str]:
+    merged = settings | {key.replace("__", "."): value for key, value in overrides.items()}
+    return ["--config", "config/base.py", *(f"--config.{key}={value}" for key, value in merged.items())]
+
+
+def divide_evenly(model: ArtifactClassifier, images: torch.Tensor) -> ArtifactClassifier:
+    """Shift each logit so that half of the images are above 0: an untrained head sees the same in all images."""
+    ordered = model.eval().logits(images).sort(dim=0).values
+    middle = ordered[len(images) // 2 - 1 : len(images) // 2 + 1].mean(dim=0)
+    with torch.no_grad():
+        model.model.get_classifier().bias -= middle
+    return model
+
+
+def draw(folder, seed: int, count: int = 4) -> tuple[list[str], torch.Tensor]:
+    """The images of the held-out set one by one, through the pipeline alone; as they would be stored."""
+    pipe, captions, images = load_pipeline(folder), [], []
+    pipe.set_progress_bar_config(disable=True)
+    for number, caption in enumerate(PROMPTS):
+        for index in range(count):
+            generator = torch.Generator().manual_seed(derived_seed(seed, Stream.HELD_OUT, number, index))
+            image, *_ = pipeline_with_logprob(
+                pipe, caption, num_inference_steps=3, guidance_scale=5.0, eta=1.0, generator=[generator]
+            )
+            captions.append(caption)
+            images.append(to_uint8(image).float() / 255)
+    return captions, torch.cat(images)
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny_pipeline_dir):
+    return draw(tiny_pipeline_dir, seed=42)
+
+
+@pytest.fixture(scope="module")
+def judge(drawn, tmp_path_factory):
+    """An H=4 judge that tells the tiny pipeline's images apart."""
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("judge") / "H4.safetensors"
+    save_classifier(divide_evenly(ArtifactClassifier(ARTIFACTS, 32, "tinynet_e"), drawn[1]), path)
+    return path
+
+
+@pytest.fixture
+def held_out(settings, judge, drawn, tmp_path):
+    """Settings of runs that evaluate every epoch 4 images of each of 3 captions; the reward tells images apart, too."""
+    torch.manual_seed(4)
+    rewarding = tmp_path / "H6.safetensors"
+    save_classifier(divide_evenly(ArtifactClassifier(LABELS, 32, "tinynet_e"), drawn[1]), rewarding)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    settings |= {
+        "reward_fn_kwargs.isic_classifier_reward.classifier": str(rewarding),
+        "prompt_fn": "from_file",
+        "prompt_fn_kwargs.path": str(tmp_path / "prompts.txt"),
+        "held_out.every": 1,
+        "held_out.images_per_prompt": 4,
+        "held_out.classifier": str(judge),
+    }
+    return settings
 
 
 @pytest.fixture
@@ -33,7 +161,7 @@ def rl(own_model, tmp_path, monkeypatch):
     save_classifier(ArtifactClassifier(LABELS, 32, "tinynet_e"), tmp_path / "H6.safetensors")
     (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS[:4]) + "\n")
     usual = {"pretrained.model": str(own_model), "logdir": str(tmp_path / "logs"), "run_name": "run"}
-    usual |= {"mixed_precision": "no", "wandb": "disabled", "num_epochs": 1, "save_freq": 1, "train.cfg": False}
+    usual |= {"mixed_precision": "no", "log_with": "", "num_epochs": 1, "save_freq": 1, "train.cfg": False}
     usual |= {"sample.num_steps": 2, "sample.batch_size": 4, "sample.num_batches_per_epoch": 1, "train.batch_size": 2}
     usual |= {"sample.guidance_scale": 1.0, "train.learning_rate": 1e-2, "per_prompt_stat_tracking.min_count": 2}
     usual |= {"reward_fn_kwargs.isic_classifier_reward.classifier": str(tmp_path / "H6.safetensors")}

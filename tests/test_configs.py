@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from ddpo_pytorch.training.setup import batch_geometry, check_training
+from ddpo_pytorch.training.setup import batch_sizes, check_training
 
 # the six of the official code, the one-GPU variants, and stage (i)
 OFFICIAL = (
@@ -37,7 +37,7 @@ def load(name):
 def test_every_file_has_every_official_experiment(scale, experiment):
     config = load(scale).get_config(experiment)
     check_training(config)
-    batch_geometry(config.sample, config.train, 4)
+    batch_sizes(config.sample, config.train, 4)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_every_file_has_every_official_experiment(scale, experiment):
 )
 def test_paper_arithmetic(experiment, processes):
     config = load("dgx").get_config(experiment)
-    geometry = batch_geometry(config.sample, config.train, processes)
+    geometry = batch_sizes(config.sample, config.train, processes)
     assert (geometry.samples, geometry.updates, geometry.train_timesteps) == (256, 2, 50)
 
 

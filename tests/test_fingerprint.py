@@ -17,7 +17,7 @@ from ddpo_pytorch.generator.pipeline import encode_prompts, load_pipeline
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints, with_contents
 
-pytest_plugins = ["script_tools", "stage_tools", "rl_tools"]
+pytest_plugins = ["script_tools", "stage_tools"]
 
 
 def edit(path, **fields):

@@ -26,7 +26,7 @@ from ddpo_pytorch.phantoms import skin as phantom
 from ddpo_pytorch.report.curves import read_runs
 from ddpo_pytorch.report.provenance import read_config
 from ddpo_pytorch.training import run_folder
-from ddpo_pytorch.training.checkpoints import epochs_completed, fault
+from ddpo_pytorch.training.checkpoints import epochs_completed, find_damage
 from ddpo_pytorch.utils.errors import UserError
 
 CONTENTS = {
@@ -64,8 +64,8 @@ def runs(folder: Path):
 
 
 READERS = {
-    "progress": ("progress.json", lambda folder: epochs_completed(folder, stated=True)),
-    "manifest": ("manifest.json", lambda folder: unreadable(fault(folder))),
+    "progress": ("progress.json", lambda folder: epochs_completed(folder)),
+    "manifest": ("manifest.json", lambda folder: unreadable(find_damage(folder))),
     "config": ("config.json", read_config),
     "last config": ("config.json", run_folder._last_settings),
     "metrics": ("metrics.jsonl", runs),
@@ -95,7 +95,7 @@ FIELDS = [
     ("progress", {"epoch": -3}),
     ("progress", {"epoch": 1, "tracker": {"rewards": [["a", ["b"]]]}}),
     ("progress", {"epoch": 1, "plateau": {"previous": math.nan, "quiet_epochs": 0}}),
-    ("progress", {"epoch": 1, "held_out": {"best": 3, "last": None, "collapsed": 0, "identity": None}}),
+    ("progress", {"epoch": 1, "held_out": {"best": 3, "last": None, "collapsed": 0, "fingerprint": None}}),
     ("manifest", {"files": []}),
     ("manifest", {"files": {"progress.json": {"bytes": "3", "sha256": "x"}}}),
     ("manifest", {"files": {"progress.json": {"bytes": 3.5, "sha256": "x"}}}),

@@ -171,7 +171,7 @@ def fields(table, bert_pipeline_dir, judges_dir, tmp_path):
     write_judges(held_out, bert_pipeline_dir, seed=4, threshold=0.1)
     settings = {"mixed_precision": "no", "pretrained__model": bert_pipeline_dir, "sample__num_steps": 2}
     settings |= {"sample__guidance_scale": 1.0, "prompt_fn": "fundus_table", "reward_fn": "fundus_alignment"}
-    settings |= {"prompt_fn_kwargs__path": table / "table.csv", "eval__batch_size": 4, "wandb": "disabled"}
+    settings |= {"prompt_fn_kwargs__path": table / "table.csv", "eval__batch_size": 4, "log_with": ""}
     settings |= {"improve__judges": judges_dir, "improve__held_out_judges": held_out, "improve__images_per_prompt": 2}
     settings |= {"improve__csv": table / "table.csv", "improve__held_out_csv": table / "table.csv"}
     settings |= {"improve__data_path": table, "improve__num_steps": 2, "improve__batch_size": 4}

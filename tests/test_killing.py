@@ -11,17 +11,16 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script, warm_server
+from rl_tools import as_flags
 from script_tools import files_of
-from test_held_out import drawn, held_out, judge  # noqa: F401 (fixtures)
 from test_run_folder import untimed
-from test_train import as_flags, classifier, settings  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.slow
-KILLS = 20
+KILLS = 10
 
 
 @pytest.fixture
-def tiny(held_out):  # noqa: F811
+def tiny(held_out):
     """Four samples of two steps an epoch, an evaluation of three images after each, a checkpoint of each."""
     held_out |= {"sample.num_steps": 2, "sample.num_batches_per_epoch": 1, "train.batch_size": 2, "train.cfg": False}
     held_out |= {"sample.guidance_scale": 1.0, "held_out.images_per_prompt": 1, "num_checkpoint_limit": 2}
@@ -33,11 +32,14 @@ def content(folder: Path) -> dict:
     files = {name: data for name, data in files_of(folder).items() if not name.startswith("config_")}
     files["metrics.jsonl"] = untimed([json.loads(line) for line in files["metrics.jsonl"].splitlines()])
     config = json.loads(files.pop("config.json"))
-    return files | {"config": {key: value for key, value in config.items() if key != "run_name"}}
+    return files | {
+        "best": os.readlink(folder / "best"),
+        "config": {key: value for key, value in config.items() if key != "run_name"},
+    }
 
 
 def start(flags: list[str], errors: Path, *launcher: str) -> subprocess.Popen:
-    settings = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}  # noqa: F811
+    settings = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     with open(errors, "ab") as file:
         return subprocess.Popen(
             [sys.executable, *launcher, "tests/warm.py", "scripts/train.py", *flags],
@@ -61,8 +63,8 @@ def test_random_kills_change_nothing(tiny, tmp_path):
     assert process.returncode == 0, errors.read_text()
     whole = time.perf_counter() - began
     expected = content(logs / "whole")
-    assert len(expected["metrics.jsonl"]) == epochs and "best/manifest.json" in expected
-    drawn_moments, kills, runs, reached = random.Random(0), 0, 0, set()  # noqa: F811
+    assert len(expected["metrics.jsonl"]) == epochs and expected["best"].startswith("checkpoint_")
+    drawn_moments, kills, runs, reached = random.Random(0), 0, 0, set()
     while kills < KILLS:
         runs += 1
         name = f"run{runs}"
@@ -92,7 +94,7 @@ def test_a_kill_before_any_write_of_a_checkpoint_changes_nothing(tiny, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["faults"] == []
-    assert found["points"] >= 40 and set(found["epochs"]) == {"1", "2"} and min(found["epochs"].values()) > 3, found
+    assert found["points"] >= 20 and set(found["epochs"]) == {"1", "2"} and min(found["epochs"].values()) > 3, found
 
 
 def test_two_processes_go_on_after_a_kill(tiny, tmp_path):

@@ -16,7 +16,7 @@ from ddpo_pytorch.judges.classifier import ArtifactClassifier, save_classifier
 from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.utils.errors import UserError
 
-pytest_plugins = ["script_tools", "rl_tools"]
+pytest_plugins = ["script_tools"]
 LORA = "pytorch_lora_weights.safetensors"
 
 
@@ -49,7 +49,7 @@ def test_training_starts_from_an_adapter_as_eval_reads_it(rl, earlier, own_model
         assert started.keys() == weights.keys()
         assert all(torch.equal(started[name], weights[name]) for name in weights)
     expected = images(evaluated, PromptEmbeddings(evaluated))
-    torch.testing.assert_close(images(run.pipe, run.table), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(images(run.pipe, run.embeddings), expected, rtol=0, atol=1e-4)
     folder = rl.train(load_from=str(earlier), train__kl_coef=0.1)
     (entry,) = epochs(folder)
     # updates see other batches than the rollout, whose kernels may add up in another order

@@ -52,7 +52,7 @@ def commands(config_file, world, tiny_pipeline_dir, bert_pipeline_dir, judges_di
     stage |= {"sd__num_steps": 1, "sd__batch_size": 2, "sd__grid_every": 0, "sd__output": tmp_path / "sd"}
     train = {"logdir": tmp_path / "logs", "run_name": "run", "num_epochs": 1, "sample__batch_size": 4}
     train |= {"sample__num_batches_per_epoch": 1, "train__batch_size": 2, "held_out__every": 1}
-    train |= {"held_out__classifier": judges[4], "held_out__images_per_prompt": 1, "wandb": "auto"}
+    train |= {"held_out__classifier": judges[4], "held_out__images_per_prompt": 1, "log_with": "wandb"}
     train["reward_fn_kwargs__isic_classifier_reward__classifier"] = judges[6]
     generate = {"pretrained__model": bert_pipeline_dir, "improve__judges": judges_dir, "improve__images_per_prompt": 1}
     generate |= {"reward_fn": "fundus_alignment", "prompt_fn": "from_file", "improve__max_attempts": 2}

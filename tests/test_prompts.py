@@ -23,7 +23,7 @@ from ddpo_pytorch.prompts import (
     isic_all_idx,
     read_prompts,
 )
-from ddpo_pytorch.training.setup import make_objective
+from ddpo_pytorch.training.setup import make_task
 from ddpo_pytorch.utils.errors import UserError
 
 
@@ -102,13 +102,14 @@ def test_training_refuses_prompts_that_eval_would_refuse_after_it(line, tmp_path
     """Everything else, slashes and long texts too, can be trained and drawn."""
     path = tmp_path / "prompts.txt"
     path.write_text("cup/disc ratio 0.6\n" + "long " * 100 + "\n")
-    given = [ConfigDict({"path": str(path)}), "jpeg_compressibility", ConfigDict(), ConfigDict({"every": 0})]
-    objective = make_objective("from_file", *given, ConfigDict(), 0, torch.device("cpu"))
-    assert [prompt for prompt, _ in objective.prompts] == ["cup/disc ratio 0.6", ("long " * 100).strip()]
+    config = ConfigDict({"prompt_fn": "from_file", "prompt_fn_kwargs": {"path": str(path)}, "reward_fn_kwargs": {}})
+    config.update({"reward_fn": "jpeg_compressibility", "held_out": {"every": 0}, "seed": 0})
+    task = make_task(config, torch.device("cpu"))
+    assert [prompt for prompt, _ in task.prompts] == ["cup/disc ratio 0.6", ("long " * 100).strip()]
     if line.isascii():
         path.write_text(f"{line}\n")
         with pytest.raises(UserError) as error:
-            make_objective("from_file", *given, ConfigDict(), 0, torch.device("cpu"))
+            make_task(config, torch.device("cpu"))
         assert repr(line) in str(error.value)
     with pytest.raises(UserError):
         check_prompt(line)

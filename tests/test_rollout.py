@@ -14,8 +14,9 @@ from ddpo_pytorch.rollout import (
     timestep_order,
     update_order,
 )
+from ddpo_pytorch.sampling import Sampling
 from ddpo_pytorch.training.run_state import RewardPlateau
-from ddpo_pytorch.training.setup import batch_geometry
+from ddpo_pytorch.training.setup import batch_sizes
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import Stream, derived_seed
 
@@ -73,7 +74,7 @@ def test_a_sample_does_not_depend_on_its_batch(tiny_pipeline_dir):
 
     def draw(indices):
         noise = generators(torch.device("cpu"), 0, Stream.NOISE, 0, indices)
-        return sample_trajectories(pipe, table, [prompts[i] for i in indices], noise, 3, 2.0, 1.0)
+        return sample_trajectories(pipe, table, [prompts[i] for i in indices], noise, Sampling(3, 2.0, 1.0))
 
     images, whole = draw(range(4))
     parts = [draw([0, 1]), draw([2, 3])]
@@ -92,13 +93,13 @@ def geometry(**overrides):
     train = ConfigDict(train | {"timestep_window": (0.0, 1.0), "timestep_fraction": 1.0})
     for key, value in overrides.items():
         (sample if key in sample else train)[key] = value
-    return batch_geometry(sample, train, 2)
+    return batch_sizes(sample, train, 2)
 
 
 def test_geometry_counts():
     found = geometry()
     assert (found.samples, found.local_samples, found.updates, found.train_timesteps) == (64, 32, 2, 10)
-    assert "64 samples an epoch" in found.describe() and "2 updates of 32 samples" in found.describe()
+    assert "64 samples per epoch" in found.describe() and "2 updates of 32 samples" in found.describe()
     assert geometry(timestep_window=(0.2, 0.75), timestep_fraction=0.5).timestep_window == (2, 8)
     assert geometry(timestep_window=(0.2, 0.75), timestep_fraction=0.5).train_timesteps == 3
 
@@ -106,7 +107,7 @@ def test_geometry_counts():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ({"gradient_accumulation_steps": 3}, "32 samples a process do not divide"),
+        ({"gradient_accumulation_steps": 3}, "= 32 samples .* = 12"),
         ({"images_per_prompt": 5}, "does not divide the 32"),
         ({"num_batches_per_epoch": 0}, "sample.num_batches_per_epoch is 0"),
         ({"timestep_window": (0.5, 0.5)}, "timestep_window"),

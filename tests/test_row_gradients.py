@@ -6,7 +6,7 @@ import torch
 from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.generator.cpu_kernels import fuse_lora, run_batch_on_all_cores
 from ddpo_pytorch.generator.lora import add_lora, lora_parameters
-from ddpo_pytorch.training.rollout_gradients import has_row_gradients, row_gradients
+from ddpo_pytorch.training.rollout_gradients import has_per_sample_gradients, per_sample_gradients
 
 ROWS = 5
 # attention, feed-forward, and the time embedding's projection, whose inputs have no dimension of pixels
@@ -58,7 +58,7 @@ def test_rows_have_their_own_gradients(threads, fused, checkpointing):
     if threads:
         run_batch_on_all_cores(model, threads)
     weights = lora_parameters(model)
-    with row_gradients(model, ROWS) as found:
+    with per_sample_gradients(model, ROWS) as found:
         for _ in range(2):  # passes add up
             output = predict(model, slice(None), torch.float64)
             torch.autograd.grad(output.square().sum(), weights, allow_unused=True)
@@ -77,7 +77,7 @@ def test_rows_in_half_precision():
     """bfloat16 has 8 bits: of each tensor's gradients the rows differ from those taken alone by rounding."""
     model = unet(torch.bfloat16)
     fuse_lora(model)
-    with row_gradients(model, ROWS) as found, torch.autocast("cpu", torch.bfloat16):
+    with per_sample_gradients(model, ROWS) as found, torch.autocast("cpu", torch.bfloat16):
         output = predict(model, slice(None), torch.bfloat16)
         torch.autograd.grad(output.double().square().sum(), lora_parameters(model), allow_unused=True)
     for weight, expected in zip(lora_parameters(model), row_by_row(torch.bfloat16), strict=True):
@@ -86,6 +86,6 @@ def test_rows_in_half_precision():
 
 
 def test_only_adapters_of_linear_layers_have_them():
-    assert has_row_gradients(unet(torch.float32))
-    assert not has_row_gradients(unet(torch.float32, ("to_q", "conv1")))
-    assert not has_row_gradients(scratch.build_unet((16, 32), (False, True), 32, 16))
+    assert has_per_sample_gradients(unet(torch.float32))
+    assert not has_per_sample_gradients(unet(torch.float32, ("to_q", "conv1")))
+    assert not has_per_sample_gradients(scratch.build_unet((16, 32), (False, True), 32, 16))

@@ -9,8 +9,8 @@ import subprocess
 import pytest
 import torch
 from conftest import ROOT, run_script
+from rl_tools import as_flags
 from script_tools import files_of, load_module
-from test_train import as_flags, classifier, script, settings, train, weights  # noqa: F401 (fixtures)
 
 from ddpo_pytorch.training import run_folder
 from ddpo_pytorch.utils.errors import UserError, difference
@@ -20,7 +20,7 @@ TIMES = {"rollout_samples_per_second", "update_samples_per_second", "peak_memory
 
 
 @pytest.fixture(autouse=True)
-def light(settings, script, monkeypatch):  # noqa: F811
+def light(settings, script, monkeypatch):
     """Four samples of two steps and two updates an epoch; in this process, grids are drawn by nobody."""
     settings |= {"sample.num_steps": 2, "sample.num_batches_per_epoch": 1, "train.batch_size": 2}
     settings |= {"sample.guidance_scale": 1.0, "train.cfg": False}
@@ -41,7 +41,7 @@ def assert_same_run(left, right, epoch: int) -> None:
         assert (one / f"grid_{epoch:04d}.png").is_file()
 
 
-def test_the_same_command_goes_on(train, caplog):  # noqa: F811
+def test_the_same_command_goes_on(train, caplog):
     """With more epochs, which may change; and after the newest checkpoint was damaged, from the one before."""
     caplog.set_level(logging.INFO)
     reference, _ = train(num_epochs=4, run_name="whole")
@@ -59,10 +59,10 @@ def test_the_same_command_goes_on(train, caplog):  # noqa: F811
     before = files_of(folder)
     caplog.clear()
     train(num_epochs=4)
-    assert "nothing is left to do" in caplog.text and files_of(folder) == before
+    assert "nothing left to do" in caplog.text and files_of(folder) == before
 
 
-def test_resume_from_a_run_passes_over_what_is_damaged(train):  # noqa: F811
+def test_resume_from_a_run_passes_over_what_is_damaged(train):
     reference, _ = train(num_epochs=3, run_name="whole")
     folder, _ = train(num_epochs=2)
     (folder / "checkpoint_2" / "manifest.json").write_text("torn")
@@ -85,7 +85,7 @@ def test_resume_from_a_run_passes_over_what_is_damaged(train):  # noqa: F811
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )
-def test_other_settings_are_refused(train, tmp_path, changed, said):  # noqa: F811
+def test_other_settings_are_refused(train, tmp_path, changed, said):
     """Also before there is a checkpoint; a folder's settings are the only thing that is looked at."""
     folder = tmp_path / "logs" / "run"
     train(num_epochs=1, save_freq=5)
@@ -98,7 +98,7 @@ def test_other_settings_are_refused(train, tmp_path, changed, said):  # noqa: F8
     assert "\n" not in message and files_of(folder) == before
 
 
-def test_another_number_of_processes_is_refused(train):  # noqa: F811
+def test_another_number_of_processes_is_refused(train):
     """The samples of an epoch are those of each process times their number."""
     folder, _ = train(num_epochs=1)
     config = json.loads((folder / "config.json").read_text())
@@ -140,7 +140,7 @@ def test_settings_that_nothing_reads_may_change(unread, read):
         assert changed({}, read)[0] in read
 
 
-def test_after_resuming_with_other_settings_the_same_command_is_that_one(train):  # noqa: F811
+def test_after_resuming_with_other_settings_the_same_command_is_that_one(train):
     folder, _ = train(num_epochs=1)
     train(num_epochs=2, resume_from=str(folder), train__learning_rate=1e-3)
     with pytest.raises(UserError, match="train.learning_rate=0.001, now it is 0.01"):
@@ -153,7 +153,7 @@ def test_after_resuming_with_other_settings_the_same_command_is_that_one(train):
     ]
 
 
-def test_a_run_without_a_checkpoint_begins_anew(train, tmp_path, caplog):  # noqa: F811
+def test_a_run_without_a_checkpoint_begins_anew(train, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     reference, _ = train(run_name="whole")
     folder = tmp_path / "logs" / "run"
@@ -164,11 +164,11 @@ def test_a_run_without_a_checkpoint_begins_anew(train, tmp_path, caplog):  # noq
     assert_same_run(reference, folder, 2)
     for left in (*folder.glob("checkpoint_*"), folder / "grid_0002.png"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    (folder / ".checkpoint_1.partial").mkdir()
+    (folder / ".checkpoint_1.9999999.tmp").mkdir()
     log = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text(log[0] + log[1][:20])
     train()
-    assert f"{folder} has no checkpoint yet: beginning anew" in caplog.text
+    assert f"{folder} has no checkpoint yet" in caplog.text
     assert_same_run(reference, folder, 2)
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
     for left in folder.glob("checkpoint_*"):
@@ -177,7 +177,7 @@ def test_a_run_without_a_checkpoint_begins_anew(train, tmp_path, caplog):  # noq
         train()
 
 
-def test_a_folder_of_something_else_is_left_alone(train, tmp_path):  # noqa: F811
+def test_a_folder_of_something_else_is_left_alone(train, tmp_path):
     folder = tmp_path / "logs" / "run"
     folder.mkdir(parents=True)
     (folder / "letters.txt").write_text("mine")
@@ -189,7 +189,7 @@ def test_a_folder_of_something_else_is_left_alone(train, tmp_path):  # noqa: F81
     assert set(files_of(folder)) == {"letters.txt", "config.json"}
 
 
-def test_a_run_that_stopped_by_itself_is_over(train, caplog):  # noqa: F811
+def test_a_run_that_stopped_by_itself_is_over(train, caplog):
     caplog.set_level(logging.INFO)
     stopping = {"num_epochs": 6, "early_stop__patience": 1, "early_stop__tolerance": 10.0}
     folder, epochs = train(**stopping)
@@ -197,24 +197,24 @@ def test_a_run_that_stopped_by_itself_is_over(train, caplog):  # noqa: F811
     before = files_of(folder)
     again, epochs = train(**stopping)
     assert len(epochs) == 2 and files_of(folder) == before
-    assert f"nothing is left to do: {folder} has 2 epochs, mean reward changed by less than 10 for 1" in caplog.text
+    assert f"nothing left to do: {folder} has 2 epochs, mean reward changed by less than 10 for 1" in caplog.text
     _, epochs = train(num_epochs=3)
     assert len(epochs) == 3
 
 
-def test_saving_again_writes_only_what_is_not_there(train, script, monkeypatch, caplog):  # noqa: F811
+def test_saving_again_writes_only_what_is_not_there(train, script, monkeypatch, caplog):
     """And counts of skipped updates outlive a run."""
     records = []
 
-    def opened(*arguments, original=script.open_record):
+    def opened(*arguments, original=script.open_run_state):
         records.append(original(*arguments))
         return records[-1]
 
-    monkeypatch.setattr(script, "open_record", opened)
+    monkeypatch.setattr(script, "open_run_state", opened)
     folder, _ = train(num_epochs=1)
     checkpoint, state = folder / "checkpoint_1", records[0]
     unet, written = torch.nn.Linear(2, 2), {path: path.stat().st_mtime_ns for path in checkpoint.iterdir()}
-    arguments = unet, torch.optim.AdamW(unet.parameters()), 5
+    arguments = unet, torch.optim.AdamW(unet.parameters())
     state.save(*arguments)
     assert {path: path.stat().st_mtime_ns for path in checkpoint.iterdir()} == written
     kept = files_of(checkpoint)
@@ -222,36 +222,36 @@ def test_saving_again_writes_only_what_is_not_there(train, script, monkeypatch, 
     state.skipped_updates = 3
     state.save(*arguments)
     assert files_of(folder / "checkpoint_1.damaged") == kept | {"progress.json": b"{}"}
-    assert "checkpoint_1 is damaged and was put aside as checkpoint_1.damaged" in caplog.text
+    assert "renamed to checkpoint_1.damaged" in caplog.text
     progress = json.loads((checkpoint / "progress.json").read_text())
     assert progress["skipped_updates"] == 3 and progress["epoch"] == 1
 
 
-def test_skipped_updates_are_restored(train, script, monkeypatch):  # noqa: F811
+def test_skipped_updates_are_restored(train, script, monkeypatch):
     folder, _ = train(num_epochs=1)
     assert json.loads((folder / "checkpoint_1" / "progress.json").read_text())["skipped_updates"] == 0
 
-    def opened(*arguments, original=script.open_record):
+    def opened(*arguments, original=script.open_run_state):
         record = original(*arguments)
         record.skipped_updates += 2
         return record
 
-    monkeypatch.setattr(script, "open_record", opened)
+    monkeypatch.setattr(script, "open_run_state", opened)
     train(num_epochs=2)
     train(num_epochs=3)
     assert json.loads((folder / "checkpoint_3" / "progress.json").read_text())["skipped_updates"] == 4
 
 
-def test_a_damaged_best_is_put_aside(train, tmp_path, caplog):  # noqa: F811
+def test_a_damaged_copy_of_best_is_quarantined(train, tmp_path):
+    """As in a run folder that was copied with its links followed."""
     folder, _ = train(num_epochs=1)
     shutil.copytree(folder / "checkpoint_1", folder / "best")
     (folder / "best" / "optimizer.pt").unlink()
     train(num_epochs=2)
-    assert "best is damaged (optimizer.pt is not there) and was put aside as best.damaged" in caplog.text
     assert (folder / "best.damaged").is_dir() and not (folder / "best").exists()
 
 
-def test_a_run_folder_is_one_runs_alone(train, tmp_path):  # noqa: F811
+def test_a_run_folder_is_one_runs_alone(train, tmp_path):
     folder = tmp_path / "logs" / "run"
     train(num_epochs=1)
     before = files_of(folder)
@@ -268,7 +268,7 @@ def test_a_run_folder_is_one_runs_alone(train, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_all_processes_of_a_second_run_end(settings, tmp_path):  # noqa: F811
+def test_all_processes_of_a_second_run_end(settings, tmp_path):
     folder = tmp_path / "logs" / "run"
     with locked(folder):
         result = run_script("train.py", *as_flags(settings), processes=2)
@@ -282,7 +282,7 @@ def test_all_processes_of_a_second_run_end(settings, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_a_run_that_then_goes_on(settings, tmp_path):  # noqa: F811
+def test_a_full_disk_ends_a_run_that_then_goes_on(settings, tmp_path):
     if os.getuid() or not shutil.which("mount"):
         pytest.skip("only root can mount a small file system")
     disk, flags = tmp_path / "disk", {"num_epochs": 4, "num_checkpoint_limit": 9}

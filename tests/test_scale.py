@@ -15,8 +15,8 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT
 from launching import cpu_settings, finish, launch, start
+from rl_tools import as_flags
 from safetensors.torch import load_file
-from test_train import as_flags, classifier, settings  # noqa: F401 (fixtures)
 
 FILES = ROOT / "config" / "accelerate"
 # one process with the samples of two: twice the batches, and twice as many of them in an update
@@ -24,7 +24,7 @@ ALONE = {"sample__num_batches_per_epoch": 4, "train__gradient_accumulation_steps
 
 
 @pytest.fixture
-def recorded(settings, tmp_path):  # noqa: F811
+def recorded(settings, tmp_path):
     """Function (name): arguments of tests/update_recorder.py for an epoch, the folder of its records, and its run's."""
 
     def prepare(name: str, **overrides):
@@ -140,7 +140,7 @@ os.execv({shutil.which("accelerate", path=Path(sys.executable).parent)!r},
 
 
 @pytest.mark.slow
-def test_a_slurm_job_saves_in_time_and_is_put_back_into_the_queue(cluster, settings, tmp_path):  # noqa: F811
+def test_a_slurm_job_saves_in_time_and_is_put_back_into_the_queue(cluster, settings, tmp_path):
     flags = as_flags(settings, num_epochs=1000, save_freq=1000)
     job = subprocess.Popen(
         ["bash", "docs/slurm.sh", *flags], cwd=ROOT, env=os.environ | cluster, stderr=subprocess.PIPE, text=True

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
-from ddpo_pytorch.training.scoring import Scorer
-from ddpo_pytorch.utils.distributed import SIGNALS, StopRequest
+from ddpo_pytorch.training.scoring import TOTAL, Scorer
+from ddpo_pytorch.utils.distributed import SIGNALS, StopRequest, StopRequested
 from ddpo_pytorch.utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -28,9 +28,9 @@ def test_rewards_come_in_the_order_of_submission():
     images = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     for part in images.split(2):
         scorer.submit(part, ["a", "b"], [{}, {}])
-    assert scorer.collect() == pytest.approx(images.mean(dim=(1, 2, 3)).numpy(), rel=1e-6)
+    assert scorer.collect()[TOTAL] == pytest.approx(images.mean(dim=(1, 2, 3)).numpy(), rel=1e-6)
     scorer.submit(images[:2], ["a", "b"], [{}, {}])
-    assert scorer.collect().shape == (2,)
+    assert scorer.collect()[TOTAL].shape == (2,)
     scorer.close()
 
 
@@ -48,9 +48,11 @@ def test_a_signal_is_a_request_and_handlers_come_back(number):
     accelerator = SimpleNamespace(device=CPU, reduce=lambda tensor, how: tensor)
     before = signal.getsignal(number)
     with StopRequest(accelerator) as request:
-        assert not request.agreed()
+        request.check()
         os.kill(os.getpid(), number)
-        assert request.agreed() and request.name == signal.Signals(number).name
+        with pytest.raises(StopRequested):
+            request.check()
+        assert request.name == signal.Signals(number).name
     assert signal.getsignal(number) == before
 
 

@@ -13,7 +13,7 @@ from ddpo_pytorch.generator import finetune_data
 from ddpo_pytorch.judges.classifier_training import Recipe
 from ddpo_pytorch.metrics.inputs import check_request
 from ddpo_pytorch.rlhf import training as rlhf
-from ddpo_pytorch.training.setup import batch_geometry, check_training
+from ddpo_pytorch.training.setup import batch_sizes, check_training
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.settings import ONE_OR_MORE, POSITIVE, SEED, Range, check_choices, check_pair, check_ranges
 
@@ -153,7 +153,7 @@ def test_timestep_windows(config, window):
     train = ConfigDict(config.train.to_dict() | {"timestep_window": None})
     train.timestep_window = window
     with refused("train.timestep_window", window):
-        batch_geometry(config.sample, train, 1)
+        batch_sizes(config.sample, train, 1)
 
 
 def test_an_infinite_gradient_norm_clips_nothing_and_is_allowed(config):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import run_script
 from launching import launch
+from rl_tools import as_flags
 from safetensors.torch import load_file
 from test_scale import assert_same_gradients, gradients
-from test_train import as_flags, classifier, settings  # noqa: F401 (fixtures)
 
 from ddpo_pytorch.data.isic import ARTIFACTS, CAPTIONS
 from ddpo_pytorch.generator import from_scratch as scratch
@@ -75,7 +75,7 @@ def without_second_checkpoint(tmp_path):
 
 @pytest.mark.slow
 def test_a_divided_fine_tune_trains_saves_resumes_and_exports(
-    settings,  # noqa: F811
+    settings,
     judge,
     small_pipeline_dir,
     tmp_path,
@@ -197,7 +197,7 @@ def test_an_optimizer_resumes_whatever_the_order_of_its_tensors_in_memory(saved_
         ((False, False, "fp16"), "mixed_precision"),
     ],
 )
-def test_what_cannot_be_divided_is_refused(settings, named):  # noqa: F811
+def test_what_cannot_be_divided_is_refused(settings, named):
     check_sharding(False, False, "bf16")
     with pytest.raises(UserError, match=named) as caught:
         check_sharding(*settings)

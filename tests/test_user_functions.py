@@ -6,7 +6,6 @@ import logging
 import random
 
 import pytest
-from test_train import classifier, script, settings, train  # noqa: F401 (fixtures)
 
 from ddpo_pytorch.prompts import PROMPTS
 from ddpo_pytorch.rewards import REWARDS
@@ -33,7 +32,7 @@ def mine(monkeypatch):
     return calls
 
 
-def test_functions_as_in_ddpo_pytorch(mine, train, caplog):  # noqa: F811
+def test_functions_as_in_ddpo_pytorch(mine, train, caplog):
     """Their keyword arguments, per_prompt_stat_tracking=None, and the parts of a sum in the log."""
     own = {"prompt_fn": "mine", "prompt_fn_kwargs": {"nouns": "bird,fish", "low": 2}}
     own |= {"reward_fn": "mine:2.0,jpeg_incompressibility:-0.1", "reward_fn_kwargs.mine.scale": 3.0}
@@ -72,7 +71,7 @@ def test_functions_as_in_ddpo_pytorch(mine, train, caplog):  # noqa: F811
     ],
     ids=lambda value: "" if isinstance(value, tuple) else "-".join(value),
 )
-def test_what_cannot_work_is_refused_first(mine, train, tmp_path, monkeypatch, overrides, expected):  # noqa: F811
+def test_what_cannot_work_is_refused_first(mine, train, tmp_path, monkeypatch, overrides, expected):
     monkeypatch.setitem(REWARDS, "none", lambda: lambda images, prompts, metadata: (None, {}))
     monkeypatch.setitem(PROMPTS, "numbers", lambda: 7)
     monkeypatch.setitem(PROMPTS, "mine", lambda nouns="a": f"{nouns} {random.random()}")  # no prompt occurs twice
@@ -83,12 +82,27 @@ def test_what_cannot_work_is_refused_first(mine, train, tmp_path, monkeypatch, o
     assert not (tmp_path / "logs").exists()
 
 
-def test_a_constant_reward_and_prompts_that_are_alone_are_warned_of(train, monkeypatch, caplog):  # noqa: F811
+def test_a_constant_reward_and_prompts_that_are_alone_are_warned_of(train, monkeypatch, caplog):
     monkeypatch.setitem(REWARDS, "constant", lambda: lambda images, prompts, metadata: ([0.1] * len(images), {}))
     caplog.set_level(logging.WARNING)
     numbers = itertools.cycle([0, 0, 1, 1, 2, 2, 3, 4])  # of the 8 samples of an epoch
     monkeypatch.setitem(PROMPTS, "some", lambda: f"prompt {next(numbers)}")
     _, (first, second) = train(prompt_fn="some", reward_fn="constant", train__advantage="group")
     assert first["zero_std_share"] == second["zero_std_share"] == 1.0 and first["grad_norm"] == 0
-    warnings = [record.getMessage() for record in caplog.records if record.name == "ddpo_pytorch.training.optimizer"]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "ddpo_pytorch.training.health"]
     assert len(warnings) == 2 and "2 of 5 prompts" in warnings[0] and "epoch 0 taught" in warnings[1]
+
+
+def test_functions_of_a_module_need_no_entry(train, tmp_path, monkeypatch):
+    """`module:function` is found from the current folder, and its keyword arguments go by the function's name."""
+    (tmp_path / "my_module.py").write_text(
+        "def cats():\n    return 'a cat', {}\n\n"
+        "def shade(scale=1.0):\n    return lambda images, prompts, metadata: ([scale * i.mean() for i in images], {})\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    own = {"prompt_fn": "my_module:cats", "reward_fn": "my_module:shade:2,jpeg_compressibility:0"}
+    _, (entry,) = train(num_epochs=1, **own | {"reward_fn_kwargs.shade.scale": 3.0})
+    assert entry["reward_mean"] == pytest.approx(2 * entry["reward_shade_mean"]) and entry["reward_mean"] > 2
+    for field, path in (("prompt_fn", "my_module:dogs"), ("reward_fn", "no_module:shade")):
+        with pytest.raises(UserError, match=f"{field}: '{path}'"):
+            train(num_epochs=1, run_name="other", **own | {field: path})

@@ -1,16 +1,15 @@
-"""Checkpoints of a run: `checkpoint_<epochs completed>/` with the trained weights and what resuming needs.
+"""Checkpoints of a run: `checkpoint_<epochs completed>/` with the trained weights and everything resuming needs.
 
-The weights are safetensors (`pytorch_lora_weights.safetensors`, or `unet.safetensors` of a full fine-tune); optimizer
-state is plain tensors, progress is JSON. Random states are not saved: all randomness is a function of progress.
-`best/` beside them is a checkpoint, too: that of the highest held-out APR, which progress.json states. A manifest in
-each lists its files and their hashes (older ones have none); a checkpoint without fault against it is called whole.
+Weights are safetensors (`pytorch_lora_weights.safetensors`, or `unet.safetensors` of a full fine-tune), optimizer state
+is plain tensors, progress is JSON, README.md is a model card, and a manifest lists all files with their hashes. Random
+states are not saved: all randomness is a function of progress. `best` is a link to the checkpoint of the highest
+held-out APR.
 """
 
 import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from ddpo_pytorch.generator.lora import FILE_NAME, FILE_NAMES, has_lora, load_lo
 from ddpo_pytorch.generator.pipeline import replace_unet_weights
 from ddpo_pytorch.utils.distributed import gather_state, load_optimizer_into, load_weights_into
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.files import atomic_folder, path_fault, remove_folder, sha256
+from ddpo_pytorch.utils.files import atomic_folder, atomic_write, path_fault, remove_folder, sha256
 from ddpo_pytorch.utils.json_files import COUNT, OneOf, read_json
 from ddpo_pytorch.utils.published import resolve
 from ddpo_pytorch.utils.weights import open_safetensors, read_pickle, read_safetensors
@@ -31,22 +30,18 @@ from ddpo_pytorch.utils.weights import open_safetensors, read_pickle, read_safet
 UNET_FILE = "unet.safetensors"
 STATE_FILE = "optimizer.pt"
 PROGRESS_FILE = "progress.json"
+MANIFEST = "manifest.json"
+CARD_FILE = "README.md"
 BEST = "best"
 _EVALUATION = OneOf(({"epoch": COUNT, "apr": float, "reward": float}, None))
-# What a checkpoint's progress may state (`Record.state_dict`); older ones state less.
-PROGRESS = {
+PROGRESS = {  # RunState.state_dict()
     "epoch": COUNT,
-    "global_step?": COUNT,
-    "skipped_updates?": COUNT,
-    "wandb_id?": OneOf((str, None)),
-    "tracker?": {"rewards": [(OneOf((str, int)), [float])]},
-    "plateau?": {"previous": OneOf((float, None)), "quiet_epochs": COUNT},
-    "held_out?": {
-        "best": _EVALUATION,
-        "last": _EVALUATION,
-        "collapsed": COUNT,
-        "identity": OneOf((dict, None)),
-    },
+    "global_step": COUNT,
+    "skipped_updates": COUNT,
+    "wandb_id": OneOf((str, None)),
+    "tracker": {"rewards": [(OneOf((str, int)), [float])]},
+    "plateau": {"previous": OneOf((float, None)), "quiet_epochs": COUNT},
+    "held_out": {"best": _EVALUATION, "last": _EVALUATION, "collapsed": COUNT, "fingerprint": OneOf((dict, None))},
 }
 _NAME = re.compile(r"checkpoint_?(\d+)")
 
@@ -54,87 +49,80 @@ logger = logging.getLogger(__name__)
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first."""
+    """Return the checkpoint folders of a run, oldest first, without `best`."""
     if not Path(run_dir).is_dir():
         return []
     folders = [path for path in Path(run_dir).iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(folders, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
 
 
+def checkpoint_folder(run_dir: str | Path, epoch: int) -> Path:
+    """Return the path of the checkpoint after `epoch` completed epochs."""
+    return Path(run_dir) / f"checkpoint_{epoch}"
+
+
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether a folder is, or once was, a checkpoint of train.py, as opposed to a run folder."""
+    """Return whether a folder is a checkpoint of train.py, possibly damaged, as opposed to a run folder."""
     path = Path(path)
     named = path.name == BEST or _NAME.fullmatch(path.name)
     return path.is_dir() and not checkpoints(path) and (bool(named) or (path / PROGRESS_FILE).is_file())
 
 
-def fault(checkpoint: str | Path, thorough: bool = True) -> str | None:
-    """Why a checkpoint cannot be gone on from, in a few words; None when it is whole.
+def is_intact(checkpoint: Path) -> bool:
+    """Return whether a checkpoint exists and is undamaged."""
+    return checkpoint.is_dir() and find_damage(checkpoint) is None
 
-    Its files are compared with its manifest: their hashes only when `thorough`, else their sizes. One from before there
-    was a manifest has all files and, when `thorough`, no torn one.
-    """
-    checkpoint = Path(checkpoint)
+
+def find_damage(checkpoint: str | Path, check_hashes: bool = True) -> str | None:
+    """Return why a checkpoint cannot be resumed, or None. Without `check_hashes` only file sizes are compared."""
     try:
-        listed = read_manifest(checkpoint)
+        files = read_manifest(checkpoint)
     except ValueError as error:
         return str(error)
-    if listed is not None:
-        if PROGRESS_FILE not in listed:
-            return f"{MANIFEST} does not list {PROGRESS_FILE}"
-        faults = (file_fault(checkpoint / name, about, thorough) for name, about in listed.items())
-        return next(filter(None, faults), None)
-    weights = next((name for name in (FILE_NAME, UNET_FILE) if (checkpoint / name).is_file()), FILE_NAME)
-    for name in (STATE_FILE, PROGRESS_FILE, weights):
-        if not (checkpoint / name).is_file():
-            return f"{name} is not there"
-    try:
-        epochs_completed(checkpoint, stated=True)
-        if thorough:
-            _read_state(checkpoint / STATE_FILE, mmap=True)
-            with open_safetensors(checkpoint / weights):  # knows from the header how long the file must be
-                pass
-    except (UserError, ValueError, OSError) as error:
-        return " ".join(str(error).split())[:200]
-    return None
+    if files is None:
+        return f"{MANIFEST} is missing"
+    if PROGRESS_FILE not in files:
+        return f"{MANIFEST} does not list {PROGRESS_FILE}"
+    damages = (find_file_damage(Path(checkpoint) / name, about, check_hashes) for name, about in files.items())
+    return next(filter(None, damages), None)
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder that `path` is, or of a run folder the newest whole one; best/ where only that is whole.
+    """Return the checkpoint that `path` is, or the newest undamaged one of a run folder.
 
-    Damaged ones that are passed over on the way are told, one line each. Raises UserError if `path` is neither, is a
-    damaged checkpoint, or has no whole one.
+    Logs a line for each damaged checkpoint that is passed over. Raises UserError if `path` is neither, is a damaged
+    checkpoint, or holds no undamaged one.
     """
     path = Path(path)
     if is_checkpoint(path):
-        if reason := fault(path):
+        if damage := find_damage(path):
             raise UserError(
-                f"{str(path)!r} cannot be resumed ({reason}); resume from another checkpoint, or from the run folder, "
-                "of which the newest whole one is taken"
+                f"{str(path)!r} cannot be resumed ({damage}); resume from another checkpoint, or from the run folder "
+                "to take its newest undamaged one"
             )
         return path
-    found = [*reversed(checkpoints(path)), *(best for best in [path / BEST] if best.is_dir())]
-    if not found:
-        raise UserError(f"{str(path)!r} is neither a checkpoint nor a run folder with checkpoint_<epoch> folders in it")
-    faults: dict[Path, str] = {}
-    for checkpoint in found:
-        if (reason := fault(checkpoint)) is None:
-            for damaged, what in faults.items():
-                logger.warning("%s is damaged (%s): going on from %s instead", damaged, what, checkpoint.name)
+    candidates = [*reversed(checkpoints(path)), *(folder for folder in [path / BEST] if _is_copy(folder))]
+    if not candidates:
+        raise UserError(f"{str(path)!r} is neither a checkpoint nor a run folder with checkpoint_<epoch> folders")
+    damages: dict[Path, str] = {}
+    for checkpoint in candidates:
+        if (damage := find_damage(checkpoint)) is None:
+            for damaged, reason in damages.items():
+                logger.warning("%s is damaged (%s): resuming from %s instead", damaged, reason, checkpoint.name)
             return checkpoint
-        faults[checkpoint] = reason
-    damaged, what = next(iter(faults.items()))
+        damages[checkpoint] = damage
+    newest, damage = next(iter(damages.items()))
     raise UserError(
-        f"no checkpoint of {str(path)!r} is whole, the newest is {damaged.name} ({what}); bring back a whole one, or "
-        "choose another --config.run_name to begin anew"
+        f"no checkpoint of {str(path)!r} is undamaged, the newest is {newest.name} ({damage}); restore one, or start "
+        "again with another --config.run_name"
     )
 
 
 def find_weights(path: str | Path) -> Path:
-    """The weight file that `path` is or holds: LoRA in any known format, or a full UNet.
+    """Return the weight file that `path` is or holds: LoRA in any known format, or a full UNet.
 
-    `path` may be a file, a checkpoint folder (also a published one), or a run folder, of which the newest checkpoint is
-    taken, or best/ where there is no other. Raises UserError naming what was looked for.
+    `path` may be a file, a checkpoint folder (also a published one), or a run folder, which stands for its newest
+    checkpoint. Raises UserError if there is none, or if it is not what the folder's manifest states.
     """
     path = resolve(path)
     if path.is_file():
@@ -149,20 +137,19 @@ def find_weights(path: str | Path) -> Path:
 
 
 def _check_listed(file: Path) -> None:
-    """UserError where the folder's manifest states another content of a file."""
     try:
-        listed = read_manifest(file.parent) or {}
-        reason = file_fault(file, listed[file.name]) if file.name in listed else None
+        listed = read_manifest(file.parent) or {}  # published checkpoints have no manifest
+        damage = find_file_damage(file, listed[file.name]) if file.name in listed else None
     except ValueError as error:
-        reason = str(error)
-    if reason:
-        raise UserError(f"{str(file)!r} is damaged ({reason}); give another checkpoint folder, or the file itself")
+        damage = str(error)
+    if damage:
+        raise UserError(f"{str(file)!r} is damaged ({damage}); give another checkpoint folder, or the file itself")
 
 
 def load_weights(unet: nn.Module, path: str | Path, adapters: bool | None = None) -> Path:
     """Load LoRA or full UNet weights, whichever `path` holds, and return the file they came from.
 
-    `adapters`: which of the two they have to be. Raises UserError for the other kind, and as the loaders do.
+    adapters: which of the two is required. Raises UserError for the other kind, and as the loaders do.
     """
     file = find_weights(path)
     full = file.suffix == ".safetensors" and not _is_lora(file)
@@ -182,13 +169,10 @@ def _is_lora(file: Path) -> bool:
         return any("lora" in key for key in weights.keys())  # noqa: SIM118 (safe_open is not a dict)
 
 
-def epochs_completed(checkpoint: str | Path, stated: bool = False) -> int:
-    """Epochs after which a checkpoint was saved, from its name or else its progress. UserError if that is damaged.
-
-    `stated`: from its progress whatever its name.
-    """
+def epochs_completed(checkpoint: str | Path) -> int:
+    """Return the epochs completed before a checkpoint was saved, by its name, else by progress.json (UserError)."""
     checkpoint = Path(checkpoint)
-    if (name := _NAME.fullmatch(checkpoint.name)) and not stated:
+    if name := _NAME.fullmatch(checkpoint.name):
         return int(name[1])
     return _read_progress(checkpoint)["epoch"]
 
@@ -197,46 +181,11 @@ def _read_progress(checkpoint: Path) -> dict[str, Any]:
     return read_json(checkpoint / PROGRESS_FILE, PROGRESS, "resume from another checkpoint")
 
 
-def checkpoint_folder(run_dir: str | Path, epoch: int) -> Path:
-    """Where the checkpoint after so many epochs lies."""
-    return Path(run_dir) / f"checkpoint_{epoch}"
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint is there and without fault."""
-    return checkpoint.is_dir() and fault(checkpoint) is None
-
-
-def recover_best(run_dir: str | Path) -> Path | None:
-    """`best` of a run, or None. A kill while it was replaced may have left it under another name: it gets its own back.
-
-    Main process only. It may be damaged.
-    """
-    best, *others = best_names(run_dir)
-    for other in others:  # complete where they are, as they appear whole
-        if not best.exists() and other.exists():
-            os.replace(other, best)
-        shutil.rmtree(other, ignore_errors=True)
-    return best if best.is_dir() else None
-
-
-def best_names(run_dir: str | Path) -> tuple[Path, Path, Path]:
-    """best/, and what it is called shortly before and after."""
-    return tuple(Path(run_dir) / name for name in (BEST, f".{BEST}.new", f".{BEST}.old"))
-
-
-def _read_state(file: Path, mmap: bool = False) -> dict:
-    try:
-        return read_pickle(file, mmap)
-    except UserError as error:
-        raise ValueError(f"{file.name} is damaged or holds more than plain tensors") from error
-
-
 def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler: Any) -> dict:
-    """Restore weights, optimizer and gradient scaler; return the progress that was saved with them.
+    """Restore weights, optimizer and gradient scaler of an undamaged checkpoint; return its progress.
 
-    `folder` is from `find_checkpoint`, which has compared it with its manifest. Raises UserError for a checkpoint of
-    other settings.
+    The optimizer's moments come from the checkpoint, its learning rate and other settings from the configuration.
+    Raises UserError for a checkpoint of another kind of training.
     """
     folder = Path(folder)
     if not (folder / STATE_FILE).is_file() or not (folder / PROGRESS_FILE).is_file():
@@ -250,8 +199,7 @@ def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler:
         )
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
-        state = _read_state(folder / STATE_FILE)
-        progress = _read_progress(folder)
+        progress, state = _read_progress(folder), read_pickle(folder / STATE_FILE)
         if has_lora(unet):
             load_lora(unet, folder)
         else:
@@ -262,14 +210,13 @@ def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler:
     except (ValueError, KeyError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{str(folder)!r} cannot be resumed ({reason}); resume from another checkpoint") from error
-    # the optimizer's memory comes from the checkpoint, learning rate and the like from the configuration.
     for group, current in zip(optimizer.param_groups, settings, strict=True):
         group.update(current)
     return progress
 
 
 class Snapshot(NamedTuple):
-    """What training has changed, on the CPU: weights and the file they belong in; state of optimizer and scaler."""
+    """Trained weights, the name of their file, and the state of optimizer and scaler, all on the CPU."""
 
     file: str
     weights: dict[str, torch.Tensor]
@@ -277,7 +224,7 @@ class Snapshot(NamedTuple):
 
 
 def snapshot(unet: nn.Module, optimizer: Any, scaler: Any, main: bool = True) -> Snapshot | None:
-    """What a checkpoint of these holds, for the process that is `main`; None for the others. Every process calls it.
+    """Collect what a checkpoint holds on the `main` process; None on the others. Collective: every process calls it.
 
     Tensors that are on the CPU already are not copied: write them before the next update.
     """
@@ -291,57 +238,92 @@ def snapshot(unet: nn.Module, optimizer: Any, scaler: Any, main: bool = True) ->
     return Snapshot(FILE_NAME if lora else UNET_FILE, weights, state)
 
 
-def save_checkpoint(run_dir: str | Path, epoch: int, taken: Snapshot, progress: dict, limit: int) -> Path:
-    """Write `checkpoint_<epoch>` whole or not at all, then remove those before the newest `limit`. Main process only.
+def save_checkpoint(
+    run_dir: str | Path, taken: Snapshot, progress: dict, limit: int, best: bool = False, card: str = ""
+) -> Path:
+    """Write `checkpoint_<progress["epoch"]>` atomically, then remove all but the newest `limit` and the best one.
 
-    A damaged one of that name is put aside; damaged ones do not count among the newest. best/ always stays. Raises
-    UserError, with all as it was before, when the disk is full.
+    `card` becomes its README.md. With `best`, the link of that name points to it from now on. A damaged checkpoint of
+    the same epoch is quarantined; damaged ones do not count among the newest. Main process only. Raises UserError when
+    the disk is full, with everything as it was before.
     """
-    folder = checkpoint_folder(run_dir, epoch)
-    _write(folder, taken, progress)
-    kept = 0
-    for checkpoint in reversed(checkpoints(run_dir)):
-        if kept == max(1, limit):
-            remove_folder(checkpoint)
-        elif fault(checkpoint, thorough=False) is None:
-            kept += 1
+    folder = checkpoint_folder(run_dir, progress["epoch"])
+    _write(folder, taken, progress, card)
+    if best:
+        link_best(run_dir, progress["epoch"])
+    remove_old(run_dir, limit)
     return folder
 
 
-def put_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint to `<name>.damaged`, or `.damaged2` and so on, under which nothing looks for it."""
+def remove_old(run_dir: str | Path, limit: int) -> None:
+    """Remove all checkpoints but the newest `limit` (at least one), and the one that `best` points to."""
+    kept, best = 0, (Path(run_dir) / BEST).resolve()
+    for checkpoint in reversed(checkpoints(run_dir)):
+        if kept == max(1, limit):
+            if checkpoint.resolve() != best:
+                remove_folder(checkpoint)
+        elif find_damage(checkpoint, check_hashes=False) is None:
+            kept += 1
+
+
+def link_best(run_dir: str | Path, epoch: int) -> None:
+    """Let `best` point to the checkpoint after `epoch` epochs."""
+    link = Path(run_dir) / BEST
+    if _is_copy(link):
+        remove_folder(link)
+    with atomic_write(link) as temporary:
+        temporary.unlink()
+        temporary.symlink_to(checkpoint_folder("", epoch), target_is_directory=True)
+
+
+def repair_best(run_dir: str | Path, epoch: int | None) -> bool:
+    """Make `best` what progress states: the checkpoint after `epoch` epochs, or nothing for None.
+
+    A kill may have left the link on an earlier one. Returns False where that checkpoint is missing or damaged, which is
+    quarantined. Main process only.
+    """
+    link = Path(run_dir) / BEST
+    if link.is_dir():
+        if (damage := find_damage(link)) is None and _read_progress(link)["epoch"] == epoch:
+            return True
+        if damage:
+            quarantine(link.resolve())
+    if link.is_symlink():
+        link.unlink()
+    if epoch is not None and is_intact(checkpoint_folder(run_dir, epoch)):
+        link_best(run_dir, epoch)
+    return epoch is None or link.is_dir()
+
+
+def _is_copy(best: Path) -> bool:
+    """Return whether `best` is a folder, as in a run that was copied with its links followed."""
+    return best.is_dir() and not best.is_symlink()
+
+
+def quarantine(folder: Path) -> Path:
+    """Rename a damaged checkpoint to `<name>.damaged`, `<name>.damaged2`, ..., which nothing reads; return the path."""
     names = (f"{folder.name}.damaged{number or ''}" for number in (0, *range(2, 10**6)))
-    aside = next(path for path in map(folder.with_name, names) if not path.exists())
-    os.replace(folder, aside)
-    return aside
+    target = next(path for path in map(folder.with_name, names) if not path.exists())
+    os.replace(folder, target)
+    logger.warning("%s is damaged and was renamed to %s", folder, target.name)
+    return target
 
 
-def save_best(run_dir: str | Path, taken: Snapshot, progress: dict) -> Path:
-    """Put the same in the place of `best`, whose last content is removed when the new one is complete."""
-    best, new, old = best_names(run_dir)
-    shutil.rmtree(new, ignore_errors=True)
-    _write(new, taken, progress)
-    shutil.rmtree(old, ignore_errors=True)
-    if best.exists():
-        os.replace(best, old)
-    os.replace(new, best)
-    shutil.rmtree(old, ignore_errors=True)
-    return best
-
-
-def _write(folder: Path, taken: Snapshot, progress: dict) -> None:
+def _write(folder: Path, taken: Snapshot, progress: dict, card: str) -> None:
     text = json.dumps(progress, indent=1)
     tensors = [*taken.weights.values(), *_tensors(taken.state)]
-    # what surrounds a tensor in the files is small and bounded
+    # an upper bound: besides its tensors a file holds little
     size = sum(tensor.nbytes for tensor in tensors) + 512 * len(tensors) + len(text) + 2**16
     with atomic_folder(folder, size) as temporary:
         save_file(taken.weights, temporary / taken.file, metadata={"format": "pt"})
-        with open(temporary / STATE_FILE, "wb") as file:  # of a path, PyTorch would not say why it cannot be written
+        with open(temporary / STATE_FILE, "wb") as file:  # given a path, torch.save hides the cause of an OSError
             torch.save(taken.state, file)
         (temporary / PROGRESS_FILE).write_text(text)
+        if card:
+            (temporary / CARD_FILE).write_text(card)
         write_manifest(temporary)
         if folder.exists():
-            logger.warning("%s is damaged and was put aside as %s", folder, put_aside(folder).name)
+            quarantine(folder)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -352,11 +334,8 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-MANIFEST = "manifest.json"
-
-
 def write_manifest(folder: str | Path) -> None:
-    """List every file that the folder holds now: {"files": {path in the folder: {"bytes", "sha256"}}}."""
+    """List every file in a folder: {"files": {relative path: {"bytes", "sha256"}}}."""
     folder = Path(folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     files = {
@@ -366,7 +345,7 @@ def write_manifest(folder: str | Path) -> None:
 
 
 def read_manifest(folder: str | Path) -> dict[str, dict] | None:
-    """The files that are listed; None where there is no list. Raises ValueError for a damaged one."""
+    """Return the listed files, or None without a manifest. Raises ValueError for a damaged one."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         return None
@@ -379,12 +358,12 @@ def read_manifest(folder: str | Path) -> dict[str, dict] | None:
     return files
 
 
-def file_fault(path: Path, about: dict, thorough: bool = True) -> str | None:
-    """What is wrong with a file that a manifest describes, or None. Without `thorough` its content is not read."""
+def find_file_damage(path: Path, about: dict, check_hash: bool = True) -> str | None:
+    """Return how a file differs from its entry in a manifest, or None."""
     if not path.is_file():
-        return f"{path.name} is not there"
+        return f"{path.name} is missing"
     if (size := path.stat().st_size) != about["bytes"]:
         return f"{path.name} has {size} bytes instead of {about['bytes']}"
-    if thorough and sha256(path) != about["sha256"]:
-        return f"{path.name} has another content than {MANIFEST} states"
+    if check_hash and sha256(path) != about["sha256"]:
+        return f"{path.name} does not have the content that {MANIFEST} states"
     return None

@@ -1,4 +1,4 @@
-"""How long an epoch will take, told before the first one."""
+"""Estimated duration of an epoch, logged before the first one."""
 
 import math
 import time
@@ -9,10 +9,10 @@ from diffusers import StableDiffusionPipeline
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, guided_noise_prediction, latent_shape
-from ddpo_pytorch.training.rollout_gradients import ScoreGradients
-from ddpo_pytorch.training.setup import Geometry
+from ddpo_pytorch.training.rollout_gradients import RolloutGradients
+from ddpo_pytorch.training.setup import BatchSizes
 
-# Passes that the forward and backward pass of a training step last, measured: of adapters, of the whole UNet.
+# Duration of a training step's forward and backward pass in UNet passes, measured: with LoRA, of the whole UNet.
 TRAINING_PASSES = {True: 2, False: 3}
 
 
@@ -20,20 +20,19 @@ def epoch_time(
     pipe: StableDiffusionPipeline,
     table: PromptEmbeddings,
     config: ConfigDict,
-    geometry: Geometry,
-    gradients: ScoreGradients | None,
+    sizes: BatchSizes,
+    gradients: RolloutGradients | None,
 ) -> str:
-    """Hours:minutes:seconds of an epoch's rollout and update; decoding, rewards and evaluations come on top.
+    """Return hours:minutes:seconds of an epoch's rollout and update, without decoding, rewards and evaluations.
 
-    Measured on a noise prediction of `sample.batch_size` images, after a first one which is not timed. Every process
-    of a divided UNet has to call this. `gradients` taken while sampling spare a pass each.
+    Measured on one noise prediction of `sample.batch_size` images. Under FSDP every process calls it.
     """
     size = config.sample.batch_size
     seconds = _pass_seconds(pipe, table.negative.expand(size, -1, -1), table.negative, config.sample)
-    trained = TRAINING_PASSES[config.use_lora] * config.train.num_inner_epochs * geometry.train_timesteps
-    passes = geometry.local_samples / size * (config.sample.num_steps + trained)
-    if gradients:
-        passes -= gradients.samples / size * geometry.train_timesteps
+    trained = TRAINING_PASSES[config.use_lora] * config.train.num_inner_epochs * sizes.train_timesteps
+    passes = sizes.local_samples / size * (config.sample.num_steps + trained)
+    if gradients:  # which spare the first update its forward passes
+        passes -= gradients.samples / size * sizes.train_timesteps
     return str(timedelta(seconds=math.ceil(seconds * passes)))
 
 
@@ -43,7 +42,7 @@ def _pass_seconds(
 ) -> float:
     latents = torch.zeros(len(prompt_embeds), *latent_shape(pipe), device=prompt_embeds.device)
     timestep = pipe.scheduler.timesteps[0]
-    for _ in range(2):
+    for _ in range(2):  # the first is a warm-up
         started = time.perf_counter()
         noise = guided_noise_prediction(pipe.unet, latents, timestep, prompt_embeds, negative, sample.guidance_scale)
         noise.sum().item()  # waits for the device

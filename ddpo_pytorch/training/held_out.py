@@ -1,7 +1,7 @@
-"""APR during training: a judge that gives no reward looks at images whose prompts and noise are always the same.
+"""APR during training, by a judge that gives no reward, on images whose prompts and noise never change.
 
-The noise of an image is a function of (seed, prompt number, image number) and of nothing else, so evaluations of one
-run differ by the weights alone. No random state is read or left behind: training goes on as if nothing had happened.
+An image's noise is a function of (seed, prompt number, image number) alone, so evaluations of a run differ only by the
+weights. No random state is read or left behind: training continues as if nothing had happened.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -20,19 +20,19 @@ from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier
 from ddpo_pytorch.metrics.alignment import count_alignment
 from ddpo_pytorch.prompts import Prompt
 from ddpo_pytorch.rewards import RewardFn, as_reward
-from ddpo_pytorch.sampling import Job, Sampling, draw_images
+from ddpo_pytorch.sampling import Sampling, draw_images
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.fingerprint import fingerprint
-from ddpo_pytorch.utils.randomness import Stream, derived_seed
+from ddpo_pytorch.utils.randomness import Stream, generator_of
 
 
 def load_judge(
     path: str | Path, reward_classifiers: Iterable[str | Path], device: str | torch.device = "cpu"
 ) -> ArtifactClassifier:
-    """The classifier of the four artifacts at `path`.
+    """Load the classifier of the four artifacts at `path`.
 
-    Raises UserError for other labels, and for the weights of a classifier that gives the reward, from whatever file:
-    what is optimised cannot judge.
+    Raises UserError for other labels, and for the weights of a classifier that gives the reward, under whatever path:
+    what is optimized cannot judge.
     """
     if not path:
         raise UserError("held_out.classifier is empty; held_out.every needs the H=4 judge, or set held_out.every=0")
@@ -45,15 +45,15 @@ def load_judge(
     for other in reward_classifiers:
         if fingerprint(load_classifier(other).state_dict()) == fingerprint(judge.state_dict()):
             raise UserError(
-                f"held_out.classifier {str(path)!r} has the weights of {str(other)!r}, which gives the reward, and is "
-                "no independent judge; give one that was trained apart"
+                f"held_out.classifier {str(path)!r} has the weights of {str(other)!r}, which gives the reward, so it "
+                "is no independent judge; give one that was trained separately"
             )
     return judge
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """APR in [0, 1] by the judge and mean reward of the same images; APR of each caption that was drawn."""
+    """APR in [0, 1] by the judge and mean reward of the same images; APR of each caption."""
 
     apr: float
     reward: float
@@ -61,14 +61,17 @@ class Evaluation:
 
 
 class HeldOut:
-    """A fixed set of prompts and noise, and the judge of what is drawn from it.
+    """A fixed set of prompts and noise with its judge.
 
     Args:
         judge: from `load_judge`.
-        prompts: all (prompt, metadata) to draw. UserError for one that is not an ISIC caption.
+        prompts: all (prompt, metadata) to draw. Raises UserError for one that is not an ISIC caption.
         images_per_prompt: images of each.
         seed: of the noise.
-        sampling: how they are drawn.
+        sampling: as in training.
+
+    Attributes:
+        fingerprint: what two evaluations must share for their numbers to be comparable.
     """
 
     def __init__(
@@ -79,16 +82,16 @@ class HeldOut:
         seed: int,
         sampling: Sampling,
     ):
-        self.judge, self.sampling = judge, sampling
+        self.judge, self.sampling, self.seed = judge, sampling, seed
         for prompt, _ in prompts:
             labels_of(prompt)
-        self.jobs = [
-            Job(prompt, metadata, derived_seed(seed, Stream.HELD_OUT, number, index))
+        # (prompt, metadata, prompt number, image number) of each image
+        self.images = [
+            (prompt, metadata, number, index)
             for number, (prompt, metadata) in enumerate(prompts)
             for index in range(images_per_prompt)
         ]
-        # what two evaluations must share for their numbers to be compared
-        self.identity = {
+        self.fingerprint = {
             "judge": fingerprint(judge),
             "seed": seed,
             "prompts": [prompt for prompt, _ in prompts],
@@ -96,9 +99,9 @@ class HeldOut:
             **asdict(sampling),
         }
 
-    def check_identity(self, earlier: dict[str, Any]) -> None:
-        """Raise UserError when a run that is resumed was evaluated in another way so far."""
-        if changed := difference(earlier, self.identity):
+    def check_fingerprint(self, earlier: dict[str, Any]) -> None:
+        """Raise UserError if the run to resume was evaluated differently so far."""
+        if changed := difference(earlier, self.fingerprint):
             name, before, now = changed
             raise UserError(
                 f"this run's held-out evaluations had {name}={before}, now it is {now}, so their APR cannot be "
@@ -108,42 +111,41 @@ class HeldOut:
     def evaluate(
         self,
         pipe: StableDiffusionPipeline,
-        table: PromptEmbeddings,
+        embeddings: PromptEmbeddings,
         reward_fn: RewardFn,
         batch_size: int,
         accelerator: Accelerator,
         show: Callable[[Sequence], Iterable] = iter,
     ) -> Evaluation:
-        """Draw and score all images with the weights as they are; the same result on every process.
+        """Draw and score all images with the current weights; return the same result on every process.
 
-        Batches are cut from the list of all images before they are dealt to processes. Judge and reward see images in
-        8 bits, as they would be stored. `show` wraps this process's batches, for a progress bar. Raises UserError when
-        an image is not finite.
+        Judge and reward see images in 8 bits, as they would be stored. `show` wraps this process's batches, for a
+        progress bar. Raises UserError if an image is not finite.
         """
-        every = range(0, len(self.jobs), batch_size)
-        starts = every[accelerator.process_index :: accelerator.num_processes]
-        # all processes draw equally many, the last one perhaps for nothing: a divided UNet (sharding.py) needs them all
-        spare = [0] * (-(-len(every) // accelerator.num_processes) - len(starts))
+        starts = list(range(0, len(self.images), batch_size))[accelerator.process_index :: accelerator.num_processes]
+        # every process draws equally many batches, since a UNet divided by FSDP needs all of them in every pass
+        rounds = -(-len(self.images) // (batch_size * accelerator.num_processes))
         heads = len(self.judge.labels)
-        scores = torch.zeros(len(self.jobs), heads + 1, dtype=torch.float64)
-        for number, start in enumerate(show([*starts, *spare])):
-            batch = self.jobs[start : start + batch_size]
-            noise = [torch.Generator().manual_seed(job.seed) for job in batch]  # on the CPU: alike on every device
+        scores = torch.zeros(len(self.images), heads + 1, dtype=torch.float64)  # predictions and reward of each image
+        for number, start in enumerate(show([*starts, *[0] * (rounds - len(starts))])):
+            prompts, metadata, *progress = zip(*self.images[start : start + batch_size], strict=True)
+            # on the CPU: the same noise on every device
+            noise = [generator_of(self.seed, Stream.HELD_OUT, *image) for image in zip(*progress, strict=True)]
             with accelerator.autocast():
-                images = draw_images(pipe, table, [job.prompt for job in batch], noise, self.sampling)
+                images = draw_images(pipe, embeddings, prompts, noise, self.sampling)
             if not images.isfinite().all():
                 raise UserError(
-                    f"held-out image of {batch[0].prompt!r}, or one beside it, is not finite; lower "
-                    "train.learning_rate, or use mixed_precision bf16 or no"
+                    f"a held-out image of {prompts[0]!r} or its neighbours is not finite; lower train.learning_rate, "
+                    "or use mixed_precision bf16 or no"
                 )
             if number >= len(starts):
                 continue
             images = to_uint8(images).float() / 255
-            rewards, _ = as_reward(reward_fn)(images, [job.prompt for job in batch], [job.metadata for job in batch])
+            rewards, _ = as_reward(reward_fn)(images, prompts, metadata)
             rows = scores[start : start + batch_size]
             rows[:, :heads] = self.judge.predict(images).cpu().double()
             rows[:, heads] = torch.from_numpy(rewards)
-        # every row comes from one process, the others have zeros there
+        # each row is filled by one process and zero on the others
         scores = accelerator.reduce(scores.to(accelerator.device), "sum").cpu()
-        counts = count_alignment([job.prompt for job in self.jobs], scores[:, :heads].long(), self.judge.labels)
+        counts = count_alignment([image[0] for image in self.images], scores[:, :heads].long(), self.judge.labels)
         return Evaluation(counts.apr(), scores[:, heads].mean().item(), counts.apr_by_prompt())

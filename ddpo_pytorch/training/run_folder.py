@@ -1,4 +1,4 @@
-"""The folder of a training run: who may write there, whether a command goes on in it, and from which checkpoint."""
+"""The folder of a training run: locking, whether a command may resume there, and from which checkpoint."""
 
 import json
 import logging
@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import LoggerType, get_available_trackers
 
 from ddpo_pytorch.rewards import parse_spec
 from ddpo_pytorch.training.checkpoints import (
-    best_names,
+    BEST,
     checkpoints,
     epochs_completed,
-    fault,
     find_checkpoint,
+    find_damage,
     is_checkpoint,
-    put_aside,
-    recover_best,
+    quarantine,
 )
 from ddpo_pytorch.utils.distributed import run_on_main_process
 from ddpo_pytorch.utils.errors import UserError, difference
@@ -30,21 +30,20 @@ from ddpo_pytorch.utils.fingerprint import with_contents
 from ddpo_pytorch.utils.json_files import read_json
 
 CONFIG = "config.json"
-# Settings that may change when a run goes on: they do not change what an epoch does.
+# Settings that may change when a run resumes, since they do not change what an epoch does.
 FREE = frozenset(
     (
-        # where things are; of load_from the content is compared
+        # locations; the content behind load_from is compared
         *("base_log_path", "logdir", "run_name", "resume_from", "load_from"),
-        *("num_epochs", "early_stop", "held_out.patience", "held_out.tolerance"),  # when it ends
-        *("save_freq", "num_checkpoint_limit", "wandb", "wandb_project", "progress"),  # what is seen of it
+        *("num_epochs", "early_stop", "held_out.patience", "held_out.tolerance"),  # when to stop
+        *("save_freq", "num_checkpoint_limit", "log_with", "wandb_project", "log_images", "progress"),  # what is logged
         "process_timeout",
         *("dataset", "eval", "metric", "sd", "rlhf", "improve"),  # blocks of other scripts
-        "contents",  # compared on its own
+        "contents",  # compared separately
     )
 )
-
 ARGUMENTS = ("prompt_fn_kwargs.", "reward_fn_kwargs.")
-# Under this name config.json keeps fingerprints of the files behind the settings, and these are their settings.
+# config.json keeps fingerprints of the files behind these settings under this name.
 CONTENTS = "contents"
 BEHIND = {
     "model": ("pretrained", "unet_path", "mixed_precision", "use_lora"),
@@ -58,17 +57,15 @@ logger = logging.getLogger(__name__)
 def open_run(
     accelerator: Accelerator, held: ExitStack, logdir: str, run_name: str, resume_from: str, settings: Mapping[str, Any]
 ) -> tuple[Path, Path | None]:
-    """The run's folder and the checkpoint to continue from, agreed between processes.
+    """Lock a run's folder; return it with the checkpoint to resume from, or None for a new run.
 
-    The folder is `<logdir>/<run_name>` (date and time without a name). One that exists is gone on with where it was, if
-    it was begun with the same `settings` (JSON-able; those of `FREE` are not compared), or anew if there was no
-    checkpoint yet. `resume_from` goes on in the folder of its checkpoint, with any settings, and must start from the
-    newest whole one there, so nothing is overwritten; a `run_name` beside it, which experiments of config/dgx.py have,
-    is not used. Damaged checkpoints newer than the one found are put aside.
+    The folder is `<logdir>/<run_name>` (date and time without a name). If it exists, the run resumes from its newest
+    undamaged checkpoint, provided that `settings` (JSON-able, except those in `FREE`) are the ones it was begun with.
+    `resume_from`, a run or checkpoint folder, resumes with any settings in the folder of that checkpoint, which has to
+    be the newest undamaged one, so that nothing is overwritten. Damaged newer ones are quarantined.
 
-    The main process locks the folder until `held` is closed or it ends. Raises UserError (on the main process; the
-    others exit) for a folder that another run is writing, for other settings, of which the first is named, and as
-    `find_checkpoint` does.
+    The lock is held until `held` is closed. Raises UserError on the main process (the others exit) for a folder that
+    another run is writing, for other settings, naming the first, and as `find_checkpoint` does.
     """
     return run_on_main_process(accelerator, _open_run, held, logdir, run_name, resume_from, settings)
 
@@ -80,9 +77,8 @@ def _open_run(
         given = Path(resume_from)
         folder = given.parent if is_checkpoint(given) else given
         if not is_checkpoint(given) and not _holds_checkpoint(given):
-            find_checkpoint(given)  # says what is missing
+            find_checkpoint(given)  # raises, saying what is missing
         held.enter_context(locked(folder, "another run"))
-        recover_best(folder)
         checkpoint = find_checkpoint(given)
         try:
             old = _last_settings(folder)
@@ -94,14 +90,13 @@ def _open_run(
     else:
         folder = Path(logdir) / (run_name or time.strftime("%Y.%m.%d_%H.%M.%S"))
         held.enter_context(locked(folder, "another --config.run_name"))
-        checkpoint = _continued(folder, settings)
+        checkpoint = _checkpoint_to_resume(folder, settings)
     if checkpoint is not None:
-        _clear_way(checkpoint)
+        _quarantine_newer(checkpoint)
     return folder, checkpoint
 
 
-def _continued(folder: Path, settings: Mapping[str, Any]) -> Path | None:
-    """The checkpoint from which a command of these settings goes on in a folder; None for a new run."""
+def _checkpoint_to_resume(folder: Path, settings: Mapping[str, Any]) -> Path | None:
     if not any(path.name != LOCK for path in folder.iterdir()):
         return None
     old = _last_settings(folder)
@@ -109,11 +104,10 @@ def _continued(folder: Path, settings: Mapping[str, Any]) -> Path | None:
         name, before, now = changed
         raise UserError(
             f"run folder {str(folder)!r} exists already and was begun with {name}={before}, now it is {now}; give the "
-            f"same to go on with it, another --config.run_name to begin a new run, or --config.resume_from={folder} to "
-            "go on with the new settings"
+            f"same value to resume, another --config.run_name for a new run, or --config.resume_from={folder} to "
+            "continue with the new settings"
         )
     _check_contents(folder, old, settings, resume_from=False)
-    recover_best(folder)
     if _holds_checkpoint(folder):
         return find_checkpoint(folder)
     log = folder / "metrics.jsonl"
@@ -122,29 +116,29 @@ def _continued(folder: Path, settings: Mapping[str, Any]) -> Path | None:
             f"run folder {str(folder)!r} has a log of epochs but their checkpoints are gone; choose another "
             "--config.run_name, or move it away"
         )
-    logger.info("%s has no checkpoint yet: beginning anew", folder)
+    logger.info("%s has no checkpoint yet: starting from scratch", folder)
     return None
 
 
 def _holds_checkpoint(folder: Path) -> bool:
-    return bool(checkpoints(folder)) or any(path.is_dir() for path in best_names(folder))
+    return bool(checkpoints(folder)) or (folder / BEST).is_dir()
 
 
-def _clear_way(checkpoint: Path) -> None:
-    """Put aside what is damaged and newer than a checkpoint. UserError for a newer one that is whole."""
+def _quarantine_newer(checkpoint: Path) -> None:
+    """Quarantine damaged checkpoints newer than this one. Raises UserError if a newer one is undamaged."""
     for newer in checkpoints(checkpoint.parent):
         if epochs_completed(newer) <= epochs_completed(checkpoint):
             continue
-        if fault(newer) is None:
+        if find_damage(newer) is None:
             raise UserError(
                 f"{str(checkpoint)!r} is not the newest checkpoint of its run; continuing would overwrite "
                 f"{newer.name}: resume from that, or copy the checkpoint into a folder of its own"
             )
-        logger.info("%s was put aside as %s", newer, put_aside(newer).name)
+        quarantine(newer)
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any], epoch: int, resumed: bool) -> None:
-    """Record a run's settings: config.json, or config_<epochs so far>.json where a resumed run was given others."""
+    """Write config.json, or config_<epochs completed>.json if a resumed run was given other settings."""
     text = json.dumps(settings, indent=1, default=str) + "\n"
     newest = ([None, *_settings_files(folder)])[-1]
     if resumed and newest is not None and newest.read_text() == text:
@@ -154,7 +148,7 @@ def write_settings(folder: Path, settings: Mapping[str, Any], epoch: int, resume
 
 
 def _settings_files(folder: Path) -> list[Path]:
-    """config.json first, then those of later starts."""
+    """Return config.json and then those of later starts."""
     return [path for path in (folder / CONFIG, *sorted(folder.glob("config_*.json"))) if path.is_file()]
 
 
@@ -165,16 +159,16 @@ def _last_settings(folder: Path) -> dict[str, Any]:
         return read_json(files[-1], {"save_freq?": int})
     except (IndexError, UserError) as error:
         raise UserError(
-            f"run folder {str(folder)!r} exists already, and {problem}; choose another --config.run_name, continue it "
+            f"run folder {str(folder)!r} exists already, and {problem}; choose another --config.run_name, resume it "
             f"with --config.resume_from={folder} if it holds a checkpoint, or move it away"
         ) from error
 
 
 def _comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what must be equal of two settings, by dotted names.
+    """Return the settings that must be equal, of both configurations, by dotted names.
 
-    A field that only one of them has belongs to another version of this program and is not compared, but for keyword
-    arguments of prompt functions and rewards, which are there when they are given; nor is one that nothing reads.
+    Fields that only one of them has belong to another version of this program and are not compared, except for keyword
+    arguments of prompt functions and rewards. Fields that this run does not read are not compared either.
     """
     plain = json.loads(json.dumps(new, default=str))
     left, right = dict(_flat(old)), dict(_flat(plain))
@@ -186,14 +180,14 @@ def _comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[st
 
 
 def _is_by_content(name: str, value: Any) -> bool:
-    """Return whether a setting is the path of a file or folder of which config.json keeps a fingerprint."""
+    """Return whether a setting is a path whose content is compared by its fingerprint instead."""
     if name in ("pretrained.model", "pretrained.revision", "unet_path", "held_out.classifier"):
         return True
     return name.startswith(ARGUMENTS) and isinstance(with_contents(value), Path)
 
 
 def _is_read(name: str, settings: Mapping[str, Any]) -> bool:
-    """Return whether a run with these settings, by dotted names, reads one of them. Without it they mean the same."""
+    """Return whether a run with these settings reads the one called `name`."""
     block, _, field = name.partition(".")
     if block == "reward_fn_kwargs":
         return field.split(".")[0] in parse_spec(settings["reward_fn"])
@@ -205,11 +199,10 @@ def _is_read(name: str, settings: Mapping[str, Any]) -> bool:
 
 
 def _check_contents(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], resume_from: bool) -> None:
-    """Raise UserError where a file behind the settings of a run is another than when the run began.
+    """Raise UserError if a file behind the settings has changed since the run began.
 
-    With `resume_from`, whose settings may differ, only where the setting itself has not changed, and for an adapter to
-    start from that is not the one that the run started from: it would have no effect. What an earlier version of this
-    program has not recorded is not compared.
+    With `resume_from`, where settings may differ, only if its setting has not changed; an adapter to start from is then
+    refused unless the run started from it, since it would have no effect.
     """
     before, now = (dict(_flat(json.loads(json.dumps(settings, default=str)))) for settings in (old, new))
     before = {f"{CONTENTS}.load_from": ""} | before
@@ -222,7 +215,7 @@ def _check_contents(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]
         changed = any(before.get(key) != now.get(key) for key in settings) if sources else not now[name]
         if resume_from and changed:
             continue
-        advice = "give the one that it was begun with"
+        advice = "give the original one"
         if resume_from and what == "load_from":
             advice = "leave load_from out, since the run continues from its own checkpoint"
         old_print, new_print = (str(settings[name])[:16] or "none" for settings in (before, now))
@@ -240,22 +233,38 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", value
 
 
-def start_wandb(mode: str, project: str, run_dir: Path, config: dict, run_id: str | None) -> Any:
-    """A Weights & Biases run, or None when `mode` is "disabled". Without a key it records offline and never asks."""
-    if mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
-        return None
-    import wandb  # here, so that training also runs where it is not installed
+def parse_trackers(log_with: str) -> list[LoggerType]:
+    """Return Accelerate's trackers named in `log_with`, e.g. "wandb,tensorboard"; "" names none.
 
-    if "WANDB_MODE" not in os.environ and not _has_wandb_key():
+    Raises UserError for one that is unknown or not installed. WANDB_MODE=disabled leaves W&B out.
+    """
+    try:
+        trackers = [LoggerType(name.strip()) for name in log_with.split(",") if name.strip()]
+    except ValueError as error:
+        raise UserError(f"log_with is {log_with!r}; allowed are {', '.join(LoggerType.list()[1:])}") from error
+    if missing := [name for name in map(str, trackers) if name not in map(str, get_available_trackers())]:
+        raise UserError(f"log_with names {', '.join(missing)}, which is not installed; install it, or leave it out")
+    return [name for name in trackers if name != LoggerType.WANDB or os.environ.get("WANDB_MODE") != "disabled"]
+
+
+def start_trackers(
+    accelerator: Accelerator, log_with: str, project: str, run_dir: Path, config: dict, wandb_id: str | None
+) -> str | None:
+    """Start the trackers of `parse_trackers` on the main process; return the id of the W&B run, if any.
+
+    Without a key W&B records offline instead of asking for one.
+    """
+    trackers = parse_trackers(log_with)
+    if not trackers or not accelerator.is_main_process:
+        return wandb_id
+    if LoggerType.WANDB in trackers and "WANDB_MODE" not in os.environ and not _has_wandb_key():
         os.environ["WANDB_MODE"] = "offline"
-    return wandb.init(
-        project=project,
-        name=run_dir.name,
-        dir=str(run_dir),
-        config=config,
-        id=run_id,
-        resume="allow" if run_id else None,
-    )
+    options = {"name": run_dir.name, "dir": str(run_dir), "id": wandb_id, "resume": "allow" if wandb_id else None}
+    accelerator.log_with, accelerator.project_configuration.logging_dir = trackers, str(run_dir)
+    plain = bool | int | float | str
+    values = {name: value if isinstance(value, plain) else str(value) for name, value in _flat(config)}
+    accelerator.init_trackers(project, config=values, init_kwargs={"wandb": options})
+    return accelerator.get_tracker("wandb", unwrap=True).id if LoggerType.WANDB in trackers else wandb_id
 
 
 def _has_wandb_key() -> bool:

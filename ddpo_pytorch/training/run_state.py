@@ -1,4 +1,4 @@
-"""What a training run remembers beside its model, and the folder where it writes that down."""
+"""Progress, logs and checkpoints of a training run: the state that outlives an epoch, and where it is written."""
 
 import logging
 from collections.abc import Mapping
@@ -7,28 +7,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from ml_collections import ConfigDict
+from PIL import Image
 from torch import nn
 
 from ddpo_pytorch.stat_tracking import PerPromptStatTracker
 from ddpo_pytorch.training.checkpoints import (
     BEST,
+    Snapshot,
     checkpoint_folder,
-    epochs_completed,
-    fault,
-    is_whole,
+    is_intact,
+    link_best,
     load_checkpoint,
-    put_aside,
-    recover_best,
-    save_best,
+    repair_best,
     save_checkpoint,
     snapshot,
 )
 from ddpo_pytorch.training.held_out import Evaluation, HeldOut
-from ddpo_pytorch.training.run_folder import CONTENTS, open_run, start_wandb, write_settings
+from ddpo_pytorch.training.model_card import model_card
+from ddpo_pytorch.training.run_folder import CONTENTS, open_run, start_trackers, write_settings
 from ddpo_pytorch.utils.distributed import run_on_main_process
-from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import JsonLines
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class RewardPlateau:
         self.quiet_epochs = 0
 
     def update(self, reward: float) -> bool:
-        """Take this epoch's mean reward; True when training should stop. Never with patience 0."""
+        """Record an epoch's mean reward; return whether training should stop (never with patience 0)."""
         quiet = self.previous is not None and abs(reward - self.previous) < self.tolerance
         self.quiet_epochs = self.quiet_epochs + 1 if quiet else 0
         self.previous = reward
@@ -51,7 +51,6 @@ class RewardPlateau:
 
     @property
     def stop(self) -> bool:
-        """Whether training should stop."""
         return 0 < self.patience <= self.quiet_epochs
 
     def state_dict(self) -> dict:
@@ -62,14 +61,14 @@ class RewardPlateau:
 
 
 class BestAndCollapse:
-    """The best of a run's held-out evaluations, and whether the policy has collapsed since.
+    """The best held-out evaluation of a run, and detection of collapse since then.
 
-    The best evaluation is the one of highest APR, the first of equals. A later one has *collapsed* when, on the same
-    prompts and noise, its APR is lower by more than `tolerance`. Where its mean reward is higher than the best's at the
-    same time, the reward is being hacked; where it is not, the policy itself has broken down.
+    The best evaluation has the highest APR (the first of equals). A later one has *collapsed* when its APR, on the same
+    prompts and noise, is lower by more than `tolerance`. If its mean reward is higher at the same time, the reward is
+    being hacked; otherwise the policy has broken down.
 
     Args:
-        tolerance: fall of APR, in [0, 1], that is put down to chance.
+        tolerance: drop in APR, in [0, 1], attributed to chance.
         patience: collapsed evaluations in a row after which training should stop; 0 never stops.
 
     Attributes:
@@ -84,7 +83,7 @@ class BestAndCollapse:
         self.collapsed = 0
 
     def update(self, epoch: int, apr: float, reward: float) -> bool:
-        """Take the evaluation after `epoch` epochs; True when it is the best so far."""
+        """Record the evaluation after `epoch` epochs; return whether it is the best so far."""
         self.last = {"epoch": epoch, "apr": apr, "reward": reward}
         if self.best is None or apr > self.best["apr"]:
             self.best, self.collapsed = self.last, 0
@@ -94,12 +93,11 @@ class BestAndCollapse:
 
     @property
     def stop(self) -> bool:
-        """Whether training should stop."""
         return 0 < self.patience <= self.collapsed
 
     @property
     def hacked(self) -> bool:
-        """Whether the last evaluation has a higher reward than the best one: the reward rises while APR falls."""
+        """Return whether the reward has risen since the best evaluation, while APR fell."""
         return self.best is not None and self.last["reward"] > self.best["reward"]
 
     def state_dict(self) -> dict:
@@ -109,17 +107,17 @@ class BestAndCollapse:
         self.best, self.last, self.collapsed = state["best"], state["last"], state["collapsed"]
 
 
-class Record:
-    """Progress, logs and checkpoints of a run. Every process keeps the progress, the main one alone writes.
+class RunState:
+    """Progress, logs and checkpoints of a run. Every process keeps the progress, the main process writes.
 
-    The folder holds metrics.jsonl (a line an epoch), held_out.jsonl (a line an evaluation: epochs completed, 0 before
-    the first, apr, reward, apr_by_prompt), config.json, checkpoint_<epochs completed>/ and best/.
+    The folder holds metrics.jsonl (one line per epoch), held_out.jsonl (one line per evaluation: epochs completed, apr,
+    reward, apr_by_prompt), config.json, checkpoint_<epochs completed>/ and best.
 
     Attributes:
-        epoch, global_step: epochs and optimizer updates completed.
-        skipped_updates: updates that were left out.
-        tracker, plateau, watch: statistics that outlive an epoch, of rewards and of held-out evaluations.
-        held_out_identity: settings of the held-out evaluations so far (`HeldOut.identity`); None before the first.
+        epoch, global_step, skipped_updates: epochs completed, optimizer updates taken and skipped.
+        tracker, plateau, watch: running statistics of rewards and of held-out evaluations.
+        held_out_fingerprint: settings of the held-out evaluations so far (`HeldOut.fingerprint`), None before any.
+        best_due: the last evaluation was the best and its model is not saved yet.
     """
 
     def __init__(
@@ -128,61 +126,56 @@ class Record:
         tracker: PerPromptStatTracker,
         plateau: RewardPlateau,
         watch: BestAndCollapse,
+        limit: int,
     ):
-        self.accelerator = accelerator
+        self.accelerator, self.limit = accelerator, limit
         self.tracker, self.plateau, self.watch = tracker, plateau, watch
         self.epoch, self.global_step, self.skipped_updates, self.wandb_id = 0, 0, 0, None
-        self.held_out_identity: dict | None = None
-        self.resumed, self.stands_still, self.wandb_run = False, False, None
-        self._held = ExitStack()
-        self._line_due = False  # an epoch is complete and not yet in the log
-        self._best_due: tuple[nn.Module, Any] | None = None  # its model is the best so far
+        self.held_out_fingerprint: dict | None = None
+        self.resumed, self.best_due = False, False
+        self._lock = ExitStack()
 
     def open(
-        self,
-        logdir: str,
-        run_name: str,
-        resume_from: str,
-        settings: Mapping[str, Any],
-        unet: nn.Module,
-        optimizer: Any,
+        self, logdir: str, run_name: str, resume_from: str, settings: Mapping[str, Any], unet: nn.Module, optimizer: Any
     ) -> None:
-        """Find the run's folder, which is this run's alone until `close` or the end of the main process; where there is
-        a checkpoint to go on from, take weights, optimizer and progress of it.
+        """Lock the run's folder until `close`, and load its checkpoint if there is one to resume from.
 
-        `settings` are the whole configuration: a folder begun with other ones is refused. Raises UserError as
+        `settings` is the whole configuration; a folder begun with other settings is refused. Raises UserError as
         `open_run` and `load_checkpoint` do.
         """
         self.settings = {**settings, "processes": self.accelerator.num_processes}
         try:
             self.folder, checkpoint = open_run(
-                self.accelerator, self._held, logdir, run_name, resume_from, self.settings
+                self.accelerator, self._lock, logdir, run_name, resume_from, self.settings
             )
             if checkpoint is not None:
                 self._load(checkpoint, unet, optimizer)
         except BaseException:
-            self._held.close()
+            self._lock.close()
             raise
 
     def _load(self, checkpoint: Path, unet: nn.Module, optimizer: Any) -> None:
         progress = load_checkpoint(checkpoint, unet, optimizer, self.accelerator.scaler)
-        if missing := [name for name in ("global_step", "wandb_id", "tracker", "plateau") if name not in progress]:
-            raise UserError(
-                f"progress.json of {str(checkpoint)!r} lacks {missing[0]!r}; resume from another checkpoint"
-            )
-        self.epoch, self.global_step = progress["epoch"], progress["global_step"]
-        self.skipped_updates = progress.get("skipped_updates", 0)
-        self.wandb_id, self.resumed = progress["wandb_id"], True
+        for name in ("epoch", "global_step", "skipped_updates", "wandb_id"):
+            setattr(self, name, progress[name])
         self.tracker.load_state_dict(progress["tracker"])
         self.plateau.load_state_dict(progress["plateau"])
-        self.stands_still = self.plateau.stop
-        if held_out := progress.get("held_out"):  # checkpoints from before there was such an evaluation lack it
-            self.watch.load_state_dict(held_out)
-            self.held_out_identity = held_out["identity"]
+        self.watch.load_state_dict(progress["held_out"])
+        self.held_out_fingerprint = progress["held_out"]["fingerprint"]
+        self.resumed = True
+        best = self.watch.best
+        if not run_on_main_process(self.accelerator, repair_best, self.folder, best and best["epoch"]):
+            logger.warning(
+                "the best held-out evaluation was after %d epochs (APR %.4f), but that checkpoint is gone; %s will "
+                "appear with the next better one",
+                best["epoch"],
+                best["apr"],
+                self.folder / BEST,
+            )
         logger.info("resumed from %s after %d epochs", checkpoint, self.epoch)
 
-    def begin(self, wandb_mode: str, wandb_project: str) -> None:
-        """Write down the settings, and open the logs, of which what is newer than the checkpoint is dropped."""
+    def begin(self, log_with: str, project: str) -> None:
+        """Write the settings, open the logs (dropping what is newer than the checkpoint) and start the trackers."""
         main = self.accelerator.is_main_process
         if main:
             write_settings(self.folder, self.settings, self.epoch, self.resumed)
@@ -190,28 +183,10 @@ class Record:
         self.held_out_log = JsonLines(
             self.folder / "held_out.jsonl", main, keep=self.epoch + 1 if self.watch.best else 0
         )
-        if main:
-            self.wandb_run = start_wandb(wandb_mode, wandb_project, self.folder, self.settings, self.wandb_id)
-            self.wandb_id = self.wandb_run.id if self.wandb_run else None
-            self._check_best()
-
-    def _check_best(self) -> None:
-        best = recover_best(self.folder)
-        if best is not None and (reason := fault(best)):
-            logger.warning("%s is damaged (%s) and was put aside as %s", best, reason, put_aside(best).name)
-            best = None
-        if self.watch.best and (best is None or epochs_completed(best) != self.watch.best["epoch"]):
-            held = f"is after {epochs_completed(best)}" if best else "is not there"
-            logger.warning(
-                "the best held-out evaluation was after %d epochs (APR %.4f), but %s %s; a better one replaces it",
-                self.watch.best["epoch"],
-                self.watch.best["apr"],
-                self.folder / BEST,
-                held,
-            )
+        self.wandb_id = start_trackers(self.accelerator, log_with, project, self.folder, self.settings, self.wandb_id)
 
     def state_dict(self) -> dict:
-        """Progress, fit for JSON."""
+        """Return the progress as JSON-able values."""
         return {
             "epoch": self.epoch,
             "global_step": self.global_step,
@@ -219,105 +194,101 @@ class Record:
             "wandb_id": self.wandb_id,
             "tracker": self.tracker.state_dict(),
             "plateau": self.plateau.state_dict(),
-            "held_out": self.watch.state_dict() | {"identity": self.held_out_identity},
+            "held_out": self.watch.state_dict() | {"fingerprint": self.held_out_fingerprint},
         }
 
     def advance(self, updates: int, skipped_updates: int, reward_mean: float) -> None:
-        """Count an epoch of so many optimizer updates, so many left out, and this mean reward."""
+        """Count an epoch with these numbers of optimizer updates and its mean reward."""
         self.epoch, self.global_step = self.epoch + 1, self.global_step + updates
         self.skipped_updates += skipped_updates
-        self.stands_still, self._line_due = self.plateau.update(reward_mean), True
+        self.plateau.update(reward_mean)
 
     def write(self, entry: dict) -> None:
-        """Log an epoch; then keep its model where the evaluation after it was the best."""
+        """Log an epoch."""
         self.log.write(entry)
-        self._line_due = False
-        if self._best_due:
-            self._save_best()
-        if self.wandb_run:
-            self.wandb_run.log(entry, step=self.global_step)
+        self.accelerator.log(entry, step=self.global_step)
         shown = ("epoch", "reward_mean", "reward_std", "first_ratio_deviation", "clipfrac", "grad_norm", "seconds")
+        evaluation = ""
+        if "held_out_apr" in entry:
+            evaluation = f"  held-out APR {entry['held_out_apr']:.4f} reward {entry['held_out_reward']:.4f}"
         logger.info(
             "epoch %d  reward %.4f +- %.4f  |ratio-1| %.1e  clipfrac %.3f  grad norm %.4f  %.1f s%s",
             *(entry[key] for key in shown),
-            _shown_held_out(entry) if "held_out_apr" in entry else "",
+            evaluation,
         )
 
     def stop_reason(self, evaluated: bool) -> str | None:
-        """Why training should stop after this epoch, on whose end there was a held-out evaluation or not; or None."""
-        if self.stands_still:
+        """Return why training should stop now, or None. `evaluated`: a held-out evaluation has just been made."""
+        if self.plateau.stop:
             return f"mean reward changed by less than {self.plateau.tolerance:g} for {self.plateau.patience} epochs"
         if evaluated and self.watch.stop:
-            best, last = self.watch.best, self.watch.last
-            hacked = self.watch.hacked
-            cause = "the reward is being hacked" if hacked else "the policy has collapsed"
+            best, last, hacked = self.watch.best, self.watch.last, self.watch.hacked
             return (
-                f"{cause}: on held-out noise the reward {'rose' if hacked else 'went'} from {best['reward']:.4f} to "
-                f"{last['reward']:.4f} while APR fell from {best['apr']:.4f} to {last['apr']:.4f}, in "
-                f"{self.watch.collapsed} evaluations in a row; the best checkpoint, after {best['epoch']} epochs, is "
-                f"{self.folder / BEST}; try {'train.kl_coef' if hacked else 'a lower train.learning_rate'}"
+                f"{'the reward is being hacked' if hacked else 'the policy has collapsed'}: on held-out noise the "
+                f"reward {'rose' if hacked else 'went'} from {best['reward']:.4f} to {last['reward']:.4f} while APR "
+                f"fell from {best['apr']:.4f} to {last['apr']:.4f}, in {self.watch.collapsed} evaluations in a row; "
+                f"the best checkpoint, after {best['epoch']} epochs, is {self.folder / BEST}; try "
+                f"{'train.kl_coef' if hacked else 'a lower train.learning_rate'}"
             )
         return None
 
-    def add_evaluation(self, evaluation: Evaluation, held_out: HeldOut, unet: nn.Module, optimizer: Any) -> dict:
-        """Log an evaluation, and keep the model when it is the best so far. Returns what an epoch's line says of it."""
-        self.held_out_identity = held_out.identity
+    def add_evaluation(self, evaluation: Evaluation, held_out: HeldOut) -> dict:
+        """Log an evaluation; return the fields of the epoch's log line. The best one so far makes `best_due` True."""
+        self.held_out_fingerprint = held_out.fingerprint
         self.held_out_log.write({"epoch": self.epoch} | asdict(evaluation))
         entry = {"held_out_apr": evaluation.apr, "held_out_reward": evaluation.reward}
-        if self.wandb_run:
-            self.wandb_run.log(entry, step=self.global_step)
-        if self.watch.update(self.epoch, evaluation.apr, evaluation.reward):
-            self._best_due = (unet, optimizer)
-            if not self._line_due:
-                self._save_best()
+        self.accelerator.log(entry, step=self.global_step)
+        self.best_due = self.watch.update(self.epoch, evaluation.apr, evaluation.reward)
         return entry
 
-    def _save_best(self) -> None:
-        # A run that has no other checkpoint goes on from the best one, whose epoch's line must then be in the log.
-        taken = snapshot(*self._best_due, self.accelerator.scaler, self.accelerator.is_main_process)
-        run_on_main_process(self.accelerator, save_best, self.folder, taken, self.state_dict())
-        self._best_due = None
+    def save(self, unet: nn.Module, optimizer: Any) -> None:
+        """Write checkpoint_<epochs completed> unless it exists undamaged; let best point to it where that is due.
 
-    def save(self, unet: nn.Module, optimizer: Any, limit: int) -> None:
-        """Write checkpoint_<epochs completed>, unless a whole one is there; the newest `limit` stay.
-
-        To be called between epochs, by every process. Raises UserError when the disk is full.
+        Every process calls it after the epoch was logged. Raises UserError when the disk is full.
         """
-        if run_on_main_process(self.accelerator, is_whole, checkpoint_folder(self.folder, self.epoch)):
+        best, self.best_due = self.best_due, False
+        if run_on_main_process(self.accelerator, is_intact, checkpoint_folder(self.folder, self.epoch)):
+            if best:
+                run_on_main_process(self.accelerator, link_best, self.folder, self.epoch)
             return
         taken = snapshot(unet, optimizer, self.accelerator.scaler, self.accelerator.is_main_process)
-        run_on_main_process(self.accelerator, save_checkpoint, self.folder, self.epoch, taken, self.state_dict(), limit)
+        run_on_main_process(self.accelerator, self._write, taken, best)
+
+    def _write(self, taken: Snapshot, best: bool) -> None:
+        card = model_card(self.settings, taken.file, self.epoch)
+        save_checkpoint(self.folder, taken, self.state_dict(), self.limit, best, card)
+
+    def log_image(self, image: Image.Image) -> None:
+        """Send a picture to the trackers that take pictures. Main process only."""
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": np.asarray(image)[None]}, step=self.global_step, **layout)
 
     def close(self) -> None:
-        """End the W&B run, and leave the folder to others."""
-        if self.wandb_run:
-            self.wandb_run.finish()
-        self._held.close()
+        """Release the folder."""
+        self._lock.close()
 
 
-def open_record(
+def open_run_state(
     config: ConfigDict,
     contents: Mapping[str, str],
     accelerator: Accelerator,
     held_out: HeldOut | None,
     unet: nn.Module,
     optimizer: Any,
-) -> Record:
-    """Return the record of a new run of train.py or, with its weights loaded, of the one to resume.
+) -> RunState:
+    """Return the state of a new run of train.py or, with its weights loaded, of the run to resume.
 
-    `contents` are fingerprints of the files behind the settings (needed on the main process).
+    contents: fingerprints of the files behind the settings (main process only).
     """
     plateau = RewardPlateau(config.early_stop.tolerance, config.early_stop.patience)
     watch = BestAndCollapse(config.held_out.tolerance, config.held_out.patience)
     # None: advantages are taken over the whole batch, and the tracker stays empty
     tracking = config.per_prompt_stat_tracking or {"buffer_size": 2, "min_count": 2}
-    record = Record(accelerator, PerPromptStatTracker(**tracking), plateau, watch)
+    state = RunState(accelerator, PerPromptStatTracker(**tracking), plateau, watch, config.num_checkpoint_limit)
     settings = {**config.to_dict(), CONTENTS: dict(contents)}
-    record.open(config.logdir, config.run_name, config.resume_from, settings, unet, optimizer)
-    if held_out and record.held_out_identity:
-        held_out.check_identity(record.held_out_identity)
-    return record
-
-
-def _shown_held_out(entry: dict) -> str:
-    return f"  held-out APR {entry['held_out_apr']:.4f} reward {entry['held_out_reward']:.4f}"
+    state.open(config.logdir, config.run_name, config.resume_from, settings, unet, optimizer)
+    if held_out and state.held_out_fingerprint:
+        held_out.check_fingerprint(state.held_out_fingerprint)
+    return state

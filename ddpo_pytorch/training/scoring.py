@@ -1,4 +1,4 @@
-"""Rewards of an epoch's images, computed beside the drawing of the next ones."""
+"""Rewards of an epoch's images, computed while the next ones are sampled."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,19 +9,19 @@ import torch
 
 from ddpo_pytorch.rewards import RewardFn, as_reward
 
-Scores = dict[str, np.ndarray]  # (B,) float64: the rewards under TOTAL, those of a sum's parts under their names
+Scores = dict[str, np.ndarray]  # (B,) float64: rewards under TOTAL, those of a sum's parts under their names
 TOTAL = ""
 
 
 class Scorer:
     """A reward function with a queue of batches.
 
-    On a GPU it works in a thread and on a CUDA stream of its own, so that neither waits for the denoising of the next
-    batch. On a CPU, where both would only take each other's cores, a batch is scored when it is submitted.
+    On a GPU it runs in its own thread and CUDA stream, in parallel with the denoising of the next batch. On a CPU,
+    where both would compete for the same cores, a batch is scored when it is submitted.
 
     Args:
         reward_fn: see rewards.py.
-        device: on which images come.
+        device: of the images.
     """
 
     def __init__(self, reward_fn: RewardFn, device: torch.device):
@@ -31,7 +31,7 @@ class Scorer:
         self._scores: list[Scores | Future[Scores]] = []
 
     def submit(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Score images (B, 3, H, W), float32 in [0, 1]. Raises what `collect` would if an earlier batch has failed."""
+        """Score images (B, 3, H, W), float32 in [0, 1]. Raises the error of an earlier batch, if any."""
         if not self._executor:
             self._scores.append(self._score(images, prompts, metadata))
             return
@@ -41,28 +41,21 @@ class Scorer:
         ready = torch.cuda.current_stream(images.device).record_event()
         self._scores.append(self._executor.submit(self._score_on_stream, ready, images, prompts, metadata))
 
-    def collect(self) -> np.ndarray:
-        """Return rewards (N,), float64, of all images since the last call, in the order of submission.
-
-        Raises what `Reward` raises.
-        """
-        return self.collect_parts()[TOTAL]
-
-    def collect_parts(self) -> Scores:
-        """Do the same for a sum and its parts: rewards (N,) under TOTAL, unweighted ones under the parts' names."""
+    def collect(self) -> Scores:
+        """Return the scores (N,) of all images since the last call, in order of submission. Raises as `Reward` does."""
         pending, self._scores = self._scores, []
         scores = [one.result() if isinstance(one, Future) else one for one in pending]
         return {name: np.concatenate([one[name] for one in scores]) for name in (TOTAL, *self.reward_fn.parts)}
 
     def close(self) -> None:
-        """End the thread; what is still queued is dropped."""
+        """End the thread, dropping what is queued."""
         if self._executor:
             self._executor.shutdown(cancel_futures=True)
 
     def _score_on_stream(self, ready: torch.cuda.Event, images: torch.Tensor, *about) -> Scores:
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
-            images.record_stream(self._stream)  # or its memory could be reused before it was read
+            images.record_stream(self._stream)  # keeps the memory from being reused too early
             return self._score(images, *about)
 
     def _score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence) -> Scores:

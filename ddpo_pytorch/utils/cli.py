@@ -3,6 +3,7 @@
 import argparse
 import ast
 import errno
+import importlib
 import logging
 import os
 import re
@@ -26,10 +27,24 @@ USER_ERRNOS = {
 flags.disclaim_key_flags()  # --help lists flags defined here as flags of the script
 
 
-def define_config(script: str, help_text: str) -> None:
-    """Define the flag --config of a script (its `__file__`), by default config/base.py of the script's repository."""
-    base = Path(script).resolve().parents[1] / "config" / "base.py"
-    config_flags.DEFINE_config_file("config", str(base), help_text)
+def define_config(script: str, help_text: str, default: str = "config/base.py") -> None:
+    """Define the flag --config of a script (its `__file__`); `default` is relative to the script's repository."""
+    config_flags.DEFINE_config_file("config", str(Path(script).resolve().parents[1] / default), help_text)
+
+
+def import_function(path: str, setting: str) -> Callable:
+    """Import "module:function" for a setting, also from the current folder. Raises UserError if it does not exist."""
+    module, _, name = path.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{setting}: {path!r} cannot be imported ({error}); give module:function") from error
+    finally:
+        sys.path.pop(0)
+    if not callable(function):
+        raise UserError(f"{setting}: {path!r} is not a function")
+    return function
 
 
 def cli(main: Callable[[list[str]], None]) -> None:

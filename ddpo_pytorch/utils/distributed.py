@@ -150,6 +150,10 @@ def locked_by_main(accelerator: Accelerator, folder: str | Path, instead: str = 
         yield
 
 
+class StopRequested(Exception):
+    """Raised on every process after one of them was asked to stop."""
+
+
 class StopRequest:
     """A context in which SIGTERM and SIGUSR1 are recorded instead of ending the process."""
 
@@ -169,10 +173,11 @@ class StopRequest:
         self.name = signal.Signals(number).name
         logger.warning("%s: stopping after the current batch of samples or update", self.name)
 
-    def agreed(self) -> bool:
-        """Return whether any process received a signal. A collective."""
+    def check(self) -> None:
+        """Raise StopRequested on every process if one of them received a signal. A collective."""
         flag = torch.tensor(float(bool(self.name)), device=self._accelerator.device)
-        return bool(self._accelerator.reduce(flag, "sum").item())
+        if self._accelerator.reduce(flag, "sum").item():
+            raise StopRequested
 
 
 def peak_memory_gib() -> float:

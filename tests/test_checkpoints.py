@@ -1,4 +1,4 @@
-"""Checkpoints that are torn, changed, from before there were manifests, or do not fit on the disk."""
+"""Checkpoints: `best`, torn or changed ones, full disks, and logs."""
 
 import json
 import os
@@ -14,12 +14,12 @@ from script_tools import files_of
 from torch import nn
 
 from ddpo_pytorch.training.checkpoints import (
-    fault,
+    epochs_completed,
     find_checkpoint,
     find_weights,
+    link_best,
     load_checkpoint,
-    recover_best,
-    save_best,
+    repair_best,
     save_checkpoint,
     snapshot,
 )
@@ -40,8 +40,14 @@ def trained(value: float, size: int = 3):
     return unet, optimizer
 
 
-def save(run: Path, epoch: int, limit: int = 10, size: int = 3) -> Path:
-    return save_checkpoint(run, epoch, snapshot(*trained(epoch, size), None), {"epoch": epoch}, limit)
+def progress_of(epoch: int) -> dict:
+    held_out = {"best": None, "last": None, "collapsed": 0, "fingerprint": None}
+    state = {"epoch": epoch, "global_step": epoch, "skipped_updates": 0, "wandb_id": None, "held_out": held_out}
+    return state | {"tracker": {"rewards": []}, "plateau": {"previous": None, "quiet_epochs": 0}}
+
+
+def save(run: Path, epoch: int, limit: int = 10, size: int = 3, best: bool = False) -> Path:
+    return save_checkpoint(run, snapshot(*trained(epoch, size), None), progress_of(epoch), limit, best)
 
 
 def held(checkpoint: Path, size: int = 3) -> float:
@@ -62,10 +68,9 @@ def flip(path: Path) -> None:
 
 
 DAMAGES = {
-    "gone": (Path.unlink, "{} is not there"),
+    "gone": (Path.unlink, "{} is missing"),
     "torn": (lambda path: os.truncate(path, path.stat().st_size - 1), "{} has "),
-    "empty": (lambda path: os.truncate(path, 0), "{} has 0 bytes instead of"),
-    "a bit": (flip, "{} has another content than manifest.json states"),
+    "a bit": (flip, "{} does not have the content"),
 }
 LISTS = {"empty": "", "torn": '{"files": {"progress.json": {"by', "other": "[]", "lacking": '{"files": {}}'}
 CASES = [(name, how, said.format(name)) for name in FILES for how, said in DAMAGES.values()]
@@ -85,53 +90,65 @@ def test_a_damaged_newest_checkpoint_falls_back_and_says_so(tmp_path, caplog, na
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_best_is_gone_on_from_where_only_it_is_whole(tmp_path, caplog):
-    save(tmp_path, 1)
-    save_best(tmp_path, snapshot(*trained(2), None), {"epoch": 2})
-    save(tmp_path, 3)
-    assert find_checkpoint(tmp_path).name == "checkpoint_3" and not caplog.messages
-    for epoch in (1, 3):
-        flip(tmp_path / f"checkpoint_{epoch}" / "optimizer.pt")
-    assert find_checkpoint(tmp_path) == tmp_path / "best" and held(tmp_path / "best") == 2
-    assert len(caplog.messages) == 2
-    flip(tmp_path / "best" / "optimizer.pt")
-    with pytest.raises(UserError, match="no checkpoint of .* is whole, the newest is checkpoint_3 .optimizer.pt has"):
-        find_checkpoint(tmp_path)
-
-
-def test_checkpoints_without_a_manifest_load(tmp_path):
-    for epoch in (1, 2, 3, 4):
+def test_no_checkpoint_is_undamaged(tmp_path):
+    for epoch in (1, 2):
         (save(tmp_path, epoch) / "manifest.json").unlink()
-    assert find_checkpoint(tmp_path).name == "checkpoint_4" and held(tmp_path / "checkpoint_4") == 4
-    os.truncate(tmp_path / "checkpoint_4" / "optimizer.pt", 200)
-    os.truncate(tmp_path / "checkpoint_3" / "unet.safetensors", 60)
-    (tmp_path / "checkpoint_2" / "progress.json").write_text('{"ep')
-    assert find_checkpoint(tmp_path).name == "checkpoint_1"
-    (tmp_path / "checkpoint_1" / "unet.safetensors").unlink()
-    with pytest.raises(UserError, match="no checkpoint of .* is whole"):
+    with pytest.raises(UserError, match="checkpoint_2 .manifest.json is missing"):
         find_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="nor a run folder"):
+        find_checkpoint(tmp_path / "nowhere")
 
 
 def test_changed_weights_are_not_evaluated(tmp_path):
     save(tmp_path, 1)
     assert find_weights(tmp_path) == tmp_path / "checkpoint_1" / "unet.safetensors"
     flip(tmp_path / "checkpoint_1" / "unet.safetensors")
-    with pytest.raises(UserError, match="unet.safetensors' is damaged .*another content"):
+    with pytest.raises(UserError, match="unet.safetensors' is damaged .*manifest.json states"):
         find_weights(tmp_path)
 
 
-def test_the_newest_stay_and_damaged_ones_do_not_count(tmp_path):
-    save_best(tmp_path, snapshot(*trained(0), None), {"epoch": 0})
+def test_best_and_the_newest_stay_and_damaged_ones_do_not_count(tmp_path):
+    save(tmp_path, 0, best=True)
     for epoch in (1, 2, 3):
         save(tmp_path, epoch, limit=2)
-    assert names(tmp_path) == ["best", "checkpoint_2", "checkpoint_3"]
+    assert names(tmp_path) == ["best", "checkpoint_0", "checkpoint_2", "checkpoint_3"]
     (tmp_path / "checkpoint_3" / "optimizer.pt").unlink()
     save(tmp_path, 4, limit=2)
-    assert names(tmp_path) == ["best", "checkpoint_2", "checkpoint_3", "checkpoint_4"]
-    save(tmp_path, 5, limit=2)
+    assert names(tmp_path) == ["best", "checkpoint_0", "checkpoint_2", "checkpoint_3", "checkpoint_4"]
+    save(tmp_path, 5, limit=2, best=True)
     assert names(tmp_path) == ["best", "checkpoint_4", "checkpoint_5"]
     save(tmp_path, 6, limit=0)
-    assert names(tmp_path) == ["best", "checkpoint_6"]
+    assert names(tmp_path) == ["best", "checkpoint_5", "checkpoint_6"]
+    assert os.readlink(tmp_path / "best") == "checkpoint_5" and held(tmp_path / "best") == 5
+
+
+def test_best_is_repaired_by_what_progress_states(tmp_path):
+    """After a kill, for a resumed older checkpoint, and in folders that were copied with links followed."""
+    for epoch in (1, 2):
+        save(tmp_path, epoch, best=True)
+    assert repair_best(tmp_path, 1) and os.readlink(tmp_path / "best") == "checkpoint_1"
+    (tmp_path / "best").unlink()
+    assert repair_best(tmp_path, 2) and os.readlink(tmp_path / "best") == "checkpoint_2"
+    assert repair_best(tmp_path, None) and not (tmp_path / "best").exists()
+    assert not repair_best(tmp_path, 7) and not (tmp_path / "best").exists()
+    shutil.copytree(tmp_path / "checkpoint_1", tmp_path / "best")
+    shutil.rmtree(tmp_path / "checkpoint_1")
+    assert repair_best(tmp_path, 1) and epochs_completed(tmp_path / "best") == 1
+    assert find_weights(tmp_path / "best").parent == tmp_path / "best"
+    link_best(tmp_path, 2)
+    assert names(tmp_path) == ["best", "checkpoint_2"] and os.readlink(tmp_path / "best") == "checkpoint_2"
+    flip(tmp_path / "checkpoint_2" / "optimizer.pt")
+    assert not repair_best(tmp_path, 2) and names(tmp_path) == ["checkpoint_2.damaged"]
+    assert repair_best(tmp_path / "nowhere", None)
+
+
+def test_epochs_come_from_name_or_progress(tmp_path):
+    assert epochs_completed(tmp_path / "checkpoint_12") == 12
+    (tmp_path / "progress.json").write_text(json.dumps(progress_of(7)))
+    assert epochs_completed(tmp_path) == 7
+    (tmp_path / "progress.json").write_text('{"ep')
+    with pytest.raises(UserError, match="progress.json"):
+        epochs_completed(tmp_path)
 
 
 def test_a_damaged_one_of_the_same_epoch_gives_way_once_the_new_one_is_whole(tmp_path, monkeypatch, caplog):
@@ -146,7 +163,7 @@ def test_a_damaged_one_of_the_same_epoch_gives_way_once_the_new_one_is_whole(tmp
         assert held(tmp_path / "checkpoint_1") == 1
         assert (tmp_path / f"checkpoint_1.damaged{number}" / "optimizer.pt").read_bytes() == f"torn{number}".encode()
     assert names(tmp_path) == ["checkpoint_1", "checkpoint_1.damaged", "checkpoint_1.damaged2"]
-    assert "checkpoint_1 is damaged and was put aside as checkpoint_1.damaged2" in caplog.text
+    assert "renamed to checkpoint_1.damaged2" in caplog.text
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
@@ -187,21 +204,16 @@ def small_disk(tmp_path):
 
 
 def check_full(run: Path, before: dict, said: str) -> None:
-    """Nothing but a line came of the attempt to save a larger checkpoint, alone or as the best."""
-    for attempt in (
-        lambda: save(run, 2, limit=1, size=300),
-        lambda: save_best(run, snapshot(*trained(2, 300), None), {"epoch": 2}),
-    ):
-        with pytest.raises(UserError) as caught:
-            attempt()
-        assert said in str(caught.value) and "\n" not in str(caught.value)
-        assert "about 1.1 MiB are needed" in str(caught.value) and "MiB are free" in str(caught.value)
-        assert files_of(run) == before and names(run) == ["best", "checkpoint_1"]
+    """A larger checkpoint is refused in one line, and nothing changes."""
+    with pytest.raises(UserError) as caught:
+        save(run, 2, limit=1, size=300, best=True)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert "about 1.1 MiB" in str(caught.value) and "MiB are free" in str(caught.value)
+    assert files_of(run) == before and names(run) == ["best", "checkpoint_1"]
 
 
 def begin(run: Path) -> dict:
-    save_best(run, snapshot(*trained(1), None), {"epoch": 1})
-    save(run, 1)
+    save(run, 1, best=True)
     return files_of(run)
 
 
@@ -224,7 +236,7 @@ def test_a_limit_met_while_writing_leaves_nothing(tmp_path, size):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     save(tmp_path, 2, limit=1, size=300)
-    assert names(tmp_path) == ["best", "checkpoint_2"]
+    assert names(tmp_path) == ["best", "checkpoint_1", "checkpoint_2"]
 
 
 def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
@@ -258,11 +270,3 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
         (temporary / "b").mkdir()
         (temporary / "b" / "c").write_text("c")
     assert files_of(tmp_path) == {"a/b/c": b"c"}
-
-
-def test_a_best_that_is_damaged_is_still_found(tmp_path):
-    """`recover_best` gives it its name back; what is wrong with it is for `fault` to say."""
-    best = save_best(tmp_path, snapshot(*trained(1), None), {"epoch": 1})
-    os.replace(best, tmp_path / ".best.new")
-    flip(tmp_path / ".best.new" / "unet.safetensors")
-    assert fault(recover_best(tmp_path)) == "unet.safetensors has another content than manifest.json states"
