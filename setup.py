@@ -1,10 +1,7 @@
 from setuptools import find_packages, setup
 
 RATE = ["fastapi>=0.120.1", "starlette>=0.46", "uvicorn>=0.30"]  # the rating page
-TEST = [
-    *("mypy>=1.11", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "selenium>=4.20", "setuptools>=77"),
-    "torchmetrics>=1.5",
-]
+TEST = ["mypy>=1.11", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "selenium>=4.20", "setuptools>=77"]
 
 setup(
     name="rl4med-ddpo",
@@ -12,14 +9,8 @@ setup(
     description="Reinforcement learning that makes diffusion models draw medical images matching their captions",
     license="MIT",
     python_requires=">=3.11",
-    # installed, the commands are python -m ddpo_pytorch.scripts.train and so on
-    packages=[
-        *find_packages(include=["ddpo_pytorch", "ddpo_pytorch.*"]),
-        *("ddpo_pytorch.scripts", "ddpo_pytorch.config", "ddpo_pytorch.config.accelerate"),
-    ],
-    package_dir={"ddpo_pytorch.scripts": "scripts", "ddpo_pytorch.config": "config"},
+    packages=find_packages(include=["ddpo_pytorch", "ddpo_pytorch.*"]),
     package_data={
-        "ddpo_pytorch.config.accelerate": ["*.yaml"],
         "ddpo_pytorch": [
             "py.typed",
             "assets/*.txt",
@@ -31,7 +22,7 @@ setup(
             "rating/*.html",
             "rating/*.css",
             "rating/*.js",
-        ],
+        ]
     },
     install_requires=[
         "torch>=2.6",
@@ -46,7 +37,8 @@ setup(
         "pillow>=10.3",
         "safetensors>=0.5",
         "timm>=1.0.3",
-        "scipy>=1.11",
+        "scipy>=1.15",
+        "torchmetrics>=1.8",
         "torch-fidelity>=0.3",
         "lpips>=0.1.4",
         "pandas>=2.2.2",
@@ -60,7 +52,6 @@ setup(
     ],
     extras_require={
         "rate": RATE,
-        "tensorboard": ["tensorboard>=2.16"],
         "test": [*RATE, *TEST],
     },
 )

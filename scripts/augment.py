@@ -52,8 +52,7 @@ from ddpo_pytorch.data.splits import read_splits
 from ddpo_pytorch.judges.backbones import new_classifier
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
 from ddpo_pytorch.judges.classifier_report import one_sided
-from ddpo_pytorch.judges.classifier_training import FitState, Recipe, fit
-from ddpo_pytorch.judges.prediction import predict
+from ddpo_pytorch.judges.classifier_training import FitState, Recipe, fit, predict
 from ddpo_pytorch.metrics.vocabulary import lacking_images
 from ddpo_pytorch.utils.cli import cli, expand_flags
 from ddpo_pytorch.utils.distributed import PROCESS_TIMEOUT, locked_by_main, make_accelerator

@@ -2,8 +2,8 @@
 
     accelerate launch --num_processes 1 scripts/train_isic_classifier.py --data_path DIR --num_classes 6
 
-EfficientNet-B0, dropout 0.3, BCE with logits, AdamW with cosine decay, best epoch by validation loss. A training that
-was stopped goes on when the same command is given again.
+EfficientNet-B0, dropout 0.3, BCE with logits, AdamW with cosine decay, best epoch by validation loss. Rerun the same
+command to resume a training that was stopped.
 """
 
 import logging
@@ -19,12 +19,10 @@ from ddpo_pytorch.data.image_cache import decoded
 from ddpo_pytorch.data.images import ImageFiles
 from ddpo_pytorch.data.isic import LABELS, load_split
 from ddpo_pytorch.data.splits import drop_broken, read_splits
-from ddpo_pytorch.judges.backbones import new_classifier
+from ddpo_pytorch.judges.backbones import check_publishable, new_classifier, save_published
 from ddpo_pytorch.judges.classifier import PUBLISHED_SIZE, ArtifactClassifier, load_classifier, save_classifier
 from ddpo_pytorch.judges.classifier_report import Report, best_thresholds, one_sided
-from ddpo_pytorch.judges.classifier_training import FitState, Recipe, fit
-from ddpo_pytorch.judges.prediction import predict
-from ddpo_pytorch.judges.torchvision_names import check_publishable, save_published
+from ddpo_pytorch.judges.classifier_training import FitState, Recipe, fit, predict
 from ddpo_pytorch.utils.cli import cli, expand_flags
 from ddpo_pytorch.utils.distributed import PROCESS_TIMEOUT, locked_by_main, make_accelerator
 from ddpo_pytorch.utils.errors import UserError
@@ -42,7 +40,7 @@ flags.DEFINE_string("checkpoint_dir", "rl4med-out/classifier", "folder for the c
 flags.DEFINE_string(
     "checkpoint", "", "classifier to start from (train) or to test; by default the one in checkpoint_dir"
 )
-flags.DEFINE_string("cache_dir", None, "folder for decoded images, by default <checkpoint_dir>/cache; '' keeps none")
+flags.DEFINE_string("cache_dir", None, "folder for decoded images, by default <checkpoint_dir>/cache; '' = no cache")
 flags.DEFINE_integer("num_epochs", Recipe.num_epochs, "epochs at most", lower_bound=1)
 flags.DEFINE_integer(
     "patience", Recipe.patience, "stop after this many epochs without a better validation loss", lower_bound=1
@@ -52,21 +50,21 @@ flags.DEFINE_integer("image_size", 512, "side in pixels images are resized to", 
 flags.DEFINE_float("learning_rate", Recipe.learning_rate, "AdamW learning rate; decays to 1e-6 along a cosine")
 flags.DEFINE_bool("pos_weight", False, "weight each attribute's positives by negatives/positives of the training split")
 flags.DEFINE_float("focal_gamma", 0.0, "exponent of the focal loss; 0 is plain BCE", lower_bound=0)
-flags.DEFINE_bool("quarter_turns", False, "turn training images by 90 degrees at random, beside the flips")
+flags.DEFINE_bool("quarter_turns", False, "rotate training images by 90 degrees at random, in addition to the flips")
 flags.DEFINE_float(
-    "ema_decay", 0.0, "decay of a running average of the weights, which is then what is kept; 0 keeps none"
+    "ema_decay", 0.0, "decay of a running average of the weights, which is validated and saved; 0 = no average"
 )
 flags.DEFINE_enum("mixed_precision", "no", ["no", "bf16", "fp16"], "arithmetic of the network; fp16 needs a GPU")
 flags.DEFINE_string("arch", "efficientnet_b0", "timm architecture")
 flags.DEFINE_string(
-    "weights", "imagenet", "imagenet, none, or a file whose backbone to start from (timm's, torchvision's or ours)"
+    "weights", "imagenet", "imagenet, none, or a file with the initial backbone (timm's, torchvision's or ours)"
 )
 flags.DEFINE_integer("limit", 0, "rows used of each split, 0 = all", lower_bound=0)
-flags.DEFINE_bool("skip_broken", False, "leave out damaged images, with a warning, instead of stopping at them")
+flags.DEFINE_bool("skip_broken", False, "skip damaged images with a warning instead of stopping")
 flags.DEFINE_bool(
-    "calibrate_thresholds", False, "keep with the classifier the thresholds of best F1 on val; only reports use them"
+    "calibrate_thresholds", False, "save thresholds of best F1 on val with the classifier; only reports use them"
 )
-flags.DEFINE_bool("save_published", False, "also write artifact_classifier_train_H<n>.pth in the published form")
+flags.DEFINE_bool("save_published", False, "also write artifact_classifier_train_H<n>.pth in the published format")
 flags.DEFINE_integer("seed", Recipe.seed, "seed of initial weights, order, flips and dropout", lower_bound=0)
 flags.DEFINE_integer("num_workers", 0, "image loading processes", lower_bound=0)
 flags.DEFINE_float("process_timeout", PROCESS_TIMEOUT, "seconds that a process waits for the others")
@@ -94,22 +92,15 @@ def cached(accelerator: Accelerator, files: ImageFiles) -> Dataset:
         return decoded(files, folder)
 
 
-def check_heads(model: ArtifactClassifier, num_classes: int) -> None:
+def load_checkpoint(path: str | Path, num_classes: int) -> ArtifactClassifier:
+    model = load_classifier(path)
     if len(model.labels) != num_classes:
-        raise UserError(f"the checkpoint has {len(model.labels)} heads, --num_classes is {num_classes}; give the same")
-
-
-def build_model(accelerator: Accelerator, num_classes: int) -> ArtifactClassifier:
-    if FLAGS.checkpoint:
-        model = load_classifier(FLAGS.checkpoint).requires_grad_(True)
-        check_heads(model, num_classes)
-        return model
-    with accelerator.local_main_process_first():  # one of them fetches
-        return new_classifier(LABELS[:num_classes], FLAGS.image_size, FLAGS.arch, FLAGS.weights)
+        raise UserError(f"{str(path)!r} has {len(model.labels)} heads, --num_classes is {num_classes}; give the same")
+    return model
 
 
 def unfinished(output: Path) -> Path:
-    """Where the state of a training lies until its classifier is final."""
+    """Return the path of the training state, which is removed at the end."""
     return output.with_name(f"{output.stem}.unfinished.pt")
 
 
@@ -121,11 +112,15 @@ def train(accelerator: Accelerator, num_classes: int, output: Path) -> None:
             raise UserError(f"{str(path)!r} exists already; choose another --checkpoint_dir or move it away")
     read_splits({"train": Path(FLAGS.train_csv), "val": Path(FLAGS.val_csv)})  # refuses an image in both
     set_seed(FLAGS.seed)
-    model = build_model(accelerator, num_classes)
+    if FLAGS.checkpoint:
+        model = load_checkpoint(FLAGS.checkpoint, num_classes).requires_grad_(True)
+    else:
+        with accelerator.local_main_process_first():  # one process downloads
+            model = new_classifier(LABELS[:num_classes], FLAGS.image_size, FLAGS.arch, FLAGS.weights)
     if FLAGS.save_published:
         check_publishable(model)
         if model.image_size != PUBLISHED_SIZE:
-            logger.warning("%s will not state its image size; readers take %d", published, PUBLISHED_SIZE)
+            logger.warning("%s will not state its image size; readers assume %d", published, PUBLISHED_SIZE)
     splits = [image_files(path, model.image_size, num_classes) for path in (FLAGS.train_csv, FLAGS.val_csv)]
     train_files, val_files = [cached(accelerator, files) for files in splits]
 
@@ -145,10 +140,9 @@ def train(accelerator: Accelerator, num_classes: int, output: Path) -> None:
 
 def test(accelerator: Accelerator, num_classes: int, output: Path) -> None:
     path = Path(FLAGS.checkpoint or output)
-    model = load_classifier(path, accelerator.device)
-    check_heads(model, num_classes)
+    model = load_checkpoint(path, num_classes)
     if unfinished(path).exists():
-        logger.warning("%s is the best epoch so far of a training that is not finished", path)
+        logger.warning("%s is the best epoch so far of an unfinished training", path)
     files = cached(accelerator, image_files(FLAGS.test_csv, model.image_size, num_classes))
     logits, labels = predict(accelerator, model, files, FLAGS.batch_size, FLAGS.num_workers)
     if accelerator.is_main_process:

@@ -3,8 +3,8 @@
     accelerate launch scripts/train_rlhf.py --config config/fundus.py:train_rlhf
 
 Stage 1: both learn from all rated images; then the Selector's threshold is calibrated on held-out ratings. Stage 2: the
-Policy goes on from its weights on the images that the Selector passes, with a share of others; the Selector, and so the
-meaning of its threshold, stays as it is. A training that was stopped goes on when the same command is given again.
+Policy continues on the images that the Selector passes and a share of others; the Selector, and so the meaning of its
+threshold, stays fixed. Rerun the same command to resume a training that was stopped.
 """
 
 import json
@@ -21,32 +21,39 @@ from accelerate.utils import set_seed
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.data.fundus import check_images
-from ddpo_pytorch.data.ratings import (
-    RatedImage,
-    aggregate,
-    agreement,
-    check_classes,
-    read_ratings,
-    split_by_patient,
-)
+from ddpo_pytorch.data.ratings import RatedImage, aggregate, agreement, check_classes, read_ratings, split_by_patient
 from ddpo_pytorch.generator.pipeline import load_pipeline
-from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, Policy, TextFeatures, load_judges, save_policy
+from ddpo_pytorch.judges.policy import (
+    DESCRIPTION,
+    POLICY_FILE,
+    SELECTOR_FILE,
+    Policy,
+    TextFeatures,
+    load_judges,
+    save_policy,
+)
 from ddpo_pytorch.judges.selector import MLP_RATIO, Selector, save_selector
 from ddpo_pytorch.judges.vit import VisionSizes, read_judge
 from ddpo_pytorch.rlhf.rated_images import COLUMNS, RatedSet, best_threshold, read_rated, through_autoencoder
-from ddpo_pytorch.rlhf.training import StageTraining, all_scores, check_settings, chosen_samples, training_identity
+from ddpo_pytorch.rlhf.training import (
+    StageTraining,
+    all_scores,
+    check_settings,
+    chosen_samples,
+    stage_settings,
+    state_path,
+)
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import locked_by_main, make_accelerator
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import JsonLines, atomic_write
-from ddpo_pytorch.utils.json_files import COUNT, check_shape
+from ddpo_pytorch.utils.json_files import COUNT
 from ddpo_pytorch.utils.settings import SEED, check_ranges
-from ddpo_pytorch.utils.training_state import restore_state, save_state
 
 FLAGS = flags.FLAGS
 define_config(__file__, "experiment, e.g. config/fundus.py:train_rlhf")
 logger = logging.getLogger(__name__)
-FIRST_POLICY = "policy_stage_1.safetensors"  # what stage 2 began with
+FIRST_POLICY = "policy_stage_1.safetensors"  # initial weights of stage 2
 
 
 def read_images(config: ConfigDict) -> tuple[list[RatedImage], list[RatedImage]]:
@@ -55,7 +62,7 @@ def read_images(config: ConfigDict) -> tuple[list[RatedImage], list[RatedImage]]
     train = read_table(rlhf.ratings, rlhf.data_path, config.base_log_path)
     if rlhf.val_ratings:
         val, name = read_table(rlhf.val_ratings, rlhf.data_path, config.base_log_path), repr(rlhf.val_ratings)
-        check_apart(train, val, rlhf)
+        check_disjoint(train, val, rlhf)
     else:
         train, val = split_by_patient(train, rlhf.val_share, config.seed)
         name = f"the validation part of {rlhf.ratings!r}"
@@ -76,67 +83,55 @@ def read_table(path: str, root: str, within: str) -> list[RatedImage]:
     ratings = read_ratings(path, root, within)
     images = aggregate(ratings)
     check_images([image.path for image in images])
-    found = " ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in agreement(ratings).items())
-    logger.info("%s: %d ratings of %d images; raters' agreement: %s", path, len(ratings), len(images), found)
+    numbers = " ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in agreement(ratings).items())
+    logger.info("%s: %d ratings of %d images; raters' agreement: %s", path, len(ratings), len(images), numbers)
     return images
 
 
-def check_apart(train: Sequence[RatedImage], val: Sequence[RatedImage], rlhf: ConfigDict) -> None:
-    """Refuse validation images, or their patients, among the training images."""
+def check_disjoint(train: Sequence[RatedImage], val: Sequence[RatedImage], rlhf: ConfigDict) -> None:
+    """Raise UserError if training and validation share an image or a patient."""
     keys = {"image": lambda image: str(image.path.resolve())}
     if rlhf.data_path or Path(rlhf.ratings).resolve().parent == Path(rlhf.val_ratings).resolve().parent:
-        keys["patient"] = lambda image: image.patient  # often a file's name, which says nothing in another folder
+        keys["patient"] = lambda image: image.patient  # often a file's name, which has no meaning in another folder
     for what, key in keys.items():
         if common := sorted(set(map(key, train)) & set(map(key, val))):
             raise UserError(
-                f"{rlhf.ratings!r} and {rlhf.val_ratings!r} share the {what} {common[0]!r}; rlhf.val_ratings has to be "
-                "of other patients"
+                f"{rlhf.ratings!r} and {rlhf.val_ratings!r} share the {what} {common[0]!r}; give rlhf.val_ratings of "
+                "other patients"
             )
 
 
 def train(accelerator: Accelerator, training: StageTraining, output: Path, first_epoch: int) -> dict[str, Any]:
-    """Run what is left of a stage; its last entry in metrics.jsonl. The stage's state stays in `output`."""
-    state_file, is_main = unfinished(output, training.stage), accelerator.is_main_process
-    if restore_state(state_file, training.belongs_to, training.resume):
-        logger.info("resuming from %s: %d epochs are done", state_file, training.epoch)
-    log = JsonLines(output / "metrics.jsonl", is_main, keep=first_epoch + training.epoch)
+    """Run the rest of a stage and return its description. The stage's state stays in `output`."""
+    log = JsonLines(output / "metrics.jsonl", accelerator.is_main_process, keep=first_epoch + training.epoch)
     for epoch in range(training.epoch, training.rlhf.num_epochs):
         entry = training.run_epoch()
         log.write({"epoch": first_epoch + epoch} | entry)
-        describe(epoch, entry)
-        if is_main:
-            save_state(state_file, training.state(), training.belongs_to)
-    measured = training.held_out()
+        for name, loss in entry["loss"].items():
+            values = (f"{key} {'-' if value is None else format(value, '.3f')}" for key, value in entry[name].items())
+            logger.info("stage %d epoch %d  %s: loss %.4f, %s", training.stage, epoch, name, loss, ", ".join(values))
+        if accelerator.is_main_process:
+            training.state.save(epoch=training.epoch)
+    held_out, epochs = training.held_out(), first_epoch + training.epoch
     training.finish()
-    return {
-        "stage": training.stage,
-        "epochs": first_epoch + training.epoch,
-        "settings": training.belongs_to,
-        "held_out": measured,
-    }
-
-
-def describe(epoch: int, entry: dict[str, Any]) -> None:
-    for name, loss in entry["loss"].items():
-        figures = (f"{key} {'-' if value is None else format(value, '.3f')}" for key, value in entry[name].items())
-        logger.info("stage %d epoch %d  %s: loss %.4f, %s", entry["stage"], epoch, name, loss, ", ".join(figures))
+    return {"stage": training.stage, "epochs": epochs, "settings": training.settings, "held_out": held_out}
 
 
 def first_stage(
     accelerator: Accelerator, config: ConfigDict, train_set: RatedSet, val_set: RatedSet, finished: dict[str, Any]
 ) -> None:
-    """Train both judges on all ratings and calibrate the threshold; or check that those there came about like that."""
+    """Train both judges on all ratings and calibrate the threshold; if `finished`, only compare the settings."""
     rlhf, output, networks = config.rlhf, Path(config.rlhf.output), new_judges(accelerator, config, train_set.prompts)
     if finished:
-        now = training_identity(accelerator, 1, networks, train_set, val_set, rlhf, config.seed)
-        if changed := difference(finished["settings"], json.loads(json.dumps(now))):
+        settings = stage_settings(accelerator, 1, networks, train_set, val_set, rlhf, config.seed)
+        if changed := difference(finished["settings"], json.loads(json.dumps(settings))):
             name, before, after = changed
             raise UserError(
-                f"stage 1 in {str(output)!r} is of another training, with {name}={before}, now it is {after}; give the "
-                "same, another rlhf.output, or rlhf.stages=(2,) to go on from it as it is"
+                f"stage 1 in {str(output)!r} is of another training, with {name}={before}, now it is {after}; use the "
+                "same value, another rlhf.output, or rlhf.stages=(2,) to continue from it unchanged"
             )
         return
-    training = StageTraining(accelerator, 1, networks, train_set, val_set, rlhf, config.seed)
+    training = StageTraining(accelerator, 1, networks, train_set, val_set, rlhf, config.seed, output)
     origin = train(accelerator, training, output, 0)
     selector, policy = networks["selector"], networks["policy"]
     selector.origin = policy.origin = origin
@@ -144,14 +139,14 @@ def first_stage(
     if accelerator.is_main_process:
         save_selector(selector, output / SELECTOR_FILE)
         save_policy(policy, output / POLICY_FILE)
-        unfinished(output, 1).unlink(missing_ok=True)
+        training.state.remove()
     accelerator.wait_for_everyone()
 
 
 def new_judges(accelerator: Accelerator, config: ConfigDict, prompts: Sequence[str]) -> dict[str, Selector | Policy]:
     rlhf = config.rlhf
     sizes = {name: rlhf[name] for name in ("image_size", "patch_size", "width", "heads", "dropout", "stem")}
-    with accelerator.local_main_process_first():  # one of them fetches
+    with accelerator.local_main_process_first():  # one process downloads
         text = TextFeatures(rlhf.text_encoder, rlhf.text_tokens, accelerator.device)
     set_seed(config.seed)
     selector = Selector(VisionSizes(layers=rlhf.selector_layers, mlp_ratio=MLP_RATIO, **sizes))
@@ -161,70 +156,57 @@ def new_judges(accelerator: Accelerator, config: ConfigDict, prompts: Sequence[s
 
 
 def calibrate(selector: Selector, scores: torch.Tensor, rated: RatedSet, given: float | None) -> None:
-    """Set the Selector's threshold: the one given, else the one that is best for the scores of these images."""
+    """Set the Selector's threshold: the given one, else the best for the scores of these images."""
     if given is not None:
         selector.threshold, selector.calibration = given, {"how": "given as rlhf.threshold"}
     else:
-        threshold, youden = best_threshold(scores, rated.rewards["quality"])
-        selector.threshold = threshold
+        selector.threshold, youden = best_threshold(scores, rated.rewards["quality"])
         selector.calibration = {"how": "best J for ratings of 2 or more", "J": youden, "images": len(rated)}
         if youden <= 0:
-            logger.warning("the Selector tells good from bad no better than chance; its threshold means nothing")
+            logger.warning("the Selector is no better than chance; its threshold is meaningless")
     share = selector.accepts(scores).double().mean().item()
     logger.info("threshold %.4f (%s) passes %.1f %%", selector.threshold, selector.calibration["how"], 100 * share)
 
 
 def second_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedSet, val_set: RatedSet) -> None:
-    """Train the Policy of stage 1 on what the Selector passes, and a share of what it rejects."""
+    """Train stage 1's Policy on images that the Selector passes, and a share of rejected ones."""
     rlhf, output = config.rlhf, Path(config.rlhf.output)
     selector, policy = load_judges(output, accelerator.device, rlhf.text_encoder)
-    before = policy.origin
     scores = all_scores(accelerator, selector, train_set, rlhf.batch_size)
     other_threshold = rlhf.threshold is not None and rlhf.threshold != selector.threshold
     if other_threshold:
         calibrate(selector, scores, train_set, rlhf.threshold)
     passed = selector.accepts(scores)
     chosen = chosen_samples(passed, rlhf.replay_share, config.seed)
-    logger.info(
-        "stage 2: the Selector passes %d of %d images; with them go %d that it rejects",
-        *(int(passed.sum()), len(passed), len(chosen) - int(passed.sum())),
-    )
-    networks = {"policy": policy.requires_grad_(True)}
-    samples = train_set.subset(chosen)
-    training = StageTraining(accelerator, 2, networks, samples, val_set, rlhf, config.seed, scores[chosen])
-    policy.origin = train(accelerator, training, output, before["epochs"])
+    counts = int(passed.sum()), len(passed), len(chosen) - int(passed.sum())
+    logger.info("stage 2: %d of %d images that the Selector passes, and %d that it rejects", *counts)
+    networks, samples = {"policy": policy.requires_grad_(True)}, train_set.subset(chosen)
+    training = StageTraining(accelerator, 2, networks, samples, val_set, rlhf, config.seed, output, scores[chosen])
+    policy.origin = train(accelerator, training, output, policy.origin["epochs"])
     if accelerator.is_main_process:
         with atomic_write(output / FIRST_POLICY) as temporary:
             shutil.copyfile(output / POLICY_FILE, temporary)
         if other_threshold:
             save_selector(selector, output / SELECTOR_FILE)
         save_policy(policy, output / POLICY_FILE)
-        unfinished(output, 2).unlink(missing_ok=True)
+        training.state.remove()
     accelerator.wait_for_everyone()
 
 
-def unfinished(output: Path, stage: int) -> Path:
-    """Where the state of a stage lies until its judges are final."""
-    return output / f"stage_{stage}.unfinished.pt"
+def finished_stage(output: Path, stages: tuple[int, ...]) -> dict[str, Any]:
+    """Return the description of the last finished stage in `output`, {} without one.
 
-
-def what_is_there(output: Path, stages: tuple[int, ...]) -> dict[str, Any]:
-    """What the last finished stage in `output` says of itself, {} without one.
-
-    Raises UserError where there is nothing to go on from, or nothing left to do.
+    Raises UserError if there is nothing to continue from, or nothing left to do.
     """
     if not (output / POLICY_FILE).exists():
         if stages[0] == 2:
-            raise UserError(f"{str(output)!r} holds no judges of stage 1 to go on from; run rlhf.stages=(1,2), or (1,)")
-        if (output / SELECTOR_FILE).exists() and not unfinished(output, 1).exists():
-            raise UserError(f"{str(output / SELECTOR_FILE)!r} is there already; choose another rlhf.output or move it")
+            raise UserError(f"{str(output)!r} holds no judges of stage 1; run rlhf.stages=(1,2) or (1,)")
+        if (output / SELECTOR_FILE).exists() and not state_path(output, 1).exists():
+            raise UserError(f"{str(output / SELECTOR_FILE)!r} exists already; choose another rlhf.output or move it")
         return {}
-    about = read_judge(output / POLICY_FILE, "policy")[0]
-    shape = {"origin": {"stage": range(1, 3), "epochs": COUNT, "settings": dict}}
-    finished = check_shape(about, shape, f"the description in {str(output / POLICY_FILE)!r}", "train it again")[
-        "origin"
-    ]
-    if finished["stage"] >= stages[-1] and not unfinished(output, finished["stage"]).exists():
+    shape = DESCRIPTION | {"origin": {"stage": range(1, 3), "epochs": COUNT, "settings": dict}}
+    finished = read_judge(output / POLICY_FILE, "policy", shape)[0]["origin"]
+    if finished["stage"] >= stages[-1] and not state_path(output, finished["stage"]).exists():
         raise UserError(
             f"stage {finished['stage']} in {str(output)!r} is finished; choose another rlhf.output, or move it away"
         )
@@ -241,12 +223,12 @@ def main(_) -> None:
 
 
 def learn(accelerator: Accelerator, config: ConfigDict) -> None:
-    """Run what is left of the stages."""
+    """Run the stages that are not finished."""
     rlhf, stages, output = config.rlhf, tuple(config.rlhf.stages), Path(config.rlhf.output)
-    finished = what_is_there(output, stages)
+    finished = finished_stage(output, stages)
     accelerator.wait_for_everyone()
     if finished and accelerator.is_main_process:  # killed after the last file of a stage was written
-        unfinished(output, finished["stage"]).unlink(missing_ok=True)
+        state_path(output, finished["stage"]).unlink(missing_ok=True)
     if finished and finished["stage"] >= stages[-1]:
         logger.info("stage %d in %s is finished", finished["stage"], output)
         return

@@ -14,8 +14,7 @@ from ddpo_pytorch.data.images import ImageFiles
 from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.judges import classifier_training as training
 from ddpo_pytorch.judges.classifier import ArtifactClassifier
-from ddpo_pytorch.judges.epochs import deal, epoch_order, random_flips
-from ddpo_pytorch.judges.losses import attribute_loss, positive_weights
+from ddpo_pytorch.judges.classifier_training import attribute_loss, deal, epoch_order, positive_weights, random_flips
 from ddpo_pytorch.utils.errors import UserError
 
 

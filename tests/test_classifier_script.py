@@ -19,7 +19,7 @@ from test_classifier_training import STATES
 from ddpo_pytorch.data.images import ImageFiles
 from ddpo_pytorch.data.isic import load_split
 from ddpo_pytorch.judges.classifier import load_classifier
-from ddpo_pytorch.judges.losses import positive_weights
+from ddpo_pytorch.judges.classifier_training import positive_weights
 from ddpo_pytorch.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -112,7 +112,7 @@ def test_a_killed_training_ends_like_one_that_was_not(world, trained, tmp_path, 
                 process.kill()
     state = tmp_path / "artifact_classifier_H4.unfinished.pt"
     assert process.returncode == -9 and state.is_file() and (tmp_path / H4).is_file()
-    with pytest.raises(UserError, match="learning_rate=0.0001, now it is 0.001"):
+    with pytest.raises(UserError, match="learning_rate=0.0001.* 0.001"):
         run(*options, "--learning_rate=1e-3")
     for other, what in (
         (f"--checkpoint={folder / H4}", "initial weights"),
@@ -121,7 +121,7 @@ def test_a_killed_training_ends_like_one_that_was_not(world, trained, tmp_path, 
         with pytest.raises(UserError, match=what):
             run(*options, other)
     tested = run(*options, "--mode=test")
-    assert f"{tmp_path / H4} is the best epoch so far of a training that is not finished" in tested
+    assert f"{tmp_path / H4} is the best epoch so far" in tested
     (tmp_path / H4).unlink()  # what the state says is written again
     resumed = run(*options)
     assert f"resuming from {state}" in resumed and "epoch 0:" not in resumed
@@ -152,14 +152,6 @@ def test_test_mode_with_one_and_two_processes(world, trained, tmp_path, run):
     wrong = classifier_flags(world, tmp_path, 6, mode="test", checkpoint=trained[0] / H4)
     with pytest.raises(UserError, match="4 heads"):
         run(*wrong)
-
-
-def test_two_processes_train(world, tmp_path):
-    options = classifier_flags(world, tmp_path, limit=47, num_epochs=6, patience=1, learning_rate=5e-3)
-    trained = succeed(SCRIPT, *options, "--mixed_precision=bf16", processes=2)
-    assert sorted(files_of(tmp_path)) == [H4, *sorted(f for f in files_of(tmp_path) if f.startswith("cache"))]
-    assert "best epoch" in trained.stderr and trained.stderr.count("val AUC") in range(1, 7)
-    assert load_classifier(tmp_path / H4).image_size == 32
 
 
 def test_options_reach_the_training(world, trained, tmp_path, run):
@@ -208,15 +200,14 @@ def test_classifier_calibrates_publishes_and_is_tested_without_positives(world, 
 
 def test_classifier_training_that_cannot_work_stops_at_once(world, tmp_path, run):
     for extra, message in (
-        ([f"--val_csv={without(world, tmp_path, 'val', 'ruler')}"],
-         f"{str(tmp_path / 'no_ruler.csv')!r} has no positive of 'ruler' among its 16 images"),
-        (["--save_published"], "a published file holds EfficientNet-B0 and no 'tinynet_e'"),
-        (["--mixed_precision=fp16"], "mixed_precision is 'fp16', which needs a GPU"),
-        (["--weights=/nowhere.pth"], "weights are '/nowhere.pth'; allowed are imagenet, none and the path"),
-    ):  # fmt: skip
-        with pytest.raises(UserError) as caught:
-            run(*classifier_flags(world, tmp_path / "out"), *extra)
-        assert str(caught.value).startswith(message) and not (tmp_path / "out").exists()
+        (f"--val_csv={without(world, tmp_path, 'val', 'ruler')}", "no_ruler.csv.*no positive of 'ruler'"),
+        ("--save_published", "--arch.*'tinynet_e'"),
+        ("--mixed_precision=fp16", "mixed_precision.*'fp16'"),
+        ("--weights=/nowhere.pth", "weights.*'/nowhere.pth'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(*classifier_flags(world, tmp_path / "out"), extra)
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_image_stops_the_training_or_is_left_out_on_request(world, tmp_path, run):

@@ -11,15 +11,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT
-from test_classifier_losses import by_definition
 
 from ddpo_pytorch.data.images import ImageFiles
 from ddpo_pytorch.data.isic import LABELS, load_split
-from ddpo_pytorch.judges import classifier_training as training
 from ddpo_pytorch.judges.classifier import ArtifactClassifier
-from ddpo_pytorch.judges.classifier_training import Recipe, fit
-from ddpo_pytorch.judges.losses import positive_weights
-from ddpo_pytorch.judges.prediction import predict
+from ddpo_pytorch.judges.classifier_training import Recipe, fit, predict
+from ddpo_pytorch.utils import training_state
 from ddpo_pytorch.utils.errors import UserError
 
 HEADS = LABELS[:4]
@@ -60,15 +57,15 @@ class Stopped(Exception):
 
 def stop_after(monkeypatch, epochs):
     """Let training end like a killed one once it has written its state that often. 0: never."""
-    seen, save = [], training.save_state
+    seen, save = [], training_state.save_state
 
     def counted(path, state, belongs_to):
         save(path, state, belongs_to)
-        seen.append(state["optimizer"]["param_groups"][0]["lr"])
+        seen.append(state["parts"]["optimizer"]["param_groups"][0]["lr"])
         if len(seen) == epochs:
             raise Stopped
 
-    monkeypatch.setattr(training, "save_state", counted)
+    monkeypatch.setattr(training_state, "save_state", counted)
     return seen
 
 
@@ -161,20 +158,6 @@ def test_a_training_that_diverges_leaves_nothing(accelerators, sets, tmp_path):
 
 
 @pytest.mark.slow
-def test_options_change_the_loss_as_they_say(accelerators, sets):
-    targets, seen = sets["val"].targets, {}
-    weight = positive_weights(sets["train"].targets, HEADS)
-    for options in ({}, {"pos_weight": True}, {"focal_gamma": 2.0}, {"pos_weight": True, "focal_gamma": 2.0}):
-        calls, recipe = [], Recipe(num_epochs=1, batch_size=16, learning_rate=2e-3, **options)
-        result = fit(accelerators(), new_model(), sets["train"], sets["val"], recipe, on_best=calls.append)
-        used, gamma = weight if "pos_weight" in options else 1.0, options.get("focal_gamma", 0)
-        expected = by_definition(calls[0].logits, targets, used, gamma).item()
-        assert result.best_loss == pytest.approx(expected, rel=1e-5)
-        seen[result.best_loss] = calls[0].logits
-    assert len(seen) == 4 and len({tuple(logits.flatten().tolist()) for logits in seen.values()}) == 4
-
-
-@pytest.mark.slow
 def test_bf16_trains_float32_weights_and_leaves_the_model_as_it_was(accelerators, sets):
     calls, runs = [], []
     for precision in ("no", "bf16"):
@@ -238,7 +221,8 @@ from ddpo_pytorch.data.images import ImageFiles
 from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.judges import classifier_training as training
 from ddpo_pytorch.judges.classifier import ArtifactClassifier
-from ddpo_pytorch.judges.prediction import predict
+from ddpo_pytorch.judges.classifier_training import predict
+from ddpo_pytorch.utils import training_state
 
 folder = Path(sys.argv[1])
 sets = {
@@ -246,14 +230,14 @@ sets = {
     for split, (paths, labels) in torch.load(folder / "sets.pt", weights_only=True).items()
 }
 accelerator, state, kept = Accelerator(cpu=True), folder / "state.pt", folder / "kept.pt"
-save = training.save_state
+save = training_state.save_state
 
 def keep_the_first(*arguments):
     save(*arguments)
     if not kept.exists():
         shutil.copy(state, kept)
 
-training.save_state = keep_the_first
+training_state.save_state = keep_the_first
 runs = []
 for run in range(2):
     torch.manual_seed(0)

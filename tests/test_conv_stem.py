@@ -13,7 +13,6 @@ from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.judges.selector import Selector, load_selector, save_selector
 from ddpo_pytorch.judges.vit import Detail, VisionSizes, conv_stem
 from ddpo_pytorch.rlhf.rated_images import read_rated, through_autoencoder
-from ddpo_pytorch.rlhf.reinforce import advantages, reinforce_loss
 from ddpo_pytorch.rlhf.training import StageTraining
 from ddpo_pytorch.utils.errors import UserError
 
@@ -32,9 +31,9 @@ def test_detail_is_the_image_and_what_a_mean_removes():
 def test_a_patch_is_a_token():
     stem = conv_stem(8, 32).eval()
     assert stem(torch.rand(2, 3, 32, 24)).shape == (2, 32, 4, 3)
-    with pytest.raises(UserError, match="no power of two"):
+    with pytest.raises(UserError, match="patch_size.*12"):
         VisionSizes(image_size=48, patch_size=12, width=32, heads=2, stem="conv")
-    with pytest.raises(UserError, match="stem of a judge is 'deep'"):
+    with pytest.raises(UserError, match="stem.*'deep'"):
         VisionSizes(stem="deep")
 
 
@@ -47,26 +46,6 @@ def test_scores_are_of_each_image_alone_and_survive_a_file(tmp_path):
     assert together.unique().numel() == 6
     save_selector(selector, tmp_path / "s.safetensors")
     assert torch.equal(load_selector(tmp_path / "s.safetensors").score(images), together)
-
-
-def test_it_learns_what_noise_is():
-    """Two hundred images of any colour, half of them with noise that is small beside the differences of colour."""
-    torch.manual_seed(0)
-    colour = torch.rand(300, 3, 1, 1) * torch.ones(1, 1, 32, 32)
-    noisy = (torch.arange(300) % 2 == 1).float()
-    images = (colour + 0.03 * noisy.view(-1, 1, 1, 1) * torch.randn(300, 3, 32, 32)).clamp(0, 1)
-    selector = Selector(SIZES)
-    optimizer = torch.optim.Adam(selector.parameters(), lr=1e-3)
-    for step in range(60):
-        batch = torch.arange(25 * (step % 8), 25 * (step % 8) + 25)
-        logits = selector(selector.preprocess(images[batch]))
-        signed = advantages(1 - noisy[batch], logits.sigmoid())
-        loss = reinforce_loss(logits, signed, torch.ones(25))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    scores = selector.score(images[200:])
-    assert ((scores < 0.5) == noisy[200:].bool()).float().mean() > 0.95
 
 
 def test_rated_photographs_pass_the_autoencoder(tmp_path):
@@ -89,6 +68,6 @@ def test_rated_photographs_pass_the_autoencoder(tmp_path):
 
 def test_the_learning_rate_rises_in_stage_1_only():
     training = SimpleNamespace(stage=1, rlhf=SimpleNamespace(warmup_steps=4))
-    assert [StageTraining._warmth(training, update) for update in (1, 2, 4, 9)] == [0.25, 0.5, 1.0, 1.0]
+    assert [StageTraining._warmup(training, update) for update in (1, 2, 4, 9)] == [0.25, 0.5, 1.0, 1.0]
     training.stage = 2
-    assert StageTraining._warmth(training, 1) == 1.0
+    assert StageTraining._warmup(training, 1) == 1.0

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from script_tools import load_module
 
 from ddpo_pytorch.data.sample_folder import read_entries, read_log, read_settings
 from ddpo_pytorch.data.splits import read_splits
@@ -25,6 +23,7 @@ from ddpo_pytorch.phantoms import fundus as retina
 from ddpo_pytorch.phantoms import skin as phantom
 from ddpo_pytorch.report.curves import read_runs
 from ddpo_pytorch.report.provenance import read_config
+from ddpo_pytorch.rlhf.rounds import RoundMetrics, read_history
 from ddpo_pytorch.training import run_folder
 from ddpo_pytorch.training.checkpoints import epochs_completed, find_damage
 from ddpo_pytorch.utils.errors import UserError
@@ -235,12 +234,11 @@ def test_adapter_configurations_of_another_kind_are_refused(tmp_path, text):
 
 
 def test_rounds_are_read_up_to_the_first_that_is_missing(tmp_path):
-    script = load_module(ROOT / "scripts" / "improve.py")
-    entry = dict.fromkeys(script.Standing.__dataclass_fields__, 0.5)
+    entry = dict.fromkeys(RoundMetrics.__dataclass_fields__, 0.5)
     path = tmp_path / "rounds.jsonl"
     path.write_text("".join(json.dumps(entry | {"round": number}) + "\n" for number in (0, 1, 3)))
-    assert len(script.read_history(path)) == 2
+    assert len(read_history(path)) == 2
     for bad in ("[" * 10**5, "null", json.dumps(entry | {"round": "0"}), json.dumps(entry | {"round": 0, "kid": None})):
         path.write_text(bad + "\n")
         with pytest.raises(UserError, match="rounds.jsonl"):
-            script.read_history(path)
+            read_history(path)

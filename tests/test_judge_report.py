@@ -19,7 +19,15 @@ from torchmetrics.functional.classification import (
 )
 
 from ddpo_pytorch.data.isic import LABELS
-from ddpo_pytorch.judges.classifier_report import COLUMNS, MEASURES, Report, best_thresholds, one_sided
+from ddpo_pytorch.judges.classifier_report import (
+    COLUMNS,
+    MEASURES,
+    Report,
+    best_thresholds,
+    confusion_figure,
+    one_sided,
+    reliability_figure,
+)
 from ddpo_pytorch.utils.errors import UserError
 
 
@@ -140,20 +148,26 @@ def test_extreme_and_broken_logits():
         Report(torch.zeros(3, 1), torch.zeros(3, 1), LABELS[:2])
 
 
-@pytest.mark.parametrize("heads", [1, 4, 6])
-def test_pictures_have_a_panel_for_every_attribute(tmp_path, heads):
+@pytest.mark.parametrize(("heads", "panels"), [(1, (1, 1)), (4, (2, 2)), (6, (2, 3))])
+def test_figures_state_the_numbers(tmp_path, heads, panels):
     logits, labels = sample(40, heads)
     logits[:, 0] = 0.1  # all images in one bin
-    written = Report(logits, labels, LABELS[:heads], resamples=2).write(tmp_path / "test_H")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in written)
-    columns, rows = {1: (1, 1), 4: (2, 2), 6: (3, 2)}[heads]
-    for name in ("confusion", "reliability"):
-        pixels = np.asarray(Image.open(tmp_path / f"test_H_{name}.png").convert("RGB"), dtype=int)
-        height, width = pixels.shape[0] // rows, pixels.shape[1] // columns
-        for index in range(heads):
-            top, left = index // columns * height, index % columns * width
-            panel = pixels[top : top + height, left : left + width]
-            blue = panel[..., 2] - panel[..., 0] > 60
-            assert blue.sum() > 300 and (panel.sum(-1) < 150).any()  # marks and text
-            border = np.concatenate([panel[0], panel[-1], panel[:, 0], panel[:, -1]])
-            assert (border == 255).all()  # nothing is cut off
+    report = Report(logits, labels, LABELS[:heads], resamples=2)
+    confusion = confusion_figure(report.attributes)
+    for row, ax in zip(report.attributes, confusion.axes, strict=True):
+        counts = [int(text.get_text().split()[0]) for text in ax.texts]
+        assert counts == [row[name] for name in ("tn", "fp", "fn", "tp")] and ax.get_title() == row["what"]
+    reliability = reliability_figure(report.probabilities, report.truth, report.names)
+    points = [ax.collections[0].get_offsets() for ax in reliability.axes[::2]]
+    assert len(points) == heads and len(points[0]) == 1
+    expected = torch.sigmoid(torch.tensor(0.1)).item(), labels[:, 0].mean().item()
+    assert tuple(points[0][0]) == pytest.approx(expected, abs=1e-6)
+    written = report.write(tmp_path / "test_H")
+    assert sorted(tmp_path.iterdir()) == sorted(written)
+    for path in written[2:]:
+        pixels = np.asarray(Image.open(path).convert("RGB"), dtype=int)
+        for rows in np.array_split(pixels, panels[0]):
+            for panel in np.array_split(rows, panels[1], axis=1):
+                assert (panel[..., 2] - panel[..., 0] > 60).sum() > 100  # blue marks
+        border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+        assert (border == 255).all()  # nothing is cut off

@@ -106,9 +106,9 @@ def test_importance_weights():
 
 
 def test_shapes_and_names_are_checked():
-    with pytest.raises(UserError, match=r"'abs'; allowed are symmetric_log, log, delta"):
+    with pytest.raises(UserError, match="rlhf.objective.*'abs'"):
         reinforce_loss(torch.zeros(2), torch.zeros(2), torch.ones(2), "abs")
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="shape"):
         reinforce_loss(torch.zeros(2), torch.zeros(2, 1), torch.ones(2))
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="shape"):
         advantages(torch.zeros(2), torch.zeros(2, 1))

@@ -1,7 +1,7 @@
 """Selector and Policy: sizes, scores of single images, files, text encoders."""
 
+import json
 import math
-import re
 
 import numpy as np
 import pytest
@@ -63,10 +63,6 @@ def test_full_size_is_the_document_s():
     assert selector.encoder.vit.blocks[0].mlp.fc1.out_features == 2048
 
 
-def test_positions_start_small():
-    assert Selector(VisionSizes(64, 8, 64, 1, 2)).encoder.vit.pos_embed.std().item() == pytest.approx(0.02, rel=0.1)
-
-
 @pytest.mark.parametrize("judge", ["selector", "policy"])
 def test_every_image_has_a_score_of_its_own(judge, images, request):
     judge = request.getfixturevalue(judge).train()
@@ -114,8 +110,7 @@ def test_exposure_is_seen_and_sizes_are_scaled(selector, images):
 def test_policy_reads_the_prompt(policy, images):
     one, other = (policy.score(images, [prompt] * 6) for prompt in PROMPTS)
     assert ((one - other).abs() > 1e-4).all()
-    assert torch.equal(policy.compute_value(images, [PROMPTS[0]] * 6), one)
-    with pytest.raises(ValueError, match="6 images have 1 prompts"):
+    with pytest.raises(ValueError, match="6 images.* 1 prompt"):
         policy.score(images, [PROMPTS[0]])
 
 
@@ -138,19 +133,17 @@ def test_text_encoder_is_neither_trained_nor_saved(policy, tmp_path):
     assert not any(parameter.requires_grad for parameter in policy.text._encoder.parameters())
 
 
-def test_long_prompts_are_cut_and_told_once(policy, caplog, images):
+def test_long_prompts_are_cut_with_one_warning(policy, caplog):
     long = "Fundus: " + "stripes " * 40
     for _ in range(2):
         policy.text(["Fundus: blue", long])
     (record,) = caplog.records
-    assert record.message.startswith(
-        "1 of 2 prompts have more than 16 tokens and are cut, e.g. 'Fundus: stripes stripes"
-    )
+    assert record.args == (1, 16, long)
     assert torch.equal(policy.text([long]), policy.text([long + "blue"]))
 
 
 def test_threshold(selector, images):
-    with pytest.raises(UserError, match="has no threshold; stage 1 of train_rlhf.py calibrates it"):
+    with pytest.raises(UserError, match="threshold"):
         selector.passes(images)
     scores = selector.score(images)
     selector.threshold = threshold_between(scores)
@@ -176,48 +169,42 @@ def test_files_hold_what_is_needed(selector, policy, bert, images, tmp_path):
 
 
 def refused(message, load, *arguments, **named):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         load(*arguments, **named)
-    assert re.search(message, str(caught.value)) and "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_wrong_files_are_refused(selector, policy, bert, tmp_path):
+def test_wrong_files_are_refused(selector, policy, tmp_path):
     save_selector(selector, tmp_path / "s.safetensors")
     save_policy(policy, tmp_path / "p.safetensors")
-    refused(
-        "selector .*absent.* does not exist; train one with scripts/train_rlhf.py", load_selector, tmp_path / "absent"
-    )
-    refused("is no selector: it holds no description", load_selector, tmp_path / "p.safetensors")
-    refused("is no policy", load_policy_judge, tmp_path / "s.safetensors")
-    (tmp_path / "torn").write_bytes((tmp_path / "s.safetensors").read_bytes()[:1000])
-    refused("not a readable safetensors file", load_selector, tmp_path / "torn")
-    about = '{"sizes": {"image_size": 32, "patch_size": 8, "width": 16, "layers": 1, "heads": 2}}'
-    save_file({"x": torch.zeros(1)}, tmp_path / "x", metadata={"selector": about})
-    refused("does not fit the network that it describes", load_selector, tmp_path / "x")
-    save_file({"x": torch.zeros(1)}, tmp_path / "y", metadata={"selector": '{"sizes": 3}'})
-    refused("'sizes' is 3", load_selector, tmp_path / "y")
+    refused("selector .*absent.* does not exist", load_selector, tmp_path / "absent")
+    refused("p.safetensors.* selector", load_selector, tmp_path / "p.safetensors")
+    refused("s.safetensors.* policy", load_policy_judge, tmp_path / "s.safetensors")
+    small = {"image_size": 32, "patch_size": 8, "width": 16, "layers": 1, "heads": 2}
+    for sizes, message in ((small, "x.* does not fit"), (3, "x.*'sizes' is 3")):
+        save_file({"x": torch.zeros(1)}, tmp_path / "x", metadata={"selector": json.dumps({"sizes": sizes})})
+        refused(message, load_selector, tmp_path / "x")
 
 
 def test_another_text_encoder_is_refused_by_name(policy, tmp_path, tiny_pipeline_dir):
     save_policy(policy, tmp_path / "p.safetensors")
     other = write_bert(tmp_path / "other", seed=1)
-    refused(
-        r"trained with the text encoder '.*bert' .*; '.*other' is another",
-        load_policy_judge,
-        tmp_path / "p.safetensors",
-        text_encoder=other,
-    )
+    refused("p.safetensors.*/bert.*/other", load_policy_judge, tmp_path / "p.safetensors", text_encoder=other)
     copy = write_bert(tmp_path / "copy")
     assert load_policy_judge(tmp_path / "p.safetensors", text_encoder=copy).text.name == str(copy)
-    refused("is CLIP's; the Policy needs BERT", TextFeatures, tiny_pipeline_dir)
+    refused("CLIP", TextFeatures, tiny_pipeline_dir)
 
 
-def test_sizes_are_checked():
-    for wrong, message in (
-        ({"image_size": 100}, "image_size 100 of a judge is no multiple of patch_size 16"),
-        ({"heads": 5}, "width 768 of a judge is no multiple of heads 5"),
-        ({"layers": 0}, "layers of a judge is 0"),
-        ({"dropout": 1.0}, "dropout of a judge is 1.0"),
-        ({"dropout": math.nan}, "dropout"),
-    ):
-        refused(message, VisionSizes, **wrong)
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("image_size", 100, "image_size 100 .*patch_size 16"),
+        ("heads", 5, "width 768 .*heads 5"),
+        ("layers", 0, "layers is 0"),
+        ("dropout", 1.0, "dropout is 1.0"),
+        ("dropout", math.nan, "dropout is nan"),
+        ("mlp_ratio", 17, "mlp_ratio is 17"),
+    ],
+)
+def test_sizes_are_checked(field, value, message):
+    refused(message, VisionSizes, **{field: value})

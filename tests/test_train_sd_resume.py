@@ -39,9 +39,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_end(stage, model, train
         patch.setattr(Training, "snapshot", stop)
         train(tmp_path / "stopped", **fields)
     assert len(entries(tmp_path / "stopped" / f"{stage}.jsonl")) > 4  # steps 3 and 4 will be repeated
-    with pytest.raises(
-        UserError, match="unfinished training with sd.learning_rate=0.001, now it is 0.1; give the same"
-    ):
+    with pytest.raises(UserError, match="sd.learning_rate=0.001.* 0.1"):
         train(tmp_path / "stopped", **fields, sd__learning_rate=0.1)
     log = train(tmp_path / "stopped", **fields)
     assert [(e["step"], e.get("loss"), e.get("val_loss")) for e in log] == [

@@ -1,25 +1,25 @@
-"""What a classifier is worth on a labelled split: ranking, decisions and calibration, with intervals.
+"""Performance of a classifier on a labelled split: ranking, decisions and calibration, with intervals.
 
-Written as CSV and JSON (one row an attribute, then one a combination of labels) and as two pictures.
+Written as CSV and JSON (one row per attribute, then one per combination of labels) and as two figures.
 """
 
-import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
+from matplotlib.figure import Figure, SubFigure
+from scipy.special import expit
 
-from ddpo_pytorch.data.tables import table_text
-from ddpo_pytorch.judges.report_pictures import confusion_picture, reliability_picture
+from ddpo_pytorch.data.tables import write_table
 from ddpo_pytorch.utils.cores import product
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.files import atomic_write
+from ddpo_pytorch.utils.files import atomic_write, write_json
 
 BINS = 15
 RESAMPLES = 1000
-# measures that have an interval, in the order of the columns, and their titles in the table.
+# measures with an interval, in the order of the columns, and their titles in the table
 MEASURES = {
     "prevalence": "prevalence",
     "auc": "AUC",
@@ -47,13 +47,13 @@ class Report:
     - auc: probability that an image with the attribute gets a higher logit than one without, ties counting one half;
     - average_precision: mean over the images with the attribute of the precision at their logit, without interpolation;
     - precision, recall, f1, accuracy, specificity at the threshold; prevalence, the share of images with the attribute;
-    - ece: expected calibration error. sigmoid(logit) falls into 15 bins of equal width; the bins' gaps
-      |share with the attribute - mean sigmoid(logit)| are averaged, weighted by their images.
+    - ece: expected calibration error over 15 bins of sigmoid(logit) of equal width, the mean of
+      |share with the attribute - mean sigmoid(logit)| weighted by the images of each bin.
 
     `<measure>_low` and `_high` are the 2.5 % and 97.5 % quantiles over `resamples` bootstrap samples of whole images
     drawn with `seed`; samples in which a measure is undefined do not count. A combination of labels that occurs ("only
     hair+MEL") has its support and, as recall, the share of its images all of whose labels are predicted exactly.
-    A quotient without a denominator is None, as is an AUC where one class is absent.
+    Undefined values (no denominator, or an AUC with one class absent) are None.
 
     Raises UserError for logits that are not finite.
     """
@@ -68,39 +68,34 @@ class Report:
         seed: int = 0,
     ):
         self.names, self.resamples = tuple(names), resamples
-        self.thresholds = {name: (thresholds or {}).get(name, 0.5) for name in self.names}
         self.logits, self.truth = _checked(logits, labels, self.names)
-        self.probabilities = _sigmoid(self.logits)
-        self.predicted = self.probabilities > np.array(list(self.thresholds.values()))
-        self.rows = self._attributes(seed) + self._combinations()
-
-    @property
-    def attributes(self) -> list[dict]:
-        return self.rows[: len(self.names)]
-
-    @property
-    def combinations(self) -> list[dict]:
-        return self.rows[len(self.names) :]
+        self.thresholds = np.array([(thresholds or {}).get(name, 0.5) for name in self.names])
+        self.probabilities = expit(self.logits)
+        self.attributes = self._attributes(seed)
+        self.combinations = self._combinations()
+        self.rows = self.attributes + self.combinations
 
     def _attributes(self, seed: int) -> list[dict]:
         images = len(self.truth)
-        about = self.logits, self.truth
-        thresholds = np.array(list(self.thresholds.values()))
-        point = {name: values[0] for name, values in measure(*about, np.ones((1, images)), thresholds).items()}
-        chunks = [measure(*about, weights, thresholds) for weights in resampled(images, self.resamples, seed)]
+
+        def measured(weights: np.ndarray) -> dict[str, np.ndarray]:
+            return measure(self.logits, self.truth, weights, self.thresholds)
+
+        point = measured(np.ones((1, images)))
+        chunks = [measured(weights) for weights in resampled(images, self.resamples, seed)]
         rows = []
         for index, name in enumerate(self.names):
-            row = dict.fromkeys(COLUMNS) | {"what": name, "threshold": self.thresholds[name]}
-            row |= {count: int(point[count][index]) for count in COUNTS}
+            row = dict.fromkeys(COLUMNS) | {"what": name, "threshold": float(self.thresholds[index])}
+            row |= {count: int(point[count][0, index]) for count in COUNTS}
             row["support"] = row["tp"] + row["fn"]
             for key in MEASURES:
-                values = np.concatenate([chunk[key][:, index] for chunk in chunks] or [np.empty(0)])
-                row |= _interval(key, point[key][index], values)
+                samples = np.concatenate([chunk[key][:, index] for chunk in chunks] or [np.empty(0)])
+                row |= _interval(key, point[key][0, index], samples)
             rows.append(row)
         return rows
 
     def _combinations(self) -> list[dict]:
-        exact = (self.predicted == self.truth).all(1)
+        exact = ((self.probabilities > self.thresholds) == self.truth).all(1)
         present, group = np.unique(self.truth, axis=0, return_inverse=True)
         rows = []
         for index, combination in enumerate(present):
@@ -111,45 +106,88 @@ class Report:
         return rows
 
     def table(self) -> str:
-        """The report as text: a column an attribute, measures with their intervals below; then the combinations."""
-        lines = [["", *self.names], ["support", *(str(row["support"]) for row in self.attributes)]]
-        lines.append(["threshold", *(f"{row['threshold']:.3f}" for row in self.attributes)])
-        for measure, title in MEASURES.items():
-            lines.append([title, *(_cell(row, measure) for row in self.attributes)])
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        text = [
-            f"{len(self.truth)} images; in brackets 95 % intervals from {self.resamples} resamples; - is undefined",
-            *("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines),
-        ]
-        width = max(len(row["what"]) for row in self.combinations)
-        text += ["", f"{'labels of an image':{width}}  images  all predicted exactly"]
-        text += [f"{row['what']:{width}}  {row['support']:6d}  {row['recall']:.3f}" for row in self.combinations]
-        return "\n".join(text)
+        """Return the report as text: a column per attribute, a line per measure; then the combinations."""
+        cells = {"support": [str(row["support"]) for row in self.attributes]}
+        cells["threshold"] = [f"{row['threshold']:.3f}" for row in self.attributes]
+        cells |= {title: [_cell(row, key) for row in self.attributes] for key, title in MEASURES.items()}
+        attributes = pd.DataFrame.from_dict(cells, orient="index", columns=self.names)
+        combinations = pd.DataFrame(
+            [(row["support"], f"{row['recall']:.3f}") for row in self.combinations],
+            index=[row["what"] for row in self.combinations],
+            columns=["images", "all predicted exactly"],
+        )
+        note = f"{len(self.truth)} images; in brackets 95 % intervals from {self.resamples} resamples; - is undefined"
+        return f"{note}\n{attributes.to_string()}\n\n{combinations.to_string()}"
 
     def write(self, stem: str | Path) -> list[Path]:
-        """Write <stem>.csv, .json, _confusion.png and _reliability.png, each of them whole or not at all."""
-        contents = {
-            ".csv": table_text(COLUMNS, self.rows).encode(),
-            ".json": (json.dumps(self.rows, indent=1) + "\n").encode(),
-        }
-        for name, picture in (
-            ("confusion", confusion_picture(self.attributes)),
-            ("reliability", reliability_picture(self.probabilities, self.truth, self.names, BINS)),
-        ):
-            buffer = io.BytesIO()
-            picture.save(buffer, format="PNG")
-            contents[f"_{name}.png"] = buffer.getvalue()
-        written = []
-        for suffix, content in contents.items():
-            path = Path(f"{stem}{suffix}")
+        """Write <stem>.csv, .json, _confusion.png and _reliability.png, each atomically; return the paths."""
+        names = (".csv", ".json", "_confusion.png", "_reliability.png")
+        table, rows, *pictures = paths = [Path(f"{stem}{name}") for name in names]
+        write_table(table, COLUMNS, self.rows)
+        write_json(rows, self.rows)
+        figures = confusion_figure(self.attributes), reliability_figure(self.probabilities, self.truth, self.names)
+        for path, figure in zip(pictures, figures, strict=True):
             with atomic_write(path) as temporary:
-                temporary.write_bytes(content)
-            written.append(path)
-        return written
+                figure.savefig(temporary, format="png")
+        return paths
+
+
+def confusion_figure(rows: Sequence[Mapping]) -> Figure:
+    """Draw each attribute's counts, the truth in rows and the prediction in columns, shaded by the share of the row.
+
+    `rows` have what, threshold, tp, fp, fn, tn.
+    """
+    figure, panels = _panels(len(rows), 3.2, 3.2)
+    for row, panel in zip(rows, panels, strict=True):
+        ax = panel.subplots()
+        counts = np.array([[row["tn"], row["fp"]], [row["fn"], row["tp"]]])
+        totals = counts.sum(1, keepdims=True)
+        shares = np.divide(counts, totals, out=np.zeros((2, 2)), where=totals > 0)
+        ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for (y, x), count in np.ndenumerate(counts):
+            percent = f"{100 * shares[y, x]:.1f} %" if totals[y, 0] else "no image"
+            colour = "white" if shares[y, x] > 0.5 else "black"
+            ax.text(x, y, f"{count}\n{percent}", ha="center", va="center", color=colour)
+        ax.set_xticks((0, 1), ("absent", "present"))
+        ax.set_yticks((0, 1), ("absent", "present"), rotation=90, va="center")
+        ax.set(title=row["what"], xlabel=f"predicted (threshold {row['threshold']:.3f})", ylabel="truth")
+    return figure
+
+
+def reliability_figure(probabilities: np.ndarray, truth: np.ndarray, names: Sequence[str], bins: int = BINS) -> Figure:
+    """Draw each attribute's observed frequency over the mean predicted probability in `bins` bins of equal width.
+
+    Calibrated probabilities lie on the dashed diagonal. The area of a point grows with the images in its bin, which are
+    counted below. `probabilities` and `truth` are (N, H).
+    """
+    figure, panels = _panels(len(names), 3.6, 4.8)
+    for name, predicted, observed, panel in zip(names, probabilities.T, truth.T, panels, strict=True):
+        ax, below = panel.subplots(2, 1, sharex=True, height_ratios=(5, 1))
+        bin_of = np.minimum((predicted * bins).astype(int), bins - 1)
+        counts = np.bincount(bin_of, minlength=bins)
+        used = np.flatnonzero(counts)
+        x = [predicted[bin_of == index].mean() for index in used]
+        y = [observed[bin_of == index].mean() for index in used]
+        ax.plot((0, 1), (0, 1), "--", color="grey")
+        ax.plot(x, y, alpha=0.4)
+        ax.scatter(x, y, 20 + 130 * counts[used] / counts.max(), zorder=3)  # one image must not look like hundreds
+        ax.set(title=name, ylabel="observed frequency", xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))
+        bars = below.bar((np.arange(bins) + 0.5) / bins, counts, 0.9 / bins)
+        below.bar_label(bars, [str(count or "") for count in counts], fontsize=6)
+        below.set(xlabel="mean predicted probability", ylabel="images", yticks=(), ylim=(0, 1.3 * counts.max()))
+    return figure
+
+
+def _panels(count: int, width: float, height: float) -> tuple[Figure, list[SubFigure]]:
+    """Return a figure with `count` panels of this size in inches, in up to three columns."""
+    columns = 2 if count == 4 else min(3, count)
+    rows = -(-count // columns)
+    figure = Figure((columns * width, rows * height), dpi=120, layout="constrained")
+    return figure, list(figure.subfigures(rows, columns, squeeze=False).flat)[:count]
 
 
 def resampled(images: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """`resamples` bootstrap samples of `images` images, in portions (r, images) of how often each image occurs."""
+    """Yield `resamples` bootstrap samples of `images` images as weights (r, images): how often each image occurs."""
     rng = np.random.default_rng(seed)
     for start in range(0, resamples, _CHUNK):
         count = min(_CHUNK, resamples - start)
@@ -161,11 +199,12 @@ def resampled(images: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 def measure(
     logits: np.ndarray, truth: np.ndarray, weights: np.ndarray, thresholds: np.ndarray | float = 0.5
 ) -> dict[str, np.ndarray]:
-    """Counts and measures (R, H) of R samples, in which image n occurs weights[r, n] times; NaN where undefined.
+    """Return counts and measures (R, H) of R samples, in which image n occurs weights[r, n] times; NaN if undefined.
 
-    `logits` (N, H) are finite, `truth` (N, H) is bool, `thresholds` are one or (H,). `Report` says what is measured.
+    `logits` (N, H) are finite, `truth` (N, H) is bool, `thresholds` are one or (H,). `Report` defines the measures.
+    Weights, which torchmetrics lacks, make a bootstrap of thousands of samples a matter of seconds.
     """
-    probabilities = _sigmoid(logits)
+    probabilities = expit(logits)
     predicted = probabilities > thresholds
     total = weights.sum(1, keepdims=True).repeat(truth.shape[1], 1)
     tp, fp, fn, tn = (
@@ -189,7 +228,7 @@ def measure(
 
 
 def one_sided(labels: torch.Tensor, names: Sequence[str]) -> list[tuple[str, str]]:
-    """(attribute, "positive" or "negative") for every class that no row of labels (N, H) has."""
+    """Return (attribute, "positive" or "negative") for every class that no row of labels (N, H) has."""
     counts, absent = (labels > 0).sum(0).tolist(), []
     for name, positives in zip(names, counts, strict=True):
         absent += [(name, "positive")] * (positives == 0) + [(name, "negative")] * (positives == len(labels))
@@ -197,14 +236,14 @@ def one_sided(labels: torch.Tensor, names: Sequence[str]) -> list[tuple[str, str
 
 
 def best_thresholds(logits: torch.Tensor, labels: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
-    """For each attribute the threshold on sigmoid(logit) with the highest F1 on logits, labels (N, H).
+    """Return for each attribute the threshold on sigmoid(logit) with the highest F1 on logits, labels (N, H).
 
-    It lies half-way between the two neighbouring probabilities it separates; of equally good ones the nearest to 0.5.
+    It lies half-way between the two probabilities that it separates; of equally good ones the nearest to 0.5 is taken.
     An attribute without a positive keeps 0.5. Raises UserError for logits that are not finite.
     """
     thresholds, (scores, truth) = {}, _checked(logits, labels, names)
     for index, name in enumerate(names):
-        values, group = np.unique(_sigmoid(scores[:, index]), return_inverse=True)
+        values, group = np.unique(expit(scores[:, index]), return_inverse=True)
         claimed = np.bincount(group.reshape(-1))[::-1].cumsum()[::-1]  # images at this probability or above
         hits = np.bincount(group.reshape(-1), weights=truth[:, index])[::-1].cumsum()[::-1]
         f1 = 2 * hits / (claimed + hits[0])
@@ -224,12 +263,8 @@ def _checked(logits, labels, names: Sequence[str]) -> tuple[np.ndarray, np.ndarr
     return scores, truth
 
 
-def _sigmoid(logits: np.ndarray) -> np.ndarray:
-    return (1 + np.tanh(logits / 2)) / 2  # exp(-logit) would overflow
-
-
 def _ranking(weights: np.ndarray, scores: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """AUC and average precision (R,) of one attribute for weights (R, N); NaN where a class is absent."""
+    """Return AUC and average precision (R,) of one attribute for weights (R, N); NaN where a class is absent."""
     order = np.argsort(-scores)
     starts = np.flatnonzero(np.diff(scores[order], prepend=np.inf))  # of groups with equal scores, highest first
     weights, truth = weights[:, order], truth[order]
@@ -244,7 +279,7 @@ def _ranking(weights: np.ndarray, scores: np.ndarray, truth: np.ndarray) -> tupl
 
 
 def _gap(weights: np.ndarray, probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Expected calibration error (R,) of one attribute for weights (R, N)."""
+    """Return the expected calibration error (R,) of one attribute for weights (R, N)."""
     bins = np.minimum((probabilities * BINS).astype(int), BINS - 1)
     excess = np.zeros((len(truth), BINS))
     excess[np.arange(len(truth)), bins] = truth - probabilities

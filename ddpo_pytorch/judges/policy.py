@@ -1,7 +1,7 @@
-"""The Policy: how well an image shows what its prompt says, in [0, 1].
+"""The Policy scores how well an image shows what its prompt says, in [0, 1].
 
-Vision transformer (12 layers at full size) beside the [CLS] state of a frozen BERT; the two are joined and go through
-width + text width -> width -> width / 2 -> 1 (1536 -> 768 -> 384 -> 1), with LayerNorm, ReLU and dropout in between.
+Features of a vision transformer (12 layers at full size) and the [CLS] state of a frozen BERT are concatenated and go
+through width + text width -> width -> width / 2 -> 1 (1536 -> 768 -> 384 -> 1), with LayerNorm, ReLU and dropout.
 """
 
 import dataclasses
@@ -15,20 +15,25 @@ from torch import nn
 
 from ddpo_pytorch.generator.text import embed, has_mask, load_text_encoder, too_long
 from ddpo_pytorch.judges.selector import Selector, load_selector
-from ddpo_pytorch.judges.vit import ImageEncoder, VisionSizes, build, read_judge, save_judge, scoring, sizes_of
+from ddpo_pytorch.judges.vit import SIZES, ImageEncoder, VisionSizes, build, read_judge, read_sizes, save_judge, scoring
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 SELECTOR_FILE, POLICY_FILE = "selector.safetensors", "policy.safetensors"
+DESCRIPTION = {
+    "sizes": SIZES,
+    "text": {"name": str, "tokens": range(2, 2**16), "fingerprint": str},
+    "origin?": dict,
+}
 
 
 class TextFeatures:
-    """The frozen text encoder: prompts -> [CLS] states (N, D), each computed once and alone.
+    """Frozen text encoder: prompts -> [CLS] states (N, D), cached by prompt.
 
-    Alone, because in a batch the last bits depend on the neighbours. A prompt of more than `tokens` tokens is cut; a
-    warning says how many are. Raises UserError for an encoder that is not BERT: of CLIP, whose attention looks
-    backwards only, the first state is the same for every prompt.
+    Prompts are encoded one by one, since in a batch the last bits depend on the other prompts. Those of more than
+    `tokens` tokens are cut, with a warning. Raises UserError for an encoder that is not BERT: CLIP's attention looks
+    backwards only, so its first state is the same for every prompt.
     """
 
     def __init__(self, model: str | Path, tokens: int = 256, device: str | torch.device = "cpu"):
@@ -38,26 +43,25 @@ class TextFeatures:
             raise UserError(f"text encoder {self.name!r} is CLIP's; the Policy needs BERT, whose [CLS] sees all tokens")
         self.width = self._encoder.config.hidden_size
         self.fingerprint = fingerprint(self._encoder, self._tokenizer)[:16]
-        self._known: dict[str, torch.Tensor] = {}
+        self._cache: dict[str, torch.Tensor] = {}
 
     def __call__(self, prompts: Sequence[str]) -> torch.Tensor:
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
         if cut := too_long(self._tokenizer, new):
             logger.warning(
-                "%d of %d prompts have more than %d tokens and are cut, e.g. %.60r...",
-                *(len(cut), len(new), self._tokenizer.model_max_length, cut[0]),
+                "%d prompts exceed %d tokens and are truncated, the first is %r", len(cut), self.tokens, cut[0]
             )
         for prompt in new:
-            self._known[prompt] = embed(self._tokenizer, self._encoder, [prompt])[0, 0].float()
-        return torch.stack([self._known[prompt] for prompt in prompts])
+            self._cache[prompt] = embed(self._tokenizer, self._encoder, [prompt])[0, 0].float()
+        return torch.stack([self._cache[prompt] for prompt in prompts])
 
 
 class Policy(nn.Module):
-    """Images and the features of their prompts -> one logit each; the score is its sigmoid.
+    """Images and their prompts' features -> one logit each; the score is its sigmoid.
 
-    `text` is no part of the module: its weights are neither trained nor saved. Its features are centred and scaled by
-    what `fit_text` has found, since [CLS] states of captions of one kind differ little. `origin` is what the Policy was
-    trained on and how (plain values).
+    `text` is no submodule: its weights are neither trained nor saved. Its features are centred and scaled as `fit_text`
+    determines, since [CLS] states of similar captions differ little. `origin` holds training data and settings (plain
+    values).
     """
 
     def __init__(self, sizes: VisionSizes, text: TextFeatures):
@@ -83,57 +87,53 @@ class Policy(nn.Module):
         return self.head(torch.cat([self.encoder(pixels), text_features], dim=1)).squeeze(-1)
 
     def fit_text(self, prompts: Iterable[str]) -> None:
-        """Centre the features of these prompts, each taken once, and bring their mean square to 1.
+        """Centre the features of the distinct prompts and scale them to mean square 1 (a single one is only centred).
 
-        One number scales all features, so that their geometry is kept. One prompt alone is only centred.
+        One number scales all features, which preserves their geometry.
         """
         features = self.text(sorted(set(prompts))).to(self.text_mean.device)
         self.text_mean.copy_(features.mean(0))
-        spread = (features - self.text_mean).square().mean().sqrt()
-        self.text_scale.copy_(spread if len(features) > 1 and spread > 0 else torch.ones(()))
+        scale = (features - self.text_mean).square().mean().sqrt()
+        self.text_scale.copy_(scale if len(features) > 1 and scale > 0 else torch.ones(()))
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Images (B, 3, H, W) in [0, 1] with a prompt each -> scores (B,), float32 in [0, 1], without dropout."""
+        """Images (B, 3, H, W) in [0, 1], one prompt each -> scores (B,), float32 in [0, 1], without dropout."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images have {len(prompts)} prompts; give one each")
         device = next(self.parameters()).device
         with scoring(self):
             return self(self.preprocess(images.to(device)), self.text(prompts).to(device)).float().sigmoid()
 
-    def compute_value(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """The baseline V (B,) of stage 2: the score itself as a constant."""
-        return self.score(images, prompts)
-
 
 def save_policy(policy: Policy, path: str | Path) -> None:
-    """Write safetensors of all but the text encoder, with its name and fingerprint inside; whole or not at all."""
+    """Write safetensors of all but the text encoder, whose name and fingerprint go to the metadata, atomically."""
     text = {name: getattr(policy.text, name) for name in ("name", "tokens", "fingerprint")}
-    about = {"sizes": dataclasses.asdict(policy.sizes), "text": text, "origin": policy.origin}
-    save_judge(path, "policy", policy, about)
+    description = {"sizes": dataclasses.asdict(policy.sizes), "text": text, "origin": policy.origin}
+    save_judge(path, "policy", policy, description)
 
 
 def load_policy_judge(path: str | Path, device: str | torch.device = "cpu", text_encoder: str | Path = "") -> Policy:
-    """Open a Policy, frozen and in eval mode.
+    """Load a Policy, frozen and in eval mode.
 
-    `text_encoder` is the place of its text encoder, where that is no longer the one that the file states. Raises
-    UserError for a missing or other file, and for another text encoder than it was trained with.
+    `text_encoder` replaces the location of its text encoder that the file states. Raises UserError for a missing or
+    other file, and for another text encoder than the Policy was trained with.
     """
-    about, weights = read_judge(path, "policy")
-    sizes = sizes_of(about, "policy", path)
-    text = TextFeatures(text_encoder or about["text"]["name"], about["text"]["tokens"], device)
-    if text.fingerprint != about["text"]["fingerprint"]:
+    description, weights = read_judge(path, "policy", DESCRIPTION)
+    sizes, trained = read_sizes(description, path), description["text"]
+    text = TextFeatures(text_encoder or trained["name"], trained["tokens"], device)
+    if text.fingerprint != trained["fingerprint"]:
         raise UserError(
-            f"{str(path)!r} was trained with the text encoder {about['text']['name']!r} (fingerprint "
-            f"{about['text']['fingerprint']}); {text.name!r} is another one ({text.fingerprint}): give that one"
+            f"{str(path)!r} was trained with the text encoder {trained['name']!r} (fingerprint "
+            f"{trained['fingerprint']}); {text.name!r} is another one ({text.fingerprint}): give the former"
         )
     policy = build(lambda: Policy(sizes, text), weights, path)
-    policy.origin = about.get("origin", {})
-    return policy.requires_grad_(False).eval().to(device)
+    policy.origin = description.get("origin", {})
+    return policy.to(device)
 
 
 def load_judges(
     folder: str | Path, device: str | torch.device = "cpu", text_encoder: str | Path = ""
 ) -> tuple[Selector, Policy]:
-    """Selector and Policy of a folder that train_rlhf.py wrote. Raises UserError as the two loaders do."""
+    """Load Selector and Policy from an output folder of train_rlhf.py. Raises UserError as the two loaders do."""
     folder = Path(folder)
     return load_selector(folder / SELECTOR_FILE, device), load_policy_judge(folder / POLICY_FILE, device, text_encoder)

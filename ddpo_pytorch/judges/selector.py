@@ -1,4 +1,4 @@
-"""The Selector: the quality of an image in [0, 1], whatever it was meant to show, and the score from which it passes.
+"""The Selector scores the quality of an image in [0, 1], whatever it was meant to show; a threshold accepts or rejects.
 
 Vision transformer (patch 16, width 768, 6 layers, 12 heads at full size), then width -> 256 -> 64 -> 1.
 """
@@ -11,20 +11,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpo_pytorch.judges.vit import ImageEncoder, VisionSizes, build, read_judge, save_judge, scoring, sizes_of
+from ddpo_pytorch.judges.vit import SIZES, ImageEncoder, VisionSizes, build, read_judge, read_sizes, save_judge, scoring
 from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.json_files import OneOf
 
 HEAD = (256, 64)
 MLP_RATIO = 8 / 3  # of its blocks: 2048 at width 768
+DESCRIPTION = {"sizes": SIZES, "threshold?": OneOf((float, None)), "calibration?": dict, "origin?": dict}
 
 
 class Selector(nn.Module):
     """Images -> one logit each; the score is its sigmoid.
 
     Attributes:
-        threshold: score from which an image passes, or None before it is calibrated.
-        calibration: how the threshold came about (plain values), for people.
-        origin: what the Selector was trained on and how (plain values).
+        threshold: lowest score that passes, or None before calibration.
+        calibration: how the threshold was chosen (plain values), for people.
+        origin: training data and settings (plain values).
     """
 
     def __init__(self, sizes: VisionSizes):
@@ -54,27 +56,27 @@ class Selector(nn.Module):
             return self(self.preprocess(images.to(next(self.parameters()).device))).float().sigmoid()
 
     def passes(self, images: torch.Tensor) -> torch.Tensor:
-        """Which images (B,) score `threshold` or more. Raises UserError before there is a threshold."""
+        """Images (B, 3, H, W) -> bool (B,), whether each scores `threshold` or more."""
         return self.accepts(self.score(images))
 
     def accepts(self, scores: torch.Tensor) -> torch.Tensor:
-        """The same for scores that are known."""
+        """Scores (B,) -> bool (B,). Raises UserError if there is no threshold yet."""
         if self.threshold is None:
             raise UserError("the Selector has no threshold; stage 1 of train_rlhf.py calibrates it")
         return scores >= self.threshold
 
 
 def save_selector(selector: Selector, path: str | Path) -> None:
-    """Write safetensors with sizes, threshold, calibration and origin inside; whole or not at all."""
-    about = {name: getattr(selector, name) for name in ("threshold", "calibration", "origin")}
-    save_judge(path, "selector", selector, about | {"sizes": dataclasses.asdict(selector.sizes)})
+    """Write safetensors with sizes, threshold, calibration and origin in the metadata, atomically."""
+    description = {name: getattr(selector, name) for name in ("threshold", "calibration", "origin")}
+    save_judge(path, "selector", selector, description | {"sizes": dataclasses.asdict(selector.sizes)})
 
 
 def load_selector(path: str | Path, device: str | torch.device = "cpu") -> Selector:
-    """Open a Selector, frozen and in eval mode. Raises UserError for a missing or other file."""
-    about, weights = read_judge(path, "selector")
-    sizes = sizes_of(about, "selector", path)
+    """Load a Selector, frozen and in eval mode. Raises UserError for a missing or other file."""
+    description, weights = read_judge(path, "selector", DESCRIPTION)
+    sizes = read_sizes(description, path)
     selector = build(lambda: Selector(sizes), weights, path)
-    selector.threshold = about.get("threshold")
-    selector.calibration, selector.origin = about.get("calibration", {}), about.get("origin", {})
-    return selector.requires_grad_(False).eval().to(device)
+    selector.threshold = description.get("threshold")
+    selector.calibration, selector.origin = description.get("calibration", {}), description.get("origin", {})
+    return selector.to(device)

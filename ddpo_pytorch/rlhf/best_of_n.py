@@ -1,4 +1,4 @@
-"""Best of N: images are drawn for a prompt until enough of them pass the Selector; the Policy ranks those."""
+"""Best of N: draw images for a prompt until enough of them pass the Selector, and rank those by the Policy."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from ddpo_pytorch.utils.randomness import Stream, derived_seed, text_number
 
 
 class Candidate(NamedTuple):
-    """One image that was drawn: uint8 (3, H, W), the seed of its noise, both scores, whether it passed."""
+    """A drawn image: uint8 (3, H, W), the seed of its noise, both scores, whether it passed."""
 
     image: torch.Tensor
     attempt: int
@@ -30,9 +30,9 @@ class Candidate(NamedTuple):
 
 @dataclass
 class Request:
-    """A prompt for which images are wanted, for the `repetition`-th time, and those kept so far.
+    """The `repetition`-th search for images of a prompt, and its candidates so far.
 
-    Kept are the images that passed; where none did in all attempts, the last one.
+    `kept` holds the images that passed, or only the last one while none did.
     """
 
     prompt: str
@@ -42,7 +42,7 @@ class Request:
 
     @property
     def best(self) -> Candidate:
-        """Of those that passed, the one of highest Policy score; the last one where none did."""
+        """Return the kept image of highest Policy score."""
         return max(self.kept, key=lambda one: one.policy)
 
     def add(self, candidate: Candidate) -> None:
@@ -63,11 +63,11 @@ def best_of_n(
     batch_size: int,
     seed: int,
 ) -> Iterator[Request]:
-    """Serve the requests, each until `num_candidates` images have passed or `max_attempts` are drawn; in that order.
+    """Yield each request once `num_candidates` images have passed or `max_attempts` are drawn.
 
     The image of an attempt is a function of (seed, prompt, repetition, attempt). At most `batch_size` requests are open
     at a time, so that memory does not grow with their number. Scores are those of images in 8 bits, as they are stored.
-    An image that is not finite has not passed; UserError where all of a request's images are so.
+    Images that are not finite do not pass; a batch without any finite one raises UserError.
     """
     waiting = deque(requests)
     while waiting:
@@ -82,8 +82,8 @@ def best_of_n(
         quality, alignment = selector.score(stored), policy.score(stored, [one.prompt for one in batch])
         passed = (selector.accepts(quality).cpu() & finite.cpu()).tolist()
         rows = zip(pixels.cpu(), seeds, quality.tolist(), alignment.tolist(), passed, strict=True)
-        for one, (image, noise, good, aligned, passes) in zip(batch, rows, strict=True):
-            one.add(Candidate(image, one.attempts, noise, good, aligned, passes))
+        for one, (image, image_seed, selector_score, policy_score, passes) in zip(batch, rows, strict=True):
+            one.add(Candidate(image, one.attempts, image_seed, selector_score, policy_score, passes))
         if not finite.any():
             raise UserError(f"images of {batch[0].prompt!r} are not finite; use mixed_precision bf16 or no")
         open_ones = []
@@ -97,10 +97,10 @@ def best_of_n(
 
 
 def log_entries(request: Request, max_attempts: int) -> list[tuple[dict[str, Any], torch.Tensor]]:
-    """What image_log.json states about each kept image of a request, and its pixels.
+    """Return the entry of image_log.json and the pixels of each kept image of a request.
 
-    A file is named after modality, number and both scores: Fundus_3_selector_0.87_policy_0.64.png. The reward is
-    `rewards.fundus_alignment`'s.
+    A file is named by modality, number and both scores: Fundus_3_selector_0.87_policy_0.64.png. The reward is that of
+    `rewards.fundus_alignment`.
     """
     best, entries = request.best, []
     for one in request.kept:

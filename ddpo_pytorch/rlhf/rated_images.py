@@ -1,4 +1,4 @@
-"""Rated images in memory, and what a judge's scores of held-out ones are worth: all measures alike for any order."""
+"""Rated images in memory, and measures of a judge's scores on held-out ones."""
 
 import hashlib
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from scipy.stats import rankdata, spearmanr
 
 from ddpo_pytorch.data.fundus import names_side
 from ddpo_pytorch.data.images import fov_square, read_rgb, to_uint8
@@ -21,7 +22,7 @@ from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.randomness import Stream, generator_of
 
-COLUMNS = ("quality", "alignment")  # what the Selector learns, and the Policy
+COLUMNS = ("quality", "alignment")  # learned by the Selector and the Policy
 BINS = 10  # of the calibration error
 
 
@@ -31,10 +32,10 @@ class RatedSet:
 
     Attributes:
         images: uint8 (N, 3, S, S).
-        prompts: of each.
+        prompts: N texts.
         rewards: (N,) in [0, 1] for each of COLUMNS.
         weights: (N,) in (0, 1], of the raters.
-        mirrored: bool (N,), whether its mirror image is as good: not if the prompt names an eye or a side.
+        mirrored: bool (N,), whether the mirror image is as good: not if the prompt names an eye or a side.
         digest: hash of names, prompts, ratings, weights and size.
     """
 
@@ -49,99 +50,90 @@ class RatedSet:
         return len(self.images)
 
     def subset(self, indices: torch.Tensor) -> "RatedSet":
-        """The images of these numbers, in their order."""
+        """Return the images with these indices, in that order."""
         rewards = {name: values[indices] for name, values in self.rewards.items()}
         digest = hashlib.sha256(json.dumps([self.digest, indices.tolist()]).encode()).hexdigest()[:12]
         prompts = tuple(self.prompts[index] for index in indices.tolist())
         return RatedSet(self.images[indices], prompts, rewards, self.weights[indices], self.mirrored[indices], digest)
 
     def flips(self, seed: int, epoch: int) -> torch.Tensor:
-        """Which images (N,) epoch number `epoch` shows mirrored: each that may be with probability 1/2."""
+        """Draw the images (bool (N,)) to mirror in an epoch: each `mirrored` one with probability 1/2."""
         return (torch.rand(len(self), generator=generator_of(seed, Stream.NOISE, epoch)) < 0.5) & self.mirrored
 
 
 def read_rated(rated: Sequence[RatedImage], size: int) -> RatedSet:
-    """Decode images to size x size pixels, as a judge does that scores them (`vision.resized`).
+    """Decode images to size x size pixels with the judges' own resizing (`judges.vit.resized`).
 
-    One that is no square is first cut to its field of view and padded with black. Raises UserError for a file that
-    cannot be read.
+    Images that are not square are first cut to their field of view and padded with black. Raises UserError for a file
+    that cannot be read.
     """
+
+    def pixels(path: Path) -> torch.Tensor:
+        picture = read_rgb(path)
+        if picture.width != picture.height:
+            picture = fov_square(picture)
+        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        return to_uint8(resized(image[None].float() / 255, size)[0])
+
     with ThreadPoolExecutor(thread_limit()) as pool:
-        images = torch.stack(list(pool.map(lambda image: _pixels(image.path, size), rated)))
-    about = [[Path(one.image).name, one.prompt, one.quality, one.alignment, one.weight] for one in rated]
+        images = torch.stack(list(pool.map(lambda one: pixels(one.path), rated)))
+    rows = [[Path(one.image).name, one.prompt, one.quality, one.alignment, one.weight] for one in rated]
     return RatedSet(
         images,
         tuple(one.prompt for one in rated),
         {name: torch.tensor([one.reward(name) for one in rated], dtype=torch.float32) for name in COLUMNS},
         torch.tensor([one.weight for one in rated], dtype=torch.float32),
         torch.tensor([not names_side(one.prompt) for one in rated]),
-        hashlib.sha256(json.dumps([size, about]).encode()).hexdigest()[:12],
+        hashlib.sha256(json.dumps([size, rows]).encode()).hexdigest()[:12],
     )
 
 
 def through_autoencoder(rated: RatedSet, vae: AutoencoderKL, batch_size: int) -> RatedSet:
-    """The set with its images encoded and decoded once, as the generator would draw them at its best."""
+    """Encode and decode the images once, which gives them the softness of generated ones."""
     images = torch.cat([reconstruct(vae, part) for part in rated.images.split(batch_size)])
-    digest = fingerprint(rated.digest, vae)[:12]
-    return replace(rated, images=images, digest=digest)
-
-
-def _pixels(path: str | Path, size: int) -> torch.Tensor:
-    picture = read_rgb(path)
-    if picture.width != picture.height:
-        picture = fov_square(picture)
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    return to_uint8(resized(pixels[None].float() / 255, size)[0])
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks (N,) from 1; equal values share the mean of theirs."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
-
-
-def spearman(scores: np.ndarray, rewards: np.ndarray) -> float | None:
-    """Correlation of ranks; None where either is constant."""
-    x, y = (ranks(values) - (len(values) + 1) / 2 for values in (scores, rewards))
-    spread = np.sqrt((x * x).sum() * (y * y).sum())
-    return float((x * y).sum() / spread) if spread > 0 else None
+    return replace(rated, images=images, digest=fingerprint(rated.digest, vae)[:12])
 
 
 def auc(scores: np.ndarray, good: np.ndarray) -> float | None:
-    """Chance that a good image scores above a bad one, ties counting half; None where either kind is absent."""
+    """Return the probability that a good image scores above a bad one, ties counting half; None if one kind is absent.
+
+    float64, which torchmetrics' binary_auroc is not.
+    """
     positives, negatives = int(good.sum()), int((~good).sum())
     if not positives or not negatives:
         return None
-    return float((ranks(scores)[good].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    rank_sum = rankdata(scores)[good].sum()
+    return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
 
 
 def calibration_error(scores: np.ndarray, rewards: np.ndarray) -> float:
-    """Mean distance of mean score and mean reward over ten equal bins of the score, weighted by their images."""
+    """Return the mean of |mean score - mean reward| over ten equal bins of the score, weighted by their images."""
     bins = np.minimum((scores * BINS).astype(int), BINS - 1)
     return float(np.abs(np.bincount(bins, scores - rewards, BINS)).sum() / len(scores))
 
 
 def measures(scores: torch.Tensor, rewards: torch.Tensor, threshold: float | None = None) -> dict[str, float | None]:
-    """What scores (N,) say of rewards (N,), both in [0, 1].
+    """Compare scores (N,) with rewards (N,), both in [0, 1].
 
-    mae (mean absolute error), spearman, auc (of a rating of 2 or more), calibration_error and, for a threshold,
-    pass_rate (share of scores at or above it).
+    Returns mae (mean absolute error), spearman (None if either is constant), auc (of a rating of 2 or more),
+    calibration_error and, given a threshold, pass_rate (share of scores at or above it).
     """
     x, y = (values.double().numpy() for values in (scores, rewards))
-    found = {
+    constant = np.ptp(x) == 0 or np.ptp(y) == 0
+    result = {
         "mae": float(np.abs(x - y).mean()),
-        "spearman": spearman(x, y),
+        "spearman": None if constant else float(spearmanr(x, y).statistic),
         "auc": auc(x, y >= 0.5),
         "calibration_error": calibration_error(x, y),
     }
-    return found if threshold is None else found | {"pass_rate": (scores >= threshold).double().mean().item()}
+    return result if threshold is None else result | {"pass_rate": (scores >= threshold).double().mean().item()}
 
 
 def best_threshold(scores: torch.Tensor, rewards: torch.Tensor) -> tuple[float, float]:
-    """Threshold with the highest Youden's J, and J = sensitivity + specificity - 1 for a rating of 2 or more.
+    """Return the threshold with the highest J, and J = sensitivity + specificity - 1 (Youden) for ratings of 2 or more.
 
-    It is the middle between two neighbouring scores, so that neither depends on its last bits; of equal J the lowest.
-    One that passes everything is taken only where all scores are equal. Raises UserError without images of both kinds.
+    It lies in the middle between two neighbouring scores, so that neither depends on its last bits; among equal J the
+    lowest is taken. It passes everything only if all scores are equal. Raises UserError without both kinds of images.
     """
     x, good = scores.double().numpy(), rewards.numpy() >= 0.5
     if good.all() or not good.any():
@@ -151,6 +143,6 @@ def best_threshold(scores: torch.Tensor, rewards: torch.Tensor) -> tuple[float, 
         return float(levels[0]), 0.0
     middles = (levels[:-1] + levels[1:]) / 2
     youden = np.array([(x[good] >= middle).mean() - (x[~good] >= middle).mean() for middle in middles])
-    best = int(np.argmax(youden.round(12)))  # equal but for the last bits is equal
+    best = int(np.argmax(youden.round(12)))  # differences in the last bits are ties
     threshold = float(np.float32(middles[best]))  # scores are compared in float32
     return (threshold if threshold > levels[best] else float(levels[best + 1])), float(youden[best])

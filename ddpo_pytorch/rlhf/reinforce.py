@@ -1,7 +1,7 @@
 """The rule by which Selector and Policy learn from ratings.
 
-A judge gives an image the score p = sigmoid(z) in (0, 1); experts gave it the reward R = (r - 1) / 2, from a rating r
-of 1, 2 or 3. No action is drawn: the score is the action. With sg() for "as a constant", the advantage is
+A judge gives an image the score p = sigmoid(z) in (0, 1); experts gave it the reward R = (r - 1) / 2 for a rating r of
+1, 2 or 3. The score itself is the action, which is not sampled. With sg() for stop-gradient, the advantage is
 
     A = sg(R - p)          on all rated images (stage 1),
     A = sg(R - V)          with the baseline V = sg(p) (stage 2),
@@ -12,14 +12,14 @@ and the loss is the mean over samples of w L, w = (expert level / 3) x (importan
     log             -A log p                                        dL/dz = -A (1 - p)
     delta           -A p                                            dL/dz = -A p (1 - p)
 
-A gradient step raises p where R > p, lowers it where R < p, and rests at p = R. "log" is REINFORCE as in the public
-code, whose |R - p| in place of A sent scores of bad images up; "delta" is the update that its documentation states,
-p + alpha (R - p) grad p. It is slow where p is near 0 or 1 and the reward is far away, "log" is where p is near 1; the
-symmetric form is slow at neither end.
+A gradient step raises p where R > p, lowers it where R < p, and stops at p = R. "log" is REINFORCE as in the official
+code, which had |R - p| in place of A and so raised scores of bad images; "delta" is the update of its documentation,
+p + alpha (R - p) grad p. "delta" is slow at p near 0 or 1 far from the reward, "log" at p near 1, the symmetric form at
+neither end.
 
-Since the action is deterministic and the baseline is the score, this REINFORCE is regression of the score on the
-reward: "delta" has exactly the gradient of (R - p)^2 / 2. Stage 2's advantage is that of stage 1 but for dropout; what
-changes in stage 2 is the set of samples, the learning rate and, where asked for, the importance weight.
+Since the action is deterministic and the baseline is the score, this REINFORCE is a regression of the score on the
+reward: "delta" has exactly the gradient of (R - p)^2 / 2. Stage 2's advantage is that of stage 1 without dropout; stage
+2 differs in its samples, its learning rate and, optionally, the importance weights.
 """
 
 import torch
@@ -32,34 +32,32 @@ OBJECTIVES = ("symmetric_log", "log", "delta")
 
 
 def advantages(rewards: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Signed advantages R - V (B,), without a gradient. `values` are scores or a baseline in [0, 1]."""
+    """Return signed advantages R - V (B,), without a gradient. `values` are scores or a baseline in [0, 1]."""
     if rewards.shape != values.shape:
-        raise ValueError(f"rewards {tuple(rewards.shape)} and values {tuple(values.shape)} must have one shape")
+        raise ValueError(f"rewards {tuple(rewards.shape)} and values {tuple(values.shape)} must have the same shape")
     return (rewards - values).detach()
 
 
 def reinforce_loss(
     logits: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor, objective: str = "symmetric_log"
 ) -> torch.Tensor:
-    """Mean of w L over samples, a scalar: see the head of this file.
+    """Return the mean of w L over samples, a scalar; see the module docstring.
 
     Args:
         logits: (B,) of the scores, with gradients.
-        advantages: (B,) from `advantages`; no gradient passes through them.
-        weights: (B,) of the samples, 0 or more.
+        advantages: (B,), treated as constants.
+        weights: (B,), 0 or more.
         objective: one of OBJECTIVES.
 
     Raises:
-        UserError: another objective.
+        UserError: unknown objective.
         ValueError: shapes differ; (B,) against (B, 1) would pair every sample with every other.
     """
     if objective not in OBJECTIVES:
         raise UserError(f"rlhf.objective is {objective!r}; allowed are {', '.join(OBJECTIVES)}")
     if not logits.shape == advantages.shape == weights.shape:
-        raise ValueError(
-            f"logits {tuple(logits.shape)}, advantages {tuple(advantages.shape)} and weights {tuple(weights.shape)} "
-            "must have one shape"
-        )
+        shapes = ", ".join(str(tuple(values.shape)) for values in (logits, advantages, weights))
+        raise ValueError(f"logits, advantages and weights must have the same shape, not {shapes}")
     advantages, weights = advantages.detach(), weights.detach()
     if objective == "delta":
         gains = advantages * logits.sigmoid()
@@ -73,7 +71,7 @@ def reinforce_loss(
 def importance_weights(
     selector_scores: torch.Tensor, policy_scores: torch.Tensor, low: float, high: float
 ) -> torch.Tensor:
-    """sg(P_selector / P_policy) (B,), clipped to [low, high], then divided by its mean; no gradient."""
+    """Return sg(P_selector / P_policy) (B,), clipped to [low, high], then divided by its mean; no gradient."""
     check_pair("rlhf.importance_range", (low, high), POSITIVE, equal=True)
     ratio = selector_scores.detach() / policy_scores.detach().clamp(min=torch.finfo(torch.float32).tiny)
     ratio = ratio.clamp(low, high)

@@ -1,13 +1,15 @@
-"""A stage of learning from ratings: Selector and Policy on all rated images, or the Policy on what the Selector passes.
+"""A stage of learning from ratings: both judges on all rated images, or the Policy on those that the Selector passes.
 
-Order, flips and dropout of an epoch are functions of (seed, stage, epoch, process), so that a training that was stopped
-and started again ends with the weights of one that was not. The last epoch's weights are kept: the learning rate has
-run out by then, and choosing an epoch by the held-out images would flatter the figures that are measured on them.
+Order, flips and dropout of an epoch are functions of (seed, stage, epoch, process), so that a resumed training ends
+with the same weights as an uninterrupted one. The last epoch's weights are kept: the learning rate has decayed by then,
+and choosing an epoch on the held-out images would bias the metrics measured on them.
 """
 
+import logging
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from accelerate.utils import broadcast
 from ml_collections import ConfigDict
 from torch import nn
 
-from ddpo_pytorch.judges.epochs import EpochBatches
+from ddpo_pytorch.judges.classifier_training import EpochBatches, reset_scaler
 from ddpo_pytorch.judges.policy import Policy
 from ddpo_pytorch.judges.selector import Selector
 from ddpo_pytorch.rlhf.rated_images import RatedSet, best_threshold, measures
@@ -35,17 +37,13 @@ from ddpo_pytorch.utils.settings import (
     check_pair,
     check_ranges,
 )
+from ddpo_pytorch.utils.training_state import TrainState
 
+logger = logging.getLogger(__name__)
 COLUMN = {"selector": "quality", "policy": "alignment"}
-PLACES = (
-    "ratings",
-    "data_path",
-    "val_ratings",
-    "output",
-    "stages",
-    "text_encoder",
-    "autoencoder",
-)  # known by what is in them
+# settings that do not identify a stage: paths, of which the contents do, and for stage 1 those of stage 2
+PATHS = ("ratings", "data_path", "val_ratings", "output", "stages", "text_encoder", "autoencoder")
+SECOND_ONLY = ("second_learning_rate", "importance", "importance_range", "replay_share")
 RANGES = {
     **dict.fromkeys(("num_epochs", "batch_size", "text_tokens"), ONE_OR_MORE),
     **dict.fromkeys(("learning_rate", "second_learning_rate", "final_learning_rate"), POSITIVE),
@@ -53,40 +51,37 @@ RANGES = {
     "warmup_steps": ZERO_OR_MORE,
     "weight_decay": NOT_NEGATIVE,
 }
-SECOND_ONLY = ("second_learning_rate", "importance", "importance_range", "replay_share")
 
 
 def check_settings(rlhf: ConfigDict) -> None:
-    """Refuse settings that cannot work (UserError)."""
+    """Raise UserError for settings outside their range."""
     if tuple(rlhf.stages) not in ((1,), (2,), (1, 2)):
         raise UserError(f"rlhf.stages is {tuple(rlhf.stages)}; allowed are (1,), (2,) and (1, 2)")
     check_choices(rlhf, {"objective": OBJECTIVES}, "rlhf.")
-    check_ranges(rlhf, RANGES, "rlhf.")
-    if rlhf.threshold is not None:
-        check_ranges(rlhf, {"threshold": SHARE}, "rlhf.")
+    check_ranges(rlhf, RANGES if rlhf.threshold is None else RANGES | {"threshold": SHARE}, "rlhf.")
     check_pair("rlhf.importance_range", rlhf.importance_range, POSITIVE, equal=True)
 
 
 def chosen_samples(passed: torch.Tensor, replay_share: float, seed: int) -> torch.Tensor:
-    """Numbers of stage 2's samples, ascending: all that passed (bool (N,)), and some that did not.
+    """Return the indices of stage 2's samples, ascending: all that passed (bool (N,)), and a share that did not.
 
-    As many of the latter, drawn by `seed`, as make up `replay_share` of the samples; all of them if there are fewer.
-    Raises UserError where nothing passed.
+    The latter are drawn with `seed` to make up `replay_share` of the samples, or all if there are fewer. Raises
+    UserError if nothing passed.
     """
     if not passed.any():
         raise UserError(
-            f"the Selector passes none of {len(passed)} rated images, so stage 2 has nothing to learn from; stage 1's "
-            "files are as they were: lower rlhf.threshold, or train stage 1 for longer or on more ratings elsewhere"
+            f"the Selector passes none of {len(passed)} rated images, so stage 2 has no samples; stage 1's files are "
+            "unchanged: lower rlhf.threshold, or train stage 1 for longer or on more ratings elsewhere"
         )
     accepted, rejected = passed.nonzero().flatten(), (~passed).nonzero().flatten()
     wanted = min(len(rejected), round(replay_share / (1 - replay_share) * len(accepted)))
-    drawn = torch.randperm(len(rejected), generator=generator_of(seed, Stream.ORDER, 2))[:wanted]
-    return torch.cat([accepted, rejected[drawn]]).sort().values
+    replayed = torch.randperm(len(rejected), generator=generator_of(seed, Stream.ORDER, 2))[:wanted]
+    return torch.cat([accepted, rejected[replayed]]).sort().values
 
 
 @torch.no_grad()
 def all_scores(accelerator: Accelerator, network: Selector | Policy, rated: RatedSet, batch_size: int) -> torch.Tensor:
-    """Scores (N,) of a set in its order, float32 on the CPU of every process; processes take whole batches in turn."""
+    """Return scores (N,) in order, float32 on the CPU of every process; processes take whole batches in turn."""
     table = torch.zeros(len(rated), device=accelerator.device)
     batches = torch.arange(len(rated)).split(batch_size)
     for indices in batches[accelerator.process_index :: accelerator.num_processes]:
@@ -96,7 +91,7 @@ def all_scores(accelerator: Accelerator, network: Selector | Policy, rated: Rate
     return accelerator.reduce(table, "sum").cpu()  # every row comes from one process, the others have zeros there
 
 
-def training_identity(
+def stage_settings(
     accelerator: Accelerator,
     stage: int,
     networks: Mapping[str, Selector | Policy],
@@ -105,9 +100,9 @@ def training_identity(
     rlhf: ConfigDict,
     seed: int,
 ) -> dict[str, Any]:
-    """What two trainings have to share to be one and the same."""
-    left_out = PLACES if stage == 2 else PLACES + SECOND_ONLY
-    settings = {f"rlhf.{name}": value for name, value in rlhf.to_dict().items() if name not in left_out}
+    """Return what identifies a training of a stage."""
+    ignored = PATHS if stage == 2 else PATHS + SECOND_ONLY
+    settings = {f"rlhf.{name}": value for name, value in rlhf.to_dict().items() if name not in ignored}
     return settings | {
         "stage": stage,
         "seed": seed,
@@ -120,12 +115,18 @@ def training_identity(
     }
 
 
+def state_path(output: Path, stage: int) -> Path:
+    """Return the path of a stage's training state, which is removed once its judges are saved."""
+    return output / f"stage_{stage}.unfinished.pt"
+
+
 class StageTraining:
-    """Stage 1 or 2 between two epochs: everything that has to survive a stop is in `state`.
+    """Training of stage 1 or 2.
 
     Args:
-        networks: what learns: {"selector": ..., "policy": ...} in stage 1, {"policy": ...} in stage 2.
+        networks: {"selector": ..., "policy": ...} in stage 1, {"policy": ...} in stage 2.
         train, val: rated images to learn from, and of other patients to measure with.
+        output: folder of the state, which is resumed if there is one.
         selector_scores: of the training images (N,), for the importance weights of stage 2.
     """
 
@@ -138,6 +139,7 @@ class StageTraining:
         val: RatedSet,
         rlhf: ConfigDict,
         seed: int,
+        output: Path,
         selector_scores: torch.Tensor | None = None,
     ):
         processes, rank = accelerator.num_processes, accelerator.process_index
@@ -145,7 +147,7 @@ class StageTraining:
             raise UserError(f"{len(train)} rated images are too few for {processes} processes; add images")
         self.accelerator, self.stage, self.networks, self.rlhf = accelerator, stage, dict(networks), rlhf
         self.train, self.val, self.selector_scores = train, val, selector_scores
-        self.belongs_to = training_identity(accelerator, stage, self.networks, train, val, rlhf, seed)
+        self.settings = stage_settings(accelerator, stage, self.networks, train, val, rlhf, seed)
         self.seed = derived_seed(seed, Stream.ORDER, stage)
         parameters = [parameter for network in self.networks.values() for parameter in network.parameters()]
         rate = rlhf.learning_rate if stage == 1 else rlhf.second_learning_rate
@@ -153,12 +155,16 @@ class StageTraining:
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizer, rlhf.num_epochs, eta_min=min(rate, rlhf.final_learning_rate)
         )
-        if accelerator.scaler is not None:  # it may have served another stage
-            accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
+        reset_scaler(accelerator)
         *models, self.optimizer = accelerator.prepare(*self.networks.values(), optimizer)
         self.models: dict[str, nn.Module] = dict(zip(self.networks, models, strict=True))
         self.batches = EpochBatches(len(train), len(train), rlhf.batch_size, self.seed, rank, processes)
+        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": accelerator.scaler}
+        self.state = TrainState(state_path(output, stage), self.settings, **parts, **self.networks)
         self.epoch = 0
+        if progress := self.state.load():
+            self.epoch = progress["epoch"]
+            logger.info("resuming from %s: %d epochs are done", self.state.path, self.epoch)
 
     def run_epoch(self) -> dict[str, Any]:
         """Train one epoch and measure on the held-out images. Raises UserError for a loss that is not finite."""
@@ -166,9 +172,9 @@ class StageTraining:
         self.batches.epoch = self.epoch
         rate = self.scheduler.get_last_lr()[0]
         with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
-            rank = self.accelerator.process_index
-            torch.manual_seed(derived_seed(self.seed, Stream.NOISE, self.epoch, 1 + rank))  # without: the flips
-            losses = self._train()
+            # 1 + rank: the seed without it is that of the flips
+            torch.manual_seed(derived_seed(self.seed, Stream.NOISE, self.epoch, 1 + self.accelerator.process_index))
+            losses = self._train(rate)
         speed = len(self.train) / (time.perf_counter() - started)
         if bad := next((name for name, loss in losses.items() if not math.isfinite(loss)), None):
             raise UserError(
@@ -176,50 +182,48 @@ class StageTraining:
             )
         self.scheduler.step()
         self.epoch += 1
-        return {"stage": self.stage, "learning_rate": rate, "loss": losses, **self.held_out()} | {
-            "images_per_second": round(speed, 1)
-        }
+        entry = {"stage": self.stage, "learning_rate": rate, "loss": losses, **self.held_out()}
+        return entry | {"images_per_second": round(speed, 1)}
 
     def held_out(self) -> dict[str, dict[str, float | None]]:
-        """`rated.measures` of each network on the held-out images, the Selector's at the threshold that is best now."""
-        found = {}
+        """Return `measures` of each network on the held-out images, the Selector's at the currently best threshold."""
+        metrics = {}
         for name, network in self.networks.items():
-            for buffer in network.buffers():  # statistics of batch norm, which each process has of its own images
+            for buffer in network.buffers():  # batch-norm statistics, which each process has of its own images
                 broadcast(buffer)
             scores = all_scores(self.accelerator, network, self.val, self.rlhf.batch_size)
-            rewards = self.val.rewards[COLUMN[name]]
-            threshold = None
+            rewards, threshold = self.val.rewards[COLUMN[name]], None
             if name == "selector":
-                threshold = self.rlhf.threshold
-                threshold = best_threshold(scores, rewards)[0] if threshold is None else threshold
-            found[name] = measures(scores, rewards, threshold)
-        return found
+                given = self.rlhf.threshold
+                threshold = best_threshold(scores, rewards)[0] if given is None else given
+            metrics[name] = measures(scores, rewards, threshold)
+        return metrics
 
-    def _train(self) -> dict[str, float]:
-        """One pass over the rated images; the mean loss of each network."""
+    def _train(self, rate: float) -> dict[str, float]:
+        """Run one pass over the rated images; return the mean loss of each network."""
         device, losses = self.accelerator.device, {name: [] for name in self.networks}
         flips = self.train.flips(self.seed, self.epoch) if self.rlhf.flip else torch.zeros(len(self.train)).bool()
         for model in self.models.values():
             model.train()
-        rate, batches = self.scheduler.get_last_lr()[0], list(self.batches)
+        batches = list(self.batches)
         for number, batch in enumerate(batches):
-            self._set_rate(rate * self._warmth(self.epoch * len(batches) + number + 1))
+            self._set_rate(rate * self._warmup(self.epoch * len(batches) + number + 1))
             indices = torch.tensor(batch)
             images = self.train.images[indices]
             images = torch.where(flips[indices][:, None, None, None], images.flip(-1), images)
             images = images.to(device).float() / 255
-            found = {name: self._loss(name, indices, images) for name in self.networks}
-            self.accelerator.backward(torch.stack(list(found.values())).sum())  # no weight is in two of them
+            loss = {name: self._loss(name, indices, images) for name in self.networks}
+            self.accelerator.backward(torch.stack(list(loss.values())).sum())  # the networks share no weights
             self.optimizer.step()
             self.optimizer.zero_grad()
-            for name, loss in found.items():
-                losses[name].append(loss.detach())
-        self._set_rate(rate)  # from which the schedule goes on
+            for name, value in loss.items():
+                losses[name].append(value.detach())
+        self._set_rate(rate)  # the schedule multiplies the current rate
         means = torch.stack([torch.stack(values).mean() for values in losses.values()])
         return dict(zip(losses, self.accelerator.reduce(means, "mean").tolist(), strict=True))
 
-    def _warmth(self, update: int) -> float:
-        """Factor of the learning rate at an update, counted from 1: rises in a line over stage 1's warm-up."""
+    def _warmup(self, update: int) -> float:
+        """Return the factor of the learning rate at an update, counted from 1: linear over stage 1's warm-up."""
         return min(1.0, update / self.rlhf.warmup_steps) if self.stage == 1 and self.rlhf.warmup_steps else 1.0
 
     def _set_rate(self, rate: float) -> None:
@@ -227,7 +231,7 @@ class StageTraining:
             group["lr"] = rate
 
     def _loss(self, name: str, indices: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """The loss of one network for float images of the batch of these numbers."""
+        """Return the loss of one network for float images (B, 3, S, S) with these indices (B,)."""
         network, model = self.networks[name], self.models[name]
         prompts = [self.train.prompts[index] for index in indices.tolist()]
         inputs = (network.preprocess(images),)
@@ -235,37 +239,20 @@ class StageTraining:
             inputs += (network.text(prompts).to(images.device),)
         with self.accelerator.autocast():
             logits = model(*inputs)
-        logits = logits.float()
+        logits = logits.float()  # (B,)
         rewards = self.train.rewards[COLUMN[name]][indices].to(images.device)
         weights = self.train.weights[indices].to(images.device)
         values = logits.sigmoid()
         if self.stage == 2:  # without dropout, so that the baseline is the score that others see
-            values = network.compute_value(images, prompts)
+            policy: Policy = self.networks["policy"]
+            values = policy.score(images, prompts)
             if self.rlhf.importance:
                 scores = self.selector_scores[indices].to(images.device)
                 weights = weights * importance_weights(scores, values, *self.rlhf.importance_range)
         return reinforce_loss(logits, advantages(rewards, values), weights, self.rlhf.objective)
 
-    def state(self) -> dict[str, Any]:
-        return {
-            "epoch": self.epoch,
-            "weights": {name: network.state_dict() for name, network in self.networks.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),
-        }
-
-    def resume(self, state: Mapping[str, Any]) -> None:
-        for name, network in self.networks.items():
-            network.load_state_dict(state["weights"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.epoch = state["epoch"]
-
     def finish(self) -> None:
-        """Take off what the accelerator has put around the networks, and free the optimizer."""
+        """Unwrap the networks, put them into eval mode and free the optimizer."""
         for model in self.models.values():
             self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         self.accelerator.free_memory()

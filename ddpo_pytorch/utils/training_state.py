@@ -1,4 +1,4 @@
-"""The state of an unfinished training: one file, written whole, from which the same command goes on."""
+"""The state of an unfinished training: one file, written atomically, from which the same command resumes."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -11,6 +11,52 @@ from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import atomic_write
 from ddpo_pytorch.utils.json_files import parse_json
 from ddpo_pytorch.utils.weights import read_pickle
+
+
+class TrainState:
+    """Save and load everything that changes during a training.
+
+        state = TrainState(path, settings, model=model, optimizer=optimizer, scheduler=scheduler)
+        progress = state.load() or {"epoch": 0}
+        ...
+        state.save(epoch=3)
+
+    Args:
+        path: the file; None keeps no state.
+        settings: JSON-able values that identify the training; a state with other ones is refused.
+        parts: objects with `state_dict` and `load_state_dict`; those that are None are left out.
+    """
+
+    def __init__(self, path: str | Path | None, settings: Mapping[str, Any], **parts: Any):
+        self.path, self.settings = None if path is None else Path(path), settings
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+
+    def load(self) -> dict[str, Any] | None:
+        """Restore the parts and return the values given to `save`, or None if there is no file.
+
+        Raises UserError for a damaged file, and for other settings, naming the first that differs.
+        """
+        if self.path is None:
+            return None
+        state = restore_state(self.path, self.settings, self._restore)
+        return None if state is None else state["progress"]
+
+    def save(self, **progress: Any) -> None:
+        """Write all parts and `progress` (tensors and plain values). Raises DiskFull; the old file stays."""
+        if self.path is not None:
+            parts = {name: part.state_dict() for name, part in self.parts.items()}
+            save_state(self.path, {"parts": parts, "progress": progress}, self.settings)
+
+    def remove(self) -> None:
+        """Delete the file of a finished training."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
+        if not isinstance(state["progress"], dict):
+            raise TypeError("progress")
 
 
 def save_state(path: str | Path, state: Mapping[str, Any], belongs_to: Mapping[str, Any]) -> None:
@@ -39,9 +85,9 @@ def restore_state(
 
 
 def load_state(path: str | Path, belongs_to: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What `save_state` wrote, on the CPU; None where there is no file.
+    """Return what `save_state` wrote, on the CPU; None where there is no file.
 
-    Raises UserError for a damaged file, and for one of other settings, of which the first is named.
+    Raises UserError for a damaged file, and for one of other settings, naming the first that differs.
     """
     path = Path(path)
     if not path.is_file():
@@ -56,8 +102,8 @@ def load_state(path: str | Path, belongs_to: Mapping[str, Any]) -> dict[str, Any
     if changed := difference(old, new):
         name, before, now = changed
         raise UserError(
-            f"{str(path)!r} is the state of an unfinished training with {name}={before}, now it is {now}; give the "
-            "same to go on, another folder, or delete it to begin anew"
+            f"{str(path)!r} is the state of an unfinished training with {name}={before}, now it is {now}; use the same "
+            "value to resume, choose another folder, or delete the file to start over"
         )
     return state
 
@@ -65,5 +111,5 @@ def load_state(path: str | Path, belongs_to: Mapping[str, Any]) -> dict[str, Any
 def _damaged(path: str | Path, error: Exception) -> UserError:
     return UserError(
         f"{str(path)!r}, the state of an unfinished training, is damaged ({type(error).__name__}); delete it to start "
-        "again"
+        "over"
     )
