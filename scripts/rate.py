@@ -2,10 +2,10 @@
 
     python scripts/rate.py --images rl4med-out/samples/fundus --out rl4med-out/ratings.csv
 
-shows the images of sample folders (--images, several by commas or repeated) and of a fundus table (--csv, --data_path),
-mixed in an order of each rater's own. Each click is saved at once, in the journal beside --out and from there in --out.
-Run again with the same --out to continue. The page is reachable from this machine only, or from others with a token:
---host 0.0.0.0. The table names images by their paths from its folder, so table and images can be moved together.
+shows the images of sample folders (--images, separated by commas or repeated) and of a fundus table (--csv,
+--data_path), in a random order for each rater. Each click is saved at once to a journal next to --out, and to --out.
+Rerun with the same --out to continue. The page is reachable from this machine only, or from others with a token: --host
+0.0.0.0. The table names images by their paths from its folder, so table and images can be moved together.
 """
 
 import logging
@@ -18,30 +18,30 @@ from absl import flags
 
 from ddpo_pytorch.data.images import RESIZES
 from ddpo_pytorch.rating.items import Item, distinct, sample_items, table_items
-from ddpo_pytorch.rating.questions import Questions
+from ddpo_pytorch.rating.session import Questions
 from ddpo_pytorch.rating.store import Store, rater_name
 from ddpo_pytorch.utils.cli import cli, expand, expand_flags
 from ddpo_pytorch.utils.errors import UserError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_multi_string("images", [], "folders that eval.py wrote, by commas or one each")
-flags.DEFINE_string("csv", None, "fundus table (path,Text,modality) whose images are rated too")
+flags.DEFINE_multi_string("images", [], "sample folders of eval.py, separated by commas or repeated")
+flags.DEFINE_string("csv", None, "fundus table (path,Text,modality) of further images")
 flags.DEFINE_string("data_path", None, "folder that the paths of --csv start from")
 flags.DEFINE_string("out", "rl4med-out/ratings.csv", "table of ratings, a .csv; it is continued if it exists")
 flags.DEFINE_string("rater", None, "name of the only rater; by default the page asks for it")
 flags.DEFINE_integer("expert_level", None, "1, 2 or 3, of all raters; by default the page asks", 1, 3)
-flags.DEFINE_integer("image_size", 0, "side in pixels that images are shown at; 0 = as they are", 0, 4096)
+flags.DEFINE_integer("image_size", 0, "side in pixels of the images shown; 0 = as they are", 0, 4096)
 flags.DEFINE_enum("resize", "pad", RESIZES, "how --image_size makes a square of an image")
-flags.DEFINE_string("host", "127.0.0.1", "address to listen at; any but this machine's own needs a token")
-flags.DEFINE_integer("port", 0, "port to listen at; 0 = a free one", 0, 65535)
-flags.DEFINE_string("token", None, "what the address must hold; one is made where it is needed")
-flags.DEFINE_integer("seed", 0, "of the order in which each rater sees the images", 0)
+flags.DEFINE_string("host", "127.0.0.1", "address to listen on; others than this machine's own need a token")
+flags.DEFINE_integer("port", 0, "port to listen on; 0 = a free one", 0, 65535)
+flags.DEFINE_string("token", None, "secret part of the address; generated if it is needed")
+flags.DEFINE_integer("seed", 0, "seed of the order in which each rater sees the images", 0)
 
 logger = logging.getLogger(__name__)
 
 
 def find_items() -> list[Item]:
-    """All questions, from all sources."""
+    """Return the images of all sources."""
     if bool(FLAGS.csv) != bool(FLAGS.data_path):
         raise UserError("--csv and --data_path belong together: a fundus table and the folder of its images")
     items = []
@@ -54,22 +54,19 @@ def find_items() -> list[Item]:
     sizes = Counter(item.size for item in items)
     if len(sizes) > 1 and not FLAGS.image_size:
         one, other = ("{}x{}".format(*size) for size in list(sizes)[:2])
-        logger.warning(
-            "images differ in size (%s, %s), which may tell raters their source; see --image_size", one, other
-        )
+        logger.warning("images differ in size (%s, %s), which may reveal their source; see --image_size", one, other)
     return distinct(items)
 
 
 def address(host: str, port: int, token: str) -> str:
-    """What to open in a browser."""
+    """Return the address to open in a browser."""
     name = socket.gethostname() if host in ("", "0.0.0.0", "::") else host
     return f"http://{f'[{name}]' if ':' in name else name}:{port}/" + (f"?token={token}" if token else "")
 
 
 def main(_) -> None:
     try:
-        from ddpo_pytorch.rating.guard import Guard, check_token, is_loopback
-        from ddpo_pytorch.rating.server import Display, listen, make_app, serve
+        from ddpo_pytorch.rating.server import Display, Guard, check_token, is_loopback, listen, make_app, serve
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn"):
             raise

@@ -145,7 +145,7 @@ def test_skip_done_page_and_what_was_skipped(window):
     assert window.run("return document.getElementById('done').hidden")
 
 
-def test_a_reload_goes_on_and_another_rater_starts_anew(window):
+def test_a_reload_continues_and_another_rater_starts_fresh(window):
     window.enter("reloader")
     window.answer(window.keys, "2")
     before = window.shown()
@@ -212,7 +212,7 @@ def test_zoom_by_key_click_wheel_and_drag(window):
     assert window.run("return scrollY") == 0
 
 
-@pytest.mark.parametrize("width,height", [(1280, 800), (390, 844), (320, 568), (667, 375), (768, 1024)])
+@pytest.mark.parametrize("width,height", [(1280, 800), (320, 568), (667, 375)])
 def test_everything_is_in_reach_without_scrolling_sideways(window, width, height):
     window.open(width, height)
     window.enter(f"phone {width}")
@@ -264,7 +264,7 @@ def test_text_is_legible_and_controls_have_names(window, scheme):
     assert window.run("return document.getElementById('alert').getAttribute('role')") == "alert"
 
 
-def test_a_click_that_is_not_saved_is_told_and_the_image_stays(window):
+def test_a_click_that_is_not_saved_is_reported_and_the_image_stays(window):
     window.enter("unlucky")
     shown = window.shown()
     window.run("window.real = window.fetch; window.fetch = () => Promise.reject(new TypeError('offline'))")

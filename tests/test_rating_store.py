@@ -1,4 +1,4 @@
-"""What the rating page is made of: which images it takes, its files after crashes, the way of a rater, its guard."""
+"""Parts of the rating page: items, files after crashes, a rater's progress, the guard."""
 
 import asyncio
 import csv
@@ -16,7 +16,7 @@ from rating_tools import PROMPTS, write_gallery
 from ddpo_pytorch.data.ratings import COLUMNS, read_ratings
 from ddpo_pytorch.rating import store as storing
 from ddpo_pytorch.rating.items import distinct, sample_items, table_items
-from ddpo_pytorch.rating.progress import Progress, order_for
+from ddpo_pytorch.rating.session import Progress, order_for
 from ddpo_pytorch.rating.store import JOURNAL_COLUMNS, Store, rater_name
 from ddpo_pytorch.utils.errors import UserError
 
@@ -32,9 +32,36 @@ def rows_of(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def reopened(path: Path) -> Store:
-    """A second start: the first one's lock ends with its file."""
-    return Store(path)
+class Restart:
+    """A store that ends as after kill -9, and its next start; what is on disk."""
+
+    def __init__(self, path: Path):
+        self.path, self.store = path, Store(path)
+
+    def __call__(self) -> Store:
+        self.store._lock.release()
+        self.store = Store(self.path)
+        return self.store
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        return [(row["image_path"], row["rating"], row["rater_id"]) for row in rows_of(self.path)]
+
+    def copies(self) -> list[str]:
+        return sorted(path.name for path in self.path.parent.glob("ratings*edited*"))
+
+
+@pytest.fixture
+def empty(tmp_path) -> Restart:
+    return Restart(tmp_path / "ratings.csv")
+
+
+@pytest.fixture
+def rated(empty, items) -> Restart:
+    """Four images rated by Ann."""
+    for number, item in enumerate(items):
+        empty.store.rate(item, 1 + number % 3, 2, "Ann")
+    assert len(empty.rows()) == 4
+    return empty
 
 
 # what is rated
@@ -55,21 +82,21 @@ def test_items_of_a_sample_folder_and_of_a_table(tmp_path, items):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("field", "value", "message"),
     [
-        ({"path_to_img": "../outside.png"}, "leads out of"),
-        ({"path_to_img": "images/../../outside.png"}, "leads out of"),
-        ({"path_to_img": "/etc/hostname"}, "leads out of"),
-        ({"path_to_img": "images/link.png"}, "leads out of"),
-        ({"path_to_img": "images/linked/outside.png"}, "leads out of"),
-        ({"path_to_img": "images/absent.png"}, "there is no file"),
-        ({"path_to_img": "image_log.json"}, "not an image"),
-        ({"path_to_img": 3}, "'path_to_img' is 3"),
-        ({"prompt": None}, "needs the texts"),
-        ({"prompt": "two\nlines"}, "line breaks"),
+        ("path_to_img", "../outside.png", "leads out of"),
+        ("path_to_img", "images/../../outside.png", "leads out of"),
+        ("path_to_img", "/etc/hostname", "leads out of"),
+        ("path_to_img", "images/link.png", "leads out of"),
+        ("path_to_img", "images/linked/outside.png", "leads out of"),
+        ("path_to_img", "images/absent.png", "absent.png"),
+        ("path_to_img", "image_log.json", "not an image"),
+        ("path_to_img", 3, "path_to_img"),
+        ("prompt", None, "prompt"),
+        ("prompt", "two\nlines", "line breaks"),
     ],
 )
-def test_an_entry_that_leads_elsewhere_is_refused_at_the_start(tmp_path, items, change, told):
+def test_an_entry_that_leads_elsewhere_is_refused_at_the_start(tmp_path, items, field, value, message):
     folder = tmp_path / "made"
     (tmp_path / "other").mkdir()
     for outside in (tmp_path / "outside.png", tmp_path / "other" / "outside.png"):
@@ -77,119 +104,69 @@ def test_an_entry_that_leads_elsewhere_is_refused_at_the_start(tmp_path, items, 
     (folder / "images/link.png").symlink_to(tmp_path / "outside.png")
     (folder / "images/linked").symlink_to(tmp_path / "other")
     entries = json.loads((folder / "image_log.json").read_text())
-    entries[2] |= change
+    entries[2][field] = value
     (folder / "image_log.json").write_text(json.dumps(entries))
-    with pytest.raises(UserError, match=rf"(entry 3|\[2\]).*{told}"):
+    with pytest.raises(UserError, match=rf"(entry 3|\[2\]).*{message}"):
         sample_items(folder, tmp_path / "ratings.csv")
 
 
 def test_folders_without_images_are_refused(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        sample_items(tmp_path / "absent", tmp_path / "ratings.csv")
-    with pytest.raises(UserError, match="lists no images"):
-        sample_items(tmp_path, tmp_path / "ratings.csv")
+    for folder in (tmp_path / "absent", tmp_path):
+        with pytest.raises(UserError, match=re.escape(repr(str(folder)))):
+            sample_items(folder, tmp_path / "ratings.csv")
 
 
 # the files
 
 
-def test_the_table_is_read_by_training_after_every_click(tmp_path, items):
-    path = tmp_path / "ratings.csv"
-    store = Store(path)
-    odd = 'Dr. "Q" O\'Neil'
+def test_the_table_is_read_by_training_after_every_click(empty, items):
+    store, odd = empty.store, 'Dr. "Q" O\'Neil'
     store.rate(items[1], 3, 2, odd)
     store.rate(items[1], 1, 1, "Ann")
     store.skip(items[0], "Ann")
     store.rate(items[0], 2, 1, "Ann")
-    found = [(row.path.name, row.rating, row.expert_level, row.prompt, row.rater_id) for row in read_ratings(path)]
-    assert found == [
+    rows = read_ratings(empty.path)
+    assert [(row.path.name, row.rating, row.expert_level, row.prompt, row.rater_id) for row in rows] == [
         ("1.png", 3, 2, PROMPTS[1], odd),
         ("1.png", 1, 1, PROMPTS[1], "Ann"),
         ("0.png", 2, 1, PROMPTS[0], "Ann"),
     ]
     store.undo(items[1], "Ann")
-    assert [row.rater_id for row in read_ratings(path)] == [odd, "Ann"] and len(store) == 2
+    assert [row.rater_id for row in read_ratings(empty.path)] == [odd, "Ann"] and len(store) == 2
     actions = [(row["action"], row["rater_id"], row["rating"]) for row in rows_of(store.journal)]
-    assert actions == [("rate", odd, "3"), ("rate", "Ann", "1"), ("skip", "Ann", ""), ("rate", "Ann", "2")] + [
-        ("undo", "Ann", "1")
-    ]
-    assert tuple(rows_of(store.journal)[0]) == JOURNAL_COLUMNS
-    assert reopened_rated(store, path, odd) == [items[1].key]
+    clicks = [("rate", odd, "3"), ("rate", "Ann", "1"), ("skip", "Ann", ""), ("rate", "Ann", "2"), ("undo", "Ann", "1")]
+    assert actions == clicks and tuple(rows_of(store.journal)[0]) == JOURNAL_COLUMNS
+    assert empty().rated(odd) == [items[1].key]
 
 
-def reopened_rated(store: Store, path: Path, rater: str) -> list:
-    store._lock.release()
-    return reopened(path).rated(rater)
-
-
-def test_a_crash_at_any_byte_loses_no_confirmed_click(tmp_path, items):
+def test_a_crash_at_any_byte_loses_no_confirmed_click(empty, items):
     """After each prefix of what one click writes, journal first, the next start has all clicks before it."""
-    path = tmp_path / "ratings.csv"
-    store = Store(path)
-    store.rate(items[0], 3, 2, "Ann")
-    before = {file: file.read_bytes() for file in (store.journal, path)}
-    store.rate(items[1], 1, 2, "Ann")
-    after = {file: file.read_bytes() for file in (store.journal, path)}
-    store._lock.release()
-    for cut in range(len(before[store.journal]), len(after[store.journal]) + 1):
-        store.journal.write_bytes(after[store.journal][:cut])
+    path, journal = empty.path, empty.store.journal
+    empty.store.rate(items[0], 3, 2, "Ann")
+    before = {file: file.read_bytes() for file in (journal, path)}
+    empty.store.rate(items[1], 1, 2, "Ann")
+    after = {file: file.read_bytes() for file in (journal, path)}
+    for cut in range(len(before[journal]), len(after[journal]) + 1):
+        journal.write_bytes(after[journal][:cut])
         path.write_bytes(before[path])
-        again = reopened(path)
-        again._lock.release()
-        journaled = cut == len(after[store.journal])
-        assert again.rated("Ann") == [items[0].key] + [items[1].key] * journaled
+        journaled = cut == len(after[journal])
+        assert empty().rated("Ann") == [items[0].key] + [items[1].key] * journaled
         assert path.read_bytes() == (after if journaled else before)[path]
     for cut in range(len(before[path]), len(after[path]) + 1):
-        store.journal.write_bytes(after[store.journal])
+        journal.write_bytes(after[journal])
         path.write_bytes(after[path][:cut])
-        again = reopened(path)
-        again._lock.release()
-        assert path.read_bytes() == after[path] and again.rated("Ann") == [items[0].key, items[1].key]
+        assert empty().rated("Ann") == [items[0].key, items[1].key] and path.read_bytes() == after[path]
     for cut in range(len(",".join(COLUMNS))):  # in the very first line
         path.write_bytes(before[path][:cut])
-        reopened(path)._lock.release()
+        empty()
         assert path.read_bytes().startswith(before[path].splitlines(keepends=True)[0])
 
 
-def test_an_undo_that_a_crash_cut_short_is_done_at_the_next_start(tmp_path, items):
-    path = tmp_path / "ratings.csv"
-    store = Store(path)
-    store.rate(items[0], 3, 2, "Ann")
-    store.rate(items[1], 1, 2, "Ann")
-    full = path.read_bytes()
-    store.undo(items[1], "Ann")
-    store._lock.release()
-    path.write_bytes(full)
-    assert reopened(path).rated("Ann") == [items[0].key]
-    assert [row.rating for row in read_ratings(path)] == [3]
-
-
-class Restart:
-    """A store that ends as after kill -9, and its next start; what is on disk."""
-
-    def __init__(self, path: Path):
-        self.path, self.store = path, Store(path)
-
-    def __call__(self) -> Store:
-        self.store._lock.release()
-        self.store = Store(self.path)
-        return self.store
-
-    def rows(self) -> list[tuple[str, str, str]]:
-        return [(row["image_path"], row["rating"], row["rater_id"]) for row in rows_of(self.path)]
-
-    def aside(self) -> list[str]:
-        return sorted(path.name for path in self.path.parent.glob("ratings*edited*"))
-
-
-@pytest.fixture
-def rated(tmp_path, items):
-    """Four images rated by Ann."""
-    again = Restart(tmp_path / "ratings.csv")
-    for number, item in enumerate(items):
-        again.store.rate(item, 1 + number % 3, 2, "Ann")
-    assert len(again.rows()) == 4
-    return again
+def test_an_undo_that_a_crash_cut_short_is_done_at_the_next_start(rated, items):
+    full = rated.path.read_bytes()
+    rated.store.undo(items[3], "Ann")
+    rated.path.write_bytes(full)
+    assert rated().rated("Ann") == [item.key for item in items[:3]] and len(read_ratings(rated.path)) == 3
 
 
 def as_a_spreadsheet_saves_it(content: bytes) -> bytes:
@@ -199,7 +176,7 @@ def as_a_spreadsheet_saves_it(content: bytes) -> bytes:
     return b"\xef\xbb\xbf" + text.getvalue().encode()
 
 
-CHANGES = {  # of the table by another program, and whether what it holds then is kept under another name
+CHANGES = {  # of the table by another program, and whether a copy of its content is saved
     "spreadsheet": (as_a_spreadsheet_saves_it, False),
     "semicolons": (lambda content: content.replace(b",", b";"), True),
     "utf-16": (lambda content: content.decode().encode("utf-16"), True),
@@ -232,7 +209,7 @@ def test_the_table_is_what_the_journal_says_whatever_others_do_to_it(rated, item
     assert rated.rows() == wanted and len(read_ratings(rated.path)) == len(store) == 5
     assert rated.path.read_bytes().startswith(",".join(COLUMNS).encode() + b"\n")
     assert len(rated()) == 5 and rated.rows() == wanted
-    assert rated.aside() == ["ratings.edited-1.csv"] * kept
+    assert rated.copies() == ["ratings.edited-1.csv"] * kept
     if kept:
         assert (rated.path.parent / "ratings.edited-1.csv").read_bytes() == content
 
@@ -253,18 +230,15 @@ def test_the_journal_survives_what_others_do_to_it(rated, items, change, running
     assert [row["action"] for row in rows_of(rated.store.journal)] == ["rate"] * 4 + ["skip", "rate"]
 
 
-def test_both_files_without_their_last_newline(rated, items):
-    before = rated.rows()
-    for path in (rated.path, rated.store.journal):
-        path.write_bytes(path.read_bytes().rstrip(b"\n"))
-    rated()
-    assert rated.rows() == before and rated.aside() == []
-
-
-def test_an_undo_at_the_end_of_a_journal_without_its_newline_is_kept(rated, items):
-    rated.store.undo(items[3], "Ann")
-    rated.store.journal.write_bytes(rated.store.journal.read_bytes()[:-1])
-    assert len(rated()) == 3 and len(rated.rows()) == 3
+def test_files_without_their_last_newline(rated, items):
+    for undone in (False, True):
+        before = rated.rows()
+        for path in (rated.path, rated.store.journal):
+            path.write_bytes(path.read_bytes().rstrip(b"\n"))
+        rated()
+        assert rated.rows() == before and rated.copies() == []
+        if not undone:
+            rated.store.undo(items[3], "Ann")
 
 
 @pytest.mark.parametrize("end", [b"2026-01-01T00:00:00Z,rate,made/im", b"\0" * 300, b"\xff\xfe", b'a,"'])
@@ -280,7 +254,7 @@ def test_a_closed_store_takes_no_click(rated, items):
     rated.path.unlink()
     rated.store.close()
     before = rated.path.read_bytes(), rated.store.journal.read_bytes()
-    with pytest.raises(OSError, match="ended"):
+    with pytest.raises(OSError, match=f"Errno {errno.ESHUTDOWN}"):
         rated.store.undo(items[3], "Ann")
     assert (rated.path.read_bytes(), rated.store.journal.read_bytes()) == before and len(rated()) == 4
 
@@ -325,7 +299,7 @@ def test_formulas_are_quoted_on_disk_and_known_again(tmp_path):
         cells = [cell for row in csv.reader(open(file, newline="")) for cell in row]
         assert not any(cell.startswith(("=", "@", "+")) for cell in cells)
     store._lock.release()
-    again = reopened(store.path)
+    again = Store(store.path)
     assert [again.rated(rater) for rater in raters] == [[item.key]] * 3
     assert [row.rater_id for row in read_ratings(store.path)] == raters
     assert read_ratings(store.path)[0].prompt == "Fundus: =cmd|' /C calc'!A0"
@@ -340,65 +314,47 @@ def test_only_csv_files_are_written(tmp_path, items, name):
     assert os.listdir(tmp_path) == ["made"]
 
 
-def test_what_a_killed_write_has_left_is_removed(rated):
-    leftovers = [rated.path.with_name(f".ratings{part}.csv.9999999.tmp") for part in ("", ".journal")]
-    for path in leftovers:
-        path.write_text("x" * 100)
-    rated()
-    assert not any(path.exists() for path in leftovers)
-
-
 @pytest.mark.parametrize("failing", ["ratings.csv", "ratings.journal.csv"])
-def test_a_full_disk_leaves_both_files_as_they_were(tmp_path, items, monkeypatch, failing):
-    path = tmp_path / "ratings.csv"
-    store = Store(path)
-    store.rate(items[0], 3, 2, "Ann")
-    before = path.read_bytes(), store.journal.read_bytes()
+def test_a_full_disk_leaves_both_files_as_they_were(rated, items, monkeypatch, failing):
+    before, journal = rated.path.read_bytes(), rated.store.journal.read_bytes()
     real = os.fsync
 
     def fsync(descriptor: int) -> None:
-        if failing in os.readlink(f"/proc/self/fd/{descriptor}"):  # or in the file that takes its place
+        if failing in os.readlink(f"/proc/self/fd/{descriptor}"):  # or in its temporary file
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
-    monkeypatch.setattr(storing.os, "fsync", fsync)
-    with pytest.raises(OSError, match="No space"):
-        store.rate(items[1], 1, 2, "Ann")
-    assert (path.read_bytes(), store.journal.read_bytes()) == before and len(store) == 1
-    monkeypatch.undo()
-    store.rate(items[1], 2, 2, "Ann")
-    assert [row.rating for row in read_ratings(path)] == [3, 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(storing.os, "fsync", fsync)
+        with pytest.raises(OSError, match="No space"):
+            rated.store.rate(items[1], 1, 2, "Bob")
+    assert (rated.path.read_bytes(), rated.store.journal.read_bytes()) == (before, journal)
+    rated.store.rate(items[1], 2, 2, "Bob")
+    assert len(read_ratings(rated.path)) == len(rated.store) == 5
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
-        (b"path,Text\n1.png,x\n", "is another file"),
-        (b"\x89PNG\r\n\x1a\n\xff", "is another file"),
-        (",".join((*COLUMNS, "quality")).encode() + b"\n", "is another file"),
-        (",".join(COLUMNS).encode() + b"\na.png,3\n", "line 2: has 2 cells where the header has 6"),
+        (b"path,Text\n1.png,x\n", "another --out"),
+        (b"\x89PNG\r\n\x1a\n\xff", "another --out"),
+        (",".join((*COLUMNS, "quality")).encode() + b"\n", "another --out"),
+        (",".join(COLUMNS).encode() + b"\na.png,3\n", "line 2: .*2 cells"),
         (",".join(COLUMNS).encode() + b"\na.png,4,Fundus,3,x,Ann\n", "line 2: rating '4'"),
-        (",".join(COLUMNS).encode() + b"\na.png,1,Fundus,3,x,Ann\na.png,2,Fundus,3,x,Ann\n", "line 3.*a second time"),
+        (",".join(COLUMNS).encode() + b"\na.png,1,Fundus,3,x,Ann\na.png,2,Fundus,3,x,Ann\n", "line 3.*'Ann'.*line 2"),
     ],
 )
-def test_another_file_is_refused_and_left_alone(tmp_path, content, told):
+def test_another_file_is_refused_and_left_alone(tmp_path, content, message):
     path = tmp_path / "ratings.csv"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         Store(path)
-    assert path.read_bytes() == content
-
-
-def test_a_foreign_file_gets_no_journal(tmp_path):
-    (tmp_path / "other.csv").write_text("path,Text\n")
-    with pytest.raises(UserError, match="another --out"):
-        Store(tmp_path / "other.csv")
-    assert os.listdir(tmp_path) == ["other.csv"]
+    assert path.read_bytes() == content and os.listdir(tmp_path) == ["ratings.csv"]  # and no journal
 
 
 @pytest.mark.parametrize("name", ["", "   ", "a,b", "a\nb", "a\tb", "a\u2028b", "\u202eevil", "\ud800", "x" * 65])
 def test_unusable_names_are_refused(name):
-    with pytest.raises(UserError, match="1 to 64 printable characters"):
+    with pytest.raises(UserError, match="1 to 64"):
         rater_name(name)
 
 
@@ -406,7 +362,7 @@ def test_usable_names_have_one_spelling():
     assert rater_name(" Zoe\u0308 O'Neil ") == "Zoë O'Neil" and rater_name("x" * 64) == "x" * 64
 
 
-# the way of a rater
+# progress
 
 
 def test_the_order_depends_on_seed_and_name_only():
@@ -422,10 +378,10 @@ def test_a_skipped_question_comes_once_more_and_then_waits():
     assert progress.waiting == [0, 1, 2]
     progress.rate(0)
     progress.skip(1)
-    assert progress.waiting == [2, 1] and progress.put_off == []
+    assert progress.waiting == [2, 1] and progress.postponed == []
     progress.skip(2)
     progress.skip(1)
-    assert progress.waiting == [] and progress.put_off == [2, 1] and progress.open == 2
+    assert progress.waiting == [] and progress.postponed == [2, 1] and progress.open == 2
     for expected in ([1], [2, 1], [1, 2]):
         progress.undo()
         assert progress.waiting == expected
@@ -436,7 +392,7 @@ def test_a_skipped_question_comes_once_more_and_then_waits():
 def test_the_last_question_skipped_does_not_come_at_once_again():
     progress = Progress([0, 1], rated=[1])
     progress.skip(0)
-    assert progress.waiting == [] and progress.put_off == [0]
+    assert progress.waiting == [] and progress.postponed == [0]
     progress.undo()
     assert progress.waiting == [0] and progress.last == 1  # what an earlier session rated
     progress.undo()
@@ -448,7 +404,7 @@ def test_the_last_question_skipped_does_not_come_at_once_again():
 
 @pytest.mark.parametrize(("pieces", "arrived"), [((4096,), 1), ((4000, 96, 0), 3), ((4097,), 0), ((4000, 97, 9), 1)])
 def test_a_body_is_counted_as_it_arrives(pieces, arrived):
-    guard = pytest.importorskip("ddpo_pytorch.rating.guard", reason="fastapi absent", exc_type=ImportError)
+    guard = pytest.importorskip("ddpo_pytorch.rating.server", reason="fastapi absent", exc_type=ImportError)
     waiting, got = [{"type": "http.request", "body": b" " * size} for size in pieces], []
 
     async def receive() -> dict:
@@ -477,13 +433,13 @@ def test_a_body_is_counted_as_it_arrives(pieces, arrived):
     + [("rater.example", "rater.example:80", True), ("rater.example", "other.example", False)],
 )
 def test_host_names(bound, header, allowed):
-    guard = pytest.importorskip("ddpo_pytorch.rating.guard", reason="fastapi absent", exc_type=ImportError)
+    guard = pytest.importorskip("ddpo_pytorch.rating.server", reason="fastapi absent", exc_type=ImportError)
     assert guard.Guard(bound, 80, "")._is_own(header) is allowed
 
 
 @pytest.mark.parametrize("token", ["short", "x" * 15, "has space in it 1234", "ümlaut-ümlaut-ü", "x" * 129, "a?b" * 9])
 def test_weak_tokens_are_refused(token):
-    guard = pytest.importorskip("ddpo_pytorch.rating.guard", reason="fastapi absent", exc_type=ImportError)
+    guard = pytest.importorskip("ddpo_pytorch.rating.server", reason="fastapi absent", exc_type=ImportError)
     with pytest.raises(UserError, match="16 to 128"):
         guard.check_token(token)
 
@@ -492,7 +448,7 @@ def test_a_port_in_use_and_a_foreign_address_are_refused():
     server = pytest.importorskip("ddpo_pytorch.rating.server", reason="fastapi absent", exc_type=ImportError)
     with server.listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=re.escape(f"--port {port} cannot be used (Address already in use)")):
+        with pytest.raises(UserError, match=f"--port {port} .*in use"):
             server.listen("127.0.0.1", port)
     with pytest.raises(UserError, match="--host 192.0.2.1"):
         server.listen("192.0.2.1", 0)

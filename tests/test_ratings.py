@@ -1,4 +1,4 @@
-"""Expert ratings: the table and its faults, means over raters, agreement, division by patient."""
+"""Expert ratings: the table and its faults, means over raters, agreement, splits by patient."""
 
 import itertools
 
@@ -61,7 +61,7 @@ def test_paths_start_from_the_root(folder):
         ratings.Path("moved/1.png"),
         ratings.Path("moved/2.png"),
     ]
-    with pytest.raises(UserError, match=r"line 3: image '2.png' is rated, but is not in"):
+    with pytest.raises(UserError, match=r"line 3: image '2.png'"):
         ratings.read_ratings(path)  # from the table's folder, in which the absolute path of line 2 lies
     with pytest.raises(UserError, match=r"line 2: path '../1.png' leads out .*; line 3: .*'2.png'"):
         ratings.read_ratings(path, folder / "inner")
@@ -109,14 +109,8 @@ def test_relative_folders_and_links_to_folders(tree, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "../../secret/1.png",
-        "{tree}/secret/1.png",
-        "../data/../../secret/1.png",
-        "..\\..\\secret\\1.png",
-        "/etc/hostname",
-    ]
-    + ["../../../../../../../../etc/hostname", "C:\\1.png", "//host/1.png", "../../basement/1.png", "..", "../.."],
+    ["../../secret/1.png", "{tree}/secret/1.png", "../data/../../secret/1.png", "..\\..\\secret\\1.png", ".."]
+    + ["/etc/hostname", "../../../../../../../../etc/hostname", "C:\\1.png", "//host/1.png", "../../basement/1.png"],
 )
 def test_a_table_points_to_no_file_elsewhere(tree, name):
     (tree / "basement").mkdir()
@@ -131,34 +125,30 @@ def test_a_table_points_to_no_file_elsewhere(tree, name):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["1.png,0,Fundus,3,normal,a"], "line 2: rating is '0'; allowed are 1 to 3$"),
-        (["1.png,3.01,Fundus,3,normal,a"], "line 2: rating is '3.01'"),
-        (["1.png,good,Fundus,3,normal,a"], "line 2: rating is 'good'"),
-        (["1.png,,Fundus,3,normal,a"], "line 2: rating is ''"),
-        (["1.png,nan,Fundus,3,normal,a"], "line 2: rating is 'nan'"),
-        (["1.png,inf,Fundus,3,normal,a"], "line 2: rating is 'inf'"),
-        (["1.png,3,Fundus,0,normal,a"], "line 2: expert_level is '0'; allowed are 1 to 3 .without this column"),
+        (["1.png,0,Fundus,3,normal,a"], "line 2: rating is '0'.*1 to 3"),
+        *(([f"1.png,{text},Fundus,3,normal,a"], f"line 2: rating is '{text}'") for text in ("3.01", "good", "", "nan")),
+        (["1.png,3,Fundus,0,normal,a"], "line 2: expert_level is '0'.*1 to 3"),
         (["1.png,3,Fundus,,normal,a"], "line 2: expert_level is ''"),
         (["1.png,3,Fundus,3,,a"], "line 2: the caption is empty"),
         (["1.png,3,OCT,3,normal,a"], "line 2: modality is 'OCT'"),
         ([",3,Fundus,3,normal,a"], "line 2: the path of the image is empty"),
-        (["9.png,3,Fundus,3,normal,a"], "line 2: image '9.png' is rated, but is not in"),
+        (["9.png,3,Fundus,3,normal,a"], "line 2: image '9.png'"),
         (["../x/1.png,3,Fundus,3,normal,a"], "line 2: path '../x/1.png' leads out"),
         (["/etc/1.png,3,Fundus,3,normal,a"], "line 2: path '.*etc/1.png' leads out"),
-        (["1.png,3,Fundus,3"], "line 2: has 4 cells where the header has 6"),
-        (["1.png,3,Fundus,3,normal,a", "2.png,3,Fundus,3,x,y,an expert"], "line 3: has 7 cells"),
+        (["1.png,3,Fundus,3"], "line 2: .*4 cells"),
+        (["1.png,3,Fundus,3,normal,a", "2.png,3,Fundus,3,x,y,an expert"], "line 3: .*7 cells"),
         (
             ["1.png,3,Fundus,3,normal,a", "2.png,2,Fundus,3,normal,a", "./1.png,2,Fundus,3,Fundus: normal,a"],
-            "line 4: rater 'a' has rated image '1.png' for this prompt in line 2 too",
+            "line 4: rater 'a'.*'1.png'.*line 2",
         ),
         (
             ["1.png,9,Fundus,9,normal,a", "2.png,2,Fundus,3,normal,a", "9.png,2,Fundus,3,normal,a"],
             r"line 2: expert_level is '9'.*; line 2: rating is '9'.*; line 4: image '9.png'",
         ),
-        ([], "has a header and no rows"),
+        ([], "ratings.csv.*no rows"),
     ],
 )
-def test_faults_are_told_by_line(folder, lines, message):
+def test_faults_are_reported_by_line(folder, lines, message):
     with pytest.raises(UserError, match=message) as error:
         ratings.read_ratings(table(folder, lines))
     assert "\n" not in str(error.value)
@@ -168,11 +158,11 @@ def test_faults_of_optional_columns(folder):
     header = "image_path,rating,prompt,quality,patient\n"
     with pytest.raises(UserError, match="line 2: quality is '4'"):
         ratings.read_ratings(table(folder, ["1.png,3,normal,4,"], header))
-    with pytest.raises(UserError, match="line 3: image '1.png' is of patient 'B', but in line 2 of 'A'"):
+    with pytest.raises(UserError, match="line 3: image '1.png'.*'B'.*line 2.*'A'"):
         ratings.read_ratings(table(folder, ["1.png,3,normal,,A", "1.png,3,drusen,,B"], header))
-    with pytest.raises(UserError, match="lacks the columns rating, prompt"):
+    with pytest.raises(UserError, match="rating, prompt"):
         ratings.read_ratings(table(folder, [], "image_path,Text\n"))
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="none.csv"):
         ratings.read_ratings(folder / "none.csv")
 
 
@@ -201,11 +191,11 @@ def rated(*qualities, patients=None):
 def test_absent_classes():
     assert ratings.check_classes(rated(1, 2, 3)) == ""
     assert ratings.check_classes(rated(1.4, 1.5, 2.5)) == ""
-    assert "no image is rated 1 (quality; there are 2 of 2, 1 of 3)" in ratings.check_classes(rated(2, 2, 3))
+    assert "rated 1 (quality; there are 2 of 2, 1 of 3)" in ratings.check_classes(rated(2, 2, 3))
     assert "no image is rated 2" in ratings.check_classes(rated(1, 3))
-    with pytest.raises(UserError, match=r"all 2 images are rated 2 \(quality\)"):
+    with pytest.raises(UserError, match="2 images are rated 2 .*quality"):
         ratings.check_classes(rated(2, 1.5))
-    with pytest.raises(UserError, match=r"all 3 images are rated 3 \(alignment\)"):
+    with pytest.raises(UserError, match="3 images are rated 3 .*alignment"):
         ratings.check_classes(rated(1, 2, 3), "alignment")
 
 
@@ -220,7 +210,7 @@ def test_division_by_patient():
     for share in (0, 1, float("nan")):
         with pytest.raises(UserError, match="validation share"):
             ratings.split_by_patient(images, share, seed=0)
-    with pytest.raises(UserError, match="1 patients cannot be divided"):
+    with pytest.raises(UserError, match="1 patient"):
         ratings.split_by_patient(images[:3], 0.2, seed=0)
 
 
@@ -264,12 +254,12 @@ def test_agreement_of_a_table(folder):
     marks = {"a": "112233", "b": "112233", "c": "332211"}
     lines = [f"{i}.png,{m},Fundus,3,normal,{name}" for name, row in marks.items() for i, m in enumerate(row, 1)]
     rows = ratings.read_ratings(table(folder, [*lines, "1.png,1,Fundus,3,drusen,d"]))
-    told = ratings.agreement(rows)
-    assert told["kappa"] == pytest.approx((1 - 1 - 1) / 3)  # a with b agrees, c with both is the reverse
-    assert told["alpha"] == pytest.approx(
+    found = ratings.agreement(rows)
+    assert found["kappa"] == pytest.approx((1 - 1 - 1) / 3)  # a with b agrees, c with both is the reverse
+    assert found["alpha"] == pytest.approx(
         ratings.ordinal_alpha([[1, 1, 3], [1, 1, 3], [2, 2, 2], [2, 2, 2], [3, 3, 1], [3, 3, 1]])
     )
-    assert {key: told[key] for key in ("images", "pairs", "raters", "rater_pairs")} == {
+    assert {key: found[key] for key in ("images", "pairs", "raters", "rater_pairs")} == {
         "images": 6,
         "pairs": 18,
         "raters": 4,

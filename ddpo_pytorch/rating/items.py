@@ -1,4 +1,4 @@
-"""What is rated: images of sample folders and of fundus tables, each with its prompt. Nothing else is ever served."""
+"""The images to rate, from sample folders and fundus tables, each with its prompt. Nothing else is ever served."""
 
 import os
 from collections.abc import Sequence
@@ -13,11 +13,10 @@ from ddpo_pytorch.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Item:
-    """One question: an image file, its path as the table of ratings states it, the prompt, the modality (or ""), and
-    (width, height) of the file.
+    """One question: image file, its path in the table of ratings, prompt, modality (or ""), (width, height).
 
-    The path starts from the folder of the table of ratings, from which `read_ratings` finds it: images in other folders
-    are found as long as these lie where they lay from the table, so that all can be moved together.
+    `image_path` starts from the folder of the table of ratings, as `read_ratings` expects, so that table and images can
+    be moved together.
     """
 
     path: Path
@@ -28,12 +27,12 @@ class Item:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What may be rated once by each rater."""
+        """(image_path, prompt), which each rater rates once."""
         return self.image_path, self.prompt
 
 
 def sample_items(folder: str | Path, table: str | Path) -> list[Item]:
-    """The images that the `image_log.json` of a sample folder lists, each with its prompt.
+    """Return the images in `image_log.json` of a sample folder.
 
     Raises UserError for a missing folder, log, prompt or image, and for an entry that leads out of the folder.
     """
@@ -44,20 +43,16 @@ def sample_items(folder: str | Path, table: str | Path) -> list[Item]:
         raise UserError(f"{str(folder)!r} lists no images in image_log.json; give a folder that eval.py has written")
     items = []
     for number, entry in enumerate(entries, 1):
-        where, name, prompt = f"{str(folder)!r} image_log.json entry {number}", *_fields(entry)
-        if not name or not prompt:
-            raise UserError(f"{where}: it needs the texts path_to_img and prompt; make the samples again elsewhere")
+        where = f"{str(folder)!r} image_log.json entry {number}"
+        name, prompt = entry.get("path_to_img"), entry.get("prompt")
+        if not all(isinstance(text, str) and text for text in (name, prompt)):
+            raise UserError(f"{where}: it needs the texts path_to_img and prompt; draw the samples again elsewhere")
         items.append(_item(Path(folder) / name, prompt, folder, table, where))
     return items
 
 
-def _fields(entry: dict) -> tuple[str, str]:
-    values = (entry.get("path_to_img"), entry.get("prompt"))
-    return tuple(value if isinstance(value, str) else "" for value in values)
-
-
 def table_items(csv: str | Path, data_path: str | Path, table: str | Path) -> tuple[list[Item], int]:
-    """The images of a fundus table, each with its caption, and the number of rows without an image.
+    """Return the images of a fundus table with their captions, and the number of rows without an image.
 
     Raises UserError as `fundus.load_split` does, and for an image outside `data_path`.
     """
@@ -70,32 +65,28 @@ def table_items(csv: str | Path, data_path: str | Path, table: str | Path) -> tu
 
 
 def _item(path: Path, prompt: str, folder: str | Path, table: str | Path, where: str) -> Item:
-    path, inside = Path(os.path.abspath(path)), Path(folder).resolve()
+    path = Path(os.path.abspath(path))
     resolved = path.resolve()
-    if not resolved.is_relative_to(inside):
+    if not resolved.is_relative_to(Path(folder).resolve()):
         raise UserError(f"{where}: {str(path)!r} leads out of {str(folder)!r}; only images inside it are shown")
     if not resolved.is_file():
-        raise UserError(f"{where}: there is no file {str(path)!r}; run what wrote the folder again, or drop the entry")
-    # links on the way are not followed: the folders are named as the user sees them, in which a table may be moved
+        raise UserError(f"{where}: there is no file {str(path)!r}; run the command that wrote the folder again")
+    # links are not followed here: a user may move folders as they are named
     image_path = Path(os.path.relpath(path, os.path.abspath(Path(table).parent))).as_posix()
     if not prompt.isprintable() or not image_path.isprintable():
-        # each row of the table is one line of the file, so that a torn one can be told from a whole one.
+        # each row of the table is one line of the file, which tells a torn row from a complete one
         raise UserError(f"{where}: its prompt or path holds line breaks or control characters; write them as spaces")
     if tidy_path(image_path.strip()) != image_path:
-        raise UserError(f"{where}: a table cannot hold the path {image_path!r}; use no backslashes and outer spaces")
+        raise UserError(f"{where}: path {image_path!r} has backslashes or outer spaces; rename the file or folder")
     prompt = " ".join(prompt.split())  # as `read_ratings` reads it
     modality = MODALITY if prompt.lower().startswith(f"{MODALITY.lower()}:") else ""
-    return Item(resolved, image_path, prompt, modality, _size(resolved, where))
-
-
-def _size(path: Path, where: str) -> tuple[int, int]:
     try:
-        with open_image(path) as image:
-            return image.size
+        with open_image(resolved) as image:
+            return Item(resolved, image_path, prompt, modality, image.size)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
 
 def distinct(items: Sequence[Item]) -> list[Item]:
-    """Each (image, prompt) once, sorted: the questions do not depend on the order of the folders."""
+    """Return each (image, prompt) once, sorted, so that questions do not depend on the order of the folders."""
     return sorted({item.key: item for item in items}.values(), key=lambda item: item.key)

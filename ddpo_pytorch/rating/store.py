@@ -1,10 +1,10 @@
-"""Ratings on disk: a journal of every click, which is the truth, and a table for training, which is made from it.
+"""Ratings on disk: a journal of every click, and the table of ratings for training that is derived from it.
 
-`ratings.journal.csv` is only appended to (time, rate / skip / undo, the columns of the table): who clicked what and
-when, undone or not. A click is on disk (fsync) before it is confirmed. `ratings.csv` has the columns of
-`data.ratings.COLUMNS` and is a valid table for `read_ratings` at every moment: each rating or undo replaces it as a
-whole. What another program has made of either file is kept under another name before it is replaced, so neither a
-spreadsheet nor a crash changes, loses or doubles a rating. Only a table without a journal is taken as it is.
+`ratings.journal.csv` is append-only (time, rate / skip / undo, the columns of the table) and the source of truth. A
+click is on disk (fsync) before it is confirmed. `ratings.csv` has the columns of `data.ratings.COLUMNS` and is a valid
+table for `read_ratings` at every moment: each rating or undo replaces it atomically. If another program has changed
+either file, its content is saved under another name first, so neither a spreadsheet nor a crash changes, loses or
+doubles a rating. Only a table without a journal is imported as it is.
 """
 
 import csv
@@ -23,7 +23,7 @@ from ddpo_pytorch.data.ratings import COLUMNS
 from ddpo_pytorch.data.tables import number, read_table, table_text, unprotected
 from ddpo_pytorch.rating.items import Item
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.files import atomic_write, lock, remove_leftovers
+from ddpo_pytorch.utils.files import append, atomic_write, lock, remove_leftovers
 
 JOURNAL_COLUMNS = ("time", "action", *COLUMNS)
 ACTIONS = ("rate", "skip", "undo")
@@ -34,7 +34,7 @@ Key = tuple[str, ...]
 
 
 def rater_name(text: str) -> str:
-    """Return a rater's name without spaces around it, in Unicode's composed form.
+    """Return a rater's name, stripped and in Unicode's composed form.
 
     Raises UserError unless it has 1 to 64 printable characters and no comma.
     """
@@ -45,17 +45,19 @@ def rater_name(text: str) -> str:
 
 
 class Store:
-    """The table at `path` and its journal, for this process alone. Not safe for threads: the caller holds a lock."""
+    """The table at `path` and its journal, for this process alone. Not thread-safe.
+
+    Raises UserError for a file of another kind, a faulty line, or a second process.
+    """
 
     def __init__(self, path: str | Path):
-        """Make or open both files. Raises UserError for another table, a faulty line, or a second process."""
         self.path = Path(path)
         if self.path.suffix != ".csv":  # tables of one name and two suffixes would share a journal
             raise UserError(f"--out is {str(self.path)!r}; give a file whose name ends in .csv, such as ratings.csv")
         self.journal = self.path.with_name(f"{self.path.stem}.journal.csv")
         if self.journal.is_dir() or self.path.is_dir():
             raise UserError(f"{str(self.path)!r} is a folder, or its journal is; give a file such as ratings.csv")
-        self._read()  # a file of somebody else's is refused before anything is written
+        self._read()  # refuses foreign files before anything is written
         self.path.parent.mkdir(parents=True, exist_ok=True)
         taken = f"{str(self.path)!r} is being written by another rating page; end that one, or give another --out"
         self._lock = lock(self.path.with_name(f".{self.path.stem}.lock"), taken)
@@ -69,7 +71,7 @@ class Store:
             _replace(self.journal, content)
         self._signature = _signature(self.journal)
         if self._rows and not self.path.exists():
-            logger.warning("%s: made again from the journal, with %d ratings", self.path, len(self._rows))
+            logger.warning("%s: restored from the journal, with %d ratings", self.path, len(self._rows))
         self._table = b""  # as it was last written
         self._write_table(self._rows, _replay(self._clicks[:-1]))
 
@@ -77,10 +79,7 @@ class Store:
         return len(self._rows)
 
     def close(self) -> None:
-        """Make the table again if another program has changed it, and let other processes have both files.
-
-        A click after that raises OSError.
-        """
+        """Restore the table if another program has changed it, and release the lock; later clicks raise OSError."""
         self._write_table(self._rows, self._rows)
         self._lock.release()
 
@@ -89,35 +88,37 @@ class Store:
         return [(cells[0], cells[4]) for cells in self._rows.values() if cells[5] == rater]
 
     def rate(self, item: Item, rating: int, expert_level: int, rater: str) -> None:
-        """Record one rating. Raises OSError, with nothing recorded, when it cannot be written."""
+        """Record a rating. Raises OSError, with nothing recorded, if it cannot be written."""
         self._click("rate", [item.image_path, str(rating), item.modality, str(expert_level), item.prompt, rater])
 
     def skip(self, item: Item, rater: str) -> None:
-        """Record a skip, which only the journal tells."""
+        """Record a skip, in the journal only."""
         self._click("skip", [item.image_path, "", item.modality, "", item.prompt, rater])
 
     def undo(self, item: Item, rater: str) -> None:
-        """Record an undo and take the rater's row, if there is one, out of the table. Raises OSError as `rate` does."""
+        """Record an undo and remove the rater's row, if any, from the table. Raises OSError as `rate` does."""
         skipped = [item.image_path, "", item.modality, "", item.prompt, rater]
         self._click("undo", self._rows.get((*item.key, rater), skipped))
 
     def _click(self, action: str, cells: list[str]) -> None:
         if not self._lock.is_locked:
-            raise OSError(errno.ESHUTDOWN, "the page has ended")
+            raise OSError(errno.ESHUTDOWN, "the server has stopped")
         click = [time.strftime(TIME, time.gmtime()), action, *cells]
         rows = _replay([click], self._rows)
         if _signature(self.journal) != self._signature:  # moved, removed or written to by another program
-            content, found = _content(JOURNAL_COLUMNS, self._clicks), _bytes(self.journal)
-            if found != content:
-                if not content.startswith(found):
-                    _keep_aside(self.journal, found)
+            content, actual = _content(JOURNAL_COLUMNS, self._clicks), _bytes(self.journal)
+            if actual != content:
+                if not content.startswith(actual):
+                    _save_edited(self.journal, actual)
                 _replace(self.journal, content)
         size = self.journal.stat().st_size
         try:
-            _append(self.journal, _content(click))
+            with open(self.journal, "ab", buffering=0) as file:
+                append(file, _content(click))
+                os.fsync(file.fileno())
             self._write_table(rows, self._rows)
         except OSError:
-            os.truncate(self.journal, size)  # the click did not happen: no later start may make up for it
+            os.truncate(self.journal, size)  # the click was refused: a restart must not replay it
             raise
         finally:
             self._signature = _signature(self.journal)
@@ -125,35 +126,33 @@ class Store:
         self._rows = rows
 
     def _write_table(self, rows: dict[Key, list[str]], before: dict[Key, list[str]]) -> None:
-        """Make the table hold `rows`. One that another program has changed since it held `before` is kept aside."""
-        content, found = _content(COLUMNS, rows.values()), _bytes(self.path)
-        if found == content:
-            self._table = content
-            return
-        if found != self._table and not any(self._is_part(found, list(known.values())) for known in (rows, before)):
-            _keep_aside(self.path, found)
-        _replace(self.path, content)
+        """Write `rows` to the table. If another program has changed it since it held `before`, save a copy first."""
+        content, actual = _content(COLUMNS, rows.values()), _bytes(self.path)
+        if actual != content:
+            if actual != self._table and not (self._is_part(actual, rows) or self._is_part(actual, before)):
+                _save_edited(self.path, actual)
+            _replace(self.path, content)
         self._table = content
 
-    def _is_part(self, content: bytes, rows: list[list[str]]) -> bool:
-        """Tell whether a table says nothing but these rows or the first of them, in whatever spelling of CSV."""
-        if _content(COLUMNS, rows).startswith(content):
+    def _is_part(self, content: bytes, rows: dict[Key, list[str]]) -> bool:
+        """Return whether a table holds nothing but these rows, or the first of them, in any spelling of CSV."""
+        if _content(COLUMNS, rows.values()).startswith(content):
             return True
         try:
             held = self._rows_of(content)
         except UserError:
             return False
-        return held == rows[: len(held)]
+        return held == list(rows.values())[: len(held)]
 
     def _rows_of(self, table: bytes) -> list[list[str]]:
         """Return the rows of a table whose last line may lack its end. Raises UserError as `_parse` does."""
         return self._parse(self.path, table.rstrip(b"\r\n") + b"\n", COLUMNS)[0]
 
     def _read(self) -> tuple[list[list[str]], bytes]:
-        """Return the clicks of the journal, without a journal the rows of the table as clicks of now; and what to drop.
+        """Return the journal's clicks, and an unfinished last line to drop; without a journal, the table as clicks.
 
-        That is a last line of the journal without its end: a click that was cut off by a crash, unless the table shows
-        that it was confirmed. Raises UserError for files that are no journal or table of ratings.
+        An unfinished line is a click that a crash cut off, unless the table shows that it was confirmed. Raises
+        UserError for files that are no journal or table of ratings.
         """
         content = _bytes(self.journal)
         if _content(JOURNAL_COLUMNS).startswith(content):  # absent, or cut off in its first line
@@ -163,14 +162,14 @@ class Store:
             if action not in ACTIONS or (action == "rate" and not _is_rating(cells)):
                 raise UserError(
                     f"{str(self.journal)!r} line {line}: action {action!r}, rating {cells[1]!r} of expert level "
-                    f"{cells[3]!r}; correct the line, or move the journal away to begin from the table"
+                    f"{cells[3]!r}; correct the line, or move the journal away to start from the table"
                 )
         if click := self._confirmed(tail, _replay(clicks)):
             return [*clicks, click], b""
         return clicks, tail
 
     def _confirmed(self, tail: bytes, rows: dict[Key, list[str]]) -> list[str] | None:
-        """Return the click of a journal's last line without its end if the table shows it, else None."""
+        """Return the click of an unfinished last line if the table shows it, else None."""
         try:
             line = _content(JOURNAL_COLUMNS) + tail + b"\n"
             ((_, action, *cells),) = clicks = self._parse(self.journal, line, JOURNAL_COLUMNS)[0]
@@ -182,7 +181,7 @@ class Store:
         return clicks[0] if shown else None
 
     def _read_table(self) -> list[list[str]]:
-        """Return the rows of a table without a journal as clicks of now. Raises UserError for any fault."""
+        """Return the rows of a table without a journal as clicks made now. Raises UserError for any fault."""
         content = _bytes(self.path)
         if not content:
             return []
@@ -207,9 +206,9 @@ class Store:
         return clicks
 
     def _parse(self, path: Path, content: bytes, columns: Sequence[str]) -> tuple[list[list[str]], bytes]:
-        """Return the cells of every whole line but the header, and what follows the last one.
+        """Return the cells of every complete line after the header, and the unfinished rest.
 
-        Raises UserError for another header, a line of another length, and what is no UTF-8 CSV.
+        Raises UserError for another header, a line of another length, and content that is not UTF-8 CSV.
         """
         end = content.rfind(b"\n") + 1
         try:
@@ -230,7 +229,7 @@ class Store:
         return rows, content[end:]
 
     def _tidy(self, image_path: str) -> str:
-        """Return a path as items have it: from the table's folder."""
+        """Return a path relative to the table's folder, as items have it."""
         folder = os.path.abspath(self.path.parent)
         return os.path.relpath(os.path.join(folder, image_path), folder)
 
@@ -239,7 +238,7 @@ def _replay(clicks: Iterable[Sequence[str]], before: Mapping[Key, list[str]] | N
     """Return the rows of the table after these clicks. A second rating replaces the first."""
     rows = dict(before or {})
     for place, (_, action, *cells) in enumerate(clicks):
-        key = _key(cells) if cells[5] else (str(place),)  # somebody unknown may rate as often as there are lines
+        key = _key(cells) if cells[5] else (str(place),)  # unknown raters may repeat
         if action in ("rate", "undo"):
             rows.pop(key, None)
         if action == "rate":
@@ -261,7 +260,7 @@ def _content(header: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> bytes
 
 @cache
 def _line(cells: tuple[str, ...]) -> bytes:
-    """Return a row of a file. Each is asked for again at every click: thousands take a second without the cache."""
+    """Return a row of a file; cached, since every click writes all rows again."""
     return table_text(cells, []).encode()
 
 
@@ -270,7 +269,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def _signature(path: Path) -> tuple[int, ...] | None:
-    """Return what changes when another program writes a file."""
+    """Return identity, size and time of a file, which change when another program writes it."""
     try:
         state = path.stat()
     except FileNotFoundError:
@@ -278,21 +277,13 @@ def _signature(path: Path) -> tuple[int, ...] | None:
     return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
 
-def _keep_aside(path: Path, content: bytes) -> None:
+def _save_edited(path: Path, content: bytes) -> None:
     names = (path.with_name(f"{path.stem}.edited-{number}.csv") for number in itertools.count(1))
-    aside = next(name for name in names if not name.exists())
-    _replace(aside, content)
-    logger.warning("%s was changed by another program; what it held is in %s, the ratings are as clicked", path, aside)
+    copy = next(name for name in names if not name.exists())
+    _replace(copy, content)
+    logger.warning("%s was changed by another program and is restored; the other content is in %s", path, copy)
 
 
 def _replace(path: Path, content: bytes) -> None:
     with atomic_write(path.resolve(), durable=True) as temporary:
         temporary.write_bytes(content)
-
-
-def _append(path: Path, line: bytes) -> None:
-    """Append a line and wait until it is on disk. Raises OSError where it does not fit."""
-    with open(path, "ab", buffering=0) as file:
-        if file.write(line) != len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        os.fsync(file.fileno())
