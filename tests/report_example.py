@@ -1,4 +1,4 @@
-"""A made-up measurement for the tests of the report: invented numbers, real phantom pictures, real log files."""
+"""Made-up measurements for the tests of the report: invented numbers, drawn phantoms, log files."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ def ratio(value: float, half: float, n: int) -> dict:
 
 
 def write_images(folder: Path, captions: Sequence[str], number: int, size: int, seed: int, wrong: float = 0.0, stem=""):
-    """A sample folder of phantoms; a share `wrong` of them lacks or adds an artifact. (file, caption) of each."""
+    """Write a sample folder of phantoms, a share `wrong` with a wrong artifact; return (file, caption) pairs."""
     rng, samples = np.random.default_rng(seed), []
     for caption, index in itertools.product(captions, range(number)):
         labels = list(labels_of(caption))
@@ -43,7 +43,7 @@ def write_images(folder: Path, captions: Sequence[str], number: int, size: int, 
 
 
 def write_run(folder: Path, epochs: int, seed: int, gain: float = 0.14) -> Path:
-    """A run folder as train.py leaves it: metrics.jsonl with held-out APR in every fourth epoch, and config.json."""
+    """Write a run folder of train.py: metrics.jsonl with held-out APR in every fourth epoch, and config.json."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     lines = []
@@ -67,149 +67,90 @@ def sha(number: int) -> str:
 
 
 def alignment(aprs: dict[str, float], n: int, labels: Sequence[str]) -> dict:
-    """A judge's block of one model."""
+    """Return a judge's block of one model."""
     mean = sum(aprs.values()) / len(aprs)
-    found = {
-        name: {
-            "precision": quantity(0.62 + 0.3 * mean, 0.06, n),
-            "recall": quantity(0.5 + 0.4 * mean, 0.05, n),
-            "requested": n // 2,
-            "seen": n // 2 - 17,
-        }
-        for name in labels
-    }
+    rates = {"precision": quantity(0.62 + 0.3 * mean, 0.06, n), "recall": quantity(0.5 + 0.4 * mean, 0.05, n)}
+    found = dict.fromkeys(labels, rates | {"requested": n // 2, "seen": abs(n // 2 - 17)})
     by_prompt = {caption: ratio(apr, 0.12, n // 32) for caption, apr in aprs.items()}
     return {"APR": quantity(mean, 0.035, n), "by_prompt": by_prompt, "attributes": found}
 
 
 def model(name: str, folder: Path, train: list, samples: list, seed: int) -> dict:
-    """One model's block, better for SD+RL in APR and worse in diversity."""
+    """Return one model's block, better for SD+RL in APR and worse in diversity."""
     rl, rng, n = name == "SD+RL", np.random.default_rng(seed), 512
-    level = 0.47 if rl else 0.14
-    aprs = {c: float(np.clip(level + rng.normal(0, 0.15), 0, 1)) for c in CAPTIONS}
+    aprs = {c: float(np.clip((0.47 if rl else 0.14) + rng.normal(0, 0.15), 0, 1)) for c in CAPTIONS}
     h4, h6 = alignment(aprs, n, LABELS[:4]), alignment({c: 0.8 * v for c, v in aprs.items()}, n, LABELS)
     fid, kid = (84.31 if rl else 91.07), (0.0412 if rl else 0.0467)
     matched = {"n": 480, "FID": quantity(fid, 3.1, 480), "KID": quantity(kid, 0.004, 480)}
-    matched |= {
-        key: quantity(value, 0.03, 480)
-        for key, value in {"precision": 0.61, "recall": 0.22, "density": 0.54, "coverage": 0.41}.items()
-    }
+    for key, value in {"precision": 0.61, "recall": 0.22, "density": 0.54, "coverage": 0.41}.items():
+        matched[key] = quantity(value, 0.03, 480)
     unmatched = {"n": n, "n_real": 1281, "FID": quantity(fid + 9, 2.9, n), "KID": quantity(kid + 0.01, 0.004, n)}
+    judged = {"n": 480, "FID": quantity(0.274 if rl else 0.292, 0.02, 480)}
     closest = [
         {"path": str(path), "caption": caption, "train": str(other), "distance": 0.21 + 0.013 * index}
         for index, ((path, caption), (other, _)) in enumerate(zip(samples[::7][:16], train, strict=False))
     ]
-    made_with = {"seed": 88, "num_steps": 10, "eta": 1.0, "guidance_scale": 1.0, "weights_sha256": sha(seed)}
-    made_with |= {"prompts": list(CAPTIONS)}
-    by_prompt = dict.fromkeys(CAPTIONS, 16)
+    made_with = {"seed": 88, "num_steps": 10, "weights_sha256": sha(seed), "prompts": list(CAPTIONS)}
+    vendi, distance = quantity(4.12 if rl else 6.31, 0.2, n), quantity(0.31 if rl else 0.44, 0.02, n)
+    closer = {"share_closer": quantity(0.027 if rl else 0.012, 0.009, n), "threshold": 0.2071, "copies": 0}
     return {
         "folders": [{"path": str(folder), "images": n, "sha256": sha(seed + 7), "made_with": made_with}],
         "images": n,
         "black_images": 0,
-        "APR": h4["APR"]["value"],
-        "FID": fid,
-        "KID": kid,
-        "LPIPS": None,
-        "FD_judge": 0.274 if rl else 0.292,
         "reward": 0.908 if rl else 0.764,
+        "APR": h4["APR"]["value"],
         "APR_by_prompt": aprs,
         "ceiling": ratio(0.887, 0.03, 1281),
         "ceiling_share": 29 / 32,
         "missing": {},
-        "images_by_prompt": by_prompt,
+        "images_by_prompt": dict.fromkeys(CAPTIONS, 16),
         "alignment": {"H4": h4, "H6": h6},
         "fidelity": {
             "inception": {"matched": matched, "unmatched": unmatched},
-            "judge": {"matched": {"n": 480, "FID": quantity(0.274 if rl else 0.292, 0.02, 480)}, "unmatched": {"n": n}},
+            "judge": {"matched": judged, "unmatched": {"n": n}},
         },
-        "perception": {"LPIPS": None, "LPIPS_within": None},
-        "diversity": {
-            "judge": {
-                "vendi": quantity(4.12 if rl else 6.31, 0.2, n),
-                "pairwise_distance": quantity(0.31 if rl else 0.44, 0.02, n),
-            }
-        },
-        "memorisation": {
-            "judge": {
-                "share_closer": quantity(0.027 if rl else 0.012, 0.009, n),
-                "threshold": 0.2071,
-                "copies": 0,
-                "closest": closest,
-            }
-        },
+        "perception": {},
+        "diversity": {"judge": {"vendi": vendi, "pairwise_distance": distance}},
+        "memorisation": {"judge": closer | {"closest": closest}},
     }
 
 
 def full_example(folder: Path, size: int = 64, number: int = 6) -> tuple[dict, dict, list[Path]]:
-    """(result, samples, runs) of a measurement with nearly everything in it; images of `size` pixels in `folder`."""
-    real_counts = {c: (3 * i * i) % 41 for i, c in enumerate(CAPTIONS)}  # several captions without a real image
-    real = [
-        sample
-        for caption in CAPTIONS
-        for sample in write_images(
-            folder / "real", [caption], min(real_counts[caption], number), size, 1, stem="PHANTOM_"
-        )
-    ]
+    """Return (result, samples, runs) with nearly everything that can be measured; images of `size` px in `folder`."""
+    counts = {c: (3 * i * i) % 41 for i, c in enumerate(CAPTIONS)}  # several captions without a real image
+    real = []
+    for caption in CAPTIONS:
+        real += write_images(folder / "real", [caption], min(counts[caption], number), size, 1, stem="PHANTOM_")
     train = write_images(folder / "train", CAPTIONS[::2], 1, size, 2)
     samples = {"real": real}
     for seed, (name, wrong) in enumerate(zip(MODELS, (0.8, 0.4), strict=True), 3):
         samples[name] = write_images(folder / name, CAPTIONS, number, size, seed, wrong)
-    blocks = {name: model(name, folder / name, train, samples[name], seed) for seed, name in enumerate(MODELS, 3)}
-    ceiling = alignment(dict.fromkeys(CAPTIONS, 0.915), sum(real_counts.values()), LABELS[:4])
-    difference = blocks["SD+RL"]["APR"] - blocks["SD"]["APR"]
-    result = {
-        "format": 2,
-        "fid_part": "matched",
-        "created": "2026-03-01T12:00:00Z",
-        "versions": {"torch": "2.9.0", "torch-fidelity": "0.4.0"},
-        "settings": {
-            "batch_size": 64,
-            "classifier": "ddpo_pytorch/assets/mini/H4.safetensors",
-            "prompts": [],
-            "quality": [],
-            "seed": 42,
-            "image_shape": [size, size],
-        },
-        "judges": {
-            "H4": {"what": "assets/mini/H4.safetensors", "sha256": sha(4), "labels": list(LABELS[:4])},
-            "H6": {"what": "assets/mini/H6.safetensors", "sha256": sha(6), "labels": list(LABELS)},
-        },
-        "networks": {"inception": {"what": "Inception V3 of FID", "sha256": sha(9)}},
+    models = {name: model(name, folder / name, train, samples[name], seed) for seed, name in enumerate(MODELS, 3)}
+    aprs = [models[name]["APR"] for name in MODELS]
+    comparison = {"from": "SD", "to": "SD+RL", "from_APR": aprs[0], "to_APR": aprs[1], "prompts": 32}
+    comparison |= {"APR": quantity(aprs[1] - aprs[0], 0.04, 512), "paired": True, "reason": "", "pairs": 512}
+    comparison |= {"p": 0.0001, "p_by_prompt": 0.0002, "gained": 190, "lost": 21, "test": "p: McNemar, exact"}
+    images = sum(counts.values())
+    result = minimal_result() | {
         "missing": {"LPIPS": "no AlexNet weights; give --config.metric.alexnet=FILE"},
         "warnings": ["FID of SD rests on 480 images, fewer than 2,048; its bias is large"],
-        "sets": {
-            "real": {"path": str(folder / "real"), "images": sum(real_counts.values()), "sha256": sha(1)},
-            "train": {"path": str(folder / "train"), "images": len(train), "sha256": sha(2), "identical_images": 2},
-        },
-        "models": blocks,
+        "models": models,
         "real": {
-            "images": sum(real_counts.values()),
-            "APR": 0.915,
-            "alignment": {"H4": ceiling},
+            "images": images,
+            "alignment": {"H4": alignment(dict.fromkeys(CAPTIONS, 0.915), images, LABELS[:4])},
             "perception": {},
             "diversity": {"judge": {"vendi": quantity(7.9, 0.3, 640)}},
         },
-        "comparisons": [
-            {
-                "from": "SD",
-                "to": "SD+RL",
-                "paired": True,
-                "reason": "",
-                "pairs": 512,
-                "APR": quantity(difference, 0.04, 512),
-                "from_APR": blocks["SD"]["APR"],
-                "to_APR": blocks["SD+RL"]["APR"],
-                "prompts": 32,
-                "p": 0.0001,
-                "p_by_prompt": 0.0002,
-                "gained": 190,
-                "lost": 21,
-                "test": "p: McNemar, exact; p_by_prompt: sign flips of the prompts' mean differences",
-            }
-        ],
+        "sets": {
+            "real": {"path": str(folder / "real"), "images": images, "sha256": sha(1), "images_by_prompt": counts},
+            "train": {"path": str(folder / "train"), "images": len(train), "sha256": sha(2), "identical_images": 2}
+            | {"images_by_prompt": {c: int(c in CAPTIONS[::2]) for c in CAPTIONS}},
+        },
+        "comparisons": [comparison],
     }
-    result["sets"]["real"]["images_by_prompt"] = real_counts
-    result["sets"]["train"]["images_by_prompt"] = {c: int(c in CAPTIONS[::2]) for c in CAPTIONS}
+    result["settings"] |= {"classifier": "ddpo_pytorch/assets/mini/H4.safetensors", "image_shape": [size, size]}
+    result["judges"]["H6"] = {"what": "assets/mini/H6.safetensors", "sha256": sha(6), "labels": list(LABELS)}
+    result["networks"]["inception"] = {"what": "Inception V3 of FID", "sha256": sha(9)}
     runs = [write_run(folder / "logs" / "demo", 32, 42), write_run(folder / "logs" / "other-seed", 32, 1, 0.11)]
     return result, samples, runs
 

@@ -3,11 +3,13 @@
 import importlib.util
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from absl import flags
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT, run_script
 from ml_collections import config_flags
@@ -64,6 +66,26 @@ def load_module(path: Path):
         patch.setattr(config_flags, "DEFINE_config_file", lambda *args, **kwargs: None)  # each script defines "config"
         spec.loader.exec_module(module)
     return module
+
+
+def load_flag_script(name: str):
+    """Return a script as a module with absl flags of its own: scripts define some of the same names."""
+    own = flags.FlagValues()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flags, "FLAGS", own)
+        for kind in ("string", "multi_string", "enum", "integer", "float", "bool"):
+            define = getattr(flags, f"DEFINE_{kind}")
+            patch.setattr(flags, f"DEFINE_{kind}", partial(define, flag_values=own))
+        return load_module(ROOT / "scripts" / name)
+
+
+def call_main(script, *options: str) -> None:
+    """Run the main of a script of `load_flag_script` with these options."""
+    script.FLAGS.unparse_flags()
+    for name in script.FLAGS:
+        script.FLAGS[name].unparse()
+    script.FLAGS([script.__name__, *options])
+    script.main([])
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
-"""Table 4: which synthetic images are drawn, and what the report says, against independent loops."""
+"""Table 4: the synthetic images that are drawn, measures against independent loops, and the tables."""
 
 import csv
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -60,20 +61,25 @@ def test_plan_names_and_folders():
             planning.plan(real, {"X": [other]}, [ratio], (0,))
 
 
-def test_flags_are_read_or_refused():
+def test_flags_are_parsed():
     assert planning.parse_ratios("0.5, 1x,balanced") == (0.5, 1.0, "balanced")
     assert planning.parse_seeds("0, 7,1") == (0, 7, 1)
     assert planning.parse_samples(["SD=a/b", "SD-RL=c=d"]) == {"SD": Path("a/b"), "SD-RL": Path("c=d")}
-    for text in ("", "0", "-1", "nan", "inf", "1,,2", "much", "1,1.0", "balanced,balanced"):
-        with pytest.raises(UserError, match="ratio"):
-            planning.parse_ratios(text)
-    for text in ("", "1,1", "1,01", "-1", "1.5", "a"):
-        with pytest.raises(UserError, match="whole numbers"):
-            planning.parse_seeds(text)
-    bad = (["folder"], ["=folder"], ["SD="], ["a/b=c"], [".a=c"], ["A=x", "a=y"], ["Real=x"], [])
-    for given in bad:
-        with pytest.raises(UserError, match="--samples="):
-            planning.parse_samples(given)
+
+
+RATIOS = ("", "0", "-1", "nan", "inf", "1,,2", "much", "1,1.0", "balanced,balanced")
+SAMPLES = (["folder"], ["=folder"], ["SD="], ["a/b=c"], [".a=c"], ["A=x", "a=y"], ["Real=x"], [])
+
+
+@pytest.mark.parametrize(
+    ("parse", "flag", "given"),
+    [(planning.parse_ratios, "--ratios=", text) for text in RATIOS]
+    + [(planning.parse_seeds, "--seeds=", text) for text in ("", "1,1", "1,01", "-1", "1.5", "a")]
+    + [(planning.parse_samples, "--samples=", texts) for texts in SAMPLES],
+)
+def test_unusable_flags_are_refused_by_name(parse, flag, given):
+    with pytest.raises(UserError, match=flag):
+        parse(given)
 
 
 def test_minority_is_measured_on_real_training_images():
@@ -148,7 +154,7 @@ def test_means_spreads_and_paired_bootstrap_equal_a_loop(part):
     assert {row.get("seeds_agree") for row in rows.values()} == {None, True, False}
 
 
-def test_the_difference_of_a_classifier_to_itself_is_exactly_nothing():
+def test_a_classifier_does_not_differ_from_itself():
     """The same resample serves both: unpaired ones would give an interval of some width."""
     logits, truth = classifiers()
     rows = compare({"real": logits["real"], "copy": logits["real"][::-1]}, truth, NAMES, resamples=200)
@@ -156,44 +162,49 @@ def test_the_difference_of_a_classifier_to_itself_is_exactly_nothing():
     assert all(row["low"] == pytest.approx(0, abs=1e-12) == row["high"] and row["p"] > 0.5 for row in copies)
 
 
+def table_of(text, heading, head):
+    """Return the cells by first cell of the table below a heading of a report whose first column is `head`."""
+    lines = text.partition(heading)[2].partition(f"| {head} ")[2].splitlines()[2:]
+    lines = [line.strip("|").split("|") for line in itertools.takewhile(lambda line: line.startswith("|"), lines)]
+    return {first.strip(): [cell.strip() for cell in cells] for first, *cells in lines}
+
+
 @pytest.mark.filterwarnings("error")
-def test_what_is_undefined_is_left_out_and_shown_as_a_dash():
+def test_undefined_values_are_left_out_and_shown_as_a_dash():
     logits, truth = classifiers(seeds=1)
     truth[:, 1] = False
-    rows = compare(logits, truth, NAMES, resamples=50)
+    rows = [{"group": "all"} | row for row in compare(logits, truth, NAMES, resamples=50)]
     found = {(row["attribute"], row["training"], row["measure"]): row for row in rows}
     for key in ("f1", "auc"):
         row = found["ink", "better", key]
         assert (row["mean"], row["sd"], row["difference"], row["p"]) == (None,) * 4
         assert found[MACRO, "better", key]["mean"] == found["hair", "better", key]["mean"]
     accuracy = [found[name, "better", "accuracy"]["mean"] for name in (*NAMES, MACRO)]
-    assert (
-        accuracy[2] == pytest.approx((accuracy[0] + accuracy[1]) / 2) and found["ink", "real", "accuracy"]["sd"] is None
-    )
+    assert accuracy[2] == pytest.approx((accuracy[0] + accuracy[1]) / 2)
+    assert found["ink", "real", "accuracy"]["sd"] is None
     assert compare(logits, truth, NAMES, np.zeros(150, bool)) == []
 
     drawn = planning.draw([CAPTIONS[1]] * 2, {CAPTIONS[1]: 3}, 0)
     groups = subgroups({CAPTIONS[1]: 3, CAPTIONS[8]: 4}, {CAPTIONS[0]: 1}, {CAPTIONS[1]}, {"real + 1x SD": drawn})
     about = {"seeds": (4,), "minority_share": 0.02, "test_images": 150, "subgroups": groups}
-    text = markdown([{"group": "all"} | row for row in rows], about)
-    line = next(line for line in text.partition("### ink: in 0 of 150")[2].splitlines() if "better" in line)
-    assert [cell.strip() for cell in line.split("|")][2:5] == ["-"] * 3
-    assert "nan" not in text.lower() and "None" not in text and "1 seed(s) are too few" in text
-    assert "No test image has a combination of labels below 2 %" in text
-    assert "Samples were missing" in text
-    table = {
-        line.split("|")[1].strip(): line.split("|")[2:-1] for line in text.splitlines() if line.startswith("| MEL")
-    }
-    assert {name: [cell.strip() for cell in cells] for name, cells in table.items()} == {
+    text = markdown(rows, about)
+    assert table_of(text, "### ink: in 0 of 150", "trained on")["better"][:3] == ["-"] * 3
+    assert "nan" not in text.lower() and "None" not in text and "1 seed(s)" in text and "Samples were missing" in text
+    assert table_of(text, "## Images by subgroup", "labels") == {
         "MEL plain": ["", "1", "0", "0"],
         "MEL ink": ["yes", "0", "3", "2 of 3"],
         "MEL hair": ["", "0", "4", "0"],
+        "all": ["", "1", "7", "2 of 3"],
     }
-    lines = list(csv.DictReader(as_csv([{"group": "all"} | row for row in rows]).splitlines()))
-    assert len(lines) == len(rows) and {line["mean"] for line in lines if line["measure"] == "auc"} >= {""}
+    lines = list(csv.DictReader(as_csv(rows).splitlines()))
+    assert len(lines) == len(rows) and lines[0]["images"] == "150" and lines[0]["seeds_agree"] == ""
+    for line, row in zip(lines, rows, strict=True):
+        for key in ("mean", "difference", "support"):
+            assert line[key] == ("" if row.get(key) is None else repr(row[key]))
+        assert line["value_1"] == line["mean"]
 
 
-def test_stars_tell_seeds_that_agree_from_those_that_do_not():
+def test_stars_distinguish_seeds_that_agree():
     truth = np.arange(200)[:, None] % 2 == 0
     right = np.where(truth, 1.0, -1.0)
     better, worse, half = right, -right, np.where(np.arange(200)[:, None] < 100, right, -right)
@@ -202,11 +213,10 @@ def test_stars_tell_seeds_that_agree_from_those_that_do_not():
     rows = [{"group": "all"} | row for row in compare(logits, truth, ("ink",), resamples=200)]
     about = {"seeds": (0, 1, 2), "minority_share": 0, "test_images": 200}
     text = markdown(rows, about | {"subgroups": subgroups({CAPTIONS[0]: 1}, {}, (), {})})
-    lines = [line for line in text.splitlines() if line.startswith("| all ")]
-    assert "1.000* / 100.00*" in lines[0] and "+50.00" in lines[1] and "*?" not in "".join(lines)
-    two = next(line for line in text.splitlines() if line.startswith("| two "))
-    assert "66.67*?" in two
-    assert not any("*" in line for line in text.splitlines() if line.startswith("| none "))
+    short, full = table_of(text, "## All", "F1 / accuracy (%)"), table_of(text, "### ink", "trained on")
+    assert list(short) == list(full) == ["real", "all", "two", "none"]
+    assert short["all"][0] == "1.000* / 100.00*" and full["all"][4].startswith("+50.00 [") and full["all"][4][-1] == "*"
+    assert short["two"][0].endswith("66.67*?") and "*" not in short["none"][0]
 
 
 def test_short_captions_are_distinct():

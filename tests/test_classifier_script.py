@@ -6,13 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
-from absl import flags
 from conftest import ROOT, run_script
-from script_tools import files_of, load_module, succeed
+from script_tools import call_main, files_of, load_flag_script, succeed
 from test_classifier_losses import by_definition
 from test_classifier_training import STATES
 
@@ -47,14 +45,7 @@ def without(world, folder, split, name):
 
 @pytest.fixture(scope="module")
 def script():
-    """The script as a module, with flags of its own: each script defines some of the same names."""
-    own = flags.FlagValues()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flags, "FLAGS", own)
-        for kind in ("string", "enum", "integer", "float", "bool"):
-            name = f"DEFINE_{kind}"
-            patch.setattr(flags, name, partial(getattr(flags, name), flag_values=own))
-        return load_module(ROOT / "scripts" / SCRIPT)
+    return load_flag_script(SCRIPT)
 
 
 @pytest.fixture
@@ -65,11 +56,7 @@ def run(script, monkeypatch, caplog):
         for state in STATES:
             state._reset_state()
         caplog.clear()
-        script.FLAGS.unparse_flags()
-        for name in script.FLAGS:
-            script.FLAGS[name].unparse()
-        script.FLAGS([SCRIPT, *options])
-        script.main([])
+        call_main(script, *options)
         return caplog.text
 
     caplog.set_level("INFO")

@@ -1,4 +1,4 @@
-"""The report in a real headless Chromium: what it loads, whether it fits a phone, whether pictures and print work."""
+"""The report in headless Chromium: requests, width on a phone, pictures, contrast, print."""
 
 import base64
 import json
@@ -58,20 +58,18 @@ def visit(browser, path, width: int = 1280, scheme: str = "light", media: str = 
     return [m["params"]["request"] for m in messages if m["method"] == "Network.requestWillBeSent"]
 
 
-@pytest.mark.parametrize("name", ["full", "minimal"])
-def test_nothing_is_loaded_and_nothing_complained(browser, pages, name):
-    asked = [request["url"] for request in visit(browser, pages[name])]
-    assert pages[name].as_uri() in asked
-    assert [url for url in asked if not url.startswith("data:")] == [pages[name].as_uri()]
-    assert browser.get_log("browser") == []
+def open_details(browser) -> None:
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
 
 
 @pytest.mark.parametrize("name", ["full", "minimal"])
 @pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("opened", [False, True])
-def test_the_page_does_not_scroll_sideways(browser, pages, name, width, opened):
-    visit(browser, pages[name], width)
-    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = arguments[0])", opened)
+def test_nothing_is_loaded_and_the_page_does_not_scroll_sideways(browser, pages, name, width):
+    asked = [request["url"] for request in visit(browser, pages[name], width)]
+    assert [url for url in asked if not url.startswith("data:")] == [pages[name].as_uri()]
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    open_details(browser)
     assert browser.execute_script("return innerWidth") == width
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     # what is cut off must be reachable: only the boxes that scroll may hold more than they show
@@ -83,21 +81,12 @@ def test_the_page_does_not_scroll_sideways(browser, pages, name, width, opened):
 
 def test_all_pictures_are_decoded(browser, pages):
     visit(browser, pages["full"])
-    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    open_details(browser)
     sizes = browser.execute_async_script(
         "const done = arguments[0], all = [...document.images];"
         "Promise.allSettled(all.map(i => i.decode())).then(() => done(all.map(i => [i.naturalWidth, i.alt.length])))"
     )
     assert len(sizes) > 2 * 2 * 32 and all(width > 0 and alt > 0 for width, alt in sizes)
-
-
-def test_numbers_and_headings_are_seen(browser, pages):
-    visit(browser, pages["full"])
-    text = browser.execute_script("return document.body.innerText")
-    assert "a gain of 29.3 percentage points" in text.replace("\u00a0", " ")
-    for seen in ("91.07", "[87.97, 94.17]", "Table 2", "Table 3", "Not for diagnosis", "24 more prompts"):
-        assert seen in text
-    assert "melanoma (MEL) showing hair, ruler, ink" not in text.split("Samples by prompt")[0]  # folded
 
 
 def test_the_lead_fits_the_first_screen_of_a_phone(browser, pages):
@@ -131,14 +120,8 @@ def test_text_is_legible_in_both_schemes(browser, pages, scheme):
 
 def test_print_opens_what_is_folded(browser, pages):
     visit(browser, pages["full"], scheme="dark", media="print")
-    hidden = (
-        "return [...document.querySelectorAll('details')].filter(d => !d.lastElementChild.checkVisibility()).length"
-    )
-    assert (
-        browser.execute_script(hidden)
-        == 0
-        < browser.execute_script("return document.querySelectorAll('details').length")
-    )
+    visible = "return [...document.querySelectorAll('details')].map(d => d.lastElementChild.checkVisibility())"
+    assert set(browser.execute_script(visible)) == {True}
     assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert browser.execute_script("return document.querySelector('.plots .light').offsetHeight") > 0
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})

@@ -1,12 +1,13 @@
 """Table 4 as Markdown and CSV, from the rows of `augmentation.compare`."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
+
+import pandas as pd
 
 from ddpo_pytorch.augmentation.compare import MEASURES, RESAMPLES
 from ddpo_pytorch.augmentation.plan import Draw
 from ddpo_pytorch.data.isic import CAPTIONS, short_caption
-from ddpo_pytorch.data.tables import table_text
 from ddpo_pytorch.metrics.tables import markdown_table
 
 UNDEFINED = "-"
@@ -20,7 +21,7 @@ Row = Mapping[str, Any]
 def subgroups(
     real: Mapping[str, int], test: Mapping[str, int], minor: Container[str], drawn: Mapping[str, Draw]
 ) -> dict[str, dict[str, Any]]:
-    """By caption that occurs: its real training and test images, and synthetic and missing ones by training set."""
+    """Return by caption the real training and test images, and synthetic and missing ones by training set."""
     return {
         caption: {
             "real": real.get(caption, 0),
@@ -35,113 +36,79 @@ def subgroups(
 
 
 def markdown(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
-    """The whole report.
+    """Return the whole report.
 
-    `rows` have a "group", "all" or "minority", beside what `compare` gives. `about` has seeds, minority_share, the
-    number of test_images, and "subgroups" as the function of that name gives them.
+    `rows`: those of `compare`, with a "group", "all" or "minority". `about`: seeds, minority_share, number of
+    test_images, and "subgroups" as the function of that name returns them.
     """
     everyone, minor = ([row for row in rows if row["group"] == group] for group in ("all", "minority"))
     groups, share = about["subgroups"], 100 * about["minority_share"]
-    parts = ["# Table 4: classifiers trained on real and on synthetic images\n", _reading(rows, about)]
-    parts.append(f"## All test images: {about['test_images']}\n\n{_headline(everyone)}")
-    parts += _attributes(everyone)
-    parts.append("## Minority subgroups\n")
-    names = [short_caption(caption) for caption, group in groups.items() if group["minority"] and group["test"]]
+    parts = ["# Table 4: classifiers trained on real and on synthetic images\n", _introduction(rows, about)]
+    parts += [f"## All test images: {about['test_images']}\n", *_tables(everyone), "## Minority subgroups\n"]
     if minor:
+        names = [short_caption(caption) for caption, group in groups.items() if group["minority"] and group["test"]]
         parts.append(
             f"The {minor[0]['images']} test images whose combination of labels makes up less than {share:g} % of the "
-            f"real training images ({', '.join(names)}).\n\n{_headline(minor)}"
+            f"real training images ({', '.join(names)}).\n"
         )
-        parts += _attributes(minor)
+        parts += _tables(minor)
     else:
         parts.append(f"No test image has a combination of labels below {share:g} % of the real training images.\n")
-    parts.append(f"## Images by subgroup\n\n{_subgroup_table(groups)}")
-    return "\n".join(parts)
+    return "\n".join([*parts, "## Images by subgroup\n", _subgroup_table(groups)])
 
 
-def _reading(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
-    seeds, differences = about["seeds"], [row for row in rows if row.get("difference") is not None]
-    lines = [
-        f"Mean ± standard deviation over {len(seeds)} trainings (seeds {', '.join(map(str, seeds))}); present is what "
-        "has a probability above 0.5. All trainings have the same real validation and test images, epochs at most and "
-        "updates in an epoch; those of one seed begin with the same weights and differ in the samples drawn.",
-        "",
+def _introduction(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
+    seeds = about["seeds"]
+    differences = sum(row.get("difference") is not None for row in rows)
+    parts = [
+        f"Mean ± standard deviation over {len(seeds)} trainings (seeds {', '.join(map(str, seeds))}). An attribute is "
+        "present where its probability is above 0.5. All trainings have the same real validation and test images, "
+        "epochs at most and updates per epoch; those of one seed start from the same weights and differ in the samples "
+        "drawn.",
         "Differences are to the training on real images alone, of the means over seeds, with a 95 % interval and a "
         f"two-sided p from {RESAMPLES} paired resamples of the test images. Both cover the choice of test images, not "
-        "that of seeds: a difference is to be believed if it is also large beside the standard deviations. "
-        "* marks an interval without 0, *? one where seeds do not even agree on the sign; of "
-        f"{len(differences)} differences, about {0.05 * len(differences):.0f} would have such an interval by chance, "
-        "and more where trainings scatter.",
-        "",
+        "that of seeds: a difference should also be large compared with the standard deviations. * marks an interval "
+        "without 0, *? one where the seeds disagree on the sign. By chance, about "
+        f"{0.05 * differences:.0f} of {differences} differences would have such an interval, more where trainings "
+        "scatter.",
         f"Undefined is '{UNDEFINED}': AUC with one class absent, F1 without a positive. Macro averages leave it out.",
     ]
     if any(group["missing"] for group in about["subgroups"].values()):
-        lines += ["", "**Samples were missing**: in the last table, 'n of m' is n where m were asked for."]
+        parts.append("**Samples were missing**: in the last table, 'n of m' is n where m were requested.")
     if len(seeds) < 3:
-        lines += ["", f"**{len(seeds)} seed(s) are too few** to tell a difference from the luck of a training; give 3."]
-    return "\n".join(lines) + "\n"
+        parts.append(f"**{len(seeds)} seed(s) are too few** to tell a difference from the luck of a training; give 3.")
+    return "\n\n".join(parts) + "\n"
 
 
-def _headline(rows: Sequence[Row]) -> str:
-    """The paper's form: F1 / accuracy, a row a training set, a column an attribute."""
-    attributes = list(dict.fromkeys(row["attribute"] for row in rows))
-    found = {(row["training"], row["attribute"], row["measure"]): row for row in rows}
-    lines = []
-    for training in dict.fromkeys(row["training"] for row in rows):
-        cells = []
-        for attribute in attributes:
-            pair = [found[training, attribute, key] for key in ("f1", "accuracy")]
-            cells.append(" / ".join(f"{_value(row, row['mean'])}{_star(row)}" for row in pair))
-        lines.append([training, *cells])
-    return markdown_table(["F1 / accuracy (%)", *attributes], lines)
+def _tables(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the table of F1 / accuracy as in the paper, then one per attribute with all measures."""
+    cells = pd.DataFrame([{key: row[key] for key in ("attribute", "training")} | _cells(row) for row in rows])
+    pairs = cells[cells["measure"] != "auc"].groupby(["training", "attribute"], sort=False)["short"].agg(" / ".join)
+    summary = pairs.unstack(sort=False).rename_axis("F1 / accuracy (%)").reset_index()
+    yield markdown_table(list(summary), summary.to_numpy().tolist())
+    for attribute, own in cells.groupby("attribute", sort=False):
+        header, columns = ["trained on"], [own["training"].unique()]
+        for key in MEASURES:
+            measured = own[own["measure"] == key]
+            header += [TITLES[key], "difference", "p"]
+            columns += [measured["mean"], measured["difference"], measured["p"]]
+        row = next(row for row in rows if row["attribute"] == attribute)
+        support = "" if row["support"] is None else f": in {row['support']} of {row['images']} images"
+        yield f"### {attribute}{support}\n\n{markdown_table(header, list(zip(*columns, strict=True)))}"
 
 
-def _attributes(rows: Sequence[Row]) -> list[str]:
-    """A table for each attribute: a row a training set, each measure with its difference and p."""
-    header = ["trained on"]
-    for key in MEASURES:
-        header += [TITLES[key], "difference", "p"]
-    parts = []
-    for attribute in dict.fromkeys(row["attribute"] for row in rows):
-        own = [row for row in rows if row["attribute"] == attribute]
-        lines = []
-        for training in dict.fromkeys(row["training"] for row in own):
-            cells = {row["measure"]: row for row in own if row["training"] == training}
-            lines.append([training, *(cell for key in MEASURES for cell in _cells(cells[key]))])
-        support = "" if own[0]["support"] is None else f": in {own[0]['support']} of {own[0]['images']} images"
-        parts.append(f"### {attribute}{support}\n\n{markdown_table(header, lines)}")
-    return parts
-
-
-def _subgroup_table(groups: Mapping[str, Mapping]) -> str:
-    """Images of each caption that occurs, "n of m" where m were asked for and n are there."""
-    trainings = list(next(iter(groups.values()))["synthetic"])
-    header = ["labels", "minority", "test", "real", *(f"+ {name.removeprefix('real + ')}" for name in trainings)]
-    lines = []
-    for caption, group in groups.items():
-        synthetic = [_of(group["synthetic"][name], group["missing"].get(name, 0)) for name in trainings]
-        counts = [str(group["test"]), str(group["real"]), *synthetic]
-        lines.append([short_caption(caption), "yes" if group["minority"] else "", *counts])
-    sums = [str(sum(group[key] for group in groups.values())) for key in ("test", "real")]
-    for name in trainings:
-        missing = sum(group["missing"].get(name, 0) for group in groups.values())
-        sums.append(_of(sum(group["synthetic"][name] for group in groups.values()), missing))
-    return markdown_table(header, [*lines, ["all", "", *sums]])
-
-
-def _of(count: int, missing: int) -> str:
-    return f"{count} of {count + missing}" if missing else str(count)
-
-
-def _cells(row: Row) -> tuple[str, str, str]:
+def _cells(row: Row) -> dict[str, str]:
+    """Return a row's texts: the mean as in the paper, the mean with sd, the difference and its p."""
+    star, mean = _star(row), _value(row, row["mean"])
     sd = "" if row["sd"] is None else f" ± {_value(row, row['sd'])}"
-    mean = f"{_value(row, row['mean'])}{sd}"
+    cells = {"measure": row["measure"], "short": f"{mean}{star}", "mean": f"{mean}{sd}", "difference": "", "p": ""}
     if "difference" not in row:
-        return mean, "", ""
+        return cells
     if row["difference"] is None:
-        return mean, UNDEFINED, UNDEFINED
+        return cells | {"difference": UNDEFINED, "p": UNDEFINED}
     difference, low, high = (_value(row, row[key], "+") for key in ("difference", "low", "high"))
-    return mean, f"{difference} [{low}, {high}]{_star(row)}", "<0.001" if row["p"] < 0.001 else f"{row['p']:.3f}"
+    p = "<0.001" if row["p"] < 0.001 else f"{row['p']:.3f}"
+    return cells | {"difference": f"{difference} [{low}, {high}]{star}", "p": p}
 
 
 def _star(row: Row) -> str:
@@ -156,10 +123,22 @@ def _value(row: Row, value: float | None, sign: str = "") -> str:
     return format(100 * value, f"{sign}.2f") if row["measure"] == "accuracy" else format(value, f"{sign}.3f")
 
 
+def _subgroup_table(groups: Mapping[str, Mapping]) -> str:
+    """Return the images of each caption that occurs, "n of m" where m were requested and n found, and their sums."""
+    every = list(groups.values())
+    counts = pd.DataFrame([{"test": group["test"], "real": group["real"]} | group["synthetic"] for group in every])
+    missing = pd.DataFrame([group["missing"] for group in every], columns=counts.columns).fillna(0).astype(int)
+    counts.loc["all"], missing.loc["all"] = counts.sum(), missing.sum()
+    cells = counts.astype(str).where(missing == 0, counts.astype(str) + " of " + (counts + missing).astype(str))
+    cells.insert(0, "labels", [*map(short_caption, groups), "all"])
+    cells.insert(1, "minority", [*("yes" if group["minority"] else "" for group in every), ""])
+    cells.columns = [name.replace("real + ", "+ ") for name in cells]
+    return markdown_table(list(cells), cells.to_numpy().tolist())
+
+
 def as_csv(rows: Sequence[Row]) -> str:
-    """One line for each group, attribute, training set and measure; empty is undefined. Measures are ratios."""
-    seeds = len(rows[0]["values"])
-    columns = (*COLUMNS, *(f"value_{number}" for number in range(1, seeds + 1)))
-    return table_text(
-        columns, (row | {f"value_{number}": value for number, value in enumerate(row["values"], 1)} for row in rows)
-    )
+    """Return a line per group, attribute, training set and measure; empty is undefined. Measures are ratios."""
+    table = pd.DataFrame(rows)
+    values = pd.DataFrame(table.pop("values").tolist()).rename(columns=lambda number: f"value_{number + 1}")
+    whole = dict.fromkeys(("resamples", "images", "support"), "Int64") | {"seeds_agree": "boolean"}
+    return pd.concat([table.reindex(columns=COLUMNS).astype(whole), values], axis=1).to_csv(index=False)
