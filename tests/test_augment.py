@@ -100,7 +100,7 @@ def classifiers(images=150, seeds=3, seed=0):
 
 def reference(logits, truth):
     """(measures,) of one attribute by torchmetrics."""
-    # in the order of sigmoid(logit), which torch does not always round alike for equal logits; 0.5 stays where it is.
+    # in the order of sigmoid(logit), which torch may round differently for equal logits; 0.5 stays 0.5.
     scores, labels = torch.tensor((logits + 20) / 40), torch.tensor(truth).int()
     return [function(scores, labels).item() for function in (binary_f1_score, binary_accuracy, binary_auroc)]
 

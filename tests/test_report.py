@@ -1,4 +1,4 @@
-"""The report: verdicts, sentences, tables and cards from made-up measurements whose right answers are known."""
+"""The report: verdicts, sentences, tables and cards from made-up measurements with known answers."""
 
 import copy
 import html.parser

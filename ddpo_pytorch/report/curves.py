@@ -1,4 +1,4 @@
-"""Curves of training runs, a figure a quantity, as SVG inside the page: one for light, one for dark screens."""
+"""Curves of training runs: an SVG per quantity inside the page, one for light and one for dark screens."""
 
 import base64
 import io

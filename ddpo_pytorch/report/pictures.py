@@ -101,9 +101,9 @@ def natural(stem: str) -> tuple[list[str | int], str]:
 
 
 def grids(samples: Samples, captions: Sequence[str], album: Album, columns: int = 6) -> list[Grid]:
-    """Return for each caption a row of real images and a row a model on the same noise, as in figures 3 and 4.
+    """Return for each caption a row of real images and a row per model on the same noise, as in figures 3 and 4.
 
-    Nothing is picked: the columns are the first by file name.
+    The columns are the first images by file name.
     """
     models, made = {name: files for name, files in samples.items() if name != "real"}, []
     for caption in captions:
