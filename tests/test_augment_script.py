@@ -125,7 +125,7 @@ REFUSED = {
     "unknown arch": (["{sd}", "--arch=nothing"], "'nothing' is unknown to timm"),
     "no data": (["{sd}", "--data_path=nowhere"], "image folder 'nowhere' does not exist"),
     "one class": (["{sd}", "--train_csv={no_ink}"], "has no positive of 'ink' among its"),
-    "overlap": (["{sd}", "--val_csv={overlap}"], "keep it in one of them"),
+    "overlap": (["{sd}", "--val_csv={overlap}"], "overlap.csv'; keep one of them"),
     "small limit": (["{sd}", "--limit=1"], "--limit"),
 }
 
