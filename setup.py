@@ -41,7 +41,7 @@ setup(
         "torchmetrics>=1.8",
         "torch-fidelity>=0.3",
         "lpips>=0.1.4",
-        "pandas>=2.2.2",
+        "pandas[output-formatting]>=2.2.2",
         "tqdm>=4.66.3",
         "jinja2>=3.1.6",
         "matplotlib>=3.9",

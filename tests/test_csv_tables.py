@@ -6,6 +6,7 @@ import io
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -198,12 +199,11 @@ def test_results_hold_no_formula_of_a_caption_or_a_model(tmp_path):
         captions=["=HYPERLINK(1)"],
         entry=lambda index: {"seed": 7},
     )
-    folder = SimpleNamespace(
-        side=SimpleNamespace(images=images), columns={"score": np.array([-0.5])}, aligned=np.array([1.0])
-    )
+    folder = SimpleNamespace(images=images, columns={"score": np.array([-0.5])}, aligned=np.array([1.0]))
     write_per_image(tmp_path / "per_image.csv", {"+model": [folder]})
     (row,) = csv.DictReader(open(tmp_path / "per_image.csv", newline=""))
     assert row["model"] == "'+model" and row["path"] == "'=x/0.png" and row["caption"] == "'=HYPERLINK(1)"
     assert (row["seed"], row["aligned"], row["score"]) == ("7", "1", "-0.5")
-    text = tables.as_csv((["Model", "KID"], [["=SD", "-0.10 [-0.20, 0.10]"], ["RL", "n/a"]]))
+    table = pd.DataFrame({"Model": ["=SD", "RL"], "KID": ["-0.10 [-0.20, 0.10]", "n/a"]})
+    text = tables.to_csv(table)
     assert text == 'Model,KID\n\'=SD,"-0.10 [-0.20, 0.10]"\nRL,n/a\n'

@@ -20,8 +20,7 @@ from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.data.sample_folder import folder_name, read_log, write_log
 from ddpo_pytorch.judges.policy import load_judges
 from ddpo_pytorch.judges.selector import load_selector, save_selector
-from ddpo_pytorch.metrics.image_statistics import FOV, LEGACY, fov_quality, legacy_quality
-from ddpo_pytorch.metrics.inception_score import inception_score
+from ddpo_pytorch.metrics.image_statistics import FOV, LEGACY, fov_quality, inception_score, legacy_quality
 from ddpo_pytorch.metrics.ssim import ssim
 from ddpo_pytorch.utils.errors import UserError
 
@@ -104,7 +103,7 @@ def test_the_ceiling_is_the_real_images_value_in_the_mix_of_prompts(measured):
 
 
 def test_the_policys_scores_depend_on_the_prompt_and_are_kept_by_it(measured, fundus_sets, tmp_path):
-    """The same files under another prompt: nothing of the Selector is computed anew, all of the Policy is."""
+    """The same files under another prompt: nothing of the Selector is computed again, all of the Policy is."""
     before = measured(compare_path="", real_path="")
     kept = set((tmp_path / "cache").rglob("*.npy"))
     other = tmp_path / "other"
@@ -237,7 +236,7 @@ def test_fundus_metrics_of_one_and_two_processes(config_file, fundus_fields, mea
         ({"classifier": "x"}, "metric.classifier='x' and metric.judges=.* are both given"),
         ({"judges": ""}, "metric.classifier is empty; give the H=4 judge.*metric.judges=DIR"),
         ({"judges": "absent"}, "selector 'absent/selector.safetensors' does not exist"),
-        ({"more_judges": "H6=x"}, "metric.more_judges='H6=x' are classifiers"),
+        ({"more_judges": "H6=x"}, "metric.more_judges='H6=x' and metric.judges=.* are both given"),
         ({"quality": ("fine",)}, "metric.quality has 'fine'; allowed are legacy, fov"),
         ({"prompts": ("a cat",)}, "holds no images of the prompts"),
         ({"prompts": (PROMPTS[0], "a cat")}, "no folder has images of 'a cat' in metric.prompts"),

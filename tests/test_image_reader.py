@@ -15,7 +15,7 @@ from ddpo_pytorch.data import fundus, splits
 from ddpo_pytorch.data.datasets import find_rows
 from ddpo_pytorch.data.images import find_damage, is_intact, load_pixels, read_rgb, save_image
 from ddpo_pytorch.data.sample_folder import write_log
-from ddpo_pytorch.metrics.image_sets import any_files, inspected
+from ddpo_pytorch.metrics.image_sets import any_files, inspect_files
 from ddpo_pytorch.rating.items import sample_items
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
@@ -162,7 +162,7 @@ def test_only_regular_files_are_opened(endless):
     endless[2].rmdir()
     for path in endless[:2]:
         with pytest.raises(UserError, match=path.name):
-            inspected([(folder, [(path, "")])], 0, 1)
+            inspect_files([(folder, [(path, "")])], 0, 1)
         write_log(folder, [{"prompt": "a", "path_to_img": path.name}])
         with pytest.raises(UserError, match="leads out|there is no file"):
             sample_items(folder, folder / "ratings.csv")
@@ -172,7 +172,7 @@ def test_only_regular_files_are_opened(endless):
         with pytest.raises(UserError, match=path.name):
             sha256(path)
     with pytest.raises(UserError, match="pipe.png|device.png"):
-        inspected([any_files(folder)], 0, 1)
+        inspect_files([any_files(folder)], 0, 1)
 
 
 def test_images_are_opened_in_one_place():

@@ -1,5 +1,6 @@
-"""Intervals against the naive bootstrap, scipy and simulations with a known truth."""
+"""Intervals against the naive bootstrap, scipy and simulations with a known truth; paired tests; t intervals."""
 
+import json
 import math
 import tracemalloc
 
@@ -8,21 +9,25 @@ import pytest
 import scipy.stats
 
 from ddpo_pytorch.metrics.intervals import (
+    Estimate,
+    GroupedSample,
     bootstrap_difference,
     bootstrap_mean,
     bootstrap_ratio,
     bootstrap_unpaired_difference,
-    over_runs,
+    mcnemar,
+    mean_over_runs,
+    replicate_means,
+    sign_flip_p,
 )
-from ddpo_pytorch.metrics.resampling import Sample, replicate_means
 
 SIMULATIONS = 300
 
 
 def coverage(simulate, truth):
     """Share of SIMULATIONS intervals that hold the truth."""
-    quantities = [simulate(seed) for seed in range(SIMULATIONS)]
-    return np.mean([quantity.low <= truth <= quantity.high for quantity in quantities])
+    estimates = [simulate(seed) for seed in range(SIMULATIONS)]
+    return np.mean([estimate.low <= truth <= estimate.high for estimate in estimates])
 
 
 def naive(values, groups, seed, resample_groups, replicates):
@@ -57,12 +62,12 @@ def test_replicates_are_those_of_the_naive_bootstrap(kind, resample_groups):
     values = (rng.random(len(groups)) < rates[groups // 3]) * 1.0
     if kind == "continuous":
         values = rng.normal(size=len(groups)) + 10 * rates[groups // 3]
-    quantity = bootstrap_mean(values, groups, 5, resample_groups=resample_groups, replicates=20_000)
+    estimate = bootstrap_mean(values, groups, 5, resample_groups=resample_groups, replicates=20_000)
     expected = naive(values, groups, 6, resample_groups, 20_000)
-    assert quantity.value == pytest.approx(values.mean(), rel=1e-12) and quantity.n == len(groups)
+    assert estimate.value == pytest.approx(values.mean(), rel=1e-12) and estimate.n == len(groups)
     # 20,000 replicates know a 2.5 % percentile to about 2 % of the standard deviation; four times that
     low, high = np.percentile(expected, [2.5, 97.5])
-    assert abs(quantity.low - low) < 0.08 * expected.std() and abs(quantity.high - high) < 0.08 * expected.std()
+    assert abs(estimate.low - low) < 0.08 * expected.std() and abs(estimate.high - high) < 0.08 * expected.std()
 
 
 @pytest.mark.parametrize("images", ["counts", "images"])
@@ -70,8 +75,8 @@ def test_resampled_means_have_the_mean_and_variance_of_their_prompt(images):
     rng = np.random.default_rng(1)
     groups = np.repeat([0, 1, 2], [5, 30, 200])
     values = rng.integers(0, 3, 235) / 2 if images == "counts" else rng.normal(size=235)
-    sample = Sample(values[:, None], groups)
-    assert (sample._levels is None) == (images == "images")
+    sample = GroupedSample(values[:, None], groups)
+    assert (sample.levels is None) == (images == "images")
     drawn = sample.draw(np.tile([2, 0, 1, 1], (20_000, 1)), rng)[..., 0]
     for column, group in enumerate([2, 0, 1, 1]):
         own = values[groups == group]
@@ -83,9 +88,9 @@ def test_resampled_means_have_the_mean_and_variance_of_their_prompt(images):
 
 def test_replicates_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
     values, groups = np.random.default_rng(2).normal(size=(2, 60))[0], np.arange(60) % 4
-    whole = replicate_means([Sample(values[:, None], groups)], 3, resample_groups=False, replicates=50)[0]
-    monkeypatch.setattr("ddpo_pytorch.metrics.resampling.CHUNK", 130)
-    parts = replicate_means([Sample(values[:, None], groups)], 3, resample_groups=False, replicates=50)[0]
+    whole = replicate_means([GroupedSample(values[:, None], groups)], 3, resample_groups=False, replicates=50)[0]
+    monkeypatch.setattr("ddpo_pytorch.metrics.intervals.CHUNK", 130)
+    parts = replicate_means([GroupedSample(values[:, None], groups)], 3, resample_groups=False, replicates=50)[0]
     np.testing.assert_array_equal(whole, parts)
 
 
@@ -96,7 +101,7 @@ def test_the_interval_over_prompts_covers_the_truth(between):
         values, groups = clustered(seed, between)
         return bootstrap_mean(values, groups, seed, resample_groups=True, replicates=500)
 
-    assert 0.90 <= coverage(simulate, 0.5) <= 0.99
+    assert 0.90 < coverage(simulate, 0.5) < 0.99
 
 
 @pytest.mark.slow
@@ -108,7 +113,7 @@ def test_the_interval_over_images_covers_the_truth_of_these_prompts(prompts):
         values = np.random.default_rng([seed, 3]).random(len(groups)) < rates[groups]
         return bootstrap_mean(values, groups, seed, resample_groups=False, replicates=500)
 
-    assert 0.90 <= coverage(simulate, rates.mean()) <= 0.99
+    assert 0.90 < coverage(simulate, rates.mean()) < 0.99
 
 
 def test_ignoring_prompts_would_not_cover():
@@ -140,7 +145,7 @@ def test_one_image_and_none():
         bootstrap_difference(np.empty(0), np.empty(0), np.empty(0), 0),
         bootstrap_ratio(np.zeros(4), np.zeros(4), np.zeros(4), 0),
         bootstrap_unpaired_difference(np.ones(2), np.zeros(2), np.ones(2), np.ones(2), 0),
-        over_runs([]),
+        mean_over_runs([]),
     ):
         assert none.value is None and none.low is None and none.n == 0 and none.how
 
@@ -156,9 +161,9 @@ def test_results_depend_on_the_seed_and_not_on_the_order_of_images():
 def test_rows_that_are_not_usable():
     values = np.ones(5)
     values[3] = np.nan
-    with pytest.raises(ValueError, match="values: row 3 holds NaN or infinity"):
+    with pytest.raises(ValueError, match="row 3"):
         bootstrap_mean(values, np.zeros(5), 0, resample_groups=False)
-    with pytest.raises(ValueError, match="equally long"):
+    with pytest.raises(ValueError, match="equally long.*5, 4, 5"):
         bootstrap_difference(np.ones(5), np.ones(4), np.zeros(5), 0)
 
 
@@ -167,10 +172,10 @@ def test_seventy_thousand_images_take_bounded_memory():
     rng = np.random.default_rng(0)
     values, groups = rng.normal(size=70_000), rng.integers(0, 32, 70_000)
     tracemalloc.start()
-    quantity = bootstrap_mean(values, groups, 0, resample_groups=True)
+    estimate = bootstrap_mean(values, groups, 0, resample_groups=True)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 200e6 and quantity.high - quantity.low < 0.04
+    assert peak < 200e6 and estimate.high - estimate.low < 0.04
 
 
 # --- differences ---
@@ -189,7 +194,7 @@ def test_intervals_of_differences_cover_the_truth(paired):
             return bootstrap_difference(a, b, groups, seed, replicates=500)
         return bootstrap_unpaired_difference(a, groups, b, groups, seed)
 
-    assert 0.90 <= coverage(simulate, 0.2) <= 0.99
+    assert 0.90 < coverage(simulate, 0.2) < 0.99
 
 
 def test_unpaired_differences_draw_the_same_prompts_for_both_sides():
@@ -197,24 +202,24 @@ def test_unpaired_differences_draw_the_same_prompts_for_both_sides():
     rng = np.random.default_rng(4)
     groups = np.repeat(np.arange(10), 100)
     a, b = groups * 100 + rng.normal(size=1000), groups * 100 + 1 + rng.normal(size=1000)
-    quantity = bootstrap_unpaired_difference(a, groups, b, groups, 0)
-    assert quantity.value == pytest.approx(b.mean() - a.mean(), abs=1e-9) and quantity.n == 2000
-    assert quantity.high - quantity.low == pytest.approx(2 * 1.96 * math.sqrt(2 / 1000), rel=0.15)
+    estimate = bootstrap_unpaired_difference(a, groups, b, groups, 0)
+    assert estimate.value == pytest.approx(b.mean() - a.mean(), abs=1e-9) and estimate.n == 2000
+    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * math.sqrt(2 / 1000), rel=0.15)
 
 
 def test_unpaired_differences_are_over_shared_prompts():
     groups_a, groups_b = np.array([1, 1, 2, 2, 9]), np.array([2, 2, 2, 1, 5])
-    quantity = bootstrap_unpaired_difference(
+    estimate = bootstrap_unpaired_difference(
         np.array([0, 1, 0, 0, 1]), groups_a, np.array([1, 1, 0, 1, 0]), groups_b, 0
     )
-    assert quantity.value == pytest.approx(3 / 4 - 1 / 4) and quantity.n == 8 and "2 prompts" in quantity.how
+    assert estimate.value == pytest.approx(3 / 4 - 1 / 4) and estimate.n == 8 and "2 prompts" in estimate.how
 
 
 def test_paired_differences_that_are_all_equal():
     for constant in (-1, 0, 1):
         a = np.full(6, max(0, -constant))
-        quantity = bootstrap_difference(a, a + constant, np.arange(6) % 2, 0)
-        assert (quantity.value, quantity.low, quantity.high) == (constant, constant, constant)
+        estimate = bootstrap_difference(a, a + constant, np.arange(6) % 2, 0)
+        assert (estimate.value, estimate.low, estimate.high) == (constant, constant, constant)
 
 
 # --- ratios ---
@@ -222,8 +227,8 @@ def test_paired_differences_that_are_all_equal():
 
 def test_a_ratio_by_hand_and_its_exact_edges():
     seen, right = np.array([1, 1, 0, 1, 1]), np.array([1, 0, 0, 1, 1])
-    quantity = bootstrap_ratio(right, seen, np.zeros(5), 0)
-    assert quantity.value == 0.75 and quantity.n == 4 and 0 <= quantity.low < 0.75 < quantity.high <= 1
+    estimate = bootstrap_ratio(right, seen, np.zeros(5), 0)
+    assert estimate.value == 0.75 and estimate.n == 4 and 0 <= estimate.low < 0.75 < estimate.high <= 1
     edge = bootstrap_ratio(seen, seen, np.zeros(5), 0)
     assert edge.low == pytest.approx(scipy.stats.binomtest(4, 4).proportion_ci().low) and edge.high == 1
 
@@ -238,4 +243,60 @@ def test_the_interval_of_a_ratio_covers_the_truth():
         denominator = rng.random(180) < seen[groups]
         return bootstrap_ratio(denominator & (rng.random(180) < right[groups]), denominator, groups, seed)
 
-    assert 0.90 <= coverage(simulate, (seen * right).sum() / seen.sum()) <= 0.99
+    assert 0.90 < coverage(simulate, (seen * right).sum() / seen.sum()) < 0.99
+
+
+# --- paired tests ---
+
+
+@pytest.mark.parametrize("gained, lost", [(0, 0), (1, 0), (7, 7), (3, 14), (40, 5), (900, 3000)])
+def test_mcnemar_is_the_binomial_test_of_the_changes(gained, lost):
+    a = np.repeat([0, 1, 0, 1], [gained, lost, 11, 13])
+    b = np.repeat([1, 0, 0, 1], [gained, lost, 11, 13])
+    # P(X <= min) of a fair coin, by logarithms of binomial coefficients
+    few, n = min(gained, lost), gained + lost
+    logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(few + 1)]
+    expected = min(1.0, 2 * math.exp(max(logs)) * sum(math.exp(value - max(logs)) for value in logs))
+    assert mcnemar(a, b) == (gained, lost, pytest.approx(expected, rel=1e-8))
+
+
+@pytest.mark.parametrize("prompts", [9, 14])
+def test_sign_flips_equal_all_signs(prompts):
+    rng = np.random.default_rng(prompts)
+    groups = np.repeat(np.arange(prompts), rng.integers(1, 7, prompts))
+    differences = rng.normal(0.4, 1, len(groups))
+    means = np.array([differences[groups == group].mean() for group in range(prompts)])
+    signs = 1 - 2 * (np.arange(2**prompts)[:, None] >> np.arange(prompts) & 1)
+    exact = np.mean(np.abs(signs @ means) >= abs(means.sum()) - 1e-9)
+    p = sign_flip_p(differences, groups, 0)
+    # 2^14 patterns are more than the 10,000 draws
+    assert p == pytest.approx(exact, abs=1e-12 if prompts == 9 else 5 * math.sqrt(exact / 10_000))
+    assert p == sign_flip_p(differences, groups, 0)
+
+
+def test_p_values_under_the_null_are_uniform():
+    groups, values = np.repeat(np.arange(20), 5), []
+    for seed in range(300):
+        rng = np.random.default_rng([seed, 11])
+        effect = rng.normal(size=20)  # prompts change, in either direction
+        values.append(sign_flip_p(effect[groups] + rng.normal(size=len(groups)), groups, seed, draws=999))
+    assert scipy.stats.kstest(values, "uniform").pvalue > 0.01
+    assert 0.02 < np.mean(np.array(values) <= 0.05) < 0.09
+
+
+# --- runs ---
+
+
+def test_an_interval_over_runs_needs_three():
+    values = [0.5, 0.6, 0.58, 0.61]
+    estimate = mean_over_runs(values)
+    expected = scipy.stats.t.interval(0.95, 3, np.mean(values), scipy.stats.sem(values))
+    assert (estimate.low, estimate.high) == pytest.approx(expected, rel=1e-9) and estimate.n == 4
+    two = mean_over_runs(values[:2])
+    assert two.value == pytest.approx(0.55) and two.low is None and two.high is None
+
+
+def test_estimates_become_json():
+    estimate = Estimate(np.float64(0.5), math.nan, math.inf, np.int64(3), "so")
+    expected = {"value": 0.5, "low": None, "high": None, "n": 3, "how": "so"}
+    assert json.loads(json.dumps(estimate.to_dict(), allow_nan=False)) == expected

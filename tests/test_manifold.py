@@ -80,13 +80,6 @@ def test_an_outlier_among_the_real_images_adds_precision_but_little_density():
     assert before["precision"] == 0 and after["precision"] == 1 and after["density"] <= 1 / 5
 
 
-def test_memory_maps_and_blocks(tmp_path):
-    real, fake = normal(13, 60, 6).astype(np.float32), normal(14, 50, 6).astype(np.float32)
-    np.save(tmp_path / "real.npy", real)
-    mapped = np.load(tmp_path / "real.npy", mmap_mode="r")
-    assert manifold_metrics(mapped, fake, block=13) == manifold_metrics(real, fake, block=60)
-
-
 def test_sets_that_are_too_small_or_not_finite():
     with pytest.raises(UserError, match="k=5 need at least 6 images in each set, got 9 real and 5 generated"):
         manifold_metrics(normal(0, 9, 3), normal(1, 5, 3))

@@ -28,7 +28,7 @@ pytest_plugins = ["script_tools", "sample_sets"]
         ({"batch_size": 0}, "metric.batch_size is 0"),
         ({"prompts": ("a cat",)}, "is not named after one of the 32"),
         ({"prompts": (CAPTIONS[30],)}, "holds no images of the prompts"),
-        ({"fake_name": "SD"}, "are both 'SD'; name them apart"),
+        ({"fake_name": "SD"}, "are both 'SD'"),
         ({"fake_name": "real"}, "a model is named 'real'"),
         ({"folders": "SD"}, "'SD' in metric.folders='SD' is not NAME=PATH"),
         ({"folders": "SD=a,SD=a"}, "gives 'a' twice for 'SD'"),

@@ -161,7 +161,7 @@ def test_features_are_computed_once_and_again_when_an_image_changes(config_file,
     image = folder / "images" / folder_name(CAPTIONS[0]) / "5.png"
     save_image(image, 1 - load_image(image))
     run_main("metric.py", config_file, **usual)
-    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 4 * 4  # one chunk anew
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 4 * 4  # one more chunk
     changed = read(tmp_path / "out")
     hashes = [result["models"]["SD+RL"]["folders"][0]["sha256"] for result in (first, changed)]
     assert hashes[0] != hashes[1]

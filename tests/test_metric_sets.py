@@ -162,7 +162,9 @@ def test_a_damaged_cache_is_made_again(measured, tmp_path, caplog, damage):
     before = measured(fake_path=folder, real_path="")["models"]
     for path in (tmp_path / "cache").rglob("*.npy"):
         damage(path)
-    assert measured(fake_path=folder, real_path="")["models"] == before and "is damaged and made again" in caplog.text
+    assert (
+        measured(fake_path=folder, real_path="")["models"] == before and "is damaged and computed again" in caplog.text
+    )
 
 
 @pytest.mark.parametrize(
@@ -178,7 +180,7 @@ def test_a_damaged_cache_is_made_again(measured, tmp_path, caplog, damage):
         (lambda f: log(f, reward="high"), "the reward 'high' is no finite number"),
         (lambda f: write_log(f, [{"prompt": A}]), "entry 0 has no path_to_img"),
         (lambda f: log(f, reward="nan"), "the reward 'nan' is no finite number"),
-        (lambda f: log(f, prompt=B), "is not that of its folder; correct one"),
+        (lambda f: log(f, prompt=B), "is not that of its folder"),
     ],
 )
 def test_what_cannot_be_read_or_contradicts_itself(disturb, message, measured, tmp_path):

@@ -16,6 +16,8 @@ from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, 
 from ddpo_pytorch.metrics.networks import (
     DINOV2,
     URL_ALEXNET,
+    URL_DINOV2,
+    URL_INCEPTION_V3,
     Unavailable,
     dinov2_network,
     inception_network,
@@ -109,28 +111,35 @@ def test_a_judge_is_two_networks(tmp_path):
     assert torch.equal(features.run(images), model.features(images))
 
 
-def test_weight_files_that_cannot_be_had(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("load", "flag", "url"),
+    [
+        (inception_network, "inception", URL_INCEPTION_V3),
+        (lpips_network, "alexnet", URL_ALEXNET),
+        (dinov2_network, "dinov2", URL_DINOV2),
+    ],
+)
+def test_weight_files_that_cannot_be_had(load, flag, url, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(Unavailable, match="fetch .*inception.* and give --config.metric.inception=FILE"):
-        inception_network("auto")
-    with pytest.raises(Unavailable, match=f"fetch {URL_ALEXNET}"):
-        lpips_network("auto")
-    with pytest.raises(Unavailable, match="no weights in .* fetch https://huggingface.co/timm/vit_small"):
-        dinov2_network("auto")
-    with pytest.raises(Unavailable, match="--config.metric.alexnet is empty"):
-        lpips_network("")
-    with pytest.raises(UserError, match="metric.alexnet='nope.pth' does not exist"):
-        lpips_network("nope.pth")
+    for option, error, message in (
+        ("", Unavailable, f"metric.{flag}"),
+        ("auto", Unavailable, f"{url}.*metric.{flag}=FILE"),
+        ("download", Unavailable, f"{url}.*metric.{flag}=FILE"),
+        ("nope.pth", UserError, f"metric.{flag}='nope.pth'"),
+    ):
+        with pytest.raises(error, match=message):
+            load(option)
+    torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "wrong.pth")
+    with pytest.raises(UserError, match="wrong.pth.* are not"):
+        load(str(tmp_path / "wrong.pth"))
+
+
+def test_a_cached_file_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     cached = tmp_path / "checkpoints" / URL_ALEXNET.rsplit("/", 1)[1]
     cached.parent.mkdir()
     cached.write_bytes(b"x")
     assert weight_file("auto", URL_ALEXNET, "f") == cached
     with pytest.raises(UserError, match=f"{cached}.* is a text file"):
         lpips_network("auto")
-    torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "wrong.pth")
-    for load in (lpips_network, inception_network):
-        with pytest.raises(UserError, match="are not torch"):
-            load(str(tmp_path / "wrong.pth"))
-    with pytest.raises(UserError, match="are not timm's"):
-        dinov2_network(str(tmp_path / "wrong.pth"))

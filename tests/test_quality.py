@@ -9,15 +9,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
-from scipy import stats
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 from torchmetrics.functional.image.ssim import _ssim_update
 
-from ddpo_pytorch.metrics.image_statistics import FOV, LEGACY, ROUNDING, distances, fov_quality, legacy_quality, summary
-from ddpo_pytorch.metrics.inception_score import inception_score, split_count
-from ddpo_pytorch.metrics.intervals import Quantity
-from ddpo_pytorch.metrics.ssim import SCALES, circle_pairs, ms_ssim, pairs_by_name, scale_count, ssim
+from ddpo_pytorch.metrics.image_statistics import (
+    FOV,
+    LEGACY,
+    ROUNDING,
+    distances,
+    fov_quality,
+    inception_score,
+    legacy_quality,
+    split_count,
+    summary,
+)
+from ddpo_pytorch.metrics.intervals import Estimate
+from ddpo_pytorch.metrics.ssim import SCALES, ms_ssim, pairs_by_name, scale_count, ssim
 from ddpo_pytorch.utils.errors import UserError
 
 
@@ -167,9 +175,11 @@ def test_distances_to_the_real_set():
     levels = np.linspace(0, 1, 20001)[1:-1]
     by_quantiles = np.abs(np.quantile(own, levels) - np.quantile(real, levels)).mean() / spread
     assert found["wasserstein"] == pytest.approx(by_quantiles, rel=0.01)
-    assert summary(np.ones(30), groups[0][:30], 7)["mean"] == Quantity(1, 1, 1, 30, ANY)  # no share of anything
+    assert summary(np.ones(30), groups[0][:30], 7)["mean"] == Estimate(1, 1, 1, 30, ANY)  # no share of anything
     same = distances(real, groups[1], real, groups[1], 7)
     assert same["wasserstein"] == 0 == same["difference"].value
+    wide = distances(3 * (real - real.mean()), groups[1], real - real.mean(), groups[1], 0)  # equal means, other spread
+    assert abs(wide["difference"].value) < 1e-12 and wide["wasserstein"] > 1
     flat = distances(own, groups[0], np.ones(5), np.zeros(5), 7)
     assert flat["wasserstein"] is None and flat["standardised"].value is None and flat["difference"].value > 2
 
@@ -217,16 +227,10 @@ def test_ms_ssim_equals_a_product_of_torchmetrics_terms(side, scales):
         assert torch.allclose(ms_ssim(x, y), whole, atol=0.03)
 
 
-def test_pairs_by_name_and_in_a_circle():
+def test_pairs_by_name():
     assert pairs_by_name(["a/1", "a/2", "b/1"], ["b/1", "a/1", "c/9"], "x") == [(0, 1), (2, 0)]
-    with pytest.raises(UserError, match="'pairs' has no image named as a generated one, e.g. 'a/1'"):
+    with pytest.raises(UserError, match="'pairs'.* 'a/1'"):
         pairs_by_name(["a/1"], ["a/2"], "'pairs'")
-    keys = [f"p/{i}" for i in range(9)]
-    pairs = circle_pairs(keys, 3)
-    assert sorted(a for a, _ in pairs) == sorted(b for _, b in pairs) == list(range(9))
-    moved = circle_pairs(keys[::-1], 3)
-    assert [(keys[a], keys[b]) for a, b in pairs] == [(keys[::-1][a], keys[::-1][b]) for a, b in moved]
-    assert circle_pairs(keys, 3, most=4) == pairs[:4] and circle_pairs(keys[:1], 3) == []
 
 
 @pytest.mark.parametrize("splits", [1, 10])
@@ -259,12 +263,3 @@ def test_the_inception_score_does_not_fall_where_images_are_divided():
     for images in (20, 100, 2000):
         before, after = (inception_score(logits[:n], split_count(n))[0] for n in (images - 1, images))
         assert after == pytest.approx(before, rel=0.1)
-
-
-def test_wasserstein_reference_is_not_the_difference_of_means():
-    """Sets of equal means but unequal spread are apart."""
-    rng = np.random.default_rng(0)
-    real, own = rng.normal(0, 1, 500), rng.normal(0, 3, 500)
-    found = distances(own - own.mean(), np.zeros(500), real - real.mean(), np.zeros(500), 0)
-    assert abs(found["difference"].value) < 1e-12 and found["wasserstein"] > 1
-    assert stats.ks_2samp(own, real).pvalue < 1e-6

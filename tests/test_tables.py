@@ -10,7 +10,7 @@ from ddpo_pytorch.data.images import save_image
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.data.sample_folder import folder_name, list_samples
 from ddpo_pytorch.metrics.pictures import comparison, contact_sheet
-from ddpo_pytorch.metrics.tables import as_csv, latex, markdown, table2, table3
+from ddpo_pytorch.metrics.tables import table2, table3, to_csv, to_latex, to_markdown
 
 
 def quantity(value, low=None, high=None):
@@ -34,29 +34,32 @@ RL = model(quantity(0.6314), {}, fidelity={"judge": {"matched": {"FID": quantity
 
 def test_table_2_has_the_papers_layout():
     real = model(quantity(0.9), {CAPTIONS[8]: quantity(0.95)})
-    header, rows = table2({"SD": SD, "SD+RL": RL}, real, {CAPTIONS[8]: 543})
-    assert header[1:] == "MEL Hair,MEL Gel,MEL Ink,MEL Ruler,NV Hair,NV Gel,NV Ink,NV Ruler".split(",")
-    assert rows[0] == ["# Real Sample", "543", *["0"] * 7]
-    assert rows[1] == ["APR ↑ (%) SD", "63.74", "n/a", "0.20 [0.00, 1.00]", "n/a", "n/a", "n/a", "n/a", "80.00"]
-    assert rows[2] == ["APR ↑ (%) SD+RL", *["n/a"] * 8]
-    assert rows[3] == ["APR ↑ (%) real images", "95.00", *["n/a"] * 7]
-    assert [row[0] for row in table2({"SD": SD})[1]] == ["APR ↑ (%) SD"]
+    table = table2({"SD": SD, "SD+RL": RL}, real, {CAPTIONS[8]: 543})
+    assert list(table)[1:] == "MEL Hair,MEL Gel,MEL Ink,MEL Ruler,NV Hair,NV Gel,NV Ink,NV Ruler".split(",")
+    assert table.to_numpy().tolist() == [
+        ["# Real Sample", "543", *["0"] * 7],
+        ["APR ↑ (%) SD", "63.74", "n/a", "0.20 [0.00, 1.00]", "n/a", "n/a", "n/a", "n/a", "80.00"],
+        ["APR ↑ (%) SD+RL", *["n/a"] * 8],
+        ["APR ↑ (%) real images", "95.00", *["n/a"] * 7],
+    ]
+    assert len(table2({"SD": SD})) == 1
 
 
 def test_table_3_states_what_is_missing():
-    _, rows = table3({"SD": SD, "SD+RL": RL})
-    assert rows[0] == ["SD", "18.28 [15.00, 20.00]", "121.47", "12.30", "0.600", "n/a", "0.800", "32000"]
-    assert rows[1] == ["SD+RL", "63.14", "n/a", "n/a", "n/a", "0.1235", "n/a", "32000"]
-    assert table3({"SD": SD}, "unmatched")[1][0][2] == "n/a"
+    assert table3({"SD": SD, "SD+RL": RL}).to_numpy().tolist() == [
+        ["SD", "18.28 [15.00, 20.00]", "121.47", "12.30", "0.600", "n/a", "0.800", "32000"],
+        ["SD+RL", "63.14", "n/a", "n/a", "n/a", "0.1235", "n/a", "32000"],
+    ]
+    assert table3({"SD": SD}, "unmatched")["FID ↓"].tolist() == ["n/a"]
 
 
 def test_formats_hold_the_same_cells():
     table = table3({"100 % a_b & c": SD})
-    lines = markdown(table).splitlines()
+    lines = to_markdown(table).splitlines()
     assert len({len(line) for line in lines}) == 1
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
-    assert list(csv.reader(io.StringIO(as_csv(table)))) == [table[0], cells]
-    text = latex(table)
+    assert list(csv.reader(io.StringIO(to_csv(table)))) == [list(table), cells]
+    text = to_latex(table)
     assert text.startswith(r"\begin{tabular}{lrrrrrrr}") and r"100 \% a\_b \& c & 18.28 [15.00, 20.00] & 121.47" in text
     assert r"FID $\downarrow$" in text and "↓" not in text
 

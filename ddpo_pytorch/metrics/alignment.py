@@ -1,70 +1,93 @@
-"""APR, the artifact prevalence rate of equation (3): the share of images in which a judge sees what the caption says.
+"""How well images show their prompts.
 
-An image counts when *all* labels the judge has (H = 4 artifacts in the paper) equal the caption's. Everything is kept
-as counts, so that processes with uneven shares are summed and divided once.
+Of dermoscopic images: APR, the artifact prevalence rate of equation (3), the share of images in which a judge sees what
+the caption says. Of fundus images: the Policy's score of those that the Selector passes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torchmetrics.functional.classification import multilabel_exact_match
 
-from ddpo_pytorch.data.isic import CAPTIONS, LABELS, SINGLE_ARTIFACT_CAPTIONS, labels_of
-
-
-@dataclass(frozen=True)
-class AlignmentCounts:
-    """Judged images by caption: (32, 2 + H) float64 with columns images, aligned images, agreements of each label."""
-
-    labels: tuple[str, ...]
-    table: torch.Tensor
-
-    def __add__(self, other: "AlignmentCounts") -> "AlignmentCounts":
-        return AlignmentCounts(self.labels, self.table + other.table)
-
-    @property
-    def total(self) -> int:
-        """Number of images."""
-        return int(self.table[:, 0].sum())
-
-    def apr(self) -> float | None:
-        """Share of aligned images in [0, 1]; None without images."""
-        return _ratio(self.table.sum(0))
-
-    def apr_by_prompt(self) -> dict[str, float]:
-        """APR of each caption that has images, in the official order."""
-        return {c: _ratio(row) for c, row in zip(CAPTIONS, self.table, strict=True) if row[0]}
-
-    def apr_single_artifact(self) -> dict[tuple[str, str], float | None]:
-        """Table 2: APR by (disease, artifact) of the 8 captions with exactly one artifact; None without images."""
-        by_prompt = self.apr_by_prompt()
-        return {key: by_prompt.get(caption) for key, caption in SINGLE_ARTIFACT_CAPTIONS.items()}
-
-    def images_by_prompt(self) -> dict[str, int]:
-        """Number of images of each caption, zeros included."""
-        return {caption: int(row[0]) for caption, row in zip(CAPTIONS, self.table, strict=True)}
-
-    def label_accuracy(self) -> dict[str, float]:
-        """Share of images on which the judge agrees with the caption about one label, by label."""
-        sums = self.table.sum(0)
-        return {name: float(sums[2 + i] / sums[0]) for i, name in enumerate(self.labels) if sums[0]}
+from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of
+from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean, bootstrap_ratio
 
 
-def count_alignment(captions: Sequence[str], predictions: torch.Tensor, labels: tuple[str, ...]) -> AlignmentCounts:
-    """Count B images with these captions and 0/1 predictions (B, H), whose columns are `labels`.
-
-    Raises UserError for a caption that is not one of the 32.
-    """
+def requested_labels(captions: Sequence[str], labels: Sequence[str]) -> torch.Tensor:
+    """Return the 0/1 labels (N, H) that N captions state, in the order of `labels`. Raises UserError (`labels_of`)."""
     columns = [LABELS.index(name) for name in labels]
-    table = torch.zeros(len(CAPTIONS), 2 + len(labels), dtype=torch.float64)
-    if captions:
-        stated = torch.tensor([labels_of(caption) for caption in captions])[:, columns]
-        agree = predictions.cpu() == stated
-        aligned = agree.all(dim=1, keepdim=True)
-        rows = torch.cat([torch.ones_like(aligned), aligned, agree], dim=1).double()
-        table.index_add_(0, torch.tensor([CAPTIONS.index(caption) for caption in captions]), rows)
-    return AlignmentCounts(labels, table)
+    return torch.tensor([labels_of(caption) for caption in captions])[:, columns]
 
 
-def _ratio(row: torch.Tensor) -> float | None:
-    return float(row[1] / row[0]) if row[0] else None
+def aligned_images(captions: Sequence[str], predictions: torch.Tensor, labels: Sequence[str]) -> np.ndarray:
+    """Return 1 for each of N images whose 0/1 predictions (N, H) all equal the caption's labels, else 0, (N,) float64.
+
+    APR is the mean. All H labels of the judge count, H = 4 artifacts in the paper.
+    """
+    requested = requested_labels(captions, labels)
+    hits = multilabel_exact_match(
+        predictions.long()[..., None], requested[..., None], len(labels), multidim_average="samplewise"
+    )
+    return hits.double().numpy()
+
+
+def apr_by_prompt(aligned: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
+    """Return APR of each ISIC caption that has images, in the official order; aligned (N,) from `aligned_images`."""
+    captions = np.array(captions)
+    return {caption: float(aligned[captions == caption].mean()) for caption in CAPTIONS if caption in captions}
+
+
+def measure_apr(
+    labels: Sequence[str], logits: np.ndarray, captions: Sequence[str], groups: np.ndarray, seed: int
+) -> tuple[dict, np.ndarray]:
+    """Return APR over all images and by prompt, precision and recall of each label; and which images (N,) are aligned.
+
+    logits (N, H). Recall is the share of images asked to show a label in which the judge sees it, precision the share
+    of images in which it sees it that were asked to.
+    """
+    seen = logits > 0
+    asked = requested_labels(captions, labels).bool().numpy()
+    aligned = aligned_images(captions, torch.from_numpy(seen), labels)
+    block = {
+        "APR": bootstrap_mean(aligned, groups, seed, resample_groups=True),
+        "by_prompt": estimates_by_prompt(aligned, captions, groups, seed),
+        "attributes": {},
+    }
+    for column, name in enumerate(labels):
+        asked_for, found = asked[:, column].astype(float), seen[:, column].astype(float)
+        block["attributes"][name] = {
+            "precision": bootstrap_ratio(asked_for * found, found, groups, seed),
+            "recall": bootstrap_ratio(asked_for * found, asked_for, groups, seed),
+            "accuracy": float((asked_for == found).mean()),
+            "requested": int(asked_for.sum()),
+            "seen": int(found.sum()),
+        }
+    return block, aligned
+
+
+def measure_fundus_alignment(
+    selector: np.ndarray, policy: np.ndarray, threshold: float, captions: Sequence[str], groups: np.ndarray, seed: int
+) -> tuple[dict, np.ndarray, dict[str, np.ndarray]]:
+    """Return the judges' block of metrics.json, the alignment (N,) of each image, and columns of per_image.csv.
+
+    Alignment is [s >= threshold] * p of Selector scores s (N,) and Policy scores p (N,) in [0, 1].
+    """
+    passes = selector.astype(np.float32) >= np.float32(threshold)  # the Selector's own comparison
+    aligned = np.where(passes, policy, 0.0)
+    values = {"alignment": aligned, "selector": selector, "pass_rate": passes.astype(float), "policy": policy}
+    block: dict = {name: bootstrap_mean(column, groups, seed, resample_groups=True) for name, column in values.items()}
+    block["by_prompt"] = estimates_by_prompt(aligned, captions, groups, seed)
+    return block, aligned, {"selector": selector, "policy": policy, "passes": passes.astype(int)}
+
+
+def estimates_by_prompt(
+    values: np.ndarray, captions: Sequence[str], groups: np.ndarray, seed: int
+) -> dict[str, Estimate]:
+    """Return the mean of values (N,) for each prompt, with intervals over its images."""
+    result = {}
+    for number in np.unique(groups):
+        own = groups == number
+        caption = captions[int(own.argmax())]
+        result[caption] = bootstrap_mean(values[own], groups[own], seed, resample_groups=False)
+    return result

@@ -1,19 +1,14 @@
-"""Checks and blocks of feature arrays that the metrics share.
+"""Checks and normalisation of feature arrays, shared by the metrics."""
 
-A feature store is anything with `len()` and slices `[a:b]` that are (rows, F) arrays of a float type: a numpy array, a
-memory map, a CPU tensor. It is read in blocks, so that its size does not decide the memory that is needed.
-"""
-
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 
 def finite(features: Any, what: str, first: int = 0) -> np.ndarray:
-    """`features` (N, ...) as float64. Raises ValueError naming the first row with NaN or infinity.
+    """Return `features` (N, ...) as float64. Raises ValueError naming the first row with NaN or infinity.
 
-    `what` names the array in the message; `first` is the number of the array's first row, where it is a block of more.
+    `what` names the array in the message; `first` is the number of its first row if it is a block of a larger array.
     """
     features = np.asarray(features, dtype=np.float64)
     good = np.isfinite(features).all(axis=tuple(range(1, features.ndim)))
@@ -22,16 +17,11 @@ def finite(features: Any, what: str, first: int = 0) -> np.ndarray:
     return features
 
 
-def blocks(store: Any, size: int, what: str) -> Iterator[tuple[int, np.ndarray]]:
-    """(number of the first row, up to `size` rows as finite float64) over a feature store."""
-    for start in range(0, len(store), size):
-        yield start, finite(store[start : min(start + size, len(store))], what, start)
-
-
 def unit_rows(features: np.ndarray, what: str, first: int = 0) -> np.ndarray:
-    """Rows (N, F) scaled to length 1. Raises ValueError for a row of zeros, which has no direction."""
+    """Return finite rows (N, F) scaled to length 1. Raises ValueError for NaN, infinity and a row of zeros."""
+    features = finite(features, what, first)
     scale = np.abs(features).max(axis=1, keepdims=True, initial=0)
     if not scale.all():
         raise ValueError(f"{what}: row {first + int(np.argmin(scale))} is zero, so it has no cosine distance")
-    features = features / scale  # squares of very large or small numbers would leave the range of floats
+    features = features / scale  # squares of very large or small numbers would overflow
     return features / np.linalg.norm(features, axis=1, keepdims=True)

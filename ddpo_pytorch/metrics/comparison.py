@@ -1,73 +1,107 @@
-"""Two models against each other: on the shared noise where there is one, over equal mixes of prompts elsewhere."""
+"""Two models against each other, and what a reader of the numbers has to know.
 
-from collections.abc import Sequence
+Models are compared image by image if they share their noise, otherwise over equal mixes of prompts.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from ddpo_pytorch.metrics.evaluation import Folder
-from ddpo_pytorch.metrics.intervals import (
-    bootstrap_difference,
-    bootstrap_unpaired_difference,
-    mcnemar,
-    sign_permutation_p,
-)
-from ddpo_pytorch.metrics.measures import Side, same_counts
+from ddpo_pytorch.metrics.image_sets import ImageSet, lacking_images, list_captions, sort_captions
+from ddpo_pytorch.metrics.intervals import bootstrap_difference, bootstrap_unpaired_difference, mcnemar, sign_flip_p
+from ddpo_pytorch.metrics.measures import match_prompts
 
-# settings of eval.py that may differ between two folders of which one is compared with the other
+# settings of eval.py in which two folders that are compared may differ
 OWN_SETTINGS = ("weights_sha256", "prompts", "classifier", "classifier_sha256", "load_from")
 OWN_SETTINGS += ("model.unet", "model.text_encoder", "model.vae")
-# with fewer prompts no pattern of signs has a probability below 5 %
-FEW_PROMPTS = 6
+FEW_PROMPTS = 6  # with fewer, no pattern of signs has a probability below 5 %
+FEW_IMAGES = 2048  # as many as Inception's features: below, its covariance is singular and FID's bias large
+# fields of `set_facts` that deserve a warning, and what the images are
+WARNED_COUNTS = {
+    "black_images": "black",
+    "identical_images": "equal to another one to the pixel",
+    "copies_of_training_images": "training images to the pixel",
+    "near_copies_of_training_images": "copies or near copies (by thumbnail) of training images",
+    "copies_of_real_images": "images of the real folder to the pixel",
+}
+
+
+@dataclass
+class Folder:
+    """A measured folder: its part of metrics.json, facts about the set, and arrays (N,) about each image.
+
+    `aligned` is 0 or 1, for fundus images the alignment in [0, 1]; `columns` are those of per_image.csv.
+    """
+
+    images: ImageSet
+    result: dict
+    facts: dict
+    aligned: np.ndarray
+    columns: dict[str, Sequence]
+
+
+def mean_reward(folder: Folder) -> float | None:
+    """Return the mean reward that eval.py logged for the folder's images, None without a classifier."""
+    entries = (folder.images.entry(i) for i in range(len(folder.images)))
+    rewards = [float(entry["reward"]) for entry in entries if entry.get("reward") is not None]
+    return sum(rewards) / len(rewards) if rewards else None
 
 
 def compare(first: Sequence[Folder], second: Sequence[Folder], seed: int, key: str = "APR") -> dict:
-    """APR of one model minus that of another: paired where both were drawn from the same noise, unpaired elsewhere.
+    """Return APR of the second model minus that of the first: paired if both were drawn from the same noise.
 
-    With `key` "alignment" it is the mean of the images' alignment, whose paired tests flip the signs of differences.
-    Unpaired, both are reduced to equally many images of every prompt that both have, drawn by the seed. The two rates
-    beside the difference are of the images that were compared.
+    `key` "alignment" compares the mean alignment of images, with sign-flip tests. Unpaired, both are reduced to equally
+    many images of every common prompt. "from_..." and "to_..." are means of the compared images.
     """
-    reasons = [pairing_fault(a.side, b.side) for a, b in zip(first, second, strict=False)]
+    reasons = [pairing_fault(a.images, b.images) for a, b in zip(first, second, strict=False)]
     if len(first) != len(second):
         reasons.append(f"{len(first)} and {len(second)} folders")
     reason = next(filter(None, reasons), "")
+    a, groups_a = _aligned(first)
     if reason:
-        a, groups_a, b, groups_b = _same_mix(first, second, seed)
+        b, groups_b = _aligned(second)
+        chosen_a, chosen_b = match_prompts([groups_a, groups_b], seed)
+        a, groups_a, b, groups_b = a[chosen_a], groups_a[chosen_a], b[chosen_b], groups_b[chosen_b]
         result = {"paired": False, "reason": reason, "pairs": 0, "p": None, "p_by_prompt": None}
         result[key] = bootstrap_unpaired_difference(a, groups_a, b, groups_b, seed)
     else:
-        a, b, groups_a = (
-            np.concatenate(column).astype(float) for column in zip(*map(_pairs, first, second), strict=True)
-        )
-        prompts = len(np.unique(groups_a))
-        by_prompt = sign_permutation_p(b - a, groups_a, seed) if prompts >= FEW_PROMPTS else None
-        if key == "APR":
-            gained, lost, p = mcnemar(a, b)
-            test = "p: McNemar, exact"
-        else:
-            gained, lost, p = int((b > a).sum()), int((b < a).sum()), sign_permutation_p(b - a, np.arange(len(a)), seed)
-            test = "p: sign flips of the pairs' differences"
-        test += "; p_by_prompt: sign flips of the prompts' mean differences"
-        if by_prompt is None:
-            test += f", none below {FEW_PROMPTS} prompts, which cannot make it small"
-        result = {"paired": True, "reason": "", "pairs": len(a), "p": p, "p_by_prompt": by_prompt}
-        result |= {key: bootstrap_difference(a, b, groups_a, seed), "gained": gained, "lost": lost, "test": test}
+        b = np.concatenate([_in_order_of(one.images, other) for one, other in zip(first, second, strict=True)])
+        result = {"paired": True, "reason": "", "pairs": len(a)} | _paired_tests(a, b, groups_a, seed, key)
+        result[key] = bootstrap_difference(a, b, groups_a, seed)
     rates = {f"{end}_{key}": float(x.mean()) if len(x) else None for end, x in (("from", a), ("to", b))}
     return result | rates | {"prompts": len(np.unique(groups_a))}
 
 
-def _same_mix(first: Sequence[Folder], second: Sequence[Folder], seed: int) -> tuple[np.ndarray, ...]:
-    columns = []
-    for folders in (first, second):
-        hits = np.concatenate([folder.aligned for folder in folders]).astype(float)
-        columns.append((hits, np.concatenate([folder.side.groups for folder in folders])))
-    kept = same_counts([groups for _, groups in columns], seed)
-    return tuple(column[indices] for pair, indices in zip(columns, kept, strict=True) for column in pair)
+def _aligned(folders: Sequence[Folder]) -> tuple[np.ndarray, np.ndarray]:
+    """Return alignment (N,) and prompts (N,) of all images."""
+    aligned = np.concatenate([folder.aligned for folder in folders]).astype(float)
+    return aligned, np.concatenate([folder.images.groups for folder in folders])
 
 
-def pairing_fault(first: Side, second: Side) -> str:
-    """Why two folders' images are not pairs from the same noise; "" if they are. Names the first image that differs."""
-    a, b = first.images, second.images
+def _in_order_of(images: ImageSet, folder: Folder) -> np.ndarray:
+    position = {key: index for index, key in enumerate(folder.images.keys)}
+    return folder.aligned[[position[key] for key in images.keys]].astype(float)
+
+
+def _paired_tests(a: np.ndarray, b: np.ndarray, groups: np.ndarray, seed: int, key: str) -> dict:
+    if key == "APR":
+        gained, lost, p = mcnemar(a, b)
+        test = "p: McNemar, exact"
+    else:
+        gained, lost, p = int((b > a).sum()), int((b < a).sum()), sign_flip_p(b - a, np.arange(len(a)), seed)
+        test = "p: sign flips of the pairs' differences"
+    test += "; p_by_prompt: sign flips of the prompts' mean differences"
+    by_prompt = None
+    if len(np.unique(groups)) >= FEW_PROMPTS:
+        by_prompt = sign_flip_p(b - a, groups, seed)
+    else:
+        test += f", none below {FEW_PROMPTS} prompts, which cannot make it small"
+    return {"p": p, "p_by_prompt": by_prompt, "gained": gained, "lost": lost, "test": test}
+
+
+def pairing_fault(a: ImageSet, b: ImageSet) -> str:
+    """Return why two folders' images are not pairs from the same noise, naming the first that differs, or ""."""
     position = {key: index for index, key in enumerate(b.keys)}
     for index, key in enumerate(a.keys):
         if key not in position:
@@ -81,18 +115,92 @@ def pairing_fault(first: Side, second: Side) -> str:
     return "" if len(a) == len(b) else f"{a.folder} has {len(a)} images, {b.folder} {len(b)}"
 
 
-def _pairs(first: Folder, second: Folder) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    position = {key: index for index, key in enumerate(second.side.images.keys)}
-    order = [position[key] for key in first.side.images.keys]
-    return first.aligned, second.aligned[order], first.side.groups
+# --- warnings ---
 
 
-def different_settings(first: Side, second: Side) -> list[str]:
-    """Lines for settings of eval.py, other than the model, in which two folders differ."""
-    a, b = first.images.made_with, second.images.made_with
+def find_warnings(context, models: Mapping[str, Sequence[Folder]], matched: int) -> list[str]:
+    """Return lines about sets that differ, overlap, are small or hold faulty images.
+
+    `context`: see `evaluation.Context`; `matched`: number of images that all sets share by caption.
+    """
+    every = [folder for own in models.values() for folder in own]
+    real = context.real.images if context.real is not None else None
+    lines = [*_about_real(context, every, matched), *_about_prompts(models, context.key)]
+    for images in ([real] if real else []) + [folder.images for folder in every]:
+        if images.lacking:
+            lines.append(lacking_images(images.folder, images.lacking))
+    counts = sorted({len(folder.images) for folder in every})
+    if len(counts) > 1:
+        lines.append(f"sets hold {' and '.join(map(str, counts))} images: unmatched distances do not compare")
+    for number, folder in enumerate(every):
+        facts = folder.facts
+        if number:
+            lines += different_settings(every[0].images, folder.images)
+        for key, what in WARNED_COUNTS.items():
+            if facts.get(key):
+                lines.append(f"{facts['path']}: {facts[key]} of {facts['images']} images {_are(facts[key])} {what}")
+        for other in every[:number]:
+            if facts["sha256"] == other.facts["sha256"]:
+                lines.append(f"{folder.images.folder} and {other.images.folder} hold the same images")
+    return lines
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+def _about_real(context, every: Sequence[Folder], matched: int) -> Iterator[str]:
+    if context.real is None:
+        return
+    real, near = context.real.images, context.near_copies
+    if near is not None and near.any():
+        yield (
+            f"{near.sum()} of {len(near)} real images {_are(near.sum())} copies or near copies of training images, the "
+            f"first is {real.paths[int(near.argmax())]}; they are left out of the baseline of memorisation only"
+        )
+    if lacking := sort_captions({c for folder in every for c in folder.images.captions} - set(real.captions)):
+        yield (
+            f"{real.folder} has no image of {len(lacking)} generated captions, which count in {context.key} but "
+            f"not in LPIPS nor in matched distances: {list_captions(lacking)}"
+        )
+    if matched < 2:
+        yield f"there are no matched distances: all sets together share {matched} images of the same captions"
+    elif matched < FEW_IMAGES:
+        distances = "FID is" if "inception" in context.extractors else "Frechet distances of few images are"
+        yield (
+            f"matched distances rest on {matched} images a set: {distances} biased upwards below {FEW_IMAGES} and "
+            "comparable at equal numbers only; KID is not biased"
+        )
+
+
+def _about_prompts(models: Mapping[str, Sequence[Folder]], key: str) -> Iterator[str]:
+    held = {name: {c for folder in own for c in folder.images.captions} for name, own in models.items()}
+    for name, captions in held.items():
+        if lacking := sort_captions(set().union(*held.values()) - captions):
+            yield (
+                f"{name} has no images of {len(lacking)} captions that others have, which count in the others' {key} "
+                f"but not in matched distances: {list_captions(lacking)}"
+            )
+
+
+def different_settings(first: ImageSet, second: ImageSet) -> list[str]:
+    """Return lines for settings of eval.py, other than the model's, in which two folders differ."""
+    a, b = first.made_with, second.made_with
     names = [name for name in a if name in b and name not in OWN_SETTINGS and a[name] != b[name]]
     return [
-        f"{first.images.folder} was made with {n} {a[n]}, {second.images.folder} with {n} {b[n]}; a difference between "
-        "them is not one between their weights alone"
+        f"{first.folder} was made with {n} {a[n]}, {second.folder} with {n} {b[n]}; a difference between them is not "
+        "one between their weights alone"
         for n in names
     ]
+
+
+def missing_blocks(own: Sequence[Folder], real: ImageSet | None) -> dict[str, str]:
+    """Return why a model lacks numbers that the settings allow, by their block."""
+    missing = {}
+    if not any(own[0].result["diversity"].values()):
+        missing["diversity"] = "no caption has two images in every folder"
+    if real is not None and not set(own[0].images.captions) & set(real.captions):
+        missing["LPIPS"] = missing["fidelity"] = "no caption is shared with the real images"
+    if all(mean_reward(folder) is None for folder in own):
+        missing["reward"] = "image_log.json states no rewards"
+    return missing

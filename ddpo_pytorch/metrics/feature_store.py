@@ -1,9 +1,9 @@
-"""What networks say about images, computed once and kept on disk.
+"""Results of networks on images, computed once and cached on disk.
 
-The images of a set are cut into chunks of one batch. A chunk's result is a file whose name is a function of the network
-(weights and preprocessing) and of the content of the images, so that nothing is computed twice, a run that was killed
-goes on, and a changed image or network is noticed. Chunks are dealt to the processes, each of which computes whole
-ones: results do not depend on their number, and memory not on the number of images.
+The images of a set are cut into chunks of one batch. A chunk's file is named after the network (weights and
+preprocessing) and the content of the images, so that nothing is computed twice, a killed run resumes, and a changed
+image or network is noticed. Each process computes complete chunks, so results do not depend on the number of processes,
+nor memory on the number of images.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +28,15 @@ from ddpo_pytorch.utils.files import atomic_write, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
-# on a GPU, one batch is decoded while another is computed
-GPU_THREADS = 3
+GPU_THREADS = 3  # one batch is decoded while another is computed
 
 
 @dataclass(frozen=True)
 class Network:
-    """A function of images, and what identifies it.
+    """A function of images and its identity.
 
-    `run` maps images (B, 3, H, W) in [0, 1] to (B, F); of two images for `pairs`, of images and their B captions where
-    it `reads_captions`. `key` changes with the weights and with the preprocessing; `sha256` is that of the weight file.
+    `run` maps images (B, 3, H, W) in [0, 1] to (B, F); it takes two batches for `pairs`, images and B captions if it
+    `reads_captions`. `key` changes with weights and preprocessing; `sha256` is that of the weight file.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Network:
 
 
 class Rows:
-    """(N, F) results of a network for N images (or pairs), in chunk files; slices and selections are read on demand."""
+    """Results (N, F) of a network for N images or pairs in chunk files; selections are read on demand."""
 
     def __init__(self, files: Sequence[Path], count: int, chunk: int):
         self._files, self._count, self._chunk = list(files), count, chunk
@@ -57,12 +57,11 @@ class Rows:
         return self._count
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        """Consecutive rows, float64."""
-        start, stop, _ = part.indices(self._count)
-        return self.take(np.arange(start, stop))
+        """Return consecutive rows, float64."""
+        return self.take(np.arange(self._count)[part])
 
     def take(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The rows of these indices in this order, float64."""
+        """Return the rows of these indices in this order, float64."""
         indices = np.asarray(indices, dtype=np.int64)
         if not len(indices):
             return np.zeros((0, self._read(0).shape[1] if self._files else 0))
@@ -75,44 +74,40 @@ class Rows:
             result[chosen] = rows
         return result
 
-    def chunks(self) -> Iterator[np.ndarray]:
-        """All rows, float64, a chunk at a time."""
-        for number in range(len(self._files)):
-            yield np.asarray(self._read(number), dtype=np.float64)
+    def all(self) -> np.ndarray:
+        """Return all rows, float64."""
+        return self[:]
 
     def _read(self, number: int) -> np.ndarray:
         try:
             return np.lib.format.open_memmap(self._files[number], mode="r")
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(
-                f"{str(self._files[number])!r} is damaged ({error}); remove it, to make it again"
-            ) from error
+            raise UserError(f"{str(self._files[number])!r} is damaged ({error}); remove it") from error
 
 
 class FeatureStore:
-    """Networks' results in `folder`, computed where they are absent, `batch_size` images at a time."""
+    """Networks' results in `folder`, computed where absent, `batch_size` images at a time."""
 
     def __init__(self, folder: Path, accelerator: Accelerator, batch_size: int, progress: bool = True):
         self.folder, self.accelerator, self.batch_size, self.progress = folder, accelerator, batch_size, progress
-        # on a CPU one thread an operation, as many operations as cores: last bits depend on how sums are split.
         if accelerator.is_main_process and folder.is_dir():
             remove_leftovers(folder, depth=1)
-        self._threads = max(1, torch.get_num_threads()) if accelerator.device.type == "cpu" else GPU_THREADS
+        # on a CPU one thread per operation, as many operations as cores: last bits depend on how sums are split
+        self._on_cpu = accelerator.device.type == "cpu"
+        self._threads = max(1, torch.get_num_threads()) if self._on_cpu else GPU_THREADS
 
     def features(self, title: str, images: ImageSet, networks: Sequence[Network]) -> dict[str, Rows]:
-        """Rows by name of the network. Every process must call this with the same arguments.
+        """Return rows by name of the network. Every process must call this with the same arguments.
 
-        Networks that read captions are left out where the set has none.
-
-        Raises UserError naming the file that cannot be decoded or whose result is not finite; what was computed before
-        stays.
+        Networks that read captions are left out for sets without. Raises UserError naming the file that cannot be
+        decoded or whose result is not finite; what was computed before stays.
         """
         if not all(images.captions):
             networks = [network for network in networks if not network.reads_captions]
         return self._compute(title, networks, [images.paths], [images.digests], images.captions)
 
     def pairs(self, title: str, first: ImageSet, second: ImageSet, pairs: Sequence[tuple[int, int]], network: Network):
-        """Rows of a network of two images, for pairs of (index in the first set, index in the second)."""
+        """Return rows of a network of two images, for pairs of (index in the first set, index in the second)."""
         columns = [(images, [pair[side] for pair in pairs]) for side, images in enumerate((first, second))]
         paths = [[images.paths[i] for i in chosen] for images, chosen in columns]
         digests = [[images.digests[i] for i in chosen] for images, chosen in columns]
@@ -126,47 +121,47 @@ class FeatureStore:
         digests: Sequence[Sequence[str]],
         captions: Sequence[str] = (),
     ) -> dict[str, Rows]:
-        parts = [slice(start, start + self.batch_size) for start in range(0, len(paths[0]), self.batch_size)]
-        names = {False: _names(digests, parts), True: _names([*digests, captions], parts)}
+        count, size = len(paths[0]), self.batch_size
+        parts = [slice(start, start + size) for start in range(0, count, size)]
+        names = {False: _chunk_names(digests, parts), True: _chunk_names([*digests, captions], parts)}
         files = {
             n.name: [self.folder / n.key[:16] / f"{name}.npy" for name in names[n.reads_captions]] for n in networks
         }
-        work, met = [], set()
+        work, seen = [], set()
         for number, part in enumerate(parts):
-            count = len(paths[0][part])
-            own = [(n, files[n.name][number]) for n in networks if files[n.name][number] not in met]
-            met |= {file for _, file in own}  # chunks of the same content are one
-            if absent := [(n, file) for n, file in own if not _intact(file, count)]:
+            own = [(n, files[n.name][number]) for n in networks if files[n.name][number] not in seen]
+            seen |= {file for _, file in own}  # chunks of equal content share a file
+            if absent := [(n, file) for n, file in own if not _is_intact(file, len(paths[0][part]))]:
                 work.append((absent, [column[part] for column in paths], captions[part]))
         self.accelerator.wait_for_everyone()  # everyone has looked before anyone writes
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        cached = count - sum(len(columns[0]) for _, columns, _ in work)
         hidden = None if self.progress and not rank else True
+        one_thread = partial(torch.set_num_threads, 1) if self._on_cpu else None
+        fault = ""
         with (
-            tqdm(total=len(paths[0]), initial=len(paths[0]) - sum(len(columns[0]) for _, columns, _ in work),
-                 desc=title, unit="img", disable=hidden) as bar,
-            ThreadPoolExecutor(self._threads, initializer=_one_thread(self.accelerator.device)) as pool,
-        ):  # fmt: skip
-            fault = ""
+            tqdm(total=count, initial=cached, desc=title, unit="img", disable=hidden) as bar,
+            ThreadPoolExecutor(self._threads, initializer=one_thread) as pool,
+        ):
             try:
-                for count in _bounded_map(pool, self._chunk, work[rank::processes], self._threads + 1):
-                    bar.update(min(count * processes, len(paths[0]) - bar.n))
+                for done in _bounded_map(pool, self._compute_chunk, work[rank::processes], self._threads + 1):
+                    bar.update(min(done * processes, count - bar.n))
             except UserError as error:
                 fault = str(error)
-        if self.accelerator.device.type == "cpu":
-            torch.set_num_threads(self._threads)  # what the pool's threads set holds for all
-        # all processes meet here, and end alike: none is left waiting for one that met a faulty image
+        if self._on_cpu:
+            torch.set_num_threads(self._threads)  # the pool's setting holds for the process
+        # all processes end together: none is left waiting for one that met a faulty image
         if fault := next(filter(None, gather_object([fault])), ""):
             raise UserError(fault)
-        return {n.name: Rows(files[n.name], len(paths[0]), self.batch_size) for n in networks}
+        return {n.name: Rows(files[n.name], count, size) for n in networks}
 
-    def _chunk(
+    def _compute_chunk(
         self, absent: Sequence[tuple[Network, Path]], columns: Sequence[Sequence[Path]], captions: Sequence[str]
     ) -> int:
         batches = [torch.stack([load_image(path) for path in column]).to(self.accelerator.device) for column in columns]
         for network, file in absent:
             with torch.no_grad():
-                given = (*batches, captions) if network.reads_captions else batches
-                rows = network.run(*given).cpu().numpy()
+                rows = network.run(*batches, *([captions] if network.reads_captions else [])).cpu().numpy()
             bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
             if len(bad):
                 raise UserError(f"{str(columns[0][bad[0]])!r}: {network.what} gives NaN or infinity; check its weights")
@@ -177,14 +172,13 @@ class FeatureStore:
         return len(columns[0])
 
 
-def _names(columns: Sequence[Sequence[str]], parts: Sequence[slice]) -> list[str]:
-    """A file name for what is known of each part: hashes of its images, and their captions where they matter."""
-    whole_names = (hashlib.sha256(repr([column[part] for column in columns]).encode()) for part in parts)
-    return [name.hexdigest()[:32] for name in whole_names]
+def _chunk_names(columns: Sequence[Sequence[str]], parts: Sequence[slice]) -> list[str]:
+    """Return a file name for each part: a hash of the hashes of its images, and of their captions if given."""
+    return [hashlib.sha256(repr([column[part] for column in columns]).encode()).hexdigest()[:32] for part in parts]
 
 
-def _intact(file: Path, rows: int) -> bool:
-    """Whether a chunk's file is there and holds so many rows; a damaged one is made again."""
+def _is_intact(file: Path, rows: int) -> bool:
+    """Return whether a chunk's file exists and holds this number of rows."""
     if not file.is_file():
         return False
     try:
@@ -192,16 +186,12 @@ def _intact(file: Path, rows: int) -> bool:
             return True
     except (OSError, ValueError, EOFError, TypeError):
         pass
-    logger.warning("%s is damaged and made again", file)
+    logger.warning("%s is damaged and computed again", file)
     return False
 
 
-def _one_thread(device: torch.device) -> Callable[[], None] | None:
-    return (lambda: torch.set_num_threads(1)) if device.type == "cpu" else None
-
-
 def _bounded_map(pool: ThreadPoolExecutor, function: Callable, work: Sequence[tuple], ahead: int) -> Iterator:
-    """Results in order, at most `ahead` calls submitted at once; the first error cancels what has not begun."""
+    """Yield results in order with at most `ahead` calls submitted; the first error cancels what has not begun."""
     futures = []
     try:
         for arguments in work:
@@ -215,28 +205,25 @@ def _bounded_map(pool: ThreadPoolExecutor, function: Callable, work: Sequence[tu
             future.cancel()
 
 
-def pixel_facts(images: torch.Tensor) -> torch.Tensor:
-    """(B, 5) float64: the brightest level of each image in 0 ... 255, and four numbers made from a hash of its pixels.
+# --- networks without weights that every set is given to ---
 
-    Files of equal pixels have equal hashes whatever their format.
-    """
+
+def pixel_facts(images: torch.Tensor) -> torch.Tensor:
+    """Return (B, 5) float64: each image's brightest level in 0 ... 255, and its pixels' hash as four numbers."""
     levels = (images * 255).round().to(torch.uint8).cpu().numpy()
-    rows = []
-    for image in levels:
-        digest = np.frombuffer(hashlib.sha256(image.tobytes()).digest()[:16], dtype=np.uint32)
-        rows.append([image.max(), *digest])
-    return torch.tensor(np.array(rows, dtype=np.float64))
+    hashes = [np.frombuffer(hashlib.sha256(image.tobytes()).digest()[:16], dtype=np.uint32) for image in levels]
+    return torch.tensor(np.array([[image.max(), *own] for image, own in zip(levels, hashes, strict=True)], dtype=float))
 
 
 def thumbnails(images: torch.Tensor) -> torch.Tensor:
-    """(B, 256): each image's luminance on a grid of 16 x 16, without its mean. Alike for near copies of an image.
+    """Return (B, 256): each image's luminance on a grid of 16 x 16, minus its mean.
 
-    The cosine distance of two of them changes little with JPEG compression, resizing and brightness.
+    Their cosine distance changes little with JPEG compression, resizing and brightness, so it finds near copies.
     """
     luminance = (images * torch.tensor([0.299, 0.587, 0.114], device=images.device).view(3, 1, 1)).sum(1, keepdim=True)
     grid = torch.nn.functional.interpolate(luminance, (THUMBNAIL, THUMBNAIL), mode="area").flatten(1).double()
     grid = grid - grid.mean(dim=1, keepdim=True)
-    grid[grid.abs().amax(dim=1) < 1e-6, 0] = 1.0  # one colour all over has no direction: all such are alike
+    grid[grid.abs().amax(dim=1) < 1e-6, 0] = 1.0  # images of one colour have no direction: all count as equal
     return grid
 
 
@@ -244,8 +231,3 @@ THUMBNAIL = 16
 _THUMBNAIL_KEY = hashlib.sha256(b"thumbnail 1").hexdigest()
 THUMBNAILS = Network("thumbnail", "luminance on a grid of 16 x 16", "", _THUMBNAIL_KEY, thumbnails)
 PIXELS = Network("pixels", "pixels", "", hashlib.sha256(b"pixel facts 1").hexdigest(), pixel_facts)
-
-
-def count_identical(facts: np.ndarray) -> int:
-    """Images of (N, 5) `pixel_facts` whose pixels are those of an earlier one."""
-    return len(facts) - len({row.tobytes() for row in facts[:, 1:]})

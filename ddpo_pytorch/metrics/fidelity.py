@@ -1,163 +1,145 @@
-"""Frechet distance between sets of features, and LPIPS between generated and real images of the same caption.
+"""Frechet distance between sets of features, and pairs of generated and real images for LPIPS.
 
-Metrics take features or images and know nothing of files and processes: moments and sums are float64 and additive, so
-that shares of several processes are summed and evaluated once.
+torchmetrics' formula (eigenvalues of Cx Cy) gives the same numbers for regular covariances. With fewer images than
+features it puts a set at a distance of about -1e-5 from itself and is not symmetric, so the distance is computed here
+from singular values, which are exact to rounding.
 """
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import stats
 
 from ddpo_pytorch.metrics.arrays import finite
-from ddpo_pytorch.metrics.intervals import Quantity, t_quantile
+from ddpo_pytorch.metrics.intervals import Estimate
 from ddpo_pytorch.utils.cores import on_all_cores, one_thread
 from ddpo_pytorch.utils.errors import UserError
 
+JACKKNIFE_GROUPS = 10
 
-@dataclass
+
+@dataclass(frozen=True)
 class Moments:
-    """Additive first and second moments of F features in float64: count (), total (F,), outer (F, F).
+    """Additive moments of features in float64: count, total (F,) = sum of f, outer (F, F) = sum of f f^T."""
 
-    total and outer are sums of (f - shift) and (f - shift)(f - shift)^T. With a shift near the mean, a covariance does
-    not come out as the difference of two large numbers. It is zero unless given; sums of single fields, as over
-    processes, are those of the whole only if all parts have one shift, while + and - take care of it.
-    """
-
-    count: torch.Tensor
+    count: int
     total: torch.Tensor
     outer: torch.Tensor
-    shift: torch.Tensor | float = 0.0
 
     @classmethod
-    def zeros(cls, width: int, device: str | torch.device = "cpu", shift: torch.Tensor | float = 0.0) -> "Moments":
-        """No samples yet; `shift` (F,) is a guess of their mean."""
-        sums = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((), width, (width, width)))
-        return cls(*sums, shift.to(device, torch.float64) if isinstance(shift, torch.Tensor) else shift)
-
     @one_thread()
-    def add(self, features: torch.Tensor) -> None:
-        """Add (B, F) features of any float type. Raises ValueError for NaN or infinity."""
-        features = features.to(self.total)
-        if not features.isfinite().all():
-            finite(features.cpu(), "features", int(self.count))  # which names the row
-        features = features - self.shift
-        self.count += len(features)
-        self.total += features.sum(0)
-        self.outer += features.T @ features
+    def of(cls, features: np.ndarray, first: int = 0) -> "Moments":
+        """Return the moments of (N, F) features. Raises ValueError for NaN or infinity, see `finite`."""
+        features = torch.from_numpy(finite(features, "features", first))
+        return cls(len(features), features.sum(0), features.T @ features)
 
     def __add__(self, other: "Moments") -> "Moments":
-        """Moments of both sets of samples together."""
-        moved = other.shifted(self.shift)
-        return Moments(self.count + moved.count, self.total + moved.total, self.outer + moved.outer, self.shift)
+        return Moments(self.count + other.count, self.total + other.total, self.outer + other.outer)
 
     def __sub__(self, other: "Moments") -> "Moments":
-        """Moments without those of a set of samples that is part of this one."""
-        moved = other.shifted(self.shift)
-        return Moments(self.count - moved.count, self.total - moved.total, self.outer - moved.outer, self.shift)
-
-    def shifted(self, shift: torch.Tensor | float) -> "Moments":
-        """The same moments about another shift."""
-        if shift is self.shift:
-            return self
-        step = torch.zeros_like(self.total) + self.shift - shift
-        cross = torch.outer(self.total, step)
-        outer = self.outer + cross + cross.T + self.count * torch.outer(step, step)
-        return Moments(self.count, self.total + self.count * step, outer, shift)
+        """Return the moments without those of a subset."""
+        return Moments(self.count - other.count, self.total - other.total, self.outer - other.outer)
 
     def gaussian(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean (F,) and unbiased covariance (F, F). Raises UserError below two samples."""
+        """Return mean (F,) and unbiased covariance (F, F). Raises UserError below two samples."""
         if self.count < 2:
-            raise UserError(f"a Frechet distance needs at least 2 images in each set, got {int(self.count)}")
+            raise UserError(f"a Frechet distance needs at least 2 images in each set, got {self.count}")
         mean = self.total / self.count
-        return mean + self.shift, (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
-
-
-@one_thread()
-def moments(features: torch.Tensor) -> Moments:
-    """Moments of one (N, F) feature set, about its mean."""
-    shift = features.double().mean(0) if len(features) else 0.0
-    result = Moments.zeros(features.shape[1], features.device, shift)
-    result.add(features)
-    return result
+        return mean, (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
 
 
 @one_thread()
 def frechet_distance(x: Moments, y: Moments) -> float:
-    """|mx - my|^2 + tr(Cx + Cy - 2 (Cx Cy)^(1/2)), the squared 2-Wasserstein distance of two Gaussians (Heusel 2017).
+    """Return |mx - my|^2 + tr(Cx + Cy - 2 (Cx Cy)^(1/2)), the Frechet distance of two Gaussians (Heusel et al. 2017).
 
-    With C = A A^T from an eigendecomposition, tr (Cx Cy)^(1/2) is the sum of the singular values of Ax^T Ay. Unlike the
-    eigenvalues of Cx Cy these are exact to rounding where covariances are singular (fewer samples than features): a set
-    is at distance 0 from itself, and the distance is symmetric.
+    With C = A A^T from an eigendecomposition, tr (Cx Cy)^(1/2) is the sum of the singular values of Ax^T Ay.
     """
     return _distance(x, *_mean_and_root(y))
-
-
-@one_thread()
-def frechet_jackknife(groups: Sequence[Moments], real: Moments) -> Quantity:
-    """Frechet distance of all groups together to real, with an interval for the randomness of the generated images.
-
-    groups: moments of about 10 random parts of the generated images, of about the same size; real is taken as given.
-    The interval is value +- t se (t of G - 1 degrees of freedom, se from leaving out one group at a time, with weights
-    for unequal sizes: Busing, Meijer and van der Leeden 1999), cut at 0. It is not a bootstrap because a resample holds
-    some images several times: it has the covariance of fewer images, so its distances are all larger than the one they
-    should surround. The distance's own bias, larger for fewer images, is not in the interval: compare equal n only.
-    """
-    root = _mean_and_root(real)
-    whole = sum(groups[1:], groups[0])
-    value, images = _distance(whole, *root), int(whole.count)
-    if len(groups) < 2:
-        return Quantity(value, None, None, images, "one group: no interval")
-    shares = np.array([float(group.count / whole.count) for group in groups])
-    if shares.min() <= 0 or images * (1 - shares.max()) < 2:
-        raise ValueError(f"a jackknife needs images in every group, and 2 outside each: {shares * images} images")
-    *left, same = on_all_cores(lambda part: _quick_distance(part, *root), [*(whole - group for group in groups), whole])
-    left = np.array(left)
-    centre = len(groups) * same - ((1 - shares) * left).sum()
-    pseudo = (same - (1 - shares) * left) / shares
-    error = float(np.sqrt(((pseudo - centre) ** 2 * shares / (1 - shares)).mean()))
-    half = t_quantile(len(groups) - 1) * error
-    how = f"jackknife over {len(groups)} random groups of the generated images"
-    return Quantity(value, max(0.0, value - half), value + half, images, how)
 
 
 def _distance(x: Moments, mean_y: torch.Tensor, root_y: torch.Tensor) -> float:
     mean_x, root_x = _mean_and_root(x)
     cross = torch.linalg.svdvals(root_x.T @ root_y).sum()
-    spread = root_x.square().sum() + root_y.square().sum() - 2 * cross
-    return max(0.0, float((mean_x - mean_y).square().sum() + spread))
+    traces = root_x.square().sum() + root_y.square().sum() - 2 * cross
+    return max(0.0, float((mean_x - mean_y).square().sum() + traces))
 
 
 def _quick_distance(x: Moments, mean_y: torch.Tensor, root_y: torch.Tensor) -> float:
-    """The same to about 1e-8 of the variances, by the eigenvalues of Ay^T Cx Ay: ten times as fast, not 0 for x = y."""
+    """Return the distance to about 1e-8 of the variances from the eigenvalues of Ay^T Cx Ay, ten times as fast."""
     mean_x, covariance = x.gaussian()
     cross = torch.linalg.eigvalsh(root_y.T @ covariance @ root_y).clamp(min=0).sqrt().sum()
-    spread = covariance.trace() + root_y.square().sum() - 2 * cross
-    return float((mean_x - mean_y).square().sum() + spread)
+    traces = covariance.trace() + root_y.square().sum() - 2 * cross
+    return float((mean_x - mean_y).square().sum() + traces)
 
 
 def _mean_and_root(x: Moments) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean (F,) and A (F, r) with A A^T = the covariance, directions of rounding noise left out."""
+    """Return mean (F,) and A (F, r) with A A^T = the covariance, without directions of rounding noise."""
     mean, covariance = x.gaussian()
     values, vectors = torch.linalg.eigh(covariance)
     keep = values > values.max() * len(values) * torch.finfo(values.dtype).eps
     return mean, vectors[:, keep] * values[keep].sqrt()
 
 
+@one_thread()
+def frechet_jackknife(groups: Sequence[Moments], real: Moments) -> Estimate:
+    """Return the Frechet distance of all groups together to real, with an interval for the generated images.
+
+    groups: moments of about 10 random parts of the generated images, of similar size; real is taken as given. The
+    interval is value +- t se (G - 1 degrees of freedom, se from leaving out one group at a time with weights for
+    unequal sizes: Busing, Meijer and van der Leeden 1999), cut at 0. A bootstrap would repeat images, so that all its
+    distances are larger than the one they should surround. The bias of few images is not in the interval.
+    """
+    root = _mean_and_root(real)
+    total = sum(groups[1:], groups[0])
+    value = _distance(total, *root)
+    shares = np.array([group.count / total.count for group in groups])
+    if shares.min() <= 0 or total.count * (1 - shares.max()) < 2:
+        raise ValueError(f"a jackknife needs images in every group, and 2 outside each: {shares * total.count} images")
+    quick = on_all_cores(lambda part: _quick_distance(part, *root), [*(total - group for group in groups), total])
+    left_out, same = np.array(quick[:-1]), quick[-1]
+    centre = len(groups) * same - ((1 - shares) * left_out).sum()
+    pseudo = (same - (1 - shares) * left_out) / shares
+    error = np.sqrt(((pseudo - centre) ** 2 * shares / (1 - shares)).mean())
+    half = float(stats.t.ppf(0.975, len(groups) - 1) * error)
+    how = f"jackknife over {len(groups)} random groups of the generated images"
+    return Estimate(value, max(0.0, value - half), value + half, total.count, how)
+
+
+def moments_of_rows(rows, indices: np.ndarray, block: int = 4096) -> Moments:
+    """Return the moments of the chosen `Rows` (at least one), read a block at a time."""
+    parts = (Moments.of(rows.take(indices[at : at + block]), at) for at in range(0, len(indices), block))
+    return sum(parts, start=next(parts))
+
+
+def frechet(real: Moments, fake, indices: np.ndarray, seed: int) -> Estimate:
+    """Return the Frechet distance of the chosen `Rows` of generated images to real ones, with a jackknife interval."""
+    if len(indices) < 2 * JACKKNIFE_GROUPS:
+        value = frechet_distance(moments_of_rows(fake, indices), real)
+        estimate = Estimate(value, None, None, len(indices), f"no interval below {2 * JACKKNIFE_GROUPS} images")
+    else:
+        order = np.random.default_rng([seed, 1]).permutation(indices)
+        groups = [moments_of_rows(fake, part) for part in np.array_split(order, JACKKNIFE_GROUPS)]
+        estimate = frechet_jackknife(groups, real)
+    fewest, features = min(len(indices), real.count), len(real.total)
+    if fewest <= features:  # a covariance is singular
+        return replace(estimate, how=f"{estimate.how}; {fewest} images of {features} features: biased upwards")
+    return estimate
+
+
 def pair_images(
     fake: Sequence[tuple[Path, str]], real: Sequence[tuple[Path, str]], seed: int
 ) -> list[tuple[Path, Path, str]]:
-    """(fake, real, caption) for every generated image whose caption has a real one: the comparisons of table 3.
+    """Return (fake, real, caption) for every generated image whose caption has a real one: the pairs of table 3.
 
-    Within a caption, real images are dealt out in a shuffled order and again from the start when they run out, so the
-    captions weigh as much as they have generated images. The order depends on the seed and the caption alone.
+    Within a caption, real images are dealt in a shuffled order, repeatedly if they run out. The order depends on the
+    seed and the caption alone.
     """
-    real_by_caption, fake_by_caption = _by_caption(real), _by_caption(fake)
-    pairs = []
-    for caption, fakes in fake_by_caption.items():
+    real_by_caption, pairs = _by_caption(real), []
+    for caption, fakes in _by_caption(fake).items():
         reals = real_by_caption.get(caption, [])
         random.Random(f"{seed} {caption}").shuffle(reals)
         pairs += [(path, reals[i % len(reals)], caption) for i, path in enumerate(fakes) if reals]

@@ -1,6 +1,6 @@
-"""Sets of image files to be measured: found, checked before anything is computed, and known by their content.
+"""Sets of image files to measure: found, checked before anything is computed, and identified by their content.
 
-A *model* is a column of the tables: one sample folder, or several that differ in nothing but their generation seed.
+A *model* is a column of the tables: one sample folder, or several that differ only in their generation seed.
 """
 
 import hashlib
@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from accelerate.utils import gather_object
 
 from ddpo_pytorch.data.images import SUFFIXES, open_image
-from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.data.isic import CAPTIONS, short_caption
 from ddpo_pytorch.data.sample_folder import captions_without_images, list_samples, read_log, read_settings
-from ddpo_pytorch.metrics.vocabulary import vocabulary_of
 from ddpo_pytorch.utils.cli import expand
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
@@ -25,14 +25,16 @@ from ddpo_pytorch.utils.files import sha256
 logger = logging.getLogger(__name__)
 
 MODE = "RGB"
+MAX_LISTED = 8  # captions in a sentence
+Samples = list[tuple[Path, str]]  # (file, caption)
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A folder's images in their order: files, captions ("" where none is known) and SHA-256 of each file.
+    """Images of a folder: files, captions ("" if unknown) and SHA-256 of each file.
 
-    `entries` holds the lines of its image_log.json by path relative to the folder, `made_with` its settings;
-    `vocabulary` are the captions of all sets of the report; `lacking` those of this folder without an image.
+    `entries`: lines of its image_log.json by path relative to the folder; `made_with`: its settings; `all_captions`:
+    captions of all sets of the report; `lacking`: captions of this folder without an image.
     """
 
     folder: Path
@@ -41,7 +43,7 @@ class ImageSet:
     digests: tuple[str, ...]
     entries: Mapping[str, Mapping] = field(default_factory=dict)
     made_with: Mapping = field(default_factory=dict)
-    vocabulary: tuple[str, ...] = CAPTIONS
+    all_captions: tuple[str, ...] = CAPTIONS
     lacking: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -49,38 +51,64 @@ class ImageSet:
 
     @property
     def keys(self) -> list[str]:
-        """Name of each image within its folder, without suffix: "<caption>/<stem>"; the same noise has the same key."""
-        return [f"{caption}/{path.stem}" for caption, path in zip(self.captions, self.paths, strict=True)]
+        """Names of the images within the folder, "<caption>/<stem>"; images of the same noise have the same key."""
+        return [f"{caption}/{path.stem}" for path, caption in self.samples]
 
     @property
-    def samples(self) -> list[tuple[Path, str]]:
+    def samples(self) -> Samples:
         """(file, caption) of every image."""
         return list(zip(self.paths, self.captions, strict=True))
 
     @property
-    def groups(self) -> list[int]:
-        """Number of each image's caption in the vocabulary."""
-        numbers = {caption: number for number, caption in enumerate(self.vocabulary)}
-        return [numbers[caption] for caption in self.captions]
+    def groups(self) -> np.ndarray:
+        """Index (N,) of each image's caption in `all_captions`."""
+        numbers = {caption: number for number, caption in enumerate(self.all_captions)}
+        return np.array([numbers[caption] for caption in self.captions], dtype=np.int64)
 
     def entry(self, index: int) -> Mapping:
-        """The log's line about an image; {} where there is none."""
+        """Return the log's line about an image, {} if there is none."""
         return self.entries.get(str(self.paths[index].relative_to(self.folder)), {})
 
-    def about(self) -> dict:
-        """What metrics.json states about the set, but for what needs its pixels."""
+    def describe(self) -> dict:
+        """Return path, number of images, content hash and images by prompt, for metrics.json."""
         content = sorted(f"{key} {digest}" for key, digest in zip(self.keys, self.digests, strict=True))
         counts = Counter(self.captions)
         return {
             "path": str(self.folder),
             "images": len(self),
             "sha256": hashlib.sha256("\n".join(content).encode()).hexdigest(),
-            "images_by_prompt": {caption: counts.get(caption, 0) for caption in self.vocabulary},
+            "images_by_prompt": {caption: counts.get(caption, 0) for caption in self.all_captions},
         }
 
 
+# --- captions ---
+
+
+def sort_captions(captions: Iterable[str]) -> list[str]:
+    """Return each caption once: ISIC's in the official order, then others by name."""
+    held = set(captions)
+    return [caption for caption in CAPTIONS if caption in held] + sorted(held - set(CAPTIONS))
+
+
+def list_captions(captions: Sequence[str]) -> str:
+    """Return captions for a sentence: all of ISIC's, abbreviated, or the first few of others."""
+    if set(captions) <= set(CAPTIONS):
+        return ", ".join(map(short_caption, captions))
+    more = f" and {len(captions) - MAX_LISTED} more" if len(captions) > MAX_LISTED else ""
+    return ", ".join(repr(caption) for caption in captions[:MAX_LISTED]) + more
+
+
+def lacking_images(folder: str | Path, captions: Iterable[str]) -> str:
+    """Return the warning that a folder has no image of these captions."""
+    ordered = sort_captions(captions)
+    return f"{folder} has no image of {len(ordered)} of its captions: {list_captions(ordered)}"
+
+
+# --- finding and checking files ---
+
+
 def named_paths(text: str, field_name: str) -> list[tuple[str, str]]:
-    """(name, path) pairs of "SD=a,SD=b,SD+RL=c". Raises UserError for a part without name or path."""
+    """Return (name, path) pairs of "SD=a,SD=b,SD+RL=c". Raises UserError for a part without name or path."""
     pairs = []
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         name, _, path = (piece.strip() for piece in part.partition("="))
@@ -90,92 +118,62 @@ def named_paths(text: str, field_name: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def caption_files(folder: str | Path, prompts: Sequence[str]) -> tuple[Path, list[tuple[Path, str]]]:
-    """The images of a sample folder with their captions (see `list_samples`, whose errors it raises)."""
+def caption_files(folder: str | Path, prompts: Sequence[str]) -> tuple[Path, Samples]:
+    """Return a sample folder and its images with captions. Raises as `list_samples`."""
     return Path(folder), list_samples(folder, prompts)
 
 
-def any_files(folder: str | Path) -> tuple[Path, list[tuple[Path, str]]]:
-    """Every image at or below a folder, without captions. Raises UserError where there is none."""
+def any_files(folder: str | Path) -> tuple[Path, Samples]:
+    """Return a folder and every image at or below it, without captions. Raises UserError if there is none."""
     folder, files, seen = Path(folder), [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(place)) in seen:  # a link that leads back
             folders.clear()
             continue
         seen.add(real)
-        found = [Path(place, name) for name in names if name[0] != "."]
-        files += [path for path in found if path.suffix.lower() in SUFFIXES]
+        paths = (Path(place, name) for name in names if name[0] != ".")
+        files += [path for path in paths if path.suffix.lower() in SUFFIXES]
     if not files:
         raise UserError(f"{str(folder)!r} is no folder with images; give one with {', '.join(SUFFIXES)} files")
     return folder, [(path, "") for path in sorted(files)]
 
 
-def inspected(
-    found: Iterable[tuple[Path, list[tuple[Path, str]]]], rank: int, processes: int, prompts: Sequence[str] = ()
+def inspect_files(
+    folders: Sequence[tuple[Path, Samples]], rank: int, processes: int, prompts: Sequence[str] = ()
 ) -> list[ImageSet]:
-    """Check every file's header and hash its content, shared among processes; returns the sets to all of them.
+    """Check every file's header and hash its content, shared among processes; return the sets to all of them.
 
-    Nothing is computed before this has passed: all images have one size and are RGB, so that sets which were resized
-    differently, or of which a part is grey or transparent, are not compared unnoticed. Raises UserError naming the
-    first faulty file and how many there are.
+    All images must be RGB and of one size, since sets that were resized differently do not compare. Raises UserError
+    naming the first faulty file and how many there are.
     """
-    found = list(found)
-    files = [path for _, samples in found for path, _ in samples]
-    looked = gather_object([(number, *_look(files[number])) for number in range(rank, len(files), processes)])
-    facts = {number: rest for number, *rest in looked}
-    faults = [fault for _, fault, *_ in (facts[number] for number in range(len(files))) if fault]
-    sizes = [facts[number][2] for number in range(len(files))]
+    files = [path for _, samples in folders for path, _ in samples]
+    own = [(number, *_inspect(files[number])) for number in range(rank, len(files), processes)]
+    _, digests, faults, sizes = zip(*sorted(gather_object(own)), strict=True)
     usual = Counter(sizes).most_common(1)[0][0]
-    if not faults:
-        faults = [
-            f"{str(path)!r} is {width} x {height} px, most images are {usual[0]} x {usual[1]}; metrics compare images "
-            "of one size: write the real images at the size of the generated ones (--config.dataset.image_size)"
-            for path, (width, height) in zip(files, sizes, strict=True)
-            if (width, height) != usual
-        ]
+    faults = [fault for fault in faults if fault] or [
+        f"{str(path)!r} is {width} x {height} px, most images are {usual[0]} x {usual[1]}; metrics compare images "
+        "of one size: write the real images at the size of the generated ones (--config.dataset.image_size)"
+        for path, (width, height) in zip(files, sizes, strict=True)
+        if (width, height) != usual
+    ]
     if faults:
         more = f" ({len(faults) - 1} more files have such a fault)" if len(faults) > 1 else ""
         raise UserError(faults[0] + more)
-    digests, sets = iter(facts[number][0] for number in range(len(files))), []
-    vocabulary = vocabulary_of(caption for _, samples in found for _, caption in samples)
-    for folder, samples in found:
+    held = {caption for _, samples in folders for _, caption in samples if caption}
+    all_captions = CAPTIONS if held <= set(CAPTIONS) else tuple(sorted(held))
+    sets, rest = [], iter(digests)
+    for folder, samples in folders:
         paths, captions = zip(*samples, strict=True)
-        entries = _logged(folder, samples) if any(captions) else {}
-        lacking = captions_without_images(folder, samples, prompts) if any(captions) else ()
-        own = tuple(next(digests) for _ in samples)
-        sets.append(ImageSet(folder, paths, captions, own, entries, read_settings(folder), vocabulary, tuple(lacking)))
+        entries = _log_entries(folder, samples) if any(captions) else {}
+        lacking = tuple(captions_without_images(folder, samples, prompts)) if any(captions) else ()
+        own_digests = tuple(next(rest) for _ in samples)
+        made_with = read_settings(folder)
+        sets.append(ImageSet(folder, paths, captions, own_digests, entries, made_with, all_captions, lacking))
     return sets
 
 
-def _logged(folder: Path, samples: Sequence[tuple[Path, str]]) -> dict[str, dict]:
-    """Lines of image_log.json by path. Raises UserError where they contradict the files."""
-    log = read_log(folder)
-    for number, entry in enumerate(log):
-        if not isinstance(entry.get("path_to_img"), str):
-            raise UserError(f"{str(folder / 'image_log.json')!r}: entry {number} has no path_to_img; remove it")
-    entries = {entry["path_to_img"]: entry for entry in log}
-    captions, stems = {str(path.relative_to(folder)): caption for path, caption in samples}, {}
-    for path, caption in samples:
-        if (caption, path.stem) in stems:
-            raise UserError(f"{str(stems[caption, path.stem])!r} and {str(path)!r} share a name; keep one of them")
-        stems[caption, path.stem] = path
-    for path, entry in entries.items():
-        where = f"{str(folder / 'image_log.json')!r}, {path}"
-        if path in captions and entry.get("prompt") not in (None, captions[path]):
-            raise UserError(f"{where}: the prompt {entry['prompt']!r} is not that of its folder; correct one of them")
-        try:
-            fine = entry.get("reward") is None or math.isfinite(float(entry["reward"]))
-        except (TypeError, ValueError):
-            fine = False
-        if not fine:
-            raise UserError(f"{where}: the reward {entry['reward']!r} is no finite number; remove it or draw again")
-    if absent := [path for path in entries if not (folder / path).is_file()]:
-        logger.warning("%s: image_log.json lists %d images that are absent, first %s", folder, len(absent), absent[0])
-    return entries
-
-
-def _look(path: Path) -> tuple[str, str, tuple[int, int]]:
-    """Return SHA-256, fault or "", and (width, height) of a file, from its bytes and its header."""
+def _inspect(path: Path) -> tuple[str, str, tuple[int, int]]:
+    """Return SHA-256, fault or "", and (width, height) of a file."""
     try:
         with open_image(path) as image:
             mode, size, transparent = image.mode, image.size, "transparency" in image.info
@@ -188,7 +186,36 @@ def _look(path: Path) -> tuple[str, str, tuple[int, int]]:
     return digest, "", size
 
 
+def _log_entries(folder: Path, samples: Samples) -> dict[str, dict]:
+    """Return the lines of image_log.json by path. Raises UserError if they contradict the files."""
+    log, where = read_log(folder), repr(str(folder / "image_log.json"))
+    for number, entry in enumerate(log):
+        if not isinstance(entry.get("path_to_img"), str):
+            raise UserError(f"{where}: entry {number} has no path_to_img; remove it")
+    entries = {entry["path_to_img"]: entry for entry in log}
+    captions, stems = {str(path.relative_to(folder)): caption for path, caption in samples}, {}
+    for path, caption in samples:
+        if (caption, path.stem) in stems:
+            raise UserError(f"{str(stems[caption, path.stem])!r} and {str(path)!r} share a name; keep one of them")
+        stems[caption, path.stem] = path
+    for path, entry in entries.items():
+        if path in captions and entry.get("prompt") not in (None, captions[path]):
+            raise UserError(f"{where}, {path}: the prompt {entry['prompt']!r} is not that of its folder; correct one")
+        if not _is_reward(entry.get("reward")):
+            raise UserError(f"{where}, {path}: the reward {entry['reward']!r} is no finite number; remove it")
+    if absent := [path for path in entries if not (folder / path).is_file()]:
+        logger.warning("%s: image_log.json lists %d images that are absent, first %s", folder, len(absent), absent[0])
+    return entries
+
+
+def _is_reward(reward) -> bool:
+    try:
+        return reward is None or math.isfinite(float(reward))
+    except (TypeError, ValueError):
+        return False
+
+
 def shape_of(images: ImageSet) -> tuple[int, int]:
-    """(height, width) in pixels, which `inspected` has made sure is the same for all."""
+    """Return (height, width) in pixels, the same for all images (see `inspect_files`)."""
     with open_image(images.paths[0]) as image:
         return image.size[1], image.size[0]

@@ -1,8 +1,7 @@
-"""Statistics of single images: the five of the document's table 1 (`legacy`), and those inside the retina (`fov`).
+"""Statistics of single images: the five of the document's table 1 (`legacy`), those inside the retina (`fov`), and IS.
 
-They describe images and do not grade them: noise raises Sharpness and Vessel Visibility, a black surround alone raises
-Uniformity. Most depend on the resolution. What tells something is how far a set is from real images of the same
-resolution (`distances`).
+They describe images and do not grade them: noise raises Sharpness and Vessel Visibility, a black surround raises
+Uniformity. Compare them with real images of the same resolution (`distances`).
 """
 
 from collections.abc import Callable
@@ -10,28 +9,26 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage, stats
+from scipy import ndimage, special, stats
 
 from ddpo_pytorch.data.images import fov_mask
-from ddpo_pytorch.metrics.intervals import REPLICATES, Quantity, bootstrap_mean
-from ddpo_pytorch.metrics.resampling import Sample, replicate_means
+from ddpo_pytorch.metrics.arrays import finite
+from ddpo_pytorch.metrics.intervals import REPLICATES, Estimate, GroupedSample, bootstrap_mean, replicate_means
 
 LEGACY = ("SNR", "Contrast", "Sharpness", "Vessel Visibility", "Uniformity")
 FOV = ("SNR", "RMS contrast", "Michelson contrast", "Sharpness", "Vessel visibility", "Uniformity", "Entropy")
 LUMINANCE = (0.299, 0.587, 0.114)  # BT.601
-# standard deviation of rounding to 8 bits: no image's noise is known to be less
-ROUNDING = 1 / (255 * 12**0.5)
+ROUNDING = 1 / (255 * 12**0.5)  # standard deviation of rounding to 8 bits, the least noise of an image
 CELLS = 8
-WHOLE_CELL = 0.8  # of its pixels in the field, from which on a cell counts
-LEAST_FIELD = 0.01  # of the frame: what is left of smaller fields is no retina
+MIN_CELL = 0.8  # share of a cell's pixels that have to lie in the field
+MIN_FIELD = 0.01  # share of the frame below which a field is no retina
+IS_SPLITS = 10
+IS_SPLIT_IMAGES = 1000  # as many as there are classes; the score of fewer images grows with their number
 
 
 @dataclass(frozen=True)
 class QualitySet:
-    """Some statistics: their names, the function of an image that gives them, and what they are, in a line.
-
-    `measure` maps uint8 (H, W, 3) to one number a name; None where the image has no field of view.
-    """
+    """A set of statistics. `measure` maps uint8 (H, W, 3) to one number per column, None without a field of view."""
 
     name: str
     columns: tuple[str, ...]
@@ -40,12 +37,12 @@ class QualitySet:
 
 
 def legacy_quality(pixels: np.ndarray) -> tuple[float, ...]:
-    """The document's five numbers of an image uint8 (H, W, 3), H and W at least 4, over the whole frame.
+    """Return the document's five numbers of an image uint8 (H, W, 3), H and W at least 4, over the whole frame.
 
-    I is PIL's "L" over 255: SNR = mean / (std + 1e-8); Contrast = max - min; Sharpness = mean |Sobel along the last
+    With I = PIL's "L" / 255: SNR = mean / (std + 1e-8); Contrast = max - min; Sharpness = mean |Sobel along the last
     axis|; Vessel Visibility = std(I - Gaussian of sigma 2); Uniformity = mean of the central box of half the sides -
-    mean of the four quarter bands at the borders, whose common corners count twice. Filters mirror I at its borders
-    (scipy's "reflect"). Raises ValueError for smaller images, which have no bands.
+    mean of the four quarter bands at the borders, whose common corners count twice. Filters use scipy's "reflect".
+    Raises ValueError for smaller images.
     """
     if min(pixels.shape[:2]) < 4:
         raise ValueError(f"quarter bands need 4 x 4 pixels, got {pixels.shape[1]} x {pixels.shape[0]}")
@@ -64,19 +61,18 @@ def legacy_quality(pixels: np.ndarray) -> tuple[float, ...]:
 
 
 def fov_quality(pixels: np.ndarray) -> tuple[float, ...] | None:
-    """Seven numbers of an image uint8 (H, W, 3) inside its field of view; None where it has none.
+    """Return seven numbers of an image uint8 (H, W, 3) inside its field of view; None if it has none.
 
-    The field (`images.fov_mask`) is eroded by W / 128 pixels, at least 3, so that its rim is not measured. Of
-    the green channel G in [0, 1]: RMS contrast = std; Michelson contrast = (p95 - p5) / (p95 + p5); Sharpness = mean
-    squared Sobel gradient (Tenengrad); Vessel visibility = mean black top-hat (closing - G) with a square of 15 W / 512
-    pixels, which is what is dark and narrower; Uniformity = 1 - std / mean over the means of the cells of an 8 x 8 grid
-    on the field's box with at least 80 % of their pixels in the field; Entropy of its 256 levels, in bits. SNR = mean /
-    (1.4826 MAD(Y - median of 3 x 3)) of the luminance Y, whose residuals, unlike those of G, are no multiples of
-    1 / 255; the noise counts as at least that of rounding to 8 bits.
+    The field (`images.fov_mask`) is eroded by W / 128 pixels, at least 3, to leave out its rim. Of the green
+    channel G in [0, 1]: RMS contrast = std; Michelson contrast = (p95 - p5) / (p95 + p5); Sharpness = mean squared
+    Sobel gradient (Tenengrad); Vessel visibility = mean black top-hat (closing - G) with a square of 15 W / 512 pixels;
+    Uniformity = 1 - std / mean over the means of the cells of an 8 x 8 grid on the field's box with at least 80 % of
+    their pixels in the field; Entropy of its 256 levels, in bits. SNR = mean / (1.4826 MAD(Y - median of 3 x 3)) of the
+    luminance Y, with noise of at least that of rounding to 8 bits.
     """
     height, width = pixels.shape[:2]
     field = ndimage.binary_erosion(fov_mask(pixels), _disc(max(3, round(width / 128))))
-    if field.sum() < LEAST_FIELD * field.size:
+    if field.sum() < MIN_FIELD * field.size:
         return None
     green = pixels[..., 1] / 255.0
     means = _cell_means(green, field)
@@ -108,46 +104,73 @@ SETS = {
 }
 
 
-def distances(
-    generated: np.ndarray, own_groups: np.ndarray, real: np.ndarray, real_groups: np.ndarray, seed: int
-) -> dict[str, Quantity | float | None]:
-    """How far a statistic of generated images (N,) is from that of real ones (M,); groups are the images' prompts.
+def summary(values: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, Estimate | float | None]:
+    """Return mean and standard deviation of a statistic (N,) as {"mean", "sd"}; groups (N,) are the images' prompts."""
+    deviation = float(values.std(ddof=1)) if len(values) > 1 else None
+    return {"mean": bootstrap_mean(values, groups, seed, resample_groups=True, share=False), "sd": deviation}
 
-    "difference": mean of the generated - mean of the real images, its interval from resampling prompts and their images
-    on each side by itself. "standardised": that over the real images' standard deviation, taken as given.
-    "wasserstein": the 1-Wasserstein distance of the two distributions in the same unit. The last two are None where
-    real images do not differ.
+
+def distances(
+    generated: np.ndarray, groups: np.ndarray, real: np.ndarray, real_groups: np.ndarray, seed: int
+) -> dict[str, Estimate | float | None]:
+    """Return how far a statistic of generated images (N,) is from that of real ones (M,); groups are prompts.
+
+    - "difference": mean of generated - mean of real images, each side resampling its prompts and their images.
+    - "standardised": the difference divided by the real images' standard deviation, taken as given.
+    - "wasserstein": 1-Wasserstein distance of the two distributions in the same unit.
+
+    The last two are None if real images do not differ.
     """
     if not len(generated) or not len(real):
-        return {"difference": Quantity.missing("no images"), "standardised": Quantity.missing("no images")} | {
-            "wasserstein": None
-        }
-    value, spread = float(generated.mean() - real.mean()), float(real.std(ddof=1)) if len(real) > 1 else 0.0
+        missing = Estimate.missing("no images")
+        return {"difference": missing, "standardised": missing, "wasserstein": None}
+    value, number = float(generated.mean() - real.mean()), len(generated) + len(real)
     low = high = None
     how = "one image: no interval"
     if min(len(generated), len(real)) > 1:
-        own, theirs = (
-            replicate_means([Sample(values[:, None], groups)], number, resample_groups=True, replicates=REPLICATES)[0]
-            for number, values, groups in (([seed, 0], generated, own_groups), ([seed, 1], real, real_groups))
-        )
-        low, high = np.percentile((own - theirs)[:, 0], [2.5, 97.5]).tolist()
+        means = [
+            replicate_means([GroupedSample(x[:, None], g)], [seed, i], resample_groups=True, replicates=REPLICATES)[0]
+            for i, (x, g) in enumerate(((generated, groups), (real, real_groups)))
+        ]
+        low, high = np.percentile(means[0] - means[1], [2.5, 97.5]).tolist()
         how = f"percentile bootstrap, {REPLICATES} replicates over prompts and images of each side"
-    number = len(generated) + len(real)
-    if not spread:
-        missing = Quantity.missing("real images do not differ")
-        return {"difference": Quantity(value, low, high, number, how), "standardised": missing, "wasserstein": None}
-    scaled = [None if end is None else end / spread for end in (low, high)]
+    difference = Estimate(value, low, high, number, how)
+    deviation = float(real.std(ddof=1)) if len(real) > 1 else 0.0
+    if not deviation:
+        missing = Estimate.missing("real images do not differ")
+        return {"difference": difference, "standardised": missing, "wasserstein": None}
+    ends = [None if end is None else end / deviation for end in (low, high)]
     return {
-        "difference": Quantity(value, low, high, number, how),
-        "standardised": Quantity(value / spread, *scaled, number, how),
-        "wasserstein": float(stats.wasserstein_distance(generated, real) / spread),
+        "difference": difference,
+        "standardised": Estimate(value / deviation, *ends, number, how),
+        "wasserstein": float(stats.wasserstein_distance(generated, real) / deviation),
     }
 
 
-def summary(values: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, Quantity | float | None]:
-    """ "mean" of a statistic (N,) over images with its interval, and their standard deviation "sd"."""
-    spread = float(values.std(ddof=1)) if len(values) > 1 else None
-    return {"mean": bootstrap_mean(values, groups, seed, resample_groups=True, share=False), "sd": spread}
+def inception_score(logits: np.ndarray, splits: int = IS_SPLITS) -> tuple[float, float]:
+    """Return mean and standard deviation over parts of exp(E KL(p(y|x) || p(y))), from 1 to C (Salimans et al. 2016).
+
+    logits (N, C) of N images in random order; parts are consecutive rows, p(y) the mean of p(y|x) over a part. By hand,
+    since torchmetrics is NaN for classes of probability 0. None of ImageNet's classes is a retina, so on medical images
+    it says little. Raises ValueError for fewer images than parts, NaN and infinity.
+    """
+    logits = finite(logits, "logits")
+    if not 1 <= splits <= len(logits):
+        raise ValueError(f"an inception score of {splits} parts needs as many images, got {len(logits)}")
+    scores = []
+    for part in range(splits):
+        rows = logits[part * len(logits) // splits : (part + 1) * len(logits) // splits]
+        log_given = special.log_softmax(rows, axis=1)
+        given = np.exp(log_given)
+        log_marginal = np.log(np.maximum(given.mean(axis=0), np.finfo(float).tiny))
+        divergence = (given * (log_given - log_marginal)).sum(axis=1).mean()
+        scores.append(max(1.0, float(np.exp(divergence))))  # below 1 by rounding only
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def split_count(images: int) -> int:
+    """Return the parts of an inception score: up to ten of at least 1,000 images each, or one."""
+    return max(1, min(IS_SPLITS, images // IS_SPLIT_IMAGES))
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -155,7 +178,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def _odd(size: float) -> int:
-    """The odd number nearest to `size`, at least 3."""
+    """Return the odd number nearest to `size`, at least 3."""
     return max(3, 2 * round((size - 1) / 2) + 1)
 
 
@@ -165,13 +188,13 @@ def _disc(radius: int) -> np.ndarray:
 
 
 def _cell_means(green: np.ndarray, field: np.ndarray) -> np.ndarray:
-    """Means over the pixels in the field of the cells that lie in it, of 8 x 8 cells on the field's box."""
+    """Return means over pixels in the field, for those of 8 x 8 cells on the field's box that lie in the field."""
     rows, columns = (np.flatnonzero(field.any(axis=axis)) for axis in (1, 0))
-    edges = [np.linspace(one[0], one[-1] + 1, CELLS + 1).round().astype(int) for one in (rows, columns)]
-    found = []
+    edges = [np.linspace(used[0], used[-1] + 1, CELLS + 1).round().astype(int) for used in (rows, columns)]
+    means = []
     for top, bottom in zip(edges[0], edges[0][1:], strict=False):
         for left, right in zip(edges[1], edges[1][1:], strict=False):
             inside = field[top:bottom, left:right]
-            if inside.size and inside.mean() >= WHOLE_CELL:
-                found.append(green[top:bottom, left:right][inside].mean())
-    return np.array(found)
+            if inside.size and inside.mean() >= MIN_CELL:
+                means.append(green[top:bottom, left:right][inside].mean())
+    return np.array(means)

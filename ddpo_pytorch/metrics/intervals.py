@@ -1,7 +1,7 @@
 """Numbers with 95 % intervals: bootstrap over prompts and images, paired tests, t intervals over generation seeds.
 
-Images of one prompt resemble each other, so that prompts are the unit of an interval meant for prompts like these
-(`resample_groups`); for the prompts at hand and no others it is the image.
+Images of one prompt resemble each other, so prompts are the unit of an interval meant for prompts like these
+(`resample_groups`); for exactly the given prompts the unit is the image.
 """
 
 import math
@@ -9,16 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from ddpo_pytorch.metrics.arrays import finite
-from ddpo_pytorch.metrics.resampling import Sample, replicate_means
 
 REPLICATES = 2000
+CHUNK = 2_000_000  # random numbers drawn at a time
+MAX_LEVELS = 8  # distinct values up to which the bootstrap draws counts instead of images
 
 
 @dataclass(frozen=True)
-class Quantity:
-    """A number, its 95 % interval (None where there is none), the images it rests on, how the interval was made."""
+class Estimate:
+    """A number, its 95 % interval (None if there is none), the images it rests on, and the interval's method."""
 
     value: float | None
     low: float | None
@@ -27,17 +29,18 @@ class Quantity:
     how: str
 
     @classmethod
-    def missing(cls, why: str) -> "Quantity":
-        """No number, with the reason."""
+    def missing(cls, why: str) -> "Estimate":
+        """Return an estimate without a number, and the reason."""
         return cls(None, None, None, 0, why)
 
     def to_dict(self) -> dict[str, float | int | str | None]:
-        """For JSON: numbers that are not finite become None."""
+        """Return the fields for JSON; numbers that are not finite become None."""
         numbers = {"value": self.value, "low": self.low, "high": self.high}
-        kept = {
-            name: None if value is None or not math.isfinite(value) else float(value) for name, value in numbers.items()
-        }
-        return {**kept, "n": int(self.n), "how": self.how}
+        shown = {name: float(x) if x is not None and math.isfinite(x) else None for name, x in numbers.items()}
+        return {**shown, "n": int(self.n), "how": self.how}
+
+
+# --- bootstrap ---
 
 
 def bootstrap_mean(
@@ -48,189 +51,236 @@ def bootstrap_mean(
     resample_groups: bool,
     replicates: int = REPLICATES,
     share: bool = True,
-) -> Quantity:
-    """Mean of the values (N,) of all images, with a percentile interval; groups (N,) are the images' prompts.
+) -> Estimate:
+    """Return the mean of values (N,) with a percentile interval; groups (N,) are the images' prompts.
 
-    resample_groups draws prompts with replacement and images within each drawn prompt, else images within the prompts
-    as they are. `resampling.replicate_means` has the details. Values that are all 0 or all 1 leave nothing to resample;
-    their interval is the exact binomial one (Clopper-Pearson), counting prompts or images as the independent trials,
-    unless they are no `share` of anything (a contrast of 1).
+    `resample_groups` draws prompts with replacement and images within each, otherwise images within the given prompts
+    (see `replicate_means`). Values that are all 0 or all 1 leave nothing to resample: with `share` their interval is
+    the exact binomial one (Clopper-Pearson), with prompts or images as trials.
     """
-    values, groups = _columns(groups, "values", values)
+    values, groups = _columns(groups, values)
     if not len(values):
-        return Quantity.missing("no images")
+        return Estimate.missing("no images")
     if share and len(values) > 1 and values[0] in (0, 1) and (values == values[0]).all():
-        prompts, value = len(np.unique(groups)), float(values[0])
+        prompts = len(np.unique(groups))
         trials = prompts if resample_groups and prompts > 1 else len(values)
-        return Quantity(value, *_all_equal(value, trials), len(values), f"exact binomial, {trials} trials")
-    return _resampled(values, groups, seed, resample_groups, replicates)
+        return _exact_binomial(values[0], trials, len(values))
+    return _resampled_mean(values, groups, seed, resample_groups, replicates)
 
 
 def bootstrap_difference(
     a: np.ndarray, b: np.ndarray, groups: np.ndarray, seed: int, *, replicates: int = REPLICATES
-) -> Quantity:
-    """Mean of b - a over images (N,) that share their noise, resampling prompts and, within them, pairs."""
-    a, b, groups = _columns(groups, "values", a, b)
+) -> Estimate:
+    """Return the mean of b - a over pairs (N,) of images with the same noise, resampling prompts and pairs in them."""
+    a, b, groups = _columns(groups, a, b)
     if not len(a):
-        return Quantity.missing("no pairs")
-    return _resampled(b - a, groups, seed, True, replicates)
+        return Estimate.missing("no pairs")
+    return _resampled_mean(b - a, groups, seed, True, replicates)
 
 
 def bootstrap_unpaired_difference(
     a: np.ndarray, groups_a: np.ndarray, b: np.ndarray, groups_b: np.ndarray, seed: int
-) -> Quantity:
-    """mean(b) - mean(a) of images (N,) and (M,) that do not pair up, over the prompts that both have.
+) -> Estimate:
+    """Return mean(b) - mean(a) of unpaired images (N,) and (M,), over the prompts that both have.
 
-    Each replicate draws the same prompts for both sides, and images independently. n counts the images of both. The
-    difference is one of two mixes of prompts, unless both sides have their images in the same proportions.
+    Each replicate draws the same prompts for both, and images independently. n counts the images of both.
     """
-    a, groups_a = _columns(groups_a, "values of a", a)
-    b, groups_b = _columns(groups_b, "values of b", b)
     shared = np.intersect1d(groups_a, groups_b)
     if not len(shared):
-        return Quantity.missing("no prompt in common")
-    sides = []
-    for values, groups in ((a, groups_a), (b, groups_b)):
-        kept = np.isin(groups, shared)
-        sides.append(Sample(values[kept, None], groups[kept]))
-    draws_a, draws_b = replicate_means(sides, seed, resample_groups=True, replicates=REPLICATES)
-    value = float(sides[1].mean[0] - sides[0].mean[0])
-    low, high = _percentiles((draws_b - draws_a)[:, 0])
-    images = sides[0].images + sides[1].images
-    how = _how(REPLICATES, f"{len(shared)} prompts of both sides and their images, not paired")
-    return Quantity(value, float(low), float(high), images, how)
+        return Estimate.missing("no prompt in common")
+    samples = []
+    for values, groups in (_columns(groups_a, a), _columns(groups_b, b)):
+        chosen = np.isin(groups, shared)
+        samples.append(GroupedSample(values[chosen, None], groups[chosen]))
+    draws_a, draws_b = replicate_means(samples, seed, resample_groups=True, replicates=REPLICATES)
+    value = float(samples[1].mean[0] - samples[0].mean[0])
+    low, high = np.percentile((draws_b - draws_a)[:, 0], [2.5, 97.5]).tolist()
+    how = _bootstrap_of(REPLICATES, f"{len(shared)} prompts of both sides and their images, not paired")
+    return Estimate(value, low, high, samples[0].images + samples[1].images, how)
 
 
-def bootstrap_ratio(numerator: np.ndarray, denominator: np.ndarray, groups: np.ndarray, seed: int) -> Quantity:
-    """sum(numerator) / sum(denominator) over images (N,), such as precision and recall; images resampled in prompts.
+def bootstrap_ratio(numerator: np.ndarray, denominator: np.ndarray, groups: np.ndarray, seed: int) -> Estimate:
+    """Return sum(numerator) / sum(denominator) over images (N,), such as precision and recall; images are resampled.
 
     n counts the images with a denominator. Replicates whose denominator is 0 are left out. A share of exactly 0 or 1
-    has the exact binomial interval, as in `bootstrap_mean`.
+    has the exact binomial interval.
     """
-    numerator, denominator, groups = _columns(groups, "values", numerator, denominator)
+    numerator, denominator, groups = _columns(groups, numerator, denominator)
     images, total = int(np.count_nonzero(denominator)), denominator.sum()
     if total == 0:
-        return Quantity.missing("the denominator is 0")
+        return Estimate.missing("the denominator is 0")
     value = float(numerator.sum() / total)
-    counts = np.isin(denominator, (0, 1)).all() and np.isin(numerator, (0, 1)).all()
-    if counts and value in (0, 1) and (numerator <= denominator).all():
-        return Quantity(value, *_all_equal(value, images), images, f"exact binomial, {images} trials")
-    sample = Sample(np.stack([numerator, denominator], axis=1), groups)
+    is_share = np.isin(denominator, (0, 1)).all() and np.isin(numerator, (0, 1)).all()
+    if is_share and value in (0, 1) and (numerator <= denominator).all():
+        return _exact_binomial(value, images, images)
+    sample = GroupedSample(np.stack([numerator, denominator], axis=1), groups)
     draws = replicate_means([sample], seed, resample_groups=False, replicates=REPLICATES)[0]
     draws = draws[draws[:, 1] > 0]
-    low, high = _percentiles(draws[:, 0] / draws[:, 1])
-    how = _how(len(draws), f"images within {len(np.unique(groups))} prompts")
-    return Quantity(value, float(low), float(high), images, how)
+    low, high = np.percentile(draws[:, 0] / draws[:, 1], [2.5, 97.5]).tolist()
+    how = _bootstrap_of(len(draws), f"images within {len(np.unique(groups))} prompts")
+    return Estimate(value, low, high, images, how)
 
 
-def mcnemar(a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:
-    """(pairs 0 -> 1, pairs 1 -> 0, exact two-sided p) of paired 0/1 outcomes (N,) (McNemar 1947).
-
-    Of the g + l pairs that changed, each is a gain with probability 1/2 under the null: p = 2 P(X <= min(g, l)), at
-    most 1. Pairs count as independent: where images of a prompt change together, `sign_permutation_p` is the test.
-    """
-    a, b = np.asarray(a), np.asarray(b)
-    if a.shape != b.shape or a.ndim != 1 or not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
-        raise ValueError(f"McNemar's test needs two equally long arrays of 0 and 1, got shapes {a.shape} and {b.shape}")
-    gained, lost = int(((a == 0) & (b == 1)).sum()), int(((a == 1) & (b == 0)).sum())
-    changed, few = gained + lost, min(gained, lost)
-    logs = [
-        math.lgamma(changed + 1) - math.lgamma(k + 1) - math.lgamma(changed - k + 1) - changed * math.log(2)
-        for k in range(few + 1)
-    ]
-    top = max(logs)  # the sum is taken relative to its largest term, which alone may be below the smallest float
-    return gained, lost, min(1.0, 2 * math.exp(top) * math.fsum(math.exp(value - top) for value in logs))
-
-
-def sign_permutation_p(differences: np.ndarray, groups: np.ndarray, seed: int, draws: int = 10_000) -> float:
-    """Two-sided p of a sign-flip test on the prompts' mean differences: the null is symmetry around 0.
-
-    The statistic is the absolute mean over prompts, every prompt with the same weight. Up to 12 prompts all 2^G signs
-    are tried (so p is at least 2 / 2^G); beyond, `draws` random ones, and p = (1 + as extreme) / (1 + draws).
-    """
-    differences, groups = _columns(groups, "differences", differences)
-    if not len(differences):
-        raise ValueError("a sign-flip test needs at least one difference")
-    _, index, counts = np.unique(groups, return_inverse=True, return_counts=True)
-    means = np.bincount(index, differences) / counts
-    # sums that differ by rounding only are ties, and ties are as extreme
-    bound = abs(means.sum()) - 1e-12 * np.abs(means).sum()
-    if len(means) <= 12:
-        signs = 1 - 2 * (np.arange(2 ** len(means))[:, None] >> np.arange(len(means)) & 1)
-        return float(np.mean(np.abs(signs @ means) >= bound))
-    rng, extreme, chunk = np.random.default_rng(seed), 0, max(1, 4_000_000 // len(means))
-    for start in range(0, draws, chunk):
-        signs = rng.integers(0, 2, (min(chunk, draws - start), len(means)), dtype=np.int8) * 2 - 1
-        extreme += int((np.abs(signs @ means) >= bound).sum())
-    return (1 + extreme) / (1 + draws)
-
-
-def over_runs(values: Sequence[float]) -> Quantity:
-    """Mean of one number per generation seed, with a t interval from three seeds on; n counts the seeds."""
-    values = finite(values, "runs")
-    if not len(values):
-        return Quantity.missing("no runs")
-    mean, runs = float(values.mean()), len(values)
-    if runs < 3:
-        return Quantity(mean, None, None, runs, f"{runs} generation seed{'s' * (runs > 1)}: an interval needs 3")
-    half = t_quantile(runs - 1) * float(values.std(ddof=1)) / math.sqrt(runs)
-    return Quantity(mean, mean - half, mean + half, runs, f"t interval over {runs} generation seeds")
-
-
-def t_quantile(degrees: int) -> float:
-    """The t with P(|T| <= t) = 0.95 for an integer number of degrees of freedom.
-
-    With angle = atan(t / sqrt(degrees)) the probability is a finite sum of powers of its cosine (Abramowitz and Stegun,
-    26.7.3 and 26.7.4), rising in the angle, which bisection therefore finds.
-    """
-    low, high = 0.0, math.pi / 2
-    while high - low > 1e-15:
-        angle = (low + high) / 2
-        cosine, total = math.cos(angle), 0.0
-        term = cosine if degrees % 2 else 1.0
-        for power in range(3 if degrees % 2 else 2, degrees + 1, 2):
-            total += term
-            term *= cosine * cosine * (power - 1) / power
-        share = math.sin(angle) * total
-        if degrees % 2:
-            share = (angle + share) * 2 / math.pi
-        low, high = (angle, high) if share < 0.95 else (low, angle)
-        if angle in (0.0, math.pi / 2) or (low + high) / 2 in (low, high):
-            break
-    return math.sqrt(degrees) * math.tan((low + high) / 2)
-
-
-def _columns(groups: np.ndarray, what: str, *columns: np.ndarray) -> list[np.ndarray]:
-    """The columns (N,) as finite float64, and the groups (N,), all equally long."""
-    arrays = [finite(np.asarray(column).reshape(-1), what) for column in columns]
-    arrays.append(np.asarray(groups).reshape(-1))
+def _columns(groups: np.ndarray, *columns: np.ndarray) -> list[np.ndarray]:
+    """Return the columns (N,) as finite float64, and the groups (N,). Raises ValueError for unequal lengths."""
+    arrays = [finite(np.asarray(column).reshape(-1), "values") for column in columns] + [np.asarray(groups).reshape(-1)]
     if len({len(array) for array in arrays}) > 1:
-        raise ValueError(f"{what} and groups must be equally long, got {[len(array) for array in arrays]}")
+        raise ValueError(f"values and groups must be equally long, got {[len(array) for array in arrays]}")
     return arrays
 
 
-def _resampled(values: np.ndarray, groups: np.ndarray, seed: int, resample_groups: bool, replicates: int) -> Quantity:
-    """Mean of values (N,), at least one, with its bootstrap interval."""
+def _resampled_mean(values: np.ndarray, groups: np.ndarray, seed: int, resample_groups: bool, replicates: int):
     mean, prompts = float(values.mean()), len(np.unique(groups))
     if len(values) == 1:
-        return Quantity(mean, None, None, 1, "one image: no interval")
-    sample = Sample(values[:, None], groups)
-    draws = replicate_means([sample], seed, resample_groups=resample_groups, replicates=replicates)[0][:, 0]
-    within = f"images within {prompts} prompts" if prompts > 1 else "the prompt's images"
-    units = f"{prompts} prompts and their images" if resample_groups else within
-    low, high = np.clip(_percentiles(draws), values.min(), values.max())  # as no mean lies outside
-    return Quantity(mean, float(low), float(high), len(values), _how(replicates, units))
+        return Estimate(mean, None, None, 1, "one image: no interval")
+    sample = GroupedSample(values[:, None], groups)
+    draws = replicate_means([sample], seed, resample_groups=resample_groups, replicates=replicates)[0]
+    low, high = np.clip(np.percentile(draws, [2.5, 97.5]), values.min(), values.max()).tolist()
+    units = f"images within {prompts} prompts" if prompts > 1 else "the prompt's images"
+    how = _bootstrap_of(replicates, f"{prompts} prompts and their images" if resample_groups else units)
+    return Estimate(mean, low, high, len(values), how)
 
 
-def _percentiles(draws: np.ndarray) -> np.ndarray:
-    return np.percentile(draws, [2.5, 97.5])
-
-
-def _how(replicates: int, units: str) -> str:
+def _bootstrap_of(replicates: int, units: str) -> str:
     return f"percentile bootstrap, {replicates} replicates over {units}"
 
 
-def _all_equal(share: float, trials: int) -> tuple[float, float]:
-    """The Clopper-Pearson interval of 0 or all of `trials`."""
-    edge = 0.025 ** (1 / trials)
-    return (0.0, 1 - edge) if share == 0 else (edge, 1.0)
+def _exact_binomial(share: float, trials: int, images: int) -> Estimate:
+    """Return the Clopper-Pearson interval of 0 or all of `trials`."""
+    interval = stats.binomtest(int(share) * trials, trials).proportion_ci(0.95, "exact")
+    how = f"exact binomial, {trials} trials"
+    return Estimate(float(share), float(interval.low), float(interval.high), images, how)
+
+
+class GroupedSample:
+    """Values (N, V) of N images in G prompts, prepared for resampling.
+
+    A replicate needs only the sum of a prompt's resampled images. With few distinct values (0 and 1) one multinomial
+    draw of their counts gives it, else the images are drawn.
+
+    counts (G,), means (G, V), mean (V,) over all images; noise (G, V): variance of a prompt's resampled mean.
+    """
+
+    def __init__(self, values: np.ndarray, groups: np.ndarray):
+        order = np.argsort(groups, kind="stable")
+        _, self.starts, self.counts = np.unique(groups[order], return_index=True, return_counts=True)
+        self.images, self.mean = len(values), values.mean(axis=0)
+        self._values = values[order]
+        self.means = np.add.reduceat(self._values, self.starts) / self.counts[:, None]
+        residuals = self._values - np.repeat(self.means, self.counts, axis=0)
+        self.noise = np.add.reduceat(residuals**2, self.starts) / (self.counts**2)[:, None]
+        self.weights = self.counts / self.images
+        self.levels = self._shares = None
+        levels, index = np.unique(self._values, axis=0, return_inverse=True)
+        if len(levels) <= MAX_LEVELS:
+            one_hot = np.eye(len(levels))[index.reshape(-1)]
+            self.levels, self._shares = levels, np.add.reduceat(one_hot, self.starts) / self.counts[:, None]  # (G, C)
+
+    @property
+    def cost(self) -> int:
+        """Random numbers of one replicate."""
+        return self.images if self.levels is None else len(self.counts) * len(self.levels)
+
+    def draw(self, prompts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return means (..., V) of as many images as each of these prompts (...) has, drawn with replacement."""
+        counts = self.counts[prompts]
+        if self.levels is not None:
+            return rng.multinomial(counts, self._shares[prompts]) @ self.levels / counts[..., None]
+        lengths = counts.reshape(-1)
+        positions = rng.random(int(lengths.sum()))
+        positions *= np.repeat(lengths, lengths)
+        images = positions.astype(np.int64)
+        images += np.repeat(self.starts[prompts].reshape(-1), lengths)
+        sums = np.add.reduceat(self._values[images], np.cumsum(lengths) - lengths)
+        return sums.reshape(*prompts.shape, -1) / counts[..., None]
+
+
+def replicate_means(
+    samples: Sequence[GroupedSample], seed: int | Sequence[int], *, resample_groups: bool, replicates: int
+) -> list[np.ndarray]:
+    """Return (replicates, V) bootstrap means over all images of each sample; samples have the same G prompts.
+
+    Without `resample_groups`, each prompt's images are resampled. With it, G prompts are drawn with replacement (the
+    same for all samples) and images within them. The variance of the prompts' means already contains the noise of
+    their images, which the second step adds again; so the prompts' means are first shrunk towards the overall mean
+    such that both steps have the variance of the first alone, or that of the images if larger (Davison and Hinkley
+    1997, section 3.8). Otherwise intervals are up to 1.4 times too wide for similar prompts. As with any bootstrap,
+    intervals from few prompts are too narrow: by 3 % for 20, by 11 % for 5.
+    """
+    rng, prompts = np.random.default_rng(seed), len(samples[0].counts)
+    chunk = max(1, CHUNK // max(prompts, sum(sample.cost for sample in samples)))
+    shrinkage = _shrinkage(samples) if resample_groups else 1.0
+    results: list[list[np.ndarray]] = [[] for _ in samples]
+    for start in range(0, replicates, chunk):
+        rows = min(chunk, replicates - start)
+        drawn = np.broadcast_to(np.arange(prompts), (rows, prompts))
+        if resample_groups:
+            drawn = rng.integers(0, prompts, (rows, prompts))
+        for sample, result in zip(samples, results, strict=True):
+            own = sample.means[drawn]  # (rows, G, V)
+            means = sample.draw(drawn, rng) - own + sample.mean + shrinkage * (own - sample.mean)
+            weights = sample.counts[drawn][..., None]
+            result.append((weights * means).sum(axis=1) / weights.sum(axis=1))
+    return [np.concatenate(result) for result in results]
+
+
+def _shrinkage(samples: Sequence[GroupedSample]) -> np.ndarray:
+    """Return the factor (V,) for the prompts' deviations: sqrt(1 - images' variance / prompts' variance), at least 0.
+
+    For two samples the variances are those of the difference of their means.
+    """
+    deviations = [sample.weights[:, None] * (sample.means - sample.mean) for sample in samples]
+    total = deviations[0] if len(samples) == 1 else deviations[1] - deviations[0]
+    between = (total**2).sum(axis=0)
+    within = sum((sample.weights[:, None] ** 2 * sample.noise).sum(axis=0) for sample in samples)
+    return np.sqrt(np.clip(1 - within / np.where(between > 0, between, np.inf), 0, 1)) * (between > 0)
+
+
+# --- paired tests ---
+
+
+def mcnemar(a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:
+    """Return (pairs 0 -> 1, pairs 1 -> 0, exact two-sided p) of paired 0/1 outcomes (N,) (McNemar 1947).
+
+    Pairs count as independent; if images of a prompt change together, use `sign_flip_p`.
+    """
+    gained, lost = int((a < b).sum()), int((a > b).sum())
+    p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return gained, lost, p
+
+
+def sign_flip_p(differences: np.ndarray, groups: np.ndarray, seed: int, draws: int = 10_000) -> float:
+    """Return the two-sided p of a sign-flip test on the prompts' mean differences; the null is symmetry around 0.
+
+    Every prompt has the same weight. If there are at most `draws` patterns of signs, all are tried, else `draws` random
+    ones, with p = (1 + as extreme) / (1 + draws).
+    """
+    differences, groups = _columns(groups, differences)
+    _, index, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    means = np.bincount(index, differences) / counts
+    test = stats.permutation_test(
+        (means,),
+        lambda x, axis: np.abs(x.mean(axis=axis)),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=draws,
+        batch=max(1, CHUNK // len(means)),
+        alternative="greater",
+        rng=np.random.default_rng(seed),
+    )
+    return float(test.pvalue)
+
+
+# --- generation seeds ---
+
+
+def mean_over_runs(values: Sequence[float]) -> Estimate:
+    """Return the mean of one number per generation seed, with a t interval from three seeds on; n counts the seeds."""
+    values = finite(values, "runs")
+    if not len(values):
+        return Estimate.missing("no runs")
+    mean, runs = float(values.mean()), len(values)
+    if runs < 3:
+        return Estimate(mean, None, None, runs, f"{runs} generation seed{'s' * (runs > 1)}: an interval needs 3")
+    half = float(stats.t.ppf(0.975, runs - 1) * values.std(ddof=1) / math.sqrt(runs))
+    return Estimate(mean, mean - half, mean + half, runs, f"t interval over {runs} generation seeds")

@@ -1,7 +1,7 @@
-"""The networks that see images for the metrics, from weight files that may have to be fetched first.
+"""The networks that look at images for the metrics: judges, feature extractors, LPIPS, image statistics, SSIM.
 
-Inception, AlexNet and DINOv2 are part of no package: where their weights cannot be had, `Unavailable` says why and
-names the option, and the caller goes on with the other metrics.
+Weights of Inception, AlexNet and DINOv2 ship with no package. If they cannot be had, `Unavailable` says why and which
+option to give, and the caller continues with the other metrics.
 """
 
 import hashlib
@@ -10,20 +10,25 @@ import logging
 import os
 import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import urlopen
 
 import lpips
+import numpy as np
+import scipy
 import timm
 import torch
 import torchvision.transforms.functional as tvf
-from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torchvision.transforms import InterpolationMode
 
 from ddpo_pytorch.data.images import to_uint8
 from ddpo_pytorch.judges.classifier import IMAGENET_MEAN, IMAGENET_STD, load_classifier
+from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges
 from ddpo_pytorch.metrics.feature_store import Network
+from ddpo_pytorch.metrics.image_statistics import SETS
+from ddpo_pytorch.metrics.ssim import ms_ssim, scale_count, ssim
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
 from ddpo_pytorch.utils.published import resolve
@@ -35,11 +40,12 @@ URL_ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 DINOV2 = "vit_small_patch14_dinov2.lvd142m"
 URL_DINOV2 = f"https://huggingface.co/timm/{DINOV2}/resolve/main/model.safetensors"
 DINOV2_SIZE = 224
-# seconds to wait for the server; without a network the metrics go on instead of hanging.
-TIMEOUT = 10
-# how images in [0, 1] become the 8 bits that Inception sees
-FID_MODES = ("exact", "compat")
+TIMEOUT = 10  # seconds to wait for a server
+FID_MODES = ("exact", "compat")  # how images in [0, 1] become the 8 bits that Inception sees
+PAIRS_AT_ONCE = 8  # SSIM takes 60 times the memory of the images
+# names of networks
 LOGITS = "inception logits"
+SELECTOR, POLICY = "selector", "policy"
 Device = str | torch.device
 
 
@@ -47,8 +53,11 @@ class Unavailable(Exception):
     """A network whose weights cannot be had here; the text says why and what to do."""
 
 
+# --- judges ---
+
+
 def judge_network(name: str, option: str, device: Device = "cpu") -> tuple[Network, Network, tuple[str, ...]]:
-    """A classifier as two networks, `name` giving logits (B, H) and "features" the pooled features; and its labels.
+    """Return a classifier as two networks, logits (B, H) and pooled features (B, F), and its labels.
 
     Raises UserError as `load_classifier` does.
     """
@@ -59,22 +68,70 @@ def judge_network(name: str, option: str, device: Device = "cpu") -> tuple[Netwo
     return logits, features, model.labels
 
 
-def inception_network(option: str, mode: str = "exact", device: Device = "cpu", layer: str = "2048") -> Network:
-    """FID's Inception V3 as torch-fidelity ports it: images (B, 3, H, W) in [0, 1] to 2048 pooled features.
+@dataclass(frozen=True)
+class FundusJudges:
+    """Selector and Policy as networks of one column, the Selector's features, and the score from which it passes."""
 
-    `layer` "logits_unbiased" gives the logits of its 1008 classes in their place, under the name "inception logits".
-    Images are quantised to 8 bits and resized to 299 px bilinearly without antialiasing as TensorFlow 1 did, i.e. the
-    features behind published FIDs (torchmetrics now resizes with antialiasing, which gives others). `mode` "exact"
+    selector: Network
+    policy: Network
+    features: Network
+    threshold: float
+
+
+def fundus_judges(folder: str | Path, device: Device = "cpu") -> FundusJudges:
+    """Load the judges of a folder of train_rlhf.py; the Policy reads captions.
+
+    Raises UserError as `load_judges` does, and for a Selector without a threshold.
+    """
+    selector, policy = load_judges(folder, device)
+    files = [Path(folder) / name for name in (SELECTOR_FILE, POLICY_FILE)]
+    if selector.threshold is None:
+        raise UserError(f"the Selector {str(files[0])!r} has no threshold; train_rlhf.py sets it at the end of stage 1")
+    digests = [sha256(file) for file in files]
+    name, size = Path(folder).name, selector.sizes.image_size
+    return FundusJudges(
+        Network(
+            SELECTOR,
+            f"Selector of {name}, {size} px, passes from {selector.threshold:.4g}",
+            digests[0],
+            key_of("selector", digests[0]),
+            lambda images: selector.score(images)[:, None],
+        ),
+        Network(
+            POLICY,
+            f"Policy of {name}, {policy.sizes.image_size} px",
+            digests[1],
+            key_of(f"policy {policy.text.fingerprint}", digests[1]),
+            lambda images, captions: policy.score(images, captions)[:, None],
+            reads_captions=True,
+        ),
+        Network(
+            "judge",
+            f"class token of the Selector of {name}, {size} px",
+            digests[0],
+            key_of("selector features", digests[0]),
+            lambda images: selector.encoder(selector.preprocess(images)),
+        ),
+        float(selector.threshold),
+    )
+
+
+# --- feature extractors ---
+
+
+def inception_network(option: str, mode: str = "exact", device: Device = "cpu", layer: str = "2048") -> Network:
+    """Load FID's Inception V3 as torch-fidelity ports it: images (B, 3, H, W) in [0, 1] to 2048 pooled features.
+
+    `layer` "logits_unbiased" gives the logits of its 1008 classes instead, under the name "inception logits". Images
+    are quantised to 8 bits and resized to 299 px bilinearly without antialiasing, as in published FIDs. `mode` "exact"
     rounds; "compat" repeats the official code's x * 256 cut to 8 bits, in which pure white becomes black.
 
-    Raises:
-        Unavailable: no weights.
-        UserError: a file that does not exist or holds something else.
+    Raises Unavailable without weights, UserError for a file that does not exist or holds something else.
     """
     if mode not in FID_MODES:
         raise UserError(f"metric.fid is {mode!r}; allowed are {', '.join(FID_MODES)}")
     path = weight_file(option, URL_INCEPTION_V3, "--config.metric.inception")
-    # the extractor unpickles what it is given, with all that a pickle may do: it gets bytes written here, not the file
+    # the extractor unpickles what it is given: it gets bytes written here, not the file
     copy = io.BytesIO()
     torch.save(read_tensors(path)[0], copy)
     copy.seek(0)
@@ -83,9 +140,9 @@ def inception_network(option: str, mode: str = "exact", device: Device = "cpu", 
     except RuntimeError as error:
         raise UserError(f"{str(path)!r} are not torch-fidelity's Inception V3 weights ({_short(error)})") from error
     quantise = to_uint8 if mode == "exact" else official_uint8
-    name, key, outputs = ("inception", f"inception {mode}", "2048 pooled features")
+    name, key, outputs = "inception", f"inception {mode}", "2048 pooled features"
     if layer != "2048":
-        name, key, outputs = (LOGITS, f"inception {layer} {mode}", "1008 logits without bias")
+        name, key, outputs = LOGITS, f"inception {layer} {mode}", "1008 logits without bias"
     what = f"Inception V3 of FID, {outputs}; 299 px, bilinear, not antialiased (TensorFlow 1)"
     what += "; x * 256 wrapped to 8 bits as officially" if mode == "compat" else "; rounded to 8 bits"
     digest = sha256(path)
@@ -93,12 +150,12 @@ def inception_network(option: str, mode: str = "exact", device: Device = "cpu", 
 
 
 def official_uint8(images: torch.Tensor) -> torch.Tensor:
-    """The official metric.py's quantisation of images in [0, 1]: x * 256 cut to an integer, of which 256 wraps to 0."""
+    """Quantise images in [0, 1] as the official metric.py: x * 256 cut to an integer, of which 256 wraps to 0."""
     return (images.detach().float() * 256).to(torch.int64).remainder(256).to(torch.uint8)
 
 
 def dinov2_network(option: str, device: Device = "cpu") -> Network:
-    """DINOv2 (ViT-S/14, timm): images (B, 3, H, W) in [0, 1] to the 384 features of the class token.
+    """Load DINOv2 (ViT-S/14, timm): images (B, 3, H, W) in [0, 1] to the 384 features of the class token.
 
     Resized to 224 px bicubically with antialiasing, ImageNet-normalised. Raises as `inception_network`.
     """
@@ -123,14 +180,14 @@ def dinov2_network(option: str, device: Device = "cpu") -> Network:
 
 
 def lpips_network(option: str, device: Device = "cpu") -> Network:
-    """LPIPS (AlexNet, v0.1 linear layers, which the lpips package ships): two (B, 3, H, W) in [0, 1] to (B, 1).
+    """Load LPIPS (AlexNet, v0.1 linear layers of the lpips package): two (B, 3, H, W) in [0, 1] to (B, 1).
 
     Images keep their size. Raises as `inception_network`.
     """
     path = weight_file(option, URL_ALEXNET, "--config.metric.alexnet")
     state, _ = read_tensors(path)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # lpips calls torchvision by an argument of 2021
+        warnings.simplefilter("ignore")  # lpips calls torchvision by a deprecated argument
         model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     try:
         # torchvision's features.0.weight is lpips' slice1.0.weight: the layer number stays, the slice is put before it
@@ -139,21 +196,62 @@ def lpips_network(option: str, device: Device = "cpu") -> Network:
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{str(path)!r} are not torchvision's AlexNet weights ({_short(error)})") from error
     model = model.requires_grad_(False).eval().to(device)
+
+    def distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return model(x * 2 - 1, y * 2 - 1).flatten(1)
+
     digest = sha256(path)
-    return Network(
-        "lpips", "LPIPS (AlexNet, v0.1), native size", digest, key_of("lpips", digest), lambda x, y: _lpips(model, x, y)
-    )
+    return Network("lpips", "LPIPS (AlexNet, v0.1), native size", digest, key_of("lpips", digest), distance)
 
 
-def _lpips(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return model(x * 2 - 1, y * 2 - 1).flatten(1)
+# --- functions without weights ---
+
+
+def quality_network(name: str) -> Network:
+    """Return a set of image statistics (`image_statistics.SETS`) as a network to (B, 1 + F).
+
+    The first column is 1, or 0 for an image without a field of view, whose statistics are 0.
+    """
+    chosen = SETS[name]
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for pixels in to_uint8(images).permute(0, 2, 3, 1).cpu().numpy():
+            values = chosen.measure(np.ascontiguousarray(pixels))
+            rows.append([0.0] * (1 + len(chosen.columns)) if values is None else [1.0, *values])
+        return torch.tensor(rows, dtype=torch.float64)
+
+    key = hashlib.sha256(f"quality {name} 1 scipy {scipy.__version__}".encode()).hexdigest()
+    return Network(quality_name(name), chosen.about, "", key, run)
+
+
+def quality_name(name: str) -> str:
+    """Return the network's name of a set of statistics."""
+    return f"quality {name}"
+
+
+def similarity_network(name: str, side: int) -> Network:
+    """Return "ssim" or "ms_ssim" of two images whose shorter side is `side` pixels, as a network to (B, 1)."""
+    function, what = ssim, "SSIM, Gaussian window of 11 px and sigma 1.5"
+    if name == "ms_ssim":
+        function, scales = ms_ssim, scale_count(side)
+        what = f"MS-SSIM, {scales} scales" + (", their exponents scaled to the sum of all five" if scales < 5 else "")
+
+    def run(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        parts = zip(x.split(PAIRS_AT_ONCE), y.split(PAIRS_AT_ONCE), strict=True)
+        return torch.cat([function(*part) for part in parts])[:, None]
+
+    return Network(name, what, "", hashlib.sha256(f"{name} 1 torch {torch.__version__}".encode()).hexdigest(), run)
+
+
+# --- weight files ---
 
 
 def weight_file(option: str, url: str, flag: str, name: str = "") -> Path:
-    """The file that an option names: "" is none, "auto" the torch hub cache, "download" that or the url, else a path.
+    """Return the file that an option names: "auto" is the torch hub cache, "download" that or the url, else a path.
 
     `name` is that of the file in the cache, by default the url's. No network is used unless the option asks for it.
-    Raises Unavailable where there is none, UserError for a path that does not exist.
+    Raises Unavailable if there is none, UserError for a path that does not exist.
     """
     if not option:
         raise Unavailable(f"{flag} is empty; give 'auto' or the file of {url}")
@@ -173,10 +271,9 @@ def _download(url: str, path: Path) -> bool:
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
         return False
     try:
-        urlopen(url, timeout=TIMEOUT).close()
+        urlopen(url, timeout=TIMEOUT).close()  # the download below would wait for ever
         path.parent.mkdir(parents=True, exist_ok=True)
-        # PyTorch's habit: a file's name ends in the first digits of its sha256
-        prefix = re.search(r"-([0-9a-f]{8,})\.pth$", url)
+        prefix = re.search(r"-([0-9a-f]{8,})\.pth$", url)  # PyTorch's file names end in the first digits of the sha256
         torch.hub.download_url_to_file(url, str(path), prefix and prefix[1], progress=False)
     except (OSError, RuntimeError) as error:  # no answer, or other content than the name says
         logger.warning("%s cannot be fetched (%s)", url, _short(error))
@@ -185,7 +282,7 @@ def _download(url: str, path: Path) -> bool:
 
 
 def key_of(preprocessing: str, digest: str) -> str:
-    """A network's key: what it does to images, and the hash of its weights."""
+    """Return a network's key from its preprocessing and the hash of its weights."""
     return hashlib.sha256(f"{preprocessing} {digest} torch {torch.__version__}".encode()).hexdigest()
 
 

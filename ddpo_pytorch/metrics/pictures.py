@@ -1,4 +1,4 @@
-"""Pictures of sets side by side, and of samples beside the training images nearest to them."""
+"""Pictures of sets next to each other, and of samples next to their nearest training images."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,28 +7,28 @@ import torch
 from PIL import Image, ImageDraw
 
 from ddpo_pytorch.data.images import image_grid, load_image
-from ddpo_pytorch.metrics.vocabulary import in_order
+from ddpo_pytorch.metrics.image_sets import sort_captions
 
-MOST_CAPTIONS = 64
+MAX_CAPTIONS = 64
+WHITE = (255, 255, 255)
 
 
 def comparison(sets: Mapping[str, Sequence[tuple[Path, str]]], columns: int = 8) -> Image.Image:
-    """The first image of every caption, a row a set, the sets' rows for the same captions below each other.
+    """Draw the first image of every caption that all sets have, a row per set, up to MAX_CAPTIONS captions.
 
-    `sets`: (file, caption) by model name, as `list_samples` gives them. The names stand at the left of their rows.
-    Of more than MOST_CAPTIONS captions the first are shown.
+    `sets`: (file, caption) by model name. Names are written to the left of their rows.
     """
     first = {name: {caption: path for path, caption in reversed(samples)} for name, samples in sets.items()}
-    captions = in_order(set.intersection(*(set(paths) for paths in first.values())))[:MOST_CAPTIONS]
+    captions = sort_captions(set.intersection(*(set(paths) for paths in first.values())))[:MAX_CAPTIONS]
     blocks = []
     for start in range(0, len(captions), columns):
         for name, paths in first.items():
             images = [load_image(paths[caption]) for caption in captions[start : start + columns]]
             blocks.append((name, image_grid(torch.stack(images), columns)))
     if not blocks:
-        return Image.new("RGB", (1, 1), (255, 255, 255))
+        return Image.new("RGB", (1, 1), WHITE)
     width = max(8 * len(name) for name in first)
-    sheet = Image.new("RGB", (width + blocks[0][1].width, sum(grid.height for _, grid in blocks)), (255, 255, 255))
+    sheet = Image.new("RGB", (width + blocks[0][1].width, sum(grid.height for _, grid in blocks)), WHITE)
     top = 0
     for name, grid in blocks:
         sheet.paste(grid, (width, top))
@@ -38,19 +38,16 @@ def comparison(sets: Mapping[str, Sequence[tuple[Path, str]]], columns: int = 8)
 
 
 def contact_sheet(pairs: Sequence[Mapping], columns: int = 4) -> Image.Image:
-    """Pairs {"path", "train", "distance"} in their order: the sample at the left, its training image at the right."""
-    cells = []
-    for pair in pairs:
-        images = torch.stack([load_image(pair["path"]), load_image(pair["train"])])
-        grid = image_grid(images, columns=2)
-        cell = Image.new("RGB", (grid.width + 8, grid.height + 14), (255, 255, 255))
-        cell.paste(grid, (0, 14))
-        ImageDraw.Draw(cell).text((2, 1), f"{pair['distance']:.4f}", fill=(0, 0, 0))
-        cells.append(cell)
-    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
-    width, height = cells[0].size if cells else (1, 1)
-    sheet = Image.new("RGB", (width * min(columns, len(cells) or 1), height * max(1, len(rows))), (255, 255, 255))
-    for top, row in enumerate(rows):
-        for left, cell in enumerate(row):
-            sheet.paste(cell, (left * width, top * height))
+    """Draw pairs {"path", "train", "distance"}: the sample on the left, its training image on the right."""
+    if not pairs:
+        return Image.new("RGB", (1, 1), WHITE)
+    grids = [
+        image_grid(torch.stack([load_image(pair["path"]), load_image(pair["train"])]), columns=2) for pair in pairs
+    ]
+    width, height = grids[0].width + 8, grids[0].height + 14
+    sheet = Image.new("RGB", (width * min(columns, len(pairs)), height * -(-len(pairs) // columns)), WHITE)
+    for number, (pair, grid) in enumerate(zip(pairs, grids, strict=True)):
+        top, left = (number // columns) * height, (number % columns) * width
+        sheet.paste(grid, (left, top + 14))
+        ImageDraw.Draw(sheet).text((left + 2, top + 1), f"{pair['distance']:.4f}", fill=(0, 0, 0))
     return sheet

@@ -1,107 +1,165 @@
-"""The paper's tables 2 and 3 with 95 % intervals, as Markdown, CSV and LaTeX; "n/a" is what could not be measured."""
+"""Tables of metrics.json with 95 % intervals, as pandas DataFrames of text; "n/a" is what could not be measured.
+
+Table 1: image statistics; tables 2 and 3: the paper's; and the table of fundus images.
+"""
 
 from collections.abc import Mapping, Sequence
 
+import pandas as pd
+
 from ddpo_pytorch.data.isic import SINGLE_ARTIFACT_CAPTIONS
 from ddpo_pytorch.data.tables import table_text
+from ddpo_pytorch.metrics.image_statistics import SETS
 
-# the paper's column order and titles of table 2.
+# the paper's column order and titles of table 2
 ARTIFACT_TITLES = {"hair": "Hair", "gel_bubble": "Gel", "ink": "Ink", "ruler": "Ruler"}
 DISEASE_ORDER = ("MEL", "NV")
+REAL = "real images"
 NOT_AVAILABLE = "n/a"
-# beside a formatted number: its interval in brackets
-Table = tuple[list[str], list[list[str]]]
+# columns of table 3 and of the fundus table: title, path in a model's part of metrics.json, format, scale. "{fid}"
+# stands for "matched" or "unmatched", "{judge}" for the first judge.
+TABLE3_COLUMNS = (
+    ("APR ↑ (%)", ("alignment", "{judge}", "APR"), ".2f", 100),
+    ("FID ↓", ("fidelity", "inception", "{fid}", "FID"), ".2f", 1),
+    ("KID ↓ (x 1000)", ("fidelity", "inception", "{fid}", "KID"), ".2f", 1000),
+    ("LPIPS ↓", ("perception", "LPIPS"), ".3f", 1),
+    ("FD-judge ↓", ("fidelity", "judge", "matched", "FID"), ".4g", 1),  # in the judge's own scale
+    ("Reward ↑", ("reward",), ".3f", 1),
+    ("Images", ("images",), "d", 1),
+)
+FUNDUS_COLUMNS = (
+    ("Selector ↑", ("alignment", "{judge}", "selector"), ".3f", 1),
+    ("Pass rate ↑ (%)", ("alignment", "{judge}", "pass_rate"), ".2f", 100),
+    ("Policy ↑", ("alignment", "{judge}", "policy"), ".3f", 1),
+    ("Alignment ↑ (%)", ("alignment", "{judge}", "alignment"), ".2f", 100),
+    ("FID ↓", ("fidelity", "inception", "{fid}", "FID"), ".2f", 1),
+    ("KID ↓ (x 1000)", ("fidelity", "inception", "{fid}", "KID"), ".2f", 1000),
+    ("FD-judge ↓", ("fidelity", "judge", "matched", "FID"), ".4g", 1),
+    ("KID-judge ↓ (x 1000)", ("fidelity", "judge", "matched", "KID"), ".4g", 1000),
+    ("IS ↑", ("inception_score", "IS"), ".2f", 1),
+    ("SSIM ↑", ("structure", "SSIM"), ".3f", 1),
+    ("MS-SSIM ↓", ("structure", "MS_SSIM"), ".3f", 1),
+    ("MS-SSIM within prompts ↓", ("structure", "MS_SSIM_within"), ".3f", 1),
+    ("Images", ("images",), "d", 1),
+)
 
 
-def table2(models: Mapping[str, Mapping], real: Mapping | None = None, real_images: Mapping | None = None) -> Table:
-    """APR in percent for the 8 captions with one artifact: a row a model.
+def table1(
+    models: Mapping[str, Mapping], real: Mapping | None, names: Sequence[str], shape: Sequence[int]
+) -> pd.DataFrame:
+    """Return a row per statistic: mean, standard deviation and n of real images and each model, and its distances.
 
-    `models` and `real` are parts of metrics.json by name; real images are the judge's ceiling, `real_images` their
-    number by caption, the paper's first row.
+    `names`: sets of statistics; `shape`: (height, width) of all images. Distances to the real images: difference of
+    means, the same and the 1-Wasserstein distance in standard deviations of the real images.
     """
-    keys = [(disease, artifact) for disease in DISEASE_ORDER for artifact in ARTIFACT_TITLES]
-    captions = [SINGLE_ARTIFACT_CAPTIONS[key] for key in keys]
-    header = ["", *(f"{disease} {ARTIFACT_TITLES[artifact]}" for disease, artifact in keys)]
+    parts = ({REAL: real} if real else {}) | dict(models)
+    rows = []
+    for chosen in names:
+        for statistic in SETS[chosen].columns:
+            row = {f"at {shape[1]} x {shape[0]} px": f"{chosen}: {statistic}"}
+            for name, part in parts.items():
+                block = part["quality"][chosen]
+                numbers = block["statistics"][statistic]
+                row |= {
+                    name: number(numbers["mean"], ".4f"),
+                    f"sd {name}": number(numbers["sd"], ".4f"),
+                    f"n {name}": str(block["images"]),
+                }
+                if real and name != REAL:
+                    row[f"{name} - real"] = number(numbers["difference"], ".4f")
+                    row[f"{name} - real (sd)"] = number(numbers["standardised"], ".2f")
+                    row[f"W1 {name} (sd)"] = number(numbers["wasserstein"], ".2f")
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def table2(
+    models: Mapping[str, Mapping], real: Mapping | None = None, real_images: Mapping | None = None
+) -> pd.DataFrame:
+    """Return APR in percent for the 8 captions with one artifact, a row per model.
+
+    `models` and `real` are parts of metrics.json; `real_images`: number of real images by caption, the paper's first
+    row.
+    """
+    captions = {
+        f"{disease} {title}": SINGLE_ARTIFACT_CAPTIONS[disease, artifact]
+        for disease in DISEASE_ORDER
+        for artifact, title in ARTIFACT_TITLES.items()
+    }
     rows = []
     if real_images is not None:
-        rows.append(["# Real Sample", *(str(real_images.get(caption, 0)) for caption in captions)])
-    for name, part in [*models.items(), *([("real images", real)] if real else [])]:
-        by_prompt = next(iter(part["alignment"].values()))["by_prompt"]
-        rows.append([f"APR ↑ (%) {name}", *(percent(by_prompt.get(caption)) for caption in captions)])
-    return header, rows
+        counts = {column: str(real_images.get(caption, 0)) for column, caption in captions.items()}
+        rows.append({"": "# Real Sample"} | counts)
+    for name, part in [*models.items(), *([(REAL, real)] if real else [])]:
+        by_prompt = part["alignment"][_judge(part)]["by_prompt"]
+        cells = {column: number(by_prompt.get(caption), ".2f", 100) for column, caption in captions.items()}
+        rows.append({"": f"APR ↑ (%) {name}"} | cells)
+    return pd.DataFrame(rows)
 
 
-def table3(models: Mapping[str, Mapping], fid_part: str = "matched") -> Table:
-    """APR (%), FID, KID, LPIPS, the Frechet distance in the judge's features and mean reward over all captions.
+def table3(models: Mapping[str, Mapping], fid_part: str = "matched") -> pd.DataFrame:
+    """Return APR, FID, KID, LPIPS, the Frechet distance in the judge's features and reward, a row per model."""
+    return _model_table(TABLE3_COLUMNS, models, fid_part)
 
-    `fid_part`: "matched" or "unmatched" (see `measure.fidelity`).
-    """
-    header = ["Model", "APR ↑ (%)", "FID ↓", "KID ↓ (x 1000)", "LPIPS ↓", "FD-judge ↓", "Reward ↑", "Images"]
+
+def fundus_table(models: Mapping[str, Mapping], real: Mapping | None, fid_part: str = "matched") -> pd.DataFrame:
+    """Return judges, distances, inception score and MS-SSIM, a row per model and for the real images."""
+    parts = dict(models) | ({REAL: real} if real else {})
+    table = _model_table(FUNDUS_COLUMNS, parts, fid_part)
+    deviations = [(part.get("inception_score") or {}).get("sd") for part in parts.values()]
+    table["IS ↑"] += ["" if sd is None else f" ± {sd:.2f}" for sd in deviations]
+    return table
+
+
+def _model_table(columns: Sequence[tuple], models: Mapping[str, Mapping], fid_part: str) -> pd.DataFrame:
     rows = []
     for name, part in models.items():
-        inception = (part.get("fidelity") or {}).get("inception", {}).get(fid_part, {})
-        judge = (part.get("fidelity") or {}).get("judge", {}).get("matched", {})
-        rows.append(
-            [
-                name,
-                percent(next(iter(part["alignment"].values()))["APR"]),
-                number(inception.get("FID"), ".2f"),
-                number(inception.get("KID"), ".2f", 1000),
-                number((part.get("perception") or {}).get("LPIPS"), ".3f"),
-                number(judge.get("FID"), ".4g"),  # the scale of its features is the judge's own
-                NOT_AVAILABLE if part["reward"] is None else f"{part['reward']:.3f}",
-                str(part["images"]),
-            ]
-        )
-    return header, rows
+        row, names = {"Model": name}, {"fid": fid_part, "judge": _judge(part)}
+        for title, path, form, scale in columns:
+            value = part
+            for key in path:
+                value = (value or {}).get(key.format(**names))
+            row[title] = number(value, form, scale)
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
-def percent(quantity: Mapping | None) -> str:
-    """A ratio {"value", "low", "high"} in percent with its interval."""
-    return number(quantity, ".2f", 100)
+def _judge(part: Mapping) -> str:
+    return next(iter(part["alignment"]))
 
 
-def number(quantity: Mapping | None, form: str, scale: float = 1) -> str:
-    """A quantity {"value", "low", "high"} times `scale`, with its interval where there is one."""
-    if quantity is None or quantity["value"] is None:
+def number(estimate: Mapping | float | None, form: str, scale: float = 1) -> str:
+    """Format a number, or an estimate {"value", "low", "high"} with its interval, times `scale`."""
+    if not isinstance(estimate, Mapping):
+        estimate = {"value": estimate, "low": None, "high": None}
+    value, low, high = (
+        None if estimate[key] is None else format(scale * estimate[key], form) for key in ("value", "low", "high")
+    )
+    if value is None:
         return NOT_AVAILABLE
-    text = format(scale * quantity["value"], form)
-    if quantity["low"] is None or quantity["high"] is None:
-        return text
-    return f"{text} [{format(scale * quantity['low'], form)}, {format(scale * quantity['high'], form)}]"
+    return value if low is None or high is None else f"{value} [{low}, {high}]"
 
 
-def markdown(table: Table) -> str:
-    """In aligned Markdown, the first column to the left and the others to the right."""
-    return markdown_table(*table)
+# --- formats ---
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """Return the table in aligned Markdown, the first column on the left and the others on the right."""
+    alignment = ["left", *["right"] * (table.shape[1] - 1)]
+    return table.to_markdown(index=False, disable_numparse=True, colalign=alignment) + "\n"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in aligned Markdown, the first column to the left and the others to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = ([cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-             for row in [header, rule, *rows])  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    """Return rows of text as `to_markdown` does."""
+    return to_markdown(pd.DataFrame(list(rows), columns=list(header)))
 
 
-def as_csv(table: Table) -> str:
-    """Return the table as CSV; an interval stands in the cell of its number."""
-    return table_text(*table)
+def to_csv(table: pd.DataFrame) -> str:
+    """Return the table as CSV, safe for spreadsheets (`table_text`); intervals stand in the cells of their numbers."""
+    return table_text(list(table.columns), table.to_numpy().tolist())
 
 
-def latex(table: Table) -> str:
-    """As a LaTeX tabular with booktabs rules."""
-    header, rows = table
-    lines = [r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}", r"\toprule"]
-    lines += [" & ".join(map(_tex, header)) + r" \\", r"\midrule"]
-    lines += [" & ".join(map(_tex, row)) + r" \\" for row in rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
-_TEX = {"\\": r"\textbackslash{}", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "~": r"\textasciitilde{}"}
-_TEX |= {"^": r"\textasciicircum{}"} | {character: "\\" + character for character in "&%$#_{}"}
-
-
-def _tex(cell: str) -> str:
-    return "".join(_TEX.get(character, character) for character in cell)
+def to_latex(table: pd.DataFrame) -> str:
+    """Return the table as a LaTeX tabular with booktabs rules."""
+    text = table.to_latex(index=False, escape=True, column_format="l" + "r" * (table.shape[1] - 1))
+    return text.replace("↑", r"$\uparrow$").replace("↓", r"$\downarrow$")

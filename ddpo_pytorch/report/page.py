@@ -12,11 +12,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ddpo_pytorch.metrics.fundus_tables import fundus_table
-from ddpo_pytorch.metrics.tables import Table, table2, table3
-from ddpo_pytorch.metrics.vocabulary import in_order
+from ddpo_pytorch.metrics.image_sets import sort_captions
+from ddpo_pytorch.metrics.tables import fundus_table, table2, table3
 from ddpo_pytorch.report import findings
 from ddpo_pytorch.report.curves import curves, read_runs
 from ddpo_pytorch.report.findings import REAL, dig, union
@@ -92,7 +92,7 @@ def page_content(result: Mapping, samples: Samples, runs: Sequence[Path]) -> dic
         "comparisons": findings.comparisons(result),
         "changes": findings.changes_of_diversity(result),
         **_main_tables(result),
-        "captions": in_order(_measured_captions(result)),
+        "captions": sort_captions(_measured_captions(result)),
         "curves": curves(read_runs(runs)),
         "grids": pictures[:OPEN_GRIDS],
         "more_grids": pictures[OPEN_GRIDS:],
@@ -112,7 +112,7 @@ def _moment(created: str) -> str:
     return f"{datetime.fromisoformat(created):%d %B %Y, %H:%M %Z}"
 
 
-def _main_tables(result: Mapping) -> dict[str, Table]:
+def _main_tables(result: Mapping) -> dict[str, pd.DataFrame]:
     models, real = result["models"], result.get("real")
     if result.get("kind") == "fundus":
         return {"fundus_table": fundus_table(models, real, result["fid_part"])}
@@ -158,10 +158,9 @@ def row(head: str, small: str, blocks: Mapping[str, Mapping], path: Sequence[str
     return Row(head, small, cells if any(one.text != "\u2013" for one in cells) else [])
 
 
-def from_text(table: Table, transposed: bool = False) -> tuple[list[tuple[str, str]], list[Row]]:
+def from_text(table: pd.DataFrame, transposed: bool = False) -> tuple[list[tuple[str, str]], list[Row]]:
     """Return heads and rows of a table of scripts/metric.py, intervals in small type; transposed without n/a rows."""
-    header, rows = table
-    lines = [header, *rows]
+    lines = [list(table), *table.to_numpy().tolist()]
     if transposed:
         lines = [line for line in zip(*lines, strict=True) if set(line[1:]) != {NOT_AVAILABLE}]
     heads = [(text, "") for text in lines[0][1:]]

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from ddpo_pytorch.data.images import read_rgb
-from ddpo_pytorch.metrics.vocabulary import in_order
+from ddpo_pytorch.metrics.image_sets import sort_captions
 from ddpo_pytorch.utils.errors import UserError
 
 SIDE = 128  # pixels
@@ -64,7 +64,7 @@ class Grid:
 
 def rarest_first(captions: Sequence[str], real_images: Mapping[str, int] | None) -> list[str]:
     """Return captions by number of real images, fewest first; ties are in the official order."""
-    return sorted(in_order(captions), key=lambda caption: (real_images or {}).get(caption, 0))
+    return sorted(sort_captions(captions), key=lambda caption: (real_images or {}).get(caption, 0))
 
 
 def paired_files(sets: Samples, caption: str, columns: int) -> tuple[list[str], dict[str, list[Path | None]]]:

@@ -17,7 +17,7 @@ from ddpo_pytorch.data.images import to_uint8
 from ddpo_pytorch.data.isic import ARTIFACTS, labels_of
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier
-from ddpo_pytorch.metrics.alignment import count_alignment
+from ddpo_pytorch.metrics.alignment import aligned_images, apr_by_prompt
 from ddpo_pytorch.prompts import Prompt
 from ddpo_pytorch.rewards import RewardFn, as_reward
 from ddpo_pytorch.sampling import Sampling, draw_images
@@ -147,5 +147,6 @@ class HeldOut:
             rows[:, heads] = torch.from_numpy(rewards)
         # each row is filled by one process and zero on the others
         scores = accelerator.reduce(scores.to(accelerator.device), "sum").cpu()
-        counts = count_alignment([image[0] for image in self.images], scores[:, :heads].long(), self.judge.labels)
-        return Evaluation(counts.apr(), scores[:, heads].mean().item(), counts.apr_by_prompt())
+        captions = [image[0] for image in self.images]
+        aligned = aligned_images(captions, scores[:, :heads], self.judge.labels)
+        return Evaluation(float(aligned.mean()), scores[:, heads].mean().item(), apr_by_prompt(aligned, captions))
