@@ -1,6 +1,7 @@
 """The wheel holds every module and asset, and exactly the imported packages are declared."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ def declared() -> set[str]:
     (keyword,) = [
         k for node in ast.walk(tree) if isinstance(node, ast.Call) for k in node.keywords if k.arg == "install_requires"
     ]
-    return {requirement.split(">")[0] for requirement in ast.literal_eval(keyword.value)}
+    return {re.split(r"[\[>]", requirement)[0] for requirement in ast.literal_eval(keyword.value)}
 
 
 def test_declared_is_what_is_imported():
