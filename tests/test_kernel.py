@@ -64,9 +64,9 @@ def test_the_interval_covers_the_truth(scale, offset, size):
         ]
     )
     held = []
-    for seed in range(200):
+    for seed in range(150):
         x, y = normal([seed, 1], 120, 6), normal([seed, 2], 150, 6, scale, offset)
-        estimate = kernel_distance(x, y, seed, subsets=20, subset_size=size)
+        estimate = kernel_distance(x, y, seed, subsets=10, subset_size=size)
         held.append(estimate.low <= truth <= estimate.high)
     assert 0.90 < np.mean(held) < 0.99
 

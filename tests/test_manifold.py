@@ -69,8 +69,10 @@ def test_sets_far_apart_and_sets_that_collapsed():
     collapsed = manifold_metrics(real, normal(8, 100, 5, 0.01))
     assert collapsed["precision"] == 1 and collapsed["density"] > 1.2
     assert collapsed["recall"] < 0.05 and collapsed["coverage"] < 0.5
-    alike = manifold_metrics(normal(9, 1000, 5), normal(10, 1000, 5))
-    assert alike["density"] == pytest.approx(1, abs=0.1) and alike["coverage"] == pytest.approx(1 - 0.5**5, abs=0.03)
+    similar = manifold_metrics(normal(9, 1000, 5), normal(10, 1000, 5))
+    assert similar["density"] == pytest.approx(1, abs=0.1) and similar["coverage"] == pytest.approx(
+        1 - 0.5**5, abs=0.03
+    )
 
 
 def test_an_outlier_among_the_real_images_adds_precision_but_little_density():

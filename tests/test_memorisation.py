@@ -83,12 +83,12 @@ def test_samples_like_the_baseline_have_a_share_of_the_quantile_and_copies_raise
     train, features = normal(8, 400, 5), normal(9, 6000, 5)
     distances = nearest(features, train)[0]
     groups = np.arange(3000) % 4
-    alike, _ = share_closer(distances[3000:], distances[:3000], groups, 0)
-    assert alike.value == pytest.approx(0.01, abs=0.008)
+    similar, _ = share_closer(distances[3000:], distances[:3000], groups, 0)
+    assert similar.value == pytest.approx(0.01, abs=0.008)
     copied = distances[3000:].copy()
     copied[::10] = nearest(train[:300] * 2, train)[0]
     more, _ = share_closer(copied, distances[:3000], groups, 0)
-    assert more.value == pytest.approx(0.1 + 0.9 * alike.value, abs=0.002) and more.low > alike.high
+    assert more.value == pytest.approx(0.1 + 0.9 * similar.value, abs=0.002) and more.low > similar.high
 
 
 def test_the_closest_show_each_training_image_once():

@@ -94,7 +94,7 @@ def test_an_image_cut_short_is_named_and_what_came_before_is_kept(config_file, f
 
 
 @pytest.mark.slow
-def test_both_processes_end_alike_when_one_meets_a_faulty_image(config_file, fields, tmp_path):
+def test_both_processes_end_together_when_one_meets_a_faulty_image(config_file, fields, tmp_path):
     folder = write_samples(tmp_path / "own", {CAPTIONS[0]: 9}, seed=1)
     last = sorted((folder / "images" / folder_name(CAPTIONS[0])).iterdir())[-1]
     last.write_bytes(last.read_bytes()[:600])
@@ -122,7 +122,7 @@ def test_a_folder_without_images_and_one_of_another_name(config_file, fields, ru
         run_main("metric.py", config_file, **fields(fake_path=folder, compare_path=""))
 
 
-def test_what_real_images_lack_and_black_and_repeated_samples_are_told(
+def test_what_real_images_lack_and_black_and_repeated_samples_are_reported(
     sets, config_file, fields, run_main, tmp_path, caplog
 ):
     folder = write_samples(tmp_path / "own", {CAPTIONS[0]: 4, CAPTIONS[31]: 2}, seed=1)

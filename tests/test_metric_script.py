@@ -96,12 +96,11 @@ def test_other_noise_is_compared_without_pairs(sets, config_file, fields, run_ma
 
 
 def test_several_folders_of_a_name_are_generation_seeds(sets, config_file, fields, run_main, tmp_path):
-    run_main("metric.py", config_file, **fields(folders=",".join(f"SD={sets[n]}" for n in ("sd", "rl", "more"))))
-    part = read(tmp_path / "out")["models"]["SD"]
-    singles = []
-    for name in ("sd", "rl", "more"):
-        run_main("metric.py", config_file, **fields(folders=f"A={sets[name]}", output=tmp_path / name))
-        singles.append(read(tmp_path / name)["models"]["A"]["APR"])
+    names = ("sd", "rl", "more")
+    folders = [f"SD={sets[name]}" for name in names] + [f"{name}={sets[name]}" for name in names]
+    run_main("metric.py", config_file, **fields(folders=",".join(folders)))
+    models = read(tmp_path / "out")["models"]
+    part, singles = models["SD"], [models[name]["APR"] for name in names]
     assert part["APR"] == pytest.approx(np.mean(singles)) and part["images"] == 9 + 9 + 11
     # a t interval over three numbers
     half = 4.302652729911275 * np.std(singles, ddof=1) / 3**0.5

@@ -48,8 +48,13 @@ def test_models_of_different_prompts_are_compared_on_what_they_share(measured, t
     assert "RL has no images of 1 captions that others have" in caplog.text and "MEL plain" in caplog.text
 
 
-@pytest.mark.parametrize("role", ["fake_path", "real_path", "compare_path", "pairs_path"])
-@pytest.mark.parametrize("how", ["emptied", "hidden", "removed"])
+@pytest.mark.parametrize(
+    ("role", "how"),
+    [
+        *(("fake_path", how) for how in ("emptied", "hidden", "removed")),
+        *((role, "emptied") for role in ("real_path", "compare_path", "pairs_path")),
+    ],
+)
 def test_a_caption_without_images_is_named_for_one_model_and_any_folder(measured, sets, tmp_path, caplog, role, how):
     folder = write_samples(tmp_path / "own", {A: 3, B: 4}, seed=7, drawn=88)
     for path in images_of(folder, A):
@@ -109,7 +114,7 @@ def test_numbers_of_several_folders_stay_possible_and_rest_on_one_folder(measure
     assert apr["n"] == part["images"] == 33 and 0 <= apr["low"] <= apr["value"] <= apr["high"] <= 1
 
 
-def test_folders_of_the_same_images_are_told(measured, sets, tmp_path, caplog):
+def test_folders_of_the_same_images_are_reported(measured, sets, tmp_path, caplog):
     with pytest.raises(UserError, match="gives .* twice for 'SD'"):
         measured(folders=f"SD={sets['sd']},SD={sets['sd']}/")
     twin = write_samples(tmp_path / "twin", {B: 4, A: 3, C: 2}, seed=1)
@@ -119,7 +124,7 @@ def test_folders_of_the_same_images_are_told(measured, sets, tmp_path, caplog):
     assert row["APR"]["value"] == 0 and "hold the same images" in caplog.text
 
 
-def test_copies_and_near_copies_are_told(measured, tmp_path, caplog):
+def test_copies_and_near_copies_are_reported(measured, tmp_path, caplog):
     """Of ten samples one is a training image, one its JPEG, one mirrored and brighter, one an image of the real set."""
     train, real = (write_samples(tmp_path / name, {A: 20}, seed=n) for n, name in enumerate(("train", "real")))
     fake = write_samples(tmp_path / "fake", {A: 10}, seed=7)
@@ -196,7 +201,7 @@ def log(folder: Path, **entry) -> None:
     write_log(folder, [{"prompt": A, "path_to_img": path} | entry])
 
 
-def test_logged_images_that_are_absent_are_told(measured, tmp_path, caplog):
+def test_logged_images_that_are_absent_are_reported(measured, tmp_path, caplog):
     folder = write_samples(tmp_path / "own", {A: 3}, seed=1)
     write_log(folder, [{"prompt": A, "path_to_img": f"images/{folder_name(A)}/gone.png"}])
     (folder / "images" / ".hidden").mkdir()

@@ -50,7 +50,7 @@ def random_inception(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_inception_sees_white_as_white_unless_told_to_be_compatible(random_inception):
+def test_inception_sees_white_as_white_unless_compatible(random_inception):
     path, network = random_inception
     white, black = torch.ones(1, 3, 64, 64), torch.zeros(1, 3, 64, 64)
     exact, compat = (inception_network(str(path), mode) for mode in ("exact", "compat"))

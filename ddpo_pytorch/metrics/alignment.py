@@ -1,4 +1,4 @@
-"""How well images show their prompts.
+"""Alignment of images with their prompts.
 
 Of dermoscopic images: APR, the artifact prevalence rate of equation (3), the share of images in which a judge sees what
 the caption says. Of fundus images: the Policy's score of those that the Selector passes.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ddpo_pytorch.metrics.image_sets import ImageSet, lacking_images, list_captions, sort_captions
-from ddpo_pytorch.metrics.intervals import bootstrap_difference, bootstrap_unpaired_difference, mcnemar, sign_flip_p
+from ddpo_pytorch.metrics.intervals import bootstrap_mean, bootstrap_unpaired_difference, mcnemar, sign_flip_p
 from ddpo_pytorch.metrics.measures import match_prompts
 
 # settings of eval.py in which two folders that are compared may differ
@@ -68,7 +68,7 @@ def compare(first: Sequence[Folder], second: Sequence[Folder], seed: int, key: s
     else:
         b = np.concatenate([_in_order_of(one.images, other) for one, other in zip(first, second, strict=True)])
         result = {"paired": True, "reason": "", "pairs": len(a)} | _paired_tests(a, b, groups_a, seed, key)
-        result[key] = bootstrap_difference(a, b, groups_a, seed)
+        result[key] = bootstrap_mean(b - a, groups_a, seed, resample_groups=True, share=False)
     rates = {f"{end}_{key}": float(x.mean()) if len(x) else None for end, x in (("from", a), ("to", b))}
     return result | rates | {"prompts": len(np.unique(groups_a))}
 

@@ -1,4 +1,4 @@
-"""How much images of one prompt differ: Vendi score, mean pairwise distance, and pairs of images of a set."""
+"""Diversity of images of one prompt: Vendi score, mean pairwise distance, and pairs of images of a set."""
 
 import hashlib
 from collections.abc import Sequence

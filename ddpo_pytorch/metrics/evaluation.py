@@ -131,10 +131,10 @@ def partner_pairs(images: ImageSet, sets: Sets, tools: Tools, seed: int) -> dict
 
 @dataclass
 class Context:
-    """What folders are measured against. The first of `judges`, by name with their labels, judges APR.
+    """Settings, judges and sets that folders are measured against.
 
-    Fundus judges have no labels, and `threshold` is the Selector's. `per_group`: images per prompt for diversity;
-    `quality`: sets of statistics.
+    `judges`: labels by name, of which the first judges APR; none for fundus images, whose Selector has a `threshold`.
+    `per_group`: images per prompt for diversity; `quality`: sets of statistics.
     """
 
     judges: Mapping[str, tuple[str, ...]]

@@ -1,4 +1,4 @@
-"""What a configuration asks metric.py to measure: folders by model, judges, feature networks."""
+"""Inputs of metric.py from its configuration: folders by model, judges, feature networks."""
 
 import logging
 import os
@@ -203,9 +203,8 @@ def load_tools(metric: ConfigDict, accelerator: Accelerator, side: int) -> Tools
     """
     device = accelerator.device
     if metric.judges:
-        judges = fundus_judges(metric.judges, device)
-        tools = Tools({judge.name: (judge, ()) for judge in (judges.selector, judges.policy)}, judges.threshold)
-        features = judges.features
+        selector, policy, features, threshold = fundus_judges(metric.judges, device)
+        tools = Tools({judge.name: (judge, ()) for judge in (selector, policy)}, threshold)
     else:
         tools, features = _load_classifiers(metric, device)
     tools.statistics += [quality_network(name) for name in metric.quality]

@@ -56,26 +56,23 @@ def bootstrap_mean(
 
     `resample_groups` draws prompts with replacement and images within each, otherwise images within the given prompts
     (see `replicate_means`). Values that are all 0 or all 1 leave nothing to resample: with `share` their interval is
-    the exact binomial one (Clopper-Pearson), with prompts or images as trials.
+    the exact binomial one (Clopper-Pearson), with prompts or images as trials. Differences of pairs are no shares.
     """
     values, groups = _columns(groups, values)
     if not len(values):
         return Estimate.missing("no images")
-    if share and len(values) > 1 and values[0] in (0, 1) and (values == values[0]).all():
-        prompts = len(np.unique(groups))
+    mean, prompts = float(values.mean()), len(np.unique(groups))
+    if len(values) == 1:
+        return Estimate(mean, None, None, 1, "one image: no interval")
+    if share and values[0] in (0, 1) and (values == values[0]).all():
         trials = prompts if resample_groups and prompts > 1 else len(values)
         return _exact_binomial(values[0], trials, len(values))
-    return _resampled_mean(values, groups, seed, resample_groups, replicates)
-
-
-def bootstrap_difference(
-    a: np.ndarray, b: np.ndarray, groups: np.ndarray, seed: int, *, replicates: int = REPLICATES
-) -> Estimate:
-    """Return the mean of b - a over pairs (N,) of images with the same noise, resampling prompts and pairs in them."""
-    a, b, groups = _columns(groups, a, b)
-    if not len(a):
-        return Estimate.missing("no pairs")
-    return _resampled_mean(b - a, groups, seed, True, replicates)
+    sample = GroupedSample(values[:, None], groups)
+    draws = replicate_means([sample], seed, resample_groups=resample_groups, replicates=replicates)[0]
+    low, high = np.clip(np.percentile(draws, [2.5, 97.5]), values.min(), values.max()).tolist()
+    units = f"images within {prompts} prompts" if prompts > 1 else "the prompt's images"
+    how = _bootstrap_of(replicates, f"{prompts} prompts and their images" if resample_groups else units)
+    return Estimate(mean, low, high, len(values), how)
 
 
 def bootstrap_unpaired_difference(
@@ -127,18 +124,6 @@ def _columns(groups: np.ndarray, *columns: np.ndarray) -> list[np.ndarray]:
     if len({len(array) for array in arrays}) > 1:
         raise ValueError(f"values and groups must be equally long, got {[len(array) for array in arrays]}")
     return arrays
-
-
-def _resampled_mean(values: np.ndarray, groups: np.ndarray, seed: int, resample_groups: bool, replicates: int):
-    mean, prompts = float(values.mean()), len(np.unique(groups))
-    if len(values) == 1:
-        return Estimate(mean, None, None, 1, "one image: no interval")
-    sample = GroupedSample(values[:, None], groups)
-    draws = replicate_means([sample], seed, resample_groups=resample_groups, replicates=replicates)[0]
-    low, high = np.clip(np.percentile(draws, [2.5, 97.5]), values.min(), values.max()).tolist()
-    units = f"images within {prompts} prompts" if prompts > 1 else "the prompt's images"
-    how = _bootstrap_of(replicates, f"{prompts} prompts and their images" if resample_groups else units)
-    return Estimate(mean, low, high, len(values), how)
 
 
 def _bootstrap_of(replicates: int, units: str) -> str:

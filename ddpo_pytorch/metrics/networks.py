@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -62,58 +62,46 @@ def judge_network(name: str, option: str, device: Device = "cpu") -> tuple[Netwo
     Raises UserError as `load_classifier` does.
     """
     model = load_classifier(option, device)
-    digest, where = sha256(resolve(option)), f"classifier {Path(option).name}, {model.image_size} px"
-    logits = Network(name, f"logits of {where}", digest, key_of("logits", digest), model.logits)
-    features = Network("judge", f"pooled features of {where}", digest, key_of("features", digest), model.features)
+    digest, about = sha256(resolve(option)), f"classifier {Path(option).name}, {model.image_size} px"
+    logits = _network(name, f"logits of {about}", digest, "logits", model.logits)
+    features = _network("judge", f"pooled features of {about}", digest, "features", model.features)
     return logits, features, model.labels
 
 
-@dataclass(frozen=True)
-class FundusJudges:
-    """Selector and Policy as networks of one column, the Selector's features, and the score from which it passes."""
+def fundus_judges(folder: str | Path, device: Device = "cpu") -> tuple[Network, Network, Network, float]:
+    """Load Selector and Policy of a folder of train_rlhf.py as networks of one column, the latter reading captions.
 
-    selector: Network
-    policy: Network
-    features: Network
-    threshold: float
-
-
-def fundus_judges(folder: str | Path, device: Device = "cpu") -> FundusJudges:
-    """Load the judges of a folder of train_rlhf.py; the Policy reads captions.
-
-    Raises UserError as `load_judges` does, and for a Selector without a threshold.
+    Returns them, the Selector's features, and the score from which it passes. Raises UserError as `load_judges` does,
+    and for a Selector without a threshold.
     """
     selector, policy = load_judges(folder, device)
-    files = [Path(folder) / name for name in (SELECTOR_FILE, POLICY_FILE)]
+    selector_file, policy_file = Path(folder) / SELECTOR_FILE, Path(folder) / POLICY_FILE
     if selector.threshold is None:
-        raise UserError(f"the Selector {str(files[0])!r} has no threshold; train_rlhf.py sets it at the end of stage 1")
-    digests = [sha256(file) for file in files]
-    name, size = Path(folder).name, selector.sizes.image_size
-    return FundusJudges(
-        Network(
-            SELECTOR,
-            f"Selector of {name}, {size} px, passes from {selector.threshold:.4g}",
-            digests[0],
-            key_of("selector", digests[0]),
-            lambda images: selector.score(images)[:, None],
-        ),
-        Network(
-            POLICY,
-            f"Policy of {name}, {policy.sizes.image_size} px",
-            digests[1],
-            key_of(f"policy {policy.text.fingerprint}", digests[1]),
-            lambda images, captions: policy.score(images, captions)[:, None],
-            reads_captions=True,
-        ),
-        Network(
-            "judge",
-            f"class token of the Selector of {name}, {size} px",
-            digests[0],
-            key_of("selector features", digests[0]),
-            lambda images: selector.encoder(selector.preprocess(images)),
-        ),
-        float(selector.threshold),
+        raise UserError(f"the Selector {str(selector_file)!r} has no threshold; train_rlhf.py sets it in stage 1")
+    digest, about = sha256(selector_file), f"Selector of {Path(folder).name}, {selector.sizes.image_size} px"
+    scores = _network(
+        SELECTOR,
+        f"{about}, passes from {selector.threshold:.4g}",
+        digest,
+        "selector",
+        lambda images: selector.score(images)[:, None],
     )
+    features = _network(
+        "judge",
+        f"class token of the {about}",
+        digest,
+        "selector features",
+        lambda images: selector.encoder(selector.preprocess(images)),
+    )
+    alignment = _network(
+        POLICY,
+        f"Policy of {Path(folder).name}, {policy.sizes.image_size} px",
+        sha256(policy_file),
+        f"policy {policy.text.fingerprint}",
+        lambda images, captions: policy.score(images, captions)[:, None],
+        reads_captions=True,
+    )
+    return scores, alignment, features, float(selector.threshold)
 
 
 # --- feature extractors ---
@@ -145,8 +133,7 @@ def inception_network(option: str, mode: str = "exact", device: Device = "cpu", 
         name, key, outputs = LOGITS, f"inception {layer} {mode}", "1008 logits without bias"
     what = f"Inception V3 of FID, {outputs}; 299 px, bilinear, not antialiased (TensorFlow 1)"
     what += "; x * 256 wrapped to 8 bits as officially" if mode == "compat" else "; rounded to 8 bits"
-    digest = sha256(path)
-    return Network(name, what, digest, key_of(key, digest), lambda x: network(quantise(x.to(device)))[0])
+    return _network(name, what, sha256(path), key, lambda x: network(quantise(x.to(device)))[0])
 
 
 def official_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -174,9 +161,8 @@ def dinov2_network(option: str, device: Device = "cpu") -> Network:
         pixels = tvf.resize(images.to(device), size, InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
         return model(tvf.normalize(pixels, IMAGENET_MEAN, IMAGENET_STD))
 
-    digest = sha256(path)
     what = f"DINOv2 ({DINOV2}), class token; {DINOV2_SIZE} px, bicubic, antialiased"
-    return Network("dinov2", what, digest, key_of("dinov2", digest), features)
+    return _network("dinov2", what, sha256(path), "dinov2", features)
 
 
 def lpips_network(option: str, device: Device = "cpu") -> Network:
@@ -200,8 +186,7 @@ def lpips_network(option: str, device: Device = "cpu") -> Network:
     def distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return model(x * 2 - 1, y * 2 - 1).flatten(1)
 
-    digest = sha256(path)
-    return Network("lpips", "LPIPS (AlexNet, v0.1), native size", digest, key_of("lpips", digest), distance)
+    return _network("lpips", "LPIPS (AlexNet, v0.1), native size", sha256(path), "lpips", distance)
 
 
 # --- functions without weights ---
@@ -281,9 +266,10 @@ def _download(url: str, path: Path) -> bool:
     return True
 
 
-def key_of(preprocessing: str, digest: str) -> str:
-    """Return a network's key from its preprocessing and the hash of its weights."""
-    return hashlib.sha256(f"{preprocessing} {digest} torch {torch.__version__}".encode()).hexdigest()
+def _network(name: str, what: str, digest: str, preprocessing: str, run: Callable, **options: bool) -> Network:
+    """Return a network whose key is made of its preprocessing and the hash of its weights."""
+    key = hashlib.sha256(f"{preprocessing} {digest} torch {torch.__version__}".encode()).hexdigest()
+    return Network(name, what, digest, key, run, **options)
 
 
 def _short(error: Exception) -> str:
