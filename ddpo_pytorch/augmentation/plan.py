@@ -20,7 +20,7 @@ from ddpo_pytorch.data.isic import CAPTIONS, LABELS, Row, labels_of, load_split
 from ddpo_pytorch.data.sample_folder import captions_without_images, list_samples
 from ddpo_pytorch.data.splits import read_splits
 from ddpo_pytorch.judges.classifier_report import one_sided
-from ddpo_pytorch.metrics.vocabulary import lacking_images
+from ddpo_pytorch.metrics.image_sets import lacking_images
 from ddpo_pytorch.utils.cli import expand
 from ddpo_pytorch.utils.errors import UserError
 
