@@ -1,6 +1,6 @@
-"""A small world of rated images whose truth is known: stripes, sharp (3), soft (2) or washed out (1), as told or not.
+"""A small world of rated images with known answers: stripes, sharp (3), soft (2) or blurred (1).
 
-Quality is the sharpness, alignment (3 or 1) whether the stripes have the colour that the prompt says.
+Quality is the sharpness; alignment is 3 if the stripes have the colour of the prompt, else 1.
 """
 
 import csv
