@@ -15,14 +15,14 @@ from torch import nn
 
 from ddpo_pytorch.generator.text import embed, has_mask, load_text_encoder, too_long
 from ddpo_pytorch.judges.selector import Selector, load_selector
-from ddpo_pytorch.judges.vit import SIZES, ImageEncoder, VisionSizes, build, read_judge, read_sizes, save_judge, scoring
+from ddpo_pytorch.judges.vit import ImageEncoder, VisionSizes, build, read_judge, read_sizes, save_judge, scoring
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 SELECTOR_FILE, POLICY_FILE = "selector.safetensors", "policy.safetensors"
 DESCRIPTION = {
-    "sizes": SIZES,
+    "sizes": dict,
     "text": {"name": str, "tokens": range(2, 2**16), "fingerprint": str},
     "origin?": dict,
 }

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpo_pytorch.judges.vit import SIZES, ImageEncoder, VisionSizes, build, read_judge, read_sizes, save_judge, scoring
+from ddpo_pytorch.judges.vit import ImageEncoder, VisionSizes, build, read_judge, read_sizes, save_judge, scoring
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.json_files import OneOf
 
 HEAD = (256, 64)
 MLP_RATIO = 8 / 3  # of its blocks: 2048 at width 768
-DESCRIPTION = {"sizes": SIZES, "threshold?": OneOf((float, None)), "calibration?": dict, "origin?": dict}
+DESCRIPTION = {"sizes": dict, "threshold?": OneOf((float, None)), "calibration?": dict, "origin?": dict}
 
 
 class Selector(nn.Module):

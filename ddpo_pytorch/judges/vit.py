@@ -21,21 +21,18 @@ from ddpo_pytorch.data.images import LARGEST_SIDE
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_write
 from ddpo_pytorch.utils.json_files import parse_json
-from ddpo_pytorch.utils.settings import BELOW_ONE, ONE_OR_MORE, Range, check_choices, check_ranges
+from ddpo_pytorch.utils.settings import BELOW_ONE, Range, check_choices, check_ranges
 from ddpo_pytorch.utils.weights import read_safetensors
 
 STEMS = ("linear", "conv")
-RANGES = dict.fromkeys(("image_size", "patch_size", "width", "layers", "heads"), ONE_OR_MORE)
-RANGES |= {"mlp_ratio": Range("(0, 16]"), "dropout": BELOW_ONE}
-SIZES = {  # as the files of judges state them; the limits keep a hostile file from asking for a huge network
-    "image_size": range(1, LARGEST_SIDE + 1),
-    "patch_size": range(1, 1025),
-    "width": range(1, 8193),
-    "layers": range(1, 97),
-    "heads": range(1, 513),
-    "dropout?": float,
-    "mlp_ratio?": float,
-    "stem?": str,
+RANGES = {  # the upper limits keep a hostile file from asking for a huge network
+    "image_size": Range(f"[1, {LARGEST_SIDE}]", whole=True),
+    "patch_size": Range("[1, 1024]", whole=True),
+    "width": Range("[1, 8192]", whole=True),
+    "layers": Range("[1, 96]", whole=True),
+    "heads": Range("[1, 512]", whole=True),
+    "dropout": BELOW_ONE,
+    "mlp_ratio": Range("(0, 16]"),
 }
 MIN_CHANNELS = 24  # of a convolution of the stem
 
