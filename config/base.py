@@ -402,6 +402,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
 
     ###### Improvement rounds (improve.py) ######
     config.improve = improve = ml_collections.ConfigDict()
+    # rounds of sampling, judging and training.
     improve.rounds = 3
     # how a round changes the generator: "finetune" (on images the judges chose, and real images), "ddpo" (train.py).
     improve.methods = ("finetune",)

@@ -33,7 +33,6 @@ def model_and_dataset_configs(config):
     # real images and samples, in folders that metric.py compares.
     config.metric.real_path = root + "/real-images-test"
     config.metric.output = root + "/metrics"
-    config.logdir = root + "/logs"
     return config
 
 
@@ -41,7 +40,6 @@ def finetune_sd():
     """Stage (i): the UNet of SD 1.5 learns ISIC."""
     config = model_and_dataset_configs(base.get_config())
     config.unet_path = ""
-    config.sd.stage = "finetune"
     config.sd.batch_size = 16
     config.sd.num_steps = 15_000
     return config
@@ -82,11 +80,7 @@ def prompt_image_alignment_classifier_isic():
     config.num_epochs = 200
     config.save_freq = 1
     config.num_checkpoint_limit = 200
-    config.use_lora = True
-    config.prompt_fn = "isic_all"
-    config.reward_fn = "isic_classifier_reward"
     config.per_prompt_stat_tracking.buffer_size = 32
-    config.per_prompt_stat_tracking.min_count = 16
     # 8 * 8 * 4 GPUs = 256 samples per epoch
     config.sample.batch_size = 8
     config.sample.num_batches_per_epoch = 8
@@ -164,9 +158,7 @@ def evaluate_metric_rl():
     """APR, FID and LPIPS of the RL samples and, if they exist, of the base model's."""
     config = model_and_dataset_configs(base.get_config())
     config.metric.fake_path = config.get_ref("base_log_path") + "/samples/RL_samples"
-    config.metric.fake_name = "SD+RL"
     config.metric.compare_path = config.get_ref("base_log_path") + "/samples/SD_samples"
-    config.metric.compare_name = "SD"
     return config
 
 

@@ -20,7 +20,6 @@ def _common():
     config = base.get_config()
     config.base_log_path = "rl4med-out/fundus"
     root = config.get_ref("base_log_path")
-    config.logdir = root + "/logs"
     # the table fundus_{train,val,test}.csv of python -m ddpo_pytorch.data.fundus, and the images' folder
     config.dataset.kind = "fundus"
     config.dataset.data_path = root + "/data"
@@ -34,9 +33,6 @@ def _common():
     config.sd.text_encoder = "bert"
     config.sd.output = root + "/sd"
     config.rlhf.ratings = root + "/ratings/ratings.csv"
-    config.rlhf.output = root + "/rlhf"
-    config.improve.output = root + "/improve"
-    config.improve.judges = root + "/rlhf"
     config.improve.held_out_judges = root + "/rlhf-held-out"
     config.improve.csv = root + "/data/splits/fundus_train.csv"
     config.improve.held_out_csv = root + "/data/splits/fundus_test.csv"
@@ -44,11 +40,8 @@ def _common():
     config.prompt_fn = "fundus_table"
     config.prompt_fn_kwargs.path = root + "/data/splits/fundus_train.csv"
     config.reward_fn = "fundus_alignment"
-    config.reward_fn_kwargs.fundus_alignment.judges = root + "/rlhf"
-    config.sample.num_steps = 50
     config.sample.guidance_scale = 7.5
     config.metric.judges = root + "/rlhf-held-out"
-    config.metric.classifier = ""
     config.metric.quality = ("legacy", "fov")
     config.metric.real_path = root + "/real-images-test"
     config.metric.output = root + "/metrics"
@@ -64,11 +57,9 @@ def trained(config):
 def finetune_sd():
     """Stage (i): SD 1.5's UNet with BioMedBERT in CLIP's place; 20,000 steps of 4 x 20 images (MINIM)."""
     config = _common()
-    config.sd.image_size = 512
     config.sd.num_steps = 20_000
     config.sd.batch_size = 20
     config.sd.gradient_accumulation_steps = 4
-    config.sd.learning_rate = 1e-5
     config.sd.gradient_checkpointing = True
     return config
 
@@ -143,7 +134,6 @@ def evaluate_metric():
     root = config.get_ref("base_log_path")
     config.metric.compare_path = root + "/samples/SD"
     config.metric.fake_path = root + "/samples/RL"
-    config.metric.compare_name = "SD"
     config.metric.fake_name = "SD+RLHF"
     return config
 
@@ -157,9 +147,6 @@ def mini(config):
     config.sd.image_size = 64
     config.sd.resize = "stretch"
     config.sd.text_tokens = 24
-    config.sd.gradient_accumulation_steps = 1
-    config.sd.gradient_checkpointing = False
-    config.sd.num_workers = 0
     config.sample.num_steps = 10
     config.sample.guidance_scale = 1.0
     config.eval.batch_size = 64

@@ -32,8 +32,6 @@ def model_and_dataset_configs(config):
     config.metric.classifier = root + "/classifier/artifact_classifier_H4.safetensors"
     config.metric.real_path = root + "/real-images"
     config.sd.data_path = root + "/data/images"
-    config.sd.csv = root + "/data/splits/isic2019_train.csv"
-    config.sd.val_csv = root + "/data/splits/isic2019_val.csv"
     config.sd.image_size = 128
     config.sample.num_steps = 20
     config.sample.guidance_scale = 3.0
