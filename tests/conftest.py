@@ -43,10 +43,10 @@ def forget_accelerator():
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of golden numbers and real images, beside the checkout or named by DDPO_SHARED."""
+    """The folder of golden numbers and real images, next to the checkout or named by DDPO_SHARED."""
     folder = Path(os.environ.get("DDPO_SHARED", ROOT.parent / "shared"))
     if not (folder / "golden").is_dir():
-        pytest.skip(f"real data absent: no golden/ in {folder.name!r} beside the checkout (or set DDPO_SHARED)")
+        pytest.skip(f"real data absent: no golden/ in {folder.name!r} next to the checkout (or set DDPO_SHARED)")
     return folder
 
 

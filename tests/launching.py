@@ -10,7 +10,7 @@ from conftest import ROOT, warm_server
 
 
 def cpu_settings() -> dict[str, str]:
-    """What a script needs in its environment to run on a CPU, without network, and from tests/warm.py."""
+    """Return the environment of a script that runs on a CPU, without network, and from tests/warm.py."""
     settings = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     return settings | {"CUDA_VISIBLE_DEVICES": ""} | warm_server()
 

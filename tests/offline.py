@@ -1,7 +1,7 @@
 """Run scripts where every look outside is noted and refused: `python offline.py NOTES < commands`.
 
 Standard input is a JSON list of commands, each a list of a script and its arguments. Each runs in a process of its own,
-forked when the libraries have been imported, whose Python tells of every socket call before it is made. The notes are
+forked when the libraries have been imported, whose Python audits every socket call before it is made. The notes are
 JSON lines: the number of the command and what it did, or its exit status. Programs that the scripts start are beyond
 this; `unshare -n` in front of the command takes the network from these, too.
 """
@@ -25,7 +25,7 @@ NAMES = {"socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "
 
 
 def is_outside(event: str, arguments: tuple) -> bool:
-    """Whether an audit event is of another machine than this one."""
+    """Return whether an audit event concerns another machine."""
     if event in NAMES:
         host = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
     elif event in LOOKS:

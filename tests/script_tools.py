@@ -1,4 +1,4 @@
-"""What the tests of eval.py, metric.py and extract_dataset_latents.py share; a pytest plugin for its fixtures."""
+"""Runs of the scripts, in this process or in their own; a pytest plugin for its fixtures."""
 
 import importlib.util
 import subprocess
@@ -52,8 +52,7 @@ def assert_same_training(one: dict, other: dict, tolerance: float = 1e-3, but: d
         assert difference.norm() <= tolerance * value.norm(), name
 
 
-# absl tells a module that is loaded again from another one that defines the same flag by the id of the module object,
-# which a new object may take over from one that is gone
+# absl identifies modules that define the same flag by their id, which a new object may take over from a deleted one
 _LOADED = []
 
 

@@ -1,4 +1,4 @@
-"""What the tests of train_sd.py share; a pytest plugin for its fixtures."""
+"""Small runs of train_sd.py; a pytest plugin for its fixtures."""
 
 import json
 

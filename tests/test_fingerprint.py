@@ -45,7 +45,7 @@ def other_numbers(folder):
 
 @contextmanager
 def replaced(folder, apply):
-    """Within it the folder is changed, and what lies beside it."""
+    """Change a folder and the files next to it, for this context."""
     around = [folder.parent / "H6.safetensors", folder.parent / "prompts.txt", *folder.rglob("*")]
     kept = {path: path.read_bytes() for path in around if path.is_file()}
     apply(folder)
@@ -155,7 +155,7 @@ def test_eval_does_not_complete_a_folder_of_another_model(own_model, config_file
     run_main("eval.py", config_file, **fields)
 
 
-def test_eval_tells_an_adapter_from_a_base_model(own_model, config_file, run_main, tmp_path):
+def test_eval_does_not_complete_a_folder_of_another_adapter(own_model, config_file, run_main, tmp_path):
     fields = {"pretrained__model": str(own_model), "logdir": str(tmp_path / "samples"), "eval__classifier": ""}
     fields |= {"sample__num_steps": 1, "eval__num_samples_per_prompt": 1, "load_from": str(tmp_path / "a.safetensors")}
     pipe = load_pipeline(own_model)

@@ -1,4 +1,4 @@
-"""Nothing is asked of other machines by scripts whose models and data are files here, and none is told anything."""
+"""Scripts whose models and data are local files neither ask nor send other machines anything."""
 
 import json
 import os
@@ -21,7 +21,7 @@ WITHOUT_NETWORK = ["unshare", "--net", "--map-root-user"]
 
 
 def run_offline(tmp_path, commands, launcher=(), **environment) -> tuple[list, str]:
-    """Notes of tests/offline.py, and what was said. No variable tells a library to keep off the network."""
+    """Return the notes of tests/offline.py, and standard error. No variable makes a library avoid the network."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "WANDB_", "TRANSFORMERS_"))}
     own |= {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "TORCH_HOME": str(tmp_path / "torch")}
     own |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "WANDB_MODE": "offline"}

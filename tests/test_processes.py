@@ -1,4 +1,4 @@
-"""What the scripts take from their launcher: threads, waiting for each other, and nothing that settings decide."""
+"""Scripts and their launcher: threads, timeouts, and settings that decide instead of the launcher."""
 
 import os
 import subprocess

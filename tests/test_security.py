@@ -98,7 +98,7 @@ def _latents(path: Path, write) -> None:
 
 
 def _imagenet(path: Path, write) -> None:
-    """What torchvision would take from PyTorch's cache."""
+    """A file that torchvision would take from PyTorch's cache."""
     write(path)
     new_classifier(LABELS, 32, PUBLISHED_ARCH, "imagenet")
 
@@ -235,7 +235,7 @@ UNPICKLERS = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "y
 
 
 def _faults(node: ast.AST) -> bool:
-    """Whether a piece of source runs, or may run, what it is given."""
+    """Return whether a piece of source runs, or may run, its input."""
     if isinstance(node, ast.Import):
         return bool(UNPICKLERS & {alias.name.split(".")[0] for alias in node.names})
     if isinstance(node, ast.ImportFrom):

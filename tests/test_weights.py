@@ -25,7 +25,7 @@ from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.weights import read_pickle, read_tensors
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 3438167534\n"
-CONTENTS = {  # and a word that tells it
+CONTENTS = {  # and a word of its error
     "page": (b"<!DOCTYPE html>\n<html><body>Sign in</body></html>", "web page"),
     "page with a byte order mark": (b"\xef\xbb\xbf\r\n<html>", "web page"),
     "xml": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "web page"),
