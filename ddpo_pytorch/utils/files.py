@@ -236,13 +236,6 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def append_line(path: str | Path, line: str) -> None:
-    """Append a line and wait until it is on the disk. A line that does not fit (DiskFull) leaves nothing."""
-    with room_for(path), open(path, "ab", buffering=0) as file:
-        append(file, line.encode() + b"\n")
-        os.fsync(file.fileno())
-
-
 def append(file: io.FileIO, content: bytes) -> None:
     """Append `content` to an unbuffered file completely, or raise DiskFull and leave the file unchanged."""
     size = file.seek(0, os.SEEK_END)
@@ -283,10 +276,15 @@ class JsonLines:
                 temporary.write_bytes(kept)
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Append an entry, as `append_line` does; NaN and infinity, which JSON lacks, become null."""
+        """Append an entry and wait until it is on the disk; NaN and infinity, which JSON lacks, become null.
+
+        Raises DiskFull, with the file unchanged.
+        """
         if self.active:
             entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-            append_line(self.path, json.dumps(entry))
+            with room_for(self.path), open(self.path, "ab", buffering=0) as file:
+                append(file, json.dumps(entry).encode() + b"\n")
+                os.fsync(file.fileno())
 
 
 def lock(path: str | Path, taken: str) -> BaseFileLock:
