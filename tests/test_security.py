@@ -268,7 +268,8 @@ def test_the_table_of_dependencies_is_that_of_setup():
     strings = (
         node.value for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Constant)
     )
-    declared = dict(re.fullmatch(r"([\w-]+)>=([\d.]+)", text).groups() for text in strings if ">=" in str(text)[1:])
+    requirement = re.compile(r"([\w-]+)(?:\[[\w-]+\])?>=([\d.]+)")
+    declared = dict(requirement.fullmatch(text).groups() for text in strings if ">=" in str(text)[1:])
     table = (ROOT / "docs" / "security.md").read_text().partition("## Dependencies")[2]
     rows = re.findall(r"^\| ([\w-]+) \| ([\d.]+) \| (.+) \| (.+) \|$", table, flags=re.M)
     assert {name: version for name, version, _, _ in rows} == declared and len(rows) == len(declared) > 20
