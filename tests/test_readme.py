@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from absl import flags
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT
@@ -134,6 +135,16 @@ def test_readme_is_short_and_plain():
     assert len(README.read_text().splitlines()) <= 150
     private = r"gone on|go(es)? on with|is told|are told|spoilt|anew|put aside|from nothing"
     assert not re.findall(rf"\b({private})\b", TEXT)
+
+
+def test_citation_and_hooks_agree_with_the_project():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert f'version="{citation["version"]}"' in (ROOT / "setup.py").read_text()
+    assert citation["preferred-citation"]["title"] in re.sub("[{}]", "", README.read_text())
+    (hooks,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    lint = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)[1].split("\n")
+    entries = {hook["entry"].replace(" --force-exclude", "") for hook in hooks["hooks"]}
+    assert entries == {line.strip(" .\t") for line in lint if line}
 
 
 def test_an_experiment_of_ones_own(tmp_path, monkeypatch):
