@@ -9,8 +9,14 @@ setup(
     description="Reinforcement learning that makes diffusion models draw medical images matching their captions",
     license="MIT",
     python_requires=">=3.11",
-    packages=find_packages(include=["ddpo_pytorch", "ddpo_pytorch.*"]),
+    # installed, the commands are python -m ddpo_pytorch.scripts.train and so on
+    packages=[
+        *find_packages(include=["ddpo_pytorch", "ddpo_pytorch.*"]),
+        *("ddpo_pytorch.scripts", "ddpo_pytorch.config", "ddpo_pytorch.config.accelerate"),
+    ],
+    package_dir={"ddpo_pytorch.scripts": "scripts", "ddpo_pytorch.config": "config"},
     package_data={
+        "ddpo_pytorch.config.accelerate": ["*.yaml"],
         "ddpo_pytorch": [
             "py.typed",
             "assets/*.txt",
@@ -22,7 +28,7 @@ setup(
             "rating/*.html",
             "rating/*.css",
             "rating/*.js",
-        ]
+        ],
     },
     install_requires=[
         "torch>=2.6",
@@ -52,6 +58,7 @@ setup(
     ],
     extras_require={
         "rate": RATE,
+        "tensorboard": ["tensorboard>=2.16"],
         "test": [*RATE, *TEST],
     },
 )
