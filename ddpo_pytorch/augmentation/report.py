@@ -8,7 +8,7 @@ import pandas as pd
 from ddpo_pytorch.augmentation.compare import MEASURES, RESAMPLES
 from ddpo_pytorch.augmentation.plan import Draw
 from ddpo_pytorch.data.isic import CAPTIONS, short_caption
-from ddpo_pytorch.metrics.tables import markdown_table
+from ddpo_pytorch.metrics.tables import to_markdown
 
 UNDEFINED = "-"
 TITLES = {"f1": "F1", "accuracy": "accuracy (%)", "auc": "AUC"}
@@ -85,7 +85,7 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
     cells = pd.DataFrame([{key: row[key] for key in ("attribute", "training")} | _cells(row) for row in rows])
     pairs = cells[cells["measure"] != "auc"].groupby(["training", "attribute"], sort=False)["short"].agg(" / ".join)
     summary = pairs.unstack(sort=False).rename_axis("F1 / accuracy (%)").reset_index()
-    yield markdown_table(list(summary), summary.to_numpy().tolist())
+    yield to_markdown(summary)
     for attribute, own in cells.groupby("attribute", sort=False):
         header, columns = ["trained on"], [own["training"].unique()]
         for key in MEASURES:
@@ -94,7 +94,8 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
             columns += [measured["mean"], measured["difference"], measured["p"]]
         row = next(row for row in rows if row["attribute"] == attribute)
         support = "" if row["support"] is None else f": in {row['support']} of {row['images']} images"
-        yield f"### {attribute}{support}\n\n{markdown_table(header, list(zip(*columns, strict=True)))}"
+        table = pd.DataFrame(list(zip(*columns, strict=True)), columns=header)
+        yield f"### {attribute}{support}\n\n{to_markdown(table)}"
 
 
 def _cells(row: Row) -> dict[str, str]:
@@ -133,7 +134,7 @@ def _subgroup_table(groups: Mapping[str, Mapping]) -> str:
     cells.insert(0, "labels", [*map(short_caption, groups), "all"])
     cells.insert(1, "minority", [*("yes" if group["minority"] else "" for group in every), ""])
     cells.columns = [name.replace("real + ", "+ ") for name in cells]
-    return markdown_table(list(cells), cells.to_numpy().tolist())
+    return to_markdown(cells)
 
 
 def as_csv(rows: Sequence[Row]) -> str:

@@ -149,11 +149,6 @@ def to_markdown(table: pd.DataFrame) -> str:
     return table.to_markdown(index=False, disable_numparse=True, colalign=alignment) + "\n"
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of text as `to_markdown` does."""
-    return to_markdown(pd.DataFrame(list(rows), columns=list(header)))
-
-
 def to_csv(table: pd.DataFrame) -> str:
     """Return the table as CSV, safe for spreadsheets (`table_text`); intervals stand in the cells of their numbers."""
     return table_text(list(table.columns), table.to_numpy().tolist())
