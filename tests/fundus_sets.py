@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch_fidelity.feature_extractor_inceptionv3 as inception_module
 from judge_tools import threshold_between
 from PIL import Image
-from test_networks import random_inception  # noqa: F401 (a fixture of this plugin too)
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from ddpo_pytorch.data.images import load_image
 from ddpo_pytorch.data.sample_folder import folder_name, write_log
@@ -109,3 +110,19 @@ def fundus_fields(fundus_sets, fundus_judges, tmp_path):
         return {f"metric__{key}": str(value) if isinstance(value, Path) else value for key, value in chosen.items()}
 
     return build
+
+
+@pytest.fixture(scope="module")
+def random_inception(tmp_path_factory):
+    """A file in the form of torch-fidelity's weights, with random numbers: (path, the network that holds them)."""
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:  # build it without the download it insists on
+        patch.setattr(inception_module, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *args: None)
+        network = FeatureExtractorInceptionV3("reference", ["2048"])
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d):  # keeps activations of order 1 (and out of slow denormal numbers)
+            torch.nn.init.kaiming_normal_(layer.weight)
+    torch.save(network.state_dict(), path)
+    return path, network

@@ -34,6 +34,19 @@ def write_samples(folder: Path, counts: dict[str, int], seed: int, size: int = 6
     return folder
 
 
+def numbers(value, path=""):
+    """Every number of a nested structure by its path."""
+    if isinstance(value, dict):
+        return {k: v for key, part in value.items() for k, v in numbers(part, f"{path}/{key}").items()}
+    if isinstance(value, list):
+        return {k: v for key, part in enumerate(value) for k, v in numbers(part, f"{path}/{key}").items()}
+    return {path: value} if isinstance(value, (int, float)) else {}
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory) -> dict[str, Path]:
     folder, single = tmp_path_factory.mktemp("sets"), CAPTIONS[8]

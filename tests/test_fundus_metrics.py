@@ -11,9 +11,8 @@ import pytest
 import torch
 from fundus_sets import PROMPTS, images_of, write_fundus
 from PIL import Image
-from sample_sets import write_samples
+from sample_sets import numbers, read, write_samples
 from script_tools import options, succeed
-from test_metric_script import numbers
 
 from ddpo_pytorch.data.images import load_image
 from ddpo_pytorch.data.isic import CAPTIONS
@@ -25,10 +24,6 @@ from ddpo_pytorch.metrics.ssim import ssim
 from ddpo_pytorch.utils.errors import UserError
 
 pytest_plugins = ["script_tools", "sample_sets", "fundus_sets"]
-
-
-def read(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
 
 
 def table(path: Path) -> list[dict]:

@@ -69,22 +69,6 @@ def test_replicates_are_those_of_the_naive_bootstrap(kind, resample_groups):
     assert abs(estimate.low - low) < 0.08 * expected.std() and abs(estimate.high - high) < 0.08 * expected.std()
 
 
-@pytest.mark.parametrize("images", ["counts", "images"])
-def test_resampled_means_have_the_mean_and_variance_of_their_prompt(images):
-    rng = np.random.default_rng(1)
-    groups = np.repeat([0, 1, 2], [5, 30, 200])
-    values = rng.integers(0, 3, 235) / 2 if images == "counts" else rng.normal(size=235)
-    sample = GroupedSample(values[:, None], groups)
-    assert (sample.levels is None) == (images == "images")
-    drawn = sample.draw(np.tile([2, 0, 1, 1], (20_000, 1)), rng)[..., 0]
-    for column, group in enumerate([2, 0, 1, 1]):
-        own = values[groups == group]
-        error = own.std() / math.sqrt(len(own))
-        assert drawn[:, column].mean() == pytest.approx(own.mean(), abs=4 * error / math.sqrt(20_000))
-        assert drawn[:, column].std() == pytest.approx(error, rel=0.03)
-    assert abs(np.corrcoef(drawn.T)[2, 3]) < 0.03  # two draws of one prompt are independent
-
-
 def test_replicates_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
     values, groups = np.random.default_rng(2).normal(size=(2, 60))[0], np.arange(60) % 4
     whole = replicate_means([GroupedSample(values[:, None], groups)], 3, resample_groups=False, replicates=50)[0]

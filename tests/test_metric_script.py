@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sample_sets import write_samples
+from sample_sets import numbers, read, write_samples
 from scipy.special import expit
 from script_tools import options, succeed
 
@@ -16,19 +16,6 @@ from ddpo_pytorch.data.sample_folder import folder_name
 from ddpo_pytorch.judges.classifier import load_classifier
 
 pytest_plugins = ["script_tools", "sample_sets"]
-
-
-def numbers(value, path=""):
-    """Every number of a nested structure by its path."""
-    if isinstance(value, dict):
-        return {k: v for key, part in value.items() for k, v in numbers(part, f"{path}/{key}").items()}
-    if isinstance(value, list):
-        return {k: v for key, part in enumerate(value) for k, v in numbers(part, f"{path}/{key}").items()}
-    return {path: value} if isinstance(value, (int, float)) else {}
-
-
-def read(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
 
 
 @pytest.mark.slow

@@ -1,12 +1,11 @@
 """metric.py on sets that differ, overlap or hold copies: what it says and what it leaves out."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from sample_sets import write_samples
+from sample_sets import read, write_samples
 
 from ddpo_pytorch.data.images import load_image, save_image
 from ddpo_pytorch.data.isic import CAPTIONS, short_caption
@@ -16,10 +15,6 @@ from ddpo_pytorch.utils.errors import UserError
 pytest_plugins = ["script_tools", "sample_sets"]
 
 A, B, C = CAPTIONS[0], CAPTIONS[8], CAPTIONS[31]
-
-
-def read(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
 
 
 @pytest.fixture

@@ -6,10 +6,8 @@ import lpips
 import pytest
 import timm
 import torch
-import torch_fidelity.feature_extractor_inceptionv3 as inception_module
 import torchvision
 from safetensors.torch import save_file
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
@@ -33,20 +31,7 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture(scope="module")
-def random_inception(tmp_path_factory):
-    """A file in the form of torch-fidelity's weights, with random numbers: (path, the network that holds them)."""
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:  # build it without the download it insists on
-        patch.setattr(inception_module, "load_state_dict_from_url", lambda *args, **kwargs: {})
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *args: None)
-        network = FeatureExtractorInceptionV3("reference", ["2048"])
-    for layer in network.modules():
-        if isinstance(layer, torch.nn.Conv2d):  # keeps activations of order 1 (and out of slow denormal numbers)
-            torch.nn.init.kaiming_normal_(layer.weight)
-    torch.save(network.state_dict(), path)
-    return path, network
+pytest_plugins = ["fundus_sets"]
 
 
 @pytest.mark.slow
