@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.data.images import load_pixels, save_image, to_uint8
@@ -69,7 +69,7 @@ def plan(prompts: Sequence[tuple[str, dict[str, Any]]], count: int, seed: int, i
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of DDIM sampling."""
+    """Settings of sampling."""
 
     num_steps: int
     guidance_scale: float
@@ -88,38 +88,20 @@ def draw_images(
     noise: list[torch.Generator],
     sampling: Sampling,
 ) -> torch.Tensor:
-    """Draw one image per prompt with DDIM, each from its own generator: (B, 3, H, W) float32 in [0, 1]."""
-    images, *_ = pipeline_with_logprob(
-        pipe,
-        prompt_embeds=embeddings(prompts),
-        negative_prompt_embeds=embeddings.negative,
-        num_inference_steps=sampling.num_steps,
-        guidance_scale=sampling.guidance_scale,
-        eta=sampling.eta,
-        generator=noise,
-        keep_trajectory=False,
-    )
-    return images
+    """Draw one image per prompt, each from its own generator: (B, 3, H, W) float32 in [0, 1], without log-probs.
 
-
-def draw_images_dpm(
-    pipe: StableDiffusionPipeline,
-    embeddings: PromptEmbeddings,
-    prompts: Iterable[str],
-    noise: list[torch.Generator],
-    sampling: Sampling,
-) -> torch.Tensor:
-    """Draw with DPM-Solver++ (`pipe.scheduler`), which ignores eta; otherwise as `draw_images`."""
-    embeds, shape = embeddings(prompts), latent_shape(pipe)
-    return pipe(
-        prompt_embeds=embeds,
-        negative_prompt_embeds=embeddings.negative.expand_as(embeds),
-        num_inference_steps=sampling.num_steps,
-        guidance_scale=sampling.guidance_scale,
-        generator=noise,
-        latents=torch.stack([torch.randn(shape, generator=source) for source in noise]).to(embeds),
-        output_type="pt",
-    ).images
+    Uses `pipe.scheduler`: DDIM, or DPM-Solver++, which ignores eta.
+    """
+    embeds, negative = embeddings(prompts), embeddings.negative  # (B, L, D), (1, L, D)
+    settings = {"num_inference_steps": sampling.num_steps, "guidance_scale": sampling.guidance_scale}
+    settings |= {"prompt_embeds": embeds, "generator": noise, "output_type": "pt"}
+    if isinstance(pipe.scheduler, DDIMScheduler):
+        return pipeline_with_logprob(
+            pipe, negative_prompt_embeds=negative, eta=sampling.eta, keep_trajectory=False, **settings
+        )[0]
+    shape = latent_shape(pipe)
+    latents = torch.stack([torch.randn(shape, generator=source) for source in noise]).to(embeds)
+    return pipe(negative_prompt_embeds=negative.expand_as(embeds), latents=latents, **settings).images
 
 
 def images_per_pass(pipe: StableDiffusionPipeline, batch_size: int) -> int:
@@ -160,7 +142,6 @@ class Sampler:
             )
         set_schedule(pipe, num_steps)
         self.pipe, self.embeddings = pipe, PromptEmbeddings(pipe)
-        self._draw = draw_images if scheduler == "ddim" else draw_images_dpm
         self._sampling = Sampling(num_steps, guidance_scale, eta)
 
     def twin(self) -> "Sampler":
@@ -174,7 +155,7 @@ class Sampler:
         noise = [torch.Generator().manual_seed(seed) for seed in seeds]
         device, dtype = self.pipe.device.type, self.pipe.text_encoder.dtype
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            return self._draw(self.pipe, self.embeddings, prompts, noise, self._sampling).float()
+            return draw_images(self.pipe, self.embeddings, prompts, noise, self._sampling).float()
 
 
 def _with_own_scheduler(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:

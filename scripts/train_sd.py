@@ -10,6 +10,7 @@ uninterrupted run (on a CPU to the bit), for any number of processes with the sa
 
 import logging
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from ddpo_pytorch.generator.finetune_data import (
     state_file,
 )
 from ddpo_pytorch.generator.finetune_losses import AutoencoderLoss, CaptionTable, NoiseLoss
-from ddpo_pytorch.generator.finetune_state import Stopwatch, Training, endless_batches
+from ddpo_pytorch.generator.finetune_state import Training, endless_batches
 from ddpo_pytorch.generator.latents import LatentShards
 from ddpo_pytorch.generator.lora import add_lora, has_lora, merged_state_dict, save_lora
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
@@ -188,9 +189,10 @@ def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
     log = JsonLines(output / f"{sd.stage}.jsonl", is_main, keep=first + 1, counter="step")
     batches = endless_batches(accelerator, sd, config.seed, stage.train_set, first * sd.gradient_accumulation_steps)
 
-    losses, clock = [], Stopwatch()
+    losses, seconds = [], 0.0  # since the last log entry
     hidden = None if is_main else True  # None: a bar on terminals only
     for step in tqdm(range(first + 1, sd.num_steps + 1), initial=first, total=sd.num_steps, disable=hidden):
+        started = time.perf_counter()
         for _ in range(sd.gradient_accumulation_steps):
             batch, draws = next(batches)
             with accelerator.accumulate(model):
@@ -206,9 +208,12 @@ def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
             average.step(parameters)
 
         last = step == sd.num_steps
-        if step % sd.log_every == 0 or last:
-            mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-            speed = sd.batch_size * len(losses) * accelerator.num_processes / clock.lap()
+        logged = step % sd.log_every == 0 or last
+        if logged:
+            mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()  # waits for the device
+        seconds += time.perf_counter() - started
+        if logged:
+            speed = sd.batch_size * len(losses) * accelerator.num_processes / seconds
             entry = {"step": step, "loss": mean, "learning_rate": schedule.get_last_lr()[0]}
             log.write(entry | {"images_per_second": round(speed, 2), "peak_memory_gib": round(peak_memory_gib(), 2)})
             logger.info("step %d/%d  loss %.4f  %.1f images/s", step, sd.num_steps, mean, speed)
@@ -216,17 +221,16 @@ def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
                 raise UserError(
                     f"the loss is {mean} at step {step}; lower sd.learning_rate, or use bf16 instead of fp16"
                 )
-            losses.clear()
+            losses, seconds = [], 0.0
         if stage.val_set is not None and (step % sd.val_every == 0 or step == 1 or last):
-            with clock.paused(), training.averaged():
+            with training.averaged():
                 val_loss = validate(accelerator, config, stage)
             log.write({"step": step, "val_loss": val_loss})
             logger.info("step %d/%d  validation loss %.5f", step, sd.num_steps, val_loss)
         if sd.save_every and step % sd.save_every == 0 and not last and is_main:
-            with clock.paused():
-                save_state(state, training.snapshot(step), settings)
+            save_state(state, training.snapshot(step), settings)
         if sd.grid_every and step % sd.grid_every == 0:
-            with clock.paused(), training.averaged():
+            with training.averaged():
                 stage.draw(output / f"{sd.stage}_{step:06d}.png")
 
     if average:

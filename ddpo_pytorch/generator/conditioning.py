@@ -59,10 +59,7 @@ def check_model(pipe: StableDiffusionPipeline, folder: Path) -> None:
     for name, expected in _record(folder)["files"].items():
         if name not in files or sha256(files[name]) != expected:
             problem = "is missing" if name not in files else "is not the one that was trained with the others"
-            raise UserError(
-                f"{str(folder / name)!r} {problem} (see {RECORD}); copy the whole folder again, or train with "
-                "scripts/train_sd.py"
-            )
+            raise UserError(f"{str(folder / name)!r} {problem} (see {RECORD}); copy the whole folder again")
 
 
 def check_unet_file(pipe: StableDiffusionPipeline, model: str | Path, path: str | Path) -> None:
@@ -74,20 +71,14 @@ def check_unet_file(pipe: StableDiffusionPipeline, model: str | Path, path: str 
         own = _record(Path(model))[KEY] if Path(model).is_dir() else fingerprint(pipe.text_encoder)
     if stated != own:
         theirs, ours = ("CLIP (or one not recorded)" if one is None else f"BERT {one[:12]}" for one in (stated, own))
-        raise UserError(
-            f"UNet weights {str(path)!r} were trained with text encoder {theirs}, {str(model)!r} has {ours}; give the "
-            "model that scripts/train_sd.py wrote with them"
-        )
+        raise UserError(f"UNet weights {str(path)!r} are for text encoder {theirs}; {str(model)!r} has {ours}")
 
 
 def _record(folder: Path) -> dict:
     try:
         return read_json(folder / RECORD, {KEY: str, "files": {str: str}})
     except (OSError, UserError) as error:
-        raise UserError(
-            f"{str(folder)!r} has a BERT text encoder but no readable {RECORD}, so its UNet may not have been trained "
-            "with it; give a folder that scripts/train_sd.py wrote"
-        ) from error
+        raise UserError(f"{str(folder)!r} has a BERT but no readable {RECORD}; copy the whole folder again") from error
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -143,10 +143,8 @@ def open_latents(
     wanted = {"vae_sha256": fingerprint(vae), "image_size": sd.image_size, "resize": sd.resize}
     for name, value in wanted.items():
         if latents.index.get(name) != value:
-            raise UserError(
-                f"the latents in {str(folder)!r} were made with {name}={latents.index.get(name)!r}, this training has "
-                f"{value!r}; extract them again with the same model and size"
-            )
+            made = f"{name}={latents.index.get(name)!r}, this training has {value!r}"
+            raise UserError(f"the latents in {str(folder)!r} were made with {made}; extract them again")
     return latents
 
 
@@ -158,10 +156,7 @@ def add_pool(accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, real:
     log, folder = Path(sd.pool) / LOG, Path(sd.output) / "latents" / "pool"
     entries = [entry for entry in read_log(sd.pool) if entry.get("passed")]
     if not entries:
-        raise UserError(
-            f"sd.pool {sd.pool!r} has no image that the Selector passed; draw more with scripts/generate.py "
-            "(improve.max_attempts), or lower its threshold (--config.rlhf.threshold) and train it again"
-        )
+        raise UserError(f"sd.pool {sd.pool!r} has no image that the Selector passed; raise improve.max_attempts")
     shape = [{"prompt": str, "policy": float, "path_to_img": str}]
     check_shape(entries, shape, repr(str(log)), "draw the pool again with scripts/generate.py")
     paths, prompts = zip(*((Path(sd.pool) / entry["path_to_img"], entry["prompt"]) for entry in entries), strict=True)
@@ -223,10 +218,8 @@ class MixedLatents(Dataset):
         check_ranges({"real_share": real_share}, {"real_share": REAL_SHARE}, "sd.")
         values = torch.tensor(weights, dtype=torch.float32)
         if len(values) != len(pool) or not (values >= 0).all() or not values.sum() > 0:
-            raise UserError(
-                f"the pool's {len(pool)} images have {len(values)} weights, which must be as many non-negative numbers "
-                "and not all 0; draw the pool again with scripts/generate.py"
-            )
+            problem = f"{len(pool)} images have {len(values)} weights, or weights that are negative or all 0"
+            raise UserError(f"the pool's {problem}; draw the pool again with scripts/generate.py")
         self.real, self.pool, self.weights = real, pool, values / values.mean()
         self.from_pool = round(len(real) * (1 - real_share) / real_share)
 

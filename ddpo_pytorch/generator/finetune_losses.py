@@ -1,6 +1,5 @@
 """Losses of stage (i), the autoencoder's and the diffusion model's, with all random numbers passed in."""
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from ddpo_pytorch.generator.latents import sample_posterior
 from ddpo_pytorch.generator.pipeline import encode_prompts
 from ddpo_pytorch.generator.text import encode_tokens, tokenize
+from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.randomness import BatchDraws
 
 
@@ -57,8 +57,7 @@ class CaptionTable(nn.Module):
 
     def digest(self) -> str:
         """Return a hash of the frozen embeddings, or of the tokens for a trained text encoder."""
-        table = self.tokens if self.text_encoder else self.embeddings.float()
-        return hashlib.sha256(table.cpu().numpy().tobytes()).hexdigest()
+        return fingerprint({"table": self.tokens if self.text_encoder else self.embeddings})
 
     def forward(self, numbers: torch.Tensor) -> torch.Tensor:
         if self.text_encoder is None:

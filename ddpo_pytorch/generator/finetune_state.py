@@ -1,7 +1,6 @@
-"""Training state of stage (i), its batches from any step on, and a stopwatch."""
+"""Training state of stage (i), and its batches from any step on."""
 
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,24 +20,6 @@ from ddpo_pytorch.utils.randomness import BatchDraws, EndlessBatches, Stream
 from ddpo_pytorch.utils.training_state import restore_state
 
 logger = logging.getLogger(__name__)
-
-
-class Stopwatch:
-    """Measure working time; what happens within `paused` does not count."""
-
-    def __init__(self):
-        self._started = time.perf_counter()
-
-    def lap(self) -> float:
-        """Return the seconds since the last lap."""
-        seconds, self._started = time.perf_counter() - self._started, time.perf_counter()
-        return seconds
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        self._started += time.perf_counter() - begun
 
 
 @dataclass

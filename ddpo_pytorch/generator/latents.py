@@ -194,10 +194,7 @@ class LatentShards(Dataset):
     def __init__(self, folder: str | Path):
         path = Path(folder) / INDEX
         if not path.is_file():
-            raise UserError(
-                f"{str(folder)!r} holds no complete latents (no {INDEX}); run scripts/extract_dataset_latents.py, "
-                "or the same command again if it was stopped"
-            )
+            raise UserError(f"{str(folder)!r} holds no complete latents (no {INDEX}); run the extraction (again)")
         self.index = read_json(path, INDEX_SHAPE, "delete it and run the extraction again")
         self.captions, self.images = self.index["captions"], self.index["images"]
         self._caption_ids = torch.arange(len(self.captions))

@@ -49,15 +49,14 @@ def add_lora(unet: UNet2DConditionModel, rank: int, targets: Sequence[str], seed
     if rank < 1:
         raise UserError(f"LoRA rank is {rank}; allowed is 1 or more (the published checkpoint has 4)")
     if has_lora(unet):
-        raise UserError("the UNet has LoRA adapters already; load weights into them, or start from a fresh UNet")
+        raise UserError("the UNet has LoRA adapters already")
     if not targets:
-        raise UserError("LoRA targets are empty, so nothing would be trained; name endings such as to_q, to_k, to_v")
+        raise UserError(f"LoRA targets are empty; name layers, e.g. {', '.join(ATTENTION)}")
     layers = _layers(unet)
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             raise UserError(
-                f"LoRA target {target!r} names no linear or convolutional layer of the UNet; "
-                "use endings such as to_q, to_k, to_v, to_out.0"
+                f"LoRA target {target!r} names no linear or convolutional layer; use e.g. {', '.join(ATTENTION)}"
             )
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights="gaussian")
     unet.add_adapter(config, adapter_name=ADAPTER)
@@ -92,14 +91,9 @@ def adapter_fingerprint(unet: nn.Module) -> str:
     return fingerprint(lora_state_dict(unet)) if has_lora(unet) else ""
 
 
-def save_lora(unet: nn.Module, path: str | Path) -> Path:
-    """Write the adapters in the format that diffusers' `load_lora_weights` reads; return the file.
-
-    Args:
-        path: a file ending in .safetensors, or a folder (made if absent) for pytorch_lora_weights.safetensors.
-    """
-    path = Path(path)
-    file = path if path.suffix == ".safetensors" else path / FILE_NAME
+def save_lora(unet: nn.Module, folder: str | Path) -> Path:
+    """Write the adapters as diffusers' `load_lora_weights` reads them; return the file."""
+    file = Path(folder) / FILE_NAME
     with atomic_write(file) as temporary:
         save_file(lora_state_dict(unet), temporary, metadata={"format": "pt"})
     return file
@@ -207,10 +201,7 @@ def _in_peft_names(
     for source, tensor in tensors.items():
         key = source[PREFIX.match(source).end() :]
         if TEXT_ENCODER_KEY.match(key):
-            raise UserError(
-                f"{file} also adapts the text encoder ({source}), which is not supported; give an adapter trained "
-                "without --train_text_encoder"
-            )
+            raise UserError(f"{file} also adapts the text encoder ({source}); give an adapter of the UNet alone")
         if (match := ALPHA_KEY.fullmatch(key)) and tensor.numel() == 1:
             alphas[modules.get(match["module"], match["module"])] = float(tensor)
             continue
@@ -218,11 +209,7 @@ def _in_peft_names(
             key = f"{modules.get(match['module'], match['module'])}.lora.{match['half']}.weight"
         (key,) = convert_unet_state_dict_to_peft({key: tensor})
         if not (match := PEFT_KEY.fullmatch(key)):
-            raise UserError(
-                f"{file}: the key {source} is no LoRA weight of a UNet; known are <module>.lora_A.weight (peft), "
-                "<module>.lora.down.weight (diffusers), <attention>.processor.to_q_lora.down.weight (legacy) and "
-                "lora_unet_<module>.lora_down.weight (kohya)"
-            )
+            raise UserError(f"{file}: {source} is no LoRA weight of a UNet in a format of peft, diffusers or kohya")
         name = f"{match['module']}.lora_{match['half']}.weight"
         if name in weights:
             raise UserError(f"{file}: {sources[name]} and {source} are the same weight; give a file with one adapter")

@@ -71,15 +71,11 @@ def load_part(
         raise UserError(f"{name!r} lacks {missing[0]}{_others(missing)}; save or fetch it again")
     if wrong := sorted(found["mismatched_keys"]):
         key, theirs, ours = wrong[0]
-        raise UserError(
-            f"{name!r}: {key} has shape {tuple(theirs)}, config.json says {tuple(ours)}{_others(wrong)}; fetch weights "
-            "and config.json of the same model"
-        )
+        shapes = f"{tuple(theirs)}, config.json says {tuple(ours)}"
+        raise UserError(f"{name!r}: {key} has shape {shapes}{_others(wrong)}; save or fetch both again")
     if unexpected := _unexpected(part, found["unexpected_keys"]):
-        raise UserError(
-            f"{name!r} holds {unexpected[0]}{_others(unexpected)}, which config.json does not describe; fetch weights "
-            "and config.json of the same model"
-        )
+        others = _others(unexpected)
+        raise UserError(f"{name!r} holds {unexpected[0]}{others}, unknown to config.json; save or fetch both again")
     check_finite(part.state_dict(), name)
     return part
 
@@ -121,10 +117,7 @@ def check_tokenizer_files(folder: str | Path) -> None:
         return
     partial = next((names for names in VOCABULARIES if present & set(names)), VOCABULARIES[0])
     missing = next(name for name in partial if name not in present)
-    raise UserError(
-        f"{str(folder)!r} lacks {missing}; a tokenizer needs {' or '.join(map(' and '.join, VOCABULARIES))}: copy or "
-        "fetch the whole model again"
-    )
+    raise UserError(f"{str(folder)!r} lacks {missing}; copy or fetch the whole model again")
 
 
 def _check_folder(folder: Path) -> None:

@@ -45,11 +45,9 @@ def load_pipeline(
     """
     pipe = _from_pretrained(str(model), revision, dtype)
     check_tokenizer(pipe.tokenizer, pipe.text_encoder, str(model))
-    if pipe.text_encoder.config.hidden_size != pipe.unet.config.cross_attention_dim:
-        raise UserError(
-            f"{model}: the UNet expects embeddings of width {pipe.unet.config.cross_attention_dim}, the text encoder's "
-            f"have {pipe.text_encoder.config.hidden_size}; copy or fetch the whole model again"
-        )
+    width, expected = pipe.text_encoder.config.hidden_size, pipe.unet.config.cross_attention_dim
+    if width != expected:
+        raise UserError(f"{model}: the UNet expects embeddings of width {expected}, the text encoder has {width}")
     if unet_path:
         replace_unet_weights(pipe.unet, unet_path)
         check_finite(pipe.unet.state_dict(), unet_path)  # its dtype may be narrower than the file's
@@ -70,18 +68,13 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
     folder = Path(model).expanduser()
     if not (local := folder.is_dir()):
         if not HUB_ID.fullmatch(model):
-            raise UserError(
-                f"no model folder {model}; give a folder in diffusers format or a Hugging Face id (owner/name)"
-            )
+            raise UserError(f"no model folder {model}; give a folder in diffusers format or a Hugging Face id")
         try:
             AutoConfig.from_pretrained(model, subfolder="text_encoder", revision=revision, trust_remote_code=False)
             with quiet():  # no retry warnings while offline
                 folder = Path(StableDiffusionPipeline.download(model, revision=revision, safety_checker=None))
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"model {model} is neither a local folder nor reachable on the Hugging Face hub; "
-                "check the path, the id and the network"
-            ) from error
+            raise UserError(f"model {model} is neither a local folder nor reachable on the hub; check both") from error
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{model} has no model_index.json; expected a Stable Diffusion folder in diffusers format")
     for name in ("scheduler", "text_encoder", "tokenizer", "unet", "vae"):
@@ -101,9 +94,7 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
     except UserError:
         raise
     except Exception as error:  # the JSON files of scheduler and tokenizer may hold anything
-        raise UserError(
-            f"{model} is not a complete Stable Diffusion folder ({first_line(error)}); save it again"
-        ) from error
+        raise UserError(f"{model} is no complete Stable Diffusion ({first_line(error)}); save it again") from error
     if local:
         check_model(pipe, folder)
     return pipe

@@ -50,8 +50,7 @@ def load_text_encoder(model: str | Path, tokens: int = TOKENS, device: str | tor
         if local:
             raise UserError(f"text encoder {model!r}: {first_line(error)}; save or fetch it again") from error
         raise UserError(
-            f"text encoder {model!r} is neither a folder with tokenizer and weights nor reachable on the Hugging Face "
-            "hub; check the path, the id and the network"
+            f"text encoder {model!r} is neither a local folder nor reachable on the hub; check both"
         ) from error
     if has_mask(encoder):
         tokenizer.model_max_length = min(tokens, encoder.config.max_position_embeddings)
@@ -104,10 +103,8 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], wha
         logger.warning("%d %s exceed %d tokens and are truncated, the first is %r", len(cut), what, limit, cut[0])
     if len({" ".join(prompt.lower().split()) for prompt in prompts}) > 1:
         if len({tuple(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids}) == 1:
-            raise UserError(
-                f"the model's tokenizer maps all {len(prompts)} {what} to the same tokens, the first is "
-                f"{prompts[0]!r}; give a model whose tokenizer knows their words"
-            )
+            problem = f"the tokenizer maps all {len(prompts)} {what} to the same tokens, the first is {prompts[0]!r}"
+            raise UserError(f"{problem}; give a model whose tokenizer knows their words")
 
 
 def encode_tokens(encoder: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
