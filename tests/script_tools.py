@@ -87,24 +87,28 @@ def call_main(script, *options: str) -> None:
     script.main([])
 
 
-@pytest.fixture
-def run_main(monkeypatch):
-    """Function (script, config file, fields): run a script's main in this process. For the many ways to go wrong."""
-
-    def run(name, config_file, **fields):
-        config = load_module(config_file).get_config()
-        config.update_from_flattened_dict({key.replace("__", "."): value for key, value in fields.items()})
-        module = load_module(ROOT / "scripts" / name)
-        module.FLAGS = SimpleNamespace(config=config, report=False)
-        module.main([])
-
+def run_in_process(name: str, config_file: Path, **fields) -> None:
+    """Run a script's main in this process, with changes of the configuration as for `options`."""
+    config = load_module(config_file).get_config()
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in fields.items()})
+    module = load_module(ROOT / "scripts" / name)
+    module.FLAGS = SimpleNamespace(config=config, report=False)
     threads = torch.get_num_threads()
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    yield run
-    torch.set_num_threads(threads)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ACCELERATE_USE_CPU", "true")
+            patch.setenv("HF_HUB_OFFLINE", "1")
+            module.main([])
+    finally:
+        torch.set_num_threads(threads)
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+
+@pytest.fixture
+def run_main():
+    """Function (script, config file, fields): `run_in_process`."""
+    return run_in_process
 
 
 @pytest.fixture(scope="session")

@@ -75,14 +75,11 @@ def test_log_prob_is_mean_normal_density(prediction_type, eta):
 
 def test_mean_and_std_are_those_of_the_draws():
     scheduler = make_scheduler()
-    output, sample = (tensor.expand(20_000, -1, -1, -1) for tensor in random_batch(1))
-    output, sample = output[:, :1, :1, :2], sample[:, :1, :1, :2]
+    output, sample = (tensor[:, :1, :1, :2].expand(20_000, -1, -1, -1) for tensor in random_batch(1))
     mean, std = ddim_mean_std(scheduler, output, 501, sample, 1.0)
-    assert mean.shape == sample.shape
-    assert std.shape == (1, 1, 1, 1)
+    assert mean.shape == sample.shape and std.shape == (1, 1, 1, 1)
     drawn, _ = ddim_step_with_logprob(scheduler, output, 501, sample, 1.0, generator=seeded(0))
-    standard_error = std.item() / math.sqrt(20_000)
-    torch.testing.assert_close(drawn.mean(0), mean[0], rtol=0, atol=4 * standard_error)
+    torch.testing.assert_close(drawn.mean(0), mean[0], rtol=0, atol=4 * std.item() / math.sqrt(20_000))
     torch.testing.assert_close(drawn.std(0), std[0].expand(1, 1, 2), rtol=0.03, atol=0)
 
 
@@ -96,25 +93,21 @@ def test_timestep_forms_agree():
         assert torch.equal(log_prob, results[0][1])
 
 
-@pytest.mark.parametrize("set_alpha_to_one", [True, False])
-def test_last_step_is_finite(set_alpha_to_one):
-    scheduler = make_scheduler(set_alpha_to_one=set_alpha_to_one)
+@pytest.mark.parametrize(
+    ("changes", "timestep"),
+    [
+        ({"set_alpha_to_one": True}, 1),
+        ({"set_alpha_to_one": False}, 1),
+        # zero terminal signal-to-noise ratio
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, 999),
+    ],
+)
+def test_first_and_last_step_are_finite(changes, timestep):
+    scheduler = make_scheduler(**changes)
     output, sample = random_batch(2)
-    assert scheduler.timesteps[-1] == 1
-    previous, log_prob = ddim_step_with_logprob(scheduler, output, 1, sample, 1.0, generator=seeded(0))
-    assert torch.isfinite(previous).all()
-    assert torch.isfinite(log_prob).all()
-    check_schedule(scheduler, 1.0)
-
-
-def test_zero_terminal_snr_is_finite():
-    scheduler = make_scheduler(
-        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
-    )
-    output, sample = random_batch(2)
-    previous, log_prob = ddim_step_with_logprob(scheduler, output, 999, sample, 1.0, generator=seeded(0))
-    assert torch.isfinite(previous).all()
-    assert torch.isfinite(log_prob).all()
+    assert timestep in scheduler.timesteps[[0, -1]]
+    previous, log_prob = ddim_step_with_logprob(scheduler, output, timestep, sample, 1.0, generator=seeded(0))
+    assert torch.isfinite(previous).all() and torch.isfinite(log_prob).all()
     check_schedule(scheduler, 1.0)
 
 
@@ -157,27 +150,21 @@ def test_scoring_has_a_gradient_through_the_model_only():
     assert previous.grad is None
 
 
-def test_eta_guards():
-    scheduler = make_scheduler()
-    output, sample = random_batch(2)
-    for bad in (-0.1, math.nan):
-        with pytest.raises(ValueError, match="eta"):
-            ddim_step_with_logprob(scheduler, output, 501, sample, bad)
-    with pytest.raises(ValueError, match="eta is 0"):
-        ddim_step_with_logprob(scheduler, output, 501, sample, 0.0, prev_sample=sample)
-    _, log_prob = ddim_step_with_logprob(scheduler, output, 501, sample, 0.0)
-    assert log_prob is None
-
-
 def test_contradictory_arguments_are_refused():
     scheduler = make_scheduler()
     output, sample = random_batch(2)
-    with pytest.raises(ValueError, match="not both"):
-        ddim_step_with_logprob(scheduler, output, 501, sample, 1.0, generator=seeded(0), prev_sample=sample)
-    with pytest.raises(ValueError, match="1 generators for a batch of 2"):
-        ddim_step_with_logprob(scheduler, output, 501, sample, 1.0, generator=[seeded(0)])
+    for eta, options, message in (
+        (-0.1, {}, "eta is -0.1"),
+        (math.nan, {}, "eta is nan"),
+        (0.0, {"prev_sample": sample}, "eta is 0"),
+        (1.0, {"prev_sample": sample, "generator": seeded(0)}, "not both"),
+        (1.0, {"generator": [seeded(0)]}, "1 generators for a batch of 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ddim_step_with_logprob(scheduler, output, 501, sample, eta, **options)
     with pytest.raises(ValueError, match="set_timesteps"):
         ddim_step_with_logprob(DDIMScheduler(), output, 501, sample, 1.0)
+    assert ddim_step_with_logprob(scheduler, output, 501, sample, 0.0)[1] is None
 
 
 def test_check_schedule_refuses_what_cannot_be_trained():

@@ -21,8 +21,7 @@ import torch
 from conftest import ROOT, run_script
 from script_tools import load_module
 from test_classifier import published_file
-from test_lora_files import legacy
-from tiny_unet import random_weights
+from tiny_unet import legacy, random_weights
 
 from ddpo_pytorch.utils.errors import UserError
 

@@ -1,4 +1,4 @@
-"""Every command that writes a folder has it to itself, and removes what a killed one left half-written there."""
+"""Every command locks the folder it writes, and removes the partial files of a killed one."""
 
 import pytest
 from conftest import run_script
@@ -11,6 +11,7 @@ pytest_plugins = ["script_tools"]
 CONFIGURED = {
     "train_sd.py": {"sd__stage": "vae"},
     "extract_dataset_latents.py": {},
+    "eval.py": {},
     "generate.py": {},
     "train_rlhf.py": {"rlhf__ratings": "no.csv"},
     "metric.py": {"metric__fake_path": "samples"},

@@ -64,3 +64,18 @@ def randomize(unet: nn.Module) -> None:
     with torch.no_grad():
         for parameter in lora_parameters(unet):
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+def split(key: str) -> list[str]:
+    """<module>.<half> -> module, "down" or "up"."""
+    return key.rsplit(".", 1)
+
+
+def legacy(weights: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
+    """Names of diffusers < 0.22, as in the published checkpoint."""
+    renamed = {}
+    for key, value in weights.items():
+        module, half = split(key)
+        attention, projection = module.replace(".to_out.0", ".to_out").rsplit(".", 1)
+        renamed[f"{prefix}{attention}.processor.{projection}_lora.{half}.weight"] = value
+    return renamed

@@ -1,4 +1,4 @@
-"""Stage (i)'s losses against their formulas, and random numbers that do not depend on who draws them."""
+"""Stage (i)'s losses against their formulas, and random numbers that do not depend on the number of processes."""
 
 import itertools
 
