@@ -199,7 +199,7 @@ def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler:
         )
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
-        progress, state = _read_progress(folder), read_pickle(folder / STATE_FILE)
+        state, progress = read_pickle(folder / STATE_FILE), _read_progress(folder)
         if has_lora(unet):
             load_lora(unet, folder)
         else:
