@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
-from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import LogProbGradients, pipeline_with_logprob
+from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import LogProbGradients, Sampling, pipeline_with_logprob
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings
 from ddpo_pytorch.prompts import draw_prompt
-from ddpo_pytorch.sampling import Sampling
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import Stream, derived_seed
 

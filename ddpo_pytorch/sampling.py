@@ -11,17 +11,15 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
-from ml_collections import ConfigDict
 
 from ddpo_pytorch.data.images import load_pixels, save_image, to_uint8
 from ddpo_pytorch.data.sample_folder import PartLog, folder_name
-from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
+from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling, pipeline_with_logprob
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, latent_shape, set_schedule
 from ddpo_pytorch.prompts import check_prompt
 from ddpo_pytorch.utils.errors import UserError
@@ -65,20 +63,6 @@ def plan(prompts: Sequence[tuple[str, dict[str, Any]]], count: int, seed: int, i
             noise_seed = derived_seed(seed, Stream.EVALUATION, number, index)
             jobs.append(Job(prompt, metadata, noise_seed, f"images/{folder}/{index:05d}.{image_format}"))
     return jobs
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Settings of sampling."""
-
-    num_steps: int
-    guidance_scale: float
-    eta: float
-
-    @classmethod
-    def of(cls, sample: ConfigDict) -> "Sampling":
-        """Return those of `config.sample`."""
-        return cls(sample.num_steps, sample.guidance_scale, sample.eta)
 
 
 def draw_images(

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
+from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator.lora import disabled_lora
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, guided_noise_prediction
 from ddpo_pytorch.ppo import averages, ppo_loss, step_kl
@@ -35,7 +36,6 @@ from ddpo_pytorch.rollout import (
     timestep_order,
     update_order,
 )
-from ddpo_pytorch.sampling import Sampling
 from ddpo_pytorch.stat_tracking import compute_advantages, reward_statistics
 from ddpo_pytorch.training.estimate import epoch_time
 from ddpo_pytorch.training.health import HealthCheck, check_groups

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from ddpo_pytorch.data.datasets import source
 from ddpo_pytorch.data.image_cache import decoded
 from ddpo_pytorch.data.images import image_grid, save_picture
+from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.generator.conditioning import save_model, unet_metadata, with_bert
 from ddpo_pytorch.generator.finetune_data import (
@@ -48,7 +49,7 @@ from ddpo_pytorch.generator.latents import LatentShards
 from ddpo_pytorch.generator.lora import add_lora, has_lora, merged_state_dict, save_lora
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
 from ddpo_pytorch.generator.text import check_tokens, has_mask
-from ddpo_pytorch.sampling import SAMPLING, Sampling
+from ddpo_pytorch.sampling import SAMPLING
 from ddpo_pytorch.training.optimizer import make_adamw
 from ddpo_pytorch.training.sample_grid import save_grid
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config

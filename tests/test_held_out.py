@@ -12,10 +12,10 @@ from rl_tools import PROMPTS, as_flags, weights
 from script_tools import succeed
 
 from ddpo_pytorch.data.isic import labels_of
+from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
 from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.rewards import isic_classifier_reward
-from ddpo_pytorch.sampling import Sampling
 from ddpo_pytorch.training.checkpoints import find_weights
 from ddpo_pytorch.training.held_out import Evaluation, HeldOut
 from ddpo_pytorch.utils.errors import UserError

@@ -4,6 +4,7 @@ import pytest
 import torch
 from ml_collections import ConfigDict
 
+from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
 from ddpo_pytorch.prompts import get_prompt_fn
 from ddpo_pytorch.rollout import (
@@ -14,7 +15,6 @@ from ddpo_pytorch.rollout import (
     timestep_order,
     update_order,
 )
-from ddpo_pytorch.sampling import Sampling
 from ddpo_pytorch.training.run_state import RewardPlateau
 from ddpo_pytorch.training.setup import batch_sizes
 from ddpo_pytorch.utils.errors import UserError

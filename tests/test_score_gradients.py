@@ -8,10 +8,10 @@ from accelerate import Accelerator
 from conftest import ROOT
 from script_tools import load_module
 
+from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator.lora import ATTENTION, add_lora, lora_parameters
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
 from ddpo_pytorch.rollout import sample_trajectories
-from ddpo_pytorch.sampling import Sampling
 from ddpo_pytorch.training.rollout_gradients import RolloutGradients, rollout_gradients
 from ddpo_pytorch.training.setup import batch_sizes, load_policy
 from ddpo_pytorch.utils.errors import UserError

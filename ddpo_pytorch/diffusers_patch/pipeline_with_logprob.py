@@ -1,15 +1,31 @@
 """Text to image, as in diffusers, with the denoising trajectory and the log-probability of each step."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
+from ml_collections import ConfigDict
 
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import Generators, ddim_step_with_logprob
 from ddpo_pytorch.generator.pipeline import decode_latents, encode_prompts, guided_noise_prediction, latent_shape
 
 OUTPUT_TYPES = ("pt", "np", "pil", "latent")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of sampling."""
+
+    num_steps: int
+    guidance_scale: float
+    eta: float
+
+    @classmethod
+    def of(cls, sample: ConfigDict) -> "Sampling":
+        """Return those of `config.sample`."""
+        return cls(sample.num_steps, sample.guidance_scale, sample.eta)
 
 
 class LogProbGradients(Protocol):

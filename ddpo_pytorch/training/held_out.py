@@ -15,12 +15,13 @@ from diffusers import StableDiffusionPipeline
 
 from ddpo_pytorch.data.images import to_uint8
 from ddpo_pytorch.data.isic import ARTIFACTS, labels_of
+from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier
 from ddpo_pytorch.metrics.alignment import aligned_images, apr_by_prompt
 from ddpo_pytorch.prompts import Prompt
 from ddpo_pytorch.rewards import RewardFn, as_reward
-from ddpo_pytorch.sampling import Sampling, draw_images
+from ddpo_pytorch.sampling import draw_images
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.randomness import Stream, generator_of

@@ -10,8 +10,9 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from ddpo_pytorch.data.images import image_grid, save_picture
+from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings
-from ddpo_pytorch.sampling import Sampling, draw_images
+from ddpo_pytorch.sampling import draw_images
 from ddpo_pytorch.utils.randomness import Stream, generator_of
 
 COLUMNS = 8

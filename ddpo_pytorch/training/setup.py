@@ -10,13 +10,13 @@ from diffusers import StableDiffusionPipeline
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import check_schedule
+from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator.cpu_kernels import fuse_lora, run_batch_on_all_cores
 from ddpo_pytorch.generator.lora import adapter_fingerprint, add_lora
 from ddpo_pytorch.generator.pipeline import load_pipeline, set_schedule
 from ddpo_pytorch.prompts import PROMPT_LISTS, Prompt, all_prompts, get_prompt_fn
 from ddpo_pytorch.rewards import Reward, build_reward, check_prompts, parse_spec
 from ddpo_pytorch.rollout import draw_prompts
-from ddpo_pytorch.sampling import Sampling
 from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.training.held_out import HeldOut, load_judge
 from ddpo_pytorch.training.run_folder import parse_trackers
