@@ -24,6 +24,7 @@ from ddpo_pytorch.data.sample_folder import claim_folder
 from ddpo_pytorch.generator.finetune_data import REAL_SHARE
 from ddpo_pytorch.rlhf.rounds import Rounds, collapse, log_entry, read_history, round_settings, rounds_table
 from ddpo_pytorch.sampling import SAMPLING
+from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.training.setup import batch_sizes, check_training
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.errors import UserError
@@ -88,7 +89,7 @@ def main(_) -> None:
     check_settings(config)
     improve, output = config.improve, Path(config.improve.output)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rounds = Rounds(config, device, Path(__file__).parent, FLAGS.launch, own_options())
+    rounds = Rounds(config, device, Path(__file__).parent, FLAGS.launch, own_options(), load_weights)
     with locked(output):
         claim_folder(output, round_settings(config), {"model": config.pretrained.model})
         log = JsonLines(output / LOG, keep=improve.rounds + 1, counter="round")

@@ -9,7 +9,7 @@ import math
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from ml_collections import ConfigDict
+from torch import nn
 
 from ddpo_pytorch.data import fundus
 from ddpo_pytorch.data.images import image_grid, load_pixels, save_picture, to_uint8
@@ -29,7 +30,6 @@ from ddpo_pytorch.judges.selector import Selector
 from ddpo_pytorch.metrics.kernel import kernel_distance
 from ddpo_pytorch.metrics.ssim import ms_ssim
 from ddpo_pytorch.sampling import Sampler
-from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.utils.distributed import DTYPES
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_folder, sha256
@@ -77,9 +77,19 @@ class Rounds:
         scripts: folder of the scripts.
         launch: command that starts the scripts of a round, e.g. "accelerate launch"; "": this Python.
         options: the command line's own options, which every script gets, too.
+        load_weights: loads the outcome of a training, given as file or run folder, into a UNet.
     """
 
-    def __init__(self, config: ConfigDict, device: torch.device, scripts: Path, launch: str, options: Sequence[str]):
+    def __init__(
+        self,
+        config: ConfigDict,
+        device: torch.device,
+        scripts: Path,
+        launch: str,
+        options: Sequence[str],
+        load_weights: Callable[[nn.Module, Path], Any],
+    ):
+        self.load_weights = load_weights
         self.config, self.improve, self.device = config, config.improve, device
         self.scripts, self.launch, self.options = scripts, shlex.split(launch) or [sys.executable], options
         self.output = Path(self.improve.output)
@@ -103,8 +113,18 @@ class Rounds:
             outcome = self.model(number) if place == len(methods) else self.folder(number) / f"model_{place - 1}"
             if not (outcome / "model_index.json").is_file():
                 weights = (self._finetune if method == "finetune" else self._ddpo)(number, model)
-                save_merged(model, weights, outcome)
+                self._save_merged(model, weights, outcome)
             model = outcome
+
+    def _save_merged(self, model: Path, weights: Path, outcome: Path) -> None:
+        """Save `model` with other UNet weights, or with adapters merged into its UNet, as a folder of its own."""
+        pipe = load_pipeline(str(model))
+        self.load_weights(pipe.unet, weights)
+        merged = merged_state_dict(pipe.unet)
+        pipe = load_pipeline(str(model))
+        pipe.unet.load_state_dict(merged)
+        with atomic_folder(outcome) as temporary:
+            save_model(pipe, temporary)
 
     def measure(self, number: int) -> RoundMetrics:
         """Draw images of the fixed noise with the model after round `number`, save a grid, and assess them."""
@@ -297,17 +317,6 @@ def read_history(path: Path) -> list[RoundMetrics]:
 def log_entry(number: int, metrics: RoundMetrics) -> dict[str, Any]:
     """Return a round's line of rounds.jsonl."""
     return {"round": number} | asdict(metrics)
-
-
-def save_merged(model: Path, weights: Path, outcome: Path) -> None:
-    """Save `model` with other UNet weights, or with adapters merged into its UNet, as a folder of its own."""
-    pipe = load_pipeline(str(model))
-    load_weights(pipe.unet, weights)
-    merged = merged_state_dict(pipe.unet)
-    pipe = load_pipeline(str(model))
-    pipe.unet.load_state_dict(merged)
-    with atomic_folder(outcome) as temporary:
-        save_model(pipe, temporary)
 
 
 def round_settings(config: ConfigDict) -> dict[str, Any]:
