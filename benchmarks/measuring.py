@@ -1,4 +1,4 @@
-"""What metric.py costs as folders grow: memory, images a second, and what the cache of features saves.
+"""Measure what metric.py costs as folders grow: memory, images per second, and the savings of its feature cache.
 
     python benchmarks/measuring.py --count 2000
 

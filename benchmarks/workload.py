@@ -1,4 +1,4 @@
-"""What benchmarks/training.py measures: models of three sizes, their settings and arithmetic, and train.py on them."""
+"""Workloads of benchmarks/training.py: models of three sizes, their settings and arithmetic, and train.py on them."""
 
 import argparse
 import ast
@@ -214,7 +214,7 @@ def count_work(side: Any) -> dict[str, int]:
 
 
 def apart(function: Callable, *arguments: object) -> Any:
-    """What the function returns, from a process of its own, forked before torch has started threads or a GPU."""
+    """Return the result of `function` from a forked process, before torch has started threads or a GPU."""
     with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
         return pool.submit(function, *arguments).result()
 

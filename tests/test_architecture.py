@@ -1,6 +1,7 @@
 """The layout of the package: imports point down its floors, few modules at the root, no module imports a script."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,3 +64,10 @@ def test_rooms_of_one_floor_do_not_import_each_other_in_a_circle():
         for name in leaves:
             del arrows[name]
     assert arrows == {}
+
+
+def test_the_files_that_ci_names_exist():
+    """`.ci/run` runs some of them a second time, after the whole suite."""
+    groups = re.findall(r"tests/test_\{([\w,]+)\}\.py", (ROOT / ".ci" / "run").read_text())
+    names = [name for group in groups for name in group.split(",")]
+    assert len(names) > 10 and [name for name in names if not (ROOT / "tests" / f"test_{name}.py").is_file()] == []
