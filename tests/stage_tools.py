@@ -25,7 +25,7 @@ def base(world, tmp_path_factory):
 
 
 @pytest.fixture
-def train(run_main, config_file, base):
+def train_stage(run_main, config_file, base):
     """Function (output, fields): train_sd.py's main in this process; returns its log entries."""
 
     def run(output, **fields):

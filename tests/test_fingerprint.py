@@ -231,7 +231,7 @@ def test_training_resumes_with_other_files_where_the_settings_say_so(rl, own_mod
 
 
 @pytest.mark.slow
-def test_stage_one_does_not_resume_on_another_base(own_model, train, tmp_path, monkeypatch):
+def test_stage_one_does_not_resume_on_another_base(own_model, train_stage, tmp_path, monkeypatch):
     snapshot = Training.snapshot
 
     def stop(self, step):
@@ -243,7 +243,7 @@ def test_stage_one_does_not_resume_on_another_base(own_model, train, tmp_path, m
     fields |= {"sd__val_csv": "", "sd__limit": 8}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Training, "snapshot", stop)
-        train(tmp_path / "out", **fields)
+        train_stage(tmp_path / "out", **fields)
     for change, what in (
         ("unet", "initial weights"),
         ("text encoder", "captions"),
@@ -253,6 +253,6 @@ def test_stage_one_does_not_resume_on_another_base(own_model, train, tmp_path, m
         ("schedule", "model.scheduler"),
     ):
         with replaced(own_model, CHANGES[change][1]), pytest.raises(UserError, match=what):
-            train(tmp_path / "out", **fields)
-    train(tmp_path / "out", **fields)
+            train_stage(tmp_path / "out", **fields)
+    train_stage(tmp_path / "out", **fields)
     assert (tmp_path / "out" / "pretrained_unet.safetensors").is_file()

@@ -70,9 +70,9 @@ def test_evaluation(run_main, config_file, tmp_path, share):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.05, 0.6])
-def test_stage_one(train, tmp_path, share):
+def test_stage_one(train_stage, tmp_path, share):
     def run(out):
-        train(out, sd__stage="vae", sd__save_every=1, sd__grid_every=2, sd__cache_dir=str(out / "cache"))
+        train_stage(out, sd__stage="vae", sd__save_every=1, sd__grid_every=2, sd__cache_dir=str(out / "cache"))
         for path in (*out.glob("*.jsonl"), *(out / "cache").glob("*")):  # times; a cache that may do without
             path.unlink()
 

@@ -237,5 +237,5 @@ def test_a_function_without_a_list_is_known(monkeypatch):
 
 
 def test_a_function_that_is_defined_but_not_entered_is_told_apart():
-    with pytest.raises(UserError, match="'read_prompts' is unknown.*enter the function"):
+    with pytest.raises(UserError, match="'read_prompts' is unknown.*add the function"):
         get_prompt_fn("read_prompts")

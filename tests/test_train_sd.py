@@ -38,7 +38,7 @@ def bert_model(base, model, config_file, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_model_from_scratch(model, train):
+def test_a_model_from_scratch(model, train_stage):
     for stage in ("vae", "unet"):
         log = entries(model / f"{stage}.jsonl")
         steps = [entry["step"] for entry in log if "loss" in entry]
@@ -52,7 +52,7 @@ def test_a_model_from_scratch(model, train):
     scaled = torch.stack([latents[index][0] for index in range(48)]).float() * pipe.vae.config.scaling_factor
     assert 0.7 < scaled.std() < 1.4
     with pytest.raises(UserError, match="pretrained_unet.safetensors' exists already"):
-        train(model, sd__stage="unet")
+        train_stage(model, sd__stage="unet")
 
 
 def test_the_tokenizer_is_always_the_same_and_loses_nothing():
@@ -66,9 +66,9 @@ def test_the_tokenizer_is_always_the_same_and_loses_nothing():
 
 
 @pytest.mark.slow
-def test_lora_is_saved_with_the_merged_unet(model, train, tmp_path):
+def test_lora_is_saved_with_the_merged_unet(model, train_stage, tmp_path):
     fields = {"pretrained__model": str(model), "sd__use_lora": True, "sd__lora_rank": 2, "sd__learning_rate": 0.1}
-    train(tmp_path, **fields)
+    train_stage(tmp_path, **fields)
     pipe, merged = load_pipeline(model), load_pipeline(model, unet_path=tmp_path / "pretrained_unet.safetensors")
     latents, timesteps, embeds = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 77, 16)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_lora_is_saved_with_the_merged_unet(model, train, tmp_path):
     assert (adapted - plain).abs().max() > 1e-3
 
     # a frozen UNet in half precision, merged in float32
-    train(tmp_path / "bf16", **fields, mixed_precision="bf16", sd__grid_every=4)
+    train_stage(tmp_path / "bf16", **fields, mixed_precision="bf16", sd__grid_every=4)
     assert (tmp_path / "bf16" / "finetune_000004.png").is_file()
     before = load_pipeline(model, dtype=torch.bfloat16).unet.state_dict()
     adapters = load_file(tmp_path / "bf16" / "pytorch_lora_weights.safetensors")
@@ -92,11 +92,11 @@ def test_lora_is_saved_with_the_merged_unet(model, train, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_option_changes_what_it_should(model, train, tmp_path):
+def test_every_option_changes_what_it_should(model, train_stage, tmp_path):
     start = {"pretrained__model": str(model)}
-    usual = train(tmp_path / "usual", **start)
+    usual = train_stage(tmp_path / "usual", **start)
     weights = unet_of(tmp_path / "usual")
-    train(tmp_path / "checkpointing", **start, sd__gradient_checkpointing=True)
+    train_stage(tmp_path / "checkpointing", **start, sd__gradient_checkpointing=True)
     assert_same_training(weights, unet_of(tmp_path / "checkpointing"))
 
     changes = {
@@ -108,7 +108,7 @@ def test_every_option_changes_what_it_should(model, train, tmp_path):
         "limit": {"sd__limit": 16, "sd__val_images": 3},
         "constant": {"sd__val_csv": "", "sd__lr_schedule": "constant", "sd__warmup_steps": 2},
     }
-    logs = {name: train(tmp_path / name, **start, **fields) for name, fields in changes.items()}
+    logs = {name: train_stage(tmp_path / name, **start, **fields) for name, fields in changes.items()}
     for name, log in logs.items():
         assert any("val_loss" in entry for entry in log) == (name != "constant")
         assert not all(value.equal(weights[key]) for key, value in unet_of(tmp_path / name).items()), name
@@ -121,22 +121,22 @@ def test_every_option_changes_what_it_should(model, train, tmp_path):
 
 
 @pytest.mark.slow
-def test_extracted_latents_take_the_place_of_images(model, world, train, run_main, config_file, tmp_path):
+def test_extracted_latents_take_the_place_of_images(model, world, train_stage, run_main, config_file, tmp_path):
     start = {"pretrained__model": str(model)}
     fields = start | {"dataset__data_path": str(world / "images"), "dataset__image_size": 32}
     for name in ("train", "val"):
         fields |= {"dataset__csv": str(world / SPLIT.format(name)), "logdir": str(tmp_path / f"{name}_samples")}
         run_main("extract_dataset_latents.py", config_file, **fields)
     latents, val = (str(tmp_path / f"{name}_samples" / "latents") for name in ("train", "val"))
-    train(tmp_path / "images", **start)
-    train(tmp_path / "latents", **start, sd__latents=latents, sd__csv="", sd__data_path="", sd__val_csv="",
+    train_stage(tmp_path / "images", **start)
+    train_stage(tmp_path / "latents", **start, sd__latents=latents, sd__csv="", sd__data_path="", sd__val_csv="",
           sd__val_latents=val)  # fmt: skip
     assert not (tmp_path / "latents" / "latents").exists()
     assert_equal(unet_of(tmp_path / "latents"), unet_of(tmp_path / "images"), **EXACT)
 
     def refused(message, **other):
         with pytest.raises(UserError, match=message):
-            train(tmp_path / "y", **start, sd__latents=latents, **other)
+            train_stage(tmp_path / "y", **start, sd__latents=latents, **other)
 
     refused("share images", sd__val_latents=latents)
     refused("image_size=32, .* 64", sd__image_size=64)
@@ -168,17 +168,17 @@ def test_extracted_latents_take_the_place_of_images(model, world, train, run_mai
         ({"sd__use_8bit_adam": True, "sd__stage": "vae"}, "use_8bit_adam=True needs bitsandbytes"),
     ],
 )
-def test_bad_input(fields, message, train, base, tiny_pipeline_dir, tmp_path):
+def test_bad_input(fields, message, train_stage, base, tiny_pipeline_dir, tmp_path):
     fields = {key: base["sd__csv"] if value == "TRAIN" else value for key, value in fields.items()}
     with pytest.raises(UserError, match=message):
-        train(tmp_path / "x", **{"pretrained__model": str(tiny_pipeline_dir)} | fields)
+        train_stage(tmp_path / "x", **{"pretrained__model": str(tiny_pipeline_dir)} | fields)
     assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.safetensors"))
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops(model, train, tmp_path):
+def test_a_loss_that_is_not_finite_stops(model, train_stage, tmp_path):
     with pytest.raises(UserError, match="the loss is (nan|inf) at step .* sd.learning_rate"):
-        train(tmp_path, pretrained__model=str(model), sd__learning_rate=1e30, sd__num_steps=20)
+        train_stage(tmp_path, pretrained__model=str(model), sd__learning_rate=1e30, sd__num_steps=20)
     assert not (tmp_path / "pretrained_unet.safetensors").exists()
 
 
@@ -197,16 +197,16 @@ def test_a_model_with_bert_opens_like_any_other(bert_model, run_main, config_fil
 
 
 @pytest.mark.slow
-def test_bert_takes_clips_place_frozen_or_slowly_trained(model, bert_model, train, tmp_path):
+def test_bert_takes_clips_place_frozen_or_slowly_trained(model, bert_model, train_stage, tmp_path):
     start = {"pretrained__model": str(model), "sd__bert": str(bert_model), "sd__text_encoder": "bert"}
     start |= {"sd__text_tokens": 16, "sd__ema_decay": 0.0, "sd__caption_dropout": 0.0, "sd__warmup_steps": 0}
-    train(tmp_path / "frozen", **start)
+    train_stage(tmp_path / "frozen", **start)
     assert_equal(weights_of(bert_model, "text_encoder"), weights_of(tmp_path / "frozen", "text_encoder"), **EXACT)
     assert load_pipeline(tmp_path / "frozen").tokenizer.model_max_length == 16
     # Adam's first step is as long as its learning rate: a tenth of the UNet's for the text encoder
     for rate in (1e-3, 1e-4):
         folder = tmp_path / f"trained-{rate}"
-        train(folder, **start, sd__train_text_encoder=True, sd__num_steps=1, sd__learning_rate=rate)
+        train_stage(folder, **start, sd__train_text_encoder=True, sd__num_steps=1, sd__learning_rate=rate)
         load_pipeline(folder)
         for part, source, step in (("unet", model, rate), ("text_encoder", bert_model, rate / 10)):
             old, new = weights_of(source, part), weights_of(folder, part)
@@ -228,10 +228,10 @@ def pool(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_pool_is_mixed_with_real_images(model, pool, train, tmp_path):
+def test_a_pool_is_mixed_with_real_images(model, pool, train_stage, tmp_path):
     start = {"pretrained__model": str(model), "sd__val_csv": "", "sd__num_steps": 2}
-    log = train(tmp_path / "mixed", **start, sd__pool=str(pool))
-    train(tmp_path / "plain", **start)
+    log = train_stage(tmp_path / "mixed", **start, sd__pool=str(pool))
+    train_stage(tmp_path / "plain", **start)
     pool_latents = LatentShards(tmp_path / "mixed" / "latents" / "pool")
     assert len(pool_latents) == 4 and pool_latents.captions == sorted(CAPTIONS[:2])
     mixed, plain = unet_of(tmp_path / "mixed"), unet_of(tmp_path / "plain")
@@ -253,28 +253,28 @@ def test_a_pool_is_mixed_with_real_images(model, pool, train, tmp_path):
             MixedLatents(real, pool_latents, scores, share)
     write_log(tmp_path / "none", [entry | {"passed": False} for entry in read_log(pool)])
     with pytest.raises(UserError, match="no image that the Selector passed"):
-        train(tmp_path / "out", **start, sd__pool=str(tmp_path / "none"))
+        train_stage(tmp_path / "out", **start, sd__pool=str(tmp_path / "none"))
 
 
-def test_ambiguous_fundus_images_are_named(tiny_pipeline_dir, train, tmp_path):
+def test_ambiguous_fundus_images_are_named(tiny_pipeline_dir, train_stage, tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGBA", (32, 32), (90, 0, 0, 128)).save(tmp_path / "images" / "glass.png")
     (tmp_path / "t.csv").write_text("path,Text,modality\nimages/glass.png,drusen,Fundus\n")
     fields = {"pretrained__model": str(tiny_pipeline_dir), "sd__kind": "fundus", "sd__csv": str(tmp_path / "t.csv")}
     with pytest.raises(UserError, match="glass.png"):
-        train(tmp_path / "out", **fields, sd__val_csv="", sd__data_path=str(tmp_path))
+        train_stage(tmp_path / "out", **fields, sd__val_csv="", sd__data_path=str(tmp_path))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["vae", "unet", "finetune"])
-def test_a_stopped_training_resumes_to_the_same_end(stage, model, base, train, tmp_path, monkeypatch):
+def test_a_stopped_training_resumes_to_the_same_end(stage, model, base, train_stage, tmp_path, monkeypatch):
     fields = {"sd__stage": stage, "sd__num_steps": 5, "sd__save_every": 2, "sd__gradient_accumulation_steps": 2}
     fields["pretrained__model"] = str(model)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     if stage == "unet":
         for folder in (whole, stopped):
             shutil.copytree(model / "vae", folder / "vae")
-    expected = train(whole, **fields)
+    expected = train_stage(whole, **fields)
     snapshot = Training.snapshot
 
     def stop(self, step):
@@ -284,14 +284,14 @@ def test_a_stopped_training_resumes_to_the_same_end(stage, model, base, train, t
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Training, "snapshot", stop)
-        train(stopped, **fields)
+        train_stage(stopped, **fields)
     assert len(entries(stopped / f"{stage}.jsonl")) > 4  # steps 3 and 4 will be repeated
     with pytest.raises(UserError, match="sd.learning_rate=0.001, now it is 0.1"):
-        train(stopped, **fields, sd__learning_rate=0.1)
+        train_stage(stopped, **fields, sd__learning_rate=0.1)
     if stage == "vae":
         with pytest.raises(UserError, match="with images="):
-            train(stopped, **fields, sd__csv=base["sd__val_csv"], sd__val_csv="")
-    log = train(stopped, **fields)
+            train_stage(stopped, **fields, sd__csv=base["sd__val_csv"], sd__val_csv="")
+    log = train_stage(stopped, **fields)
     for key in ("step", "loss", "val_loss"):
         assert [entry.get(key) for entry in log] == [entry.get(key) for entry in expected]
     names = ["vae/diffusion_pytorch_model.safetensors"] if stage == "vae" else ["pretrained_unet.safetensors"]
@@ -305,7 +305,7 @@ def test_a_stopped_training_resumes_to_the_same_end(stage, model, base, train, t
 @pytest.mark.parametrize(
     "change", [b"torn", {"step": "1"}, {"parameters": []}, {"optimizer": []}, {"average": 3}], ids=str
 )
-def test_a_damaged_state_is_refused(train, tmp_path, monkeypatch, change):
+def test_a_damaged_state_is_refused(train_stage, tmp_path, monkeypatch, change):
     def stop(path, state, belongs_to):
         save_state(path, dict(state) | change, belongs_to)
         raise KeyboardInterrupt
@@ -316,17 +316,17 @@ def test_a_damaged_state_is_refused(train, tmp_path, monkeypatch, change):
     else:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr("ddpo_pytorch.utils.training_state.save_state", stop)
-            train(tmp_path, **fields)
+            train_stage(tmp_path, **fields)
     with pytest.raises(UserError, match="vae_state.pt'") as caught:
-        train(tmp_path, **fields)
+        train_stage(tmp_path, **fields)
     assert "\n" not in str(caught.value)
 
 
-def test_a_state_left_by_a_kill_after_the_end_is_removed(train, tmp_path):
+def test_a_state_left_by_a_kill_after_the_end_is_removed(train_stage, tmp_path):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae_state.pt").write_bytes(b"state")
     with pytest.raises(UserError, match="vae' exists already"):
-        train(tmp_path, sd__stage="vae")
+        train_stage(tmp_path, sd__stage="vae")
     assert [path.name for path in tmp_path.iterdir()] == ["vae"]
 
 
@@ -363,9 +363,9 @@ def test_only_settings_that_the_result_depends_on_are_compared(stage):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(model, train, base, config_file, tmp_path):
+def test_two_processes_equal_one(model, train_stage, base, config_file, tmp_path):
     fields = {"pretrained__model": str(model), "sd__gradient_accumulation_steps": 2}
-    one = train(tmp_path / "one", **fields)
+    one = train_stage(tmp_path / "one", **fields)
     fields = base | fields | {"sd__output": tmp_path / "two", "sd__batch_size": 4}
     succeed("train_sd.py", *options(config_file, **fields), processes=2)
     for first, second in zip(one, entries(tmp_path / "two" / "finetune.jsonl"), strict=True):
