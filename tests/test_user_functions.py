@@ -95,14 +95,14 @@ def test_a_constant_reward_and_prompts_that_are_alone_are_warned_of(train, monke
 
 def test_functions_of_a_module_need_no_entry(train, tmp_path, monkeypatch):
     """`module:function` is found from the current folder, and its keyword arguments go by the function's name."""
-    (tmp_path / "my_module.py").write_text(
+    (tmp_path / "my_functions.py").write_text(
         "def cats():\n    return 'a cat', {}\n\n"
         "def shade(scale=1.0):\n    return lambda images, prompts, metadata: ([scale * i.mean() for i in images], {})\n"
     )
     monkeypatch.chdir(tmp_path)
-    own = {"prompt_fn": "my_module:cats", "reward_fn": "my_module:shade:2,jpeg_compressibility:0"}
+    own = {"prompt_fn": "my_functions:cats", "reward_fn": "my_functions:shade:2,jpeg_compressibility:0"}
     _, (entry,) = train(num_epochs=1, **own | {"reward_fn_kwargs.shade.scale": 3.0})
     assert entry["reward_mean"] == pytest.approx(2 * entry["reward_shade_mean"]) and entry["reward_mean"] > 2
-    for field, path in (("prompt_fn", "my_module:dogs"), ("reward_fn", "no_module:shade")):
+    for field, path in (("prompt_fn", "my_functions:dogs"), ("reward_fn", "no_module:shade")):
         with pytest.raises(UserError, match=f"{field}: '{path}'"):
             train(num_epochs=1, run_name="other", **own | {field: path})
