@@ -22,67 +22,55 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     config = Configuration()
 
     ###### General ######
-    # root of everything read and written; the other paths are derived from it, so overriding it moves them all.
-    # Paths are relative to the current folder; "~" is the home folder; an empty output path is refused.
+    # root of everything read and written, from which the other paths are derived. Paths are relative to the current
+    # folder; "~" is the home folder; an empty output path is refused.
     config.base_log_path = "rl4med-out"
     root = config.get_ref("base_log_path")
-    # name of the run, i.e. of its folder under logdir. Empty: date and time.
-    config.run_name = ""
+    config.run_name = ""  # name of the run, i.e. of its folder under logdir. Empty: date and time
     # all randomness (prompts, noise, shuffles, LoRA init) is a function of (seed, epoch, sample index).
     config.seed = 42
     # folder that holds run folders (train.py), or the output folder (eval.py, extract_dataset_latents.py).
     config.logdir = root + "/logs"
     # number of RL epochs. One epoch is one round of sampling followed by training on those samples.
     config.num_epochs = 100
-    # epochs between checkpoints (and fixed-seed sample grids).
-    config.save_freq = 20
+    config.save_freq = 20  # epochs between checkpoints (and fixed-seed sample grids)
     # checkpoints kept in a run folder; older ones are removed after a newer one is complete.
     config.num_checkpoint_limit = 5
     # "fp16", "bf16" or "no": type of frozen weights. Trained weights and log-probs stay in float32.
     config.mixed_precision = "fp16"
-    # TF32 matrix products on Ampere and later GPUs.
-    config.allow_tf32 = True
+    config.allow_tf32 = True  # TF32 matrix products on Ampere and later GPUs
     # run folder or checkpoint folder to resume from; of a run folder, the newest checkpoint.
     config.resume_from = ""
-    # LoRA adapters on the UNet (True) or all UNet weights (False).
-    config.use_lora = True
-    # Accelerate's trackers: "wandb", "tensorboard", "wandb,tensorboard", ...; "" for none. Weights & Biases records
-    # offline where no key is set and never asks. The run's metrics.jsonl is written in any case.
+    config.use_lora = True  # LoRA adapters on the UNet (True) or all UNet weights (False)
+    # Accelerate's trackers, next to metrics.jsonl: "wandb" (offline where no key is set), "wandb,tensorboard", ...; "".
     config.log_with = "wandb"
     # also send the sample grids there; off by default, since images of a medical model may not leave the machine.
     config.log_images = False
     config.wandb_project = "rl4med-ddpo"
-    # seconds that a process waits for the others before it gives up: a day, since one may work alone for hours
-    # (decoding images, downloading, a slow reward). On GPUs NCCL then aborts the process.
+    # seconds that a process waits for the others, of which one may work alone for hours (decoding, a slow reward).
     config.process_timeout = 24 * 3600.0
-    # progress bars, on a terminal only.
-    config.progress = True
+    config.progress = True  # progress bars, on a terminal only
 
     ###### Pretrained model ######
     config.pretrained = pretrained = ml_collections.ConfigDict()
-    # Stable Diffusion in diffusers format: a local folder, or a Hugging Face id. ("runwayml/stable-diffusion-v1-5",
-    # named by the official configuration, left the hub; this is its mirror.)
+    # Stable Diffusion in diffusers format: a local folder, or a Hugging Face id (here the mirror of runwayml's).
     pretrained.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     pretrained.revision = "main"
-    # UNet state dict in diffusers names (safetensors) that replaces the pretrained UNet: the result of stage (i).
-    # Empty: keep the pretrained UNet.
+    # UNet state dict in diffusers names (safetensors) that replaces the pretrained UNet: stage (i). Empty: none.
     config.unet_path = ""
-    # LoRA or UNet weights to evaluate (eval.py, generate.py) or to start from (train.py; adapters must have the rank
-    # and targets below): a run folder, a checkpoint folder or a weight file. Empty: none, i.e. the base model.
+    # LoRA or UNet weights to evaluate (eval.py, generate.py) or to start from (train.py; with the rank and targets
+    # below): a run folder, a checkpoint folder or a weight file. Empty: none, i.e. the base model.
     config.load_from = ""
 
     ###### Sampling ######
     config.sample = sample = ml_collections.ConfigDict()
-    # denoising steps.
-    sample.num_steps = 50
+    sample.num_steps = 50  # denoising steps
     # "ddim", or in eval.py also "dpm++": DPM-Solver++ of second order (2M), deterministic, good in 15 to 25 steps.
     sample.scheduler = "ddim"
     # DDIM eta in [0, 1]: share of DDPM noise at each step. Training needs eta > 0: without noise there is no policy.
     sample.eta = 1.0
-    # classifier-free guidance weight; 1.0 or less switches guidance off.
-    sample.guidance_scale = 5.0
-    # images per process and batch (but see train.gradients_while_sampling).
-    sample.batch_size = 1
+    sample.guidance_scale = 5.0  # classifier-free guidance weight; 1.0 or less switches guidance off
+    sample.batch_size = 1  # images per process and batch (but see train.gradients_while_sampling)
     # batches per process and epoch. batch_size * num_batches_per_epoch * processes = samples per epoch (M).
     sample.num_batches_per_epoch = 2
     # consecutive samples that share a prompt (algorithm 1: M images per prompt). 1: a prompt for every sample, as in
@@ -109,15 +97,12 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     train.timesteps_per_forward = 1
     # updates with a non-finite loss or gradient are skipped; this number of them in a row aborts the run.
     train.max_skipped_updates = 10
-    # gradient norm above which gradients are scaled down.
-    train.max_grad_norm = 1.0
-    # passes over one epoch's samples.
-    train.num_inner_epochs = 1
+    train.max_grad_norm = 1.0  # gradient norm above which gradients are scaled down
+    train.num_inner_epochs = 1  # passes over one epoch's samples
     # guided noise prediction in the update. Must be on if sample.guidance_scale > 1: samples scored by another policy
     # than the one that sampled them have meaningless ratios.
     train.cfg = True
-    # advantages are clipped to [-adv_clip_max, adv_clip_max].
-    train.adv_clip_max = 5.0
+    train.adv_clip_max = 5.0  # advantages are clipped to [-adv_clip_max, adv_clip_max]
     # PPO clip range of the ratio. Log-probs are *means* over latent dimensions D, so 1e-4 at D = 16,384 (512 px) clips
     # at +-1.64 nats of the true log-ratio; the same at D = 1,024 is 1.6e-3.
     train.clip_range = 1e-4
@@ -127,16 +112,13 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     train.timestep_window = (0.0, 1.0)
     # recompute activations in the backward pass: less memory, about a third more time.
     train.gradient_checkpointing = False
-    # take the gradients of an epoch's first update while sampling, where its ratio is 1: the same up to rounding, but
-    # without its forward passes; its samples are generated batch_size * timesteps_per_forward at a time. Applies only
-    # to LoRA of linear layers trained on all timesteps of the window (timestep_fraction 1), without kl_coef and
-    # compile. Needs 4 bytes for each adapter weight and sample of the update.
+    # take the gradients of an epoch's first update while sampling, where its ratio is 1: the same up to rounding,
+    # without its forward passes. Its samples are generated batch_size * timesteps_per_forward at a time, and take 4
+    # bytes for each adapter weight. Only for LoRA of linear layers, timestep_fraction 1, without kl_coef and compile.
     train.gradients_while_sampling = True
-    # torch.compile of the UNet's transformer blocks: minutes at the start (compiled code is cached between runs), less
-    # time per pass. On a CPU it replaces the division of the UNet's batch among cores.
+    # torch.compile of the UNet's transformer blocks: minutes at the start (cached between runs), less time per pass.
     train.compile = False
-    # LoRA rank; the scale alpha / rank is 1, as in the published checkpoint.
-    train.lora_rank = 4
+    train.lora_rank = 4  # LoRA rank; the scale alpha / rank is 1, as in the published checkpoint
     # endings of the names of UNet modules that get an adapter.
     train.lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     # weight of the KL divergence to the base model (adapters off), added to the loss. Needs use_lora.
@@ -150,28 +132,22 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     config.early_stop = early_stop = ml_collections.ConfigDict()
     # stop after this number of epochs in a row in which the mean reward changed by less than the tolerance. 0: never,
     # as in the official code.
-    early_stop.patience = 0
-    early_stop.tolerance = 1e-3
+    early_stop.update(patience=0, tolerance=1e-3)
 
     ###### Held-out evaluation during training (train.py) ######
     config.held_out = held_out = ml_collections.ConfigDict()
     # epochs between evaluations of all prompts of prompt_fn with fixed noise, the first before training; 0: none. Each
     # samples images_per_prompt * prompts images (8 * 32 = 256). The best checkpoint by APR is kept in <run>/best.
-    held_out.every = 0
-    held_out.images_per_prompt = 8
-    # the H=4 judge; refused if it also gives the reward.
-    held_out.classifier = ""
-    # stop after this number of evaluations in a row whose APR is below the best by more than the tolerance (an APR near
-    # 1/2 of 256 images has a standard error of 0.03): the reward is hacked if it rises meanwhile, else the policy has
-    # collapsed. 0: never.
-    held_out.patience = 0
-    held_out.tolerance = 0.05
+    held_out.update(every=0, images_per_prompt=8)
+    held_out.classifier = ""  # the H=4 judge; refused if it also gives the reward
+    # stop after this number of evaluations in a row whose APR is below the best by more than the tolerance (the
+    # standard error of an APR near 1/2 of 256 images is 0.03). 0: never.
+    held_out.update(patience=0, tolerance=0.05)
 
     ###### Prompts ######
-    # name of a function in ddpo_pytorch.prompts.
-    config.prompt_fn = "isic_all"
-    # its keyword arguments; None is not passed on. from_file reads lines [low, high) of path, fundus_table the captions
-    # of the table at path. Arguments of your own function can be set without being declared here.
+    config.prompt_fn = "isic_all"  # name of a function in ddpo_pytorch.prompts
+    # its keyword arguments, also undeclared ones of your own function; None is not passed on. from_file reads lines
+    # [low, high) of path, fundus_table the captions of the table at path.
     config.prompt_fn_kwargs = prompt_fn_kwargs = KeywordArguments()
     prompt_fn_kwargs.path = placeholder(str)
     prompt_fn_kwargs.low = placeholder(int)
@@ -191,28 +167,22 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     ###### Per-prompt statistics ######
     # None: advantages are taken over the whole batch, as with train.advantage="global".
     config.per_prompt_stat_tracking = OptionalBlock()
-    # rewards remembered for each prompt, 2 or more.
-    config.per_prompt_stat_tracking.buffer_size = 16
+    config.per_prompt_stat_tracking.buffer_size = 16  # rewards remembered for each prompt, 2 or more
     # rewards a prompt needs before its own mean and standard deviation replace the batch's: 2 to buffer_size.
     config.per_prompt_stat_tracking.min_count = 16
 
     ###### Data set ######
     config.dataset = dataset = ml_collections.ConfigDict()
     # folder of <image>.jpg files (any suffix, with or without _downsampled), and the split table.
-    dataset.data_path = ""
-    dataset.csv = ""
-    # "isic" or "fundus": format of the tables (ddpo_pytorch/data/isic.py, fundus.py).
-    dataset.kind = "isic"
+    dataset.data_path = dataset.csv = ""
+    dataset.kind = "isic"  # "isic" or "fundus": format of the tables (ddpo_pytorch/data/isic.py, fundus.py)
     # side in pixels of the square images, and how they are made square: "stretch" (changes the aspect ratio, as in the
     # paper), "crop" (the middle), "pad" (black bars) or "fov" (a fundus photograph's circle, padded).
     dataset.image_size = 512
     dataset.resize = "stretch"
-    # rows used; 0: all.
-    dataset.limit = 0
-    # skip damaged images, with a warning, instead of stopping.
-    dataset.skip_broken = False
-    # image decoding workers of each process; 0 decodes in the process itself.
-    dataset.num_workers = 0
+    dataset.limit = 0  # rows used; 0: all
+    dataset.skip_broken = False  # skip damaged images, with a warning, instead of stopping
+    dataset.num_workers = 0  # image decoding workers of each process; 0 decodes in the process itself
 
     ###### Evaluation (eval.py) ######
     config.eval = evaluation = ml_collections.ConfigDict()
@@ -221,37 +191,30 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     evaluation.num_samples_per_prompt = 960
     # images per forward pass on a GPU; on a CPU the number follows from the size of the model.
     evaluation.batch_size = 20
-    # "png" (lossless), or "jpg": quality 95 without chroma subsampling (4:4:4).
-    evaluation.image_format = "png"
+    evaluation.image_format = "png"  # "png" (lossless), or "jpg": quality 95 without chroma subsampling (4:4:4)
     # H-head classifier that scores the samples on the fly for image_log.json. Empty: none.
     evaluation.classifier = ""
 
     ###### Metrics (metric.py) ######
     config.metric = metric = ml_collections.ConfigDict()
     # sample folders: real images, generated images, and optionally a second generated set for a row above it.
-    metric.real_path = ""
-    metric.fake_path = ""
-    metric.compare_path = ""
+    metric.real_path = metric.fake_path = metric.compare_path = ""
     # titles of fake_path and compare_path.
-    metric.fake_name = "SD+RL"
-    metric.compare_name = "SD"
-    # instead of these, any number of folders, "SD=DIR,SD+RL=DIR": the others are compared with the first. Several
-    # folders of one name are generation seeds of one model; three or more give its interval.
+    metric.update(fake_name="SD+RL", compare_name="SD")
+    # instead of these, any number of folders, "SD=DIR,SD+RL=DIR", compared with the first. Several folders of one name
+    # are generation seeds of one model; three or more give its interval.
     metric.folders = ""
     # folder of training images (at any depth): nearest neighbours of the samples and of real_path's images in it.
     metric.train_path = ""
     # the H=4 judge, which took no part in training ("" with metric.judges), and others: "H6=FILE,NAME=FILE".
-    metric.classifier = ""
-    metric.more_judges = ""
+    metric.classifier = metric.more_judges = ""
     # folder of train_rlhf.py whose Selector and Policy judge fundus images instead of metric.classifier.
     metric.judges = ""
     # folders for metrics.json and the tables, and for features of images (cached by content; may be deleted).
     metric.output = ""
     metric.cache_dir = root + "/cache/metrics"
-    # images per process and forward pass.
-    metric.batch_size = 256
-    # captions to evaluate; (): all 32.
-    metric.prompts = ()
+    metric.batch_size = 256  # images per process and forward pass
+    metric.prompts = ()  # captions to evaluate; (): all 32
     # feature networks of FID, KID and the like: "inception", "dinov2", "judge" (pooled features of metric.classifier,
     # or of the Selector).
     metric.extractors = ("inception", "judge")
@@ -259,16 +222,12 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     metric.fid = "exact"
     # weights of Inception (torch-fidelity's .pth) for FID, AlexNet (torchvision's .pth) for LPIPS, and DINOv2 (timm's
     # .safetensors). "auto": the torch hub cache. "download": that, or fetched. "": none.
-    metric.inception = "auto"
-    metric.alexnet = "auto"
-    metric.dinov2 = "auto"
-    # sets of image statistics for table 1 (fundus): "legacy", as in the document's table; "fov", inside the field of
-    # view.
+    metric.inception = metric.alexnet = metric.dinov2 = "auto"
+    # image statistics for table 1 (fundus): "legacy", as in the document's table; "fov", inside the field of view.
     metric.quality = ()
     # a folder of images with the names of the generated ones: SSIM is taken of these pairs only.
     metric.pairs_path = ""
-    # run folders of train.py whose curves the report shows: "NAME=DIR,NAME=DIR".
-    metric.logs = ""
+    metric.logs = ""  # run folders of train.py whose curves the report shows: "NAME=DIR,NAME=DIR"
 
     ###### Stage (i): the generator itself (train_sd.py) ######
     config.sd = sd = ml_collections.ConfigDict()
@@ -279,34 +238,22 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     sd.output = ""
     # training images and their split table; as dataset.kind, image_size, resize, limit and skip_broken.
     sd.kind = "isic"
-    sd.data_path = ""
-    sd.csv = ""
-    sd.image_size = 512
-    sd.resize = "stretch"
-    sd.limit = 0
-    sd.skip_broken = False
+    sd.data_path = sd.csv = ""
+    sd.update(image_size=512, resize="stretch", limit=0, skip_broken=False)
     # split table for the validation loss ("": none), rows used (0: all), and steps between validations.
-    sd.val_csv = ""
-    sd.val_images = 512
-    sd.val_every = 500
+    sd.update(val_csv="", val_images=512, val_every=500)
     # latents of extract_dataset_latents.py (<logdir>/latents) instead of images and tables. "": made in <output>.
-    sd.latents = ""
-    sd.val_latents = ""
+    sd.latents = sd.val_latents = ""
     # "finetune": folder of generate.py whose images are learned from as well, weighted by the Policy's scores, and the
     # share that real images keep among them, at least half.
-    sd.pool = ""
-    sd.real_share = 0.5
+    sd.update(pool="", real_share=0.5)
     # folder for decoded images (stage "vae"; 3 image_size^2 bytes each); "" decodes at every step. Decoding workers.
     sd.cache_dir = root + "/cache"
     sd.num_workers = 0
     # optimizer steps; images per process and forward pass, and forward passes per step.
-    sd.num_steps = 10_000
-    sd.batch_size = 64
-    sd.gradient_accumulation_steps = 1
+    sd.update(num_steps=10_000, batch_size=64, gradient_accumulation_steps=1)
     # peak learning rate, reached in warmup_steps; then "cosine" to zero, or "constant".
-    sd.learning_rate = 1e-5
-    sd.warmup_steps = 100
-    sd.lr_schedule = "cosine"
+    sd.update(learning_rate=1e-5, warmup_steps=100, lr_schedule="cosine")
     # share of captions replaced by the empty one: the unconditional model that guidance needs.
     sd.caption_dropout = 0.1
     # weight timesteps by min(snr, gamma) / snr (Hang et al. 2023; 5 is usual). 0: equal weights.
@@ -314,96 +261,70 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # decay of the weight average that is saved, validated and sampled from; 0 takes the last weights.
     sd.ema_decay = 0.999
     # LoRA adapters (True; "finetune" only, saved next to the merged UNet) or all weights of the UNet (False).
-    sd.use_lora = False
-    sd.lora_rank = 16
-    sd.lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    sd.update(use_lora=False, lora_rank=16, lora_targets=("to_q", "to_k", "to_v", "to_out.0"))
     # less memory: recompute activations in the backward pass; bitsandbytes' 8-bit Adam (needs that package and a GPU).
-    sd.gradient_checkpointing = False
-    sd.use_8bit_adam = False
+    sd.gradient_checkpointing = sd.use_8bit_adam = False
     # steps between log lines, between sample grids (0: none), and between states to resume from (0: none).
     sd.log_every = 50
-    sd.grid_every = 1000
-    sd.save_every = 1000
-    # weight of the VAE's KL term.
-    sd.vae_kl_weight = 1e-6
-    # stage "vae": folder of the autoencoder to start from; "": from scratch.
-    sd.vae = ""
-    # "clip", or "bert": from scratch a new BERT, in "finetune" sd.bert (folder or Hugging Face id) instead of CLIP,
-    # saved with the model. A prompt has text_tokens tokens for it, the padding masked.
+    sd.grid_every = sd.save_every = 1000
+    sd.vae_kl_weight = 1e-6  # weight of the VAE's KL term
+    sd.vae = ""  # stage "vae": folder of the autoencoder to start from; "": from scratch
+    # "clip", or "bert" with text_tokens tokens: from scratch a new one, in "finetune" sd.bert (folder or Hugging Face
+    # id) instead of CLIP.
     sd.text_encoder = "clip"
-    sd.bert = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext"
-    sd.text_tokens = 256
+    sd.update(bert="microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext", text_tokens=256)
     # train the text encoder in "finetune", too, with a tenth of the learning rate; from scratch it always is.
     sd.train_text_encoder = False
     # parts trained from scratch: channels by resolution, which have attention; width and layers of the text encoder.
     sd.vae_channels = (16, 32, 32)
-    sd.unet_channels = (32, 64, 64)
-    sd.unet_attention = (False, True, True)
-    sd.text_width = 64
-    sd.text_layers = 2
+    sd.update(unet_channels=(32, 64, 64), unet_attention=(False, True, True), text_width=64, text_layers=2)
 
     ###### Selector and Policy from expert ratings (train_rlhf.py) ######
     config.rlhf = rlhf = ml_collections.ConfigDict()
     # table image_path,rating,modality,expert_level,prompt (and rater_id; quality and alignment, if rated apart), and
     # the folder of its images ("": that of the table). Paths start from there or from the table's folder, as those of
     # rate.py do; images in base_log_path are read, too, and no others.
-    rlhf.ratings = ""
-    rlhf.data_path = ""
+    rlhf.ratings = rlhf.data_path = ""
     # table of other patients' images for the metrics and the threshold; "": val_share of the patients of `ratings`.
-    rlhf.val_ratings = ""
-    rlhf.val_share = 0.2
+    rlhf.update(val_ratings="", val_share=0.2)
     # folder for selector.safetensors, policy.safetensors, metrics.jsonl. Rerun the same command to resume.
     rlhf.output = root + "/rlhf"
     # (1,): all rated images. (2,): those that the Selector in `output` passes, from stage 1's weights there. Or both.
     rlhf.stages = (1, 2)
     # the Policy's frozen text encoder: a model folder of train_sd.py, or BERT as a folder or Hugging Face id.
     rlhf.text_encoder = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext"
-    # tokens to which a prompt is cut.
-    rlhf.text_tokens = 256
+    rlhf.text_tokens = 256  # tokens to which a prompt is cut
     # side in pixels that images are scaled to; a multiple of the patch.
-    rlhf.image_size = 512
-    rlhf.patch_size = 16
+    rlhf.update(image_size=512, patch_size=16)
     # both image encoders: width, heads, layers, dropout.
-    rlhf.width = 768
-    rlhf.heads = 12
-    rlhf.selector_layers = 6
-    rlhf.policy_layers = 12
-    rlhf.dropout = 0.1
+    rlhf.update(width=768, heads=12, selector_layers=6, policy_layers=12, dropout=0.1)
     # how patches become tokens: "linear", as in the document; "conv", convolutions with batch norm, which learns from
     # a thousand rated images what the other does not (see docs/fundus.md).
     rlhf.stem = "linear"
-    # model folder whose autoencoder rated photographs pass before training ("": none): judges that have seen no
-    # generated image take the softness of the autoencoder for a fault, and reject every generated image.
+    # model folder whose autoencoder rated photographs pass before training ("": none): otherwise judges take its
+    # softness for a fault, and reject every generated image.
     rlhf.autoencoder = ""
     # how the signed, detached advantage A = R - score moves the score p. "symmetric_log": A+ log p + A- log(1 - p);
     # "log": A log p, REINFORCE as in the official code, with the sign that it lost; "delta": A p, its documentation.
     rlhf.objective = "symmetric_log"
     # stage 2 weights samples by Selector score / Policy score, clipped to importance_range, of mean 1. Off: all by 1.
-    rlhf.importance = False
-    rlhf.importance_range = (0.2, 5.0)
+    rlhf.update(importance=False, importance_range=(0.2, 5.0))
     # Selector score from which an image passes; None: the one that best separates ratings of 2 or more from 1 on the
     # validation images (Youden's J). Saved with the Selector.
     rlhf.threshold = placeholder(float)
     # share of rejected images among stage 2's samples: without any, scores could only drift upwards.
     rlhf.replay_share = 0.25
-    # passes over the rated images, in each stage.
-    rlhf.num_epochs = 100
-    # images per process and update.
-    rlhf.batch_size = 32
+    rlhf.num_epochs = 100  # passes over the rated images, in each stage
+    rlhf.batch_size = 32  # images per process and update
     # Adam; from learning_rate (stage 2: second_learning_rate) to final_learning_rate on a cosine, one step per epoch.
-    rlhf.learning_rate = 1e-4
-    rlhf.second_learning_rate = 1e-4
-    rlhf.final_learning_rate = 1e-6
-    rlhf.weight_decay = 1e-4
-    # linear warm-up of stage 1, in updates; 0: none, as in the official code.
-    rlhf.warmup_steps = 0
-    # mirror images at random, except where the prompt names an eye or a side.
-    rlhf.flip = True
+    rlhf.learning_rate = rlhf.second_learning_rate = 1e-4
+    rlhf.update(final_learning_rate=1e-6, weight_decay=1e-4)
+    rlhf.warmup_steps = 0  # linear warm-up of stage 1, in updates; 0: none, as in the official code
+    rlhf.flip = True  # mirror images at random, except where the prompt names an eye or a side
 
     ###### Improvement rounds (improve.py) ######
     config.improve = improve = ml_collections.ConfigDict()
-    # rounds of sampling, judging and training.
-    improve.rounds = 3
+    improve.rounds = 3  # rounds of sampling, judging and training
     # how a round changes the generator: "finetune" (on images the judges chose, and real images), "ddpo" (train.py).
     improve.methods = ("finetune",)
     # folder for round_<n>/ (pool, model, metrics) and rounds.jsonl. Rerun the same command to resume.
@@ -413,29 +334,19 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     improve.held_out_judges = ""
     # best of N: sample images until num_candidates pass the Selector, at most max_attempts; the Policy ranks them.
     # Repeated images_per_prompt times for each prompt.
-    improve.max_attempts = 10
-    improve.num_candidates = 3
-    improve.images_per_prompt = 1
+    improve.update(max_attempts=10, num_candidates=3, images_per_prompt=1)
     # fine-tuning: steps, images per process and step, share of real ones (at least half), peak learning rate, decay of
     # the weight average (as sd.ema_decay).
-    improve.num_steps = 1000
-    improve.batch_size = 32
-    improve.real_share = 0.5
-    improve.learning_rate = 1e-5
-    improve.ema_decay = 0.99
+    improve.update(num_steps=1000, batch_size=32, real_share=0.5, learning_rate=1e-5, ema_decay=0.99)
     # mix in only real images that the Selector passes: in an archive of mixed quality the others teach the faults that
     # the rounds are meant to remove.
     improve.select_real = False
     # tables of real images to mix in and to compare with, and the folder of their images.
-    improve.csv = ""
-    improve.held_out_csv = ""
-    improve.data_path = ""
-    # images per prompt for the metrics of a round, always from the same noise.
-    improve.held_out_images = 4
+    improve.csv = improve.held_out_csv = improve.data_path = ""
+    improve.held_out_images = 4  # images per prompt for the metrics of a round, always from the same noise
     # a round has collapsed, and stops the run, if it lowers the held-out judges' score by more than tolerance, raises
     # KID above the first by more than kid_tolerance standard errors, or halves the diversity.
-    improve.tolerance = 0.02
-    improve.kid_tolerance = 3.0
+    improve.update(tolerance=0.02, kid_tolerance=3.0)
 
     return config.lock()
 

@@ -6,6 +6,7 @@ Every experiment is a function below and states what differs from config/base.py
 """
 
 import importlib.util
+import re
 from pathlib import Path
 
 _spec = importlib.util.spec_from_file_location("base", Path(__file__).with_name("base.py"))
@@ -40,8 +41,7 @@ def finetune_sd():
     """Stage (i): the UNet of SD 1.5 learns ISIC."""
     config = model_and_dataset_configs(base.get_config())
     config.unet_path = ""
-    config.sd.batch_size = 16
-    config.sd.num_steps = 15_000
+    config.sd.update(batch_size=16, num_steps=15_000)
     return config
 
 
@@ -49,19 +49,14 @@ def finetune_sd_24gb():
     """The same 64 images a step on one GPU of 24 GB: 16.5 GiB by benchmarks/memory_budget.py. Needs bitsandbytes."""
     config = finetune_sd()
     # 4 * 16 = 64 images per step, 16 * 4 GPUs in finetune_sd
-    config.sd.batch_size = 4
-    config.sd.gradient_accumulation_steps = 16
-    config.sd.gradient_checkpointing = True
-    config.sd.use_8bit_adam = True
+    config.sd.update(batch_size=4, gradient_accumulation_steps=16, gradient_checkpointing=True, use_8bit_adam=True)
     return config
 
 
 def train_vae():
     """An autoencoder from scratch, in the size of SD 1.5's; the paper keeps SD's own."""
     config = finetune_sd()
-    config.sd.stage = "vae"
-    config.sd.vae_channels = (128, 256, 512, 512)
-    config.sd.learning_rate = 1e-4
+    config.sd.update(stage="vae", vae_channels=(128, 256, 512, 512), learning_rate=1e-4)
     return config
 
 
@@ -82,49 +77,35 @@ def prompt_image_alignment_classifier_isic():
     config.num_checkpoint_limit = 200
     config.per_prompt_stat_tracking.buffer_size = 32
     # 8 * 8 * 4 GPUs = 256 samples per epoch
-    config.sample.batch_size = 8
-    config.sample.num_batches_per_epoch = 8
+    config.sample.update(batch_size=8, num_batches_per_epoch=8)
     # 4 * 8 * 4 GPUs = 128 samples per update, (8 * 8) / (4 * 8) = 2 updates per epoch
-    config.train.batch_size = 4
-    config.train.gradient_accumulation_steps = 8
+    config.train.update(batch_size=4, gradient_accumulation_steps=8)
+    return config
+
+
+def _on_one_gpu(batch_size, train_batch_size):
+    """Return stage (ii) with the same 256 samples and 2 updates of 128 samples an epoch on one GPU."""
+    config = prompt_image_alignment_classifier_isic()
+    config.sample.update(batch_size=batch_size, num_batches_per_epoch=256 // batch_size)
+    config.train.update(batch_size=train_batch_size, gradient_accumulation_steps=128 // train_batch_size)
     return config
 
 
 def prompt_image_alignment_classifier_isic_16gb():
-    """The same 256 samples and 2 updates an epoch on one GPU of 16 GB."""
-    config = prompt_image_alignment_classifier_isic()
-    # 4 * 64 = 256 samples per epoch
-    config.sample.batch_size = 4
-    config.sample.num_batches_per_epoch = 64
-    # 1 * 128 = 128 samples per update
-    config.train.batch_size = 1
-    config.train.gradient_accumulation_steps = 128
+    """4 * 64 = 256 samples per epoch, 1 * 128 = 128 samples per update."""
+    config = _on_one_gpu(batch_size=4, train_batch_size=1)
     config.train.gradient_checkpointing = True
     return config
 
 
 def prompt_image_alignment_classifier_isic_24gb():
-    """The same 256 samples and 2 updates an epoch on one GPU of 24 GB."""
-    config = prompt_image_alignment_classifier_isic()
-    # 8 * 32 = 256 samples per epoch
-    config.sample.batch_size = 8
-    config.sample.num_batches_per_epoch = 32
-    # 2 * 64 = 128 samples per update
-    config.train.batch_size = 2
-    config.train.gradient_accumulation_steps = 64
-    return config
+    """8 * 32 = 256 samples per epoch, 2 * 64 = 128 samples per update."""
+    return _on_one_gpu(batch_size=8, train_batch_size=2)
 
 
 def prompt_image_alignment_classifier_isic_80gb():
-    """The same 256 samples and 2 updates an epoch on one GPU of 80 GB."""
-    config = prompt_image_alignment_classifier_isic()
-    # 32 * 8 = 256 samples per epoch
-    config.sample.batch_size = 32
-    config.sample.num_batches_per_epoch = 8
-    # 8 * 16 = 128 samples per update
-    config.train.batch_size = 8
-    config.train.gradient_accumulation_steps = 16
-    return config
+    """32 * 8 = 256 samples per epoch, 8 * 16 = 128 samples per update."""
+    return _on_one_gpu(batch_size=32, train_batch_size=8)
 
 
 def prompt_image_alignment_classifier_isic_eval():
@@ -132,8 +113,7 @@ def prompt_image_alignment_classifier_isic_eval():
     config = prompt_image_alignment_classifier_isic()
     config.prompt_fn = "isic_all_idx"
     config.seed = 88
-    config.eval.num_samples_per_prompt = 960
-    config.eval.batch_size = 20
+    config.eval.update(num_samples_per_prompt=960, batch_size=20)
     config.logdir = config.get_ref("base_log_path") + "/samples/SD_samples"
     return config
 
@@ -164,3 +144,11 @@ def evaluate_metric_rl():
 
 def get_config(name=""):
     return base.choose(globals(), name)
+
+
+def at_scale_of(module, name):
+    """Return an experiment of another file, or this file's with its paths and sizes, which fit any GPU (_16gb, ...)."""
+    name = re.sub(r"_\d+gb$", "", name)
+    if name not in module and name in globals():
+        return module["model_and_dataset_configs"](get_config(name))
+    return base.choose(module, name)

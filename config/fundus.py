@@ -21,17 +21,14 @@ def _common():
     config.base_log_path = "rl4med-out/fundus"
     root = config.get_ref("base_log_path")
     # the table fundus_{train,val,test}.csv of python -m ddpo_pytorch.data.fundus, and the images' folder
-    config.dataset.kind = "fundus"
     config.dataset.data_path = root + "/data"
     config.dataset.csv = root + "/data/splits/fundus_test.csv"
-    config.dataset.resize = "fov"
-    config.sd.kind = "fundus"
+    config.dataset.update(kind="fundus", resize="fov")
     config.sd.data_path = root + "/data"
     config.sd.csv = root + "/data/splits/fundus_train.csv"
     config.sd.val_csv = root + "/data/splits/fundus_val.csv"
-    config.sd.resize = "fov"
-    config.sd.text_encoder = "bert"
     config.sd.output = root + "/sd"
+    config.sd.update(kind="fundus", resize="fov", text_encoder="bert")
     config.rlhf.ratings = root + "/ratings/ratings.csv"
     config.improve.held_out_judges = root + "/rlhf-held-out"
     config.improve.csv = root + "/data/splits/fundus_train.csv"
@@ -42,9 +39,9 @@ def _common():
     config.reward_fn = "fundus_alignment"
     config.sample.guidance_scale = 7.5
     config.metric.judges = root + "/rlhf-held-out"
-    config.metric.quality = ("legacy", "fov")
     config.metric.real_path = root + "/real-images-test"
     config.metric.output = root + "/metrics"
+    config.metric.quality = ("legacy", "fov")
     return config
 
 
@@ -57,10 +54,7 @@ def trained(config):
 def finetune_sd():
     """Stage (i): SD 1.5's UNet with BioMedBERT in CLIP's place; 20,000 steps of 4 x 20 images (MINIM)."""
     config = _common()
-    config.sd.num_steps = 20_000
-    config.sd.batch_size = 20
-    config.sd.gradient_accumulation_steps = 4
-    config.sd.gradient_checkpointing = True
+    config.sd.update(num_steps=20_000, batch_size=20, gradient_accumulation_steps=4, gradient_checkpointing=True)
     return config
 
 
@@ -96,11 +90,8 @@ def ddpo():
     config.num_epochs = 50
     config.save_freq = 5
     # 8 * 8 = 64 samples per epoch and process, 2 updates
-    config.sample.batch_size = 8
-    config.sample.num_batches_per_epoch = 8
-    config.train.batch_size = 4
-    config.train.gradient_accumulation_steps = 8
-    config.train.gradient_checkpointing = True
+    config.sample.update(batch_size=8, num_batches_per_epoch=8)
+    config.train.update(batch_size=4, gradient_accumulation_steps=8, gradient_checkpointing=True)
     return config
 
 
@@ -142,59 +133,35 @@ def mini(config):
     """Set the sizes of phantoms at 64 px on a CPU, and no metric networks, which would have to be downloaded."""
     config.base_log_path = "rl4med-out/fundus-mini"
     config.mixed_precision = "no"
-    config.dataset.image_size = 64
-    config.dataset.resize = "stretch"
-    config.sd.image_size = 64
-    config.sd.resize = "stretch"
-    config.sd.text_tokens = 24
-    config.sample.num_steps = 10
-    config.sample.guidance_scale = 1.0
+    config.dataset.update(image_size=64, resize="stretch")
+    config.sd.update(image_size=64, resize="stretch", text_tokens=24)
+    config.sample.update(num_steps=10, guidance_scale=1.0)
     config.eval.batch_size = 64
     config.rlhf.text_encoder = config.get_ref("base_log_path") + "/sd"
-    config.rlhf.text_tokens = 24
-    config.rlhf.image_size = 64
     config.rlhf.autoencoder = config.get_ref("base_log_path") + "/sd"
-    config.rlhf.width = 96
-    config.rlhf.heads = 3
-    config.rlhf.selector_layers = 2
-    config.rlhf.policy_layers = 3
-    config.rlhf.dropout = 0.0
-    config.rlhf.stem = "conv"
-    config.rlhf.num_epochs = 10
-    config.rlhf.learning_rate = 1e-3
-    config.rlhf.second_learning_rate = 3e-4
+    config.rlhf.update(text_tokens=24, image_size=64, width=96, heads=3, selector_layers=2, policy_layers=3)
+    config.rlhf.update(dropout=0.0, stem="conv", num_epochs=10, learning_rate=1e-3, second_learning_rate=3e-4)
     config.log_with = ""
-    config.improve.images_per_prompt = 8
-    config.improve.held_out_images = 32
-    config.improve.num_steps = 200
-    config.improve.learning_rate = 5e-4
-    config.improve.ema_decay = 0.95
+    config.improve.update(images_per_prompt=8, held_out_images=32, num_steps=200, learning_rate=5e-4, ema_decay=0.95)
     # half of the phantom archive is degraded
     config.improve.select_real = True
-    config.metric.inception = ""
-    config.metric.alexnet = ""
-    config.metric.batch_size = 64
+    config.metric.update(inception="", alexnet="", batch_size=64)
     return config
 
 
 def train_vae_mini():
     """Stage (i), first: the skin phantoms' autoencoder, trained further on fundus phantoms."""
     config = mini(_common())
-    config.sd.stage = "vae"
-    config.sd.vae = str(ASSETS / "mini" / "sd" / "vae")
-    config.sd.num_steps = 450
-    config.sd.batch_size = 16
-    config.sd.learning_rate = 1e-3
+    config.sd.update(
+        stage="vae", vae=str(ASSETS / "mini" / "sd" / "vae"), num_steps=450, batch_size=16, learning_rate=1e-3
+    )
     return config
 
 
 def finetune_sd_mini():
     """Stage (i), second: a small BERT and a UNet from scratch."""
     config = mini(_common())
-    config.sd.stage = "unet"
-    config.sd.num_steps = 1500
-    config.sd.batch_size = 32
-    config.sd.learning_rate = 1e-3
+    config.sd.update(stage="unet", num_steps=1500, batch_size=32, learning_rate=1e-3)
     return config
 
 
@@ -210,15 +177,10 @@ def ddpo_mini():
     config = mini(ddpo())
     config.num_epochs = 8
     config.save_freq = 8
-    config.sample.batch_size = 64
-    config.sample.num_batches_per_epoch = 4
-    config.train.batch_size = 64
-    config.train.gradient_accumulation_steps = 1
-    config.train.gradient_checkpointing = False
+    config.sample.update(batch_size=64, num_batches_per_epoch=4)
+    config.train.update(batch_size=64, gradient_accumulation_steps=1, gradient_checkpointing=False)
     # half of the steps, anywhere: early ones decide the content, late ones the sharpness
-    config.train.timestep_fraction = 0.5
-    config.train.lora_rank = 16
-    config.train.learning_rate = 2.5e-3
+    config.train.update(timestep_fraction=0.5, lora_rank=16, learning_rate=2.5e-3)
     # a mean over 4 * 16 * 16 = 1,024 dimensions: 1e-4 * 16,384 / 1,024
     config.train.clip_range = 1.6e-3
     config.per_prompt_stat_tracking.min_count = 8

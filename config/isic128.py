@@ -33,30 +33,22 @@ def model_and_dataset_configs(config):
     config.metric.real_path = root + "/real-images"
     config.sd.data_path = root + "/data/images"
     config.sd.image_size = 128
-    config.sample.num_steps = 20
-    config.sample.guidance_scale = 3.0
+    config.sample.update(num_steps=20, guidance_scale=3.0)
+    config.eval.update(num_samples_per_prompt=64, batch_size=64)
     return config
 
 
 def train_vae():
     """Stage (i), first half: the autoencoder, 128 px -> 16 x 16 x 4."""
     config = model_and_dataset_configs(dgx.finetune_sd())
-    config.sd.stage = "vae"
-    config.sd.vae_channels = (32, 64, 64, 64)
-    config.sd.num_steps = 10_000
-    config.sd.batch_size = 16
-    config.sd.learning_rate = 1e-3
+    config.sd.update(stage="vae", vae_channels=(32, 64, 64, 64), num_steps=10_000, batch_size=16, learning_rate=1e-3)
     return config
 
 
 def finetune_sd():
     """Stage (i), second half: text encoder and UNet, from scratch."""
     config = model_and_dataset_configs(dgx.finetune_sd())
-    config.sd.stage = "unet"
-    config.sd.unet_channels = (64, 128, 128)
-    config.sd.num_steps = 20_000
-    config.sd.batch_size = 64
-    config.sd.learning_rate = 5e-4
+    config.sd.update(stage="unet", unet_channels=(64, 128, 128), num_steps=20_000, batch_size=64, learning_rate=5e-4)
     return config
 
 
@@ -73,44 +65,20 @@ def prompt_image_alignment_classifier_isic():
     config.num_epochs = 50
     config.save_freq = 10
     # 64 * 4 = 256 samples per epoch
-    config.sample.batch_size = 64
-    config.sample.num_batches_per_epoch = 4
+    config.sample.update(batch_size=64, num_batches_per_epoch=4)
     # 64 * 2 = 128 samples per update, 256 / 128 = 2 updates per epoch
-    config.train.batch_size = 64
-    config.train.gradient_accumulation_steps = 2
-    config.train.lora_rank = 16
-    config.train.learning_rate = 2e-3
+    config.train.update(batch_size=64, gradient_accumulation_steps=2, lora_rank=16, learning_rate=2e-3)
     # a mean over 4 * 16 * 16 = 1,024 dimensions: 1e-4 * 16,384 / 1,024
     config.train.clip_range = 1.6e-3
     return config
 
 
-# small enough for any GPU: the names of config/dgx.py mean the same here.
-prompt_image_alignment_classifier_isic_16gb = prompt_image_alignment_classifier_isic
-prompt_image_alignment_classifier_isic_24gb = prompt_image_alignment_classifier_isic
-prompt_image_alignment_classifier_isic_80gb = prompt_image_alignment_classifier_isic
-finetune_sd_24gb = finetune_sd
-
-
-def prompt_image_alignment_classifier_isic_eval():
-    """64 images for each of the 32 captions from the base model."""
-    config = model_and_dataset_configs(dgx.prompt_image_alignment_classifier_isic_eval())
-    config.eval.num_samples_per_prompt = 64
-    config.eval.batch_size = 64
-    return config
-
-
 def prompt_image_alignment_classifier_isic_eval_rl():
-    """The same from the RL run."""
+    """Samples of the RL run."""
     config = model_and_dataset_configs(dgx.prompt_image_alignment_classifier_isic_eval_rl())
-    config.eval.num_samples_per_prompt = 64
-    config.eval.batch_size = 64
     config.load_from = config.get_ref("base_log_path") + "/logs/isic_classifier_reward_main"
     return config
 
 
 def get_config(name=""):
-    """Return an experiment of this file, or else the one of config/dgx.py at this file's scale."""
-    if name not in globals() and hasattr(dgx, name):
-        return model_and_dataset_configs(dgx.get_config(name))
-    return dgx.base.choose(globals(), name)
+    return dgx.at_scale_of(globals(), name)

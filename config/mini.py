@@ -31,11 +31,9 @@ def model_and_dataset_configs(config):
     config.held_out.classifier = ASSETS + "/artifact_classifier_H4.safetensors"
     config.metric.classifier = ASSETS + "/artifact_classifier_H4.safetensors"
     config.dataset.num_workers = 0
-    config.metric.batch_size = 64
-    config.metric.real_path = ""
+    config.metric.update(batch_size=64, real_path="")
     # metric networks would have to be downloaded
-    config.metric.inception = ""
-    config.metric.alexnet = ""
+    config.metric.update(inception="", alexnet="")
     config.sd.data_path = root + "/data/images"
     config.sd.csv = root + "/data/splits/phantom_train.csv"
     config.sd.val_csv = root + "/data/splits/phantom_val.csv"
@@ -43,6 +41,7 @@ def model_and_dataset_configs(config):
     config.sample.num_steps = 10
     # no classifier-free guidance: half the cost, and what guidance adds is left for DDPO to learn
     config.sample.guidance_scale = 1.0
+    config.eval.update(num_samples_per_prompt=16, batch_size=64)
     return config
 
 
@@ -54,20 +53,14 @@ def train_vae():
     config = model_and_dataset_configs(dgx.finetune_sd())
     config.sd.data_path = config.get_ref("base_log_path") + "/balanced/images"
     config.sd.csv = config.get_ref("base_log_path") + "/balanced/splits/phantom_train.csv"
-    config.sd.stage = "vae"
-    config.sd.num_steps = 3600
-    config.sd.batch_size = 16
-    config.sd.learning_rate = 2e-3
+    config.sd.update(stage="vae", num_steps=3600, batch_size=16, learning_rate=2e-3)
     return config
 
 
 def finetune_sd():
     """Stage (i), second half: text encoder and UNet, from scratch."""
     config = model_and_dataset_configs(dgx.finetune_sd())
-    config.sd.stage = "unet"
-    config.sd.num_steps = 3300
-    config.sd.batch_size = 32
-    config.sd.learning_rate = 1e-3
+    config.sd.update(stage="unet", num_steps=3300, batch_size=32, learning_rate=1e-3)
     return config
 
 
@@ -81,46 +74,22 @@ def prompt_image_alignment_classifier_isic():
     # 8 rewards of a prompt come together in about one epoch
     config.per_prompt_stat_tracking.min_count = 8
     # 64 * 4 = 256 samples per epoch
-    config.sample.batch_size = 64
-    config.sample.num_batches_per_epoch = 4
+    config.sample.update(batch_size=64, num_batches_per_epoch=4)
     # 64 * 2 = 128 samples per update, 256 / 128 = 2 updates per epoch
-    config.train.batch_size = 64
-    config.train.gradient_accumulation_steps = 2
+    config.train.update(batch_size=64, gradient_accumulation_steps=2)
     # what an image shows is decided in the noisy half of the trajectory; the other half costs time and adds noise
-    config.train.timestep_window = (0.0, 0.5)
-    config.train.lora_rank = 16
-    config.train.learning_rate = 2.5e-3
+    config.train.update(timestep_window=(0.0, 0.5), lora_rank=16, learning_rate=2.5e-3)
     # a mean over 4 * 16 * 16 = 1,024 dimensions: 1e-4 * 16,384 / 1,024
     config.train.clip_range = 1.6e-3
     return config
 
 
-# small enough for any GPU: the names of config/dgx.py mean the same here.
-prompt_image_alignment_classifier_isic_16gb = prompt_image_alignment_classifier_isic
-prompt_image_alignment_classifier_isic_24gb = prompt_image_alignment_classifier_isic
-prompt_image_alignment_classifier_isic_80gb = prompt_image_alignment_classifier_isic
-finetune_sd_24gb = finetune_sd
-
-
-def prompt_image_alignment_classifier_isic_eval():
-    """16 images for each of the 32 captions from the base model."""
-    config = model_and_dataset_configs(dgx.prompt_image_alignment_classifier_isic_eval())
-    config.eval.num_samples_per_prompt = 16
-    config.eval.batch_size = 64
-    return config
-
-
 def prompt_image_alignment_classifier_isic_eval_rl():
-    """The same from a run of train.py: give --config.load_from=rl4med-out/mini/logs/<run>."""
+    """Samples of a run of train.py: give --config.load_from=rl4med-out/mini/logs/<run>."""
     config = model_and_dataset_configs(dgx.prompt_image_alignment_classifier_isic_eval_rl())
-    config.eval.num_samples_per_prompt = 16
-    config.eval.batch_size = 64
     config.load_from = config.get_ref("base_log_path") + "/logs"
     return config
 
 
 def get_config(name=""):
-    """Return an experiment of this file, or else the one of config/dgx.py at this file's scale."""
-    if name not in globals() and hasattr(dgx, name):
-        return model_and_dataset_configs(dgx.get_config(name))
-    return dgx.base.choose(globals(), name)
+    return dgx.at_scale_of(globals(), name)
