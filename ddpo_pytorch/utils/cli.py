@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ from ml_collections.config_dict import placeholder
 from ml_collections.config_flags import register_flag_parser_for_type
 
 from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.settings import flat
 
 # errors about places that a user chose: permissions, kinds of files, disks that are full or read-only
 USER_ERRNOS = {
@@ -51,7 +52,13 @@ def cli(main: Callable[[list[str]], None]) -> None:
     """Run a script's main under absl. Unusable flags and `UserError` become one line on stderr and exit code 2."""
 
     def run(argv: list[str]) -> None:
-        _configure_logging()
+        # plain lines instead of absl's, warnings only on all but the first process
+        level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
+        logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        for name in ("diffusers", "transformers"):
+            if library := sys.modules.get(name):
+                library.utils.logging.disable_progress_bar()
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; options are written --name=value")
@@ -69,16 +76,6 @@ def cli(main: Callable[[list[str]], None]) -> None:
             _fail(f"{error.strerror}{where}; give another path, or change what is there")
 
     app.run(run, flags_parser=_parse_flags)
-
-
-def _configure_logging() -> None:
-    """Log plain lines instead of absl's, warnings only on all but the first process."""
-    level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    for name in ("diffusers", "transformers"):
-        if library := sys.modules.get(name):
-            library.utils.logging.disable_progress_bar()
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -102,20 +99,16 @@ def _find_config(argv: list[str]) -> list[str]:
     found = list(argv)
     for index, word in enumerate(argv):
         option, equals, given = word.partition("=")
-        if option not in ("-config", "--config"):
-            continue
+        if option not in ("-config", "--config") or (not equals and index + 1 == len(argv)):
+            continue  # absl reports a missing value
         if not equals:
-            if index + 1 == len(argv):
-                break  # absl reports the missing value
             index, given = index + 1, argv[index + 1]
         file, colon, name = given.partition(":")
-        path = Path(expand(file))
-        if not path.is_file():
-            in_repository = Path(argv[0]).resolve().parents[1] / path
-            if not in_repository.is_file():
-                tried = f"{str(path)!r} nor {str(in_repository)!r}"
-                raise UserError(f"--config={given}: there is neither {tried}; give FILE.py:EXPERIMENT")
-            path = in_repository
+        tried = [Path(expand(file)), Path(argv[0]).resolve().parents[1] / expand(file)]
+        path = next((path for path in tried if path.is_file()), None)
+        if path is None:
+            neither = " nor ".join(repr(str(path)) for path in tried)
+            raise UserError(f"--config={given}: there is neither {neither}; give FILE.py:EXPERIMENT")
         found[index] = (f"{option}=" if equals else "") + f"{path}{colon}{name}"
     return found
 
@@ -161,7 +154,8 @@ def expand_config(config: ConfigDict, *required: str) -> ConfigDict:
     Every text that begins with "~" is a path, since rewards' keyword arguments have any name; texts within tuples are
     prompts and stay. Raises UserError if `base_log_path`, or a field of `required` (by its dotted name), is empty.
     """
-    for name in ("base_log_path", *_texts(config)):  # the root first: other paths are derived from it
+    texts = (name for name, value in flat(config).items() if isinstance(value, str))
+    for name in ("base_log_path", *texts):  # the root first: other paths are derived from it
         try:
             expanded = expand(config[name])
         except UserError as error:
@@ -210,15 +204,6 @@ def run_command(parser: argparse.ArgumentParser, run: Callable[..., Any], argume
 def _check_given(path: str, name: str, option: str) -> None:
     if not path.strip():
         raise UserError(f"{name} is empty; give {option}=PATH (. is the current folder)")
-
-
-def _texts(config: ConfigDict, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of all fields that hold a text."""
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _texts(value, f"{prefix}{name}.")
-        elif isinstance(value, str):
-            yield prefix + name
 
 
 ###### Blocks of config/base.py ######

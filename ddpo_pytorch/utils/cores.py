@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 MOST_WORKERS = 16  # each holds memory of its own
@@ -30,29 +30,22 @@ def thread_limit() -> int:
     """Return the number of available cores, or the user's OMP_NUM_THREADS or MKL_NUM_THREADS if that is less.
 
     torchrun and `accelerate launch` set OMP_NUM_THREADS for their processes, by default to 1. That is no limit of the
-    user if the launcher's own environment lacks it and no option asked for it; where these cannot be read (not on
-    Linux, or another program stands between), it is respected.
+    user if the launcher's own environment lacks it and no option asked for it.
     """
+    given: dict[str, str] = dict(os.environ)
+    try:
+        parent = psutil.Process(os.getppid())
+        words = parent.cmdline()
+        if any(map(LAUNCHERS.fullmatch, words)) and not any(map(LAUNCHER_OPTION.fullmatch, words)):
+            given = parent.environ()
+    except psutil.Error:  # another user's process, for example
+        pass
     limits = [available_cores()]
-    launcher = _launcher_environment()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         number = re.match(r"[1-9]\d*", os.environ.get(name, ""))  # OpenMP allows a list, one per level
-        if number and (launcher is None or name in launcher):
+        if number and name in given:
             limits.append(int(number.group()))
     return min(limits)
-
-
-def _launcher_environment() -> set[str] | None:
-    """Return the names of the variables given to the launcher of this process; None without a launcher."""
-    process = Path("/proc", str(os.getppid()))
-    try:
-        words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-        variables = (process / "environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return None
-    if not any(map(LAUNCHERS.fullmatch, words)) or any(map(LAUNCHER_OPTION.fullmatch, words)):
-        return None
-    return {variable.split("=")[0] for variable in variables}
 
 
 @contextmanager

@@ -9,6 +9,7 @@ make the same number of them.
 
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -17,14 +18,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
-    KwargsHandler,
     broadcast_object_list,
 )
 from accelerate.utils.environment import parse_flag_from_env
@@ -35,12 +34,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ddpo_pytorch.utils.cores import available_cores, thread_limit
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import locked
-from ddpo_pytorch.utils.settings import Range
+from ddpo_pytorch.utils.settings import Range, check_choices, check_ranges
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PROCESS_TIMEOUT = 24 * 3600.0
-TIMEOUTS = Range("(0, 31536000]")  # seconds, up to a year
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -58,47 +56,16 @@ def make_accelerator(
 ) -> Accelerator:
     """Return an Accelerator that follows these settings, not those of the launcher or of ACCELERATE_* variables.
 
-    On a CPU the processes of a machine share its cores, within the user's limit on threads (see `thread_limit`).
+    On a CPU the processes of a machine share its cores, within the user's limit on threads (see `thread_limit`). Under
+    FSDP, `prepare` divides a UNet and its optimizer: weights and accumulated gradients are float32, "bf16" is the type
+    of forward and backward passes.
 
-    Args:
-        mixed_precision: "no", "bf16", or on a GPU "fp16".
-        gradient_accumulation_steps: backward passes for each step of the optimizer.
-        may_shard: whether the caller supports FSDP.
-        process_timeout: seconds that a process waits for the others, e.g. while one of them decodes images.
-
-    Raises UserError for other values, and for features of the launcher that the scripts do not support.
+    `may_shard`: the caller supports FSDP. `process_timeout`: seconds that a process waits for the others. Raises
+    UserError for other values, and for features of the launcher that the scripts do not support.
     """
-    if sharding_requested() and not may_shard:
+    sharding = sharding_requested()
+    if sharding and not may_shard:
         raise UserError("the launcher requests FSDP, which only train.py supports; use another config file")
-    _check_launcher(mixed_precision, gradient_accumulation_steps)
-    if mixed_precision not in DTYPES:
-        raise UserError(f"mixed_precision is {mixed_precision!r}; allowed are {', '.join(DTYPES)}")
-    if process_timeout not in TIMEOUTS:
-        raise UserError(f"process_timeout is {process_timeout}; it must be {TIMEOUTS}, in seconds")
-    on_cpu = _flag("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    if on_cpu and mixed_precision == "fp16":
-        raise UserError("mixed_precision is 'fp16', which needs a GPU; on a CPU use no or bf16")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
-    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=process_timeout))
-    if sharding_requested():
-        accelerator = sharding_accelerator(on_cpu, mixed_precision, timeout)
-    else:
-        accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision=mixed_precision,
-            # as a plugin: ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides a plain number
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=gradient_accumulation_steps),
-            dynamo_backend="no",
-            kwargs_handlers=[timeout],
-        )
-    if on_cpu:  # after Accelerate, which may set a number of its own
-        share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, min(share, thread_limit())))
-    return accelerator
-
-
-def _check_launcher(mixed_precision: str, gradient_accumulation_steps: int) -> None:
-    """Raise UserError for unsupported features of the launcher; log its settings that have no effect."""
     for variable, feature in UNSUPPORTED.items():
         if _flag(variable):
             raise UserError(f"the launcher requests {feature} ({variable}), which is not supported; launch without it")
@@ -110,6 +77,42 @@ def _check_launcher(mixed_precision: str, gradient_accumulation_steps: int) -> N
         requested = os.environ.get(variable, "").lower()
         if requested not in ("", "no", "1", used):  # "no" and "1" are the launchers' defaults
             logger.info("%s=%s of the launcher has no effect: the configuration decides", variable, requested)
+    settings = {"mixed_precision": mixed_precision, "process_timeout": process_timeout}
+    check_choices(settings, {"mixed_precision": tuple(DTYPES)})
+    check_ranges(settings, {"process_timeout": Range("(0, 31536000]")})  # seconds, up to a year
+    on_cpu = _flag("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    if on_cpu and mixed_precision == "fp16":
+        raise UserError("mixed_precision is 'fp16', which needs a GPU; on a CPU use no or bf16")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
+    plugin = FullyShardedDataParallelPlugin() if sharding else None
+    if plugin:
+        if plugin.fsdp_version != 2:
+            raise UserError(f"FSDP is of version {plugin.fsdp_version}; set fsdp_version: 2 in the launcher's file")
+        if mixed_precision == "bf16":
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=mixed_precision,
+        fsdp_plugin=plugin,
+        # as a plugin: ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides a plain number. FSDP divides gradients after
+        # each backward pass: whole ones, Accelerate's default, would take as much memory as the weights
+        gradient_accumulation_plugin=GradientAccumulationPlugin(gradient_accumulation_steps, sync_each_batch=sharding),
+        dynamo_backend="no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=process_timeout))],
+    )
+    if sharding and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # Accelerate ignores the plugin without a GPU; PyTorch's FSDP works with gloo
+        accelerator.state.fsdp_plugin = plugin
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+    if on_cpu:  # after Accelerate, which may set a number of its own
+        share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, min(share, thread_limit())))
+    return accelerator
+
+
+def sharding_requested() -> bool:
+    """Return whether the launcher requests FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def _flag(variable: str) -> bool:
@@ -141,10 +144,7 @@ def run_on_main_process(accelerator: Accelerator, function: Callable[..., Any], 
 
 @contextmanager
 def locked_by_main(accelerator: Accelerator, folder: str | Path, instead: str = "another logdir") -> Iterator[None]:
-    """Reserve a folder for this command: the main process locks it (`files.locked`). Called by every process.
-
-    All of them end if another command holds the folder, as in `run_on_main_process`.
-    """
+    """Let the main process lock a folder (`files.locked`). Called by every process; all end if another holds it."""
     with ExitStack() as held:
         run_on_main_process(accelerator, held.enter_context, locked(folder, instead))
         yield
@@ -184,59 +184,8 @@ def peak_memory_gib() -> float:
     """Return the peak memory of this process so far: of the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return psutil.Process().memory_info().peak_wset / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-###### FSDP ######
-
-
-def sharding_requested() -> bool:
-    """Return whether the launcher requests FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-
-
-def check_sharding(use_lora: bool, use_8bit_adam: bool, mixed_precision: str) -> None:
-    """Raise UserError for settings of train.py that cannot be combined with FSDP."""
-    if use_lora:
-        raise UserError(
-            "use_lora is True under FSDP, which has little to divide then; set use_lora=False, or launch with another "
-            "file of config/accelerate"
-        )
-    if use_8bit_adam:
-        raise UserError("train.use_8bit_adam is True under FSDP, which cannot divide its states; set it to False")
-    if mixed_precision == "fp16":
-        raise UserError("mixed_precision is 'fp16', which is not supported under FSDP; use bf16 or no")
-
-
-def sharding_accelerator(cpu: bool, mixed_precision: str, *handlers: KwargsHandler) -> Accelerator:
-    """Return an Accelerator whose `prepare` divides a UNet and its optimizer by the launcher's FSDP settings.
-
-    Weights and accumulated gradients are float32; "bf16" is the type of forward and backward passes. Gradients are
-    divided after each backward pass: whole ones, Accelerate's default, would take as much memory as the weights.
-    """
-    plugin = FullyShardedDataParallelPlugin()
-    if plugin.fsdp_version != 2:
-        raise UserError(f"FSDP is of version {plugin.fsdp_version}; set fsdp_version: 2 in the launcher's file")
-    if mixed_precision == "bf16":
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision=mixed_precision,
-        fsdp_plugin=plugin,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_each_batch=True),
-        dynamo_backend="no",
-        kwargs_handlers=list(handlers),
-    )
-    if accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # Accelerate ignores the plugin without a GPU; PyTorch's FSDP works with gloo
-        accelerator.state.fsdp_plugin = plugin
-        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-    return accelerator
 
 
 # By hand rather than torch.distributed.checkpoint.state_dict: that steps an optimizer without state before it saves it,
@@ -250,7 +199,19 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 def gather_state(owner: nn.Module | torch.optim.Optimizer, main: bool) -> dict[str, Any] | None:
     """Return the undivided state dict of a UNet or optimizer on the CPU if `main`, else None. A collective."""
-    return _gather(owner.state_dict(), main)
+
+    def gather(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: gather(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)([gather(item) for item in value])
+        if isinstance(value, torch.Tensor):
+            value = full_tensor(value)  # one at a time, to save memory
+            return value.detach().cpu() if main else None
+        return value
+
+    state = gather(owner.state_dict())
+    return state if main else None
 
 
 def load_weights_into(unet: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
@@ -272,18 +233,6 @@ def load_optimizer_into(optimizer: torch.optim.Optimizer, state: Mapping[str, An
         for number, memory in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": parts})
-
-
-def _gather(value: Any, main: bool) -> Any:
-    if isinstance(value, dict):
-        gathered = {key: _gather(item, main) for key, item in value.items()}
-        return gathered if main else None
-    if isinstance(value, list | tuple):
-        return type(value)([_gather(item, main) for item in value])
-    if isinstance(value, torch.Tensor):
-        value = full_tensor(value)  # one at a time, to save memory
-        return value.detach().cpu() if main else None
-    return value
 
 
 def _part(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -24,11 +24,10 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str
         if name not in old:  # written by an earlier version of the program
             return name, "(not recorded)", _short(now)
         if isinstance(before, list | tuple) and isinstance(now, list | tuple):
-            pairs = enumerate(zip(before, now, strict=False))
-            index = next((index for index, (one, other) in pairs if one != other), None)
-            if index is None:
+            different = [index for index, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]]
+            if not different:
                 return f"length of {name}", str(len(before)), str(len(now))
-            name, before, now = f"{name}[{index}]", before[index], now[index]
+            name, before, now = f"{name}[{different[0]}]", before[different[0]], now[different[0]]
         return name, _short(before), _short(now)
     return None
 

@@ -30,8 +30,6 @@ HOST = re.sub(r"[^\w-]", "-", platform.node())
 # left behind by atomic_write, atomic_folder and remove_folder when they are killed
 UNFINISHED = re.compile(r"\..+\.((?P<pid>\d+)(@(?P<host>[\w-]+))?\.tmp|removed)")
 ABANDONED_AFTER = 3600  # seconds without a change after which another machine is not writing a temporary file any more
-# Windows has no O_NONBLOCK and translates line ends without O_BINARY
-READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 logger = logging.getLogger(__name__)
 
 
@@ -40,15 +38,14 @@ class DiskFull(UserError, OSError):
 
 
 def path_fault(name: str) -> str | None:
-    """Return why a name from a table or log may not be opened below a folder, or None.
+    """Return why a name from a table or log may not be opened below a folder, on any system, or None.
 
-    The name must lead inside the folder on any system: not empty, not absolute, no drive letter, no "..", no control
-    characters; a backslash counts as a slash. Links inside the folder belong to the user and are followed.
+    A backslash counts as a slash. Links inside the folder belong to the user and are followed.
     """
     parts = name.replace("\\", "/").split("/")
-    if not name or all(part in ("", ".") for part in parts):
+    if all(part in ("", ".") for part in parts):
         return "is empty"
-    if any(ord(character) < 32 or ord(character) == 127 for character in name):
+    if re.search(r"[\x00-\x1f\x7f]", name):
         return "holds control characters"
     if not parts[0] or ".." in parts or re.match(r"[A-Za-z]:", name):
         return "leads out of the folder"
@@ -63,11 +60,8 @@ def path_inside(folder: str | Path, name: str, where: str) -> Path:
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file for reading.
-
-    Raises UserError for a pipe, which would block, and for a device or folder; OSError as `open` does.
-    """
-    descriptor = os.open(path, READ_FLAGS)  # without O_NONBLOCK, opening a pipe waits for a writer
+    """Open a regular file for reading. Raises UserError for a pipe, device or folder; OSError as `open` does."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without the latter, opening a pipe waits for a writer
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UserError(f"{str(path)!r} is a folder, pipe or device; a regular file is needed: remove it")
@@ -78,8 +72,8 @@ def open_regular(path: str | Path) -> BinaryIO:
 def atomic_write(path: str | Path, durable: bool = False) -> Iterator[Path]:
     """Yield an empty temporary file next to `path`, renamed to `path` at the end; missing folders are created.
 
-    An error leaves nothing behind and an existing file unchanged; `remove_leftovers` cleans up after a kill. With
-    `durable` the file also survives a power cut, at the price of waiting for the disk. Raises DiskFull.
+    An error leaves an existing file unchanged; `remove_leftovers` cleans up after a kill. With `durable` the file also
+    survives a power cut, at the price of waiting for the disk. Raises DiskFull.
     """
     path = Path(path)
     temporary = _temporary(path)
@@ -147,11 +141,11 @@ def remove_leftovers(folder: str | Path, depth: int = 2) -> None:
     for entry in entries:
         with suppress(OSError):
             is_folder = entry.is_dir(follow_symlinks=False)
-            if not (unfinished := UNFINISHED.fullmatch(entry.name)):
-                if is_folder and depth:
-                    remove_leftovers(entry.path, depth - 1)
-            elif not _being_written(entry, unfinished["pid"], unfinished["host"]):
-                shutil.rmtree(entry.path) if is_folder else os.unlink(entry.path)
+            if unfinished := UNFINISHED.fullmatch(entry.name):
+                if not _being_written(entry, unfinished["pid"], unfinished["host"]):
+                    shutil.rmtree(entry.path) if is_folder else os.unlink(entry.path)
+            elif is_folder and depth:
+                remove_leftovers(entry.path, depth - 1)
 
 
 def _being_written(entry: os.DirEntry, pid: str | None, host: str | None) -> bool:
@@ -171,9 +165,7 @@ def _temporary(path: Path) -> Path:
 
 def _sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -189,17 +181,25 @@ def room_for(path: str | Path, size: int | None = None) -> Iterator[None]:
 
     A quota, or a limit on the size of files, shows only when it is exceeded.
     """
-    path = Path(path)
-    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
-    if size is not None and _free(folder) < size:
-        raise _disk_full(path, folder, "too little space", size)
+    folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
+
+    def disk_full(reason: str) -> DiskFull:
+        needed = f"about {size / 2**20:,.1f} MiB are needed, " if size else ""
+        return DiskFull(
+            f"{str(path)!r} could not be written ({reason}): {needed}{shutil.disk_usage(folder).free / 2**20:,.1f} MiB "
+            f"are free; existing files are untouched: make room in {str(folder)!r}, then run the same command again"
+        )
+
+    usage = shutil.disk_usage(folder)
+    if size is not None and usage.free < size and usage.total:  # some network file systems know no sizes
+        raise disk_full("too little space")
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         if reason := full_disk(error):
-            raise _disk_full(path, folder, reason, size) from error
+            raise disk_full(reason) from error
         raise
 
 
@@ -215,19 +215,6 @@ def full_disk(error: BaseException | None) -> str:
             return os.strerror(code)
         error = error.__cause__ or error.__context__
     return ""
-
-
-def _disk_full(path: Path, folder: Path, reason: str, size: int | None) -> DiskFull:
-    needed = f"about {size / 2**20:,.1f} MiB are needed, " if size else ""
-    return DiskFull(
-        f"{str(path)!r} could not be written ({reason}): {needed}{_free(folder) / 2**20:,.1f} MiB are free; existing "
-        f"files are untouched: make room in {str(folder)!r}, then run the same command again"
-    )
-
-
-def _free(folder: Path) -> float:
-    usage = shutil.disk_usage(folder)
-    return usage.free if usage.total else math.inf  # some network file systems know no sizes
 
 
 def sha256(path: str | Path) -> str:
@@ -290,8 +277,7 @@ class JsonLines:
 def lock(path: str | Path, taken: str) -> BaseFileLock:
     """Lock the file at `path`, made if absent, until `release` is called or the process ends; forks do not hold it.
 
-    Where the file system has no locks, the file itself is the lock. Raises UserError(taken) while another process
-    holds it.
+    Where the file system has no locks, the file itself is the lock. Raises UserError(taken) if another process has it.
     """
     held: BaseFileLock = FileLock(path, timeout=0, thread_local=False)
     try:
@@ -313,26 +299,23 @@ def lock(path: str | Path, taken: str) -> BaseFileLock:
 def locked(folder: str | Path, instead: str = "another logdir") -> Iterator[None]:
     """Reserve a folder, created if absent, for this process, and remove what killed processes left in it.
 
-    Every command that writes a folder does so within this context. The lock ends with the process, however it ends.
-    After an error, a folder that was created and is still empty is removed. Raises UserError, which suggests
-    `instead`, while another process holds the folder.
+    Every command that writes a folder does so within this context. After an error, a folder that was created and is
+    still empty is removed. Raises UserError, which suggests `instead`, while another process holds the folder.
     """
     folder = Path(folder)
-    path, created = folder / LOCK, not folder.exists()
+    path, created = folder / LOCK, not folder.exists()  # created: after an error only
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{str(folder)!r} is not a folder, or is inside a file; choose {instead}") from error
     held = lock(path, f"{str(folder)!r} is being written by another run; wait for its end or choose {instead}")
-    succeeded = False
     try:
         remove_leftovers(folder)
         yield
-        succeeded = True
+        created = False
     finally:
-        with suppress(OSError):  # Windows removes no open file
-            path.unlink()
+        path.unlink(missing_ok=True)
         held.release()
-        if created and not succeeded:
+        if created:
             with suppress(OSError):  # the folder is not empty
                 folder.rmdir()

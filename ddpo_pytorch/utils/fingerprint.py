@@ -7,9 +7,7 @@ fingerprints of contents next to their settings.
 import hashlib
 import inspect
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddpo_pytorch.utils.files import sha256
 from ddpo_pytorch.utils.published import resolve
 
 PIPELINE_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
@@ -30,10 +29,10 @@ _IGNORED = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 def fingerprint(*parts: Any) -> str:
     """Return the SHA-256, in hex, of parts in their order; equal for equal contents, whatever their paths.
 
-    A part may be a network (names, types and values of weights, and its `config`; without adapters), a state dict, a
-    tokenizer, a scheduler, the Path of a file or folder (of which weights, configurations and tables count), or plain
-    values; mappings and lists may hold such parts. Of a configuration only what differs from its class's defaults
-    counts, so that a library version with further entries changes nothing.
+    A part may be a network (its `config`, and weights without adapters), a state dict, a tokenizer, a scheduler, the
+    Path of a file or folder (of which weights, configurations and tables count), or plain values; mappings and lists
+    may hold such parts. Of a configuration only what differs from its class's defaults counts, so that a library
+    version with further entries changes nothing.
     """
     return hashlib.sha256(b"".join(map(_digest, parts))).hexdigest()
 
@@ -90,16 +89,11 @@ def _pieces(part: Any) -> Iterator[bytes]:
 
 
 def _tensors(state: Mapping[str, torch.Tensor]) -> Iterator[bytes]:
-    """Yield a digest of each tensor, in order of names; hashed by threads, since hashing releases Python's lock."""
-
-    def tensor_digest(name: str) -> bytes:
+    for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
         digest = hashlib.sha256(_json([name, str(value.dtype), list(value.shape)]))
         digest.update(value.flatten().view(torch.uint8).numpy().data)
-        return digest.digest()
-
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        yield from pool.map(tensor_digest, sorted(state))
+        yield digest.digest()
 
 
 def _settings_of(config: Any, owner: type) -> dict[str, Any]:
@@ -136,8 +130,7 @@ def _file_digest(path: Path) -> bytes:
 @cache
 def _hash_once(path: Path, *_: int) -> bytes:
     """Return the SHA-256 of a file, computed once per process while its size and times stay the same."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    return bytes.fromhex(sha256(path))
 
 
 def _json(value: Any) -> bytes:

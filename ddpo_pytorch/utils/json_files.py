@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,10 @@ def parse_json(text: str | bytes, shape: Any, source: str, advice: str = ADVICE)
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_int=_int64)
-        problem = _unusable(value)
-    except RecursionError:
-        problem = "it is nested too deeply"
-    except ValueError as error:
-        problem = f"it is not JSON: {' '.join(str(error).split())[:200]}"
-    if problem:
-        raise UserError(f"{source} is damaged ({problem}); {advice}")
+        _check_any(value, 0)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
+        raise UserError(f"{source} is damaged (it is not usable JSON: {reason}); {advice}") from error
     return check_shape(value, shape, source, advice)
 
 
@@ -56,11 +54,10 @@ def check_shape(value: Any, shape: Any, source: str, advice: str = ADVICE) -> An
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = {}
-    for name, value in pairs:
-        if name in result:
-            raise ValueError(f"{_short(name)} appears twice")
-        result[name] = value
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{_short(name)} appears twice")
     return result
 
 
@@ -70,48 +67,40 @@ def _int64(digits: str) -> int:
     return int(digits)
 
 
-def _unusable(value: Any) -> str | None:
-    """Return why a value is unusable whatever the shape, or None. Level by level, since recursion has a limit."""
-    level, depth = [value], 0
-    while level:
-        if (depth := depth + 1) > DEEPEST:
-            return f"it is nested more than {DEEPEST} levels deep"
-        below: list[Any] = []
-        for part in level:
-            if isinstance(part, dict):
-                below += [*part, *part.values()]
-            elif isinstance(part, list):
-                below += part
-            elif isinstance(part, str) and not part.isascii() and SURROGATE.search(part):
-                return f"{_short(part)} is not Unicode"
-        level = below
-    return None
+def _check_any(value: Any, depth: int) -> None:
+    """Raise for a value that is unusable whatever the shape."""
+    if depth == DEEPEST:
+        raise RecursionError
+    if isinstance(value, str) and not value.isascii() and SURROGATE.search(value):
+        raise ValueError(f"{_short(value)} is not Unicode")
+    if isinstance(value, dict | list):
+        for part in (*value, *value.values()) if isinstance(value, dict) else value:
+            _check_any(part, depth + 1)
 
 
 def _mismatch(value: Any, shape: Any, name: str) -> str | None:
     """Return how a value differs from a shape, or None. `name` is the value's position, e.g. "'files'[3]"."""
-    children: Iterable[tuple[Any, Any, str]] | None = None  # values, their shapes and positions
+    children: Iterable[tuple[Any, Any, str]]  # values, their shapes and positions
     if isinstance(shape, OneOf):
         return None if any(_mismatch(value, one, name) is None for one in shape) else _mismatch(value, shape[0], name)
     if isinstance(value, dict) and isinstance(shape, dict):
         prefix = f"{name}." if name else ""
+        known = {key.removesuffix("?"): part for key, part in shape.items() if key is not str}
+        if missing := [key for key in shape if key is not str and key[-1] != "?" and key not in value]:
+            return f"{prefix}{_short(missing[0])} is missing"
         if str in shape:
             known = dict.fromkeys(value, shape[str])
-        else:
-            known = {key.removesuffix("?"): part for key, part in shape.items()}
-            for key in shape:
-                if not key.endswith("?") and key not in value:
-                    return f"{prefix}{_short(key)} is missing"
         children = ((value[key], part, f"{prefix}{_short(key)}") for key, part in known.items() if key in value)
-    elif isinstance(value, list) and isinstance(shape, list):
-        children = ((part, shape[0], f"{name}[{number}]") for number, part in enumerate(value))
-    elif isinstance(value, list) and isinstance(shape, tuple) and len(value) == len(shape):
-        children = ((part, shape[number], f"{name}[{number}]") for number, part in enumerate(value))
-    if children is not None:
-        return next(filter(None, (_mismatch(*child) for child in children)), None)
-    if _fits(value, shape):
+    elif isinstance(value, list) and (
+        isinstance(shape, list) or (isinstance(shape, tuple) and len(shape) == len(value))
+    ):
+        shapes = shape * len(value) if isinstance(shape, list) else shape
+        children = ((part, shapes[number], f"{name}[{number}]") for number, part in enumerate(value))
+    elif _fits(value, shape):
         return None
-    return f"{name or 'it'} is {_short(value)} instead of {_describe(shape)}"
+    else:
+        return f"{name or 'it'} is {_short(value)} instead of {_describe(shape)}"
+    return next(filter(None, (_mismatch(*child) for child in children)), None)
 
 
 def _fits(value: Any, shape: Any) -> bool:

@@ -13,20 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-
-class Stream(IntEnum):
-    """Independent random streams of one run."""
-
-    PROMPTS = 0
-    NOISE = 1
-    ORDER = 2
-    TIMESTEPS = 3
-    GRID = 4
-    EVALUATION = 5
-    BATCHES = 6
-    VALIDATION = 7
-    HELD_OUT = 8
-    POOL = 9
+# independent random streams of one run; their numbers, from 0, are part of every seed
+Stream = IntEnum("Stream", "PROMPTS NOISE ORDER TIMESTEPS GRID EVALUATION BATCHES VALIDATION HELD_OUT POOL", start=0)
 
 
 def derived_seed(seed: int, stream: Stream, *progress: int) -> int:
@@ -55,16 +43,15 @@ def seeded_globals(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def generator_of(seed: int, stream: Stream, *progress: int) -> torch.Generator:
-    """Return a CPU generator seeded by `derived_seed`."""
-    return torch.Generator().manual_seed(derived_seed(seed, stream, *progress))
+def generator_of(seed: int, stream: Stream, *progress: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a generator seeded by `derived_seed`."""
+    return torch.Generator(device).manual_seed(derived_seed(seed, stream, *progress))
 
 
 class EndlessBatches(Sampler[list[int]]):
     """Endless batches of indices below `count`: a new permutation every `count // (batch_size * processes)` batches.
 
-    Batch k of all processes together depends only on batch_size * processes; each process gets its part of it. A
-    permutation's remainder is dropped. A resumed run starts at batch `first`.
+    Each process gets its part of a batch. A permutation's remainder is dropped. A resumed run starts at batch `first`.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, first: int = 0, rank: int = 0, processes: int = 1):
@@ -87,8 +74,8 @@ class EndlessBatches(Sampler[list[int]]):
 class BatchDraws:
     """Random numbers for batch `number` of a stream: sampled for all processes, of which this one keeps its rows.
 
-    Sampled on the CPU, so that they are the same on every device. `size` is the number of rows of one process, of which
-    the first `kept` are used (a validation set's last batch is shorter).
+    Sampled on the CPU, so that they are the same on every device. Of the `size` rows of a process the first `kept` are
+    used (a validation set's last batch is shorter).
     """
 
     def __init__(

@@ -50,12 +50,9 @@ SEED = Range("[0, 4294967295]", whole=True)  # NumPy's generators take 32 bits
 
 
 def check_ranges(settings: Mapping[str, Any], ranges: Mapping[str, Range], prefix: str = "") -> None:
-    """Raise UserError naming the first setting that is outside its range.
+    """Raise UserError naming the first setting (a field or "block.field") that is outside its range.
 
-    Args:
-        settings: a configuration, a block of it, or a dict.
-        ranges: allowed values by field; "train.batch_size" is the field batch_size of the block train.
-        prefix: goes before the names in the message, e.g. "sd." if `settings` is that block.
+    `prefix` goes before the names in the message, e.g. "sd." if `settings` is that block.
     """
     for name, allowed in ranges.items():
         if (value := _get(settings, name)) not in allowed:
@@ -75,6 +72,14 @@ def check_pair(name: str, value: Any, allowed: Range, equal: bool = False) -> tu
     if not numbers or value[0] > value[1] or (value[0] == value[1] and not equal):
         raise UserError(f"{name} is {value!r}; it must be two numbers, the lower one first, each {allowed}")
     return value[0], value[1]
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the fields of a configuration and of its blocks by dotted names."""
+    fields: dict[str, Any] = {}
+    for name, value in settings.items():
+        fields |= flat(value, f"{prefix}{name}.") if hasattr(value, "items") else {prefix + name: value}
+    return fields
 
 
 def _get(settings: Mapping[str, Any], name: str) -> Any:

@@ -32,14 +32,16 @@ class TrainState:
         self.parts = {name: part for name, part in parts.items() if part is not None}
 
     def load(self) -> dict[str, Any] | None:
-        """Restore the parts and return the values given to `save`, or None if there is no file.
+        """Restore the parts and return the values given to `save`, or None without a file. See `restore_state`."""
 
-        Raises UserError for a damaged file, and for other settings, naming the first that differs.
-        """
-        if self.path is None:
-            return None
-        state = restore_state(self.path, self.settings, self._restore)
-        return None if state is None else state["progress"]
+        def restore(state: Mapping[str, Any]) -> None:
+            for name, part in self.parts.items():
+                part.load_state_dict(state["parts"][name])
+            if not isinstance(state["progress"], dict):
+                raise TypeError("progress")
+
+        state = self.path and restore_state(self.path, self.settings, restore)
+        return state["progress"] if state else None
 
     def save(self, **progress: Any) -> None:
         """Write all parts and `progress` (tensors and plain values). Raises DiskFull; the old file stays."""
@@ -52,42 +54,23 @@ class TrainState:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        for name, part in self.parts.items():
-            part.load_state_dict(state["parts"][name])
-        if not isinstance(state["progress"], dict):
-            raise TypeError("progress")
-
 
 def save_state(path: str | Path, state: Mapping[str, Any], belongs_to: Mapping[str, Any]) -> None:
-    """Write tensors and plain values, and the settings (JSON-able) that they belong to.
+    """Write tensors and plain values, and the settings (JSON-able) that they belong to, durably.
 
-    The file is on the disk when this returns. Raises DiskFull, with the old one untouched.
+    Raises DiskFull, with the old file untouched.
     """
     with atomic_write(path, durable=True) as temporary, open(temporary, "wb") as file:
         torch.save({"state": dict(state), "belongs_to": json.dumps(belongs_to)}, file)
 
 
 def restore_state(
-    path: str | Path, belongs_to: Mapping[str, Any], restore: Callable[[Mapping[str, Any]], None]
+    path: str | Path, belongs_to: Mapping[str, Any], restore: Callable[[Mapping[str, Any]], None] = lambda state: None
 ) -> dict[str, Any] | None:
-    """Load a state and give it to `restore`; return it, or None where there is no file.
+    """Load what `save_state` wrote, on the CPU, and give it to `restore`; return it, or None where there is no file.
 
-    Raises UserError as `load_state` does, and where `restore` finds another content than it expects.
-    """
-    state = load_state(path, belongs_to)
-    if state is not None:
-        try:
-            restore(state)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            raise _damaged(path, error) from error
-    return state
-
-
-def load_state(path: str | Path, belongs_to: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what `save_state` wrote, on the CPU; None where there is no file.
-
-    Raises UserError for a damaged file, and for one of other settings, naming the first that differs.
+    Raises UserError for a damaged file, also where `restore` finds another content than it expects, and for one of
+    other settings, naming the first that differs.
     """
     path = Path(path)
     if not path.is_file():
@@ -96,20 +79,16 @@ def load_state(path: str | Path, belongs_to: Mapping[str, Any]) -> dict[str, Any
         # mapped: the processes of a node share what would otherwise be a copy of all weights and moments for each
         saved = read_pickle(path, mmap=True)
         state, old = dict(saved["state"]), parse_json(saved["belongs_to"], dict, "")
+        if not (changed := difference(old, json.loads(json.dumps(belongs_to)))):
+            restore(state)
+            return state
     except Exception as error:  # a damaged pickle can fail in any way
-        raise _damaged(path, error) from error
-    new = json.loads(json.dumps(belongs_to))
-    if changed := difference(old, new):
-        name, before, now = changed
         raise UserError(
-            f"{str(path)!r} is the state of an unfinished training with {name}={before}, now it is {now}; use the same "
-            "value to resume, choose another folder, or delete the file to start over"
-        )
-    return state
-
-
-def _damaged(path: str | Path, error: Exception) -> UserError:
-    return UserError(
-        f"{str(path)!r}, the state of an unfinished training, is damaged ({type(error).__name__}); delete it to start "
-        "over"
+            f"{str(path)!r}, the state of an unfinished training, is damaged ({type(error).__name__}); delete it to "
+            "start over"
+        ) from error
+    name, before, now = changed
+    raise UserError(
+        f"{str(path)!r} is the state of an unfinished training with {name}={before}, now it is {now}; use the same "
+        "value to resume, choose another folder, or delete the file to start over"
     )

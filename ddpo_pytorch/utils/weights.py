@@ -18,6 +18,14 @@ from ddpo_pytorch.utils.errors import UserError
 
 # Checkpoints wrap their state dict: ours and the published classifiers under the first name, timm's under the second.
 WRAPPERS = ("model_state_dict", "state_dict")
+# By the beginning of a text, what a file is that should hold weights, and what to do.
+TEXTS = {
+    "version https://git-lfs": "is a Git LFS pointer; fetch the file itself with `git lfs pull`",
+    "<": "looks like a web page (HTML or XML); download it again, from a link that leads to the file itself",
+    "{": "looks like JSON, perhaps a server's error message; download it again",
+    "[": "looks like JSON, perhaps a server's error message; download it again",
+    "": "is a text file; give the file of weights",
+}
 # A validation loss or accuracy in a checkpoint may be a numpy number; these name no code that could be run.
 _NUMPY_SCALARS = [
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
@@ -70,8 +78,7 @@ def open_safetensors(path: str | Path) -> Iterator[Any]:
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UserError(
-            f"{str(path)!r} is not a readable safetensors file ({reason}); it is cut off, damaged or of another "
-            "format: fetch or save it again"
+            f"{str(path)!r} is not a readable safetensors file ({reason}); fetch or save it again"
         ) from error
     with opened as file:
         yield file
@@ -108,36 +115,25 @@ def check_finite(tensors: Mapping[str, torch.Tensor], file: str | Path) -> None:
 
 
 def read_head(path: Path) -> bytes:
-    """Return the first bytes of a weight file. Raises UserError for a file that is missing, empty or a text."""
+    """Return the first bytes of a weight file. Raises UserError for a file that is missing, empty or a text.
+
+    Safetensors have a NUL among their first 8 bytes, archives soon after, and other pickles do not begin with UTF-8.
+    """
     if not path.is_file():
         raise UserError(f"{str(path)!r} does not exist or is not a file")
     with open(path, "rb") as file:
         head = file.read(1024)
-    if problem := _text_kind(head):
-        kind = "safetensors" if path.suffix == ".safetensors" else "weight"
-        raise UserError(f"{str(path)!r} is not a readable {kind} file: it {problem}")
-    return head
-
-
-def _text_kind(head: bytes) -> str:
-    """Return what kind of text a file is, by its first bytes, and what to do; "" for what may be weights.
-
-    Safetensors have a NUL among their first 8 bytes, archives soon after, and other pickles do not begin with UTF-8.
-    """
-    if not head:
-        return "is empty; fetch it again"
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if b"\0" in head[:32]:
-        return ""
-    if text.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer; fetch the file itself with `git lfs pull`"
-    if text.startswith(b"<"):
-        return "looks like a web page (HTML or XML); download it again, from a link that leads to the file itself"
+        return head
     try:
-        text.decode()
+        text = head.decode()
     except UnicodeDecodeError as error:
-        if error.start < len(text) - 3:  # else a character is cut at the end
-            return ""
-    if text.startswith((b"{", b"[")):
-        return "looks like JSON, perhaps a server's error message; download it again"
-    return "is a text file; give the file of weights"
+        if error.start < len(head) - 3:  # else a character is cut at the end
+            return head
+        text = head[: error.start].decode()
+    text = text.removeprefix("\ufeff").lstrip()
+    problem = next(problem for beginning, problem in TEXTS.items() if text.startswith(beginning))
+    kind = "safetensors" if path.suffix == ".safetensors" else "weight"
+    raise UserError(
+        f"{str(path)!r} is not a readable {kind} file: it {problem if head else 'is empty; fetch it again'}"
+    )
