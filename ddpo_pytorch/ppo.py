@@ -10,21 +10,15 @@ from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_mean_std
 
 
 def ppo_loss(
-    log_prob: torch.Tensor,
-    old_log_prob: torch.Tensor,
-    advantages: torch.Tensor,
-    clip_range: float,
-    adv_clip_max: float,
+    log_prob: torch.Tensor, old_log_prob: torch.Tensor, advantages: torch.Tensor, clip_range: float, adv_clip_max: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return the negative clipped surrogate, averaged over the batch, and statistics.
 
     Args:
-        log_prob: (B,) log-probabilities under the policy being trained.
-        old_log_prob: (B,) log-probabilities under the policy that sampled them.
-        advantages: (B,).
+        log_prob, old_log_prob: (B,) under the policy being trained and under the one that sampled.
+        advantages: (B,), clipped to [-adv_clip_max, adv_clip_max].
         clip_range: ratios outside [1 - clip_range, 1 + clip_range] gain nothing further. Log-probs here are means over
             the D latent dimensions, so this bounds the true log-ratio by about D * clip_range nats.
-        adv_clip_max: advantages are clipped to [-adv_clip_max, adv_clip_max].
 
     Returns:
         The loss, a scalar, and detached 0-d tensors:
@@ -35,14 +29,10 @@ def ppo_loss(
         ratio_max_deviation   max |ratio - 1|; 0 before the first update
         Both KL estimates are of per-dimension log-probs, hence far below the KL divergence of whole latents.
 
-    Raises:
-        ValueError: shapes differ; broadcasting (B,) against (B, 1) would silently pair every sample with every other.
+    Raises ValueError if shapes differ: broadcasting (B,) against (B, 1) would pair every sample with every other.
     """
     if not log_prob.shape == old_log_prob.shape == advantages.shape:
-        raise ValueError(
-            f"log_prob {tuple(log_prob.shape)}, old_log_prob {tuple(old_log_prob.shape)} and "
-            f"advantages {tuple(advantages.shape)} must have one shape"
-        )
+        raise ValueError(f"one shape expected: {log_prob.shape}, {old_log_prob.shape}, {advantages.shape}")
     advantages = advantages.clamp(-adv_clip_max, adv_clip_max)
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()

@@ -10,6 +10,7 @@ import inspect
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,35 +31,34 @@ JPEG_QUALITY = 95
 def jpeg_incompressibility() -> RewardFn:
     """Reward the size in kB (1000 bytes) of the image as a JPEG of quality 95."""
 
-    def reward(images, prompts, metadata):
-        return np.array([_jpeg_bytes(image) / 1000 for image in images], dtype=np.float64), {}
+    def size(image: torch.Tensor) -> float:
+        buffer = io.BytesIO()
+        to_pil(image).save(buffer, format="JPEG", quality=JPEG_QUALITY)
+        return buffer.tell() / 1000
 
-    return reward
+    return lambda images, prompts, metadata: (np.array([size(image) for image in images]), {})
 
 
 def jpeg_compressibility() -> RewardFn:
     """Reward minus the size in kB of the image as a JPEG of quality 95."""
     size = jpeg_incompressibility()
-
-    def reward(images, prompts, metadata):
-        return -size(images, prompts, metadata)[0], {}
-
-    return reward
+    return lambda images, prompts, metadata: (-size(images, prompts, metadata)[0], {})
 
 
 def isic_classifier_reward(classifier: str | Path | ArtifactClassifier, device: str | torch.device = "cpu") -> RewardFn:
     """Reward the share of the classifier's H attributes that it predicts as the prompt states: 0, 1/H, ..., 1.
 
     The stated attributes come from metadata["label"], else from the prompt, which must be an ISIC caption then
-    (UserError). info: predictions and labels, (B, H) integers, and logits, (B, H) float32, in
-    the order of `classifier.labels`. `classifier` is a model or the path of one.
+    (UserError). info: predictions, labels and logits (B, H), in the order of `classifier.labels`. `classifier` is a
+    model or the path of one.
     """
     model = classifier if isinstance(classifier, ArtifactClassifier) else load_classifier(classifier, device)
     model = model.to(device).eval()
     columns = [LABELS.index(name) for name in model.labels]
 
     def reward(images, prompts, metadata):
-        stated = [_labels(prompt, about) for prompt, about in zip(prompts, metadata, strict=True)]
+        pairs = zip(prompts, metadata, strict=True)
+        stated = [about["label"] if "label" in about else labels_of(prompt) for prompt, about in pairs]
         labels = np.array(stated, dtype=np.int64)[:, columns]
         logits = model.logits(images).float().cpu().numpy()
         predictions = (logits > 0).astype(np.int64)  # as ArtifactClassifier.predict
@@ -94,16 +94,9 @@ REWARDS: dict[str, Callable[..., RewardFn]] = {
 class Reward:
     """A reward, or a weighted sum of rewards, with `check_result` applied to whatever they return.
 
-    Called with a batch it returns rewards (B,) float64 and info. info of one unweighted reward is its own; info of a
-    sum holds every part's unweighted rewards under its name and the part's own info under "<name>/<key>". UserError of
-    a reward is passed on; other exceptions become RuntimeError, naming the reward and the prompts of the batch.
-
-    Args:
-        functions: reward functions by name.
-        weights: of each in a sum; None for a single reward that is taken as it is.
-
-    Attributes:
-        parts: names under which info holds the rewards of a sum's parts; () where there is no sum.
+    Called with a batch it returns rewards (B,) float64 and info. info of a single reward (weights None) is its own;
+    info of a sum holds the unweighted rewards of its `parts` under their names and their own info under "<name>/<key>".
+    UserError of a reward is passed on; other exceptions become RuntimeError, naming reward and prompts.
     """
 
     def __init__(self, functions: Mapping[str, RewardFn], weights: Mapping[str, float] | None = None):
@@ -113,14 +106,20 @@ class Reward:
     def __call__(
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        if self._weights is None:
-            ((name, function),) = self._functions.items()
-            return _score(name, function, images, prompts, metadata)
         total, info = np.zeros(len(prompts)), {}
         for name, function in self._functions.items():
-            info[name], details = _score(name, function, images, prompts, metadata)
-            info |= {f"{name}/{key}": value for key, value in details.items()}
-            total += self._weights[name] * info[name]
+            try:
+                result = function(images, prompts, metadata)
+            except UserError:
+                raise
+            except Exception as error:
+                texts = ", ".join(map(repr, dict.fromkeys(prompts)))
+                raise RuntimeError(f"reward {name!r} failed on images of {texts}") from error
+            rewards, details = check_result(name, result, prompts)
+            if self._weights is None:
+                return rewards, details
+            info |= {name: rewards} | {f"{name}/{key}": value for key, value in details.items()}
+            total += self._weights[name] * rewards
         return check_result(" + ".join(self.parts), (total, info), prompts)
 
 
@@ -130,17 +129,44 @@ def as_reward(function: RewardFn) -> Reward:
     return function if isinstance(function, Reward) else Reward({name: function})
 
 
-def _score(
-    name: str, function: RewardFn, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-) -> tuple[np.ndarray, dict[str, Any]]:
-    try:
-        result = function(images, prompts, metadata)
-    except UserError:
-        raise
-    except Exception as error:
-        texts = ", ".join(map(repr, dict.fromkeys(prompts)))
-        raise RuntimeError(f"reward {name!r} failed on images of {texts}") from error
-    return check_result(name, result, prompts)
+class Scorer:
+    """A reward function with a queue of batches, scored while the next ones are sampled.
+
+    On a GPU it runs in a thread of its own, beside the denoising of the next batch. On a CPU, where both would compete
+    for the same cores, a batch is scored when it is submitted.
+    """
+
+    def __init__(self, reward_fn: RewardFn, device: torch.device):
+        self.reward_fn = as_reward(reward_fn)
+        self._thread = None
+        if device.type == "cuda":
+            self._thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
+        self._scores: list[np.ndarray | Future[np.ndarray]] = []
+
+    def submit(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Score images (B, 3, H, W), float32 in [0, 1]. Raises the error of an earlier batch, if any."""
+        for earlier in self._scores:
+            if isinstance(earlier, Future) and earlier.done():
+                earlier.result()
+        batch = images, prompts, metadata
+        self._scores.append(self._thread.submit(self._score, *batch) if self._thread else self._score(*batch))
+
+    def collect(self) -> np.ndarray:
+        """Return the scores of the N images since the last call, in order of submission. Raises as `Reward` does.
+
+        (N, 1 + P) float64: the reward, then the unweighted rewards of the P parts of a weighted sum.
+        """
+        pending, self._scores = self._scores, []
+        return np.concatenate([one.result() if isinstance(one, Future) else one for one in pending])
+
+    def close(self) -> None:
+        """End the thread, dropping what is queued."""
+        if self._thread:
+            self._thread.shutdown(cancel_futures=True)
+
+    def _score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence) -> np.ndarray:
+        rewards, info = self.reward_fn(images, prompts, metadata)
+        return np.stack([rewards, *(info[name] for name in self.reward_fn.parts)], axis=1)
 
 
 def build_reward(
@@ -149,14 +175,13 @@ def build_reward(
     """Return the reward that `spec` names: "a", or a weighted sum such as "a:0.7,b:0.3" (weight 1 by default).
 
     `kwargs_by_name` holds each factory's keyword arguments; those of registered rewards that are not in `spec` are
-    ignored. Raises UserError for an unknown or repeated name, weights that are not finite or all 0, keyword arguments
-    that do not fit or belong to no reward, and a factory that returns no function.
+    ignored. Raises UserError for specifications, arguments and factories that do not fit.
     """
     parts = parse_spec(spec)
     kwargs_by_name = kwargs_by_name or {}
     for name, kwargs in kwargs_by_name.items():
         if name not in REWARDS and name not in parts:
-            raise UserError(f"reward_fn_kwargs.{name} belongs to no reward; {_known(name)}")
+            raise UserError(f"reward_fn_kwargs.{name} belongs to no reward; {_known()}")
         if not isinstance(kwargs, Mapping):
             raise UserError(
                 f"reward_fn_kwargs.{name} is {kwargs!r}; give arguments, reward_fn_kwargs.{name}.NAME=VALUE"
@@ -193,19 +218,18 @@ def check_result(name: str, result: Any, prompts: Sequence[str]) -> tuple[np.nda
 
 def _as_array(rewards: Any) -> np.ndarray | None:
     """Return real numbers as float64 in their shape, None for anything else."""
+
+    def on_host(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        value = value.detach().cpu()
+        return (value.double() if value.is_floating_point() else value).numpy()  # NumPy knows no bfloat16
+
     try:
-        rewards = [_on_host(one) for one in rewards] if isinstance(rewards, tuple | list) else _on_host(rewards)
-        array = np.asarray(rewards)
+        array = np.asarray([on_host(one) for one in rewards] if isinstance(rewards, tuple | list) else on_host(rewards))
     except (TypeError, ValueError, RuntimeError):  # ragged lists, tensors that are not plain arrays
         return None
     return array.astype(np.float64) if array.dtype.kind in "biuf" else None
-
-
-def _on_host(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    value = value.detach().cpu()
-    return (value.double() if value.is_floating_point() else value).numpy()  # NumPy knows no bfloat16
 
 
 def check_prompts(reward_fn: RewardFn, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
@@ -233,13 +257,16 @@ def parse_spec(spec: str) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     for piece in spec.split(","):
         name, colon, last = (text.strip() for text in piece.rpartition(":"))
-        weight = _as_number(last)
-        if not colon or (weight is None and ":" not in name and name not in REWARDS):
+        try:
+            weight = float(last)
+        except ValueError:
+            weight = math.nan
+        if not colon or (not math.isfinite(weight) and ":" not in name and name not in REWARDS):
             name, weight = piece.strip(), 1.0  # without a weight, perhaps module:factory
         path, name = (name, name.rpartition(":")[2]) if ":" in name else ("", name)
         if not path and name not in REWARDS:
-            raise UserError(f"reward {name!r} (in reward_fn={spec!r}) is unknown; {_known(name)}")
-        if weight is None:
+            raise UserError(f"reward {name!r} (in reward_fn={spec!r}) is unknown; {_known()}")
+        if not math.isfinite(weight):
             raise UserError(f"weight {last!r} in reward_fn={spec!r} is not a finite number; write name:weight")
         if name in parts:
             raise UserError(f"reward {name!r} appears twice in reward_fn={spec!r}; add up its weights instead")
@@ -249,17 +276,8 @@ def parse_spec(spec: str) -> dict[str, Part]:
     return parts
 
 
-def _as_number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _known(name: str) -> str:
-    known = f"REWARDS in ddpo_pytorch/rewards.py has {', '.join(sorted(REWARDS))}"
-    return f"{known}: add the function of that name there" if callable(globals().get(name)) else known
+def _known() -> str:
+    return f"REWARDS in ddpo_pytorch/rewards.py has {', '.join(sorted(REWARDS))}; or give module:factory"
 
 
 def _build(name: str, path: str, kwargs: Mapping[str, Any], device: str | torch.device) -> RewardFn:
@@ -274,18 +292,5 @@ def _build(name: str, path: str, kwargs: Mapping[str, Any], device: str | torch.
         ) from error
     function = factory(**kwargs)
     if not callable(function):
-        raise UserError(
-            f"reward {name!r} returned {describe_value(function)}; it must be a factory, which returns a function of "
-            "images, prompts and metadata"
-        )
+        raise UserError(f"reward {name!r} returned {describe_value(function)}; it must return a function of a batch")
     return function
-
-
-def _jpeg_bytes(image: torch.Tensor) -> int:
-    buffer = io.BytesIO()
-    to_pil(image).save(buffer, format="JPEG", quality=JPEG_QUALITY)
-    return buffer.tell()
-
-
-def _labels(prompt: str, about: Mapping[str, Any]) -> Sequence[int]:
-    return about["label"] if "label" in about else labels_of(prompt)

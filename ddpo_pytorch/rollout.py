@@ -15,13 +15,7 @@ from diffusers import StableDiffusionPipeline
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import LogProbGradients, Sampling, pipeline_with_logprob
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings
 from ddpo_pytorch.prompts import draw_prompt
-from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import Stream, derived_seed
-
-
-def generators(device: torch.device, seed: int, stream: Stream, epoch: int, indices: Sequence[int]) -> list:
-    """Return one torch.Generator per global sample index."""
-    return [torch.Generator(device).manual_seed(derived_seed(seed, stream, epoch, index)) for index in indices]
 
 
 def draw_prompts(
@@ -40,20 +34,12 @@ def draw_prompts(
 
 @dataclass
 class Trajectories:
-    """B denoising trajectories of T steps.
+    """B denoising trajectories of T steps. Step t goes from latents[:, t] to latents[:, t + 1]."""
 
-    Attributes:
-        prompts: B texts.
-        timesteps: (T,) int64, from noise to image.
-        latents: (B, T + 1, C, h, w), rounded to the dtype in which log-probs were taken; step t goes from [:, t] to
-            [:, t + 1].
-        log_probs: (B, T) float32, of each step under the policy that sampled it.
-    """
-
-    prompts: list[str]
-    timesteps: torch.Tensor
-    latents: torch.Tensor
-    log_probs: torch.Tensor
+    prompts: list[str]  # B
+    timesteps: torch.Tensor  # (T,) int64, from noise to image
+    latents: torch.Tensor  # (B, T + 1, C, h, w), rounded to the dtype in which log-probs were taken
+    log_probs: torch.Tensor  # (B, T) float32, under the policy that sampled
 
     @classmethod
     def like(cls, batch: "Trajectories", count: int) -> "Trajectories":
@@ -66,13 +52,6 @@ class Trajectories:
         for index, prompt in zip(indices, batch.prompts, strict=True):
             self.prompts[index] = prompt
         self.latents[indices], self.log_probs[indices] = batch.latents, batch.log_probs
-
-    def check_finite(self, images: torch.Tensor, epoch: int) -> None:
-        """Raise UserError if log-probs or final images are not finite."""
-        if not self.log_probs.isfinite().all() or not images.isfinite().all():
-            raise UserError(
-                f"epoch {epoch}: a sample is not finite; lower train.learning_rate, or use mixed_precision bf16 or no"
-            )
 
 
 def sample_trajectories(
@@ -104,9 +83,7 @@ def sample_trajectories(
 def update_order(
     seed: int, epoch: int, inner_epoch: int, samples: int, updates: int, first: int, processes: int
 ) -> list[int]:
-    """Return the order in which a process takes its samples // processes samples, as local indices.
-
-    first: global index of the process's first sample.
+    """Return the order in which the process whose first sample is `first` takes its samples, as local indices.
 
     Each run of `updates` consecutive global samples is dealt to the updates at random, one to each. So the samples of
     an update, over all processes, do not depend on the number of processes, every process has equally many in each, and

@@ -21,12 +21,6 @@ def _standardize(rewards: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return (rewards - reference.mean()) / (reference.std() + STD_FLOOR)
 
 
-def global_advantages(rewards: Sequence[float]) -> np.ndarray:
-    """Return rewards (N,) standardized over all of them."""
-    rewards = np.asarray(rewards, dtype=np.float64)
-    return _standardize(rewards, rewards)
-
-
 def group_advantages(prompts: Sequence[Hashable], rewards: Sequence[float]) -> np.ndarray:
     """Return rewards (N,) standardized over those of the same prompt (GRPO, Shao et al. 2024, section 4.1.2)."""
     prompts, rewards = _as_arrays(prompts, rewards)
@@ -65,13 +59,6 @@ class PerPromptStatTracker:
             reference = rewards if len(buffer) < self.min_count else np.array(buffer)
             advantages[members] = _standardize(rewards[members], reference)
         return advantages
-
-    def get_stats(self) -> dict[Hashable, dict[str, float]]:
-        """Return mean, standard deviation and number of remembered rewards per prompt."""
-        return {
-            prompt: {"mean": float(np.mean(buffer)), "std": float(np.std(buffer)), "count": len(buffer)}
-            for prompt, buffer in self._rewards.items()
-        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the remembered rewards for JSON, as pairs since JSON would turn integer keys into strings."""
@@ -115,5 +102,6 @@ def compute_advantages(
     if kind == "group":
         return group_advantages(prompts, rewards)
     if kind == "global":
-        return global_advantages(rewards)
+        rewards = np.asarray(rewards, dtype=np.float64)
+        return _standardize(rewards, rewards)
     return tracker.update(prompts, rewards)

@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,22 +29,14 @@ from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator.lora import disabled_lora
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, guided_noise_prediction
 from ddpo_pytorch.ppo import averages, ppo_loss, step_kl
-from ddpo_pytorch.rollout import (
-    Trajectories,
-    draw_prompts,
-    generators,
-    sample_trajectories,
-    timestep_order,
-    update_order,
-)
+from ddpo_pytorch.rewards import Scorer
+from ddpo_pytorch.rollout import Trajectories, draw_prompts, sample_trajectories, timestep_order, update_order
 from ddpo_pytorch.stat_tracking import compute_advantages, reward_statistics
-from ddpo_pytorch.training.estimate import epoch_time
 from ddpo_pytorch.training.health import HealthCheck, check_groups
+from ddpo_pytorch.training.held_out import save_grid
 from ddpo_pytorch.training.optimizer import GuardedOptimizer, make_optimizer
 from ddpo_pytorch.training.rollout_gradients import RolloutGradients, rollout_batches, rollout_gradients
-from ddpo_pytorch.training.run_state import RunState, open_run_state
-from ddpo_pytorch.training.sample_grid import save_grid
-from ddpo_pytorch.training.scoring import Scorer
+from ddpo_pytorch.training.run_state import RunState
 from ddpo_pytorch.training.setup import (
     BatchSizes,
     Task,
@@ -55,7 +48,8 @@ from ddpo_pytorch.training.setup import (
 )
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import DTYPES, StopRequest, StopRequested, make_accelerator, peak_memory_gib
-from ddpo_pytorch.utils.randomness import Stream
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.randomness import Stream, generator_of
 
 define_config(__file__, "experiment", default="config/mini.py:prompt_image_alignment_classifier_isic")
 logger = logging.getLogger(__name__)
@@ -98,37 +92,32 @@ class Run:
 def train(config: ConfigDict) -> Path:
     """Run the experiment and return its run folder."""
     run = set_up(config)
-    held_out = run.task.held_out
-    state = open_run_state(config, run.contents, run.accelerator, held_out, run.pipe.unet, run.optimizer)
-    finished = f"num_epochs is {config.num_epochs}" if state.epoch >= config.num_epochs else None
-    if reason := finished or state.stop_reason(bool(held_out)):
-        logger.info("nothing left to do: %s has %d epochs, %s", state.folder, state.epoch, reason)
-        state.close()
+    held_out, weights = run.task.held_out, (run.pipe.unet, run.optimizer)
+    # a new run or, with weights and moments loaded, the one to resume; its folder is locked until `close`
+    with closing(RunState(config, run.contents, run.accelerator, held_out, *weights)) as state:
+        reason = f"num_epochs is {config.num_epochs}" if state.epoch >= config.num_epochs else None
+        if reason := reason or state.stop_reason(bool(held_out)):
+            logger.info("nothing left to do: %s has %d epochs, %s", state.folder, state.epoch, reason)
+        else:
+            state.begin(config.log_with, config.wandb_project)
+            logger.info("run folder %s; %s", state.folder, run.sizes.describe())
+            if state.epoch == 0:
+                draw_grid(run, state)
+            if held_out and state.watch.best is None:
+                evaluate(run, state)
+                state.save(*weights)
+            outcome = "finished"
+            with StopRequest(run.accelerator) as stop_request:
+                try:
+                    run_epochs(run, state, stop_request)
+                except StopRequested:
+                    # the unfinished epoch is dropped: the resumed run draws the same samples again
+                    state.save(*weights)
+                    outcome = "stopped on request (rerun the same command to resume)"
+            run.scorer.close()
+            logger.info("%s after %d epochs; checkpoints, logs and grids are in %s", outcome, state.epoch, state.folder)
         run.accelerator.end_training()
         return state.folder
-
-    state.begin(config.log_with, config.wandb_project)
-    with run.accelerator.autocast():
-        duration = epoch_time(run.pipe, run.embeddings, config, run.sizes, run.gradients)
-    logger.info("run folder %s; %s; about %s per epoch", state.folder, run.sizes.describe(), duration)
-    if state.epoch == 0:
-        draw_grid(run, state)
-    if held_out and state.watch.best is None:
-        evaluate(run, state)
-        state.save(run.pipe.unet, run.optimizer)
-    with StopRequest(run.accelerator) as stop_request:
-        try:
-            run_epochs(run, state, stop_request)
-            outcome = "finished"
-        except StopRequested:
-            # the unfinished epoch is dropped: the resumed run draws the same samples again
-            state.save(run.pipe.unet, run.optimizer)
-            outcome = "stopped on request (rerun the same command to resume)"
-    run.scorer.close()
-    state.close()
-    logger.info("%s after %d epochs; checkpoints, logs and grids are in %s", outcome, state.epoch, state.folder)
-    run.accelerator.end_training()
-    return state.folder
 
 
 def set_up(config: ConfigDict) -> Run:
@@ -172,7 +161,6 @@ def run_epochs(run: Run, state: RunState, stop_request: StopRequest) -> None:
         prompts, metadata = draw_prompts(
             run.task.prompt_fn, config.seed, epoch, sizes.samples, config.sample.images_per_prompt
         )
-        health.check_prompts(epoch, prompts)
         samples, local_scores = sample_and_score(run, epoch, prompts, metadata, stop_request)
         sampled = time.perf_counter()
 
@@ -200,7 +188,7 @@ def run_epochs(run: Run, state: RunState, stop_request: StopRequest) -> None:
             "peak_memory_gib": peak_memory_gib(),
             "seconds": updated - started,
         }
-        health.check_epoch(epoch, advantages, entry)
+        health.check_epoch(epoch, prompts, advantages, entry)
         if evaluated := bool(run.task.held_out) and state.epoch % config.held_out.every == 0:
             entry |= evaluate(run, state)
         state.write(entry)
@@ -233,18 +221,18 @@ def sample_and_score(
         global_indices = [run.first_sample + i for i in indices]
         texts, about = [prompts[i] for i in global_indices], [metadata[i] for i in global_indices]
         # one generator per image: the result depends neither on batch sizes nor on the number of processes
-        noise = generators(device, config.seed, Stream.NOISE, epoch, global_indices)
+        noise = [generator_of(config.seed, Stream.NOISE, epoch, i, device=device) for i in global_indices]
         with run.accelerator.autocast(), recording as gradients:
             # images (B, 3, H, W) in [0, 1]; latents (B, T + 1, C, h, w) and log_probs (B, T) of each step
             images, batch = sample_trajectories(run.pipe, run.embeddings, texts, noise, sampling, gradients)
-        batch.check_finite(images, epoch)
+        if not batch.log_probs.isfinite().all() or not images.isfinite().all():
+            raise UserError(f"epoch {epoch}: a sample is not finite; lower train.learning_rate, or use bf16 or no")
         if trajectories is None:
             trajectories = Trajectories.like(batch, run.sizes.local_samples)
         trajectories.put(indices, batch)
         run.scorer.submit(images, texts, about)  # on a GPU in a thread, beside the next batch
         order_drawn += indices
-    scores = np.stack(list(run.scorer.collect().values()), axis=1)
-    return trajectories, torch.from_numpy(scores[np.argsort(order_drawn)]).to(device)
+    return trajectories, torch.from_numpy(run.scorer.collect()[np.argsort(order_drawn)]).to(device)
 
 
 def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor) -> dict[str, float]:

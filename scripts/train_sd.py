@@ -50,8 +50,8 @@ from ddpo_pytorch.generator.lora import add_lora, has_lora, merged_state_dict, s
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
 from ddpo_pytorch.generator.text import check_tokens, has_mask
 from ddpo_pytorch.sampling import SAMPLING
+from ddpo_pytorch.training.held_out import save_grid
 from ddpo_pytorch.training.optimizer import make_adamw
-from ddpo_pytorch.training.sample_grid import save_grid
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import (
     DTYPES,

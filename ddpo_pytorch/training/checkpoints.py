@@ -10,9 +10,9 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from safetensors.torch import save_file
@@ -31,7 +31,6 @@ UNET_FILE = "unet.safetensors"
 STATE_FILE = "optimizer.pt"
 PROGRESS_FILE = "progress.json"
 MANIFEST = "manifest.json"
-CARD_FILE = "README.md"
 BEST = "best"
 _EVALUATION = OneOf(({"epoch": COUNT, "apr": float, "reward": float}, None))
 PROGRESS = {  # RunState.state_dict()
@@ -44,7 +43,6 @@ PROGRESS = {  # RunState.state_dict()
     "held_out": {"best": _EVALUATION, "last": _EVALUATION, "collapsed": COUNT, "fingerprint": OneOf((dict, None))},
 }
 _NAME = re.compile(r"checkpoint_?(\d+)")
-
 logger = logging.getLogger(__name__)
 
 
@@ -56,11 +54,6 @@ def checkpoints(run_dir: str | Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
 
 
-def checkpoint_folder(run_dir: str | Path, epoch: int) -> Path:
-    """Return the path of the checkpoint after `epoch` completed epochs."""
-    return Path(run_dir) / f"checkpoint_{epoch}"
-
-
 def is_checkpoint(path: str | Path) -> bool:
     """Return whether a folder is a checkpoint of train.py, possibly damaged, as opposed to a run folder."""
     path = Path(path)
@@ -68,23 +61,42 @@ def is_checkpoint(path: str | Path) -> bool:
     return path.is_dir() and not checkpoints(path) and (bool(named) or (path / PROGRESS_FILE).is_file())
 
 
-def is_intact(checkpoint: Path) -> bool:
-    """Return whether a checkpoint exists and is undamaged."""
-    return checkpoint.is_dir() and find_damage(checkpoint) is None
+def epochs_completed(checkpoint: str | Path) -> int:
+    """Return the epochs completed before a checkpoint was saved, by its name, else by progress.json (UserError)."""
+    name = _NAME.fullmatch(Path(checkpoint).name)
+    return int(name[1]) if name else _read_progress(checkpoint)["epoch"]
 
 
-def find_damage(checkpoint: str | Path, check_hashes: bool = True) -> str | None:
-    """Return why a checkpoint cannot be resumed, or None. Without `check_hashes` only file sizes are compared."""
-    try:
-        files = read_manifest(checkpoint)
-    except ValueError as error:
-        return str(error)
-    if files is None:
+def _read_progress(checkpoint: str | Path) -> dict[str, Any]:
+    return read_json(Path(checkpoint) / PROGRESS_FILE, PROGRESS, "resume from another checkpoint")
+
+
+def find_damage(checkpoint: str | Path, only: str = "", check_hashes: bool = True) -> str | None:
+    """Return how a checkpoint, or the file `only` of it, differs from its manifest, or None.
+
+    Without `check_hashes` only file sizes are compared.
+    """
+    folder = Path(checkpoint)
+    if not (folder / MANIFEST).is_file():
         return f"{MANIFEST} is missing"
-    if PROGRESS_FILE not in files:
+    try:
+        files = read_json(folder / MANIFEST, {"files": {str: {"bytes": COUNT, "sha256": str}}})["files"]
+    except UserError:
+        return f"{MANIFEST} is damaged"
+    if any(map(path_fault, files)):
+        return f"{MANIFEST} is damaged: it names files outside its folder"
+    if not only and PROGRESS_FILE not in files:
         return f"{MANIFEST} does not list {PROGRESS_FILE}"
-    damages = (find_file_damage(Path(checkpoint) / name, about, check_hashes) for name, about in files.items())
-    return next(filter(None, damages), None)
+    for name, listed in files.items():
+        if only and name != only:
+            continue
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (size := (folder / name).stat().st_size) != listed["bytes"]:
+            return f"{name} has {size} bytes instead of {listed['bytes']}"
+        if check_hashes and sha256(folder / name) != listed["sha256"]:
+            return f"{name} does not have the content that {MANIFEST} states"
+    return None
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -97,21 +109,20 @@ def find_checkpoint(path: str | Path) -> Path:
     if is_checkpoint(path):
         if damage := find_damage(path):
             raise UserError(
-                f"{str(path)!r} cannot be resumed ({damage}); resume from another checkpoint, or from the run folder "
-                "to take its newest undamaged one"
+                f"{str(path)!r} cannot be resumed ({damage}); resume from its run folder, or another checkpoint"
             )
         return path
-    candidates = [*reversed(checkpoints(path)), *(folder for folder in [path / BEST] if _is_copy(folder))]
-    if not candidates:
+    damages: list[tuple[Path, str]] = []
+    for checkpoint in [*reversed(checkpoints(path)), *(folder for folder in [path / BEST] if _is_copy(folder))]:
+        if damage := find_damage(checkpoint):
+            damages.append((checkpoint, damage))
+            continue
+        for damaged, reason in damages:
+            logger.warning("%s is damaged (%s): resuming from %s instead", damaged, reason, checkpoint.name)
+        return checkpoint
+    if not damages:
         raise UserError(f"{str(path)!r} is neither a checkpoint nor a run folder with checkpoint_<epoch> folders")
-    damages: dict[Path, str] = {}
-    for checkpoint in candidates:
-        if (damage := find_damage(checkpoint)) is None:
-            for damaged, reason in damages.items():
-                logger.warning("%s is damaged (%s): resuming from %s instead", damaged, reason, checkpoint.name)
-            return checkpoint
-        damages[checkpoint] = damage
-    newest, damage = next(iter(damages.items()))
+    newest, damage = damages[0]
     raise UserError(
         f"no checkpoint of {str(path)!r} is undamaged, the newest is {newest.name} ({damage}); restore one, or start "
         "again with another --config.run_name"
@@ -128,22 +139,14 @@ def find_weights(path: str | Path) -> Path:
     if path.is_file():
         return path
     names = (*FILE_NAMES, UNET_FILE)
-    for folder in (path, *reversed(checkpoints(path)), path / BEST):
-        for name in names:
-            if (folder / name).is_file():
-                _check_listed(folder / name)
-                return folder / name
+    folders = (path, *reversed(checkpoints(path)), path / BEST)
+    for file in (folder / name for folder in folders for name in names):
+        if file.is_file():
+            # published checkpoints have no manifest
+            if (file.parent / MANIFEST).is_file() and (damage := find_damage(file.parent, only=file.name)):
+                raise UserError(f"{str(file)!r} is damaged ({damage}); give another checkpoint folder, or the file")
+            return file
     raise UserError(f"no weights at {str(path)!r}; give a weight file, or a folder that holds {' or '.join(names)}")
-
-
-def _check_listed(file: Path) -> None:
-    try:
-        listed = read_manifest(file.parent) or {}  # published checkpoints have no manifest
-        damage = find_file_damage(file, listed[file.name]) if file.name in listed else None
-    except ValueError as error:
-        damage = str(error)
-    if damage:
-        raise UserError(f"{str(file)!r} is damaged ({damage}); give another checkpoint folder, or the file itself")
 
 
 def load_weights(unet: nn.Module, path: str | Path, adapters: bool | None = None) -> Path:
@@ -151,12 +154,12 @@ def load_weights(unet: nn.Module, path: str | Path, adapters: bool | None = None
 
     adapters: which of the two is required. Raises UserError for the other kind, and as the loaders do.
     """
-    file = find_weights(path)
-    full = file.suffix == ".safetensors" and not _is_lora(file)
+    file, full = find_weights(path), False
+    if file.suffix == ".safetensors":
+        with open_safetensors(file) as weights:
+            full = not any("lora" in key for key in weights.keys())  # noqa: SIM118 (safe_open is not a dict)
     if adapters is full:
-        held = "a full UNet" if full else "LoRA adapters"
-        advice = "give it as unet_path" if full else "give full weights, or set use_lora=True"
-        raise UserError(f"load_from: {str(file)!r} holds {held}, which does not fit use_lora={adapters}; {advice}")
+        _refuse_kind(f"load_from: {str(file)!r}", adapters, "give it as unet_path" if full else "give full weights")
     if full:
         replace_unet_weights(unet, file)
     else:
@@ -164,21 +167,9 @@ def load_weights(unet: nn.Module, path: str | Path, adapters: bool | None = None
     return file
 
 
-def _is_lora(file: Path) -> bool:
-    with open_safetensors(file) as weights:
-        return any("lora" in key for key in weights.keys())  # noqa: SIM118 (safe_open is not a dict)
-
-
-def epochs_completed(checkpoint: str | Path) -> int:
-    """Return the epochs completed before a checkpoint was saved, by its name, else by progress.json (UserError)."""
-    checkpoint = Path(checkpoint)
-    if name := _NAME.fullmatch(checkpoint.name):
-        return int(name[1])
-    return _read_progress(checkpoint)["epoch"]
-
-
-def _read_progress(checkpoint: Path) -> dict[str, Any]:
-    return read_json(checkpoint / PROGRESS_FILE, PROGRESS, "resume from another checkpoint")
+def _refuse_kind(where: str, adapters: bool, advice: str) -> NoReturn:
+    held = "a full UNet" if adapters else "LoRA adapters"
+    raise UserError(f"{where} holds {held}, which does not fit use_lora={adapters}; change that setting, or {advice}")
 
 
 def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler: Any) -> dict:
@@ -187,20 +178,17 @@ def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler:
     The optimizer's moments come from the checkpoint, its learning rate and other settings from the configuration.
     Raises UserError for a checkpoint of another kind of training.
     """
-    folder = Path(folder)
+    folder, lora = Path(folder), has_lora(unet)
     if not (folder / STATE_FILE).is_file() or not (folder / PROGRESS_FILE).is_file():
         raise UserError(
             f"{str(folder)!r} lacks {STATE_FILE} or {PROGRESS_FILE}; only checkpoints of train.py can be resumed"
         )
-    if (folder / UNET_FILE).is_file() == has_lora(unet):
-        held = "a full UNet" if has_lora(unet) else "LoRA adapters"
-        raise UserError(
-            f"{str(folder)!r} holds {held}, which does not fit use_lora={has_lora(unet)}; change that setting"
-        )
+    if (folder / UNET_FILE).is_file() == lora:
+        _refuse_kind(repr(str(folder)), lora, "resume from another checkpoint")
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         state, progress = read_pickle(folder / STATE_FILE), _read_progress(folder)
-        if has_lora(unet):
+        if lora:
             load_lora(unet, folder)
         else:
             load_weights_into(unet, read_safetensors(folder / UNET_FILE)[0])
@@ -230,12 +218,10 @@ def snapshot(unet: nn.Module, optimizer: Any, scaler: Any, main: bool = True) ->
     """
     lora = has_lora(unet)
     weights = (lora_state_dict(unet) if main else None) if lora else gather_state(unet, main)
-    optimizer_state = gather_state(optimizer, main)
+    state = {"optimizer": gather_state(optimizer, main), "scaler": None if scaler is None else scaler.state_dict()}
     if not main:
         return None
-    weights = {key: value.contiguous() for key, value in weights.items()}
-    state = {"optimizer": optimizer_state, "scaler": scaler.state_dict() if scaler is not None else None}
-    return Snapshot(FILE_NAME if lora else UNET_FILE, weights, state)
+    return Snapshot(FILE_NAME if lora else UNET_FILE, {k: v.contiguous() for k, v in weights.items()}, state)
 
 
 def save_checkpoint(
@@ -247,23 +233,32 @@ def save_checkpoint(
     the same epoch is quarantined; damaged ones do not count among the newest. Main process only. Raises UserError when
     the disk is full, with everything as it was before.
     """
-    folder = checkpoint_folder(run_dir, progress["epoch"])
-    _write(folder, taken, progress, card)
+    folder, text = Path(run_dir) / f"checkpoint_{progress['epoch']}", json.dumps(progress, indent=1)
+    moments = [value for memory in taken.state["optimizer"]["state"].values() for value in memory.values()]
+    tensors = [value for value in (*taken.weights.values(), *moments) if isinstance(value, torch.Tensor)]
+    # an upper bound: besides its tensors a file holds little
+    size = sum(tensor.nbytes for tensor in tensors) + 512 * len(tensors) + len(text) + 2**16
+    with atomic_folder(folder, size) as temporary:
+        save_file(taken.weights, temporary / taken.file, metadata={"format": "pt"})
+        with open(temporary / STATE_FILE, "wb") as file:  # given a path, torch.save hides the cause of an OSError
+            torch.save(taken.state, file)
+        (temporary / PROGRESS_FILE).write_text(text)
+        if card:
+            (temporary / "README.md").write_text(card)
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in temporary.iterdir()}
+        (temporary / MANIFEST).write_text(json.dumps({"files": dict(sorted(files.items()))}, indent=1) + "\n")
+        if folder.exists():
+            quarantine(folder)
     if best:
         link_best(run_dir, progress["epoch"])
-    remove_old(run_dir, limit)
-    return folder
-
-
-def remove_old(run_dir: str | Path, limit: int) -> None:
-    """Remove all checkpoints but the newest `limit` (at least one), and the one that `best` points to."""
-    kept, best = 0, (Path(run_dir) / BEST).resolve()
+    kept, linked = 0, (Path(run_dir) / BEST).resolve()
     for checkpoint in reversed(checkpoints(run_dir)):
         if kept == max(1, limit):
-            if checkpoint.resolve() != best:
+            if checkpoint.resolve() != linked:
                 remove_folder(checkpoint)
         elif find_damage(checkpoint, check_hashes=False) is None:
             kept += 1
+    return folder
 
 
 def link_best(run_dir: str | Path, epoch: int) -> None:
@@ -273,7 +268,7 @@ def link_best(run_dir: str | Path, epoch: int) -> None:
         remove_folder(link)
     with atomic_write(link) as temporary:
         temporary.unlink()
-        temporary.symlink_to(checkpoint_folder("", epoch), target_is_directory=True)
+        temporary.symlink_to(f"checkpoint_{epoch}", target_is_directory=True)
 
 
 def repair_best(run_dir: str | Path, epoch: int | None) -> bool:
@@ -282,7 +277,7 @@ def repair_best(run_dir: str | Path, epoch: int | None) -> bool:
     A kill may have left the link on an earlier one. Returns False where that checkpoint is missing or damaged, which is
     quarantined. Main process only.
     """
-    link = Path(run_dir) / BEST
+    link, checkpoint = Path(run_dir) / BEST, Path(run_dir) / f"checkpoint_{epoch}"
     if link.is_dir():
         if (damage := find_damage(link)) is None and _read_progress(link)["epoch"] == epoch:
             return True
@@ -290,7 +285,7 @@ def repair_best(run_dir: str | Path, epoch: int | None) -> bool:
             quarantine(link.resolve())
     if link.is_symlink():
         link.unlink()
-    if epoch is not None and is_intact(checkpoint_folder(run_dir, epoch)):
+    if epoch is not None and find_damage(checkpoint) is None:
         link_best(run_dir, epoch)
     return epoch is None or link.is_dir()
 
@@ -300,70 +295,41 @@ def _is_copy(best: Path) -> bool:
     return best.is_dir() and not best.is_symlink()
 
 
-def quarantine(folder: Path) -> Path:
-    """Rename a damaged checkpoint to `<name>.damaged`, `<name>.damaged2`, ..., which nothing reads; return the path."""
+def quarantine(folder: Path) -> None:
+    """Rename a damaged checkpoint to `<name>.damaged`, `<name>.damaged2`, ..., which nothing reads."""
     names = (f"{folder.name}.damaged{number or ''}" for number in (0, *range(2, 10**6)))
     target = next(path for path in map(folder.with_name, names) if not path.exists())
     os.replace(folder, target)
     logger.warning("%s is damaged and was renamed to %s", folder, target.name)
-    return target
 
 
-def _write(folder: Path, taken: Snapshot, progress: dict, card: str) -> None:
-    text = json.dumps(progress, indent=1)
-    tensors = [*taken.weights.values(), *_tensors(taken.state)]
-    # an upper bound: besides its tensors a file holds little
-    size = sum(tensor.nbytes for tensor in tensors) + 512 * len(tensors) + len(text) + 2**16
-    with atomic_folder(folder, size) as temporary:
-        save_file(taken.weights, temporary / taken.file, metadata={"format": "pt"})
-        with open(temporary / STATE_FILE, "wb") as file:  # given a path, torch.save hides the cause of an OSError
-            torch.save(taken.state, file)
-        (temporary / PROGRESS_FILE).write_text(text)
-        if card:
-            (temporary / CARD_FILE).write_text(card)
-        write_manifest(temporary)
-        if folder.exists():
-            quarantine(folder)
+def model_card(settings: Mapping[str, Any], weights_file: str, epoch: int) -> str:
+    """Return README.md of a checkpoint of a run with this configuration, with the metadata that the hub reads."""
+    model, kind = settings["pretrained"]["model"], "lora" if weights_file == FILE_NAME else "unet"
+    on_hub = model.count("/") == 1 and not Path(model).exists()
+    base_model = f"base_model: {json.dumps(model)}\n" if on_hub else ""
+    unet = f" with the UNet of {Path(settings['unet_path']).name}" if settings["unet_path"] else ""
+    load = 'load_lora_weights("PATH_OF_THIS_FOLDER")'
+    if kind == "unet":
+        load = f'unet.load_state_dict(safetensors.torch.load_file("{UNET_FILE}"))'
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+{base_model}tags:
+- ddpo
+- reinforcement-learning
+- {kind}
+---
 
+# DDPO checkpoint, {epoch} epochs
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
+Weights ({kind}) after {epoch} epochs of [rl4med-ddpo](https://github.com/parhamsaremi/rl4med-ddpo) from the model
+below{unet}, with the reward {settings["reward_fn"]} and the prompts {settings["prompt_fn"]}. Images are synthetic.
 
+```python
+from diffusers import StableDiffusionPipeline
 
-def write_manifest(folder: str | Path) -> None:
-    """List every file in a folder: {"files": {relative path: {"bytes", "sha256"}}}."""
-    folder = Path(folder)
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths
-    }
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
-
-
-def read_manifest(folder: str | Path) -> dict[str, dict] | None:
-    """Return the listed files, or None without a manifest. Raises ValueError for a damaged one."""
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        files = read_json(path, {"files": {str: {"bytes": COUNT, "sha256": str}}})["files"]
-    except UserError as error:
-        raise ValueError(f"{MANIFEST} is damaged") from error
-    if any(path_fault(name) for name in files):
-        raise ValueError(f"{MANIFEST} is damaged: it names files outside its folder")
-    return files
-
-
-def find_file_damage(path: Path, about: dict, check_hash: bool = True) -> str | None:
-    """Return how a file differs from its entry in a manifest, or None."""
-    if not path.is_file():
-        return f"{path.name} is missing"
-    if (size := path.stat().st_size) != about["bytes"]:
-        return f"{path.name} has {size} bytes instead of {about['bytes']}"
-    if check_hash and sha256(path) != about["sha256"]:
-        return f"{path.name} does not have the content that {MANIFEST} states"
-    return None
+pipe = StableDiffusionPipeline.from_pretrained({json.dumps(model)})
+pipe.{load}
+```
+"""

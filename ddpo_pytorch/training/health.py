@@ -1,6 +1,7 @@
 """Warnings about training that learns nothing or is about to diverge. Each is logged once."""
 
 import logging
+import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -36,29 +37,29 @@ def check_groups(advantage: str, prompts: Sequence[str]) -> None:
 
 
 class HealthCheck:
-    """Checks of each epoch's prompts and statistics, for the settings `config.train`; logs where `active`."""
+    """Checks of each epoch for the settings `config.train`; logs each kind of problem once, where `active`."""
 
     def __init__(self, train: ConfigDict, active: bool = True):
         self._train, self._active = train, active
         self._grad_norms: list[float] = []
         self._given: set[str] = set()
 
-    def check_prompts(self, epoch: int, prompts: Sequence[str]) -> None:
-        """Warn about prompts drawn once if advantages are relative to the prompt's group."""
+    def check_epoch(
+        self, epoch: int, prompts: Sequence[str], advantages: np.ndarray, entry: Mapping[str, float]
+    ) -> None:
+        """Warn about prompts that teach nothing, vanishing or exploding gradients, and many clipped ratios.
+
+        prompts, advantages: (N,), before clipping. entry: the epoch's line in metrics.jsonl.
+        """
+        largest = min(np.abs(advantages).max(), self._train.adv_clip_max)
+        grad_norm, clipfrac, before = entry["grad_norm"], entry["clipfrac"], self._grad_norms
+        usual = statistics.median(before) if len(before) >= GRAD_NORM_EPOCHS else math.inf
         if self._train.advantage == "group" and (alone := singles(prompts)):
             self._warn(
                 "singles",
                 f"epoch {epoch}: {alone} of {len(set(prompts))} prompts were drawn once; with train.advantage=group "
                 "their samples get advantage 0 and teach nothing: set sample.images_per_prompt to 2 or more",
             )
-
-    def check_epoch(self, epoch: int, advantages: np.ndarray, entry: Mapping[str, float]) -> None:
-        """Warn about a vanishing or exploding gradient and about many clipped ratios.
-
-        advantages: (N,), before clipping. entry: the epoch's line in metrics.jsonl.
-        """
-        largest = min(np.abs(advantages).max(), self._train.adv_clip_max)
-        grad_norm, clipfrac = entry["grad_norm"], entry["clipfrac"]
         if largest < SMALL_ADVANTAGE or grad_norm == 0:
             self._warn(
                 "nothing",
@@ -74,8 +75,7 @@ class HealthCheck:
                 f"than train.clip_range={self._train.clip_range:g} allows and it may collapse; lower "
                 f"train.learning_rate ({self._train.learning_rate:g})",
             )
-        before = self._grad_norms
-        if len(before) >= GRAD_NORM_EPOCHS and grad_norm > LARGE_GRAD_NORM * (usual := statistics.median(before)) > 0:
+        if grad_norm > LARGE_GRAD_NORM * usual > 0:
             self._warn(
                 "grad_norm",
                 f"epoch {epoch}: the gradient norm is {grad_norm:.3g}, the median of earlier epochs {usual:.3g}; "

@@ -1,19 +1,21 @@
-"""APR during training, by a judge that gives no reward, on images whose prompts and noise never change.
+"""Images of prompts and noise that never change while a model trains: sample grids, and held-out APR and reward.
 
-An image's noise is a function of (seed, prompt number, image number) alone, so evaluations of a run differ only by the
-weights. No random state is read or left behind: training continues as if nothing had happened.
+An image's noise is a function of (seed, prompt number, image number) alone, so grids and evaluations of a run differ
+only by the weights. No random state is read or left behind: training continues as if nothing had happened.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
-from ddpo_pytorch.data.images import to_uint8
+from ddpo_pytorch.data.images import image_grid, save_picture, to_uint8
 from ddpo_pytorch.data.isic import ARTIFACTS, labels_of
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings
@@ -26,28 +28,80 @@ from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.randomness import Stream, generator_of
 
+COLUMNS = 8  # of a grid
+
+
+@torch.no_grad()
+def draw_fixed(
+    accelerator: Accelerator,
+    pipe: StableDiffusionPipeline,
+    embeddings: PromptEmbeddings,
+    prompts: Sequence[str],
+    noise: Callable[[int], torch.Generator],
+    sampling: Sampling,
+    batch_size: int,
+    show: Callable[[Sequence], Iterable] = iter,
+) -> Iterator[tuple[range, torch.Tensor]]:
+    """Draw an image for each prompt, from `noise(its number)`; yield this process's batches: numbers, (B, 3, H, W).
+
+    Every process has equally many batches, if need be some that another one has, too: a UNet divided by FSDP needs all
+    processes in every pass. `show` wraps the batches, for a progress bar.
+    """
+    was_training = pipe.unet.training
+    pipe.unet.eval()
+    batches = [range(len(prompts))[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    for numbers in show((batches * processes)[rank::processes][: -(-len(batches) // processes)]):
+        with accelerator.autocast():
+            images = draw_images(pipe, embeddings, [prompts[i] for i in numbers], [noise(i) for i in numbers], sampling)
+        yield numbers, images
+    pipe.unet.train(was_training)
+
+
+def save_grid(
+    accelerator: Accelerator,
+    pipe: StableDiffusionPipeline,
+    embeddings: PromptEmbeddings,
+    prompts: Sequence[str],
+    seed: int,
+    sampling: Sampling,
+    batch_size: int,
+    path: Path,
+) -> Image.Image | None:
+    """Draw one image per prompt and save them as a grid. Returns the picture on the main process."""
+
+    def noise(number: int) -> torch.Generator:
+        return generator_of(seed, Stream.GRID, 0, number)  # on the CPU: equal on every device
+
+    images = []
+    for numbers, drawn in draw_fixed(accelerator, pipe, embeddings, prompts, noise, sampling, batch_size):
+        images += zip(numbers, drawn.float().cpu(), strict=True)
+    images = dict(gather_object(images))
+    if not accelerator.is_main_process:
+        return None
+    grid = image_grid(torch.stack([images[number] for number in range(len(prompts))]), COLUMNS)
+    save_picture(path, grid)
+    return grid
+
 
 def load_judge(
     path: str | Path, reward_classifiers: Iterable[str | Path], device: str | torch.device = "cpu"
 ) -> ArtifactClassifier:
     """Load the classifier of the four artifacts at `path`.
 
-    Raises UserError for other labels, and for the weights of a classifier that gives the reward, under whatever path:
-    what is optimized cannot judge.
+    Raises UserError for other labels, and for the weights of a classifier that gives the reward, whatever its path.
     """
     if not path:
         raise UserError("held_out.classifier is empty; held_out.every needs the H=4 judge, or set held_out.every=0")
     judge = load_classifier(path, device)
     if judge.labels != ARTIFACTS:
         raise UserError(
-            f"held_out.classifier {str(path)!r} predicts {', '.join(judge.labels)}; the judge predicts "
-            f"{', '.join(ARTIFACTS)}: give the H=4 classifier"
+            f"held_out.classifier {str(path)!r} predicts {', '.join(judge.labels)}; give the H=4 classifier"
         )
     for other in reward_classifiers:
         if fingerprint(load_classifier(other).state_dict()) == fingerprint(judge.state_dict()):
             raise UserError(
-                f"held_out.classifier {str(path)!r} has the weights of {str(other)!r}, which gives the reward, so it "
-                "is no independent judge; give one that was trained separately"
+                f"held_out.classifier {str(path)!r} is {str(other)!r}, which gives the reward; give an independent one"
             )
     return judge
 
@@ -62,17 +116,10 @@ class Evaluation:
 
 
 class HeldOut:
-    """A fixed set of prompts and noise with its judge.
+    """A fixed set of prompts and noise with its judge (`load_judge`).
 
-    Args:
-        judge: from `load_judge`.
-        prompts: all (prompt, metadata) to draw. Raises UserError for one that is not an ISIC caption.
-        images_per_prompt: images of each.
-        seed: of the noise.
-        sampling: as in training.
-
-    Attributes:
-        fingerprint: what two evaluations must share for their numbers to be comparable.
+    `prompts` are (prompt, metadata); raises UserError for one that is not an ISIC caption. `fingerprint` is what two
+    evaluations must share for their numbers to be comparable.
     """
 
     def __init__(
@@ -83,15 +130,10 @@ class HeldOut:
         seed: int,
         sampling: Sampling,
     ):
-        self.judge, self.sampling, self.seed = judge, sampling, seed
+        self.judge, self.sampling, self.seed, self.count = judge, sampling, seed, images_per_prompt
         for prompt, _ in prompts:
             labels_of(prompt)
-        # (prompt, metadata, prompt number, image number) of each image
-        self.images = [
-            (prompt, metadata, number, index)
-            for number, (prompt, metadata) in enumerate(prompts)
-            for index in range(images_per_prompt)
-        ]
+        self.images = [prompt for prompt in prompts for _ in range(images_per_prompt)]  # (prompt, metadata) of each
         self.fingerprint = {
             "judge": fingerprint(judge),
             "seed": seed,
@@ -120,34 +162,26 @@ class HeldOut:
     ) -> Evaluation:
         """Draw and score all images with the current weights; return the same result on every process.
 
-        Judge and reward see images in 8 bits, as they would be stored. `show` wraps this process's batches, for a
-        progress bar. Raises UserError if an image is not finite.
+        Judge and reward see images in 8 bits, as they would be stored. Raises UserError if an image is not finite.
         """
-        starts = list(range(0, len(self.images), batch_size))[accelerator.process_index :: accelerator.num_processes]
-        # every process draws equally many batches, since a UNet divided by FSDP needs all of them in every pass
-        rounds = -(-len(self.images) // (batch_size * accelerator.num_processes))
-        heads = len(self.judge.labels)
-        scores = torch.zeros(len(self.images), heads + 1, dtype=torch.float64)  # predictions and reward of each image
-        for number, start in enumerate(show([*starts, *[0] * (rounds - len(starts))])):
-            prompts, metadata, *progress = zip(*self.images[start : start + batch_size], strict=True)
-            # on the CPU: the same noise on every device
-            noise = [generator_of(self.seed, Stream.HELD_OUT, *image) for image in zip(*progress, strict=True)]
-            with accelerator.autocast():
-                images = draw_images(pipe, embeddings, prompts, noise, self.sampling)
+        captions, metadata = zip(*self.images, strict=True)
+
+        def noise(number: int) -> torch.Generator:
+            return generator_of(self.seed, Stream.HELD_OUT, *divmod(number, self.count))
+
+        scores = []  # (number, predictions of the judge, reward) of each image
+        fixed = captions, noise, self.sampling, batch_size, show
+        for numbers, images in draw_fixed(accelerator, pipe, embeddings, *fixed):
+            texts, about = captions[numbers.start : numbers.stop], metadata[numbers.start : numbers.stop]
             if not images.isfinite().all():
                 raise UserError(
-                    f"a held-out image of {prompts[0]!r} or its neighbours is not finite; lower train.learning_rate, "
-                    "or use mixed_precision bf16 or no"
+                    f"a held-out image of {texts[0]!r}, ... is not finite; lower train.learning_rate, or use bf16 or no"
                 )
-            if number >= len(starts):
-                continue
             images = to_uint8(images).float() / 255
-            rewards, _ = as_reward(reward_fn)(images, prompts, metadata)
-            rows = scores[start : start + batch_size]
-            rows[:, :heads] = self.judge.predict(images).cpu().double()
-            rows[:, heads] = torch.from_numpy(rewards)
-        # each row is filled by one process and zero on the others
-        scores = accelerator.reduce(scores.to(accelerator.device), "sum").cpu()
-        captions = [image[0] for image in self.images]
-        aligned = aligned_images(captions, scores[:, :heads], self.judge.labels)
-        return Evaluation(float(aligned.mean()), scores[:, heads].mean().item(), apr_by_prompt(aligned, captions))
+            rewards, _ = as_reward(reward_fn)(images, texts, about)
+            scores += zip(numbers, self.judge.predict(images).tolist(), rewards.tolist(), strict=True)
+        scored = {number: values for number, *values in gather_object(scores)}
+        predictions, rewards = zip(*(scored[number] for number in range(len(captions))), strict=True)
+        aligned = aligned_images(captions, torch.tensor(predictions), self.judge.labels)
+        reward = torch.tensor(rewards, dtype=torch.float64).mean().item()
+        return Evaluation(float(aligned.mean()), reward, apr_by_prompt(aligned, captions))

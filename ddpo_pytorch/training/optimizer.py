@@ -41,12 +41,10 @@ def make_optimizer(train: ConfigDict, parameters: list[torch.nn.Parameter]) -> t
 
 
 class GuardedOptimizer:
-    """Optimizer wrapper that skips non-finite steps.
+    """Optimizer wrapper that clips gradients to `max_grad_norm` over all parameters and skips non-finite steps.
 
-    Args:
-        accelerator, optimizer: as prepared by Accelerate; with fp16 its gradient scaler does the skipping.
-        max_grad_norm: norm over all parameters to which gradients are clipped.
-        limit: steps skipped in a row at which training is aborted.
+    Accelerator and optimizer are as prepared by Accelerate; with fp16 its gradient scaler does the skipping. `limit`
+    steps skipped in a row abort the training.
     """
 
     def __init__(self, accelerator: Accelerator, optimizer: AcceleratedOptimizer, max_grad_norm: float, limit: int):

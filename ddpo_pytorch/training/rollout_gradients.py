@@ -35,17 +35,10 @@ logger = logging.getLogger(__name__)
 
 
 class RolloutGradients:
-    """Per-sample gradients of trajectories' log-probs with respect to the adapters.
+    """Per-sample gradients of trajectories' log-probs with respect to the adapters, in CPU memory.
 
-    They are kept in CPU memory, 4 bytes per adapter weight and sample.
-
-    Args:
-        accelerator: averages over processes, and scales with mixed_precision fp16.
-        unet: the bare UNet with adapters (see `has_per_sample_gradients`).
-        samples: of this process in the first update.
-        batch_size: samples to draw at once; backward needs the memory of an update with as many rows.
-        window: first and last + 1 of the trained timesteps.
-        passes: UNet rows per sample, 2 with guidance.
+    `samples` of this process in the first update are drawn `batch_size` at a time; steps in `window` (first, last + 1)
+    are trained on, with `passes` rows of the bare UNet per sample (2 with guidance).
     """
 
     def __init__(
@@ -84,10 +77,7 @@ class RolloutGradients:
             torch.autograd.grad(total, self._weights, allow_unused=True)
 
     def set_gradients(self, advantages: torch.Tensor) -> None:
-        """Set the weights' gradient to that of the first update, averaged over processes.
-
-        advantages: (samples,) of the first update, in its order, clipped.
-        """
+        """Set the weights' gradient from the clipped advantages (samples,) of the first update, in its order."""
         mean = self._accelerator.reduce((-advantages.cpu() @ self._sums).to(advantages.device), "mean")
         for weight, part in zip(self._weights, mean.split([weight.numel() for weight in self._weights]), strict=True):
             weight.grad = part.view_as(weight).clone()
@@ -98,14 +88,12 @@ def rollout_gradients(
 ) -> RolloutGradients | None:
     """Return what takes the first updates' gradients, or None if `train` does not want it or it is not possible.
 
-    It is possible if only adapters of linear layers are trained, on every timestep of the window, without KL term and
-    compiled blocks.
+    It takes adapters of linear layers alone, trained on every timestep of the window, no KL term, no compiled blocks.
     """
     window = sizes.timestep_window
-    partial_window = sizes.train_timesteps < window[1] - window[0]
-    if not train.gradients_while_sampling or partial_window or train.kl_coef or train.compile:
-        return None
-    if not has_per_sample_gradients(unet):
+    whole_window = sizes.train_timesteps == window[1] - window[0]
+    wanted = train.gradients_while_sampling and whole_window and not train.kl_coef and not train.compile
+    if not wanted or not has_per_sample_gradients(unet):
         return None
     samples = sizes.local_samples // sizes.updates
     batch_size = min(train.batch_size * train.timesteps_per_forward, samples)
@@ -117,14 +105,13 @@ def rollout_batches(
     order: Sequence[int], size: int, gradients: RolloutGradients | None
 ) -> list[tuple[list[int], AbstractContextManager]]:
     """Return (samples to draw together, context to draw them in), first those of the first update, with recording."""
-    first = gradients.samples if gradients else 0
-    batches = []
-    for start in range(0, first, gradients.batch_size if gradients else 1):
-        batch = list(order[start : min(start + gradients.batch_size, first)])
-        batches.append((batch, gradients.recording(start, len(batch))))
-    for start in range(first, len(order), size):
-        batches.append((list(order[start : start + size]), nullcontext()))
-    return batches
+    batches, first = [], 0
+    if gradients:
+        first = gradients.samples
+        for start in range(0, first, gradients.batch_size):
+            batch = list(order[start : min(start + gradients.batch_size, first)])
+            batches.append((batch, gradients.recording(start, len(batch))))
+    return batches + [(list(order[at : at + size]), nullcontext()) for at in range(first, len(order), size)]
 
 
 def has_per_sample_gradients(unet: nn.Module) -> bool:
@@ -138,8 +125,7 @@ def has_per_sample_gradients(unet: nn.Module) -> bool:
 def per_sample_gradients(unet: nn.Module, rows: int, adapter: str = "default") -> Iterator[Gradients]:
     """Yield {weight: (rows, *weight.shape)}, float32 or wider, to which backward passes add each row's gradient.
 
-    Backward passes are `torch.autograd.grad` with the adapters' weights as inputs, on batches of `rows` rows; what they
-    return is of no use.
+    Backward passes are `torch.autograd.grad` of `rows` rows with respect to the adapters; ignore what they return.
     """
     gradients: Gradients = {}
     with ExitStack() as stack:

@@ -2,10 +2,9 @@
 
 import json
 import logging
-import netrc
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,27 +22,24 @@ from ddpo_pytorch.training.checkpoints import (
     is_checkpoint,
     quarantine,
 )
-from ddpo_pytorch.utils.distributed import run_on_main_process
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import LOCK, atomic_write, locked
 from ddpo_pytorch.utils.fingerprint import with_contents
 from ddpo_pytorch.utils.json_files import read_json
+from ddpo_pytorch.utils.settings import flat
 
 CONFIG = "config.json"
 # Settings that may change when a run resumes, since they do not change what an epoch does.
-FREE = frozenset(
-    (
-        # locations; the content behind load_from is compared
-        *("base_log_path", "logdir", "run_name", "resume_from", "load_from"),
-        *("num_epochs", "early_stop", "held_out.patience", "held_out.tolerance"),  # when to stop
-        *("save_freq", "num_checkpoint_limit", "log_with", "wandb_project", "log_images", "progress"),  # what is logged
-        "process_timeout",
-        *("dataset", "eval", "metric", "sd", "rlhf", "improve"),  # blocks of other scripts
-        "contents",  # compared separately
-    )
-)
+FREE = {
+    # locations; contents, also of load_from, are compared separately
+    *("base_log_path", "logdir", "run_name", "resume_from", "load_from", "contents"),
+    *("num_epochs", "early_stop", "held_out.patience", "held_out.tolerance"),  # when to stop
+    *("save_freq", "num_checkpoint_limit", "log_with", "wandb_project", "log_images", "progress"),  # what is logged
+    *("process_timeout", "dataset", "eval", "metric", "sd", "rlhf", "improve"),  # blocks of other scripts
+}
 ARGUMENTS = ("prompt_fn_kwargs.", "reward_fn_kwargs.")
-# config.json keeps fingerprints of the files behind these settings under this name.
+# paths that are compared by the content behind them, of which config.json keeps fingerprints under CONTENTS
+BY_CONTENT = ("pretrained.model", "pretrained.revision", "unet_path", "held_out.classifier")
 CONTENTS = "contents"
 BEHIND = {
     "model": ("pretrained", "unet_path", "mixed_precision", "use_lora"),
@@ -55,24 +51,18 @@ logger = logging.getLogger(__name__)
 
 
 def open_run(
-    accelerator: Accelerator, held: ExitStack, logdir: str, run_name: str, resume_from: str, settings: Mapping[str, Any]
+    held: ExitStack, logdir: str, run_name: str, resume_from: str, settings: Mapping[str, Any]
 ) -> tuple[Path, Path | None]:
-    """Lock a run's folder; return it with the checkpoint to resume from, or None for a new run.
+    """Lock a run's folder; return it with the checkpoint to resume from, or None for a new run. Main process only.
 
     The folder is `<logdir>/<run_name>` (date and time without a name). If it exists, the run resumes from its newest
     undamaged checkpoint, provided that `settings` (JSON-able, except those in `FREE`) are the ones it was begun with.
     `resume_from`, a run or checkpoint folder, resumes with any settings in the folder of that checkpoint, which has to
     be the newest undamaged one, so that nothing is overwritten. Damaged newer ones are quarantined.
 
-    The lock is held until `held` is closed. Raises UserError on the main process (the others exit) for a folder that
-    another run is writing, for other settings, naming the first, and as `find_checkpoint` does.
+    The lock is held until `held` is closed. Raises UserError for a folder that another run is writing, for other
+    settings, naming the first, and as `find_checkpoint` does.
     """
-    return run_on_main_process(accelerator, _open_run, held, logdir, run_name, resume_from, settings)
-
-
-def _open_run(
-    held: ExitStack, logdir: str, run_name: str, resume_from: str, settings: Mapping[str, Any]
-) -> tuple[Path, Path | None]:
     if resume_from:
         given = Path(resume_from)
         folder = given.parent if is_checkpoint(given) else given
@@ -91,8 +81,14 @@ def _open_run(
         folder = Path(logdir) / (run_name or time.strftime("%Y.%m.%d_%H.%M.%S"))
         held.enter_context(locked(folder, "another --config.run_name"))
         checkpoint = _checkpoint_to_resume(folder, settings)
-    if checkpoint is not None:
-        _quarantine_newer(checkpoint)
+    for newer in checkpoints(folder) if checkpoint else ():
+        if epochs_completed(newer) > epochs_completed(checkpoint):
+            if find_damage(newer) is None:
+                raise UserError(
+                    f"{str(checkpoint)!r} is not the newest checkpoint of its run; continuing would overwrite "
+                    f"{newer.name}: resume from that, or copy the checkpoint into a folder of its own"
+                )
+            quarantine(newer)
     return folder, checkpoint
 
 
@@ -113,8 +109,7 @@ def _checkpoint_to_resume(folder: Path, settings: Mapping[str, Any]) -> Path | N
     log = folder / "metrics.jsonl"
     if log.is_file() and log.read_bytes().count(b"\n") > old.get("save_freq", 1):
         raise UserError(
-            f"run folder {str(folder)!r} has a log of epochs but their checkpoints are gone; choose another "
-            "--config.run_name, or move it away"
+            f"the checkpoints of run folder {str(folder)!r} are gone; choose another --config.run_name, or move it"
         )
     logger.info("%s has no checkpoint yet: starting from scratch", folder)
     return None
@@ -124,24 +119,10 @@ def _holds_checkpoint(folder: Path) -> bool:
     return bool(checkpoints(folder)) or (folder / BEST).is_dir()
 
 
-def _quarantine_newer(checkpoint: Path) -> None:
-    """Quarantine damaged checkpoints newer than this one. Raises UserError if a newer one is undamaged."""
-    for newer in checkpoints(checkpoint.parent):
-        if epochs_completed(newer) <= epochs_completed(checkpoint):
-            continue
-        if find_damage(newer) is None:
-            raise UserError(
-                f"{str(checkpoint)!r} is not the newest checkpoint of its run; continuing would overwrite "
-                f"{newer.name}: resume from that, or copy the checkpoint into a folder of its own"
-            )
-        quarantine(newer)
-
-
 def write_settings(folder: Path, settings: Mapping[str, Any], epoch: int, resumed: bool) -> None:
     """Write config.json, or config_<epochs completed>.json if a resumed run was given other settings."""
     text = json.dumps(settings, indent=1, default=str) + "\n"
-    newest = ([None, *_settings_files(folder)])[-1]
-    if resumed and newest is not None and newest.read_text() == text:
+    if resumed and (files := _settings_files(folder)) and files[-1].read_text() == text:
         return
     with atomic_write(folder / (f"config_{epoch:04d}.json" if resumed else CONFIG), durable=True) as temporary:
         temporary.write_text(text)
@@ -156,7 +137,7 @@ def _last_settings(folder: Path) -> dict[str, Any]:
     files = _settings_files(folder)
     problem = f"its {files[-1].name} is damaged" if files else f"it holds no {CONFIG}"
     try:
-        return read_json(files[-1], {"save_freq?": int})
+        return read_json(files[-1], {"save_freq?": int, f"{CONTENTS}?": {str: str}})
     except (IndexError, UserError) as error:
         raise UserError(
             f"run folder {str(folder)!r} exists already, and {problem}; choose another --config.run_name, resume it "
@@ -168,34 +149,29 @@ def _comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[st
     """Return the settings that must be equal, of both configurations, by dotted names.
 
     Fields that only one of them has belong to another version of this program and are not compared, except for keyword
-    arguments of prompt functions and rewards. Fields that this run does not read are not compared either.
+    arguments of prompt functions and rewards. Nor are fields that this run does not read, and paths of which
+    `_check_contents` compares the content instead.
     """
-    plain = json.loads(json.dumps(new, default=str))
-    left, right = dict(_flat(old)), dict(_flat(plain))
-    recorded = bool(old.get(CONTENTS))
-    both = [name for name in left | right if name.startswith(ARGUMENTS) or (name in left and name in right)]
-    names = [name for name in both if name not in FREE and name.split(".")[0] not in FREE and _is_read(name, right)]
-    names = [name for name in names if not (recorded and _is_by_content(name, right.get(name)))]
+    left, right = _flat(old), _flat(new)
+
+    def is_compared(name: str) -> bool:
+        block, _, field = name.partition(".")
+        if name in FREE or block in FREE or not (name.startswith(ARGUMENTS) or (name in left and name in right)):
+            return False
+        if old.get(CONTENTS):
+            argument = name.startswith(ARGUMENTS) and isinstance(with_contents(right.get(name)), Path)
+            if argument or name in BY_CONTENT:
+                return False
+        if block == "reward_fn_kwargs":
+            return field.split(".")[0] in parse_spec(right["reward_fn"])
+        if block == "held_out":
+            return field == "every" or right["held_out.every"] > 0
+        if block == "per_prompt_stat_tracking":
+            return right["train.advantage"] == "per_prompt"
+        return right["use_lora"] or name not in ("train.lora_rank", "train.lora_targets", "train.kl_coef")
+
+    names = list(filter(is_compared, left | right))
     return {name: left.get(name) for name in names}, {name: right.get(name) for name in names}
-
-
-def _is_by_content(name: str, value: Any) -> bool:
-    """Return whether a setting is a path whose content is compared by its fingerprint instead."""
-    if name in ("pretrained.model", "pretrained.revision", "unet_path", "held_out.classifier"):
-        return True
-    return name.startswith(ARGUMENTS) and isinstance(with_contents(value), Path)
-
-
-def _is_read(name: str, settings: Mapping[str, Any]) -> bool:
-    """Return whether a run with these settings reads the one called `name`."""
-    block, _, field = name.partition(".")
-    if block == "reward_fn_kwargs":
-        return field.split(".")[0] in parse_spec(settings["reward_fn"])
-    if block == "held_out":
-        return field == "every" or settings["held_out.every"] > 0
-    if block == "per_prompt_stat_tracking":
-        return settings["train.advantage"] == "per_prompt"
-    return name not in ("train.lora_rank", "train.lora_targets", "train.kl_coef") or settings["use_lora"]
 
 
 def _check_contents(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], resume_from: bool) -> None:
@@ -204,33 +180,25 @@ def _check_contents(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]
     With `resume_from`, where settings may differ, only if its setting has not changed; an adapter to start from is then
     refused unless the run started from it, since it would have no effect.
     """
-    before, now = (dict(_flat(json.loads(json.dumps(settings, default=str)))) for settings in (old, new))
-    before = {f"{CONTENTS}.load_from": ""} | before
+    new = json.loads(json.dumps(new, default=str))
+    before, now = {"load_from": ""} | old.get(CONTENTS, {}), new[CONTENTS]
     for name in sorted(before.keys() & now.keys()):
-        block, _, what = name.partition(".")
-        if block != CONTENTS or before[name] == now[name]:
-            continue
-        sources = BEHIND.get(what.split(".")[0], ())
-        settings = [key for key in before.keys() | now.keys() if key.split(".")[0] in sources]
-        changed = any(before.get(key) != now.get(key) for key in settings) if sources else not now[name]
-        if resume_from and changed:
+        sources = BEHIND.get(name.split(".")[0])
+        other_setting = any(old.get(key) != new.get(key) for key in sources) if sources else not now[name]
+        if before[name] == now[name] or (resume_from and other_setting):
             continue
         advice = "give the original one"
-        if resume_from and what == "load_from":
+        if resume_from and name == "load_from":
             advice = "leave load_from out, since the run continues from its own checkpoint"
-        old_print, new_print = (str(settings[name])[:16] or "none" for settings in (before, now))
         raise UserError(
-            f"run folder {str(folder)!r} was begun with another {what} (fingerprint {old_print}, now {new_print}); "
-            f"{advice}, or another --config.run_name for a new run"
+            f"run folder {str(folder)!r} was begun with another {name} (fingerprint {before[name][:16] or 'none'}, now "
+            f"{now[name][:16] or 'none'}); {advice}, or another --config.run_name for a new run"
         )
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as JSON has them, by dotted names."""
+    return flat(json.loads(json.dumps(settings, default=str)))
 
 
 def parse_trackers(log_with: str) -> list[LoggerType]:
@@ -257,20 +225,13 @@ def start_trackers(
     trackers = parse_trackers(log_with)
     if not trackers or not accelerator.is_main_process:
         return wandb_id
-    if LoggerType.WANDB in trackers and "WANDB_MODE" not in os.environ and not _has_wandb_key():
-        os.environ["WANDB_MODE"] = "offline"
+    logins = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    keys = os.environ.get("WANDB_API_KEY") or (logins.is_file() and "wandb" in logins.read_text())
+    if LoggerType.WANDB in trackers and not keys:
+        os.environ.setdefault("WANDB_MODE", "offline")
     options = {"name": run_dir.name, "dir": str(run_dir), "id": wandb_id, "resume": "allow" if wandb_id else None}
     accelerator.log_with, accelerator.project_configuration.logging_dir = trackers, str(run_dir)
     plain = bool | int | float | str
-    values = {name: value if isinstance(value, plain) else str(value) for name, value in _flat(config)}
+    values = {name: value if isinstance(value, plain) else str(value) for name, value in _flat(config).items()}
     accelerator.init_trackers(project, config=values, init_kwargs={"wandb": options})
     return accelerator.get_tracker("wandb", unwrap=True).id if LoggerType.WANDB in trackers else wandb_id
-
-
-def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

@@ -20,7 +20,7 @@ from ddpo_pytorch.rollout import draw_prompts
 from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.training.held_out import HeldOut, load_judge
 from ddpo_pytorch.training.run_folder import parse_trackers
-from ddpo_pytorch.utils.distributed import check_sharding, sharding_requested
+from ddpo_pytorch.utils.distributed import sharding_requested
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints, with_contents
 from ddpo_pytorch.utils.settings import (
@@ -39,42 +39,31 @@ from ddpo_pytorch.utils.settings import (
 )
 
 logger = logging.getLogger(__name__)
-BATCHES = {
-    "sample.batch_size": ONE_OR_MORE,
-    "sample.num_batches_per_epoch": ONE_OR_MORE,
-    "sample.images_per_prompt": ONE_OR_MORE,
-    "sample.num_steps": ONE_OR_MORE,
-    "train.batch_size": ONE_OR_MORE,
-    "train.gradient_accumulation_steps": ONE_OR_MORE,
-    "train.num_inner_epochs": ONE_OR_MORE,
-    "train.timesteps_per_forward": ONE_OR_MORE,
-    "train.timestep_fraction": Range("(0, 1]"),
-}
+BATCHES = dict.fromkeys(
+    [
+        *("sample.batch_size", "sample.num_batches_per_epoch", "sample.images_per_prompt", "sample.num_steps"),
+        *("train.batch_size", "train.gradient_accumulation_steps", "train.num_inner_epochs"),
+        "train.timesteps_per_forward",
+    ],
+    ONE_OR_MORE,
+) | {"train.timestep_fraction": Range("(0, 1]")}
 # Outside these ranges training fails, or runs and learns nothing.
-TRAINING = BATCHES | {
-    "seed": SEED,
-    "num_epochs": ONE_OR_MORE,
-    "save_freq": ONE_OR_MORE,
-    "num_checkpoint_limit": ONE_OR_MORE,
-    "sample.guidance_scale": FINITE,
-    "train.learning_rate": POSITIVE,
-    "train.adam_beta1": BELOW_ONE,
-    "train.adam_beta2": BELOW_ONE,
-    "train.adam_weight_decay": NOT_NEGATIVE,
-    "train.adam_epsilon": POSITIVE,
-    "train.max_skipped_updates": ONE_OR_MORE,
-    "train.max_grad_norm": Range("(0, inf]"),  # inf: gradients are not clipped
-    "train.adv_clip_max": POSITIVE,
-    "train.clip_range": POSITIVE,
-    "train.lora_rank": ONE_OR_MORE,
-    "train.kl_coef": NOT_NEGATIVE,
-    "early_stop.patience": ZERO_OR_MORE,
-    "early_stop.tolerance": NOT_NEGATIVE,
-    "held_out.every": ZERO_OR_MORE,
-    "held_out.images_per_prompt": ONE_OR_MORE,
-    "held_out.patience": ZERO_OR_MORE,
-    "held_out.tolerance": BELOW_ONE,
+RANGES = {
+    ONE_OR_MORE: (
+        *("num_epochs", "save_freq", "num_checkpoint_limit", "train.max_skipped_updates", "train.lora_rank"),
+        "held_out.images_per_prompt",
+    ),
+    ZERO_OR_MORE: ("early_stop.patience", "held_out.every", "held_out.patience"),
+    POSITIVE: ("train.learning_rate", "train.adam_epsilon", "train.adv_clip_max", "train.clip_range"),
+    NOT_NEGATIVE: ("train.adam_weight_decay", "train.kl_coef", "early_stop.tolerance"),
+    BELOW_ONE: ("train.adam_beta1", "train.adam_beta2", "held_out.tolerance"),
+    FINITE: ("sample.guidance_scale",),
+    Range("(0, inf]"): ("train.max_grad_norm",),  # inf: gradients are not clipped
+    SEED: ("seed",),
 }
+TRAINING = BATCHES | {name: allowed for allowed, names in RANGES.items() for name in names}
+# settings, with values that FSDP cannot take and others that it can
+WITHOUT_FSDP = (("use_lora", True, False), ("train.use_8bit_adam", True, False), ("mixed_precision", "fp16", "bf16"))
 ADVANTAGES = ("per_prompt", "group", "global")
 TRIED_PROMPTS = 32  # drawn to try the reward on, where not all prompts are known
 
@@ -82,37 +71,27 @@ TRIED_PROMPTS = 32  # drawn to try the reward on, where not all prompts are know
 def check_training(config: ConfigDict) -> None:
     """Raise UserError for settings of train.py that cannot train, or that contradict each other."""
     check_ranges(config, TRAINING)
-    check_choices(config, {"train.advantage": ADVANTAGES})
+    # other schedulers of eval.py have no log-probabilities
+    check_choices(config, {"train.advantage": ADVANTAGES, "sample.scheduler": ("ddim",)})
     parse_trackers(config.log_with)
-    if config.sample.guidance_scale > 1 and not config.train.cfg:
-        raise UserError(
-            f"train.cfg is False but sample.guidance_scale is {config.sample.guidance_scale}: samples drawn with "
-            "guidance cannot be scored without it; set train.cfg=True, or sample.guidance_scale=1"
-        )
-    scheduler = config.sample.get("scheduler", "ddim")
-    if scheduler != "ddim":
-        raise UserError(
-            f"sample.scheduler is {scheduler!r}; train.py needs the log-probabilities of 'ddim': set "
-            "sample.scheduler=ddim"
-        )
-    if config.train.kl_coef and not config.use_lora:
-        raise UserError("train.kl_coef needs use_lora=True: the base model is the UNet with its adapters off")
-    if sharding_requested():
-        check_sharding(config.use_lora, config.train.use_8bit_adam, config.mixed_precision)
+    sample, train, held_out = config.sample, config.train, config.held_out
+    problems = [
+        (sample.guidance_scale > 1 and not train.cfg, f"train.cfg is False at guidance_scale {sample.guidance_scale}"),
+        # the base model of the KL divergence is the UNet with its adapters off
+        (train.kl_coef and not config.use_lora, f"train.kl_coef is {train.kl_coef} but use_lora is False"),
+        (held_out.patience and not held_out.every, f"held_out.patience is {held_out.patience} but held_out.every is 0"),
+    ]
     if (tracking := config.per_prompt_stat_tracking) is not None:
-        two = Range("[2, inf)", whole=True)  # a single reward has standard deviation 0
-        check_ranges(tracking, {"buffer_size": two, "min_count": two}, "per_prompt_stat_tracking.")
-        if tracking.min_count > tracking.buffer_size:
-            raise UserError(
-                f"per_prompt_stat_tracking.min_count is {tracking.min_count} but buffer_size is only "
-                f"{tracking.buffer_size}, so no prompt would ever use its own statistics; raise buffer_size, or set "
-                "per_prompt_stat_tracking=None to normalize over the whole batch"
-            )
-    if config.held_out.patience and not config.held_out.every:
-        raise UserError(
-            f"held_out.patience is {config.held_out.patience} but held_out.every is 0, so nothing is evaluated; set "
-            "held_out.every, or held_out.patience=0"
-        )
+        two, name = Range("[2, inf)", whole=True), "per_prompt_stat_tracking."  # one reward has standard deviation 0
+        check_ranges(tracking, {"buffer_size": two, "min_count": two}, name)
+        high, most = tracking.min_count, tracking.buffer_size
+        problems.append((high > most, f"{name}min_count is {high} but buffer_size is {most}, so it is never reached"))
+    if sharding_requested():
+        for name, bad, use in WITHOUT_FSDP:
+            problems.append((config[name] == bad, f"{name} is {bad!r} under FSDP, which needs {use}"))
+    for wrong, problem in problems:
+        if wrong:
+            raise UserError(f"{problem}: change one of the two")
 
 
 @dataclass(frozen=True)
@@ -136,10 +115,9 @@ class BatchSizes:
         return self.train_timesteps // self.timesteps_per_forward
 
     def describe(self) -> str:
-        per_update = self.samples // self.updates
         return (
             f"{self.samples} samples per epoch ({self.local_samples} on each of {self.processes} processes), "
-            f"{self.updates} updates of {per_update} samples x {self.train_timesteps} timesteps"
+            f"{self.updates} updates of {self.samples // self.updates} samples x {self.train_timesteps} timesteps"
         )
 
 
@@ -174,19 +152,12 @@ def batch_sizes(sample: ConfigDict, train: ConfigDict, processes: int) -> BatchS
 
 @dataclass(frozen=True)
 class Task:
-    """Prompts to draw and the reward to earn.
-
-    Attributes:
-        prompt_fn: draws a prompt and its metadata.
-        prompts: all that it can draw, or None where that is not known.
-        reward_fn: scores images.
-        held_out: the evaluation at fixed noise, or None if it is off.
-    """
+    """Prompts to draw and the reward to earn."""
 
     prompt_fn: Callable[..., Prompt]
-    prompts: list[Prompt] | None
+    prompts: list[Prompt] | None  # all that it can draw, or None where that is not known
     reward_fn: Reward
-    held_out: HeldOut | None
+    held_out: HeldOut | None  # None if it is off
 
 
 def make_task(config: ConfigDict, device: torch.device) -> Task:
@@ -209,7 +180,6 @@ def make_task(config: ConfigDict, device: torch.device) -> Task:
 def load_policy(config: ConfigDict, dtype: torch.dtype, device: torch.device) -> StableDiffusionPipeline:
     """Load the pipeline, frozen in `dtype` except for the policy, which is in float32: LoRA adapters or the whole UNet.
 
-    New adapters depend on the seed and leave the output unchanged; `config.load_from` gives weights to start from.
     Raises UserError for files that do not fit, and for a schedule that cannot be trained.
     """
     pretrained, train = config.pretrained, config.train
