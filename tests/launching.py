@@ -1,46 +1,106 @@
-"""`accelerate launch` with the files of config/accelerate, for real but on CPUs."""
+"""Scripts in processes of their own, forked from a server that has imported the libraries; and `accelerate launch`.
 
+Importing torch, diffusers, transformers and timm takes about six seconds of a script's start, and the tests start many.
+"""
+
+import multiprocessing
 import os
+import runpy
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
-from conftest import ROOT, warm_server
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARIES = (
+    *("torch", "torchvision", "accelerate", "absl.app", "ml_collections.config_flags", "timm", "peft", "scipy.stats"),
+    *("diffusers.loaders", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "transformers.pipelines"),
+    *("transformers.models.clip.modeling_clip", "transformers.models.bert.modeling_bert", "matplotlib.figure"),
+)
+ON_CPU = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(list(LIBRARIES))
 
 
-def cpu_settings() -> dict[str, str]:
-    """Return the environment of a script that runs on a CPU, without network, and from tests/warm.py."""
-    settings = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    return settings | {"CUDA_VISIBLE_DEVICES": ""} | warm_server()
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
-def start(config: str, flags: dict, *arguments, **environment) -> subprocess.Popen:
-    """Start `accelerate launch --config_file config/accelerate/<config> <flags> <arguments>` in the repository root."""
+def _become(arguments: list[str], environment: dict[str, str], streams: list[str]) -> None:
+    """Be the script, with this environment and files in place of the standard streams."""
+    for number, path in enumerate(streams, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = [os.path.dirname(os.path.abspath(arguments[0])), *environment["PYTHONPATH"].split(os.pathsep)]
+    sys.argv[:] = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+class Script:
+    """`processes` processes of a script, started as by torchrun, and what they print."""
+
+    def __init__(self, path: str, *options: object, processes: int = 1, **environment: object):
+        self.folder = Path(tempfile.mkdtemp())
+        streams, port = [str(self.folder / name) for name in ("stdout", "stderr")], free_port()
+        self.processes = []
+        for rank in range(processes):
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+            own = os.environ | ON_CPU | (ranks if processes > 1 else {}) | environment
+            given = [path, *map(str, options)], {key: str(value) for key, value in own.items()}, streams
+            self.processes.append(FORKS.Process(target=_become, args=given))
+            self.processes[-1].start()
+        self.pid = self.processes[0].pid
+
+    def poll(self) -> bool:
+        """Return whether it still runs; when one process fails, the others are given some seconds to notice."""
+        if any(process.exitcode for process in self.processes):
+            self.wait(20)
+            self.kill()
+        return any(process.is_alive() for process in self.processes)
+
+    def wait(self, timeout: float) -> None:
+        end = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0, end - time.monotonic()))
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def result(self, timeout: float = 300) -> subprocess.CompletedProcess:
+        """Wait for its end; the status is the first that is not 0."""
+        end = time.monotonic() + timeout
+        while self.poll() and time.monotonic() < end:
+            self.processes[0].join(0.05)
+        self.kill()
+        status = next((process.exitcode for process in self.processes if process.exitcode), 0)
+        printed = [
+            (self.folder / name).read_text() if (self.folder / name).exists() else "" for name in ("stdout", "stderr")
+        ]
+        shutil.rmtree(self.folder)
+        return subprocess.CompletedProcess([], status, *printed)
+
+
+def run_script(name: object, *options: object, timeout: float = 300, **kwargs) -> subprocess.CompletedProcess:
+    """Run `scripts/<name> ...` from the repository root."""
+    return Script(f"scripts/{name}", *options, **kwargs).result(timeout)
+
+
+def launch(config: str, flags: dict, *arguments: object, **environment: object) -> str:
+    """Run `accelerate launch --config_file config/accelerate/<config> <flags> <arguments>`; return standard error."""
     options = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    return subprocess.Popen(
-        [
-            *(sys.executable, "tests/warm.py", shutil.which("accelerate", path=Path(sys.executable).parent), "launch"),
-            *("--config_file", f"config/accelerate/{config}", *options, "--no_python"),
-            *(sys.executable, "tests/warm.py", *(str(argument) for argument in arguments)),
-        ],
-        cwd=ROOT,
-        env=os.environ | cpu_settings() | {key: str(value) for key, value in environment.items()},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen, timeout: float = 300) -> str:
-    """Standard error of a launch, which must succeed."""
-    try:
-        _, errors = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors[-5000:]
-    return errors
-
-
-def launch(config: str, flags: dict, *arguments, **environment) -> str:
-    return finish(start(config, flags, *arguments, **environment))
+    accelerate = shutil.which("accelerate", path=Path(sys.executable).parent)
+    command = [accelerate, "launch", "--config_file", f"config/accelerate/{config}", *options, *map(str, arguments)]
+    own = os.environ | ON_CPU | {"CUDA_VISIBLE_DEVICES": ""} | {key: str(value) for key, value in environment.items()}
+    result = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-5000:]
+    return result.stderr

@@ -6,19 +6,22 @@ JSON lines: the number of the command and what it did, or its exit status. Progr
 this; `unshare -n` in front of the command takes the network from these, too.
 """
 
+import atexit
 import fcntl
 import ipaddress
 import json
 import os
+import runpy
 import signal
 import socket
 import struct
 import sys
 import threading
 import time
+from typing import NoReturn
 from urllib.request import urlopen
 
-from warm import LIBRARIES, run
+from launching import LIBRARIES, ROOT
 
 LOOKS = {"socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg"}
 NAMES = {"socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.getnameinfo"}
@@ -26,15 +29,10 @@ NAMES = {"socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "
 
 def is_outside(event: str, arguments: tuple) -> bool:
     """Return whether an audit event concerns another machine."""
-    if event in NAMES:
-        host = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
-    elif event in LOOKS:
-        address = arguments[1]
-        if not isinstance(address, tuple):  # a Unix socket's path, or none
-            return False
-        host = address[0]
+    if event in LOOKS:  # of a socket and its address: a Unix socket's path, or a pair
+        host = arguments[1][0] if isinstance(arguments[1], tuple) else None
     else:
-        return False
+        host = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
     host = host.decode() if isinstance(host, bytes) else host
     if host in (None, "localhost", socket.gethostname()):
         return False
@@ -74,6 +72,22 @@ def note(notes: str, number: int, what: str | int) -> None:
         file.write(json.dumps([number, what]) + "\n")
 
 
+def run(command: list[str]) -> NoReturn:
+    """Be a script, and end as Python does, save for taking the libraries apart."""
+    status = 1
+    try:
+        sys.argv[:], sys.path[:1] = command, [os.path.dirname(os.path.abspath(command[0])), str(ROOT)]
+        runpy.run_path(command[0], run_name="__main__")
+        status = 0
+    except SystemExit as ending:
+        status = ending.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    atexit._run_exitfuncs()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def loopback_up() -> None:
     """In a network of its own, a process's loopback is down at first."""
     with socket.socket() as sock:
@@ -91,6 +105,5 @@ if __name__ == "__main__":
     for number, command in enumerate(commands):
         if (child := os.fork()) == 0:
             watch(sys.argv[1], number)
-            sys.path[:1] = [os.path.dirname(os.path.abspath(command[0])), os.getcwd()]
             run(command)
         note(sys.argv[1], number, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import ROOT
+from conftest import ROOT, forget
 from safetensors.torch import load_file
 from script_tools import load_module
 
@@ -27,21 +26,22 @@ def script():
     return load_module(ROOT / "scripts" / "train.py")
 
 
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory) -> Path:
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("classifier") / "H6.safetensors"
-    save_classifier(ArtifactClassifier(LABELS, 32, "tinynet_e"), path)
-    return path
+@pytest.fixture
+def classifier(judges) -> Path:
+    return judges[6]
 
 
 @pytest.fixture
 def settings(tiny_pipeline_dir, classifier, tmp_path) -> dict:
+    return usual_settings(tiny_pipeline_dir, classifier, tmp_path)
+
+
+def usual_settings(model: Path, classifier: Path, folder: Path) -> dict:
     """Overrides of config/base.py: 8 samples an epoch of 3 steps in 2 updates, on the tiny pipeline."""
     return {
-        "pretrained.model": str(tiny_pipeline_dir),
+        "pretrained.model": str(model),
         "reward_fn_kwargs.isic_classifier_reward.classifier": str(classifier),
-        "logdir": str(tmp_path / "logs"),
+        "logdir": str(folder / "logs"),
         "run_name": "run",
         "mixed_precision": "no",
         "log_with": "",
@@ -57,23 +57,28 @@ def settings(tiny_pipeline_dir, classifier, tmp_path) -> dict:
     }
 
 
+def configured(settings: dict, overrides: dict):
+    """config/base.py with these settings, for a run that knows of no earlier one."""
+    forget()
+    config = load_module(ROOT / "config" / "base.py").get_config()
+    config.update_from_flattened_dict(settings | {key.replace("__", "."): value for key, value in overrides.items()})
+    return config
+
+
+def train_with(script, settings: dict, overrides: dict) -> tuple[Path, list[dict]]:
+    """Run the script's `train` in this process, grids with log_images only; the run folder and its logged epochs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        if not overrides.get("log_images"):
+            patch.setattr(script, "save_grid", lambda *arguments: arguments[-1].write_bytes(b"16 images"))
+        folder = script.train(configured(settings, overrides))
+    return folder, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.fixture
-def train(script, settings, monkeypatch):
-    """Run the script's `train` in this process with overrides, and return the run folder and its logged epochs."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    base = load_module(ROOT / "config" / "base.py")
-
-    def run(**overrides):
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
-        config = base.get_config()
-        config.update_from_flattened_dict(
-            settings | {key.replace("__", "."): value for key, value in overrides.items()}
-        )
-        folder = script.train(config)
-        return folder, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-    return run
+def train(script, settings):
+    """Function (overrides): `train_with` these changes of the usual settings."""
+    return lambda **overrides: train_with(script, settings, overrides)
 
 
 def weights(folder: Path, epoch: int, name: str = "pytorch_lora_weights.safetensors") -> dict[str, torch.Tensor]:
@@ -148,33 +153,20 @@ def own_model(tiny_pipeline_dir, tmp_path):
 
 
 @pytest.fixture
-def rl(own_model, tmp_path, monkeypatch):
+def rl(script, own_model, settings, tmp_path, monkeypatch):
     """`rl.train(**fields)` and `rl.set_up(**fields)`: the script's functions with these changes of its settings.
 
     Beside the model lie H6.safetensors, which rewards, and prompts.txt with four captions; runs go to logs/run.
     """
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    script, base = load_module(ROOT / "scripts" / "train.py"), load_module(ROOT / "config" / "base.py")
-    monkeypatch.setattr(script, "epoch_time", lambda *_: "no time")
-    monkeypatch.setattr(script, "save_grid", lambda *arguments: arguments[-1].write_bytes(b"16 images"))
-    torch.manual_seed(1)
-    save_classifier(ArtifactClassifier(LABELS, 32, "tinynet_e"), tmp_path / "H6.safetensors")
+    shutil.copy(settings["reward_fn_kwargs.isic_classifier_reward.classifier"], tmp_path / "H6.safetensors")
     (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS[:4]) + "\n")
-    usual = {"pretrained.model": str(own_model), "logdir": str(tmp_path / "logs"), "run_name": "run"}
-    usual |= {"mixed_precision": "no", "log_with": "", "num_epochs": 1, "save_freq": 1, "train.cfg": False}
-    usual |= {"sample.num_steps": 2, "sample.batch_size": 4, "sample.num_batches_per_epoch": 1, "train.batch_size": 2}
-    usual |= {"sample.guidance_scale": 1.0, "train.learning_rate": 1e-2, "per_prompt_stat_tracking.min_count": 2}
-    usual |= {"reward_fn_kwargs.isic_classifier_reward.classifier": str(tmp_path / "H6.safetensors")}
-    usual |= {"prompt_fn": "from_file", "prompt_fn_kwargs.path": str(tmp_path / "prompts.txt")}
-
-    def config_of(fields):
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
-        config = base.get_config()
-        config.update_from_flattened_dict(usual | {key.replace("__", "."): value for key, value in fields.items()})
-        return config
-
+    settings |= {"pretrained.model": str(own_model), "num_epochs": 1, "train.cfg": False}
+    settings |= {"sample.num_steps": 2, "sample.num_batches_per_epoch": 1, "train.batch_size": 2}
+    settings |= {"sample.guidance_scale": 1.0, "prompt_fn": "from_file"}
+    settings |= {"reward_fn_kwargs.isic_classifier_reward.classifier": str(tmp_path / "H6.safetensors")}
+    settings |= {"prompt_fn_kwargs.path": str(tmp_path / "prompts.txt")}
     return SimpleNamespace(
-        train=lambda **fields: script.train(config_of(fields)),
-        set_up=lambda **fields: script.set_up(config_of(fields)),
+        train=lambda **fields: train_with(script, settings, fields)[0],
+        set_up=lambda **fields: script.set_up(configured(settings, fields)),
     )

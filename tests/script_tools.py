@@ -1,8 +1,10 @@
 """Runs of the scripts, in this process or in their own; a pytest plugin for its fixtures."""
 
 import importlib.util
+import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from absl import flags
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import ROOT, run_script
+from conftest import ROOT, forget, run_script
 from ml_collections import config_flags
 
 from ddpo_pytorch.data.isic import CAPTIONS, LABELS
@@ -22,6 +23,21 @@ PROMPTS = CAPTIONS[6:10]
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@contextmanager
+def limited(size: int):
+    """Limit the size of files: to a process this looks like a full disk or a quota."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def options(config: Path, **fields) -> list[str]:
@@ -38,10 +54,9 @@ def succeed(*arguments, **kwargs) -> subprocess.CompletedProcess:
 def assert_same_training(one: dict, other: dict, tolerance: float = 1e-3, but: dict | None = None) -> None:
     """Compare the weights of two trainings that differ by rounding alone, tensor by tensor, in the L2 norm.
 
-    Adam divides a gradient by its own size, so where one is almost 0 its rounding decides a whole step: single numbers
-    may differ by about the learning rate, on some processors, while a tensor as a whole does not (3e-5 of its norm at
-    most, measured on several instruction sets). Tensors that start at 0, as biases do, are nothing but movement, so a
-    gradient that is wrong by a per cent shows. `but` names slices to leave out, {end of a name: slice}.
+    Where a gradient is almost 0 its rounding decides a whole step of Adam: single numbers may differ by about the
+    learning rate, a tensor as a whole by 3e-5 of its norm at most (measured on several instruction sets). `but` names
+    slices to leave out, {end of a name: slice}.
     """
     assert one.keys() == other.keys()
     for name, value in one.items():
@@ -101,8 +116,7 @@ def run_in_process(name: str, config_file: Path, **fields) -> None:
             module.main([])
     finally:
         torch.set_num_threads(threads)
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        forget()
 
 
 @pytest.fixture

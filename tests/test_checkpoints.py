@@ -1,18 +1,25 @@
-"""Checkpoints: `best`, torn or changed ones, full disks, and logs."""
+"""Checkpoints, atomic writes, leftovers of kills, locks of folders, full disks, and logs of one JSON object a line."""
 
+import errno
+import fcntl
 import json
+import multiprocessing
 import os
-import resource
 import shutil
+import signal
 import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from script_tools import files_of
+from safetensors.torch import save_file
+from script_tools import files_of, limited, names
 from torch import nn
 
+from ddpo_pytorch.data.sample_folder import PartLog, claim_folder
 from ddpo_pytorch.training.checkpoints import (
     epochs_completed,
     find_checkpoint,
@@ -25,7 +32,18 @@ from ddpo_pytorch.training.checkpoints import (
 )
 from ddpo_pytorch.utils import files
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.files import JsonLines, atomic_folder, atomic_write
+from ddpo_pytorch.utils.files import (
+    ABANDONED_AFTER,
+    LOCK,
+    DiskFull,
+    JsonLines,
+    atomic_folder,
+    atomic_write,
+    locked,
+    remove_leftovers,
+    write_json,
+)
+from ddpo_pytorch.utils.training_state import save_state
 
 FILES = ("unet.safetensors", "optimizer.pt", "progress.json")
 
@@ -57,27 +75,26 @@ def held(checkpoint: Path, size: int = 3) -> float:
     return unet.weight[0, 0].item()
 
 
-def names(run: Path) -> list[str]:
-    return sorted(path.name for path in run.iterdir())
-
-
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
-DAMAGES = {
-    "gone": (Path.unlink, "{} is missing"),
-    "torn": (lambda path: os.truncate(path, path.stat().st_size - 1), "{} has "),
-    "a bit": (flip, "{} does not have the content"),
-}
-LISTS = {"empty": "", "torn": '{"files": {"progress.json": {"by', "other": "[]", "lacking": '{"files": {}}'}
-CASES = [(name, how, said.format(name)) for name in FILES for how, said in DAMAGES.values()]
-CASES += [("manifest.json", lambda path, text=text: path.write_text(text), "manifest.json ") for text in LISTS.values()]
+def rewrite(text: str):
+    return lambda path: path.write_text(text)
 
 
-@pytest.mark.parametrize(("name", "damage", "said"), CASES, ids=lambda value: value if isinstance(value, str) else "")
+DAMAGES = [
+    ("unet.safetensors", Path.unlink, "unet.safetensors is missing"),
+    ("optimizer.pt", lambda path: os.truncate(path, path.stat().st_size - 1), "optimizer.pt has "),
+    ("progress.json", flip, "progress.json does not have the content"),
+    ("manifest.json", rewrite('{"files": {"progress.json": {"by'), "manifest.json is damaged"),
+    ("manifest.json", rewrite('{"files": {}}'), "manifest.json does not list"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "said"), DAMAGES)
 def test_a_damaged_newest_checkpoint_falls_back_and_says_so(tmp_path, caplog, name, damage, said):
     for epoch in (1, 2, 3):
         save(tmp_path, epoch)
@@ -90,21 +107,17 @@ def test_a_damaged_newest_checkpoint_falls_back_and_says_so(tmp_path, caplog, na
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_no_checkpoint_is_undamaged(tmp_path):
-    for epoch in (1, 2):
-        (save(tmp_path, epoch) / "manifest.json").unlink()
-    with pytest.raises(UserError, match="checkpoint_2 .manifest.json is missing"):
-        find_checkpoint(tmp_path)
-    with pytest.raises(UserError, match="nor a run folder"):
-        find_checkpoint(tmp_path / "nowhere")
-
-
-def test_changed_weights_are_not_evaluated(tmp_path):
+def test_no_checkpoint_is_undamaged_and_changed_weights_are_not_evaluated(tmp_path):
     save(tmp_path, 1)
     assert find_weights(tmp_path) == tmp_path / "checkpoint_1" / "unet.safetensors"
     flip(tmp_path / "checkpoint_1" / "unet.safetensors")
     with pytest.raises(UserError, match="unet.safetensors' is damaged .*manifest.json states"):
         find_weights(tmp_path)
+    (save(tmp_path, 2) / "manifest.json").unlink()
+    with pytest.raises(UserError, match="checkpoint_2 .manifest.json is missing"):
+        find_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="nor a run folder"):
+        find_checkpoint(tmp_path / "nowhere")
 
 
 def test_best_and_the_newest_stay_and_damaged_ones_do_not_count(tmp_path):
@@ -146,9 +159,6 @@ def test_epochs_come_from_name_or_progress(tmp_path):
     assert epochs_completed(tmp_path / "checkpoint_12") == 12
     (tmp_path / "progress.json").write_text(json.dumps(progress_of(7)))
     assert epochs_completed(tmp_path) == 7
-    (tmp_path / "progress.json").write_text('{"ep')
-    with pytest.raises(UserError, match="progress.json"):
-        epochs_completed(tmp_path)
 
 
 def test_a_damaged_one_of_the_same_epoch_gives_way_once_the_new_one_is_whole(tmp_path, monkeypatch, caplog):
@@ -168,105 +178,187 @@ def test_a_damaged_one_of_the_same_epoch_gives_way_once_the_new_one_is_whole(tmp
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     """Every file of the folder and the folder itself, then the rename, then the list of names that holds it."""
-    calls = []
-    fsync, replace = os.fsync, os.replace
-    path_of = {}
-
-    def opened(path, *arguments, original=os.open):
-        path_of[(descriptor := original(path, *arguments))] = Path(path)
-        return descriptor
-
-    monkeypatch.setattr(files.os, "open", opened)
-    monkeypatch.setattr(files.os, "fsync", lambda number: (calls.append(("sync", path_of[number].name)), fsync(number)))
-    monkeypatch.setattr(files.os, "replace", lambda old, new: (calls.append(("name", new.name)), replace(old, new)))
+    calls, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda number: (calls.append(Path(os.readlink(f"/proc/self/fd/{number}")).name), fsync(number))
+    )
+    monkeypatch.setattr(os, "replace", lambda old, new: (calls.append(("name", new.name)), replace(old, new)))
     save(tmp_path, 1)
-    synced = {name for what, name in calls[:5] if what == "sync"}
-    assert synced == {*FILES, "manifest.json", f".checkpoint_1.{os.getpid()}@{files.HOST}.tmp"}
-    assert calls[5:] == [("name", "checkpoint_1"), ("sync", tmp_path.name)]
+    assert {*calls[:5]} == {*FILES, "manifest.json", f".checkpoint_1.{os.getpid()}@{files.HOST}.tmp"}
+    assert calls[5:] == [("name", "checkpoint_1"), tmp_path.name]
     calls.clear()
-    with atomic_write(tmp_path / "a", durable=True) as temporary:
-        temporary.write_text("a")
-    assert calls == [("sync", temporary.name), ("name", "a"), ("sync", tmp_path.name)]
+    save_state(tmp_path / "state.pt", {"step": 1}, {"seed": 0})
+    assert calls == [f".state.pt.{os.getpid()}@{files.HOST}.tmp", ("name", "state.pt"), tmp_path.name]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MiB."""
-    if os.getuid() or not shutil.which("mount"):
-        pytest.skip("only root can mount a small file system")
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("no file system may be mounted here")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def check_full(run: Path, before: dict, said: str) -> None:
-    """A larger checkpoint is refused in one line, and nothing changes."""
-    with pytest.raises(UserError) as caught:
-        save(run, 2, limit=1, size=300, best=True)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
-    assert "about 1.1 MiB" in str(caught.value) and "MiB are free" in str(caught.value)
-    assert files_of(run) == before and names(run) == ["best", "checkpoint_1"]
-
-
-def begin(run: Path) -> dict:
-    save(run, 1, best=True)
-    return files_of(run)
-
-
-def test_a_disk_without_room_is_told_before_anything_is_written(small_disk, monkeypatch):
-    before = begin(small_disk)
-    check_full(small_disk, before, "' could not be written (too little space): about 1.1 MiB")
-    # where the system states more room than there is, as under a quota
-    usage = namedtuple("usage", "total used free")(2**40, 0, 2**40)
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
-    check_full(small_disk, before, "' could not be written (No space left on device)")
-
-
-@pytest.mark.parametrize("size", [300_000, 500_000], ids=["weights", "optimizer"])
-def test_a_limit_met_while_writing_leaves_nothing(tmp_path, size):
-    """Weights are 360 kB, the optimizer's memory twice that."""
-    before, limits = begin(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        check_full(tmp_path, before, "' could not be written (File too large)")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+def test_a_disk_without_room_is_noticed_before_or_while_writing(tmp_path, monkeypatch):
+    """A larger checkpoint is refused in one line, and nothing changes. Weights are 360 kB, the moments twice that."""
+    save(tmp_path, 1, best=True)
+    before = files_of(tmp_path)
+    usage = namedtuple("usage", "total used free")
+    for free, limit, said in (
+        (2**20, 10**6, "too little space"),
+        (2**40, 300_000, "File too large"),  # as under a quota: the weights
+        (2**40, 500_000, "File too large"),  # the moments
+    ):
+        monkeypatch.setattr(files.shutil, "disk_usage", lambda _, free=free: usage(2**40, 0, free))
+        with limited(limit), pytest.raises(UserError) as caught:
+            save(tmp_path, 2, limit=1, size=300, best=True)
+        message = str(caught.value)
+        assert f"could not be written ({said}): about 1.1 MiB" in message and "MiB are free" in message
+        assert "\n" not in message and files_of(tmp_path) == before and names(tmp_path) == ["best", "checkpoint_1"]
     save(tmp_path, 2, limit=1, size=300)
     assert names(tmp_path) == ["best", "checkpoint_1", "checkpoint_2"]
 
 
-def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("a defect")))
-    with pytest.raises(RuntimeError, match="a defect"):
-        save(tmp_path, 1)
-    assert names(tmp_path) == []
+def test_the_next_start_removes_leftovers_of_a_kill(tmp_path):
+    """In the folder and its subfolders; files with similar names and targets of links stay."""
+    code = """import os, signal, sys
+from ddpo_pytorch.utils.files import atomic_folder, atomic_write, locked
+with locked(sys.argv[1]), atomic_write(sys.argv[1] + "/0.png") as file, atomic_folder(sys.argv[1] + "/sub/a") as folder:
+    (folder / "x").write_bytes(file.read_bytes())
+    os.kill(os.getpid(), signal.SIGKILL)"""
+    assert subprocess.run([sys.executable, "-c", code, tmp_path]).returncode == -signal.SIGKILL
+    assert len(names(tmp_path)) == 3 and len(names(tmp_path / "sub")) == 1
+    own = {".notes.tmp": b"1", "x.12.tmp": b"2", ".12.tmp": b"3"}
+    for name, content in own.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / ".link.1.tmp").symlink_to(tmp_path / "x.12.tmp")
+    with locked(tmp_path):
+        assert {name: content for name, content in files_of(tmp_path).items() if name != LOCK} == own
+    assert files_of(tmp_path) == own and names(tmp_path / "sub") == []
 
 
-def test_logs_lose_torn_lines_and_those_after_the_checkpoint(tmp_path):
+def test_files_that_a_process_is_writing_stay(tmp_path):
+    """A process of this machine, or of another one that shares the folder, while its files change."""
+    foreign = tmp_path / ".cache.npy.1234567@elsewhere.tmp"
+    foreign.touch()
+    with atomic_write(tmp_path / "cache.npy") as file, atomic_folder(tmp_path / "best") as folder:
+        remove_leftovers(tmp_path)
+        assert foreign.exists()
+        file.write_text("new")
+        (folder / "a").write_text("new")
+    os.utime(foreign, (0, foreign.stat().st_mtime - ABANDONED_AFTER - 1))
+    remove_leftovers(tmp_path)
+    assert files_of(tmp_path) == {"cache.npy": b"new", "best/a": b"new"}
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_folder_has_one_writer(tmp_path, monkeypatch, supported):
+    if not supported:
+
+        def flock(*_):
+            raise OSError(errno.ENOTSUP, "not supported")
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+    folder = tmp_path / "new" / "out"
+    with locked(folder):
+        with pytest.raises(UserError, match=f"{folder}.*another --output"), locked(folder, "another --output"):
+            pass
+    assert names(folder) == []
+    folder.rmdir()
+    with pytest.raises(ValueError), locked(folder):
+        raise ValueError
+    assert not folder.exists() and folder.parent.is_dir()
+    with locked(folder):
+        (folder / "x").touch()
+    assert names(folder) == ["x"]
+    for bad in (folder / "x", folder / "x" / "in"):
+        with pytest.raises(UserError, match="not a folder"), locked(bad):
+            pass
+
+
+def _wait(ready, done):
+    ready.set()
+    done.wait(30)
+
+
+def test_workers_do_not_keep_the_lock_of_a_process_that_ended(tmp_path):
+    """Workers of a data loader are forks and outlive a killed parent by some seconds."""
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    with locked(tmp_path):
+        worker = context.Process(target=_wait, args=(ready, done))
+        worker.start()
+        assert ready.wait(30)
+    try:
+        with locked(tmp_path):
+            pass
+    finally:
+        done.set()
+        worker.join()
+
+
+def written(save):
+    def write(path):
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+            save(file)
+
+    return write
+
+
+WRITERS = {
+    "json": lambda path: write_json(path, ["x" * 20_000]),
+    "torch": written(lambda file: torch.save({"x": torch.ones(20_000)}, file)),
+    "numpy": written(lambda file: np.save(file, np.ones(20_000))),
+    "safetensors": written(lambda file: save_file({"x": torch.ones(20_000)}, file.name)),
+    "state": lambda path: save_state(path, {"weights": torch.ones(20_000)}, {"seed": 0}),
+    "settings": lambda path: claim_folder(path, {"x": "y" * 20_000}, {}),
+}
+
+
+def test_a_full_disk_leaves_old_files(tmp_path):
+    for name, write in WRITERS.items():
+        path = tmp_path / name
+        if name != "settings":
+            path.write_text("old")
+        before = files_of(tmp_path)
+        with limited(9000), pytest.raises(DiskFull, match=f"{name}.*MiB are free"):
+            write(path)
+        assert files_of(tmp_path) == before
+        write(path)
+        assert files_of(tmp_path) != before
+
+
+def test_a_line_that_does_not_fit_is_removed(tmp_path):
     path = tmp_path / "log.jsonl"
     log = JsonLines(path)
-    for epoch in range(3):
-        log.write({"epoch": epoch})
-    whole_text = path.read_text()
-    with open(path, "a") as file:
-        file.write('\0\0\n{"epoch": 3')
-    JsonLines(path, keep=9)
-    assert path.read_text() == whole_text
-    JsonLines(path, keep=2)
-    assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [0, 1]
-    assert names(tmp_path) == ["log.jsonl"]
+    log.write({"epoch": 0})
+    with limited(40), pytest.raises(DiskFull, match="log.jsonl"):
+        log.write({"epoch": 1, "text": "x" * 100})
+    assert path.read_bytes() == b'{"epoch": 0}\n'
+    log.write({"epoch": 1, "loss": float("nan")})
+    assert path.read_bytes() == b'{"epoch": 0}\n{"epoch": 1, "loss": null}\n'
+    with PartLog(tmp_path, 0) as parts, limited(40), pytest.raises(DiskFull, match="image_log.part0"):
+        parts.add([{"path_to_img": "x" * 100}])
 
 
-def test_a_folder_is_whole_or_not_there(tmp_path):
+LINES = [json.dumps({"epoch": epoch, "reward": epoch / 10}) for epoch in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("content", "keep", "kept", "damaged"),
+    [
+        ("\n".join(LINES), None, [0, 1, 2, 3], None),  # only the newline is missing
+        ("\n".join(LINES) + "\n\n", 3, [0, 1, 2], None),
+        ("\n".join(LINES)[:-3], 4, [0, 1, 2], 4),
+        ("\n".join([LINES[0], "\0\0\0", LINES[2], ""]), 4, [0, 2], 2),
+        ('{"epoch": "0"}\n' + LINES[1], 4, [1], 1),
+        ("[" * 10**5 + "\n" + LINES[0], 4, [0], 1),
+    ],
+)
+def test_a_resumed_log_loses_damaged_and_repeated_lines(tmp_path, caplog, content, keep, kept, damaged):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(content)
+    JsonLines(path, keep=keep).write({"epoch": 9})
+    assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [*kept, 9]
+    assert [f"{path}: removed line {damaged}," in message for message in caplog.messages] == [True] * bool(damaged)
+
+
+def test_a_folder_is_complete_or_not_there(tmp_path):
     with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "a") as temporary:
         (temporary / "b").write_text("b")
         raise KeyboardInterrupt
+    with pytest.raises(DiskFull, match="b.*are needed"), atomic_folder(tmp_path / "b", size=2**60):
+        pytest.fail("begun")
     assert names(tmp_path) == []
-    with atomic_folder(tmp_path / "a") as temporary:
-        (temporary / "b").mkdir()
-        (temporary / "b" / "c").write_text("c")
-    assert files_of(tmp_path) == {"a/b/c": b"c"}

@@ -1,32 +1,29 @@
-"""Configurations: experiments at every scale, the paper's arithmetic, one root, blocks that users change."""
+"""Configurations: experiments at every scale, the paper's arithmetic, blocks that users change, ranges of numbers."""
 
+import math
 import re
 import sys
 
+import numpy as np
 import pytest
 from absl import flags
 from conftest import ROOT
 from ml_collections import ConfigDict, config_flags
 from script_tools import load_module
 
+from ddpo_pytorch.generator import finetune_data
+from ddpo_pytorch.metrics.inputs import check_request
+from ddpo_pytorch.rlhf import training as rlhf
 from ddpo_pytorch.training.setup import batch_sizes, check_training
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.settings import ONE_OR_MORE, POSITIVE, SEED, Range, check_choices, check_pair, check_ranges
 
 FILE = ROOT / "config" / "base.py"
 # the six of the official code, the one-GPU variants, and stage (i)
-OFFICIAL = (
-    "preprocess_isic_real_data",
-    "prompt_image_alignment_classifier_isic",
-    "prompt_image_alignment_classifier_isic_eval_rl",
-    "prompt_image_alignment_classifier_isic_eval",
-    "evaluate_metric_rl",
-    "evaluate_metric_sd",
-    "prompt_image_alignment_classifier_isic_16gb",
-    "prompt_image_alignment_classifier_isic_24gb",
-    "prompt_image_alignment_classifier_isic_80gb",
-    "finetune_sd",
-    "finetune_sd_24gb",
-    "train_vae",
-)
+STAGE_TWO = "prompt_image_alignment_classifier_isic"
+OFFICIAL = [f"{STAGE_TWO}{suffix}" for suffix in ("", "_eval", "_eval_rl", "_16gb", "_24gb", "_80gb")]
+OFFICIAL += ["preprocess_isic_real_data", "evaluate_metric_rl", "evaluate_metric_sd"]
+OFFICIAL += ["finetune_sd", "finetune_sd_24gb", "train_vae"]
 
 
 def load(name):
@@ -34,22 +31,23 @@ def load(name):
 
 
 @pytest.mark.parametrize("scale", ["dgx", "mini", "isic128"])
-@pytest.mark.parametrize("experiment", OFFICIAL)
-def test_every_file_has_every_official_experiment_below_one_root(scale, experiment):
-    config = load(scale).get_config(experiment)
-    check_training(config)
-    batch_sizes(config.sample, config.train, 4)
-    config.base_log_path = "/elsewhere"
-    assert "rl4med-out" not in config.to_json_best_effort() and "/elsewhere" in config.logdir
+def test_every_file_has_every_official_experiment_below_one_root(scale):
+    module = load(scale)
+    for experiment in OFFICIAL:
+        config = module.get_config(experiment)
+        check_training(config)
+        batch_sizes(config.sample, config.train, 4)
+        config.base_log_path = "/elsewhere"
+        assert "rl4med-out" not in config.to_json_best_effort() and "/elsewhere" in config.logdir
 
 
-@pytest.mark.parametrize("experiment", ["train_rlhf", "improve", "ddpo", "real_images", "evaluate_metric"])
-def test_fundus_experiments_exist_at_both_scales(experiment):
+def test_fundus_experiments_exist_at_both_scales():
     fundus = load("fundus")
-    large, small = fundus.get_config(experiment), fundus.get_config(f"{experiment}_mini")
-    assert (large.sd.image_size, small.sd.image_size) == (512, 64)
-    small.base_log_path = "/elsewhere"
-    assert "rl4med-out" not in small.to_json_best_effort()
+    for experiment in ("train_rlhf", "improve", "ddpo", "real_images", "evaluate_metric"):
+        large, small = fundus.get_config(experiment), fundus.get_config(f"{experiment}_mini")
+        assert (large.sd.image_size, small.sd.image_size) == (512, 64)
+        small.base_log_path = "/elsewhere"
+        assert "rl4med-out" not in small.to_json_best_effort()
 
 
 def test_unknown_fields_and_experiments_fail_by_name():
@@ -62,49 +60,21 @@ def test_unknown_fields_and_experiments_fail_by_name():
 
 @pytest.mark.parametrize(("suffix", "processes"), [("", 4), ("_16gb", 1), ("_24gb", 1), ("_80gb", 1)])
 def test_paper_arithmetic(suffix, processes):
-    config = load("dgx").get_config(f"prompt_image_alignment_classifier_isic{suffix}")
+    config = load("dgx").get_config(STAGE_TWO + suffix)
     geometry = batch_sizes(config.sample, config.train, processes)
     assert (geometry.samples, geometry.updates, geometry.train_timesteps) == (256, 2, 50)
 
 
 def test_official_defaults():
-    config = load("dgx").get_config("prompt_image_alignment_classifier_isic")
+    config = load("dgx").get_config(STAGE_TWO)
     assert (config.sample.num_steps, config.sample.eta, config.sample.guidance_scale) == (50, 1.0, 5.0)
     assert (config.train.learning_rate, config.train.clip_range, config.train.adv_clip_max) == (3e-4, 1e-4, 5)
     assert (config.train.adam_weight_decay, config.train.adam_epsilon, config.train.max_grad_norm) == (1e-4, 1e-8, 1.0)
     assert (config.per_prompt_stat_tracking.buffer_size, config.per_prompt_stat_tracking.min_count) == (32, 16)
     assert (config.seed, config.num_epochs, config.save_freq, config.mixed_precision) == (42, 200, 1, "fp16")
     assert (config.train.kl_coef, config.train.advantage, config.early_stop.patience) == (0.0, "per_prompt", 0)
-    evaluation = load("dgx").get_config("prompt_image_alignment_classifier_isic_eval")
+    evaluation = load("dgx").get_config(f"{STAGE_TWO}_eval")
     assert (evaluation.seed, evaluation.eval.num_samples_per_prompt, evaluation.eval.batch_size) == (88, 960, 20)
-
-
-def test_every_field_of_base_is_explained():
-    """Each setting has a comment above it, or shares that of the lines right before it."""
-    lines = FILE.read_text().splitlines()
-    blocks = "config|sample|train|sd|rlhf|improve|metric|evaluation|dataset|pretrained|early_stop|held_out"
-    setting = re.compile(rf"    ({blocks})[.\w]* = ")
-    begin = next(i for i, line in enumerate(lines) if 'base_log_path = "' in line)
-    for previous, line in zip(lines[begin - 1 :], lines[begin:], strict=False):
-        if setting.match(line) and not re.search(r"ConfigDict\(\)|OptionalBlock\(\)", line):
-            assert previous.strip().startswith("#") or setting.match(previous), line
-
-
-# Blocks that users change
-
-
-@pytest.fixture
-def config():
-    return load("base").get_config()
-
-
-def parsed(monkeypatch, *words: str) -> ConfigDict:
-    """Return the configuration of a command line."""
-    monkeypatch.setattr(sys, "argv", ["script", f"--config={FILE}", *words])
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", str(FILE), flag_values=values)
-    values(sys.argv)
-    return values.config
 
 
 def test_a_file_can_set_arguments_of_new_functions(config):
@@ -130,16 +100,121 @@ def test_a_dict_replaces_a_block_as_in_ddpo_pytorch(config, kind):
 
 
 def test_the_command_line_can_set_them(monkeypatch):
-    config = parsed(
-        monkeypatch,
-        "--config.reward_fn_kwargs.my_reward.x=3",
-        "--config.reward_fn_kwargs.my_reward.file=a/b c.txt",
-        "--config.reward_fn_kwargs.isic_classifier_reward.classifier=H6",
-        "--config.prompt_fn_kwargs.nouns_file=nouns.txt",
-        "--config.per_prompt_stat_tracking=None",
-    )
+    def parsed(*words: str) -> ConfigDict:
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", str(FILE), flag_values=values)
+        monkeypatch.setattr(sys, "argv", ["script", f"--config={FILE}", *(f"--config.{word}" for word in words)])
+        values(sys.argv)
+        return values.config
+
+    mine = ("reward_fn_kwargs.my_reward.x=3", "reward_fn_kwargs.my_reward.file=a/b c.txt")
+    theirs = ("reward_fn_kwargs.isic_classifier_reward.classifier=H6", "prompt_fn_kwargs.nouns_file=nouns.txt")
+    config = parsed(*mine, *theirs, "per_prompt_stat_tracking=None")
     assert config.reward_fn_kwargs.to_dict()["my_reward"] == {"x": 3, "file": "a/b c.txt"}
     assert config.reward_fn_kwargs.isic_classifier_reward.classifier == "H6"
     assert config.prompt_fn_kwargs.nouns_file == "nouns.txt" and config.per_prompt_stat_tracking is None
     with pytest.raises((AttributeError, KeyError), match="learning_rat"):
-        parsed(monkeypatch, "--config.train.learning_rat=1.0")
+        parsed("train.learning_rat=1.0")
+
+
+@pytest.fixture
+def config():
+    config = load_module(ROOT / "config" / "base.py").get_config()
+    config.sd.output = config.metric.output = config.metric.classifier = "somewhere"
+    config.improve.methods = ("ddpo",)
+    for name in ("judges", "held_out_judges", "csv", "held_out_csv", "data_path"):
+        config.improve[name] = name
+    return config
+
+
+def refused(field, value):
+    return pytest.raises(UserError, match=f"^{re.escape(f'{field} is {value!r}')}[; ]")
+
+
+@pytest.mark.parametrize(
+    ("interval", "inside", "outside"),
+    [
+        (Range("(0, 1]"), (1e-9, 0.5, 1), (0, 1.01, -1, math.nan, "0.5", None, True)),
+        (Range("[0, 1)"), (0, 0.999), (1, -1e-9, math.nan)),
+        (Range("(0, inf)"), (1e-30, 1e30), (0, math.inf, math.nan)),
+        (Range("(0, inf]"), (1, math.inf), (0, math.nan)),
+        (Range("[1, inf)", whole=True), (1, 10**30, np.int64(3)), (0, 1.0, 2.5, True, math.inf, "1", (1,))),
+        (SEED, (0, 2**32 - 1), (-1, 2**32, 10**40, 1.0)),
+    ],
+    ids=lambda value: str(value) if isinstance(value, Range) else "",
+)
+def test_ranges(interval, inside, outside):
+    assert all(value in interval for value in inside)
+    assert not any(value in interval for value in outside)
+
+
+def test_errors_name_field_value_and_what_is_allowed():
+    settings = ConfigDict({"train": {"learning_rate": math.inf, "batch_size": 2.5}, "kind": "x"})
+    with pytest.raises(UserError, match="train.learning_rate is inf.*above 0"):
+        check_ranges(settings, {"train.learning_rate": POSITIVE})
+    with pytest.raises(UserError, match="train.batch_size is 2.5.*integer, 1 or more"):
+        check_ranges(settings.train, {"batch_size": ONE_OR_MORE}, "train.")
+    with pytest.raises(UserError, match="kind is 'x'.*a, b"):
+        check_choices(settings, {"kind": ("a", "b")})
+
+
+def test_pairs_are_two_numbers_in_order():
+    for value in (0.5, (0.5,), (0.5, 0.5), (0.6, 0.5), (0.0, 1.5), (0.0, math.nan), ("0", "1"), None):
+        with refused("train.timestep_window", value):
+            check_pair("train.timestep_window", value, Range("[0, 1]"))
+    assert check_pair("x", (0, 0.5), Range("[0, 1]")) == (0, 0.5)
+    assert check_pair("x", [0.5, 0.5], Range("[0, 1]"), equal=True) == (0.5, 0.5)
+
+
+def improve(config):
+    load_module(ROOT / "scripts" / "improve.py").check_settings(config)
+
+
+CHECKS = {
+    "train": check_training,
+    "sd": lambda config: finetune_data.check_settings(config.sd),
+    "rlhf": lambda config: rlhf.check_settings(config.rlhf),
+    "metric": lambda config: check_request(config.metric),
+    "improve": improve,  # with what its scripts will be given
+}
+BAD = {
+    "train": [
+        ("seed", 2**32),
+        ("seed", None),
+        ("sample.guidance_scale", math.nan),
+        ("sample.batch_size", 0),
+        *(("train.learning_rate", rate) for rate in (0.0, math.inf, math.nan)),
+        ("train.adam_beta1", 1.0),
+        ("train.adam_weight_decay", -1.0),
+        ("train.clip_range", 0.0),
+        ("train.kl_coef", -0.1),
+        ("train.timestep_fraction", 0.0),
+        ("held_out.tolerance", 1.0),
+        ("early_stop.patience", -1),
+        ("per_prompt_stat_tracking.min_count", 1),
+        ("per_prompt_stat_tracking.min_count", 17),  # of 16 that are remembered
+    ],
+    "sd": [("sd.batch_size", 0), ("sd.min_snr_gamma", math.inf), ("sd.ema_decay", 1.0), ("sd.real_share", 0.4)],
+    "rlhf": [("rlhf.second_learning_rate", 0.0), ("rlhf.importance_range", (2.0, 1.0)), ("rlhf.threshold", math.nan)],
+    "metric": [("metric.batch_size", 0)],
+    "improve": [("train.clip_range", math.nan), ("eval.batch_size", 0), ("improve.real_share", 0.1)],
+}
+
+
+@pytest.mark.parametrize("script", CHECKS)
+def test_scripts_refuse_settings_with_which_they_would_fail_or_learn_nothing(config, script):
+    CHECKS[script](config)
+    for field, value in BAD[script]:
+        before = config[field]
+        config.update_from_flattened_dict({field: value})
+        with refused(field, value):
+            CHECKS[script](config)
+        config.update_from_flattened_dict({field: before})
+
+
+def test_an_infinite_gradient_norm_clips_nothing_and_is_allowed(config):
+    config.train.max_grad_norm = math.inf
+    check_training(config)
+    config.train.batch_size = 3
+    with pytest.raises(UserError, match="make it a multiple"):
+        improve(config)

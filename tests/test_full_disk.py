@@ -1,4 +1,4 @@
-"""Commands that meet a full disk end with one line; with more room, the same command ends as if nothing had been."""
+"""Commands that meet a full disk or a folder in use end with one line; later they end as if nothing had been."""
 
 import os
 import shutil
@@ -7,38 +7,73 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from conftest import run_script
 from script_tools import files_of
 
 from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import locked
 
 pytest_plugins = ["script_tools", "stage_tools", "sample_sets"]
 PAGE = 4096  # bytes by which a small file system counts
-TIMES = ("images_per_second", "peak_memory_gib")
 
 
 @contextmanager
 def disk(folder: Path, size: int):
     """Mount a file system of `size` bytes; yield a function that enlarges it."""
-    if os.getuid() or not shutil.which("mount"):
-        pytest.skip("only root can mount a small file system")
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no file system may be mounted here")
+    if os.getuid() or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no small file system may be mounted here")
     try:
         yield lambda larger: subprocess.run(["mount", "-o", f"remount,size={larger}", folder], check=True)
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def used(folder: Path) -> int:
-    return sum(-(-path.stat().st_size // PAGE) * PAGE for path in folder.rglob("*") if path.is_file())
+@pytest.fixture
+def commands(run_main, config_file, world, train_stage, train, fields):
+    """By name, functions that write a folder, and leave in it what does not depend on times and places."""
+    table = {"dataset__csv": str(world / "splits" / "phantom_val.csv"), "dataset__data_path": str(world / "images")}
+
+    def stage_one(out):
+        train_stage(out, sd__stage="vae", sd__save_every=1, sd__grid_every=2, sd__cache_dir=str(out / "cache"))
+        for path in (*out.glob("*.jsonl"), *(out / "cache").glob("*")):  # a cache that may do without
+            path.unlink()
+
+    def metric(out):
+        run_main("metric.py", config_file, **fields(output=out / "tables", cache_dir=out / "cache"))
+        for path in out.glob("tables/metrics*"):
+            path.unlink()
+
+    def reinforce(out):
+        run, epochs = train(logdir=str(out), num_epochs=3, sample__num_batches_per_epoch=1, sample__num_steps=2)
+        assert [entry["epoch"] for entry in epochs] == [0, 1, 2]
+        for path in run.glob("*.json*"):
+            path.unlink()
+
+    return {
+        "extraction": lambda out: run_main(
+            *("extract_dataset_latents.py", config_file), logdir=str(out), dataset__image_size=32, **table
+        ),
+        "evaluation": lambda out: run_main(
+            "eval.py", config_file, logdir=str(out), eval__classifier="", sample__num_steps=1
+        ),
+        "stage one": stage_one,
+        "metrics": metric,
+        "training": reinforce,
+    }
 
 
-def check(run, tmp_path: Path, share: float) -> None:
-    """Let `run(folder)` write a folder on a disk with room for a share of it, then with room for all."""
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [("extraction", 0.05), ("evaluation", 0.6), ("stage one", 0.6), ("metrics", 0.05), ("training", 0.6)],
+)
+def test_a_disk_with_room_for_a_share_and_then_for_all(commands, tmp_path, name, share):
+    run = commands[name]
     run(tmp_path / "reference")
-    expected, needed = files_of(tmp_path / "reference"), used(tmp_path / "reference")
+    expected = files_of(tmp_path / "reference")
+    needed = sum(-(-len(content) // PAGE) * PAGE for content in expected.values())
     with disk(tmp_path / "disk", max(4 * PAGE, int(share * needed))) as enlarge:
         with pytest.raises(UserError) as caught:
             run(tmp_path / "disk" / "out")
@@ -53,38 +88,49 @@ def check(run, tmp_path: Path, share: float) -> None:
         assert files_of(tmp_path / "disk" / "out") == expected
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("share", [0.05, 0.6])
-def test_extraction(run_main, config_file, world, tmp_path, share):
-    fields = {"dataset__csv": str(world / "splits" / "phantom_val.csv"), "dataset__data_path": str(world / "images")}
-    fields |= {"dataset__image_size": 32, "progress": False}
-    check(lambda out: run_main("extract_dataset_latents.py", config_file, logdir=str(out), **fields), tmp_path, share)
+CONFIGURED = {
+    "train_sd.py": {"sd__stage": "vae"},
+    "extract_dataset_latents.py": {},
+    "eval.py": {},
+    "generate.py": {},
+    "train_rlhf.py": {"rlhf__ratings": "no.csv"},
+    "metric.py": {"metric__fake_path": "samples"},
+}
+FOLDER = {"train_sd.py": "sd__output", "train_rlhf.py": "rlhf__output", "metric.py": "metric__output"}
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_a_second_command_is_refused_and_leftovers_go(run_main, config_file, tmp_path, name):
+    """Leftovers go even where the command then fails."""
+    folder = tmp_path / "out"
+    fields = CONFIGURED[name] | {FOLDER.get(name, "logdir"): str(folder)}
+    with locked(folder):
+        before = files_of(tmp_path)
+        with pytest.raises(UserError, match="out' is being written") as caught:
+            run_main(name, config_file, **fields)
+        assert "\n" not in str(caught.value) and files_of(tmp_path) == before
+    for place in (folder, folder / "images" / "hair"):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / ".shard_00000.safetensors.9999999.tmp").write_bytes(bytes(1000))
+    fields |= {"sd__data_path": "", "pretrained__model": str(tmp_path / "nowhere"), "dataset__csv": "no.csv"}
+    with pytest.raises((UserError, OSError)):
+        run_main(name, config_file, **fields)
+    assert files_of(tmp_path) == {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.05, 0.6])
-def test_evaluation(run_main, config_file, tmp_path, share):
-    fields = {"eval__classifier": "", "eval__num_samples_per_prompt": 2, "sample__num_steps": 1, "progress": False}
-    check(lambda out: run_main("eval.py", config_file, logdir=str(out), **fields), tmp_path, share)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("share", [0.05, 0.6])
-def test_stage_one(train_stage, tmp_path, share):
-    def run(out):
-        train_stage(out, sd__stage="vae", sd__save_every=1, sd__grid_every=2, sd__cache_dir=str(out / "cache"))
-        for path in (*out.glob("*.jsonl"), *(out / "cache").glob("*")):  # times; a cache that may do without
-            path.unlink()
-
-    check(run, tmp_path, share)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("share", [0.05, 0.6])
-def test_metrics(run_main, config_file, fields, tmp_path, share):
-    def run(out):
-        run_main("metric.py", config_file, **fields(output=out / "tables", cache_dir=out / "cache"))
-        for path in out.glob("tables/metrics*"):  # names of folders and times
-            path.unlink()
-
-    check(run, tmp_path, share)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("train_isic_classifier.py", ["--checkpoint_dir={}", "--data_path=x"]),
+        ("augment.py", ["--output={}", "--data_path=x", "--samples=SD=y"]),
+        ("download.py", ["--root={}"]),
+    ],
+    ids=["classifier", "augment", "download"],
+)
+def test_a_second_script_in_a_folder_ends_with_one_line(tmp_path, name, options):
+    folder = tmp_path / "out"
+    with locked(folder):
+        result = run_script(name, *(option.format(folder) for option in options))
+    assert result.returncode == 2 and f"{str(folder)!r} is being written" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr and files_of(tmp_path) == {}

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 
 import pytest
@@ -77,21 +76,6 @@ def test_does_not_depend_on_the_global_generator_or_the_batch(tiny_pipeline_dir,
     assert found[0].apr_by_prompt == found[1].apr_by_prompt == found[2].apr_by_prompt
 
 
-def test_resuming_equals_not_stopping(held_out, train):
-    whole, epochs = train(num_epochs=4, run_name="whole")
-    part, _ = train(num_epochs=2, run_name="part")
-    part, resumed = train(num_epochs=4, run_name="part", resume_from=str(part))
-    assert evaluations(whole) == evaluations(part) and [e["epoch"] for e in evaluations(part)] == [0, 1, 2, 3, 4]
-    assert [entry["held_out_apr"] for entry in resumed] == [entry["held_out_apr"] for entry in epochs]
-    assert progress(whole / "checkpoint_4") == progress(part / "checkpoint_4")
-    assert progress(whole / "best") == progress(part / "best")
-    for name in ("checkpoint_4", "best"):
-        left, right = (torch.load(folder / name / "optimizer.pt", weights_only=True) for folder in (whole, part))
-        assert left["optimizer"]["param_groups"] == right["optimizer"]["param_groups"]
-        files = [(folder / name / "pytorch_lora_weights.safetensors").read_bytes() for folder in (whole, part)]
-        assert files[0] == files[1]
-
-
 def scripted(monkeypatch, values) -> None:
     """Evaluations that return these (apr, reward) in turn, in place of what the judge says."""
     rest = iter(values)
@@ -108,13 +92,9 @@ def test_best_outlives_the_others_and_can_be_loaded(held_out, train, monkeypatch
     assert state["epoch"] == 1 and state["held_out"]["best"] == {"epoch": 1, "apr": 0.6, "reward": 0.5}
     assert find_weights(folder / "best") == folder / "best" / "pytorch_lora_weights.safetensors"
     assert find_weights(folder) == folder / "checkpoint_3" / "pytorch_lora_weights.safetensors"
-    with pytest.raises(
-        UserError, match="not the newest checkpoint of its run; continuing would overwrite checkpoint_3"
-    ):
-        train(num_epochs=4, resume_from=str(folder / "best"))
 
 
-def test_going_on_from_a_copy_of_best_is_right(held_out, train, monkeypatch, tmp_path):
+def test_a_copy_of_best_is_resumed(held_out, train, monkeypatch, tmp_path):
     scripted(monkeypatch, [(0.2, 0.5), (0.6, 0.5), (0.4, 0.6), (0.3, 0.6)] + [(0.4, 0.6), (0.3, 0.6)])
     folder, epochs = train(num_epochs=3)
     shutil.copytree(folder / "best", tmp_path / "logs" / "copy" / "best")
@@ -135,12 +115,6 @@ def test_collapse_stops_training(held_out, train, monkeypatch, caplog):
     assert "held-out APR 0.4000 reward 0.8000" in caplog.text
 
 
-def test_evaluations_may_begin_in_a_resumed_run(held_out, train):
-    folder, _ = train(held_out__every=0)
-    train(num_epochs=3, resume_from=str(folder))
-    assert [entry["epoch"] for entry in evaluations(folder)] == [2, 3] and (folder / "best").is_dir()
-
-
 def test_evaluations_that_cannot_be_compared_are_refused(held_out, train):
     folder, _ = train(num_epochs=1)
     with pytest.raises(UserError, match="images_per_prompt=4, now it is 2.*held_out.every=0"):
@@ -149,63 +123,30 @@ def test_evaluations_that_cannot_be_compared_are_refused(held_out, train):
     assert "held_out_apr" not in epochs[1] and progress(folder / "checkpoint_2")["held_out"]["best"] is not None
 
 
-def test_best_is_what_the_resumed_checkpoint_states(held_out, train, monkeypatch, caplog):
-    scripted(monkeypatch, [(0.2, 0.5), (0.3, 0.5), (0.4, 0.5), (0.1, 0.5), (0.1, 0.5)])
-    folder, _ = train(num_epochs=2)
-    assert os.readlink(folder / "best") == "checkpoint_2"
-    shutil.rmtree(folder / "checkpoint_2")
-    train(num_epochs=2, resume_from=str(folder))
-    assert os.readlink(folder / "best") == "checkpoint_1" and "is gone" not in caplog.text
-    shutil.rmtree(folder / "checkpoint_1")
-    train(num_epochs=3, resume_from=str(folder))
-    assert "held-out evaluation was after 1 epochs (APR 0.3000)" in caplog.text and not (folder / "best").exists()
-
-
-@pytest.mark.parametrize(
-    ("wrong", "expected"),
-    [
-        ({"held_out__classifier": "H6"}, "predicts hair, gel_bubble, ruler, ink, MEL, NV; the judge predicts hair"),
-        ({"reward_fn_kwargs.isic_classifier_reward.classifier": "H4"}, "which gives the reward"),
-        ({"held_out__classifier": "/nowhere/H4.pth"}, "/nowhere/H4.pth"),
-        ({"reward_fn": "jpeg_compressibility", "prompt_fn_kwargs.path": "cats"}, "'a cat' is not one of the 32"),
-        ({"held_out__images_per_prompt": 0}, "held_out.images_per_prompt is 0"),
-        ({"held_out__tolerance": -0.1}, "held_out.tolerance is -0.1"),
-    ],
-    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
-)
-def test_no_judge_is_refused_first(held_out, train, judge, tmp_path, wrong, expected):
+def test_no_judge_is_refused_first(held_out, train, judge, tmp_path):
     copied = shutil.copyfile(judge, tmp_path / "another name.safetensors")
     (tmp_path / "cats.txt").write_text("a cat\n")
-    places = {
-        "H6": held_out["reward_fn_kwargs.isic_classifier_reward.classifier"],
-        "H4": str(copied),
-        "cats": str(tmp_path / "cats.txt"),
-    }
-    with pytest.raises(UserError) as caught:
-        train(**{key: places.get(value, value) for key, value in wrong.items()})
-    assert expected in str(caught.value) and "\n" not in str(caught.value)
+    rewarding = held_out["reward_fn_kwargs.isic_classifier_reward.classifier"]
+    for wrong, expected in (
+        ({"held_out__classifier": rewarding}, "ink, MEL, NV; give the H=4"),
+        ({"reward_fn_kwargs.isic_classifier_reward.classifier": str(copied)}, "which gives the reward"),
+        ({"held_out__classifier": "/nowhere/H4.pth"}, "/nowhere/H4.pth"),
+        ({"prompt_fn_kwargs.path": str(tmp_path / "cats.txt")}, "'a cat' is not one of the 32"),
+    ):
+        with pytest.raises(UserError) as caught:
+            train(**wrong)
+        assert expected in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "logs").exists()
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_same_apr(held_out, tmp_path):
+def test_two_processes_find_the_same_apr(held_out, train, tmp_path):
     """12 images in batches of 4: three batches, of which one process gets two."""
     one = {"sample__num_batches_per_epoch": 4, "train__gradient_accumulation_steps": 2}
-    succeed("train.py", *as_flags(held_out, run_name="one", num_epochs=1, **one))
+    train(run_name="one", num_epochs=1, **one)
     succeed("train.py", *as_flags(held_out, run_name="two", num_epochs=1), processes=2)
     left, right = (evaluations(tmp_path / "logs" / name) for name in ("one", "two"))
     assert left[0] == right[0]  # the base model: the very same numbers
     assert [entry["epoch"] for entry in right] == [0, 1] and (tmp_path / "logs" / "two" / "best").is_dir()
     # afterwards weights differ by the order in which gradients were added up
     assert right[1]["apr"] == pytest.approx(left[1]["apr"], abs=1 / 12 + 1e-9)
-
-
-@pytest.mark.slow
-def test_eval_takes_best(held_out, tmp_path):
-    run = tmp_path / "logs" / "run"
-    succeed("train.py", *as_flags(held_out, num_epochs=1))
-    values = {key: value for key, value in held_out.items() if key.startswith(("pretrained", "prompt_fn", "mixed"))}
-    values |= {"sample.num_steps": 3, "eval.num_samples_per_prompt": 1, "eval.batch_size": 3}
-    values |= {"load_from": str(run / "best"), "logdir": str(tmp_path / "samples")}
-    result = succeed("eval.py", *as_flags(values))
-    assert str(run / "best" / "pytorch_lora_weights.safetensors") in result.stderr

@@ -27,6 +27,7 @@ from ddpo_pytorch.rlhf.rounds import RoundMetrics, read_history
 from ddpo_pytorch.training import run_folder
 from ddpo_pytorch.training.checkpoints import epochs_completed, find_damage
 from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.json_files import COUNT, OneOf, parse_json, read_json
 
 CONTENTS = {
     "empty": b"",
@@ -80,13 +81,12 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("content", CONTENTS)
 @pytest.mark.parametrize("reader", READERS)
-def test_another_content_is_refused(tmp_path, reader, content):
+def test_another_content_is_refused(tmp_path, reader):
     name, read = READERS[reader]
-    if reader in ("metrics", "held out") and content == "empty":
-        pytest.skip("an empty log is whole")
-    check(read, tmp_path, name, CONTENTS[content])
+    for content in CONTENTS:
+        if reader not in ("metrics", "held out") or content != "empty":  # an empty log is whole
+            check(read, tmp_path, name, CONTENTS[content])
 
 
 FIELDS = [
@@ -97,10 +97,8 @@ FIELDS = [
     ("progress", {"epoch": 1, "held_out": {"best": 3, "last": None, "collapsed": 0, "fingerprint": None}}),
     ("manifest", {"files": []}),
     ("manifest", {"files": {"progress.json": {"bytes": "3", "sha256": "x"}}}),
-    ("manifest", {"files": {"progress.json": {"bytes": 3.5, "sha256": "x"}}}),
     ("last config", {"save_freq": "often"}),
     ("metrics", {"epoch": "3"}),
-    ("metrics", {"epoch": math.inf}),
     ("held out", {"epoch": [3]}),
     ("image log", [{"path_to_img": 3}]),
     ("image log", [{"path_to_img": "a", "prompt": {}}]),
@@ -108,16 +106,16 @@ FIELDS = [
     ("splits", {"files": {"isic_train.csv": "hash"}}),
     ("conditioning", {"text_encoder_sha256": 1, "files": {}}),
     ("index", {"captions": [1], "images": 1, "shards": []}),
-    ("index", {"captions": ["a"], "images": -1, "shards": []}),
     ("index", {"captions": ["a"], "images": 0, "shards": []}),
     ("index", {"captions": ["a"], "images": 10**9, "shards": [{"file": 1, "sha256": "x"}]}),
 ]
 
 
-@pytest.mark.parametrize(("reader", "value"), FIELDS)
-def test_another_field_is_refused(tmp_path, reader, value):
-    name, read = READERS[reader]
-    check(read, tmp_path, name, json.dumps(value).encode())
+def test_another_field_is_refused(tmp_path):
+    for number, (reader, value) in enumerate(FIELDS):
+        (folder := tmp_path / str(number)).mkdir()
+        name, read = READERS[reader]
+        check(read, folder, name, json.dumps(value).encode())
 
 
 @pytest.fixture(scope="module")
@@ -130,26 +128,21 @@ def latents(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+def test_latents_that_training_could_not_take_are_refused_at_the_start(latents, tmp_path):
+    for change in (
         {"caption": torch.tensor([0, 1, 2])},
-        {"caption": torch.tensor([0, -1, 0])},
         {"caption": torch.tensor([0.0, 1.0, 0.0])},
         {"caption": None},
         {"row": torch.zeros(2, dtype=torch.int64)},
         {"mean": torch.zeros(2, 4, 8, 8).half()},
-        {"logvar": torch.zeros(3, 4, 8, 9).half()},
         {"mean": torch.zeros(3).half(), "logvar": torch.zeros(3).half()},
-    ],
-    ids=lambda change: "-".join(change),
-)
-def test_latents_that_training_could_not_take_are_refused_at_the_start(latents, tmp_path, change):
-    shard = load_file(latents / "shard_00000.safetensors") | change
-    save_file({name: value for name, value in shard.items() if value is not None}, tmp_path / "shard_00000.safetensors")
-    write_index(tmp_path, build_vae((8, 8), 16), ["a", "b"], 3, {})
-    with pytest.raises(UserError, match="index.json"):
-        LatentShards(tmp_path)
+    ):
+        shard = load_file(latents / "shard_00000.safetensors") | change
+        shard = {name: value for name, value in shard.items() if value is not None}
+        save_file(shard, tmp_path / "shard_00000.safetensors")
+        write_index(tmp_path, build_vae((8, 8), 16), ["a", "b"], 3, {})
+        with pytest.raises(UserError, match="index.json"):
+            LatentShards(tmp_path)
 
 
 def rewritten(path: Path, out: Path, kind: str, **changes) -> Path:
@@ -174,20 +167,20 @@ def judges(tmp_path_factory) -> dict[str, Path]:
 LOADERS = {"artifact_classifier": load_classifier, "selector": load_selector}
 IMPOSSIBLE = {
     "artifact_classifier": {
-        "image_size": (10**9, 10**30, 0, -5, "32", 32.5, None, [32], True, 1e400),
-        "labels": ("hair", None, {"hair": 1}, [], ["hair", 3], ["hair"], ["hair"] * 2, [str(n) for n in range(10**5)]),
+        "image_size": (10**9, 0, "32", 32.5, None, True, 1e400),
+        "labels": ("hair", None, [], ["hair", 3], ["hair"], ["hair"] * 2, [str(n) for n in range(10**5)]),
         # the last one would be gigabytes, if it were built
-        "arch": (3, None, "", "nonsense", "../x", "hf-hub:a/b", "efficientnet_b0", "vit_giant_patch14_dinov2"),
-        "thresholds": (3, [0.5], "x", *({"hair": bad} for bad in ("x", None, 2, math.nan, -0.1, True)), {"other": 0.5}),
+        "arch": (3, "nonsense", "../x", "hf-hub:a/b", "efficientnet_b0", "vit_giant_patch14_dinov2"),
+        "thresholds": (3, *({"hair": bad} for bad in ("x", None, 2, math.nan)), {"other": 0.5}),
     },
     "selector": {
-        "sizes__image_size": (10**9, -8, "16", 16.0, None),
-        "sizes__width": (8192, 10**12, 0, "16"),
-        "sizes__layers": (2, 96, 10**9, -1, 1.5),
-        "sizes__heads": (0, 5, "2"),
-        "sizes__dropout": ("0", 1, -1, math.nan),
-        "sizes__mlp_ratio": (10**9, -1, 0, "4", math.inf),
-        "sizes__stem": ("other", 3, None),
+        "sizes__image_size": (10**9, -8, "16", 16.0),
+        "sizes__width": (8192, 0),
+        "sizes__layers": (2, 10**9, -1),
+        "sizes__heads": (0, 5),
+        "sizes__dropout": (1, math.nan),
+        "sizes__mlp_ratio": (10**9, 0, math.inf),
+        "sizes__stem": ("other", 3),
         "sizes__unknown": (3,),
         "sizes": (None, [16, 8]),
         "threshold": ("0.5", math.nan, [0.5], True),
@@ -197,48 +190,93 @@ IMPOSSIBLE = {
 }
 
 
-@pytest.mark.parametrize(("kind", "field"), [(kind, field) for kind, fields in IMPOSSIBLE.items() for field in fields])
-def test_judges_with_impossible_descriptions_are_refused(judges, tmp_path, kind, field):
-    for value in IMPOSSIBLE[kind][field]:
+@pytest.mark.parametrize("kind", LOADERS)
+def test_judges_with_impossible_descriptions_are_refused(judges, tmp_path, kind):
+    for field, value in ((field, value) for field, values in IMPOSSIBLE[kind].items() for value in values):
         path = rewritten(judges[kind], tmp_path / "x.safetensors", kind, **{field: value})
         with refused(path):
             LOADERS[kind](path)
 
 
-@pytest.mark.parametrize("content", CONTENTS)
-def test_descriptions_of_another_kind_are_refused(judges, tmp_path, content):
-    for kind, load in LOADERS.items():
+@pytest.mark.parametrize("kind", LOADERS)
+def test_descriptions_of_another_kind_are_refused(judges, tmp_path, kind):
+    for content in ("torn", "list of numbers", "deep"):
         path = tmp_path / "x.safetensors"
         save_file(load_file(judges[kind]), path, metadata={kind: CONTENTS[content].decode("latin-1")})
         with refused(path):
-            load(path)
+            LOADERS[kind](path)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *('{"r": "4", "lora_alpha": 4}', '{"r": 4, "lora_alpha": NaN}', "[]", "{", '{"r": -4, "lora_alpha": 4}'),
-        *('{"r": 1.5, "lora_alpha": 4}', "[" * 10**5, '{"r": 4, "r": 8}'),
-    ],
-    ids=lambda text: text[:30],
-)
-def test_adapter_configurations_of_another_kind_are_refused(tmp_path, text):
+def test_adapter_configurations_of_another_kind_are_refused(tmp_path):
     unet = build_unet((16,), (True,), 16, 8)
     name, layer = next((name, module) for name, module in unet.named_modules() if name.endswith("to_q"))
     pair = {"lora_A": torch.zeros(4, layer.in_features), "lora_B": torch.zeros(layer.out_features, 4)}
     adapter = {f"{name}.{part}.weight": value for part, value in pair.items()}
     save_file(adapter, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(text)
-    with refused(tmp_path / "adapter_config.json"):
-        load_lora(unet, tmp_path)
+    for text in ('{"r": "4", "lora_alpha": 4}', '{"r": 4, "lora_alpha": NaN}', '{"r": -4}', "[]"):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with refused(tmp_path / "adapter_config.json"):
+            load_lora(unet, tmp_path)
 
 
 def test_rounds_are_read_up_to_the_first_that_is_missing(tmp_path):
-    entry = dict.fromkeys(RoundMetrics.__dataclass_fields__, 0.5)
-    path = tmp_path / "rounds.jsonl"
+    entry, path = dict.fromkeys(RoundMetrics.__dataclass_fields__, 0.5), tmp_path / "rounds.jsonl"
     path.write_text("".join(json.dumps(entry | {"round": number}) + "\n" for number in (0, 1, 3)))
     assert len(read_history(path)) == 2
-    for bad in ("[" * 10**5, "null", json.dumps(entry | {"round": "0"}), json.dumps(entry | {"round": 0, "kid": None})):
+    for bad in ("[" * 10**5, json.dumps(entry | {"round": "0"}), json.dumps(entry | {"round": 0, "kid": None})):
         path.write_text(bad + "\n")
-        with pytest.raises(UserError, match="rounds.jsonl"):
+        with refused(path):
             read_history(path)
+
+
+SHAPE = {
+    "epoch": COUNT,
+    "tracker?": {"rewards": [(OneOf((str, int)), [float])]},
+    "best?": OneOf(({"apr": float}, None)),
+    "scores?": {str: float},
+    "done?": bool,
+}
+GOOD = [
+    {"epoch": 0},
+    {"epoch": 3, "other": {"any": [None, 1e5]}, "best": None, "done": True},
+    {"epoch": 3, "best": {"apr": 1}, "scores": {"a": 0.5, "b?": 2}, "tracker": {"rewards": [["ä", [1, 0.5]], [3, []]]}},
+]
+BAD = {
+    "torn": ('{"epoch": 3', "JSON"),
+    "empty": ("", "JSON"),
+    "not text": (b"\xff\xfe\x00", "JSON"),
+    "null": ("null", "None"),
+    "missing": ('{"epochs": 3}', "'epoch' is missing"),
+    "bool": ('{"epoch": true}', "'epoch' is True"),
+    "float": ('{"epoch": 3.0}', "'epoch' is 3.0"),
+    "negative": ('{"epoch": -1}', "'epoch' is -1"),
+    "beyond Python's digits": ('{"epoch": 1, "x": %s}' % ("9" * 10_000), "64 bits"),
+    "deep lists": ("[" * 10**6, "nested"),
+    "deep objects": ('{"epoch": 1, "x": ' + '{"x": ' * 100 + "1" + "}" * 101, "nested"),
+    "twice": ('{"epoch": 1, "x": [{"y": 1, "y": 1}]}', "'y' appears twice"),
+    "surrogate": ('{"epoch": 1, "x": "\\ud800"}', "Unicode"),
+    "nan": ('{"epoch": 1, "best": {"apr": NaN}}', "'best'"),
+    "infinite": ('{"epoch": 1, "scores": {"a?": 1e999}}', "'scores'.'a?' is inf"),
+    "no list": ('{"epoch": 1, "tracker": {"rewards": {}}}', "'tracker'.'rewards' is {}"),
+    "too short": ('{"epoch": 1, "tracker": {"rewards": [["a"]]}}', "'tracker'.'rewards'[0]"),
+    "an element": ('{"epoch": 1, "tracker": {"rewards": [["a", [1]], ["b", [1, null]]]}}', "[1][1][1] is None"),
+}
+
+
+@pytest.mark.parametrize("value", GOOD)
+def test_a_value_that_fits_is_returned(tmp_path, value):
+    (tmp_path / "x.json").write_text(json.dumps(value))
+    assert read_json(tmp_path / "x.json", SHAPE) == value
+    assert parse_json(str(2**64 - 1), int, "x") == 2**64 - 1  # a seed
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_value_that_does_not_fit_is_named(tmp_path, case):
+    text, said = BAD[case]
+    path = tmp_path / "progress.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as caught:
+        read_json(path, SHAPE, "do this")
+    message = str(caught.value)
+    assert message.startswith(f"{str(path)!r} ") and said in message and message.endswith("; do this")
+    assert "\n" not in message and len(message) < 500 + len(str(path))

@@ -1,22 +1,21 @@
-"""train.py is killed, at random and before every write of a checkpoint; the same command ends as if it never was."""
+"""train.py is killed at random, before every write, or asked to stop: the same command completes the run."""
 
 import json
 import os
 import random
+import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script, warm_server
+from launching import Script, run_script
 from rl_tools import as_flags
 from script_tools import files_of
 from test_run_folder import untimed
 
 pytestmark = pytest.mark.slow
-KILLS = 10
+KILLS = 6
 
 
 @pytest.fixture
@@ -29,62 +28,41 @@ def tiny(held_out):
 
 def content(folder: Path) -> dict:
     """All that a run leaves, without the times and the settings of each start."""
-    files = {name: data for name, data in files_of(folder).items() if not name.startswith("config_")}
+    files = {name: data for name, data in files_of(folder).items() if not name.startswith("config")}
     files["metrics.jsonl"] = untimed([json.loads(line) for line in files["metrics.jsonl"].splitlines()])
-    config = json.loads(files.pop("config.json"))
-    return files | {
-        "best": os.readlink(folder / "best"),
-        "config": {key: value for key, value in config.items() if key != "run_name"},
-    }
-
-
-def start(flags: list[str], errors: Path, *launcher: str) -> subprocess.Popen:
-    settings = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    with open(errors, "ab") as file:
-        return subprocess.Popen(
-            [sys.executable, *launcher, "tests/warm.py", "scripts/train.py", *flags],
-            cwd=ROOT,
-            env=os.environ | settings | warm_server(),
-            stdout=subprocess.DEVNULL,
-            stderr=file,
-        )
+    return files | {"best": os.readlink(folder / "best")}
 
 
 def test_random_kills_change_nothing(tiny, tmp_path):
     """The moments lie between half of the time to the first epoch's end, and some epochs later."""
-    epochs, errors, logs = 8, tmp_path / "errors.txt", tmp_path / "logs"
-    warm_server()  # its start is not the script's
-    began = time.perf_counter()
-    process, first = start(as_flags(tiny, run_name="whole", num_epochs=epochs), errors), None
-    while process.poll() is None:
+    run_script("train.py", "--help")  # the start of the server is not the script's
+    epochs, logs, began, first = 8, tmp_path / "logs", time.perf_counter(), None
+    script = Script("scripts/train.py", *as_flags(tiny, run_name="whole", num_epochs=epochs))
+    while script.poll():
         if first is None and (logs / "whole" / "metrics.jsonl").is_file():
             first = time.perf_counter() - began
         time.sleep(0.005)
-    assert process.returncode == 0, errors.read_text()
-    whole = time.perf_counter() - began
-    expected = content(logs / "whole")
+    assert script.result().returncode == 0
+    per_epoch = (time.perf_counter() - began - first) / epochs
+    expected, moments, reached = content(logs / "whole"), random.Random(0), set()
     assert len(expected["metrics.jsonl"]) == epochs and expected["best"].startswith("checkpoint_")
-    drawn_moments, kills, runs, reached = random.Random(0), 0, 0, set()
+    kills = runs = 0
     while kills < KILLS:
         runs += 1
-        name = f"run{runs}"
-        flags = as_flags(tiny, run_name=name, num_epochs=epochs)
+        flags = as_flags(tiny, run_name=f"run{runs}", num_epochs=epochs)
         while True:
-            process = start(flags, errors)
-            try:
-                delay = drawn_moments.uniform(first / 2, first + 3 * (whole - first) / epochs)
-                process.wait(delay if kills < KILLS else None)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                kills += 1
-                reached.update(path.name for path in (logs / name).glob("checkpoint_*"))
-                continue
-            assert process.returncode == 0, errors.read_text()[-3000:]
-            break
-        assert content(logs / name) == expected
-    assert len(reached) > 3  # kills fell into different epochs
-    print(f"{kills} kills in {runs} runs, {len(reached)} checkpoints; whole run {whole:.1f} s, first {first:.1f} s")
+            script = Script("scripts/train.py", *flags)
+            script.wait(moments.uniform(first / 2, first + 3 * per_epoch) if kills < KILLS else 300)
+            killed = script.poll()
+            script.kill()
+            if not killed:
+                break
+            kills += 1
+            reached.update(path.name for path in (logs / f"run{runs}").glob("checkpoint_*"))
+        result = script.result()
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert content(logs / f"run{runs}") == expected
+    assert len(reached) > 2  # kills fell into different epochs
 
 
 def test_a_kill_before_any_write_of_a_checkpoint_changes_nothing(tiny, tmp_path):
@@ -98,20 +76,32 @@ def test_a_kill_before_any_write_of_a_checkpoint_changes_nothing(tiny, tmp_path)
 
 
 def test_two_processes_go_on_after_a_kill(tiny, tmp_path):
-    errors, logs = tmp_path / "errors.txt", tmp_path / "logs"
-    flags = {"num_epochs": 3, "sample.batch_size": 2}
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", sys.executable)
-    process = start(as_flags(tiny, run_name="run", **flags), errors, *launcher)
+    logs, flags = tmp_path / "logs", {"num_epochs": 3, "sample.batch_size": 2}
+    script = Script("scripts/train.py", *as_flags(tiny, run_name="run", **flags), processes=2)
     while not (logs / "run" / "checkpoint_1").is_dir():
-        assert process.poll() is None, errors.read_text()
+        assert script.poll(), script.result().stderr
         time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for number in (process.pid, *map(int, children)):
-        os.kill(number, signal.SIGKILL)
-    process.wait()
+    script.kill()
     again = run_script("train.py", *as_flags(tiny, run_name="run", **flags), processes=2)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert "resumed from" in again.stderr
+    assert again.returncode == 0 and "resumed from" in again.stderr, again.stderr[-3000:]
     whole = run_script("train.py", *as_flags(tiny, run_name="whole", **flags), processes=2)
     assert whole.returncode == 0, whole.stderr[-3000:]
     assert content(logs / "run") == content(logs / "whole")
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_is_resumed(tiny, train, tmp_path):
+    tiny |= {"save_freq": 1000, "held_out.every": 0}
+    log = tmp_path / "logs" / "run" / "metrics.jsonl"
+    script = Script("scripts/train.py", *as_flags(tiny, num_epochs=1000))
+    while not (log.is_file() and len(log.read_text().splitlines()) >= 2):
+        assert script.poll(), script.result().stderr
+        time.sleep(0.01)
+    os.kill(script.pid, signal.SIGTERM)
+    result = script.result()
+    assert result.returncode == 0 and "SIGTERM: stopping" in result.stderr and "Traceback" not in result.stderr
+    epochs = int(re.search(r"stopped on request .*after (\d+) epochs", result.stderr)[1])
+    assert epochs >= 2 and [path.name for path in log.parent.glob("checkpoint_*")] == [f"checkpoint_{epochs}"]
+    ended, _ = train(num_epochs=epochs + 1)
+    expected, _ = train(num_epochs=epochs + 1, run_name="whole")
+    ended, expected = (files_of(run / f"checkpoint_{epochs + 1}") for run in (ended, expected))
+    assert ended["pytorch_lora_weights.safetensors"] == expected["pytorch_lora_weights.safetensors"]

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of
-from ddpo_pytorch.judges.classifier import ArtifactClassifier, save_classifier
+from ddpo_pytorch.judges.classifier import ArtifactClassifier
 from ddpo_pytorch.rewards import (
     REWARDS,
+    Scorer,
     build_reward,
     check_prompts,
     isic_classifier_reward,
@@ -19,6 +20,8 @@ from ddpo_pytorch.rewards import (
     parse_spec,
 )
 from ddpo_pytorch.utils.errors import UserError
+
+SIZE = "jpeg_compressibility"
 
 
 @pytest.fixture(scope="module")
@@ -77,33 +80,10 @@ def test_classifier_reward_reads_labels_from_metadata_then_from_the_prompt(class
         reward(images, ["pink hair", CAPTIONS[0]], [{}, {}])
 
 
-def test_classifier_with_four_heads_and_from_a_file(tmp_path):
-    torch.manual_seed(0)
-    judge = ArtifactClassifier(LABELS[:4], image_size=32, arch="tinynet_e").eval()
-    save_classifier(judge, tmp_path / "h4.safetensors")
-    images, prompts = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(3)), list(CAPTIONS[7:10])
-    rewards, info = isic_classifier_reward(tmp_path / "h4.safetensors")(images, prompts, metadata_of(prompts))
-    assert info["labels"].shape == (3, 4) and set(rewards * 4) <= {0, 1, 2, 3, 4}
-    np.testing.assert_array_equal(rewards, isic_classifier_reward(judge)(images, prompts, metadata_of(prompts))[0])
-
-
-@pytest.mark.parametrize("name", ["jpeg_compressibility", "jpeg_incompressibility", "isic_classifier_reward"])
-def test_rewards_leave_their_input_alone(name, classifier):
-    kwargs = {"isic_classifier_reward": {"classifier": classifier}}
-    images = torch.rand(
-        2, 3, 64, 64, generator=torch.Generator().manual_seed(4)
-    )  # float32 at the classifier's own size
-    before, prompts = images.clone(), list(CAPTIONS[:2])
-    metadata = metadata_of(prompts)
-    build_reward(name, kwargs)(images, prompts, metadata)
-    assert torch.equal(images, before)
-    assert metadata == metadata_of(prompts) and prompts == list(CAPTIONS[:2])
-
-
 def test_weighted_sum_adds_parts_and_reports_them(classifier):
     kwargs = {"isic_classifier_reward": {"classifier": classifier}, "jpeg_compressibility": {}}
-    images, prompts = noisy_images([0.1, 0.5]), list(CAPTIONS[:2])
-    metadata = metadata_of(prompts)
+    images, prompts = noisy_images([0.1, 0.5]), list(CAPTIONS[:2])  # float32 at the classifier's own size
+    metadata, before = metadata_of(prompts), images.clone()
     total, info = build_reward("isic_classifier_reward:0.7, jpeg_compressibility:0.3", kwargs)(
         images, prompts, metadata
     )
@@ -114,6 +94,9 @@ def test_weighted_sum_adds_parts_and_reports_them(classifier):
     np.testing.assert_array_equal(info["jpeg_compressibility"], second)
     np.testing.assert_array_equal(info["isic_classifier_reward/predictions"], details["predictions"])
     np.testing.assert_allclose(build_reward("jpeg_compressibility:2")(images, prompts, metadata)[0], 2 * second)
+    # and no reward changes its input
+    assert torch.equal(images, before)
+    assert metadata == metadata_of(prompts) and prompts == list(CAPTIONS[:2])
 
 
 def test_specifications():
@@ -128,30 +111,25 @@ def test_specifications():
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"),
+    ("spec", "kwargs", "message"),
     [
-        ("aesthetic_score", "'aesthetic_score' .* is unknown; .*isic_classifier_reward, jpeg_comp"),
-        ("", "'' .* is unknown"),
-        ("jpeg_compressibility:", "weight ''"),
-        ("jpeg_compressibility:nan", "weight 'nan'"),
-        ("jpeg_compressibility:1,jpeg_compressibility:2", "twice"),
-        ("jpeg_compressibility:inf", "weight 'inf'"),
-        ("jpeg_compressibility:0,jpeg_incompressibility:0.0", "are 0"),
-        ("build_reward", "'build_reward'.*REWARDS"),
+        ("aesthetic_score", {}, "'aesthetic_score' .* is unknown; .*isic_classifier_reward, jpeg_comp"),
+        ("", {}, "'' .* is unknown"),
+        ("jpeg_compressibility:nan", {}, "weight 'nan'"),
+        ("jpeg_compressibility:", {}, "weight ''"),
+        ("jpeg_compressibility:1,jpeg_compressibility:2", {}, "twice"),
+        ("jpeg_compressibility:0,jpeg_incompressibility:0.0", {}, "are 0"),
+        ("build_reward", {}, "'build_reward'.*REWARDS"),
+        (SIZE, {SIZE: {"quality": 3}}, rf"reward_fn_kwargs.{SIZE} has \['quality'\] but .* takes \[\]"),
+        (SIZE, {SIZE: 3}, f"reward_fn_kwargs.{SIZE} is 3"),
+        (SIZE, {"isic_clasifier_reward": {"classifier": "H6"}}, "reward_fn_kwargs.isic_clasifier_reward"),
+        ("isic_classifier_reward", {}, "isic_classifier_reward takes .*classifier"),
+        ("isic_classifier_reward", {"isic_classifier_reward": {"classifier": "no.safetensors"}}, "'no.safetensors'"),
     ],
 )
-def test_bad_specifications_are_named(spec, message):
+def test_bad_specifications_and_arguments_are_named(spec, kwargs, message):
     with pytest.raises(UserError, match=message):
-        build_reward(spec)
-
-
-def test_keyword_arguments_that_do_not_fit_are_named():
-    with pytest.raises(UserError, match=r"reward_fn_kwargs.jpeg_compressibility has \['quality'\] but .* takes \[\]"):
-        build_reward("jpeg_compressibility", {"jpeg_compressibility": {"quality": 3}})
-    with pytest.raises(UserError, match="isic_classifier_reward takes .*classifier"):
-        build_reward("isic_classifier_reward")
-    with pytest.raises(UserError, match="'nowhere.safetensors' does not exist"):
-        build_reward("isic_classifier_reward", {"isic_classifier_reward": {"classifier": "nowhere.safetensors"}})
+        build_reward(spec, kwargs)
 
 
 PROMPT_PAIR = ("a cat", "a dog")
@@ -170,85 +148,64 @@ def brightness(images: torch.Tensor) -> torch.Tensor:
     return images.mean(dim=(1, 2, 3))
 
 
+VALUES = [
+    ([0.25, 0.5], (0.25, 0.5)),
+    ([True, False], (1, 0)),
+    ([torch.tensor(0.25, requires_grad=True), torch.tensor(0.5)], (0.25, 0.5)),
+    ([[0.25], [0.5]], (0.25, 0.5)),
+    (np.array([1, 3], dtype=np.int8), (1, 3)),
+    (np.array([[0.25], [0.5]], dtype=np.float16), (0.25, 0.5)),
+    (torch.tensor([0.25, 0.5], dtype=torch.bfloat16, requires_grad=True), (0.25, 0.5)),
+    (torch.tensor([[1], [3]]), (1, 3)),
+]
+
+
 @pytest.mark.parametrize("spec", ["mine", "mine:1.0,jpeg_compressibility:0.5", "mine:2"])
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ([0.25, 0.5], (0.25, 0.5)),
-        ((1, 3), (1, 3)),
-        ([True, False], (1, 0)),
-        ([torch.tensor(0.25, requires_grad=True), torch.tensor(0.5)], (0.25, 0.5)),
-        ([np.float32(0.25), 2], (0.25, 2)),
-        ([[0.25], [0.5]], (0.25, 0.5)),
-        (np.array([1, 3], dtype=np.int8), (1, 3)),
-        (np.array([0.25, 0.5], dtype=np.float16), (0.25, 0.5)),
-        (np.array([[0.25], [0.5]]), (0.25, 0.5)),
-        (torch.tensor([0.25, 0.5]), (0.25, 0.5)),
-        (torch.tensor([0.25, 0.5], dtype=torch.bfloat16, requires_grad=True), (0.25, 0.5)),
-        (torch.tensor([[0.25], [0.5]], dtype=torch.float16), (0.25, 0.5)),
-        (torch.tensor([1, 3]), (1, 3)),
-        (torch.tensor([True, False]), (1, 0)),
-    ],
-    ids=lambda value: type(value).__name__ if not isinstance(value, tuple) else "",
-)
-def test_numbers_of_every_kind_work_alone_and_in_sums(monkeypatch, spec, values, expected):
-    monkeypatch.setitem(REWARDS, "mine", returning((values, {"note": "x"})))
+def test_numbers_of_every_kind_work_alone_and_in_sums(monkeypatch, spec):
     images = noisy_images([0.1, 0.5])
-    reward = build_reward(spec)
-    total, info = reward(images, PROMPT_PAIR, [{}, {}])
     size = jpeg_compressibility()(images, PROMPT_PAIR, [{}, {}])[0]
-    wanted = np.array(expected, dtype=np.float64) * (2 if spec == "mine:2" else 1)
-    assert isinstance(total, np.ndarray) and total.dtype == np.float64 and total.shape == (2,)
-    np.testing.assert_array_equal(total, wanted + (0.5 * size if "jpeg" in spec else 0))
-    if spec == "mine":
-        assert info == {"note": "x"} and reward.parts == ()
-    else:
-        np.testing.assert_array_equal(info["mine"], expected)
-        assert info["mine/note"] == "x" and reward.parts[0] == "mine"
+    for values, expected in VALUES:
+        monkeypatch.setitem(REWARDS, "mine", returning((values, {"note": "x"})))
+        reward = build_reward(spec)
+        total, info = reward(images, PROMPT_PAIR, [{}, {}])
+        wanted = np.array(expected, dtype=np.float64) * (2 if spec == "mine:2" else 1)
+        assert isinstance(total, np.ndarray) and total.dtype == np.float64 and total.shape == (2,)
+        np.testing.assert_array_equal(total, wanted + (0.5 * size if "jpeg" in spec else 0))
+        if spec == "mine":
+            assert info == {"note": "x"} and reward.parts == ()
+        else:
+            np.testing.assert_array_equal(info["mine"], expected)
+            assert info["mine/note"] == "x" and reward.parts[0] == "mine"
 
 
-@pytest.mark.parametrize("spec", ["mine", "mine:1.0,jpeg_compressibility:0.5"])
 @pytest.mark.parametrize(
     ("result", "stated"),
     [
         (([0.5], {}), "list of 1"),  # would be broadcast to the batch
-        ((torch.tensor([0.5]), {}), "(1,)"),
-        ((np.zeros(3), {}), "(3,)"),
         ((torch.tensor(0.5), {}), "()"),
-        ((0.5, {}), "0.5"),
-        ((np.float64(0.5), {}), "()"),
         ((None, {}), "None"),
-        ((torch.zeros(1, 2), {}), "(1, 2)"),
         ((torch.zeros(2, 2), {}), "(2, 2)"),
-        ((torch.zeros(2, 1, 1), {}), "(2, 1, 1)"),
         ((["0.25", "0.5"], {}), "str"),
-        ((np.array(["0.25", "0.5"]), {}), "<U4"),
         ((torch.zeros(2, dtype=torch.complex64), {}), "complex64"),
-        (([1j, 2j], {}), "complex"),
-        (([0.5, None], {}), "NoneType"),
         (([[0.5], [0.5, 0.5]], {}), "list"),
-        ((({0.25, 0.5}), {}), "set"),
-        (({"a cat": 1.0}, {}), "dict"),
-        ("ab", "ab"),
-        (None, "None"),
         ([0.25, 0.5], "list of 2"),  # no pair of rewards and info, although it has two elements
         (brightness, "(2,)"),
         (([0.25, 0.5], None), "NoneType"),
-        (([0.25, 0.5], {}, {}), "tuple of 3"),
         (([0.25, float("nan")], {}), "'a dog'"),
         ((torch.tensor([float("inf"), 0.0]), {}), "'a cat'"),
     ],
 )
-def test_other_results_are_refused_by_name_at_the_trial_and_after(monkeypatch, spec, result, stated):
+def test_other_results_are_refused_by_name_at_the_trial_and_after(monkeypatch, result, stated):
     monkeypatch.setitem(REWARDS, "mine", returning(result))
-    reward = build_reward(spec)
-    for call in (
-        lambda: reward(noisy_images([0.1, 0.5]), PROMPT_PAIR, [{}, {}]),
-        lambda: check_prompts(reward, [(prompt, {}) for prompt in PROMPT_PAIR]),
-    ):
-        with pytest.raises(UserError) as caught:
-            call()
-        assert "'mine'" in str(caught.value) and stated in str(caught.value) and "\n" not in str(caught.value)
+    for spec in ("mine", "mine:1.0,jpeg_compressibility:0.5"):
+        reward = build_reward(spec)
+        for call in (
+            lambda: reward(noisy_images([0.1, 0.5]), PROMPT_PAIR, [{}, {}]),  # noqa: B023 (called at once)
+            lambda: check_prompts(reward, [(prompt, {}) for prompt in PROMPT_PAIR]),  # noqa: B023
+        ):
+            with pytest.raises(UserError) as caught:
+                call()
+            assert "'mine'" in str(caught.value) and stated in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_one_value_for_a_batch_is_noticed_with_a_single_prompt(monkeypatch):
@@ -259,17 +216,37 @@ def test_one_value_for_a_batch_is_noticed_with_a_single_prompt(monkeypatch):
     check_prompts(build_reward("mine"), [(f"prompt {number}", {}) for number in range(33)])
 
 
-def test_what_is_no_factory_or_belongs_to_no_reward_is_named(monkeypatch):
+def test_what_is_no_factory_and_a_sum_that_overflows_are_named(monkeypatch):
     monkeypatch.setitem(REWARDS, "mine", lambda: None)
     with pytest.raises(UserError, match="'mine'.*None"):
         build_reward("mine")
-    with pytest.raises(UserError, match="reward_fn_kwargs.isic_clasifier_reward"):
-        build_reward("jpeg_compressibility", {"isic_clasifier_reward": {"classifier": "H6"}})
-    with pytest.raises(UserError, match="reward_fn_kwargs.jpeg_compressibility is 3"):
-        build_reward("jpeg_compressibility", {"jpeg_compressibility": 3})
-
-
-def test_a_sum_that_overflows_is_named(monkeypatch):
     monkeypatch.setitem(REWARDS, "mine", returning(([1e308, 0.0], {})))
     with pytest.raises(UserError, match="'a cat' is inf"):
         build_reward("mine:10,jpeg_compressibility:0")(noisy_images([0.1, 0.5]), PROMPT_PAIR, [{}, {}])
+
+
+def moody(images, prompts, metadata):
+    if "fail" in prompts:
+        raise ZeroDivisionError("a defect")
+    rewards = images.mean(dim=(1, 2, 3)).numpy()
+    return np.where(np.array(prompts) == "nothing", np.nan, rewards), {}
+
+
+def test_rewards_come_in_the_order_of_submission():
+    scorer = Scorer(moody, torch.device("cpu"))
+    images = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    for part in images.split(2):
+        scorer.submit(part, ["a", "b"], [{}, {}])
+    assert scorer.collect()[:, 0] == pytest.approx(images.mean(dim=(1, 2, 3)).numpy(), rel=1e-6)
+    scorer.submit(images[:2], ["a", "b"], [{}, {}])
+    assert scorer.collect().shape == (2, 1)
+    scorer.close()
+
+
+def test_a_reward_that_fails_is_told_at_once_with_its_prompts():
+    scorer = Scorer(moody, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="'moody' failed on images of 'a', 'fail'") as failure:
+        scorer.submit(torch.zeros(3, 3, 4, 4), ["a", "fail", "a"], [{}] * 3)
+    assert isinstance(failure.value.__cause__, ZeroDivisionError)
+    with pytest.raises(UserError, match="'moody' of an image of 'nothing' is nan"):
+        scorer.submit(torch.zeros(2, 3, 4, 4), ["a", "nothing"], [{}] * 2)

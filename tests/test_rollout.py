@@ -1,5 +1,8 @@
-"""Randomness as a function of progress, the order of updates, batch geometry and the stopping criterion."""
+"""Randomness as a function of progress, the order of updates, batch sizes, advantages and stopping criteria."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from ml_collections import ConfigDict
@@ -7,18 +10,12 @@ from ml_collections import ConfigDict
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
 from ddpo_pytorch.prompts import get_prompt_fn
-from ddpo_pytorch.rollout import (
-    Trajectories,
-    draw_prompts,
-    generators,
-    sample_trajectories,
-    timestep_order,
-    update_order,
-)
-from ddpo_pytorch.training.run_state import RewardPlateau
+from ddpo_pytorch.rollout import Trajectories, draw_prompts, sample_trajectories, timestep_order, update_order
+from ddpo_pytorch.stat_tracking import PerPromptStatTracker, compute_advantages, group_advantages, reward_statistics
+from ddpo_pytorch.training.run_state import BestAndCollapse, RewardPlateau
 from ddpo_pytorch.training.setup import batch_sizes
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.randomness import Stream, derived_seed
+from ddpo_pytorch.utils.randomness import Stream, derived_seed, generator_of
 
 
 def test_seeds_differ_by_stream_and_progress_and_repeat():
@@ -35,11 +32,8 @@ def test_prompts_are_a_function_of_seed_epoch_and_index():
     assert draw_prompts(prompt_fn, 7, 3, 32)[0] == prompts[:32]  # fewer samples, same beginning
     assert draw_prompts(prompt_fn, 7, 4, 64)[0] != prompts and draw_prompts(prompt_fn, 8, 3, 64)[0] != prompts
     assert len(set(prompts)) > 16 and all(len(about["label"]) == 6 for about in metadata)
-
-
-def test_images_of_a_prompt_come_together():
-    prompts, _ = draw_prompts(get_prompt_fn("isic_all"), 0, 0, 24, images_per_prompt=8)
-    assert len(prompts) == 24 and all(len(set(prompts[i : i + 8])) == 1 for i in (0, 8, 16))
+    together, _ = draw_prompts(prompt_fn, 0, 0, 24, images_per_prompt=8)
+    assert len(together) == 24 and all(len(set(together[i : i + 8])) == 1 for i in (0, 8, 16))
 
 
 @pytest.mark.parametrize(("samples", "updates"), [(32, 2), (24, 3), (16, 1)])
@@ -73,7 +67,7 @@ def test_a_sample_does_not_depend_on_its_batch(tiny_pipeline_dir):
     prompts, _ = draw_prompts(get_prompt_fn("isic_all"), 0, 0, 4)
 
     def draw(indices):
-        noise = generators(torch.device("cpu"), 0, Stream.NOISE, 0, indices)
+        noise = [generator_of(0, Stream.NOISE, 0, index) for index in indices]
         return sample_trajectories(pipe, table, [prompts[i] for i in indices], noise, Sampling(3, 2.0, 1.0))
 
     images, whole = draw(range(4))
@@ -104,19 +98,16 @@ def test_geometry_counts():
     assert geometry(timestep_window=(0.2, 0.75), timestep_fraction=0.5).train_timesteps == 3
 
 
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
+def test_geometry_that_does_not_fit():
+    for overrides, expected in (
         ({"gradient_accumulation_steps": 3}, "= 32 samples .* = 12"),
         ({"images_per_prompt": 5}, "does not divide the 32"),
         ({"num_batches_per_epoch": 0}, "sample.num_batches_per_epoch is 0"),
         ({"timestep_window": (0.5, 0.5)}, "timestep_window"),
         ({"timestep_fraction": 0.05}, "less than one"),
-    ],
-)
-def test_geometry_that_does_not_fit(overrides, expected):
-    with pytest.raises(UserError, match=expected):
-        geometry(**overrides)
+    ):
+        with pytest.raises(UserError, match=expected):
+            geometry(**overrides)
 
 
 def test_reward_plateau():
@@ -127,3 +118,104 @@ def test_reward_plateau():
     assert resumed.update(0.6)
     never = RewardPlateau(tolerance=1.0, patience=0)
     assert not any(never.update(0.5) for _ in range(10))
+
+
+@pytest.mark.parametrize(
+    ("patience", "tolerance", "values", "expected"),
+    [
+        (1, 0.1, [(0.5, 0.5), (0.375, 0.6)], 1),
+        (1, 0.125, [(0.5, 0.5), (0.375, 0.6)], None),  # a fall by the tolerance itself is not more than it
+        (1, 0.1, [(0.5, 0.5), (0.3, 0.4)], 1),  # both fell
+        (0, 0.1, [(0.5, 0.5)] + [(0.1, 0.9)] * 5, None),
+        (2, 0.1, [(0.5, 0.5), (0.3, 0.6), (0.45, 0.7), (0.3, 0.8), (0.3, 0.9)], 4),  # in a row
+        (2, 0.1, [(0.5, 0.5), (0.3, 0.6), (0.6, 0.7), (0.55, 0.65), (0.4, 0.9), (0.4, 0.8)], 5),  # new best
+    ],
+)
+def test_collapse_stops_also_after_a_restart(patience, tolerance, values, expected):
+    """The judge sees less of what was asked for, whether the reward rises or falls."""
+    watch, stopped = BestAndCollapse(tolerance, patience), []
+    for epoch, (apr, reward) in enumerate(values):
+        watch.update(epoch, apr, reward)
+        stopped += [epoch] if watch.stop else []
+        state, watch = watch.state_dict(), BestAndCollapse(tolerance, patience)
+        watch.load_state_dict(json.loads(json.dumps(state)))
+    assert stopped[:1] == ([] if expected is None else [expected])
+
+
+def test_a_rising_reward_tells_hacking_from_collapse():
+    watch = BestAndCollapse(0.1, 1)
+    watch.update(0, 0.5, 0.5)
+    for reward, hacked in ((0.6, True), (0.5, False), (0.4, False)):
+        watch.update(1, 0.3, reward)
+        assert watch.stop and watch.hacked is hacked
+
+
+def standardized(values, reference) -> np.ndarray:
+    reference = np.asarray(reference, dtype=np.float64)
+    return (np.asarray(values, dtype=np.float64) - np.mean(reference)) / (np.std(reference) + 1e-6)
+
+
+def test_batch_statistics_until_min_count_then_the_prompts_own():
+    tracker = PerPromptStatTracker(buffer_size=4, min_count=3)
+    first = tracker.update(["a", "b", "a"], [1.0, 0.0, 0.5])
+    np.testing.assert_array_equal(first, standardized([1.0, 0.0, 0.5], [1.0, 0.0, 0.5]))
+    # "a" now has 4 rewards, "b" 2
+    second = tracker.update(["a", "a", "b"], [0.25, 0.75, 1.0])
+    np.testing.assert_array_equal(second[:2], standardized([0.25, 0.75], [1.0, 0.5, 0.25, 0.75]))
+    np.testing.assert_array_equal(second[2:], standardized([1.0], [0.25, 0.75, 1.0]))
+    # the buffer of "a" is full: its oldest reward, 1.0, gives way
+    third = tracker.update(["a"], [0.0])
+    np.testing.assert_array_equal(third, standardized([0.0], [0.5, 0.25, 0.75, 0.0]))
+
+
+def test_integer_and_float32_rewards_are_not_truncated():
+    for rewards in ([0, 1, 1, 1], np.array([0, 1, 1, 1], dtype=np.float32)):
+        advantages = PerPromptStatTracker(8, 8).update(["a"] * 4, rewards)
+        assert advantages.dtype == np.float64
+        np.testing.assert_array_equal(advantages, standardized([0, 1, 1, 1], [0, 1, 1, 1]))
+
+
+def test_equal_rewards_give_zero_advantage():
+    assert not PerPromptStatTracker(8, 1).update(["a"] * 3, [0.5] * 3).any()
+    assert not group_advantages(["a", "a", "b"], [0.5, 0.5, 1.0]).any()
+    assert not compute_advantages("global", None, ["a", "b"], [1.0, 1.0]).any()
+
+
+@pytest.mark.parametrize("prompts", [["a", "b", "a", "c"], [3, 1, 3, 2]], ids=["text", "integers"])
+def test_state_survives_json(prompts):
+    rewards = [0.1, 1 / 3, 0.7, 0.2]
+    original = PerPromptStatTracker(8, 2)
+    original.update(prompts, rewards)
+    restored = PerPromptStatTracker(8, 2)
+    restored.load_state_dict(json.loads(json.dumps(original.state_dict())))
+    assert restored.state_dict() == original.state_dict()
+    np.testing.assert_array_equal(restored.update(prompts, rewards[::-1]), original.update(prompts, rewards[::-1]))
+
+
+def test_smaller_buffer_keeps_the_newest():
+    original = PerPromptStatTracker(8, 1)
+    original.update(["a"] * 4, [1.0, 2.0, 3.0, 5.0])
+    smaller = PerPromptStatTracker(2, 1)
+    smaller.load_state_dict(original.state_dict())
+    assert smaller.state_dict() == {"rewards": [["a", [3.0, 5.0]]]}
+
+
+def test_group_and_global_advantages():
+    prompts, rewards = ["a", "b", "a", "b", "a"], [1.0, 5.0, 2.0, 9.0, 6.0]
+    grouped = group_advantages(prompts, rewards)
+    np.testing.assert_array_equal(grouped[[0, 2, 4]], standardized([1.0, 2.0, 6.0], [1.0, 2.0, 6.0]))
+    np.testing.assert_array_equal(grouped[[1, 3]], standardized([5.0, 9.0], [5.0, 9.0]))
+    over_all = compute_advantages("global", None, prompts, rewards)
+    np.testing.assert_array_equal(over_all, standardized(rewards, rewards))
+
+
+def test_statistics_count_prompts_that_taught_nothing():
+    # "a" differs, "b" is equal (0.1 three times: std() is not exactly 0), "c" and "d" were drawn once
+    prompts, rewards = ["a", "b", "a", "b", "c", "b", "d"], [1.0, 0.1, 0.0, 0.1, 0.7, 0.1, 0.2]
+    statistics = reward_statistics(prompts, rewards, {"jpeg": [1, 2, 3, 4, 5, 6, 7]})
+    assert statistics["zero_std_share"] == 3 / 4
+    assert statistics["per_prompt_reward_std"] == pytest.approx(0.25)  # of "a" and "b"
+    assert (statistics["reward_min"], statistics["reward_max"]) == (0.0, 1.0)
+    assert (statistics["reward_jpeg_mean"], statistics["reward_jpeg_std"]) == (4.0, 2.0)
+    assert reward_statistics(["a", "b"], [1.0, 2.0])["zero_std_share"] == 1.0
+    assert reward_statistics(["a", "a"], [1.0, 2.0])["zero_std_share"] == 0.0

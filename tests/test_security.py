@@ -35,7 +35,7 @@ from ddpo_pytorch.metrics.networks import dinov2_network, inception_network, lpi
 from ddpo_pytorch.training.checkpoints import PROGRESS_FILE, STATE_FILE, UNET_FILE, load_checkpoint
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
-from ddpo_pytorch.utils.training_state import load_state
+from ddpo_pytorch.utils.training_state import restore_state
 
 
 class Touch:
@@ -125,7 +125,7 @@ PLACES = {
     "LoRA of peft": ("adapter_model.bin", _reads(lambda path: load_lora(nn.Linear(1, 1), path.parent))),
     "LoRA": ("pytorch_lora_weights.safetensors", _reads(lambda path: load_lora(nn.Linear(1, 1), path))),
     "optimizer": (STATE_FILE, _checkpoint),
-    "training state": ("state.pt", _reads(lambda path: load_state(path, {}))),
+    "training state": ("state.pt", _reads(lambda path: restore_state(path, {}))),
     "Inception": ("inception.pth", _reads(lambda path: inception_network(str(path)))),
     "AlexNet": ("alexnet.pth", _reads(lambda path: lpips_network(str(path)))),
     "DINOv2": ("dinov2.pth", _reads(lambda path: dinov2_network(str(path)))),

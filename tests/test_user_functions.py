@@ -1,14 +1,17 @@
-"""Prompt functions and rewards of a user's own in scripts/train.py, and settings with which it would learn nothing."""
+"""Prompt functions and rewards of a user, and warnings of trainings that learn nothing or break down."""
 
 import itertools
 import json
 import logging
 import random
 
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from ddpo_pytorch.prompts import PROMPTS
 from ddpo_pytorch.rewards import REWARDS
+from ddpo_pytorch.training.health import HealthCheck, check_groups
 from ddpo_pytorch.utils.errors import UserError
 
 
@@ -63,10 +66,7 @@ def test_functions_as_in_ddpo_pytorch(mine, train, caplog):
         ({"prompt_fn_kwargs": {"noun": "bird"}}, ("prompt_fn_kwargs", "noun")),
         ({"reward_fn": "mine", "reward_fn_kwargs.mine.scal": 1}, ("reward_fn_kwargs.mine", "scal")),
         ({"reward_fn": "mine", "reward_fn_kwargs.mine.scale": float("nan")}, ("'mine'", "nan")),
-        ({"reward_fn": "none"}, ("'none'", "None")),
         ({"reward_fn": "none:0.5,jpeg_compressibility"}, ("'none'", "None")),
-        ({"per_prompt_stat_tracking.min_count": 1}, ("min_count", "1")),
-        ({"train__timestep_window": (0.5,)}, ("train.timestep_window", "0.5")),
         ({"prompt_fn": "numbers"}, ("'numbers'", "7")),
     ],
     ids=lambda value: "" if isinstance(value, tuple) else "-".join(value),
@@ -93,16 +93,61 @@ def test_a_constant_reward_and_prompts_that_are_alone_are_warned_of(train, monke
     assert len(warnings) == 2 and "2 of 5 prompts" in warnings[0] and "epoch 0 taught" in warnings[1]
 
 
-def test_functions_of_a_module_need_no_entry(train, tmp_path, monkeypatch):
-    """`module:function` is found from the current folder, and its keyword arguments go by the function's name."""
-    (tmp_path / "my_functions.py").write_text(
-        "def cats():\n    return 'a cat', {}\n\n"
-        "def shade(scale=1.0):\n    return lambda images, prompts, metadata: ([scale * i.mean() for i in images], {})\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    own = {"prompt_fn": "my_functions:cats", "reward_fn": "my_functions:shade:2,jpeg_compressibility:0"}
-    _, (entry,) = train(num_epochs=1, **own | {"reward_fn_kwargs.shade.scale": 3.0})
-    assert entry["reward_mean"] == pytest.approx(2 * entry["reward_shade_mean"]) and entry["reward_mean"] > 2
-    for field, path in (("prompt_fn", "my_functions:dogs"), ("reward_fn", "no_module:shade")):
-        with pytest.raises(UserError, match=f"{field}: '{path}'"):
-            train(num_epochs=1, run_name="other", **own | {field: path})
+HEALTHY = {"reward_mean": 0.7, "reward_std": 0.2, "zero_std_share": 0.1, "clipfrac": 0.0, "grad_norm": 4e-4}
+SPREAD = np.array([-1.0, 0.5, 0.5])
+
+
+@pytest.fixture
+def check(caplog):
+    """Function (epochs, advantage mode): warnings of epochs of (advantages, changed numbers), in turn."""
+
+    def run(*epochs, advantage="per_prompt", prompts=("a", "a", "b", "b")):
+        caplog.clear()
+        settings = {"advantage": advantage, "adv_clip_max": 5.0, "clip_range": 1e-4, "learning_rate": 3e-4}
+        health = HealthCheck(ConfigDict(settings))
+        for epoch, (advantages, changed) in enumerate(epochs):
+            health.check_epoch(epoch, prompts, np.array(advantages), HEALTHY | changed)
+        return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+    return run
+
+
+def test_a_healthy_run_is_not_warned_of(check):
+    assert not check(*[(SPREAD, {})] * 5)
+    assert not check(*[(SPREAD, {"grad_norm": norm, "clipfrac": 0.2}) for norm in (1e-4, 3e-4, 2e-4, 9e-4, 5e-4)])
+    assert not check((SPREAD, {"grad_norm": float("nan"), "clipfrac": float("nan")}))
+
+
+def test_an_epoch_that_teaches_nothing_is_warned_of_once(check):
+    for advantages, changed in (
+        ([1e-11, -1e-11], {}),  # what rounding leaves of equal rewards
+        ([5e-4, -5e-4], {"reward_std": 1e-9}),  # a reward too small for its units
+        (SPREAD, {"grad_norm": 0.0}),
+    ):
+        (message,) = check((SPREAD, {}), *[(advantages, changed)] * 3)
+        assert "epoch 1 " in message and "zero" not in message
+
+
+def test_clipped_ratios_and_exploding_gradients_are_warned_of_once(check):
+    message, *more = check(*[(SPREAD, {"clipfrac": 0.464})] * 3)
+    assert not more and "epoch 0" in message and "46%" in message and "train.learning_rate" in message
+    norms = (3.1e-3, 4e-4, 8.5e-3, 0.2433, 0.5)  # of the mini world at 20 times its learning rate
+    message, *more = check(*[(SPREAD, {"grad_norm": norm}) for norm in norms])
+    assert not more and "epoch 3" in message and "0.243" in message and "0.0031" in message
+
+
+def test_prompts_that_are_alone(check, caplog):
+    (message,) = check(*[(SPREAD, {})] * 2, advantage="group", prompts=["a", "a", "b", "c"])
+    assert "2 of 3 prompts" in message and "sample.images_per_prompt" in message
+    assert not check((SPREAD, {}), advantage="group")
+    assert not check((SPREAD, {}), advantage="per_prompt", prompts=["a", "b"])
+    with pytest.raises(UserError, match="first epoch's 3 samples.*sample.images_per_prompt"):
+        check_groups("group", ["a", "b", "c"])
+    check_groups("group", ["a", "b", "a"])
+    check_groups("global", ["a", "b", "c"])
+
+
+def test_other_processes_are_silent(caplog):
+    health = HealthCheck(ConfigDict({"advantage": "group", "adv_clip_max": 5.0}), active=False)
+    health.check_epoch(0, ["a", "b"], SPREAD, HEALTHY)
+    assert not caplog.records
