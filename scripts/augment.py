@@ -48,8 +48,7 @@ from ddpo_pytorch.data.image_cache import decoded
 from ddpo_pytorch.data.images import ImageFiles
 from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.data.sample_folder import claim_folder, read_settings
-from ddpo_pytorch.judges.backbones import new_classifier
-from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
+from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, new_classifier, save_classifier
 from ddpo_pytorch.judges.classifier_training import FitState, Recipe, fit, predict
 from ddpo_pytorch.utils.cli import cli, expand_flags
 from ddpo_pytorch.utils.distributed import PROCESS_TIMEOUT, locked_by_main, make_accelerator

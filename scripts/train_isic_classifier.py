@@ -19,8 +19,15 @@ from ddpo_pytorch.data.image_cache import decoded
 from ddpo_pytorch.data.images import ImageFiles
 from ddpo_pytorch.data.isic import LABELS, load_split
 from ddpo_pytorch.data.splits import drop_broken, read_splits
-from ddpo_pytorch.judges.backbones import check_publishable, new_classifier, save_published
-from ddpo_pytorch.judges.classifier import PUBLISHED_SIZE, ArtifactClassifier, load_classifier, save_classifier
+from ddpo_pytorch.judges.classifier import (
+    PUBLISHED_SIZE,
+    ArtifactClassifier,
+    check_publishable,
+    load_classifier,
+    new_classifier,
+    save_classifier,
+    save_published,
+)
 from ddpo_pytorch.judges.classifier_report import Report, best_thresholds, one_sided
 from ddpo_pytorch.judges.classifier_training import FitState, Recipe, fit, predict
 from ddpo_pytorch.utils.cli import cli, expand_flags
@@ -30,46 +37,37 @@ from ddpo_pytorch.utils.errors import UserError
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("mode", "train", ["train", "test"], "train a classifier, or report on the test split")
 flags.DEFINE_string("data_path", None, "folder of <image>.jpg files", required=True)
-flags.DEFINE_enum(
-    "num_classes", "4", ["4", "6"], "4: the artifacts (the judge); 6: artifacts and diseases (the reward)"
-)
+flags.DEFINE_enum("num_classes", "4", ["4", "6"], "4: the artifacts (judge); 6: artifacts and diseases (reward)")
 flags.DEFINE_string("train_csv", "rl4med-out/data/splits/isic2019_train.csv", "training split")
 flags.DEFINE_string("val_csv", "rl4med-out/data/splits/isic2019_val.csv", "validation split")
 flags.DEFINE_string("test_csv", "rl4med-out/data/splits/isic2019_test.csv", "test split")
 flags.DEFINE_string("checkpoint_dir", "rl4med-out/classifier", "folder for the classifier and its reports")
 flags.DEFINE_string(
-    "checkpoint", "", "classifier to start from (train) or to test; by default the one in checkpoint_dir"
+    "checkpoint", "", "classifier to start from, or to test; by default tests the one in checkpoint_dir"
 )
 flags.DEFINE_string("cache_dir", None, "folder for decoded images, by default <checkpoint_dir>/cache; '' = no cache")
 flags.DEFINE_integer("num_epochs", Recipe.num_epochs, "epochs at most", lower_bound=1)
-flags.DEFINE_integer(
-    "patience", Recipe.patience, "stop after this many epochs without a better validation loss", lower_bound=1
-)
+flags.DEFINE_integer("patience", Recipe.patience, "epochs without a better validation loss that end it", lower_bound=1)
 flags.DEFINE_integer("batch_size", Recipe.batch_size, "images per process and step", lower_bound=1)
 flags.DEFINE_integer("image_size", 512, "side in pixels images are resized to", lower_bound=32)
 flags.DEFINE_float("learning_rate", Recipe.learning_rate, "AdamW learning rate; decays to 1e-6 along a cosine")
 flags.DEFINE_bool("pos_weight", False, "weight each attribute's positives by negatives/positives of the training split")
 flags.DEFINE_float("focal_gamma", 0.0, "exponent of the focal loss; 0 is plain BCE", lower_bound=0)
 flags.DEFINE_bool("quarter_turns", False, "rotate training images by 90 degrees at random, in addition to the flips")
-flags.DEFINE_float(
-    "ema_decay", 0.0, "decay of a running average of the weights, which is validated and saved; 0 = no average"
-)
+flags.DEFINE_float("ema_decay", 0.0, "decay of an average of the weights, which is validated and saved; 0 = no average")
 flags.DEFINE_enum("mixed_precision", "no", ["no", "bf16", "fp16"], "arithmetic of the network; fp16 needs a GPU")
 flags.DEFINE_string("arch", "efficientnet_b0", "timm architecture")
-flags.DEFINE_string(
-    "weights", "imagenet", "imagenet, none, or a file with the initial backbone (timm's, torchvision's or ours)"
-)
+flags.DEFINE_string("weights", "imagenet", "imagenet, none, or a file's backbone (timm's, torchvision's or ours)")
 flags.DEFINE_integer("limit", 0, "rows used of each split, 0 = all", lower_bound=0)
 flags.DEFINE_bool("skip_broken", False, "skip damaged images with a warning instead of stopping")
-flags.DEFINE_bool(
-    "calibrate_thresholds", False, "save thresholds of best F1 on val with the classifier; only reports use them"
-)
+flags.DEFINE_bool("calibrate_thresholds", False, "save thresholds of best F1 on val, which only reports use")
 flags.DEFINE_bool("save_published", False, "also write artifact_classifier_train_H<n>.pth in the published format")
 flags.DEFINE_integer("seed", Recipe.seed, "seed of initial weights, order, flips and dropout", lower_bound=0)
 flags.DEFINE_integer("num_workers", 0, "image loading processes", lower_bound=0)
 flags.DEFINE_float("process_timeout", PROCESS_TIMEOUT, "seconds that a process waits for the others")
 
 logger = logging.getLogger(__name__)
+UNFINISHED = ".unfinished.pt"  # suffix of the training state, which is removed at the end
 
 
 def image_files(csv_path: str, image_size: int, num_classes: int) -> ImageFiles:
@@ -99,16 +97,11 @@ def load_checkpoint(path: str | Path, num_classes: int) -> ArtifactClassifier:
     return model
 
 
-def unfinished(output: Path) -> Path:
-    """Return the path of the training state, which is removed at the end."""
-    return output.with_name(f"{output.stem}.unfinished.pt")
-
-
 def train(accelerator: Accelerator, num_classes: int, output: Path) -> None:
     recipe = Recipe(**{name: FLAGS[name].value for name in Recipe.__dataclass_fields__})
     published = output.with_name(f"artifact_classifier_train_H{num_classes}.pth")
     for path in (output, published) if FLAGS.save_published else (output,):
-        if path.exists() and not unfinished(output).exists():
+        if path.exists() and not output.with_suffix(UNFINISHED).exists():
             raise UserError(f"{str(path)!r} exists already; choose another --checkpoint_dir or move it away")
     read_splits({"train": Path(FLAGS.train_csv), "val": Path(FLAGS.val_csv)})  # refuses an image in both
     set_seed(FLAGS.seed)
@@ -122,7 +115,7 @@ def train(accelerator: Accelerator, num_classes: int, output: Path) -> None:
         if model.image_size != PUBLISHED_SIZE:
             logger.warning("%s will not state its image size; readers assume %d", published, PUBLISHED_SIZE)
     splits = [image_files(path, model.image_size, num_classes) for path in (FLAGS.train_csv, FLAGS.val_csv)]
-    train_files, val_files = [cached(accelerator, files) for files in splits]
+    sets = [cached(accelerator, files) for files in splits]
 
     def save(best: FitState) -> None:
         if FLAGS.calibrate_thresholds:
@@ -132,16 +125,14 @@ def train(accelerator: Accelerator, num_classes: int, output: Path) -> None:
             if FLAGS.save_published:
                 save_published(model, published, best.epoch, best.val_loss, best.accuracy.mean().item())
 
-    result = fit(accelerator, model, train_files, val_files, recipe, state_path=unfinished(output), on_best=save)
-    logger.info("best epoch %d, validation loss %.4f, saved in %s", result.best_epoch, result.best_loss, output)
-    if FLAGS.calibrate_thresholds:
-        logger.info("thresholds of best F1 on val: %s", " ".join(f"{k} {v:.3f}" for k, v in model.thresholds.items()))
+    best = fit(accelerator, model, *sets, recipe, state_path=output.with_suffix(UNFINISHED), on_best=save)
+    logger.info("best epoch %d, validation loss %.4f, saved in %s", best.epoch, best.val_loss, output)
 
 
 def test(accelerator: Accelerator, num_classes: int, output: Path) -> None:
     path = Path(FLAGS.checkpoint or output)
     model = load_checkpoint(path, num_classes)
-    if unfinished(path).exists():
+    if path.with_suffix(UNFINISHED).exists():
         logger.warning("%s is the best epoch so far of an unfinished training", path)
     files = cached(accelerator, image_files(FLAGS.test_csv, model.image_size, num_classes))
     logits, labels = predict(accelerator, model, files, FLAGS.batch_size, FLAGS.num_workers)

@@ -1,4 +1,4 @@
-"""The classifier: its files (ours and the published form), its preprocessing, and what it refuses to open."""
+"""The classifier: its files (ours and the published form), preprocessing, initial weights, and refusals."""
 
 import json
 import os
@@ -6,15 +6,21 @@ import pickle
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision.transforms.functional as tvf
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import efficientnet_b0
 
 from ddpo_pytorch.data.isic import LABELS
-from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
+from ddpo_pytorch.judges import classifier
+from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, new_classifier, save_classifier
 from ddpo_pytorch.utils.errors import UserError
+
+PUBLISHED_ARCH, TORCHVISION_FILE = "torchvision/efficientnet_b0", "efficientnet_b0_rwightman-7f5810bc.pth"
+IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def published_file(path, heads):
@@ -28,17 +34,6 @@ def published_file(path, heads):
     return network.eval()
 
 
-@pytest.mark.parametrize("heads", [4, 6])
-def test_published_form_loads_and_computes_the_same(tmp_path, heads):
-    network = published_file(tmp_path / "artifact_classifier_test_H4.pth", heads)
-    model = load_classifier(tmp_path / "artifact_classifier_train_H4.pth")  # the other official spelling
-    assert model.labels == LABELS[:heads] and model.image_size == 512 and not model.training
-    pixels = torch.rand(2, 3, 64, 64)
-    with torch.no_grad():
-        assert torch.equal(model(pixels), network(pixels))
-    assert model.features(torch.rand(1, 3, 40, 40)).shape == (1, 1280)
-
-
 def test_own_files_describe_themselves(tmp_path):
     torch.manual_seed(0)
     model = ArtifactClassifier(LABELS[:4], 48, "tinynet_e", thresholds={"ink": 0.125}).eval()
@@ -49,29 +44,18 @@ def test_own_files_describe_themselves(tmp_path):
     thresholds = {"hair": 0.5, "gel_bubble": 0.5, "ruler": 0.5, "ink": 0.125}
     with safe_open(path, framework="pt") as file:
         assert json.loads(file.metadata()["artifact_classifier"])["thresholds"] == thresholds == again.thresholds
-    images = torch.rand(8, 3, 64, 64)
-    logits = model.logits(images)
-    assert torch.equal(again.logits(images), logits)
-    assert torch.allclose(model.model.get_classifier()(model.features(images)), logits, atol=1e-5)
-    assert torch.equal(again.predict(images), (torch.sigmoid(logits) > 0.5).long())  # whatever the thresholds
-
-
-@pytest.mark.parametrize("thresholds", [{"MEL": 0.5}, {"ink": 1.5}])
-def test_wrong_thresholds(thresholds):
-    with pytest.raises(UserError, match="thresholds"):
-        ArtifactClassifier(LABELS[:4], 32, "tinynet_e", thresholds=thresholds)
+    logits = model.logits(IMAGES)
+    assert torch.equal(again.logits(IMAGES), logits)
+    assert torch.allclose(model.model.get_classifier()(model.features(IMAGES)), logits, atol=1e-5)
+    assert torch.equal(again.predict(IMAGES), (torch.sigmoid(logits) > 0.5).long())  # whatever the thresholds
 
 
 def test_preprocessing_resizes_normalises_and_leaves_its_input_alone():
-    model = ArtifactClassifier(LABELS, 32, "tinynet_e")
-    for size in (32, 64):
-        images = torch.rand(2, 3, size, size)
-        before = images.clone()
-        pixels = model.preprocess(images)
-        assert torch.equal(images, before) and pixels.shape[-1] == 32
-        resized = tvf.resize(images, [32, 32], antialias=True)
-        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-        assert torch.allclose(pixels, (resized - mean[:, None, None]) / std[:, None, None], atol=1e-6)
+    images = torch.rand(2, 3, 64, 64)
+    before, pixels = images.clone(), ArtifactClassifier(LABELS, 32, "tinynet_e").preprocess(images)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = (tvf.resize(images, [32, 32], antialias=True) - mean[:, None, None]) / std[:, None, None]
+    assert torch.equal(images, before) and torch.allclose(pixels, expected, atol=1e-6)
 
 
 class Payload:
@@ -79,7 +63,7 @@ class Payload:
         return os.mkdir, ("pickle-was-executed",)
 
 
-def test_files_that_are_refused(tmp_path, monkeypatch):
+def test_files_and_settings_that_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Payload(), protocol=2))
     torch.save({"model_state_dict": {"fc.weight": torch.zeros(1)}}, tmp_path / "other.pth")
@@ -93,5 +77,97 @@ def test_files_that_are_refused(tmp_path, monkeypatch):
             load_classifier(name)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "pickle-was-executed").exists()
-    with pytest.raises(UserError, match="efficientnet_zero"):
-        ArtifactClassifier(arch="efficientnet_zero")
+    for fields in ({"arch": "efficientnet_zero"}, {"thresholds": {"other": 0.5}}, {"thresholds": {"ink": 1.5}}):
+        with pytest.raises(UserError, match=next(iter(fields))[:4]):
+            ArtifactClassifier(**fields)
+
+
+def fresh(path, arch="tinynet_e"):
+    torch.manual_seed(3)
+    return new_classifier(LABELS[:4], 32, arch, str(path)).eval()
+
+
+@pytest.mark.parametrize(
+    ("source", "arch"),
+    [("timm", "tinynet_e"), ("safetensors", "tinynet_e"), ("own", "tinynet_e"), ("torchvision", "efficientnet_b0"),
+     ("timm", PUBLISHED_ARCH), ("published", "efficientnet_b0"), ("published", PUBLISHED_ARCH)],
+)  # fmt: skip
+def test_backbones_from_files(tmp_path, source, arch):
+    """The features are those of the file's network, by timm's or torchvision's own functions; the head is a new one."""
+    torch.manual_seed(0)
+    path = tmp_path / ("b.safetensors" if source in ("safetensors", "own") else "b.pth")
+    if source == "published":
+        network = published_file(path, 6)
+    elif source == "own":  # with another head
+        own = ArtifactClassifier(LABELS, 48, arch)
+        save_classifier(own, path)
+        network = own.model
+    else:
+        network = efficientnet_b0() if source == "torchvision" else timm.create_model(arch.rpartition("/")[2])
+        old = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}
+        save_file(old, path) if source == "safetensors" else torch.save({"state_dict": old}, path)
+    model, network = fresh(path, arch), network.eval()
+    pixels = model.preprocess(IMAGES)
+    with torch.no_grad():
+        if hasattr(network, "forward_head"):
+            expected = network.forward_head(network.forward_features(pixels), pre_logits=True)
+        else:
+            expected = network.avgpool(network.features(pixels)).flatten(1)
+    assert torch.allclose(model.features(IMAGES), expected, atol=1e-6) and expected.std() > 0
+    weight = [value for name, value in model.named_parameters() if "classifier" in name and value.ndim == 2][0]
+    torch.manual_seed(3)
+    untrained = ArtifactClassifier(model.labels, 32, arch).state_dict()
+    assert any(torch.equal(value, weight) for value in untrained.values())
+    assert all(value.requires_grad for value in model.parameters())
+
+
+def test_backbones_that_cannot_be_loaded(tmp_path, monkeypatch):
+    state = timm.create_model("tinynet_e").state_dict()
+    torch.save(state, tmp_path / "tiny.pth")
+    torch.save(state | {"bn1.weight": torch.zeros(7)}, tmp_path / "few.pth")
+    for name, arch, message in (
+        ("tiny.pth", "efficientnet_b0", r"tiny.pth.*efficientnet_b0: .* more differ"),
+        ("few.pth", "tinynet_e", r"few.pth.*tinynet_e: bn1.weight is \(7,\) instead of \(32,\), and 0 more"),
+        ("absent.pth", "tinynet_e", "weights .*absent.pth"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fresh(tmp_path / name, arch)
+
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    for arch, source in (("tinynet_e", "timm/tinynet_e.in1k"), (PUBLISHED_ARCH, TORCHVISION_FILE)):
+        with pytest.raises(UserError, match=f"{arch}.*--weights=none.*--weights=PATH of .*{source}"):
+            fresh("imagenet", arch)
+
+
+def test_the_published_form_is_the_same_network_by_other_names(tmp_path):
+    model = ArtifactClassifier(LABELS[:4], 512, "efficientnet_b0").eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # what initialisation leaves at 0 or 1
+            for tensor, low, high in ((module.weight, 0.8, 1.2), (module.bias, -0.2, 0.2)):
+                nn.init.uniform_(tensor, low, high)
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.running_var.uniform_(0.8, 1.2)
+            module.num_batches_tracked.fill_(7)
+    before, path = torch.random.get_rng_state(), tmp_path / "deep" / "artifact_classifier_train_H4.pth"
+    classifier.save_published(model, path, 3, 0.25, 0.875)
+    assert torch.equal(torch.random.get_rng_state(), before)  # it is written during training
+    payload = torch.load(path, weights_only=True)
+    assert list(payload) == ["epoch", "model_state_dict", "optimizer_state_dict", "val_loss", "val_accuracy"]
+    assert (payload["epoch"], payload["val_loss"], payload["val_accuracy"]) == (3, 0.25, 0.875)
+
+    # the official reader: torchvision's network as .model with Sequential(Dropout, Linear), and its AdamW
+    reader = nn.Module()
+    reader.model = efficientnet_b0(weights=None)
+    reader.model.classifier = nn.Sequential(nn.Dropout(0.3), nn.Linear(1280, 4))
+    assert list(payload["model_state_dict"]) == list(reader.state_dict())
+    reader.load_state_dict(payload["model_state_dict"])
+    torch.optim.AdamW(reader.parameters()).load_state_dict(payload["optimizer_state_dict"])
+    with torch.no_grad():
+        expected = model(IMAGES)
+        assert expected.std() > 0.01 and torch.allclose(load_classifier(path)(IMAGES), expected, atol=1e-5)
+        assert torch.allclose(reader.eval().model(IMAGES), expected, atol=1e-5)
+    assert load_classifier(path).features(IMAGES).shape == (2, 1280)

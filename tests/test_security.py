@@ -26,8 +26,14 @@ from ddpo_pytorch.generator.latents import INDEX, LatentShards
 from ddpo_pytorch.generator.lora import load_lora
 from ddpo_pytorch.generator.pipeline import load_pipeline, replace_unet_weights
 from ddpo_pytorch.generator.text import load_text_encoder
-from ddpo_pytorch.judges.backbones import TORCHVISION_FILE, load_backbone, new_classifier
-from ddpo_pytorch.judges.classifier import PUBLISHED_ARCH, ArtifactClassifier, load_classifier
+from ddpo_pytorch.judges.classifier import (
+    PUBLISHED_ARCH,
+    TORCHVISION_FILE,
+    ArtifactClassifier,
+    load_backbone,
+    load_classifier,
+    new_classifier,
+)
 from ddpo_pytorch.judges.policy import load_policy_judge
 from ddpo_pytorch.judges.selector import load_selector
 from ddpo_pytorch.metrics.feature_store import Rows

@@ -17,8 +17,7 @@ from ddpo_pytorch.generator.from_scratch import load_vae
 from ddpo_pytorch.generator.lora import load_lora
 from ddpo_pytorch.generator.pipeline import load_pipeline, replace_unet_weights
 from ddpo_pytorch.generator.text import load_text_encoder
-from ddpo_pytorch.judges.backbones import new_classifier
-from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
+from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, new_classifier, save_classifier
 from ddpo_pytorch.judges.selector import Selector, load_selector, save_selector
 from ddpo_pytorch.judges.vit import VisionSizes
 from ddpo_pytorch.utils.errors import UserError

@@ -1,12 +1,16 @@
 """The attribute classifier: EfficientNet with one logit per attribute, its preprocessing and its files.
 
 H = 6 heads (`LABELS`) give the reward; an independent model with H = 4 heads (the artifacts) judges the outcome (APR).
-The paper's backbone is EfficientNet-B0 at 512 px; small relatives from timm serve small images.
+The paper's backbone is EfficientNet-B0 at 512 px; small relatives from timm serve small images. Of its two sets of
+tensor names, timm's and torchvision's, the published classifiers use the latter. In eval mode the same tensors give the
+same logits under either; in training, torchvision drops whole residual branches (stochastic depth up to 0.2).
 """
 
+import logging
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from pickle import UnpicklingError
 
 import timm
 import torch
@@ -16,25 +20,25 @@ from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
 
 from ddpo_pytorch.data.images import LARGEST_SIDE
 from ddpo_pytorch.data.isic import LABELS
-from ddpo_pytorch.judges.vit import build, read_judge, save_judge
+from ddpo_pytorch.judges.vit import build, check_fit, read_judge, save_judge
 from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import atomic_write
 from ddpo_pytorch.utils.json_files import OneOf
 from ddpo_pytorch.utils.published import resolve
 from ddpo_pytorch.utils.weights import read_tensors
 
+logger = logging.getLogger(__name__)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DROPOUT = 0.3
 KIND = "artifact_classifier"
 # the published checkpoints: torchvision's EfficientNet-B0 with Sequential(Dropout, Linear) as classifier
 PUBLISHED_ARCH = "torchvision/efficientnet_b0"
+TIMM_ARCH = "efficientnet_b0"
+TORCHVISION_FILE = "efficientnet_b0_rwightman-7f5810bc.pth"  # https://download.pytorch.org/models/
 PUBLISHED_SIZE = 512  # pixels; the files do not state it
-DESCRIPTION = {
-    "labels": [str],
-    "image_size": range(1, LARGEST_SIDE + 1),
-    "arch": str,
-    "thresholds?": OneOf(({str: float}, None)),
-}
+DESCRIPTION = {"labels": [str], "image_size": range(1, LARGEST_SIDE + 1), "arch": str}
+DESCRIPTION |= {"thresholds?": OneOf(({str: float}, None))}
 
 
 class ArtifactClassifier(nn.Module):
@@ -109,10 +113,7 @@ def save_classifier(model: ArtifactClassifier, path: str | Path) -> None:
 
 
 def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> ArtifactClassifier:
-    """Load one of our safetensors files or a published .pth, frozen and in eval mode.
-
-    Raises UserError for a missing file, weights that do not fit, and as `read_tensors` does.
-    """
+    """Load one of our safetensors files or a published .pth, frozen and in eval mode. Raises UserError."""
     path = resolve(path)
     if not path.is_file():
         raise UserError(
@@ -133,3 +134,95 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> Art
             )
         make = partial(ArtifactClassifier, LABELS[: len(head)], PUBLISHED_SIZE, PUBLISHED_ARCH)
     return build(make, state, path).to(device)
+
+
+###### Initial weights, and the published form ######
+
+
+@cache
+def torchvision_names() -> dict[str, str]:
+    """Return timm's name -> torchvision's for each tensor of EfficientNet-B0; both list them in the same order."""
+    with torch.device("meta"):
+        ours, theirs = timm.create_model(TIMM_ARCH), efficientnet_b0()
+    return dict(zip(ours.state_dict(), theirs.state_dict(), strict=True))
+
+
+def new_classifier(labels: tuple[str, ...], image_size: int, arch: str, weights: str) -> ArtifactClassifier:
+    """Return a classifier with a random head and a backbone of `weights`: "imagenet", "none" or the path of a file.
+
+    Raises UserError as `load_backbone` does, and if the ImageNet weights are neither cached nor reachable.
+    """
+    if weights not in ("imagenet", "none") and not resolve(weights).is_file():
+        raise UserError(f"weights are {weights!r}; allowed are imagenet, none and the path of a file")
+    try:
+        model = ArtifactClassifier(labels, image_size, arch, pretrained=weights == "imagenet")
+    except (OSError, RuntimeError, UnpicklingError) as error:
+        paper = arch.split(".")[0] in (TIMM_ARCH, PUBLISHED_ARCH)
+        source = f"torchvision's {TORCHVISION_FILE}" if paper else timm.get_pretrained_cfg(arch).hf_hub_id
+        raise UserError(
+            f"ImageNet weights of {arch!r} cannot be loaded ({type(error).__name__}); give --weights=none for random "
+            f"ones, or --weights=PATH of {source}, fetched on a machine with a network"
+        ) from error
+    if weights not in ("imagenet", "none"):
+        load_backbone(model, weights)
+    return model
+
+
+def load_backbone(model: ArtifactClassifier, path: str | Path) -> None:
+    """Load all weights but the head's from a file: timm's, torchvision's, or a classifier of this project.
+
+    Raises UserError for a file that does not fit the architecture, and as `read_tensors` does.
+    """
+    path = resolve(path)
+    state, _ = read_tensors(path)
+    if state and all(name.startswith("model.") for name in state):  # a classifier of ours, or a published one
+        state = {name.removeprefix("model."): value for name, value in state.items()}
+    from_torchvision = "features.0.0.weight" in state
+    if from_torchvision != (model.arch == PUBLISHED_ARCH):
+        names = torchvision_names()
+        names = {theirs: ours for ours, theirs in names.items()} if from_torchvision else names
+        state = {names.get(name, name): value for name, value in state.items()}
+    names = "classifier" if model.arch == PUBLISHED_ARCH else model.model.pretrained_cfg["classifier"]
+    head = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+    backbone = {name: value for name, value in state.items() if not name.startswith(head)}
+    # older files lack the counters of batch norm, which nothing here uses
+    expected = {
+        name: value
+        for name, value in model.model.state_dict().items()
+        if not name.startswith(head) and (name in backbone or not name.endswith("num_batches_tracked"))
+    }
+    check_fit(backbone, expected, path, f"the backbone of --arch={model.arch}")
+    model.model.load_state_dict(backbone, strict=False)
+    source = "torchvision's" if from_torchvision else "timm's"
+    logger.info("backbone from %s: %d tensors under %s names; the head starts fresh", path, len(backbone), source)
+
+
+def check_publishable(model: ArtifactClassifier) -> None:
+    """Raise UserError unless the published form can hold the model: EfficientNet-B0 with heads for 4 or 6 `LABELS`."""
+    if model.arch.split(".")[0] != TIMM_ARCH and model.arch != PUBLISHED_ARCH:
+        raise UserError(
+            f"--arch is {model.arch!r}, but a published file holds EfficientNet-B0; give --arch={TIMM_ARCH} or leave "
+            "out --save_published"
+        )
+    if model.labels not in (LABELS[:4], LABELS):
+        raise UserError(f"labels are {model.labels}; a published file has heads for {LABELS[:4]} or {LABELS}")
+
+
+def save_published(
+    model: ArtifactClassifier, path: str | Path, epoch: int, val_loss: float, val_accuracy: float
+) -> None:
+    """Write the model in the published form, atomically. Raises UserError as `check_publishable` does.
+
+    The form has torchvision's names under "model." and the state of a fresh AdamW; it states neither image size nor
+    thresholds: `load_classifier` assumes 512 pixels and 0.5.
+    """
+    check_publishable(model)
+    state = {name: value.detach().cpu() for name, value in model.model.state_dict().items()}
+    if model.arch != PUBLISHED_ARCH:
+        state = {torchvision_names()[name]: value for name, value in state.items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4).state_dict()
+    state = {f"model.{name}": value for name, value in state.items()}
+    payload = {"epoch": epoch, "model_state_dict": state, "optimizer_state_dict": optimizer, "val_loss": val_loss}
+    payload["val_accuracy"] = val_accuracy
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        torch.save(payload, file)

@@ -3,121 +3,97 @@
 Written as CSV and JSON (one row per attribute, then one per combination of labels) and as two figures.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, compress
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from scipy.special import expit
+from torchmetrics.utilities.plot import plot_confusion_matrix
 
 from ddpo_pytorch.data.tables import write_table
 from ddpo_pytorch.utils.cores import product
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_write, write_json
 
-BINS = 15
-RESAMPLES = 1000
-# measures with an interval, in the order of the columns, and their titles in the table
-MEASURES = {
-    "prevalence": "prevalence",
-    "auc": "AUC",
-    "average_precision": "avg. precision",
-    "precision": "precision",
-    "recall": "recall",
-    "f1": "F1",
-    "accuracy": "accuracy",
-    "specificity": "specificity",
-    "ece": "ECE",
-}
+BINS, RESAMPLES = 15, 1000
 COUNTS = ("tp", "fp", "fn", "tn")
-COLUMNS = ("what", "support", "threshold", *COUNTS) + tuple(
-    column for name in MEASURES for column in (name, f"{name}_low", f"{name}_high")
-)
+# measures, each with an interval
+MEASURES = ("prevalence", "auc", "average_precision", "precision", "recall", "f1", "accuracy", "specificity", "ece")
+WITH_INTERVAL = {name: (name, f"{name}_low", f"{name}_high") for name in MEASURES}
+COLUMNS = ("what", "support", "threshold", *COUNTS, *chain.from_iterable(WITH_INTERVAL.values()))
 _CHUNK = 100  # resamples measured at once; bounds the memory
 
 
 class Report:
     """Measures of logits (N, H) against labels (N, H) of 0 and 1; `rows` has the attributes first, then combinations.
 
-    An attribute is predicted as present where sigmoid(logit) > its threshold, 0.5 where `thresholds` names none. Each
-    attribute's row holds, besides `support` (images that have it), the threshold and the counts tp, fp, fn, tn:
-
-    - auc: probability that an image with the attribute gets a higher logit than one without, ties counting one half;
-    - average_precision: mean over the images with the attribute of the precision at their logit, without interpolation;
-    - precision, recall, f1, accuracy, specificity at the threshold; prevalence, the share of images with the attribute;
-    - ece: expected calibration error over 15 bins of sigmoid(logit) of equal width, the mean of
-      |share with the attribute - mean sigmoid(logit)| weighted by the images of each bin.
+    An attribute is predicted as present where sigmoid(logit) > its threshold, 0.5 where `thresholds` names none. Its
+    row holds support (images that have it), threshold, tp, fp, fn, tn, and MEASURES: AUC, in which ties count one half;
+    average precision without interpolation; precision, recall, F1, accuracy and specificity at the threshold;
+    prevalence; and the expected calibration error over 15 bins of sigmoid(logit) of equal width (`calibration_error`).
 
     `<measure>_low` and `_high` are the 2.5 % and 97.5 % quantiles over `resamples` bootstrap samples of whole images
     drawn with `seed`; samples in which a measure is undefined do not count. A combination of labels that occurs ("only
     hair+MEL") has its support and, as recall, the share of its images all of whose labels are predicted exactly.
-    Undefined values (no denominator, or an AUC with one class absent) are None.
-
-    Raises UserError for logits that are not finite.
+    Undefined values (no denominator, or one class absent) are None. Raises UserError for logits that are not finite.
     """
 
     def __init__(
         self,
-        logits: torch.Tensor | np.ndarray,
-        labels: torch.Tensor | np.ndarray,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
         names: Sequence[str],
         thresholds: Mapping[str, float] | None = None,
         resamples: int = RESAMPLES,
         seed: int = 0,
     ):
         self.names, self.resamples = tuple(names), resamples
-        self.logits, self.truth = _checked(logits, labels, self.names)
-        self.thresholds = np.array([(thresholds or {}).get(name, 0.5) for name in self.names])
-        self.probabilities = expit(self.logits)
-        self.attributes = self._attributes(seed)
-        self.combinations = self._combinations()
-        self.rows = self.attributes + self.combinations
-
-    def _attributes(self, seed: int) -> list[dict]:
-        images = len(self.truth)
-
-        def measured(weights: np.ndarray) -> dict[str, np.ndarray]:
-            return measure(self.logits, self.truth, weights, self.thresholds)
-
-        point = measured(np.ones((1, images)))
-        chunks = [measured(weights) for weights in resampled(images, self.resamples, seed)]
-        rows = []
+        scores, self.truth = _checked(logits, labels)
+        limits = np.array([(thresholds or {}).get(name, 0.5) for name in self.names])
+        self.probabilities, images = expit(scores), len(scores)
+        point = measure(scores, self.truth, np.ones((1, images)), limits)
+        chunks = [measure(scores, self.truth, weights, limits) for weights in resampled(images, resamples, seed)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a measure that no resample defines
+            ranges = {
+                key: np.nanquantile(np.concatenate([chunk[key] for chunk in chunks]), [0.025, 0.975], axis=0)
+                for key in MEASURES
+            }
+        self.attributes = []
         for index, name in enumerate(self.names):
-            row = dict.fromkeys(COLUMNS) | {"what": name, "threshold": float(self.thresholds[index])}
-            row |= {count: int(point[count][0, index]) for count in COUNTS}
+            row = {"what": name, "support": 0, "threshold": float(limits[index])}
+            row |= {key: int(point[key][0, index]) for key in COUNTS}
             row["support"] = row["tp"] + row["fn"]
-            for key in MEASURES:
-                samples = np.concatenate([chunk[key][:, index] for chunk in chunks] or [np.empty(0)])
-                row |= _interval(key, point[key][0, index], samples)
-            rows.append(row)
-        return rows
-
-    def _combinations(self) -> list[dict]:
-        exact = ((self.probabilities > self.thresholds) == self.truth).all(1)
-        present, group = np.unique(self.truth, axis=0, return_inverse=True)
-        rows = []
-        for index, combination in enumerate(present):
-            matches = exact[group.reshape(-1) == index]
-            on = [name for name, value in zip(self.names, combination, strict=True) if value]
-            row = dict.fromkeys(COLUMNS) | {"what": f"only {'+'.join(on) or 'none'}", "support": len(matches)}
-            rows.append(row | {"recall": float(matches.mean())})
-        return rows
+            for key, columns in WITH_INTERVAL.items():
+                values = (point[key][0, index], *ranges[key][:, index])
+                row |= {c: None if np.isnan(v) else float(v) for c, v in zip(columns, values, strict=True)}
+            self.attributes.append(row)
+        table = pd.DataFrame(self.truth, columns=self.names)
+        table["exact"] = ((self.probabilities > limits) == self.truth).all(1)
+        self.combinations = [
+            dict.fromkeys(COLUMNS)
+            | {"what": f"only {'+'.join(compress(names, present)) or 'none'}", "support": len(exact)}
+            | {"recall": float(exact.mean())}
+            for present, exact in table.groupby(list(self.names))["exact"]
+        ]
+        self.rows = self.attributes + self.combinations
 
     def table(self) -> str:
         """Return the report as text: a column per attribute, a line per measure; then the combinations."""
-        cells = {"support": [str(row["support"]) for row in self.attributes]}
-        cells["threshold"] = [f"{row['threshold']:.3f}" for row in self.attributes]
-        cells |= {title: [_cell(row, key) for row in self.attributes] for key, title in MEASURES.items()}
-        attributes = pd.DataFrame.from_dict(cells, orient="index", columns=self.names)
-        combinations = pd.DataFrame(
-            [(row["support"], f"{row['recall']:.3f}") for row in self.combinations],
-            index=[row["what"] for row in self.combinations],
-            columns=["images", "all predicted exactly"],
-        )
+        cells = {}
+        for row in self.attributes:
+            cells[row["what"]] = {"support": row["support"], "threshold": f"{row['threshold']:.3f}"}
+            for key, columns in WITH_INTERVAL.items():
+                value, low, high = ("-" if row[column] is None else f"{row[column]:.3f}" for column in columns)
+                cells[row["what"]][key] = f"{value} [{low}, {high}]"
+        combinations = pd.DataFrame(self.combinations)[["what", "support", "recall"]].round(3)
         note = f"{len(self.truth)} images; in brackets 95 % intervals from {self.resamples} resamples; - is undefined"
-        return f"{note}\n{attributes.to_string()}\n\n{combinations.to_string()}"
+        return f"{note}\n{pd.DataFrame(cells).to_string()}\n\n{combinations.to_string(index=False)}"
 
     def write(self, stem: str | Path) -> list[Path]:
         """Write <stem>.csv, .json, _confusion.png and _reliability.png, each atomically; return the paths."""
@@ -125,65 +101,34 @@ class Report:
         table, rows, *pictures = paths = [Path(f"{stem}{name}") for name in names]
         write_table(table, COLUMNS, self.rows)
         write_json(rows, self.rows)
-        figures = confusion_figure(self.attributes), reliability_figure(self.probabilities, self.truth, self.names)
+        counts = torch.tensor([[[row["tn"], row["fp"]], [row["fn"], row["tp"]]] for row in self.attributes])
+        confusion, _ = plot_confusion_matrix(counts, labels=self.names, cmap="Blues")
+        confusion.set_size_inches(10, 7.5)
+        figures = confusion, reliability_figure(self.probabilities, self.truth, self.names)
         for path, figure in zip(pictures, figures, strict=True):
             with atomic_write(path) as temporary:
                 figure.savefig(temporary, format="png")
         return paths
 
 
-def confusion_figure(rows: Sequence[Mapping]) -> Figure:
-    """Draw each attribute's counts, the truth in rows and the prediction in columns, shaded by the share of the row.
+def reliability_figure(probabilities: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> Figure:
+    """Draw each attribute's observed frequency over the mean predicted probability (N, H) in 15 bins of equal width.
 
-    `rows` have what, threshold, tp, fp, fn, tn.
+    Calibrated probabilities lie on the dashed diagonal. The area of a point grows with the images in its bin.
     """
-    figure, panels = _panels(len(rows), 3.2, 3.2)
-    for row, panel in zip(rows, panels, strict=True):
-        ax = panel.subplots()
-        counts = np.array([[row["tn"], row["fp"]], [row["fn"], row["tp"]]])
-        totals = counts.sum(1, keepdims=True)
-        shares = np.divide(counts, totals, out=np.zeros((2, 2)), where=totals > 0)
-        ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        for (y, x), count in np.ndenumerate(counts):
-            percent = f"{100 * shares[y, x]:.1f} %" if totals[y, 0] else "no image"
-            colour = "white" if shares[y, x] > 0.5 else "black"
-            ax.text(x, y, f"{count}\n{percent}", ha="center", va="center", color=colour)
-        ax.set_xticks((0, 1), ("absent", "present"))
-        ax.set_yticks((0, 1), ("absent", "present"), rotation=90, va="center")
-        ax.set(title=row["what"], xlabel=f"predicted (threshold {row['threshold']:.3f})", ylabel="truth")
-    return figure
-
-
-def reliability_figure(probabilities: np.ndarray, truth: np.ndarray, names: Sequence[str], bins: int = BINS) -> Figure:
-    """Draw each attribute's observed frequency over the mean predicted probability in `bins` bins of equal width.
-
-    Calibrated probabilities lie on the dashed diagonal. The area of a point grows with the images in its bin, which are
-    counted below. `probabilities` and `truth` are (N, H).
-    """
-    figure, panels = _panels(len(names), 3.6, 4.8)
-    for name, predicted, observed, panel in zip(names, probabilities.T, truth.T, panels, strict=True):
-        ax, below = panel.subplots(2, 1, sharex=True, height_ratios=(5, 1))
-        bin_of = np.minimum((predicted * bins).astype(int), bins - 1)
-        counts = np.bincount(bin_of, minlength=bins)
-        used = np.flatnonzero(counts)
-        x = [predicted[bin_of == index].mean() for index in used]
-        y = [observed[bin_of == index].mean() for index in used]
+    columns = 2 if len(names) == 4 else min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure((columns * 3.6, rows * 3.6), dpi=120, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for name, predicted, observed, ax in zip(names, probabilities.T, truth.T, axes, strict=False):
+        bins = pd.DataFrame({"predicted": predicted, "observed": observed}).groupby(_bins(predicted, BINS))
+        means, counts = bins.mean(), bins.size()
         ax.plot((0, 1), (0, 1), "--", color="grey")
-        ax.plot(x, y, alpha=0.4)
-        ax.scatter(x, y, 20 + 130 * counts[used] / counts.max(), zorder=3)  # one image must not look like hundreds
-        ax.set(title=name, ylabel="observed frequency", xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))
-        bars = below.bar((np.arange(bins) + 0.5) / bins, counts, 0.9 / bins)
-        below.bar_label(bars, [str(count or "") for count in counts], fontsize=6)
-        below.set(xlabel="mean predicted probability", ylabel="images", yticks=(), ylim=(0, 1.3 * counts.max()))
+        ax.plot(means["predicted"], means["observed"], alpha=0.4)
+        ax.scatter(means["predicted"], means["observed"], 20 + 130 * counts / counts.max(), zorder=3)
+        ax.set(title=name, xlabel="mean predicted probability", ylabel="observed frequency")
+        ax.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))
     return figure
-
-
-def _panels(count: int, width: float, height: float) -> tuple[Figure, list[SubFigure]]:
-    """Return a figure with `count` panels of this size in inches, in up to three columns."""
-    columns = 2 if count == 4 else min(3, count)
-    rows = -(-count // columns)
-    figure = Figure((columns * width, rows * height), dpi=120, layout="constrained")
-    return figure, list(figure.subfigures(rows, columns, squeeze=False).flat)[:count]
 
 
 def resampled(images: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
@@ -211,13 +156,13 @@ def measure(
         weights @ chosen.astype(np.float64)
         for chosen in (truth & predicted, ~truth & predicted, truth & ~predicted, ~truth & ~predicted)
     )
-    ranking = [_ranking(weights, *columns) for columns in zip(logits.T, truth.T, strict=True)]
-    gaps = [_gap(weights, *columns) for columns in zip(probabilities.T, truth.T, strict=True)]
+    rankings = [ranking(weights, *columns) for columns in zip(logits.T, truth.T, strict=True)]
+    gaps = [calibration_error(weights, *columns, BINS) for columns in zip(probabilities.T, truth.T, strict=True)]
     return dict(
         tp=tp, fp=fp, fn=fn, tn=tn,
         prevalence=_quotient(tp + fn, total),
-        auc=np.stack([auc for auc, _ in ranking], 1),
-        average_precision=np.stack([precision for _, precision in ranking], 1),
+        auc=np.stack([auc for auc, _ in rankings], 1),
+        average_precision=np.stack([precision for _, precision in rankings], 1),
         precision=_quotient(tp, tp + fp),
         recall=_quotient(tp, tp + fn),
         f1=_quotient(2 * tp, 2 * tp + fp + fn),
@@ -238,10 +183,10 @@ def one_sided(labels: torch.Tensor, names: Sequence[str]) -> list[tuple[str, str
 def best_thresholds(logits: torch.Tensor, labels: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
     """Return for each attribute the threshold on sigmoid(logit) with the highest F1 on logits, labels (N, H).
 
-    It lies half-way between the two probabilities that it separates; of equally good ones the nearest to 0.5 is taken.
-    An attribute without a positive keeps 0.5. Raises UserError for logits that are not finite.
+    It lies half-way between the two probabilities that it separates, as near to 0.5 as equal F1 allows; it is 0.5
+    without a positive. Raises UserError for logits that are not finite.
     """
-    thresholds, (scores, truth) = {}, _checked(logits, labels, names)
+    thresholds, (scores, truth) = {}, _checked(logits, labels)
     for index, name in enumerate(names):
         values, group = np.unique(expit(scores[:, index]), return_inverse=True)
         claimed = np.bincount(group.reshape(-1))[::-1].cumsum()[::-1]  # images at this probability or above
@@ -254,17 +199,14 @@ def best_thresholds(logits: torch.Tensor, labels: torch.Tensor, names: Sequence[
     return thresholds
 
 
-def _checked(logits, labels, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    scores, truth = np.asarray(logits, dtype=np.float64), np.asarray(labels) > 0
-    if scores.shape != truth.shape or scores.ndim != 2 or scores.shape[1] != len(names) or not len(scores):
-        raise ValueError(f"logits {scores.shape} and labels {truth.shape} are not (N, {len(names)}) with N > 0")
-    if not np.isfinite(scores).all():
+def _checked(logits: torch.Tensor, labels: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    if not logits.isfinite().all():
         raise UserError("the classifier's logits are not finite; its training has diverged: lower the learning rate")
-    return scores, truth
+    return logits.double().numpy(), (labels > 0).numpy()
 
 
-def _ranking(weights: np.ndarray, scores: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return AUC and average precision (R,) of one attribute for weights (R, N); NaN where a class is absent."""
+def ranking(weights: np.ndarray, scores: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return AUC and average precision (R,) of scores (N,) for weights (R, N); NaN where a class is absent."""
     order = np.argsort(-scores)
     starts = np.flatnonzero(np.diff(scores[order], prepend=np.inf))  # of groups with equal scores, highest first
     weights, truth = weights[:, order], truth[order]
@@ -278,28 +220,16 @@ def _ranking(weights: np.ndarray, scores: np.ndarray, truth: np.ndarray) -> tupl
     return auc, _quotient((positives * precision).sum(1), all_positives)
 
 
-def _gap(weights: np.ndarray, probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Return the expected calibration error (R,) of one attribute for weights (R, N)."""
-    bins = np.minimum((probabilities * BINS).astype(int), BINS - 1)
-    excess = np.zeros((len(truth), BINS))
-    excess[np.arange(len(truth)), bins] = truth - probabilities
+def calibration_error(weights: np.ndarray, probabilities: np.ndarray, observed: np.ndarray, bins: int) -> np.ndarray:
+    """Return the mean of |mean observed - mean probability| over bins, weighted by images: (R,) for weights (R, N)."""
+    excess = np.zeros((len(observed), bins))
+    excess[np.arange(len(observed)), _bins(probabilities, bins)] = observed - probabilities
     return _quotient(np.abs(product(weights, excess.T)).sum(1), weights.sum(1))
+
+
+def _bins(probabilities: np.ndarray, bins: int) -> np.ndarray:
+    return np.minimum((probabilities * bins).astype(int), bins - 1)
 
 
 def _quotient(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
-
-
-def _interval(measure: str, point: float, values: np.ndarray) -> dict[str, float | None]:
-    values = values[~np.isnan(values)]
-    if np.isnan(point) or not len(values):
-        return {measure: None if np.isnan(point) else float(point)}
-    low, high = np.quantile(values, [0.025, 0.975])
-    return {measure: float(point), f"{measure}_low": float(low), f"{measure}_high": float(high)}
-
-
-def _cell(row: Mapping, measure: str) -> str:
-    value, low, high = (row[key] for key in (measure, f"{measure}_low", f"{measure}_high"))
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if low is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"

@@ -6,26 +6,21 @@ through width + text width -> width -> width / 2 -> 1 (1536 -> 768 -> 384 -> 1),
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from ddpo_pytorch.generator.text import embed, has_mask, load_text_encoder, too_long
 from ddpo_pytorch.judges.selector import Selector, load_selector
-from ddpo_pytorch.judges.vit import ImageEncoder, VisionSizes, build, read_judge, read_sizes, save_judge, scoring
+from ddpo_pytorch.judges.vit import Judge, VisionSizes, build, read_judge, save_judge
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 SELECTOR_FILE, POLICY_FILE = "selector.safetensors", "policy.safetensors"
-DESCRIPTION = {
-    "sizes": dict,
-    "text": {"name": str, "tokens": range(2, 2**16), "fingerprint": str},
-    "origin?": dict,
-}
+DESCRIPTION = {"sizes": dict, "text": {"name": str, "tokens": range(2, 2**16), "fingerprint": str}, "origin?": dict}
 
 
 class TextFeatures:
@@ -48,27 +43,22 @@ class TextFeatures:
     def __call__(self, prompts: Sequence[str]) -> torch.Tensor:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
         if cut := too_long(self._tokenizer, new):
-            logger.warning(
-                "%d prompts exceed %d tokens and are truncated, the first is %r", len(cut), self.tokens, cut[0]
-            )
+            logger.warning("%d prompts of over %d tokens are truncated, the first is %r", len(cut), self.tokens, cut[0])
         for prompt in new:
             self._cache[prompt] = embed(self._tokenizer, self._encoder, [prompt])[0, 0].float()
         return torch.stack([self._cache[prompt] for prompt in prompts])
 
 
-class Policy(nn.Module):
-    """Images and their prompts' features -> one logit each; the score is its sigmoid.
+class Policy(Judge):
+    """Images and their prompts' features -> one logit each.
 
     `text` is no submodule: its weights are neither trained nor saved. Its features are centred and scaled as `fit_text`
-    determines, since [CLS] states of similar captions differ little. `origin` holds training data and settings (plain
-    values).
+    determines, since [CLS] states of similar captions differ little.
     """
 
     def __init__(self, sizes: VisionSizes, text: TextFeatures):
-        super().__init__()
-        self.sizes, self.text = sizes, text
-        self.origin: Mapping[str, Any] = {}
-        self.encoder = ImageEncoder(sizes)
+        super().__init__(sizes)
+        self.text = text
         self.register_buffer("text_mean", torch.zeros(text.width))
         self.register_buffer("text_scale", torch.ones(()))
         layers, width = [], sizes.width + text.width
@@ -77,20 +67,13 @@ class Policy(nn.Module):
             width = inner
         self.head = nn.Sequential(*layers, nn.Linear(width, 1))
 
-    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, 3, S, S) in [-1, 1]."""
-        return self.encoder.preprocess(images)
-
     def forward(self, pixels: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         """Preprocessed images and prompts' features (B, D) -> logits (B,)."""
         text_features = (text_features - self.text_mean) / self.text_scale
         return self.head(torch.cat([self.encoder(pixels), text_features], dim=1)).squeeze(-1)
 
     def fit_text(self, prompts: Iterable[str]) -> None:
-        """Centre the features of the distinct prompts and scale them to mean square 1 (a single one is only centred).
-
-        One number scales all features, which preserves their geometry.
-        """
+        """Centre the features of the distinct prompts and scale them all by one number, to mean square 1."""
         features = self.text(sorted(set(prompts))).to(self.text_mean.device)
         self.text_mean.copy_(features.mean(0))
         scale = (features - self.text_mean).square().mean().sqrt()
@@ -100,9 +83,7 @@ class Policy(nn.Module):
         """Images (B, 3, H, W) in [0, 1], one prompt each -> scores (B,), float32 in [0, 1], without dropout."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images have {len(prompts)} prompts; give one each")
-        device = next(self.parameters()).device
-        with scoring(self):
-            return self(self.preprocess(images.to(device)), self.text(prompts).to(device)).float().sigmoid()
+        return self.score_with(images, self.text(prompts))
 
 
 def save_policy(policy: Policy, path: str | Path) -> None:
@@ -113,27 +94,24 @@ def save_policy(policy: Policy, path: str | Path) -> None:
 
 
 def load_policy_judge(path: str | Path, device: str | torch.device = "cpu", text_encoder: str | Path = "") -> Policy:
-    """Load a Policy, frozen and in eval mode.
+    """Load a Policy, frozen and in eval mode; `text_encoder` replaces the location of its encoder that the file states.
 
-    `text_encoder` replaces the location of its text encoder that the file states. Raises UserError for a missing or
-    other file, and for another text encoder than the Policy was trained with.
+    Raises UserError for a missing or other file, and for another text encoder than the Policy was trained with.
     """
     description, weights = read_judge(path, "policy", DESCRIPTION)
-    sizes, trained = read_sizes(description, path), description["text"]
+    trained = description["text"]
     text = TextFeatures(text_encoder or trained["name"], trained["tokens"], device)
     if text.fingerprint != trained["fingerprint"]:
         raise UserError(
             f"{str(path)!r} was trained with the text encoder {trained['name']!r} (fingerprint "
             f"{trained['fingerprint']}); {text.name!r} is another one ({text.fingerprint}): give the former"
         )
-    policy = build(lambda: Policy(sizes, text), weights, path)
+    policy = build(lambda: Policy(description["sizes"], text), weights, path)
     policy.origin = description.get("origin", {})
     return policy.to(device)
 
 
-def load_judges(
-    folder: str | Path, device: str | torch.device = "cpu", text_encoder: str | Path = ""
-) -> tuple[Selector, Policy]:
+def load_judges(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Selector, Policy]:
     """Load Selector and Policy from an output folder of train_rlhf.py. Raises UserError as the two loaders do."""
     folder = Path(folder)
-    return load_selector(folder / SELECTOR_FILE, device), load_policy_judge(folder / POLICY_FILE, device, text_encoder)
+    return load_selector(folder / SELECTOR_FILE, device), load_policy_judge(folder / POLICY_FILE, device)

@@ -1,12 +1,8 @@
-"""The image encoder of Selector and Policy (timm's vision transformer), its preprocessing, and the judges' files.
-
-Blocks are pre-norm, attention runs over the patches of one image, position embeddings start at std 0.02. The features
-are the class token after the last LayerNorm, or, with stem "conv", the mean of the other tokens.
-"""
+"""Base of Selector and Policy: timm's vision transformer, preprocessing, and the judges' files."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,9 +38,8 @@ class VisionSizes:
     """Sizes of a vision transformer. Raises UserError for impossible ones.
 
     `stem` makes tokens from patches: "linear", one projection; or "conv", `conv_stem` (after Xiao et al. 2021), which
-    learns from few images what blur and noise are. `image_size` and `patch_size` are in pixels; `width` is the size of
-    a token, split among `heads`; `dropout` follows positions, attention and both layers of each MLP, which have an
-    inner width of `mlp_ratio` x width.
+    learns from few images what blur and noise are. `width` is the size of a token, split among `heads`; `dropout`
+    follows positions, attention and both layers of each MLP, which have an inner width of `mlp_ratio` x width.
     """
 
     image_size: int = 512
@@ -67,13 +62,18 @@ class VisionSizes:
             raise UserError(f"patch_size is {self.patch_size}; stem 'conv' needs a power of two")
 
 
-class ImageEncoder(nn.Module):
-    """Preprocessed images (B, 3, S, S) -> features (B, width)."""
+class Judge(nn.Module):
+    """Base of Selector and Policy, whose `forward` gives one logit per image; the score is its sigmoid.
+
+    `encoder` maps preprocessed images (B, 3, S, S) to features (B, width): the class token after the last LayerNorm,
+    or, with stem "conv", the mean of the other tokens. `origin` holds training data and settings (plain values).
+    """
 
     def __init__(self, sizes: VisionSizes):
         super().__init__()
-        self.size = sizes.image_size
-        self.vit = VisionTransformer(
+        self.sizes = sizes
+        self.origin: Mapping[str, Any] = {}
+        vit = VisionTransformer(
             img_size=sizes.image_size,
             patch_size=sizes.patch_size,
             num_classes=0,
@@ -83,28 +83,35 @@ class ImageEncoder(nn.Module):
             depth=sizes.layers,
             num_heads=sizes.heads,
             mlp_ratio=sizes.mlp_ratio,
-            pos_drop_rate=sizes.dropout,
-            proj_drop_rate=sizes.dropout,
-            attn_drop_rate=sizes.dropout,
+            **dict.fromkeys(("pos_drop_rate", "proj_drop_rate", "attn_drop_rate"), sizes.dropout),
         )
         if sizes.stem == "conv":
-            self.vit.patch_embed.proj = conv_stem(sizes.patch_size, sizes.width)
+            vit.patch_embed.proj = conv_stem(sizes.patch_size, sizes.width)
+        self.encoder = nn.Sequential(OrderedDict(vit=vit))
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
         """Scale images (B, 3, H, W) in [0, 1] to (B, 3, S, S) in [-1, 1], float32; the input is unchanged.
 
         Colour and exposure are signs of quality, so no image is stretched to its own minimum and maximum.
         """
-        return resized(images.float(), self.size) * 2 - 1
+        return resized(images.float(), self.sizes.image_size) * 2 - 1
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.vit(pixels)
+    @torch.no_grad()
+    def score_with(self, images: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        """Images in [0, 1], further inputs of `forward` -> scores (B,), float32 in [0, 1], without dropout."""
+        training, device = self.training, next(self.parameters()).device
+        self.eval()
+        try:
+            pixels = self.preprocess(images.to(device))
+            return self(pixels, *(values.to(device) for values in inputs)).float().sigmoid()
+        finally:
+            self.train(training)
 
 
 class Detail(nn.Module):
     """Images (B, 3, H, W) -> (B, 6, H, W): the image, and its difference to the mean of 3 x 3 pixels, times 8.
 
-    Blur, noise and missing vessels show in differences between neighbours, which are small next to those of colour.
+    Blur, noise and missing vessels show there; next to those of colour these differences are small.
     """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -135,18 +142,6 @@ def resized(images: torch.Tensor, size: int) -> torch.Tensor:
     return tvf.resize(images, [size, size], antialias=True).clamp(0, 1)
 
 
-@contextmanager
-def scoring(module: nn.Module) -> Iterator[None]:
-    """Switch gradients and dropout off; restore the module's mode afterwards."""
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        module.train(training)
-
-
 def save_judge(path: str | Path, kind: str, module: nn.Module, description: Mapping[str, Any]) -> None:
     """Write all weights as safetensors, atomically, with `description` as JSON metadata under the name `kind`."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
@@ -155,9 +150,9 @@ def save_judge(path: str | Path, kind: str, module: nn.Module, description: Mapp
 
 
 def read_judge(path: str | Path, kind: str, shape: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return description and weights that `save_judge` wrote.
+    """Return description and weights that `save_judge` wrote; its entry "sizes" becomes a VisionSizes.
 
-    Raises UserError for a missing file, another kind, and a description of another shape (see `parse_json`).
+    Raises UserError for a missing file, another kind, impossible sizes, and a description of another shape.
     """
     path = Path(path)
     if not path.is_file():
@@ -165,15 +160,24 @@ def read_judge(path: str | Path, kind: str, shape: Mapping[str, Any]) -> tuple[d
     weights, metadata = read_safetensors(path)
     if kind not in metadata:
         raise UserError(f"{str(path)!r} has no description of a {kind} in its metadata; give a file of this project")
-    return parse_json(metadata[kind], shape, f"the description in {str(path)!r}", "train it again"), weights
+    description = parse_json(metadata[kind], shape, f"the description in {str(path)!r}", "train it again")
+    if "sizes" in description:
+        try:
+            description["sizes"] = VisionSizes(**description["sizes"])
+        except (UserError, TypeError) as error:
+            raise UserError(f"{str(path)!r} describes an impossible judge ({error}); train it again") from error
+    return description, weights
 
 
-def read_sizes(description: Mapping[str, Any], path: str | Path) -> VisionSizes:
-    """Return the sizes that a judge's file states. Raises UserError for impossible ones."""
-    try:
-        return VisionSizes(**description["sizes"])
-    except (UserError, TypeError) as error:
-        raise UserError(f"{str(path)!r} describes an impossible judge ({error}); train it again") from error
+def check_fit(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], path: Path, what: str) -> None:
+    """Raise UserError naming `path` and the first name or shape in which `weights` differ from those of `what`."""
+    ours, theirs = ({name: tuple(value.shape) for name, value in state.items()} for state in (expected, weights))
+    if wrong := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+        shapes = f"{theirs.get(wrong[0], 'absent')} instead of {ours.get(wrong[0], 'absent')}"
+        raise UserError(
+            f"{str(path)!r} does not fit {what}: {wrong[0]} is {shapes}, and {len(wrong) - 1} more differ; give "
+            "another file, or the architecture of this one"
+        )
 
 
 def build(make: Callable[[], nn.Module], weights: Mapping[str, torch.Tensor], path: str | Path) -> nn.Module:
@@ -184,17 +188,11 @@ def build(make: Callable[[], nn.Module], weights: Mapping[str, torch.Tensor], pa
     """
     try:
         with torch.device("meta"):
-            expected = {name: tuple(value.shape) for name, value in make().state_dict().items()}
+            expected = make().state_dict()
     except Exception as error:  # timm fails in many ways for a description that it cannot build
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{str(path)!r} describes a network that cannot be built ({reason})") from error
-    actual = {name: tuple(value.shape) for name, value in weights.items()}
-    if wrong := sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name)):
-        ours, theirs = (shapes.get(wrong[0], "absent") for shapes in (expected, actual))
-        raise UserError(
-            f"{str(path)!r} does not fit the network that it describes: {wrong[0]} is {theirs} instead of {ours}"
-            + (f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else "")
-        )
+    check_fit(weights, expected, path, "the network that it describes")
     module = make()
     module.load_state_dict(weights)
     return module.requires_grad_(False).eval()
