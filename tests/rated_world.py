@@ -3,10 +3,10 @@
 Quality is the sharpness; alignment is 3 if the stripes have the colour of the prompt, else 1.
 """
 
-import csv
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from conftest import ROOT
 from PIL import Image
@@ -37,31 +37,12 @@ def write_rated_world(folder: Path, count: int = 120, seed: int = 0) -> Path:
         quality, blue, said = 1 + number % 3, number // 3 % 2, number // 6 % 2
         name = f"images/{number:03d}.png"
         Image.fromarray(stripes(quality, bool(blue), rng)).save(folder / name)
-        rows.append(
-            {"image_path": name, "rating": quality, "modality": "Fundus", "expert_level": 3, "prompt": PROMPTS[said]}
-            | {
-                "rater_id": "a",
-                "quality": quality,
-                "alignment": 3 if blue == said else 1,
-                "patient": f"p{number // 2}",
-            }
-        )
-    write_table(folder / "ratings.csv", rows)
+        row = {"image_path": name, "rating": quality, "modality": "Fundus", "expert_level": 3, "prompt": PROMPTS[said]}
+        row |= {"rater_id": "a", "quality": quality, "alignment": 3 if blue == said else 1}
+        rows.append(row | {"patient": f"p{number // 2}"})
+    pd.DataFrame(rows).to_csv(folder / "ratings.csv", index=False)
     write_bert(folder / "bert")
     return folder
-
-
-def write_table(path: Path, rows: list[dict]) -> Path:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def read_table(path: Path) -> list[dict]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def write_bert(folder: Path, seed: int = 0) -> Path:
@@ -86,11 +67,8 @@ def get_config():
     rlhf.text_encoder = {str(rated / "bert")!r}
     rlhf.text_tokens = 16
     rlhf.image_size, rlhf.patch_size, rlhf.width, rlhf.heads = 32, 8, 32, 2
-    rlhf.selector_layers = rlhf.policy_layers = 2
-    rlhf.num_epochs = 2
-    rlhf.batch_size = 16
-    rlhf.learning_rate = 3e-3
-    rlhf.second_learning_rate = 1e-3
+    rlhf.selector_layers = rlhf.policy_layers = rlhf.num_epochs = 2
+    rlhf.batch_size, rlhf.learning_rate, rlhf.second_learning_rate = 16, 3e-3, 1e-3
     return config
 """)
     return path

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import spearmanr
 
 from ddpo_pytorch.data.fundus import names_side
 from ddpo_pytorch.data.images import fov_square, read_rgb, to_uint8
 from ddpo_pytorch.data.ratings import RatedImage
 from ddpo_pytorch.generator.latents import reconstruct
+from ddpo_pytorch.judges.classifier_report import calibration_error, ranking
 from ddpo_pytorch.judges.vit import resized
 from ddpo_pytorch.utils.cores import thread_limit
 from ddpo_pytorch.utils.errors import UserError
@@ -26,35 +27,32 @@ COLUMNS = ("quality", "alignment")  # learned by the Selector and the Policy
 BINS = 10  # of the calibration error
 
 
-@dataclass(frozen=True)
+@dataclass
 class RatedSet:
-    """N rated images, decoded: 3 S^2 bytes each.
+    """N rated images, decoded: uint8 (N, 3, S, S).
 
-    Attributes:
-        images: uint8 (N, 3, S, S).
-        prompts: N texts.
-        rewards: (N,) in [0, 1] for each of COLUMNS.
-        weights: (N,) in (0, 1], of the raters.
-        mirrored: bool (N,), whether the mirror image is as good: not if the prompt names an eye or a side.
-        digest: hash of names, prompts, ratings, weights and size.
+    From the ratings follow prompts, rewards in [0, 1] (N,) for each of COLUMNS, the raters' weights in (0, 1] (N,), and
+    `mirrored` (N,), whether the mirror image is as good: not if the prompt names a side. `digest` is a hash of names,
+    prompts, ratings, weights and size.
     """
 
     images: torch.Tensor
-    prompts: tuple[str, ...]
-    rewards: dict[str, torch.Tensor]
-    weights: torch.Tensor
-    mirrored: torch.Tensor
+    rated: Sequence[RatedImage]
     digest: str
+
+    def __post_init__(self):
+        self.prompts = tuple(one.prompt for one in self.rated)
+        self.rewards = {name: torch.tensor([one.reward(name) for one in self.rated]) for name in COLUMNS}
+        self.weights = torch.tensor([one.weight for one in self.rated])
+        self.mirrored = torch.tensor([not names_side(prompt) for prompt in self.prompts])
 
     def __len__(self) -> int:
         return len(self.images)
 
     def subset(self, indices: torch.Tensor) -> "RatedSet":
         """Return the images with these indices, in that order."""
-        rewards = {name: values[indices] for name, values in self.rewards.items()}
-        digest = hashlib.sha256(json.dumps([self.digest, indices.tolist()]).encode()).hexdigest()[:12]
-        prompts = tuple(self.prompts[index] for index in indices.tolist())
-        return RatedSet(self.images[indices], prompts, rewards, self.weights[indices], self.mirrored[indices], digest)
+        digest = fingerprint(self.digest, indices.tolist())[:12]
+        return RatedSet(self.images[indices], [self.rated[index] for index in indices], digest)
 
     def flips(self, seed: int, epoch: int) -> torch.Tensor:
         """Draw the images (bool (N,)) to mirror in an epoch: each `mirrored` one with probability 1/2."""
@@ -78,14 +76,7 @@ def read_rated(rated: Sequence[RatedImage], size: int) -> RatedSet:
     with ThreadPoolExecutor(thread_limit()) as pool:
         images = torch.stack(list(pool.map(lambda one: pixels(one.path), rated)))
     rows = [[Path(one.image).name, one.prompt, one.quality, one.alignment, one.weight] for one in rated]
-    return RatedSet(
-        images,
-        tuple(one.prompt for one in rated),
-        {name: torch.tensor([one.reward(name) for one in rated], dtype=torch.float32) for name in COLUMNS},
-        torch.tensor([one.weight for one in rated], dtype=torch.float32),
-        torch.tensor([not names_side(one.prompt) for one in rated]),
-        hashlib.sha256(json.dumps([size, rows]).encode()).hexdigest()[:12],
-    )
+    return RatedSet(images, rated, hashlib.sha256(json.dumps([size, rows]).encode()).hexdigest()[:12])
 
 
 def through_autoencoder(rated: RatedSet, vae: AutoencoderKL, batch_size: int) -> RatedSet:
@@ -94,46 +85,30 @@ def through_autoencoder(rated: RatedSet, vae: AutoencoderKL, batch_size: int) ->
     return replace(rated, images=images, digest=fingerprint(rated.digest, vae)[:12])
 
 
-def auc(scores: np.ndarray, good: np.ndarray) -> float | None:
-    """Return the probability that a good image scores above a bad one, ties counting half; None if one kind is absent.
-
-    float64, which torchmetrics' binary_auroc is not.
-    """
-    positives, negatives = int(good.sum()), int((~good).sum())
-    if not positives or not negatives:
-        return None
-    rank_sum = rankdata(scores)[good].sum()
-    return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
-
-
-def calibration_error(scores: np.ndarray, rewards: np.ndarray) -> float:
-    """Return the mean of |mean score - mean reward| over ten equal bins of the score, weighted by their images."""
-    bins = np.minimum((scores * BINS).astype(int), BINS - 1)
-    return float(np.abs(np.bincount(bins, scores - rewards, BINS)).sum() / len(scores))
-
-
 def measures(scores: torch.Tensor, rewards: torch.Tensor, threshold: float | None = None) -> dict[str, float | None]:
-    """Compare scores (N,) with rewards (N,), both in [0, 1].
+    """Compare scores (N,) with rewards (N,), both in [0, 1]; a value that is undefined is None.
 
-    Returns mae (mean absolute error), spearman (None if either is constant), auc (of a rating of 2 or more),
-    calibration_error and, given a threshold, pass_rate (share of scores at or above it).
+    Returns mae (mean absolute error), spearman, auc (of a rating of 2 or more), calibration_error (over ten bins) and,
+    given a threshold, pass_rate (share of scores at or above it).
     """
-    x, y = (values.double().numpy() for values in (scores, rewards))
+    x, y, ones = scores.double().numpy(), rewards.double().numpy(), np.ones((1, len(scores)))
     constant = np.ptp(x) == 0 or np.ptp(y) == 0
     result = {
-        "mae": float(np.abs(x - y).mean()),
-        "spearman": None if constant else float(spearmanr(x, y).statistic),
-        "auc": auc(x, y >= 0.5),
-        "calibration_error": calibration_error(x, y),
+        "mae": np.abs(x - y).mean(),
+        "spearman": np.nan if constant else spearmanr(x, y).statistic,
+        "auc": ranking(ones, x, y >= 0.5)[0].item(),
+        "calibration_error": calibration_error(ones, x, y, BINS).item(),
     }
-    return result if threshold is None else result | {"pass_rate": (scores >= threshold).double().mean().item()}
+    if threshold is not None:
+        result["pass_rate"] = (scores >= threshold).double().mean().item()
+    return {name: None if np.isnan(value) else float(value) for name, value in result.items()}
 
 
 def best_threshold(scores: torch.Tensor, rewards: torch.Tensor) -> tuple[float, float]:
     """Return the threshold with the highest J, and J = sensitivity + specificity - 1 (Youden) for ratings of 2 or more.
 
-    It lies in the middle between two neighbouring scores, so that neither depends on its last bits; among equal J the
-    lowest is taken. It passes everything only if all scores are equal. Raises UserError without both kinds of images.
+    It is the lowest middle between two neighbouring scores, so that nothing depends on last bits; it passes everything
+    only if all scores are equal. Raises UserError without both kinds of images.
     """
     x, good = scores.double().numpy(), rewards.numpy() >= 0.5
     if good.all() or not good.any():

@@ -15,17 +15,13 @@ and the loss is the mean over samples of w L, w = (expert level / 3) x (importan
 A gradient step raises p where R > p, lowers it where R < p, and stops at p = R. "log" is REINFORCE as in the official
 code, which had |R - p| in place of A and so raised scores of bad images; "delta" is the update of its documentation,
 p + alpha (R - p) grad p. "delta" is slow at p near 0 or 1 far from the reward, "log" at p near 1, the symmetric form at
-neither end.
-
-Since the action is deterministic and the baseline is the score, this REINFORCE is a regression of the score on the
-reward: "delta" has exactly the gradient of (R - p)^2 / 2. Stage 2's advantage is that of stage 1 without dropout; stage
-2 differs in its samples, its learning rate and, optionally, the importance weights.
+neither end. Since the action is deterministic and the baseline is the score, this is a regression of the score on the
+reward: "delta" has exactly the gradient of (R - p)^2 / 2. Stage 2's advantage is that of stage 1 without dropout.
 """
 
 import torch
 from torch.nn.functional import logsigmoid
 
-from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.settings import POSITIVE, check_pair
 
 OBJECTIVES = ("symmetric_log", "log", "delta")
@@ -33,8 +29,6 @@ OBJECTIVES = ("symmetric_log", "log", "delta")
 
 def advantages(rewards: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Return signed advantages R - V (B,), without a gradient. `values` are scores or a baseline in [0, 1]."""
-    if rewards.shape != values.shape:
-        raise ValueError(f"rewards {tuple(rewards.shape)} and values {tuple(values.shape)} must have the same shape")
     return (rewards - values).detach()
 
 
@@ -43,18 +37,9 @@ def reinforce_loss(
 ) -> torch.Tensor:
     """Return the mean of w L over samples, a scalar; see the module docstring.
 
-    Args:
-        logits: (B,) of the scores, with gradients.
-        advantages: (B,), treated as constants.
-        weights: (B,), 0 or more.
-        objective: one of OBJECTIVES.
-
-    Raises:
-        UserError: unknown objective.
-        ValueError: shapes differ; (B,) against (B, 1) would pair every sample with every other.
+    Logits (B,) of the scores have gradients, `advantages` (B,) and `weights` (B,), 0 or more, are constants. Raises
+    ValueError if shapes differ: (B,) against (B, 1) would pair every sample with every other.
     """
-    if objective not in OBJECTIVES:
-        raise UserError(f"rlhf.objective is {objective!r}; allowed are {', '.join(OBJECTIVES)}")
     if not logits.shape == advantages.shape == weights.shape:
         shapes = ", ".join(str(tuple(values.shape)) for values in (logits, advantages, weights))
         raise ValueError(f"logits, advantages and weights must have the same shape, not {shapes}")

@@ -7,6 +7,7 @@ and choosing an epoch on the held-out images would bias the metrics measured on 
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,43 +15,36 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, set_seed
 from ml_collections import ConfigDict
-from torch import nn
 
+from ddpo_pytorch.judges import policy as policies
 from ddpo_pytorch.judges.classifier_training import EpochBatches, reset_scaler
-from ddpo_pytorch.judges.policy import Policy
-from ddpo_pytorch.judges.selector import Selector
+from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, Policy, TextFeatures, save_policy
+from ddpo_pytorch.judges.selector import MLP_RATIO, Selector, load_selector, save_selector
+from ddpo_pytorch.judges.vit import VisionSizes, read_judge
 from ddpo_pytorch.rlhf.rated_images import RatedSet, best_threshold, measures
 from ddpo_pytorch.rlhf.reinforce import OBJECTIVES, advantages, importance_weights, reinforce_loss
+from ddpo_pytorch.utils import settings as allowed
 from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import JsonLines, atomic_write
 from ddpo_pytorch.utils.fingerprint import fingerprint
+from ddpo_pytorch.utils.json_files import COUNT
 from ddpo_pytorch.utils.randomness import Stream, derived_seed, generator_of
-from ddpo_pytorch.utils.settings import (
-    BELOW_ONE,
-    NOT_NEGATIVE,
-    ONE_OR_MORE,
-    POSITIVE,
-    SHARE,
-    ZERO_OR_MORE,
-    check_choices,
-    check_pair,
-    check_ranges,
-)
+from ddpo_pytorch.utils.settings import check_choices, check_pair, check_ranges
 from ddpo_pytorch.utils.training_state import TrainState
 
 logger = logging.getLogger(__name__)
+FIRST_POLICY = "policy_stage_1.safetensors"  # initial weights of stage 2
+DESCRIPTION = policies.DESCRIPTION | {"origin": {"stage": range(1, 3), "epochs": COUNT}}
 COLUMN = {"selector": "quality", "policy": "alignment"}
 # settings that do not identify a stage: paths, of which the contents do, and for stage 1 those of stage 2
 PATHS = ("ratings", "data_path", "val_ratings", "output", "stages", "text_encoder", "autoencoder")
 SECOND_ONLY = ("second_learning_rate", "importance", "importance_range", "replay_share")
-RANGES = {
-    **dict.fromkeys(("num_epochs", "batch_size", "text_tokens"), ONE_OR_MORE),
-    **dict.fromkeys(("learning_rate", "second_learning_rate", "final_learning_rate"), POSITIVE),
-    **dict.fromkeys(("replay_share", "val_share"), BELOW_ONE),
-    "warmup_steps": ZERO_OR_MORE,
-    "weight_decay": NOT_NEGATIVE,
-}
+RANGES = dict.fromkeys(("num_epochs", "batch_size", "text_tokens"), allowed.ONE_OR_MORE)
+RANGES |= dict.fromkeys(("learning_rate", "second_learning_rate", "final_learning_rate"), allowed.POSITIVE)
+RANGES |= dict.fromkeys(("replay_share", "val_share"), allowed.BELOW_ONE)
+RANGES |= {"warmup_steps": allowed.ZERO_OR_MORE, "weight_decay": allowed.NOT_NEGATIVE}
 
 
 def check_settings(rlhf: ConfigDict) -> None:
@@ -58,8 +52,8 @@ def check_settings(rlhf: ConfigDict) -> None:
     if tuple(rlhf.stages) not in ((1,), (2,), (1, 2)):
         raise UserError(f"rlhf.stages is {tuple(rlhf.stages)}; allowed are (1,), (2,) and (1, 2)")
     check_choices(rlhf, {"objective": OBJECTIVES}, "rlhf.")
-    check_ranges(rlhf, RANGES if rlhf.threshold is None else RANGES | {"threshold": SHARE}, "rlhf.")
-    check_pair("rlhf.importance_range", rlhf.importance_range, POSITIVE, equal=True)
+    check_ranges(rlhf, RANGES if rlhf.threshold is None else RANGES | {"threshold": allowed.SHARE}, "rlhf.")
+    check_pair("rlhf.importance_range", rlhf.importance_range, allowed.POSITIVE, equal=True)
 
 
 def chosen_samples(passed: torch.Tensor, replay_share: float, seed: int) -> torch.Tensor:
@@ -79,182 +73,227 @@ def chosen_samples(passed: torch.Tensor, replay_share: float, seed: int) -> torc
     return torch.cat([accepted, rejected[replayed]]).sort().values
 
 
-@torch.no_grad()
-def all_scores(accelerator: Accelerator, network: Selector | Policy, rated: RatedSet, batch_size: int) -> torch.Tensor:
+def all_scores(accelerator: Accelerator, judge: Selector | Policy, rated: RatedSet, batch_size: int) -> torch.Tensor:
     """Return scores (N,) in order, float32 on the CPU of every process; processes take whole batches in turn."""
     table = torch.zeros(len(rated), device=accelerator.device)
     batches = torch.arange(len(rated)).split(batch_size)
     for indices in batches[accelerator.process_index :: accelerator.num_processes]:
         images = (rated.images[indices].float() / 255).to(accelerator.device)
         prompts = [rated.prompts[index] for index in indices.tolist()]
-        table[indices] = network.score(images, prompts) if isinstance(network, Policy) else network.score(images)
+        table[indices] = judge.score(images, prompts) if isinstance(judge, Policy) else judge.score(images)
     return accelerator.reduce(table, "sum").cpu()  # every row comes from one process, the others have zeros there
 
 
-def stage_settings(
-    accelerator: Accelerator,
-    stage: int,
-    networks: Mapping[str, Selector | Policy],
-    train: RatedSet,
-    val: RatedSet,
-    rlhf: ConfigDict,
-    seed: int,
-) -> dict[str, Any]:
-    """Return what identifies a training of a stage."""
-    ignored = PATHS if stage == 2 else PATHS + SECOND_ONLY
-    settings = {f"rlhf.{name}": value for name, value in rlhf.to_dict().items() if name not in ignored}
-    return settings | {
-        "stage": stage,
-        "seed": seed,
-        "mixed_precision": accelerator.mixed_precision,
-        "processes": accelerator.num_processes,
-        "text encoder": networks["policy"].text.fingerprint,
-        "weights at the start": {name: fingerprint(network) for name, network in networks.items()},
-        "training ratings": train.digest,
-        "validation ratings": val.digest,
-    }
-
-
 def state_path(output: Path, stage: int) -> Path:
-    """Return the path of a stage's training state, which is removed once its judges are saved."""
+    """Return the path of a stage's training state, which is removed once the last stage's judges are saved."""
     return output / f"stage_{stage}.unfinished.pt"
 
 
-class StageTraining:
-    """Training of stage 1 or 2.
+def train_stage(
+    accelerator: Accelerator,
+    stage: int,
+    judges: Mapping[str, Any],
+    train: RatedSet,
+    val: RatedSet,
+    config: ConfigDict,
+    first_epoch: int = 0,
+    selector_scores: torch.Tensor | None = None,
+) -> dict[str, Any]:
+    """Run what is left of stage 1 or 2 and return its description; the judges end in eval mode, the state stays.
 
-    Args:
-        networks: {"selector": ..., "policy": ...} in stage 1, {"policy": ...} in stage 2.
-        train, val: rated images to learn from, and of other patients to measure with.
-        output: folder of the state, which is resumed if there is one.
-        selector_scores: of the training images (N,), for the importance weights of stage 2.
+    `judges` are "selector" and "policy" in stage 1, "policy" in stage 2; `train` and `val`, images to learn from and
+    of other patients to measure with; the first line in metrics.jsonl is `first_epoch`; `selector_scores` (N,) of the
+    training images give the importance weights of stage 2. Raises UserError for a loss that is not finite, and for
+    fewer images than processes.
     """
+    rlhf, output, device = config.rlhf, Path(config.rlhf.output), accelerator.device
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    if len(train) < processes:
+        raise UserError(f"{len(train)} rated images are too few for {processes} processes; add images")
+    ignored = PATHS if stage == 2 else PATHS + SECOND_ONLY
+    settings = {f"rlhf.{name}": value for name, value in rlhf.to_dict().items() if name not in ignored} | {
+        "stage": stage,
+        "seed": config.seed,
+        "mixed_precision": accelerator.mixed_precision,
+        "processes": processes,
+        "text encoder": judges["policy"].text.fingerprint,
+        "weights at the start": {name: fingerprint(judge) for name, judge in judges.items()},
+        "training ratings": train.digest,
+        "validation ratings": val.digest,
+    }
+    seed = derived_seed(config.seed, Stream.ORDER, stage)
+    parameters = [parameter for judge in judges.values() for parameter in judge.parameters()]
+    optimizer = torch.optim.Adam(parameters, weight_decay=rlhf.weight_decay)
+    reset_scaler(accelerator)
+    *models, optimizer = accelerator.prepare(*judges.values(), optimizer)
+    batches = EpochBatches(len(train), len(train), rlhf.batch_size, seed, rank, processes)
+    parts = {"optimizer": optimizer, "scaler": accelerator.scaler, **judges}
+    state = TrainState(state_path(output, stage), settings, **parts)
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        stage: int,
-        networks: Mapping[str, Selector | Policy],
-        train: RatedSet,
-        val: RatedSet,
-        rlhf: ConfigDict,
-        seed: int,
-        output: Path,
-        selector_scores: torch.Tensor | None = None,
-    ):
-        processes, rank = accelerator.num_processes, accelerator.process_index
-        if len(train) < processes:
-            raise UserError(f"{len(train)} rated images are too few for {processes} processes; add images")
-        self.accelerator, self.stage, self.networks, self.rlhf = accelerator, stage, dict(networks), rlhf
-        self.train, self.val, self.selector_scores = train, val, selector_scores
-        self.settings = stage_settings(accelerator, stage, self.networks, train, val, rlhf, seed)
-        self.seed = derived_seed(seed, Stream.ORDER, stage)
-        parameters = [parameter for network in self.networks.values() for parameter in network.parameters()]
-        rate = rlhf.learning_rate if stage == 1 else rlhf.second_learning_rate
-        optimizer = torch.optim.Adam(parameters, lr=rate, weight_decay=rlhf.weight_decay)
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimizer, rlhf.num_epochs, eta_min=min(rate, rlhf.final_learning_rate)
-        )
-        reset_scaler(accelerator)
-        *models, self.optimizer = accelerator.prepare(*self.networks.values(), optimizer)
-        self.models: dict[str, nn.Module] = dict(zip(self.networks, models, strict=True))
-        self.batches = EpochBatches(len(train), len(train), rlhf.batch_size, self.seed, rank, processes)
-        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": accelerator.scaler}
-        self.state = TrainState(state_path(output, stage), self.settings, **parts, **self.networks)
-        self.epoch = 0
-        if progress := self.state.load():
-            self.epoch = progress["epoch"]
-            logger.info("resuming from %s: %d epochs are done", self.state.path, self.epoch)
+    def loss_of(name: str, model: torch.nn.Module, indices: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Return the loss of one judge for float images (B, 3, S, S) with these indices (B,)."""
+        judge, prompts = judges[name], [train.prompts[index] for index in indices.tolist()]
+        inputs = (judge.text(prompts).to(device),) if name == "policy" else ()
+        with accelerator.autocast():
+            logits = model(judge.preprocess(images), *inputs)
+        logits = logits.float()  # (B,)
+        values, weights = logits.sigmoid(), train.weights[indices].to(device)
+        if stage == 2:  # without dropout, so that the baseline is the score that others see
+            values = judge.score(images, prompts)
+            if rlhf.importance:
+                scores = selector_scores[indices].to(device)
+                weights = weights * importance_weights(scores, values, *rlhf.importance_range)
+        rewards = train.rewards[COLUMN[name]][indices].to(device)
+        return reinforce_loss(logits, advantages(rewards, values), weights, rlhf.objective)
 
-    def run_epoch(self) -> dict[str, Any]:
-        """Train one epoch and measure on the held-out images. Raises UserError for a loss that is not finite."""
-        device, started = self.accelerator.device, time.perf_counter()
-        self.batches.epoch = self.epoch
-        rate = self.scheduler.get_last_lr()[0]
-        with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
-            # 1 + rank: the seed without it is that of the flips
-            torch.manual_seed(derived_seed(self.seed, Stream.NOISE, self.epoch, 1 + self.accelerator.process_index))
-            losses = self._train(rate)
-        speed = len(self.train) / (time.perf_counter() - started)
-        if bad := next((name for name, loss in losses.items() if not math.isfinite(loss)), None):
-            raise UserError(
-                f"the {bad}'s loss is {losses[bad]} in epoch {self.epoch}, stage {self.stage}; lower the learning rate"
-            )
-        self.scheduler.step()
-        self.epoch += 1
-        entry = {"stage": self.stage, "learning_rate": rate, "loss": losses, **self.held_out()}
-        return entry | {"images_per_second": round(speed, 1)}
-
-    def held_out(self) -> dict[str, dict[str, float | None]]:
-        """Return `measures` of each network on the held-out images, the Selector's at the currently best threshold."""
+    def held_out() -> dict[str, dict[str, float | None]]:
+        """Return `measures` of each judge on the held-out images, the Selector's at the currently best threshold."""
         metrics = {}
-        for name, network in self.networks.items():
-            for buffer in network.buffers():  # batch-norm statistics, which each process has of its own images
+        for name, judge in judges.items():
+            for buffer in judge.buffers():  # batch-norm statistics, which each process has of its own images
                 broadcast(buffer)
-            scores = all_scores(self.accelerator, network, self.val, self.rlhf.batch_size)
-            rewards, threshold = self.val.rewards[COLUMN[name]], None
-            if name == "selector":
-                given = self.rlhf.threshold
-                threshold = best_threshold(scores, rewards)[0] if given is None else given
+            scores, rewards = all_scores(accelerator, judge, val, rlhf.batch_size), val.rewards[COLUMN[name]]
+            threshold = rlhf.threshold if name == "selector" else None
+            if name == "selector" and threshold is None:
+                threshold, _ = best_threshold(scores, rewards)
             metrics[name] = measures(scores, rewards, threshold)
         return metrics
 
-    def _train(self, rate: float) -> dict[str, float]:
-        """Run one pass over the rated images; return the mean loss of each network."""
-        device, losses = self.accelerator.device, {name: [] for name in self.networks}
-        flips = self.train.flips(self.seed, self.epoch) if self.rlhf.flip else torch.zeros(len(self.train)).bool()
-        for model in self.models.values():
+    done = (state.load() or {"epoch": 0})["epoch"]
+    if done:
+        logger.info("resuming from %s: %d epochs are done", state.path, done)
+    if done < rlhf.num_epochs:  # else the next stage may have written to it already
+        log = JsonLines(output / "metrics.jsonl", accelerator.is_main_process, keep=first_epoch + done)
+    for epoch in range(done, rlhf.num_epochs):
+        batches.epoch, started = epoch, time.perf_counter()
+        losses = {name: [] for name in judges}
+        flips = train.flips(seed, epoch) if rlhf.flip else torch.zeros(len(train)).bool()
+        for model in models:
             model.train()
-        batches = list(self.batches)
-        for number, batch in enumerate(batches):
-            self._set_rate(rate * self._warmup(self.epoch * len(batches) + number + 1))
-            indices = torch.tensor(batch)
-            images = self.train.images[indices]
-            images = torch.where(flips[indices][:, None, None, None], images.flip(-1), images)
-            images = images.to(device).float() / 255
-            loss = {name: self._loss(name, indices, images) for name in self.networks}
-            self.accelerator.backward(torch.stack(list(loss.values())).sum())  # the networks share no weights
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            for name, value in loss.items():
-                losses[name].append(value.detach())
-        self._set_rate(rate)  # the schedule multiplies the current rate
-        means = torch.stack([torch.stack(values).mean() for values in losses.values()])
-        return dict(zip(losses, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+        with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
+            # 1 + rank: the seed without it is that of the flips
+            torch.manual_seed(derived_seed(seed, Stream.NOISE, epoch, 1 + rank))
+            for update, batch in enumerate(batches, epoch * len(batches)):
+                for group in optimizer.param_groups:
+                    group["lr"] = rate = learning_rate(rlhf, stage, update, len(batches))
+                indices = torch.tensor(batch)
+                images = train.images[indices]
+                images = torch.where(flips[indices][:, None, None, None], images.flip(-1), images)
+                images = images.to(device).float() / 255
+                batch_losses = [loss_of(*judge, indices, images) for judge in zip(judges, models, strict=True)]
+                accelerator.backward(torch.stack(batch_losses).sum())  # the judges share no weights
+                optimizer.step()
+                optimizer.zero_grad()
+                for name, loss in zip(judges, batch_losses, strict=True):
+                    losses[name].append(loss.detach())
+        means = accelerator.reduce(torch.stack([torch.stack(values).mean() for values in losses.values()]), "mean")
+        losses = dict(zip(judges, means.tolist(), strict=True))
+        speed = len(train) / (time.perf_counter() - started)
+        for name, loss in losses.items():
+            if not math.isfinite(loss):
+                raise UserError(f"the {name}'s loss is {loss} in epoch {epoch}, stage {stage}; lower the learning rate")
+        metrics = held_out()
+        entry = {"epoch": first_epoch + epoch, "stage": stage, "learning_rate": rate, "loss": losses, **metrics}
+        log.write(entry | {"images_per_second": round(speed, 1)})
+        for name, found in metrics.items():
+            values = ", ".join(
+                f"{key} {'-' if value is None else format(value, '.3f')}" for key, value in found.items()
+            )
+            logger.info("stage %d epoch %d  %s: loss %.4f, %s", stage, epoch, name, losses[name], values)
+        if accelerator.is_main_process:
+            state.save(epoch=epoch + 1)
+    description = {
+        "stage": stage,
+        "epochs": first_epoch + rlhf.num_epochs,
+        "settings": settings,
+        "held_out": held_out(),
+    }
+    for model in models:
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
+    accelerator.free_memory()
+    return description
 
-    def _warmup(self, update: int) -> float:
-        """Return the factor of the learning rate at an update, counted from 1: linear over stage 1's warm-up."""
-        return min(1.0, update / self.rlhf.warmup_steps) if self.stage == 1 and self.rlhf.warmup_steps else 1.0
 
-    def _set_rate(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+def learning_rate(rlhf: ConfigDict, stage: int, update: int, updates_per_epoch: int) -> float:
+    """Return the learning rate of an update, from 0: a cosine over epochs, in stage 1 after a linear warm-up."""
+    first = rlhf.learning_rate if stage == 1 else rlhf.second_learning_rate
+    last, epoch = min(first, rlhf.final_learning_rate), update // updates_per_epoch
+    warm_up = min(1.0, (update + 1) / rlhf.warmup_steps) if stage == 1 and rlhf.warmup_steps else 1.0
+    return warm_up * (first - (first - last) * (1 - math.cos(math.pi * epoch / rlhf.num_epochs)) / 2)
 
-    def _loss(self, name: str, indices: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Return the loss of one network for float images (B, 3, S, S) with these indices (B,)."""
-        network, model = self.networks[name], self.models[name]
-        prompts = [self.train.prompts[index] for index in indices.tolist()]
-        inputs = (network.preprocess(images),)
-        if name == "policy":
-            inputs += (network.text(prompts).to(images.device),)
-        with self.accelerator.autocast():
-            logits = model(*inputs)
-        logits = logits.float()  # (B,)
-        rewards = self.train.rewards[COLUMN[name]][indices].to(images.device)
-        weights = self.train.weights[indices].to(images.device)
-        values = logits.sigmoid()
-        if self.stage == 2:  # without dropout, so that the baseline is the score that others see
-            policy: Policy = self.networks["policy"]
-            values = policy.score(images, prompts)
-            if self.rlhf.importance:
-                scores = self.selector_scores[indices].to(images.device)
-                weights = weights * importance_weights(scores, values, *self.rlhf.importance_range)
-        return reinforce_loss(logits, advantages(rewards, values), weights, self.rlhf.objective)
 
-    def finish(self) -> None:
-        """Unwrap the networks, put them into eval mode and free the optimizer."""
-        for model in self.models.values():
-            self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        self.accelerator.free_memory()
-        for network in self.networks.values():
-            network.eval()
+###### The two stages ######
+
+
+def check_output(output: Path, stages: tuple[int, ...]) -> None:
+    """Raise UserError for a folder in which the stages can neither start nor resume."""
+    exist = [(output / name).exists() for name in (SELECTOR_FILE, POLICY_FILE)]
+    if stages[0] == 1 and any(exist) and not state_path(output, 1).exists():
+        raise UserError(
+            f"{str(output)!r} holds judges of finished trainings; choose another rlhf.output or move them away, or "
+            "continue from stage 1 with rlhf.stages=(2,)"
+        )
+    if stages[0] == 2 and not all(exist):
+        raise UserError(f"{str(output)!r} holds no judges of stage 1; run rlhf.stages=(1,2) or (1,)")
+    if stages[0] == 2 and not state_path(output, 2).exists():
+        description, _ = read_judge(output / POLICY_FILE, "policy", DESCRIPTION)
+        if description["origin"]["stage"] == 2:
+            raise UserError(f"stage 2 in {str(output)!r} is finished; choose another rlhf.output, or move it away")
+
+
+def first_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedSet, val_set: RatedSet) -> None:
+    """Train both judges on all ratings and calibrate the threshold."""
+    rlhf, output = config.rlhf, Path(config.rlhf.output)
+    sizes = {name: rlhf[name] for name in ("image_size", "patch_size", "width", "heads", "dropout", "stem")}
+    with accelerator.local_main_process_first():  # one process downloads
+        text = TextFeatures(rlhf.text_encoder, rlhf.text_tokens, accelerator.device)
+    set_seed(config.seed)
+    selector = Selector(VisionSizes(layers=rlhf.selector_layers, mlp_ratio=MLP_RATIO, **sizes))
+    policy = Policy(VisionSizes(layers=rlhf.policy_layers, **sizes), text)
+    policy.fit_text(train_set.prompts)
+    judges = {"selector": selector, "policy": policy}
+    selector.origin = policy.origin = train_stage(accelerator, 1, judges, train_set, val_set, config)
+    calibrate(selector, all_scores(accelerator, selector, val_set, rlhf.batch_size), val_set, rlhf.threshold)
+    if accelerator.is_main_process:
+        save_selector(selector, output / SELECTOR_FILE)
+        save_policy(policy, output / POLICY_FILE)
+    accelerator.wait_for_everyone()
+
+
+def calibrate(selector: Selector, scores: torch.Tensor, rated: RatedSet, given: float | None) -> None:
+    """Set the Selector's threshold: the given one, else the best for the scores of these images."""
+    if given is not None:
+        selector.threshold, selector.calibration = given, {"how": "given as rlhf.threshold"}
+    else:
+        selector.threshold, youden = best_threshold(scores, rated.rewards["quality"])
+        selector.calibration = {"how": "best J for ratings of 2 or more", "J": youden, "images": len(rated)}
+        if youden <= 0:
+            logger.warning("the Selector is no better than chance; its threshold is meaningless")
+    share = selector.accepts(scores).double().mean().item()
+    logger.info("threshold %.4f (%s) passes %.1f %%", selector.threshold, selector.calibration["how"], 100 * share)
+
+
+def second_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedSet, val_set: RatedSet) -> None:
+    """Train stage 1's Policy on images that the Selector passes, and a share of rejected ones."""
+    rlhf, output = config.rlhf, Path(config.rlhf.output)
+    first = output / (FIRST_POLICY if (output / FIRST_POLICY).exists() else POLICY_FILE)
+    selector = load_selector(output / SELECTOR_FILE, accelerator.device)
+    policy = policies.load_policy_judge(first, accelerator.device, rlhf.text_encoder).requires_grad_(True)
+    scores = all_scores(accelerator, selector, train_set, rlhf.batch_size)
+    other_threshold = rlhf.threshold is not None and rlhf.threshold != selector.threshold
+    if other_threshold:
+        calibrate(selector, scores, train_set, rlhf.threshold)
+    passed = selector.accepts(scores)
+    chosen = chosen_samples(passed, rlhf.replay_share, config.seed)
+    counts = int(passed.sum()), len(passed), len(chosen) - int(passed.sum())
+    logger.info("stage 2: %d of %d images that the Selector passes, and %d that it rejects", *counts)
+    if accelerator.is_main_process and first.name != FIRST_POLICY:
+        with atomic_write(output / FIRST_POLICY) as temporary:
+            shutil.copyfile(first, temporary)
+    samples, done = train_set.subset(chosen), policy.origin["epochs"]
+    policy.origin = train_stage(accelerator, 2, {"policy": policy}, samples, val_set, config, done, scores[chosen])
+    if accelerator.is_main_process:
+        if other_threshold:
+            save_selector(selector, output / SELECTOR_FILE)
+        save_policy(policy, output / POLICY_FILE)
+    accelerator.wait_for_everyone()
