@@ -12,29 +12,36 @@ is, an incomplete one is drawn from the start.
 import logging
 import shutil
 import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from absl import flags
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
-from ddpo_pytorch.data.images import save_image
-from ddpo_pytorch.data.sample_folder import LOG, claim_folder, damaged_images, read_log, write_log
+from ddpo_pytorch.data.fundus import MODALITY
+from ddpo_pytorch.data.images import save_image, to_uint8
+from ddpo_pytorch.data.sample_folder import LOG, claim_folder, damaged_images, folder_name, read_log, write_log
 from ddpo_pytorch.generator.lora import adapter_fingerprint
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import check_tokens
-from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges
+from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, Policy, load_judges
+from ddpo_pytorch.judges.selector import Selector
 from ddpo_pytorch.prompts import all_prompts, given_prompts
-from ddpo_pytorch.rlhf.best_of_n import Request, best_of_n, log_entries
 from ddpo_pytorch.sampling import SAMPLING, Sampler, plan
 from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import DTYPES, locked_by_main, make_accelerator
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
-from ddpo_pytorch.utils.settings import ONE_OR_MORE, check_ranges
+from ddpo_pytorch.utils.randomness import Stream, derived_seed, text_number
+from ddpo_pytorch.utils.settings import ONE_OR_MORE, Range, check_ranges
 
 FLAGS = flags.FLAGS
 define_config(__file__, "experiment, e.g. config/fundus.py:generate")
@@ -42,29 +49,84 @@ logger = logging.getLogger(__name__)
 COUNTS = ("images_per_prompt", "num_candidates", "max_attempts")
 
 
+@dataclass
+class Request:
+    """The `repetition`-th search for images of a prompt.
+
+    `kept` has the entries of image_log.json and the pixels, uint8 (3, H, W), of the images that passed, or only of the
+    last one while none did.
+    """
+
+    prompt: str
+    repetition: int
+    kept: list[tuple[dict[str, Any], torch.Tensor]] = field(default_factory=list)
+    attempts: int = 0
+    passed: int = 0
+
+    def add(self, image: torch.Tensor, seed: int, selector: float, policy: float, passes: bool, number: int) -> None:
+        """Keep or drop a drawn image, whose file is named by modality, `number` and both scores."""
+        self.attempts += 1
+        if passes or not self.passed:
+            name = f"{MODALITY}_{number}_selector_{selector:.2f}_policy_{policy:.2f}.png"
+            entry = {
+                "prompt": self.prompt,
+                "path_to_img": f"images/{folder_name(self.prompt)}/{name}",
+                "reward": f"{policy * passes:.4f}",
+                "selector": round(selector, 6),
+                "policy": round(policy, 6),
+                "passed": passes,
+                "best": False,
+                "seed": seed,
+                "attempts": 0,
+            }
+            self.kept = [*(self.kept if self.passed else ()), (entry, image)]
+            self.passed += passes
+
+    def finish(self) -> "Request":
+        """Mark the best image, that of highest Policy score, and state the number of attempts."""
+        for entry, _ in self.kept:
+            entry["attempts"] = self.attempts
+        max((entry for entry, _ in self.kept), key=lambda entry: entry["policy"])["best"] = True
+        return self
+
+
+def best_of_n(
+    sampler: Sampler, selector: Selector, policy: Policy, requests: Sequence[Request], config: ConfigDict
+) -> Iterator[Request]:
+    """Yield each request once `improve.num_candidates` images have passed or `max_attempts` are drawn, in any order.
+
+    The image of an attempt is a function of (seed, prompt, repetition, attempt). At most `eval.batch_size` requests are
+    open at a time, so that memory does not grow with their number. Scores are those of images in 8 bits, as they are
+    stored. Images that are not finite do not pass; a batch without any finite one raises UserError.
+    """
+    improve, waiting = config.improve, deque(requests)
+    while waiting:
+        batch = [waiting.popleft() for _ in range(min(config.eval.batch_size, len(waiting)))]
+        prompts = [one.prompt for one in batch]
+        progress = [(text_number(one.prompt), one.repetition, one.attempts) for one in batch]
+        seeds = [derived_seed(config.seed, Stream.POOL, *numbers) for numbers in progress]
+        images = sampler(prompts, seeds)
+        finite = images.flatten(1).isfinite().all(dim=1).cpu()
+        if not finite.any():
+            raise UserError(f"images of {prompts[0]!r} are not finite; use mixed_precision bf16 or no")
+        pixels = to_uint8(images.nan_to_num())
+        quality, alignment = selector.score(pixels.float() / 255), policy.score(pixels.float() / 255, prompts)
+        passed = selector.accepts(quality).cpu() & finite
+        rows = zip(pixels.cpu(), seeds, quality.tolist(), alignment.tolist(), passed.tolist(), strict=True)
+        for one, row in zip(batch, rows, strict=True):
+            one.add(*row, number=one.repetition * improve.max_attempts + one.attempts)
+        for one in reversed(batch):
+            if one.passed >= improve.num_candidates or one.attempts >= improve.max_attempts:
+                yield one.finish()
+            else:
+                waiting.appendleft(one)
+
+
 def check_settings(config: ConfigDict) -> None:
     """Raise UserError for a number that is out of range."""
-    improve = config.improve
-    check_ranges(config, SAMPLING | {"eval.batch_size": ONE_OR_MORE})
-    check_ranges(improve, dict.fromkeys(COUNTS, ONE_OR_MORE), "improve.")
-    if improve.num_candidates > improve.max_attempts:
-        raise UserError(
-            f"improve.num_candidates is {improve.num_candidates}; it must be at most improve.max_attempts, which is "
-            f"{improve.max_attempts}"
-        )
-
-
-def is_complete(folder: Path) -> bool:
-    """Return whether there is a log with all its images undamaged."""
-    if not (folder / LOG).is_file():
-        return False
-    paths = [str(entry.get("path_to_img")) for entry in read_log(folder)]
-    if damaged := damaged_images(folder, paths):
-        logger.warning(
-            "%d of %d images in %s are damaged, the first is %s; all are drawn again",
-            len(damaged), len(paths), folder, damaged[0],
-        )  # fmt: skip
-    return not damaged
+    counts = dict.fromkeys(("eval.batch_size", *(f"improve.{name}" for name in COUNTS)), ONE_OR_MORE)
+    check_ranges(config, SAMPLING | counts)
+    check_ranges(config, {"improve.num_candidates": Range(f"[1, {config.improve.max_attempts}]", whole=True)})
 
 
 def generate(accelerator: Accelerator, config: ConfigDict) -> None:
@@ -88,9 +150,13 @@ def generate(accelerator: Accelerator, config: ConfigDict) -> None:
     if accelerator.is_main_process:
         claim_folder(folder, settings, {"model": pretrained.model, "load_from": config.load_from})
     accelerator.wait_for_everyone()
-    if is_complete(folder):
-        logger.info("%s is complete already; nothing to do", folder)
-        return
+    if (folder / LOG).is_file():
+        paths = [str(entry.get("path_to_img")) for entry in read_log(folder)]
+        if not (damaged := damaged_images(folder, paths)):
+            logger.info("%s is complete already; nothing to do", folder)
+            return
+        counts = len(damaged), len(paths)
+        logger.warning("%d of %d images in %s are damaged, e.g. %s; all are drawn again", *counts, folder, damaged[0])
     accelerator.wait_for_everyone()  # all have read the folder before anything is removed
     if accelerator.is_main_process:  # remains of an interrupted run
         (folder / LOG).unlink(missing_ok=True)
@@ -99,11 +165,10 @@ def generate(accelerator: Accelerator, config: ConfigDict) -> None:
 
     requests = [Request(prompt, number) for prompt in prompts for number in range(improve.images_per_prompt)]
     own, entries, started = requests[accelerator.process_index :: accelerator.num_processes], [], time.perf_counter()
-    limits = improve.num_candidates, improve.max_attempts, config.eval.batch_size
-    served = best_of_n(sampler, selector, policy, own, *limits, config.seed)
+    served = best_of_n(sampler, selector, policy, own, config)
     shown = config.progress and accelerator.is_main_process
     for request in tqdm(served, total=len(own), unit="prompt", disable=None if shown else True):
-        for entry, image in log_entries(request, improve.max_attempts):
+        for entry, image in request.kept:
             save_image(folder / entry["path_to_img"], image)
             entries.append(entry)
     attempts = sum(gather_object([request.attempts for request in own]))

@@ -11,24 +11,36 @@ The scripts run as separate commands; --launch="accelerate launch --num_processe
 folder that eval.py and train.py open. Rerun the same command to resume.
 """
 
+import argparse
 import logging
 import os
+import shlex
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from absl import flags
 from ml_collections import ConfigDict
 
+from ddpo_pytorch.data import fundus
+from ddpo_pytorch.data.images import image_grid, load_pixels, save_picture
 from ddpo_pytorch.data.sample_folder import claim_folder
+from ddpo_pytorch.generator.conditioning import save_model
 from ddpo_pytorch.generator.finetune_data import REAL_SHARE
-from ddpo_pytorch.rlhf.rounds import Rounds, collapse, log_entry, read_history, round_settings, rounds_table
-from ddpo_pytorch.sampling import SAMPLING
+from ddpo_pytorch.generator.latents import INDEX, LatentShards
+from ddpo_pytorch.generator.lora import merged_state_dict
+from ddpo_pytorch.generator.pipeline import load_pipeline
+from ddpo_pytorch.judges.policy import load_judges
+from ddpo_pytorch.rlhf import rounds
+from ddpo_pytorch.sampling import SAMPLING, Sampler
 from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.training.setup import batch_sizes, check_training
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
+from ddpo_pytorch.utils.distributed import DTYPES
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.files import JsonLines, atomic_write, locked
+from ddpo_pytorch.utils.files import JsonLines, atomic_folder, atomic_write, locked, sha256
 from ddpo_pytorch.utils.settings import BELOW_ONE, NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, Range, check_ranges
 
 FLAGS = flags.FLAGS
@@ -36,17 +48,13 @@ define_config(__file__, "experiment, e.g. config/fundus.py:improve")
 flags.DEFINE_string("launch", "", "command that starts the scripts of a round, e.g. 'accelerate launch'; empty: python")
 logger = logging.getLogger(__name__)
 METHODS = ("finetune", "ddpo")
-RANGES = {
-    **dict.fromkeys(("rounds", "images_per_prompt", "num_candidates", "max_attempts"), ONE_OR_MORE),
-    **dict.fromkeys(("num_steps", "batch_size"), ONE_OR_MORE),
-    "held_out_images": Range("[2, inf)", whole=True),
-    "learning_rate": POSITIVE,
-    "ema_decay": BELOW_ONE,
-    "real_share": REAL_SHARE,
-    "tolerance": NOT_NEGATIVE,
-    "kid_tolerance": NOT_NEGATIVE,
-}
+FINETUNING = ("num_steps", "batch_size", "learning_rate", "ema_decay", "real_share")
+COUNTS = ("rounds", "images_per_prompt", "num_candidates", "max_attempts", "num_steps", "batch_size")
+RANGES = dict.fromkeys(COUNTS, ONE_OR_MORE) | {"held_out_images": Range("[2, inf)", whole=True)}
+RANGES |= {"learning_rate": POSITIVE, "ema_decay": BELOW_ONE, "real_share": REAL_SHARE}
+RANGES |= dict.fromkeys(("tolerance", "kid_tolerance"), NOT_NEGATIVE)
 LOG = "rounds.jsonl"
+GRID_COLUMNS = 8
 
 
 def check_settings(config: ConfigDict) -> None:
@@ -72,47 +80,145 @@ def check_settings(config: ConfigDict) -> None:
         )
 
 
-def own_options() -> list[str]:
-    """Return this command's options without --launch."""
-    options, words = [], iter(sys.argv[1:])
-    for word in words:
-        if word.lstrip("-") == "launch":
-            next(words, None)  # its value
-        elif not word.lstrip("-").startswith("launch="):
-            options.append(word)
-    return options
+class Rounds:
+    """The rounds of one output folder; held-out judges and drawing run on the GPU if there is one."""
+
+    def __init__(self, config: ConfigDict):
+        self.config, self.improve, self.output = config, config.improve, Path(config.improve.output)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.selector, self.policy = load_judges(self.improve.held_out_judges, self.device)
+        rows, paths, _ = fundus.load_split(self.improve.held_out_csv, self.improve.data_path)
+        self.prompts = fundus.caption_list(rows)
+        self.real = rounds.features_of(self.selector, self._pixels(paths), config.eval.batch_size)
+
+    def _pixels(self, paths: list[Path]) -> torch.Tensor:
+        sd = self.config.sd
+        return torch.stack([load_pixels(path, sd.image_size, sd.resize) for path in paths])
+
+    def folder(self, number: int) -> Path:
+        return self.output / f"round_{number}"
+
+    def model(self, number: int) -> Path:
+        """Return the folder of the generator after round `number`; round 0 is the initial one."""
+        return self.folder(number) / "model" if number else Path(self.config.pretrained.model)
+
+    def run(self, number: int) -> None:
+        """Run one round, skipping methods that are finished."""
+        model, methods = self.model(number - 1), self.improve.methods
+        for place, method in enumerate(methods, 1):
+            outcome = self.model(number) if place == len(methods) else self.folder(number) / f"model_{place - 1}"
+            if not (outcome / "model_index.json").is_file():
+                weights = (self._finetune if method == "finetune" else self._ddpo)(number, model)
+                # `model` with other UNet weights, or with adapters merged into its UNet, as a folder of its own
+                trained, pipe = load_pipeline(str(model)), load_pipeline(str(model))
+                load_weights(trained.unet, weights)
+                pipe.unet.load_state_dict(merged_state_dict(trained.unet))
+                with atomic_folder(outcome) as temporary:
+                    save_model(pipe, temporary)
+            model = outcome
+
+    def measure(self, number: int) -> rounds.RoundMetrics:
+        """Draw images of the fixed noise with the model after round `number`, save a grid, and assess them."""
+        config, sample, count = self.config, self.config.sample, self.improve.held_out_images
+        dtype, size = DTYPES[config.mixed_precision], config.eval.batch_size
+        pipe = load_pipeline(str(self.model(number)), config.pretrained.revision, "", dtype, self.device)
+        sampler = Sampler(pipe, sample.scheduler, sample.num_steps, sample.eta, sample.guidance_scale)
+        images = rounds.draw_fixed(sampler, self.prompts, count, config.seed, size)
+        grid = image_grid(images[::count][: 2 * GRID_COLUMNS].float() / 255, GRID_COLUMNS)  # one image a prompt
+        save_picture(self.folder(number) / "grid.png", grid)
+        prompts = [prompt for prompt in self.prompts for _ in range(count)]
+        return rounds.assess(images, prompts, self.selector, self.policy, self.real, config.seed, size)
+
+    def _finetune(self, number: int, model: Path) -> Path:
+        """Train on the chosen images of a best-of-N pool, weighted by score, mixed with real ones."""
+        improve, folder = self.improve, self.folder(number)
+        fields = {"pretrained.model": model, "unet_path": ""}
+        self._command("generate.py", number, fields | {"logdir": folder / "pool", "load_from": ""})
+        table = self._real_table()
+        fields |= {"sd.stage": "finetune", "sd.pool": folder / "pool", "sd.output": folder / "finetune"}
+        fields |= {"sd.csv": table, "sd.data_path": improve.data_path, "sd.kind": "fundus"}
+        fields |= {"sd.latents": self._latents_of(table), "sd.val_csv": "", "sd.val_latents": ""}
+        self._command("train_sd.py", number, fields | {f"sd.{name}": improve[name] for name in FINETUNING})
+        return folder / "finetune" / "pretrained_unet.safetensors"
+
+    def _ddpo(self, number: int, model: Path) -> Path:
+        """Run policy gradient on the judges' reward."""
+        runs = self.folder(number) / "ddpo"
+        # the fixed run name makes an interrupted run resume
+        fields = {"pretrained.model": model, "unet_path": "", "logdir": runs, "run_name": "run"}
+        fields |= {"reward_fn": "fundus_alignment", "reward_fn_kwargs.fundus_alignment.judges": self.improve.judges}
+        self._command("train.py", number, fields)
+        return runs / "run"
+
+    def _command(self, script: str, number: int, fields: dict[str, Any]) -> None:
+        """Run a script with this command's own options and these settings. Raises UserError if it fails."""
+        own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        own.add_argument("--launch", "-launch")
+        fields = {"seed": self.config.seed + number, "log_with": self.config.log_with} | fields
+        settings = [f"--config.{name}={value}" for name, value in fields.items()]
+        launch = [*(shlex.split(FLAGS.launch) or [sys.executable]), str(Path(__file__).with_name(script))]
+        logger.info("round %d: %s", number, script)
+        if code := subprocess.run([*launch, *own.parse_known_args()[1], *settings]).returncode:
+            raise UserError(
+                f"round {number}: {script} ended with exit code {code}, see its last line; finished steps are in "
+                f"{str(self.folder(number))!r}: rerun the same command to resume"
+            )
+
+    def _real_table(self) -> Path:
+        """Return the table of real images to mix in: improve.csv, or its rows whose image the Selector passes."""
+        improve, path, size = self.improve, self.output / "real.csv", self.config.eval.batch_size
+        if not improve.select_real:
+            return Path(improve.csv)
+        if not path.is_file():
+            selector, _ = load_judges(improve.judges, self.device)
+            rows, files, _ = fundus.load_split(improve.csv, improve.data_path)
+            parts = (self._pixels(files[start:][:size]) for start in range(0, len(files), size))
+            passes = torch.cat([selector.passes(part.float() / 255) for part in parts]).tolist()
+            kept = [row for row, passed in zip(rows, passes, strict=True) if passed]
+            if not kept:
+                raise UserError(f"the Selector passes none of {len(rows)} real images; set improve.select_real=False")
+            logger.info("the Selector passes %d of %d real images; the others are left out", len(kept), len(rows))
+            fundus.write_table(path, kept)
+        return path
+
+    def _latents_of(self, table: Path) -> Path | str:
+        """Return latents of a table's images from stage (i) or the first round, or "" if there are none."""
+        stage_one = [Path(self.config.sd.output)] if self.config.sd.output else []
+        for place in (*stage_one, self.folder(1) / "finetune"):
+            latents = place / "latents" / "train"
+            if (latents / INDEX).is_file() and LatentShards(latents).index["csv_sha256"] == sha256(table):
+                return latents
+        return ""
 
 
 def main(_) -> None:
     required = ("output", "judges", "held_out_judges", "csv", "held_out_csv", "data_path")
     config = expand_config(FLAGS.config, "pretrained.model", *(f"improve.{name}" for name in required))
     check_settings(config)
-    improve, output = config.improve, Path(config.improve.output)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rounds = Rounds(config, device, Path(__file__).parent, FLAGS.launch, own_options(), load_weights)
+    improve, output, run = config.improve, Path(config.improve.output), Rounds(config)
     with locked(output):
-        claim_folder(output, round_settings(config), {"model": config.pretrained.model})
+        claim_folder(output, rounds.round_settings(config), {"model": config.pretrained.model})
         log = JsonLines(output / LOG, keep=improve.rounds + 1, counter="round")
-        history = read_history(output / LOG)
+        history = rounds.read_history(output / LOG)
         for number in range(improve.rounds + 1):
             done_before = number < len(history)
             if not done_before:
                 if number:
-                    rounds.run(number)
-                history.append(rounds.measure(number))
-                log.write(log_entry(number, history[-1]))
-            note = " (done before)" if done_before else ""
-            logger.info("round %d: %s%s", number, history[number].describe(), note)
-            if stop := collapse(history[: number + 1], improve.tolerance, improve.kid_tolerance):
+                    run.run(number)
+                history.append(run.measure(number))
+                log.write({"round": number} | vars(history[-1]))
+            found = ", ".join(f"{title} {cell}" for title, cell in history[number].cells().items())
+            logger.info("round %d: %s%s", number, found, " (done before)" if done_before else "")
+            if stop := rounds.collapse(history[: number + 1], improve.tolerance, improve.kid_tolerance):
                 logger.warning("stopped after round %d: %s", number, stop)
                 break
         best = max(range(len(history)), key=lambda number: history[number].alignment)
         with atomic_write(output / "best") as temporary:
             temporary.unlink()
-            temporary.symlink_to(os.path.relpath(rounds.model(best), output), target_is_directory=True)
+            temporary.symlink_to(os.path.relpath(run.model(best), output), target_is_directory=True)
         with atomic_write(output / "rounds.md") as temporary:
-            temporary.write_text(rounds_table(history))
-    print(rounds_table(history))  # the product of this command
+            temporary.write_text(rounds.rounds_table(history))
+    print(rounds.rounds_table(history))  # the product of this command
     logger.info("models, pools and metrics of all rounds are in %s; best/ is round %d", output, best)
 
 

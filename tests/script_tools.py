@@ -107,7 +107,7 @@ def run_in_process(name: str, config_file: Path, **fields) -> None:
     config = load_module(config_file).get_config()
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in fields.items()})
     module = load_module(ROOT / "scripts" / name)
-    module.FLAGS = SimpleNamespace(config=config, report=False)
+    module.FLAGS = SimpleNamespace(config=config, report=False, launch="")
     threads = torch.get_num_threads()
     try:
         with pytest.MonkeyPatch.context() as patch:

@@ -3,12 +3,16 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from judge_tools import FUNDUS_PROMPTS, threshold_between, write_judges
+from ml_collections import ConfigDict
 from script_tools import files_of, load_module, options, succeed
 
 from ddpo_pytorch.data.images import save_image
@@ -20,7 +24,6 @@ from ddpo_pytorch.metrics.kernel import kernel_distance
 from ddpo_pytorch.metrics.ssim import ms_ssim
 from ddpo_pytorch.prompts import all_prompts
 from ddpo_pytorch.rewards import build_reward
-from ddpo_pytorch.rlhf.best_of_n import Request, best_of_n, log_entries
 from ddpo_pytorch.rlhf.rounds import RoundMetrics, assess, collapse, draw_fixed, features_of, round_settings
 from ddpo_pytorch.sampling import Sampler
 from ddpo_pytorch.utils.errors import UserError
@@ -37,7 +40,6 @@ def sampler(bert_pipeline_dir):
 def table(tmp_path_factory):
     """A fundus table of 24 images of 12 patients, with the captions that the tiny BERT knows."""
     folder = tmp_path_factory.mktemp("table")
-    (folder / "images").mkdir()
     lines = ["path,Text,modality,patient"]
     for number in range(24):
         prompt = FUNDUS_PROMPTS[number % 2].removeprefix("Fundus: ")
@@ -48,50 +50,50 @@ def table(tmp_path_factory):
     return folder
 
 
-def serve(sampler, judges, threshold, requests, candidates=2, attempts=5, batch=3, seed=7):
-    selector, policy = judges
-    selector.threshold = threshold
-    return list(best_of_n(sampler, selector, policy, requests, candidates, attempts, batch, seed))
+@pytest.fixture
+def serve(sampler, judges_dir):
+    """Function (threshold): requests for two images of each prompt, served."""
+    generate = load_module(ROOT / "scripts/generate.py")
+
+    def run(threshold, candidates=2):
+        selector, policy = load_judges(judges_dir)
+        selector.threshold = threshold
+        requests = [generate.Request(prompt, number) for prompt in FUNDUS_PROMPTS for number in range(2)]
+        improve = {"num_candidates": candidates, "max_attempts": 5}
+        config = ConfigDict({"improve": improve, "eval": {"batch_size": 3}, "seed": 7})
+        served = generate.best_of_n(sampler, selector, policy, requests, config)
+        return sorted(served, key=lambda one: (one.prompt, one.repetition))
+
+    return run
 
 
-def test_candidates_are_the_first_that_pass(sampler, judges_dir):
+def test_candidates_are_the_first_that_pass(serve, judges_dir):
     """As by drawing all attempts of a request one by one and looking at them."""
     selector, policy = load_judges(judges_dir)
-    requests = [Request(prompt, number) for prompt in FUNDUS_PROMPTS for number in range(2)]
-    everything = serve(sampler, (selector, policy), 0.0, requests, candidates=5)
-    scores = [one.selector for request in everything for one in request.kept]
+    everything = serve(0.0, candidates=5)
+    scores = [entry["selector"] for request in everything for entry, _ in request.kept]
     threshold = threshold_between(scores)
-    again = [Request(prompt, number) for prompt in FUNDUS_PROMPTS for number in range(2)]
-    served = serve(sampler, (selector, policy), threshold, again)
     assert len({round(score, 4) for score in scores}) > 10  # the judges tell images apart
-    for request in served:
-        everyone = next(r for r in everything if (r.prompt, r.repetition) == (request.prompt, request.repetition)).kept
-        passing = [one.attempt for one in everyone if one.selector >= threshold][:2]
+    for request in serve(1.1):
+        ((entry, _),) = request.kept
+        assert request.attempts == 5 and (entry["passed"], entry["best"], entry["reward"]) == (False, True, "0.0000")
+    for request, every in zip(serve(threshold), everything, strict=True):
+        seeds = [entry["seed"] for entry, _ in every.kept]
+        passing = [entry["seed"] for entry, _ in every.kept if entry["selector"] >= threshold][:2]
+        entries = [entry for entry, _ in request.kept]
         if passing:
-            assert [one.attempt for one in request.kept] == passing
-            assert request.best.policy == max(one.policy for one in request.kept)
-            assert request.attempts == (passing[1] + 1 if len(passing) == 2 else 5)
-        else:
-            assert [one.attempt for one in request.kept] == [4] and not request.best.passed
-
-
-def test_names_carry_both_scores_and_scores_are_those_of_the_stored_images(sampler, judges_dir):
-    judges = load_judges(judges_dir)
-    (request,) = serve(sampler, judges, 0.0, [Request(FUNDUS_PROMPTS[0], 1)])
-    entries = log_entries(request, max_attempts=5)
-    assert sum(entry["best"] for entry, _ in entries) == 1
-    for entry, image in entries:
-        name = re.fullmatch(r"images/.+/Fundus_(\d+)_selector_(\d\.\d\d)_policy_(\d\.\d\d)\.png", entry["path_to_img"])
-        pixels = image[None].float() / 255
-        assert float(name[2]) == pytest.approx(judges[0].score(pixels).item(), abs=0.006)
-        assert float(name[3]) == pytest.approx(judges[1].score(pixels, [entry["prompt"]]).item(), abs=0.006)
-        assert 5 <= int(name[1]) < 10
-
-
-def test_where_nothing_passes_the_last_image_is_kept(sampler, judges_dir):
-    (request,) = serve(sampler, load_judges(judges_dir), 1.1, [Request(FUNDUS_PROMPTS[0], 0)], attempts=3)
-    assert request.attempts == 3 and [one.attempt for one in request.kept] == [2] and not request.best.passed
-    assert log_entries(request, 3)[0][0]["reward"] == "0.0000"
+            assert [entry["seed"] for entry in entries] == passing and all(entry["passed"] for entry in entries)
+            (best,) = (entry for entry in entries if entry["best"])
+            assert best["policy"] == max(entry["policy"] for entry in entries)
+            assert {entry["attempts"] for entry in entries} == {seeds.index(passing[1]) + 1 if passing[1:] else 5}
+        else:  # only the last one is kept
+            assert [entry["seed"] for entry in entries] == seeds[4:] and not entries[0]["passed"]
+        for entry, image in request.kept:
+            name = re.fullmatch(r"images/.+/Fundus_(\d+)_selector_(.{4})_policy_(.{4})\.png", entry["path_to_img"])
+            pixels = image[None].float() / 255
+            assert float(name[2]) == pytest.approx(selector.score(pixels).item(), abs=0.006)
+            assert float(name[3]) == pytest.approx(policy.score(pixels, [entry["prompt"]]).item(), abs=0.006)
+            assert int(name[1]) == 5 * request.repetition + seeds.index(entry["seed"])
 
 
 def test_the_reward_is_the_policys_score_of_what_passes(bert_pipeline_dir, tmp_path):
@@ -107,67 +109,52 @@ def test_the_reward_is_the_policys_score_of_what_passes(bert_pipeline_dir, tmp_p
     assert 0 < (rewards > 0).sum() < 6
 
 
-def test_the_prompts_of_a_table(table):
-    assert [prompt for prompt, _ in all_prompts("fundus_table", path=str(table / "table.csv"))] == sorted(
-        FUNDUS_PROMPTS
-    )
-
-
 def test_round_metrics_equal_those_computed_by_hand(judges_dir):
     selector, policy = load_judges(judges_dir)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (12, 3, 32, 32), generator=generator, dtype=torch.uint8)
     prompts = [FUNDUS_PROMPTS[0]] * 6 + [FUNDUS_PROMPTS[1]] * 6
     real = features_of(selector, torch.randint(0, 256, (9, 3, 32, 32), generator=generator, dtype=torch.uint8), 4)
-    selector.threshold = threshold_between(selector.score(images.float() / 255))
-    metrics = assess(images, prompts, selector, policy, real, seed=1, batch_size=5)
-    assert 0 < metrics.pass_rate < 1
     pixels = images.float() / 255
     quality, aligned = selector.score(pixels), policy.score(pixels, prompts)
+    selector.threshold = threshold_between(quality)
+    metrics = assess(images, prompts, selector, policy, real, seed=1, batch_size=5)
     passed = (quality >= selector.threshold).float()
     assert metrics.alignment == pytest.approx((passed * aligned).mean().item(), abs=1e-6)
-    assert (metrics.images, metrics.pass_rate) == (12, pytest.approx(passed.mean().item()))
+    assert (metrics.images, metrics.pass_rate) == (12, pytest.approx(passed.mean().item())) and 0 < passed.mean() < 1
     assert metrics.kid == pytest.approx(kernel_distance(real, features_of(selector, images, 12), 1).value, abs=1e-9)
+    similar = [ms_ssim(pixels[i, None], pixels[i + 1, None]).item() for i in range(11) if i != 5]
+    assert metrics.ms_ssim == pytest.approx(np.mean(similar), abs=1e-6)
     with pytest.raises(UserError, match="3 drawn and 9 real images"):  # no error of KID to judge its rise by
         assess(images[:3], prompts[:3], selector, policy, real, seed=1, batch_size=5)
-    pairs = [(i, i + 1) for i in range(11) if i != 5]
-    similar = [ms_ssim(pixels[a, None], pixels[b, None]).item() for a, b in pairs]
-    assert metrics.ms_ssim == pytest.approx(np.mean(similar), abs=1e-6)
 
 
 def test_fixed_noise_depends_on_nothing_but_seed_prompt_and_index(sampler):
     both = draw_fixed(sampler, FUNDUS_PROMPTS, 3, seed=5, batch_size=4)
     alone = draw_fixed(sampler, FUNDUS_PROMPTS[1:], 2, seed=5, batch_size=1)
     assert both.dtype == torch.uint8
-    assert (both[3:5].int() - alone.int()).abs().max() <= 1
-    assert not torch.equal(both[:2], alone)
+    assert (both[3:5].int() - alone.int()).abs().max() <= 1 and not torch.equal(both[:2], alone)
 
 
-def metrics(alignment=0.5, kid=0.1, ms_ssim=0.2):
-    return RoundMetrics(alignment, 0.5, 0.5, 0.5, kid, 0.01, ms_ssim, 100)
+def test_collapse():
+    def metrics(alignment=0.5, kid=0.1, similar=0.2):
+        return RoundMetrics(alignment, 0.5, 0.5, 0.5, kid, 0.01, similar, 100)
 
-
-@pytest.mark.parametrize(
-    ("rounds", "expected"),
-    [
-        ([metrics()], ""),
-        ([metrics(), metrics(alignment=0.6, kid=0.12, ms_ssim=0.5)], ""),
-        ([metrics(), metrics(alignment=0.6), metrics(alignment=0.57)], "0.570"),
-        ([metrics(), metrics(alignment=0.6, kid=0.2)], "KID to real images rose from 0.1 to 0.2"),
-        ([metrics(), metrics(alignment=0.6, ms_ssim=0.61)], "MS-SSIM rose from 0.200 to 0.610"),
-    ],
-)
-def test_collapse(rounds, expected):
-    said = collapse(rounds, tolerance=0.02, kid_tolerance=3.0)
-    assert expected in said and bool(said) == bool(expected)
+    for later, expected in (
+        ([], ""),
+        ([metrics(0.6, kid=0.12, similar=0.5)], ""),
+        ([metrics(0.6), metrics(0.57)], "0.570"),
+        ([metrics(0.6, kid=0.2)], "KID to real images rose from 0.1 to 0.2"),
+        ([metrics(0.6, similar=0.61)], "MS-SSIM rose from 0.200 to 0.610"),
+    ):
+        said = collapse([metrics(), *later], tolerance=0.02, kid_tolerance=3.0)
+        assert expected in said and bool(said) == bool(expected)
 
 
 @pytest.fixture
 def fields(table, bert_pipeline_dir, judges_dir, tmp_path):
     """Settings of generate.py and improve.py in the small."""
-    held_out = tmp_path / "held-out-judges"
-    held_out.mkdir()
-    write_judges(held_out, bert_pipeline_dir, seed=4, threshold=0.1)
+    held_out = write_judges(tmp_path / "held-out-judges", bert_pipeline_dir, seed=4, threshold=0.1)
     settings = {"mixed_precision": "no", "pretrained__model": bert_pipeline_dir, "sample__num_steps": 2}
     settings |= {"sample__guidance_scale": 1.0, "prompt_fn": "fundus_table", "reward_fn": "fundus_alignment"}
     settings |= {"prompt_fn_kwargs__path": table / "table.csv", "eval__batch_size": 4, "log_with": ""}
@@ -194,65 +181,71 @@ def run(run_main, config_file, fields):
     return main
 
 
-def test_generate_draws_damaged_images_again(run, tmp_path, caplog):
-    settings = {"logdir": tmp_path / "pool", "eval__prompts": (FUNDUS_PROMPTS[0],), "progress": False}
-    run("generate.py", **settings)
-    before = files_of(tmp_path / "pool")
-    for damage in (lambda path: path.write_bytes(path.read_bytes()[:-50]), lambda path: path.unlink()):
-        path = sorted((tmp_path / "pool").glob("images/*/*.png"))[-1]
-        damage(path)
-        run("generate.py", **settings)
-        assert files_of(tmp_path / "pool") == before and path.name in caplog.text
+@pytest.mark.slow
+def test_generate_is_the_same_with_two_processes_and_draws_damaged_images_again(
+    config_file, fields, run, tmp_path, caplog
+):
+    settings = {"eval__batch_size": 1, "progress": False}
+    run("generate.py", logdir=tmp_path / "one", **settings)
+    succeed("generate.py", *options(config_file, **fields, **settings, logdir=tmp_path / "two"), processes=2)
+    one, two = (files_of(tmp_path / name / "images") for name in ("one", "two"))
+    assert one == two and len(one) >= 4 and read_log(tmp_path / "one") == read_log(tmp_path / "two")
+    (tmp_path / "one/images/unknown.png").touch()  # complete: nothing is drawn or removed
+    run("generate.py", logdir=tmp_path / "one", **settings)
+    assert (tmp_path / "one/images/unknown.png").exists()
+    path = sorted((tmp_path / "one").glob("images/*/*.png"))[-1]
+    for damage in (lambda: path.write_bytes(path.read_bytes()[:-50]), path.unlink):
+        damage()
+        run("generate.py", logdir=tmp_path / "one", **settings)
+        assert files_of(tmp_path / "one/images") == one and path.name in caplog.text
         caplog.clear()
 
 
 @pytest.mark.slow
-def test_generate_writes_the_same_with_two_processes_and_once(config_file, fields, run, tmp_path):
-    for folder, processes in (("one", 1), ("two", 2)):
-        given = fields | {"logdir": tmp_path / folder, "eval__batch_size": 1}
-        succeed("generate.py", *options(config_file, **given), processes=processes)
-    one, two = (files_of(tmp_path / name / "images") for name in ("one", "two"))
-    assert one == two and len(one) >= 4
-    assert read_log(tmp_path / "one") == read_log(tmp_path / "two")
-    run("generate.py", eval__batch_size=1, logdir=tmp_path / "one")
-    assert files_of(tmp_path / "one" / "images") == one
+def test_rounds_resume(run, fields, tmp_path, monkeypatch, capsys, caplog):
+    """The scripts of a round run in this process, with the settings of their commands."""
 
+    def start(command, start=subprocess.run, **keywords):
+        if Path(command[1]).parent.name != "scripts":
+            return start(command, **keywords)
+        assert command[2] == "--config.seed=42" and "accelerate" not in command
+        settings = dict(word.removeprefix("--config.").split("=", 1) for word in command[2:])
+        values = {name: float(text) if re.fullmatch(r"[\d.e-]+", text) else text for name, text in settings.items()}
+        whole = {name: int(value) for name, value in values.items() if isinstance(value, float) and value % 1 == 0}
+        run(Path(command[1]).name, **{name.replace(".", "__"): value for name, value in (values | whole).items()})
+        return subprocess.CompletedProcess(command, 0)
 
-@pytest.mark.slow
-def test_rounds_resume(config_file, fields, tmp_path):
-    fields["improve__methods"] = "('finetune','ddpo')"
-    first = succeed("improve.py", *options(config_file, **fields))
+    caplog.set_level("INFO")
+    monkeypatch.setattr(subprocess, "run", start)
+    monkeypatch.setattr(sys, "argv", ["improve.py", "--launch", "accelerate", "--config.seed=42", "-launch=accelerate"])
+    run("improve.py", improve__methods=("finetune", "ddpo"))
     output = tmp_path / "improve"
     entries = [json.loads(line) for line in (output / "rounds.jsonl").read_text().splitlines()]
     assert [entry["round"] for entry in entries] == [0, 1] and entries[0]["alignment"] != entries[1]["alignment"]
-    assert first.stdout.count("|") > 20 and (output / "rounds.md").read_text() == first.stdout.rstrip("\n") + "\n"
+    assert (output / "rounds.md").read_text() in capsys.readouterr().out
     assert (output / "best" / "model_index.json").is_file()
     # killed in the last step of round 1
     (output / "rounds.jsonl").write_text(json.dumps(entries[0]) + "\n")
     shutil.rmtree(output / "round_1" / "model")
     pool = (output / "round_1" / "pool" / "image_log.json").stat().st_mtime_ns
-    again = succeed("improve.py", *options(config_file, **fields)).stderr
-    assert again.count("done before") == 1 and (output / "round_1/pool/image_log.json").stat().st_mtime_ns == pool
+    run("improve.py", improve__methods=("finetune", "ddpo"))
+    assert caplog.text.count("done before") == 1
+    assert (output / "round_1/pool/image_log.json").stat().st_mtime_ns == pool
     assert [json.loads(line) for line in (output / "rounds.jsonl").read_text().splitlines()] == entries
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_settings_out_of_range(run, fields):
+    for changes, message in (
         ({"improve__methods": ("sft",)}, "improve.methods.*'sft'"),
         ({"improve__rounds": 0}, "improve.rounds.*0"),
         ({"improve__csv": ""}, "improve.csv"),
         ({"unet_path": "unet.safetensors"}, "unet_path.*pretrained.model"),
-    ],
-)
-def test_settings_out_of_range(run, changes, message):
-    with pytest.raises(UserError, match=message):
-        run("improve.py", **changes)
-
-
-def test_judges_that_choose_cannot_measure(run, fields):
-    with pytest.raises(UserError, match="improve.held_out_judges"):
-        run("improve.py", improve__held_out_judges=fields["improve__judges"])
+        ({"improve__held_out_judges": fields["improve__judges"]}, "improve.held_out_judges"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run("improve.py", **changes)
+    with pytest.raises(UserError, match=r"improve.num_candidates is 9.*\[1, 4\]"):
+        run("generate.py", improve__num_candidates=9)
 
 
 def test_rounds_and_pools_belong_to_the_contents_of_their_files(
@@ -262,24 +255,24 @@ def test_rounds_and_pools_belong_to_the_contents_of_their_files(
     model, judges = (shutil.copytree(place, tmp_path / place.name) for place in (bert_pipeline_dir, judges_dir))
     table = Path(shutil.copy(fields["improve__csv"], tmp_path / "table.csv"))
     fields |= {"pretrained__model": model, "improve__judges": judges, "improve__csv": table}
+    fields["improve__images_per_prompt"] = 1
     config = load_module(config_file).get_config()
-    for name in ("pretrained__model", "improve__judges", "improve__csv", "improve__held_out_judges"):
-        config.update_from_flattened_dict({name.replace("__", "."): str(fields[name])})
-    config.improve.held_out_csv = str(fields["improve__held_out_csv"])
+    names = (
+        "pretrained__model",
+        "improve__judges",
+        "improve__csv",
+        "improve__held_out_judges",
+        "improve__held_out_csv",
+    )
+    config.update_from_flattened_dict({name.replace("__", "."): str(fields[name]) for name in names})
     before = round_settings(config)
-
-    def changed():
-        now = round_settings(config)
-        return {name for name in now if now[name] != before[name]}
-
-    assert not changed()
+    assert {prompt for prompt, _ in all_prompts("fundus_table", path=str(table))} == set(FUNDUS_PROMPTS)
     run("generate.py", logdir=tmp_path / "pool")
     schedule = model / "scheduler" / "scheduler_config.json"
     schedule.write_text(json.dumps(json.loads(schedule.read_text()) | {"beta_end": 0.02}))
-    assert changed() == {"model.scheduler"}
     with pytest.raises(UserError, match="model.scheduler"):
         run("generate.py", logdir=tmp_path / "pool")
     write_judges(judges, model, seed=5, threshold=0.1)
-    assert changed() == {"model.scheduler", "contents.judges"}
     table.write_text(table.read_text() + "\n")
-    assert changed() == {"model.scheduler", "contents.judges", "contents.csv"}
+    now = round_settings(config)
+    assert {name for name in now if now[name] != before[name]} == {"model.scheduler", "contents.judges", "contents.csv"}
