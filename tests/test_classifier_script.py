@@ -82,6 +82,7 @@ def test_a_killed_training_ends_like_one_that_was_not(world, trained, tmp_path, 
     assert model.labels == LABELS[:4] and model.image_size == 32 and any(v != 0.5 for v in model.thresholds.values())
     assert list(files_of(folder)) == [H4] and any((folder.parent / "cache").iterdir())
     assert said.count("val AUC hair") == 2 and "images/s" in said
+    assert_validation_loss(said, world, folder / H4, 4)
 
     options = [*classifier_flags(world, tmp_path, batch_size=8, limit=45), *EXTRA]
     settings = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
@@ -110,26 +111,27 @@ def test_a_killed_training_ends_like_one_that_was_not(world, trained, tmp_path, 
         run(*options)
 
 
-def test_test_mode_with_one_and_two_processes(world, trained, tmp_path, run):
-    """13 images in batches of 4, of which two processes get 8 and 5."""
-    model, reports = load_classifier(trained[0] / H4), []
-    for processes in (1, 2):
-        options = classifier_flags(world, tmp_path / str(processes), mode="test", checkpoint=trained[0] / H4, limit=13)
-        options += ["--batch_size=4", "--cache_dir="]
-        said = run(*options) if processes == 1 else succeed(SCRIPT, *options, processes=2).stderr
-        names = ["test_H4.csv", "test_H4.json", "test_H4_confusion.png", "test_H4_reliability.png"]
-        assert sorted(files_of(tmp_path / str(processes))) == names
-        assert all(name in said for name in ("average_precision", *names))
-        reports.append(json.loads((tmp_path / str(processes) / "test_H4.json").read_text()))
-    one, two = reports
-    assert len(one) == len(two) and sum(row["support"] for row in one if row["what"].startswith("only")) == 13
-    for first, second in zip(one, two, strict=True):
-        assert first.pop("what") == second.pop("what")
-        assert first == pytest.approx(second, abs=1e-6)
-    thresholds = [row["threshold"] for row in two[:4]]
-    assert thresholds == pytest.approx(list(model.thresholds.values()))
+def test_test_mode(world, trained, tmp_path, run):
+    options = classifier_flags(world, tmp_path, mode="test", checkpoint=trained[0] / H4, limit=13, cache_dir="")
+    said, names = run(*options), [f"test_H4{end}" for end in (".csv", ".json", "_confusion.png", "_reliability.png")]
+    assert sorted(files_of(tmp_path)) == names and all(name in said for name in ("average_precision", *names))
+    rows = json.loads((tmp_path / "test_H4.json").read_text())
+    assert sum(row["support"] for row in rows if row["what"].startswith("only")) == 13
+    assert [row["threshold"] for row in rows[:4]] == list(load_classifier(trained[0] / H4).thresholds.values())
     with pytest.raises(UserError, match="4 heads"):
         run(*classifier_flags(world, tmp_path, 6, mode="test", checkpoint=trained[0] / H4))
+
+
+def assert_validation_loss(said, world, file, heads, weighted=False, gamma=0):
+    """What a training said, perhaps by several processes, is the loss of all validation images."""
+    sets = {}
+    for split in ("train", "val"):
+        rows, paths, _ = load_split(world / "splits" / f"phantom_{split}.csv", world / "images")
+        sets[split] = torch.tensor([row.labels[:heads] for row in rows], dtype=torch.float32)
+    logits = load_classifier(file).logits(torch.stack([load_image(path, 32) for path in paths]))
+    weight = (sets["train"] == 0).sum(0) / (sets["train"] == 1).sum(0) if weighted else torch.ones(heads)
+    expected = by_definition(logits, sets["val"], weight, gamma).item()
+    assert float(said.split("validation loss ")[1].split(",")[0]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_options_reach_the_training(world, trained, tmp_path, run):
@@ -138,15 +140,7 @@ def test_options_reach_the_training(world, trained, tmp_path, run):
     done = run(*classifier_flags(world, tmp_path, 6, **extra), "--pos_weight")
     assert f"backbone from {trained[0] / H4}" in done
     (file,) = tmp_path.iterdir()
-    sets = {}
-    for split in ("train", "val"):
-        rows, paths, _ = load_split(world / "splits" / f"phantom_{split}.csv", world / "images")
-        sets[split] = torch.tensor([row.labels for row in rows], dtype=torch.float32)
-    images = torch.stack([load_image(path, 32) for path in paths])
-    weight = (sets["train"] == 0).sum(0) / (sets["train"] == 1).sum(0)
-    expected = by_definition(load_classifier(file).logits(images), sets["val"], weight, 2).item()
-    said = done.split("validation loss ")[1].split(",")[0]
-    assert float(said) == pytest.approx(expected, abs=1e-4)
+    assert_validation_loss(done, world, file, 6, weighted=True, gamma=2)
 
 
 def test_classifier_is_published_and_tested_without_positives(world, tmp_path, run):
