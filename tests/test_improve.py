@@ -187,7 +187,7 @@ def test_generate_is_the_same_with_two_processes_and_draws_damaged_images_again(
 ):
     settings = {"eval__batch_size": 1, "progress": False}
     run("generate.py", logdir=tmp_path / "one", **settings)
-    succeed("generate.py", *options(config_file, **fields, **settings, logdir=tmp_path / "two"), processes=2)
+    succeed("generate.py", *options(config_file, **fields | settings, logdir=tmp_path / "two"), processes=2)
     one, two = (files_of(tmp_path / name / "images") for name in ("one", "two"))
     assert one == two and len(one) >= 4 and read_log(tmp_path / "one") == read_log(tmp_path / "two")
     (tmp_path / "one/images/unknown.png").touch()  # complete: nothing is drawn or removed
