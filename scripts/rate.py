@@ -2,13 +2,13 @@
 
     python scripts/rate.py --images rl4med-out/samples/fundus --out rl4med-out/ratings.csv
 
-shows the images of sample folders (--images, separated by commas or repeated) and of a fundus table (--csv,
---data_path), in a random order for each rater. Each click is saved at once to a journal next to --out, and to --out.
-Rerun with the same --out to continue. The page is reachable from this machine only, or from others with a token: --host
-0.0.0.0. The table names images by their paths from its folder, so table and images can be moved together.
+shows the images of sample folders and of a fundus table, in a random order for each rater. Each click is saved at once
+to --out and a journal next to it; rerun with the same --out to continue. The page is reachable from this machine only,
+or from others with a token: --host 0.0.0.0.
 """
 
 import logging
+import re
 import secrets
 import socket
 from collections import Counter
@@ -17,8 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from ddpo_pytorch.data.images import RESIZES
-from ddpo_pytorch.rating.items import Item, distinct, sample_items, table_items
-from ddpo_pytorch.rating.session import Questions
+from ddpo_pytorch.rating.session import Item, Questions, distinct, sample_items, table_items
 from ddpo_pytorch.rating.store import Store, rater_name
 from ddpo_pytorch.utils.cli import cli, expand, expand_flags
 from ddpo_pytorch.utils.errors import UserError
@@ -58,15 +57,9 @@ def find_items() -> list[Item]:
     return distinct(items)
 
 
-def address(host: str, port: int, token: str) -> str:
-    """Return the address to open in a browser."""
-    name = socket.gethostname() if host in ("", "0.0.0.0", "::") else host
-    return f"http://{f'[{name}]' if ':' in name else name}:{port}/" + (f"?token={token}" if token else "")
-
-
 def main(_) -> None:
     try:
-        from ddpo_pytorch.rating.server import Display, Guard, check_token, is_loopback, listen, make_app, serve
+        from ddpo_pytorch.rating.server import is_loopback, listen, make_app, serve
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn"):
             raise
@@ -75,17 +68,19 @@ def main(_) -> None:
     expand_flags(FLAGS, ("out",), optional=("csv", "data_path"))
     rater = "" if FLAGS.rater is None else rater_name(FLAGS.rater)
     token = FLAGS.token or ("" if is_loopback(FLAGS.host) else secrets.token_urlsafe(32))
-    if token:
-        check_token(token)
+    if token and not re.fullmatch(r"[A-Za-z0-9_-]{16,128}", token):  # hard to guess, and the same in an address
+        raise UserError("--token needs 16 to 128 of the characters A-Z, a-z, 0-9, _ and -; omit it to generate one")
     items = find_items()
     sock = listen(FLAGS.host, FLAGS.port)
     port = sock.getsockname()[1]
     store = Store(FLAGS.out)
-    display = Display(rater, FLAGS.expert_level or 0, FLAGS.image_size, FLAGS.resize)
+    square = dict(size=FLAGS.image_size or None, resize=FLAGS.resize)
     questions = Questions(items, store, FLAGS.seed)
-    app = make_app(questions, Guard(FLAGS.host, port, token), display)
+    app = make_app(questions, FLAGS.host, port, token, rater, FLAGS.expert_level or 0, **square)
     logger.info("%d images; ratings go to %s, which has %d; Ctrl-C ends", len(items), Path(FLAGS.out), len(store))
-    logger.info("open %s", address(FLAGS.host, port, token))
+    name = socket.gethostname() if FLAGS.host in ("", "0.0.0.0", "::") else FLAGS.host
+    name = f"[{name}]" if ":" in name else name
+    logger.info("open http://%s:%d/%s", name, port, f"?token={token}" if token else "")
     serve(app, sock)
     questions.close()
     logger.info("%d ratings are in %s, every click in %s", len(store), store.path, store.journal)

@@ -40,21 +40,14 @@ class RatePage:
     """A running scripts/rate.py and a client for it."""
 
     def __init__(self, *options, cwd: Path = ROOT, **environment):
-        settings = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(
-            [sys.executable, "scripts/rate.py", *map(str, options)],
-            cwd=cwd,
-            env=os.environ | settings | environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        command = [sys.executable, "scripts/rate.py", *map(str, options)]
+        settings = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)} | environment
+        self.process = subprocess.Popen(command, cwd=cwd, env=settings, stderr=subprocess.PIPE, text=True)
         self.cookie, self.lines, found = None, [], None
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if found := re.search(r"open (http://(\S+?):(\d+)/(?:\?token=(\S+))?)", line):
-                break
-        if not found:
-            raise AssertionError(f"rate.py did not start: {''.join(self.lines)}")
+        while not found:
+            self.lines.append(self.process.stderr.readline())
+            assert self.lines[-1], f"rate.py did not start: {''.join(self.lines)}"
+            found = re.search(r"open (http://(\S+?):(\d+)/(?:\?token=(\S+))?)", self.lines[-1])
         self.url, self.host, self.port, self.token = found[1], found[2], int(found[3]), found[4]
         self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True)
         self._reader.start()
@@ -88,12 +81,10 @@ class RatePage:
         connection.endheaders(data)
         connection.sock.sendall(b"".join(pieces))
         answer = connection.getresponse()
-        content = answer.read()
+        content, kind = answer.read(), answer.headers.get_content_type()
         connection.close()
-        is_json = answer.headers.get_content_type() == "application/json"
-        return SimpleNamespace(
-            status=answer.status, headers=answer.headers, content=content, json=json.loads(content) if is_json else None
-        )
+        parsed = json.loads(content) if kind == "application/json" else None
+        return SimpleNamespace(status=answer.status, headers=answer.headers, content=content, json=parsed)
 
     def post(self, name: str, rater: str, **fields) -> dict:
         """A request of the page that must succeed: the new state."""

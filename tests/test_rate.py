@@ -7,21 +7,21 @@ import itertools
 import json
 import resource
 import signal
-import socket
+import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPConnection, HTTPException
+from http.client import HTTPException
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT
 from PIL import Image
 from rating_tools import PROMPTS, RatePage, write_gallery
+from script_tools import load_module
 
 from ddpo_pytorch.data.ratings import COLUMNS, read_ratings
-from ddpo_pytorch.rating.items import distinct, sample_items, table_items
-from ddpo_pytorch.rating.session import order_for
+from ddpo_pytorch.rating.session import distinct, order_for, sample_items, table_items
 from ddpo_pytorch.rating.store import Store
 from ddpo_pytorch.utils.errors import UserError
 
@@ -35,90 +35,37 @@ def journal(page) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def red(content: bytes) -> int:
-    return int(np.array(Image.open(io.BytesIO(content)))[0, 0, 0])
-
-
-def test_nothing_that_is_sent_reveals_the_source(rating_page):
+def test_nothing_that_is_sent_reveals_the_source_and_ratings_are_what_training_reads(rating_page):
     """Whole answers are searched: headers, the page, states, images. PNG and JPEG files leave as the same kind."""
-    state = rating_page.post("state", "blind")
-    assert (state["total"], state["rated"]) == (9, 0)
-    answers, kinds = [rating_page.ask("/")], set()
-    while state["current"]:
-        assert set(state["current"]) == {"id", "prompt"} and state["current"]["prompt"] in PROMPTS
-        answers.append(rating_page.ask(f"/image/{state['current']['id']}"))
-        picture = Image.open(io.BytesIO(answers[-1].content))
-        assert picture.info == {} and picture.format == "PNG"
-        kinds.add((frozenset(answers[-1].headers.keys()), answers[-1].headers["content-type"]))
-        state = rating_page.rate("blind", state, 1)
-        assert not set(json.dumps(state).lower().split('"')) & {"real", "made", "secret", "source"}
+    answers, kinds, orders, wanted = [rating_page.ask("/")], set(), {}, []
+    for rater in ("order a", "order b"):
+        state, orders[rater] = rating_page.post("state", rater), []
+        assert (state["total"], state["rated"]) == (9, 0)
+        while state["current"]:
+            assert set(state["current"]) == {"id", "prompt"} and state["current"]["prompt"] in PROMPTS
+            answers.append(rating_page.ask(f"/image/{state['current']['id']}"))
+            picture = Image.open(io.BytesIO(answers[-1].content))
+            assert picture.info == {} and picture.format == "PNG"
+            kinds.add((frozenset(answers[-1].headers.keys()), answers[-1].headers["content-type"]))
+            orders[rater].append(int(np.array(picture)[0, 0, 0]))
+            wanted.append((rater, 1 + len(wanted) % 3, state["current"]["prompt"]))
+            state = rating_page.rate(rater, state, wanted[-1][1], level=1)
+            assert not set(json.dumps(state).lower().split('"')) & {"real", "made", "secret", "source"}
     assert len(kinds) == 1
     for answer in answers:
         sent = f"{answer.headers.items()}".encode() + answer.content
         for source in (b"hidden-generator", b"/real", b"/made", b"secret", b"jpg", b"last-modified", b"uvicorn"):
             assert source not in sent.lower()
-
-
-def test_the_order_is_the_raters_own_and_mixes_the_folders(rating_page):
-    orders = {}
-    for rater in ("order a", "order b"):
-        state, orders[rater] = rating_page.post("state", rater), []
-        while state["current"]:
-            orders[rater].append(red(rating_page.ask(f"/image/{state['current']['id']}").content))
-            state = rating_page.rate(rater, state, 2)
-    for reds in orders.values():
+    for reds in orders.values():  # the folders are mixed, in the rater's own order
         made = [value >= 120 for value in reds]  # JPEG is off by a level or two
         assert sum(made) == 5 and made not in (sorted(made), sorted(made, reverse=True))
     assert orders["order a"] != orders["order b"] and sorted(orders["order a"]) == sorted(orders["order b"])
-
-
-def test_ratings_are_what_training_reads(rating_page):
-    state = rating_page.post("state", "Zoë")
-    wanted = []
-    for rating in (3, 1, 2):
-        colour = red(rating_page.ask(f"/image/{state['current']['id']}").content)
-        wanted.append((rating, colour, state["current"]["prompt"]))
-        state = rating_page.rate("Zoë", state, rating, level=1)
-    rows = [row for row in read_ratings(rating_page.table) if row.rater_id == "Zoë"]
-    found = [(row.rating, np.array(Image.open(row.path))[0, 0, 0], row.prompt) for row in rows]
-    for (rating, colour, prompt), (read, stored, text) in zip(wanted, found, strict=True):
-        assert (rating, prompt) == (read, text) and abs(int(stored) - colour) <= 2
+    rows = [row for row in read_ratings(rating_page.table) if row.rater_id in orders]
+    assert [(row.rater_id, row.rating, row.prompt) for row in rows] == wanted
+    stored = [int(np.array(Image.open(row.path))[0, 0, 0]) for row in rows]
+    np.testing.assert_allclose(stored, orders["order a"] + orders["order b"], atol=2)
     assert {(row.modality, row.expert_level) for row in rows} == {("Fundus", 1)}
     assert not any(row.image.startswith(("/", "..")) for row in rows)
-    assert rating_page.table.read_text().splitlines()[0] == ",".join(COLUMNS)
-
-
-def test_skip_undo_and_again(rating_page):
-    who, start = "skipper", rating_page.post("state", "skipper")
-    assert not start["undo"]
-    skipped = start["current"]["id"]
-    state = rating_page.post("skip", who, id=skipped)
-    assert state["current"] == start["next"] and state["rated"] == 0
-    state = rating_page.post("undo", who)
-    assert state == start
-    state = rating_page.post("skip", who, id=skipped)
-    seen = []
-    while state["current"]["id"] != skipped:
-        seen.append(state["current"]["id"])
-        state = rating_page.rate(who, state, 1)
-    assert len(set(seen)) == 8 and state["rated"] == 8  # it comes once again, after all others
-    state = rating_page.post("skip", who, id=skipped)
-    assert state["current"] is None and state["skipped"] == 1
-    state = rating_page.post("again", who)
-    assert state["current"]["id"] == skipped
-    done = rating_page.rate(who, state, 3)
-    assert done["current"] is None and (done["rated"], done["skipped"]) == (9, 0)
-
-    def own() -> list[str]:
-        return [row["rating"] for row in csv.DictReader(open(rating_page.table)) if row["rater_id"] == who]
-
-    assert own() == ["1"] * 8 + ["3"]
-    assert rating_page.post("undo", who)["current"]["id"] == skipped and own() == ["1"] * 8
-    state = rating_page.post("undo", who)  # the second skip
-    state = rating_page.post("undo", who)
-    assert state["current"]["id"] == seen[-1] and own() == ["1"] * 7
-    actions = [row["action"] for row in journal(rating_page) if row["rater_id"] == who]
-    assert actions == ["skip", "undo", "skip"] + ["rate"] * 8 + ["skip", "rate"] + ["undo"] * 3
 
 
 def test_an_undo_is_of_the_click_that_the_page_shows(rating_page):
@@ -127,51 +74,33 @@ def test_an_undo_is_of_the_click_that_the_page_shows(rating_page):
     for rating in (1, 2, 3):
         states.append(rating_page.rate(who, states[-1], rating))
     assert [state["undo"] for state in states] == [0, 1, 2, 3]
+    assert rating_page.rate(who, states[1], 1) == states[3] | {"already": True}  # rated in another window
     assert rating_page.post("undo", who, undoable=3) == states[2]
     for stale in (3, 1, 0, -1):
         assert rating_page.post("undo", who, undoable=stale) == states[2] | {"already": True}
-    for faulty in ("2", 2.5, True, [2]):
-        assert rating_page.ask("/api/undo", {"rater": who, "undoable": faulty}).status == 422
+    assert rating_page.ask("/api/undo", {"rater": who, "undoable": "2"}).status == 422
     assert rating_page.post("undo", who, undoable=2) == states[1]
     assert [row.rating for row in read_ratings(rating_page.table) if row.rater_id == who] == [1]
 
 
-def test_two_raters_and_two_windows_at_the_same_time(rating_page):
-    """Each rater clicks from two windows at once: every image is rated once by each, and no line is torn."""
-
-    def work(rater: str) -> int:
-        clicks = 0
-        while (state := rating_page.post("state", rater))["current"]:
-            answer = rating_page.post("rate", rater, id=state["current"]["id"], rating=2, expert_level=3)
-            clicks += "already" not in answer
-        return clicks
-
-    raters = ["twin a", "twin b"] * 2
-    with ThreadPoolExecutor(4) as pool:
-        clicks = list(pool.map(work, raters))
-    assert (clicks[0] + clicks[2], clicks[1] + clicks[3]) == (9, 9)
-    rows = [row for row in read_ratings(rating_page.table) if row.rater_id.startswith("twin")]
-    assert len({(row.rater_id, row.image, row.prompt) for row in rows}) == len(rows) == 18
-
-
 @pytest.mark.parametrize(
     "path",
-    ["/image/../ratings.csv", "/image/%2e%2e/ratings.csv", "/image/..%2fratings.csv", "/image/%2e%2e%2f%2e%2e%2fetc"]
-    + ["/image/" + "0" * 32, "/image/0", "/image/", "/images/source/0.jpg", "/real/images/source/0.jpg", "//etc/passwd"]
-    + ["/image/%00", "/docs", "/redoc", "/openapi.json", "/page.js", "/ratings.csv", "/image/real%2Fimages%2F0.jpg"],
+    ["/image/%2e%2e%2fratings.csv", "/image/" + "0" * 32, "/images/source/0.jpg", "//etc/passwd", "/docs", "/page.js"],
 )
 def test_nothing_but_listed_images_is_served(rating_page, path):
     answer = rating_page.ask(path)
     assert answer.status == 404 and b"root:" not in answer.content and COLUMNS[0].encode() not in answer.content
+    policy = answer.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'") and "unsafe" not in policy and "http" not in policy
+    assert answer.headers["referrer-policy"] == "no-referrer" and answer.headers["cache-control"] == "no-store"
 
 
 @pytest.mark.parametrize(
     ("headers", "status"),
-    [({"Origin": "http://evil.example"}, 403), ({"Origin": None}, 403), ({"Origin": "null"}, 403)]
-    + [({"Content_Type": "text/plain"}, 415), ({"Content_Type": None}, 415)]
+    [({"Origin": "http://evil.example"}, 403), ({"Origin": None}, 403), ({"Content_Type": "text/plain"}, 415)]
     + [({"Host": "evil.example"}, 400), ({"Host": "127.0.0.1.evil.example"}, 400), ({"Host": None}, 400)]
-    + [({"Host": "192.0.2.1"}, 400), ({"Content_Length": None, "Transfer_Encoding": "chunked"}, 413)]
-    + [({"Transfer_Encoding": "chunked"}, 413)],
+    + [({"Content_Length": None, "Transfer_Encoding": "chunked"}, 413), ({"Transfer_Encoding": "chunked"}, 413)]
+    + [({"Content_Length": "4097"}, 413)],
 )
 def test_requests_of_others_are_refused(rating_page, headers, status):
     body = {"rater": "intruder"}
@@ -182,36 +111,11 @@ def test_requests_of_others_are_refused(rating_page, headers, status):
         assert rating_page.ask("/", **headers).status == status
 
 
-@pytest.mark.parametrize("method", ["POST /api/state", "POST /api/rate", "GET /", "PUT /"])
-@pytest.mark.parametrize("length", ["Content-Length: 20\r\nTransfer-Encoding: chunked", "Transfer-Encoding: chunked"])
-def test_a_body_without_end_is_refused(rating_page, method, length):
-    """The server hangs up long before 64 MiB have been sent, whatever the headers state."""
-    host = f"127.0.0.1:{rating_page.port}"
-    lines = [f"{method} HTTP/1.1", f"Host: {host}", f"Origin: http://{host}", "Content-Type: application/json", length]
-    with socket.create_connection(("127.0.0.1", rating_page.port), timeout=20) as connection:
-        connection.sendall("\r\n".join([*lines, "", ""]).encode())
-        with pytest.raises(ConnectionError):
-            for _ in range(64):
-                connection.sendall(b"100000\r\n" + b" " * 2**20 + b"\r\n")
-    assert rating_page.post("state", "someone")["rated"] == 0
-
-
-@pytest.mark.parametrize("length", ["9" * 5000, "４", "+4", "-1", "4097", ""])
-def test_lengths_that_are_none_are_refused(rating_page, length):
-    connection = HTTPConnection("127.0.0.1", rating_page.port, timeout=20)
-    connection.putrequest("POST", "/api/state")
-    connection.putheader("Origin", f"http://127.0.0.1:{rating_page.port}")
-    connection.putheader("Content-Type", "application/json")
-    connection.putheader("Content-Length", length.encode())
-    connection.endheaders()
-    assert connection.getresponse().status in (400, 413)
-
-
 @pytest.mark.parametrize(
     "fields",
-    [{"rating": 0}, {"rating": 4}, {"rating": 2.5}, {"rating": "2"}, {"rating": None}, {"rating": True}]
-    + [{"expert_level": 0}, {"expert_level": 4}, {"id": "../x"}, {"id": "0" * 32}, {"id": 5}]
-    + [{"rater": name} for name in ("", "  ", "a,b", "a\nb", "a\u0000", "x" * 65, "\ud800", 7)],
+    [{"rating": rating} for rating in (0, 4, 2.5, "2", None, True)]
+    + [{"expert_level": 0}, {"expert_level": None}, {"id": "../x"}, {"id": "0" * 32}, {"id": 5}]
+    + [{"rater": name} for name in ("  ", "a,b", "\ud800", 7)],
 )
 def test_faulty_clicks_change_nothing(rating_page, fields):
     state = rating_page.post("state", "steady")
@@ -221,16 +125,6 @@ def test_faulty_clicks_change_nothing(rating_page, fields):
     assert (rating_page.table.read_bytes(), len(journal(rating_page))) == before
     assert rating_page.ask("/api/rate", b"{" * 5000).status == 413
     assert rating_page.post("state", "steady") == state
-
-
-def test_the_page_allows_no_foreign_code(rating_page):
-    answer = rating_page.ask("/")
-    policy = answer.headers["content-security-policy"]
-    assert policy.startswith("default-src 'none'") and "unsafe" not in policy and "http" not in policy
-    assert b"http://" not in answer.content and b"https://" not in answer.content
-    assert answer.headers["referrer-policy"] == "no-referrer" and answer.headers["cache-control"] == "no-store"
-    assert rating_page.token is None and "set-cookie" not in answer.headers
-    assert rating_page.ask("/", method="DELETE", body={}).status == 405
 
 
 def test_kill_resume_token_and_end(tmp_path):
@@ -333,8 +227,8 @@ def test_no_confirmed_rating_is_lost_by_a_kill(tmp_path):
     assert not list(tmp_path.glob(".*tmp")) and not list(tmp_path.glob("*edited*"))
 
 
-def test_without_fastapi_one_line_says_what_to_install(tmp_path):
-    missing = 'raise ModuleNotFoundError("No module named \'fastapi\'", name="fastapi")'
-    (tmp_path / "fastapi.py").write_text(missing)
-    result = run_script("rate.py", "--images", tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "fastapi" in result.stderr
+def test_without_fastapi_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.delitem(sys.modules, "ddpo_pytorch.rating.server")
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    with pytest.raises(UserError, match="fastapi is not installed"):
+        load_module(ROOT / "scripts" / "rate.py").main([])

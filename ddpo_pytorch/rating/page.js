@@ -2,7 +2,7 @@
 
 const at = (id) => document.getElementById(id);
 const fixed = document.body.dataset;
-const WORDS = { 1: "poor", 2: "acceptable", 3: "excellent", skip: "skipped" };
+const SAID = { 1: "1, poor.", 2: "2, acceptable.", 3: "3, excellent.", skip: "Skipped.", undo: "Undone." };
 const KEYS = { 1: "1", 2: "2", 3: "3", s: "skip", u: "undo", Backspace: "undo", z: "zoom" };
 const images = new Map(); // id -> promise of a blob's address: this image and the next one
 let who = null; // {rater, expert_level}
@@ -13,45 +13,38 @@ let zoom = 1;
 
 history.replaceState(null, "", "/"); // no token in the address bar
 
-async function post(name, body) {
+/* Fetch and return the answer; an error has a text for people and the status. */
+async function ask(address, options) {
   let answer;
   try {
-    answer = await fetch(`/api/${name}`, {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(body),
-    });
+    answer = await fetch(address, options);
   } catch {
     throw new Error("The server does not answer, and the last click may not be saved. Is it still running? Then try again.");
   }
-  const content = await answer.json().catch(() => ({}));
-  if (answer.ok) return content;
-  const detail = typeof content.detail === "string" ? content.detail : `the server refused this (${answer.status})`;
-  throw Object.assign(new Error(detail), { status: answer.status });
+  if (answer.ok) return answer;
+  const { detail } = await answer.json().catch(() => ({}));
+  throw Object.assign(new Error(detail || `The server refused this (${answer.status}).`), { status: answer.status });
+}
+
+async function post(name, body) {
+  const headers = { "Content-Type": "application/json" };
+  return (await ask(`/api/${name}`, { method: "POST", headers, body: JSON.stringify(body) })).json();
 }
 
 function load(id) {
   if (!images.has(id)) {
-    const address = fetch(`/image/${id}`).then(async (answer) => {
-      if (!answer.ok) throw new Error((await answer.json().catch(() => ({}))).detail || "The image did not arrive.");
-      return URL.createObjectURL(await answer.blob());
-    });
+    const address = ask(`/image/${id}`).then(async (answer) => URL.createObjectURL(await answer.blob()));
     address.catch(() => images.delete(id));
     images.set(id, address);
   }
   return images.get(id);
 }
 
-function tell(text) {
-  at("alert").textContent = text;
-}
-
-function only(section) {
-  for (const id of ["start", "ask", "done"]) at(id).hidden = id !== section;
-}
+const tell = (text) => (at("alert").textContent = text);
+const only = (section) => ["start", "ask", "done"].forEach((id) => (at(id).hidden = id !== section));
 
 async function show(next) {
-  const before = state && state.current && state.current.id;
+  const before = state?.current?.id;
   state = next;
   at("who").hidden = false;
   at("name-shown").textContent = `Rating as ${who.rater}.`;
@@ -60,12 +53,10 @@ async function show(next) {
   at("progress").max = state.total;
   at("progress").value = state.rated;
   for (const button of document.querySelectorAll("[data-do=undo]")) button.setAttribute("aria-disabled", !state.undo);
-  const wanted = [state.current, state.next].filter(Boolean).map((one) => one.id);
   for (const [id, address] of images) {
-    if (!wanted.includes(id)) {
-      images.delete(id);
-      address.then(URL.revokeObjectURL, () => {});
-    }
+    if ([state.current, state.next].some((one) => one?.id === id)) continue;
+    images.delete(id);
+    address.then(URL.revokeObjectURL, () => {});
   }
   if (!state.current) return finish();
   only("ask");
@@ -82,13 +73,13 @@ async function picture(id) {
   enlarge(1);
   try {
     const address = await load(id);
-    if (!state.current || state.current.id !== id) return;
+    if (state.current?.id !== id) return;
     image.src = address;
     await image.decode();
     image.classList.remove("loading");
     seen = true;
   } catch (error) {
-    tell(error instanceof TypeError ? "The server does not answer. Is it still running?" : error.message);
+    tell(error.message);
   }
 }
 
@@ -104,23 +95,24 @@ function finish() {
 }
 
 async function act(action) {
+  if (action === "zoom") return toggle();
   if (busy || !state) return;
+  if (action === "leave") {
+    sessionStorage.clear();
+    return location.reload();
+  }
   const rating = Number(action);
   if (action === "undo" && !state.undo) return;
   if ((rating || action === "skip") && !state.current) return;
   if (rating && !seen) return; // nobody rates what is not yet shown
   busy = true;
   tell("");
-  flash(action);
   try {
-    const about = { rater: who.rater };
-    if (rating) Object.assign(about, { id: state.current.id, rating, expert_level: who.expert_level });
-    if (action === "skip") about.id = state.current.id;
-    if (action === "undo") about.undoable = state.undo; // so that a second try undoes nothing more
+    const about = { ...who, undoable: state.undo }; // so that a second try undoes nothing more
+    if (state.current) about.id = state.current.id;
+    if (rating) about.rating = rating;
     const next = await post(rating ? "rate" : action, about);
-    const done = WORDS[action];
-    const undone = next.already ? "" : "Undone.";
-    at("status").textContent = action === "undo" ? undone : done ? `${rating || ""} ${done}. Next image.` : "";
+    at("status").textContent = (!next.already && SAID[action]) || "";
     await show(next);
     if (next.already && action === "undo") tell("You clicked elsewhere since, or this was undone already; nothing else was undone.");
     else if (next.already) tell("That image already had your rating, perhaps from another window; it was kept.");
@@ -132,89 +124,36 @@ async function act(action) {
   }
 }
 
-function flash(action) {
-  const button = document.querySelector(`#ask [data-do="${action}"]`);
-  if (!button || button.offsetParent === null) return;
-  button.classList.add("pressed");
-  setTimeout(() => button.classList.remove("pressed"), 160);
-}
-
-/* zoom: the point under the pointer, else the middle, stays where it is */
-function enlarge(scale, x, y) {
-  const stage = at("stage");
-  const place = [x ?? stage.clientWidth / 2, y ?? stage.clientHeight / 2];
-  const ratio = Math.min(8, Math.max(1, scale)) / zoom;
-  const goal = [(stage.scrollLeft + place[0]) * ratio - place[0], (stage.scrollTop + place[1]) * ratio - place[1]];
-  zoom *= ratio;
-  if (zoom < 1.01) zoom = 1;
-  at("image").style.width = `${zoom * 100}%`;
-  [stage.scrollLeft, stage.scrollTop] = goal;
-  stage.classList.toggle("zoomed", zoom > 1);
+/* Zoom around the pointer, which shows any part of the image as it moves. */
+function enlarge(scale) {
+  zoom = Math.min(8, Math.max(1, scale));
+  at("image").style.transform = `scale(${zoom})`;
   document.querySelector("[data-do=zoom]").setAttribute("aria-pressed", zoom > 1);
 }
+const toggle = () => enlarge(zoom > 1 ? 1 : 2.5);
 
-let drag = null; // where the mouse went down, and whether it has moved
-at("stage").addEventListener("pointerdown", (event) => {
-  if (event.button) return;
-  drag = { x: event.clientX, y: event.clientY, left: at("stage").scrollLeft, top: at("stage").scrollTop, moved: false };
-  if (event.pointerType === "mouse") at("stage").setPointerCapture(event.pointerId);
-});
 at("stage").addEventListener("pointermove", (event) => {
-  if (!drag || event.pointerType !== "mouse") return; // fingers scroll by themselves
-  const [x, y] = [event.clientX - drag.x, event.clientY - drag.y];
-  drag.moved ||= Math.hypot(x, y) > 4;
-  if (!drag.moved || zoom === 1) return;
-  at("stage").classList.add("moving");
-  [at("stage").scrollLeft, at("stage").scrollTop] = [drag.left - x, drag.top - y];
-});
-at("stage").addEventListener("pointercancel", () => {
-  drag = null;
-  at("stage").classList.remove("moving");
-});
-at("stage").addEventListener("click", (event) => {
   const box = at("stage").getBoundingClientRect();
-  if (drag && !drag.moved) enlarge(zoom > 1 ? 1 : 2.5, event.clientX - box.left, event.clientY - box.top);
-  drag = null;
-  at("stage").classList.remove("moving");
+  const place = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+  at("image").style.transformOrigin = place.map((part) => `${100 * part}%`).join(" ");
 });
-at("stage").addEventListener(
-  "wheel",
-  (event) => {
-    if (!event.deltaY) return;
-    event.preventDefault();
-    const box = at("stage").getBoundingClientRect();
-    enlarge(zoom * 1.0015 ** -event.deltaY, event.clientX - box.left, event.clientY - box.top);
-  },
-  { passive: false },
-);
+at("stage").addEventListener("click", toggle);
+at("stage").addEventListener("wheel", (event) => {
+  event.preventDefault();
+  enlarge(zoom * 1.0015 ** -event.deltaY);
+}, { passive: false });
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.target.matches("input")) return;
-  if (event.key === "+" || event.key === "-") return enlarge(zoom * (event.key === "+" ? 1.5 : 1 / 1.5));
   const action = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
   if (!action) return;
   event.preventDefault();
-  run(action);
+  act(action);
 });
 document.addEventListener("click", (event) => {
   const button = event.target.closest("[data-do]");
-  if (button) run(button.dataset.do);
+  if (button) act(button.dataset.do);
 });
-
-function run(action) {
-  if (action === "zoom") enlarge(zoom > 1 ? 1 : 2.5);
-  else if (action === "leave") leave();
-  else act(action);
-}
-
-function leave() {
-  if (busy) return;
-  sessionStorage.clear();
-  who = state = null;
-  tell("");
-  at("who").hidden = true;
-  begin();
-}
 
 function begin() {
   at("ask-name").hidden = Boolean(fixed.rater);
@@ -246,7 +185,6 @@ at("form").addEventListener("submit", (event) => {
   enter(fixed.rater || at("name").value.trim(), Number(level));
 });
 
-const known = JSON.parse(sessionStorage.getItem("who") || "null");
-const same = known && (!fixed.rater || fixed.rater === known.rater);
-if (same) enter(known.rater, Number(fixed.level) || known.expert_level);
+const known = JSON.parse(sessionStorage.getItem("who"));
+if (known && [known.rater, ""].includes(fixed.rater)) enter(known.rater, Number(fixed.level) || known.expert_level);
 else begin();

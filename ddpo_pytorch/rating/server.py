@@ -1,7 +1,6 @@
-"""The rating page's server: which requests are answered, and how.
+"""The rating page's server, of which no answer reveals where an image comes from.
 
-No answer reveals where an image comes from: ids are keyed hashes with a secret of this start, images are decoded and
-encoded again as PNG without metadata, and headers name neither files nor dates.
+Ids are keyed hashes, images are encoded again without metadata, and headers name neither files nor dates.
 """
 
 import base64
@@ -14,23 +13,20 @@ import logging
 import re
 import signal
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
 from importlib.resources import files
-from typing import Annotated
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import Body, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
-from PIL import Image
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ddpo_pytorch.data.images import load_pixels
-from ddpo_pytorch.rating.items import Item
-from ddpo_pytorch.rating.session import Questions
+from ddpo_pytorch.data.images import load_pixels, to_pil
+from ddpo_pytorch.rating.session import Item, Questions
 from ddpo_pytorch.rating.store import rater_name
 from ddpo_pytorch.utils.errors import UserError
 
@@ -42,17 +38,11 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-Name = Annotated[str, Body(max_length=512)]
-OnlyName = Annotated[str, Body(max_length=512, embed=True)]
-OneToThree = Annotated[int, Body(ge=1, le=3, strict=True)]
+Action = Literal["state", "rate", "skip", "undo", "again"]
+Name = Annotated[str, Body(max_length=512, strict=True)]
+OneToThree = Annotated[int | None, Body(ge=1, le=3, strict=True)]
 
 logger = logging.getLogger(__name__)
-
-
-def check_token(token: str) -> None:
-    """Raise UserError for a token that needs escaping in an address or is easy to guess."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]{16,128}", token):
-        raise UserError("--token needs 16 to 128 of the characters A-Z, a-z, 0-9, _ and -; omit it to generate one")
 
 
 def is_loopback(host: str) -> bool:
@@ -63,106 +53,73 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def is_own(header: str, bound: str) -> bool:
+    """Return whether a Host header names the server of `bound`: a foreign name for it is an attack (DNS rebinding)."""
+    try:
+        name = urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return False
+    if is_loopback(name) or is_loopback(bound):
+        return is_loopback(name)
+    try:
+        return bool(ipaddress.ip_address(name))
+    except ValueError:
+        return name in {text.lower() for text in (bound, socket.gethostname(), socket.getfqdn())}
+
+
 class Guard:
-    """Decide which requests are answered at all: from the page itself, short, and with the token if there is one."""
+    """ASGI middleware that refuses requests unread, unless they come from the page itself, short, with the token."""
 
-    def __init__(self, host: str, port: int, token: str):
-        self._host, self.token, self.cookie = host, token, f"rate_{port}"  # browsers share cookies between ports
+    def __init__(self, app: ASGIApp, host: str, port: int, token: str, headers: dict[str, str]):
+        self._app, self._host, self._token, self._headers = app, host, token, headers
+        self._cookie = f"rate_{port}"  # browsers share cookies between ports
 
-    def refusal(self, request: Request) -> tuple[int, str] | None:
-        """Return status and reason if a request is refused, else None."""
-        headers = request.headers
-        if not self._is_own(headers.get("host", "")):
-            return 400, "this page is not served under that host name"
-        if self.token and not (self.has_token(request) or _equal(request.cookies.get(self.cookie, ""), self.token)):
-            return 401, "open the address with the token that scripts/rate.py printed"
-        reads = request.method in ("GET", "HEAD")
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request, app = Request(scope), self._app
+        entered = request.url.path == "/" and self._is_token(request.query_params.get("token", ""))
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.update(self._headers)
+                if entered:
+                    headers["Set-Cookie"] = f"{self._cookie}={self._token}; HttpOnly; Path=/; SameSite=strict"
+            await send(message)
+
+        allowed = entered or not self._token or self._is_token(request.cookies.get(self._cookie, ""))
+        if refused := self._refusal(request, allowed):
+            entered, closed = False, {"Connection": "close"}  # else the server would read a body of any length
+            app = JSONResponse({"detail": refused[1]}, refused[0], closed)
+        await app(scope, receive, answer)
+
+    def _is_token(self, given: str) -> bool:
+        return bool(self._token) and hmac.compare_digest(given.encode(errors="replace"), self._token.encode())
+
+    def _refusal(self, request: Request, allowed: bool) -> tuple[int, str] | None:
+        """Return status and reason if a request is refused, else None. Servers read no more than the stated length."""
+        headers, reads = request.headers, request.method in ("GET", "HEAD")
         length = headers.get("content-length", "0" if reads else "")
         stated = re.fullmatch("[0-9]{1,9}", length) and "transfer-encoding" not in headers
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not is_own(headers.get("host", ""), self._host):
+            return 400, "this page is not served under that host name"
+        if not allowed:
+            return 401, "open the address with the token that scripts/rate.py printed"
         if not stated or int(length) > MAX_BODY:
             return 413, f"requests have a stated length of at most {MAX_BODY} bytes"
         if not reads and urlsplit(headers.get("origin", "")).netloc != headers.get("host"):
             return 403, "requests come from the page itself"
-        if not reads and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        if not reads and kind != "application/json":
             return 415, "requests are JSON"
         return None
 
-    def has_token(self, request: Request) -> bool:
-        """Return whether the address holds the token, as it does when the page is first opened."""
-        given = request.query_params.get("token", "")
-        return bool(self.token) and request.url.path == "/" and _equal(given, self.token)
 
-    def _is_own(self, header: str) -> bool:
-        """Return whether a Host header names this server, on any port, since it may be tunnelled.
+def make_app(questions: Questions, host: str, port: int, token: str, only: str, level: int, **square: Any) -> FastAPI:
+    """Return the app: the page with inline style and script, its images and its clicks, behind `Guard`.
 
-        A foreign name that resolves to this server is an attack (DNS rebinding).
-        """
-        try:
-            name = urlsplit(f"//{header}").hostname or ""
-        except ValueError:
-            return False
-        if is_loopback(name) or is_loopback(self._host):
-            return is_loopback(name)
-        try:
-            ipaddress.ip_address(name)
-            return True
-        except ValueError:
-            return name in {text.lower() for text in (self._host, socket.gethostname(), socket.getfqdn())}
-
-
-def _equal(given: str, token: str) -> bool:
-    return hmac.compare_digest(given.encode(errors="replace"), token.encode())
-
-
-def limited(receive: Receive) -> Receive:
-    """Return a `receive` that raises HTTPException after MAX_BODY bytes, whatever length the headers state."""
-    size = 0
-
-    async def counting() -> Message:
-        nonlocal size
-        message = await receive()
-        size += len(message.get("body", b""))
-        if size > MAX_BODY:
-            raise HTTPException(413, f"requests have at most {MAX_BODY} bytes")
-        return message
-
-    return counting
-
-
-class Guarded:
-    """ASGI middleware that refuses requests unread, limits bodies as they arrive, and adds headers to every answer."""
-
-    def __init__(self, app: ASGIApp, guard: Guard, headers: Mapping[str, str]):
-        self._app, self._guard, self._headers = app, guard, headers
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def answer(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(self._headers)
-            await send(message)
-
-        refused = self._guard.refusal(Request(scope))
-        closed = {"Connection": "close"}  # else the server would read a body of any length to its end
-        app = JSONResponse({"detail": refused[1]}, refused[0], closed) if refused else self._app
-        await app(scope, limited(receive), answer)
-
-
-@dataclass(frozen=True)
-class Display:
-    """Settings of the page.
-
-    `rater` and `expert_level` are asked for on the page unless given. `size` > 0 shows each image as a square of that
-    side, made by `resize` (`data.images.RESIZES`).
+    The page asks for the rater and the expert level unless `only` and `level` are given. `square` are the arguments
+    size and resize of `load_pixels`.
     """
-
-    rater: str = ""
-    expert_level: int = 0
-    size: int = 0
-    resize: str = "pad"
-
-
-def page(display: Display) -> tuple[str, str]:
-    """Return the page with inline style and script, and a Content-Security-Policy that allows no others."""
     folder = files("ddpo_pytorch.rating")
     parts = {name: (folder / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
     hashes = {name: base64.b64encode(hashlib.sha256(parts[name].encode()).digest()).decode() for name in ("css", "js")}
@@ -171,23 +128,11 @@ def page(display: Display) -> tuple[str, str]:
         "data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     text = parts["html"].replace("/*css*/", parts["css"]).replace("/*js*/", parts["js"])
-    level = str(display.expert_level or "")
-    return text.replace("/*rater*/", html.escape(display.rater)).replace("/*level*/", level), policy
+    text = text.replace("/*rater*/", html.escape(only)).replace("/*level*/", str(level or ""))
 
-
-def encoded(item: Item, display: Display) -> bytes:
-    """Return an image as PNG without metadata, whatever its file's format. Raises UserError for a damaged one."""
-    pixels = load_pixels(item.path, display.size or None, display.resize)
-    file = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, format="PNG", compress_level=1)
-    return file.getvalue()
-
-
-def make_app(questions: Questions, guard: Guard, display: Display) -> FastAPI:
-    """Return the app: the page, its images and its requests, behind `guard`."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    text, policy = page(display)
-    app.add_middleware(Guarded, guard=guard, headers=HEADERS | {"Content-Security-Policy": policy})
+    headers = HEADERS | {"Content-Security-Policy": policy}
+    app.add_middleware(Guard, host=host, port=port, token=token, headers=headers)
 
     @app.exception_handler(OSError)
     async def not_written(request: Request, error: OSError):
@@ -204,51 +149,42 @@ def make_app(questions: Questions, guard: Guard, display: Display) -> FastAPI:
             raise HTTPException(404, "There is no such image; the server has been restarted.")
         return item
 
-    def known_rater(name: str) -> str:
-        try:
-            name = rater_name(name)
-        except UserError as error:
-            raise HTTPException(422, str(error)) from error
-        if display.rater and name != display.rater:
-            raise HTTPException(422, f"This page is for {display.rater}.")
-        return name
-
     @app.get("/")
-    def show(request: Request) -> Response:
-        response = HTMLResponse(text)
-        if guard.has_token(request):
-            response.set_cookie(guard.cookie, guard.token, httponly=True, samesite="strict")
-        return response
+    def show() -> Response:
+        return HTMLResponse(text)
 
     @app.get("/image/{name}")
     def image(name: str) -> Response:
+        item, file = known_item(name), io.BytesIO()
         try:
-            return Response(encoded(known_item(name), display), media_type="image/png")
+            pixels = load_pixels(item.path, **square)
         except UserError as error:
             logger.error("%s", error)
             raise HTTPException(500, "This image cannot be read. Skip it, and tell who runs the page.") from error
+        to_pil(pixels).save(file, format="PNG", compress_level=1)  # without metadata, whatever the file's format
+        return Response(file.getvalue(), media_type="image/png")
 
-    @app.post("/api/state")
-    def state(rater: OnlyName) -> dict:
-        return questions.state(known_rater(rater))
-
-    @app.post("/api/rate")
-    def rate(rater: Name, id: Name, rating: OneToThree, expert_level: OneToThree) -> dict:
-        known_item(id)
-        return questions.answer(known_rater(rater), id, rating, display.expert_level or expert_level)
-
-    @app.post("/api/skip")
-    def skip(rater: Name, id: Name) -> dict:
-        known_item(id)
-        return questions.answer(known_rater(rater), id)
-
-    @app.post("/api/undo")
-    def undo(rater: Name, undoable: Annotated[int | None, Body(strict=True)] = None) -> dict:
-        return questions.undo(known_rater(rater), undoable)
-
-    @app.post("/api/again")
-    def again(rater: OnlyName) -> dict:
-        return questions.ask_skipped(known_rater(rater))
+    @app.post("/api/{action}")
+    def act(
+        action: Action,
+        rater: Name,
+        id: Name = "",
+        rating: OneToThree = None,
+        expert_level: OneToThree = None,
+        undoable: Annotated[int | None, Body(strict=True)] = None,
+    ) -> dict:
+        try:
+            rater = rater_name(rater)
+        except UserError as error:
+            raise HTTPException(422, str(error)) from error
+        if only and rater != only:
+            raise HTTPException(422, f"This page is for {only}.")
+        expert_level = level or expert_level
+        if action == "rate" and not (rating and expert_level):
+            raise HTTPException(422, "A rating and an expert level are missing; reload the page.")
+        if action in ("rate", "skip"):
+            known_item(id)
+        return questions.act(action, rater, id, rating=rating, expert_level=expert_level, undoable=undoable)
 
     return app
 
@@ -256,36 +192,17 @@ def make_app(questions: Questions, guard: Guard, display: Display) -> FastAPI:
 def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket; port 0 takes a free one. Raises UserError for an unusable host or port."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind, protocol)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen()
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"--host {host} --port {port} cannot be used ({reason}); give an address of this machine and another port, "
-            "or 0 for a free one"
-        ) from error
-    return sock
+        advice = "give an address of this machine and another port, or 0 for a free one"
+        raise UserError(f"--host {host} --port {port} cannot be used ({reason}); {advice}") from error
 
 
 def serve(app: FastAPI, sock: socket.socket) -> None:
     """Serve until Ctrl-C or SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    settings = uvicorn.Config(
-        app,
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        lifespan="off",
-        ws="none",
-        proxy_headers=False,
-        server_header=False,
-        date_header=False,
-        timeout_graceful_shutdown=2,
-    )
-    try:
-        uvicorn.Server(settings).run(sockets=[sock])
-    except KeyboardInterrupt:  # raised by uvicorn after it has ended
-        pass
+    quiet = dict(log_config=None, log_level="warning", access_log=False, server_header=False, date_header=False)
+    narrow = dict(lifespan="off", ws="none", proxy_headers=False, timeout_graceful_shutdown=2)
+    with suppress(KeyboardInterrupt):  # raised by uvicorn after it has ended
+        uvicorn.Server(uvicorn.Config(app, **quiet, **narrow)).run(sockets=[sock])

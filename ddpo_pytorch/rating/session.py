@@ -1,16 +1,88 @@
-"""The questions of the rating page under unguessable ids, and every rater's progress through them."""
+"""The questions of the rating page: images with prompts under unguessable ids, and every rater's progress."""
 
 import hashlib
 import hmac
+import os
 import secrets
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from ddpo_pytorch.rating.items import Item
+from ddpo_pytorch.data.fundus import MODALITY, load_split, tidy_path
+from ddpo_pytorch.data.images import open_image
+from ddpo_pytorch.data.sample_folder import read_log
 from ddpo_pytorch.rating.store import Store
+from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import Stream, generator_of, text_number
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question: image file, its path from the table of ratings, prompt, modality (or ""), (width, height)."""
+
+    path: Path
+    image_path: str
+    prompt: str
+    modality: str
+    size: tuple[int, int]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """(image_path, prompt), which each rater rates once."""
+        return self.image_path, self.prompt
+
+
+def sample_items(folder: str | Path, table: str | Path) -> list[Item]:
+    """Return the images in `image_log.json` of a sample folder. Raises UserError for an unusable entry."""
+    entries, items = read_log(folder), []
+    if not entries:
+        raise UserError(f"{str(folder)!r} has no image_log.json with images; give a folder that scripts/eval.py wrote")
+    for number, entry in enumerate(entries, 1):
+        where = f"{str(folder)!r} image_log.json entry {number}"
+        name, prompt = entry.get("path_to_img"), entry.get("prompt")
+        if not name or not prompt:
+            raise UserError(f"{where}: it needs the texts path_to_img and prompt; draw the samples again elsewhere")
+        items.append(_item(Path(folder) / name, prompt, folder, table, where))
+    return items
+
+
+def table_items(csv: str | Path, data_path: str | Path, table: str | Path) -> tuple[list[Item], int]:
+    """Return the images of a fundus table with their captions, and the number of rows without an image."""
+    rows, paths, missing = load_split(csv, data_path)
+    named = [(row.caption, path, f"{str(csv)!r}: image {row.image!r}") for row, path in zip(rows, paths, strict=True)]
+    return [_item(path, caption, data_path, table, where) for caption, path, where in named], missing
+
+
+def _item(path: Path, prompt: str, folder: str | Path, table: str | Path, where: str) -> Item:
+    path, resolved = Path(os.path.abspath(path)), path.resolve()
+    # links are not followed here: a user may move folders as they are named
+    image_path = Path(os.path.relpath(path, os.path.abspath(Path(table).parent))).as_posix()
+    prompt = " ".join(filter(None, prompt.split(" ")))  # as `read_ratings` reads it
+    fault = ""
+    if not resolved.is_relative_to(Path(folder).resolve()):
+        fault = f"{str(path)!r} leads out of {str(folder)!r}; only images inside it are shown"
+    elif not resolved.is_file():
+        fault = f"there is no file {str(path)!r}; run the command that wrote the folder again"
+    elif not (prompt + image_path).isprintable() or tidy_path(image_path.strip()) != image_path:
+        # each row of the table is one line of the file, which tells a torn row from a complete one
+        fault = f"prompt or path {image_path!r} has line breaks, control characters, backslashes or outer spaces"
+    try:
+        if fault:
+            raise UserError(fault)
+        with open_image(resolved) as image:
+            size = image.size
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    modality = MODALITY if prompt.lower().startswith(f"{MODALITY.lower()}:") else ""
+    return Item(resolved, image_path, prompt, modality, size)
+
+
+def distinct(items: Sequence[Item]) -> list[Item]:
+    """Return each (image, prompt) once, sorted, so that questions do not depend on the order of the folders."""
+    return sorted({item.key: item for item in items}.values(), key=lambda item: item.key)
 
 
 def order_for(count: int, seed: int, rater: str) -> list[int]:
@@ -19,64 +91,31 @@ def order_for(count: int, seed: int, rater: str) -> list[int]:
 
 
 class Progress:
-    """One rater's questions, by number.
+    """One rater's questions, by number; those `rated` in earlier sessions, oldest first, can be undone too.
 
-    A skipped question is asked again after all others; skipped a second time, it is postponed until `ask_skipped`.
-
-    Args:
-        order: all questions.
-        rated: questions rated in earlier sessions, oldest first; they can be undone, newest first.
+    A skipped question is asked again after all others; skipped a second time, it is postponed.
     """
 
     def __init__(self, order: list[int], rated: list[int]):
         done = set(rated)
-        self.total = len(order)
-        self.waiting = [number for number in order if number not in done]
+        self.total, self.waiting = len(order), [number for number in order if number not in done]
         self.postponed: list[int] = []
-        self._history = [(number, "rate") for number in rated]
-        self._skipped: list[int] = []  # one entry per skip
+        self.history = [(number, "rate") for number in rated]
 
-    @property
-    def open(self) -> int:
-        """The number of questions without a rating."""
-        return len(self.waiting) + len(self.postponed)
-
-    @property
-    def undoable(self) -> int:
-        """The number of clicks that `undo` can take back."""
-        return len(self._history)
-
-    @property
-    def last(self) -> int | None:
-        """The question that `undo` would bring back."""
-        return self._history[-1][0] if self._history else None
-
-    def asks(self, number: int) -> bool:
-        """Return whether a question has no rating yet."""
-        return number in self.waiting or number in self.postponed
-
-    def rate(self, number: int) -> None:
+    def answer(self, number: int, action: str) -> None:
+        """Note the "rate" or "skip" of a question."""
         self._remove(number)
-        self._history.append((number, "rate"))
-
-    def skip(self, number: int) -> None:
-        self._remove(number)
-        again = number not in self._skipped and self.waiting  # the only one left would come again at once
-        (self.waiting if again else self.postponed).append(number)
-        self._skipped.append(number)
-        self._history.append((number, "skip"))
+        if action == "skip":
+            again = (number, "skip") not in self.history and self.waiting  # the only one left would come at once
+            (self.waiting if again else self.postponed).append(number)
+        self.history.append((number, action))
 
     def undo(self) -> None:
         """Ask the last question again, now."""
-        number, action = self._history.pop()
+        number, action = self.history.pop()
         if action == "skip":
             self._remove(number)
-            self._skipped.remove(number)
         self.waiting.insert(0, number)
-
-    def ask_skipped(self) -> None:
-        """Ask the postponed questions once more."""
-        self.waiting, self.postponed = self.waiting + self.postponed, []
 
     def _remove(self, number: int) -> None:
         (self.waiting if number in self.waiting else self.postponed).remove(number)
@@ -99,68 +138,43 @@ class Questions:
         number = self._number_of.get(name)
         return None if number is None else self._items[number]
 
-    def state(self, rater: str) -> dict:
-        """Return what the page shows: counts, this question and the next one."""
-        with self._lock:
-            return self._state(self._progress(rater))
+    def act(self, action: str, rater: str, name: str = "", **given: int | None) -> dict:
+        """Save a "rate", "skip" or "undo" to disk, or ask "again" what was skipped; return what the page shows.
 
-    def answer(self, rater: str, name: str, rating: int | None = None, expert_level: int = 0) -> dict:
-        """Save a rating, or a skip (None), to disk; return the new state.
-
-        An item that the rater has already rated, in another window, keeps that rating; the state then says "already".
+        The state says "already" if nothing was done, because another window has rated the image, or has clicked since
+        the page counted `undoable` clicks. `given` are rating, expert_level and undoable.
         """
         with self._lock:
-            progress, number = self._progress(rater), self._number_of[name]
-            if not progress.asks(number):
-                return self._state(progress) | {"already": True}
-            if rating is None:
-                self._store.skip(self._items[number], rater)
-                progress.skip(number)
-            else:
-                self._store.rate(self._items[number], rating, expert_level, rater)
-                progress.rate(number)
-            return self._state(progress)
-
-    def undo(self, rater: str, undoable: int | None = None) -> dict:
-        """Take back the rater's last click, if there is one; return the new state.
-
-        `undoable` is the page's count of clicks. If it is outdated, because another window has clicked or the answer to
-        this undo was lost, nothing is undone and the state says "already".
-        """
-        with self._lock:
-            progress = self._progress(rater)
-            if undoable not in (None, progress.undoable):
-                return self._state(progress) | {"already": True}
-            if progress.last is not None:
-                self._store.undo(self._items[progress.last], rater)
+            if rater not in self._raters:
+                rated = [self._numbers[key] for key in self._store.rated(rater) if key in self._numbers]
+                self._raters[rater] = Progress(order_for(len(self._items), self._seed, rater), rated)
+            progress, already = self._raters[rater], {}
+            if action == "again":
+                progress.waiting, progress.postponed = progress.waiting + progress.postponed, []
+            elif action in ("rate", "skip"):
+                number = self._number_of[name]
+                if number not in progress.waiting + progress.postponed:
+                    already = {"already": True}
+                else:
+                    cells = (given["rating"], given["expert_level"]) if action == "rate" else ()
+                    self._store.click(action, self._items[number], rater, *cells)
+                    progress.answer(number, action)
+            elif action == "undo" and given.get("undoable") not in (None, len(progress.history)):
+                already = {"already": True}
+            elif action == "undo" and progress.history:
+                self._store.click(action, self._items[progress.history[-1][0]], rater)
                 progress.undo()
-            return self._state(progress)
-
-    def ask_skipped(self, rater: str) -> dict:
-        """Ask the postponed questions again; return the new state."""
-        with self._lock:
-            progress = self._progress(rater)
-            progress.ask_skipped()
-            return self._state(progress)
+            shown = [{"id": self._ids[number], "prompt": self._items[number].prompt} for number in progress.waiting[:2]]
+            return already | {
+                "total": progress.total,
+                "rated": progress.total - len(progress.waiting) - len(progress.postponed),
+                "skipped": len(progress.postponed),
+                "undo": len(progress.history),
+                "current": shown[0] if shown else None,
+                "next": shown[1] if len(shown) > 1 else None,
+            }
 
     def close(self) -> None:
         """Close the store once the click in progress is saved."""
         with self._lock:
             self._store.close()
-
-    def _progress(self, rater: str) -> Progress:
-        if rater not in self._raters:
-            rated = [self._numbers[key] for key in self._store.rated(rater) if key in self._numbers]
-            self._raters[rater] = Progress(order_for(len(self._items), self._seed, rater), rated)
-        return self._raters[rater]
-
-    def _state(self, progress: Progress) -> dict:
-        shown = [{"id": self._ids[n], "prompt": self._items[n].prompt} for n in progress.waiting[:2]]
-        return {
-            "total": progress.total,
-            "rated": progress.total - progress.open,
-            "skipped": len(progress.postponed),
-            "undo": progress.undoable,
-            "current": shown[0] if shown else None,
-            "next": shown[1] if len(shown) > 1 else None,
-        }
