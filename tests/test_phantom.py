@@ -25,57 +25,37 @@ def test_labels_are_as_frequent_as_in_isic_without_the_unseen_combinations():
     wanted = np.array([ISIC_FREQUENCIES[name] for name in LABELS])
     assert (np.abs(labels.mean(axis=0) - wanted) < 4 * np.sqrt(wanted * (1 - wanted) / len(labels))).all()
     everything = {(*four, mel, 1 - mel) for four in itertools.product((0, 1), repeat=4) for mel in (0, 1)}
-    assert len(skin.UNSEEN) == 14 and skin.UNSEEN < everything
-    assert {tuple(one) for one in labels.tolist()} == everything - skin.UNSEEN
-
-
-def test_balanced_labels_are_uniform_over_the_seen_combinations_and_unseen_ones_on_request():
-    rng = np.random.default_rng(4)
+    assert len(skin.UNSEEN) == 14 and {tuple(one) for one in labels.tolist()} == everything - skin.UNSEEN
     counts = Counter(skin.sample_labels(rng, balanced=True) for _ in range(18000))
     assert len(counts) == 18 and not skin.UNSEEN & set(counts)
     assert all(850 < count < 1150 for count in counts.values())  # 1000 expected, standard deviation 31
     assert len({skin.sample_labels(rng, balanced=True, unseen=True) for _ in range(1000)}) == 32
 
 
-def test_a_picture_is_a_function_of_its_labels_and_generator():
-    labels = (1, 1, 1, 1, 1, 0)
-    image = skin.draw(labels, np.random.default_rng(8))
-    assert image.shape == (64, 64, 3) and image.dtype == np.uint8
-    np.testing.assert_array_equal(image, skin.draw(labels, np.random.default_rng(8)))
-    assert (image != skin.draw(labels, np.random.default_rng(9))).mean() > 0.9
-
-
 @pytest.mark.parametrize("index", range(4), ids=LABELS[:4])
-@pytest.mark.parametrize("size", [64, 96])
-def test_an_artifact_is_seen_and_leaves_the_rest_unchanged(index, size):
+def test_an_artifact_is_seen_and_leaves_the_rest_unchanged(index):
     """With and without, same patient: at least 1 % of the pixels change plainly, and at most 60 % at all."""
     labels = tuple(int(k == index) if k < 4 else value for k, value in enumerate(CLEAN_NEVUS))
-    for seed in range(10):
+    for seed, size in zip(range(10), (64, 96) * 5, strict=True):
         change = np.abs(picture(labels, seed, size) - picture(CLEAN_NEVUS, seed, size)).max(axis=2)
-        assert (change > 40).mean() > 0.01
-        assert (change > 0).mean() < 0.6
+        assert (change > 40).mean() > 0.01 and (change > 0).mean() < 0.6
 
 
-def test_only_ink_is_violet():
+def test_only_ink_is_violet_and_melanoma_has_more_colours_than_a_nevus():
     def violet_share(labels, seed):
         red, green, blue = np.moveaxis(picture(labels, seed), 2, 0)
         return ((blue > red + 20) & (blue > green + 50)).mean()
 
+    def median_spread(labels):  # in the middle of the picture, where the lesion always is
+        return np.median([picture(labels, seed)[26:38, 26:38].std(axis=(0, 1)).mean() for seed in range(40)])
+
     for seed in range(20):
         assert violet_share((0, 0, 0, 1, 0, 1), seed) > 0.005
         assert violet_share((1, 1, 1, 0, 1, 0), seed) == 0
-
-
-def test_melanoma_has_more_colours_than_a_nevus():
-    """Spread of the colours in the middle of the picture, where the lesion always is."""
-
-    def median_spread(labels):
-        return np.median([picture(labels, seed)[26:38, 26:38].std(axis=(0, 1)).mean() for seed in range(40)])
-
     assert median_spread((0, 0, 0, 0, 1, 0)) > 2 * median_spread(CLEAN_NEVUS)
 
 
-@pytest.mark.parametrize("labels", [(0, 0, 0, 0, 1, 1), (0, 0, 0, 0, 0, 0), (2, 0, 0, 0, 0, 1), (0, 0, 0, 1)])
+@pytest.mark.parametrize("labels", [(0, 0, 0, 0, 1, 1), (2, 0, 0, 0, 0, 1), (0, 0, 0, 1)])
 def test_labels_that_describe_no_picture_are_refused(labels):
     with pytest.raises(UserError, match="one of MEL, NV set"):
         skin.draw(labels, np.random.default_rng(0))

@@ -1,11 +1,11 @@
 """Phantom worlds of skin and fundus: functions of their settings, completed after a kill, never mixed."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import logging
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,14 +13,16 @@ from PIL import Image
 from script_tools import files_of
 
 from ddpo_pytorch.data import fundus as fundus_data
-from ddpo_pytorch.data import isic
+from ddpo_pytorch.data import ratings
 from ddpo_pytorch.data.isic import LABELS
-from ddpo_pytorch.phantoms import fundus, skin
+from ddpo_pytorch.phantoms import fundus, rating_sets, skin
 from ddpo_pytorch.utils.errors import UserError
 
+SET = dict(seed=2, size=48, resize="stretch")
 SETTINGS = {
     skin: dict(num_train=41, num_val=6, num_test=5, seed=3, size=64),
     fundus: dict(num_train=24, num_val=8, num_test=6, seed=3, size=48, degraded=0.5),
+    rating_sets: SET,
 }
 
 
@@ -30,94 +32,113 @@ def read(path):
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory):
+def table(tmp_path_factory):
+    """Rows and files of a world of 20 training images, none of them degraded."""
+    folder = tmp_path_factory.mktemp("fundus")
+    fundus.write_world(folder, 20, 0, 0, seed=3, size=48)
+    return fundus_data.load_split(folder / "splits" / "fundus_train.csv", folder)[:2]
+
+
+@pytest.fixture(scope="module")
+def write(table):
+    """Function of a kind of world, a folder and settings; rating sets are of the images of `table`."""
+
+    def call(phantom, folder, **settings):
+        if phantom is rating_sets:
+            return rating_sets.write_rating_set(*table, folder, **settings)
+        return phantom.write_world(folder, **settings)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory, write):
     """The folder of each kind of world."""
     folders = {phantom: tmp_path_factory.mktemp("world") for phantom in SETTINGS}
     for phantom, folder in folders.items():
-        phantom.write_world(folder, **SETTINGS[phantom])
+        write(phantom, folder, **SETTINGS[phantom])
     return folders
 
 
-@pytest.fixture(params=SETTINGS, ids=["skin", "fundus"])
-def world(request, worlds):
-    return SimpleNamespace(phantom=request.param, folder=worlds[request.param], settings=SETTINGS[request.param])
-
-
-def test_images_do_not_depend_on_how_many_there_are(world, tmp_path):
-    world.phantom.write_world(tmp_path, **world.settings | dict(num_train=4, num_val=2, num_test=0))
+@pytest.mark.parametrize("phantom", [skin, fundus])
+def test_images_do_not_depend_on_how_many_there_are(worlds, tmp_path, phantom):
+    phantom.write_world(tmp_path, **SETTINGS[phantom] | dict(num_train=4, num_val=2, num_test=0))
     for path in (tmp_path / "images").iterdir():
-        assert path.read_bytes() == (world.folder / "images" / path.name).read_bytes()
+        assert path.read_bytes() == (worlds[phantom] / "images" / path.name).read_bytes()
 
 
-def test_an_interrupted_world_is_completed_and_a_complete_one_is_kept(world, tmp_path, monkeypatch):
-    numbers = world.settings | dict(num_train=2, num_val=2, num_test=2, size=32)
-    real_draw, calls = world.phantom.draw, []
+@pytest.mark.parametrize(("phantom", "drawing"), [(skin, "draw"), (fundus, "draw"), (rating_sets, "save_image")])
+def test_an_interrupted_world_is_completed_and_a_complete_one_is_kept(write, tmp_path, monkeypatch, phantom, drawing):
+    numbers = {} if phantom is rating_sets else dict(num_train=2, num_val=2, num_test=2)
+    settings, real, calls = SETTINGS[phantom] | numbers, getattr(phantom, drawing), []
 
     def interrupted(*arguments):
         calls.append(arguments)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real_draw(*arguments)
+        return real(*arguments)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(world.phantom, "draw", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            world.phantom.write_world(tmp_path / "world", **numbers)
-        assert not (tmp_path / "world" / "splits").exists()
-        for _ in range(2):
-            world.phantom.write_world(tmp_path / "world", **numbers)
-        assert len(calls) == 4 + 3  # the three images from before the interruption are kept
-    world.phantom.write_world(tmp_path / "straight", **numbers)
+    monkeypatch.setattr(phantom, drawing, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(phantom, tmp_path / "world", **settings)
+    for _ in range(2):
+        write(phantom, tmp_path / "world", **settings)
+        drawn = len(calls)
+        write(phantom, tmp_path / "world", **settings)
+        assert len(calls) == drawn
+    write(phantom, tmp_path / "straight", **settings)
+    assert len(calls) - drawn == drawn - 1  # the three images from before the interruption were kept
     assert files_of(tmp_path / "straight") == files_of(tmp_path / "world")
 
 
-@pytest.mark.parametrize(
-    ("phantom", "other"),
-    [
-        *((skin, {name: value}) for name, value in {"seed": 4, "num_train": 42, "num_val": 7, "size": 32}.items()),
-        *((skin, {name: True}) for name in ("balanced", "unseen")),
-        *((fundus, {name: value}) for name, value in {"seed": 4, "num_test": 8, "size": 64, "degraded": 0.4}.items()),
-    ],
-)
-def test_other_worlds_and_files_are_not_overwritten(worlds, tmp_path, phantom, other):
+OTHERS = {skin: dict(seed=4, num_val=7, balanced=True), fundus: dict(size=64, degraded=0.4)}
+OTHERS |= {rating_sets: dict(seed=3, raters=1)}
+IMPOSSIBLE = {skin: dict(num_train=-1, size=8), fundus: dict(num_val=3, seed=-1, degraded=1.5)}
+IMPOSSIBLE |= {rating_sets: dict(size=8, resize="fit", mismatched=1.2)}
+
+
+def each(settings):
+    return [(phantom, *pair) for phantom, values in settings.items() for pair in values.items()]
+
+
+@pytest.mark.parametrize(("phantom", "name", "value"), each(OTHERS))
+def test_other_worlds_and_files_are_not_overwritten(write, worlds, tmp_path, phantom, name, value):
     before = files_of(worlds[phantom])
-    with pytest.raises(UserError, match=f"already holds {next(iter(other))}"):
-        phantom.write_world(worlds[phantom], **SETTINGS[phantom] | other)
+    with pytest.raises(UserError, match=f"already holds {name}"):
+        write(phantom, worlds[phantom], **SETTINGS[phantom] | {name: value})
     assert files_of(worlds[phantom]) == before
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.jpg").write_bytes(b"somebody's")
     with pytest.raises(UserError, match="already holds other files"):
-        phantom.write_world(tmp_path, **SETTINGS[phantom])
+        write(phantom, tmp_path, **SETTINGS[phantom])
     assert files_of(tmp_path) == {"images/a.jpg": b"somebody's"}
 
 
-@pytest.mark.parametrize(
-    ("phantom", "wrong"),
-    [
-        *((skin, {name: value}) for name, value in {"num_train": -1, "size": 8, "seed": -1}.items()),
-        *((fundus, {name: value}) for name, value in {"num_val": 3, "num_train": -2, "size": 16, "seed": -1}.items()),
-        (fundus, {"degraded": 1.5}),
-    ],
-)
-def test_impossible_settings_are_refused(tmp_path, phantom, wrong):
-    ((name, value),) = wrong.items()
-    with pytest.raises(UserError, match=f"'{name}': {value}"):
-        phantom.write_world(tmp_path / "new", **SETTINGS[phantom] | wrong)
+@pytest.mark.parametrize(("phantom", "name", "value"), each(IMPOSSIBLE))
+def test_impossible_settings_are_refused(write, tmp_path, phantom, name, value):
+    with pytest.raises(UserError, match=f"'{name}': {value!r}"):
+        write(phantom, tmp_path / "new", **SETTINGS[phantom] | {name: value})
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(("phantom", "option"), [(skin, ["--balanced"]), (fundus, ["--degraded", "0.5"])])
-def test_the_command_writes_a_world_and_reports_user_errors(tmp_path, capsys, caplog, phantom, option):
-    arguments = ["--out", str(tmp_path), "--num_train", "4", "--num_val", "2", "--num_test", "2"]
-    with caplog.at_level(logging.INFO):
-        phantom.main([*arguments, *option])
-    assert "8 of 8" in caplog.text
-    assert {Image.open(path).size for path in (tmp_path / "images").iterdir()} == {(64, 64)}
-    assert json.loads((tmp_path / "world.json").read_text())[option[0][2:]] in (True, 0.5)
-    with pytest.raises(SystemExit) as refused:
-        phantom.main(["--out", str(tmp_path), "--seed", "8"])
-    message = capsys.readouterr().err
-    assert refused.value.code == 2 and "already holds" in message and message.count("\n") == 1
+def test_the_commands_write_worlds_and_report_user_errors(tmp_path, capsys):
+    worlds = {skin: ["--balanced"], fundus: ["--degraded", "0.5"]}
+    for phantom, option in worlds.items():
+        out = tmp_path / phantom.__name__
+        phantom.main(["--out", str(out), "--num_train", "4", "--num_val", "2", "--num_test", "2", *option])
+        assert {Image.open(path).size for path in (out / "images").iterdir()} == {(64, 64)}
+        assert json.loads((out / "world.json").read_text())[option[0][2:]] in (True, 0.5)
+    arguments = ["--csv", str(out / "splits" / "fundus_test.csv"), "--data_path", str(out), "--out"]
+    rating_sets.main(
+        [*arguments, str(tmp_path / "set"), "--limit", "1", "--size", "32", "--raters", "2", "--mismatched=0"]
+    )
+    record = json.loads((tmp_path / "set" / "record.json").read_text())
+    assert (record["images"], record["size"], record["resize"], record["raters"]) == (1, 32, "fov", 2)
+    for tool, given in ((skin, ["--out", str(tmp_path / "set")]), (rating_sets, [*arguments, str(tmp_path / "set")])):
+        with pytest.raises(SystemExit) as refused:
+            tool.main(given)
+        message = capsys.readouterr().err
+        assert refused.value.code == 2 and "give a new folder" in message and message.count("\n") == 1
 
 
 def test_skin_tables_have_the_columns_of_isic_and_the_labels_of_their_images(worlds):
@@ -135,34 +156,21 @@ def test_skin_tables_have_the_columns_of_isic_and_the_labels_of_their_images(wor
     assert sorted(a + b) == train and (len(a), len(b)) == (21, 20)
 
 
-def test_the_isic_loader_reads_the_skin_world(worlds):
-    folder = worlds[skin]
-    rows, paths, missing = isic.load_split(folder / "splits" / "phantom_test.csv", folder / "images")
-    assert len(rows) == len(paths) == 5 and missing == 0
-    rng = np.random.default_rng((3, 47))
-    expected = skin.draw(skin.sample_labels(rng), rng).astype(float)
-    stored = np.asarray(Image.open(paths[0]).convert("RGB"), float)
-    assert np.abs(stored - expected).mean() < 2  # JPEG at quality 95
-
-
 def test_the_fundus_loader_reads_the_fundus_world(worlds):
     folder, patients, tables = worlds[fundus], {}, []
     for name, count in (("train", 24), ("val", 8), ("test", 6)):
         rows, paths, missing = fundus_data.load_split(folder / "splits" / f"fundus_{name}.csv", folder)
         tables += read(folder / "splits" / f"fundus_{name}.csv")
         assert (len(rows), len(paths), missing) == (count, count, 0)
-        patients[name] = Counter(row.patient for row in rows)
-        assert set(patients[name].values()) == {2}
+        patients[name] = {row.patient for row in rows}
+        assert len(patients[name]) == count // 2
         for row in rows:
-            finding = row.caption.split(" shows ")[1].removesuffix(".")
-            assert finding in fundus.FINDINGS
-            assert row.caption == f"Fundus: The {row.eye} eye fundus image shows {finding}."
-            assert row.fields["modality"] == "Fundus" and row.fields["sex"] in ("Male", "Female")
+            finding = row.caption.removeprefix(f"Fundus: The {row.fields['eye']} eye fundus image shows ")
+            assert finding.removesuffix(".") in fundus.FINDINGS and row.fields["sex"] in ("Male", "Female")
             assert 25 <= int(row.fields["age"]) <= 85 and row.fields["quality"] in ("1", "2", "3")
     assert all(not patients[one] & patients[other] for one, other in itertools.combinations(patients, 2))
     assert (folder / "captions.csv").read_text().startswith("path,Text,modality,patient,eye,age,sex,quality\n")
     assert read(folder / "captions.csv") == tables
-    assert sorted(f"images/{path.name}" for path in (folder / "images").iterdir()) == sorted(r["path"] for r in tables)
 
 
 def test_a_share_of_training_and_validation_images_is_degraded_and_no_test_image(worlds, tmp_path):
@@ -175,3 +183,81 @@ def test_a_share_of_training_and_validation_images_is_degraded_and_no_test_image
     for row in rows:
         same = (worlds[fundus] / row["path"]).read_bytes() == (tmp_path / row["path"]).read_bytes()
         assert same == (row["quality"] == "3")
+
+
+# rating sets
+
+
+def test_every_image_is_there_unchanged_mildly_and_badly_degraded(worlds, table):
+    rated, by_pixels = worlds[rating_sets], {}
+    rows = read(rated / "ratings.csv")
+    assert (rated / "ratings.csv").read_text().splitlines()[0] == ",".join(rating_sets.COLUMNS)
+    assert Counter(row["quality"] for row in rows) == {"3": 20, "2": 20, "1": 20}
+    for row in rows:
+        image = np.asarray(Image.open(rated / row["image_path"]))
+        assert image.shape == (48, 48, 3)
+        by_pixels[image.tobytes()] = row
+    for source, path in zip(*table, strict=True):
+        original = by_pixels[np.asarray(Image.open(path)).tobytes()]
+        assert original["quality"] == "3" and original["patient"] == source.patient
+    assert Counter(row["patient"] for row in rows) == {row.patient: 6 for row in table[0]}
+
+
+def test_the_rating_is_the_lower_of_quality_and_alignment(worlds, table):
+    captions, rows = {row.caption for row in table[0]}, read(worlds[rating_sets] / "ratings.csv")
+    assert Counter((row["quality"], row["alignment"]) for row in rows) == {
+        (quality, alignment): count for quality in "321" for alignment, count in (("1", 6), ("3", 14))
+    }
+    findings_of = {}
+    for row in table[0]:
+        findings_of.setdefault(row.patient, set()).add(row.caption.split(" shows ")[1])
+    for row in rows:
+        assert int(row["rating"]) == min(int(row["quality"]), int(row["alignment"])) and row["prompt"] in captions
+        assert (row["modality"], row["expert_level"], row["rater_id"]) == ("Fundus", "3", "truth")
+        if row["alignment"] == "1":  # a swapped caption shares no finding with the true one
+            assert findings_of[row["patient"]] != {row["prompt"].split(" shows ")[1]}
+    grades = [int(row["quality"]) for row in rows]
+    assert [row["image_path"] for row in rows] == [f"images/{number:06d}.png" for number in range(60)]
+    assert abs(np.corrcoef(grades, range(60))[0, 1]) < 0.4  # three standard deviations of chance
+
+
+def test_raters_err_by_one_grade_and_less_at_higher_levels(worlds, table, tmp_path):
+    rating_sets.write_rating_set(*table, tmp_path, **SET, raters=6)
+    truth, rows = (
+        {row["image_path"]: row for row in read(worlds[rating_sets] / "ratings.csv")},
+        read(tmp_path / "ratings.csv"),
+    )
+    levels = {row["rater_id"]: row["expert_level"] for row in rows}
+    assert levels == {f"rater{n}": level for n, level in zip(range(1, 7), "321321", strict=True)} and len(rows) == 360
+    wrong = Counter()
+    for row in rows:
+        assert int(row["rating"]) == min(int(row["quality"]), int(row["alignment"]))
+        for column in ("quality", "alignment"):
+            error = abs(int(row[column]) - int(truth[row["image_path"]][column]))
+            assert error <= 1
+            wrong[row["expert_level"]] += error
+    for level, chance in rating_sets.ERRORS.items():
+        assert abs(wrong[str(level)] / 240 - chance) < 4 * np.sqrt(chance * (1 - chance) / 240)
+
+    images = ratings.aggregate(ratings.read_ratings(tmp_path / "ratings.csv"), tmp_path)
+    assert len(images) == 60 and all(image.path.is_file() and image.ratings == 6 for image in images)
+    assert {image.patient for image in images} == {row.patient for row in table[0]}
+    np.testing.assert_allclose([image.weight for image in images], 2 / 3)  # of levels 3, 2 and 1
+
+
+def test_degraded_images_and_those_without_vessels_are_left_out(table, tmp_path, caplog):
+    rows, paths = list(table[0]), list(table[1])
+    rows[0] = dataclasses.replace(rows[0], fields=rows[0].fields | {"quality": "2"})
+    rows[1] = dataclasses.replace(rows[1], fields=rows[1].fields | {"quality": ""})
+    paths[2] = tmp_path / "haze.png"
+    Image.new("RGB", (48, 48), (150, 90, 60)).save(paths[2])
+    with caplog.at_level(logging.INFO):
+        rating_sets.write_rating_set(rows, paths, tmp_path / "set", **SET)
+    assert caplog.records[0].args == (20, 1, 1, 18)
+    assert Counter(row["quality"] for row in read(tmp_path / "set" / "ratings.csv")) == {"3": 18, "2": 18, "1": 18}
+    with pytest.raises(UserError, match="none of the 1 images shows a retina"):
+        rating_sets.write_rating_set(rows[2:3], paths[2:3], tmp_path / "none", **SET)
+    same = [number for number, row in enumerate(table[0]) if row.caption.endswith("normal fundus.")]
+    with pytest.raises(UserError, match="no image shows anything else.*mismatched"):
+        rating_sets.write_rating_set(*([part[number] for number in same] for part in table), tmp_path / "none", **SET)
+    assert not (tmp_path / "none").exists()

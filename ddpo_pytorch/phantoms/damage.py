@@ -1,7 +1,4 @@
-"""Degradations of fundus images with known strength: blur, noise, exposure, crop, erased vessels.
-
-Lengths are shares of the image's width, so that an image looks equally bad at any size.
-"""
+"""Degradations of fundus images with known strength; lengths are shares of the width, to look equal at any size."""
 
 import math
 
@@ -18,15 +15,9 @@ VISIBLE, ERASABLE = 0.005, 0.015
 
 
 def degrade(image: np.ndarray, kind: str, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Degrade a uint8 (H, W, 3) fundus image by one of KINDS with a strength in (0, 1].
-
-    Nothing changes outside the field of view. With equal generators, the mean absolute change grows with the strength.
-    Raises UserError for another kind or strength.
-    """
+    """Degrade a uint8 (H, W, 3) fundus image, inside its field of view, by one of KINDS with a strength in (0, 1]."""
     if kind not in KINDS or not 0 < strength <= 1:
-        raise UserError(
-            f"degradation {kind!r} of strength {strength}: kinds are {', '.join(KINDS)}; strength in (0, 1]"
-        )
+        raise UserError(f"degradation {kind!r} of {strength}: kinds are {', '.join(KINDS)}; strengths in (0, 1]")
     field = fov_mask(image)
     degraded = _DEGRADE[kind](image.astype(np.float32), field, float(strength), rng)
     return np.where(field[..., None], np.clip(np.rint(degraded), 0, 255), image).astype(np.uint8)

@@ -1,7 +1,4 @@
-"""Tools that the phantoms share: smooth noise, soft steps, blending, antialiased strokes, and records of settings.
-
-Geometry is in *points*: a picture is POINTS points wide whatever its size in pixels. Colours are RGB in [0, 255].
-"""
+"""Tools of the phantoms. Geometry is in *points*: a picture of any size is POINTS wide. Colours are in [0, 255]."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -76,9 +73,8 @@ class Sheet:
 
 def check_record(record: Path, settings: Mapping[str, Any], occupied: bool) -> None:
     """Raise UserError if a folder's record holds other settings, or if it has none and is `occupied` by other files."""
-    if record.exists():
-        if changed := difference(read_json(record, advice="give a new folder"), settings):
-            name, before, now = changed
-            raise UserError(f"{str(record.parent)!r} already holds {name} {before}, not {now}; give a new folder")
-    elif occupied:
+    if changed := record.exists() and difference(read_json(record, advice="give a new folder"), settings):
+        name, before, now = changed
+        raise UserError(f"{str(record.parent)!r} already holds {name} {before}, not {now}; give a new folder")
+    if occupied and not record.exists():
         raise UserError(f"{str(record.parent)!r} already holds other files; give a new folder")

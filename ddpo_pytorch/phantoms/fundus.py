@@ -1,13 +1,10 @@
 """Fundus photographs with exact findings, for everything that should run without ODIR.
 
-A picture is drawn from an eye and a finding: background, changes of the retina, disc and vessels, seen through a round
-aperture. `python -m ddpo_pytorch.phantoms.fundus --out DIR` writes a world in the layout of ODIR-5K.
-
-Geometry is in *points* (`ddpo_pytorch.phantoms.drawing`), from the left and from the top.
+`python -m ddpo_pytorch.phantoms.fundus --out DIR` writes a world in the layout of ODIR-5K. Geometry is in *points*
+(`ddpo_pytorch.phantoms.drawing`), from the left and from the top.
 """
 
 import argparse
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm.auto import tqdm
 
 from ddpo_pytorch.data.images import save_jpeg
 from ddpo_pytorch.data.tables import write_table
@@ -24,7 +22,6 @@ from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_folder, locked, write_json
 
-logger = logging.getLogger(__name__)
 STYLE = 1  # raised when the drawing code changes pictures, so that old and new worlds never mix
 COLUMNS = ("path", "Text", "modality", "patient", "eye", "age", "sex", "quality")
 EYES = ("left", "right")
@@ -67,22 +64,14 @@ def draw_findings(rng: np.random.Generator) -> tuple[str, str]:
     return first, first if rng.random() < SAME else other
 
 
-def caption_of(finding: str, eye: str) -> str:
-    """Return the caption of such a photograph in ODIR's tables."""
-    return f"The {eye} eye fundus image shows {finding}."
-
-
 def draw(finding: str, eye: str, look: Look, rng: np.random.Generator, size: int = POINTS) -> np.ndarray:
     """Draw the photograph of an eye: uint8 (size, size, 3), black around a round field.
 
-    The disc lies on the nasal side of the macula: right of it in a right eye, left in a left one. Each layer has its
-    own random stream: equal generators give one eye with either finding. Raises UserError for a finding not in FINDINGS
-    or an eye not in EYES.
+    The disc is nasal of the macula: right of it in a right eye. Each layer has its own random stream, so that equal
+    generators give one eye with either finding.
     """
     if finding not in FINDINGS or eye not in EYES:
-        raise UserError(
-            f"{finding!r} of the eye {eye!r} cannot be drawn; findings: {', '.join(FINDINGS)}; eyes: {EYES}"
-        )
+        raise UserError(f"{finding!r} of the eye {eye!r} is unknown; findings: {', '.join(FINDINGS)}; eyes: {EYES}")
     nasal, pixels = (1 if eye == "right" else -1), 2 * size
     layers = [np.random.default_rng(seed) for seed in rng.integers(2**63, size=6)]
     macula = np.array([32 - 6.5 * nasal, 33.0]) + layers[0].uniform(-1.2, 1.2, size=2)
@@ -161,9 +150,8 @@ def _vessels(image, rng, disc: np.ndarray, macula: np.ndarray, nasal: int, look:
                     end = disc + (nasal * rng.uniform(11, 16), up * (rng.uniform(11, 17) + 1.6 * shift))
                     bend = disc + (nasal * rng.uniform(0, 3), up * (rng.uniform(8, 11) + shift))
                 _tree(sheet, rng, root, bend, end, width, branches=4 if temporal else 2)
-    strength = (
-        look.vessel_strength * (1 - 0.45 * step(0.9 * look.disc_radius - _from(disc, len(image)), 2.0))[..., None]
-    )
+    on_disc = step(0.9 * look.disc_radius - _from(disc, len(image)), 2.0)[..., None]
+    strength = look.vessel_strength * (1 - 0.45 * on_disc)
     image = image * (1 - strength * veins.alpha()[..., None] * np.array([0.42, 0.68, 0.6], np.float32))
     return image * (1 - strength * arteries.alpha()[..., None] * np.array([0.2, 0.5, 0.46], np.float32))
 
@@ -219,10 +207,8 @@ def write_world(
 ) -> None:
     """Write images/<patient>_<eye>.jpg, captions.csv and splits/fundus_{train,val,test}.csv in the layout of ODIR.
 
-    The numbers count images, two a patient, and are even. A share `degraded` of the training and validation images is
-    degraded (`damage.degrade`), as in a clinic's unsorted archive; the column `quality` is 3, 2 or 1, in the test
-    always 3. An image depends on (seed, patient, size, degraded) alone. The same call completes an interrupted world.
-    Raises UserError, without writing, for impossible values and a folder with another world or other images.
+    The numbers count images, two a patient. A share `degraded` of the training and validation images has a `quality` of
+    2 or 1 instead of 3. An image depends on (seed, patient, size, degraded) alone. The same call completes a world.
     """
     numbers = dict(num_train=num_train, num_val=num_val, num_test=num_test)
     world = dict(style=STYLE, seed=seed, size=size, degraded=degraded) | numbers
@@ -236,13 +222,10 @@ def write_world(
         if splits.exists():  # a world that has splits/ is complete
             return
         write_json(record, world)
-        parts, patient, total = {"train": [], "val": [], "test": []}, 0, sum(numbers.values())
-        for (name, rows), count in zip(parts.items(), numbers.values(), strict=True):
-            for _ in range(count // 2):
-                rows += _write_patient(root, seed, patient, size, degraded if name != "test" else 0)
-                patient += 1
-                if patient % 500 == 0 or 2 * patient == total:
-                    logger.info("%d of %d fundus images", 2 * patient, total)
+        parts = {"train": [], "val": [], "test": []}
+        names = [name for name in parts for _ in range(numbers[f"num_{name}"] // 2)]
+        for patient, name in enumerate(tqdm(names, desc="drawing", unit="patient", disable=None)):
+            parts[name] += _write_patient(root, seed, patient, size, degraded if name != "test" else 0)
         write_table(root / "captions.csv", COLUMNS, [row for rows in parts.values() for row in rows])
         with atomic_folder(splits) as unfinished:
             for name, rows in parts.items():
@@ -262,7 +245,8 @@ def _write_patient(root: Path, seed: int, patient: int, size: int, degraded: flo
             if quality < 3:
                 image = degrade(image, *draw_damage(quality, damage), damage)
             save_jpeg(path, Image.fromarray(image))
-        cells = (f"images/{path.name}", caption_of(finding, eye), "Fundus", path.name[:7], eye, age, sex, quality)
+        caption = f"The {eye} eye fundus image shows {finding}."  # as in ODIR's tables
+        cells = (f"images/{path.name}", caption, "Fundus", path.name[:7], eye, age, sex, quality)
         rows.append(dict(zip(COLUMNS, cells, strict=True)))
     return rows
 

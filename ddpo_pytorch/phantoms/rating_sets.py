@@ -1,8 +1,4 @@
-"""Degraded fundus images with expert ratings of known truth, without experts.
-
-`python -m ddpo_pytorch.phantoms.rating_sets --csv TABLE --data_path DIR --out OUT` writes each image of a table three
-times: unchanged (rating 3), visibly degraded (2) and badly degraded (1).
-"""
+"""Degraded fundus images with expert ratings of known truth, without experts."""
 
 import argparse
 import hashlib
@@ -18,7 +14,7 @@ import torch
 from ddpo_pytorch.data import ratings
 from ddpo_pytorch.data.fundus import MODALITY, Row, check_images, load_split
 from ddpo_pytorch.data.images import RESIZES, load_pixels, save_image
-from ddpo_pytorch.data.tables import choice, number, write_table
+from ddpo_pytorch.data.tables import number, write_table
 from ddpo_pytorch.phantoms.damage import BANDS, ERASABLE, KINDS, VISIBLE, degrade, draw_damage, vessel_contrast
 from ddpo_pytorch.phantoms.drawing import check_record
 from ddpo_pytorch.utils.cli import add_path, run_command
@@ -49,33 +45,29 @@ def write_rating_set(
     of another image without a common finding: `alignment` is 1 there, else 3; `rating` is the lower of both. The rater
     is a faultless "truth" of level 3, or `raters` raters of levels 3, 2, 1, 3, ..., who err as in ERRORS.
 
-    Images with a `quality` below 3 in the table, and those below VISIBLE, are left out. The same call completes an
-    interrupted set. Raises UserError, without writing, if `out` holds something else, for impossible values, and if no
-    image or no other caption is left.
+    Images with a `quality` below 3 in the table, and those below VISIBLE, are left out. The same call completes a set.
     """
+    settings = dict(style=STYLE, seed=seed, size=size, resize=resize, mismatched=mismatched, raters=raters)
     if size < 32 or resize not in RESIZES or not 0 <= mismatched <= 1 or raters < 0 or seed < 0:
         raise UserError(
-            f"size {size}, resize {resize!r}, mismatched {mismatched}, raters {raters}, seed {seed}: needed are "
-            f"size >= 32, resize of {', '.join(RESIZES)}, mismatched in [0, 1], raters >= 0, seed >= 0"
+            f"a rating set needs size >= 32, resize of {', '.join(RESIZES)}, mismatched in [0, 1], raters and "
+            f"seed >= 0, got {settings}"
         )
-    settings = dict(style=STYLE, seed=seed, size=size, resize=resize, mismatched=mismatched, raters=raters)
+    described = [
+        [row.image, row.caption, row.patient, row.fields.get("quality"), sha256(path)]
+        for row, path in zip(rows, paths, strict=True)
+    ]
     settings |= dict(kinds=list(KINDS), bands={str(grade): list(band) for grade, band in BANDS.items()})
-    settings |= dict(images=len(rows), sources=_digest(rows, paths))
+    settings |= dict(images=len(rows), sources=hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16])
     out = Path(out)
     with locked(out, "another --out"):
         check_record(out / "record.json", settings, occupied=any(path.name != LOCK for path in out.iterdir()))
         if (out / "ratings.csv").exists():  # the last file to be written
             return
-        good = [
-            (row, path)
-            for row, path in zip(rows, paths, strict=True)
-            if number(choice(row.fields, "quality", "3")) == 3
-        ]
-        visible = [
-            (row, path, contrast)
-            for row, path in good
-            if (contrast := vessel_contrast(_pixels(path, size, resize))) >= VISIBLE
-        ]
+        pairs = zip(rows, paths, strict=True)
+        good = [(row, path) for row, path in pairs if number(row.fields.get("quality") or "3") == 3]
+        contrasts = [(row, path, vessel_contrast(_pixels(path, size, resize))) for row, path in good]
+        visible = [one for one in contrasts if one[2] >= VISIBLE]
         logger.info(
             "%d images, of which %d have a lower quality in the table and %d show no vessels; %d are taken",
             *(len(rows), len(rows) - len(good), len(good) - len(visible), len(visible)),
@@ -91,33 +83,20 @@ def write_rating_set(
         for index, (row, path, contrast) in enumerate(visible):
             files = [out / rating["image_path"] for rating in truth[3 * index : 3 * index + 3]]
             if not all(file.exists() for file in files):
-                _write_grades(row, _pixels(path, size, resize), contrast >= ERASABLE, files, seed)
+                original = _pixels(path, size, resize)
+                for grade, file in zip(GRADES, files, strict=True):
+                    rng_grade = np.random.default_rng((seed, text_number(row.image), grade))
+                    kind = draw_damage(grade, rng_grade, contrast >= ERASABLE) if grade < 3 else ()
+                    image = degrade(original, *kind, rng_grade) if kind else original
+                    if not file.exists():
+                        save_image(file, torch.from_numpy(image).permute(2, 0, 1))
         rated = _simulate_raters([truth[position] for position in np.argsort(numbers)], raters, rng)
         write_table(out / "ratings.csv", COLUMNS, rated)
         logger.info("%d ratings of %d images in %s", len(rated), len(truth), out)
 
 
-def _digest(rows: Sequence[Row], paths: Sequence[Path]) -> str:
-    """Hash names, captions, patients and contents of the images, wherever the files lie."""
-    described = [
-        [row.image, row.caption, row.patient, row.fields.get("quality"), sha256(path)]
-        for row, path in zip(rows, paths, strict=True)
-    ]
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
-
-
 def _pixels(path: Path, size: int, resize: str) -> np.ndarray:
     return load_pixels(path, size, resize).permute(1, 2, 0).numpy()
-
-
-def _write_grades(row: Row, original: np.ndarray, erasable: bool, files: Sequence[Path], seed: int) -> None:
-    """Write those files of an image in the three GRADES that do not exist yet."""
-    for grade, file in zip(GRADES, files, strict=True):
-        rng, image = np.random.default_rng((seed, text_number(row.image), grade)), original
-        if grade < 3:
-            image = degrade(original, *draw_damage(grade, rng, erasable), rng)
-        if not file.exists():
-            save_image(file, torch.from_numpy(image).permute(2, 0, 1))
 
 
 def _true_ratings(rows: Sequence[Row], mismatched: float, rng: np.random.Generator) -> list[dict]:
@@ -151,18 +130,12 @@ def _simulate_raters(truth: Sequence[dict], raters: int, rng: np.random.Generato
     for image in truth:
         for rater, level in people or [("truth", 3)]:
             grades = {name: image[name] for name in ("quality", "alignment")}
-            if people:
-                grades = {name: _perturb(grade, ERRORS[level], rng) for name, grade in grades.items()}
+            for name, grade in grades.items() if people else ():
+                if rng.random() < ERRORS[level]:
+                    grades[name] = int(rng.choice([other for other in (1, 2, 3) if abs(other - grade) == 1]))
             rating = dict(modality=MODALITY, expert_level=level, rater_id=rater, rating=min(grades.values()))
             rows.append(image | grades | rating)
     return rows
-
-
-def _perturb(grade: int, error: float, rng: np.random.Generator) -> int:
-    """Return the grade or, with probability `error`, one next to it."""
-    if rng.random() >= error:
-        return grade
-    return int(rng.choice([other for other in (1, 2, 3) if abs(other - grade) == 1]))
 
 
 def degrade_table(csv: str, data_path: str, limit: int, **settings) -> None:

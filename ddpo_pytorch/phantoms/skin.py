@@ -2,19 +2,17 @@
 
 A picture is drawn from its six labels: skin, one lesion (nevus or melanoma), then the artifacts of a dermatoscope.
 `python -m ddpo_pytorch.phantoms.skin --out DIR` writes a world in the layout of ISIC 2019.
-
-Geometry is in *points* (`ddpo_pytorch.phantoms.drawing`). Colours are RGB in [0, 255].
 """
 
 import argparse
 import itertools
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm.auto import tqdm
 
 from ddpo_pytorch.data.images import save_jpeg
 from ddpo_pytorch.data.isic import LABELS
@@ -24,7 +22,6 @@ from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_folder, locked, write_json
 
-logger = logging.getLogger(__name__)
 STYLE = 1  # raised when the drawing code changes pictures, so that old and new worlds never mix
 COLUMNS = tuple("image MEL NV dark_corner hair gel_border gel_bubble ruler ink patches vasc label".split())
 # chances of LABELS[:5] that, without UNSEEN, give ISIC's: hair 38 %, gel 11 %, ruler 14 %, ink 1.6 %, MEL 22.5 %
@@ -52,8 +49,7 @@ def sample_labels(rng: np.random.Generator, balanced: bool = False, unseen: bool
 def draw(labels: Sequence[int], rng: np.random.Generator, size: int = POINTS) -> np.ndarray:
     """Draw the picture of six 0/1 labels, one of MEL and NV set: uint8 (size, size, 3).
 
-    Each layer has its own random stream: equal generators give the same patient with and without an artifact. Raises
-    UserError for other labels.
+    Each layer has its own random stream: equal generators give the same patient with and without an artifact.
     """
     if len(labels) != len(LABELS) or any(value not in (0, 1) for value in labels) or sum(labels[4:]) != 1:
         raise UserError(f"labels {tuple(labels)} cannot be drawn; give 0 or 1 for each of {LABELS}, one of MEL, NV set")
@@ -195,14 +191,13 @@ def write_world(
     """Write images/<image>.jpg and splits/phantom_{train,val,test}.csv in the layout of ISIC 2019.
 
     Image i depends on (seed, i, size) and the `frequencies` for `sample_labels`. phantom_train_{a,b}.csv are halves of
-    the training rows, for the rewarding classifier and the judge. The same call completes an interrupted world. Raises
-    UserError, without writing, for impossible numbers and a folder with another world or other images.
+    the training rows, for the rewarding classifier and the judge. The same call completes a world.
     """
     world = dict(style=STYLE, seed=seed, size=size, num_train=num_train, num_val=num_val, num_test=num_test)
     world |= {name: True for name, wanted in frequencies.items() if wanted}
     if min(world.values()) < 0 or size < 16:
         raise UserError(f"a phantom world needs numbers >= 0 and size >= 16, got {world}")
-    folder, total = Path(folder), num_train + num_val + num_test
+    folder = Path(folder)
     images, splits, record = folder / "images", folder / "splits", folder / "world.json"
     with locked(folder, "another --out"):
         check_record(record, world, occupied=images.exists() or splits.exists())
@@ -210,15 +205,13 @@ def write_world(
             return
         write_json(record, world)
         rows = []
-        for index in range(total):
+        for index in tqdm(range(num_train + num_val + num_test), desc="drawing", unit="image", disable=None):
             rng, path = np.random.default_rng((seed, index)), images / f"PHANTOM_{index:07d}.jpg"
             labels = sample_labels(rng, **frequencies)
             row = dict.fromkeys(COLUMNS, 0) | dict(zip(LABELS, labels, strict=True)) | {"image": path.stem}
             rows.append(row | {"MEL": float(row["MEL"]), "NV": float(row["NV"]), "label": row["MEL"]})
             if not path.exists():
                 save_jpeg(path, Image.fromarray(draw(labels, rng, size)))
-            if (index + 1) % 1000 == 0 or index + 1 == total:
-                logger.info("%d of %d phantom images", index + 1, total)
         train, val, test = rows[:num_train], rows[num_train : num_train + num_val], rows[num_train + num_val :]
         parts = {"train": train, "val": val, "test": test, "train_a": train[::2], "train_b": train[1::2]}
         with atomic_folder(splits) as unfinished:
