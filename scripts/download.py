@@ -1,8 +1,7 @@
 """Fetch and check the published files and the official split tables.
 
     python scripts/download.py                                  # into rl4med-out/published and rl4med-out/data/splits
-    python scripts/download.py --check rl4med-out/published     # no network: check the files
-    python scripts/download.py --unpack rl4med-out/published    # no network: unpack images.zip
+    python scripts/download.py --check rl4med-out/published     # or --unpack, without network
 
 After an interruption the same command keeps complete files and continues partial ones.
 """
@@ -13,6 +12,7 @@ import logging
 import os
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import gdown
@@ -25,7 +25,7 @@ from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.utils.cli import cli, expand_flags
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_write, locked
-from ddpo_pytorch.utils.published import ARCHIVE, FILES, PublishedFile, opened, spellings, unpack
+from ddpo_pytorch.utils.published import ARCHIVE, opened, spellings, unpack
 from ddpo_pytorch.utils.weights import open_safetensors
 
 FLAGS = flags.FLAGS
@@ -90,12 +90,13 @@ def check_zip(path: Path) -> str:
         return f"zip of {sum(not entry.is_dir() for entry in archive.infolist())} files"
 
 
-CHECKS: dict[str, Callable[[Path], str]] = {
-    "pretrained_unet.safetensors": check_unet,
-    "rl4med-checkpoint50": check_lora,
-    "artifact_classifier_train_H6.pth": lambda path: check_classifier(path, 6),
-    "artifact_classifier_train_H4.pth": lambda path: check_classifier(path, 4),
-    ARCHIVE: check_zip,
+# by README's spelling: description, and check of the content
+FILES: dict[str, tuple[str, Callable[[Path], str]]] = {
+    "artifact_classifier_train_H6.pth": ("reward classifier", lambda path: check_classifier(path, 6)),
+    "artifact_classifier_train_H4.pth": ("judge", lambda path: check_classifier(path, 4)),
+    "rl4med-checkpoint50": ("LoRA of stage (ii)", check_lora),
+    "pretrained_unet.safetensors": ("UNet of stage (i)", check_unet),
+    ARCHIVE: ("generated samples, optional", check_zip),
 }
 
 
@@ -104,23 +105,18 @@ def check(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give the folder that holds the published files")
     bad = []
-    for file in FILES:
-        names = spellings(file.name)
-        present = [folder / name for name in names if (folder / name).exists()]
+    for file, (description, check_content) in FILES.items():
+        present = [folder / name for name in spellings(file) if (folder / name).exists()]
         for path in present:
-            label = f"{path.name}{f' (README: {file.name})' if path.name != file.name else ''}, {size(path)}"
+            label = f"{path.name}{f' (README: {file})' if path.name != file else ''}, {size(path)}"
             try:
-                logger.info("%s: %s: OK", label, CHECKS[file.name](path))
+                logger.info("%s: %s: OK", label, check_content(path))
             except UserError as error:
                 logger.info("%s: WRONG: %s", label, error)
                 bad.append(path.name)
         if not present:
-            # gdown adds eight random characters and .part to the file's name
-            partial = any(any(folder.glob(f"{name}????????.part")) for name in names)
-            notes = f"{'' if file.required else ', optional'}{', partly downloaded' if partial else ''}"
-            logger.info("%s: missing (%s%s)", " or ".join(names), file.description, notes)
-            if file.required:
-                bad.append(file.name)
+            logger.info("%s: missing (%s)", " or ".join(spellings(file)), description)
+            bad += [file] * (file != ARCHIVE)
     if bad:
         raise UserError(f"{folder}: missing or wrong: {', '.join(bad)}; move wrong files away and fetch them again")
 
@@ -131,10 +127,7 @@ def size(path: Path) -> str:
 
 
 def fetch_split(name: str, folder: Path, base_url: str = SPLITS_URL) -> Path:
-    """Fetch one split table of `SPLITS` into `folder` unless it is there; return the file.
-
-    Raises UserError, without writing, for another content, also of an existing file, and if there is no answer.
-    """
+    """Fetch one split table of `SPLITS` into `folder` unless it is there; return the file, of the official content."""
     target, url = folder / name, f"{base_url}/{name}"
     exists = target.exists()
     try:
@@ -155,47 +148,29 @@ def fetch_split(name: str, folder: Path, base_url: str = SPLITS_URL) -> Path:
     return target
 
 
-def entry_of(path: str) -> PublishedFile | None:
-    """Return the published file that contains a path of the listing."""
-    top = Path(path).parts[0]
-    return next((file for file in FILES if top in spellings(file.name)), None)
-
-
 def fetch_published(folder: Path) -> None:
     """Fetch the missing files of the Drive folder, required ones first. Raises UserError after trying all of them."""
-    # gdown's exceptions share no base class, and a page that Google changed raises anything
     try:
         listing = gdown.download_folder(
             id=DRIVE_ID, output=str(folder), skip_download=True, quiet=True, timeout=TIMEOUT
         )
-    except Exception as error:
+    except Exception as error:  # gdown's exceptions share no base class, and a page that Google changed raises anything
         raise UserError(f"Google Drive does not list the published folder ({reason(error)})") from error
     if not listing:
         raise UserError("Google Drive lists nothing in the published folder")
-    entries = [entry_of(item.path) for item in listing]
-    for item, entry in zip(listing, entries, strict=True):
-        logger.info("listed: %s (%s)", item.path, entry.description if entry else "unknown, fetched too")
-    for file in FILES:
-        if file not in entries:
-            logger.warning("not listed: %s", " or ".join(spellings(file.name)))
-
-    failed = []
-    required_first = sorted(zip(listing, entries, strict=True), key=lambda pair: not (pair[1] and pair[1].required))
-    for item, _ in required_first:
+    required, failed = {name for file in FILES if file != ARCHIVE for name in spellings(file)}, []
+    for item in sorted(listing, key=lambda item: Path(item.path).parts[0] not in required):
         target = Path(os.path.abspath(item.local_path))
-        if not target.is_relative_to(os.path.abspath(folder)):
-            logger.warning("%s would lie outside %s and is not fetched", item.path, folder)
-            failed.append(item.path)
-        elif target.is_file():
-            logger.info("%s exists, %s", target, size(target))
-        else:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
+        try:
+            if not target.is_relative_to(os.path.abspath(folder)):
+                raise UserError(f"it would lie outside {folder}")
+            if not target.is_file():
+                target.parent.mkdir(parents=True, exist_ok=True)
                 gdown.download(id=item.id, output=str(target), resume=True, timeout=TIMEOUT, retries=3)
-                logger.info("%s fetched, %s", target, size(target))
-            except Exception as error:
-                logger.warning("%s did not arrive: %s", item.path, reason(error))
-                failed.append(item.path)
+            logger.info("%s is there, %s", target, size(target))
+        except Exception as error:
+            logger.warning("%s did not arrive: %s", item.path, reason(error))
+            failed.append(item.path)
     if failed:
         raise UserError(f"{len(failed)} of {len(listing)} files did not arrive ({', '.join(failed)})")
 
@@ -207,23 +182,19 @@ def reason(error: Exception) -> str:
 def fetch(root: Path) -> None:
     """Fetch and check all files. Raises UserError, after log lines with advice, if some did not arrive."""
     published, problems = root / "published", []
-    for name in SPLITS:
+    steps = {f"split table {name}": partial(fetch_split, name, root / "data" / "splits") for name in SPLITS}
+    for what, step in (steps | {"published files": partial(fetch_published, published)}).items():
         try:
-            fetch_split(name, root / "data" / "splits")
+            step()
         except UserError as error:
             logger.warning("%s", error)
-            problems.append(f"split table {name}")
-    try:
-        fetch_published(published)
-    except UserError as error:
-        names = [" or ".join(spellings(file.name)) + ("" if file.required else " (optional)") for file in FILES]
-        logger.warning("%s", error)
-        logger.warning("Google Drive often refuses scripts, for up to a day. Run this again later, or by hand:")
-        logger.warning("  1. open %s in a browser", DRIVE_URL)
-        logger.warning("  2. download %s", ", ".join(names))
-        logger.warning("  3. put them into %s", published)
-        logger.warning("  4. python scripts/download.py --check %s", published)
-        problems.append("published files")
+            problems.append(what)
+    if "published files" in problems:
+        logger.warning(
+            "Google Drive often refuses scripts, for up to a day. Run this again later, or by hand:\n  1. open %s in a "
+            "browser\n  2. download %s\n  3. put them into %s\n  4. python scripts/download.py --check %s",
+            *(DRIVE_URL, ", ".join(" or ".join(spellings(file)) for file in FILES), published, published),
+        )
     if published.is_dir():
         check(published)
     if problems:

@@ -1,7 +1,4 @@
-"""The published files: their names, and the archive of samples.
-
-The official README and configuration spell two names differently; both spellings are accepted.
-"""
+"""The published files: their names, of which README and configuration spell two differently, and the archive."""
 
 import logging
 import os
@@ -9,10 +6,9 @@ import shutil
 import stat
 import unicodedata
 import zipfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -25,23 +21,6 @@ ARCHIVE = "images.zip"
 SPELLINGS = (
     ("rl4med-checkpoint50", "rl4med-checkpoint_50"),
     ("artifact_classifier_train_H4", "artifact_classifier_test_H4"),
-)
-
-
-class PublishedFile(NamedTuple):
-    """Entry of the Drive folder, by README's spelling."""
-
-    name: str
-    description: str
-    required: bool = True
-
-
-FILES = (
-    PublishedFile("artifact_classifier_train_H6.pth", "reward classifier"),
-    PublishedFile("artifact_classifier_train_H4.pth", "judge"),
-    PublishedFile("rl4med-checkpoint50", "LoRA of stage (ii)"),
-    PublishedFile("pretrained_unet.safetensors", "UNet of stage (i)"),
-    PublishedFile(ARCHIVE, "generated samples", required=False),
 )
 
 
@@ -58,7 +37,7 @@ def resolve(path: str | Path) -> Path:
 
 
 def spellings(name: str) -> tuple[str, ...]:
-    """Return the names under which a file of `FILES` may lie: README's, then the other one if there is one."""
+    """Return the names under which a file may lie: README's, then the other one if there is one."""
     return (name, *(name.replace(spelling, other) for spelling, other in SPELLINGS if spelling in name))
 
 
@@ -88,15 +67,14 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def check_entries(path: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
-    """Raise UserError, which names the entry, for content that no archive of pictures has.
-
-    Refused are absolute paths, drive letters, "..", backslashes and control characters; names too long for a file
-    system or reserved for unfinished files; links, devices and encrypted files; two entries for one file, also if they
-    differ by case only; more than MOST_ENTRIES; and content of more than LARGEST_GROWTH times the archive.
-    """
+    """Raise UserError for too much content, an entry of `_fault`, and two entries that differ by case at most."""
     refused = f"nothing was unpacked: fetch {path.name} again"
-    if len(entries) > MOST_ENTRIES:
-        raise UserError(f"{path} has {len(entries)} entries, more than {MOST_ENTRIES}; {refused}")
+    content, size = sum(entry.file_size for entry in entries), path.stat().st_size
+    if len(entries) > MOST_ENTRIES or content > max(SMALL, LARGEST_GROWTH * size):
+        raise UserError(
+            f"{path} of {size / 2**20:.1f} MiB states {content / 2**20:.1f} MiB of content in {len(entries)} entries; "
+            f"pictures have less than {LARGEST_GROWTH} times as much, and {MOST_ENTRIES} entries; {refused}"
+        )
     seen: dict[tuple[str, ...], tuple[tuple[str, ...], bool]] = {}  # spelling, and whether a folder, by folded path
     for entry in entries:
         name = entry.orig_filename
@@ -111,12 +89,6 @@ def check_entries(path: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
             seen[folded] = above, is_folder
         if fault:
             raise UserError(f"{path}: the entry {name[:200]!r} {fault}; {refused}")
-    content, size = sum(entry.file_size for entry in entries), path.stat().st_size
-    if content > max(SMALL, LARGEST_GROWTH * size):
-        raise UserError(
-            f"{path} has {size / 2**20:.1f} MiB and states {content / 2**20:.1f} MiB of content, more than "
-            f"{LARGEST_GROWTH} times as much, which pictures never are; {refused}"
-        )
 
 
 def _fault(name: str, parts: tuple[str, ...], entry: zipfile.ZipInfo) -> str:
@@ -137,16 +109,20 @@ def _fault(name: str, parts: tuple[str, ...], entry: zipfile.ZipInfo) -> str:
 def unpack(path: str | Path, folder: str | Path) -> list[Path]:
     """Unpack a zip into an existing folder, all or nothing; return its new top-level entries, sorted.
 
-    Permissions, owners and links are not restored. The same call completes one that was killed. Raises UserError as
-    `check_entries` does, for a torn archive, an existing name, and a full disk.
+    Permissions, owners and links are not restored. The same call completes one that was killed.
     """
     path, folder = Path(path), Path(folder)
     unpacked = folder / f".{path.name}{UNPACKED}"
+
+    def refuse_existing(names: Iterable[str]) -> None:
+        if taken := sorted(name for name in names if os.path.lexists(folder / name)):
+            raise UserError(f"{folder / taken[0]} exists already; move it away to unpack the archive again")
+
     if not unpacked.is_dir():
         remove_leftovers(folder, depth=0)
         with opened(path) as archive:
             entries = archive.infolist()
-            _refuse_existing(folder, {entry.orig_filename.split("/")[0] for entry in entries})
+            refuse_existing(entry.orig_filename.split("/")[0] for entry in entries)
             needed, free = sum(entry.file_size for entry in entries), shutil.disk_usage(folder).free
             if needed + SPARE > free:
                 raise UserError(f"{path} needs {needed / 2**30:.1f} GiB in {folder}, where {free / 2**30:.1f} are free")
@@ -154,15 +130,9 @@ def unpack(path: str | Path, folder: str | Path) -> list[Path]:
                 for entry in tqdm(entries, desc="unpacking", unit="file", disable=None):
                     archive.extract(entry, unfinished)
     # all content is there now, and the next call would complete the moves
-    names = sorted(entry.name for entry in unpacked.iterdir())
-    _refuse_existing(folder, names)
+    names = sorted(os.listdir(unpacked))
+    refuse_existing(names)
     for name in names:
         os.replace(unpacked / name, folder / name)
     unpacked.rmdir()
     return [folder / name for name in names]
-
-
-def _refuse_existing(folder: Path, names: Collection[str]) -> None:
-    for name in sorted(names):
-        if os.path.lexists(folder / name):
-            raise UserError(f"{folder / name} exists already; move it away to unpack the archive again")
