@@ -26,8 +26,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ddpo_pytorch.data.image_cache import decoded
-from ddpo_pytorch.data.images import ImageFiles, load_image
+from ddpo_pytorch.data.images import ImageFiles, decoded, load_image
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
 from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.generator.finetune_losses import CaptionTable, NoiseLoss

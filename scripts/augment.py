@@ -44,8 +44,7 @@ from ddpo_pytorch.augmentation.plan import (
     read_data,
 )
 from ddpo_pytorch.augmentation.report import as_csv, markdown, subgroups
-from ddpo_pytorch.data.image_cache import decoded
-from ddpo_pytorch.data.images import ImageFiles
+from ddpo_pytorch.data.images import ImageFiles, decoded
 from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.data.sample_folder import claim_folder, read_settings
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, new_classifier, save_classifier

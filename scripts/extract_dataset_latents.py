@@ -2,12 +2,9 @@
 
     accelerate launch scripts/extract_dataset_latents.py --config config/dgx.py:preprocess_isic_real_data
 
-Writes to logdir: images/<caption with _>/<row index>.png, lossless and made square (`dataset.image_size`,
-`dataset.resize`); image_log.json (sampleID = row index, prompt, path_to_img and every column of the table); and, when
-`pretrained.model` is not empty, latents/ (`ddpo_pytorch.generator.latents`), from which scripts/train_sd.py trains.
-
-Shards of 256 images are distributed over the processes, whose number does not change the result. The same command
-completes an interrupted folder and keeps a complete one.
+Writes to logdir: images/<caption with _>/<row index>.png, lossless squares; image_log.json (sampleID = row index,
+prompt, path_to_img and every column of the table); and, unless `pretrained.model` is empty, latents/, from which
+scripts/train_sd.py trains, whatever the number of processes. The same command completes an interrupted folder.
 """
 
 import logging
@@ -19,8 +16,7 @@ from absl import flags
 from accelerate import Accelerator
 from ml_collections import ConfigDict
 
-from ddpo_pytorch.data import datasets as kinds
-from ddpo_pytorch.data.datasets import KINDS, Row, source
+from ddpo_pytorch.data.datasets import KINDS, Row, find_rows, source
 from ddpo_pytorch.data.images import RESIZES, ImageFiles, is_intact, save_image
 from ddpo_pytorch.data.sample_folder import claim_folder, folder_name, read_log, write_log
 from ddpo_pytorch.generator.latents import INDEX, encode_data_set, write_index
@@ -36,18 +32,6 @@ FLAGS = flags.FLAGS
 define_config(__file__, "Extraction of real images and latents.")
 
 logger = logging.getLogger(__name__)
-
-
-def find_rows(dataset: ConfigDict) -> tuple[list[Row], list[Path], int]:
-    """Return the rows with an image, their files, and the number of rows without one."""
-    if not dataset.csv or not dataset.data_path:
-        raise UserError(
-            f"dataset.csv is {dataset.csv!r} and dataset.data_path {dataset.data_path!r}; give the split table and the "
-            "folder of its <image>.jpg files"
-        )
-    check_ranges(dataset, {"image_size": ONE_OR_MORE, "limit": ZERO_OR_MORE, "num_workers": ZERO_OR_MORE}, "dataset.")
-    check_choices(dataset, {"kind": KINDS, "resize": RESIZES}, "dataset.")
-    return kinds.find_rows(dataset.kind, dataset.csv, dataset.data_path, dataset.limit, dataset.skip_broken)
 
 
 def entry_of(row: Row) -> dict:
@@ -67,7 +51,12 @@ def main(_) -> None:
 def extract(accelerator: Accelerator, config: ConfigDict) -> None:
     """Write the missing parts of the sample folder and its latents."""
     rank, folder, dataset = accelerator.process_index, Path(config.logdir), config.dataset
-    rows, sources, missing = find_rows(dataset)
+    csv, images = dataset.csv, dataset.data_path
+    if not csv or not images:
+        raise UserError(f"dataset.csv is {csv!r} and dataset.data_path {images!r}; give the table and its image folder")
+    check_ranges(dataset, {"image_size": ONE_OR_MORE, "limit": ZERO_OR_MORE, "num_workers": ZERO_OR_MORE}, "dataset.")
+    check_choices(dataset, {"kind": KINDS, "resize": RESIZES}, "dataset.")
+    rows, sources, missing = find_rows(dataset.kind, csv, images, dataset.limit, dataset.skip_broken)
     settings = {"csv_sha256": sha256(dataset.csv), "image_size": dataset.image_size, "resize": dataset.resize}
     numbers, captions = [row.number for row in rows], source(dataset.kind).caption_list(rows)
     vae = None

@@ -15,8 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import Dataset
 
-from ddpo_pytorch.data.image_cache import decoded
-from ddpo_pytorch.data.images import ImageFiles
+from ddpo_pytorch.data.images import ImageFiles, decoded
 from ddpo_pytorch.data.isic import LABELS, load_split
 from ddpo_pytorch.data.splits import drop_broken, read_splits
 from ddpo_pytorch.judges.classifier import (

@@ -27,8 +27,7 @@ from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
 from ddpo_pytorch.data.datasets import source
-from ddpo_pytorch.data.image_cache import decoded
-from ddpo_pytorch.data.images import image_grid, save_picture
+from ddpo_pytorch.data.images import decoded, image_grid, save_picture
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.generator.conditioning import save_model, unet_metadata, with_bert

@@ -1,7 +1,9 @@
 """ISIC's labels and captions, image files, and sample folders."""
 
+import hashlib
 import struct
 import zlib
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -29,20 +31,6 @@ def test_labels_are_looked_up_not_searched_for():
         isic.labels_of("a dermoscopic image with melanoma (MEL) showing pink hair")
     with pytest.raises(UserError, match="exactly one of MEL and NV"):
         isic.caption_of((0, 0, 0, 0, 1, 1))
-
-
-def test_every_8_bit_level_survives_and_white_stays_white():
-    levels = torch.arange(256) / 255
-    assert torch.equal(images.to_uint8(levels), torch.arange(256, dtype=torch.uint8))
-    assert images.to_uint8(torch.tensor([-0.1, 1.1])).tolist() == [0, 255]
-
-
-def test_images_on_disk_are_lossless(tmp_path):
-    image = torch.randint(0, 256, (3, 5, 7)).float() / 255
-    images.save_image(tmp_path / "deep" / "a.png", image)
-    assert torch.equal(images.load_image(tmp_path / "deep" / "a.png"), image)
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.png"]
-    assert images.load_image(tmp_path / "deep" / "a.png", size=4).shape == (3, 4, 4)
 
 
 def test_broken_images_are_named(tmp_path):
@@ -81,8 +69,37 @@ def test_sample_folders(tmp_path):
     assert sample_folder.read_log(tmp_path) == [{"prompt": first}]
 
 
-def test_grid_places_images_row_by_row():
+def test_grid_places_images_row_by_row_and_every_8_bit_level_survives():
     batch = torch.stack([torch.full((3, 4, 4), value) for value in (0.0, 0.5, 1.0)])
     grid = np.asarray(images.image_grid(batch, columns=2, padding=1))
     assert grid.shape == (11, 11, 3)
     assert grid[1, 1, 0] == 0 and grid[1, 6, 0] == 128 and grid[6, 1, 0] == 255
+    assert torch.equal(images.to_uint8(torch.arange(256) / 255), torch.arange(256, dtype=torch.uint8))
+    assert images.to_uint8(torch.tensor([-0.1, 1.1])).tolist() == [0, 255]
+
+
+ODD = [
+    *("cup/disc ratio 0.6", "x/../../../../escape/x", "/etc/passwd", "C:\\images\\x", ".hidden", ".", "..", ""),
+    *("a b", "a_b", "a%5Fb", "a%5fb", "a\tb", "a\nb", "a\0b", "a b ", " a b", "a  b", "A b", "\udc80"),
+    *("50% drusen", "50%20drusen", "50%2", "%", "%%2F", "ä/ß", "😀‍/"),
+    *("x" * 255, "x" * 256, "ä" * 128, "ä" * 127 + "/", "/" * 86, "y" * 400 + "1", "y" * 400 + "2"),
+]
+
+
+def test_ordinary_captions_name_folders_as_in_the_official_code():
+    ordinary = ["Fundus: The left eye shows drusen, 50% of the macula (grade 2).", "a.b", "ä b", "%", "x" * 255]
+    for caption in (*isic.CAPTIONS, *ordinary):
+        assert sample_folder.folder_name(caption) == caption.replace(" ", "_")
+
+
+def test_different_captions_name_different_folders():
+    names = [sample_folder.folder_name(caption) for caption in ODD]
+    assert len(set(names)) == len(ODD)
+    for caption, name in zip(ODD, names, strict=True):
+        assert 0 < len(name.encode()) <= 255 and name.isprintable()
+        assert name[0] != "." and not set("/\\ ") & set(name)
+        if "%FF" not in name:
+            assert unquote(name.replace("_", " "), errors="surrogatepass") == caption
+        else:
+            assert len(caption.encode()) > 85 or not caption
+            assert name.endswith(hashlib.sha256(caption.encode()).hexdigest()[:16])

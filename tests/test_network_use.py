@@ -12,7 +12,6 @@ from rated_world import write_config, write_rated_world
 from rating_tools import write_gallery
 from sample_sets import write_samples
 from script_tools import options
-from stage_tools import SPLIT
 
 from ddpo_pytorch.data.isic import CAPTIONS
 
@@ -39,17 +38,8 @@ def run_offline(tmp_path, commands, launcher=(), **environment) -> tuple[list, s
 
 
 @pytest.fixture
-def commands(config_file, world, tiny_pipeline_dir, bert_pipeline_dir, judges_dir, judges, tmp_path) -> dict[str, list]:
-    """Each script as briefly as it runs, on local files; fields as they are by default, but for sizes."""
-    data = {
-        "dataset__csv": world / SPLIT.format("val"),
-        "dataset__data_path": world / "images",
-        "dataset__num_workers": 0,
-        "dataset__image_size": 64,
-    }
-    stage = {"sd__csv": world / SPLIT.format("train"), "sd__val_csv": world / SPLIT.format("val")}
-    stage |= {"sd__data_path": world / "images", "sd__image_size": 64, "sd__cache_dir": tmp_path / "cache"}
-    stage |= {"sd__num_steps": 1, "sd__batch_size": 2, "sd__grid_every": 0, "sd__output": tmp_path / "sd"}
+def commands(config_file, tiny_pipeline_dir, bert_pipeline_dir, judges_dir, judges, tmp_path) -> dict[str, list]:
+    """Scripts of every kind of model as briefly as they run, on local files; fields as by default, but for sizes."""
     train = {"logdir": tmp_path / "logs", "run_name": "run", "num_epochs": 1, "sample__batch_size": 4}
     train |= {"sample__num_batches_per_epoch": 1, "train__batch_size": 2, "held_out__every": 1}
     train |= {"held_out__classifier": judges[4], "held_out__images_per_prompt": 1, "log_with": "wandb"}
@@ -59,21 +49,14 @@ def commands(config_file, world, tiny_pipeline_dir, bert_pipeline_dir, judges_di
     generate |= {"logdir": tmp_path / "generated", "improve__num_candidates": 1, "sample__guidance_scale": 1.0}
     samples = write_samples(tmp_path / "real", {CAPTIONS[6]: 2, CAPTIONS[7]: 2}, 0)
     metric = {"fake_path": samples, "real_path": samples, "output": tmp_path / "out", "cache_dir": tmp_path / "metrics"}
-    classifier = {f"{name}_csv": world / SPLIT.format(name) for name in ("train", "val", "test")}
-    classifier |= {"data_path": world / "images", "num_classes": 4, "arch": "tinynet_e", "weights": "none"}
-    classifier |= {"image_size": 32, "num_epochs": 1, "checkpoint_dir": tmp_path / "classifier"}
     rated = write_config(write_rated_world(tmp_path / "rated", 24))
     rlhf = {"rlhf__output": tmp_path / "rlhf", "rlhf__num_epochs": 1, "rlhf__batch_size": 8}
     write_gallery(tmp_path / "gallery", 2)
     rate = {"images": tmp_path / "gallery", "out": tmp_path / "ratings.csv", "rater": "a"}
-    plain = {"train_isic_classifier.py": classifier, "rate.py": rate}
-    flags = {name: [f"--{key}={value}" for key, value in given.items()] for name, given in plain.items()}
-    flags |= {
+    flags = {
+        "rate.py": [f"--{name}={value}" for name, value in rate.items()],
         "train.py": options(config_file, **train),
-        "eval.py": options(config_file, logdir=tmp_path / "samples", eval__num_samples_per_prompt=1),
         "metric.py": options(config_file, **{f"metric__{key}": value for key, value in metric.items()}),
-        "extract_dataset_latents.py": options(config_file, logdir=tmp_path / "latents", **data),
-        "train_sd.py": options(config_file, **stage),
         "generate.py": options(config_file, **generate),
         "train_rlhf.py": options(rated, **rlhf),
     }

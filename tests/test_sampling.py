@@ -61,7 +61,7 @@ def test_any_number_of_workers_writes_the_same_bytes(scheduler, tiny_pipeline_di
         with PartLog(folder, 0) as log:
             broken = dict(draw_passes(sampler, passes, workers, 3, folder, log, (), judge, "abc"))
         assert broken == {index: [] for index in range(8)}
-        assert merge_parts(folder, [job.path for job in jobs]) == 22
+        assert len(merge_parts(folder, [job.path for job in jobs])) == 22
         drawn.append(files_of(folder))
     assert len(drawn[0]) == 23 and len(set(drawn[0].values())) == 23
     assert drawn[0] == drawn[1] == drawn[2] == drawn[3]
@@ -116,12 +116,12 @@ def test_the_log_survives_torn_lines_and_counts_only_images_that_exist(tmp_path)
     with PartLog(tmp_path, 1) as log:
         log.add([{"path_to_img": "a.png"}, {"path_to_img": "gone.png"}, {"path_to_img": "empty.png"}])
     assert list(read_entries(tmp_path)) == ["b.png", "a.png"]
-    assert merge_parts(tmp_path, ["a.png", "b.png"]) == 2
+    assert len(merge_parts(tmp_path, ["a.png", "b.png"])) == 2
     entries = json.loads((tmp_path / "image_log.json").read_text())
     assert entries == [{"sampleID": 0, "path_to_img": "a.png"}, {"sampleID": 1, "path_to_img": "b.png", "x": 1}]
     with PartLog(tmp_path, 0) as log:
         log.add([{"path_to_img": "c.png"}])
-    assert merge_parts(tmp_path) == 3 and not list(tmp_path.glob("*.jsonl"))
+    assert len(merge_parts(tmp_path)) == 3 and not list(tmp_path.glob("*.jsonl"))
     (tmp_path / "image_log.json").write_text('[{"prompt": "x"}]')
     with pytest.raises(UserError, match="image_log.json' has entries without path_to_img"):
         read_entries(tmp_path)

@@ -1,12 +1,7 @@
-"""Kinds of image tables: modules with the same functions, chosen by name in a configuration.
-
-Each has `load_split(csv, data_path, limit) -> (rows, files, number of rows without an image)` and
-`caption_list(rows) -> captions`, in a fixed order.
-"""
+"""Kinds of image tables: modules with `load_split` and `caption_list`, chosen by name in a configuration."""
 
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
 
 from ddpo_pytorch.data import fundus, isic
 from ddpo_pytorch.data.splits import drop_broken, read_splits
@@ -15,12 +10,7 @@ from ddpo_pytorch.utils.errors import UserError
 KINDS: dict[str, ModuleType] = {"isic": isic, "fundus": fundus}
 
 
-class Row(Protocol):
-    """Row of a table: its caption, every column as text, its number from 0."""
-
-    caption: str
-    fields: dict[str, str]
-    number: int
+Row = isic.Row | fundus.Row
 
 
 def source(kind: str) -> ModuleType:
@@ -33,10 +23,7 @@ def source(kind: str) -> ModuleType:
 def find_rows(
     kind: str, csv: str | Path, data_path: str | Path, limit: int, skip_broken: bool
 ) -> tuple[list[Row], list[Path], int]:
-    """Return `load_split` of that kind, without damaged images if `skip_broken`.
-
-    Raises UserError for damaged fundus images, which are all decoded here, unless they are skipped.
-    """
+    """Return `load_split` of that kind, without damaged images if `skip_broken`, which fundus tables may not have."""
     rows, paths, missing = source(kind).load_split(csv, data_path, limit)
     if skip_broken:
         rows, paths = drop_broken(rows, paths)

@@ -8,81 +8,60 @@ import logging
 import posixpath
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ddpo_pytorch.data import tables
 from ddpo_pytorch.data.images import find_damage, rows_with_image
 from ddpo_pytorch.data.splits import SPLITS, assign
-from ddpo_pytorch.data.tables import choice, invisible_character, read_table, table_text
+from ddpo_pytorch.data.tables import invisible_character, read_table, table_text
 from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.files import atomic_write, path_fault
+from ddpo_pytorch.utils.files import path_fault
 
 logger = logging.getLogger(__name__)
 MODALITY = "Fundus"
-OPTIONAL = ("modality", "patient", "eye", "quality")  # columns that are used if present
-_PREFIX = re.compile(r"fundus\s*:\s*", re.IGNORECASE)
+_PREFIX = re.compile(r"^fundus\s*:\s*", re.IGNORECASE)
 _EYE_OF_FILE = re.compile(r"^(.+)[_\- ](left|right|od|os)$", re.IGNORECASE)
-_EYES = {"left": "left", "l": "left", "os": "left", "right": "right", "r": "right", "od": "right"}
 # OD and OS, right and left in Latin, are written in capitals
 _EYE_IN_TEXT = re.compile(r"\b((?i:left|right)|OD|OS)\b")
 _SIDE = re.compile(r"\b(left|right)|nasal|temporal|\bo.?clock\b", re.IGNORECASE)
-_BALANCED_KINDS = 50  # most frequent captions (or ratings) of which a split by patients keeps the shares
 
 
 @dataclass(frozen=True)
 class Row:
-    """Photograph of a table: its path there, "Fundus: <Text>", every column as text, its number from 0.
-
-    `patient` is the column of that name, else the file's name without folder, suffix and eye. `eye` is "left", "right",
-    or "" if neither column, file name nor caption names it.
-    """
+    """Photograph of a table: its path there, "Fundus: <Text>", every column as text, its number from 0, its patient."""
 
     image: str
     caption: str
     fields: dict[str, str]
     number: int
     patient: str
-    eye: str
 
 
 def read_split(path: str | Path) -> list[Row]:
-    """Read a table with the columns path and Text, perhaps modality (or modal), patient, eye and others.
+    """Read a table with the columns path (from the image folder) and Text, perhaps modality, patient and others."""
 
-    See `tables.read_table` for the format. A path starts from the image folder. Raises UserError for a row whose commas
-    cannot be resolved, an empty path or caption, a path out of the folder or a repeated one, and another modality.
-    """
-    table, faults = read_table(path, ("path", "Text"), "fundus table", OPTIONAL, free_text="Text")
-    rows, lines = [], {}
-    for line, fields in table:
+    def make(fields: dict[str, str], number: int, line: int, faults: list[str]) -> tuple[Row, str, str]:
         image, text = tidy_path(fields["path"]), fields["Text"]
-        fault = "the path of the image is empty" if not image else path_fault(image)
-        if image and fault:
-            fault = f"path {image!r} {fault}; give one that starts from the image folder"
-        fault = fault or caption_fault(text, choice(fields, "modality", MODALITY))
-        if not fault and image in lines:
-            fault = f"image {image!r} appears twice, first in line {lines[image]}; remove one of them"
-        if fault:
-            faults.add(line, fault)
-            continue
-        lines[image] = line
-        patient = choice(fields, "patient", patient_of(image))
-        rows.append(Row(image, caption_of(text), fields, len(rows), patient, _eye(choice(fields, "eye"), image, text)))
-    faults.refuse()
-    if not rows:
-        raise UserError(f"fundus table {str(path)!r} has a header and no rows; give one image a line")
-    return rows
+        if fault := path_fault(image):
+            faults.append(f"path {image!r} {fault}; give the path of the image from the image folder")
+        elif fault := caption_fault(text, fields.get("modality") or MODALITY):
+            faults.append(fault)
+        patient = fields.get("patient") or patient_of(image)
+        return Row(image, caption_of(text), fields, number, patient), image, f"image {image!r}"
+
+    optional = ("modality", "patient", "eye", "quality")
+    advice = "give one image a line"
+    return read_table(path, "fundus table", ("path", "Text"), make, optional, free_text="Text", advice=advice)
 
 
 def caption_of(text: str) -> str:
     """Return the prompt of a description: "Fundus: <text>", with single spaces and one prefix."""
-    text = " ".join(text.split())
-    if prefix := _PREFIX.match(text):
-        text = text[prefix.end() :]
-    return f"{MODALITY}: {text}"
+    return f"{MODALITY}: {_PREFIX.sub('', ' '.join(text.split()), count=1)}"
 
 
 def caption_list(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -104,9 +83,9 @@ def caption_fault(text: str, modality: str) -> str | None:
     """Return the fault of a description or its modality, or None."""
     if modality.lower() != MODALITY.lower():
         return f"modality is {modality!r}; only {MODALITY} is allowed, remove the row"
-    if not _PREFIX.sub("", text, count=1).strip():
-        return "the caption is empty; describe the image"
     caption = " ".join(text.split())
+    if not _PREFIX.sub("", caption):
+        return "the caption is empty; describe the image"
     fault = invisible_character(caption)
     return fault and f"the caption {caption!r} {fault}"
 
@@ -118,20 +97,8 @@ def patient_of(image: str) -> str:
     return match[1] if match else stem
 
 
-def _eye(cell: str, image: str, text: str) -> str:
-    if cell.lower() in _EYES:
-        return _EYES[cell.lower()]
-    if match := _EYE_OF_FILE.match(posixpath.splitext(posixpath.basename(image))[0]):
-        return _EYES[match[2].lower()]
-    eyes = {_EYES[word.lower()] for word in _EYE_IN_TEXT.findall(text)}
-    return eyes.pop() if len(eyes) == 1 else ""
-
-
 def load_split(csv_path: str | Path, data_path: str | Path, limit: int = 0) -> tuple[list[Row], list[Path], int]:
-    """Return the rows that have an image, their files, and the number of rows without one, which a warning lists.
-
-    `limit` > 0 keeps the first rows. Raises UserError as `read_split` and `images.rows_with_image` do.
-    """
+    """Return `read_split` without the rows that lack an image, by `images.rows_with_image`."""
     return rows_with_image(read_split(csv_path), csv_path, data_path, limit)
 
 
@@ -142,16 +109,16 @@ def check_images(paths: Sequence[Path]) -> None:
 
 
 def assign_patients(patients: Sequence[str], kinds: Sequence, shares: Sequence[float], seed: int) -> list[int]:
-    """Return the number of the split of each image, with all images of a patient in one split.
+    """Return the number of the split of each image, with all images of a patient in one, whatever their order.
 
-    `shares` (S,) sum to 1; sizes, and the shares of the most frequent `kinds` (captions, ratings), come near them. The
-    result does not depend on the order of the images. Raises UserError if a split stays empty.
+    Sizes, and the shares of the 50 most frequent `kinds` (captions, ratings), come near `shares` (S,), which sum to 1.
+    Raises UserError if a split stays empty.
     """
     groups = defaultdict(Counter)
     for patient, kind in zip(patients, kinds, strict=True):
         groups[patient][kind] += 1
     names, total = sorted(groups), Counter(kinds)
-    frequent = sorted(total, key=lambda kind: (-total[kind], kind))[:_BALANCED_KINDS]
+    frequent = sorted(total, key=lambda kind: (-total[kind], kind))[:50]
     counts = np.array([[groups[name].total(), *(groups[name][kind] for kind in frequent)] for name in names])
     chosen = assign(counts, np.outer(shares, counts.sum(0)), seed) if names else np.array([], int)
     if set(chosen.tolist()) != set(range(len(shares))):
@@ -162,51 +129,34 @@ def assign_patients(patients: Sequence[str], kinds: Sequence, shares: Sequence[f
 
 
 def split_by_patient(rows: Sequence[Row], val: float, test: float, seed: int) -> dict[str, list[Row]]:
-    """Return rows by "train", "val", "test" in their order, each patient in one of them, without splits of share 0.
-
-    Raises UserError for shares that leave nothing to train on and for too few patients.
-    """
+    """Return rows by "train", "val", "test", each patient in one of them, without splits of share 0."""
     if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1) or seed < 0:
         raise UserError(f"val {val}, test {test}, seed {seed}: allowed are 0 or more, and less than 1 in val + test")
     shares = {name: share for name, share in zip(SPLITS, (1 - val - test, val, test), strict=True) if share}
-    patients, captions = [row.patient for row in rows], [row.caption for row in rows]
-    splits = {name: [] for name in shares}
-    for row, number in zip(rows, assign_patients(patients, captions, list(shares.values()), seed), strict=True):
-        splits[list(shares)[number]].append(row)
-    return splits
+    chosen = assign_patients([row.patient for row in rows], [row.caption for row in rows], list(shares.values()), seed)
+    pairs = list(zip(rows, chosen, strict=True))
+    return {name: [row for row, number in pairs if number == index] for index, name in enumerate(shares)}
 
 
-def write_splits(folder: str | Path, splits: Mapping[str, Sequence[Row]]) -> None:
-    """Write fundus_<split>.csv with every column of the table.
-
-    Raises UserError, without writing, if a file of that name holds something else.
-    """
-    paths = {name: Path(folder) / f"fundus_{name}.csv" for name in splits}
-    for name, path in paths.items():
-        if path.exists() and path.read_bytes() != _as_csv(splits[name]):
+def split_table(csv: str, out: str, val: float, test: float, seed: int) -> None:
+    """Write the splits of a table as fundus_<split>.csv, over no file with other content, and log their sizes."""
+    splits = split_by_patient(read_split(csv), val, test, seed)
+    for name, rows in splits.items():
+        path = Path(out) / f"fundus_{name}.csv"
+        if (
+            path.exists()
+            and path.read_bytes() != table_text(list(rows[0].fields), [one.fields for one in rows]).encode()
+        ):
             raise UserError(f"{str(path)!r} exists and holds something else; choose another folder or move it away")
-    for name, path in paths.items():
-        write_table(path, splits[name])
+    for name, rows in splits.items():
+        write_table(Path(out) / f"fundus_{name}.csv", rows)
+        counts = len({row.patient for row in rows}), len(rows), len(caption_list(rows))
+        logger.info("%-5s  %d patients, %d images, %d captions", name, *counts)
 
 
 def write_table(path: str | Path, rows: Sequence[Row]) -> None:
     """Write rows with every column of their table, atomically."""
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(_as_csv(rows))
-
-
-def _as_csv(rows: Sequence[Row]) -> bytes:
-    return table_text(list(rows[0].fields), (row.fields for row in rows)).encode()
-
-
-def split_table(csv: str, out: str, val: float, test: float, seed: int) -> None:
-    """Write the splits of a table and log their sizes."""
-    splits = split_by_patient(read_split(csv), val, test, seed)
-    write_splits(out, splits)
-    for name, rows in splits.items():
-        patients = len({row.patient for row in rows})
-        counts = f"{patients} patients, {len(rows)} images, {len(caption_list(rows))} captions"
-        logger.info("%-5s  %s", name, counts)
+    tables.write_table(path, list(rows[0].fields), (row.fields for row in rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,29 +1,32 @@
-"""Images: between tensors and files, the one reader, fields of view, and the files that tables name."""
+"""Images: between tensors and files, the one reader, a cache, fields of view, and the files that tables name."""
 
 import hashlib
 import io
 import json
 import logging
-import math
 import os
 import re
-from collections import Counter, defaultdict
+import shutil
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 from torch.utils.data import Dataset
+from torchvision.utils import make_grid
+from tqdm.auto import tqdm
 
 from ddpo_pytorch.utils.cores import thread_limit
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.files import atomic_write, open_regular, path_inside
+from ddpo_pytorch.utils.files import atomic_write, open_regular, path_inside, remove_leftovers
 
 logger = logging.getLogger(__name__)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
@@ -37,18 +40,9 @@ READER_VERSION = 2
 RESIZES = ("stretch", "crop", "pad", "fov")
 # modes with one conversion to RGB; CMYK, LAB and HSV depend on a profile
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr")
+_SPARE_BYTES = 2**30  # left free on the disk by a cache
+_WINDOW = 256  # images decoded at a time for a cache
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-_FILTER = Image.Resampling.BICUBIC  # what Image.resize takes by default
-
-
-class TableRow(Protocol):
-    """Row of a table with the name of an image."""
-
-    @property
-    def image(self) -> str: ...
-
-
-T = TypeVar("T", bound=TableRow)
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -63,39 +57,26 @@ def to_pil(image: torch.Tensor) -> Image.Image:
 
 
 def load_image(path: str | Path, size: int | None = None, resize: str = "stretch") -> torch.Tensor:
-    """Read an image as (3, H, W) float in [0, 1], resized to a square of `size` pixels (bicubic).
-
-    `resize` is one of RESIZES. Raises UserError as `read_rgb` does.
-    """
+    """Read an image as (3, H, W) float in [0, 1], resized as by `load_pixels`. Raises UserError as `read_rgb` does."""
     return load_pixels(path, size, resize).float() / 255
 
 
 def load_pixels(path: str | Path, size: int | None = None, resize: str = "stretch") -> torch.Tensor:
-    """Read an image as `load_image` does, as uint8."""
-    return torch.from_numpy(np.array(_squared(read_rgb(path), size, resize))).permute(2, 0, 1).contiguous()
-
-
-def _squared(image: Image.Image, size: int | None, resize: str) -> Image.Image:
+    """Read an image as uint8 (3, H, W), made a square of `size` pixels (bicubic) by one of RESIZES."""
+    image = read_rgb(path)
     if resize not in RESIZES:
         raise UserError(f"resize is {resize!r}; allowed are {', '.join(RESIZES)}")
     if resize == "fov":
         image = fov_square(image)
-    if size is None or image.size == (size, size):
-        return image
-    if resize == "stretch":
-        return image.resize((size, size), _FILTER)
-    if resize == "crop":
-        return ImageOps.fit(image, (size, size), _FILTER)
-    return ImageOps.pad(image, (size, size), _FILTER)
+    if size is not None and image.size != (size, size):
+        squares = {"stretch": Image.Image.resize, "crop": ImageOps.fit}
+        image = squares.get(resize, ImageOps.pad)(image, (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 @contextmanager
 def open_image(path: str | Path) -> Iterator[Image.Image]:
-    """Open an image file of FORMATS, whatever its suffix; pixels are decoded on access.
-
-    Raises UserError, also for errors inside the block: a missing, truncated, huge, non-regular or non-image file, and
-    one whose levels have no certain meaning in 8 bits (`_ambiguity`).
-    """
+    """Open an image file of FORMATS, whatever its suffix, to be decoded; errors in the block become UserError too."""
     try:
         with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
             if reason := _ambiguity(image):
@@ -111,12 +92,11 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
 def read_rgb(path: str | Path) -> Image.Image:
     """Decode a file to its last pixel as 8-bit RGB.
 
-    Grey levels, palettes and YCbCr become RGB; an opaque alpha channel is dropped; 16-bit grey levels are divided by
-    257 and rounded, 16-bit RGB keeps the upper byte. Raises UserError as `open_image` does, for transparent pixels, and
-    for 16-bit images that use only the lowest twelve bits and would be nearly black.
+    16-bit grey levels are divided by 257 and rounded, 16-bit RGB keeps the upper byte. Raises UserError as `open_image`
+    does, for transparent pixels, and for 16-bit images that use only the lowest twelve bits and would be nearly black.
     """
     with open_image(path) as image:
-        white = _white(image)  # before decoding, which forgets it
+        _, white = _layout(image)  # before decoding, which forgets it
         if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
             straight = image.convert("LA") if image.mode == "La" else image
             if straight.convert("RGBA").getchannel("A").getextrema()[0] < 255:
@@ -136,32 +116,28 @@ def _refusal(path: str | Path, reason: str) -> UserError:
     return UserError(f"{str(path)!r} {reason}; convert it to 8-bit RGB as you mean it")
 
 
-def _raw_mode(image: Image.Image) -> str:
-    """Return Pillow's name of the layout of the levels in the file, e.g. "RGB;16B", or ""."""
+def _layout(image: Image.Image) -> tuple[str, int]:
+    """Return Pillow's name of the levels in the file, e.g. "RGB;16B", or "", and the highest beyond 8 bits, or 0."""
     arguments = image.tile[0][3] if image.tile else ""
-    return arguments if isinstance(arguments, str) else str(arguments[0])
-
-
-def _white(image: Image.Image) -> int:
-    """Return the highest level of an image with more than 8 bits a channel, else 0."""
-    deep = re.search(r";(12|16)", _raw_mode(image))
-    return 2 ** int(deep[1]) - 1 if deep else 0
+    name = arguments if isinstance(arguments, str) else str(arguments[0])
+    deep = re.search(r";(12|16)", name)
+    return name, 2 ** int(deep[1]) - 1 if deep else 0
 
 
 def _ambiguity(image: Image.Image) -> str | None:
     """Return why the levels of an image have no certain meaning in 8 bits, from its header, or None."""
+    layout, white = _layout(image)
     if image.format in ("PNG", "TIFF", "WEBP") and (frames := getattr(image, "n_frames", 1)) > 1:
         return f"holds {frames} images"
     tags = getattr(image, "tag_v2", {})
     samples = tags.get(339, (1,))  # SampleFormat: 1 is unsigned, 2 signed, 3 floating point
     if image.mode == "F" or set(samples if isinstance(samples, tuple) else (samples,)) != {1}:
         return "has signed or floating-point levels of unknown black and white"
-    white = _white(image)
-    if image.mode.startswith("I") and not (white and re.fullmatch(r"I;(12|16)[BLNR]?", _raw_mode(image))):
+    if image.mode.startswith("I") and not re.fullmatch(r"I;(12|16)[BLNR]?", layout):
         return "has 32-bit or signed levels of unknown black and white"
     if white and tags.get(262) == 0:  # PhotometricInterpretation: Pillow inverts 8-bit images only
         return "has 16-bit levels in which white is 0"
-    if "transparency" in image.info and image.mode != "P" and _raw_mode(image) not in ("L", "RGB"):
+    if "transparency" in image.info and image.mode != "P" and layout not in ("L", "RGB"):
         return "declares one of its levels transparent"
     if image.mode not in _MODES and not image.mode.startswith("I"):
         return f"has mode {image.mode}"
@@ -198,8 +174,7 @@ def is_intact(path: str | Path) -> bool:
 
 def save_image(path: str | Path, image: torch.Tensor) -> None:
     """Write a (3, H, W) image, uint8 or float in [0, 1], as PNG, or by `save_jpeg` if the path ends in .jpg."""
-    save = save_jpeg if Path(path).suffix == ".jpg" else save_picture
-    save(path, to_pil(image))
+    (save_jpeg if Path(path).suffix == ".jpg" else save_picture)(path, to_pil(image))
 
 
 def save_jpeg(path: str | Path, picture: Image.Image) -> None:
@@ -208,21 +183,15 @@ def save_jpeg(path: str | Path, picture: Image.Image) -> None:
 
 
 def save_picture(path: str | Path, picture: Image.Image, **options: Any) -> None:
-    """Write a PIL image atomically, by default as PNG; `options` are those of its method `save`.
-
-    It is encoded in memory, because Pillow's JPEG encoder does not notice a full disk.
-    """
-    encoded = io.BytesIO()
+    """Write a PIL image atomically, by default as PNG; `options` are those of its method `save`."""
+    encoded = io.BytesIO()  # because Pillow's JPEG encoder does not notice a full disk
     picture.save(encoded, **{"format": "PNG"} | options)
     with atomic_write(path) as temporary:
         temporary.write_bytes(encoded.getvalue())
 
 
 class ImageFiles(Dataset):
-    """Image files as uint8 (3, size, size) with a label vector or index each, decoded on access.
-
-    `image_cache.decoded` returns the same items from a cache.
-    """
+    """Image files as uint8 (3, size, size) with a label vector or index each, decoded on access."""
 
     def __init__(self, paths: Sequence[Path], targets: torch.Tensor, size: int, resize: str = "stretch"):
         self.paths, self.targets, self.size, self.resize = list(paths), targets, size, resize
@@ -239,15 +208,76 @@ class ImageFiles(Dataset):
         return load_pixels(self.paths[index], self.size, self.resize), self.targets[index]
 
 
+class DecodedImages(Dataset):
+    """The items of an `ImageFiles`, with pixels from a file of `decoded`."""
+
+    def __init__(self, files: ImageFiles, path: Path):
+        self.files, self.path, self.targets = files, path, files.targets
+        self._pixels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_pixels": None}  # a worker maps the file itself; pickling would copy all of it
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._pixels is None:
+            try:
+                self._pixels = np.lib.format.open_memmap(self.path, mode="r")
+            except (OSError, ValueError, EOFError) as error:
+                raise UserError(f"{str(self.path)!r} is damaged ({error}); delete it, it is made again") from error
+        # a copy is writable and holds no reference to the map
+        return torch.from_numpy(self._pixels[index].copy()), self.targets[index]
+
+
+def decoded(files: ImageFiles, folder: str | Path) -> Dataset:
+    """Return the same items from a cache in `folder`, which is written if absent; `files` if `folder` is "" or full.
+
+    The cache depends on paths, sizes and modification times of the files, the resizing and the version of the reader.
+    With several processes a node, call it within `accelerator.local_main_process_first()`.
+    """
+    if not str(folder):
+        return files
+    shape = (len(files), 3, files.size, files.size)
+    stats = [(str(path.resolve()), path.stat()) for path in map(Path, files.paths)]
+    described = [READER_VERSION, files.size, files.resize, [(path, s.st_size, s.st_mtime_ns) for path, s in stats]]
+    path = Path(folder) / f"images_{hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]}.npy"
+    if path.is_file():
+        if path.stat().st_size < np.prod(shape):
+            raise UserError(f"{str(path)!r} is shorter than its {len(files)} images; delete it, it is made again")
+        return DecodedImages(files, path)
+    gigabytes, started = np.prod(shape) / 1e9, time.perf_counter()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, depth=0)
+        if np.prod(shape) + _SPARE_BYTES > shutil.disk_usage(path.parent).free:
+            raise OSError("no room on the disk")
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+            # written front to back, so that a full disk is an error, where a memory map would kill the process
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            bar = tqdm(total=len(files), desc="decoding", unit="image", disable=None)
+            with bar, ThreadPoolExecutor(thread_limit()) as pool:
+                for start in range(0, len(files), _WINDOW):  # windows fit into memory
+                    for image, _ in pool.map(files.__getitem__, range(start, min(start + _WINDOW, len(files)))):
+                        file.write(image.numpy().tobytes())
+                        bar.update()
+    except OSError as error:
+        logger.warning("no cache of %.1f GB in %s (%s); images are decoded on every access", gigabytes, folder, error)
+        return files
+    speed = len(files) / (time.perf_counter() - started)
+    logger.info("%d images decoded at %.0f images/s into %s (%.2f GB)", len(files), speed, path, gigabytes)
+    return DecodedImages(files, path)
+
+
+def loader_options(num_workers: int) -> dict[str, Any]:
+    """Return arguments of a DataLoader: persistent workers, and pinned memory if there is a GPU."""
+    return dict(num_workers=num_workers, persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available())
+
+
 def image_grid(images: torch.Tensor, columns: int, padding: int = 2) -> Image.Image:
     """Arrange (B, 3, H, W) images in [0, 1] in rows on white."""
-    count, _, height, width = images.shape
-    height, width = height + padding, width + padding
-    sheet = Image.new("RGB", (columns * width + padding, math.ceil(count / columns) * height + padding), "white")
-    for index, image in enumerate(images):
-        row, column = divmod(index, columns)
-        sheet.paste(to_pil(image), (padding + column * width, padding + row * height))
-    return sheet
+    return to_pil(make_grid(images, columns, padding, pad_value=1.0))
 
 
 # levels of 255: the surround of JPEG files reaches about 10. The largest channel is compared, not green or grey: the
@@ -258,14 +288,9 @@ SMALLEST_PART = 1 / 500
 
 
 def fov_mask(rgb: np.ndarray) -> np.ndarray:
-    """Return the field of view of a uint8 (H, W, 3) fundus photograph, the lit disc in a black surround: bool (H, W).
-
-    It is the largest connected region above FOV_THRESHOLD, without holes; all false for a black image.
-    """
+    """Return the lit disc of a uint8 (H, W, 3) fundus photograph, its largest region without holes: bool (H, W)."""
     regions, sizes = _lit_regions(rgb)
-    if not sizes.any():
-        return np.zeros(regions.shape, bool)
-    return ndimage.binary_fill_holes(regions == sizes.argmax())
+    return ndimage.binary_fill_holes(regions == sizes.argmax()) & sizes.any()
 
 
 def fov_square(image: Image.Image) -> Image.Image:
@@ -275,8 +300,7 @@ def fov_square(image: Image.Image) -> Image.Image:
     no part of it. A picture without such a region is only padded.
     """
     regions, sizes = _lit_regions(np.asarray(image))
-    large = sizes >= SMALLEST_PART * regions.size
-    large[0] = False
+    large = (sizes >= SMALLEST_PART * regions.size) & (sizes > 0)
     if large.any():
         rows, columns = (np.flatnonzero(large[regions].any(axis)) for axis in (1, 0))
         image = image.crop((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
@@ -305,41 +329,36 @@ def find_images(
 ) -> list[Path | None]:
     """Return the image file of each name, a path from `folder`, or None.
 
-    A name with a suffix is that file, else the only one that differs from it by the case of letters or the spelling of
-    the suffix (.jpeg for .jpg). A name without a suffix is the only image file with the same `key` of its stem. Names
-    that differ by case alone must match exactly. Raises UserError for a name that leads out of the folder and for two
-    files of one name.
+    It is that file, else the only image that differs by case, by the spelling of the suffix (.jpeg for .jpg) or, if the
+    name has none, by the suffix, and has the same `key` of its stem. Raises UserError for two files of one name.
     """
     folder = Path(folder)
-    exact = {name: path_inside(folder, name, "image table") for name in names}
-    paths = {name: path for name, path in exact.items() if stem_of(name) != name and path.is_file()}
+    paths = {name: path_inside(folder, name, "image table") for name in names}
+    paths = {name: path for name, path in paths.items() if path.is_file()}
     taken = set(paths.values())
 
-    def group(name: str) -> tuple[str, str, str]:
-        path = PurePosixPath(name)
-        return str(path.parent).casefold(), key(stem_of(path.name)), _format(name)
-
     @cache
-    def files(parent: PurePosixPath) -> tuple[Path, dict[str, list[Path]]] | None:
-        place = _find_directory(folder, parent)
-        return None if place is None else (place, _images_by_key(place, key))
+    def files(parent: PurePosixPath) -> dict[str, list[Path]]:
+        place, by_key = folder, defaultdict(list)
+        for part in parent.parts:
+            if not (place / part).is_dir():
+                subfolders = [one.name for one in os.scandir(place) if one.is_dir()]
+                part, *others = [one for one in subfolders if one.casefold() == part.casefold()] or [""]
+                if not part or others:
+                    return {}
+            place = place / part
+        for entry in os.scandir(place):  # pipes and devices are listed too: `open_image` refuses them by name
+            if _format(entry.name) and not entry.is_dir() and os.path.exists(entry.path):
+                by_key[key(stem_of(entry.name))].append(place / entry.name)
+        return by_key
 
-    groups = Counter(map(group, names))
-    for name in names:
-        path = PurePosixPath(name)
-        if name in paths or (listing := files(path.parent)) is None:
-            continue
-        place, by_key = listing
-        _, stem_key, wanted = group(name)
-        candidates = [file for file in by_key.get(stem_key, ()) if file not in taken]
+    for name in [name for name in dict.fromkeys(names) if name not in paths]:
+        path, wanted = PurePosixPath(name), _format(name)
+        candidates = [file for file in files(path.parent).get(key(stem_of(path.name)), ()) if file not in taken]
         candidates = [file for file in candidates if wanted in ("", _format(file.name))]
-        if groups[group(name)] > 1:
-            candidates = [file for file in candidates if file.stem == stem_of(path.name)]
         if len(candidates) > 1:
             one, other = sorted(candidates)[:2]
             raise UserError(f"{str(one)!r} and {str(other)!r} are both the image {name!r}; keep one of them")
-        if not candidates and (place / path.name).is_file():  # without a suffix, or with one not in SUFFIXES
-            candidates = [place / path.name]
         if candidates:
             paths[name] = candidates[0]
             taken.add(candidates[0])
@@ -351,53 +370,24 @@ def _format(name: str) -> str:
     return {".jpeg": ".jpg", ".tiff": ".tif"}.get(suffix, suffix) if suffix in SUFFIXES else ""
 
 
-def _images_by_key(folder: Path, key: Callable[[str], str]) -> dict[str, list[Path]]:
-    by_key = defaultdict(list)
-    with os.scandir(folder) as entries:
-        for entry in entries:  # pipes and devices are listed too: `open_image` refuses them by name
-            if _format(entry.name) and not entry.is_dir() and os.path.exists(entry.path):
-                by_key[key(stem_of(entry.name))].append(folder / entry.name)
-    return by_key
-
-
-def _find_directory(folder: Path, parent: PurePosixPath) -> Path | None:
-    """Return `folder / parent` with the case of its names on disk, or None unless exactly one matches."""
-    for part in parent.parts:
-        if not (folder / part).is_dir():
-            names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
-            matches = [name for name in names if name.casefold() == part.casefold()]
-            if len(matches) != 1:
-                return None
-            part = matches[0]
-        folder = folder / part
-    return folder
-
-
 def rows_with_image(
-    rows: Sequence[T],
+    rows: Sequence[Any],
     table: str | Path,
     folder: str | Path,
     limit: int = 0,
     find: Callable[[str | Path, Sequence[str]], list[Path | None]] = find_images,
-) -> tuple[list[T], list[Path], int]:
-    """Return the rows of a table of which `find` finds the image, its file, and the number of other rows.
-
-    `limit` > 0 keeps the first rows with an image. Missing images are listed in a warning.
-    Raises UserError if the folder or every image is missing, and as `find_images` does.
-    """
+) -> tuple[list[Any], list[Path], int]:
+    """Return the rows (0 < `limit`: the first) of which `find` finds the image, the files, and the others' number."""
     if not Path(folder).is_dir():
         raise UserError(f"image folder {str(folder)!r} does not exist; give that of the images in {str(table)!r}")
     if not rows:
         raise UserError(f"{str(table)!r} has a header and no rows; give one image a line")
-    pairs, missing = [], []
-    for row, path in zip(rows, find(folder, [row.image for row in rows]), strict=True):
-        if limit and len(pairs) == limit:
-            break
-        if path is None:
-            missing.append(row.image)
-        else:
-            pairs.append((row, path))
-    if not pairs:
+    pairs = list(zip(rows, find(folder, [row.image for row in rows]), strict=True))
+    found = [index for index, (_, path) in enumerate(pairs) if path]
+    if limit and len(found) >= limit:
+        pairs = pairs[: found[limit - 1] + 1]
+    missing = [row.image for row, path in pairs if not path]
+    if not found:
         raise UserError(
             f"none of the {len(missing)} images of {str(table)!r} is in {str(folder)!r}, where the first would be "
             f"{str(Path(folder) / missing[0])!r}; give the folder that the names start from"
@@ -405,5 +395,5 @@ def rows_with_image(
     if missing:
         listed = f"{', '.join(missing[:5])}{', ...' if missing[5:] else ''}"
         message = "%d of %d images of %s are not in %s, their rows are skipped: %s"
-        logger.warning(message, len(missing), len(pairs) + len(missing), table, folder, listed)
-    return [row for row, _ in pairs], [path for _, path in pairs], len(missing)
+        logger.warning(message, len(missing), len(pairs), table, folder, listed)
+    return [row for row, path in pairs if path], [path for _, path in pairs if path], len(missing)

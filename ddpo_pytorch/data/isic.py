@@ -36,10 +36,9 @@ _TABLE = {
     for bits in itertools.product((0, 1), repeat=4)
 }
 CAPTIONS: tuple[str, ...] = tuple(_TABLE)
-_CAPTION_OF_LABELS = {labels: caption for caption, labels in _TABLE.items()}
 # columns of table 2: captions with exactly one artifact, by (disease, artifact)
 SINGLE_ARTIFACT_CAPTIONS = {
-    (disease, artifact): _compose((*(int(a == artifact) for a in ARTIFACTS), *((1, 0) if disease == "MEL" else (0, 1))))
+    (disease, artifact): _compose((*(int(a == artifact) for a in ARTIFACTS), int(disease == "MEL")))
     for disease in DISEASES
     for artifact in ARTIFACTS
 }
@@ -48,11 +47,9 @@ SINGLE_ARTIFACT_CAPTIONS = {
 def caption_of(labels: Sequence[int]) -> str:
     """Return the caption of six 0/1 labels in the order of `LABELS`. Raises UserError if there is none."""
     key = tuple(int(value) for value in labels)
-    if key not in _CAPTION_OF_LABELS:
-        raise UserError(
-            f"labels {key} have no caption: six 0/1 values in the order {LABELS}, exactly one of MEL and NV"
-        )
-    return _CAPTION_OF_LABELS[key]
+    if key not in _TABLE.values():
+        raise UserError(f"labels {key} have no caption: needed are 0/1 values of {LABELS}, exactly one of MEL and NV")
+    return _compose(key)
 
 
 def caption_list(rows: Sequence["Row"]) -> tuple[str, ...]:
@@ -86,30 +83,21 @@ class Row:
 
 
 def read_split(path: str | Path) -> list[Row]:
-    """Read a split table with the columns image, MEL, NV, hair, gel_bubble, ruler, ink, and perhaps others.
+    """Read a split table with the columns image, MEL, NV, hair, gel_bubble, ruler, ink, and perhaps others."""
 
-    See `tables.read_table` for the format. Raises UserError for a row of the wrong number of cells, an empty or
-    repeated id, a label other than 0 or 1, and both or neither disease.
-    """
-    table, faults = read_table(path, ("image", *LABELS), "split table")
-    rows, lines = [], {}
-    for line, fields in table:
+    def make(fields: dict[str, str], index: int, line: int, faults: list[str]) -> tuple[Row | None, str, str]:
         image, values = fields["image"], [number(fields[name]) for name in LABELS]
         if wrong := [name for name, value in zip(LABELS, values, strict=True) if value not in (0, 1)]:
-            faults.add(line, f"{', '.join(f'{name} is {fields[name]!r}' for name in wrong)}; allowed are 0 and 1")
-        elif values[4] + values[5] != 1:
-            faults.add(line, f"MEL and NV are {tuple(map(int, values[4:]))}; exactly one of them must be 1")
-        if not image:
-            faults.add(line, "the image id is empty; give the name of the image file without .jpg")
-        elif fault := path_fault(image):
-            faults.add(line, f"the image id {image!r} {fault}; give the name of the file in the image folder")
-        elif (first := lines.setdefault(image_key(image), line)) != line:
-            faults.add(line, f"image {image!r} appears twice, first in line {first}; remove one of them")
-        if not faults.entries:
-            labels = tuple(map(int, values))
-            rows.append(Row(image, labels, caption_of(labels), fields, len(rows)))
-    faults.refuse()
-    return rows
+            faults.append(f"{', '.join(f'{name} is {fields[name]!r}' for name in wrong)}; allowed are 0 and 1")
+        elif values[4] == values[5]:
+            faults.append(f"MEL and NV are {tuple(map(int, values[4:]))}; exactly one of them must be 1")
+        if fault := path_fault(image):
+            faults.append(f"the image id {image!r} {fault}; give the name of the file in the image folder")
+        labels = () if faults else tuple(map(int, values))
+        row = Row(image, labels, _compose(labels), fields, index) if labels else None
+        return row, image_key(image), f"image {image!r}"
+
+    return read_table(path, "split table", ("image", *LABELS), make)
 
 
 def image_key(image: str) -> str:
@@ -123,10 +111,7 @@ def find_image_files(data_path: str | Path, images: Sequence[str]) -> list[Path 
 
 
 def load_split(csv_path: str | Path, data_path: str | Path, limit: int = 0) -> tuple[list[Row], list[Path], int]:
-    """Return the rows that have an image, their files, and the number of rows without one, which a warning lists.
-
-    `limit` > 0 keeps the first rows. Raises UserError as `read_split` and `images.rows_with_image` do.
-    """
+    """Return `read_split` without the rows that lack an image, by `images.rows_with_image`."""
     return rows_with_image(read_split(csv_path), csv_path, data_path, limit, find_image_files)
 
 

@@ -1,9 +1,8 @@
 """Sample folders, which eval.py, generate.py and extract_dataset_latents.py write and metric.py reads.
 
-A sample folder holds `images/<folder_name of the caption>/<name>.png|jpg`, `settings.json` (settings of its images, so
-that no folder mixes two origins) and `image_log.json`, a list with one entry an image (at least prompt and path_to_img,
-relative to the folder). Several processes may write it, be killed, and complete it with the same command: each appends
-one JSON line an image to `image_log.part<rank>.jsonl`; at the end the parts are merged into `image_log.json`.
+A sample folder holds `images/<folder_name of the caption>/<name>.png|jpg`, `settings.json` (so that no folder mixes two
+origins) and `image_log.json`, a list with an entry an image (at least prompt and path_to_img, relative to the folder).
+Processes append one JSON line an image to `image_log.part<rank>.jsonl`, which are merged at the end, also after kills.
 """
 
 import hashlib
@@ -12,8 +11,9 @@ import json
 import os
 import re
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,15 +30,15 @@ LOG = "image_log.json"
 PARTS = "image_log.part*.jsonl"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 LONGEST_NAME = 255  # bytes of a file name on common file systems
+_ELSEWHERE = "choose another logdir or move it away"
 
 
 def folder_name(caption: str) -> str:
-    """Return the name of a caption's folder, a function of the caption that is injective and reversible.
+    """Return the name of a caption's folder, of which `urllib.parse.unquote(name.replace("_", " "))` is the caption.
 
-    Spaces become underscores, as in the official code. "_", "/", "\\", unprintable characters, a leading dot, and a "%"
-    that looks like an escape are written as % and the hex digits of their UTF-8 bytes, so that
-    `urllib.parse.unquote(name.replace("_", " "))` returns the caption. A name beyond 255 bytes, and that of the empty
-    caption, is cut and ends in %FF, which no escape contains, and a hash of the caption; image_log.json maps it.
+    Spaces become underscores, as in the official code; "_", "/", "\\", unprintable characters, a leading dot, and a "%"
+    that looks like an escape become % and the hex digits of their UTF-8 bytes. A name beyond 255 bytes, and that of the
+    empty caption, is cut and ends in %FF, which no escape contains, and a hash of the caption.
     """
     pieces = []
     for position, character in enumerate(caption):
@@ -67,32 +67,22 @@ def caption_of_folder(name: str) -> str:
 
 
 def claim_folder(folder: str | Path, settings: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Reserve a folder for images of these `settings` (JSON-able), or accept one reserved for them.
-
-    `metadata` is recorded but not compared. Raises UserError, without writing, for a folder of other settings, of which
-    it names the first difference, or of images with unknown settings.
-    """
-    folder = Path(folder)
-    path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
-    if path.is_file():
+    """Reserve a folder for images of these `settings` (JSON-able), or accept one reserved for them; add `metadata`."""
+    folder, settings = Path(folder), json.loads(json.dumps(settings))
+    if (folder / SETTINGS).is_file():
         if changed := difference(read_settings(folder), settings):
             name, before, now = changed
-            raise UserError(
-                f"{str(folder)!r} holds images made with {name} {before}, now it is {now}; choose another logdir or "
-                "move the folder away"
-            )
-        return
-    if (folder / "images").is_dir():
-        raise UserError(f"{str(folder)!r} holds images but no {SETTINGS}; choose another logdir or move it away")
-    write_json(path, {"settings": settings, "about": metadata})
+            raise UserError(f"{str(folder)!r} holds images made with {name} {before}, now it is {now}; {_ELSEWHERE}")
+    elif (folder / "images").is_dir():
+        raise UserError(f"{str(folder)!r} holds images but no {SETTINGS}; {_ELSEWHERE}")
+    else:
+        write_json(folder / SETTINGS, {"settings": settings, "about": metadata})
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
     """Return the recorded settings of a folder's images, or {}. Raises UserError if they are unreadable."""
     path = Path(folder) / SETTINGS
-    if not path.is_file():
-        return {}
-    return read_json(path, {"settings": dict}, "choose another folder or move this one away")["settings"]
+    return read_json(path, {"settings": dict}, _ELSEWHERE)["settings"] if path.is_file() else {}
 
 
 def write_log(folder: str | Path, entries: list[dict]) -> None:
@@ -101,10 +91,7 @@ def write_log(folder: str | Path, entries: list[dict]) -> None:
 
 
 def read_log(folder: str | Path) -> list[dict]:
-    """Return the entries of `image_log.json`, or [].
-
-    Raises UserError if it cannot be read, is no list of JSON objects, or names an image outside the folder.
-    """
+    """Return the entries of `image_log.json`, or []. Raises UserError for a damaged one or an image elsewhere."""
     path, shape = Path(folder) / LOG, [{"path_to_img?": str, "prompt?": OneOf((str, None))}]
     entries = read_json(path, shape, "make the samples again elsewhere") if path.is_file() else []
     for number, entry in enumerate(entries, 1):
@@ -139,35 +126,22 @@ class PartLog:
 
 
 def read_entries(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """Return the entries of the merged log and of every part by path_to_img, without those of absent or empty images.
-
-    Raises UserError for a merged log of another shape.
-    """
-    folder = Path(folder)
-    merged = read_log(folder)
-    if any("path_to_img" not in entry for entry in merged):
-        raise UserError(f"{str(folder / LOG)!r} has entries without path_to_img; choose another logdir")
-    entries = {entry["path_to_img"]: entry for entry in [*merged, *_parts(folder)]}
-    files = {path: folder / path for path in entries}
-    return {path: entries[path] for path, file in files.items() if file.is_file() and file.stat().st_size}
-
-
-def _parts(folder: Path) -> Iterator[dict[str, Any]]:
+    """Return the entries of the log and all parts by path_to_img, without those of absent or empty images."""
+    folder, listed = Path(folder), read_log(folder)
+    if any("path_to_img" not in entry for entry in listed):
+        raise UserError(f"{str(folder / LOG)!r} has entries without path_to_img; {_ELSEWHERE}")
     for part in filter(Path.is_file, sorted(folder.glob(PARTS))):
         for line in part.read_bytes().split(b"\n"):
-            try:
-                entry = parse_json(line, {"path_to_img": str}, "")
-            except UserError:
-                continue  # a line that a kill has cut; its image counts as absent and is made again
-            if not path_fault(entry["path_to_img"]):
-                yield entry
+            with suppress(UserError):  # a line that a kill has cut; its image counts as absent and is made again
+                listed.append(parse_json(line, {"path_to_img": str}, ""))
+    entries = {entry["path_to_img"]: entry for entry in listed if not path_fault(entry["path_to_img"])}
+    return {path: one for path, one in entries.items() if (folder / path).is_file() and (folder / path).stat().st_size}
 
 
-def merge_parts(folder: str | Path, order: Sequence[str] = ()) -> int:
-    """Write all entries to `image_log.json`, remove the parts and return the number of entries.
+def merge_parts(folder: str | Path, order: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Write all entries to `image_log.json`, remove the parts and return the entries; for one process.
 
-    For one process, when no other writes. Entries are sorted as their paths in `order`, then by folder, then by path,
-    and numbered: sampleID 0, 1, ...
+    Entries are sorted as their paths in `order`, then by folder, then by path, and numbered: sampleID 0, 1, ...
     """
     entries, rank = read_entries(folder), {path: number for number, path in enumerate(order)}
     last = {os.path.dirname(path): number for path, number in rank.items()}
@@ -175,12 +149,11 @@ def merge_parts(folder: str | Path, order: Sequence[str] = ()) -> int:
     def sort_key(path: str) -> tuple[int, bool, str]:
         return rank.get(path, last.get(os.path.dirname(path), len(rank))), path not in rank, path
 
-    paths = sorted(entries, key=sort_key)
-    numbers = [{"sampleID": number} for number in range(len(paths))]
-    write_log(folder, [number | entries[path] | number for path, number in zip(paths, numbers, strict=True)])
+    log = [{"sampleID": 0} | entries[path] | {"sampleID": n} for n, path in enumerate(sorted(entries, key=sort_key))]
+    write_log(folder, log)
     for part in Path(folder).glob(PARTS):
         part.unlink()
-    return len(paths)
+    return log
 
 
 def damaged_images(folder: str | Path, paths: Sequence[str]) -> list[str]:
@@ -191,15 +164,7 @@ def damaged_images(folder: str | Path, paths: Sequence[str]) -> list[str]:
 
 
 class Contents(NamedTuple):
-    """Contents of a sample folder, by path relative to it.
-
-    Attributes:
-        images: number of images in its log.
-        black: logged images that are black.
-        unplanned: logged images that were not planned.
-        unlogged: image files that are not in the log.
-        missing: planned images that are not in the log.
-    """
+    """Number of logged images; paths of those black, not planned, without an entry, and planned without an image."""
 
     images: int
     black: list[str]
@@ -210,11 +175,10 @@ class Contents(NamedTuple):
 
 def finish_log(folder: str | Path, planned: Sequence[str]) -> Contents:
     """Merge the parts of the log, in the order of the planned paths, and return the folder's contents."""
-    images = merge_parts(folder, planned)
-    entries = {entry["path_to_img"]: entry for entry in read_log(folder)}
+    entries = {entry["path_to_img"]: entry for entry in merge_parts(folder, planned)}
     files = (path for path in Path(folder).glob("images/*/[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES)
     return Contents(
-        images=images,
+        images=len(entries),
         black=[path for path, entry in entries.items() if entry.get("black")],
         unplanned=sorted(entries.keys() - planned),
         unlogged=sorted({str(path.relative_to(folder)) for path in files} - entries.keys()),
@@ -223,68 +187,44 @@ def finish_log(folder: str | Path, planned: Sequence[str]) -> Contents:
 
 
 def list_samples(folder: str | Path, prompts: Collection[str] = ()) -> list[tuple[Path, str]]:
-    """Return the sorted (file, caption) of every image of a sample folder, or of those with one of the `prompts`.
-
-    The caption is the ISIC caption, or else the prompt of image_log.json, of the images' folder. Hidden entries are
-    skipped. Raises UserError if the folder is missing, is no sample folder, holds no image of these captions, or
-    anything but images of captions.
-    """
+    """Return the sorted (file, caption) of the images of a sample folder, or of `prompts`, but no hidden ones."""
     root = Path(folder) / "images"
     if not root.is_dir():
+        raise UserError(f"{str(folder)!r} is not a sample folder (no images/ inside), as scripts/eval.py writes them")
+    wanted = {name: caption for name, caption in _captions_of(folder).items() if not prompts or caption in prompts}
+    samples = [(path, wanted[name]) for name in sorted(wanted) for path in sorted((root / name).glob("[!.]*"))]
+    unread = [path for path in root.glob("[!.]*") if not path.is_dir()]
+    if unread := unread + [path for path, _ in samples if path.suffix.lower() not in IMAGE_SUFFIXES]:
         raise UserError(
-            f"{str(folder)!r} is not a sample folder (no images/ inside); "
-            "scripts/eval.py and scripts/extract_dataset_latents.py write them"
+            f"{str(unread[0])!r} is not read: images/<caption with _ for spaces>/ holds only "
+            f"{', '.join(IMAGE_SUFFIXES)} files; convert it, or move it away"
         )
-    samples = []
-    directories = sorted(root.glob("[!.]*"))
-    captions = _captions_of(folder, [path.name for path in directories if path.is_dir()])
-    for directory in directories:
-        if not directory.is_dir():
-            raise _unexpected(directory)
-        caption = captions[directory.name]
-        if prompts and caption not in prompts:
-            continue
-        for path in sorted(directory.glob("[!.]*")):
-            if path.suffix.lower() not in IMAGE_SUFFIXES:
-                raise _unexpected(path)
-            samples.append((path, caption))
     if not samples:
         raise UserError(f"{str(folder)!r} holds no images" + (f" of the prompts {sorted(prompts)}" if prompts else ""))
     return samples
 
 
-def _unexpected(path: Path) -> UserError:
-    allowed = f"images/<caption with _ for spaces>/ holds only {', '.join(IMAGE_SUFFIXES)} files"
-    return UserError(f"{str(path)!r} is not read: {allowed}; convert it, or move it away")
-
-
 def captions_without_images(
     folder: str | Path, samples: Sequence[tuple[Path, str]], prompts: Sequence[str] = ()
 ) -> list[str]:
-    """Return the sorted captions of a sample folder, or the `prompts`, without an image among its `samples`.
-
-    The captions of a folder are those of its folders of images and the prompts of image_log.json.
-    """
+    """Return the sorted captions, of `prompts` or of a sample folder and its log, without an image among `samples`."""
     captions = set(prompts)
     if not captions:
-        names = [path.name for path in (Path(folder) / "images").glob("[!.]*") if path.is_dir()]
-        captions = {*_captions_of(folder, names).values()}
-        captions |= {entry["prompt"] for entry in read_log(folder) if entry.get("prompt") is not None}
+        captions = {*_captions_of(folder).values(), *(entry.get("prompt") for entry in read_log(folder))} - {None}
     return sorted(captions - {caption for _, caption in samples})
 
 
-def _captions_of(folder: str | Path, names: Sequence[str]) -> dict[str, str]:
-    """Return the caption of each folder of images: an ISIC caption, or else a prompt of the log."""
-    captions = _ISIC_FOLDERS
+def _captions_of(folder: str | Path) -> dict[str, str]:
+    """Return the caption of each folder of images by its name: an ISIC caption, or else a prompt of the log."""
+    names = [path.name for path in (Path(folder) / "images").glob("[!.]*") if path.is_dir()]
+    captions = dict(_ISIC_FOLDERS)
     if not captions.keys() >= set(names):
         entries = [entry for entry in read_log(folder) if entry.get("prompt") is not None]
-        captions = {folder_name(entry["prompt"]): entry["prompt"] for entry in entries}
-        captions |= {Path(entry.get("path_to_img", "")).parent.name: entry["prompt"] for entry in entries}
-        captions |= _ISIC_FOLDERS
-    for name in names:
-        if name not in captions:
-            raise UserError(
-                f"{str(folder)!r}: folder {name!r} is not named after one of the 32 ISIC captions (spaces as "
-                "underscores), nor after a prompt of image_log.json"
-            )
+        named = {Path(entry.get("path_to_img", "")).parent.name: entry["prompt"] for entry in entries}
+        captions = {folder_name(entry["prompt"]): entry["prompt"] for entry in entries} | named | captions
+    if unknown := sorted(set(names) - captions.keys()):
+        raise UserError(
+            f"{str(folder)!r}: folder {unknown[0]!r} is not named after one of the 32 ISIC captions (spaces as "
+            "underscores), nor after a prompt of image_log.json"
+        )
     return {name: captions[name] for name in names}

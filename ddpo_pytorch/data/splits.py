@@ -1,9 +1,6 @@
 """Checks of split tables: their counts, their images, and lesions that are in several splits.
 
-    python -m ddpo_pytorch.data.isic --splits DIR                       # checks, table 1, table 2's "# real" row
-    python -m ddpo_pytorch.data.isic --splits DIR --images FOLDER       # and every image: missing or broken
-    python -m ddpo_pytorch.data.isic --splits DIR --metadata CSV        # and lesions that are in several splits
-    python -m ddpo_pytorch.data.isic --splits DIR --metadata CSV --regroup OUT --seed S   # new splits without any
+    python -m ddpo_pytorch.data.isic --splits DIR [--images FOLDER] [--metadata CSV [--regroup OUT --seed S]]
 
 A set of splits is `<name>_train.csv`, `<name>_val.csv` and `<name>_test.csv` of one folder, or some of the three. ISIC
 shows many lesions in several images, and a classifier tested on lesions of its training looks better than it is.
@@ -19,17 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ddpo_pytorch.data import isic
 from ddpo_pytorch.data.images import find_damage
-from ddpo_pytorch.data.isic import (
-    DISEASES,
-    LABELS,
-    PAPER_ORDER,
-    SINGLE_ARTIFACT_CAPTIONS,
-    Row,
-    find_image_files,
-    image_key,
-    read_split,
-)
+from ddpo_pytorch.data.isic import LABELS, PAPER_ORDER, Row, image_key, read_split
 from ddpo_pytorch.data.tables import read_table, write_table
 from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
@@ -45,40 +34,28 @@ RECORD = "splits.json"  # seed, and the hash of every table, of regrouped splits
 
 
 def find_splits(folder: str | Path) -> dict[str, dict[str, Path]]:
-    """Return the sets of splits in a folder: files by train, val, test, by the name in front of them.
-
-    Names must end in exactly _train, _val or _test; phantom_train_a.csv is no split. Raises UserError if there is none.
-    """
-    if not Path(folder).is_dir():
-        raise UserError(f"split folder {str(folder)!r} does not exist; give the folder of the *_train.csv files")
+    """Return the sets of splits in a folder: files by train, val, test, by the name in front of them."""
     sets = defaultdict(dict)
     for split in SPLITS:
         for path in sorted(Path(folder).glob(f"[!.]*_{split}.csv")):
             sets[path.stem.removesuffix(f"_{split}")][split] = path
     if not sets:
-        raise UserError(f"{str(folder)!r} holds no split table; they are named *_train.csv, *_val.csv, *_test.csv")
+        raise UserError(f"{str(folder)!r} does not exist or holds no *_train.csv, *_val.csv, *_test.csv; give others")
     return dict(sets)
 
 
 def read_splits(paths: Mapping[str, Path]) -> dict[str, list[Row]]:
-    """Read the tables of one set.
-
-    Raises UserError as `read_split` does, for an image in two tables, and for a table that differs from the hash that
-    regrouping recorded in the folder.
-    """
-    record = next(iter(paths.values())).parent / RECORD
-    hashes: dict[str, str] = {}
+    """Read the tables of one set, without an image in two and, if regrouping recorded hashes, unchanged."""
+    record, hashes = next(iter(paths.values())).parent / RECORD, {}
     if record.is_file():
-        files = read_json(record, {"files": {str: {"sha256": str}}}, "make the splits again")["files"]
-        hashes = {name: file["sha256"] for name, file in files.items()}
+        hashes = read_json(record, {"files": {str: {"sha256": str}}}, "make the splits again")["files"]
     splits, owners = {}, {}
     for split, path in paths.items():
         splits[split] = read_split(path)
-        if path.name in hashes and hashes[path.name] != sha256(path):
+        if path.name in hashes and hashes[path.name]["sha256"] != sha256(path):
             raise UserError(f"{str(path)!r} was changed after {RECORD} recorded its hash; make the splits again")
         for row in splits[split]:
-            other = owners.setdefault(image_key(row.image), split)
-            if other != split:
+            if (other := owners.setdefault(image_key(row.image), split)) != split:
                 raise UserError(f"image {row.image!r} is in {str(paths[other])!r} and {str(path)!r}; keep one of them")
     return splits
 
@@ -90,38 +67,32 @@ def count_labels(rows: Sequence[Row]) -> dict[str, int]:
 
 def report_counts(splits: Mapping[str, Sequence[Row]]) -> None:
     """Log table 1 and, over train, the "# real" row of table 2."""
-    logger.info("table 1  %7s" + " %6s" * 6, "images", *(name.replace("_bubble", "") for name in PAPER_ORDER))
-    for split, rows in splits.items():
-        logger.info("%-8s %7d" + " %6d" * 6, split, len(rows), *count_labels(rows).values())
+    from pandas import DataFrame  # a slow import, which training does not need
+
+    counts = {split: {"images": len(rows)} | count_labels(rows) for split, rows in splits.items()}
+    reports = [DataFrame(counts).T.rename_axis(columns="table 1")]
     if "train" in splits:
         captions = Counter(row.caption for row in splits["train"])
-        columns = [(disease, artifact) for disease in DISEASES for artifact in PAPER_ORDER[2:]]
-        heads = (f"{disease} {artifact.replace('_bubble', '')}" for disease, artifact in columns)
-        logger.info("table 2 " + " %9s" * 8, *heads)
-        logger.info("# real  " + " %9d" * 8, *(captions[SINGLE_ARTIFACT_CAPTIONS[column]] for column in columns))
+        columns = [(disease, artifact) for disease in isic.DISEASES for artifact in PAPER_ORDER[2:]]
+        real = {" ".join(column): captions[isic.SINGLE_ARTIFACT_CAPTIONS[column]] for column in columns}
+        reports.append(DataFrame(real, index=["# real"]).rename_axis(columns="table 2"))
+    for report in reports:
+        logger.info("%s", report.rename(columns=lambda name: name.replace("_bubble", "")).to_string())
 
 
 def check_images(splits: Mapping[str, Sequence[Row]], folder: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
-    """Decode the images of the splits; return (split, image id) of missing ones and the faults of broken ones.
-
-    Raises UserError if the folder does not exist or holds none of the images.
-    """
-    if not Path(folder).is_dir():
-        raise UserError(f"image folder {str(folder)!r} does not exist; give the folder that holds <image>.jpg files")
+    """Decode the images of the splits; return (split, image id) of missing ones and the faults of broken ones."""
     paths, missing = [], []
     for split, rows in splits.items():
         images = [row.image for row in rows]
-        files = find_image_files(folder, images)
+        files = isic.find_image_files(folder, images) if Path(folder).is_dir() else [None] * len(images)
         present = [path for path in files if path]
         absent = [image for image, path in zip(images, files, strict=True) if not path]
         paths, missing = paths + present, missing + [(split, image) for image in absent]
-        downsampled = sum(path.stem.endswith("_downsampled") for path in present)
         listed = f": {', '.join(absent[:5])}{', ...' if absent[5:] else ''}" if absent else ""
-        logger.info(
-            "%-8s %d images (%d _downsampled), %d missing%s", split, len(present), downsampled, len(absent), listed
-        )
+        logger.info("%-8s %d images, %d missing%s", split, len(present), len(absent), listed)
     if not paths:
-        raise UserError(f"none of the {len(missing)} images of the splits is in {str(folder)!r}")
+        raise UserError(f"none of the {len(missing)} images of the splits is in {str(folder)!r}; give another folder")
     logger.info("decoding %d images", len(paths))
     faults = [fault for fault in find_damage(paths) if fault]
     logger.info("%s", "\n".join([f"{len(faults)} images are broken", *faults]))
@@ -129,53 +100,40 @@ def check_images(splits: Mapping[str, Sequence[Row]], folder: str | Path) -> tup
 
 
 def drop_broken(rows: Sequence[Row], paths: Sequence[Path]) -> tuple[list[Row], list[Path]]:
-    """Return the rows of which the image can be decoded, and these images; warn of every other one.
-
-    Raises UserError if none is left.
-    """
+    """Return the rows of which the image can be decoded, and these images, if any; warn of every other one."""
     faults = find_damage(paths)
     for fault in filter(None, faults):
         logger.warning("left out: %s", fault)
     if all(faults):
         raise UserError(f"all {len(paths)} images are broken, the first: {faults[0]}")
-    good = [index for index, fault in enumerate(faults) if not fault]
-    return [rows[index] for index in good], [paths[index] for index in good]
+    good = [(row, path) for row, path, fault in zip(rows, paths, faults, strict=True) if not fault]
+    return [row for row, _ in good], [path for _, path in good]
 
 
 def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
-    """Return the columns of ISIC's metadata by `image_key`: image, lesion_id (which may be empty), perhaps source.
+    """Return the columns of ISIC's metadata by `image_key`: image, and lesion_id, which may be empty."""
 
-    Raises UserError as `tables.read_table` does and for images that appear twice.
-    """
-    table, faults = read_table(path, ("image", "lesion_id"), "metadata", optional=("source",))
-    metadata = {}
-    for line, fields in table:
-        if image_key(fields["image"]) in metadata:
-            faults.add(line, f"image {fields['image']!r} appears twice; remove one of them")
-        metadata[image_key(fields["image"])] = fields
-    faults.refuse()
-    return metadata
+    def make(fields: dict[str, str], index: int, line: int, faults: list[str]) -> tuple[tuple[str, dict], str, str]:
+        key = image_key(fields["image"])
+        return (key, fields), key, f"image {fields['image']!r}"
+
+    return dict(read_table(path, "metadata", ("image", "lesion_id"), make))
 
 
 def _frame(splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, Mapping[str, str]]) -> "DataFrame":
-    """Return split, row, known (to the metadata), lesion and source of every row; a row without a lesion is its own."""
-    from pandas import DataFrame  # a slow import, which training does not need
+    """Return split, row, known (to the metadata) and lesion of every row; a row without a lesion is its own."""
+    from pandas import DataFrame
 
     records = []
-    for split, rows in splits.items():
-        for row in rows:
-            fields = metadata.get(image_key(row.image))
-            lesion = fields["lesion_id"].strip() if fields else ""
-            lesion = f"lesion {lesion}" if lesion else f"image {row.image}"
-            records.append((split, row, fields is not None, lesion, (fields or {}).get("source")))
-    return DataFrame(records, columns=["split", "row", "known", "lesion", "source"])
+    for split, row in ((split, row) for split, rows in splits.items() for row in rows):
+        fields = metadata.get(image_key(row.image), {})
+        lesion = fields.get("lesion_id")
+        records.append((split, row, bool(fields), f"lesion {lesion}" if lesion else f"image {row.image}"))
+    return DataFrame(records, columns=["split", "row", "known", "lesion"])
 
 
 def report_leakage(splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, Mapping[str, str]]) -> tuple[int, int]:
-    """Log lesions that are in several splits and, if the metadata have a column source, images by source.
-
-    Returns the number of such lesions and of their images. Raises UserError if the metadata have none of the images.
-    """
+    """Log, and return, the number of lesions that are in several splits, and of their images."""
     frame = _frame(splits, metadata)
     if not frame.known.any():
         raise UserError(f"the metadata have none of the {len(frame)} images of the splits; give ISIC's own file")
@@ -189,19 +147,14 @@ def report_leakage(splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, M
         if leaked:
             share = 100 * leaked / len(splits[split])
             logger.info("%-8s %d images (%.1f %%) show a lesion that is also in %s", split, leaked, share, other)
-    if frame.source.notna().any():
-        sources = frame.source.fillna("").replace("", "unknown")
-        for split in splits:
-            counts = sources[frame.split == split].value_counts().sort_index()
-            logger.info("%-8s by source: %s", split, ", ".join(f"{name} {n}" for name, n in counts.items()))
     return count
 
 
 def assign(groups: np.ndarray, targets: np.ndarray, seed: int) -> np.ndarray:
     """Return the split (G,) of each group such that the sums over each split come near its target.
 
-    `groups` (G, F) and `targets` (S, F) count images in their first column and other features in the rest.
-    A group goes where there is room and the sum of (count - target)^2 / target grows least.
+    `groups` (G, F) and `targets` (S, F) count images, then other features. A group goes where there is room and the sum
+    of (count - target)^2 / target grows least.
     """
     groups, targets = groups.astype(float), targets.astype(float)
     rarity = np.where(groups > 0, groups.sum(0), np.inf).min(1)
@@ -220,10 +173,7 @@ def assign(groups: np.ndarray, targets: np.ndarray, seed: int) -> np.ndarray:
 def regroup(
     splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, Mapping[str, str]], seed: int
 ) -> dict[str, list[Row]]:
-    """Return the rows with each lesion in one split only, of sizes and label frequencies near those of `splits`.
-
-    A function of the arguments; rows are in random order. Raises UserError for a single split.
-    """
+    """Return the rows in random order, each lesion in one split only, with sizes and frequencies near those given."""
     if len(splits) < 2:
         raise UserError(f"there is only the split {', '.join(splits)}; regrouping needs two or three")
     frame = _frame(splits, metadata)
@@ -235,24 +185,16 @@ def regroup(
     targets = np.array([counts[frame.split == split].sum(0) for split in splits])
     chosen = assign(groups, targets, seed)[lesions]
     by_lesion, rng = np.argsort(lesions, kind="stable"), np.random.default_rng(seed)
-    result = {}
-    for number, split in enumerate(splits):
-        rows = [frame.row[index] for index in by_lesion if chosen[index] == number]
-        result[split] = [rows[index] for index in rng.permutation(len(rows))]
-    return result
+    parts = {split: by_lesion[chosen[by_lesion] == number] for number, split in enumerate(splits)}
+    return {split: [frame.row[index] for index in rng.permutation(part)] for split, part in parts.items()}
 
 
 def write_splits(folder: str | Path, name: str, splits: Mapping[str, Sequence[Row]], metadata: Mapping) -> None:
-    """Write `<name>_<split>.csv` with every column, and splits.json with `metadata` and each file's hash and counts.
-
-    The folder is written atomically. Raises UserError if it exists, or if the tables have different columns.
-    """
-    folder = Path(folder)
-    refuse_existing(folder)
-    every = [row for rows in splits.values() for row in rows]
-    columns = list(every[0].fields)
-    for row in every:
-        if other := set(row.fields) ^ set(columns):
+    """Write `<name>_<split>.csv`, and splits.json with `metadata` and each file's hash and counts, in a new folder."""
+    every = [row.fields for rows in splits.values() for row in rows]
+    columns = list(every[0])
+    for fields in every:
+        if other := set(fields) ^ set(columns):
             raise UserError(f"the columns of the split tables differ ({', '.join(other)}); give all tables the same")
     with atomic_folder(folder) as unfinished:
         files = {}
@@ -263,23 +205,15 @@ def write_splits(folder: str | Path, name: str, splits: Mapping[str, Sequence[Ro
         write_json(unfinished / RECORD, {**metadata, "files": files})
 
 
-def refuse_existing(path: Path) -> None:
-    """Raise UserError if `path` exists."""
-    if path.exists():
-        raise UserError(f"{str(path)!r} exists already; choose another name or move it away")
-
-
 def check_folder(
     folder: str, images: str = "", list_missing: str = "", metadata: str = "", regroup_to: str = "", seed: int = 0
 ) -> None:
-    """Log the reports of the sets of splits in a folder, and write the files asked for.
-
-    Raises UserError for anything wrong; for broken images only after all reports.
-    """
+    """Log the reports of the sets of splits in a folder, write the files asked for, then refuse broken images."""
     if (regroup_to and not metadata) or (list_missing and not images) or seed < 0:
         raise UserError("--regroup needs --metadata, --list_missing needs --images, and --seed is 0 or more")
-    for output in filter(None, (regroup_to, list_missing)):
-        refuse_existing(Path(output))
+    for output in (regroup_to, list_missing):
+        if output and Path(output).exists():
+            raise UserError(f"{output!r} exists already; choose another name or move it away")
     sets, missing, faults = find_splits(folder), [], []
     if metadata and len(sets) > 1:
         raise UserError(f"{folder!r} holds the splits {', '.join(sets)}; --metadata needs a folder with one of them")

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ddpo_pytorch.data.image_cache import loader_options
+from ddpo_pytorch.data.images import loader_options
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import BatchDraws, EndlessBatches, Stream
 from ddpo_pytorch.utils.training_state import restore_state

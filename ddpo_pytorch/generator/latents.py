@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ddpo_pytorch.data.image_cache import loader_options
+from ddpo_pytorch.data.images import loader_options
 from ddpo_pytorch.utils.cores import one_thread
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_write, path_inside, sha256, write_json

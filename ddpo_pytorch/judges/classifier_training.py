@@ -24,8 +24,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ddpo_pytorch.data.image_cache import loader_options
-from ddpo_pytorch.data.images import ImageFiles
+from ddpo_pytorch.data.images import ImageFiles, loader_options
 from ddpo_pytorch.judges.classifier import ArtifactClassifier
 from ddpo_pytorch.judges.classifier_report import ranking
 from ddpo_pytorch.utils.errors import UserError
