@@ -41,7 +41,7 @@ def test_a_home_folder_is_expanded_at_the_beginning_only(home):
         expand("~nobody-of-this-name/x")
 
 
-@pytest.mark.parametrize("scale", ["base", "dgx", "fundus", "mini", "isic128"])
+@pytest.mark.parametrize("scale", ["base", "fundus", "mini"])
 def test_no_path_of_a_configuration_keeps_its_tilde(home, scale):
     module = load_module(ROOT / "config" / f"{scale}.py")
     config = module.get_config("") if scale == "base" else module.get_config("finetune_sd")
