@@ -37,6 +37,7 @@ _INVISIBLE_RANGES = (
     *((0x034F, 0x034F), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x2800, 0x2800), (0x3164, 0x3164)),
     *((0xFE00, 0xFE0F), (0xFFA0, 0xFFA0), (0xE0100, 0xE01EF)),
 )
+_CONTROL_NAMES = {"\0": "NUL", "\t": "tab", "\n": "line feed", "\r": "carriage return"}
 
 
 def read_table(
@@ -148,7 +149,7 @@ def invisible_character(text: str) -> str | None:
     for position, character in enumerate(text, start=1):
         shapeless = any(low <= ord(character) <= high for low, high in _INVISIBLE_RANGES)
         if character != " " and (shapeless or unicodedata.category(character) in _INVISIBLE_CATEGORIES):
-            name = unicodedata.name(character, "a control character")
+            name = unicodedata.name(character, _CONTROL_NAMES.get(character, "a control character"))
             return f"has the invisible character U+{ord(character):04X} ({name}) at position {position}; delete it"
     return None
 
