@@ -299,16 +299,10 @@ def minibatches(
     """Yield an update's (sample, step) index pairs, each (B,), B = train.batch_size * train.timesteps_per_forward."""
     train, sizes = run.config.train, run.sizes
     for batch in indices.split(train.batch_size):
+        numbers, window = (run.first_sample + batch).tolist(), sizes.timestep_window
         # (batch_size, T'): trained timesteps of each sample, shuffled independently
-        steps = timestep_order(
-            run.config.seed,
-            epoch,
-            inner_epoch,
-            (run.first_sample + batch).tolist(),
-            sizes.timestep_window,
-            sizes.train_timesteps,
-        ).to(batch.device)
-        for chunk in steps.split(train.timesteps_per_forward, dim=1):
+        steps = timestep_order(run.config.seed, epoch, inner_epoch, numbers, window, sizes.train_timesteps)
+        for chunk in steps.to(batch.device).split(train.timesteps_per_forward, dim=1):
             yield batch.repeat_interleave(chunk.shape[1]), chunk.flatten()
 
 
@@ -336,13 +330,8 @@ def minibatch_loss(
     _, log_prob = ddim_step_with_logprob(
         scheduler, noise_pred, timesteps, latents, config.sample.eta, prev_sample=next_latents
     )
-    loss, info = ppo_loss(
-        log_prob,
-        samples.log_probs[sample, step],
-        advantages[sample],
-        clip_range=train.clip_range,
-        adv_clip_max=train.adv_clip_max,
-    )
+    old_log_prob = samples.log_probs[sample, step]  # (B,) of the policy that sampled
+    loss, info = ppo_loss(log_prob, old_log_prob, advantages[sample], train.clip_range, train.adv_clip_max)
     if train.kl_coef:  # not in ddpo-pytorch: KL to the base model, which is the UNet with its adapters off
         with torch.no_grad(), disabled_lora(run.pipe.unet), run.accelerator.autocast():
             base_pred = predict_noise(run.pipe.unet)

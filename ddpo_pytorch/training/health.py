@@ -57,30 +57,27 @@ class HealthCheck:
         if self._train.advantage == "group" and (alone := singles(prompts)):
             self._warn(
                 "singles",
-                f"epoch {epoch}: {alone} of {len(set(prompts))} prompts were drawn once; with train.advantage=group "
-                "their samples get advantage 0 and teach nothing: set sample.images_per_prompt to 2 or more",
+                f"epoch {epoch}: {alone} of {len(set(prompts))} prompts were drawn once and teach nothing with "
+                "train.advantage=group: set sample.images_per_prompt to 2 or more",
             )
         if largest < SMALL_ADVANTAGE or grad_norm == 0:
             self._warn(
                 "nothing",
                 f"epoch {epoch} taught almost nothing: the largest advantage is {largest:.1e}, the gradient norm "
                 f"{grad_norm:.1e}, rewards are {entry['reward_mean']:.4g} +- {entry['reward_std']:.1e}, equal within "
-                f"{entry['zero_std_share']:.0%} of the prompts: check the reward's scale, and that it distinguishes "
-                "images of a prompt",
+                f"{entry['zero_std_share']:.0%} of the prompts: check the reward's scale",
             )
         if clipfrac > LARGE_CLIPFRAC:
             self._warn(
                 "clipfrac",
-                f"epoch {epoch}: {clipfrac:.0%} of the ratios were clipped, so updates move the policy much further "
-                f"than train.clip_range={self._train.clip_range:g} allows and it may collapse; lower "
-                f"train.learning_rate ({self._train.learning_rate:g})",
+                f"epoch {epoch}: {clipfrac:.0%} of the ratios were clipped at {self._train.clip_range:g}: the policy "
+                f"may collapse; lower train.learning_rate ({self._train.learning_rate:g})",
             )
         if grad_norm > LARGE_GRAD_NORM * usual > 0:
             self._warn(
                 "grad_norm",
                 f"epoch {epoch}: the gradient norm is {grad_norm:.3g}, the median of earlier epochs {usual:.3g}; "
-                "training may diverge: lower train.learning_rate or train.max_grad_norm and resume from an earlier "
-                "checkpoint",
+                "lower train.learning_rate or train.max_grad_norm and resume from an earlier checkpoint",
             )
         if np.isfinite(grad_norm):
             before.append(grad_norm)

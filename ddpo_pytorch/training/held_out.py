@@ -7,7 +7,6 @@ only by the weights. No random state is read or left behind: training continues 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +23,7 @@ from ddpo_pytorch.metrics.alignment import aligned_images, apr_by_prompt
 from ddpo_pytorch.prompts import Prompt
 from ddpo_pytorch.rewards import RewardFn, as_reward
 from ddpo_pytorch.sampling import draw_images
-from ddpo_pytorch.utils.errors import UserError, difference
+from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.randomness import Stream, generator_of
 
@@ -141,15 +140,6 @@ class HeldOut:
             "images_per_prompt": images_per_prompt,
             **asdict(sampling),
         }
-
-    def check_fingerprint(self, earlier: dict[str, Any]) -> None:
-        """Raise UserError if the run to resume was evaluated differently so far."""
-        if changed := difference(earlier, self.fingerprint):
-            name, before, now = changed
-            raise UserError(
-                f"this run's held-out evaluations had {name}={before}, now it is {now}, so their APR cannot be "
-                "compared; give the same as before, or held_out.every=0"
-            )
 
     def evaluate(
         self,

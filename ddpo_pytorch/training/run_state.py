@@ -26,6 +26,7 @@ from ddpo_pytorch.training.checkpoints import (
 from ddpo_pytorch.training.held_out import Evaluation, HeldOut
 from ddpo_pytorch.training.run_folder import CONTENTS, open_run, start_trackers, write_settings
 from ddpo_pytorch.utils.distributed import run_on_main_process
+from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import JsonLines
 
 logger = logging.getLogger(__name__)
@@ -156,7 +157,11 @@ class RunState(Remembered):
                 self._repair_best()
                 logger.info("resumed from %s after %d epochs", checkpoint, self.epoch)
             if held_out and self.watch.fingerprint:
-                held_out.check_fingerprint(self.watch.fingerprint)
+                if changed := difference(self.watch.fingerprint, held_out.fingerprint):
+                    raise UserError(
+                        "this run's held-out evaluations had {}={}, now it is {}; give the same as before, or "
+                        "held_out.every=0".format(*changed)
+                    )
         except BaseException:
             self.close()
             raise
