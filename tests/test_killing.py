@@ -12,7 +12,7 @@ import pytest
 from launching import Script, run_script
 from rl_tools import as_flags
 from script_tools import files_of
-from test_run_folder import untimed
+from test_train import untimed
 
 pytestmark = pytest.mark.slow
 KILLS = 6

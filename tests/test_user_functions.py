@@ -1,6 +1,5 @@
 """Prompt functions and rewards of a user, and warnings of trainings that learn nothing or break down."""
 
-import itertools
 import json
 import logging
 import random
@@ -80,17 +79,6 @@ def test_what_cannot_work_is_refused_first(mine, train, tmp_path, monkeypatch, o
     message = str(caught.value)
     assert all(text in message for text in expected) and "\n" not in message, message
     assert not (tmp_path / "logs").exists()
-
-
-def test_a_constant_reward_and_prompts_that_are_alone_are_warned_of(train, monkeypatch, caplog):
-    monkeypatch.setitem(REWARDS, "constant", lambda: lambda images, prompts, metadata: ([0.1] * len(images), {}))
-    caplog.set_level(logging.WARNING)
-    numbers = itertools.cycle([0, 0, 1, 1, 2, 2, 3, 4])  # of the 8 samples of an epoch
-    monkeypatch.setitem(PROMPTS, "some", lambda: f"prompt {next(numbers)}")
-    _, (first, second) = train(prompt_fn="some", reward_fn="constant", train__advantage="group")
-    assert first["zero_std_share"] == second["zero_std_share"] == 1.0 and first["grad_norm"] == 0
-    warnings = [record.getMessage() for record in caplog.records if record.name == "ddpo_pytorch.training.health"]
-    assert len(warnings) == 2 and "2 of 5 prompts" in warnings[0] and "epoch 0 taught" in warnings[1]
 
 
 HEALTHY = {"reward_mean": 0.7, "reward_std": 0.2, "zero_std_share": 0.1, "clipfrac": 0.0, "grad_norm": 4e-4}
