@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import save_file
@@ -43,6 +43,8 @@ PROGRESS = {  # RunState.state_dict()
     "held_out": {"best": _EVALUATION, "last": _EVALUATION, "collapsed": COUNT, "fingerprint": OneOf((dict, None))},
 }
 _NAME = re.compile(r"checkpoint_?(\d+)")
+# name of the weights' file, the trained weights, and the state of optimizer and scaler, all on the CPU
+Snapshot = tuple[str, dict[str, torch.Tensor], dict[str, Any]]
 logger = logging.getLogger(__name__)
 
 
@@ -203,14 +205,6 @@ def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler:
     return progress
 
 
-class Snapshot(NamedTuple):
-    """Trained weights, the name of their file, and the state of optimizer and scaler, all on the CPU."""
-
-    file: str
-    weights: dict[str, torch.Tensor]
-    state: dict[str, Any]
-
-
 def snapshot(unet: nn.Module, optimizer: Any, scaler: Any, main: bool = True) -> Snapshot | None:
     """Collect what a checkpoint holds on the `main` process; None on the others. Collective: every process calls it.
 
@@ -221,7 +215,7 @@ def snapshot(unet: nn.Module, optimizer: Any, scaler: Any, main: bool = True) ->
     state = {"optimizer": gather_state(optimizer, main), "scaler": None if scaler is None else scaler.state_dict()}
     if not main:
         return None
-    return Snapshot(FILE_NAME if lora else UNET_FILE, {k: v.contiguous() for k, v in weights.items()}, state)
+    return FILE_NAME if lora else UNET_FILE, {k: v.contiguous() for k, v in weights.items()}, state
 
 
 def save_checkpoint(
@@ -234,14 +228,15 @@ def save_checkpoint(
     the disk is full, with everything as it was before.
     """
     folder, text = Path(run_dir) / f"checkpoint_{progress['epoch']}", json.dumps(progress, indent=1)
-    moments = [value for memory in taken.state["optimizer"]["state"].values() for value in memory.values()]
-    tensors = [value for value in (*taken.weights.values(), *moments) if isinstance(value, torch.Tensor)]
+    name, weights, state = taken
+    moments = [value for memory in state["optimizer"]["state"].values() for value in memory.values()]
+    tensors = [value for value in (*weights.values(), *moments) if isinstance(value, torch.Tensor)]
     # an upper bound: besides its tensors a file holds little
     size = sum(tensor.nbytes for tensor in tensors) + 512 * len(tensors) + len(text) + 2**16
     with atomic_folder(folder, size) as temporary:
-        save_file(taken.weights, temporary / taken.file, metadata={"format": "pt"})
+        save_file(weights, temporary / name, metadata={"format": "pt"})
         with open(temporary / STATE_FILE, "wb") as file:  # given a path, torch.save hides the cause of an OSError
-            torch.save(taken.state, file)
+            torch.save(state, file)
         (temporary / PROGRESS_FILE).write_text(text)
         if card:
             (temporary / "README.md").write_text(card)

@@ -254,7 +254,7 @@ class RunState(Remembered):
         taken = snapshot(unet, optimizer, self.accelerator.scaler, self.accelerator.is_main_process)
 
         def write() -> None:
-            card = model_card(self.settings, taken.file, self.epoch)
+            card = model_card(self.settings, taken[0], self.epoch)
             save_checkpoint(self.folder, taken, self.state_dict(), self.limit, best, card)
 
         run_on_main_process(self.accelerator, write)

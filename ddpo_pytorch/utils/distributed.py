@@ -39,11 +39,7 @@ from ddpo_pytorch.utils.settings import Range, check_choices, check_ranges
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PROCESS_TIMEOUT = 24 * 3600.0
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-UNSUPPORTED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
-}
+UNSUPPORTED = [f"ACCELERATE_USE_{name}" for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")]
 logger = logging.getLogger(__name__)
 
 
@@ -66,9 +62,8 @@ def make_accelerator(
     sharding = sharding_requested()
     if sharding and not may_shard:
         raise UserError("the launcher requests FSDP, which only train.py supports; use another config file")
-    for variable, feature in UNSUPPORTED.items():
-        if _flag(variable):
-            raise UserError(f"the launcher requests {feature} ({variable}), which is not supported; launch without it")
+    if requested := [variable for variable in UNSUPPORTED if _flag(variable)]:
+        raise UserError(f"the launcher sets {requested[0]}, which is not supported; launch without it")
     for variable, used in (
         ("ACCELERATE_MIXED_PRECISION", mixed_precision),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(gradient_accumulation_steps)),

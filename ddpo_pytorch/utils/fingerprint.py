@@ -63,8 +63,15 @@ def _digest(part: Any) -> bytes:
 
 
 def _pieces(part: Any) -> Iterator[bytes]:
-    if isinstance(part, Path):
-        yield from _files(part)
+    if isinstance(part, Path) and part.is_file():
+        yield _file_digest(part)
+    elif isinstance(part, Path):
+        for file in sorted(part.rglob("*")):
+            local = file.relative_to(part)
+            hidden = any(name.startswith(".") for name in local.parts)
+            if file.suffix in _SUFFIXES and file.is_file() and not hidden and not file.name.endswith(_UNFINISHED):
+                yield _json(local.as_posix())
+                yield _file_digest(file)
     elif isinstance(part, nn.Module):
         yield _json(_settings_of(part.config, type(part)) if hasattr(part, "config") else {})
         state = part.state_dict()
@@ -108,18 +115,6 @@ def _settings_of(config: Any, owner: type) -> dict[str, Any]:
         and name not in _IGNORED
         and not (name in defaults and _json(value) == _json(defaults[name].default))
     }
-
-
-def _files(path: Path) -> Iterator[bytes]:
-    if path.is_file():
-        yield _file_digest(path)
-        return
-    for file in sorted(path.rglob("*")):
-        local = file.relative_to(path)
-        hidden = any(name.startswith(".") for name in local.parts)
-        if file.suffix in _SUFFIXES and file.is_file() and not hidden and not file.name.endswith(_UNFINISHED):
-            yield _json(local.as_posix())
-            yield _file_digest(file)
 
 
 def _file_digest(path: Path) -> bytes:
