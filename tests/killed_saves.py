@@ -112,11 +112,12 @@ def main(settings: dict) -> None:
     assert forked(train, "whole") == 0
     expected, run, before, epochs, faults = content(logs / "whole"), logs / "run", logs / "before", {}, []
     # without a lock, or those that resume would find the folder taken
+    locked = run_folder.locked
     run_folder.locked = lambda folder, _: nullcontext(folder.mkdir(parents=True, exist_ok=True))
 
     def resume() -> None:
         """The same command again. The exit code is 10 + the epochs that were there."""
-        begun, opened = [], run_state.RunState.__init__
+        begun, opened, run_folder.locked = [], run_state.RunState.__init__, locked
 
         def opening(state, *arguments):
             opened(state, *arguments)
