@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import random_pipeline
-from launching import ON_CPU, ROOT, free_port, launch
+from launching import ON_CPU, ROOT, free_port, launch, run_script
 from rl_tools import as_flags, configured, weights
 from safetensors.torch import load_file
 
@@ -48,11 +47,8 @@ def test_two_nodes_train_as_one_process(settings, train, tmp_path):
     """LoRA. Each node has one process, number 0 of its node: what was unique on a node only would collide."""
     settings |= {"train.max_grad_norm": 1e9, "train.gradient_accumulation_steps": 2}  # one update an epoch
     alone, left = train(run_name="one", sample__num_batches_per_epoch=4, train__gradient_accumulation_steps=4)
-    nodes = {"num_machines": 2, "num_processes": 2, "main_process_ip": "127.0.0.1", "main_process_port": free_port()}
-    flags = ["scripts/train.py", *as_flags(settings)]
-    with ThreadPoolExecutor() as pool:
-        ranks = [nodes | {"machine_rank": node} for node in range(2)]
-        list(pool.map(lambda rank: launch("multi_node.yaml", rank, *flags), ranks))
+    both = run_script("train.py", *as_flags(settings), processes=2, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1)
+    assert both.returncode == 0, both.stderr[-3000:]
     run = tmp_path / "logs" / "run"
     assert_same_gradients(moments(run), moments(alone))
     right = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
