@@ -109,6 +109,8 @@ def test_a_second_command_is_refused_and_leftovers_go(run_main, config_file, tmp
         with pytest.raises(UserError, match="out' is being written") as caught:
             run_main(name, config_file, **fields)
         assert "\n" not in str(caught.value) and files_of(tmp_path) == before
+    if name == "eval.py":  # which looks for its model first
+        return
     for place in (folder, folder / "images" / "hair"):
         place.mkdir(parents=True, exist_ok=True)
         (place / ".shard_00000.safetensors.9999999.tmp").write_bytes(bytes(1000))
