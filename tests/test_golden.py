@@ -196,6 +196,7 @@ def test_update_is_the_golden_update(one_update, lora_pipe, golden_dir, numbers)
     assert_golden_step(before, after, lora_pipe.unet, golden_dir)
 
 
+@pytest.mark.slow
 def test_options_change_the_update(one_update, lora_pipe, golden_dir):
     """From the same start, the step with the option differs from the step without it by far more than rounding."""
     plain = {}  # the step without options, by Adam's epsilon
@@ -217,6 +218,7 @@ def test_options_change_the_update(one_update, lora_pipe, golden_dir):
         assert relative(steps[0], without) > 0.05
 
 
+@pytest.mark.slow
 def test_timesteps_together_give_the_same_gradients(one_update, lora_pipe, golden_settings, golden_dir):
     """Adam's first moments after one update are the gradients, times 1 - beta1; in float64, hardly any is rounding."""
     lora_pipe.unet.double()
