@@ -181,6 +181,7 @@ def test_samples_of_the_second_stage():
         assert torch.equal(chosen, chosen.unique()) and torch.equal(chosen, chosen_samples(passed, share, seed=3))
 
 
+@pytest.mark.slow
 def test_settings_reach_the_training(train, table, tmp_path):
     """Expert levels, the objective, flips and the importance of stage 2 change weights of the Policy."""
     found = {}
