@@ -102,7 +102,7 @@ class Rounds:
         """Return the folder of the generator after round `number`; round 0 is the initial one."""
         return self.folder(number) / "model" if number else Path(self.config.pretrained.model)
 
-    def run(self, number: int) -> None:
+    def train(self, number: int) -> None:
         """Run one round, skipping methods that are finished."""
         model, methods = self.model(number - 1), self.improve.methods
         for place, method in enumerate(methods, 1):
@@ -204,7 +204,7 @@ def main(_) -> None:
             done_before = number < len(history)
             if not done_before:
                 if number:
-                    run.run(number)
+                    run.train(number)
                 history.append(run.measure(number))
                 log.write({"round": number} | vars(history[-1]))
             found = ", ".join(f"{title} {cell}" for title, cell in history[number].cells().items())
