@@ -130,6 +130,8 @@ def test_stages_apart_and_stopped_trainings_end_like_an_uninterrupted_one(train,
 
     for saves, changed in ((1, {"batch_size": 8}), (3, {"second_learning_rate": 1e-4}), (4, {"width": 16})):
         output = tmp_path / str(saves)
+        output.mkdir()
+        (output / "policy_stage_1.safetensors").write_bytes(b"of an earlier training")
         stopped(saves, output=output, **settings)
         if saves < 4:
             with open(output / "metrics.jsonl", "a") as file:

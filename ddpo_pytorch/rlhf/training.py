@@ -257,6 +257,7 @@ def first_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedSe
     if accelerator.is_main_process:
         save_selector(selector, output / SELECTOR_FILE)
         save_policy(policy, output / POLICY_FILE)
+        (output / FIRST_POLICY).unlink(missing_ok=True)  # of an earlier training, whose judges were moved away
     accelerator.wait_for_everyone()
 
 
