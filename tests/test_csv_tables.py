@@ -18,7 +18,7 @@ from ddpo_pytorch.utils.errors import UserError
 TABLES = {
     "isic": ("image,MEL,NV,hair,gel_bubble,ruler,ink\na,1,0,0,1,0,0\nb,0,1,1,0,0,1\n", isic.read_split, "gel_bubble"),
     "metadata": ("image,lesion_id\na,L1\nb,L2\n", read_metadata, "lesion_id"),
-    "fundus": ("path,Text,modality,patient\na.png,Drusen,Fundus,P1\nb.png,Scar,Fundus,P2\n", fundus.read_split, "Text"),
+    "fundus": ("path,Text,modality,patient\na.png,'=x,Fundus,P1\nb.png,Scar,Fundus,P2\n", fundus.read_split, "Text"),
     "ratings": ("image_path,rating,prompt,rater_id\na.png,3,Drusen,Ann\nb.png,1,Scar,Ann\n", read_ratings, "rating"),
 }
 
@@ -121,15 +121,3 @@ def test_formulas_are_quoted_and_read_back_as_they_were(cell):
     assert (value, empty) == ("1.5", "")
     assert (first == cell) == (cell in PLAIN) == (protected(cell) == cell)
     assert first[:1] not in ("=", "@", "\t", "\r", "＝") and (first[:1] not in ("+", "-") or cell in PLAIN)
-
-
-def test_tables_with_formulas_keep_them_through_a_division(tmp_path):
-    path, cells = tmp_path / "captions.csv", ["=1+1", "'=1", "-1", "+x", "@y"]
-    rows = [[f"{n}.png", f"=x {n}", cell] for n, cell in enumerate(cells)]
-    path.write_text(table_text(["path", "Text", "note"], rows))
-    assert "\n0.png,'=x 0,'=1+1\n" in path.read_text()
-    rows = fundus.read_split(path)
-    assert [row.caption for row in rows] == [f"Fundus: =x {n}" for n in range(5)]
-    assert [row.fields["note"] for row in rows] == cells
-    fundus.write_table(tmp_path / "again.csv", rows)
-    assert (tmp_path / "again.csv").read_bytes() == path.read_bytes()

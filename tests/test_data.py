@@ -52,23 +52,6 @@ def test_broken_images_are_named(tmp_path):
         files[1]
 
 
-def test_sample_folders(tmp_path):
-    with pytest.raises(UserError, match="not a sample folder"):
-        sample_folder.list_samples(tmp_path)
-    first, second = isic.CAPTIONS[:2]
-    for caption in (first, second):
-        images.save_image(tmp_path / "images" / sample_folder.folder_name(caption) / "00000.png", torch.zeros(3, 4, 4))
-    assert {caption for _, caption in sample_folder.list_samples(tmp_path)} == {first, second}
-    assert [caption for _, caption in sample_folder.list_samples(tmp_path, [second])] == [second]
-    with pytest.raises(UserError, match="holds no images"):
-        sample_folder.list_samples(tmp_path, [isic.CAPTIONS[5]])
-    (tmp_path / "images" / "pink").mkdir()
-    with pytest.raises(UserError, match="'pink'"):
-        sample_folder.list_samples(tmp_path)
-    sample_folder.write_log(tmp_path, [{"prompt": first}])
-    assert sample_folder.read_log(tmp_path) == [{"prompt": first}]
-
-
 def test_grid_places_images_row_by_row_and_every_8_bit_level_survives():
     batch = torch.stack([torch.full((3, 4, 4), value) for value in (0.0, 0.5, 1.0)])
     grid = np.asarray(images.image_grid(batch, columns=2, padding=1))

@@ -5,7 +5,6 @@ import csv
 import io
 import itertools
 import json
-import resource
 import signal
 import sys
 import time
@@ -172,24 +171,6 @@ def test_kill_resume_token_and_end(tmp_path):
     assert page.end(signal.SIGINT) == 0
     assert "1 ratings are in" in page.lines[-1] and "Traceback" not in "".join(page.lines)
     assert [row.rating for row in read_ratings(table)] == [3]
-
-
-def test_a_click_that_does_not_fit_on_the_disk_is_refused_and_can_be_repeated(tmp_path):
-    write_gallery(tmp_path / "made", 4)
-    page = RatePage("--images", tmp_path / "made", "--out", tmp_path / "ratings.csv")
-    page.table = tmp_path / "ratings.csv"
-    state = page.rate("Ann", page.post("state", "Ann"), 3)
-    before = page.table.read_bytes(), journal(page)
-    limit = page.table.with_name("ratings.journal.csv").stat().st_size + 9
-    resource.prlimit(page.process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    click = {"rater": "Ann", "id": state["current"]["id"], "rating": 1, "expert_level": 2}
-    for _ in range(2):
-        answer = page.ask("/api/rate", click)
-        assert answer.status == 507 and str(tmp_path) not in answer.json["detail"]
-        assert page.post("state", "Ann") == state and (page.table.read_bytes(), journal(page)) == before
-    resource.prlimit(page.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert page.rate("Ann", state, 1)["rated"] == 2
-    assert page.end() == 0 and [row.rating for row in read_ratings(page.table)] == [3, 1]
 
 
 def test_no_confirmed_rating_is_lost_by_a_kill(tmp_path):
