@@ -1,14 +1,22 @@
-"""Tables, logs and captions that name files outside a folder: refused by name, nothing read or written there."""
+"""Paths: names that lead out of a folder, home folders, empty ones, and the folder a script runs in."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 from PIL import Image
+from script_tools import load_module
 
-from ddpo_pytorch.data import fundus, isic
+from ddpo_pytorch.data import fundus, isic, splits
 from ddpo_pytorch.data.sample_folder import PARTS, read_entries, read_log
 from ddpo_pytorch.generator.latents import LatentShards
+from ddpo_pytorch.phantoms import fundus as retina
+from ddpo_pytorch.phantoms import rating_sets as degradation
+from ddpo_pytorch.phantoms import skin as phantom
 from ddpo_pytorch.training.checkpoints import MANIFEST, find_damage
+from ddpo_pytorch.utils.cli import _find_config, expand, expand_config, expand_flags
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import path_fault, path_inside
 
@@ -70,3 +78,101 @@ def test_records_that_name_files_elsewhere_are_refused(tmp_path):
         LatentShards(tmp_path)
     (tmp_path / MANIFEST).write_text(json.dumps({"files": {"../x": {"bytes": 1, "sha256": ""}}}))
     assert f"{MANIFEST} is damaged" in find_damage(tmp_path)
+
+
+pytest_plugins = ["script_tools"]
+
+CONFIG_SCRIPTS = {
+    "train.py": ("logdir", "pretrained.model"),
+    "generate.py": ("logdir", "pretrained.model", "improve.judges"),
+    "extract_dataset_latents.py": ("logdir",),
+    "train_rlhf.py": ("rlhf.output", "rlhf.ratings", "rlhf.text_encoder"),
+    "improve.py": ("improve.output", "improve.judges", "improve.csv", "improve.data_path", "pretrained.model"),
+}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "home"
+
+
+def test_a_home_folder_is_expanded_at_the_beginning_only(home):
+    assert expand("~") == str(home) and expand("~/a b/c") == f"{home}/a b/c"
+    assert [expand(path) for path in ("", "a/~/b", "./~", "/~")] == ["", "a/~/b", "./~", "/~"]
+    with pytest.raises(UserError, match="'~nobody-of-this-name/x'.*./~nobody-of-this-name/x"):
+        expand("~nobody-of-this-name/x")
+
+
+@pytest.mark.parametrize("scale", ["base", "fundus", "mini"])
+def test_no_path_of_a_configuration_keeps_its_tilde(home, scale):
+    module = load_module(ROOT / "config" / f"{scale}.py")
+    config = module.get_config("") if scale == "base" else module.get_config("finetune_sd")
+    config.base_log_path = "~/out"
+    config.sd.latents = "~/latents"
+    config.eval.prompts = ("~ 5 mm, a nevus",)
+    expand_config(config)
+    assert config.logdir == f"{home}/out/logs" and config.metric.cache_dir == f"{home}/out/cache/metrics"
+    assert config.sd.latents == f"{home}/latents" and config.eval.prompts == ("~ 5 mm, a nevus",)
+    texts = config.to_json_best_effort().replace("~ 5 mm", "")
+    assert "~" not in texts
+    config.base_log_path = "/other"  # what is derived stays derived
+    assert config.rlhf.output == "/other/rlhf"
+
+
+@pytest.mark.parametrize(
+    ("script", "field"),
+    [(script, field) for script, fields in CONFIG_SCRIPTS.items() for field in ("base_log_path", *fields)],
+)
+def test_an_empty_path_is_refused_by_name_and_nothing_is_written(home, run_main, script, field):
+    given = {"base_log_path": "out", "sd.output": "sd", "metric.output": "metrics", "rlhf.ratings": "ratings.csv"}
+    given |= {f"improve.{name}": name for name in ("held_out_judges", "csv", "held_out_csv", "data_path")}
+    with pytest.raises(UserError) as refused:
+        if script == "train.py":
+            config = load_module(ROOT / "config" / "base.py").get_config()
+            config.update_from_flattened_dict(given | {field: " "})
+            load_module(ROOT / "scripts" / script).train(config)
+        run_main(script, ROOT / "config" / "base.py", **given | {field: " "})
+    assert str(refused.value).startswith(f"{field} is empty") and f"--config.{field}=" in str(refused.value)
+    assert not any(Path.cwd().iterdir())
+
+
+TOOLS = {
+    fundus: {"--csv": "table.csv", "--out": "out"},
+    splits: {"--splits": "splits"},
+    degradation: {"--csv": "table.csv", "--data_path": "images", "--out": "out"},
+    retina: {"--out": "out"},
+    phantom: {"--out": "out"},
+}
+
+
+@pytest.mark.parametrize(("tool", "name"), [(tool, name) for tool, names in TOOLS.items() for name in names])
+@pytest.mark.parametrize("bad", ["", "~nobody-of-this-name/x"])
+def test_tools_refuse_empty_paths_and_unknown_homes_by_name(home, capsys, tool, name, bad):
+    with pytest.raises(SystemExit) as ended:
+        tool.main([f"{option}={value}" for option, value in (TOOLS[tool] | {name: bad}).items()])
+    assert ended.value.code == 2 and name in capsys.readouterr().err.splitlines()[-1]
+    assert not any(Path.cwd().iterdir())
+
+
+def test_a_configuration_is_found_from_any_folder(home):
+    (home / "own.py").touch()
+    script, base = str(ROOT / "scripts" / "eval.py"), str(ROOT / "config" / "base.py")
+    assert _find_config([script, "--config=config/base.py:x", "--y"]) == [script, f"--config={base}:x", "--y"]
+    assert _find_config([script, "--config", "~/own.py"]) == [script, "--config", f"{home}/own.py"]
+    (Path.cwd() / "config").mkdir()
+    (Path.cwd() / "config" / "base.py").touch()
+    assert _find_config([script, "--config=config/base.py"]) == [script, "--config=config/base.py"]
+    with pytest.raises(UserError, match="nothing.py.*nothing.py"):
+        _find_config([script, "--config=config/nothing.py:x"])
+
+
+def test_flags_that_are_paths(home):
+    flags = SimpleNamespace(root="~/a", check="~/b", unpack=None)
+    expand_flags(flags, ("root", "unpack"), ("check",))
+    assert (flags.root, flags.check, flags.unpack) == (f"{home}/a", f"{home}/b", None)
+    with pytest.raises(UserError, match="--root is empty"):
+        expand_flags(SimpleNamespace(root=" "), ("root",))
