@@ -64,8 +64,8 @@ def by_turns(first: Callable[[], None], second: Callable[[], None], turns: int) 
 
 def build(channels: tuple[int, ...], unet_channels: tuple[int, ...]):
     torch.manual_seed(0)
-    tokenizer = scratch.build_tokenizer(CAPTIONS)
-    text_encoder = scratch.build_text_encoder(tokenizer, 64, 2).eval()
+    tokenizer, text_encoder = scratch.build_clip(CAPTIONS, 64, 2)
+    text_encoder.eval()
     vae = scratch.build_vae(channels, SIZE).eval().requires_grad_(False)
     unet = scratch.build_unet(unet_channels, (False, True, True), 64, SIZE // 2 ** (len(channels) - 1))
     return scratch.assemble(vae, text_encoder, tokenizer, unet)
@@ -89,7 +89,7 @@ def measure_step(paths: list[Path], folder: Path, batch_size: int, turns: int, b
         nonlocal step
         step += 1
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = loss_model.batch_loss(loss_model, batch, BatchDraws(0, Stream.NOISE, step, batch_size))
+            loss = loss_model(batch, BatchDraws(0, Stream.NOISE, step, batch_size))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

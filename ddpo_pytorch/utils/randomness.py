@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from ddpo_pytorch.utils.errors import UserError
+
 # independent random streams of one run; their numbers, from 0, are part of every seed
 Stream = IntEnum("Stream", "PROMPTS NOISE ORDER TIMESTEPS GRID EVALUATION BATCHES VALIDATION HELD_OUT POOL", start=0)
 
@@ -58,7 +60,8 @@ class EndlessBatches(Sampler[list[int]]):
         self.count, self.batch_size, self.seed, self.first = count, batch_size, seed, first
         self.rank, self.processes = rank, processes
         if count < batch_size * processes:
-            raise ValueError(f"{count} items are fewer than a batch of {batch_size} for {processes} processes")
+            problem = f"{count} items are fewer than a batch of {batch_size} for {processes} processes"
+            raise UserError(f"{problem}; lower the batch size")
 
     def __iter__(self) -> Iterator[list[int]]:
         total = self.batch_size * self.processes
