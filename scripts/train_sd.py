@@ -11,8 +11,9 @@ uninterrupted run (on a CPU to the bit), for any number of processes with the sa
 import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from absl import flags
@@ -23,30 +24,19 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from ml_collections import ConfigDict
 from safetensors.torch import save_file
+from torch import nn
 from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
 from ddpo_pytorch.data.datasets import source
 from ddpo_pytorch.data.images import decoded, image_grid, save_picture
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
+from ddpo_pytorch.generator import finetune_data as data
 from ddpo_pytorch.generator import from_scratch as scratch
-from ddpo_pytorch.generator.conditioning import save_model, unet_metadata, with_bert
-from ddpo_pytorch.generator.finetune_data import (
-    SCHEDULES,
-    add_pool,
-    check_settings,
-    find_images,
-    find_rows,
-    open_latents,
-    refuse_outcome,
-    settings_of,
-    state_file,
-)
 from ddpo_pytorch.generator.finetune_losses import AutoencoderLoss, CaptionTable, NoiseLoss
-from ddpo_pytorch.generator.finetune_state import Training, endless_batches
 from ddpo_pytorch.generator.latents import LatentShards
 from ddpo_pytorch.generator.lora import add_lora, has_lora, merged_state_dict, save_lora
-from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline, save_model, unet_metadata, with_bert
 from ddpo_pytorch.generator.text import check_tokens, has_mask
 from ddpo_pytorch.sampling import SAMPLING
 from ddpo_pytorch.training.held_out import save_grid
@@ -64,7 +54,7 @@ from ddpo_pytorch.utils.files import JsonLines, atomic_folder, atomic_write
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
 from ddpo_pytorch.utils.randomness import BatchDraws, Stream
 from ddpo_pytorch.utils.settings import SEED, check_ranges
-from ddpo_pytorch.utils.training_state import save_state
+from ddpo_pytorch.utils.training_state import TrainState
 from ddpo_pytorch.utils.weights import check_finite
 
 FLAGS = flags.FLAGS
@@ -81,14 +71,12 @@ class AutoencoderStage:
         self.accelerator, self.output = accelerator, Path(sd.output)
         self.vae = scratch.load_vae(sd.vae) if sd.vae else scratch.build_vae(sd.vae_channels, sd.image_size)
         with accelerator.local_main_process_first():  # the others read its cache
-            images = find_images(sd, sd.csv, sd.limit)
-            self.train_set = decoded(images, sd.cache_dir)
-            self.val_set = decoded(find_images(sd, sd.val_csv, sd.val_images), sd.cache_dir) if sd.val_csv else None
-        self.loss = AutoencoderLoss(self.vae, sd.vae_kl_weight)
-        self.data = {"images": images.digest()}  # what a state to resume from was trained on
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        return [{"params": list(self.loss.parameters())}]
+            images = data.find_images(sd, sd.csv, sd.limit)
+            self.train_set, self.val_set = decoded(images, sd.cache_dir), None
+            if sd.val_csv:
+                self.val_set = decoded(data.find_images(sd, sd.val_csv, sd.val_images), sd.cache_dir)
+        self.loss, self.slow = AutoencoderLoss(self.vae, sd.vae_kl_weight), []
+        self.hashes = {"images": images.digest()}  # of what a state to resume from was trained on
 
     @torch.no_grad()
     def _encode(self, dataset: Dataset, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,35 +109,30 @@ class DiffusionStage:
         self.accelerator, self.config, self.pipe, self.output = accelerator, config, pipe, Path(sd.output)
         pipe.vae.to(accelerator.device).float()  # in half precision SD's autoencoder overflows
         self.train_set, self.val_set = (
-            open_latents(accelerator, sd, pipe.vae, validation) for validation in (False, True)
+            data.open_latents(accelerator, sd, pipe.vae, validation) for validation in (False, True)
         )
+        if self.val_set and self.train_set.shares_images_with(self.val_set):
+            raise UserError("training and validation latents share images; extract them from different split tables")
+        learned, scores = [self.train_set], []
         if sd.pool:
-            self.train_set = add_pool(accelerator, sd, pipe.vae, self.train_set)
-        sets = [self.train_set, *([self.val_set] if self.val_set else [])]
+            pool, scores = data.open_pool(accelerator, sd, pipe.vae)
+            learned.append(pool)
+            self.train_set = data.MixedLatents(self.train_set, pool, scores, sd.real_share)
+        sets = [*learned, *([self.val_set] if self.val_set else [])]
         self.captions = list(dict.fromkeys(caption for latents in sets for caption in latents.captions))
         table = CaptionTable(pipe, self.captions, trained=sd.stage == "unet" or sd.train_text_encoder)
         check_tokens(pipe.tokenizer, self.captions, "captions")
         for latents in sets:
             latents.renumber(self.captions)
-        if self.val_set and self.train_set.shares_images_with(self.val_set):
-            raise UserError("training and validation latents share images; extract them from different split tables")
         if sd.gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
         self.loss = NoiseLoss(pipe, table, sd.caption_dropout, sd.min_snr_gamma)
-        self.data = {"latents": self.train_set.digests(), "captions": table.digest()}
+        # a pretrained text encoder learns at a tenth of the UNet's rate
+        self.slow = list(table.parameters()) if sd.stage == "finetune" else []
+        self.hashes = {"latents": [latents.index["shards"] for latents in learned], "scores": scores}
         # the UNet's initial weights are part of the loss
-        self.data |= pipeline_fingerprints(pipe, ("scheduler", "text_encoder", "tokenizer", "vae"))
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return all trained weights; a pretrained text encoder learns at a tenth of the UNet's rate."""
-        sd, trained = self.config.sd, [weight for weight in self.loss.parameters() if weight.requires_grad]
-        if sd.stage != "finetune" or not sd.train_text_encoder:
-            return [{"params": trained}]
-        slow = {id(weight) for weight in self.loss.captions.parameters()}
-        return [
-            {"params": [weight for weight in trained if id(weight) not in slow]},
-            {"params": [weight for weight in trained if id(weight) in slow], "lr": sd.learning_rate / 10},
-        ]
+        self.hashes |= pipeline_fingerprints(pipe, ("scheduler", "text_encoder", "tokenizer", "vae"))
+        self.hashes["captions"] = fingerprint({"table": table.table})
 
     def draw(self, path: Path) -> None:
         """Save a grid of one image per caption."""
@@ -172,22 +155,37 @@ class DiffusionStage:
 Stage = AutoencoderStage | DiffusionStage
 
 
+def refuse_outcome(sd: ConfigDict) -> None:
+    """Raise UserError if the stage is finished already; remove a state that a kill left behind then."""
+    outcome = Path(sd.output) / data.OUTCOMES[sd.stage]
+    if outcome.exists():
+        Path(sd.output, f"{sd.stage}_state.pt").unlink(missing_ok=True)
+        raise UserError(f"{str(outcome)!r} exists already; give another folder with --config.sd.output=DIR")
+
+
 def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
     """Train with AdamW, warm-up and a weight average, which is in the model at the end."""
     sd, output, is_main = config.sd, Path(config.sd.output), accelerator.is_main_process
-    parameters = [weight for weight in stage.loss.parameters() if weight.requires_grad]
-    optimizer = make_adamw(stage.parameter_groups(), sd.use_8bit_adam, lr=sd.learning_rate, weight_decay=1e-2)
-    schedule = get_scheduler(
-        SCHEDULES[sd.lr_schedule], optimizer, num_warmup_steps=sd.warmup_steps, num_training_steps=sd.num_steps
-    )
+    parameters, slow = [weight for weight in stage.loss.parameters() if weight.requires_grad], set(stage.slow)
+    groups = [{"params": [weight for weight in parameters if weight not in slow]}]
+    if slow:
+        groups.append({"params": [weight for weight in parameters if weight in slow], "lr": sd.learning_rate / 10})
+    optimizer = make_adamw(groups, sd.use_8bit_adam, lr=sd.learning_rate, weight_decay=1e-2)
+    steps = {"num_warmup_steps": sd.warmup_steps, "num_training_steps": sd.num_steps}
+    schedule = get_scheduler(data.SCHEDULES[sd.lr_schedule], optimizer, **steps)
     model, optimizer = accelerator.prepare(stage.loss.train(), optimizer)
     average = EMAModel(parameters, decay=sd.ema_decay, foreach=True) if sd.ema_decay > 0 else None
-    training = Training(parameters, optimizer, schedule, average, accelerator.scaler)
-    data = stage.data | {"initial weights": fingerprint(stage.loss)}
-    state, settings = state_file(sd), settings_of(config, accelerator.num_processes, data)
-    first = training.restore(state, settings)
+    hashes = stage.hashes | {"initial weights": fingerprint(stage.loss)}
+    parts = {"weights": nn.ParameterList(parameters), "optimizer": optimizer, "schedule": schedule, "average": average}
+    settings = data.settings_of(config, accelerator.num_processes, hashes)
+    state = TrainState(output / f"{sd.stage}_state.pt", settings, scaler=accelerator.scaler, **parts)
+    if first := (state.load() or {"step": 0})["step"]:
+        logger.info("resuming after step %d of %s", first, state.path)
+    if average:
+        average.to(accelerator.device)
     log = JsonLines(output / f"{sd.stage}.jsonl", is_main, keep=first + 1, counter="step")
-    batches = endless_batches(accelerator, sd, config.seed, stage.train_set, first * sd.gradient_accumulation_steps)
+    number = first * sd.gradient_accumulation_steps  # of the next batch
+    batches = data.endless_batches(accelerator, sd, config.seed, stage.train_set, number)
 
     losses, seconds = [], 0.0  # since the last log entry
     hidden = None if is_main else True  # None: a bar on terminals only
@@ -196,7 +194,7 @@ def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
         for _ in range(sd.gradient_accumulation_steps):
             batch, draws = next(batches)
             with accelerator.accumulate(model):
-                loss = stage.loss.batch_loss(model, batch, draws)
+                loss = model(batch, draws)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(parameters, 1.0)
@@ -218,27 +216,36 @@ def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
             log.write(entry | {"images_per_second": round(speed, 2), "peak_memory_gib": round(peak_memory_gib(), 2)})
             logger.info("step %d/%d  loss %.4f  %.1f images/s", step, sd.num_steps, mean, speed)
             if not math.isfinite(mean):
-                raise UserError(
-                    f"the loss is {mean} at step {step}; lower sd.learning_rate, or use bf16 instead of fp16"
-                )
+                raise UserError(f"the loss is {mean} at step {step}; lower sd.learning_rate, or use bf16, not fp16")
             losses, seconds = [], 0.0
         if stage.val_set is not None and (step % sd.val_every == 0 or step == 1 or last):
-            with training.averaged():
+            with averaged(average, parameters):
                 val_loss = validate(accelerator, config, stage)
             log.write({"step": step, "val_loss": val_loss})
             logger.info("step %d/%d  validation loss %.5f", step, sd.num_steps, val_loss)
         if sd.save_every and step % sd.save_every == 0 and not last and is_main:
-            save_state(state, training.snapshot(step), settings)
+            state.save(step=step)
         if sd.grid_every and step % sd.grid_every == 0:
-            with training.averaged():
+            with averaged(average, parameters):
                 stage.draw(output / f"{sd.stage}_{step:06d}.png")
 
     if average:
         average.copy_to(parameters)
     if is_main:
         stage.finish()
-        state.unlink(missing_ok=True)
+        state.remove()
     accelerator.wait_for_everyone()
+
+
+@contextmanager
+def averaged(average: EMAModel | None, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Give the model its averaged weights within this context."""
+    if average:
+        average.store(parameters)
+        average.copy_to(parameters)
+    yield
+    if average:
+        average.restore(parameters)
 
 
 @torch.no_grad()
@@ -255,18 +262,19 @@ def validate(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> floa
             batch = [tensor.to(device) for tensor in default_collate(items)]
             draws = BatchDraws(config.seed, Stream.VALIDATION, number, size, rank, processes, len(items), device=device)
             with accelerator.autocast():
-                loss = stage.loss.batch_loss(stage.loss, batch, draws)
+                loss = stage.loss(batch, draws)
             sums += torch.tensor([loss.item() * len(items), len(items)], device=device)
     stage.loss.train()
     total, images = accelerator.reduce(sums).tolist()
     return total / images
 
 
-def training_captions(sd: ConfigDict) -> tuple[str, ...]:
-    """Return the training captions, from which a new model's tokenizer learns its words."""
+def build_from_scratch(accelerator: Accelerator, config: ConfigDict) -> StableDiffusionPipeline:
+    """Build a new model around the VAE of stage "vae"; its tokenizer learns the words of the training captions."""
+    sd = config.sd
     if sd.latents:
-        return tuple(LatentShards(sd.latents).captions)
-    return source(sd.kind).caption_list(find_rows(sd, sd.csv, sd.limit)[0])
+        return scratch.build_pipeline(sd, LatentShards(sd.latents).captions)
+    return scratch.build_pipeline(sd, source(sd.kind).caption_list(data.find_rows(sd, sd.csv, sd.limit)[0]))
 
 
 def load_pretrained(accelerator: Accelerator, config: ConfigDict) -> StableDiffusionPipeline:
@@ -292,23 +300,17 @@ def main(_) -> None:
     config = expand_config(FLAGS.config, *required)
     sd = config.sd
     check_ranges(config, SAMPLING if sd.grid_every else {"seed": SEED})
-    check_settings(sd)
-    accelerator = make_accelerator(
-        config.mixed_precision,
-        config.allow_tf32,
-        sd.gradient_accumulation_steps,
-        process_timeout=config.process_timeout,
-    )
+    data.check_settings(sd)
+    precision, timeout = (config.mixed_precision, config.allow_tf32), config.process_timeout
+    accelerator = make_accelerator(*precision, sd.gradient_accumulation_steps, process_timeout=timeout)
     set_seed(config.seed)  # the same initial weights on all processes
     with locked_by_main(accelerator, sd.output, "another --config.sd.output"):
         run_on_main_process(accelerator, refuse_outcome, sd)
         if sd.stage == "vae":
             stage = AutoencoderStage(accelerator, config)
-        elif sd.stage == "unet":
-            pipe = scratch.build_pipeline(sd, training_captions(sd))
-            stage = DiffusionStage(accelerator, config, pipe)
         else:
-            stage = DiffusionStage(accelerator, config, load_pretrained(accelerator, config))
+            build = load_pretrained if sd.stage == "finetune" else build_from_scratch
+            stage = DiffusionStage(accelerator, config, build(accelerator, config))
         train(accelerator, config, stage)
     logger.info("finished; the result is in %s", sd.output)
     accelerator.end_training()

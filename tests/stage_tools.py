@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 from script_tools import options, run_in_process, succeed
 
+from ddpo_pytorch.utils.training_state import TrainState
+
 SPLIT = "splits/phantom_{}.csv"
 
 
@@ -14,9 +16,7 @@ SPLIT = "splits/phantom_{}.csv"
 def base(world, tmp_path_factory):
     """Settings of all stages on the small world, with a cache of their own."""
     settings = {"mixed_precision": "no", "sd__data_path": str(world / "images"), "sd__image_size": 32}
-    settings |= {
-        f"sd__{key}": str(world / SPLIT.format(split)) for key, split in (("csv", "train"), ("val_csv", "val"))
-    }
+    settings |= {"sd__csv": str(world / SPLIT.format("train")), "sd__val_csv": str(world / SPLIT.format("val"))}
     settings |= {"sd__num_steps": 4, "sd__batch_size": 8, "sd__log_every": 1, "sd__val_every": 2, "sd__grid_every": 0}
     settings |= {"sd__save_every": 0, "sd__warmup_steps": 1, "sd__learning_rate": 1e-3, "sample__num_steps": 2}
     settings |= {"sd__vae_channels": (8, 8, 8), "sd__unet_channels": (16, 16), "sd__unet_attention": (False, True)}
@@ -31,6 +31,24 @@ def train_stage(run_main, config_file, base):
     def run(output, **fields):
         run_main("train_sd.py", config_file, **base | {"sd__output": str(output)} | fields)
         return entries(output / f"{fields.get('sd__stage', 'finetune')}.jsonl")
+
+    return run
+
+
+@pytest.fixture
+def stopped(train_stage, monkeypatch):
+    """Function (step, output, fields): train until the state of this step would be saved."""
+
+    def run(step, output, **fields):
+        def stop(state, **progress):
+            if progress["step"] == step:
+                raise KeyboardInterrupt
+            save(state, **progress)
+
+        save = TrainState.save
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(TrainState, "save", stop)
+            train_stage(output, **fields)
 
     return run
 
@@ -54,10 +72,5 @@ def unet_of(folder):
     return load_file(folder / "pretrained_unet.safetensors")
 
 
-def assert_equal(one, other, **tolerance):
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(value, other[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
-
-
-EXACT = {"rtol": 0, "atol": 0}
+def assert_equal(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=0)

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from script_tools import files_of
 
 from ddpo_pytorch.data.isic import CAPTIONS
-from ddpo_pytorch.generator.finetune_state import Training
 from ddpo_pytorch.generator.lora import adapter_fingerprint, add_lora, lora_parameters
 from ddpo_pytorch.generator.pipeline import encode_prompts, load_pipeline
 from ddpo_pytorch.utils.errors import UserError
@@ -200,19 +199,10 @@ def test_training_resumes_with_other_files_where_the_settings_say_so(rl, own_mod
 
 
 @pytest.mark.slow
-def test_stage_one_does_not_resume_on_another_base(own_model, train_stage, tmp_path, monkeypatch):
-    snapshot = Training.snapshot
-
-    def stop(self, step):
-        if step == 2:
-            raise KeyboardInterrupt
-        return snapshot(self, step)
-
+def test_stage_one_does_not_resume_on_another_base(own_model, train_stage, stopped, tmp_path):
     fields = {"pretrained__model": str(own_model), "sd__image_size": 64, "sd__num_steps": 3, "sd__save_every": 1}
     fields |= {"sd__val_csv": "", "sd__limit": 8}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Training, "snapshot", stop)
-        train_stage(tmp_path / "out", **fields)
+    stopped(2, tmp_path / "out", **fields)
     for change, what in (("unet", "initial weights"), ("tokenizer", "captions"), ("vae", "vae_sha256")):
         with replaced(own_model, change), pytest.raises(UserError, match=what):
             train_stage(tmp_path / "out", **fields)

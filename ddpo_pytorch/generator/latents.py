@@ -6,7 +6,6 @@ autoencoder's posterior `mean` and `logvar` (n, C, h, w), half precision, not sc
 image size, resize mode and source.
 """
 
-import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,13 +36,9 @@ ENCODE_BATCH = 8
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and log-variance (B, C, h, w), half precision on the CPU, for uint8 images (B, 3, H, W).
-
-    On a CPU one thread computes, since the last bits depend on the number of threads. To use more cores, start more
-    processes.
-    """
+    """Return mean and log-variance (B, C, h, w), half precision on the CPU, for uint8 images (B, 3, H, W)."""
     pixels = (images.to(vae.device).float() / 127.5 - 1).to(vae.dtype)
-    with one_thread():
+    with one_thread():  # the last bits depend on the number of threads; more processes use more cores
         posterior = vae.encode(pixels).latent_dist
     return posterior.mean.half().cpu().contiguous(), posterior.logvar.half().cpu().contiguous()
 
@@ -78,8 +73,8 @@ def encode_data_set(
 ) -> int:
     """Encode this process's shards of a data set of uint8 images; return the number of images decoded.
 
-    Shards are dealt to the processes and appear atomically: a rerun after a kill continues with the missing ones, and
-    any number of processes writes the same files.
+    Shards appear atomically: a rerun after a kill continues with the missing ones. Any number of processes writes the
+    same files.
 
     Args:
         vae: None only keeps images, without latents.
@@ -88,31 +83,34 @@ def encode_data_set(
         keep_image: receives (position, image) of each decoded image, in threads.
         is_kept: whether `keep_image` succeeded for a position before; otherwise its shard is made again.
     """
-    hashes = _recorded_hashes(folder)
-    starts = range(rank * SHARD_IMAGES, len(rows), processes * SHARD_IMAGES)
-    shards = [(_shard_path(folder, start // SHARD_IMAGES), _positions(start, len(rows))) for start in starts]
-    total = sum(len(positions) for _, positions in shards)
+    index, hashes = Path(folder) / INDEX, {}
+    if index.is_file():
+        try:
+            hashes = {entry["file"]: entry["sha256"] for entry in read_json(index, INDEX_SHAPE)["shards"]}
+        except UserError as error:
+            logger.warning("%s; it is written again", error)
 
-    def is_done(path: Path, positions: Sequence[int]) -> bool:
-        intact = vae is None or _is_intact(path, [rows[position] for position in positions], hashes.get(path.name))
-        return intact and all(map(is_kept, positions))
+    def is_done(path: Path, positions: range) -> bool:
+        expected = hashes.get(path.name), [rows[position] for position in positions]
+        problem = "" if vae is None else _find_damage(path, *expected)
+        if problem and path.is_file():
+            logger.warning("%s %s and is made again", path, problem)
+        return not problem and all(map(is_kept, positions))
 
-    shards = [(path, positions) for path, positions in shards if not is_done(path, positions)]
-    batches = [
-        [positions[i : i + ENCODE_BATCH] for i in range(0, len(positions), ENCODE_BATCH)] for _, positions in shards
-    ]
+    own = _shards(folder, len(rows))[rank::processes]
+    missing = [(path, positions) for path, positions in own if not is_done(path, positions)]
     # one loader for all shards keeps its workers alive
-    sampler = list(itertools.chain.from_iterable(batches))
-    loader = iter(DataLoader(files, batch_sampler=sampler, **loader_options(num_workers)))
-    missing = sum(map(len, sampler))
+    batches = [batch for _, positions in missing for batch in _in_batches(positions)]
+    loader = iter(DataLoader(files, batch_sampler=batches, **loader_options(num_workers)))
+    total, count = (sum(len(positions) for _, positions in shards) for shards in (own, missing))
     hidden = None if progress and rank == 0 else True
     with (
-        tqdm(total=total, initial=total - missing, desc="encoding", unit="image", disable=hidden) as bar,
+        tqdm(total=total, initial=total - count, desc="encoding", unit="image", disable=hidden) as bar,
         ThreadPoolExecutor(ENCODE_BATCH) as pool,  # compressing PNGs takes longer than decoding JPEGs
     ):
-        for (path, positions), shard_batches in zip(shards, batches, strict=True):
+        for path, positions in missing:
             latents = []
-            for batch in shard_batches:
+            for batch in _in_batches(positions):
                 images, _ = next(loader)
                 saving = pool.map(keep_image, batch, images) if keep_image else ()
                 if vae is not None:
@@ -121,47 +119,20 @@ def encode_data_set(
                 bar.update(len(images))
             if vae is not None:
                 mean, logvar = map(torch.cat, zip(*latents, strict=True))
-                numbers = (torch.tensor([values[position] for position in positions]) for values in (rows, caption_ids))
-                tensors = dict(zip(("row", "caption"), numbers, strict=True)) | {"mean": mean, "logvar": logvar}
+                row, caption = (torch.tensor([of[position] for position in positions]) for of in (rows, caption_ids))
                 with atomic_write(path) as temporary:
-                    save_file(tensors, temporary)
-    return missing
+                    save_file({"row": row, "caption": caption, "mean": mean, "logvar": logvar}, temporary)
+    return count
 
 
-def _shard_path(folder: str | Path, number: int) -> Path:
-    return Path(folder) / f"shard_{number:05d}.safetensors"
+def _shards(folder: str | Path, images: int) -> list[tuple[Path, range]]:
+    """Return the file of each shard and the positions of its images in the data set."""
+    parts = [range(start, images)[:SHARD_IMAGES] for start in range(0, images, SHARD_IMAGES)]
+    return [(Path(folder) / f"shard_{number:05d}.safetensors", part) for number, part in enumerate(parts)]
 
 
-def _positions(start: int, count: int) -> list[int]:
-    """Return the positions in the data set of the shard that begins at `start`."""
-    return list(range(start, min(start + SHARD_IMAGES, count)))
-
-
-def _recorded_hashes(folder: str | Path) -> dict[str, str]:
-    path = Path(folder) / INDEX
-    if not path.is_file():
-        return {}
-    try:
-        return {entry["file"]: entry["sha256"] for entry in read_json(path, INDEX_SHAPE)["shards"]}
-    except UserError as error:
-        logger.warning("%s; it is written again", error)
-        return {}
-
-
-def _is_intact(path: Path, rows: list[int], recorded: str | None) -> bool:
-    """Return whether a shard is undamaged and holds these rows; warn if it exists and is not."""
-    if not path.is_file():
-        return False
-    try:
-        with open_safetensors(path) as file:  # refuses a file shorter than its header states
-            problem = "" if file.get_tensor("row").tolist() == rows else "holds other rows"
-    except (UserError, SafetensorError) as error:
-        problem = f"is damaged ({error})"
-    if not problem and recorded not in (None, sha256(path)):
-        problem = f"differs from {INDEX}"
-    if problem:
-        logger.warning("%s %s and is made again", path, problem)
-    return not problem
+def _in_batches(positions: range) -> list[range]:
+    return [positions[start : start + ENCODE_BATCH] for start in range(0, len(positions), ENCODE_BATCH)]
 
 
 def write_index(
@@ -171,7 +142,7 @@ def write_index(
 
     Removes shards of an earlier run with more images.
     """
-    paths = [_shard_path(folder, number) for number in range(-(-images // SHARD_IMAGES))]
+    paths = [path for path, _ in _shards(folder, images)]
     index = dict(about) | {
         "vae_sha256": fingerprint(vae),
         "scaling_factor": vae.config.scaling_factor,
@@ -184,6 +155,17 @@ def write_index(
     write_json(Path(folder) / INDEX, index)
 
 
+def _find_damage(path: Path, recorded: str | None, rows: Sequence[int] | None = None) -> str:
+    """Return why a shard is unusable, or "": it is missing, torn, not the recorded one, or of other rows."""
+    try:
+        with open_safetensors(path) as file:  # refuses a file shorter than its header states
+            if rows is not None and file.get_tensor("row").tolist() != list(rows):
+                return "holds other rows"
+    except (UserError, SafetensorError) as error:
+        return f"is damaged ({error})" if path.is_file() else "is missing"
+    return "" if recorded in (None, sha256(path)) else f"differs from {INDEX}"
+
+
 class LatentShards(Dataset):
     """Data set of a folder of latents, memory-mapped: items are (mean (C, h, w), logvar (C, h, w), caption id).
 
@@ -192,34 +174,29 @@ class LatentShards(Dataset):
     """
 
     def __init__(self, folder: str | Path):
-        path = Path(folder) / INDEX
+        path, advice = Path(folder) / INDEX, "delete it and run the extraction again"
         if not path.is_file():
             raise UserError(f"{str(folder)!r} holds no complete latents (no {INDEX}); run the extraction (again)")
-        self.index = read_json(path, INDEX_SHAPE, "delete it and run the extraction again")
+        self.index = read_json(path, INDEX_SHAPE, advice)
         self.captions, self.images = self.index["captions"], self.index["images"]
-        self._caption_ids = torch.arange(len(self.captions))
-        self._shards = [self._load(path.parent, entry) for entry in self.index["shards"]]
+        self._caption_ids, self._shards = torch.arange(len(self.captions)), []
+        for entry in self.index["shards"]:
+            shard = path_inside(folder, entry["file"], repr(str(path)))
+            if problem := _find_damage(shard, entry["sha256"]):
+                raise UserError(f"{str(shard)!r} {problem}; run the command that wrote it again to restore it")
+            with open_safetensors(shard) as file:
+                self._shards.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no dict)
         if problem := self._find_problem():
-            raise UserError(f"{str(path)!r} is damaged ({problem}); delete it and run the extraction again")
-
-    @staticmethod
-    def _load(folder: Path, entry: Mapping[str, str]) -> dict[str, torch.Tensor]:
-        path = path_inside(folder, str(entry["file"]), f"{str(folder / INDEX)!r}")
-        if not path.is_file() or sha256(path) != entry["sha256"]:
-            problem = "differs from the index" if path.is_file() else "is missing"
-            raise UserError(f"latent shard {str(path)!r} {problem}; run the command that wrote it again to restore it")
-        with open_safetensors(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
+            raise UserError(f"{str(path)!r} is damaged ({problem}); {advice}")
 
     def _find_problem(self) -> str | None:
         """Return why an item could not be read or would have no caption, or None."""
-        sizes = [len(_positions(start, self.images)) for start in range(0, self.images, SHARD_IMAGES)]
-        if not sizes or len(sizes) != len(self._shards):
+        if not self._shards or len(self._shards) != -(-self.images // SHARD_IMAGES):
             return f"it states {self.images} images and {len(self._shards)} shards"
-        for shard, size in zip(self._shards, sizes, strict=True):
+        for shard, (_, positions) in zip(self._shards, _shards("", self.images), strict=True):
             if lacking := {"row", "caption", "mean", "logvar"} - shard.keys():
                 return f"a shard lacks {min(lacking)!r}"
-            rows, captions = shard["row"], shard["caption"]
+            size, rows, captions = len(positions), shard["row"], shard["caption"]
             if {rows.dtype, captions.dtype} != {torch.int64} or not rows.shape == captions.shape == (size,):
                 return f"a shard is not of {size} images"
             if not 0 <= captions.min() <= captions.max() < len(self.captions):
@@ -232,10 +209,6 @@ class LatentShards(Dataset):
         """Return whether both come from the same table and have rows in common."""
         rows = [{row for shard in own._shards for row in shard["row"].tolist()} for own in (self, other)]
         return self.index.get("csv_sha256") == other.index.get("csv_sha256") and bool(rows[0] & rows[1])
-
-    def digests(self) -> list[str]:
-        """Return the SHA-256 of each shard."""
-        return [shard["sha256"] for shard in self.index["shards"]]
 
     def renumber(self, captions: Sequence[str]) -> None:
         """Make caption ids positions in this list, which contains all captions of the latents."""
