@@ -61,9 +61,8 @@ def load(path: str) -> ModuleType:
 def random_model(size: str) -> StableDiffusionPipeline:
     """The pipeline of size 4m or sd15 with random weights, on torch's default device."""
     torch.manual_seed(0)
-    tokenizer = scratch.build_tokenizer(CAPTIONS)
+    tokenizer, text_encoder = scratch.build_clip(CAPTIONS, 64, 2)
     if size == "4m":
-        text_encoder = scratch.build_text_encoder(tokenizer, 64, 2)
         unet = scratch.build_unet((64, 128), (True, True), 64, 16)
         return scratch.assemble(scratch.build_vae((16, 32, 32), 64), text_encoder, tokenizer, unet)
     text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)

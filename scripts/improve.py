@@ -27,11 +27,10 @@ from ml_collections import ConfigDict
 from ddpo_pytorch.data import fundus
 from ddpo_pytorch.data.images import image_grid, load_pixels, save_picture
 from ddpo_pytorch.data.sample_folder import claim_folder
-from ddpo_pytorch.generator.conditioning import save_model
 from ddpo_pytorch.generator.finetune_data import REAL_SHARE
 from ddpo_pytorch.generator.latents import INDEX, LatentShards
 from ddpo_pytorch.generator.lora import merged_state_dict
-from ddpo_pytorch.generator.pipeline import load_pipeline
+from ddpo_pytorch.generator.pipeline import load_pipeline, save_model
 from ddpo_pytorch.judges.policy import load_judges
 from ddpo_pytorch.rlhf import rounds
 from ddpo_pytorch.sampling import SAMPLING, Sampler

@@ -56,8 +56,7 @@ def tiny_pipeline_dir(tmp_path_factory) -> Path:
 def random_pipeline(folder: Path, channels: tuple[int, ...], attention: tuple[bool, ...]) -> Path:
     """Save a random Stable Diffusion of 16 x 16 latents and 64 px, in diffusers format."""
     torch.manual_seed(0)
-    tokenizer = scratch.build_tokenizer(CAPTIONS)
-    text_encoder = scratch.build_text_encoder(tokenizer, 32, 1)
+    tokenizer, text_encoder = scratch.build_clip(CAPTIONS, 32, 1)
     unet = scratch.build_unet(channels, attention, 32, 16)
     scratch.assemble(scratch.build_vae((8, 8, 8), 64), text_encoder, tokenizer, unet).save_pretrained(folder)
     return folder

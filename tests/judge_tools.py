@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ddpo_pytorch.generator import from_scratch as scratch
-from ddpo_pytorch.generator.conditioning import save_model
 from ddpo_pytorch.generator.from_scratch import build_bert
+from ddpo_pytorch.generator.pipeline import save_model
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, Policy, TextFeatures, save_policy
 from ddpo_pytorch.judges.selector import Selector, save_selector
 from ddpo_pytorch.judges.vit import VisionSizes

@@ -39,31 +39,22 @@ def assert_close(models, rows, **options):
         outputs.append(output)
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-10, atol=1e-12)
-    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 10
-    for name, expected in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-8, atol=1e-10, msg=name)
+    assert len(gradients[0]) > 10
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-8, atol=1e-10)
     with torch.no_grad():
         drawn = models[1](latents, timesteps, encoder_hidden_states=context, return_dict=False, **options)[0]
     assert torch.equal(drawn, outputs[1]) and not drawn.requires_grad
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize(("rows", "threads"), [(6, 2), (7, 3), (1, 2)])
+@pytest.mark.parametrize(
+    ("lora", "rows", "threads", "masked"), [(True, 7, 3, False), (False, 6, 2, True), (True, 1, 2, True)]
+)
 def test_outputs_and_gradients_are_those_of_the_whole_batch(lora, rows, threads, masked):
     models = unet(lora), unet(lora)
     run_batch_on_all_cores(models[1], threads)
     # text of different lengths, as a BERT masks it
     mask = {"encoder_attention_mask": torch.arange(9) < 2 + torch.arange(rows)[:, None]} if masked else {}
     assert_close(models, rows, **mask)
-
-
-def test_a_failure_in_a_thread_is_not_lost():
-    model = unet(True)
-    run_batch_on_all_cores(model, 2)
-    latents, too_narrow = torch.zeros(2, 4, 16, 16).double(), torch.zeros(2, 9, 31).double()
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        model(latents, torch.zeros(2).long(), encoder_hidden_states=too_narrow)
 
 
 def test_fused_adapters_compute_what_peft_computes():
@@ -80,16 +71,13 @@ def test_fused_adapters_compute_what_peft_computes():
 
 def test_fused_adapters_leave_half_precision_to_peft():
     """There, W + up down would be W again: an update of a thousandth of W's last digit still changes the output."""
-    results = []
-    for fused in (False, True):
-        model = unet(True).bfloat16()
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.float() * 1e-3
-        if fused:
-            fuse_lora(model)
-        layer = model.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
-        x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(3)).bfloat16()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            results.append(layer(x))
-    assert torch.equal(*results)
+    model = unet(True).bfloat16()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float() * 1e-3
+    layer = model.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(3)).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        fuse_lora(model)
+        assert torch.equal(layer(x), expected)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ddpo_pytorch.data.sample_folder import read_entries, read_log, read_settings
 from ddpo_pytorch.data.splits import read_splits
-from ddpo_pytorch.generator import conditioning
+from ddpo_pytorch.generator import pipeline
 from ddpo_pytorch.generator.from_scratch import build_unet, build_vae
 from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, write_index
 from ddpo_pytorch.generator.lora import load_lora
@@ -74,7 +74,7 @@ READERS = {
     "merged log": ("image_log.json", read_entries),
     "settings": ("settings.json", read_settings),
     "splits": ("splits.json", lambda folder: read_splits({"train": folder / "isic_train.csv"})),
-    "conditioning": ("conditioning.json", conditioning._record),
+    "conditioning": ("conditioning.json", pipeline._read_record),
     "phantom world": ("world.json", lambda folder: phantom.write_world(folder, 1, 1, 1, seed=0)),
     "fundus world": ("world.json", lambda folder: retina.write_world(folder, 2, 2, 2, seed=0)),
     "index": ("index.json", LatentShards),

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from script_tools import files_of
 
-from ddpo_pytorch.data.isic import ARTIFACTS, CAPTIONS
-from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
+from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator.lora import lora_state_dict
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
-from ddpo_pytorch.judges.classifier import ArtifactClassifier, save_classifier
+from ddpo_pytorch.sampling import draw_images
 from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.utils.errors import UserError
 
@@ -24,12 +24,6 @@ LORA = "pytorch_lora_weights.safetensors"
 def earlier(rl, tmp_path):
     """The run folder of an epoch of training, under another name than "run"."""
     return rl.train(run_name="earlier")
-
-
-def images(pipe, table):
-    noise = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-    embeds = {"prompt_embeds": table(CAPTIONS[:2]), "negative_prompt_embeds": table.negative}
-    return pipeline_with_logprob(pipe, **embeds, num_inference_steps=2, eta=1.0, generator=noise)[0]
 
 
 def epochs(folder):
@@ -48,8 +42,13 @@ def test_training_starts_from_an_adapter_as_eval_reads_it(rl, earlier, own_model
         started = lora_state_dict(run.pipe.unet)
         assert started.keys() == weights.keys()
         assert all(torch.equal(started[name], weights[name]) for name in weights)
-    expected = images(evaluated, PromptEmbeddings(evaluated))
-    torch.testing.assert_close(images(run.pipe, run.embeddings), expected, rtol=0, atol=1e-4)
+    drawn = [
+        draw_images(
+            pipe, table, CAPTIONS[:2], [torch.Generator().manual_seed(seed) for seed in (1, 2)], Sampling(2, 5, 1)
+        )
+        for pipe, table in ((evaluated, PromptEmbeddings(evaluated)), (run.pipe, run.embeddings))
+    ]
+    torch.testing.assert_close(*drawn, rtol=0, atol=1e-4)
     folder = rl.train(load_from=str(earlier), train__kl_coef=0.1)
     (entry,) = epochs(folder)
     # updates see other batches than the rollout, whose kernels may add up in another order
@@ -59,41 +58,17 @@ def test_training_starts_from_an_adapter_as_eval_reads_it(rl, earlier, own_model
     assert epochs(rl.train(run_name="fresh", train__kl_coef=0.1))[0]["kl_to_base"] < entry["kl_to_base"]
 
 
-def test_the_first_held_out_evaluation_is_of_the_adapter(rl, tmp_path):
-    torch.manual_seed(7)
-    save_classifier(ArtifactClassifier(ARTIFACTS, 32, "tinynet_e"), tmp_path / "H4.safetensors")
-    judge = {"held_out__every": 1, "held_out__images_per_prompt": 1}
-    judge["held_out__classifier"] = str(tmp_path / "H4.safetensors")
-
-    def evaluations(folder):
-        return [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
-
-    before = evaluations(rl.train(run_name="earlier", **judge))
-    after = evaluations(rl.train(load_from=str(tmp_path / "logs" / "earlier"), **judge))
-    assert [entry["epoch"] for entry in after] == [0, 1]
-    assert after[0] | {"epoch": 1} == before[1]
-
-
 def test_what_cannot_be_started_from_is_one_line_and_leaves_nothing(rl, earlier, own_model, tmp_path):
     weights = load_file(earlier / "checkpoint_1" / LORA)
-    name = next(iter(weights))
-    save_file(
-        {key: torch.cat([value, value], dim=int("lora_B" in key)) for key, value in weights.items()},
-        tmp_path / "8.safetensors",
-    )
+    doubled = {key: torch.cat([value, value], dim=int("lora_B" in key)) for key, value in weights.items()}
+    save_file(doubled, tmp_path / "8.safetensors")
     save_file({key: value for key, value in weights.items() if "to_k" not in key}, tmp_path / "few.safetensors")
-    save_file(weights | {name: torch.full_like(weights[name], torch.nan)}, tmp_path / "nan.safetensors")
-    (tmp_path / "page.safetensors").write_text("<html>")
     unet = str(own_model / "unet" / "diffusion_pytorch_model.safetensors")
     for fields, words in (
         ({"load_from": "/nowhere/adapter"}, ["/nowhere/adapter"]),
-        ({"load_from": str(tmp_path / "logs")}, [str(tmp_path / "logs")]),
         ({"load_from": str(tmp_path / "8.safetensors")}, ["8.safetensors", "train.lora_rank"]),
         ({"load_from": str(tmp_path / "few.safetensors")}, ["few.safetensors", "to_k"]),
         ({"load_from": str(earlier), "train__lora_targets": ("to_q",)}, ["train.lora_targets"]),
-        ({"load_from": str(earlier), "train__lora_rank": 2}, ["(4, ", "(2, "]),
-        ({"load_from": str(tmp_path / "nan.safetensors")}, ["nan.safetensors", name]),
-        ({"load_from": str(tmp_path / "page.safetensors")}, ["page.safetensors"]),
         ({"load_from": unet}, [unet, "use_lora=True"]),
         ({"load_from": str(earlier), "use_lora": False}, [LORA, "use_lora=False"]),
     ):
@@ -101,19 +76,6 @@ def test_what_cannot_be_started_from_is_one_line_and_leaves_nothing(rl, earlier,
             rl.train(**fields)
         assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), str(caught.value)
         assert not (tmp_path / "logs" / "run").exists()
-
-
-def test_a_full_fine_tune_starts_from_a_full_unet(rl):
-    earlier = rl.train(run_name="earlier", use_lora=False)
-    weights = load_file(earlier / "checkpoint_1" / "unet.safetensors")
-    started = rl.set_up(use_lora=False, load_from=str(earlier)).pipe.unet.state_dict()
-    assert all(torch.equal(started[name], weights[name]) for name in weights)
-    folder = rl.train(use_lora=False, load_from=str(earlier))
-    assert epochs(folder)[0]["first_ratio_deviation"] < 1e-5
-    rl.train(use_lora=False, load_from=str(earlier), num_epochs=2)
-    assert (folder / "checkpoint_2").is_dir()
-    with pytest.raises(UserError, match="load_from|model.unet"):
-        rl.train(use_lora=False, num_epochs=3)
 
 
 def test_a_resumed_run_keeps_its_own_checkpoint(rl, earlier, tmp_path):
@@ -125,15 +87,9 @@ def test_a_resumed_run_keeps_its_own_checkpoint(rl, earlier, tmp_path):
     assert files_of(folder / "checkpoint_2") == files_of(whole / "checkpoint_2")
     other = rl.train(run_name="other", seed=3)
     before = files_of(folder)
-    for fields in (
-        {"load_from": ""},
-        {"load_from": str(other)},
-        {"load_from": str(other), "resume_from": str(folder)},
-    ):
+    for fields in ({"load_from": ""}, {"load_from": str(other)}):
         with pytest.raises(UserError, match="load_from") as caught:
             rl.train(num_epochs=3, **fields)
         assert "\n" not in str(caught.value) and files_of(folder) == before
     rl.train(num_epochs=3, resume_from=str(folder))
     assert (folder / "checkpoint_3").is_dir()
-    with pytest.raises(UserError, match="load_from"):  # a run that started from no adapter
-        rl.train(run_name="other", seed=3, load_from=str(earlier), num_epochs=2)

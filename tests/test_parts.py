@@ -36,9 +36,7 @@ def refused(read, folder, *words):
     """Assert that reading the folder ends with one line that names it and the words."""
     with pytest.raises(UserError) as caught:
         read(folder)
-    assert "\n" not in str(caught.value)
-    for word in (folder, *words):
-        assert str(word) in str(caught.value)
+    assert all(str(word) in str(caught.value) for word in (folder, *words)) and "\n" not in str(caught.value)
 
 
 def rewrite(folder, part, change, form="safetensors"):
@@ -59,44 +57,67 @@ def without(name):
     return lambda weights: {key: value for key, value in weights.items() if key != name}
 
 
-@pytest.mark.parametrize("form", ["safetensors", "bin", "fp16.safetensors"])
-@pytest.mark.parametrize("part", STEMS)
-def test_a_missing_tensor_is_named(copy, part, form):
-    name = sorted(load_file(copy / part / f"{STEMS[part]}.safetensors"))[5]
-    refused(load_pipeline, copy, rewrite(copy, part, without(name), form), name)
+def with_tensor(name, *shape, value=0.0):
+    return lambda weights: weights | {name: torch.full(shape or weights[name].shape, value)}
 
 
-@pytest.mark.parametrize("part", STEMS)
-def test_a_tensor_of_another_shape_is_named_with_both(copy, part):
-    name, value = sorted(load_file(copy / part / f"{STEMS[part]}.safetensors").items())[5]
-    file = rewrite(copy, part, lambda weights: weights | {name: torch.zeros(7, 3)})
-    refused(load_pipeline, copy, file, name, (7, 3), tuple(value.shape))
+# part, form, change, and words of the error. Of a network with more layers than its config.json, half would be used.
+UNFIT = [
+    ("unet", "safetensors", without("conv_in.weight"), ["conv_in.weight"]),
+    ("vae", "bin", without("decoder.conv_in.bias"), ["decoder.conv_in.bias"]),
+    ("text_encoder", "fp16.safetensors", without("final_layer_norm.bias"), ["final_layer_norm.bias"]),
+    ("unet", "safetensors", with_tensor("conv_in.weight", 7, 3), ["conv_in.weight", (7, 3), (16, 4, 3, 3)]),
+    ("text_encoder", "bin", with_tensor("final_layer_norm.bias", 7), ["final_layer_norm.bias", (7,), (32,)]),
+    ("text_encoder", "safetensors", with_tensor("encoder.layers.9.mlp.fc1.weight", 2), ["encoder.layers.9"]),
+    ("unet", "safetensors", with_tensor("conv_in.bias", value=float("inf")), ["conv_in.bias"]),
+    ("text_encoder", "bin", with_tensor("final_layer_norm.bias", value=float("nan")), ["final_layer_norm.bias"]),
+]
+
+
+@pytest.mark.parametrize(("part", "form", "change", "words"), UNFIT)
+def test_tensors_that_are_missing_or_do_not_fit_are_named(copy, part, form, change, words):
+    file = rewrite(copy, part, change, form)
+    refused(load_pipeline, copy, file, *words)
+    if part == "vae":
+        refused(load_vae, copy / "vae", file, *words)
+    if part == "text_encoder":
+        refused(load_text_encoder, copy, file, *words)
+
+
+def test_weights_that_overflow_in_half_precision_are_named(copy):
+    rewrite(copy, "unet", with_tensor("conv_in.bias", value=1e5))  # the largest half is 65504
+    load_pipeline(copy)
+    refused(lambda folder: load_pipeline(folder, dtype=torch.float16), copy, "conv_in.bias", "float16")
 
 
 @pytest.mark.parametrize(
-    ("part", "name"),
+    ("name", "content", "word"),
     [
-        ("unet", "down_blocks.0.resnets.9.conv1.weight"),
-        ("vae", "decoder.up_blocks.7.resnets.0.conv1.weight"),
-        ("text_encoder", "encoder.layers.9.mlp.fc1.weight"),
+        ("vae/diffusion_pytorch_model.bin", "version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", "git lfs"),
+        ("vae/diffusion_pytorch_model.safetensors", "<!DOCTYPE html>", "web page"),
+        *((part, "", part) for part in ("vae", "text_encoder", "scheduler", "tokenizer")),
+        ("unet/config.json", "", ""),
+        ("scheduler/scheduler_config.json", "[]", ""),
+        ("text_encoder/config.json", "<html>", ""),
     ],
 )
-def test_a_tensor_that_the_configuration_has_no_place_for_is_named(copy, part, name):
-    """Of a network with more layers than its config.json, half would be used."""
-    refused(load_pipeline, copy, rewrite(copy, part, lambda weights: weights | {name: torch.zeros(2)}), name)
+def test_folders_that_are_missing_and_files_that_are_something_else_are_named(copy, name, content, word):
+    place = copy / name
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        if "vae" in name:
+            (place.parent / "diffusion_pytorch_model.safetensors").unlink()
+        place.write_text(content)
+    refused(load_pipeline, copy, word)
 
 
 def draw(folder):
     pipe = load_pipeline(folder)
-    latents = torch.ones(1, 4, 16, 16)
     embeds = encode_prompts(pipe, CAPTIONS[:1])
     with torch.no_grad():
-        return embeds, pipe.unet(latents, 7, embeds).sample, pipe.vae.decode(latents).sample
-
-
-def assert_drawn(folder, expected):
-    for one, other in zip(draw(folder), expected, strict=True):
-        assert torch.equal(one, other)
+        latents = torch.ones(1, 4, 16, 16)
+        return torch.cat([pipe.unet(latents, 7, embeds).sample.flatten(), pipe.vae.decode(latents).sample.flatten()])
 
 
 def old_names(weights):
@@ -117,153 +138,88 @@ def whole_clip(weights):
     return named | extra | {"vision_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(2, 2)}
 
 
-@pytest.mark.parametrize(
-    ("part", "change", "form"),
-    [
-        *((part, dict, "bin") for part in STEMS),
-        *(("vae", old_names, form) for form in ("safetensors", "bin")),
-        *(("text_encoder", whole_clip, form) for form in ("safetensors", "bin")),
-    ],
-)
+PUBLISHED = [("unet", dict, "bin"), ("vae", old_names, "safetensors"), ("text_encoder", whole_clip, "bin")]
+
+
+@pytest.mark.parametrize(("part", "change", "form"), PUBLISHED)
 def test_published_forms_are_read_whole(copy, part, change, form):
     expected = draw(copy)
     rewrite(copy, part, change, form)
-    assert_drawn(copy, expected)
+    assert torch.equal(draw(copy), expected)
 
 
-@pytest.mark.parametrize("form", ["fp16.safetensors", "fp16.bin"])
-def test_a_folder_of_the_variant_fp16_is_read(copy, form):
+def test_the_variant_fp16_and_shards_are_read_and_a_missing_shard_is_not(copy):
     for part in STEMS:
         rewrite(copy, part, lambda weights: {key: value.half().float() for key, value in weights.items()})
-    expected = draw(copy)
-    for part in STEMS:
-        rewrite(copy, part, lambda weights: {key: value.half() for key, value in weights.items()}, form)
-    assert_drawn(copy, expected)
-
-
-def test_a_part_in_shards_is_read_and_a_missing_shard_is_not(copy):
     expected, pipe = draw(copy), load_pipeline(copy)
+    for part in ("vae", "text_encoder"):
+        half = "fp16.bin" if part == "vae" else "fp16.safetensors"
+        rewrite(copy, part, lambda weights: {key: value.half() for key, value in weights.items()}, half)
     (copy / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     pipe.unet.save_pretrained(copy / "unet", max_shard_size="100KB")
     shards = sorted((copy / "unet").glob("*-of-*.safetensors"))
-    assert len(shards) > 1
-    assert_drawn(copy, expected)
+    assert len(shards) > 1 and torch.equal(draw(copy), expected)
     shards[0].unlink()
     refused(load_pipeline, copy, copy / "unet")
 
 
-@pytest.mark.parametrize("part", [*STEMS, "scheduler", "tokenizer"])
-def test_a_missing_folder_is_named(copy, part):
-    shutil.rmtree(copy / part)
-    refused(load_pipeline, copy, part)
-
-
-@pytest.mark.parametrize("file", ["unet/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json"])
-@pytest.mark.parametrize("content", ["", "<html>", "[]"])
-def test_a_damaged_configuration_is_one_line(copy, file, content):
-    (copy / file).write_text(content)
-    refused(load_pipeline, copy)
-
-
-def test_autoencoders_and_text_encoders_alone_are_held_to_the_same(copy, bert):
-    name = sorted(load_file(copy / "vae" / f"{STEMS['vae']}.safetensors"))[5]
-    refused(load_vae, copy / "vae", rewrite(copy, "vae", without(name)), name)
-    file = bert / "model.safetensors"
-    weights, lost = load_file(file), "encoder.layer.1.output.dense.weight"
-    for change, tensor in (
-        (without(lost), lost),
-        (lambda w: w | {"encoder.layer.0.output.dense.bias": torch.zeros(3)}, "encoder.layer.0.output.dense.bias"),
-        (lambda w: w | {"encoder.layer.7.output.dense.bias": torch.zeros(3)}, "encoder.layer.7.output.dense.bias"),
-    ):
-        for prefix in ("", "bert."):  # as of a BERT with a head
-            changed = {f"{prefix}{key}": value for key, value in change(weights).items()}
-            save_file(changed, file, metadata={"format": "pt"})
-            refused(load_text_encoder, bert, file, tensor)
-    # heads of its pre-training, as published files have them, are left out
+def test_a_bert_is_read_without_its_heads_and_refused_without_a_tensor(bert):
+    file, lost = bert / "model.safetensors", "encoder.layer.1.output.dense.weight"
+    weights = load_file(file)
+    for prefix in ("", "bert."):  # as of a BERT with a head
+        changed = {f"{prefix}{key}": value for key, value in without(lost)(weights).items()}
+        save_file(changed, file, metadata={"format": "pt"})
+        refused(load_text_encoder, bert, file, lost)
     heads = {"cls.predictions.bias": torch.zeros(5), "bert.pooler.dense.weight": torch.zeros(32, 32)}
     save_file({f"bert.{key}": value for key, value in weights.items()} | heads, file, metadata={"format": "pt"})
     _, encoder = load_text_encoder(bert)
     assert all(torch.equal(value, weights[key]) for key, value in encoder.state_dict().items())
 
 
-def clip_files(folder):
-    """Write the tokenizer of a model folder as SD 1.5 publishes it: vocab.json and merges.txt."""
-    path = folder / "tokenizer" / "tokenizer.json"
-    model = json.loads(path.read_text())["model"]
-    path.unlink()
-    (path.parent / "vocab.json").write_text(json.dumps(model["vocab"]))
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    (path.parent / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-
-
 def edited(change):
     """Return a function (folder) that applies a change to tokenizer.json's model."""
 
     def edit(folder):
-        path = folder / "tokenizer.json"
-        content = json.loads(path.read_text())
+        content = json.loads((folder / "tokenizer.json").read_text())
         change(content["model"])
-        path.write_text(json.dumps(content))
+        (folder / "tokenizer.json").write_text(json.dumps(content))
 
     return edit
 
 
-def removed(*names):
-    return lambda folder: [(folder / name).unlink() for name in names]
-
-
-def written(name, text):
-    return lambda folder: (folder / name).write_text(text)
-
-
 SPECIAL = {name: number for number, name in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))}
-DAMAGE = {
-    "no vocabulary": (removed("tokenizer.json"), "tokenizer.json"),
-    "no settings": (removed("tokenizer_config.json"), "tokenizer_config.json"),
-    "page": (written("tokenizer.json", "<html>"), ""),
-    "empty object": (written("tokenizer.json", "{}"), ""),
-    "settings of another type": (written("tokenizer_config.json", "[]"), ""),
-    "no merges": (edited(lambda model: model.update(merges=[])), "merges"),
-    "too many tokens": (edited(lambda model: model["vocab"].update(zz=max(model["vocab"].values()) + 1)), "embeddings"),
-    "empty vocabulary": (edited(lambda model: model.update(vocab=SPECIAL)), ""),
+DAMAGE = {  # of a tokenizer's folder, words of the error, and whether it is a BERT's
+    "no vocabulary": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json", False),
+    "no settings": (lambda folder: (folder / "tokenizer_config.json").unlink(), "tokenizer_config.json", False),
+    "page": (lambda folder: (folder / "tokenizer.json").write_text("<html>"), "", False),
+    "other settings": (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "", False),
+    "no merges": (edited(lambda model: model.update(merges=[])), "merges", False),
+    "half of the merges": (edited(lambda model: model.update(merges=model["merges"][::2])), "merges", False),
+    "too many": (edited(lambda model: model["vocab"].update(zz=max(model["vocab"].values()) + 1)), "embeddings", True),
+    "empty": (edited(lambda model: model.update(vocab=SPECIAL)), "same tokens", True),
 }
 
 
-@pytest.mark.parametrize("damage", [name for name in DAMAGE if name != "empty vocabulary"])
-def test_a_damaged_tokenizer_is_refused(copy, damage):
-    change, word = DAMAGE[damage]
-    change(copy / "tokenizer")
-    for read in (load_pipeline, load_text_encoder):
-        refused(read, copy, word)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_tokenizer_is_refused(copy, bert, damage):
+    change, word, of_bert = DAMAGE[damage]
+    change(bert if of_bert else copy / "tokenizer")
+    refused(load_text_encoder, bert if of_bert else copy, word)
+    if not of_bert:
+        refused(load_pipeline, copy, word)
 
 
-@pytest.mark.parametrize("damage", ["no vocabulary", "empty vocabulary", "too many tokens"])
-def test_a_damaged_tokenizer_of_bert_is_refused(bert, bert_pipeline_dir, tmp_path, damage):
-    model = shutil.copytree(bert_pipeline_dir, tmp_path / "sd")
-    DAMAGE[damage][0](bert)
-    DAMAGE[damage][0](model / "tokenizer")
-    for folder, read in ((bert, load_text_encoder), (model, load_text_encoder), (model, load_pipeline)):
-        refused(read, folder)
+def test_vocabularies_in_other_files_are_read(copy, bert):
+    """SD 1.5 publishes vocab.json and merges.txt, which go together, BioMedBERT vocab.txt."""
+    expected, path = PromptEmbeddings(load_pipeline(copy))(CAPTIONS), copy / "tokenizer" / "tokenizer.json"
+    model = json.loads(path.read_text())["model"]
+    path.unlink()
+    (path.parent / "vocab.json").write_text(json.dumps(model["vocab"]))
+    refused(load_pipeline, copy, "merges.txt")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (path.parent / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    assert torch.equal(PromptEmbeddings(load_pipeline(copy))(CAPTIONS), expected)
 
-
-@pytest.mark.parametrize("lost", ["nothing", "merges.txt", "vocab.json", "half of the merges"])
-def test_a_tokenizer_in_two_files_needs_both(copy, lost):
-    expected = PromptEmbeddings(load_pipeline(copy))(CAPTIONS)
-    clip_files(copy)
-    merges = copy / "tokenizer" / "merges.txt"
-    if lost == "nothing":
-        assert torch.equal(PromptEmbeddings(load_pipeline(copy))(CAPTIONS), expected)
-        return
-    if lost == "half of the merges":
-        lines = merges.read_text().splitlines()
-        merges.write_text("\n".join(lines[: len(lines) // 2]))
-    else:
-        (copy / "tokenizer" / lost).unlink()
-    refused(load_pipeline, copy, "merges" if "merges" in lost else lost)
-
-
-def test_vocabularies_of_words_are_read(bert):
-    """BioMedBERT publishes vocab.txt."""
     tokenizer, _ = load_text_encoder(bert)
     numbers = tokenizer.get_vocab()
     (bert / "tokenizer.json").unlink()

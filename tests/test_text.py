@@ -8,24 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ddpo_pytorch.generator import from_scratch as scratch
-from ddpo_pytorch.generator.conditioning import RECORD, save_model, unet_metadata, with_bert
+from ddpo_pytorch.generator import pipeline
 from ddpo_pytorch.generator.from_scratch import build_bert
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, encode_prompts, guided_noise_prediction, load_pipeline
-from ddpo_pytorch.generator.text import (
-    check_tokens,
-    embed,
-    encode_tokens,
-    load_text_encoder,
-    tokenize,
-    too_long,
-)
+from ddpo_pytorch.generator.text import check_tokens, embed, encode_tokens, load_text_encoder, tokenize, too_long
 from ddpo_pytorch.sampling import Sampler
 from ddpo_pytorch.utils.errors import UserError
 
-PROMPTS = [
-    "Fundus: The left eye fundus image shows drusen, lens dust.",
-    "Fundus: The right eye fundus image shows normal fundus.",
-]
+PROMPTS = [f"Fundus: The {eye} eye fundus image shows {what}." for eye, what in (("left", "drusen"), ("right", "dust"))]
 
 
 def bert(tokens=24):
@@ -45,8 +35,8 @@ def pipe():
 @pytest.fixture(scope="module")
 def folder(pipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert-sd")
-    save_model(pipe, folder)
-    save_file(pipe.unet.state_dict(), folder / "pretrained_unet.safetensors", metadata=unet_metadata(pipe))
+    pipeline.save_model(pipe, folder)
+    save_file(pipe.unet.state_dict(), folder / "pretrained_unet.safetensors", metadata=pipeline.unet_metadata(pipe))
     return folder
 
 
@@ -64,77 +54,51 @@ def test_embeddings_are_berts_own_and_zero_at_padding():
 def test_the_tokenizer_says_how_long_prompts_are_and_longer_ones_are_named(caplog):
     tokenizer, _ = bert(tokens=8)
     assert tokenize(tokenizer, PROMPTS).shape == (2, 8)
-    assert too_long(tokenizer, ["fundus", *PROMPTS]) == PROMPTS
-    assert too_long(tokenizer, []) == []
+    assert too_long(tokenizer, ["fundus", *PROMPTS]) == PROMPTS and too_long(tokenizer, []) == []
     check_tokens(tokenizer, ["fundus"])
     assert not caplog.messages
     check_tokens(tokenizer, ["fundus", *PROMPTS], "captions")
     assert caplog.messages == [f"2 captions exceed 8 tokens and are truncated, the first is {PROMPTS[0]!r}"]
 
 
-def test_an_encoder_is_loaded_from_folders_of_both_kinds(folder, tmp_path):
+def test_an_encoder_is_loaded_from_folders_of_both_kinds_and_others_are_refused(folder, tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        load_text_encoder(tmp_path)
     tokenizer, encoder = bert()
-    tokenizer.save_pretrained(tmp_path)
-    encoder.save_pretrained(tmp_path)
     expected = embed(tokenizer, encoder, PROMPTS)
-    for place in (tmp_path, folder):
-        torch.testing.assert_close(embed(*load_text_encoder(place, tokens=512), PROMPTS), expected)
-    shorter, _ = load_text_encoder(tmp_path, tokens=16)
-    assert shorter.model_max_length == 16
     # published checkpoints have an embedding table longer than the vocabulary, and a tokenizer that states no length
     encoder.resize_token_embeddings(len(tokenizer) + 40)
-    encoder.save_pretrained(tmp_path)
+    for part in (tokenizer, encoder):
+        part.save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     settings.pop("model_max_length")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    loaded, longer = load_text_encoder(tmp_path)
-    assert loaded.model_max_length == 24  # the encoder's positions
-    torch.testing.assert_close(embed(loaded, longer, PROMPTS), expected)
-
-
-@pytest.mark.parametrize("damage", ["absent", "gpt", "vocabulary"])
-def test_what_is_no_text_encoder_is_refused(damage, tmp_path):
-    tokenizer, encoder = bert()
-    if damage != "absent":
-        tokenizer.save_pretrained(tmp_path)
-        encoder.save_pretrained(tmp_path)
-    config = tmp_path / "config.json"
-    if damage == "gpt":
-        config.write_text(json.dumps({"model_type": "gpt2"}))
-    if damage == "vocabulary":
-        build_bert(["many other words that this encoder never saw, xyzq"], 32, 2, 24)[0].save_pretrained(tmp_path)
-        encoder.resize_token_embeddings(10)
-        encoder.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match={"absent": "tokenizer.json", "gpt": "gpt2", "vocabulary": "tokens"}[damage]):
+    for place in (tmp_path, folder):
+        loaded, encoder = load_text_encoder(place, tokens=512)
+        assert loaded.model_max_length == 24  # the encoder's positions
+        torch.testing.assert_close(embed(loaded, encoder, PROMPTS), expected)
+    assert load_text_encoder(tmp_path, tokens=16)[0].model_max_length == 16
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(UserError, match="gpt2"):
         load_text_encoder(tmp_path)
 
 
 def test_the_unet_does_not_see_padding(pipe):
-    """What it predicts is what it predicts from the prompt's own tokens without any padding."""
+    """It predicts what it predicts from the prompt's own tokens, in training and sampling alike, with guidance too."""
     latents, timestep = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
-    embeds = encode_prompts(pipe, PROMPTS)
-    lengths = [(row != 0).any(dim=-1).sum() for row in embeds]
+    embeds, negative = encode_prompts(pipe, PROMPTS), PromptEmbeddings(pipe).negative
+    torch.testing.assert_close(encode_tokens(pipe.text_encoder, tokenize(pipe.tokenizer, PROMPTS)), embeds)
     together = guided_noise_prediction(pipe.unet, latents, timestep, embeds, None, 1.0)
-    for number, length in enumerate(lengths):
-        alone = pipe.unet(latents[number][None], timestep, embeds[number][None, :length]).sample[0]
+    for number, row in enumerate(embeds):
+        length = (row != 0).any(dim=-1).sum()
+        alone = pipe.unet(latents[number][None], timestep, row[None, :length]).sample[0]
         torch.testing.assert_close(together[number], alone, rtol=1e-4, atol=1e-5)
-    shown = embeds.clone()
-    shown[:, -1] = 1.0  # a position that is not padding changes the prediction
-    assert not torch.allclose(guided_noise_prediction(pipe.unet, latents, timestep, shown, None, 1.0), together)
-
-
-def test_training_and_sampling_mask_alike(pipe):
-    """Of positional and named arguments, with guidance, and through the encoder that is trained."""
-    latents, embeds = torch.randn(2, 4, 8, 8), encode_prompts(pipe, PROMPTS)
-    named = pipe.unet(latents, torch.tensor(3), encoder_hidden_states=embeds).sample
-    torch.testing.assert_close(pipe.unet(latents, torch.tensor(3), embeds).sample, named)
-    tokens = tokenize(pipe.tokenizer, PROMPTS)
-    torch.testing.assert_close(encode_tokens(pipe.text_encoder, tokens), embeds)
-    negative = PromptEmbeddings(pipe).negative
-    assert negative.shape == (1, 24, 32) and (negative != 0).any(dim=-1).sum() == 2  # [CLS] and [SEP]
-    guided = guided_noise_prediction(pipe.unet, latents, 3, embeds, negative, 3.0)
-    empty = pipe.unet(latents, torch.tensor(3), negative[:, :2].expand(2, -1, -1)).sample
-    torch.testing.assert_close(guided, empty + 3 * (named - empty), rtol=1e-4, atol=1e-4)
+    assert (negative != 0).any(dim=-1).sum() == 2  # [CLS] and [SEP]
+    guided = guided_noise_prediction(pipe.unet, latents, timestep, embeds, negative, 3.0)
+    empty = pipe.unet(latents, timestep, negative[:, :2].expand(2, -1, -1)).sample
+    torch.testing.assert_close(guided, empty + 3 * (together - empty), rtol=1e-4, atol=1e-4)
+    embeds[:, -1] = 1.0  # a position that is not padding changes the prediction
+    assert not torch.allclose(guided_noise_prediction(pipe.unet, latents, timestep, embeds, None, 1.0), together)
 
 
 def test_a_saved_model_draws_the_same(pipe, folder):
@@ -145,19 +109,16 @@ def test_a_saved_model_draws_the_same(pipe, folder):
     assert not torch.equal(ours[0], ours[1])
 
 
-@pytest.mark.parametrize("damage", ["other", "missing", "unrecorded"])
-def test_a_wrong_or_missing_unet_is_refused(folder, tmp_path, damage):
-    broken = shutil.copytree(folder, tmp_path / damage)
+def test_a_wrong_unet_or_a_missing_record_is_refused(folder, tmp_path):
+    broken = shutil.copytree(folder, tmp_path / "broken")
     weights = next((broken / "unet").glob("*.safetensors"))
-    if damage == "other":
-        values = load_file(weights)
-        values["conv_in.bias"] += 1
-        save_file(values, weights, metadata={"format": "pt"})
-    else:
-        (weights if damage == "missing" else broken / RECORD).unlink()
-    named = {"other": weights, "missing": broken / "unet", "unrecorded": RECORD}[damage]
-    with pytest.raises(UserError, match=str(named)):
-        load_pipeline(broken)
+    values = load_file(weights)
+    values["conv_in.bias"] += 1
+    save_file(values, weights, metadata={"format": "pt"})
+    for named in (str(weights), pipeline.RECORD):
+        with pytest.raises(UserError, match=named):
+            load_pipeline(broken)
+        (broken / pipeline.RECORD).unlink(missing_ok=True)
 
 
 def test_unet_weights_for_another_text_encoder_are_refused(pipe, folder, tmp_path):
@@ -165,21 +126,18 @@ def test_unet_weights_for_another_text_encoder_are_refused(pipe, folder, tmp_pat
     save_file(pipe.unet.state_dict(), plain)
     with pytest.raises(UserError, match="for text encoder CLIP.* has BERT"):
         load_pipeline(folder, unet_path=plain)
-    torch.manual_seed(3)
-    tokenizer = scratch.build_tokenizer(PROMPTS)
-    clip = scratch.assemble(pipe.vae, scratch.build_text_encoder(tokenizer, 32, 1), tokenizer, pipe.unet)
-    clip.save_pretrained(tmp_path / "clip")
+    tokenizer, encoder = scratch.build_clip(PROMPTS, 32, 1)
+    scratch.assemble(pipe.vae, encoder, tokenizer, pipe.unet).save_pretrained(tmp_path / "clip")
     load_pipeline(tmp_path / "clip", unet_path=plain)
     with pytest.raises(UserError, match="for text encoder BERT .* has CLIP"):
         load_pipeline(tmp_path / "clip", unet_path=folder / "pretrained_unet.safetensors")
 
 
 def test_bert_takes_the_place_of_clip(tiny_pipeline_dir, folder, tmp_path):
-    swapped = with_bert(load_pipeline(tiny_pipeline_dir), folder, 12)
-    assert swapped.tokenizer.model_max_length == 12
-    assert encode_prompts(swapped, PROMPTS).shape == (2, 12, 32)
+    swapped = pipeline.with_bert(load_pipeline(tiny_pipeline_dir), folder, 12)
+    assert swapped.tokenizer.model_max_length == 12 and encode_prompts(swapped, PROMPTS).shape == (2, 12, 32)
     for part in build_bert(PROMPTS, 48, 1, 24):
         part.save_pretrained(tmp_path)
-    for other, message in ((tiny_pipeline_dir, "no BERT"), (tmp_path, "width 48, the UNet expects 32")):
+    for other, message in ((tiny_pipeline_dir, "no BERT"), (tmp_path, "a BERT of width 48; give one of width 32")):
         with pytest.raises(UserError, match=message):
-            with_bert(load_pipeline(tiny_pipeline_dir), other, 12)
+            pipeline.with_bert(load_pipeline(tiny_pipeline_dir), other, 12)

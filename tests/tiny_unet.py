@@ -4,6 +4,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from ddpo_pytorch.generator.from_scratch import build_unet
 from ddpo_pytorch.generator.lora import lora_parameters
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -11,19 +12,10 @@ RANK = 4
 
 
 def make_unet() -> UNet2DConditionModel:
-    """A UNet of the right kind and no size; the same weights at every call."""
+    """Return the same weights at every call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            layers_per_block=1,
-            norm_num_groups=4,
-            cross_attention_dim=12,
-            attention_head_dim=2,
-        ).requires_grad_(False)
+        return build_unet((8, 16), (True, False), text_width=12, latent_size=8).requires_grad_(False)
 
 
 def projections(unet: nn.Module) -> dict[str, nn.Linear]:
@@ -43,8 +35,7 @@ def random_weights(unet: nn.Module, rank: int = RANK) -> dict[str, torch.Tensor]
 def run(unet: nn.Module) -> torch.Tensor:
     generator = torch.Generator().manual_seed(2)
     dtype = next(unet.parameters()).dtype
-    sample = torch.randn(2, 4, 8, 8, generator=generator).to(dtype)
-    text = torch.randn(2, 5, 12, generator=generator).to(dtype)
+    sample, text = (torch.randn(2, *shape, generator=generator).to(dtype) for shape in ((4, 8, 8), (5, 12)))
     with torch.no_grad():
         return unet(sample, torch.tensor([10, 700]), encoder_hidden_states=text).sample.float()
 
@@ -66,16 +57,11 @@ def randomize(unet: nn.Module) -> None:
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
 
 
-def split(key: str) -> list[str]:
-    """<module>.<half> -> module, "down" or "up"."""
-    return key.rsplit(".", 1)
-
-
 def legacy(weights: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
     """Names of diffusers < 0.22, as in the published checkpoint."""
     renamed = {}
     for key, value in weights.items():
-        module, half = split(key)
+        module, half = key.rsplit(".", 1)
         attention, projection = module.replace(".to_out.0", ".to_out").rsplit(".", 1)
         renamed[f"{prefix}{attention}.processor.{projection}_lora.{half}.weight"] = value
     return renamed

@@ -2,14 +2,11 @@
 
 `fuse_lora`: W' x with W' = W + up down, instead of W x + up (down x). Adding the weights costs little next to their
 product with a batch of activations; the two narrow products, their scaling and additions, forward and backward, do not.
-Half precision is excluded: adding a small update to W would round it away.
 
-`run_batch_on_all_cores`: PyTorch's own threads split every operation, and the operations of a small UNet are too short
-for that, so the threads wait for each other hundreds of times per pass. Here each thread takes some rows of the batch
-through the whole UNet, forward and backward.
+`run_batch_on_all_cores`: PyTorch's own threads split every operation, which in a small UNet are too short for that: the
+threads wait for each other hundreds of times per pass. Here each takes some rows through the whole UNet and back.
 """
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from functools import partial
@@ -43,11 +40,11 @@ class LinearWithLora(torch.autograd.Function):
         return grad_x, None, None, (up.T @ grad_rows.T) @ rows, ((down @ rows.T) @ grad_rows).T
 
 
-def fuse_lora(unet: nn.Module, adapter: str = "default") -> None:
+def fuse_lora(unet: nn.Module) -> None:
     """Fuse the adapter into every linear layer that has one, except in half precision and under autocast."""
     for module in unet.modules():
         if isinstance(module, lora.Linear):
-            module.forward = partial(_fused_forward, module, adapter)
+            module.forward = partial(_fused_forward, module)
 
 
 def is_fused(layer: lora.Linear) -> bool:
@@ -61,10 +58,10 @@ def fusible(layer: lora.Linear, x: torch.Tensor) -> bool:
     return enabled and layer.base_layer.weight.dtype.itemsize >= 4 and not torch.is_autocast_enabled(x.device.type)
 
 
-def _fused_forward(layer: lora.Linear, adapter: str, x: torch.Tensor) -> torch.Tensor:
+def _fused_forward(layer: lora.Linear, x: torch.Tensor) -> torch.Tensor:
     if not fusible(layer, x):
         return type(layer).forward(layer, x)
-    base, down, up = layer.base_layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    base, down, up = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
     return LinearWithLora.apply(x, base.weight, base.bias, down, up)
 
 
@@ -81,7 +78,7 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, pool, passes, weights, *_):
-        outputs = list(pool.map(torch.enable_grad()(lambda run: run()), passes))
+        outputs = list(pool.map(torch.enable_grad()(lambda run: run()[0]), passes))
         ctx.pool, ctx.outputs, ctx.weights = pool, outputs, weights
         return torch.cat([output.detach() for output in outputs])
 
@@ -101,39 +98,22 @@ def run_batch_on_all_cores(unet: nn.Module, threads: int) -> None:
 
     Batches with fewer rows than threads, and passes under autocast, run as before.
     """
-    pool = ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1))
-    unet.forward = partial(_split_forward, unet, unet.forward, pool, threads)
+    pool, forward = ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)), unet.forward
 
-
-def _split_forward(
-    unet: nn.Module,
-    forward: Callable[..., tuple[torch.Tensor]],
-    pool: ThreadPoolExecutor,
-    threads: int,
-    sample: torch.Tensor,
-    timesteps: torch.Tensor,
-    encoder_hidden_states: torch.Tensor,
-    encoder_attention_mask: torch.Tensor | None = None,
-    return_dict: bool = False,
-) -> tuple[torch.Tensor]:
-    def run(x, t, context, mask, first):
+    def run(x, t, context, mask, first=0, return_dict=False):
         _first_row.set(first)
-        return forward(x, t, encoder_hidden_states=context, encoder_attention_mask=mask, return_dict=False)[0]
+        return forward(x, t, encoder_hidden_states=context, encoder_attention_mask=mask, return_dict=return_dict)
 
-    if len(sample) < threads or torch.is_autocast_enabled(sample.device.type):
-        return forward(
-            sample,
-            timesteps,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            return_dict=return_dict,
-        )
-    inputs = [tensor.tensor_split(threads) for tensor in (sample, timesteps, encoder_hidden_states)]
-    no_mask = encoder_attention_mask is None
-    inputs.append([None] * threads if no_mask else encoder_attention_mask.tensor_split(threads))
-    starts = list(accumulate(map(len, inputs[0]), initial=0))[:-1]
-    passes = [partial(run, *part) for part in zip(*inputs, starts, strict=True)]
-    weights = [weight for weight in unet.parameters() if weight.requires_grad]
-    if torch.is_grad_enabled() and weights:
-        return (_Rows.apply(pool, passes, weights, *weights),)
-    return (torch.cat(list(pool.map(torch.no_grad()(lambda run: run()), passes))),)
+    def split_forward(sample, timesteps, encoder_hidden_states, encoder_attention_mask=None, return_dict=False):
+        inputs = sample, timesteps, encoder_hidden_states, encoder_attention_mask
+        if len(sample) < threads or torch.is_autocast_enabled(sample.device.type):
+            return run(*inputs, return_dict=return_dict)
+        parts = [[None] * threads if tensor is None else tensor.tensor_split(threads) for tensor in inputs]
+        starts = list(accumulate(map(len, parts[0]), initial=0))[:-1]
+        passes = [partial(run, *part) for part in zip(*parts, starts, strict=True)]
+        weights = [weight for weight in unet.parameters() if weight.requires_grad]
+        if torch.is_grad_enabled() and weights:
+            return (_Rows.apply(pool, passes, weights, *weights),)
+        return (torch.cat(list(pool.map(torch.no_grad()(lambda run: run()[0]), passes))),)
+
+    unet.forward = split_forward

@@ -1,7 +1,6 @@
-"""A small Stable Diffusion built from scratch: tokenizer, text encoder, VAE and UNet of chosen size.
+"""A small Stable Diffusion built from scratch: the parts of SD 1.5, or a BERT in place of CLIP, of chosen sizes.
 
-The parts are those of SD 1.5 (CLIP's text model, or a BERT in its place; AutoencoderKL with 4 latent channels;
-UNet2DConditionModel; the same noise schedule), only smaller, so the saved folder opens like any Stable Diffusion.
+The saved folder opens like any Stable Diffusion.
 """
 
 from collections.abc import Sequence
@@ -10,29 +9,15 @@ from pathlib import Path
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from ml_collections import ConfigDict
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertModel,
-    BertTokenizer,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ddpo_pytorch.generator.parts import load_part
 from ddpo_pytorch.generator.text import TOKENS, TextEncoder, mask_padding
 from ddpo_pytorch.utils.errors import UserError
 
 # SD 1.5's schedule. With set_alpha_to_one=False and steps_offset=1 the last DDIM step keeps a positive variance.
-SCHEDULE = dict(
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    clip_sample=False,
-    set_alpha_to_one=False,
-    steps_offset=1,
-)
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULE |= {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 GROUPS = 8  # of group normalisation; every channel count must be a multiple
 
 
@@ -43,8 +28,7 @@ def build_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
     would number the tokens differently.
     """
     vocab = ["<|startoftext|>", "<|endoftext|>"]
-    words = _words(CLIPTokenizer(vocab={token: index for index, token in enumerate(vocab)}, merges=[]), captions)
-    letters = _letters(words)
+    words, letters = _words_and_letters(CLIPTokenizer(vocab=_numbered(vocab), merges=[]), captions)
     vocab += letters + [f"{letter}</w>" for letter in letters]
     merges = {}  # an ordered set
     for word in words:
@@ -53,53 +37,27 @@ def build_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
             merges[head, letter] = None
             head += letter
     vocab += dict.fromkeys(map("".join, merges))
-    tokenizer = CLIPTokenizer(vocab={token: index for index, token in enumerate(vocab)}, merges=list(merges))
+    tokenizer = CLIPTokenizer(vocab=_numbered(vocab), merges=list(merges))
     tokenizer.model_max_length = 77
     return tokenizer
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextModel:
-    """Return a CLIP text model of `layers` transformer layers with `width` channels, 16 to a head."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=max(1, width // 16),
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def build_clip(captions: Sequence[str], width: int, layers: int, tokens: int) -> TextEncoder:
-    """Return a CLIP tokenizer and text model; prompts always have CLIP's 77 tokens, `tokens` is ignored."""
+def build_clip(captions: Sequence[str], width: int, layers: int, tokens: int = 77) -> TextEncoder:
+    """Return a CLIP tokenizer and text model, 16 channels to a head; prompts always have 77 tokens."""
     tokenizer = build_tokenizer(captions)
-    return tokenizer, build_text_encoder(tokenizer, width, layers)
+    numbers = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return tokenizer, CLIPTextModel(CLIPTextConfig(**_sizes(tokenizer, width, layers), **numbers))
 
 
 def build_bert(captions: Sequence[str], width: int, layers: int, tokens: int = TOKENS) -> TextEncoder:
     """Return a BERT whose WordPiece vocabulary is the words and letters of `captions`; 16 channels to a head."""
-    words = _words(BertTokenizer(vocab={"[UNK]": 0}, do_lower_case=True), captions)
-    letters = _letters(words)
+    words, letters = _words_and_letters(BertTokenizer(vocab={"[UNK]": 0}, do_lower_case=True), captions)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocab = [*special, *letters, *(f"##{letter}" for letter in letters), *(word for word in words if len(word) > 1)]
-    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(vocab)}, do_lower_case=True)
+    tokenizer = BertTokenizer(vocab=_numbered(vocab), do_lower_case=True)
     tokenizer.model_max_length = tokens
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, width // 16),
-        max_position_embeddings=tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(**_sizes(tokenizer, width, layers), **dropout, pad_token_id=tokenizer.pad_token_id)
     return tokenizer, BertModel(config, add_pooling_layer=False)
 
 
@@ -107,15 +65,30 @@ def build_bert(captions: Sequence[str], width: int, layers: int, tokens: int = T
 TEXT_ENCODERS = {"clip": build_clip, "bert": build_bert}
 
 
-def _words(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> list[str]:
-    """Return the words of captions as the tokenizer normalises and splits them, sorted."""
+def _words_and_letters(
+    tokenizer: CLIPTokenizer | BertTokenizer, captions: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Return the words of captions as the tokenizer normalises and splits them, and their letters, sorted."""
     backend = tokenizer.backend_tokenizer
     texts = [backend.normalizer.normalize_str(caption) for caption in captions]
-    return sorted({word for text in texts for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)})
+    words = sorted({word for text in texts for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)})
+    return words, sorted(set("".join(words)))
 
 
-def _letters(words: Sequence[str]) -> list[str]:
-    return sorted({letter for word in words for letter in word})
+def _numbered(vocabulary: Sequence[str]) -> dict[str, int]:
+    return {token: number for number, token in enumerate(vocabulary)}
+
+
+def _sizes(tokenizer: CLIPTokenizer | BertTokenizer, width: int, layers: int) -> dict[str, int]:
+    """Return the sizes of a transformer that CLIP's and BERT's configurations name alike."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(1, width // 16),
+        "max_position_embeddings": tokenizer.model_max_length,
+    }
 
 
 def load_vae(folder: str | Path) -> AutoencoderKL:
@@ -162,18 +135,10 @@ def build_unet(
 
 
 def assemble(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:
-    """Return a pipeline of the four parts and SD 1.5's noise schedule; save it with `conditioning.save_model`."""
+    """Return a pipeline of the four parts and SD 1.5's noise schedule; save it with `pipeline.save_model`."""
     mask_padding(unet, text_encoder)
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler(**SCHEDULE),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts = vae, text_encoder, tokenizer, unet, DDIMScheduler(**SCHEDULE)
+    return StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)
 
 
 def build_pipeline(sd: ConfigDict, captions: Sequence[str]) -> StableDiffusionPipeline:

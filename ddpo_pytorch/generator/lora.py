@@ -1,8 +1,8 @@
 """LoRA adapters of the UNet (Hu et al. 2021), W x + up(down x): adding, training, saving and loading them.
 
-Built on diffusers' own adapters (`add_adapter`, `disable_adapters`, its file formats). `down` (lora_A) has shape
-(rank, in), `up` (lora_B) shape (out, rank). The scale alpha / rank is 1, as in the published checkpoint, and adapters
-are float32 whatever the UNet's dtype. All functions take the bare UNet (`accelerator.unwrap_model`).
+Built on diffusers' own adapters. `down` (lora_A) has shape (rank, in), `up` (lora_B) shape (out, rank). The scale
+alpha / rank is 1, as in the published checkpoint, and adapters are float32 whatever the UNet's dtype. All functions
+take the bare UNet (`accelerator.unwrap_model`).
 """
 
 import math
@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
 
+from ddpo_pytorch.generator.parts import check_fit
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_write
 from ddpo_pytorch.utils.fingerprint import fingerprint
@@ -28,7 +29,7 @@ from ddpo_pytorch.utils.weights import read_tensors
 ADAPTER = "default"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the projections of every attention layer
 FILE_NAME = "pytorch_lora_weights.safetensors"
-# names to look for in a folder, newest format first
+# in a folder, newest format first
 FILE_NAMES = (FILE_NAME, "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin")
 PREFIX = re.compile(r"(base_model\.model\.)?(unet\.)?")
 PEFT_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<half>A|B)(\.[^.]+)?\.weight")  # with or without the adapter's name
@@ -41,23 +42,16 @@ def add_lora(unet: UNet2DConditionModel, rank: int, targets: Sequence[str], seed
     """Add trainable adapters to every UNet layer whose name ends in one of `targets`; freeze everything else.
 
     `down` is drawn from N(0, 1 / rank^2), the same for a seed on every device; `up` is zero, so the UNet's output does
-    not change yet.
-
-    Raises:
-        UserError: rank below 1, a target that names no layer, or a UNet with adapters.
+    not change yet. Raises UserError for rank below 1, a target that names no layer, or a UNet with adapters.
     """
     if rank < 1:
         raise UserError(f"LoRA rank is {rank}; allowed is 1 or more (the published checkpoint has 4)")
     if has_lora(unet):
         raise UserError("the UNet has LoRA adapters already")
-    if not targets:
-        raise UserError(f"LoRA targets are empty; name layers, e.g. {', '.join(ATTENTION)}")
-    layers = _layers(unet)
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in layers):
-            raise UserError(
-                f"LoRA target {target!r} names no linear or convolutional layer; use e.g. {', '.join(ATTENTION)}"
-            )
+    names = [f".{name}" for name in _layers(unet)]
+    for target in targets or [""]:
+        if not target or not any(name.endswith(f".{target}") for name in names):
+            raise UserError(f"LoRA target {target!r} names no linear layer or convolution; use {', '.join(ATTENTION)}")
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights="gaussian")
     unet.add_adapter(config, adapter_name=ADAPTER)
 
@@ -104,33 +98,32 @@ def load_lora(unet: UNet2DConditionModel, path: str | Path) -> None:
 
     Reads attention-processor files of diffusers < 0.22 (the published checkpoint), peft's, those of diffusers' training
     scripts and kohya's, .safetensors or .bin, with or without the prefixes "unet." and "base_model.model.". A scale
-    alpha / rank other than 1, as files may state, is multiplied into `up`. A file that does not fit changes nothing.
-
-    Raises:
-        UserError: no such file; one that `read_tensors` refuses; an unknown key, or one of a text encoder; weights that
-            the UNet's adapters lack, or the reverse; a wrong shape or rank (the key and both shapes are named).
+    alpha / rank other than 1, as files may state, is multiplied into `up`. A file that does not fit raises UserError
+    and changes nothing.
     """
-    file = _find_file(Path(path).expanduser())
+    path = Path(path).expanduser()
+    candidates = [path / name for name in FILE_NAMES] if path.is_dir() else [path]
+    if (file := next(filter(Path.is_file, candidates), None)) is None:
+        raise UserError(f"no LoRA weights at {str(path)!r}; give a file, or a folder with {' or '.join(FILE_NAMES)}")
     tensors, metadata = read_tensors(file)
     weights, sources, alphas = _in_peft_names(tensors, unet, file)
     scale = _scale(file, metadata)
     if added := not has_lora(unet):
-        modules = {key.rpartition(".lora_")[0] for key in weights}
-        if strange := modules - _layers(unet):
-            key = next(key for key in weights if key.rpartition(".lora_")[0] in strange)
-            raise UserError(f"{file}: {sources[key]} names no layer of the UNet; use the base model it was trained on")
         # attention-processor files adapt every attention: one that lacks some was cut short
         legacy = any(".processor." in source for source in sources.values())
+        modules = set() if legacy else {key.rpartition(".lora_")[0] for key in weights} & _layers(unet)
         rank = next((weight.shape[0] for key, weight in weights.items() if ".lora_A." in key and weight.ndim), 1)
-        add_lora(unet, rank, ATTENTION if legacy else sorted(modules), seed=0)
+        add_lora(unet, rank, sorted(modules) or ATTENTION, seed=0)
+    adapters = _adapter_weights(unet)
     try:
-        _check_fit(_adapter_weights(unet), weights, sources, file)
+        advice = "use the base model, train.lora_rank and train.lora_targets of the file, or fetch it again"
+        check_fit(weights, adapters, file, advice, sources)
     except UserError:
         if added:
             unet.unload_lora()
         raise
     with torch.no_grad():
-        for key, parameter in _adapter_weights(unet).items():
+        for key, parameter in adapters.items():
             module, half = key.rsplit(".lora_", 1)
             own_scale = alphas[module] / len(weights[f"{module}.lora_A.weight"]) if module in alphas else scale
             parameter.copy_(weights[key].float() * (own_scale if half == "B.weight" else 1.0))
@@ -142,20 +135,18 @@ def merged_state_dict(unet: nn.Module) -> dict[str, torch.Tensor]:
 
     Half precision would round most of a small correction away.
     """
-    layers = {f"{name}.weight": layer for name, layer in unet.named_modules() if isinstance(layer, BaseTunerLayer)}
-    state = {}
-    for name, value in unet.state_dict().items():
-        if ".lora_" not in name:
-            name = name.replace(".base_layer.", ".")
-            merged = value.float() + layers[name].get_delta_weight(ADAPTER).float() if name in layers else value
-            state[name] = merged.detach().float().cpu().clone().contiguous()
+    weights = {name.replace(".base_layer.", "."): w for name, w in unet.state_dict().items() if ".lora_" not in name}
+    state = {name: weight.to("cpu", torch.float32, copy=True).contiguous() for name, weight in weights.items()}
+    for name, layer in unet.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            state[f"{name}.weight"] += layer.get_delta_weight(ADAPTER).float().cpu()
     return state
 
 
 @contextmanager
 def disabled_lora(unet: UNet2DConditionModel) -> Iterator[None]:
     """Turn the UNet into the base model within this context: a free reference for the KL divergence."""
-    # peft freezes the adapters that it disables and unfreezes those that it enables
+    # peft freezes the adapters that it disables and unfreezes all that it enables
     trainable = [(parameter, parameter.requires_grad) for parameter in lora_parameters(unet)]
     unet.disable_adapters()
     try:
@@ -181,76 +172,45 @@ def _adapter_weights(unet: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _find_file(path: Path) -> Path:
-    candidates = [path / name for name in FILE_NAMES] if path.is_dir() else [path]
-    file = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if file is None:
-        where = f"in {path}; a folder must hold one of {', '.join(FILE_NAMES)}" if path.is_dir() else f"at {path}"
-        raise UserError(f"no LoRA weights {where}; give a checkpoint folder or a .safetensors or .bin file that exists")
-    return file
-
-
 def _in_peft_names(
     tensors: dict[str, torch.Tensor], unet: nn.Module, file: Path
 ) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, float]]:
     """Return tensors by <module>.lora_{A,B}.weight, the file's own name of each, and alpha by module."""
-    weights: dict[str, torch.Tensor] = {}
-    sources: dict[str, str] = {}
-    alphas: dict[str, float] = {}
+    weights, sources, alphas = {}, {}, {}
     modules = {name.replace(".", "_"): name for name, _ in unet.named_modules()}  # by kohya's names
     for source, tensor in tensors.items():
         key = source[PREFIX.match(source).end() :]
         if TEXT_ENCODER_KEY.match(key):
-            raise UserError(f"{file} also adapts the text encoder ({source}); give an adapter of the UNet alone")
+            raise UserError(f"{file}: {source} adapts the text encoder; give an adapter of the UNet alone")
         if (match := ALPHA_KEY.fullmatch(key)) and tensor.numel() == 1:
             alphas[modules.get(match["module"], match["module"])] = float(tensor)
             continue
         if match := KOHYA_KEY.fullmatch(key):
             key = f"{modules.get(match['module'], match['module'])}.lora.{match['half']}.weight"
         (key,) = convert_unet_state_dict_to_peft({key: tensor})
-        if not (match := PEFT_KEY.fullmatch(key)):
-            raise UserError(f"{file}: {source} is no LoRA weight of a UNet in a format of peft, diffusers or kohya")
-        name = f"{match['module']}.lora_{match['half']}.weight"
-        if name in weights:
-            raise UserError(f"{file}: {sources[name]} and {source} are the same weight; give a file with one adapter")
+        match = PEFT_KEY.fullmatch(key)
+        name = f"{match['module']}.lora_{match['half']}.weight" if match else ""
+        if not match or name in weights:
+            problem = f"is the same weight as {sources[name]}" if match else "is no weight that peft or kohya writes"
+            raise UserError(f"{file}: {source} {problem}; give a file with one LoRA adapter of a UNet")
         weights[name], sources[name] = tensor, source
-    if not weights:
-        raise UserError(f"{file} is empty; give a file with LoRA weights")
-    if strange := [module for module in alphas if f"{module}.lora_A.weight" not in weights]:
-        raise UserError(f"{file} states alpha for {strange[0]} but holds no adapter of it; fetch the whole file again")
+    lacking = [module for module in alphas if f"{module}.lora_A.weight" not in weights]
+    if lacking := lacking or ["the UNet"] * (not weights):
+        raise UserError(f"{file} holds no adapter of {lacking[0]}; fetch the whole file again")
     return weights, sources, alphas
-
-
-def _check_fit(
-    adapters: dict[str, nn.Parameter], weights: dict[str, torch.Tensor], sources: dict[str, str], file: Path
-) -> None:
-    """Raise UserError unless the file has exactly the adapters' weights (diffusers only warns of missing ones)."""
-    for key, weight in weights.items():
-        if key not in adapters:
-            raise UserError(f"{file}: {sources[key]} belongs to no adapter of the UNet; check train.lora_targets")
-        if weight.shape != adapters[key].shape:
-            raise UserError(
-                f"{file}: {sources[key]} has shape {tuple(weight.shape)}, the UNet's adapter wants "
-                f"{tuple(adapters[key].shape)}; use the same base model and train.lora_rank"
-            )
-    if missing := next((key for key in adapters if key not in weights), None):
-        raise UserError(f"{file} lacks {missing}; fetch the whole file again, or check train.lora_targets")
 
 
 def _scale(file: Path, metadata: dict[str, str]) -> float:
     """Return alpha / rank from peft's adapter_config.json next to the file, or from diffusers' metadata; else 1."""
-    config_file = file.with_name("adapter_config.json")
-    if file.name.startswith("adapter_model") and config_file.is_file():
+    text, place = metadata.get("lora_adapter_metadata", "{}"), file
+    if file.name.startswith("adapter_model") and (config_file := file.with_name("adapter_config.json")).is_file():
         text, place = config_file.read_text(), config_file
-    else:
-        text, place = metadata.get("lora_adapter_metadata", "{}"), file
     fields = {"r": OneOf((range(1, 2**20), None)), "lora_alpha": OneOf((float, None))}
     shape = {f"{prefix}{name}?": kind for name, kind in fields.items() for prefix in ("", "unet.")}
     stated = parse_json(text, shape, repr(str(place)), "it states no readable adapter configuration: fetch it again")
     config = {key.removeprefix("unet."): value for key, value in stated.items()}  # a pipeline writes unet.r, a UNet r
-    for option in ("alpha_pattern", "use_dora"):
-        if config.get(option):
-            raise UserError(f"{place} was trained with {option}, which is not supported; use plain LoRA weights")
+    if unsupported := next(filter(config.get, ("alpha_pattern", "use_dora")), None):
+        raise UserError(f"{place} was trained with {unsupported}, which is not supported; use plain LoRA weights")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not rank or alpha is None:
         return 1.0

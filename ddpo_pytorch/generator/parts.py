@@ -5,21 +5,21 @@ tokenizer without its vocabulary silently maps every prompt to the same tokens.
 """
 
 import json
+import logging
 import re
-from collections.abc import Iterable, Iterator
+import string
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.weights import check_finite, open_safetensors, read_head, read_pickle
+from ddpo_pytorch.utils.weights import check_finite, read_tensors
 
 # weight files of diffusers and transformers: one file or shards, in full precision or of the variant fp16
 _WEIGHTS = re.compile(
@@ -34,95 +34,82 @@ def load_part(
 ) -> nn.Module:
     """Load a network by `kind.from_pretrained` and check that all its tensors were there, with their shapes and finite.
 
-    Args:
-        kind: a model class of diffusers or transformers.
-        model: local folder, or Hugging Face id. In a folder, safetensors are preferred to .bin, and the full precision
-            to the variant fp16.
-        subfolder: of the part.
-        options: further arguments of `from_pretrained`.
-
-    Raises:
-        UserError: a folder that lacks the part or holds another one (the file and tensor are named). Unexpected tensors
-            are refused too, except heads of a text encoder (a whole CLIP, BERT's pre-training).
-        OSError: a Hugging Face id out of reach.
+    `model` is a local folder, where safetensors are preferred to .bin and the full precision to the variant fp16, or a
+    Hugging Face id (OSError if it is out of reach). Raises UserError for a folder that lacks the part or holds another
+    one, naming file and tensor. Unexpected tensors are refused too, except heads of a text encoder (a whole CLIP,
+    BERT's pre-training).
     """
     folder, name = Path(model) / subfolder, f"{model} {subfolder}".strip()
     if local := Path(model).is_dir():
-        files, options["variant"] = _weight_files(folder)
+        files, options["variant"] = _find_weights(folder)
         name = str(files[0] if len(files) == 1 else folder)
     try:
         with quiet():
-            part, found = kind.from_pretrained(
-                model,
-                subfolder=subfolder,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are named below
-                **options,
-            )
+            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are named below
+            part, found = kind.from_pretrained(model, subfolder=subfolder, dtype=dtype, **options)
     except Exception as error:  # config.json may hold anything
         if not local:
             raise
         for file in files:
-            if file.suffix == ".bin":
-                read_pickle(file)  # raises a clearer error
+            read_tensors(file)  # raises a clearer error
         raise UserError(f"{str(folder)!r} cannot be loaded ({first_line(error)}); save or fetch it again") from error
-    if missing := sorted(found["missing_keys"]):
-        raise UserError(f"{name!r} lacks {missing[0]}{_others(missing)}; save or fetch it again")
-    if wrong := sorted(found["mismatched_keys"]):
-        key, theirs, ours = wrong[0]
-        shapes = f"{tuple(theirs)}, config.json says {tuple(ours)}"
-        raise UserError(f"{name!r}: {key} has shape {shapes}{_others(wrong)}; save or fetch both again")
-    if unexpected := _unexpected(part, found["unexpected_keys"]):
-        others = _others(unexpected)
-        raise UserError(f"{name!r} holds {unexpected[0]}{others}, unknown to config.json; save or fetch both again")
+    unexpected = found["unexpected_keys"]
+    if not isinstance(part, ModelMixin):  # leave out the heads of a text encoder
+        children = {child for child, _ in part.named_children()}
+        bare = [key.removeprefix(f"{part.base_model_prefix}.").removeprefix("text_model.") for key in unexpected]
+        unexpected = [key for key in bare if key.split(".")[0] in children and not key.endswith(".position_ids")]
+    mismatched = [
+        f"{key} of shape {tuple(theirs)}, not {tuple(ours)}" for key, theirs, ours in found["mismatched_keys"]
+    ]
+    for problem, keys in (
+        ("lacks", found["missing_keys"]),
+        ("differs from config.json: it has", mismatched),
+        ("has no place in config.json for", unexpected),
+    ):
+        if keys:
+            others = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise UserError(f"{name!r} {problem} {min(keys)}{others}; save or fetch both again")
     check_finite(part.state_dict(), name)
     return part
 
 
-def _weight_files(folder: Path) -> tuple[list[Path], str | None]:
-    """Return the weight files that `from_pretrained` will read, each a readable one, and their variant."""
-    _check_folder(folder)
+def _find_weights(folder: Path) -> tuple[list[Path], str | None]:
+    """Return the weight files that `from_pretrained` will read, and their variant."""
     forms: dict[tuple[bool, bool], list[Path]] = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.glob("*")):
         if match := _WEIGHTS.fullmatch(path.name):
             forms.setdefault((".fp16" in path.name, match[5] == "bin"), []).append(path)
     if not forms:
         raise UserError(f"{str(folder)!r} holds no weights (model.safetensors or the like); save or fetch it again")
-    half, pickled = min(forms)
-    for path in forms[half, pickled]:
-        if pickled:
-            read_head(path)
-        else:
-            with open_safetensors(path):
-                pass
-    return forms[half, pickled], "fp16" if half else None
+    half, _ = chosen = min(forms)
+    return forms[chosen], "fp16" if half else None
 
 
-def _unexpected(part: nn.Module, keys: Iterable[str]) -> list[str]:
-    """Return the unexpected keys that are not of a text encoder's heads."""
-    if isinstance(part, ModelMixin):
-        return sorted(keys)
-    children = {name for name, _ in part.named_children()}
-    bare = [key.removeprefix(f"{part.base_model_prefix}.").removeprefix("text_model.") for key in keys]
-    return sorted(key for key in bare if key.split(".")[0] in children and not key.endswith(".position_ids"))
+def check_fit(
+    given: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    file: Path,
+    advice: str,
+    names: Mapping[str, str] | None = None,
+) -> None:
+    """Raise UserError unless a file's tensors have the expected keys and shapes; `names` holds its own for them."""
+    for key in (*given, *expected):
+        name = (names or {}).get(key, key)
+        if key not in expected:
+            raise UserError(f"{file} holds {name}, which the model lacks; {advice}")
+        if key not in given:
+            raise UserError(f"{file} lacks {name}; {advice}")
+        if (shape := tuple(given[key].shape)) != (wanted := tuple(expected[key].shape)):
+            raise UserError(f"{file} holds {name} of shape {shape}, the model wants {wanted}; {advice}")
 
 
 def check_tokenizer_files(folder: str | Path) -> None:
     """Raise UserError for a local folder without a complete vocabulary."""
-    folder = Path(folder)
-    _check_folder(folder)
-    present = {path.name for path in folder.iterdir() if path.is_file()}
-    if any(present.issuperset(names) for names in VOCABULARIES):
-        return
-    partial = next((names for names in VOCABULARIES if present & set(names)), VOCABULARIES[0])
-    missing = next(name for name in partial if name not in present)
-    raise UserError(f"{str(folder)!r} lacks {missing}; copy or fetch the whole model again")
-
-
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise UserError(f"{str(folder.parent)!r} has no folder {folder.name}; copy or fetch the whole model again")
+    present = {path.name for path in Path(folder).glob("*") if path.is_file()}
+    if not any(present.issuperset(names) for names in VOCABULARIES):
+        begun = next(filter(present.intersection, VOCABULARIES), VOCABULARIES[0])
+        missing = next(name for name in begun if name not in present)
+        raise UserError(f"{str(folder)!r} lacks {missing}; copy or fetch the whole model again")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, name: str) -> None:
@@ -131,8 +118,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel
     positions = encoder.config.max_position_embeddings
     # letters, and words of its own without the marks of CLIP and BERT
     words = [token.removesuffix("</w>").removeprefix("##") for token in list(vocabulary)[:200]]
-    probes = [*"abcdefghijklmnopqrstuvwxyz", *(word for word in words if word.isalnum())]
-    problem = ""
+    probes, problem = [*string.ascii_lowercase, *filter(str.isalnum, words)], ""
     # fewer tokens than embeddings are fine: BioMedBERT has a longer table
     if (highest := max(vocabulary.values(), default=-1)) >= embeddings:
         problem = f"numbers its tokens up to {highest}, but the text encoder has {embeddings} embeddings"
@@ -150,33 +136,24 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel
 
 def _tokens_without_merges(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the number of tokens of a byte-pair vocabulary that no merge forms, or 0 if it is below one per cent."""
-    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = json.loads(backend.to_str())["model"] if backend else {}
+    if model.get("type") != "BPE":
         return 0
-    model = json.loads(backend.to_str())["model"]
-    if model["type"] != "BPE":
-        return 0
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-    formed = {"".join(pair) for pair in pairs} | set(tokenizer.all_special_tokens)
+    formed = {"".join(merge).replace(" ", "") for merge in model["merges"]} | set(tokenizer.all_special_tokens)
     lost = sum(len(token.removesuffix("</w>")) > 1 and token not in formed for token in model["vocab"])
     return lost if lost > len(model["vocab"]) // 100 else 0
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Limit the logs of diffusers and transformers to errors within this context."""
-    libraries = diffusers_logging, transformers_logging
-    levels = [library.get_verbosity() for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
+    """Silence the warnings of diffusers and transformers within this context."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        for library, level in zip(libraries, levels, strict=True):
-            library.set_verbosity(level)
-
-
-def _others(keys: list) -> str:
-    return f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+        logging.disable(before)
 
 
 def first_line(error: Exception) -> str:

@@ -1,4 +1,9 @@
-"""Stable Diffusion: strict loading, cached prompt embeddings, guided noise prediction, decoding."""
+"""Stable Diffusion: strict loading, saving, prompt embeddings, guided noise prediction, decoding.
+
+A UNet trained with CLIP accepts BERT's embeddings, which have the same width, and draws meaningless images. A model
+with BERT therefore has conditioning.json next to model_index.json, with hashes of UNet, text encoder and tokenizer, and
+separate UNet weights name their text encoder in their metadata. Models with CLIP have neither.
+"""
 
 import logging
 import re
@@ -7,19 +12,24 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig
 
-from ddpo_pytorch.generator.conditioning import check_model, check_unet_file
-from ddpo_pytorch.generator.parts import check_tokenizer, check_tokenizer_files, first_line, load_part, quiet
-from ddpo_pytorch.generator.text import check_tokens, embed, load_encoder, mask_padding
+from ddpo_pytorch.generator.parts import check_fit, check_tokenizer, check_tokenizer_files, first_line, load_part, quiet
+from ddpo_pytorch.generator.text import check_tokens, embed, has_mask, load_encoder, load_text_encoder, mask_padding
 from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import sha256, write_json
+from ddpo_pytorch.utils.fingerprint import fingerprint
+from ddpo_pytorch.utils.json_files import read_json
 from ddpo_pytorch.utils.weights import check_finite, read_safetensors
 
 logger = logging.getLogger(__name__)
 # where the files of ids that left the hub are now
 MIRRORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+RECORD = "conditioning.json"
+KEY = "text_encoder_sha256"
 
 
 def load_pipeline(
@@ -31,8 +41,8 @@ def load_pipeline(
 ) -> StableDiffusionPipeline:
     """Load Stable Diffusion in diffusers format with DDIM sampling, frozen and in evaluation mode.
 
-    The safety checker is off: it misfires on medical images, and its black images would corrupt rewards and metrics
-    unnoticed. The DDIM scheduler keeps the model's own betas, prediction type and offsets.
+    The safety checker is off: it misfires on medical images, and its black images would corrupt rewards and metrics.
+    The DDIM scheduler keeps the model's own betas, prediction type and offsets.
 
     Args:
         model: local folder, or Hugging Face id.
@@ -51,7 +61,7 @@ def load_pipeline(
     if unet_path:
         replace_unet_weights(pipe.unet, unet_path)
         check_finite(pipe.unet.state_dict(), unet_path)  # its dtype may be narrower than the file's
-        check_unet_file(pipe, model, unet_path)
+        _check_text_encoder(pipe, model, unet_path)
     mask_padding(pipe.unet, pipe.text_encoder)
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.requires_grad_(False).eval().to(device)
@@ -67,9 +77,9 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
         model = MIRRORS[model]
     folder = Path(model).expanduser()
     if not (local := folder.is_dir()):
-        if not HUB_ID.fullmatch(model):
-            raise UserError(f"no model folder {model}; give a folder in diffusers format or a Hugging Face id")
         try:
+            if not HUB_ID.fullmatch(model):
+                raise ValueError(f"{model} is no Hugging Face id")
             AutoConfig.from_pretrained(model, subfolder="text_encoder", revision=revision, trust_remote_code=False)
             with quiet():  # no retry warnings while offline
                 folder = Path(StableDiffusionPipeline.download(model, revision=revision, safety_checker=None))
@@ -77,14 +87,9 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
             raise UserError(f"model {model} is neither a local folder nor reachable on the hub; check both") from error
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{model} has no model_index.json; expected a Stable Diffusion folder in diffusers format")
-    for name in ("scheduler", "text_encoder", "tokenizer", "unet", "vae"):
-        if not (folder / name).is_dir():
-            raise UserError(f"{model} has no folder {name}; copy or fetch the whole model again")
     check_tokenizer_files(folder / "tokenizer")
-    parts = {
-        "unet": load_part(UNet2DConditionModel, folder, "unet", dtype),
-        "vae": load_part(AutoencoderKL, folder, "vae", dtype),
-    }
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    parts = {name: load_part(kind, folder, name, dtype) for name, kind in kinds.items()}
     try:
         parts["text_encoder"] = load_encoder(str(folder), "text_encoder", dtype)
         with quiet():  # diffusers warns of text encoders other than CLIP
@@ -94,45 +99,84 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
     except UserError:
         raise
     except Exception as error:  # the JSON files of scheduler and tokenizer may hold anything
-        raise UserError(f"{model} is no complete Stable Diffusion ({first_line(error)}); save it again") from error
-    if local:
-        check_model(pipe, folder)
+        problem = f"text_encoder, tokenizer or scheduler cannot be loaded ({first_line(error)})"
+        raise UserError(f"{model}: {problem}; save or fetch the whole model again") from error
+    if local and has_mask(pipe.text_encoder):
+        files = _hashes(folder)
+        for name, expected in _read_record(folder)["files"].items():
+            if files.get(name) != expected:
+                raise UserError(f"{str(folder / name)!r} is missing or not of {RECORD}; copy the whole folder again")
     return pipe
 
 
 def replace_unet_weights(unet: nn.Module, path: str | Path) -> None:
-    """Replace all weights of the UNet by those of a safetensors file in diffusers names.
-
-    Raises UserError for a missing or unreadable file, and for an unknown key, a missing one, or another shape.
-    """
+    """Replace all weights of the UNet by a safetensors file's, in diffusers' names. UserError if they do not fit."""
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"no UNet weights at {path}; give a safetensors file with a UNet state dict in diffusers names")
     weights, _ = read_safetensors(path)
-    shapes = {key: tuple(value.shape) for key, value in unet.state_dict().items()}
-    problem = ""
-    for key in (*weights, *shapes):
-        if key not in shapes:
-            problem = f"has the key {key}, which the UNet lacks"
-        elif key not in weights:
-            problem = f"lacks the key {key} of the UNet"
-        elif (shape := tuple(weights[key].shape)) != shapes[key]:
-            problem = f"holds {key} of shape {shape}, the UNet wants {shapes[key]}"
-        if problem:
-            raise UserError(f"{path} {problem}; use weights of the same architecture")
+    check_fit(weights, unet.state_dict(), path, "give a safetensors file of the same UNet in diffusers' names")
     unet.load_state_dict(weights)
 
 
+def _check_text_encoder(pipe: StableDiffusionPipeline, model: str | Path, path: str | Path) -> None:
+    """Raise UserError for UNet weights that were trained with another text encoder than the model's."""
+    with safe_open(path, framework="pt") as file:
+        stated = (file.metadata() or {}).get(KEY)
+    own = None
+    if has_mask(pipe.text_encoder):  # whose dtype, which the fingerprint includes, may not be the file's
+        own = _read_record(Path(model))[KEY] if Path(model).is_dir() else fingerprint(pipe.text_encoder)
+    if stated != own:
+        theirs, ours = ("CLIP (or one not recorded)" if one is None else f"BERT {one[:12]}" for one in (stated, own))
+        raise UserError(f"UNet weights {str(path)!r} are for text encoder {theirs}; {str(model)!r} has {ours}")
+
+
+def unet_metadata(pipe: StableDiffusionPipeline) -> dict[str, str]:
+    """Return the metadata for a file of this pipeline's UNet weights."""
+    return {"format": "pt"} | ({KEY: fingerprint(pipe.text_encoder)} if has_mask(pipe.text_encoder) else {})
+
+
+def save_model(pipe: StableDiffusionPipeline, folder: str | Path) -> None:
+    """Write the pipeline in diffusers format, with conditioning.json (last) if its text encoder is a BERT."""
+    folder = Path(folder)
+    pipe.save_pretrained(folder)
+    if has_mask(pipe.text_encoder):
+        record = {KEY: fingerprint(pipe.text_encoder), "tokens": pipe.tokenizer.model_max_length}
+        write_json(folder / RECORD, record | {"files": _hashes(folder)})
+
+
+def with_bert(pipe: StableDiffusionPipeline, model: str | Path, tokens: int) -> StableDiffusionPipeline:
+    """Return the pipeline with `model` (see `load_text_encoder`), a BERT of the UNet's width, as its text encoder."""
+    tokenizer, encoder = load_text_encoder(model, tokens, pipe.device)
+    width, expected = encoder.config.hidden_size, pipe.unet.config.cross_attention_dim
+    if not has_mask(encoder) or width != expected:
+        found = f"a BERT of width {width}" if has_mask(encoder) else "no BERT"
+        raise UserError(f"sd.bert {str(model)!r} is {found}; give one of width {expected}, or sd.text_encoder=clip")
+    parts = pipe.components | {"tokenizer": tokenizer, "text_encoder": encoder.to(pipe.text_encoder.dtype)}
+    mask_padding(pipe.unet, encoder)
+    return StableDiffusionPipeline(**parts, requires_safety_checker=False)
+
+
+def _read_record(folder: Path) -> dict:
+    try:
+        return read_json(folder / RECORD, {KEY: str, "files": {str: str}})
+    except (OSError, UserError) as error:
+        raise UserError(f"{str(folder)!r} has a BERT but no readable {RECORD}; copy the whole folder again") from error
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of the recorded parts' files by path relative to the folder."""
+    paths = sorted(path for part in ("unet", "text_encoder", "tokenizer") for path in (folder / part).glob("*"))
+    return {str(path.relative_to(folder)): sha256(path) for path in paths if path.is_file()}
+
+
 def encode_prompts(pipe: StableDiffusionPipeline, prompts: Iterable[str]) -> torch.Tensor:
-    """Return embeddings (N, L, D) of N prompts in the text encoder's dtype (see `text.embed`)."""
+    """Return embeddings (N, L, D) of N prompts in the text encoder's dtype."""
     return embed(pipe.tokenizer, pipe.text_encoder, prompts)
 
 
 class PromptEmbeddings:
-    """Cache of prompt embeddings.
+    """Cache of prompt embeddings, each encoded alone: in a batch its last bits would depend on its neighbours.
 
-    Each prompt is encoded alone: in a batch the last bits would depend on its neighbours, and a resumed run, which
-    encodes the prompts in another order, would differ from an uninterrupted one.
+    A resumed run, which encodes the prompts in another order, would then differ from an uninterrupted one.
     """
 
     def __init__(self, pipe: StableDiffusionPipeline):
@@ -149,10 +193,7 @@ class PromptEmbeddings:
         return self._embedding("")[None]
 
     def precompute(self, prompts: Iterable[str]) -> None:
-        """Embed these and the empty prompt, then drop the text encoder: any other prompt raises KeyError.
-
-        Warns of truncated prompts (see `check_tokens`).
-        """
+        """Check and embed these and the empty prompt, then drop the text encoder: other prompts raise KeyError."""
         prompts = list(dict.fromkeys(prompts))
         check_tokens(self._pipe.tokenizer, prompts)
         for prompt in ("", *prompts):
@@ -191,8 +232,7 @@ def guided_noise_prediction(
     Returns:
         (B, C, H, W) in float32, in which the small difference of the two predictions is taken.
     """
-    batch = latents.shape[0]
-    dtype = next(unet.parameters()).dtype
+    batch, dtype = len(latents), next(unet.parameters()).dtype
     timesteps = torch.as_tensor(timesteps, device=latents.device).expand(batch)
     latents, prompt_embeds = latents.to(dtype), prompt_embeds.to(dtype)
     if guidance_scale <= 1:

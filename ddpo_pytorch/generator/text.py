@@ -1,9 +1,9 @@
 """Text encoders: CLIP as in Stable Diffusion, or BERT (BioMedBERT) with its padding masked in the UNet.
 
-CLIP was trained with padding, and Stable Diffusion attends to all its 77 positions. BERT's padding means nothing, so
+Stable Diffusion attends to all 77 positions of CLIP, which was trained with padding. BERT's padding means nothing, so
 its embeddings are exactly 0 there (and nowhere else), and the UNet of such a pipeline derives its attention mask from
-them (`mask_padding`). Thus training, rollout, update and evaluation mask the same positions without passing a mask
-around. BERT's last hidden states have the width of the UNet's cross-attention (768) and need no projection.
+them (`mask_padding`): training, rollout, update and evaluation mask the same positions without passing a mask around.
+BERT's last hidden states have the width of the UNet's cross-attention (768) and need no projection.
 """
 
 import logging
@@ -26,14 +26,9 @@ TextEncoder = tuple[PreTrainedTokenizerBase, PreTrainedModel]
 def load_text_encoder(model: str | Path, tokens: int = TOKENS, device: str | torch.device = "cpu") -> TextEncoder:
     """Load tokenizer and frozen encoder, float32, in evaluation mode.
 
-    Args:
-        model: a folder in diffusers format (its tokenizer/ and text_encoder/), a folder in transformers format, or a
-            Hugging Face id.
-        tokens: length of a prompt for BERT (`tokenizer.model_max_length`), capped at the encoder's positions.
-
-    Raises:
-        UserError: no such model, neither BERT nor CLIP, incomplete files (see `load_part`), or a tokenizer of another
-            encoder.
+    `model` is a folder in diffusers format (its tokenizer/ and text_encoder/) or in transformers format, or a Hugging
+    Face id; `tokens` the length of a prompt for BERT, at most the encoder's positions. Raises UserError where there is
+    no such model, it is neither BERT nor CLIP, files are incomplete (see `load_part`), or the tokenizer is another's.
     """
     folder = Path(model).expanduser()
     model, part, tokenizer_place = str(model), "", str(model)
@@ -47,25 +42,19 @@ def load_text_encoder(model: str | Path, tokens: int = TOKENS, device: str | tor
     except UserError:
         raise
     except Exception as error:  # tokenizer.json and config.json may hold anything
-        if local:
-            raise UserError(f"text encoder {model!r}: {first_line(error)}; save or fetch it again") from error
-        raise UserError(
-            f"text encoder {model!r} is neither a local folder nor reachable on the hub; check both"
-        ) from error
+        reason = first_line(error) if local else "neither a local folder nor reachable on the hub"
+        raise UserError(f"text encoder {model!r}: {reason}; check the name, or save or fetch it again") from error
     if has_mask(encoder):
         tokenizer.model_max_length = min(tokens, encoder.config.max_position_embeddings)
     check_tokenizer(tokenizer, encoder, model)
     return tokenizer, encoder.requires_grad_(False).eval().to(device)
 
 
-def load_encoder(model: str | Path, part: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load the text encoder from subfolder `part` of a folder or Hugging Face id.
-
-    Raises UserError for an encoder that is neither BERT nor CLIP, and as `load_part` does.
-    """
+def load_encoder(model: str, part: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a BERT or CLIP from subfolder `part` of a folder or Hugging Face id. Raises UserError for other kinds."""
     kind = AutoConfig.from_pretrained(model, subfolder=part, trust_remote_code=False).model_type
     if kind not in KINDS:
-        raise UserError(f"text encoder {str(model)!r} is a {kind!r}; allowed are BERT and CLIP's text model")
+        raise UserError(f"text encoder {model!r} is a {kind!r}; allowed are BERT and CLIP's text model")
     # the pooler is only for next-sentence prediction, and published files may lack it
     options = {"add_pooling_layer": False} if kind == "bert" else {}
     return load_part(KINDS[kind], model, part, dtype, **options)
@@ -78,13 +67,8 @@ def has_mask(encoder: nn.Module) -> bool:
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> torch.Tensor:
     """Return token ids (N, L) of N prompts, padded or truncated to L = `tokenizer.model_max_length`."""
-    return tokenizer(
-        list(prompts),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
+    limits = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+    return tokenizer(list(prompts), **limits, return_tensors="pt").input_ids
 
 
 def too_long(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
