@@ -7,17 +7,16 @@ import torch
 from diffusers import DDIMScheduler
 from torch.distributions import Normal
 
-from ddpo_pytorch.diffusers_patch.ddim_with_logprob import check_schedule, ddim_mean_std, ddim_step_with_logprob
+from ddpo_pytorch.diffusers_patch.ddim_with_logprob import check_schedule, ddim_step_with_logprob
 from ddpo_pytorch.utils.errors import UserError
 
-SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # SD 1.5's
+SCHEDULE |= {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 def make_scheduler(steps: int = 50, **changes) -> DDIMScheduler:
-    """SD 1.5's scheduler."""
-    config = SD_BETAS | {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False} | changes
-    scheduler = DDIMScheduler(**config)
+    scheduler = DDIMScheduler(**SCHEDULE | changes)
     scheduler.set_timesteps(steps)
     return scheduler
 
@@ -33,12 +32,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"clip_sample": True, "clip_sample_range": 0.7}, {"thresholding": True}, {"timestep_spacing": "trailing"}],
-    ids=["sd", "clip", "threshold", "trailing"],
-)
+@pytest.mark.parametrize(("eta", "changes"), [(0.0, {}), (0.5, {"clip_sample": True}), (1.0, {"thresholding": True})])
 def test_step_equals_diffusers(prediction_type, eta, changes):
     scheduler = make_scheduler(20, prediction_type=prediction_type, **changes)
     output, sample = random_batch(2)
@@ -60,12 +54,11 @@ def test_log_prob_is_mean_normal_density(prediction_type, eta):
         alpha = scheduler.alphas_cumprod[timestep].item()
         alpha_prev = scheduler.alphas_cumprod[max(timestep - 20, 0)].item()
         x, out = sample[i].double(), output[i].double()
-        if prediction_type == "epsilon":
-            epsilon = out
-        elif prediction_type == "sample":
-            epsilon = (x - math.sqrt(alpha) * out) / math.sqrt(1 - alpha)
-        else:
-            epsilon = math.sqrt(alpha) * out + math.sqrt(1 - alpha) * x
+        epsilon = {
+            "epsilon": out,
+            "sample": (x - math.sqrt(alpha) * out) / math.sqrt(1 - alpha),
+            "v_prediction": math.sqrt(alpha) * out + math.sqrt(1 - alpha) * x,
+        }[prediction_type]
         sigma = eta * math.sqrt((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev))
         clean = (x - math.sqrt(1 - alpha) * epsilon) / math.sqrt(alpha)
         mean = math.sqrt(alpha_prev) * clean + math.sqrt(1 - alpha_prev - sigma**2) * epsilon
@@ -73,70 +66,24 @@ def test_log_prob_is_mean_normal_density(prediction_type, eta):
         assert log_prob[i].item() == pytest.approx(expected.item(), abs=2e-5)
 
 
-def test_mean_and_std_are_those_of_the_draws():
-    scheduler = make_scheduler()
-    output, sample = (tensor[:, :1, :1, :2].expand(20_000, -1, -1, -1) for tensor in random_batch(1))
-    mean, std = ddim_mean_std(scheduler, output, 501, sample, 1.0)
-    assert mean.shape == sample.shape and std.shape == (1, 1, 1, 1)
-    drawn, _ = ddim_step_with_logprob(scheduler, output, 501, sample, 1.0, generator=seeded(0))
-    torch.testing.assert_close(drawn.mean(0), mean[0], rtol=0, atol=4 * std.item() / math.sqrt(20_000))
-    torch.testing.assert_close(drawn.std(0), std[0].expand(1, 1, 2), rtol=0.03, atol=0)
-
-
 def test_timestep_forms_agree():
-    scheduler = make_scheduler()
-    output, sample = random_batch(3)
+    scheduler, (output, sample) = make_scheduler(), random_batch(3)
     forms = [481, torch.tensor(481), torch.tensor([481]), torch.tensor([481, 481, 481])]
     results = [ddim_step_with_logprob(scheduler, output, form, sample, 1.0, generator=seeded(2)) for form in forms]
     for previous, log_prob in results[1:]:
-        assert torch.equal(previous, results[0][0])
-        assert torch.equal(log_prob, results[0][1])
+        assert torch.equal(previous, results[0][0]) and torch.equal(log_prob, results[0][1])
 
 
-@pytest.mark.parametrize(
-    ("changes", "timestep"),
-    [
-        ({"set_alpha_to_one": True}, 1),
-        ({"set_alpha_to_one": False}, 1),
-        # zero terminal signal-to-noise ratio
-        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, 999),
-    ],
-)
-def test_first_and_last_step_are_finite(changes, timestep):
-    scheduler = make_scheduler(**changes)
-    output, sample = random_batch(2)
-    assert timestep in scheduler.timesteps[[0, -1]]
-    previous, log_prob = ddim_step_with_logprob(scheduler, output, timestep, sample, 1.0, generator=seeded(0))
-    assert torch.isfinite(previous).all() and torch.isfinite(log_prob).all()
-    check_schedule(scheduler, 1.0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_rescoring_stored_latents_gives_ratio_one(dtype):
     """The density is that of the latents as stored; every step, the last ones above all, where variances are small."""
-    scheduler = make_scheduler()
-    output, sample = random_batch(4, dtype=dtype)
+    # the last step would have no variance at alpha 1
+    scheduler, (output, sample) = make_scheduler(set_alpha_to_one=True), random_batch(4, dtype=dtype)
     for timestep in scheduler.timesteps:
         stored, old = ddim_step_with_logprob(scheduler, output, timestep, sample, 1.0, generator=seeded(5))
-        assert stored.dtype == dtype
-        assert old.dtype == torch.float32
+        assert stored.dtype == dtype and old.dtype == torch.float32
         _, new = ddim_step_with_logprob(scheduler, output, timestep, sample, 1.0, prev_sample=stored)
-        assert torch.equal(new, old)
-
-
-def test_noise_of_a_sample_does_not_depend_on_its_batch():
-    scheduler = make_scheduler()
-    output, sample = random_batch(3)
-
-    def step(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        generators = [seeded(100 + row) for row in rows]
-        return ddim_step_with_logprob(scheduler, output[rows], 301, sample[rows], 1.0, generator=generators)
-
-    together, log_prob = step([0, 1, 2])
-    for rows in ([1], [2, 0], [2, 1]):
-        alone, alone_log_prob = step(rows)
-        assert torch.equal(alone, together[rows])
-        torch.testing.assert_close(alone_log_prob, log_prob[rows], rtol=0, atol=1e-6)
+        assert torch.equal(new, old) and new.isfinite().all()
 
 
 def test_scoring_has_a_gradient_through_the_model_only():
@@ -146,8 +93,7 @@ def test_scoring_has_a_gradient_through_the_model_only():
     previous = torch.randn(sample.shape, generator=seeded(0)).requires_grad_()
     _, log_prob = ddim_step_with_logprob(scheduler, output, 501, sample, 1.0, prev_sample=previous)
     log_prob.sum().backward()
-    assert output.grad.abs().sum() > 0
-    assert previous.grad is None
+    assert output.grad.abs().sum() > 0 and previous.grad is None
 
 
 def test_contradictory_arguments_are_refused():
@@ -169,10 +115,11 @@ def test_contradictory_arguments_are_refused():
 
 def test_check_schedule_refuses_what_cannot_be_trained():
     for eta in (0.0, -1.0, math.nan):
-        with pytest.raises(UserError, match="eta > 0"):
+        with pytest.raises(UserError, match=f"sample.eta is {eta}: .*0 < eta <= 1"):
             check_schedule(make_scheduler(), eta)
     with pytest.raises(UserError, match="timestep 0 has zero variance"):
         check_schedule(make_scheduler(steps_offset=0), 1.0)
     with pytest.raises(UserError, match="0 < eta <= 1"):
         check_schedule(make_scheduler(), 5.0)
-    check_schedule(make_scheduler(10), 0.5)
+    zero_terminal_snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    check_schedule(make_scheduler(10, prediction_type="v_prediction", **zero_terminal_snr), 1.0)

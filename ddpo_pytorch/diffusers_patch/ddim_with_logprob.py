@@ -56,17 +56,13 @@ def ddim_mean_std(
 
     Args:
         scheduler: after `set_timesteps`; its prediction type, thresholding and clipping are respected.
-        model_output: (B, C, H, W), the UNet's output (after guidance) for `sample`.
+        model_output, sample: (B, C, H, W), the UNet's output (after guidance) for the latents x_t.
         timestep: one for the whole batch (int or 0-d), or (B,).
-        sample: (B, C, H, W), the latents x_t.
         eta: amount of noise, >= 0; 1 is DDPM's.
 
     Returns:
         mean (B, C, H, W) and std (B, 1, 1, 1) or (1, 1, 1, 1), always float32: half precision loses the small variances
         of the last steps.
-
-    Raises:
-        ValueError: negative eta, unknown prediction type, scheduler without timesteps.
     """
     if not eta >= 0:
         raise ValueError(f"eta is {eta}; it cannot be negative")
@@ -88,13 +84,6 @@ def ddim_mean_std(
     return mean, std
 
 
-def _draw(mean: torch.Tensor, std: torch.Tensor, generator: Generators) -> torch.Tensor:
-    """Sample the step; a list of generators makes each sample's noise independent of its batch."""
-    if isinstance(generator, list) and len(generator) != mean.shape[0]:
-        raise ValueError(f"{len(generator)} generators for a batch of {mean.shape[0]}; give one, or one per sample")
-    return mean + std * randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-
-
 def ddim_step_with_logprob(
     scheduler: DDIMScheduler,
     model_output: torch.Tensor,
@@ -110,11 +99,7 @@ def ddim_step_with_logprob(
     only. Both use the latents in the dtype of `sample`, in which they are stored: a density taken before the rounding
     would differ from that of the stored latents, and the PPO ratio from 1.
 
-    Args:
-        scheduler: after `set_timesteps`.
-        model_output, sample: (B, C, H, W).
-        timestep: one for the whole batch (int or 0-d), or (B,).
-        eta: amount of noise; 0 is deterministic.
+    Args (the others as for `ddim_mean_std`):
         generator: source of the noise, one or a list with one per sample; None uses torch's global one.
         prev_sample: (B, C, H, W), the next latents to score.
 
@@ -122,10 +107,6 @@ def ddim_step_with_logprob(
         The next latents (B, C, H, W) in the dtype of `sample`, and their log-probability (B,) in float32: the *mean* of
         the Gaussian log density over the D latent dimensions, as in DDPO's code, so a ratio of two such densities is
         the D-th root of the true one. None when sampling with eta = 0, where there is no density.
-
-    Raises:
-        ValueError: negative eta; scoring with eta = 0; both a generator and `prev_sample`; a list of generators that is
-            not one per sample.
     """
     scoring = prev_sample is not None
     if scoring and generator is not None:
@@ -136,7 +117,10 @@ def ddim_step_with_logprob(
             raise ValueError("eta is 0: the step is deterministic and has no log-probability; score with eta > 0")
         return mean.to(sample.dtype), None
     if not scoring:
-        prev_sample = _draw(mean, std, generator).to(sample.dtype)
+        if isinstance(generator, list) and len(generator) != len(mean):
+            raise ValueError(f"{len(generator)} generators for a batch of {len(mean)}; give one, or one per sample")
+        noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        prev_sample = (mean + std * noise).to(sample.dtype)
 
     squared_error = (prev_sample.detach().float() - mean) ** 2  # detached: the sample is data, not a function of theta
     log_density = -squared_error / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)  # (B, C, H, W)
@@ -144,28 +128,22 @@ def ddim_step_with_logprob(
 
 
 def check_schedule(scheduler: DDIMScheduler, eta: float) -> None:
-    """Check that every step of the schedule is a Gaussian with positive variance, as training needs.
+    """Raise UserError unless every step of the schedule is a Gaussian with positive variance, as training needs.
 
-    Raises:
-        UserError: eta <= 0; a timestep without variance (schedules that begin at timestep 0); an eta so large that a
-            step would add more noise than the next timestep holds.
+    Refused are eta <= 0, a timestep without variance (schedules that begin at timestep 0), and an eta so large that a
+    step would add more noise than the next timestep holds.
     """
     if not eta > 0:
-        raise UserError(
-            f"sample.eta is {eta}: without noise DDIM is deterministic and there is no policy to train; "
-            "allowed is eta > 0 (DDPO uses 1.0), set sample.eta=1.0"
-        )
+        raise UserError(f"sample.eta is {eta}: DDIM without noise is no policy; set 0 < eta <= 1 (DDPO uses 1.0)")
     timesteps = scheduler.timesteps  # (T,)
     alpha, alpha_prev = _alphas(scheduler, timesteps, timesteps.device)
     variance = eta**2 * _variance(alpha, alpha_prev)
     for timestep, var, room in zip(timesteps.tolist(), variance.tolist(), (1 - alpha_prev).tolist(), strict=True):
         if not var > 0:
             raise UserError(
-                f"the DDIM step at timestep {timestep} has zero variance, so its log-probability is infinite; "
-                "every step needs noise: set steps_offset to 1 in the model's scheduler_config.json"
+                f"the DDIM step at timestep {timestep} has zero variance, so its log-probability is infinite; set "
+                "steps_offset to 1 in the model's scheduler_config.json"
             )
         if var > room * (1 + 1e-5):
-            raise UserError(
-                f"sample.eta is {eta}: the DDIM step at timestep {timestep} would add more noise than the next "
-                "timestep holds; allowed is 0 < eta <= 1, set sample.eta=1.0"
-            )
+            problem = f"the step at timestep {timestep} would add more noise than the next timestep holds"
+            raise UserError(f"sample.eta is {eta}: {problem}; set 0 < eta <= 1")

@@ -5,7 +5,6 @@ from typing import Protocol
 
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.utils.torch_utils import randn_tensor
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import Generators, ddim_step_with_logprob
@@ -38,38 +37,6 @@ class LogProbGradients(Protocol):
         """Use the graph of a step's log-probs (B,), which is freed afterwards."""
 
 
-def _embed(
-    pipeline: StableDiffusionPipeline, prompt: str | list[str] | None, embeds: torch.Tensor | None, name: str
-) -> torch.Tensor:
-    """Return embeddings (N, L, D) from exactly one of text and embeddings."""
-    if (prompt is None) == (embeds is None):
-        raise ValueError(f"give exactly one of {name} and {name}_embeds")
-    if embeds is not None:
-        return embeds
-    return encode_prompts(pipeline, [prompt] if isinstance(prompt, str) else prompt)
-
-
-def _initial_latents(
-    pipeline: StableDiffusionPipeline,
-    batch: int,
-    height: int | None,
-    width: int | None,
-    generator: Generators,
-    device: torch.device,
-) -> torch.Tensor:
-    """Return Gaussian noise (batch, C, h, w), float32: a seed gives the same noise in every dtype."""
-    channels, rows, columns = latent_shape(pipeline)
-    factor = pipeline.vae_scale_factor
-    for name, pixels in (("height", height), ("width", width)):
-        if pixels is not None and (pixels <= 0 or pixels % factor):
-            raise ValueError(f"{name} is {pixels}; it must be a positive multiple of {factor} pixels")
-    shape = (batch, channels, height // factor if height else rows, width // factor if width else columns)
-    if isinstance(generator, list) and len(generator) != batch:
-        raise ValueError(f"{len(generator)} generators for a batch of {batch}; give one, or one per sample")
-    noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-    return noise * pipeline.scheduler.init_noise_sigma
-
-
 @torch.no_grad()
 def pipeline_with_logprob(
     pipeline: StableDiffusionPipeline,
@@ -93,15 +60,12 @@ def pipeline_with_logprob(
     Latents have the dtype of the prompt embeddings. Each step is rounded to it before its density is taken, so that
     scoring the stored latents later gives the same log-probs.
 
-    Args:
+    Args (the others are those of diffusers' pipeline):
         pipeline: from `generator.pipeline.load_pipeline`.
         prompt, prompt_embeds: exactly one; text, or embeddings (B, L, D).
-        height, width: in pixels; None is the model's own size.
         guidance_scale: weight of classifier-free guidance; 1 or less disables it.
         negative_prompt, negative_prompt_embeds: at most one; by default the empty prompt. One may serve all B.
         eta: amount of noise; 0 is deterministic and has no log-probs.
-        generator: source of all noise, one or a list with one per sample; None uses torch's global one.
-        latents: (B, C, h, w) to start from; None draws them.
         output_type: "pt" (float32 tensor (B, 3, H, W) in [0, 1]), "np", "pil", or "latent".
         keep_trajectory: False returns empty lists of latents and log-probs.
         gradients: receives log-probs with their graph.
@@ -109,22 +73,24 @@ def pipeline_with_logprob(
     Returns:
         images; None (there is no safety checker); T + 1 latents (B, C, h, w), from noise to image; T log-probs (B,),
         each None where eta is 0.
-
-    Raises:
-        ValueError: contradictory arguments, a size that is no multiple of the VAE's factor, an unknown output type.
     """
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type is {output_type!r}; it can be one of {', '.join(OUTPUT_TYPES)}")
-    prompt_embeds = _embed(pipeline, prompt, prompt_embeds, "prompt")  # (B, L, D)
-    if guidance_scale > 1:
-        if negative_prompt is None and negative_prompt_embeds is None:
-            negative_prompt = ""
-        negative_prompt_embeds = _embed(pipeline, negative_prompt, negative_prompt_embeds, "negative_prompt")
+    channels, rows, columns = latent_shape(pipeline)
+    size = height or rows * pipeline.vae_scale_factor, width or columns * pipeline.vae_scale_factor
+    if negative_prompt_embeds is not None and prompt_embeds is not None:
+        negative_prompt_embeds = negative_prompt_embeds.expand_as(prompt_embeds)
+    pipeline.check_inputs(prompt, *size, None, negative_prompt, prompt_embeds, negative_prompt_embeds)
+    if prompt_embeds is None:
+        prompt_embeds = encode_prompts(pipeline, [prompt] if isinstance(prompt, str) else prompt)  # (B, L, D)
+    if guidance_scale > 1 and negative_prompt_embeds is None:
+        negative = negative_prompt or ""
+        negative_prompt_embeds = encode_prompts(pipeline, [negative] if isinstance(negative, str) else negative)
 
     batch, device, dtype = prompt_embeds.shape[0], prompt_embeds.device, prompt_embeds.dtype
-    if latents is None:
-        latents = _initial_latents(pipeline, batch, height, width, generator, device)
-    latents = latents.to(device=device, dtype=dtype)  # (B, C, h, w)
+    # drawn in float32: a seed gives the same noise in every dtype
+    latents = pipeline.prepare_latents(batch, channels, *size, torch.float32, device, generator, latents)
+    latents = latents.to(dtype)  # (B, C, h, w)
     pipeline.scheduler.set_timesteps(num_inference_steps, device=device)
 
     all_latents, all_log_probs = [latents], []
