@@ -7,7 +7,6 @@ ddpo-pytorch, it may use random, NumPy or PyTorch (`draw_prompt`). Metadata of a
 prompts.
 """
 
-import codecs
 import inspect
 import logging
 import random
@@ -16,7 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache, partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+import numpy as np
 
 from ddpo_pytorch.data import fundus
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
@@ -24,45 +25,46 @@ from ddpo_pytorch.data.tables import invisible_character
 from ddpo_pytorch.utils.cli import import_function
 from ddpo_pytorch.utils.errors import UserError, describe_value
 from ddpo_pytorch.utils.randomness import seeded_globals
-from ddpo_pytorch.utils.settings import ZERO_OR_MORE, check_ranges
+from ddpo_pytorch.utils.settings import ZERO_OR_MORE, Range, check_ranges
 
 logger = logging.getLogger(__name__)
 Prompt = tuple[str, dict[str, Any]]
+Rng = random.Random | np.random.Generator | None
 
 
-class UniformSource(Protocol):
-    """The method of `random.Random` and `numpy.random.Generator` that is used here."""
-
-    def random(self) -> float: ...
-
-
-def isic_all(rng: UniformSource | None = None) -> Prompt:
+def isic_all(rng: Rng = None) -> Prompt:
     """Return one of the 32 ISIC captions, uniformly."""
-    return _describe(_choose(CAPTIONS, rng))
+    return _draw(CAPTIONS, rng)
 
 
-def isic_all_idx(idx: int, rng: UniformSource | None = None) -> Prompt:
+def isic_all_idx(idx: int, rng: Rng = None) -> Prompt:
     """Return caption `idx`, in [0, 32), of the official order. Raises UserError out of range."""
-    if not 0 <= idx < len(CAPTIONS):
-        raise UserError(f"prompt index {idx} is out of range; isic_all_idx takes 0 to {len(CAPTIONS) - 1}")
-    return _describe(CAPTIONS[idx])
+    check_ranges({"idx": idx}, {"idx": Range(f"[0, {len(CAPTIONS) - 1}]", whole=True)}, "prompt_fn_kwargs.")
+    return describe(CAPTIONS[idx])
 
 
-def from_file(
-    path: str | Path, low: int | None = None, high: int | None = None, rng: UniformSource | None = None
-) -> Prompt:
+def from_file(path: str | Path, low: int | None = None, high: int | None = None, rng: Rng = None) -> Prompt:
     """Return one of the lines [low, high) of a prompt file, uniformly (see `read_prompts`)."""
-    return _describe(_choose(read_prompts(path, low, high), rng))
+    return _draw(read_prompts(path, low, high), rng)
 
 
-def fundus_table(path: str | Path, rng: UniformSource | None = None) -> Prompt:
+def fundus_table(path: str | Path, rng: Rng = None) -> Prompt:
     """Return one of the distinct captions of a fundus table, uniformly (see `data.fundus.read_split`)."""
-    return _describe(_choose(_table_captions(path), rng))
+    return _draw(_table_captions(path), rng)
 
 
 @cache
 def _table_captions(path: str | Path) -> tuple[str, ...]:
     return fundus.caption_list(fundus.read_split(path))
+
+
+def _draw(prompts: Sequence[str], rng: Rng) -> Prompt:
+    return describe(prompts[int((rng or random).random() * len(prompts))])
+
+
+def describe(prompt: str) -> Prompt:
+    """Return a prompt with its metadata: the labels of an ISIC caption, or nothing."""
+    return prompt, {"label": list(labels_of(prompt))} if prompt in CAPTIONS else {}
 
 
 def read_prompts(path: str | Path, low: int | None = None, high: int | None = None) -> list[str]:
@@ -73,20 +75,14 @@ def read_prompts(path: str | Path, low: int | None = None, high: int | None = No
     """
     given = {name: value for name, value in (("low", low), ("high", high)) if value is not None}
     check_ranges(given, dict.fromkeys(given, ZERO_OR_MORE), "prompt_fn_kwargs.")
-    asset = resources.files("ddpo_pytorch") / "assets" / str(path)
-    source = Path(path) if Path(path).is_file() else asset
-    if not source.is_file():
-        raise UserError(
-            f"prompt file {str(path)!r} does not exist; give a path, or the name of a file in ddpo_pytorch/assets "
-            "such as isic_prompts.txt"
-        )
+    places = Path(path), resources.files("ddpo_pytorch") / "assets" / str(path)
+    if (source := next((place for place in places if place.is_file()), None)) is None:
+        raise UserError(f"prompt file {str(path)!r} does not exist; give a path, or an asset such as isic_prompts.txt")
     prompts = _parse_prompts(str(path), source.read_bytes())
-    if not prompts[low:high]:
-        raise UserError(
-            f"prompt file {str(path)!r} has no prompts in [{low}, {high}), since it has {len(prompts)}; change "
-            "prompt_fn_kwargs.low and .high"
-        )
-    return list(prompts[low:high])
+    if not (chosen := list(prompts[low:high])):
+        problem = f"{len(prompts)} prompts and none in [{low}, {high})"
+        raise UserError(f"prompt file {str(path)!r} has {problem}; change prompt_fn_kwargs.low and .high")
+    return chosen
 
 
 @lru_cache(maxsize=8)  # a file is read for every prompt that is drawn from it
@@ -95,10 +91,8 @@ def _parse_prompts(path: str, content: bytes) -> tuple[str, ...]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        kind = "UTF-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "not UTF-8"
-        raise UserError(f"prompt file {path!r} line {line}: this is {kind} text ({error}); save it as UTF-8") from error
-    first_lines: dict[str, int] = {}
-    prompts = []
+        raise UserError(f"prompt file {path!r} line {line} is not UTF-8 text ({error}); save it as UTF-8") from error
+    prompts, first_lines = [], {}
     for number, line in enumerate(re.split("\r\n|\r|\n", text), start=1):
         if not (prompt := line.strip()):
             continue
@@ -143,9 +137,12 @@ def get_prompt_fn(name: str, **kwargs: Any) -> Callable[..., Prompt]:
 
     Raises UserError for an unknown name, listing the known ones, and for arguments that do not fit.
     """
-    function = import_function(name, "prompt_fn") if ":" in name else _look_up(PROMPTS, "PROMPTS", name)
-    _check_arguments(name, function, kwargs := _given(kwargs))
-    chosen = partial(function, **kwargs)
+    if ":" not in name and name not in PROMPTS:
+        raise UserError(
+            f"prompt function {name!r} is not in PROMPTS of ddpo_pytorch/prompts.py, which has "
+            f"{', '.join(sorted(PROMPTS))}; add it there, or give module:function"
+        )
+    chosen = _bind(name, import_function(name, "prompt_fn") if ":" in name else PROMPTS[name], kwargs)
     chosen.__name__ = name  # for messages: functions may have been entered under another name
     return chosen
 
@@ -157,7 +154,7 @@ def draw_prompt(function: Callable[..., Any], seed: int) -> Prompt:
     and PyTorch are seeded during the call. Raises UserError as `as_prompt` does.
     """
     name = getattr(function, "__name__", str(function))
-    if _takes_rng(function):
+    if "rng" in inspect.signature(function).parameters:
         return as_prompt(function(rng=random.Random(seed)), name)
     with seeded_globals(seed):
         return as_prompt(function(), name)
@@ -171,10 +168,8 @@ def as_prompt(result: Any, name: str) -> Prompt:
     pair = (result, {}) if isinstance(result, str) else result
     fits = isinstance(pair, tuple | list) and len(pair) == 2
     if not fits or not isinstance(pair[0], str) or not isinstance(pair[1], Mapping):
-        raise UserError(
-            f"prompt function {name!r} returned {describe_value(result)}; it must return a prompt, or a prompt and a "
-            "dict of metadata, as in `return prompt, {}`"
-        )
+        allowed = "a prompt, or a prompt and a dict of metadata, as in `return prompt, {}`"
+        raise UserError(f"prompt function {name!r} returned {describe_value(result)}; it must return {allowed}")
     check_prompt(pair[0], f"prompt function {name!r}")
     return str(pair[0]), pair[1]
 
@@ -182,56 +177,32 @@ def as_prompt(result: Any, name: str) -> Prompt:
 def all_prompts(name: str, **kwargs: Any) -> list[Prompt]:
     """Return every distinct prompt that function `name` can return with these keyword arguments, in order.
 
-    Raises UserError for an unknown name, one without an entry in PROMPT_LISTS, and arguments that do not fit.
+    Raises UserError for a name without an entry in PROMPT_LISTS, and for arguments that do not fit.
     """
-    if (name in PROMPTS or ":" in name) and name not in PROMPT_LISTS:
+    if name not in PROMPT_LISTS:
         raise UserError(
-            f"prompt function {name!r} has no entry in PROMPT_LISTS of ddpo_pytorch/prompts.py, so its prompts cannot "
-            "be listed; add one, or give eval.prompts to eval.py and generate.py, held_out.every=0 to train.py"
+            f"prompt function {name!r} is not in PROMPT_LISTS of ddpo_pytorch/prompts.py, which has "
+            f"{', '.join(sorted(PROMPT_LISTS))}; add it there to list its prompts, or give eval.prompts to eval.py and "
+            "generate.py, held_out.every=0 to train.py"
         )
-    list_fn = _look_up(PROMPT_LISTS, "PROMPT_LISTS", name)
-    _check_arguments(name, list_fn, kwargs := _given(kwargs))
     prompts: dict[str, Any] = {}
-    for listed in list_fn(**kwargs):
+    for listed in _bind(name, PROMPT_LISTS[name], kwargs)():
         text, metadata = as_prompt(listed, name)
-        prompts.setdefault(text, metadata or _describe(text)[1])
+        prompts.setdefault(text, metadata or describe(text)[1])
     if not prompts:
         raise UserError(f"the list of prompt function {name!r} in PROMPT_LISTS is empty")
     return list(prompts.items())
 
 
-def _takes_rng(function: Callable) -> bool:
-    return "rng" in inspect.signature(function).parameters
-
-
-def _check_arguments(name: str, function: Callable, kwargs: Mapping[str, Any]) -> None:
+def _bind(name: str, function: Callable, kwargs: Mapping[str, Any]) -> partial:
+    """Return the function with the keyword arguments that are not None. Raises UserError where they do not fit."""
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    parameters = inspect.signature(function).parameters
     try:
-        inspect.signature(function).bind(**({"rng": None} if _takes_rng(function) else {}) | dict(kwargs))
+        inspect.signature(function).bind(**{key: None for key in parameters if key == "rng"} | kwargs)
     except TypeError as error:
-        accepted = [one for one in inspect.signature(function).parameters if one != "rng"]
+        accepted = ", ".join(key for key in parameters if key != "rng") or "none"
         raise UserError(
-            f"prompt_fn_kwargs {dict(kwargs)} do not fit prompt function {name!r}, which takes "
-            f"{', '.join(accepted) or 'none'} ({error})"
+            f"prompt_fn_kwargs {kwargs} do not fit prompt function {name!r}, which takes {accepted} ({error})"
         ) from error
-
-
-def _look_up(table: Mapping[str, Callable], table_name: str, name: str) -> Callable:
-    if name not in table:
-        hint = ": add the function of that name there" if callable(globals().get(name)) else ", or give module:function"
-        raise UserError(
-            f"prompt function {name!r} is unknown; {table_name} in ddpo_pytorch/prompts.py has "
-            f"{', '.join(sorted(table))}{hint}"
-        )
-    return table[name]
-
-
-def _given(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in kwargs.items() if value is not None}
-
-
-def _choose(prompts: Sequence[str], rng: UniformSource | None) -> str:
-    return prompts[int((rng or random).random() * len(prompts))]
-
-
-def _describe(prompt: str) -> Prompt:
-    return prompt, {"label": list(labels_of(prompt))} if prompt in CAPTIONS else {}
+    return partial(function, **kwargs)

@@ -1,13 +1,13 @@
 """Drawing images without log-probs: for evaluation, as a function of (seed, prompt, index) alone.
 
-Convolutions and matrix products choose their kernel by input shape, so an image drawn in a batch of 8 differs in its
-last bits from the same image drawn in a batch of 64. `draw_passes` therefore uses passes of one fixed shape, the last
-one padded. On a CPU the number of threads matters as well: there each pass runs on one thread, and the cores draw
-several passes at the same time.
+Kernels are chosen by input shape, so an image drawn in a batch of 8 differs in its last bits from the same image in a
+batch of 64. `draw_passes` therefore uses passes of one fixed shape, the last one padded. On a CPU the number of threads
+matters as well: there each pass runs on one thread, and the cores draw several passes at the same time.
 """
 
 import copy
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
@@ -24,7 +24,7 @@ from ddpo_pytorch.generator.pipeline import PromptEmbeddings, latent_shape, set_
 from ddpo_pytorch.prompts import check_prompt
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import Stream, derived_seed, text_number
-from ddpo_pytorch.utils.settings import FINITE, ONE_OR_MORE, SEED, SHARE
+from ddpo_pytorch.utils.settings import FINITE, ONE_OR_MORE, SEED, SHARE, check_choices
 
 SCHEDULERS = ("ddim", "dpm++")
 # ranges of the sampling settings; training needs more of sample.eta (`check_schedule`)
@@ -47,17 +47,14 @@ class Job(NamedTuple):
 def plan(prompts: Sequence[tuple[str, dict[str, Any]]], count: int, seed: int, image_format: str = "png") -> list[Job]:
     """Return `count` jobs for each (prompt, metadata), prompt by prompt.
 
-    Seeds depend on (seed, prompt, index) alone: other prompts, or more images, do not change them.
-
-    Raises:
-        UserError: a prompt that `check_prompt` refuses, or that occurs twice.
+    Seeds depend on (seed, prompt, index) alone: other prompts, or more images, do not change them. Raises UserError for
+    a prompt that `check_prompt` refuses, or that occurs twice.
     """
-    jobs, seen = [], set()
+    jobs, counts = [], Counter(prompt for prompt, _ in prompts)
     for prompt, metadata in prompts:
         check_prompt(prompt)
-        if prompt in seen:
+        if counts[prompt] > 1:
             raise UserError(f"prompt {prompt!r} is given twice; give every prompt once")
-        seen.add(prompt)
         folder, number = folder_name(prompt), text_number(prompt)
         for index in range(count):
             noise_seed = derived_seed(seed, Stream.EVALUATION, number, index)
@@ -91,8 +88,7 @@ def draw_images(
 def images_per_pass(pipe: StableDiffusionPipeline, batch_size: int) -> int:
     """Return the number of images per pass: `batch_size` on a GPU, a function of the model alone on a CPU.
 
-    On a CPU, 32 images of 16 x 16 latents (2 of 64 x 64) are as fast as more, so fixing the shape costs nothing and
-    makes the bytes equal in all runs. On a GPU more images are faster until memory is full.
+    There, 32 images of 16 x 16 latents (2 of 64 x 64) are as fast as more, so a fixed shape costs nothing.
     """
     if pipe.device.type != "cpu":
         return batch_size
@@ -104,26 +100,19 @@ class Sampler:
     """Draw images from prompts and seeds. Noise comes from CPU generators and is the same on every device.
 
     A Sampler serves one thread, since schedulers keep track of their step; `twin` makes one for another thread.
-
-    Args:
-        pipe: from `load_pipeline`, with all weights loaded. They are shared; its scheduler is not changed.
-        scheduler: one of SCHEDULERS; "dpm++" ignores eta.
-        num_steps, eta, guidance_scale: as in config/base.py.
-
-    Raises:
-        UserError: unknown scheduler, or more steps than the model's schedule has.
+    `pipe` is from `load_pipeline`; its weights are shared, its scheduler is not changed. The other settings are those
+    of `config.sample`; "dpm++" ignores eta. Raises UserError for an unknown scheduler, or more steps than the model's
+    schedule has.
     """
 
     def __init__(
         self, pipe: StableDiffusionPipeline, scheduler: str, num_steps: int, eta: float, guidance_scale: float
     ):
-        if scheduler not in SCHEDULERS:
-            raise UserError(f"sample.scheduler is {scheduler!r}; allowed are {', '.join(SCHEDULERS)}")
+        check_choices({"scheduler": scheduler}, {"scheduler": SCHEDULERS}, "sample.")
         pipe = _with_own_scheduler(pipe)
         if scheduler == "dpm++":
-            pipe.scheduler = DPMSolverMultistepScheduler.from_config(
-                pipe.scheduler.config, algorithm_type="dpmsolver++"
-            )
+            config = pipe.scheduler.config
+            pipe.scheduler = DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
         set_schedule(pipe, num_steps)
         self.pipe, self.embeddings = pipe, PromptEmbeddings(pipe)
         self._sampling = Sampling(num_steps, guidance_scale, eta)
@@ -188,16 +177,16 @@ def draw_pass(
     done: Collection[str] = (),
     judge: Judge | None = None,
     weights_sha256: str = "",
-    turn: AbstractContextManager | None = None,
+    turn: AbstractContextManager = nullcontext(),  # noqa: B008 (it has no state)
 ) -> list[Job]:
     """Draw a pass of `jobs` padded to `size` images; write files and log entries of those whose path is not in `done`.
 
-    All are drawn, those in `done` too, so that a rerun repeats the same pass. The judge sees images as stored: in 8
-    bits, and after JPEG compression where that is the format. Images are logged after their files are written. Only
-    drawing happens within `turn`. Returns the jobs with a non-finite image, which are neither written nor logged.
+    All are drawn and judged, those in `done` too, so that a rerun repeats the same pass. The judge sees images as
+    stored: in 8 bits, and after JPEG compression where that is the format. Images are logged after their files are
+    written. Only drawing happens within `turn`. Returns the jobs with a non-finite image, neither written nor logged.
     """
     rows = [*jobs, *[jobs[-1]] * (size - len(jobs))]
-    with turn or nullcontext():
+    with turn:
         images = sampler([job.prompt for job in rows], [job.seed for job in rows])
         finite = images.flatten(1).isfinite().all(dim=1).tolist()
         device, pixels = images.device, to_uint8(images.nan_to_num()).cpu()
@@ -210,38 +199,25 @@ def draw_pass(
         if path.suffix != ".png":
             pixels[number] = load_pixels(path)
     if new:
-        entries = _log_entries(rows, pixels, judge, device, weights_sha256)
-        log.add([entries[number] for number in new])
+        prompts, metadata = [job.prompt for job in rows], [job.metadata for job in rows]
+        rewards, info = judge(pixels.to(device).float() / 255, prompts, metadata) if judge else (None, {})
+        log.add([_log_entry(jobs[i], i, rewards, info, pixels[i], weights_sha256) for i in new])
     return [jobs[number] for number in wanted if not finite[number]]
 
 
-def _log_entries(
-    rows: Sequence[Job], pixels: torch.Tensor, judge: Judge | None, device: torch.device, weights_sha256: str
-) -> list[dict[str, Any]]:
-    """Return log entries for stored pixels, uint8 (B, 3, H, W), of a whole pass.
-
-    labels are those of the judge's attributes; without a judge, all that the prompt states.
-    """
-    black = (pixels.flatten(1).amax(dim=1) < BLACK).tolist()
-    entries = [
-        {
-            "prompt": job.prompt,
-            "reward": None,
-            "path_to_img": job.path,
-            "predictions": None,
-            "labels": job.metadata.get("label"),
-            "logits": None,
-            "seed": job.seed,
-            "black": is_black,
-            "weights_sha256": weights_sha256,
-        }
-        for job, is_black in zip(rows, black, strict=True)
-    ]
-    if judge is not None:
-        images = pixels.to(device).float() / 255
-        rewards, info = judge(images, [job.prompt for job in rows], [job.metadata for job in rows])
-        judged = zip(entries, rewards, info["predictions"], info["labels"], info["logits"], strict=True)
-        for entry, reward, predictions, labels, logits in judged:
-            entry |= {"reward": f"{reward:.4f}", "predictions": predictions.tolist(), "labels": labels.tolist()}
-            entry["logits"] = [round(float(logit), 6) for logit in logits]
-    return entries
+def _log_entry(
+    job: Job, row: int, rewards: Sequence[float] | None, info: Mapping, pixels: torch.Tensor, weights_sha256: str
+) -> dict[str, Any]:
+    """Return the log entry of an image; labels are those of the judge's attributes, or else all the prompt states."""
+    judged = rewards is not None
+    return {
+        "prompt": job.prompt,
+        "reward": f"{rewards[row]:.4f}" if judged else None,
+        "path_to_img": job.path,
+        "predictions": info["predictions"][row].tolist() if judged else None,
+        "labels": info["labels"][row].tolist() if judged else job.metadata.get("label"),
+        "logits": [round(float(logit), 6) for logit in info["logits"][row]] if judged else None,
+        "seed": job.seed,
+        "black": bool(pixels.amax() < BLACK),
+        "weights_sha256": weights_sha256,
+    }

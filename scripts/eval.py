@@ -10,10 +10,10 @@ add images or prompts: missing and damaged images are drawn. Processes on severa
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from absl import flags
@@ -23,24 +23,17 @@ from diffusers import StableDiffusionPipeline
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ddpo_pytorch.data.isic import CAPTIONS, labels_of
 from ddpo_pytorch.data.sample_folder import SETTINGS, PartLog, claim_folder, damaged_images, finish_log, read_entries
 from ddpo_pytorch.generator.lora import adapter_fingerprint
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import check_tokens
 from ddpo_pytorch.judges.classifier import load_classifier
-from ddpo_pytorch.prompts import Prompt, all_prompts, given_prompts, read_prompts
+from ddpo_pytorch.prompts import Prompt, all_prompts, describe, given_prompts
 from ddpo_pytorch.rewards import RewardFn, check_prompts, isic_classifier_reward
 from ddpo_pytorch.sampling import IMAGE_FORMATS, SAMPLING, Job, Sampler, draw_passes, images_per_pass, plan
 from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
-from ddpo_pytorch.utils.distributed import (
-    DTYPES,
-    locked_by_main,
-    make_accelerator,
-    peak_memory_gib,
-    run_on_main_process,
-)
+from ddpo_pytorch.utils.distributed import DTYPES, locked_by_main, make_accelerator, run_on_main_process
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
 from ddpo_pytorch.utils.settings import ONE_OR_MORE, check_choices, check_ranges
@@ -48,30 +41,14 @@ from ddpo_pytorch.utils.settings import ONE_OR_MORE, check_choices, check_ranges
 FLAGS = flags.FLAGS
 define_config(__file__, "Sampling for evaluation.")
 logger = logging.getLogger(__name__)
-
-
-def check_settings(config: ConfigDict) -> None:
-    """Raise UserError for a value that is out of range."""
-    check_ranges(config, SAMPLING | {"eval.num_samples_per_prompt": ONE_OR_MORE, "eval.batch_size": ONE_OR_MORE})
-    check_choices(config, {"eval.image_format": IMAGE_FORMATS})
-
-
-def load_prompts(config: ConfigDict) -> list[Prompt]:
-    """Return (prompt, metadata) of eval.prompts, or else of all that prompt_fn can draw."""
-    texts = given_prompts(config.eval.prompts)
-    if not texts:
-        if config.prompt_fn != "from_file":
-            return all_prompts(config.prompt_fn, **config.prompt_fn_kwargs)
-        texts = read_prompts(**config.prompt_fn_kwargs)
-    return [(text, {"label": list(labels_of(text))} if text in CAPTIONS else {}) for text in texts]
+RANGES = SAMPLING | {"eval.num_samples_per_prompt": ONE_OR_MORE, "eval.batch_size": ONE_OR_MORE}
 
 
 def load_judge(path: str, prompts: Sequence[Prompt], device: torch.device) -> tuple[RewardFn | None, str]:
     """Return the classifier at `path` as a reward and its hash, or (None, ""). UserError for other prompts."""
     if not path:
         return None, ""
-    model = load_classifier(path, device)
-    judge = isic_classifier_reward(model, device)
+    judge = isic_classifier_reward(model := load_classifier(path, device), device)
     try:
         check_prompts(judge, prompts)
     except UserError as error:
@@ -83,44 +60,25 @@ def load_model(config: ConfigDict, device: torch.device) -> StableDiffusionPipel
     """Load the pipeline of the configuration with the weights of `load_from`."""
     pretrained, dtype = config.pretrained, DTYPES[config.mixed_precision]
     pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, dtype, device)
-    if config.load_from:
-        logger.info("sampling with %s", load_weights(pipe.unet, config.load_from))
-    else:
-        logger.info("sampling from the base model (load_from is empty)")
+    weights = load_weights(pipe.unet, config.load_from) if config.load_from else "the base model (load_from is empty)"
+    logger.info("sampling with %s", weights)
     # convolutions are a fifth faster on a CPU
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.vae.to(memory_format=torch.channels_last)
     return pipe
 
 
-def settings_of(config: ConfigDict, device: str, model: Mapping[str, str], judge_sha256: str, size: int) -> dict:
-    """Return all that an image and its log entry depend on, but not how many there are.
-
-    `model` holds the fingerprints of the pipeline's parts and of the adapter.
-    """
-    on_cpu = device == "cpu"
-    return {
-        **model,
-        "seed": config.seed,
-        "scheduler": config.sample.scheduler,
-        "num_steps": config.sample.num_steps,
-        "eta": config.sample.eta if config.sample.scheduler == "ddim" else None,
-        "guidance_scale": config.sample.guidance_scale,
-        "mixed_precision": config.mixed_precision,
-        "weights_sha256": fingerprint(model),
-        "classifier": judge_sha256,
-        "image_format": config.eval.image_format,
-        "device": device,
-        "images_per_pass": None if on_cpu else size,  # follows from the model on a CPU
-        "allow_tf32": None if on_cpu else config.allow_tf32,
-    }
-
-
 def claim(config: ConfigDict, prompts: Sequence[Prompt], pipe: StableDiffusionPipeline, judge_sha256: str) -> str:
-    """Reserve logdir for these settings; return the fingerprint of the model."""
+    """Reserve logdir for all that an image and its log entry depend on; return the fingerprint of the model."""
+    sample, on_gpu = config.sample, pipe.device.type != "cpu"
     model = pipeline_fingerprints(pipe) | {"load_from": adapter_fingerprint(pipe.unet)}
-    size = images_per_pass(pipe, config.eval.batch_size)
-    settings = settings_of(config, pipe.device.type, model, judge_sha256, size)
+    settings = model | {"seed": config.seed, "scheduler": sample.scheduler, "num_steps": sample.num_steps}
+    settings |= {"eta": sample.eta if sample.scheduler == "ddim" else None, "guidance_scale": sample.guidance_scale}
+    settings |= {"mixed_precision": config.mixed_precision, "weights_sha256": fingerprint(model)}
+    settings |= {"classifier": judge_sha256, "image_format": config.eval.image_format, "device": pipe.device.type}
+    # on a CPU the size of a pass follows from the model
+    settings["images_per_pass"] = images_per_pass(pipe, config.eval.batch_size) if on_gpu else None
+    settings["allow_tf32"] = config.allow_tf32 if on_gpu else None
     about = {"load_from": config.load_from, "model": config.pretrained.model, "unet_path": config.unet_path}
     about |= {"classifier": config.eval.classifier, "prompts": [prompt for prompt, _ in prompts]}
     about |= {"versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}}
@@ -134,40 +92,23 @@ def check_shared(folder: Path, seen: Sequence[bool]) -> None:
         raise UserError(f"process {seen.index(False)} does not see {str(folder)!r}: several nodes need a common logdir")
 
 
-def find_done(accelerator: Accelerator, folder: Path, jobs: Sequence[Job]) -> set[str]:
-    """Return the paths of images that are logged and undamaged. The processes share the reading."""
-    run_on_main_process(accelerator, check_shared, folder, gather_object([(folder / SETTINGS).is_file()]))
-    entries = read_entries(folder)
-    done = [job.path for job in jobs if job.path in entries]
-    damaged = damaged_images(folder, done[accelerator.process_index :: accelerator.num_processes])
-    if damaged := sorted(gather_object(damaged)):
-        logger.warning("%d images are damaged and drawn again, the first is %s", len(damaged), folder / damaged[0])
-    return set(done).difference(damaged)
-
-
-class Outcome(NamedTuple):
-    """Images drawn by all processes, in seconds; the largest process's memory; jobs with a non-finite image."""
-
-    images: int
-    seconds: float
-    peak_gib: float
-    broken: list[Job]
-
-
 def draw(
     accelerator: Accelerator, config: ConfigDict, sampler: Sampler, jobs: Sequence[Job], workers: int, *judging: Any
-) -> Outcome:
-    """Draw the missing images on all processes."""
+) -> list[Job]:
+    """Draw the missing images on all processes; return the jobs whose image is not finite."""
     rank, processes, folder = accelerator.process_index, accelerator.num_processes, Path(config.logdir)
-    done, size = find_done(accelerator, folder, jobs), images_per_pass(sampler.pipe, config.eval.batch_size)
+    run_on_main_process(accelerator, check_shared, folder, gather_object([(folder / SETTINGS).is_file()]))
+    entries = read_entries(folder)
+    logged = [job.path for job in jobs if job.path in entries]
+    if damaged := sorted(gather_object(damaged_images(folder, logged[rank::processes]))):
+        logger.warning("%d images are damaged and drawn again, the first is %s", len(damaged), folder / damaged[0])
+    done, size = set(logged).difference(damaged), images_per_pass(sampler.pipe, config.eval.batch_size)
     passes = [jobs[start : start + size] for start in range(0, len(jobs), size)]
     passes = [batch for batch in passes if any(job.path not in done for job in batch)]
     missing = [sum(job.path not in done for job in batch) for batch in passes]
     accelerator.wait_for_everyone()  # all have read the folder before anyone writes
     prompts = len({job.prompt for job in jobs})
     logger.info("%d images for %d prompts, %d are missing", len(jobs), prompts, sum(missing))
-    if accelerator.device.type == "cpu":
-        logger.info("%d process(es) of %d core(s)", processes, workers)
 
     started, broken = time.perf_counter(), []
     shown = config.progress and rank == 0
@@ -180,18 +121,16 @@ def draw(
             broken += failed
             bar.update(sum(missing[number * processes : (number + 1) * processes]))  # the others are about as far
     accelerator.wait_for_everyone()
-    seconds = time.perf_counter() - started
-    broken = [Job(*job) for job in gather_object(broken)]
-    return Outcome(sum(missing) - len(broken), seconds, max(gather_object([peak_memory_gib()])), broken)
+    seconds, broken = time.perf_counter() - started, [Job(*job) for job in gather_object(broken)]
+    drawn = sum(missing) - len(broken)
+    logger.info("%d images drawn, %.2f images/s", drawn, drawn / seconds)
+    return broken
 
 
-def report(folder: Path, jobs: Sequence[Job], outcome: Outcome, mixed_precision: str) -> None:
+def report(folder: Path, jobs: Sequence[Job], broken: Sequence[Job]) -> None:
     """Merge the log and report what is there. Raises UserError if images are missing."""
     contents = finish_log(folder, [job.path for job in jobs])
-    logger.info(
-        "%d images in %s; drawn now: %d, %.2f images/s; peak memory of a process %.2f GiB",
-        contents.images, folder, outcome.images, outcome.images / outcome.seconds, outcome.peak_gib,
-    )  # fmt: skip
+    logger.info("%d images in %s", contents.images, folder)
     for problem, paths in (
         ("images are black", contents.black),
         ("images are more than this command asks for", contents.unplanned),
@@ -199,29 +138,27 @@ def report(folder: Path, jobs: Sequence[Job], outcome: Outcome, mixed_precision:
     ):
         if paths:
             logger.warning("%d %s, the first is %s", len(paths), problem, folder / paths[0])
-    if outcome.broken:
-        first = min(outcome.broken, key=jobs.index)
-        other = "" if mixed_precision == "no" else "--config.mixed_precision=bf16 or no, or with "
+    if broken:
+        first = min(broken, key=jobs.index)
         raise UserError(
-            f"{len(outcome.broken)} images are not finite and were not written, the first is {first.path} of "
-            f"{first.prompt!r}; the others are complete. Run again with another logdir and {other}other weights"
+            f"{len(broken)} images are not finite and were not written, the first is {first.path} of "
+            f"{first.prompt!r}; the others are complete. Run again with another logdir and other weights, or in bf16"
         )
     if contents.missing:
-        raise UserError(
-            f"{len(contents.missing)} of {len(jobs)} images are not in {str(folder)!r}, the first is "
-            f"{contents.missing[0]}; run the same command again"
-        )
+        problem = f"{len(contents.missing)} of {len(jobs)} images are not in {str(folder)!r}"
+        raise UserError(f"{problem}, the first is {contents.missing[0]}; run the same command again")
 
 
 def main(_) -> None:
     config = expand_config(FLAGS.config, "logdir", "pretrained.model")
     accelerator = make_accelerator(config.mixed_precision, config.allow_tf32, process_timeout=config.process_timeout)
-    device, sample = accelerator.device, config.sample
-    workers = torch.get_num_threads()
+    device, sample, workers = accelerator.device, config.sample, torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)  # sums split among threads would change last bits: each core draws its own passes
-    check_settings(config)
-    prompts = load_prompts(config)
+    check_ranges(config, RANGES)
+    check_choices(config, {"eval.image_format": IMAGE_FORMATS})
+    prompts = [describe(prompt) for prompt in given_prompts(config.eval.prompts)]
+    prompts = prompts or all_prompts(config.prompt_fn, **config.prompt_fn_kwargs)
     jobs = plan(prompts, config.eval.num_samples_per_prompt, config.seed, config.eval.image_format)
     judge, judge_sha256 = load_judge(config.eval.classifier, prompts, device)
     pipe = load_model(config, device)
@@ -229,8 +166,8 @@ def main(_) -> None:
     check_tokens(pipe.tokenizer, [prompt for prompt, _ in prompts])
     with locked_by_main(accelerator, config.logdir):
         weights_sha256 = run_on_main_process(accelerator, claim, config, prompts, pipe, judge_sha256)
-        outcome = draw(accelerator, config, sampler, jobs, workers, judge, weights_sha256)
-        run_on_main_process(accelerator, report, Path(config.logdir), jobs, outcome, config.mixed_precision)
+        broken = draw(accelerator, config, sampler, jobs, workers, judge, weights_sha256)
+        run_on_main_process(accelerator, report, Path(config.logdir), jobs, broken)
     accelerator.end_training()
 
 
