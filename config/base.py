@@ -83,11 +83,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     train.batch_size = 1
     # bitsandbytes' 8-bit Adam (needs that package and a GPU).
     train.use_8bit_adam = False
-    train.learning_rate = 3e-4
-    train.adam_beta1 = 0.9
-    train.adam_beta2 = 0.999
-    train.adam_weight_decay = 1e-4
-    train.adam_epsilon = 1e-8
+    train.update(learning_rate=3e-4, adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=1e-4, adam_epsilon=1e-8)
     # train batches per optimizer update. One update averages over batch_size * gradient_accumulation_steps * processes
     # samples and all of their trained timesteps.
     train.gradient_accumulation_steps = 1
@@ -149,9 +145,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # its keyword arguments, also undeclared ones of your own function; None is not passed on. from_file reads lines
     # [low, high) of path, fundus_table the captions of the table at path.
     config.prompt_fn_kwargs = prompt_fn_kwargs = KeywordArguments()
-    prompt_fn_kwargs.path = placeholder(str)
-    prompt_fn_kwargs.low = placeholder(int)
-    prompt_fn_kwargs.high = placeholder(int)
+    for name, kind in (("path", str), ("low", int), ("high", int)):
+        prompt_fn_kwargs[name] = placeholder(kind)
 
     ###### Rewards ######
     # name of a function in ddpo_pytorch.rewards, or a weighted sum such as

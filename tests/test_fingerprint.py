@@ -186,18 +186,6 @@ def test_training_does_not_resume_with_other_files_at_the_same_paths(rl, own_mod
     assert (folder / "checkpoint_2").is_dir()
 
 
-def test_training_resumes_with_other_files_where_the_settings_say_so(rl, own_model, tmp_path):
-    folder = rl.train()
-    shutil.copy(tmp_path / "H6.safetensors", tmp_path / "other.safetensors")
-    nudge(tmp_path / "other.safetensors")
-    other = {"reward_fn_kwargs__isic_classifier_reward__classifier": str(tmp_path / "other.safetensors")}
-    rl.train(num_epochs=2, resume_from=str(folder), **other)
-    rl.train(num_epochs=3, **other)
-    assert (folder / "checkpoint_3").is_dir()
-    recorded = json.loads((folder / "config.json").read_text())["contents"]
-    assert recorded["model.unet"] == pipeline_fingerprints(load_pipeline(own_model))["model.unet"]
-
-
 @pytest.mark.slow
 def test_stage_one_does_not_resume_on_another_base(own_model, train_stage, stopped, tmp_path):
     fields = {"pretrained__model": str(own_model), "sd__image_size": 64, "sd__num_steps": 3, "sd__save_every": 1}

@@ -106,15 +106,12 @@ def test_settings_decide_and_not_the_launcher(monkeypatch, caplog):
     ],
 )
 def test_what_no_script_knows_is_refused_by_name(monkeypatch, variable, value, named):
+    for timeout in (0, float("nan"), 1e12):
+        with pytest.raises(UserError, match=f"process_timeout is {timeout}"):
+            make_accelerator("no", process_timeout=timeout)
     monkeypatch.setenv(variable, value)
     with pytest.raises(UserError, match=named):
         make_accelerator("no")
-
-
-@pytest.mark.parametrize("timeout", [0, float("nan"), 1e12])
-def test_a_timeout_out_of_range_is_refused(timeout):
-    with pytest.raises(UserError, match=f"process_timeout is {timeout}"):
-        make_accelerator("no", process_timeout=timeout)
 
 
 @pytest.mark.parametrize("number", SIGNALS)

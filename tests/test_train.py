@@ -88,6 +88,8 @@ def test_full_fine_tune_saves_a_unet_that_differs_from_the_base(train, tiny_pipe
     tuned = weights(folder, 1, "unet.safetensors")
     assert tuned.keys() == base.keys()
     assert any(not torch.equal(tuned[key], base[key]) for key in base)
+    with pytest.raises(UserError, match="a full UNet, which does not fit use_lora=True"):
+        train(num_epochs=2, resume_from=str(folder))
 
 
 def test_stops_when_the_reward_no_longer_changes_and_keeps_the_newest_checkpoints(train, caplog):

@@ -133,9 +133,3 @@ def test_prompts_that_are_alone(check, caplog):
         check_groups("group", ["a", "b", "c"])
     check_groups("group", ["a", "b", "a"])
     check_groups("global", ["a", "b", "c"])
-
-
-def test_other_processes_are_silent(caplog):
-    health = HealthCheck(ConfigDict({"advantage": "group", "adv_clip_max": 5.0}), active=False)
-    health.check_epoch(0, ["a", "b"], SPREAD, HEALTHY)
-    assert not caplog.records
