@@ -21,8 +21,7 @@ from ddpo_pytorch.judges.selector import Selector, load_selector, save_selector
 from ddpo_pytorch.judges.vit import VisionSizes
 from ddpo_pytorch.phantoms import fundus as retina
 from ddpo_pytorch.phantoms import skin as phantom
-from ddpo_pytorch.report.curves import read_runs
-from ddpo_pytorch.report.provenance import read_config
+from ddpo_pytorch.report.curves import read_config, read_runs
 from ddpo_pytorch.rlhf.rounds import RoundMetrics, read_history
 from ddpo_pytorch.training import run_folder
 from ddpo_pytorch.training.checkpoints import epochs_completed, find_damage

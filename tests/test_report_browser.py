@@ -6,12 +6,12 @@ import re
 import shutil
 
 import pytest
-from report_example import full_example, minimal_result
+from report_example import SHOWN, minimal
 
-from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.report.page import write_report
 
 pytestmark = pytest.mark.slow
+pytest_plugins = ["script_tools", "sample_sets", "report_example"]
 
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -38,11 +38,12 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory):
+def pages(example, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    result, samples, runs = full_example(folder / "data", number=2)
-    full = write_report(folder / "full", result, samples, runs)
-    return {"full": full, "minimal": write_report(folder / "minimal", minimal_result(), {}, [])}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddpo_pytorch.report.page.OPEN_GRIDS", 1)  # the others are folded away
+        full = write_report(folder / "full", *example)
+    return {"full": full, "minimal": write_report(folder / "minimal", minimal(example[0]), {}, [])}
 
 
 def visit(browser, path, width: int = 1280, scheme: str = "light", media: str = "") -> list[dict]:
@@ -62,20 +63,17 @@ def open_details(browser) -> None:
     browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
 
 
-@pytest.mark.parametrize("name", ["full", "minimal"])
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize(("name", "width"), [("full", 390), ("full", 1280), ("minimal", 390)])
 def test_nothing_is_loaded_and_the_page_does_not_scroll_sideways(browser, pages, name, width):
     asked = [request["url"] for request in visit(browser, pages[name], width)]
     assert [url for url in asked if not url.startswith("data:")] == [pages[name].as_uri()]
     assert browser.get_log("browser") == []
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     open_details(browser)
     assert browser.execute_script("return innerWidth") == width
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     # what is cut off must be reachable: only the boxes that scroll may hold more than they show
     wide = "return [...document.querySelectorAll('main *')].filter(e => e.scrollWidth > e.clientWidth + 1 && "
-    wide += "e.clientWidth && getComputedStyle(e).display !== 'inline' && !e.closest('.scroll') && "
-    wide += "getComputedStyle(e).overflowX === 'visible').map(e => e.outerHTML.slice(0, 99))"
+    wide += "e.clientWidth && getComputedStyle(e).display !== 'inline' && !e.closest('.scroll')).map(e => e.outerHTML)"
     assert browser.execute_script(wide) == []
 
 
@@ -86,14 +84,7 @@ def test_all_pictures_are_decoded(browser, pages):
         "const done = arguments[0], all = [...document.images];"
         "Promise.allSettled(all.map(i => i.decode())).then(() => done(all.map(i => [i.naturalWidth, i.alt.length])))"
     )
-    assert len(sizes) > 2 * 2 * 32 and all(width > 0 and alt > 0 for width, alt in sizes)
-
-
-def test_the_lead_fits_the_first_screen_of_a_phone(browser, pages):
-    visit(browser, pages["full"], 390)
-    box = "const b = document.querySelector('.finding').getBoundingClientRect(); return [b.height, b.bottom]"
-    height, bottom = browser.execute_script(box)
-    assert height < 844 / 3 and bottom < 844
+    assert len(sizes) > 2 * 2 * len(SHOWN) and all(width > 0 and alt > 0 for width, alt in sizes)
 
 
 def luminance(colour: str) -> float:
@@ -108,14 +99,10 @@ def test_text_is_legible_in_both_schemes(browser, pages, scheme):
     visit(browser, pages["full"], scheme=scheme)
     ground = luminance(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
     assert (ground < 0.2) == (scheme == "dark")
-    colours = browser.execute_script(
-        "return [...new Set([...document.querySelectorAll('body *')].map(e => getComputedStyle(e).color))]"
-    )
-    for colour in colours:
+    colours = "return [...document.querySelectorAll('body *')].map(e => getComputedStyle(e).color)"
+    for colour in set(browser.execute_script(colours)):
         light, dark = sorted((luminance(colour), ground), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5, colour
-    plots = "return ['light', 'dark'].map(c => document.querySelector('.plots .' + c).offsetHeight > 0)"
-    assert browser.execute_script(plots) == [scheme == "light", scheme == "dark"]
 
 
 def test_print_opens_what_is_folded(browser, pages):
@@ -123,8 +110,7 @@ def test_print_opens_what_is_folded(browser, pages):
     visible = "return [...document.querySelectorAll('details')].map(d => d.lastElementChild.checkVisibility())"
     assert set(browser.execute_script(visible)) == {True}
     assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    assert browser.execute_script("return document.querySelector('.plots .light').offsetHeight") > 0
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     pdf = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {"preferCSSPageSize": True})["data"])
-    # the pictures of all 32 prompts are on the pages, not only those of the first eight
-    assert pdf.count(b"/Subtype /Image") + pdf.count(b"/Subtype/Image") >= 2 * 2 * len(CAPTIONS)
+    # the pictures of all prompts are on the pages, not only those of the first
+    assert pdf.count(b"/Subtype /Image") + pdf.count(b"/Subtype/Image") >= 2 * 2 * len(SHOWN)

@@ -1,33 +1,37 @@
-"""Numbers behind the report's sentences: verdicts, ceilings, copies, changes of diversity.
+"""Numbers behind the report's sentences and tables.
 
 `result` is the content of metrics.json. A quantity is a mapping {"value", "low", "high", "n", "how"}, of which the
 numbers may be None.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
-REAL = "real images"
-# The smallest p of a test that flips the signs of G prompts is 2 / 2^G: above 0.05 for fewer than these.
-FEW_PROMPTS = 6
-FEW_IMAGES = 2048  # below it, Frechet distances are strongly biased
-SPREAD = {"vendi": ".2f", "pairwise_distance": ".4g", "LPIPS_within": ".3f"}  # measures of diversity and their format
-COPIES = ("copies_of_training_images", "near_copies_of_training_images")
-COPIES += ("copies_of_real_images", "near_copies_of_real_images")
+import pandas as pd
 
+from ddpo_pytorch.metrics.comparison import FEW_PROMPTS
+from ddpo_pytorch.metrics.image_sets import sort_captions
+from ddpo_pytorch.metrics.tables import FUNDUS_COLUMNS, NOT_AVAILABLE, REAL, TABLE3_COLUMNS, dig, model_table, number
 
-def dig(tree: Any, *keys: Any) -> Any:
-    """Return tree[k1][k2]..., or None where a level is absent or null."""
-    for key in keys:
-        if not isinstance(tree, Mapping) or tree.get(key) is None:
-            return None
-        tree = tree[key]
-    return tree
-
-
-def union(mappings: Iterable[Mapping | None]) -> list:
-    """Return the keys of several mappings, each once, in order of appearance."""
-    return list(dict.fromkeys(key for mapping in mappings for key in mapping or {}))
+# measures of diversity: title, path, format
+SPREAD = (
+    ("Vendi score", ("diversity", "{space}", "vendi"), ".2f"),
+    ("Pairwise distance", ("diversity", "{space}", "pairwise_distance"), ".4g"),
+    ("LPIPS within prompts", ("perception", "LPIPS_within"), ".3f"),
+)
+FIDELITY = (
+    ("FID ↓", ("FID",), ".4g", 1),
+    ("KID ↓", ("KID",), ".3g", 1),
+    ("Precision ↑", ("precision",), ".3f", 1),
+    ("Recall ↑", ("recall",), ".3f", 1),
+    ("Density ↑", ("density",), ".3f", 1),
+    ("Coverage ↑", ("coverage",), ".3f", 1),
+    ("Images", ("n",), "d", 1),
+)
+FLAWS = ("black_images", "copies_of_training_images", "near_copies_of_training_images")
+FLAWS += ("copies_of_real_images", "near_copies_of_real_images")
 
 
 def measure_of(result: Mapping) -> str:
@@ -35,14 +39,9 @@ def measure_of(result: Mapping) -> str:
     return "alignment" if result.get("kind") == "fundus" else "APR"
 
 
-def main_judge(result: Mapping) -> str:
-    """Return the name of the judge of APR, the first one; "fundus" for Selector and Policy together."""
-    return result.get("kind") or next(iter(result["judges"]))
-
-
 def aligned(result: Mapping, values: Mapping | None, caption: str | None = None) -> dict | None:
     """Return APR or alignment of a model or of the real images as a quantity, over all captions or over one."""
-    block = dig(values, "alignment", main_judge(result))
+    block = dig(values, "alignment", result.get("kind") or next(iter(result["judges"])))
     return dig(block, measure_of(result)) if caption is None else dig(block, "by_prompt", caption)
 
 
@@ -52,35 +51,29 @@ def sides(result: Mapping) -> dict[str, Mapping]:
 
 
 def comparisons(result: Mapping) -> list[dict[str, Any]]:
-    """Return the comparisons of models that have a difference, each with its verdict.
+    """Return the comparisons of models that have a difference, with what the page says about them.
 
     "shared" is the number of prompts that both have, None where neither has others; "few" tells that these are too few
     for a test over prompts. "reward" holds both mean rewards where the reward rose and APR or alignment did not.
     """
     models, measure, found = result["models"], measure_of(result), []
     for one in result["comparisons"]:
-        word, base, other = verdict(one, measure), models[one["from"]], models[one["to"]]
-        if not word:
+        base, other = models[one["from"]], models[one["to"]]
+        if not (word := verdict(one, measure)):
             continue
         rewards = base.get("reward"), other.get("reward")
         hacked = None not in rewards and rewards[1] > rewards[0] and word in ("worse", "unclear")
-        prompts = max(sum(map(bool, own["images_by_prompt"].values())) for own in (base, other))
-        found.append(
-            {
-                "base": one["from"],
-                "other": one["to"],
-                "verdict": word,
-                "difference": one[measure],
-                "before": one[f"from_{measure}"],
-                "after": one[f"to_{measure}"],
-                "tests": tests(one),
-                "reward": rewards if hacked else None,
-                "prompts": one["prompts"],
-                "shared": one["prompts"] if one["prompts"] < prompts else None,
-                "few": one["prompts"] < FEW_PROMPTS and one["p_by_prompt"] is None,
-            }
-            | {key: one.get(key) for key in ("paired", "reason", "pairs", "gained", "lost", "test")}
-        )
+        prompts = max(sum(map(bool, side["images_by_prompt"].values())) for side in (base, other))
+        about = {
+            "verdict": word,
+            "difference": one[measure],
+            "tests": tests(one),
+            "reward": rewards if hacked else None,
+        }
+        about |= {"before": one[f"from_{measure}"], "after": one[f"to_{measure}"], "test": one.get("test")}
+        about["shared"] = one["prompts"] if one["prompts"] < prompts else None
+        about["few"] = one["prompts"] < FEW_PROMPTS and one["p_by_prompt"] is None
+        found.append(one | about)
     return found
 
 
@@ -102,64 +95,32 @@ def tests(comparison: Mapping) -> dict[str, float]:
     return {name: p for name, p in named.items() if p is not None}
 
 
-def ceilings(result: Mapping) -> list[dict[str, Any]]:
-    """Return the judge's agreement with real images in the models' mixes of captions, equal ones grouped.
-
-    "share" is the share of the models' images whose captions have real images, None where all have.
-    """
-    groups: dict[tuple, dict] = {}
-    for name, values in result["models"].items():
-        quantity, share = values.get("ceiling"), values.get("ceiling_share")
-        if dig(quantity, "value") is not None:
-            key = share, quantity["value"], quantity["low"], quantity["high"]
-            group = groups.setdefault(key, {"names": [], "share": share if share < 1 else None, "agreement": quantity})
-            group["names"].append(name)
-    return list(groups.values())
-
-
-def changes_of_diversity(result: Mapping) -> list[dict[str, Any]]:
-    """Return for each comparison and measure of diversity the change: fell, rose or same (as far as digits are shown).
-
-    "overlap" tells whether the intervals overlap; None where one is missing.
-    """
-    models, changes = result["models"], []
+def lost_diversity(result: Mapping) -> list[tuple[str, str, str, str, str]]:
+    """Return (model, other model, measure, before, after) of each comparison's first measure of diversity that fell."""
+    lost = []
     for one in result["comparisons"]:
-        base, other = models[one["from"]], models[one["to"]]
-        paths = [("diversity", name, key) for name in base.get("diversity") or {} for key in list(SPREAD)[:2]]
-        for path in [*paths, ("perception", "LPIPS_within")]:
-            before, after = dig(base, *path), dig(other, *path)
-            if dig(before, "value") is None or dig(after, "value") is None:
-                continue
-            form = SPREAD[path[-1]]
-            same = format(before["value"], form) == format(after["value"], form)
-            ends = [quantity[end] for quantity in (before, after) for end in ("low", "high")]
-            changes.append(
-                {
-                    "base": one["from"],
-                    "other": one["to"],
-                    "measure": path[-1],
-                    "extractor": path[1],
-                    "form": form,
-                    "before": before,
-                    "after": after,
-                    "change": "same" if same else "fell" if after["value"] < before["value"] else "rose",
-                    "overlap": None if None in ends else ends[0] <= ends[3] and ends[2] <= ends[1],
-                }
-            )
-    return changes
+        both = [result["models"][one[end]] for end in ("from", "to")]
+        for title, path, form in _spread(result):
+            values = [dig(side, *path, "value") for side in both]
+            if None not in values and float(format(values[1], form)) < float(format(values[0], form)):
+                lost.append((one["from"], one["to"], title, *(number(dig(side, *path), form) for side in both)))
+                break
+    return lost
 
 
-def copies(values: Mapping) -> dict[str, int]:
-    """Return the counts `COPIES` that are not 0, over a model's folders."""
-    counts = {key: sum(folder.get(key) or 0 for folder in values.get("folders") or []) for key in COPIES}
-    return {key: count for key, count in counts.items() if count}
+def _spread(result: Mapping) -> list[tuple]:
+    """Return `SPREAD` of every feature space."""
+    spaces = _union(side.get("diversity") for side in sides(result).values())
+    named = [
+        (f"{title} ({s})", [key.format(space=s) for key in path], f) for title, path, f in SPREAD[:2] for s in spaces
+    ]
+    return [*named, SPREAD[2]]
 
 
-def fewest_images(values: Mapping) -> int:
-    """Return the fewest generated images behind a Frechet distance of a model; without any, those of a folder."""
-    parts = [block.get(kind) for block in (values.get("fidelity") or {}).values() for kind in ("matched", "unmatched")]
-    numbers = [part["n"] for part in parts if dig(part, "FID", "value") is not None]
-    return min(numbers or [folder["images"] for folder in values["folders"]])
+def flaws(values: Mapping) -> dict[str, int]:
+    """Return the counts `FLAWS` that are not 0, over a model's folders."""
+    counts = {key: sum(folder.get(key) or 0 for folder in values.get("folders") or []) for key in FLAWS}
+    return {key.replace("_", " "): count for key, count in counts.items() if count}
 
 
 def missing(result: Mapping) -> dict[str, str]:
@@ -168,3 +129,103 @@ def missing(result: Mapping) -> dict[str, str]:
     for model, values in result["models"].items():
         found |= {f"{name} of {model}": reason for name, reason in values["missing"].items()}
     return found
+
+
+def methods(result: Mapping) -> dict[str, list[str]]:
+    """Return how the intervals of each block were made, with dots for numbers, in which ways may differ."""
+    ways = defaultdict(set)
+
+    def walk(tree: Any, block: str) -> None:
+        if isinstance(tree, Mapping):
+            if tree.get("low") is not None and "how" in tree:
+                ways[block].add(re.sub(r"\d[\d.,e+-]*\b", "…", tree["how"]))
+            for value in tree.values():
+                walk(value, block)
+
+    for block, value in (item for values in sides(result).values() for item in values.items()):
+        walk(value, block)
+    return {block: sorted(texts) for block, texts in ways.items()}
+
+
+def _union(mappings) -> list[str]:
+    """Return the keys of several mappings, each once, in order of appearance."""
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping or {}))
+
+
+def _measures(columns: list[tuple], parts: Mapping[str, Mapping], fid_part: str = "matched") -> pd.DataFrame:
+    """Return a row per measure that at least one part has, and a column per part."""
+    table = model_table(columns, parts, fid_part).set_index("Model").T
+    return table[(table != NOT_AVAILABLE).any(axis=1)]
+
+
+def headline(result: Mapping) -> pd.DataFrame:
+    """Return the main numbers of all models and of real images."""
+    parts, measure = sides(result), measure_of(result)
+    columns = list(FUNDUS_COLUMNS if result.get("kind") else TABLE3_COLUMNS)
+    if not result.get("kind"):
+        columns += [
+            (f"APR ↑ (%), {name}", ("alignment", name, "APR"), ".2f", 100) for name in list(result["judges"])[1:]
+        ]
+    columns += [(f"Ceiling of {measure} (%)", ("ceiling",), ".2f", 100)]
+    columns += [("Images with a ceiling (%)", ("ceiling_share",), ".1f", 100)]
+    columns += [(f"{title} ↑", path, form, 1) for title, path, form in _spread(result)[:1]]
+    for space in _union(side.get("memorisation") for side in parts.values())[:1]:
+        columns += [(f"Closer to training images (%), {space}", ("memorisation", space, "share_closer"), ".2f", 100)]
+    return _measures(columns, parts, result["fid_part"])
+
+
+def prompt_table(result: Mapping) -> pd.DataFrame:
+    """Return images and APR or alignment of every caption that has images."""
+    counts = {name: side["images_by_prompt"] for name, side in result["models"].items()}
+    if "real" in result["sets"]:
+        counts[REAL] = result["sets"]["real"]["images_by_prompt"]
+    rows = {}
+    for caption in sort_captions({c for own in counts.values() for c, n in own.items() if n}):
+        row = rows[caption] = {}
+        for name, side in sides(result).items():
+            row[f"n {name}"] = str(counts[name].get(caption, 0))
+            row[f"{measure_of(result)} {name} (%)"] = number(aligned(result, side, caption), ".1f", 100)
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def attribute_tables(result: Mapping) -> dict[str, pd.DataFrame]:
+    """Return by judge the precision and recall of the attributes that prompts request."""
+    tables = {}
+    for judge in _union(side["alignment"] for side in sides(result).values()):
+        rows = defaultdict(dict)
+        for name, side in sides(result).items():
+            for label, found in (dig(side, "alignment", judge, "attributes") or {}).items():
+                for key in ("precision", "recall"):
+                    rows[label.replace("_", " ")][f"{key} {name} (%)"] = number(found[key], ".1f", 100)
+                rows[label.replace("_", " ")][f"requested, seen {name}"] = f"{found['requested']}, {found['seen']}"
+        if rows:
+            tables[judge] = pd.DataFrame.from_dict(rows, orient="index")
+    return tables
+
+
+def fidelity_tables(result: Mapping) -> dict[str, pd.DataFrame]:
+    """Return by feature space the distances of matched and unmatched images to real ones. Only Inception's is FID."""
+    tables = {}
+    for space in _union(side.get("fidelity") for side in result["models"].values()):
+        parts = {
+            f"{name}, {kind}": dig(side, "fidelity", space, kind) or {}
+            for name, side in result["models"].items()
+            for kind in ("matched", "unmatched")
+        }
+        table = _measures(FIDELITY, parts)
+        if space != "inception":
+            table = table.rename({"FID ↓": "Frechet distance ↓", "KID ↓": "Kernel distance ↓"})
+        tables[space] = table
+    return tables
+
+
+def nearness_table(result: Mapping) -> pd.DataFrame:
+    """Return diversity within prompts, and nearness to training images."""
+    parts = sides(result)
+    columns = [(f"{title} ↑", path, form, 1) for title, path, form in _spread(result)]
+    for space in _union(side.get("memorisation") for side in parts.values()):
+        path = "memorisation", space
+        columns += [(f"Closer to training images (%), {space}", (*path, "share_closer"), ".2f", 100)]
+        columns += [(f"Threshold of closer, {space}", (*path, "threshold"), ".4g", 1)]
+        columns += [("Pixel copies of training images", (*path, "copies"), "d", 1)]
+    return _measures(columns, parts)

@@ -1,12 +1,12 @@
-"""Pictures in the page: JPEG thumbnails, grids of images from the same noise, pairs with the nearest training image."""
+"""Pictures inside the page: thumbnails as data URIs, models next to each other on the same noise, closest pairs."""
 
 import base64
 import io
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -15,12 +15,10 @@ from ddpo_pytorch.metrics.image_sets import sort_captions
 from ddpo_pytorch.utils.errors import UserError
 
 SIDE = 128  # pixels
-QUALITY = 90
 Samples = Mapping[str, Sequence[tuple[Path, str]]]
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A thumbnail: data URI, width and height in pixels, text for those who do not see it."""
 
     source: str
@@ -29,8 +27,19 @@ class Picture:
     alt: str
 
 
+class Grid(NamedTuple):
+    """The pictures of one prompt in columns of the files `stems` ([] where rows have their own files).
+
+    `rows` are (name, pictures); a picture is None where its file cannot be read.
+    """
+
+    caption: str
+    stems: list[str]
+    rows: list[tuple[str, list[Picture | None]]]
+
+
 class Album:
-    """Maker of thumbnails that remembers unreadable files, which the page names."""
+    """Maker of thumbnails that remembers unreadable files."""
 
     def __init__(self) -> None:
         self.unreadable: list[str] = []
@@ -44,22 +53,35 @@ class Album:
             return None
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=QUALITY, optimize=True)
+        image.save(buffer, "JPEG", quality=90, optimize=True)
         data = base64.b64encode(buffer.getvalue()).decode("ascii")
         return Picture(f"data:image/jpeg;base64,{data}", image.width, image.height, alt)
 
+    def grids(self, samples: Samples, captions: Sequence[str], columns: int = 6) -> list[Grid]:
+        """Return for each caption a row of real images and a row per model on the same noise, as in figures 3 and 4."""
+        models, made = {name: files for name, files in samples.items() if name != "real"}, []
+        for caption in captions:
+            stems, rows = paired_files(models, caption, columns)
+            if "real" in samples:
+                rows = {"real": [*_keyed(samples["real"], caption).values()][:columns]} | rows
+            pictures = [
+                (name, [self.picture(path, f"{name}, {path.stem}: {caption}") for path in paths])
+                for name, paths in rows.items()
+            ]
+            if any(rows.values()):
+                made.append(Grid(caption, stems, pictures))
+        return made
 
-@dataclass(frozen=True)
-class Grid:
-    """The pictures of one prompt, `width` columns of the files `stems` ([] where rows have their own files).
-
-    `rows` are (name, pictures); a picture is None where its file cannot be read.
-    """
-
-    caption: str
-    width: int
-    stems: list[str]
-    rows: list[tuple[str, list[Picture | None]]]
+    def closest_pairs(self, closest: Sequence[Mapping], name: str) -> list[dict]:
+        """Return pictures of a model's images and of the training images nearest to them, distances and captions."""
+        return [
+            pair
+            | {
+                "generated": self.picture(pair["path"], f"{name}, {Path(pair['path']).stem}: {pair['caption']}"),
+                "training": self.picture(pair["train"], f"training image {Path(pair['train']).stem}"),
+            }
+            for pair in closest
+        ]
 
 
 def rarest_first(captions: Sequence[str], real_images: Mapping[str, int] | None) -> list[str]:
@@ -67,14 +89,13 @@ def rarest_first(captions: Sequence[str], real_images: Mapping[str, int] | None)
     return sorted(sort_captions(captions), key=lambda caption: (real_images or {}).get(caption, 0))
 
 
-def paired_files(sets: Samples, caption: str, columns: int) -> tuple[list[str], dict[str, list[Path | None]]]:
+def paired_files(sets: Samples, caption: str, columns: int) -> tuple[list[str], dict[str, list[Path]]]:
     """Return the stems of the first `columns` files of a caption that all sets have, and these files by set.
 
     Stems are in natural order: 2 before 10. The n-th files of a repeated stem (several generation seeds) are paired,
     second ones behind all first ones. Sets that share no stem show their own first files, and the stems are [].
     """
-    keyed = {name: _keyed(samples, caption) for name, samples in sets.items()}
-    keyed = {name: files for name, files in keyed.items() if files}
+    keyed = {name: files for name, samples in sets.items() if (files := _keyed(samples, caption))}
     if not keyed:
         return [], {}
     first = next(iter(keyed.values()))
@@ -98,43 +119,3 @@ def natural(stem: str) -> tuple[list[str | int], str]:
     """Return a key that sorts names by the numbers in them: 0, 1, 2, 10."""
     # parts at odd places are digits in every name, so numbers are compared with numbers
     return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", stem))], stem
-
-
-def grids(samples: Samples, captions: Sequence[str], album: Album, columns: int = 6) -> list[Grid]:
-    """Return for each caption a row of real images and a row per model on the same noise, as in figures 3 and 4.
-
-    The columns are the first images by file name.
-    """
-    models, made = {name: files for name, files in samples.items() if name != "real"}, []
-    for caption in captions:
-        stems, rows = paired_files(models, caption, columns)
-        real = [*_keyed(samples.get("real", ()), caption).values()][:columns]
-        rows = ({"real": real} if "real" in samples else {}) | rows
-        width = max((len(paths) for paths in rows.values()), default=0)
-        pictures = [
-            (name, [album.picture(path, f"{name}, {path.stem}: {caption}") for path in paths])
-            for name, paths in rows.items()
-        ]
-        if width:
-            made.append(Grid(caption, width, stems, pictures))
-    return made
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A generated image, the nearest training image, their distance and the generated one's caption."""
-
-    generated: Picture | None
-    training: Picture | None
-    distance: float
-    caption: str
-
-
-def closest_pairs(closest: Sequence[Mapping], name: str, album: Album) -> list[Pair]:
-    """Return the contact sheet of one model. `closest`: {"path", "caption", "train", "distance"} of each pair."""
-    pairs = []
-    for one in closest:
-        generated = album.picture(one["path"], f"{name}, {Path(one['path']).stem}: {one['caption']}")
-        training = album.picture(one["train"], f"training image {Path(one['train']).stem}")
-        pairs.append(Pair(generated, training, one["distance"], one["caption"]))
-    return pairs
