@@ -6,8 +6,7 @@ Writes metrics.json, per_image.csv, tables (.md, .csv, .tex) and comparison.png 
 line {"metrics": {"APR_m", "LPIPS", "FID"}} to metrics_log.jsonl and, with --report, writes report.html. The tables are
 table2 and table3, for fundus images (with `metric.judges`) fundus; with `metric.quality` also table1.
 
-All processes run networks on images, whose results are cached by content (`metric.cache_dir`). The main process
-computes the numbers from the cache, so they do not depend on the number of processes.
+All processes run networks, whose results are cached by content (`metric.cache_dir`); the main one computes the numbers.
 """
 
 import json
@@ -20,11 +19,12 @@ from accelerate import Accelerator
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.data.images import save_picture
-from ddpo_pytorch.metrics.evaluation import FUNDUS, Evaluation, evaluate, run_networks, write_per_image
+from ddpo_pytorch.metrics.comparison import Folder
+from ddpo_pytorch.metrics.evaluation import FUNDUS, evaluate, run_networks, write_per_image
 from ddpo_pytorch.metrics.image_sets import named_paths, shape_of
 from ddpo_pytorch.metrics.inputs import check_request, find_sets, load_tools
 from ddpo_pytorch.metrics.pictures import comparison, contact_sheet
-from ddpo_pytorch.metrics.tables import fundus_table, table1, table2, table3, to_csv, to_latex, to_markdown
+from ddpo_pytorch.metrics.tables import dig, fundus_table, table1, table2, table3, to_csv, to_latex, to_markdown
 from ddpo_pytorch.report.page import write_report
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import locked_by_main, make_accelerator
@@ -47,13 +47,13 @@ def make_tables(result: dict) -> dict[str, pd.DataFrame]:
         tables["table1"] = table1(models, real, names, result["settings"]["image_shape"])
     if result.get("kind") == FUNDUS:
         return tables | {"fundus": fundus_table(models, real, result["fid_part"])}
-    counts = result["sets"]["real"]["images_by_prompt"] if "real" in result["sets"] else None
+    counts = dig(result, "sets", "real", "images_by_prompt")
     return tables | {"table2": table2(models, real, counts), "table3": table3(models, result["fid_part"])}
 
 
-def write(output: Path, evaluation: Evaluation, tables: dict[str, pd.DataFrame]) -> None:
+def write(output: Path, result: dict, folders: dict[str, list[Folder]], tables: dict[str, pd.DataFrame]) -> None:
     """Write all files but the report, and append the official line, whose APR is a ratio."""
-    result, folders, models = evaluation.result, evaluation.folders, evaluation.result["models"]
+    models = result["models"]
     texts = {"metrics.json": json.dumps(result, indent=1, allow_nan=False) + "\n"}
     for name, table in tables.items():
         texts |= {f"{name}.md": to_markdown(table), f"{name}.csv": to_csv(table), f"{name}.tex": to_latex(table)}
@@ -62,7 +62,7 @@ def write(output: Path, evaluation: Evaluation, tables: dict[str, pd.DataFrame])
             temporary.write_text(text)
     fundus = result.get("kind") == FUNDUS
     write_per_image(output / "per_image.csv", folders, "alignment" if fundus else "aligned")
-    save_picture(output / "comparison.png", comparison(samples_of(evaluation)))
+    save_picture(output / "comparison.png", comparison(samples_of(folders)))
     for name, model in models.items():
         for space, block in (model.get("memorisation") or {}).items():
             path = output / f"closest_{space}_{name.replace('/', '_')}.png"
@@ -72,23 +72,34 @@ def write(output: Path, evaluation: Evaluation, tables: dict[str, pd.DataFrame])
     JsonLines(output / "metrics_log.jsonl").write({"metrics": score | {"LPIPS": last["LPIPS"], "FID": last["FID"]}})
 
 
-def samples_of(evaluation: Evaluation) -> dict[str, list[tuple[Path, str]]]:
+def samples_of(folders: dict[str, list[Folder]]) -> dict[str, list[tuple[Path, str]]]:
     """Return (file, caption) of the first folder of each model and of the real images."""
-    return {name: own[0].images.samples for name, own in evaluation.folders.items()}
+    return {name: own[0].images.samples for name, own in folders.items()}
 
 
-def log_findings(result: dict) -> None:
-    """Log warnings, comparisons without pairs, and what the judge says of real images."""
+def measure(accelerator: Accelerator, config: ConfigDict) -> None:
+    """Load sets and networks, run the networks on all processes, and compute and write the numbers on the main one."""
+    metric = config.metric
+    sets = find_sets(metric, accelerator)
+    tools = load_tools(metric, accelerator, min(shape_of(sets.folders[0])))
+    run_networks(config, sets, tools, accelerator)
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return
+
+    result, folders = evaluate(config, tools, sets)
     for line in result["warnings"]:
         logger.warning("%s", line)
     for row in result["comparisons"]:
         if not row["paired"]:
             logger.warning("%s and %s are compared without pairs: %s", row["from"], row["to"], row["reason"])
-    what = "alignment" if result.get("kind") == FUNDUS else "APR"
-    for name, model in result["models"].items():
-        agreed = model.get("ceiling", {}).get("value")
-        if agreed is not None:
-            logger.info("%s of real images in the prompt mix of %s: %.2f %%", what, name, 100 * agreed)
+    tables, output = make_tables(result), Path(metric.output)
+    write(output, result, folders, tables)
+    print("\n".join(f"{TITLES[name]}\n\n{to_markdown(table)}" for name, table in tables.items()))
+    if FLAGS.report:
+        runs = [Path(path) for _, path in named_paths(metric.logs, "metric.logs")]
+        logger.info("report: %s", write_report(output, result, samples_of(folders), runs))
+    logger.info("written to %s", output)
 
 
 def main(_) -> None:
@@ -98,28 +109,6 @@ def main(_) -> None:
     accelerator = make_accelerator("no", config.allow_tf32, process_timeout=config.process_timeout)
     with locked_by_main(accelerator, config.metric.output, "another metric.output"):
         measure(accelerator, config)
-
-
-def measure(accelerator: Accelerator, config: ConfigDict) -> None:
-    """Load sets and networks, run the networks on all processes, and compute and write the numbers on the main one."""
-    metric = config.metric
-    sets = find_sets(metric, accelerator)
-    first = next(iter(sets.models.values()))[0]
-    tools = load_tools(metric, accelerator, min(shape_of(first)))
-    measured = run_networks(config, sets, tools, accelerator)
-    accelerator.end_training()
-    if not accelerator.is_main_process:
-        return
-
-    evaluation = evaluate(config, tools, measured)
-    log_findings(evaluation.result)
-    tables, output = make_tables(evaluation.result), Path(metric.output)
-    write(output, evaluation, tables)
-    print("\n".join(f"{TITLES[name]}\n\n{to_markdown(table)}" for name, table in tables.items()))
-    if FLAGS.report:
-        runs = [Path(path) for _, path in named_paths(metric.logs, "metric.logs")]
-        logger.info("report: %s", write_report(output, evaluation.result, samples_of(evaluation), runs))
-    logger.info("written to %s", output)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ STATISTICS = """
 import json, sys
 import numpy as np, torch
 from ddpo_pytorch.judges.classifier_report import Report
-from ddpo_pytorch.metrics import diversity, fidelity, kernel, manifold, memorisation
+from ddpo_pytorch.metrics import diversity, fidelity, memorisation
 
 torch.set_num_threads(int(sys.argv[1]))
 rng, found = np.random.default_rng(0), {}
@@ -20,11 +20,11 @@ for count, width in ((500, 700), (63, 1280)):  # sizes at which products by seve
     x, y = rng.standard_normal((count, width)), rng.standard_normal((count, width)) + 0.1
     parts = [fidelity.Moments.of(part) for part in np.array_split(x, 10)]
     real = fidelity.Moments.of(y)
-    frechet, kid = fidelity.frechet_jackknife(parts, real), kernel.kernel_distance(x, y, 0, subsets=3)
+    frechet, kid = fidelity.frechet_jackknife(parts, real), fidelity.kernel_distance(x, y, 0, subsets=3)
     spread = diversity.within_prompt_diversity(x, np.arange(count) % 9, 7, 0, replicates=20)
     found[count] = [frechet.value, frechet.low, fidelity.frechet_distance(parts[0], real), kid.value, kid.high]
     found[count] += [estimate.high for estimate in spread.values()]
-    found[count] += [*manifold.manifold_metrics(x, y, block=100).values()]
+    found[count] += [*fidelity.manifold_metrics(x, y, block=100).values()]
     found[count] += [memorisation.nearest(x, y, block=100)[0].sum()]
 labels = rng.integers(0, 2, (3000, 1))
 logits = labels + rng.standard_normal((3000, 1))

@@ -20,7 +20,7 @@ from ddpo_pytorch.data.sample_folder import read_log
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.policy import SELECTOR_FILE, load_judges
 from ddpo_pytorch.judges.selector import save_selector
-from ddpo_pytorch.metrics.kernel import kernel_distance
+from ddpo_pytorch.metrics.fidelity import kernel_distance
 from ddpo_pytorch.metrics.ssim import ms_ssim
 from ddpo_pytorch.prompts import all_prompts
 from ddpo_pytorch.rewards import build_reward

@@ -21,10 +21,7 @@ def requested_labels(captions: Sequence[str], labels: Sequence[str]) -> torch.Te
 
 
 def aligned_images(captions: Sequence[str], predictions: torch.Tensor, labels: Sequence[str]) -> np.ndarray:
-    """Return 1 for each of N images whose 0/1 predictions (N, H) all equal the caption's labels, else 0, (N,) float64.
-
-    APR is the mean. All H labels of the judge count, H = 4 artifacts in the paper.
-    """
+    """Return 1 for each of N images whose 0/1 predictions (N, H) all equal the caption's labels, else 0; mean: APR."""
     requested = requested_labels(captions, labels)
     hits = multilabel_exact_match(
         predictions.long()[..., None], requested[..., None], len(labels), multidim_average="samplewise"
@@ -43,8 +40,7 @@ def measure_apr(
 ) -> tuple[dict, np.ndarray]:
     """Return APR over all images and by prompt, precision and recall of each label; and which images (N,) are aligned.
 
-    logits (N, H). Recall is the share of images asked to show a label in which the judge sees it, precision the share
-    of images in which it sees it that were asked to.
+    logits (N, H). Recall: of images asked to show a label, those in which the judge sees it; precision the reverse.
     """
     seen = logits > 0
     asked = requested_labels(captions, labels).bool().numpy()
@@ -69,10 +65,7 @@ def measure_apr(
 def measure_fundus_alignment(
     selector: np.ndarray, policy: np.ndarray, threshold: float, captions: Sequence[str], groups: np.ndarray, seed: int
 ) -> tuple[dict, np.ndarray, dict[str, np.ndarray]]:
-    """Return the judges' block of metrics.json, the alignment (N,) of each image, and columns of per_image.csv.
-
-    Alignment is [s >= threshold] * p of Selector scores s (N,) and Policy scores p (N,) in [0, 1].
-    """
+    """Return the judges' block of metrics.json, alignment [s >= threshold] * p (N,), columns of per_image.csv."""
     passes = selector.astype(np.float32) >= np.float32(threshold)  # the Selector's own comparison
     aligned = np.where(passes, policy, 0.0)
     values = {"alignment": aligned, "selector": selector, "pass_rate": passes.astype(float), "policy": policy}

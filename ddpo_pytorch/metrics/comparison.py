@@ -3,14 +3,13 @@
 Models are compared image by image if they share their noise, otherwise over equal mixes of prompts.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ddpo_pytorch.metrics.image_sets import ImageSet, lacking_images, list_captions, sort_captions
+from ddpo_pytorch.metrics.image_sets import ImageSet, lacking_images, list_captions, match_prompts, sort_captions
 from ddpo_pytorch.metrics.intervals import bootstrap_mean, bootstrap_unpaired_difference, mcnemar, sign_flip_p
-from ddpo_pytorch.metrics.measures import match_prompts
 
 # settings of eval.py in which two folders that are compared may differ
 OWN_SETTINGS = ("weights_sha256", "prompts", "classifier", "classifier_sha256", "load_from")
@@ -49,10 +48,10 @@ def mean_reward(folder: Folder) -> float | None:
 
 
 def compare(first: Sequence[Folder], second: Sequence[Folder], seed: int, key: str = "APR") -> dict:
-    """Return APR of the second model minus that of the first: paired if both were drawn from the same noise.
+    """Return APR or alignment (`key`) of the second model minus that of the first, paired if they share their noise.
 
-    `key` "alignment" compares the mean alignment of images, with sign-flip tests. Unpaired, both are reduced to equally
-    many images of every common prompt. "from_..." and "to_..." are means of the compared images.
+    Unpaired, both are reduced to equally many images of every common prompt. "from_..." and "to_..." are means of the
+    compared images.
     """
     reasons = [pairing_fault(a.images, b.images) for a, b in zip(first, second, strict=False)]
     if len(first) != len(second):
@@ -66,7 +65,10 @@ def compare(first: Sequence[Folder], second: Sequence[Folder], seed: int, key: s
         result = {"paired": False, "reason": reason, "pairs": 0, "p": None, "p_by_prompt": None}
         result[key] = bootstrap_unpaired_difference(a, groups_a, b, groups_b, seed)
     else:
-        b = np.concatenate([_in_order_of(one.images, other) for one, other in zip(first, second, strict=True)])
+        b = np.empty(0)
+        for one, other in zip(first, second, strict=True):
+            value = dict(zip(other.images.keys, other.aligned.astype(float), strict=True))
+            b = np.append(b, [value[key] for key in one.images.keys])
         result = {"paired": True, "reason": "", "pairs": len(a)} | _paired_tests(a, b, groups_a, seed, key)
         result[key] = bootstrap_mean(b - a, groups_a, seed, resample_groups=True, share=False)
     rates = {f"{end}_{key}": float(x.mean()) if len(x) else None for end, x in (("from", a), ("to", b))}
@@ -79,11 +81,6 @@ def _aligned(folders: Sequence[Folder]) -> tuple[np.ndarray, np.ndarray]:
     return aligned, np.concatenate([folder.images.groups for folder in folders])
 
 
-def _in_order_of(images: ImageSet, folder: Folder) -> np.ndarray:
-    position = {key: index for index, key in enumerate(folder.images.keys)}
-    return folder.aligned[[position[key] for key in images.keys]].astype(float)
-
-
 def _paired_tests(a: np.ndarray, b: np.ndarray, groups: np.ndarray, seed: int, key: str) -> dict:
     if key == "APR":
         gained, lost, p = mcnemar(a, b)
@@ -91,12 +88,10 @@ def _paired_tests(a: np.ndarray, b: np.ndarray, groups: np.ndarray, seed: int, k
     else:
         gained, lost, p = int((b > a).sum()), int((b < a).sum()), sign_flip_p(b - a, np.arange(len(a)), seed)
         test = "p: sign flips of the pairs' differences"
+    few = len(np.unique(groups)) < FEW_PROMPTS
+    by_prompt = None if few else sign_flip_p(b - a, groups, seed)
     test += "; p_by_prompt: sign flips of the prompts' mean differences"
-    by_prompt = None
-    if len(np.unique(groups)) >= FEW_PROMPTS:
-        by_prompt = sign_flip_p(b - a, groups, seed)
-    else:
-        test += f", none below {FEW_PROMPTS} prompts, which cannot make it small"
+    test += f", none below {FEW_PROMPTS} prompts, which cannot make it small" if few else ""
     return {"p": p, "p_by_prompt": by_prompt, "gained": gained, "lost": lost, "test": test}
 
 
@@ -115,18 +110,40 @@ def pairing_fault(a: ImageSet, b: ImageSet) -> str:
     return "" if len(a) == len(b) else f"{a.folder} has {len(a)} images, {b.folder} {len(b)}"
 
 
-# --- warnings ---
-
-
 def find_warnings(context, models: Mapping[str, Sequence[Folder]], matched: int) -> list[str]:
     """Return lines about sets that differ, overlap, are small or hold faulty images.
 
     `context`: see `evaluation.Context`; `matched`: number of images that all sets share by caption.
     """
     every = [folder for own in models.values() for folder in own]
-    real = context.real.images if context.real is not None else None
-    lines = [*_about_real(context, every, matched), *_about_prompts(models, context.key)]
-    for images in ([real] if real else []) + [folder.images for folder in every]:
+    real, near, lines = context.sets.real, context.near_copies, []
+    held = {name: {c for folder in own for c in folder.images.captions} for name, own in models.items()}
+    captions = set().union(*held.values())
+    if near is not None and near.any():
+        lines.append(
+            f"{near.sum()} of {len(near)} real images {_are(near.sum())} copies or near copies of training images, the "
+            f"first is {real.paths[int(near.argmax())]}; they are left out of the baseline of memorisation only"
+        )
+    if real and (lacking := sort_captions(captions - set(real.captions))):
+        lines.append(
+            f"{real.folder} has no image of {len(lacking)} generated captions, which count in {context.key} but "
+            f"not in LPIPS nor in matched distances: {list_captions(lacking)}"
+        )
+    if real and matched < 2:
+        lines.append(f"there are no matched distances: all sets together share {matched} images of the same captions")
+    elif real and matched < FEW_IMAGES:
+        distances = "FID is" if "inception" in context.tools.extractors else "Frechet distances of few images are"
+        lines.append(
+            f"matched distances rest on {matched} images a set: {distances} biased upwards below {FEW_IMAGES} and "
+            "comparable at equal numbers only; KID is not biased"
+        )
+    for name, own in held.items():
+        if lacking := sort_captions(captions - own):
+            lines.append(
+                f"{name} has no images of {len(lacking)} captions that others have, which count in the others' "
+                f"{context.key} but not in matched distances: {list_captions(lacking)}"
+            )
+    for images in ([real] if real else []) + context.sets.folders:
         if images.lacking:
             lines.append(lacking_images(images.folder, images.lacking))
     counts = sorted({len(folder.images) for folder in every})
@@ -134,8 +151,14 @@ def find_warnings(context, models: Mapping[str, Sequence[Folder]], matched: int)
         lines.append(f"sets hold {' and '.join(map(str, counts))} images: unmatched distances do not compare")
     for number, folder in enumerate(every):
         facts = folder.facts
-        if number:
-            lines += different_settings(every[0].images, folder.images)
+        a, b = every[0].images, folder.images
+        for name, one in a.made_with.items():
+            other = b.made_with.get(name, one)
+            if one != other and name not in OWN_SETTINGS:
+                lines.append(
+                    f"{a.folder} was made with {name} {one}, {b.folder} with {name} {other}; a difference between them "
+                    "is not one between their weights alone"
+                )
         for key, what in WARNED_COUNTS.items():
             if facts.get(key):
                 lines.append(f"{facts['path']}: {facts[key]} of {facts['images']} images {_are(facts[key])} {what}")
@@ -147,51 +170,6 @@ def find_warnings(context, models: Mapping[str, Sequence[Folder]], matched: int)
 
 def _are(count: int) -> str:
     return "is" if count == 1 else "are"
-
-
-def _about_real(context, every: Sequence[Folder], matched: int) -> Iterator[str]:
-    if context.real is None:
-        return
-    real, near = context.real.images, context.near_copies
-    if near is not None and near.any():
-        yield (
-            f"{near.sum()} of {len(near)} real images {_are(near.sum())} copies or near copies of training images, the "
-            f"first is {real.paths[int(near.argmax())]}; they are left out of the baseline of memorisation only"
-        )
-    if lacking := sort_captions({c for folder in every for c in folder.images.captions} - set(real.captions)):
-        yield (
-            f"{real.folder} has no image of {len(lacking)} generated captions, which count in {context.key} but "
-            f"not in LPIPS nor in matched distances: {list_captions(lacking)}"
-        )
-    if matched < 2:
-        yield f"there are no matched distances: all sets together share {matched} images of the same captions"
-    elif matched < FEW_IMAGES:
-        distances = "FID is" if "inception" in context.extractors else "Frechet distances of few images are"
-        yield (
-            f"matched distances rest on {matched} images a set: {distances} biased upwards below {FEW_IMAGES} and "
-            "comparable at equal numbers only; KID is not biased"
-        )
-
-
-def _about_prompts(models: Mapping[str, Sequence[Folder]], key: str) -> Iterator[str]:
-    held = {name: {c for folder in own for c in folder.images.captions} for name, own in models.items()}
-    for name, captions in held.items():
-        if lacking := sort_captions(set().union(*held.values()) - captions):
-            yield (
-                f"{name} has no images of {len(lacking)} captions that others have, which count in the others' {key} "
-                f"but not in matched distances: {list_captions(lacking)}"
-            )
-
-
-def different_settings(first: ImageSet, second: ImageSet) -> list[str]:
-    """Return lines for settings of eval.py, other than the model's, in which two folders differ."""
-    a, b = first.made_with, second.made_with
-    names = [name for name in a if name in b and name not in OWN_SETTINGS and a[name] != b[name]]
-    return [
-        f"{first.folder} was made with {n} {a[n]}, {second.folder} with {n} {b[n]}; a difference between them is not "
-        "one between their weights alone"
-        for n in names
-    ]
 
 
 def missing_blocks(own: Sequence[Folder], real: ImageSet | None) -> dict[str, str]:

@@ -1,14 +1,17 @@
 """Diversity of images of one prompt: Vendi score, mean pairwise distance, and pairs of images of a set."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from ddpo_pytorch.metrics.arrays import unit_rows
-from ddpo_pytorch.metrics.intervals import Estimate
+from ddpo_pytorch.metrics.image_sets import ImageSet
+from ddpo_pytorch.metrics.intervals import Estimate, unit_rows
 from ddpo_pytorch.utils.cores import eigenvalues, product
 from ddpo_pytorch.utils.errors import UserError
+
+DIVERSITY_IMAGES = 64  # of a prompt
 
 
 def within_prompt_diversity(
@@ -21,10 +24,8 @@ def within_prompt_diversity(
     mean of 1 - cosine similarity over distinct pairs.
 
     Each prompt enters with `per_group` random images, since the Vendi score grows with their number; prompts with fewer
-    are left out. Intervals are percentiles over replicates that draw prompts with replacement and images of a prompt
-    without: a repeated image would count as two that do not differ. Time is replicates x prompts x per_group^3.
-
-    Raises UserError if `per_group` is below 2 or no prompt has that many images, ValueError as `unit_rows`.
+    are left out, UserError if all are. Intervals are percentiles over replicates that draw prompts with replacement and
+    images of a prompt without: a repeated image would count as two that do not differ.
     """
     groups = np.asarray(groups)
     numbers, counts = np.unique(groups, return_counts=True)
@@ -91,3 +92,24 @@ def within_pairs(groups: Sequence[int], seed: int, keys: Sequence[str]) -> list[
         following = circle[1:] + circle[:1] if len(circle) > 2 else circle[1:]
         pairs += list(zip(circle, following, strict=False))
     return pairs
+
+
+def diversity_size(models: Sequence[ImageSet]) -> int:
+    """Return the images per prompt for the diversity of all sets, or 0; prompts with fewer than two do not count."""
+    counts = [Counter(images.captions) for images in models]
+    common = [min(count[caption] for count in counts) for caption in models[0].all_captions]
+    return min([DIVERSITY_IMAGES, *(number for number in common if number > 1)]) if max(common) > 1 else 0
+
+
+def measure_diversity(extractor: str, own: ImageSet, per_group: int, seed: int) -> dict[str, Estimate] | None:
+    """Return `within_prompt_diversity` of prompts with at least `per_group` images; None if there are none."""
+    chosen = []
+    for number in np.unique(own.groups):
+        indices = np.flatnonzero(own.groups == number)
+        if len(indices) >= max(2, per_group):
+            order = np.random.default_rng([seed, int(number), 3]).permutation(len(indices))[: 2 * per_group]
+            chosen.append(np.sort(indices[order]))
+    if per_group < 2 or not chosen:
+        return None
+    indices = np.concatenate(chosen)
+    return within_prompt_diversity(own.rows[extractor].take(indices), own.groups[indices], per_group, seed)

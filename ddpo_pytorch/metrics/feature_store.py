@@ -1,9 +1,8 @@
 """Results of networks on images, computed once and cached on disk.
 
 The images of a set are cut into chunks of one batch. A chunk's file is named after the network (weights and
-preprocessing) and the content of the images, so that nothing is computed twice, a killed run resumes, and a changed
-image or network is noticed. Each process computes complete chunks, so results do not depend on the number of processes,
-nor memory on the number of images.
+preprocessing) and the content of the images, so nothing is computed twice and a killed run resumes. Each process
+computes complete chunks, so results do not depend on the number of processes, nor memory on that of images.
 """
 
 import hashlib
@@ -33,10 +32,9 @@ GPU_THREADS = 3  # one batch is decoded while another is computed
 
 @dataclass(frozen=True)
 class Network:
-    """A function of images and its identity.
+    """A function of images (B, 3, H, W) in [0, 1] to (B, F), of two batches for `pairs`, or of images and B captions.
 
-    `run` maps images (B, 3, H, W) in [0, 1] to (B, F); it takes two batches for `pairs`, images and B captions if it
-    `reads_captions`. `key` changes with weights and preprocessing; `sha256` is that of the weight file.
+    `key` changes with weights and preprocessing; `sha256` is that of the weight file.
     """
 
     name: str
@@ -57,21 +55,15 @@ class Rows:
         return self._count
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        """Return consecutive rows, float64."""
         return self.take(np.arange(self._count)[part])
 
     def take(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return the rows of these indices in this order, float64."""
         indices = np.asarray(indices, dtype=np.int64)
-        if not len(indices):
-            return np.zeros((0, self._read(0).shape[1] if self._files else 0))
-        result = None
+        result = np.zeros((len(indices), self._read(0).shape[1] if self._files else 0))
         for number in np.unique(indices // self._chunk):
             chosen = indices // self._chunk == number
-            rows = self._read(number)[indices[chosen] % self._chunk]
-            if result is None:
-                result = np.empty((len(indices), rows.shape[1]))
-            result[chosen] = rows
+            result[chosen] = self._read(number)[indices[chosen] % self._chunk]
         return result
 
     def all(self) -> np.ndarray:
@@ -97,10 +89,10 @@ class FeatureStore:
         self._threads = max(1, torch.get_num_threads()) if self._on_cpu else GPU_THREADS
 
     def features(self, title: str, images: ImageSet, networks: Sequence[Network]) -> dict[str, Rows]:
-        """Return rows by name of the network. Every process must call this with the same arguments.
+        """Return rows by name of the network, without those that read captions for sets without.
 
-        Networks that read captions are left out for sets without. Raises UserError naming the file that cannot be
-        decoded or whose result is not finite; what was computed before stays.
+        Every process must call this with the same arguments. Raises UserError naming the file that cannot be decoded or
+        whose result is not finite; what was computed before stays.
         """
         if not all(images.captions):
             networks = [network for network in networks if not network.reads_captions]
@@ -108,9 +100,9 @@ class FeatureStore:
 
     def pairs(self, title: str, first: ImageSet, second: ImageSet, pairs: Sequence[tuple[int, int]], network: Network):
         """Return rows of a network of two images, for pairs of (index in the first set, index in the second)."""
-        columns = [(images, [pair[side] for pair in pairs]) for side, images in enumerate((first, second))]
-        paths = [[images.paths[i] for i in chosen] for images, chosen in columns]
-        digests = [[images.digests[i] for i in chosen] for images, chosen in columns]
+        sides = [(images, [pair[side] for pair in pairs]) for side, images in enumerate((first, second))]
+        paths = [[images.paths[i] for i in chosen] for images, chosen in sides]
+        digests = [[images.digests[i] for i in chosen] for images, chosen in sides]
         return self._compute(title, [network], paths, digests)[network.name]
 
     def _compute(
@@ -191,21 +183,13 @@ def _is_intact(file: Path, rows: int) -> bool:
 
 
 def _bounded_map(pool: ThreadPoolExecutor, function: Callable, work: Sequence[tuple], ahead: int) -> Iterator:
-    """Yield results in order with at most `ahead` calls submitted; the first error cancels what has not begun."""
+    """Yield results in order with at most `ahead` calls submitted; the first error ends it."""
     futures = []
-    try:
-        for arguments in work:
-            futures.append(pool.submit(function, *arguments))
-            if len(futures) >= ahead:
-                yield futures.pop(0).result()
-        while futures:
+    for arguments in work:
+        futures.append(pool.submit(function, *arguments))
+        if len(futures) >= ahead:
             yield futures.pop(0).result()
-    finally:
-        for future in futures:
-            future.cancel()
-
-
-# --- networks without weights that every set is given to ---
+    yield from (future.result() for future in futures)
 
 
 def pixel_facts(images: torch.Tensor) -> torch.Tensor:

@@ -1,25 +1,34 @@
-"""Frechet distance between sets of features, and pairs of generated and real images for LPIPS.
+"""Distances between features of real and generated images: Frechet, kernel, precision, recall, density, coverage.
 
-torchmetrics' formula (eigenvalues of Cx Cy) gives the same numbers for regular covariances. With fewer images than
-features it puts a set at a distance of about -1e-5 from itself and is not symmetric, so the distance is computed here
-from singular values, which are exact to rounding.
+The Frechet distance is computed by hand, since torchmetrics' eigenvalues of Cx Cy are neither symmetric nor 0 for equal
+sets of fewer images than features; singular values are exact to rounding.
 """
 
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import stats
+from torchmetrics.image.kid import maximum_mean_discrepancy, poly_kernel
 
-from ddpo_pytorch.metrics.arrays import finite
-from ddpo_pytorch.metrics.intervals import Estimate
-from ddpo_pytorch.utils.cores import on_all_cores, one_thread
+from ddpo_pytorch.metrics.image_sets import ImageSet
+from ddpo_pytorch.metrics.intervals import Estimate, finite
+from ddpo_pytorch.utils.cores import on_all_cores, one_thread, product
 from ddpo_pytorch.utils.errors import UserError
 
 JACKKNIFE_GROUPS = 10
+# larger sets are reduced to this many random images for KID, precision, recall, density and coverage, whose cost grows
+# with the square
+PAIRWISE_IMAGES = 10_000
+NEIGHBOURS = 5
+# Squared distances closer than this share of the largest squared norm count as equal: an image that is in both sets
+# lies exactly on the edge of some balls.
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class Moments:
     @classmethod
     @one_thread()
     def of(cls, features: np.ndarray, first: int = 0) -> "Moments":
-        """Return the moments of (N, F) features. Raises ValueError for NaN or infinity, see `finite`."""
+        """Return the moments of (N, F) features. Raises ValueError as `finite`."""
         features = torch.from_numpy(finite(features, "features", first))
         return cls(len(features), features.sum(0), features.T @ features)
 
@@ -56,7 +65,7 @@ class Moments:
 def frechet_distance(x: Moments, y: Moments) -> float:
     """Return |mx - my|^2 + tr(Cx + Cy - 2 (Cx Cy)^(1/2)), the Frechet distance of two Gaussians (Heusel et al. 2017).
 
-    With C = A A^T from an eigendecomposition, tr (Cx Cy)^(1/2) is the sum of the singular values of Ax^T Ay.
+    With C = A A^T, tr (Cx Cy)^(1/2) is the sum of the singular values of Ax^T Ay.
     """
     return _distance(x, *_mean_and_root(y))
 
@@ -86,12 +95,11 @@ def _mean_and_root(x: Moments) -> tuple[torch.Tensor, torch.Tensor]:
 
 @one_thread()
 def frechet_jackknife(groups: Sequence[Moments], real: Moments) -> Estimate:
-    """Return the Frechet distance of all groups together to real, with an interval for the generated images.
+    """Return the Frechet distance to real of all groups, random parts of the generated images of similar size.
 
-    groups: moments of about 10 random parts of the generated images, of similar size; real is taken as given. The
-    interval is value +- t se (G - 1 degrees of freedom, se from leaving out one group at a time with weights for
-    unequal sizes: Busing, Meijer and van der Leeden 1999), cut at 0. A bootstrap would repeat images, so that all its
-    distances are larger than the one they should surround. The bias of few images is not in the interval.
+    The interval is value +- t se (G - 1 degrees of freedom, se from leaving out one group at a time with weights for
+    unequal sizes: Busing, Meijer and van der Leeden 1999), cut at 0; real is taken as given. A bootstrap would repeat
+    images, which makes every distance larger. The bias of few images is not in the interval.
     """
     root = _mean_and_root(real)
     total = sum(groups[1:], groups[0])
@@ -130,24 +138,163 @@ def frechet(real: Moments, fake, indices: np.ndarray, seed: int) -> Estimate:
     return estimate
 
 
+def kernel_distance(x: Any, y: Any, seed: int, subsets: int = 100, subset_size: int = 1000) -> Estimate:
+    """Return the squared MMD of features x (N, F) and y (M, F) with kernel (a.b / F + 1)^3, averaged over subsets.
+
+    Each subset draws m = min(subset_size, N, M) rows of both sets without replacement, the same rows as torch-fidelity
+    for this seed. Published tables print the standard deviation over subsets behind +- (here in `how`); it depends on
+    m and is no confidence interval. That is value +- 1.96 se from Hoeffding's decomposition of this U-statistic (1948):
+
+        se^2 = 4 z_x / N + 4 z_y / M + 2 w_x / N^2 + 2 w_y / M^2 + sd^2 / subsets
+
+    With h(a) the mean kernel of image a with the other x minus that with y, z_x is var h(x) (near 0 for similar sets)
+    and w_x the variance that single pairs add. No interval below 4 rows in a set, UserError below two.
+    """
+    size = min(subset_size, len(x), len(y))
+    if size < 2:
+        raise UserError(f"a kernel distance needs at least 2 images in each set, got {len(x)} and {len(y)}")
+    x, y = finite(x, "first set"), finite(y, "second set")
+    rng = np.random.RandomState(seed % 2**32)  # the legacy generator, as in torch-fidelity
+    drawn = [[rng.choice(len(rows), size, replace=False) for rows in (x, y)] for _ in range(subsets)]
+    results = on_all_cores(lambda rows: _subset_estimate(x[rows[0]], y[rows[1]]), drawn)
+    values, variances = (np.array(column) for column in zip(*results, strict=True))
+    value, deviation = float(values.mean()), float(values.std())
+    how = f"U-statistic standard error; sd {deviation:.3g} over {subsets} subsets of {size}"
+    if size < 4:
+        return Estimate(value, None, None, len(x), f"fewer than 4 images: no interval; {how}")
+    counts = np.array([len(x), len(y)])
+    images, pairs = np.maximum(variances.mean(axis=0), 0).T
+    half = 1.96 * float(np.sqrt((4 * images / counts + 2 * pairs / counts**2).sum() + deviation**2 / subsets))
+    return Estimate(value, value - half, value + half, len(x), how)
+
+
+def _subset_estimate(x: np.ndarray, y: np.ndarray) -> tuple[float, list[tuple[float, float]]]:
+    """Return the unbiased squared MMD of x and y (m, F), and the variances (z, w) of both sets."""
+    a, b = torch.tensor(x), torch.tensor(y)  # copies: memory alignment can change the last bits of a product
+    within_x, within_y, between = poly_kernel(a, a), poly_kernel(b, b), poly_kernel(a, b)  # (m, m) each
+    value = float(maximum_mean_discrepancy(within_x, between, within_y))
+    if len(x) < 4:
+        return value, [(0.0, 0.0)] * 2
+    return value, [_variances(within_x.numpy(), between.numpy()), _variances(within_y.numpy(), between.numpy().T)]
+
+
+def _variances(within: np.ndarray, between: np.ndarray) -> tuple[float, float]:
+    """Return (z, w) of one set from its kernels (m, m) and those with the other set.
+
+    h estimated from m images has the variance z + w / m. Estimated from each half of the images, its errors are
+    independent, so the covariance of the two estimates is z alone.
+    """
+    size = len(within)
+    np.fill_diagonal(within, 0)
+    halves = []
+    for columns in (slice(0, size // 2), slice(size // 2, size)):
+        own = np.zeros(size)
+        own[columns] = 1
+        halves.append(within[:, columns].sum(axis=1) / (own.sum() - own) - between[:, columns].mean(axis=1))
+    first, second = (half - half.mean() for half in halves)
+    shared = (first * second).sum() / (size - 1)
+    total = within.sum(axis=1) / (size - 1) - between.mean(axis=1)
+    return float(shared), float(size * (total.var(ddof=1) - shared))
+
+
+def manifold_metrics(real: np.ndarray, fake: np.ndarray, k: int = 5, block: int = 250) -> dict[str, float]:
+    """Return {"precision", "recall", "density", "coverage"} of fake (M, F) features against real (N, F) ones.
+
+    The ball of a sample reaches to its k-th nearest other sample of its own set.
+
+    - precision: share of fake samples inside the ball of any real one; recall: of real samples inside the ball of any
+      fake one (Kynkaanniemi et al. 2019, k = 3; the edge belongs to the ball).
+    - density: mean number of real balls around a fake sample, divided by k; about 1 for equal distributions, and not
+      bounded by it. coverage: share of real balls that hold a fake sample (Naeem et al. 2020, k = 5; the edge does not
+      belong to the ball).
+
+    Recall and coverage depend on the numbers of samples, so compare equal numbers only. Raises UserError if a set has
+    no k neighbours.
+    """
+    if not 1 <= k < min(len(real), len(fake)):
+        got = f"{len(real)} real and {len(fake)} generated"
+        raise UserError(f"precision and recall with k={k} need at least {k + 1} images in each set, got {got}")
+    real, fake = finite(real, "real features"), finite(fake, "generated features")
+    centre = real.mean(axis=0)  # keeps |a|^2 + |b|^2 - 2 a.b from cancelling if all features lie far from 0
+    real, fake = real - centre, fake - centre
+    slack = ROUNDING * max(np.square(features).sum(axis=1).max() for features in (real, fake))
+    real_radius, fake_radius = _radii(real, k, block), _radii(fake, k, block)
+
+    def count(start: int) -> tuple[np.ndarray, ...]:
+        distance = _squared_distances(fake[start : start + block], real)  # (block, N)
+        inside = distance < real_radius - slack
+        recalled = distance <= fake_radius[start : start + block, None] + slack
+        precise = (distance <= real_radius + slack).any(axis=1)
+        return precise.sum(), recalled.any(axis=0), inside.sum(), inside.any(axis=0)
+
+    precise, recalled, inside, covered = zip(*on_all_cores(count, range(0, len(fake), block)), strict=True)
+    return {
+        "precision": float(sum(precise) / len(fake)),
+        "recall": float(np.any(recalled, axis=0).mean()),
+        "density": float(sum(inside) / (k * len(fake))),
+        "coverage": float(np.any(covered, axis=0).mean()),
+    }
+
+
+def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return squared distances (A, B) of rows of a (A, F) to rows of b (B, F)."""
+    return np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1) - 2 * product(a, b)
+
+
+def _radii(features: np.ndarray, k: int, block: int) -> np.ndarray:
+    """Return the squared distance (N,) of every row to its k-th nearest other row."""
+
+    def radii(start: int) -> np.ndarray:
+        distance = _squared_distances(features[start : start + block], features)
+        rows = np.arange(len(distance))
+        distance[rows, start + rows] = np.inf
+        return np.partition(distance, k - 1, axis=1)[:, k - 1]
+
+    return np.concatenate(on_all_cores(radii, range(0, len(features), block)))
+
+
 def pair_images(
     fake: Sequence[tuple[Path, str]], real: Sequence[tuple[Path, str]], seed: int
 ) -> list[tuple[Path, Path, str]]:
     """Return (fake, real, caption) for every generated image whose caption has a real one: the pairs of table 3.
 
-    Within a caption, real images are dealt in a shuffled order, repeatedly if they run out. The order depends on the
-    seed and the caption alone.
+    Within a caption, real images are dealt in an order by seed and caption alone, repeatedly if they run out.
     """
-    real_by_caption, pairs = _by_caption(real), []
-    for caption, fakes in _by_caption(fake).items():
-        reals = real_by_caption.get(caption, [])
+    by_caption, pairs = (defaultdict(list), defaultdict(list)), []
+    for groups, samples in zip(by_caption, (fake, real), strict=True):
+        for path, caption in sorted(samples):
+            groups[caption].append(path)
+    for caption, fakes in by_caption[0].items():
+        reals = by_caption[1][caption]
         random.Random(f"{seed} {caption}").shuffle(reals)
         pairs += [(path, reals[i % len(reals)], caption) for i, path in enumerate(fakes) if reals]
     return pairs
 
 
-def _by_caption(samples: Sequence[tuple[Path, str]]) -> dict[str, list[Path]]:
-    groups: dict[str, list[Path]] = {}
-    for path, caption in sorted(samples):
-        groups.setdefault(caption, []).append(path)
-    return groups
+def measure_fidelity(
+    extractor: str, real: ImageSet, fake: ImageSet, parts: tuple[np.ndarray, np.ndarray], seed: int
+) -> dict[str, dict]:
+    """Return distances of all real and generated images, and of `parts`, indices of both with equal prompt mixes."""
+    ours, theirs = fake.rows[extractor], real.rows[extractor]
+    everything = np.arange(len(theirs)), np.arange(len(ours))
+    result = {"unmatched": {"n": len(ours), "n_real": len(theirs)}, "matched": {"n": len(parts[1])}}
+    for name, (real_part, fake_part) in (("unmatched", everything), ("matched", parts)):
+        if min(len(real_part), len(fake_part)) < 2:
+            continue
+        x, y = _subsample(theirs, real_part, seed), _subsample(ours, fake_part, seed)
+        reduced = max(len(real_part), len(fake_part)) > PAIRWISE_IMAGES
+        note = f"; {PAIRWISE_IMAGES} images drawn by the seed from each larger set" if reduced else ""
+        kid = kernel_distance(x, y, seed)
+        result[name]["FID"] = frechet(moments_of_rows(theirs, real_part), ours, fake_part, seed)
+        result[name]["KID"] = replace(kid, how=kid.how + note)
+        if name == "matched" and len(x) > NEIGHBOURS:
+            how = f"k = {NEIGHBOURS}; no interval{note}"
+            for key, value in manifold_metrics(x, y, NEIGHBOURS).items():
+                result[name][key] = Estimate(value, None, None, len(y), how)
+    return result
+
+
+def _subsample(rows, indices: np.ndarray, seed: int) -> np.ndarray:
+    if len(indices) > PAIRWISE_IMAGES:
+        indices = np.sort(np.random.default_rng([seed, 2]).permutation(indices)[:PAIRWISE_IMAGES])
+    return rows.take(indices)

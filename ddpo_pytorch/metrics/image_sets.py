@@ -11,13 +11,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate.utils import gather_object
 
 from ddpo_pytorch.data.images import SUFFIXES, open_image
 from ddpo_pytorch.data.isic import CAPTIONS, short_caption
-from ddpo_pytorch.data.sample_folder import captions_without_images, list_samples, read_log, read_settings
+from ddpo_pytorch.data.sample_folder import captions_without_images, read_log, read_settings
+from ddpo_pytorch.data.tables import number
 from ddpo_pytorch.utils.cli import expand
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
@@ -29,12 +31,15 @@ MAX_LISTED = 8  # captions in a sentence
 Samples = list[tuple[Path, str]]  # (file, caption)
 
 
-@dataclass(frozen=True)
+@dataclass
 class ImageSet:
     """Images of a folder: files, captions ("" if unknown) and SHA-256 of each file.
 
     `entries`: lines of its image_log.json by path relative to the folder; `made_with`: its settings; `all_captions`:
-    captions of all sets of the report; `lacking`: captions of this folder without an image.
+    captions of all sets of the report; `lacking`: captions of this folder without an image. Once networks have run,
+    `rows` are their results by network, and `pairs` those of pairs by measure: indices (P, 2) into this set and its
+    partner's, and values (P,), under "LPIPS" (to real images), "LPIPS_within" (a prompt's own images), "SSIM" (to
+    images of equal names), "MS_SSIM" and "MS_SSIM_within".
     """
 
     folder: Path
@@ -45,6 +50,8 @@ class ImageSet:
     made_with: Mapping = field(default_factory=dict)
     all_captions: tuple[str, ...] = CAPTIONS
     lacking: tuple[str, ...] = ()
+    rows: dict[str, Any] = field(default_factory=dict)
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -81,9 +88,6 @@ class ImageSet:
         }
 
 
-# --- captions ---
-
-
 def sort_captions(captions: Iterable[str]) -> list[str]:
     """Return each caption once: ISIC's in the official order, then others by name."""
     held = set(captions)
@@ -95,16 +99,13 @@ def list_captions(captions: Sequence[str]) -> str:
     if set(captions) <= set(CAPTIONS):
         return ", ".join(map(short_caption, captions))
     more = f" and {len(captions) - MAX_LISTED} more" if len(captions) > MAX_LISTED else ""
-    return ", ".join(repr(caption) for caption in captions[:MAX_LISTED]) + more
+    return ", ".join(map(repr, captions[:MAX_LISTED])) + more
 
 
 def lacking_images(folder: str | Path, captions: Iterable[str]) -> str:
     """Return the warning that a folder has no image of these captions."""
     ordered = sort_captions(captions)
     return f"{folder} has no image of {len(ordered)} of its captions: {list_captions(ordered)}"
-
-
-# --- finding and checking files ---
 
 
 def named_paths(text: str, field_name: str) -> list[tuple[str, str]]:
@@ -116,11 +117,6 @@ def named_paths(text: str, field_name: str) -> list[tuple[str, str]]:
             raise UserError(f"{part!r} in {field_name}={text!r} is not NAME=PATH; separate several by commas")
         pairs.append((name, expand(path)))
     return pairs
-
-
-def caption_files(folder: str | Path, prompts: Sequence[str]) -> tuple[Path, Samples]:
-    """Return a sample folder and its images with captions. Raises as `list_samples`."""
-    return Path(folder), list_samples(folder, prompts)
 
 
 def any_files(folder: str | Path) -> tuple[Path, Samples]:
@@ -143,8 +139,7 @@ def inspect_files(
 ) -> list[ImageSet]:
     """Check every file's header and hash its content, shared among processes; return the sets to all of them.
 
-    All images must be RGB and of one size, since sets that were resized differently do not compare. Raises UserError
-    naming the first faulty file and how many there are.
+    Raises UserError naming the first image that is not RGB or of another size than most, and how many there are.
     """
     files = [path for _, samples in folders for path, _ in samples]
     own = [(number, *_inspect(files[number])) for number in range(rank, len(files), processes)]
@@ -189,9 +184,9 @@ def _inspect(path: Path) -> tuple[str, str, tuple[int, int]]:
 def _log_entries(folder: Path, samples: Samples) -> dict[str, dict]:
     """Return the lines of image_log.json by path. Raises UserError if they contradict the files."""
     log, where = read_log(folder), repr(str(folder / "image_log.json"))
-    for number, entry in enumerate(log):
-        if not isinstance(entry.get("path_to_img"), str):
-            raise UserError(f"{where}: entry {number} has no path_to_img; remove it")
+    for place, entry in enumerate(log):
+        if "path_to_img" not in entry:
+            raise UserError(f"{where}: entry {place} has no path_to_img; remove it")
     entries = {entry["path_to_img"]: entry for entry in log}
     captions, stems = {str(path.relative_to(folder)): caption for path, caption in samples}, {}
     for path, caption in samples:
@@ -201,21 +196,30 @@ def _log_entries(folder: Path, samples: Samples) -> dict[str, dict]:
     for path, entry in entries.items():
         if path in captions and entry.get("prompt") not in (None, captions[path]):
             raise UserError(f"{where}, {path}: the prompt {entry['prompt']!r} is not that of its folder; correct one")
-        if not _is_reward(entry.get("reward")):
+        reward = 0.0 if entry.get("reward") is None else number(str(entry["reward"]))
+        if reward is None or not math.isfinite(reward):
             raise UserError(f"{where}, {path}: the reward {entry['reward']!r} is no finite number; remove it")
     if absent := [path for path in entries if not (folder / path).is_file()]:
         logger.warning("%s: image_log.json lists %d images that are absent, first %s", folder, len(absent), absent[0])
     return entries
 
 
-def _is_reward(reward) -> bool:
-    try:
-        return reward is None or math.isfinite(float(reward))
-    except (TypeError, ValueError):
-        return False
-
-
 def shape_of(images: ImageSet) -> tuple[int, int]:
     """Return (height, width) in pixels, the same for all images (see `inspect_files`)."""
     with open_image(images.paths[0]) as image:
         return image.size[1], image.size[0]
+
+
+def match_prompts(groups: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
+    """Return indices into each array of prompts (N,) such that all have equally many images of every prompt.
+
+    They are drawn by (seed, prompt) from the images in their order, so sets of the same noise keep the same noise.
+    """
+    chosen: list[list[np.ndarray]] = [[] for _ in groups]
+    for prompt in range(1 + max((int(column.max()) for column in groups if len(column)), default=0)):
+        own = [np.flatnonzero(column == prompt) for column in groups]
+        count = min(len(indices) for indices in own)
+        for part, indices in zip(chosen, own, strict=True):
+            order = np.random.default_rng([seed, prompt, 0]).permutation(len(indices))[:count]
+            part.append(np.sort(indices[order]))
+    return [np.concatenate(part) for part in chosen]

@@ -4,16 +4,16 @@ They describe images and do not grade them: noise raises Sharpness and Vessel Vi
 Uniformity. Compare them with real images of the same resolution (`distances`).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage, special, stats
 
 from ddpo_pytorch.data.images import fov_mask
-from ddpo_pytorch.metrics.arrays import finite
-from ddpo_pytorch.metrics.intervals import REPLICATES, Estimate, GroupedSample, bootstrap_mean, replicate_means
+from ddpo_pytorch.metrics.image_sets import ImageSet
+from ddpo_pytorch.metrics.intervals import REPLICATES, Estimate, GroupedSample, bootstrap_mean, finite, replicate_means
 
 LEGACY = ("SNR", "Contrast", "Sharpness", "Vessel Visibility", "Uniformity")
 FOV = ("SNR", "RMS contrast", "Michelson contrast", "Sharpness", "Vessel visibility", "Uniformity", "Entropy")
@@ -21,16 +21,14 @@ LUMINANCE = (0.299, 0.587, 0.114)  # BT.601
 ROUNDING = 1 / (255 * 12**0.5)  # standard deviation of rounding to 8 bits, the least noise of an image
 CELLS = 8
 MIN_CELL = 0.8  # share of a cell's pixels that have to lie in the field
-MIN_FIELD = 0.01  # share of the frame below which a field is no retina
+LOGITS = "inception logits"  # name of the network
 IS_SPLITS = 10
 IS_SPLIT_IMAGES = 1000  # as many as there are classes; the score of fewer images grows with their number
 
 
-@dataclass(frozen=True)
-class QualitySet:
+class QualitySet(NamedTuple):
     """A set of statistics. `measure` maps uint8 (H, W, 3) to one number per column, None without a field of view."""
 
-    name: str
     columns: tuple[str, ...]
     measure: Callable[[np.ndarray], tuple[float, ...] | None]
     about: str
@@ -41,8 +39,7 @@ def legacy_quality(pixels: np.ndarray) -> tuple[float, ...]:
 
     With I = PIL's "L" / 255: SNR = mean / (std + 1e-8); Contrast = max - min; Sharpness = mean |Sobel along the last
     axis|; Vessel Visibility = std(I - Gaussian of sigma 2); Uniformity = mean of the central box of half the sides -
-    mean of the four quarter bands at the borders, whose common corners count twice. Filters use scipy's "reflect".
-    Raises ValueError for smaller images.
+    mean of the four quarter bands at the borders, whose common corners count twice.
     """
     if min(pixels.shape[:2]) < 4:
         raise ValueError(f"quarter bands need 4 x 4 pixels, got {pixels.shape[1]} x {pixels.shape[0]}")
@@ -71,8 +68,10 @@ def fov_quality(pixels: np.ndarray) -> tuple[float, ...] | None:
     luminance Y, with noise of at least that of rounding to 8 bits.
     """
     height, width = pixels.shape[:2]
-    field = ndimage.binary_erosion(fov_mask(pixels), _disc(max(3, round(width / 128))))
-    if field.sum() < MIN_FIELD * field.size:
+    radius = max(3, round(width / 128))
+    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+    field = ndimage.binary_erosion(fov_mask(pixels), x**2 + y**2 <= radius**2)
+    if field.sum() < 0.01 * field.size:  # too small for a retina
         return None
     green = pixels[..., 1] / 255.0
     means = _cell_means(green, field)
@@ -82,32 +81,25 @@ def fov_quality(pixels: np.ndarray) -> tuple[float, ...] | None:
     residual = (luminance - ndimage.median_filter(luminance, 3))[field]
     noise = 1.4826 * np.median(np.abs(residual - np.median(residual)))
     inside = green[field]
+    vessel = max(3, 2 * round((15 * width / 512 - 1) / 2) + 1)  # the nearest odd number
     low, high = np.percentile(inside, [5, 95])
     gradient = ndimage.sobel(green, 0) ** 2 + ndimage.sobel(green, 1) ** 2
     shares = np.bincount(pixels[..., 1][field], minlength=256) / len(inside)
     return (
         float(luminance[field].mean() / max(noise, ROUNDING)),
         float(inside.std()),
-        _ratio(high - low, high + low),
+        float((high - low) / (high + low or 1)),
         float(gradient[field].mean()),
-        float(ndimage.black_tophat(green, size=_odd(15 * width / 512))[field].mean()),
-        1 - _ratio(means.std(), means.mean()),
+        float(ndimage.black_tophat(green, size=vessel)[field].mean()),
+        float(1 - means.std() / (means.mean() or 1)),
         float(-(shares[shares > 0] * np.log2(shares[shares > 0])).sum() + 0.0),
     )
 
 
 SETS = {
-    "legacy": QualitySet(
-        "legacy", LEGACY, legacy_quality, "whole frame, grey levels in [0, 1], as in the document's table 1"
-    ),
-    "fov": QualitySet("fov", FOV, fov_quality, "inside the eroded field of view; green channel in [0, 1]"),
+    "legacy": QualitySet(LEGACY, legacy_quality, "whole frame, grey levels in [0, 1], as in the document's table 1"),
+    "fov": QualitySet(FOV, fov_quality, "inside the eroded field of view; green channel in [0, 1]"),
 }
-
-
-def summary(values: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, Estimate | float | None]:
-    """Return mean and standard deviation of a statistic (N,) as {"mean", "sd"}; groups (N,) are the images' prompts."""
-    deviation = float(values.std(ddof=1)) if len(values) > 1 else None
-    return {"mean": bootstrap_mean(values, groups, seed, resample_groups=True, share=False), "sd": deviation}
 
 
 def distances(
@@ -121,9 +113,9 @@ def distances(
 
     The last two are None if real images do not differ.
     """
+    missing = {"standardised": Estimate.missing("real images do not differ"), "wasserstein": None}
     if not len(generated) or not len(real):
-        missing = Estimate.missing("no images")
-        return {"difference": missing, "standardised": missing, "wasserstein": None}
+        return missing | {"difference": Estimate.missing("no images")}
     value, number = float(generated.mean() - real.mean()), len(generated) + len(real)
     low = high = None
     how = "one image: no interval"
@@ -137,8 +129,7 @@ def distances(
     difference = Estimate(value, low, high, number, how)
     deviation = float(real.std(ddof=1)) if len(real) > 1 else 0.0
     if not deviation:
-        missing = Estimate.missing("real images do not differ")
-        return {"difference": difference, "standardised": missing, "wasserstein": None}
+        return missing | {"difference": difference}
     ends = [None if end is None else end / deviation for end in (low, high)]
     return {
         "difference": difference,
@@ -151,8 +142,7 @@ def inception_score(logits: np.ndarray, splits: int = IS_SPLITS) -> tuple[float,
     """Return mean and standard deviation over parts of exp(E KL(p(y|x) || p(y))), from 1 to C (Salimans et al. 2016).
 
     logits (N, C) of N images in random order; parts are consecutive rows, p(y) the mean of p(y|x) over a part. By hand,
-    since torchmetrics is NaN for classes of probability 0. None of ImageNet's classes is a retina, so on medical images
-    it says little. Raises ValueError for fewer images than parts, NaN and infinity.
+    since torchmetrics is NaN for classes of probability 0. On medical images, which ImageNet lacks, it says little.
     """
     logits = finite(logits, "logits")
     if not 1 <= splits <= len(logits):
@@ -173,20 +163,6 @@ def split_count(images: int) -> int:
     return max(1, min(IS_SPLITS, images // IS_SPLIT_IMAGES))
 
 
-def _ratio(part: float, whole: float) -> float:
-    return float(part / whole) if whole > 0 else 0.0
-
-
-def _odd(size: float) -> int:
-    """Return the odd number nearest to `size`, at least 3."""
-    return max(3, 2 * round((size - 1) / 2) + 1)
-
-
-def _disc(radius: int) -> np.ndarray:
-    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
-    return x**2 + y**2 <= radius**2
-
-
 def _cell_means(green: np.ndarray, field: np.ndarray) -> np.ndarray:
     """Return means over pixels in the field, for those of 8 x 8 cells on the field's box that lie in the field."""
     rows, columns = (np.flatnonzero(field.any(axis=axis)) for axis in (1, 0))
@@ -198,3 +174,49 @@ def _cell_means(green: np.ndarray, field: np.ndarray) -> np.ndarray:
             if inside.size and inside.mean() >= MIN_CELL:
                 means.append(green[top:bottom, left:right][inside].mean())
     return np.array(means)
+
+
+def measure_quality(
+    own: ImageSet, real: ImageSet | None, names: Sequence[str], seed: int
+) -> tuple[dict, dict[str, list]]:
+    """Return blocks by set of statistics (`SETS`), and the columns of per_image.csv.
+
+    A block holds the numbers of images with and without a field of view, and for each statistic mean, sd and, if `real`
+    is given, `distances`.
+    """
+    blocks, columns = {}, {}
+    for name in names:
+        visible, values = _statistics(own, name)
+        block = {"images": int(visible.sum()), "no_field": int((~visible).sum()), "statistics": {}}
+        for number, statistic in enumerate(SETS[name].columns):
+            column, groups = values[visible, number], own.groups[visible]
+            mean = bootstrap_mean(column, groups, seed, resample_groups=True, share=False)
+            numbers = {"mean": mean, "sd": float(column.std(ddof=1)) if len(column) > 1 else None}
+            if real is not None:
+                seen, theirs = _statistics(real, name)
+                numbers |= distances(column, groups, theirs[seen, number], real.groups[seen], seed)
+            block["statistics"][statistic] = numbers
+            columns[f"{name} {statistic}"] = np.where(visible, values[:, number], None).tolist()
+        blocks[name] = block
+    return blocks, columns
+
+
+def _statistics(own: ImageSet, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return which images have a field of view (N,) bool, and their statistics (N, F), 0 without one."""
+    rows = own.rows[f"quality {name}"].all()
+    return rows[:, 0] > 0, rows[:, 1:]
+
+
+def measure_inception_score(own: ImageSet, seed: int) -> dict | None:
+    """Return the inception score of all images in a seeded order, and its standard deviation over the parts."""
+    if LOGITS not in own.rows:
+        return None
+    order = np.random.default_rng([seed, 4]).permutation(len(own))
+    parts = split_count(len(order))
+    mean, deviation = inception_score(own.rows[LOGITS].take(order), parts)
+    how = f"{parts} part{'s' * (parts > 1)} of {len(order) // parts} images"
+    if parts > 1:
+        how += f", standard deviation {deviation:.3g}"
+    elif len(order) < IS_SPLIT_IMAGES:
+        how += f": below {IS_SPLIT_IMAGES} the score grows with the number of images, compare equal numbers only"
+    return {"IS": Estimate(mean, None, None, len(order), how), "sd": deviation if parts > 1 else None, "parts": parts}

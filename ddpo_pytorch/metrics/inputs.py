@@ -11,12 +11,11 @@ from accelerate import Accelerator
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.data.isic import ARTIFACTS, CAPTIONS
-from ddpo_pytorch.data.sample_folder import caption_of_folder
+from ddpo_pytorch.data.sample_folder import caption_of_folder, list_samples
 from ddpo_pytorch.metrics.feature_store import PIXELS, THUMBNAILS, Network
 from ddpo_pytorch.metrics.image_sets import (
     ImageSet,
     any_files,
-    caption_files,
     inspect_files,
     lacking_images,
     named_paths,
@@ -45,25 +44,8 @@ RESERVED = ("real", "train")
 JUDGE = "H4"  # name of metric.classifier in metrics.json
 
 
-# --- settings ---
-
-
 def check_request(metric: ConfigDict) -> None:
     """Raise UserError for settings that are not allowed or leave nothing to measure, before anything is computed."""
-    _check_judges(metric)
-    check_ranges(metric, {"batch_size": ONE_OR_MORE}, "metric.")
-    check_choices(metric, {"fid": FID_MODES}, "metric.")
-    for name in ("output", "cache_dir"):
-        _check_writable(Path(metric[name]), f"metric.{name}")
-    for _, run in named_paths(metric.logs, "metric.logs"):
-        if not (Path(run) / "metrics.jsonl").is_file():
-            raise UserError(f"{run!r} in metric.logs holds no metrics.jsonl; give run folders that train.py wrote")
-    for field_name, allowed in (("extractors", EXTRACTORS), ("quality", tuple(SETS))):
-        if unknown := [name for name in metric[field_name] if name not in allowed]:
-            raise UserError(f"metric.{field_name} has {unknown[0]!r}; allowed are {', '.join(allowed)}")
-
-
-def _check_judges(metric: ConfigDict) -> None:
     if not metric.classifier and not metric.judges:
         raise UserError(
             "metric.classifier is empty; give the H=4 judge, --config.metric.classifier=FILE, or for fundus images the "
@@ -75,17 +57,21 @@ def _check_judges(metric: ConfigDict) -> None:
                 f"metric.{name}={metric[name]!r} and metric.judges={metric.judges!r} are both given; empty one: "
                 "classifiers judge dermoscopic images, Selector and Policy judge fundus images"
             )
-
-
-def _check_writable(folder: Path, name: str) -> None:
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"{name}={str(folder)!r} cannot be written ({str(existing)!r} is no folder to write into)")
-
-
-# --- images ---
+    check_ranges(metric, {"batch_size": ONE_OR_MORE}, "metric.")
+    check_choices(metric, {"fid": FID_MODES}, "metric.")
+    for name, allowed in (("extractors", EXTRACTORS), ("quality", tuple(SETS))):
+        for chosen in metric[name]:
+            check_choices({name: chosen}, {name: allowed}, "metric.")
+    for name in ("output", "cache_dir"):
+        folder = existing = Path(metric[name])
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            reason = f"{str(existing)!r} is no folder to write into"
+            raise UserError(f"metric.{name}={str(folder)!r} cannot be written: {reason}; choose another")
+    for _, run in named_paths(metric.logs, "metric.logs"):
+        if not (Path(run) / "metrics.jsonl").is_file():
+            raise UserError(f"{run!r} in metric.logs holds no metrics.jsonl; give run folders that train.py wrote")
 
 
 @dataclass
@@ -97,16 +83,18 @@ class Sets:
     train: ImageSet | None
     pairs: ImageSet | None = None
 
+    @property
+    def folders(self) -> list[ImageSet]:
+        """The folders of all models."""
+        return [images for folders in self.models.values() for images in folders]
+
 
 def requested_models(metric: ConfigDict) -> dict[str, list[str]]:
     """Return folders by model: those of `folders`, else compare_path (if it holds samples) and fake_path."""
     models: dict[str, list[str]] = {}
-    if metric.folders:
-        for name, folder in named_paths(metric.folders, "metric.folders"):
-            if Path(folder).resolve() in [Path(other).resolve() for other in models.setdefault(name, [])]:
-                raise UserError(f"metric.folders gives {folder!r} twice for {name!r}; give each folder once")
-            models[name].append(folder)
-    else:
+    for name, folder in named_paths(metric.folders, "metric.folders"):
+        models.setdefault(name, []).append(folder)
+    if not metric.folders:
         if not metric.fake_path:
             raise UserError("metric.fake_path is empty; give eval.py's folder, --config.metric.fake_path=DIR")
         if metric.compare_path and (Path(metric.compare_path) / "images").is_dir():
@@ -127,11 +115,15 @@ def find_sets(metric: ConfigDict, accelerator: Accelerator) -> Sets:
     prompts = list(metric.prompts)
     if not metric.judges:
         prompts = [caption_of_folder(prompt.replace(" ", "_")) for prompt in prompts]
+
+    def samples_of(folder: str) -> tuple[Path, list]:
+        return Path(folder), list_samples(folder, prompts)
+
     models = requested_models(metric)
-    folders = [caption_files(folder, prompts) for own in models.values() for folder in own]
-    real = [caption_files(metric.real_path, prompts)] if metric.real_path else []
+    folders = [samples_of(folder) for own in models.values() for folder in own]
+    real = [samples_of(metric.real_path)] if metric.real_path else []
     train = [any_files(metric.train_path)] if metric.train_path else []
-    pairs = [caption_files(metric.pairs_path, prompts)] if metric.pairs_path else []
+    pairs = [samples_of(metric.pairs_path)] if metric.pairs_path else []
     if metric.judges and (unknown := set(prompts) - {caption for _, samples in folders for _, caption in samples}):
         raise UserError(f"no folder has images of {min(unknown)!r} in metric.prompts; give prompts that were drawn")
     rank, processes = accelerator.process_index, accelerator.num_processes
@@ -155,15 +147,11 @@ def find_sets(metric: ConfigDict, accelerator: Accelerator) -> Sets:
     return Sets(by_name, real_set, train_set, pair_set)
 
 
-# --- networks ---
-
-
 @dataclass
 class Tools:
-    """Networks of a report: judges by name with their labels, feature extractors, LPIPS; what is missing, and why.
+    """Networks of a report, and why others are missing. `judges` have labels, or for fundus images a `threshold`.
 
-    For fundus images the judges have no labels and `threshold` is the Selector's. `statistics`: image statistics and
-    Inception's logits. `similarity`: SSIM and MS-SSIM if they are measured.
+    `statistics`: image statistics and Inception's logits. `similarity`: SSIM and MS-SSIM if they are measured.
     """
 
     judges: dict[str, tuple[Network, tuple[str, ...]]]
@@ -197,10 +185,7 @@ class Tools:
 
 
 def load_tools(metric: ConfigDict, accelerator: Accelerator, side: int) -> Tools:
-    """Load the judges and every network whose weights are available, for images whose shorter side is `side` pixels.
-
-    Raises UserError for a wrong file or judge.
-    """
+    """Load all available networks for images whose shorter side is `side` pixels. Raises UserError for wrong files."""
     device = accelerator.device
     if metric.judges:
         selector, policy, features, threshold = fundus_judges(metric.judges, device)
@@ -215,11 +200,8 @@ def load_tools(metric: ConfigDict, accelerator: Accelerator, side: int) -> Tools
         elif wanted:
             tools.similarity[name] = similarity_network(name, side)
     inception = partial(inception_network, metric.inception, metric.fid, device)
-    loaders = {
-        "inception": inception,
-        "dinov2": partial(dinov2_network, metric.dinov2, device),
-        "judge": lambda: features,
-    }
+    dinov2 = partial(dinov2_network, metric.dinov2, device)
+    loaders = {"inception": inception, "dinov2": dinov2, "judge": lambda: features}
     with accelerator.main_process_first():  # one process downloads, the others find the file
         for name in metric.extractors:
             for network in tools.add(f"FID, KID, precision ... ({name})", loaders[name]):

@@ -1,17 +1,16 @@
 """Numbers with 95 % intervals: bootstrap over prompts and images, paired tests, t intervals over generation seeds.
 
-Images of one prompt resemble each other, so prompts are the unit of an interval meant for prompts like these
-(`resample_groups`); for exactly the given prompts the unit is the image.
+Images of one prompt resemble each other, so prompts are the unit of an interval for prompts like these
+(`resample_groups`), and images for exactly these prompts.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
-
-from ddpo_pytorch.metrics.arrays import finite
 
 REPLICATES = 2000
 CHUNK = 2_000_000  # random numbers drawn at a time
@@ -40,7 +39,23 @@ class Estimate:
         return {**shown, "n": int(self.n), "how": self.how}
 
 
-# --- bootstrap ---
+def finite(features: Any, what: str, first: int = 0) -> np.ndarray:
+    """Return `features` (N, ...), rows `first` ... of `what`, as float64. Raises ValueError for NaN and infinity."""
+    features = np.asarray(features, dtype=np.float64)
+    good = np.isfinite(features).all(axis=tuple(range(1, features.ndim)))
+    if not good.all():
+        raise ValueError(f"{what}: row {first + int(np.argmin(good))} holds NaN or infinity")
+    return features
+
+
+def unit_rows(features: np.ndarray, what: str, first: int = 0) -> np.ndarray:
+    """Return finite rows (N, F) scaled to length 1. Raises ValueError for NaN, infinity and a row of zeros."""
+    features = finite(features, what, first)
+    scale = np.abs(features).max(axis=1, keepdims=True, initial=0)
+    if not scale.all():
+        raise ValueError(f"{what}: row {first + int(np.argmin(scale))} is zero, so it has no cosine distance")
+    features = features / scale  # squares of very large or small numbers would overflow
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
 def bootstrap_mean(
@@ -52,11 +67,10 @@ def bootstrap_mean(
     replicates: int = REPLICATES,
     share: bool = True,
 ) -> Estimate:
-    """Return the mean of values (N,) with a percentile interval; groups (N,) are the images' prompts.
+    """Return the mean of values (N,) of images of prompts `groups` (N,), with a bootstrap interval.
 
-    `resample_groups` draws prompts with replacement and images within each, otherwise images within the given prompts
-    (see `replicate_means`). Values that are all 0 or all 1 leave nothing to resample: with `share` their interval is
-    the exact binomial one (Clopper-Pearson), with prompts or images as trials. Differences of pairs are no shares.
+    Values that are all 0 or all 1 leave nothing to resample: as a `share`, their interval is the exact binomial one
+    (Clopper-Pearson), with prompts or images as trials. Differences of pairs are no shares.
     """
     values, groups = _columns(groups, values)
     if not len(values):
@@ -78,10 +92,7 @@ def bootstrap_mean(
 def bootstrap_unpaired_difference(
     a: np.ndarray, groups_a: np.ndarray, b: np.ndarray, groups_b: np.ndarray, seed: int
 ) -> Estimate:
-    """Return mean(b) - mean(a) of unpaired images (N,) and (M,), over the prompts that both have.
-
-    Each replicate draws the same prompts for both, and images independently. n counts the images of both.
-    """
+    """Return mean(b) - mean(a) of unpaired images (N,) and (M,) over shared prompts, drawn equally for both."""
     shared = np.intersect1d(groups_a, groups_b)
     if not len(shared):
         return Estimate.missing("no prompt in common")
@@ -97,10 +108,9 @@ def bootstrap_unpaired_difference(
 
 
 def bootstrap_ratio(numerator: np.ndarray, denominator: np.ndarray, groups: np.ndarray, seed: int) -> Estimate:
-    """Return sum(numerator) / sum(denominator) over images (N,), such as precision and recall; images are resampled.
+    """Return sum(numerator) / sum(denominator) over images (N,), such as recall; n counts images with a denominator.
 
-    n counts the images with a denominator. Replicates whose denominator is 0 are left out. A share of exactly 0 or 1
-    has the exact binomial interval.
+    Images are resampled, replicates of denominator 0 left out. A share of 0 or 1 has the exact binomial interval.
     """
     numerator, denominator, groups = _columns(groups, numerator, denominator)
     images, total = int(np.count_nonzero(denominator)), denominator.sum()
@@ -138,12 +148,10 @@ def _exact_binomial(share: float, trials: int, images: int) -> Estimate:
 
 
 class GroupedSample:
-    """Values (N, V) of N images in G prompts, prepared for resampling.
+    """Values (N, V) of N images in G prompts: counts (G,), means (G, V), noise (G, V) = variance of resampled means.
 
     A replicate needs only the sum of a prompt's resampled images. With few distinct values (0 and 1) one multinomial
     draw of their counts gives it, else the images are drawn.
-
-    counts (G,), means (G, V), mean (V,) over all images; noise (G, V): variance of a prompt's resampled mean.
     """
 
     def __init__(self, values: np.ndarray, groups: np.ndarray):
@@ -189,8 +197,7 @@ def replicate_means(
     same for all samples) and images within them. The variance of the prompts' means already contains the noise of
     their images, which the second step adds again; so the prompts' means are first shrunk towards the overall mean
     such that both steps have the variance of the first alone, or that of the images if larger (Davison and Hinkley
-    1997, section 3.8). Otherwise intervals are up to 1.4 times too wide for similar prompts. As with any bootstrap,
-    intervals from few prompts are too narrow: by 3 % for 20, by 11 % for 5.
+    1997, section 3.8). As with any bootstrap, intervals from few prompts are too narrow: by 3 % for 20, by 11 % for 5.
     """
     rng, prompts = np.random.default_rng(seed), len(samples[0].counts)
     chunk = max(1, CHUNK // max(prompts, sum(sample.cost for sample in samples)))
@@ -221,14 +228,8 @@ def _shrinkage(samples: Sequence[GroupedSample]) -> np.ndarray:
     return np.sqrt(np.clip(1 - within / np.where(between > 0, between, np.inf), 0, 1)) * (between > 0)
 
 
-# --- paired tests ---
-
-
 def mcnemar(a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:
-    """Return (pairs 0 -> 1, pairs 1 -> 0, exact two-sided p) of paired 0/1 outcomes (N,) (McNemar 1947).
-
-    Pairs count as independent; if images of a prompt change together, use `sign_flip_p`.
-    """
+    """Return (pairs 0 -> 1, pairs 1 -> 0, exact two-sided p) of independent 0/1 pairs (N,) (McNemar 1947)."""
     gained, lost = int((a < b).sum()), int((a > b).sum())
     p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     return gained, lost, p
@@ -237,8 +238,8 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:
 def sign_flip_p(differences: np.ndarray, groups: np.ndarray, seed: int, draws: int = 10_000) -> float:
     """Return the two-sided p of a sign-flip test on the prompts' mean differences; the null is symmetry around 0.
 
-    Every prompt has the same weight. Up to 12 prompts all patterns of signs are tried, beyond that `draws` random ones,
-    with p = (1 + as extreme) / (1 + draws). By hand, since scipy's permutation_test takes minutes for many pairs.
+    Up to 12 prompts all patterns of signs are tried, beyond that `draws` random ones, with p = (1 + as extreme) /
+    (1 + draws). By hand, since scipy's permutation_test takes minutes for many pairs.
     """
     differences, groups = _columns(groups, differences)
     _, index, counts = np.unique(groups, return_inverse=True, return_counts=True)
@@ -252,9 +253,6 @@ def sign_flip_p(differences: np.ndarray, groups: np.ndarray, seed: int, draws: i
         signs = rng.integers(0, 2, (min(chunk, draws - start), len(means)), dtype=np.int8) * 2 - 1
         extreme += int((np.abs(signs @ means) >= bound).sum())
     return (1 + extreme) / (1 + draws)
-
-
-# --- generation seeds ---
 
 
 def mean_over_runs(values: Sequence[float]) -> Estimate:

@@ -1,7 +1,6 @@
 """The networks that look at images for the metrics: judges, feature extractors, LPIPS, image statistics, SSIM.
 
-Weights of Inception, AlexNet and DINOv2 ship with no package. If they cannot be had, `Unavailable` says why and which
-option to give, and the caller continues with the other metrics.
+Weights of Inception, AlexNet and DINOv2 ship with no package; without them, `Unavailable` says which option to give.
 """
 
 import hashlib
@@ -10,7 +9,8 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -27,7 +27,7 @@ from ddpo_pytorch.data.images import to_uint8
 from ddpo_pytorch.judges.classifier import IMAGENET_MEAN, IMAGENET_STD, load_classifier
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges
 from ddpo_pytorch.metrics.feature_store import Network
-from ddpo_pytorch.metrics.image_statistics import SETS
+from ddpo_pytorch.metrics.image_statistics import LOGITS, SETS
 from ddpo_pytorch.metrics.ssim import ms_ssim, scale_count, ssim
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
@@ -44,7 +44,6 @@ TIMEOUT = 10  # seconds to wait for a server
 FID_MODES = ("exact", "compat")  # how images in [0, 1] become the 8 bits that Inception sees
 PAIRS_AT_ONCE = 8  # SSIM takes 60 times the memory of the images
 # names of networks
-LOGITS = "inception logits"
 SELECTOR, POLICY = "selector", "policy"
 Device = str | torch.device
 
@@ -53,14 +52,8 @@ class Unavailable(Exception):
     """A network whose weights cannot be had here; the text says why and what to do."""
 
 
-# --- judges ---
-
-
 def judge_network(name: str, option: str, device: Device = "cpu") -> tuple[Network, Network, tuple[str, ...]]:
-    """Return a classifier as two networks, logits (B, H) and pooled features (B, F), and its labels.
-
-    Raises UserError as `load_classifier` does.
-    """
+    """Return a classifier (`load_classifier`) as two networks, logits (B, H) and pooled features (B, F), and labels."""
     model = load_classifier(option, device)
     digest, about = sha256(resolve(option)), f"classifier {Path(option).name}, {model.image_size} px"
     logits = _network(name, f"logits of {about}", digest, "logits", model.logits)
@@ -75,85 +68,66 @@ def fundus_judges(folder: str | Path, device: Device = "cpu") -> tuple[Network, 
     and for a Selector without a threshold.
     """
     selector, policy = load_judges(folder, device)
-    selector_file, policy_file = Path(folder) / SELECTOR_FILE, Path(folder) / POLICY_FILE
+    file = Path(folder) / SELECTOR_FILE
     if selector.threshold is None:
-        raise UserError(f"the Selector {str(selector_file)!r} has no threshold; train_rlhf.py sets it in stage 1")
-    digest, about = sha256(selector_file), f"Selector of {Path(folder).name}, {selector.sizes.image_size} px"
-    scores = _network(
-        SELECTOR,
-        f"{about}, passes from {selector.threshold:.4g}",
-        digest,
-        "selector",
-        lambda images: selector.score(images)[:, None],
-    )
-    features = _network(
-        "judge",
-        f"class token of the {about}",
-        digest,
-        "selector features",
-        lambda images: selector.encoder(selector.preprocess(images)),
-    )
-    alignment = _network(
-        POLICY,
-        f"Policy of {Path(folder).name}, {policy.sizes.image_size} px",
-        sha256(policy_file),
-        f"policy {policy.text.fingerprint}",
-        lambda images, captions: policy.score(images, captions)[:, None],
-        reads_captions=True,
-    )
-    return scores, alignment, features, float(selector.threshold)
+        raise UserError(f"the Selector {str(file)!r} has no threshold; train_rlhf.py sets it in stage 1")
+    digest, about = sha256(file), f"Selector of {Path(folder).name}, {selector.sizes.image_size} px"
 
+    def passes(images: torch.Tensor) -> torch.Tensor:
+        return selector.score(images)[:, None]
 
-# --- feature extractors ---
+    def features(images: torch.Tensor) -> torch.Tensor:
+        return selector.encoder(selector.preprocess(images))
+
+    def aligns(images: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
+        return policy.score(images, captions)[:, None]
+
+    about_policy = f"Policy of {Path(folder).name}, {policy.sizes.image_size} px"
+    key = f"policy {policy.text.fingerprint}"
+    return (
+        _network(SELECTOR, f"{about}, passes from {selector.threshold:.4g}", digest, "selector", passes),
+        _network(POLICY, about_policy, sha256(Path(folder) / POLICY_FILE), key, aligns, reads_captions=True),
+        _network("judge", f"class token of the {about}", digest, "selector features", features),
+        float(selector.threshold),
+    )
 
 
 def inception_network(option: str, mode: str = "exact", device: Device = "cpu", layer: str = "2048") -> Network:
     """Load FID's Inception V3 as torch-fidelity ports it: images (B, 3, H, W) in [0, 1] to 2048 pooled features.
 
-    `layer` "logits_unbiased" gives the logits of its 1008 classes instead, under the name "inception logits". Images
-    are quantised to 8 bits and resized to 299 px bilinearly without antialiasing, as in published FIDs. `mode` "exact"
-    rounds; "compat" repeats the official code's x * 256 cut to 8 bits, in which pure white becomes black.
-
-    Raises Unavailable without weights, UserError for a file that does not exist or holds something else.
+    `layer` "logits_unbiased" gives the logits of its 1008 classes instead. Images are quantised to 8 bits and resized
+    to 299 px bilinearly without antialiasing, as in published FIDs; see `official_uint8` for `mode` "compat". Raises
+    Unavailable without weights, UserError for a file that does not exist or holds something else.
     """
-    if mode not in FID_MODES:
-        raise UserError(f"metric.fid is {mode!r}; allowed are {', '.join(FID_MODES)}")
     path = weight_file(option, URL_INCEPTION_V3, "--config.metric.inception")
     # the extractor unpickles what it is given: it gets bytes written here, not the file
     copy = io.BytesIO()
     torch.save(read_tensors(path)[0], copy)
     copy.seek(0)
-    try:
+    with _weights_of(path, "torch-fidelity's Inception V3"):
         network = FeatureExtractorInceptionV3("inception-v3-compat", [layer], copy).to(device)
-    except RuntimeError as error:
-        raise UserError(f"{str(path)!r} are not torch-fidelity's Inception V3 weights ({_short(error)})") from error
     quantise = to_uint8 if mode == "exact" else official_uint8
     name, key, outputs = "inception", f"inception {mode}", "2048 pooled features"
     if layer != "2048":
         name, key, outputs = LOGITS, f"inception {layer} {mode}", "1008 logits without bias"
-    what = f"Inception V3 of FID, {outputs}; 299 px, bilinear, not antialiased (TensorFlow 1)"
-    what += "; x * 256 wrapped to 8 bits as officially" if mode == "compat" else "; rounded to 8 bits"
+    bits = "x * 256 wrapped to 8 bits as officially" if mode == "compat" else "rounded to 8 bits"
+    what = f"Inception V3 of FID, {outputs}; 299 px, bilinear, not antialiased (TensorFlow 1); {bits}"
     return _network(name, what, sha256(path), key, lambda x: network(quantise(x.to(device)))[0])
 
 
 def official_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Quantise images in [0, 1] as the official metric.py: x * 256 cut to an integer, of which 256 wraps to 0."""
+    """Quantise images in [0, 1] as the official code: x * 256 cut to 8 bits, in which pure white becomes black."""
     return (images.detach().float() * 256).to(torch.int64).remainder(256).to(torch.uint8)
 
 
 def dinov2_network(option: str, device: Device = "cpu") -> Network:
-    """Load DINOv2 (ViT-S/14, timm): images (B, 3, H, W) in [0, 1] to the 384 features of the class token.
-
-    Resized to 224 px bicubically with antialiasing, ImageNet-normalised. Raises as `inception_network`.
-    """
+    """Load DINOv2 (ViT-S/14, timm, 224 px) as images to 384 features of the class token, as `inception_network`."""
     path = weight_file(option, URL_DINOV2, "--config.metric.dinov2", f"{DINOV2}.safetensors")
     state, _ = read_tensors(path)
-    try:
+    with _weights_of(path, f"timm's {DINOV2}"):
         model = timm.create_model(DINOV2, pretrained=False, num_classes=0, img_size=DINOV2_SIZE)
         state = timm.models.vision_transformer.checkpoint_filter_fn(state, model)  # resamples position embeddings
         model.load_state_dict(state)
-    except (RuntimeError, KeyError) as error:
-        raise UserError(f"{str(path)!r} are not timm's {DINOV2} weights ({_short(error)})") from error
     model.requires_grad_(False).eval().to(device)
 
     def features(images: torch.Tensor) -> torch.Tensor:
@@ -166,30 +140,21 @@ def dinov2_network(option: str, device: Device = "cpu") -> Network:
 
 
 def lpips_network(option: str, device: Device = "cpu") -> Network:
-    """Load LPIPS (AlexNet, v0.1 linear layers of the lpips package): two (B, 3, H, W) in [0, 1] to (B, 1).
-
-    Images keep their size. Raises as `inception_network`.
-    """
+    """Load LPIPS (AlexNet, v0.1 layers of the lpips package) of two batches to (B, 1), as `inception_network`."""
     path = weight_file(option, URL_ALEXNET, "--config.metric.alexnet")
     state, _ = read_tensors(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips calls torchvision by a deprecated argument
         model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    try:
+    with _weights_of(path, "torchvision's AlexNet"):
         # torchvision's features.0.weight is lpips' slice1.0.weight: the layer number stays, the slice is put before it
-        trunk = {name: state["features." + name.split(".", 1)[1]] for name in model.net.state_dict()}
-        model.net.load_state_dict(trunk)
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"{str(path)!r} are not torchvision's AlexNet weights ({_short(error)})") from error
+        model.net.load_state_dict({name: state["features." + name.split(".", 1)[1]] for name in model.net.state_dict()})
     model = model.requires_grad_(False).eval().to(device)
 
     def distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return model(x * 2 - 1, y * 2 - 1).flatten(1)
 
     return _network("lpips", "LPIPS (AlexNet, v0.1), native size", sha256(path), "lpips", distance)
-
-
-# --- functions without weights ---
 
 
 def quality_network(name: str) -> Network:
@@ -207,12 +172,7 @@ def quality_network(name: str) -> Network:
         return torch.tensor(rows, dtype=torch.float64)
 
     key = hashlib.sha256(f"quality {name} 1 scipy {scipy.__version__}".encode()).hexdigest()
-    return Network(quality_name(name), chosen.about, "", key, run)
-
-
-def quality_name(name: str) -> str:
-    """Return the network's name of a set of statistics."""
-    return f"quality {name}"
+    return Network(f"quality {name}", chosen.about, "", key, run)
 
 
 def similarity_network(name: str, side: int) -> Network:
@@ -229,9 +189,6 @@ def similarity_network(name: str, side: int) -> Network:
     return Network(name, what, "", hashlib.sha256(f"{name} 1 torch {torch.__version__}".encode()).hexdigest(), run)
 
 
-# --- weight files ---
-
-
 def weight_file(option: str, url: str, flag: str, name: str = "") -> Path:
     """Return the file that an option names: "auto" is the torch hub cache, "download" that or the url, else a path.
 
@@ -245,11 +202,18 @@ def weight_file(option: str, url: str, flag: str, name: str = "") -> Path:
             raise UserError(f"{flag}={option!r} does not exist; fetch {url}, or give '' to do without")
         return Path(option)
     path = Path(torch.hub.get_dir()) / "checkpoints" / (name or url.rsplit("/", 1)[1])
-    if path.is_file() or (option == "download" and _download(url, path)):
-        return path
-    if option == "download":
-        raise Unavailable(f"no weights in {path.parent} and no download; fetch {url} and give {flag}=FILE")
-    raise Unavailable(f"no weights in {path.parent}; fetch {url} and give {flag}=FILE, or let {flag}=download fetch it")
+    if not path.is_file() and not (option == "download" and _download(url, path)):
+        raise Unavailable(f"no weights in {path.parent}; fetch {url} and give {flag}=FILE, or {flag}=download online")
+    return path
+
+
+@contextmanager
+def _weights_of(path: Path, network: str) -> Iterator[None]:
+    """Turn errors of weights that do not fit into a UserError."""
+    try:
+        yield
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{str(path)!r} are not {network} weights ({_short(error)})") from error
 
 
 def _download(url: str, path: Path) -> bool:

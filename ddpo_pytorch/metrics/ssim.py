@@ -1,8 +1,7 @@
 """Structural similarity: SSIM of given pairs, MS-SSIM between generated images as a measure of diversity.
 
 By hand, since torchmetrics averages over the padded border too (.616 for .495 at 64 px) and refuses MS-SSIM below
-176 px. SSIM compares an image with the one it should be, so it is taken only of pairs that the user gives by name. A
-lower mean MS-SSIM between generated images means more diversity.
+176 px. SSIM is taken only of pairs that the user gives by name; a lower mean MS-SSIM means more diversity.
 """
 
 from collections.abc import Sequence
@@ -11,6 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ddpo_pytorch.metrics.image_sets import ImageSet
+from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean
 from ddpo_pytorch.utils.errors import UserError
 
 WINDOW, SIGMA = 11, 1.5
@@ -62,6 +63,21 @@ def pairs_by_name(names: Sequence[str], others: Sequence[str], what: str) -> lis
             "set --config.metric.pairs_path= to do without"
         )
     return pairs
+
+
+def measure_structure(own: ImageSet, seed: int) -> dict[str, Estimate]:
+    """Return mean SSIM of the given pairs, mean MS-SSIM of pairs of any prompts and of the same prompt.
+
+    Intervals resample pairs as if independent, though an image is in two of them, and for pairs within prompts also the
+    prompts.
+    """
+    result = {}
+    for name in ("SSIM", "MS_SSIM", "MS_SSIM_within"):
+        if name in own.pairs:
+            pairs, values = own.pairs[name]
+            groups = np.zeros(len(pairs), dtype=int) if name == "MS_SSIM" else own.groups[pairs[:, 0]]
+            result[name] = bootstrap_mean(values, groups, seed, resample_groups=name != "MS_SSIM", share=False)
+    return result
 
 
 def _checked(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

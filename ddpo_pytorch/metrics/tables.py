@@ -1,15 +1,12 @@
-"""Tables of metrics.json with 95 % intervals, as pandas DataFrames of text; "n/a" is what could not be measured.
-
-Table 1: image statistics; tables 2 and 3: the paper's; and the table of fundus images.
-"""
+"""Tables of metrics.json with 95 % intervals, as pandas DataFrames of text; "n/a" is what could not be measured."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
 from ddpo_pytorch.data.isic import SINGLE_ARTIFACT_CAPTIONS
 from ddpo_pytorch.data.tables import table_text
-from ddpo_pytorch.metrics.image_statistics import SETS
 
 # the paper's column order and titles of table 2
 ARTIFACT_TITLES = {"hair": "Hair", "gel_bubble": "Gel", "ink": "Ink", "ruler": "Ruler"}
@@ -55,16 +52,13 @@ def table1(
     parts = ({REAL: real} if real else {}) | dict(models)
     rows = []
     for chosen in names:
-        for statistic in SETS[chosen].columns:
+        for statistic in next(iter(parts.values()))["quality"][chosen]["statistics"]:
             row = {f"at {shape[1]} x {shape[0]} px": f"{chosen}: {statistic}"}
             for name, part in parts.items():
                 block = part["quality"][chosen]
                 numbers = block["statistics"][statistic]
-                row |= {
-                    name: number(numbers["mean"], ".4f"),
-                    f"sd {name}": number(numbers["sd"], ".4f"),
-                    f"n {name}": str(block["images"]),
-                }
+                row[name] = number(numbers["mean"], ".4f")
+                row |= {f"sd {name}": number(numbers["sd"], ".4f"), f"n {name}": str(block["images"])}
                 if real and name != REAL:
                     row[f"{name} - real"] = number(numbers["difference"], ".4f")
                     row[f"{name} - real (sd)"] = number(numbers["standardised"], ".2f")
@@ -76,11 +70,7 @@ def table1(
 def table2(
     models: Mapping[str, Mapping], real: Mapping | None = None, real_images: Mapping | None = None
 ) -> pd.DataFrame:
-    """Return APR in percent for the 8 captions with one artifact, a row per model.
-
-    `models` and `real` are parts of metrics.json; `real_images`: number of real images by caption, the paper's first
-    row.
-    """
+    """Return APR in percent for the 8 captions with one artifact, a row per model; first `real_images` by caption."""
     captions = {
         f"{disease} {title}": SINGLE_ARTIFACT_CAPTIONS[disease, artifact]
         for disease in DISEASE_ORDER
@@ -91,7 +81,7 @@ def table2(
         counts = {column: str(real_images.get(caption, 0)) for column, caption in captions.items()}
         rows.append({"": "# Real Sample"} | counts)
     for name, part in [*models.items(), *([(REAL, real)] if real else [])]:
-        by_prompt = part["alignment"][_judge(part)]["by_prompt"]
+        by_prompt = next(iter(part["alignment"].values()))["by_prompt"]
         cells = {column: number(by_prompt.get(caption), ".2f", 100) for column, caption in captions.items()}
         rows.append({"": f"APR ↑ (%) {name}"} | cells)
     return pd.DataFrame(rows)
@@ -99,48 +89,49 @@ def table2(
 
 def table3(models: Mapping[str, Mapping], fid_part: str = "matched") -> pd.DataFrame:
     """Return APR, FID, KID, LPIPS, the Frechet distance in the judge's features and reward, a row per model."""
-    return _model_table(TABLE3_COLUMNS, models, fid_part)
+    return model_table(TABLE3_COLUMNS, models, fid_part)
 
 
 def fundus_table(models: Mapping[str, Mapping], real: Mapping | None, fid_part: str = "matched") -> pd.DataFrame:
     """Return judges, distances, inception score and MS-SSIM, a row per model and for the real images."""
     parts = dict(models) | ({REAL: real} if real else {})
-    table = _model_table(FUNDUS_COLUMNS, parts, fid_part)
-    deviations = [(part.get("inception_score") or {}).get("sd") for part in parts.values()]
+    table = model_table(FUNDUS_COLUMNS, parts, fid_part)
+    deviations = [dig(part, "inception_score", "sd") for part in parts.values()]
     table["IS ↑"] += ["" if sd is None else f" ± {sd:.2f}" for sd in deviations]
     return table
 
 
-def _model_table(columns: Sequence[tuple], models: Mapping[str, Mapping], fid_part: str) -> pd.DataFrame:
+def model_table(columns: Sequence[tuple], parts: Mapping[str, Mapping], fid_part: str = "matched") -> pd.DataFrame:
+    """Return a row of text per part of metrics.json; `columns`: (title, path, format, scale) as `TABLE3_COLUMNS`."""
     rows = []
-    for name, part in models.items():
-        row, names = {"Model": name}, {"fid": fid_part, "judge": _judge(part)}
-        for title, path, form, scale in columns:
-            value = part
-            for key in path:
-                value = (value or {}).get(key.format(**names))
-            row[title] = number(value, form, scale)
-        rows.append(row)
+    for name, part in parts.items():
+        names = {"{fid}": fid_part, "{judge}": next(iter(part.get("alignment", [""])))}
+        cells = {
+            title: number(dig(part, *(names.get(key, key) for key in path)), form, scale)
+            for title, path, form, scale in columns
+        }
+        rows.append({"Model": name} | cells)
     return pd.DataFrame(rows)
 
 
-def _judge(part: Mapping) -> str:
-    return next(iter(part["alignment"]))
+def dig(tree: Any, *keys: str) -> Any:
+    """Return tree[k1][k2]..., or None where a level is absent or null."""
+    for key in keys:
+        if not isinstance(tree, Mapping) or tree.get(key) is None:
+            return None
+        tree = tree[key]
+    return tree
 
 
 def number(estimate: Mapping | float | None, form: str, scale: float = 1) -> str:
     """Format a number, or an estimate {"value", "low", "high"} with its interval, times `scale`."""
-    if not isinstance(estimate, Mapping):
-        estimate = {"value": estimate, "low": None, "high": None}
+    ends = estimate if isinstance(estimate, Mapping) else {"value": estimate, "low": None, "high": None}
     value, low, high = (
-        None if estimate[key] is None else format(scale * estimate[key], form) for key in ("value", "low", "high")
+        None if ends[key] is None else format(scale * ends[key], form) for key in ("value", "low", "high")
     )
     if value is None:
         return NOT_AVAILABLE
     return value if low is None or high is None else f"{value} [{low}, {high}]"
-
-
-# --- formats ---
 
 
 def to_markdown(table: pd.DataFrame) -> str:

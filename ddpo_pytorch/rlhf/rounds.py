@@ -20,7 +20,7 @@ from ddpo_pytorch.data.images import to_uint8
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.policy import Policy
 from ddpo_pytorch.judges.selector import Selector
-from ddpo_pytorch.metrics.kernel import kernel_distance
+from ddpo_pytorch.metrics.fidelity import kernel_distance
 from ddpo_pytorch.metrics.ssim import ms_ssim
 from ddpo_pytorch.metrics.tables import to_markdown
 from ddpo_pytorch.sampling import Sampler
