@@ -5,8 +5,8 @@
 Each folder of samples is one that eval.py writes; the captions are the labels. A subgroup is a combination of labels.
 With ratio r, each subgroup of n real training images gets r x n synthetic ones; with "balanced", as many as it lacks
 compared with the most common subgroup. All trainings (real; each folder x ratio; once per seed) have the same real
-validation and test images and the same number of updates per epoch: each draws as many images as there are real ones.
-Trainings of one seed start from the same weights. The test split influences none of them.
+validation and test images, and draw as many images per epoch as there are real ones. Trainings of one seed start from
+the same weights. The test split influences none of them.
 
 Writes <output>/<name>_<ratio>/seed<n>/ with the classifier, its logits on the test split and settings.json, and
 <output>/table4.md, .csv and .json. The same command resumes where it was stopped; with more seeds, ratios or folders it
@@ -24,14 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from absl import flags
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from ddpo_pytorch.augmentation.compare import compare
 from ddpo_pytorch.augmentation.plan import (
     BALANCED,
     Data,
@@ -43,7 +42,7 @@ from ddpo_pytorch.augmentation.plan import (
     plan,
     read_data,
 )
-from ddpo_pytorch.augmentation.report import as_csv, markdown, subgroups
+from ddpo_pytorch.augmentation.report import as_csv, compare, markdown, subgroups
 from ddpo_pytorch.data.images import ImageFiles, decoded
 from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.data.sample_folder import claim_folder, read_settings
@@ -54,6 +53,8 @@ from ddpo_pytorch.utils.distributed import PROCESS_TIMEOUT, locked_by_main, make
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import atomic_write, sha256
 from ddpo_pytorch.utils.published import resolve
+from ddpo_pytorch.utils.settings import SHARE, check_ranges
+from ddpo_pytorch.utils.weights import read_safetensors
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_path", None, "folder of <image>.jpg files", required=True)
@@ -65,11 +66,9 @@ flags.DEFINE_string("ratios", "1", f"synthetic images for each real one, several
 flags.DEFINE_string("seeds", "0,1,2", "seeds of initial weights, order, flips and the samples drawn; 3 or more")
 flags.DEFINE_string("output", "rl4med-out/augment", "folder for classifiers and tables")
 flags.DEFINE_enum("num_classes", "4", ["4", "6"], "4: the artifacts; 6: artifacts and diseases")
-flags.DEFINE_integer("num_epochs", Recipe.num_epochs, "epochs at most", lower_bound=1)
-flags.DEFINE_integer(
-    "patience", Recipe.patience, "stop after this many epochs without a better validation loss", lower_bound=1
-)
-flags.DEFINE_integer("batch_size", Recipe.batch_size, "images per process and step", lower_bound=1)
+flags.DEFINE_integer("num_epochs", Recipe.num_epochs, "epochs at most")
+flags.DEFINE_integer("patience", Recipe.patience, "epochs without a better validation loss before it stops")
+flags.DEFINE_integer("batch_size", Recipe.batch_size, "images per process and step")
 flags.DEFINE_integer("image_size", 512, "side in pixels images are resized to", lower_bound=32)
 flags.DEFINE_float("learning_rate", Recipe.learning_rate, "AdamW learning rate; decays to 1e-6 along a cosine")
 flags.DEFINE_string("arch", "efficientnet_b0", "timm architecture")
@@ -83,14 +82,7 @@ flags.DEFINE_float("process_timeout", PROCESS_TIMEOUT, "seconds that a process w
 
 logger = logging.getLogger(__name__)
 LOGITS = "test_logits.safetensors"
-
-
-class Mixed(ConcatDataset):
-    """Decoded real images and samples as one set; `files` and `targets` are those of both."""
-
-    def __init__(self, real: Dataset, samples: Dataset, files: ImageFiles):
-        super().__init__([real, samples])
-        self.files, self.targets = files, files.targets
+SPLITS = ("train", "val", "test")
 
 
 def listing(files: ImageFiles) -> dict[str, Any]:
@@ -100,41 +92,25 @@ def listing(files: ImageFiles) -> dict[str, Any]:
     return {"images": len(files), "sha256": hashlib.sha256(about.encode()).hexdigest()}
 
 
-def settings_of(trainings: Sequence[Training], data: Data, processes: int) -> dict[Path, dict[str, Any]]:
-    """Return by folder the settings that determine a classifier and its logits."""
+def check_settings(trainings: Sequence[Training], data: Data, processes: int) -> dict[Path, dict[str, Any]]:
+    """Return by folder what determines a classifier and its logits. Raises UserError for a folder begun otherwise."""
     names = ("arch", "image_size", "num_epochs", "patience", "learning_rate", "mixed_precision")
     common = {name: FLAGS[name].value for name in names}
     common |= {"num_classes": int(FLAGS.num_classes), "images_per_step": FLAGS.batch_size * processes}
     weights = resolve(FLAGS.weights)
     common |= {"weights": sha256(weights) if weights.is_file() else FLAGS.weights}
-    common |= {f"{split}_images": listing(files) for split, files in data.files.items()}
-    return {
-        Path(FLAGS.output, training.folder): common
-        | {"seed": training.seed, "train_images": listing(data.training_files(training))}
-        for training in trainings
-    }
-
-
-def refuse_changed(settings: dict[Path, dict[str, Any]]) -> None:
-    """Raise UserError, before anything is written, if one of the folders was started with other settings."""
-    for folder, new in settings.items():
-        old = read_settings(folder)
+    common |= {f"{split}_images": listing(data.files[split]) for split in SPLITS}
+    settings = {}
+    for training in trainings:
+        folder = Path(FLAGS.output, training.folder)
+        new = common | {"seed": training.seed, "train_images": listing(data.training_files(training))}
+        settings[folder], old = new, read_settings(folder)
         if changed := old and difference(old, json.loads(json.dumps(new))):
             name, before, now = changed
             raise UserError(
                 f"{str(folder)!r} was made with {name} {before}, not {now}; choose another --output or move it away"
             )
-
-
-def warn(trainings: Sequence[Training], seeds: Sequence[int]) -> None:
-    if len(seeds) < 3:
-        logger.warning("%d seed(s) cannot tell a difference from chance; give 3 or more", len(seeds))
-    for training in trainings[: len(trainings) // len(seeds)]:
-        if training.drawn and training.drawn.missing:
-            missing = training.drawn.missing
-            logger.warning(
-                "%s: %d samples of %d captions are missing", training.name, sum(missing.values()), len(missing)
-            )
+    return settings
 
 
 def new_model(accelerator: Accelerator) -> ArtifactClassifier:
@@ -160,8 +136,9 @@ def train(accelerator: Accelerator, training: Training, data: Data, sets: Mappin
         set_seed(training.seed)
         model, images = new_model(accelerator), sets["train"]
         if training.drawn:
-            samples = Subset(sets[training.source], training.drawn.places)
-            images = Mixed(images, samples, data.training_files(training))
+            images = ConcatDataset([images, Subset(sets[training.source], training.drawn.places)])
+            images.files = data.training_files(training)
+            images.targets = images.files.targets  # `fit` wants both
 
         def save(_: FitState) -> None:
             if accelerator.is_main_process:
@@ -180,14 +157,11 @@ def train(accelerator: Accelerator, training: Training, data: Data, sets: Mappin
 
 def read_logits(path: Path, files: ImageFiles) -> np.ndarray:
     """Return a classifier's logits (N, H) on the test split. Raises UserError for a damaged file."""
-    try:
-        logits = load_file(path)["logits"].double().numpy()
-        if logits.shape == tuple(files.targets.shape) and np.isfinite(logits).all():
-            return logits
+    logits = read_safetensors(path)[0].get("logits", torch.empty(0)).double().numpy()
+    if logits.shape != tuple(files.targets.shape) or not np.isfinite(logits).all():
         reason = f"logits of shape {logits.shape} for {tuple(files.targets.shape)}, or not finite"
-    except (SafetensorError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-    raise UserError(f"{str(path)!r} is damaged ({reason}); delete it and rerun the same command")
+        raise UserError(f"{str(path)!r} is damaged ({reason}); delete it and rerun the same command")
+    return logits
 
 
 def write_report(trainings: Sequence[Training], data: Data, seeds: Sequence[int]) -> str:
@@ -198,7 +172,7 @@ def write_report(trainings: Sequence[Training], data: Data, seeds: Sequence[int]
     logits = {name: np.stack(own) for name, own in logits.items()}
     truth = data.files["test"].targets.numpy() > 0
     minor = minority(data.real, FLAGS.minority_share)
-    chosen = {"all": None, "minority": np.array([row.caption in minor for row in data.rows["test"]])}
+    chosen = {"all": None, "minority": np.array([caption in minor for caption in data.captions["test"]])}
     rows = [
         {"group": group} | row
         for group, images in chosen.items()
@@ -209,7 +183,7 @@ def write_report(trainings: Sequence[Training], data: Data, seeds: Sequence[int]
         "seeds": seeds,
         "minority_share": FLAGS.minority_share,
         "test_images": len(truth),
-        "subgroups": subgroups(data.real, Counter(row.caption for row in data.rows["test"]), minor, drawn),
+        "subgroups": subgroups(data.real, Counter(data.captions["test"]), minor, drawn),
         "flags": {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(sys.argv[0])},
         "tables": {name: sha256(FLAGS[name].value) for name in ("train_csv", "val_csv", "test_csv")},
         "versions": {name: version(name) for name in ("torch", "timm", "numpy")},
@@ -225,8 +199,7 @@ def main(_) -> None:
     required = ("data_path", "train_csv", "val_csv", "test_csv", "output", "weights")
     expand_flags(FLAGS, required, optional=("cache_dir",))
     folders, ratios, seeds = parse_samples(FLAGS.samples), parse_ratios(FLAGS.ratios), parse_seeds(FLAGS.seeds)
-    if not 0 <= FLAGS.minority_share <= 1:
-        raise UserError(f"--minority_share={FLAGS.minority_share} is not a share; give a number from 0 to 1")
+    check_ranges({"minority_share": FLAGS.minority_share}, {"minority_share": SHARE}, "--")
     for seed in seeds:
         recipe_of(seed)  # raises for values out of range
     accelerator = make_accelerator(FLAGS.mixed_precision, process_timeout=FLAGS.process_timeout)
@@ -237,19 +210,19 @@ def main(_) -> None:
 
 def augment(accelerator: Accelerator, folders: dict[str, Path], ratios: Sequence[Any], seeds: Sequence[int]) -> None:
     """Train the missing classifiers and write the table."""
-    tables = {split: Path(FLAGS[f"{split}_csv"].value) for split in ("train", "val", "test")}
+    tables = {split: Path(FLAGS[f"{split}_csv"].value) for split in SPLITS}
     data = read_data(tables, FLAGS.data_path, folders, int(FLAGS.num_classes), FLAGS.image_size, FLAGS.limit)
-    trainings = plan(data.real, data.captions, ratios, seeds)
-    warn(trainings, seeds)
-    settings = settings_of(trainings, data, accelerator.num_processes)
-    refuse_changed(settings)
+    trainings = plan(data.real, {name: data.captions[name] for name in folders}, ratios, seeds)
+    if len(seeds) < 3:
+        logger.warning("%d seed(s) cannot tell a difference from chance; give 3 or more", len(seeds))
+    settings = check_settings(trainings, data, accelerator.num_processes)
     remaining = [one for one in trainings if not Path(FLAGS.output, one.folder, LOGITS).is_file()]
     logger.info("%d trainings, %d are complete", len(trainings), len(trainings) - len(remaining))
     if remaining:
         new_model(accelerator)  # raises for unusable weights before images are decoded
         cache = Path(FLAGS.output, "cache") if FLAGS.cache_dir is None else FLAGS.cache_dir
         with accelerator.local_main_process_first():
-            sets = {name: decoded(files, cache) for name, files in (data.files | data.samples).items()}
+            sets = {name: decoded(files, cache) for name, files in data.files.items()}
     for number, training in enumerate(remaining, 1):
         logger.info("training %d of %d: %s, seed %d", number, len(remaining), training.name, training.seed)
         if accelerator.is_main_process:

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from ddpo_pytorch.data.images import ImageFiles
-from ddpo_pytorch.data.isic import CAPTIONS, LABELS, Row, labels_of, load_split
+from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of, load_split
 from ddpo_pytorch.data.sample_folder import captions_without_images, list_samples
 from ddpo_pytorch.data.splits import read_splits
+from ddpo_pytorch.data.tables import number as table_number
 from ddpo_pytorch.judges.classifier_report import one_sided
 from ddpo_pytorch.metrics.image_sets import lacking_images
 from ddpo_pytorch.utils.cli import expand
@@ -26,22 +27,18 @@ from ddpo_pytorch.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 REAL, BALANCED = "real", "balanced"
+RESERVED = (REAL, "train", "val", "test", "cache")  # folders, and names of image sets
 Ratio = float | str  # a number, or BALANCED
 
 
 def parse_ratios(text: str) -> tuple[Ratio, ...]:
     """Parse "0.5,1x,balanced" as (0.5, 1.0, "balanced"). Raises UserError for other text and for repeated ratios."""
-    ratios = []
-    for word in (word.strip() for word in text.split(",")):
-        try:
-            ratios.append(word if word == BALANCED else float(word.removesuffix("x")))
-        except ValueError:
-            ratios.append(math.nan)
-        if ratios[-1] != BALANCED and not 0 < ratios[-1] < math.inf:
-            raise UserError(f"--ratios={text}: ratio {word!r} is unusable; give numbers above 0 or {BALANCED}")
-    if len(set(ratios)) < len(ratios):
-        raise UserError(f"--ratios={text} repeats a ratio; give each once")
-    return tuple(ratios)
+    words = [word.strip() for word in text.split(",")]
+    ratios = tuple(word if word == BALANCED else table_number(word.removesuffix("x")) for word in words)
+    usable = {ratio for ratio in ratios if ratio == BALANCED or (ratio and 0 < ratio < math.inf)}
+    if len(usable) < len(words):
+        raise UserError(f"--ratios={text} is unusable; give different numbers above 0 or {BALANCED}, by commas")
+    return ratios
 
 
 def parse_samples(given: Sequence[str]) -> dict[str, Path]:
@@ -51,10 +48,10 @@ def parse_samples(given: Sequence[str]) -> dict[str, Path]:
     """
     folders = {}
     for text in given:
-        name, separator, folder = text.partition("=")
-        if not separator or not folder or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]*", name):
+        name, _, folder = text.partition("=")
+        if not folder or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]*", name):
             raise UserError(f"--samples={text} is unusable; write NAME=FOLDER with a NAME of letters, digits, . + - _")
-        if name.lower() in {REAL, *(other.lower() for other in folders)}:
+        if name.lower() in {*RESERVED, *(other.lower() for other in folders)}:
             raise UserError(f"--samples={text}: the name {name!r} is taken; choose another")
         folders[name] = Path(expand(folder))
     if not folders:
@@ -76,12 +73,10 @@ def wanted_images(real: Mapping[str, int], ratio: Ratio) -> dict[str, int]:
     A number adds `ratio` images per real one, halves rounded up. BALANCED fills every caption up to the most common
     one. Captions without real images get none: the question is whether more images of the same labels help.
     """
-    most = max(real.values(), default=0)
-    return {
-        caption: most - count if ratio == BALANCED else int(np.floor(float(ratio) * count + 0.5))
-        for caption, count in real.items()
-        if count
-    }
+    most, held = max(real.values(), default=0), {caption: count for caption, count in real.items() if count}
+    if ratio == BALANCED:
+        return {caption: most - count for caption, count in held.items()}
+    return {caption: int(np.floor(float(ratio) * count + 0.5)) for caption, count in held.items()}
 
 
 class Draw(NamedTuple):
@@ -95,9 +90,8 @@ class Draw(NamedTuple):
 def draw(captions: Sequence[str], wanted: Mapping[str, int], seed: int) -> Draw:
     """Draw `wanted[caption]` of the samples with these `captions`, without replacement; all if there are too few.
 
-    The n-th sample of a caption gets a random number that depends on (seed, caption, n) alone, and the smallest are
-    drawn. So folders sampled from the same noise contribute images of the same noise, and a smaller number is a subset
-    of a larger one.
+    The n-th sample of a caption gets a random number by (seed, caption, n) alone, and the smallest are drawn: folders
+    sampled from the same noise contribute the same noise, and a smaller number is a subset of a larger one.
     """
     places, counts, missing = [], {}, {}
     for caption, count in wanted.items():
@@ -135,8 +129,8 @@ def plan(
 ) -> list[Training]:
     """Return all trainings, seed by seed, the one on real images alone first.
 
-    `real`: number of real training images by caption; `captions`: those of the samples, by folder name. Raises
-    UserError for a folder that would contribute no sample.
+    `real`: number of real training images by caption; `captions`: those of the samples, by folder name. Warns of
+    missing samples. Raises UserError for a folder that would contribute none.
     """
     trainings = []
     for seed in seeds:
@@ -151,30 +145,31 @@ def plan(
                         f"captions; give samples of the {len(real)} captions of the real images, or a larger ratio"
                     )
                 name = f"{REAL} + {times} {source}"
+                if drawn.missing and seed == seeds[0]:
+                    count, absent = len(drawn.missing), sum(drawn.missing.values())
+                    logger.warning("%s: %d samples of %d captions are missing", name, absent, count)
                 trainings.append(Training(name, f"{source}_{text}/seed{seed}", seed, source, drawn))
     return trainings
 
 
 @dataclass(frozen=True)
 class Data:
-    """Rows and image files of the three splits, and image files and captions of the samples by folder name."""
+    """Image files and captions of the splits "train", "val" and "test" and of the sample folders, by name."""
 
-    rows: dict[str, list[Row]]
     files: dict[str, ImageFiles]
-    samples: dict[str, ImageFiles]
     captions: dict[str, list[str]]
 
     @property
     def real(self) -> Counter:
         """Number of real training images by caption."""
-        return Counter(row.caption for row in self.rows["train"])
+        return Counter(self.captions["train"])
 
     def training_files(self, training: Training) -> ImageFiles:
         """Return the real training images, followed by the samples drawn for this training."""
         files = self.files["train"]
         if training.drawn is None:
             return files
-        samples, places = self.samples[training.source], training.drawn.places
+        samples, places = self.files[training.source], training.drawn.places
         paths = [*files.paths, *(samples.paths[place] for place in places)]
         return ImageFiles(paths, torch.cat([files.targets, samples.targets[places]]), files.size)
 
@@ -184,32 +179,33 @@ def read_data(
 ) -> Data:
     """Find the images of the splits `tables` ("train", "val", "test") and of sample folders; log what they lack.
 
-    `classes`: number of labels; `size`: side in pixels; `limit`: number of real training images, 0 for all. Raises
-    UserError for overlapping splits and for a training or validation split without positives or negatives of a label.
+    `limit`: number of real training images, 0 for all. Raises UserError for overlapping splits and for a training or
+    validation split without positives or negatives of one of the first `classes` labels.
     """
+    data = Data({}, {})
 
-    def image_files(paths: Sequence[Path], labels: Sequence[Sequence[int]]) -> ImageFiles:
-        return ImageFiles(list(paths), torch.tensor([one[:classes] for one in labels], dtype=torch.float32), size)
+    def add(name: str, samples: Sequence[tuple[Path, str]]) -> None:
+        targets = torch.tensor([labels_of(caption)[:classes] for _, caption in samples], dtype=torch.float32)
+        data.files[name] = ImageFiles([path for path, _ in samples], targets, size)
+        data.captions[name] = [caption for _, caption in samples]
 
     read_splits(tables)
-    rows, files, samples, captions = {}, {}, {}, {}
     for split, table in tables.items():
-        rows[split], paths, missing = load_split(table, images)
-        if split == "train" and 0 < limit < len(paths):
-            chosen = np.sort(np.random.default_rng(0).permutation(len(paths))[:limit])
-            rows[split], paths = [rows[split][index] for index in chosen], [paths[index] for index in chosen]
-        logger.info("%s: %d images, %d rows without one are skipped", table, len(paths), missing)
-        files[split] = image_files(paths, [row.labels for row in rows[split]])
-        for name, absent in one_sided(files[split].targets, LABELS[:classes]):
-            message = f"{str(table)!r} has no {absent} of {name!r} among its {len(paths)} images"
+        rows, paths, missing = load_split(table, images)
+        samples = [(path, row.caption) for path, row in zip(paths, rows, strict=True)]
+        if split == "train" and 0 < limit < len(samples):
+            chosen = np.sort(np.random.default_rng(0).permutation(len(samples))[:limit])
+            samples = [samples[index] for index in chosen]
+        logger.info("%s: %d images, %d rows without one are skipped", table, len(samples), missing)
+        add(split, samples)
+        for name, absent in one_sided(data.files[split].targets, LABELS[:classes]):
+            message = f"{str(table)!r} has no {absent} of {name!r} among its {len(samples)} images"
             if split != "test":
                 raise UserError(f"{message}; training needs both: add such images, or raise --limit if you gave one")
             logger.warning("%s; its AUC is undefined", message)
     for name, folder in folders.items():
-        found = list_samples(folder)
-        captions[name] = [caption for _, caption in found]
+        add(name, found := list_samples(folder))
         if lacking := captions_without_images(folder, found):
             logger.warning("%s", lacking_images(folder, lacking))
-        samples[name] = image_files([path for path, _ in found], [labels_of(caption) for caption in captions[name]])
-        logger.info("%s: %d synthetic images of %d subgroups", folder, len(found), len(set(captions[name])))
-    return Data(rows, files, samples, captions)
+        logger.info("%s: %d synthetic images of %d subgroups", folder, len(found), len(set(data.captions[name])))
+    return data

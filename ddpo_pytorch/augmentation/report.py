@@ -1,15 +1,19 @@
-"""Table 4 as Markdown and CSV, from the rows of `augmentation.compare`."""
+"""Effect of synthetic images on a classifier (table 4): measures, differences, intervals; as Markdown and CSV."""
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from ddpo_pytorch.augmentation.compare import MEASURES, RESAMPLES
 from ddpo_pytorch.augmentation.plan import Draw
 from ddpo_pytorch.data.isic import CAPTIONS, short_caption
+from ddpo_pytorch.judges.classifier_report import measure, resampled
 from ddpo_pytorch.metrics.tables import to_markdown
 
+MEASURES = ("f1", "accuracy", "auc")
+MACRO = "macro average"
+RESAMPLES = 2000
 UNDEFINED = "-"
 TITLES = {"f1": "F1", "accuracy": "accuracy (%)", "auc": "AUC"}
 COLUMNS = ("group", "attribute", "training", "measure", "mean", "sd", "difference", "low", "high", "p") + (
@@ -18,18 +22,96 @@ COLUMNS = ("group", "attribute", "training", "measure", "mean", "sd", "differenc
 Row = Mapping[str, Any]
 
 
+def compare(
+    logits: Mapping[str, np.ndarray],
+    truth: np.ndarray,
+    names: Sequence[str],
+    chosen: np.ndarray | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Measure classifiers on the same test images, and compare them with those of the first training set.
+
+    `logits`: (S, N, H) by training set, S seeds each; `truth` (N, H) bool; `chosen` (N,) bool, the images that count.
+    Returns a row for each attribute of `names` and their macro average, each training set and each of `MEASURES`:
+
+    - mean and sd (n - 1) over seeds, values of each seed, images, and support, the images with the attribute;
+    - difference of the means to the first training set, with the 2.5 % and 97.5 % quantiles (low, high) of a bootstrap
+      over all N test images, whose resamples are the same for all seeds and training sets;
+    - p = 2 min(P(difference <= 0), P(difference >= 0)) over resamples, the observed one counted in both;
+    - seeds_agree: the differences of all seeds, each to the first training set's same seed, have one sign.
+
+    Undefined values are None: AUC with one class absent, F1 without support, sd of one seed. The macro average is over
+    the attributes that are defined; resamples in which a measure is undefined are left out. [] if no image is chosen.
+    """
+    keep = np.ones(len(truth), bool) if chosen is None else chosen
+    if not keep.any():
+        return []
+    first, every = next(iter(logits)), np.ones((1, len(truth)))
+    defined = ~np.isnan(_scores(logits[first][0], truth, every, keep)[0])
+
+    def of_seeds(name: str, weights: np.ndarray) -> np.ndarray:
+        """Return (S, R, H + 1, measures), the macro average last."""
+        values = np.stack([_scores(one, truth, weights, keep) for one in logits[name]])
+        with np.errstate(invalid="ignore"):
+            macro = np.where(defined, values, 0).sum(2, keepdims=True) / defined.sum(0)
+        return np.concatenate([values, macro], 2)
+
+    point = {name: of_seeds(name, every)[:, 0] for name in logits}
+    samples = {name: [] for name in logits}
+    for weights in resampled(len(truth), resamples, seed):
+        for name in logits:
+            samples[name].append(of_seeds(name, weights).mean(0))
+    means = {name: np.concatenate(parts) for name, parts in samples.items()}
+
+    rows, support = [], truth[keep].sum(0).tolist()
+    for column, attribute in enumerate((*names, MACRO)):
+        for name in logits:
+            for index, key in enumerate(MEASURES):
+                values = point[name][:, column, index]
+                row = {"attribute": attribute, "training": name, "measure": key, "images": int(keep.sum())}
+                row |= {"support": None if attribute == MACRO else support[column]} | _over_seeds(values)
+                if name != first:
+                    of_each_seed = values - point[first][:, column, index]
+                    row |= _difference(of_each_seed, (means[name] - means[first])[:, column, index])
+                rows.append(row)
+    return rows
+
+
+def _scores(logits: np.ndarray, truth: np.ndarray, weights: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Return (R, H, measures) of one classifier."""
+    measured = measure(logits[keep], truth[keep], weights[:, keep])
+    # without support, F1 is 0 or undefined for any classifier
+    measured["f1"] = np.where(measured["tp"] + measured["fn"] > 0, measured["f1"], np.nan)
+    return np.stack([measured[key] for key in MEASURES], -1)
+
+
+def _over_seeds(values: np.ndarray) -> dict[str, Any]:
+    if np.isnan(values).any():
+        return {"mean": None, "sd": None, "values": [None] * len(values)}
+    sd = float(values.std(ddof=1)) if len(values) > 1 else None
+    return {"mean": float(values.mean()), "sd": sd, "values": values.tolist()}
+
+
+def _difference(of_each_seed: np.ndarray, resampled_means: np.ndarray) -> dict[str, Any]:
+    observed, values = of_each_seed.mean(), resampled_means[~np.isnan(resampled_means)]
+    if np.isnan(observed) or not len(values):
+        return dict.fromkeys(("difference", "low", "high", "p", "seeds_agree")) | {"resamples": 0}
+    low, high = np.quantile(values, [0.025, 0.975])
+    p = min(1.0, 2 * (min((values <= 0).sum(), (values >= 0).sum()) + 1) / (len(values) + 1))
+    agree = bool((of_each_seed > 0).all() or (of_each_seed < 0).all())
+    numbers = {"difference": observed, "low": low, "high": high, "p": p}
+    return {key: float(value) for key, value in numbers.items()} | {"seeds_agree": agree, "resamples": len(values)}
+
+
 def subgroups(
     real: Mapping[str, int], test: Mapping[str, int], minor: Container[str], drawn: Mapping[str, Draw]
 ) -> dict[str, dict[str, Any]]:
     """Return by caption the real training and test images, and synthetic and missing ones by training set."""
     return {
-        caption: {
-            "real": real.get(caption, 0),
-            "test": test.get(caption, 0),
-            "minority": caption in minor,
-            "synthetic": {name: draw.counts.get(caption, 0) for name, draw in drawn.items()},
-            "missing": {name: draw.missing[caption] for name, draw in drawn.items() if caption in draw.missing},
-        }
+        caption: {"real": real.get(caption, 0), "test": test.get(caption, 0), "minority": caption in minor}
+        | {"synthetic": {name: draw.counts.get(caption, 0) for name, draw in drawn.items()}}
+        | {"missing": {name: draw.missing[caption] for name, draw in drawn.items() if caption in draw.missing}}
         for caption in CAPTIONS
         if real.get(caption) or test.get(caption)
     }
@@ -42,42 +124,33 @@ def markdown(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
     test_images, and "subgroups" as the function of that name returns them.
     """
     everyone, minor = ([row for row in rows if row["group"] == group] for group in ("all", "minority"))
-    groups, share = about["subgroups"], 100 * about["minority_share"]
-    parts = ["# Table 4: classifiers trained on real and on synthetic images\n", _introduction(rows, about)]
-    parts += [f"## All test images: {about['test_images']}\n", *_tables(everyone), "## Minority subgroups\n"]
-    if minor:
-        names = [short_caption(caption) for caption, group in groups.items() if group["minority"] and group["test"]]
-        parts.append(
-            f"The {minor[0]['images']} test images whose combination of labels makes up less than {share:g} % of the "
-            f"real training images ({', '.join(names)}).\n"
-        )
-        parts += _tables(minor)
-    else:
-        parts.append(f"No test image has a combination of labels below {share:g} % of the real training images.\n")
-    return "\n".join([*parts, "## Images by subgroup\n", _subgroup_table(groups)])
-
-
-def _introduction(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
-    seeds = about["seeds"]
+    groups, share, seeds = about["subgroups"], 100 * about["minority_share"], about["seeds"]
     differences = sum(row.get("difference") is not None for row in rows)
     parts = [
-        f"Mean ± standard deviation over {len(seeds)} trainings (seeds {', '.join(map(str, seeds))}). An attribute is "
-        "present where its probability is above 0.5. All trainings have the same real validation and test images, "
-        "epochs at most and updates per epoch; those of one seed start from the same weights and differ in the samples "
-        "drawn.",
-        "Differences are to the training on real images alone, of the means over seeds, with a 95 % interval and a "
-        f"two-sided p from {RESAMPLES} paired resamples of the test images. Both cover the choice of test images, not "
-        "that of seeds: a difference should also be large compared with the standard deviations. * marks an interval "
-        "without 0, *? one where the seeds disagree on the sign. By chance, about "
-        f"{0.05 * differences:.0f} of {differences} differences would have such an interval, more where trainings "
-        "scatter.",
-        f"Undefined is '{UNDEFINED}': AUC with one class absent, F1 without a positive. Macro averages leave it out.",
+        "# Table 4: classifiers trained on real and on synthetic images\n",
+        f"Mean ± standard deviation over {len(seeds)} trainings (seeds {', '.join(map(str, seeds))}) on the same real "
+        "validation and test images, with the same number of updates per epoch. An attribute is present where its "
+        "probability is above 0.5.\n",
+        "Differences are to the training on real images alone, with a 95 % interval and a two-sided p from "
+        f"{RESAMPLES} paired resamples of the test images: they cover the choice of test images, not that of seeds. * "
+        "marks an interval without 0, *? one where the seeds disagree on the sign. By chance, about "
+        f"{0.05 * differences:.0f} of {differences} differences would have such an interval.\n",
+        f"'{UNDEFINED}' is undefined: AUC with one class absent, F1 without a positive. Macro averages leave it out.\n",
     ]
-    if any(group["missing"] for group in about["subgroups"].values()):
-        parts.append("**Samples were missing**: in the last table, 'n of m' is n where m were requested.")
+    if any(group["missing"] for group in groups.values()):
+        parts.append("**Samples were missing**: in the last table, 'n of m' is n where m were requested.\n")
     if len(seeds) < 3:
-        parts.append(f"**{len(seeds)} seed(s) are too few** to tell a difference from the luck of a training; give 3.")
-    return "\n\n".join(parts) + "\n"
+        parts.append(
+            f"**{len(seeds)} seed(s) are too few** to tell a difference from the luck of a training; give 3.\n"
+        )
+    parts += [f"## All test images: {about['test_images']}\n", *_tables(everyone), "## Minority subgroups\n"]
+    names = [short_caption(caption) for caption, group in groups.items() if group["minority"] and group["test"]]
+    parts.append(
+        f"The {minor[0]['images'] if minor else 0} test images whose combination of labels makes up less than "
+        f"{share:g} % of the real training images ({', '.join(names) or 'none'}).\n"
+    )
+    parts += _tables(minor) if minor else []
+    return "\n".join([*parts, "## Images by subgroup\n", _subgroup_table(groups)])
 
 
 def _tables(rows: Sequence[Row]) -> Iterator[str]:
@@ -100,22 +173,18 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
 
 def _cells(row: Row) -> dict[str, str]:
     """Return a row's texts: the mean as in the paper, the mean with sd, the difference and its p."""
-    star, mean = _star(row), _value(row, row["mean"])
+    star, mean = "", _value(row, row["mean"])
+    cells = {"measure": row["measure"], "difference": "", "p": ""}
+    if "difference" in row and row["difference"] is None:
+        cells |= {"difference": UNDEFINED, "p": UNDEFINED}
+    elif "difference" in row:
+        if not row["low"] <= 0 <= row["high"]:
+            star = "*" if row["seeds_agree"] else "*?"  # "(*)" twice in a cell would be Markdown's emphasis
+        difference, low, high = (_value(row, row[key], "+") for key in ("difference", "low", "high"))
+        cells["difference"] = f"{difference} [{low}, {high}]{star}"
+        cells["p"] = "<0.001" if row["p"] < 0.001 else f"{row['p']:.3f}"
     sd = "" if row["sd"] is None else f" ± {_value(row, row['sd'])}"
-    cells = {"measure": row["measure"], "short": f"{mean}{star}", "mean": f"{mean}{sd}", "difference": "", "p": ""}
-    if "difference" not in row:
-        return cells
-    if row["difference"] is None:
-        return cells | {"difference": UNDEFINED, "p": UNDEFINED}
-    difference, low, high = (_value(row, row[key], "+") for key in ("difference", "low", "high"))
-    p = "<0.001" if row["p"] < 0.001 else f"{row['p']:.3f}"
-    return cells | {"difference": f"{difference} [{low}, {high}]{star}", "p": p}
-
-
-def _star(row: Row) -> str:
-    if row.get("difference") is None or row["low"] <= 0 <= row["high"]:
-        return ""
-    return "*" if row["seeds_agree"] else "*?"  # "(*)" twice in a cell would be Markdown's emphasis
+    return cells | {"short": f"{mean}{star}", "mean": f"{mean}{sd}"}
 
 
 def _value(row: Row, value: float | None, sign: str = "") -> str:
