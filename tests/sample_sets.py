@@ -1,46 +1,47 @@
-"""Sample folders for the tests of metric.py; a pytest plugin for its fixtures."""
+"""Sample folders of skin and retinas and tiny judges for the tests of metric.py; a pytest plugin for its fixtures."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch_fidelity.feature_extractor_inceptionv3 as inception_module
 import torchvision
+from judge_tools import threshold_between
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from ddpo_pytorch.data.images import save_image
+from ddpo_pytorch.data.images import load_image, save_image
 from ddpo_pytorch.data.isic import CAPTIONS, LABELS
 from ddpo_pytorch.data.sample_folder import folder_name, write_log
+from ddpo_pytorch.generator.from_scratch import build_bert
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, save_classifier
+from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, Policy, TextFeatures, save_policy
+from ddpo_pytorch.judges.selector import Selector, save_selector
+from ddpo_pytorch.judges.vit import VisionSizes
 
 
-def write_samples(folder: Path, counts: dict[str, int], seed: int, size: int = 64, drawn: int | None = None) -> Path:
-    """A sample folder of noise pictures that differ in colour and contrast.
+def write_samples(
+    folder: Path, counts: dict[str, int], seed: int, size: int = 64, drawn: int | None = None, picture=None
+) -> Path:
+    """A sample folder of noise pictures that differ in colour and contrast, or of what `picture` draws.
 
     With `drawn` its log has a seed for every image, a function of `drawn` and the image's name, as eval.py writes it.
     """
     generator, entries = torch.Generator().manual_seed(seed), []
-    for caption, count in counts.items():
+    for number, (caption, count) in enumerate(counts.items()):
         for index in range(count):
             tone = torch.rand(3, 1, 1, generator=generator)
-            image = (tone + 0.3 * torch.randn(3, size, size, generator=generator)).clamp(0, 1)
+            image = picture() if picture else tone + 0.3 * torch.randn(3, size, size, generator=generator)
             path = f"images/{folder_name(caption)}/{index}.png"
-            save_image(folder / path, image)
-            if drawn is not None:
-                noise = 1000 * drawn + 100 * CAPTIONS.index(caption) + index
-                entries.append({"prompt": caption, "path_to_img": path, "seed": noise, "reward": f"{index / 10:.4f}"})
+            save_image(folder / path, image.clamp(0, 1))
+            place = CAPTIONS.index(caption) if caption in CAPTIONS else number
+            made = {"seed": 1000 * (drawn or 0) + 100 * place + index, "reward": f"{index / 10:.4f}"}
+            entries.append({"prompt": caption, "path_to_img": path} | (made if drawn else {}))
     write_log(folder, entries)
-    if drawn is not None:
+    if drawn:
         (folder / "settings.json").write_text(json.dumps({"settings": {"seed": drawn, "num_steps": 3}, "about": {}}))
     return folder
-
-
-def numbers(value, path=""):
-    """Every number of a nested structure by its path."""
-    if isinstance(value, dict):
-        return {k: v for key, part in value.items() for k, v in numbers(part, f"{path}/{key}").items()}
-    if isinstance(value, list):
-        return {k: v for key, part in enumerate(value) for k, v in numbers(part, f"{path}/{key}").items()}
-    return {path: value} if isinstance(value, (int, float)) else {}
 
 
 def read(folder: Path) -> dict:
@@ -59,11 +60,13 @@ def sets(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def alexnet(tmp_path_factory) -> Path:
+    """Random weights in torchvision's form, without the classifier, which LPIPS does not use."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("alexnet") / "alexnet.pth"
-    torch.save(torchvision.models.alexnet(weights=None).state_dict(), path)
+    layers = torchvision.models.alexnet(weights=None).features
+    torch.save({f"features.{name}": value for name, value in layers.state_dict().items()}, path)
     return path
 
 
@@ -94,6 +97,112 @@ def fields(sets, lively_judge, tmp_path):
         usual = {"real_path": sets["real"], "fake_path": sets["rl"], "compare_path": sets["sd"]}
         usual |= {"output": tmp_path / "out", "cache_dir": tmp_path / "cache", "alexnet": alexnet, "inception": ""}
         usual["classifier"] = lively_judge
-        return {f"metric__{key}": str(value) for key, value in (usual | overrides).items()}
+        chosen = usual | overrides
+        return {f"metric__{key}": str(value) if isinstance(value, Path) else value for key, value in chosen.items()}
 
     return build
+
+
+@pytest.fixture
+def measured(config_file, fields, run_main, tmp_path):
+    """Function of overrides: metrics.json of these folders, of one model unless they name others."""
+
+    def run(**overrides) -> dict:
+        run_main("metric.py", config_file, **fields(**{"compare_path": ""} | overrides))
+        return read(tmp_path / "out")
+
+    return run
+
+
+def images_of(folder: Path, caption: str = "") -> list[Path]:
+    return sorted(folder.glob(f"images/{folder_name(caption) if caption else '*'}/*.*"))
+
+
+PROMPTS = (
+    "Fundus: The left eye fundus image shows drusen, lens dust.",
+    "Fundus: The right eye fundus image shows normal fundus.",
+    "Fundus: The left eye fundus image shows glaucoma.",
+)
+SIZE = 64
+
+
+def draw_retina(rng: np.random.Generator, size: int = SIZE, noise: float = 4) -> torch.Tensor:
+    """(3, size, size) in [0, 1]: an orange disc with a bright spot and dark lines, black around."""
+    y, x = np.mgrid[:size, :size] - (size - 1) / 2
+    tone = np.array([170, 90, 40]) * rng.uniform(0.7, 1.2, 3)
+    picture = tone * (1.1 - rng.uniform(0.1, 1) * (x**2 + y**2)[..., None] / size**2)
+    picture[(x - size / 5) ** 2 + y**2 < (size / 12) ** 2] *= 1.4
+    for angle in rng.uniform(0, np.pi, 4):
+        picture[np.abs(x * np.sin(angle) - y * np.cos(angle)) < size / 90] *= 0.6
+    picture += rng.normal(0, noise, picture.shape)
+    picture[x**2 + y**2 > (0.47 * size) ** 2] = 0
+    return torch.from_numpy(picture.clip(0, 255)).permute(2, 0, 1) / 255
+
+
+def write_fundus(folder: Path, counts: dict[str, int], seed: int, noise: float = 4, drawn: int | None = 7) -> Path:
+    """A folder of `write_samples` of drawn retinas."""
+    rng = np.random.default_rng(seed)
+    return write_samples(folder, counts, seed, drawn=drawn, picture=lambda: draw_retina(rng, noise=noise))
+
+
+@pytest.fixture(scope="session")
+def fundus_judges(tmp_path_factory, fundus_sets) -> Path:
+    """A folder as train_rlhf.py writes it: random judges whose scores differ, half of the real images pass."""
+    folder = tmp_path_factory.mktemp("fundus-judges")
+    torch.manual_seed(3)
+    for part in zip(("tokenizer", "text_encoder"), build_bert(PROMPTS, 32, 1), strict=True):
+        part[1].save_pretrained(folder / "bert" / part[0])
+    sizes = VisionSizes(image_size=32, patch_size=8, width=32, layers=1, heads=2)
+    selector, policy = Selector(sizes).eval(), Policy(sizes, TextFeatures(folder / "bert")).eval()
+    images = torch.stack([load_image(path) for path in images_of(fundus_sets["real"])])
+    captions = [PROMPTS[number % 3] for number in range(len(images))]
+    with torch.no_grad():
+        for judge, scores in ((selector, selector.score), (policy, lambda x: policy.score(x, captions))):
+            for name, weights in judge.named_parameters():
+                if name.endswith("weight") and weights.dim() > 1:
+                    weights *= 4
+            logits = torch.logit(scores(images))
+            judge.head[-1].weight *= 1.5 / logits.std()
+            judge.head[-1].bias *= 0
+            judge.head[-1].bias -= torch.logit(scores(images)).mean()
+    selector.threshold = threshold_between(selector.score(images))
+    save_selector(selector, folder / SELECTOR_FILE)
+    save_policy(policy, folder / POLICY_FILE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fundus_sets(tmp_path_factory) -> dict[str, Path]:
+    """Real images, and two models on shared noise, of which the second draws with more noise."""
+    folder = tmp_path_factory.mktemp("fundus-sets")
+    counts = {PROMPTS[0]: 5, PROMPTS[1]: 4, PROMPTS[2]: 1}
+    return {
+        "real": write_fundus(folder / "real", {PROMPTS[0]: 6, PROMPTS[1]: 7}, 0, drawn=None),
+        "base": write_fundus(folder / "base", counts, 1),
+        "better": write_fundus(folder / "better", counts, 2, noise=12),
+    }
+
+
+@pytest.fixture
+def fundus_fields(fields, fundus_sets, fundus_judges):
+    """Function of overrides: the fields of metric.py for these sets, with a cache of the test's own."""
+    usual = {"real_path": fundus_sets["real"], "fake_path": fundus_sets["better"], "fake_name": "better"}
+    usual |= {"compare_path": fundus_sets["base"], "compare_name": "base", "judges": fundus_judges, "classifier": ""}
+    usual |= {"quality": ("legacy", "fov"), "extractors": ("inception", "judge")}
+    return lambda **overrides: fields(**usual | overrides)
+
+
+@pytest.fixture(scope="session")
+def random_inception(tmp_path_factory):
+    """A file in the form of torch-fidelity's weights, with random numbers: (path, the network that holds them)."""
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:  # build it without the download it insists on
+        patch.setattr(inception_module, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *args: None)
+        network = FeatureExtractorInceptionV3("reference", ["2048"])
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d):  # keeps activations of order 1 (and out of slow denormal numbers)
+            torch.nn.init.kaiming_normal_(layer.weight)
+    torch.save(network.state_dict(), path)
+    return path, network

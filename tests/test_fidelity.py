@@ -1,16 +1,29 @@
-"""Frechet distances against closed forms, scipy and torchmetrics, their jackknife interval, and LPIPS pairs."""
+"""Measures of features against scipy, torchmetrics, torch-fidelity, plain loops and known answers; their intervals."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.spatial.distance
 import scipy.stats
 import torch
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ddpo_pytorch.data.isic import CAPTIONS
-from ddpo_pytorch.metrics.fidelity import Moments, frechet_distance, frechet_jackknife, pair_images
+from ddpo_pytorch.metrics.diversity import within_pairs, within_prompt_diversity
+from ddpo_pytorch.metrics.fidelity import (
+    Moments,
+    frechet_distance,
+    frechet_jackknife,
+    kernel_distance,
+    manifold_metrics,
+    pair_images,
+)
+from ddpo_pytorch.metrics.memorisation import closest, nearest, share_closer
 from ddpo_pytorch.utils.errors import UserError
 
 
@@ -18,30 +31,42 @@ def normal(seed, count, width, scale=1.0, offset=0.0):
     return np.random.default_rng(seed).normal(offset, scale, (count, width))
 
 
-def gaussian_moments(mean, covariance, count=1000):
-    """Moments of a set with exactly this mean and unbiased covariance."""
-    mean, covariance = torch.as_tensor(mean).double(), torch.as_tensor(covariance).double()
-    return Moments(count, count * mean, (count - 1) * covariance + count * torch.outer(mean, mean))
+def damaged(count, row, value=np.nan):
+    features = normal(0, count, 3)
+    features[row] = value
+    return features
 
 
-@pytest.mark.parametrize(("count", "width"), [(500, 16), (20, 64), (2, 8)])
-def test_the_distance_of_a_set_to_itself_is_zero_even_when_singular(count, width):
-    own = Moments.of(normal(count, count, width, 3, 5))
-    assert frechet_distance(own, own) < 1e-9 * float(own.outer.trace()) / count
+@pytest.mark.parametrize(
+    ("measure", "error", "message"),
+    [
+        (lambda: Moments.of(normal(9, 1, 3)).gaussian(), UserError, "at least 2 images in each set, got 1"),
+        (lambda: Moments.of(damaged(20, 7), first=20), ValueError, "row 27"),
+        (lambda: kernel_distance(normal(0, 5, 3), normal(1, 1, 3), 0), UserError, "at least 2 images.* 5 and 1"),
+        (lambda: kernel_distance(normal(0, 9, 3), damaged(9, 4), 0), ValueError, "second set: row 4"),
+        (lambda: manifold_metrics(normal(0, 9, 3), normal(1, 5, 3)), UserError, "at least 6.* 9 real and 5 generated"),
+        (lambda: manifold_metrics(normal(0, 9, 3), damaged(20, 13), block=4), ValueError, "row 13 holds NaN"),
+        (lambda: of_one_prompt(damaged(30, 4, 0)), ValueError, "features: row 4 is zero"),
+        (lambda: of_one_prompt(damaged(30, 2)), ValueError, "features: row 2 holds NaN"),
+        (lambda: within_prompt_diversity(normal(6, 6, 3), np.repeat([0, 1], 3), 4, 0), UserError, "4 images each.* 3"),
+        (lambda: within_prompt_diversity(normal(6, 6, 3), np.arange(6), 1, 0), UserError, "2 images"),
+        (lambda: nearest(normal(7, 3, 3), damaged(30, 17, 0), 8), ValueError, "reference features: row 17 is zero"),
+        (lambda: nearest(damaged(30, 17), normal(7, 3, 3), 8), ValueError, "query features: row 17 holds NaN"),
+        (lambda: nearest(normal(7, 3, 3), np.empty((0, 3))), UserError, "at least one training image"),
+        (lambda: share_closer(np.ones(3), np.empty(0), np.zeros(3), 0), UserError, "baseline"),
+        (lambda: within_pairs([0, 0], 0, ["a", "a"]), ValueError, "different keys"),
+    ],
+)
+def test_features_that_are_not_usable(measure, error, message):
+    with pytest.raises(error, match=message):
+        measure()
 
 
-@pytest.mark.parametrize("count", [12, 300])
-def test_the_distance_is_symmetric(count):
-    x, y = Moments.of(normal(1, count, 32)), Moments.of(normal(2, count + 5, 32, 2, 1))
+@pytest.mark.parametrize(("count", "width"), [(500, 16), (20, 64)])
+def test_the_distance_of_a_set_to_itself_is_zero_and_symmetric_even_when_singular(count, width):
+    x, y = Moments.of(normal(count, count, width, 3, 5)), Moments.of(normal(2, count + 5, width, 2, 1))
+    assert frechet_distance(x, x) < 1e-9 * float(x.outer.trace()) / count
     assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-10)
-
-
-def test_the_distance_is_the_closed_form_of_diagonal_gaussians():
-    mean_x, mean_y = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.0, 1.0, 0.5])
-    std_x, std_y = torch.tensor([1.0, 2.0, 0.1]), torch.tensor([3.0, 0.5, 0.1])
-    expected = ((mean_x - mean_y) ** 2).sum() + ((std_x - std_y) ** 2).sum()
-    got = frechet_distance(gaussian_moments(mean_x, std_x.diag() ** 2), gaussian_moments(mean_y, std_y.diag() ** 2))
-    assert got == pytest.approx(float(expected), rel=1e-6)
 
 
 class Features(torch.nn.Module):
@@ -65,29 +90,6 @@ def test_the_distance_equals_scipy_and_torchmetrics():
     assert distance == pytest.approx(float(metric.compute()), rel=1e-10)
 
 
-@pytest.mark.parametrize("offset", [0.0, 30.0])
-def test_moments_add_up_and_are_taken_away(offset):
-    x, y = normal(7, 137, 8, offset=offset), normal(8, 31, 8, offset=-40)
-    parts = sum((Moments.of(part) for part in np.split(x, [1, 21])[1:]), start=Moments.of(x[:1]))
-    for result in (parts, Moments.of(np.concatenate([x, y])) - Moments.of(y)):
-        mean, covariance = result.gaussian()
-        np.testing.assert_allclose(mean, x.mean(0), rtol=1e-10, atol=1e-10)
-        np.testing.assert_allclose(covariance, np.cov(x, rowvar=False), atol=1e-9)
-        assert result.count == 137
-
-
-def test_features_that_are_not_usable():
-    with pytest.raises(UserError, match="at least 2 images in each set, got 1"):
-        Moments.of(normal(9, 1, 3)).gaussian()
-    features = normal(9, 20, 3)
-    features[7, 1] = np.inf
-    with pytest.raises(ValueError, match="row 27"):
-        Moments.of(features, first=20)
-
-
-# --- jackknife ---
-
-
 def test_the_jackknife_equals_its_definition():
     fake, real = normal(5, 120, 6, 1.3), Moments.of(normal(6, 200, 6))
     estimate = frechet_jackknife([Moments.of(part) for part in np.split(fake, 6)], real)
@@ -96,18 +98,8 @@ def test_the_jackknife_equals_its_definition():
     assert estimate.value == pytest.approx(frechet_distance(Moments.of(fake), real), rel=1e-10) and estimate.n == 120
     assert estimate.high - estimate.value == pytest.approx(scipy.stats.t.ppf(0.975, 5) * error, rel=1e-6)
     assert estimate.low == pytest.approx(max(0.0, 2 * estimate.value - estimate.high), abs=1e-9)
-
-
-def test_unequal_groups_change_little_and_empty_ones_are_refused():
-    fake, real = normal(7, 1000, 4, 1.5), Moments.of(normal(8, 1000, 4))
-    widths = []
-    for sizes in ([100] * 10, [90, 110] * 5, [60, 140] * 5):
-        groups = [Moments.of(part) for part in np.split(fake, np.cumsum(sizes)[:-1])]
-        estimate = frechet_jackknife(groups, real)
-        widths.append(estimate.high - estimate.low)
-    assert widths[1] == pytest.approx(widths[0], rel=0.3) and widths[2] == pytest.approx(widths[0], rel=0.5)
     with pytest.raises(ValueError, match="images in every group"):
-        frechet_jackknife([groups[0], groups[0] - groups[0]], real)
+        frechet_jackknife([real, real - real], real)
 
 
 @pytest.mark.slow
@@ -115,26 +107,97 @@ def test_the_jackknife_covers_what_the_distance_would_be_on_average():
     # the truth is the mean distance of sets of this size, as the interval is that of the images' randomness
     real = Moments.of(normal(11, 2000, 4))
     estimates = []
-    for seed in range(200):
+    for seed in range(120):
         fake = normal(1000 + seed, 300, 4, 1.2, 0.3)
         estimates.append(frechet_jackknife([Moments.of(part) for part in np.split(fake, 10)], real))
     truth = np.mean([estimate.value for estimate in estimates])
     assert 0.90 < np.mean([estimate.low <= truth <= estimate.high for estimate in estimates]) < 0.99
-    # and a bootstrap, which this is instead of, is off: its distances are all too large
-    fake, real = normal(999, 40, 16), Moments.of(normal(12, 2000, 16))
-    rng = np.random.default_rng(0)
-    resampled = [frechet_distance(Moments.of(fake[rng.integers(0, 40, 40)]), real) for _ in range(50)]
-    assert min(resampled) > frechet_distance(Moments.of(fake), real)
 
 
-# --- LPIPS pairs ---
+def test_the_kernel_distance_equals_torch_fidelity_on_the_same_subsets():
+    x, y = normal(1, 300, 40, 2.0, 0.5).astype(np.float32), normal(2, 250, 40, 1.5).astype(np.float32)
+    rows = [torch.from_numpy(side.astype(np.float64)) for side in (x, y)]
+    theirs = kid_features_to_metric(*rows, kid_subsets=20, kid_subset_size=100, rng_seed=2020, verbose=False)
+    estimate = kernel_distance(x, y, 2020, subsets=20, subset_size=100)
+    assert estimate.value == pytest.approx(theirs["kernel_inception_distance_mean"], abs=1e-9, rel=1e-9)
+    deviation = theirs["kernel_inception_distance_std"]
+    assert f"sd {deviation:.3g} over 20 subsets of 100" in estimate.how and estimate.n == 300
+    three = kernel_distance(normal(0, 3, 4), normal(1, 9, 4), 0)
+    assert three.value is not None and three.low is None and three.high is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scale", "offset"), [(1.3, 0.3), (1.0, 0.0)])
+def test_the_kernel_distance_is_unbiased_and_its_interval_covers_the_truth(scale, offset):
+    truth = 0.0  # of equal distributions
+    if offset:
+        sets = [(normal(s, 2000, 6), normal(s + 99, 2000, 6, scale, offset)) for s in range(4)]
+        truth = np.mean([kernel_distance(x, y, 0, 1, 2000).value for x, y in sets])
+    estimates = [
+        kernel_distance(normal([seed, 1], 120, 6), normal([seed, 2], 150, 6, scale, offset), seed, 10, 40)
+        for seed in range(150)
+    ]
+    held = np.mean([estimate.low <= truth <= estimate.high for estimate in estimates])
+    assert 0.90 < held < (0.99 if offset else 1.01)
+    values = np.array([estimate.value for estimate in estimates])
+    assert abs(values.mean() - truth) < 4 * values.std() / len(values) ** 0.5
+
+
+def by_loops(real, fake, k):
+    """The definitions, from distances of single pairs."""
+
+    def radii(rows):
+        return [sorted(np.linalg.norm(a - b) for j, b in enumerate(rows) if i != j)[k - 1] for i, a in enumerate(rows)]
+
+    table = np.array([[np.linalg.norm(f - r) for r in real] for f in fake])
+    inside, recalled = table < radii(real), table <= np.array(radii(fake))[:, None]
+    precise, covered = inside.any(axis=1).mean(), inside.any(axis=0).mean()
+    return {
+        "precision": precise,
+        "recall": recalled.any(axis=0).mean(),
+        "density": inside.sum() / (k * len(fake)),
+        "coverage": covered,
+    }
+
+
+@pytest.mark.parametrize(("k", "block"), [(1, 1000), (5, 7)])
+def test_neighbours_equal_plain_loops(k, block):
+    real, fake = normal(1, 45, 4), normal(2, 38, 4, 0.8, 0.5)
+    expected = by_loops(real, fake, k)
+    assert len({round(value, 6) for value in expected.values()}) == 4 and 0 < expected["recall"] < 1
+    assert manifold_metrics(real, fake, k, block) == pytest.approx(expected, abs=1e-12)
+
+
+def test_precision_and_recall_equal_torch_fidelity():
+    # far from the origin squared distances would cancel; single precision is what torch-fidelity is given elsewhere
+    real, fake = normal(3, 400, 10), normal(4, 300, 10, 0.9, 0.3)
+    rows = torch.from_numpy(fake), torch.from_numpy(real)
+    theirs = prc_features_to_metric(
+        *rows, prc_neighborhood=3, prc_batch_size=128, save_cpu_ram=True, verbose=False
+    )  # fmt: skip
+    ours = manifold_metrics(real + 5000, fake + 5000, k=3, block=128)
+    assert ours["precision"] == pytest.approx(theirs["precision"], abs=1e-6)
+    assert ours["recall"] == pytest.approx(theirs["recall"], abs=1e-6)
+    assert 0.1 < ours["recall"] < ours["precision"] < 1
+
+
+def test_sets_that_are_equal_far_apart_or_collapsed():
+    for width in (3, 500):
+        real = normal(5, 150, width, offset=100.0).astype(np.float32)
+        for block in (16, 150):  # the k-th neighbour lies on the ball's edge, however the distance is rounded
+            assert set(manifold_metrics(real, real.copy(), 5, block).values()) == {1.0}
+    real = normal(6, 100, 5)
+    assert set(manifold_metrics(real, normal(7, 100, 5, offset=50.0)).values()) == {0.0}
+    collapsed = manifold_metrics(real, normal(8, 100, 5, 0.01))
+    assert collapsed["precision"] == 1 and collapsed["density"] > 1.2
+    assert collapsed["recall"] < 0.05 and collapsed["coverage"] < 0.5
 
 
 def samples(name, counts):
     return [(Path(name) / f"{i:03d}.png", caption) for caption, count in counts.items() for i in range(count)]
 
 
-def test_pairs_cover_every_generated_image_and_deal_reals_evenly():
+def test_pairs_cover_every_generated_image_deal_reals_evenly_and_depend_on_the_seed_alone():
     a, b, c, d = CAPTIONS[:4]
     fake, real = samples("fake", {a: 7, b: 2, c: 3}), samples("real", {a: 3, b: 5, d: 4})
     pairs = pair_images(fake, real, seed=0)
@@ -142,13 +205,98 @@ def test_pairs_cover_every_generated_image_and_deal_reals_evenly():
     used = [real_path for _, real_path, caption in pairs if caption == a]
     assert sorted(used.count(path) for path in set(used)) == [2, 2, 3]
     assert len({real_path for _, real_path, caption in pairs if caption == b}) == 2
+    assert pair_images(fake[::-1], real[::-1], 0) == pairs != pair_images(fake, real, 2)
+    assert pair_images(fake[:7], real[:3], 0) == [pair for pair in pairs if pair[2] == a]
 
 
-def test_pairs_depend_on_the_seed_and_on_nothing_else():
-    fake, real = samples("fake", {c: 30 for c in CAPTIONS[:3]}), samples("real", {c: 30 for c in CAPTIONS[:3]})
-    pairs = pair_images(fake, real, 1)
-    assert pair_images(list(reversed(fake)), list(reversed(real)), 1) == pairs
-    assert pair_images(fake, real, 2) != pairs
-    first = [pair for pair in pairs if pair[2] == CAPTIONS[0]]
-    assert pair_images(fake[:30], real[:30], 1) == first
-    assert [p[1].name for p in first] != [p[1].name for p in pairs if p[2] == CAPTIONS[1]]
+def of_one_prompt(features):
+    """(Vendi score, pairwise distance) of all rows."""
+    result = within_prompt_diversity(features, np.zeros(len(features)), len(features), 0)
+    assert all(estimate.low is None and estimate.high is None for estimate in result.values())
+    return result["vendi"].value, result["pairwise_distance"].value
+
+
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20), (2, 4)])
+def test_scores_equal_their_definitions(shape):
+    features = normal(1, *shape) + 0.5
+    kernel = np.array([[1 - scipy.spatial.distance.cosine(a, b) for a in features] for b in features])
+    values = np.clip(np.linalg.eigvalsh(kernel / len(features)), 0, None)
+    vendi, distance = of_one_prompt(features)
+    assert vendi == pytest.approx(math.exp(scipy.stats.entropy(values)), rel=1e-9)
+    assert distance == pytest.approx(scipy.spatial.distance.pdist(features, "cosine").mean(), rel=1e-10)
+
+
+def test_scores_that_are_known():
+    assert of_one_prompt(np.ones((40, 6))) == pytest.approx((1, 0), abs=1e-9)
+    assert of_one_prompt(np.eye(12) * 7) == pytest.approx((12, 1))  # all different
+    assert of_one_prompt(np.repeat(np.eye(5), 8, axis=0))[0] == pytest.approx(5)  # five kinds
+    assert of_one_prompt(np.repeat(np.eye(2), [1, 3], axis=0))[0] == pytest.approx(4 / 3**0.75)
+    features = normal(2, 25, 8) + 0.3
+    assert of_one_prompt(features.astype(np.float32) * 1e25) == pytest.approx(of_one_prompt(features), rel=1e-6)
+
+
+def test_complete_prompts_are_averaged_and_small_ones_left_out():
+    features, groups = normal(4, 60, 10) + 0.5, np.random.default_rng(0).permutation(np.repeat([2, 5, 7], 20))
+    result = within_prompt_diversity(features, groups, 20, 0)
+    for number, name in enumerate(("vendi", "pairwise_distance")):
+        scores = [of_one_prompt(features[groups == group])[number] for group in (2, 5, 7)]
+        estimate = result[name]
+        assert estimate.value == pytest.approx(np.mean(scores), rel=1e-12) and estimate.n == 60
+        # some of 200 draws of three prompts hold one of them three times
+        assert (estimate.low, estimate.high) == pytest.approx((min(scores), max(scores)), rel=1e-9)
+    assert within_prompt_diversity(features, groups, 20, 0) == result
+    result = within_prompt_diversity(normal(5, 100, 300), np.repeat([0, 1, 2, 3], [50, 30, 15, 5]), 15, 1)["vendi"]
+    assert 13 < result.value < 15 and result.n == 45  # nearly orthogonal rows count about once each
+
+
+def test_pairs_form_a_circle_within_each_prompt_by_seed_and_keys_alone():
+    groups = np.array([0] * 6 + [1] * 2 + [2] + [3] * 3)
+    keys = [f"{group}/{i}" for i, group in enumerate(groups)]
+    pairs = within_pairs(groups, 0, keys)
+    assert all(groups[a] == groups[b] and a != b for a, b in pairs)
+    assert [sum(groups[a] == group for a, _ in pairs) for group in range(4)] == [6, 1, 0, 3]
+    partner, position, visited = dict(pairs), 0, set()
+    while position not in visited:  # one circle, not two smaller ones
+        visited.add(position)
+        position = partner[position]
+    assert visited == set(range(6))
+    order = np.random.default_rng(0).permutation(12)  # another order of the files, other numbers for the prompts
+    moved = [keys[i] for i in order]
+    named = [(keys[a], keys[b]) for a, b in pairs]
+    assert [(moved[a], moved[b]) for a, b in within_pairs(9 - groups[order], 0, moved)] == named
+    assert [(keys[a], keys[b]) for a, b in within_pairs(groups, 4, keys)] != named
+
+
+@pytest.mark.parametrize("block", [7, 1000])
+def test_nearest_equals_scipy(block):
+    query, reference = normal(1, 45, 12) + 0.2, normal(2, 131, 12) + 0.2
+    distances, indices = nearest(query, reference, block)
+    table = scipy.spatial.distance.cdist(query, reference, "cosine")
+    np.testing.assert_allclose(distances, table.min(axis=1), atol=1e-13)
+    np.testing.assert_array_equal(indices, table.argmin(axis=1))
+
+
+def test_copies_are_at_distance_zero_and_ties_go_to_the_first():
+    reference = np.abs(normal(5, 300, 2048)).astype(np.float32)
+    reference[200:] = reference[:100]  # every one of these is there twice
+    query = reference[[3, 250, 99, 150, 210]] * np.array([[1], [1], [1000], [1], [1e-30]], dtype=np.float32)
+    for block in (1, 90, 1000):
+        distances, indices = nearest(query, reference, block)
+        assert distances.min() >= 0 and distances.max() < 1e-12
+        assert indices.tolist() == [3, 50, 99, 150, 10]
+    assert nearest(np.array([[1.0, 1]]), np.array([[-2.0, -2]]))[0] == pytest.approx(2)
+
+
+def test_the_share_is_of_samples_strictly_closer_than_the_quantile():
+    baseline, groups = np.linspace(0.1, 1.1, 101), np.array([0, 0, 1, 1, 1])
+    share, threshold = share_closer(np.array([0.05, 0.11, 0.1099, 0.5, 0.6]), baseline, groups, 0)
+    assert threshold == pytest.approx(0.11) and share.value == pytest.approx(2 / 5) and share.n == 5
+    share, threshold = share_closer(np.array([threshold, 0.5]), baseline, np.zeros(2), 0)
+    assert share.value == 0 and share.low == 0 and 0 < share.high < 1
+
+
+def test_the_closest_show_each_training_image_once():
+    distances = np.array([0.5, 0.1, 0.3, 0.1, 0.2, 0.0])
+    indices = np.array([7, 4, 9, 8, 4, 7])
+    assert closest(distances, indices, 3) == [5, 1, 3]
+    assert closest(distances, indices, 16) == [5, 1, 3, 2]

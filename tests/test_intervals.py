@@ -2,7 +2,7 @@
 
 import json
 import math
-import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -47,26 +47,24 @@ def clustered(seed, between, prompts=24, images=12):
     return (rng.random(len(groups)) < rates[groups]).astype(float), groups
 
 
-# --- means ---
+def paired(a, b, groups, seed, **options):
+    return bootstrap_mean(b.astype(float) - a, groups, seed, resample_groups=True, share=False, **options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("resample_groups", [True, False])
-@pytest.mark.parametrize("kind", ["binary", "continuous"])
-def test_replicates_are_those_of_the_naive_bootstrap(kind, resample_groups):
+def test_replicates_are_those_of_the_naive_bootstrap(resample_groups):
     # prompts differ by far more than the noise of their images, and have different numbers of them
     rng = np.random.default_rng(0)
-    rates = rng.permutation(np.linspace(0.02, 0.98, 12))
-    groups = rng.permutation(np.repeat(np.arange(12) * 3, rng.integers(100, 200, 12)))
-    values = (rng.random(len(groups)) < rates[groups // 3]) * 1.0
-    if kind == "continuous":
-        values = rng.normal(size=len(groups)) + 10 * rates[groups // 3]
-    estimate = bootstrap_mean(values, groups, 5, resample_groups=resample_groups, replicates=20_000)
-    expected = naive(values, groups, 6, resample_groups, 20_000)
+    groups = rng.permutation(np.repeat(np.arange(12) * 3, rng.integers(50, 100, 12)))
+    values = rng.permutation(np.linspace(0.02, 0.98, 12))[groups // 3]
+    values = (rng.random(len(groups)) < values) * 1.0 if resample_groups else rng.normal(size=len(groups)) + 10 * values
+    estimate = bootstrap_mean(values, groups, 5, resample_groups=resample_groups, replicates=8_000)
+    expected = naive(values, groups, 6, resample_groups, 8_000)
     assert estimate.value == pytest.approx(values.mean(), rel=1e-12) and estimate.n == len(groups)
-    # 20,000 replicates know a 2.5 % percentile to about 2 % of the standard deviation; four times that
+    # 8,000 replicates know a 2.5 % percentile to about 3 % of the standard deviation; four times that
     low, high = np.percentile(expected, [2.5, 97.5])
-    assert abs(estimate.low - low) < 0.08 * expected.std() and abs(estimate.high - high) < 0.08 * expected.std()
+    assert abs(estimate.low - low) < 0.12 * expected.std() and abs(estimate.high - high) < 0.12 * expected.std()
 
 
 def test_replicates_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
@@ -77,35 +75,50 @@ def test_replicates_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
     np.testing.assert_array_equal(whole, parts)
 
 
+def over_prompts(seed):
+    values, groups = clustered(seed, 0.3)
+    return bootstrap_mean(values, groups, seed, resample_groups=True, replicates=500)
+
+
+def over_images(seed):
+    groups = np.repeat(np.arange(5), 40)
+    values = np.random.default_rng([seed, 3]).random(200) < np.linspace(0.2, 0.8, 5)[groups]
+    return bootstrap_mean(values, groups, seed, resample_groups=False, replicates=500)
+
+
+def difference(seed, pairs):
+    rng, groups = np.random.default_rng([seed, 5]), np.repeat(np.arange(24), 10)
+    easy, gain = rng.uniform(0.1, 0.5, 24), rng.uniform(0, 0.4, 24)
+    a, b = rng.random(240) < easy[groups], rng.random(240) < (easy + gain)[groups]
+    return (
+        paired(a, b, groups, seed, replicates=500)
+        if pairs
+        else bootstrap_unpaired_difference(a, groups, b, groups, seed)
+    )
+
+
+SEEN, RIGHT = np.linspace(0.2, 0.7, 6), np.linspace(0.9, 0.3, 6)
+
+
+def ratio(seed):
+    rng, groups = np.random.default_rng([seed, 7]), np.repeat(np.arange(6), 30)
+    denominator = rng.random(180) < SEEN[groups]
+    return bootstrap_ratio(denominator & (rng.random(180) < RIGHT[groups]), denominator, groups, seed)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("between", [0.0, 0.3, 2.0])
-def test_the_interval_over_prompts_covers_the_truth(between):
-    def simulate(seed):
-        values, groups = clustered(seed, between)
-        return bootstrap_mean(values, groups, seed, resample_groups=True, replicates=500)
-
-    assert 0.90 < coverage(simulate, 0.5) < 0.99
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("prompts", [1, 5])
-def test_the_interval_over_images_covers_the_truth_of_these_prompts(prompts):
-    rates, groups = np.linspace(0.2, 0.8, prompts), np.repeat(np.arange(prompts), 40)
-
-    def simulate(seed):
-        values = np.random.default_rng([seed, 3]).random(len(groups)) < rates[groups]
-        return bootstrap_mean(values, groups, seed, resample_groups=False, replicates=500)
-
-    assert 0.90 < coverage(simulate, rates.mean()) < 0.99
-
-
-def test_ignoring_prompts_would_not_cover():
-    # the simulation above can fail: with images as the unit, clustered values give intervals that are far too narrow
-    def simulate(seed):
-        values, groups = clustered(seed, 2.0)
-        return bootstrap_mean(values, groups, seed, resample_groups=False, replicates=200)
-
-    assert coverage(simulate, 0.5) < 0.8
+@pytest.mark.parametrize(
+    ("simulate", "truth"),
+    [
+        (over_prompts, 0.5),
+        (over_images, 0.5),
+        (partial(difference, pairs=True), 0.2),
+        (partial(difference, pairs=False), 0.2),
+        (ratio, (SEEN * RIGHT).sum() / SEEN.sum()),
+    ],
+)
+def test_intervals_cover_the_truth(simulate, truth):
+    assert 0.90 < coverage(simulate, truth) < 0.99
 
 
 def test_values_that_are_all_equal():
@@ -118,15 +131,18 @@ def test_values_that_are_all_equal():
     assert (prompts.low, prompts.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
     other = bootstrap_mean(zeros + 0.25, groups, 0, resample_groups=True)
     assert (other.value, other.low, other.high) == (0.25, 0.25, 0.25)
+    same = paired(zeros, zeros + 1, groups, 0)  # a difference is no share
+    assert (same.value, same.low, same.high) == (1, 1, 1)
 
 
 def test_one_image_and_none():
     one = bootstrap_mean(np.array([0.5]), np.array([3]), 0, resample_groups=True)
     assert (one.value, one.low, one.high, one.n) == (0.5, None, None, 1)
+    nothing, zeros, ones = np.empty(0), np.zeros(2), np.ones(2)
     for none in (
-        bootstrap_mean(np.empty(0), np.empty(0), 0, resample_groups=True),
-        bootstrap_ratio(np.zeros(4), np.zeros(4), np.zeros(4), 0),
-        bootstrap_unpaired_difference(np.ones(2), np.zeros(2), np.ones(2), np.ones(2), 0),
+        bootstrap_mean(nothing, nothing, 0, resample_groups=True),
+        bootstrap_ratio(zeros, zeros, zeros, 0),
+        bootstrap_unpaired_difference(ones, zeros, ones, ones, 0),
         mean_over_runs([]),
     ):
         assert none.value is None and none.low is None and none.n == 0 and none.how
@@ -149,40 +165,6 @@ def test_rows_that_are_not_usable():
         bootstrap_ratio(np.ones(5), np.ones(4), np.zeros(5), 0)
 
 
-@pytest.mark.slow
-def test_seventy_thousand_images_take_bounded_memory():
-    rng = np.random.default_rng(0)
-    values, groups = rng.normal(size=70_000), rng.integers(0, 32, 70_000)
-    tracemalloc.start()
-    estimate = bootstrap_mean(values, groups, 0, resample_groups=True)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 200e6 and estimate.high - estimate.low < 0.04
-
-
-# --- differences ---
-
-
-def paired(a, b, groups, seed, **options):
-    return bootstrap_mean(b.astype(float) - a, groups, seed, resample_groups=True, share=False, **options)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("pairs", [True, False])
-def test_intervals_of_differences_cover_the_truth(pairs):
-    def simulate(seed):
-        rng = np.random.default_rng([seed, 5])
-        groups = np.repeat(np.arange(24), 10)
-        easy, gain = rng.uniform(0.1, 0.5, 24), rng.uniform(0, 0.4, 24)
-        a = rng.random(240) < easy[groups]
-        b = rng.random(240) < (easy + gain)[groups]
-        if pairs:
-            return paired(a, b, groups, seed, replicates=500)
-        return bootstrap_unpaired_difference(a, groups, b, groups, seed)
-
-    assert 0.90 < coverage(simulate, 0.2) < 0.99
-
-
 def test_unpaired_differences_draw_the_same_prompts_for_both_sides():
     # prompts differ widely, and every b is its prompt's a plus 1: only shared draws leave no more than image noise
     rng = np.random.default_rng(4)
@@ -194,21 +176,12 @@ def test_unpaired_differences_draw_the_same_prompts_for_both_sides():
 
 
 def test_unpaired_differences_are_over_shared_prompts():
-    groups_a, groups_b = np.array([1, 1, 2, 2, 9]), np.array([2, 2, 2, 1, 5])
-    estimate = bootstrap_unpaired_difference(
-        np.array([0, 1, 0, 0, 1]), groups_a, np.array([1, 1, 0, 1, 0]), groups_b, 0
+    a, b = (
+        (np.array([0, 1, 0, 0, 1]), np.array([1, 1, 2, 2, 9])),
+        (np.array([1, 1, 0, 1, 0]), np.array([2, 2, 2, 1, 5])),
     )
+    estimate = bootstrap_unpaired_difference(*a, *b, 0)
     assert estimate.value == pytest.approx(3 / 4 - 1 / 4) and estimate.n == 8 and "2 prompts" in estimate.how
-
-
-def test_paired_differences_that_are_all_equal():
-    for constant in (-1, 0, 1):
-        a = np.full(6, max(0, -constant))
-        estimate = paired(a, a + constant, np.arange(6) % 2, 0)
-        assert (estimate.value, estimate.low, estimate.high) == (constant, constant, constant)
-
-
-# --- ratios ---
 
 
 def test_a_ratio_by_hand_and_its_exact_edges():
@@ -219,30 +192,11 @@ def test_a_ratio_by_hand_and_its_exact_edges():
     assert edge.low == pytest.approx(scipy.stats.binomtest(4, 4).proportion_ci().low) and edge.high == 1
 
 
-@pytest.mark.slow
-def test_the_interval_of_a_ratio_covers_the_truth():
-    groups = np.repeat(np.arange(6), 30)
-    seen, right = np.linspace(0.2, 0.7, 6), np.linspace(0.9, 0.3, 6)
-
-    def simulate(seed):
-        rng = np.random.default_rng([seed, 7])
-        denominator = rng.random(180) < seen[groups]
-        return bootstrap_ratio(denominator & (rng.random(180) < right[groups]), denominator, groups, seed)
-
-    assert 0.90 < coverage(simulate, (seen * right).sum() / seen.sum()) < 0.99
-
-
-# --- paired tests ---
-
-
-@pytest.mark.parametrize("gained, lost", [(0, 0), (1, 0), (7, 7), (3, 14), (40, 5), (900, 3000)])
+@pytest.mark.parametrize("gained, lost", [(0, 0), (7, 7), (3, 14), (900, 300)])
 def test_mcnemar_is_the_binomial_test_of_the_changes(gained, lost):
-    a = np.repeat([0, 1, 0, 1], [gained, lost, 11, 13])
-    b = np.repeat([1, 0, 0, 1], [gained, lost, 11, 13])
-    # P(X <= min) of a fair coin, by logarithms of binomial coefficients
-    few, n = min(gained, lost), gained + lost
-    logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(few + 1)]
-    expected = min(1.0, 2 * math.exp(max(logs)) * sum(math.exp(value - max(logs)) for value in logs))
+    a, b = np.repeat([0, 1, 0, 1], [gained, lost, 11, 13]), np.repeat([1, 0, 0, 1], [gained, lost, 11, 13])
+    n = gained + lost
+    expected = min(1.0, 2 * sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / 2**n)
     assert mcnemar(a, b) == (gained, lost, pytest.approx(expected, rel=1e-8))
 
 
@@ -253,22 +207,8 @@ def test_sign_flips_equal_scipys_over_all_signs(prompts):
     differences = rng.normal(0.4, 1, len(groups))
     means = np.array([differences[groups == group].mean() for group in range(prompts)])
     exact = scipy.stats.permutation_test((means,), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue
-    # 14 prompts have more patterns than the 10,000 draws
-    tolerance = 1e-12 if prompts == 9 else 5 * math.sqrt(exact / 10_000)
+    tolerance = 1e-12 if prompts == 9 else 5 * math.sqrt(exact / 10_000)  # 14 have more patterns than the draws
     assert sign_flip_p(differences, groups, 0) == pytest.approx(exact, abs=tolerance)
-
-
-def test_p_values_under_the_null_are_uniform():
-    groups, values = np.repeat(np.arange(20), 5), []
-    for seed in range(300):
-        rng = np.random.default_rng([seed, 11])
-        effect = rng.normal(size=20)  # prompts change, in either direction
-        values.append(sign_flip_p(effect[groups] + rng.normal(size=len(groups)), groups, seed, draws=999))
-    assert scipy.stats.kstest(values, "uniform").pvalue > 0.01
-    assert 0.02 < np.mean(np.array(values) <= 0.05) < 0.09
-
-
-# --- runs ---
 
 
 def test_an_interval_over_runs_needs_three():

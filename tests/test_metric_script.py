@@ -1,4 +1,4 @@
-"""metric.py on small folders: one and two processes, numbers by hand, pairs, cache, what is left out."""
+"""metric.py on small folders: one and two processes, numbers by hand, sets that differ, overlap or hold copies."""
 
 import csv
 import json
@@ -6,14 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sample_sets import numbers, read, write_samples
-from scipy.special import expit
+from PIL import Image
+from sample_sets import images_of, read, write_samples
 from script_tools import options, succeed
 
 from ddpo_pytorch.data.images import load_image, save_image
-from ddpo_pytorch.data.isic import CAPTIONS, labels_of
+from ddpo_pytorch.data.isic import CAPTIONS, labels_of, short_caption
 from ddpo_pytorch.data.sample_folder import folder_name
 from ddpo_pytorch.judges.classifier import load_classifier
+from ddpo_pytorch.utils.errors import UserError
 
 pytest_plugins = ["script_tools", "sample_sets"]
 
@@ -25,9 +26,7 @@ def test_metric_one_and_two_processes(sets, alexnet, judges, config_file, fields
     run = succeed("metric.py", *options(config_file, **one), "--report")
     succeed("metric.py", *options(config_file, **two), processes=2)
     first, second = read(tmp_path / "one"), read(tmp_path / "two")
-    ours, theirs = (numbers({"models": r["models"], "real": r["real"]}) for r in (first, second))
-    assert ours.keys() == theirs.keys() and len(ours) > 100
-    assert theirs == ours  # to the bit
+    assert (first["models"], first["real"]) == (second["models"], second["real"])  # to the bit
     models = first["models"]
     assert list(models) == ["SD", "SD+RL"] and models["SD"]["images"] == 9 and first["real"]["images"] == 13
     assert models["SD"]["LPIPS_pairs"] == 7  # a caption without a real image has no pairs
@@ -43,10 +42,9 @@ def test_metric_one_and_two_processes(sets, alexnet, judges, config_file, fields
     assert line == {"metrics": {"APR_m": models["SD+RL"]["APR"], "LPIPS": models["SD+RL"]["LPIPS"], "FID": None}}
 
 
-def test_numbers_by_hand(sets, lively_judge, config_file, fields, run_main, tmp_path):
+def test_numbers_by_hand(sets, lively_judge, measured, tmp_path):
     """APR from the files, rewards from the log, the paired difference from the images of equal names."""
-    run_main("metric.py", config_file, **fields())
-    result = read(tmp_path / "out")
+    result = measured(compare_path=sets["sd"])
     judge = load_classifier(lively_judge)
     right = {
         name: np.array(
@@ -73,96 +71,153 @@ def test_numbers_by_hand(sets, lively_judge, config_file, fields, run_main, tmp_
     assert all(0 <= float(line["H4_hair"]) <= 1 for line in lines)
 
 
-def test_other_noise_is_compared_without_pairs(sets, config_file, fields, run_main, tmp_path, caplog):
-    both = f"SD={sets['sd']},SD+RL={sets['more']}"
-    run_main("metric.py", config_file, **fields(folders=both))
-    (row,) = read(tmp_path / "out")["comparisons"]
+def test_other_noise_is_compared_without_pairs(sets, measured, tmp_path, caplog):
+    (row,) = measured(folders=f"SD={sets['sd']},SD+RL={sets['more']}")["comparisons"]
     assert not row["paired"] and row["p"] is None and row["APR"]["value"] is not None
     assert "was drawn from seed 91100" in row["reason"] and "from 92100" in row["reason"] and "0.png" in row["reason"]
     assert row["reason"] in caplog.text and "made with seed 88" in caplog.text
 
 
-def test_several_folders_of_a_name_are_generation_seeds(sets, config_file, fields, run_main, tmp_path):
-    names = ("sd", "rl", "more")
-    folders = [f"SD={sets[name]}" for name in names] + [f"{name}={sets[name]}" for name in names]
-    run_main("metric.py", config_file, **fields(folders=",".join(folders)))
-    models = read(tmp_path / "out")["models"]
-    part, singles = models["SD"], [models[name]["APR"] for name in names]
-    assert part["APR"] == pytest.approx(np.mean(singles)) and part["images"] == 9 + 9 + 11
+def test_several_folders_of_a_name_are_generation_seeds(sets, measured, tmp_path):
+    folders, singles = ",".join(f"SD={sets[name]}" for name in ("sd", "rl", "more")), {}
+    part = measured(folders=folders)["models"]["SD"]
+    for line in csv.DictReader(open(tmp_path / "out" / "per_image.csv")):
+        singles.setdefault((line["model"], line["folder"]), []).append(int(line["aligned"]))
+    means = [np.mean(hits) for (model, _), hits in singles.items() if model == "SD"]
+    assert part["APR"] == pytest.approx(np.mean(means)) and part["images"] == 9 + 9 + 11 and len(part["folders"]) == 3
     # a t interval over three numbers
-    half = 4.302652729911275 * np.std(singles, ddof=1) / 3**0.5
-    assert part["alignment"]["H4"]["APR"]["high"] - part["APR"] == pytest.approx(half, rel=1e-6)
-    assert len(part["folders"]) == 3
+    half, apr = 4.302652729911275 * np.std(means, ddof=1) / 3**0.5, part["alignment"]["H4"]["APR"]
+    assert apr["high"] == pytest.approx(min(1, part["APR"] + half), rel=1e-6) and apr["n"] == 29
+    fidelity = part["fidelity"]["judge"]  # rests on one folder
+    assert fidelity["unmatched"]["FID"]["n"] == 9 and fidelity["unmatched"]["FID"]["low"] >= 0
 
 
-def test_the_real_set_against_itself_and_without_one(sets, config_file, fields, run_main, tmp_path, capsys, caplog):
-    caplog.set_level("INFO")
-    run_main("metric.py", config_file, **fields(fake_path=sets["real"], compare_path="absent"))
-    result = read(tmp_path / "out")
+def test_the_real_set_against_itself_and_without_one(sets, measured, tmp_path, capsys):
+    result = measured(fake_path=sets["real"], compare_path="absent")
     own = result["models"]["SD+RL"]
     for part in ("matched", "unmatched"):
         assert own["fidelity"]["judge"][part]["FID"]["value"] < 1e-9
     assert own["fidelity"]["judge"]["matched"]["coverage"]["value"] == 1
     assert own["APR"] == result["real"]["APR"] and own["LPIPS"] is None and list(result["models"]) == ["SD+RL"]
-    assert "SD is left out: there are no samples in absent" in caplog.text
-    usual = fields(fake_path=sets["real"], compare_path="", real_path="")
-    run_main("metric.py", config_file, **usual | {"metric__prompts": (CAPTIONS[8],)})
-    result = read(tmp_path / "out")
+    result = measured(fake_path=sets["real"], real_path="", prompts=(CAPTIONS[8], CAPTIONS[3]))
     assert result["models"]["SD+RL"]["images"] == 5 and result["models"]["SD+RL"]["FD_judge"] is None
+    assert any(short_caption(CAPTIONS[3]) in line for line in result["warnings"])  # asked for, and without a folder
     assert "# Real" not in (tmp_path / "out" / "table2.md").read_text() and "real" not in result
     assert len((tmp_path / "out" / "metrics_log.jsonl").read_text().splitlines()) == 2
     assert "metric.real_path is empty" in str(result["missing"]) and "Table 3" in capsys.readouterr().out
 
 
-def test_copies_of_training_images_are_found(sets, config_file, fields, run_main, tmp_path):
-    """Two pixel copies and a near copy among nine samples; training images without captions, at another depth."""
-    train = tmp_path / "train"
-    write_samples(train / "deep", {CAPTIONS[0]: 30}, seed=9)
-    originals = sorted(train.rglob("*.png"))
-    fake = write_samples(tmp_path / "fake", {CAPTIONS[0]: 9}, seed=10)
-    samples = sorted(fake.rglob("*.png"))
-    for sample, original in zip(samples[:3], originals[4:7], strict=True):
-        image = load_image(original)
-        save_image(sample, image if sample != samples[2] else (image + 0.004).clamp(0, 1))
-    run_main("metric.py", config_file, **fields(fake_path=fake, compare_path="", train_path=train))
-    result = read(tmp_path / "out")
-    block = result["models"]["SD+RL"]["memorisation"]["judge"]
-    assert block["copies"] == 2 and block["share_closer"]["value"] >= 2 / 9
-    nearest = {Path(pair["path"]).name: Path(pair["train"]).name for pair in block["closest"]}
-    for sample, original in zip(samples[:3], originals[4:7], strict=True):
-        assert nearest[sample.name] == original.name
-    assert [pair["distance"] < 1e-12 for pair in block["closest"][:3]] == [True, True, False]
-    assert (tmp_path / "out" / "closest_judge_SD+RL.png").is_file() and result["sets"]["train"]["images"] == 30
-
-
-def test_features_are_computed_once_and_again_when_an_image_changes(config_file, fields, run_main, tmp_path):
+def test_features_are_computed_once_and_again_when_an_image_changes_or_the_cache_is_damaged(measured, tmp_path, caplog):
     folder = write_samples(tmp_path / "own", {CAPTIONS[0]: 10}, seed=1)
-    usual = fields(fake_path=folder, compare_path="", real_path="")
-    run_main("metric.py", config_file, **usual)
+    first = measured(fake_path=folder, real_path="")["models"]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
     assert len(before) == 4 * 3  # four networks (pixels, thumbnail, logits, features), chunks of 4
-    run_main("metric.py", config_file, **usual)
+    assert measured(fake_path=folder, real_path="")["models"] == first
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")} == before
-    first = read(tmp_path / "out")
+    for number, path in enumerate(before):
+        path.write_bytes(path.read_bytes()[:-20] if number % 2 else b"")
+    assert measured(fake_path=folder, real_path="")["models"] == first and "damaged and computed again" in caplog.text
     image = folder / "images" / folder_name(CAPTIONS[0]) / "5.png"
     save_image(image, 1 - load_image(image))
-    run_main("metric.py", config_file, **usual)
+    changed = measured(fake_path=folder, real_path="")["models"]
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 4 * 4  # one more chunk
-    changed = read(tmp_path / "out")
-    hashes = [result["models"]["SD+RL"]["folders"][0]["sha256"] for result in (first, changed)]
-    assert hashes[0] != hashes[1]
+    assert changed["SD+RL"]["folders"][0]["sha256"] != first["SD+RL"]["folders"][0]["sha256"]
 
 
-def test_apr_is_that_of_the_samplers_own_log(lively_judge, config_file, fields, run_main, tmp_path):
-    """Drawn by eval.py with the judge looking on; counted from its log, without any of metric.py's code."""
-    run_main("eval.py", config_file, logdir=str(tmp_path / "drawn"), eval__classifier=str(lively_judge))
-    log = json.loads((tmp_path / "drawn" / "image_log.json").read_text())
-    right = [entry["predictions"] == entry["labels"][:4] for entry in log]
-    run_main("metric.py", config_file, **fields(fake_path=tmp_path / "drawn", compare_path="", real_path=""))
-    assert len(log) == 12 and read(tmp_path / "out")["models"]["SD+RL"]["APR"] == sum(right) / 12
-    with open(tmp_path / "out" / "per_image.csv") as file:
-        lines = {line["path"]: line for line in csv.DictReader(file)}
-    for entry in log:
-        line = lines[entry["path_to_img"]]
-        assert int(line["seed"]) == entry["seed"]
-        assert float(line["H4_hair"]) == pytest.approx(expit(entry["logits"][0]), abs=1e-5)
+A, B, C = CAPTIONS[0], CAPTIONS[8], CAPTIONS[31]
+
+
+def test_models_of_different_prompts_are_compared_on_what_they_share(measured, tmp_path, caplog):
+    first = write_samples(tmp_path / "first", {A: 6, B: 4}, seed=1)
+    second = write_samples(tmp_path / "second", {B: 9, C: 5}, seed=2)
+    result = measured(folders=f"SD={first},RL={second}", real_path="")
+    (row,) = result["comparisons"]
+    assert row["prompts"] == 1 and row["APR"]["n"] == 8  # four of B on each side
+    assert row["from_APR"] == result["models"]["SD"]["APR_by_prompt"][B]
+    assert row["to_APR"] - row["from_APR"] == pytest.approx(row["APR"]["value"])
+    assert "RL has no images of 1 captions that others have" in caplog.text and "MEL plain" in caplog.text
+
+
+@pytest.mark.parametrize(("role", "how"), [("fake_path", "hidden"), ("fake_path", "removed"), ("real_path", "emptied")])
+def test_a_caption_without_images_is_named_for_one_model_and_any_folder(measured, sets, tmp_path, role, how):
+    folder = write_samples(tmp_path / "own", {A: 3, B: 4}, seed=7, drawn=88)
+    for path in images_of(folder, A):
+        path.unlink()
+    place = folder / "images" / folder_name(A)
+    if how == "hidden":
+        (place / ".DS_Store").write_text("")
+    elif how == "removed":  # the log still has its images
+        place.rmdir()
+    result = measured(**{"real_path": "", "fake_path": sets["sd"]} | {role: folder})
+    assert any(str(folder) in line and short_caption(A) in line for line in result["warnings"])
+
+
+def test_the_ceiling_has_the_models_mix_of_prompts(measured, tmp_path):
+    real = write_samples(tmp_path / "real", {A: 60, B: 30}, seed=3)
+    result = measured(fake_path=write_samples(tmp_path / "own", {A: 3, B: 9, C: 4}, seed=4), real_path=real)
+    own, by_prompt = result["models"]["SD+RL"], result["real"]["APR_by_prompt"]
+    assert own["ceiling"]["value"] == pytest.approx((3 * by_prompt[A] + 9 * by_prompt[B]) / 12)
+    assert own["ceiling_share"] == 12 / 16
+
+
+def test_a_rare_prompt_does_not_take_diversity_away(measured, tmp_path):
+    for counts, images in (({A: 6, B: 1}, 6), ({A: 1, B: 1}, 0)):
+        folder = write_samples(tmp_path / str(images), counts, seed=1)
+        block = measured(fake_path=folder, real_path="")["models"]["SD+RL"]
+        diversity = block["diversity"]["judge"]
+        assert diversity["vendi"]["n"] == 6 if images else diversity is None and "diversity" in block["missing"]
+
+
+def test_folders_of_the_same_images_are_reported(measured, sets, tmp_path, caplog):
+    with pytest.raises(UserError, match="of 'SD' hold the same images"):
+        measured(folders=f"SD={sets['sd']},SD={sets['sd']}/")
+    twin = write_samples(tmp_path / "twin", {B: 4, A: 3, C: 2}, seed=1)
+    with pytest.raises(UserError, match="of 'SD' hold the same images"):
+        measured(folders=f"SD={sets['sd']},SD={twin}")
+    (row,) = measured(folders=f"SD={sets['sd']},RL={twin}")["comparisons"]
+    assert row["APR"]["value"] == 0 and "hold the same images" in caplog.text
+
+
+def test_copies_and_near_copies_are_reported(measured, tmp_path, caplog):
+    """Of ten samples one is a training image, one its JPEG, one mirrored and brighter, one an image of the real set."""
+    train, real = (write_samples(tmp_path / name, {A: 20}, seed=n) for n, name in enumerate(("train", "real")))
+    fake = write_samples(tmp_path / "fake", {A: 10}, seed=7)
+    samples, known, held = images_of(fake, A), images_of(train, A), images_of(real, A)
+    save_image(samples[0], load_image(known[3]))
+    Image.open(known[4]).save(tmp_path / "x.jpg", quality=90)
+    save_image(samples[1], load_image(tmp_path / "x.jpg"))
+    save_image(samples[2], (load_image(known[5]) * 1.03).clamp(0, 1).flip(2))
+    save_image(samples[3], load_image(held[6]))
+    save_image(held[0], load_image(known[7]))  # a leak: it must not make the measure of near 0
+    result = measured(fake_path=fake, real_path=real, train_path=train)
+    model = result["models"]["SD+RL"]
+    about, block = model["folders"][0], model["memorisation"]["thumbnail"]
+    assert about["copies_of_training_images"] == 1 and about["near_copies_of_training_images"] == 3
+    assert about["copies_of_real_images"] == 1 and block["threshold"] > 0.003
+    assert block["share_closer"]["value"] >= 0.3
+    assert (tmp_path / "out" / "closest_judge_SD+RL.png").is_file()
+    found = {Path(pair["path"]).name: Path(pair["train"]).name for pair in block["closest"][:3]}
+    assert found == {s.name: k.name for s, k in zip(samples[:3], known[3:6], strict=True)}
+    assert (
+        "1 of 20 real images" in caplog.text and caplog.text.count("1 of 10 images") == 2 and "3 of 10" in caplog.text
+    )
+
+
+def test_training_images_behind_a_link_count(measured, sets, tmp_path):
+    write_samples(tmp_path / "elsewhere", {A: 5}, seed=1)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "train" / "back").symlink_to(tmp_path / "train")
+    save_image(tmp_path / "train" / "one.png", load_image(images_of(tmp_path / "elsewhere", A)[0]))
+    assert measured(train_path=tmp_path / "train")["sets"]["train"]["images"] == 6
+
+
+def test_black_repeated_and_missing_images_are_reported(measured, tmp_path, caplog):
+    folder = write_samples(tmp_path / "own", {A: 4, C: 2}, seed=1)
+    first, *rest = images_of(folder, A)
+    rest[0].write_bytes(first.read_bytes())
+    Image.new("RGB", (64, 64)).save(rest[1])
+    warnings = "\n".join(measured(fake_path=folder)["warnings"])
+    for text in ("has no image of 1 generated captions, which count in APR", short_caption(C), "1 of 6 images is black",
+                 "1 of 6 images is equal to another one", "rest on 4 images a set"):  # fmt: skip
+        assert text in warnings, text

@@ -6,11 +6,8 @@ import lpips
 import pytest
 import timm
 import torch
-import torchvision
 from safetensors.torch import save_file
 
-from ddpo_pytorch.data.isic import LABELS
-from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
 from ddpo_pytorch.metrics.networks import (
     DINOV2,
     URL_ALEXNET,
@@ -19,19 +16,12 @@ from ddpo_pytorch.metrics.networks import (
     Unavailable,
     dinov2_network,
     inception_network,
-    judge_network,
     lpips_network,
     official_uint8,
-    weight_file,
 )
 from ddpo_pytorch.utils.errors import UserError
 
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-pytest_plugins = ["fundus_sets"]
+pytest_plugins = ["sample_sets"]
 
 
 @pytest.mark.slow
@@ -45,24 +35,16 @@ def test_inception_sees_white_as_white_unless_compatible(random_inception):
     # the official x * 256 wraps 1.0 to 0
     assert torch.equal(compat.run(white), compat.run(black))
     assert exact.key != compat.key and exact.sha256 == compat.sha256
-    with pytest.raises(UserError, match="metric.fid is 'clean'; allowed are exact, compat"):
-        inception_network(str(path), "clean")
+    assert official_uint8(torch.arange(256).float() / 255).tolist() == [*range(255), 0]
 
 
-def test_official_quantisation_keeps_every_level_but_white():
-    levels = torch.arange(256).float() / 255
-    assert official_uint8(levels)[:255].tolist() == list(range(255)) and official_uint8(levels)[255] == 0
-
-
-def test_lpips_equals_the_lpips_package(tmp_path):
-    torch.manual_seed(0)
-    alexnet = torchvision.models.alexnet(weights=None)
-    torch.save(alexnet.state_dict(), tmp_path / "alexnet.pth")
-    ours = lpips_network(str(tmp_path / "alexnet.pth"))
+def test_lpips_equals_the_lpips_package(alexnet):
+    ours, weights = lpips_network(str(alexnet)), torch.load(alexnet)
     reference = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
     for name, layer in itertools.chain(*(slice_.named_children() for slice_ in reference.net.children())):
-        layer.load_state_dict(alexnet.features[int(name)].state_dict())
-    x, y = torch.rand(2, 3, 3, 64, 64, generator=seeded(8))
+        prefix = f"features.{name}."
+        layer.load_state_dict({key.removeprefix(prefix): w for key, w in weights.items() if key.startswith(prefix)})
+    x, y = torch.rand(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(8))
     expected = reference(x, y, normalize=True).flatten(1).detach()
     torch.testing.assert_close(ours.run(x, y), expected, rtol=1e-6, atol=0)
     assert expected.min() > 0 and ours.run(x, x).abs().max() == 0
@@ -74,7 +56,7 @@ def test_dinov2_takes_timms_file_with_its_own_position_embeddings(tmp_path):
     model = timm.create_model(DINOV2, pretrained=False, num_classes=0).eval()  # 518 px, as published
     save_file(model.state_dict(), tmp_path / "dinov2.safetensors")
     network = dinov2_network(str(tmp_path / "dinov2.safetensors"))
-    images = torch.rand(2, 3, 64, 64, generator=seeded(1))
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     features = network.run(images)
     assert features.shape == (2, 384) and not torch.equal(features[0], features[1])
     # the same weights in timm's own model of that size
@@ -86,25 +68,16 @@ def test_dinov2_takes_timms_file_with_its_own_position_embeddings(tmp_path):
         torch.testing.assert_close(features, small((pixels - mean) / std), rtol=1e-4, atol=1e-5)
 
 
-def test_a_judge_is_two_networks(tmp_path):
-    torch.manual_seed(0)
-    save_classifier(ArtifactClassifier(LABELS[:4], 32, "tinynet_e"), tmp_path / "h4.safetensors")
-    logits, features, labels = judge_network("H4", str(tmp_path / "h4.safetensors"))
-    model, images = load_classifier(tmp_path / "h4.safetensors"), torch.rand(2, 3, 48, 48, generator=seeded(2))
-    assert labels == LABELS[:4] and logits.key != features.key
-    assert torch.equal(logits.run(images), model.logits(images))
-    assert torch.equal(features.run(images), model.features(images))
+SOURCES = {
+    "inception": (inception_network, URL_INCEPTION_V3),
+    "alexnet": (lpips_network, URL_ALEXNET),
+    "dinov2": (dinov2_network, URL_DINOV2),
+}
 
 
-@pytest.mark.parametrize(
-    ("load", "flag", "url"),
-    [
-        (inception_network, "inception", URL_INCEPTION_V3),
-        (lpips_network, "alexnet", URL_ALEXNET),
-        (dinov2_network, "dinov2", URL_DINOV2),
-    ],
-)
-def test_weight_files_that_cannot_be_had(load, flag, url, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flag", SOURCES)
+def test_weight_files_that_cannot_be_had(flag, tmp_path, monkeypatch):
+    load, url = SOURCES[flag]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     for option, error, message in (
@@ -125,6 +98,5 @@ def test_a_cached_file_is_found(tmp_path, monkeypatch):
     cached = tmp_path / "checkpoints" / URL_ALEXNET.rsplit("/", 1)[1]
     cached.parent.mkdir()
     cached.write_bytes(b"x")
-    assert weight_file("auto", URL_ALEXNET, "f") == cached
     with pytest.raises(UserError, match=f"{cached}.* is a text file"):
         lpips_network("auto")

@@ -1,14 +1,17 @@
-"""Tables 2 and 3 in the paper's layout, with intervals, in three formats; pictures of sets side by side."""
+"""APR by hand and against torchmetrics; tables 2 and 3 in the paper's layout, in three formats; pictures of sets."""
 
 import csv
 import io
 
 import numpy as np
+import pytest
 import torch
+from torchmetrics.classification import MultilabelExactMatch
 
 from ddpo_pytorch.data.images import save_image
-from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of
 from ddpo_pytorch.data.sample_folder import folder_name, list_samples
+from ddpo_pytorch.metrics.alignment import aligned_images, apr_by_prompt, measure_apr
 from ddpo_pytorch.metrics.pictures import comparison, contact_sheet
 from ddpo_pytorch.metrics.tables import table2, table3, to_csv, to_latex, to_markdown
 
@@ -64,22 +67,51 @@ def test_formats_hold_the_same_cells():
     assert r"FID $\downarrow$" in text and "↓" not in text
 
 
-def test_comparison_puts_the_same_captions_below_each_other(tmp_path):
+def test_pictures_of_sets_and_of_pairs(tmp_path):
     sets = {}
     for name, value in (("SD", 0.2), ("SD+RL", 0.8)):
-        for caption in CAPTIONS[:9]:
+        for caption in CAPTIONS[:10]:
             save_image(tmp_path / name / "images" / folder_name(caption) / "0.png", torch.full((3, 8, 8), value))
         sets[name] = list_samples(tmp_path / name)
     sheet = np.asarray(comparison(sets))
     assert sheet.shape == (4 * 12, 8 * 5 + 8 * 10 + 2, 3)  # two rows of captions for each set
     assert [int(sheet[row * 12 + 6, 46, 0]) for row in range(4)] == [51, 204, 51, 204]
+    sheet = np.asarray(contact_sheet([{"path": sets["SD"][0][0], "train": sets["SD+RL"][0][0], "distance": 0.5}] * 5))
+    assert sheet.shape == (5 * 12, 48 + 22, 3)
+    assert [int(sheet[6, 48 + x, 0]) for x in (6, 16)] == [51, 204] and contact_sheet([]).size == (1, 1)
 
 
-def test_contact_sheet_shows_pairs(tmp_path):
-    for name, value in (("a", 0.2), ("b", 0.8)):
-        save_image(tmp_path / f"{name}.png", torch.full((3, 8, 8), value))
-    pair = {"path": str(tmp_path / "a.png"), "train": str(tmp_path / "b.png"), "distance": 0.5}
-    sheet = np.asarray(contact_sheet([pair] * 5))
-    assert sheet.shape == (2 * 26, 4 * 30, 3)
-    assert [int(sheet[20, x, 0]) for x in (6, 16)] == [51, 204]
-    assert contact_sheet([]).size == (1, 1)
+HAIR, GEL_RULER, PLAIN = CAPTIONS[8], CAPTIONS[16 + 6], CAPTIONS[0]
+
+
+def test_apr_by_hand():
+    captions = [HAIR, HAIR, GEL_RULER, GEL_RULER, PLAIN]
+    predictions = torch.tensor([[1, 0, 0, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
+    aligned = aligned_images(captions, predictions, LABELS[:4])
+    assert aligned.tolist() == [1, 0, 1, 0, 1]
+    assert list(apr_by_prompt(aligned, captions).items()) == [(PLAIN, 1.0), (HAIR, 0.5), (GEL_RULER, 0.5)]
+    groups = np.array([CAPTIONS.index(caption) for caption in captions])
+    block, hits = measure_apr(LABELS[:4], predictions.numpy() - 0.5, captions, groups, 0)
+    assert hits.tolist() == aligned.tolist() and block["APR"].value == 3 / 5 and block["by_prompt"][HAIR].value == 0.5
+    numbers = block["attributes"]
+    assert {name: values["accuracy"] for name, values in numbers.items()} == {
+        "hair": 1.0, "gel_bubble": 1.0, "ruler": 0.8, "ink": 0.8
+    }  # fmt: skip
+    assert numbers["ruler"]["recall"].value == 0.5 and numbers["ruler"]["precision"].value == 1
+    assert (numbers["ink"]["requested"], numbers["ink"]["seen"], numbers["ink"]["recall"].value) == (0, 1, None)
+
+
+def test_every_label_of_the_judge_counts():
+    # six heads: the same artifacts but the wrong disease is not aligned; columns are found by name, not by position
+    assert aligned_images([HAIR] * 2, torch.tensor([[1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, 1]]), LABELS).tolist() == [1, 0]
+    assert aligned_images([CAPTIONS[1]], torch.tensor([[1, 0]]), ("ink", "hair")).tolist() == [1]
+
+
+def test_apr_equals_torchmetrics_over_uneven_shares():
+    captions = [CAPTIONS[i % 32] for i in range(101)]
+    predictions = torch.randint(0, 2, (101, 4), generator=torch.Generator().manual_seed(0))
+    metric = MultilabelExactMatch(num_labels=4)
+    for start in range(3):
+        stated = torch.tensor([labels_of(caption)[:4] for caption in captions[start::3]])
+        metric.update(predictions[start::3], stated)
+    assert aligned_images(captions, predictions, LABELS[:4]).mean() == pytest.approx(float(metric.compute()), rel=1e-6)
