@@ -161,9 +161,8 @@ def test_everything_is_in_reach_without_scrolling_sideways(window, width, height
     for section in ("start", "done", "ask"):
         window.run("only(arguments[0])", section)
         assert window.run("return document.documentElement.scrollWidth") <= width
-    boxes = window.run(
-        "return [...document.querySelectorAll('#ask button')].map(b => b.getBoundingClientRect().toJSON())"
-    )
+    buttons = window.driver.find_elements("css selector", "#ask button")
+    boxes = [window.run("return arguments[0].getBoundingClientRect().toJSON()", button) for button in buttons]
     assert len(boxes) == 6
     for box in boxes:
         assert box["height"] >= 44 and box["left"] >= 0 and box["right"] <= width and box["bottom"] <= height

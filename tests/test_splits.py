@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from script_tools import files_of
 
 from ddpo_pytorch.data import splits
 from ddpo_pytorch.data.splits import RECORD, count_labels
@@ -155,36 +156,28 @@ def test_lesions_in_several_splits_are_counted(folder, tmp_path, command):
 
 
 def test_regrouped_splits_share_no_lesion_and_keep_sizes_rows_and_labels(folder, tmp_path, command):
-    rng = np.random.default_rng(5)
+    rng, owner = np.random.default_rng(5), {}
     lesions = {f"I{number:03d}": f"L{number if number > 60 else rng.integers(20)}" for number in rng.permutation(97)}
     write_metadata(tmp_path / "meta.csv", lesions)
-    given = ("--splits", folder, "--metadata", tmp_path / "meta.csv", "--seed", 7)
-    code, said = command(*given, "--regroup", tmp_path / "out")
-    assert code == 0 and "0 lesions, with 0 images" in said
-    paths = splits.find_splits(tmp_path / "out")["isic2019"]
+    for seed, name in ((7, "out"), (7, "again"), (8, "other")):
+        given = ("--splits", folder, "--metadata", tmp_path / "meta.csv", "--seed", seed)
+        code, said = command(*given, "--regroup", tmp_path / name)
+        assert code == 0 and "0 lesions, with 0 images" in said
+    out, again, other = (files_of(tmp_path / name) for name in ("out", "again", "other"))
+    assert out == again and out["isic2019_test.csv"] != other["isic2019_test.csv"]
     before, after = (splits.read_splits(splits.find_splits(path)["isic2019"]) for path in (folder, tmp_path / "out"))
     assert {name: len(rows) for name, rows in after.items()} == {"train": 60, "val": 20, "test": 20}
-    owner = {}
+    record = json.loads(out[RECORD])
+    assert record["seed"] == 7 and set(record["made_from"]) == {*(f"isic2019_{s}.csv" for s in after), "meta.csv"}
     for name, rows in after.items():
         assert all(owner.setdefault(lesions[row.image], name) == name for row in rows if row.image in lesions)
         old, new = count_labels(before[name]), count_labels(rows)
         assert all(abs(old[label] - new[label]) <= max(3, 0.1 * old[label]) for label in old), (old, new)
+        digest = hashlib.sha256(out[f"isic2019_{name}.csv"]).hexdigest()
+        assert record["files"][f"isic2019_{name}.csv"] == {"sha256": digest, "images": len(rows), **new}
     every = [{row.image: row.fields for rows in part.values() for row in rows} for part in (before, after)]
-    assert every[0] == every[1]
-    assert paths["val"].read_text().startswith(HEADER)
-
-    record = json.loads((tmp_path / "out" / RECORD).read_text())
-    assert record["seed"] == 7 and set(record["made_from"]) == {*(f"isic2019_{s}.csv" for s in after), "meta.csv"}
-    for name, path in paths.items():
-        entry = record["files"][path.name]
-        assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-        assert entry["images"] == len(after[name]) and entry["MEL"] == sum(row.labels[4] for row in after[name])
-
-    for seed, name in ((7, "again"), (8, "other")):
-        command(*given[:-1], seed, "--regroup", tmp_path / name)
-        assert ((tmp_path / name / "isic2019_test.csv").read_bytes() == paths["test"].read_bytes()) == (seed == 7)
-
-    paths["val"].write_text(paths["val"].read_text().replace("arm", "leg"))
+    assert every[0] == every[1] and out["isic2019_val.csv"].decode().startswith(HEADER)
+    (tmp_path / "out" / "isic2019_val.csv").write_bytes(out["isic2019_val.csv"].replace(b"arm", b"leg"))
     assert "was changed after splits.json" in command("--splits", tmp_path / "out")[1]
 
 
