@@ -71,10 +71,7 @@ def preprocess_isic_real_data():
 def prompt_image_alignment_classifier_isic():
     """Stage (ii) as published, on 4 GPUs."""
     config = model_and_dataset_configs(base.get_config())
-    config.run_name = "isic_classifier_reward_main"
-    config.num_epochs = 200
-    config.save_freq = 1
-    config.num_checkpoint_limit = 200
+    config.update(run_name="isic_classifier_reward_main", num_epochs=200, save_freq=1, num_checkpoint_limit=200)
     config.per_prompt_stat_tracking.buffer_size = 32
     # 8 * 8 * 4 GPUs = 256 samples per epoch
     config.sample.update(batch_size=8, num_batches_per_epoch=8)
@@ -111,8 +108,7 @@ def prompt_image_alignment_classifier_isic_80gb():
 def prompt_image_alignment_classifier_isic_eval():
     """960 images a prompt from the base model (stage (i))."""
     config = prompt_image_alignment_classifier_isic()
-    config.prompt_fn = "isic_all_idx"
-    config.seed = 88
+    config.update(prompt_fn="isic_all_idx", seed=88)
     config.eval.update(num_samples_per_prompt=960, batch_size=20)
     config.logdir = config.get_ref("base_log_path") + "/samples/SD_samples"
     return config

@@ -87,8 +87,7 @@ def improve():
 def ddpo():
     """Policy gradient on the judges' reward, [selector >= tau] * policy."""
     config = trained(_common())
-    config.num_epochs = 50
-    config.save_freq = 5
+    config.update(num_epochs=50, save_freq=5)
     # 8 * 8 = 64 samples per epoch and process, 2 updates
     config.sample.update(batch_size=8, num_batches_per_epoch=8)
     config.train.update(batch_size=4, gradient_accumulation_steps=8, gradient_checkpointing=True)
@@ -175,8 +174,7 @@ def improve_mini():
 def ddpo_mini():
     """One round's worth of DDPO: 256 samples an epoch in 4 updates."""
     config = mini(ddpo())
-    config.num_epochs = 8
-    config.save_freq = 8
+    config.update(num_epochs=8, save_freq=8)
     config.sample.update(batch_size=64, num_batches_per_epoch=4)
     config.train.update(batch_size=64, gradient_accumulation_steps=1, gradient_checkpointing=False)
     # half of the steps, anywhere: early ones decide the content, late ones the sharpness

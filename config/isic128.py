@@ -62,8 +62,7 @@ def preprocess_isic_real_data():
 def prompt_image_alignment_classifier_isic():
     """Stage (ii) on one device."""
     config = model_and_dataset_configs(dgx.prompt_image_alignment_classifier_isic())
-    config.num_epochs = 50
-    config.save_freq = 10
+    config.update(num_epochs=50, save_freq=10)
     # 64 * 4 = 256 samples per epoch
     config.sample.update(batch_size=64, num_batches_per_epoch=4)
     # 64 * 2 = 128 samples per update, 256 / 128 = 2 updates per epoch

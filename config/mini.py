@@ -67,10 +67,7 @@ def finetune_sd():
 def prompt_image_alignment_classifier_isic():
     """Stage (ii)."""
     config = model_and_dataset_configs(dgx.prompt_image_alignment_classifier_isic())
-    config.run_name = ""
-    config.num_epochs = 32
-    config.save_freq = 4
-    config.num_checkpoint_limit = 8
+    config.update(run_name="", num_epochs=32, save_freq=4, num_checkpoint_limit=8)
     # 8 rewards of a prompt come together in about one epoch
     config.per_prompt_stat_tracking.min_count = 8
     # 64 * 4 = 256 samples per epoch
