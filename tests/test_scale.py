@@ -160,7 +160,7 @@ def test_a_divided_fine_tune(settings, judges, small_pipeline_dir, train, monkey
     settings |= {"train.gradient_checkpointing": True, "pretrained.model": str(small_pipeline_dir)}
     settings |= {"sample.num_batches_per_epoch": 1, "sample.num_steps": 2, "prompt_fn": "from_file"}
     settings |= {"prompt_fn_kwargs.path": str(prompts), "held_out.classifier": str(judges[4])}
-    settings |= {"held_out.every": 1, "held_out.images_per_prompt": 3}
+    settings |= {"held_out.every": 1, "held_out.images_per_prompt": 1}
     settings |= {"sample.guidance_scale": 1.0, "train.cfg": False}  # half of the passes
     launch("fsdp.yaml", PROCESSES, "scripts/train.py", *as_flags(settings))
     run = logs / "run"
