@@ -21,14 +21,13 @@ for count, width in ((500, 700), (63, 1280)):  # sizes at which products by seve
     parts = [fidelity.Moments.of(part) for part in np.array_split(x, 10)]
     real = fidelity.Moments.of(y)
     frechet, kid = fidelity.frechet_jackknife(parts, real), fidelity.kernel_distance(x, y, 0, subsets=3)
-    spread = diversity.within_prompt_diversity(x, np.arange(count) % 9, 7, 0, replicates=20)
+    spread = diversity.within_prompt_diversity(x, np.arange(count) % 9, 7, 0, replicates=20).values()
     found[count] = [frechet.value, frechet.low, fidelity.frechet_distance(parts[0], real), kid.value, kid.high]
-    found[count] += [estimate.high for estimate in spread.values()]
-    found[count] += [*fidelity.manifold_metrics(x, y, block=100).values()]
+    found[count] += [*fidelity.manifold_metrics(x, y, block=100).values(), *(estimate.high for estimate in spread)]
     found[count] += [memorisation.nearest(x, y, block=100)[0].sum()]
-labels = rng.integers(0, 2, (3000, 1))
-logits = labels + rng.standard_normal((3000, 1))
-found["ece"] = [value for row in Report(logits, labels, ("hair",), resamples=50).rows for value in row.values()]
+labels = torch.tensor(rng.integers(0, 2, (3000, 1)))
+report = Report(labels + torch.tensor(rng.standard_normal((3000, 1))), labels, ("hair",), resamples=50)
+found["ece"] = [value for row in report.rows for value in row.values()]
 print(json.dumps({key: [str(value) for value in values] for key, values in found.items()}))
 """
 
