@@ -80,8 +80,8 @@ def read_prompts(path: str | Path, low: int | None = None, high: int | None = No
         raise UserError(f"prompt file {str(path)!r} does not exist; give a path, or an asset such as isic_prompts.txt")
     prompts = _parse_prompts(str(path), source.read_bytes())
     if not (chosen := list(prompts[low:high])):
-        problem = f"{len(prompts)} prompts and none in [{low}, {high})"
-        raise UserError(f"prompt file {str(path)!r} has {problem}; change prompt_fn_kwargs.low and .high")
+        remedy = "change prompt_fn_kwargs.low and .high" if prompts else "write one prompt a line"
+        raise UserError(f"prompt file {str(path)!r} has {len(prompts)} prompts, none in [{low}, {high}); {remedy}")
     return chosen
 
 

@@ -22,13 +22,14 @@ reward: "delta" has exactly the gradient of (R - p)^2 / 2. Stage 2's advantage i
 import torch
 from torch.nn.functional import logsigmoid
 
-from ddpo_pytorch.utils.settings import POSITIVE, check_pair
+from ddpo_pytorch.utils.settings import POSITIVE, check_choices, check_pair
 
 OBJECTIVES = ("symmetric_log", "log", "delta")
 
 
 def advantages(rewards: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Return signed advantages R - V (B,), without a gradient. `values` are scores or a baseline in [0, 1]."""
+    _check_shapes(rewards=rewards, values=values)
     return (rewards - values).detach()
 
 
@@ -38,11 +39,10 @@ def reinforce_loss(
     """Return the mean of w L over samples, a scalar; see the module docstring.
 
     Logits (B,) of the scores have gradients, `advantages` (B,) and `weights` (B,), 0 or more, are constants. Raises
-    ValueError if shapes differ: (B,) against (B, 1) would pair every sample with every other.
+    ValueError if shapes differ, UserError for another objective.
     """
-    if not logits.shape == advantages.shape == weights.shape:
-        shapes = ", ".join(str(tuple(values.shape)) for values in (logits, advantages, weights))
-        raise ValueError(f"logits, advantages and weights must have the same shape, not {shapes}")
+    _check_shapes(logits=logits, advantages=advantages, weights=weights)
+    check_choices({"objective": objective}, {"objective": OBJECTIVES}, "rlhf.")
     advantages, weights = advantages.detach(), weights.detach()
     if objective == "delta":
         gains = advantages * logits.sigmoid()
@@ -51,6 +51,13 @@ def reinforce_loss(
     else:  # log(1 - sigmoid(z)) is logsigmoid(-z)
         gains = advantages.clamp(min=0) * logsigmoid(logits) + (-advantages).clamp(min=0) * logsigmoid(-logits)
     return -(weights * gains).mean()
+
+
+def _check_shapes(**values: torch.Tensor) -> None:
+    """Raise ValueError if shapes differ: (B,) against (B, 1) would pair every sample with every other."""
+    if len({value.shape for value in values.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in values.items())
+        raise ValueError(f"all must have the same shape, not {shapes}")
 
 
 def importance_weights(
