@@ -23,6 +23,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from script_tools import load_module
+from test_killing import content
 
 from ddpo_pytorch.training import checkpoints as saving
 from ddpo_pytorch.training import run_folder, run_state
@@ -68,23 +69,6 @@ def forked(function, *arguments) -> int:
             traceback.print_exc()
         os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-
-def content(folder: Path) -> dict:
-    """All that a run leaves, without the times."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.is_symlink():
-            found[name] = os.readlink(path)
-        if path.is_dir() or name.startswith("config"):
-            continue
-        found[name] = path.read_bytes().decode("latin-1")
-        if name == "metrics.jsonl":
-            entries = [json.loads(line) for line in found[name].splitlines()]
-            timed = ("seconds", "per_second", "gib")
-            found[name] = [{k: v for k, v in entry.items() if not k.endswith(timed)} for entry in entries]
-    return found
 
 
 def better_evaluation(state, _, *others, add=run_state.RunState.add_evaluation):
