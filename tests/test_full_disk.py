@@ -31,18 +31,13 @@ def disk(folder: Path, size: int):
 
 
 @pytest.fixture
-def commands(run_main, config_file, world, train_stage, train, fields):
+def commands(run_main, config_file, world, train_stage, train):
     """By name, functions that write a folder, and leave in it what does not depend on times and places."""
     table = {"dataset__csv": str(world / "splits" / "phantom_val.csv"), "dataset__data_path": str(world / "images")}
 
     def stage_one(out):
         train_stage(out, sd__stage="vae", sd__save_every=1, sd__grid_every=2, sd__cache_dir=str(out / "cache"))
         for path in (*out.glob("*.jsonl"), *(out / "cache").glob("*")):  # a cache that may do without
-            path.unlink()
-
-    def metric(out):
-        run_main("metric.py", config_file, **fields(output=out / "tables", cache_dir=out / "cache"))
-        for path in out.glob("tables/metrics*"):
             path.unlink()
 
     def reinforce(out):
@@ -59,7 +54,6 @@ def commands(run_main, config_file, world, train_stage, train, fields):
             "eval.py", config_file, logdir=str(out), eval__classifier="", sample__num_steps=1
         ),
         "stage one": stage_one,
-        "metrics": metric,
         "training": reinforce,
     }
 
@@ -67,7 +61,7 @@ def commands(run_main, config_file, world, train_stage, train, fields):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "share"),
-    [("extraction", 0.05), ("evaluation", 0.6), ("stage one", 0.6), ("metrics", 0.05), ("training", 0.6)],
+    [("extraction", 0.05), ("evaluation", 0.6), ("stage one", 0.6), ("training", 0.6)],
 )
 def test_a_disk_with_room_for_a_share_and_then_for_all(commands, tmp_path, name, share):
     run = commands[name]

@@ -241,14 +241,9 @@ GOOD = [
     {"epoch": 3, "best": {"apr": 1}, "scores": {"a": 0.5, "b?": 2}, "tracker": {"rewards": [["ä", [1, 0.5]], [3, []]]}},
 ]
 BAD = {
-    "torn": ('{"epoch": 3', "JSON"),
-    "empty": ("", "JSON"),
     "not text": (b"\xff\xfe\x00", "JSON"),
-    "null": ("null", "None"),
     "missing": ('{"epochs": 3}', "'epoch' is missing"),
     "bool": ('{"epoch": true}', "'epoch' is True"),
-    "float": ('{"epoch": 3.0}', "'epoch' is 3.0"),
-    "negative": ('{"epoch": -1}', "'epoch' is -1"),
     "beyond Python's digits": ('{"epoch": 1, "x": %s}' % ("9" * 10_000), "64 bits"),
     "deep lists": ("[" * 10**6, "nested"),
     "deep objects": ('{"epoch": 1, "x": ' + '{"x": ' * 100 + "1" + "}" * 101, "nested"),

@@ -116,7 +116,6 @@ def test_specifications():
         ("aesthetic_score", {}, "'aesthetic_score' .* is unknown; .*isic_classifier_reward, jpeg_comp"),
         ("", {}, "'' .* is unknown"),
         ("jpeg_compressibility:nan", {}, "weight 'nan'"),
-        ("jpeg_compressibility:", {}, "weight ''"),
         ("jpeg_compressibility:1,jpeg_compressibility:2", {}, "twice"),
         ("jpeg_compressibility:0,jpeg_incompressibility:0.0", {}, "are 0"),
         ("build_reward", {}, "'build_reward'.*REWARDS"),
@@ -150,13 +149,11 @@ def brightness(images: torch.Tensor) -> torch.Tensor:
 
 VALUES = [
     ([0.25, 0.5], (0.25, 0.5)),
-    ([True, False], (1, 0)),
     ([torch.tensor(0.25, requires_grad=True), torch.tensor(0.5)], (0.25, 0.5)),
     ([[0.25], [0.5]], (0.25, 0.5)),
     (np.array([1, 3], dtype=np.int8), (1, 3)),
     (np.array([[0.25], [0.5]], dtype=np.float16), (0.25, 0.5)),
     (torch.tensor([0.25, 0.5], dtype=torch.bfloat16, requires_grad=True), (0.25, 0.5)),
-    (torch.tensor([[1], [3]]), (1, 3)),
 ]
 
 
@@ -184,15 +181,12 @@ def test_numbers_of_every_kind_work_alone_and_in_sums(monkeypatch, spec):
         (([0.5], {}), "list of 1"),  # would be broadcast to the batch
         ((torch.tensor(0.5), {}), "()"),
         ((None, {}), "None"),
-        ((torch.zeros(2, 2), {}), "(2, 2)"),
         ((["0.25", "0.5"], {}), "str"),
-        ((torch.zeros(2, dtype=torch.complex64), {}), "complex64"),
         (([[0.5], [0.5, 0.5]], {}), "list"),
         ([0.25, 0.5], "list of 2"),  # no pair of rewards and info, although it has two elements
         (brightness, "(2,)"),
         (([0.25, 0.5], None), "NoneType"),
         (([0.25, float("nan")], {}), "'a dog'"),
-        ((torch.tensor([float("inf"), 0.0]), {}), "'a cat'"),
     ],
 )
 def test_other_results_are_refused_by_name_at_the_trial_and_after(monkeypatch, result, stated):

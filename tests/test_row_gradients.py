@@ -13,7 +13,6 @@ from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
 from ddpo_pytorch.rollout import sample_trajectories
 from ddpo_pytorch.training.rollout_gradients import (
     RolloutGradients,
-    has_per_sample_gradients,
     per_sample_gradients,
     rollout_gradients,
 )
@@ -85,12 +84,6 @@ def test_rows_have_their_own_gradients(threads, fused, checkpointing):
         torch.testing.assert_close(weight.grad, rows.sum(dim=0) / 2, rtol=1e-9, atol=1e-12)
 
 
-def test_only_adapters_of_linear_layers_have_them():
-    assert has_per_sample_gradients(unet(torch.float32))
-    assert not has_per_sample_gradients(unet(torch.float32, ("to_q", "conv1")))
-    assert not has_per_sample_gradients(scratch.build_unet((16, 32), (False, True), 32, 16))
-
-
 @pytest.fixture
 def both_ways(train, script, settings, monkeypatch):
     """Function: an epoch without and with gradients taken while sampling; those of its updates, and the log line."""
@@ -133,7 +126,6 @@ def both_ways(train, script, settings, monkeypatch):
         ({}, 2),
         ({"train__batch_size": 2, "train__gradient_accumulation_steps": 2, "train__num_inner_epochs": 2}, 4),
         ({"sample__guidance_scale": 1.0, "train__timestep_window": (0.34, 1.0), "train__adv_clip_max": 0.3}, 2),
-        ({"train__batch_size": 2, "train__timesteps_per_forward": 3, "train__gradient_checkpointing": True}, 4),
         ({"sample__images_per_prompt": 4, "train__advantage": "group"}, 2),
         # 8 samples, drawn 3, 3 and 2 at once
         ({"train__batch_size": 1, "train__timesteps_per_forward": 3, "train__gradient_accumulation_steps": 8}, 1),

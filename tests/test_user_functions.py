@@ -63,15 +63,12 @@ def test_functions_as_in_ddpo_pytorch(mine, train, caplog):
         ({"train__advantage": "group"}, ("8 samples", "sample.images_per_prompt")),
         ({"held_out__every": 1}, ("'mine'", "PROMPT_LISTS")),
         ({"prompt_fn_kwargs": {"noun": "bird"}}, ("prompt_fn_kwargs", "noun")),
-        ({"reward_fn": "mine", "reward_fn_kwargs.mine.scal": 1}, ("reward_fn_kwargs.mine", "scal")),
         ({"reward_fn": "mine", "reward_fn_kwargs.mine.scale": float("nan")}, ("'mine'", "nan")),
-        ({"reward_fn": "none:0.5,jpeg_compressibility"}, ("'none'", "None")),
         ({"prompt_fn": "numbers"}, ("'numbers'", "7")),
     ],
     ids=lambda value: "" if isinstance(value, tuple) else "-".join(value),
 )
 def test_what_cannot_work_is_refused_first(mine, train, tmp_path, monkeypatch, overrides, expected):
-    monkeypatch.setitem(REWARDS, "none", lambda: lambda images, prompts, metadata: (None, {}))
     monkeypatch.setitem(PROMPTS, "numbers", lambda: 7)
     monkeypatch.setitem(PROMPTS, "mine", lambda nouns="a": f"{nouns} {random.random()}")  # no prompt occurs twice
     with pytest.raises(UserError) as caught:
