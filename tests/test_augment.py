@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,7 +43,7 @@ def test_drawn_samples_are_distinct_paired_nested_and_counted():
 def test_plan_names_and_folders():
     real = {CAPTIONS[0]: 2, CAPTIONS[1]: 1}
     captions = {"SD": [CAPTIONS[0]] * 3 + [CAPTIONS[1]], "SD-RL": [CAPTIONS[1]]}
-    trainings = planning.plan(real, captions, (1.0, "balanced"), (3, 5))
+    trainings = planning.plan(real, captions, planning.parse_ratios("1x, balanced"), planning.parse_seeds("3, 5"))
     names = ["real", "real + 1x SD", "real + 1x SD-RL", "real + balanced SD", "real + balanced SD-RL"]
     folders = ["real", "SD_1", "SD-RL_1", "SD_balanced", "SD-RL_balanced"]
     assert [one.name for one in trainings] == names * 2
@@ -54,12 +53,6 @@ def test_plan_names_and_folders():
     for other, ratio in ((CAPTIONS[7], 1.0), (CAPTIONS[1], 0.4)):
         with pytest.raises(UserError, match=r"--samples=X=\.\.\.: ratio .* takes none of its 1 images"):
             planning.plan(real, {"X": [other]}, [ratio], (0,))
-
-
-def test_flags_are_parsed():
-    assert planning.parse_ratios("0.5, 1x,balanced") == (0.5, 1.0, "balanced")
-    assert planning.parse_seeds("0, 7,1") == (0, 7, 1)
-    assert planning.parse_samples(["SD=a/b", "SD-RL=c=d"]) == {"SD": Path("a/b"), "SD-RL": Path("c=d")}
 
 
 RATIOS = ("", "-1", "nan", "1,,2", "much", "1,1.0", "balanced,balanced")

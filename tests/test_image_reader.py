@@ -308,19 +308,19 @@ def fundus_table(folder, *names):
     return folder / "f.csv"
 
 
-@pytest.mark.parametrize("image", ["ISIC_7_downsampled", "isic_7", "ISIC_7.JPEG"])
-@pytest.mark.parametrize("file", ["ISIC_7.jpg", "ISIC_7_downsampled.png", "Isic_7.Tif"])
-def test_ids_of_isic_are_found_under_any_suffix_and_case(image, file, tmp_path):
-    save(tmp_path, file, "ISIC_77.jpg")
-    rows, paths, missing = isic.load_split(isic_table(tmp_path, image), tmp_path)
+@pytest.mark.parametrize(
+    ("load", "table", "file", "named"),
+    [
+        (isic.load_split, isic_table, "ISIC_7.jpg", "ISIC_7_downsampled"),
+        (isic.load_split, isic_table, "ISIC_7_downsampled.png", "isic_7"),
+        (isic.load_split, isic_table, "Isic_7.Tif", "ISIC_7.JPEG"),
+        (fundus.load_split, fundus_table, "Images/1_Left.JPEG", "IMAGES/1_LEFT.JPG"),
+    ],
+)
+def test_images_are_found_under_any_suffix_and_case(load, table, file, named, tmp_path):
+    save(tmp_path, file, "ISIC_77.jpg", "Images/1_right.JPEG")
+    rows, paths, missing = load(table(tmp_path, named), tmp_path)
     assert (paths, missing, len(rows)) == ([tmp_path / file], 0, 1)
-
-
-@pytest.mark.parametrize("path", ["IMAGES/1_LEFT.JPG", "images/1_left.jpeg"])
-@pytest.mark.parametrize("file", ["images/1_left.JPG", "Images/1_Left.JPEG"])
-def test_paths_of_fundus_tables_are_found_in_any_case(path, file, tmp_path):
-    save(tmp_path, file, f"{file[:7]}1_right.jpg")
-    assert fundus.load_split(fundus_table(tmp_path, path), tmp_path)[1:] == ([tmp_path / file], 0)
 
 
 @pytest.mark.parametrize(

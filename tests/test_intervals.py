@@ -10,13 +10,11 @@ import scipy.stats
 
 from ddpo_pytorch.metrics.intervals import (
     Estimate,
-    GroupedSample,
     bootstrap_mean,
     bootstrap_ratio,
     bootstrap_unpaired_difference,
     mcnemar,
     mean_over_runs,
-    replicate_means,
     sign_flip_p,
 )
 
@@ -67,23 +65,9 @@ def test_replicates_are_those_of_the_naive_bootstrap(resample_groups):
     assert abs(estimate.low - low) < 0.12 * expected.std() and abs(estimate.high - high) < 0.12 * expected.std()
 
 
-def test_replicates_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
-    values, groups = np.random.default_rng(2).normal(size=(2, 60))[0], np.arange(60) % 4
-    whole = replicate_means([GroupedSample(values[:, None], groups)], 3, resample_groups=False, replicates=50)[0]
-    monkeypatch.setattr("ddpo_pytorch.metrics.intervals.CHUNK", 130)
-    parts = replicate_means([GroupedSample(values[:, None], groups)], 3, resample_groups=False, replicates=50)[0]
-    np.testing.assert_array_equal(whole, parts)
-
-
 def over_prompts(seed):
     values, groups = clustered(seed, 0.3)
     return bootstrap_mean(values, groups, seed, resample_groups=True, replicates=500)
-
-
-def over_images(seed):
-    groups = np.repeat(np.arange(5), 40)
-    values = np.random.default_rng([seed, 3]).random(200) < np.linspace(0.2, 0.8, 5)[groups]
-    return bootstrap_mean(values, groups, seed, resample_groups=False, replicates=500)
 
 
 def difference(seed, pairs):
@@ -111,7 +95,6 @@ def ratio(seed):
     ("simulate", "truth"),
     [
         (over_prompts, 0.5),
-        (over_images, 0.5),
         (partial(difference, pairs=True), 0.2),
         (partial(difference, pairs=False), 0.2),
         (ratio, (SEEN * RIGHT).sum() / SEEN.sum()),
@@ -173,15 +156,6 @@ def test_unpaired_differences_draw_the_same_prompts_for_both_sides():
     estimate = bootstrap_unpaired_difference(a, groups, b, groups, 0)
     assert estimate.value == pytest.approx(b.mean() - a.mean(), abs=1e-9) and estimate.n == 2000
     assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * math.sqrt(2 / 1000), rel=0.15)
-
-
-def test_unpaired_differences_are_over_shared_prompts():
-    a, b = (
-        (np.array([0, 1, 0, 0, 1]), np.array([1, 1, 2, 2, 9])),
-        (np.array([1, 1, 0, 1, 0]), np.array([2, 2, 2, 1, 5])),
-    )
-    estimate = bootstrap_unpaired_difference(*a, *b, 0)
-    assert estimate.value == pytest.approx(3 / 4 - 1 / 4) and estimate.n == 8 and "2 prompts" in estimate.how
 
 
 def test_a_ratio_by_hand_and_its_exact_edges():

@@ -1,4 +1,4 @@
-"""The classifier's report: every number against an independent reference, undefined ones, files and pictures."""
+"""The classifier's report: every number against an independent reference, undefined ones, files."""
 
 import csv
 import json
@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy.stats import mannwhitneyu
 from torchmetrics.functional import classification as reference
 
@@ -104,17 +103,3 @@ def test_thresholds_of_best_f1():
     logits = torch.logit(torch.tensor([[0.2, 0.4, 0.9], [0.6, 0.8, 0.9]], dtype=torch.float64))
     found = best_thresholds(logits, torch.tensor([[0.0, 1, 0], [1, 1, 0]]), LABELS[:3])
     assert found == pytest.approx({"hair": 0.4, "gel_bubble": 0.2, "ruler": 0.5})
-
-
-def test_figures_show_the_numbers(tmp_path):
-    logits, labels = sample(40, 6)
-    logits[:, 0] = 0.1  # all images in one bin
-    report = Report(logits, labels, LABELS, resamples=2)
-    first, *others = classifier_report.reliability_figure(report.probabilities, report.truth, LABELS).axes
-    expected = torch.sigmoid(torch.tensor(0.1)).item(), labels[:, 0].mean().item()
-    (point,) = first.collections[0].get_offsets()
-    assert len(others) == 5 and tuple(point) == pytest.approx(expected, abs=1e-6)
-    for path in report.write(tmp_path / "test_H")[2:]:
-        pixels = np.asarray(Image.open(path).convert("RGB"), dtype=int)
-        border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-        assert (pixels[..., 2] - pixels[..., 0] > 40).sum() > 1000 and (border == 255).all()  # nothing is cut off

@@ -160,14 +160,6 @@ def test_the_ceiling_has_the_models_mix_of_prompts(measured, tmp_path):
     assert own["ceiling_share"] == 12 / 16
 
 
-def test_a_rare_prompt_does_not_take_diversity_away(measured, tmp_path):
-    for counts, images in (({A: 6, B: 1}, 6), ({A: 1, B: 1}, 0)):
-        folder = write_samples(tmp_path / str(images), counts, seed=1)
-        block = measured(fake_path=folder, real_path="")["models"]["SD+RL"]
-        diversity = block["diversity"]["judge"]
-        assert diversity["vendi"]["n"] == 6 if images else diversity is None and "diversity" in block["missing"]
-
-
 def test_folders_of_the_same_images_are_reported(measured, sets, tmp_path, caplog):
     with pytest.raises(UserError, match="of 'SD' hold the same images"):
         measured(folders=f"SD={sets['sd']},SD={sets['sd']}/")

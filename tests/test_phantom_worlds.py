@@ -13,7 +13,6 @@ from PIL import Image
 from script_tools import files_of
 
 from ddpo_pytorch.data import fundus as fundus_data
-from ddpo_pytorch.data import ratings
 from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.phantoms import fundus, rating_sets, skin
 from ddpo_pytorch.utils.errors import UserError
@@ -203,25 +202,6 @@ def test_every_image_is_there_in_three_grades_of_which_the_rating_is_the_lower(w
     assert [row["image_path"] for row in rows] == [f"images/{number:06d}.png" for number in range(60)]
     grades = [int(row["quality"]) for row in rows]
     assert abs(np.corrcoef(grades, range(60))[0, 1]) < 0.4  # three standard deviations of chance
-
-
-def test_raters_err_by_one_grade_and_less_at_higher_levels(worlds, table, tmp_path):
-    rating_sets.write_rating_set(*table, tmp_path, **SET, raters=6)
-    truth = {row["image_path"]: row for row in read(worlds[rating_sets] / "ratings.csv")}
-    rows = read(tmp_path / "ratings.csv")
-    levels = {row["rater_id"]: row["expert_level"] for row in rows}
-    assert levels == {f"rater{n}": level for n, level in zip(range(1, 7), "321321", strict=True)} and len(rows) == 360
-    wrong = Counter()
-    for row in rows:
-        assert int(row["rating"]) == min(int(row["quality"]), int(row["alignment"]))
-        for column in ("quality", "alignment"):
-            error = abs(int(row[column]) - int(truth[row["image_path"]][column]))
-            assert error <= 1
-            wrong[row["expert_level"]] += error
-    for level, chance in rating_sets.ERRORS.items():
-        assert abs(wrong[str(level)] / 240 - chance) < 4 * np.sqrt(chance * (1 - chance) / 240)
-
-    assert {image.weight for image in ratings.aggregate(ratings.read_ratings(tmp_path / "ratings.csv"))} == {2 / 3}
 
 
 def test_degraded_images_and_those_without_vessels_are_left_out(table, tmp_path, caplog):

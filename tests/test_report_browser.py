@@ -1,4 +1,4 @@
-"""The report in headless Chromium: requests, width on a phone, pictures, contrast, print."""
+"""The report in headless Chromium: requests, width on a phone, contrast, print."""
 
 import base64
 import json
@@ -75,16 +75,6 @@ def test_nothing_is_loaded_and_the_page_does_not_scroll_sideways(browser, pages,
     wide = "return [...document.querySelectorAll('main *')].filter(e => e.scrollWidth > e.clientWidth + 1 && "
     wide += "e.clientWidth && getComputedStyle(e).display !== 'inline' && !e.closest('.scroll')).map(e => e.outerHTML)"
     assert browser.execute_script(wide) == []
-
-
-def test_all_pictures_are_decoded(browser, pages):
-    visit(browser, pages["full"])
-    open_details(browser)
-    sizes = browser.execute_async_script(
-        "const done = arguments[0], all = [...document.images];"
-        "Promise.allSettled(all.map(i => i.decode())).then(() => done(all.map(i => [i.naturalWidth, i.alt.length])))"
-    )
-    assert len(sizes) > 2 * 2 * len(SHOWN) and all(width > 0 and alt > 0 for width, alt in sizes)
 
 
 def luminance(colour: str) -> float:

@@ -1,4 +1,4 @@
-"""APR by hand and against torchmetrics; tables 2 and 3 in the paper's layout, in three formats; pictures of sets."""
+"""APR by hand and against torchmetrics; tables 2 and 3 in the paper's layout, in three formats."""
 
 import csv
 import io
@@ -8,11 +8,8 @@ import pytest
 import torch
 from torchmetrics.classification import MultilabelExactMatch
 
-from ddpo_pytorch.data.images import save_image
 from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of
-from ddpo_pytorch.data.sample_folder import folder_name, list_samples
 from ddpo_pytorch.metrics.alignment import aligned_images, apr_by_prompt, measure_apr
-from ddpo_pytorch.metrics.pictures import comparison, contact_sheet
 from ddpo_pytorch.metrics.tables import table2, table3, to_csv, to_latex, to_markdown
 
 
@@ -65,20 +62,6 @@ def test_formats_hold_the_same_cells():
     text = to_latex(table)
     assert text.startswith(r"\begin{tabular}{lrrrrrrr}") and r"100 \% a\_b \& c & 18.28 [15.00, 20.00] & 121.47" in text
     assert r"FID $\downarrow$" in text and "↓" not in text
-
-
-def test_pictures_of_sets_and_of_pairs(tmp_path):
-    sets = {}
-    for name, value in (("SD", 0.2), ("SD+RL", 0.8)):
-        for caption in CAPTIONS[:10]:
-            save_image(tmp_path / name / "images" / folder_name(caption) / "0.png", torch.full((3, 8, 8), value))
-        sets[name] = list_samples(tmp_path / name)
-    sheet = np.asarray(comparison(sets))
-    assert sheet.shape == (4 * 12, 8 * 5 + 8 * 10 + 2, 3)  # two rows of captions for each set
-    assert [int(sheet[row * 12 + 6, 46, 0]) for row in range(4)] == [51, 204, 51, 204]
-    sheet = np.asarray(contact_sheet([{"path": sets["SD"][0][0], "train": sets["SD+RL"][0][0], "distance": 0.5}] * 5))
-    assert sheet.shape == (5 * 12, 48 + 22, 3)
-    assert [int(sheet[6, 48 + x, 0]) for x in (6, 16)] == [51, 204] and contact_sheet([]).size == (1, 1)
 
 
 HAIR, GEL_RULER, PLAIN = CAPTIONS[8], CAPTIONS[16 + 6], CAPTIONS[0]
