@@ -132,15 +132,17 @@ def as_reward(function: RewardFn) -> Reward:
 class Scorer:
     """A reward function with a queue of batches, scored while the next ones are sampled.
 
-    On a GPU it runs in a thread of its own, beside the denoising of the next batch. On a CPU, where both would compete
-    for the same cores, a batch is scored when it is submitted.
+    On a GPU it runs in a thread and stream of its own, beside the denoising of the next batch. On a CPU, where both
+    would compete for the same cores, a batch is scored when it is submitted.
     """
 
     def __init__(self, reward_fn: RewardFn, device: torch.device):
         self.reward_fn = as_reward(reward_fn)
         self._thread = None
-        if device.type == "cuda":
-            self._thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
+        if device.type == "cuda":  # a thread begins at GPU 0, where each rank would open a context
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self._thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(index,))
+            self._stream = torch.cuda.Stream(index)
         self._scores: list[np.ndarray | Future[np.ndarray]] = []
 
     def submit(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
@@ -149,7 +151,11 @@ class Scorer:
             if isinstance(earlier, Future) and earlier.done():
                 earlier.result()
         batch = images, prompts, metadata
-        self._scores.append(self._thread.submit(self._score, *batch) if self._thread else self._score(*batch))
+        if self._thread:
+            ready = torch.cuda.current_stream(images.device).record_event()
+            self._scores.append(self._thread.submit(self._score_on_stream, ready, *batch))
+        else:
+            self._scores.append(self._score(*batch))
 
     def collect(self) -> np.ndarray:
         """Return the scores of the N images since the last call, in order of submission. Raises as `Reward` does.
@@ -163,6 +169,12 @@ class Scorer:
         """End the thread, dropping what is queued."""
         if self._thread:
             self._thread.shutdown(cancel_futures=True)
+
+    def _score_on_stream(self, ready: torch.cuda.Event, images: torch.Tensor, *about: Sequence) -> np.ndarray:
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            images.record_stream(self._stream)  # keeps the memory from being reused too early
+            return self._score(images, *about)
 
     def _score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence) -> np.ndarray:
         rewards, info = self.reward_fn(images, prompts, metadata)
