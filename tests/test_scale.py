@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,25 @@ def test_two_nodes_train_as_one_process(settings, train, tmp_path):
     step = max((expected[key] - start[key]).abs().max() for key in expected)
     assert all((value - actual[key]).abs().max() < 0.02 * step for key, value in expected.items())
     assert {path.name for path in run.iterdir()} == {path.name for path in alone.iterdir()}
+
+
+def test_an_epoch_has_the_passes_that_the_docs_count(train, script, monkeypatch):
+    """docs/scaling.md: samples x steps x 2 for guidance; the first of two updates has but one pass, of 4 samples."""
+    inputs = dict.fromkeys(("sample_and_score", "update"), 0)
+
+    def counted(run, *arguments, stage):
+        def count(unet, given):
+            inputs[stage.__name__] += len(given[0])
+
+        hook = run.pipe.unet.register_forward_pre_hook(count)
+        result = stage(run, *arguments)
+        hook.remove()
+        return result
+
+    for name in inputs:
+        monkeypatch.setattr(script, name, partial(counted, stage=getattr(script, name)))
+    train(num_epochs=1)
+    assert inputs == {"sample_and_score": 8 * 3 * 2, "update": 4 * 3 * 2 + 4 * 2}
 
 
 def test_launch_files_say_what_their_names_say():

@@ -90,7 +90,7 @@ def pairs_of(images: ImageSet, sets: Sets, tools: Tools, seed: int) -> dict:
 
 @dataclass
 class Context:
-    """What folders are measured against: settings, networks, sets.
+    """Settings, networks and sets that folders are measured against.
 
     `per_group`: images per prompt for diversity; `baseline`: by space, distances to training images of the real images
     that are not near copies of one.
