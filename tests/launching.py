@@ -1,4 +1,4 @@
-"""Scripts in processes of their own, forked from a server that has imported the libraries; and `accelerate launch`.
+"""Scripts in processes of their own, forked from a server that has imported the libraries.
 
 Importing torch, diffusers, transformers and timm takes about six seconds of a script's start, and the tests start many.
 """
@@ -13,6 +13,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = (
@@ -95,12 +98,9 @@ def run_script(name: object, *options: object, timeout: float = 300, **kwargs) -
     return Script(f"scripts/{name}", *options, **kwargs).result(timeout)
 
 
-def launch(config: str, flags: dict, *arguments: object, **environment: object) -> str:
-    """Run `accelerate launch --config_file config/accelerate/<config> <flags> <arguments>`; return standard error."""
+def launcher_environment(config: str, **flags: object) -> dict[str, str]:
+    """Return what `accelerate launch --config_file config/accelerate/<config> <flags>` adds to the environment."""
     options = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    accelerate = shutil.which("accelerate", path=Path(sys.executable).parent)
-    command = [accelerate, "launch", "--config_file", f"config/accelerate/{config}", *options, *map(str, arguments)]
-    own = os.environ | ON_CPU | {"CUDA_VISIBLE_DEVICES": ""} | {key: str(value) for key, value in environment.items()}
-    result = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-5000:]
-    return result.stderr
+    words = ["--config_file", str(ROOT / "config" / "accelerate" / config), *options, "script"]
+    environment = prepare_multi_gpu_env(_validate_launch_command(launch_command_parser().parse_args(words))[0])
+    return {name: value for name, value in environment.items() if os.environ.get(name) != value}

@@ -1,17 +1,13 @@
 """train_isic_classifier.py on a small phantom world: trained, killed, tested, refused."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 
 import pandas as pd
-import psutil
 import pytest
 import torch
-from conftest import ROOT
+from launching import Script
 from script_tools import call_main, files_of, load_flag_script, succeed
 from test_classifier_training import STATES, by_definition
 
@@ -85,14 +81,10 @@ def test_a_killed_training_ends_like_one_that_was_not(world, trained, tmp_path, 
     assert_validation_loss(said, world, folder / H4, 4)
 
     options = [*classifier_flags(world, tmp_path, batch_size=8, limit=45), *EXTRA]
-    settings = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"scripts/{SCRIPT}"]
-    process = subprocess.Popen([*command, *options], cwd=ROOT, env=os.environ | settings, stderr=subprocess.DEVNULL)
-    while not (tmp_path / H4).is_file() and process.poll() is None:
+    script = Script(f"scripts/{SCRIPT}", *options, processes=2)
+    while not (tmp_path / H4).is_file() and script.poll():
         time.sleep(0.01)
-    for one in (*psutil.Process(process.pid).children(recursive=True), process):
-        one.kill()
-        one.wait()
+    script.kill()
     state = tmp_path / "artifact_classifier_H4.unfinished.pt"
     assert state.is_file()
     for other, what in (

@@ -33,13 +33,18 @@ def content(folder: Path) -> dict:
     return files | {"best": os.readlink(folder / "best")}
 
 
+def lines(run: Path) -> int:
+    log = run / "metrics.jsonl"
+    return log.read_bytes().count(b"\n") if log.is_file() else 0
+
+
 def test_random_kills_change_nothing(tiny, tmp_path):
-    """The moments lie between half of the time to the first epoch's end, and some epochs later."""
+    """The moments lie, in turn, before a start's first epoch ends, about one epoch later, and two."""
     run_script("train.py", "--help")  # the start of the server is not the script's
     epochs, logs, began, first = 8, tmp_path / "logs", time.perf_counter(), None
     script = Script("scripts/train.py", *as_flags(tiny, run_name="whole", num_epochs=epochs))
     while script.poll():
-        if first is None and (logs / "whole" / "metrics.jsonl").is_file():
+        if first is None and lines(logs / "whole"):
             first = time.perf_counter() - began
         time.sleep(0.005)
     assert script.result().returncode == 0
@@ -51,8 +56,14 @@ def test_random_kills_change_nothing(tiny, tmp_path):
         runs += 1
         flags = as_flags(tiny, run_name=f"run{runs}", num_epochs=epochs)
         while True:
+            least = lines(logs / f"run{runs}") + kills % 3
             script = Script("scripts/train.py", *flags)
-            script.wait(moments.uniform(first / 2, first + 3 * per_epoch) if kills < KILLS else 300)
+            if kills < KILLS:
+                while script.poll() and lines(logs / f"run{runs}") < least:
+                    time.sleep(0.005)
+                script.wait(moments.uniform(0, 2 * per_epoch if kills % 3 else first))
+            else:
+                script.wait(300)
             killed = script.poll()
             script.kill()
             if not killed:

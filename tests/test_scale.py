@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import random_pipeline
-from launching import ON_CPU, ROOT, free_port, launch, run_script
+from launching import ON_CPU, ROOT, free_port, launcher_environment, run_script
 from rl_tools import as_flags, configured, weights
 from safetensors.torch import load_file
 
@@ -132,7 +132,6 @@ print("127.0.0.1") if sys.argv[1] == "show" else open({str(tmp_path / "requeued"
 
 
 ALONE = {"sample__num_batches_per_epoch": 2, "train__gradient_accumulation_steps": 2}
-PROCESSES = {"num_processes": 2, "main_process_port": 0}
 
 
 def state_of(run: Path, epoch: int) -> tuple[dict, dict]:
@@ -162,7 +161,9 @@ def test_a_divided_fine_tune(settings, judges, small_pipeline_dir, train, monkey
     settings |= {"prompt_fn_kwargs.path": str(prompts), "held_out.classifier": str(judges[4])}
     settings |= {"held_out.every": 1, "held_out.images_per_prompt": 1}
     settings |= {"sample.guidance_scale": 1.0, "train.cfg": False}  # half of the passes
-    launch("fsdp.yaml", PROCESSES, "scripts/train.py", *as_flags(settings))
+    launched = launcher_environment("fsdp.yaml", num_processes=2)
+    first = run_script("train.py", *as_flags(settings), processes=2, **launched)
+    assert first.returncode == 0, first.stderr[-3000:]
     run = logs / "run"
 
     # as one process trains it
@@ -176,7 +177,8 @@ def test_a_divided_fine_tune(settings, judges, small_pipeline_dir, train, monkey
     # resumed by as many processes after a kill it is the same to the last bit, by one process the same run
     for name in ("again", "alone"):
         shutil.rmtree(shutil.copytree(run, logs / name) / "checkpoint_2")
-    launch("fsdp.yaml", PROCESSES, "scripts/train.py", *as_flags(settings, resume_from=logs / "again"))
+    resumed = run_script("train.py", *as_flags(settings, resume_from=logs / "again"), processes=2, **launched)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
     weights, optimizer = state_of(run, 2)
     other_weights, other_optimizer = state_of(logs / "again", 2)
     assert weights.keys() == other_weights.keys()

@@ -2,18 +2,14 @@
 
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pandas as pd
-import psutil
 import pytest
 import torch
-from conftest import ROOT
+from launching import Script
 from rated_world import PROMPTS, stripes, write_bert, write_config, write_rated_world
 from safetensors.torch import load_file
 from script_tools import assert_same_training, files_of, options, succeed
@@ -247,14 +243,10 @@ def test_two_processes_that_are_killed_learn_what_one_learns(train, config_file,
     fields = {"dropout": 0.0, "importance": False, "threshold": 0.0}  # 96 images in both stages
     given = options(config_file, **{f"rlhf__{name}": value for name, value in fields.items()}, rlhf__batch_size=8)
     given.append(f"--config.rlhf.output={tmp_path / 'two'}")
-    settings = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"scripts/{SCRIPT}"]
-    process = subprocess.Popen([*command, *given], cwd=ROOT, env=os.environ | settings, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "two/stage_1.unfinished.pt").exists() and process.poll() is None:
+    script = Script(f"scripts/{SCRIPT}", *given, processes=2)
+    while not (tmp_path / "two/stage_1.unfinished.pt").exists() and script.poll():
         time.sleep(0.01)
-    for one in (*psutil.Process(process.pid).children(recursive=True), process):
-        one.kill()
-        one.wait()
+    script.kill()
     assert not (tmp_path / "two" / NAMES[1]).exists()
     assert "resuming from" in succeed(SCRIPT, *given, processes=2).stderr
     train(**fields, output=tmp_path / "one")
