@@ -2,11 +2,15 @@
 
 import importlib
 import json
+import os
+import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
-from launching import ROOT
+from launching import ON_CPU, ROOT
+from rl_tools import as_flags
 
 pytestmark = pytest.mark.slow
 
@@ -62,3 +66,19 @@ def test_training(benchmark):
     figures = json.loads(lines[-1])
     assert set(figures["ratio"]) >= {"rollout", "update", "epoch", "memory"} and min(figures["ratio"].values()) > 0
     assert figures["unet_inputs"] == 4 and figures["set"][-1] == "train.batch_size=1"
+
+
+@pytest.mark.skipif(
+    not shutil.which("cc") or torch.version.cuda is None, reason="no C compiler or CUDA build of PyTorch"
+)
+def test_simulated_gpu(settings):
+    """An epoch of train.py: all products in half precision, and no denoising step waits for the GPU."""
+    flags = as_flags(settings, num_epochs=1, mixed_precision="fp16", sample__num_batches_per_epoch=1)
+    command = [sys.executable, "benchmarks/simulated_gpu.py", "scripts/train.py", *flags]
+    environment = {name: value for name, value in (os.environ | ON_CPU).items() if name != "ACCELERATE_USE_CPU"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout[result.stdout.index("{") :])
+    assert found["peak_gib"] > 0 and found["products"]["torch.float16"] > 20 * found["products"].get("torch.float32", 0)
+    steps = [place for _, _, place in found["host_syncs"] if "_with_logprob" in place or "pipeline.py" in place]
+    assert all(place.endswith(" check_schedule") for place in steps), steps

@@ -170,8 +170,10 @@ class StopRequest:
 
     def check(self) -> None:
         """Raise StopRequested on every process if one of them received a signal. A collective."""
-        flag = torch.tensor(float(bool(self.name)), device=self._accelerator.device)
-        if self._accelerator.reduce(flag, "sum").item():
+        stop = bool(self.name)
+        if self._accelerator.num_processes > 1:  # one alone need not wait for its GPU
+            stop = self._accelerator.reduce(torch.tensor(float(stop), device=self._accelerator.device), "sum").item()
+        if stop:
             raise StopRequested
 
 

@@ -1,0 +1,228 @@
+"""Run a script on a simulated GPU and print its peak memory, host syncs and types: no GPU is needed.
+
+    python benchmarks/simulated_gpu.py scripts/train.py --config config/mini.py:prompt_image_alignment_classifier_isic
+
+A small library answers PyTorch's questions for devices (one GPU of capability 8.0 and 80 GiB), and every CUDA tensor is
+a FakeTensor: shape, type, strides and device without contents. Tensors on the CPU stay real. A mix of devices, a type
+that an operation does not take, or a tensor left on the CPU raises as on a real GPU.
+
+Whatever the host reads from the device counts as a sync of the line that asked, and comes back as a constant: 0.5, 0
+for integers, True for truths (False after `any`). Results are therefore meaningless, and nothing is learned. It cannot
+show races between streams, results of kernels, time, allocator fragmentation, NCCL, or several GPUs. Needs Linux, a C
+compiler and PyTorch's CUDA build.
+"""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import traceback
+import weakref
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = "libcuda.so.1"  # the name under which PyTorch looks for the driver
+SHIM = r"""
+#include <string.h>
+int cudaGetDeviceCount(int *count) { *count = 1; return 0; }
+int cudaGetDevice(int *device) { *device = 0; return 0; }
+int cudaSetDevice(int device) { return 0; }
+int cudaGetLastError(void) { return 0; }
+int cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { *least = *greatest = 0; return 0; }
+int cudaStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }
+int cudaStreamGetCaptureInfo(void *stream, int *status) { *status = 0; return 0; }
+int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return 0; }
+int cudaGetDeviceProperties(char *properties, int device) {
+    memset(properties, 0, 512);
+    *(unsigned long *)(properties + 288) = 80UL << 30; /* totalGlobalMem */
+    *(int *)(properties + 360) = 8;                    /* major; minor is 0 */
+    return 0;
+}
+"""
+PROPERTIES = SimpleNamespace(name="simulated", major=8, minor=0, total_memory=80 << 30, multi_processor_count=108)
+aten = torch.ops.aten
+
+
+def constant(tensor: FakeTensor) -> torch.Tensor:
+    """Return what the host reads from a tensor without contents."""
+    value = getattr(tensor, "answer", True) if tensor.dtype == torch.bool else 0.5 if tensor.is_floating_point() else 0
+    return torch.full(tensor.shape, value, dtype=tensor.dtype)
+
+
+class SimulatedGPU(TorchDispatchMode):
+    """Run CUDA operations on tensors without contents.
+
+    Attributes:
+        syncs: number of times the host waited for the device, by (kind, "file:line function").
+        types: number of matrix products and convolutions by type of their result.
+        live, peak: bytes of CUDA storages, now and at most.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.syncs, self.types, self.live, self.peak = Counter(), Counter(), 0, 0
+        self._sizes: dict[int, int] = {}
+
+    def sync(self, kind: str) -> None:
+        project = [str(ROOT / name) for name in ("ddpo_pytorch", "scripts")]
+        frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(tuple(project))]
+        frame = frames[-1] if frames else None
+        self.syncs[kind, f"{os.path.relpath(frame.filename, ROOT)}:{frame.lineno} {frame.name}" if frame else "?"] += 1
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        target = torch.device(kwargs.get("device") or "cpu").type
+        if target != "cuda" and not any(tensor.device.type == "cuda" for tensor in tensors):
+            return function(*args, **kwargs)
+        if function is aten._local_scalar_dense.default:
+            self.sync("item")
+            return constant(args[0]).item()
+        if function is aten.equal.default:
+            self.sync("equal")
+            return True
+        if function is aten._to_copy.default and "device" in kwargs and target == "cpu":
+            self.sync("copy to host")
+            return constant(args[0]).to(kwargs.get("dtype") or args[0].dtype)
+        if function is aten.copy_.default and args[0].device.type == "cpu":
+            self.sync("copy to host")
+            return args[0].copy_(constant(args[1]))
+        if function is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            self.sync("boolean mask")
+            return args[0].flatten() if args[1][0].ndim == args[0].ndim else args[0]
+        args, kwargs = tree_map(self._without_contents, (args, kwargs))
+        with self.fake:
+            result = function(*args, **kwargs)
+        if function.overloadpacket is aten.any:
+            result.answer = False
+        if function.overloadpacket in (aten.mm, aten.addmm, aten.bmm, aten.convolution):
+            self.types[str(result.dtype)] += 1
+        tree_map(self._track, result)
+        return result
+
+    def _without_contents(self, leaf):
+        if not isinstance(leaf, torch.Tensor) or isinstance(leaf, FakeTensor):
+            return leaf
+        with self.fake:
+            return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype)
+
+    def _track(self, leaf) -> None:
+        if isinstance(leaf, FakeTensor) and leaf.device.type == "cuda":
+            storage = leaf.untyped_storage()
+            if storage._cdata not in self._sizes:
+                self._sizes[storage._cdata] = storage.nbytes()
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._free, storage._cdata)
+
+    def _free(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+class Stream:
+    """Stand in for streams and events, which order nothing here."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def __getattr__(self, name: str):
+        return lambda *_: self
+
+
+def move(module: torch.nn.Module, convert, recurse: bool = True) -> torch.nn.Module:
+    """Stand in for Module._apply, which swaps the contents of a parameter and fails where anything refers to it."""
+    for child in module.children():
+        child._apply(convert)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            with torch.no_grad():
+                value = convert(parameter)
+            if value is not parameter:
+                module._parameters[name] = torch.nn.Parameter(value.detach(), parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        module._buffers[name] = None if buffer is None else convert(buffer)
+    return module
+
+
+def run_now(pool: ThreadPoolExecutor, function, *args, **kwargs) -> Future:
+    """Stand in for ThreadPoolExecutor.submit: threads would leave the mode."""
+    future = Future()
+    try:
+        future.set_result(function(*args, **kwargs))
+    except BaseException as error:
+        future.set_exception(error)
+    return future
+
+
+def install(gpu: SimulatedGPU) -> None:
+    """Replace what would call CUDA itself, for the rest of this process."""
+
+    def nothing(*_, **__) -> None:
+        pass
+
+    stand_ins = {
+        **dict.fromkeys(("_lazy_init", "empty_cache", "manual_seed", "manual_seed_all", "set_device"), nothing),
+        **dict.fromkeys(("set_rng_state", "set_rng_state_all", "reset_peak_memory_stats"), nothing),
+        **dict.fromkeys(("Stream", "Event", "current_stream", "stream"), Stream),
+        "is_initialized": lambda: True,
+        "current_device": lambda: 0,
+        "is_bf16_supported": lambda *_, **__: True,
+        "get_device_name": lambda *_: PROPERTIES.name,
+        "get_device_capability": lambda *_: (PROPERTIES.major, PROPERTIES.minor),
+        "get_device_properties": lambda *_: PROPERTIES,
+        "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
+        "get_rng_state_all": list,
+        "synchronize": lambda *_: gpu.sync("synchronize"),
+        "memory_allocated": lambda *_: gpu.live,
+        "max_memory_allocated": lambda *_: gpu.peak,
+    }
+    for name, stand_in in stand_ins.items():
+        setattr(torch.cuda, name, stand_in)
+    torch.Tensor.record_stream = nothing
+    FakeTensor.tolist = lambda tensor: tensor.detach().cpu().tolist()  # not number by number
+    torch.nn.Module._apply = move
+    ThreadPoolExecutor.submit = run_now
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") passes through the mode as well
+
+
+def main() -> int:
+    if LIBRARY not in os.environ.get("LD_PRELOAD", ""):  # start again with the library
+        with tempfile.TemporaryDirectory() as folder:
+            library, source = Path(folder, LIBRARY), Path(folder, "shim.c")
+            source.write_text(SHIM)
+            subprocess.run(["cc", "-w", "-shared", "-fPIC", "-o", library, source], check=True)
+            preloaded = {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": folder, "CUDA_VISIBLE_DEVICES": "0"}
+            return subprocess.run([sys.executable, *sys.argv], env=os.environ | preloaded).returncode
+    gpu, status = SimulatedGPU(), 0
+    install(gpu)
+    sys.argv[:] = sys.argv[1:]
+    sys.path[:1] = [str(ROOT)]
+    try:
+        with gpu:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as ending:
+        status = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+    syncs = [[count, *key] for key, count in gpu.syncs.most_common()]
+    print(json.dumps({"peak_gib": round(gpu.peak / 2**30, 3), "products": gpu.types, "host_syncs": syncs}, indent=1))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
