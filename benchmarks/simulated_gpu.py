@@ -216,7 +216,7 @@ def main() -> int:
     sys.path[:1] = [str(ROOT)]
     try:
         with gpu:
-            runpy.run_path(sys.argv[0], run_name="__main__")
+            runpy.run_path(os.path.abspath(sys.argv[0]), run_name="__main__")
     except SystemExit as ending:
         status = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
     syncs = [[count, *key] for key, count in gpu.syncs.most_common()]

@@ -242,7 +242,7 @@ def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor
     statistics, grad_norms, first_ratio_deviation = [], [], 0.0
     for inner_epoch in range(train.num_inner_epochs):
         # shuffle samples and divide them among the optimizer updates of this pass
-        order = torch.tensor(run.sample_order(epoch, inner_epoch), device=advantages.device)
+        order = torch.tensor(run.sample_order(epoch, inner_epoch))  # on the host, which looks prompts up by it
         for indices in run.progress(order.split(per_update), f"epoch {epoch} update"):
             if not grad_norms and run.gradients:
                 # the rollout has taken this gradient already, and the ratio is 1
