@@ -116,7 +116,7 @@ def test_what_no_script_knows_is_refused_by_name(monkeypatch, variable, value, n
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_a_request_and_handlers_come_back(number):
-    accelerator = SimpleNamespace(device="cpu", reduce=lambda tensor, how: tensor)
+    accelerator = SimpleNamespace(num_processes=2, device="cpu", reduce=lambda tensor, how: tensor)
     before = signal.getsignal(number)
     with StopRequest(accelerator) as request:
         request.check()
