@@ -17,14 +17,14 @@ from ddpo_pytorch.utils.errors import UserError
 
 # rank 0 works alone for some seconds, then all meet; under the scripts' own entry point
 SLOW = """
-import sys, time, torch
+import os, sys, time, torch
 from absl import flags
 from ddpo_pytorch.utils.cli import cli
 from ddpo_pytorch.utils.distributed import SIGNALS, StopRequest, StopRequested, make_accelerator, run_on_main_process
 
 def main(_):
     accelerator = make_accelerator("no", process_timeout=2)
-    print("threads", torch.get_num_threads(), flush=True)
+    os.write(1, f"threads {torch.get_num_threads()}\n".encode())  # in one piece: both processes write to one pipe
     run_on_main_process(accelerator, time.sleep, 6)
     accelerator.wait_for_everyone()
     print("met", flush=True)
