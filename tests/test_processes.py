@@ -24,7 +24,7 @@ from ddpo_pytorch.utils.distributed import SIGNALS, StopRequest, StopRequested, 
 
 def main(_):
     accelerator = make_accelerator("no", process_timeout=2)
-    os.write(1, f"threads {torch.get_num_threads()}\n".encode())  # in one piece: both processes write to one pipe
+    os.write(1, f"threads {torch.get_num_threads()}\\n".encode())  # in one piece: both processes write to one pipe
     run_on_main_process(accelerator, time.sleep, 6)
     accelerator.wait_for_everyone()
     print("met", flush=True)
