@@ -136,8 +136,9 @@ def test_same_gradients(both_ways, overrides, updates):
     (expected, line), (actual, sampled_line) = both_ways(**overrides)
     assert len(expected) == len(actual) == updates
     for number, (one, other) in enumerate(zip(expected, actual, strict=True)):
-        # from the second update on, weights differ by what Adam makes of the first one's rounding
-        assert (one - other).norm() < (1e-5 if number == 0 else 1e-2) * one.norm() and one.norm() > 0
+        # gradients of samples with advantages of both signs cancel, so rounding is larger against their sum (3e-5 at
+        # most, measured without AVX); from the second update on, weights differ by what Adam makes of that rounding
+        assert (one - other).norm() < (1e-4 if number == 0 else 1e-2) * one.norm() and one.norm() > 0
     # passes of other sizes may round otherwise
     assert sampled_line["first_ratio_deviation"] <= (1e-6 if "train__timesteps_per_forward" in overrides else 0)
     for key, value in line.items():
