@@ -134,13 +134,16 @@ def test_a_reward_that_rises_alone_is_remarked(change, hacked, compared, read):
     assert ("rose from 0.700 to 0.900" in read(result).text) == hacked
 
 
-@pytest.mark.parametrize(("after", "fell"), [(4.0, True), (6.4, False), (5.9999, False)])
-def test_diversity_that_fell_is_remarked(after, fell, compared):
+@pytest.mark.parametrize(("after", "fell"), [(4.0, True), (5.5, True), (6.4, False), (5.9999, False)])
+def test_diversity_that_fell_is_remarked(after, fell, compared, read):
+    """And that it can be chance where the intervals overlap."""
     result = compared(0.2, 0.1, 0.3)
     for name, value in (("SD", 6.0), ("SD+RL", after)):
         result["models"][name]["diversity"] = {"judge": {"vendi": quantity(value, 0.5, 9)}}
-    expected = [("SD", "SD+RL", "Vendi score (judge)", "6.00 [5.50, 6.50]", "4.00 [3.50, 4.50]")]
+    values = "6.00 [5.50, 6.50]", f"{after:.2f} [{after - 0.5:.2f}, {after + 0.5:.2f}]"
+    expected = [("SD", "SD+RL", "Vendi score (judge)", *values, after == 4)]
     assert findings.lost_diversity(result) == (expected if fell else [])
+    assert ("which can be chance" in read(result).text) == (after == 5.5)
 
 
 def test_flaws_of_images_stand_above_and_on_the_card(result, read):

@@ -120,11 +120,14 @@ def both_ways(train, script, settings, monkeypatch):
     return run
 
 
+HALVED = {"train__batch_size": 2, "sample__batch_size": 2, "sample__num_batches_per_epoch": 4}
+
+
 @pytest.mark.parametrize(
     ("overrides", "updates"),
     [
         ({}, 2),
-        ({"train__batch_size": 2, "train__gradient_accumulation_steps": 2, "train__num_inner_epochs": 2}, 4),
+        (HALVED | {"train__gradient_accumulation_steps": 2, "train__num_inner_epochs": 2}, 4),
         ({"sample__guidance_scale": 1.0, "train__timestep_window": (0.34, 1.0), "train__adv_clip_max": 0.3}, 2),
         ({"sample__images_per_prompt": 4, "train__advantage": "group"}, 2),
         # 8 samples, drawn 3, 3 and 2 at once
@@ -136,9 +139,10 @@ def test_same_gradients(both_ways, overrides, updates):
     (expected, line), (actual, sampled_line) = both_ways(**overrides)
     assert len(expected) == len(actual) == updates
     for number, (one, other) in enumerate(zip(expected, actual, strict=True)):
-        # gradients of samples with advantages of both signs cancel, so rounding is larger against their sum (3e-5 at
-        # most, measured without AVX); from the second update on, weights differ by what Adam makes of that rounding
-        assert (one - other).norm() < (1e-4 if number == 0 else 1e-2) * one.norm() and one.norm() > 0
+        # From the second update on, weights differ by what Adam makes of the first one's rounding. Where samples are
+        # drawn in batches of another size, trajectories do (3.2e-5 of the gradient at most, without AVX).
+        limit = 1e-2 if number else 1e-4 if "train__timesteps_per_forward" in overrides else 1e-5
+        assert (one - other).norm() < limit * one.norm() and one.norm() > 0
     # passes of other sizes may round otherwise
     assert sampled_line["first_ratio_deviation"] <= (1e-6 if "train__timesteps_per_forward" in overrides else 0)
     for key, value in line.items():

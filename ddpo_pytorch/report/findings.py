@@ -95,15 +95,20 @@ def tests(comparison: Mapping) -> dict[str, float]:
     return {name: p for name, p in named.items() if p is not None}
 
 
-def lost_diversity(result: Mapping) -> list[tuple[str, str, str, str, str]]:
-    """Return (model, other model, measure, before, after) of each comparison's first measure of diversity that fell."""
+def lost_diversity(result: Mapping) -> list[tuple[str, str, str, str, str, bool]]:
+    """Return (model, other model, measure, before, after) of each comparison's first measure of diversity that fell.
+
+    Last comes whether their intervals are known not to overlap.
+    """
     lost = []
     for one in result["comparisons"]:
-        both = [result["models"][one[end]] for end in ("from", "to")]
         for title, path, form in _spread(result):
-            values = [dig(side, *path, "value") for side in both]
-            if None not in values and float(format(values[1], form)) < float(format(values[0], form)):
-                lost.append((one["from"], one["to"], title, *(number(dig(side, *path), form) for side in both)))
+            ends = [dig(result["models"][one[end]], *path) or {"value": None} for end in ("from", "to")]
+            before, after = (end["value"] for end in ends)
+            if None not in (before, after) and float(format(after, form)) < float(format(before, form)):
+                low, high = ends[0]["low"], ends[1]["high"]
+                apart = None not in (low, high) and high < low
+                lost.append((one["from"], one["to"], title, *(number(end, form) for end in ends), apart))
                 break
     return lost
 
