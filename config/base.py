@@ -263,6 +263,13 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     sd.log_every = 50
     sd.grid_every = sd.save_every = 1000
     sd.vae_kl_weight = 1e-6  # weight of the VAE's KL term
+    # side in pixels of random crops that the VAE trains on; 0: whole images. Best without vae_attention.
+    sd.vae_crop = 0
+    # weight of the VAE's perceptual loss, and its network: a timm model, fetched, or a weight file named after one.
+    sd.update(perceptual_coef=0.0, perceptual_net="")
+    # above 0, the decoder of sd.vae alone is trained, also against a patch discriminator whose gradient has this share
+    # of the other losses' (latent diffusion has 0.5 to 1).
+    sd.adversarial_coef = 0.0
     sd.vae = ""  # stage "vae": folder of the autoencoder to start from; "": from scratch
     # "clip", or "bert" with text_tokens tokens: from scratch a new one, in "finetune" sd.bert (folder or Hugging Face
     # id) instead of CLIP.
@@ -272,6 +279,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     sd.train_text_encoder = False
     # parts trained from scratch: channels by resolution, which have attention; width and layers of the text encoder.
     sd.vae_channels = (16, 32, 32)
+    # the autoencoder's latent channels, and whether it has attention at its lowest resolution.
+    sd.update(vae_latent_channels=4, vae_attention=True)
     sd.update(unet_channels=(32, 64, 64), unet_attention=(False, True, True), text_width=64, text_layers=2)
 
     ###### Selector and Policy from expert ratings (train_rlhf.py) ######

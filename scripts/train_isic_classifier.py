@@ -7,6 +7,7 @@ command to resume a training that was stopped.
 """
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from torch.utils.data import Dataset
 from ddpo_pytorch.data.images import ImageFiles, decoded
 from ddpo_pytorch.data.isic import LABELS, load_split
 from ddpo_pytorch.data.splits import drop_broken, read_splits
+from ddpo_pytorch.generator.from_scratch import load_vae
+from ddpo_pytorch.generator.latents import reconstruct
 from ddpo_pytorch.judges.classifier import (
     PUBLISHED_SIZE,
     ArtifactClassifier,
@@ -44,6 +47,7 @@ flags.DEFINE_string("checkpoint_dir", "rl4med-out/classifier", "folder for the c
 flags.DEFINE_string(
     "checkpoint", "", "classifier to start from, or to test; by default tests the one in checkpoint_dir"
 )
+flags.DEFINE_string("through_vae", "", "also test on reconstructions by this autoencoder or model folder, at its size")
 flags.DEFINE_string("cache_dir", None, "folder for decoded images, by default <checkpoint_dir>/cache; '' = no cache")
 flags.DEFINE_integer("num_epochs", Recipe.num_epochs, "epochs at most", lower_bound=1)
 flags.DEFINE_integer("patience", Recipe.patience, "epochs without a better validation loss that end it", lower_bound=1)
@@ -133,18 +137,24 @@ def test(accelerator: Accelerator, num_classes: int, output: Path) -> None:
     model = load_checkpoint(path, num_classes)
     if path.with_suffix(UNFINISHED).exists():
         logger.warning("%s is the best epoch so far of an unfinished training", path)
-    files = cached(accelerator, image_files(FLAGS.test_csv, model.image_size, num_classes))
-    logits, labels = predict(accelerator, model, files, FLAGS.batch_size, FLAGS.num_workers)
-    if accelerator.is_main_process:
-        report = Report(logits, labels, model.labels, model.thresholds)
-        logger.info("%s on %s\n%s", path, FLAGS.test_csv, report.table())
-        written = report.write(Path(FLAGS.checkpoint_dir) / f"test_H{num_classes}")
-        logger.info("written: %s", ", ".join(map(str, written)))
+    size, tests = model.image_size, {"": None}
+    if FLAGS.through_vae:
+        folder = Path(FLAGS.through_vae)
+        vae = load_vae(folder / "vae" if (folder / "vae").is_dir() else folder).to(accelerator.device)
+        size, tests = vae.config.sample_size, {"_original": None, "_reconstructed": partial(reconstruct, vae)}
+    files = cached(accelerator, image_files(FLAGS.test_csv, size, num_classes))
+    for name, change in tests.items():
+        logits, labels = predict(accelerator, model, files, FLAGS.batch_size, FLAGS.num_workers, change)
+        if accelerator.is_main_process:
+            report = Report(logits, labels, model.labels, model.thresholds)
+            logger.info("%s on %s%s\n%s", path, FLAGS.test_csv, name.replace("_", ", "), report.table())
+            written = report.write(Path(FLAGS.checkpoint_dir) / f"test_H{num_classes}{name}")
+            logger.info("written: %s", ", ".join(map(str, written)))
 
 
 def main(_) -> None:
     required = ("data_path", "train_csv", "val_csv", "test_csv", "checkpoint_dir", "weights")
-    expand_flags(FLAGS, required, optional=("checkpoint", "cache_dir"))
+    expand_flags(FLAGS, required, optional=("checkpoint", "cache_dir", "through_vae"))
     accelerator = make_accelerator(FLAGS.mixed_precision, process_timeout=FLAGS.process_timeout)
     num_classes = int(FLAGS.num_classes)
     output = Path(FLAGS.checkpoint_dir) / f"artifact_classifier_H{num_classes}.safetensors"

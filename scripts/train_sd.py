@@ -66,16 +66,22 @@ GRID_CAPTIONS, GRID_BATCH = 32, 4  # of all ISIC captions; the autoencoder takes
 class AutoencoderStage:
     """Training of the autoencoder, from scratch or from sd.vae; vae.png shows reconstructions below their images."""
 
+    measures = ("val_loss", "val_psnr")
+
     def __init__(self, accelerator: Accelerator, config: ConfigDict):
         sd = config.sd
         self.accelerator, self.output = accelerator, Path(sd.output)
-        self.vae = scratch.load_vae(sd.vae) if sd.vae else scratch.build_vae(sd.vae_channels, sd.image_size)
+        sizes = sd.vae_channels, sd.image_size, sd.vae_latent_channels, sd.vae_attention
+        self.vae = scratch.load_vae(sd.vae) if sd.vae else scratch.build_vae(*sizes)
         with accelerator.local_main_process_first():  # the others read its cache
             images = data.find_images(sd, sd.csv, sd.limit)
             self.train_set, self.val_set = decoded(images, sd.cache_dir), None
             if sd.val_csv:
                 self.val_set = decoded(data.find_images(sd, sd.val_csv, sd.val_images), sd.cache_dir)
-        self.loss, self.slow = AutoencoderLoss(self.vae, sd.vae_kl_weight), []
+        perceptual = sd.perceptual_net, sd.perceptual_coef
+        with accelerator.local_main_process_first():  # one process downloads
+            self.loss = AutoencoderLoss(self.vae, sd.vae_kl_weight, sd.vae_crop, *perceptual, sd.adversarial_coef)
+        self.slow = []
         self.hashes = {"images": images.digest()}  # of what a state to resume from was trained on
 
     @torch.no_grad()
@@ -103,6 +109,8 @@ class AutoencoderStage:
 
 class DiffusionStage:
     """Training of the UNet, and of the text encoder from scratch or with sd.train_text_encoder, on latents."""
+
+    measures = ("val_loss",)
 
     def __init__(self, accelerator: Accelerator, config: ConfigDict, pipe: StableDiffusionPipeline):
         sd = config.sd
@@ -220,9 +228,10 @@ def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
             losses, seconds = [], 0.0
         if stage.val_set is not None and (step % sd.val_every == 0 or step == 1 or last):
             with averaged(average, parameters):
-                val_loss = validate(accelerator, config, stage)
-            log.write({"step": step, "val_loss": val_loss})
-            logger.info("step %d/%d  validation loss %.5f", step, sd.num_steps, val_loss)
+                values = dict(zip(stage.measures, validate(accelerator, config, stage), strict=True))
+            log.write({"step": step} | values)
+            psnr = f"  PSNR {values['val_psnr']:.2f} dB" if "val_psnr" in values else ""
+            logger.info("step %d/%d  validation loss %.5f%s", step, sd.num_steps, values["val_loss"], psnr)
         if sd.save_every and step % sd.save_every == 0 and not last and is_main:
             state.save(step=step)
         if sd.grid_every and step % sd.grid_every == 0:
@@ -249,11 +258,11 @@ def averaged(average: EMAModel | None, parameters: list[nn.Parameter]) -> Iterat
 
 
 @torch.no_grad()
-def validate(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> float:
-    """Return the mean loss of the validation set, where each image always has the same noise and timestep."""
+def validate(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> list[float]:
+    """Return the validation means of `stage.measures`; an image always has the same noise and timestep."""
     size, count, device = config.sd.batch_size, len(stage.val_set), accelerator.device
     rank, processes = accelerator.process_index, accelerator.num_processes
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # of losses, of images
+    sums = torch.zeros(len(stage.measures) + 1, dtype=torch.float64, device=device)  # of the measures, of images
     stage.loss.eval()
     for number in range(math.ceil(count / (size * processes))):
         start = (number * processes + rank) * size
@@ -262,11 +271,11 @@ def validate(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> floa
             batch = [tensor.to(device) for tensor in default_collate(items)]
             draws = BatchDraws(config.seed, Stream.VALIDATION, number, size, rank, processes, len(items), device=device)
             with accelerator.autocast():
-                loss = stage.loss(batch, draws)
-            sums += torch.tensor([loss.item() * len(items), len(items)], device=device)
+                values = stage.loss(batch, draws).flatten().tolist()
+            sums += torch.tensor([*(value * len(items) for value in values), len(items)], device=device)
     stage.loss.train()
-    total, images = accelerator.reduce(sums).tolist()
-    return total / images
+    *totals, images = accelerator.reduce(sums).tolist()
+    return [total / images for total in totals]
 
 
 def build_from_scratch(accelerator: Accelerator, config: ConfigDict) -> StableDiffusionPipeline:

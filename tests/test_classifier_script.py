@@ -10,9 +10,12 @@ import torch
 from launching import Script
 from script_tools import call_main, files_of, load_flag_script, succeed
 from test_classifier_training import STATES, by_definition
+from torchmetrics.functional.classification import multilabel_auroc
 
-from ddpo_pytorch.data.images import load_image
+from ddpo_pytorch.data.images import load_image, load_pixels
 from ddpo_pytorch.data.isic import LABELS, load_split
+from ddpo_pytorch.generator.from_scratch import build_vae
+from ddpo_pytorch.generator.latents import reconstruct
 from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.utils.errors import UserError
 
@@ -112,6 +115,23 @@ def test_test_mode(world, trained, tmp_path, run):
     assert [row["threshold"] for row in rows[:4]] == list(load_classifier(trained[0] / H4).thresholds.values())
     with pytest.raises(UserError, match="4 heads"):
         run(*classifier_flags(world, tmp_path, 6, mode="test", checkpoint=trained[0] / H4))
+
+
+def test_test_mode_on_reconstructions(world, trained, tmp_path, run):
+    vae = build_vae((8, 8), 48).requires_grad_(False).eval()
+    vae.save_pretrained(tmp_path / "sd" / "vae")
+    options = classifier_flags(world, tmp_path / "out", mode="test", checkpoint=trained[0] / H4, cache_dir="")
+    run(*options, f"--through_vae={tmp_path / 'sd'}")
+    rows, paths, _ = load_split(world / "splits" / "phantom_test.csv", world / "images")
+    images, labels = (
+        torch.stack([load_pixels(path, 48) for path in paths]),
+        torch.tensor([row.labels[:4] for row in rows]),
+    )
+    for name, seen in (("original", images), ("reconstructed", reconstruct(vae, images))):
+        logits = load_classifier(trained[0] / H4).logits(seen / 255)
+        expected = multilabel_auroc(logits, labels, num_labels=4, average=None).tolist()
+        written = json.loads((tmp_path / "out" / f"test_H4_{name}.json").read_text())
+        assert [row["auc"] for row in written[:4]] == pytest.approx(expected, abs=0.05)
 
 
 def assert_validation_loss(said, world, file, heads, weighted=False, gamma=0):

@@ -3,10 +3,12 @@
 import itertools
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from ddpo_pytorch.data.isic import CAPTIONS
-from ddpo_pytorch.generator.finetune_losses import AutoencoderLoss, CaptionTable, NoiseLoss
+from ddpo_pytorch.generator.finetune_losses import AutoencoderLoss, CaptionTable, NoiseLoss, PerceptualDistance
 from ddpo_pytorch.generator.pipeline import encode_prompts, load_pipeline
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import BatchDraws, EndlessBatches, Stream
@@ -62,7 +64,66 @@ def test_autoencoder_loss(pipe):
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).sum(dim=(1, 2, 3)).mean()
         expected = (decoded - scaled).abs().mean() + 2 * ((decoded - scaled) ** 2).mean() + 0.1 * kl
         loss = AutoencoderLoss(pipe.vae, 0.1)([images], BatchDraws(0, Stream.NOISE, 1, 2))
+        psnr = 10 * torch.log10(4 / ((decoded.clamp(-1, 1) - scaled) ** 2).mean(dim=(1, 2, 3)))
+        validated = AutoencoderLoss(pipe.vae, 0.1).eval()([images], BatchDraws(0, Stream.NOISE, 1, 2))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(validated, torch.stack([expected, psnr.mean()]), rtol=1e-4, atol=0)
+
+
+@pytest.fixture
+def perceptual_file(tmp_path):
+    model = timm.create_model("tinynet_e")
+    save_file({name: value.half() for name, value in model.state_dict().items()}, tmp_path / "tinynet_e.safetensors")
+    return tmp_path / "tinynet_e.safetensors"
+
+
+def test_perceptual_distance(perceptual_file, tmp_path):
+    distance = PerceptualDistance(str(perceptual_file)).train()
+    features = timm.create_model("tinynet_e", features_only=True, out_indices=(0, 1, 2, 3)).eval()
+    features.load_state_dict(distance.network.state_dict(), strict=False)
+    one, other = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean, std = (torch.tensor(distance.network.pretrained_cfg[name]).reshape(3, 1, 1) for name in ("mean", "std"))
+    expected = 0.0
+    for a, b in zip(*(features(((x + 1) / 2 - mean) / std) for x in (one, other)), strict=True):
+        cosine = torch.nn.functional.cosine_similarity(a, b, dim=1)
+        expected += (2 - 2 * cosine).mean()  # the square of the distance of unit vectors
+    torch.testing.assert_close(distance(one, other), expected, rtol=1e-3, atol=0)
+    assert not list(filter(lambda weight: weight.requires_grad, distance.parameters()))
+    other = perceptual_file.rename(tmp_path / "resnet18.safetensors")
+    for network in (str(other), "no_such_network", str(tmp_path / "absent.safetensors")):
+        with pytest.raises(UserError, match=network):
+            PerceptualDistance(network)
+
+
+def test_crops_are_squares_of_the_images_at_random_places(pipe):
+    loss = AutoencoderLoss(pipe.vae, 0.0, crop=4)
+    places = torch.arange(8 * 8).reshape(1, 1, 8, 8).expand(200, 3, 8, 8)
+    crops = loss._cut(places, BatchDraws(0, Stream.NOISE, 1, 200))
+    assert torch.equal(crops - crops[:, :, :1, :1], (places - places[:, :, :1, :1])[:, :, :4, :4])
+    assert {int(corner) for corner in crops[:, 0, 0, 0]} == {8 * y + x for y in range(5) for x in range(5)}
+
+
+def test_the_decoder_learns_against_a_discriminator_with_a_gradient_of_the_chosen_size(pipe):
+    """And the discriminator from the hinge loss alone, the encoder not at all."""
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    vae, gradients = pipe.vae.requires_grad_(True), []
+    torch.manual_seed(0)
+    for coef in (0.0, 0.5):
+        loss = AutoencoderLoss(vae, 0.1, adversarial_coef=coef)
+        vae.zero_grad()
+        loss([images], BatchDraws(0, Stream.NOISE, 1, 2)).backward()
+        gradients.append(vae.decoder.conv_out.weight.grad.clone())
+    torch.testing.assert_close((gradients[1] - gradients[0]).norm(), 0.5 * gradients[0].norm(), rtol=0.05, atol=0)
+    assert all(weight.grad is None for part in (vae.encoder, vae.quant_conv) for weight in part.parameters())
+    found = [weight.grad.clone() for weight in loss.discriminator.parameters()]
+    with torch.no_grad():
+        posterior = vae.encode(images / 127.5 - 1).latent_dist
+        noise = BatchDraws(0, Stream.NOISE, 1, 2).normal(4, 8, 8)
+        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+    real, fake = loss.discriminator(images / 127.5 - 1), loss.discriminator(decoded)
+    hinge = ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()) / 2
+    expected = torch.autograd.grad(hinge, loss.discriminator.parameters())
+    torch.testing.assert_close(found, list(expected), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("processes", [1, 4])

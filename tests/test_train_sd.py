@@ -4,9 +4,10 @@ import math
 import shutil
 
 import pytest
+import timm
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from script_tools import assert_same_training, load_module, options, succeed
 from stage_tools import SPLIT, assert_equal, entries, unet_of
 
@@ -127,6 +128,9 @@ def test_extracted_latents_take_the_place_of_images(model, world, train_stage, r
         ({"sd__batch_size": 100, "sd__stage": "vae"}, "48 items .* 100"),
         ({"sd__vae_channels": (8, 9)}, "channels multiples of 8"),
         ({"sd__stage": "vae", "sd__image_size": 30}, "sd.image_size is 30.* 4"),
+        ({"sd__stage": "vae", "sd__vae_crop": 10}, "sd.vae_crop is 10.* 4"),
+        ({"sd__stage": "vae", "sd__adversarial_coef": 0.5}, "sd.adversarial_coef .* sd.vae"),
+        ({"sd__stage": "vae", "sd__perceptual_coef": 1.0}, "sd.perceptual_net is ''"),
         ({"sd__val_csv": "TRAIN"}, "phantom_train.csv' and .*phantom_train.csv'"),
         ({"sd__use_8bit_adam": True, "sd__stage": "vae"}, "use_8bit_adam=True needs bitsandbytes"),
     ],
@@ -193,11 +197,17 @@ def test_a_pool_is_mixed_with_real_images(model, train_stage, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["vae", "unet", "finetune"])
+@pytest.mark.parametrize("stage", ["vae", "decoder", "unet", "finetune"])
 def test_a_stopped_training_resumes_to_the_same_end(stage, model, base, train_stage, stopped, tmp_path):
     fields = {"sd__stage": stage, "sd__num_steps": 3, "sd__save_every": 1, "sd__gradient_accumulation_steps": 2}
     fields["pretrained__model"] = str(model)
     whole, part = tmp_path / "whole", tmp_path / "part"
+    if stage == "decoder":
+        stage = fields["sd__stage"] = "vae"
+        file = tmp_path / "tinynet_e.safetensors"
+        save_file(timm.create_model("tinynet_e").state_dict(), file)
+        fields |= {"sd__vae": str(model / "vae"), "sd__vae_crop": 24, "sd__adversarial_coef": 0.5}
+        fields |= {"sd__perceptual_coef": 0.1, "sd__perceptual_net": str(file)}
     if stage == "unet":
         for folder in (whole, part):
             shutil.copytree(model / "vae", folder / "vae")

@@ -31,18 +31,22 @@ SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
 REAL_SHARE = Range("[0.5, 1]")  # at least half of the images are real
 RANGES = {
     **dict.fromkeys(("num_steps", "batch_size", "gradient_accumulation_steps", "image_size"), ONE_OR_MORE),
-    **dict.fromkeys(("log_every", "val_every", "lora_rank", "text_width", "text_layers"), ONE_OR_MORE),
-    **dict.fromkeys(("limit", "val_images", "warmup_steps", "grid_every", "save_every", "num_workers"), ZERO_OR_MORE),
+    **dict.fromkeys(
+        ("log_every", "val_every", "lora_rank", "text_width", "text_layers", "vae_latent_channels"), ONE_OR_MORE
+    ),
+    **dict.fromkeys(
+        ("limit", "val_images", "warmup_steps", "grid_every", "save_every", "num_workers", "vae_crop"), ZERO_OR_MORE
+    ),
     "text_tokens": Range("[2, inf)", whole=True),
     "learning_rate": Range("(0, inf)"),
-    **dict.fromkeys(("min_snr_gamma", "vae_kl_weight"), Range("[0, inf)")),
+    **dict.fromkeys(("min_snr_gamma", "vae_kl_weight", "perceptual_coef", "adversarial_coef"), Range("[0, inf)")),
     **dict.fromkeys(("caption_dropout", "ema_decay"), Range("[0, 1)")),
     "real_share": REAL_SHARE,
 }
 # Settings that may change between a run and its resumption: those without effect on the result, and paths. The data,
 # VAE, BERT and pool at these paths are compared by content.
 _FREE = {"output", "data_path", "csv", "val_csv", "val_images", "latents", "val_latents", "cache_dir", "vae", "bert"}
-_FREE |= {"pool", "num_workers", "gradient_checkpointing", "batch_size"}
+_FREE |= {"pool", "perceptual_net", "num_workers", "gradient_checkpointing", "batch_size"}
 _FREE |= {f"{name}_every" for name in ("log", "val", "grid", "save")}
 
 
@@ -59,6 +63,16 @@ def check_settings(sd: ConfigDict) -> None:
     factor = 2 ** (len(sd.vae_channels) - 1) if sd.stage != "finetune" else 8
     if sd.image_size % factor:
         raise UserError(f"sd.image_size is {sd.image_size}; it must be a multiple of {factor}, the VAE's reduction")
+    if sd.vae_crop % factor or sd.vae_crop > sd.image_size:
+        raise UserError(f"sd.vae_crop is {sd.vae_crop}; it must be a multiple of {factor}, at most sd.image_size")
+    if sd.adversarial_coef and not (sd.stage == "vae" and sd.vae):
+        raise UserError(
+            "sd.adversarial_coef trains the decoder of a trained autoencoder; give sd.stage=vae and sd.vae=DIR"
+        )
+    if sd.adversarial_coef and (sd.vae_crop or sd.image_size) < 24:
+        raise UserError(
+            "sd.adversarial_coef needs images or crops of 24 pixels or more, for the discriminator's patches"
+        )
     if sd.csv and sd.val_csv and not sd.latents:
         check_apart(sd.kind, Path(sd.csv), Path(sd.val_csv))
     if len(sd.unet_channels) != len(sd.unet_attention) or any(n % 8 for n in (*sd.unet_channels, *sd.vae_channels)):

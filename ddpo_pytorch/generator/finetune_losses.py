@@ -1,34 +1,150 @@
 """Losses of stage (i), the autoencoder's and the diffusion model's, with all random numbers from `BatchDraws`."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from pickle import UnpicklingError
 
+import timm
 import torch
 import torch.nn.functional as F
+from accelerate.utils import reduce
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
 from diffusers.training_utils import compute_snr
 from torch import nn
+from torch.func import functional_call
 
 from ddpo_pytorch.generator.latents import sample_posterior
+from ddpo_pytorch.generator.parts import check_fit
 from ddpo_pytorch.generator.pipeline import encode_prompts
 from ddpo_pytorch.generator.text import encode_tokens, tokenize
+from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import BatchDraws
+from ddpo_pytorch.utils.weights import read_tensors
+
+
+class PerceptualDistance(nn.Module):
+    """Distance of images in the features of a frozen ImageNet network: LPIPS (Zhang et al. 2018) with equal weights.
+
+    `network` is a timm model, whose weights are fetched, or a file of weights that is named after one. Raises UserError
+    for weights that cannot be fetched, and for a file that does not fit.
+    """
+
+    DEPTHS = (0, 1, 2, 3)  # features at a half to a sixteenth of the side
+
+    def __init__(self, network: str):
+        super().__init__()
+        path, advice = Path(network), "give a timm model, or a file named after one such as resnet18.safetensors"
+        name = path.stem if path.is_file() else network
+        if not timm.is_model(name):
+            raise UserError(f"sd.perceptual_net is {network!r}; {advice}")
+        try:
+            self.network = timm.create_model(name, pretrained=not path.is_file(), num_classes=0)
+        except (OSError, RuntimeError, UnpicklingError) as error:
+            raise UserError(f"weights of sd.perceptual_net={network!r} cannot be fetched; give a file") from error
+        if path.is_file():
+            expected, weights = self.network.state_dict(), read_tensors(path)[0]
+            check_fit({key: weights[key] for key in weights.keys() & expected.keys()}, expected, path, advice)
+            self.network.load_state_dict(weights, strict=False)
+        self.requires_grad_(False)
+        for key in ("mean", "std"):
+            value = torch.tensor(self.network.pretrained_cfg[key]).reshape(1, 3, 1, 1)
+            self.register_buffer(key, value, persistent=False)
+
+    def train(self, mode: bool = True) -> "PerceptualDistance":
+        return super().train(False)  # batch norm keeps the statistics of ImageNet
+
+    def forward(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """Return the mean distance of two batches (B, 3, H, W) in [-1, 1], summed over depths."""
+        features = [
+            self.network.forward_intermediates(
+                (batch / 2 + 0.5 - self.mean) / self.std, indices=self.DEPTHS, intermediates_only=True, stop_early=True
+            )
+            for batch in (images, others)
+        ]
+        pairs = zip(*features, strict=True)
+        return sum((F.normalize(a.float()) - F.normalize(b.float())).square().sum(1).mean() for a, b in pairs)
+
+
+class PatchDiscriminator(nn.Sequential):
+    """Realism of overlapping patches, (B, 3, H, W) to (B, 1, H / 8 - 2, W / 8 - 2): PatchGAN of three layers.
+
+    Isola et al. 2017, with group normalisation: batch norm would depend on the number of processes.
+    """
+
+    def __init__(self, width: int = 64):
+        layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for channels, stride in ((width, 2), (2 * width, 2), (4 * width, 1)):
+            layers += [nn.Conv2d(channels, 2 * channels, 4, stride, 1), nn.GroupNorm(8, 2 * channels)]
+            layers.append(nn.LeakyReLU(0.2))
+        super().__init__(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))
 
 
 class AutoencoderLoss(nn.Module):
-    """L1 plus twice the mean squared error, as L1 alone is slow to notice hairs and ruler ticks, plus weighted KL."""
+    """L1 plus twice the mean squared error, as L1 alone is slow to notice hairs and ruler ticks, plus weighted KL.
 
-    def __init__(self, vae: AutoencoderKL, kl_weight: float):
+    Args:
+        crop: side in pixels of the random squares that are cut out of images in training; 0 takes whole images.
+        perceptual_net: see `PerceptualDistance`, which is added with weight `perceptual_coef`.
+        adversarial_coef: above 0, the encoder is frozen, and the decoder also learns against a discriminator that is
+            trained along with it (hinge loss). As in latent diffusion (Rombach et al. 2022), the decoder's adversarial
+            loss is scaled so that its gradient at the last layer has this share of the norm of the other loss's.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        kl_weight: float,
+        crop: int = 0,
+        perceptual_net: str = "",
+        perceptual_coef: float = 0.0,
+        adversarial_coef: float = 0.0,
+    ):
         super().__init__()
-        self.vae, self.kl_weight = vae, kl_weight
+        self.vae, self.kl_weight, self.crop = vae, kl_weight, crop
+        self.perceptual_coef, self.adversarial_coef = perceptual_coef, adversarial_coef
+        self.perceptual = PerceptualDistance(perceptual_net) if perceptual_coef else None
+        self.discriminator = PatchDiscriminator() if adversarial_coef else None
+        if adversarial_coef:
+            vae.encoder.requires_grad_(False)
+            vae.quant_conv.requires_grad_(False)
 
     def forward(self, batch: Sequence[torch.Tensor], draws: BatchDraws) -> torch.Tensor:
-        """Return the scalar loss of a batch (uint8 images (B, 3, H, W), ...)."""
+        """Return the scalar loss of a batch (uint8 images (B, 3, H, W), ...).
+
+        In evaluation mode return that of whole images, without the adversarial part, and the mean PSNR in dB: (2,).
+        """
         images = batch[0].float() / 127.5 - 1
+        if self.training and self.crop:
+            images = self._cut(images, draws)
         posterior = self.vae.encode(images).latent_dist
         noise = draws.normal(*posterior.mean.shape[1:])
         reconstruction = self.vae.decode(sample_posterior(posterior.mean, posterior.logvar, noise)).sample
         error = F.l1_loss(reconstruction, images) + 2 * F.mse_loss(reconstruction, images)
-        return error + self.kl_weight * posterior.kl().mean()
+        if self.perceptual:
+            error = error + self.perceptual_coef * self.perceptual(reconstruction, images)
+        loss = error + self.kl_weight * posterior.kl().mean()
+        if not self.training:
+            errors = (reconstruction.float().clamp(-1, 1) - images).square().mean(dim=(1, 2, 3))
+            return torch.stack([loss, 10 * torch.log10(4 / errors).mean()])  # 4: the square of the range
+        return loss + self._adversarial(images, reconstruction, error) if self.discriminator else loss
+
+    def _cut(self, images: torch.Tensor, draws: BatchDraws) -> torch.Tensor:
+        room = [side - self.crop + 1 for side in images.shape[-2:]]
+        corners = zip(*((draws.uniform() * places).long().tolist() for places in room), strict=True)
+        size = self.crop
+        return torch.stack([x[:, i : i + size, j : j + size] for x, (i, j) in zip(images, corners, strict=True)])
+
+    def _adversarial(self, images: torch.Tensor, reconstruction: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
+        """Return the losses of decoder and discriminator as one sum, of which each has gradients of its own only."""
+        frozen = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
+        fooled = -functional_call(self.discriminator, frozen, reconstruction).mean()
+        last = self.vae.decoder.conv_out.weight
+        gradients = [torch.autograd.grad(part, last, retain_graph=True)[0] for part in (error, fooled)]
+        wanted, given = reduce(torch.stack(gradients), "mean").flatten(1).norm(dim=1)
+        scale = (wanted / (given + 1e-4)).clamp(max=1e4)
+        real, fake = self.discriminator(images), self.discriminator(reconstruction.detach())
+        hinge = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+        return self.adversarial_coef * scale * fooled + hinge
 
 
 class CaptionTable(nn.Module):

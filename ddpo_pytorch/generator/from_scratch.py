@@ -98,16 +98,19 @@ def load_vae(folder: str | Path) -> AutoencoderKL:
     return load_part(AutoencoderKL, folder)
 
 
-def build_vae(channels: Sequence[int], image_size: int) -> AutoencoderKL:
-    """Return a KL autoencoder with 4 latent channels that divides each side by 2 ** (len(channels) - 1)."""
+def build_vae(
+    channels: Sequence[int], image_size: int, latent_channels: int = 4, attention: bool = True
+) -> AutoencoderKL:
+    """Return a KL autoencoder that divides each side by 2 ** (len(channels) - 1), with attention there or without."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
         block_out_channels=tuple(channels),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=GROUPS,
         sample_size=image_size,
+        mid_block_add_attention=attention,
     )
     # start with a small posterior variance: at 1, noise would drown the latents for most of a short training
     nn.init.constant_(vae.quant_conv.bias[vae.config.latent_channels :], -6.0)
@@ -115,7 +118,7 @@ def build_vae(channels: Sequence[int], image_size: int) -> AutoencoderKL:
 
 
 def build_unet(
-    channels: Sequence[int], attention: Sequence[bool], text_width: int, latent_size: int
+    channels: Sequence[int], attention: Sequence[bool], text_width: int, latent_size: int, latent_channels: int = 4
 ) -> UNet2DConditionModel:
     """Return a text-conditioned UNet with one block per resolution.
 
@@ -123,6 +126,8 @@ def build_unet(
     """
     return UNet2DConditionModel(
         sample_size=latent_size,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
         block_out_channels=tuple(channels),
         layers_per_block=1,
         down_block_types=tuple("CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attention),
@@ -146,5 +151,6 @@ def build_pipeline(sd: ConfigDict, captions: Sequence[str]) -> StableDiffusionPi
     vae = load_vae(Path(sd.output) / "vae").requires_grad_(False).eval()
     tokenizer, text_encoder = TEXT_ENCODERS[sd.text_encoder](captions, sd.text_width, sd.text_layers, sd.text_tokens)
     latent_size = sd.image_size // 2 ** (len(vae.config.block_out_channels) - 1)
-    unet = build_unet(sd.unet_channels, sd.unet_attention, sd.text_width, latent_size)
+    sizes = sd.text_width, latent_size, vae.config.latent_channels
+    unet = build_unet(sd.unet_channels, sd.unet_attention, *sizes)
     return assemble(vae, text_encoder, tokenizer, unet)

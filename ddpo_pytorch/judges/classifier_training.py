@@ -278,18 +278,24 @@ def random_flips(images: torch.Tensor, quarter_turns: bool = False) -> torch.Ten
 
 @torch.no_grad()
 def predict(
-    accelerator: Accelerator, model: ArtifactClassifier, files: ImageFiles, batch_size: int, num_workers: int = 0
+    accelerator: Accelerator,
+    model: ArtifactClassifier,
+    files: ImageFiles,
+    batch_size: int,
+    num_workers: int = 0,
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return logits and labels (N, H) of all images in order, float32 on the CPU of every process.
 
     Processes take whole batches in turn, so a batch holds the same images for any number of them. The model is put into
-    eval mode.
+    eval mode. `change` maps the uint8 images of a batch to those that the model is shown.
     """
     model.to(accelerator.device).eval()
     batches = [batch.tolist() for batch in torch.arange(len(files)).split(batch_size)]
     batches = batches[accelerator.process_index :: accelerator.num_processes]
     table = torch.zeros(len(files), len(model.labels), device=accelerator.device)
     for indices, (images, _) in zip(batches, image_loader(files, batches, num_workers), strict=True):
+        images = change(images) if change else images
         pixels = model.preprocess(images.to(accelerator.device, non_blocking=True).float() / 255)
         with accelerator.autocast():
             table[indices] = model(pixels).float()
