@@ -298,8 +298,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # the Policy's frozen text encoder: a model folder of train_sd.py, or BERT as a folder or Hugging Face id.
     rlhf.text_encoder = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext"
     rlhf.text_tokens = 256  # tokens to which a prompt is cut
-    # side in pixels that images are scaled to; a multiple of the patch.
-    rlhf.update(image_size=512, patch_size=16)
+    # side in pixels that images are scaled to, a multiple of the patch; how they are made square (dataset.resize).
+    rlhf.update(image_size=512, patch_size=16, resize="fov")
     # both image encoders: width, heads, layers, dropout.
     rlhf.update(width=768, heads=12, selector_layers=6, policy_layers=12, dropout=0.1)
     # how patches become tokens: "linear", as in the document; "conv", convolutions with batch norm, which learns from

@@ -30,9 +30,12 @@ def _common():
     config.sd.output = root + "/sd"
     config.sd.update(kind="fundus", resize="fov", text_encoder="bert")
     config.rlhf.ratings = root + "/ratings/ratings.csv"
+    # on real photographs a linear stem without warm-up came to a Spearman correlation of .57, this to .92
+    config.rlhf.update(stem="conv", warmup_steps=100)
     config.improve.held_out_judges = root + "/rlhf-held-out"
     config.improve.csv = root + "/data/splits/fundus_train.csv"
-    config.improve.held_out_csv = root + "/data/splits/fundus_test.csv"
+    # rounds are chosen on validation images; what is reported at the end is measured on test images
+    config.improve.held_out_csv = root + "/data/splits/fundus_val.csv"
     config.improve.data_path = root + "/data"
     config.prompt_fn = "fundus_table"
     config.prompt_fn_kwargs.path = root + "/data/splits/fundus_train.csv"
@@ -80,8 +83,10 @@ def generate():
 
 
 def improve():
-    """Three rounds of fine-tuning on what the judges chose, half of the images real."""
-    return trained(_common())
+    """Three rounds of DDPO; fine-tuning on what the judges chose made phantoms worse (docs/log.md)."""
+    config = ddpo()
+    config.improve.methods = ("ddpo",)
+    return config
 
 
 def ddpo():
@@ -95,8 +100,9 @@ def ddpo():
 
 
 def eval_base():
-    """Samples of every caption from the generator before improvement."""
+    """Samples of every caption of the test table from the generator before improvement."""
     config = trained(_common())
+    config.prompt_fn_kwargs.path = config.dataset.get_ref("csv")
     config.eval.num_samples_per_prompt = 16
     config.logdir = config.get_ref("base_log_path") + "/samples/SD"
     return config
@@ -139,7 +145,8 @@ def mini(config):
     config.rlhf.text_encoder = config.get_ref("base_log_path") + "/sd"
     config.rlhf.autoencoder = config.get_ref("base_log_path") + "/sd"
     config.rlhf.update(text_tokens=24, image_size=64, width=96, heads=3, selector_layers=2, policy_layers=3)
-    config.rlhf.update(dropout=0.0, stem="conv", num_epochs=10, learning_rate=1e-3, second_learning_rate=3e-4)
+    config.rlhf.update(dropout=0.0, num_epochs=10, learning_rate=1e-3, second_learning_rate=3e-4)
+    config.rlhf.update(resize="stretch", warmup_steps=0)
     config.log_with = ""
     config.improve.update(images_per_prompt=8, held_out_images=32, num_steps=200, learning_rate=5e-4, ema_decay=0.95)
     # half of the phantom archive is degraded

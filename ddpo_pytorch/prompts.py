@@ -49,13 +49,13 @@ def from_file(path: str | Path, low: int | None = None, high: int | None = None,
 
 
 def fundus_table(path: str | Path, rng: Rng = None) -> Prompt:
-    """Return one of the distinct captions of a fundus table, uniformly (see `data.fundus.read_split`)."""
-    return _draw(_table_captions(path), rng)
+    """Return the caption of one of the images of a fundus table, uniformly (see `data.fundus.read_split`)."""
+    return _draw([row.caption for row in _table_rows(path)], rng)
 
 
 @cache
-def _table_captions(path: str | Path) -> tuple[str, ...]:
-    return fundus.caption_list(fundus.read_split(path))
+def _table_rows(path: str | Path) -> list[fundus.Row]:
+    return fundus.read_split(path)
 
 
 def _draw(prompts: Sequence[str], rng: Rng) -> Prompt:
@@ -110,12 +110,15 @@ def check_prompt(prompt: str, where: str = "prompt") -> None:
         raise UserError(f"{where}: {prompt!r} {fault}")
 
 
-def given_prompts(prompts: Sequence[Any]) -> list[str]:
-    """Return the texts of `eval.prompts`. Raises UserError for one that `check_prompt` refuses."""
+def given_prompts(prompts: Sequence[Any], kind: str = "isic") -> list[str]:
+    """Return the texts of `eval.prompts`, those of kind "fundus" with the modality that training put before them.
+
+    Raises UserError for one that `check_prompt` refuses.
+    """
     texts = [str(prompt) for prompt in prompts]
     for number, text in enumerate(texts, start=1):
         check_prompt(text, f"eval.prompts, prompt {number}")
-    return texts
+    return [text if kind == "isic" or fundus.modality_of(text) else fundus.caption_of(text) for text in texts]
 
 
 PROMPTS: dict[str, Callable[..., Prompt]] = {
@@ -128,7 +131,7 @@ PROMPT_LISTS: dict[str, Callable[..., Sequence[str]]] = {
     "isic_all": lambda: CAPTIONS,
     "isic_all_idx": lambda: CAPTIONS,
     "from_file": read_prompts,
-    "fundus_table": _table_captions,
+    "fundus_table": lambda path: fundus.caption_list(_table_rows(path)),
 }
 
 

@@ -157,7 +157,7 @@ def main(_) -> None:
         torch.set_num_threads(1)  # sums split among threads would change last bits: each core draws its own passes
     check_ranges(config, RANGES)
     check_choices(config, {"eval.image_format": IMAGE_FORMATS})
-    prompts = [describe(prompt) for prompt in given_prompts(config.eval.prompts)]
+    prompts = [describe(prompt) for prompt in given_prompts(config.eval.prompts, config.dataset.kind)]
     prompts = prompts or all_prompts(config.prompt_fn, **config.prompt_fn_kwargs)
     jobs = plan(prompts, config.eval.num_samples_per_prompt, config.seed, config.eval.image_format)
     judge, judge_sha256 = load_judge(config.eval.classifier, prompts, device)

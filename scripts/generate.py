@@ -25,7 +25,7 @@ from accelerate.utils import gather_object
 from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
-from ddpo_pytorch.data.fundus import MODALITY
+from ddpo_pytorch.data.fundus import MODALITY, modality_of
 from ddpo_pytorch.data.images import save_image, to_uint8
 from ddpo_pytorch.data.sample_folder import LOG, claim_folder, damaged_images, folder_name, read_log, write_log
 from ddpo_pytorch.generator.lora import adapter_fingerprint
@@ -67,7 +67,7 @@ class Request:
         """Keep or drop a drawn image, whose file is named by modality, `number` and both scores."""
         self.attempts += 1
         if passes or not self.passed:
-            name = f"{MODALITY}_{number}_selector_{selector:.2f}_policy_{policy:.2f}.png"
+            name = f"{modality_of(self.prompt) or MODALITY}_{number}_selector_{selector:.2f}_policy_{policy:.2f}.png"
             entry = {
                 "prompt": self.prompt,
                 "path_to_img": f"images/{folder_name(self.prompt)}/{name}",
@@ -132,7 +132,7 @@ def check_settings(config: ConfigDict) -> None:
 def generate(accelerator: Accelerator, config: ConfigDict) -> None:
     """Draw, select and log the images, unless the folder is complete."""
     improve, sample, pretrained, folder = config.improve, config.sample, config.pretrained, Path(config.logdir)
-    prompts = given_prompts(config.eval.prompts)
+    prompts = given_prompts(config.eval.prompts, "fundus")
     prompts = prompts or [prompt for prompt, _ in all_prompts(config.prompt_fn, **config.prompt_fn_kwargs)]
     plan([(prompt, {}) for prompt in prompts], 1, config.seed)  # refuses the same prompts as eval.py
     selector, policy = load_judges(improve.judges, accelerator.device)

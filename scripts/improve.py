@@ -72,11 +72,6 @@ def check_settings(config: ConfigDict) -> None:
     if "ddpo" in improve.methods:
         check_training(config)
         batch_sizes(config.sample, config.train, processes=1)
-    if Path(improve.judges).resolve() == Path(improve.held_out_judges).resolve():
-        raise UserError(
-            f"improve.held_out_judges is {improve.held_out_judges!r}, as is improve.judges; give judges that choose no "
-            "images"
-        )
 
 
 class Rounds:
@@ -88,7 +83,8 @@ class Rounds:
         self.selector, self.policy = load_judges(self.improve.held_out_judges, self.device)
         rows, paths, _ = fundus.load_split(self.improve.held_out_csv, self.improve.data_path)
         self.prompts = fundus.caption_list(rows)
-        self.real = rounds.features_of(self.selector, self._pixels(paths), config.eval.batch_size)
+        good = [path for row, path in zip(rows, paths, strict=True) if row.good]
+        self.real = rounds.features_of(self.selector, self._pixels(good), config.eval.batch_size)
 
     def _pixels(self, paths: list[Path]) -> torch.Tensor:
         sd = self.config.sd
@@ -194,6 +190,7 @@ def main(_) -> None:
     required = ("output", "judges", "held_out_judges", "csv", "held_out_csv", "data_path")
     config = expand_config(FLAGS.config, "pretrained.model", *(f"improve.{name}" for name in required))
     check_settings(config)
+    rounds.check_independent(config.improve.judges, config.improve.held_out_judges)
     improve, output, run = config.improve, Path(config.improve.output), Rounds(config)
     with locked(output):
         claim_folder(output, rounds.round_settings(config), {"model": config.pretrained.model})
@@ -211,7 +208,7 @@ def main(_) -> None:
             if stop := rounds.collapse(history[: number + 1], improve.tolerance, improve.kid_tolerance):
                 logger.warning("stopped after round %d: %s", number, stop)
                 break
-        best = max(range(len(history)), key=lambda number: history[number].alignment)
+        best = rounds.best_round(history[: number + 1], improve.tolerance, improve.kid_tolerance)
         with atomic_write(output / "best") as temporary:
             temporary.unlink()
             temporary.symlink_to(os.path.relpath(run.model(best), output), target_is_directory=True)

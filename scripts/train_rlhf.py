@@ -71,7 +71,7 @@ def main(_) -> None:
     with locked_by_main(accelerator, output, "another rlhf.output"):
         check_output(output, stages)
         accelerator.wait_for_everyone()
-        train_set, val_set = (read_rated(rated, rlhf.image_size) for rated in read_images(config))
+        train_set, val_set = (read_rated(rated, rlhf.image_size, rlhf.resize) for rated in read_images(config))
         if rlhf.autoencoder:
             vae = load_pipeline(rlhf.autoencoder, device=accelerator.device).vae
             train_set, val_set = (through_autoencoder(rated, vae, rlhf.batch_size) for rated in (train_set, val_set))

@@ -63,6 +63,7 @@ def get_config():
     config = runpy.run_path({str(ROOT / "config" / "base.py")!r})["get_config"]()
     config.mixed_precision = "no"
     rlhf = config.rlhf
+    rlhf.resize = "stretch"
     rlhf.ratings = {str(rated / "ratings.csv")!r}
     rlhf.text_encoder = {str(rated / "bert")!r}
     rlhf.text_tokens = 16

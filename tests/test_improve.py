@@ -24,7 +24,16 @@ from ddpo_pytorch.metrics.fidelity import kernel_distance
 from ddpo_pytorch.metrics.ssim import ms_ssim
 from ddpo_pytorch.prompts import all_prompts
 from ddpo_pytorch.rewards import build_reward
-from ddpo_pytorch.rlhf.rounds import RoundMetrics, assess, collapse, draw_fixed, features_of, round_settings
+from ddpo_pytorch.rlhf.rounds import (
+    RoundMetrics,
+    assess,
+    best_round,
+    check_independent,
+    collapse,
+    draw_fixed,
+    features_of,
+    round_settings,
+)
 from ddpo_pytorch.sampling import Sampler
 from ddpo_pytorch.utils.errors import UserError
 
@@ -136,7 +145,7 @@ def test_fixed_noise_depends_on_nothing_but_seed_prompt_and_index(sampler):
     assert (both[3:5].int() - alone.int()).abs().max() <= 1 and not torch.equal(both[:2], alone)
 
 
-def test_collapse():
+def test_collapse_and_best():
     def metrics(alignment=0.5, kid=0.1, similar=0.2):
         return RoundMetrics(alignment, 0.5, 0.5, 0.5, kid, 0.01, similar, 100)
 
@@ -149,6 +158,8 @@ def test_collapse():
     ):
         said = collapse([metrics(), *later], tolerance=0.02, kid_tolerance=3.0)
         assert expected in said and bool(said) == bool(expected)
+    # the hacked round has the highest score, and is not chosen
+    assert best_round([metrics(), metrics(0.6), metrics(0.9, kid=0.2)], 0.02, 3.0) == 1
 
 
 @pytest.fixture
@@ -234,18 +245,32 @@ def test_rounds_resume(run, fields, tmp_path, monkeypatch, capsys, caplog):
     assert [json.loads(line) for line in (output / "rounds.jsonl").read_text().splitlines()] == entries
 
 
-def test_settings_out_of_range(run, fields):
+def test_settings_out_of_range(run, fields, tmp_path):
     for changes, message in (
         ({"improve__methods": ("sft",)}, "improve.methods.*'sft'"),
         ({"improve__rounds": 0}, "improve.rounds.*0"),
         ({"improve__csv": ""}, "improve.csv"),
         ({"unet_path": "unet.safetensors"}, "unet_path.*pretrained.model"),
-        ({"improve__held_out_judges": fields["improve__judges"]}, "improve.held_out_judges"),
+        (
+            {"improve__held_out_judges": shutil.copytree(fields["improve__judges"], tmp_path / "copy")},
+            "held_out_judges",
+        ),
+        ({"improve__judges": fields["improve__held_out_judges"]}, "held_out_judges"),
     ):
         with pytest.raises(UserError, match=message):
             run("improve.py", **changes)
     with pytest.raises(UserError, match=r"improve.num_candidates is 9.*\[1, 4\]"):
         run("generate.py", improve__num_candidates=9)
+
+
+def test_judges_of_common_patients_are_not_independent(judges_dir, tmp_path):
+    selector, _ = load_judges(judges_dir)
+    for name, patients in (("one", ["a", "b"]), ("two", ["b"]), ("three", ["c"])):
+        selector.origin = {"patients": patients}
+        save_selector(selector, tmp_path / name / SELECTOR_FILE)
+    check_independent(tmp_path / "one", tmp_path / "three")
+    with pytest.raises(UserError, match="share 1 patients"):
+        check_independent(tmp_path / "one", tmp_path / "two")
 
 
 def test_rounds_and_pools_belong_to_the_contents_of_their_files(

@@ -73,6 +73,15 @@ def test_from_file_errors_say_what_to_do(tmp_path):
             read_prompts("isic_prompts.txt", **bounds)
 
 
+def test_captions_are_drawn_as_often_as_images_have_them_and_given_ones_get_the_prefix_of_training(tmp_path):
+    (path := tmp_path / "t.csv").write_text("path,Text\n" + "".join(f"{n}.png,{'AB'[n > 8]}\n" for n in range(10)))
+    draw = get_prompt_fn("fundus_table", path=path)
+    drawn = [draw_prompt(draw, seed)[0] for seed in range(400)]
+    assert 15 < drawn.count("Fundus: B") < 70 and set(drawn) == {"Fundus: A", "Fundus: B"}
+    assert [prompt for prompt, _ in all_prompts("fundus_table", path=path)] == ["Fundus: A", "Fundus: B"]
+    assert given_prompts(("drusen", "OCT: scar"), "fundus") == ["Fundus: drusen", "OCT: scar"]
+
+
 def test_names_and_arguments_that_do_not_fit_are_refused():
     for name in ("isic_all", "isic_all_idx"):
         assert all_prompts(name) == [isic_all_idx(i) for i in range(32)]

@@ -10,11 +10,11 @@ from PIL import Image
 from rated_world import SIZE, stripes
 from scipy import stats
 
-from ddpo_pytorch.data.images import to_uint8
+from ddpo_pytorch.data.images import load_image, to_uint8
 from ddpo_pytorch.data.ratings import RatedImage
 from ddpo_pytorch.generator.from_scratch import build_vae
 from ddpo_pytorch.judges.selector import Selector
-from ddpo_pytorch.judges.vit import VisionSizes
+from ddpo_pytorch.judges.vit import VisionSizes, resized
 from ddpo_pytorch.rlhf.rated_images import best_threshold, measures, read_rated, through_autoencoder
 from ddpo_pytorch.utils.errors import UserError
 
@@ -90,7 +90,7 @@ def test_rated_set_with_and_without_autoencoder(tmp_path):
     for number, prompt in enumerate(prompts):
         Image.fromarray(stripes(3, False, rng)).save(path := tmp_path / f"{number}.png")
         images.append(rated(path, prompt, 1 + number / 2, 3 - number / 2, (number + 1) / 4))
-    found = read_rated(images, SIZE)
+    found = read_rated(images, SIZE, "stretch")
     assert found.images.dtype == torch.uint8 and found.images.shape == (4, 3, SIZE, SIZE)
     assert torch.equal(found.images[2], torch.from_numpy(np.array(Image.open(tmp_path / "2.png"))).permute(2, 0, 1))
     rewards = {name: values.tolist() for name, values in found.rewards.items()}
@@ -117,7 +117,6 @@ def test_any_kind_of_image_is_read_and_learned_as_it_is_scored(tmp_path):
     torch.manual_seed(0)
     selector = Selector(VisionSizes(SIZE, 8, 32, 2, 2))
     picture = stripes(3, True, np.random.default_rng(0), size=90)
-    native = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
     picture = Image.fromarray(picture)
     wide = Image.new("RGB", (150, 90))
     wide.paste(picture, (30, 0))
@@ -128,9 +127,17 @@ def test_any_kind_of_image_is_read_and_learned_as_it_is_scored(tmp_path):
         assert stored.shape == (1, 3, SIZE, SIZE)
         assert stored[..., 2].float().mean() > 50 and stored[..., -3].float().mean() > 50  # wide: cut to the lit part
         if name in ("large", "alpha"):
-            stored = stored.float() / 255
+            stored, native = stored.float() / 255, load_image(path, resize="fov")[None]
             torch.testing.assert_close(stored * 2 - 1, selector.preprocess(native), rtol=0, atol=1.01 / 255)
             torch.testing.assert_close(selector.score(stored), selector.score(native), rtol=0, atol=1e-3)
+    framed = Image.new("RGB", (150, 150))  # a square photograph with a black frame, as archives hold them
+    framed.paste(picture, (30, 30))
+    (path := tmp_path / "images" / "x" / "framed.png").parent.mkdir(parents=True)
+    framed.save(path)
+    in_use = resized(load_image(path, resize="fov")[None], SIZE)
+    assert torch.equal(read_rated([rated(path)], SIZE).images, to_uint8(in_use))
+    (tmp_path / "image_log.json").write_text("[]")  # a sample folder's images are as judges see them
+    assert torch.equal(read_rated([rated(path)], SIZE).images, to_uint8(resized(load_image(path)[None], SIZE)))
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(UserError, match="wide.png"):
+    with pytest.raises(UserError, match="framed.png"):
         read_rated([rated(path)], SIZE)

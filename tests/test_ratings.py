@@ -96,6 +96,19 @@ def test_a_table_points_to_no_file_elsewhere(tree, name):
             ratings.read_ratings(path, **folders)
 
 
+def test_generated_images_have_no_patient_and_other_modalities_their_own_prefix(folder):
+    """Two captions' 00000.png are two patients; photographs of one name without the eye are one."""
+    lines = ["1.png,3,OCT,3,drusen,a", "2.png,3,oct,3,OCT: drusen,a", "3.png,2,,3,OCT: scar,a"]
+    for place in ("made/images/x/00000.png", "made/images/y/00000.png", "a/7_left.png", "b/7_right.png"):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).hardlink_to(folder / "1.png")
+        lines.append(f"{place},3,OCT,3,drusen,a")
+    (folder / "made/image_log.json").write_text("[]")
+    rows = ratings.read_ratings(table(folder, lines))
+    assert [row.prompt for row in rows[:3]] == ["OCT: drusen", "OCT: drusen", "OCT: scar"]
+    assert [row.patient for row in rows[3:]] == ["made/images/x/00000.png", "made/images/y/00000.png", "7", "7"]
+
+
 GOOD, LEAST = "1.png,3,Fundus,3,normal,a", "image_path,rating,prompt,quality,patient\n"
 
 
@@ -105,7 +118,7 @@ GOOD, LEAST = "1.png,3,Fundus,3,normal,a", "image_path,rating,prompt,quality,pat
         *((HEADER, [f"1.png,{text},Fundus,3,normal,a"], f"line 2: rating is '{text}'") for text in ("3.01", "good")),
         (HEADER, ["1.png,3,Fundus,0,normal,a"], "line 2: expert_level is '0'.*1 to 3"),
         (HEADER, ["1.png,3,Fundus,3,,a"], "line 2: the caption is empty"),
-        (HEADER, ["1.png,3,OCT,3,normal,a"], "line 2: modality is 'OCT'"),
+        (HEADER, [GOOD, "2.png,3,OCT,3,normal,a"], "line 3: modality is 'OCT'"),
         (HEADER, [",3,Fundus,3,normal,a"], "line 2: the path of the image is empty"),
         (HEADER, ["1.png,3,Fundus,3"], "line 2: .*4 cells"),
         (HEADER, [GOOD, "2.png,3,Fundus,3,x,y,an expert"], "line 3: .*7 cells"),

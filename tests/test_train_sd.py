@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections import Counter
 
 import pytest
 import timm
@@ -194,6 +195,15 @@ def test_a_pool_is_mixed_with_real_images(model, train_stage, tmp_path):
     write_log(tmp_path / "none", [entry | {"passed": False} for entry in read_log(tmp_path / "pool")])
     with pytest.raises(UserError, match="no image that the Selector passed"):
         train_stage(tmp_path / "out", **start, sd__pool=str(tmp_path / "none"))
+
+
+def test_a_pool_larger_than_its_share_is_seen_whole():
+    """Of 7 chosen and 6 real images, half real: two passes over the real ones; all chosen ones, none thrice."""
+    real, pool = ([(f"{name}{n}", 0, 0) for n in range(count)] for name, count in (("real", 6), ("pool", 7)))
+    both = MixedLatents(real, pool, [1.0] * 7, 0.5)
+    seen = Counter(both[position][0] for position in range(len(both)))
+    assert {seen[name] for name, *_ in real} == {2} and {seen[name] for name, *_ in pool} == {1, 2}
+    assert sum(seen[name] for name, *_ in pool) == 12
 
 
 @pytest.mark.slow

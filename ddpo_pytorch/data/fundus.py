@@ -24,7 +24,7 @@ from ddpo_pytorch.utils.files import path_fault
 
 logger = logging.getLogger(__name__)
 MODALITY = "Fundus"
-_PREFIX = re.compile(r"^fundus\s*:\s*", re.IGNORECASE)
+_MODALITY = re.compile(r"([A-Za-z][\w -]{0,30}):\s")
 _EYE_OF_FILE = re.compile(r"^(.+)[_\- ](left|right|od|os)$", re.IGNORECASE)
 # OD and OS, right and left in Latin, are written in capitals
 _EYE_IN_TEXT = re.compile(r"\b((?i:left|right)|OD|OS)\b")
@@ -33,7 +33,7 @@ _SIDE = re.compile(r"\b(left|right)|nasal|temporal|\bo.?clock\b", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Row:
-    """Photograph of a table: its path there, "Fundus: <Text>", every column as text, its number from 0, its patient."""
+    """Image of a table: its path there, "<Modality>: <Text>", every column as text, its number from 0, its patient."""
 
     image: str
     caption: str
@@ -41,27 +41,44 @@ class Row:
     number: int
     patient: str
 
+    @property
+    def good(self) -> bool:
+        """Whether the column `quality`, if there is one, does not call the image degraded."""
+        return tables.number(self.fields.get("quality") or "3") == 3
+
 
 def read_split(path: str | Path) -> list[Row]:
     """Read a table with the columns path (from the image folder) and Text, perhaps modality, patient and others."""
+    only: list[str] = []
 
     def make(fields: dict[str, str], number: int, line: int, faults: list[str]) -> tuple[Row, str, str]:
-        image, text = tidy_path(fields["path"]), fields["Text"]
+        image, text, modality = tidy_path(fields["path"]), fields["Text"], fields.get("modality") or MODALITY
         if fault := path_fault(image):
             faults.append(f"path {image!r} {fault}; give the path of the image from the image folder")
-        elif fault := caption_fault(text, fields.get("modality") or MODALITY):
+        elif fault := caption_fault(text, modality, only):
             faults.append(fault)
         patient = fields.get("patient") or patient_of(image)
-        return Row(image, caption_of(text), fields, number, patient), image, f"image {image!r}"
+        return Row(image, caption_of(text, *only), fields, number, patient), image, f"image {image!r}"
 
     optional = ("modality", "patient", "eye", "quality")
     advice = "give one image a line"
     return read_table(path, "fundus table", ("path", "Text"), make, optional, free_text="Text", advice=advice)
 
 
-def caption_of(text: str) -> str:
-    """Return the prompt of a description: "Fundus: <text>", with single spaces and one prefix."""
-    return f"{MODALITY}: {_PREFIX.sub('', ' '.join(text.split()), count=1)}"
+def caption_of(text: str, modality: str = MODALITY) -> str:
+    """Return the prompt of a description: "<Modality>: <text>", with single spaces and one prefix."""
+    modality = MODALITY if modality.lower() == MODALITY.lower() else modality
+    return f"{modality}: {_description(text, modality)}"
+
+
+def _description(text: str, modality: str) -> str:
+    return re.sub(rf"^{re.escape(modality)}\s*:\s*", "", " ".join(text.split()), count=1, flags=re.IGNORECASE)
+
+
+def modality_of(prompt: str) -> str:
+    """Return the modality that a prompt of `caption_of` begins with, else ""."""
+    match = _MODALITY.match(prompt)
+    return match[1] if match else ""
 
 
 def caption_list(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -79,12 +96,15 @@ def tidy_path(text: str) -> str:
     return posixpath.normpath(text.replace("\\", "/")) if text else ""
 
 
-def caption_fault(text: str, modality: str) -> str | None:
-    """Return the fault of a description or its modality, or None."""
-    if modality.lower() != MODALITY.lower():
-        return f"modality is {modality!r}; only {MODALITY} is allowed, remove the row"
+def caption_fault(text: str, modality: str, only: list[str]) -> str | None:
+    """Return the fault of a description or its modality, or None; `only` remembers the modality of the first row."""
+    if not _MODALITY.fullmatch(f"{modality}: "):
+        return f"modality is {modality!r}; it must be a short name such as {MODALITY}"
+    only[:] = only or [modality]
+    if modality.lower() != only[0].lower():
+        return f"modality is {modality!r}, before it is {only[0]!r}; a table has one modality, remove the row"
     caption = " ".join(text.split())
-    if not _PREFIX.sub("", caption):
+    if not _description(text, modality):
         return "the caption is empty; describe the image"
     fault = invisible_character(caption)
     return fault and f"the caption {caption!r} {fault}"

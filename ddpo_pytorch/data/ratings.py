@@ -10,7 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpo_pytorch.data.fundus import MODALITY, assign_patients, caption_fault, caption_of, patient_of, tidy_path
+from ddpo_pytorch.data.fundus import (
+    MODALITY,
+    assign_patients,
+    caption_fault,
+    caption_of,
+    modality_of,
+    patient_of,
+    tidy_path,
+)
+from ddpo_pytorch.data.sample_folder import is_framed
 from ddpo_pytorch.data.tables import number, read_table
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import path_fault
@@ -69,6 +78,7 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
     table, root = Path(path).parent, Path(root or Path(path).parent)
     allowed = [folder for folder in (str(root), str(within)) if folder]
     patients: dict[str, tuple[str, int]] = {}
+    only: list[str] = []
 
     def find(image: str, faults: list[str]) -> tuple[str, Path]:
         """Return an image's path from `root`, and its file."""
@@ -88,7 +98,8 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
 
     def make(fields: dict[str, str], index: int, line: int, faults: list[str]) -> tuple[Rating, tuple | None, str]:
         image, file = find(tidy_path(fields["image_path"]), faults)
-        if fault := caption_fault(fields["prompt"], fields.get("modality") or MODALITY):
+        modality = fields.get("modality") or modality_of(fields["prompt"]) or MODALITY
+        if fault := caption_fault(fields["prompt"], modality, only):
             faults.append(fault)
         values: dict[str, float | None] = {}
         for name in ("expert_level", "rating", "quality", "alignment"):
@@ -97,12 +108,14 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
             if not optional and not 1 <= (values[name] or 0) <= 3:
                 hint = " (without this column all are 3)" * (name == "expert_level")
                 faults.append(f"{name} is {fields[name]!r}; allowed are 1 to 3{hint}")
-        rater, patient = fields.get("rater_id", ""), fields.get("patient") or patient_of(image)
+        # a generated image shows no patient: each is one of its own
+        patient = fields.get("patient") or (image if is_framed(file) else patient_of(image))
+        rater = fields.get("rater_id", "")
         other, first = patients.setdefault(image, (patient, line))
         if patient != other:
             faults.append(f"image {image!r} is of patient {patient!r}, in line {first} of {other!r}")
-        prompt = caption_of(fields["prompt"])
-        about = dict(modality=MODALITY, rater_id=rater, patient=patient, line=line, path=file)
+        prompt = caption_of(fields["prompt"], *only)
+        about = dict(modality=modality, rater_id=rater, patient=patient, line=line, path=file)
         rating = Rating(image=image, prompt=prompt, **about, **values)
         return rating, (rater, image, prompt) if rater else None, f"rater {rater!r} of image {image!r} for this prompt"
 

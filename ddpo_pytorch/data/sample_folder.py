@@ -28,6 +28,7 @@ from ddpo_pytorch.utils.json_files import OneOf, parse_json, read_json
 SETTINGS = "settings.json"
 LOG = "image_log.json"
 PARTS = "image_log.part*.jsonl"
+RECORD = "record.json"  # of a rating set (phantoms.rating_sets), whose images are in images/
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 LONGEST_NAME = 255  # bytes of a file name on common file systems
 _ELSEWHERE = "choose another logdir or move it away"
@@ -64,6 +65,12 @@ def caption_of_folder(name: str) -> str:
     if name not in _ISIC_FOLDERS:
         raise UserError(f"folder {name!r} is not named after one of the 32 ISIC captions (spaces as underscores)")
     return _ISIC_FOLDERS[name]
+
+
+def is_framed(path: Path) -> bool:
+    """Return whether an image lies in a complete sample folder or a rating set: a square as judges see it."""
+    folder = path.parent.parent
+    return (folder.parent / LOG).is_file() or (folder / RECORD).is_file()
 
 
 def claim_folder(folder: str | Path, settings: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:

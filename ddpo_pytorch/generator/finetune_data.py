@@ -1,6 +1,7 @@
 """Settings and training data of stage (i): images of a split table, or latents that are encoded once and verified."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -177,10 +178,11 @@ def _encode(
 class MixedLatents(Dataset):
     """Real and pool latents for fine-tuning on what judges chose (RAFT, Dong et al. 2023).
 
-    Items are (mean, logvar, caption id, weight). One pass has every real image once, with weight 1, followed by
-    round(real (1 - real_share) / real_share) items of the pool in cyclic order, with weights w_i / mean(w). So the real
-    images keep the generator from drifting where the judges are blind, whatever the size of the pool. Raises UserError
-    for weights (len(pool),) that are negative or all 0.
+    Items are (mean, logvar, caption id, weight): every real image with weight 1, then items of the pool with weights
+    w_i / mean(w), round(real (1 - real_share) / real_share) for each pass over the real ones. So the real images keep
+    the generator from drifting where the judges are blind, whatever the size of the pool. A pool that is larger than
+    one pass takes comes with as many passes as show every image of it, to be shuffled together (`EndlessBatches`).
+    Raises UserError for weights (len(pool),) that are negative or all 0.
     """
 
     def __init__(self, real: LatentShards, pool: LatentShards, weights: Sequence[float], real_share: float):
@@ -188,15 +190,18 @@ class MixedLatents(Dataset):
         if not (values >= 0).all() or not values.sum() > 0:
             raise UserError("the pool's scores are negative or all 0; draw the pool again with scripts/generate.py")
         self.real, self.pool, self.weights = real, pool, values / values.mean()
-        self.from_pool = round(len(real) * (1 - real_share) / real_share)
+        share = round(len(real) * (1 - real_share) / real_share)
+        self.passes = math.ceil(len(pool) / share) if share else 1
+        self.from_pool = self.passes * share
 
     def __len__(self) -> int:
-        return len(self.real) + self.from_pool
+        return self.passes * len(self.real) + self.from_pool
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, ...]:
-        if position < len(self.real):
-            return *self.real[position], torch.ones(())
-        index = (position - len(self.real)) % len(self.pool)
+        number = position - self.passes * len(self.real)
+        if number < 0:
+            return *self.real[position % len(self.real)], torch.ones(())
+        index = number * len(self.pool) // self.from_pool  # repeats are spread over all captions
         return *self.pool[index], self.weights[index]
 
 

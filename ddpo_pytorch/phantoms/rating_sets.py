@@ -14,7 +14,8 @@ import torch
 from ddpo_pytorch.data import ratings
 from ddpo_pytorch.data.fundus import MODALITY, Row, check_images, load_split
 from ddpo_pytorch.data.images import RESIZES, load_pixels, save_image
-from ddpo_pytorch.data.tables import number, write_table
+from ddpo_pytorch.data.sample_folder import RECORD
+from ddpo_pytorch.data.tables import write_table
 from ddpo_pytorch.phantoms.damage import BANDS, ERASABLE, KINDS, VISIBLE, degrade, draw_damage, vessel_contrast
 from ddpo_pytorch.phantoms.drawing import check_record
 from ddpo_pytorch.utils.cli import add_path, run_command
@@ -61,11 +62,11 @@ def write_rating_set(
     settings |= dict(images=len(rows), sources=hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16])
     out = Path(out)
     with locked(out, "another --out"):
-        check_record(out / "record.json", settings, occupied=any(path.name != LOCK for path in out.iterdir()))
+        check_record(out / RECORD, settings, occupied=any(path.name != LOCK for path in out.iterdir()))
         if (out / "ratings.csv").exists():  # the last file to be written
             return
         pairs = zip(rows, paths, strict=True)
-        good = [(row, path) for row, path in pairs if number(row.fields.get("quality") or "3") == 3]
+        good = [(row, path) for row, path in pairs if row.good]
         contrasts = [(row, path, vessel_contrast(_pixels(path, size, resize))) for row, path in good]
         visible = [one for one in contrasts if one[2] >= VISIBLE]
         logger.info(
@@ -79,7 +80,7 @@ def write_rating_set(
         numbers = rng.permutation(len(truth))
         for index, rating in zip(numbers, truth, strict=True):
             rating["image_path"] = f"images/{index:06d}.png"
-        write_json(out / "record.json", settings)
+        write_json(out / RECORD, settings)
         for index, (row, path, contrast) in enumerate(visible):
             files = [out / rating["image_path"] for rating in truth[3 * index : 3 * index + 3]]
             if not all(file.exists() for file in files):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ddpo_pytorch.data.fundus import MODALITY, load_split, tidy_path
+from ddpo_pytorch.data.fundus import load_split, modality_of, tidy_path
 from ddpo_pytorch.data.images import open_image
 from ddpo_pytorch.data.sample_folder import read_log
 from ddpo_pytorch.rating.store import Store
@@ -76,8 +76,7 @@ def _item(path: Path, prompt: str, folder: str | Path, table: str | Path, where:
             size = image.size
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    modality = MODALITY if prompt.lower().startswith(f"{MODALITY.lower()}:") else ""
-    return Item(resolved, image_path, prompt, modality, size)
+    return Item(resolved, image_path, prompt, modality_of(prompt), size)
 
 
 def distinct(items: Sequence[Item]) -> list[Item]:

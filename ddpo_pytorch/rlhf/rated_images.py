@@ -13,8 +13,9 @@ from diffusers import AutoencoderKL
 from scipy.stats import spearmanr
 
 from ddpo_pytorch.data.fundus import names_side
-from ddpo_pytorch.data.images import fov_square, read_rgb, to_uint8
+from ddpo_pytorch.data.images import load_image, to_uint8
 from ddpo_pytorch.data.ratings import RatedImage
+from ddpo_pytorch.data.sample_folder import is_framed
 from ddpo_pytorch.generator.latents import reconstruct
 from ddpo_pytorch.judges.classifier_report import calibration_error, ranking
 from ddpo_pytorch.judges.vit import resized
@@ -59,24 +60,20 @@ class RatedSet:
         return (torch.rand(len(self), generator=generator_of(seed, Stream.NOISE, epoch)) < 0.5) & self.mirrored
 
 
-def read_rated(rated: Sequence[RatedImage], size: int) -> RatedSet:
+def read_rated(rated: Sequence[RatedImage], size: int, resize: str = "fov") -> RatedSet:
     """Decode images to size x size pixels with the judges' own resizing (`judges.vit.resized`).
 
-    Images that are not square are first cut to their field of view and padded with black. Raises UserError for a file
-    that cannot be read.
+    Photographs are first framed by `resize`, as they are before judges score them; images of sample folders and rating
+    sets are so already. Raises UserError for a file that cannot be read.
     """
 
     def pixels(path: Path) -> torch.Tensor:
-        picture = read_rgb(path)
-        if picture.width != picture.height:
-            picture = fov_square(picture)
-        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        return to_uint8(resized(image[None].float() / 255, size)[0])
+        return to_uint8(resized(load_image(path, resize="stretch" if is_framed(path) else resize)[None], size)[0])
 
     with ThreadPoolExecutor(thread_limit()) as pool:
         images = torch.stack(list(pool.map(lambda one: pixels(one.path), rated)))
     rows = [[Path(one.image).name, one.prompt, one.quality, one.alignment, one.weight] for one in rated]
-    return RatedSet(images, rated, hashlib.sha256(json.dumps([size, rows]).encode()).hexdigest()[:12])
+    return RatedSet(images, rated, hashlib.sha256(json.dumps([size, resize, rows]).encode()).hexdigest()[:12])
 
 
 def through_autoencoder(rated: RatedSet, vae: AutoencoderKL, batch_size: int) -> RatedSet:

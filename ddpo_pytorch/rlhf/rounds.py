@@ -18,13 +18,15 @@ from ml_collections import ConfigDict
 
 from ddpo_pytorch.data.images import to_uint8
 from ddpo_pytorch.generator.pipeline import load_pipeline
-from ddpo_pytorch.judges.policy import Policy
-from ddpo_pytorch.judges.selector import Selector
+from ddpo_pytorch.judges.policy import SELECTOR_FILE, Policy
+from ddpo_pytorch.judges.selector import DESCRIPTION, Selector
+from ddpo_pytorch.judges.vit import read_judge
 from ddpo_pytorch.metrics.fidelity import kernel_distance
 from ddpo_pytorch.metrics.ssim import ms_ssim
 from ddpo_pytorch.metrics.tables import to_markdown
 from ddpo_pytorch.sampling import Sampler
 from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import sha256
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
 from ddpo_pytorch.utils.json_files import COUNT, parse_json
 from ddpo_pytorch.utils.randomness import Stream, derived_seed, text_number
@@ -130,6 +132,19 @@ def assess(
     )
 
 
+def check_independent(judges: str | Path, held_out_judges: str | Path) -> None:
+    """Raise UserError if judges that only measure learned from ratings, or patients, of those that choose images."""
+    files = [Path(folder) / SELECTOR_FILE for folder in (judges, held_out_judges)]
+    choosing, measuring = (read_judge(file, "selector", DESCRIPTION)[0].get("origin", {}) for file in files)
+    common = set(choosing.get("patients", ())) & set(measuring.get("patients", ()))
+    if sha256(files[0]) == sha256(files[1]) or common:
+        reason = f"share {len(common)} patients with" if common else "are"
+        raise UserError(
+            f"improve.held_out_judges {str(held_out_judges)!r} {reason} improve.judges {str(judges)!r}; train them on "
+            "ratings of other patients (column `patient`), so that they measure what they did not choose"
+        )
+
+
 def collapse(history: Sequence[RoundMetrics], tolerance: float, kid_tolerance: float) -> str:
     """Return why the last of these rounds, which begin with the initial generator, is a collapse; "" if it is none.
 
@@ -149,6 +164,12 @@ def collapse(history: Sequence[RoundMetrics], tolerance: float, kid_tolerance: f
     if 1 - now.ms_ssim < (1 - first.ms_ssim) / 2:
         return f"images of a prompt became too similar: MS-SSIM rose from {first.ms_ssim:.3f} to {now.ms_ssim:.3f}"
     return ""
+
+
+def best_round(history: Sequence[RoundMetrics], tolerance: float, kid_tolerance: float) -> int:
+    """Return the number of the round with the highest score, of those that are no collapse."""
+    sound = [n for n in range(len(history)) if not collapse(history[: n + 1], tolerance, kid_tolerance)]
+    return max(sound, key=lambda n: history[n].alignment)
 
 
 def rounds_table(history: Sequence[RoundMetrics]) -> str:

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
 from ml_collections import ConfigDict
 
+from ddpo_pytorch.data.images import RESIZES
 from ddpo_pytorch.judges import policy as policies
 from ddpo_pytorch.judges.classifier_training import EpochBatches, reset_scaler
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, Policy, TextFeatures, save_policy
@@ -51,7 +52,7 @@ def check_settings(rlhf: ConfigDict) -> None:
     """Raise UserError for settings outside their range."""
     if tuple(rlhf.stages) not in ((1,), (2,), (1, 2)):
         raise UserError(f"rlhf.stages is {tuple(rlhf.stages)}; allowed are (1,), (2,) and (1, 2)")
-    check_choices(rlhf, {"objective": OBJECTIVES}, "rlhf.")
+    check_choices(rlhf, {"objective": OBJECTIVES, "resize": RESIZES}, "rlhf.")
     check_ranges(rlhf, RANGES if rlhf.threshold is None else RANGES | {"threshold": allowed.SHARE}, "rlhf.")
     check_pair("rlhf.importance_range", rlhf.importance_range, allowed.POSITIVE, equal=True)
 
@@ -206,6 +207,7 @@ def train_stage(
         "stage": stage,
         "epochs": first_epoch + rlhf.num_epochs,
         "settings": settings,
+        "patients": sorted({fingerprint(one.patient)[:12] for one in (*train.rated, *val.rated)}),
         "held_out": held_out(),
     }
     for model in models:
