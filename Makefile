@@ -45,8 +45,8 @@ demo-fundus: .venv/ready
 	python -m ddpo_pytorch.phantoms.fundus --out $(FROOT)/data --degraded 0.5 --num_train 2000 --num_val 1000 --num_test 300
 	$(TWO) scripts/train_sd.py --config $(FUNDUS):train_vae_mini $(FLAGS) --config.sd.batch_size=8
 	$(TWO) scripts/train_sd.py --config $(FUNDUS):finetune_sd_mini $(FLAGS) --config.sd.batch_size=16
-	python -m ddpo_pytorch.phantoms.rating_sets --csv $(FROOT)/data/splits/fundus_train.csv --data_path $(FROOT)/data --out $(FROOT)/ratings --resize stretch --limit 1000
-	python -m ddpo_pytorch.phantoms.rating_sets --csv $(FROOT)/data/splits/fundus_val.csv --data_path $(FROOT)/data --out $(FROOT)/ratings-held-out --resize stretch --seed 1
+	python -m ddpo_pytorch.phantoms.rating_sets --csv $(FROOT)/data/splits/fundus_train.csv --data_path $(FROOT)/data --out $(FROOT)/ratings --resize stretch --structural 0 --limit 1000
+	python -m ddpo_pytorch.phantoms.rating_sets --csv $(FROOT)/data/splits/fundus_val.csv --data_path $(FROOT)/data --out $(FROOT)/ratings-held-out --resize stretch --structural 0 --seed 1
 	$(TWO) scripts/train_rlhf.py --config $(FUNDUS):train_rlhf_mini $(FLAGS) --config.rlhf.batch_size=16
 	$(TWO) scripts/train_rlhf.py --config $(FUNDUS):train_rlhf_held_out_mini $(FLAGS) --config.rlhf.batch_size=16
 	python scripts/improve.py --launch="$(TWO)" --config $(FUNDUS):improve_mini $(FLAGS) --config.sample.num_batches_per_epoch=2 --config.train.batch_size=32

@@ -348,8 +348,12 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # tables of real images to mix in and to compare with, and the folder of their images.
     improve.csv = improve.held_out_csv = improve.data_path = ""
     improve.held_out_images = 4  # images per prompt for the metrics of a round, always from the same noise
+    # timm architecture in whose features KID is measured as well ("": none), and its weights: "imagenet" or a file.
+    # Judges that are blind to something are blind in their own features, too.
+    improve.update(guard="", guard_weights="imagenet")
     # a round has collapsed, and stops the run, if it lowers the held-out judges' score by more than tolerance, raises
-    # KID above the first by more than kid_tolerance standard errors, or halves the diversity.
+    # KID or another distance to real images above the first by more than kid_tolerance standard errors, or halves the
+    # diversity.
     improve.update(tolerance=0.02, kid_tolerance=3.0)
 
     return config.lock()

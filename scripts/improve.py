@@ -31,6 +31,7 @@ from ddpo_pytorch.generator.finetune_data import REAL_SHARE
 from ddpo_pytorch.generator.latents import INDEX, LatentShards
 from ddpo_pytorch.generator.lora import merged_state_dict
 from ddpo_pytorch.generator.pipeline import load_pipeline, save_model
+from ddpo_pytorch.judges.classifier import new_classifier
 from ddpo_pytorch.judges.policy import load_judges
 from ddpo_pytorch.rlhf import rounds
 from ddpo_pytorch.sampling import SAMPLING, Sampler
@@ -84,7 +85,13 @@ class Rounds:
         rows, paths, _ = fundus.load_split(self.improve.held_out_csv, self.improve.data_path)
         self.prompts = fundus.caption_list(rows)
         good = [path for row, path in zip(rows, paths, strict=True) if row.good]
-        self.real = rounds.features_of(self.selector, self._pixels(good), config.eval.batch_size)
+        pixels, size, improve = self._pixels(good), config.eval.batch_size, self.improve
+        self.real = rounds.features_of(self.selector, pixels, size)
+        network = None
+        if improve.guard:
+            network = new_classifier(("guard",), 224, improve.guard, improve.guard_weights).eval().to(self.device)
+        fundus_images = fundus.modality_of(self.prompts[0]) == fundus.MODALITY
+        self.guards = rounds.Guards(pixels, network, fundus_images, config.seed, size)
 
     def _pixels(self, paths: list[Path]) -> torch.Tensor:
         sd = self.config.sd
@@ -122,7 +129,8 @@ class Rounds:
         grid = image_grid(images[::count][: 2 * GRID_COLUMNS].float() / 255, GRID_COLUMNS)  # one image a prompt
         save_picture(self.folder(number) / "grid.png", grid)
         prompts = [prompt for prompt in self.prompts for _ in range(count)]
-        return rounds.assess(images, prompts, self.selector, self.policy, self.real, config.seed, size)
+        judges = self.selector, self.policy
+        return rounds.assess(images, prompts, *judges, self.real, config.seed, size, self.guards)
 
     def _finetune(self, number: int, model: Path) -> Path:
         """Train on the chosen images of a best-of-N pool, weighted by score, mixed with real ones."""

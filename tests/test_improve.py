@@ -18,13 +18,17 @@ from script_tools import files_of, load_module, options, succeed
 from ddpo_pytorch.data.images import save_image
 from ddpo_pytorch.data.sample_folder import read_log
 from ddpo_pytorch.generator.pipeline import load_pipeline
+from ddpo_pytorch.judges.classifier import new_classifier
 from ddpo_pytorch.judges.policy import SELECTOR_FILE, load_judges
 from ddpo_pytorch.judges.selector import save_selector
 from ddpo_pytorch.metrics.fidelity import kernel_distance
 from ddpo_pytorch.metrics.ssim import ms_ssim
+from ddpo_pytorch.phantoms import fundus
+from ddpo_pytorch.phantoms.damage import degrade, vessel_contrast
 from ddpo_pytorch.prompts import all_prompts
 from ddpo_pytorch.rewards import build_reward
 from ddpo_pytorch.rlhf.rounds import (
+    Guards,
     RoundMetrics,
     assess,
     best_round,
@@ -138,6 +142,31 @@ def test_round_metrics_equal_those_computed_by_hand(judges_dir):
         assess(images[:3], prompts[:3], selector, policy, real, seed=1, batch_size=5)
 
 
+def test_guards_know_what_the_judges_may_not(caplog):
+    """Mirrored halves and flat discs are far from real retinas in vessels, discs and another network's features."""
+    rng = np.random.default_rng(0)
+    draw = [fundus.draw("normal fundus", "left", fundus.draw_look(rng), rng, 64) for _ in range(24)]
+    real, drawn = draw[:12], draw[12:]
+    flat, mirrored = ([degrade(image, kind, 1.0, rng) for image in drawn] for kind in ("flat", "mirrored"))
+    real, drawn, flat, mirrored = (
+        torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2) for x in (real, drawn, flat, mirrored)
+    )
+    network = new_classifier(("guard",), 64, "test_efficientnet", "none").eval()
+    guards = Guards(real, network, True, 1, 8)
+    metrics = [
+        RoundMetrics(0.5, 0.5, 0.5, 0.5, 0.1, 0.01, 0.2, 12, guards(images)) for images in (drawn, flat, mirrored)
+    ]
+    vessels, disc = "vessels (sd from real)", "one disc (sd from real)"
+    expected = [
+        abs(np.mean([vessel_contrast(x) for x in draw[12:]]) - np.mean(c := [vessel_contrast(x) for x in draw[:12]]))
+    ]
+    assert metrics[0].guards[vessels][0] == pytest.approx(expected[0] / np.std(c))
+    assert metrics[0].guards["KID (test_efficientnet)"][0] < metrics[1].guards["KID (test_efficientnet)"][0]
+    assert f"{vessels} rose" in collapse([metrics[0], metrics[1]], 0.02, 3.0)
+    assert f"{disc} rose" in collapse([metrics[0], metrics[2]], 0.02, 3.0)
+    assert Guards(real, None, False, 1, 8)(drawn) == {}
+
+
 def test_fixed_noise_depends_on_nothing_but_seed_prompt_and_index(sampler):
     both = draw_fixed(sampler, FUNDUS_PROMPTS, 3, seed=5, batch_size=4)
     alone = draw_fixed(sampler, FUNDUS_PROMPTS[1:], 2, seed=5, batch_size=1)
@@ -147,7 +176,7 @@ def test_fixed_noise_depends_on_nothing_but_seed_prompt_and_index(sampler):
 
 def test_collapse_and_best():
     def metrics(alignment=0.5, kid=0.1, similar=0.2):
-        return RoundMetrics(alignment, 0.5, 0.5, 0.5, kid, 0.01, similar, 100)
+        return RoundMetrics(alignment, 0.5, 0.5, 0.5, kid, 0.01, similar, 100, {})
 
     for later, expected in (
         ([], ""),

@@ -17,7 +17,7 @@ from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.phantoms import fundus, rating_sets, skin
 from ddpo_pytorch.utils.errors import UserError
 
-SET = dict(seed=2, size=48, resize="stretch")
+SET = dict(seed=2, size=48, resize="stretch", structural=0.0)
 SETTINGS = {
     skin: dict(num_train=41, num_val=6, num_test=5, seed=3, size=64),
     fundus: dict(num_train=24, num_val=8, num_test=6, seed=3, size=48, degraded=0.5),
@@ -86,7 +86,7 @@ def test_an_interrupted_world_is_completed_and_a_complete_one_is_kept(write, tmp
 OTHERS = {skin: dict(seed=4, num_val=7, balanced=True), fundus: dict(size=64, degraded=0.4)}
 OTHERS |= {rating_sets: dict(seed=3, raters=1)}
 IMPOSSIBLE = {skin: dict(num_train=-1, size=8), fundus: dict(num_val=3, seed=-1, degraded=1.5)}
-IMPOSSIBLE |= {rating_sets: dict(size=8, resize="fit", mismatched=1.2)}
+IMPOSSIBLE |= {rating_sets: dict(size=8, resize="fit", mismatched=1.2, structural=-1)}
 
 
 def each(settings):
@@ -204,16 +204,19 @@ def test_every_image_is_there_in_three_grades_of_which_the_rating_is_the_lower(w
     assert abs(np.corrcoef(grades, range(60))[0, 1]) < 0.4  # three standard deviations of chance
 
 
-def test_degraded_images_and_those_without_vessels_are_left_out(table, tmp_path, caplog):
+def test_degraded_images_are_left_out_and_those_without_vessels_or_structure_are_rated_1(table, tmp_path, caplog):
     rows, paths = list(table[0]), list(table[1])
     rows[0] = dataclasses.replace(rows[0], fields=rows[0].fields | {"quality": "2"})
     rows[1] = dataclasses.replace(rows[1], fields=rows[1].fields | {"quality": ""})
     paths[2] = tmp_path / "haze.png"
     Image.new("RGB", (48, 48), (150, 90, 60)).save(paths[2])
     with caplog.at_level(logging.INFO):
-        rating_sets.write_rating_set(rows, paths, tmp_path / "set", **SET)
+        rating_sets.write_rating_set(rows, paths, tmp_path / "set", **SET | {"structural": 0.5})
     assert caplog.records[0].args == (20, 1, 1, 18)
-    assert Counter(row["quality"] for row in read(tmp_path / "set" / "ratings.csv")) == {"3": 18, "2": 18, "1": 18}
+    assert Counter(row["quality"] for row in read(tmp_path / "set" / "ratings.csv")) == {"3": 18, "2": 18, "1": 28}
+    rated = read(tmp_path / "set" / "ratings.csv")
+    haze = [row for row in rated if np.asarray(Image.open(tmp_path / "set" / row["image_path"])).std((0, 1)).max() < 1]
+    assert [(row["rating"], row["alignment"], row["patient"]) for row in haze] == [("1", "1", rows[2].patient)]
     with pytest.raises(UserError, match="none of the 1 images shows a retina"):
         rating_sets.write_rating_set(rows[2:3], paths[2:3], tmp_path / "none", **SET)
     same = [number for number, row in enumerate(table[0]) if row.caption.endswith("normal fundus.")]

@@ -15,7 +15,9 @@ from ddpo_pytorch.data.ratings import RatedImage
 from ddpo_pytorch.generator.from_scratch import build_vae
 from ddpo_pytorch.judges.selector import Selector
 from ddpo_pytorch.judges.vit import VisionSizes, resized
-from ddpo_pytorch.rlhf.rated_images import best_threshold, measures, read_rated, through_autoencoder
+from ddpo_pytorch.phantoms import fundus
+from ddpo_pytorch.phantoms.damage import KINDS, STRUCTURAL
+from ddpo_pytorch.rlhf.rated_images import best_threshold, measures, probe, read_rated, through_autoencoder
 from ddpo_pytorch.utils.errors import UserError
 
 
@@ -56,6 +58,24 @@ def test_measures_of_degenerate_sets():
     equal, reverse = measures(constant, rewards), measures(1 - rewards, rewards)
     assert (equal["spearman"], equal["auc"]) == (None, 0.5) and reverse["spearman"] == pytest.approx(-1)
     assert measures(rewards, constant)["auc"] is None and measures(rewards, rewards)["calibration_error"] == 0
+
+
+def test_probes_show_what_a_selector_passes_that_is_no_retina(tmp_path):
+    """A Selector that sees red alone passes mirrored halves as the retinas themselves, and flat fields nearly so."""
+    rng, images = np.random.default_rng(0), []
+    for number in range(6):
+        picture = fundus.draw("normal fundus", "left", fundus.draw_look(rng), rng, SIZE)
+        Image.fromarray(picture if number else np.where(picture > 15, 90, picture)).save(
+            path := tmp_path / f"{number}.png"
+        )
+        images.append(rated(path, quality=3.0 if number else 1.0))
+    selector = Selector(VisionSizes(SIZE, 8, 32, 1, 2))
+    selector.score, selector.threshold = lambda pixels: pixels[:, 0].mean((1, 2)), 0.1
+    table = probe(selector, read_rated(images, SIZE, "stretch"), 4).set_index("kind")
+    assert list(table.index) == ["rated 3", *KINDS, *STRUCTURAL, "no visible vessels"]
+    assert table.loc["rated 3", ["images", "passed", "AUC"]].tolist() == ["5", "1.000", "0.500"]
+    assert table.loc["flat", "passed"] == table.loc["mirrored", "passed"] == "1.000" and table.images.iloc[-1] == "1"
+    assert float(table.loc["swapped", "AUC"]) > 0.9
 
 
 def test_threshold_has_the_best_j(table):

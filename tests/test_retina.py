@@ -11,7 +11,7 @@ from scipy import ndimage
 from ddpo_pytorch.data.fundus import read_split
 from ddpo_pytorch.data.images import fov_mask
 from ddpo_pytorch.phantoms import fundus as retina
-from ddpo_pytorch.phantoms.damage import BANDS, KINDS, VISIBLE, degrade, vessel_contrast
+from ddpo_pytorch.phantoms.damage import BANDS, KINDS, STRUCTURAL, VISIBLE, degrade, has_one_disc, vessel_contrast
 from ddpo_pytorch.utils.errors import UserError
 
 NORMAL, DRUSEN, GLAUCOMA, RETINOPATHY, MYOPIA = retina.FINDINGS
@@ -115,6 +115,25 @@ def test_change_grows_with_the_strength_in_the_field_alone_and_looks_equal_at_an
     assert 0.75 < near / far < 1.33
 
 
+def test_what_no_retina_looks_like_keeps_the_rim_and_has_no_single_disc():
+    image = picture(NORMAL, 1, 128).astype(np.uint8)
+    assert has_one_disc(image)
+    for kind in STRUCTURAL:
+        ruined = degrade(image, kind, 1.0, np.random.default_rng(0))
+        np.testing.assert_array_equal(ruined[~fov_mask(image)], image[~fov_mask(image)])
+        if kind == "swapped":
+            np.testing.assert_array_equal(ruined[fov_mask(image)], image[fov_mask(image)][:, [1, 0, 2]])
+        elif kind == "flat":
+            assert (
+                vessel_contrast(ruined) < VISIBLE < vessel_contrast(image)
+                and ruined[40:80, 40:80].std((0, 1)).max() < 1
+            )
+        elif kind == "mirrored":
+            assert not has_one_disc(ruined) and np.abs(ruined.astype(int) - ruined[:, ::-1]).mean() < 0.1
+        else:
+            assert sorted(ruined[::16, ::16].reshape(-1)) != sorted(image[::16, ::16].reshape(-1))
+
+
 def test_blur_is_a_gaussian_of_a_share_of_the_width():
     """Far from the rim it is scipy's filter of 0.04 x strength^1.25 x width; the rim itself stays."""
     noise = np.random.default_rng(0).normal(0, 20, (128, 128, 1)) * (disc(1, 128) > 0)
@@ -148,7 +167,7 @@ def test_on_photographs_bad_is_worse_than_mild_and_cataract_hides_the_vessels(sh
     assert np.mean(np.array(contrast["normal fundus"]) > VISIBLE) > 0.9
     assert np.median(contrast["cataract"]) < 0.5 * np.median(contrast["normal fundus"])
     for kind, strength in (("fog", 0.5), ("blur", 0.0), ("noise", float("nan"))):
-        with pytest.raises(UserError, match="blur, noise, exposure, crop, vessels"):
+        with pytest.raises(UserError, match="blur, noise, exposure, crop, vessels, flat"):
             degrade(photograph(), kind, strength, np.random.default_rng(0))
     for image in photographs["normal fundus"][:4]:
         for kind in KINDS:

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,16 @@ from ddpo_pytorch.data.fundus import MODALITY, Row, check_images, load_split
 from ddpo_pytorch.data.images import RESIZES, load_pixels, save_image
 from ddpo_pytorch.data.sample_folder import RECORD
 from ddpo_pytorch.data.tables import write_table
-from ddpo_pytorch.phantoms.damage import BANDS, ERASABLE, KINDS, VISIBLE, degrade, draw_damage, vessel_contrast
+from ddpo_pytorch.phantoms.damage import (
+    BANDS,
+    ERASABLE,
+    KINDS,
+    STRUCTURAL,
+    VISIBLE,
+    degrade,
+    draw_damage,
+    vessel_contrast,
+)
 from ddpo_pytorch.phantoms.drawing import check_record
 from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
@@ -24,7 +34,7 @@ from ddpo_pytorch.utils.files import LOCK, locked, sha256, write_json
 from ddpo_pytorch.utils.randomness import text_number
 
 logger = logging.getLogger(__name__)
-STYLE = 1  # raised when images are degraded in another way, so that old and new rating sets never mix
+STYLE = 2  # raised when images are degraded in another way, so that old and new rating sets never mix
 COLUMNS = (*ratings.COLUMNS, "quality", "alignment", "patient")
 GRADES = (3, 2, 1)
 ERRORS = {3: 0.04, 2: 0.12, 1: 0.25}  # chance that an expert of this level gives a grade next to the true one
@@ -38,21 +48,27 @@ def write_rating_set(
     size: int = 64,
     resize: str = "fov",
     mismatched: float = 0.3,
+    structural: float = 0.75,
     raters: int = 0,
 ) -> None:
     """Write ratings.csv and images/<number>.png: each image in the grades 3 (unchanged), 2 and 1.
+
+    A share `structural` of them is also there as one of STRUCTURAL. These, and images below VISIBLE, which are there
+    unchanged, have quality and alignment 1.
 
     Names and order do not reveal the grade. `quality` is the grade. A share `mismatched` of each grade has the caption
     of another image without a common finding: `alignment` is 1 there, else 3; `rating` is the lower of both. The rater
     is a faultless "truth" of level 3, or `raters` raters of levels 3, 2, 1, 3, ..., who err as in ERRORS.
 
-    Images with a `quality` below 3 in the table, and those below VISIBLE, are left out. The same call completes a set.
+    Images with a `quality` below 3 in the table are left out. The same call completes a set.
     """
-    settings = dict(style=STYLE, seed=seed, size=size, resize=resize, mismatched=mismatched, raters=raters)
-    if size < 32 or resize not in RESIZES or not 0 <= mismatched <= 1 or raters < 0 or seed < 0:
+    shares = dict(mismatched=mismatched, structural=structural)
+    settings = dict(style=STYLE, seed=seed, size=size, resize=resize, raters=raters) | shares
+    shares_fit = all(0 <= share <= 1 for share in shares.values())
+    if size < 32 or resize not in RESIZES or not shares_fit or raters < 0 or seed < 0:
         raise UserError(
-            f"a rating set needs size >= 32, resize of {', '.join(RESIZES)}, mismatched in [0, 1], raters and "
-            f"seed >= 0, got {settings}"
+            f"a rating set needs size >= 32, resize of {', '.join(RESIZES)}, mismatched and structural in [0, 1], "
+            f"raters and seed >= 0, got {settings}"
         )
     described = [
         [row.image, row.caption, row.patient, row.fields.get("quality"), sha256(path)]
@@ -70,32 +86,38 @@ def write_rating_set(
         contrasts = [(row, path, vessel_contrast(_pixels(path, size, resize))) for row, path in good]
         visible = [one for one in contrasts if one[2] >= VISIBLE]
         logger.info(
-            "%d images, of which %d have a lower quality in the table and %d show no vessels; %d are taken",
+            "%d images, of which %d have a lower quality in the table, and are left out, and %d show no vessels; %d do",
             *(len(rows), len(rows) - len(good), len(good) - len(visible), len(visible)),
         )
         if not visible:
             raise UserError(f"none of the {len(rows)} images shows a retina in good quality; give others")
         rng = np.random.default_rng((seed, 1))
         truth = _true_ratings([row for row, _, _ in visible], mismatched, rng)
+        jobs = [(row, path, grade, contrast >= ERASABLE) for row, path, contrast in visible for grade in GRADES]
+        ruined = rng.permutation(len(visible))[: round(structural * len(visible))]
+        none = [(*visible[one][:2], STRUCTURAL[n % len(STRUCTURAL)], True) for n, one in enumerate(ruined)]
+        none += [(row, path, "", True) for row, path, contrast in contrasts if contrast < VISIBLE]
+        jobs += none
+        truth += [dict(quality=1, alignment=1, prompt=row.caption, patient=row.patient) for row, *_ in none]
         numbers = rng.permutation(len(truth))
         for index, rating in zip(numbers, truth, strict=True):
             rating["image_path"] = f"images/{index:06d}.png"
         write_json(out / RECORD, settings)
-        for index, (row, path, contrast) in enumerate(visible):
-            files = [out / rating["image_path"] for rating in truth[3 * index : 3 * index + 3]]
-            if not all(file.exists() for file in files):
-                original = _pixels(path, size, resize)
-                for grade, file in zip(GRADES, files, strict=True):
-                    rng_grade = np.random.default_rng((seed, text_number(row.image), grade))
-                    kind = draw_damage(grade, rng_grade, contrast >= ERASABLE) if grade < 3 else ()
-                    image = degrade(original, *kind, rng_grade) if kind else original
-                    if not file.exists():
-                        save_image(file, torch.from_numpy(image).permute(2, 0, 1))
+        for (row, path, change, erasable), rating in zip(jobs, truth, strict=True):
+            if not (file := out / rating["image_path"]).exists():
+                image = _pixels(path, size, resize)
+                grade = change if isinstance(change, int) else 0
+                rng_image = np.random.default_rng((seed, text_number(row.image), grade))
+                if change not in (3, ""):
+                    kind, strength = draw_damage(grade, rng_image, erasable) if grade else (change, 1.0)
+                    image = degrade(image, kind, strength, rng_image)
+                save_image(file, torch.from_numpy(image).permute(2, 0, 1))
         rated = _simulate_raters([truth[position] for position in np.argsort(numbers)], raters, rng)
         write_table(out / "ratings.csv", COLUMNS, rated)
         logger.info("%d ratings of %d images in %s", len(rated), len(truth), out)
 
 
+@lru_cache(maxsize=1)  # the grades of an image follow each other
 def _pixels(path: Path, size: int, resize: str) -> np.ndarray:
     return load_pixels(path, size, resize).permute(1, 2, 0).numpy()
 
@@ -158,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ("limit", 0, "number of images, the first of the table; 0: all"),
         ("raters", 0, "number of raters who err; 0: one who does not"),
         ("mismatched", 0.3, "share with the caption of another image"),
+        ("structural", 0.75, "share that is also there as what no retina looks like"),
     ):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{description}; default {default}")
     run_command(parser, degrade_table, arguments)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from diffusers import AutoencoderKL
 from scipy.stats import spearmanr
@@ -18,7 +19,9 @@ from ddpo_pytorch.data.ratings import RatedImage
 from ddpo_pytorch.data.sample_folder import is_framed
 from ddpo_pytorch.generator.latents import reconstruct
 from ddpo_pytorch.judges.classifier_report import calibration_error, ranking
+from ddpo_pytorch.judges.selector import Selector
 from ddpo_pytorch.judges.vit import resized
+from ddpo_pytorch.phantoms.damage import BANDS, KINDS, STRUCTURAL, VISIBLE, degrade, vessel_contrast
 from ddpo_pytorch.utils.cores import thread_limit
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint
@@ -26,6 +29,7 @@ from ddpo_pytorch.utils.randomness import Stream, generator_of
 
 COLUMNS = ("quality", "alignment")  # learned by the Selector and the Policy
 BINS = 10  # of the calibration error
+PROBED = 100  # images that the Selector's probes start from
 
 
 @dataclass
@@ -99,6 +103,31 @@ def measures(scores: torch.Tensor, rewards: torch.Tensor, threshold: float | Non
     if threshold is not None:
         result["pass_rate"] = (scores >= threshold).double().mean().item()
     return {name: None if np.isnan(value) else float(value) for name, value in result.items()}
+
+
+def probe(selector: Selector, rated: RatedSet, batch_size: int) -> pd.DataFrame:
+    """Score what a Selector should reject: images rated 3, badly degraded or turned into what no retina looks like.
+
+    Returns a row for each kind, after that of the images as they are and before those without visible vessels: number
+    of images, mean score, share that passes, and AUC against the images as they are.
+    """
+    pictures = rated.images.permute(0, 2, 3, 1).numpy()
+    shown = pictures[(rated.rewards["quality"] > 0.75).numpy()][:PROBED]
+    sets = {"rated 3": shown}
+    for kind in (*KINDS, *STRUCTURAL):
+        sets[kind] = [degrade(image, kind, BANDS[1][0], np.random.default_rng(n)) for n, image in enumerate(shown)]
+    sets["no visible vessels"] = [image for image in pictures if vessel_contrast(image) < VISIBLE]
+    rows, first = [], torch.zeros(0)
+    for name, images in sets.items() if len(shown) else ():
+        if len(images):
+            pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+            scores = torch.cat([selector.score(part).cpu() for part in pixels.split(batch_size)])
+            first = scores if name == "rated 3" else first
+            kept = torch.cat([torch.ones(len(first)), torch.zeros(len(scores))])
+            auc = measures(torch.cat([first, scores]), kept)["auc"]
+            values = scores.mean(), selector.accepts(scores).double().mean(), auc
+            rows.append([name, str(len(images)), *(f"{float(value):.3f}" for value in values)])
+    return pd.DataFrame(rows, columns=["kind", "images", "score", "passed", "AUC"])
 
 
 def best_threshold(scores: torch.Tensor, rewards: torch.Tensor) -> tuple[float, float]:

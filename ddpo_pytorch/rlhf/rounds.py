@@ -6,7 +6,7 @@ kernel distance to real images and diversity show whether a higher score comes f
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from ml_collections import ConfigDict
 
 from ddpo_pytorch.data.images import to_uint8
 from ddpo_pytorch.generator.pipeline import load_pipeline
+from ddpo_pytorch.judges.classifier import ArtifactClassifier
 from ddpo_pytorch.judges.policy import SELECTOR_FILE, Policy
 from ddpo_pytorch.judges.selector import DESCRIPTION, Selector
 from ddpo_pytorch.judges.vit import read_judge
 from ddpo_pytorch.metrics.fidelity import kernel_distance
 from ddpo_pytorch.metrics.ssim import ms_ssim
 from ddpo_pytorch.metrics.tables import to_markdown
+from ddpo_pytorch.phantoms.damage import has_one_disc, vessel_contrast
 from ddpo_pytorch.sampling import Sampler
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
@@ -40,6 +42,7 @@ class RoundMetrics:
 
     alignment is [selector >= threshold] * policy, scores are in [0, 1]; kid is the kernel distance to real images in
     the Selector's features; ms_ssim, of neighbouring images of a prompt, is higher where they are more similar.
+    `guards` are distances to real images that know nothing of the judges, by title, each with its standard error.
     """
 
     alignment: float
@@ -50,6 +53,7 @@ class RoundMetrics:
     kid_error: float
     ms_ssim: float
     images: int
+    guards: dict[str, list[float]]
 
     def cells(self) -> dict[str, str]:
         """Return the metrics as text by title, in the order of the table."""
@@ -60,16 +64,56 @@ class RoundMetrics:
             "policy": f"{self.policy:.3f}",
             "KID (Selector's features)": f"{self.kid:.3g} ± {self.kid_error:.2g}",
             "MS-SSIM": f"{self.ms_ssim:.3f}",
+            **{title: f"{value:.3g} ± {error:.2g}" for title, (value, error) in self.guards.items()},
             "images": str(self.images),
         }
 
 
 @torch.no_grad()
-def features_of(selector: Selector, images: torch.Tensor, batch_size: int) -> np.ndarray:
-    """Return the Selector's pooled features (N, D) of uint8 images (N, 3, H, W)."""
-    device = next(selector.parameters()).device
-    parts = [selector.encoder(selector.preprocess(part.to(device).float() / 255)) for part in images.split(batch_size)]
-    return torch.cat(parts).float().cpu().numpy()
+def features_of(network: Selector | ArtifactClassifier, images: torch.Tensor, batch_size: int) -> np.ndarray:
+    """Return pooled features (N, D) of uint8 images (N, 3, H, W)."""
+    device = next(network.parameters()).device
+
+    def run(pixels: torch.Tensor) -> torch.Tensor:
+        whole = isinstance(network, ArtifactClassifier)
+        return network.features(pixels) if whole else network.encoder(network.preprocess(pixels))
+
+    return torch.cat([run(part.to(device).float() / 255) for part in images.split(batch_size)]).float().cpu().numpy()
+
+
+class Guards:
+    """Distances of images to real ones that know nothing of the judges.
+
+    KID in the features of `network`, a timm backbone, if one is given; and, of fundus images, how far the mean contrast
+    of vessels and the share with exactly one optic disc lie from those of real images, in their standard deviations.
+    """
+
+    def __init__(
+        self, real: torch.Tensor, network: ArtifactClassifier | None, anatomy: bool, seed: int, batch_size: int
+    ):
+        self.network, self.anatomy, self.seed, self.batch_size = network, anatomy, seed, batch_size
+        self.features = network and features_of(network, real, batch_size)
+        self.real = _anatomy(real) if anatomy else None
+
+    def __call__(self, images: torch.Tensor) -> dict[str, list[float]]:
+        found = {}
+        if self.network:
+            features = features_of(self.network, images, self.batch_size)
+            distance = kernel_distance(self.features, features, self.seed)
+            found[f"KID ({self.network.arch})"] = [distance.value, (distance.high - distance.low) / (2 * 1.96)]
+        for column, title in enumerate(("vessels", "one disc") if self.anatomy else ()):
+            own, real = _anatomy(images)[:, column], self.real[:, column]
+            scale = max(real.std(), 1e-3)
+            found[f"{title} (sd from real)"] = [
+                abs(own.mean() - real.mean()) / scale,
+                own.std() / scale / len(own) ** 0.5,
+            ]
+        return found
+
+
+def _anatomy(images: torch.Tensor) -> np.ndarray:
+    """Return the contrast of vessels and whether there is one disc (N, 2) of uint8 images (N, 3, H, W)."""
+    return np.array([[vessel_contrast(one), has_one_disc(one)] for one in images.permute(0, 2, 3, 1).numpy()], float)
 
 
 def draw_fixed(sampler: Sampler, prompts: Sequence[str], count: int, seed: int, batch_size: int) -> torch.Tensor:
@@ -100,10 +144,12 @@ def assess(
     real: np.ndarray,
     seed: int,
     batch_size: int,
+    guards: Callable[[torch.Tensor], dict[str, list[float]]] = lambda images: {},
 ) -> RoundMetrics:
     """Return the metrics of uint8 images (N, 3, H, W) with N prompts, in which equal ones are neighbours.
 
-    `real` are the Selector's features (M, D) of real images. Raises UserError for fewer than 4 images of either.
+    `real` are the Selector's features (M, D) of real images; `guards`, for example `Guards`. Raises UserError for fewer
+    than 4 images of either.
     """
     quality, aligned = [], []
     for start in range(0, len(images), batch_size):
@@ -129,6 +175,7 @@ def assess(
         kid_error=(distance.high - distance.low) / (2 * 1.96),
         ms_ssim=torch.cat(similar).mean().item(),
         images=len(images),
+        guards=guards(images),
     )
 
 
@@ -148,19 +195,23 @@ def check_independent(judges: str | Path, held_out_judges: str | Path) -> None:
 def collapse(history: Sequence[RoundMetrics], tolerance: float, kid_tolerance: float) -> str:
     """Return why the last of these rounds, which begin with the initial generator, is a collapse; "" if it is none.
 
-    A fall of the held-out score by more than `tolerance` below the best so far, a rise of KID above the initial one by
-    more than `kid_tolerance` standard errors of the difference, or a fall of 1 - MS-SSIM to half of the initial one.
+    A fall of the held-out score by more than `tolerance` below the best so far, a rise of KID or a guard above the
+    initial one by more than `kid_tolerance` standard errors of the difference, or a fall of 1 - MS-SSIM to half of the
+    initial one.
     """
     first, now = history[0], history[-1]
     best = max(one.alignment for one in history)
     if now.alignment < best - tolerance:
         return f"the held-out score fell to {now.alignment:.3f}, the best was {best:.3f}"
-    error = math.hypot(first.kid_error, now.kid_error)
-    if len(history) > 1 and now.kid > first.kid + kid_tolerance * error:
-        return (
-            f"KID to real images rose from {first.kid:.4g} to {now.kid:.4g}, by more than {kid_tolerance:g} standard "
-            f"errors ({error:.2g}) of the difference: the judges accept unrealistic images"
-        )
+    pairs = {"KID to real images": ((first.kid, first.kid_error), (now.kid, now.kid_error))}
+    pairs |= {title: (first.guards[title], now.guards[title]) for title in now.guards}
+    for title, ((before, one), (value, other)) in pairs.items():
+        error = math.hypot(one, other)
+        if value > before + kid_tolerance * error:
+            return (
+                f"{title} rose from {before:.4g} to {value:.4g}, by more than {kid_tolerance:g} standard errors "
+                f"({error:.2g}) of the difference: the judges accept unrealistic images"
+            )
     if 1 - now.ms_ssim < (1 - first.ms_ssim) / 2:
         return f"images of a prompt became too similar: MS-SSIM rose from {first.ms_ssim:.3f} to {now.ms_ssim:.3f}"
     return ""
@@ -179,7 +230,7 @@ def rounds_table(history: Sequence[RoundMetrics]) -> str:
 
 def read_history(path: Path) -> list[RoundMetrics]:
     """Return the metrics of rounds.jsonl, up to the first missing round."""
-    shape = {"round": COUNT} | {name: float for name in RoundMetrics.__dataclass_fields__}
+    shape = {"round": COUNT} | {name: float for name in RoundMetrics.__dataclass_fields__} | {"guards": {str: [float]}}
     measured: dict[int, RoundMetrics] = {}
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
         entry = parse_json(line, shape, f"{str(path)!r} line {number}", "remove that line, to measure its round again")

@@ -18,13 +18,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
 from ml_collections import ConfigDict
 
+from ddpo_pytorch.data.fundus import MODALITY, modality_of
 from ddpo_pytorch.data.images import RESIZES
 from ddpo_pytorch.judges import policy as policies
 from ddpo_pytorch.judges.classifier_training import EpochBatches, reset_scaler
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, Policy, TextFeatures, save_policy
 from ddpo_pytorch.judges.selector import MLP_RATIO, Selector, load_selector, save_selector
 from ddpo_pytorch.judges.vit import VisionSizes, read_judge
-from ddpo_pytorch.rlhf.rated_images import RatedSet, best_threshold, measures
+from ddpo_pytorch.metrics.tables import to_markdown
+from ddpo_pytorch.rlhf.rated_images import RatedSet, best_threshold, measures, probe
 from ddpo_pytorch.rlhf.reinforce import OBJECTIVES, advantages, importance_weights, reinforce_loss
 from ddpo_pytorch.utils import settings as allowed
 from ddpo_pytorch.utils.errors import UserError
@@ -257,6 +259,11 @@ def first_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedSe
     selector.origin = policy.origin = train_stage(accelerator, 1, judges, train_set, val_set, config)
     calibrate(selector, all_scores(accelerator, selector, val_set, rlhf.batch_size), val_set, rlhf.threshold)
     if accelerator.is_main_process:
+        if modality_of(val_set.prompts[0]) == MODALITY:
+            table = to_markdown(probe(selector, val_set, rlhf.batch_size))
+            logger.info("what the Selector makes of validation images and of what no retina looks like:\n%s", table)
+            with atomic_write(output / "probes.md") as temporary:
+                temporary.write_text(table)
         save_selector(selector, output / SELECTOR_FILE)
         save_policy(policy, output / POLICY_FILE)
         (output / FIRST_POLICY).unlink(missing_ok=True)  # of an earlier training, whose judges were moved away
