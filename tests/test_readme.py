@@ -26,7 +26,7 @@ TEXT = "\n".join(PAGES.values())
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
 # scripts and modules whose flags are in another file
 SOURCES = {"ddpo_pytorch.data.isic": "ddpo_pytorch/data/splits.py", "benchmarks/training.py": "benchmarks/workload.py"}
-OTHERS = ("pip", "pip-audit", "sbatch", "pytest")  # commands that are not this repository's
+OTHERS = ("awk", "pip", "pip-audit", "sbatch", "pytest")  # commands that are not this repository's
 
 
 def blocks(language: str, text: str) -> list[str]:
