@@ -201,7 +201,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     metric.folders = ""
     # folder of training images (at any depth): nearest neighbours of the samples and of real_path's images in it.
     metric.train_path = ""
-    # the H=4 judge, which took no part in training ("" with metric.judges), and others: "H6=FILE,NAME=FILE".
+    # the H=4 judge, or one of other labels for folders with metadata.csv, which took no part in training ("" with
+    # metric.judges), and others: "H6=FILE,NAME=FILE".
     metric.classifier = metric.more_judges = ""
     # folder of train_rlhf.py whose Selector and Policy judge fundus images instead of metric.classifier.
     metric.judges = ""
@@ -209,7 +210,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     metric.output = ""
     metric.cache_dir = root + "/cache/metrics"
     metric.batch_size = 256  # images per process and forward pass
-    metric.prompts = ()  # captions to evaluate; (): all 32
+    metric.prompts = ()  # captions to evaluate; (): all
     # feature networks of FID, KID and the like: "inception", "dinov2", "judge" (pooled features of metric.classifier,
     # or of the Selector).
     metric.extractors = ("inception", "judge")

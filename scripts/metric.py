@@ -4,13 +4,15 @@
 
 Writes metrics.json, per_image.csv, tables (.md, .csv, .tex) and comparison.png to `metric.output`, appends the official
 line {"metrics": {"APR_m", "LPIPS", "FID"}} to metrics_log.jsonl and, with --report, writes report.html. The tables are
-table2 and table3, for fundus images (with `metric.judges`) fundus; with `metric.quality` also table1.
+table3 and, for ISIC's captions, table2, for fundus images (with `metric.judges`) fundus; with `metric.quality` table1.
 
 All processes run networks, whose results are cached by content (`metric.cache_dir`); the main one computes the numbers.
 """
 
 import json
 import logging
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -19,21 +21,24 @@ from accelerate import Accelerator
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.data.images import save_picture
+from ddpo_pytorch.data.tables import number
 from ddpo_pytorch.metrics.comparison import Folder
 from ddpo_pytorch.metrics.evaluation import FUNDUS, evaluate, run_networks, write_per_image
-from ddpo_pytorch.metrics.image_sets import named_paths, shape_of
+from ddpo_pytorch.metrics.image_sets import named_paths
 from ddpo_pytorch.metrics.inputs import check_request, find_sets, load_tools
 from ddpo_pytorch.metrics.pictures import comparison, contact_sheet
 from ddpo_pytorch.metrics.tables import dig, fundus_table, table1, table2, table3, to_csv, to_latex, to_markdown
 from ddpo_pytorch.report.page import write_report
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import locked_by_main, make_accelerator
+from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import JsonLines, atomic_write
 from ddpo_pytorch.utils.settings import SEED, check_ranges
 
 FLAGS = flags.FLAGS
 define_config(__file__, "Metrics of sample folders.")
 flags.DEFINE_bool("report", False, "also write report.html, one page with tables, curves and pictures")
+flags.DEFINE_multi_string("fail_if", [], "exit with code 2 if this holds for the last model: 'APR<0.4', 'FID>30', ...")
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +52,33 @@ def make_tables(result: dict) -> dict[str, pd.DataFrame]:
         tables["table1"] = table1(models, real, names, result["settings"]["image_shape"])
     if result.get("kind") == FUNDUS:
         return tables | {"fundus": fundus_table(models, real, result["fid_part"])}
-    counts = dig(result, "sets", "real", "images_by_prompt")
-    return tables | {"table2": table2(models, real, counts), "table3": table3(models, result["fid_part"])}
+    if result["subject"] == "dermoscopic":
+        tables["table2"] = table2(models, real, dig(result, "sets", "real", "images_by_prompt"))
+    return tables | {"table3": table3(models, result["fid_part"])}
+
+
+def parse_conditions(texts: Sequence[str]) -> list[tuple[str, str, float]]:
+    """Return (path, comparison, number) of each "APR<0.4". Raises UserError."""
+    found = [re.fullmatch(r"\s*(.+?)\s*([<>])\s*(\S+)\s*", text) for text in texts]
+    for text, match in zip(texts, found, strict=True):
+        if not match or number(match[3]) is None:
+            raise UserError(f"--fail_if={text!r} is no condition; give NAME<NUMBER or NAME>NUMBER, such as 'APR<0.4'")
+    return [(match[1], match[2], float(match[3])) for match in found]
+
+
+def check_conditions(result: dict, conditions: Sequence[tuple[str, str, float]]) -> None:
+    """Raise UserError if a condition holds for the last model, or cannot be checked.
+
+    Names are those of the model's part of metrics.json: "FID", or a path such as "alignment.H4.APR.low".
+    """
+    name, model = list(result["models"].items())[-1]
+    for path, sign, bound in conditions:
+        value = dig(model, *path.split("."))
+        value = value["value"] if isinstance(value, dict) and "value" in value else value
+        if not isinstance(value, int | float):
+            raise UserError(f"--fail_if: metrics.json states no number {path!r} of {name}; see its names there")
+        if value < bound if sign == "<" else value > bound:
+            raise UserError(f"{path} of {name} is {value:.4g}; --fail_if='{path}{sign}{bound:g}' refuses that")
 
 
 def write(output: Path, result: dict, folders: dict[str, list[Folder]], tables: dict[str, pd.DataFrame]) -> None:
@@ -77,15 +107,15 @@ def samples_of(folders: dict[str, list[Folder]]) -> dict[str, list[tuple[Path, s
     return {name: own[0].images.samples for name, own in folders.items()}
 
 
-def measure(accelerator: Accelerator, config: ConfigDict) -> None:
-    """Load sets and networks, run the networks on all processes, and compute and write the numbers on the main one."""
+def measure(accelerator: Accelerator, config: ConfigDict) -> dict:
+    """Run the networks on all processes; compute, write and return the content of metrics.json on the main one."""
     metric = config.metric
     sets = find_sets(metric, accelerator)
-    tools = load_tools(metric, accelerator, min(shape_of(sets.folders[0])))
+    tools = load_tools(metric, accelerator, sets)
     run_networks(config, sets, tools, accelerator)
     accelerator.end_training()
     if not accelerator.is_main_process:
-        return
+        return {}
 
     result, folders = evaluate(config, tools, sets)
     for line in result["warnings"]:
@@ -100,15 +130,19 @@ def measure(accelerator: Accelerator, config: ConfigDict) -> None:
         runs = [Path(path) for _, path in named_paths(metric.logs, "metric.logs")]
         logger.info("report: %s", write_report(output, result, samples_of(folders), runs))
     logger.info("written to %s", output)
+    return result
 
 
 def main(_) -> None:
+    conditions = parse_conditions(FLAGS.fail_if)
     config = expand_config(FLAGS.config, "metric.output", "metric.cache_dir")
     check_ranges(config, {"seed": SEED})
     check_request(config.metric)
     accelerator = make_accelerator("no", config.allow_tf32, process_timeout=config.process_timeout)
     with locked_by_main(accelerator, config.metric.output, "another metric.output"):
-        measure(accelerator, config)
+        result = measure(accelerator, config)
+        if accelerator.is_main_process:
+            check_conditions(result, conditions)
 
 
 if __name__ == "__main__":

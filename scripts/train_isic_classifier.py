@@ -2,6 +2,7 @@
 
     accelerate launch --num_processes 1 scripts/train_isic_classifier.py --data_path DIR --num_classes 6
 
+or, of any data set, one head for each of `--labels`, which are columns of tables file_name,text,... (data/metadata.py).
 EfficientNet-B0, dropout 0.3, BCE with logits, AdamW with cosine decay, best epoch by validation loss. Rerun the same
 command to resume a training that was stopped.
 """
@@ -10,14 +11,14 @@ import logging
 from functools import partial
 from pathlib import Path
 
-import torch
 from absl import flags
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import Dataset
 
-from ddpo_pytorch.data.images import ImageFiles, decoded
+from ddpo_pytorch.data.images import ImageFiles, decoded, rows_with_image
 from ddpo_pytorch.data.isic import LABELS, load_split
+from ddpo_pytorch.data.metadata import read_metadata, requested_labels
 from ddpo_pytorch.data.splits import drop_broken, read_splits
 from ddpo_pytorch.generator.from_scratch import load_vae
 from ddpo_pytorch.generator.latents import reconstruct
@@ -40,6 +41,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_enum("mode", "train", ["train", "test"], "train a classifier, or report on the test split")
 flags.DEFINE_string("data_path", None, "folder of <image>.jpg files", required=True)
 flags.DEFINE_enum("num_classes", "4", ["4", "6"], "4: the artifacts (judge); 6: artifacts and diseases (reward)")
+flags.DEFINE_list("labels", [], "instead: columns of 0 and 1 in tables file_name,text,... of any images")
 flags.DEFINE_string("train_csv", "rl4med-out/data/splits/isic2019_train.csv", "training split")
 flags.DEFINE_string("val_csv", "rl4med-out/data/splits/isic2019_val.csv", "validation split")
 flags.DEFINE_string("test_csv", "rl4med-out/data/splits/isic2019_test.csv", "test split")
@@ -73,13 +75,16 @@ logger = logging.getLogger(__name__)
 UNFINISHED = ".unfinished.pt"  # suffix of the training state, which is removed at the end
 
 
-def image_files(csv_path: str, image_size: int, num_classes: int) -> ImageFiles:
-    rows, paths, missing = load_split(csv_path, FLAGS.data_path, FLAGS.limit)
+def image_files(csv_path: str, image_size: int, names: tuple[str, ...]) -> ImageFiles:
+    if FLAGS.labels:
+        rows, paths, missing = rows_with_image(read_metadata(csv_path), csv_path, FLAGS.data_path, FLAGS.limit)
+    else:
+        rows, paths, missing = load_split(csv_path, FLAGS.data_path, FLAGS.limit)
     if FLAGS.skip_broken:
         rows, paths = drop_broken(rows, paths)
     logger.info("%s: %d images, %d rows without one are skipped", csv_path, len(rows), missing)
-    labels = torch.tensor([row.labels[:num_classes] for row in rows], dtype=torch.float32)
-    for name, absent in one_sided(labels, LABELS[:num_classes]):
+    labels = requested_labels([row.caption for row in rows], names, [row.fields for row in rows]).float()
+    for name, absent in one_sided(labels, names):
         message = f"{csv_path!r} has no {absent} of {name!r} among its {len(rows)} images"
         if FLAGS.mode == "train":
             raise UserError(f"{message}; training needs both: add such images, or raise --limit if you gave one")
@@ -93,31 +98,39 @@ def cached(accelerator: Accelerator, files: ImageFiles) -> Dataset:
         return decoded(files, folder)
 
 
-def load_checkpoint(path: str | Path, num_classes: int) -> ArtifactClassifier:
+def load_checkpoint(path: str | Path, names: tuple[str, ...]) -> ArtifactClassifier:
     model = load_classifier(path)
-    if len(model.labels) != num_classes:
-        raise UserError(f"{str(path)!r} has {len(model.labels)} heads, --num_classes is {num_classes}; give the same")
+    if model.labels != names:
+        given, wanted = (f"{len(labels)} heads ({', '.join(labels)})" for labels in (model.labels, names))
+        raise UserError(f"{str(path)!r} has {given}, not {wanted}; give the same --num_classes or --labels")
     return model
 
 
-def train(accelerator: Accelerator, num_classes: int, output: Path) -> None:
+def train(accelerator: Accelerator, names: tuple[str, ...], output: Path) -> None:
     recipe = Recipe(**{name: FLAGS[name].value for name in Recipe.__dataclass_fields__})
-    published = output.with_name(f"artifact_classifier_train_H{num_classes}.pth")
+    published = output.with_name(f"artifact_classifier_train_H{len(names)}.pth")
     for path in (output, published) if FLAGS.save_published else (output,):
         if path.exists() and not output.with_suffix(UNFINISHED).exists():
             raise UserError(f"{str(path)!r} exists already; choose another --checkpoint_dir or move it away")
-    read_splits({"train": Path(FLAGS.train_csv), "val": Path(FLAGS.val_csv)})  # refuses an image in both
+    if not FLAGS.labels:
+        read_splits({"train": Path(FLAGS.train_csv), "val": Path(FLAGS.val_csv)})  # refuses an image in both
+    elif both := set.intersection(
+        *({row.image for row in read_metadata(FLAGS[f"{s}_csv"].value)} for s in ("train", "val"))
+    ):
+        raise UserError(
+            f"{FLAGS.train_csv!r} and {FLAGS.val_csv!r} share {len(both)} images, first {min(both)!r}; split them"
+        )
     set_seed(FLAGS.seed)
     if FLAGS.checkpoint:
-        model = load_checkpoint(FLAGS.checkpoint, num_classes).requires_grad_(True)
+        model = load_checkpoint(FLAGS.checkpoint, names).requires_grad_(True)
     else:
         with accelerator.local_main_process_first():  # one process downloads
-            model = new_classifier(LABELS[:num_classes], FLAGS.image_size, FLAGS.arch, FLAGS.weights)
+            model = new_classifier(names, FLAGS.image_size, FLAGS.arch, FLAGS.weights)
     if FLAGS.save_published:
         check_publishable(model)
         if model.image_size != PUBLISHED_SIZE:
             logger.warning("%s will not state its image size; readers assume %d", published, PUBLISHED_SIZE)
-    splits = [image_files(path, model.image_size, num_classes) for path in (FLAGS.train_csv, FLAGS.val_csv)]
+    splits = [image_files(path, model.image_size, names) for path in (FLAGS.train_csv, FLAGS.val_csv)]
     sets = [cached(accelerator, files) for files in splits]
 
     def save(best: FitState) -> None:
@@ -132,9 +145,9 @@ def train(accelerator: Accelerator, num_classes: int, output: Path) -> None:
     logger.info("best epoch %d, validation loss %.4f, saved in %s", best.epoch, best.val_loss, output)
 
 
-def test(accelerator: Accelerator, num_classes: int, output: Path) -> None:
+def test(accelerator: Accelerator, names: tuple[str, ...], output: Path) -> None:
     path = Path(FLAGS.checkpoint or output)
-    model = load_checkpoint(path, num_classes)
+    model = load_checkpoint(path, names)
     if path.with_suffix(UNFINISHED).exists():
         logger.warning("%s is the best epoch so far of an unfinished training", path)
     size, tests = model.image_size, {"": None}
@@ -142,13 +155,13 @@ def test(accelerator: Accelerator, num_classes: int, output: Path) -> None:
         folder = Path(FLAGS.through_vae)
         vae = load_vae(folder / "vae" if (folder / "vae").is_dir() else folder).to(accelerator.device)
         size, tests = vae.config.sample_size, {"_original": None, "_reconstructed": partial(reconstruct, vae)}
-    files = cached(accelerator, image_files(FLAGS.test_csv, size, num_classes))
+    files = cached(accelerator, image_files(FLAGS.test_csv, size, names))
     for name, change in tests.items():
         logits, labels = predict(accelerator, model, files, FLAGS.batch_size, FLAGS.num_workers, change)
         if accelerator.is_main_process:
             report = Report(logits, labels, model.labels, model.thresholds)
             logger.info("%s on %s%s\n%s", path, FLAGS.test_csv, name.replace("_", ", "), report.table())
-            written = report.write(Path(FLAGS.checkpoint_dir) / f"test_H{num_classes}{name}")
+            written = report.write(Path(FLAGS.checkpoint_dir) / f"test_H{len(names)}{name}")
             logger.info("written: %s", ", ".join(map(str, written)))
 
 
@@ -156,10 +169,11 @@ def main(_) -> None:
     required = ("data_path", "train_csv", "val_csv", "test_csv", "checkpoint_dir", "weights")
     expand_flags(FLAGS, required, optional=("checkpoint", "cache_dir", "through_vae"))
     accelerator = make_accelerator(FLAGS.mixed_precision, process_timeout=FLAGS.process_timeout)
-    num_classes = int(FLAGS.num_classes)
-    output = Path(FLAGS.checkpoint_dir) / f"artifact_classifier_H{num_classes}.safetensors"
+    names = tuple(FLAGS.labels) or LABELS[: int(FLAGS.num_classes)]
+    kind = "classifier" if FLAGS.labels else "artifact_classifier"
+    output = Path(FLAGS.checkpoint_dir) / f"{kind}_H{len(names)}.safetensors"
     with locked_by_main(accelerator, FLAGS.checkpoint_dir, "another --checkpoint_dir"):
-        (train if FLAGS.mode == "train" else test)(accelerator, num_classes, output)
+        (train if FLAGS.mode == "train" else test)(accelerator, names, output)
 
 
 if __name__ == "__main__":

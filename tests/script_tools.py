@@ -87,7 +87,7 @@ def load_flag_script(name: str):
     own = flags.FlagValues()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flags, "FLAGS", own)
-        for kind in ("string", "multi_string", "enum", "integer", "float", "bool"):
+        for kind in ("string", "multi_string", "list", "enum", "integer", "float", "bool"):
             define = getattr(flags, f"DEFINE_{kind}")
             patch.setattr(flags, f"DEFINE_{kind}", partial(define, flag_values=own))
         return load_module(ROOT / "scripts" / name)
@@ -102,12 +102,12 @@ def call_main(script, *options: str) -> None:
     script.main([])
 
 
-def run_in_process(name: str, config_file: Path, **fields) -> None:
+def run_in_process(name: str, config_file: Path, fail_if=(), **fields) -> None:
     """Run a script's main in this process, with changes of the configuration as for `options`."""
     config = load_module(config_file).get_config()
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in fields.items()})
     module = load_module(ROOT / "scripts" / name)
-    module.FLAGS = SimpleNamespace(config=config, report=False, launch="")
+    module.FLAGS = SimpleNamespace(config=config, report=False, fail_if=fail_if, launch="")
     threads = torch.get_num_threads()
     try:
         with pytest.MonkeyPatch.context() as patch:

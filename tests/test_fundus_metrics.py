@@ -186,7 +186,7 @@ def test_folders_and_judges_of_the_other_kind(measured, judges, fundus_sets, fun
     (folder / "image_log.json").unlink()
     with pytest.raises(UserError, match="is not named after one of the 32 ISIC captions .*, nor after a prompt of"):
         measured(fake_path=folder)
-    with pytest.raises(UserError, match="metric.classifier judges the 32 ISIC captions, and a folder has 'Fundus: The"):
+    with pytest.raises(UserError, match="the label 'hair' of 'Fundus: The left eye .*metric.judges"):
         measured(classifier=judges[4], judges="")
     shutil.copytree(fundus_judges, tmp_path / "judges")
     selector = load_selector(tmp_path / "judges" / "selector.safetensors")

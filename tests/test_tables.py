@@ -9,6 +9,7 @@ import torch
 from torchmetrics.classification import MultilabelExactMatch
 
 from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of
+from ddpo_pytorch.data.metadata import requested_labels
 from ddpo_pytorch.metrics.alignment import aligned_images, apr_by_prompt, measure_apr
 from ddpo_pytorch.metrics.tables import table2, table3, to_csv, to_latex, to_markdown
 
@@ -70,11 +71,12 @@ HAIR, GEL_RULER, PLAIN = CAPTIONS[8], CAPTIONS[16 + 6], CAPTIONS[0]
 def test_apr_by_hand():
     captions = [HAIR, HAIR, GEL_RULER, GEL_RULER, PLAIN]
     predictions = torch.tensor([[1, 0, 0, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
-    aligned = aligned_images(captions, predictions, LABELS[:4])
+    requested = requested_labels(captions, LABELS[:4])
+    aligned = aligned_images(requested, predictions)
     assert aligned.tolist() == [1, 0, 1, 0, 1]
     assert list(apr_by_prompt(aligned, captions).items()) == [(PLAIN, 1.0), (HAIR, 0.5), (GEL_RULER, 0.5)]
     groups = np.array([CAPTIONS.index(caption) for caption in captions])
-    block, hits = measure_apr(LABELS[:4], predictions.numpy() - 0.5, captions, groups, 0)
+    block, hits = measure_apr(requested, LABELS[:4], predictions.numpy() - 0.5, captions, groups, 0)
     assert hits.tolist() == aligned.tolist() and block["APR"].value == 3 / 5 and block["by_prompt"][HAIR].value == 0.5
     numbers = block["attributes"]
     assert {name: values["accuracy"] for name, values in numbers.items()} == {
@@ -86,8 +88,9 @@ def test_apr_by_hand():
 
 def test_every_label_of_the_judge_counts():
     # six heads: the same artifacts but the wrong disease is not aligned; columns are found by name, not by position
-    assert aligned_images([HAIR] * 2, torch.tensor([[1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, 1]]), LABELS).tolist() == [1, 0]
-    assert aligned_images([CAPTIONS[1]], torch.tensor([[1, 0]]), ("ink", "hair")).tolist() == [1]
+    seen = torch.tensor([[1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, 1]])
+    assert aligned_images(requested_labels([HAIR] * 2, LABELS), seen).tolist() == [1, 0]
+    assert requested_labels([CAPTIONS[1]], ("ink", "hair")).tolist() == [[1, 0]]
 
 
 def test_apr_equals_torchmetrics_over_uneven_shares():
@@ -97,4 +100,5 @@ def test_apr_equals_torchmetrics_over_uneven_shares():
     for start in range(3):
         stated = torch.tensor([labels_of(caption)[:4] for caption in captions[start::3]])
         metric.update(predictions[start::3], stated)
-    assert aligned_images(captions, predictions, LABELS[:4]).mean() == pytest.approx(float(metric.compute()), rel=1e-6)
+    hits = aligned_images(requested_labels(captions, LABELS[:4]), predictions)
+    assert hits.mean() == pytest.approx(float(metric.compute()), rel=1e-6)

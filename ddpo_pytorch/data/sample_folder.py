@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from ddpo_pytorch.data.images import is_intact
 from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.data.metadata import METADATA, read_metadata
 from ddpo_pytorch.utils.cores import thread_limit
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import append, path_fault, path_inside, write_json
@@ -58,13 +59,6 @@ def folder_name(caption: str) -> str:
 
 
 _ISIC_FOLDERS = {folder_name(caption): caption for caption in CAPTIONS}
-
-
-def caption_of_folder(name: str) -> str:
-    """Return the ISIC caption with this `folder_name`. Raises UserError for any other name."""
-    if name not in _ISIC_FOLDERS:
-        raise UserError(f"folder {name!r} is not named after one of the 32 ISIC captions (spaces as underscores)")
-    return _ISIC_FOLDERS[name]
 
 
 def is_framed(path: Path) -> bool:
@@ -194,10 +188,21 @@ def finish_log(folder: str | Path, planned: Sequence[str]) -> Contents:
 
 
 def list_samples(folder: str | Path, prompts: Collection[str] = ()) -> list[tuple[Path, str]]:
-    """Return the sorted (file, caption) of the images of a sample folder, or of `prompts`, but no hidden ones."""
+    """Return the sorted (file, caption) of the images of a sample folder, or of `prompts`, but no hidden ones.
+
+    In a folder with a table (`data.metadata`) they are the images that it names.
+    """
+    if (table := Path(folder) / METADATA).is_file():
+        samples = [(Path(folder) / row.image, row.caption) for row in read_metadata(table)]
+        if absent := [path for path, _ in samples if not path.is_file()]:
+            raise UserError(f"{str(table)!r} names {len(absent)} images that are absent, first {str(absent[0])!r}")
+        return sorted((path, caption) for path, caption in samples if not prompts or caption in prompts)
     root = Path(folder) / "images"
     if not root.is_dir():
-        raise UserError(f"{str(folder)!r} is not a sample folder (no images/ inside), as scripts/eval.py writes them")
+        raise UserError(
+            f"{str(folder)!r} is not a sample folder (no images/ inside), as scripts/eval.py writes them, and has no "
+            f"{METADATA} with the columns file_name, text"
+        )
     wanted = {name: caption for name, caption in _captions_of(folder).items() if not prompts or caption in prompts}
     samples = [(path, wanted[name]) for name in sorted(wanted) for path in sorted((root / name).glob("[!.]*"))]
     unread = [path for path in root.glob("[!.]*") if not path.is_dir()]

@@ -72,7 +72,9 @@ class ArtifactClassifier(nn.Module):
                 self.model.load_state_dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
             self.model.classifier = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(1280, len(self.labels)))
         elif timm.is_model(arch):
-            self.model = timm.create_model(arch, pretrained=pretrained, num_classes=len(self.labels), drop_rate=DROPOUT)
+            fixed = {"img_size": self.image_size} if timm.get_pretrained_cfg(arch).fixed_input_size else {}  # ViT
+            heads = len(self.labels)
+            self.model = timm.create_model(arch, pretrained=pretrained, num_classes=heads, drop_rate=DROPOUT, **fixed)
         else:
             raise UserError(f"classifier architecture {arch!r} is unknown to timm; try efficientnet_b0 or tinynet_e")
         self.to(memory_format=torch.channels_last)  # a training step on CPU takes .7 of the time, same logits

@@ -10,21 +10,14 @@ import numpy as np
 import torch
 from torchmetrics.functional.classification import multilabel_exact_match
 
-from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of
+from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean, bootstrap_ratio
 
 
-def requested_labels(captions: Sequence[str], labels: Sequence[str]) -> torch.Tensor:
-    """Return the 0/1 labels (N, H) that N captions state, in the order of `labels`. Raises UserError (`labels_of`)."""
-    columns = [LABELS.index(name) for name in labels]
-    return torch.tensor([labels_of(caption) for caption in captions])[:, columns]
-
-
-def aligned_images(captions: Sequence[str], predictions: torch.Tensor, labels: Sequence[str]) -> np.ndarray:
-    """Return 1 for each of N images whose 0/1 predictions (N, H) all equal the caption's labels, else 0; mean: APR."""
-    requested = requested_labels(captions, labels)
+def aligned_images(requested: torch.Tensor, predictions: torch.Tensor) -> np.ndarray:
+    """Return 1 for each of N images whose 0/1 predictions (N, H) all equal the requested labels, else 0; mean: APR."""
     hits = multilabel_exact_match(
-        predictions.long()[..., None], requested[..., None], len(labels), multidim_average="samplewise"
+        predictions.long()[..., None], requested[..., None], requested.shape[1], multidim_average="samplewise"
     )
     return hits.double().numpy()
 
@@ -36,15 +29,21 @@ def apr_by_prompt(aligned: np.ndarray, captions: Sequence[str]) -> dict[str, flo
 
 
 def measure_apr(
-    labels: Sequence[str], logits: np.ndarray, captions: Sequence[str], groups: np.ndarray, seed: int
+    requested: torch.Tensor,
+    labels: Sequence[str],
+    logits: np.ndarray,
+    captions: Sequence[str],
+    groups: np.ndarray,
+    seed: int,
 ) -> tuple[dict, np.ndarray]:
     """Return APR over all images and by prompt, precision and recall of each label; and which images (N,) are aligned.
 
-    logits (N, H). Recall: of images asked to show a label, those in which the judge sees it; precision the reverse.
+    requested (N, H) of 0 and 1, logits (N, H). Recall: of images asked to show a label, those in which the judge sees
+    it; precision the reverse.
     """
     seen = logits > 0
-    asked = requested_labels(captions, labels).bool().numpy()
-    aligned = aligned_images(captions, torch.from_numpy(seen), labels)
+    asked = requested.bool().numpy()
+    aligned = aligned_images(requested, torch.from_numpy(seen))
     block = {
         "APR": bootstrap_mean(aligned, groups, seed, resample_groups=True),
         "by_prompt": estimates_by_prompt(aligned, captions, groups, seed),

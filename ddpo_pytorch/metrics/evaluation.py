@@ -15,6 +15,8 @@ from accelerate import Accelerator
 from ml_collections import ConfigDict
 from scipy.special import expit
 
+from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.data.metadata import requested_labels
 from ddpo_pytorch.data.tables import write_table
 from ddpo_pytorch.metrics.alignment import measure_apr, measure_fundus_alignment
 from ddpo_pytorch.metrics.comparison import Folder, compare, find_warnings, mean_reward, missing_blocks
@@ -148,7 +150,8 @@ def measure_folder(own: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None, c
     else:
         for number, (name, (_, labels)) in enumerate(tools.judges.items()):
             logits = own.rows[name].all()
-            block, hits = measure_apr(labels, logits, captions, groups, seed)
+            requested = requested_labels(captions, labels, own.table)
+            block, hits = measure_apr(requested, labels, logits, captions, groups, seed)
             result["alignment"][name] = block
             columns |= {f"{name}_{label}": expit(logits[:, i]) for i, label in enumerate(labels)}
             if number == 0:
@@ -265,9 +268,9 @@ def evaluate(config: ConfigDict, tools: Tools, sets: Sets) -> tuple[dict, dict[s
         name: {"what": network.what, "sha256": network.sha256, "labels": list(labels)}
         for name, (network, labels) in tools.judges.items()
     }
-    kind = {}
+    kind = {"subject": "dermoscopic" if set(every[0].all_captions) <= set(CAPTIONS) else "medical"}
     if tools.threshold is not None:
-        kind, judges[SELECTOR]["threshold"] = {"kind": FUNDUS}, tools.threshold
+        kind, judges[SELECTOR]["threshold"] = {"kind": FUNDUS, "subject": FUNDUS}, tools.threshold
     result = kind | {
         "format": 2,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 
 from ddpo_pytorch.data.images import SUFFIXES, open_image
 from ddpo_pytorch.data.isic import CAPTIONS, short_caption
+from ddpo_pytorch.data.metadata import METADATA, of_caption, read_metadata
 from ddpo_pytorch.data.sample_folder import captions_without_images, read_log, read_settings
 from ddpo_pytorch.data.tables import number
 from ddpo_pytorch.utils.cli import expand
@@ -35,7 +36,8 @@ Samples = list[tuple[Path, str]]  # (file, caption)
 class ImageSet:
     """Images of a folder: files, captions ("" if unknown) and SHA-256 of each file.
 
-    `entries`: lines of its image_log.json by path relative to the folder; `made_with`: its settings; `all_captions`:
+    `entries`: lines of its image_log.json by path relative to the folder; `made_with`: its settings; `table`: each
+    image's row of metadata.csv, else what follows from its caption in other sets' tables, else {}; `all_captions`:
     captions of all sets of the report; `lacking`: captions of this folder without an image. Once networks have run,
     `rows` are their results by network, and `pairs` those of pairs by measure: indices (P, 2) into this set and its
     partner's, and values (P,), under "LPIPS" (to real images), "LPIPS_within" (a prompt's own images), "SSIM" (to
@@ -48,6 +50,7 @@ class ImageSet:
     digests: tuple[str, ...]
     entries: Mapping[str, Mapping] = field(default_factory=dict)
     made_with: Mapping = field(default_factory=dict)
+    table: tuple[Mapping[str, str], ...] = ()
     all_captions: tuple[str, ...] = CAPTIONS
     lacking: tuple[str, ...] = ()
     rows: dict[str, Any] = field(default_factory=dict)
@@ -157,13 +160,17 @@ def inspect_files(
     held = {caption for _, samples in folders for _, caption in samples if caption}
     all_captions = CAPTIONS if held <= set(CAPTIONS) else tuple(sorted(held))
     sets, rest = [], iter(digests)
-    for folder, samples in folders:
+    files = [folder / METADATA if any(caption for _, caption in samples) else None for folder, samples in folders]
+    tables = [read_metadata(file) if file and file.is_file() else [] for file in files]
+    known = of_caption([row for rows in tables for row in rows])
+    for (folder, samples), rows in zip(folders, tables, strict=True):
         paths, captions = zip(*samples, strict=True)
         entries = _log_entries(folder, samples) if any(captions) else {}
         lacking = tuple(captions_without_images(folder, samples, prompts)) if any(captions) else ()
         own_digests = tuple(next(rest) for _ in samples)
-        made_with = read_settings(folder)
-        sets.append(ImageSet(folder, paths, captions, own_digests, entries, made_with, all_captions, lacking))
+        made_with, own_rows = read_settings(folder), {folder / row.image: row.fields for row in rows}
+        table = tuple(own_rows.get(path) or known.get(caption, {}) for path, caption in samples)
+        sets.append(ImageSet(folder, paths, captions, own_digests, entries, made_with, table, all_captions, lacking))
     return sets
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from accelerate import Accelerator
 from ml_collections import ConfigDict
 
-from ddpo_pytorch.data.isic import ARTIFACTS, CAPTIONS
-from ddpo_pytorch.data.sample_folder import caption_of_folder, list_samples
+from ddpo_pytorch.data.isic import ARTIFACTS, CAPTIONS, LABELS
+from ddpo_pytorch.data.metadata import requested_labels
+from ddpo_pytorch.data.sample_folder import list_samples
 from ddpo_pytorch.metrics.feature_store import PIXELS, THUMBNAILS, Network
 from ddpo_pytorch.metrics.image_sets import (
     ImageSet,
@@ -19,6 +20,7 @@ from ddpo_pytorch.metrics.image_sets import (
     inspect_files,
     lacking_images,
     named_paths,
+    shape_of,
 )
 from ddpo_pytorch.metrics.image_statistics import SETS
 from ddpo_pytorch.metrics.networks import (
@@ -41,7 +43,6 @@ logger = logging.getLogger(__name__)
 EXTRACTORS = ("inception", "judge", "dinov2")
 OTHER_NETWORKS = (*EXTRACTORS, PIXELS.name, THUMBNAILS.name, "lpips")
 RESERVED = ("real", "train")
-JUDGE = "H4"  # name of metric.classifier in metrics.json
 
 
 def check_request(metric: ConfigDict) -> None:
@@ -113,8 +114,6 @@ def requested_models(metric: ConfigDict) -> dict[str, list[str]]:
 def find_sets(metric: ConfigDict, accelerator: Accelerator) -> Sets:
     """Find, check and hash all files of the request. Raises as `inspect_files` and `list_samples`."""
     prompts = list(metric.prompts)
-    if not metric.judges:
-        prompts = [caption_of_folder(prompt.replace(" ", "_")) for prompt in prompts]
 
     def samples_of(folder: str) -> tuple[Path, list]:
         return Path(folder), list_samples(folder, prompts)
@@ -124,16 +123,11 @@ def find_sets(metric: ConfigDict, accelerator: Accelerator) -> Sets:
     real = [samples_of(metric.real_path)] if metric.real_path else []
     train = [any_files(metric.train_path)] if metric.train_path else []
     pairs = [samples_of(metric.pairs_path)] if metric.pairs_path else []
-    if metric.judges and (unknown := set(prompts) - {caption for _, samples in folders for _, caption in samples}):
+    if unknown := set(prompts) - {*CAPTIONS, *(caption for _, samples in folders for _, caption in samples)}:
         raise UserError(f"no folder has images of {min(unknown)!r} in metric.prompts; give prompts that were drawn")
     rank, processes = accelerator.process_index, accelerator.num_processes
     sets = inspect_files([*real, *train, *pairs, *folders], rank, processes, prompts)
     real_set, train_set, pair_set = (sets.pop(0) if given else None for given in (real, train, pairs))
-    if not metric.judges and (others := sorted(set(sets[0].all_captions) - set(CAPTIONS))):
-        raise UserError(
-            f"metric.classifier judges the 32 ISIC captions, and a folder has {others[0]!r}; give the folder of "
-            "train_rlhf.py for fundus images, --config.metric.judges=DIR --config.metric.classifier="
-        )
     if pair_set is not None and pair_set.lacking and rank == 0:
         logger.warning("%s", lacking_images(pair_set.folder, pair_set.lacking))
     rest = iter(sets)
@@ -184,14 +178,17 @@ class Tools:
             return []
 
 
-def load_tools(metric: ConfigDict, accelerator: Accelerator, side: int) -> Tools:
-    """Load all available networks for images whose shorter side is `side` pixels. Raises UserError for wrong files."""
-    device = accelerator.device
+def load_tools(metric: ConfigDict, accelerator: Accelerator, sets: Sets) -> Tools:
+    """Load all available networks. Raises UserError for wrong files, and for images without the judges' labels."""
+    device, side = accelerator.device, min(shape_of(sets.folders[0]))
     if metric.judges:
         selector, policy, features, threshold = fundus_judges(metric.judges, device)
         tools = Tools({judge.name: (judge, ()) for judge in (selector, policy)}, threshold)
     else:
         tools, features = _load_classifiers(metric, device)
+        for images in [*sets.folders, *filter(None, [sets.real])]:
+            for _, labels in tools.judges.values():
+                requested_labels(images.captions, labels, images.table)
     tools.statistics += [quality_network(name) for name in metric.quality]
     for name, wanted in (("ssim", metric.pairs_path), ("ms_ssim", metric.judges)):
         if wanted and side < WINDOW:
@@ -214,16 +211,16 @@ def load_tools(metric: ConfigDict, accelerator: Accelerator, side: int) -> Tools
 
 
 def _load_classifiers(metric: ConfigDict, device) -> tuple[Tools, Network]:
-    logits, features, labels = judge_network(JUDGE, metric.classifier, device)
-    if labels != ARTIFACTS:
+    logits, features, labels = judge_network(metric.classifier, device)
+    if labels == LABELS:
         raise UserError(
             f"metric.classifier={metric.classifier!r} has {len(labels)} heads ({', '.join(labels)}); APR is judged by "
             f"the four {', '.join(ARTIFACTS)}. Others go into --config.metric.more_judges=NAME=FILE"
         )
-    judges = {JUDGE: (logits, labels)}
+    judges = {logits.name: (logits, labels)}
     for name, path in named_paths(metric.more_judges, "metric.more_judges"):
         if name in (*judges, *OTHER_NETWORKS):
             raise UserError(f"metric.more_judges names a judge {name!r}, which is taken; rename it")
-        network, _, judge_labels = judge_network(name, path, device)
+        network, _, judge_labels = judge_network(path, device, name)
         judges[name] = (network, judge_labels)
     return Tools(judges), features

@@ -52,9 +52,13 @@ class Unavailable(Exception):
     """A network whose weights cannot be had here; the text says why and what to do."""
 
 
-def judge_network(name: str, option: str, device: Device = "cpu") -> tuple[Network, Network, tuple[str, ...]]:
-    """Return a classifier (`load_classifier`) as two networks, logits (B, H) and pooled features (B, F), and labels."""
+def judge_network(option: str, device: Device = "cpu", name: str = "") -> tuple[Network, Network, tuple[str, ...]]:
+    """Return a classifier (`load_classifier`) as two networks, logits (B, H) and pooled features (B, F), and labels.
+
+    The first is called `name`, by default "H" and its number of labels.
+    """
     model = load_classifier(option, device)
+    name = name or f"H{len(model.labels)}"
     digest, about = sha256(resolve(option)), f"classifier {Path(option).name}, {model.image_size} px"
     logits = _network(name, f"logits of {about}", digest, "logits", model.logits)
     features = _network("judge", f"pooled features of {about}", digest, "features", model.features)

@@ -72,7 +72,7 @@ def page_content(result: Mapping, samples: Samples, runs: Sequence[Path]) -> dic
         "created": f"{datetime.fromisoformat(result['created']):%d %B %Y, %H:%M %Z}",
         "comparisons": findings.comparisons(result),
         "table1": table1(models, real, quality, result["settings"]["image_shape"]) if quality else None,
-        "table2": None if fundus else table2(models, real, counts),
+        "table2": table2(models, real, counts) if result["subject"] == "dermoscopic" else None,
         "curves": curves(read_runs(runs)),
         "grids": grids,
         "open_grids": OPEN_GRIDS,

@@ -16,6 +16,7 @@ from PIL import Image
 
 from ddpo_pytorch.data.images import image_grid, save_picture, to_uint8
 from ddpo_pytorch.data.isic import ARTIFACTS, labels_of
+from ddpo_pytorch.data.metadata import requested_labels
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier
@@ -172,6 +173,6 @@ class HeldOut:
             scores += zip(numbers, self.judge.predict(images).tolist(), rewards.tolist(), strict=True)
         scored = {number: values for number, *values in gather_object(scores)}
         predictions, rewards = zip(*(scored[number] for number in range(len(captions))), strict=True)
-        aligned = aligned_images(captions, torch.tensor(predictions), self.judge.labels)
+        aligned = aligned_images(requested_labels(captions, self.judge.labels), torch.tensor(predictions))
         reward = torch.tensor(rewards, dtype=torch.float64).mean().item()
         return Evaluation(float(aligned.mean()), reward, apr_by_prompt(aligned, captions))

@@ -1,0 +1,78 @@
+"""Plain folders of images with a table: metadata.csv has the columns file_name and text, and any others.
+
+This is the table of Hugging Face's imagefolder. Columns named after a judge's labels hold 0 or 1.
+"""
+
+import posixpath
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of
+from ddpo_pytorch.data.tables import number, read_table
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import path_fault
+
+METADATA = "metadata.csv"
+
+
+class Row(NamedTuple):
+    """Row of such a table: path of the image from the folder, its text, and every column as text."""
+
+    image: str
+    caption: str
+    fields: dict[str, str]
+
+
+def read_metadata(path: str | Path) -> list[Row]:
+    """Return the rows of such a table. Raises UserError as `read_table` does."""
+
+    def make(fields: dict[str, str], index: int, line: int, faults: list[str]) -> tuple[Row, str, str]:
+        name = posixpath.normpath(fields["file_name"].replace("\\", "/"))
+        if fault := path_fault(fields["file_name"]):
+            faults.append(f"file_name {name!r} {fault}; give the path of the image from the folder")
+        if not fields["text"]:
+            faults.append("the text is empty; describe the image")
+        return Row(name, fields["text"], fields), name, f"image {name!r}"
+
+    return read_table(path, "table", ("file_name", "text"), make, free_text="text", advice="give one image a line")
+
+
+def of_caption(rows: Sequence[Row]) -> dict[str, dict[str, str]]:
+    """Return by text the columns that follow from it in all rows, such as labels; a patient's age does not."""
+    cells: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))  # by column and text
+    for row in rows:
+        for column, value in row.fields.items():
+            cells[column][row.caption].add(value)
+    result: dict[str, dict[str, str]] = defaultdict(dict)
+    for column in cells.keys() - {"file_name", "text"}:
+        if all(len(values) == 1 for values in cells[column].values()):
+            for text, values in cells[column].items():
+                (result[text][column],) = values
+    return result
+
+
+def requested_labels(
+    captions: Sequence[str], labels: Sequence[str], table: Sequence[Mapping[str, str]] = ()
+) -> torch.Tensor:
+    """Return the 0/1 labels (N, H) that N images should show, in the order of `labels`.
+
+    They stand in the images' rows of `table`, else an ISIC caption states them. Raises UserError where neither does.
+    """
+    result = []
+    for caption, row in zip(captions, table or [{}] * len(captions), strict=True):
+        stated = [row.get(name) for name in labels]
+        if None in stated and caption in CAPTIONS and set(labels) <= set(LABELS):
+            stated = [str(labels_of(caption)[LABELS.index(name)]) for name in labels]
+        if wrong := [name for name, value in zip(labels, stated, strict=True) if number(value or "") not in (0, 1)]:
+            given = "is missing" if row.get(wrong[0]) is None else f"is {row[wrong[0]]!r}"
+            raise UserError(
+                f"the label {wrong[0]!r} of {row.get('file_name') or caption!r} {given}; the judge sees "
+                f"{', '.join(labels)}: give each a column of 0 and 1 in {METADATA}, or another judge (fundus images: "
+                "metric.judges)"
+            )
+        result.append([int(number(value)) for value in stated])
+    return torch.tensor(result)

@@ -1,0 +1,134 @@
+"""metric.py on plain folders with metadata.csv and a judge of other labels than ISIC's."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from sample_sets import read, write_samples
+from script_tools import call_main, load_flag_script
+from test_classifier_training import STATES
+
+from ddpo_pytorch.data.images import load_image, save_image
+from ddpo_pytorch.data.metadata import of_caption, read_metadata
+from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
+from ddpo_pytorch.utils.errors import UserError
+
+pytest_plugins = ["script_tools", "sample_sets"]
+LABELS = ("bright", "striped")
+
+
+def draw(bright: bool, striped: bool, generator: torch.Generator) -> torch.Tensor:
+    image = 0.3 + 0.4 * bright + 0.05 * torch.randn(3, 32, 32, generator=generator)
+    image[:, ::4] -= 0.3 * striped
+    return image.clamp(0, 1)
+
+
+def write_folder(folder, count: int, seed: int, **columns):
+    """A folder of `count` images of each text, in a subfolder, and its metadata.csv with these other columns."""
+    generator, rows = torch.Generator().manual_seed(seed), []
+    for number in range(4 * count):
+        bright, striped = divmod(number % 4, 2)
+        name = f"part/{seed}_{number}.png"
+        save_image(folder / name, draw(bright, striped, generator))
+        text = f"an image, {'bright' if bright else 'dark'} and {'striped' if striped else 'plain'}"
+        rows.append({"file_name": name, "text": text, "bright": bright, "striped": striped})
+    pd.DataFrame(rows).assign(**columns).to_csv(folder / "metadata.csv", index=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> dict:
+    """Real and generated folders, and a judge that is wrong about every fifth generated image."""
+    folder = tmp_path_factory.mktemp("plain")
+    sites = {"site": ["a", "b", "b", "b"] * 6, "age": range(24)}
+    made = {"real": write_folder(folder / "real", 6, 1, **sites), "fake": write_folder(folder / "fake", 6, 2, **sites)}
+    torch.manual_seed(0)
+    model = ArtifactClassifier(LABELS, 32, "test_vit").eval()
+    table = pd.read_csv(made["fake"] / "metadata.csv")
+    seen = torch.tensor(table[list(LABELS)].to_numpy()).double() * 2 - 1
+    seen[::5, 0] *= -1
+    features = model.features(torch.stack([load_image(made["fake"] / name) for name in table.file_name])).double()
+    model.model.head.weight.data = torch.linalg.lstsq(features, seen, driver="gelsd").solution.T.float()
+    model.model.head.bias.data.zero_()
+    save_classifier(model, folder / "judge.safetensors")
+    return made | {"judge": folder / "judge.safetensors"}
+
+
+@pytest.fixture
+def measure(measured, plain):
+    """Function of overrides: metrics.json of the plain folders."""
+    usual = {"real_path": plain["real"], "fake_path": plain["fake"], "classifier": plain["judge"]}
+    return lambda **overrides: measured(**usual | overrides)
+
+
+def test_alignment_is_with_the_labels_of_the_table(measure, plain, tmp_path):
+    """Also of a folder without a table, by caption, and with a condition that holds."""
+    table, judge = pd.read_csv(plain["fake"] / "metadata.csv"), load_classifier(plain["judge"])
+    images = torch.stack([load_image(plain["fake"] / name) for name in table.file_name])
+    right = (judge.predict(images).numpy() == table[list(LABELS)].to_numpy()).all(axis=1)
+    result = measure()
+    model = result["models"]["SD+RL"]
+    assert 0 < right.sum() < 24 and model["APR"] == pytest.approx(right.mean())
+    assert model["label_accuracy"].keys() == set(LABELS) and list(result["judges"]) == ["H2"]
+    assert not (tmp_path / "out" / "table2.md").exists() and (tmp_path / "out" / "table3.md").exists()
+    drawn = write_samples(tmp_path / "drawn", {table.text[1]: 6}, seed=3, size=32)
+    assert measure(fake_path=drawn)["models"]["SD+RL"]["images"] == 6
+    with pytest.raises(UserError, match="APR.value of SD.RL is 0.7917"):
+        measure(fail_if=["APR>2", f"alignment.H2.APR.value<{right.mean() + 0.01}"])
+    assert read(tmp_path / "out")["models"]["SD+RL"]["APR"] == model["APR"]  # written all the same
+    for given, message in (("FID>1", "no number 'FID' of SD.RL"), ("APR", "is no condition")):
+        with pytest.raises(UserError, match=message):
+            measure(fail_if=[given])
+
+
+def test_columns_follow_from_the_caption_if_they_never_differ(tmp_path):
+    pd.DataFrame(
+        {"file_name": ["a.png", "b.png", "c.png"], "text": ["x", "x", "y"], "hard": [1, 1, 0], "age": [3, 4, 5]}
+    ).to_csv(tmp_path / "t.csv")
+    assert of_caption(read_metadata(tmp_path / "t.csv")) == {"x": {"hard": "1"}, "y": {"hard": "0"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"file_name": "../a.png"}, "leads out of the folder"),
+        ({"file_name": "none.png"}, "names 1 images that are absent, first '.*none.png'"),
+        ({"text": ""}, "the text is empty"),
+        ({"bright": "yes"}, "the label 'bright' of 'part/1_0.png' is 'yes'"),
+    ],
+)
+def test_faulty_tables_are_named(change, message, measure, tmp_path):
+    folder = write_folder(tmp_path / "own", 1, 1)
+    table = pd.read_csv(folder / "metadata.csv", dtype=str)
+    for column, value in change.items():
+        table.loc[0, column] = value
+    table.to_csv(folder / "metadata.csv", index=False)
+    with pytest.raises(UserError, match=message):
+        measure(fake_path=folder)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_judge_of_any_labels_and_architecture_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for state in STATES:
+        state._reset_state()
+    folders = {
+        name: write_folder(tmp_path / name, count, seed) for name, count, seed in (("all", 40, 5), ("val", 6, 6))
+    }
+    for path in (folders["val"] / "part").iterdir():
+        path.rename(folders["all"] / "part" / path.name)
+    options = [f"--data_path={folders['all']}", "--labels=bright,striped", "--arch=test_vit", "--weights=none"]
+    options += [f"--{split}_csv={folders[name] / 'metadata.csv'}" for split, name in (("train", "all"), ("val", "val"))]
+    options += ["--image_size=32", "--num_epochs=8", "--learning_rate=0.01", f"--checkpoint_dir={tmp_path / 'judge'}"]
+    script = load_flag_script("train_isic_classifier.py")
+    call_main(script, *options)
+    judge = load_classifier(tmp_path / "judge" / "classifier_H2.safetensors")
+    table = pd.read_csv(folders["val"] / "metadata.csv")
+    seen = judge.predict(torch.stack([load_image(folders["all"] / name) for name in table.file_name]))
+    assert (seen[:, 0].numpy() == table.bright).mean() > 0.9
+    call_main(script, *options, "--mode=test", f"--test_csv={folders['val'] / 'metadata.csv'}")
+    assert {row["what"] for row in json.loads((tmp_path / "judge" / "test_H2.json").read_text())} >= set(LABELS)
+    with pytest.raises(UserError, match="share 24 images"):
+        call_main(script, *options, f"--train_csv={folders['val'] / 'metadata.csv'}", "--checkpoint_dir=other")
