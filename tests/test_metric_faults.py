@@ -24,7 +24,7 @@ A, B = CAPTIONS[0], CAPTIONS[8]
         ({"train_path": "absent"}, "'absent' is no folder with images"),
         ({"classifier": ""}, "metric.classifier is empty; give"),
         ({"batch_size": 0}, "metric.batch_size is 0"),
-        ({"prompts": ("a cat",)}, "no folder has images of 'a cat'"),
+        ({"prompts": ("a cat",)}, r"holds no images of the prompts .'a cat'"),
         ({"fake_name": "SD", "compare_path": "{sd}"}, "are both 'SD'"),
         ({"fake_name": "real"}, "a model is named 'real'"),
         ({"folders": "SD"}, "'SD' in metric.folders='SD' is not NAME=PATH"),
