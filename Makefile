@@ -74,7 +74,7 @@ TRAIN_SD := $(LAUNCH) scripts/train_sd.py --config
 
 mini-weights: .venv/ready
 	python -m ddpo_pytorch.phantoms.skin --out $(WORLD)
-	python -m ddpo_pytorch.phantoms.skin --out $(OUT)/balanced --seed 1 --balanced --num_val 0 --num_test 0
+	python -m ddpo_pytorch.phantoms.skin --out $(OUT)/balanced --seed 1 --balanced --num_test 0
 	$(TRAIN_SD) $(MINI):train_vae
 	$(TRAIN_SD) $(MINI):finetune_sd
 	python -m ddpo_pytorch.phantoms.skin --out $(JUDGED) --seed 2 --balanced --unseen --num_test 0

@@ -53,6 +53,7 @@ def train_vae():
     config = model_and_dataset_configs(dgx.finetune_sd())
     config.sd.data_path = config.get_ref("base_log_path") + "/balanced/images"
     config.sd.csv = config.get_ref("base_log_path") + "/balanced/splits/phantom_train.csv"
+    config.sd.val_csv = config.get_ref("base_log_path") + "/balanced/splits/phantom_val.csv"
     config.sd.update(stage="vae", num_steps=3600, batch_size=16, learning_rate=2e-3)
     return config
 
