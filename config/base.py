@@ -211,14 +211,15 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     metric.cache_dir = root + "/cache/metrics"
     metric.batch_size = 256  # images per process and forward pass
     metric.prompts = ()  # captions to evaluate; (): all
-    # feature networks of FID, KID and the like: "inception", "dinov2", "judge" (pooled features of metric.classifier,
-    # or of the Selector).
+    # feature networks of FID, KID and the like: "inception", "judge" (pooled features of metric.classifier, or of the
+    # Selector), "dinov2_vits14", "dinov2_vitb14", "dinov2_vitl14", "clip_vitl14", or any name of timm.
     metric.extractors = ("inception", "judge")
     # "exact", or "compat": x * 256 wrapped to 8 bits and sets of different prompt mixes, as behind the published FIDs.
     metric.fid = "exact"
-    # weights of Inception (torch-fidelity's .pth) for FID, AlexNet (torchvision's .pth) for LPIPS, and DINOv2 (timm's
-    # .safetensors). "auto": the torch hub cache. "download": that, or fetched. "": none.
-    metric.inception = metric.alexnet = metric.dinov2 = "auto"
+    # weights of Inception (torch-fidelity's .pth) for FID, AlexNet (torchvision's .pth) for LPIPS, and of the other
+    # extractors (timm's: a file, or a folder of <timm's name>.safetensors). "auto": the torch hub cache. "download":
+    # that, or fetched. "": none.
+    metric.inception = metric.alexnet = metric.encoders = "auto"
     # image statistics for table 1 (fundus): "legacy", as in the document's table; "fov", inside the field of view.
     metric.quality = ()
     # a folder of images with the names of the generated ones: SSIM is taken of these pairs only.

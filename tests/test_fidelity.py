@@ -19,9 +19,13 @@ from ddpo_pytorch.metrics.fidelity import (
     Moments,
     frechet_distance,
     frechet_jackknife,
+    frechet_of_rows,
+    gaussian_kernel,
     kernel_distance,
     manifold_metrics,
     pair_images,
+    size_curve,
+    two_sample_test,
 )
 from ddpo_pytorch.metrics.memorisation import closest, nearest, share_closer
 from ddpo_pytorch.utils.errors import UserError
@@ -88,6 +92,56 @@ def test_the_distance_equals_scipy_and_torchmetrics():
     metric.update(torch.from_numpy(x), real=True)
     metric.update(torch.from_numpy(y), real=False)
     assert distance == pytest.approx(float(metric.compute()), rel=1e-10)
+
+
+@pytest.mark.parametrize("width", [5, 80])
+def test_the_distance_of_rows_equals_that_of_moments(width):
+    x, y = normal(1, 40, width), normal(2, 60, width, scale=2, offset=0.3)
+    assert frechet_of_rows(x, y) == pytest.approx(frechet_distance(Moments.of(x), Moments.of(y)), rel=1e-9)
+
+
+def test_the_distance_at_infinity_removes_most_of_the_bias_and_its_interval_covers_the_truth():
+    """Gaussians of 20 dimensions whose means differ by 1 in each: the distance is 20."""
+    found = []
+    for seed in range(30):
+        curve, end = size_curve(normal(seed, 200, 20), normal(seed + 99, 200, 20, offset=1.0), seed)
+        found.append((curve["200"]["FID"], end.value, end.low <= 20 <= end.high))
+        assert list(curve) == ["200", "100", "50"] and curve["50"]["FID"] > curve["200"]["FID"]
+    full, infinite, covered = np.mean(found, axis=0)
+    assert full - 20 > 0.6 and abs(infinite - 20) < 0.3 and covered > 0.75
+    assert size_curve(normal(1, 40, 3), normal(2, 40, 3), 0)[1].low is None
+
+
+def test_the_gaussian_kernel_distance_equals_its_definition():
+    x, y = normal(1, 30, 4), normal(2, 20, 4, offset=1.0)
+    both = np.concatenate([x, y])
+    unit = both / np.linalg.norm(both, axis=1, keepdims=True)
+    kernel = np.exp(-scipy.spatial.distance.squareform(scipy.spatial.distance.pdist(unit, "sqeuclidean")) / 200)
+    # all rows of the smaller set and as many of the larger one, drawn as for KID
+    rows = np.random.RandomState(3).choice(30, 20, replace=False), np.arange(30, 50)
+    within = [(kernel[np.ix_(r, r)].sum() - 20) / (20 * 19) for r in rows]
+    found = kernel_distance(x, y, 3, subsets=1, kernel=gaussian_kernel)
+    assert found.value == pytest.approx(sum(within) - 2 * kernel[np.ix_(*rows)].mean(), rel=1e-9)
+    assert found.low > 0
+
+
+@pytest.mark.parametrize("width", [3, 300])
+def test_the_two_sample_test_equals_its_definition_and_finds_a_known_difference(width):
+    real, fake = normal(1, 120, width), normal(2, 120, width, offset=1.0)
+    found, rng = two_sample_test(real, fake, 7), np.random.default_rng([7, 5])
+    learned, tested = zip(*((x[o[:60]], x[o[60:]]) for x in (real, fake) for o in [rng.permutation(120)]), strict=True)
+    learned, tested, side = np.concatenate(learned), np.concatenate(tested), np.repeat([-1, 1], 60)
+    mean, scale = learned.mean(axis=0), learned.std(axis=0)
+    # ridge regression as least squares with a row sqrt(penalty) for each weight
+    rows = np.concatenate([(learned - mean) / scale, width**0.5 * np.eye(width)])
+    weights = scipy.linalg.lstsq(rows, np.concatenate([side, np.zeros(width)]))[0]
+    right = np.sign((tested - mean) / scale @ weights) == side
+    interval = scipy.stats.binomtest(int(right.sum()), 120).proportion_ci(0.95, "exact")
+    assert (found.value, found.low, found.high) == pytest.approx((right.mean(), *interval))
+    # two Gaussians one unit apart in each of 3 dimensions: the best accuracy is Phi(sqrt(3) / 2)
+    assert found.low < (scipy.stats.norm.cdf(3**0.5 / 2) if width == 3 else 1.001) and found.low > 0.5
+    same = two_sample_test(normal(3, 500, width), normal(4, 500, width), 0)
+    assert same.low < 0.5 < same.high and two_sample_test(real[:3], fake, 0).value is None
 
 
 def test_the_jackknife_equals_its_definition():

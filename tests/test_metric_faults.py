@@ -29,7 +29,7 @@ A, B = CAPTIONS[0], CAPTIONS[8]
         ({"fake_name": "real"}, "a model is named 'real'"),
         ({"folders": "SD"}, "'SD' in metric.folders='SD' is not NAME=PATH"),
         ({"inception": "absent.pth"}, "metric.inception='absent.pth' does not exist"),
-        ({"extractors": ("clip",)}, "extractors is 'clip'; allowed are inception, judge, dinov2"),
+        ({"extractors": ("clip",)}, "extractors has 'clip'; allowed are inception, judge, dinov2_vits14"),
         ({"fid": "fast"}, "metric.fid is 'fast'; allowed are exact, compat"),
         ({"output": "{file}/deeper"}, "metric.output=.* cannot be written"),
         ({"cache_dir": "{file}"}, "metric.cache_dir=.* cannot be written"),

@@ -98,6 +98,7 @@ def test_the_real_set_against_itself_and_without_one(sets, measured, tmp_path, c
     for part in ("matched", "unmatched"):
         assert own["fidelity"]["judge"][part]["FID"]["value"] < 1e-9
     assert own["fidelity"]["judge"]["matched"]["coverage"]["value"] == 1
+    assert own["fidelity"]["judge"]["matched"]["MMD"]["value"] == pytest.approx(0, abs=0.01)
     assert own["APR"] == result["real"]["APR"] and own["LPIPS"] is None and list(result["models"]) == ["SD+RL"]
     result = measured(fake_path=sets["real"], real_path="", prompts=(CAPTIONS[8], CAPTIONS[3]))
     assert result["models"]["SD+RL"]["images"] == 5 and result["models"]["SD+RL"]["FD_judge"] is None

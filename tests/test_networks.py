@@ -1,6 +1,7 @@
 """The metrics' networks against the packages they come from, from files of the published form; files that fail."""
 
 import itertools
+from functools import partial
 
 import lpips
 import pytest
@@ -9,18 +10,19 @@ import torch
 from safetensors.torch import save_file
 
 from ddpo_pytorch.metrics.networks import (
-    DINOV2,
+    ENCODERS,
     URL_ALEXNET,
-    URL_DINOV2,
+    URL_ENCODER,
     URL_INCEPTION_V3,
     Unavailable,
-    dinov2_network,
+    encoder_network,
     inception_network,
     lpips_network,
     official_uint8,
 )
 from ddpo_pytorch.utils.errors import UserError
 
+DINOV2 = ENCODERS["dinov2_vits14"]
 pytest_plugins = ["sample_sets"]
 
 
@@ -54,8 +56,8 @@ def test_lpips_equals_the_lpips_package(alexnet):
 def test_dinov2_takes_timms_file_with_its_own_position_embeddings(tmp_path):
     torch.manual_seed(0)
     model = timm.create_model(DINOV2, pretrained=False, num_classes=0).eval()  # 518 px, as published
-    save_file(model.state_dict(), tmp_path / "dinov2.safetensors")
-    network = dinov2_network(str(tmp_path / "dinov2.safetensors"))
+    save_file(model.state_dict(), tmp_path / f"{DINOV2}.safetensors")
+    network = encoder_network("dinov2_vits14", str(tmp_path))
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     features = network.run(images)
     assert features.shape == (2, 384) and not torch.equal(features[0], features[1])
@@ -68,10 +70,23 @@ def test_dinov2_takes_timms_file_with_its_own_position_embeddings(tmp_path):
         torch.testing.assert_close(features, small((pixels - mean) / std), rtol=1e-4, atol=1e-5)
 
 
+def test_any_encoder_of_timm_takes_timms_file(tmp_path):
+    """A head is dropped, CLIP's projection kept; numbers in half precision, as they are often stored, are read."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_efficientnet", pretrained=False).eval()
+    save_file({k: v.half() for k, v in model.state_dict().items()}, tmp_path / "test_efficientnet.safetensors")
+    images = torch.rand(2, 3, 160, 160, generator=torch.Generator().manual_seed(1))
+    network = encoder_network("test_efficientnet", str(tmp_path))
+    assert torch.allclose(
+        network.run(images), model.forward_head(model.forward_features((images - 0.5) / 0.5), True), atol=1e-2
+    )
+    assert "test_efficientnet; 160 px" in network.what
+
+
 SOURCES = {
     "inception": (inception_network, URL_INCEPTION_V3),
     "alexnet": (lpips_network, URL_ALEXNET),
-    "dinov2": (dinov2_network, URL_DINOV2),
+    "encoders": (partial(encoder_network, "dinov2_vits14"), URL_ENCODER.format(DINOV2)),
 }
 
 

@@ -33,7 +33,7 @@ from ddpo_pytorch.judges.classifier import (
 from ddpo_pytorch.judges.policy import load_policy_judge
 from ddpo_pytorch.judges.selector import load_selector
 from ddpo_pytorch.metrics.feature_store import Rows
-from ddpo_pytorch.metrics.networks import dinov2_network, inception_network, lpips_network
+from ddpo_pytorch.metrics.networks import encoder_network, inception_network, lpips_network
 from ddpo_pytorch.training.checkpoints import PROGRESS_FILE, STATE_FILE, UNET_FILE, load_checkpoint
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
@@ -107,7 +107,7 @@ PLACES = {
     "training state": ("state.pt", lambda path: restore_state(path, {})),
     "Inception": ("inception.pth", lambda path: inception_network(str(path))),
     "AlexNet": ("alexnet.pth", lambda path: lpips_network(str(path))),
-    "DINOv2": ("dinov2.pth", lambda path: dinov2_network(str(path))),
+    "DINOv2": ("dinov2.pth", lambda path: encoder_network("dinov2_vits14", str(path))),
     "UNet": ("unet.safetensors", lambda path: replace_unet_weights(nn.Linear(1, 1), path)),
     "Selector": ("selector.safetensors", load_selector),
     "Policy": ("policy.safetensors", load_policy_judge),

@@ -38,7 +38,7 @@ PACKAGES = ("torch", "torchvision", "timm", "torch-fidelity", "torchmetrics", "l
 FUNDUS = "fundus"  # name of Selector and Policy together in metrics.json
 # ranges of numbers; others lie in [0, 1]
 INFINITE = (-np.inf, np.inf)
-BOUNDS = dict.fromkeys(("KID", "mean", "difference", "standardised"), INFINITE)
+BOUNDS = dict.fromkeys(("KID", "MMD", "FID_infinity", "mean", "difference", "standardised"), INFINITE)
 BOUNDS |= dict.fromkeys(("FID", "density", "LPIPS", "LPIPS_within"), (0, np.inf))
 BOUNDS |= {"vendi": (1, np.inf), "IS": (1, np.inf), "pairwise_distance": (0, 2), "SSIM": (-1, 1)}
 

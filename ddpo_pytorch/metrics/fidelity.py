@@ -1,4 +1,4 @@
-"""Distances between features of real and generated images: Frechet, kernel, precision, recall, density, coverage.
+"""Distances between features of real and generated images: Frechet, kernel, two-sample test, precision, recall, ...
 
 The Frechet distance is computed by hand, since torchmetrics' eigenvalues of Cx Cy are neither symmetric nor 0 for equal
 sets of fewer images than features; singular values are exact to rounding.
@@ -6,7 +6,7 @@ sets of fewer images than features; singular values are exact to rounding.
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from scipy import stats
 from torchmetrics.image.kid import maximum_mean_discrepancy, poly_kernel
 
 from ddpo_pytorch.metrics.image_sets import ImageSet
-from ddpo_pytorch.metrics.intervals import Estimate, finite
+from ddpo_pytorch.metrics.intervals import Estimate, exact_binomial, finite
 from ddpo_pytorch.utils.cores import on_all_cores, one_thread, product
 from ddpo_pytorch.utils.errors import UserError
 
@@ -138,8 +138,16 @@ def frechet(real: Moments, fake, indices: np.ndarray, seed: int) -> Estimate:
     return estimate
 
 
-def kernel_distance(x: Any, y: Any, seed: int, subsets: int = 100, subset_size: int = 1000) -> Estimate:
-    """Return the squared MMD of features x (N, F) and y (M, F) with kernel (a.b / F + 1)^3, averaged over subsets.
+def gaussian_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return exp(-|a - b|^2 / 2 sigma^2) (N, M) of unit vectors a of x, b of y, sigma = 10: CMMD's (2401.09603)."""
+    x, y = torch.nn.functional.normalize(x), torch.nn.functional.normalize(y)
+    return torch.exp((x @ y.T - 1) / 100)
+
+
+def kernel_distance(
+    x: Any, y: Any, seed: int, subsets: int = 100, subset_size: int = 1000, kernel: Callable = poly_kernel
+) -> Estimate:
+    """Return the squared MMD of features x (N, F) and y (M, F), by default with (a.b / F + 1)^3, averaged over subsets.
 
     Each subset draws m = min(subset_size, N, M) rows of both sets without replacement, the same rows as torch-fidelity
     for this seed. Published tables print the standard deviation over subsets behind +- (here in `how`); it depends on
@@ -156,7 +164,7 @@ def kernel_distance(x: Any, y: Any, seed: int, subsets: int = 100, subset_size: 
     x, y = finite(x, "first set"), finite(y, "second set")
     rng = np.random.RandomState(seed % 2**32)  # the legacy generator, as in torch-fidelity
     drawn = [[rng.choice(len(rows), size, replace=False) for rows in (x, y)] for _ in range(subsets)]
-    results = on_all_cores(lambda rows: _subset_estimate(x[rows[0]], y[rows[1]]), drawn)
+    results = on_all_cores(lambda rows: _subset_estimate(x[rows[0]], y[rows[1]], kernel), drawn)
     values, variances = (np.array(column) for column in zip(*results, strict=True))
     value, deviation = float(values.mean()), float(values.std())
     how = f"U-statistic standard error; sd {deviation:.3g} over {subsets} subsets of {size}"
@@ -168,10 +176,10 @@ def kernel_distance(x: Any, y: Any, seed: int, subsets: int = 100, subset_size: 
     return Estimate(value, value - half, value + half, len(x), how)
 
 
-def _subset_estimate(x: np.ndarray, y: np.ndarray) -> tuple[float, list[tuple[float, float]]]:
+def _subset_estimate(x: np.ndarray, y: np.ndarray, kernel: Callable) -> tuple[float, list[tuple[float, float]]]:
     """Return the unbiased squared MMD of x and y (m, F), and the variances (z, w) of both sets."""
     a, b = torch.tensor(x), torch.tensor(y)  # copies: memory alignment can change the last bits of a product
-    within_x, within_y, between = poly_kernel(a, a), poly_kernel(b, b), poly_kernel(a, b)  # (m, m) each
+    within_x, within_y, between = kernel(a, a), kernel(b, b), kernel(a, b)  # (m, m) each
     value = float(maximum_mean_discrepancy(within_x, between, within_y))
     if len(x) < 4:
         return value, [(0.0, 0.0)] * 2
@@ -195,6 +203,77 @@ def _variances(within: np.ndarray, between: np.ndarray) -> tuple[float, float]:
     shared = (first * second).sum() / (size - 1)
     total = within.sum(axis=1) / (size - 1) - between.mean(axis=1)
     return float(shared), float(size * (total.var(ddof=1) - shared))
+
+
+@one_thread()
+def two_sample_test(real: np.ndarray, fake: np.ndarray, seed: int) -> Estimate:
+    """Return the share of unseen images that a linear classifier assigns to the right set; 0.5 is chance.
+
+    The classifier two-sample test (Lopez-Paz and Oquab 2017): ridge regression to -1 and 1 on standardised features,
+    with their number as penalty, learned from random halves of real (N, F) and fake (M, F) of equal size and tested on
+    the others. The interval is that of the tested images, for this classifier.
+    """
+    rng, size = np.random.default_rng([seed, 5]), min(len(real), len(fake)) // 2
+    if size < 2:
+        return Estimate.missing("fewer than 4 images in a set")
+    drawn = [rows[rng.permutation(len(rows))[: 2 * size]] for rows in (real, fake)]
+    learned, tested = (torch.from_numpy(np.concatenate([x[part] for x in drawn])) for part in np.s_[:size, size:])
+    mean, deviation = learned.mean(0), learned.std(0, correction=0)
+    learned, tested = ((x - mean) / torch.where(deviation > 0, deviation, 1) for x in (learned, tested))
+    target, features = torch.tensor([-1.0, 1.0]).repeat_interleave(size).double(), learned.shape[1]
+    penalty = features * torch.eye(min(features, 2 * size), dtype=torch.float64)
+    if features < 2 * size:
+        weights = torch.linalg.solve(learned.T @ learned + penalty, learned.T @ target)
+    else:
+        weights = learned.T @ torch.linalg.solve(learned @ learned.T + penalty, target)
+    correct = (tested @ weights > 0) == (target > 0)
+    result = exact_binomial(float(correct.double().mean()), 2 * size, 2 * size)
+    return replace(result, how=f"{result.how}: half of {4 * size} images, a linear classifier learned from the others")
+
+
+@one_thread()
+def frechet_of_rows(x: np.ndarray, y: np.ndarray) -> float:
+    """Return `frechet_distance` of features (N, F), (M, F), faster for fewer images than features."""
+    means, roots = [], []
+    for rows in map(torch.from_numpy, (x, y)):
+        means.append(rows.mean(0))
+        roots.append(torch.linalg.qr((rows - means[-1]) / (len(rows) - 1) ** 0.5, mode="r").R)
+    traces = sum(float(root.square().sum()) for root in roots) - 2 * float(
+        torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    )
+    return max(0.0, float((means[0] - means[1]).square().sum()) + traces)
+
+
+def size_curve(real: np.ndarray, fake: np.ndarray, seed: int) -> tuple[dict[str, dict[str, float]], Estimate]:
+    """Return by n, n/2 and n/4 images of each side the mean "FID" and "KID" of disjoint parts; and FID at infinity.
+
+    The bias of a Frechet distance falls as 1 / n, so a line through the points in 1 / n meets 0 at the distance of
+    infinitely many images (Chong and Forsyth 2020); it may be negative. real and fake (n, F) are equally many. The
+    interval is a t interval of the same from each fifth of the images.
+    """
+    rng, size = np.random.default_rng([seed, 6]), len(fake)
+    real, fake = real[rng.permutation(size)], fake[rng.permutation(size)]
+    fifths = [slice(part * size // 5, (part + 1) * size // 5) for part in range(5)] if size >= 80 else []
+    starts = [(0, size), *((part.start, part.stop - part.start) for part in fifths)]
+    lengths = [[count // parts for parts in (1, 2, 4)] for _, count in starts]
+    jobs = [
+        slice(first + part * length, first + (part + 1) * length)
+        for (first, _), own in zip(starts, lengths, strict=True)
+        for parts, length in zip((1, 2, 4), own, strict=True)
+        for part in range(parts)
+    ]
+    distances = on_all_cores(lambda part: frechet_of_rows(real[part], fake[part]), jobs)
+    means = np.array([[d[0], np.mean(d[1:3]), np.mean(d[3:])] for d in np.array(distances).reshape(-1, 7)])
+    ends = [float(np.polyfit(1 / np.array(own), row, 1)[1]) for own, row in zip(lengths, means, strict=True)]
+    kernels = [kernel_distance(real[part], fake[part], seed, subsets=1 + 9 * (size > 1000)).value for part in jobs[:7]]
+    kernels = [kernels[0], np.mean(kernels[1:3]), np.mean(kernels[3:])]
+    curve = {
+        str(n): {"FID": f, "KID": float(k)} for n, f, k in zip(lengths[0], means[0].tolist(), kernels, strict=True)
+    }
+    if not fifths:
+        return curve, Estimate(ends[0], None, None, size, "no interval below 80 images")
+    half = float(stats.t.ppf(0.975, 4) * np.std(ends[1:], ddof=1) / 5**0.5)
+    return curve, Estimate(ends[0], ends[0] - half, ends[0] + half, size, "t interval over five fifths of the images")
 
 
 def manifold_metrics(real: np.ndarray, fake: np.ndarray, k: int = 5, block: int = 250) -> dict[str, float]:
@@ -287,6 +366,11 @@ def measure_fidelity(
         kid = kernel_distance(x, y, seed)
         result[name]["FID"] = frechet(moments_of_rows(theirs, real_part), ours, fake_part, seed)
         result[name]["KID"] = replace(kid, how=kid.how + note)
+        mmd = kernel_distance(x, y, seed, 1 if max(len(x), len(y)) <= 1000 else 100, kernel=gaussian_kernel)
+        result[name]["MMD"] = replace(mmd, how=mmd.how + note)
+        if name == "matched" and len(x) >= 16:
+            result[name]["C2ST"] = two_sample_test(x, y, seed)
+            result[name]["curve"], result[name]["FID_infinity"] = size_curve(x, y, seed)
         if name == "matched" and len(x) > NEIGHBOURS:
             how = f"k = {NEIGHBOURS}; no interval{note}"
             for key, value in manifold_metrics(x, y, NEIGHBOURS).items():

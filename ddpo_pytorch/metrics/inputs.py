@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import timm
 from accelerate import Accelerator
 from ml_collections import ConfigDict
 
@@ -24,9 +25,10 @@ from ddpo_pytorch.metrics.image_sets import (
 )
 from ddpo_pytorch.metrics.image_statistics import SETS
 from ddpo_pytorch.metrics.networks import (
+    ENCODERS,
     FID_MODES,
     Unavailable,
-    dinov2_network,
+    encoder_network,
     fundus_judges,
     inception_network,
     judge_network,
@@ -40,7 +42,7 @@ from ddpo_pytorch.utils.settings import ONE_OR_MORE, check_choices, check_ranges
 
 logger = logging.getLogger(__name__)
 
-EXTRACTORS = ("inception", "judge", "dinov2")
+EXTRACTORS = ("inception", "judge", *ENCODERS)
 OTHER_NETWORKS = (*EXTRACTORS, PIXELS.name, THUMBNAILS.name, "lpips")
 RESERVED = ("real", "train")
 
@@ -60,9 +62,11 @@ def check_request(metric: ConfigDict) -> None:
             )
     check_ranges(metric, {"batch_size": ONE_OR_MORE}, "metric.")
     check_choices(metric, {"fid": FID_MODES}, "metric.")
-    for name, allowed in (("extractors", EXTRACTORS), ("quality", tuple(SETS))):
-        for chosen in metric[name]:
-            check_choices({name: chosen}, {name: allowed}, "metric.")
+    for chosen in metric.quality:
+        check_choices({"quality": chosen}, {"quality": tuple(SETS)}, "metric.")
+    for chosen in metric.extractors:
+        if chosen not in EXTRACTORS and not timm.is_model(chosen):
+            raise UserError(f"metric.extractors has {chosen!r}; allowed are {', '.join(EXTRACTORS)} and timm's names")
     for name in ("output", "cache_dir"):
         folder = existing = Path(metric[name])
         while not existing.exists() and existing != existing.parent:
@@ -197,8 +201,8 @@ def load_tools(metric: ConfigDict, accelerator: Accelerator, sets: Sets) -> Tool
         elif wanted:
             tools.similarity[name] = similarity_network(name, side)
     inception = partial(inception_network, metric.inception, metric.fid, device)
-    dinov2 = partial(dinov2_network, metric.dinov2, device)
-    loaders = {"inception": inception, "dinov2": dinov2, "judge": lambda: features}
+    loaders = {name: partial(encoder_network, name, metric.encoders, device) for name in metric.extractors}
+    loaders |= {"inception": inception, "judge": lambda: features}
     with accelerator.main_process_first():  # one process downloads, the others find the file
         for name in metric.extractors:
             for network in tools.add(f"FID, KID, precision ... ({name})", loaders[name]):

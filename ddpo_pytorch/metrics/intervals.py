@@ -80,7 +80,7 @@ def bootstrap_mean(
         return Estimate(mean, None, None, 1, "one image: no interval")
     if share and values[0] in (0, 1) and (values == values[0]).all():
         trials = prompts if resample_groups and prompts > 1 else len(values)
-        return _exact_binomial(values[0], trials, len(values))
+        return exact_binomial(values[0], trials, len(values))
     sample = GroupedSample(values[:, None], groups)
     draws = replicate_means([sample], seed, resample_groups=resample_groups, replicates=replicates)[0]
     low, high = np.clip(np.percentile(draws, [2.5, 97.5]), values.min(), values.max()).tolist()
@@ -119,7 +119,7 @@ def bootstrap_ratio(numerator: np.ndarray, denominator: np.ndarray, groups: np.n
     value = float(numerator.sum() / total)
     is_share = np.isin(denominator, (0, 1)).all() and np.isin(numerator, (0, 1)).all()
     if is_share and value in (0, 1) and (numerator <= denominator).all():
-        return _exact_binomial(value, images, images)
+        return exact_binomial(value, images, images)
     sample = GroupedSample(np.stack([numerator, denominator], axis=1), groups)
     draws = replicate_means([sample], seed, resample_groups=False, replicates=REPLICATES)[0]
     draws = draws[draws[:, 1] > 0]
@@ -140,9 +140,9 @@ def _bootstrap_of(replicates: int, units: str) -> str:
     return f"percentile bootstrap, {replicates} replicates over {units}"
 
 
-def _exact_binomial(share: float, trials: int, images: int) -> Estimate:
-    """Return the Clopper-Pearson interval of 0 or all of `trials`."""
-    interval = stats.binomtest(int(share) * trials, trials).proportion_ci(0.95, "exact")
+def exact_binomial(share: float, trials: int, images: int) -> Estimate:
+    """Return the Clopper-Pearson interval of a share of `trials`."""
+    interval = stats.binomtest(round(share * trials), trials).proportion_ci(0.95, "exact")
     how = f"exact binomial, {trials} trials"
     return Estimate(float(share), float(interval.low), float(interval.high), images, how)
 

@@ -1,6 +1,6 @@
 """The networks that look at images for the metrics: judges, feature extractors, LPIPS, image statistics, SSIM.
 
-Weights of Inception, AlexNet and DINOv2 ship with no package; without them, `Unavailable` says which option to give.
+Weights of Inception, AlexNet and encoders ship with no package; without them, `Unavailable` says which option to give.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from torchvision.transforms import InterpolationMode
 
 from ddpo_pytorch.data.images import to_uint8
-from ddpo_pytorch.judges.classifier import IMAGENET_MEAN, IMAGENET_STD, load_classifier
+from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges
 from ddpo_pytorch.metrics.feature_store import Network
 from ddpo_pytorch.metrics.image_statistics import LOGITS, SETS
@@ -37,8 +37,10 @@ from ddpo_pytorch.utils.weights import read_tensors
 logger = logging.getLogger(__name__)
 
 URL_ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
-DINOV2 = "vit_small_patch14_dinov2.lvd142m"
-URL_DINOV2 = f"https://huggingface.co/timm/{DINOV2}/resolve/main/model.safetensors"
+# names of encoders in metrics.json, of timm's architectures and weights
+ENCODERS = {f"dinov2_vit{size[0]}14": f"vit_{size}_patch14_dinov2.lvd142m" for size in ("small", "base", "large")}
+ENCODERS["clip_vitl14"] = "vit_large_patch14_clip_336.openai"  # that of CMMD
+URL_ENCODER = "https://huggingface.co/timm/{}/resolve/main/model.safetensors"
 DINOV2_SIZE = 224
 TIMEOUT = 10  # seconds to wait for a server
 FID_MODES = ("exact", "compat")  # how images in [0, 1] become the 8 bits that Inception sees
@@ -124,23 +126,27 @@ def official_uint8(images: torch.Tensor) -> torch.Tensor:
     return (images.detach().float() * 256).to(torch.int64).remainder(256).to(torch.uint8)
 
 
-def dinov2_network(option: str, device: Device = "cpu") -> Network:
-    """Load DINOv2 (ViT-S/14, timm, 224 px) as images to 384 features of the class token, as `inception_network`."""
-    path = weight_file(option, URL_DINOV2, "--config.metric.dinov2", f"{DINOV2}.safetensors")
-    state, _ = read_tensors(path)
-    with _weights_of(path, f"timm's {DINOV2}"):
-        model = timm.create_model(DINOV2, pretrained=False, num_classes=0, img_size=DINOV2_SIZE)
-        state = timm.models.vision_transformer.checkpoint_filter_fn(state, model)  # resamples position embeddings
-        model.load_state_dict(state)
+def encoder_network(name: str, option: str, device: Device = "cpu") -> Network:
+    """Load an encoder, of `ENCODERS` or any of timm's, as images to its features, as `inception_network`.
+
+    Images are resized to 224 px for DINOv2, else to the size that timm states. CLIP gives its projected embedding.
+    """
+    arch = ENCODERS.get(name, name)
+    path = weight_file(option, URL_ENCODER.format(arch), "--config.metric.encoders", f"{arch}.safetensors")
+    config, options = timm.get_pretrained_cfg(arch), {} if "_clip_" in arch else {"num_classes": 0}
+    side = DINOV2_SIZE if "dinov2" in arch else config.input_size[-1]
+    if config.fixed_input_size:
+        options["img_size"] = side
+    with _weights_of(path, f"timm's {arch}"):  # resamples position embeddings, drops the head
+        overlay = {"state_dict": read_tensors(path)[0]}
+        model = timm.create_model(arch, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     model.requires_grad_(False).eval().to(device)
 
     def features(images: torch.Tensor) -> torch.Tensor:
-        size = [DINOV2_SIZE, DINOV2_SIZE]
-        pixels = tvf.resize(images.to(device), size, InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-        return model(tvf.normalize(pixels, IMAGENET_MEAN, IMAGENET_STD))
+        pixels = tvf.resize(images.to(device), [side, side], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+        return model(tvf.normalize(pixels, config.mean, config.std))
 
-    what = f"DINOv2 ({DINOV2}), class token; {DINOV2_SIZE} px, bicubic, antialiased"
-    return _network("dinov2", what, sha256(path), "dinov2", features)
+    return _network(name, f"{arch}; {side} px, bicubic, antialiased", sha256(path), name, features)
 
 
 def lpips_network(option: str, device: Device = "cpu") -> Network:
@@ -196,12 +202,14 @@ def similarity_network(name: str, side: int) -> Network:
 def weight_file(option: str, url: str, flag: str, name: str = "") -> Path:
     """Return the file that an option names: "auto" is the torch hub cache, "download" that or the url, else a path.
 
-    `name` is that of the file in the cache, by default the url's. No network is used unless the option asks for it.
-    Raises Unavailable if there is none, UserError for a path that does not exist.
+    `name` is that of the file in the cache, or in a folder at the path; by default the url's. No network is used unless
+    the option asks for it. Raises Unavailable if there is none, UserError for a path that does not exist.
     """
     if not option:
         raise Unavailable(f"{flag} is empty; give 'auto' or the file of {url}")
     if option not in ("auto", "download"):
+        if name and Path(option).is_dir():
+            option = str(Path(option) / name)
         if not Path(option).is_file():
             raise UserError(f"{flag}={option!r} does not exist; fetch {url}, or give '' to do without")
         return Path(option)

@@ -23,7 +23,10 @@ SPREAD = (
 )
 FIDELITY = (
     ("FID ↓", ("FID",), ".4g", 1),
+    ("FID of ∞ images ↓", ("FID_infinity",), ".4g", 1),
     ("KID ↓", ("KID",), ".3g", 1),
+    ("MMD, Gaussian ↓ (x 1000)", ("MMD",), ".3g", 1000),
+    ("Told from real images ↓ (%)", ("C2ST",), ".1f", 100),
     ("Precision ↑", ("precision",), ".3f", 1),
     ("Recall ↑", ("recall",), ".3f", 1),
     ("Density ↑", ("density",), ".3f", 1),
@@ -219,9 +222,18 @@ def fidelity_tables(result: Mapping) -> dict[str, pd.DataFrame]:
         }
         table = _measures(FIDELITY, parts)
         if space != "inception":
-            table = table.rename({"FID ↓": "Frechet distance ↓", "KID ↓": "Kernel distance ↓"})
+            table.index = table.index.str.replace("FID", "Frechet distance").str.replace("KID", "Kernel distance")
         tables[space] = table
     return tables
+
+
+def size_curves(result: Mapping, space: str) -> pd.DataFrame:
+    """Return FID and KID in a feature space by the number of images of each side, down to a quarter of all."""
+    rows = defaultdict(dict)
+    for name, side in result["models"].items():
+        for size, values in (dig(side, "fidelity", space, "matched", "curve") or {}).items():
+            rows[size] |= {f"Frechet {name}": f"{values['FID']:.4g}", f"Kernel {name}": f"{values['KID']:.3g}"}
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def nearness_table(result: Mapping) -> pd.DataFrame:
