@@ -1,8 +1,9 @@
 """Results of networks on images, computed once and cached on disk.
 
 The images of a set are cut into chunks of one batch. A chunk's file is named after the network (weights and
-preprocessing) and the content of the images, so nothing is computed twice and a killed run resumes. Each process
-computes complete chunks, so results do not depend on the number of processes, nor memory on that of images.
+preprocessing), a device other than the CPU and the content of the images, so nothing is computed twice and a killed run
+resumes. Each process computes complete chunks, so results do not depend on the number of processes, nor memory on that
+of images.
 """
 
 import hashlib
@@ -86,6 +87,8 @@ class FeatureStore:
             remove_leftovers(folder, depth=1)
         # on a CPU one thread per operation, as many operations as cores: last bits depend on how sums are split
         self._on_cpu = accelerator.device.type == "cpu"
+        precision = "tf32" if torch.backends.cudnn.allow_tf32 else "float32"
+        self._variant = "" if self._on_cpu else f"-{accelerator.device.type}-{precision}"  # other devices, other digits
         self._threads = max(1, torch.get_num_threads()) if self._on_cpu else GPU_THREADS
 
     def features(self, title: str, images: ImageSet, networks: Sequence[Network]) -> dict[str, Rows]:
@@ -117,7 +120,8 @@ class FeatureStore:
         parts = [slice(start, start + size) for start in range(0, count, size)]
         names = {False: _chunk_names(digests, parts), True: _chunk_names([*digests, captions], parts)}
         files = {
-            n.name: [self.folder / n.key[:16] / f"{name}.npy" for name in names[n.reads_captions]] for n in networks
+            n.name: [self.folder / (n.key[:16] + self._variant) / f"{name}.npy" for name in names[n.reads_captions]]
+            for n in networks
         }
         work, seen = [], set()
         for number, part in enumerate(parts):
