@@ -161,6 +161,7 @@ class Rounds:
         settings = [f"--config.{name}={value}" for name, value in fields.items()]
         launch = [*(shlex.split(FLAGS.launch) or [sys.executable]), str(Path(__file__).with_name(script))]
         logger.info("round %d: %s", number, script)
+        torch.cuda.empty_cache()  # the script may need what the last measurement took
         if code := subprocess.run([*launch, *own.parse_known_args()[1], *settings]).returncode:
             raise UserError(
                 f"round {number}: {script} ended with exit code {code}, see its last line; finished steps are in "
