@@ -73,8 +73,8 @@ def save_grid(
     def noise(number: int) -> torch.Generator:
         return generator_of(seed, Stream.GRID, 0, number)  # on the CPU: equal on every device
 
-    images = []
-    for numbers, drawn in draw_fixed(accelerator, pipe, embeddings, prompts, noise, sampling, batch_size):
+    images, share = [], -(-len(prompts) // accelerator.num_processes)  # no image is drawn twice
+    for numbers, drawn in draw_fixed(accelerator, pipe, embeddings, prompts, noise, sampling, min(batch_size, share)):
         images += zip(numbers, drawn.float().cpu(), strict=True)
     images = dict(gather_object(images))
     if not accelerator.is_main_process:
