@@ -41,6 +41,13 @@ DESCRIPTION = {"labels": [str], "image_size": range(1, LARGEST_SIDE + 1), "arch"
 DESCRIPTION |= {"thresholds?": OneOf(({str: float}, None))}
 
 
+@cache
+def imagenet_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation (3, 1, 1). torchvision's normalize copies them, and waits, at every call."""
+    mean, std = torch.tensor((IMAGENET_MEAN, IMAGENET_STD), device=device)[..., None, None]
+    return mean, std
+
+
 class ArtifactClassifier(nn.Module):
     """Backbone, dropout 0.3 and a linear layer to len(labels) logits; sigmoid(logit) > 0.5 means present.
 
@@ -84,7 +91,8 @@ class ArtifactClassifier(nn.Module):
         images = images.float()
         if images.shape[-2:] != (self.image_size, self.image_size):
             images = tvf.resize(images, [self.image_size, self.image_size], antialias=True)
-        return tvf.normalize(images, IMAGENET_MEAN, IMAGENET_STD)
+        mean, std = imagenet_statistics(images.device)
+        return (images - mean) / std
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Preprocessed (B, 3, S, S) -> logits (B, H)."""
