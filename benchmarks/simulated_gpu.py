@@ -1,17 +1,20 @@
-"""Run a script on a simulated GPU and print its peak memory, host syncs and types: no GPU is needed.
+"""Run scripts on a simulated GPU and print their peak memory, host syncs and types: no GPU is needed.
 
     python benchmarks/simulated_gpu.py scripts/train.py --config config/mini.py:prompt_image_alignment_classifier_isic
+
+Several scripts, each with its options, are separated by "--" and share the start; each prints a line of JSON.
 
 A small library answers PyTorch's questions for devices (one GPU of capability 8.0 and 80 GiB), and every CUDA tensor is
 a FakeTensor: shape, type, strides and device without contents. Tensors on the CPU stay real. A mix of devices, a type
 that an operation does not take, or a tensor left on the CPU raises as on a real GPU.
 
-Whatever the host reads from the device counts as a sync of the line that asked, and comes back as a constant: 0.5, 0
-for integers, True for truths (False after `any`). Results are therefore meaningless, and nothing is learned. It cannot
-show races between streams, results of kernels, time, allocator fragmentation, NCCL, or several GPUs. Needs Linux, a C
-compiler and PyTorch's CUDA build.
+Whatever the host reads from the device, or copies to it without pinned memory, counts as a sync of the line that asked.
+What it reads is a constant: 0.5, 0 for integers, True for truths (False after `any`). Results are therefore
+meaningless, and nothing is learned. It cannot show races between streams, results of kernels, time, allocator
+fragmentation, NCCL, or several GPUs. Needs Linux, a C compiler and PyTorch's CUDA build.
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -26,6 +29,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -50,6 +55,10 @@ int cudaGetDeviceProperties(char *properties, int device) {
 }
 """
 PROPERTIES = SimpleNamespace(name="simulated", major=8, minor=0, total_memory=80 << 30, multi_processor_count=108)
+LIBRARIES = ("diffusers.loaders", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "peft", "timm")
+LIBRARIES += ("accelerate", "ml_collections.config_flags", "torchvision", "scipy.stats", "transformers.pipelines")
+MOVED: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # from the CPU
+PREPARE, SAVE = Accelerator.prepare, torch.save
 aten = torch.ops.aten
 
 
@@ -57,6 +66,11 @@ def constant(tensor: FakeTensor) -> torch.Tensor:
     """Return what the host reads from a tensor without contents."""
     value = getattr(tensor, "answer", True) if tensor.dtype == torch.bool else 0.5 if tensor.is_floating_point() else 0
     return torch.full(tensor.shape, value, dtype=tensor.dtype)
+
+
+def target_of_copy(args: tuple, kwargs: dict) -> str:
+    """Return the type of the device that `_to_copy` or `copy_` writes to."""
+    return torch.device(kwargs.get("device") or args[0].device).type
 
 
 class SimulatedGPU(TorchDispatchMode):
@@ -84,6 +98,7 @@ class SimulatedGPU(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         target = torch.device(kwargs.get("device") or "cpu").type
+        kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
         if target != "cuda" and not any(tensor.device.type == "cuda" for tensor in tensors):
             return function(*args, **kwargs)
         if function is aten._local_scalar_dense.default:
@@ -93,22 +108,32 @@ class SimulatedGPU(TorchDispatchMode):
             self.sync("equal")
             return True
         if function is aten._to_copy.default and "device" in kwargs and target == "cpu":
-            self.sync("copy to host")
+            self.sync("copy to host")  # even without blocking, what arrives must be waited for
             return constant(args[0]).to(kwargs.get("dtype") or args[0].dtype)
         if function is aten.copy_.default and args[0].device.type == "cpu":
-            self.sync("copy to host")
+            if not (kwargs.get("non_blocking") or args[2:] == (True,)):
+                self.sync("copy to host")
             return args[0].copy_(constant(args[1]))
+        if function in (aten._to_copy.default, aten.copy_.default) and target_of_copy(args, kwargs) == "cuda":
+            if tensors[-1].device.type == "cpu" and not (kwargs.get("non_blocking") or args[2:] == (True,)):
+                self.sync("copy to device")
+        if function.overloadpacket in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
+            for index in args[1]:
+                if index is not None and index.device.type == "cpu":
+                    self.sync("copy of indices")
         if function is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1]):
             self.sync("boolean mask")
             return args[0].flatten() if args[1][0].ndim == args[0].ndim else args[0]
-        args, kwargs = tree_map(self._without_contents, (args, kwargs))
+        if not all(isinstance(tensor, FakeTensor) for tensor in tensors):
+            args, kwargs = tree_map(self._without_contents, (args, kwargs))
         with self.fake:
             result = function(*args, **kwargs)
         if function.overloadpacket is aten.any:
             result.answer = False
         if function.overloadpacket in (aten.mm, aten.addmm, aten.bmm, aten.convolution):
             self.types[str(result.dtype)] += 1
-        tree_map(self._track, result)
+        for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
+            self._track(leaf)
         return result
 
     def _without_contents(self, leaf):
@@ -156,15 +181,35 @@ def move(module: torch.nn.Module, convert, recurse: bool = True) -> torch.nn.Mod
                 value = convert(parameter)
             if value is not parameter:
                 module._parameters[name] = torch.nn.Parameter(value.detach(), parameter.requires_grad)
+                if parameter.device.type == "cpu":
+                    MOVED[parameter] = module._parameters[name]
     for name, buffer in module._buffers.items():
         module._buffers[name] = None if buffer is None else convert(buffer)
     return module
 
 
+def prepare(accelerator: Accelerator, *parts: object, **options: object) -> object:
+    """Stand in for Accelerator.prepare: an optimizer made before its model is moved keeps the moved parameters."""
+    prepared = PREPARE(accelerator, *parts, **options)
+    for part in prepared if isinstance(prepared, tuple) else (prepared,):
+        if isinstance(part, AcceleratedOptimizer):
+            for group in part.param_groups:
+                group["params"] = [MOVED.get(parameter, parameter) for parameter in group["params"]]
+    return prepared
+
+
+def save(state: object, file: object, **options: object) -> None:
+    """Stand in for torch.save, which cannot write tensors without contents."""
+    SAVE(tree_map(lambda leaf: constant(leaf) if isinstance(leaf, FakeTensor) else leaf, state), file, **options)
+
+
 def run_now(pool: ThreadPoolExecutor, function, *args, **kwargs) -> Future:
     """Stand in for ThreadPoolExecutor.submit: threads would leave the mode."""
     future = Future()
+    initializer, pool._initializer = pool._initializer, None
     try:
+        if initializer:
+            initializer(*pool._initargs)
         future.set_result(function(*args, **kwargs))
     except BaseException as error:
         future.set_exception(error)
@@ -195,9 +240,11 @@ def install(gpu: SimulatedGPU) -> None:
     }
     for name, stand_in in stand_ins.items():
         setattr(torch.cuda, name, stand_in)
+    torch.save = save
     torch.Tensor.record_stream = nothing
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor
     FakeTensor.tolist = lambda tensor: tensor.detach().cpu().tolist()  # not number by number
-    torch.nn.Module._apply = move
+    torch.nn.Module._apply, Accelerator.prepare = move, prepare
     ThreadPoolExecutor.submit = run_now
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") passes through the mode as well
 
@@ -210,17 +257,36 @@ def main() -> int:
             subprocess.run(["cc", "-w", "-shared", "-fPIC", "-o", library, source], check=True)
             preloaded = {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": folder, "CUDA_VISIBLE_DEVICES": "0"}
             return subprocess.run([sys.executable, *sys.argv], env=os.environ | preloaded).returncode
-    gpu, status = SimulatedGPU(), 0
-    install(gpu)
-    sys.argv[:] = sys.argv[1:]
     sys.path[:1] = [str(ROOT)]
+    commands = [[]]
+    for word in sys.argv[1:]:
+        commands[-1:] = [commands[-1], []] if word == "--" else [[*commands[-1], word]]
+    for name in LIBRARIES if len(commands) > 1 else ():
+        importlib.import_module(name)
+    for command in commands:
+        if not (child := os.fork()):
+            status = run(command)
+            sys.stdout.flush()
+            os._exit(status)
+        if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            return status
+    return 0
+
+
+def run(command: list[str]) -> int:
+    """Run a script and print what was counted; return its exit status."""
+    gpu, status, sys.argv[:] = SimulatedGPU(), 0, command
+    install(gpu)
     try:
         with gpu:
             runpy.run_path(os.path.abspath(sys.argv[0]), run_name="__main__")
     except SystemExit as ending:
         status = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
-    syncs = [[count, *key] for key, count in gpu.syncs.most_common()]
-    print(json.dumps({"peak_gib": round(gpu.peak / 2**30, 3), "products": gpu.types, "host_syncs": syncs}, indent=1))
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    counted = {"script": Path(command[0]).name, "peak_gib": round(gpu.peak / 2**30, 3), "products": gpu.types}
+    print(json.dumps(counted | {"host_syncs": [[count, *key] for key, count in gpu.syncs.most_common()]}), flush=True)
     return status
 
 

@@ -70,7 +70,9 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # DDIM eta in [0, 1]: share of DDPM noise at each step. Training needs eta > 0: without noise there is no policy.
     sample.eta = 1.0
     sample.guidance_scale = 5.0  # classifier-free guidance weight; 1.0 or less switches guidance off
-    sample.batch_size = 1  # images per process and batch (but see train.gradients_while_sampling)
+    # images per process and batch. Half precision on a GPU draws train.batch_size * train.timesteps_per_forward at once
+    # instead, so that the update's kernels are those of the rollout; see also train.gradients_while_sampling.
+    sample.batch_size = 1
     # batches per process and epoch. batch_size * num_batches_per_epoch * processes = samples per epoch (M).
     sample.num_batches_per_epoch = 2
     # consecutive samples that share a prompt (algorithm 1: M images per prompt). 1: a prompt for every sample, as in

@@ -73,8 +73,8 @@ def averages(accelerator: Accelerator, statistics: Sequence[Mapping[str, torch.T
 
     Every process has equally many entries. Non-finite values belong to skipped updates and are left out.
     """
-    means = {}
-    for key in statistics[0] if statistics else ():
-        values = torch.stack([entry[key] for entry in statistics]).float()
-        means[key] = values[values.isfinite()].mean()
-    return {key: value.item() for key, value in accelerator.reduce(means, "mean").items()}
+    if not statistics:
+        return {}
+    table = torch.stack([torch.stack([entry[key].float() for key in statistics[0]]) for entry in statistics])
+    means = torch.stack([values[values.isfinite()].mean() for values in table.cpu().T])  # one copy for all
+    return dict(zip(statistics[0], accelerator.reduce(means.to(table.device), "mean").tolist(), strict=True))

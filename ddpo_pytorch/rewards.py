@@ -145,12 +145,21 @@ class Scorer:
             self._stream = torch.cuda.Stream(index)
         self._scores: list[np.ndarray | Future[np.ndarray]] = []
 
-    def submit(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Score images (B, 3, H, W), float32 in [0, 1]. Raises the error of an earlier batch, if any."""
+    def submit(
+        self,
+        images: torch.Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]],
+        check: Callable[[torch.Tensor], torch.Tensor] = lambda images: images,
+    ) -> None:
+        """Score `check(images)` of images (B, 3, H, W), float32 in [0, 1]. Raises the error of an earlier batch.
+
+        `check` runs where the reward does, so that a GPU need not be waited for.
+        """
         for earlier in self._scores:
             if isinstance(earlier, Future) and earlier.done():
                 earlier.result()
-        batch = images, prompts, metadata
+        batch = images, prompts, metadata, check
         if self._thread:
             ready = torch.cuda.current_stream(images.device).record_event()
             self._scores.append(self._thread.submit(self._score_on_stream, ready, *batch))
@@ -170,14 +179,14 @@ class Scorer:
         if self._thread:
             self._thread.shutdown(cancel_futures=True)
 
-    def _score_on_stream(self, ready: torch.cuda.Event, images: torch.Tensor, *about: Sequence) -> np.ndarray:
+    def _score_on_stream(self, ready: torch.cuda.Event, images: torch.Tensor, *about: Any) -> np.ndarray:
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
             images.record_stream(self._stream)  # keeps the memory from being reused too early
             return self._score(images, *about)
 
-    def _score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence) -> np.ndarray:
-        rewards, info = self.reward_fn(images, prompts, metadata)
+    def _score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence, check: Callable) -> np.ndarray:
+        rewards, info = self.reward_fn(check(images), prompts, metadata)
         return np.stack([rewards, *(info[name] for name in self.reward_fn.parts)], axis=1)
 
 

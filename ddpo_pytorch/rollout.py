@@ -15,6 +15,7 @@ from diffusers import StableDiffusionPipeline
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import LogProbGradients, Sampling, pipeline_with_logprob
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings
 from ddpo_pytorch.prompts import draw_prompt
+from ddpo_pytorch.utils.distributed import to_device
 from ddpo_pytorch.utils.randomness import Stream, derived_seed
 
 
@@ -51,7 +52,8 @@ class Trajectories:
         """Store the trajectories of a batch at these indices."""
         for index, prompt in zip(indices, batch.prompts, strict=True):
             self.prompts[index] = prompt
-        self.latents[indices], self.log_probs[indices] = batch.latents, batch.log_probs
+        rows = to_device(torch.tensor(indices), self.latents.device)
+        self.latents[rows], self.log_probs[rows] = batch.latents, batch.log_probs
 
 
 def sample_trajectories(

@@ -20,7 +20,13 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusio
 from ddpo_pytorch.data.images import load_pixels, save_image, to_uint8
 from ddpo_pytorch.data.sample_folder import PartLog, folder_name
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling, pipeline_with_logprob
-from ddpo_pytorch.generator.pipeline import PromptEmbeddings, latent_shape, set_schedule
+from ddpo_pytorch.generator.pipeline import (
+    PromptEmbeddings,
+    decode_latents,
+    finite_images,
+    latent_shape,
+    set_schedule,
+)
 from ddpo_pytorch.prompts import check_prompt
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import Stream, derived_seed, text_number
@@ -75,14 +81,16 @@ def draw_images(
     """
     embeds, negative = embeddings(prompts), embeddings.negative  # (B, L, D), (1, L, D)
     settings = {"num_inference_steps": sampling.num_steps, "guidance_scale": sampling.guidance_scale}
-    settings |= {"prompt_embeds": embeds, "generator": noise, "output_type": "pt"}
+    settings |= {"prompt_embeds": embeds, "generator": noise, "output_type": "latent"}
     if isinstance(pipe.scheduler, DDIMScheduler):
-        return pipeline_with_logprob(
+        latents = pipeline_with_logprob(
             pipe, negative_prompt_embeds=negative, eta=sampling.eta, keep_trajectory=False, **settings
         )[0]
-    shape = latent_shape(pipe)
-    latents = torch.stack([torch.randn(shape, generator=source) for source in noise]).to(embeds)
-    return pipe(negative_prompt_embeds=negative.expand_as(embeds), latents=latents, **settings).images
+    else:
+        shape = latent_shape(pipe)
+        start = torch.stack([torch.randn(shape, generator=source) for source in noise]).to(embeds)
+        latents = pipe(negative_prompt_embeds=negative.expand_as(embeds), latents=start, **settings).images
+    return finite_images(pipe.vae, decode_latents(pipe.vae, latents), latents)
 
 
 def images_per_pass(pipe: StableDiffusionPipeline, batch_size: int) -> int:

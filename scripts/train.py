@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from absl import flags
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 from diffusers import StableDiffusionPipeline
 from ml_collections import ConfigDict
 from tqdm.auto import tqdm
@@ -27,7 +28,7 @@ from tqdm.auto import tqdm
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator.lora import disabled_lora
-from ddpo_pytorch.generator.pipeline import PromptEmbeddings, guided_noise_prediction
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings, finite_images, guided_noise_prediction
 from ddpo_pytorch.ppo import averages, ppo_loss, step_kl
 from ddpo_pytorch.rewards import Scorer
 from ddpo_pytorch.rollout import Trajectories, draw_prompts, sample_trajectories, timestep_order, update_order
@@ -43,16 +44,27 @@ from ddpo_pytorch.training.setup import (
     batch_sizes,
     check_training,
     content_fingerprints,
+    in_half_on_gpu,
     load_policy,
     make_task,
+    rollout_batch_size,
 )
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
-from ddpo_pytorch.utils.distributed import DTYPES, StopRequest, StopRequested, make_accelerator, peak_memory_gib
+from ddpo_pytorch.utils.distributed import (
+    DTYPES,
+    StopRequest,
+    StopRequested,
+    make_accelerator,
+    peak_memory_gib,
+    to_device,
+)
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import Stream, generator_of
 
 define_config(__file__, "experiment", default="config/mini.py:prompt_image_alignment_classifier_isic")
 logger = logging.getLogger(__name__)
+NOT_FINITE = "epoch {}: a sample is not finite; lower train.learning_rate, or use bf16 or no"
+SCALE_GROWTH_INTERVAL = 100  # updates without overflow before fp16 doubles its gradient scale; an epoch has one or two
 
 
 @dataclass
@@ -126,9 +138,15 @@ def set_up(config: ConfigDict) -> Run:
     if config.per_prompt_stat_tracking is None and config.train.advantage == "per_prompt":
         config.train.advantage = "global"  # as in ddpo-pytorch
     accelerator = make_accelerator(
-        config.mixed_precision, config.allow_tf32, may_shard=True, process_timeout=config.process_timeout
+        config.mixed_precision,
+        config.allow_tf32,
+        may_shard=True,
+        process_timeout=config.process_timeout,
+        growth_interval=SCALE_GROWTH_INTERVAL,
     )
     device = accelerator.device
+    if config.use_lora and in_half_on_gpu(config, device):  # `cast_adapters` replaces it
+        accelerator.autocast_handler = AutocastKwargs(enabled=False)
     sizes = batch_sizes(config.sample, config.train, accelerator.num_processes)
     # every (minibatch, timesteps) pair is a backward pass, and an update averages over all of them
     accelerator.gradient_accumulation_steps = config.train.gradient_accumulation_steps * sizes.forwards
@@ -215,7 +233,7 @@ def sample_and_score(
     # with gradients taken while sampling, the samples of the first update come first, in its minibatches
     order = run.sample_order(epoch, inner_epoch=0) if run.gradients else range(run.sizes.local_samples)
     trajectories, order_drawn = None, []
-    batches = rollout_batches(order, config.sample.batch_size, run.gradients)
+    batches = rollout_batches(order, rollout_batch_size(config, device), run.gradients)
     for indices, recording in run.progress(batches, f"epoch {epoch} sampling"):
         stop_request.check()
         global_indices = [run.first_sample + i for i in indices]
@@ -225,38 +243,53 @@ def sample_and_score(
         with run.accelerator.autocast(), recording as gradients:
             # images (B, 3, H, W) in [0, 1]; latents (B, T + 1, C, h, w) and log_probs (B, T) of each step
             images, batch = sample_trajectories(run.pipe, run.embeddings, texts, noise, sampling, gradients)
-        if not batch.log_probs.isfinite().all() or not images.isfinite().all():
-            raise UserError(f"epoch {epoch}: a sample is not finite; lower train.learning_rate, or use bf16 or no")
         if trajectories is None:
             trajectories = Trajectories.like(batch, run.sizes.local_samples)
         trajectories.put(indices, batch)
-        run.scorer.submit(images, texts, about)  # on a GPU in a thread, beside the next batch
+        # on a GPU in a thread, beside the next batch
+        run.scorer.submit(images, texts, about, partial(check_images, run, epoch, batch.latents[:, -1]))
         order_drawn += indices
-    return trajectories, torch.from_numpy(run.scorer.collect()[np.argsort(order_drawn)]).to(device)
+    scores = torch.from_numpy(run.scorer.collect()[np.argsort(order_drawn)]).to(device)
+    if not trajectories.log_probs.isfinite().all():
+        raise UserError(NOT_FINITE.format(epoch))
+    return trajectories, scores
+
+
+def check_images(run: Run, epoch: int, latents: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Return the images of these latents, decoded again if need be. Raises UserError if one is not finite even then."""
+    images = finite_images(run.pipe.vae, images, latents)
+    if not images.isfinite().all():
+        raise UserError(NOT_FINITE.format(epoch))
+    return images
 
 
 def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor) -> dict[str, float]:
     """Take PPO steps on this process's n samples with their advantages (n,); return statistics over all processes."""
     train = run.config.train
     per_update = train.batch_size * train.gradient_accumulation_steps
-    statistics, grad_norms, first_ratio_deviation = [], [], 0.0
+    statistics, grad_norms, deviations = [], [], []
     for inner_epoch in range(train.num_inner_epochs):
         # shuffle samples and divide them among the optimizer updates of this pass
         order = torch.tensor(run.sample_order(epoch, inner_epoch))  # on the host, which looks prompts up by it
-        for indices in run.progress(order.split(per_update), f"epoch {epoch} update"):
+        updates = order.split(per_update)
+        for indices in run.progress(updates, f"epoch {epoch} update"):
             if not grad_norms and run.gradients:
                 # the rollout has taken this gradient already, and the ratio is 1
                 info = load_rollout_gradient(run, epoch, samples, advantages, indices)
             else:
                 info = accumulate_gradient(run, epoch, inner_epoch, samples, advantages, indices)
             if not grad_norms:  # until the first step the policy is the one that sampled: must be 0 up to rounding
-                first_ratio_deviation = info["ratio_max_deviation"]
+                deviations.append(info["ratio_max_deviation"])
+                if len(updates) > 1 and run.config.mixed_precision != "no":  # kernels, and rounding, may differ there
+                    second = score_minibatch(run, epoch, samples, advantages, updates[1])
+                    deviations.append(second["ratio_max_deviation"])
             grad_norms.append(run.guard.step(run.unet.parameters()))  # None: not finite, skipped
             statistics.append(info)
     taken = [{"grad_norm": norm} for norm in grad_norms if norm is not None]
     means = {"grad_norm": math.nan} | averages(run.accelerator, statistics) | averages(run.accelerator, taken)
+    largest = run.accelerator.gather(torch.stack(deviations)[None]).amax(dim=0).tolist()
     return means | {
-        "first_ratio_deviation": run.accelerator.gather(first_ratio_deviation[None]).max().item(),
+        **dict(zip(("first_ratio_deviation", "second_ratio_deviation"), largest, strict=False)),
         "updates": len(taken),
         "skipped_updates": len(grad_norms) - len(taken),
     }
@@ -267,17 +300,16 @@ def accumulate_gradient(
 ) -> dict[str, torch.Tensor]:
     """Add up the gradient of one optimizer update on the samples `indices`; return its statistics, 0-d tensors."""
     infos = []
-    for sample, step in minibatches(run, epoch, inner_epoch, indices):
+    for minibatch in minibatches(run, epoch, inner_epoch, samples, indices):
         # gradients are averaged over processes in the last backward pass of the update only
         with run.accelerator.accumulate(run.unet):
-            loss, info = minibatch_loss(run, samples, advantages, sample, step)
+            loss, info = minibatch_loss(run, samples, advantages, *minibatch)
             run.accelerator.backward(loss)
         infos.append(info | {"loss": loss.detach()})
     means = {name: torch.stack([info[name] for info in infos]).mean() for name in infos[0]}
     return means | {"ratio_max_deviation": torch.stack([info["ratio_max_deviation"] for info in infos]).max()}
 
 
-@torch.no_grad()
 def load_rollout_gradient(
     run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor, indices: torch.Tensor
 ) -> dict[str, torch.Tensor]:
@@ -286,32 +318,50 @@ def load_rollout_gradient(
     A single forward pass measures that the ratio is 1, on which the shortcut rests (rollout_gradients.py).
     """
     limit = run.config.train.adv_clip_max
-    clipped = advantages[indices].clamp(-limit, limit)
+    clipped = advantages[to_device(indices, advantages.device)].clamp(-limit, limit)
     run.gradients.set_gradients(clipped)
-    sample, step = next(minibatches(run, epoch, 0, indices))
-    _, info = minibatch_loss(run, samples, advantages, sample, step)
+    info = score_minibatch(run, epoch, samples, advantages, indices)
     return info | {"loss": -clipped.mean()}  # the loss at ratio 1
 
 
+@torch.no_grad()
+def score_minibatch(
+    run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor, indices: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Return the statistics of the first minibatch of the update on the samples `indices`."""
+    return minibatch_loss(run, samples, advantages, *next(minibatches(run, epoch, 0, samples, indices)))[1]
+
+
 def minibatches(
-    run: Run, epoch: int, inner_epoch: int, indices: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield an update's (sample, step) index pairs, each (B,), B = train.batch_size * train.timesteps_per_forward."""
-    train, sizes = run.config.train, run.sizes
+    run: Run, epoch: int, inner_epoch: int, samples: Trajectories, indices: torch.Tensor
+) -> Iterator[tuple[list[str], torch.Tensor, torch.Tensor]]:
+    """Yield an update's minibatches: prompts, and (sample, step) index pairs, each (B,) and on the samples' device.
+
+    B = train.batch_size * train.timesteps_per_forward.
+    """
+    train, sizes, pairs = run.config.train, run.sizes, []
     for batch in indices.split(train.batch_size):
         numbers, window = (run.first_sample + batch).tolist(), sizes.timestep_window
         # (batch_size, T'): trained timesteps of each sample, shuffled independently
         steps = timestep_order(run.config.seed, epoch, inner_epoch, numbers, window, sizes.train_timesteps)
-        for chunk in steps.to(batch.device).split(train.timesteps_per_forward, dim=1):
-            yield batch.repeat_interleave(chunk.shape[1]), chunk.flatten()
+        for chunk in steps.split(train.timesteps_per_forward, dim=1):
+            pairs.append(torch.stack([batch.repeat_interleave(chunk.shape[1]), chunk.flatten()]))
+    # copied together, once an update
+    for pair, (sample, step) in zip(pairs, to_device(torch.stack(pairs), samples.latents.device), strict=True):
+        yield [samples.prompts[i] for i in pair[0].tolist()], sample, step
 
 
 def minibatch_loss(
-    run: Run, samples: Trajectories, advantages: torch.Tensor, sample: torch.Tensor, step: torch.Tensor
+    run: Run,
+    samples: Trajectories,
+    advantages: torch.Tensor,
+    prompts: list[str],
+    sample: torch.Tensor,
+    step: torch.Tensor,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return the loss of B denoising steps (equation 2 of the paper), with gradient, and detached statistics.
 
-    sample, step: (B,) indices of the trajectory and of its step.
+    prompts: B strings. sample, step: (B,) indices of the trajectory and of its step.
     """
     config, train, scheduler = run.config, run.config.train, run.pipe.scheduler
     latents, next_latents = samples.latents[sample, step], samples.latents[sample, step + 1]  # (B, C, h, w)
@@ -320,7 +370,7 @@ def minibatch_loss(
         guided_noise_prediction,
         latents=latents,
         timesteps=timesteps,
-        prompt_embeds=run.embeddings([samples.prompts[i] for i in sample.tolist()]),  # (B, L, D)
+        prompt_embeds=run.embeddings(prompts),  # (B, L, D)
         negative_prompt_embeds=run.embeddings.negative,
         guidance_scale=config.sample.guidance_scale,
     )

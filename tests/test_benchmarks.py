@@ -2,15 +2,11 @@
 
 import importlib
 import json
-import os
-import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
-from launching import ON_CPU, ROOT
-from rl_tools import as_flags
+from launching import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -66,21 +62,3 @@ def test_training(benchmark):
     figures = json.loads(lines[-1])
     assert set(figures["ratio"]) >= {"rollout", "update", "epoch", "memory"} and min(figures["ratio"].values()) > 0
     assert figures["unet_inputs"] == 4 and figures["set"][-1] == "train.batch_size=1"
-
-
-@pytest.mark.skipif(
-    not shutil.which("cc") or torch.version.cuda is None, reason="no C compiler or CUDA build of PyTorch"
-)
-def test_simulated_gpu(settings):
-    """An epoch of train.py: products in half precision; neither denoising steps nor minibatches wait for the GPU."""
-    flags = as_flags(settings, num_epochs=1, mixed_precision="fp16", sample__num_batches_per_epoch=1)
-    command = [sys.executable, "benchmarks/simulated_gpu.py", "scripts/train.py", *flags]
-    environment = {name: value for name, value in (os.environ | ON_CPU).items() if name != "ACCELERATE_USE_CPU"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-    assert result.returncode == 0, result.stderr[-3000:]
-    found = json.loads(result.stdout[result.stdout.index("{") :])
-    assert found["peak_gib"] > 0 and found["products"]["torch.float16"] > 20 * found["products"].get("torch.float32", 0)
-    places = {place.split(":")[0] + place.split(" ")[-1] for _, _, place in found["host_syncs"]}
-    steps = [place for place in places if "_with_logprob" in place or "pipeline.py" in place or "train.py" in place]
-    once = {"check_schedule", "sample_and_score", "run_epochs", "update"}  # a batch of samples, epoch or run
-    assert {place.split(".py")[1] for place in steps} == once, steps

@@ -12,6 +12,7 @@ from tiny_unet import RANK, TARGETS, legacy, make_unet, projections, random_weig
 
 from ddpo_pytorch.generator.lora import (
     add_lora,
+    cast_adapters,
     disabled_lora,
     has_lora,
     load_lora,
@@ -60,6 +61,22 @@ def test_disabled_lora_is_the_base_model():
     assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in lora_parameters(unet))
     assert torch.equal(run(unet), adapted)
     assert not frozen.requires_grad and all(parameter.requires_grad for parameter in lora_parameters(unet)[1:])
+
+
+def test_adapters_in_half_precision_compute_as_under_autocast():
+    unet, inputs = make_unet().bfloat16(), torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    add_lora(unet, RANK, ("to_q", "conv1"), seed=0)
+    randomize(unet)
+    linear = next(layer for name, layer in unet.named_modules() if name.endswith("attn1.to_q"))
+    conv = next(layer for name, layer in unet.named_modules() if name.endswith("conv1"))
+    x = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = linear(inputs), conv(x)
+    cast_adapters(unet)
+    actual = linear(inputs), conv(x)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == torch.bfloat16 and torch.equal(one, other)
+    assert {weight.dtype for weight in lora_parameters(unet)} == {torch.float32}
 
 
 def test_add_lora_refuses_mistakes():

@@ -10,10 +10,13 @@ from transformers import AutoConfig
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
+from ddpo_pytorch.generator import pipeline
 from ddpo_pytorch.generator.lora import add_lora, lora_parameters
 from ddpo_pytorch.generator.pipeline import (
     PromptEmbeddings,
+    decode_latents,
     encode_prompts,
+    finite_images,
     guided_noise_prediction,
     latent_shape,
     load_pipeline,
@@ -30,6 +33,25 @@ def pipe(tiny_pipeline_dir):
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def test_decoding_a_few_at_once_and_again_in_float32(pipe, tiny_pipeline_dir, monkeypatch):
+    latents, decode, sizes = torch.randn(5, 4, 16, 16, generator=seeded(0)), pipe.vae.decode, []
+    together = decode_latents(pipe.vae, latents)
+    monkeypatch.setattr(pipe.vae, "decode", lambda part, **how: sizes.append(len(part)) or decode(part, **how))
+    monkeypatch.setattr(pipeline, "DECODED_AT_ONCE", 2 * 16 * 16 + 1)
+    torch.testing.assert_close(decode_latents(pipe.vae, latents), together, rtol=0, atol=1e-5)
+    assert sizes == [2, 2, 1]
+
+    half = load_pipeline(tiny_pipeline_dir, dtype=torch.bfloat16).vae
+    broken = torch.where(torch.arange(5)[:, None, None, None] == 3, torch.nan, together)
+    assert finite_images(half, together, latents) is together
+    assert finite_images(pipe.vae, broken, latents) is broken  # float32 already
+    with torch.autocast("cpu", torch.bfloat16):
+        mended = finite_images(half, broken, latents)
+    expected = decode_latents(load_pipeline(tiny_pipeline_dir, dtype=torch.bfloat16).vae.float(), latents)
+    torch.testing.assert_close(mended, expected, rtol=0, atol=1e-5)
+    assert half.dtype == torch.bfloat16
 
 
 def test_loaded_pipeline_is_frozen_and_uses_ddim(tiny_pipeline_dir):

@@ -232,8 +232,8 @@ def test_rewards_come_in_the_order_of_submission():
     for part in images.split(2):
         scorer.submit(part, ["a", "b"], [{}, {}])
     assert scorer.collect()[:, 0] == pytest.approx(images.mean(dim=(1, 2, 3)).numpy(), rel=1e-6)
-    scorer.submit(images[:2], ["a", "b"], [{}, {}])
-    assert scorer.collect().shape == (2, 1)
+    scorer.submit(images[:2], ["a", "b"], [{}, {}], check=lambda images: images + 1)
+    assert scorer.collect()[:, 0] == pytest.approx(1 + images[:2].mean(dim=(1, 2, 3)).numpy(), rel=1e-6)
     scorer.close()
 
 

@@ -11,6 +11,7 @@ from ddpo_pytorch.generator.cpu_kernels import fuse_lora, run_batch_on_all_cores
 from ddpo_pytorch.generator.lora import ATTENTION, add_lora, lora_parameters
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
 from ddpo_pytorch.rollout import sample_trajectories
+from ddpo_pytorch.training import setup
 from ddpo_pytorch.training.rollout_gradients import (
     RolloutGradients,
     per_sample_gradients,
@@ -150,13 +151,16 @@ def test_same_gradients(both_ways, overrides, updates):
             assert sampled_line[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
 
 
-def test_same_gradients_in_half_precision(both_ways):
+@pytest.mark.parametrize("without_autocast", [False, True])
+def test_same_gradients_in_half_precision(both_ways, script, without_autocast, monkeypatch):
     """The window begins after steps without gradients, whose casts of weights must not be used again.
 
     Rounding to 8 bits puts either gradient of this model .4 of its norm away from the one in float32 on the same
     trajectories (measured, guidance is 5); from each other they are .06 to .10 away, by the instruction set. Casts used
-    again would carry no gradient at all: 1.
+    again would carry no gradient at all: 1. On a GPU there is no autocast, and adapters are cast layer by layer.
     """
+    for module in (script, setup) if without_autocast else ():
+        monkeypatch.setattr(module, "in_half_on_gpu", lambda *_: True)
     (expected, _), (actual, line) = both_ways(mixed_precision="bf16", train__timestep_window=(0.34, 1.0))
     assert (expected[0] - actual[0]).norm() < 0.4 * expected[0].norm() and expected[0].norm() > 0
     assert line["first_ratio_deviation"] == 0.0

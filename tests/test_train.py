@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 
@@ -41,6 +42,21 @@ def test_logs_every_measure_and_begins_at_ratio_one(finished):
     assert card.startswith("---\nlibrary_name: diffusers\n") and "after 2 epochs" in card and "\n- lora\n" in card
     before, after = weights(folder, 1), weights(folder, 2)
     assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+def test_half_precision_logs_the_ratio_of_the_second_update(script, train, monkeypatch):
+    """Log-probs of its samples are moved by .01 after sampling: the first update's ratio stays 1."""
+    sample = script.sample_and_score
+
+    def moved(run, epoch, *rest):
+        samples, scores = sample(run, epoch, *rest)
+        samples.log_probs[run.sample_order(epoch, 0)[4:]] += 0.01
+        return samples, scores
+
+    monkeypatch.setattr(script, "sample_and_score", moved)
+    _, (entry,) = train(mixed_precision="bf16", num_epochs=1)
+    assert entry["first_ratio_deviation"] == 0.0
+    assert entry["second_ratio_deviation"] == pytest.approx(1 - math.exp(-0.01), rel=1e-4)
 
 
 @pytest.mark.parametrize(

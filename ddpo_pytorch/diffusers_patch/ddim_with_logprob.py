@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
+from ddpo_pytorch.utils.distributed import to_device
 from ddpo_pytorch.utils.errors import UserError
 
 Timestep = int | torch.Tensor
@@ -119,7 +120,9 @@ def ddim_step_with_logprob(
     if not scoring:
         if isinstance(generator, list) and len(generator) != len(mean):
             raise ValueError(f"{len(generator)} generators for a batch of {len(mean)}; give one, or one per sample")
-        noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        source = generator[0] if isinstance(generator, list) else generator
+        place = mean.device if source is None else source.device
+        noise = to_device(randn_tensor(mean.shape, generator, place, mean.dtype), mean.device)
         prev_sample = (mean + std * noise).to(sample.dtype)
 
     squared_error = (prev_sample.detach().float() - mean) ** 2  # detached: the sample is data, not a function of theta

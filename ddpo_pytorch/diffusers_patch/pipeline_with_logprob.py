@@ -91,7 +91,9 @@ def pipeline_with_logprob(
     # drawn in float32: a seed gives the same noise in every dtype
     latents = pipeline.prepare_latents(batch, channels, *size, torch.float32, device, generator, latents)
     latents = latents.to(dtype)  # (B, C, h, w)
-    pipeline.scheduler.set_timesteps(num_inference_steps, device=device)
+    scheduler = pipeline.scheduler
+    if (scheduler.num_inference_steps, scheduler.timesteps.device) != (num_inference_steps, device):
+        scheduler.set_timesteps(num_inference_steps, device=device)  # waits for the device
 
     all_latents, all_log_probs = [latents], []
     for step, timestep in enumerate(pipeline.progress_bar(pipeline.scheduler.timesteps)):  # T, from noise to image
@@ -113,6 +115,6 @@ def pipeline_with_logprob(
     if output_type == "latent":
         images = latents
     else:
-        decoded = decode_latents(pipeline, latents)  # (B, 3, H, W) in [0, 1]
+        decoded = decode_latents(pipeline.vae, latents)  # (B, 3, H, W) in [0, 1]
         images = pipeline.image_processor.postprocess(decoded, output_type, do_denormalize=[False] * batch)
     return images, None, all_latents if keep_trajectory else [], all_log_probs

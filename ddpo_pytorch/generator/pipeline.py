@@ -5,6 +5,7 @@ with BERT therefore has conditioning.json next to model_index.json, with hashes 
 separate UNet weights name their text encoder in their metadata. Models with CLIP have neither.
 """
 
+import copy
 import logging
 import re
 from collections.abc import Iterable
@@ -30,6 +31,7 @@ MIRRORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffu
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 RECORD = "conditioning.json"
 KEY = "text_encoder_sha256"
+DECODED_AT_ONCE = 4 * 64 * 64  # latent pixels: SD's autoencoder takes 2.5 GiB for 4 images of 512 px under autocast
 
 
 def load_pipeline(
@@ -252,11 +254,23 @@ def guided_noise_prediction(
 
 
 @torch.no_grad()
-def decode_latents(pipe: StableDiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
-    """Decode latents (B, C, h, w) to images (B, 3, H, W), float32 in [0, 1]."""
-    scaled = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
-    decoded = pipe.vae.decode(scaled, return_dict=False)[0]
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Decode latents (B, C, h, w) to images (B, 3, H, W), float32 in [0, 1], as many at once as memory should bear."""
+    scaled, (height, width) = latents.to(vae.dtype) / vae.config.scaling_factor, latents.shape[-2:]
+    parts = scaled.split(max(DECODED_AT_ONCE // (height * width), 1))
+    decoded = torch.cat([vae.decode(part, return_dict=False)[0] for part in parts])
     return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+
+def finite_images(vae: AutoencoderKL, images: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """Return images (B, 3, H, W) of latents (B, C, h, w), decoded in float32 if half precision overflowed.
+
+    Waits for the device. They may still not be finite.
+    """
+    if vae.dtype == torch.float32 or images.isfinite().all():
+        return images
+    with torch.autocast(images.device.type, enabled=False):
+        return decode_latents(copy.deepcopy(vae).float(), latents)  # a copy: another thread may be decoding
 
 
 def set_schedule(pipe: StableDiffusionPipeline, num_steps: int) -> None:

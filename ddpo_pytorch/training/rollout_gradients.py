@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from ddpo_pytorch.generator.cpu_kernels import LinearWithLora, first_row, fusible, is_fused
 from ddpo_pytorch.training.setup import BatchSizes
+from ddpo_pytorch.utils.distributed import to_device
 
 Gradients = dict[nn.Parameter, torch.Tensor]
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -54,7 +55,8 @@ class RolloutGradients:
         self._accelerator, self._unet, self._window, self._passes = accelerator, unet, window, passes
         self._terms = samples * (window[1] - window[0])
         self._weights = [weight for weight in unet.parameters() if weight.requires_grad]
-        self._sums = torch.zeros(samples, sum(weight.numel() for weight in self._weights))
+        count, on_gpu = sum(weight.numel() for weight in self._weights), accelerator.device.type == "cuda"
+        self._sums = torch.zeros(samples, count, pin_memory=on_gpu)  # copies to it need not be waited for
 
     @contextmanager
     def recording(self, first: int, count: int) -> Iterator["RolloutGradients"]:
@@ -62,7 +64,7 @@ class RolloutGradients:
         with per_sample_gradients(self._unet, self._passes * count) as gradients:
             yield self
         parts = (gradients[weight].reshape(self._passes, count, -1).sum(dim=0) for weight in self._weights)
-        self._sums[first : first + count] = torch.cat(list(parts), dim=1).to("cpu", torch.float32)
+        self._sums[first : first + count].copy_(torch.cat(list(parts), dim=1), non_blocking=True)
 
     def wants(self, step: int) -> bool:
         """Return whether a step is trained on and has to be sampled with gradients enabled."""
@@ -78,7 +80,8 @@ class RolloutGradients:
 
     def set_gradients(self, advantages: torch.Tensor) -> None:
         """Set the weights' gradient from the clipped advantages (samples,) of the first update, in its order."""
-        mean = self._accelerator.reduce((-advantages.cpu() @ self._sums).to(advantages.device), "mean")
+        weights = -advantages.cpu()  # waits for the device, and so for the copies of the sums
+        mean = self._accelerator.reduce(to_device(weights @ self._sums, advantages.device), "mean")
         for weight, part in zip(self._weights, mean.split([weight.numel() for weight in self._weights]), strict=True):
             weight.grad = part.view_as(weight).clone()
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import check_schedule
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator.cpu_kernels import fuse_lora, run_batch_on_all_cores
-from ddpo_pytorch.generator.lora import adapter_fingerprint, add_lora
+from ddpo_pytorch.generator.lora import adapter_fingerprint, add_lora, cast_adapters
 from ddpo_pytorch.generator.pipeline import load_pipeline, set_schedule
 from ddpo_pytorch.prompts import PROMPT_LISTS, Prompt, all_prompts, get_prompt_fn
 from ddpo_pytorch.rewards import Reward, build_reward, check_prompts, parse_spec
@@ -150,6 +150,22 @@ def batch_sizes(sample: ConfigDict, train: ConfigDict, processes: int) -> BatchS
     return BatchSizes(processes, local, local // per_update, (first, last), timesteps, train.timesteps_per_forward)
 
 
+def in_half_on_gpu(config: ConfigDict, device: torch.device) -> bool:
+    """Return whether the UNet's passes are in half precision on a GPU."""
+    return device.type == "cuda" and config.mixed_precision != "no"
+
+
+def rollout_batch_size(config: ConfigDict, device: torch.device) -> int:
+    """Return how many images are drawn at once: sample.batch_size, or in half precision on a GPU as many as are scored.
+
+    Other shapes mean other kernels there, whose rounding alone moves log-probs: in bfloat16 by up to 4.7e-4, far beyond
+    the clip range of 1e-4.
+    """
+    if in_half_on_gpu(config, device):
+        return config.train.batch_size * config.train.timesteps_per_forward
+    return config.sample.batch_size
+
+
 @dataclass(frozen=True)
 class Task:
     """Prompts to draw and the reward to earn."""
@@ -192,7 +208,10 @@ def load_policy(config: ConfigDict, dtype: torch.dtype, device: torch.device) ->
         part.to(memory_format=torch.channels_last)
     if config.use_lora:
         add_lora(pipe.unet, train.lora_rank, train.lora_targets, config.seed)
-        fuse_lora(pipe.unet)
+        if in_half_on_gpu(config, device):
+            cast_adapters(pipe.unet)
+        elif device.type == "cpu" or not config.allow_tf32:  # TF32 would round W + up down back to W
+            fuse_lora(pipe.unet)
     else:
         pipe.unet.float().requires_grad_(True)
     if config.load_from:

@@ -23,6 +23,7 @@ from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
+    GradScalerKwargs,
     InitProcessGroupKwargs,
     broadcast_object_list,
 )
@@ -49,6 +50,7 @@ def make_accelerator(
     gradient_accumulation_steps: int = 1,
     may_shard: bool = False,
     process_timeout: float = PROCESS_TIMEOUT,
+    growth_interval: int = 2000,
 ) -> Accelerator:
     """Return an Accelerator that follows these settings, not those of the launcher or of ACCELERATE_* variables.
 
@@ -56,8 +58,9 @@ def make_accelerator(
     FSDP, `prepare` divides a UNet and its optimizer: weights and accumulated gradients are float32, "bf16" is the type
     of forward and backward passes.
 
-    `may_shard`: the caller supports FSDP. `process_timeout`: seconds that a process waits for the others. Raises
-    UserError for other values, and for features of the launcher that the scripts do not support.
+    `may_shard`: the caller supports FSDP. `process_timeout`: seconds that a process waits for the others.
+    `growth_interval`: steps after which the gradient scaler of fp16 tries twice its scale. Raises UserError for other
+    values, and for features of the launcher that the scripts do not support.
     """
     sharding = sharding_requested()
     if sharding and not may_shard:
@@ -93,7 +96,10 @@ def make_accelerator(
         # each backward pass: whole ones, Accelerate's default, would take as much memory as the weights
         gradient_accumulation_plugin=GradientAccumulationPlugin(gradient_accumulation_steps, sync_each_batch=sharding),
         dynamo_backend="no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=process_timeout))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=process_timeout)),
+            GradScalerKwargs(growth_interval=growth_interval),
+        ],
     )
     if sharding and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # Accelerate ignores the plugin without a GPU; PyTorch's FSDP works with gloo
@@ -102,6 +108,8 @@ def make_accelerator(
     if on_cpu:  # after Accelerate, which may set a number of its own
         share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, min(share, thread_limit())))
+    place = f"{torch.get_num_threads()} CPU threads" if on_cpu else torch.cuda.get_device_name(accelerator.device)
+    logger.info("%d processes of %s, mixed_precision %s", accelerator.num_processes, place, mixed_precision)
     return accelerator
 
 
@@ -175,6 +183,13 @@ class StopRequest:
             stop = self._accelerator.reduce(torch.tensor(float(stop), device=self._accelerator.device), "sum").item()
         if stop:
             raise StopRequested
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return the tensor on a device. From the CPU to a GPU it is copied without waiting for what runs there."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def peak_memory_gib() -> float:

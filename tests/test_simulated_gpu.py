@@ -1,0 +1,114 @@
+"""Scripts on a simulated GPU: no mix of devices or types, products in half precision, host syncs within a budget."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from launching import ON_CPU, ROOT
+from rl_tools import as_flags, usual_settings
+from script_tools import options
+from stage_tools import SPLIT
+
+from ddpo_pytorch.data.isic import CAPTIONS
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("cc") or torch.version.cuda is None, reason="no C compiler or CUDA build"),
+]
+LOOPS = ("train", "rollout", "rollout_gradients", "ppo", "optimizer", "ddim_with_logprob", "pipeline_with_logprob")
+
+
+def simulate(*commands: list[object], timeout: float = 500) -> list[dict]:
+    """Run scripts one after another; what was counted of each, with "syncs" in the training loop by function."""
+    words = [str(word) for command in commands for word in ("--", *command)][1:]
+    environment = {name: value for name, value in (os.environ | ON_CPU).items() if name != "ACCELERATE_USE_CPU"}
+    command = [sys.executable, "benchmarks/simulated_gpu.py", *words]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"script"')]
+    assert len(found) == len(commands)
+    for one in found:
+        one["syncs"] = Counter()
+        for count, _, place in one["host_syncs"]:
+            if Path(place.split(":")[0]).stem in LOOPS:
+                one["syncs"][place.split(" ")[-1]] += count
+    return found
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_pipeline_dir, judges, tmp_path_factory) -> dict:
+    """8 samples of 2 steps, in 4 batches, and 2 updates of 2 minibatches; grids of 16 images, 8 at once."""
+    folder = tmp_path_factory.mktemp("simulated")
+    (folder / "prompts.txt").write_text("\n".join(CAPTIONS[6:8]))
+    settings = usual_settings(tiny_pipeline_dir, judges[6], folder) | {"num_epochs": 1, "sample.num_steps": 2}
+    settings |= {"sample.batch_size": 8, "sample.num_batches_per_epoch": 1, "train.batch_size": 2}
+    settings |= {"train.gradient_accumulation_steps": 2, "prompt_fn": "from_file"}
+    return settings | {"prompt_fn_kwargs.path": folder / "prompts.txt", "held_out.classifier": judges[4]}
+
+
+@pytest.fixture(scope="module")
+def found(settings, config_file, world, tmp_path_factory) -> dict[str, dict]:
+    """What was counted, by the name of the run."""
+    folder = tmp_path_factory.mktemp("scripts")
+    full = {"use_lora": False, "mixed_precision": "bf16", "run_name": "full", "held_out__every": 1}
+    sampling = {"logdir": folder / "samples", "mixed_precision": "fp16", "sample__num_steps": 2}
+    sampling |= {"eval__num_samples_per_prompt": 1, "eval__batch_size": 4}
+    stage = {"sd__data_path": world / "images", "sd__csv": world / SPLIT.format("train"), "sd__image_size": 64}
+    stage |= {"sd__output": folder / "sd", "sd__limit": 8, "sd__num_steps": 2, "sd__batch_size": 4, "sd__log_every": 2}
+    stage |= {"sd__grid_every": 0, "sd__save_every": 0, "sd__cache_dir": folder / "cache", "sd__num_workers": 0}
+    commands = {
+        "lora": ["scripts/train.py", *as_flags(settings, mixed_precision="fp16")],
+        "full": ["scripts/train.py", *as_flags(settings, **full, held_out__images_per_prompt=1)],
+        "eval": ["scripts/eval.py", *options(config_file, **sampling)],
+        "train_sd": ["scripts/train_sd.py", *options(config_file, **stage, mixed_precision="fp16")],
+    }
+    return dict(zip(commands, simulate(*commands.values()), strict=True))
+
+
+# in batches of 2, as the updates score them, and not of sample.batch_size; the check runs beside the next batch
+EPOCH = {"check_schedule": 3, "check_images": 4, "sample_and_score": 2, "run_epochs": 2, "step": 2, "averages": 6}
+
+
+@pytest.mark.parametrize(
+    ("name", "half", "expected"),
+    [
+        # initial noise of 2 grids in 2 batches each comes from the CPU; "update" and "averages" are once an epoch
+        ("lora", "float16", EPOCH | {"update": 1, "set_gradients": 1, "pipeline_with_logprob": 4}),
+        ("full", "bfloat16", EPOCH | {"update": 1, "pipeline_with_logprob": 6}),  # and 2 evaluations
+        ("eval", "float16", {"pipeline_with_logprob": 1}),
+        ("train_sd", "float16", {}),
+    ],
+)
+def test_no_step_waits_for_the_device_and_products_are_in_half_precision(found, name, half, expected):
+    """The counts are complete: any other sync of the loops, in a denoising step or a minibatch, is one more."""
+    assert found[name]["syncs"] == expected
+    products = found[name]["products"]
+    rest = sum(products.values()) - products[f"torch.{half}"]  # judges and metrics, which compute in float32
+    assert products[f"torch.{half}"] > (2 if name == "eval" else 5) * rest and found[name]["peak_gib"] > 0
+
+
+PLANTED = """
+import sys
+from ddpo_pytorch.diffusers_patch import pipeline_with_logprob as place
+step = place.ddim_step_with_logprob
+def planted(*arguments):
+    latents, log_probs = step(*arguments)
+    latents.amax().item()
+    return latents, log_probs
+place.ddim_step_with_logprob = planted
+import runpy
+runpy.run_path("scripts/eval.py", run_name="__main__")
+"""
+
+
+def test_an_item_in_the_denoising_loop_is_found(config_file, tmp_path):
+    (tmp_path / "planted.py").write_text(PLANTED)
+    fields = {"eval__num_samples_per_prompt": 1, "eval__batch_size": 4, "eval__classifier": "", "sample__num_steps": 2}
+    (found,) = simulate([tmp_path / "planted.py", *options(config_file, logdir=tmp_path / "samples", **fields)])
+    assert found["syncs"] == {"pipeline_with_logprob": 1 + 2}
