@@ -11,6 +11,7 @@ import scipy.stats
 import torch
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
+from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ddpo_pytorch.data.isic import CAPTIONS
@@ -27,7 +28,7 @@ from ddpo_pytorch.metrics.fidelity import (
     size_curve,
     two_sample_test,
 )
-from ddpo_pytorch.metrics.memorisation import closest, nearest, share_closer
+from ddpo_pytorch.metrics.memorisation import authenticity, closest, membership_auc, nearest, share_closer
 from ddpo_pytorch.utils.errors import UserError
 
 
@@ -342,3 +343,39 @@ def test_the_closest_show_each_training_image_once():
     indices = np.array([7, 4, 9, 8, 4, 7])
     assert closest(distances, indices, 3) == [5, 1, 3]
     assert closest(distances, indices, 16) == [5, 1, 3, 2]
+
+
+class Table(np.ndarray):
+    """Features with the `take` of `Rows`."""
+
+    def take(self, indices):
+        return self[indices]
+
+
+def test_authenticity_equals_plain_loops_and_finds_copies_with_noise():
+    train, fake = normal(1, 50, 4), normal(2, 40, 4)
+    fake[:10] = train[:10] + 1e-4 * fake[:10]
+    table = scipy.spatial.distance.cdist(fake, train, "cosine")
+    own = scipy.spatial.distance.cdist(train, train, "cosine") + 9 * np.eye(50)
+    expected = [table[i].min() > own[table[i].argmin()].min() for i in range(40)]
+    found = authenticity(train.view(Table), *nearest(fake, train, block=7), np.arange(40) % 3, 0)
+    assert found.value == np.mean(expected) and not any(expected[:10]) and 0 < found.low < found.value < found.high
+    assert nearest(train, train, block=7, own=np.arange(50))[0] == pytest.approx(own.min(axis=1), abs=1e-12)
+
+
+def test_membership_equals_torchmetrics_and_its_interval_covers_the_truth():
+    train, val = normal(1, 60, 1)[:, 0], normal(2, 45, 1, offset=0.5)[:, 0].round(1)
+    scores, member = torch.from_numpy(-np.concatenate([train, val])), torch.arange(105) < 60
+    found = membership_auc(train, val)
+    assert found.value == pytest.approx(float(binary_auroc(scores.double(), member.long())), abs=1e-6)
+    # DeLong's variance from all pairs
+    pairs = (train[:, None] < val) + 0.5 * (train[:, None] == val)
+    error = np.sqrt(pairs.mean(axis=1).var(ddof=1) / 60 + pairs.mean(axis=0).var(ddof=1) / 45)
+    assert (found.low, found.high) == pytest.approx((found.value - 1.96 * error, found.value + 1.96 * error))
+    truth = scipy.stats.norm.cdf(0.5 / 2**0.5)
+    draws = [membership_auc(normal(s, 60, 1)[:, 0], normal(s + 999, 60, 1, offset=0.5)[:, 0]) for s in range(200)]
+    assert np.mean([one.low <= truth <= one.high for one in draws]) > 0.88
+    # the same images under a model that has learned: noise that both share drops out of the difference
+    change = membership_auc(train - 0.3, val, (train, val))
+    assert 0 < change.low < change.value == pytest.approx(membership_auc(train - 0.3, val).value - found.value)
+    assert change.high - change.low < found.high - found.low and membership_auc(train, val + 99).low is None

@@ -1,5 +1,6 @@
 """train_sd.py: a model from scratch, fine-tuning, BERT, pools, options; resuming, two processes; bad input."""
 
+import json
 import math
 import shutil
 from collections import Counter
@@ -11,16 +12,19 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from script_tools import assert_same_training, load_module, options, succeed
 from stage_tools import SPLIT, assert_equal, entries, unet_of
+from torch.utils.data import default_collate
 
 from ddpo_pytorch.data.images import save_image
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.data.sample_folder import folder_name, read_log, write_log
 from ddpo_pytorch.generator.finetune_data import MixedLatents, settings_of
+from ddpo_pytorch.generator.finetune_losses import CaptionTable, NoiseLoss
 from ddpo_pytorch.generator.from_scratch import build_tokenizer
 from ddpo_pytorch.generator.latents import LatentShards
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import has_mask
 from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.randomness import BatchDraws, Stream
 from ddpo_pytorch.utils.training_state import save_state
 
 pytest_plugins = ["script_tools", "stage_tools"]
@@ -288,3 +292,28 @@ def test_two_processes_equal_one(model, train_stage, base, config_file, tmp_path
     assert_same_training(unet_of(tmp_path / "one"), unet_of(tmp_path / "two"))
     shards = [load_file(tmp_path / name / "latents/train/shard_00000.safetensors") for name in ("one", "two")]
     assert_equal(*shards)
+
+
+@pytest.mark.slow
+def test_membership_of_a_model_and_of_trained_weights(model, base, run_main, config_file, tmp_path):
+    """The mean loss is that of `NoiseLoss` over all draws; the same weights make no difference."""
+    fields = base | {"pretrained__model": str(model), "sd__output": str(tmp_path), "seed": 5}
+    run_main("membership.py", config_file, **fields, load_from=str(model / "pretrained_unet.safetensors"))
+    result = json.loads((tmp_path / "membership.json").read_text())
+    assert result["difference"]["value"] == 0 and result["base"] == result["load_from"]
+    val, pipe = LatentShards(tmp_path / "latents" / "val"), load_pipeline(model)
+    loss, items = (
+        NoiseLoss(pipe, CaptionTable(pipe, val.captions, trained=False)).eval(),
+        [val[i] for i in range(len(val))],
+    )
+    losses, count = [], 0
+    with torch.no_grad():
+        for number in range(math.ceil(len(val) / 8)):
+            part = items[8 * number : 8 * number + 8]
+            for step in range(16):
+                draws = BatchDraws(5, Stream.VALIDATION, 16 * number + step, 8, kept=len(part))
+                losses.append(loss(default_collate(part), draws).item() * len(part) / 16)
+            count += len(part)
+    assert result["base"]["val_loss"] == pytest.approx(sum(losses) / count, rel=1e-4)
+    with pytest.raises(UserError, match="sd.val_csv"):
+        run_main("membership.py", config_file, **fields | {"sd__val_csv": ""})

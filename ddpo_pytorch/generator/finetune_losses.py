@@ -181,7 +181,11 @@ class NoiseLoss(nn.Module):
         self.caption_dropout, self.min_snr_gamma = caption_dropout, min_snr_gamma
 
     def forward(self, batch: Sequence[torch.Tensor], draws: BatchDraws) -> torch.Tensor:
-        """Return the scalar loss of a batch (mean, logvar (B, C, h, w), caption number (B,), optional weight (B,)).
+        """Return the scalar loss of a batch (mean, logvar (B, C, h, w), caption number (B,), optional weight (B,))."""
+        return self.errors(batch, draws).mean()
+
+    def errors(self, batch: Sequence[torch.Tensor], draws: BatchDraws) -> torch.Tensor:
+        """Return the loss (B,) of each image.
 
         In training mode, captions are dropped with probability `caption_dropout`: guidance needs a model without.
         """
@@ -202,4 +206,4 @@ class NoiseLoss(nn.Module):
             errors = errors * (snr.clamp(max=self.min_snr_gamma) / divisor[self.schedule.config.prediction_type])
         for weight in weights:
             errors = errors * weight
-        return errors.mean()
+        return errors

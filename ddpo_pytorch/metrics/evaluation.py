@@ -180,7 +180,8 @@ def measure_folder(own: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None, c
     if train is not None:
         found = {name: find_neighbours(name, own, train) for name in context.spaces}
         result["memorisation"] = {
-            name: measure_memorisation(own, train, found[name], context.baseline.get(name), seed) for name in found
+            name: measure_memorisation(name, own, train, found[name], context.baseline.get(name), seed)
+            for name in found
         }
         distances, indices = found[context.spaces[0]]
         columns["nearest_train"] = [str(train.paths[i]) for i in indices]

@@ -23,11 +23,14 @@ CLOSEST = 16
 NEAR_COPY = 0.003
 
 
-def nearest(query: Any, reference: Any, block: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+def nearest(
+    query: Any, reference: Any, block: int = 1000, own: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return cosine distance (N,) and index (N,) of the row of reference (M, F) nearest to each row of query (N, F).
 
     Both are arrays or `Rows`, read `block` rows at a time. Distances 1 - cos lie in [0, 2]; ties go to the smallest
-    index. Raises UserError for an empty reference, ValueError as `unit_rows`.
+    index. own (N,): a row of reference that does not count, by row of query. Raises UserError for an empty reference,
+    ValueError as `unit_rows`.
     """
     if not len(reference):
         raise UserError("the nearest training image needs at least one training image, got none")
@@ -38,6 +41,10 @@ def nearest(query: Any, reference: Any, block: int = 1000) -> tuple[np.ndarray, 
         for first in range(0, len(reference), block):
             others = unit_rows(reference[first : first + block], "reference features", first)
             similarity = product(rows, others)  # (block, block)
+            if own is not None:
+                itself = own[start : start + block] - first
+                inside = (itself >= 0) & (itself < len(others))
+                similarity[inside, itself[inside]] = -np.inf
             top = similarity.max(axis=1)
             column = (similarity >= top[:, None] - TIE).argmax(axis=1)
             closer = top > best + TIE
@@ -62,6 +69,42 @@ def share_closer(
     threshold = float(np.quantile(baseline, quantile))
     closer = finite(distances, "distances") < threshold
     return bootstrap_mean(closer, groups, seed, resample_groups=False), threshold
+
+
+def authenticity(train: Any, distances: np.ndarray, indices: np.ndarray, groups: np.ndarray, seed: int) -> Estimate:
+    """Return the share of samples whose nearest training image is nearer to another training image (Alaa et al. 2022).
+
+    distances and indices (N,) as `nearest` finds them in train, `Rows` (M, F). A sample nearer than that may be a copy
+    with noise. The interval resamples images within prompts `groups` (N,) and takes the training images as given.
+    """
+    if len(train) < 2:
+        return Estimate.missing("fewer than 2 training images")
+    used, position = np.unique(indices, return_inverse=True)
+    gaps, _ = nearest(train.take(used), train, own=used)
+    return bootstrap_mean(distances > gaps[position] + TIE, groups, seed, resample_groups=False)
+
+
+def membership_auc(train: np.ndarray, val: np.ndarray, base: tuple[np.ndarray, np.ndarray] | None = None) -> Estimate:
+    """Return the probability that a training image has a lower loss than one of validation: 0.5 if nothing is learned.
+
+    Losses train (N,) and val (M,), at least 2 each, of one model. With `base`, those of the same images under another
+    model, the difference to its probability. Intervals as DeLong et al. (1988), of independent images.
+    """
+
+    def above(own: np.ndarray, others: np.ndarray) -> np.ndarray:  # share of others above each; ties count half
+        ordered = np.sort(others)
+        return 1 - (np.searchsorted(ordered, own) + np.searchsorted(ordered, own, "right")) / (2 * len(others))
+
+    parts = above(train, val), 1 - above(val, train)
+    if base is not None:
+        parts = parts[0] - above(*base), parts[1] - 1 + above(*base[::-1])
+    value, images = float(parts[0].mean()), len(train) + len(val)
+    error = float(np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts)))
+    if not error:
+        return Estimate(value, None, None, images, "no interval: all images agree")
+    ends = value - 1.96 * error, value + 1.96 * error
+    low, high = ends if base is not None else np.clip(ends, 0, 1).tolist()
+    return Estimate(value, low, high, images, "DeLong's standard error, independent images")
 
 
 def closest(distances: np.ndarray, indices: np.ndarray, count: int = CLOSEST) -> list[int]:
@@ -90,13 +133,14 @@ def near_copies(own: ImageSet, other: ImageSet) -> np.ndarray:
 
 
 def measure_memorisation(
+    extractor: str,
     fake: ImageSet,
     train: ImageSet,
     nearest_train: tuple[np.ndarray, np.ndarray],
     baseline: np.ndarray | None,
     seed: int,
 ) -> dict:
-    """Return the number of pixel copies, the closest pairs, and the share closer to training images than real ones.
+    """Return pixel copies, the closest pairs, authenticity, and the share closer to training images than real ones.
 
     `nearest_train`: see `find_neighbours`; baseline (K,): distances of unseen real images to training images.
     """
@@ -113,6 +157,8 @@ def measure_memorisation(
             for i in closest(distances, indices)
         ],
     }
+    if extractor != THUMBNAILS.name:  # of which the mirrored are samples' neighbours, too
+        result["authenticity"] = authenticity(train.rows[extractor], distances, indices, fake.groups, seed)
     if baseline is not None and len(baseline):
         share, threshold = share_closer(distances, baseline, fake.groups, seed)
         result |= {"share_closer": share, "threshold": threshold}

@@ -244,5 +244,6 @@ def nearness_table(result: Mapping) -> pd.DataFrame:
         path = "memorisation", space
         columns += [(f"Closer to training images (%), {space}", (*path, "share_closer"), ".2f", 100)]
         columns += [(f"Threshold of closer, {space}", (*path, "threshold"), ".4g", 1)]
+        columns += [(f"Authentic ↑ (%), {space}", (*path, "authenticity"), ".1f", 100)]
         columns += [("Pixel copies of training images", (*path, "copies"), "d", 1)]
     return _measures(columns, parts)

@@ -1,0 +1,96 @@
+"""Test by their denoising losses whether training images can be told from validation images: base and RL model.
+
+    accelerate launch scripts/membership.py --config config/dgx.py:finetune_sd --config.load_from=RUN
+
+Reads the images of stage (i), sd.csv and sd.val_csv (sd.limit and sd.val_images of them), or latents of them, and
+writes <sd.output>/membership.json: for the base model and, with load_from, for that one, mean losses and the AUC of a
+lower loss on training images; and the difference of the AUCs. An image has the same noise under both models.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from absl import flags
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from ml_collections import ConfigDict
+from torch.utils.data import default_collate
+
+from ddpo_pytorch.generator.finetune_data import check_settings, open_latents
+from ddpo_pytorch.generator.finetune_losses import CaptionTable, NoiseLoss
+from ddpo_pytorch.generator.latents import LatentShards
+from ddpo_pytorch.generator.pipeline import load_pipeline
+from ddpo_pytorch.metrics.memorisation import membership_auc
+from ddpo_pytorch.training.checkpoints import load_weights
+from ddpo_pytorch.utils.cli import cli, define_config, expand_config
+from ddpo_pytorch.utils.distributed import DTYPES, locked_by_main, make_accelerator
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import write_json
+from ddpo_pytorch.utils.randomness import BatchDraws, Stream
+
+FLAGS = flags.FLAGS
+define_config(__file__, "Membership test of a generator.")
+logger = logging.getLogger(__name__)
+TIMESTEPS = 16  # random ones whose losses are averaged for an image
+
+
+@torch.no_grad()
+def image_losses(accelerator: Accelerator, config: ConfigDict, loss: NoiseLoss, latents: LatentShards) -> np.ndarray:
+    """Return the mean loss (N,) of each image over `TIMESTEPS` timesteps and noises, the same on every process."""
+    size, device, found = config.sd.batch_size, accelerator.device, []
+    for number in range(accelerator.process_index, -(-len(latents) // size), accelerator.num_processes):
+        items = [latents[index] for index in range(number * size, min((number + 1) * size, len(latents)))]
+        batch, total = [tensor.to(device) for tensor in default_collate(items)], torch.zeros(len(items), device=device)
+        for step in range(TIMESTEPS):
+            place = config.seed, Stream.VALIDATION, number * TIMESTEPS + step, size
+            total += loss.errors(batch, BatchDraws(*place, kept=len(items), device=device))
+        found.append((number, (total / TIMESTEPS).tolist()))
+    return np.concatenate([losses for _, losses in sorted(gather_object(found))])
+
+
+def test(accelerator: Accelerator, config: ConfigDict) -> dict:
+    """Return the content of membership.json."""
+    pretrained, sd, dtype = config.pretrained, config.sd, DTYPES[config.mixed_precision]
+    pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, dtype, accelerator.device)
+    pipe.vae.float()  # in half precision SD's autoencoder overflows
+    sets = [open_latents(accelerator, sd, pipe.vae, validation) for validation in (False, True)]
+    if sets[1] is None or min(map(len, sets)) < 2:
+        raise UserError("a membership test needs 2 images of sd.csv and of sd.val_csv each; give both tables")
+    if sets[0].shares_images_with(sets[1]):
+        raise UserError("training and validation latents share images; extract them from different split tables")
+    captions = list(dict.fromkeys(caption for latents in sets for caption in latents.captions))
+    for latents in sets:
+        latents.renumber(captions)
+    loss = NoiseLoss(pipe, CaptionTable(pipe, captions, trained=False)).to(accelerator.device).eval()
+    result, losses = {"settings": {"seed": config.seed, "timesteps": TIMESTEPS, "load_from": config.load_from}}, {}
+    for name in ("base", "load_from")[: 1 + bool(config.load_from)]:
+        if name == "load_from":
+            load_weights(pipe.unet, config.load_from)
+        with accelerator.autocast():
+            losses[name] = [image_losses(accelerator, config, loss, latents) for latents in sets]
+        means = {
+            f"{split}_loss": float(part.mean()) for split, part in zip(("train", "val"), losses[name], strict=True)
+        }
+        result[name] = {"AUC": membership_auc(*losses[name]).to_dict()} | means
+    if config.load_from:
+        result["difference"] = membership_auc(*losses["load_from"], base=losses["base"]).to_dict()
+    return result
+
+
+def main(_) -> None:
+    config = expand_config(FLAGS.config, "sd.output", "pretrained.model")
+    check_settings(config.sd)
+    accelerator = make_accelerator(config.mixed_precision, config.allow_tf32, process_timeout=config.process_timeout)
+    with locked_by_main(accelerator, config.sd.output, "another --config.sd.output"):
+        result = test(accelerator, config)
+        if accelerator.is_main_process:
+            write_json(Path(config.sd.output) / "membership.json", result)
+            logger.info("%s", json.dumps(result, indent=1))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    cli(main)
