@@ -193,6 +193,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     evaluation.classifier = ""
 
     ###### Metrics (metric.py) ######
+    # factor of what LoRA adapters add to the UNet: between 0, the base model, and 1, the trained one, a compromise.
+    evaluation.lora_scale = 1.0
     config.metric = metric = ml_collections.ConfigDict()
     # sample folders: real images, generated images, and optionally a second generated set for a row above it.
     metric.real_path = metric.fake_path = metric.compare_path = ""

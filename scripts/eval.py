@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ddpo_pytorch.data.sample_folder import SETTINGS, PartLog, claim_folder, damaged_images, finish_log, read_entries
-from ddpo_pytorch.generator.lora import adapter_fingerprint
+from ddpo_pytorch.generator.lora import adapter_fingerprint, scale_lora
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import check_tokens
 from ddpo_pytorch.judges.classifier import load_classifier
@@ -36,12 +36,13 @@ from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import DTYPES, locked_by_main, make_accelerator, run_on_main_process
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
-from ddpo_pytorch.utils.settings import ONE_OR_MORE, check_choices, check_ranges
+from ddpo_pytorch.utils.settings import NOT_NEGATIVE, ONE_OR_MORE, check_choices, check_ranges
 
 FLAGS = flags.FLAGS
 define_config(__file__, "Sampling for evaluation.")
 logger = logging.getLogger(__name__)
-RANGES = SAMPLING | {"eval.num_samples_per_prompt": ONE_OR_MORE, "eval.batch_size": ONE_OR_MORE}
+RANGES = SAMPLING | dict.fromkeys(("eval.num_samples_per_prompt", "eval.batch_size"), ONE_OR_MORE)
+RANGES |= {"eval.lora_scale": NOT_NEGATIVE}
 
 
 def load_judge(path: str, prompts: Sequence[Prompt], device: torch.device) -> tuple[RewardFn | None, str]:
@@ -61,6 +62,7 @@ def load_model(config: ConfigDict, device: torch.device) -> StableDiffusionPipel
     pretrained, dtype = config.pretrained, DTYPES[config.mixed_precision]
     pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, dtype, device)
     weights = load_weights(pipe.unet, config.load_from) if config.load_from else "the base model (load_from is empty)"
+    scale_lora(pipe.unet, config.eval.lora_scale)
     logger.info("sampling with %s", weights)
     # convolutions are a fifth faster on a CPU
     pipe.unet.to(memory_format=torch.channels_last)
@@ -80,7 +82,8 @@ def claim(config: ConfigDict, prompts: Sequence[Prompt], pipe: StableDiffusionPi
     settings["images_per_pass"] = images_per_pass(pipe, config.eval.batch_size) if on_gpu else None
     settings["allow_tf32"] = config.allow_tf32 if on_gpu else None
     about = {"load_from": config.load_from, "model": config.pretrained.model, "unet_path": config.unet_path}
-    about |= {"classifier": config.eval.classifier, "prompts": [prompt for prompt, _ in prompts]}
+    about |= {"lora_scale": config.eval.lora_scale, "classifier": config.eval.classifier}
+    about |= {"prompts": [prompt for prompt, _ in prompts]}
     about |= {"versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}}
     claim_folder(config.logdir, settings, about)
     return settings["weights_sha256"]

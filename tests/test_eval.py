@@ -157,6 +157,7 @@ def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(samples,
         ({"eval__prompts": ("a", "b", "a"), "eval__classifier": ""}, "prompt 'a' is given twice"),
         ({"eval__prompts": ("a nevus",)}, "'a nevus' .*--config.eval.classifier="),
         ({"load_from": "/etc/passwd"}, "/etc/passwd"),
+        ({"eval__lora_scale": -1.0}, "eval.lora_scale is -1.0"),
         ({"pretrained__model": "/absent"}, "/absent"),
         ({"eval__classifier": "absent.pth"}, "'absent.pth'"),
     ],
@@ -165,6 +166,16 @@ def test_bad_input(fields, message, evaluate, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         evaluate(tmp_path / "x", **fields)
     assert "\n" not in str(caught.value) and not (tmp_path / "x").exists()
+
+
+def test_adapters_scaled_to_zero_draw_the_base_models_images(evaluate, run_dir, tmp_path):
+    one = {"eval__prompts": (PROMPTS[0],), "eval__num_samples_per_prompt": 1}
+    changes = {"base": {}, "zero": {"eval__lora_scale": 0.0}, "half": {"eval__lora_scale": 0.5}, "rl": {}}
+    for name, change in changes.items():
+        evaluate(tmp_path / name, **one, load_from="" if name == "base" else str(run_dir), **change)
+    images = {name: load_image(next((tmp_path / name).rglob("*.png"))) for name in changes}
+    assert torch.equal(images["base"], images["zero"])
+    assert not images["half"].equal(images["zero"]) and not images["half"].equal(images["rl"])
 
 
 def test_any_prompt_gets_a_folder_of_its_own_which_the_log_maps(evaluate, tmp_path):

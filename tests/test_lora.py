@@ -20,6 +20,7 @@ from ddpo_pytorch.generator.lora import (
     lora_state_dict,
     merged_state_dict,
     save_lora,
+    scale_lora,
 )
 from ddpo_pytorch.utils.errors import UserError
 
@@ -77,6 +78,20 @@ def test_adapters_in_half_precision_compute_as_under_autocast():
     for one, other in zip(actual, expected, strict=True):
         assert one.dtype == torch.bfloat16 and torch.equal(one, other)
     assert {weight.dtype for weight in lora_parameters(unet)} == {torch.float32}
+
+
+def test_a_scale_interpolates_between_the_base_model_and_the_trained_one():
+    unet, weights = make_unet(), {}
+    with pytest.raises(UserError, match="eval.lora_scale is 0.5"):
+        scale_lora(unet, 0.5)
+    weights[0.0] = merged_state_dict(unet)
+    add_lora(unet, RANK, TARGETS, seed=0)
+    randomize(unet)
+    weights[1.0] = merged_state_dict(unet)
+    for scale, total in ((0.5, 0.5), (0.5, 0.25), (0.0, 0.0)):
+        scale_lora(unet, scale)
+        expected = {name: weights[0.0][name].lerp(weights[1.0][name], total) for name in weights[0.0]}
+        torch.testing.assert_close(merged_state_dict(unet), expected, **CLOSE)
 
 
 def test_add_lora_refuses_mistakes():

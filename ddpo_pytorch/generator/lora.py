@@ -151,6 +151,16 @@ def load_lora(unet: UNet2DConditionModel, path: str | Path) -> None:
 
 
 @torch.no_grad()
+def scale_lora(unet: nn.Module, scale: float) -> None:
+    """Multiply what the adapters add by `scale`: 0 gives the base model. Raises UserError for a UNet without."""
+    if scale != 1 and not has_lora(unet):
+        raise UserError(f"eval.lora_scale is {scale}, but load_from gives no LoRA adapters; set it to 1")
+    for key, weight in _adapter_weights(unet).items():
+        if ".lora_B." in key:
+            weight.mul_(scale)
+
+
+@torch.no_grad()
 def merged_state_dict(unet: nn.Module) -> dict[str, torch.Tensor]:
     """Return copies on the CPU of the UNet's weights in diffusers' names, with adapters added: W + up down, in float32.
 
