@@ -104,6 +104,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # PPO clip range of the ratio. Log-probs are *means* over latent dimensions D, so 1e-4 at D = 16,384 (512 px) clips
     # at +-1.64 nats of the true log-ratio; the same at D = 1,024 is 1.6e-3.
     train.clip_range = 1e-4
+    # clip the logarithm of the ratio instead (at ranges as small as here, nearly the same).
+    train.log_hinge = False
     # share of a trajectory's timesteps trained on, chosen at random for each sample.
     train.timestep_fraction = 1.0
     # part of the trajectory that timesteps are chosen from, 0 = noise, 1 = image. (0.0, 1.0) is all of it.
@@ -123,7 +125,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     train.kl_coef = 0.0
     # "per_prompt": running per-prompt statistics (below). "group": mean and standard deviation over this epoch's
     # samples of the same prompt (GRPO); wants sample.images_per_prompt > 1, since a prompt's only sample has advantage
-    # 0. "global": over all samples of the epoch.
+    # 0. "loo": reward minus the mean of the prompt's other samples in this epoch, not standardized. "global": over all
+    # samples of the epoch.
     train.advantage = "per_prompt"
 
     ###### Stopping criterion of the paper ######

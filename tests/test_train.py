@@ -70,6 +70,7 @@ def test_half_precision_logs_the_ratio_of_the_second_update(script, train, monke
         {"mixed_precision": "bf16"},
     ],
     ids=lambda value: "-".join(key.split("__")[-1] for key in value),
+        {"train__advantage": "loo", "sample__images_per_prompt": 2, "train__log_hinge": True},
 )
 def test_modes(script, train, overrides, monkeypatch):
     """Every mode runs for an epoch, and what it asks for reaches the loop."""

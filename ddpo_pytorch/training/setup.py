@@ -64,7 +64,7 @@ RANGES = {
 TRAINING = BATCHES | {name: allowed for allowed, names in RANGES.items() for name in names}
 # settings, with values that FSDP cannot take and others that it can
 WITHOUT_FSDP = (("use_lora", True, False), ("train.use_8bit_adam", True, False), ("mixed_precision", "fp16", "bf16"))
-ADVANTAGES = ("per_prompt", "group", "global")
+ADVANTAGES = ("per_prompt", "group", "loo", "global")
 TRIED_PROMPTS = 32  # drawn to try the reward on, where not all prompts are known
 
 
