@@ -114,7 +114,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     train.gradient_checkpointing = False
     # take the gradients of an epoch's first update while sampling, where its ratio is 1: the same up to rounding,
     # without its forward passes. Its samples are generated batch_size * timesteps_per_forward at a time, and take 4
-    # bytes for each adapter weight. Only for LoRA of linear layers, timestep_fraction 1, without kl_coef and compile.
+    # bytes for each adapter weight. Only for LoRA of linear layers, timestep_fraction 1, without kl_coef, data_coef and
+    # compile.
     train.gradients_while_sampling = True
     # torch.compile of the UNet's transformer blocks: minutes at the start (cached between runs), less time per pass.
     train.compile = False
@@ -123,6 +124,9 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     train.lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     # weight of the KL divergence to the base model (adapters off), added to the loss. Needs use_lora.
     train.kl_coef = 0.0
+    # weight of the diffusion loss on real images (with sd.caption_dropout), added to the loss, and the folder of their
+    # latents: <logdir>/latents of extract_dataset_latents.py, or <sd.output>/latents/train.
+    train.update(data_coef=0.0, data_latents="")
     # "per_prompt": running per-prompt statistics (below). "group": mean and standard deviation over this epoch's
     # samples of the same prompt (GRPO); wants sample.images_per_prompt > 1, since a prompt's only sample has advantage
     # 0. "loo": reward minus the mean of the prompt's other samples in this epoch, not standardized. "global": over all
@@ -189,6 +193,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # prompts, one image folder each: "('caption one','caption two')". (): all of prompt_fn, which can be a file.
     evaluation.prompts = ()
     evaluation.num_samples_per_prompt = 960
+    # factor of what LoRA adapters add to the UNet: between 0, the base model, and 1, the trained one, a compromise.
+    evaluation.lora_scale = 1.0
     # images per forward pass on a GPU; on a CPU the number follows from the size of the model.
     evaluation.batch_size = 20
     evaluation.image_format = "png"  # "png" (lossless), or "jpg": quality 95 without chroma subsampling (4:4:4)
@@ -196,8 +202,6 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     evaluation.classifier = ""
 
     ###### Metrics (metric.py) ######
-    # factor of what LoRA adapters add to the UNet: between 0, the base model, and 1, the trained one, a compromise.
-    evaluation.lora_scale = 1.0
     config.metric = metric = ml_collections.ConfigDict()
     # sample folders: real images, generated images, and optionally a second generated set for a row above it.
     metric.real_path = metric.fake_path = metric.compare_path = ""

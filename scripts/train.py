@@ -33,6 +33,7 @@ from ddpo_pytorch.ppo import averages, ppo_loss, step_kl
 from ddpo_pytorch.rewards import Scorer
 from ddpo_pytorch.rollout import Trajectories, draw_prompts, sample_trajectories, timestep_order, update_order
 from ddpo_pytorch.stat_tracking import compute_advantages, reward_statistics
+from ddpo_pytorch.training.data_loss import DataLoss
 from ddpo_pytorch.training.health import HealthCheck, check_groups
 from ddpo_pytorch.training.held_out import save_grid
 from ddpo_pytorch.training.optimizer import GuardedOptimizer, make_optimizer
@@ -59,6 +60,7 @@ from ddpo_pytorch.utils.distributed import (
     to_device,
 )
 from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.randomness import Stream, generator_of
 
 define_config(__file__, "experiment", default="config/mini.py:prompt_image_alignment_classifier_isic")
@@ -83,6 +85,7 @@ class Run:
     scorer: Scorer
     gradients: RolloutGradients | None  # None: every update computes its own
     contents: dict[str, str] = field(default_factory=dict)  # fingerprints of files, on the main process
+    data_loss: DataLoss | None = None
 
     @property
     def first_sample(self) -> int:
@@ -160,12 +163,16 @@ def set_up(config: ConfigDict) -> Run:
     optimizer = make_optimizer(config.train, [p for p in pipe.unet.parameters() if p.requires_grad])
     unet, optimizer = accelerator.prepare(pipe.unet, optimizer)
     guard = GuardedOptimizer(accelerator, optimizer, config.train.max_grad_norm, config.train.max_skipped_updates)
+    data_loss = DataLoss(accelerator, config, pipe) if config.train.data_coef else None
+    if data_loss:
+        contents["train.data_latents"] = fingerprint(data_loss.latents.index["shards"], config.sd.caption_dropout)
     embeddings = PromptEmbeddings(pipe)
     if task.prompts is not None:
         embeddings.precompute(text for text, _ in task.prompts)
     scorer = Scorer(task.reward_fn, device)
     gradients = rollout_gradients(accelerator, pipe.unet, sizes, config.sample, config.train)
-    return Run(config, accelerator, sizes, task, pipe, unet, optimizer, guard, embeddings, scorer, gradients, contents)
+    parts = pipe, unet, optimizer, guard, embeddings, scorer, gradients, contents, data_loss
+    return Run(config, accelerator, sizes, task, *parts)
 
 
 def run_epochs(run: Run, state: RunState, stop_request: StopRequest) -> None:
@@ -277,7 +284,8 @@ def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor
                 # the rollout has taken this gradient already, and the ratio is 1
                 info = load_rollout_gradient(run, epoch, samples, advantages, indices)
             else:
-                info = accumulate_gradient(run, epoch, inner_epoch, samples, advantages, indices)
+                progress = epoch, inner_epoch, len(grad_norms)
+                info = accumulate_gradient(run, progress, samples, advantages, indices)
             if not grad_norms:  # until the first step the policy is the one that sampled: must be 0 up to rounding
                 deviations.append(info["ratio_max_deviation"])
                 if len(updates) > 1 and run.config.mixed_precision != "no":  # kernels, and rounding, may differ there
@@ -296,14 +304,20 @@ def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor
 
 
 def accumulate_gradient(
-    run: Run, epoch: int, inner_epoch: int, samples: Trajectories, advantages: torch.Tensor, indices: torch.Tensor
+    run: Run, progress: tuple[int, int, int], samples: Trajectories, advantages: torch.Tensor, indices: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Add up the gradient of one optimizer update on the samples `indices`; return its statistics, 0-d tensors."""
+    """Add up the gradient of one optimizer update on the samples `indices`; return its statistics, 0-d tensors.
+
+    progress: epoch, inner epoch, and number of the update in the epoch.
+    """
     infos = []
-    for minibatch in minibatches(run, epoch, inner_epoch, samples, indices):
+    for number, minibatch in enumerate(minibatches(run, *progress[:2], samples, indices)):
         # gradients are averaged over processes in the last backward pass of the update only
         with run.accelerator.accumulate(run.unet):
             loss, info = minibatch_loss(run, samples, advantages, *minibatch)
+            if run.data_loss:  # not in ddpo-pytorch: the loss on real images, which the reward cannot fool
+                info["data_loss"] = (data_loss := run.data_loss(*progress, number)).detach()
+                loss = loss + run.config.train.data_coef * data_loss
             run.accelerator.backward(loss)
         infos.append(info | {"loss": loss.detach()})
     means = {name: torch.stack([info[name] for info in infos]).mean() for name in infos[0]}

@@ -46,7 +46,7 @@ def test_captions_are_dropped_in_training_only(pipe, monkeypatch):
     seen = []
     table = CaptionTable(pipe, CAPTIONS, trained=False)
     monkeypatch.setattr(table, "forward", lambda numbers: seen.append(numbers) or table.table[numbers[:1]])
-    monkeypatch.setattr(pipe.unet, "forward", lambda noisy, timesteps, embeds: type("", (), {"sample": noisy}))
+    monkeypatch.setattr(pipe.unet, "forward", lambda noisy, timesteps, embeds, return_dict: (noisy,))
     loss = NoiseLoss(pipe, table, caption_dropout=0.25)
     batch = torch.zeros(400, 4, 2, 2), torch.zeros(400, 4, 2, 2), torch.arange(400) % 32
     for mode in (True, False):

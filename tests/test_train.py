@@ -8,11 +8,17 @@ import shutil
 
 import pytest
 import torch
+from accelerate import Accelerator
 from launching import run_script
+from ml_collections import ConfigDict
 from rl_tools import as_flags, train_with, usual_settings, weights
 from safetensors.torch import load_file
 from script_tools import files_of
 
+from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.generator.latents import encode_data_set, write_index
+from ddpo_pytorch.generator.pipeline import load_pipeline
+from ddpo_pytorch.training.data_loss import DataLoss
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import LOCK, locked
 
@@ -64,13 +70,13 @@ def test_half_precision_logs_the_ratio_of_the_second_update(script, train, monke
     [
         {"train__kl_coef": 0.5, "train__lora_rank": 2, "train__lora_targets": ("to_q", "conv1")},
         {"train__advantage": "group", "sample__images_per_prompt": 4, "train__num_inner_epochs": 2},
+        {"train__advantage": "loo", "sample__images_per_prompt": 2, "train__log_hinge": True},
         {"train__advantage": "global", "train__timestep_fraction": 0.67, "train__gradient_checkpointing": True},
         {"train__timestep_window": (0.0, 0.5), "sample__guidance_scale": 1.0, "train__cfg": False},
         {"reward_fn": "isic_classifier_reward:1.0,jpeg_compressibility:0.1", "train__gradient_accumulation_steps": 2},
         {"mixed_precision": "bf16"},
     ],
     ids=lambda value: "-".join(key.split("__")[-1] for key in value),
-        {"train__advantage": "loo", "sample__images_per_prompt": 2, "train__log_hinge": True},
 )
 def test_modes(script, train, overrides, monkeypatch):
     """Every mode runs for an epoch, and what it asks for reaches the loop."""
@@ -96,6 +102,43 @@ def test_modes(script, train, overrides, monkeypatch):
     assert entry["global_step"] == 2 // accumulation * overrides.get("train__num_inner_epochs", 1)
     assert all(torch.isfinite(value).all() for value in weights(folder, 1).values())
     assert ("kl_to_base" in entry) == ("train__kl_coef" in overrides) and entry.get("kl_to_base", 0) >= 0
+
+
+@pytest.fixture
+def data_latents(tiny_pipeline_dir, tmp_path):
+    """Latents of six images, as extract_dataset_latents.py writes them."""
+    vae, folder = load_pipeline(tiny_pipeline_dir).vae, tmp_path / "latents"
+    images = torch.randint(256, (6, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    encode_data_set(vae, [(image, 0) for image in images], range(6), [0, 1] * 3, folder, progress=False)
+    write_index(folder, vae, CAPTIONS[:2], 6, {})
+    return str(folder)
+
+
+def test_the_diffusion_loss_on_real_images_is_added_and_resumes(train, data_latents, tmp_path, tiny_pipeline_dir):
+    once = {"train__gradient_accumulation_steps": 2}  # one update an epoch: the loss of the first weights
+    _, (plain, *_) = train(run_name="plain", **once)
+    anchored = once | {"train__data_coef": 0.5, "train__data_latents": data_latents}
+    folder, epochs = train(run_name="whole", **anchored)
+    assert epochs[0]["loss"] - plain["loss"] == pytest.approx(0.5 * epochs[0]["data_loss"], rel=1e-4)
+
+    config = ConfigDict({"seed": 42, "train": {"batch_size": 4, "timesteps_per_forward": 1}, "sd": {}})
+    config.train.data_latents, config.sd.caption_dropout = data_latents, 0.1
+    loss = DataLoss(Accelerator(cpu=True), config, load_pipeline(tiny_pipeline_dir))
+    with torch.no_grad():  # two batches of 4 samples, three timesteps each
+        values = [loss(0, 0, 0, number).item() for number in range(6)]
+    assert sum(values) / 6 == pytest.approx(epochs[0]["data_loss"], rel=1e-4) and len(set(values)) == 6
+
+    part, _ = train(run_name="part", num_epochs=1, **anchored)
+    with pytest.raises(UserError, match="another train.data_latents"):
+        train(run_name="part", **anchored, sd__caption_dropout=0.5)
+    _, resumed = train(run_name="part", **anchored)
+    assert [entry["loss"] for entry in resumed] == [entry["loss"] for entry in epochs]
+    assert all(torch.equal(value, weights(part, 2)[name]) for name, value in weights(folder, 2).items())
+    config.train.data_latents = str(shutil.copytree(data_latents, tmp_path / "other"))
+    index = json.loads((tmp_path / "other" / "index.json").read_text()) | {"scaling_factor": 3.0}
+    (tmp_path / "other" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="train.data_latents .* 3.0"):
+        DataLoss(Accelerator(cpu=True), config, load_pipeline(tiny_pipeline_dir))
 
 
 def test_full_fine_tune_saves_a_unet_that_differs_from_the_base(train, tiny_pipeline_dir):
@@ -146,6 +189,7 @@ def test_wandb_records_offline_without_a_key(train, tmp_path, monkeypatch):
         ({"train__use_8bit_adam": True}, "bitsandbytes"),
         ({"train__advantage": "nope"}, "per_prompt"),
         ({"use_lora": False, "train__kl_coef": 1.0}, "use_lora"),
+        ({"train__data_coef": 1.0}, "train.data_latents ''"),
         ({"mixed_precision": "fp16"}, "needs a GPU"),
         ({"pretrained.model": "/nowhere/sd"}, "/nowhere/sd"),
         ({"reward_fn_kwargs.isic_classifier_reward.classifier": "/nowhere/H6.pth"}, "/nowhere/H6.pth"),

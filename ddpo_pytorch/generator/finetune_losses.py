@@ -195,7 +195,8 @@ class NoiseLoss(nn.Module):
         if self.training:
             numbers = torch.where(draws.uniform() < self.caption_dropout, self.captions.empty, numbers)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
-        prediction = self.unet(noisy, timesteps, self.captions(numbers)).sample
+        noisy = noisy.to(next(self.unet.parameters()).dtype)
+        prediction = self.unet(noisy, timesteps, self.captions(numbers), return_dict=False)[0]
         target = {"epsilon": noise, "sample": latents}.get(self.schedule.config.prediction_type)
         if target is None:
             target = self.schedule.get_velocity(latents, noise, timesteps)

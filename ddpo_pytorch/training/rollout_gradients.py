@@ -91,12 +91,13 @@ def rollout_gradients(
 ) -> RolloutGradients | None:
     """Return what takes the first updates' gradients, or None if `train` does not want it or it is not possible.
 
-    It takes adapters of linear layers alone, trained on every timestep of the window, no KL term, no compiled blocks.
+    It takes adapters of linear layers alone, trained on every timestep of the window, no loss but the policy's, and no
+    compiled blocks.
     """
     window = sizes.timestep_window
     whole_window = sizes.train_timesteps == window[1] - window[0]
-    wanted = train.gradients_while_sampling and whole_window and not train.kl_coef and not train.compile
-    if not wanted or not has_per_sample_gradients(unet):
+    wanted = train.gradients_while_sampling and whole_window and not train.compile
+    if not wanted or train.kl_coef or train.data_coef or not has_per_sample_gradients(unet):
         return None
     samples = sizes.local_samples // sizes.updates
     batch_size = min(train.batch_size * train.timesteps_per_forward, samples)

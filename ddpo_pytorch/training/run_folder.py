@@ -39,12 +39,13 @@ FREE = {
 }
 ARGUMENTS = ("prompt_fn_kwargs.", "reward_fn_kwargs.")
 # paths that are compared by the content behind them, of which config.json keeps fingerprints under CONTENTS
-BY_CONTENT = ("pretrained.model", "pretrained.revision", "unet_path", "held_out.classifier")
+BY_CONTENT = ("pretrained.model", "pretrained.revision", "unet_path", "held_out.classifier", "train.data_latents")
 CONTENTS = "contents"
 BEHIND = {
     "model": ("pretrained", "unet_path", "mixed_precision", "use_lora"),
     "reward": ("reward_fn", "reward_fn_kwargs"),
     "prompts": ("prompt_fn", "prompt_fn_kwargs"),
+    "train": ("train",),  # train.data_latents
 }
 
 logger = logging.getLogger(__name__)

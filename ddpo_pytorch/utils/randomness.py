@@ -16,7 +16,9 @@ from torch.utils.data import Sampler
 from ddpo_pytorch.utils.errors import UserError
 
 # independent random streams of one run; their numbers, from 0, are part of every seed
-Stream = IntEnum("Stream", "PROMPTS NOISE ORDER TIMESTEPS GRID EVALUATION BATCHES VALIDATION HELD_OUT POOL", start=0)
+Stream = IntEnum(
+    "Stream", "PROMPTS NOISE ORDER TIMESTEPS GRID EVALUATION BATCHES VALIDATION HELD_OUT POOL DATA", start=0
+)
 
 
 def derived_seed(seed: int, stream: Stream, *progress: int) -> int:
