@@ -231,6 +231,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # extractors (timm's: a file, or a folder of <timm's name>.safetensors). "auto": the torch hub cache. "download":
     # that, or fetched. "": none.
     metric.inception = metric.alexnet = metric.encoders = "auto"
+    # columns of metadata.csv, ("sex", "age"): alignment, KID and nearness to training images by group.
+    metric.groups = ()
     # image statistics for table 1 (fundus): "legacy", as in the document's table; "fov", inside the field of view.
     metric.quality = ()
     # a folder of images with the names of the generated ones: SSIM is taken of these pairs only.

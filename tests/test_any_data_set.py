@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from sample_sets import read, write_samples
 from script_tools import call_main, load_flag_script
@@ -12,6 +14,8 @@ from test_classifier_training import STATES
 from ddpo_pytorch.data.images import load_image, save_image
 from ddpo_pytorch.data.metadata import of_caption, read_metadata
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
+from ddpo_pytorch.metrics.subgroups import largest_gap
+from ddpo_pytorch.report.findings import group_tables
 from ddpo_pytorch.utils.errors import UserError
 
 pytest_plugins = ["script_tools", "sample_sets"]
@@ -107,6 +111,43 @@ def test_faulty_tables_are_named(change, message, measure, tmp_path):
     with pytest.raises(UserError, match=message):
         measure(fake_path=folder)
     assert not (tmp_path / "out").exists()
+
+
+def test_groups_have_their_own_numbers_and_gaps(measure, plain, tmp_path):
+    result = measure(groups=("site", "age"), train_path=write_folder(tmp_path / "train", 3, 9))
+    block, table = result["models"]["SD+RL"]["groups"], pd.read_csv(tmp_path / "out" / "per_image.csv")
+    table = table[table.model == "SD+RL"].sort_values("path", key=lambda p: p.str.extract(r"_(\d+)\.")[0].astype(int))
+    means = table.groupby(["a", "b", "b", "b"] * 6).aligned.mean()
+    sites = block["site"]["groups"]
+    assert [sites[name]["n"] for name in "ab"] == [6, 18] and sites["a"]["aligned"]["value"] == pytest.approx(
+        means["a"]
+    )
+    gap = block["site"]["gaps"]["aligned"]
+    assert gap["gap"]["value"] == pytest.approx(abs(means["a"] - means["b"])) and 0 < gap["p"] <= 1
+    assert sites["b"]["KID"]["low"] is not None and block["site"]["gaps"]["KID"]["gap"]["value"] >= 0
+    bands = block["age"]["groups"]
+    assert list(bands) == ["11.5 to 17.25", "17.25 and above", "5.75 to 11.5", "below 5.75"]
+    assert {one["n"] for one in bands.values()} == {6}
+    assert 0 <= bands["below 5.75"]["closer"]["value"] <= 1 and set(block["age"]["gaps"]) == {
+        "aligned",
+        "closer",
+        "KID",
+    }
+    frames = group_tables(result)
+    assert frames["site"].loc["a", "n SD+RL"] == "6" and "Largest gap" in frames["age"].index
+    with pytest.raises(UserError, match="metric.groups has 'sex'; columns of metadata.csv are age, bright"):
+        measure(groups=("sex",))
+
+
+def test_the_largest_gap_is_found_and_chance_is_told_apart():
+    rng = np.random.default_rng(0)
+    names = rng.choice(["x", "y", "z"], 300)
+    values = (rng.random(300) < np.where(names == "y", 0.8, 0.4)).astype(float)
+    found = largest_gap(values, names, 0)
+    test = scipy.stats.f_oneway(*(values[names == name] for name in "xyz"))  # of the same hypothesis
+    assert found["gap"].low < 0.4 < found["gap"].high and found["p"] < 0.01 > test.pvalue
+    assert np.mean([largest_gap(rng.permutation(values), names, s)["p"] < 0.1 for s in range(40)]) < 0.3
+    assert largest_gap(values[:3], np.array(["x", "x", "y"]), 0)["gap"].value is None
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean, bootstrap_r
 from ddpo_pytorch.metrics.memorisation import copies, find_neighbours, measure_memorisation, near_copies
 from ddpo_pytorch.metrics.networks import POLICY, SELECTOR
 from ddpo_pytorch.metrics.ssim import MAX_PAIRS, measure_structure, pairs_by_name
+from ddpo_pytorch.metrics.subgroups import group_names, measure_groups
 from ddpo_pytorch.metrics.tables import dig
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class Context:
     """Settings, networks and sets that folders are measured against.
 
     `per_group`: images per prompt for diversity; `baseline`: by space, distances to training images of the real images
-    that are not near copies of one.
+    that are not near copies of one; `names`: by column of metric.groups, and by set, each image's group.
     """
 
     config: ConfigDict
@@ -103,10 +104,14 @@ class Context:
     sets: Sets
     baseline: dict[str, np.ndarray] = field(default_factory=dict)
     near_copies: np.ndarray | None = None
+    names: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.seed, self.per_group = self.config.seed, diversity_size(self.sets.folders)
         real, train = self.sets.real, self.sets.train
+        every = [*self.sets.folders, *filter(None, [real])]
+        for column in self.config.metric.groups:
+            self.names[column] = dict(zip(map(id, every), group_names(every, column), strict=True))
         # feature spaces in which nearness to training images is measured
         self.spaces = [*self.tools.extractors, THUMBNAILS.name]
         if real is not None and train is not None:
@@ -187,6 +192,17 @@ def measure_folder(own: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None, c
         columns["nearest_train"] = [str(train.paths[i]) for i in indices]
         columns |= {"train_distance": distances, "thumbnail_distance": found[THUMBNAILS.name][0]}
         columns["copy_of_train"] = copies(own, train).astype(int)
+    if context.names:
+        threshold, closer = dig(result, "memorisation", context.spaces[0], "threshold"), {}
+        if threshold is not None:
+            closer = {"closer": found[context.spaces[0]][0] < threshold}
+        result["groups"] = {
+            column: measure_groups(
+                *(own, real, (names[id(own)], real and names[id(real)]), context.spaces[0]),
+                *({"aligned": aligned.astype(float)} | closer, seed),
+            )
+            for column, names in context.names.items()
+        }
     facts = set_facts(own, {"real": context.sets.real, "training": train}) if parts else {}
     return Folder(own, result, facts, aligned, columns)
 

@@ -134,6 +134,11 @@ def find_sets(metric: ConfigDict, accelerator: Accelerator) -> Sets:
     real_set, train_set, pair_set = (sets.pop(0) if given else None for given in (real, train, pairs))
     if pair_set is not None and pair_set.lacking and rank == 0:
         logger.warning("%s", lacking_images(pair_set.folder, pair_set.lacking))
+    known = {column for images in [*sets, *filter(None, [real_set])] for row in images.table for column in row}
+    if unknown := set(metric.groups) - known:
+        raise UserError(
+            f"metric.groups has {min(unknown)!r}; columns of metadata.csv are {', '.join(sorted(known)) or 'none'}"
+        )
     rest = iter(sets)
     by_name = {name: [next(rest) for _ in own] for name, own in models.items()}
     for name, own in by_name.items():

@@ -236,6 +236,23 @@ def size_curves(result: Mapping, space: str) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
+def group_tables(result: Mapping) -> dict[str, pd.DataFrame]:
+    """Return by column of metadata n, alignment, KID and nearness of each group, and the largest gaps."""
+    tables: dict[str, dict] = defaultdict(lambda: defaultdict(dict))
+    shown = (("aligned", f"{measure_of(result)} {{}} (%)", ".1f", 100), ("KID", "KID {} (x 1000)", ".3g", 1000))
+    shown += (("closer", "Closer to training images {} (%)", ".1f", 100),)
+    for name, side in sides(result).items():
+        for column, block in (side.get("groups") or {}).items():
+            rows, gaps = tables[column], {key: one["gap"] for key, one in block["gaps"].items()}
+            for group, values in (*block["groups"].items(), ("Largest gap", gaps)):
+                rows[group][f"n {name}"] = str(values.get("n", ""))
+                rows[group] |= {title.format(name): number(values.get(key), *form) for key, title, *form in shown}
+            p = {key: one["p"] for key, one in block["gaps"].items() if "p" in one}
+            rows["p of the gap"] |= {t.format(name): f"{p[key]:.3g}" for key, t, *_ in shown if key in p}
+    frames = {column: pd.DataFrame.from_dict(rows, orient="index").fillna("") for column, rows in tables.items()}
+    return {column: frame.loc[:, ~frame.isin(["", NOT_AVAILABLE]).all()] for column, frame in frames.items()}
+
+
 def nearness_table(result: Mapping) -> pd.DataFrame:
     """Return diversity within prompts, and nearness to training images."""
     parts = sides(result)

@@ -1,0 +1,99 @@
+"""Groups of images by a column of metadata.csv, such as sex, age or site, and the largest gap between them."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ddpo_pytorch.data.tables import number
+from ddpo_pytorch.metrics.fidelity import kernel_distance
+from ddpo_pytorch.metrics.image_sets import ImageSet
+from ddpo_pytorch.metrics.intervals import REPLICATES, Estimate, GroupedSample, bootstrap_mean, replicate_means
+
+MOST_VALUES = 8  # numbers of more different values are cut at their quartiles
+UNKNOWN = "not stated"
+
+
+def group_names(sets: Sequence[ImageSet], column: str) -> list[np.ndarray]:
+    """Return the group (N,) of each image of each set; numbers of many values become four bands of all sets' images."""
+    cells = [[row.get(column) or UNKNOWN for row in images.table] or [UNKNOWN] * len(images) for images in sets]
+    stated = {cell for own in cells for cell in own} - {UNKNOWN}
+    if len(stated) <= MOST_VALUES or any(number(cell) is None for cell in stated):
+        return [np.array(own) for own in cells]
+    cuts = np.unique(np.quantile([number(c) for own in cells for c in own if c != UNKNOWN], (0.25, 0.5, 0.75)))
+    names = [f"below {cuts[0]:g}", *(f"{low:g} to {high:g}" for low, high in zip(cuts, cuts[1:], strict=False))]
+    names.append(f"{cuts[-1]:g} and above")  # a band holds its lower end
+    return [
+        np.array([c if c == UNKNOWN else names[np.searchsorted(cuts, number(c), "right")] for c in own])
+        for own in cells
+    ]
+
+
+def largest_gap(values: np.ndarray, names: np.ndarray, seed: int) -> dict[str, Estimate | float]:
+    """Return the largest difference "gap" of groups' means of values (N,), and "p" of one as large by chance.
+
+    The interval resamples the images of both groups and ignores that they were chosen as extremes, which makes the gap
+    too large on average; the permutation test over all groups does not. Groups of one image do not count.
+    """
+    used = [name for name in np.unique(names) if (names == name).sum() > 1]
+    if len(used) < 2:
+        return {"gap": Estimate.missing("fewer than two groups of two images")}
+    kept = np.isin(names, used)
+    values, index = values[kept].astype(float), np.searchsorted(used, names[kept])
+    counts = np.bincount(index)
+
+    def spread(order: np.ndarray) -> float:
+        return float(np.ptp(np.bincount(index, order, len(used)) / counts))
+
+    means, rng = np.bincount(index, values) / counts, np.random.default_rng([seed, 7])
+    low, high = int(means.argmin()), int(means.argmax())
+    draws = [
+        replicate_means(
+            [GroupedSample(values[index == end][:, None], np.zeros(counts[end]))],
+            [seed, end],
+            resample_groups=False,
+            replicates=REPLICATES,
+        )[0]
+        for end in (low, high)
+    ]
+    ends = np.percentile(draws[1] - draws[0], [2.5, 97.5]).tolist()
+    extreme = sum(spread(rng.permutation(values)) >= spread(values) - 1e-12 for _ in range(REPLICATES))
+    how = f"{used[high]} minus {used[low]}; percentile bootstrap of these two, {REPLICATES} replicates over images"
+    gap = Estimate(spread(values), *ends, int(counts[low] + counts[high]), how)
+    return {"gap": gap, "p": (1 + extreme) / (1 + REPLICATES)}
+
+
+def measure_groups(
+    own: ImageSet,
+    real: ImageSet | None,
+    names: tuple[np.ndarray, np.ndarray | None],
+    space: str,
+    values: Mapping[str, np.ndarray],
+    seed: int,
+) -> dict:
+    """Return for each group of one column n, the mean of each of `values` (N,), and KID; and the gaps by measure.
+
+    names: groups (N,) of own and of real images. KID in a feature space is the distance to the real images of the same
+    group, or to all where the real images have no group of 4 images by that name.
+    """
+    blocks: dict[str, dict] = {}
+    for name in np.unique(names[0]).tolist():
+        chosen = names[0] == name
+        blocks[name] = {"n": int(chosen.sum())} | {
+            measure: bootstrap_mean(column[chosen], own.groups[chosen], seed, resample_groups=False)
+            for measure, column in values.items()
+        }
+        if real is not None and chosen.sum() >= 4:
+            same = np.flatnonzero(names[1] == name)
+            features = real.rows[space].take(same if len(same) >= 4 else np.arange(len(real)))
+            blocks[name]["KID"] = kernel_distance(features, own.rows[space].take(np.flatnonzero(chosen)), seed, 10)
+    gaps = {measure: largest_gap(column, names[0], seed) for measure, column in values.items()}
+    found = {name: block["KID"] for name, block in blocks.items() if "KID" in block}
+    if len(found) > 1:
+        low, high = (pick(found, key=lambda name: found[name].value) for pick in (min, max))
+        value, half = (
+            found[high].value - found[low].value,
+            np.hypot(*(found[x].high - found[x].value for x in (low, high))),
+        )
+        how = f"{high} minus {low}; standard errors of both"
+        gaps["KID"] = {"gap": Estimate(value, value - half, value + half, found[low].n + found[high].n, how)}
+    return {"groups": blocks, "gaps": gaps}
