@@ -36,8 +36,8 @@ class LinearWithLora(torch.autograd.Function):
         rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         grad_x = (grad_rows @ merged).view(x.shape) if ctx.needs_input_grad[0] else None
         # dW' = grad^T x, so d down = up^T dW' and d up = dW' down^T, without ever forming dW'. Multiplying by the
-        # narrow matrix first is three times as fast on a CPU at rank 4.
-        return grad_x, None, None, (up.T @ grad_rows.T) @ rows, ((down @ rows.T) @ grad_rows).T
+        # narrow matrix first is three times as fast on a CPU at rank 4; so is grad_rows @ up as up^T @ grad_rows^T.
+        return grad_x, None, None, (grad_rows @ up).T @ rows, ((down @ rows.T) @ grad_rows).T
 
 
 def fuse_lora(unet: nn.Module) -> None:

@@ -205,6 +205,6 @@ class _PerSampleFused(LinearWithLora):
         x, merged, down, up = ctx.saved_tensors
         x_rows, grad_rows = _by_row(x), _by_row(grad)
         down_rows, up_rows = (ctx.gradients[weight][ctx.first : ctx.first + len(x)] for weight in ctx.weights)
-        down_rows.baddbmm_(up.T @ grad_rows.mT, x_rows)
+        down_rows.baddbmm_((grad_rows @ up).mT, x_rows)
         up_rows.mT.baddbmm_(down @ x_rows.mT, grad_rows)
         return grad @ merged if ctx.needs_input_grad[0] else None, None, None, None, None, None, None
