@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-from ddpo_pytorch.data.images import load_pixels, save_image, to_uint8
+from ddpo_pytorch.data.images import SYNTHETIC, load_pixels, save_image, to_uint8
 from ddpo_pytorch.data.sample_folder import PartLog, folder_name
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling, pipeline_with_logprob
 from ddpo_pytorch.generator.pipeline import (
@@ -203,7 +203,7 @@ def draw_pass(
     new = [number for number in wanted if finite[number]]
     for number in new:
         path = folder / jobs[number].path
-        save_image(path, pixels[number])
+        save_image(path, pixels[number], SYNTHETIC)
         if path.suffix != ".png":
             pixels[number] = load_pixels(path)
     if new:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from ddpo_pytorch.data.datasets import KINDS, Row, find_rows, source
 from ddpo_pytorch.data.images import RESIZES, ImageFiles, is_intact, save_image
-from ddpo_pytorch.data.sample_folder import claim_folder, folder_name, read_log, write_log
+from ddpo_pytorch.data.sample_folder import WORLD, claim_folder, folder_name, read_log, write_log
 from ddpo_pytorch.generator.latents import INDEX, encode_data_set, write_index
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
@@ -65,7 +65,9 @@ def extract(accelerator: Accelerator, config: ConfigDict) -> None:
         vae = load_pipeline(config.pretrained.model, config.pretrained.revision, device=accelerator.device).vae
     if accelerator.is_main_process:
         claimed = settings | {"limit": dataset.limit, "vae_sha256": fingerprint(vae) if vae is not None else ""}
-        claim_folder(folder, claimed, {"csv": dataset.csv, "model": config.pretrained.model, "missing": missing})
+        about = {"phantoms": (Path(images) / WORLD).is_file()}  # drawn, and to be called so in pictures
+        about |= {"csv": dataset.csv, "model": config.pretrained.model, "missing": missing}
+        claim_folder(folder, claimed, about)
     accelerator.wait_for_everyone()
 
     paths = [folder / entry_of(row)["path_to_img"] for row in rows]

@@ -7,6 +7,9 @@ For each prompt (eval.prompts, else all of prompt_fn), `improve.images_per_promp
 Fundus_<number>_selector_<score>_policy_<score>.png and, at the end, <logdir>/image_log.json, in which `best` marks the
 image of highest Policy score; if none passed, the last one is kept, with `passed` false. A complete folder stays as it
 is, an incomplete one is drawn from the start.
+
+--prompt="The left eye fundus image shows drusen." --n=4 draws this instead, into a folder of its own in logdir, and
+prints the paths of the n best images.
 """
 
 import logging
@@ -26,7 +29,7 @@ from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
 from ddpo_pytorch.data.fundus import MODALITY, modality_of
-from ddpo_pytorch.data.images import save_image, to_uint8
+from ddpo_pytorch.data.images import SYNTHETIC, save_image, to_uint8
 from ddpo_pytorch.data.sample_folder import LOG, claim_folder, damaged_images, folder_name, read_log, write_log
 from ddpo_pytorch.generator.lora import adapter_fingerprint
 from ddpo_pytorch.generator.pipeline import load_pipeline
@@ -45,6 +48,8 @@ from ddpo_pytorch.utils.settings import ONE_OR_MORE, Range, check_ranges
 
 FLAGS = flags.FLAGS
 define_config(__file__, "experiment, e.g. config/fundus.py:generate")
+flags.DEFINE_multi_string("prompt", [], "text to draw instead of the configured prompts; may be repeated")
+flags.DEFINE_integer("n", 1, "images of each --prompt", 1)
 logger = logging.getLogger(__name__)
 COUNTS = ("images_per_prompt", "num_candidates", "max_attempts")
 
@@ -169,7 +174,7 @@ def generate(accelerator: Accelerator, config: ConfigDict) -> None:
     shown = config.progress and accelerator.is_main_process
     for request in tqdm(served, total=len(own), unit="prompt", disable=None if shown else True):
         for entry, image in request.kept:
-            save_image(folder / entry["path_to_img"], image)
+            save_image(folder / entry["path_to_img"], image, SYNTHETIC)
             entries.append(entry)
     attempts = sum(gather_object([request.attempts for request in own]))
     entries = sorted(gather_object(entries), key=lambda entry: (entry["prompt"], entry["path_to_img"]))
@@ -184,10 +189,18 @@ def generate(accelerator: Accelerator, config: ConfigDict) -> None:
 
 def main(_) -> None:
     config = expand_config(FLAGS.config, "logdir", "pretrained.model", "improve.judges")
+    if FLAGS.prompt:
+        config.eval.prompts, config.improve.images_per_prompt = tuple(FLAGS.prompt), FLAGS.n
+        config.logdir = str(Path(config.logdir) / folder_name("; ".join(FLAGS.prompt)))
     check_settings(config)
     accelerator = make_accelerator(config.mixed_precision, config.allow_tf32, process_timeout=config.process_timeout)
     with locked_by_main(accelerator, config.logdir):
         generate(accelerator, config)
+        if FLAGS.prompt and accelerator.is_main_process:
+            print(
+                *(Path(config.logdir) / entry["path_to_img"] for entry in read_log(config.logdir) if entry["best"]),
+                sep="\n",
+            )
     accelerator.end_training()
 
 

@@ -25,7 +25,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.data import fundus
-from ddpo_pytorch.data.images import image_grid, load_pixels, save_picture
+from ddpo_pytorch.data.images import SYNTHETIC, image_grid, load_pixels, save_picture
 from ddpo_pytorch.data.sample_folder import claim_folder
 from ddpo_pytorch.generator.finetune_data import REAL_SHARE
 from ddpo_pytorch.generator.latents import INDEX, LatentShards
@@ -127,7 +127,7 @@ class Rounds:
         sampler = Sampler(pipe, sample.scheduler, sample.num_steps, sample.eta, sample.guidance_scale)
         images = rounds.draw_fixed(sampler, self.prompts, count, config.seed, size)
         grid = image_grid(images[::count][: 2 * GRID_COLUMNS].float() / 255, GRID_COLUMNS)  # one image a prompt
-        save_picture(self.folder(number) / "grid.png", grid)
+        save_picture(self.folder(number) / "grid.png", grid, SYNTHETIC)
         prompts = [prompt for prompt in self.prompts for _ in range(count)]
         judges = self.selector, self.policy
         return rounds.assess(images, prompts, *judges, self.real, config.seed, size, self.guards)

@@ -107,7 +107,7 @@ def run_in_process(name: str, config_file: Path, fail_if=(), **fields) -> None:
     config = load_module(config_file).get_config()
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in fields.items()})
     module = load_module(ROOT / "scripts" / name)
-    module.FLAGS = SimpleNamespace(config=config, report=False, fail_if=fail_if, launch="")
+    module.FLAGS = SimpleNamespace(config=config, report=False, fail_if=fail_if, launch="", prompt=[])
     threads = torch.get_num_threads()
     try:
         with pytest.MonkeyPatch.context() as patch:

@@ -257,8 +257,8 @@ def test_images_that_vanish_while_drawing_are_missed_and_damaged_ones_drawn_agai
     """One is lost; then one is cut, one changed, one is no image, one a pipe, which must not block."""
     lost = f"{FOLDERS[1]}/00000.png"
 
-    def save(path, image):
-        save_image(path, image)
+    def save(path, image, comment):
+        save_image(path, image, comment)
         if str(path).endswith(lost):
             path.unlink()
 

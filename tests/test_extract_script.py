@@ -10,7 +10,7 @@ from script_tools import files_of, options, succeed
 
 from ddpo_pytorch.data.images import load_image, save_image
 from ddpo_pytorch.data.isic import CAPTIONS, caption_of
-from ddpo_pytorch.data.sample_folder import folder_name
+from ddpo_pytorch.data.sample_folder import folder_name, list_samples, title_of
 from ddpo_pytorch.generator.latents import LatentShards, fingerprint
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.utils.errors import UserError
@@ -127,6 +127,16 @@ def test_images_that_appear_and_disappear(table, extract, tmp_path, monkeypatch)
         shards = len(list((tmp_path / "x" / "latents").glob("shard_*")))
         assert pictures == numbers == expected and shards == -(-len(numbers) // 2)
         assert len(LatentShards(tmp_path / "x" / "latents")) == len(numbers)
+
+
+def test_images_of_a_drawn_world_are_called_phantoms(table, extract, tmp_path):
+    for world, title in ((False, "real"), (True, "phantoms")):
+        if world:
+            (table / "world.json").write_text("{}")
+        extract(pretrained__model="", logdir=str(tmp_path / title))
+        samples = list_samples(tmp_path / title)
+        assert title_of("real", samples) == title and title_of("SD", samples) == "SD"
+    (table / "world.json").unlink()
 
 
 def test_extract_without_a_model_writes_images_once_and_repairs_them(extract, tmp_path):

@@ -13,10 +13,11 @@ import torch
 from conftest import ROOT
 from judge_tools import FUNDUS_PROMPTS, threshold_between, write_judges
 from ml_collections import ConfigDict
+from PIL import Image
 from script_tools import files_of, load_module, options, succeed
 
-from ddpo_pytorch.data.images import save_image
-from ddpo_pytorch.data.sample_folder import read_log
+from ddpo_pytorch.data.images import SYNTHETIC, save_image
+from ddpo_pytorch.data.sample_folder import folder_name, read_log
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.classifier import new_classifier
 from ddpo_pytorch.judges.policy import SELECTOR_FILE, load_judges
@@ -234,11 +235,23 @@ def test_generate_is_the_same_with_two_processes_and_draws_damaged_images_again(
     run("generate.py", logdir=tmp_path / "one", **settings)
     assert (tmp_path / "one/images/unknown.png").exists()
     path = sorted((tmp_path / "one").glob("images/*/*.png"))[-1]
+    assert Image.open(path).info["Comment"] == SYNTHETIC
     for damage in (lambda: path.write_bytes(path.read_bytes()[:-50]), path.unlink):
         damage()
         run("generate.py", logdir=tmp_path / "one", **settings)
         assert files_of(tmp_path / "one/images") == one and path.name in caplog.text
         caplog.clear()
+
+
+@pytest.mark.slow
+def test_a_single_wish(config_file, fields, tmp_path):
+    """--prompt gets the prefix of training and a folder of its own; the paths of the best images are printed."""
+    wish = ["--prompt=" + FUNDUS_PROMPTS[0].removeprefix("Fundus: "), "--n=2"]
+    found = succeed("generate.py", *options(config_file, **fields, logdir=tmp_path / "out"), *wish).stdout.split("\n")[
+        :-1
+    ]
+    assert len(found) == 2 and all(Path(path).is_file() for path in found)
+    assert {Path(path).parent.name for path in found} == {folder_name(FUNDUS_PROMPTS[0])}
 
 
 @pytest.mark.slow

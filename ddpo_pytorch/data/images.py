@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 from torch.utils.data import Dataset
 from torchvision.utils import make_grid
@@ -42,6 +43,8 @@ RESIZES = ("stretch", "crop", "pad", "fov")
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr")
 _SPARE_BYTES = 2**30  # left free on the disk by a cache
 _WINDOW = 256  # images decoded at a time for a cache
+# written into every generated file; the last words are IPTC's term for such images
+SYNTHETIC = "synthetic image by rl4med-ddpo, no photograph of a patient; DigitalSourceType: trainedAlgorithmicMedia"
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
@@ -172,19 +175,25 @@ def is_intact(path: str | Path) -> bool:
         return False
 
 
-def save_image(path: str | Path, image: torch.Tensor) -> None:
+def save_image(path: str | Path, image: torch.Tensor, comment: str = "") -> None:
     """Write a (3, H, W) image, uint8 or float in [0, 1], as PNG, or by `save_jpeg` if the path ends in .jpg."""
-    (save_jpeg if Path(path).suffix == ".jpg" else save_picture)(path, to_pil(image))
+    (save_jpeg if Path(path).suffix == ".jpg" else save_picture)(path, to_pil(image), comment)
 
 
-def save_jpeg(path: str | Path, picture: Image.Image) -> None:
+def save_jpeg(path: str | Path, picture: Image.Image, comment: str = "") -> None:
     """Write a PIL image as JPEG of quality 95 without chroma subsampling (4:4:4)."""
-    save_picture(path, picture, format="JPEG", quality=95, subsampling=0)
+    save_picture(path, picture, comment, format="JPEG", quality=95, subsampling=0)
 
 
-def save_picture(path: str | Path, picture: Image.Image, **options: Any) -> None:
-    """Write a PIL image atomically, by default as PNG; `options` are those of its method `save`."""
+def save_picture(path: str | Path, picture: Image.Image, comment: str = "", **options: Any) -> None:
+    """Write a PIL image atomically, by default as PNG; `options` are those of its method `save`.
+
+    A comment becomes a text chunk "Comment" of a PNG, the comment of a JPEG.
+    """
     encoded = io.BytesIO()  # because Pillow's JPEG encoder does not notice a full disk
+    if comment:
+        options |= {"pnginfo": PngInfo(), "comment": comment}
+        options["pnginfo"].add_text("Comment", comment)
     picture.save(encoded, **{"format": "PNG"} | options)
     with atomic_write(path) as temporary:
         temporary.write_bytes(encoded.getvalue())

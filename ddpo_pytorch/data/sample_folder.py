@@ -29,6 +29,7 @@ from ddpo_pytorch.utils.json_files import OneOf, parse_json, read_json
 SETTINGS = "settings.json"
 LOG = "image_log.json"
 PARTS = "image_log.part*.jsonl"
+WORLD = "world.json"  # of a folder of phantoms, which are drawn
 RECORD = "record.json"  # of a rating set (phantoms.rating_sets), whose images are in images/
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 LONGEST_NAME = 255  # bytes of a file name on common file systems
@@ -84,6 +85,13 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     """Return the recorded settings of a folder's images, or {}. Raises UserError if they are unreadable."""
     path = Path(folder) / SETTINGS
     return read_json(path, {"settings": dict}, _ELSEWHERE)["settings"] if path.is_file() else {}
+
+
+def title_of(name: str, samples: Sequence[tuple[Path, str]]) -> str:
+    """Return the title of a set of samples: its name, but "phantoms" for "real" ones of a drawn world."""
+    path = samples[0][0].parent.parent.parent / SETTINGS if samples else Path()
+    drawn = name == "real" and path.is_file() and read_json(path, {"about": dict})["about"].get("phantoms")
+    return "phantoms" if drawn else name
 
 
 def write_log(folder: str | Path, entries: list[dict]) -> None:

@@ -7,6 +7,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from ddpo_pytorch.data.images import image_grid, load_image
+from ddpo_pytorch.data.sample_folder import title_of
 from ddpo_pytorch.metrics.image_sets import sort_captions
 
 MAX_CAPTIONS = 64
@@ -17,7 +18,7 @@ def comparison(sets: Mapping[str, Sequence[tuple[Path, str]]], columns: int = 8)
 
     `sets`: (file, caption) by model name. Names are written to the left of their rows.
     """
-    first = {name: {caption: path for path, caption in reversed(samples)} for name, samples in sets.items()}
+    first = {title_of(name, own): {caption: path for path, caption in reversed(own)} for name, own in sets.items()}
     captions = sort_captions(set.intersection(*(set(paths) for paths in first.values())))[:MAX_CAPTIONS]
     parts = [captions[start : start + columns] for start in range(0, len(captions), columns)]
     return _sheet([(name, [paths[caption] for caption in part]) for part in parts for name, paths in first.items()])

@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ddpo_pytorch.data.images import save_jpeg
+from ddpo_pytorch.data.sample_folder import WORLD
 from ddpo_pytorch.data.tables import write_table
 from ddpo_pytorch.phantoms.damage import degrade, draw_damage
 from ddpo_pytorch.phantoms.drawing import POINTS, Sheet, blend, check_record, clouds, direction, plane, step
@@ -215,7 +216,7 @@ def write_world(
     if min(world.values()) < 0 or size < 32 or degraded > 1 or any(value % 2 for value in numbers.values()):
         raise UserError(f"a fundus world needs even numbers >= 0, size >= 32 and degraded in [0, 1], got {world}")
     root = Path(folder)
-    splits, record = root / "splits", root / "world.json"
+    splits, record = root / "splits", root / WORLD
     with locked(root, "another --out"):
         occupied = any((root / name).exists() for name in ("images", "splits", "captions.csv"))
         check_record(record, world, occupied)

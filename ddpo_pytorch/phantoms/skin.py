@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ddpo_pytorch.data.images import save_jpeg
 from ddpo_pytorch.data.isic import LABELS
+from ddpo_pytorch.data.sample_folder import WORLD
 from ddpo_pytorch.data.tables import write_table
 from ddpo_pytorch.phantoms.drawing import POINTS, Sheet, blend, check_record, clouds, direction, plane, step
 from ddpo_pytorch.utils.cli import add_path, run_command
@@ -198,7 +199,7 @@ def write_world(
     if min(world.values()) < 0 or size < 16:
         raise UserError(f"a phantom world needs numbers >= 0 and size >= 16, got {world}")
     folder = Path(folder)
-    images, splits, record = folder / "images", folder / "splits", folder / "world.json"
+    images, splits, record = folder / "images", folder / "splits", folder / WORLD
     with locked(folder, "another --out"):
         check_record(record, world, occupied=images.exists() or splits.exists())
         if splits.exists():  # a world that has splits/ is complete

@@ -12,6 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ddpo_pytorch.data.sample_folder import title_of
 from ddpo_pytorch.metrics.tables import NOT_AVAILABLE, dig, number, table1, table2
 from ddpo_pytorch.report import findings
 from ddpo_pytorch.report.curves import curves, read_config, read_runs
@@ -59,7 +60,11 @@ def page_content(result: Mapping, samples: Samples, runs: Sequence[Path]) -> dic
         (name, *item) for name, values in models.items() for item in (values.get("memorisation") or {}).items()
     ]
     sheets = [(name, space, album.closest_pairs(block["closest"], name)) for name, space, block in memorised]
-    shown = sum(picture is not None for grid in grids for picture in dict(grid.rows).get("real", ()))
+    shown = sum(
+        picture is not None
+        for grid in grids
+        for picture in dict(grid.rows).get(title_of("real", samples.get("real", ())), ())
+    )
     shown += sum(pair["training"] is not None for *_, pairs in sheets for pair in pairs)
     configs = {Path(run).name: config for run in runs if (config := read_config(run))}
     quality, fundus = result["settings"]["quality"], result.get("kind") == "fundus"

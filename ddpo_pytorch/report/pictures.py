@@ -11,6 +11,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from ddpo_pytorch.data.images import read_rgb
+from ddpo_pytorch.data.sample_folder import title_of
 from ddpo_pytorch.metrics.image_sets import sort_captions
 from ddpo_pytorch.utils.errors import UserError
 
@@ -63,7 +64,8 @@ class Album:
         for caption in captions:
             stems, rows = paired_files(models, caption, columns)
             if "real" in samples:
-                rows = {"real": [*_keyed(samples["real"], caption).values()][:columns]} | rows
+                title = title_of("real", samples["real"])
+                rows = {title: [*_keyed(samples["real"], caption).values()][:columns]} | rows
             pictures = [
                 (name, [self.picture(path, f"{name}, {path.stem}: {caption}") for path in paths])
                 for name, paths in rows.items()

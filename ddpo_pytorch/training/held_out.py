@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from ddpo_pytorch.data.images import image_grid, save_picture, to_uint8
+from ddpo_pytorch.data.images import SYNTHETIC, image_grid, save_picture, to_uint8
 from ddpo_pytorch.data.isic import ARTIFACTS, labels_of
 from ddpo_pytorch.data.metadata import requested_labels
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
@@ -80,7 +80,7 @@ def save_grid(
     if not accelerator.is_main_process:
         return None
     grid = image_grid(torch.stack([images[number] for number in range(len(prompts))]), COLUMNS)
-    save_picture(path, grid)
+    save_picture(path, grid, SYNTHETIC)
     return grid
 
 
