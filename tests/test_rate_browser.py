@@ -57,13 +57,15 @@ class Window:
         return self.run(
             "const i = document.getElementById('image'), c = document.createElement('canvas').getContext('2d');"
             "c.drawImage(i, 0, 0); return {id: state.current.id, red: c.getImageData(9, 9, 1, 1).data[0],"
-            "prompt: document.getElementById('prompt').innerText}"
+            "prompt: document.getElementById('prompt').textContent}"
         )
 
     def answer(self, act, *arguments) -> None:
-        """Do something that asks the next question, and wait for it."""
+        """Do something that shows the next image, and wait for it; a rating answers both questions alike."""
         before = self.run("return state.current.id")
         act(*arguments)
+        if self.run("return quality !== null"):
+            act(*arguments)
         self.wait(f"!state.current || (seen && state.current.id !== '{before}')")
 
     def table(self, rater: str) -> list[dict]:
@@ -133,6 +135,29 @@ def test_keys_that_mean_something_else_rate_nothing(window):
     assert len(window.table("careful")) == 1
 
 
+def test_two_questions_ungradable_red_free_and_a_click_that_no_key_repeats(window):
+    """The text is hidden until the quality is rated; undo leads back to that; Enter after a click rates nothing."""
+    window.open("thorough")
+    assert window.text("text") == "" and "photograph" in window.text("question")
+    window.click("#ratings [data-do='3']")
+    assert "Fundus" in window.text("text") and "text" in window.text("question")
+    window.keys("u")
+    assert window.text("text") == ""
+    window.click("#ratings [data-do='2']")
+    ActionChains(window.driver).send_keys(Keys.ENTER, Keys.SPACE).perform()
+    assert window.run("return quality") == 2
+    window.answer(window.keys, "1")
+    window.answer(window.keys, "0")
+    rows = [(row["rating"], row["quality"], row["alignment"]) for row in window.table("thorough")]
+    assert sorted(rows) == [("1", "1", "1"), ("1", "2", "1")]
+    window.keys("g")
+    window.run("document.getElementById('contrast').value = 150; look(green)")
+    shown = window.run("return getComputedStyle(document.getElementById('image')).filter")
+    assert "#green" in shown and "contrast(1.5)" in shown
+    window.answer(window.keys, "3")
+    assert "#green" not in window.run("return getComputedStyle(document.getElementById('image')).filter")
+
+
 def test_zoom_by_key_click_and_wheel_around_the_pointer(window):
     window.open("zoomer")
     box = (
@@ -163,7 +188,7 @@ def test_everything_is_in_reach_without_scrolling_sideways(window, width, height
         assert window.run("return document.documentElement.scrollWidth") <= width
     buttons = window.driver.find_elements("css selector", "#ask button")
     boxes = [window.run("return arguments[0].getBoundingClientRect().toJSON()", button) for button in buttons]
-    assert len(boxes) == 6
+    assert len(boxes) == 8
     for box in boxes:
         assert box["height"] >= 44 and box["left"] >= 0 and box["right"] <= width and box["bottom"] <= height
 
@@ -173,8 +198,10 @@ def test_a_click_that_is_not_saved_is_reported_and_the_image_stays(window):
     shown = window.shown()
     window.run("window.real = window.fetch; window.fetch = () => Promise.reject(new TypeError('offline'))")
     window.keys("3")
+    window.keys("3")
     window.wait("document.getElementById('alert').innerText.includes('does not answer')")
     assert window.shown() == shown and window.table("unlucky") == []
     window.run("window.fetch = window.real")
-    window.answer(window.keys, "3")
+    window.keys("3")  # the second question is still asked
+    window.wait("quality === null")
     assert window.text("alert") == "" and len(window.table("unlucky")) == 1

@@ -1,11 +1,13 @@
 """Parts of the rating page: items, files after crashes, a rater's progress, the guard."""
 
 import csv
+import dataclasses
 import errno
 import io
 import json
 import os
 import socket
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +16,10 @@ from conftest import ROOT
 from rating_tools import PROMPTS, write_gallery
 from script_tools import load_module
 
-from ddpo_pytorch.data.ratings import COLUMNS, read_ratings
+from ddpo_pytorch.data.ratings import read_ratings
 from ddpo_pytorch.rating import store as storing
 from ddpo_pytorch.rating.session import Progress, sample_items
-from ddpo_pytorch.rating.store import JOURNAL_COLUMNS, Store, rater_name
+from ddpo_pytorch.rating.store import COLUMNS, JOURNAL_COLUMNS, Store, rater_name
 from ddpo_pytorch.utils.errors import UserError
 
 
@@ -192,7 +194,7 @@ def test_an_end_of_the_journal_that_is_cut_off_is_dropped(rated, end, caplog):
 def test_a_table_without_a_journal_is_taken_as_it_is(tmp_path, items):
     """As people save it: other case, spaces, absolute paths, a last line without its end; unknown raters repeat."""
     path, first, second = tmp_path / "ratings.csv", items[0], items[1]
-    header, prompt = ", ".join(COLUMNS).upper(), first.prompt.replace('"', '""')
+    header, prompt = ", ".join(COLUMNS[:-3]).upper(), first.prompt.replace('"', '""')
     rows = [f'{tmp_path / first.image_path}, 3.0, Fundus, 2, "{prompt}", Ann']
     rows += [f"{second.image_path},1,Fundus,1,Scar,", f"./{second.image_path},2,Fundus,1,Scar,"]
     path.write_text("\n".join([header, *rows]))
@@ -200,6 +202,26 @@ def test_a_table_without_a_journal_is_taken_as_it_is(tmp_path, items):
     assert store.rated("Ann") == [first.key] and len(store) == 3
     assert [row.rating for row in read_ratings(path)] == [3, 1, 2] and len(rows_of(store.journal)) == 3
     assert rows_of(path)[0]["image_path"] == first.image_path
+
+
+def test_both_answers_the_patient_and_the_median_time_are_kept(tmp_path, items, monkeypatch):
+    now = [0]
+    monkeypatch.setattr(storing.time, "gmtime", lambda: time.localtime(now[0]))
+    store = Store(tmp_path / "ratings.csv")
+    answers = ((0, 3, 1), (4, 2, 3), (10, 1, None), (1000, 3, 3))
+    for item, (now[0], quality, alignment) in zip(items, answers, strict=True):
+        store.click("rate", dataclasses.replace(item, patient="P7"), "Ann", quality, 3, alignment)
+    rows = [(row.rating, row.quality, row.alignment, row.patient) for row in read_ratings(store.path)]
+    assert rows == [(1, 3, 1, "P7"), (2, 2, 3, "P7"), (1, None, None, "P7"), (3, 3, 3, "P7")]
+    assert store.seconds("Ann") == 5 and store.seconds("Bob") is None  # 4 s, 6 s; the break does not count
+
+
+def test_readers_accuracy_and_agreement():
+    synthetic = {("a", "x"): True, ("b", "x"): False}
+    answers = [(("a", "x"), "Ann", 1.0), (("b", "x"), "Ann", 3.0), (("a", "x"), "Bob", 3.0), (("b", "x"), "Bob", 3.0)]
+    text = load_module(ROOT / "scripts/rate.py").summarise_readers([*answers, (("c", "x"), "Bob", 1.0)], synthetic)
+    # two of two and one of two right, by Clopper and Pearson; P = 1/2, E = 10/16
+    assert text == "Ann: 100.0% [15.8%, 100.0%] of 2 right; Bob: 50.0% [1.3%, 98.7%] of 2 right; Fleiss' kappa -0.33"
 
 
 @pytest.mark.parametrize("failing", ["ratings.csv", "ratings.journal.csv"])
@@ -221,8 +243,8 @@ def test_a_full_disk_leaves_both_files_as_they_were(rated, items, monkeypatch, f
     assert len(read_ratings(rated.path)) == len(rated.store) == 5
 
 
-JOURNAL = ",".join(JOURNAL_COLUMNS) + "\n"
-TABLE = ",".join(COLUMNS) + "\n"
+JOURNAL = ",".join(JOURNAL_COLUMNS[:-3]) + "\n"  # as of pages that asked one question
+TABLE = ",".join(COLUMNS[:-3]) + "\n"
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,14 @@ def test_alpha_of_the_published_example_and_by_all_pairs():
     assert ratings.ordinal_alpha([[1], [2]]) is None and ratings.ordinal_alpha([[2, 2], [2, 2]]) is None
 
 
+def test_fleiss_kappa_of_the_published_example():
+    """Fleiss 1971 as in its usual worked table: 10 subjects, 14 raters, 5 categories, kappa 0.210."""
+    counts = """0 0 0 0 14|0 2 6 4 2|0 0 3 5 6|0 3 9 2 0|2 2 8 1 1|7 7 0 0 0|3 2 6 3 0|2 5 3 2 2|6 5 2 1 0|0 2 2 3 7"""
+    units = [np.repeat(range(5), np.array(row.split(), int)).tolist() for row in counts.split("|")]
+    assert ratings.fleiss_kappa(units) == pytest.approx(0.210, abs=0.0005)
+    assert ratings.fleiss_kappa([[1, 1], [3, 3]]) == 1 and ratings.fleiss_kappa([[1, 1], [1, 1]]) is None
+
+
 def test_agreement_of_a_table(folder):
     marks = {"a": "112233", "b": "113223", "c": "332211"}
     lines = [f"{i}.png,{m},Fundus,3,normal,{name}" for name, row in marks.items() for i, m in enumerate(row, 1)]

@@ -199,6 +199,12 @@ def save_picture(path: str | Path, picture: Image.Image, comment: str = "", **op
         temporary.write_bytes(encoded.getvalue())
 
 
+def is_synthetic(path: str | Path) -> bool:
+    """Return whether an image says that it was generated."""
+    with open_image(path) as image:
+        return SYNTHETIC in str(image.info.get("Comment") or image.info.get("comment"))
+
+
 class ImageFiles(Dataset):
     """Image files as uint8 (3, size, size) with a label vector or index each, decoded on access."""
 

@@ -25,6 +25,7 @@ from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import path_fault
 
 COLUMNS = ("image_path", "rating", "modality", "expert_level", "prompt", "rater_id")
+APART = ("quality", "alignment", "patient")  # further columns, where both questions were asked
 CLASSES = (1, 2, 3)
 
 
@@ -119,7 +120,7 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
         rating = Rating(image=image, prompt=prompt, **about, **values)
         return rating, (rater, image, prompt) if rater else None, f"rater {rater!r} of image {image!r} for this prompt"
 
-    required, optional = ("image_path", "rating", "prompt"), (*COLUMNS, "quality", "alignment", "patient")
+    required, optional = ("image_path", "rating", "prompt"), (*COLUMNS, *APART)
     advice = "scripts/rate.py adds them"
     return read_table(path, "ratings table", required, make, optional, free_text="prompt", advice=advice)
 
@@ -212,6 +213,20 @@ def ordinal_alpha(units: Iterable[Sequence[float]]) -> float | None:
     distances = (middles[:, None] - middles) ** 2
     expected = (np.outer(totals, totals) * distances).sum() / (totals.sum() - 1)
     return float(1 - (coincidences * distances).sum() / expected)
+
+
+def fleiss_kappa(units: Iterable[Sequence[float]]) -> float | None:
+    """Return Fleiss' kappa of units with the categories that readers gave; None if all are equal.
+
+    (P - E) / (1 - E), with P the mean over units of the share of pairs of readers that agree, and E the sum of squares
+    of the categories' shares (Fleiss 1971).
+    """
+    units = [unit for unit in units if len(unit) > 1]
+    counts = [np.array(list(Counter(unit).values())) for unit in units]
+    shares = np.array(list(Counter(value for unit in units for value in unit).values()), float)
+    expected = float(((shares / shares.sum()) ** 2).sum())
+    agreed = np.mean([(n * (n - 1)).sum() / (n.sum() * (n.sum() - 1)) for n in counts]) if counts else 1.0
+    return float((agreed - expected) / (1 - expected)) if len(shares) > 1 else None
 
 
 def quadratic_kappa(first: Sequence[float], second: Sequence[float]) -> float | None:

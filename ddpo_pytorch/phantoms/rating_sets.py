@@ -35,7 +35,7 @@ from ddpo_pytorch.utils.randomness import text_number
 
 logger = logging.getLogger(__name__)
 STYLE = 2  # raised when images are degraded in another way, so that old and new rating sets never mix
-COLUMNS = (*ratings.COLUMNS, "quality", "alignment", "patient")
+COLUMNS = (*ratings.COLUMNS, *ratings.APART)
 GRADES = (3, 2, 1)
 ERRORS = {3: 0.04, 2: 0.12, 1: 0.25}  # chance that an expert of this level gives a grade next to the true one
 

@@ -2,14 +2,24 @@
 
 const at = (id) => document.getElementById(id);
 const fixed = document.body.dataset;
-const SAID = { 1: "1, poor.", 2: "2, acceptable.", 3: "3, excellent.", skip: "Skipped.", undo: "Undone." };
-const KEYS = { 1: "1", 2: "2", 3: "3", s: "skip", u: "undo", Backspace: "undo", z: "zoom" };
+const SAID = { 1: "1, poor.", 2: "2, acceptable.", 3: "3, excellent.", none: "Ungradable.", skip: "Skipped.", undo: "Undone." };
+const KEYS = { 0: "none", 1: "1", 2: "2", 3: "3", s: "skip", u: "undo", Backspace: "undo", z: "zoom", g: "green" };
+const QUESTIONS = ["Does it look like a good photograph?", "Does it show what the text says?"];
+const real = fixed.mode === "real"; // photograph or generated? One question, without the text
+if (real) {
+  QUESTIONS[0] = "Is this a photograph, or generated?";
+  for (const [name, label] of [[1, "Generated"], [3, "Photograph"]]) document.querySelector(`[data-do="${name}"]`).lastChild.textContent = label;
+  for (const name of ["2", "none"]) document.querySelector(`[data-do="${name}"]`).hidden = true;
+}
+at(real ? "intro-rate" : "intro-real").hidden = true;
 const images = new Map(); // id -> promise of a blob's address: this image and the next one
 let who = null; // {rater, expert_level}
 let state = null;
 let busy = false; // a click is on its way
 let seen = false; // the image is on the screen
+let quality = null; // the first answer, while the second question is asked
 let zoom = 1;
+let green = false;
 
 history.replaceState(null, "", "/"); // no token in the address bar
 
@@ -46,6 +56,7 @@ const only = (section) => ["start", "ask", "done"].forEach((id) => (at(id).hidde
 async function show(next) {
   const before = state?.current?.id;
   state = next;
+  put(null);
   at("who").hidden = false;
   at("name-shown").textContent = `Rating as ${who.rater}.`;
   at("leave").hidden = Boolean(fixed.rater && fixed.level);
@@ -71,6 +82,8 @@ async function picture(id) {
   seen = false;
   image.classList.add("loading");
   enlarge(1);
+  for (const name of ["brightness", "contrast"]) at(name).value = 100;
+  look(false);
   try {
     const address = await load(id);
     if (state.current?.id !== id) return;
@@ -84,33 +97,39 @@ async function picture(id) {
 }
 
 function finish() {
-  const put = state.skipped;
-  at("thanks").textContent = put ? "Nearly done" : "Done, thank you";
-  at("summary").textContent = put
-    ? `You rated ${state.rated} of ${state.total} images and skipped ${put}. All ratings are saved.`
+  const skipped = state.skipped;
+  at("thanks").textContent = skipped ? "Nearly done" : "Done, thank you";
+  at("summary").textContent = skipped
+    ? `You rated ${state.rated} of ${state.total} images and skipped ${skipped}. All ratings are saved.`
     : `You rated all ${state.total} images. Everything is saved; you can close this page.`;
-  at("again").hidden = !put;
+  if (state.seconds !== null) at("summary").textContent += ` Median time an image: ${state.seconds} s.`;
+  at("again").hidden = !skipped;
   only("done");
   at("thanks").focus();
 }
 
 async function act(action) {
   if (action === "zoom") return toggle();
+  if (action === "green") return look(!green);
   if (busy || !state) return;
   if (action === "leave") {
     sessionStorage.clear();
     return location.reload();
   }
-  const rating = Number(action);
+  const none = action === "none";
+  const rating = none ? 1 : Number(action);
+  if (action === "undo" && quality) return put(null);
   if (action === "undo" && !state.undo) return;
   if ((rating || action === "skip") && !state.current) return;
   if (rating && !seen) return; // nobody rates what is not yet shown
+  if (real && (none || rating === 2)) return;
+  if (rating && !real && !none && !quality) return put(rating);
   busy = true;
   tell("");
   try {
     const about = { ...who, undoable: state.undo }; // so that a second try undoes nothing more
     if (state.current) about.id = state.current.id;
-    if (rating) about.rating = rating;
+    if (rating) Object.assign(about, real ? { rating } : { rating: none ? 1 : quality, alignment: rating });
     const next = await post(rating ? "rate" : action, about);
     at("status").textContent = (!next.already && SAID[action]) || "";
     await show(next);
@@ -123,6 +142,23 @@ async function act(action) {
     busy = false;
   }
 }
+
+/* Ask the second question after a first answer, or, for null, the first one, which is about the image alone. */
+function put(answer) {
+  quality = answer;
+  at("text").hidden = !answer;
+  at("question").textContent = QUESTIONS[answer ? 1 : 0];
+  document.querySelector("#others [data-do=undo]").setAttribute("aria-disabled", !(answer || state.undo));
+}
+
+/* Show the image with or without red, brighter and with more contrast as the sliders say. */
+function look(redFree) {
+  green = redFree;
+  const levels = ["brightness", "contrast"].map((name) => `${name}(${at(name).value}%)`).join(" ");
+  at("image").style.filter = `${green ? "url(#green) " : ""}${levels}`;
+  document.querySelector("[data-do=green]").setAttribute("aria-pressed", green);
+}
+at("look").addEventListener("input", () => look(green));
 
 /* Zoom around the pointer, which shows any part of the image as it moves. */
 function enlarge(scale) {
@@ -144,7 +180,7 @@ at("stage").addEventListener("wheel", (event) => {
 }, { passive: false });
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.target.matches("input")) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.target.matches("input:not([type=range])")) return;
   const action = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
   if (!action) return;
   event.preventDefault();
@@ -152,6 +188,7 @@ document.addEventListener("keydown", (event) => {
 });
 document.addEventListener("click", (event) => {
   const button = event.target.closest("[data-do]");
+  if (button && event.detail) button.blur(); // else Enter or Space, meant for nothing, would rate the next image
   if (button) act(button.dataset.do);
 });
 

@@ -114,11 +114,13 @@ class Guard:
         return None
 
 
-def make_app(questions: Questions, host: str, port: int, token: str, only: str, level: int, **square: Any) -> FastAPI:
+def make_app(
+    questions: Questions, host: str, port: int, token: str, only: str, level: int, mode: str = "rate", **square: Any
+) -> FastAPI:
     """Return the app: the page with inline style and script, its images and its clicks, behind `Guard`.
 
-    The page asks for the rater and the expert level unless `only` and `level` are given. `square` are the arguments
-    size and resize of `load_pixels`.
+    In the mode "real" it asks whether an image is a photograph. The page asks for the rater and the expert level unless
+    `only` and `level` are given. `square` are the arguments size and resize of `load_pixels`.
     """
     folder = files("ddpo_pytorch.rating")
     parts = {name: (folder / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
@@ -129,6 +131,7 @@ def make_app(questions: Questions, host: str, port: int, token: str, only: str, 
     )
     text = parts["html"].replace("/*css*/", parts["css"]).replace("/*js*/", parts["js"])
     text = text.replace("/*rater*/", html.escape(only)).replace("/*level*/", str(level or ""))
+    text = text.replace("/*mode*/", mode)
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     headers = HEADERS | {"Content-Security-Policy": policy}
@@ -170,6 +173,7 @@ def make_app(questions: Questions, host: str, port: int, token: str, only: str, 
         rater: Name,
         id: Name = "",
         rating: OneToThree = None,
+        alignment: OneToThree = None,
         expert_level: OneToThree = None,
         undoable: Annotated[int | None, Body(strict=True)] = None,
     ) -> dict:
@@ -184,7 +188,8 @@ def make_app(questions: Questions, host: str, port: int, token: str, only: str, 
             raise HTTPException(422, "A rating and an expert level are missing; reload the page.")
         if action in ("rate", "skip"):
             known_item(id)
-        return questions.act(action, rater, id, rating=rating, expert_level=expert_level, undoable=undoable)
+        given = dict(rating=rating, alignment=alignment, expert_level=expert_level, undoable=undoable)
+        return questions.act(action, rater, id, **given)
 
     return app
 

@@ -21,13 +21,14 @@ from ddpo_pytorch.utils.randomness import Stream, generator_of, text_number
 
 @dataclass(frozen=True)
 class Item:
-    """One question: image file, its path from the table of ratings, prompt, modality (or ""), (width, height)."""
+    """One image: file, path from the table of ratings, prompt, modality (or ""), (width, height), patient (or "")."""
 
     path: Path
     image_path: str
     prompt: str
     modality: str
     size: tuple[int, int]
+    patient: str = ""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -45,18 +46,18 @@ def sample_items(folder: str | Path, table: str | Path) -> list[Item]:
         name, prompt = entry.get("path_to_img"), entry.get("prompt")
         if not name or not prompt:
             raise UserError(f"{where}: it needs the texts path_to_img and prompt; draw the samples again elsewhere")
-        items.append(_item(Path(folder) / name, prompt, folder, table, where))
+        items.append(_item(Path(folder) / name, prompt, folder, table, where, entry.get("patient") or ""))
     return items
 
 
 def table_items(csv: str | Path, data_path: str | Path, table: str | Path) -> tuple[list[Item], int]:
     """Return the images of a fundus table with their captions, and the number of rows without an image."""
     rows, paths, missing = load_split(csv, data_path)
-    named = [(row.caption, path, f"{str(csv)!r}: image {row.image!r}") for row, path in zip(rows, paths, strict=True)]
-    return [_item(path, caption, data_path, table, where) for caption, path, where in named], missing
+    named = [(path, row, f"{str(csv)!r}: image {row.image!r}") for row, path in zip(rows, paths, strict=True)]
+    return [_item(path, row.caption, data_path, table, where, row.patient) for path, row, where in named], missing
 
 
-def _item(path: Path, prompt: str, folder: str | Path, table: str | Path, where: str) -> Item:
+def _item(path: Path, prompt: str, folder: str | Path, table: str | Path, where: str, patient: str) -> Item:
     path, resolved = Path(os.path.abspath(path)), path.resolve()
     # links are not followed here: a user may move folders as they are named
     image_path = Path(os.path.relpath(path, os.path.abspath(Path(table).parent))).as_posix()
@@ -66,7 +67,7 @@ def _item(path: Path, prompt: str, folder: str | Path, table: str | Path, where:
         fault = f"{str(path)!r} leads out of {str(folder)!r}; only images inside it are shown"
     elif not resolved.is_file():
         fault = f"there is no file {str(path)!r}; run the command that wrote the folder again"
-    elif not (prompt + image_path).isprintable() or tidy_path(image_path.strip()) != image_path:
+    elif not (prompt + image_path + patient).isprintable() or tidy_path(image_path.strip()) != image_path:
         # each row of the table is one line of the file, which tells a torn row from a complete one
         fault = f"prompt or path {image_path!r} has line breaks, control characters, backslashes or outer spaces"
     try:
@@ -76,7 +77,7 @@ def _item(path: Path, prompt: str, folder: str | Path, table: str | Path, where:
             size = image.size
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    return Item(resolved, image_path, prompt, modality_of(prompt), size)
+    return Item(resolved, image_path, prompt, modality_of(prompt), size, patient)
 
 
 def distinct(items: Sequence[Item]) -> list[Item]:
@@ -141,7 +142,7 @@ class Questions:
         """Save a "rate", "skip" or "undo" to disk, or ask "again" what was skipped; return what the page shows.
 
         The state says "already" if nothing was done, because another window has rated the image, or has clicked since
-        the page counted `undoable` clicks. `given` are rating, expert_level and undoable.
+        the page counted `undoable` clicks. `given` are rating, expert_level, alignment and undoable.
         """
         with self._lock:
             if rater not in self._raters:
@@ -155,7 +156,8 @@ class Questions:
                 if number not in progress.waiting + progress.postponed:
                     already = {"already": True}
                 else:
-                    cells = (given["rating"], given["expert_level"]) if action == "rate" else ()
+                    names = ("rating", "expert_level", "alignment") if action == "rate" else ()
+                    cells = [given.get(one) for one in names]
                     self._store.click(action, self._items[number], rater, *cells)
                     progress.answer(number, action)
             elif action == "undo" and given.get("undoable") not in (None, len(progress.history)):
@@ -169,6 +171,7 @@ class Questions:
                 "rated": progress.total - len(progress.waiting) - len(progress.postponed),
                 "skipped": len(progress.postponed),
                 "undo": len(progress.history),
+                "seconds": None if shown else self._store.seconds(rater),
                 "current": shown[0] if shown else None,
                 "next": shown[1] if len(shown) > 1 else None,
             }

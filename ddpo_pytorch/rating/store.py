@@ -10,6 +10,7 @@ import errno
 import itertools
 import logging
 import os
+import statistics
 import time
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpo_pytorch.data.ratings import COLUMNS
+from ddpo_pytorch.data import ratings
 from ddpo_pytorch.data.tables import number, read_table, table_text
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import append, atomic_write, lock, remove_leftovers
@@ -25,6 +26,7 @@ from ddpo_pytorch.utils.files import append, atomic_write, lock, remove_leftover
 if TYPE_CHECKING:
     from ddpo_pytorch.rating.session import Item
 
+COLUMNS = (*ratings.COLUMNS, *ratings.APART)
 JOURNAL_COLUMNS = ("time", "action", *COLUMNS)
 ACTIONS = ("rate", "skip", "undo")
 TIME = "%Y-%m-%dT%H:%M:%SZ"
@@ -76,11 +78,35 @@ class Store:
         """Return (image_path, prompt) of what a rater has rated, in the order of the table."""
         return [(cells[0], cells[4]) for cells in self._rows.values() if cells[5] == rater]
 
-    def click(self, action: str, item: "Item", rater: str, rating: int | str = "", level: int | str = "") -> None:
-        """Record one of ACTIONS. Raises OSError, with nothing recorded, if it cannot be written."""
+    def answers(self) -> list[tuple[tuple[str, str], str, float]]:
+        """Return ((image_path, prompt), rater, rating) of all ratings."""
+        return [((cells[0], cells[4]), cells[5], float(cells[1])) for cells in self._rows.values()]
+
+    def seconds(self, rater: str) -> float | None:
+        """Return the median time between a rater's ratings, without breaks of over five minutes; None without any."""
+        clicks = [click for click in self._clicks if (click[1], click[7]) == ("rate", rater)]
+        times = [time.mktime(time.strptime(click[0], TIME)) for click in clicks]
+        steps = [after - before for before, after in itertools.pairwise(times) if after - before <= 300]
+        return statistics.median(steps) if steps else None
+
+    def click(
+        self,
+        action: str,
+        item: "Item",
+        rater: str,
+        rating: int | str = "",
+        level: int | str = "",
+        alignment: int | None = None,
+    ) -> None:
+        """Record one of ACTIONS. Raises OSError, with nothing recorded, if it cannot be written.
+
+        With an `alignment`, `rating` is the quality alone, and the lower of both is the rating.
+        """
         if not self._lock.is_locked:
             raise OSError(errno.ESHUTDOWN, "the server has stopped")
-        cells = [item.image_path, str(rating), item.modality, str(level), item.prompt, rater]
+        both = (str(rating), str(alignment)) if alignment else ("", "")
+        lower = min(str(rating), both[1] or str(rating))
+        cells = [item.image_path, lower, item.modality, str(level), item.prompt, rater, *both, item.patient]
         if action == "undo":
             cells = self._rows.get(_key(cells), cells)
         click = [time.strftime(TIME, time.gmtime()), action, *cells]
@@ -124,19 +150,20 @@ class Store:
         folder = os.path.abspath(path.parent)
 
         def make(fields: dict[str, str], index: int, line: int, faults: list[str]) -> tuple[list[str], Key | None, str]:
-            cells, action = [fields[name] for name in columns], fields.get("action", "rate")
-            image, rating, _, level, _, rater = cells[-6:]
-            if set(fields) != set(columns):
+            cells, action = [fields.get(name, "") for name in columns], fields.get("action", "rate")
+            image, rating, _, level, _, rater = cells[-9:-3]
+            if set(fields) - set(columns):
                 faults.append(f"the columns are not {', '.join(columns)} alone")
             if action not in ACTIONS or (
                 action == "rate" and not all(1 <= (number(cell) or 0) <= 3 for cell in (rating, level))
             ):
                 faults.append(f"{action} with rating {rating!r} of expert level {level!r}; both are 1 to 3")
-            cells[-6] = os.path.relpath(os.path.join(folder, image), folder)  # as items have it
+            cells[-9] = os.path.relpath(os.path.join(folder, image), folder)  # as items have it
             return cells, _key(cells) if path == self.path and rater else None, f"{rater!r} rating {image!r}"
 
         try:
-            return read_table(path, "table of ratings", columns, make, free_text="prompt", content=content)
+            first, apart = columns[:-3], ratings.APART
+            return read_table(path, "table of ratings", first, make, apart, free_text="prompt", content=content)
         except UserError as error:
             raise UserError(f"{error}; correct that, move {str(path)!r} away, or give another --out") from error
 
@@ -154,7 +181,7 @@ def _replay(clicks: Iterable[Sequence[str]], before: Mapping[Key, list[str]] | N
 
 
 def _key(cells: Sequence[str]) -> Key:
-    return cells[-6], cells[-2], cells[-1]
+    return cells[-9], cells[-5], cells[-4]
 
 
 def _content(header: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> bytes:
