@@ -4,9 +4,10 @@
 
 For each prompt (eval.prompts, else all of prompt_fn), `improve.images_per_prompt` times: draw images until
 `improve.num_candidates` pass or `improve.max_attempts` are drawn. Writes <logdir>/images/<caption with _>/
-Fundus_<number>_selector_<score>_policy_<score>.png and, at the end, <logdir>/image_log.json, in which `best` marks the
-image of highest Policy score; if none passed, the last one is kept, with `passed` false. A complete folder stays as it
-is, an incomplete one is drawn from the start.
+Fundus_<number>_selector_<score>_policy_<score>.png and, at the end, <logdir>/metadata.csv, a table of the images that
+passed, from which train_sd.py can train, and <logdir>/image_log.json with prompts, scores and seeds, in which `best`
+marks the image of highest Policy score; if none passed, the last one is kept, with `passed` false. A complete folder
+stays as it is, an incomplete one is drawn from the start.
 
 --prompt="The left eye fundus image shows drusen." --n=4 draws this instead, into a folder of its own in logdir, and
 prints the paths of the n best images.
@@ -31,6 +32,7 @@ from tqdm.auto import tqdm
 from ddpo_pytorch.data.fundus import MODALITY, modality_of
 from ddpo_pytorch.data.images import SYNTHETIC, save_image, to_uint8
 from ddpo_pytorch.data.sample_folder import LOG, claim_folder, damaged_images, folder_name, read_log, write_log
+from ddpo_pytorch.data.tables import write_table
 from ddpo_pytorch.generator.lora import adapter_fingerprint
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import check_tokens
@@ -179,6 +181,9 @@ def generate(accelerator: Accelerator, config: ConfigDict) -> None:
     attempts = sum(gather_object([request.attempts for request in own]))
     entries = sorted(gather_object(entries), key=lambda entry: (entry["prompt"], entry["path_to_img"]))
     if accelerator.is_main_process:
+        kept = [(entry["path_to_img"], entry["prompt"]) for entry in entries if entry["passed"]]
+        rows = [(path, prompt, modality_of(prompt) or MODALITY, path) for path, prompt in kept]
+        write_table(folder / "metadata.csv", ("path", "Text", "modality", "patient"), rows)
         write_log(folder, entries)
         passed = sum(entry["passed"] for entry in entries)
         logger.info("%d images drawn at %.1f images/s", attempts, attempts / (time.perf_counter() - started))

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from script_tools import files_of, load_module, options, succeed
 
+from ddpo_pytorch.data.fundus import load_split
 from ddpo_pytorch.data.images import SYNTHETIC, save_image
 from ddpo_pytorch.data.sample_folder import folder_name, read_log
 from ddpo_pytorch.generator.pipeline import load_pipeline
@@ -236,6 +237,9 @@ def test_generate_is_the_same_with_two_processes_and_draws_damaged_images_again(
     assert (tmp_path / "one/images/unknown.png").exists()
     path = sorted((tmp_path / "one").glob("images/*/*.png"))[-1]
     assert Image.open(path).info["Comment"] == SYNTHETIC
+    passed = [(entry["path_to_img"], entry["prompt"]) for entry in read_log(tmp_path / "one") if entry["passed"]]
+    rows, _, missing = load_split(tmp_path / "one" / "metadata.csv", tmp_path / "one")
+    assert [(row.image, row.caption) for row in rows] == passed and not missing
     for damage in (lambda: path.write_bytes(path.read_bytes()[:-50]), path.unlink):
         damage()
         run("generate.py", logdir=tmp_path / "one", **settings)
