@@ -252,7 +252,7 @@ TABLE = ",".join(COLUMNS[:-3]) + "\n"
     [
         ("ratings.csv", "path,Text\n1.png,x\n", "another --out"),
         ("ratings.csv", b"\x89PNG\r\n\x1a\n\xff", "another --out"),
-        ("ratings.csv", TABLE.replace("\n", ",quality\n") + "a.png,3,Fundus,3,x,Ann,1\n", "line 2: the columns"),
+        ("ratings.csv", TABLE.replace("\n", ",mood\n") + "a.png,3,Fundus,3,x,Ann,1\n", "line 2: the columns"),
         ("ratings.csv", TABLE + "a.png,3\n", "line 2: .*2 cells"),
         ("ratings.csv", TABLE + "a.png,4,Fundus,3,x,Ann\n", "line 2: .*rating '4'"),
         ("ratings.csv", TABLE + "a.png,1,Fundus,3,x,Ann\na.png,2,Fundus,3,x,Ann\n", "line 3.*'Ann'.*line 2"),
