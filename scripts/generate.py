@@ -4,7 +4,7 @@
 
 For each prompt (eval.prompts, else all of prompt_fn), `improve.images_per_prompt` times: draw images until
 `improve.num_candidates` pass or `improve.max_attempts` are drawn. Writes <logdir>/images/<caption with _>/
-Fundus_<number>_selector_<score>_policy_<score>.png and, at the end, <logdir>/metadata.csv, a table of the images that
+Fundus_<number>_selector_<score>_policy_<score>.png and, at the end, <logdir>/passed.csv, a table of the images that
 passed, from which train_sd.py can train, and <logdir>/image_log.json with prompts, scores and seeds, in which `best`
 marks the image of highest Policy score; if none passed, the last one is kept, with `passed` false. A complete folder
 stays as it is, an incomplete one is drawn from the start.
@@ -183,7 +183,7 @@ def generate(accelerator: Accelerator, config: ConfigDict) -> None:
     if accelerator.is_main_process:
         kept = [(entry["path_to_img"], entry["prompt"]) for entry in entries if entry["passed"]]
         rows = [(path, prompt, modality_of(prompt) or MODALITY, path) for path, prompt in kept]
-        write_table(folder / "metadata.csv", ("path", "Text", "modality", "patient"), rows)
+        write_table(folder / "passed.csv", ("path", "Text", "modality", "patient"), rows)
         write_log(folder, entries)
         passed = sum(entry["passed"] for entry in entries)
         logger.info("%d images drawn at %.1f images/s", attempts, attempts / (time.perf_counter() - started))

@@ -238,7 +238,7 @@ def test_generate_is_the_same_with_two_processes_and_draws_damaged_images_again(
     path = sorted((tmp_path / "one").glob("images/*/*.png"))[-1]
     assert Image.open(path).info["Comment"] == SYNTHETIC
     passed = [(entry["path_to_img"], entry["prompt"]) for entry in read_log(tmp_path / "one") if entry["passed"]]
-    rows, _, missing = load_split(tmp_path / "one" / "metadata.csv", tmp_path / "one")
+    rows, _, missing = load_split(tmp_path / "one" / "passed.csv", tmp_path / "one")
     assert [(row.image, row.caption) for row in rows] == passed and not missing
     for damage in (lambda: path.write_bytes(path.read_bytes()[:-50]), path.unlink):
         damage()
