@@ -70,6 +70,11 @@ def build(script: str, words: list[str], monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if any("/slurm.sh" in w or "scripts/" in w for w in c)])
 def test_commands_of_scripts_build(command, monkeypatch):
     monkeypatch.chdir(ROOT)
+    check_script(command, monkeypatch)
+
+
+def check_script(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Assert that a command of a script has flags and a configuration that exist."""
     place = next(i for i, word in enumerate(command) if word.startswith(("scripts/", "docs/slurm.sh")))
     launcher, script, given = options(command[:place]), command[place], list(command[place + 1 :])
     script = script.replace("docs/slurm.sh", "scripts/train.py")
@@ -88,7 +93,9 @@ def test_commands_of_scripts_build(command, monkeypatch):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not any("scripts/" in word for word in c)])
 def test_other_commands_exist(command):
     words = [word for word in command if not re.fullmatch(r"[A-Z_]+=\w+", word)]  # VARIABLE=value
-    if words[0] == "make":
+    if words[0] == "bash":
+        assert (ROOT / words[1]).is_file()
+    elif words[0] == "make":
         assert words[1] in TARGETS
     elif words[0] == "python" or words[:3] == [".venv/bin/python", "-m", "pytest"]:
         name = words[2] if words[1] == "-m" else words[1]
@@ -117,7 +124,7 @@ def test_links_paths_names_and_settings_exist(name):
         target = (page.parent / path) if path else page
         assert target.exists(), path
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
-    folders = "ddpo_pytorch|scripts|config|tests|benchmarks|docs"
+    folders = "ddpo_pytorch|scripts|config|tests|benchmarks|docs|runs"
     for path, experiment in re.findall(rf"`((?:{folders})/[\w/.]+)(?::(\w+))?`", text):
         assert (ROOT / path).exists(), path
         assert not experiment or load(Path(path).stem).get_config(experiment), experiment
