@@ -1,100 +1,130 @@
-"""GPU memory that a full fine-tune of SD 1.5 needs, computed from its architecture: no GPU and no weights needed.
+"""GPU memory of training SD 1.5, on the simulated GPU: no GPU and no weights needed.
 
-    python benchmarks/memory_budget.py --batch_size 4
+    python benchmarks/simulated_gpu.py benchmarks/memory_budget.py
 
-The UNet of SD 1.5's public configuration lies on the meta device: shapes are real, numbers are not. Counted are
-weights, gradients and weight average in float32, AdamW's states, the half-precision copies of the weights that
-autocast keeps during a step, autoencoder and text encoder in float32, and the activations that autograd keeps; with
-checkpointing these are the inputs of the blocks, and the activations of the largest block while it is computed again.
-Not counted are buffers of kernels and fragmentation: leave them a few GB.
+SD 1.5's UNet and autoencoder lie on the simulated GPU: shapes and types are real, numbers are not. Passes are those of
+the scripts, with flash attention, and every tensor that PyTorch allocates counts; workspaces of kernels, the CUDA
+context and fragmentation do not: leave them two GB or a tenth. The last line is JSON.
 """
 
-import argparse
+import json
 import logging
 import sys
+from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from config import dgx  # noqa: E402
+from ddpo_pytorch.generator.lora import ATTENTION, add_lora, cast_adapters  # noqa: E402
+from ddpo_pytorch.generator.pipeline import decode_latents, guided_noise_prediction  # noqa: E402
+from ddpo_pytorch.training.rollout_gradients import per_sample_gradients  # noqa: E402
 
 logger = logging.getLogger(__name__)
 GIB = 2**30
 FROZEN = 83_653_863 + 123_060_480  # parameters of SD 1.5's autoencoder and text encoder
+DDPO = "prompt_image_alignment_classifier_isic"
 
 
-class Saved:
-    """Bytes that autograd keeps within `with saved.hooks:`, each storage once; parameters do not count."""
-
-    def __init__(self):
-        self.bytes, self._seen, self._alive = 0, set(), []
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if not isinstance(tensor, torch.nn.Parameter) and storage._cdata not in self._seen:
-            self._seen.add(storage._cdata)
-            self._alive.append(storage)  # so that no other storage gets its address
-            self.bytes += storage.nbytes()
-        return tensor
+def new_unet(dtype: torch.dtype, lora: bool) -> UNet2DConditionModel:
+    """SD 1.5's UNet as train.py prepares it."""
+    with torch.device("cuda"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).to(dtype).eval()
+    if lora:
+        unet.requires_grad_(False)
+        add_lora(unet, 4, ATTENTION, seed=0)
+        cast_adapters(unet)
+    return unet
 
 
-def activations(batch_size: int, image_size: int) -> tuple[float, float]:
-    """GiB of activations in half precision: without checkpointing, and with it."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).half().train()
-        latents = torch.randn(batch_size, 4, image_size // 8, image_size // 8, dtype=torch.half, requires_grad=True)
-        inputs = latents, torch.ones(batch_size), torch.randn(batch_size, 77, 768, dtype=torch.half)
-    saved, entered, largest = Saved(), {}, 0
-
-    def leave(block: torch.nn.Module, *_: object) -> None:
-        nonlocal largest
-        largest = max(largest, saved.bytes - entered[block])
-
-    for block in unet.modules():
-        if isinstance(block, BasicTransformerBlock | ResnetBlock2D):
-            block.register_forward_pre_hook(lambda block, _: entered.__setitem__(block, saved.bytes))
-            block.register_forward_hook(leave)
-    with saved.hooks:
-        unet(*inputs)
-    whole = saved.bytes
-    unet.enable_gradient_checkpointing()
-    saved, block_bytes = Saved(), largest
-    with saved.hooks:
-        unet(*inputs)
-    return whole / GIB, (saved.bytes + block_bytes) / GIB
+def predict(unet: UNet2DConditionModel, batch: int, size: int, guidance: float) -> torch.Tensor:
+    half = dict(device="cuda", dtype=torch.half)
+    latents, prompts = torch.randn(batch, 4, size // 8, size // 8, **half), torch.randn(batch, 77, 768, **half)
+    return guided_noise_prediction(unet, latents, torch.ones(batch, device="cuda"), prompts, prompts, guidance)
 
 
-def parameters() -> int:
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    return sum(parameter.numel() for parameter in unet.parameters())
+def peak_of(function) -> float:
+    """GiB on the device at most while `function()` runs."""
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    return torch.cuda.max_memory_allocated() / GIB
+
+
+def ddpo(batch: int, checkpointing: bool) -> dict[str, float]:
+    """GiB of a rollout without gradients and of one that takes them, of an update, and of decoding, at 512 px."""
+    unet = new_unet(torch.half, lora=True)
+    with torch.device("cuda"):
+        channels = (128, 256, 512, 512)
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        vae = AutoencoderKL(block_out_channels=channels, layers_per_block=2, latent_channels=4, **blocks).half()
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+        unet.train()
+    weights = [weight for weight in unet.parameters() if weight.requires_grad]
+
+    def recorded() -> None:
+        with per_sample_gradients(unet, 2 * batch):
+            torch.autograd.grad(predict(unet, batch, 512, 5.0).sum(), weights, allow_unused=True)
+
+    found = {"resident": torch.cuda.memory_allocated() / GIB}
+    found["update"] = peak_of(lambda: predict(unet, batch, 512, 5.0).sum().backward())
+    found["rollout"] = peak_of(recorded)
+    with torch.no_grad():
+        found["plain rollout"] = peak_of(lambda: predict(unet, batch, 512, 5.0))
+        latents = torch.randn(batch, 4, 64, 64, device="cuda", dtype=torch.half)
+        found["decoding"] = peak_of(lambda: decode_latents(vae.requires_grad_(False), latents))
+    return found
+
+
+def activations(size: int, lora: bool, checkpointing: bool) -> float:
+    """GiB of one UNet input more, kept until the backward pass or needed in it."""
+    unet = new_unet(torch.half if lora else torch.float32, lora)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+        unet.train()
+
+    def step(batch: int) -> None:
+        with torch.autocast("cuda", torch.half, enabled=not lora):
+            predict(unet, batch, size, 1.0).sum().backward()
+
+    step(1)  # gradients exist from the second pass on
+    return peak_of(lambda: step(3)) - peak_of(lambda: step(2))
+
+
+def finetuning(batch: int, checkpointing: bool, adam_bytes: int) -> float:
+    """GiB of a full fine-tune (train_sd.py): weights, gradients and average in float32, AdamW, activations."""
+    unet = new_unet(torch.float32, lora=False)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+        unet.train()
+    count = sum(weight.numel() for weight in unet.parameters())
+    kept = 4 * count + adam_bytes * count + 4 * FROZEN  # average, moments, autoencoder and text encoder
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.half):
+            predict(unet, batch, 512, 1.0).sum().backward()
+
+    step()  # as above
+    return peak_of(step) + kept / GIB
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Memory of a full fine-tune of SD 1.5.")
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--image_size", type=int, default=512)
-    given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    count = parameters()
-    plain, checkpointed = activations(given.batch_size, given.image_size)
-    fixed = {
-        "UNet weights, float32": 4 * count / GIB,
-        "gradients, float32": 4 * count / GIB,
-        "weight average, float32": 4 * count / GIB,
-        "half-precision copies under autocast": 2 * count / GIB,
-        "autoencoder and text encoder, float32": 4 * FROZEN / GIB,
-    }
-    for name, gib in fixed.items():
-        logger.info("%6.2f GiB  %s", gib, name)
-    for adam, size in (("AdamW", 8), ("8-bit AdamW", 2)):
-        for how, kept in (("all activations", plain), ("checkpointing", checkpointed)):
-            logger.info(
-                "%6.2f GiB  %s (%.2f), %s (%.2f): in all %.1f GiB",
-                *(size * count / GIB + kept, adam, size * count / GIB, how, kept),
-                sum(fixed.values()) + size * count / GIB + kept,
-            )
+    if not torch.cuda.is_available():
+        sys.exit("run it through benchmarks/simulated_gpu.py, or where there is a GPU")
+    presets = {}
+    for name in (DDPO, f"{DDPO}_16gb", f"{DDPO}_24gb", f"{DDPO}_80gb"):
+        train = dgx.get_config(name).train
+        presets[name] = ddpo(train.batch_size * train.timesteps_per_forward, train.gradient_checkpointing)
+        logger.info("%s: %s", name, ", ".join(f"{what} {gib:.2f} GiB" for what, gib in presets[name].items()))
+    for size, lora in ((256, True), (512, True), (768, True), (512, False)):
+        kept = [activations(size, lora, checkpointing) for checkpointing in (False, True)]
+        how = "LoRA" if lora else "all weights"
+        logger.info("%d px, %s: %.2f GiB a UNet input, %.2f with checkpointing", size, how, *kept)
+    for how, adam_bytes in (("AdamW", 8), ("8-bit AdamW", 2)):
+        logger.info("full fine-tune, batches of 4, checkpointing, %s: %.1f GiB", how, finetuning(4, True, adam_bytes))
+    logger.info("%s", json.dumps(presets))
 
 
 if __name__ == "__main__":

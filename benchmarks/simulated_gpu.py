@@ -224,7 +224,7 @@ def install(gpu: SimulatedGPU) -> None:
 
     stand_ins = {
         **dict.fromkeys(("_lazy_init", "empty_cache", "manual_seed", "manual_seed_all", "set_device"), nothing),
-        **dict.fromkeys(("set_rng_state", "set_rng_state_all", "reset_peak_memory_stats"), nothing),
+        **dict.fromkeys(("set_rng_state", "set_rng_state_all"), nothing),
         **dict.fromkeys(("Stream", "Event", "current_stream", "stream"), Stream),
         "is_initialized": lambda: True,
         "current_device": lambda: 0,
@@ -234,6 +234,7 @@ def install(gpu: SimulatedGPU) -> None:
         "get_device_properties": lambda *_: PROPERTIES,
         "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
         "get_rng_state_all": list,
+        "reset_peak_memory_stats": lambda *_: setattr(gpu, "peak", gpu.live),
         "synchronize": lambda *_: gpu.sync("synchronize"),
         "memory_allocated": lambda *_: gpu.live,
         "max_memory_allocated": lambda *_: gpu.peak,

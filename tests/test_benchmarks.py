@@ -36,12 +36,6 @@ def test_stage_one(benchmark):
         benchmark("stage_one", "--images", ROOT / "tests")
 
 
-def test_memory_budget(benchmark):
-    lines = benchmark("memory_budget", "--batch_size", 1, "--image_size", 64)
-    # 859,520,964 float32 numbers
-    assert "3.20 GiB  UNet weights" in lines[0] and sum("in all" in line for line in lines) == 4
-
-
 def test_sampling(benchmark, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     sampling = importlib.import_module("sampling")

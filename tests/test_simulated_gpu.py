@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ pytestmark = [
 LOOPS = ("train", "rollout", "rollout_gradients", "ppo", "optimizer", "ddim_with_logprob", "pipeline_with_logprob")
 
 
-def simulate(*commands: list[object], timeout: float = 500) -> list[dict]:
+def simulate(*commands: list[object], timeout: float = 500, lines: int = 1) -> list[dict]:
     """Run scripts one after another; what was counted of each, with "syncs" in the training loop by function."""
     words = [str(word) for command in commands for word in ("--", *command)][1:]
     environment = {name: value for name, value in (os.environ | ON_CPU).items() if name != "ACCELERATE_USE_CPU"}
@@ -32,7 +33,7 @@ def simulate(*commands: list[object], timeout: float = 500) -> list[dict]:
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     assert result.returncode == 0, result.stderr[-3000:]
     found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"script"')]
-    assert len(found) == len(commands)
+    assert len(found) == lines * len(commands)
     for one in found:
         one["syncs"] = Counter()
         for count, _, place in one["host_syncs"]:
@@ -112,3 +113,21 @@ def test_an_item_in_the_denoising_loop_is_found(config_file, tmp_path):
     fields = {"eval__num_samples_per_prompt": 1, "eval__batch_size": 4, "eval__classifier": "", "sample__num_steps": 2}
     (found,) = simulate([tmp_path / "planted.py", *options(config_file, logdir=tmp_path / "samples", **fields)])
     assert found["syncs"] == {"pipeline_with_logprob": 1 + 2}
+
+
+PROBE = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import memory_budget
+print(json.dumps({{"script": "peaks", "host_syncs": [], "gib": memory_budget.ddpo(4, False)}}))
+"""
+
+
+def test_memory_of_stable_diffusion_is_what_the_documentation_states(tmp_path):
+    """SD 1.5's size, with the 4 samples a minibatch of config/dgx.py."""
+    (row,) = re.findall(r"^\| 4 \(4 GPUs, 16 GB\) \| (.*) \|$", (ROOT / "docs" / "scaling.md").read_text(), re.M)
+    names = ("resident", "update", "rollout", "plain rollout", "decoding")
+    stated = dict(zip(names, map(float, row.split(" | ")), strict=True))
+    (tmp_path / "probe.py").write_text(PROBE)
+    peaks, _ = simulate([tmp_path / "probe.py"], lines=2)
+    assert peaks["gib"] == pytest.approx(stated, abs=0.05)
