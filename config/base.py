@@ -104,8 +104,6 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # PPO clip range of the ratio. Log-probs are *means* over latent dimensions D, so 1e-4 at D = 16,384 (512 px) clips
     # at +-1.64 nats of the true log-ratio; the same at D = 1,024 is 1.6e-3.
     train.clip_range = 1e-4
-    # clip the logarithm of the ratio instead (at ranges as small as here, nearly the same).
-    train.log_hinge = False
     # share of a trajectory's timesteps trained on, chosen at random for each sample.
     train.timestep_fraction = 1.0
     # part of the trajectory that timesteps are chosen from, 0 = noise, 1 = image. (0.0, 1.0) is all of it.

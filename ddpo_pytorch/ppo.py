@@ -10,12 +10,7 @@ from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_mean_std
 
 
 def ppo_loss(
-    log_prob: torch.Tensor,
-    old_log_prob: torch.Tensor,
-    advantages: torch.Tensor,
-    clip_range: float,
-    adv_clip_max: float,
-    log_hinge: bool = False,
+    log_prob: torch.Tensor, old_log_prob: torch.Tensor, advantages: torch.Tensor, clip_range: float, adv_clip_max: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return the negative clipped surrogate, averaged over the batch, and statistics.
 
@@ -24,7 +19,6 @@ def ppo_loss(
         advantages: (B,), clipped to [-adv_clip_max, adv_clip_max].
         clip_range: ratios outside [1 - clip_range, 1 + clip_range] gain nothing further. Log-probs here are means over
             the D latent dimensions, so this bounds the true log-ratio by about D * clip_range nats.
-        log_hinge: clip the log-ratio instead, i.e. 1 + log ratio takes the place of the ratio (PCPO, 2509.25774).
 
     Returns:
         The loss, a scalar, and detached 0-d tensors:
@@ -42,8 +36,7 @@ def ppo_loss(
     advantages = advantages.clamp(-adv_clip_max, adv_clip_max)
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()
-    moved = 1 + log_ratio if log_hinge else ratio
-    loss = torch.maximum(-advantages * moved, -advantages * moved.clamp(1 - clip_range, 1 + clip_range)).mean()
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
 
     with torch.no_grad():
         deviation = (ratio - 1).abs()

@@ -395,8 +395,7 @@ def minibatch_loss(
         scheduler, noise_pred, timesteps, latents, config.sample.eta, prev_sample=next_latents
     )
     old_log_prob = samples.log_probs[sample, step]  # (B,) of the policy that sampled
-    limits = train.clip_range, train.adv_clip_max, train.log_hinge
-    loss, info = ppo_loss(log_prob, old_log_prob, advantages[sample], *limits)
+    loss, info = ppo_loss(log_prob, old_log_prob, advantages[sample], train.clip_range, train.adv_clip_max)
     if train.kl_coef:  # not in ddpo-pytorch: KL to the base model, which is the UNet with its adapters off
         with torch.no_grad(), disabled_lora(run.pipe.unet), run.accelerator.autocast():
             base_pred = predict_noise(run.pipe.unet)

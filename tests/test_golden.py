@@ -308,10 +308,6 @@ def test_no_gradient_beyond_the_clip_range_where_it_would_gain():
     # the first two moved too far in the direction that pays; the last two must still be pulled back
     assert torch.equal(log_prob.grad[:2], torch.zeros(2))
     assert (log_prob.grad[2:].abs() > 0.1).all()
-    log_prob.grad = None
-    inside = torch.tensor([-0.45, 0.0, 0.0, 0.0])  # of a range of 0.099 around 0.1 in the first log-ratio: 0.05
-    ppo_loss(log_prob + inside, old, torch.tensor([2.0, -1.0, -1.0, 1.0]), 0.1, 5, log_hinge=True)[0].backward()
-    torch.testing.assert_close(log_prob.grad, torch.tensor([-0.5, 0.0, 0.25, -0.25]))  # whatever the ratio
 
 
 def test_k3_keeps_its_digits_for_tiny_changes():
