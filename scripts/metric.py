@@ -27,7 +27,9 @@ from ddpo_pytorch.metrics.evaluation import FUNDUS, evaluate, run_networks, writ
 from ddpo_pytorch.metrics.image_sets import named_paths
 from ddpo_pytorch.metrics.inputs import check_request, find_sets, load_tools
 from ddpo_pytorch.metrics.pictures import comparison, contact_sheet
+from ddpo_pytorch.metrics.sanity import sanity_sets
 from ddpo_pytorch.metrics.tables import dig, fundus_table, table1, table2, table3, to_csv, to_latex, to_markdown
+from ddpo_pytorch.report.findings import sanity_table
 from ddpo_pytorch.report.page import write_report
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import locked_by_main, make_accelerator
@@ -38,11 +40,13 @@ from ddpo_pytorch.utils.settings import SEED, check_ranges
 FLAGS = flags.FLAGS
 define_config(__file__, "Metrics of sample folders.")
 flags.DEFINE_bool("report", False, "also write report.html, one page with tables, curves and pictures")
+flags.DEFINE_bool("sanity", False, "also measure degraded real images: what each number notices at this n")
 flags.DEFINE_multi_string("fail_if", [], "exit with code 2 if this holds for the last model: 'APR<0.4', 'FID>30', ...")
 
 logger = logging.getLogger(__name__)
 
 TITLES = {"table1": "Table 1", "table2": "Table 2", "table3": "Table 3", "fundus": "Fundus images"}
+TITLES["sanity"] = "Half of the real images, degraded, against the other half"
 
 
 def make_tables(result: dict) -> dict[str, pd.DataFrame]:
@@ -113,17 +117,24 @@ def measure(accelerator: Accelerator, config: ConfigDict) -> dict:
     sets = find_sets(metric, accelerator)
     tools = load_tools(metric, accelerator, sets)
     run_networks(config, sets, tools, accelerator)
+    if FLAGS.sanity:
+        checked, missing = sanity_sets(sets, Path(metric.cache_dir) / "sanity", config.seed, accelerator)
+        run_networks(config, checked, tools, accelerator)
     accelerator.end_training()
     if not accelerator.is_main_process:
         return {}
 
     result, folders = evaluate(config, tools, sets)
+    if FLAGS.sanity:
+        result["sanity"] = {"missing": missing, "models": evaluate(config, tools, checked)[0]["models"]}
     for line in result["warnings"]:
         logger.warning("%s", line)
     for row in result["comparisons"]:
         if not row["paired"]:
             logger.warning("%s and %s are compared without pairs: %s", row["from"], row["to"], row["reason"])
     tables, output = make_tables(result), Path(metric.output)
+    if FLAGS.sanity:
+        tables["sanity"] = sanity_table(result)[0].reset_index(names="")
     write(output, result, folders, tables)
     print("\n".join(f"{TITLES[name]}\n\n{to_markdown(table)}" for name, table in tables.items()))
     if FLAGS.report:
@@ -138,6 +149,8 @@ def main(_) -> None:
     config = expand_config(FLAGS.config, "metric.output", "metric.cache_dir")
     check_ranges(config, {"seed": SEED})
     check_request(config.metric)
+    if FLAGS.sanity and not config.metric.real_path:
+        raise UserError("--sanity degrades real images, and metric.real_path is empty; give their folder")
     accelerator = make_accelerator("no", config.allow_tf32, process_timeout=config.process_timeout)
     with locked_by_main(accelerator, config.metric.output, "another metric.output"):
         result = measure(accelerator, config)

@@ -107,8 +107,8 @@ def fields(sets, lively_judge, tmp_path):
 def measured(config_file, fields, run_main, tmp_path):
     """Function of overrides: metrics.json of these folders, of one model unless they name others."""
 
-    def run(fail_if=(), **overrides) -> dict:
-        run_main("metric.py", config_file, fail_if, **fields(**{"compare_path": ""} | overrides))
+    def run(fail_if=(), sanity=False, **overrides) -> dict:
+        run_main("metric.py", config_file, fail_if, sanity, **fields(**{"compare_path": ""} | overrides))
         return read(tmp_path / "out")
 
     return run

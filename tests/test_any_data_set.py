@@ -14,8 +14,11 @@ from test_classifier_training import STATES
 from ddpo_pytorch.data.images import load_image, save_image
 from ddpo_pytorch.data.metadata import of_caption, read_metadata
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
+from ddpo_pytorch.metrics.sanity import CHANGES, HALF, halves
 from ddpo_pytorch.metrics.subgroups import largest_gap
-from ddpo_pytorch.report.findings import group_tables
+from ddpo_pytorch.metrics.tables import number
+from ddpo_pytorch.report.findings import group_tables, sanity_table
+from ddpo_pytorch.report.page import write_report
 from ddpo_pytorch.utils.errors import UserError
 
 pytest_plugins = ["script_tools", "sample_sets"]
@@ -31,9 +34,9 @@ def draw(bright: bool, striped: bool, generator: torch.Generator) -> torch.Tenso
 def write_folder(folder, count: int, seed: int, **columns):
     """A folder of `count` images of each text, in a subfolder, and its metadata.csv with these other columns."""
     generator, rows = torch.Generator().manual_seed(seed), []
-    for number in range(4 * count):
-        bright, striped = divmod(number % 4, 2)
-        name = f"part/{seed}_{number}.png"
+    for place in range(4 * count):
+        bright, striped = divmod(place % 4, 2)
+        name = f"part/{seed}_{place}.png"
         save_image(folder / name, draw(bright, striped, generator))
         text = f"an image, {'bright' if bright else 'dark'} and {'striped' if striped else 'plain'}"
         rows.append({"file_name": name, "text": text, "bright": bright, "striped": striped})
@@ -148,6 +151,39 @@ def test_the_largest_gap_is_found_and_chance_is_told_apart():
     assert found["gap"].low < 0.4 < found["gap"].high and found["p"] < 0.01 > test.pvalue
     assert np.mean([largest_gap(rng.permutation(values), names, s)["p"] < 0.1 for s in range(40)]) < 0.3
     assert largest_gap(values[:3], np.array(["x", "x", "y"]), 0)["gap"].value is None
+
+
+def test_degraded_real_images_are_noticed(measure, plain, tmp_path):
+    """Each change moves what it should; copies and training images are exactly what they are said to be."""
+    train = write_folder(tmp_path / "train", 5, 9)
+    result = measure(sanity=True, train_path=train)
+    models = result["sanity"]["models"]
+    assert list(models) == [HALF, *CHANGES, "duplicates", "training images"] and result["sanity"]["missing"] == {}
+    flaws = {name: model["folders"][0] for name, model in models.items()}
+    assert {flaws[name]["images"] for name in models} == {12}
+    assert [flaws[name]["identical_images"] for name in (HALF, "duplicates")] == [0, 4]
+    assert [flaws[name]["copies_of_training_images"] for name in (HALF, "training images")] == [0, 12]
+    assert models["training images"]["memorisation"]["judge"]["authenticity"]["value"] == 0
+    distances = {name: model["fidelity"]["judge"]["matched"]["FID"]["value"] for name, model in models.items()}
+    assert distances["blur"] > 1.2 * distances[HALF] and distances["training images"] > 0
+    table, moves = sanity_table(result)
+    assert table.loc["FID (judge)", HALF] == number(models[HALF]["fidelity"]["judge"]["matched"]["FID"], ".4g")
+    base, now = (models[name]["alignment"]["H2"]["APR"] for name in (HALF, "blur"))
+    assert moves.loc["APR (%)", "blur"] == pytest.approx(
+        2 * (now["value"] - base["value"]) / (base["high"] - base["low"])
+    )
+    assert (tmp_path / "out" / "sanity.csv").is_file() and (moves[HALF] == 0).all()
+    page = write_report(tmp_path, result, {}, []).read_text()
+    assert "What these numbers notice" in page and page.count("data:image/svg") == 1
+    with pytest.raises(UserError, match="metric.real_path is empty"):
+        measure(sanity=True, real_path="")
+
+
+def test_halves_share_no_image_and_hold_equally_many_of_each_prompt():
+    groups = np.array([0, 1, 0, 0, 2, 1, 1, 0, 1])
+    first, second = halves(groups, 3)
+    assert not set(first) & set(second) and groups[first].tolist().count(0) == 2
+    assert sorted(groups[first]) == sorted(groups[second]) == [0, 0, 1, 1]
 
 
 @pytest.mark.slow

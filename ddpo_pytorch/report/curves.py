@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator
@@ -108,6 +109,20 @@ def curves(runs: Mapping[str, Sequence[Mapping]]) -> list[Plot]:
     return plots
 
 
+def heatmap(moves: pd.DataFrame, title: str) -> Plot:
+    """Return a figure of numbers by row and column, blue below 0, red above it, of full colour from 5 on."""
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(4 + 0.5 * moves.shape[1], 1.4 + 0.24 * len(moves)), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(moves.to_numpy(float), cmap="RdBu_r", vmin=-5, vmax=5, aspect="auto")
+        axes.set_xticks(range(moves.shape[1]), moves.columns, rotation=30, ha="right")
+        axes.set_yticks(range(len(moves)), moves.index)
+        figure.colorbar(image, label="half-widths", extend="both")
+        source = _svg(figure)
+    rows = (f"{name}: {row.abs().idxmax()} {row[row.abs().idxmax()]:+.1f}" for name, row in moves.iterrows())
+    return Plot(title, source, f"{title}. Largest of each row: {'; '.join(rows)}")
+
+
 def _draw(found: Mapping[str, np.ndarray]) -> str:
     """Return the figure as a data URI of an SVG; its bytes depend on the points alone."""
     with matplotlib.rc_context(STYLE):
@@ -124,6 +139,10 @@ def _draw(found: Mapping[str, np.ndarray]) -> str:
         axes.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
         if len(found) > 1:
             axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8, handlelength=3)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

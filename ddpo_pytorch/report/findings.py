@@ -253,6 +253,41 @@ def group_tables(result: Mapping) -> dict[str, pd.DataFrame]:
     return {column: frame.loc[:, ~frame.isin(["", NOT_AVAILABLE]).all()] for column, frame in frames.items()}
 
 
+def sanity_table(result: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return each number of each degraded set as text, and how far it moved in half-widths of its interval undegraded.
+
+    "*" marks a number whose interval does not overlap that of the undegraded half.
+    """
+    models = result["sanity"]["models"]
+    first = next(iter(models.values()))
+    columns = [(f"{measure_of(result)} (%)", ("alignment", "{judge}", measure_of(result)), ".1f", 100)]
+    for space in first.get("fidelity") or {}:
+        columns += [
+            (
+                f"{title[:-2]} ({space})" if title[-2] == " " else f"{title} ({space})",
+                ("fidelity", space, "matched", *path),
+                *form,
+            )
+            for title, path, *form in FIDELITY
+        ]
+    columns += [("LPIPS", ("perception", "LPIPS"), ".3f", 1), *((*one, 1) for one in _spread({"models": models}))]
+    for space in first.get("memorisation") or {}:
+        columns += [(f"Closer (%), {space}", ("memorisation", space, "share_closer"), ".1f", 100)]
+        columns += [(f"Authentic (%), {space}", ("memorisation", space, "authenticity"), ".1f", 100)]
+    judge, texts, moves = next(iter(first["alignment"])), defaultdict(dict), defaultdict(dict)
+    for title, path, form, scale in columns:
+        path = [judge if key == "{judge}" else key for key in path]
+        base = dig(first, *path)
+        for name, model in models.items():
+            value, bracket, ends = number(now := dig(model, *path), form, scale).partition(" [")
+            if isinstance(now, Mapping) and None not in (now["low"], base["low"]) and base["low"] < base["high"]:
+                moves[title][name] = (now["value"] - base["value"]) / (base["high"] - base["low"]) * 2
+                value += "*" * (now["low"] > base["high"] or now["high"] < base["low"])
+            texts[title][name] = value + bracket + ends
+    table = pd.DataFrame.from_dict(texts, orient="index")
+    return table[(table != NOT_AVAILABLE).any(axis=1)], pd.DataFrame.from_dict(moves, orient="index")
+
+
 def nearness_table(result: Mapping) -> pd.DataFrame:
     """Return diversity within prompts, and nearness to training images."""
     parts = sides(result)

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ddpo_pytorch.data.sample_folder import title_of
 from ddpo_pytorch.metrics.tables import NOT_AVAILABLE, dig, number, table1, table2
 from ddpo_pytorch.report import findings
-from ddpo_pytorch.report.curves import curves, read_config, read_runs
+from ddpo_pytorch.report.curves import curves, heatmap, read_config, read_runs
 from ddpo_pytorch.report.pictures import Album, Samples, rarest_first
 from ddpo_pytorch.utils.files import atomic_write
 
@@ -68,6 +68,7 @@ def page_content(result: Mapping, samples: Samples, runs: Sequence[Path]) -> dic
     shown += sum(pair["training"] is not None for *_, pairs in sheets for pair in pairs)
     configs = {Path(run).name: config for run in runs if (config := read_config(run))}
     quality, fundus = result["settings"]["quality"], result.get("kind") == "fundus"
+    sanity, moves = findings.sanity_table(result) if "sanity" in result else (None, None)
     return {
         "result": result,
         "models": models,
@@ -79,6 +80,8 @@ def page_content(result: Mapping, samples: Samples, runs: Sequence[Path]) -> dic
         "table1": table1(models, real, quality, result["settings"]["image_shape"]) if quality else None,
         "table2": table2(models, real, counts) if result["subject"] == "dermoscopic" else None,
         "curves": curves(read_runs(runs)),
+        "sanity": sanity,
+        "heatmap": None if sanity is None else heatmap(moves, "Change by degradation, in half-widths of the interval"),
         "grids": grids,
         "open_grids": OPEN_GRIDS,
         "all_prompts": len(captions),

@@ -1,0 +1,96 @@
+"""What the numbers notice at this number of images: half of the real images, degraded, against the other half."""
+
+import dataclasses
+import io
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torchvision.transforms.functional as tvf
+from accelerate import Accelerator
+from PIL import Image, ImageFilter
+
+from ddpo_pytorch.data.images import read_rgb, save_picture
+from ddpo_pytorch.data.sample_folder import list_samples
+from ddpo_pytorch.metrics.image_sets import ImageSet
+from ddpo_pytorch.metrics.inputs import Sets
+from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import sha256
+
+HALF = "half against half"
+
+
+def _jpeg(image: Image.Image) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=10)
+    return Image.open(buffer).convert("RGB")
+
+
+def _crop(image: Image.Image) -> Image.Image:
+    return tvf.resize(tvf.center_crop(image, [round(0.8 * side) for side in image.size[::-1]]), image.size[::-1])
+
+
+CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "blur": lambda image: image.filter(ImageFilter.GaussianBlur(image.width / 64)),
+    "JPEG": _jpeg,
+    "hue shift": lambda image: tvf.adjust_hue(image, 0.1),
+    "crop": _crop,
+}
+
+
+def halves(groups: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return indices of two random halves of images with equally many of each prompt; an odd image is left out."""
+    parts: tuple[list[int], list[int]] = ([], [])
+    for group in np.unique(groups):
+        order = np.random.default_rng([seed, int(group), 8]).permutation(np.flatnonzero(groups == group))
+        for half, part in enumerate(parts):
+            part += order[half::2][: len(order) // 2].tolist()
+    return np.sort(parts[0]), np.sort(parts[1])
+
+
+def select(images: ImageSet, indices: Sequence[int]) -> ImageSet:
+    """Return the set of these images, before networks have run."""
+    columns = {name: getattr(images, name) for name in ("paths", "captions", "digests", "table")}
+    chosen = {name: tuple(column[i] for i in indices) for name, column in columns.items() if column}
+    return dataclasses.replace(images, **chosen, lacking=(), rows={}, pairs={})
+
+
+def sanity_sets(sets: Sets, folder: Path, seed: int, accelerator: Accelerator) -> tuple[Sets, dict[str, str]]:
+    """Return half of the real images as "models", as they are and changed, the other half as real; and what is missing.
+
+    Changed images are written to `folder` by the main process: blur (sigma of 1/64 of the width), JPEG (quality 10),
+    hue (a tenth of the circle), the middle 80 % of each side, "duplicates" (of each prompt the first half of the images
+    twice) and, where training images have captions, as many "training images" of each prompt as there are.
+    """
+    reference, own = (select(sets.real, part) for part in halves(sets.real.groups, seed))
+    if len(own) < 2:
+        raise UserError(f"--sanity needs 2 real images of a caption, {str(sets.real.folder)!r} has too few")
+    jobs, missing = {name: (list(own.paths), range(len(own)), change) for name, change in CHANGES.items()}, {}
+    twice = {int(g): np.flatnonzero(own.groups == g) for g in np.unique(own.groups)}
+    first = {i: part[n % ((len(part) + 1) // 2)] for part in twice.values() for n, i in enumerate(part.tolist())}
+    jobs["duplicates"] = [own.paths[first[i]] for i in range(len(own))], range(len(own)), lambda image: image
+    if sets.train is not None:
+        known = defaultdict(list)
+        with suppress(UserError):  # a folder of images without captions
+            for path, caption in list_samples(sets.train.folder):
+                known[caption].append(path)
+        pairs = [(known[c].pop(0), i) for i, c in enumerate(own.captions) if known[c]]
+        if pairs:
+            jobs["training images"] = [path for path, _ in pairs], [i for _, i in pairs], lambda image: image
+        else:
+            missing["training images"] = "metric.train_path has none of the captions; give images/<caption>/ or a table"
+    models = {HALF: [own]}
+    for name, (sources, places, change) in jobs.items():
+        chosen, place = select(own, places), folder / name.replace(" ", "_")
+        stems = [f"{group}/{path.stem}.png" for group, path in zip(chosen.groups, chosen.paths, strict=True)]
+        if accelerator.is_main_process:
+            for source, stem in zip(sources, stems, strict=True):
+                (place / stem).parent.mkdir(parents=True, exist_ok=True)
+                save_picture(place / stem, change(read_rgb(source)))
+        accelerator.wait_for_everyone()
+        paths = tuple(place / stem for stem in stems)
+        digests = tuple(map(sha256, paths))
+        models[name] = [dataclasses.replace(chosen, folder=place, paths=paths, digests=digests, entries={})]
+    return Sets(models, reference, sets.train, sets.pairs and own), missing
