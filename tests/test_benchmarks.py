@@ -2,11 +2,13 @@
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
-from launching import ROOT
+from launching import ON_CPU, ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -56,3 +58,12 @@ def test_training(benchmark):
     figures = json.loads(lines[-1])
     assert set(figures["ratio"]) >= {"rollout", "update", "epoch", "memory"} and min(figures["ratio"].values()) > 0
     assert figures["unet_inputs"] == 4 and figures["set"][-1] == "train.batch_size=1"
+
+
+def test_gpu_script_without_a_gpu(tmp_path):
+    file = tmp_path / "gpu.json"
+    subprocess.run(["bash", "benchmarks/gpu.sh", "--simulate", file], cwd=ROOT, env=os.environ | ON_CPU, check=True)
+    found = json.loads(file.read_text())
+    assert set(found) == {"speed default", "speed train.gradients_while_sampling=False", "training"}
+    assert found["speed default"]["ratio"]["epoch"] > 0 and len(found["training"]) == 2
+    assert all(0 < epoch["reward_mean"] < 1 and epoch["first_ratio_deviation"] == 0 for epoch in found["training"])

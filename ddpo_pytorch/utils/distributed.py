@@ -108,8 +108,8 @@ def make_accelerator(
     if on_cpu:  # after Accelerate, which may set a number of its own
         share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, min(share, thread_limit())))
-    place = f"{torch.get_num_threads()} CPU threads" if on_cpu else torch.cuda.get_device_name(accelerator.device)
-    logger.info("%d processes of %s, mixed_precision %s", accelerator.num_processes, place, mixed_precision)
+    place = f"CPU, threads {torch.get_num_threads()}" if on_cpu else torch.cuda.get_device_name(accelerator.device)
+    logger.info("processes %d, each on %s, mixed_precision %s", accelerator.num_processes, place, mixed_precision)
     return accelerator
 
 
