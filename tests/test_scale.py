@@ -250,3 +250,49 @@ def test_the_first_version_of_fsdp_is_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="fsdp_version: 2"):
         make_accelerator("no", may_shard=True)
+
+
+FAULTY = """
+import os, runpy, signal, sys
+sys.path.insert(0, os.getcwd())
+from ddpo_pytorch.training.run_state import RunState
+write = RunState.write
+def write_or_die(state, entry):
+    mark = os.path.join(os.path.dirname(__file__), "killed")
+    if entry["epoch"] == 1 and os.environ["RANK"] == "1" and not os.path.exists(mark):
+        open(mark, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(state, entry)
+RunState.write = write_or_die
+runpy.run_path("scripts/train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_two_agents_restart_a_killed_worker_and_resume(settings, tmp_path):
+    """torchrun on two nodes of a process each; a worker is killed in the second epoch."""
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=1"]
+    launch += [
+        "--rdzv_backend=c10d",
+        "--rdzv_id=run",
+        f"--rdzv_endpoint=127.0.0.1:{free_port()}",
+        "--monitor_interval=1",
+    ]
+    command = [*launch, tmp_path / "faulty.py", *as_flags(settings, sample__num_steps=2)]
+    agents = []
+    for number in range(2):
+        with (tmp_path / f"agent_{number}.log").open("w") as log:
+            agents.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | ON_CPU, stdout=log, stderr=log))
+    try:
+        assert [agent.wait(timeout=400) for agent in agents] == [0, 0], (tmp_path / "agent_0.log").read_text()[-3000:]
+    finally:
+        for agent in agents:
+            agent.terminate()
+    epochs = [
+        json.loads(line)["epoch"] for line in (tmp_path / "logs" / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert epochs == [0, 1]
+    assert (tmp_path / "killed").exists() and "resumed from" in "".join(
+        (tmp_path / f"agent_{number}.log").read_text() for number in range(2)
+    )
