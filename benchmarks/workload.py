@@ -187,7 +187,7 @@ class Ours:
 
 
 def draw(config: ConfigDict, epoch: int) -> tuple[list[str], list]:
-    """Prompts of an epoch, and what the reward is told about them."""
+    """Prompts of an epoch, and their metadata for the reward."""
     count = config.sample.batch_size * config.sample.num_batches_per_epoch
     return draw_prompts(get_prompt_fn(config.prompt_fn), config.seed, epoch, count)
 

@@ -43,7 +43,7 @@ class Row:
 
     @property
     def good(self) -> bool:
-        """Whether the column `quality`, if there is one, does not call the image degraded."""
+        """Return True unless a column `quality` calls the image degraded."""
         return tables.number(self.fields.get("quality") or "3") == 3
 
 

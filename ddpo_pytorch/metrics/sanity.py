@@ -1,4 +1,4 @@
-"""What the numbers notice at this number of images: half of the real images, degraded, against the other half."""
+"""Measure what the numbers notice at this number of images: half of the real ones, degraded, against the other half."""
 
 import dataclasses
 import io
