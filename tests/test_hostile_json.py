@@ -219,11 +219,12 @@ def test_adapter_configurations_of_another_kind_are_refused(tmp_path):
 
 
 def test_rounds_are_read_up_to_the_first_that_is_missing(tmp_path):
-    entry, path = dict.fromkeys(RoundMetrics.__dataclass_fields__, 0.5), tmp_path / "rounds.jsonl"
+    path = tmp_path / "rounds.jsonl"
+    entry = dict.fromkeys(RoundMetrics.__dataclass_fields__, 0.5) | {"guards": {"vessels": [0.1, 0.02]}}
     path.write_text("".join(json.dumps(entry | {"round": number}) + "\n" for number in (0, 1, 3)))
     assert len(read_history(path)) == 2
-    for bad in ("[" * 10**5, json.dumps(entry | {"round": "0"}), json.dumps(entry | {"round": 0, "kid": None})):
-        path.write_text(bad + "\n")
+    for bad in ({"round": "0"}, {"round": 0, "kid": None}, {"round": 0, "guards": {"vessels": [0.1]}}, None):
+        path.write_text((json.dumps(entry | bad) if bad else "[" * 10**5) + "\n")
         with refused(path):
             read_history(path)
 

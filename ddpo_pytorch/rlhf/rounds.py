@@ -230,7 +230,7 @@ def rounds_table(history: Sequence[RoundMetrics]) -> str:
 
 def read_history(path: Path) -> list[RoundMetrics]:
     """Return the metrics of rounds.jsonl, up to the first missing round."""
-    shape = {"round": COUNT} | {name: float for name in RoundMetrics.__dataclass_fields__} | {"guards": {str: [float]}}
+    shape = dict.fromkeys(RoundMetrics.__dataclass_fields__, float) | {"round": COUNT, "guards": {str: (float, float)}}
     measured: dict[int, RoundMetrics] = {}
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
         entry = parse_json(line, shape, f"{str(path)!r} line {number}", "remove that line, to measure its round again")
