@@ -65,7 +65,8 @@ def extract(accelerator: Accelerator, config: ConfigDict) -> None:
         vae = load_pipeline(config.pretrained.model, config.pretrained.revision, device=accelerator.device).vae
     if accelerator.is_main_process:
         claimed = settings | {"limit": dataset.limit, "vae_sha256": fingerprint(vae) if vae is not None else ""}
-        about = {"phantoms": (Path(images) / WORLD).is_file()}  # drawn, and to be called so in pictures
+        # drawn images are to be called so in pictures; worlds of skin have theirs in a folder images/
+        about = {"phantoms": any((place / WORLD).is_file() for place in (Path(images), Path(images).absolute().parent))}
         about |= {"csv": dataset.csv, "model": config.pretrained.model, "missing": missing}
         claim_folder(folder, claimed, about)
     accelerator.wait_for_everyone()

@@ -194,6 +194,8 @@ def generate(accelerator: Accelerator, config: ConfigDict) -> None:
 
 def main(_) -> None:
     config = expand_config(FLAGS.config, "logdir", "pretrained.model", "improve.judges")
+    if FLAGS.n > 1 and not FLAGS.prompt:
+        raise UserError(f"--n={FLAGS.n} counts images of --prompt, which is not given; set improve.images_per_prompt")
     if FLAGS.prompt:
         config.eval.prompts, config.improve.images_per_prompt = tuple(FLAGS.prompt), FLAGS.n
         config.logdir = str(Path(config.logdir) / folder_name("; ".join(FLAGS.prompt)))

@@ -107,7 +107,7 @@ def run_in_process(name: str, config_file: Path, fail_if=(), sanity=False, **fie
     config = load_module(config_file).get_config()
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in fields.items()})
     module = load_module(ROOT / "scripts" / name)
-    given = {"report": False, "sanity": sanity, "fail_if": fail_if, "launch": "", "prompt": []}
+    given = {"report": False, "sanity": sanity, "fail_if": fail_if, "launch": "", "prompt": [], "n": 1}
     module.FLAGS = SimpleNamespace(config=config, **given)
     threads = torch.get_num_threads()
     try:

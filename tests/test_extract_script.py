@@ -130,13 +130,14 @@ def test_images_that_appear_and_disappear(table, extract, tmp_path, monkeypatch)
 
 
 def test_images_of_a_drawn_world_are_called_phantoms(table, extract, tmp_path):
-    for world, title in ((False, "real"), (True, "phantoms")):
-        if world:
-            (table / "world.json").write_text("{}")
-        extract(pretrained__model="", logdir=str(tmp_path / title))
-        samples = list_samples(tmp_path / title)
-        assert title_of("real", samples) == title and title_of("SD", samples) == "SD"
-    (table / "world.json").unlink()
+    for number, place in enumerate((None, table, table.parent)):  # worlds of skin have their images in images/
+        if place:
+            (place / "world.json").write_text("{}")
+        extract(pretrained__model="", logdir=str(tmp_path / str(number)))
+        samples = list_samples(tmp_path / str(number))
+        assert title_of("real", samples) == ("phantoms" if place else "real") and title_of("SD", samples) == "SD"
+        if place:
+            (place / "world.json").unlink()
 
 
 def test_extract_without_a_model_writes_images_once_and_repairs_them(extract, tmp_path):
