@@ -99,8 +99,7 @@ class Guards:
         found = {}
         if self.network:
             features = features_of(self.network, images, self.batch_size)
-            distance = kernel_distance(self.features, features, self.seed)
-            found[f"KID ({self.network.arch})"] = [distance.value, (distance.high - distance.low) / (2 * 1.96)]
+            found[f"KID ({self.network.arch})"] = [*_kid(self.features, features, self.seed)]
         for column, title in enumerate(("vessels", "one disc") if self.anatomy else ()):
             own, real = _anatomy(images)[:, column], self.real[:, column]
             scale = max(real.std(), 1e-3)
@@ -114,6 +113,17 @@ class Guards:
 def _anatomy(images: torch.Tensor) -> np.ndarray:
     """Return the contrast of vessels and whether there is one disc (N, 2) of uint8 images (N, 3, H, W)."""
     return np.array([[vessel_contrast(one), has_one_disc(one)] for one in images.permute(0, 2, 3, 1).numpy()], float)
+
+
+def _kid(real: np.ndarray, features: np.ndarray, seed: int) -> tuple[float, float]:
+    """Return KID of features (M, D) and (N, D) and its standard error. Raises UserError where it has none."""
+    distance = kernel_distance(real, features, seed)
+    if distance.high is None:  # an error of 0 would call every rise of KID a collapse
+        raise UserError(
+            f"KID of {len(features)} drawn and {len(real)} real images has no standard error; it needs 4 of each: "
+            "raise improve.held_out_images, or give more images in improve.held_out_csv"
+        )
+    return distance.value, (distance.high - distance.low) / (2 * 1.96)
 
 
 def draw_fixed(sampler: Sampler, prompts: Sequence[str], count: int, seed: int, batch_size: int) -> torch.Tensor:
@@ -158,12 +168,7 @@ def assess(
         aligned.append(policy.score(pixels, prompts[start : start + batch_size]).cpu())
     quality, aligned = torch.cat(quality).double(), torch.cat(aligned).double()
     passed = selector.accepts(quality).double()
-    distance = kernel_distance(real, features_of(selector, images, batch_size), seed)
-    if distance.high is None:  # an error of 0 would call every rise of KID a collapse
-        raise UserError(
-            f"KID of {len(images)} drawn and {len(real)} real images has no standard error; it needs 4 of each: raise "
-            "improve.held_out_images, or give more images in improve.held_out_csv"
-        )
+    kid, kid_error = _kid(real, features_of(selector, images, batch_size), seed)
     pairs = torch.tensor([i for i in range(1, len(prompts)) if prompts[i] == prompts[i - 1]])
     similar = [ms_ssim(images[part - 1].float() / 255, images[part].float() / 255) for part in pairs.split(batch_size)]
     return RoundMetrics(
@@ -171,8 +176,8 @@ def assess(
         selector=quality.mean().item(),
         pass_rate=passed.mean().item(),
         policy=aligned.mean().item(),
-        kid=distance.value,
-        kid_error=(distance.high - distance.low) / (2 * 1.96),
+        kid=kid,
+        kid_error=kid_error,
         ms_ssim=torch.cat(similar).mean().item(),
         images=len(images),
         guards=guards(images),
