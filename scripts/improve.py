@@ -5,7 +5,8 @@
 A round draws a best-of-N pool (scripts/generate.py), then changes the generator by each of `improve.methods` in turn:
 "finetune" on the chosen images, weighted by the Policy's scores and mixed with real ones (scripts/train_sd.py); "ddpo"
 with the reward fundus_alignment (scripts/train.py). Held-out judges then score images of fixed noise; KID to real
-images and diversity are measured as well. A collapse in any of these ends the run with a warning.
+images and diversity are measured as well. A collapse in any of these ends the run with a warning. The control without
+any training, the first generator at other guidance scales (`improve.control_guidance`), stands next to the rounds.
 
 The scripts run as separate commands; --launch="accelerate launch --num_processes 8" sets how. Every round's model is a
 folder that eval.py and train.py open. Rerun the same command to resume.
@@ -40,8 +41,8 @@ from ddpo_pytorch.training.setup import batch_sizes, check_training
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import DTYPES
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.files import JsonLines, atomic_folder, atomic_write, locked, sha256
-from ddpo_pytorch.utils.settings import BELOW_ONE, NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, Range, check_ranges
+from ddpo_pytorch.utils.files import JsonLines, atomic_folder, atomic_write, locked, sha256, write_json
+from ddpo_pytorch.utils.settings import BELOW_ONE, FINITE, NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, Range, check_ranges
 
 FLAGS = flags.FLAGS
 define_config(__file__, "experiment, e.g. config/fundus.py:improve")
@@ -70,6 +71,8 @@ def check_settings(config: ConfigDict) -> None:
             raise UserError(f"improve.methods has {name!r}; allowed are one or more of {', '.join(METHODS)}")
     check_ranges(config, SAMPLING | {"eval.batch_size": ONE_OR_MORE})
     check_ranges(improve, RANGES, "improve.")
+    for scale in improve.control_guidance:
+        check_ranges({"control_guidance": scale}, {"control_guidance": FINITE}, "improve.")
     if "ddpo" in improve.methods:
         check_training(config)
         batch_sizes(config.sample, config.train, processes=1)
@@ -119,18 +122,25 @@ class Rounds:
                     save_model(pipe, temporary)
             model = outcome
 
-    def measure(self, number: int) -> rounds.RoundMetrics:
+    def measure(self, number: int, guidance_scale: float, grid_name: str = "grid.png") -> rounds.RoundMetrics:
         """Draw images of the fixed noise with the model after round `number`, save a grid, and assess them."""
         config, sample, count = self.config, self.config.sample, self.improve.held_out_images
         dtype, size = DTYPES[config.mixed_precision], config.eval.batch_size
         pipe = load_pipeline(str(self.model(number)), config.pretrained.revision, "", dtype, self.device)
-        sampler = Sampler(pipe, sample.scheduler, sample.num_steps, sample.eta, sample.guidance_scale)
+        sampler = Sampler(pipe, sample.scheduler, sample.num_steps, sample.eta, guidance_scale)
         images = rounds.draw_fixed(sampler, self.prompts, count, config.seed, size)
         grid = image_grid(images[::count][: 2 * GRID_COLUMNS].float() / 255, GRID_COLUMNS)  # one image a prompt
-        save_picture(self.folder(number) / "grid.png", grid, SYNTHETIC)
+        save_picture(self.folder(number) / grid_name, grid, SYNTHETIC)
         prompts = [prompt for prompt in self.prompts for _ in range(count)]
         judges = self.selector, self.policy
         return rounds.assess(images, prompts, *judges, self.real, config.seed, size, self.guards)
+
+    def control(self, guidance_scale: float) -> rounds.RoundMetrics:
+        """Assess the initial generator at another guidance scale, or return what an earlier run measured."""
+        path = self.folder(0) / f"guidance_{guidance_scale:g}.json"
+        if not path.is_file():
+            write_json(path, vars(self.measure(0, guidance_scale, f"{path.stem}.png")))
+        return rounds.read_metrics(path)
 
     def _finetune(self, number: int, model: Path) -> Path:
         """Train on the chosen images of a best-of-N pool, weighted by score, mixed with real ones."""
@@ -201,16 +211,18 @@ def main(_) -> None:
     check_settings(config)
     rounds.check_independent(config.improve.judges, config.improve.held_out_judges)
     improve, output, run = config.improve, Path(config.improve.output), Rounds(config)
+    guidance = config.sample.guidance_scale
     with locked(output):
         claim_folder(output, rounds.round_settings(config), {"model": config.pretrained.model})
         log = JsonLines(output / LOG, keep=improve.rounds + 1, counter="round")
         history = rounds.read_history(output / LOG)
+        controls = {scale: run.control(scale) for scale in improve.control_guidance if scale != guidance}
         for number in range(improve.rounds + 1):
             done_before = number < len(history)
             if not done_before:
                 if number:
                     run.train(number)
-                history.append(run.measure(number))
+                history.append(run.measure(number, guidance))
                 log.write({"round": number} | vars(history[-1]))
             found = ", ".join(f"{title} {cell}" for title, cell in history[number].cells().items())
             logger.info("round %d: %s%s", number, found, " (done before)" if done_before else "")
@@ -222,8 +234,12 @@ def main(_) -> None:
             temporary.unlink()
             temporary.symlink_to(os.path.relpath(run.model(best), output), target_is_directory=True)
         with atomic_write(output / "rounds.md") as temporary:
-            temporary.write_text(rounds.rounds_table(history))
-    print(rounds.rounds_table(history))  # the product of this command
+            temporary.write_text(rounds.rounds_table(history, controls))
+    print(rounds.rounds_table(history, controls))  # the product of this command
+    for scale, control in controls.items():
+        if control.alignment >= history[best].alignment:
+            found = scale, control.alignment, best, history[best].alignment
+            logger.warning("guidance %g without training scores %.3f, no less than round %d (%.3f)", *found)
     logger.info("models, pools and metrics of all rounds are in %s; best/ is round %d", output, best)
 
 

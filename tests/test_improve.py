@@ -281,12 +281,18 @@ def test_rounds_resume(run, fields, tmp_path, monkeypatch, capsys, caplog):
     assert [entry["round"] for entry in entries] == [0, 1] and entries[0]["alignment"] != entries[1]["alignment"]
     assert (output / "rounds.md").read_text() in capsys.readouterr().out
     assert (output / "best" / "model_index.json").is_file()
+    # the control: the same noise and judges, no training, another guidance; measured once
+    control = json.loads((output / "round_0/guidance_3.json").read_text())
+    assert control.keys() == entries[0].keys() - {"round"} and control["policy"] != entries[0]["policy"]
+    titles = [line.split("|")[1].strip() for line in (output / "rounds.md").read_text().splitlines()[2:]]
+    assert titles == ["0", "base, guidance 3", "1"]
+    (output / "round_0/guidance_3.json").write_text(json.dumps(control | {"alignment": 0.987}))
     # killed in the last step of round 1
     (output / "rounds.jsonl").write_text(json.dumps(entries[0]) + "\n")
     shutil.rmtree(output / "round_1" / "model")
     pool = (output / "round_1" / "pool" / "image_log.json").stat().st_mtime_ns
     run("improve.py", improve__methods=("finetune", "ddpo"))
-    assert caplog.text.count("done before") == 1
+    assert caplog.text.count("done before") == 1 and "guidance 3 without training scores 0.987" in caplog.text
     assert (output / "round_1/pool/image_log.json").stat().st_mtime_ns == pool
     assert [json.loads(line) for line in (output / "rounds.jsonl").read_text().splitlines()] == entries
 
@@ -295,6 +301,7 @@ def test_settings_out_of_range(run, fields, tmp_path):
     for changes, message in (
         ({"improve__methods": ("sft",)}, "improve.methods.*'sft'"),
         ({"improve__rounds": 0}, "improve.rounds.*0"),
+        ({"improve__control_guidance": (3.0, "x")}, "improve.control_guidance.*'x'"),
         ({"improve__csv": ""}, "improve.csv"),
         ({"unet_path": "unet.safetensors"}, "unet_path.*pretrained.model"),
         (

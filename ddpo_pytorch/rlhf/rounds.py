@@ -6,7 +6,7 @@ kernel distance to real images and diversity show whether a higher score comes f
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,11 @@ from ddpo_pytorch.sampling import Sampler
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
-from ddpo_pytorch.utils.json_files import COUNT, parse_json
+from ddpo_pytorch.utils.json_files import COUNT, parse_json, read_json
 from ddpo_pytorch.utils.randomness import Stream, derived_seed, text_number
 
 CONTENTS = ("judges", "held_out_judges", "csv", "held_out_csv")  # compared by content, wherever they are
+FREE = ("output", "rounds", "control_guidance")  # without effect on a round
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class RoundMetrics:
             **{title: f"{value:.3g} ± {error:.2g}" for title, (value, error) in self.guards.items()},
             "images": str(self.images),
         }
+
+
+SHAPE = dict.fromkeys(RoundMetrics.__dataclass_fields__, float) | {"guards": {str: (float, float)}}
 
 
 @torch.no_grad()
@@ -228,25 +232,36 @@ def best_round(history: Sequence[RoundMetrics], tolerance: float, kid_tolerance:
     return max(sound, key=lambda n: history[n].alignment)
 
 
-def rounds_table(history: Sequence[RoundMetrics]) -> str:
-    """Return the rounds as a Markdown table."""
-    return to_markdown(pd.DataFrame([{"round": str(n)} | one.cells() for n, one in enumerate(history)]))
+def rounds_table(history: Sequence[RoundMetrics], controls: Mapping[float, RoundMetrics]) -> str:
+    """Return the rounds as a Markdown table, the initial generator at other guidance scales after round 0."""
+    rows = [{"round": str(number)} | one.cells() for number, one in enumerate(history)]
+    rows[1:1] = [{"round": f"base, guidance {scale:g}"} | one.cells() for scale, one in controls.items()]
+    return to_markdown(pd.DataFrame(rows))
+
+
+def _metrics(entry: Mapping[str, Any]) -> RoundMetrics:
+    return RoundMetrics(**{name: entry[name] for name in SHAPE})
+
+
+def read_metrics(path: Path) -> RoundMetrics:
+    """Return the metrics in a JSON file, the fields of RoundMetrics."""
+    return _metrics(read_json(path, SHAPE, "remove it, to measure again"))
 
 
 def read_history(path: Path) -> list[RoundMetrics]:
     """Return the metrics of rounds.jsonl, up to the first missing round."""
-    shape = dict.fromkeys(RoundMetrics.__dataclass_fields__, float) | {"round": COUNT, "guards": {str: (float, float)}}
+    shape = SHAPE | {"round": COUNT}
     measured: dict[int, RoundMetrics] = {}
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
         entry = parse_json(line, shape, f"{str(path)!r} line {number}", "remove that line, to measure its round again")
-        measured[entry["round"]] = RoundMetrics(**{name: entry[name] for name in RoundMetrics.__dataclass_fields__})
+        measured[entry["round"]] = _metrics(entry)
     return [measured[number] for number in itertools.takewhile(measured.__contains__, itertools.count())]
 
 
 def round_settings(config: ConfigDict) -> dict[str, Any]:
     """Return what identifies the rounds of a folder: settings, and fingerprints of the files behind them."""
     improve, pretrained = config.improve, config.pretrained
-    settings = {f"improve.{name}": improve[name] for name in improve if name not in ("output", "rounds", *CONTENTS)}
+    settings = {f"improve.{name}": improve[name] for name in improve if name not in FREE + CONTENTS}
     settings |= {f"sample.{name}": config.sample[name] for name in ("scheduler", "num_steps", "eta", "guidance_scale")}
     settings |= {"seed": config.seed, "mixed_precision": config.mixed_precision}
     settings |= pipeline_fingerprints(load_pipeline(pretrained.model, pretrained.revision))
