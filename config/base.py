@@ -150,7 +150,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     ###### Prompts ######
     config.prompt_fn = "isic_all"  # name of a function in ddpo_pytorch.prompts
     # its keyword arguments, also undeclared ones of your own function; None is not passed on. from_file reads lines
-    # [low, high) of path, fundus_table the captions of the table at path.
+    # [low, high) of path, fundus_table the captions of the table at path, composed the findings of that table, or of the
+    # model folder of train_sd.py, put into `templates`, ("The {eye} eye fundus image shows {finding}.",).
     config.prompt_fn_kwargs = prompt_fn_kwargs = KeywordArguments()
     for name, kind in (("path", str), ("low", int), ("high", int)):
         prompt_fn_kwargs[name] = placeholder(kind)

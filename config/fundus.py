@@ -82,6 +82,15 @@ def generate():
     return config
 
 
+def generate_composed():
+    """Best-of-N images of prompts composed from the findings of the generator's own training captions, balanced."""
+    config = generate()
+    config.prompt_fn = "composed"
+    config.prompt_fn_kwargs.path = config.get_ref("base_log_path") + "/sd"
+    config.logdir = config.get_ref("base_log_path") + "/samples/composed"
+    return config
+
+
 def improve():
     """Three rounds of DDPO; fine-tuning on what the judges chose made phantoms worse (docs/log.md)."""
     config = ddpo()

@@ -11,6 +11,7 @@ import inspect
 import logging
 import random
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache, partial
 from importlib import resources
@@ -24,12 +25,15 @@ from ddpo_pytorch.data.isic import CAPTIONS, labels_of
 from ddpo_pytorch.data.tables import invisible_character
 from ddpo_pytorch.utils.cli import import_function
 from ddpo_pytorch.utils.errors import UserError, describe_value
+from ddpo_pytorch.utils.json_files import read_json
 from ddpo_pytorch.utils.randomness import seeded_globals
 from ddpo_pytorch.utils.settings import ZERO_OR_MORE, Range, check_ranges
 
 logger = logging.getLogger(__name__)
 Prompt = tuple[str, dict[str, Any]]
 Rng = random.Random | np.random.Generator | None
+TEMPLATES = ("The {eye} eye fundus image shows {finding}.",)  # ODIR's
+EYES, SEVERITIES = ("left", "right"), ("mild", "moderate", "severe")
 
 
 def isic_all(rng: Rng = None) -> Prompt:
@@ -56,6 +60,47 @@ def fundus_table(path: str | Path, rng: Rng = None) -> Prompt:
 @cache
 def _table_rows(path: str | Path) -> list[fundus.Row]:
     return fundus.read_split(path)
+
+
+def composed(path: str | Path, templates: Sequence[str] = TEMPLATES, rng: Rng = None) -> Prompt:
+    """Return a prompt of `compose`: each finding is as likely as any other, and so is each prompt of a finding."""
+    findings = compose(path, tuple(templates))
+    return _draw(findings[int((rng or random).random() * len(findings))], rng)
+
+
+@cache
+def compose(path: str | Path, templates: tuple[str, ...] = TEMPLATES) -> list[list[str]]:
+    """Return the distinct prompts of template x severity x eye of each finding.
+
+    Findings, and the SEVERITIES that each comes with, are those of captions that fit a template and name one finding:
+    of a fundus table, or the training captions of a model folder of train_sd.py. Spellings that differ by spaces and
+    hyphens are one finding. Raises UserError for a template without {finding}, and if no caption fits.
+    """
+    if Path(path).is_dir():
+        index = Path(path) / "latents" / "train" / "index.json"
+        if not index.is_file():
+            raise UserError(f"{str(path)!r} has no {str(index)!r} with training captions; give the training's table")
+        captions = read_json(index, {"captions": [str]})["captions"]
+    else:
+        captions = fundus.caption_list(_table_rows(path))
+    if wrong := [template for template in templates if "{finding}" not in template]:
+        raise UserError(f"prompt_fn_kwargs.templates has {wrong[0]!r}, which lacks {{finding}} (and perhaps {{eye}})")
+    patterns = [re.escape(one).replace(r"\{eye\}", "(?:left|right)") for one in templates]
+    patterns = [pattern.replace(r"\{finding\}", "([^,;]+)") for pattern in patterns]
+    modality = ""
+    findings: dict[str, dict[str, str]] = defaultdict(dict)  # words of the captions by finding and severity
+    for caption in captions:
+        modality = fundus.modality_of(caption)
+        text = caption.removeprefix(f"{modality}: ")
+        for match in filter(None, (re.fullmatch(pattern, text, re.IGNORECASE) for pattern in patterns)):
+            severity, _, rest = match[1].strip().lower().partition(" ")
+            severity, name = (severity, rest) if severity in SEVERITIES else ("", match[1].lower())
+            findings[re.sub(r"\W", "", name)].setdefault(severity, match[1].strip())
+    if not findings:
+        raise UserError(f"no caption of {str(path)!r} is as in {templates}; give prompt_fn_kwargs.templates")
+    forms = [f"{modality}: {template}" if modality else template for template in templates]
+    forms = list(dict.fromkeys(form.replace("{eye}", eye) for form in forms for eye in EYES))
+    return [[form.replace("{finding}", words) for words in one.values() for form in forms] for one in findings.values()]
 
 
 def _draw(prompts: Sequence[str], rng: Rng) -> Prompt:
@@ -126,12 +171,14 @@ PROMPTS: dict[str, Callable[..., Prompt]] = {
     "isic_all_idx": isic_all_idx,
     "from_file": from_file,
     "fundus_table": fundus_table,
+    "composed": composed,
 }
 PROMPT_LISTS: dict[str, Callable[..., Sequence[str]]] = {
     "isic_all": lambda: CAPTIONS,
     "isic_all_idx": lambda: CAPTIONS,
     "from_file": read_prompts,
     "fundus_table": lambda path: fundus.caption_list(_table_rows(path)),
+    "composed": lambda path, templates=TEMPLATES: [p for one in compose(path, tuple(templates)) for p in one],
 }
 
 

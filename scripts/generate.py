@@ -4,10 +4,11 @@
 
 For each prompt (eval.prompts, else all of prompt_fn), `improve.images_per_prompt` times: draw images until
 `improve.num_candidates` pass or `improve.max_attempts` are drawn. Writes <logdir>/images/<caption with _>/
-Fundus_<number>_selector_<score>_policy_<score>.png and, at the end, <logdir>/passed.csv, a table of the images that
-passed, from which train_sd.py can train, and <logdir>/image_log.json with prompts, scores and seeds, in which `best`
-marks the image of highest Policy score; if none passed, the last one is kept, with `passed` false. A complete folder
-stays as it is, an incomplete one is drawn from the start.
+Fundus_<number>_selector_<score>_policy_<score>.png and, at the end, <logdir>/metadata.csv, the table of the images that
+passed, which train_sd.py, metric.py and Hugging Face's imagefolder read, and the manifest <logdir>/image_log.json with
+prompts, scores, seeds and the hash of the weights, in which `best` marks the image of highest Policy score; if none
+passed, the last one is kept, with `passed` false. A complete folder stays as it is, an incomplete one is drawn from the
+start. prompt_fn="composed" composes prompts from the generator's training captions.
 
 --prompt="The left eye fundus image shows drusen." --n=4 draws this instead, into a folder of its own in logdir, and
 prints the paths of the n best images.
@@ -31,6 +32,7 @@ from tqdm.auto import tqdm
 
 from ddpo_pytorch.data.fundus import MODALITY, modality_of
 from ddpo_pytorch.data.images import SYNTHETIC, save_image, to_uint8
+from ddpo_pytorch.data.metadata import METADATA
 from ddpo_pytorch.data.sample_folder import LOG, claim_folder, damaged_images, folder_name, read_log, write_log
 from ddpo_pytorch.data.tables import write_table
 from ddpo_pytorch.generator.lora import adapter_fingerprint
@@ -54,6 +56,7 @@ flags.DEFINE_multi_string("prompt", [], "text to draw instead of the configured 
 flags.DEFINE_integer("n", 1, "images of each --prompt", 1)
 logger = logging.getLogger(__name__)
 COUNTS = ("images_per_prompt", "num_candidates", "max_attempts")
+COLUMNS = ("file_name", "text", "modality", "patient", "selector", "policy", "seed", "weights_sha256")
 
 
 @dataclass
@@ -153,7 +156,7 @@ def generate(accelerator: Accelerator, config: ConfigDict) -> None:
     settings |= {name: sample[name] for name in ("scheduler", "num_steps", "eta", "guidance_scale")}
     settings |= {"seed": config.seed, "prompts": prompts, "mixed_precision": config.mixed_precision}
     settings |= {name: fingerprint(Path(improve.judges) / name) for name in (SELECTOR_FILE, POLICY_FILE)}
-    settings |= pipeline_fingerprints(pipe) | {"load_from": adapter_fingerprint(pipe.unet)}
+    settings |= (model := pipeline_fingerprints(pipe) | {"load_from": adapter_fingerprint(pipe.unet)})
     if accelerator.is_main_process:
         claim_folder(folder, settings, {"model": pretrained.model, "load_from": config.load_from})
     accelerator.wait_for_everyone()
@@ -177,13 +180,17 @@ def generate(accelerator: Accelerator, config: ConfigDict) -> None:
     for request in tqdm(served, total=len(own), unit="prompt", disable=None if shown else True):
         for entry, image in request.kept:
             save_image(folder / entry["path_to_img"], image, SYNTHETIC)
-            entries.append(entry)
+            entries.append(entry | {"weights_sha256": fingerprint(model)})
     attempts = sum(gather_object([request.attempts for request in own]))
     entries = sorted(gather_object(entries), key=lambda entry: (entry["prompt"], entry["path_to_img"]))
     if accelerator.is_main_process:
-        kept = [(entry["path_to_img"], entry["prompt"]) for entry in entries if entry["passed"]]
-        rows = [(path, prompt, modality_of(prompt) or MODALITY, path) for path, prompt in kept]
-        write_table(folder / "passed.csv", ("path", "Text", "modality", "patient"), rows)
+        rows = [
+            entry | {"file_name": path, "text": prompt, "modality": modality_of(prompt) or MODALITY, "patient": path}
+            for entry in entries
+            for path, prompt in ((entry["path_to_img"], entry["prompt"]),)
+            if entry["passed"]
+        ]
+        write_table(folder / METADATA, COLUMNS, rows)
         write_log(folder, entries)
         passed = sum(entry["passed"] for entry in entries)
         logger.info("%d images drawn at %.1f images/s", attempts, attempts / (time.perf_counter() - started))

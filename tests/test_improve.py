@@ -18,6 +18,7 @@ from script_tools import files_of, load_module, options, succeed
 
 from ddpo_pytorch.data.fundus import load_split
 from ddpo_pytorch.data.images import SYNTHETIC, save_image
+from ddpo_pytorch.data.metadata import read_metadata
 from ddpo_pytorch.data.sample_folder import folder_name, read_log
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.classifier import new_classifier
@@ -237,9 +238,13 @@ def test_generate_is_the_same_with_two_processes_and_draws_damaged_images_again(
     assert (tmp_path / "one/images/unknown.png").exists()
     path = sorted((tmp_path / "one").glob("images/*/*.png"))[-1]
     assert Image.open(path).info["Comment"] == SYNTHETIC
-    passed = [(entry["path_to_img"], entry["prompt"]) for entry in read_log(tmp_path / "one") if entry["passed"]]
-    rows, _, missing = load_split(tmp_path / "one" / "passed.csv", tmp_path / "one")
+    # the table of what passed is one of train_sd.py, of metric.py and of Hugging Face
+    entries = read_log(tmp_path / "one")
+    passed = [(entry["path_to_img"], entry["prompt"]) for entry in entries if entry["passed"]]
+    rows, _, missing = load_split(tmp_path / "one" / "metadata.csv", tmp_path / "one")
     assert [(row.image, row.caption) for row in rows] == passed and not missing
+    assert [(row.image, row.caption) for row in read_metadata(tmp_path / "one" / "metadata.csv")] == passed
+    assert {entry["weights_sha256"] for entry in entries} == {rows[0].fields["weights_sha256"]}
     for damage in (lambda: path.write_bytes(path.read_bytes()[:-50]), path.unlink):
         damage()
         run("generate.py", logdir=tmp_path / "one", **settings)

@@ -1,5 +1,6 @@
 """Prompt functions: names, metadata, files, and the official list of 32."""
 
+import json
 import random
 from importlib import resources
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from ddpo_pytorch.data import fundus
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
 from ddpo_pytorch.prompts import (
     PROMPT_LISTS,
@@ -82,12 +84,37 @@ def test_captions_are_drawn_as_often_as_images_have_them_and_given_ones_get_the_
     assert given_prompts(("drusen", "OCT: scar"), "fundus") == ["Fundus: drusen", "OCT: scar"]
 
 
+def test_composed_prompts_cross_what_captions_say(tmp_path):
+    """Findings that stand alone, in the severities and the spelling that captions give them, in both eyes."""
+    shown = ("mild nonproliferative retinopathy", "Severe non-proliferative retinopathy", "drusen", "drusen, lens dust")
+    texts = [f"The {'left' if n % 2 else 'right'} eye fundus image shows {one}." for n, one in enumerate(shown)]
+    texts += ["The LEFT eye fundus image shows mild non proliferative retinopathy.", "A glaucoma."]
+    (path := tmp_path / "t.csv").write_text("path,Text\n" + "".join(f'{n}.png,"{t}"\n' for n, t in enumerate(texts)))
+    (model := tmp_path / "sd" / "latents" / "train").mkdir(parents=True)
+    with pytest.raises(UserError, match="has no .*index.json"):
+        all_prompts("composed", path=tmp_path / "sd")
+    (model / "index.json").write_text(json.dumps({"captions": fundus.caption_list(fundus.read_split(path))}))
+    for place in (path, tmp_path / "sd"):
+        found = [prompt for prompt, _ in all_prompts("composed", path=place)]
+        words = ("mild non proliferative retinopathy", shown[1], "drusen")
+        assert sorted(found) == sorted(
+            f"Fundus: The {eye} eye fundus image shows {one}." for one in words for eye in ("left", "right")
+        )
+    # drusen, of one severity, are as frequent as retinopathy, of two: 200 of 400, with a standard deviation of 10
+    drawn = [draw_prompt(get_prompt_fn("composed", path=path), seed)[0] for seed in range(400)]
+    assert 150 < sum("drusen" in prompt for prompt in drawn) < 250 and set(drawn) == set(found)
+    assert all_prompts("composed", path=path, templates=("A {finding}.",)) == [("Fundus: A glaucoma.", {})]
+    for templates, named in ((("{eye}",), "lacks {finding}"), (("No {finding}",), "No .*prompt_fn_kwargs.templates")):
+        with pytest.raises(UserError, match=named):
+            all_prompts("composed", path=path, templates=templates)
+
+
 def test_names_and_arguments_that_do_not_fit_are_refused():
     for name in ("isic_all", "isic_all_idx"):
         assert all_prompts(name) == [isic_all_idx(i) for i in range(32)]
-    assert set(PROMPTS) == set(PROMPT_LISTS) == {"isic_all", "isic_all_idx", "from_file", "fundus_table"}
+    assert set(PROMPTS) == set(PROMPT_LISTS) == {"isic_all", "isic_all_idx", "from_file", "fundus_table", "composed"}
     for look_up in (get_prompt_fn, all_prompts):
-        with pytest.raises(UserError, match="'nothing' .*from_file, fundus_table, isic_all, isic_all_idx"):
+        with pytest.raises(UserError, match="'nothing' .*composed, from_file, fundus_table, isic_all, isic_all_idx"):
             look_up("nothing")
         with pytest.raises(UserError, match="prompt_fn_kwargs .* do not fit"):
             look_up("isic_all", path="x")

@@ -13,7 +13,7 @@ from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_write, open_regular
 
 T = TypeVar("T")
-SYNONYMS = {"modal": "modality"}  # of column names, as `_normalized` returns them
+SYNONYMS = {"modal": "modality", "file_name": "path"}  # of column names, as `_normalized` returns them
 DESCRIBED = 3  # faults of a table that a message describes; the others are counted
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 # text that begins with a sign and is no formula: a number, perhaps with its interval
