@@ -150,8 +150,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     ###### Prompts ######
     config.prompt_fn = "isic_all"  # name of a function in ddpo_pytorch.prompts
     # its keyword arguments, also undeclared ones of your own function; None is not passed on. from_file reads lines
-    # [low, high) of path, fundus_table the captions of the table at path, composed the findings of that table, or of the
-    # model folder of train_sd.py, put into `templates`, ("The {eye} eye fundus image shows {finding}.",).
+    # [low, high) of path, fundus_table the captions of the table at path; composed puts the findings of that table, or
+    # of a model folder of train_sd.py, into `templates`, ("The {eye} eye fundus image shows {finding}.",).
     config.prompt_fn_kwargs = prompt_fn_kwargs = KeywordArguments()
     for name, kind in (("path", str), ("low", int), ("high", int)):
         prompt_fn_kwargs[name] = placeholder(kind)
@@ -305,6 +305,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     rlhf.ratings = rlhf.data_path = ""
     # table of other patients' images for the metrics and the threshold; "": val_share of the patients of `ratings`.
     rlhf.update(val_ratings="", val_share=0.2)
+    # folder of generate.py whose images stage 2 learns from as well, rated by the Selector ("": none).
+    rlhf.pool = ""
     # folder for selector.safetensors, policy.safetensors, metrics.jsonl. Rerun the same command to resume.
     rlhf.output = root + "/rlhf"
     # (1,): all rated images. (2,): those that the Selector in `output` passes, from stage 1's weights there. Or both.
@@ -345,6 +347,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     improve.rounds = 3  # rounds of sampling, judging and training
     # how a round changes the generator: "finetune" (on images the judges chose, and real images), "ddpo" (train.py).
     improve.methods = ("finetune",)
+    # first continue stage 2 of the Policy, with the settings and ratings of rlhf, on a fresh pool of the round.
+    improve.update_policy = False
     # folder for round_<n>/ (pool, model, metrics) and rounds.jsonl. Rerun the same command to resume.
     improve.output = root + "/improve"
     # the judges of train_rlhf.py: those that choose, and others, of other ratings, that only measure.

@@ -4,9 +4,11 @@
 
 A round draws a best-of-N pool (scripts/generate.py), then changes the generator by each of `improve.methods` in turn:
 "finetune" on the chosen images, weighted by the Policy's scores and mixed with real ones (scripts/train_sd.py); "ddpo"
-with the reward fundus_alignment (scripts/train.py). Held-out judges then score images of fixed noise; KID to real
-images and diversity are measured as well. A collapse in any of these ends the run with a warning. The control without
-any training, the first generator at other guidance scales (`improve.control_guidance`), stands next to the rounds.
+with the reward fundus_alignment (scripts/train.py). With `improve.update_policy` the Policy first learns from fresh
+images, which the Selector rates (stage 2 of scripts/train_rlhf.py). Held-out judges then score images of fixed noise;
+KID to real images and diversity are measured as well. A collapse in any of these ends the run with a warning. The
+control without any training, the first generator at other guidance scales (`improve.control_guidance`), stands next to
+the rounds.
 
 The scripts run as separate commands; --launch="accelerate launch --num_processes 8" sets how. Every round's model is a
 folder that eval.py and train.py open. Rerun the same command to resume.
@@ -16,6 +18,7 @@ import argparse
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,8 +36,8 @@ from ddpo_pytorch.generator.latents import INDEX, LatentShards
 from ddpo_pytorch.generator.lora import merged_state_dict
 from ddpo_pytorch.generator.pipeline import load_pipeline, save_model
 from ddpo_pytorch.judges.classifier import new_classifier
-from ddpo_pytorch.judges.policy import load_judges
-from ddpo_pytorch.rlhf import rounds
+from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges
+from ddpo_pytorch.rlhf import rounds, training
 from ddpo_pytorch.sampling import SAMPLING, Sampler
 from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.training.setup import batch_sizes, check_training
@@ -73,6 +76,8 @@ def check_settings(config: ConfigDict) -> None:
     check_ranges(improve, RANGES, "improve.")
     for scale in improve.control_guidance:
         check_ranges({"control_guidance": scale}, {"control_guidance": FINITE}, "improve.")
+    if improve.update_policy:
+        training.check_settings(config.rlhf)
     if "ddpo" in improve.methods:
         check_training(config)
         batch_sizes(config.sample, config.train, processes=1)
@@ -107,9 +112,15 @@ class Rounds:
         """Return the folder of the generator after round `number`; round 0 is the initial one."""
         return self.folder(number) / "model" if number else Path(self.config.pretrained.model)
 
+    def judges(self, number: int) -> Path:
+        """Return the folder of the judges that choose in round `number`, whose Policy its update has changed."""
+        return self.folder(number) / "judges" if self.improve.update_policy and number else Path(self.improve.judges)
+
     def train(self, number: int) -> None:
-        """Run one round, skipping methods that are finished."""
+        """Run one round, skipping what is finished."""
         model, methods = self.model(number - 1), self.improve.methods
+        if self.improve.update_policy and not (self.judges(number) / POLICY_FILE).is_file():
+            self._update_policy(number, model)
         for place, method in enumerate(methods, 1):
             outcome = self.model(number) if place == len(methods) else self.folder(number) / f"model_{place - 1}"
             if not (outcome / "model_index.json").is_file():
@@ -142,13 +153,34 @@ class Rounds:
             write_json(path, vars(self.measure(0, guidance_scale, f"{path.stem}.png")))
         return rounds.read_metrics(path)
 
+    def _draw_pool(self, number: int, model: Path, name: str, judges: Path) -> Path:
+        """Draw best-of-N images into a folder of the round."""
+        pool = self.folder(number) / name
+        fields = {"pretrained.model": model, "unet_path": "", "load_from": "", "improve.judges": judges, "logdir": pool}
+        self._command("generate.py", number, fields)
+        return pool
+
+    def _update_policy(self, number: int, model: Path) -> None:
+        """Continue stage 2 of the Policy on fresh images of the generator, which the Selector rates."""
+        before, after = self.judges(number - 1), self.judges(number)
+        pool = self._draw_pool(number, model, "fresh", before)
+        for source, copy in ((SELECTOR_FILE, SELECTOR_FILE), (POLICY_FILE, training.FIRST_POLICY)):
+            with atomic_write(after / copy) as temporary:
+                shutil.copyfile(before / source, temporary)
+        fields = {"seed": self.config.seed, "rlhf.pool": pool, "rlhf.output": after, "rlhf.stages": (2,)}
+        self._command("train_rlhf.py", number, fields)  # with the seed of stage 1, which divides the ratings
+
     def _finetune(self, number: int, model: Path) -> Path:
         """Train on the chosen images of a best-of-N pool, weighted by score, mixed with real ones."""
         improve, folder = self.improve, self.folder(number)
-        fields = {"pretrained.model": model, "unet_path": ""}
-        self._command("generate.py", number, fields | {"logdir": folder / "pool", "load_from": ""})
-        table = self._real_table()
-        fields |= {"sd.stage": "finetune", "sd.pool": folder / "pool", "sd.output": folder / "finetune"}
+        pool, table = self._draw_pool(number, model, "pool", self.judges(number)), self._real_table()
+        fields = {
+            "pretrained.model": model,
+            "unet_path": "",
+            "sd.stage": "finetune",
+            "sd.pool": pool,
+            "sd.output": folder / "finetune",
+        }
         fields |= {"sd.csv": table, "sd.data_path": improve.data_path, "sd.kind": "fundus"}
         fields |= {"sd.latents": self._latents_of(table), "sd.val_csv": "", "sd.val_latents": ""}
         self._command("train_sd.py", number, fields | {f"sd.{name}": improve[name] for name in FINETUNING})
@@ -159,7 +191,7 @@ class Rounds:
         runs = self.folder(number) / "ddpo"
         # the fixed run name makes an interrupted run resume
         fields = {"pretrained.model": model, "unet_path": "", "logdir": runs, "run_name": "run"}
-        fields |= {"reward_fn": "fundus_alignment", "reward_fn_kwargs.fundus_alignment.judges": self.improve.judges}
+        fields |= {"reward_fn": "fundus_alignment", "reward_fn_kwargs.fundus_alignment.judges": self.judges(number)}
         self._command("train.py", number, fields)
         return runs / "run"
 
@@ -206,8 +238,11 @@ class Rounds:
 
 
 def main(_) -> None:
-    required = ("output", "judges", "held_out_judges", "csv", "held_out_csv", "data_path")
-    config = expand_config(FLAGS.config, "pretrained.model", *(f"improve.{name}" for name in required))
+    required = [
+        f"improve.{name}" for name in ("output", "judges", "held_out_judges", "csv", "held_out_csv", "data_path")
+    ]
+    required += ["rlhf.ratings"] * FLAGS.config.improve.update_policy
+    config = expand_config(FLAGS.config, "pretrained.model", *required)
     check_settings(config)
     rounds.check_independent(config.improve.judges, config.improve.held_out_judges)
     improve, output, run = config.improve, Path(config.improve.output), Rounds(config)

@@ -3,8 +3,9 @@
     accelerate launch scripts/train_rlhf.py --config config/fundus.py:train_rlhf
 
 Stage 1: both learn from all rated images; then the Selector's threshold is calibrated on held-out ratings. Stage 2: the
-Policy continues on the images that the Selector passes and a share of others; the Selector, and so the meaning of its
-threshold, stays fixed. Rerun the same command to resume a training that was stopped.
+Policy continues on the images that the Selector passes and a share of others, also on those of a pool (`rlhf.pool`),
+which the Selector rates; the Selector, and so the meaning of its threshold, stays fixed. Rerun the same command to
+resume a training that was stopped.
 """
 
 import logging
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 from ddpo_pytorch.data.fundus import check_images
 from ddpo_pytorch.data.ratings import RatedImage, aggregate, agreement, check_classes, read_ratings, split_by_patient
 from ddpo_pytorch.generator.pipeline import load_pipeline
-from ddpo_pytorch.rlhf.rated_images import COLUMNS, read_rated, through_autoencoder
+from ddpo_pytorch.rlhf.rated_images import COLUMNS, read_pool, read_rated, through_autoencoder
 from ddpo_pytorch.rlhf.training import check_output, check_settings, first_stage, second_stage, state_path
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import locked_by_main, make_accelerator
@@ -78,6 +79,8 @@ def main(_) -> None:
         if 1 in stages:
             first_stage(accelerator, config, train_set, val_set)
         if 2 in stages:
+            if rlhf.pool:  # generated images have passed an autoencoder
+                train_set += read_pool(rlhf.pool, rlhf.image_size)
             second_stage(accelerator, config, train_set, val_set)
         for stage in (1, 2) if accelerator.is_main_process else ():
             state_path(output, stage).unlink(missing_ok=True)

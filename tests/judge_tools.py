@@ -38,7 +38,7 @@ def write_judges(folder, text_encoder, seed, threshold=0.5):
     with torch.no_grad():
         for judge in (selector, policy):
             judge.head[-1].weight.mul_(10)
-    selector.threshold = threshold
+    selector.threshold, policy.origin = threshold, {"stage": 2, "epochs": 0}
     save_selector(selector, folder / SELECTOR_FILE)
     save_policy(policy, folder / POLICY_FILE)
     return folder

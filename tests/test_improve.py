@@ -1,5 +1,6 @@
 """Best of N, metrics of rounds and collapse; generate.py and improve.py as users run them."""
 
+import ast
 import json
 import re
 import shutil
@@ -22,7 +23,7 @@ from ddpo_pytorch.data.metadata import read_metadata
 from ddpo_pytorch.data.sample_folder import folder_name, read_log
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.classifier import new_classifier
-from ddpo_pytorch.judges.policy import SELECTOR_FILE, load_judges
+from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges
 from ddpo_pytorch.judges.selector import save_selector
 from ddpo_pytorch.metrics.fidelity import kernel_distance
 from ddpo_pytorch.metrics.ssim import ms_ssim
@@ -54,14 +55,16 @@ def sampler(bert_pipeline_dir):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """A fundus table of 24 images of 12 patients, with the captions that the tiny BERT knows."""
+    """A fundus table of 24 images of 12 patients, with the captions that the tiny BERT knows, and ratings of them."""
     folder = tmp_path_factory.mktemp("table")
-    lines = ["path,Text,modality,patient"]
+    lines, ratings = ["path,Text,modality,patient"], ["image_path,prompt,patient,rating"]
     for number in range(24):
         prompt = FUNDUS_PROMPTS[number % 2].removeprefix("Fundus: ")
         pixels = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(number))
         save_image(folder / f"images/{number}.png", pixels)
         lines.append(f'images/{number}.png,"{prompt}",Fundus,p{number // 2}')
+        ratings.append(f'images/{number}.png,"{prompt}",p{number // 2},{1 + number % 3}')
+    (folder / "ratings.csv").write_text("\n".join(ratings) + "\n")
     (folder / "table.csv").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -207,6 +210,8 @@ def fields(table, bert_pipeline_dir, judges_dir, tmp_path):
     settings |= {"improve__held_out_images": 4, "improve__rounds": 1, "improve__output": tmp_path / "improve"}
     settings |= {"improve__tolerance": 1.0, "improve__kid_tolerance": 1e9, "improve__max_attempts": 4}
     settings |= {"sd__image_size": 32, "sd__output": tmp_path / "none", "sd__text_encoder": "bert", "sd__grid_every": 0}
+    settings |= {"rlhf__ratings": table / "ratings.csv", "rlhf__image_size": 32, "rlhf__resize": "stretch"}
+    settings |= {"rlhf__text_encoder": bert_pipeline_dir, "rlhf__num_epochs": 1, "rlhf__second_learning_rate": 1e-2}
     settings |= {"num_epochs": 1, "sample__batch_size": 4, "sample__num_batches_per_epoch": 1, "train__batch_size": 4}
     settings |= {"eval__prompts": (), "save_freq": 1, "train__cfg": False, "sd__cache_dir": tmp_path / "cache"}
     return settings
@@ -271,21 +276,35 @@ def test_rounds_resume(run, fields, tmp_path, monkeypatch, capsys, caplog):
         if Path(command[1]).parent.name != "scripts":
             return start(command, **keywords)
         assert command[2] == "--config.seed=42" and "accelerate" not in command
-        settings = dict(word.removeprefix("--config.").split("=", 1) for word in command[2:])
-        values = {name: float(text) if re.fullmatch(r"[\d.e-]+", text) else text for name, text in settings.items()}
-        whole = {name: int(value) for name, value in values.items() if isinstance(value, float) and value % 1 == 0}
-        run(Path(command[1]).name, **{name.replace(".", "__"): value for name, value in (values | whole).items()})
+        given = dict(word.removeprefix("--config.").split("=", 1) for word in command[2:])
+        commands.append((Path(command[1]).name, given))
+        literals = {name: ast.literal_eval(text) for name, text in given.items() if re.fullmatch(r"[\d.e(),-]+", text)}
+        run(commands[-1][0], **{name.replace(".", "__"): value for name, value in (given | literals).items()})
         return subprocess.CompletedProcess(command, 0)
 
+    commands, settings = [], {"improve__methods": ("finetune", "ddpo"), "improve__update_policy": True}
     caplog.set_level("INFO")
     monkeypatch.setattr(subprocess, "run", start)
     monkeypatch.setattr(sys, "argv", ["improve.py", "--launch", "accelerate", "--config.seed=42", "-launch=accelerate"])
-    run("improve.py", improve__methods=("finetune", "ddpo"))
+    run("improve.py", **settings)
     output = tmp_path / "improve"
     entries = [json.loads(line) for line in (output / "rounds.jsonl").read_text().splitlines()]
     assert [entry["round"] for entry in entries] == [0, 1] and entries[0]["alignment"] != entries[1]["alignment"]
     assert (output / "rounds.md").read_text() in capsys.readouterr().out
     assert (output / "best" / "model_index.json").is_file()
+    # the Policy learned from fresh images, and chose in this round; the Selector, and those that measure, are the same
+    scripts, given = zip(*commands, strict=True)
+    assert scripts == ("generate.py", "train_rlhf.py", "generate.py", "train_sd.py", "train.py")
+    before, after = (files_of(folder) for folder in (fields["improve__judges"], output / "round_1/judges"))
+    assert before[SELECTOR_FILE] == after[SELECTOR_FILE] and before[POLICY_FILE] != after[POLICY_FILE]
+    assert {one.get("improve.judges") for one in given} == {
+        str(fields["improve__judges"]),
+        str(output / "round_1/judges"),
+        None,
+    }
+    assert given[4]["reward_fn_kwargs.fundus_alignment.judges"] == str(output / "round_1/judges")
+    rated, fresh = int(re.search(r"learning from (\d+) rated", caplog.text)[1]), read_log(output / "round_1/fresh")
+    assert re.search(rf"stage 2: \d+ of {rated + len(fresh)} images", caplog.text)
     # the control: the same noise and judges, no training, another guidance; measured once
     control = json.loads((output / "round_0/guidance_3.json").read_text())
     assert control.keys() == entries[0].keys() - {"round"} and control["policy"] != entries[0]["policy"]
@@ -296,7 +315,7 @@ def test_rounds_resume(run, fields, tmp_path, monkeypatch, capsys, caplog):
     (output / "rounds.jsonl").write_text(json.dumps(entries[0]) + "\n")
     shutil.rmtree(output / "round_1" / "model")
     pool = (output / "round_1" / "pool" / "image_log.json").stat().st_mtime_ns
-    run("improve.py", improve__methods=("finetune", "ddpo"))
+    run("improve.py", **settings)
     assert caplog.text.count("done before") == 1 and "guidance 3 without training scores 0.987" in caplog.text
     assert (output / "round_1/pool/image_log.json").stat().st_mtime_ns == pool
     assert [json.loads(line) for line in (output / "rounds.jsonl").read_text().splitlines()] == entries
@@ -307,6 +326,8 @@ def test_settings_out_of_range(run, fields, tmp_path):
         ({"improve__methods": ("sft",)}, "improve.methods.*'sft'"),
         ({"improve__rounds": 0}, "improve.rounds.*0"),
         ({"improve__control_guidance": (3.0, "x")}, "improve.control_guidance.*'x'"),
+        ({"improve__update_policy": True, "rlhf__ratings": ""}, "rlhf.ratings"),
+        ({"improve__update_policy": True, "rlhf__stages": (3,)}, "rlhf.stages"),
         ({"improve__csv": ""}, "improve.csv"),
         ({"unet_path": "unet.safetensors"}, "unet_path.*pretrained.model"),
         (

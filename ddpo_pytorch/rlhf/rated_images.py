@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 from ddpo_pytorch.data.fundus import names_side
 from ddpo_pytorch.data.images import load_image, to_uint8
 from ddpo_pytorch.data.ratings import RatedImage
-from ddpo_pytorch.data.sample_folder import is_framed
+from ddpo_pytorch.data.sample_folder import LOG, is_framed, read_log
 from ddpo_pytorch.generator.latents import reconstruct
 from ddpo_pytorch.judges.classifier_report import calibration_error, ranking
 from ddpo_pytorch.judges.selector import Selector
@@ -25,6 +25,7 @@ from ddpo_pytorch.phantoms.damage import BANDS, KINDS, STRUCTURAL, VISIBLE, degr
 from ddpo_pytorch.utils.cores import thread_limit
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint
+from ddpo_pytorch.utils.json_files import check_shape
 from ddpo_pytorch.utils.randomness import Stream, generator_of
 
 COLUMNS = ("quality", "alignment")  # learned by the Selector and the Policy
@@ -59,6 +60,10 @@ class RatedSet:
         digest = fingerprint(self.digest, indices.tolist())[:12]
         return RatedSet(self.images[indices], [self.rated[index] for index in indices], digest)
 
+    def __add__(self, other: "RatedSet") -> "RatedSet":
+        digest = fingerprint(self.digest, other.digest)[:12]
+        return RatedSet(torch.cat([self.images, other.images]), [*self.rated, *other.rated], digest)
+
     def flips(self, seed: int, epoch: int) -> torch.Tensor:
         """Draw the images (bool (N,)) to mirror in an epoch: each `mirrored` one with probability 1/2."""
         return (torch.rand(len(self), generator=generator_of(seed, Stream.NOISE, epoch)) < 0.5) & self.mirrored
@@ -78,6 +83,21 @@ def read_rated(rated: Sequence[RatedImage], size: int, resize: str = "fov") -> R
         images = torch.stack(list(pool.map(lambda one: pixels(one.path), rated)))
     rows = [[Path(one.image).name, one.prompt, one.quality, one.alignment, one.weight] for one in rated]
     return RatedSet(images, rated, hashlib.sha256(json.dumps([size, resize, rows]).encode()).hexdigest()[:12])
+
+
+def read_pool(folder: str | Path, size: int) -> RatedSet:
+    """Decode the images of generate.py's folder; the Selector's score s is their rating, r = 1 + 2 s.
+
+    Raises UserError for a folder without scores.
+    """
+    entries = read_log(folder)
+    shape = [{"prompt": str, "selector": float, "path_to_img": str}]
+    check_shape(entries or None, shape, repr(str(Path(folder) / LOG)), "draw the pool with scripts/generate.py")
+    rated = []
+    for entry in entries:
+        path, rating = entry["path_to_img"], 1 + 2 * entry["selector"]
+        rated.append(RatedImage(path, Path(folder) / path, entry["prompt"], rating, rating, 1.0, path, 1))
+    return read_rated(rated, size)
 
 
 def through_autoencoder(rated: RatedSet, vae: AutoencoderKL, batch_size: int) -> RatedSet:

@@ -42,7 +42,7 @@ FIRST_POLICY = "policy_stage_1.safetensors"  # initial weights of stage 2
 DESCRIPTION = policies.DESCRIPTION | {"origin": {"stage": range(1, 3), "epochs": COUNT}}
 COLUMN = {"selector": "quality", "policy": "alignment"}
 # settings that do not identify a stage: paths, of which the contents do, and for stage 1 those of stage 2
-PATHS = ("ratings", "data_path", "val_ratings", "output", "stages", "text_encoder", "autoencoder")
+PATHS = ("ratings", "data_path", "val_ratings", "pool", "output", "stages", "text_encoder", "autoencoder")
 SECOND_ONLY = ("second_learning_rate", "importance", "importance_range", "replay_share")
 RANGES = dict.fromkeys(("num_epochs", "batch_size", "text_tokens"), allowed.ONE_OR_MORE)
 RANGES |= dict.fromkeys(("learning_rate", "second_learning_rate", "final_learning_rate"), allowed.POSITIVE)
@@ -230,16 +230,19 @@ def learning_rate(rlhf: ConfigDict, stage: int, update: int, updates_per_epoch: 
 
 
 def check_output(output: Path, stages: tuple[int, ...]) -> None:
-    """Raise UserError for a folder in which the stages can neither start nor resume."""
+    """Raise UserError for a folder in which the stages can neither start nor resume.
+
+    Stage 2 starts from a Selector and the Policy of stage 1, or any other in the file of that name.
+    """
     exist = [(output / name).exists() for name in (SELECTOR_FILE, POLICY_FILE)]
     if stages[0] == 1 and any(exist) and not state_path(output, 1).exists():
         raise UserError(
             f"{str(output)!r} holds judges of finished trainings; choose another rlhf.output or move them away, or "
             "continue from stage 1 with rlhf.stages=(2,)"
         )
-    if stages[0] == 2 and not all(exist):
+    if stages[0] == 2 and not (exist[0] and (exist[1] or (output / FIRST_POLICY).exists())):
         raise UserError(f"{str(output)!r} holds no judges of stage 1; run rlhf.stages=(1,2) or (1,)")
-    if stages[0] == 2 and not state_path(output, 2).exists():
+    if stages[0] == 2 and exist[1] and not state_path(output, 2).exists():
         description, _ = read_judge(output / POLICY_FILE, "policy", DESCRIPTION)
         if description["origin"]["stage"] == 2:
             raise UserError(f"stage 2 in {str(output)!r} is finished; choose another rlhf.output, or move it away")
