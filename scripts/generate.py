@@ -18,7 +18,7 @@ import logging
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,16 @@ class Request:
     attempts: int = 0
     passed: int = 0
 
-    def add(self, image: torch.Tensor, seed: int, selector: float, policy: float, passes: bool, number: int) -> None:
+    def add(
+        self,
+        image: torch.Tensor,
+        seed: int,
+        selector: float,
+        policy: float,
+        passes: bool,
+        criteria: Mapping[str, float],
+        number: int,
+    ) -> None:
         """Keep or drop a drawn image, whose file is named by modality, `number` and both scores."""
         self.attempts += 1
         if passes or not self.passed:
@@ -88,6 +97,7 @@ class Request:
                 "best": False,
                 "seed": seed,
                 "attempts": 0,
+                **criteria,
             }
             self.kept = [*(self.kept if self.passed else ()), (entry, image)]
             self.passed += passes
@@ -120,9 +130,13 @@ def best_of_n(
         if not finite.any():
             raise UserError(f"images of {prompts[0]!r} are not finite; use mixed_precision bf16 or no")
         pixels = to_uint8(images.nan_to_num())
-        quality, alignment = selector.score(pixels.float() / 255), policy.score(pixels.float() / 255, prompts)
+        scores, alignment = selector.score_all(pixels.float() / 255), policy.score(pixels.float() / 255, prompts)
+        quality, criteria = (
+            scores[:, 0],
+            [dict(zip(selector.criteria, row[1:], strict=True)) for row in scores.double().round(decimals=6).tolist()],
+        )
         passed = selector.accepts(quality).cpu() & finite
-        rows = zip(pixels.cpu(), seeds, quality.tolist(), alignment.tolist(), passed.tolist(), strict=True)
+        rows = zip(pixels.cpu(), seeds, quality.tolist(), alignment.tolist(), passed.tolist(), criteria, strict=True)
         for one, row in zip(batch, rows, strict=True):
             one.add(*row, number=one.repetition * improve.max_attempts + one.attempts)
         for one in reversed(batch):
@@ -190,7 +204,7 @@ def generate(accelerator: Accelerator, config: ConfigDict) -> None:
             for path, prompt in ((entry["path_to_img"], entry["prompt"]),)
             if entry["passed"]
         ]
-        write_table(folder / METADATA, COLUMNS, rows)
+        write_table(folder / METADATA, (*COLUMNS, *selector.criteria), rows)
         write_log(folder, entries)
         passed = sum(entry["passed"] for entry in entries)
         logger.info("%d images drawn at %.1f images/s", attempts, attempts / (time.perf_counter() - started))

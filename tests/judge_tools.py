@@ -29,11 +29,11 @@ def bert_pipeline_dir(tmp_path_factory):
     return folder
 
 
-def write_judges(folder, text_encoder, seed, threshold=0.5):
+def write_judges(folder, text_encoder, seed, threshold=0.5, criteria=()):
     """Random judges whose scores differ between images: their last layers are enlarged."""
     torch.manual_seed(seed)
     sizes = VisionSizes(image_size=32, patch_size=8, width=32, layers=1, heads=2, mlp_ratio=2.0, dropout=0.0)
-    selector, policy = Selector(sizes), Policy(sizes, TextFeatures(text_encoder, 24))
+    selector, policy = Selector(sizes, criteria), Policy(sizes, TextFeatures(text_encoder, 24))
     policy.fit_text(FUNDUS_PROMPTS)
     with torch.no_grad():
         for judge in (selector, policy):
@@ -60,4 +60,5 @@ def threshold_between(scores) -> float:
 
 @pytest.fixture(scope="session")
 def judges_dir(bert_pipeline_dir, tmp_path_factory):
-    return write_judges(tmp_path_factory.mktemp("judges"), bert_pipeline_dir, seed=3, threshold=0.1)
+    folder = tmp_path_factory.mktemp("judges")
+    return write_judges(folder, bert_pipeline_dir, seed=3, threshold=0.1, criteria=("disc", "artifacts"))

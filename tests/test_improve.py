@@ -111,6 +111,7 @@ def test_candidates_are_the_first_that_pass(serve, judges_dir):
             name = re.fullmatch(r"images/.+/Fundus_(\d+)_selector_(.{4})_policy_(.{4})\.png", entry["path_to_img"])
             pixels = image[None].float() / 255
             assert float(name[2]) == pytest.approx(selector.score(pixels).item(), abs=0.006)
+            assert entry["artifacts"] == pytest.approx(selector.score_all(pixels)[0, 2].item(), abs=1e-3)
             assert float(name[3]) == pytest.approx(policy.score(pixels, [entry["prompt"]]).item(), abs=0.006)
             assert int(name[1]) == 5 * request.repetition + seeds.index(entry["seed"])
 
@@ -250,6 +251,7 @@ def test_generate_is_the_same_with_two_processes_and_draws_damaged_images_again(
     assert [(row.image, row.caption) for row in rows] == passed and not missing
     assert [(row.image, row.caption) for row in read_metadata(tmp_path / "one" / "metadata.csv")] == passed
     assert {entry["weights_sha256"] for entry in entries} == {rows[0].fields["weights_sha256"]}
+    assert [float(row.fields["disc"]) for row in rows] == [entry["disc"] for entry in entries if entry["passed"]]
     for damage in (lambda: path.write_bytes(path.read_bytes()[:-50]), path.unlink):
         damage()
         run("generate.py", logdir=tmp_path / "one", **settings)

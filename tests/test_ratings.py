@@ -1,6 +1,7 @@
 """Expert ratings: the table and its faults, means over raters, agreement, splits by patient."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -48,6 +49,16 @@ def test_tables_with_all_and_with_the_least_columns(folder):
     assert (two.quality, two.alignment, two.weight, two.ratings) == (1, 3, 1, 1)
     (row,) = ratings.read_ratings(table(folder, ["1.png,2,normal"], "image_path,rating,prompt\n"))
     assert (row.modality, row.expert_level, row.rater_id, row.patient) == ("Fundus", 3, "", "1")
+
+
+def test_criteria_are_averaged_over_the_raters_who_gave_them(folder):
+    header = "image_path,rating,prompt,expert_level,rater_id,disc,Artifacts\n"
+    rows = ratings.read_ratings(table(folder, ["1.png,2,x,3,a,3,", "1.png,2,x,1,b,1,2", "2.png,1,x,3,a,,"], header))
+    one, two = ratings.aggregate(rows)
+    assert (one.criteria, two.criteria) == ({"disc": 2.5, "artifacts": 2.0}, {}) and one.reward("disc") == 0.75
+    assert math.isnan(two.reward("disc")) and math.isnan(one.reward("vessels"))
+    with pytest.raises(UserError, match="disc is '4'"):
+        ratings.read_ratings(table(folder, ["1.png,2,x,3,a,4,1"], header))
 
 
 @pytest.fixture

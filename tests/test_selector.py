@@ -145,6 +145,15 @@ def test_files_hold_what_is_needed(bert, kind, policy, images, tmp_path):
     assert not found.training and not any(p.requires_grad for net in (found, judge) for p in net.parameters())
 
 
+def test_criteria_are_further_outputs(images, tmp_path):
+    selector = Selector(TINY, ("disc", "vessels")).eval()
+    everything = selector.score_all(images)
+    assert everything.shape == (6, 3) and torch.equal(selector.score(images), everything[:, 0])
+    save_selector(selector, tmp_path / "selector.safetensors")
+    found = load_selector(tmp_path / "selector.safetensors")
+    assert found.criteria == ("disc", "vessels") and torch.equal(found.score_all(images), everything)
+
+
 def refused(message, load, *arguments, **named):
     with pytest.raises(UserError, match=message) as caught:
         load(*arguments, **named)

@@ -66,14 +66,20 @@ def entries(folder):
 
 
 @pytest.mark.slow
-def test_both_judges_learn_what_experts_mean(train, tmp_path):
-    log = train(output=tmp_path, num_epochs=16, batch_size=8)
+def test_both_judges_learn_what_experts_mean(train, table, tmp_path):
+    """And criteria: vessels as the quality, rated for one half of the images; artifacts the other way round."""
+    columns = {
+        "vessels": lambda rows: rows.rating.where(rows.index % 2 == 0),
+        "artifacts": lambda rows: 4 - rows.rating,
+    }
+    log = train(ratings=table(lambda rows: rows.assign(**columns)), output=tmp_path, num_epochs=16, batch_size=8)
     written = entries(tmp_path)
     assert [(entry["epoch"], entry["stage"]) for entry in written] == [(n, 1 + n // 16) for n in range(32)]
     rates = [entry["learning_rate"] for entry in written]
     assert rates[0] == 3e-3 and rates[16] == 1e-3 and rates[15] < 1e-4
     first, last = written[15], written[-1]
     assert first["selector"]["spearman"] > 0.85 and first["selector"]["auc"] > 0.95 and first["selector"]["mae"] < 0.15
+    assert first["selector"]["spearman_vessels"] > 0.8 and first["selector"]["spearman_artifacts"] > 0.8
     assert last["policy"]["auc"] > 0.95 and last["policy"]["mae"] < 0.25
     assert 0.4 < first["selector"]["pass_rate"] < 0.9 and "selector" not in last  # frozen in stage 2
     selector, policy = load_judges(tmp_path)
@@ -81,7 +87,9 @@ def test_both_judges_learn_what_experts_mean(train, tmp_path):
     # their scores of a good and a bad image
     rng = np.random.default_rng(5)
     pixels = torch.from_numpy(np.stack([stripes(quality, False, rng) for quality in (3, 1)])).permute(0, 3, 1, 2) / 255
-    assert selector.passes(pixels).tolist() == [True, False]
+    assert selector.passes(pixels).tolist() == [True, False] and selector.criteria == ("vessels", "artifacts")
+    (_, sharp, faults), (_, blurred, more_faults) = selector.score_all(pixels)
+    assert sharp > blurred and more_faults > faults
     red, blue = policy.score(pixels[[0, 0]], PROMPTS)
     assert red > 0.6 > 0.4 > blue
 

@@ -3,8 +3,8 @@
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
@@ -26,12 +26,16 @@ from ddpo_pytorch.utils.files import path_fault
 
 COLUMNS = ("image_path", "rating", "modality", "expert_level", "prompt", "rater_id")
 APART = ("quality", "alignment", "patient")  # further columns, where both questions were asked
+CRITERIA = ("disc", "vessels", "contrast", "artifacts")  # of quality, where they were rated too
 CLASSES = (1, 2, 3)
 
 
 @dataclass(frozen=True)
 class Rating:
-    """One expert's rating of an image for a prompt, in [1, 3]; quality and alignment are None if not apart."""
+    """One expert's rating of an image for a prompt, in [1, 3]; quality and alignment are None if not apart.
+
+    `criteria` has those of CRITERIA that were rated.
+    """
 
     image: str
     rating: float
@@ -44,6 +48,7 @@ class Rating:
     patient: str
     line: int
     path: Path = Path()
+    criteria: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, column: str) -> float:
         """Return the rating of "quality" or "alignment"."""
@@ -53,7 +58,10 @@ class Rating:
 
 @dataclass(frozen=True)
 class RatedImage:
-    """Means in [1, 3] over the `ratings` rows of an image and prompt, by level; `weight` is the mean level / 3."""
+    """Means in [1, 3] over the `ratings` rows of an image and prompt, by level; `weight` is the mean level / 3.
+
+    `criteria` has the means of those of CRITERIA that were rated.
+    """
 
     image: str
     path: Path
@@ -63,14 +71,15 @@ class RatedImage:
     weight: float
     patient: str
     ratings: int
+    criteria: Mapping[str, float] = field(default_factory=dict)
 
     def reward(self, column: str) -> float:
-        """Return R = (r - 1) / 2 in [0, 1] of the column "quality" or "alignment"."""
-        return (getattr(self, column) - 1) / 2
+        """Return R = (r - 1) / 2 in [0, 1] of "quality", "alignment" or a criterion, NaN if that was not rated."""
+        return (({"quality": self.quality, "alignment": self.alignment} | self.criteria).get(column, math.nan) - 1) / 2
 
 
 def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "") -> list[Rating]:
-    """Read a table with image_path, rating, prompt and optionally the rest of COLUMNS, quality, alignment, patient.
+    """Read a table with image_path, rating, prompt and optionally the rest of COLUMNS, APART and CRITERIA.
 
     Without expert_level every expert has level 3; without rater_id every row is another rater. Image paths start from
     `root`, by default the table's folder, or from the latter. Images must be in `root` or in the folder `within`: a
@@ -103,9 +112,9 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
         if fault := caption_fault(fields["prompt"], modality, only):
             faults.append(fault)
         values: dict[str, float | None] = {}
-        for name in ("expert_level", "rating", "quality", "alignment"):
+        for name in ("expert_level", "rating", "quality", "alignment", *CRITERIA):
             values[name] = number(fields[name]) if name in fields else 3.0 if name == "expert_level" else None
-            optional = name in ("quality", "alignment") and not fields.get(name)
+            optional = name not in ("expert_level", "rating") and not fields.get(name)
             if not optional and not 1 <= (values[name] or 0) <= 3:
                 hint = " (without this column all are 3)" * (name == "expert_level")
                 faults.append(f"{name} is {fields[name]!r}; allowed are 1 to 3{hint}")
@@ -117,10 +126,11 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
             faults.append(f"image {image!r} is of patient {patient!r}, in line {first} of {other!r}")
         prompt = caption_of(fields["prompt"], *only)
         about = dict(modality=modality, rater_id=rater, patient=patient, line=line, path=file)
-        rating = Rating(image=image, prompt=prompt, **about, **values)
+        criteria = {name: value for name in CRITERIA if (value := values.pop(name)) is not None}
+        rating = Rating(image=image, prompt=prompt, criteria=criteria, **about, **values)
         return rating, (rater, image, prompt) if rater else None, f"rater {rater!r} of image {image!r} for this prompt"
 
-    required, optional = ("image_path", "rating", "prompt"), (*COLUMNS, *APART)
+    required, optional = ("image_path", "rating", "prompt"), (*COLUMNS, *APART, *CRITERIA)
     advice = "scripts/rate.py adds them"
     return read_table(path, "ratings table", required, make, optional, free_text="prompt", advice=advice)
 
@@ -134,8 +144,13 @@ def aggregate(ratings: Sequence[Rating], root: str | Path = "") -> list[RatedIma
             float(np.average([row.of(column) for row in rows], weights=levels)) for column in ("quality", "alignment")
         )
         path = Path(root) / image if root else rows[0].path
-        weight = float(np.mean(levels)) / 3
-        images.append(RatedImage(image, path, prompt, quality, alignment, weight, rows[0].patient, len(rows)))
+        weight, criteria = float(np.mean(levels)) / 3, {}
+        for name in CRITERIA:
+            if given := [(row.criteria[name], row.expert_level) for row in rows if name in row.criteria]:
+                means, weights = zip(*given, strict=True)
+                criteria[name] = float(np.average(means, weights=weights))
+        about = weight, rows[0].patient, len(rows), criteria
+        images.append(RatedImage(image, path, prompt, quality, alignment, *about))
     return images
 
 

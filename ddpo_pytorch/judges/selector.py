@@ -1,10 +1,11 @@
 """The Selector scores the quality of an image in [0, 1], whatever it was meant to show; a threshold accepts or rejects.
 
-Vision transformer (patch 16, width 768, 6 layers, 12 heads at full size), then width -> 256 -> 64 -> 1.
+Vision transformer (patch 16, width 768, 6 layers, 12 heads at full size), then width -> 256 -> 64 -> 1. Where experts
+rated criteria of quality, such as the clarity of the optic disc, each of them is a further output of the last layer.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +18,44 @@ from ddpo_pytorch.utils.json_files import OneOf
 
 HEAD = (256, 64)
 MLP_RATIO = 8 / 3  # of its blocks: 2048 at width 768
-DESCRIPTION = {"sizes": dict, "threshold?": OneOf((float, None)), "calibration?": dict, "origin?": dict}
+DESCRIPTION = {
+    "sizes": dict,
+    "threshold?": OneOf((float, None)),
+    "calibration?": dict,
+    "origin?": dict,
+    "criteria?": [str],
+}
 
 
 class Selector(Judge):
-    """Images -> one logit each.
+    """Images -> one logit each, and one for each of `criteria`.
 
     `threshold` is the lowest score that passes, None before calibration; `calibration` states, for people, how it was
     chosen (plain values).
     """
 
-    def __init__(self, sizes: VisionSizes):
+    def __init__(self, sizes: VisionSizes, criteria: Sequence[str] = ()):
         super().__init__(sizes)
+        self.criteria = tuple(criteria)
         self.threshold: float | None = None
         self.calibration: Mapping[str, Any] = {}
         layers, width = [], sizes.width
         for inner in HEAD:
             layers += [nn.Linear(width, inner), nn.GELU(), nn.Dropout(sizes.dropout)]
             width = inner
-        self.head = nn.Sequential(*layers, nn.Linear(width, 1))
+        self.head = nn.Sequential(*layers, nn.Linear(width, 1 + len(self.criteria)))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Preprocessed images -> logits (B,)."""
+        """Preprocessed images -> logits (B,), or (B, 1 + K) with K criteria, of which quality is the first."""
         return self.head(self.encoder(pixels)).squeeze(-1)
 
     def score(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) in [0, 1] -> scores (B,), float32 in [0, 1], without dropout or gradients."""
-        return self.score_with(images)
+        return self.score_all(images)[:, 0]
+
+    def score_all(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> scores (B, 1 + K) of quality and K criteria, as `score`."""
+        return self.score_with(images).view(len(images), -1)
 
     def passes(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) -> bool (B,), as `accepts`."""
@@ -58,14 +70,14 @@ class Selector(Judge):
 
 def save_selector(selector: Selector, path: str | Path) -> None:
     """Write safetensors with sizes, threshold, calibration and origin in the metadata, atomically."""
-    description = {name: getattr(selector, name) for name in ("threshold", "calibration", "origin")}
+    description = {name: getattr(selector, name) for name in ("threshold", "calibration", "origin", "criteria")}
     save_judge(path, "selector", selector, description | {"sizes": dataclasses.asdict(selector.sizes)})
 
 
 def load_selector(path: str | Path, device: str | torch.device = "cpu") -> Selector:
     """Load a Selector, frozen and in eval mode. Raises UserError for a missing or other file."""
     description, weights = read_judge(path, "selector", DESCRIPTION)
-    selector = build(lambda: Selector(description["sizes"]), weights, path)
+    selector = build(lambda: Selector(description["sizes"], description.get("criteria", ())), weights, path)
     selector.threshold = description.get("threshold")
     selector.calibration, selector.origin = description.get("calibration", {}), description.get("origin", {})
     return selector.to(device)

@@ -67,7 +67,10 @@ class Judge(nn.Module):
 
     `encoder` maps preprocessed images (B, 3, S, S) to features (B, width): the class token after the last LayerNorm,
     or, with stem "conv", the mean of the other tokens. `origin` holds training data and settings (plain values).
+    `criteria` name further outputs, of a Selector.
     """
+
+    criteria: tuple[str, ...] = ()
 
     def __init__(self, sizes: VisionSizes):
         super().__init__()
@@ -98,7 +101,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def score_with(self, images: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        """Images in [0, 1], further inputs of `forward` -> scores (B,), float32 in [0, 1], without dropout."""
+        """Images in [0, 1], further inputs of `forward` -> scores of its shape, float32 in [0, 1], without dropout."""
         training, device = self.training, next(self.parameters()).device
         self.eval()
         try:

@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 
 from ddpo_pytorch.data.fundus import names_side
 from ddpo_pytorch.data.images import load_image, to_uint8
-from ddpo_pytorch.data.ratings import RatedImage
+from ddpo_pytorch.data.ratings import CRITERIA, RatedImage
 from ddpo_pytorch.data.sample_folder import LOG, is_framed, read_log
 from ddpo_pytorch.generator.latents import reconstruct
 from ddpo_pytorch.judges.classifier_report import calibration_error, ranking
@@ -37,9 +37,9 @@ PROBED = 100  # images that the Selector's probes start from
 class RatedSet:
     """N rated images, decoded: uint8 (N, 3, S, S).
 
-    From the ratings follow prompts, rewards in [0, 1] (N,) for each of COLUMNS, the raters' weights in (0, 1] (N,), and
-    `mirrored` (N,), whether the mirror image is as good: not if the prompt names a side. `digest` is a hash of names,
-    prompts, ratings, weights and size.
+    From the ratings follow prompts, rewards in [0, 1] (N,) for each of COLUMNS and of `criteria`, those that were rated
+    (NaN for images without), the raters' weights in (0, 1] (N,), and `mirrored` (N,), whether the mirror image is as
+    good: not if the prompt names a side. `digest` is a hash of names, prompts, ratings, weights and size.
     """
 
     images: torch.Tensor
@@ -48,7 +48,9 @@ class RatedSet:
 
     def __post_init__(self):
         self.prompts = tuple(one.prompt for one in self.rated)
-        self.rewards = {name: torch.tensor([one.reward(name) for one in self.rated]) for name in COLUMNS}
+        self.criteria = tuple(name for name in CRITERIA if any(name in one.criteria for one in self.rated))
+        columns = COLUMNS + self.criteria
+        self.rewards = {name: torch.tensor([one.reward(name) for one in self.rated]) for name in columns}
         self.weights = torch.tensor([one.weight for one in self.rated])
         self.mirrored = torch.tensor([not names_side(prompt) for prompt in self.prompts])
 
@@ -81,7 +83,7 @@ def read_rated(rated: Sequence[RatedImage], size: int, resize: str = "fov") -> R
 
     with ThreadPoolExecutor(thread_limit()) as pool:
         images = torch.stack(list(pool.map(lambda one: pixels(one.path), rated)))
-    rows = [[Path(one.image).name, one.prompt, one.quality, one.alignment, one.weight] for one in rated]
+    rows = [[Path(one.image).name, one.prompt, one.quality, one.alignment, one.weight, one.criteria] for one in rated]
     return RatedSet(images, rated, hashlib.sha256(json.dumps([size, resize, rows]).encode()).hexdigest()[:12])
 
 

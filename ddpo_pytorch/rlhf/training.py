@@ -76,14 +76,21 @@ def chosen_samples(passed: torch.Tensor, replay_share: float, seed: int) -> torc
     return torch.cat([accepted, rejected[replayed]]).sort().values
 
 
-def all_scores(accelerator: Accelerator, judge: Selector | Policy, rated: RatedSet, batch_size: int) -> torch.Tensor:
-    """Return scores (N,) in order, float32 on the CPU of every process; processes take whole batches in turn."""
+def all_scores(
+    accelerator: Accelerator, judge: Selector | Policy, rated: RatedSet, batch_size: int, output: int = 0
+) -> torch.Tensor:
+    """Return scores (N,) in order, float32 on the CPU of every process; processes take whole batches in turn.
+
+    `output` is that of the Selector: 0, quality, or a criterion's place in its criteria, from 1.
+    """
     table = torch.zeros(len(rated), device=accelerator.device)
     batches = torch.arange(len(rated)).split(batch_size)
     for indices in batches[accelerator.process_index :: accelerator.num_processes]:
         images = (rated.images[indices].float() / 255).to(accelerator.device)
         prompts = [rated.prompts[index] for index in indices.tolist()]
-        table[indices] = judge.score(images, prompts) if isinstance(judge, Policy) else judge.score(images)
+        table[indices] = (
+            judge.score(images, prompts) if isinstance(judge, Policy) else judge.score_all(images)[:, output]
+        )
     return accelerator.reduce(table, "sum").cpu()  # every row comes from one process, the others have zeros there
 
 
@@ -134,20 +141,24 @@ def train_stage(
     state = TrainState(state_path(output, stage), settings, **parts)
 
     def loss_of(name: str, model: torch.nn.Module, indices: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Return the loss of one judge for float images (B, 3, S, S) with these indices (B,)."""
+        """Return the loss of one judge for float images (B, 3, S, S) with these indices (B,), summed over outputs."""
         judge, prompts = judges[name], [train.prompts[index] for index in indices.tolist()]
         inputs = (judge.text(prompts).to(device),) if name == "policy" else ()
         with accelerator.autocast():
             logits = model(judge.preprocess(images), *inputs)
-        logits = logits.float()  # (B,)
+        logits = logits.float().view(len(images), -1)  # (B, 1 + criteria)
         values, weights = logits.sigmoid(), train.weights[indices].to(device)
         if stage == 2:  # without dropout, so that the baseline is the score that others see
-            values = judge.score(images, prompts)
+            values = judge.score(images, prompts)[:, None]
             if rlhf.importance:
                 scores = selector_scores[indices].to(device)
-                weights = weights * importance_weights(scores, values, *rlhf.importance_range)
-        rewards = train.rewards[COLUMN[name]][indices].to(device)
-        return reinforce_loss(logits, advantages(rewards, values), weights, rlhf.objective)
+                weights = weights * importance_weights(scores, values[:, 0], *rlhf.importance_range)
+        losses = []
+        for output, column in enumerate((COLUMN[name], *judge.criteria)):
+            rewards = train.rewards[column][indices].to(device)
+            gains = advantages(rewards.nan_to_num(), values[:, output])
+            losses.append(reinforce_loss(logits[:, output], gains, weights * ~rewards.isnan(), rlhf.objective))
+        return torch.stack(losses).sum()
 
     def held_out() -> dict[str, dict[str, float | None]]:
         """Return `measures` of each judge on the held-out images, the Selector's at the currently best threshold."""
@@ -160,6 +171,11 @@ def train_stage(
             if name == "selector" and threshold is None:
                 threshold, _ = best_threshold(scores, rewards)
             metrics[name] = measures(scores, rewards, threshold)
+            for output, criterion in enumerate(judge.criteria, 1):
+                rewards = val.rewards.get(criterion, torch.full((len(val),), torch.nan))
+                if (rated := ~rewards.isnan()).any():
+                    scores = all_scores(accelerator, judge, val, rlhf.batch_size, output)
+                    metrics[name][f"spearman_{criterion}"] = measures(scores[rated], rewards[rated])["spearman"]
         return metrics
 
     done = (state.load() or {"epoch": 0})["epoch"]
@@ -255,7 +271,7 @@ def first_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedSe
     with accelerator.local_main_process_first():  # one process downloads
         text = TextFeatures(rlhf.text_encoder, rlhf.text_tokens, accelerator.device)
     set_seed(config.seed)
-    selector = Selector(VisionSizes(layers=rlhf.selector_layers, mlp_ratio=MLP_RATIO, **sizes))
+    selector = Selector(VisionSizes(layers=rlhf.selector_layers, mlp_ratio=MLP_RATIO, **sizes), train_set.criteria)
     policy = Policy(VisionSizes(layers=rlhf.policy_layers, **sizes), text)
     policy.fit_text(train_set.prompts)
     judges = {"selector": selector, "policy": policy}
