@@ -57,6 +57,7 @@ setup(
         "wandb>=0.19",
     ],
     extras_require={
+        "dicom": ["pydicom>=3.0"],
         "rate": RATE,
         "tensorboard": ["tensorboard>=2.16"],
         "test": [*RATE, *TEST],

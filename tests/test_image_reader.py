@@ -3,6 +3,7 @@
 import os
 import shutil
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -91,6 +92,61 @@ def test_unambiguous_images_are_scaled(name, tmp_path):
             (tmp_path / name).rename(path)
         assert np.array_equal(np.asarray(read_rgb(path)), expected)
         fundus.check_images([path])
+
+
+def write_dicom(path, levels: np.ndarray, bits: int, kind: str = "MONOCHROME2", **tags) -> None:
+    from pydicom import Dataset, FileMetaDataset, uid
+
+    image, meta = Dataset(), FileMetaDataset()
+    meta.MediaStorageSOPClassUID = image.SOPClassUID = uid.SecondaryCaptureImageStorage
+    meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID = uid.generate_uid(entropy_srcs=["a"])
+    meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    image.file_meta, image.SamplesPerPixel = meta, levels.shape[2] if levels.ndim == 3 else 1
+    image.PhotometricInterpretation, (image.Rows, image.Columns) = kind, levels.shape[:2]
+    image.BitsAllocated, image.BitsStored, image.HighBit = 8 * levels.itemsize, bits, bits - 1
+    image.PixelRepresentation, image.PlanarConfiguration = int(levels.dtype.kind == "i"), 0
+    for name, value in tags.items():
+        setattr(image, name, value)
+    image.PixelData = levels.tobytes()
+    image.save_as(path, enforce_file_format=True)
+
+
+TWELVE, HOUNSFIELD = DEEP // 16, (DEEP // 16).astype(np.int16) - 1024
+WINDOW = {"WindowCenter": 40, "WindowWidth": 400}  # C.11.2.1.2.1: black up to -160, white from 239.5 on
+WINDOWED = np.rint((((HOUNSFIELD - 39.5) / 399 + 0.5) * 255).clip(0, 255))
+DICOM = {
+    "grey12": ((TWELVE, 12), np.rint(TWELVE * (255 / 4095))),
+    "inverted": ((TWELVE, 12, "MONOCHROME1"), np.rint((4095 - TWELVE) * (255 / 4095))),
+    "window": ((HOUNSFIELD, 16), WINDOWED),
+    "rescaled": ((TWELVE, 12), WINDOWED),
+    "colour": ((COLOUR, 8, "RGB"), COLOUR),
+}
+TAGS = {"window": WINDOW, "rescaled": WINDOW | {"RescaleSlope": 1, "RescaleIntercept": -1024}}
+
+
+@pytest.mark.parametrize("name", DICOM)
+def test_dicom_files_are_read_as_they_are_shown(name, tmp_path):
+    pytest.importorskip("pydicom", reason="pydicom absent")
+    arguments, expected = DICOM[name]
+    write_dicom(tmp_path / f"{name}.dcm", *arguments, **TAGS.get(name, {}))
+    (path,) = find_images(tmp_path, [name])
+    found = np.asarray(read_rgb(path))
+    assert found.shape == (16, 16, 3) and np.array_equal(found, expected if expected.ndim == 3 else grey(expected))
+    assert is_intact(path) and find_damage([path]) == [None]
+    path.write_bytes(path.read_bytes()[:-9])
+    assert not is_intact(path)
+
+
+def test_dicom_files_of_unknown_meaning_or_without_pydicom_are_refused(tmp_path, monkeypatch):
+    pytest.importorskip("pydicom", reason="pydicom absent")
+    write_dicom(dark := tmp_path / "dark.dcm", TWELVE // 16, 12)
+    write_dicom(film := tmp_path / "film.dcm", np.stack([TWELVE] * 2), 12, NumberOfFrames=2, Rows=16, Columns=16)
+    for path, said in ((dark, "no window"), (film, "holds 2 images")):
+        with pytest.raises(UserError, match=f"{path.name}.*{said}"):
+            load_pixels(path)
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(UserError, match="dark.dcm.*pydicom"):
+        load_pixels(dark)
 
 
 REFUSED = {

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -30,9 +30,9 @@ from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_write, open_regular, path_inside, remove_leftovers
 
 logger = logging.getLogger(__name__)
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".dcm")
 LARGEST_SIDE = 4096  # pixels of a judge's input
-# allowed contents, whatever the suffix: Pillow would hand others to programs (PostScript to Ghostscript)
+# allowed contents besides DICOM, whatever the suffix: Pillow would hand others to programs (PostScript to Ghostscript)
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 # raised with every change of the pixels that `read_rgb` returns, so that no cache serves those of older rules
 READER_VERSION = 2
@@ -79,12 +79,18 @@ def load_pixels(path: str | Path, size: int | None = None, resize: str = "stretc
 
 @contextmanager
 def open_image(path: str | Path) -> Iterator[Image.Image]:
-    """Open an image file of FORMATS, whatever its suffix, to be decoded; errors in the block become UserError too."""
+    """Open an image file of FORMATS, whatever its suffix, to be decoded; errors in the block become UserError too.
+
+    A DICOM file is decoded at once.
+    """
     try:
-        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
-            if reason := _ambiguity(image):
-                raise _refusal(path, reason)
-            yield image
+        with open_regular(path) as file:
+            dicom = file.read(132)[128:] == b"DICM"
+            file.seek(0)
+            with _read_dicom(file, path) if dicom else Image.open(file, formats=FORMATS) as image:
+                if reason := None if dicom else _ambiguity(image):
+                    raise _refusal(path, reason)
+                yield image
     except UserError:
         raise
     except Exception as error:  # of damaged files Pillow's decoders raise nearly anything
@@ -115,13 +121,46 @@ def read_rgb(path: str | Path) -> Image.Image:
         return picture
 
 
+def _read_dicom(file: BinaryIO, path: str | Path) -> Image.Image:
+    """Decode a DICOM file to RGB, in its first window or, without one, with black and white at the ends of its levels.
+
+    Raises UserError without pydicom, for several images, and for levels that would be nearly black without a window.
+    """
+    try:
+        from pydicom import dcmread, pixels
+    except ImportError as error:
+        raise UserError(f"{str(path)!r} is a DICOM file, which needs pydicom: pip install -e '.[dicom]'") from error
+    header = dcmread(file)
+    if (frames := int(header.get("NumberOfFrames") or 1)) > 1:
+        raise _refusal(path, f"holds {frames} images")
+    levels, kind = pixels.pixel_array(header), header.PhotometricInterpretation
+    half, ends = 2 ** (header.BitsStored - 1), (0, 2**header.BitsStored - 1)
+    if kind.startswith("MONOCHROME"):
+        if tables := header.get("VOILUTSequence") or header.get("ModalityLUTSequence"):
+            ends = 0, 2 ** tables[0].LUTDescriptor[2] - 1
+        else:
+            ends = pixels.apply_modality_lut(
+                np.array((-half, half - 1) if header.PixelRepresentation else ends), header
+            )
+        levels = pixels.apply_voi_lut(pixels.apply_modality_lut(levels, header), header)
+    elif kind == "PALETTE COLOR":
+        levels = pixels.apply_color_lut(levels, header)
+        ends = 0, np.iinfo(levels.dtype).max
+    black, white = ends
+    shares = (levels.astype(float) - black) / (white - black)
+    if 0 < shares.max() <= 1 / 16 and "WindowCenter" not in header:
+        raise _refusal(path, f"has no window and no level above {levels.max()}, where white is {white}")
+    shares = (1 - shares if kind == "MONOCHROME1" else shares).clip(0, 1)
+    return Image.fromarray(np.rint(255 * shares).astype(np.uint8)).convert("RGB")
+
+
 def _refusal(path: str | Path, reason: str) -> UserError:
     return UserError(f"{str(path)!r} {reason}; convert it to 8-bit RGB as you mean it")
 
 
 def _layout(image: Image.Image) -> tuple[str, int]:
     """Return Pillow's name of the levels in the file, e.g. "RGB;16B", or "", and the highest beyond 8 bits, or 0."""
-    arguments = image.tile[0][3] if image.tile else ""
+    arguments = image.tile[0][3] if getattr(image, "tile", None) else ""  # a DICOM file's image has none
     name = arguments if isinstance(arguments, str) else str(arguments[0])
     deep = re.search(r";(12|16)", name)
     return name, 2 ** int(deep[1]) - 1 if deep else 0

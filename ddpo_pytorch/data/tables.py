@@ -22,7 +22,7 @@ _VALUE = re.compile(rf"{_NUMBER.pattern}( \[{_NUMBER.pattern}, {_NUMBER.pattern}
 _FORMULA = tuple("=+-@\t\r\n＝＋－＠")
 # cells of well-known columns; they decide where a caption with unquoted commas ends
 _FORMS = {
-    **dict.fromkeys(("path", "image_path"), re.compile(r".+\.(png|jpe?g|tiff?|bmp|webp|ppm)", re.IGNORECASE)),
+    **dict.fromkeys(("path", "image_path"), re.compile(r".+\.(png|jpe?g|tiff?|bmp|webp|ppm|dcm)", re.IGNORECASE)),
     "modality": re.compile(r"[A-Za-z]*"),
     "eye": re.compile(r"left|right|l|r|od|os|", re.IGNORECASE),
     **dict.fromkeys(("age", "rating", "expert_level", "quality", "alignment"), re.compile(f"({_NUMBER.pattern})?")),
