@@ -20,6 +20,7 @@ from script_tools import files_of, load_module, options, succeed
 from ddpo_pytorch.data.fundus import load_split
 from ddpo_pytorch.data.images import SYNTHETIC, save_image
 from ddpo_pytorch.data.metadata import read_metadata
+from ddpo_pytorch.data.ratings import read_ratings
 from ddpo_pytorch.data.sample_folder import folder_name, read_log
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.classifier import new_classifier
@@ -27,7 +28,7 @@ from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges
 from ddpo_pytorch.judges.selector import save_selector
 from ddpo_pytorch.metrics.fidelity import kernel_distance
 from ddpo_pytorch.metrics.ssim import ms_ssim
-from ddpo_pytorch.phantoms import fundus
+from ddpo_pytorch.phantoms import fundus, rating_sets, skin
 from ddpo_pytorch.phantoms.damage import degrade, vessel_contrast
 from ddpo_pytorch.prompts import all_prompts
 from ddpo_pytorch.rewards import build_reward
@@ -268,6 +269,29 @@ def test_a_single_wish(config_file, fields, tmp_path):
     ]
     assert len(found) == 2 and all(Path(path).is_file() for path in found)
     assert {Path(path).parent.name for path in found} == {folder_name(FUNDUS_PROMPTS[0])}
+
+
+@pytest.mark.slow
+def test_another_modality_has_ratings_judges_and_images_of_its_own(run, fields, tmp_path):
+    """Skin phantoms as path,Text,modality with the field step off: no retina is looked for."""
+    rng, lines = np.random.default_rng(0), ["path,Text,modality"]
+    for number in range(12):
+        picture = skin.draw([0, 0, number // 2 % 2, 0, number % 2, 1 - number % 2], rng, 32)
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+        lines.append(f"{number}.png,A {('nevus', 'melanoma')[number % 2]}.,Dermoscopy")
+    (table := tmp_path / "table.csv").write_text("\n".join(lines))
+    options = ["--csv", table, "--data_path", tmp_path, "--out", tmp_path / "rated", "--resize", "pad", "--size", "32"]
+    rating_sets.main(list(map(str, options)))
+    fields |= {"rlhf__ratings": tmp_path / "rated/ratings.csv", "rlhf__resize": "pad", "rlhf__patch_size": 8}
+    fields |= {"rlhf__width": 32, "rlhf__heads": 2, "rlhf__selector_layers": 1, "rlhf__policy_layers": 1}
+    run("train_rlhf.py", rlhf__output=tmp_path / "judges", rlhf__threshold=0.0)
+    assert not (tmp_path / "judges/probes.md").exists()
+    run("generate.py", improve__judges=tmp_path / "judges", prompt_fn_kwargs__path=table, logdir=tmp_path / "out")
+    entries = read_log(tmp_path / "out")
+    assert {entry["prompt"] for entry in entries} == {"Dermoscopy: A nevus.", "Dermoscopy: A melanoma."}
+    assert all(Path(entry["path_to_img"]).name.startswith("Dermoscopy_") for entry in entries)
+    ratings = read_ratings(tmp_path / "rated/ratings.csv")
+    assert len(ratings) == 36 and {one.prompt for one in ratings} == {entry["prompt"] for entry in entries}
 
 
 @pytest.mark.slow

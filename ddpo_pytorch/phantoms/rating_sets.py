@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ddpo_pytorch.data import ratings
-from ddpo_pytorch.data.fundus import MODALITY, Row, check_images, load_split
+from ddpo_pytorch.data.fundus import MODALITY, Row, check_images, load_split, modality_of
 from ddpo_pytorch.data.images import RESIZES, load_pixels, save_image
 from ddpo_pytorch.data.sample_folder import RECORD
 from ddpo_pytorch.data.tables import write_table
@@ -54,7 +54,7 @@ def write_rating_set(
     """Write ratings.csv and images/<number>.png: each image in the grades 3 (unchanged), 2 and 1.
 
     A share `structural` of them is also there as one of STRUCTURAL. These, and images below VISIBLE, which are there
-    unchanged, have quality and alignment 1.
+    unchanged, have quality and alignment 1. There are neither of them, nor erased vessels, in other modalities.
 
     Names and order do not reveal the grade. `quality` is the grade. A share `mismatched` of each grade has the caption
     of another image without a common finding: `alignment` is 1 there, else 3; `rating` is the lower of both. The rater
@@ -83,7 +83,10 @@ def write_rating_set(
             return
         pairs = zip(rows, paths, strict=True)
         good = [(row, path) for row, path in pairs if row.good]
-        contrasts = [(row, path, vessel_contrast(_pixels(path, size, resize))) for row, path in good]
+        if retinal := modality_of(rows[0].caption) == MODALITY:
+            contrasts = [(row, path, vessel_contrast(_pixels(path, size, resize))) for row, path in good]
+        else:
+            contrasts = [(row, path, VISIBLE) for row, path in good]
         visible = [one for one in contrasts if one[2] >= VISIBLE]
         logger.info(
             "%d images, of which %d have a lower quality in the table, and are left out, and %d show no vessels; %d do",
@@ -94,7 +97,7 @@ def write_rating_set(
         rng = np.random.default_rng((seed, 1))
         truth = _true_ratings([row for row, _, _ in visible], mismatched, rng)
         jobs = [(row, path, grade, contrast >= ERASABLE) for row, path, contrast in visible for grade in GRADES]
-        ruined = rng.permutation(len(visible))[: round(structural * len(visible))]
+        ruined = rng.permutation(len(visible))[: round(retinal * structural * len(visible))]
         none = [(*visible[one][:2], STRUCTURAL[n % len(STRUCTURAL)], True) for n, one in enumerate(ruined)]
         none += [(row, path, "", True) for row, path, contrast in contrasts if contrast < VISIBLE]
         jobs += none
@@ -156,7 +159,8 @@ def _simulate_raters(truth: Sequence[dict], raters: int, rng: np.random.Generato
             for name, grade in grades.items() if people else ():
                 if rng.random() < ERRORS[level]:
                     grades[name] = int(rng.choice([other for other in (1, 2, 3) if abs(other - grade) == 1]))
-            rating = dict(modality=MODALITY, expert_level=level, rater_id=rater, rating=min(grades.values()))
+            modality = modality_of(image["prompt"])
+            rating = dict(modality=modality, expert_level=level, rater_id=rater, rating=min(grades.values()))
             rows.append(image | grades | rating)
     return rows
 
