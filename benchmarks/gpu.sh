@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measure on one GPU, in about ten minutes, what the documentation wants to state: speed and utilisation of train.py at SD
 # 1.5's size against plain loops, with and without each option; memory; and a minute of training that learns. Writes one
-# JSON file. --simulate runs the same steps on a CPU, with tiny sizes.
+# JSON file. --simulate runs the same steps on a CPU, with tiny sizes and no options.
 #
 #     bash benchmarks/gpu.sh [--simulate] [FILE]
 set -euo pipefail
@@ -19,11 +19,11 @@ SPEED="python benchmarks/training.py --size sd15 --updates 2 --batches 4 --turns
 LEARN="--config.mixed_precision=bf16 --config.num_epochs=8"
 options=("" train.compile=True train.gradients_while_sampling=False train.gradient_checkpointing=True)
 if [ "$SIMULATE" ]; then
-    SPEED="python benchmarks/training.py --size mini --batches 1 --turns 1 --threads 1"
+    SPEED="python benchmarks/training.py --size mini --updates 2 --batches 1 --turns 1 --threads 1"
     SPEED+=" --set sample.num_steps=2 --set sample.batch_size=2 --set train.batch_size=1"
     LEARN="--config.num_epochs=2 --config.sample.num_steps=2 --config.sample.num_batches_per_epoch=1"
-    LEARN+=" --config.train.gradient_accumulation_steps=1"
-    options=("" train.gradients_while_sampling=False)
+    LEARN+=" --config.train.gradient_accumulation_steps=1 --config.sample.batch_size=8 --config.train.batch_size=8"
+    options=("")
 fi
 
 for option in "${options[@]}"; do

@@ -52,18 +52,11 @@ def test_sampling(benchmark, monkeypatch):
         benchmark("sampling", "--turns", 0)
 
 
-def test_training(benchmark):
-    fields = [f"--set={name}" for name in ("sample.num_steps=2", "sample.batch_size=2", "train.batch_size=1")]
-    lines = benchmark("training", "--turns", 1, "--batches", 1, "--threads", 1, "--updates", 2, *fields)
-    figures = json.loads(lines[-1])
-    assert set(figures["ratio"]) >= {"rollout", "update", "epoch", "memory"} and min(figures["ratio"].values()) > 0
-    assert figures["unet_inputs"] == 4 and figures["set"][-1] == "train.batch_size=1"
-
-
 def test_gpu_script_without_a_gpu(tmp_path):
     file = tmp_path / "gpu.json"
     subprocess.run(["bash", "benchmarks/gpu.sh", "--simulate", file], cwd=ROOT, env=os.environ | ON_CPU, check=True)
     found = json.loads(file.read_text())
-    assert set(found) == {"speed default", "speed train.gradients_while_sampling=False", "training"}
-    assert found["speed default"]["ratio"]["epoch"] > 0 and len(found["training"]) == 2
+    speed = found["speed default"]
+    assert set(speed["ratio"]) >= {"rollout", "update", "epoch", "memory"} and min(speed["ratio"].values()) > 0
+    assert speed["unet_inputs"] == 4 and speed["set"][-1] == "train.batch_size=1" and len(found["training"]) == 2
     assert all(0 < epoch["reward_mean"] < 1 and epoch["first_ratio_deviation"] == 0 for epoch in found["training"])
