@@ -23,7 +23,8 @@ for count, width in ((500, 700), (63, 1280)):  # sizes at which products by seve
     frechet, kid = fidelity.frechet_jackknife(parts, real), fidelity.kernel_distance(x, y, 0, subsets=3)
     spread = diversity.within_prompt_diversity(x, np.arange(count) % 9, 7, 0, replicates=20).values()
     found[count] = [frechet.value, frechet.low, fidelity.frechet_distance(parts[0], real), kid.value, kid.high]
-    found[count] += [*fidelity.manifold_metrics(x, y, block=100).values(), *(estimate.high for estimate in spread)]
+    near = fidelity.manifold_metrics(x, y, block=100).values()
+    found[count] += [estimate.high for estimate in (*near, *spread)]
     found[count] += [memorisation.nearest(x, y, block=100)[0].sum()]
 labels = torch.tensor(rng.integers(0, 2, (3000, 1)))
 report = Report(labels + torch.tensor(rng.standard_normal((3000, 1))), labels, ("hair",), resamples=50)

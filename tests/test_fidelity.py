@@ -28,6 +28,7 @@ from ddpo_pytorch.metrics.fidelity import (
     size_curve,
     two_sample_test,
 )
+from ddpo_pytorch.metrics.intervals import jackknife_half_width
 from ddpo_pytorch.metrics.memorisation import authenticity, closest, membership_auc, nearest, share_closer
 from ddpo_pytorch.utils.errors import UserError
 
@@ -203,12 +204,35 @@ def by_loops(real, fake, k):
     }
 
 
+def values(found):
+    return {name: one.value for name, one in found.items()}
+
+
 @pytest.mark.parametrize(("k", "block"), [(1, 1000), (5, 7)])
-def test_neighbours_equal_plain_loops(k, block):
+def test_neighbours_and_their_intervals_equal_plain_loops(k, block):
     real, fake = normal(1, 45, 4), normal(2, 38, 4, 0.8, 0.5)
-    expected = by_loops(real, fake, k)
+    expected, found = by_loops(real, fake, k), manifold_metrics(real, fake, k, block, seed=3)
     assert len({round(value, 6) for value in expected.values()}) == 4 and 0 < expected["recall"] < 1
-    assert manifold_metrics(real, fake, k, block) == pytest.approx(expected, abs=1e-12)
+    assert values(found) == pytest.approx(expected, abs=1e-12)
+    parts = np.array_split(np.random.default_rng([3, 9]).permutation(38), 10)
+    left = [by_loops(real, np.delete(fake, part, 0), k) for part in parts]
+    for name in ("recall", "coverage"):
+        half = jackknife_half_width(expected[name], np.array([one[name] for one in left]), [len(p) for p in parts])
+        one = found[name]
+        assert (one.low, one.high) == pytest.approx((max(0, one.value - half), min(1, one.value + half)))
+    few = manifold_metrics(real, fake[:19], k)
+    assert few["coverage"].low is None and few["precision"].low < few["precision"].value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "width", "scale", "offset"), [(60, 4, 1.0, 0.0), (150, 8, 0.8, 0.3)])
+def test_intervals_of_neighbours_cover_the_mean_over_generated_sets(count, width, scale, offset):
+    """With these real images, as the intervals say."""
+    real = normal(1, count, width)
+    found = [manifold_metrics(real, normal(s, count, width, scale, offset), seed=s) for s in range(100, 300)]
+    for name in ("precision", "recall", "density", "coverage"):
+        truth = np.mean([one[name].value for one in found])
+        assert 0.85 < np.mean([one[name].low <= truth <= one[name].high for one in found]), name
 
 
 def test_precision_and_recall_equal_torch_fidelity():
@@ -218,7 +242,7 @@ def test_precision_and_recall_equal_torch_fidelity():
     theirs = prc_features_to_metric(
         *rows, prc_neighborhood=3, prc_batch_size=128, save_cpu_ram=True, verbose=False
     )  # fmt: skip
-    ours = manifold_metrics(real + 5000, fake + 5000, k=3, block=128)
+    ours = values(manifold_metrics(real + 5000, fake + 5000, k=3, block=128))
     assert ours["precision"] == pytest.approx(theirs["precision"], abs=1e-6)
     assert ours["recall"] == pytest.approx(theirs["recall"], abs=1e-6)
     assert 0.1 < ours["recall"] < ours["precision"] < 1
@@ -228,10 +252,13 @@ def test_sets_that_are_equal_far_apart_or_collapsed():
     for width in (3, 500):
         real = normal(5, 150, width, offset=100.0).astype(np.float32)
         for block in (16, 150):  # the k-th neighbour lies on the ball's edge, however the distance is rounded
-            assert set(manifold_metrics(real, real.copy(), 5, block).values()) == {1.0}
+            assert set(values(manifold_metrics(real, real.copy(), 5, block)).values()) == {1.0}
     real = normal(6, 100, 5)
-    assert set(manifold_metrics(real, normal(7, 100, 5, offset=50.0)).values()) == {0.0}
-    collapsed = manifold_metrics(real, normal(8, 100, 5, 0.01))
+    apart = manifold_metrics(real, normal(7, 100, 5, offset=50.0))
+    assert set(values(apart).values()) == {0.0} and apart["density"].high is None
+    for name in ("precision", "recall", "coverage"):  # of nothing the exact binomial interval
+        assert (apart[name].low, apart[name].high) == pytest.approx((0, 1 - 0.025**0.01))
+    collapsed = values(manifold_metrics(real, normal(8, 100, 5, 0.01)))
     assert collapsed["precision"] == 1 and collapsed["density"] > 1.2
     assert collapsed["recall"] < 0.05 and collapsed["coverage"] < 0.5
 

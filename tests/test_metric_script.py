@@ -60,6 +60,7 @@ def test_numbers_by_hand(sets, lively_judge, measured, tmp_path):
     assert result["models"]["SD+RL"]["APR"] == pytest.approx(right["rl"].mean(), abs=1e-12)
     assert result["models"]["SD"]["APR_by_prompt"][CAPTIONS[8]] == pytest.approx(right["sd"][:4].mean(), abs=1e-12)
     assert result["models"]["SD+RL"]["reward"] == pytest.approx((0.6 + 0.3 + 0.1) / 9)
+    assert result["models"]["SD+RL"]["rewards"]["low"] < 1 / 9 < result["models"]["SD+RL"]["rewards"]["high"]
     (row,) = result["comparisons"]
     assert row["paired"] and row["pairs"] == 9
     assert row["APR"]["value"] == pytest.approx(right["rl"].mean() - right["sd"].mean(), abs=1e-12)

@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -111,9 +112,12 @@ def test_distances_to_the_real_set():
     assert found["standardised"].value == pytest.approx(difference / spread)
     levels = np.linspace(0, 1, 20001)[1:-1]
     by_quantiles = np.abs(np.quantile(own, levels) - np.quantile(real, levels)).mean() / spread
-    assert found["wasserstein"] == pytest.approx(by_quantiles, rel=0.01)
+    assert found["wasserstein"].value == pytest.approx(by_quantiles, rel=0.01)
+    # of shifted normals of one width it is the difference of means, whose error it then has
+    shifted = distances(rng.normal(5, 2, 300), groups[0], real, groups[1], 7)["wasserstein"]
+    assert shifted.high - shifted.low == pytest.approx(2 * scipy.stats.t.ppf(0.975, 9) * 300**-0.5, rel=0.5)
     flat = distances(own, groups[0], np.ones(5), np.zeros(5), 7)
-    assert flat["wasserstein"] is None and flat["standardised"].value is None and flat["difference"].value > 2
+    assert flat["wasserstein"].value is None and flat["standardised"].value is None and flat["difference"].value > 2
 
 
 def random_pair(side: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from report_example import MODELS, SHOWN, minimal, quantity, write_run
 
-from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.data.isic import CAPTIONS, LABELS
 from ddpo_pytorch.report import findings
 from ddpo_pytorch.report.curves import curves, read_runs, series
 from ddpo_pytorch.report.page import write_report
@@ -173,6 +173,28 @@ def test_tables_hold_the_result(page, example):
     near = models["SD"]["memorisation"]["judge"]["threshold"]
     assert tables["Diversity and nearness"]["Threshold of closer, judge"][0] == (f"{near:.4g}", "")
     assert any("replicates over … prompts and their images" in way for way in findings.methods(result)["alignment"])
+
+
+def numbers_of(tree, name=""):
+    """Yield (name, number or estimate) of all numbers."""
+    if isinstance(tree, dict) and "how" not in tree:
+        for key, value in tree.items():
+            yield from numbers_of(value, key if name not in ("APR_by_prompt", "LPIPS_by_prompt", "curve") else name)
+    elif isinstance(tree, dict | float):
+        yield name, tree
+
+
+def test_every_number_has_an_interval_or_a_reason(example):
+    """Others are headlines of blocks, exact, of single images, or named with the reason in docs/evaluation.md."""
+    found = [pair for side in findings.sides(example[0]).values() for pair in numbers_of(side)]
+    bare = {name for name, value in found if isinstance(value, float)}
+    headlines = {"APR", "LPIPS", "FD_judge", "reward", "FID", "KID", *LABELS}
+    named = {"APR_by_prompt", "LPIPS_by_prompt", "ceiling_share", "distance", "curve", "threshold"}
+    assert bare <= headlines | named
+    estimates = [(name, value) for name, value in found if isinstance(value, dict)]
+    assert {"precision", "recall", "density", "coverage", "accuracy", "rewards"} <= {name for name, _ in estimates}
+    for name, one in estimates:
+        assert one["low"] is not None or one["n"] < 20 or name == "density", (name, one)
 
 
 def test_only_distances_of_inception_are_called_fid(result, read):

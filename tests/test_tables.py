@@ -20,7 +20,7 @@ def quantity(value, low=None, high=None):
 
 def model(apr, by_prompt, reward=None, **blocks):
     block = {"H4": {"APR": apr, "by_prompt": by_prompt}}
-    return {"alignment": block, "reward": reward, "images": 32000} | blocks
+    return {"alignment": block, "rewards": reward, "images": 32000} | blocks
 
 
 SD = model(
@@ -79,7 +79,7 @@ def test_apr_by_hand():
     block, hits = measure_apr(requested, LABELS[:4], predictions.numpy() - 0.5, captions, groups, 0)
     assert hits.tolist() == aligned.tolist() and block["APR"].value == 3 / 5 and block["by_prompt"][HAIR].value == 0.5
     numbers = block["attributes"]
-    assert {name: values["accuracy"] for name, values in numbers.items()} == {
+    assert {name: values["accuracy"].value for name, values in numbers.items()} == {
         "hair": 1.0, "gel_bubble": 1.0, "ruler": 0.8, "ink": 0.8
     }  # fmt: skip
     assert numbers["ruler"]["recall"].value == 0.5 and numbers["ruler"]["precision"].value == 1

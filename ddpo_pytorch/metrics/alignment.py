@@ -54,7 +54,7 @@ def measure_apr(
         block["attributes"][name] = {
             "precision": bootstrap_ratio(asked_for * found, found, groups, seed),
             "recall": bootstrap_ratio(asked_for * found, asked_for, groups, seed),
-            "accuracy": float((asked_for == found).mean()),
+            "accuracy": bootstrap_mean(asked_for == found, groups, seed, resample_groups=False),
             "requested": int(asked_for.sum()),
             "seen": int(found.sum()),
         }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ddpo_pytorch.metrics.image_sets import ImageSet, lacking_images, list_captions, match_prompts, sort_captions
-from ddpo_pytorch.metrics.intervals import bootstrap_mean, bootstrap_unpaired_difference, mcnemar, sign_flip_p
+from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean, bootstrap_unpaired_difference, mcnemar, sign_flip_p
 
 # settings of eval.py in which two folders that are compared may differ
 OWN_SETTINGS = ("weights_sha256", "prompts", "classifier", "classifier_sha256", "load_from")
@@ -40,11 +40,14 @@ class Folder:
     columns: dict[str, Sequence]
 
 
-def mean_reward(folder: Folder) -> float | None:
-    """Return the mean reward that eval.py logged for the folder's images, None without a classifier."""
-    entries = (folder.images.entry(i) for i in range(len(folder.images)))
-    rewards = [float(entry["reward"]) for entry in entries if entry.get("reward") is not None]
-    return sum(rewards) / len(rewards) if rewards else None
+def mean_reward(images: ImageSet, seed: int) -> Estimate:
+    """Return the mean reward that eval.py logged for the images, missing without a classifier."""
+    rewards = [images.entry(i).get("reward") for i in range(len(images))]
+    logged = [i for i, reward in enumerate(rewards) if reward is not None]
+    if not logged:
+        return Estimate.missing("image_log.json states no rewards")
+    values = np.array([float(rewards[i]) for i in logged])
+    return bootstrap_mean(values, images.groups[logged], seed, resample_groups=True)
 
 
 def compare(first: Sequence[Folder], second: Sequence[Folder], seed: int, key: str = "APR") -> dict:
@@ -179,6 +182,7 @@ def missing_blocks(own: Sequence[Folder], real: ImageSet | None) -> dict[str, st
         missing["diversity"] = "no caption has two images in every folder"
     if real is not None and not set(own[0].images.captions) & set(real.captions):
         missing["LPIPS"] = missing["fidelity"] = "no caption is shared with the real images"
-    if all(mean_reward(folder) is None for folder in own):
-        missing["reward"] = "image_log.json states no rewards"
+    rewards = [folder.result["rewards"] for folder in own]
+    if not any(one.n for one in rewards):
+        missing["reward"] = rewards[0].how
     return missing

@@ -39,8 +39,8 @@ PACKAGES = ("torch", "torchvision", "timm", "torch-fidelity", "torchmetrics", "l
 FUNDUS = "fundus"  # name of Selector and Policy together in metrics.json
 # ranges of numbers; others lie in [0, 1]
 INFINITE = (-np.inf, np.inf)
-BOUNDS = dict.fromkeys(("KID", "MMD", "FID_infinity", "mean", "difference", "standardised"), INFINITE)
-BOUNDS |= dict.fromkeys(("FID", "density", "LPIPS", "LPIPS_within"), (0, np.inf))
+BOUNDS = dict.fromkeys(("KID", "MMD", "FID_infinity", "mean", "difference", "standardised", "rewards"), INFINITE)
+BOUNDS |= dict.fromkeys(("FID", "density", "LPIPS", "LPIPS_within", "wasserstein"), (0, np.inf))
 BOUNDS |= {"vendi": (1, np.inf), "IS": (1, np.inf), "pairwise_distance": (0, 2), "SSIM": (-1, 1)}
 
 
@@ -145,6 +145,7 @@ def measure_folder(own: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None, c
     seed, captions, groups, tools = context.seed, own.captions, own.groups, context.tools
     real, train, quality = context.sets.real if parts else None, context.sets.train, context.config.metric.quality
     result = {"images": len(captions), "alignment": {}, "perception": {}, "diversity": {}}
+    result["rewards"] = mean_reward(own, seed)
     columns: dict[str, Sequence] = {}
     if tools.threshold is not None:
         scores = (own.rows[name].all()[:, 0] for name in (SELECTOR, POLICY))
@@ -161,7 +162,7 @@ def measure_folder(own: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None, c
             columns |= {f"{name}_{label}": expit(logits[:, i]) for i, label in enumerate(labels)}
             if number == 0:
                 aligned = hits
-                result["label_accuracy"] = {label: block["attributes"][label]["accuracy"] for label in labels}
+                result["label_accuracy"] = {label: block["attributes"][label]["accuracy"].value for label in labels}
     if quality:
         result["quality"], own_columns = measure_quality(own, real, quality, seed)
         columns |= own_columns
@@ -212,18 +213,17 @@ def summarise(folders: Sequence[Folder], fid_part: str) -> dict:
     result = combine([folder.result for folder in folders])
     judge = next(iter(result["alignment"].values()))
     key, name = ("APR", "APR") if "APR" in judge else ("alignment", "fundus_alignment")
-    rewards = [reward for folder in folders if (reward := mean_reward(folder)) is not None]
     named = {
         "FID": ("fidelity", "inception", fid_part, "FID"),
         "KID": ("fidelity", "inception", fid_part, "KID"),
         "LPIPS": ("perception", "LPIPS"),
+        "reward": ("rewards",),
         "FD_judge": ("fidelity", "judge", "matched", "FID"),
     }
     found = {title: dig(result, *path) for title, path in named.items()}
     headline = {
         name: judge[key].value,
         **{title: None if estimate is None else estimate.value for title, estimate in found.items()},
-        "reward": statistics.fmean(rewards) if rewards else None,
         f"{name}_by_prompt": {caption: estimate.value for caption, estimate in judge["by_prompt"].items()},
     }
     result.setdefault("LPIPS_pairs", 0)

@@ -17,11 +17,17 @@ from scipy import stats
 from torchmetrics.image.kid import maximum_mean_discrepancy, poly_kernel
 
 from ddpo_pytorch.metrics.image_sets import ImageSet
-from ddpo_pytorch.metrics.intervals import Estimate, exact_binomial, finite
+from ddpo_pytorch.metrics.intervals import (
+    JACKKNIFE_GROUPS,
+    Estimate,
+    bootstrap_mean,
+    exact_binomial,
+    finite,
+    jackknife_half_width,
+)
 from ddpo_pytorch.utils.cores import on_all_cores, one_thread, product
 from ddpo_pytorch.utils.errors import UserError
 
-JACKKNIFE_GROUPS = 10
 # larger sets are reduced to this many random images for KID, precision, recall, density and coverage, whose cost grows
 # with the square
 PAIRWISE_IMAGES = 10_000
@@ -97,9 +103,8 @@ def _mean_and_root(x: Moments) -> tuple[torch.Tensor, torch.Tensor]:
 def frechet_jackknife(groups: Sequence[Moments], real: Moments) -> Estimate:
     """Return the Frechet distance to real of all groups, random parts of the generated images of similar size.
 
-    The interval is value +- t se (G - 1 degrees of freedom, se from leaving out one group at a time with weights for
-    unequal sizes: Busing, Meijer and van der Leeden 1999), cut at 0; real is taken as given. A bootstrap would repeat
-    images, which makes every distance larger. The bias of few images is not in the interval.
+    The interval (`jackknife_half_width`) is cut at 0, and takes real as given. A bootstrap would repeat images, which
+    makes every distance larger. The bias of few images is not in the interval.
     """
     root = _mean_and_root(real)
     total = sum(groups[1:], groups[0])
@@ -108,11 +113,7 @@ def frechet_jackknife(groups: Sequence[Moments], real: Moments) -> Estimate:
     if shares.min() <= 0 or total.count * (1 - shares.max()) < 2:
         raise ValueError(f"a jackknife needs images in every group, and 2 outside each: {shares * total.count} images")
     quick = on_all_cores(lambda part: _quick_distance(part, *root), [*(total - group for group in groups), total])
-    left_out, same = np.array(quick[:-1]), quick[-1]
-    centre = len(groups) * same - ((1 - shares) * left_out).sum()
-    pseudo = (same - (1 - shares) * left_out) / shares
-    error = np.sqrt(((pseudo - centre) ** 2 * shares / (1 - shares)).mean())
-    half = float(stats.t.ppf(0.975, len(groups) - 1) * error)
+    half = jackknife_half_width(quick[-1], np.array(quick[:-1]), [group.count for group in groups])
     how = f"jackknife over {len(groups)} random groups of the generated images"
     return Estimate(value, max(0.0, value - half), value + half, total.count, how)
 
@@ -276,8 +277,15 @@ def size_curve(real: np.ndarray, fake: np.ndarray, seed: int) -> tuple[dict[str,
     return curve, Estimate(ends[0], ends[0] - half, ends[0] + half, size, "t interval over five fifths of the images")
 
 
-def manifold_metrics(real: np.ndarray, fake: np.ndarray, k: int = 5, block: int = 250) -> dict[str, float]:
-    """Return {"precision", "recall", "density", "coverage"} of fake (M, F) features against real (N, F) ones.
+def manifold_metrics(
+    real: np.ndarray,
+    fake: np.ndarray,
+    k: int = NEIGHBOURS,
+    block: int = 250,
+    prompts: np.ndarray | None = None,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """Return "precision", "recall", "density" and "coverage" of fake (M, F) features against real (N, F) ones.
 
     The ball of a sample reaches to its k-th nearest other sample of its own set.
 
@@ -287,8 +295,10 @@ def manifold_metrics(real: np.ndarray, fake: np.ndarray, k: int = 5, block: int 
       bounded by it. coverage: share of real balls that hold a fake sample (Naeem et al. 2020, k = 5; the edge does not
       belong to the ball).
 
-    Recall and coverage depend on the numbers of samples, so compare equal numbers only. Raises UserError if a set has
-    no k neighbours.
+    Recall and coverage depend on the numbers of samples, so compare equal numbers only. Intervals take the real samples
+    as given. Precision and density are means over fake samples, resampled within their `prompts` (M,). Recall and
+    coverage are none, and a repeated sample would shrink the balls around it to a point: they have a jackknife, or, if
+    no group changes them, the exact binomial interval of N real samples. Raises UserError if a set has no k neighbours.
     """
     if not 1 <= k < min(len(real), len(fake)):
         got = f"{len(real)} real and {len(fake)} generated"
@@ -297,22 +307,44 @@ def manifold_metrics(real: np.ndarray, fake: np.ndarray, k: int = 5, block: int 
     centre = real.mean(axis=0)  # keeps |a|^2 + |b|^2 - 2 a.b from cancelling if all features lie far from 0
     real, fake = real - centre, fake - centre
     slack = ROUNDING * max(np.square(features).sum(axis=1).max() for features in (real, fake))
-    real_radius, fake_radius = _radii(real, k, block), _radii(fake, k, block)
+    groups = JACKKNIFE_GROUPS if len(fake) >= max(2 * JACKKNIFE_GROUPS, 2 * k) else 1
+    parts = np.array_split(np.random.default_rng([seed, 9]).permutation(len(fake)), groups)
+    order, group_of = np.concatenate(parts), np.repeat(np.arange(groups), [len(part) for part in parts])
+    fake, left = fake[order], range(groups if groups > 1 else 0)
+    (real_radius,), fake_radius = _radii(real, k, block), _radii(fake, k, block, [group_of != group for group in left])
 
     def count(start: int) -> tuple[np.ndarray, ...]:
         distance = _squared_distances(fake[start : start + block], real)  # (block, N)
-        inside = distance < real_radius - slack
-        recalled = distance <= fake_radius[start : start + block, None] + slack
+        inside, own = distance < real_radius - slack, group_of[start : start + block, None]
+        recalled = [distance <= radius[start : start + block, None] + slack for radius in fake_radius]
         precise = (distance <= real_radius + slack).any(axis=1)
-        return precise.sum(), recalled.any(axis=0), inside.sum(), inside.any(axis=0)
+        recalled = [found & (own != group - 1) for group, found in enumerate(recalled)]
+        covered = [inside, *(inside & (own != group) for group in left)]
+        return precise, inside.sum(axis=1), *(np.any(found, axis=1) for found in (recalled, covered))
 
-    precise, recalled, inside, covered = zip(*on_all_cores(count, range(0, len(fake), block)), strict=True)
-    return {
-        "precision": float(sum(precise) / len(fake)),
-        "recall": float(np.any(recalled, axis=0).mean()),
-        "density": float(sum(inside) / (k * len(fake))),
-        "coverage": float(np.any(covered, axis=0).mean()),
+    precise, inside, recalled, covered = zip(*on_all_cores(count, range(0, len(fake), block)), strict=True)
+    how, prompts = f"k = {k}; ", np.zeros(len(fake)) if prompts is None else prompts[order]
+
+    def of_real(blocks: Sequence[np.ndarray]) -> Estimate:
+        value, *left_out = np.any(blocks, axis=0).mean(axis=1).tolist()
+        if not left_out:
+            return Estimate(value, None, None, len(fake), f"no interval below {2 * JACKKNIFE_GROUPS} images")
+        if not (half := jackknife_half_width(value, np.array(left_out), [len(part) for part in parts])):
+            return exact_binomial(value, len(real), len(fake))
+        ends = max(0.0, value - half), min(1.0, value + half)
+        return Estimate(value, *ends, len(fake), f"jackknife over {groups} random groups of the generated images")
+
+    precise, inside = np.concatenate(precise), np.concatenate(inside) / k
+    density = bootstrap_mean(inside, prompts, seed, resample_groups=False, share=False)
+    if not inside.any():
+        density = Estimate(0.0, None, None, len(fake), "no interval: no image lies in a ball")
+    found = {
+        "precision": bootstrap_mean(precise, prompts, seed, resample_groups=False),
+        "recall": of_real(recalled),
+        "density": density,
+        "coverage": of_real(covered),
     }
+    return {name: replace(one, how=how + one.how) for name, one in found.items()}
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -320,16 +352,20 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1) - 2 * product(a, b)
 
 
-def _radii(features: np.ndarray, k: int, block: int) -> np.ndarray:
-    """Return the squared distance (N,) of every row to its k-th nearest other row."""
+def _radii(features: np.ndarray, k: int, block: int, parts: Sequence[np.ndarray] = ()) -> np.ndarray:
+    """Return the squared distance (1 + G, N) of every row to its k-th nearest other row, of all and of each of `parts`.
+
+    parts: G masks (N,) of the rows that count.
+    """
 
     def radii(start: int) -> np.ndarray:
         distance = _squared_distances(features[start : start + block], features)
         rows = np.arange(len(distance))
         distance[rows, start + rows] = np.inf
-        return np.partition(distance, k - 1, axis=1)[:, k - 1]
+        counted = (distance, *(distance[:, part] for part in parts))
+        return np.stack([np.partition(one, k - 1, axis=1)[:, k - 1] for one in counted])
 
-    return np.concatenate(on_all_cores(radii, range(0, len(features), block)))
+    return np.concatenate(on_all_cores(radii, range(0, len(features), block)), axis=1)
 
 
 def pair_images(
@@ -360,7 +396,8 @@ def measure_fidelity(
     for name, (real_part, fake_part) in (("unmatched", everything), ("matched", parts)):
         if min(len(real_part), len(fake_part)) < 2:
             continue
-        x, y = _subsample(theirs, real_part, seed), _subsample(ours, fake_part, seed)
+        drawn = _subsample(fake_part, seed)
+        x, y = theirs.take(_subsample(real_part, seed)), ours.take(drawn)
         reduced = max(len(real_part), len(fake_part)) > PAIRWISE_IMAGES
         note = f"; {PAIRWISE_IMAGES} images drawn by the seed from each larger set" if reduced else ""
         kid = kernel_distance(x, y, seed)
@@ -372,13 +409,12 @@ def measure_fidelity(
             result[name]["C2ST"] = two_sample_test(x, y, seed)
             result[name]["curve"], result[name]["FID_infinity"] = size_curve(x, y, seed)
         if name == "matched" and len(x) > NEIGHBOURS:
-            how = f"k = {NEIGHBOURS}; no interval{note}"
-            for key, value in manifold_metrics(x, y, NEIGHBOURS).items():
-                result[name][key] = Estimate(value, None, None, len(y), how)
+            for key, one in manifold_metrics(x, y, prompts=fake.groups[drawn], seed=seed).items():
+                result[name][key] = replace(one, how=one.how + note)
     return result
 
 
-def _subsample(rows, indices: np.ndarray, seed: int) -> np.ndarray:
-    if len(indices) > PAIRWISE_IMAGES:
-        indices = np.sort(np.random.default_rng([seed, 2]).permutation(indices)[:PAIRWISE_IMAGES])
-    return rows.take(indices)
+def _subsample(indices: np.ndarray, seed: int) -> np.ndarray:
+    if len(indices) <= PAIRWISE_IMAGES:
+        return indices
+    return np.sort(np.random.default_rng([seed, 2]).permutation(indices)[:PAIRWISE_IMAGES])

@@ -13,7 +13,15 @@ from scipy import ndimage, special, stats
 
 from ddpo_pytorch.data.images import fov_mask
 from ddpo_pytorch.metrics.image_sets import ImageSet
-from ddpo_pytorch.metrics.intervals import REPLICATES, Estimate, GroupedSample, bootstrap_mean, finite, replicate_means
+from ddpo_pytorch.metrics.intervals import (
+    REPLICATES,
+    Estimate,
+    GroupedSample,
+    bootstrap_mean,
+    finite,
+    jackknife,
+    replicate_means,
+)
 
 LEGACY = ("SNR", "Contrast", "Sharpness", "Vessel Visibility", "Uniformity")
 FOV = ("SNR", "RMS contrast", "Michelson contrast", "Sharpness", "Vessel visibility", "Uniformity", "Entropy")
@@ -104,16 +112,17 @@ SETS = {
 
 def distances(
     generated: np.ndarray, groups: np.ndarray, real: np.ndarray, real_groups: np.ndarray, seed: int
-) -> dict[str, Estimate | float | None]:
+) -> dict[str, Estimate]:
     """Return how far a statistic of generated images (N,) is from that of real ones (M,); groups are prompts.
 
     - "difference": mean of generated - mean of real images, each side resampling its prompts and their images.
     - "standardised": the difference divided by the real images' standard deviation, taken as given.
-    - "wasserstein": 1-Wasserstein distance of the two distributions in the same unit.
+    - "wasserstein": 1-Wasserstein distance of the two distributions in the same unit, with a jackknife over generated
+      images; real ones are taken as given.
 
-    The last two are None if real images do not differ.
+    The last two are missing if real images do not differ.
     """
-    missing = {"standardised": Estimate.missing("real images do not differ"), "wasserstein": None}
+    missing = dict.fromkeys(("standardised", "wasserstein"), Estimate.missing("real images do not differ"))
     if not len(generated) or not len(real):
         return missing | {"difference": Estimate.missing("no images")}
     value, number = float(generated.mean() - real.mean()), len(generated) + len(real)
@@ -134,7 +143,10 @@ def distances(
     return {
         "difference": difference,
         "standardised": Estimate(value / deviation, *ends, number, how),
-        "wasserstein": float(stats.wasserstein_distance(generated, real) / deviation),
+        "wasserstein": jackknife(
+            lambda rows: float(stats.wasserstein_distance(generated[rows], real) / deviation),
+            *(len(generated), seed, (0, np.inf)),
+        ),
     }
 
 
@@ -215,8 +227,13 @@ def measure_inception_score(own: ImageSet, seed: int) -> dict | None:
     parts = split_count(len(order))
     mean, deviation = inception_score(own.rows[LOGITS].take(order), parts)
     how = f"{parts} part{'s' * (parts > 1)} of {len(order) // parts} images"
-    if parts > 1:
-        how += f", standard deviation {deviation:.3g}"
-    elif len(order) < IS_SPLIT_IMAGES:
-        how += f": below {IS_SPLIT_IMAGES} the score grows with the number of images, compare equal numbers only"
-    return {"IS": Estimate(mean, None, None, len(order), how), "sd": deviation if parts > 1 else None, "parts": parts}
+    low = high = None
+    if parts > 2:
+        half = float(stats.t.ppf(0.975, parts - 1)) * deviation / (parts - 1) ** 0.5
+        low, high = max(1.0, mean - half), mean + half
+        how = f"t interval over {how}, standard deviation {deviation:.3g}"
+    else:
+        how += f": an interval needs 3 of {IS_SPLIT_IMAGES}"
+    if len(order) < IS_SPLIT_IMAGES:
+        how += "; the score grows with the number of images, compare equal numbers only"
+    return {"IS": Estimate(mean, low, high, len(order), how), "sd": deviation if parts > 1 else None, "parts": parts}

@@ -21,7 +21,7 @@ TABLE3_COLUMNS = (
     ("KID ↓ (x 1000)", ("fidelity", "inception", "{fid}", "KID"), ".2f", 1000),
     ("LPIPS ↓", ("perception", "LPIPS"), ".3f", 1),
     ("FD-judge ↓", ("fidelity", "judge", "matched", "FID"), ".4g", 1),  # in the judge's own scale
-    ("Reward ↑", ("reward",), ".3f", 1),
+    ("Reward ↑", ("rewards",), ".3f", 1),
     ("Images", ("images",), "d", 1),
 )
 FUNDUS_COLUMNS = (
