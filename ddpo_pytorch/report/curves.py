@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from ddpo_pytorch.utils.json_files import parse_json, read_json
 # Okabe and Ito's colours, which the colour-blind can tell apart; each run has its own marker and dashes as well
 LINES = cycler(color=("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"))
 LINES += cycler(marker=("o", "s", "^", "D", "v", "P"), linestyle=("-", "--", "-.", ":", "-", "--"))
-STYLE = {"svg.hashsalt": "report", "font.size": 9, "axes.linewidth": 0.6, "axes.prop_cycle": LINES, "axes.grid": True}
+STYLE = {"svg.hashsalt": "report", "font.size": 11, "axes.linewidth": 0.6, "axes.prop_cycle": LINES, "axes.grid": True}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.color": "#dcdad4"}
 # key in metrics.jsonl: title, factor
 CURVES = {
@@ -111,13 +112,13 @@ def curves(runs: Mapping[str, Sequence[Mapping]]) -> list[Plot]:
 
 def heatmap(moves: pd.DataFrame, title: str) -> Plot:
     """Return a figure of numbers by row and column, blue below 0, red above it, of full colour from 5 on."""
-    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(4 + 0.5 * moves.shape[1], 1.4 + 0.24 * len(moves)), layout="constrained")
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):  # as narrow as a phone, so that its labels stay legible
+        figure = Figure(figsize=(4, 2.6 + 0.36 * len(moves)), layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(moves.to_numpy(float), cmap="RdBu_r", vmin=-5, vmax=5, aspect="auto")
-        axes.set_xticks(range(moves.shape[1]), moves.columns, rotation=30, ha="right")
-        axes.set_yticks(range(len(moves)), moves.index)
-        figure.colorbar(image, label="half-widths", extend="both")
+        axes.set_xticks(range(moves.shape[1]), moves.columns, rotation=90)
+        axes.set_yticks(range(len(moves)), [textwrap.fill(name, 26) for name in moves.index], linespacing=0.9)
+        figure.colorbar(image, label="half-widths", extend="both", orientation="horizontal", aspect=30)
         source = _svg(figure)
     rows = (f"{name}: {row.abs().idxmax()} {row[row.abs().idxmax()]:+.1f}" for name, row in moves.iterrows())
     return Plot(title, source, f"{title}. Largest of each row: {'; '.join(rows)}")
@@ -126,7 +127,7 @@ def heatmap(moves: pd.DataFrame, title: str) -> Plot:
 def _draw(found: Mapping[str, np.ndarray]) -> str:
     """Return the figure as a data URI of an SVG; its bytes depend on the points alone."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+        figure = Figure(figsize=(4.4, 3), layout="constrained")
         axes = figure.subplots()
         for name, (epochs, values, deviations) in ((name, points.T) for name, points in found.items()):
             label = (" " if name.startswith("_") else "") + name.replace("$", r"\$")  # matplotlib hides _ and reads $
@@ -138,7 +139,7 @@ def _draw(found: Mapping[str, np.ndarray]) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         axes.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
         if len(found) > 1:
-            axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8, handlelength=3)
+            axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=10, handlelength=3)
         return _svg(figure)
 
 
