@@ -236,6 +236,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     metric.quality = ()
     # a folder of images with the names of the generated ones: SSIM is taken of these pairs only.
     metric.pairs_path = ""
+    # membership.json of membership.py, .summary.json of rate.py, "FILE,FILE": what the report shows of them.
+    metric.results = ""
     metric.logs = ""  # run folders of train.py whose curves the report shows: "NAME=DIR,NAME=DIR"
 
     ###### Stage (i): the generator itself (train_sd.py) ######

@@ -23,6 +23,7 @@ from ddpo_pytorch.generator.finetune_data import check_settings, open_latents
 from ddpo_pytorch.generator.finetune_losses import CaptionTable, NoiseLoss
 from ddpo_pytorch.generator.latents import LatentShards
 from ddpo_pytorch.generator.pipeline import load_pipeline
+from ddpo_pytorch.metrics.intervals import bootstrap_mean
 from ddpo_pytorch.metrics.memorisation import membership_auc
 from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
@@ -34,6 +35,7 @@ from ddpo_pytorch.utils.randomness import BatchDraws, Stream
 FLAGS = flags.FLAGS
 define_config(__file__, "Membership test of a generator.")
 logger = logging.getLogger(__name__)
+TITLE = "Membership: AUC of lower denoising losses on training than on validation images"
 TIMESTEPS = 16  # random ones whose losses are averaged for an image
 
 
@@ -65,16 +67,17 @@ def test(accelerator: Accelerator, config: ConfigDict) -> dict:
     for latents in sets:
         latents.renumber(captions)
     loss = NoiseLoss(pipe, CaptionTable(pipe, captions, trained=False)).to(accelerator.device).eval()
-    result, losses = {"settings": {"seed": config.seed, "timesteps": TIMESTEPS, "load_from": config.load_from}}, {}
+    settings = {"seed": config.seed, "timesteps": TIMESTEPS, "load_from": config.load_from}
+    result, losses = {"title": TITLE, "settings": settings}, {}
     for name in ("base", "load_from")[: 1 + bool(config.load_from)]:
         if name == "load_from":
             load_weights(pipe.unet, config.load_from)
         with accelerator.autocast():
             losses[name] = [image_losses(accelerator, config, loss, latents) for latents in sets]
-        means = {
-            f"{split}_loss": float(part.mean()) for split, part in zip(("train", "val"), losses[name], strict=True)
-        }
-        result[name] = {"AUC": membership_auc(*losses[name]).to_dict()} | means
+        result[name] = {"AUC": membership_auc(*losses[name]).to_dict()}
+        for split, part in zip(("train", "val"), losses[name], strict=True):
+            mean = bootstrap_mean(part, np.zeros(len(part)), config.seed, resample_groups=False, share=False)
+            result[name][f"{split}_loss"] = mean.to_dict()
     if config.load_from:
         result["difference"] = membership_auc(*losses["load_from"], base=losses["base"]).to_dict()
     return result

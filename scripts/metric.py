@@ -25,7 +25,7 @@ from ddpo_pytorch.data.tables import number
 from ddpo_pytorch.metrics.comparison import Folder
 from ddpo_pytorch.metrics.evaluation import FUNDUS, evaluate, run_networks, write_per_image
 from ddpo_pytorch.metrics.image_sets import named_paths
-from ddpo_pytorch.metrics.inputs import check_request, find_sets, load_tools
+from ddpo_pytorch.metrics.inputs import check_request, find_sets, load_tools, read_results
 from ddpo_pytorch.metrics.pictures import comparison, contact_sheet
 from ddpo_pytorch.metrics.sanity import sanity_sets
 from ddpo_pytorch.metrics.tables import dig, fundus_table, table1, table2, table3, to_csv, to_latex, to_markdown
@@ -125,6 +125,7 @@ def measure(accelerator: Accelerator, config: ConfigDict) -> dict:
         return {}
 
     result, folders = evaluate(config, tools, sets)
+    result["results"] = read_results(metric.results)
     if FLAGS.sanity:
         result["sanity"] = {"missing": missing, "models": evaluate(config, tools, checked)[0]["models"]}
     for line in result["warnings"]:

@@ -10,6 +10,7 @@ from script_tools import run_in_process
 
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.data.sample_folder import list_samples
+from ddpo_pytorch.utils.files import write_json
 
 SHOWN = CAPTIONS[:10]
 MODELS = ("SD", "SD+RL")
@@ -42,6 +43,8 @@ def example(config_file, lively_judge, judges, tmp_path_factory) -> tuple[dict, 
     sets |= {name: write_samples(folder / name, counts, seed, drawn=88) for seed, name in enumerate(MODELS, 1)}
     fields = {"folders": ",".join(f"{name}={sets[name]}" for name in MODELS), "real_path": sets["real"]}
     fields |= {"train_path": write_samples(folder / "train", counts, 9), "cache_dir": folder / "cache"}
+    write_json(folder / "membership.json", {"title": "Membership", "base": {"AUC": quantity(0.5, 0.04, 90)}})
+    fields |= {"results": folder / "membership.json"}
     fields |= {"classifier": lively_judge, "more_judges": f"H6={judges[6]}", "output": folder / "out"}
     run_in_process("metric.py", config_file, **{f"metric__{name}": str(value) for name, value in fields.items()})
     samples = {name: list_samples(path) for name, path in sets.items()}
@@ -53,5 +56,5 @@ def minimal(result: dict) -> dict:
     model = {key: x for key, x in result["models"]["SD"].items() if not key.startswith(("ceiling", "fidel", "memor"))}
     model |= {"perception": {}, "diversity": {"judge": None}, "reward": None}
     model["missing"] = {"reward": "image_log.json states no rewards"}
-    rest = {key: x for key, x in result.items() if key != "real"}
+    rest = {key: x for key, x in result.items() if key != "real"} | {"results": {}}
     return copy.deepcopy(rest | {"sets": {}, "models": {"SD": model}, "comparisons": [], "warnings": []})

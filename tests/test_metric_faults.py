@@ -34,6 +34,8 @@ A, B = CAPTIONS[0], CAPTIONS[8]
         ({"output": "{file}/deeper"}, "metric.output=.* cannot be written"),
         ({"cache_dir": "{file}"}, "metric.cache_dir=.* cannot be written"),
         ({"logs": "a={sd}"}, "in metric.logs holds no metrics.jsonl"),
+        ({"results": "absent.json"}, "metric.results names 'absent.json'"),
+        ({"results": "{sd}/settings.json"}, "settings.json' is damaged .'title' is missing"),
         ({"more_judges": "H4={judge}"}, "names a judge 'H4', which is taken"),
         ({"classifier": "{judge}"}, "h6.safetensors' has 6 heads .*metric.more_judges=NAME=FILE"),
     ],

@@ -170,6 +170,7 @@ def test_tables_hold_the_result(page, example):
     assert len(prompts) == 1 + 10 and [text for text, _ in prompts[SHOWN[5]]][::2] == ["2", "2", str(counts[SHOWN[5]])]
     found = models["SD"]["alignment"]["H6"]["attributes"]["gel_bubble"]
     assert tables["Attributes, judged by H6"]["gel bubble"][2] == (f"{found['requested']}, {found['seen']}", "")
+    assert tables["Membership"] == {"": [("Value", ""), ("n", "")], "base: AUC": [("0.5", "[0.46, 0.54]"), ("90", "")]}
     near = models["SD"]["memorisation"]["judge"]["threshold"]
     assert tables["Diversity and nearness"]["Threshold of closer, judge"][0] == (f"{near:.4g}", "")
     assert any("replicates over … prompts and their images" in way for way in findings.methods(result)["alignment"])
@@ -218,7 +219,7 @@ def test_page_loads_nothing(page, example):
         assert tag != "th" or attributes["scope"] in ("row", "col")
     assert not re.search(r"url\(|@import|=.?https?://", page)
     ids = [attributes["id"] for _, attributes in reader.tags if "id" in attributes]
-    assert len(ids) == len(set(ids)) == 7
+    assert len(ids) == len(set(ids)) == 8
     assert {attributes["href"][1:] for tag, attributes in reader.tags if tag == "a"} == set(ids)
     assert "Not for diagnosis" in reader.text and reader.text.count("To be filled in: ") == 5
     assert all(judge["sha256"] in reader.text for judge in example[0]["judges"].values())

@@ -314,6 +314,6 @@ def test_membership_of_a_model_and_of_trained_weights(model, base, run_main, con
                 draws = BatchDraws(5, Stream.VALIDATION, 16 * number + step, 8, kept=len(part))
                 losses.append(loss(default_collate(part), draws).item() * len(part) / 16)
             count += len(part)
-    assert result["base"]["val_loss"] == pytest.approx(sum(losses) / count, rel=1e-4)
+    assert result["base"]["val_loss"]["value"] == pytest.approx(sum(losses) / count, rel=1e-4)
     with pytest.raises(UserError, match="sd.val_csv"):
         run_main("membership.py", config_file, **fields | {"sd__val_csv": ""})

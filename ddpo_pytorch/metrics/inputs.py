@@ -38,6 +38,7 @@ from ddpo_pytorch.metrics.networks import (
 )
 from ddpo_pytorch.metrics.ssim import WINDOW
 from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.json_files import read_json
 from ddpo_pytorch.utils.settings import ONE_OR_MORE, check_choices, check_ranges
 
 logger = logging.getLogger(__name__)
@@ -74,9 +75,20 @@ def check_request(metric: ConfigDict) -> None:
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             reason = f"{str(existing)!r} is no folder to write into"
             raise UserError(f"metric.{name}={str(folder)!r} cannot be written: {reason}; choose another")
+    read_results(metric.results)
     for _, run in named_paths(metric.logs, "metric.logs"):
         if not (Path(run) / "metrics.jsonl").is_file():
             raise UserError(f"{run!r} in metric.logs holds no metrics.jsonl; give run folders that train.py wrote")
+
+
+def read_results(files: str) -> dict[str, dict]:
+    """Return the content by file of "FILE,FILE", JSON of membership.py or rate.py. Raises UserError for others."""
+    found = {}
+    for path in filter(None, (piece.strip() for piece in files.split(","))):
+        if not Path(path).is_file():
+            raise UserError(f"metric.results names {path!r}, which does not exist; run membership.py or rate.py")
+        found[path] = read_json(path, {"title": str}, "give files of membership.py or rate.py as metric.results")
+    return found
 
 
 @dataclass

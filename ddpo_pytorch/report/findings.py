@@ -6,7 +6,7 @@ numbers may be None.
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pandas as pd
@@ -286,6 +286,25 @@ def sanity_table(result: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
             texts[title][name] = value + bracket + ends
     table = pd.DataFrame.from_dict(texts, orient="index")
     return table[(table != NOT_AVAILABLE).any(axis=1)], pd.DataFrame.from_dict(moves, orient="index")
+
+
+def result_tables(result: Mapping) -> dict[str, tuple[pd.DataFrame, str]]:
+    """Return by title the estimates in the JSON files of other commands, by their place, and how they were made."""
+
+    def walk(tree: Any, *place: str) -> Iterator[tuple[str, Mapping]]:
+        if isinstance(tree, Mapping) and "how" in tree:
+            yield ": ".join(name.replace("_", " ") for name in place), tree
+        elif isinstance(tree, Mapping):
+            for name, value in tree.items():
+                yield from walk(value, *place, name)
+
+    tables = {}
+    for path, content in result.get("results", {}).items():
+        found = dict(walk(content))
+        rows = {name: {"Value": number(one, ".3g"), "n": f"{one['n']}"} for name, one in found.items()}
+        about = f"Intervals: {'; '.join(dict.fromkeys(one['how'] for one in found.values()))}. From {path}."
+        tables[content["title"]] = pd.DataFrame.from_dict(rows, orient="index"), about
+    return tables
 
 
 def nearness_table(result: Mapping) -> pd.DataFrame:
