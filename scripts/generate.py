@@ -131,10 +131,8 @@ def best_of_n(
             raise UserError(f"images of {prompts[0]!r} are not finite; use mixed_precision bf16 or no")
         pixels = to_uint8(images.nan_to_num())
         scores, alignment = selector.score_all(pixels.float() / 255), policy.score(pixels.float() / 255, prompts)
-        quality, criteria = (
-            scores[:, 0],
-            [dict(zip(selector.criteria, row[1:], strict=True)) for row in scores.double().round(decimals=6).tolist()],
-        )
+        quality, others = scores[:, 0], scores[:, 1:].double().round(decimals=6).tolist()
+        criteria = [dict(zip(selector.criteria, row, strict=True)) for row in others]
         passed = selector.accepts(quality).cpu() & finite
         rows = zip(pixels.cpu(), seeds, quality.tolist(), alignment.tolist(), passed.tolist(), criteria, strict=True)
         for one, row in zip(batch, rows, strict=True):
@@ -198,12 +196,11 @@ def generate(accelerator: Accelerator, config: ConfigDict) -> None:
     attempts = sum(gather_object([request.attempts for request in own]))
     entries = sorted(gather_object(entries), key=lambda entry: (entry["prompt"], entry["path_to_img"]))
     if accelerator.is_main_process:
-        rows = [
-            entry | {"file_name": path, "text": prompt, "modality": modality_of(prompt) or MODALITY, "patient": path}
-            for entry in entries
-            for path, prompt in ((entry["path_to_img"], entry["prompt"]),)
-            if entry["passed"]
-        ]
+        rows = []
+        for entry in filter(lambda entry: entry["passed"], entries):
+            path, text = entry["path_to_img"], entry["prompt"]
+            modality = modality_of(text) or MODALITY
+            rows.append(entry | {"file_name": path, "text": text, "modality": modality, "patient": path})
         write_table(folder / METADATA, (*COLUMNS, *selector.criteria), rows)
         write_log(folder, entries)
         passed = sum(entry["passed"] for entry in entries)
