@@ -14,6 +14,7 @@ from pathlib import Path
 from absl import flags
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from diffusers import AutoencoderKL
 from torch.utils.data import Dataset
 
 from ddpo_pytorch.data.images import ImageFiles, decoded, rows_with_image
@@ -36,6 +37,7 @@ from ddpo_pytorch.judges.classifier_training import FitState, Recipe, fit, predi
 from ddpo_pytorch.utils.cli import cli, expand_flags
 from ddpo_pytorch.utils.distributed import PROCESS_TIMEOUT, locked_by_main, make_accelerator
 from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.fingerprint import fingerprint
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("mode", "train", ["train", "test"], "train a classifier, or report on the test split")
@@ -49,7 +51,11 @@ flags.DEFINE_string("checkpoint_dir", "rl4med-out/classifier", "folder for the c
 flags.DEFINE_string(
     "checkpoint", "", "classifier to start from, or to test; by default tests the one in checkpoint_dir"
 )
-flags.DEFINE_string("through_vae", "", "also test on reconstructions by this autoencoder or model folder, at its size")
+flags.DEFINE_string(
+    "through_vae",
+    "",
+    "autoencoder or model folder: also test on its reconstructions, or train on them by half",
+)
 flags.DEFINE_string("cache_dir", None, "folder for decoded images, by default <checkpoint_dir>/cache; '' = no cache")
 flags.DEFINE_integer("num_epochs", Recipe.num_epochs, "epochs at most", lower_bound=1)
 flags.DEFINE_integer("patience", Recipe.patience, "epochs without a better validation loss that end it", lower_bound=1)
@@ -106,6 +112,11 @@ def load_checkpoint(path: str | Path, names: tuple[str, ...]) -> ArtifactClassif
     return model
 
 
+def load_autoencoder(accelerator: Accelerator) -> AutoencoderKL:
+    folder = Path(FLAGS.through_vae)
+    return load_vae(folder / "vae" if (folder / "vae").is_dir() else folder).to(accelerator.device)
+
+
 def train(accelerator: Accelerator, names: tuple[str, ...], output: Path) -> None:
     recipe = Recipe(**{name: FLAGS[name].value for name in Recipe.__dataclass_fields__})
     published = output.with_name(f"artifact_classifier_train_H{len(names)}.pth")
@@ -130,7 +141,11 @@ def train(accelerator: Accelerator, names: tuple[str, ...], output: Path) -> Non
         check_publishable(model)
         if model.image_size != PUBLISHED_SIZE:
             logger.warning("%s will not state its image size; readers assume %d", published, PUBLISHED_SIZE)
-    splits = [image_files(path, model.image_size, names) for path in (FLAGS.train_csv, FLAGS.val_csv)]
+    size, change, change_name = model.image_size, None, ""
+    if FLAGS.through_vae:
+        vae = load_autoencoder(accelerator)
+        size, change, change_name = vae.config.sample_size, partial(reconstruct, vae), fingerprint(vae)
+    splits = [image_files(path, size, names) for path in (FLAGS.train_csv, FLAGS.val_csv)]
     sets = [cached(accelerator, files) for files in splits]
 
     def save(best: FitState) -> None:
@@ -141,7 +156,10 @@ def train(accelerator: Accelerator, names: tuple[str, ...], output: Path) -> Non
             if FLAGS.save_published:
                 save_published(model, published, best.epoch, best.val_loss, best.accuracy.mean().item())
 
-    best = fit(accelerator, model, *sets, recipe, state_path=output.with_suffix(UNFINISHED), on_best=save)
+    state = output.with_suffix(UNFINISHED)
+    best = fit(
+        accelerator, model, *sets, recipe, state_path=state, on_best=save, change=change, change_name=change_name
+    )
     logger.info("best epoch %d, validation loss %.4f, saved in %s", best.epoch, best.val_loss, output)
 
 
@@ -152,8 +170,7 @@ def test(accelerator: Accelerator, names: tuple[str, ...], output: Path) -> None
         logger.warning("%s is the best epoch so far of an unfinished training", path)
     size, tests = model.image_size, {"": None}
     if FLAGS.through_vae:
-        folder = Path(FLAGS.through_vae)
-        vae = load_vae(folder / "vae" if (folder / "vae").is_dir() else folder).to(accelerator.device)
+        vae = load_autoencoder(accelerator)
         size, tests = vae.config.sample_size, {"_original": None, "_reconstructed": partial(reconstruct, vae)}
     files = cached(accelerator, image_files(FLAGS.test_csv, size, names))
     for name, change in tests.items():

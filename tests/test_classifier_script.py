@@ -132,6 +132,10 @@ def test_test_mode_on_reconstructions(world, trained, tmp_path, run):
         expected = multilabel_auroc(logits, labels, num_labels=4, average=None).tolist()
         written = json.loads((tmp_path / "out" / f"test_H4_{name}.json").read_text())
         assert [row["auc"] for row in written[:4]] == pytest.approx(expected, abs=0.05)
+    options = classifier_flags(world, tmp_path / "learned", cache_dir="", num_epochs=1)
+    run(*options, f"--through_vae={tmp_path / 'sd'}")
+    learned = load_classifier(tmp_path / "learned" / H4)
+    assert learned.image_size != 48  # the autoencoder's: the classifier keeps its own
 
 
 def assert_validation_loss(said, world, file, heads, weighted=False, gamma=0):

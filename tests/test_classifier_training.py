@@ -151,6 +151,23 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_training(accelerators, set
     assert calls[-1].accuracy.tolist() == ((logits > 0) == (labels > 0)).float().mean(0).tolist()
 
 
+def test_half_of_each_batch_is_changed(accelerators, sets):
+    recipe, seen, weights = Recipe(num_epochs=1, batch_size=16), [], []
+
+    def same(images):
+        seen.append(images.clone())
+        return images
+
+    for change in (None, same, torch.zeros_like):
+        model = new_model()
+        fit(accelerators(), model, sets["train"], sets["val"], recipe, change=change)
+        weights.append(torch.cat([value.flatten() for value in model.parameters()]))
+    batches = EpochBatches(len(sets["train"]), len(sets["train"]), 16, recipe.seed, 0, 1)
+    for batch, images in zip(batches, seen, strict=True):
+        assert torch.equal(images, torch.stack([sets["train"][index][0] for index in batch[: len(batch) // 2]]))
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
 def test_trainings_that_cannot_work_leave_nothing(accelerators, sets, tmp_path):
     recipe = Recipe(num_epochs=2, batch_size=16, learning_rate=1e30)
     with pytest.raises(UserError, match="never finite"):

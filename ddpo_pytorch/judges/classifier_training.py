@@ -96,6 +96,8 @@ def fit(
     state_path: Path | None = None,
     on_best: Callable[[FitState], None] | None = None,
     epoch_images: int | None = None,
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    change_name: str = "",
 ) -> FitState:
     """Train `model` in place; it ends with the weights of the epoch with the lowest validation loss, which is returned.
 
@@ -104,7 +106,9 @@ def fit(
     resumed if it exists, and removed at the end. `on_best` is called on every process for each better epoch while the
     model has its weights, and again after a resume, since the files that it wrote may have been lost. `epoch_images` is
     the length of an epoch, by default each image once, so that trainings on sets of different sizes can make equally
-    many updates. The accelerator forgets all objects that it had prepared.
+    many updates. `change` maps the uint8 images of half of each batch, in random order, to those that are learned from
+    instead; `change_name` identifies it when a training is resumed. The accelerator forgets all objects that it had
+    prepared.
 
     Raises UserError for a damaged state or one of another training, too few images, and a loss that was never finite.
     """
@@ -126,7 +130,10 @@ def fit(
     evaluated = ema.module if ema else model
     network, optimizer = accelerator.prepare(model, optimizer)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema and ema.module}
-    settings = training_settings(accelerator, model, train, val, recipe) | {"epoch_images": drawn}
+    settings = training_settings(accelerator, model, train, val, recipe) | {
+        "epoch_images": drawn,
+        "change": change_name,
+    }
     state = TrainState(state_path, settings, scaler=accelerator.scaler, **parts)
     batches = EpochBatches(len(train), drawn, recipe.batch_size, recipe.seed, rank, processes)
     loader = image_loader(train, batches, recipe.num_workers)
@@ -155,6 +162,8 @@ def fit(
         with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
             torch.manual_seed(derived_seed(recipe.seed, Stream.NOISE, epoch, rank))
             for images, labels in shown:
+                if change:
+                    images = torch.cat([change(images[: len(images) // 2]), images[len(images) // 2 :]])
                 images = random_flips(images.to(device, non_blocking=True), recipe.quarter_turns)
                 pixels = model.preprocess(images.float() / 255)
                 with accelerator.autocast():
