@@ -368,7 +368,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # tables of real images to mix in and to compare with, and the folder of their images.
     improve.csv = improve.held_out_csv = improve.data_path = ""
     improve.held_out_images = 4  # images per prompt for the metrics of a round, always from the same noise
-    # the control: guidance scales at which the initial generator is measured as well, without any training.
+    # the control: guidance scales at which the initial generator is measured as well, without any training; (): none.
     improve.control_guidance = (3.0,)
     # timm architecture in whose features KID is measured as well ("": none), and its weights: "imagenet" or a file.
     # Judges that are blind to something are blind in their own features, too.

@@ -76,12 +76,12 @@ def main(_) -> None:
         if rlhf.autoencoder:
             vae = load_pipeline(rlhf.autoencoder, device=accelerator.device).vae
             train_set, val_set = (through_autoencoder(rated, vae, rlhf.batch_size) for rated in (train_set, val_set))
+        # generated images have passed an autoencoder
+        pool = read_pool(rlhf.pool, rlhf.image_size) if rlhf.pool else None
         if 1 in stages:
             first_stage(accelerator, config, train_set, val_set)
         if 2 in stages:
-            if rlhf.pool:  # generated images have passed an autoencoder
-                train_set += read_pool(rlhf.pool, rlhf.image_size)
-            second_stage(accelerator, config, train_set, val_set)
+            second_stage(accelerator, config, train_set + pool if pool else train_set, val_set)
         for stage in (1, 2) if accelerator.is_main_process else ():
             state_path(output, stage).unlink(missing_ok=True)
         logger.info("Selector and Policy are in %s", output)

@@ -291,7 +291,7 @@ def test_another_modality_has_ratings_judges_and_images_of_its_own(run, fields, 
     assert {entry["prompt"] for entry in entries} == {"Dermoscopy: A nevus.", "Dermoscopy: A melanoma."}
     assert all(Path(entry["path_to_img"]).name.startswith("Dermoscopy_") for entry in entries)
     ratings = read_ratings(tmp_path / "rated/ratings.csv")
-    assert len(ratings) == 36 and {one.prompt for one in ratings} == {entry["prompt"] for entry in entries}
+    assert len(ratings) == 36 and {one.prompt for one in ratings} == {"Dermoscopy: A nevus.", "Dermoscopy: A melanoma."}
 
 
 @pytest.mark.slow

@@ -239,6 +239,7 @@ def test_settings_out_of_range(train, tmp_path):
         ("objective", "abs", "rlhf.objective.*'abs'"),
         ("threshold", 1.5, "rlhf.threshold.*1.5"),
         ("image_size", 30, "image_size 30.*patch_size 8"),
+        ("pool", "nowhere", "rlhf.pool 'nowhere'"),
         ("learning_rate", 1e30, "loss is nan .* stage 1"),
     ):
         with pytest.raises(UserError, match=message):

@@ -92,9 +92,11 @@ def read_pool(folder: str | Path, size: int) -> RatedSet:
 
     Raises UserError for a folder without scores.
     """
-    entries = read_log(folder)
+    advice = "draw it with scripts/generate.py"
+    if not (entries := read_log(folder)):
+        raise UserError(f"rlhf.pool {str(folder)!r} has no {LOG} with images; {advice}")
     shape = [{"prompt": str, "selector": float, "path_to_img": str}]
-    check_shape(entries or None, shape, repr(str(Path(folder) / LOG)), "draw the pool with scripts/generate.py")
+    check_shape(entries, shape, repr(str(Path(folder) / LOG)), advice)
     rated = []
     for entry in entries:
         path, rating = entry["path_to_img"], 1 + 2 * entry["selector"]
