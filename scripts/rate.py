@@ -1,28 +1,30 @@
-"""Let experts rate images 1, 2 or 3 on a local web page, blind to where an image comes from.
+"""Let experts judge images on a local web page, blind to where an image comes from.
 
     python scripts/rate.py --images rl4med-out/samples/fundus --out rl4med-out/ratings.csv
 
 shows the images of sample folders and of a fundus table, in a random order for each rater. Each click is saved at once
-to --out and a journal next to it; rerun with the same --out to continue. The page is reachable from this machine only,
-or from others with a token: --host 0.0.0.0.
+to --out and a journal next to it; rerun with the same --out to continue. When a rater is done and at the end, what the
+answers say goes to <out>.summary.json, which metric.py's report shows (`metric.results`). The page is reachable from
+this machine only, or from others with a token: --host 0.0.0.0.
 """
 
 import logging
 import re
 import secrets
 import socket
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 from absl import flags
 
-from ddpo_pytorch.data.images import RESIZES, is_synthetic
-from ddpo_pytorch.data.ratings import fleiss_kappa
-from ddpo_pytorch.metrics.intervals import exact_binomial
-from ddpo_pytorch.rating.session import Item, Questions, distinct, sample_items, table_items
+from ddpo_pytorch.data.images import RESIZES, SUFFIXES, is_synthetic
+from ddpo_pytorch.data.tables import write_table
+from ddpo_pytorch.metrics import readers
+from ddpo_pytorch.rating.session import Item, Questions, distinct, pair_items, sample_items, table_items
 from ddpo_pytorch.rating.store import Store, rater_name
 from ddpo_pytorch.utils.cli import cli, expand, expand_flags
 from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import write_json
 
 FLAGS = flags.FLAGS
 flags.DEFINE_multi_string("images", [], "sample folders of eval.py, separated by commas or repeated")
@@ -36,44 +38,50 @@ flags.DEFINE_enum("resize", "pad", RESIZES, "how --image_size makes a square of 
 flags.DEFINE_string("host", "127.0.0.1", "address to listen on; others than this machine's own need a token")
 flags.DEFINE_integer("port", 0, "port to listen on; 0 = a free one", 0, 65535)
 flags.DEFINE_string("token", None, "secret part of the address; generated if it is needed")
-flags.DEFINE_enum("mode", "rate", ("rate", "real"), "rate images, or tell photographs from generated ones")
+flags.DEFINE_enum(
+    "mode", "rate", ("rate", "real", "pair"), "rate images, tell photographs from generated ones, or prefer one of two"
+)
+flags.DEFINE_bool("criteria", False, "also ask for optic disc, vessels, contrast and artifacts (mode rate)")
+flags.DEFINE_float("repeats", 0, "share of the images that each rater sees a second time, unannounced", 0, 0.5)
+flags.DEFINE_string("examples", None, "folder of reference images, whose names begin with the rating: 1, 2 or 3")
 flags.DEFINE_integer("seed", 0, "seed of the order in which each rater sees the images", 0)
 
 logger = logging.getLogger(__name__)
 
 
-def find_items() -> list[Item]:
-    """Return the images of all sources."""
+def find_items() -> tuple[list[Item], list[str]]:
+    """Return the questions of all sources, and the sources' names."""
     if bool(FLAGS.csv) != bool(FLAGS.data_path):
         raise UserError("--csv and --data_path belong together: a fundus table and the folder of its images")
-    items = []
-    for folder in (part for given in FLAGS.images for part in given.split(",") if part):
-        items += sample_items(expand(folder), FLAGS.out)
+    sources = {}
+    for folder in (expand(part) for given in FLAGS.images for part in given.split(",") if part):
+        sources[folder] = sample_items(folder, FLAGS.out)
     if FLAGS.csv:
-        items += table_items(FLAGS.csv, FLAGS.data_path, FLAGS.out)[0]
+        sources[FLAGS.csv] = table_items(FLAGS.csv, FLAGS.data_path, FLAGS.out)[0]
+    items = [item for own in sources.values() for item in own]
     if not items:
         raise UserError("there are no images to rate; give --images FOLDER, or --csv TABLE with --data_path FOLDER")
     sizes = Counter(item.size for item in items)
     if len(sizes) > 1 and not FLAGS.image_size:
         one, other = ("{}x{}".format(*size) for size in list(sizes)[:2])
         logger.warning("images differ in size (%s, %s), which may reveal their source; see --image_size", one, other)
-    return distinct(items)
+    names = [Path(name).name.removesuffix(".csv") for name in sources]
+    names = names if len(set(names)) == len(names) else list(sources)
+    if FLAGS.mode != "pair":
+        return distinct(items), names
+    if len(sources) != 2:
+        raise UserError(f"--mode=pair compares two sources, got {len(sources)}; give two sample folders as --images")
+    if not (pairs := pair_items(*sources.values())):
+        raise UserError(f"{' and '.join(sources)} share no prompt; --mode=pair compares images of one prompt")
+    return pairs, names
 
 
-def summarise_readers(answers: list[tuple[tuple[str, str], str, float]], synthetic: dict[tuple[str, str], bool]) -> str:
-    """Return each reader's accuracy at telling photographs (3) from generated images (1), and Fleiss' kappa of all."""
-    right, units = defaultdict(list), defaultdict(list)
-    for key, reader, rating in answers:
-        if key in synthetic:
-            right[reader].append((rating < 2) == synthetic[key])
-            units[key].append(rating)
-    found = {
-        reader: exact_binomial(sum(correct) / len(correct), len(correct), len(correct))
-        for reader, correct in right.items()
-    }
-    lines = [f"{name}: {one.value:.1%} [{one.low:.1%}, {one.high:.1%}] of {one.n} right" for name, one in found.items()]
-    kappa = fleiss_kappa(units.values())
-    return "; ".join([*lines, f"Fleiss' kappa {'-' if kappa is None else format(kappa, '.2f')}"])
+def find_examples(folder: str | None) -> list[tuple[int, Path]]:
+    """Return (rating, file) of the reference images in a folder."""
+    paths = [path for path in sorted(Path(folder).glob("[123]*")) if path.suffix.lower() in SUFFIXES] if folder else []
+    if folder and not paths:
+        raise UserError(f"--examples={folder!r} has no image whose name begins with 1, 2 or 3, such as 3_clear.png")
+    return [(int(path.name[0]), path) for path in paths]
 
 
 def main(_) -> None:
@@ -84,12 +92,12 @@ def main(_) -> None:
             raise
         raise UserError(f'{error.name} is not installed; run: pip install -e ".[rate]"') from error
 
-    expand_flags(FLAGS, ("out",), optional=("csv", "data_path"))
+    expand_flags(FLAGS, ("out",), optional=("csv", "data_path", "examples"))
     rater = "" if FLAGS.rater is None else rater_name(FLAGS.rater)
     token = FLAGS.token or ("" if is_loopback(FLAGS.host) else secrets.token_urlsafe(32))
     if token and not re.fullmatch(r"[A-Za-z0-9_-]{16,128}", token):  # hard to guess, and the same in an address
         raise UserError("--token needs 16 to 128 of the characters A-Z, a-z, 0-9, _ and -; omit it to generate one")
-    items = find_items()
+    (items, names), examples = find_items(), find_examples(FLAGS.examples)
     synthetic = {item.key: is_synthetic(item.path) for item in items} if FLAGS.mode == "real" else {}
     if synthetic and len(set(synthetic.values())) < 2:
         raise UserError("--mode=real needs photographs and images that say they are generated; give folders of both")
@@ -97,15 +105,29 @@ def main(_) -> None:
     port = sock.getsockname()[1]
     store = Store(FLAGS.out)
     square = dict(size=FLAGS.image_size or None, resize=FLAGS.resize)
-    questions = Questions(items, store, FLAGS.seed)
-    app = make_app(questions, FLAGS.host, port, token, rater, FLAGS.expert_level or 0, FLAGS.mode, **square)
+
+    def summarise(reader: str = "") -> list[str]:
+        """Write what all answers say; return it as text, of one reader and of all together or of everybody."""
+        answers = [one for one in store.answers() if bool(one.question[2]) == (FLAGS.mode == "pair")]
+        found = readers.summarise(answers, FLAGS.mode, store.seconds, synthetic, names)
+        estimates = {name: {key: one.to_dict() for key, one in result.items()} for name, result in found.items()}
+        write_json(store.path.with_suffix(".summary.json"), estimates | {"title": readers.TITLES[FLAGS.mode]})
+        if FLAGS.mode == "pair":
+            rows = readers.preferences(answers)
+            write_table(store.path.with_suffix(".preferences.csv"), ("prompt", "chosen", "rejected", "rater"), rows)
+        shown = [(name, one) for name, one in found.items() if reader in ("", name) or name == readers.ALL]
+        return readers.lines({"you" if name == reader else name: one for name, one in shown})
+
+    questions = Questions(items, store, FLAGS.seed, FLAGS.repeats, examples, summarise)
+    level = FLAGS.expert_level or 0
+    app = make_app(questions, FLAGS.host, port, token, rater, level, FLAGS.mode, FLAGS.criteria, **square)
     logger.info("%d images; ratings go to %s, which has %d; Ctrl-C ends", len(items), Path(FLAGS.out), len(store))
     name = socket.gethostname() if FLAGS.host in ("", "0.0.0.0", "::") else FLAGS.host
     name = f"[{name}]" if ":" in name else name
     logger.info("open http://%s:%d/%s", name, port, f"?token={token}" if token else "")
     serve(app, sock)
-    if synthetic:
-        logger.info("photograph or generated: %s", summarise_readers(store.answers(), synthetic))
+    for line in summarise():
+        logger.info("%s", line)
     questions.close()
     logger.info("%d ratings are in %s, every click in %s", len(store), store.path, store.journal)
 

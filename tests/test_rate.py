@@ -147,7 +147,7 @@ def test_kill_resume_token_and_end(tmp_path):
     assert page.ask("/api/state", {"rater": "Bob"}).status == 422
     assert page.end(signal.SIGKILL) == -signal.SIGKILL
     rows = [(row.rating, row.expert_level, row.image, row.prompt, row.rater_id) for row in read_ratings(table)]
-    assert rows == [(3, 3, *order[0].key, "Ann"), (1, 3, *order[1].key, "Ann")]
+    assert rows == [(3, 3, *order[0].key[:2], "Ann"), (1, 3, *order[1].key[:2], "Ann")]
 
     with open(table, "ab") as file:
         file.write(b"made/images/source/0.png,2,Fun")
@@ -198,7 +198,7 @@ def test_no_confirmed_rating_is_lost_by_a_kill(tmp_path):
         page.end(signal.SIGKILL)
     counts = Counter((rater, rating) for rater, _, rating in confirmed)
     killed, store = read_ratings(table), Store(table)
-    restored = {rater: len(store.rated(rater)) for rater in "abcd"}
+    restored = Counter(one.reader for one in store.answers())
     store.close()
     for rows in (killed, read_ratings(table)):
         found = Counter((row.rater_id, row.rating) for row in rows)

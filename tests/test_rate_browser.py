@@ -1,11 +1,13 @@
 """The rating page in a real headless Chromium: keyboard, mouse, undo, progress, the end, phones, contrast."""
 
 import csv
+import json
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
+from rating_tools import RatePage, write_gallery
 from test_report_browser import browser  # noqa: F401 (browser is a fixture)
 
 pytest.importorskip("selenium", reason="selenium absent")
@@ -64,7 +66,7 @@ class Window:
         """Do something that shows the next image, and wait for it; a rating answers both questions alike."""
         before = self.run("return state.current.id")
         act(*arguments)
-        if self.run("return quality !== null"):
+        if self.run("return answers.length > 0"):
             act(*arguments)
         self.wait(f"!state.current || (seen && state.current.id !== '{before}')")
 
@@ -146,7 +148,7 @@ def test_two_questions_ungradable_red_free_and_a_click_that_no_key_repeats(windo
     assert window.run(hidden)
     window.click("#ratings [data-do='2']")
     ActionChains(window.driver).send_keys(Keys.ENTER, Keys.SPACE).perform()
-    assert window.run("return quality") == 2
+    assert window.run("return answers") == [2]
     window.answer(window.keys, "1")
     window.answer(window.keys, "0")
     rows = [(row["rating"], row["quality"], row["alignment"]) for row in window.table("thorough")]
@@ -204,5 +206,55 @@ def test_a_click_that_is_not_saved_is_reported_and_the_image_stays(window):
     assert window.shown() == shown and window.table("unlucky") == []
     window.run("window.fetch = window.real")
     window.keys("3")  # the second question is still asked
-    window.wait("quality === null")
+    window.wait("!answers.length")
     assert window.text("alert") == "" and len(window.table("unlucky")) == 1
+
+
+def test_pairs_by_key_arrow_and_button_and_what_they_say_at_the_end(browser, tmp_path):  # noqa: F811
+    """Both images are on the screen; the answers become preferences and a summary."""
+    write_gallery(tmp_path / "old", 4)
+    write_gallery(tmp_path / "new", 4, shade=128)
+    page = RatePage("--mode", "pair", "--images", tmp_path / "old", "--images", tmp_path / "new", "--out",
+                    tmp_path / "pairs.csv", "--repeats", 0.25)  # fmt: skip
+    window = Window(browser, page)
+    window.open("chooser", width=390, height=844)
+    reds = "return ['image', 'second'].map(n => { const c = document.createElement('canvas').getContext('2d');"
+    reds += "c.drawImage(document.getElementById(n), 0, 0); return c.getImageData(9, 9, 1, 1).data[0] })"
+    wanted, seen = [], []
+    for key, chosen in (("1", 0), (Keys.ARROW_RIGHT, 1), ("0", None), ("2", 1)):
+        shown = window.run(reds)
+        assert sorted(red >= 128 for red in shown) == [False, True] and window.text("prompt")
+        if chosen is not None and sorted(shown) not in seen:
+            wanted.append((shown[chosen], shown[1 - chosen]))
+        seen.append(sorted(shown))
+        window.answer(window.keys, key)
+    window.answer(window.click, "#ratings [data-do='2']")
+    assert "new preferred to old" in window.text("results") and "same answer to repeated" in window.text("results")
+    assert page.end() == 0
+    with open(tmp_path / "pairs.preferences.csv", newline="") as file:
+        rows = [(row["chosen"], row["rejected"]) for row in csv.DictReader(file)]
+    assert [tuple(int(np.array(Image.open(tmp_path / p))[9, 9, 0]) for p in row) for row in rows] == wanted
+    summary = json.loads((tmp_path / "pairs.summary.json").read_text())
+    assert summary["title"] and summary["chooser"]["new preferred to old"]["n"] == 4
+
+
+def test_criteria_and_reference_images(browser, tmp_path):  # noqa: F811
+    write_gallery(tmp_path / "made", 2)
+    (tmp_path / "examples").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "examples" / "3_clear.png")
+    page = RatePage("--images", tmp_path / "made", "--out", tmp_path / "r.csv", "--criteria", "--examples",
+                    tmp_path / "examples")  # fmt: skip
+    page.table = tmp_path / "r.csv"
+    window = Window(browser, page)
+    window.open("careful")
+    window.keys("e")
+    window.wait("document.querySelector('#examples img')?.naturalWidth === 8")
+    window.keys("3")  # rates nothing while the image is hidden
+    window.keys("e")
+    assert window.run("return answers.length") == 0
+    for rating in "32113":
+        window.keys(rating)
+    window.answer(window.keys, "2")
+    (row,) = window.table("careful")
+    names = ("quality", "disc", "vessels", "contrast", "artifacts", "alignment", "rating")
+    assert "".join(row[name] for name in names) == "3211322" and page.end() == 0

@@ -11,15 +11,18 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from rating_tools import PROMPTS, write_gallery
 from script_tools import load_module
 
+from ddpo_pytorch.data import ratings
 from ddpo_pytorch.data.ratings import read_ratings
+from ddpo_pytorch.metrics import readers
 from ddpo_pytorch.rating import store as storing
-from ddpo_pytorch.rating.session import Progress, sample_items
-from ddpo_pytorch.rating.store import COLUMNS, JOURNAL_COLUMNS, Store, rater_name
+from ddpo_pytorch.rating.session import Progress, Questions, order_for, pair_items, sample_items
+from ddpo_pytorch.rating.store import COLUMNS, JOURNAL_COLUMNS, Answer, Store, rater_name
 from ddpo_pytorch.utils.errors import UserError
 
 
@@ -27,6 +30,10 @@ from ddpo_pytorch.utils.errors import UserError
 def items(tmp_path):
     write_gallery(tmp_path / "made", 4)
     return sample_items(tmp_path / "made", tmp_path / "ratings.csv")
+
+
+def rated_by(store: Store, rater: str) -> list[tuple[str, str, str]]:
+    return [one.question for one in store.answers() if one.reader == rater]
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -106,7 +113,7 @@ def test_the_table_is_read_by_training_after_every_click(empty, items):
     assert [row.rater_id for row in read_ratings(empty.path)] == [odd, "Ann"] and len(store) == 2
     clicks = [("rate", odd, "3"), ("rate", "Ann", "1"), ("skip", "Ann", ""), ("rate", "Ann", "2"), ("undo", "Ann", "1")]
     assert [(row["action"], row["rater_id"], row["rating"]) for row in rows_of(store.journal)] == clicks
-    assert empty().rated(odd) == [items[1].key]
+    assert rated_by(empty(), odd) == [items[1].key]
 
 
 def test_a_crash_at_any_byte_loses_no_confirmed_click(empty, items):
@@ -121,11 +128,11 @@ def test_a_crash_at_any_byte_loses_no_confirmed_click(empty, items):
             journal.write_bytes(after[journal][:cut])
             path.write_bytes(before[path])
             journaled = cut == len(after[journal])
-            assert empty().rated("Ann") == rated[journaled]
+            assert rated_by(empty(), "Ann") == rated[journaled]
             assert path.read_bytes() == (after if journaled else before)[path]
     for cut in range(len(after[path]) + 1):
         path.write_bytes(after[path][:cut])
-        assert empty().rated("Ann") == keys[:1] and path.read_bytes() == after[path]
+        assert rated_by(empty(), "Ann") == keys[:1] and path.read_bytes() == after[path]
 
 
 def as_a_spreadsheet_saves_it(content: bytes) -> bytes:
@@ -155,7 +162,7 @@ def test_the_table_is_what_the_journal_says_whatever_others_do_to_it(rated, item
     rated.path.unlink() if content is None else rated.path.write_bytes(content)
     store = rated.store if running else rated()
     store.click("undo", items[3], "Ann")
-    assert rated.rows() == before[:3] and store.rated("Ann") == [item.key for item in items[:3]]
+    assert rated.rows() == before[:3] and rated_by(store, "Ann") == [item.key for item in items[:3]]
     store.click("rate", items[3], "Ann", 3, 1)
     store.click("rate", items[0], "Bob", 2, 1)
     wanted = [*before[:3], (items[3].image_path, "3", "Ann"), (items[0].image_path, "2", "Bob")]
@@ -194,12 +201,12 @@ def test_an_end_of_the_journal_that_is_cut_off_is_dropped(rated, end, caplog):
 def test_a_table_without_a_journal_is_taken_as_it_is(tmp_path, items):
     """As people save it: other case, spaces, absolute paths, a last line without its end; unknown raters repeat."""
     path, first, second = tmp_path / "ratings.csv", items[0], items[1]
-    header, prompt = ", ".join(COLUMNS[:-3]).upper(), first.prompt.replace('"', '""')
+    header, prompt = ", ".join(ratings.COLUMNS).upper(), first.prompt.replace('"', '""')
     rows = [f'{tmp_path / first.image_path}, 3.0, Fundus, 2, "{prompt}", Ann']
     rows += [f"{second.image_path},1,Fundus,1,Scar,", f"./{second.image_path},2,Fundus,1,Scar,"]
     path.write_text("\n".join([header, *rows]))
     store = Store(path)
-    assert store.rated("Ann") == [first.key] and len(store) == 3
+    assert rated_by(store, "Ann") == [first.key] and len(store) == 3
     assert [row.rating for row in read_ratings(path)] == [3, 1, 2] and len(rows_of(store.journal)) == 3
     assert rows_of(path)[0]["image_path"] == first.image_path
 
@@ -213,15 +220,88 @@ def test_both_answers_the_patient_and_the_median_time_are_kept(tmp_path, items, 
         store.click("rate", dataclasses.replace(item, patient="P7"), "Ann", quality, 3, alignment)
     rows = [(row.rating, row.quality, row.alignment, row.patient) for row in read_ratings(store.path)]
     assert rows == [(1, 3, 1, "P7"), (2, 2, 3, "P7"), (1, None, None, "P7"), (3, 3, 3, "P7")]
-    assert store.seconds("Ann") == 5 and store.seconds("Bob") is None  # 4 s, 6 s; the break does not count
+    assert store.seconds("Ann") == [4, 6] and store.seconds("Bob") == []  # the break does not count
+
+
+def finish(questions: Questions, rater: str, answer) -> dict:
+    """Answer every question with the rating `answer(state)`; the last state."""
+    state = questions.act("state", rater)
+    while state["current"]:
+        state = questions.act("rate", rater, state["current"]["id"], rating=answer(state), expert_level=2)
+    return state
+
+
+def test_hidden_repeats_come_late_are_no_ratings_and_can_be_undone(tmp_path):
+    """They are in the journal alone; the same answer twice is agreement."""
+    write_gallery(tmp_path / "made", 10)
+    items = sample_items(tmp_path / "made", tmp_path / "ratings.csv")
+    order = order_for(10, 5, "Ann", 0.3)
+    assert [number for number in order if number < 10] == order_for(10, 5, "Ann") and len(order) == 13
+    assert all(order.index(number) - order.index(number - 10) > 5 for number in order if number >= 10)
+    store, kinds = Store(tmp_path / "ratings.csv"), iter([n >= 10 for n in order])
+    questions = Questions(items, store, 5, 0.3, summarise=lambda rater: [rater])
+    state = finish(questions, "Ann", lambda state: 1 if next(kinds) and state["undo"] > 11 else 2)
+    assert (state["total"], state["rated"], state["summary"]) == (13, 13, ["Ann"]) and len(store) == 10
+    assert len(read_ratings(store.path)) == 10 and len(rows_of(store.journal)) == 13
+    found = readers.summarise(store.answers(), "rate", store.seconds, {})["Ann"]["same answer to repeated images"]
+    assert found.n == 3 and found.value == pytest.approx((2 if order[-1] >= 10 else 3) / 3)
+    questions.close()
+    again = Questions(items, Store(tmp_path / "ratings.csv"), 5, 0.3)
+    for _ in range(13):
+        state = again.act("undo", "Ann")
+    assert state["undo"] == 0 and rows_of(store.path) == [] and again._store.answers() == []
+    again.close()
+
+
+def test_a_preference_is_for_the_image_that_the_rater_saw(tmp_path):
+    """Sides change by rater and pair, and at a repeat; ties count half; judges do not train on preferences."""
+    write_gallery(tmp_path / "a", 20)
+    write_gallery(tmp_path / "b", 20, shade=100)
+    store = Store(tmp_path / "ratings.csv")
+    pairs = pair_items(*(sample_items(tmp_path / name, store.path) for name in "ab"))
+    questions, sides, wanted = Questions(pairs, store, 0, 0.2), [], []
+
+    def answer(state: dict) -> int:
+        first, second = (questions.file(name).relative_to(tmp_path) for name in state["current"]["images"])
+        sides.append(first.parts[0])
+        wanted.append((str(first), str(second)))
+        return 2 if len(sides) == 1 else 3
+
+    finish(questions, "Ann", answer)
+    assert len(sides) == 24 and 5 < sides.count("a") < 19 and len({frozenset(pair) for pair in wanted}) == 20
+    rows = readers.preferences(store.answers())
+    assert len(rows) == 19 and {row[1:3] for row in rows} < set(wanted[1:]) and {row[3] for row in rows} == {"Ann"}
+    won = sum(row[1].startswith("b") for row in rows)
+    found = readers.summarise(store.answers(), "pair", store.seconds, {}, ("a", "b"))["Ann"]
+    one = found["b preferred to a"]
+    assert one.value == pytest.approx((won + 0.5) / 20) and one.low < one.value < one.high
+    assert found["same answer to repeated images"].value == 0  # always the first, whatever it shows
+    with pytest.raises(UserError, match="line 2: .*preference"):
+        read_ratings(store.path)
+    questions.close()
 
 
 def test_readers_accuracy_and_agreement():
-    synthetic = {("a", "x"): True, ("b", "x"): False}
-    answers = [(("a", "x"), "Ann", 1.0), (("b", "x"), "Ann", 3.0), (("a", "x"), "Bob", 3.0), (("b", "x"), "Bob", 3.0)]
-    text = load_module(ROOT / "scripts/rate.py").summarise_readers([*answers, (("c", "x"), "Bob", 1.0)], synthetic)
-    # two of two and one of two right, by Clopper and Pearson; P = 1/2, E = 10/16
-    assert text == "Ann: 100.0% [15.8%, 100.0%] of 2 right; Bob: 50.0% [1.3%, 98.7%] of 2 right; Fleiss' kappa -0.33"
+    def answer(path, reader, rating, repeat=False):
+        return Answer((path, "x", ""), repeat, dict.fromkeys(COLUMNS, "") | {"rater_id": reader, "rating": str(rating)})
+
+    synthetic = {("a", "x", ""): True, ("b", "x", ""): False}
+    answers = [answer("a", "Ann", 1), answer("b", "Ann", 3), answer("a", "Bob", 3), answer("b", "Bob", 3)]
+    found = readers.summarise([*answers, answer("c", "Bob", 1)], "real", lambda reader: [3, 5], synthetic)
+    # two of two and one of two right, by Clopper and Pearson
+    assert (found["Ann"]["accuracy"].low, found["Bob"]["accuracy"].high) == pytest.approx((0.1581, 0.9874), abs=1e-4)
+    both = found["all readers"]
+    assert both["accuracy"].value == 0.75 and both["Fleiss' kappa"].value == pytest.approx(-1 / 3)  # P = 1/2, E = 10/16
+    assert found["Ann"]["seconds an image"].value == 4
+    assert "Bob, accuracy: 0.50 [0.01, 0.99], n = 2" in readers.lines(found)
+    rng, many = np.random.default_rng(0), []
+    for image in range(60):
+        many += [answer(str(image), reader, rng.choice([image % 3 + 1, 2])) for reader in ("Ann", "Bob", "Cyd")]
+    alpha = readers.summarise(many, "rate", lambda reader: [], {})["all readers"]["Krippendorff's alpha, rating"]
+    units = [[float(many[3 * n + k].cells["rating"]) for k in range(3)] for n in range(60)]
+    assert alpha.value == ratings.ordinal_alpha(units) and 0 < alpha.low < alpha.value < alpha.high < 1
+    one = readers.summarise(many[:2], "rate", lambda reader: [], {})["all readers"]["Krippendorff's alpha, rating"]
+    assert one.n == 0 or one.low is None
 
 
 @pytest.mark.parametrize("failing", ["ratings.csv", "ratings.journal.csv"])
@@ -243,8 +323,8 @@ def test_a_full_disk_leaves_both_files_as_they_were(rated, items, monkeypatch, f
     assert len(read_ratings(rated.path)) == len(rated.store) == 5
 
 
-JOURNAL = ",".join(JOURNAL_COLUMNS[:-3]) + "\n"  # as of pages that asked one question
-TABLE = ",".join(COLUMNS[:-3]) + "\n"
+JOURNAL = ",".join(JOURNAL_COLUMNS[:8]) + "\n"  # as of pages that asked one question
+TABLE = ",".join(ratings.COLUMNS) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -319,7 +399,7 @@ def test_host_names(server, bound, header, allowed):
 
 def test_weak_tokens_ports_in_use_and_foreign_addresses_are_refused(server):
     script = load_module(ROOT / "scripts" / "rate.py")
-    given = dict(out="x.csv", csv=None, data_path=None, rater=None, host="127.0.0.1")
+    given = dict(out="x.csv", csv=None, data_path=None, examples=None, rater=None, host="127.0.0.1")
     for token in ("x" * 15, "has space in it 1234", "ümlaut-ümlaut-ü", "x" * 129):
         script.FLAGS = SimpleNamespace(**given, token=token)
         with pytest.raises(UserError, match="16 to 128"):

@@ -108,6 +108,8 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
 
     def make(fields: dict[str, str], index: int, line: int, faults: list[str]) -> tuple[Rating, tuple | None, str]:
         image, file = find(tidy_path(fields["image_path"]), faults)
+        if fields.get("other"):
+            faults.append("it is a preference for one of two images, of rate.py --mode=pair; judges learn from ratings")
         modality = fields.get("modality") or modality_of(fields["prompt"]) or MODALITY
         if fault := caption_fault(fields["prompt"], modality, only):
             faults.append(fault)

@@ -3,21 +3,30 @@
 const at = (id) => document.getElementById(id);
 const fixed = document.body.dataset;
 const SAID = { 1: "1, poor.", 2: "2, acceptable.", 3: "3, excellent.", none: "Ungradable.", skip: "Skipped.", undo: "Undone." };
-const KEYS = { 0: "none", 1: "1", 2: "2", 3: "3", s: "skip", u: "undo", Backspace: "undo", z: "zoom", g: "green" };
-const QUESTIONS = ["Does it look like a good photograph?", "Does it show what the text says?"];
-const real = fixed.mode === "real"; // photograph or generated? One question, without the text
-if (real) {
-  QUESTIONS[0] = "Is this a photograph, or generated?";
-  for (const [name, label] of [[1, "Generated"], [3, "Photograph"]]) document.querySelector(`[data-do="${name}"]`).lastChild.textContent = label;
-  for (const name of ["2", "none"]) document.querySelector(`[data-do="${name}"]`).hidden = true;
+const KEYS = { 0: "none", 1: "1", 2: "2", 3: "3", s: "skip", u: "undo", Backspace: "undo", z: "zoom", g: "green", e: "examples" };
+const QUESTIONS = { rating: "Does it look like a good photograph?" }; // asked one after another, by the field of the answer
+const mode = fixed.mode, pair = mode === "pair";
+if (mode === "rate" && fixed.criteria) Object.assign(QUESTIONS, { disc: "How clear is the optic disc?", vessels: "How clear are the vessels?", contrast: "How good is the contrast?", artifacts: "How free is it from artifacts?" });
+if (mode === "rate") QUESTIONS.alignment = "Does it show what the text says?";
+if (mode === "real") {
+  QUESTIONS.rating = "Is this a photograph, or generated?";
+  Object.assign(SAID, { 1: "Generated.", 3: "Photograph." });
 }
-at(real ? "intro-rate" : "intro-real").hidden = true;
-const images = new Map(); // id -> promise of a blob's address: this image and the next one
+if (pair) {
+  QUESTIONS.rating = "Which image is better?";
+  Object.assign(KEYS, { 0: "2", 1: "3", 2: "1", 3: "", ArrowLeft: "3", ArrowRight: "1" });
+  Object.assign(SAID, { 1: "The second.", 2: "No difference.", 3: "The first." });
+}
+for (const part of document.querySelectorAll("[data-in]")) if (!part.dataset.in.split(" ").includes(mode)) part.remove();
+for (const part of document.querySelectorAll("[data-some]")) if (!fixed[part.dataset.some]) part.remove();
+const FIELDS = Object.keys(QUESTIONS);
+const shownImages = pair ? ["image", "second"] : ["image"];
+const images = new Map(); // id -> promise of a blob's address: what is shown and what comes next
 let who = null; // {rater, expert_level}
 let state = null;
 let busy = false; // a click is on its way
 let seen = false; // the image is on the screen
-let quality = null; // the first answer, while the second question is asked
+let answers = []; // to the questions about this image, in the order of FIELDS
 let zoom = 1;
 let green = false;
 
@@ -51,12 +60,13 @@ function load(id) {
 }
 
 const tell = (text) => (at("alert").textContent = text);
-const only = (section) => ["start", "ask", "done"].forEach((id) => (at(id).hidden = id !== section));
+const idsOf = (one) => (one ? one.images || [one.id] : []);
+const only = (section) => ["start", "ask", "examples", "done"].forEach((id) => (at(id).hidden = id !== section));
 
 async function show(next) {
   const before = state?.current?.id;
   state = next;
-  put(null);
+  put([]);
   at("who").hidden = false;
   at("name-shown").textContent = `Rating as ${who.rater}.`;
   at("leave").hidden = Boolean(fixed.rater && fixed.level);
@@ -65,7 +75,7 @@ async function show(next) {
   at("progress").value = state.rated;
   for (const button of document.querySelectorAll("[data-do=undo]")) button.setAttribute("aria-disabled", !state.undo);
   for (const [id, address] of images) {
-    if ([state.current, state.next].some((one) => one?.id === id)) continue;
+    if ([...idsOf(state.current), ...idsOf(state.next)].includes(id)) continue;
     images.delete(id);
     address.then(URL.revokeObjectURL, () => {});
   }
@@ -73,23 +83,22 @@ async function show(next) {
   only("ask");
   at("prompt").textContent = state.current.prompt;
   if (state.current.id === before && seen) return;
-  await picture(state.current.id);
-  if (state.next) load(state.next.id).catch(() => {});
+  await picture(state.current);
+  for (const id of idsOf(state.next)) load(id).catch(() => {});
 }
 
-async function picture(id) {
-  const image = at("image");
+async function picture(one) {
+  const elements = shownImages.map(at);
   seen = false;
-  image.classList.add("loading");
+  for (const image of elements) image.classList.add("loading");
   enlarge(1);
   for (const name of ["brightness", "contrast"]) at(name).value = 100;
   look(false);
   try {
-    const address = await load(id);
-    if (state.current?.id !== id) return;
-    image.src = address;
-    await image.decode();
-    image.classList.remove("loading");
+    const addresses = await Promise.all(idsOf(one).map(load));
+    if (state.current?.id !== one.id) return;
+    await Promise.all(elements.map((image, place) => ((image.src = addresses[place]), image.decode())));
+    for (const image of elements) image.classList.remove("loading");
     seen = true;
   } catch (error) {
     tell(error.message);
@@ -102,7 +111,7 @@ function finish() {
   at("summary").textContent = skipped
     ? `You rated ${state.rated} of ${state.total} images and skipped ${skipped}. All ratings are saved.`
     : `You rated all ${state.total} images. Everything is saved; you can close this page.`;
-  if (state.seconds !== null) at("summary").textContent += ` Median time an image: ${state.seconds} s.`;
+  at("results").replaceChildren(...state.summary.map((line) => Object.assign(document.createElement("li"), { textContent: line })));
   at("again").hidden = !skipped;
   only("done");
   at("thanks").focus();
@@ -111,6 +120,7 @@ function finish() {
 async function act(action) {
   if (action === "zoom") return toggle();
   if (action === "green") return look(!green);
+  if (action === "examples") return examples();
   if (busy || !state) return;
   if (action === "leave") {
     sessionStorage.clear();
@@ -118,18 +128,19 @@ async function act(action) {
   }
   const none = action === "none";
   const rating = none ? 1 : Number(action);
-  if (action === "undo" && quality) return put(null);
+  if (action === "undo" && answers.length) return put(answers.slice(0, -1));
   if (action === "undo" && !state.undo) return;
-  if ((rating || action === "skip") && !state.current) return;
+  if ((rating || action === "skip") && (!state.current || at("ask").hidden)) return;
   if (rating && !seen) return; // nobody rates what is not yet shown
-  if (real && (none || rating === 2)) return;
-  if (rating && !real && !none && !quality) return put(rating);
+  if (rating && !document.querySelector(`#controls [data-do="${action}"]`)) return; // a key of another mode
+  const given = none ? FIELDS.map(() => 1) : [...answers, rating];
+  if (rating && given.length < FIELDS.length) return put(given);
   busy = true;
   tell("");
   try {
     const about = { ...who, undoable: state.undo }; // so that a second try undoes nothing more
     if (state.current) about.id = state.current.id;
-    if (rating) Object.assign(about, real ? { rating } : { rating: none ? 1 : quality, alignment: rating });
+    if (rating) FIELDS.forEach((field, place) => (about[field] = given[place]));
     const next = await post(rating ? "rate" : action, about);
     at("status").textContent = (!next.already && SAID[action]) || "";
     await show(next);
@@ -143,19 +154,35 @@ async function act(action) {
   }
 }
 
-/* Ask the second question after a first answer, or, for null, the first one, which is about the image alone. */
-function put(answer) {
-  quality = answer;
-  at("text").hidden = !answer;
-  at("question").textContent = QUESTIONS[answer ? 1 : 0];
-  document.querySelector("#others [data-do=undo]").setAttribute("aria-disabled", !(answer || state.undo));
+/* Ask the question after these answers; the first ones are about the image alone, without its text. */
+function put(given) {
+  answers = given;
+  const field = FIELDS[given.length];
+  at("text").hidden = !pair && field !== "alignment";
+  at("question").textContent = QUESTIONS[field] + (FIELDS.length > 1 ? ` (${given.length + 1} of ${FIELDS.length})` : "");
+  document.querySelector("#others [data-do=undo]").setAttribute("aria-disabled", !(given.length || state.undo));
+}
+
+/* Show the reference images in place of the image, or the image again. */
+async function examples() {
+  if (mode !== "rate" || !fixed.examples || !state?.current) return;
+  only(at("examples").hidden ? "examples" : "ask");
+  at(at("examples").hidden ? "ask" : "examples").focus({ preventScroll: true });
+  if (at("examples").hidden || at("examples").querySelector("figure")) return;
+  for (const part of fixed.examples.split(" ")) {
+    const [rating, id] = part.split(":"), figure = document.createElement("figure"), image = new Image();
+    image.alt = `Example of ${SAID[rating]}`;
+    figure.append(image, Object.assign(document.createElement("figcaption"), { textContent: SAID[rating] }));
+    at("examples").append(figure);
+    ask(`/image/${id}`).then(async (answer) => (image.src = URL.createObjectURL(await answer.blob())), (error) => tell(error.message));
+  }
 }
 
 /* Show the image with or without red, brighter and with more contrast as the sliders say. */
 function look(redFree) {
   green = redFree;
   const levels = ["brightness", "contrast"].map((name) => `${name}(${at(name).value}%)`).join(" ");
-  at("image").style.filter = `${green ? "url(#green) " : ""}${levels}`;
+  for (const id of shownImages) at(id).style.filter = `${green ? "url(#green) " : ""}${levels}`;
   document.querySelector("[data-do=green]").setAttribute("aria-pressed", green);
 }
 at("look").addEventListener("input", () => look(green));
@@ -163,15 +190,15 @@ at("look").addEventListener("input", () => look(green));
 /* Zoom around the pointer, which shows any part of the image as it moves. */
 function enlarge(scale) {
   zoom = Math.min(8, Math.max(1, scale));
-  at("image").style.transform = `scale(${zoom})`;
+  for (const id of shownImages) at(id).style.transform = `scale(${zoom})`;
   document.querySelector("[data-do=zoom]").setAttribute("aria-pressed", zoom > 1);
 }
 const toggle = () => enlarge(zoom > 1 ? 1 : 2.5);
 
 at("stage").addEventListener("pointermove", (event) => {
-  const box = at("stage").getBoundingClientRect();
+  const box = (event.target.closest(".frame") || at("stage")).getBoundingClientRect();
   const place = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
-  at("image").style.transformOrigin = place.map((part) => `${100 * part}%`).join(" ");
+  for (const id of shownImages) at(id).style.transformOrigin = place.map((part) => `${100 * part}%`).join(" ");
 });
 at("stage").addEventListener("click", toggle);
 at("stage").addEventListener("wheel", (event) => {

@@ -26,7 +26,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ddpo_pytorch.data.images import load_pixels, to_pil
-from ddpo_pytorch.rating.session import Item, Questions
+from ddpo_pytorch.rating.session import Questions
 from ddpo_pytorch.rating.store import rater_name
 from ddpo_pytorch.utils.errors import UserError
 
@@ -115,12 +115,21 @@ class Guard:
 
 
 def make_app(
-    questions: Questions, host: str, port: int, token: str, only: str, level: int, mode: str = "rate", **square: Any
+    questions: Questions,
+    host: str,
+    port: int,
+    token: str,
+    only: str,
+    level: int,
+    mode: str = "rate",
+    criteria: bool = False,
+    **square: Any,
 ) -> FastAPI:
     """Return the app: the page with inline style and script, its images and its clicks, behind `Guard`.
 
-    In the mode "real" it asks whether an image is a photograph. The page asks for the rater and the expert level unless
-    `only` and `level` are given. `square` are the arguments size and resize of `load_pixels`.
+    In the mode "real" it asks whether an image is a photograph, in "pair" which of two is better; else for quality,
+    `criteria` of it, and agreement with the text. The page asks for the rater and the expert level unless `only` and
+    `level` are given. `square` are the arguments size and resize of `load_pixels`.
     """
     folder = files("ddpo_pytorch.rating")
     parts = {name: (folder / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
@@ -131,7 +140,8 @@ def make_app(
     )
     text = parts["html"].replace("/*css*/", parts["css"]).replace("/*js*/", parts["js"])
     text = text.replace("/*rater*/", html.escape(only)).replace("/*level*/", str(level or ""))
-    text = text.replace("/*mode*/", mode)
+    text = text.replace("/*mode*/", mode).replace("/*criteria*/", "yes" if criteria else "")
+    text = text.replace("/*examples*/", " ".join(f"{rating}:{name}" for rating, name in questions.examples))
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     headers = HEADERS | {"Content-Security-Policy": policy}
@@ -147,10 +157,7 @@ def make_app(
     async def not_understood(request: Request, error: RequestValidationError):
         return JSONResponse({"detail": "The server does not understand this request; reload the page."}, 422)
 
-    def known_item(name: str) -> Item:
-        if (item := questions.item(name)) is None:
-            raise HTTPException(404, "There is no such image; the server has been restarted.")
-        return item
+    unknown = HTTPException(404, "There is no such image; the server has been restarted.")
 
     @app.get("/")
     def show() -> Response:
@@ -158,9 +165,11 @@ def make_app(
 
     @app.get("/image/{name}")
     def image(name: str) -> Response:
-        item, file = known_item(name), io.BytesIO()
+        if (path := questions.file(name)) is None:
+            raise unknown
+        file = io.BytesIO()
         try:
-            pixels = load_pixels(item.path, **square)
+            pixels = load_pixels(path, **square)
         except UserError as error:
             logger.error("%s", error)
             raise HTTPException(500, "This image cannot be read. Skip it, and tell who runs the page.") from error
@@ -175,6 +184,10 @@ def make_app(
         rating: OneToThree = None,
         alignment: OneToThree = None,
         expert_level: OneToThree = None,
+        disc: OneToThree = None,
+        vessels: OneToThree = None,
+        contrast: OneToThree = None,
+        artifacts: OneToThree = None,
         undoable: Annotated[int | None, Body(strict=True)] = None,
     ) -> dict:
         try:
@@ -186,9 +199,10 @@ def make_app(
         expert_level = level or expert_level
         if action == "rate" and not (rating and expert_level):
             raise HTTPException(422, "A rating and an expert level are missing; reload the page.")
-        if action in ("rate", "skip"):
-            known_item(id)
+        if action in ("rate", "skip") and not questions.is_question(id):
+            raise unknown
         given = dict(rating=rating, alignment=alignment, expert_level=expert_level, undoable=undoable)
+        given |= dict(disc=disc, vessels=vessels, contrast=contrast, artifacts=artifacts)
         return questions.act(action, rater, id, **given)
 
     return app

@@ -5,9 +5,11 @@ import hmac
 import os
 import secrets
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +23,10 @@ from ddpo_pytorch.utils.randomness import Stream, generator_of, text_number
 
 @dataclass(frozen=True)
 class Item:
-    """One image: file, path from the table of ratings, prompt, modality (or ""), (width, height), patient (or "")."""
+    """One image: file, path from the table of ratings, prompt, modality (or ""), (width, height), patient (or "").
+
+    With a `rival`, the question is which of both is better.
+    """
 
     path: Path
     image_path: str
@@ -29,11 +34,12 @@ class Item:
     modality: str
     size: tuple[int, int]
     patient: str = ""
+    rival: "Item | None" = None
 
     @property
-    def key(self) -> tuple[str, str]:
-        """(image_path, prompt), which each rater rates once."""
-        return self.image_path, self.prompt
+    def key(self) -> tuple[str, str, str]:
+        """(image_path, prompt, path of the rival or ""), which each rater rates once."""
+        return self.image_path, self.prompt, self.rival.image_path if self.rival else ""
 
 
 def sample_items(folder: str | Path, table: str | Path) -> list[Item]:
@@ -85,9 +91,33 @@ def distinct(items: Sequence[Item]) -> list[Item]:
     return sorted({item.key: item for item in items}.values(), key=lambda item: item.key)
 
 
-def order_for(count: int, seed: int, rater: str) -> list[int]:
-    """Return a permutation of `count` questions that depends on the seed and the rater's name only."""
-    return torch.randperm(count, generator=generator_of(seed, Stream.ORDER, text_number(rater))).tolist()
+def pair_items(first: Sequence[Item], second: Sequence[Item]) -> list[Item]:
+    """Return the n-th image of each prompt of the first source with the n-th of the second as its rival, by name."""
+    found: list[dict[str, list[Item]]] = [defaultdict(list), defaultdict(list)]
+    for items, by_prompt in zip((first, second), found, strict=True):
+        for item in distinct(items):
+            by_prompt[item.prompt].append(item)
+    pairs = ((a, b) for prompt, own in found[0].items() for a, b in zip(own, found[1][prompt], strict=False))
+    return [replace(a, rival=b) for a, b in pairs]
+
+
+def order_for(count: int, seed: int, rater: str, repeats: float = 0) -> list[int]:
+    """Return a permutation of `count` questions that depends on the seed and the rater's name only.
+
+    A share `repeats` of at most one half is asked again, each after half of the others; it has `count` added to its
+    number.
+    """
+    generator, half = generator_of(seed, Stream.ORDER, text_number(rater)), count // 2
+    order = torch.randperm(count, generator=generator).tolist()
+    again = torch.randperm(half, generator=generator)[: round(repeats * count)].tolist()
+    places = [*enumerate(order), *((place + half + 0.5, count + order[place]) for place in again)]
+    return [number for _, number in sorted(places)]
+
+
+def is_swapped(number: int, count: int, seed: int, rater: str) -> bool:
+    """Return whether a pair's rival comes first; for a hidden repeat this is the other way round."""
+    generator = generator_of(seed, Stream.ORDER, text_number(rater), number % count)
+    return bool(torch.randint(2, (1,), generator=generator)) != (number >= count)
 
 
 class Progress:
@@ -122,33 +152,61 @@ class Progress:
 
 
 class Questions:
-    """Items under unguessable ids, and the progress of every rater. Thread-safe."""
+    """Items under unguessable ids, and the progress of every rater. Thread-safe.
 
-    def __init__(self, items: Sequence[Item], store: Store, seed: int):
-        self._items, self._store, self._seed = list(items), store, seed
+    `repeats`: see `order_for`. `examples`: (rating, file) of reference images. `summarise` returns lines that a rater
+    sees at the end.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        store: Store,
+        seed: int,
+        repeats: float = 0,
+        examples: Sequence[tuple[int, Path]] = (),
+        summarise: Callable[[str], list[str]] = lambda rater: [],
+    ):
+        self._items, self._store, self._seed, self._repeats = list(items), store, seed, repeats
+        self._summarise, self._secret = summarise, secrets.token_bytes(32)
         self._numbers = {item.key: number for number, item in enumerate(items)}
-        secret = secrets.token_bytes(32)
-        self._ids = [hmac.new(secret, b"%d" % i, hashlib.sha256).hexdigest()[:32] for i in range(len(self._items))]
-        self._number_of = {name: number for number, name in enumerate(self._ids)}
+        self._number_of = {self._id("question", number): number for number in range(2 * len(items))}
+        self._files = {  # the id of a pair is that of neither image, or it would tell which folder is which
+            self._id(kind, number): one.path
+            for number, item in enumerate([*items, *items])
+            for kind, one in (("question", item), ("first", item), ("second", item.rival or item))
+        }
+        self.examples = [(rating, self._id("example", number)) for number, (rating, _) in enumerate(examples)]
+        self._files |= {name: path for (_, name), (_, path) in zip(self.examples, examples, strict=True)}
         self._raters: dict[str, Progress] = {}
         self._lock = threading.Lock()
 
-    def item(self, name: str) -> Item | None:
-        """Return the item of an id, None for any other text."""
-        number = self._number_of.get(name)
-        return None if number is None else self._items[number]
+    def _id(self, kind: str, number: int) -> str:
+        return hmac.new(self._secret, f"{kind} {number}".encode(), hashlib.sha256).hexdigest()[:32]
+
+    def file(self, name: str) -> Path | None:
+        """Return the image file of an id, None for any other text."""
+        return self._files.get(name)
+
+    def is_question(self, name: str) -> bool:
+        """Return whether this is the id of a question."""
+        return name in self._number_of
 
     def act(self, action: str, rater: str, name: str = "", **given: int | None) -> dict:
         """Save a "rate", "skip" or "undo" to disk, or ask "again" what was skipped; return what the page shows.
 
         The state says "already" if nothing was done, because another window has rated the image, or has clicked since
-        the page counted `undoable` clicks. `given` are rating, expert_level, alignment and undoable.
+        the page counted `undoable` clicks. `given` are rating, expert_level, alignment, criteria and undoable. Of a
+        pair, the page's rating is 3 for the image it shows first, and the stored one 3 for the item before its rival.
         """
+        count = len(self._items)
         with self._lock:
             if rater not in self._raters:
-                rated = [self._numbers[key] for key in self._store.rated(rater) if key in self._numbers]
-                self._raters[rater] = Progress(order_for(len(self._items), self._seed, rater), rated)
-            progress, already = self._raters[rater], {}
+                order, answers = order_for(count, self._seed, rater, self._repeats), self._store.answers()
+                own = (one for one in answers if one.reader == rater and one.question in self._numbers)
+                rated = [self._numbers[one.question] + count * one.repeat for one in own]
+                self._raters[rater] = Progress(order, [number for number in rated if number in set(order)])
+            progress, already, undoable = self._raters[rater], {}, given.pop("undoable", None)
             if action == "again":
                 progress.waiting, progress.postponed = progress.waiting + progress.postponed, []
             elif action in ("rate", "skip"):
@@ -156,25 +214,40 @@ class Questions:
                 if number not in progress.waiting + progress.postponed:
                     already = {"already": True}
                 else:
-                    names = ("rating", "expert_level", "alignment") if action == "rate" else ()
-                    cells = [given.get(one) for one in names]
-                    self._store.click(action, self._items[number], rater, *cells)
+                    self._click(action, number, rater, given if action == "rate" else {})
                     progress.answer(number, action)
-            elif action == "undo" and given.get("undoable") not in (None, len(progress.history)):
+            elif action == "undo" and undoable not in (None, len(progress.history)):
                 already = {"already": True}
             elif action == "undo" and progress.history:
-                self._store.click(action, self._items[progress.history[-1][0]], rater)
+                self._click(action, progress.history[-1][0], rater, {})
                 progress.undo()
-            shown = [{"id": self._ids[number], "prompt": self._items[number].prompt} for number in progress.waiting[:2]]
+            shown = [self._question(number, rater) for number in progress.waiting[:2]]
             return already | {
                 "total": progress.total,
                 "rated": progress.total - len(progress.waiting) - len(progress.postponed),
                 "skipped": len(progress.postponed),
                 "undo": len(progress.history),
-                "seconds": None if shown else self._store.seconds(rater),
+                "summary": [] if shown else self._summarise(rater),
                 "current": shown[0] if shown else None,
                 "next": shown[1] if len(shown) > 1 else None,
             }
+
+    def _click(self, action: str, number: int, rater: str, given: dict[str, int | None]) -> None:
+        again, item = divmod(number, len(self._items))
+        if again:
+            action = {"rate": "repeat", "undo": "unrepeat"}.get(action, action)
+        answers = {name: one for name, one in given.items() if one is not None}
+        if self._items[item].rival and answers and is_swapped(number, len(self._items), self._seed, rater):
+            answers["rating"] = 4 - answers["rating"]
+        self._store.click(action, self._items[item], rater, **answers)
+
+    def _question(self, number: int, rater: str) -> dict[str, Any]:
+        """Return id, prompt and, of a pair, the images in the order in which this rater sees them."""
+        item, about = self._items[number % len(self._items)], {"id": self._id("question", number)}
+        if item.rival:
+            images = [self._id("first", number), self._id("second", number)]
+            about["images"] = images[:: -1 if is_swapped(number, len(self._items), self._seed, rater) else 1]
+        return about | {"prompt": item.prompt}
 
     def close(self) -> None:
         """Close the store once the click in progress is saved."""

@@ -1,22 +1,22 @@
 """Ratings on disk: a journal of every click, and the table of ratings for training that is derived from it.
 
-`ratings.journal.csv` (time, rate / skip / undo, the columns of the table) is the source of truth: a click is on disk
-(fsync) before it is confirmed. `ratings.csv` is valid for `read_ratings` at every moment: each click replaces it
-atomically. If another program has changed either file, its content is saved under another name first, so neither a
-spreadsheet nor a crash changes, loses or doubles a rating. Only a table without a journal is imported as it is.
+`ratings.journal.csv` (time, action, the columns of the table) is the source of truth: a click is on disk (fsync) before
+it is confirmed. Ratings of hidden repeats are in the journal alone. `ratings.csv` is valid for `read_ratings` at every
+moment: each click replaces it atomically. If another program has changed either file, its content is saved under
+another name first, so neither a spreadsheet nor a crash changes, loses or doubles a rating. Only a table without a
+journal is imported as it is.
 """
 
 import errno
 import itertools
 import logging
 import os
-import statistics
 import time
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ddpo_pytorch.data import ratings
 from ddpo_pytorch.data.tables import number, read_table, table_text
@@ -26,13 +26,28 @@ from ddpo_pytorch.utils.files import append, atomic_write, lock, remove_leftover
 if TYPE_CHECKING:
     from ddpo_pytorch.rating.session import Item
 
-COLUMNS = (*ratings.COLUMNS, *ratings.APART)
+# `other` is the image that image_path is compared with; all are empty where they were not asked
+OPTIONAL = (*ratings.APART, "other", *ratings.CRITERIA)
+COLUMNS = (*ratings.COLUMNS, *OPTIONAL)
 JOURNAL_COLUMNS = ("time", "action", *COLUMNS)
-ACTIONS = ("rate", "skip", "undo")
+ACTIONS = ("rate", "skip", "undo", "repeat", "unrepeat")
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 logger = logging.getLogger(__name__)
-Key = tuple[str, ...]
+Key = tuple[Any, ...]
+
+
+class Answer(NamedTuple):
+    """A rating: (image_path, prompt, other) of the question, whether it was a hidden repeat, and cells by column."""
+
+    question: tuple[str, str, str]
+    repeat: bool
+    cells: dict[str, str]
+
+    @property
+    def reader(self) -> str:
+        """Name of who gave it."""
+        return self.cells["rater_id"]
 
 
 def rater_name(text: str) -> str:
@@ -64,30 +79,26 @@ class Store:
         self._rows = _replay(self._clicks)
         if _bytes(self.journal) != (content := _content(JOURNAL_COLUMNS, self._clicks)):
             _replace(self.journal, content)
-        _restore(self.path, self._table(), _content(COLUMNS, _replay(self._clicks[:-1]).values()))
+        _restore(self.path, _table(self._rows), _table(_replay(self._clicks[:-1])))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return sum(not key[-1] for key in self._rows)
 
     def close(self) -> None:
         """Restore the table if another program has changed it, and release the lock; later clicks raise OSError."""
-        _restore(self.path, self._table())
+        _restore(self.path, _table(self._rows))
         self._lock.release()
 
-    def rated(self, rater: str) -> list[tuple[str, str]]:
-        """Return (image_path, prompt) of what a rater has rated, in the order of the table."""
-        return [(cells[0], cells[4]) for cells in self._rows.values() if cells[5] == rater]
+    def answers(self) -> list[Answer]:
+        """Return all ratings in their order."""
+        named = ((key, dict(zip(COLUMNS, cells, strict=True))) for key, cells in self._rows.items())
+        return [Answer((one["image_path"], one["prompt"], one["other"]), key[-1], one) for key, one in named]
 
-    def answers(self) -> list[tuple[tuple[str, str], str, float]]:
-        """Return ((image_path, prompt), rater, rating) of all ratings."""
-        return [((cells[0], cells[4]), cells[5], float(cells[1])) for cells in self._rows.values()]
-
-    def seconds(self, rater: str) -> float | None:
-        """Return the median time between a rater's ratings, without breaks of over five minutes; None without any."""
-        clicks = [click for click in self._clicks if (click[1], click[7]) == ("rate", rater)]
+    def seconds(self, rater: str) -> list[float]:
+        """Return the times between a rater's ratings, without breaks of over five minutes."""
+        clicks = [click for click in self._clicks if click[1] in ("rate", "repeat") and click[7] == rater]
         times = [time.mktime(time.strptime(click[0], TIME)) for click in clicks]
-        steps = [after - before for before, after in itertools.pairwise(times) if after - before <= 300]
-        return statistics.median(steps) if steps else None
+        return [after - before for before, after in itertools.pairwise(times) if after - before <= 300]
 
     def click(
         self,
@@ -95,36 +106,37 @@ class Store:
         item: "Item",
         rater: str,
         rating: int | str = "",
-        level: int | str = "",
+        expert_level: int | str = "",
         alignment: int | None = None,
+        **criteria: int | None,
     ) -> None:
         """Record one of ACTIONS. Raises OSError, with nothing recorded, if it cannot be written.
 
-        With an `alignment`, `rating` is the quality alone, and the lower of both is the rating.
+        With an `alignment`, `rating` is the quality alone, and the lower of both is the rating. `criteria` are those of
+        `ratings.CRITERIA` that were rated.
         """
         if not self._lock.is_locked:
             raise OSError(errno.ESHUTDOWN, "the server has stopped")
         both = (str(rating), str(alignment)) if alignment else ("", "")
         lower = min(str(rating), both[1] or str(rating))
-        cells = [item.image_path, lower, item.modality, str(level), item.prompt, rater, *both, item.patient]
-        if action == "undo":
-            cells = self._rows.get(_key(cells), cells)
+        cells = [item.image_path, lower, item.modality, str(expert_level), item.prompt, rater, *both, item.patient]
+        cells += [item.key[2], *(str(criteria.get(name) or "") for name in ratings.CRITERIA)]
+        if action in ("undo", "unrepeat"):
+            cells = self._rows.get(_key(cells, action), cells)
         click = [time.strftime(TIME, time.gmtime()), action, *cells]
-        rows, before, journal = _replay([click], self._rows), self._table(), _content(JOURNAL_COLUMNS, self._clicks)
+        rows, before = _replay([click], self._rows), _table(self._rows)
+        journal = _content(JOURNAL_COLUMNS, self._clicks)
         _restore(self.journal, journal)
         try:
             with open(self.journal, "ab", buffering=0) as file:
                 append(file, _content(click))
                 os.fsync(file.fileno())
-            _restore(self.path, _content(COLUMNS, rows.values()), before)
+            _restore(self.path, _table(rows), before)
         except OSError:
             os.truncate(self.journal, len(journal))  # the click was refused: a restart must not replay it
             raise
         self._clicks.append(click)
         self._rows = rows
-
-    def _table(self) -> bytes:
-        return _content(COLUMNS, self._rows.values())
 
     def _read(self) -> tuple[list[list[str]], bytes]:
         """Return the journal's clicks, and an unfinished last line to drop; without a journal, the table as clicks.
@@ -141,8 +153,8 @@ class Store:
             longer = self._parse(self.journal, JOURNAL_COLUMNS, journal + b"\n")
         except UserError:
             return clicks, tail
-        rows = _replay(longer)
-        shown = table.rstrip(b"\r\n") == _content(COLUMNS, rows.values()).rstrip(b"\n") and rows != _replay(clicks)
+        after, before = (_table(_replay(some)).rstrip(b"\n") for some in (longer, clicks))
+        shown = table.rstrip(b"\r\n") == after != before
         return (longer, b"") if shown else (clicks, tail)
 
     def _parse(self, path: Path, columns: Sequence[str], content: bytes) -> list[list[str]]:
@@ -151,19 +163,20 @@ class Store:
 
         def make(fields: dict[str, str], index: int, line: int, faults: list[str]) -> tuple[list[str], Key | None, str]:
             cells, action = [fields.get(name, "") for name in columns], fields.get("action", "rate")
-            image, rating, _, level, _, rater = cells[-9:-3]
+            image, rating, _, level, _, rater = (fields[name] for name in ratings.COLUMNS)
             if set(fields) - set(columns):
                 faults.append(f"the columns are not {', '.join(columns)} alone")
             if action not in ACTIONS or (
-                action == "rate" and not all(1 <= (number(cell) or 0) <= 3 for cell in (rating, level))
+                action in ("rate", "repeat") and not all(1 <= (number(cell) or 0) <= 3 for cell in (rating, level))
             ):
                 faults.append(f"{action} with rating {rating!r} of expert level {level!r}; both are 1 to 3")
-            cells[-9] = os.path.relpath(os.path.join(folder, image), folder)  # as items have it
-            return cells, _key(cells) if path == self.path and rater else None, f"{rater!r} rating {image!r}"
+            place = columns.index("image_path")
+            cells[place] = os.path.relpath(os.path.join(folder, image), folder)  # as items have it
+            return cells, _key(cells, action) if path == self.path and rater else None, f"{rater!r} rating {image!r}"
 
         try:
-            first, apart = columns[:-3], ratings.APART
-            return read_table(path, "table of ratings", first, make, apart, free_text="prompt", content=content)
+            first = columns[: -len(OPTIONAL)]
+            return read_table(path, "table of ratings", first, make, OPTIONAL, free_text="prompt", content=content)
         except UserError as error:
             raise UserError(f"{error}; correct that, move {str(path)!r} away, or give another --out") from error
 
@@ -172,16 +185,20 @@ def _replay(clicks: Iterable[Sequence[str]], before: Mapping[Key, list[str]] | N
     """Return the rows of the table after these clicks. A second rating replaces the first."""
     rows = dict(before or {})
     for place, (_, action, *cells) in enumerate(clicks):
-        key = _key(cells) if cells[5] else (str(place),)  # unknown raters may repeat
-        if action in ("rate", "undo"):
+        key = _key(cells, action) if cells[5] else (place, False)  # unknown raters may repeat
+        if action != "skip":
             rows.pop(key, None)
-        if action == "rate":
+        if action in ("rate", "repeat"):
             rows[key] = cells
     return rows
 
 
-def _key(cells: Sequence[str]) -> Key:
-    return cells[-9], cells[-5], cells[-4]
+def _key(cells: Sequence[str], action: str) -> Key:
+    return cells[0], cells[4], cells[5], cells[9], action in ("repeat", "unrepeat")
+
+
+def _table(rows: Mapping[Key, list[str]]) -> bytes:
+    return _content(COLUMNS, (cells for key, cells in rows.items() if not key[-1]))
 
 
 def _content(header: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> bytes:

@@ -1,0 +1,100 @@
+"""Results of reader studies from the answers on the rating page: agreement, accuracy, preferences, repeats, time.
+
+Intervals are over images, for these readers.
+"""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from ddpo_pytorch.data.ratings import fleiss_kappa, ordinal_alpha
+from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean, exact_binomial, jackknife
+from ddpo_pytorch.rating.store import Answer
+
+Question = tuple[str, str, str]
+TITLES = {"rate": "Ratings by experts", "real": "Photograph or generated?", "pair": "Preferences of readers"}
+ANSWERED = ("rating", "quality", "alignment")
+ALL = "all readers"
+
+
+def mean_over_images(values: Iterable[tuple[Question, float]]) -> Estimate:
+    """Return the mean of (question, value), first over the readers of a question."""
+    by_question = defaultdict(list)
+    for question, value in values:
+        by_question[question].append(float(value))
+    means = np.array([statistics.fmean(own) for own in by_question.values()])
+    if len(means) and np.isin(means, (0, 1)).all():
+        return exact_binomial(means.mean(), len(means), len(means))
+    return bootstrap_mean(means, np.zeros(len(means)), 0, resample_groups=False)
+
+
+def agreement(measure: Callable[[list], float | None], answers: Sequence[Answer], column: str) -> Estimate:
+    """Return a measure in [-1, 1] of how readers of the same image agree in a column."""
+    units = defaultdict(list)
+    for answer in answers:
+        if answer.cells[column]:
+            units[answer.question].append(float(answer.cells[column]))
+    several = [unit for unit in units.values() if len(unit) > 1]
+    if not several or measure(several) is None:
+        return Estimate.missing("no image has two readers, or all answers are equal")
+    return jackknife(lambda rows: measure([several[i] for i in rows]) or 0.0, len(several), 0, (-1, 1))
+
+
+def summarise(
+    answers: Sequence[Answer],
+    mode: str,
+    seconds: Callable[[str], list[float]],
+    synthetic: Mapping[Question, bool],
+    names: Sequence[str] = (),
+) -> dict[str, dict[str, Estimate]]:
+    """Return estimates by reader, the last of all readers, and by name.
+
+    seconds: times between a reader's answers. synthetic: by question whether the image is generated (mode "real").
+    names: of the sources of images and of their rivals (mode "pair"); an answer of 3 prefers the former.
+    """
+    first = [answer for answer in answers if not answer.repeat]
+    known = {(answer.reader, answer.question): answer.cells for answer in first}
+    readers = list(dict.fromkeys(answer.reader for answer in first))
+    found: dict[str, dict[str, Estimate]] = {}
+    for reader in [*readers, ALL] if len(readers) > 1 else readers:
+        own, result = [one for one in answers if reader in (ALL, one.reader)], {}
+        once = [(one.question, float(one.cells["rating"])) for one in own if not one.repeat]
+        if mode == "real":
+            result["accuracy"] = mean_over_images((q, (r < 2) == synthetic[q]) for q, r in once if q in synthetic)
+        if mode == "pair":
+            result[f"{names[1]} preferred to {names[0]}"] = mean_over_images((q, (3 - r) / 2) for q, r in once)
+        if again := [(one, known.get((one.reader, one.question))) for one in own if one.repeat]:
+            alike = [(one.question, all(one.cells[c] == b[c] for c in ANSWERED)) for one, b in again if b]
+            result["same answer to repeated images"] = mean_over_images(alike)
+        if reader != ALL and (times := seconds(reader)):
+            how = "median, of this reader's answers alone"
+            result["seconds an image"] = Estimate(statistics.median(times), None, None, len(times), how)
+        found[reader] = result
+    if len(readers) > 1 and mode == "rate":
+        for column in ANSWERED[1:] if any(one.cells["quality"] for one in first) else ANSWERED[:1]:
+            found[ALL][f"Krippendorff's alpha, {column}"] = agreement(ordinal_alpha, first, column)
+    elif len(readers) > 1:
+        found[ALL]["Fleiss' kappa"] = agreement(fleiss_kappa, first, "rating")
+    return found
+
+
+def lines(found: Mapping[str, Mapping[str, Estimate]]) -> list[str]:
+    """Return a line of text for each estimate."""
+    shown = []
+    for reader, result in found.items():
+        for name, one in result.items():
+            value = "not known" if one.value is None else f"{one.value:.2f}"
+            ends = f"({one.how})" if one.low is None else f"[{one.low:.2f}, {one.high:.2f}]"
+            shown.append(f"{reader}, {name}: {value} {ends}, n = {one.n}")
+    return shown
+
+
+def preferences(answers: Sequence[Answer]) -> list[tuple[str, str, str, str]]:
+    """Return (prompt, chosen, rejected, rater) of each answer that prefers an image, without hidden repeats."""
+    rows = []
+    for image, prompt, rival, answer in ((*answer.question, answer) for answer in answers if not answer.repeat):
+        if (rating := float(answer.cells["rating"])) != 2:
+            rows.append((prompt, *((image, rival) if rating > 2 else (rival, image)), answer.reader))
+    return rows
