@@ -12,17 +12,33 @@ from pathlib import Path
 import pytest
 import torch
 from launching import ON_CPU, ROOT
+from rated_world import write_config, write_rated_world
 from rl_tools import as_flags, usual_settings
+from sample_sets import write_samples
 from script_tools import options
 from stage_tools import SPLIT
 
 from ddpo_pytorch.data.isic import CAPTIONS
 
+pytest_plugins = ["sample_sets"]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not shutil.which("cc") or torch.version.cuda is None, reason="no C compiler or CUDA build"),
 ]
-LOOPS = ("train", "rollout", "rollout_gradients", "ppo", "optimizer", "ddim_with_logprob", "pipeline_with_logprob")
+LOOPS = ("train", "rollout", "rollout_gradients", "ppo", "optimizer")
+LOOPS += ("ddim_with_logprob", "pipeline_with_logprob")
+PLANTED = """
+import sys
+from ddpo_pytorch.diffusers_patch import pipeline_with_logprob as place
+step = place.ddim_step_with_logprob
+def planted(*arguments):
+    latents, log_probs = step(*arguments)
+    latents.amax().item()
+    return latents, log_probs
+place.ddim_step_with_logprob = planted
+import runpy
+runpy.run_path("scripts/eval.py", run_name="__main__")
+"""
 
 
 def simulate(*commands: list[object], timeout: float = 500, lines: int = 1) -> list[dict]:
@@ -54,7 +70,7 @@ def settings(tiny_pipeline_dir, judges, tmp_path_factory) -> dict:
 
 
 @pytest.fixture(scope="module")
-def found(settings, config_file, world, tmp_path_factory) -> dict[str, dict]:
+def found(settings, config_file, world, alexnet, tmp_path_factory) -> dict[str, dict]:
     """What was counted, by the name of the run."""
     folder = tmp_path_factory.mktemp("scripts")
     full = {"use_lora": False, "mixed_precision": "bf16", "run_name": "full", "held_out__every": 1}
@@ -63,13 +79,26 @@ def found(settings, config_file, world, tmp_path_factory) -> dict[str, dict]:
     stage = {"sd__data_path": world / "images", "sd__csv": world / SPLIT.format("train"), "sd__image_size": 64}
     stage |= {"sd__output": folder / "sd", "sd__limit": 8, "sd__num_steps": 2, "sd__batch_size": 4, "sd__log_every": 2}
     stage |= {"sd__grid_every": 0, "sd__save_every": 0, "sd__cache_dir": folder / "cache", "sd__num_workers": 0}
+    tables = [f"--{name}_csv={world / SPLIT.format(name)}" for name in ("train", "val")]
+    classifier = ["--num_classes=4", "--arch=tinynet_e", "--weights=none", "--image_size=32", "--num_epochs=1"]
+    classifier += [f"--data_path={world / 'images'}", f"--checkpoint_dir={folder / 'judge'}", "--batch_size=16"]
+    real, fake = (write_samples(folder / name, {CAPTIONS[8]: 3}, seed) for seed, name in enumerate(("real", "fake")))
+    metric = {"metric__real_path": real, "metric__fake_path": fake, "metric__output": folder / "metrics"}
+    metric |= {"metric__cache_dir": folder / "features", "metric__alexnet": alexnet, "metric__inception": ""}
+    rated = write_config(write_rated_world(folder / "rated", count=24))
+    (folder / "planted.py").write_text(PLANTED)
     commands = {
         "lora": ["scripts/train.py", *as_flags(settings, mixed_precision="fp16")],
         "full": ["scripts/train.py", *as_flags(settings, **full, held_out__images_per_prompt=1)],
         "eval": ["scripts/eval.py", *options(config_file, **sampling)],
         "train_sd": ["scripts/train_sd.py", *options(config_file, **stage, mixed_precision="fp16")],
+        "classifier": ["scripts/train_isic_classifier.py", *classifier, *tables, "--mixed_precision=fp16"],
+        "metric": ["scripts/metric.py", *options(config_file, **metric, metric__extractors="('judge',)")],
+        "rlhf": ["scripts/train_rlhf.py", *options(rated, rlhf__output=folder / "rlhf", mixed_precision="fp16")],
+        "planted": [folder / "planted.py", *options(config_file, **sampling | {"logdir": folder / "other"})],
     }
-    return dict(zip(commands, simulate(*commands.values()), strict=True))
+    found = dict(zip(commands, simulate(*commands.values()), strict=True))
+    return found | {"features": [path.name for path in (folder / "features").iterdir()]}
 
 
 # in batches of 2, as the updates score them, and not of sample.batch_size; the check runs beside the next batch
@@ -84,6 +113,8 @@ EPOCH = {"check_schedule": 3, "check_images": 4, "sample_and_score": 2, "run_epo
         ("full", "bfloat16", EPOCH | {"update": 1, "pipeline_with_logprob": 6}),  # and 2 evaluations
         ("eval", "float16", {"pipeline_with_logprob": 1}),
         ("train_sd", "float16", {}),
+        ("classifier", "float16", {}),
+        ("rlhf", "float16", {}),
     ],
 )
 def test_no_step_waits_for_the_device_and_products_are_in_half_precision(found, name, half, expected):
@@ -94,25 +125,19 @@ def test_no_step_waits_for_the_device_and_products_are_in_half_precision(found, 
     assert products[f"torch.{half}"] > (2 if name == "eval" else 5) * rest and found[name]["peak_gib"] > 0
 
 
-PLANTED = """
-import sys
-from ddpo_pytorch.diffusers_patch import pipeline_with_logprob as place
-step = place.ddim_step_with_logprob
-def planted(*arguments):
-    latents, log_probs = step(*arguments)
-    latents.amax().item()
-    return latents, log_probs
-place.ddim_step_with_logprob = planted
-import runpy
-runpy.run_path("scripts/eval.py", run_name="__main__")
-"""
+def test_an_item_in_the_denoising_loop_is_found(found):
+    assert found["planted"]["syncs"] == {"pipeline_with_logprob": found["eval"]["syncs"]["pipeline_with_logprob"] + 2}
 
 
-def test_an_item_in_the_denoising_loop_is_found(config_file, tmp_path):
-    (tmp_path / "planted.py").write_text(PLANTED)
-    fields = {"eval__num_samples_per_prompt": 1, "eval__batch_size": 4, "eval__classifier": "", "sample__num_steps": 2}
-    (found,) = simulate([tmp_path / "planted.py", *options(config_file, logdir=tmp_path / "samples", **fields)])
-    assert found["syncs"] == {"pipeline_with_logprob": 1 + 2}
+@pytest.mark.parametrize(("name", "function", "epoch"), [("classifier", "fit", 1), ("rlhf", "train_stage", 0)])
+def test_steps_of_a_fused_optimizer_do_not_wait_in_fp16(found, name, function, epoch):
+    syncs = found[name]["host_syncs"]
+    items = [count for count, kind, place in syncs if kind == "item" and place.endswith(f" {function}")]
+    assert sum(items) == epoch  # the mean loss
+
+
+def test_features_of_a_gpu_are_kept_apart(found):
+    assert found["features"] and all(name.endswith("-cuda-tf32") for name in found["features"])
 
 
 PROBE = f"""

@@ -29,6 +29,7 @@ from ddpo_pytorch.metrics.tables import to_markdown
 from ddpo_pytorch.rlhf.rated_images import RatedSet, best_threshold, measures, probe
 from ddpo_pytorch.rlhf.reinforce import OBJECTIVES, advantages, importance_weights, reinforce_loss
 from ddpo_pytorch.utils import settings as allowed
+from ddpo_pytorch.utils.distributed import to_device
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import JsonLines, atomic_write
 from ddpo_pytorch.utils.fingerprint import fingerprint
@@ -133,7 +134,8 @@ def train_stage(
     }
     seed = derived_seed(config.seed, Stream.ORDER, stage)
     parameters = [parameter for judge in judges.values() for parameter in judge.parameters()]
-    optimizer = torch.optim.Adam(parameters, weight_decay=rlhf.weight_decay)
+    fused = device.type == "cuda" or None  # with fp16, the others wait for the GPU at each step
+    optimizer = torch.optim.Adam(parameters, weight_decay=rlhf.weight_decay, fused=fused)
     reset_scaler(accelerator)
     *models, optimizer = accelerator.prepare(*judges.values(), optimizer)
     batches = EpochBatches(len(train), len(train), rlhf.batch_size, seed, rank, processes)
@@ -147,7 +149,7 @@ def train_stage(
         with accelerator.autocast():
             logits = model(judge.preprocess(images), *inputs)
         logits = logits.float().view(len(images), -1)  # (B, 1 + criteria)
-        values, weights = logits.sigmoid(), train.weights[indices].to(device)
+        values, weights = logits.sigmoid(), to_device(train.weights[indices], device)
         if stage == 2:  # without dropout, so that the baseline is the score that others see
             values = judge.score(images, prompts)[:, None]
             if rlhf.importance:
@@ -155,7 +157,7 @@ def train_stage(
                 weights = weights * importance_weights(scores, values[:, 0], *rlhf.importance_range)
         losses = []
         for output, column in enumerate((COLUMN[name], *judge.criteria)):
-            rewards = train.rewards[column][indices].to(device)
+            rewards = to_device(train.rewards[column][indices], device)
             gains = advantages(rewards.nan_to_num(), values[:, output])
             losses.append(reinforce_loss(logits[:, output], gains, weights * ~rewards.isnan(), rlhf.objective))
         return torch.stack(losses).sum()
@@ -198,7 +200,7 @@ def train_stage(
                 indices = torch.tensor(batch)
                 images = train.images[indices]
                 images = torch.where(flips[indices][:, None, None, None], images.flip(-1), images)
-                images = images.to(device).float() / 255
+                images = to_device(images, device).float() / 255
                 batch_losses = [loss_of(*judge, indices, images) for judge in zip(judges, models, strict=True)]
                 accelerator.backward(torch.stack(batch_losses).sum())  # the judges share no weights
                 optimizer.step()
