@@ -64,12 +64,15 @@ test: .venv/ready
 
 # Rebuild ddpo_pytorch/assets/mini from scratch: phantom worlds, autoencoder, diffusion model, the two classifiers.
 # The generator sees ISIC's frequencies. The autoencoder and the two judges see rare artifacts as often as common ones, and
-# the judges also the combinations that the generator never sees: they will be asked about them.
+# the judges also the combinations that the generator never sees: they will be asked about them. In their last epochs half of
+# what the judges see has been through the autoencoder, as all that they will be asked about.
 WORLD := $(OUT)/data
 JUDGED := $(OUT)/judged
 CLASSIFIER := $(LAUNCH) scripts/train_isic_classifier.py --data_path $(JUDGED)/images \
-	--val_csv $(JUDGED)/splits/phantom_val.csv --checkpoint_dir $(OUT)/classifier --arch tinynet_e --weights none \
-	--image_size 96 --learning_rate 2e-3 --batch_size 32 --num_epochs 12
+	--val_csv $(JUDGED)/splits/phantom_val.csv --arch tinynet_e --image_size 96 --batch_size 32
+ORIGINALS := --checkpoint_dir $(OUT)/originals --weights none --learning_rate 2e-3 --num_epochs 12
+BOTH := --checkpoint_dir $(OUT)/classifier --learning_rate 1e-3 --num_epochs 4 --through_vae $(OUT)/sd \
+	--checkpoint $(OUT)/originals/artifact_classifier_H
 TRAIN_SD := $(LAUNCH) scripts/train_sd.py --config
 
 mini-weights: .venv/ready
@@ -78,8 +81,10 @@ mini-weights: .venv/ready
 	$(TRAIN_SD) $(MINI):train_vae
 	$(TRAIN_SD) $(MINI):finetune_sd
 	python -m ddpo_pytorch.phantoms.skin --out $(JUDGED) --seed 2 --balanced --unseen --num_test 0
-	$(CLASSIFIER) --num_classes 6 --train_csv $(JUDGED)/splits/phantom_train_a.csv --seed 6
-	$(CLASSIFIER) --num_classes 4 --train_csv $(JUDGED)/splits/phantom_train_b.csv --seed 4
+	$(CLASSIFIER) $(ORIGINALS) --num_classes 6 --train_csv $(JUDGED)/splits/phantom_train_a.csv --seed 6
+	$(CLASSIFIER) $(ORIGINALS) --num_classes 4 --train_csv $(JUDGED)/splits/phantom_train_b.csv --seed 4
+	$(CLASSIFIER) $(BOTH)6.safetensors --num_classes 6 --train_csv $(JUDGED)/splits/phantom_train_a.csv --seed 6
+	$(CLASSIFIER) $(BOTH)4.safetensors --num_classes 4 --train_csv $(JUDGED)/splits/phantom_train_b.csv --seed 4
 	@echo "copy $(OUT)/sd and $(OUT)/classifier/*.safetensors to ddpo_pytorch/assets/mini to ship them"
 
 lint: .venv/ready
