@@ -117,7 +117,8 @@ def unet_flops(model: Path) -> tuple[int, int]:
         unet.requires_grad_(False).set_attn_processor(AttnProcessor())  # the counter sees its matrix products
         add_adapters(unet)
         size = unet.config.sample_size
-        inputs = torch.zeros(1, 4, size, size), torch.ones(1), torch.zeros(1, 77, unet.config.cross_attention_dim)
+        inputs = torch.zeros(1, unet.config.in_channels, size, size), torch.ones(1)
+        inputs += (torch.zeros(1, 77, unet.config.cross_attention_dim),)
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         unet(*inputs)
     with FlopCounterMode(display=False) as both:
