@@ -34,8 +34,8 @@ demo: .venv/ready
 	$(LAUNCH) scripts/eval.py --config $(MINI):prompt_image_alignment_classifier_isic_eval --config.logdir=$(OUT)/samples/$(RUN)/SD
 	$(LAUNCH) scripts/eval.py --config $(MINI):prompt_image_alignment_classifier_isic_eval_rl --config.load_from=$(OUT)/logs/$(RUN) --config.logdir=$(OUT)/samples/$(RUN)/RL
 	python -m ddpo_pytorch.phantoms.skin --out $(OUT)/held-out --seed 9 --balanced --unseen --num_train 0 --num_val 0 --num_test 1000
-	$(LAUNCH) scripts/extract_dataset_latents.py --config $(MINI):preprocess_isic_real_data --config.dataset.data_path=$(OUT)/held-out/images --config.dataset.csv=$(OUT)/held-out/splits/phantom_test.csv
-	$(LAUNCH) scripts/metric.py --config $(MINI):evaluate_metric_rl --config.metric.folders=SD=$(OUT)/samples/$(RUN)/SD,SD+RL=$(OUT)/samples/$(RUN)/RL --config.metric.real_path=$(OUT)/real-images-test --config.metric.logs=$(RUN)=$(OUT)/logs/$(RUN) --config.metric.output=$(OUT)/metrics/$(RUN) --report
+	$(LAUNCH) scripts/extract_dataset_latents.py --config $(MINI):preprocess_isic_real_data --config.dataset.data_path=$(OUT)/held-out/images --config.dataset.csv=$(OUT)/held-out/splits/phantom_test.csv --config.logdir=$(OUT)/samples/$(RUN)/real
+	$(LAUNCH) scripts/metric.py --config $(MINI):evaluate_metric_rl --config.metric.folders=SD=$(OUT)/samples/$(RUN)/SD,SD+RL=$(OUT)/samples/$(RUN)/RL --config.metric.real_path=$(OUT)/samples/$(RUN)/real --config.metric.logs=$(RUN)=$(OUT)/logs/$(RUN) --config.metric.output=$(OUT)/metrics/$(RUN) --report
 	@echo "tables, curves and pictures: $(OUT)/metrics/$(RUN)/report.html"
 	@echo "all samples: $(OUT)/samples/$(RUN)/SD/images and .../RL/images; training grids: $(OUT)/logs/$(RUN)/grid_*.png"
 
@@ -64,8 +64,8 @@ test: .venv/ready
 
 # Rebuild ddpo_pytorch/assets/mini from scratch: phantom worlds, autoencoder, diffusion model, the two classifiers.
 # The generator sees ISIC's frequencies. The autoencoder and the two judges see rare artifacts as often as common ones, and
-# the judges also the combinations that the generator never sees: they will be asked about them. In their last epochs half of
-# what the judges see has been through the autoencoder, as all that they will be asked about.
+# the judges also the combinations that the generator never sees: they will be asked about them. In the judges' last
+# epochs half of the images have been through the autoencoder, as all that they will be asked about.
 WORLD := $(OUT)/data
 JUDGED := $(OUT)/judged
 CLASSIFIER := $(LAUNCH) scripts/train_isic_classifier.py --data_path $(JUDGED)/images \

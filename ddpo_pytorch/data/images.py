@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
+from ddpo_pytorch.data.dicom import read_dicom
 from ddpo_pytorch.utils.cores import thread_limit
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_write, open_regular, path_inside, remove_leftovers
@@ -87,7 +88,7 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
         with open_regular(path) as file:
             dicom = file.read(132)[128:] == b"DICM"
             file.seek(0)
-            with _read_dicom(file, path) if dicom else Image.open(file, formats=FORMATS) as image:
+            with read_dicom(file, path) if dicom else Image.open(file, formats=FORMATS) as image:
                 if reason := None if dicom else _ambiguity(image):
                     raise _refusal(path, reason)
                 yield image
@@ -119,39 +120,6 @@ def read_rgb(path: str | Path) -> Image.Image:
         if white and max(high for _, high in picture.getextrema()) < 16:
             raise _refusal(path, f"has no level above {white // 16}, where white is {white}")
         return picture
-
-
-def _read_dicom(file: BinaryIO, path: str | Path) -> Image.Image:
-    """Decode a DICOM file to RGB, in its first window or, without one, with black and white at the ends of its levels.
-
-    Raises UserError without pydicom, for several images, and for levels that would be nearly black without a window.
-    """
-    try:
-        from pydicom import dcmread, pixels
-    except ImportError as error:
-        raise UserError(f"{str(path)!r} is a DICOM file, which needs pydicom: pip install -e '.[dicom]'") from error
-    header = dcmread(file)
-    if (frames := int(header.get("NumberOfFrames") or 1)) > 1:
-        raise _refusal(path, f"holds {frames} images")
-    levels, kind = pixels.pixel_array(header), header.PhotometricInterpretation
-    half, ends = 2 ** (header.BitsStored - 1), (0, 2**header.BitsStored - 1)
-    if kind.startswith("MONOCHROME"):
-        if tables := header.get("VOILUTSequence") or header.get("ModalityLUTSequence"):
-            ends = 0, 2 ** tables[0].LUTDescriptor[2] - 1
-        else:
-            ends = pixels.apply_modality_lut(
-                np.array((-half, half - 1) if header.PixelRepresentation else ends), header
-            )
-        levels = pixels.apply_voi_lut(pixels.apply_modality_lut(levels, header), header)
-    elif kind == "PALETTE COLOR":
-        levels = pixels.apply_color_lut(levels, header)
-        ends = 0, np.iinfo(levels.dtype).max
-    black, white = ends
-    shares = (levels.astype(float) - black) / (white - black)
-    if 0 < shares.max() <= 1 / 16 and "WindowCenter" not in header:
-        raise _refusal(path, f"has no window and no level above {levels.max()}, where white is {white}")
-    shares = (1 - shares if kind == "MONOCHROME1" else shares).clip(0, 1)
-    return Image.fromarray(np.rint(255 * shares).astype(np.uint8)).convert("RGB")
 
 
 def _refusal(path: str | Path, reason: str) -> UserError:
