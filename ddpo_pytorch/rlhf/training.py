@@ -77,21 +77,17 @@ def chosen_samples(passed: torch.Tensor, replay_share: float, seed: int) -> torc
     return torch.cat([accepted, rejected[replayed]]).sort().values
 
 
-def all_scores(
-    accelerator: Accelerator, judge: Selector | Policy, rated: RatedSet, batch_size: int, output: int = 0
-) -> torch.Tensor:
-    """Return scores (N,) in order, float32 on the CPU of every process; processes take whole batches in turn.
+def all_scores(accelerator: Accelerator, judge: Selector | Policy, rated: RatedSet, batch_size: int) -> torch.Tensor:
+    """Return scores (N, 1 + criteria) in order, float32 on the CPU of every process, which take whole batches in turn.
 
-    `output` is that of the Selector: 0, quality, or a criterion's place in its criteria, from 1.
+    The first column is what the judge is for; a Selector's others are its criteria.
     """
-    table = torch.zeros(len(rated), device=accelerator.device)
+    table = torch.zeros(len(rated), 1 + len(judge.criteria), device=accelerator.device)
     batches = torch.arange(len(rated)).split(batch_size)
     for indices in batches[accelerator.process_index :: accelerator.num_processes]:
         images = (rated.images[indices].float() / 255).to(accelerator.device)
         prompts = [rated.prompts[index] for index in indices.tolist()]
-        table[indices] = (
-            judge.score(images, prompts) if isinstance(judge, Policy) else judge.score_all(images)[:, output]
-        )
+        table[indices] = judge.score(images, prompts)[:, None] if isinstance(judge, Policy) else judge.score_all(images)
     return accelerator.reduce(table, "sum").cpu()  # every row comes from one process, the others have zeros there
 
 
@@ -168,15 +164,15 @@ def train_stage(
         for name, judge in judges.items():
             for buffer in judge.buffers():  # batch-norm statistics, which each process has of its own images
                 broadcast(buffer)
-            scores, rewards = all_scores(accelerator, judge, val, rlhf.batch_size), val.rewards[COLUMN[name]]
+            scores, *others = all_scores(accelerator, judge, val, rlhf.batch_size).unbind(1)
+            rewards = val.rewards[COLUMN[name]]
             threshold = rlhf.threshold if name == "selector" else None
             if name == "selector" and threshold is None:
                 threshold, _ = best_threshold(scores, rewards)
             metrics[name] = measures(scores, rewards, threshold)
-            for output, criterion in enumerate(judge.criteria, 1):
+            for criterion, scores in zip(judge.criteria, others, strict=True):
                 rewards = val.rewards.get(criterion, torch.full((len(val),), torch.nan))
                 if (rated := ~rewards.isnan()).any():
-                    scores = all_scores(accelerator, judge, val, rlhf.batch_size, output)
                     metrics[name][f"spearman_{criterion}"] = measures(scores[rated], rewards[rated])["spearman"]
         return metrics
 
@@ -278,7 +274,7 @@ def first_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedSe
     policy.fit_text(train_set.prompts)
     judges = {"selector": selector, "policy": policy}
     selector.origin = policy.origin = train_stage(accelerator, 1, judges, train_set, val_set, config)
-    calibrate(selector, all_scores(accelerator, selector, val_set, rlhf.batch_size), val_set, rlhf.threshold)
+    calibrate(selector, all_scores(accelerator, selector, val_set, rlhf.batch_size)[:, 0], val_set, rlhf.threshold)
     if accelerator.is_main_process:
         if modality_of(val_set.prompts[0]) == MODALITY:
             table = to_markdown(probe(selector, val_set, rlhf.batch_size))
@@ -310,7 +306,7 @@ def second_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedS
     first = output / (FIRST_POLICY if (output / FIRST_POLICY).exists() else POLICY_FILE)
     selector = load_selector(output / SELECTOR_FILE, accelerator.device)
     policy = policies.load_policy_judge(first, accelerator.device, rlhf.text_encoder).requires_grad_(True)
-    scores = all_scores(accelerator, selector, train_set, rlhf.batch_size)
+    scores = all_scores(accelerator, selector, train_set, rlhf.batch_size)[:, 0]
     other_threshold = rlhf.threshold is not None and rlhf.threshold != selector.threshold
     if other_threshold:
         calibrate(selector, scores, train_set, rlhf.threshold)
