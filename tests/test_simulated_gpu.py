@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_pipeline
 from launching import ON_CPU, ROOT
 from rated_world import write_config, write_rated_world
 from rl_tools import as_flags, usual_settings
@@ -59,11 +60,15 @@ def simulate(*commands: list[object], timeout: float = 500, lines: int = 1) -> l
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_pipeline_dir, judges, tmp_path_factory) -> dict:
-    """8 samples of 2 steps, in 4 batches, and 2 updates of 2 minibatches; grids of 16 images, 8 at once."""
+def settings(judges, tmp_path_factory) -> dict:
+    """8 samples of 2 steps, in 4 batches, and 2 updates of 2 minibatches; grids of 16 images, 8 at once.
+
+    The UNet has a single level, as each operation takes a millisecond here.
+    """
     folder = tmp_path_factory.mktemp("simulated")
+    pipeline = random_pipeline(folder / "sd", (16,), (True,))
     (folder / "prompts.txt").write_text("\n".join(CAPTIONS[6:8]))
-    settings = usual_settings(tiny_pipeline_dir, judges[6], folder) | {"num_epochs": 1, "sample.num_steps": 2}
+    settings = usual_settings(pipeline, judges[6], folder) | {"num_epochs": 1, "sample.num_steps": 2}
     settings |= {"sample.batch_size": 8, "sample.num_batches_per_epoch": 1, "train.batch_size": 2}
     settings |= {"train.gradient_accumulation_steps": 2, "prompt_fn": "from_file"}
     return settings | {"prompt_fn_kwargs.path": folder / "prompts.txt", "held_out.classifier": judges[4]}
