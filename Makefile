@@ -30,10 +30,10 @@ TWO := torchrun --standalone --nproc_per_node 2
 	touch $@
 
 demo: .venv/ready
-	$(LAUNCH) scripts/train.py --config $(MINI):prompt_image_alignment_classifier_isic --config.run_name=$(RUN) --config.held_out.every=8
+	$(LAUNCH) scripts/train.py --config $(MINI):prompt_image_alignment_classifier_isic --config.run_name=$(RUN) --config.held_out.every=4
 	$(LAUNCH) scripts/eval.py --config $(MINI):prompt_image_alignment_classifier_isic_eval --config.logdir=$(OUT)/samples/$(RUN)/SD
 	$(LAUNCH) scripts/eval.py --config $(MINI):prompt_image_alignment_classifier_isic_eval_rl --config.load_from=$(OUT)/logs/$(RUN) --config.logdir=$(OUT)/samples/$(RUN)/RL
-	python -m ddpo_pytorch.phantoms.skin --out $(OUT)/held-out --seed 9 --balanced --unseen --num_train 0 --num_val 0 --num_test 1000
+	python -m ddpo_pytorch.phantoms.skin --out $(OUT)/held-out --seed 9 --balanced --num_train 0 --num_val 0 --num_test 1000
 	$(LAUNCH) scripts/extract_dataset_latents.py --config $(MINI):preprocess_isic_real_data --config.dataset.data_path=$(OUT)/held-out/images --config.dataset.csv=$(OUT)/held-out/splits/phantom_test.csv --config.logdir=$(OUT)/samples/$(RUN)/real
 	$(LAUNCH) scripts/metric.py --config $(MINI):evaluate_metric_rl --config.metric.folders=SD=$(OUT)/samples/$(RUN)/SD,SD+RL=$(OUT)/samples/$(RUN)/RL --config.metric.real_path=$(OUT)/samples/$(RUN)/real --config.metric.logs=$(RUN)=$(OUT)/logs/$(RUN) --config.metric.output=$(OUT)/metrics/$(RUN) --report
 	@echo "tables, curves and pictures: $(OUT)/metrics/$(RUN)/report.html"
@@ -63,9 +63,8 @@ test: .venv/ready
 	pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Rebuild ddpo_pytorch/assets/mini from scratch: phantom worlds, autoencoder, diffusion model, the two classifiers.
-# The generator sees ISIC's frequencies. The autoencoder and the two judges see rare artifacts as often as common ones, and
-# the judges also the combinations that the generator never sees: they will be asked about them. In the judges' last
-# epochs half of the images have been through the autoencoder, as all that they will be asked about.
+# The generator sees combinations of labels nearly as often as ISIC has them, the autoencoder and the two judges all alike.
+# In the judges' last epochs half of the images have been through the autoencoder, as all that they will be asked about.
 WORLD := $(OUT)/data
 JUDGED := $(OUT)/judged
 CLASSIFIER := $(LAUNCH) scripts/train_isic_classifier.py --data_path $(JUDGED)/images \
@@ -80,7 +79,7 @@ mini-weights: .venv/ready
 	python -m ddpo_pytorch.phantoms.skin --out $(OUT)/balanced --seed 1 --balanced --num_test 0
 	$(TRAIN_SD) $(MINI):train_vae
 	$(TRAIN_SD) $(MINI):finetune_sd
-	python -m ddpo_pytorch.phantoms.skin --out $(JUDGED) --seed 2 --balanced --unseen --num_test 0
+	python -m ddpo_pytorch.phantoms.skin --out $(JUDGED) --seed 2 --balanced --num_test 0
 	$(CLASSIFIER) $(ORIGINALS) --num_classes 6 --train_csv $(JUDGED)/splits/phantom_train_a.csv --seed 6
 	$(CLASSIFIER) $(ORIGINALS) --num_classes 4 --train_csv $(JUDGED)/splits/phantom_train_b.csv --seed 4
 	$(CLASSIFIER) $(BOTH)6.safetensors --num_classes 6 --train_csv $(JUDGED)/splits/phantom_train_a.csv --seed 6

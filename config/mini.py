@@ -39,8 +39,8 @@ def model_and_dataset_configs(config):
     config.sd.val_csv = root + "/data/splits/phantom_val.csv"
     config.sd.image_size = 64
     config.sample.num_steps = 10
-    # no classifier-free guidance: half the cost, and with it some captions never show a success (docs/log.md)
-    config.sample.guidance_scale = 1.0
+    # more of it helps the base model as much as DDPO does, and leaves DDPO little to learn from (docs/log.md)
+    config.sample.guidance_scale = 1.5
     config.eval.update(num_samples_per_prompt=16, batch_size=64)
     return config
 
@@ -68,7 +68,7 @@ def finetune_sd():
 def prompt_image_alignment_classifier_isic():
     """Stage (ii)."""
     config = model_and_dataset_configs(dgx.prompt_image_alignment_classifier_isic())
-    config.update(run_name="", num_epochs=32, save_freq=4, num_checkpoint_limit=8)
+    config.update(run_name="", num_epochs=8, save_freq=4)
     # 8 rewards of a prompt come together in about one epoch
     config.per_prompt_stat_tracking.min_count = 8
     # 64 * 4 = 256 samples per epoch
