@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The mini world on a CPU, offline, with the shipped generator and judges. Measured: 8 to 12 minutes on two cores up to metric.
+# The mini world on a CPU, offline, with the shipped generator and judges. Measured: 8 minutes on two cores up to metric.
 #
 #     bash runs/mini.sh
 cd "$(dirname "$0")/.."
@@ -13,7 +13,7 @@ ISIC=prompt_image_alignment_classifier_isic
 
 stage world "seconds" python -m ddpo_pytorch.phantoms.skin --out $OUT/data
 stage real-images "seconds" $LAUNCH scripts/extract_dataset_latents.py --config $MINI:preprocess_isic_real_data
-stage ddpo "6 to 9 min, measured" $LAUNCH scripts/train.py --config $MINI:$ISIC --config.run_name=main
+stage ddpo "4 min, measured" $LAUNCH scripts/train.py --config $MINI:$ISIC --config.run_name=main
 stage eval-sd "seconds" $LAUNCH scripts/eval.py --config $MINI:${ISIC}_eval
 stage eval-rl "seconds" $LAUNCH scripts/eval.py --config $MINI:${ISIC}_eval_rl --config.load_from=$OUT/logs/main
 stage metric "seconds" $LAUNCH scripts/metric.py --config $MINI:evaluate_metric_rl --config.metric.real_path=$OUT/real-images --report
