@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from peft.tuners import lora
+from rl_tools import configured
 
 from ddpo_pytorch.generator import from_scratch as scratch
-from ddpo_pytorch.generator.cpu_kernels import fuse_lora, run_batch_on_all_cores
+from ddpo_pytorch.generator.cpu_kernels import fuse_lora, is_fused, run_batch_on_all_cores
 from ddpo_pytorch.generator.lora import ATTENTION, add_lora, disabled_lora
+from ddpo_pytorch.training import setup
 
 
 def unet(lora: bool):
@@ -81,3 +84,15 @@ def test_fused_adapters_leave_half_precision_to_peft():
         expected = layer(x)
         fuse_lora(model)
         assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("device", "tf32", "fused"), [("cpu", True, True), ("cuda", True, False), ("cuda", False, True)]
+)
+def test_adapters_are_fused_only_where_tf32_cannot_round_them_away(settings, monkeypatch, device, tf32, fused):
+    load = setup.load_pipeline
+    monkeypatch.setattr(setup, "load_pipeline", lambda *given: load(*given[:-1], torch.device("cpu")))
+    config = configured(settings, {"allow_tf32": tf32})
+    pipe = setup.load_policy(config, torch.float32, torch.device(device))
+    layers = [module for module in pipe.unet.modules() if isinstance(module, lora.Linear)]
+    assert len(layers) > 10 and {is_fused(layer) for layer in layers} == {fused}

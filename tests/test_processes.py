@@ -114,6 +114,11 @@ def test_what_no_script_knows_is_refused_by_name(monkeypatch, variable, value, n
         make_accelerator("no")
 
 
+def test_the_scale_of_fp16_regrows_at_the_pace_that_is_asked_for():
+    """fp16 itself needs a GPU; what its scaler is made from does not."""
+    assert make_accelerator("no", growth_interval=100).scaler_handler.growth_interval == 100
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_a_request_and_handlers_come_back(number):
     accelerator = SimpleNamespace(num_processes=2, device="cpu", reduce=lambda tensor, how: tensor)
