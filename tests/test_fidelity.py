@@ -158,14 +158,15 @@ def test_the_jackknife_equals_its_definition():
         frechet_jackknife([real, real - real], real)
 
 
-def test_the_kernel_distance_equals_torch_fidelity_on_the_same_subsets():
+@pytest.mark.parametrize("size", [100, 60])  # of 300 rows: all products once, those of each subset
+def test_the_kernel_distance_equals_torch_fidelity_on_the_same_subsets(size):
     x, y = normal(1, 300, 40, 2.0, 0.5).astype(np.float32), normal(2, 250, 40, 1.5).astype(np.float32)
     rows = [torch.from_numpy(side.astype(np.float64)) for side in (x, y)]
-    theirs = kid_features_to_metric(*rows, kid_subsets=20, kid_subset_size=100, rng_seed=2020, verbose=False)
-    estimate = kernel_distance(x, y, 2020, subsets=20, subset_size=100)
+    theirs = kid_features_to_metric(*rows, kid_subsets=20, kid_subset_size=size, rng_seed=2020, verbose=False)
+    estimate = kernel_distance(x, y, 2020, subsets=20, subset_size=size)
     assert estimate.value == pytest.approx(theirs["kernel_inception_distance_mean"], abs=1e-9, rel=1e-9)
     deviation = theirs["kernel_inception_distance_std"]
-    assert f"sd {deviation:.3g} over 20 subsets of 100" in estimate.how and estimate.n == 300
+    assert f"sd {deviation:.3g} over 20 subsets of {size}" in estimate.how and estimate.n == 300
     three = kernel_distance(normal(0, 3, 4), normal(1, 9, 4), 0)
     assert three.value is not None and three.low is None and three.high is None
 

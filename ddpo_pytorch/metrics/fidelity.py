@@ -165,7 +165,24 @@ def kernel_distance(
     x, y = finite(x, "first set"), finite(y, "second set")
     rng = np.random.RandomState(seed % 2**32)  # the legacy generator, as in torch-fidelity
     drawn = [[rng.choice(len(rows), size, replace=False) for rows in (x, y)] for _ in range(subsets)]
-    results = on_all_cores(lambda rows: _subset_estimate(x[rows[0]], y[rows[1]], kernel), drawn)
+
+    def kernels(a: np.ndarray, b: np.ndarray) -> tuple[torch.Tensor, ...]:
+        first, second = torch.tensor(a), torch.tensor(b)  # copies: alignment can change the last bits of a product
+        return kernel(first, first), kernel(second, second), kernel(first, second)
+
+    whole = None
+    if subsets > 1 and max(len(x), len(y)) <= 4 * size:  # less work than the products of each subset, at most 400 MB
+        with one_thread():
+            whole = kernels(x, y)
+
+    def estimate(rows: list[np.ndarray]) -> tuple[float, list[tuple[float, float]]]:
+        i, j = rows
+        if whole is None:
+            return _subset_estimate(*kernels(x[i], y[j]))
+        within_x, within_y, between = whole
+        return _subset_estimate(within_x[i][:, i], within_y[j][:, j], between[i][:, j])
+
+    results = on_all_cores(estimate, drawn)
     values, variances = (np.array(column) for column in zip(*results, strict=True))
     value, deviation = float(values.mean()), float(values.std())
     how = f"U-statistic standard error; sd {deviation:.3g} over {subsets} subsets of {size}"
@@ -177,12 +194,12 @@ def kernel_distance(
     return Estimate(value, value - half, value + half, len(x), how)
 
 
-def _subset_estimate(x: np.ndarray, y: np.ndarray, kernel: Callable) -> tuple[float, list[tuple[float, float]]]:
-    """Return the unbiased squared MMD of x and y (m, F), and the variances (z, w) of both sets."""
-    a, b = torch.tensor(x), torch.tensor(y)  # copies: memory alignment can change the last bits of a product
-    within_x, within_y, between = kernel(a, a), kernel(b, b), kernel(a, b)  # (m, m) each
+def _subset_estimate(
+    within_x: torch.Tensor, within_y: torch.Tensor, between: torch.Tensor
+) -> tuple[float, list[tuple[float, float]]]:
+    """Return the unbiased squared MMD from the kernels (m, m) of x and y, and the variances (z, w) of both sets."""
     value = float(maximum_mean_discrepancy(within_x, between, within_y))
-    if len(x) < 4:
+    if len(within_x) < 4:
         return value, [(0.0, 0.0)] * 2
     return value, [_variances(within_x.numpy(), between.numpy()), _variances(within_y.numpy(), between.numpy().T)]
 
