@@ -1,6 +1,7 @@
-# make demo-fundus: the second system on phantoms: generator, ratings, judges, rounds of improvement, report.
 # make demo: train the mini world with DDPO, sample before and after, measure against phantoms, write a report.
-# make test: run the test suite. They set themselves up in .venv on first use.
+# make demo-fundus: the second system on phantoms: generator, ratings, judges, rounds of improvement, report.
+# make test: run the test suite. make lint: ruff and mypy. make mini-weights: retrain the mini world's models.
+# Each creates .venv on first use.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +11,7 @@ export WANDB_SILENT := true
 ifndef RUN
 RUN := demo-$(shell date +%Y%m%d-%H%M%S)
 endif
-# the options only keep the launcher from listing its defaults
+# these are the defaults; given here, the launcher does not print them
 LAUNCH := accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 OUT := rl4med-out/mini
 MINI := config/mini.py
@@ -63,8 +64,9 @@ test: .venv/ready
 	pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Rebuild ddpo_pytorch/assets/mini from scratch: phantom worlds, autoencoder, diffusion model, the two classifiers.
-# The generator sees combinations of labels nearly as often as ISIC has them, the autoencoder and the two judges all alike.
-# In the judges' last epochs half of the images have been through the autoencoder, as all that they will be asked about.
+# The generator sees combinations of labels almost as often as they occur in ISIC; the autoencoder and the two judges see
+# all of them equally often. In the judges' last epochs, half of the images have passed through the autoencoder, like the
+# images that they will have to judge.
 WORLD := $(OUT)/data
 JUDGED := $(OUT)/judged
 CLASSIFIER := $(LAUNCH) scripts/train_isic_classifier.py --data_path $(JUDGED)/images \

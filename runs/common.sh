@@ -2,9 +2,9 @@
 #
 #     stage NAME TIME COMMAND...
 #
-# runs a command unless that stage has finished before (OUT/stages/NAME exists). Every command resumes what it left
-# unfinished, so rerun a script after a stop, or remove marks to repeat stages. TIME is measured, or modelled by
-# docs/scaling.md, or "?". DRY_RUN=1 only prints the commands.
+# runs a command unless that stage has finished before (OUT/stages/NAME exists). Rerun a script to resume it: finished
+# stages are skipped, and the interrupted command resumes. Delete OUT/stages/NAME to repeat a stage. TIME is measured,
+# modelled as in docs/scaling.md, or "?". DRY_RUN=1 only prints the commands.
 set -euo pipefail
 
 stage() {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# ISIC 2019 at 128 px with a small Stable Diffusion from scratch, on one GPU or a patient CPU. Put the images in
-# rl4med-out/isic128/data/images first. Measured times are of smaller settings on one CPU core (docs/results.md).
+# ISIC 2019 at 128 px with a small Stable Diffusion from scratch, on one GPU or a patient CPU. First put the images in
+# rl4med-out/isic128/data/images. Times were measured with smaller settings on one CPU core (docs/results.md).
 #
 #     bash runs/isic128.sh
 cd "$(dirname "$0")/.."
@@ -16,7 +16,7 @@ ISIC=prompt_image_alignment_classifier_isic
 RUN=$OUT/logs/isic_classifier_reward_main
 
 stage download "?" python scripts/download.py --root $OUT
-# the judge that measures shares neither backbone nor images with the one that rewards
+# the judge shares neither backbone nor training images with the reward classifier
 stage halves "seconds" bash -ec "
 awk 'NR % 2 == 0 || NR == 1' $SPLITS/isic2019_train.csv > $SPLITS/reward_train.csv
 awk 'NR % 2 == 1' $SPLITS/isic2019_train.csv > $SPLITS/judge_train.csv"

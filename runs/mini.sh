@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The mini world on a CPU, offline, with the shipped generator and judges. Measured: 8 minutes on two cores up to metric.
+# The mini world on a CPU, offline, with the shipped generator and judges. Up to "metric", this took 8 minutes on two cores.
 #
 #     bash runs/mini.sh
 cd "$(dirname "$0")/.."

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The paper's experiment on one GPU, of GB=16, 24 (the default) or 80 GB, from the published classifiers and UNet of stage
-# (i). Put the images in rl4med-out/data/ISIC_2019_Training_Input first. Times modelled for an A100 at 40 % of its peak;
-# none was measured.
+# The paper's experiment on one GPU with GB=16, 24 (the default) or 80 GB, starting from the published classifiers and UNet
+# of stage (i). First put the images in rl4med-out/data/ISIC_2019_Training_Input. Times are modelled for an A100 at 40 %
+# of its peak; none has been measured.
 #
 #     GB=80 bash runs/one_gpu.sh
 cd "$(dirname "$0")/.."
