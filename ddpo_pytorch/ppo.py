@@ -1,4 +1,4 @@
-"""The loss of denoising steps: PPO's clipped surrogate (Schulman et al. 2017, equation 7) and KL to the base model."""
+"""PPO's clipped surrogate loss (Schulman et al. 2017, equation 7) for denoising steps, and KL to the base model."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,13 +12,13 @@ from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_mean_std
 def ppo_loss(
     log_prob: torch.Tensor, old_log_prob: torch.Tensor, advantages: torch.Tensor, clip_range: float, adv_clip_max: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the negative clipped surrogate, averaged over the batch, and statistics.
+    """Return the negative clipped surrogate, averaged over the batch, and its statistics.
 
     Args:
         log_prob, old_log_prob: (B,) under the policy being trained and under the one that sampled.
         advantages: (B,), clipped to [-adv_clip_max, adv_clip_max].
-        clip_range: ratios outside [1 - clip_range, 1 + clip_range] gain nothing further. Log-probs here are means over
-            the D latent dimensions, so this bounds the true log-ratio by about D * clip_range nats.
+        clip_range: moving the ratio outside [1 - clip_range, 1 + clip_range] earns nothing. Log-probs here are means
+            over the D latent dimensions, so this bounds the true log-ratio by about D * clip_range nats.
 
     Returns:
         The loss, a scalar, and detached 0-d tensors:
@@ -27,9 +27,9 @@ def ppo_loss(
         clipfrac              share of samples with |ratio - 1| > clip_range
         ratio_mean            mean ratio
         ratio_max_deviation   max |ratio - 1|; 0 before the first update
-        Both KL estimates are of per-dimension log-probs, hence far below the KL divergence of whole latents.
+        Both KL estimates use per-dimension log-probs, so they are far below the KL divergence of the full latents.
 
-    Raises ValueError if shapes differ: broadcasting (B,) against (B, 1) would pair every sample with every other.
+    Raises ValueError if shapes differ: broadcasting (B,) against (B, 1) would pair every sample with all others.
     """
     if not log_prob.shape == old_log_prob.shape == advantages.shape:
         raise ValueError(f"one shape expected: {log_prob.shape}, {old_log_prob.shape}, {advantages.shape}")
@@ -42,7 +42,7 @@ def ppo_loss(
         deviation = (ratio - 1).abs()
         info = {
             "approx_kl": 0.5 * (log_ratio**2).mean(),
-            # expm1 keeps the digits that ratio - 1 cancels.
+            # expm1, since ratio - 1 loses digits to cancellation
             "approx_kl_k3": (torch.expm1(log_ratio) - log_ratio).mean(),
             "clipfrac": (deviation > clip_range).float().mean(),
             "ratio_mean": ratio.mean(),
@@ -71,10 +71,10 @@ def step_kl(
 def averages(accelerator: Accelerator, statistics: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
     """Return the mean of each 0-d tensor over all entries and processes; NaN where no value is finite.
 
-    Every process has equally many entries. Non-finite values belong to skipped updates and are left out.
+    Every process must pass the same number of entries. Non-finite values come from skipped updates and are ignored.
     """
     if not statistics:
         return {}
     table = torch.stack([torch.stack([entry[key].float() for key in statistics[0]]) for entry in statistics])
-    means = torch.stack([values[values.isfinite()].mean() for values in table.cpu().T])  # one copy for all
+    means = torch.stack([values[values.isfinite()].mean() for values in table.cpu().T])  # one device-to-host copy
     return dict(zip(statistics[0], accelerator.reduce(means.to(table.device), "mean").tolist(), strict=True))

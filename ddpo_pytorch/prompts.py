@@ -1,10 +1,10 @@
 """Prompt functions, selected by `prompt_fn` and `prompt_fn_kwargs` of a configuration.
 
-A prompt function returns `(prompt, metadata)`, or a prompt alone, and draws from its argument `rng`; without one, as in
-ddpo-pytorch, it may use random, NumPy or PyTorch (`draw_prompt`). Metadata of an ISIC caption is
-`{"label": [hair, gel_bubble, ruler, ink, MEL, NV]}` (0/1), else `{}`; rewards receive it. Your own is given as
-`prompt_fn="my_module:my_function"`, or entered in `PROMPTS`, and in `PROMPT_LISTS` to let eval.py draw all of its
-prompts.
+A prompt function returns `(prompt, metadata)`, or just a prompt, and takes its randomness from the argument `rng`; one
+without that parameter, as in ddpo-pytorch, may use random, NumPy or PyTorch (see `draw_prompt`). Rewards receive the
+metadata, `{"label": [hair, gel_bubble, ruler, ink, MEL, NV]}` (0/1) for an ISIC caption, else `{}`. To use your own
+function, set `prompt_fn="my_module:my_function"`, or register it in `PROMPTS`, and in `PROMPT_LISTS` if eval.py should
+be able to enumerate its prompts.
 """
 
 import inspect
@@ -37,7 +37,7 @@ EYES, SEVERITIES = ("left", "right"), ("mild", "moderate", "severe")
 
 
 def isic_all(rng: Rng = None) -> Prompt:
-    """Return one of the 32 ISIC captions, uniformly."""
+    """Return one of the 32 ISIC captions, drawn uniformly."""
     return _draw(CAPTIONS, rng)
 
 
@@ -48,12 +48,12 @@ def isic_all_idx(idx: int, rng: Rng = None) -> Prompt:
 
 
 def from_file(path: str | Path, low: int | None = None, high: int | None = None, rng: Rng = None) -> Prompt:
-    """Return one of the lines [low, high) of a prompt file, uniformly (see `read_prompts`)."""
+    """Return one of the lines [low, high) of a prompt file, drawn uniformly (see `read_prompts`)."""
     return _draw(read_prompts(path, low, high), rng)
 
 
 def fundus_table(path: str | Path, rng: Rng = None) -> Prompt:
-    """Return the caption of one of the images of a fundus table, uniformly (see `data.fundus.read_split`)."""
+    """Return the caption of an image drawn uniformly from a fundus table (see `data.fundus.read_split`)."""
     return _draw([row.caption for row in _table_rows(path)], rng)
 
 
@@ -63,23 +63,23 @@ def _table_rows(path: str | Path) -> list[fundus.Row]:
 
 
 def composed(path: str | Path, templates: Sequence[str] = TEMPLATES, rng: Rng = None) -> Prompt:
-    """Return a prompt of `compose`: each finding is as likely as any other, and so is each prompt of a finding."""
+    """Draw a finding of `compose` uniformly, then one of its prompts, and return that."""
     findings = compose(path, tuple(templates))
     return _draw(findings[int((rng or random).random() * len(findings))], rng)
 
 
 @cache
 def compose(path: str | Path, templates: tuple[str, ...] = TEMPLATES) -> list[list[str]]:
-    """Return the distinct prompts of template x severity x eye of each finding.
+    """Return the distinct prompts of each finding: every template x severity x eye.
 
-    Findings, and the SEVERITIES that each comes with, are those of captions that fit a template and name one finding:
-    of a fundus table, or the training captions of a model folder of train_sd.py. Spellings that differ by spaces and
-    hyphens are one finding. Raises UserError for a template without {finding}, and if no caption fits.
+    Findings and their SEVERITIES come from the captions that match a template and name a single finding. `path` is a
+    fundus table, or a model folder of train_sd.py (its training captions). Spellings that differ only in spaces and
+    hyphens count as one finding. Raises UserError for a template without {finding}, or if no caption matches.
     """
     if Path(path).is_dir():
         index = Path(path) / "latents" / "train" / "index.json"
         if not index.is_file():
-            raise UserError(f"{str(path)!r} has no {str(index)!r} with training captions; give the training's table")
+            raise UserError(f"{str(path)!r} has no {str(index)!r} with training captions; give the training table")
         captions = read_json(index, {"captions": [str]})["captions"]
     else:
         captions = fundus.caption_list(_table_rows(path))
@@ -88,7 +88,7 @@ def compose(path: str | Path, templates: tuple[str, ...] = TEMPLATES) -> list[li
     patterns = [re.escape(one).replace(r"\{eye\}", "(?:left|right)") for one in templates]
     patterns = [pattern.replace(r"\{finding\}", "([^,;]+)") for pattern in patterns]
     modality = ""
-    findings: dict[str, dict[str, str]] = defaultdict(dict)  # words of the captions by finding and severity
+    findings: dict[str, dict[str, str]] = defaultdict(dict)  # wording in the captions, by finding and severity
     for caption in captions:
         modality = fundus.modality_of(caption)
         text = caption.removeprefix(f"{modality}: ")
@@ -97,7 +97,7 @@ def compose(path: str | Path, templates: tuple[str, ...] = TEMPLATES) -> list[li
             severity, name = (severity, rest) if severity in SEVERITIES else ("", match[1].lower())
             findings[re.sub(r"\W", "", name)].setdefault(severity, match[1].strip())
     if not findings:
-        raise UserError(f"no caption of {str(path)!r} is as in {templates}; give prompt_fn_kwargs.templates")
+        raise UserError(f"no caption of {str(path)!r} matches {templates}; give prompt_fn_kwargs.templates")
     forms = [f"{modality}: {template}" if modality else template for template in templates]
     forms = list(dict.fromkeys(form.replace("{eye}", eye) for form in forms for eye in EYES))
     return [[form.replace("{finding}", words) for words in one.values() for form in forms] for one in findings.values()]
@@ -108,15 +108,15 @@ def _draw(prompts: Sequence[str], rng: Rng) -> Prompt:
 
 
 def describe(prompt: str) -> Prompt:
-    """Return a prompt with its metadata: the labels of an ISIC caption, or nothing."""
+    """Return a prompt with its metadata: the labels of an ISIC caption, else {}."""
     return prompt, {"label": list(labels_of(prompt))} if prompt in CAPTIONS else {}
 
 
 def read_prompts(path: str | Path, low: int | None = None, high: int | None = None) -> list[str]:
-    """Return the prompts [low, high) of a text file, given by path or by the name of an asset, one per line.
+    """Return the prompts [low, high) of a text file with one prompt per line; `path` may be the name of an asset.
 
-    Blank lines, a byte-order mark and surrounding spaces are dropped; repeated prompts stay, with a warning. Raises
-    UserError for a missing file, an empty range, or a line that `check_prompt` refuses.
+    Blank lines, a byte-order mark and surrounding spaces are dropped; repeated prompts are kept, with a warning. Raises
+    UserError for a missing file, an empty range, or a line that `check_prompt` rejects.
     """
     given = {name: value for name, value in (("low", low), ("high", high)) if value is not None}
     check_ranges(given, dict.fromkeys(given, ZERO_OR_MORE), "prompt_fn_kwargs.")
@@ -125,12 +125,12 @@ def read_prompts(path: str | Path, low: int | None = None, high: int | None = No
         raise UserError(f"prompt file {str(path)!r} does not exist; give a path, or an asset such as isic_prompts.txt")
     prompts = _parse_prompts(str(path), source.read_bytes())
     if not (chosen := list(prompts[low:high])):
-        remedy = "change prompt_fn_kwargs.low and .high" if prompts else "write one prompt a line"
+        remedy = "change prompt_fn_kwargs.low and .high" if prompts else "write one prompt per line"
         raise UserError(f"prompt file {str(path)!r} has {len(prompts)} prompts, none in [{low}, {high}); {remedy}")
     return chosen
 
 
-@lru_cache(maxsize=8)  # a file is read for every prompt that is drawn from it
+@lru_cache(maxsize=8)  # every draw reads the file again
 def _parse_prompts(path: str, content: bytes) -> tuple[str, ...]:
     try:
         text = content.decode("utf-8-sig")
@@ -149,16 +149,16 @@ def _parse_prompts(path: str, content: bytes) -> tuple[str, ...]:
 
 
 def check_prompt(prompt: str, where: str = "prompt") -> None:
-    """Raise UserError for a prompt that is blank or holds invisible characters. `where` starts the message."""
+    """Raise UserError for a prompt that is blank or holds invisible characters. `where` prefixes the message."""
     fault = "is blank; describe an image" if not prompt.strip() else invisible_character(prompt)
     if fault:
         raise UserError(f"{where}: {prompt!r} {fault}")
 
 
 def given_prompts(prompts: Sequence[Any], kind: str = "isic") -> list[str]:
-    """Return the texts of `eval.prompts`, those of kind "fundus" with the modality that training put before them.
+    """Return the texts of `eval.prompts`, for kind "fundus" with the modality as a prefix, as in training.
 
-    Raises UserError for one that `check_prompt` refuses.
+    Raises UserError as `check_prompt` does.
     """
     texts = [str(prompt) for prompt in prompts]
     for number, text in enumerate(texts, start=1):
@@ -183,9 +183,9 @@ PROMPT_LISTS: dict[str, Callable[..., Sequence[str]]] = {
 
 
 def get_prompt_fn(name: str, **kwargs: Any) -> Callable[..., Prompt]:
-    """Return the prompt function `name` (of PROMPTS, or "module:function") with keyword arguments that are not None.
+    """Return prompt function `name` (in PROMPTS, or "module:function"), bound to the arguments that are not None.
 
-    Raises UserError for an unknown name, listing the known ones, and for arguments that do not fit.
+    Raises UserError for an unknown name, listing the known ones, and for arguments that the function does not accept.
     """
     if ":" not in name and name not in PROMPTS:
         raise UserError(
@@ -193,7 +193,7 @@ def get_prompt_fn(name: str, **kwargs: Any) -> Callable[..., Prompt]:
             f"{', '.join(sorted(PROMPTS))}; add it there, or give module:function"
         )
     chosen = _bind(name, import_function(name, "prompt_fn") if ":" in name else PROMPTS[name], kwargs)
-    chosen.__name__ = name  # for messages: functions may have been entered under another name
+    chosen.__name__ = name  # for messages: it may be registered under another name than its own
     return chosen
 
 
@@ -211,9 +211,9 @@ def draw_prompt(function: Callable[..., Any], seed: int) -> Prompt:
 
 
 def as_prompt(result: Any, name: str) -> Prompt:
-    """Return the result of prompt function `name`, a prompt or a (prompt, dict) pair, as such a pair.
+    """Convert the result of prompt function `name`, a prompt or a (prompt, dict) pair, to a pair.
 
-    Raises UserError for anything else, and for a prompt that `check_prompt` refuses.
+    Raises UserError for anything else, and for a prompt that `check_prompt` rejects.
     """
     pair = (result, {}) if isinstance(result, str) else result
     fits = isinstance(pair, tuple | list) and len(pair) == 2
@@ -227,7 +227,7 @@ def as_prompt(result: Any, name: str) -> Prompt:
 def all_prompts(name: str, **kwargs: Any) -> list[Prompt]:
     """Return every distinct prompt that function `name` can return with these keyword arguments, in order.
 
-    Raises UserError for a name without an entry in PROMPT_LISTS, and for arguments that do not fit.
+    Raises UserError for a name without an entry in PROMPT_LISTS, and for arguments that it does not accept.
     """
     if name not in PROMPT_LISTS:
         raise UserError(
@@ -245,7 +245,7 @@ def all_prompts(name: str, **kwargs: Any) -> list[Prompt]:
 
 
 def _bind(name: str, function: Callable, kwargs: Mapping[str, Any]) -> partial:
-    """Return the function with the keyword arguments that are not None. Raises UserError where they do not fit."""
+    """Bind the keyword arguments that are not None. Raises UserError if the function does not accept them."""
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     parameters = inspect.signature(function).parameters
     try:

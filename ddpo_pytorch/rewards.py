@@ -1,9 +1,9 @@
 """Reward functions, selected by `reward_fn` and `reward_fn_kwargs` of a configuration.
 
-A factory returns `fn(images, prompts, metadata) -> (rewards, info)`: images (B, 3, H, W) float in [0, 1], never to be
+A factory returns `fn(images, prompts, metadata) -> (rewards, info)`: images (B, 3, H, W) float in [0, 1], not to be
 modified; prompts, B strings; metadata, B dicts from the prompt function; rewards, B finite numbers as a list, array or
-tensor (`check_result`); info, a dict of further per-image values. Give your own factory as
-`reward_fn="my_module:my_reward"`, with `reward_fn_kwargs.my_reward`, or enter it in `REWARDS`.
+tensor (`check_result`); info, a dict of further per-image values. To use your own factory, set
+`reward_fn="my_module:my_reward"` and `reward_fn_kwargs.my_reward`, or register it in `REWARDS`.
 """
 
 import inspect
@@ -48,9 +48,9 @@ def jpeg_compressibility() -> RewardFn:
 def isic_classifier_reward(classifier: str | Path | ArtifactClassifier, device: str | torch.device = "cpu") -> RewardFn:
     """Reward the share of the classifier's H attributes that it predicts as the prompt states: 0, 1/H, ..., 1.
 
-    The stated attributes come from metadata["label"], else from the prompt, which must be an ISIC caption then
-    (UserError). info: predictions, labels and logits (B, H), in the order of `classifier.labels`. `classifier` is a
-    model or the path of one.
+    The stated attributes are metadata["label"] or, without it, those of the prompt, which must be an ISIC caption
+    (else UserError). info: predictions, labels and logits (B, H), in the order of `classifier.labels`. `classifier` is
+    a model or the path of one.
     """
     model = classifier if isinstance(classifier, ArtifactClassifier) else load_classifier(classifier, device)
     model = model.to(device).eval()
@@ -58,12 +58,12 @@ def isic_classifier_reward(classifier: str | Path | ArtifactClassifier, device: 
 
     def reward(images, prompts, metadata):
         pairs = zip(prompts, metadata, strict=True)
-        stated = [about["label"] if "label" in about else labels_of(prompt) for prompt, about in pairs]
+        stated = [details["label"] if "label" in details else labels_of(prompt) for prompt, details in pairs]
         labels = np.array(stated, dtype=np.int64)[:, columns]
         logits = model.logits(images).float().cpu().numpy()
         predictions = (logits > 0).astype(np.int64)  # as ArtifactClassifier.predict
-        about = {"predictions": predictions, "labels": labels, "logits": logits}
-        return (predictions == labels).mean(axis=1), about
+        info = {"predictions": predictions, "labels": labels, "logits": logits}
+        return (predictions == labels).mean(axis=1), info
 
     return reward
 
@@ -92,11 +92,11 @@ REWARDS: dict[str, Callable[..., RewardFn]] = {
 
 
 class Reward:
-    """A reward, or a weighted sum of rewards, with `check_result` applied to whatever they return.
+    """A reward, or a weighted sum of rewards, whose results are validated by `check_result`.
 
-    Called with a batch it returns rewards (B,) float64 and info. info of a single reward (weights None) is its own;
-    info of a sum holds the unweighted rewards of its `parts` under their names and their own info under "<name>/<key>".
-    UserError of a reward is passed on; other exceptions become RuntimeError, naming reward and prompts.
+    Calling it with a batch returns rewards (B,) float64 and info. A single reward (weights None) keeps its own info. A
+    sum's info holds the unweighted rewards of its `parts` by name, and the info of each part as "<name>/<key>".
+    A UserError is passed on; any other exception becomes a RuntimeError that names the reward and the prompts.
     """
 
     def __init__(self, functions: Mapping[str, RewardFn], weights: Mapping[str, float] | None = None):
@@ -124,22 +124,22 @@ class Reward:
 
 
 def as_reward(function: RewardFn) -> Reward:
-    """Return `function` as a `Reward`, which checks its results."""
+    """Wrap `function` in a `Reward`, which validates its results, unless it is one."""
     name = getattr(function, "__name__", type(function).__name__)
     return function if isinstance(function, Reward) else Reward({name: function})
 
 
 class Scorer:
-    """A reward function with a queue of batches, scored while the next ones are sampled.
+    """Scores batches of images while the next ones are sampled.
 
-    On a GPU it runs in a thread and stream of its own, beside the denoising of the next batch. On a CPU, where both
-    would compete for the same cores, a batch is scored when it is submitted.
+    On a GPU, scoring runs in its own thread and CUDA stream, concurrently with the denoising of the next batch. On a
+    CPU, where the two would compete for the same cores, a batch is scored when it is submitted.
     """
 
     def __init__(self, reward_fn: RewardFn, device: torch.device):
         self.reward_fn = as_reward(reward_fn)
         self._thread = None
-        if device.type == "cuda":  # a thread begins at GPU 0, where each rank would open a context
+        if device.type == "cuda":  # threads start on GPU 0, where every rank would create a context
             index = torch.cuda.current_device() if device.index is None else device.index
             self._thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(index,))
             self._stream = torch.cuda.Stream(index)
@@ -152,9 +152,9 @@ class Scorer:
         metadata: Sequence[Mapping[str, Any]],
         check: Callable[[torch.Tensor], torch.Tensor] = lambda images: images,
     ) -> None:
-        """Score `check(images)` of images (B, 3, H, W), float32 in [0, 1]. Raises the error of an earlier batch.
+        """Queue `check(images)`, (B, 3, H, W) float32 in [0, 1], for scoring. Raises errors of earlier batches.
 
-        `check` runs where the reward does, so that a GPU need not be waited for.
+        `check` runs in the scoring thread, so that the calling thread does not wait for the GPU.
         """
         for earlier in self._scores:
             if isinstance(earlier, Future) and earlier.done():
@@ -175,15 +175,15 @@ class Scorer:
         return np.concatenate([one.result() if isinstance(one, Future) else one for one in pending])
 
     def close(self) -> None:
-        """End the thread, dropping what is queued."""
+        """Stop the thread and drop queued batches."""
         if self._thread:
             self._thread.shutdown(cancel_futures=True)
 
-    def _score_on_stream(self, ready: torch.cuda.Event, images: torch.Tensor, *about: Any) -> np.ndarray:
+    def _score_on_stream(self, ready: torch.cuda.Event, images: torch.Tensor, *batch: Any) -> np.ndarray:
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
             images.record_stream(self._stream)  # keeps the memory from being reused too early
-            return self._score(images, *about)
+            return self._score(images, *batch)
 
     def _score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence, check: Callable) -> np.ndarray:
         rewards, info = self.reward_fn(check(images), prompts, metadata)
@@ -193,10 +193,10 @@ class Scorer:
 def build_reward(
     spec: str, kwargs_by_name: Mapping[str, Mapping[str, Any]] | None = None, device: str | torch.device = "cpu"
 ) -> Reward:
-    """Return the reward that `spec` names: "a", or a weighted sum such as "a:0.7,b:0.3" (weight 1 by default).
+    """Build the reward of a specification: "a", or a weighted sum such as "a:0.7,b:0.3" (weight 1 by default).
 
     `kwargs_by_name` holds each factory's keyword arguments; those of registered rewards that are not in `spec` are
-    ignored. Raises UserError for specifications, arguments and factories that do not fit.
+    ignored. Raises UserError for an invalid specification, argument or factory.
     """
     parts = parse_spec(spec)
     kwargs_by_name = kwargs_by_name or {}
@@ -213,7 +213,7 @@ def build_reward(
 
 
 def check_result(name: str, result: Any, prompts: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return a reward function's result for B prompts as rewards (B,) float64 and info.
+    """Validate a reward function's result for B prompts; return rewards (B,) float64 and info.
 
     Rewards may be a list or tuple of B numbers, or an array or tensor of shape (B,) or (B, 1), of integers, booleans or
     floats, on any device. Raises UserError for anything else, and for a value that is not finite.
@@ -238,13 +238,13 @@ def check_result(name: str, result: Any, prompts: Sequence[str]) -> tuple[np.nda
 
 
 def _as_array(rewards: Any) -> np.ndarray | None:
-    """Return real numbers as float64 in their shape, None for anything else."""
+    """Convert real numbers to a float64 array of the same shape; return None for anything else."""
 
     def on_host(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         value = value.detach().cpu()
-        return (value.double() if value.is_floating_point() else value).numpy()  # NumPy knows no bfloat16
+        return (value.double() if value.is_floating_point() else value).numpy()  # NumPy has no bfloat16
 
     try:
         array = np.asarray([on_host(one) for one in rewards] if isinstance(rewards, tuple | list) else on_host(rewards))
@@ -256,8 +256,8 @@ def _as_array(rewards: Any) -> np.ndarray | None:
 def check_prompts(reward_fn: RewardFn, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     """Try a reward on an image of noise for each (prompt, metadata), before anything is sampled.
 
-    Every call has at least two images, to notice one value for a whole batch. Raises as `Reward` does, and UserError
-    for a prompt that the reward does not understand.
+    Every call has at least two images, to catch a reward that returns one value per batch. Raises as `Reward` does, and
+    UserError for a prompt that the reward does not understand.
     """
     reward_fn, noise = as_reward(reward_fn), torch.rand(32, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for start in range(0, len(prompts), len(noise)):
@@ -267,14 +267,14 @@ def check_prompts(reward_fn: RewardFn, prompts: Sequence[tuple[str, Mapping[str,
 
 
 class Part(NamedTuple):
-    """A reward in a specification: its weight, and "module:factory" for one that is not registered."""
+    """A reward in a specification: its weight, and "module:factory" if it is not registered."""
 
     weight: float
     path: str = ""
 
 
 def parse_spec(spec: str) -> dict[str, Part]:
-    """Return the rewards of "a" or "a:0.7,b:0.3" by name, in order; each may be "module:factory"."""
+    """Parse "a" or "a:0.7,b:0.3" into rewards by name, in order; each may be "module:factory"."""
     parts: dict[str, Part] = {}
     for piece in spec.split(","):
         name, colon, last = (text.strip() for text in piece.rpartition(":"))
@@ -283,7 +283,7 @@ def parse_spec(spec: str) -> dict[str, Part]:
         except ValueError:
             weight = math.nan
         if not colon or (not math.isfinite(weight) and ":" not in name and name not in REWARDS):
-            name, weight = piece.strip(), 1.0  # without a weight, perhaps module:factory
+            name, weight = piece.strip(), 1.0  # no weight; the colon, if any, is that of module:factory
         path, name = (name, name.rpartition(":")[2]) if ":" in name else ("", name)
         if not path and name not in REWARDS:
             raise UserError(f"reward {name!r} (in reward_fn={spec!r}) is unknown; {_known()}")

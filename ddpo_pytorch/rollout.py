@@ -24,7 +24,7 @@ def draw_prompts(
 ) -> tuple[list[str], list[Any]]:
     """Return prompts and metadata of an epoch's `count` samples over all processes.
 
-    Runs of `images_per_prompt` samples share a prompt. Raises UserError if `prompt_fn` returns no prompt.
+    Every `images_per_prompt` consecutive samples share a prompt. Raises UserError if `prompt_fn` returns no prompt.
     """
     drawn = []
     for group in range(-(-count // images_per_prompt)):
@@ -39,7 +39,7 @@ class Trajectories:
 
     prompts: list[str]  # B
     timesteps: torch.Tensor  # (T,) int64, from noise to image
-    latents: torch.Tensor  # (B, T + 1, C, h, w), rounded to the dtype in which log-probs were taken
+    latents: torch.Tensor  # (B, T + 1, C, h, w), in the dtype from which log-probs were computed
     log_probs: torch.Tensor  # (B, T) float32, under the policy that sampled
 
     @classmethod
@@ -66,7 +66,7 @@ def sample_trajectories(
 ) -> tuple[torch.Tensor, Trajectories]:
     """Sample one image per prompt; return images (B, 3, H, W), float32 in [0, 1], and their trajectories.
 
-    gradients: takes the gradients of the log-probs with respect to the policy's weights on the way.
+    gradients: takes gradients of the log-probs with respect to the policy's weights while sampling.
     """
     images, _, latents, log_probs = pipeline_with_logprob(
         pipe,
@@ -87,9 +87,9 @@ def update_order(
 ) -> list[int]:
     """Return the order in which the process whose first sample is `first` takes its samples, as local indices.
 
-    Each run of `updates` consecutive global samples is dealt to the updates at random, one to each. So the samples of
-    an update, over all processes, do not depend on the number of processes, every process has equally many in each, and
-    images of one prompt, which are neighbours, spread over the updates.
+    Every block of `updates` consecutive global samples is dealt to the updates at random, one sample each. Over all
+    processes, the samples of an update therefore do not depend on the number of processes; each process contributes
+    equally many; and images of one prompt, which are consecutive, are spread over the updates.
     """
     piles: list[list[int]] = [[] for _ in range(updates)]
     for start in range(first, first + samples // processes, updates):
@@ -102,7 +102,7 @@ def update_order(
 def timestep_order(
     seed: int, epoch: int, inner_epoch: int, indices: Sequence[int], window: tuple[int, int], count: int
 ) -> torch.Tensor:
-    """Return (B, count): for each global sample index, distinct steps of its trajectory in the window, shuffled."""
+    """Return `count` distinct steps within the window, shuffled, for each of B global sample indices: (B, count)."""
     orders = []
     for index in indices:
         rng = np.random.default_rng(derived_seed(seed, Stream.TIMESTEPS, epoch, inner_epoch, index))

@@ -1,4 +1,4 @@
-"""Drawing images without log-probs: for evaluation, as a function of (seed, prompt, index) alone.
+"""Sampling without log-probs, for evaluation: an image is a function of (seed, prompt, index) alone.
 
 Kernels are chosen by input shape, so an image drawn in a batch of 8 differs in its last bits from the same image in a
 batch of 64. `draw_passes` therefore uses passes of one fixed shape, the last one padded. On a CPU the number of threads
@@ -33,7 +33,7 @@ from ddpo_pytorch.utils.randomness import Stream, derived_seed, text_number
 from ddpo_pytorch.utils.settings import FINITE, ONE_OR_MORE, SEED, SHARE, check_choices
 
 SCHEDULERS = ("ddim", "dpm++")
-# ranges of the sampling settings; training needs more of sample.eta (`check_schedule`)
+# ranges of the sampling settings; training is stricter about sample.eta (`check_schedule`)
 SAMPLING = {"seed": SEED, "sample.num_steps": ONE_OR_MORE, "sample.eta": SHARE, "sample.guidance_scale": FINITE}
 IMAGE_FORMATS = ("png", "jpg")
 BLACK = 2  # an image with all 8-bit levels below this is black
@@ -42,7 +42,7 @@ Judge = Callable[[torch.Tensor, Sequence[str], Sequence[Mapping[str, Any]]], tup
 
 
 class Job(NamedTuple):
-    """One image to draw: prompt, the prompt's metadata, seed of its noise, and file relative to the folder."""
+    """An image to draw: its prompt, the prompt's metadata, the seed of its noise, and its path in the folder."""
 
     prompt: str
     metadata: dict[str, Any]
@@ -53,8 +53,8 @@ class Job(NamedTuple):
 def plan(prompts: Sequence[tuple[str, dict[str, Any]]], count: int, seed: int, image_format: str = "png") -> list[Job]:
     """Return `count` jobs for each (prompt, metadata), prompt by prompt.
 
-    Seeds depend on (seed, prompt, index) alone: other prompts, or more images, do not change them. Raises UserError for
-    a prompt that `check_prompt` refuses, or that occurs twice.
+    Seeds depend on (seed, prompt, index) alone, so adding prompts or images does not change them. Raises UserError for
+    a prompt that `check_prompt` rejects or that is repeated.
     """
     jobs, counts = [], Counter(prompt for prompt, _ in prompts)
     for prompt, metadata in prompts:
@@ -96,7 +96,7 @@ def draw_images(
 def images_per_pass(pipe: StableDiffusionPipeline, batch_size: int) -> int:
     """Return the number of images per pass: `batch_size` on a GPU, a function of the model alone on a CPU.
 
-    There, 32 images of 16 x 16 latents (2 of 64 x 64) are as fast as more, so a fixed shape costs nothing.
+    On a CPU, passes of more than 32 images of 16 x 16 latents (2 of 64 x 64) are no faster, so fixing the size is free.
     """
     if pipe.device.type != "cpu":
         return batch_size
@@ -107,9 +107,9 @@ def images_per_pass(pipe: StableDiffusionPipeline, batch_size: int) -> int:
 class Sampler:
     """Draw images from prompts and seeds. Noise comes from CPU generators and is the same on every device.
 
-    A Sampler serves one thread, since schedulers keep track of their step; `twin` makes one for another thread.
-    `pipe` is from `load_pipeline`; its weights are shared, its scheduler is not changed. The other settings are those
-    of `config.sample`; "dpm++" ignores eta. Raises UserError for an unknown scheduler, or more steps than the model's
+    Use a Sampler in one thread only, since schedulers keep track of their step; `twin` makes one for another thread. It
+    shares the weights of `pipe` (from `load_pipeline`) but not its scheduler. The other settings are those of
+    `config.sample`; "dpm++" ignores eta. Raises UserError for an unknown scheduler, or more steps than the model's
     schedule has.
     """
 
@@ -152,14 +152,14 @@ def draw_passes(
     """Run `draw_pass(sampler, passes[i], *arguments)` for all i; yield i and its result as they complete.
 
     On a CPU, `workers` threads draw one pass each (set torch's threads to 1 before). On a GPU, one thread draws while
-    another encodes and writes. An error of a pass is raised after the passes in progress.
+    another encodes and writes. If a pass fails, its error is raised once the passes in progress are done.
     """
     device, local = sampler.pipe.device, threading.local()
     turn = nullcontext() if device.type == "cpu" else threading.Lock()
 
     def start() -> None:
         if device.type == "cpu":
-            torch.set_num_threads(1)  # a setting of each thread
+            torch.set_num_threads(1)  # a per-thread setting
         elif device.type == "cuda":
             torch.cuda.set_device(device)
         local.sampler = sampler.twin()
@@ -187,11 +187,11 @@ def draw_pass(
     weights_sha256: str = "",
     turn: AbstractContextManager = nullcontext(),  # noqa: B008 (it has no state)
 ) -> list[Job]:
-    """Draw a pass of `jobs` padded to `size` images; write files and log entries of those whose path is not in `done`.
+    """Draw a pass of `jobs`, padded to `size` images; write and log those whose path is not in `done`.
 
-    All are drawn and judged, those in `done` too, so that a rerun repeats the same pass. The judge sees images as
-    stored: in 8 bits, and after JPEG compression where that is the format. Images are logged after their files are
-    written. Only drawing happens within `turn`. Returns the jobs with a non-finite image, neither written nor logged.
+    All jobs are drawn and judged, including those in `done`, so that a rerun repeats the same pass. The judge sees
+    images as stored: in 8 bits, and after JPEG compression if that is the format. An image is logged after its file is
+    written. `turn` is held while drawing. Returns the jobs with non-finite images, neither written nor logged.
     """
     rows = [*jobs, *[jobs[-1]] * (size - len(jobs))]
     with turn:
@@ -216,7 +216,7 @@ def draw_pass(
 def _log_entry(
     job: Job, row: int, rewards: Sequence[float] | None, info: Mapping, pixels: torch.Tensor, weights_sha256: str
 ) -> dict[str, Any]:
-    """Return the log entry of an image; labels are those of the judge's attributes, or else all the prompt states."""
+    """Return the log entry of an image, with the labels of the judge's attributes or, without a judge, all labels."""
     judged = rewards is not None
     return {
         "prompt": job.prompt,

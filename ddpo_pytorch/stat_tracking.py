@@ -13,7 +13,7 @@ STD_FLOOR = 1e-6
 def _as_arrays(prompts: Sequence[Hashable], rewards: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     prompts, rewards = np.asarray(prompts), np.asarray(rewards, dtype=np.float64)
     if prompts.ndim != 1 or prompts.shape != rewards.shape:
-        raise ValueError(f"prompts {prompts.shape} and rewards {rewards.shape} must be two lists of one length")
+        raise ValueError(f"prompts {prompts.shape} and rewards {rewards.shape} must be two lists of equal length")
     return prompts, rewards
 
 
@@ -32,7 +32,7 @@ def group_advantages(prompts: Sequence[Hashable], rewards: Sequence[float]) -> n
 
 
 def leave_one_out_advantages(prompts: Sequence[Hashable], rewards: Sequence[float]) -> np.ndarray:
-    """Return rewards (N,) minus the mean of the prompt's other rewards (RLOO, Ahmadian et al. 2024); alone: 0."""
+    """Return rewards (N,) minus the mean of the prompt's others, 0 if there are none (RLOO, Ahmadian et al. 2024)."""
     prompts, rewards = _as_arrays(prompts, rewards)
     advantages = np.zeros_like(rewards)
     for prompt in np.unique(prompts):
@@ -64,7 +64,7 @@ class PerPromptStatTracker:
         advantages = np.empty_like(rewards)
         for key in np.unique(prompts):
             members = prompts == key
-            # .item() converts NumPy scalars to str and int, which JSON can write
+            # .item() converts NumPy scalars to str and int, for JSON
             buffer = self._rewards.setdefault(key.item(), deque(maxlen=self.buffer_size))
             buffer.extend(rewards[members].tolist())
             reference = rewards if len(buffer) < self.min_count else np.array(buffer)
@@ -72,7 +72,7 @@ class PerPromptStatTracker:
         return advantages
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the remembered rewards for JSON, as pairs since JSON would turn integer keys into strings."""
+        """Return the remembered rewards as JSON-able pairs, since JSON would turn integer keys into strings."""
         return {"rewards": [[prompt, list(buffer)] for prompt, buffer in self._rewards.items()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -98,7 +98,7 @@ def reward_statistics(
         "reward_min": float(rewards.min()),
         "reward_max": float(rewards.max()),
         "per_prompt_reward_std": float(np.mean(spreads)) if spreads else 0.0,
-        # ptp, since rounding can hide std() == 0
+        # ptp, since std() of equal rewards may be rounded to a tiny positive number
         "zero_std_share": float(np.mean([np.ptp(group) == 0 for group in groups])),
     }
     for name, values in (parts or {}).items():

@@ -1,4 +1,4 @@
-"""DDPO: fine-tune Stable Diffusion with reinforcement learning, so that its images earn more reward (stage (ii)).
+"""DDPO (stage (ii)): fine-tune Stable Diffusion with reinforcement learning, to maximise a reward of its images.
 
     accelerate launch scripts/train.py --config config/dgx.py:prompt_image_alignment_classifier_isic
 
@@ -65,13 +65,13 @@ from ddpo_pytorch.utils.randomness import Stream, generator_of
 
 define_config(__file__, "experiment", default="config/mini.py:prompt_image_alignment_classifier_isic")
 logger = logging.getLogger(__name__)
-NOT_FINITE = "epoch {}: a sample is not finite; lower train.learning_rate, or use bf16 or no"
-SCALE_GROWTH_INTERVAL = 100  # updates without overflow before fp16 doubles its gradient scale; an epoch has one or two
+NOT_FINITE = "epoch {}: a sample is not finite; lower train.learning_rate, or use mixed_precision bf16 or no"
+SCALE_GROWTH_INTERVAL = 100  # updates without overflow before fp16 doubles its loss scale; an epoch has only one or two
 
 
 @dataclass
 class Run:
-    """Everything the stages of an epoch share. `unet` is `pipe.unet` as prepared by Accelerate, averaging gradients."""
+    """What the stages of an epoch share. `unet` is `pipe.unet` prepared by Accelerate: DDP averages its gradients."""
 
     config: ConfigDict
     accelerator: Accelerator
@@ -84,7 +84,7 @@ class Run:
     embeddings: PromptEmbeddings
     scorer: Scorer
     gradients: RolloutGradients | None  # None: every update computes its own
-    contents: dict[str, str] = field(default_factory=dict)  # fingerprints of files, on the main process
+    contents: dict[str, str] = field(default_factory=dict)  # fingerprints of input files, on the main process
     data_loss: DataLoss | None = None
 
     @property
@@ -93,14 +93,14 @@ class Run:
         return self.accelerator.process_index * self.sizes.local_samples
 
     def sample_order(self, epoch: int, inner_epoch: int) -> list[int]:
-        """Return local sample indices in the order in which the updates of an inner epoch take them."""
+        """Return local sample indices in the order in which the updates of an inner epoch use them."""
         sizes = self.sizes
         return update_order(
             self.config.seed, epoch, inner_epoch, sizes.samples, sizes.updates, self.first_sample, sizes.processes
         )
 
     def progress(self, steps: Iterable, description: str) -> Iterable:
-        """Return `steps` with a progress bar, on a terminal only."""
+        """Wrap `steps` in a progress bar, shown on a terminal only."""
         return tqdm(steps, desc=description, leave=False, disable=None if self.config.progress else True)
 
 
@@ -108,7 +108,7 @@ def train(config: ConfigDict) -> Path:
     """Run the experiment and return its run folder."""
     run = set_up(config)
     held_out, weights = run.task.held_out, (run.pipe.unet, run.optimizer)
-    # a new run or, with weights and moments loaded, the one to resume; its folder is locked until `close`
+    # starts a new run, or resumes one by loading weights and optimizer state; locks its folder until `close`
     with closing(RunState(config, run.contents, run.accelerator, held_out, *weights)) as state:
         reason = f"num_epochs is {config.num_epochs}" if state.epoch >= config.num_epochs else None
         if reason := reason or state.stop_reason(bool(held_out)):
@@ -126,7 +126,7 @@ def train(config: ConfigDict) -> Path:
                 try:
                     run_epochs(run, state, stop_request)
                 except StopRequested:
-                    # the unfinished epoch is dropped: the resumed run draws the same samples again
+                    # drop the unfinished epoch: the resumed run draws the same samples again
                     state.save(*weights)
                     outcome = "stopped on request (rerun the same command to resume)"
             run.scorer.close()
@@ -136,7 +136,7 @@ def train(config: ConfigDict) -> Path:
 
 
 def set_up(config: ConfigDict) -> Run:
-    """Build all of a run but its folder, so that unusable settings are reported before anything is written."""
+    """Build everything but the run folder, so that invalid settings are reported before anything is written."""
     check_training(expand_config(config, "logdir", "pretrained.model"))
     if config.per_prompt_stat_tracking is None and config.train.advantage == "per_prompt":
         config.train.advantage = "global"  # as in ddpo-pytorch
@@ -148,7 +148,7 @@ def set_up(config: ConfigDict) -> Run:
         growth_interval=SCALE_GROWTH_INTERVAL,
     )
     device = accelerator.device
-    if config.use_lora and in_half_on_gpu(config, device):  # `cast_adapters` replaces it
+    if config.use_lora and in_half_on_gpu(config, device):  # `cast_adapters` replaces autocast
         accelerator.autocast_handler = AutocastKwargs(enabled=False)
     sizes = batch_sizes(config.sample, config.train, accelerator.num_processes)
     # every (minibatch, timesteps) pair is a backward pass, and an update averages over all of them
@@ -157,7 +157,7 @@ def set_up(config: ConfigDict) -> Run:
     prompts, _ = draw_prompts(task.prompt_fn, config.seed, 0, sizes.samples, config.sample.images_per_prompt)
     check_groups(config.train.advantage, prompts)
 
-    # frozen weights in the type of mixed_precision, trained weights in float32
+    # frozen weights in the dtype of mixed_precision, trained weights in float32
     pipe = load_policy(config, DTYPES[config.mixed_precision], device)
     contents = content_fingerprints(config, pipe, task) if accelerator.is_main_process else {}
     optimizer = make_optimizer(config.train, [p for p in pipe.unet.parameters() if p.requires_grad])
@@ -171,12 +171,12 @@ def set_up(config: ConfigDict) -> Run:
         embeddings.precompute(text for text, _ in task.prompts)
     scorer = Scorer(task.reward_fn, device)
     gradients = rollout_gradients(accelerator, pipe.unet, sizes, config.sample, config.train)
-    parts = pipe, unet, optimizer, guard, embeddings, scorer, gradients, contents, data_loss
-    return Run(config, accelerator, sizes, task, *parts)
+    models = pipe, unet, optimizer, guard, embeddings
+    return Run(config, accelerator, sizes, task, *models, scorer, gradients, contents, data_loss)
 
 
 def run_epochs(run: Run, state: RunState, stop_request: StopRequest) -> None:
-    """Train from the epoch that `state` is at, by algorithm 1. Raises StopRequested between batches of samples."""
+    """Run algorithm 1 from epoch `state.epoch` on. Raises StopRequested, between batches of samples."""
     config, accelerator, sizes = run.config, run.accelerator, run.sizes
     health = HealthCheck(config.train, accelerator.is_main_process)
     for epoch in range(state.epoch, config.num_epochs):
@@ -190,10 +190,10 @@ def run_epochs(run: Run, state: RunState, stop_request: StopRequest) -> None:
         sampled = time.perf_counter()
 
         #################### ADVANTAGES ####################
-        # (N,) rewards of all processes, in the order of `prompts`, and (N,) of each part of a weighted sum
+        # (N,) rewards of all processes, in the order of `prompts`, and (N,) for each part of a weighted sum
         rewards, *parts = accelerator.gather(local_scores).T.contiguous().cpu().numpy()
         advantages = compute_advantages(config.train.advantage, state.tracker, prompts, rewards)  # (N,) float64
-        local = torch.from_numpy(advantages[run.first_sample :][: sizes.local_samples])
+        local = torch.from_numpy(advantages[run.first_sample :][: sizes.local_samples])  # (n,) of this process
 
         #################### TRAINING ####################
         info = update(run, epoch, samples, local.to(accelerator.device, torch.float32))
@@ -232,20 +232,20 @@ def run_epochs(run: Run, state: RunState, stop_request: StopRequest) -> None:
 def sample_and_score(
     run: Run, epoch: int, prompts: list[str], metadata: list, stop_request: StopRequest
 ) -> tuple[Trajectories, torch.Tensor]:
-    """Return this process's n trajectories of an epoch and their scores, computed while the next batch is sampled.
+    """Sample and score this process's n trajectories of an epoch.
 
     Scores are (n, 1 + P) float64: the reward, then the unweighted rewards of the P parts of a weighted sum.
     """
     config, sampling, device = run.config, Sampling.of(run.config.sample), run.accelerator.device
-    # with gradients taken while sampling, the samples of the first update come first, in its minibatches
+    # to take gradients while sampling, the first update's samples are drawn first, in that update's order
     order = run.sample_order(epoch, inner_epoch=0) if run.gradients else range(run.sizes.local_samples)
     trajectories, order_drawn = None, []
     batches = rollout_batches(order, rollout_batch_size(config, device), run.gradients)
     for indices, recording in run.progress(batches, f"epoch {epoch} sampling"):
         stop_request.check()
         global_indices = [run.first_sample + i for i in indices]
-        texts, about = [prompts[i] for i in global_indices], [metadata[i] for i in global_indices]
-        # one generator per image: the result depends neither on batch sizes nor on the number of processes
+        texts, details = [prompts[i] for i in global_indices], [metadata[i] for i in global_indices]
+        # one generator per image, so that images depend neither on batch sizes nor on the number of processes
         noise = [generator_of(config.seed, Stream.NOISE, epoch, i, device=device) for i in global_indices]
         with run.accelerator.autocast(), recording as gradients:
             # images (B, 3, H, W) in [0, 1]; latents (B, T + 1, C, h, w) and log_probs (B, T) of each step
@@ -253,8 +253,8 @@ def sample_and_score(
         if trajectories is None:
             trajectories = Trajectories.like(batch, run.sizes.local_samples)
         trajectories.put(indices, batch)
-        # on a GPU in a thread, beside the next batch
-        run.scorer.submit(images, texts, about, partial(check_images, run, epoch, batch.latents[:, -1]))
+        # on a GPU, scored in a thread while the next batch is sampled
+        run.scorer.submit(images, texts, details, partial(check_images, run, epoch, batch.latents[:, -1]))
         order_drawn += indices
     scores = torch.from_numpy(run.scorer.collect()[np.argsort(order_drawn)]).to(device)
     if not trajectories.log_probs.isfinite().all():
@@ -263,7 +263,7 @@ def sample_and_score(
 
 
 def check_images(run: Run, epoch: int, latents: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Return the images of these latents, decoded again if need be. Raises UserError if one is not finite even then."""
+    """Return the images, decoded again in float32 if not finite. Raises UserError if one is not finite even then."""
     images = finite_images(run.pipe.vae, images, latents)
     if not images.isfinite().all():
         raise UserError(NOT_FINITE.format(epoch))
@@ -276,22 +276,22 @@ def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor
     per_update = train.batch_size * train.gradient_accumulation_steps
     statistics, grad_norms, deviations = [], [], []
     for inner_epoch in range(train.num_inner_epochs):
-        # shuffle samples and divide them among the optimizer updates of this pass
-        order = torch.tensor(run.sample_order(epoch, inner_epoch))  # on the host, which looks prompts up by it
+        # shuffle the samples and divide them into the optimizer updates of this pass
+        order = torch.tensor(run.sample_order(epoch, inner_epoch))  # on the CPU: also indexes the list of prompts
         updates = order.split(per_update)
         for indices in run.progress(updates, f"epoch {epoch} update"):
             if not grad_norms and run.gradients:
-                # the rollout has taken this gradient already, and the ratio is 1
+                # the ratio is still 1, and the rollout has already computed this gradient
                 info = load_rollout_gradient(run, epoch, samples, advantages, indices)
             else:
                 progress = epoch, inner_epoch, len(grad_norms)
                 info = accumulate_gradient(run, progress, samples, advantages, indices)
-            if not grad_norms:  # until the first step the policy is the one that sampled: must be 0 up to rounding
+            if not grad_norms:  # before the first step the policy is the one that sampled: 0 up to rounding
                 deviations.append(info["ratio_max_deviation"])
-                if len(updates) > 1 and run.config.mixed_precision != "no":  # kernels, and rounding, may differ there
+                if len(updates) > 1 and run.config.mixed_precision != "no":  # its kernels may round differently
                     second = score_minibatch(run, epoch, samples, advantages, updates[1])
                     deviations.append(second["ratio_max_deviation"])
-            grad_norms.append(run.guard.step(run.unet.parameters()))  # None: not finite, skipped
+            grad_norms.append(run.guard.step(run.unet.parameters()))  # None if skipped
             statistics.append(info)
     taken = [{"grad_norm": norm} for norm in grad_norms if norm is not None]
     means = {"grad_norm": math.nan} | averages(run.accelerator, statistics) | averages(run.accelerator, taken)
@@ -306,16 +306,16 @@ def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor
 def accumulate_gradient(
     run: Run, progress: tuple[int, int, int], samples: Trajectories, advantages: torch.Tensor, indices: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Add up the gradient of one optimizer update on the samples `indices`; return its statistics, 0-d tensors.
+    """Accumulate the gradient of one optimizer update over the samples `indices`; return its statistics (0-d tensors).
 
-    progress: epoch, inner epoch, and number of the update in the epoch.
+    progress: epoch, inner epoch, and number of the update within the epoch.
     """
     infos = []
     for number, minibatch in enumerate(minibatches(run, *progress[:2], samples, indices)):
-        # gradients are averaged over processes in the last backward pass of the update only
+        # DDP averages gradients over processes only in the last backward pass of the update
         with run.accelerator.accumulate(run.unet):
             loss, info = minibatch_loss(run, samples, advantages, *minibatch)
-            if run.data_loss:  # not in ddpo-pytorch: the loss on real images, which the reward cannot fool
+            if run.data_loss:  # not in ddpo-pytorch: diffusion loss on real images, against reward hacking
                 info["data_loss"] = (data_loss := run.data_loss(*progress, number)).detach()
                 loss = loss + run.config.train.data_coef * data_loss
             run.accelerator.backward(loss)
@@ -329,7 +329,7 @@ def load_rollout_gradient(
 ) -> dict[str, torch.Tensor]:
     """Set the gradient of the epoch's first update from the rollout's; return the statistics of one minibatch.
 
-    A single forward pass measures that the ratio is 1, on which the shortcut rests (rollout_gradients.py).
+    That minibatch's forward pass measures whether the ratio is 1, as the shortcut assumes (rollout_gradients.py).
     """
     limit = run.config.train.adv_clip_max
     clipped = advantages[to_device(indices, advantages.device)].clamp(-limit, limit)
@@ -342,25 +342,25 @@ def load_rollout_gradient(
 def score_minibatch(
     run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor, indices: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Return the statistics of the first minibatch of the update on the samples `indices`."""
+    """Return the statistics of an update's first minibatch, without gradients; `indices` are the update's samples."""
     return minibatch_loss(run, samples, advantages, *next(minibatches(run, epoch, 0, samples, indices)))[1]
 
 
 def minibatches(
     run: Run, epoch: int, inner_epoch: int, samples: Trajectories, indices: torch.Tensor
 ) -> Iterator[tuple[list[str], torch.Tensor, torch.Tensor]]:
-    """Yield an update's minibatches: prompts, and (sample, step) index pairs, each (B,) and on the samples' device.
+    """Yield an update's minibatches: B prompts, and the indices of samples and steps, each (B,) on the samples' device.
 
     B = train.batch_size * train.timesteps_per_forward.
     """
     train, sizes, pairs = run.config.train, run.sizes, []
     for batch in indices.split(train.batch_size):
         numbers, window = (run.first_sample + batch).tolist(), sizes.timestep_window
-        # (batch_size, T'): trained timesteps of each sample, shuffled independently
+        # (batch_size, T'): the timesteps trained on, shuffled independently for each sample
         steps = timestep_order(run.config.seed, epoch, inner_epoch, numbers, window, sizes.train_timesteps)
         for chunk in steps.split(train.timesteps_per_forward, dim=1):
             pairs.append(torch.stack([batch.repeat_interleave(chunk.shape[1]), chunk.flatten()]))
-    # copied together, once an update
+    # one host-to-device copy per update
     for pair, (sample, step) in zip(pairs, to_device(torch.stack(pairs), samples.latents.device), strict=True):
         yield [samples.prompts[i] for i in pair[0].tolist()], sample, step
 
@@ -389,12 +389,12 @@ def minibatch_loss(
         guidance_scale=config.sample.guidance_scale,
     )
     with run.accelerator.autocast():
-        noise_pred = predict_noise(run.unet)  # the same call as in the rollout, so that the ratio begins at exactly 1
-    # log-prob (B,) of the step that the rollout took, under the policy as it is now; in float32, outside autocast
+        noise_pred = predict_noise(run.unet)  # the same call as in the rollout, so that the ratio starts at exactly 1
+    # log-prob (B,) of the rollout's step under the current policy; in float32, outside autocast
     _, log_prob = ddim_step_with_logprob(
         scheduler, noise_pred, timesteps, latents, config.sample.eta, prev_sample=next_latents
     )
-    old_log_prob = samples.log_probs[sample, step]  # (B,) of the policy that sampled
+    old_log_prob = samples.log_probs[sample, step]  # (B,) under the policy that sampled
     loss, info = ppo_loss(log_prob, old_log_prob, advantages[sample], train.clip_range, train.adv_clip_max)
     if train.kl_coef:  # not in ddpo-pytorch: KL to the base model, which is the UNet with its adapters off
         with torch.no_grad(), disabled_lora(run.pipe.unet), run.accelerator.autocast():
@@ -414,7 +414,7 @@ def evaluate(run: Run, state: RunState) -> dict[str, float]:
 
 
 def draw_grid(run: Run, state: RunState) -> None:
-    """Save 16 images of prompts and noise that stay the same for the whole run."""
+    """Save a grid of 16 images, from the same prompts and noise throughout the run."""
     seed, size = run.config.seed, run.config.sample.batch_size
     prompts, _ = draw_prompts(run.task.prompt_fn, seed, 0, 16)
     path = state.folder / f"grid_{state.epoch:04d}.png"

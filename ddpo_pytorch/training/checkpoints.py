@@ -2,7 +2,7 @@
 
 Weights are safetensors (`pytorch_lora_weights.safetensors`, or `unet.safetensors` of a full fine-tune), optimizer state
 is plain tensors, progress is JSON, README.md is a model card, and a manifest lists all files with their hashes. Random
-states are not saved: all randomness is a function of progress. `best` is a link to the checkpoint of the highest
+states are not saved: all randomness is a function of progress. `best` is a link to the checkpoint with the highest
 held-out APR.
 """
 
@@ -43,7 +43,7 @@ PROGRESS = {  # RunState.state_dict()
     "held_out": {"best": _EVALUATION, "last": _EVALUATION, "collapsed": COUNT, "fingerprint": OneOf((dict, None))},
 }
 _NAME = re.compile(r"checkpoint_?(\d+)")
-# name of the weights' file, the trained weights, and the state of optimizer and scaler, all on the CPU
+# name of the weight file, the trained weights, and the state of optimizer and scaler, all on the CPU
 Snapshot = tuple[str, dict[str, torch.Tensor], dict[str, Any]]
 logger = logging.getLogger(__name__)
 
@@ -57,14 +57,14 @@ def checkpoints(run_dir: str | Path) -> list[Path]:
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Return whether a folder is a checkpoint of train.py, possibly damaged, as opposed to a run folder."""
+    """Return whether a folder is a checkpoint of train.py (possibly damaged), as opposed to a run folder."""
     path = Path(path)
     named = path.name == BEST or _NAME.fullmatch(path.name)
     return path.is_dir() and not checkpoints(path) and (bool(named) or (path / PROGRESS_FILE).is_file())
 
 
 def epochs_completed(checkpoint: str | Path) -> int:
-    """Return the epochs completed before a checkpoint was saved, by its name, else by progress.json (UserError)."""
+    """Return the epochs completed at a checkpoint, from its name, else from progress.json (may raise UserError)."""
     name = _NAME.fullmatch(Path(checkpoint).name)
     return int(name[1]) if name else _read_progress(checkpoint)["epoch"]
 
@@ -74,7 +74,7 @@ def _read_progress(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def find_damage(checkpoint: str | Path, only: str = "", check_hashes: bool = True) -> str | None:
-    """Return how a checkpoint, or the file `only` of it, differs from its manifest, or None.
+    """Return how a checkpoint, or just its file `only`, differs from its manifest; None if it does not.
 
     Without `check_hashes` only file sizes are compared.
     """
@@ -102,9 +102,9 @@ def find_damage(checkpoint: str | Path, only: str = "", check_hashes: bool = Tru
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint that `path` is, or the newest undamaged one of a run folder.
+    """Return `path` if it is a checkpoint, or the newest undamaged checkpoint of a run folder.
 
-    Logs a line for each damaged checkpoint that is passed over. Raises UserError if `path` is neither, is a damaged
+    Logs a warning for each damaged checkpoint that is skipped. Raises UserError if `path` is neither, is a damaged
     checkpoint, or holds no undamaged one.
     """
     path = Path(path)
@@ -132,10 +132,10 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def find_weights(path: str | Path) -> Path:
-    """Return the weight file that `path` is or holds: LoRA in any known format, or a full UNet.
+    """Return the weight file at or in `path`: LoRA in any known format, or a full UNet.
 
-    `path` may be a file, a checkpoint folder (also a published one), or a run folder, which stands for its newest
-    checkpoint. Raises UserError if there is none, or if it is not what the folder's manifest states.
+    `path` may be a file, a checkpoint folder (also a published one), or a run folder, of which the newest checkpoint is
+    used. Raises UserError if there is none, or if it does not match its folder's manifest.
     """
     path = resolve(path)
     if path.is_file():
@@ -154,7 +154,7 @@ def find_weights(path: str | Path) -> Path:
 def load_weights(unet: nn.Module, path: str | Path, adapters: bool | None = None) -> Path:
     """Load LoRA or full UNet weights, whichever `path` holds, and return the file they came from.
 
-    adapters: which of the two is required. Raises UserError for the other kind, and as the loaders do.
+    adapters: True requires LoRA, False a full UNet. Raises UserError for the other kind, and as the loaders do.
     """
     file, full = find_weights(path), False
     if file.suffix == ".safetensors":
@@ -178,7 +178,7 @@ def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler:
     """Restore weights, optimizer and gradient scaler of an undamaged checkpoint; return its progress.
 
     The optimizer's moments come from the checkpoint, its learning rate and other settings from the configuration.
-    Raises UserError for a checkpoint of another kind of training.
+    Raises UserError for a checkpoint that another kind of training wrote.
     """
     folder, lora = Path(folder), has_lora(unet)
     if not (folder / STATE_FILE).is_file() or not (folder / PROGRESS_FILE).is_file():
@@ -206,9 +206,9 @@ def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler:
 
 
 def snapshot(unet: nn.Module, optimizer: Any, scaler: Any, main: bool = True) -> Snapshot | None:
-    """Collect what a checkpoint holds on the `main` process; None on the others. Collective: every process calls it.
+    """Return the content of a checkpoint on the `main` process, None on the others. Collective: call on every process.
 
-    Tensors that are on the CPU already are not copied: write them before the next update.
+    Tensors already on the CPU are not copied, so write them before the next update.
     """
     lora = has_lora(unet)
     weights = (lora_state_dict(unet) if main else None) if lora else gather_state(unet, main)
@@ -223,15 +223,15 @@ def save_checkpoint(
 ) -> Path:
     """Write `checkpoint_<progress["epoch"]>` atomically, then remove all but the newest `limit` and the best one.
 
-    `card` becomes its README.md. With `best`, the link of that name points to it from now on. A damaged checkpoint of
-    the same epoch is quarantined; damaged ones do not count among the newest. Main process only. Raises UserError when
-    the disk is full, with everything as it was before.
+    `card` becomes its README.md. With `best`, the link `best` is set to it. A damaged checkpoint of the same epoch is
+    quarantined; damaged ones do not count towards `limit`. Main process only. Raises UserError if the disk is full,
+    leaving existing files unchanged.
     """
     folder, text = Path(run_dir) / f"checkpoint_{progress['epoch']}", json.dumps(progress, indent=1)
     name, weights, state = taken
     moments = [value for memory in state["optimizer"]["state"].values() for value in memory.values()]
     tensors = [value for value in (*weights.values(), *moments) if isinstance(value, torch.Tensor)]
-    # an upper bound: besides its tensors a file holds little
+    # upper bound: apart from the tensors, the files are small
     size = sum(tensor.nbytes for tensor in tensors) + 512 * len(tensors) + len(text) + 2**16
     with atomic_folder(folder, size) as temporary:
         save_file(weights, temporary / name, metadata={"format": "pt"})
@@ -257,7 +257,7 @@ def save_checkpoint(
 
 
 def link_best(run_dir: str | Path, epoch: int) -> None:
-    """Let `best` point to the checkpoint after `epoch` epochs."""
+    """Point the link `best` to the checkpoint after `epoch` epochs."""
     link = Path(run_dir) / BEST
     if _is_copy(link):
         remove_folder(link)
@@ -267,10 +267,10 @@ def link_best(run_dir: str | Path, epoch: int) -> None:
 
 
 def repair_best(run_dir: str | Path, epoch: int | None) -> bool:
-    """Make `best` what progress states: the checkpoint after `epoch` epochs, or nothing for None.
+    """Make `best` agree with the progress: a link to the checkpoint after `epoch` epochs, or no link for None.
 
-    A kill may have left the link on an earlier one. Returns False where that checkpoint is missing or damaged, which is
-    quarantined. Main process only.
+    A kill may have left it at another checkpoint. Returns False if the right one is missing or damaged. Damaged ones
+    are quarantined. Main process only.
     """
     link, checkpoint = Path(run_dir) / BEST, Path(run_dir) / f"checkpoint_{epoch}"
     if link.is_dir():
@@ -299,7 +299,7 @@ def quarantine(folder: Path) -> None:
 
 
 def model_card(settings: Mapping[str, Any], weights_file: str, epoch: int) -> str:
-    """Return README.md of a checkpoint of a run with this configuration, with the metadata that the hub reads."""
+    """Return the README.md of a checkpoint of a run with these settings, with the metadata that the hub reads."""
     model, kind = settings["pretrained"]["model"], "lora" if weights_file == FILE_NAME else "unet"
     on_hub = model.count("/") == 1 and not Path(model).exists()
     base_model = f"base_model: {json.dumps(model)}\n" if on_hub else ""

@@ -1,4 +1,4 @@
-"""The diffusion loss on real images, which keeps a policy near them where the reward is blind (DDRL, 2512.04332)."""
+"""Diffusion loss on real images, which keeps a policy near them where the reward is blind (DDRL, arXiv 2512.04332)."""
 
 import torch
 from accelerate import Accelerator
@@ -15,9 +15,9 @@ from ddpo_pytorch.utils.randomness import BatchDraws, Stream, derived_seed, gene
 
 
 class DataLoss:
-    """Loss of random batches from the latents in `train.data_latents`, one row for each row of the policy loss.
+    """Diffusion loss of random batches of the latents in `train.data_latents`, as large as those of the policy loss.
 
-    Raises UserError as `LatentShards` does, and for latents that another autoencoder made.
+    Raises UserError as `LatentShards` does, and for latents of another autoencoder.
     """
 
     def __init__(self, accelerator: Accelerator, config: ConfigDict, pipe: StableDiffusionPipeline):
@@ -31,9 +31,9 @@ class DataLoss:
         self.loss = NoiseLoss(pipe, table, config.sd.caption_dropout)
 
     def __call__(self, *progress: int) -> torch.Tensor:
-        """Return the loss, a scalar, of the batch that is a function of the seed and `progress`."""
+        """Return the scalar loss of a batch that depends on the seed and `progress` alone."""
         rank, processes, device = *self.share, self.accelerator.device
-        # chosen on the host, so that nothing waits for the device
+        # on the CPU, so that nothing waits for the device
         generator = generator_of(self.seed, Stream.DATA, *progress)
         chosen = torch.randint(len(self.latents), (processes, self.rows), generator=generator)[rank].tolist()
         batch = [to_device(part, device) for part in default_collate([self.latents[row] for row in chosen])]

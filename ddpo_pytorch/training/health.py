@@ -37,7 +37,7 @@ def check_groups(advantage: str, prompts: Sequence[str]) -> None:
 
 
 class HealthCheck:
-    """Checks of each epoch for the settings `config.train`; logs each kind of problem once, where `active`."""
+    """Checks each epoch of a training with settings `config.train`; logs each kind of problem once, if `active`."""
 
     def __init__(self, train: ConfigDict, active: bool = True):
         self._train, self._active = train, active
@@ -58,7 +58,7 @@ class HealthCheck:
             self._warn(
                 "singles",
                 f"epoch {epoch}: {alone} of {len(set(prompts))} prompts were drawn once and teach nothing with "
-                "train.advantage=group: set sample.images_per_prompt to 2 or more",
+                f"train.advantage={self._train.advantage}: set sample.images_per_prompt to 2 or more",
             )
         if largest < SMALL_ADVANTAGE or grad_norm == 0:
             self._warn(

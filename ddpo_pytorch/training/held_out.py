@@ -1,7 +1,7 @@
-"""Images of prompts and noise that never change while a model trains: sample grids, and held-out APR and reward.
+"""Images from fixed prompts and noise, drawn during training: sample grids, and held-out APR and reward.
 
 An image's noise is a function of (seed, prompt number, image number) alone, so grids and evaluations of a run differ
-only by the weights. No random state is read or left behind: training continues as if nothing had happened.
+only in the weights. No global random state is read or changed, so training is not affected.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,10 +42,10 @@ def draw_fixed(
     batch_size: int,
     show: Callable[[Sequence], Iterable] = iter,
 ) -> Iterator[tuple[range, torch.Tensor]]:
-    """Draw an image for each prompt, from `noise(its number)`; yield this process's batches: numbers, (B, 3, H, W).
+    """Draw an image for each prompt, number i from `noise(i)`; yield this process's batches: numbers, (B, 3, H, W).
 
-    Every process has equally many batches, if need be some that another one has, too: a UNet divided by FSDP needs all
-    processes in every pass. `show` wraps the batches, for a progress bar.
+    Every process draws the same number of batches, repeating some of another process if needed, because a UNet sharded
+    by FSDP needs all processes in every pass. `show` wraps the batches in a progress bar.
     """
     was_training = pipe.unet.training
     pipe.unet.eval()
@@ -68,13 +68,14 @@ def save_grid(
     batch_size: int,
     path: Path,
 ) -> Image.Image | None:
-    """Draw one image per prompt and save them as a grid. Returns the picture on the main process."""
+    """Draw one image per prompt and save them as a grid; return it on the main process."""
 
     def noise(number: int) -> torch.Generator:
-        return generator_of(seed, Stream.GRID, 0, number)  # on the CPU: equal on every device
+        return generator_of(seed, Stream.GRID, 0, number)  # on the CPU: the same on every device
 
-    images, share = [], -(-len(prompts) // accelerator.num_processes)  # no image is drawn twice
-    for numbers, drawn in draw_fixed(accelerator, pipe, embeddings, prompts, noise, sampling, min(batch_size, share)):
+    images, share = [], -(-len(prompts) // accelerator.num_processes)
+    batch_size = min(batch_size, share)  # no image is drawn twice
+    for numbers, drawn in draw_fixed(accelerator, pipe, embeddings, prompts, noise, sampling, batch_size):
         images += zip(numbers, drawn.float().cpu(), strict=True)
     images = dict(gather_object(images))
     if not accelerator.is_main_process:
@@ -89,7 +90,7 @@ def load_judge(
 ) -> ArtifactClassifier:
     """Load the classifier of the four artifacts at `path`.
 
-    Raises UserError for other labels, and for the weights of a classifier that gives the reward, whatever its path.
+    Raises UserError for other labels, and for the same weights as a classifier of the reward, whatever its path.
     """
     if not path:
         raise UserError("held_out.classifier is empty; held_out.every needs the H=4 judge, or set held_out.every=0")
@@ -108,7 +109,7 @@ def load_judge(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """APR in [0, 1] by the judge and mean reward of the same images; APR of each caption."""
+    """APR in [0, 1] according to the judge, mean reward of the same images, and APR of each caption."""
 
     apr: float
     reward: float
@@ -118,8 +119,8 @@ class Evaluation:
 class HeldOut:
     """A fixed set of prompts and noise with its judge (`load_judge`).
 
-    `prompts` are (prompt, metadata); raises UserError for one that is not an ISIC caption. `fingerprint` is what two
-    evaluations must share for their numbers to be comparable.
+    `prompts` are (prompt, metadata); raises UserError for one that is not an ISIC caption. Two evaluations are
+    comparable if their `fingerprint` is the same.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class HeldOut:
     ) -> Evaluation:
         """Draw and score all images with the current weights; return the same result on every process.
 
-        Judge and reward see images in 8 bits, as they would be stored. Raises UserError if an image is not finite.
+        Judge and reward see 8-bit images, as they would be stored. Raises UserError if an image is not finite.
         """
         captions, metadata = zip(*self.images, strict=True)
 
@@ -163,13 +164,13 @@ class HeldOut:
         scores = []  # (number, predictions of the judge, reward) of each image
         fixed = captions, noise, self.sampling, batch_size, show
         for numbers, images in draw_fixed(accelerator, pipe, embeddings, *fixed):
-            texts, about = captions[numbers.start : numbers.stop], metadata[numbers.start : numbers.stop]
+            texts, details = captions[numbers.start : numbers.stop], metadata[numbers.start : numbers.stop]
             if not images.isfinite().all():
                 raise UserError(
                     f"a held-out image of {texts[0]!r}, ... is not finite; lower train.learning_rate, or use bf16 or no"
                 )
             images = to_uint8(images).float() / 255
-            rewards, _ = as_reward(reward_fn)(images, texts, about)
+            rewards, _ = as_reward(reward_fn)(images, texts, details)
             scores += zip(numbers, self.judge.predict(images).tolist(), rewards.tolist(), strict=True)
         scored = {number: values for number, *values in gather_object(scores)}
         predictions, rewards = zip(*(scored[number] for number in range(len(captions))), strict=True)

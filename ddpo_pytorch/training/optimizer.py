@@ -17,7 +17,7 @@ def make_adamw(
 ) -> torch.optim.Optimizer:
     """Return AdamW (fused, or bitsandbytes' in 8 bits) with `settings`: lr, betas, eps, weight_decay.
 
-    Raises UserError if bitsandbytes is asked for and not installed.
+    Raises UserError if bitsandbytes is needed but not installed.
     """
     if not use_8bit_adam:
         return torch.optim.AdamW(parameters, fused=True, **settings)
@@ -43,8 +43,8 @@ def make_optimizer(train: ConfigDict, parameters: list[torch.nn.Parameter]) -> t
 class GuardedOptimizer:
     """Optimizer wrapper that clips gradients to `max_grad_norm` over all parameters and skips non-finite steps.
 
-    Accelerator and optimizer are as prepared by Accelerate; with fp16 its gradient scaler does the skipping. `limit`
-    steps skipped in a row abort the training.
+    `optimizer` was prepared by `accelerator`, whose gradient scaler does the skipping with fp16. `limit` skipped steps
+    in a row abort the training.
     """
 
     def __init__(self, accelerator: Accelerator, optimizer: AcceleratedOptimizer, max_grad_norm: float, limit: int):
@@ -55,7 +55,7 @@ class GuardedOptimizer:
     def step(self, parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor | None:
         """Clip gradients, update and clear them; return the norm before clipping, or None if the step was skipped.
 
-        Raises UserError at `limit` skipped steps in a row. Processes agree, since gradients are averaged.
+        Raises UserError after `limit` skipped steps in a row. All processes agree, since gradients are averaged.
         """
         grad_norm = full_tensor(self._accelerator.clip_grad_norm_(parameters, self._max_grad_norm))
         skipped = not grad_norm.isfinite()

@@ -1,16 +1,16 @@
 """The gradient of an epoch's first update, taken while sampling.
 
-Until the first update the policy is the one that samples, so PPO's ratio is 1 and its gradient is that of REINFORCE:
+Before the first update the policy is the one that sampled, so PPO's ratio is 1 and its gradient is that of REINFORCE:
 
     -1 / (N T) sum_i A_i sum_t grad log p(x_{i,t-1} | x_{i,t}, c_i)
 
 (N samples in the update, T trained timesteps each, A clipped; at ratio 1 the clip is not active). The advantages A need
-the rewards of the whole epoch, but the inner sum does not: it is taken right after each step is sampled, while the
-UNet's activations exist, and kept per sample. The update is spared the forward passes of its samples.
+the rewards of the whole epoch, but the inner sum does not: it is computed right after each step is sampled, while the
+UNet's activations exist, and kept per sample. This saves the forward passes of the update.
 
 Per-sample gradients come from one backward pass over the batch: an adapter weight W acts on row i as y_i = W x_i, so
-its gradient is the sum over rows of g_i^T x_i, with g_i the gradient of y_i (Goodfellow 2015). Autograd keeps the sum;
-the layers below keep its terms.
+its gradient is the sum over rows of g_i^T x_i, with g_i the gradient of y_i (Goodfellow 2015). Autograd keeps only the
+sum; the layers below keep its terms.
 """
 
 import logging
@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 class RolloutGradients:
     """Per-sample gradients of trajectories' log-probs with respect to the adapters, in CPU memory.
 
-    `samples` of this process in the first update are drawn `batch_size` at a time; steps in `window` (first, last + 1)
-    are trained on, with `passes` rows of the bare UNet per sample (2 with guidance).
+    This process has `samples` in the first update, drawn `batch_size` at a time. Steps in `window` (first, last + 1)
+    are trained on. A sample takes `passes` rows of the bare UNet's batch (2 with guidance).
     """
 
     def __init__(
@@ -56,18 +56,18 @@ class RolloutGradients:
         self._terms = samples * (window[1] - window[0])
         self._weights = [weight for weight in unet.parameters() if weight.requires_grad]
         count, on_gpu = sum(weight.numel() for weight in self._weights), accelerator.device.type == "cuda"
-        self._sums = torch.zeros(samples, count, pin_memory=on_gpu)  # copies to it need not be waited for
+        self._sums = torch.zeros(samples, count, pin_memory=on_gpu)  # pinned: copies to it are asynchronous
 
     @contextmanager
     def recording(self, first: int, count: int) -> Iterator["RolloutGradients"]:
-        """Attribute what `take` gets to samples first ... first + count - 1 of the first update, in its order."""
+        """Attribute gradients added by `take` to samples [first, first + count) of the first update, in its order."""
         with per_sample_gradients(self._unet, self._passes * count) as gradients:
             yield self
         parts = (gradients[weight].reshape(self._passes, count, -1).sum(dim=0) for weight in self._weights)
         self._sums[first : first + count].copy_(torch.cat(list(parts), dim=1), non_blocking=True)
 
     def wants(self, step: int) -> bool:
-        """Return whether a step is trained on and has to be sampled with gradients enabled."""
+        """Return whether a step is trained on, and must be sampled with gradients enabled."""
         return self._window[0] <= step < self._window[1]
 
     def take(self, log_probs: torch.Tensor) -> None:
@@ -75,12 +75,12 @@ class RolloutGradients:
         # divided as in the update's loss, so that a gradient scaler sees the usual magnitudes
         total, scaler = log_probs.sum() / self._terms, self._accelerator.scaler
         total = total if scaler is None else scaler.scale(total)
-        with torch.autocast(log_probs.device.type, enabled=False):  # meant for forward passes only
+        with torch.autocast(log_probs.device.type, enabled=False):  # autocast is for forward passes only
             torch.autograd.grad(total, self._weights, allow_unused=True)
 
     def set_gradients(self, advantages: torch.Tensor) -> None:
-        """Set the weights' gradient from the clipped advantages (samples,) of the first update, in its order."""
-        weights = -advantages.cpu()  # waits for the device, and so for the copies of the sums
+        """Set the weights' gradients, given the clipped advantages (samples,) of the first update, in its order."""
+        weights = -advantages.cpu()  # waits for the device, and thus for the copies to the sums
         mean = self._accelerator.reduce(to_device(weights @ self._sums, advantages.device), "mean")
         for weight, part in zip(self._weights, mean.split([weight.numel() for weight in self._weights]), strict=True):
             weight.grad = part.view_as(weight).clone()
@@ -89,10 +89,10 @@ class RolloutGradients:
 def rollout_gradients(
     accelerator: Accelerator, unet: nn.Module, sizes: BatchSizes, sample: ConfigDict, train: ConfigDict
 ) -> RolloutGradients | None:
-    """Return what takes the first updates' gradients, or None if `train` does not want it or it is not possible.
+    """Return the `RolloutGradients` of a run, or None if they are switched off or impossible.
 
-    It takes adapters of linear layers alone, trained on every timestep of the window, no loss but the policy's, and no
-    compiled blocks.
+    They require that only adapters of linear layers are trained, on every timestep of the window, with no loss but the
+    policy's and without torch.compile.
     """
     window = sizes.timestep_window
     whole_window = sizes.train_timesteps == window[1] - window[0]
@@ -108,7 +108,7 @@ def rollout_gradients(
 def rollout_batches(
     order: Sequence[int], size: int, gradients: RolloutGradients | None
 ) -> list[tuple[list[int], AbstractContextManager]]:
-    """Return (samples to draw together, context to draw them in), first those of the first update, with recording."""
+    """Return batches of samples, each with the context to draw it in; those of the first update come first."""
     batches, first = [], 0
     if gradients:
         first = gradients.samples
@@ -119,7 +119,7 @@ def rollout_batches(
 
 
 def has_per_sample_gradients(unet: nn.Module) -> bool:
-    """Return whether adapters of linear layers are all that is trained."""
+    """Return whether only adapters of linear layers are trained."""
     layers = [module for module in unet.modules() if isinstance(module, lora.Linear)]
     adapters = {weight for layer in layers for linear in (layer.lora_A, layer.lora_B) for weight in linear.parameters()}
     return bool(adapters) and {weight for weight in unet.parameters() if weight.requires_grad} == adapters
@@ -127,7 +127,7 @@ def has_per_sample_gradients(unet: nn.Module) -> bool:
 
 @contextmanager
 def per_sample_gradients(unet: nn.Module, rows: int, adapter: str = "default") -> Iterator[Gradients]:
-    """Yield {weight: (rows, *weight.shape)}, float32 or wider, to which backward passes add each row's gradient.
+    """Yield {weight: (rows, *weight.shape)}, float32 or wider, to which backward passes add the gradient of each row.
 
     Backward passes are `torch.autograd.grad` of `rows` rows with respect to the adapters; ignore what they return.
     """

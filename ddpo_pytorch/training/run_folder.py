@@ -1,4 +1,4 @@
-"""The folder of a training run: locking, whether a command may resume there, and from which checkpoint."""
+"""The folder of a training run: its lock, its settings, and the checkpoint from which a command may resume there."""
 
 import json
 import logging
@@ -38,10 +38,10 @@ FREE = {
     *("process_timeout", "dataset", "eval", "metric", "sd", "rlhf", "improve"),  # blocks of other scripts
 }
 ARGUMENTS = ("prompt_fn_kwargs.", "reward_fn_kwargs.")
-# paths that are compared by the content behind them, of which config.json keeps fingerprints under CONTENTS
+# paths that are compared by content; config.json keeps the fingerprints under CONTENTS
 BY_CONTENT = ("pretrained.model", "pretrained.revision", "unet_path", "held_out.classifier", "train.data_latents")
 CONTENTS = "contents"
-BEHIND = {
+BEHIND = {  # settings that determine the content, by the first part of a fingerprint's name
     "model": ("pretrained", "unet_path", "mixed_precision", "use_lora"),
     "reward": ("reward_fn", "reward_fn_kwargs"),
     "prompts": ("prompt_fn", "prompt_fn_kwargs"),
@@ -57,11 +57,11 @@ def open_run(
     """Lock a run's folder; return it with the checkpoint to resume from, or None for a new run. Main process only.
 
     The folder is `<logdir>/<run_name>` (date and time without a name). If it exists, the run resumes from its newest
-    undamaged checkpoint, provided that `settings` (JSON-able, except those in `FREE`) are the ones it was begun with.
-    `resume_from`, a run or checkpoint folder, resumes with any settings in the folder of that checkpoint, which has to
-    be the newest undamaged one, so that nothing is overwritten. Damaged newer ones are quarantined.
+    undamaged checkpoint, provided that `settings` are those it was started with (except for those in `FREE`).
+    `resume_from`, a run or checkpoint folder, resumes with any settings in the folder of that checkpoint, which must be
+    the newest undamaged one, so that nothing is overwritten. Damaged newer ones are quarantined.
 
-    The lock is held until `held` is closed. Raises UserError for a folder that another run is writing, for other
+    The lock is held until `held` is closed. Raises UserError for a folder that another run is writing, for different
     settings, naming the first, and as `find_checkpoint` does.
     """
     if resume_from:
@@ -121,7 +121,7 @@ def _holds_checkpoint(folder: Path) -> bool:
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any], epoch: int, resumed: bool) -> None:
-    """Write config.json, or config_<epochs completed>.json if a resumed run was given other settings."""
+    """Write config.json, or config_<epochs completed>.json if a run is resumed with other settings."""
     text = json.dumps(settings, indent=1, default=str) + "\n"
     if resumed and (files := _settings_files(folder)) and files[-1].read_text() == text:
         return
@@ -130,7 +130,7 @@ def write_settings(folder: Path, settings: Mapping[str, Any], epoch: int, resume
 
 
 def _settings_files(folder: Path) -> list[Path]:
-    """Return config.json and then those of later starts."""
+    """Return config.json, followed by the files of later starts."""
     return [path for path in (folder / CONFIG, *sorted(folder.glob("config_*.json"))) if path.is_file()]
 
 
@@ -147,11 +147,11 @@ def _last_settings(folder: Path) -> dict[str, Any]:
 
 
 def _comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings that must be equal, of both configurations, by dotted names.
+    """Return the settings of both configurations that must be equal, by dotted name.
 
-    Fields that only one of them has belong to another version of this program and are not compared, except for keyword
-    arguments of prompt functions and rewards. Nor are fields that this run does not read, and paths of which
-    `_check_contents` compares the content instead.
+    Not compared are fields that only one of them has (they belong to another version of this program), except keyword
+    arguments of prompt functions and rewards; fields that this run does not read; and paths whose content is compared
+    instead (`_check_contents`).
     """
     left, right = _flat(old), _flat(new)
 
@@ -178,7 +178,7 @@ def _comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[st
 def _check_contents(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], resume_from: bool) -> None:
     """Raise UserError if a file behind the settings has changed since the run began.
 
-    With `resume_from`, where settings may differ, only if its setting has not changed; an adapter to start from is then
+    With `resume_from`, settings may change, so only files whose setting is unchanged are compared; and `load_from` is
     refused unless the run started from it, since it would have no effect.
     """
     new = json.loads(json.dumps(new, default=str))
@@ -198,14 +198,14 @@ def _check_contents(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as JSON has them, by dotted names."""
+    """Return settings by dotted name, with their values as read back from JSON."""
     return flat(json.loads(json.dumps(settings, default=str)))
 
 
 def parse_trackers(log_with: str) -> list[LoggerType]:
     """Return Accelerate's trackers named in `log_with`, e.g. "wandb,tensorboard"; "" names none.
 
-    Raises UserError for one that is unknown or not installed. WANDB_MODE=disabled leaves W&B out.
+    Raises UserError for one that is unknown or not installed. With WANDB_MODE=disabled, W&B is left out.
     """
     try:
         trackers = [LoggerType(name.strip()) for name in log_with.split(",") if name.strip()]
@@ -221,7 +221,7 @@ def start_trackers(
 ) -> str | None:
     """Start the trackers of `parse_trackers` on the main process; return the id of the W&B run, if any.
 
-    Without a key W&B records offline instead of asking for one.
+    Without an API key, W&B runs offline instead of prompting for one.
     """
     trackers = parse_trackers(log_with)
     if not trackers or not accelerator.is_main_process:

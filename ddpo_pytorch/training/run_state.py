@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Remembered:
-    """An object of which the attributes named in `kept` belong to the progress of a run."""
+    """Base class that saves and restores the attributes named in `kept`."""
 
     kept: tuple[str, ...]
 
@@ -70,7 +70,7 @@ class RewardPlateau(Remembered):
 class BestAndCollapse(Remembered):
     """The best held-out evaluation of a run, and detection of collapse since then.
 
-    The best evaluation has the highest APR (the first of equals). A later one has *collapsed* when its APR, on the same
+    The best evaluation is the first with the highest APR. A later one has *collapsed* when its APR, on the same
     prompts and noise, is lower by more than `tolerance`. If its mean reward is higher at the same time, the reward is
     being hacked; otherwise the policy has broken down. After `patience` collapsed evaluations in a row training should
     stop; 0 never stops.
@@ -110,7 +110,7 @@ class BestAndCollapse(Remembered):
 
 
 class RunState(Remembered):
-    """Progress, logs and checkpoints of a run of train.py: of a new one or, with its weights loaded, of one to resume.
+    """Progress, logs and checkpoints of a run of train.py, either a new one or one that is resumed.
 
     Every process keeps the progress, the main process writes. The folder, locked until `close`, holds metrics.jsonl
     (one line per epoch), held_out.jsonl (one line per evaluation: epochs completed, apr, reward, apr_by_prompt),
@@ -118,8 +118,8 @@ class RunState(Remembered):
 
     Args:
         contents: fingerprints of the files behind the settings (main process only).
-        held_out: the evaluation of this run. Raises UserError if earlier ones cannot be compared with it.
-        unet, optimizer: take the weights and moments of a checkpoint. Raises as `open_run` and `load_checkpoint` do.
+        held_out: the evaluation of this run. Raises UserError if earlier ones are not comparable with it.
+        unet, optimizer: receive the weights and moments of a checkpoint. Raises as `open_run` and `load_checkpoint` do.
 
     Attributes:
         epoch, global_step, skipped_updates: epochs completed, optimizer updates taken and skipped.
@@ -178,7 +178,7 @@ class RunState(Remembered):
             )
 
     def begin(self, log_with: str, project: str) -> None:
-        """Write the settings, open the logs (dropping what is newer than the checkpoint) and start the trackers."""
+        """Write the settings, open the logs (dropping entries newer than the checkpoint) and start the trackers."""
         main = self.accelerator.is_main_process
         if main:
             write_settings(self.folder, self.settings, self.epoch, self.resumed)
@@ -232,7 +232,7 @@ class RunState(Remembered):
         return None
 
     def add_evaluation(self, evaluation: Evaluation, held_out: HeldOut) -> dict:
-        """Log an evaluation; return the fields of the epoch's log line. The best one so far makes `best_due` True."""
+        """Log an evaluation; return its fields for the epoch's log line. Sets `best_due` if it is the best so far."""
         self.watch.fingerprint = held_out.fingerprint
         self.held_out_log.write({"epoch": self.epoch} | asdict(evaluation))
         entry = {"held_out_apr": evaluation.apr, "held_out_reward": evaluation.reward}
@@ -241,9 +241,9 @@ class RunState(Remembered):
         return entry
 
     def save(self, unet: nn.Module, optimizer: Any) -> None:
-        """Write checkpoint_<epochs completed> unless it exists undamaged; let best point to it where that is due.
+        """Write checkpoint_<epochs completed> unless it exists undamaged; point `best` to it if `best_due`.
 
-        Every process calls it after the epoch was logged. Raises UserError when the disk is full.
+        Call on every process, after the epoch was logged. Raises UserError if the disk is full.
         """
         best, self.best_due = self.best_due, False
         existing = self.folder / f"checkpoint_{self.epoch}"
@@ -260,7 +260,7 @@ class RunState(Remembered):
         run_on_main_process(self.accelerator, write)
 
     def log_image(self, image: Image.Image) -> None:
-        """Send a picture to the trackers that take pictures. Main process only."""
+        """Send a picture to the trackers that support images. Main process only."""
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -62,14 +62,14 @@ RANGES = {
     SEED: ("seed",),
 }
 TRAINING = BATCHES | {name: allowed for allowed, names in RANGES.items() for name in names}
-# settings, with values that FSDP cannot take and others that it can
+# (setting, value that FSDP does not support, one that it does)
 WITHOUT_FSDP = (("use_lora", True, False), ("train.use_8bit_adam", True, False), ("mixed_precision", "fp16", "bf16"))
 ADVANTAGES = ("per_prompt", "group", "loo", "global")
-TRIED_PROMPTS = 32  # drawn to try the reward on, where not all prompts are known
+TRIED_PROMPTS = 32  # prompts to try the reward on, if not all are known
 
 
 def check_training(config: ConfigDict) -> None:
-    """Raise UserError for settings of train.py that cannot train, or that contradict each other."""
+    """Raise UserError for settings of train.py that are out of range or contradict each other."""
     check_ranges(config, TRAINING)
     # other schedulers of eval.py have no log-probabilities
     check_choices(config, {"train.advantage": ADVANTAGES, "sample.scheduler": ("ddim",)})
@@ -112,7 +112,7 @@ class BatchSizes:
 
     @property
     def forwards(self) -> int:
-        """Return the forward passes of the UNet per train batch."""
+        """Return the number of UNet forward passes per train batch."""
         return self.train_timesteps // self.timesteps_per_forward
 
     def describe(self) -> str:
@@ -123,7 +123,7 @@ class BatchSizes:
 
 
 def batch_sizes(sample: ConfigDict, train: ConfigDict, processes: int) -> BatchSizes:
-    """Return the counts that `config.sample` and `config.train` imply. Raises UserError where they do not divide."""
+    """Derive the counts from `config.sample` and `config.train`. Raises UserError if they do not divide evenly."""
     check_ranges({"sample": sample, "train": train}, BATCHES)
     local = sample.batch_size * sample.num_batches_per_epoch
     per_update = train.batch_size * train.gradient_accumulation_steps
@@ -152,15 +152,15 @@ def batch_sizes(sample: ConfigDict, train: ConfigDict, processes: int) -> BatchS
 
 
 def in_half_on_gpu(config: ConfigDict, device: torch.device) -> bool:
-    """Return whether the UNet's passes are in half precision on a GPU."""
+    """Return whether the UNet runs in half precision on a GPU."""
     return device.type == "cuda" and config.mixed_precision != "no"
 
 
 def rollout_batch_size(config: ConfigDict, device: torch.device) -> int:
-    """Return how many images are drawn at once: sample.batch_size, or in half precision on a GPU as many as are scored.
+    """Return the rollout's batch size: sample.batch_size, or that of the update in half precision on a GPU.
 
-    Other shapes mean other kernels there, whose rounding alone moves log-probs: in bfloat16 by up to 4.7e-4, far beyond
-    the clip range of 1e-4.
+    There, other shapes select other kernels, whose rounding alone changes log-probs: in bfloat16 by up to 4.7e-4, far
+    beyond the clip range of 1e-4.
     """
     if in_half_on_gpu(config, device):
         return config.train.batch_size * config.train.timesteps_per_forward
@@ -172,13 +172,13 @@ class Task:
     """Prompts to draw and the reward to earn."""
 
     prompt_fn: Callable[..., Prompt]
-    prompts: list[Prompt] | None  # all that it can draw, or None where that is not known
+    prompts: list[Prompt] | None  # all that prompt_fn can return, or None if unknown
     reward_fn: Reward
     held_out: HeldOut | None  # None if it is off
 
 
 def make_task(config: ConfigDict, device: torch.device) -> Task:
-    """Build the configured task and try the reward on its prompts. Raises UserError for parts that do not fit."""
+    """Build the configured task and try the reward on its prompts. Raises UserError for an invalid part."""
     prompt_fn = get_prompt_fn(config.prompt_fn, **config.prompt_fn_kwargs)
     reward_fn = build_reward(config.reward_fn, config.reward_fn_kwargs.to_dict(), device)
     prompts = None
@@ -195,7 +195,7 @@ def make_task(config: ConfigDict, device: torch.device) -> Task:
 
 
 def load_policy(config: ConfigDict, dtype: torch.dtype, device: torch.device) -> StableDiffusionPipeline:
-    """Load the pipeline, frozen in `dtype` except for the policy, which is in float32: LoRA adapters or the whole UNet.
+    """Load the pipeline, frozen in `dtype`, with a trainable policy in float32: LoRA adapters or the whole UNet.
 
     Raises UserError for files that do not fit, and for a schedule that cannot be trained.
     """
@@ -204,7 +204,7 @@ def load_policy(config: ConfigDict, dtype: torch.dtype, device: torch.device) ->
     pipe.set_progress_bar_config(disable=True)
     set_schedule(pipe, config.sample.num_steps)
     check_schedule(pipe.scheduler, config.sample.eta)
-    # fastest for convolutions, but FSDP divides contiguous weights only
+    # fastest for convolutions, but FSDP shards contiguous weights only
     for part in (pipe.vae,) if sharding_requested() else (pipe.unet, pipe.vae):
         part.to(memory_format=torch.channels_last)
     if config.use_lora:
