@@ -1,7 +1,7 @@
-"""One DDIM step as a Gaussian policy: its mean and standard deviation, a sample from it, and that sample's density.
+"""A DDIM step as a Gaussian policy: its mean and standard deviation, samples, and their log-probability.
 
 With noise (eta > 0) a DDIM step is a Gaussian with diagonal covariance (DDIM paper, equation 12), so denoising is a
-Markov chain with known transition densities: all that a policy gradient needs (DDPO, section 4.3).
+Markov chain with known transition densities, which is all a policy gradient needs (DDPO, section 4.3).
 """
 
 import math
@@ -20,7 +20,7 @@ Generators = torch.Generator | list[torch.Generator] | None
 def _alphas(scheduler: DDIMScheduler, timestep: Timestep, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the cumulative alphas before and after the step, float32 (B,), or (1,) for a single timestep.
 
-    After the last step the timestep is clamped to 0, so alphas_cumprod[0] is taken whatever set_alpha_to_one says: with
+    After the last step the timestep is clamped to 0, i.e. to alphas_cumprod[0], whatever set_alpha_to_one says: with
     alpha 1 the last step would have no variance and hence no density.
     """
     if scheduler.num_inference_steps is None:
@@ -56,14 +56,14 @@ def ddim_mean_std(
     """Return mean and standard deviation of p(x_prev | x_t) for a DDIM step (DDIM paper, equations 12 and 16).
 
     Args:
-        scheduler: after `set_timesteps`; its prediction type, thresholding and clipping are respected.
+        scheduler: after `set_timesteps`; its prediction type, thresholding and clipping are honoured.
         model_output, sample: (B, C, H, W), the UNet's output (after guidance) for the latents x_t.
         timestep: one for the whole batch (int or 0-d), or (B,).
         eta: amount of noise, >= 0; 1 is DDPM's.
 
     Returns:
-        mean (B, C, H, W) and std (B, 1, 1, 1) or (1, 1, 1, 1), always float32: half precision loses the small variances
-        of the last steps.
+        mean (B, C, H, W) and std (B, 1, 1, 1) or (1, 1, 1, 1), always float32: half precision would lose the small
+        variances of the last steps.
     """
     if not eta >= 0:
         raise ValueError(f"eta is {eta}; it cannot be negative")
@@ -94,11 +94,11 @@ def ddim_step_with_logprob(
     generator: Generators = None,
     prev_sample: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Take one DDIM step, or score an earlier one, and return it with its log-probability.
+    """Take a DDIM step, or score an earlier one; return the next latents and their log-probability.
 
     Without `prev_sample` the next latents are drawn; with it they are scored, with a gradient through `model_output`
-    only. Both use the latents in the dtype of `sample`, in which they are stored: a density taken before the rounding
-    would differ from that of the stored latents, and the PPO ratio from 1.
+    only. In both cases the density is that of latents rounded to the dtype of `sample`, in which they are stored:
+    otherwise the PPO ratio would differ from 1.
 
     Args (the others as for `ddim_mean_std`):
         generator: source of the noise, one or a list with one per sample; None uses torch's global one.
@@ -125,7 +125,7 @@ def ddim_step_with_logprob(
         noise = to_device(randn_tensor(mean.shape, generator, place, mean.dtype), mean.device)
         prev_sample = (mean + std * noise).to(sample.dtype)
 
-    squared_error = (prev_sample.detach().float() - mean) ** 2  # detached: the sample is data, not a function of theta
+    squared_error = (prev_sample.detach().float() - mean) ** 2  # detached: the action is data, not a function of theta
     log_density = -squared_error / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)  # (B, C, H, W)
     return prev_sample, log_density.flatten(1).mean(dim=1)  # (B,)
 
@@ -133,7 +133,7 @@ def ddim_step_with_logprob(
 def check_schedule(scheduler: DDIMScheduler, eta: float) -> None:
     """Raise UserError unless every step of the schedule is a Gaussian with positive variance, as training needs.
 
-    Refused are eta <= 0, a timestep without variance (schedules that begin at timestep 0), and an eta so large that a
+    Rejects eta <= 0, a timestep without variance (schedules that begin at timestep 0), and an eta so large that a
     step would add more noise than the next timestep holds.
     """
     if not eta > 0:

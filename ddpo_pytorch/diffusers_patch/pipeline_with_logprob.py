@@ -1,4 +1,4 @@
-"""Text to image, as in diffusers, with the denoising trajectory and the log-probability of each step."""
+"""Text to image as in diffusers, returning the denoising trajectory and the log-probability of each step."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,7 +15,7 @@ OUTPUT_TYPES = ("pt", "np", "pil", "latent")
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of sampling."""
+    """Sampling settings."""
 
     num_steps: int
     guidance_scale: float
@@ -23,7 +23,7 @@ class Sampling:
 
     @classmethod
     def of(cls, sample: ConfigDict) -> "Sampling":
-        """Return those of `config.sample`."""
+        """Return the settings of `config.sample`."""
         return cls(sample.num_steps, sample.guidance_scale, sample.eta)
 
 
@@ -31,10 +31,10 @@ class LogProbGradients(Protocol):
     """Consumer of log-prob gradients during sampling (`training.rollout_gradients`)."""
 
     def wants(self, step: int) -> bool:
-        """Return whether step `step` (0 starts from noise) must be drawn with gradients enabled."""
+        """Return whether step `step` (0 starts from noise) must be sampled with gradients enabled."""
 
     def take(self, log_probs: torch.Tensor) -> None:
-        """Use the graph of a step's log-probs (B,), which is freed afterwards."""
+        """Take the gradients of a step's log-probs (B,), whose graph is freed afterwards."""
 
 
 @torch.no_grad()
@@ -55,16 +55,16 @@ def pipeline_with_logprob(
     keep_trajectory: bool = True,
     gradients: LogProbGradients | None = None,
 ) -> tuple[torch.Tensor | list, None, list[torch.Tensor], list[torch.Tensor | None]]:
-    """Generate images in T = num_inference_steps DDIM steps, and return the trajectory with its log-probs.
+    """Generate images in T = num_inference_steps DDIM steps; return them with the trajectory and its log-probs.
 
-    Latents have the dtype of the prompt embeddings. Each step is rounded to it before its density is taken, so that
+    Latents have the dtype of the prompt embeddings. They are rounded to it before log-probs are computed, so that
     scoring the stored latents later gives the same log-probs.
 
     Args (the others are those of diffusers' pipeline):
         pipeline: from `generator.pipeline.load_pipeline`.
-        prompt, prompt_embeds: exactly one; text, or embeddings (B, L, D).
+        prompt, prompt_embeds: exactly one of text and embeddings (B, L, D).
         guidance_scale: weight of classifier-free guidance; 1 or less disables it.
-        negative_prompt, negative_prompt_embeds: at most one; by default the empty prompt. One may serve all B.
+        negative_prompt, negative_prompt_embeds: at most one; default: the empty prompt. A single one is broadcast to B.
         eta: amount of noise; 0 is deterministic and has no log-probs.
         output_type: "pt" (float32 tensor (B, 3, H, W) in [0, 1]), "np", "pil", or "latent".
         keep_trajectory: False returns empty lists of latents and log-probs.
@@ -88,7 +88,7 @@ def pipeline_with_logprob(
         negative_prompt_embeds = encode_prompts(pipeline, [negative] if isinstance(negative, str) else negative)
 
     batch, device, dtype = prompt_embeds.shape[0], prompt_embeds.device, prompt_embeds.dtype
-    # drawn in float32: a seed gives the same noise in every dtype
+    # drawn in float32, so that a seed gives the same noise in every dtype
     latents = pipeline.prepare_latents(batch, channels, *size, torch.float32, device, generator, latents)
     latents = latents.to(dtype)  # (B, C, h, w)
     scheduler = pipeline.scheduler
@@ -96,15 +96,13 @@ def pipeline_with_logprob(
         scheduler.set_timesteps(num_inference_steps, device=device)  # waits for the device
 
     all_latents, all_log_probs = [latents], []
-    for step, timestep in enumerate(pipeline.progress_bar(pipeline.scheduler.timesteps)):  # T, from noise to image
+    for step, timestep in enumerate(pipeline.progress_bar(scheduler.timesteps)):  # T, from noise to image
         wanted = gradients is not None and gradients.wants(step)
         with torch.set_grad_enabled(wanted):
             noise_prediction = guided_noise_prediction(  # (B, C, h, w) float32
                 pipeline.unet, latents, timestep, prompt_embeds, negative_prompt_embeds, guidance_scale
             )
-            latents, log_prob = ddim_step_with_logprob(
-                pipeline.scheduler, noise_prediction, timestep, latents, eta, generator
-            )
+            latents, log_prob = ddim_step_with_logprob(scheduler, noise_prediction, timestep, latents, eta, generator)
             if wanted:
                 gradients.take(log_prob)
                 latents, log_prob = latents.detach(), log_prob.detach()

@@ -1,10 +1,10 @@
 """Speed-ups for small UNets on a CPU: LoRA fused into one matrix product, and batches split among threads.
 
-`fuse_lora`: W' x with W' = W + up down, instead of W x + up (down x). Adding the weights costs little next to their
-product with a batch of activations; the two narrow products, their scaling and additions, forward and backward, do not.
+`fuse_lora`: W' x with W' = W + up down, instead of W x + up (down x). Adding the weights is cheap compared to their
+product with a batch of activations; two narrow products with scaling and additions, forward and backward, are not.
 
-`run_batch_on_all_cores`: PyTorch's own threads split every operation, which in a small UNet are too short for that: the
-threads wait for each other hundreds of times per pass. Here each takes some rows through the whole UNet and back.
+`run_batch_on_all_cores`: PyTorch splits every operation among its threads. In a small UNet operations are too short for
+that: threads would wait for each other hundreds of times per pass. Here each takes some rows through the whole UNet.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +41,7 @@ class LinearWithLora(torch.autograd.Function):
 
 
 def fuse_lora(unet: nn.Module) -> None:
-    """Fuse the adapter into every linear layer that has one, except in half precision and under autocast."""
+    """Fuse the adapter into every linear layer that has one; has no effect in half precision or under autocast."""
     for module in unet.modules():
         if isinstance(module, lora.Linear):
             module.forward = partial(_fused_forward, module)
@@ -74,7 +74,7 @@ def first_row() -> int:
 
 
 class _Rows(torch.autograd.Function):
-    """Run all parts of a batch in parallel; backward also runs in parallel and adds up the parts' gradients."""
+    """Run the parts of a batch in parallel; backward is parallel, too, and adds up the parts' gradients."""
 
     @staticmethod
     def forward(ctx, pool, passes, weights, *_):
@@ -94,7 +94,7 @@ class _Rows(torch.autograd.Function):
 
 
 def run_batch_on_all_cores(unet: nn.Module, threads: int) -> None:
-    """Split each batch of `unet` among `threads` threads, each computing with one of PyTorch's threads.
+    """Split each batch of `unet` among `threads` threads, each of which runs PyTorch single-threaded.
 
     Batches with fewer rows than threads, and passes under autocast, run as before.
     """

@@ -26,7 +26,7 @@ from ddpo_pytorch.utils.randomness import BatchDraws, EndlessBatches, Stream
 from ddpo_pytorch.utils.settings import ONE_OR_MORE, ZERO_OR_MORE, Range, check_choices, check_ranges
 
 logger = logging.getLogger(__name__)
-# the result of each stage in sd.output
+# result of each stage, in sd.output
 OUTCOMES = {"vae": "vae", "unet": "pretrained_unet.safetensors", "finetune": "pretrained_unet.safetensors"}
 SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
 REAL_SHARE = Range("[0.5, 1]")  # at least half of the images are real
@@ -44,15 +44,15 @@ RANGES = {
     **dict.fromkeys(("caption_dropout", "ema_decay"), Range("[0, 1)")),
     "real_share": REAL_SHARE,
 }
-# Settings that may change between a run and its resumption: those without effect on the result, and paths. The data,
-# VAE, BERT and pool at these paths are compared by content.
+# Settings that may change when a run resumes: those without effect on the result, and paths. The data, VAE, BERT and
+# pool at these paths are compared by content.
 _FREE = {"output", "data_path", "csv", "val_csv", "val_images", "latents", "val_latents", "cache_dir", "vae", "bert"}
 _FREE |= {"pool", "perceptual_net", "num_workers", "gradient_checkpointing", "batch_size"}
 _FREE |= {f"{name}_every" for name in ("log", "val", "grid", "save")}
 
 
 def check_settings(sd: ConfigDict) -> None:
-    """Raise UserError for values of `config.sd` that cannot be trained."""
+    """Raise UserError for values of `config.sd` that are out of range or contradict each other."""
     choices = {"stage": OUTCOMES, "kind": KINDS, "resize": RESIZES, "lr_schedule": SCHEDULES}
     check_choices(sd, choices | {"text_encoder": TEXT_ENCODERS}, "sd.")
     check_ranges(sd, RANGES, "sd.")
@@ -60,7 +60,7 @@ def check_settings(sd: ConfigDict) -> None:
         if sd[name] and sd.stage != "finetune":
             raise UserError(f"sd.{name} is {sd[name]!r}, which needs sd.stage=finetune; it is {sd.stage!r}")
     if sd.use_lora and sd.train_text_encoder:
-        raise UserError("sd.use_lora=True trains nothing but adapters of the UNet; set sd.train_text_encoder=False")
+        raise UserError("sd.use_lora=True trains only adapters of the UNet; set sd.train_text_encoder=False")
     factor = 2 ** (len(sd.vae_channels) - 1) if sd.stage != "finetune" else 8
     if sd.image_size % factor:
         raise UserError(f"sd.image_size is {sd.image_size}; it must be a multiple of {factor}, the VAE's reduction")
@@ -81,14 +81,14 @@ def check_settings(sd: ConfigDict) -> None:
 
 
 def settings_of(config: ConfigDict, processes: int, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what must stay the same to resume: settings that may affect the result, and hashes of the data."""
+    """Return the values that must not change on resuming: settings that affect the result, and hashes of the data."""
     settings = {f"sd.{name}": value for name, value in config.sd.items() if name not in _FREE}
     common = {"seed": config.seed, "mixed_precision": config.mixed_precision}
     return settings | common | {"sd.batch_size x processes": config.sd.batch_size * processes, **data}
 
 
 def find_rows(sd: ConfigDict, csv: str, limit: int) -> tuple[list[Row], list[Path]]:
-    """Return the rows of a split table that have an image, at most `limit` (0: all), and their files."""
+    """Return the rows of a split table whose image exists, at most `limit` (0: all), and their image files."""
     rows, paths, missing = kinds.find_rows(sd.kind, csv, sd.data_path, limit, sd.skip_broken)
     logger.info("%s: %d images, %d rows without one are skipped", csv, len(rows), missing)
     return rows, paths
@@ -103,9 +103,9 @@ def find_images(sd: ConfigDict, csv: str, limit: int) -> ImageFiles:
 def open_latents(
     accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, validation: bool = False
 ) -> LatentShards | None:
-    """Return the latents for training or validation: those configured, or made from images in sd.output/latents.
+    """Return the latents for training or validation: those configured, else encoded into sd.output/latents.
 
-    None if no validation is configured. Raises UserError for latents of another autoencoder, size or resize mode.
+    Returns None if validation is not configured. Raises UserError for latents of another VAE, size or resize mode.
     """
     train, val = ("train", sd.latents, sd.csv, sd.limit), ("val", sd.val_latents, sd.val_csv, sd.val_images)
     name, given, csv, limit = val if validation else train
@@ -126,7 +126,7 @@ def open_latents(
 
 
 def open_pool(accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL) -> tuple[LatentShards, list[float]]:
-    """Return the latents of the images in sd.pool that passed the Selector, and the Policy's scores of them.
+    """Return the latents of the images in sd.pool that passed the Selector, and their Policy scores.
 
     Raises UserError for a folder that generate.py did not write, and if no image passed.
     """
@@ -151,7 +151,7 @@ def _encode(
     origin: Mapping[str, Any],
     **settings: Any,
 ) -> LatentShards:
-    """Encode images (file, row, caption) into a folder of sd.output that is reserved for this origin and settings."""
+    """Encode images (file, row, caption) into a folder below sd.output, reserved for this origin and settings."""
     folder, about = Path(sd.output) / "latents" / name, {**origin, "image_size": sd.image_size, "resize": sd.resize}
     if accelerator.is_main_process:
         claim_folder(folder, about | settings | {"vae_sha256": fingerprint(vae)}, {"images": len(items)})
@@ -176,13 +176,13 @@ def _encode(
 
 
 class MixedLatents(Dataset):
-    """Real and pool latents for fine-tuning on what judges chose (RAFT, Dong et al. 2023).
+    """Real and pool latents for fine-tuning on images that judges chose (RAFT, Dong et al. 2023).
 
-    Items are (mean, logvar, caption id, weight): every real image with weight 1, then items of the pool with weights
-    w_i / mean(w), round(real (1 - real_share) / real_share) for each pass over the real ones. So the real images keep
-    the generator from drifting where the judges are blind, whatever the size of the pool. A pool that is larger than
-    one pass takes comes with as many passes as show every image of it, to be shuffled together (`EndlessBatches`).
-    Raises UserError for weights (len(pool),) that are negative or all 0.
+    Items are (mean, logvar, caption id, weight): all real images with weight 1, then images of the pool with weights
+    w_i / mean(w). A pass over the real images takes round(real (1 - real_share) / real_share) images of the pool,
+    whatever its size, so that the real ones keep the generator from drifting where the judges are blind. A larger pool
+    is spread over several passes, which are shuffled together (`EndlessBatches`). Raises UserError for weights
+    (len(pool),) that are negative or all 0.
     """
 
     def __init__(self, real: LatentShards, pool: LatentShards, weights: Sequence[float], real_share: float):
@@ -201,14 +201,14 @@ class MixedLatents(Dataset):
         number = position - self.passes * len(self.real)
         if number < 0:
             return *self.real[position % len(self.real)], torch.ones(())
-        index = number * len(self.pool) // self.from_pool  # repeats are spread over all captions
+        index = number * len(self.pool) // self.from_pool  # spreads repeats over all captions
         return *self.pool[index], self.weights[index]
 
 
 def endless_batches(
     accelerator: Accelerator, sd: ConfigDict, seed: int, dataset: Dataset, first: int
 ) -> Iterator[tuple[list[torch.Tensor], BatchDraws]]:
-    """Yield this process's batches from number `first` on, each with its random numbers."""
+    """Yield this process's batches, starting with number `first`, each with its random numbers."""
     size, share = sd.batch_size, (accelerator.process_index, accelerator.num_processes)
     sampler = EndlessBatches(len(dataset), size, seed, first, *share)
     loader = DataLoader(dataset, batch_sampler=sampler, **loader_options(sd.num_workers))

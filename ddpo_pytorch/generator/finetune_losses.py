@@ -1,4 +1,4 @@
-"""Losses of stage (i), the autoencoder's and the diffusion model's, with all random numbers from `BatchDraws`."""
+"""Losses of stage (i), for autoencoder and diffusion model; all random numbers come from `BatchDraws`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +25,8 @@ from ddpo_pytorch.utils.weights import read_tensors
 class PerceptualDistance(nn.Module):
     """Distance of images in the features of a frozen ImageNet network: LPIPS (Zhang et al. 2018) with equal weights.
 
-    `network` is a timm model, whose weights are fetched, or a file of weights that is named after one. Raises UserError
-    for weights that cannot be fetched, and for a file that does not fit.
+    `network` is a timm model, whose weights are downloaded, or a weight file named after one. Raises UserError for
+    weights that cannot be downloaded, and for a file of another model.
     """
 
     DEPTHS = (0, 1, 2, 3)  # features at a half to a sixteenth of the side
@@ -80,14 +80,14 @@ class PatchDiscriminator(nn.Sequential):
 
 
 class AutoencoderLoss(nn.Module):
-    """L1 plus twice the mean squared error, as L1 alone is slow to notice hairs and ruler ticks, plus weighted KL.
+    """L1 plus twice the mean squared error, as L1 alone is slow to learn hairs and ruler ticks, plus weighted KL.
 
     Args:
-        crop: side in pixels of the random squares that are cut out of images in training; 0 takes whole images.
+        crop: side in pixels of random crops in training; 0: whole images.
         perceptual_net: see `PerceptualDistance`, which is added with weight `perceptual_coef`.
-        adversarial_coef: above 0, the encoder is frozen, and the decoder also learns against a discriminator that is
-            trained along with it (hinge loss). As in latent diffusion (Rombach et al. 2022), the decoder's adversarial
-            loss is scaled so that its gradient at the last layer has this share of the norm of the other loss's.
+        adversarial_coef: above 0, the encoder is frozen, and the decoder is also trained against a discriminator that
+            learns along with it (hinge loss). As in latent diffusion (Rombach et al. 2022), the adversarial loss is
+            scaled so that the norm of its gradient at the decoder's last layer is this share of the other losses'.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class AutoencoderLoss(nn.Module):
     def forward(self, batch: Sequence[torch.Tensor], draws: BatchDraws) -> torch.Tensor:
         """Return the scalar loss of a batch (uint8 images (B, 3, H, W), ...).
 
-        In evaluation mode return that of whole images, without the adversarial part, and the mean PSNR in dB: (2,).
+        In evaluation mode return (2,): that of whole images without the adversarial part, and the mean PSNR in dB.
         """
         images = batch[0].float() / 127.5 - 1
         if self.training and self.crop:
@@ -135,7 +135,7 @@ class AutoencoderLoss(nn.Module):
         return torch.stack([x[:, i : i + size, j : j + size] for x, (i, j) in zip(images, corners, strict=True)])
 
     def _adversarial(self, images: torch.Tensor, reconstruction: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
-        """Return the losses of decoder and discriminator as one sum, of which each has gradients of its own only."""
+        """Return the sum of decoder and discriminator loss, each of which has gradients for its own weights only."""
         frozen = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
         fooled = -functional_call(self.discriminator, frozen, reconstruction).mean()
         last = self.vae.decoder.conv_out.weight
@@ -148,9 +148,9 @@ class AutoencoderLoss(nn.Module):
 
 
 class CaptionTable(nn.Module):
-    """Prompt embeddings (B, L, D) by caption number (B,); number len(captions) is the empty caption.
+    """Table of prompt embeddings (B, L, D) by caption number (B,); number len(captions) is the empty caption.
 
-    A frozen text encoder embeds every caption once and is not needed again. A trained one is part of this module.
+    A frozen text encoder embeds every caption once, at the start. A trained one is part of this module.
     """
 
     def __init__(self, pipe: StableDiffusionPipeline, captions: Sequence[str], trained: bool):
@@ -170,7 +170,7 @@ class NoiseLoss(nn.Module):
 
     With `min_snr_gamma` > 0, samples are weighted in training mode as by Hang et al. 2023: min(snr, gamma) / snr for
     noise prediction, / (snr + 1) for velocity, / 1 for the sample itself. Evaluation is unweighted, so that validation
-    losses of different weightings compare.
+    losses of different weightings are comparable.
     """
 
     def __init__(self, pipe: StableDiffusionPipeline, captions: CaptionTable, caption_dropout=0.0, min_snr_gamma=0.0):
@@ -187,7 +187,7 @@ class NoiseLoss(nn.Module):
     def errors(self, batch: Sequence[torch.Tensor], draws: BatchDraws) -> torch.Tensor:
         """Return the loss (B,) of each image.
 
-        In training mode, captions are dropped with probability `caption_dropout`: guidance needs a model without.
+        In training mode, captions are dropped with probability `caption_dropout`, to train the unconditional model too.
         """
         mean, logvar, numbers, *weights = batch
         latents = sample_posterior(mean, logvar, draws.normal(*mean.shape[1:])) * self.scaling_factor

@@ -1,4 +1,4 @@
-"""A small Stable Diffusion built from scratch: the parts of SD 1.5, or a BERT in place of CLIP, of chosen sizes.
+"""Build a small Stable Diffusion from scratch: the parts of SD 1.5, or a BERT in place of CLIP, of any size.
 
 The saved folder opens like any Stable Diffusion.
 """
@@ -24,7 +24,7 @@ GROUPS = 8  # of group normalisation; every channel count must be a multiple
 def build_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
     """Return a CLIP tokenizer of 77 tokens whose byte-pair merges spell the words of `captions`.
 
-    Merges are written down rather than trained: training breaks ties at random, so two processes, or a resumed run,
+    Merges are constructed rather than trained: training breaks ties at random, so two processes, or a resumed run,
     would number the tokens differently.
     """
     vocab = ["<|startoftext|>", "<|endoftext|>"]
@@ -43,14 +43,14 @@ def build_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
 
 
 def build_clip(captions: Sequence[str], width: int, layers: int, tokens: int = 77) -> TextEncoder:
-    """Return a CLIP tokenizer and text model, 16 channels to a head; prompts always have 77 tokens."""
+    """Return a CLIP tokenizer and text model with 16 channels per head; prompts always have 77 tokens."""
     tokenizer = build_tokenizer(captions)
     numbers = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return tokenizer, CLIPTextModel(CLIPTextConfig(**_sizes(tokenizer, width, layers), **numbers))
 
 
 def build_bert(captions: Sequence[str], width: int, layers: int, tokens: int = TOKENS) -> TextEncoder:
-    """Return a BERT whose WordPiece vocabulary is the words and letters of `captions`; 16 channels to a head."""
+    """Return a BERT with 16 channels per head, whose WordPiece vocabulary is the words and letters of `captions`."""
     words, letters = _words_and_letters(BertTokenizer(vocab={"[UNK]": 0}, do_lower_case=True), captions)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocab = [*special, *letters, *(f"##{letter}" for letter in letters), *(word for word in words if len(word) > 1)]
@@ -68,7 +68,7 @@ TEXT_ENCODERS = {"clip": build_clip, "bert": build_bert}
 def _words_and_letters(
     tokenizer: CLIPTokenizer | BertTokenizer, captions: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Return the words of captions as the tokenizer normalises and splits them, and their letters, sorted."""
+    """Return the words of captions, normalised and split by the tokenizer, and their letters, both sorted."""
     backend = tokenizer.backend_tokenizer
     texts = [backend.normalizer.normalize_str(caption) for caption in captions]
     words = sorted({word for text in texts for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)})
@@ -80,7 +80,7 @@ def _numbered(vocabulary: Sequence[str]) -> dict[str, int]:
 
 
 def _sizes(tokenizer: CLIPTokenizer | BertTokenizer, width: int, layers: int) -> dict[str, int]:
-    """Return the sizes of a transformer that CLIP's and BERT's configurations name alike."""
+    """Return the sizes that have the same names in the configurations of CLIP and BERT."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": width,
@@ -101,7 +101,7 @@ def load_vae(folder: str | Path) -> AutoencoderKL:
 def build_vae(
     channels: Sequence[int], image_size: int, latent_channels: int = 4, attention: bool = True
 ) -> AutoencoderKL:
-    """Return a KL autoencoder that divides each side by 2 ** (len(channels) - 1), with attention there or without."""
+    """Return a KL autoencoder that divides sides by 2 ** (len(channels) - 1); `attention`: at the lowest resolution."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
@@ -112,7 +112,7 @@ def build_vae(
         sample_size=image_size,
         mid_block_add_attention=attention,
     )
-    # start with a small posterior variance: at 1, noise would drown the latents for most of a short training
+    # start with a small posterior variance: at 1, noise would drown out the latents for most of a short training
     nn.init.constant_(vae.quant_conv.bias[vae.config.latent_channels :], -6.0)
     return vae
 
@@ -122,7 +122,7 @@ def build_unet(
 ) -> UNet2DConditionModel:
     """Return a text-conditioned UNet with one block per resolution.
 
-    `attention[i]` puts self- and cross-attention, of up to 32 channels per head, at resolution i.
+    `attention[i]` adds self- and cross-attention at resolution i, with up to 32 channels per head.
     """
     return UNet2DConditionModel(
         sample_size=latent_size,
@@ -147,7 +147,7 @@ def assemble(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:
 
 
 def build_pipeline(sd: ConfigDict, captions: Sequence[str]) -> StableDiffusionPipeline:
-    """Build tokenizer, text encoder and UNet of `config.sd` around the VAE that stage "vae" left in sd.output."""
+    """Build tokenizer, text encoder and UNet of `config.sd` around the VAE that stage "vae" saved in sd.output."""
     vae = load_vae(Path(sd.output) / "vae").requires_grad_(False).eval()
     tokenizer, text_encoder = TEXT_ENCODERS[sd.text_encoder](captions, sd.text_width, sd.text_layers, sd.text_tokens)
     latent_size = sd.image_size // 2 ** (len(vae.config.block_out_channels) - 1)

@@ -1,9 +1,9 @@
 """Latents of a data set, encoded once into safetensors shards with an index; stage (i) trains on them.
 
-A folder holds `shard_<number>.safetensors` and, once all are there, `index.json`. A shard has, for up to SHARD_IMAGES
-images in the order of the data set, `row` (n,) int64, `caption` (n,) int64 (positions in the index's list), and the
-autoencoder's posterior `mean` and `logvar` (n, C, h, w), half precision, not scaled. The index records the autoencoder,
-image size, resize mode and source.
+A folder holds `shard_<number>.safetensors` and, once it is complete, `index.json`. For up to SHARD_IMAGES images in the
+order of the data set, a shard has `row` (n,) int64, `caption` (n,) int64 (positions in the index's list), and the
+autoencoder's posterior `mean` and `logvar` (n, C, h, w) in half precision, not scaled. The index records the
+autoencoder, image size, resize mode and source.
 """
 
 import logging
@@ -45,7 +45,7 @@ def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torc
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """Encode and decode uint8 images (B, 3, H, W), uint8: the best that a diffusion model on this VAE can draw."""
+    """Encode and decode uint8 images (B, 3, H, W), uint8: the best that a diffusion model with this VAE can do."""
     mean, _ = encode(vae, images)
     with one_thread():
         decoded = vae.decode(mean.to(vae.device, vae.dtype)).sample
@@ -73,28 +73,28 @@ def encode_data_set(
 ) -> int:
     """Encode this process's shards of a data set of uint8 images; return the number of images decoded.
 
-    Shards appear atomically: a rerun after a kill continues with the missing ones. Any number of processes writes the
-    same files.
+    Shards are written atomically, so that a rerun after a kill continues with the missing ones. The files do not depend
+    on the number of processes.
 
     Args:
-        vae: None only keeps images, without latents.
+        vae: None: only pass images to `keep_image`, without latents.
         files: items (image, ...), images uint8 (3, H, W).
-        rows, caption_ids: of each item, stored in the shards.
+        rows, caption_ids: row and caption number of each item, stored in the shards.
         keep_image: receives (position, image) of each decoded image, in threads.
-        is_kept: whether `keep_image` succeeded for a position before; otherwise its shard is made again.
+        is_kept: whether the image at a position has been kept already; if not, its shard is encoded again.
     """
     index, hashes = Path(folder) / INDEX, {}
     if index.is_file():
         try:
             hashes = {entry["file"]: entry["sha256"] for entry in read_json(index, INDEX_SHAPE)["shards"]}
         except UserError as error:
-            logger.warning("%s; it is written again", error)
+            logger.warning("%s; writing it again", error)
 
     def is_done(path: Path, positions: range) -> bool:
         expected = hashes.get(path.name), [rows[position] for position in positions]
         problem = "" if vae is None else _find_damage(path, *expected)
         if problem and path.is_file():
-            logger.warning("%s %s and is made again", path, problem)
+            logger.warning("%s %s and is encoded again", path, problem)
         return not problem and all(map(is_kept, positions))
 
     own = _shards(folder, len(rows))[rank::processes]
@@ -126,7 +126,7 @@ def encode_data_set(
 
 
 def _shards(folder: str | Path, images: int) -> list[tuple[Path, range]]:
-    """Return the file of each shard and the positions of its images in the data set."""
+    """Return each shard's file and the positions of its images in the data set."""
     parts = [range(start, images)[:SHARD_IMAGES] for start in range(0, images, SHARD_IMAGES)]
     return [(Path(folder) / f"shard_{number:05d}.safetensors", part) for number, part in enumerate(parts)]
 
@@ -156,9 +156,9 @@ def write_index(
 
 
 def _find_damage(path: Path, recorded: str | None, rows: Sequence[int] | None = None) -> str:
-    """Return why a shard is unusable, or "": it is missing, torn, not the recorded one, or of other rows."""
+    """Return why a shard is unusable (missing, truncated, not the recorded one, or of other rows), or ""."""
     try:
-        with open_safetensors(path) as file:  # refuses a file shorter than its header states
+        with open_safetensors(path) as file:  # rejects a truncated file
             if rows is not None and file.get_tensor("row").tolist() != list(rows):
                 return "holds other rows"
     except (UserError, SafetensorError) as error:
@@ -167,10 +167,10 @@ def _find_damage(path: Path, recorded: str | None, rows: Sequence[int] | None = 
 
 
 class LatentShards(Dataset):
-    """Data set of a folder of latents, memory-mapped: items are (mean (C, h, w), logvar (C, h, w), caption id).
+    """Memory-mapped data set of a folder of latents; items are (mean (C, h, w), logvar (C, h, w), caption id).
 
     `index` is the content of index.json. Raises UserError for a folder without index, and for a shard that is missing,
-    differs from its recorded hash, or has an unexpected content.
+    differs from its recorded hash, or has unexpected content.
     """
 
     def __init__(self, folder: str | Path):
@@ -190,7 +190,7 @@ class LatentShards(Dataset):
             raise UserError(f"{str(path)!r} is damaged ({problem}); {advice}")
 
     def _find_problem(self) -> str | None:
-        """Return why an item could not be read or would have no caption, or None."""
+        """Return why some item cannot be read or has no caption, or None."""
         if not self._shards or len(self._shards) != -(-self.images // SHARD_IMAGES):
             return f"it states {self.images} images and {len(self._shards)} shards"
         for shard, (_, positions) in zip(self._shards, _shards("", self.images), strict=True):
@@ -211,7 +211,7 @@ class LatentShards(Dataset):
         return self.index.get("csv_sha256") == other.index.get("csv_sha256") and bool(rows[0] & rows[1])
 
     def renumber(self, captions: Sequence[str]) -> None:
-        """Make caption ids positions in this list, which contains all captions of the latents."""
+        """Renumber caption ids as positions in `captions`, which must contain all captions of the latents."""
         self._caption_ids = torch.tensor([captions.index(caption) for caption in self.captions])
 
     @property

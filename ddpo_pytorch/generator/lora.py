@@ -1,4 +1,4 @@
-"""LoRA adapters of the UNet (Hu et al. 2021), W x + up(down x): adding, training, saving and loading them.
+"""Add, train, save and load LoRA adapters of the UNet (Hu et al. 2021), W x + up(down x).
 
 Built on diffusers' own adapters. `down` (lora_A) has shape (rank, in), `up` (lora_B) shape (out, rank). The scale
 alpha / rank is 1, as in the published checkpoint, and adapters are float32 whatever the UNet's dtype. All functions
@@ -32,7 +32,7 @@ from ddpo_pytorch.utils.weights import read_tensors
 ADAPTER = "default"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the projections of every attention layer
 FILE_NAME = "pytorch_lora_weights.safetensors"
-# in a folder, newest format first
+# file names in a folder, newest format first
 FILE_NAMES = (FILE_NAME, "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin")
 PREFIX = re.compile(r"(base_model\.model\.)?(unet\.)?")
 PEFT_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<half>A|B)(\.[^.]+)?\.weight")  # with or without the adapter's name
@@ -44,8 +44,8 @@ TEXT_ENCODER_KEY = re.compile(r"text_encoder(_2)?\.|lora_te\d?_")
 def add_lora(unet: UNet2DConditionModel, rank: int, targets: Sequence[str], seed: int) -> None:
     """Add trainable adapters to every UNet layer whose name ends in one of `targets`; freeze everything else.
 
-    `down` is drawn from N(0, 1 / rank^2), the same for a seed on every device; `up` is zero, so the UNet's output does
-    not change yet. Raises UserError for rank below 1, a target that names no layer, or a UNet with adapters.
+    `down` is drawn from N(0, 1 / rank^2), equally on every device; `up` is zero, so the UNet's output does not change
+    yet. Raises UserError for rank below 1, a target that names no layer, or a UNet with adapters.
     """
     if rank < 1:
         raise UserError(f"LoRA rank is {rank}; allowed is 1 or more (the published checkpoint has 4)")
@@ -69,7 +69,7 @@ def add_lora(unet: UNet2DConditionModel, rank: int, targets: Sequence[str], seed
 
 
 def cast_adapters(unet: nn.Module) -> None:
-    """Let adapters, stored in float32, compute in the type of their input, as they do under autocast.
+    """Let adapters, stored in float32, compute in the dtype of their input, as they do under autocast.
 
     A frozen UNet in half precision then needs no autocast, which keeps norms in float32 for the backward pass: 6.2
     instead of 8.7 GiB for 8 UNet inputs of SD 1.5 at 512 px.
@@ -102,12 +102,12 @@ def lora_state_dict(unet: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def adapter_fingerprint(unet: nn.Module) -> str:
-    """Return the fingerprint of the adapters' weights; "" for a UNet without."""
+    """Return the fingerprint of the adapters' weights, or "" without adapters."""
     return fingerprint(lora_state_dict(unet)) if has_lora(unet) else ""
 
 
 def save_lora(unet: nn.Module, folder: str | Path) -> Path:
-    """Write the adapters as diffusers' `load_lora_weights` reads them; return the file."""
+    """Write the adapters in the format of diffusers' `load_lora_weights`; return the file."""
     file = Path(folder) / FILE_NAME
     with atomic_write(file) as temporary:
         save_file(lora_state_dict(unet), temporary, metadata={"format": "pt"})
@@ -117,10 +117,10 @@ def save_lora(unet: nn.Module, folder: str | Path) -> Path:
 def load_lora(unet: UNet2DConditionModel, path: str | Path) -> None:
     """Load adapters from a file or folder, adding them first when the UNet has none.
 
-    Reads attention-processor files of diffusers < 0.22 (the published checkpoint), peft's, those of diffusers' training
-    scripts and kohya's, .safetensors or .bin, with or without the prefixes "unet." and "base_model.model.". A scale
-    alpha / rank other than 1, as files may state, is multiplied into `up`. A file that does not fit raises UserError
-    and changes nothing.
+    Reads the formats of diffusers < 0.22 (attention processors, as in the published checkpoint), peft, diffusers'
+    training scripts and kohya, as .safetensors or .bin, with or without the prefixes "unet." and "base_model.model.".
+    If the file states a scale alpha / rank other than 1, it is multiplied into `up`. A file that does not match the
+    UNet raises UserError and changes nothing.
     """
     path = Path(path).expanduser()
     candidates = [path / name for name in FILE_NAMES] if path.is_dir() else [path]
@@ -130,7 +130,7 @@ def load_lora(unet: UNet2DConditionModel, path: str | Path) -> None:
     weights, sources, alphas = _in_peft_names(tensors, unet, file)
     scale = _scale(file, metadata)
     if added := not has_lora(unet):
-        # attention-processor files adapt every attention: one that lacks some was cut short
+        # attention-processor files adapt every attention layer: one that lacks some is truncated
         legacy = any(".processor." in source for source in sources.values())
         modules = set() if legacy else {key.rpartition(".lora_")[0] for key in weights} & _layers(unet)
         rank = next((weight.shape[0] for key, weight in weights.items() if ".lora_A." in key and weight.ndim), 1)
@@ -152,7 +152,7 @@ def load_lora(unet: UNet2DConditionModel, path: str | Path) -> None:
 
 @torch.no_grad()
 def scale_lora(unet: nn.Module, scale: float) -> None:
-    """Multiply what the adapters add by `scale`: 0 gives the base model. Raises UserError for a UNet without."""
+    """Scale the adapters' contribution: 0 gives the base model. Raises UserError for a UNet without adapters."""
     if scale != 1 and not has_lora(unet):
         raise UserError(f"eval.lora_scale is {scale}, but load_from gives no LoRA adapters; set it to 1")
     for key, weight in _adapter_weights(unet).items():
@@ -162,9 +162,9 @@ def scale_lora(unet: nn.Module, scale: float) -> None:
 
 @torch.no_grad()
 def merged_state_dict(unet: nn.Module) -> dict[str, torch.Tensor]:
-    """Return copies on the CPU of the UNet's weights in diffusers' names, with adapters added: W + up down, in float32.
+    """Return copies on the CPU of the UNet's weights, in diffusers' names, with adapters merged: W + up down.
 
-    Half precision would round most of a small correction away.
+    They are float32, since half precision would round most of a small correction away.
     """
     weights = {name.replace(".base_layer.", "."): w for name, w in unet.state_dict().items() if ".lora_" not in name}
     state = {name: weight.to("cpu", torch.float32, copy=True).contiguous() for name, weight in weights.items()}
@@ -206,7 +206,7 @@ def _adapter_weights(unet: nn.Module) -> dict[str, nn.Parameter]:
 def _in_peft_names(
     tensors: dict[str, torch.Tensor], unet: nn.Module, file: Path
 ) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, float]]:
-    """Return tensors by <module>.lora_{A,B}.weight, the file's own name of each, and alpha by module."""
+    """Return tensors by <module>.lora_{A,B}.weight, their names in the file, and alpha by module."""
     weights, sources, alphas = {}, {}, {}
     modules = {name.replace(".", "_"): name for name, _ in unet.named_modules()}  # by kohya's names
     for source, tensor in tensors.items():
@@ -239,7 +239,7 @@ def _scale(file: Path, metadata: dict[str, str]) -> float:
     fields = {"r": OneOf((range(1, 2**20), None)), "lora_alpha": OneOf((float, None))}
     shape = {f"{prefix}{name}?": kind for name, kind in fields.items() for prefix in ("", "unet.")}
     stated = parse_json(text, shape, repr(str(place)), "it states no readable adapter configuration: fetch it again")
-    config = {key.removeprefix("unet."): value for key, value in stated.items()}  # a pipeline writes unet.r, a UNet r
+    config = {key.removeprefix("unet."): value for key, value in stated.items()}  # pipelines write unet.r, UNets r
     if unsupported := next(filter(config.get, ("alpha_pattern", "use_dora")), None):
         raise UserError(f"{place} was trained with {unsupported}, which is not supported; use plain LoRA weights")
     rank, alpha = config.get("r"), config.get("lora_alpha")

@@ -1,7 +1,7 @@
 """Strict loading of the parts of a Stable Diffusion: every tensor and token is there, or an error names the file.
 
-Where a tensor is missing, diffusers leaves a hole and transformers draws random numbers, both with a mere warning; a
-tokenizer without its vocabulary silently maps every prompt to the same tokens.
+If a tensor is missing, diffusers and transformers only warn and leave random or uninitialised values; a tokenizer
+without its vocabulary silently maps every prompt to the same tokens.
 """
 
 import json
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.weights import check_finite, read_tensors
 
-# weight files of diffusers and transformers: one file or shards, in full precision or of the variant fp16
+# weight files of diffusers and transformers: one file or shards, in full precision or the variant fp16
 _WEIGHTS = re.compile(
     r"(diffusion_pytorch_model|model|pytorch_model)(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.(safetensors|bin)"
 )
@@ -32,11 +32,11 @@ VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",
 def load_part(
     kind: type[nn.Module], model: str | Path, subfolder: str = "", dtype: torch.dtype = torch.float32, **options: Any
 ) -> nn.Module:
-    """Load a network by `kind.from_pretrained` and check that all its tensors were there, with their shapes and finite.
+    """Load a network with `kind.from_pretrained`; check that every tensor was found, has its shape and is finite.
 
-    `model` is a local folder, where safetensors are preferred to .bin and the full precision to the variant fp16, or a
-    Hugging Face id (OSError if it is out of reach). Raises UserError for a folder that lacks the part or holds another
-    one, naming file and tensor. Unexpected tensors are refused too, except heads of a text encoder (a whole CLIP,
+    `model` is a local folder, where safetensors are preferred to .bin and full precision to the variant fp16, or a
+    Hugging Face id (OSError if it is unreachable). Raises UserError for a folder that lacks the part or holds another
+    one, naming file and tensor. Unexpected tensors are rejected too, except heads of a text encoder (a whole CLIP,
     BERT's pre-training).
     """
     folder, name = Path(model) / subfolder, f"{model} {subfolder}".strip()
@@ -45,7 +45,7 @@ def load_part(
         name = str(files[0] if len(files) == 1 else folder)
     try:
         with quiet():
-            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are named below
+            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported below
             part, found = kind.from_pretrained(model, subfolder=subfolder, dtype=dtype, **options)
     except Exception as error:  # config.json may hold anything
         if not local:
@@ -74,7 +74,7 @@ def load_part(
 
 
 def _find_weights(folder: Path) -> tuple[list[Path], str | None]:
-    """Return the weight files that `from_pretrained` will read, and their variant."""
+    """Return the weight files that `from_pretrained` will read, and their variant (or None)."""
     forms: dict[tuple[bool, bool], list[Path]] = {}
     for path in sorted(folder.glob("*")):
         if match := _WEIGHTS.fullmatch(path.name):
@@ -92,7 +92,7 @@ def check_fit(
     advice: str,
     names: Mapping[str, str] | None = None,
 ) -> None:
-    """Raise UserError unless a file's tensors have the expected keys and shapes; `names` holds its own for them."""
+    """Raise UserError unless a file's tensors have the expected keys and shapes; `names` maps keys to the file's."""
     for key in (*given, *expected):
         name = (names or {}).get(key, key)
         if key not in expected:
@@ -116,10 +116,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel
     """Raise UserError for a tokenizer that does not match the text encoder or has lost its vocabulary."""
     vocabulary, embeddings = tokenizer.get_vocab(), encoder.config.vocab_size
     positions = encoder.config.max_position_embeddings
-    # letters, and words of its own without the marks of CLIP and BERT
+    # letters, and some of its own words without the markers of CLIP and BERT
     words = [token.removesuffix("</w>").removeprefix("##") for token in list(vocabulary)[:200]]
     probes, problem = [*string.ascii_lowercase, *filter(str.isalnum, words)], ""
-    # fewer tokens than embeddings are fine: BioMedBERT has a longer table
+    # fewer tokens than embeddings are fine, as in BioMedBERT
     if (highest := max(vocabulary.values(), default=-1)) >= embeddings:
         problem = f"numbers its tokens up to {highest}, but the text encoder has {embeddings} embeddings"
     elif tokenizer.model_max_length > positions:
@@ -135,7 +135,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel
 
 
 def _tokens_without_merges(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the number of tokens of a byte-pair vocabulary that no merge forms, or 0 if it is below one per cent."""
+    """Return the number of tokens of a byte-pair vocabulary that no merge forms, or 0 if they are less than 1%."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = json.loads(backend.to_str())["model"] if backend else {}
     if model.get("type") != "BPE":
@@ -157,5 +157,5 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its type where it has none."""
+    """Return the first line of an error's message, or its type if there is none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

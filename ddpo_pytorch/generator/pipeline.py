@@ -26,12 +26,12 @@ from ddpo_pytorch.utils.json_files import read_json
 from ddpo_pytorch.utils.weights import check_finite, read_safetensors
 
 logger = logging.getLogger(__name__)
-# where the files of ids that left the hub are now
+# mirrors of ids that left the hub
 MIRRORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 RECORD = "conditioning.json"
 KEY = "text_encoder_sha256"
-DECODED_AT_ONCE = 4 * 64 * 64  # latent pixels: SD's autoencoder takes 2.5 GiB for 4 images of 512 px under autocast
+DECODED_AT_ONCE = 4 * 64 * 64  # in latent pixels: SD's autoencoder takes 2.5 GiB for 4 images of 512 px under autocast
 
 
 def load_pipeline(
@@ -68,7 +68,7 @@ def load_pipeline(
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.requires_grad_(False).eval().to(device)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)  # spares a transfer at each step
+    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)  # saves a transfer at each step
     pipe.set_progress_bar_config(disable=None, leave=False)  # None: a bar on terminals only
     return pipe
 
@@ -112,7 +112,7 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
 
 
 def replace_unet_weights(unet: nn.Module, path: str | Path) -> None:
-    """Replace all weights of the UNet by a safetensors file's, in diffusers' names. UserError if they do not fit."""
+    """Replace all weights of the UNet by those of a safetensors file, in diffusers' names. Raises UserError."""
     path = Path(path).expanduser()
     weights, _ = read_safetensors(path)
     check_fit(weights, unet.state_dict(), path, "give a safetensors file of the same UNet in diffusers' names")
@@ -124,7 +124,7 @@ def _check_text_encoder(pipe: StableDiffusionPipeline, model: str | Path, path: 
     with safe_open(path, framework="pt") as file:
         stated = (file.metadata() or {}).get(KEY)
     own = None
-    if has_mask(pipe.text_encoder):  # whose dtype, which the fingerprint includes, may not be the file's
+    if has_mask(pipe.text_encoder):  # the fingerprint includes the dtype, which may differ from the file's
         own = _read_record(Path(model))[KEY] if Path(model).is_dir() else fingerprint(pipe.text_encoder)
     if stated != own:
         theirs, ours = ("CLIP (or one not recorded)" if one is None else f"BERT {one[:12]}" for one in (stated, own))
@@ -165,7 +165,7 @@ def _read_record(folder: Path) -> dict:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of the recorded parts' files by path relative to the folder."""
+    """Return the SHA-256 of the recorded parts' files, by path relative to the folder."""
     paths = sorted(path for part in ("unet", "text_encoder", "tokenizer") for path in (folder / part).glob("*"))
     return {str(path.relative_to(folder)): sha256(path) for path in paths if path.is_file()}
 
@@ -176,9 +176,9 @@ def encode_prompts(pipe: StableDiffusionPipeline, prompts: Iterable[str]) -> tor
 
 
 class PromptEmbeddings:
-    """Cache of prompt embeddings, each encoded alone: in a batch its last bits would depend on its neighbours.
+    """Cache of prompt embeddings, each encoded on its own: in a batch, its last bits would depend on the others.
 
-    A resumed run, which encodes the prompts in another order, would then differ from an uninterrupted one.
+    A resumed run, which encodes prompts in another order, would then differ from an uninterrupted one.
     """
 
     def __init__(self, pipe: StableDiffusionPipeline):
@@ -232,7 +232,7 @@ def guided_noise_prediction(
         guidance_scale: weight w; 1 or less uses the prompt alone, at half the cost.
 
     Returns:
-        (B, C, H, W) in float32, in which the small difference of the two predictions is taken.
+        (B, C, H, W) in float32, since the difference of the two predictions is small.
     """
     batch, dtype = len(latents), next(unet.parameters()).dtype
     timesteps = torch.as_tensor(timesteps, device=latents.device).expand(batch)
@@ -255,7 +255,7 @@ def guided_noise_prediction(
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Decode latents (B, C, h, w) to images (B, 3, H, W), float32 in [0, 1], as many at once as memory should bear."""
+    """Decode latents (B, C, h, w) to images (B, 3, H, W), float32 in [0, 1], a few at a time to limit memory."""
     scaled, (height, width) = latents.to(vae.dtype) / vae.config.scaling_factor, latents.shape[-2:]
     parts = scaled.split(max(DECODED_AT_ONCE // (height * width), 1))
     decoded = torch.cat([vae.decode(part, return_dict=False)[0] for part in parts])
@@ -265,7 +265,7 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
 def finite_images(vae: AutoencoderKL, images: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     """Return images (B, 3, H, W) of latents (B, C, h, w), decoded in float32 if half precision overflowed.
 
-    Waits for the device. They may still not be finite.
+    Waits for the device. The result may still not be finite.
     """
     if vae.dtype == torch.float32 or images.isfinite().all():
         return images

@@ -27,8 +27,8 @@ def load_text_encoder(model: str | Path, tokens: int = TOKENS, device: str | tor
     """Load tokenizer and frozen encoder, float32, in evaluation mode.
 
     `model` is a folder in diffusers format (its tokenizer/ and text_encoder/) or in transformers format, or a Hugging
-    Face id; `tokens` the length of a prompt for BERT, at most the encoder's positions. Raises UserError where there is
-    no such model, it is neither BERT nor CLIP, files are incomplete (see `load_part`), or the tokenizer is another's.
+    Face id; `tokens` is the length of BERT's prompts, limited by the encoder's positions. Raises UserError if there is
+    no such model, it is neither BERT nor CLIP, files are incomplete (see `load_part`), or the tokenizer does not match.
     """
     folder = Path(model).expanduser()
     model, part, tokenizer_place = str(model), "", str(model)
@@ -55,7 +55,7 @@ def load_encoder(model: str, part: str, dtype: torch.dtype = torch.float32) -> P
     kind = AutoConfig.from_pretrained(model, subfolder=part, trust_remote_code=False).model_type
     if kind not in KINDS:
         raise UserError(f"text encoder {model!r} is a {kind!r}; allowed are BERT and CLIP's text model")
-    # the pooler is only for next-sentence prediction, and published files may lack it
+    # the pooler only serves next-sentence prediction, and published files may lack it
     options = {"add_pooling_layer": False} if kind == "bert" else {}
     return load_part(KINDS[kind], model, part, dtype, **options)
 
@@ -78,9 +78,9 @@ def too_long(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], what: str = "prompts") -> None:
-    """Warn of truncated prompts; raise UserError where different prompts all become the same tokens.
+    """Warn about truncated prompts; raise UserError if different prompts all become the same tokens.
 
-    The tokenizer then knows none of their words and letters. Case and spaces do not make prompts different.
+    The tokenizer then knows none of their words and letters. Prompts that differ only in case and spaces are the same.
     """
     if cut := too_long(tokenizer, prompts):
         limit = tokenizer.model_max_length
