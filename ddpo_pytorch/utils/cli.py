@@ -1,4 +1,4 @@
-"""The entry point of every script: usage errors become one line and exit code 2. Light, so that --help is quick."""
+"""Entry point of every script: usage errors become one line and exit code 2. Imports little, to keep --help fast."""
 
 import argparse
 import ast
@@ -20,21 +20,21 @@ from ml_collections.config_flags import register_flag_parser_for_type
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.settings import flat
 
-# errors about places that a user chose: permissions, kinds of files, disks that are full or read-only
+# errors of paths that the user chose: permissions, wrong kinds of files, full or read-only disks
 USER_ERRNOS = {
     *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG),
 }
-flags.disclaim_key_flags()  # --help lists flags defined here as flags of the script
+flags.disclaim_key_flags()  # so that --help lists flags defined here as those of the script
 
 
 def define_config(script: str, help_text: str, default: str = "config/base.py") -> None:
-    """Define the flag --config of a script (its `__file__`); `default` is relative to the script's repository."""
+    """Define the --config flag of a script, given its `__file__`; `default` is relative to the script's repository."""
     config_flags.DEFINE_config_file("config", str(Path(script).resolve().parents[1] / default), help_text)
 
 
 def import_function(path: str, setting: str) -> Callable:
-    """Import "module:function" for a setting, also from the current folder. Raises UserError if it does not exist."""
+    """Import "module:function" for a setting, also from the current folder. Raises UserError if that fails."""
     module, _, name = path.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
@@ -49,10 +49,10 @@ def import_function(path: str, setting: str) -> Callable:
 
 
 def cli(main: Callable[[list[str]], None]) -> None:
-    """Run a script's main under absl. Unusable flags and `UserError` become one line on stderr and exit code 2."""
+    """Run a script's main under absl. Invalid flags and `UserError` become one line on stderr and exit code 2."""
 
     def run(argv: list[str]) -> None:
-        # plain lines instead of absl's, warnings only on all but the first process
+        # plain lines instead of absl's; only warnings from processes other than the first
         level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
         logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
         logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -82,19 +82,19 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         remaining = flags.FLAGS(_find_config(argv) if "config" in flags.FLAGS else argv)
         if "config" in flags.FLAGS:
-            _ = flags.FLAGS.config.seed  # the configuration file is read only now
+            _ = flags.FLAGS.config.seed  # reads the configuration file
         return remaining
     except (AttributeError, KeyError) as error:
         field = str(error.args[0] if error.args else error).strip().splitlines()[0]
         _fail(f"the configuration has no such field: {field}; config/base.py lists all of them")
     except (flags.Error, UserError, TypeError, ValueError, OSError) as error:
-        _fail(str(error).strip().splitlines()[-1])  # of a search report or a traceback, the last line states the cause
+        _fail(str(error).strip().splitlines()[-1])  # the last line of a search report or traceback states the cause
 
 
 def _find_config(argv: list[str]) -> list[str]:
     """Return the command line with an existing file in --config=FILE:NAME.
 
-    A relative path starts from the current folder or, if it does not exist there, from the script's repository.
+    A relative path is looked up in the current folder, then in the script's repository.
     """
     found = list(argv)
     for index, word in enumerate(argv):
@@ -114,7 +114,7 @@ def _find_config(argv: list[str]) -> list[str]:
 
 
 def _lost_process(message: str) -> str | None:
-    """Return a torch.distributed error in the user's terms; None for other errors."""
+    """Translate a torch.distributed error about a lost process; return None for other errors."""
     rank = os.environ.get("RANK", "0")
     if re.search(r"Connection (closed|reset) by peer", message) and "gloo" in message:
         return f"process {rank} has lost another one, which has ended; its own message states the cause"
@@ -128,7 +128,7 @@ def _lost_process(message: str) -> str | None:
 
 
 def _fail(message: str) -> NoReturn:
-    # an error in a data loader's worker arrives as the text of its traceback, which ends with the message
+    # the error of a data loader's worker arrives as a traceback text that ends with the message
     message = message.rpartition("UserError: ")[2]
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
@@ -140,7 +140,7 @@ def _fail(message: str) -> NoReturn:
 def expand(path: str) -> str:
     """Return `path` with a leading "~" or "~user" replaced by that user's home folder.
 
-    Raises UserError for an unknown user, instead of naming a folder "~user".
+    Raises UserError for an unknown user, rather than creating a folder "~user".
     """
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
@@ -151,8 +151,8 @@ def expand(path: str) -> str:
 def expand_config(config: ConfigDict, *required: str) -> ConfigDict:
     """Expand every path of a configuration in place, and return it.
 
-    Every text that begins with "~" is a path, since rewards' keyword arguments have any name; texts within tuples are
-    prompts and stay. Raises UserError if `base_log_path`, or a field of `required` (by its dotted name), is empty.
+    Every string that starts with "~" counts as a path, since keyword arguments of rewards may have any name; strings in
+    tuples are prompts and stay. Raises UserError if `base_log_path`, or a field of `required` (dotted names), is empty.
     """
     texts = (name for name, value in flat(config).items() if isinstance(value, str))
     for name in ("base_log_path", *texts):  # the root first: other paths are derived from it
@@ -168,7 +168,7 @@ def expand_config(config: ConfigDict, *required: str) -> ConfigDict:
 
 
 def expand_flags(values: Any, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
-    """Expand the paths among absl's flags in place. Raises UserError for one of `required` that is given and empty."""
+    """Expand path flags of absl in place. Raises UserError for one of `required` that is given but empty."""
     for name in (*required, *optional):
         if (given := getattr(values, name)) is not None:
             setattr(values, name, expand(given))
@@ -177,7 +177,7 @@ def expand_flags(values: Any, required: tuple[str, ...], optional: tuple[str, ..
 
 
 def add_path(parser: argparse.ArgumentParser, name: str, optional: bool = False, **keywords: Any) -> None:
-    """Add an argument that is a path: expanded, and rejected if it is empty unless it is `optional`."""
+    """Add a path argument: it is expanded, and an empty one is rejected unless it is `optional`."""
 
     def convert(text: str) -> str:
         try:
@@ -210,7 +210,7 @@ def _check_given(path: str, name: str, option: str) -> None:
 
 
 class Configuration(ConfigDict):
-    """A configuration in which a dict can replace a block, as in configurations of ddpo-pytorch."""
+    """A configuration that accepts a dict in place of a block, as configurations of ddpo-pytorch give."""
 
     def __setitem__(self, key: str, value: Any) -> None:
         old = self[key] if key in self else None
@@ -218,10 +218,10 @@ class Configuration(ConfigDict):
 
 
 class KeywordArguments(ConfigDict):
-    """Keyword arguments of functions that users add, whose names config/base.py cannot know.
+    """Keyword arguments of user-defined functions, whose names config/base.py cannot know.
 
     The block is never locked: config files and the command line can set new fields
-    (config.reward_fn_kwargs.my_reward.x = 1). The caller of the functions checks the names.
+    (config.reward_fn_kwargs.my_reward.x = 1). The names are checked when the functions are called.
     """
 
     def lock(self) -> "KeywordArguments":
@@ -237,7 +237,7 @@ class KeywordArguments(ConfigDict):
 
     def get_type(self, key: str) -> type:
         if key not in self:
-            self[key] = placeholder(object)  # the command line can give any literal
+            self[key] = placeholder(object)  # accepts any literal on the command line
         return super().get_type(key)
 
     def update_from_flattened_dict(self, flattened_dict: Mapping[str, Any], strip_prefix: str = "") -> None:
@@ -249,7 +249,7 @@ class KeywordArguments(ConfigDict):
 
 
 class OptionalBlock(ConfigDict):
-    """A block that None disables, in a config file or on the command line."""
+    """A block that can be disabled by None, in a config file or on the command line."""
 
 
 class _OptionalBlockParser(flags.ArgumentParser):

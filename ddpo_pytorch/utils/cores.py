@@ -1,7 +1,7 @@
-"""Threads of this process, and results that do not depend on their number.
+"""Thread counts, and results that do not depend on them.
 
-How a sum or a matrix product is split among threads decides its last bits. What must not depend on the number of
-threads or processes is therefore computed by one thread, and many such computations run at the same time.
+The last bits of a sum or matrix product depend on how it is split among threads. Results that must not depend on the
+number of threads or processes are therefore each computed by a single thread, many of them at the same time.
 """
 
 import os
@@ -16,21 +16,21 @@ import numpy as np
 import psutil
 import torch
 
-MOST_WORKERS = 16  # each holds memory of its own
+MOST_WORKERS = 16  # each needs its own memory
 LAUNCHERS = re.compile(r"(.*/)?(accelerate(-launch)?|torchrun)|(torch\.distributed|accelerate\.commands)\..*")
 LAUNCHER_OPTION = re.compile(r"--?num[-_]cpu[-_]threads[-_]per[-_]process(=.*)?")
 
 
 def available_cores() -> int:
-    """Return the number of cores that this process is bound to (taskset, cpusets), else that of the machine."""
+    """Return the number of cores that this process may use (taskset, cpusets), or that of the machine if unknown."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def thread_limit() -> int:
     """Return the number of available cores, or the user's OMP_NUM_THREADS or MKL_NUM_THREADS if that is less.
 
-    torchrun and `accelerate launch` set OMP_NUM_THREADS for their processes, by default to 1. That is no limit of the
-    user if the launcher's own environment lacks it and no option asked for it.
+    torchrun and `accelerate launch` set OMP_NUM_THREADS for their processes, by default to 1. That is ignored, unless
+    the user set it in the launcher's environment or by the launcher's option.
     """
     given: dict[str, str] = dict(os.environ)
     try:
@@ -38,7 +38,7 @@ def thread_limit() -> int:
         words = parent.cmdline()
         if any(map(LAUNCHERS.fullmatch, words)) and not any(map(LAUNCHER_OPTION.fullmatch, words)):
             given = parent.environ()
-    except psutil.Error:  # another user's process, for example
+    except psutil.Error:  # e.g. another user's process
         pass
     limits = [available_cores()]
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -71,13 +71,13 @@ def on_all_cores(function: Callable[..., Any], items: Iterable[Any]) -> list[Any
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return a @ b.T (N, M) of float64 arrays (N, F) and (M, F), the same to the bit for any number of threads.
 
-    PyTorch's threads can be set; NumPy's BLAS reads their number when it is loaded. The arrays are copied, since memory
-    alignment can decide the last bits, too.
+    PyTorch is used because its thread count can be changed, unlike that of NumPy's BLAS. The arrays are copied, since
+    memory alignment can change the last bits, too.
     """
     return (torch.tensor(a) @ torch.tensor(b).T).numpy()
 
 
 @one_thread()
 def eigenvalues(symmetric: np.ndarray) -> np.ndarray:
-    """Return the ascending eigenvalues (..., N) of symmetric matrices (..., N, N), equally reproducible."""
+    """Return the ascending eigenvalues (..., N) of symmetric matrices (..., N, N), as reproducibly as `product`."""
     return torch.linalg.eigvalsh(torch.tensor(symmetric)).numpy()

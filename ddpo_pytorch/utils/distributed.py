@@ -1,10 +1,9 @@
-"""Several processes: the accelerator, work of the main process alone, stop signals, and training divided by FSDP.
+"""Multiple processes: the accelerator, work on the main process only, stop signals, and FSDP.
 
-`accelerate launch --config_file config/accelerate/fsdp.yaml` divides gradients and optimizer state among processes
-(ZeRO-2, Rajbhandari et al. 2020): Accelerate splits every tensor of the UNet by its first dimension (PyTorch's
-`fully_shard`), on GPUs and, with gloo, on CPUs. Files hold whole tensors, so that a checkpoint can be resumed by any
-number of processes, divided or not. A forward or backward pass of a divided UNet is a collective: every process must
-make the same number of them.
+`accelerate launch --config_file config/accelerate/fsdp.yaml` shards gradients and optimizer state (ZeRO-2, Rajbhandari
+et al. 2020): Accelerate splits every tensor of the UNet along its first dimension (PyTorch's `fully_shard`), on GPUs
+and, with gloo, on CPUs. Files hold full tensors, so a checkpoint can be resumed by any number of processes, with or
+without FSDP. A forward or backward pass of a sharded UNet is collective: every process must make the same number.
 """
 
 import logging
@@ -55,11 +54,11 @@ def make_accelerator(
     """Return an Accelerator that follows these settings, not those of the launcher or of ACCELERATE_* variables.
 
     On a CPU the processes of a machine share its cores, within the user's limit on threads (see `thread_limit`). Under
-    FSDP, `prepare` divides a UNet and its optimizer: weights and accumulated gradients are float32, "bf16" is the type
+    FSDP, `prepare` shards a UNet and its optimizer: weights and accumulated gradients are float32, "bf16" is the dtype
     of forward and backward passes.
 
     `may_shard`: the caller supports FSDP. `process_timeout`: seconds that a process waits for the others.
-    `growth_interval`: steps after which the gradient scaler of fp16 tries twice its scale. Raises UserError for other
+    `growth_interval`: steps after which the gradient scaler of fp16 doubles its scale. Raises UserError for invalid
     values, and for features of the launcher that the scripts do not support.
     """
     sharding = sharding_requested()
@@ -92,8 +91,8 @@ def make_accelerator(
         cpu=on_cpu,
         mixed_precision=mixed_precision,
         fsdp_plugin=plugin,
-        # as a plugin: ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides a plain number. FSDP divides gradients after
-        # each backward pass: whole ones, Accelerate's default, would take as much memory as the weights
+        # a plugin, since ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides a plain number. FSDP shards gradients after
+        # each backward pass: unsharded ones, Accelerate's default, would take as much memory as the weights
         gradient_accumulation_plugin=GradientAccumulationPlugin(gradient_accumulation_steps, sync_each_batch=sharding),
         dynamo_backend="no",
         kwargs_handlers=[
@@ -105,7 +104,7 @@ def make_accelerator(
         # Accelerate ignores the plugin without a GPU; PyTorch's FSDP works with gloo
         accelerator.state.fsdp_plugin = plugin
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-    if on_cpu:  # after Accelerate, which may set a number of its own
+    if on_cpu:  # after Accelerate, which may have set another number
         share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, min(share, thread_limit())))
     place = f"CPU, threads {torch.get_num_threads()}" if on_cpu else torch.cuda.get_device_name(accelerator.device)
@@ -119,7 +118,7 @@ def sharding_requested() -> bool:
 
 
 def _flag(variable: str) -> bool:
-    """Return whether an environment variable is on, as Accelerate reads it. Raises UserError."""
+    """Return whether an environment variable is on, parsed as Accelerate does. Raises UserError."""
     try:
         return parse_flag_from_env(variable)
     except ValueError as error:
@@ -147,14 +146,14 @@ def run_on_main_process(accelerator: Accelerator, function: Callable[..., Any], 
 
 @contextmanager
 def locked_by_main(accelerator: Accelerator, folder: str | Path, instead: str = "another logdir") -> Iterator[None]:
-    """Let the main process lock a folder (`files.locked`). Called by every process; all end if another holds it."""
+    """Lock a folder on the main process (`files.locked`). Call on every process; all exit if another run holds it."""
     with ExitStack() as held:
         run_on_main_process(accelerator, held.enter_context, locked(folder, instead))
         yield
 
 
 class StopRequested(Exception):
-    """Raised on every process after one of them was asked to stop."""
+    """Raised on every process after one of them received a stop signal."""
 
 
 class StopRequest:
@@ -177,40 +176,40 @@ class StopRequest:
         logger.warning("%s: stopping after the current batch of samples or update", self.name)
 
     def check(self) -> None:
-        """Raise StopRequested on every process if one of them received a signal. A collective."""
+        """Raise StopRequested on every process if one of them received a signal. Collective."""
         stop = bool(self.name)
-        if self._accelerator.num_processes > 1:  # one alone need not wait for its GPU
+        if self._accelerator.num_processes > 1:  # a single process need not wait for its GPU
             stop = self._accelerator.reduce(torch.tensor(float(stop), device=self._accelerator.device), "sum").item()
         if stop:
             raise StopRequested
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return the tensor on a device. From the CPU to a GPU it is copied without waiting for what runs there."""
+    """Move a tensor to a device; from the CPU to a GPU, without waiting for work queued there."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def peak_memory_gib() -> float:
-    """Return the peak memory of this process so far: of the GPU if there is one, else resident."""
+    """Return the peak memory of this process so far, on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-# By hand rather than torch.distributed.checkpoint.state_dict: that steps an optimizer without state before it saves it,
-# and keeps the saved memory order of moments, which fused optimizers then mix up with the parameter's.
+# torch.distributed.checkpoint.state_dict would not do: it steps an optimizer without state before saving it, and it
+# keeps the saved memory order of moments, which fused optimizers then mix up with the parameter's.
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the undivided tensor on every process. A collective if it is divided."""
+    """Return the full tensor on every process. Collective if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_state(owner: nn.Module | torch.optim.Optimizer, main: bool) -> dict[str, Any] | None:
-    """Return the undivided state dict of a UNet or optimizer on the CPU if `main`, else None. A collective."""
+    """Return the full state dict of a UNet or optimizer on the CPU if `main`, else None. Collective."""
 
     def gather(value: Any) -> Any:
         if isinstance(value, dict):
@@ -227,13 +226,13 @@ def gather_state(owner: nn.Module | torch.optim.Optimizer, main: bool) -> dict[s
 
 
 def load_weights_into(unet: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Load an undivided state dict, of which a divided UNet takes this process's part. Not a collective."""
+    """Load a full state dict; a sharded UNet takes this process's shards. Not collective."""
     local = unet.state_dict()
     unet.load_state_dict({key: _part(value, local[key]) if key in local else value for key, value in weights.items()})
 
 
 def load_optimizer_into(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load an undivided state dict likewise. Raises ValueError, as PyTorch does, for one of other parameters."""
+    """Load a full state dict likewise. Raises ValueError, as PyTorch does, if it is of other parameters."""
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     by_number = dict(zip(numbers, parameters, strict=False))  # load_state_dict checks that their numbers agree
@@ -248,7 +247,7 @@ def load_optimizer_into(optimizer: torch.optim.Optimizer, state: Mapping[str, An
 
 
 def _part(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return `value` divided and laid out in memory as `like`; unchanged if its shape is another one."""
+    """Return `value` sharded and laid out in memory as `like`; unchanged if the shapes differ."""
     if value.shape != like.shape:
         return value
     if isinstance(like, DTensor):

@@ -1,27 +1,27 @@
-"""The one exception a user should ever read."""
+"""The only exception that users should ever see, and helpers for its messages."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 class UserError(Exception):
-    """A fault in the command, the configuration or a file.
+    """An error in the command, the configuration or a file.
 
     The message is one line: what was given, what is allowed, and what to do. Scripts print it and exit with code 2
-    (`ddpo_pytorch.utils.cli.cli`); any other exception is a defect and keeps its traceback.
+    (`ddpo_pytorch.utils.cli.cli`); any other exception is a bug and keeps its traceback.
     """
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str, str] | None:
     """Return the first name, alphabetically, whose values differ, and both values, shortened; None if none does.
 
-    Of two lists it is the first element that differs, "<name>[<number>]", or else their lengths.
+    For two lists, returns the first element that differs as "<name>[<number>]", or else their lengths.
     """
     for name in sorted({*old, *new}):
         before, now = old.get(name), new.get(name)
         if before == now:
             continue
-        if name not in old:  # written by an earlier version of the program
+        if name not in old:  # written by an earlier version of this program
             return name, "(not recorded)", _short(now)
         if isinstance(before, list | tuple) and isinstance(now, list | tuple):
             different = [index for index, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]]

@@ -1,4 +1,4 @@
-"""Paths inside a folder, atomic writes, locks, full disks, hashes, and logs of one JSON object a line."""
+"""Paths inside a folder, atomic writes, locks, full disks, hashes, and JSON-lines logs."""
 
 import errno
 import hashlib
@@ -29,16 +29,16 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HOST = re.sub(r"[^\w-]", "-", platform.node())
 # left behind by atomic_write, atomic_folder and remove_folder when they are killed
 UNFINISHED = re.compile(r"\..+\.((?P<pid>\d+)(@(?P<host>[\w-]+))?\.tmp|removed)")
-ABANDONED_AFTER = 3600  # seconds without a change after which another machine is not writing a temporary file any more
+ABANDONED_AFTER = 3600  # seconds without a change after which a temporary file of another machine is abandoned
 logger = logging.getLogger(__name__)
 
 
 class DiskFull(UserError, OSError):
-    """A file exceeds the free space of the disk, a quota, or a limit on the size of files."""
+    """Raised when a file exceeds the free space of the disk, a quota, or a limit on file sizes."""
 
 
 def path_fault(name: str) -> str | None:
-    """Return why a name from a table or log may not be opened below a folder, on any system, or None.
+    """Return why a path from a table or log must not be opened inside a folder, on any system, or None.
 
     A backslash counts as a slash. Links inside the folder belong to the user and are followed.
     """
@@ -61,7 +61,7 @@ def path_inside(folder: str | Path, name: str, where: str) -> Path:
 
 def open_regular(path: str | Path) -> BinaryIO:
     """Open a regular file for reading. Raises UserError for a pipe, device or folder; OSError as `open` does."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without the latter, opening a pipe waits for a writer
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # O_NONBLOCK: else opening a pipe waits for a writer
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UserError(f"{str(path)!r} is a folder, pipe or device; a regular file is needed: remove it")
@@ -73,7 +73,7 @@ def atomic_write(path: str | Path, durable: bool = False) -> Iterator[Path]:
     """Yield an empty temporary file next to `path`, renamed to `path` at the end; missing folders are created.
 
     An error leaves an existing file unchanged; `remove_leftovers` cleans up after a kill. With `durable` the file also
-    survives a power cut, at the price of waiting for the disk. Raises DiskFull.
+    survives a power cut, at the cost of waiting for the disk. Raises DiskFull.
     """
     path = Path(path)
     temporary = _temporary(path)
@@ -100,7 +100,7 @@ def atomic_folder(path: str | Path, size: int | None = None, durable: bool = Tru
     path = Path(path)
     temporary = _temporary(path)
     with room_for(path, size):
-        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same number
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same id
         temporary.mkdir(parents=True)
         try:
             yield temporary
@@ -136,7 +136,7 @@ def remove_folder(path: str | Path) -> None:
 def remove_leftovers(folder: str | Path, depth: int = 2) -> None:
     """Remove temporary files and folders of killed processes from `folder` and `depth` levels of subfolders."""
     entries: list[os.DirEntry] = []
-    with suppress(OSError):  # what cannot be read or removed is in nobody's way
+    with suppress(OSError):  # entries that cannot be read or removed do no harm
         entries = list(os.scandir(folder))
     for entry in entries:
         with suppress(OSError):
@@ -179,7 +179,7 @@ def _sync(path: Path) -> None:
 def room_for(path: str | Path, size: int | None = None) -> Iterator[None]:
     """Turn errors of a full disk into DiskFull; raise it at once if fewer than `size` bytes are free.
 
-    A quota, or a limit on the size of files, shows only when it is exceeded.
+    A quota, or a limit on file sizes, is noticed only when it is exceeded.
     """
     folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
 
@@ -191,7 +191,7 @@ def room_for(path: str | Path, size: int | None = None) -> Iterator[None]:
         )
 
     usage = shutil.disk_usage(folder)
-    if size is not None and usage.free < size and usage.total:  # some network file systems know no sizes
+    if size is not None and usage.free < size and usage.total:  # some network file systems report no sizes
         raise disk_full("too little space")
     try:
         yield
@@ -236,10 +236,10 @@ def append(file: io.FileIO, content: bytes) -> None:
 
 
 class JsonLines:
-    """An append-only file of one JSON object a line, written by the main process only.
+    """An append-only file of one JSON object per line, written by the main process only.
 
     With `keep`, entries of an existing file whose `counter` is `keep` or more are removed, since a resumed run repeats
-    them; so are damaged lines, with a warning. A last line that lacks only its newline is complete.
+    them; so are damaged lines, with a warning. A last line without a newline counts as complete.
     """
 
     def __init__(self, path: str | Path, active: bool = True, keep: int | None = None, counter: str = "epoch"):
@@ -263,7 +263,7 @@ class JsonLines:
                 temporary.write_bytes(kept)
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Append an entry and wait until it is on the disk; NaN and infinity, which JSON lacks, become null.
+        """Append an entry and wait until it is on the disk; NaN and infinity become null, since JSON lacks them.
 
         Raises DiskFull, with the file unchanged.
         """
@@ -275,9 +275,9 @@ class JsonLines:
 
 
 def lock(path: str | Path, taken: str) -> BaseFileLock:
-    """Lock the file at `path`, made if absent, until `release` is called or the process ends; forks do not hold it.
+    """Lock the file at `path`, created if absent, until `release` is called or the process ends; forks do not hold it.
 
-    Where the file system has no locks, the file itself is the lock. Raises UserError(taken) if another process has it.
+    On a file system without locks, the file itself is the lock. Raises UserError(taken) if another process holds it.
     """
     held: BaseFileLock = FileLock(path, timeout=0, thread_local=False)
     try:
@@ -286,7 +286,7 @@ def lock(path: str | Path, taken: str) -> BaseFileLock:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            if os.path.getsize(path) == 0:  # made by the attempt above; a soft lock holds its owner's number
+            if os.path.getsize(path) == 0:  # made by the attempt above; a soft lock holds its owner's id
                 os.unlink(path)
             held = SoftFileLock(path, timeout=0, thread_local=False)
             held.acquire()
@@ -297,13 +297,13 @@ def lock(path: str | Path, taken: str) -> BaseFileLock:
 
 @contextmanager
 def locked(folder: str | Path, instead: str = "another logdir") -> Iterator[None]:
-    """Reserve a folder, created if absent, for this process, and remove what killed processes left in it.
+    """Lock a folder, created if absent, for this process, and remove what killed processes left in it.
 
-    Every command that writes a folder does so within this context. After an error, a folder that was created and is
-    still empty is removed. Raises UserError, which suggests `instead`, while another process holds the folder.
+    Every command that writes a folder does so within this context. After an error, a folder that was created here and
+    is still empty is removed. Raises UserError, which suggests `instead`, if another process holds the folder.
     """
     folder = Path(folder)
-    path, created = folder / LOCK, not folder.exists()  # created: after an error only
+    path, created = folder / LOCK, not folder.exists()  # created: reset on success
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:

@@ -1,7 +1,7 @@
 """Fingerprints of everything that determines a result, compared before work is resumed.
 
-A path is not a content: a model, a classifier or a table can be replaced under its name. So folders and states record
-fingerprints of contents next to their settings.
+A path does not identify its content: a model, classifier or table can be replaced under the same name. Output folders
+and training states therefore record fingerprints of contents next to their settings.
 """
 
 import hashlib
@@ -19,20 +19,20 @@ from ddpo_pytorch.utils.files import sha256
 from ddpo_pytorch.utils.published import resolve
 
 PIPELINE_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
-# files of a folder that count: weights, configurations, vocabularies, tables; not images, logs and unfinished states
+# files of a folder that count: weights, configurations, vocabularies and tables; not images, logs, unfinished states
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".json", ".txt", ".csv", ".npz", ".onnx", ".py")
 _UNFINISHED = ".unfinished.pt"
-# entries of a configuration without effect: its author, and the type of weights, which is hashed with them
+# entries of a configuration without effect; the dtype of weights is hashed with them
 _IGNORED = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 
 
 def fingerprint(*parts: Any) -> str:
-    """Return the SHA-256, in hex, of parts in their order; equal for equal contents, whatever their paths.
+    """Return the SHA-256, in hex, of parts in their order; it is equal for equal contents, whatever their paths.
 
     A part may be a network (its `config`, and weights without adapters), a state dict, a tokenizer, a scheduler, the
     Path of a file or folder (of which weights, configurations and tables count), or plain values; mappings and lists
-    may hold such parts. Of a configuration only what differs from its class's defaults counts, so that a library
-    version with further entries changes nothing.
+    may hold such parts. Only entries of a configuration that differ from the defaults of its class count, so that new
+    entries in a later library version change nothing.
     """
     return hashlib.sha256(b"".join(map(_digest, parts))).hexdigest()
 
@@ -43,7 +43,7 @@ def pipeline_fingerprints(pipe: Any, parts: Iterable[str] = PIPELINE_PARTS) -> d
 
 
 def with_contents(settings: Any) -> Any:
-    """Return settings with each text that names an existing file or folder replaced by its Path."""
+    """Return settings in which each string that names an existing file or folder is replaced by its Path."""
     if isinstance(settings, Mapping):
         return {name: with_contents(value) for name, value in settings.items()}
     if isinstance(settings, list | tuple):
@@ -78,7 +78,7 @@ def _pieces(part: Any) -> Iterator[bytes]:
         yield from _tensors({name.replace(".base_layer.", "."): state[name] for name in state if ".lora_" not in name})
     elif hasattr(part, "backend_tokenizer"):
         backend = json.loads(part.backend_tokenizer.to_str())
-        # without the padding and truncation of the last call
+        # padding and truncation are those of the last call
         yield _json({name: value for name, value in backend.items() if name not in ("padding", "truncation")})
         yield _json([part.special_tokens_map, part.model_max_length, part.padding_side])
     elif isinstance(part, Mapping) and part and all(isinstance(value, torch.Tensor) for value in part.values()):
@@ -105,7 +105,7 @@ def _tensors(state: Mapping[str, torch.Tensor]) -> Iterator[bytes]:
 
 def _settings_of(config: Any, owner: type) -> dict[str, Any]:
     """Return the entries of a configuration that have an effect and differ from the defaults of the class."""
-    if hasattr(config, "to_diff_dict"):  # of transformers
+    if hasattr(config, "to_diff_dict"):  # transformers
         config = config.to_diff_dict()
     defaults = inspect.signature(owner.__init__).parameters
     return {

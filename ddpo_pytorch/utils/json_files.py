@@ -1,4 +1,4 @@
-"""JSON from files that a crash or a stranger may have changed: parsed, checked, and rejected in one line."""
+"""Parse and check JSON files that a crash or a stranger may have changed; errors are one line."""
 
 import json
 import math
@@ -10,15 +10,15 @@ from typing import Any
 
 from ddpo_pytorch.utils.errors import UserError
 
-COUNT = range(2**53)  # the shape of an integer of 0 or more; 2**53 is the limit up to which a float counts exactly
-DEEPEST = 64  # levels of lists and objects; files of this program have fewer than 10
+COUNT = range(2**53)  # shape of an integer of 0 or more; floats are exact up to 2**53
+DEEPEST = 64  # levels of nesting; files of this program have fewer than 10
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character
 ADVICE = "restore it from a copy, or move it away"
 TYPES = {dict: "an object", list: "a list", float: "a finite number", int: "an integer", str: "a text"}
 
 
 class OneOf(tuple):
-    """A shape of which each element is an allowed alternative."""
+    """A shape that allows any of its elements."""
 
 
 def read_json(path: str | Path, shape: Any = dict, advice: str = ADVICE) -> Any:
@@ -32,10 +32,10 @@ def parse_json(text: str | bytes, shape: Any, source: str, advice: str = ADVICE)
 
     A shape is a type (float: any finite number), a range of integers, None, `OneOf` several shapes, `[shape]` for a
     list, a tuple of shapes for a list of exactly these, `{str: shape}` for an object with any names, or `{"name":
-    shape, "name?": shape}` for one with at least these names, of which those with a question mark are optional.
+    shape, "name?": shape}` for an object with at least these names; a question mark makes one optional.
 
-    Rejected for any shape: names that appear twice in an object, more than DEEPEST levels, integers beyond 64 bits and
-    text that is not Unicode. NaN and infinity are rejected where the shape has a number.
+    Always rejected: repeated names in an object, more than DEEPEST levels, integers beyond 64 bits and text that is not
+    Unicode. NaN and infinity are rejected where the shape has a number.
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_int=_int64)
@@ -47,7 +47,7 @@ def parse_json(text: str | bytes, shape: Any, source: str, advice: str = ADVICE)
 
 
 def check_shape(value: Any, shape: Any, source: str, advice: str = ADVICE) -> Any:
-    """Return a parsed value. Raises UserError, as `parse_json` does, if it has another shape."""
+    """Return `value`, which was parsed from JSON. Raises UserError, as `parse_json` does, if it has another shape."""
     if problem := _mismatch(value, shape, ""):
         raise UserError(f"{source} is damaged ({problem}); {advice}")
     return value
@@ -104,7 +104,7 @@ def _mismatch(value: Any, shape: Any, name: str) -> str | None:
 
 
 def _fits(value: Any, shape: Any) -> bool:
-    if isinstance(value, bool):  # which Python counts among the integers
+    if isinstance(value, bool):  # an int to Python
         return shape is bool
     if shape is float:
         return isinstance(value, int | float) and math.isfinite(value)

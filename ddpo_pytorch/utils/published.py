@@ -1,4 +1,4 @@
-"""The published files: their names, of which README and configuration spell two differently, and the archive."""
+"""The published files: their names, two of which README and configuration spell differently, and the archive."""
 
 import logging
 import os
@@ -25,34 +25,34 @@ SPELLINGS = (
 
 
 def resolve(path: str | Path) -> Path:
-    """Return `path`, or its other published spelling if only that exists."""
+    """Return `path`, or its other published spelling if only that one exists."""
     path = Path(path).expanduser()
     for pair in SPELLINGS:
         for spelling, other in (pair, pair[::-1]):
             alternative = Path(str(path).replace(spelling, other))
             if not path.exists() and alternative.exists():
-                logger.info("%s does not exist; taking %s", path, alternative)
+                logger.info("%s does not exist; using %s", path, alternative)
                 return alternative
     return path
 
 
 def spellings(name: str) -> tuple[str, ...]:
-    """Return the names under which a file may lie: README's, then the other one if there is one."""
+    """Return the names that a file may have: README's, then the other one if there is one."""
     return (name, *(name.replace(spelling, other) for spelling, other in SPELLINGS if spelling in name))
 
 
 # limits of an archive of pictures; 32 captions with 5,000 images each have fewer entries
-LARGEST_GROWTH = 20  # content by archive: pictures hardly compress, and more is made to fill disks
-SMALL = 2**20  # bytes of content that are allowed in any archive
+LARGEST_GROWTH = 20  # ratio of content to archive: pictures hardly compress; more suggests a zip bomb
+SMALL = 2**20  # bytes of content that any archive may have
 MOST_ENTRIES = 200_000
 LONGEST_NAME, LONGEST_PATH, DEEPEST = 255, 1000, 50  # bytes of a name, characters and levels of a path
 SPARE = 2**30  # bytes left free on the disk
-UNPACKED = ".unpacked"  # suffix of the folder of all content, before its entries are moved to their place
+UNPACKED = ".unpacked"  # suffix of the folder of extracted content, before its entries are moved into place
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open a zip after `check_entries`. Raises UserError, also for errors inside the block, if it cannot be read."""
+    """Open a zip after `check_entries`. Raises UserError if it cannot be read, also by the code in the context."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; scripts/download.py fetches it")
     try:
@@ -61,13 +61,13 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
             yield archive
     except UserError:
         raise
-    except Exception as error:  # damaged archives raise nearly anything
+    except Exception as error:  # a damaged archive may raise anything
         message = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path} cannot be read as a zip ({message}); move it away and fetch it again") from error
 
 
 def check_entries(path: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
-    """Raise UserError for too much content, an entry of `_fault`, and two entries that differ by case at most."""
+    """Raise UserError for too much content, an unsafe entry (`_fault`), or entries that differ only in case."""
     refused = f"nothing was unpacked: fetch {path.name} again"
     content, size = sum(entry.file_size for entry in entries), path.stat().st_size
     if len(entries) > MOST_ENTRIES or content > max(SMALL, LARGEST_GROWTH * size):
@@ -75,7 +75,7 @@ def check_entries(path: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
             f"{path} of {size / 2**20:.1f} MiB states {content / 2**20:.1f} MiB of content in {len(entries)} entries; "
             f"pictures have less than {LARGEST_GROWTH} times as much, and {MOST_ENTRIES} entries; {refused}"
         )
-    seen: dict[tuple[str, ...], tuple[tuple[str, ...], bool]] = {}  # spelling, and whether a folder, by folded path
+    seen: dict[tuple[str, ...], tuple[tuple[str, ...], bool]] = {}  # (spelling, is a folder) by case-folded path
     for entry in entries:
         name = entry.orig_filename
         parts = tuple(name.removesuffix("/").split("/"))
@@ -84,7 +84,7 @@ def check_entries(path: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
             above = parts[:depth]
             is_folder = depth < len(parts) or entry.is_dir()
             folded = tuple(unicodedata.normalize("NFC", part).casefold() for part in above)
-            if folded in seen and (seen[folded] != (above, True) or not is_folder):  # only folders may come again
+            if folded in seen and (seen[folded] != (above, True) or not is_folder):  # only folders may be repeated
                 fault = f"clashes with {'/'.join(seen[folded][0])[:200]!r}"
             seen[folded] = above, is_folder
         if fault:
@@ -92,7 +92,7 @@ def check_entries(path: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
 
 
 def _fault(name: str, parts: tuple[str, ...], entry: zipfile.ZipInfo) -> str:
-    kind = stat.S_IFMT(entry.external_attr >> 16)  # as Unix writes it; 0 from other systems
+    kind = stat.S_IFMT(entry.external_attr >> 16)  # set on Unix; 0 on other systems
     if len(name) > LONGEST_PATH or len(parts) > DEEPEST or any(len(os.fsencode(part)) > LONGEST_NAME for part in parts):
         return f"has a name beyond {LONGEST_NAME} bytes, or a path beyond {LONGEST_PATH} characters or {DEEPEST} levels"
     if not name.isprintable() or "\\" in name or ":" in name:
@@ -109,7 +109,7 @@ def _fault(name: str, parts: tuple[str, ...], entry: zipfile.ZipInfo) -> str:
 def unpack(path: str | Path, folder: str | Path) -> list[Path]:
     """Unpack a zip into an existing folder, all or nothing; return its new top-level entries, sorted.
 
-    Permissions, owners and links are not restored. The same call completes one that was killed.
+    Permissions, owners and links are not restored. After a kill, the same call completes the work.
     """
     path, folder = Path(path), Path(folder)
     unpacked = folder / f".{path.name}{UNPACKED}"
@@ -129,7 +129,7 @@ def unpack(path: str | Path, folder: str | Path) -> list[Path]:
             with atomic_folder(unpacked, durable=False) as unfinished:
                 for entry in tqdm(entries, desc="unpacking", unit="file", disable=None):
                     archive.extract(entry, unfinished)
-    # all content is there now, and the next call would complete the moves
+    # all content is extracted now: after a kill, the next call completes the moves
     names = sorted(os.listdir(unpacked))
     refuse_existing(names)
     for name in names:

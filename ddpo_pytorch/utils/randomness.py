@@ -1,6 +1,6 @@
-"""Randomness as a function of (seed, progress), which makes a resumed run equal to an uninterrupted one.
+"""Randomness as a function of (seed, progress), so that a resumed run equals an uninterrupted one.
 
-No random state is ever saved, and nothing here depends on the number of processes.
+Random states are never saved, and nothing here depends on the number of processes.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 
 from ddpo_pytorch.utils.errors import UserError
 
-# independent random streams of one run; their numbers, from 0, are part of every seed
+# independent random streams of a run; their numbers are part of every derived seed
 Stream = IntEnum(
     "Stream", "PROMPTS NOISE ORDER TIMESTEPS GRID EVALUATION BATCHES VALIDATION HELD_OUT POOL DATA", start=0
 )
@@ -28,7 +28,7 @@ def derived_seed(seed: int, stream: Stream, *progress: int) -> int:
 
 
 def text_number(text: str) -> int:
-    """Return 128 bits of a text's SHA-256, to use in `derived_seed` in place of an index."""
+    """Return 128 bits of a text's SHA-256, for use in `derived_seed` in place of an index."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
 
 
@@ -53,9 +53,9 @@ def generator_of(seed: int, stream: Stream, *progress: int, device: torch.device
 
 
 class EndlessBatches(Sampler[list[int]]):
-    """Endless batches of indices below `count`: a new permutation every `count // (batch_size * processes)` batches.
+    """Endless batches of indices below `count`, with a new permutation every `count // (batch_size * processes)`.
 
-    Each process gets its part of a batch. A permutation's remainder is dropped. A resumed run starts at batch `first`.
+    Each process gets its part of a batch. The remainder of a permutation is dropped. A resumed run starts at `first`.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, first: int = 0, rank: int = 0, processes: int = 1):
@@ -77,10 +77,10 @@ class EndlessBatches(Sampler[list[int]]):
 
 
 class BatchDraws:
-    """Random numbers for batch `number` of a stream: sampled for all processes, of which this one keeps its rows.
+    """Random numbers for batch `number` of a stream, drawn for all processes; each keeps its own rows.
 
-    Sampled on the CPU, so that they are the same on every device. Of the `size` rows of a process the first `kept` are
-    used (a validation set's last batch is shorter).
+    They are drawn on the CPU, so that they are the same on every device. Only the first `kept` of the `size` rows of a
+    process are used (the last batch of a validation set is shorter).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Checks of settings: a table of field -> `Range` for each script, and one function that applies it."""
+"""Check settings: each script has a table of field -> `Range`, which `check_ranges` applies."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -12,7 +12,7 @@ from ddpo_pytorch.utils.errors import UserError
 class Range(NamedTuple):
     """Numbers in an interval, in mathematical notation: "(0, 1]" excludes 0 and includes 1.
 
-    `whole` admits integers only. NaN and booleans are never inside, infinity only if the interval includes it.
+    `whole` allows integers only. NaN and booleans are never inside, infinity only if the interval includes it.
     """
 
     interval: str
@@ -67,7 +67,7 @@ def check_choices(settings: Mapping[str, Any], choices: Mapping[str, Collection[
 
 
 def check_pair(name: str, value: Any, allowed: Range, equal: bool = False) -> tuple[float, float]:
-    """Return a setting of two numbers in ascending order; `equal` admits equal ones. Raises UserError."""
+    """Return a setting of two ascending numbers; `equal` allows equal ones. Raises UserError."""
     numbers = isinstance(value, tuple | list) and len(value) == 2 and all(one in allowed for one in value)
     if not numbers or value[0] > value[1] or (value[0] == value[1] and not equal):
         raise UserError(f"{name} is {value!r}; it must be two numbers, the lower one first, each {allowed}")

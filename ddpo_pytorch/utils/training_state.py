@@ -1,4 +1,4 @@
-"""The state of an unfinished training: one file, written atomically, from which the same command resumes."""
+"""The state of an unfinished training: a single file, written atomically, from which the same command resumes."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -22,9 +22,9 @@ class TrainState:
         state.save(epoch=3)
 
     Args:
-        path: the file; None keeps no state.
-        settings: JSON-able values that identify the training; a state with other ones is refused.
-        parts: objects with `state_dict` and `load_state_dict`; those that are None are left out.
+        path: the file; None saves no state.
+        settings: JSON-able values that identify the training; a state with other ones is rejected.
+        parts: objects with `state_dict` and `load_state_dict`, or None.
     """
 
     def __init__(self, path: str | Path | None, settings: Mapping[str, Any], **parts: Any):
@@ -32,7 +32,7 @@ class TrainState:
         self.parts = {name: part for name, part in parts.items() if part is not None}
 
     def load(self) -> dict[str, Any] | None:
-        """Restore the parts and return the values given to `save`, or None without a file. See `restore_state`."""
+        """Restore the parts; return the progress given to `save`, or None without a file. See `restore_state`."""
 
         def restore(state: Mapping[str, Any]) -> None:
             for name, part in self.parts.items():
@@ -44,7 +44,7 @@ class TrainState:
         return state["progress"] if state else None
 
     def save(self, **progress: Any) -> None:
-        """Write all parts and `progress` (tensors and plain values). Raises DiskFull; the old file stays."""
+        """Write all parts and `progress` (tensors and plain values). Raises DiskFull, keeping the old file."""
         if self.path is not None:
             parts = {name: part.state_dict() for name, part in self.parts.items()}
             save_state(self.path, {"parts": parts, "progress": progress}, self.settings)
@@ -56,7 +56,7 @@ class TrainState:
 
 
 def save_state(path: str | Path, state: Mapping[str, Any], belongs_to: Mapping[str, Any]) -> None:
-    """Write tensors and plain values, and the settings (JSON-able) that they belong to, durably.
+    """Durably write tensors and plain values with the settings (JSON-able) that they belong to.
 
     Raises DiskFull, with the old file untouched.
     """
@@ -67,16 +67,16 @@ def save_state(path: str | Path, state: Mapping[str, Any], belongs_to: Mapping[s
 def restore_state(
     path: str | Path, belongs_to: Mapping[str, Any], restore: Callable[[Mapping[str, Any]], None] = lambda state: None
 ) -> dict[str, Any] | None:
-    """Load what `save_state` wrote, on the CPU, and give it to `restore`; return it, or None where there is no file.
+    """Load the state that `save_state` wrote on the CPU, pass it to `restore` and return it; None without a file.
 
-    Raises UserError for a damaged file, also where `restore` finds another content than it expects, and for one of
-    other settings, naming the first that differs.
+    Raises UserError for a damaged file, including any error of `restore`, and for a state of other settings, naming
+    the first that differs.
     """
     path = Path(path)
     if not path.is_file():
         return None
     try:
-        # mapped: the processes of a node share what would otherwise be a copy of all weights and moments for each
+        # memory-mapped, so that the processes of a node share one copy of weights and moments
         saved = read_pickle(path, mmap=True)
         state, old = dict(saved["state"]), parse_json(saved["belongs_to"], dict, "")
         if not (changed := difference(old, json.loads(json.dumps(belongs_to)))):

@@ -1,7 +1,7 @@
-"""Weight files: tensors by name, read without running code, or an error that says what the file is.
+"""Read weight files without running code; errors say what a file is instead.
 
-A browser saves a login page under the name of a checkpoint, a clone without Git LFS holds a pointer, a disk that was
-full holds half a file, a diverged training holds NaN. All of these are recognised here and nowhere else.
+Browsers save login pages under the name of a checkpoint, clones without Git LFS hold pointers, full disks leave half a
+file, and diverged trainings leave NaN. All of these are recognised here and nowhere else.
 """
 
 import re
@@ -18,7 +18,7 @@ from ddpo_pytorch.utils.errors import UserError
 
 # Checkpoints wrap their state dict: ours and the published classifiers under the first name, timm's under the second.
 WRAPPERS = ("model_state_dict", "state_dict")
-# By the beginning of a text, what a file is that should hold weights, and what to do.
+# What a text file in place of weights is, by its beginning, and what to do.
 TEXTS = {
     "version https://git-lfs": "is a Git LFS pointer; fetch the file itself with `git lfs pull`",
     "<": "looks like a web page (HTML or XML); download it again, from a link that leads to the file itself",
@@ -26,7 +26,7 @@ TEXTS = {
     "[": "looks like JSON, perhaps a server's error message; download it again",
     "": "is a text file; give the file of weights",
 }
-# A validation loss or accuracy in a checkpoint may be a numpy number; these name no code that could be run.
+# Checkpoints may hold a loss or accuracy as a NumPy scalar; these types cannot run code.
 _NUMPY_SCALARS = [
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
     (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
@@ -40,8 +40,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
     """Return the tensors of a weight file by name, on the CPU, and the metadata of a safetensors file, else {}.
 
     The content decides the format, except that a name ending in .safetensors requires that one. Raises UserError for a
-    file that is missing, torn or no weight file (a web page, JSON, a Git LFS pointer), for a pickle of more than
-    tensors, and for NaN or infinity.
+    file that is missing, truncated or not a weight file (a web page, JSON, a Git LFS pointer), for a pickle of more
+    than tensors, and for NaN or infinity.
     """
     path = Path(path)
     head = read_head(path)
@@ -60,7 +60,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return tensors by name, and metadata, of a safetensors file. Raises UserError as `read_tensors` does."""
+    """Return the tensors by name, and the metadata, of a safetensors file. Raises UserError as `read_tensors` does."""
     with open_safetensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
         metadata = file.metadata() or {}
@@ -95,7 +95,7 @@ def read_pickle(path: str | Path, mmap: bool = False) -> Any:
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle can fail in any way
-        # PyTorch's own message suggests to switch the protection off
+        # not PyTorch's own message, which suggests disabling the protection
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         problem = f"holds more than plain tensors ({named[1]})" if named else "is damaged or holds more than tensors"
         raise UserError(
@@ -115,7 +115,7 @@ def check_finite(tensors: Mapping[str, torch.Tensor], file: str | Path) -> None:
 
 
 def read_head(path: Path) -> bytes:
-    """Return the first bytes of a weight file. Raises UserError for a file that is missing, empty or a text.
+    """Return the first bytes of a weight file. Raises UserError for a file that is missing, empty or text.
 
     Safetensors have a NUL among their first 8 bytes, archives soon after, and other pickles do not begin with UTF-8.
     """
@@ -128,7 +128,7 @@ def read_head(path: Path) -> bytes:
     try:
         text = head.decode()
     except UnicodeDecodeError as error:
-        if error.start < len(head) - 3:  # else a character is cut at the end
+        if error.start < len(head) - 3:  # else the last character is cut off
             return head
         text = head[: error.start].decode()
     text = text.removeprefix("\ufeff").lstrip()
