@@ -3,7 +3,7 @@
     python scripts/download.py                                  # into rl4med-out/published and rl4med-out/data/splits
     python scripts/download.py --check rl4med-out/published     # or --unpack, without network
 
-After an interruption the same command keeps complete files and continues partial ones.
+Rerun the same command after an interruption: it keeps complete files and resumes partial ones.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import torch
 from absl import flags
 from diffusers import UNet2DConditionModel
 
-from ddpo_pytorch.generator.lora import add_lora, load_lora, lora_parameters
+from ddpo_pytorch.generator.lora import ATTENTION, add_lora, load_lora, lora_parameters
 from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.utils.cli import cli, expand_flags
 from ddpo_pytorch.utils.errors import UserError
@@ -31,7 +31,7 @@ from ddpo_pytorch.utils.weights import open_safetensors
 FLAGS = flags.FLAGS
 flags.DEFINE_string("root", "rl4med-out", "files go to ROOT/published, split tables to ROOT/data/splits")
 flags.DEFINE_string("check", None, "only check this folder of published files; nothing is downloaded")
-flags.DEFINE_string("unpack", None, f"only unpack {ARCHIVE} of this folder of published files; nothing is downloaded")
+flags.DEFINE_string("unpack", None, f"only unpack {ARCHIVE} in this folder of published files; nothing is downloaded")
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,6 @@ SPLITS = {
 }
 TIMEOUT = 30  # seconds without an answer
 LORA_RANK = 4
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def sd15_unet() -> UNet2DConditionModel:
@@ -56,7 +55,7 @@ def sd15_unet() -> UNet2DConditionModel:
 
 
 def check_unet(path: Path) -> str:
-    """Check that names and shapes are SD 1.5's, from the header, without reading the gigabytes after it."""
+    """Check that the header has SD 1.5's names and shapes, without reading the gigabytes after it."""
     with open_safetensors(path) as file:
         tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
         shapes = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
@@ -72,7 +71,7 @@ def check_unet(path: Path) -> str:
 def check_lora(path: Path) -> str:
     """Check that every attention projection of SD 1.5's UNet has both matrices, of the published rank."""
     unet = sd15_unet()
-    add_lora(unet, LORA_RANK, LORA_TARGETS, seed=0)
+    add_lora(unet, LORA_RANK, ATTENTION, seed=0)
     load_lora(unet, path)
     return f"LoRA of rank {LORA_RANK}, {len(lora_parameters(unet))} tensors"
 
@@ -90,7 +89,7 @@ def check_zip(path: Path) -> str:
         return f"zip of {sum(not entry.is_dir() for entry in archive.infolist())} files"
 
 
-# by README's spelling: description, and check of the content
+# by README's spelling: description, and a check of the content
 FILES: dict[str, tuple[str, Callable[[Path], str]]] = {
     "artifact_classifier_train_H6.pth": ("reward classifier", lambda path: check_classifier(path, 6)),
     "artifact_classifier_train_H4.pth": ("judge", lambda path: check_classifier(path, 4)),
@@ -101,7 +100,7 @@ FILES: dict[str, tuple[str, Callable[[Path], str]]] = {
 
 
 def check(folder: Path) -> None:
-    """Log a line for each published file. Raises UserError if one is wrong, or a required one is missing."""
+    """Check and log each published file. Raises UserError if one is wrong, or a required one is missing."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give the folder that holds the published files")
     bad = []
@@ -127,7 +126,7 @@ def size(path: Path) -> str:
 
 
 def fetch_split(name: str, folder: Path, base_url: str = SPLITS_URL) -> Path:
-    """Fetch one split table of `SPLITS` into `folder` unless it is there; return the file, of the official content."""
+    """Fetch a split table of `SPLITS` into `folder` unless it is there; check its content and return the file."""
     target, url = folder / name, f"{base_url}/{name}"
     exists = target.exists()
     try:
@@ -154,7 +153,7 @@ def fetch_published(folder: Path) -> None:
         listing = gdown.download_folder(
             id=DRIVE_ID, output=str(folder), skip_download=True, quiet=True, timeout=TIMEOUT
         )
-    except Exception as error:  # gdown's exceptions share no base class, and a page that Google changed raises anything
+    except Exception as error:  # gdown's exceptions share no base class, and a changed Google page may raise any
         raise UserError(f"Google Drive does not list the published folder ({reason(error)})") from error
     if not listing:
         raise UserError("Google Drive lists nothing in the published folder")
@@ -163,7 +162,7 @@ def fetch_published(folder: Path) -> None:
         target = Path(os.path.abspath(item.local_path))
         try:
             if not target.is_relative_to(os.path.abspath(folder)):
-                raise UserError(f"it would lie outside {folder}")
+                raise UserError(f"it would be outside {folder}")
             if not target.is_file():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 gdown.download(id=item.id, output=str(target), resume=True, timeout=TIMEOUT, retries=3)
@@ -180,15 +179,15 @@ def reason(error: Exception) -> str:
 
 
 def fetch(root: Path) -> None:
-    """Fetch and check all files. Raises UserError, after log lines with advice, if some did not arrive."""
+    """Fetch and check all files. Raises UserError, after logging advice, if some did not arrive."""
     published, problems = root / "published", []
     steps = {f"split table {name}": partial(fetch_split, name, root / "data" / "splits") for name in SPLITS}
-    for what, step in (steps | {"published files": partial(fetch_published, published)}).items():
+    for name, step in (steps | {"published files": partial(fetch_published, published)}).items():
         try:
             step()
         except UserError as error:
             logger.warning("%s", error)
-            problems.append(what)
+            problems.append(name)
     if "published files" in problems:
         logger.warning(
             "Google Drive often refuses scripts, for up to a day. Run this again later, or by hand:\n  1. open %s in a "

@@ -1,11 +1,11 @@
-"""Draw samples for every prompt, from the base model or with trained weights on it.
+"""Draw samples for every prompt, from the base model or with trained weights.
 
     accelerate launch scripts/eval.py --config config/dgx.py:prompt_image_alignment_classifier_isic_eval_rl
 
 Writes <logdir>/images/<caption with _>/<index>.png, <logdir>/image_log.json and <logdir>/settings.json. Noise is a
-function of (seed, prompt, index), and batches are formed from the list of all images before they are dealt to processes
-and cores, so files do not depend on the number of either. Rerun the command to complete an interrupted folder, or to
-add images or prompts: missing and damaged images are drawn. Processes on several nodes need a common logdir.
+function of (seed, prompt, index), and batches are formed from the list of all images before they are distributed to
+processes and cores, so files do not depend on the number of either. Rerun the command to complete an interrupted
+folder, or to add images or prompts: missing and damaged images are drawn. Several nodes need a shared logdir.
 """
 
 import logging
@@ -39,26 +39,26 @@ from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
 from ddpo_pytorch.utils.settings import NOT_NEGATIVE, ONE_OR_MORE, check_choices, check_ranges
 
 FLAGS = flags.FLAGS
-define_config(__file__, "Sampling for evaluation.")
+define_config(__file__, "experiment, e.g. config/dgx.py:prompt_image_alignment_classifier_isic_eval_rl")
 logger = logging.getLogger(__name__)
 RANGES = SAMPLING | dict.fromkeys(("eval.num_samples_per_prompt", "eval.batch_size"), ONE_OR_MORE)
 RANGES |= {"eval.lora_scale": NOT_NEGATIVE}
 
 
 def load_judge(path: str, prompts: Sequence[Prompt], device: torch.device) -> tuple[RewardFn | None, str]:
-    """Return the classifier at `path` as a reward and its hash, or (None, ""). UserError for other prompts."""
+    """Return the classifier at `path` as a reward and its hash, or (None, ""). Raises UserError for other prompts."""
     if not path:
         return None, ""
     judge = isic_classifier_reward(model := load_classifier(path, device), device)
     try:
         check_prompts(judge, prompts)
     except UserError as error:
-        raise UserError(f"{error}; eval.classifier judges no other prompt, set --config.eval.classifier=") from error
+        raise UserError(f"{error}; eval.classifier cannot judge it, set --config.eval.classifier=") from error
     return judge, fingerprint(model, model.labels, model.arch, model.image_size)
 
 
 def load_model(config: ConfigDict, device: torch.device) -> StableDiffusionPipeline:
-    """Load the pipeline of the configuration with the weights of `load_from`."""
+    """Load the pipeline of a configuration, with the weights of `load_from`."""
     pretrained, dtype = config.pretrained, DTYPES[config.mixed_precision]
     pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, dtype, device)
     weights = load_weights(pipe.unet, config.load_from) if config.load_from else "the base model (load_from is empty)"
@@ -71,7 +71,7 @@ def load_model(config: ConfigDict, device: torch.device) -> StableDiffusionPipel
 
 
 def claim(config: ConfigDict, prompts: Sequence[Prompt], pipe: StableDiffusionPipeline, judge_sha256: str) -> str:
-    """Reserve logdir for all that an image and its log entry depend on; return the fingerprint of the model."""
+    """Claim logdir for everything that an image and its log entry depend on; return the fingerprint of the model."""
     sample, on_gpu = config.sample, pipe.device.type != "cpu"
     model = pipeline_fingerprints(pipe) | {"load_from": adapter_fingerprint(pipe.unet)}
     settings = model | {"seed": config.seed, "scheduler": sample.scheduler, "num_steps": sample.num_steps}
@@ -81,18 +81,18 @@ def claim(config: ConfigDict, prompts: Sequence[Prompt], pipe: StableDiffusionPi
     # on a CPU the size of a pass follows from the model
     settings["images_per_pass"] = images_per_pass(pipe, config.eval.batch_size) if on_gpu else None
     settings["allow_tf32"] = config.allow_tf32 if on_gpu else None
-    about = {"load_from": config.load_from, "model": config.pretrained.model, "unet_path": config.unet_path}
-    about |= {"lora_scale": config.eval.lora_scale, "classifier": config.eval.classifier}
-    about |= {"prompts": [prompt for prompt, _ in prompts]}
-    about |= {"versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}}
-    claim_folder(config.logdir, settings, about)
+    metadata = {"load_from": config.load_from, "model": config.pretrained.model, "unet_path": config.unet_path}
+    metadata |= {"lora_scale": config.eval.lora_scale, "classifier": config.eval.classifier}
+    metadata |= {"prompts": [prompt for prompt, _ in prompts]}
+    metadata |= {"versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}}
+    claim_folder(config.logdir, settings, metadata)
     return settings["weights_sha256"]
 
 
 def check_shared(folder: Path, seen: Sequence[bool]) -> None:
     """Raise UserError unless every process sees the folder."""
     if not all(seen):
-        raise UserError(f"process {seen.index(False)} does not see {str(folder)!r}: several nodes need a common logdir")
+        raise UserError(f"process {seen.index(False)} does not see {str(folder)!r}: several nodes need a shared logdir")
 
 
 def draw(
@@ -104,14 +104,14 @@ def draw(
     entries = read_entries(folder)
     logged = [job.path for job in jobs if job.path in entries]
     if damaged := sorted(gather_object(damaged_images(folder, logged[rank::processes]))):
-        logger.warning("%d images are damaged and drawn again, the first is %s", len(damaged), folder / damaged[0])
+        logger.warning("%d images are damaged and will be redrawn, the first is %s", len(damaged), folder / damaged[0])
     done, size = set(logged).difference(damaged), images_per_pass(sampler.pipe, config.eval.batch_size)
     passes = [jobs[start : start + size] for start in range(0, len(jobs), size)]
     passes = [batch for batch in passes if any(job.path not in done for job in batch)]
     missing = [sum(job.path not in done for job in batch) for batch in passes]
-    accelerator.wait_for_everyone()  # all have read the folder before anyone writes
+    accelerator.wait_for_everyone()  # all processes have read the folder before one writes
     prompts = len({job.prompt for job in jobs})
-    logger.info("%d images for %d prompts, %d are missing", len(jobs), prompts, sum(missing))
+    logger.info("%d images for %d prompts, %d missing", len(jobs), prompts, sum(missing))
 
     started, broken = time.perf_counter(), []
     shown = config.progress and rank == 0
@@ -122,16 +122,16 @@ def draw(
         own = passes[rank::processes]
         for number, failed in draw_passes(sampler, own, workers, size, folder, log, done, *judging):
             broken += failed
-            bar.update(sum(missing[number * processes : (number + 1) * processes]))  # the others are about as far
+            bar.update(sum(missing[number * processes : (number + 1) * processes]))  # other processes are about as far
     accelerator.wait_for_everyone()
-    seconds, broken = time.perf_counter() - started, [Job(*job) for job in gather_object(broken)]
+    seconds, broken = time.perf_counter() - started, gather_object(broken)
     drawn = sum(missing) - len(broken)
     logger.info("%d images drawn, %.2f images/s", drawn, drawn / seconds)
     return broken
 
 
 def report(folder: Path, jobs: Sequence[Job], broken: Sequence[Job]) -> None:
-    """Merge the log and report what is there. Raises UserError if images are missing."""
+    """Merge the logs and report the folder's state. Raises UserError if images are missing."""
     contents = finish_log(folder, [job.path for job in jobs])
     logger.info("%d images in %s", contents.images, folder)
     for problem, paths in (
@@ -157,7 +157,7 @@ def main(_) -> None:
     accelerator = make_accelerator(config.mixed_precision, config.allow_tf32, process_timeout=config.process_timeout)
     device, sample, workers = accelerator.device, config.sample, torch.get_num_threads()
     if device.type == "cpu":
-        torch.set_num_threads(1)  # sums split among threads would change last bits: each core draws its own passes
+        torch.set_num_threads(1)  # sums split among threads would change the last bits: each core draws its own passes
     check_ranges(config, RANGES)
     check_choices(config, {"eval.image_format": IMAGE_FORMATS})
     prompts = [describe(prompt) for prompt in given_prompts(config.eval.prompts, config.dataset.kind)]

@@ -4,7 +4,7 @@
 
 Writes to logdir: images/<caption with _>/<row index>.png, lossless squares; image_log.json (sampleID = row index,
 prompt, path_to_img and every column of the table); and, unless `pretrained.model` is empty, latents/, from which
-scripts/train_sd.py trains, whatever the number of processes. The same command completes an interrupted folder.
+scripts/train_sd.py trains, with any number of processes. Rerun the same command to complete an interrupted folder.
 """
 
 import logging
@@ -29,13 +29,13 @@ from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.settings import ONE_OR_MORE, ZERO_OR_MORE, check_choices, check_ranges
 
 FLAGS = flags.FLAGS
-define_config(__file__, "Extraction of real images and latents.")
+define_config(__file__, "experiment, e.g. config/dgx.py:preprocess_isic_real_data")
 
 logger = logging.getLogger(__name__)
 
 
 def entry_of(row: Row) -> dict:
-    """Return the log entry of an image: every column of the table, and the fields of any sample folder."""
+    """Return the log entry of an image: every column of the table, and the fields of every sample folder."""
     path = f"images/{folder_name(row.caption)}/{row.number}.png"
     return row.fields | {"sampleID": row.number, "prompt": row.caption, "path_to_img": path}
 
@@ -61,14 +61,14 @@ def extract(accelerator: Accelerator, config: ConfigDict) -> None:
     numbers, captions = [row.number for row in rows], source(dataset.kind).caption_list(rows)
     vae = None
     if config.pretrained.model:
-        # fp32, because half precision overflows in the encoder of SD 1.5; its result is stored in half precision
+        # in fp32, since SD 1.5's encoder overflows in half precision, in which latents are stored
         vae = load_pipeline(config.pretrained.model, config.pretrained.revision, device=accelerator.device).vae
     if accelerator.is_main_process:
         claimed = settings | {"limit": dataset.limit, "vae_sha256": fingerprint(vae) if vae is not None else ""}
-        # drawn images are to be called so in pictures; worlds of skin have theirs in a folder images/
-        about = {"phantoms": any((place / WORLD).is_file() for place in (Path(images), Path(images).absolute().parent))}
-        about |= {"csv": dataset.csv, "model": config.pretrained.model, "missing": missing}
-        claim_folder(folder, claimed, about)
+        # pictures must label phantoms as such; the images of skin phantoms are in a subfolder of their world
+        phantoms = any((place / WORLD).is_file() for place in (Path(images), Path(images).absolute().parent))
+        metadata = {"phantoms": phantoms, "csv": dataset.csv, "model": config.pretrained.model, "missing": missing}
+        claim_folder(folder, claimed, metadata)
     accelerator.wait_for_everyone()
 
     paths = [folder / entry_of(row)["path_to_img"] for row in rows]
@@ -90,7 +90,7 @@ def extract(accelerator: Accelerator, config: ConfigDict) -> None:
     complete = [entry.get("sampleID") for entry in read_log(folder)] == numbers
     complete = complete and (vae is None or (folder / "latents" / INDEX).is_file())
     if accelerator.is_main_process and (done or not complete):
-        for leftover in set(folder.glob("images/*/*.png")) - set(paths):  # of rows whose image was removed
+        for leftover in set(folder.glob("images/*/*.png")) - set(paths):  # rows whose source image was removed
             leftover.unlink()
         if vae is not None:
             write_index(folder / "latents", vae, captions, len(rows), settings)

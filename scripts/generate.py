@@ -1,17 +1,17 @@
-"""Draw best-of-N images: those of each prompt that pass the Selector, ranked by the Policy.
+"""Draw best-of-N images: draw several for each prompt, keep those that pass the Selector, rank them by the Policy.
 
     accelerate launch scripts/generate.py --config config/fundus.py:generate --config.logdir=DIR
 
-For each prompt (eval.prompts, else all of prompt_fn), `improve.images_per_prompt` times: draw images until
-`improve.num_candidates` pass or `improve.max_attempts` are drawn. Writes <logdir>/images/<caption with _>/
-Fundus_<number>_selector_<score>_policy_<score>.png and, at the end, <logdir>/metadata.csv, the table of the images that
-passed, which train_sd.py, metric.py and Hugging Face's imagefolder read, and the manifest <logdir>/image_log.json with
-prompts, scores, seeds and the hash of the weights, in which `best` marks the image of highest Policy score; if none
-passed, the last one is kept, with `passed` false. A complete folder stays as it is, an incomplete one is drawn from the
-start. prompt_fn="composed" composes prompts from the generator's training captions.
+For each prompt (eval.prompts, else all of prompt_fn), images are drawn until `improve.num_candidates` pass or
+`improve.max_attempts` are drawn; this is repeated `improve.images_per_prompt` times. Writes to logdir:
+- images/<caption with _>/Fundus_<number>_selector_<score>_policy_<score>.png
+- metadata.csv, a table of the images that passed, for train_sd.py, metric.py and Hugging Face's imagefolder
+- image_log.json: prompts, scores, seeds and the hash of the weights. `best` marks the image with the highest Policy
+  score; if none passed, the last one is kept, with `passed` false.
+A complete folder is left as it is; an incomplete one is drawn again from the start.
 
---prompt="The left eye fundus image shows drusen." --n=4 draws this instead, into a folder of its own in logdir, and
-prints the paths of the n best images.
+--prompt="The left eye fundus image shows drusen." --n=4 draws only this prompt, into a subfolder of logdir, and prints
+the paths of the n best images.
 """
 
 import logging
@@ -52,8 +52,8 @@ from ddpo_pytorch.utils.settings import ONE_OR_MORE, Range, check_ranges
 
 FLAGS = flags.FLAGS
 define_config(__file__, "experiment, e.g. config/fundus.py:generate")
-flags.DEFINE_multi_string("prompt", [], "text to draw instead of the configured prompts; may be repeated")
-flags.DEFINE_integer("n", 1, "images of each --prompt", 1)
+flags.DEFINE_multi_string("prompt", [], "prompt to draw instead of the configured ones; may be repeated")
+flags.DEFINE_integer("n", 1, "images for each --prompt", 1)
 logger = logging.getLogger(__name__)
 COUNTS = ("images_per_prompt", "num_candidates", "max_attempts")
 COLUMNS = ("file_name", "text", "modality", "patient", "selector", "policy", "seed", "weights_sha256")
@@ -63,8 +63,8 @@ COLUMNS = ("file_name", "text", "modality", "patient", "selector", "policy", "se
 class Request:
     """The `repetition`-th search for images of a prompt.
 
-    `kept` has the entries of image_log.json and the pixels, uint8 (3, H, W), of the images that passed, or only of the
-    last one while none did.
+    `kept` has the image_log.json entry and pixels, uint8 (3, H, W), of each image that passed, or of the last image as
+    long as none has.
     """
 
     prompt: str
@@ -83,7 +83,7 @@ class Request:
         criteria: Mapping[str, float],
         number: int,
     ) -> None:
-        """Keep or drop a drawn image, whose file is named by modality, `number` and both scores."""
+        """Keep or drop a drawn image; its file is named after the modality, `number` and both scores."""
         self.attempts += 1
         if passes or not self.passed:
             name = f"{modality_of(self.prompt) or MODALITY}_{number}_selector_{selector:.2f}_policy_{policy:.2f}.png"
@@ -103,7 +103,7 @@ class Request:
             self.passed += passes
 
     def finish(self) -> "Request":
-        """Mark the best image, that of highest Policy score, and state the number of attempts."""
+        """Mark the image with the highest Policy score as the best, and record the number of attempts."""
         for entry, _ in self.kept:
             entry["attempts"] = self.attempts
         max((entry for entry, _ in self.kept), key=lambda entry: entry["policy"])["best"] = True
@@ -116,8 +116,8 @@ def best_of_n(
     """Yield each request once `improve.num_candidates` images have passed or `max_attempts` are drawn, in any order.
 
     The image of an attempt is a function of (seed, prompt, repetition, attempt). At most `eval.batch_size` requests are
-    open at a time, so that memory does not grow with their number. Scores are those of images in 8 bits, as they are
-    stored. Images that are not finite do not pass; a batch without any finite one raises UserError.
+    open at a time, so that memory does not grow with their number. Images are scored in 8 bits, as they are stored.
+    Images that are not finite do not pass; a batch without a finite one raises UserError.
     """
     improve, waiting = config.improve, deque(requests)
     while waiting:
@@ -145,18 +145,18 @@ def best_of_n(
 
 
 def check_settings(config: ConfigDict) -> None:
-    """Raise UserError for a number that is out of range."""
+    """Raise UserError for a setting that is out of range."""
     counts = dict.fromkeys(("eval.batch_size", *(f"improve.{name}" for name in COUNTS)), ONE_OR_MORE)
     check_ranges(config, SAMPLING | counts)
     check_ranges(config, {"improve.num_candidates": Range(f"[1, {config.improve.max_attempts}]", whole=True)})
 
 
 def generate(accelerator: Accelerator, config: ConfigDict) -> None:
-    """Draw, select and log the images, unless the folder is complete."""
+    """Draw, select and log images, unless the folder is complete."""
     improve, sample, pretrained, folder = config.improve, config.sample, config.pretrained, Path(config.logdir)
     prompts = given_prompts(config.eval.prompts, "fundus")
     prompts = prompts or [prompt for prompt, _ in all_prompts(config.prompt_fn, **config.prompt_fn_kwargs)]
-    plan([(prompt, {}) for prompt in prompts], 1, config.seed)  # refuses the same prompts as eval.py
+    plan([(prompt, {}) for prompt in prompts], 1, config.seed)  # rejects the same prompts as eval.py
     selector, policy = load_judges(improve.judges, accelerator.device)
     dtype = DTYPES[config.mixed_precision]
     pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, dtype, accelerator.device)
@@ -179,8 +179,8 @@ def generate(accelerator: Accelerator, config: ConfigDict) -> None:
             return
         counts = len(damaged), len(paths)
         logger.warning("%d of %d images in %s are damaged, e.g. %s; all are drawn again", *counts, folder, damaged[0])
-    accelerator.wait_for_everyone()  # all have read the folder before anything is removed
-    if accelerator.is_main_process:  # remains of an interrupted run
+    accelerator.wait_for_everyone()  # all processes have read the folder before anything is removed
+    if accelerator.is_main_process:  # remove the remains of an interrupted run
         (folder / LOG).unlink(missing_ok=True)
         shutil.rmtree(folder / "images", ignore_errors=True)
     accelerator.wait_for_everyone()

@@ -1,10 +1,10 @@
-"""Test by their denoising losses whether training images can be told from validation images: base and RL model.
+"""Test whether a generator's denoising losses tell training images from validation images, before and after RL.
 
     accelerate launch scripts/membership.py --config config/dgx.py:finetune_sd --config.load_from=RUN
 
-Reads the images of stage (i), sd.csv and sd.val_csv (sd.limit and sd.val_images of them), or latents of them, and
-writes <sd.output>/membership.json: for the base model and, with load_from, for that one, mean losses and the AUC of a
-lower loss on training images; and the difference of the AUCs. An image has the same noise under both models.
+Reads the images of stage (i), sd.csv and sd.val_csv (sd.limit and sd.val_images of them), or their latents, and writes
+<sd.output>/membership.json: mean losses and the AUC of a lower loss on training images, for the base model and for the
+one of load_from, and the difference of the AUCs. An image has the same noise under both models.
 """
 
 import json
@@ -33,24 +33,24 @@ from ddpo_pytorch.utils.files import write_json
 from ddpo_pytorch.utils.randomness import BatchDraws, Stream
 
 FLAGS = flags.FLAGS
-define_config(__file__, "Membership test of a generator.")
+define_config(__file__, "experiment, e.g. config/dgx.py:finetune_sd")
 logger = logging.getLogger(__name__)
 TITLE = "Membership: AUC of lower denoising losses on training than on validation images"
-TIMESTEPS = 16  # random ones whose losses are averaged for an image
+TIMESTEPS = 16  # random timesteps over which the loss of an image is averaged
 
 
 @torch.no_grad()
 def image_losses(accelerator: Accelerator, config: ConfigDict, loss: NoiseLoss, latents: LatentShards) -> np.ndarray:
-    """Return the mean loss (N,) of each image over `TIMESTEPS` timesteps and noises, the same on every process."""
-    size, device, found = config.sd.batch_size, accelerator.device, []
+    """Return each image's loss (N,), averaged over `TIMESTEPS` random timesteps and noises; equal on every process."""
+    size, device, losses = config.sd.batch_size, accelerator.device, []
     for number in range(accelerator.process_index, -(-len(latents) // size), accelerator.num_processes):
         items = [latents[index] for index in range(number * size, min((number + 1) * size, len(latents)))]
         batch, total = [tensor.to(device) for tensor in default_collate(items)], torch.zeros(len(items), device=device)
         for step in range(TIMESTEPS):
             place = config.seed, Stream.VALIDATION, number * TIMESTEPS + step, size
             total += loss.errors(batch, BatchDraws(*place, kept=len(items), device=device))
-        found.append((number, (total / TIMESTEPS).tolist()))
-    return np.concatenate([losses for _, losses in sorted(gather_object(found))])
+        losses.append((number, (total / TIMESTEPS).tolist()))
+    return np.concatenate([values for _, values in sorted(gather_object(losses))])
 
 
 def test(accelerator: Accelerator, config: ConfigDict) -> dict:

@@ -1,11 +1,11 @@
-"""Stage (i): train a Stable Diffusion that draws the data set, to be improved by scripts/train.py.
+"""Stage (i): train a Stable Diffusion on the data set, to be improved by scripts/train.py.
 
     accelerate launch scripts/train_sd.py --config config/dgx.py:finetune_sd
 
 `sd.stage` is "finetune" for the UNet of SD 1.5 (VAE and text encoder frozen), or, from scratch and in this order, "vae"
 and "unet" (with tokenizer and text encoder). The diffusion model trains on latents that are encoded once. All
-randomness is a function of (seed, step): after a kill, rerun the same command to resume; the result is that of an
-uninterrupted run (on a CPU to the bit), for any number of processes with the same total batch size.
+randomness is a function of (seed, step): after a kill, rerun the same command to resume. The result equals that of an
+uninterrupted run (bit for bit on a CPU), for any number of processes with the same total batch size.
 """
 
 import logging
@@ -60,11 +60,11 @@ from ddpo_pytorch.utils.weights import check_finite
 FLAGS = flags.FLAGS
 define_config(__file__, "experiment, e.g. config/dgx.py:finetune_sd")
 logger = logging.getLogger(__name__)
-GRID_CAPTIONS, GRID_BATCH = 32, 4  # of all ISIC captions; the autoencoder takes 3 GiB to decode four of 512 px
+GRID_CAPTIONS, GRID_BATCH = 32, 4  # all ISIC captions; the autoencoder takes 3 GiB to decode four images of 512 px
 
 
 class AutoencoderStage:
-    """Training of the autoencoder, from scratch or from sd.vae; vae.png shows reconstructions below their images."""
+    """Training of the autoencoder, from scratch or from sd.vae; vae.png shows images above their reconstructions."""
 
     measures = ("val_loss", "val_psnr")
 
@@ -73,7 +73,7 @@ class AutoencoderStage:
         self.accelerator, self.output = accelerator, Path(sd.output)
         sizes = sd.vae_channels, sd.image_size, sd.vae_latent_channels, sd.vae_attention
         self.vae = scratch.load_vae(sd.vae) if sd.vae else scratch.build_vae(*sizes)
-        with accelerator.local_main_process_first():  # the others read its cache
+        with accelerator.local_main_process_first():  # the others read the cache that it fills
             images = data.find_images(sd, sd.csv, sd.limit)
             self.train_set, self.val_set = decoded(images, sd.cache_dir), None
             if sd.val_csv:
@@ -82,11 +82,11 @@ class AutoencoderStage:
         with accelerator.local_main_process_first():  # one process downloads
             self.loss = AutoencoderLoss(self.vae, sd.vae_kl_weight, sd.vae_crop, *perceptual, sd.adversarial_coef)
         self.slow = []
-        self.hashes = {"images": images.digest()}  # of what a state to resume from was trained on
+        self.hashes = {"images": images.digest()}  # of the training data, to check a state to resume from
 
     @torch.no_grad()
     def _encode(self, dataset: Dataset, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the first images (N, 3, H, W) in [-1, 1] and their mean latents (N, C, h, w)."""
+        """Return the first N = `count` images (N, 3, H, W) in [-1, 1] and their mean latents (N, C, h, w)."""
         images = torch.stack([dataset[index][0] for index in range(min(count, len(dataset)))])
         images = images.to(self.accelerator.device).float() / 127.5 - 1
         return images, self.vae.encode(images).latent_dist.mean
@@ -100,7 +100,7 @@ class AutoencoderStage:
             save_picture(path, image_grid(pairs.clamp(0, 1), columns=len(images)))
 
     def finish(self) -> None:
-        """Save the autoencoder, scaled to latents of unit variance as SD's diffusion expects them."""
+        """Save the autoencoder, with the scaling factor that gives latents unit variance, as SD's UNet expects."""
         self.vae.register_to_config(scaling_factor=float(1 / self._encode(self.train_set, 64)[1].std()))
         self.draw(self.output / "vae.png")
         with atomic_folder(self.output / "vae") as temporary:
@@ -144,13 +144,13 @@ class DiffusionStage:
 
     def draw(self, path: Path) -> None:
         """Save a grid of one image per caption."""
-        config, embeddings = self.config, PromptEmbeddings(self.pipe)  # new ones: the text encoder may be in training
+        config, embeddings = self.config, PromptEmbeddings(self.pipe)  # not cached: the text encoder may be in training
         self.pipe.set_progress_bar_config(disable=True)
         captions, sampling = self.captions[:GRID_CAPTIONS], Sampling.of(config.sample)
         save_grid(self.accelerator, self.pipe, embeddings, captions, config.seed, sampling, GRID_BATCH, path)
 
     def finish(self) -> None:
-        """Save the UNet for --config.unet_path; also adapters, and the whole model if other parts are new."""
+        """Save the UNet for --config.unet_path, its adapters if any, and the whole model if other parts are new."""
         sd, pipe = self.config.sd, self.pipe
         if has_lora(pipe.unet):
             save_lora(pipe.unet, self.output)
@@ -164,7 +164,7 @@ Stage = AutoencoderStage | DiffusionStage
 
 
 def refuse_outcome(sd: ConfigDict) -> None:
-    """Raise UserError if the stage is finished already; remove a state that a kill left behind then."""
+    """Raise UserError if the stage is already finished, after removing a state that a kill left behind."""
     outcome = Path(sd.output) / data.OUTCOMES[sd.stage]
     if outcome.exists():
         Path(sd.output, f"{sd.stage}_state.pt").unlink(missing_ok=True)
@@ -172,7 +172,7 @@ def refuse_outcome(sd: ConfigDict) -> None:
 
 
 def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
-    """Train with AdamW, warm-up and a weight average, which is in the model at the end."""
+    """Train with AdamW, warm-up and EMA weights, which the model has at the end."""
     sd, output, is_main = config.sd, Path(config.sd.output), accelerator.is_main_process
     parameters, slow = [weight for weight in stage.loss.parameters() if weight.requires_grad], set(stage.slow)
     groups = [{"params": [weight for weight in parameters if weight not in slow]}]
@@ -192,11 +192,11 @@ def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
     if average:
         average.to(accelerator.device)
     log = JsonLines(output / f"{sd.stage}.jsonl", is_main, keep=first + 1, counter="step")
-    number = first * sd.gradient_accumulation_steps  # of the next batch
+    number = first * sd.gradient_accumulation_steps  # number of the next batch
     batches = data.endless_batches(accelerator, sd, config.seed, stage.train_set, number)
 
     losses, seconds = [], 0.0  # since the last log entry
-    hidden = None if is_main else True  # None: a bar on terminals only
+    hidden = None if is_main else True  # None: only on a terminal
     for step in tqdm(range(first + 1, sd.num_steps + 1), initial=first, total=sd.num_steps, disable=hidden):
         started = time.perf_counter()
         for _ in range(sd.gradient_accumulation_steps):
@@ -248,7 +248,7 @@ def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
 
 @contextmanager
 def averaged(average: EMAModel | None, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Give the model its averaged weights within this context."""
+    """Swap in the EMA weights within this context."""
     if average:
         average.store(parameters)
         average.copy_to(parameters)
@@ -259,10 +259,10 @@ def averaged(average: EMAModel | None, parameters: list[nn.Parameter]) -> Iterat
 
 @torch.no_grad()
 def validate(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> list[float]:
-    """Return the validation means of `stage.measures`; an image always has the same noise and timestep."""
+    """Return the means of `stage.measures` on the validation set; noise and timestep of an image never change."""
     size, count, device = config.sd.batch_size, len(stage.val_set), accelerator.device
     rank, processes = accelerator.process_index, accelerator.num_processes
-    sums = torch.zeros(len(stage.measures) + 1, dtype=torch.float64, device=device)  # of the measures, of images
+    sums = torch.zeros(len(stage.measures) + 1, dtype=torch.float64, device=device)  # of the measures; last: images
     stage.loss.eval()
     for number in range(math.ceil(count / (size * processes))):
         start = (number * processes + rank) * size
@@ -279,7 +279,7 @@ def validate(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> list
 
 
 def build_from_scratch(accelerator: Accelerator, config: ConfigDict) -> StableDiffusionPipeline:
-    """Build a new model around the VAE of stage "vae"; its tokenizer learns the words of the training captions."""
+    """Build a new model around the VAE of stage "vae", with a tokenizer for the words of the training captions."""
     sd = config.sd
     if sd.latents:
         return scratch.build_pipeline(sd, LatentShards(sd.latents).captions)
@@ -291,7 +291,7 @@ def load_pretrained(accelerator: Accelerator, config: ConfigDict) -> StableDiffu
     pretrained, sd = config.pretrained, config.sd
     pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, device=accelerator.device)
     if sd.use_lora:
-        for part in (pipe.unet, pipe.text_encoder):  # the VAE stays in float32, as its latents are stored
+        for part in (pipe.unet, pipe.text_encoder):  # the VAE stays in float32, in which its latents were encoded
             part.to(DTYPES[config.mixed_precision])
             check_finite(part.state_dict(), config.unet_path or pretrained.model)
         add_lora(pipe.unet, sd.lora_rank, sd.lora_targets, config.seed)
