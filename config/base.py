@@ -1,7 +1,7 @@
-"""Every setting of every script: default, unit, allowed values and interactions. The only home of defaults.
+"""Every setting of every script: default, unit, allowed values and interactions. The only place for defaults.
 
 Experiments are functions in the other files of this folder and state differences only:
-`--config config/dgx.py:prompt_image_alignment_classifier_isic`. The file chooses the scale, the name the experiment.
+`--config config/dgx.py:prompt_image_alignment_classifier_isic`. The file sets the scale, the name the experiment.
 Any field can be overridden on the command line (`--config.train.learning_rate=1e-4`); unknown fields are errors.
 """
 
@@ -14,7 +14,7 @@ from ddpo_pytorch.utils.cli import Configuration, KeywordArguments, OptionalBloc
 
 
 def get_config(name: str = "") -> ml_collections.ConfigDict:
-    """Return the defaults. `name` is accepted so that `config/base.py` can stand where an experiment file does."""
+    """Return the defaults. `name` exists only for the error message, since experiments are in other files."""
     if name:
         raise ValueError(
             f"config/base.py holds no experiments, got {name!r}; use config/dgx.py:{name} or config/mini.py:{name}"
@@ -29,25 +29,25 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     config.run_name = ""  # name of the run, i.e. of its folder under logdir. Empty: date and time
     # all randomness (prompts, noise, shuffles, LoRA init) is a function of (seed, epoch, sample index).
     config.seed = 42
-    # folder that holds run folders (train.py), or the output folder (eval.py, extract_dataset_latents.py).
+    # parent of run folders (train.py), or the output folder (eval.py, extract_dataset_latents.py).
     config.logdir = root + "/logs"
     # number of RL epochs. One epoch is one round of sampling followed by training on those samples.
     config.num_epochs = 100
     config.save_freq = 20  # epochs between checkpoints (and fixed-seed sample grids)
     # checkpoints kept in a run folder; older ones are removed after a newer one is complete.
     config.num_checkpoint_limit = 5
-    # "fp16", "bf16" or "no": type of frozen weights. Trained weights and log-probs stay in float32.
+    # "fp16", "bf16" or "no": dtype of frozen weights. Trained weights and log-probs stay in float32.
     config.mixed_precision = "fp16"
     config.allow_tf32 = True  # TF32 matrix products on Ampere and later GPUs
-    # run folder or checkpoint folder to resume from; of a run folder, the newest checkpoint.
+    # checkpoint folder to resume from, or run folder, whose newest checkpoint is taken.
     config.resume_from = ""
     config.use_lora = True  # LoRA adapters on the UNet (True) or all UNet weights (False)
-    # Accelerate's trackers, next to metrics.jsonl: "wandb" (offline where no key is set), "wandb,tensorboard", ...; "".
+    # Accelerate's trackers besides metrics.jsonl: "wandb" (offline without a key), "wandb,tensorboard", ...; "": none.
     config.log_with = "wandb"
-    # also send the sample grids there; off by default, since images of a medical model may not leave the machine.
+    # also send sample grids to them; off, since images of a medical model should not leave the machine by default.
     config.log_images = False
     config.wandb_project = "rl4med-ddpo"
-    # seconds that a process waits for the others, of which one may work alone for hours (decoding, a slow reward).
+    # seconds that a process waits for the others; one may work alone for hours (decoding images, a slow reward).
     config.process_timeout = 24 * 3600.0
     config.progress = True  # progress bars, on a terminal only
 
@@ -56,7 +56,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # Stable Diffusion in diffusers format: a local folder, or a Hugging Face id (here the mirror of runwayml's).
     pretrained.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     pretrained.revision = "main"
-    # UNet state dict in diffusers names (safetensors) that replaces the pretrained UNet: stage (i). Empty: none.
+    # UNet state dict of stage (i) in diffusers names (safetensors), which replaces the pretrained UNet. Empty: none.
     config.unet_path = ""
     # LoRA or UNet weights to evaluate (eval.py, generate.py) or to start from (train.py; with the rank and targets
     # below): a run folder, a checkpoint folder or a weight file. Empty: none, i.e. the base model.
@@ -65,18 +65,18 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     ###### Sampling ######
     config.sample = sample = ml_collections.ConfigDict()
     sample.num_steps = 50  # denoising steps
-    # "ddim", or in eval.py also "dpm++": DPM-Solver++ of second order (2M), deterministic, good in 15 to 25 steps.
+    # "ddim", or in eval.py also "dpm++": second-order DPM-Solver++ (2M), deterministic, good with 15 to 25 steps.
     sample.scheduler = "ddim"
     # DDIM eta in [0, 1]: share of DDPM noise at each step. Training needs eta > 0: without noise there is no policy.
     sample.eta = 1.0
     sample.guidance_scale = 5.0  # classifier-free guidance weight; 1.0 or less switches guidance off
-    # images per process and batch. Half precision on a GPU draws train.batch_size * train.timesteps_per_forward at once
-    # instead, so that the update's kernels are those of the rollout; see also train.gradients_while_sampling.
+    # images per process and batch. In half precision on a GPU it is train.batch_size * train.timesteps_per_forward
+    # instead, so that rollout and update use the same kernels; see also train.gradients_while_sampling.
     sample.batch_size = 1
     # batches per process and epoch. batch_size * num_batches_per_epoch * processes = samples per epoch (M).
     sample.num_batches_per_epoch = 2
-    # consecutive samples that share a prompt (algorithm 1: M images per prompt). 1: a prompt for every sample, as in
-    # the official code. Must divide batch_size * num_batches_per_epoch.
+    # consecutive samples that share a prompt (algorithm 1: M images per prompt). 1: a new prompt for each sample, as
+    # in the official code. Must divide batch_size * num_batches_per_epoch.
     sample.images_per_prompt = 1
 
     ###### Training ######
@@ -89,36 +89,36 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # train batches per optimizer update. One update averages over batch_size * gradient_accumulation_steps * processes
     # samples and all of their trained timesteps.
     train.gradient_accumulation_steps = 1
-    # timesteps of a sample in one forward and backward pass of batch_size * timesteps_per_forward rows (twice as many
-    # with guidance). Same gradients up to rounding; faster where small batches leave the device idle, more memory.
-    # Must divide the number of trained timesteps.
+    # timesteps of each sample in one forward and backward pass of batch_size * timesteps_per_forward rows (twice as
+    # many with guidance). Same gradients up to rounding; more memory, but faster if small batches leave the device
+    # idle. Must divide the number of trained timesteps.
     train.timesteps_per_forward = 1
     # updates with a non-finite loss or gradient are skipped; this number of them in a row aborts the run.
     train.max_skipped_updates = 10
     train.max_grad_norm = 1.0  # gradient norm above which gradients are scaled down
     train.num_inner_epochs = 1  # passes over one epoch's samples
-    # guided noise prediction in the update. Must be on if sample.guidance_scale > 1: samples scored by another policy
-    # than the one that sampled them have meaningless ratios.
+    # guided noise prediction in the update. Must be on if sample.guidance_scale > 1: otherwise samples would be scored
+    # by another policy than the one that sampled them, and ratios would be meaningless.
     train.cfg = True
     train.adv_clip_max = 5.0  # advantages are clipped to [-adv_clip_max, adv_clip_max]
     # PPO clip range of the ratio. Log-probs are *means* over latent dimensions D, so 1e-4 at D = 16,384 (512 px) clips
     # at +-1.64 nats of the true log-ratio; the same at D = 1,024 is 1.6e-3.
     train.clip_range = 1e-4
-    # share of a trajectory's timesteps trained on, chosen at random for each sample.
+    # share of a trajectory's timesteps to train on, chosen at random for each sample.
     train.timestep_fraction = 1.0
     # part of the trajectory that timesteps are chosen from, 0 = noise, 1 = image. (0.0, 1.0) is all of it.
     train.timestep_window = (0.0, 1.0)
     # recompute activations in the backward pass: less memory, about a third more time.
     train.gradient_checkpointing = False
-    # take the gradients of an epoch's first update while sampling, where its ratio is 1: the same up to rounding,
-    # without its forward passes. Its samples are generated batch_size * timesteps_per_forward at a time, and take 4
-    # bytes for each adapter weight. Only for LoRA of linear layers, timestep_fraction 1, without kl_coef, data_coef and
+    # compute the gradient of an epoch's first update, whose ratio is 1, while sampling: the same up to rounding, and
+    # saves its forward passes. Its samples are generated batch_size * timesteps_per_forward at a time; each takes 4
+    # bytes per adapter weight. Only for LoRA of linear layers and timestep_fraction 1, without kl_coef, data_coef and
     # compile.
     train.gradients_while_sampling = True
-    # torch.compile of the UNet's transformer blocks: minutes at the start (cached between runs), less time per pass.
+    # torch.compile the UNet's transformer blocks: takes minutes at the start (cached between runs), then runs faster.
     train.compile = False
     train.lora_rank = 4  # LoRA rank; the scale alpha / rank is 1, as in the published checkpoint
-    # endings of the names of UNet modules that get an adapter.
+    # suffixes of the names of UNet modules that get an adapter.
     train.lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     # weight of the KL divergence to the base model (adapters off), added to the loss. Needs use_lora.
     train.kl_coef = 0.0
@@ -126,9 +126,9 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # latents: <logdir>/latents of extract_dataset_latents.py, or <sd.output>/latents/train.
     train.update(data_coef=0.0, data_latents="")
     # "per_prompt": running per-prompt statistics (below). "group": mean and standard deviation over this epoch's
-    # samples of the same prompt (GRPO); wants sample.images_per_prompt > 1, since a prompt's only sample has advantage
-    # 0. "loo": reward minus the mean of the prompt's other samples in this epoch, not standardized. "global": over all
-    # samples of the epoch.
+    # samples of the same prompt (GRPO); needs sample.images_per_prompt > 1, since the only sample of a prompt has
+    # advantage 0. "loo": reward minus the mean of the prompt's other samples in this epoch, not standardized. "global":
+    # over all samples of the epoch.
     train.advantage = "per_prompt"
 
     ###### Stopping criterion of the paper ######
@@ -143,14 +143,14 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # samples images_per_prompt * prompts images (8 * 32 = 256). The best checkpoint by APR is kept in <run>/best.
     held_out.update(every=0, images_per_prompt=8)
     held_out.classifier = ""  # the H=4 judge; refused if it also gives the reward
-    # stop after this number of evaluations in a row whose APR is below the best by more than the tolerance (the
-    # standard error of an APR near 1/2 of 256 images is 0.03). 0: never.
+    # stop after this number of evaluations in a row whose APR is below the best by more than the tolerance (an APR near
+    # 1/2 of 256 images has a standard error of 0.03). 0: never.
     held_out.update(patience=0, tolerance=0.05)
 
     ###### Prompts ######
     config.prompt_fn = "isic_all"  # name of a function in ddpo_pytorch.prompts
-    # its keyword arguments, also undeclared ones of your own function; None is not passed on. from_file reads lines
-    # [low, high) of path, fundus_table the captions of the table at path; composed puts the findings of that table, or
+    # its keyword arguments; those of your own function need not be declared here. None is not passed on. from_file
+    # reads lines [low, high) of path, fundus_table the captions of a table; composed inserts findings of a table or
     # of a model folder of train_sd.py, into `templates`, ("The {eye} eye fundus image shows {finding}.",).
     config.prompt_fn_kwargs = prompt_fn_kwargs = KeywordArguments()
     for name, kind in (("path", str), ("low", int), ("high", int)):
@@ -160,63 +160,63 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # name of a function in ddpo_pytorch.rewards, or a weighted sum such as
     # "isic_classifier_reward:1.0,jpeg_compressibility:0.1".
     config.reward_fn = "isic_classifier_reward"
-    # keyword arguments by reward name. Arguments of your own reward can be set without being declared here.
+    # keyword arguments by reward name. Those of your own reward need not be declared here.
     config.reward_fn_kwargs = KeywordArguments()
     # folder of train_rlhf.py with Selector and Policy.
     config.reward_fn_kwargs.fundus_alignment.judges = root + "/rlhf"
-    # H=6 attribute classifier that gives the reward.
+    # H=6 attribute classifier whose predictions give the reward.
     config.reward_fn_kwargs.isic_classifier_reward.classifier = root + "/published/artifact_classifier_train_H6.pth"
 
     ###### Per-prompt statistics ######
-    # None: advantages are taken over the whole batch, as with train.advantage="global".
+    # None: advantages are computed over the whole batch, as with train.advantage="global".
     config.per_prompt_stat_tracking = OptionalBlock()
     config.per_prompt_stat_tracking.buffer_size = 16  # rewards remembered for each prompt, 2 or more
-    # rewards a prompt needs before its own mean and standard deviation replace the batch's: 2 to buffer_size.
+    # rewards of a prompt before its own mean and standard deviation replace those of the batch: 2 to buffer_size.
     config.per_prompt_stat_tracking.min_count = 16
 
     ###### Data set ######
     config.dataset = dataset = ml_collections.ConfigDict()
-    # folder of <image>.jpg files (any suffix, with or without _downsampled), and the split table.
+    # folder of <image>.jpg files (any suffix, with or without _downsampled), and split table.
     dataset.data_path = dataset.csv = ""
     dataset.kind = "isic"  # "isic" or "fundus": format of the tables (ddpo_pytorch/data/isic.py, fundus.py)
     # side in pixels of the square images, and how they are made square: "stretch" (changes the aspect ratio, as in the
-    # paper), "crop" (the middle), "pad" (black bars) or "fov" (a fundus photograph's circle, padded).
+    # paper), "crop" (to the centre), "pad" (with black bars) or "fov" (crop to a fundus photograph's circle, then pad).
     dataset.image_size = 512
     dataset.resize = "stretch"
-    dataset.limit = 0  # rows used; 0: all
+    dataset.limit = 0  # rows to use; 0: all
     dataset.skip_broken = False  # skip damaged images, with a warning, instead of stopping
-    dataset.num_workers = 0  # image decoding workers of each process; 0 decodes in the process itself
+    dataset.num_workers = 0  # image decoding workers per process; 0: decode in the process itself
 
     ###### Evaluation (eval.py) ######
     config.eval = evaluation = ml_collections.ConfigDict()
-    # prompts, one image folder each: "('caption one','caption two')". (): all of prompt_fn, which can be a file.
+    # prompts, one image folder each: "('caption one','caption two')". (): all prompts of prompt_fn.
     evaluation.prompts = ()
     evaluation.num_samples_per_prompt = 960
-    # factor of what LoRA adapters add to the UNet: between 0, the base model, and 1, the trained one, a compromise.
+    # scale of the LoRA adapters, to interpolate between the base model (0) and the trained one (1).
     evaluation.lora_scale = 1.0
     # images per forward pass on a GPU; on a CPU the number follows from the size of the model.
     evaluation.batch_size = 20
     evaluation.image_format = "png"  # "png" (lossless), or "jpg": quality 95 without chroma subsampling (4:4:4)
-    # H-head classifier that scores the samples on the fly for image_log.json. Empty: none.
+    # H-head classifier that scores samples as they are drawn, for image_log.json. Empty: none.
     evaluation.classifier = ""
 
     ###### Metrics (metric.py) ######
     config.metric = metric = ml_collections.ConfigDict()
-    # sample folders: real images, generated images, and optionally a second generated set for a row above it.
+    # sample folders: real images, generated images, and optionally a second generated set for the row above.
     metric.real_path = metric.fake_path = metric.compare_path = ""
     # titles of fake_path and compare_path.
     metric.update(fake_name="SD+RL", compare_name="SD")
-    # instead of these, any number of folders, "SD=DIR,SD+RL=DIR", compared with the first. Several folders of one name
-    # are generation seeds of one model; three or more give its interval.
+    # instead of these, any number of folders, "SD=DIR,SD+RL=DIR", compared with the first. Folders of the same name are
+    # generation seeds of one model; three or more give its interval.
     metric.folders = ""
-    # folder of training images (at any depth): nearest neighbours of the samples and of real_path's images in it.
+    # folder of training images (at any depth), to find nearest neighbours of the samples and of real_path's images.
     metric.train_path = ""
-    # the H=4 judge, or one of other labels for folders with metadata.csv, which took no part in training ("" with
-    # metric.judges), and others: "H6=FILE,NAME=FILE".
+    # the H=4 judge, or one with other labels for folders with metadata.csv, that took no part in training ("" with
+    # metric.judges); and more judges, "H6=FILE,NAME=FILE".
     metric.classifier = metric.more_judges = ""
     # folder of train_rlhf.py whose Selector and Policy judge fundus images instead of metric.classifier.
     metric.judges = ""
-    # folders for metrics.json and the tables, and for features of images (cached by content; may be deleted).
+    # folders for metrics.json and tables, and for image features (cached by content; may be deleted).
     metric.output = ""
     metric.cache_dir = root + "/cache/metrics"
     metric.batch_size = 256  # images per process and forward pass
@@ -226,74 +226,74 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     metric.extractors = ("inception", "judge")
     # "exact", or "compat": x * 256 wrapped to 8 bits and sets of different prompt mixes, as behind the published FIDs.
     metric.fid = "exact"
-    # weights of Inception (torch-fidelity's .pth) for FID, AlexNet (torchvision's .pth) for LPIPS, and of the other
-    # extractors (timm's: a file, or a folder of <timm's name>.safetensors). "auto": the torch hub cache. "download":
-    # that, or fetched. "": none.
+    # weights of Inception (torch-fidelity's .pth) for FID, AlexNet (torchvision's .pth) for LPIPS, and the other
+    # extractors (timm's: a file, or a folder of <timm's name>.safetensors). "auto": from the torch hub cache.
+    # "download": from there, or else downloaded. "": none.
     metric.inception = metric.alexnet = metric.encoders = "auto"
-    # columns of metadata.csv, ("sex", "age"): alignment, KID and nearness to training images by group.
+    # columns of metadata.csv, e.g. ("sex", "age"), to report alignment, KID and nearness to training images by group.
     metric.groups = ()
-    # image statistics for table 1 (fundus): "legacy", as in the document's table; "fov", inside the field of view.
+    # image statistics of table 1 (fundus): "legacy", as in the document's table; "fov", inside the field of view.
     metric.quality = ()
-    # a folder of images with the names of the generated ones: SSIM is taken of these pairs only.
+    # folder of images named like the generated ones: SSIM is computed on these pairs only.
     metric.pairs_path = ""
-    # membership.json of membership.py, .summary.json of rate.py, "FILE,FILE": what the report shows of them.
+    # more results for the report, "FILE,FILE": membership.json of membership.py, .summary.json of rate.py.
     metric.results = ""
-    metric.logs = ""  # run folders of train.py whose curves the report shows: "NAME=DIR,NAME=DIR"
+    metric.logs = ""  # run folders of train.py, for curves in the report: "NAME=DIR,NAME=DIR"
 
     ###### Stage (i): the generator itself (train_sd.py) ######
     config.sd = sd = ml_collections.ConfigDict()
-    # "finetune": the UNet of pretrained.model, as in the paper. From scratch: "vae", then "unet" (with text encoder).
+    # "finetune": the UNet of pretrained.model, as in the paper. From scratch: "vae", then "unet" (and text encoder).
     sd.stage = "finetune"
     # output folder: a model in diffusers format ("vae", "unet"), pretrained_unet.safetensors ("unet", "finetune"), log
     # and sample grids. Rerun the same command to resume.
     sd.output = ""
-    # training images and their split table; as dataset.kind, image_size, resize, limit and skip_broken.
+    # training images and their split table; the rest as in dataset.
     sd.kind = "isic"
     sd.data_path = sd.csv = ""
     sd.update(image_size=512, resize="stretch", limit=0, skip_broken=False)
-    # split table for the validation loss ("": none), rows used (0: all), and steps between validations.
+    # split table for the validation loss ("": none), rows to use (0: all), and steps between validations.
     sd.update(val_csv="", val_images=512, val_every=500)
-    # latents of extract_dataset_latents.py (<logdir>/latents) instead of images and tables. "": made in <output>.
+    # latents of extract_dataset_latents.py (<logdir>/latents) to use instead of images. "": encoded into <output>.
     sd.latents = sd.val_latents = ""
-    # "finetune": folder of generate.py whose images are learned from as well, weighted by the Policy's scores, and the
-    # share that real images keep among them, at least half.
+    # "finetune": folder of generate.py with images to train on as well, weighted by their Policy scores, and the share
+    # of real images among all, at least half.
     sd.update(pool="", real_share=0.5)
-    # folder for decoded images (stage "vae"; 3 image_size^2 bytes each); "" decodes at every step. Decoding workers.
+    # cache of decoded images (stage "vae"; 3 image_size^2 bytes each; "" decodes at every step). Decoding workers.
     sd.cache_dir = root + "/cache"
     sd.num_workers = 0
     # optimizer steps; images per process and forward pass, and forward passes per step.
     sd.update(num_steps=10_000, batch_size=64, gradient_accumulation_steps=1)
-    # peak learning rate, reached in warmup_steps; then "cosine" to zero, or "constant".
+    # peak learning rate, reached after warmup_steps; then "cosine" to zero, or "constant".
     sd.update(learning_rate=1e-5, warmup_steps=100, lr_schedule="cosine")
-    # share of captions replaced by the empty one: the unconditional model that guidance needs.
+    # share of captions replaced by the empty one, to train the unconditional model that guidance needs.
     sd.caption_dropout = 0.1
     # weight timesteps by min(snr, gamma) / snr (Hang et al. 2023; 5 is usual). 0: equal weights.
     sd.min_snr_gamma = 0.0
-    # decay of the weight average that is saved, validated and sampled from; 0 takes the last weights.
+    # decay of the EMA of the weights, which is saved, validated and sampled from; 0: no EMA.
     sd.ema_decay = 0.999
     # LoRA adapters (True; "finetune" only, saved next to the merged UNet) or all weights of the UNet (False).
     sd.update(use_lora=False, lora_rank=16, lora_targets=("to_q", "to_k", "to_v", "to_out.0"))
-    # less memory: recompute activations in the backward pass; bitsandbytes' 8-bit Adam (needs that package and a GPU).
+    # to save memory: recompute activations in the backward pass; bitsandbytes' 8-bit Adam (needs it and a GPU).
     sd.gradient_checkpointing = sd.use_8bit_adam = False
-    # steps between log lines, between sample grids (0: none), and between states to resume from (0: none).
+    # steps between log lines, between sample grids (0: none), and between saved states to resume from (0: none).
     sd.log_every = 50
     sd.grid_every = sd.save_every = 1000
     sd.vae_kl_weight = 1e-6  # weight of the VAE's KL term
     # side in pixels of random crops that the VAE trains on; 0: whole images. Best without vae_attention.
     sd.vae_crop = 0
-    # weight of the VAE's perceptual loss, and its network: a timm model, fetched, or a weight file named after one.
+    # weight of the VAE's perceptual loss, and its network: a timm model, or a weight file named after one.
     sd.update(perceptual_coef=0.0, perceptual_net="")
-    # above 0, the decoder of sd.vae alone is trained, also against a patch discriminator whose gradient has this share
-    # of the other losses' (latent diffusion has 0.5 to 1).
+    # above 0, only the decoder of sd.vae is trained, also against a patch discriminator, with a gradient scaled to this
+    # share of the other losses' (0.5 to 1 in latent diffusion).
     sd.adversarial_coef = 0.0
     sd.vae = ""  # stage "vae": folder of the autoencoder to start from; "": from scratch
-    # "clip", or "bert" with text_tokens tokens: from scratch a new one, in "finetune" sd.bert (folder or Hugging Face
-    # id) instead of CLIP.
+    # "clip", or "bert" with text_tokens tokens: a new one from scratch; in "finetune", sd.bert (folder or Hugging Face
+    # id) in place of CLIP.
     sd.text_encoder = "clip"
     sd.update(bert="microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext", text_tokens=256)
-    # train the text encoder in "finetune", too, with a tenth of the learning rate; from scratch it always is.
+    # "finetune": also train the text encoder, with a tenth of the learning rate; from scratch it is always trained.
     sd.train_text_encoder = False
-    # parts trained from scratch: channels by resolution, which have attention; width and layers of the text encoder.
+    # parts trained from scratch: channels per resolution, attention per resolution; text encoder width and layers.
     sd.vae_channels = (16, 32, 32)
     # the autoencoder's latent channels, and whether it has attention at its lowest resolution.
     sd.update(vae_latent_channels=4, vae_attention=True)
@@ -301,44 +301,44 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
 
     ###### Selector and Policy from expert ratings (train_rlhf.py) ######
     config.rlhf = rlhf = ml_collections.ConfigDict()
-    # table image_path,rating,modality,expert_level,prompt (and rater_id; quality and alignment, if rated apart), and
-    # the folder of its images ("": that of the table). Paths start from there or from the table's folder, as those of
-    # rate.py do; images in base_log_path are read, too, and no others.
+    # table image_path,rating,modality,expert_level,prompt (and rater_id; quality and alignment, if rated separately),
+    # and the folder of its images ("": that of the table). Paths are relative to that folder or the table's, as those
+    # of rate.py. Images in base_log_path are allowed, too; no others are.
     rlhf.ratings = rlhf.data_path = ""
-    # table of other patients' images for the metrics and the threshold; "": val_share of the patients of `ratings`.
+    # table of other patients' images, for metrics and threshold; "": val_share of the patients of `ratings`.
     rlhf.update(val_ratings="", val_share=0.2)
-    # folder of generate.py whose images stage 2 learns from as well, rated by the Selector ("": none).
+    # folder of generate.py with images for stage 2 to train on as well, rated by the Selector ("": none).
     rlhf.pool = ""
     # folder for selector.safetensors, policy.safetensors, metrics.jsonl. Rerun the same command to resume.
     rlhf.output = root + "/rlhf"
-    # (1,): all rated images. (2,): those that the Selector in `output` passes, from stage 1's weights there. Or both.
+    # (1,): train on all rated images. (2,): on those that the Selector in `output` passes, from its stage 1. Or both.
     rlhf.stages = (1, 2)
     # the Policy's frozen text encoder: a model folder of train_sd.py, or BERT as a folder or Hugging Face id.
     rlhf.text_encoder = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext"
-    rlhf.text_tokens = 256  # tokens to which a prompt is cut
-    # side in pixels that images are scaled to, a multiple of the patch; how they are made square (dataset.resize).
+    rlhf.text_tokens = 256  # length of prompts in tokens; longer ones are truncated
+    # side in pixels of the images, a multiple of the patch; how they are made square (dataset.resize).
     rlhf.update(image_size=512, patch_size=16, resize="fov")
     # both image encoders: width, heads, layers, dropout.
     rlhf.update(width=768, heads=12, selector_layers=6, policy_layers=12, dropout=0.1)
-    # how patches become tokens: "linear", as in the document; "conv", convolutions with batch norm, which learns from
-    # a thousand rated images what the other does not (see docs/fundus.md).
+    # how patches become tokens: "linear", as in the document; "conv", convolutions with batch norm, which learn from a
+    # thousand rated images what a linear stem cannot (see docs/fundus.md).
     rlhf.stem = "linear"
-    # model folder whose autoencoder rated photographs pass before training ("": none): otherwise judges take its
-    # softness for a fault, and reject every generated image.
+    # model folder whose autoencoder reconstructs rated photographs before training ("": none): otherwise judges take
+    # its blur for a fault, and reject every generated image.
     rlhf.autoencoder = ""
     # how the signed, detached advantage A = R - score moves the score p. "symmetric_log": A+ log p + A- log(1 - p);
-    # "log": A log p, REINFORCE as in the official code, with the sign that it lost; "delta": A p, its documentation.
+    # "log": A log p, REINFORCE as in the official code, but with its missing sign; "delta": A p, as it is documented.
     rlhf.objective = "symmetric_log"
-    # stage 2 weights samples by Selector score / Policy score, clipped to importance_range, of mean 1. Off: all by 1.
+    # weight samples of stage 2 by Selector score / Policy score, clipped to importance_range and normalised to mean 1.
     rlhf.update(importance=False, importance_range=(0.2, 5.0))
-    # Selector score from which an image passes; None: the one that best separates ratings of 2 or more from 1 on the
-    # validation images (Youden's J). Saved with the Selector.
+    # lowest Selector score with which an image passes; None: the one that best separates ratings of 2 or more from 1 on
+    # the validation images (Youden's J). Saved with the Selector.
     rlhf.threshold = placeholder(float)
-    # share of rejected images among stage 2's samples: without any, scores could only drift upwards.
+    # share of rejected images among stage 2's samples: without them, scores would only drift upwards.
     rlhf.replay_share = 0.25
     rlhf.num_epochs = 100  # passes over the rated images, in each stage
     rlhf.batch_size = 32  # images per process and update
-    # Adam; from learning_rate (stage 2: second_learning_rate) to final_learning_rate on a cosine, one step per epoch.
+    # Adam, with a cosine from learning_rate (stage 2: second_learning_rate) to final_learning_rate, stepped per epoch.
     rlhf.learning_rate = rlhf.second_learning_rate = 1e-4
     rlhf.update(final_learning_rate=1e-6, weight_decay=1e-4)
     rlhf.warmup_steps = 0  # linear warm-up of stage 1, in updates; 0: none, as in the official code
@@ -347,31 +347,31 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     ###### Improvement rounds (improve.py) ######
     config.improve = improve = ml_collections.ConfigDict()
     improve.rounds = 3  # rounds of sampling, judging and training
-    # how a round changes the generator: "finetune" (on images the judges chose, and real images), "ddpo" (train.py).
+    # how rounds change the generator: "finetune" (on images the judges chose, and real ones), "ddpo" (train.py).
     improve.methods = ("finetune",)
-    # first continue stage 2 of the Policy, with the settings and ratings of rlhf, on a fresh pool of the round.
+    # before that, continue stage 2 of the Policy, with the settings and ratings of rlhf, on a new pool of the round.
     improve.update_policy = False
     # folder for round_<n>/ (pool, model, metrics) and rounds.jsonl. Rerun the same command to resume.
     improve.output = root + "/improve"
-    # the judges of train_rlhf.py: those that choose, and others, of other ratings, that only measure.
+    # folders of train_rlhf.py: the judges that choose, and held-out ones, of other ratings, that only measure.
     improve.judges = root + "/rlhf"
     improve.held_out_judges = ""
-    # best of N: sample images until num_candidates pass the Selector, at most max_attempts; the Policy ranks them.
-    # Repeated images_per_prompt times for each prompt.
+    # best of N: images_per_prompt times for each prompt, sample images until num_candidates pass the Selector, at most
+    # max_attempts; the Policy ranks those that passed.
     improve.update(max_attempts=10, num_candidates=3, images_per_prompt=1)
     # fine-tuning: steps, images per process and step, share of real ones (at least half), peak learning rate, decay of
     # the weight average (as sd.ema_decay).
     improve.update(num_steps=1000, batch_size=32, real_share=0.5, learning_rate=1e-5, ema_decay=0.99)
-    # mix in only real images that the Selector passes: in an archive of mixed quality the others teach the faults that
+    # mix in only real images that pass the Selector: in an archive of mixed quality the others teach the faults that
     # the rounds are meant to remove.
     improve.select_real = False
-    # tables of real images to mix in and to compare with, and the folder of their images.
+    # tables of real images to mix in, and to compare with, and the folder of their images.
     improve.csv = improve.held_out_csv = improve.data_path = ""
     improve.held_out_images = 4  # images per prompt for the metrics of a round, always from the same noise
-    # the control: guidance scales at which the initial generator is measured as well, without any training; (): none.
+    # control: guidance scales at which the untrained initial generator is measured as well; (): none.
     improve.control_guidance = (3.0,)
     # timm architecture in whose features KID is measured as well ("": none), and its weights: "imagenet" or a file.
-    # Judges that are blind to something are blind in their own features, too.
+    # The features of a judge are blind to whatever the judge is blind to.
     improve.update(guard="", guard_weights="imagenet")
     # a round has collapsed, and stops the run, if it lowers the held-out judges' score by more than tolerance, raises
     # KID or another distance to real images above the first by more than kid_tolerance standard errors, or halves the
@@ -382,7 +382,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
 
 
 def choose(module: dict, name: str) -> ml_collections.ConfigDict:
-    """Return the configuration of experiment `name`: a public function without arguments in the file `module`."""
+    """Return the configuration of experiment `name`, a public function without arguments in the file `module`."""
     own = {key: f for key, f in module.items() if inspect.isfunction(f) and f.__module__ == module["__name__"]}
     experiments = [key for key, f in own.items() if key[0] != "_" and not inspect.signature(f).parameters]
     if name not in experiments:

@@ -15,7 +15,7 @@ _spec.loader.exec_module(base)
 
 
 def model_and_dataset_configs(config):
-    """Set all paths. They follow base_log_path, so overriding that on the command line moves them all."""
+    """Set all paths. They derive from base_log_path, so overriding that on the command line moves them all."""
     root = config.get_ref("base_log_path")
     published = root + "/published"
     # ISIC 2019 images, and the official split tables.
@@ -25,7 +25,7 @@ def model_and_dataset_configs(config):
     config.sd.csv = root + "/data/splits/isic2019_train.csv"
     config.sd.val_csv = root + "/data/splits/isic2019_val.csv"
     config.sd.output = root + "/sd"
-    # stage (i)'s UNet, the reward classifier and the judge, as published.
+    # the published UNet of stage (i), reward classifier and judge.
     config.unet_path = published + "/pretrained_unet.safetensors"
     config.reward_fn_kwargs.isic_classifier_reward.classifier = published + "/artifact_classifier_train_H6.pth"
     config.eval.classifier = published + "/artifact_classifier_train_H6.pth"
@@ -46,7 +46,7 @@ def finetune_sd():
 
 
 def finetune_sd_24gb():
-    """The same 64 images a step on one GPU of 24 GB: 14.6 GiB by benchmarks/memory_budget.py. Needs bitsandbytes."""
+    """The same 64 images per step on one 24 GB GPU: 14.6 GiB by benchmarks/memory_budget.py. Needs bitsandbytes."""
     config = finetune_sd()
     # 4 * 16 = 64 images per step, 16 * 4 GPUs in finetune_sd
     config.sd.update(batch_size=4, gradient_accumulation_steps=16, gradient_checkpointing=True, use_8bit_adam=True)
@@ -54,7 +54,7 @@ def finetune_sd_24gb():
 
 
 def train_vae():
-    """An autoencoder from scratch, in the size of SD 1.5's; the paper keeps SD's own."""
+    """An autoencoder from scratch, as large as SD 1.5's; the paper keeps SD's own."""
     config = finetune_sd()
     config.sd.update(stage="vae", vae_channels=(128, 256, 512, 512), learning_rate=1e-4)
     return config
@@ -81,9 +81,9 @@ def prompt_image_alignment_classifier_isic():
 
 
 def _on_one_gpu(batch_size, train_batch_size):
-    """Return stage (ii) with the same 256 samples and 2 updates of 128 samples an epoch on one GPU.
+    """Return stage (ii) with the same 256 samples and 2 updates of 128 samples per epoch on one GPU.
 
-    The memory stated below is counted by benchmarks/memory_budget.py, without workspaces and fragmentation.
+    Memory below is estimated by benchmarks/memory_budget.py, without workspaces and fragmentation.
     """
     config = prompt_image_alignment_classifier_isic()
     config.sample.update(batch_size=batch_size, num_batches_per_epoch=256 // batch_size)
@@ -107,7 +107,7 @@ def prompt_image_alignment_classifier_isic_80gb():
 
 
 def prompt_image_alignment_classifier_isic_eval():
-    """960 images a prompt from the base model (stage (i))."""
+    """960 images per prompt from the base model (stage (i))."""
     config = prompt_image_alignment_classifier_isic()
     config.update(prompt_fn="isic_all_idx", seed=88)
     config.eval.update(num_samples_per_prompt=960, batch_size=20)

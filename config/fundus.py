@@ -1,4 +1,4 @@
-"""The second system: fundus photographs, a Selector and a Policy learned from expert ratings, rounds of improvement.
+"""The second system: fundus photographs, Selector and Policy trained on expert ratings, rounds of improvement.
 
     python scripts/improve.py --config config/fundus.py:improve
 
@@ -16,11 +16,11 @@ ASSETS = Path(importlib.util.find_spec("ddpo_pytorch").origin).parent / "assets"
 
 
 def _common():
-    """Return what all experiments share: paths, which follow base_log_path, and settings of sampling."""
+    """Return what all experiments share: paths, which derive from base_log_path, and sampling settings."""
     config = base.get_config()
     config.base_log_path = "rl4med-out/fundus"
     root = config.get_ref("base_log_path")
-    # the table fundus_{train,val,test}.csv of python -m ddpo_pytorch.data.fundus, and the images' folder
+    # image folder, and the tables fundus_{train,val,test}.csv written by python -m ddpo_pytorch.data.fundus
     config.dataset.data_path = root + "/data"
     config.dataset.csv = root + "/data/splits/fundus_test.csv"
     config.dataset.update(kind="fundus", resize="fov")
@@ -30,11 +30,11 @@ def _common():
     config.sd.output = root + "/sd"
     config.sd.update(kind="fundus", resize="fov", text_encoder="bert")
     config.rlhf.ratings = root + "/ratings/ratings.csv"
-    # on real photographs a linear stem without warm-up came to a Spearman correlation of .57, this to .92
+    # on real photographs a linear stem without warm-up reached a Spearman correlation of .57, this one .92
     config.rlhf.update(stem="conv", warmup_steps=100)
     config.improve.held_out_judges = root + "/rlhf-held-out"
     config.improve.csv = root + "/data/splits/fundus_train.csv"
-    # rounds are chosen on validation images; what is reported at the end is measured on test images
+    # rounds are chosen on validation images; final results are measured on test images
     config.improve.held_out_csv = root + "/data/splits/fundus_val.csv"
     config.improve.data_path = root + "/data"
     config.prompt_fn = "fundus_table"
@@ -67,7 +67,7 @@ def train_rlhf():
 
 
 def train_rlhf_held_out():
-    """The same from other ratings, for measuring alone."""
+    """The same from other ratings, for measurements only."""
     config = _common()
     config.rlhf.ratings = config.get_ref("base_log_path") + "/ratings-held-out/ratings.csv"
     config.rlhf.output = config.get_ref("base_log_path") + "/rlhf-held-out"
@@ -118,7 +118,7 @@ def eval_base():
 
 
 def eval_improved():
-    """The same, from the same noise, after the best round."""
+    """Samples of the same captions and noise after the best round."""
     config = eval_base()
     config.pretrained.model = config.get_ref("base_log_path") + "/improve/best"
     config.logdir = config.get_ref("base_log_path") + "/samples/RL"
@@ -134,7 +134,7 @@ def real_images():
 
 
 def evaluate_metric():
-    """Table 1, judges' scores, KID and diversity of real photographs and of samples before and after improvement."""
+    """Table 1, judges' scores, KID and diversity of real photographs, and of samples before and after improvement."""
     config = _common()
     root = config.get_ref("base_log_path")
     config.metric.compare_path = root + "/samples/SD"
@@ -144,7 +144,7 @@ def evaluate_metric():
 
 
 def mini(config):
-    """Set the sizes of phantoms at 64 px on a CPU, and no metric networks, which would have to be downloaded."""
+    """Set the sizes of phantoms at 64 px on a CPU; no metric networks, which would have to be downloaded."""
     config.base_log_path = "rl4med-out/fundus-mini"
     config.mixed_precision = "no"
     config.dataset.update(image_size=64, resize="stretch")
@@ -202,7 +202,7 @@ def ddpo_mini():
 
 
 def generate_mini():
-    """From the best round."""
+    """Best-of-N images from the best round."""
     config = mini(generate())
     config.pretrained.model = config.get_ref("base_log_path") + "/improve/best"
     config.improve.images_per_prompt = 2

@@ -1,6 +1,6 @@
 """Real dermoscopy: judges from ImageNet weights, and a small Stable Diffusion from scratch, on ISIC 2019 at 128 px.
 
-An hour on one GPU, or a patient CPU. Put images in <root>/data/images and the official split tables in
+Takes an hour on one GPU, or a patient CPU. Put images in <root>/data/images and the official split tables in
 <root>/data/splits, then run the stages in this order:
 
     train_isic_classifier.py (--num_classes 6 and 4)  train_sd.py :train_vae, :finetune_sd  train.py  eval.py  metric.py
@@ -18,7 +18,7 @@ _spec.loader.exec_module(dgx)
 
 
 def model_and_dataset_configs(config):
-    """Set all paths, and the sizes that every stage shares."""
+    """Set all paths, and the sizes that all stages share."""
     config.base_log_path = "rl4med-out/isic128"
     root = config.get_ref("base_log_path")
     config.mixed_precision = "no"
@@ -47,10 +47,10 @@ def train_vae():
 
 
 def train_vae_f4():
-    """An autoencoder that keeps hairs, 128 px -> 32 x 32 x 4: 12-fold compression in place of 48-fold."""
+    """An autoencoder that keeps hairs, 128 px -> 32 x 32 x 4: 12-fold compression instead of 48-fold."""
     config = model_and_dataset_configs(dgx.finetune_sd())
     config.sd.output = config.get_ref("base_log_path") + "/autoencoder"
-    # on crops, which four times as many fit into a batch; attention would learn another number of positions
+    # train on crops, four times as many per batch; attention would be trained for another number of positions
     config.sd.update(stage="vae", vae_channels=(32, 64, 64), vae_attention=False, vae_crop=64)
     config.sd.update(perceptual_coef=0.1, perceptual_net="tf_efficientnet_lite0")
     config.sd.update(num_steps=20_000, batch_size=16, learning_rate=1e-3)
@@ -66,7 +66,7 @@ def train_vae_f4_c8():
 
 
 def train_vae_decoder():
-    """Second phase: the decoder of train_vae_f4 against a discriminator, saved where finetune_sd looks for it."""
+    """Second phase: train the decoder of train_vae_f4 against a discriminator; saved where finetune_sd looks for it."""
     config = train_vae_f4()
     config.sd.vae = config.get_ref("base_log_path") + "/autoencoder/vae"
     config.sd.output = config.get_ref("base_log_path") + "/sd"

@@ -17,7 +17,7 @@ ASSETS = str(Path(importlib.util.find_spec("ddpo_pytorch").origin).parent / "ass
 
 
 def model_and_dataset_configs(config):
-    """Set all paths, and the sizes that every stage shares."""
+    """Set all paths, and the sizes that all stages share."""
     config.base_log_path = "rl4med-out/mini"
     root = config.get_ref("base_log_path")
     config.mixed_precision = "no"
@@ -39,7 +39,7 @@ def model_and_dataset_configs(config):
     config.sd.val_csv = root + "/data/splits/phantom_val.csv"
     config.sd.image_size = 64
     config.sample.num_steps = 10
-    # more of it helps the base model as much as DDPO does, and leaves DDPO little to learn from (docs/log.md)
+    # a higher scale improves the base model as much as DDPO does, leaving DDPO little to learn (docs/log.md)
     config.sample.guidance_scale = 1.5
     config.eval.update(num_samples_per_prompt=16, batch_size=64)
     return config
@@ -48,7 +48,7 @@ def model_and_dataset_configs(config):
 def train_vae():
     """Stage (i), first half: the autoencoder, 64 px -> 16 x 16 x 8.
 
-    On a balanced world: from ISIC's frequencies it would learn to leave out ink, and no UNet could bring it back.
+    On a balanced world: at ISIC's frequencies it would learn to leave out ink, and no UNet could bring it back.
     """
     config = model_and_dataset_configs(dgx.finetune_sd())
     config.sd.data_path = config.get_ref("base_log_path") + "/balanced/images"
@@ -69,13 +69,13 @@ def prompt_image_alignment_classifier_isic():
     """Stage (ii)."""
     config = model_and_dataset_configs(dgx.prompt_image_alignment_classifier_isic())
     config.update(run_name="", num_epochs=8, save_freq=4)
-    # 8 rewards of a prompt come together in about one epoch
+    # a prompt gets 8 rewards in about one epoch
     config.per_prompt_stat_tracking.min_count = 8
     # 64 * 4 = 256 samples per epoch
     config.sample.update(batch_size=64, num_batches_per_epoch=4)
     # 64 * 2 = 128 samples per update, 256 / 128 = 2 updates per epoch
     config.train.update(batch_size=64, gradient_accumulation_steps=2)
-    # what an image shows is decided in the noisy half of the trajectory; the other half costs time and adds noise
+    # the noisy half of the trajectory decides what an image shows; training the other only costs time and adds noise
     config.train.update(timestep_window=(0.0, 0.5), lora_rank=16, learning_rate=2.5e-3)
     # a mean over 8 * 16 * 16 = 2,048 dimensions: 1e-4 * 16,384 / 2,048
     config.train.clip_range = 8e-4
