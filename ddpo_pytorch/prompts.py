@@ -64,8 +64,7 @@ def _table_rows(path: str | Path) -> list[fundus.Row]:
 
 def composed(path: str | Path, templates: Sequence[str] = TEMPLATES, rng: Rng = None) -> Prompt:
     """Draw a finding of `compose` uniformly, then one of its prompts, and return that."""
-    findings = compose(path, tuple(templates))
-    return _draw(findings[int((rng or random).random() * len(findings))], rng)
+    return _draw(_choose(compose(path, tuple(templates)), rng), rng)
 
 
 @cache
@@ -103,8 +102,12 @@ def compose(path: str | Path, templates: tuple[str, ...] = TEMPLATES) -> list[li
     return [[form.replace("{finding}", words) for words in one.values() for form in forms] for one in findings.values()]
 
 
+def _choose(items: Sequence[Any], rng: Rng) -> Any:
+    return items[int((rng or random).random() * len(items))]  # both kinds of generators have random()
+
+
 def _draw(prompts: Sequence[str], rng: Rng) -> Prompt:
-    return describe(prompts[int((rng or random).random() * len(prompts))])
+    return describe(_choose(prompts, rng))
 
 
 def describe(prompt: str) -> Prompt:

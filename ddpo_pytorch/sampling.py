@@ -20,13 +20,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusio
 from ddpo_pytorch.data.images import SYNTHETIC, load_pixels, save_image, to_uint8
 from ddpo_pytorch.data.sample_folder import PartLog, folder_name
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling, pipeline_with_logprob
-from ddpo_pytorch.generator.pipeline import (
-    PromptEmbeddings,
-    decode_latents,
-    finite_images,
-    latent_shape,
-    set_schedule,
-)
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings, decode_latents, finite_images, latent_shape, set_schedule
 from ddpo_pytorch.prompts import check_prompt
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import Stream, derived_seed, text_number

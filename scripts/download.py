@@ -23,7 +23,7 @@ from diffusers import UNet2DConditionModel
 from ddpo_pytorch.generator.lora import ATTENTION, add_lora, load_lora, lora_parameters
 from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.utils.cli import cli, expand_flags
-from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.errors import UserError, one_line
 from ddpo_pytorch.utils.files import atomic_write, locked
 from ddpo_pytorch.utils.published import ARCHIVE, opened, spellings, unpack
 from ddpo_pytorch.utils.weights import open_safetensors
@@ -175,7 +175,7 @@ def fetch_published(folder: Path) -> None:
 
 
 def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def fetch(root: Path) -> None:

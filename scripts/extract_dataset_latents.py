@@ -30,7 +30,6 @@ from ddpo_pytorch.utils.settings import ONE_OR_MORE, ZERO_OR_MORE, check_choices
 
 FLAGS = flags.FLAGS
 define_config(__file__, "experiment, e.g. config/dgx.py:preprocess_isic_real_data")
-
 logger = logging.getLogger(__name__)
 
 

@@ -168,7 +168,8 @@ def generate(accelerator: Accelerator, config: ConfigDict) -> None:
     settings |= {name: sample[name] for name in ("scheduler", "num_steps", "eta", "guidance_scale")}
     settings |= {"seed": config.seed, "prompts": prompts, "mixed_precision": config.mixed_precision}
     settings |= {name: fingerprint(Path(improve.judges) / name) for name in (SELECTOR_FILE, POLICY_FILE)}
-    settings |= (model := pipeline_fingerprints(pipe) | {"load_from": adapter_fingerprint(pipe.unet)})
+    model = pipeline_fingerprints(pipe) | {"load_from": adapter_fingerprint(pipe.unet)}
+    settings |= model
     if accelerator.is_main_process:
         claim_folder(folder, settings, {"model": pretrained.model, "load_from": config.load_from})
     accelerator.wait_for_everyone()

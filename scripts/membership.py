@@ -21,7 +21,7 @@ from torch.utils.data import default_collate
 
 from ddpo_pytorch.generator.finetune_data import check_settings, open_latents
 from ddpo_pytorch.generator.finetune_losses import CaptionTable, NoiseLoss
-from ddpo_pytorch.generator.latents import LatentShards
+from ddpo_pytorch.generator.latents import LatentShards, merge_captions
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.metrics.intervals import bootstrap_mean
 from ddpo_pytorch.metrics.memorisation import membership_auc
@@ -61,12 +61,9 @@ def test(accelerator: Accelerator, config: ConfigDict) -> dict:
     sets = [open_latents(accelerator, sd, pipe.vae, validation) for validation in (False, True)]
     if sets[1] is None or min(map(len, sets)) < 2:
         raise UserError("a membership test needs 2 images of sd.csv and of sd.val_csv each; give both tables")
-    if sets[0].shares_images_with(sets[1]):
-        raise UserError("training and validation latents share images; extract them from different split tables")
-    captions = list(dict.fromkeys(caption for latents in sets for caption in latents.captions))
-    for latents in sets:
-        latents.renumber(captions)
-    loss = NoiseLoss(pipe, CaptionTable(pipe, captions, trained=False)).to(accelerator.device).eval()
+    sets[0].check_disjoint(sets[1])
+    table = CaptionTable(pipe, merge_captions(sets), trained=False)
+    loss = NoiseLoss(pipe, table).to(accelerator.device).eval()
     settings = {"seed": config.seed, "timesteps": TIMESTEPS, "load_from": config.load_from}
     result, losses = {"title": TITLE, "settings": settings}, {}
     for name in ("base", "load_from")[: 1 + bool(config.load_from)]:

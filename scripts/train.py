@@ -89,7 +89,7 @@ class Run:
 
     @property
     def first_sample(self) -> int:
-        """Global index of this process's first sample of an epoch."""
+        """Return the global index of this process's first sample in an epoch."""
         return self.accelerator.process_index * self.sizes.local_samples
 
     def sample_order(self, epoch: int, inner_epoch: int) -> list[int]:
@@ -151,7 +151,7 @@ def set_up(config: ConfigDict) -> Run:
     if config.use_lora and in_half_on_gpu(config, device):  # `cast_adapters` replaces autocast
         accelerator.autocast_handler = AutocastKwargs(enabled=False)
     sizes = batch_sizes(config.sample, config.train, accelerator.num_processes)
-    # every (minibatch, timesteps) pair is a backward pass, and an update averages over all of them
+    # each (minibatch, timesteps) pair is a backward pass, and an update averages over all of them
     accelerator.gradient_accumulation_steps = config.train.gradient_accumulation_steps * sizes.forwards
     task = make_task(config, device)
     prompts, _ = draw_prompts(task.prompt_fn, config.seed, 0, sizes.samples, config.sample.images_per_prompt)
@@ -239,7 +239,7 @@ def sample_and_score(
     config, sampling, device = run.config, Sampling.of(run.config.sample), run.accelerator.device
     # to take gradients while sampling, the first update's samples are drawn first, in that update's order
     order = run.sample_order(epoch, inner_epoch=0) if run.gradients else range(run.sizes.local_samples)
-    trajectories, order_drawn = None, []
+    trajectories, sampled = None, []
     batches = rollout_batches(order, rollout_batch_size(config, device), run.gradients)
     for indices, recording in run.progress(batches, f"epoch {epoch} sampling"):
         stop_request.check()
@@ -255,8 +255,9 @@ def sample_and_score(
         trajectories.put(indices, batch)
         # on a GPU, scored in a thread while the next batch is sampled
         run.scorer.submit(images, texts, details, partial(check_images, run, epoch, batch.latents[:, -1]))
-        order_drawn += indices
-    scores = torch.from_numpy(run.scorer.collect()[np.argsort(order_drawn)]).to(device)
+        sampled += indices
+    # back to the order of local indices
+    scores = torch.from_numpy(run.scorer.collect()[np.argsort(sampled)]).to(device)
     if not trajectories.log_probs.isfinite().all():
         raise UserError(NOT_FINITE.format(epoch))
     return trajectories, scores
@@ -288,7 +289,7 @@ def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor
                 info = accumulate_gradient(run, progress, samples, advantages, indices)
             if not grad_norms:  # before the first step the policy is the one that sampled: 0 up to rounding
                 deviations.append(info["ratio_max_deviation"])
-                if len(updates) > 1 and run.config.mixed_precision != "no":  # its kernels may round differently
+                if len(updates) > 1 and run.config.mixed_precision != "no":  # other kernels may round the second update
                     second = score_minibatch(run, epoch, samples, advantages, updates[1])
                     deviations.append(second["ratio_max_deviation"])
             grad_norms.append(run.guard.step(run.unet.parameters()))  # None if skipped

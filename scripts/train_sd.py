@@ -34,7 +34,7 @@ from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator import finetune_data as data
 from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.generator.finetune_losses import AutoencoderLoss, CaptionTable, NoiseLoss
-from ddpo_pytorch.generator.latents import LatentShards
+from ddpo_pytorch.generator.latents import LatentShards, merge_captions
 from ddpo_pytorch.generator.lora import add_lora, has_lora, merged_state_dict, save_lora
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline, save_model, unet_metadata, with_bert
 from ddpo_pytorch.generator.text import check_tokens, has_mask
@@ -119,19 +119,17 @@ class DiffusionStage:
         self.train_set, self.val_set = (
             data.open_latents(accelerator, sd, pipe.vae, validation) for validation in (False, True)
         )
-        if self.val_set and self.train_set.shares_images_with(self.val_set):
-            raise UserError("training and validation latents share images; extract them from different split tables")
+        if self.val_set:
+            self.train_set.check_disjoint(self.val_set)
         learned, scores = [self.train_set], []
         if sd.pool:
             pool, scores = data.open_pool(accelerator, sd, pipe.vae)
             learned.append(pool)
             self.train_set = data.MixedLatents(self.train_set, pool, scores, sd.real_share)
         sets = [*learned, *([self.val_set] if self.val_set else [])]
-        self.captions = list(dict.fromkeys(caption for latents in sets for caption in latents.captions))
+        self.captions = merge_captions(sets)
         table = CaptionTable(pipe, self.captions, trained=sd.stage == "unet" or sd.train_text_encoder)
         check_tokens(pipe.tokenizer, self.captions, "captions")
-        for latents in sets:
-            latents.renumber(self.captions)
         if sd.gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
         self.loss = NoiseLoss(pipe, table, sd.caption_dropout, sd.min_snr_gamma)

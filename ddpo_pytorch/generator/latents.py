@@ -205,14 +205,11 @@ class LatentShards(Dataset):
                 return "shards have latents of different shapes"
         return None
 
-    def shares_images_with(self, other: "LatentShards") -> bool:
-        """Return whether both come from the same table and have rows in common."""
-        rows = [{row for shard in own._shards for row in shard["row"].tolist()} for own in (self, other)]
-        return self.index.get("csv_sha256") == other.index.get("csv_sha256") and bool(rows[0] & rows[1])
-
-    def renumber(self, captions: Sequence[str]) -> None:
-        """Renumber caption ids as positions in `captions`, which must contain all captions of the latents."""
-        self._caption_ids = torch.tensor([captions.index(caption) for caption in self.captions])
+    def check_disjoint(self, validation: "LatentShards") -> None:
+        """Raise UserError if both come from the same table and have rows in common."""
+        rows = [{row for shard in part._shards for row in shard["row"].tolist()} for part in (self, validation)]
+        if self.index.get("csv_sha256") == validation.index.get("csv_sha256") and rows[0] & rows[1]:
+            raise UserError("training and validation latents share images; extract them from different split tables")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -226,3 +223,11 @@ class LatentShards(Dataset):
         number, offset = divmod(position, SHARD_IMAGES)
         mean, logvar, caption = (self._shards[number][name][offset] for name in ("mean", "logvar", "caption"))
         return mean, logvar, self._caption_ids[caption]
+
+
+def merge_captions(sets: Sequence[LatentShards]) -> list[str]:
+    """Renumber the caption ids of several sets as positions in a common list of captions, and return that."""
+    captions = list(dict.fromkeys(caption for latents in sets for caption in latents.captions))
+    for latents in sets:
+        latents._caption_ids = torch.tensor([captions.index(caption) for caption in latents.captions])
+    return captions

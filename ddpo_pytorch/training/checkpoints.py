@@ -21,7 +21,7 @@ from torch import nn
 from ddpo_pytorch.generator.lora import FILE_NAME, FILE_NAMES, has_lora, load_lora, lora_state_dict
 from ddpo_pytorch.generator.pipeline import replace_unet_weights
 from ddpo_pytorch.utils.distributed import gather_state, load_optimizer_into, load_weights_into
-from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.errors import UserError, one_line
 from ddpo_pytorch.utils.files import atomic_folder, atomic_write, path_fault, remove_folder, sha256
 from ddpo_pytorch.utils.json_files import COUNT, OneOf, read_json
 from ddpo_pytorch.utils.published import resolve
@@ -59,8 +59,8 @@ def checkpoints(run_dir: str | Path) -> list[Path]:
 def is_checkpoint(path: str | Path) -> bool:
     """Return whether a folder is a checkpoint of train.py (possibly damaged), as opposed to a run folder."""
     path = Path(path)
-    named = path.name == BEST or _NAME.fullmatch(path.name)
-    return path.is_dir() and not checkpoints(path) and (bool(named) or (path / PROGRESS_FILE).is_file())
+    named = path.name == BEST or _NAME.fullmatch(path.name) is not None
+    return path.is_dir() and not checkpoints(path) and (named or (path / PROGRESS_FILE).is_file())
 
 
 def epochs_completed(checkpoint: str | Path) -> int:
@@ -115,7 +115,8 @@ def find_checkpoint(path: str | Path) -> Path:
             )
         return path
     damages: list[tuple[Path, str]] = []
-    for checkpoint in [*reversed(checkpoints(path)), *(folder for folder in [path / BEST] if _is_copy(folder))]:
+    copied_best = [path / BEST] if _is_copy(path / BEST) else []
+    for checkpoint in [*reversed(checkpoints(path)), *copied_best]:
         if damage := find_damage(checkpoint):
             damages.append((checkpoint, damage))
             continue
@@ -198,8 +199,8 @@ def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler:
         if scaler is not None and state["scaler"] is not None:
             scaler.load_state_dict(state["scaler"])
     except (ValueError, KeyError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{str(folder)!r} cannot be resumed ({reason}); resume from another checkpoint") from error
+        problem = f"{str(folder)!r} cannot be resumed ({one_line(error)})"
+        raise UserError(f"{problem}; resume from another checkpoint") from error
     for group, current in zip(optimizer.param_groups, settings, strict=True):
         group.update(current)
     return progress

@@ -42,6 +42,11 @@ def describe_value(value: Any) -> str:
     return f"{_short(value)} ({kind})"
 
 
+def one_line(error: BaseException, length: int = 200) -> str:
+    """Return the message of an error as one line, cut to `length` characters."""
+    return " ".join(str(error).split())[:length]
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.errors import UserError, one_line
 
 COUNT = range(2**53)  # shape of an integer of 0 or more; floats are exact up to 2**53
 DEEPEST = 64  # levels of nesting; files of this program have fewer than 10
@@ -41,7 +41,7 @@ def parse_json(text: str | bytes, shape: Any, source: str, advice: str = ADVICE)
         value = json.loads(text, object_pairs_hook=_unique, parse_int=_int64)
         _check_any(value, 0)
     except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
+        reason = "nested too deeply" if isinstance(error, RecursionError) else one_line(error)
         raise UserError(f"{source} is damaged (it is not usable JSON: {reason}); {advice}") from error
     return check_shape(value, shape, source, advice)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.errors import UserError, one_line
 from ddpo_pytorch.utils.files import LOCK, UNFINISHED, atomic_folder, remove_leftovers
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
     except UserError:
         raise
     except Exception as error:  # a damaged archive may raise anything
-        message = " ".join(str(error).split())[:200] or type(error).__name__
+        message = one_line(error) or type(error).__name__
         raise UserError(f"{path} cannot be read as a zip ({message}); move it away and fetch it again") from error
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.errors import UserError, one_line
 
 # Checkpoints wrap their state dict: ours and the published classifiers under the first name, timm's under the second.
 WRAPPERS = ("model_state_dict", "state_dict")
@@ -76,10 +76,8 @@ def open_safetensors(path: str | Path) -> Iterator[Any]:
     try:
         opened = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(
-            f"{str(path)!r} is not a readable safetensors file ({reason}); fetch or save it again"
-        ) from error
+        problem = f"{str(path)!r} is not a readable safetensors file ({one_line(error, 150)})"
+        raise UserError(f"{problem}; fetch or save it again") from error
     with opened as file:
         yield file
 
