@@ -54,7 +54,7 @@ def plan(prompts: Sequence[tuple[str, dict[str, Any]]], count: int, seed: int, i
     for prompt, metadata in prompts:
         check_prompt(prompt)
         if counts[prompt] > 1:
-            raise UserError(f"prompt {prompt!r} is given twice; give every prompt once")
+            raise UserError(f"prompt {prompt!r} is given twice; give each prompt once")
         folder, number = folder_name(prompt), text_number(prompt)
         for index in range(count):
             noise_seed = derived_seed(seed, Stream.EVALUATION, number, index)

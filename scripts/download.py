@@ -79,7 +79,7 @@ def check_lora(path: Path) -> str:
 def check_classifier(path: Path, heads: int) -> str:
     actual = len(load_classifier(path).labels)
     if actual != heads:
-        raise UserError(f"{path} has {actual} heads, {heads} belong under this name; fetch it again")
+        raise UserError(f"{path} has {actual} heads, expected {heads}; fetch it again")
     return f"classifier with {heads} heads"
 
 
@@ -166,12 +166,12 @@ def fetch_published(folder: Path) -> None:
             if not target.is_file():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 gdown.download(id=item.id, output=str(target), resume=True, timeout=TIMEOUT, retries=3)
-            logger.info("%s is there, %s", target, size(target))
+            logger.info("%s is present, %s", target, size(target))
         except Exception as error:
-            logger.warning("%s did not arrive: %s", item.path, reason(error))
+            logger.warning("%s was not downloaded: %s", item.path, reason(error))
             failed.append(item.path)
     if failed:
-        raise UserError(f"{len(failed)} of {len(listing)} files did not arrive ({', '.join(failed)})")
+        raise UserError(f"{len(failed)} of {len(listing)} files were not downloaded ({', '.join(failed)})")
 
 
 def reason(error: Exception) -> str:
@@ -179,7 +179,7 @@ def reason(error: Exception) -> str:
 
 
 def fetch(root: Path) -> None:
-    """Fetch and check all files. Raises UserError, after logging advice, if some did not arrive."""
+    """Fetch and check all files. Raises UserError, after logging advice, if some are missing."""
     published, problems = root / "published", []
     steps = {f"split table {name}": partial(fetch_split, name, root / "data" / "splits") for name in SPLITS}
     for name, step in (steps | {"published files": partial(fetch_published, published)}).items():

@@ -136,7 +136,7 @@ def report(folder: Path, jobs: Sequence[Job], broken: Sequence[Job]) -> None:
     logger.info("%d images in %s", contents.images, folder)
     for problem, paths in (
         ("images are black", contents.black),
-        ("images are more than this command asks for", contents.unplanned),
+        ("images were not requested by this command", contents.unplanned),
         ("files are not in image_log.json, but metric.py would count them", contents.unlogged),
     ):
         if paths:

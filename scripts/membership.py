@@ -60,7 +60,7 @@ def test(accelerator: Accelerator, config: ConfigDict) -> dict:
     pipe.vae.float()  # in half precision SD's autoencoder overflows
     sets = [open_latents(accelerator, sd, pipe.vae, validation) for validation in (False, True)]
     if sets[1] is None or min(map(len, sets)) < 2:
-        raise UserError("a membership test needs 2 images of sd.csv and of sd.val_csv each; give both tables")
+        raise UserError("a membership test needs at least 2 images of each of sd.csv and sd.val_csv; give both tables")
     sets[0].check_disjoint(sets[1])
     table = CaptionTable(pipe, merge_captions(sets), trained=False)
     loss = NoiseLoss(pipe, table).to(accelerator.device).eval()

@@ -120,7 +120,7 @@ FAULTS = {
         "conv_in.weight is (9, 4, 3, 3), in SD 1.5",
     ),
     "LoRA of fewer layers": (LORA, lambda path, unet: lora_folder(path, unet, 4, 2), "down_blocks.0"),
-    "heads": (H6, lambda path, _: published_file(path, 4), "has 4 heads, 6 belong under this name"),
+    "heads": (H6, lambda path, _: published_file(path, 4), "has 4 heads, expected 6"),
     "page instead of weights": (H4, lambda path, _: path.write_text("<html>quota</html>"), "web page"),
     "zip torn": ("images.zip", lambda path, _: path.write_bytes(b"PK"), "cannot be read as a zip"),
 }
@@ -184,7 +184,7 @@ def test_missing_files_are_fetched_inside_the_folder_required_ones_first(script,
     assert [call.kwargs["id"] for call in file.call_args_list] == [H6, UNET, names[5], "images.zip", "notes.txt"]
     assert all(call.kwargs["resume"] for call in file.call_args_list)
     assert (tmp_path / "in" / OTHER_H4).read_bytes() == b"complete before" and not (tmp_path / "outside").exists()
-    assert any(line.startswith(f"{UNET} did not arrive: ") and "Too many users" in line for line in caplog.messages)
+    assert any(line.startswith(f"{UNET} was not downloaded: ") and "Too many users" in line for line in caplog.messages)
     for folder.return_value, folder.side_effect, message in (([], None, "lists nothing"), ([], OSError, "not list")):
         with pytest.raises(UserError, match=message):
             script.fetch_published(tmp_path / "in")

@@ -247,7 +247,7 @@ def test_other_prompts_join_a_folder_and_unplanned_files_are_reported(evaluate, 
     places = [f"{FOLDERS[prompt]}/0000{index}.png" for prompt in (2, 0, 1) for index in range(2)]
     assert [(entry["sampleID"], entry["path_to_img"]) for entry in log_of(tmp_path)] == list(enumerate(places))
     first = tmp_path / min(places[1], *places[3:])
-    assert f"4 images are more than this command asks for, the first is {first}" in caplog.text
+    assert f"4 images were not requested by this command, the first is {first}" in caplog.text
     assert re.search(f"1 files are not in image_log.json.* {re.escape(str(stray))}", caplog.text)
 
 

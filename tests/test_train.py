@@ -296,7 +296,7 @@ def test_other_settings_are_refused(light, tmp_path):
         with pytest.raises(UserError) as caught:
             light(**changed)
         message = str(caught.value)
-        assert f"run folder {str(folder)!r} exists already and was begun with" in message and said in message
+        assert f"run folder {str(folder)!r} exists already and was started with" in message and said in message
         assert "another --config.run_name" in message and f"--config.resume_from={folder}" in message
         assert "\n" not in message and files_of(folder) == before
     # the samples of an epoch are those of each process times their number

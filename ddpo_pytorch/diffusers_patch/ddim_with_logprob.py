@@ -137,7 +137,7 @@ def check_schedule(scheduler: DDIMScheduler, eta: float) -> None:
     step would add more noise than the next timestep holds.
     """
     if not eta > 0:
-        raise UserError(f"sample.eta is {eta}: DDIM without noise is no policy; set 0 < eta <= 1 (DDPO uses 1.0)")
+        raise UserError(f"sample.eta is {eta}: DDIM without noise is not a policy; set 0 < eta <= 1 (DDPO uses 1.0)")
     timesteps = scheduler.timesteps  # (T,)
     alpha, alpha_prev = _alphas(scheduler, timesteps, timesteps.device)
     variance = eta**2 * _variance(alpha, alpha_prev)

@@ -198,7 +198,7 @@ class LatentShards(Dataset):
                 return f"a shard lacks {min(lacking)!r}"
             size, rows, captions = len(positions), shard["row"], shard["caption"]
             if {rows.dtype, captions.dtype} != {torch.int64} or not rows.shape == captions.shape == (size,):
-                return f"a shard is not of {size} images"
+                return f"a shard does not have {size} images"
             if not 0 <= captions.min() <= captions.max() < len(self.captions):
                 return "a shard has a caption that is not listed"
             if not shard["mean"].shape == shard["logvar"].shape == (size, *self.shape) or len(self.shape) != 3:

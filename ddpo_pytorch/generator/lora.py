@@ -222,7 +222,7 @@ def _in_peft_names(
         match = PEFT_KEY.fullmatch(key)
         name = f"{match['module']}.lora_{match['half']}.weight" if match else ""
         if not match or name in weights:
-            problem = f"is the same weight as {sources[name]}" if match else "is no weight that peft or kohya writes"
+            problem = f"is the same weight as {sources[name]}" if match else "is not a weight that peft or kohya writes"
             raise UserError(f"{file}: {source} {problem}; give a file with one LoRA adapter of a UNet")
         weights[name], sources[name] = tensor, source
     lacking = [module for module in alphas if f"{module}.lora_A.weight" not in weights]

@@ -100,7 +100,7 @@ def check_fit(
         if key not in given:
             raise UserError(f"{file} lacks {name}; {advice}")
         if (shape := tuple(given[key].shape)) != (wanted := tuple(expected[key].shape)):
-            raise UserError(f"{file} holds {name} of shape {shape}, the model wants {wanted}; {advice}")
+            raise UserError(f"{file} holds {name} of shape {shape}, the model expects {wanted}; {advice}")
 
 
 def check_tokenizer_files(folder: str | Path) -> None:
@@ -121,7 +121,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel
     probes, problem = [*string.ascii_lowercase, *filter(str.isalnum, words)], ""
     # fewer tokens than embeddings are fine, as in BioMedBERT
     if (highest := max(vocabulary.values(), default=-1)) >= embeddings:
-        problem = f"numbers its tokens up to {highest}, but the text encoder has {embeddings} embeddings"
+        problem = f"has token ids up to {highest}, but the text encoder has {embeddings} embeddings"
     elif tokenizer.model_max_length > positions:
         problem = f"has no model_max_length up to the encoder's {positions} positions in tokenizer_config.json"
     elif tokenizer.pad_token_id is None:

@@ -81,7 +81,7 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
     if not (local := folder.is_dir()):
         try:
             if not HUB_ID.fullmatch(model):
-                raise ValueError(f"{model} is no Hugging Face id")
+                raise ValueError(f"{model} is not a Hugging Face id")
             AutoConfig.from_pretrained(model, subfolder="text_encoder", revision=revision, trust_remote_code=False)
             with quiet():  # no retry warnings while offline
                 folder = Path(StableDiffusionPipeline.download(model, revision=revision, safety_checker=None))
@@ -107,7 +107,7 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
         files = _hashes(folder)
         for name, expected in _read_record(folder)["files"].items():
             if files.get(name) != expected:
-                raise UserError(f"{str(folder / name)!r} is missing or not of {RECORD}; copy the whole folder again")
+                raise UserError(f"{str(folder / name)!r} is missing or does not match {RECORD}; copy the folder again")
     return pipe
 
 
@@ -205,7 +205,7 @@ class PromptEmbeddings:
     def _embedding(self, prompt: str) -> torch.Tensor:
         if prompt not in self._embeddings:
             if self._pipe.text_encoder is None:
-                raise KeyError(f"{prompt!r} was not precomputed, and the text encoder is gone")
+                raise KeyError(f"{prompt!r} was not precomputed, and the text encoder has been freed")
             self._embeddings[prompt] = encode_prompts(self._pipe, [prompt])[0]
         return self._embeddings[prompt]
 

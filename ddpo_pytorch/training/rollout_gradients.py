@@ -101,7 +101,7 @@ def rollout_gradients(
         return None
     samples = sizes.local_samples // sizes.updates
     batch_size = min(train.batch_size * train.timesteps_per_forward, samples)
-    logger.info("gradients of an epoch's first update are taken while sampling, %d samples at once", batch_size)
+    logger.info("gradients of an epoch's first update are taken while sampling, %d samples at a time", batch_size)
     return RolloutGradients(accelerator, unet, samples, batch_size, window, 2 if sample.guidance_scale > 1 else 1)
 
 

@@ -100,8 +100,8 @@ def _checkpoint_to_resume(folder: Path, settings: Mapping[str, Any]) -> Path | N
     if changed := difference(*_comparable(old, settings)):
         name, before, now = changed
         raise UserError(
-            f"run folder {str(folder)!r} exists already and was begun with {name}={before}, now it is {now}; give the "
-            f"same value to resume, another --config.run_name for a new run, or --config.resume_from={folder} to "
+            f"run folder {str(folder)!r} exists already and was started with {name}={before}, now it is {now}; give "
+            f"the same value to resume, another --config.run_name for a new run, or --config.resume_from={folder} to "
             "continue with the new settings"
         )
     _check_contents(folder, old, settings, resume_from=False)
@@ -192,8 +192,8 @@ def _check_contents(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]
         if resume_from and name == "load_from":
             advice = "leave load_from out, since the run continues from its own checkpoint"
         raise UserError(
-            f"run folder {str(folder)!r} was begun with another {name} (fingerprint {before[name][:16] or 'none'}, now "
-            f"{now[name][:16] or 'none'}); {advice}, or another --config.run_name for a new run"
+            f"run folder {str(folder)!r} was started with another {name} (fingerprint {before[name][:16] or 'none'}, "
+            f"now {now[name][:16] or 'none'}); {advice}, or another --config.run_name for a new run"
         )
 
 

@@ -108,7 +108,7 @@ def _find_config(argv: list[str]) -> list[str]:
         path = next((path for path in tried if path.is_file()), None)
         if path is None:
             neither = " nor ".join(repr(str(path)) for path in tried)
-            raise UserError(f"--config={given}: there is neither {neither}; give FILE.py:EXPERIMENT")
+            raise UserError(f"--config={given}: neither {neither} exists; give FILE.py:EXPERIMENT")
         found[index] = (f"{option}=" if equals else "") + f"{path}{colon}{name}"
     return found
 
@@ -117,12 +117,12 @@ def _lost_process(message: str) -> str | None:
     """Translate a torch.distributed error about a lost process; return None for other errors."""
     rank = os.environ.get("RANK", "0")
     if re.search(r"Connection (closed|reset) by peer", message) and "gloo" in message:
-        return f"process {rank} has lost another one, which has ended; its own message states the cause"
+        return f"process {rank} has lost another process, which has ended; see its own message for the cause"
     if waited := re.search(r"(?:Timed out waiting|wait timeout after|Timeout\(ms\)=)\s*(\d+)", message):
         option = "--config.process_timeout" if "config" in flags.FLAGS else "--process_timeout"
         return (
-            f"process {rank} waited {int(waited[1]) / 1000:g} s for another one, which is still working or has ended; "
-            f"if it is working, raise process_timeout: {option}=SECONDS"
+            f"process {rank} waited {int(waited[1]) / 1000:g} s for another process, which is still working or has "
+            f"ended; if it is working, raise process_timeout: {option}=SECONDS"
         )
     return None
 

@@ -84,7 +84,7 @@ def make_accelerator(
     plugin = FullyShardedDataParallelPlugin() if sharding else None
     if plugin:
         if plugin.fsdp_version != 2:
-            raise UserError(f"FSDP is of version {plugin.fsdp_version}; set fsdp_version: 2 in the launcher's file")
+            raise UserError(f"the FSDP version is {plugin.fsdp_version}; set fsdp_version: 2 in the launcher's file")
         if mixed_precision == "bf16":
             plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     accelerator = Accelerator(

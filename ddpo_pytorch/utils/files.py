@@ -308,7 +308,7 @@ def locked(folder: str | Path, instead: str = "another logdir") -> Iterator[None
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{str(folder)!r} is not a folder, or is inside a file; choose {instead}") from error
-    held = lock(path, f"{str(folder)!r} is being written by another run; wait for its end or choose {instead}")
+    held = lock(path, f"{str(folder)!r} is being written by another run; wait for it to end or choose {instead}")
     try:
         remove_leftovers(folder)
         yield

@@ -73,7 +73,7 @@ def check_entries(path: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
     if len(entries) > MOST_ENTRIES or content > max(SMALL, LARGEST_GROWTH * size):
         raise UserError(
             f"{path} of {size / 2**20:.1f} MiB states {content / 2**20:.1f} MiB of content in {len(entries)} entries; "
-            f"pictures have less than {LARGEST_GROWTH} times as much, and {MOST_ENTRIES} entries; {refused}"
+            f"pictures have at most {LARGEST_GROWTH} times as much, in {MOST_ENTRIES} entries; {refused}"
         )
     seen: dict[tuple[str, ...], tuple[tuple[str, ...], bool]] = {}  # (spelling, is a folder) by case-folded path
     for entry in entries:

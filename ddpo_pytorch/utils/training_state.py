@@ -84,11 +84,11 @@ def restore_state(
             return state
     except Exception as error:  # a damaged pickle can fail in any way
         raise UserError(
-            f"{str(path)!r}, the state of an unfinished training, is damaged ({type(error).__name__}); delete it to "
-            "start over"
+            f"{str(path)!r}, the state of an unfinished training run, is damaged ({type(error).__name__}); delete it "
+            "to start over"
         ) from error
     name, before, now = changed
     raise UserError(
-        f"{str(path)!r} is the state of an unfinished training with {name}={before}, now it is {now}; use the same "
+        f"{str(path)!r} is the state of an unfinished training run with {name}={before}, now it is {now}; use the same "
         "value to resume, choose another folder, or delete the file to start over"
     )

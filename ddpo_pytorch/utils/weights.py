@@ -54,7 +54,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
         if isinstance(tensors, Mapping) and name in tensors:
             tensors = tensors[name]
     if not isinstance(tensors, Mapping) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise UserError(f"{str(path)!r} holds other things than tensors; give a state dict, tensors by name")
+        raise UserError(f"{str(path)!r} holds more than tensors; give a state dict, tensors by name")
     check_finite(tensors, path)
     return dict(tensors), {}
 
