@@ -63,7 +63,8 @@ from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.randomness import Stream, generator_of
 
-define_config(__file__, "experiment", default="config/mini.py:prompt_image_alignment_classifier_isic")
+EXPERIMENT = "prompt_image_alignment_classifier_isic"
+define_config(__file__, f"experiment, e.g. config/dgx.py:{EXPERIMENT}", default=f"config/mini.py:{EXPERIMENT}")
 logger = logging.getLogger(__name__)
 NOT_FINITE = "epoch {}: a sample is not finite; lower train.learning_rate, or use mixed_precision bf16 or no"
 SCALE_GROWTH_INTERVAL = 100  # updates without overflow before fp16 doubles its loss scale; an epoch has only one or two
@@ -274,7 +275,7 @@ def check_images(run: Run, epoch: int, latents: torch.Tensor, images: torch.Tens
 def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor) -> dict[str, float]:
     """Take PPO steps on this process's n samples with their advantages (n,); return statistics over all processes."""
     train = run.config.train
-    per_update = train.batch_size * train.gradient_accumulation_steps
+    per_update = train.batch_size * train.gradient_accumulation_steps  # samples of this process
     statistics, grad_norms, deviations = [], [], []
     for inner_epoch in range(train.num_inner_epochs):
         # shuffle the samples and divide them into the optimizer updates of this pass

@@ -77,7 +77,7 @@ def encode_data_set(
     on the number of processes.
 
     Args:
-        vae: None: only pass images to `keep_image`, without latents.
+        vae: if None, images are only passed to `keep_image`, without latents.
         files: items (image, ...), images uint8 (3, H, W).
         rows, caption_ids: row and caption number of each item, stored in the shards.
         keep_image: receives (position, image) of each decoded image, in threads.

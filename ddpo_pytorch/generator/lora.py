@@ -44,8 +44,8 @@ TEXT_ENCODER_KEY = re.compile(r"text_encoder(_2)?\.|lora_te\d?_")
 def add_lora(unet: UNet2DConditionModel, rank: int, targets: Sequence[str], seed: int) -> None:
     """Add trainable adapters to every UNet layer whose name ends in one of `targets`; freeze everything else.
 
-    `down` is drawn from N(0, 1 / rank^2), equally on every device; `up` is zero, so the UNet's output does not change
-    yet. Raises UserError for rank below 1, a target that names no layer, or a UNet with adapters.
+    `down` is drawn from N(0, 1 / rank^2), identically on every device; `up` is zero, so the UNet's output does not yet
+    change. Raises UserError for rank below 1, a target that names no layer, or a UNet with adapters.
     """
     if rank < 1:
         raise UserError(f"LoRA rank is {rank}; allowed is 1 or more (the published checkpoint has 4)")

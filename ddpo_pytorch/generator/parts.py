@@ -92,7 +92,7 @@ def check_fit(
     advice: str,
     names: Mapping[str, str] | None = None,
 ) -> None:
-    """Raise UserError unless a file's tensors have the expected keys and shapes; `names` maps keys to the file's."""
+    """Raise UserError unless a file's tensors match `expected`; `names` maps keys to the names in the file."""
     for key in (*given, *expected):
         name = (names or {}).get(key, key)
         if key not in expected:

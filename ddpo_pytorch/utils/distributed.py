@@ -232,7 +232,7 @@ def load_weights_into(unet: nn.Module, weights: Mapping[str, torch.Tensor]) -> N
 
 
 def load_optimizer_into(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load a full state dict likewise. Raises ValueError, as PyTorch does, if it is of other parameters."""
+    """Load a full state dict into an optimizer, sharded or not. Raises ValueError if it is of other parameters."""
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     by_number = dict(zip(numbers, parameters, strict=False))  # load_state_dict checks that their numbers agree
