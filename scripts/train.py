@@ -63,8 +63,7 @@ from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.randomness import Stream, generator_of
 
-EXPERIMENT = "prompt_image_alignment_classifier_isic"
-define_config(__file__, f"experiment, e.g. config/dgx.py:{EXPERIMENT}", default=f"config/mini.py:{EXPERIMENT}")
+define_config(__file__, "FILE.py:EXPERIMENT", default="config/mini.py:prompt_image_alignment_classifier_isic")
 logger = logging.getLogger(__name__)
 NOT_FINITE = "epoch {}: a sample is not finite; lower train.learning_rate, or use mixed_precision bf16 or no"
 SCALE_GROWTH_INTERVAL = 100  # updates without overflow before fp16 doubles its loss scale; an epoch has only one or two

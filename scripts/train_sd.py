@@ -308,8 +308,8 @@ def main(_) -> None:
     sd = config.sd
     check_ranges(config, SAMPLING if sd.grid_every else {"seed": SEED})
     data.check_settings(sd)
-    precision, timeout = (config.mixed_precision, config.allow_tf32), config.process_timeout
-    accelerator = make_accelerator(*precision, sd.gradient_accumulation_steps, process_timeout=timeout)
+    numerics = config.mixed_precision, config.allow_tf32, sd.gradient_accumulation_steps
+    accelerator = make_accelerator(*numerics, process_timeout=config.process_timeout)
     set_seed(config.seed)  # the same initial weights on all processes
     with locked_by_main(accelerator, sd.output, "another --config.sd.output"):
         run_on_main_process(accelerator, refuse_outcome, sd)

@@ -17,6 +17,8 @@ from peft.tuners import lora
 from torch import nn
 from torch.nn import functional as F
 
+from ddpo_pytorch.generator.lora import ADAPTER
+
 
 class LinearWithLora(torch.autograd.Function):
     """y = x W'^T + b, with gradients for x, down and up; W and b are frozen.
@@ -61,7 +63,7 @@ def fusible(layer: lora.Linear, x: torch.Tensor) -> bool:
 def _fused_forward(layer: lora.Linear, x: torch.Tensor) -> torch.Tensor:
     if not fusible(layer, x):
         return type(layer).forward(layer, x)
-    base, down, up = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    base, down, up = layer.base_layer, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     return LinearWithLora.apply(x, base.weight, base.bias, down, up)
 
 

@@ -73,8 +73,7 @@ def encode_data_set(
 ) -> int:
     """Encode this process's shards of a data set of uint8 images; return the number of images decoded.
 
-    Shards are written atomically, so that a rerun after a kill continues with the missing ones. The files do not depend
-    on the number of processes.
+    Shards are written atomically: a rerun continues with the missing ones. The number of processes does not matter.
 
     Args:
         vae: if None, images are only passed to `keep_image`, without latents.

@@ -29,7 +29,7 @@ from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.json_files import OneOf, parse_json
 from ddpo_pytorch.utils.weights import read_tensors
 
-ADAPTER = "default"
+ADAPTER = "default"  # the name under which peft keeps the adapter
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the projections of every attention layer
 FILE_NAME = "pytorch_lora_weights.safetensors"
 # file names in a folder, newest format first

@@ -268,10 +268,9 @@ def link_best(run_dir: str | Path, epoch: int) -> None:
 
 
 def repair_best(run_dir: str | Path, epoch: int | None) -> bool:
-    """Make `best` agree with the progress: a link to the checkpoint after `epoch` epochs, or no link for None.
+    """Make `best` a link to the checkpoint after `epoch` epochs, or no link for None; a kill may have left another.
 
-    A kill may have left it at another checkpoint. Returns False if the right one is missing or damaged. Damaged ones
-    are quarantined. Main process only.
+    Returns False if that checkpoint is missing or damaged; damaged ones are quarantined. Main process only.
     """
     link, checkpoint = Path(run_dir) / BEST, Path(run_dir) / f"checkpoint_{epoch}"
     if link.is_dir():

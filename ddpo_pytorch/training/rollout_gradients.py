@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ddpo_pytorch.generator.cpu_kernels import LinearWithLora, first_row, fusible, is_fused
+from ddpo_pytorch.generator.lora import ADAPTER
 from ddpo_pytorch.training.setup import BatchSizes
 from ddpo_pytorch.utils.distributed import to_device
 
@@ -126,7 +127,7 @@ def has_per_sample_gradients(unet: nn.Module) -> bool:
 
 
 @contextmanager
-def per_sample_gradients(unet: nn.Module, rows: int, adapter: str = "default") -> Iterator[Gradients]:
+def per_sample_gradients(unet: nn.Module, rows: int) -> Iterator[Gradients]:
     """Yield {weight: (rows, *weight.shape)}, float32 or wider, to which backward passes add the gradient of each row.
 
     Backward passes are `torch.autograd.grad` of `rows` rows with respect to the adapters; ignore what they return.
@@ -142,7 +143,7 @@ def per_sample_gradients(unet: nn.Module, rows: int, adapter: str = "default") -
             module.forward = partial(forward, module, module.forward, gradients, *arguments)
 
         for layer in (module for module in unet.modules() if isinstance(module, lora.Linear)):
-            down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+            down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
             gradients[down.weight] = down.weight.new_zeros(rows, *down.weight.shape)
             gradients[up.weight] = up.weight.new_zeros(rows, *up.weight.T.shape).mT  # memory order of the additions
             replace(down, _linear_forward)
