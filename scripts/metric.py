@@ -4,9 +4,9 @@
 
 Writes metrics.json, per_image.csv, tables (.md, .csv, .tex) and comparison.png to `metric.output`, appends the official
 line {"metrics": {"APR_m", "LPIPS", "FID"}} to metrics_log.jsonl and, with --report, writes report.html. The tables are
-table3 and, for ISIC's captions, table2, for fundus images (with `metric.judges`) fundus; with `metric.quality` table1.
+table3 and, for ISIC captions, table2; fundus for fundus images (`metric.judges`); and table1 with `metric.quality`.
 
-All processes run networks, whose results are cached by content (`metric.cache_dir`); the main one computes the numbers.
+All processes run networks, with results cached by content (`metric.cache_dir`); the main process computes the numbers.
 """
 
 import json
@@ -40,7 +40,7 @@ from ddpo_pytorch.utils.settings import SEED, check_ranges
 FLAGS = flags.FLAGS
 define_config(__file__, "Metrics of sample folders.")
 flags.DEFINE_bool("report", False, "also write report.html, one page with tables, curves and pictures")
-flags.DEFINE_bool("sanity", False, "also measure degraded real images: what each number notices at this n")
+flags.DEFINE_bool("sanity", False, "also measure degraded real images: what each metric can detect at this n")
 flags.DEFINE_multi_string("fail_if", [], "exit with code 2 if this holds for the last model: 'APR<0.4', 'FID>30', ...")
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ TITLES["sanity"] = "Half of the real images, degraded, against the other half"
 
 
 def make_tables(result: dict) -> dict[str, pd.DataFrame]:
-    """Return the tables of metrics.json by name."""
+    """Return by name the tables of metrics.json's content."""
     models, real, tables = result["models"], result.get("real"), {}
     if names := result["settings"]["quality"]:
         tables["table1"] = table1(models, real, names, result["settings"]["image_shape"])
@@ -66,27 +66,27 @@ def parse_conditions(texts: Sequence[str]) -> list[tuple[str, str, float]]:
     found = [re.fullmatch(r"\s*(.+?)\s*([<>])\s*(\S+)\s*", text) for text in texts]
     for text, match in zip(texts, found, strict=True):
         if not match or number(match[3]) is None:
-            raise UserError(f"--fail_if={text!r} is no condition; give NAME<NUMBER or NAME>NUMBER, such as 'APR<0.4'")
+            raise UserError(f"--fail_if={text!r} is not a condition; give NAME<NUMBER or NAME>NUMBER, e.g. 'APR<0.4'")
     return [(match[1], match[2], float(match[3])) for match in found]
 
 
 def check_conditions(result: dict, conditions: Sequence[tuple[str, str, float]]) -> None:
     """Raise UserError if a condition holds for the last model, or cannot be checked.
 
-    Names are those of the model's part of metrics.json: "FID", or a path such as "alignment.H4.APR.low".
+    Names are keys in the model's part of metrics.json: "FID", or a path such as "alignment.H4.APR.low".
     """
     name, model = list(result["models"].items())[-1]
     for path, sign, bound in conditions:
         value = dig(model, *path.split("."))
         value = value["value"] if isinstance(value, dict) and "value" in value else value
         if not isinstance(value, int | float):
-            raise UserError(f"--fail_if: metrics.json states no number {path!r} of {name}; see its names there")
+            raise UserError(f"--fail_if: metrics.json has no number {path!r} for {name}; look up its names there")
         if value < bound if sign == "<" else value > bound:
-            raise UserError(f"{path} of {name} is {value:.4g}; --fail_if='{path}{sign}{bound:g}' refuses that")
+            raise UserError(f"{path} of {name} is {value:.4g}, as forbidden by --fail_if='{path}{sign}{bound:g}'")
 
 
 def write(output: Path, result: dict, folders: dict[str, list[Folder]], tables: dict[str, pd.DataFrame]) -> None:
-    """Write all files but the report, and append the official line, whose APR is a ratio."""
+    """Write all files except the report, and append the official line, in which APR is a ratio."""
     models = result["models"]
     texts = {"metrics.json": json.dumps(result, indent=1, allow_nan=False) + "\n"}
     for name, table in tables.items():
@@ -112,7 +112,7 @@ def samples_of(folders: dict[str, list[Folder]]) -> dict[str, list[tuple[Path, s
 
 
 def measure(accelerator: Accelerator, config: ConfigDict) -> dict:
-    """Run the networks on all processes; compute, write and return the content of metrics.json on the main one."""
+    """Run the networks on all processes; compute, write and return the content of metrics.json on the main process."""
     metric = config.metric
     sets = find_sets(metric, accelerator)
     tools = load_tools(metric, accelerator, sets)
@@ -151,7 +151,7 @@ def main(_) -> None:
     check_ranges(config, {"seed": SEED})
     check_request(config.metric)
     if FLAGS.sanity and not config.metric.real_path:
-        raise UserError("--sanity degrades real images, and metric.real_path is empty; give their folder")
+        raise UserError("--sanity degrades real images, but metric.real_path is empty; give their folder")
     accelerator = make_accelerator("no", config.allow_tf32, process_timeout=config.process_timeout)
     with locked_by_main(accelerator, config.metric.output, "another metric.output"):
         result = measure(accelerator, config)

@@ -84,7 +84,7 @@ def test_alignment_is_with_the_labels_of_the_table(measure, plain, tmp_path):
     with pytest.raises(UserError, match="APR.value of SD.RL is 0.7917"):
         measure(fail_if=["APR>2", f"alignment.H2.APR.value<{right.mean() + 0.01}"])
     assert read(tmp_path / "out")["models"]["SD+RL"]["APR"] == model["APR"]  # written all the same
-    for given, message in (("FID>1", "no number 'FID' of SD.RL"), ("APR", "is no condition")):
+    for given, message in (("FID>1", "no number 'FID' for SD.RL"), ("APR", "is not a condition")):
         with pytest.raises(UserError, match=message):
             measure(fail_if=[given])
 

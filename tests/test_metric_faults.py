@@ -21,7 +21,7 @@ A, B = CAPTIONS[0], CAPTIONS[8]
     [
         ({"fake_path": ""}, "metric.fake_path is empty; give"),
         ({"real_path": "absent"}, "'absent' is not a sample folder"),
-        ({"train_path": "absent"}, "'absent' is no folder with images"),
+        ({"train_path": "absent"}, "'absent' is not a folder with images"),
         ({"classifier": ""}, "metric.classifier is empty; give"),
         ({"batch_size": 0}, "metric.batch_size is 0"),
         ({"prompts": ("a cat",)}, r"holds no images of the prompts .'a cat'"),
@@ -62,9 +62,9 @@ def log(folder, **entry) -> None:
         (lambda f, a: Image.open(a / "0.png").save(f / "images" / "loose.png"), "loose.png' is not read"),
         (lambda f, a: (f / "images" / "a_cat").mkdir(), "folder 'a_cat' is not named after one of the 32"),
         (lambda f, a: [path.unlink() for path in images_of(f, A)], "holds no images"),
-        (lambda f, a: log(f, reward="high"), "the reward 'high' is no finite number"),
+        (lambda f, a: log(f, reward="high"), "the reward 'high' is not a finite number"),
         (lambda f, a: write_log(f, [{"prompt": A}]), "entry 0 has no path_to_img"),
-        (lambda f, a: log(f, prompt=B), "is not that of its folder"),
+        (lambda f, a: log(f, prompt=B), "is not its folder's"),
     ],
 )
 def test_faulty_folders_are_named_before_anything_is_computed(disturb, message, measured, tmp_path):

@@ -118,7 +118,7 @@ def test_features_are_computed_once_and_again_when_an_image_changes_or_the_cache
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")} == before
     for number, path in enumerate(before):
         path.write_bytes(path.read_bytes()[:-20] if number % 2 else b"")
-    assert measured(fake_path=folder, real_path="")["models"] == first and "damaged and computed again" in caplog.text
+    assert measured(fake_path=folder, real_path="")["models"] == first and "is damaged" in caplog.text
     image = folder / "images" / folder_name(CAPTIONS[0]) / "5.png"
     save_image(image, 1 - load_image(image))
     changed = measured(fake_path=folder, real_path="")["models"]
@@ -213,5 +213,5 @@ def test_black_repeated_and_missing_images_are_reported(measured, tmp_path, capl
     Image.new("RGB", (64, 64)).save(rest[1])
     warnings = "\n".join(measured(fake_path=folder)["warnings"])
     for text in ("has no image of 1 generated captions, which count in APR", short_caption(C), "1 of 6 images is black",
-                 "1 of 6 images is equal to another one", "rest on 4 images a set"):  # fmt: skip
+                 "1 of 6 images is identical to another one", "use 4 images per set"):  # fmt: skip
         assert text in warnings, text

@@ -1,7 +1,7 @@
 """Alignment of images with their prompts.
 
-Of dermoscopic images: APR, the artifact prevalence rate of equation (3), the share of images in which a judge sees what
-the caption says. Of fundus images: the Policy's score of those that the Selector passes.
+Dermoscopic images: APR, the artifact prevalence rate of equation (3), the share of images in which a judge sees exactly
+what the caption says. Fundus images: the Policy's score of images that pass the Selector.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean, bootstrap_r
 
 
 def aligned_images(requested: torch.Tensor, predictions: torch.Tensor) -> np.ndarray:
-    """Return 1 for each of N images whose 0/1 predictions (N, H) all equal the requested labels, else 0; mean: APR."""
+    """Return (N,): 1 if all H 0/1 predictions of an image equal the requested labels, else 0. The mean is APR."""
     hits = multilabel_exact_match(
         predictions.long()[..., None], requested[..., None], requested.shape[1], multidim_average="samplewise"
     )
@@ -36,10 +36,10 @@ def measure_apr(
     groups: np.ndarray,
     seed: int,
 ) -> tuple[dict, np.ndarray]:
-    """Return APR over all images and by prompt, precision and recall of each label; and which images (N,) are aligned.
+    """Return APR over all images and by prompt, precision and recall per label; and `aligned_images` (N,).
 
-    requested (N, H) of 0 and 1, logits (N, H). Recall: of images asked to show a label, those in which the judge sees
-    it; precision the reverse.
+    requested (N, H) of 0 and 1, logits (N, H). Recall: of the images whose prompt requests a label, the share in which
+    the judge sees it; precision: of the images in which the judge sees it, the share whose prompt requests it.
     """
     seen = logits > 0
     asked = requested.bool().numpy()
@@ -76,7 +76,7 @@ def measure_fundus_alignment(
 def estimates_by_prompt(
     values: np.ndarray, captions: Sequence[str], groups: np.ndarray, seed: int
 ) -> dict[str, Estimate]:
-    """Return the mean of values (N,) for each prompt, with intervals over its images."""
+    """Return the mean of values (N,) per prompt, with intervals over its images."""
     result = {}
     for number in np.unique(groups):
         own = groups == number

@@ -1,6 +1,6 @@
-"""Two models against each other, and what a reader of the numbers has to know.
+"""Comparison of two models, and warnings about how to read the numbers.
 
-Models are compared image by image if they share their noise, otherwise over equal mixes of prompts.
+Models sampled from the same noise are compared image by image, others over equal mixes of prompts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,18 +11,18 @@ import numpy as np
 from ddpo_pytorch.metrics.image_sets import ImageSet, lacking_images, list_captions, match_prompts, sort_captions
 from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean, bootstrap_unpaired_difference, mcnemar, sign_flip_p
 
-# settings of eval.py in which two folders that are compared may differ
+# settings of eval.py in which compared folders may differ
 OWN_SETTINGS = ("weights_sha256", "prompts", "classifier", "classifier_sha256", "load_from")
 OWN_SETTINGS += ("model.unet", "model.text_encoder", "model.vae")
-FEW_PROMPTS = 6  # with fewer, no pattern of signs has a probability below 5 %
-FEW_IMAGES = 2048  # as many as Inception's features: below, its covariance is singular and FID's bias large
-# fields of `set_facts` that deserve a warning, and what the images are
+FEW_PROMPTS = 6  # with fewer, a sign-flip test cannot reach p < 0.05
+FEW_IMAGES = 2048  # Inception's features; with fewer images the covariance is singular and FID's bias large
+# fields of `set_facts` to warn of, and how the warning describes the images
 WARNED_COUNTS = {
     "black_images": "black",
-    "identical_images": "equal to another one to the pixel",
-    "copies_of_training_images": "training images to the pixel",
+    "identical_images": "identical to another one",
+    "copies_of_training_images": "identical to training images",
     "near_copies_of_training_images": "copies or near copies (by thumbnail) of training images",
-    "copies_of_real_images": "images of the real folder to the pixel",
+    "copies_of_real_images": "identical to real images",
 }
 
 
@@ -41,7 +41,7 @@ class Folder:
 
 
 def mean_reward(images: ImageSet, seed: int) -> Estimate:
-    """Return the mean reward that eval.py logged for the images, missing without a classifier."""
+    """Return the mean reward that eval.py logged; missing if it ran without a classifier."""
     rewards = [images.entry(i).get("reward") for i in range(len(images))]
     logged = [i for i, reward in enumerate(rewards) if reward is not None]
     if not logged:
@@ -51,10 +51,10 @@ def mean_reward(images: ImageSet, seed: int) -> Estimate:
 
 
 def compare(first: Sequence[Folder], second: Sequence[Folder], seed: int, key: str = "APR") -> dict:
-    """Return APR or alignment (`key`) of the second model minus that of the first, paired if they share their noise.
+    """Return APR or alignment (`key`) of the second model minus the first's, paired if they share their noise.
 
-    Unpaired, both are reduced to equally many images of every common prompt. "from_..." and "to_..." are means of the
-    compared images.
+    Unpaired models are reduced to the same number of images of every common prompt. "from_..." and "to_..." are means
+    over the compared images.
     """
     reasons = [pairing_fault(a.images, b.images) for a, b in zip(first, second, strict=False)]
     if len(first) != len(second):
@@ -79,7 +79,7 @@ def compare(first: Sequence[Folder], second: Sequence[Folder], seed: int, key: s
 
 
 def _aligned(folders: Sequence[Folder]) -> tuple[np.ndarray, np.ndarray]:
-    """Return alignment (N,) and prompts (N,) of all images."""
+    """Return alignment (N,) and prompts (N,) of the images of all folders."""
     aligned = np.concatenate([folder.aligned for folder in folders]).astype(float)
     return aligned, np.concatenate([folder.images.groups for folder in folders])
 
@@ -99,7 +99,7 @@ def _paired_tests(a: np.ndarray, b: np.ndarray, groups: np.ndarray, seed: int, k
 
 
 def pairing_fault(a: ImageSet, b: ImageSet) -> str:
-    """Return why two folders' images are not pairs from the same noise, naming the first that differs, or ""."""
+    """Return why two folders' images are not pairs from the same noise, with the first that differs, or ""."""
     position = {key: index for index, key in enumerate(b.keys)}
     for index, key in enumerate(a.keys):
         if key not in position:
@@ -114,9 +114,9 @@ def pairing_fault(a: ImageSet, b: ImageSet) -> str:
 
 
 def find_warnings(context, models: Mapping[str, Sequence[Folder]], matched: int) -> list[str]:
-    """Return lines about sets that differ, overlap, are small or hold faulty images.
+    """Return warnings about sets that differ, overlap, are small or contain faulty images.
 
-    `context`: see `evaluation.Context`; `matched`: number of images that all sets share by caption.
+    `context`: see `evaluation.Context`; `matched`: images of each set after `match_prompts`.
     """
     every = [folder for own in models.values() for folder in own]
     real, near, lines = context.sets.real, context.near_copies, []
@@ -124,21 +124,21 @@ def find_warnings(context, models: Mapping[str, Sequence[Folder]], matched: int)
     captions = set().union(*held.values())
     if near is not None and near.any():
         lines.append(
-            f"{near.sum()} of {len(near)} real images {_are(near.sum())} copies or near copies of training images, the "
-            f"first is {real.paths[int(near.argmax())]}; they are left out of the baseline of memorisation only"
+            f"{near.sum()} of {len(near)} real images {_are(near.sum())} copies or near copies of training images, "
+            f"first {real.paths[int(near.argmax())]}; they are left out of the memorisation baseline only"
         )
     if real and (lacking := sort_captions(captions - set(real.captions))):
         lines.append(
             f"{real.folder} has no image of {len(lacking)} generated captions, which count in {context.key} but "
-            f"not in LPIPS nor in matched distances: {list_captions(lacking)}"
+            f"not in LPIPS or matched distances: {list_captions(lacking)}"
         )
     if real and matched < 2:
-        lines.append(f"there are no matched distances: all sets together share {matched} images of the same captions")
+        lines.append(f"no matched distances: only {matched} images per set remain after matching captions")
     elif real and matched < FEW_IMAGES:
         distances = "FID is" if "inception" in context.tools.extractors else "Frechet distances of few images are"
         lines.append(
-            f"matched distances rest on {matched} images a set: {distances} biased upwards below {FEW_IMAGES} and "
-            "comparable at equal numbers only; KID is not biased"
+            f"matched distances use {matched} images per set: {distances} biased upwards below {FEW_IMAGES} images and "
+            "comparable only at equal numbers; KID is unbiased"
         )
     for name, own in held.items():
         if lacking := sort_captions(captions - own):
@@ -151,7 +151,7 @@ def find_warnings(context, models: Mapping[str, Sequence[Folder]], matched: int)
             lines.append(lacking_images(images.folder, images.lacking))
     counts = sorted({len(folder.images) for folder in every})
     if len(counts) > 1:
-        lines.append(f"sets hold {' and '.join(map(str, counts))} images: unmatched distances do not compare")
+        lines.append(f"sets hold {' and '.join(map(str, counts))} images: unmatched distances are not comparable")
     for number, folder in enumerate(every):
         facts = folder.facts
         a, b = every[0].images, folder.images
@@ -159,8 +159,8 @@ def find_warnings(context, models: Mapping[str, Sequence[Folder]], matched: int)
             other = b.made_with.get(name, one)
             if one != other and name not in OWN_SETTINGS:
                 lines.append(
-                    f"{a.folder} was made with {name} {one}, {b.folder} with {name} {other}; a difference between them "
-                    "is not one between their weights alone"
+                    f"{a.folder} was made with {name} {one}, {b.folder} with {name} {other}; differences between them "
+                    "are not due to their weights alone"
                 )
         for key, what in WARNED_COUNTS.items():
             if facts.get(key):
@@ -176,7 +176,7 @@ def _are(count: int) -> str:
 
 
 def missing_blocks(own: Sequence[Folder], real: ImageSet | None) -> dict[str, str]:
-    """Return why a model lacks numbers that the settings allow, by their block."""
+    """Return by block why a model lacks numbers that the settings request."""
     missing = {}
     if not any(own[0].result["diversity"].values()):
         missing["diversity"] = "no caption has two images in every folder"

@@ -1,4 +1,4 @@
-"""Diversity of images of one prompt: Vendi score, mean pairwise distance, and pairs of images of a set."""
+"""Diversity of the images of one prompt: Vendi score and mean pairwise distance; pairing of a set's images."""
 
 import hashlib
 from collections import Counter
@@ -11,21 +11,21 @@ from ddpo_pytorch.metrics.intervals import Estimate, unit_rows
 from ddpo_pytorch.utils.cores import eigenvalues, product
 from ddpo_pytorch.utils.errors import UserError
 
-DIVERSITY_IMAGES = 64  # of a prompt
+DIVERSITY_IMAGES = 64  # per prompt
 
 
 def within_prompt_diversity(
     features: np.ndarray, groups: np.ndarray, per_group: int, seed: int, replicates: int = 200
 ) -> dict[str, Estimate]:
-    """Return {"vendi", "pairwise_distance"} of images of one prompt, averaged over prompts; features (N, F).
+    """Return {"vendi", "pairwise_distance"} of the images of a prompt, averaged over prompts; features (N, F).
 
     The Vendi score (Friedman and Dieng 2023) is the effective number of different images, from 1 to `per_group`:
     exp(-sum l log l) over the eigenvalues l of K / n with cosine similarities K (n, n). The pairwise distance is the
     mean of 1 - cosine similarity over distinct pairs.
 
-    Each prompt enters with `per_group` random images, since the Vendi score grows with their number; prompts with fewer
-    are left out, UserError if all are. Intervals are percentiles over replicates that draw prompts with replacement and
-    images of a prompt without: a repeated image would count as two that do not differ.
+    Each prompt contributes `per_group` random images, since the Vendi score grows with their number. Prompts with fewer
+    are skipped; raises UserError if none is left. Intervals are percentiles over replicates that draw prompts with
+    replacement and a prompt's images without, since duplicates would lower the diversity.
     """
     groups = np.asarray(groups)
     numbers, counts = np.unique(groups, return_counts=True)
@@ -77,10 +77,10 @@ def _scores(grams: np.ndarray) -> np.ndarray:
 
 
 def within_pairs(groups: Sequence[int], seed: int, keys: Sequence[str]) -> list[tuple[int, int]]:
-    """Return pairs of positions of images of the same prompt; groups (N,) prompts, keys N different names.
+    """Return pairs of indices of images of the same prompt; groups: prompts (N,), keys: N distinct names.
 
     The images of a prompt form a circle in which each is paired with the next: n > 2 images give n pairs, two give one,
-    one gives none. The order depends on the seed and the keys alone, not on the images' positions.
+    one gives none. The order depends only on the seed and the keys, not on the order of the images.
     """
     if len(set(keys)) < len(keys):
         raise ValueError(f"pairs need {len(keys)} different keys, got {len(set(keys))}")
@@ -95,7 +95,7 @@ def within_pairs(groups: Sequence[int], seed: int, keys: Sequence[str]) -> list[
 
 
 def diversity_size(models: Sequence[ImageSet]) -> int:
-    """Return the images per prompt for the diversity of all sets, or 0; prompts with fewer than two do not count."""
+    """Return the images per prompt with which to measure diversity of all sets, or 0; ignores prompts with under 2."""
     counts = [Counter(images.captions) for images in models]
     common = [min(count[caption] for count in counts) for caption in models[0].all_captions]
     return min([DIVERSITY_IMAGES, *(number for number in common if number > 1)]) if max(common) > 1 else 0

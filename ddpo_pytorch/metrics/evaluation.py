@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "timm", "torch-fidelity", "torchmetrics", "lpips", "numpy", "scipy")
 FUNDUS = "fundus"  # name of Selector and Policy together in metrics.json
-# ranges of numbers; others lie in [0, 1]
+# bounds of measures by name; all others lie in [0, 1]
 INFINITE = (-np.inf, np.inf)
 BOUNDS = dict.fromkeys(("KID", "MMD", "FID_infinity", "mean", "difference", "standardised", "rewards"), INFINITE)
 BOUNDS |= dict.fromkeys(("FID", "density", "LPIPS", "LPIPS_within", "wasserstein"), (0, np.inf))
@@ -66,7 +66,7 @@ def run_networks(config: ConfigDict, sets: Sets, tools: Tools, accelerator: Acce
 
 
 def pairs_of(images: ImageSet, sets: Sets, tools: Tools, seed: int) -> dict:
-    """Return (network, partner set, index pairs) by measure of a set's pairs; real images get MS-SSIM only."""
+    """Return by measure the network, the partner set and the index pairs it runs on; real images get MS-SSIM only."""
     result = {}
     if "ms_ssim" in tools.similarity:
         for name, groups in (("MS_SSIM", np.zeros(len(images), dtype=int)), ("MS_SSIM_within", images.groups)):
@@ -83,7 +83,7 @@ def pairs_of(images: ImageSet, sets: Sets, tools: Tools, seed: int) -> dict:
     if "ssim" in tools.similarity:
         pairs = pairs_by_name(images.keys, sets.pairs.keys, f"metric.pairs_path={str(sets.pairs.folder)!r}")
         if len(pairs) < len(images):
-            logger.warning("%s: SSIM of %d of %d images, others lack partners", images.folder, len(pairs), len(images))
+            logger.warning("%s: SSIM of %d of %d images, the rest are unpaired", images.folder, len(pairs), len(images))
         result["SSIM"] = tools.similarity["ssim"], sets.pairs, pairs
     return result
 
@@ -95,8 +95,8 @@ def pairs_of(images: ImageSet, sets: Sets, tools: Tools, seed: int) -> dict:
 class Context:
     """Settings, networks and sets that folders are measured against.
 
-    `per_group`: images per prompt for diversity; `baseline`: by space, distances to training images of the real images
-    that are not near copies of one; `names`: by column of metric.groups, and by set, each image's group.
+    `per_group`: images per prompt for diversity. `baseline`: by feature space, distances of real images, except near
+    copies, to their nearest training image. `names`: each image's group, by column of metric.groups and id of the set.
     """
 
     config: ConfigDict
@@ -112,7 +112,7 @@ class Context:
         every = [*self.sets.folders, *filter(None, [real])]
         for column in self.config.metric.groups:
             self.names[column] = dict(zip(map(id, every), group_names(every, column), strict=True))
-        # feature spaces in which nearness to training images is measured
+        # feature spaces in which distances to training images are measured
         self.spaces = [*self.tools.extractors, THUMBNAILS.name]
         if real is not None and train is not None:
             self.near_copies = copies(real, train) | near_copies(real, train)
@@ -126,7 +126,7 @@ class Context:
 
 
 def set_facts(own: ImageSet, others: Mapping[str, ImageSet | None]) -> dict:
-    """Return what metrics.json states about a set, with its copies of `others`, by kind of image."""
+    """Return a set's entry in metrics.json, including how many of its images are copies of `others` (sets by kind)."""
     facts = own.rows["pixels"].all()
     identical = len(facts) - len({row.tobytes() for row in facts[:, 1:]})
     result = own.describe() | {"identical_images": identical, "black_images": int((facts[:, 0] < 2).sum())}
@@ -140,7 +140,7 @@ def set_facts(own: ImageSet, others: Mapping[str, ImageSet | None]) -> dict:
 def measure_folder(own: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None, context: Context) -> Folder:
     """Measure everything that the context allows.
 
-    `parts`: indices of real and of own images with equal prompt mixes; None for the real images themselves.
+    `parts`: indices of real images and of `own` with the same mix of prompts; None for the real images themselves.
     """
     seed, captions, groups, tools = context.seed, own.captions, own.groups, context.tools
     real, train, quality = context.sets.real if parts else None, context.sets.train, context.config.metric.quality
@@ -197,10 +197,10 @@ def measure_folder(own: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None, c
         threshold, closer = dig(result, "memorisation", context.spaces[0], "threshold"), {}
         if threshold is not None:
             closer = {"closer": found[context.spaces[0]][0] < threshold}
+        values = {"aligned": aligned.astype(float)} | closer
         result["groups"] = {
             column: measure_groups(
-                *(own, real, (names[id(own)], real and names[id(real)]), context.spaces[0]),
-                *({"aligned": aligned.astype(float)} | closer, seed),
+                own, real, (names[id(own)], real and names[id(real)]), context.spaces[0], values, seed
             )
             for column, names in context.names.items()
         }
@@ -209,7 +209,7 @@ def measure_folder(own: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None, c
 
 
 def summarise(folders: Sequence[Folder], fid_part: str) -> dict:
-    """Return a model's part of metrics.json: headline numbers with this FID, and the blocks of its folders combined."""
+    """Return a model's part of metrics.json: headline numbers (FID of `fid_part`) and its folders' combined blocks."""
     result = combine([folder.result for folder in folders])
     judge = next(iter(result["alignment"].values()))
     key, name = ("APR", "APR") if "APR" in judge else ("alignment", "fundus_alignment")
@@ -231,12 +231,12 @@ def summarise(folders: Sequence[Folder], fid_part: str) -> dict:
 
 
 def combine(parts: Sequence, name: str = "", of_set: bool = False):
-    """Merge equal structures: average numbers, add counts (or take the least, `of_set`), give estimates an interval."""
+    """Merge results of equal structure: average numbers, sum counts (minimum if `of_set`), recompute intervals."""
     first = parts[0]
     if len(parts) == 1:
         return first
     if isinstance(first, Mapping):
-        # a key that some lack, e.g. a caption without images, is averaged over the others
+        # a key that some parts lack (a caption without images) is averaged over the others
         keys = dict.fromkeys(key for part in parts for key in part or {})
         of_set = of_set or name in ("fidelity", "diversity", "inception_score")
         return {key: combine([part[key] for part in parts if part and key in part], key, of_set) for key in keys}
@@ -256,9 +256,9 @@ def combine(parts: Sequence, name: str = "", of_set: bool = False):
 
 
 def ceiling(captions: Sequence[str], real: Folder, seed: int) -> tuple[Estimate, float]:
-    """Return the judge's agreement with real images in the mix of these captions, and the share of these that exist.
+    """Return the judge's alignment of real images in the mix of `captions`, and the share of captions they cover.
 
-    Every real image is weighted by the number of these captions per real image of its caption.
+    Each real image is weighted by the count of its caption in `captions`, divided by the real images of that caption.
     """
     wanted, held = Counter(captions), Counter(real.images.captions)
     weights = np.array([wanted[c] / held[c] for c in real.images.captions])
@@ -269,9 +269,9 @@ def ceiling(captions: Sequence[str], real: Folder, seed: int) -> tuple[Estimate,
 
 
 def evaluate(config: ConfigDict, tools: Tools, sets: Sets) -> tuple[dict, dict[str, list[Folder]]]:
-    """Return the content of metrics.json, and measured folders by model, with "real" first if there is one."""
+    """Return the content of metrics.json, and measured folders by model, "real" first if there are real images."""
     real, every, seed = sets.real, sets.folders, config.seed
-    # the real images, or without any a folder again, which changes nothing
+    # without real images a folder takes their place, which does not affect the match
     real_part, *own_parts = match_prompts([images.groups for images in (real or every[0], *every)], seed)
     context, parts_of = Context(config, tools, sets), iter(own_parts)
     models = {
@@ -326,7 +326,7 @@ def evaluate(config: ConfigDict, tools: Tools, sets: Sets) -> tuple[dict, dict[s
 
 
 def write_per_image(path: Path, models: Mapping[str, Sequence[Folder]], key: str = "aligned") -> None:
-    """Write a CSV with a line per image: model, folder, path, caption, seed, alignment (column `key`), others."""
+    """Write a CSV with a line per image: model, folder, path, caption, seed, alignment (column `key`), ..."""
     extra = dict.fromkeys(name for folders in models.values() for folder in folders for name in folder.columns)
     rows = []
     for model, folder in ((model, folder) for model, folders in models.items() for folder in folders):

@@ -1,9 +1,8 @@
 """Results of networks on images, computed once and cached on disk.
 
-The images of a set are cut into chunks of one batch. A chunk's file is named after the network (weights and
-preprocessing), a device other than the CPU and the content of the images, so nothing is computed twice and a killed run
-resumes. Each process computes complete chunks, so results do not depend on the number of processes, nor memory on that
-of images.
+A set is split into chunks of one batch. A chunk's file is named after the network (weights and preprocessing), the
+device unless it is the CPU, and the content of the images, so nothing is computed twice and a killed run resumes. Each
+process computes whole chunks, so results do not depend on the number of processes, nor memory on that of images.
 """
 
 import hashlib
@@ -33,9 +32,9 @@ GPU_THREADS = 3  # one batch is decoded while another is computed
 
 @dataclass(frozen=True)
 class Network:
-    """A function of images (B, 3, H, W) in [0, 1] to (B, F), of two batches for `pairs`, or of images and B captions.
+    """A function from images (B, 3, H, W) in [0, 1], two such batches (for `pairs`) or images and captions to (B, F).
 
-    `key` changes with weights and preprocessing; `sha256` is that of the weight file.
+    `key` changes with weights and preprocessing; `sha256` is the hash of the weight file.
     """
 
     name: str
@@ -59,7 +58,7 @@ class Rows:
         return self.take(np.arange(self._count)[part])
 
     def take(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Return the rows of these indices in this order, float64."""
+        """Return the rows at these indices, in this order, as float64."""
         indices = np.asarray(indices, dtype=np.int64)
         result = np.zeros((len(indices), self._read(0).shape[1] if self._files else 0))
         for number in np.unique(indices // self._chunk):
@@ -68,7 +67,7 @@ class Rows:
         return result
 
     def all(self) -> np.ndarray:
-        """Return all rows, float64."""
+        """Return all rows as float64."""
         return self[:]
 
     def _read(self, number: int) -> np.ndarray:
@@ -79,30 +78,30 @@ class Rows:
 
 
 class FeatureStore:
-    """Networks' results in `folder`, computed where absent, `batch_size` images at a time."""
+    """Results of networks in `folder`; missing ones are computed, `batch_size` images at a time."""
 
     def __init__(self, folder: Path, accelerator: Accelerator, batch_size: int, progress: bool = True):
         self.folder, self.accelerator, self.batch_size, self.progress = folder, accelerator, batch_size, progress
         if accelerator.is_main_process and folder.is_dir():
             remove_leftovers(folder, depth=1)
-        # on a CPU one thread per operation, as many operations as cores: last bits depend on how sums are split
+        # on a CPU, one thread per operation and one operation per core: splitting sums would change the last bits
         self._on_cpu = accelerator.device.type == "cpu"
         precision = "tf32" if torch.backends.cudnn.allow_tf32 else "float32"
         self._variant = "" if self._on_cpu else f"-{accelerator.device.type}-{precision}"  # other devices, other digits
         self._threads = max(1, torch.get_num_threads()) if self._on_cpu else GPU_THREADS
 
     def features(self, title: str, images: ImageSet, networks: Sequence[Network]) -> dict[str, Rows]:
-        """Return rows by name of the network, without those that read captions for sets without.
+        """Return rows by network name; networks that read captions are skipped for sets without captions.
 
         Every process must call this with the same arguments. Raises UserError naming the file that cannot be decoded or
-        whose result is not finite; what was computed before stays.
+        has a non-finite result; results computed before that are kept.
         """
         if not all(images.captions):
             networks = [network for network in networks if not network.reads_captions]
         return self._compute(title, networks, [images.paths], [images.digests], images.captions)
 
     def pairs(self, title: str, first: ImageSet, second: ImageSet, pairs: Sequence[tuple[int, int]], network: Network):
-        """Return rows of a network of two images, for pairs of (index in the first set, index in the second)."""
+        """Return rows of a network of two images for pairs of (index in the first set, index in the second)."""
         sides = [(images, [pair[side] for pair in pairs]) for side, images in enumerate((first, second))]
         paths = [[images.paths[i] for i in chosen] for images, chosen in sides]
         digests = [[images.digests[i] for i in chosen] for images, chosen in sides]
@@ -129,7 +128,7 @@ class FeatureStore:
             seen |= {file for _, file in own}  # chunks of equal content share a file
             if absent := [(n, file) for n, file in own if not _is_intact(file, len(paths[0][part]))]:
                 work.append((absent, [column[part] for column in paths], captions[part]))
-        self.accelerator.wait_for_everyone()  # everyone has looked before anyone writes
+        self.accelerator.wait_for_everyone()  # all processes have checked the cache before any of them writes
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         cached = count - sum(len(columns[0]) for _, columns, _ in work)
         hidden = None if self.progress and not rank else True
@@ -145,8 +144,8 @@ class FeatureStore:
             except UserError as error:
                 fault = str(error)
         if self._on_cpu:
-            torch.set_num_threads(self._threads)  # the pool's setting holds for the process
-        # all processes end together: none is left waiting for one that met a faulty image
+            torch.set_num_threads(self._threads)  # the pool's setting affects the whole process
+        # all processes raise together, so that none waits for one that met a faulty image
         if fault := next(filter(None, gather_object([fault])), ""):
             raise UserError(fault)
         return {n.name: Rows(files[n.name], count, size) for n in networks}
@@ -169,12 +168,12 @@ class FeatureStore:
 
 
 def _chunk_names(columns: Sequence[Sequence[str]], parts: Sequence[slice]) -> list[str]:
-    """Return a file name for each part: a hash of the hashes of its images, and of their captions if given."""
+    """Return a file name for each part: a hash of its images' hashes and, if given, captions."""
     return [hashlib.sha256(repr([column[part] for column in columns]).encode()).hexdigest()[:32] for part in parts]
 
 
 def _is_intact(file: Path, rows: int) -> bool:
-    """Return whether a chunk's file exists and holds this number of rows."""
+    """Return whether a chunk's file exists and has this number of rows."""
     if not file.is_file():
         return False
     try:
@@ -182,12 +181,12 @@ def _is_intact(file: Path, rows: int) -> bool:
             return True
     except (OSError, ValueError, EOFError, TypeError):
         pass
-    logger.warning("%s is damaged and computed again", file)
+    logger.warning("%s is damaged; computing it again", file)
     return False
 
 
 def _bounded_map(pool: ThreadPoolExecutor, function: Callable, work: Sequence[tuple], ahead: int) -> Iterator:
-    """Yield results in order with at most `ahead` calls submitted; the first error ends it."""
+    """Yield results in order, with at most `ahead` calls submitted, up to the first error."""
     futures = []
     for arguments in work:
         futures.append(pool.submit(function, *arguments))
@@ -197,7 +196,7 @@ def _bounded_map(pool: ThreadPoolExecutor, function: Callable, work: Sequence[tu
 
 
 def pixel_facts(images: torch.Tensor) -> torch.Tensor:
-    """Return (B, 5) float64: each image's brightest level in 0 ... 255, and its pixels' hash as four numbers."""
+    """Return (B, 5) float64: each image's highest level in 0 ... 255, and the hash of its pixels as four numbers."""
     levels = (images * 255).round().to(torch.uint8).cpu().numpy()
     hashes = [np.frombuffer(hashlib.sha256(image.tobytes()).digest()[:16], dtype=np.uint32) for image in levels]
     return torch.tensor(np.array([[image.max(), *own] for image, own in zip(levels, hashes, strict=True)], dtype=float))
@@ -206,7 +205,7 @@ def pixel_facts(images: torch.Tensor) -> torch.Tensor:
 def thumbnails(images: torch.Tensor) -> torch.Tensor:
     """Return (B, 256): each image's luminance on a grid of 16 x 16, minus its mean.
 
-    Their cosine distance changes little with JPEG compression, resizing and brightness, so it finds near copies.
+    JPEG compression, resizing and brightness hardly change their cosine distance, so it finds near copies.
     """
     luminance = (images * torch.tensor([0.299, 0.587, 0.114], device=images.device).view(3, 1, 1)).sum(1, keepdim=True)
     grid = torch.nn.functional.interpolate(luminance, (THUMBNAIL, THUMBNAIL), mode="area").flatten(1).double()

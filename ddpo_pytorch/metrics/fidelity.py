@@ -1,7 +1,7 @@
 """Distances between features of real and generated images: Frechet, kernel, two-sample test, precision, recall, ...
 
-The Frechet distance is computed by hand, since torchmetrics' eigenvalues of Cx Cy are neither symmetric nor 0 for equal
-sets of fewer images than features; singular values are exact to rounding.
+The Frechet distance is not torchmetrics', whose eigenvalues of Cx Cy are neither symmetric nor 0 for equal sets with
+fewer images than features; the singular values used here are exact up to rounding.
 """
 
 import random
@@ -28,12 +28,11 @@ from ddpo_pytorch.metrics.intervals import (
 from ddpo_pytorch.utils.cores import on_all_cores, one_thread, product
 from ddpo_pytorch.utils.errors import UserError
 
-# larger sets are reduced to this many random images for KID, precision, recall, density and coverage, whose cost grows
-# with the square
+# Larger sets are subsampled to this size for KID, precision, recall, density and coverage, whose cost is quadratic.
 PAIRWISE_IMAGES = 10_000
 NEIGHBOURS = 5
-# Squared distances closer than this share of the largest squared norm count as equal: an image that is in both sets
-# lies exactly on the edge of some balls.
+# Squared distances closer than this share of the largest squared norm count as equal, since an image in both sets lies
+# exactly on the boundary of some balls.
 ROUNDING = 1e-12
 
 
@@ -84,7 +83,7 @@ def _distance(x: Moments, mean_y: torch.Tensor, root_y: torch.Tensor) -> float:
 
 
 def _quick_distance(x: Moments, mean_y: torch.Tensor, root_y: torch.Tensor) -> float:
-    """Return the distance to about 1e-8 of the variances from the eigenvalues of Ay^T Cx Ay, ten times as fast."""
+    """Return the distance, accurate to about 1e-8 of the variances, by eigenvalues of Ay^T Cx Ay; ten times as fast."""
     mean_x, covariance = x.gaussian()
     cross = torch.linalg.eigvalsh(root_y.T @ covariance @ root_y).clamp(min=0).sqrt().sum()
     traces = covariance.trace() + root_y.square().sum() - 2 * cross
@@ -92,7 +91,7 @@ def _quick_distance(x: Moments, mean_y: torch.Tensor, root_y: torch.Tensor) -> f
 
 
 def _mean_and_root(x: Moments) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean (F,) and A (F, r) with A A^T = the covariance, without directions of rounding noise."""
+    """Return mean (F,) and A (F, r) with A A^T = covariance, without directions of rounding noise."""
     mean, covariance = x.gaussian()
     values, vectors = torch.linalg.eigh(covariance)
     keep = values > values.max() * len(values) * torch.finfo(values.dtype).eps
@@ -101,10 +100,10 @@ def _mean_and_root(x: Moments) -> tuple[torch.Tensor, torch.Tensor]:
 
 @one_thread()
 def frechet_jackknife(groups: Sequence[Moments], real: Moments) -> Estimate:
-    """Return the Frechet distance to real of all groups, random parts of the generated images of similar size.
+    """Return the Frechet distance to `real` of all groups, which are random, similarly large parts of generated images.
 
-    The interval (`jackknife_half_width`) is cut at 0, and takes real as given. A bootstrap would repeat images, which
-    makes every distance larger. The bias of few images is not in the interval.
+    The interval (`jackknife_half_width`) is clipped at 0 and takes `real` as given. A bootstrap would repeat images,
+    which makes every distance larger. The interval does not cover the bias of few images.
     """
     root = _mean_and_root(real)
     total = sum(groups[1:], groups[0])
@@ -119,13 +118,13 @@ def frechet_jackknife(groups: Sequence[Moments], real: Moments) -> Estimate:
 
 
 def moments_of_rows(rows, indices: np.ndarray, block: int = 4096) -> Moments:
-    """Return the moments of the chosen `Rows` (at least one), read a block at a time."""
+    """Return the moments of the selected `Rows` (at least one), read a block at a time."""
     parts = (Moments.of(rows.take(indices[at : at + block]), at) for at in range(0, len(indices), block))
     return sum(parts, start=next(parts))
 
 
 def frechet(real: Moments, fake, indices: np.ndarray, seed: int) -> Estimate:
-    """Return the Frechet distance of the chosen `Rows` of generated images to real ones, with a jackknife interval."""
+    """Return the Frechet distance of selected `Rows` of generated images to real ones, with a jackknife interval."""
     if len(indices) < 2 * JACKKNIFE_GROUPS:
         value = frechet_distance(moments_of_rows(fake, indices), real)
         estimate = Estimate(value, None, None, len(indices), f"no interval below {2 * JACKKNIFE_GROUPS} images")
@@ -134,13 +133,13 @@ def frechet(real: Moments, fake, indices: np.ndarray, seed: int) -> Estimate:
         groups = [moments_of_rows(fake, part) for part in np.array_split(order, JACKKNIFE_GROUPS)]
         estimate = frechet_jackknife(groups, real)
     fewest, features = min(len(indices), real.count), len(real.total)
-    if fewest <= features:  # a covariance is singular
+    if fewest <= features:  # singular covariance
         return replace(estimate, how=f"{estimate.how}; {fewest} images of {features} features: biased upwards")
     return estimate
 
 
 def gaussian_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return exp(-|a - b|^2 / 2 sigma^2) (N, M) of unit vectors a of x, b of y, sigma = 10: CMMD's (2401.09603)."""
+    """Return exp(-|a - b|^2 / 2 sigma^2) (N, M) of normalised rows a of x, b of y; sigma = 10 (CMMD, 2401.09603)."""
     x, y = torch.nn.functional.normalize(x), torch.nn.functional.normalize(y)
     return torch.exp((x @ y.T - 1) / 100)
 
@@ -151,13 +150,13 @@ def kernel_distance(
     """Return the squared MMD of features x (N, F) and y (M, F), by default with (a.b / F + 1)^3, averaged over subsets.
 
     Each subset draws m = min(subset_size, N, M) rows of both sets without replacement, the same rows as torch-fidelity
-    for this seed. Published tables print the standard deviation over subsets behind +- (here in `how`); it depends on
-    m and is no confidence interval. That is value +- 1.96 se from Hoeffding's decomposition of this U-statistic (1948):
+    for this seed. Published tables print the standard deviation over subsets after +- (here in `how`); it depends on m
+    and is not a confidence interval. The interval is value +- 1.96 se, from Hoeffding's decomposition (1948):
 
         se^2 = 4 z_x / N + 4 z_y / M + 2 w_x / N^2 + 2 w_y / M^2 + sd^2 / subsets
 
-    With h(a) the mean kernel of image a with the other x minus that with y, z_x is var h(x) (near 0 for similar sets)
-    and w_x the variance that single pairs add. No interval below 4 rows in a set, UserError below two.
+    If h(a) is the mean kernel of image a with the other x minus that with y, z_x is var h(x) (near 0 for similar sets)
+    and w_x the variance that single pairs add. No interval below 4 rows in a set; raises UserError below two.
     """
     size = min(subset_size, len(x), len(y))
     if size < 2:
@@ -171,7 +170,7 @@ def kernel_distance(
         return kernel(first, first), kernel(second, second), kernel(first, second)
 
     whole = None
-    if subsets > 1 and max(len(x), len(y)) <= 4 * size:  # less work than the products of each subset, at most 400 MB
+    if subsets > 1 and max(len(x), len(y)) <= 4 * size:  # cheaper than the products of every subset; at most 400 MB
         with one_thread():
             whole = kernels(x, y)
 
@@ -228,8 +227,8 @@ def two_sample_test(real: np.ndarray, fake: np.ndarray, seed: int) -> Estimate:
     """Return the share of unseen images that a linear classifier assigns to the right set; 0.5 is chance.
 
     The classifier two-sample test (Lopez-Paz and Oquab 2017): ridge regression to -1 and 1 on standardised features,
-    with their number as penalty, learned from random halves of real (N, F) and fake (M, F) of equal size and tested on
-    the others. The interval is that of the tested images, for this classifier.
+    with their number as penalty, trained on random halves of real (N, F) and fake (M, F) of equal size and tested on
+    the other halves. The interval covers the choice of test images, for this classifier.
     """
     rng, size = np.random.default_rng([seed, 5]), min(len(real), len(fake)) // 2
     if size < 2:
@@ -251,23 +250,22 @@ def two_sample_test(real: np.ndarray, fake: np.ndarray, seed: int) -> Estimate:
 
 @one_thread()
 def frechet_of_rows(x: np.ndarray, y: np.ndarray) -> float:
-    """Return `frechet_distance` of features (N, F), (M, F), faster for fewer images than features."""
+    """Return `frechet_distance` of features (N, F) and (M, F), faster for fewer images than features."""
     means, roots = [], []
     for rows in map(torch.from_numpy, (x, y)):
         means.append(rows.mean(0))
         roots.append(torch.linalg.qr((rows - means[-1]) / (len(rows) - 1) ** 0.5, mode="r").R)
-    traces = sum(float(root.square().sum()) for root in roots) - 2 * float(
-        torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
-    )
+    cross = float(torch.linalg.svdvals(roots[0] @ roots[1].T).sum())
+    traces = sum(float(root.square().sum()) for root in roots) - 2 * cross
     return max(0.0, float((means[0] - means[1]).square().sum()) + traces)
 
 
 def size_curve(real: np.ndarray, fake: np.ndarray, seed: int) -> tuple[dict[str, dict[str, float]], Estimate]:
-    """Return by n, n/2 and n/4 images of each side the mean "FID" and "KID" of disjoint parts; and FID at infinity.
+    """Return mean "FID" and "KID" of disjoint parts of n, n/2 and n/4 images per side, and FID at infinity.
 
-    The bias of a Frechet distance falls as 1 / n, so a line through the points in 1 / n meets 0 at the distance of
-    infinitely many images (Chong and Forsyth 2020); it may be negative. real and fake (n, F) are equally many. The
-    interval is a t interval of the same from each fifth of the images.
+    The bias of a Frechet distance falls as 1 / n, so a line fitted in 1 / n meets 0 at the distance of infinitely many
+    images (Chong and Forsyth 2020), which may be negative. real and fake: (n, F). The interval is a t interval over the
+    same estimate from each fifth of the images.
     """
     rng, size = np.random.default_rng([seed, 6]), len(fake)
     real, fake = real[rng.permutation(size)], fake[rng.permutation(size)]
@@ -304,18 +302,17 @@ def manifold_metrics(
 ) -> dict[str, Estimate]:
     """Return "precision", "recall", "density" and "coverage" of fake (M, F) features against real (N, F) ones.
 
-    The ball of a sample reaches to its k-th nearest other sample of its own set.
+    The ball of a sample reaches to its k-th nearest neighbour in its own set.
 
-    - precision: share of fake samples inside the ball of any real one; recall: of real samples inside the ball of any
-      fake one (Kynkaanniemi et al. 2019, k = 3; the edge belongs to the ball).
+    - precision: share of fake samples inside the ball of any real one; recall: share of real samples inside the ball of
+      any fake one (Kynkaanniemi et al. 2019, k = 3; closed balls).
     - density: mean number of real balls around a fake sample, divided by k; about 1 for equal distributions, and not
-      bounded by it. coverage: share of real balls that hold a fake sample (Naeem et al. 2020, k = 5; the edge does not
-      belong to the ball).
+      bounded by it. coverage: share of real balls that contain a fake sample (Naeem et al. 2020, k = 5; open balls).
 
     Recall and coverage depend on the numbers of samples, so compare equal numbers only. Intervals take the real samples
     as given. Precision and density are means over fake samples, resampled within their `prompts` (M,). Recall and
-    coverage are none, and a repeated sample would shrink the balls around it to a point: they have a jackknife, or, if
-    no group changes them, the exact binomial interval of N real samples. Raises UserError if a set has no k neighbours.
+    coverage are not, and repeated samples would shrink balls to points: they use a jackknife or, if no group changes
+    them, the exact binomial interval of N real samples. Raises UserError for fewer than k + 1 samples in a set.
     """
     if not 1 <= k < min(len(real), len(fake)):
         got = f"{len(real)} real and {len(fake)} generated"
@@ -370,9 +367,9 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _radii(features: np.ndarray, k: int, block: int, parts: Sequence[np.ndarray] = ()) -> np.ndarray:
-    """Return the squared distance (1 + G, N) of every row to its k-th nearest other row, of all and of each of `parts`.
+    """Return the squared distance (1 + G, N) of every row to its k-th nearest other row among all, and among each part.
 
-    parts: G masks (N,) of the rows that count.
+    parts: G masks (N,) of rows.
     """
 
     def radii(start: int) -> np.ndarray:
@@ -388,9 +385,9 @@ def _radii(features: np.ndarray, k: int, block: int, parts: Sequence[np.ndarray]
 def pair_images(
     fake: Sequence[tuple[Path, str]], real: Sequence[tuple[Path, str]], seed: int
 ) -> list[tuple[Path, Path, str]]:
-    """Return (fake, real, caption) for every generated image whose caption has a real one: the pairs of table 3.
+    """Return (fake, real, caption) for every generated image whose caption has real images: the pairs of table 3.
 
-    Within a caption, real images are dealt in an order by seed and caption alone, repeatedly if they run out.
+    Real images of a caption are dealt out in an order that depends only on seed and caption, and reused if too few.
     """
     by_caption, pairs = (defaultdict(list), defaultdict(list)), []
     for groups, samples in zip(by_caption, (fake, real), strict=True):

@@ -1,4 +1,4 @@
-"""Sets of image files to measure: found, checked before anything is computed, and identified by their content.
+"""Sets of image files to measure, checked before anything is computed and identified by their content.
 
 A *model* is a column of the tables: one sample folder, or several that differ only in their generation seed.
 """
@@ -28,7 +28,7 @@ from ddpo_pytorch.utils.files import sha256
 logger = logging.getLogger(__name__)
 
 MODE = "RGB"
-MAX_LISTED = 8  # captions in a sentence
+MAX_LISTED = 8  # captions in a message
 Samples = list[tuple[Path, str]]  # (file, caption)
 
 
@@ -36,12 +36,13 @@ Samples = list[tuple[Path, str]]  # (file, caption)
 class ImageSet:
     """Images of a folder: files, captions ("" if unknown) and SHA-256 of each file.
 
-    `entries`: lines of its image_log.json by path relative to the folder; `made_with`: its settings; `table`: each
-    image's row of metadata.csv, else what follows from its caption in other sets' tables, else {}; `all_captions`:
-    captions of all sets of the report; `lacking`: captions of this folder without an image. Once networks have run,
-    `rows` are their results by network, and `pairs` those of pairs by measure: indices (P, 2) into this set and its
-    partner's, and values (P,), under "LPIPS" (to real images), "LPIPS_within" (a prompt's own images), "SSIM" (to
-    images of equal names), "MS_SSIM" and "MS_SSIM_within".
+    `entries`: entries of its image_log.json by path relative to the folder; `made_with`: its settings; `table`: each
+    image's row of metadata.csv, else the columns that its caption determines in other sets' tables, else {};
+    `all_captions`: captions of all sets of the report; `lacking`: captions of this folder without an image.
+
+    Once networks have run, `rows` holds their results by network, and `pairs` those on pairs of images by measure:
+    indices (P, 2) into this set and its partner, and values (P,). Measures are "LPIPS" (to real images), "LPIPS_within"
+    (within a prompt), "SSIM" (to images of the same name), "MS_SSIM" and "MS_SSIM_within".
     """
 
     folder: Path
@@ -76,7 +77,7 @@ class ImageSet:
         return np.array([numbers[caption] for caption in self.captions], dtype=np.int64)
 
     def entry(self, index: int) -> Mapping:
-        """Return the log's line about an image, {} if there is none."""
+        """Return an image's entry in image_log.json, or {}."""
         return self.entries.get(str(self.paths[index].relative_to(self.folder)), {})
 
     def describe(self) -> dict:
@@ -98,7 +99,7 @@ def sort_captions(captions: Iterable[str]) -> list[str]:
 
 
 def list_captions(captions: Sequence[str]) -> str:
-    """Return captions for a sentence: all of ISIC's, abbreviated, or the first few of others."""
+    """Format captions for a message: ISIC captions in short form, or the first few of any others."""
     if set(captions) <= set(CAPTIONS):
         return ", ".join(map(short_caption, captions))
     more = f" and {len(captions) - MAX_LISTED} more" if len(captions) > MAX_LISTED else ""
@@ -126,23 +127,23 @@ def any_files(folder: str | Path) -> tuple[Path, Samples]:
     """Return a folder and every image at or below it, without captions. Raises UserError if there is none."""
     folder, files, seen = Path(folder), [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:  # a link that leads back
+        if (real := os.path.realpath(place)) in seen:  # a cycle of links
             folders.clear()
             continue
         seen.add(real)
         paths = (Path(place, name) for name in names if name[0] != ".")
         files += [path for path in paths if path.suffix.lower() in SUFFIXES]
     if not files:
-        raise UserError(f"{str(folder)!r} is no folder with images; give one with {', '.join(SUFFIXES)} files")
+        raise UserError(f"{str(folder)!r} is not a folder with images; give one with {', '.join(SUFFIXES)} files")
     return folder, [(path, "") for path in sorted(files)]
 
 
 def inspect_files(
     folders: Sequence[tuple[Path, Samples]], rank: int, processes: int, prompts: Sequence[str] = ()
 ) -> list[ImageSet]:
-    """Check every file's header and hash its content, shared among processes; return the sets to all of them.
+    """Check every file's header and hash its content, divided among processes; all of them get the sets.
 
-    Raises UserError naming the first image that is not RGB or of another size than most, and how many there are.
+    Raises UserError with the first image that is not RGB or differs in size from most, and the number of such images.
     """
     files = [path for _, samples in folders for path, _ in samples]
     own = [(number, *_inspect(files[number])) for number in range(rank, len(files), processes)]
@@ -155,7 +156,7 @@ def inspect_files(
         if (width, height) != usual
     ]
     if faults:
-        more = f" ({len(faults) - 1} more files have such a fault)" if len(faults) > 1 else ""
+        more = f" ({len(faults) - 1} more files are affected)" if len(faults) > 1 else ""
         raise UserError(faults[0] + more)
     held = {caption for _, samples in folders for _, caption in samples if caption}
     all_captions = CAPTIONS if held <= set(CAPTIONS) else tuple(sorted(held))
@@ -175,7 +176,7 @@ def inspect_files(
 
 
 def _inspect(path: Path) -> tuple[str, str, tuple[int, int]]:
-    """Return SHA-256, fault or "", and (width, height) of a file."""
+    """Return a file's SHA-256, its fault or "", and (width, height)."""
     try:
         with open_image(path) as image:
             mode, size, transparent = image.mode, image.size, "transparency" in image.info
@@ -189,7 +190,7 @@ def _inspect(path: Path) -> tuple[str, str, tuple[int, int]]:
 
 
 def _log_entries(folder: Path, samples: Samples) -> dict[str, dict]:
-    """Return the lines of image_log.json by path. Raises UserError if they contradict the files."""
+    """Return the entries of image_log.json by path. Raises UserError if they contradict the files."""
     log, where = read_log(folder), repr(str(folder / "image_log.json"))
     for place, entry in enumerate(log):
         if "path_to_img" not in entry:
@@ -202,25 +203,25 @@ def _log_entries(folder: Path, samples: Samples) -> dict[str, dict]:
         stems[caption, path.stem] = path
     for path, entry in entries.items():
         if path in captions and entry.get("prompt") not in (None, captions[path]):
-            raise UserError(f"{where}, {path}: the prompt {entry['prompt']!r} is not that of its folder; correct one")
+            raise UserError(f"{where}, {path}: the prompt {entry['prompt']!r} is not its folder's; correct one of them")
         reward = 0.0 if entry.get("reward") is None else number(str(entry["reward"]))
         if reward is None or not math.isfinite(reward):
-            raise UserError(f"{where}, {path}: the reward {entry['reward']!r} is no finite number; remove it")
+            raise UserError(f"{where}, {path}: the reward {entry['reward']!r} is not a finite number; remove it")
     if absent := [path for path in entries if not (folder / path).is_file()]:
-        logger.warning("%s: image_log.json lists %d images that are absent, first %s", folder, len(absent), absent[0])
+        logger.warning("%s: image_log.json lists %d missing images, first %s", folder, len(absent), absent[0])
     return entries
 
 
 def shape_of(images: ImageSet) -> tuple[int, int]:
-    """Return (height, width) in pixels, the same for all images (see `inspect_files`)."""
+    """Return (height, width) in pixels, which `inspect_files` ensures to be the same for all images."""
     with open_image(images.paths[0]) as image:
         return image.size[1], image.size[0]
 
 
 def match_prompts(groups: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
-    """Return indices into each array of prompts (N,) such that all have equally many images of every prompt.
+    """Return indices into each array of prompts (N,) that select the same number of images per prompt from each.
 
-    They are drawn by (seed, prompt) from the images in their order, so sets of the same noise keep the same noise.
+    The draw depends only on (seed, prompt) and the order of images, so sets sampled from the same noise stay paired.
     """
     chosen: list[list[np.ndarray]] = [[] for _ in groups]
     for prompt in range(1 + max((int(column.max()) for column in groups if len(column)), default=0)):

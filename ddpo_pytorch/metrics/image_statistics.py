@@ -1,6 +1,6 @@
-"""Statistics of single images: the five of the document's table 1 (`legacy`), those inside the retina (`fov`), and IS.
+"""Statistics of images: the five of the document's table 1 (`legacy`), those inside the retina (`fov`), and IS.
 
-They describe images and do not grade them: noise raises Sharpness and Vessel Visibility, a black surround raises
+They describe images rather than grade them: noise raises Sharpness and Vessel Visibility, a black surround raises
 Uniformity. Compare them with real images of the same resolution (`distances`).
 """
 
@@ -26,16 +26,16 @@ from ddpo_pytorch.metrics.intervals import (
 LEGACY = ("SNR", "Contrast", "Sharpness", "Vessel Visibility", "Uniformity")
 FOV = ("SNR", "RMS contrast", "Michelson contrast", "Sharpness", "Vessel visibility", "Uniformity", "Entropy")
 LUMINANCE = (0.299, 0.587, 0.114)  # BT.601
-ROUNDING = 1 / (255 * 12**0.5)  # standard deviation of rounding to 8 bits, the least noise of an image
+ROUNDING = 1 / (255 * 12**0.5)  # standard deviation of rounding to 8 bits, the minimum noise of an image
 CELLS = 8
-MIN_CELL = 0.8  # share of a cell's pixels that have to lie in the field
+MIN_CELL = 0.8  # minimum share of a cell's pixels in the field
 LOGITS = "inception logits"  # name of the network
 IS_SPLITS = 10
-IS_SPLIT_IMAGES = 1000  # as many as there are classes; the score of fewer images grows with their number
+IS_SPLIT_IMAGES = 1000  # number of classes; the score of fewer images grows with their number
 
 
 class QualitySet(NamedTuple):
-    """A set of statistics. `measure` maps uint8 (H, W, 3) to one number per column, None without a field of view."""
+    """A set of statistics. `measure` maps uint8 (H, W, 3) to a number per column, or None without a field of view."""
 
     columns: tuple[str, ...]
     measure: Callable[[np.ndarray], tuple[float, ...] | None]
@@ -43,7 +43,7 @@ class QualitySet(NamedTuple):
 
 
 def legacy_quality(pixels: np.ndarray) -> tuple[float, ...]:
-    """Return the document's five numbers of an image uint8 (H, W, 3), H and W at least 4, over the whole frame.
+    """Return the document's five statistics of an image uint8 (H, W, 3), H and W at least 4, over the whole frame.
 
     With I = PIL's "L" / 255: SNR = mean / (std + 1e-8); Contrast = max - min; Sharpness = mean |Sobel along the last
     axis|; Vessel Visibility = std(I - Gaussian of sigma 2); Uniformity = mean of the central box of half the sides -
@@ -66,14 +66,14 @@ def legacy_quality(pixels: np.ndarray) -> tuple[float, ...]:
 
 
 def fov_quality(pixels: np.ndarray) -> tuple[float, ...] | None:
-    """Return seven numbers of an image uint8 (H, W, 3) inside its field of view; None if it has none.
+    """Return seven statistics of an image uint8 (H, W, 3) inside its field of view; None if it has none.
 
-    The field (`images.fov_mask`) is eroded by W / 128 pixels, at least 3, to leave out its rim. Of the green
+    The field (`images.fov_mask`) is eroded by W / 128 pixels, at least 3, to exclude its rim. Of the green
     channel G in [0, 1]: RMS contrast = std; Michelson contrast = (p95 - p5) / (p95 + p5); Sharpness = mean squared
     Sobel gradient (Tenengrad); Vessel visibility = mean black top-hat (closing - G) with a square of 15 W / 512 pixels;
     Uniformity = 1 - std / mean over the means of the cells of an 8 x 8 grid on the field's box with at least 80 % of
     their pixels in the field; Entropy of its 256 levels, in bits. SNR = mean / (1.4826 MAD(Y - median of 3 x 3)) of the
-    luminance Y, with noise of at least that of rounding to 8 bits.
+    luminance Y, where the noise is at least that of rounding to 8 bits.
     """
     height, width = pixels.shape[:2]
     radius = max(3, round(width / 128))
@@ -113,14 +113,14 @@ SETS = {
 def distances(
     generated: np.ndarray, groups: np.ndarray, real: np.ndarray, real_groups: np.ndarray, seed: int
 ) -> dict[str, Estimate]:
-    """Return how far a statistic of generated images (N,) is from that of real ones (M,); groups are prompts.
+    """Return distances between a statistic of generated images (N,) and of real ones (M,); groups are prompts.
 
-    - "difference": mean of generated - mean of real images, each side resampling its prompts and their images.
-    - "standardised": the difference divided by the real images' standard deviation, taken as given.
+    - "difference": mean of generated - mean of real images; both sides resample prompts and their images.
+    - "standardised": the difference divided by the real images' standard deviation, which is taken as given.
     - "wasserstein": 1-Wasserstein distance of the two distributions in the same unit, with a jackknife over generated
       images; real ones are taken as given.
 
-    The last two are missing if real images do not differ.
+    The last two are missing if all real images have the same value.
     """
     missing = dict.fromkeys(("standardised", "wasserstein"), Estimate.missing("real images do not differ"))
     if not len(generated) or not len(real):
@@ -139,22 +139,23 @@ def distances(
     deviation = float(real.std(ddof=1)) if len(real) > 1 else 0.0
     if not deviation:
         return missing | {"difference": difference}
+
+    def wasserstein(rows: np.ndarray) -> float:
+        return float(stats.wasserstein_distance(generated[rows], real) / deviation)
+
     ends = [None if end is None else end / deviation for end in (low, high)]
     return {
         "difference": difference,
         "standardised": Estimate(value / deviation, *ends, number, how),
-        "wasserstein": jackknife(
-            lambda rows: float(stats.wasserstein_distance(generated[rows], real) / deviation),
-            *(len(generated), seed, (0, np.inf)),
-        ),
+        "wasserstein": jackknife(wasserstein, len(generated), seed, (0, np.inf)),
     }
 
 
 def inception_score(logits: np.ndarray, splits: int = IS_SPLITS) -> tuple[float, float]:
     """Return mean and standard deviation over parts of exp(E KL(p(y|x) || p(y))), from 1 to C (Salimans et al. 2016).
 
-    logits (N, C) of N images in random order; parts are consecutive rows, p(y) the mean of p(y|x) over a part. By hand,
-    since torchmetrics is NaN for classes of probability 0. On medical images, which ImageNet lacks, it says little.
+    logits (N, C) of N images in random order; parts are consecutive rows, p(y) is the mean of p(y|x) over a part. Not
+    torchmetrics', which is NaN for classes of probability 0. It says little about medical images, which ImageNet lacks.
     """
     logits = finite(logits, "logits")
     if not 1 <= splits <= len(logits):
@@ -171,12 +172,12 @@ def inception_score(logits: np.ndarray, splits: int = IS_SPLITS) -> tuple[float,
 
 
 def split_count(images: int) -> int:
-    """Return the parts of an inception score: up to ten of at least 1,000 images each, or one."""
+    """Return the number of parts of an inception score: up to ten of at least 1,000 images each, or one."""
     return max(1, min(IS_SPLITS, images // IS_SPLIT_IMAGES))
 
 
 def _cell_means(green: np.ndarray, field: np.ndarray) -> np.ndarray:
-    """Return means over pixels in the field, for those of 8 x 8 cells on the field's box that lie in the field."""
+    """Return the mean over field pixels of each cell of an 8 x 8 grid on the field's box that lies in the field."""
     rows, columns = (np.flatnonzero(field.any(axis=axis)) for axis in (1, 0))
     edges = [np.linspace(used[0], used[-1] + 1, CELLS + 1).round().astype(int) for used in (rows, columns)]
     means = []
@@ -193,8 +194,8 @@ def measure_quality(
 ) -> tuple[dict, dict[str, list]]:
     """Return blocks by set of statistics (`SETS`), and the columns of per_image.csv.
 
-    A block holds the numbers of images with and without a field of view, and for each statistic mean, sd and, if `real`
-    is given, `distances`.
+    A block contains the number of images with and without a field of view, and for each statistic mean, sd and, given
+    `real`, `distances`.
     """
     blocks, columns = {}, {}
     for name in names:
@@ -214,7 +215,7 @@ def measure_quality(
 
 
 def _statistics(own: ImageSet, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return which images have a field of view (N,) bool, and their statistics (N, F), 0 without one."""
+    """Return a mask (N,) of images with a field of view, and their statistics (N, F), 0 without one."""
     rows = own.rows[f"quality {name}"].all()
     return rows[:, 0] > 0, rows[:, 1:]
 

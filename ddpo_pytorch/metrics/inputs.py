@@ -49,7 +49,7 @@ RESERVED = ("real", "train")
 
 
 def check_request(metric: ConfigDict) -> None:
-    """Raise UserError for settings that are not allowed or leave nothing to measure, before anything is computed."""
+    """Raise UserError for settings that are invalid or leave nothing to measure, before anything is computed."""
     if not metric.classifier and not metric.judges:
         raise UserError(
             "metric.classifier is empty; give the H=4 judge, --config.metric.classifier=FILE, or for fundus images the "
@@ -82,7 +82,7 @@ def check_request(metric: ConfigDict) -> None:
 
 
 def read_results(files: str) -> dict[str, dict]:
-    """Return the content by file of "FILE,FILE", JSON of membership.py or rate.py. Raises UserError for others."""
+    """Return the contents of comma-separated JSON files of membership.py or rate.py by path, or raise UserError."""
     found = {}
     for path in filter(None, (piece.strip() for piece in files.split(","))):
         if not Path(path).is_file():
@@ -93,7 +93,7 @@ def read_results(files: str) -> dict[str, dict]:
 
 @dataclass
 class Sets:
-    """Image sets of a report: folders by model; real and training images and SSIM's partners, or None."""
+    """Image sets of a report: folders by model; real images, training images and SSIM partners, each or None."""
 
     models: dict[str, list[ImageSet]]
     real: ImageSet | None
@@ -107,7 +107,7 @@ class Sets:
 
 
 def requested_models(metric: ConfigDict) -> dict[str, list[str]]:
-    """Return folders by model: those of `folders`, else compare_path (if it holds samples) and fake_path."""
+    """Return folders by model: those in `folders`, else compare_path (if it holds samples) and fake_path."""
     models: dict[str, list[str]] = {}
     for name, folder in named_paths(metric.folders, "metric.folders"):
         models.setdefault(name, []).append(folder)
@@ -119,7 +119,7 @@ def requested_models(metric: ConfigDict) -> dict[str, list[str]]:
                 raise UserError(f"metric.compare_name and metric.fake_name are both {metric.fake_name!r}; rename one")
             models[metric.compare_name] = [metric.compare_path]
         elif metric.compare_path:
-            logger.info("%s is left out: there are no samples in %s", metric.compare_name, metric.compare_path)
+            logger.info("skipping %s: there are no samples in %s", metric.compare_name, metric.compare_path)
         models[metric.fake_name] = [metric.fake_path]
     for name in RESERVED:
         if name in models:
@@ -140,7 +140,7 @@ def find_sets(metric: ConfigDict, accelerator: Accelerator) -> Sets:
     train = [any_files(metric.train_path)] if metric.train_path else []
     pairs = [samples_of(metric.pairs_path)] if metric.pairs_path else []
     if unknown := set(prompts) - {*CAPTIONS, *(caption for _, samples in folders for _, caption in samples)}:
-        raise UserError(f"no folder has images of {min(unknown)!r} in metric.prompts; give prompts that were drawn")
+        raise UserError(f"no folder has images of {min(unknown)!r} in metric.prompts; give prompts that were sampled")
     rank, processes = accelerator.process_index, accelerator.num_processes
     sets = inspect_files([*real, *train, *pairs, *folders], rank, processes, prompts)
     real_set, train_set, pair_set = (sets.pop(0) if given else None for given in (real, train, pairs))
@@ -164,7 +164,7 @@ def find_sets(metric: ConfigDict, accelerator: Accelerator) -> Sets:
 
 @dataclass
 class Tools:
-    """Networks of a report, and why others are missing. `judges` have labels, or for fundus images a `threshold`.
+    """Networks of a report, and reasons for `missing` ones. Judges have labels or, for fundus images, a `threshold`.
 
     `statistics`: image statistics and Inception's logits. `similarity`: SSIM and MS-SSIM if they are measured.
     """
@@ -179,18 +179,18 @@ class Tools:
 
     @property
     def of_images(self) -> list[Network]:
-        """All networks of a single image."""
+        """All networks that take a single image."""
         judges = [judge for judge, _ in self.judges.values()]
         return [PIXELS, THUMBNAILS, *judges, *self.extractors.values(), *self.statistics]
 
     @property
     def named(self) -> list[Network]:
-        """All networks but the judges and those of every set."""
+        """All networks except the judges, pixels and thumbnails."""
         lpips = [self.lpips] if self.lpips else []
         return [*self.extractors.values(), *lpips, *self.statistics, *self.similarity.values()]
 
     def add(self, title: str, load: Callable[[], Network]) -> list[Network]:
-        """Return [the loaded network], or [] if its weights are unavailable, noted in `missing` under the title."""
+        """Return [network], or [] if its weights are unavailable, with the reason in `missing[title]`."""
         try:
             return [load()]
         except Unavailable as error:

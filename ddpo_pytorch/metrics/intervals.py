@@ -1,7 +1,7 @@
 """Numbers with 95 % intervals: bootstrap over prompts and images, paired tests, t intervals over generation seeds.
 
-Images of one prompt resemble each other, so prompts are the unit of an interval for prompts like these
-(`resample_groups`), and images for exactly these prompts.
+Images of one prompt are correlated: intervals that should hold for similar prompts resample prompts
+(`resample_groups`), intervals for exactly these prompts resample images.
 """
 
 import math
@@ -20,7 +20,7 @@ MAX_LEVELS = 8  # distinct values up to which the bootstrap draws counts instead
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, its 95 % interval (None if there is none), the images it rests on, and the interval's method."""
+    """A number, its 95 % interval (None if there is none), the number of images, and the interval's method."""
 
     value: float | None
     low: float | None
@@ -30,7 +30,7 @@ class Estimate:
 
     @classmethod
     def missing(cls, why: str) -> "Estimate":
-        """Return an estimate without a number, and the reason."""
+        """Return an estimate without a number, with the reason."""
         return cls(None, None, None, 0, why)
 
     def to_dict(self) -> dict[str, float | int | str | None]:
@@ -70,8 +70,8 @@ def bootstrap_mean(
 ) -> Estimate:
     """Return the mean of values (N,) of images of prompts `groups` (N,), with a bootstrap interval.
 
-    Values that are all 0 or all 1 leave nothing to resample: as a `share`, their interval is the exact binomial one
-    (Clopper-Pearson), with prompts or images as trials. Differences of pairs are no shares.
+    Resampling values that are all 0 or all 1 has no effect: if they are a `share`, they get the exact binomial interval
+    (Clopper-Pearson) with prompts or images as trials. Differences of pairs are not shares.
     """
     values, groups = _columns(groups, values)
     if not len(values):
@@ -93,7 +93,7 @@ def bootstrap_mean(
 def bootstrap_unpaired_difference(
     a: np.ndarray, groups_a: np.ndarray, b: np.ndarray, groups_b: np.ndarray, seed: int
 ) -> Estimate:
-    """Return mean(b) - mean(a) of unpaired images (N,) and (M,) over shared prompts, drawn equally for both."""
+    """Return mean(b) - mean(a) of unpaired images (N,) and (M,) over shared prompts, resampled equally for both."""
     shared = np.intersect1d(groups_a, groups_b)
     if not len(shared):
         return Estimate.missing("no prompt in common")
@@ -111,7 +111,7 @@ def bootstrap_unpaired_difference(
 def bootstrap_ratio(numerator: np.ndarray, denominator: np.ndarray, groups: np.ndarray, seed: int) -> Estimate:
     """Return sum(numerator) / sum(denominator) over images (N,), such as recall; n counts images with a denominator.
 
-    Images are resampled, replicates of denominator 0 left out. A share of 0 or 1 has the exact binomial interval.
+    Images are resampled; replicates with denominator 0 are dropped. A share of 0 or 1 gets the exact binomial interval.
     """
     numerator, denominator, groups = _columns(groups, numerator, denominator)
     images, total = int(np.count_nonzero(denominator)), denominator.sum()
@@ -149,10 +149,10 @@ def exact_binomial(share: float, trials: int, images: int) -> Estimate:
 
 
 def jackknife_half_width(value: float, left_out: np.ndarray, sizes: Sequence[int]) -> float:
-    """Return half of the interval of a value, from those (G,) without one of G random groups of `sizes` images.
+    """Return half the width of a value's interval; left_out (G,): the value without each of G random image groups.
 
     t times the standard error, with G - 1 degrees of freedom and weights for unequal groups (Busing, Meijer and van der
-    Leeden 1999). It holds for numbers that repeated images would falsify, and a bootstrap repeats images.
+    Leeden 1999). For measures that repeated images would distort, since a bootstrap repeats images.
     """
     shares = np.asarray(sizes) / np.sum(sizes)
     centre = len(shares) * value - ((1 - shares) * left_out).sum()
@@ -162,7 +162,7 @@ def jackknife_half_width(value: float, left_out: np.ndarray, sizes: Sequence[int
 
 
 def jackknife(measure: Callable[[np.ndarray], float], count: int, seed: int, bounds: tuple[float, float]) -> Estimate:
-    """Return a measure of images, given by index, for all `count` of them, with a jackknife interval in `bounds`."""
+    """Return measure(indices) of all `count` images with a jackknife interval, clipped to `bounds`."""
     value = measure(np.arange(count))
     if count < 2 * JACKKNIFE_GROUPS:
         return Estimate(value, None, None, count, f"no interval below {2 * JACKKNIFE_GROUPS} images")
@@ -176,8 +176,8 @@ def jackknife(measure: Callable[[np.ndarray], float], count: int, seed: int, bou
 class GroupedSample:
     """Values (N, V) of N images in G prompts: counts (G,), means (G, V), noise (G, V) = variance of resampled means.
 
-    A replicate needs only the sum of a prompt's resampled images. With few distinct values (0 and 1) one multinomial
-    draw of their counts gives it, else the images are drawn.
+    A replicate needs only the sum over a prompt's resampled images. For few distinct values (0 and 1), one multinomial
+    draw of their counts yields it; otherwise images are drawn.
     """
 
     def __init__(self, values: np.ndarray, groups: np.ndarray):
@@ -197,7 +197,7 @@ class GroupedSample:
 
     @property
     def cost(self) -> int:
-        """Random numbers of one replicate."""
+        """Number of random numbers per replicate."""
         return self.images if self.levels is None else len(self.counts) * len(self.levels)
 
     def draw(self, prompts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -217,7 +217,7 @@ class GroupedSample:
 def replicate_means(
     samples: Sequence[GroupedSample], seed: int | Sequence[int], *, resample_groups: bool, replicates: int
 ) -> list[np.ndarray]:
-    """Return (replicates, V) bootstrap means over all images of each sample; samples have the same G prompts.
+    """Return (replicates, V) bootstrap means over all images of each sample; all samples have the same G prompts.
 
     Without `resample_groups`, each prompt's images are resampled. With it, G prompts are drawn with replacement (the
     same for all samples) and images within them. The variance of the prompts' means already contains the noise of
@@ -264,8 +264,8 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:
 def sign_flip_p(differences: np.ndarray, groups: np.ndarray, seed: int, draws: int = 10_000) -> float:
     """Return the two-sided p of a sign-flip test on the prompts' mean differences; the null is symmetry around 0.
 
-    Up to 12 prompts all patterns of signs are tried, beyond that `draws` random ones, with p = (1 + as extreme) /
-    (1 + draws). By hand, since scipy's permutation_test takes minutes for many pairs.
+    Up to 12 prompts, all patterns of signs are enumerated; beyond that `draws` are sampled, with p = (1 + as extreme) /
+    (1 + draws). Not scipy's permutation_test, which takes minutes for many pairs.
     """
     differences, groups = _columns(groups, differences)
     _, index, counts = np.unique(groups, return_inverse=True, return_counts=True)
@@ -282,7 +282,7 @@ def sign_flip_p(differences: np.ndarray, groups: np.ndarray, seed: int, draws: i
 
 
 def mean_over_runs(values: Sequence[float]) -> Estimate:
-    """Return the mean of one number per generation seed, with a t interval from three seeds on; n counts the seeds."""
+    """Return the mean of one number per generation seed, with a t interval for at least three; n counts the seeds."""
     values = finite(values, "runs")
     if not len(values):
         return Estimate.missing("no runs")

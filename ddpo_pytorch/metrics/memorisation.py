@@ -1,7 +1,7 @@
 """Generated images that are suspiciously close to a training image.
 
-Cosine distances to the nearest training image are compared with those of real images outside the training set. They
-miss copies that the features do not see as such (crops, recoloured or partial copies); look at the closest pairs.
+Cosine distances to the nearest training image are compared with those of real images outside the training set. This
+misses copies that are distant in the features (crops, recoloured or partial copies); look at the closest pairs.
 """
 
 from typing import Any
@@ -17,9 +17,9 @@ from ddpo_pytorch.utils.errors import UserError
 # similarities of equal rows differ by about 1e-15, depending on their position in a block
 TIE = 1e-13
 CLOSEST = 16
-# Cosine distance of thumbnails below which an image is called a near copy. On ISIC 2019 at 64 px, 95 % of training
-# images that were compressed (JPEG, quality 90) or made 5 % brighter are within .001; of the validation split's images
-# .6 % are near a training image.
+# Images with a cosine distance of thumbnails below this are near copies. On ISIC 2019 at 64 px, 95 % of training images
+# that were compressed (JPEG, quality 90) or made 5 % brighter are within 0.001; 0.6 % of the validation split's images
+# are near copies of a training image.
 NEAR_COPY = 0.003
 
 
@@ -29,7 +29,7 @@ def nearest(
     """Return cosine distance (N,) and index (N,) of the row of reference (M, F) nearest to each row of query (N, F).
 
     Both are arrays or `Rows`, read `block` rows at a time. Distances 1 - cos lie in [0, 2]; ties go to the smallest
-    index. own (N,): a row of reference that does not count, by row of query. Raises UserError for an empty reference,
+    index. own (N,): for each row of query, a row of reference to ignore. Raises UserError for an empty reference,
     ValueError as `unit_rows`.
     """
     if not len(reference):
@@ -74,8 +74,8 @@ def share_closer(
 def authenticity(train: Any, distances: np.ndarray, indices: np.ndarray, groups: np.ndarray, seed: int) -> Estimate:
     """Return the share of samples whose nearest training image is nearer to another training image (Alaa et al. 2022).
 
-    distances and indices (N,) as `nearest` finds them in train, `Rows` (M, F). A sample nearer than that may be a copy
-    with noise. The interval resamples images within prompts `groups` (N,) and takes the training images as given.
+    distances and indices (N,): from `nearest` in train, `Rows` (M, F). Other samples may be copies with noise. The
+    interval resamples images within prompts `groups` (N,) and takes the training images as given.
     """
     if len(train) < 2:
         return Estimate.missing("fewer than 2 training images")
@@ -85,10 +85,10 @@ def authenticity(train: Any, distances: np.ndarray, indices: np.ndarray, groups:
 
 
 def membership_auc(train: np.ndarray, val: np.ndarray, base: tuple[np.ndarray, np.ndarray] | None = None) -> Estimate:
-    """Return the probability that a training image has a lower loss than one of validation: 0.5 if nothing is learned.
+    """Return the probability that a training image has a lower loss than a validation image; 0.5 is chance.
 
-    Losses train (N,) and val (M,), at least 2 each, of one model. With `base`, those of the same images under another
-    model, the difference to its probability. Intervals as DeLong et al. (1988), of independent images.
+    train (N,) and val (M,): losses of one model, at least 2 each. `base`: losses of the same images under another
+    model; returns the difference to its probability. Intervals of DeLong et al. (1988), for independent images.
     """
 
     def above(own: np.ndarray, others: np.ndarray) -> np.ndarray:  # share of others above each; ties count half
@@ -108,14 +108,14 @@ def membership_auc(train: np.ndarray, val: np.ndarray, base: tuple[np.ndarray, n
 
 
 def closest(distances: np.ndarray, indices: np.ndarray, count: int = CLOSEST) -> list[int]:
-    """Return positions of up to `count` samples (N,), closest first, each with another nearest training image."""
+    """Return indices of up to `count` samples, closest first, each with a different nearest training image."""
     order = np.argsort(distances, kind="stable")
     _, first = np.unique(np.asarray(indices)[order], return_index=True)
     return order[np.sort(first)][:count].tolist()
 
 
 def find_neighbours(extractor: str, own: ImageSet, train: ImageSet) -> tuple[np.ndarray, np.ndarray]:
-    """Return cosine distance (N,) to and index (N,) of the nearest training image; thumbnails also tried mirrored."""
+    """Return cosine distance to (N,) and index of (N,) the nearest training image; thumbnails also match mirrored."""
     rows, reference = own.rows[extractor], train.rows[extractor]
     best, where = nearest(rows, reference)
     if extractor == THUMBNAILS.name:
@@ -128,7 +128,7 @@ def find_neighbours(extractor: str, own: ImageSet, train: ImageSet) -> tuple[np.
 
 
 def near_copies(own: ImageSet, other: ImageSet) -> np.ndarray:
-    """Return which images (N,) are a near copy, by thumbnail, of an image of the other set."""
+    """Return a mask (N,) of images that are near copies, by thumbnail, of an image of the other set."""
     return find_neighbours(THUMBNAILS.name, own, other)[0] < NEAR_COPY
 
 
@@ -140,9 +140,9 @@ def measure_memorisation(
     baseline: np.ndarray | None,
     seed: int,
 ) -> dict:
-    """Return pixel copies, the closest pairs, authenticity, and the share closer to training images than real ones.
+    """Return pixel copies, closest pairs, authenticity, and the share unusually close to training images.
 
-    `nearest_train`: see `find_neighbours`; baseline (K,): distances of unseen real images to training images.
+    `nearest_train`: from `find_neighbours`; baseline (K,): distances of unseen real images to training images.
     """
     distances, indices = nearest_train
     result = {
@@ -157,7 +157,7 @@ def measure_memorisation(
             for i in closest(distances, indices)
         ],
     }
-    if extractor != THUMBNAILS.name:  # of which the mirrored are samples' neighbours, too
+    if extractor != THUMBNAILS.name:  # mirrored thumbnails, which count there, would bias it
         result["authenticity"] = authenticity(train.rows[extractor], distances, indices, fake.groups, seed)
     if baseline is not None and len(baseline):
         share, threshold = share_closer(distances, baseline, fake.groups, seed)
@@ -166,6 +166,6 @@ def measure_memorisation(
 
 
 def copies(own: ImageSet, other: ImageSet) -> np.ndarray:
-    """Return which images (N,) have exactly the pixels of an image of the other set."""
+    """Return a mask (N,) of images whose pixels equal those of an image of the other set."""
     known = {row.tobytes() for row in other.rows["pixels"].all()[:, 1:]}
     return np.array([row.tobytes() in known for row in own.rows["pixels"].all()[:, 1:]])

@@ -1,6 +1,6 @@
 """The networks that look at images for the metrics: judges, feature extractors, LPIPS, image statistics, SSIM.
 
-Weights of Inception, AlexNet and encoders ship with no package; without them, `Unavailable` says which option to give.
+No package ships the weights of Inception, AlexNet and encoders; without them, `Unavailable` says which option to give.
 """
 
 import hashlib
@@ -37,27 +37,27 @@ from ddpo_pytorch.utils.weights import read_tensors
 logger = logging.getLogger(__name__)
 
 URL_ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
-# names of encoders in metrics.json, of timm's architectures and weights
+# encoder name in metrics.json -> timm architecture and weights
 ENCODERS = {f"dinov2_vit{size[0]}14": f"vit_{size}_patch14_dinov2.lvd142m" for size in ("small", "base", "large")}
-ENCODERS["clip_vitl14"] = "vit_large_patch14_clip_336.openai"  # that of CMMD
+ENCODERS["clip_vitl14"] = "vit_large_patch14_clip_336.openai"  # CMMD's encoder
 URL_ENCODER = "https://huggingface.co/timm/{}/resolve/main/model.safetensors"
 DINOV2_SIZE = 224
 TIMEOUT = 10  # seconds to wait for a server
-FID_MODES = ("exact", "compat")  # how images in [0, 1] become the 8 bits that Inception sees
-PAIRS_AT_ONCE = 8  # SSIM takes 60 times the memory of the images
+FID_MODES = ("exact", "compat")  # how images in [0, 1] are quantised to 8 bits for Inception
+PAIRS_AT_ONCE = 8  # SSIM needs 60 times the memory of the images
 # names of networks
 SELECTOR, POLICY = "selector", "policy"
 Device = str | torch.device
 
 
 class Unavailable(Exception):
-    """A network whose weights cannot be had here; the text says why and what to do."""
+    """Raised if a network's weights are not available; the message says why and what to do."""
 
 
 def judge_network(option: str, device: Device = "cpu", name: str = "") -> tuple[Network, Network, tuple[str, ...]]:
-    """Return a classifier (`load_classifier`) as two networks, logits (B, H) and pooled features (B, F), and labels.
+    """Load a classifier (`load_classifier`) as two networks, logits (B, H) and pooled features (B, F), and its labels.
 
-    The first is called `name`, by default "H" and its number of labels.
+    The first network is called `name`, by default "H" followed by the number of labels.
     """
     model = load_classifier(option, device)
     name = name or f"H{len(model.labels)}"
@@ -68,10 +68,10 @@ def judge_network(option: str, device: Device = "cpu", name: str = "") -> tuple[
 
 
 def fundus_judges(folder: str | Path, device: Device = "cpu") -> tuple[Network, Network, Network, float]:
-    """Load Selector and Policy of a folder of train_rlhf.py as networks of one column, the latter reading captions.
+    """Load Selector and Policy from a folder of train_rlhf.py as networks of one column; the Policy reads captions.
 
-    Returns them, the Selector's features, and the score from which it passes. Raises UserError as `load_judges` does,
-    and for a Selector without a threshold.
+    Returns both, the Selector's features and its threshold. Raises UserError as `load_judges` does, and for a Selector
+    without a threshold.
     """
     selector, policy = load_judges(folder, device)
     file = Path(folder) / SELECTOR_FILE
@@ -101,12 +101,12 @@ def fundus_judges(folder: str | Path, device: Device = "cpu") -> tuple[Network, 
 def inception_network(option: str, mode: str = "exact", device: Device = "cpu", layer: str = "2048") -> Network:
     """Load FID's Inception V3 as torch-fidelity ports it: images (B, 3, H, W) in [0, 1] to 2048 pooled features.
 
-    `layer` "logits_unbiased" gives the logits of its 1008 classes instead. Images are quantised to 8 bits and resized
+    `layer` "logits_unbiased" returns the logits of its 1008 classes instead. Images are quantised to 8 bits and resized
     to 299 px bilinearly without antialiasing, as in published FIDs; see `official_uint8` for `mode` "compat". Raises
-    Unavailable without weights, UserError for a file that does not exist or holds something else.
+    Unavailable without weights, UserError for a file that does not exist or has other contents.
     """
     path = weight_file(option, URL_INCEPTION_V3, "--config.metric.inception")
-    # the extractor unpickles what it is given: it gets bytes written here, not the file
+    # the extractor unpickles its input, so it gets a safe copy of the tensors instead of the file
     copy = io.BytesIO()
     torch.save(read_tensors(path)[0], copy)
     copy.seek(0)
@@ -122,14 +122,14 @@ def inception_network(option: str, mode: str = "exact", device: Device = "cpu", 
 
 
 def official_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Quantise images in [0, 1] as the official code: x * 256 cut to 8 bits, in which pure white becomes black."""
+    """Quantise images in [0, 1] as the official code does: x * 256 wrapped to 8 bits, so that white becomes black."""
     return (images.detach().float() * 256).to(torch.int64).remainder(256).to(torch.uint8)
 
 
 def encoder_network(name: str, option: str, device: Device = "cpu") -> Network:
-    """Load an encoder, of `ENCODERS` or any of timm's, as images to its features, as `inception_network`.
+    """Load an encoder of `ENCODERS` or of timm that maps images to features; raises as `inception_network`.
 
-    Images are resized to 224 px for DINOv2, else to the size that timm states. CLIP gives its projected embedding.
+    Images are resized to 224 px for DINOv2, else to the size that timm states. CLIP returns its projected embedding.
     """
     arch = ENCODERS.get(name, name)
     path = weight_file(option, URL_ENCODER.format(arch), "--config.metric.encoders", f"{arch}.safetensors")
@@ -150,14 +150,14 @@ def encoder_network(name: str, option: str, device: Device = "cpu") -> Network:
 
 
 def lpips_network(option: str, device: Device = "cpu") -> Network:
-    """Load LPIPS (AlexNet, v0.1 layers of the lpips package) of two batches to (B, 1), as `inception_network`."""
+    """Load LPIPS (AlexNet, v0.1 layers of the lpips package): two batches to (B, 1); raises as `inception_network`."""
     path = weight_file(option, URL_ALEXNET, "--config.metric.alexnet")
     state, _ = read_tensors(path)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # lpips calls torchvision by a deprecated argument
+        warnings.simplefilter("ignore")  # lpips calls torchvision with a deprecated argument
         model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     with _weights_of(path, "torchvision's AlexNet"):
-        # torchvision's features.0.weight is lpips' slice1.0.weight: the layer number stays, the slice is put before it
+        # torchvision's features.0.weight is lpips' slice1.0.weight: same layer number, with the slice in front
         model.net.load_state_dict({name: state["features." + name.split(".", 1)[1]] for name in model.net.state_dict()})
     model = model.requires_grad_(False).eval().to(device)
 
@@ -168,9 +168,9 @@ def lpips_network(option: str, device: Device = "cpu") -> Network:
 
 
 def quality_network(name: str) -> Network:
-    """Return a set of image statistics (`image_statistics.SETS`) as a network to (B, 1 + F).
+    """Return a set of image statistics (`image_statistics.SETS`) as a network with output (B, 1 + F).
 
-    The first column is 1, or 0 for an image without a field of view, whose statistics are 0.
+    The first column is 1, or 0 for images without a field of view, whose statistics are 0.
     """
     chosen = SETS[name]
 
@@ -186,7 +186,7 @@ def quality_network(name: str) -> Network:
 
 
 def similarity_network(name: str, side: int) -> Network:
-    """Return "ssim" or "ms_ssim" of two images whose shorter side is `side` pixels, as a network to (B, 1)."""
+    """Return "ssim" or "ms_ssim" of two images with a shorter side of `side` pixels as a network with output (B, 1)."""
     function, what = ssim, "SSIM, Gaussian window of 11 px and sigma 1.5"
     if name == "ms_ssim":
         function, scales = ms_ssim, scale_count(side)
@@ -200,10 +200,10 @@ def similarity_network(name: str, side: int) -> Network:
 
 
 def weight_file(option: str, url: str, flag: str, name: str = "") -> Path:
-    """Return the file that an option names: "auto" is the torch hub cache, "download" that or the url, else a path.
+    """Resolve a weight option: "auto" uses the torch hub cache, "download" also fetches the url, else it is a path.
 
-    `name` is that of the file in the cache, or in a folder at the path; by default the url's. No network is used unless
-    the option asks for it. Raises Unavailable if there is none, UserError for a path that does not exist.
+    `name`: file name in the cache, or in a folder at that path; by default the url's. Only "download" accesses the
+    network. Raises Unavailable if there is no file, UserError for a path that does not exist.
     """
     if not option:
         raise Unavailable(f"{flag} is empty; give 'auto' or the file of {url}")
@@ -221,7 +221,7 @@ def weight_file(option: str, url: str, flag: str, name: str = "") -> Path:
 
 @contextmanager
 def _weights_of(path: Path, network: str) -> Iterator[None]:
-    """Turn errors of weights that do not fit into a UserError."""
+    """Turn errors about weights that do not fit into a UserError."""
     try:
         yield
     except (KeyError, RuntimeError) as error:
@@ -232,18 +232,18 @@ def _download(url: str, path: Path) -> bool:
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
         return False
     try:
-        urlopen(url, timeout=TIMEOUT).close()  # the download below would wait for ever
+        urlopen(url, timeout=TIMEOUT).close()  # the download below has no timeout
         path.parent.mkdir(parents=True, exist_ok=True)
         prefix = re.search(r"-([0-9a-f]{8,})\.pth$", url)  # PyTorch's file names end in the first digits of the sha256
         torch.hub.download_url_to_file(url, str(path), prefix and prefix[1], progress=False)
-    except (OSError, RuntimeError) as error:  # no answer, or other content than the name says
+    except (OSError, RuntimeError) as error:  # no response, or a hash other than the name's
         logger.warning("%s cannot be fetched (%s)", url, _short(error))
         return False
     return True
 
 
 def _network(name: str, what: str, digest: str, preprocessing: str, run: Callable, **options: bool) -> Network:
-    """Return a network whose key is made of its preprocessing and the hash of its weights."""
+    """Return a network with a key derived from its preprocessing and the hash of its weights."""
     key = hashlib.sha256(f"{preprocessing} {digest} torch {torch.__version__}".encode()).hexdigest()
     return Network(name, what, digest, key, run, **options)
 

@@ -14,9 +14,9 @@ MAX_CAPTIONS = 64
 
 
 def comparison(sets: Mapping[str, Sequence[tuple[Path, str]]], columns: int = 8) -> Image.Image:
-    """Draw the first image of every caption that all sets have, a row per set, up to MAX_CAPTIONS captions.
+    """Draw the first image of each caption that all sets have, up to MAX_CAPTIONS, in a row per set with its name.
 
-    `sets`: (file, caption) by model name. Names are written to the left of their rows.
+    `sets`: (file, caption) by model name.
     """
     first = {title_of(name, own): {caption: path for path, caption in reversed(own)} for name, own in sets.items()}
     captions = sort_captions(set.intersection(*(set(paths) for paths in first.values())))[:MAX_CAPTIONS]
@@ -30,7 +30,7 @@ def contact_sheet(pairs: Sequence[Mapping]) -> Image.Image:
 
 
 def _sheet(rows: Sequence[tuple[str, Sequence[str | Path]]]) -> Image.Image:
-    """Draw rows of images with a text on the left."""
+    """Draw rows of images, each with its text on the left."""
     grids = [(text, image_grid(torch.stack([load_image(path) for path in paths]), len(paths))) for text, paths in rows]
     if not grids:
         return Image.new("RGB", (1, 1), "white")

@@ -1,6 +1,6 @@
-"""Results of reader studies from the answers on the rating page: agreement, accuracy, preferences, repeats, time.
+"""Results of reader studies on the rating page: agreement, accuracy, preferences, repeats, time.
 
-Intervals are over images, for these readers.
+Intervals resample images and take the readers as given.
 """
 
 import statistics
@@ -20,7 +20,7 @@ ALL = "all readers"
 
 
 def mean_over_images(values: Iterable[tuple[Question, float]]) -> Estimate:
-    """Return the mean of (question, value), first over the readers of a question."""
+    """Average (question, value) pairs over the readers of each question, then over questions."""
     by_question = defaultdict(list)
     for question, value in values:
         by_question[question].append(float(value))
@@ -31,7 +31,7 @@ def mean_over_images(values: Iterable[tuple[Question, float]]) -> Estimate:
 
 
 def agreement(measure: Callable[[list], float | None], answers: Sequence[Answer], column: str) -> Estimate:
-    """Return a measure in [-1, 1] of how readers of the same image agree in a column."""
+    """Return a measure in [-1, 1] of the agreement in a column between readers of the same image."""
     units = defaultdict(list)
     for answer in answers:
         if answer.cells[column]:
@@ -49,10 +49,10 @@ def summarise(
     synthetic: Mapping[Question, bool],
     names: Sequence[str] = (),
 ) -> dict[str, dict[str, Estimate]]:
-    """Return estimates by reader, the last of all readers, and by name.
+    """Return estimates by reader, all readers together last, and by title.
 
-    seconds: times between a reader's answers. synthetic: by question whether the image is generated (mode "real").
-    names: of the sources of images and of their rivals (mode "pair"); an answer of 3 prefers the former.
+    seconds: times between a reader's answers. synthetic: whether a question's image is generated (mode "real"). names:
+    of the sources of images and of their rivals (mode "pair"); an answer of 3 prefers the former.
     """
     first = [answer for answer in answers if not answer.repeat]
     known = {(answer.reader, answer.question): answer.cells for answer in first}
@@ -81,7 +81,7 @@ def summarise(
 
 
 def lines(found: Mapping[str, Mapping[str, Estimate]]) -> list[str]:
-    """Return a line of text for each estimate."""
+    """Return each estimate as a line of text."""
     shown = []
     for reader, result in found.items():
         for name, one in result.items():
@@ -92,7 +92,7 @@ def lines(found: Mapping[str, Mapping[str, Estimate]]) -> list[str]:
 
 
 def preferences(answers: Sequence[Answer]) -> list[tuple[str, str, str, str]]:
-    """Return (prompt, chosen, rejected, rater) of each answer that prefers an image, without hidden repeats."""
+    """Return (prompt, chosen, rejected, rater) of each answer with a preference, without hidden repeats."""
     rows = []
     for image, prompt, rival, answer in ((*answer.question, answer) for answer in answers if not answer.repeat):
         if (rating := float(answer.cells["rating"])) != 2:

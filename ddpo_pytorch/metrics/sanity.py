@@ -1,4 +1,4 @@
-"""Measure what the numbers notice at this number of images: half of the real ones, degraded, against the other half."""
+"""Sanity check of the metrics at this number of images: half of the real ones, degraded, against the other half."""
 
 import dataclasses
 import io
@@ -41,7 +41,7 @@ CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 
 def halves(groups: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return indices of two random halves of images with equally many of each prompt; an odd image is left out."""
+    """Return indices of two random halves with the same number of images of each prompt; odd ones are left out."""
     parts: tuple[list[int], list[int]] = ([], [])
     for group in np.unique(groups):
         order = np.random.default_rng([seed, int(group), 8]).permutation(np.flatnonzero(groups == group))
@@ -51,22 +51,22 @@ def halves(groups: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def select(images: ImageSet, indices: Sequence[int]) -> ImageSet:
-    """Return the set of these images, before networks have run."""
+    """Return the subset of these images, without results of networks."""
     columns = {name: getattr(images, name) for name in ("paths", "captions", "digests", "table")}
     chosen = {name: tuple(column[i] for i in indices) for name, column in columns.items() if column}
     return dataclasses.replace(images, **chosen, lacking=(), rows={}, pairs={})
 
 
 def sanity_sets(sets: Sets, folder: Path, seed: int, accelerator: Accelerator) -> tuple[Sets, dict[str, str]]:
-    """Return half of the real images as "models", as they are and changed, the other half as real; and what is missing.
+    """Return half of the real images, as they are and degraded, as models, the other half as real; and missing sets.
 
-    Changed images are written to `folder` by the main process: blur (sigma of 1/64 of the width), JPEG (quality 10),
-    hue (a tenth of the circle), the middle 80 % of each side, "duplicates" (of each prompt the first half of the images
-    twice) and, where training images have captions, as many "training images" of each prompt as there are.
+    The main process writes degraded images to `folder`: blur (sigma of 1/64 of the width), JPEG (quality 10), hue (a
+    tenth of the circle), crop (the middle 80 % of each side), "duplicates" (each prompt's first half of the images,
+    twice) and, if training images have captions, "training images" of the same prompts, as far as there are enough.
     """
     reference, own = (select(sets.real, part) for part in halves(sets.real.groups, seed))
     if len(own) < 2:
-        raise UserError(f"--sanity needs 2 real images of a caption, {str(sets.real.folder)!r} has too few")
+        raise UserError(f"--sanity needs 2 real images of one caption; {str(sets.real.folder)!r} has too few")
     jobs, missing = {name: (list(own.paths), range(len(own)), change) for name, change in CHANGES.items()}, {}
     twice = {int(g): np.flatnonzero(own.groups == g) for g in np.unique(own.groups)}
     first = {i: part[n % ((len(part) + 1) // 2)] for part in twice.values() for n, i in enumerate(part.tolist())}

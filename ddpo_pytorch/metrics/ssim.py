@@ -1,7 +1,7 @@
 """Structural similarity: SSIM of given pairs, MS-SSIM between generated images as a measure of diversity.
 
-By hand, since torchmetrics averages over the padded border too (.616 for .495 at 64 px) and refuses MS-SSIM below
-176 px. SSIM is taken only of pairs that the user gives by name; a lower mean MS-SSIM means more diversity.
+Not torchmetrics', which includes the padded border in the mean (0.616 instead of 0.495 at 64 px) and refuses MS-SSIM
+below 176 px. SSIM compares only pairs of equal file names; a lower mean MS-SSIM means more diversity.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2  # for images in [0, 1]
 # exponents of the five scales (Wang, Simoncelli and Bovik 2003, table 1)
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-MAX_PAIRS = 1000  # of a set
+MAX_PAIRS = 1000  # per set
 
 
 def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Return the structural similarity (B,) of images (B, C, H, W) in [0, 1] (Wang, Bovik et al. 2004).
 
-    Gaussian window of 11 x 11 and sigma 1.5; mean over channels and the positions at which the window lies inside the
-    image. Raises ValueError for unequal shapes and sides below 11.
+    Gaussian window of 11 x 11 and sigma 1.5; mean over channels and positions where the window is inside the image.
+    Raises ValueError for unequal shapes and sides below 11.
     """
     return _similarity(*_checked(x, y))[0]
 
@@ -33,8 +33,8 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def ms_ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Return the multi-scale structural similarity (B,) of images (B, C, H, W) in [0, 1] (Wang et al. 2003).
 
-    prod_j cs_j^w_j * ssim_M^w_M over M = `scale_count` scales, each averaging 2 x 2 pixels of the one before. Below
-    five scales, the first M exponents are scaled to the sum of all five. Negative means count as 0. Raises as `ssim`.
+    prod_j cs_j^w_j * ssim_M^w_M over M = `scale_count` scales, each averaging 2 x 2 pixels of the previous one. With
+    fewer than five, the first M exponents are scaled to the sum of all five. Negative means become 0. Raises as `ssim`.
     """
     x, y = _checked(x, y)
     count = scale_count(min(x.shape[-2:]))
@@ -49,7 +49,7 @@ def ms_ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def scale_count(side: int) -> int:
-    """Return the number of MS-SSIM scales (1 to 5) at which images with this shorter side still hold a window."""
+    """Return the number of MS-SSIM scales (1 to 5) at which a window fits into images with this shorter side."""
     return sum(side // 2**scale >= WINDOW for scale in range(len(SCALES)))
 
 
@@ -59,8 +59,8 @@ def pairs_by_name(names: Sequence[str], others: Sequence[str], what: str) -> lis
     pairs = [(index, position[name]) for index, name in enumerate(names) if name in position]
     if not pairs:
         raise UserError(
-            f"{what} has no image named as a generated one, e.g. {names[0]!r}; SSIM is taken of pairs of equal names, "
-            "set --config.metric.pairs_path= to do without"
+            f"{what} has no image named as a generated one, e.g. {names[0]!r}; SSIM compares images of equal names, "
+            "set --config.metric.pairs_path= to skip it"
         )
     return pairs
 
@@ -68,8 +68,7 @@ def pairs_by_name(names: Sequence[str], others: Sequence[str], what: str) -> lis
 def measure_structure(own: ImageSet, seed: int) -> dict[str, Estimate]:
     """Return mean SSIM of the given pairs, mean MS-SSIM of pairs of any prompts and of the same prompt.
 
-    Intervals resample pairs as if independent, though an image is in two of them, and for pairs within prompts also the
-    prompts.
+    Intervals resample pairs as if independent, though each image is in two of them, and, within prompts, also prompts.
     """
     result = {}
     for name in ("SSIM", "MS_SSIM", "MS_SSIM_within"):
@@ -89,7 +88,7 @@ def _checked(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def _similarity(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the means (B,) of ssim = l cs and of the contrast-structure term cs."""
+    """Return the means (B,) of ssim = l * cs and of the contrast-structure term cs."""
     blurred = _blurred(torch.cat([x, y, x * x, y * y, x * y]))
     mean_x, mean_y, square_x, square_y, product = blurred.split(len(x))  # (B, C, H - 10, W - 10) each
     variance_x, variance_y = (square_x - mean_x**2).clamp(min=0), (square_y - mean_y**2).clamp(min=0)
@@ -99,7 +98,7 @@ def _similarity(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def _blurred(images: torch.Tensor) -> torch.Tensor:
-    """Return (B, C, H, W) under the window where it lies inside, (B, C, H - 10, W - 10)."""
+    """Convolve (B, C, H, W) with the window without padding: (B, C, H - 10, W - 10)."""
     offsets = torch.arange(WINDOW, dtype=images.dtype, device=images.device) - WINDOW // 2
     kernel = torch.exp(-(offsets**2) / (2 * SIGMA**2))
     kernel = kernel / kernel.sum()

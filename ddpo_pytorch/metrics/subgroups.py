@@ -9,19 +9,19 @@ from ddpo_pytorch.metrics.fidelity import kernel_distance
 from ddpo_pytorch.metrics.image_sets import ImageSet
 from ddpo_pytorch.metrics.intervals import REPLICATES, Estimate, GroupedSample, bootstrap_mean, replicate_means
 
-MOST_VALUES = 8  # numbers of more different values are cut at their quartiles
+MOST_VALUES = 8  # numeric columns with more distinct values are binned at their quartiles
 UNKNOWN = "not stated"
 
 
 def group_names(sets: Sequence[ImageSet], column: str) -> list[np.ndarray]:
-    """Return the group (N,) of each image of each set; numbers of many values become four bands of all sets' images."""
+    """Return each set's groups (N,), one per image; numbers with many values are binned at quartiles over all sets."""
     cells = [[row.get(column) or UNKNOWN for row in images.table] or [UNKNOWN] * len(images) for images in sets]
     stated = {cell for own in cells for cell in own} - {UNKNOWN}
     if len(stated) <= MOST_VALUES or any(number(cell) is None for cell in stated):
         return [np.array(own) for own in cells]
     cuts = np.unique(np.quantile([number(c) for own in cells for c in own if c != UNKNOWN], (0.25, 0.5, 0.75)))
     names = [f"below {cuts[0]:g}", *(f"{low:g} to {high:g}" for low, high in zip(cuts, cuts[1:], strict=False))]
-    names.append(f"{cuts[-1]:g} and above")  # a band holds its lower end
+    names.append(f"{cuts[-1]:g} and above")  # a bin contains its lower end
     return [
         np.array([c if c == UNKNOWN else names[np.searchsorted(cuts, number(c), "right")] for c in own])
         for own in cells
@@ -29,10 +29,10 @@ def group_names(sets: Sequence[ImageSet], column: str) -> list[np.ndarray]:
 
 
 def largest_gap(values: np.ndarray, names: np.ndarray, seed: int) -> dict[str, Estimate | float]:
-    """Return the largest difference "gap" of groups' means of values (N,), and "p" of one as large by chance.
+    """Return "gap", the largest difference between group means of values (N,), and "p", that of one as large by chance.
 
-    The interval resamples the images of both groups and ignores that they were chosen as extremes, which makes the gap
-    too large on average; the permutation test over all groups does not. Groups of one image do not count.
+    The interval resamples the images of both groups and ignores that these were selected as extremes, which makes the
+    gap too large on average; the permutation test over all groups accounts for it. Groups of one image are ignored.
     """
     used = [name for name in np.unique(names) if (names == name).sum() > 1]
     if len(used) < 2:
@@ -56,9 +56,10 @@ def largest_gap(values: np.ndarray, names: np.ndarray, seed: int) -> dict[str, E
         for end in (low, high)
     ]
     ends = np.percentile(draws[1] - draws[0], [2.5, 97.5]).tolist()
-    extreme = sum(spread(rng.permutation(values)) >= spread(values) - 1e-12 for _ in range(REPLICATES))
+    observed = spread(values)
+    extreme = sum(spread(rng.permutation(values)) >= observed - 1e-12 for _ in range(REPLICATES))
     how = f"{used[high]} minus {used[low]}; percentile bootstrap of these two, {REPLICATES} replicates over images"
-    gap = Estimate(spread(values), *ends, int(counts[low] + counts[high]), how)
+    gap = Estimate(observed, *ends, int(counts[low] + counts[high]), how)
     return {"gap": gap, "p": (1 + extreme) / (1 + REPLICATES)}
 
 
@@ -70,10 +71,10 @@ def measure_groups(
     values: Mapping[str, np.ndarray],
     seed: int,
 ) -> dict:
-    """Return for each group of one column n, the mean of each of `values` (N,), and KID; and the gaps by measure.
+    """Return n, the mean of each of `values` (N,) and KID for each group of one column, and the gaps by measure.
 
-    names: groups (N,) of own and of real images. KID in a feature space is the distance to the real images of the same
-    group, or to all where the real images have no group of 4 images by that name.
+    names: groups (N,) of own and of real images. KID is the distance in one feature space to the real images of the
+    same group, or to all real images if these are fewer than 4.
     """
     blocks: dict[str, dict] = {}
     for name in np.unique(names[0]).tolist():
@@ -90,10 +91,8 @@ def measure_groups(
     found = {name: block["KID"] for name, block in blocks.items() if "KID" in block}
     if len(found) > 1:
         low, high = (pick(found, key=lambda name: found[name].value) for pick in (min, max))
-        value, half = (
-            found[high].value - found[low].value,
-            np.hypot(*(found[x].high - found[x].value for x in (low, high))),
-        )
+        value = found[high].value - found[low].value
+        half = np.hypot(*(found[x].high - found[x].value for x in (low, high)))
         how = f"{high} minus {low}; standard errors of both"
         gaps["KID"] = {"gap": Estimate(value, value - half, value + half, found[low].n + found[high].n, how)}
     return {"groups": blocks, "gaps": gaps}

@@ -1,4 +1,4 @@
-"""Tables of metrics.json with 95 % intervals, as pandas DataFrames of text; "n/a" is what could not be measured."""
+"""Tables of metrics.json with 95 % intervals, as pandas DataFrames of text; "n/a" if a number was not measured."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,10 +44,10 @@ FUNDUS_COLUMNS = (
 def table1(
     models: Mapping[str, Mapping], real: Mapping | None, names: Sequence[str], shape: Sequence[int]
 ) -> pd.DataFrame:
-    """Return a row per statistic: mean, standard deviation and n of real images and each model, and its distances.
+    """Return a row per statistic: mean, standard deviation and n of the real images and each model, and distances.
 
-    `names`: sets of statistics; `shape`: (height, width) of all images. Distances to the real images: difference of
-    means, the same and the 1-Wasserstein distance in standard deviations of the real images.
+    `names`: sets of statistics; `shape`: (height, width) of all images. Distances to the real images: the difference of
+    means, also in standard deviations of the real images, and the 1-Wasserstein distance in the latter unit.
     """
     parts = ({REAL: real} if real else {}) | dict(models)
     rows = []
@@ -70,7 +70,7 @@ def table1(
 def table2(
     models: Mapping[str, Mapping], real: Mapping | None = None, real_images: Mapping | None = None
 ) -> pd.DataFrame:
-    """Return APR in percent for the 8 captions with one artifact, a row per model; first `real_images` by caption."""
+    """Return APR in percent for the 8 captions with one artifact, a row per model after one of `real_images` counts."""
     captions = {
         f"{disease} {title}": SINGLE_ARTIFACT_CAPTIONS[disease, artifact]
         for disease in DISEASE_ORDER
@@ -141,7 +141,7 @@ def to_markdown(table: pd.DataFrame) -> str:
 
 
 def to_csv(table: pd.DataFrame) -> str:
-    """Return the table as CSV, safe for spreadsheets (`table_text`); intervals stand in the cells of their numbers."""
+    """Return the table as CSV, safe for spreadsheets (`table_text`); an interval is in the cell of its number."""
     return table_text(list(table.columns), table.to_numpy().tolist())
 
 
