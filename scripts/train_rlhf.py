@@ -1,11 +1,10 @@
-"""Learn Selector and Policy from experts' ratings of 1 to 3 in two stages (ddpo_pytorch/rlhf/reinforce.py).
+"""Train Selector and Policy on experts' ratings of 1 to 3 in two stages (ddpo_pytorch/rlhf/reinforce.py).
 
     accelerate launch scripts/train_rlhf.py --config config/fundus.py:train_rlhf
 
-Stage 1: both learn from all rated images; then the Selector's threshold is calibrated on held-out ratings. Stage 2: the
-Policy continues on the images that the Selector passes and a share of others, also on those of a pool (`rlhf.pool`),
-which the Selector rates; the Selector, and so the meaning of its threshold, stays fixed. Rerun the same command to
-resume a training that was stopped.
+Stage 1: both learn from all rated images, then the Selector's threshold is calibrated on held-out ratings. Stage 2: the
+Policy continues on images that the Selector passes, a share of others, and optionally a pool (`rlhf.pool`) rated by the
+Selector; the Selector and its threshold stay fixed. Rerun the same command to resume.
 """
 
 import logging
@@ -30,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_images(config: ConfigDict) -> tuple[list[RatedImage], list[RatedImage]]:
-    """Return rated images to learn from, and of other patients to measure with."""
+    """Return rated images to learn from, and images of other patients to measure with."""
     rlhf, tables = config.rlhf, []
     for path in filter(None, (rlhf.ratings, rlhf.val_ratings)):
         ratings = read_ratings(path, rlhf.data_path, config.base_log_path)
@@ -43,7 +42,7 @@ def read_images(config: ConfigDict) -> tuple[list[RatedImage], list[RatedImage]]
     train, val = tables if rlhf.val_ratings else split_by_patient(tables[0], rlhf.val_share, config.seed)
     keys = {"image": lambda image: str(image.path.resolve())}
     if rlhf.data_path or Path(rlhf.ratings).resolve().parent == Path(rlhf.val_ratings).resolve().parent:
-        keys["patient"] = lambda image: image.patient  # often a file's name, which has no meaning in another folder
+        keys["patient"] = lambda image: image.patient  # often a file name, which is meaningless in another folder
     for what, key in keys.items():
         if common := sorted(set(map(key, train)) & set(map(key, val))):
             raise UserError(
@@ -56,7 +55,7 @@ def read_images(config: ConfigDict) -> tuple[list[RatedImage], list[RatedImage]]
     good = sum(image.quality >= 2 for image in val)
     if rlhf.threshold is None and not 0 < good < len(val):
         raise UserError(
-            f"the validation images of {rlhf.val_ratings or rlhf.ratings!r} are {good} of quality 2 or more and "
+            f"{rlhf.val_ratings or rlhf.ratings!r} has {good} validation images of quality 2 or more and "
             f"{len(val) - good} below 2; the Selector's threshold needs both: rate more images, or give rlhf.threshold"
         )
     logger.info("learning from %d rated images, measuring with %d", len(train), len(val))
@@ -76,7 +75,7 @@ def main(_) -> None:
         if rlhf.autoencoder:
             vae = load_pipeline(rlhf.autoencoder, device=accelerator.device).vae
             train_set, val_set = (through_autoencoder(rated, vae, rlhf.batch_size) for rated in (train_set, val_set))
-        # generated images have passed an autoencoder
+        # generated images already come from an autoencoder
         pool = read_pool(rlhf.pool, rlhf.image_size) if rlhf.pool else None
         if 1 in stages:
             first_stage(accelerator, config, train_set, val_set)

@@ -1,9 +1,9 @@
 """The attribute classifier: EfficientNet with one logit per attribute, its preprocessing and its files.
 
 H = 6 heads (`LABELS`) give the reward; an independent model with H = 4 heads (the artifacts) judges the outcome (APR).
-The paper's backbone is EfficientNet-B0 at 512 px; small relatives from timm serve small images. Of its two sets of
-tensor names, timm's and torchvision's, the published classifiers use the latter. In eval mode the same tensors give the
-same logits under either; in training, torchvision drops whole residual branches (stochastic depth up to 0.2).
+The paper's backbone is EfficientNet-B0 at 512 px; smaller timm models suit smaller images. timm and torchvision name
+its tensors differently, and the published classifiers use torchvision's names. In eval mode both return the same
+logits; in training, torchvision's drops whole residual branches (stochastic depth up to 0.2).
 """
 
 import logging
@@ -43,7 +43,7 @@ DESCRIPTION |= {"thresholds?": OneOf(({str: float}, None))}
 
 @cache
 def imagenet_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and standard deviation (3, 1, 1). torchvision's normalize copies them, and waits, at every call."""
+    """Return mean and standard deviation (3, 1, 1), cached because torchvision copies them and waits at each call."""
     mean, std = torch.tensor((IMAGENET_MEAN, IMAGENET_STD), device=device)[..., None, None]
     return mean, std
 
@@ -52,7 +52,7 @@ class ArtifactClassifier(nn.Module):
     """Backbone, dropout 0.3 and a linear layer to len(labels) logits; sigmoid(logit) > 0.5 means present.
 
     `arch` is a timm model name, or "torchvision/efficientnet_b0" for the published checkpoints. `thresholds` by label,
-    0.5 by default, are saved with the model for reports; `predict`, and so reward, evaluation and metrics, uses 0.5.
+    0.5 by default, are saved with the model for reports; `predict`, and thus rewards and metrics, always uses 0.5.
     Raises UserError for an unknown architecture, repeated labels, or thresholds of other labels.
     """
 
@@ -74,7 +74,7 @@ class ArtifactClassifier(nn.Module):
             raise UserError(f"thresholds are {given}; allowed are numbers in [0, 1] for {names}")
         if arch == PUBLISHED_ARCH:
             self.model = efficientnet_b0()
-            if pretrained:  # torchvision's own way would unpickle whatever lies in the cache
+            if pretrained:  # weights=... would unpickle any file in the cache
                 weights = EfficientNet_B0_Weights.IMAGENET1K_V1
                 self.model.load_state_dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
             self.model.classifier = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(1280, len(self.labels)))
@@ -84,10 +84,10 @@ class ArtifactClassifier(nn.Module):
             self.model = timm.create_model(arch, pretrained=pretrained, num_classes=heads, drop_rate=DROPOUT, **fixed)
         else:
             raise UserError(f"classifier architecture {arch!r} is unknown to timm; try efficientnet_b0 or tinynet_e")
-        self.to(memory_format=torch.channels_last)  # a training step on CPU takes .7 of the time, same logits
+        self.to(memory_format=torch.channels_last)  # a training step on CPU takes 0.7 of the time, with equal logits
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [0, 1] -> resized (bilinear, antialiased), ImageNet-normalised; input unchanged."""
+        """Resize images (B, 3, H, W) in [0, 1] (bilinear, antialiased) and normalise as ImageNet; input unchanged."""
         images = images.float()
         if images.shape[-2:] != (self.image_size, self.image_size):
             images = tvf.resize(images, [self.image_size, self.image_size], antialias=True)
@@ -95,21 +95,21 @@ class ArtifactClassifier(nn.Module):
         return (images - mean) / std
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Preprocessed (B, 3, S, S) -> logits (B, H)."""
+        """Map preprocessed images (B, 3, S, S) to logits (B, H)."""
         return self.model(pixels)
 
     @torch.no_grad()
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """Images in [0, 1] -> logits (B, H)."""
+        """Map images in [0, 1] to logits (B, H)."""
         return self(self.preprocess(images.to(next(self.parameters()).device)))
 
     def predict(self, images: torch.Tensor) -> torch.Tensor:
-        """Images in [0, 1] -> 0/1 predictions (B, H) at threshold 0.5."""
+        """Map images in [0, 1] to 0/1 predictions (B, H) at threshold 0.5."""
         return (self.logits(images) > 0).long()
 
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Images in [0, 1] -> pooled features before the head (B, F)."""
+        """Map images in [0, 1] to pooled features before the head (B, F)."""
         pixels = self.preprocess(images.to(next(self.parameters()).device))
         if self.arch == PUBLISHED_ARCH:
             return torch.flatten(self.model.avgpool(self.model.features(pixels)), 1)
@@ -151,7 +151,7 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> Art
 
 @cache
 def torchvision_names() -> dict[str, str]:
-    """Return timm's name -> torchvision's for each tensor of EfficientNet-B0; both list them in the same order."""
+    """Map timm's name to torchvision's for each tensor of EfficientNet-B0; both list them in the same order."""
     with torch.device("meta"):
         ours, theirs = timm.create_model(TIMM_ARCH), efficientnet_b0()
     return dict(zip(ours.state_dict(), theirs.state_dict(), strict=True))
@@ -171,7 +171,7 @@ def new_classifier(labels: tuple[str, ...], image_size: int, arch: str, weights:
         source = f"torchvision's {TORCHVISION_FILE}" if paper else timm.get_pretrained_cfg(arch).hf_hub_id
         raise UserError(
             f"ImageNet weights of {arch!r} cannot be loaded ({type(error).__name__}); give --weights=none for random "
-            f"ones, or --weights=PATH of {source}, fetched on a machine with a network"
+            f"ones, or --weights=PATH of {source}, downloaded on a machine with internet access"
         ) from error
     if weights not in ("imagenet", "none"):
         load_backbone(model, weights)
@@ -195,7 +195,7 @@ def load_backbone(model: ArtifactClassifier, path: str | Path) -> None:
     names = "classifier" if model.arch == PUBLISHED_ARCH else model.model.pretrained_cfg["classifier"]
     head = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
     backbone = {name: value for name, value in state.items() if not name.startswith(head)}
-    # older files lack the counters of batch norm, which nothing here uses
+    # older files lack batch norm's num_batches_tracked, which nothing here uses
     expected = {
         name: value
         for name, value in model.model.state_dict().items()
@@ -204,11 +204,11 @@ def load_backbone(model: ArtifactClassifier, path: str | Path) -> None:
     check_fit(backbone, expected, path, f"the backbone of --arch={model.arch}")
     model.model.load_state_dict(backbone, strict=False)
     source = "torchvision's" if from_torchvision else "timm's"
-    logger.info("backbone from %s: %d tensors under %s names; the head starts fresh", path, len(backbone), source)
+    logger.info("backbone from %s: %d tensors under %s names; the head is random", path, len(backbone), source)
 
 
 def check_publishable(model: ArtifactClassifier) -> None:
-    """Raise UserError unless the published form can hold the model: EfficientNet-B0 with heads for 4 or 6 `LABELS`."""
+    """Raise UserError unless the published format fits the model: EfficientNet-B0 with heads for 4 or 6 `LABELS`."""
     if model.arch.split(".")[0] != TIMM_ARCH and model.arch != PUBLISHED_ARCH:
         raise UserError(
             f"--arch is {model.arch!r}, but a published file holds EfficientNet-B0; give --arch={TIMM_ARCH} or leave "
@@ -221,9 +221,9 @@ def check_publishable(model: ArtifactClassifier) -> None:
 def save_published(
     model: ArtifactClassifier, path: str | Path, epoch: int, val_loss: float, val_accuracy: float
 ) -> None:
-    """Write the model in the published form, atomically. Raises UserError as `check_publishable` does.
+    """Write the model in the published format, atomically. Raises UserError as `check_publishable` does.
 
-    The form has torchvision's names under "model." and the state of a fresh AdamW; it states neither image size nor
+    The format has torchvision's names under "model." and the state of a new AdamW, but neither image size nor
     thresholds: `load_classifier` assumes 512 pixels and 0.5.
     """
     check_publishable(model)

@@ -22,7 +22,7 @@ from ddpo_pytorch.utils.files import atomic_write, write_json
 
 BINS, RESAMPLES = 15, 1000
 COUNTS = ("tp", "fp", "fn", "tn")
-# measures, each with an interval
+# each has an interval
 MEASURES = ("prevalence", "auc", "average_precision", "precision", "recall", "f1", "accuracy", "specificity", "ece")
 WITH_INTERVAL = {name: (name, f"{name}_low", f"{name}_high") for name in MEASURES}
 COLUMNS = ("what", "support", "threshold", *COUNTS, *chain.from_iterable(WITH_INTERVAL.values()))
@@ -30,17 +30,17 @@ _CHUNK = 100  # resamples measured at once; bounds the memory
 
 
 class Report:
-    """Measures of logits (N, H) against labels (N, H) of 0 and 1; `rows` has the attributes first, then combinations.
+    """Measures of logits (N, H) against labels (N, H) of 0 and 1; `rows` lists attributes first, then combinations.
 
-    An attribute is predicted as present where sigmoid(logit) > its threshold, 0.5 where `thresholds` names none. Its
-    row holds support (images that have it), threshold, tp, fp, fn, tn, and MEASURES: AUC, in which ties count one half;
-    average precision without interpolation; precision, recall, F1, accuracy and specificity at the threshold;
-    prevalence; and the expected calibration error over 15 bins of sigmoid(logit) of equal width (`calibration_error`).
+    An attribute is predicted as present where sigmoid(logit) > its threshold, by default 0.5. Its row has support
+    (images with the attribute), threshold, tp, fp, fn, tn, and MEASURES: AUC, in which ties count one half; average
+    precision without interpolation; precision, recall, F1, accuracy and specificity at the threshold; prevalence; and
+    the expected calibration error over 15 bins of sigmoid(logit) of equal width (`calibration_error`).
 
     `<measure>_low` and `_high` are the 2.5 % and 97.5 % quantiles over `resamples` bootstrap samples of whole images
-    drawn with `seed`; samples in which a measure is undefined do not count. A combination of labels that occurs ("only
-    hair+MEL") has its support and, as recall, the share of its images all of whose labels are predicted exactly.
-    Undefined values (no denominator, or one class absent) are None. Raises UserError for logits that are not finite.
+    drawn with `seed`; samples in which a measure is undefined are ignored. Each occurring combination of labels ("only
+    hair+MEL") has support and, as recall, the share of its images with all labels predicted correctly. Undefined values
+    (no denominator, or one class absent) are None. Raises UserError for logits that are not finite.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Report:
         point = measure(scores, self.truth, np.ones((1, images)), limits)
         chunks = [measure(scores, self.truth, weights, limits) for weights in resampled(images, resamples, seed)]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # a measure that no resample defines
+            warnings.simplefilter("ignore", RuntimeWarning)  # a measure that is undefined in every resample
             ranges = {
                 key: np.nanquantile(np.concatenate([chunk[key] for chunk in chunks]), [0.025, 0.975], axis=0)
                 for key in MEASURES
@@ -84,7 +84,7 @@ class Report:
         self.rows = self.attributes + self.combinations
 
     def table(self) -> str:
-        """Return the report as text: a column per attribute, a line per measure; then the combinations."""
+        """Return the report as text: a column per attribute and a line per measure, then the combinations."""
         cells = {}
         for row in self.attributes:
             cells[row["what"]] = {"support": row["support"], "threshold": f"{row['threshold']:.3f}"}
@@ -112,7 +112,7 @@ class Report:
 
 
 def reliability_figure(probabilities: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> Figure:
-    """Draw each attribute's observed frequency over the mean predicted probability (N, H) in 15 bins of equal width.
+    """Plot each attribute's observed frequency over the mean predicted probability (N, H) in 15 bins of equal width.
 
     Calibrated probabilities lie on the dashed diagonal. The area of a point grows with the images in its bin.
     """
@@ -146,8 +146,8 @@ def measure(
 ) -> dict[str, np.ndarray]:
     """Return counts and measures (R, H) of R samples, in which image n occurs weights[r, n] times; NaN if undefined.
 
-    `logits` (N, H) are finite, `truth` (N, H) is bool, `thresholds` are one or (H,). `Report` defines the measures.
-    Weights, which torchmetrics lacks, make a bootstrap of thousands of samples a matter of seconds.
+    `logits` (N, H) are finite, `truth` (N, H) is bool, `thresholds` is a number or (H,). `Report` defines the measures.
+    torchmetrics lacks such weights, with which a bootstrap of thousands of samples takes seconds.
     """
     probabilities = expit(logits)
     predicted = probabilities > thresholds
@@ -173,7 +173,7 @@ def measure(
 
 
 def one_sided(labels: torch.Tensor, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Return (attribute, "positive" or "negative") for every class that no row of labels (N, H) has."""
+    """Return (attribute, "positive" or "negative") for every class absent from labels (N, H)."""
     counts, absent = (labels > 0).sum(0).tolist(), []
     for name, positives in zip(names, counts, strict=True):
         absent += [(name, "positive")] * (positives == 0) + [(name, "negative")] * (positives == len(labels))
@@ -181,15 +181,15 @@ def one_sided(labels: torch.Tensor, names: Sequence[str]) -> list[tuple[str, str
 
 
 def best_thresholds(logits: torch.Tensor, labels: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
-    """Return for each attribute the threshold on sigmoid(logit) with the highest F1 on logits, labels (N, H).
+    """Return for each attribute the threshold on sigmoid(logit) with the highest F1 on logits and labels (N, H).
 
-    It lies half-way between the two probabilities that it separates, as near to 0.5 as equal F1 allows; it is 0.5
-    without a positive. Raises UserError for logits that are not finite.
+    It lies half-way between the two probabilities that it separates; of thresholds with equal F1 it is the nearest to
+    0.5, and 0.5 without positives. Raises UserError for logits that are not finite.
     """
     thresholds, (scores, truth) = {}, _checked(logits, labels)
     for index, name in enumerate(names):
         values, group = np.unique(expit(scores[:, index]), return_inverse=True)
-        claimed = np.bincount(group.reshape(-1))[::-1].cumsum()[::-1]  # images at this probability or above
+        claimed = np.bincount(group.reshape(-1))[::-1].cumsum()[::-1]  # images with at least this probability
         hits = np.bincount(group.reshape(-1), weights=truth[:, index])[::-1].cumsum()[::-1]
         f1 = 2 * hits / (claimed + hits[0])
         below = np.concatenate([[0.0], values[:-1]])
@@ -206,7 +206,7 @@ def _checked(logits: torch.Tensor, labels: torch.Tensor) -> tuple[np.ndarray, np
 
 
 def ranking(weights: np.ndarray, scores: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return AUC and average precision (R,) of scores (N,) for weights (R, N); NaN where a class is absent."""
+    """Return AUC and average precision (R,) of scores (N,) for weights (R, N); NaN if a class is absent."""
     order = np.argsort(-scores)
     starts = np.flatnonzero(np.diff(scores[order], prepend=np.inf))  # of groups with equal scores, highest first
     weights, truth = weights[:, order], truth[order]

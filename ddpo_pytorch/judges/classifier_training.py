@@ -1,8 +1,8 @@
-"""Training of the attribute classifier, resumable to the bit, and its logits for a whole set of images.
+"""Training of the attribute classifier, bit-exact on resume, and its logits for a whole set of images.
 
-Order, flips and dropout of an epoch are functions of (seed, epoch, process), so that a resumed training ends with the
-same weights as an uninterrupted one. Batch-norm statistics stay per process, as usual; those of the main process are
-validated and saved.
+Order, flips and dropout of an epoch are functions of (seed, epoch, process), so a resumed training ends with the same
+weights as an uninterrupted one. Batch-norm statistics are per process, as usual; the main process's are validated and
+saved.
 """
 
 import dataclasses
@@ -41,12 +41,12 @@ RANGES |= {"learning_rate": POSITIVE, "focal_gamma": NOT_NEGATIVE, "ema_decay": 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Settings of a training; the defaults are the official ones. Raises UserError for values outside their range.
+    """Settings of a training; the defaults are the official ones. Raises UserError for values out of range.
 
-    `batch_size` is per process; `patience` epochs without a better validation loss end the training. Not in the paper:
-    `pos_weight` and `focal_gamma` counter rare attributes; `quarter_turns` adds rotations by 90 degrees to the flips;
-    with `ema_decay` a running average of the weights is validated and kept (timm's ModelEmaV3, warming up as
-    1 - (1 + step)^-3/4). The last two help a training from random weights. `num_workers` does not change the result.
+    `batch_size` is per process; training stops after `patience` epochs without a better validation loss. Not in the
+    paper: `pos_weight` and `focal_gamma` compensate for rare attributes; `quarter_turns` adds rotations by 90 degrees
+    to the flips; `ema_decay` validates and keeps a running average of the weights (timm's ModelEmaV3, warm-up
+    1 - (1 + step)^-3/4). The last two help when training from random weights. `num_workers` does not affect the result.
     """
 
     num_epochs: int = 20
@@ -99,29 +99,28 @@ def fit(
     change: Callable[[torch.Tensor], torch.Tensor] | None = None,
     change_name: str = "",
 ) -> FitState:
-    """Train `model` in place; it ends with the weights of the epoch with the lowest validation loss, which is returned.
+    """Train `model` in place, load the weights of the epoch with the lowest validation loss, and return that epoch.
 
-    AdamW (weight decay 1e-4), cosine decay to 1e-6, random flips; `pos_weight` (which needs both classes of
-    every attribute) and `focal_gamma` are part of the validation loss, too. `state_path` is written after each epoch,
-    resumed if it exists, and removed at the end. `on_best` is called on every process for each better epoch while the
-    model has its weights, and again after a resume, since the files that it wrote may have been lost. `epoch_images` is
-    the length of an epoch, by default each image once, so that trainings on sets of different sizes can make equally
-    many updates. `change` maps the uint8 images of half of each batch, in random order, to those that are learned from
-    instead; `change_name` identifies it when a training is resumed. The accelerator forgets all objects that it had
-    prepared.
+    AdamW (weight decay 1e-4), cosine decay to 1e-6, random flips. `pos_weight` (which needs both classes of every
+    attribute) and `focal_gamma` also apply to the validation loss. `state_path` is written after each epoch, resumed if
+    it exists, and removed at the end. `on_best` is called on every process for each better epoch while the model has
+    its weights, and again after resuming, since files it wrote may have been lost. `epoch_images` is the number of
+    images per epoch, by default all of them, so that trainings on sets of different sizes can take the same number of
+    steps. `change` transforms half of each batch, uint8 images in random order; `change_name` identifies it when
+    resuming. All objects prepared by the accelerator are released.
 
-    Raises UserError for a damaged state or one of another training, too few images, and a loss that was never finite.
+    Raises UserError for a damaged state or another training's, too few images, and a loss that was never finite.
     """
     drawn, device = len(train) if epoch_images is None else epoch_images, accelerator.device
     rank, processes = accelerator.process_index, accelerator.num_processes
     if drawn < processes:
-        raise UserError(f"{drawn} training images an epoch are too few for {processes} processes")
+        raise UserError(f"{drawn} training images per epoch are too few for {processes} processes")
     targets, pos_weight = val.targets.float(), None
     if recipe.pos_weight:
         positives = (train.targets > 0).sum(0)
         pos_weight = (len(train) - positives) / positives  # (H,)
     loss_of = partial(attribute_loss, pos_weight=pos_weight, focal_gamma=recipe.focal_gamma)
-    fused = accelerator.device.type == "cuda" or None  # with fp16, the others wait for the GPU at each step
+    fused = device.type == "cuda" or None  # with fp16, other implementations wait for the GPU at each step
     optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=WEIGHT_DECAY, fused=fused)
     scheduler = CosineAnnealingLR(optimizer, recipe.num_epochs, eta_min=FINAL_LEARNING_RATE)
     reset_scaler(accelerator)
@@ -131,15 +130,13 @@ def fit(
     evaluated = ema.module if ema else model
     network, optimizer = accelerator.prepare(model, optimizer)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema and ema.module}
-    settings = training_settings(accelerator, model, train, val, recipe) | {
-        "epoch_images": drawn,
-        "change": change_name,
-    }
+    settings = training_settings(accelerator, model, train, val, recipe)
+    settings |= {"epoch_images": drawn, "change": change_name}
     state = TrainState(state_path, settings, scaler=accelerator.scaler, **parts)
     batches = EpochBatches(len(train), drawn, recipe.batch_size, recipe.seed, rank, processes)
     loader = image_loader(train, batches, recipe.num_workers)
 
-    def hand_out(best: FitState) -> None:
+    def call_on_best(best: FitState) -> None:
         current = {name: value.clone() for name, value in model.state_dict().items()}
         model.load_state_dict(best.weights)
         on_best(best)
@@ -151,14 +148,14 @@ def fit(
         best = progress["best"] and FitState(**progress["best"], labels=targets)
         logger.info("resuming from %s: %d of %d epochs are done", state_path, epoch, recipe.num_epochs)
         if on_best and best:
-            hand_out(best)
+            call_on_best(best)
     while epoch < recipe.num_epochs and epoch - 1 - (best.epoch if best else -1) < recipe.patience:
         if not math.isfinite(loss):
             logger.warning("the training loss is %s, stopping; lower the learning rate", loss)
             break
         batches.epoch, started, losses = epoch, time.perf_counter(), []
         network.train()
-        # disable=None: shown on a terminal
+        # disable=None shows it on terminals only
         shown = tqdm(loader, unit="batch", leave=False, disable=None if accelerator.is_main_process else True)
         with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
             torch.manual_seed(derived_seed(recipe.seed, Stream.NOISE, epoch, rank))
@@ -197,7 +194,7 @@ def fit(
             kept = best and {name: value for name, value in vars(best).items() if name != "labels"}
             state.save(epoch=epoch, updates=updates, best=kept)
         if better and on_best:  # after the state, so that its files never exist without one
-            hand_out(best)
+            call_on_best(best)
     if best:
         model.load_state_dict(best.weights)
     accelerator.unwrap_model(network, keep_fp32_wrapper=False)
@@ -222,14 +219,14 @@ def training_settings(
         "mixed_precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
         "initial weights": fingerprint(model),
-        # of the files behind a cache
+        # a cache identifies itself by the files behind it
         "training images": getattr(train, "files", train).digest(),
         "validation images": getattr(val, "files", val).digest(),
     }
 
 
 def reset_scaler(accelerator: Accelerator) -> None:
-    """Give the gradient scaler of fp16, which may have served another training, its initial state."""
+    """Reset fp16's gradient scaler, which a previous training may have changed, to its initial state."""
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
 
@@ -239,8 +236,8 @@ def attribute_loss(
 ) -> torch.Tensor:
     """Return the mean over (N, H) of (1 - p)^focal_gamma w BCE(logit, label), p the probability of the true label.
 
-    w is `pos_weight` (H,) where the label is 1, else 1. With gamma alone this is the focal loss of Lin et al. (2017)
-    without its alpha, which w replaces.
+    w is `pos_weight` (H,) where the label is 1, else 1; it takes the place of alpha in the focal loss of Lin et al.
+    (2017).
     """
     weight = None if pos_weight is None else pos_weight.to(logits.device)
     losses = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=weight, reduction="none")
@@ -253,9 +250,9 @@ def attribute_loss(
 class EpochBatches:
     """Batch sampler of this process; set `epoch` between epochs.
 
-    An epoch is slice `epoch`, `drawn` images long, of permutations of all images laid end to end. All processes get
-    equally many batches, and batch sizes differ by at most one: an update on a few images would count as much as any
-    other, and batch norm cannot train on a single image. Needs as many images as processes.
+    Permutations of all images are concatenated, and epoch n is the n-th slice of `drawn` images. All processes get the
+    same number of batches, whose sizes differ by at most one: a small batch would weigh as much as any other, and batch
+    norm cannot train on a single image. Needs at least one image per process.
     """
 
     def __init__(self, images: int, drawn: int, batch_size: int, seed: int, rank: int, processes: int):
@@ -275,9 +272,9 @@ class EpochBatches:
 
 
 def random_flips(images: torch.Tensor, quarter_turns: bool = False) -> torch.Tensor:
-    """Mirror each square image of (B, 3, S, S) left-right and top-bottom with probability 1/2 each.
+    """Flip each square image of (B, 3, S, S) horizontally and vertically with probability 1/2 each.
 
-    With `quarter_turns` it is also transposed with probability 1/2, which makes the eight symmetries equally likely.
+    With `quarter_turns`, also transpose it with probability 1/2, which makes the eight symmetries equally likely.
     """
     changes = (lambda batch: batch.flip(-1), lambda batch: batch.flip(-2), lambda batch: batch.transpose(-1, -2))
     for change in changes[: 3 if quarter_turns else 2]:
@@ -297,8 +294,8 @@ def predict(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return logits and labels (N, H) of all images in order, float32 on the CPU of every process.
 
-    Processes take whole batches in turn, so a batch holds the same images for any number of them. The model is put into
-    eval mode. `change` maps the uint8 images of a batch to those that the model is shown.
+    Processes take whole batches in turn, so batches are the same for any number of processes. The model is put into
+    eval mode. `change` replaces the uint8 images of a batch before they are preprocessed.
     """
     model.to(accelerator.device).eval()
     batches = [batch.tolist() for batch in torch.arange(len(files)).split(batch_size)]
@@ -309,10 +306,10 @@ def predict(
         pixels = model.preprocess(images.to(accelerator.device, non_blocking=True).float() / 255)
         with accelerator.autocast():
             table[indices] = model(pixels).float()
-    # every row comes from one process, the others have zeros there
+    # each row comes from one process and is zero in the others
     return accelerator.reduce(table, "sum").cpu(), files.targets.float()
 
 
 def image_loader(files: ImageFiles, batches: Iterable[list[int]], num_workers: int) -> DataLoader:
-    own = torch.Generator()  # starting workers would draw from the one that flips and dropout use
+    own = torch.Generator()  # starting workers would otherwise advance the generator of flips and dropout
     return DataLoader(files, batch_sampler=batches, generator=own, **loader_options(num_workers))

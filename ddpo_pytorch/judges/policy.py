@@ -1,7 +1,7 @@
-"""The Policy scores how well an image shows what its prompt says, in [0, 1].
+"""The Policy scores in [0, 1] how well an image matches its prompt.
 
-Features of a vision transformer (12 layers at full size) and the [CLS] state of a frozen BERT are concatenated and go
-through width + text width -> width -> width / 2 -> 1 (1536 -> 768 -> 384 -> 1), with LayerNorm, ReLU and dropout.
+Features of a vision transformer (12 layers at full size) and the [CLS] state of a frozen BERT are concatenated and fed
+to an MLP, width + text width -> width -> width / 2 -> 1 (1536 -> 768 -> 384 -> 1), with LayerNorm, ReLU and dropout.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ DESCRIPTION = {"sizes": dict, "text": {"name": str, "tokens": range(2, 2**16), "
 
 
 class TextFeatures:
-    """Frozen text encoder: prompts -> [CLS] states (N, D), cached by prompt.
+    """Frozen text encoder that maps prompts to [CLS] states (N, D), cached by prompt.
 
-    Prompts are encoded one by one, since in a batch the last bits depend on the other prompts. Those of more than
-    `tokens` tokens are cut, with a warning. Raises UserError for an encoder that is not BERT: CLIP's attention looks
-    backwards only, so its first state is the same for every prompt.
+    Prompts are encoded one by one, since in a batch the last bits depend on the other prompts. Prompts of more than
+    `tokens` tokens are truncated, with a warning. Raises UserError for encoders other than BERT: CLIP's attention is
+    causal, so its first state is the same for every prompt.
     """
 
     def __init__(self, model: str | Path, tokens: int = 256, device: str | torch.device = "cpu"):
@@ -50,10 +50,10 @@ class TextFeatures:
 
 
 class Policy(Judge):
-    """Images and their prompts' features -> one logit each.
+    """Map images and their prompts' features to one logit each.
 
-    `text` is no submodule: its weights are neither trained nor saved. Its features are centred and scaled as `fit_text`
-    determines, since [CLS] states of similar captions differ little.
+    `text` is not a submodule: its weights are neither trained nor saved. `fit_text` determines how its features are
+    centred and scaled, since [CLS] states of similar captions differ little.
     """
 
     def __init__(self, sizes: VisionSizes, text: TextFeatures):
@@ -68,35 +68,35 @@ class Policy(Judge):
         self.head = nn.Sequential(*layers, nn.Linear(width, 1))
 
     def forward(self, pixels: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-        """Preprocessed images and prompts' features (B, D) -> logits (B,)."""
+        """Map preprocessed images and their prompts' features (B, D) to logits (B,)."""
         text_features = (text_features - self.text_mean) / self.text_scale
         return self.head(torch.cat([self.encoder(pixels), text_features], dim=1)).squeeze(-1)
 
     def fit_text(self, prompts: Iterable[str]) -> None:
-        """Centre the features of the distinct prompts and scale them all by one number, to mean square 1."""
+        """Set centre and scale so that the features of the distinct prompts have mean 0 and mean square 1."""
         features = self.text(sorted(set(prompts))).to(self.text_mean.device)
         self.text_mean.copy_(features.mean(0))
         scale = (features - self.text_mean).square().mean().sqrt()
         self.text_scale.copy_(scale if len(features) > 1 and scale > 0 else torch.ones(()))
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Images (B, 3, H, W) in [0, 1], one prompt each -> scores (B,), float32 in [0, 1], without dropout."""
+        """Score images (B, 3, H, W) in [0, 1] with one prompt each: (B,), float32 in [0, 1], without dropout."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images have {len(prompts)} prompts; give one each")
         return self.score_with(images, self.text(prompts))
 
 
 def save_policy(policy: Policy, path: str | Path) -> None:
-    """Write safetensors of all but the text encoder, whose name and fingerprint go to the metadata, atomically."""
+    """Write all but the text encoder as safetensors, atomically; the encoder's name and fingerprint are metadata."""
     text = {name: getattr(policy.text, name) for name in ("name", "tokens", "fingerprint")}
     description = {"sizes": dataclasses.asdict(policy.sizes), "text": text, "origin": policy.origin}
     save_judge(path, "policy", policy, description)
 
 
 def load_policy_judge(path: str | Path, device: str | torch.device = "cpu", text_encoder: str | Path = "") -> Policy:
-    """Load a Policy, frozen and in eval mode; `text_encoder` replaces the location of its encoder that the file states.
+    """Load a Policy, frozen and in eval mode; `text_encoder` overrides the encoder's location in the file.
 
-    Raises UserError for a missing or other file, and for another text encoder than the Policy was trained with.
+    Raises UserError for a missing or invalid file, and for a text encoder other than the Policy was trained with.
     """
     description, weights = read_judge(path, "policy", DESCRIPTION)
     trained = description["text"]
@@ -104,7 +104,7 @@ def load_policy_judge(path: str | Path, device: str | torch.device = "cpu", text
     if text.fingerprint != trained["fingerprint"]:
         raise UserError(
             f"{str(path)!r} was trained with the text encoder {trained['name']!r} (fingerprint "
-            f"{trained['fingerprint']}); {text.name!r} is another one ({text.fingerprint}): give the former"
+            f"{trained['fingerprint']}), but {text.name!r} is another one ({text.fingerprint}): give the former"
         )
     policy = build(lambda: Policy(description["sizes"], text), weights, path)
     policy.origin = description.get("origin", {})

@@ -1,7 +1,7 @@
-"""The Selector scores the quality of an image in [0, 1], whatever it was meant to show; a threshold accepts or rejects.
+"""The Selector scores the quality of an image in [0, 1], regardless of its prompt; a threshold accepts or rejects it.
 
-Vision transformer (patch 16, width 768, 6 layers, 12 heads at full size), then width -> 256 -> 64 -> 1. Where experts
-rated criteria of quality, such as the clarity of the optic disc, each of them is a further output of the last layer.
+Vision transformer (patch 16, width 768, 6 layers, 12 heads at full size), then width -> 256 -> 64 -> 1. If experts
+rated criteria of quality, such as the clarity of the optic disc, the last layer has another output for each.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ DESCRIPTION = {
 
 
 class Selector(Judge):
-    """Images -> one logit each, and one for each of `criteria`.
+    """Map each image to a logit of its quality, and one for each of `criteria`.
 
-    `threshold` is the lowest score that passes, None before calibration; `calibration` states, for people, how it was
-    chosen (plain values).
+    `threshold` is the lowest score that passes, None before calibration; `calibration` describes how it was chosen
+    (plain values, for human readers).
     """
 
     def __init__(self, sizes: VisionSizes, criteria: Sequence[str] = ()):
@@ -46,23 +46,23 @@ class Selector(Judge):
         self.head = nn.Sequential(*layers, nn.Linear(width, 1 + len(self.criteria)))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Preprocessed images -> logits (B,), or (B, 1 + K) with K criteria, of which quality is the first."""
+        """Map preprocessed images to logits (B,), or with K criteria (B, 1 + K), quality first."""
         return self.head(self.encoder(pixels)).squeeze(-1)
 
     def score(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> scores (B,), float32 in [0, 1], without dropout or gradients."""
+        """Score images (B, 3, H, W) in [0, 1]: (B,), float32 in [0, 1], without dropout or gradients."""
         return self.score_all(images)[:, 0]
 
     def score_all(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> scores (B, 1 + K) of quality and K criteria, as `score`."""
+        """Score quality and K criteria of images (B, 3, H, W): (B, 1 + K), as `score`."""
         return self.score_with(images).view(len(images), -1)
 
     def passes(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) -> bool (B,), as `accepts`."""
+        """Return whether the Selector accepts each of these images (B, 3, H, W): bool (B,), as `accepts`."""
         return self.accepts(self.score(images))
 
     def accepts(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (B,) -> bool (B,), whether each is `threshold` or more. Raises UserError before calibration."""
+        """Return whether scores (B,) reach `threshold`: bool (B,). Raises UserError before calibration."""
         if self.threshold is None:
             raise UserError("the Selector has no threshold; stage 1 of train_rlhf.py calibrates it")
         return scores >= self.threshold
@@ -75,7 +75,7 @@ def save_selector(selector: Selector, path: str | Path) -> None:
 
 
 def load_selector(path: str | Path, device: str | torch.device = "cpu") -> Selector:
-    """Load a Selector, frozen and in eval mode. Raises UserError for a missing or other file."""
+    """Load a Selector, frozen and in eval mode. Raises UserError for a missing or invalid file."""
     description, weights = read_judge(path, "selector", DESCRIPTION)
     selector = build(lambda: Selector(description["sizes"], description.get("criteria", ())), weights, path)
     selector.threshold = description.get("threshold")

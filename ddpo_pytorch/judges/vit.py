@@ -21,7 +21,7 @@ from ddpo_pytorch.utils.settings import BELOW_ONE, Range, check_choices, check_r
 from ddpo_pytorch.utils.weights import read_safetensors
 
 STEMS = ("linear", "conv")
-RANGES = {  # the upper limits keep a hostile file from asking for a huge network
+RANGES = {  # upper limits, so that a malicious file cannot request a huge network
     "image_size": Range(f"[1, {LARGEST_SIDE}]", whole=True),
     "patch_size": Range("[1, 1024]", whole=True),
     "width": Range("[1, 8192]", whole=True),
@@ -30,16 +30,16 @@ RANGES = {  # the upper limits keep a hostile file from asking for a huge networ
     "dropout": BELOW_ONE,
     "mlp_ratio": Range("(0, 16]"),
 }
-MIN_CHANNELS = 24  # of a convolution of the stem
+MIN_CHANNELS = 24  # of the stem's convolutions
 
 
 @dataclass(frozen=True)
 class VisionSizes:
     """Sizes of a vision transformer. Raises UserError for impossible ones.
 
-    `stem` makes tokens from patches: "linear", one projection; or "conv", `conv_stem` (after Xiao et al. 2021), which
-    learns from few images what blur and noise are. `width` is the size of a token, split among `heads`; `dropout`
-    follows positions, attention and both layers of each MLP, which have an inner width of `mlp_ratio` x width.
+    `stem` turns patches into tokens: "linear" is one projection; "conv" is `conv_stem` (after Xiao et al. 2021), which
+    learns blur and noise from few images. `width` is the size of a token, split among `heads`; `dropout` follows
+    positions, attention and both layers of each MLP, whose hidden width is `mlp_ratio` x width.
     """
 
     image_size: int = 512
@@ -63,11 +63,11 @@ class VisionSizes:
 
 
 class Judge(nn.Module):
-    """Base of Selector and Policy, whose `forward` gives one logit per image; the score is its sigmoid.
+    """Base of Selector and Policy, whose `forward` returns a logit per image; the score is its sigmoid.
 
     `encoder` maps preprocessed images (B, 3, S, S) to features (B, width): the class token after the last LayerNorm,
-    or, with stem "conv", the mean of the other tokens. `origin` holds training data and settings (plain values).
-    `criteria` name further outputs, of a Selector.
+    or, with stem "conv", the mean of the other tokens. `origin` describes training data and settings (plain values).
+    `criteria` name a Selector's further outputs.
     """
 
     criteria: tuple[str, ...] = ()
@@ -93,15 +93,15 @@ class Judge(nn.Module):
         self.encoder = nn.Sequential(OrderedDict(vit=vit))
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
-        """Scale images (B, 3, H, W) in [0, 1] to (B, 3, S, S) in [-1, 1], float32; the input is unchanged.
+        """Resize images (B, 3, H, W) in [0, 1] and map them to [-1, 1]: (B, 3, S, S), float32; input unchanged.
 
-        Colour and exposure are signs of quality, so no image is stretched to its own minimum and maximum.
+        Contrast is not normalised per image, because colour and exposure are signs of quality.
         """
         return resized(images.float(), self.sizes.image_size) * 2 - 1
 
     @torch.no_grad()
     def score_with(self, images: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        """Images in [0, 1], further inputs of `forward` -> scores of its shape, float32 in [0, 1], without dropout."""
+        """Score images in [0, 1] and further inputs of `forward`: float32 in [0, 1], of its shape, without dropout."""
         training, device = self.training, next(self.parameters()).device
         self.eval()
         try:
@@ -112,9 +112,9 @@ class Judge(nn.Module):
 
 
 class Detail(nn.Module):
-    """Images (B, 3, H, W) -> (B, 6, H, W): the image, and its difference to the mean of 3 x 3 pixels, times 8.
+    """Append to images (B, 3, H, W) their difference to the mean of 3 x 3 pixels, times 8: (B, 6, H, W).
 
-    Blur, noise and missing vessels show there; next to those of colour these differences are small.
+    This detail shows blur, noise and missing vessels, but is small compared to differences in colour.
     """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -123,7 +123,7 @@ class Detail(nn.Module):
 
 
 def conv_stem(patch_size: int, width: int) -> nn.Sequential:
-    """Return a network from images (B, 3, S, S) to tokens (B, width, S / patch_size, S / patch_size).
+    """Return a network that maps images (B, 3, S, S) to tokens (B, width, S / patch_size, S / patch_size).
 
     `Detail`, then log2(patch_size) 3 x 3 convolutions of stride 2 with batch norm, and a projection.
     """
@@ -138,7 +138,7 @@ def conv_stem(patch_size: int, width: int) -> nn.Sequential:
 def resized(images: torch.Tensor, size: int) -> torch.Tensor:
     """Resize float images (B, 3, H, W) to size x size pixels, bilinear and antialiased.
 
-    Training and scoring share this filter: another one would change sharpness, which is part of the judgement.
+    Training and scoring share this filter, since another one would change sharpness, which affects scores.
     """
     if images.shape[-2:] == (size, size):
         return images
@@ -153,9 +153,9 @@ def save_judge(path: str | Path, kind: str, module: nn.Module, description: Mapp
 
 
 def read_judge(path: str | Path, kind: str, shape: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return description and weights that `save_judge` wrote; its entry "sizes" becomes a VisionSizes.
+    """Return description and weights that `save_judge` wrote, with "sizes" as a VisionSizes.
 
-    Raises UserError for a missing file, another kind, impossible sizes, and a description of another shape.
+    Raises UserError for a missing file, another kind, impossible sizes, and an invalid description.
     """
     path = Path(path)
     if not path.is_file():
@@ -173,7 +173,7 @@ def read_judge(path: str | Path, kind: str, shape: Mapping[str, Any]) -> tuple[d
 
 
 def check_fit(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], path: Path, what: str) -> None:
-    """Raise UserError naming `path` and the first name or shape in which `weights` differ from those of `what`."""
+    """Raise UserError with `path` and the first name or shape in which `weights` differ from those of `what`."""
     ours, theirs = ({name: tuple(value.shape) for name, value in state.items()} for state in (expected, weights))
     if wrong := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
         shapes = f"{theirs.get(wrong[0], 'absent')} instead of {ours.get(wrong[0], 'absent')}"
@@ -186,13 +186,13 @@ def check_fit(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.
 def build(make: Callable[[], nn.Module], weights: Mapping[str, torch.Tensor], path: str | Path) -> nn.Module:
     """Return the module that `make` builds, with `weights` loaded, frozen and in eval mode.
 
-    Names and shapes are compared before any memory is allocated, since a file may describe a network too large for any
-    machine. Raises UserError where they differ from the module's.
+    Names and shapes are compared before any memory is allocated, since a file may describe a network that is too large.
+    Raises UserError if they differ from the module's.
     """
     try:
         with torch.device("meta"):
             expected = make().state_dict()
-    except Exception as error:  # timm fails in many ways for a description that it cannot build
+    except Exception as error:  # timm raises many kinds of errors for invalid descriptions
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{str(path)!r} describes a network that cannot be built ({reason})") from error
     check_fit(weights, expected, path, "the network that it describes")

@@ -1,4 +1,4 @@
-"""Rated images in memory, and measures of a judge's scores on held-out ones."""
+"""Rated images in memory, and metrics of a judge's scores on held-out images."""
 
 import hashlib
 import json
@@ -30,16 +30,16 @@ from ddpo_pytorch.utils.randomness import Stream, generator_of
 
 COLUMNS = ("quality", "alignment")  # learned by the Selector and the Policy
 BINS = 10  # of the calibration error
-PROBED = 100  # images that the Selector's probes start from
+PROBED = 100  # images to derive the Selector's probes from
 
 
 @dataclass
 class RatedSet:
     """N rated images, decoded: uint8 (N, 3, S, S).
 
-    From the ratings follow prompts, rewards in [0, 1] (N,) for each of COLUMNS and of `criteria`, those that were rated
-    (NaN for images without), the raters' weights in (0, 1] (N,), and `mirrored` (N,), whether the mirror image is as
-    good: not if the prompt names a side. `digest` is a hash of names, prompts, ratings, weights and size.
+    The ratings determine prompts; rewards in [0, 1] (N,) for each of COLUMNS and of the rated `criteria` (NaN if an
+    image lacks one); the raters' weights in (0, 1] (N,); and `mirrored` (N,), False if the prompt names a side and so
+    does not fit the mirror image. `digest` is a hash of names, prompts, ratings, weights and size.
     """
 
     images: torch.Tensor
@@ -58,7 +58,7 @@ class RatedSet:
         return len(self.images)
 
     def subset(self, indices: torch.Tensor) -> "RatedSet":
-        """Return the images with these indices, in that order."""
+        """Return the images at these indices, in this order."""
         digest = fingerprint(self.digest, indices.tolist())[:12]
         return RatedSet(self.images[indices], [self.rated[index] for index in indices], digest)
 
@@ -67,7 +67,7 @@ class RatedSet:
         return RatedSet(torch.cat([self.images, other.images]), [*self.rated, *other.rated], digest)
 
     def flips(self, seed: int, epoch: int) -> torch.Tensor:
-        """Draw the images (bool (N,)) to mirror in an epoch: each `mirrored` one with probability 1/2."""
+        """Draw a mask (N,) of images to mirror in an epoch: each `mirrored` one with probability 1/2."""
         return (torch.rand(len(self), generator=generator_of(seed, Stream.NOISE, epoch)) < 0.5) & self.mirrored
 
 
@@ -75,7 +75,7 @@ def read_rated(rated: Sequence[RatedImage], size: int, resize: str = "fov") -> R
     """Decode images to size x size pixels with the judges' own resizing (`judges.vit.resized`).
 
     Photographs are first framed by `resize`, as they are before judges score them; images of sample folders and rating
-    sets are so already. Raises UserError for a file that cannot be read.
+    sets already are. Raises UserError for a file that cannot be read.
     """
 
     def pixels(path: Path) -> torch.Tensor:
@@ -88,7 +88,7 @@ def read_rated(rated: Sequence[RatedImage], size: int, resize: str = "fov") -> R
 
 
 def read_pool(folder: str | Path, size: int) -> RatedSet:
-    """Decode the images of generate.py's folder; the Selector's score s is their rating, r = 1 + 2 s.
+    """Decode the images of generate.py's folder, rated by the Selector's score s as r = 1 + 2 s.
 
     Raises UserError for a folder without scores.
     """
@@ -105,15 +105,15 @@ def read_pool(folder: str | Path, size: int) -> RatedSet:
 
 
 def through_autoencoder(rated: RatedSet, vae: AutoencoderKL, batch_size: int) -> RatedSet:
-    """Encode and decode the images once, which gives them the softness of generated ones."""
+    """Encode and decode the images once, which makes them as soft as generated ones."""
     images = torch.cat([reconstruct(vae, part) for part in rated.images.split(batch_size)])
     return replace(rated, images=images, digest=fingerprint(rated.digest, vae)[:12])
 
 
 def measures(scores: torch.Tensor, rewards: torch.Tensor, threshold: float | None = None) -> dict[str, float | None]:
-    """Compare scores (N,) with rewards (N,), both in [0, 1]; a value that is undefined is None.
+    """Compare scores (N,) with rewards (N,), both in [0, 1]; undefined values are None.
 
-    Returns mae (mean absolute error), spearman, auc (of a rating of 2 or more), calibration_error (over ten bins) and,
+    Returns mae (mean absolute error), spearman, auc (of a rating of at least 2), calibration_error (over ten bins) and,
     given a threshold, pass_rate (share of scores at or above it).
     """
     x, y, ones = scores.double().numpy(), rewards.double().numpy(), np.ones((1, len(scores)))
@@ -130,10 +130,10 @@ def measures(scores: torch.Tensor, rewards: torch.Tensor, threshold: float | Non
 
 
 def probe(selector: Selector, rated: RatedSet, batch_size: int) -> pd.DataFrame:
-    """Score what a Selector should reject: images rated 3, badly degraded or turned into what no retina looks like.
+    """Score images that a Selector should reject: images rated 3 after severe or structural damage, or without vessels.
 
-    Returns a row for each kind, after that of the images as they are and before those without visible vessels: number
-    of images, mean score, share that passes, and AUC against the images as they are.
+    Returns a row for the images rated 3, for each kind of damage, and for images without visible vessels: number of
+    images, mean score, share that passes, and AUC against the images rated 3.
     """
     pictures = rated.images.permute(0, 2, 3, 1).numpy()
     shown = pictures[(rated.rewards["quality"] > 0.75).numpy()][:PROBED]
@@ -155,10 +155,10 @@ def probe(selector: Selector, rated: RatedSet, batch_size: int) -> pd.DataFrame:
 
 
 def best_threshold(scores: torch.Tensor, rewards: torch.Tensor) -> tuple[float, float]:
-    """Return the threshold with the highest J, and J = sensitivity + specificity - 1 (Youden) for ratings of 2 or more.
+    """Return the threshold with the highest J, and J = sensitivity + specificity - 1 (Youden), for ratings >= 2.
 
-    It is the lowest middle between two neighbouring scores, so that nothing depends on last bits; it passes everything
-    only if all scores are equal. Raises UserError without both kinds of images.
+    It is the lowest such midpoint of two neighbouring scores, so that it does not depend on last bits; it passes all
+    images only if all scores are equal. Raises UserError unless there are ratings below 2 and of at least 2.
     """
     x, good = scores.double().numpy(), rewards.numpy() >= 0.5
     if good.all() or not good.any():

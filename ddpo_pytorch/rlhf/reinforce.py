@@ -1,7 +1,7 @@
-"""The rule by which Selector and Policy learn from ratings.
+"""The loss with which Selector and Policy learn from ratings.
 
-A judge gives an image the score p = sigmoid(z) in (0, 1); experts gave it the reward R = (r - 1) / 2 for a rating r of
-1, 2 or 3. The score itself is the action, which is not sampled. With sg() for stop-gradient, the advantage is
+A judge gives an image the score p = sigmoid(z) in (0, 1), experts give it the reward R = (r - 1) / 2 for a rating r of
+1, 2 or 3. The score itself is the action; nothing is sampled. With sg() for stop-gradient, the advantage is
 
     A = sg(R - p)          on all rated images (stage 1),
     A = sg(R - V)          with the baseline V = sg(p) (stage 2),
@@ -12,11 +12,11 @@ and the loss is the mean over samples of w L, w = (expert level / 3) x (importan
     log             -A log p                                        dL/dz = -A (1 - p)
     delta           -A p                                            dL/dz = -A p (1 - p)
 
-A gradient step raises p where R > p, lowers it where R < p, and stops at p = R. "log" is REINFORCE as in the official
-code, which had |R - p| in place of A and so raised scores of bad images; "delta" is the update of its documentation,
-p + alpha (R - p) grad p. "delta" is slow at p near 0 or 1 far from the reward, "log" at p near 1, the symmetric form at
-neither end. Since the action is deterministic and the baseline is the score, this is a regression of the score on the
-reward: "delta" has exactly the gradient of (R - p)^2 / 2. Stage 2's advantage is that of stage 1 without dropout.
+A gradient step raises p if R > p, lowers it if R < p, and has no effect at p = R. "log" is REINFORCE as in the official
+code, which used |R - p| instead of A and thus raised the scores of bad images; "delta" is the update in its
+documentation, p + alpha (R - p) grad p. Far from the reward, "delta" is slow for p near 0 or 1, "log" for p near 1, the
+symmetric form for neither. Since the action is deterministic and the baseline is the score, this regresses the score on
+the reward: "delta" has exactly the gradient of (R - p)^2 / 2. Stage 2's advantage is stage 1's without dropout.
 """
 
 import torch
@@ -28,7 +28,7 @@ OBJECTIVES = ("symmetric_log", "log", "delta")
 
 
 def advantages(rewards: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Return signed advantages R - V (B,), without a gradient. `values` are scores or a baseline in [0, 1]."""
+    """Return signed advantages R - V (B,), detached. `values` are scores or a baseline in [0, 1]."""
     _check_shapes(rewards=rewards, values=values)
     return (rewards - values).detach()
 
@@ -38,8 +38,8 @@ def reinforce_loss(
 ) -> torch.Tensor:
     """Return the mean of w L over samples, a scalar; see the module docstring.
 
-    Logits (B,) of the scores have gradients, `advantages` (B,) and `weights` (B,), 0 or more, are constants. Raises
-    ValueError if shapes differ, UserError for another objective.
+    Gradients flow to `logits` (B,); `advantages` (B,) and `weights` (B,), 0 or more, are constants. Raises ValueError
+    if shapes differ, UserError for an unknown objective.
     """
     _check_shapes(logits=logits, advantages=advantages, weights=weights)
     check_choices({"objective": objective}, {"objective": OBJECTIVES}, "rlhf.")
@@ -54,7 +54,7 @@ def reinforce_loss(
 
 
 def _check_shapes(**values: torch.Tensor) -> None:
-    """Raise ValueError if shapes differ: (B,) against (B, 1) would pair every sample with every other."""
+    """Raise ValueError if shapes differ: (B,) and (B, 1) would broadcast to all pairs of samples."""
     if len({value.shape for value in values.values()}) > 1:
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in values.items())
         raise ValueError(f"all must have the same shape, not {shapes}")
@@ -63,7 +63,7 @@ def _check_shapes(**values: torch.Tensor) -> None:
 def importance_weights(
     selector_scores: torch.Tensor, policy_scores: torch.Tensor, low: float, high: float
 ) -> torch.Tensor:
-    """Return sg(P_selector / P_policy) (B,), clipped to [low, high], then divided by its mean; no gradient."""
+    """Return sg(P_selector / P_policy) (B,), clipped to [low, high], then divided by its mean."""
     check_pair("rlhf.importance_range", (low, high), POSITIVE, equal=True)
     ratio = selector_scores.detach() / policy_scores.detach().clamp(min=torch.finfo(torch.float32).tiny)
     ratio = ratio.clamp(low, high)

@@ -1,7 +1,7 @@
-"""Rounds of improvement: each changes the generator, measures it, and stops the run if it has collapsed.
+"""Rounds of improvement: each changes the generator, measures it, and stops the run if the generator has collapsed.
 
-Judges that took no part in choosing images score images of a fixed noise, so that rounds differ by the generator alone;
-kernel distance to real images and diversity show whether a higher score comes from images that only please the judges.
+Judges that did not choose any training images score images from fixed noise, so that rounds differ only in the
+generator. Kernel distance to real images and diversity reveal higher scores from images that merely exploit the judges.
 """
 
 import itertools
@@ -33,8 +33,8 @@ from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
 from ddpo_pytorch.utils.json_files import COUNT, parse_json, read_json
 from ddpo_pytorch.utils.randomness import Stream, derived_seed, text_number
 
-CONTENTS = ("judges", "held_out_judges", "csv", "held_out_csv")  # compared by content, wherever they are
-FREE = ("output", "rounds", "control_guidance")  # without effect on a round
+CONTENTS = ("judges", "held_out_judges", "csv", "held_out_csv")  # compared by content, not by path
+FREE = ("output", "rounds", "control_guidance")  # do not affect a round
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class RoundMetrics:
     """Metrics of a generator: means over `images` images.
 
     alignment is [selector >= threshold] * policy, scores are in [0, 1]; kid is the kernel distance to real images in
-    the Selector's features; ms_ssim, of neighbouring images of a prompt, is higher where they are more similar.
-    `guards` are distances to real images that know nothing of the judges, by title, each with its standard error.
+    the Selector's features; ms_ssim, between neighbouring images of a prompt, is higher for more similar ones. `guards`
+    are distances to real images that are independent of the judges, by title, each with its standard error.
     """
 
     alignment: float
@@ -79,17 +79,18 @@ def features_of(network: Selector | ArtifactClassifier, images: torch.Tensor, ba
     device = next(network.parameters()).device
 
     def run(pixels: torch.Tensor) -> torch.Tensor:
-        whole = isinstance(network, ArtifactClassifier)
-        return network.features(pixels) if whole else network.encoder(network.preprocess(pixels))
+        if isinstance(network, ArtifactClassifier):
+            return network.features(pixels)
+        return network.encoder(network.preprocess(pixels))
 
     return torch.cat([run(part.to(device).float() / 255) for part in images.split(batch_size)]).float().cpu().numpy()
 
 
 class Guards:
-    """Distances of images to real ones that know nothing of the judges.
+    """Distances of images to real ones that are independent of the judges.
 
-    KID in the features of `network`, a timm backbone, if one is given; and, of fundus images, how far the mean contrast
-    of vessels and the share with exactly one optic disc lie from those of real images, in their standard deviations.
+    KID in the features of `network`, a timm backbone, if given; and for fundus images (`anatomy`) the differences in
+    mean vessel contrast and in the share with exactly one optic disc, in standard deviations of the real images.
     """
 
     def __init__(
@@ -107,22 +108,20 @@ class Guards:
         for column, title in enumerate(("vessels", "one disc") if self.anatomy else ()):
             own, real = _anatomy(images)[:, column], self.real[:, column]
             scale = max(real.std(), 1e-3)
-            found[f"{title} (sd from real)"] = [
-                abs(own.mean() - real.mean()) / scale,
-                own.std() / scale / len(own) ** 0.5,
-            ]
+            error = own.std() / scale / len(own) ** 0.5
+            found[f"{title} (sd from real)"] = [abs(own.mean() - real.mean()) / scale, error]
         return found
 
 
 def _anatomy(images: torch.Tensor) -> np.ndarray:
-    """Return the contrast of vessels and whether there is one disc (N, 2) of uint8 images (N, 3, H, W)."""
+    """Return vessel contrast and whether there is exactly one disc (N, 2) for uint8 images (N, 3, H, W)."""
     return np.array([[vessel_contrast(one), has_one_disc(one)] for one in images.permute(0, 2, 3, 1).numpy()], float)
 
 
 def _kid(real: np.ndarray, features: np.ndarray, seed: int) -> tuple[float, float]:
-    """Return KID of features (M, D) and (N, D) and its standard error. Raises UserError where it has none."""
+    """Return KID of features (M, D) and (N, D) and its standard error. Raises UserError if it has none."""
     distance = kernel_distance(real, features, seed)
-    if distance.high is None:  # an error of 0 would call every rise of KID a collapse
+    if distance.high is None:  # with an error of 0, any rise of KID would count as a collapse
         raise UserError(
             f"KID of {len(features)} drawn and {len(real)} real images has no standard error; it needs 4 of each: "
             "raise improve.held_out_images, or give more images in improve.held_out_csv"
@@ -131,7 +130,7 @@ def _kid(real: np.ndarray, features: np.ndarray, seed: int) -> tuple[float, floa
 
 
 def draw_fixed(sampler: Sampler, prompts: Sequence[str], count: int, seed: int, batch_size: int) -> torch.Tensor:
-    """Draw `count` uint8 images of each prompt, in order, from noise that depends on (seed, prompt, index) only.
+    """Sample `count` uint8 images per prompt, in order, from noise that depends on (seed, prompt, index) only.
 
     Raises UserError if an image is not finite.
     """
@@ -160,10 +159,10 @@ def assess(
     batch_size: int,
     guards: Callable[[torch.Tensor], dict[str, list[float]]] = lambda images: {},
 ) -> RoundMetrics:
-    """Return the metrics of uint8 images (N, 3, H, W) with N prompts, in which equal ones are neighbours.
+    """Return the metrics of uint8 images (N, 3, H, W) with N prompts, where equal prompts are adjacent.
 
-    `real` are the Selector's features (M, D) of real images; `guards`, for example `Guards`. Raises UserError for fewer
-    than 4 images of either.
+    `real`: the Selector's features (M, D) of real images; `guards`: such as `Guards`. Raises UserError for fewer than 4
+    images of either.
     """
     quality, aligned = [], []
     for start in range(0, len(images), batch_size):
@@ -189,7 +188,7 @@ def assess(
 
 
 def check_independent(judges: str | Path, held_out_judges: str | Path) -> None:
-    """Raise UserError if judges that only measure learned from ratings, or patients, of those that choose images."""
+    """Raise UserError if the judges that measure and those that choose images are the same or share patients."""
     files = [Path(folder) / SELECTOR_FILE for folder in (judges, held_out_judges)]
     choosing, measuring = (read_judge(file, "selector", DESCRIPTION)[0].get("origin", {}) for file in files)
     common = set(choosing.get("patients", ())) & set(measuring.get("patients", ()))
@@ -197,16 +196,15 @@ def check_independent(judges: str | Path, held_out_judges: str | Path) -> None:
         reason = f"share {len(common)} patients with" if common else "are"
         raise UserError(
             f"improve.held_out_judges {str(held_out_judges)!r} {reason} improve.judges {str(judges)!r}; train them on "
-            "ratings of other patients (column `patient`), so that they measure what they did not choose"
+            "ratings of other patients (column `patient`), so that they do not measure their own choices"
         )
 
 
 def collapse(history: Sequence[RoundMetrics], tolerance: float, kid_tolerance: float) -> str:
-    """Return why the last of these rounds, which begin with the initial generator, is a collapse; "" if it is none.
+    """Return why the last of these rounds, the first being the initial generator, is a collapse, or "".
 
-    A fall of the held-out score by more than `tolerance` below the best so far, a rise of KID or a guard above the
-    initial one by more than `kid_tolerance` standard errors of the difference, or a fall of 1 - MS-SSIM to half of the
-    initial one.
+    A collapse is a held-out score more than `tolerance` below the best so far, KID or a guard more than `kid_tolerance`
+    standard errors of the difference above its initial value, or 1 - MS-SSIM below half its initial value.
     """
     first, now = history[0], history[-1]
     best = max(one.alignment for one in history)
@@ -227,13 +225,13 @@ def collapse(history: Sequence[RoundMetrics], tolerance: float, kid_tolerance: f
 
 
 def best_round(history: Sequence[RoundMetrics], tolerance: float, kid_tolerance: float) -> int:
-    """Return the number of the round with the highest score, of those that are no collapse."""
+    """Return the number of the round with the highest score among those without a collapse."""
     sound = [n for n in range(len(history)) if not collapse(history[: n + 1], tolerance, kid_tolerance)]
     return max(sound, key=lambda n: history[n].alignment)
 
 
 def rounds_table(history: Sequence[RoundMetrics], controls: Mapping[float, RoundMetrics]) -> str:
-    """Return the rounds as a Markdown table, the initial generator at other guidance scales after round 0."""
+    """Return the rounds as a Markdown table, with the initial generator at other guidance scales after round 0."""
     rows = [{"round": str(number)} | one.cells() for number, one in enumerate(history)]
     rows[1:1] = [{"round": f"base, guidance {scale:g}"} | one.cells() for scale, one in controls.items()]
     return to_markdown(pd.DataFrame(rows))
@@ -244,8 +242,8 @@ def _metrics(entry: Mapping[str, Any]) -> RoundMetrics:
 
 
 def read_metrics(path: Path) -> RoundMetrics:
-    """Return the metrics in a JSON file, the fields of RoundMetrics."""
-    return _metrics(read_json(path, SHAPE, "remove it, to measure again"))
+    """Return the metrics in a JSON file with the fields of RoundMetrics."""
+    return _metrics(read_json(path, SHAPE, "remove it to measure again"))
 
 
 def read_history(path: Path) -> list[RoundMetrics]:
@@ -253,13 +251,13 @@ def read_history(path: Path) -> list[RoundMetrics]:
     shape = SHAPE | {"round": COUNT}
     measured: dict[int, RoundMetrics] = {}
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
-        entry = parse_json(line, shape, f"{str(path)!r} line {number}", "remove that line, to measure its round again")
+        entry = parse_json(line, shape, f"{str(path)!r} line {number}", "remove that line to measure its round again")
         measured[entry["round"]] = _metrics(entry)
     return [measured[number] for number in itertools.takewhile(measured.__contains__, itertools.count())]
 
 
 def round_settings(config: ConfigDict) -> dict[str, Any]:
-    """Return what identifies the rounds of a folder: settings, and fingerprints of the files behind them."""
+    """Return what identifies the rounds of a folder: settings, and fingerprints of the files that they name."""
     improve, pretrained = config.improve, config.pretrained
     settings = {f"improve.{name}": improve[name] for name in improve if name not in FREE + CONTENTS}
     settings |= {f"sample.{name}": config.sample[name] for name in ("scheduler", "num_steps", "eta", "guidance_scale")}

@@ -1,8 +1,8 @@
-"""A stage of learning from ratings: both judges on all rated images, or the Policy on those that the Selector passes.
+"""Two stages of learning from ratings: both judges on all rated images, then the Policy on those the Selector passes.
 
-Order, flips and dropout of an epoch are functions of (seed, stage, epoch, process), so that a resumed training ends
-with the same weights as an uninterrupted one. The last epoch's weights are kept: the learning rate has decayed by then,
-and choosing an epoch on the held-out images would bias the metrics measured on them.
+Order, flips and dropout of an epoch are functions of (seed, stage, epoch, process), so a resumed training ends with the
+same weights as an uninterrupted one. The last epoch's weights are kept: the learning rate has decayed by then, and
+selecting an epoch on the held-out images would bias the metrics measured on them.
 """
 
 import logging
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 FIRST_POLICY = "policy_stage_1.safetensors"  # initial weights of stage 2
 DESCRIPTION = policies.DESCRIPTION | {"origin": {"stage": range(1, 3), "epochs": COUNT}}
 COLUMN = {"selector": "quality", "policy": "alignment"}
-# settings that do not identify a stage: paths, of which the contents do, and for stage 1 those of stage 2
+# settings that do not identify a stage: paths (their contents do) and, for stage 1, settings of stage 2
 PATHS = ("ratings", "data_path", "val_ratings", "pool", "output", "stages", "text_encoder", "autoencoder")
 SECOND_ONLY = ("second_learning_rate", "importance", "importance_range", "replay_share")
 RANGES = dict.fromkeys(("num_epochs", "batch_size", "text_tokens"), allowed.ONE_OR_MORE)
@@ -52,7 +52,7 @@ RANGES |= {"warmup_steps": allowed.ZERO_OR_MORE, "weight_decay": allowed.NOT_NEG
 
 
 def check_settings(rlhf: ConfigDict) -> None:
-    """Raise UserError for settings outside their range."""
+    """Raise UserError for settings out of range."""
     if tuple(rlhf.stages) not in ((1,), (2,), (1, 2)):
         raise UserError(f"rlhf.stages is {tuple(rlhf.stages)}; allowed are (1,), (2,) and (1, 2)")
     check_choices(rlhf, {"objective": OBJECTIVES, "resize": RESIZES}, "rlhf.")
@@ -61,10 +61,10 @@ def check_settings(rlhf: ConfigDict) -> None:
 
 
 def chosen_samples(passed: torch.Tensor, replay_share: float, seed: int) -> torch.Tensor:
-    """Return the indices of stage 2's samples, ascending: all that passed (bool (N,)), and a share that did not.
+    """Return the ascending indices of stage 2's samples: all that passed (bool (N,)), and some that did not.
 
-    The latter are drawn with `seed` to make up `replay_share` of the samples, or all if there are fewer. Raises
-    UserError if nothing passed.
+    The latter are drawn with `seed` to make up `replay_share` of the samples, or all of them if there are too few.
+    Raises UserError if no image passed.
     """
     if not passed.any():
         raise UserError(
@@ -78,9 +78,9 @@ def chosen_samples(passed: torch.Tensor, replay_share: float, seed: int) -> torc
 
 
 def all_scores(accelerator: Accelerator, judge: Selector | Policy, rated: RatedSet, batch_size: int) -> torch.Tensor:
-    """Return scores (N, 1 + criteria) in order, float32 on the CPU of every process, which take whole batches in turn.
+    """Return scores (N, 1 + criteria) in order, float32 on the CPU of every process; processes take batches in turn.
 
-    The first column is what the judge is for; a Selector's others are its criteria.
+    The first column is the judge's score; a Selector's other columns are its criteria.
     """
     table = torch.zeros(len(rated), 1 + len(judge.criteria), device=accelerator.device)
     batches = torch.arange(len(rated)).split(batch_size)
@@ -88,7 +88,7 @@ def all_scores(accelerator: Accelerator, judge: Selector | Policy, rated: RatedS
         images = (rated.images[indices].float() / 255).to(accelerator.device)
         prompts = [rated.prompts[index] for index in indices.tolist()]
         table[indices] = judge.score(images, prompts)[:, None] if isinstance(judge, Policy) else judge.score_all(images)
-    return accelerator.reduce(table, "sum").cpu()  # every row comes from one process, the others have zeros there
+    return accelerator.reduce(table, "sum").cpu()  # each row comes from one process and is zero in the others
 
 
 def state_path(output: Path, stage: int) -> Path:
@@ -106,12 +106,12 @@ def train_stage(
     first_epoch: int = 0,
     selector_scores: torch.Tensor | None = None,
 ) -> dict[str, Any]:
-    """Run what is left of stage 1 or 2 and return its description; the judges end in eval mode, the state stays.
+    """Run or resume stage 1 or 2 and return its description. The judges end in eval mode; the training state remains.
 
-    `judges` are "selector" and "policy" in stage 1, "policy" in stage 2; `train` and `val`, images to learn from and
-    of other patients to measure with; the first line in metrics.jsonl is `first_epoch`; `selector_scores` (N,) of the
-    training images give the importance weights of stage 2. Raises UserError for a loss that is not finite, and for
-    fewer images than processes.
+    `judges`: "selector" and "policy" in stage 1, "policy" in stage 2. `train` and `val`: images to learn from, and
+    images of other patients to measure with. `first_epoch`: the first line to write in metrics.jsonl. `selector_scores`
+    (N,) of the training images determine the importance weights of stage 2. Raises UserError for a non-finite loss, and
+    for fewer images than processes.
     """
     rlhf, output, device = config.rlhf, Path(config.rlhf.output), accelerator.device
     rank, processes = accelerator.process_index, accelerator.num_processes
@@ -130,7 +130,7 @@ def train_stage(
     }
     seed = derived_seed(config.seed, Stream.ORDER, stage)
     parameters = [parameter for judge in judges.values() for parameter in judge.parameters()]
-    fused = device.type == "cuda" or None  # with fp16, the others wait for the GPU at each step
+    fused = device.type == "cuda" or None  # with fp16, other implementations wait for the GPU at each step
     optimizer = torch.optim.Adam(parameters, weight_decay=rlhf.weight_decay, fused=fused)
     reset_scaler(accelerator)
     *models, optimizer = accelerator.prepare(*judges.values(), optimizer)
@@ -139,14 +139,14 @@ def train_stage(
     state = TrainState(state_path(output, stage), settings, **parts)
 
     def loss_of(name: str, model: torch.nn.Module, indices: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Return the loss of one judge for float images (B, 3, S, S) with these indices (B,), summed over outputs."""
+        """Return the loss of one judge, summed over outputs, for float images (B, 3, S, S) with these indices (B,)."""
         judge, prompts = judges[name], [train.prompts[index] for index in indices.tolist()]
         inputs = (judge.text(prompts).to(device),) if name == "policy" else ()
         with accelerator.autocast():
             logits = model(judge.preprocess(images), *inputs)
         logits = logits.float().view(len(images), -1)  # (B, 1 + criteria)
         values, weights = logits.sigmoid(), to_device(train.weights[indices], device)
-        if stage == 2:  # without dropout, so that the baseline is the score that others see
+        if stage == 2:  # the baseline is the score without dropout
             values = judge.score(images, prompts)[:, None]
             if rlhf.importance:
                 scores = selector_scores[indices].to(device)
@@ -159,10 +159,10 @@ def train_stage(
         return torch.stack(losses).sum()
 
     def held_out() -> dict[str, dict[str, float | None]]:
-        """Return `measures` of each judge on the held-out images, the Selector's at the currently best threshold."""
+        """Return `measures` of each judge on the held-out images; the Selector's use its currently best threshold."""
         metrics = {}
         for name, judge in judges.items():
-            for buffer in judge.buffers():  # batch-norm statistics, which each process has of its own images
+            for buffer in judge.buffers():  # batch-norm statistics differ between processes
                 broadcast(buffer)
             scores, *others = all_scores(accelerator, judge, val, rlhf.batch_size).unbind(1)
             rewards = val.rewards[COLUMN[name]]
@@ -179,7 +179,7 @@ def train_stage(
     done = (state.load() or {"epoch": 0})["epoch"]
     if done:
         logger.info("resuming from %s: %d epochs are done", state.path, done)
-    if done < rlhf.num_epochs:  # else the next stage may have written to it already
+    if done < rlhf.num_epochs:  # else the next stage may already have written to it
         log = JsonLines(output / "metrics.jsonl", accelerator.is_main_process, keep=first_epoch + done)
     for epoch in range(done, rlhf.num_epochs):
         batches.epoch, started = epoch, time.perf_counter()
@@ -188,7 +188,7 @@ def train_stage(
         for model in models:
             model.train()
         with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
-            # 1 + rank: the seed without it is that of the flips
+            # 1 + rank, since `flips` uses the same seed without it
             torch.manual_seed(derived_seed(seed, Stream.NOISE, epoch, 1 + rank))
             for update, batch in enumerate(batches, epoch * len(batches)):
                 for group in optimizer.param_groups:
@@ -233,7 +233,7 @@ def train_stage(
 
 
 def learning_rate(rlhf: ConfigDict, stage: int, update: int, updates_per_epoch: int) -> float:
-    """Return the learning rate of an update, from 0: a cosine over epochs, in stage 1 after a linear warm-up."""
+    """Return the learning rate of an update, counted from 0: cosine over epochs, with linear warm-up in stage 1."""
     first = rlhf.learning_rate if stage == 1 else rlhf.second_learning_rate
     last, epoch = min(first, rlhf.final_learning_rate), update // updates_per_epoch
     warm_up = min(1.0, (update + 1) / rlhf.warmup_steps) if stage == 1 and rlhf.warmup_steps else 1.0
@@ -246,7 +246,7 @@ def learning_rate(rlhf: ConfigDict, stage: int, update: int, updates_per_epoch: 
 def check_output(output: Path, stages: tuple[int, ...]) -> None:
     """Raise UserError for a folder in which the stages can neither start nor resume.
 
-    Stage 2 starts from a Selector and the Policy of stage 1, or any other in the file of that name.
+    Stage 2 needs a Selector and a Policy, usually stage 1's, in the files of those names.
     """
     exist = [(output / name).exists() for name in (SELECTOR_FILE, POLICY_FILE)]
     if stages[0] == 1 and any(exist) and not state_path(output, 1).exists():
@@ -278,7 +278,7 @@ def first_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedSe
     if accelerator.is_main_process:
         if modality_of(val_set.prompts[0]) == MODALITY:
             table = to_markdown(probe(selector, val_set, rlhf.batch_size))
-            logger.info("what the Selector makes of validation images and of what no retina looks like:\n%s", table)
+            logger.info("Selector scores of validation images, as they are and damaged:\n%s", table)
             with atomic_write(output / "probes.md") as temporary:
                 temporary.write_text(table)
         save_selector(selector, output / SELECTOR_FILE)
@@ -288,7 +288,7 @@ def first_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedSe
 
 
 def calibrate(selector: Selector, scores: torch.Tensor, rated: RatedSet, given: float | None) -> None:
-    """Set the Selector's threshold: the given one, else the best for the scores of these images."""
+    """Set the Selector's threshold: the given one, else the best one for these images' scores."""
     if given is not None:
         selector.threshold, selector.calibration = given, {"how": "given as rlhf.threshold"}
     else:
@@ -301,7 +301,7 @@ def calibrate(selector: Selector, scores: torch.Tensor, rated: RatedSet, given: 
 
 
 def second_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedSet, val_set: RatedSet) -> None:
-    """Train stage 1's Policy on images that the Selector passes, and a share of rejected ones."""
+    """Train stage 1's Policy on images that the Selector passes, and on a share of rejected ones."""
     rlhf, output = config.rlhf, Path(config.rlhf.output)
     first = output / (FIRST_POLICY if (output / FIRST_POLICY).exists() else POLICY_FILE)
     selector = load_selector(output / SELECTOR_FILE, accelerator.device)
