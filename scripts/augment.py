@@ -2,15 +2,15 @@
 
     accelerate launch scripts/augment.py --data_path DIR --samples SD=FOLDER --samples SD-RL=FOLDER --ratios 1,balanced
 
-Each folder of samples is one that eval.py writes; the captions are the labels. A subgroup is a combination of labels.
-With ratio r, each subgroup of n real training images gets r x n synthetic ones; with "balanced", as many as it lacks
-compared with the most common subgroup. All trainings (real; each folder x ratio; once per seed) have the same real
-validation and test images, and draw as many images per epoch as there are real ones. Trainings of one seed start from
-the same weights. The test split influences none of them.
+Sample folders are those of eval.py; captions determine the labels. A subgroup is a combination of labels. With ratio r,
+each subgroup of n real training images gets r x n synthetic ones; "balanced" fills each up to the size of the most
+common subgroup. All trainings (real; each folder x ratio; once per seed) use the same real validation and test images,
+and an epoch always has as many images as there are real ones. Trainings with the same seed start from the same weights.
+The test split does not influence any of them.
 
 Writes <output>/<name>_<ratio>/seed<n>/ with the classifier, its logits on the test split and settings.json, and
-<output>/table4.md, .csv and .json. The same command resumes where it was stopped; with more seeds, ratios or folders it
-trains only what is new.
+<output>/table4.md, .csv and .json. Rerun the same command to resume; with more seeds, ratios or folders, only the new
+classifiers are trained.
 """
 
 import hashlib
@@ -61,22 +61,22 @@ flags.DEFINE_string("data_path", None, "folder of <image>.jpg files", required=T
 flags.DEFINE_string("train_csv", "rl4med-out/data/splits/isic2019_train.csv", "training split")
 flags.DEFINE_string("val_csv", "rl4med-out/data/splits/isic2019_val.csv", "validation split")
 flags.DEFINE_string("test_csv", "rl4med-out/data/splits/isic2019_test.csv", "test split")
-flags.DEFINE_multi_string("samples", [], "NAME=FOLDER of synthetic images; once for each folder")
-flags.DEFINE_string("ratios", "1", f"synthetic images for each real one, several by commas; {BALANCED} is one as well")
-flags.DEFINE_string("seeds", "0,1,2", "seeds of initial weights, order, flips and the samples drawn; 3 or more")
+flags.DEFINE_multi_string("samples", [], "NAME=FOLDER of synthetic images; repeat for each folder")
+flags.DEFINE_string("ratios", "1", f"synthetic images per real one, separated by commas; or {BALANCED}")
+flags.DEFINE_string("seeds", "0,1,2", "seeds of initial weights, order, flips and drawn samples; 3 or more")
 flags.DEFINE_string("output", "rl4med-out/augment", "folder for classifiers and tables")
 flags.DEFINE_enum("num_classes", "4", ["4", "6"], "4: the artifacts; 6: artifacts and diseases")
-flags.DEFINE_integer("num_epochs", Recipe.num_epochs, "epochs at most")
-flags.DEFINE_integer("patience", Recipe.patience, "epochs without a better validation loss before it stops")
+flags.DEFINE_integer("num_epochs", Recipe.num_epochs, "maximum number of epochs")
+flags.DEFINE_integer("patience", Recipe.patience, "epochs without a better validation loss before training stops")
 flags.DEFINE_integer("batch_size", Recipe.batch_size, "images per process and step")
-flags.DEFINE_integer("image_size", 512, "side in pixels images are resized to", lower_bound=32)
+flags.DEFINE_integer("image_size", 512, "side in pixels to resize images to", lower_bound=32)
 flags.DEFINE_float("learning_rate", Recipe.learning_rate, "AdamW learning rate; decays to 1e-6 along a cosine")
 flags.DEFINE_string("arch", "efficientnet_b0", "timm architecture")
-flags.DEFINE_string("weights", "imagenet", "imagenet, none, or a file whose backbone to start from")
-flags.DEFINE_integer("limit", 0, "real training images, drawn at random but always the same; 0 = all", lower_bound=0)
+flags.DEFINE_string("weights", "imagenet", "imagenet, none, or a file to load the backbone from")
+flags.DEFINE_integer("limit", 0, "number of real training images, a fixed random subset; 0 = all", lower_bound=0)
 flags.DEFINE_float("minority_share", 0.02, "subgroups below this share of the real training images are the minority")
 flags.DEFINE_enum("mixed_precision", "no", ["no", "bf16", "fp16"], "arithmetic of the network; fp16 needs a GPU")
-flags.DEFINE_string("cache_dir", None, "folder for decoded images, by default <output>/cache; '' keeps none")
+flags.DEFINE_string("cache_dir", None, "folder for decoded images, by default <output>/cache; '' = no cache")
 flags.DEFINE_integer("num_workers", 0, "image loading processes", lower_bound=0)
 flags.DEFINE_float("process_timeout", PROCESS_TIMEOUT, "seconds that a process waits for the others")
 
@@ -86,14 +86,14 @@ SPLITS = ("train", "val", "test")
 
 
 def listing(files: ImageFiles) -> dict[str, Any]:
-    """Return the number of images and a hash of their names, sizes in bytes and labels, independent of their folder."""
+    """Return the number of images, and a hash of their names, sizes in bytes and labels but not of their folder."""
     images = zip(files.paths, files.targets.int().tolist(), strict=True)
     about = json.dumps([[path.name, path.stat().st_size, labels] for path, labels in images])
     return {"images": len(files), "sha256": hashlib.sha256(about.encode()).hexdigest()}
 
 
 def check_settings(trainings: Sequence[Training], data: Data, processes: int) -> dict[Path, dict[str, Any]]:
-    """Return by folder what determines a classifier and its logits. Raises UserError for a folder begun otherwise."""
+    """Return by folder the settings of its classifier and logits. Raises UserError for a folder with other settings."""
     names = ("arch", "image_size", "num_epochs", "patience", "learning_rate", "mixed_precision")
     common = {name: FLAGS[name].value for name in names}
     common |= {"num_classes": int(FLAGS.num_classes), "images_per_step": FLAGS.batch_size * processes}
@@ -124,12 +124,12 @@ def recipe_of(seed: int) -> Recipe:
 
 
 def train(accelerator: Accelerator, training: Training, data: Data, sets: Mapping[str, Dataset]) -> None:
-    """Train one classifier unless it exists, and write it and its logits on the test split."""
+    """Train a classifier unless it exists; write it and its logits on the test split."""
     folder, recipe = Path(FLAGS.output, training.folder), recipe_of(training.seed)
     path = folder / f"artifact_classifier_H{FLAGS.num_classes}.safetensors"
     state = path.with_name(f"{path.stem}.unfinished.pt")  # from the first epoch to the last
     trained = path.is_file() and not state.exists()
-    accelerator.wait_for_everyone()  # all processes have looked before one writes
+    accelerator.wait_for_everyone()  # all processes have checked before one of them writes
     if trained:
         model = load_classifier(path, accelerator.device)
     else:
@@ -138,7 +138,7 @@ def train(accelerator: Accelerator, training: Training, data: Data, sets: Mappin
         if training.drawn:
             images = ConcatDataset([images, Subset(sets[training.source], training.drawn.places)])
             images.files = data.training_files(training)
-            images.targets = images.files.targets  # `fit` wants both
+            images.targets = images.files.targets  # `fit` reads both
 
         def save(_: FitState) -> None:
             if accelerator.is_main_process:
@@ -148,7 +148,7 @@ def train(accelerator: Accelerator, training: Training, data: Data, sets: Mappin
         fit(accelerator, model, images, sets["val"], recipe, state_path=state, on_best=save, epoch_images=real)
     logits, labels = predict(accelerator, model, sets["test"], recipe.batch_size, recipe.num_workers)
     if not logits.isfinite().all():
-        raise UserError(f"{str(path)!r} gives logits that are not finite; lower --learning_rate, in another --output")
+        raise UserError(f"logits of {str(path)!r} are not finite; lower --learning_rate, with another --output")
     if accelerator.is_main_process:
         with atomic_write(folder / LOGITS) as temporary:
             save_file({"logits": logits, "labels": labels}, temporary)
@@ -214,7 +214,7 @@ def augment(accelerator: Accelerator, folders: dict[str, Path], ratios: Sequence
     data = read_data(tables, FLAGS.data_path, folders, int(FLAGS.num_classes), FLAGS.image_size, FLAGS.limit)
     trainings = plan(data.real, {name: data.captions[name] for name in folders}, ratios, seeds)
     if len(seeds) < 3:
-        logger.warning("%d seed(s) cannot tell a difference from chance; give 3 or more", len(seeds))
+        logger.warning("%d seed(s) cannot tell differences from chance; give 3 or more", len(seeds))
     settings = check_settings(trainings, data, accelerator.num_processes)
     remaining = [one for one in trainings if not Path(FLAGS.output, one.folder, LOGITS).is_file()]
     logger.info("%d trainings, %d are complete", len(trainings), len(trainings) - len(remaining))

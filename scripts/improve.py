@@ -1,17 +1,16 @@
-"""Improve the generator in rounds: draw a pool, let the judges choose, learn from their choice, measure.
+"""Improve the generator in rounds: sample a pool, let the judges select, train on their selection, measure.
 
     python scripts/improve.py --config config/fundus.py:improve
 
-A round draws a best-of-N pool (scripts/generate.py), then changes the generator by each of `improve.methods` in turn:
-"finetune" on the chosen images, weighted by the Policy's scores and mixed with real ones (scripts/train_sd.py); "ddpo"
-with the reward fundus_alignment (scripts/train.py). With `improve.update_policy` the Policy first learns from fresh
-images, which the Selector rates (stage 2 of scripts/train_rlhf.py). Held-out judges then score images of fixed noise;
-KID to real images and diversity are measured as well. A collapse in any of these ends the run with a warning. The
-control without any training, the first generator at other guidance scales (`improve.control_guidance`), stands next to
-the rounds.
+A round samples a best-of-N pool (scripts/generate.py), then trains the generator by each of `improve.methods` in turn:
+"finetune" on the selected images, weighted by the Policy's scores and mixed with real ones (scripts/train_sd.py);
+"ddpo" with the reward fundus_alignment (scripts/train.py). With `improve.update_policy`, the Policy first learns from
+new images that the Selector rates (stage 2 of scripts/train_rlhf.py). Held-out judges then score images from fixed
+noise; KID to real images and diversity are measured as well. A collapse of any of these ends the run with a warning. A
+control without training, the initial generator at other guidance scales (`improve.control_guidance`), is listed too.
 
-The scripts run as separate commands; --launch="accelerate launch --num_processes 8" sets how. Every round's model is a
-folder that eval.py and train.py open. Rerun the same command to resume.
+The scripts run as separate commands, started by --launch, e.g. "accelerate launch --num_processes 8". Each round's
+model is a folder that eval.py and train.py can load. Rerun the same command to resume.
 """
 
 import argparse
@@ -62,7 +61,7 @@ GRID_COLUMNS = 8
 
 
 def check_settings(config: ConfigDict) -> None:
-    """Raise UserError for unusable settings, also those of the scripts, which start hours later."""
+    """Raise UserError for unusable settings, including those of scripts that would only start hours later."""
     improve = config.improve
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("improve.py runs as one process; --launch='accelerate launch ...' is for the scripts it starts")
@@ -84,7 +83,7 @@ def check_settings(config: ConfigDict) -> None:
 
 
 class Rounds:
-    """The rounds of one output folder; held-out judges and drawing run on the GPU if there is one."""
+    """The rounds of one output folder; held-out judges and sampling run on the GPU if there is one."""
 
     def __init__(self, config: ConfigDict):
         self.config, self.improve, self.output = config, config.improve, Path(config.improve.output)
@@ -113,11 +112,11 @@ class Rounds:
         return self.folder(number) / "model" if number else Path(self.config.pretrained.model)
 
     def judges(self, number: int) -> Path:
-        """Return the folder of the judges that choose in round `number`, whose Policy its update has changed."""
+        """Return the folder of the judges that select in round `number`, with its updated Policy if there is one."""
         return self.folder(number) / "judges" if self.improve.update_policy and number else Path(self.improve.judges)
 
     def train(self, number: int) -> None:
-        """Run one round, skipping what is finished."""
+        """Run one round, skipping steps that are finished."""
         model, methods = self.model(number - 1), self.improve.methods
         if self.improve.update_policy and not (self.judges(number) / POLICY_FILE).is_file():
             self._update_policy(number, model)
@@ -125,7 +124,7 @@ class Rounds:
             outcome = self.model(number) if place == len(methods) else self.folder(number) / f"model_{place - 1}"
             if not (outcome / "model_index.json").is_file():
                 weights = (self._finetune if method == "finetune" else self._ddpo)(number, model)
-                # `model` with other UNet weights, or with adapters merged into its UNet, as a folder of its own
+                # save `model` with the trained UNet, adapters merged, as a new folder
                 trained, pipe = load_pipeline(str(model)), load_pipeline(str(model))
                 load_weights(trained.unet, weights)
                 pipe.unet.load_state_dict(merged_state_dict(trained.unet))
@@ -134,13 +133,13 @@ class Rounds:
             model = outcome
 
     def measure(self, number: int, guidance_scale: float, grid_name: str = "grid.png") -> rounds.RoundMetrics:
-        """Draw images of the fixed noise with the model after round `number`, save a grid, and assess them."""
+        """Sample images from the fixed noise with the model after round `number`, save a grid, and assess them."""
         config, sample, count = self.config, self.config.sample, self.improve.held_out_images
         dtype, size = DTYPES[config.mixed_precision], config.eval.batch_size
         pipe = load_pipeline(str(self.model(number)), config.pretrained.revision, "", dtype, self.device)
         sampler = Sampler(pipe, sample.scheduler, sample.num_steps, sample.eta, guidance_scale)
         images = rounds.draw_fixed(sampler, self.prompts, count, config.seed, size)
-        grid = image_grid(images[::count][: 2 * GRID_COLUMNS].float() / 255, GRID_COLUMNS)  # one image a prompt
+        grid = image_grid(images[::count][: 2 * GRID_COLUMNS].float() / 255, GRID_COLUMNS)  # one image per prompt
         save_picture(self.folder(number) / grid_name, grid, SYNTHETIC)
         prompts = [prompt for prompt in self.prompts for _ in range(count)]
         judges = self.selector, self.policy
@@ -154,40 +153,35 @@ class Rounds:
         return rounds.read_metrics(path)
 
     def _draw_pool(self, number: int, model: Path, name: str, judges: Path) -> Path:
-        """Draw best-of-N images into a folder of the round."""
+        """Sample best-of-N images into a folder of the round."""
         pool = self.folder(number) / name
         fields = {"pretrained.model": model, "unet_path": "", "load_from": "", "improve.judges": judges, "logdir": pool}
         self._command("generate.py", number, fields)
         return pool
 
     def _update_policy(self, number: int, model: Path) -> None:
-        """Continue stage 2 of the Policy on fresh images of the generator, which the Selector rates."""
+        """Continue stage 2 of the Policy on new images of the generator, rated by the Selector."""
         before, after = self.judges(number - 1), self.judges(number)
         pool = self._draw_pool(number, model, "fresh", before)
         for source, copy in ((SELECTOR_FILE, SELECTOR_FILE), (POLICY_FILE, training.FIRST_POLICY)):
             with atomic_write(after / copy) as temporary:
                 shutil.copyfile(before / source, temporary)
         fields = {"seed": self.config.seed, "rlhf.pool": pool, "rlhf.output": after, "rlhf.stages": (2,)}
-        self._command("train_rlhf.py", number, fields)  # with the seed of stage 1, which divides the ratings
+        self._command("train_rlhf.py", number, fields)  # with stage 1's seed, which determines the split of ratings
 
     def _finetune(self, number: int, model: Path) -> Path:
-        """Train on the chosen images of a best-of-N pool, weighted by score, mixed with real ones."""
+        """Train on the selected images of a best-of-N pool, weighted by score and mixed with real ones."""
         improve, folder = self.improve, self.folder(number)
         pool, table = self._draw_pool(number, model, "pool", self.judges(number)), self._real_table()
-        fields = {
-            "pretrained.model": model,
-            "unet_path": "",
-            "sd.stage": "finetune",
-            "sd.pool": pool,
-            "sd.output": folder / "finetune",
-        }
-        fields |= {"sd.csv": table, "sd.data_path": improve.data_path, "sd.kind": "fundus"}
-        fields |= {"sd.latents": self._latents_of(table), "sd.val_csv": "", "sd.val_latents": ""}
+        fields = {"pretrained.model": model, "unet_path": "", "sd.stage": "finetune", "sd.kind": "fundus"}
+        fields |= {"sd.pool": pool, "sd.output": folder / "finetune", "sd.csv": table}
+        fields |= {"sd.data_path": improve.data_path, "sd.latents": self._latents_of(table)}
+        fields |= {"sd.val_csv": "", "sd.val_latents": ""}
         self._command("train_sd.py", number, fields | {f"sd.{name}": improve[name] for name in FINETUNING})
         return folder / "finetune" / "pretrained_unet.safetensors"
 
     def _ddpo(self, number: int, model: Path) -> Path:
-        """Run policy gradient on the judges' reward."""
+        """Run DDPO on the judges' reward."""
         runs = self.folder(number) / "ddpo"
         # the fixed run name makes an interrupted run resume
         fields = {"pretrained.model": model, "unet_path": "", "logdir": runs, "run_name": "run"}
@@ -196,14 +190,14 @@ class Rounds:
         return runs / "run"
 
     def _command(self, script: str, number: int, fields: dict[str, Any]) -> None:
-        """Run a script with this command's own options and these settings. Raises UserError if it fails."""
+        """Run a script with this command's options and these settings. Raises UserError if it fails."""
         own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         own.add_argument("--launch", "-launch")
         fields = {"seed": self.config.seed + number, "log_with": self.config.log_with} | fields
         settings = [f"--config.{name}={value}" for name, value in fields.items()]
         launch = [*(shlex.split(FLAGS.launch) or [sys.executable]), str(Path(__file__).with_name(script))]
         logger.info("round %d: %s", number, script)
-        torch.cuda.empty_cache()  # the script may need what the last measurement took
+        torch.cuda.empty_cache()  # the script may need the last measurement's memory
         if code := subprocess.run([*launch, *own.parse_known_args()[1], *settings]).returncode:
             raise UserError(
                 f"round {number}: {script} ended with exit code {code}, see its last line; finished steps are in "
@@ -211,7 +205,7 @@ class Rounds:
             )
 
     def _real_table(self) -> Path:
-        """Return the table of real images to mix in: improve.csv, or its rows whose image the Selector passes."""
+        """Return the table of real images to mix in: improve.csv, or its rows with images that the Selector passes."""
         improve, path, size = self.improve, self.output / "real.csv", self.config.eval.batch_size
         if not improve.select_real:
             return Path(improve.csv)
@@ -228,7 +222,7 @@ class Rounds:
         return path
 
     def _latents_of(self, table: Path) -> Path | str:
-        """Return latents of a table's images from stage (i) or the first round, or "" if there are none."""
+        """Return the folder of a table's latents from stage (i) or the first round, or "" if there are none."""
         stage_one = [Path(self.config.sd.output)] if self.config.sd.output else []
         for place in (*stage_one, self.folder(1) / "finetune"):
             latents = place / "latents" / "train"
@@ -270,11 +264,11 @@ def main(_) -> None:
             temporary.symlink_to(os.path.relpath(run.model(best), output), target_is_directory=True)
         with atomic_write(output / "rounds.md") as temporary:
             temporary.write_text(rounds.rounds_table(history, controls))
-    print(rounds.rounds_table(history, controls))  # the product of this command
+    print(rounds.rounds_table(history, controls))  # this command's output
     for scale, control in controls.items():
         if control.alignment >= history[best].alignment:
             found = scale, control.alignment, best, history[best].alignment
-            logger.warning("guidance %g without training scores %.3f, no less than round %d (%.3f)", *found)
+            logger.warning("guidance %g without training scores %.3f, at least as much as round %d (%.3f)", *found)
     logger.info("models, pools and metrics of all rounds are in %s; best/ is round %d", output, best)
 
 

@@ -1,11 +1,11 @@
-"""Let experts judge images on a local web page, blind to where an image comes from.
+"""Let experts rate images on a local web page that hides where an image comes from.
 
     python scripts/rate.py --images rl4med-out/samples/fundus --out rl4med-out/ratings.csv
 
 shows the images of sample folders and of a fundus table, in a random order for each rater. Each click is saved at once
-to --out and a journal next to it; rerun with the same --out to continue. When a rater is done and at the end, what the
-answers say goes to <out>.summary.json, which metric.py's report shows (`metric.results`). The page is reachable from
-this machine only, or from others with a token: --host 0.0.0.0.
+to --out and a journal next to it; rerun with the same --out to continue. When a rater finishes, and at the end, a
+summary of the answers is written to <out>.summary.json, for metric.py's report (`metric.results`). The page can only be
+reached from this machine unless --host 0.0.0.0 opens it to others with a token.
 """
 
 import logging
@@ -28,31 +28,31 @@ from ddpo_pytorch.utils.files import write_json
 
 FLAGS = flags.FLAGS
 flags.DEFINE_multi_string("images", [], "sample folders of eval.py, separated by commas or repeated")
-flags.DEFINE_string("csv", None, "fundus table (path,Text,modality) of further images")
-flags.DEFINE_string("data_path", None, "folder that the paths of --csv start from")
-flags.DEFINE_string("out", "rl4med-out/ratings.csv", "table of ratings, a .csv; it is continued if it exists")
+flags.DEFINE_string("csv", None, "fundus table (path,Text,modality) with more images")
+flags.DEFINE_string("data_path", None, "folder that the paths in --csv are relative to")
+flags.DEFINE_string("out", "rl4med-out/ratings.csv", "table of ratings, a .csv; continued if it exists")
 flags.DEFINE_string("rater", None, "name of the only rater; by default the page asks for it")
-flags.DEFINE_integer("expert_level", None, "1, 2 or 3, of all raters; by default the page asks", 1, 3)
-flags.DEFINE_integer("image_size", 0, "side in pixels of the images shown; 0 = as they are", 0, 4096)
-flags.DEFINE_enum("resize", "pad", RESIZES, "how --image_size makes a square of an image")
-flags.DEFINE_string("host", "127.0.0.1", "address to listen on; others than this machine's own need a token")
+flags.DEFINE_integer("expert_level", None, "1, 2 or 3, for all raters; by default the page asks", 1, 3)
+flags.DEFINE_integer("image_size", 0, "side in pixels of displayed images; 0 = unchanged", 0, 4096)
+flags.DEFINE_enum("resize", "pad", RESIZES, "how --image_size makes images square")
+flags.DEFINE_string("host", "127.0.0.1", "address to listen on; any but loopback needs a token")
 flags.DEFINE_integer("port", 0, "port to listen on; 0 = a free one", 0, 65535)
-flags.DEFINE_string("token", None, "secret part of the address; generated if it is needed")
+flags.DEFINE_string("token", None, "secret part of the address; generated if needed")
 flags.DEFINE_enum(
-    "mode", "rate", ("rate", "real", "pair"), "rate images, tell photographs from generated ones, or prefer one of two"
+    "mode", "rate", ("rate", "real", "pair"), "rate images, tell photographs from generated ones, or choose one of two"
 )
 flags.DEFINE_bool("criteria", False, "also ask for optic disc, vessels, contrast and artifacts (mode rate)")
-flags.DEFINE_float("repeats", 0, "share of the images that each rater sees a second time, unannounced", 0, 0.5)
-flags.DEFINE_string("examples", None, "folder of reference images, whose names begin with the rating: 1, 2 or 3")
+flags.DEFINE_float("repeats", 0, "share of images that each rater sees a second time, unannounced", 0, 0.5)
+flags.DEFINE_string("examples", None, "folder of reference images named by rating: 1..., 2... or 3...")
 flags.DEFINE_integer("seed", 0, "seed of the order in which each rater sees the images", 0)
 
 logger = logging.getLogger(__name__)
 
 
 def find_items() -> tuple[list[Item], list[str]]:
-    """Return the questions of all sources, and the sources' names."""
+    """Return the questions from all sources, and the sources' names."""
     if bool(FLAGS.csv) != bool(FLAGS.data_path):
-        raise UserError("--csv and --data_path belong together: a fundus table and the folder of its images")
+        raise UserError("--csv and --data_path must be given together: a fundus table and the folder of its images")
     sources = {}
     for folder in (expand(part) for given in FLAGS.images for part in given.split(",") if part):
         sources[folder] = sample_items(folder, FLAGS.out)
@@ -95,19 +95,19 @@ def main(_) -> None:
     expand_flags(FLAGS, ("out",), optional=("csv", "data_path", "examples"))
     rater = "" if FLAGS.rater is None else rater_name(FLAGS.rater)
     token = FLAGS.token or ("" if is_loopback(FLAGS.host) else secrets.token_urlsafe(32))
-    if token and not re.fullmatch(r"[A-Za-z0-9_-]{16,128}", token):  # hard to guess, and the same in an address
+    if token and not re.fullmatch(r"[A-Za-z0-9_-]{16,128}", token):  # hard to guess, and valid in a URL
         raise UserError("--token needs 16 to 128 of the characters A-Z, a-z, 0-9, _ and -; omit it to generate one")
     (items, names), examples = find_items(), find_examples(FLAGS.examples)
     synthetic = {item.key: is_synthetic(item.path) for item in items} if FLAGS.mode == "real" else {}
     if synthetic and len(set(synthetic.values())) < 2:
-        raise UserError("--mode=real needs photographs and images that say they are generated; give folders of both")
+        raise UserError("--mode=real needs photographs and images marked as generated; give folders of both")
     sock = listen(FLAGS.host, FLAGS.port)
     port = sock.getsockname()[1]
     store = Store(FLAGS.out)
     square = dict(size=FLAGS.image_size or None, resize=FLAGS.resize)
 
     def summarise(reader: str = "") -> list[str]:
-        """Write what all answers say; return it as text, of one reader and of all together or of everybody."""
+        """Write the summary of all answers; return its lines for one reader and all together, or for everybody."""
         answers = [one for one in store.answers() if bool(one.question[2]) == (FLAGS.mode == "pair")]
         found = readers.summarise(answers, FLAGS.mode, store.seconds, synthetic, names)
         estimates = {name: {key: one.to_dict() for key, one in result.items()} for name, result in found.items()}
@@ -121,7 +121,7 @@ def main(_) -> None:
     questions = Questions(items, store, FLAGS.seed, FLAGS.repeats, examples, summarise)
     level = FLAGS.expert_level or 0
     app = make_app(questions, FLAGS.host, port, token, rater, level, FLAGS.mode, FLAGS.criteria, **square)
-    logger.info("%d images; ratings go to %s, which has %d; Ctrl-C ends", len(items), Path(FLAGS.out), len(store))
+    logger.info("%d images; ratings go to %s, which has %d; Ctrl-C stops", len(items), Path(FLAGS.out), len(store))
     name = socket.gethostname() if FLAGS.host in ("", "0.0.0.0", "::") else FLAGS.host
     name = f"[{name}]" if ":" in name else name
     logger.info("open http://%s:%d/%s", name, port, f"?token={token}" if token else "")

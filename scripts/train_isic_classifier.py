@@ -2,9 +2,9 @@
 
     accelerate launch --num_processes 1 scripts/train_isic_classifier.py --data_path DIR --num_classes 6
 
-or, of any data set, one head for each of `--labels`, which are columns of tables file_name,text,... (data/metadata.py).
+or, for any data set, one head for each of `--labels`, columns of tables file_name,text,... (data/metadata.py).
 EfficientNet-B0, dropout 0.3, BCE with logits, AdamW with cosine decay, best epoch by validation loss. Rerun the same
-command to resume a training that was stopped.
+command to resume.
 """
 
 import logging
@@ -43,42 +43,40 @@ FLAGS = flags.FLAGS
 flags.DEFINE_enum("mode", "train", ["train", "test"], "train a classifier, or report on the test split")
 flags.DEFINE_string("data_path", None, "folder of <image>.jpg files", required=True)
 flags.DEFINE_enum("num_classes", "4", ["4", "6"], "4: the artifacts (judge); 6: artifacts and diseases (reward)")
-flags.DEFINE_list("labels", [], "instead: columns of 0 and 1 in tables file_name,text,... of any images")
+flags.DEFINE_list("labels", [], "instead: columns of 0 and 1 in tables file_name,text,... of any data set")
 flags.DEFINE_string("train_csv", "rl4med-out/data/splits/isic2019_train.csv", "training split")
 flags.DEFINE_string("val_csv", "rl4med-out/data/splits/isic2019_val.csv", "validation split")
 flags.DEFINE_string("test_csv", "rl4med-out/data/splits/isic2019_test.csv", "test split")
 flags.DEFINE_string("checkpoint_dir", "rl4med-out/classifier", "folder for the classifier and its reports")
 flags.DEFINE_string(
-    "checkpoint", "", "classifier to start from, or to test; by default tests the one in checkpoint_dir"
+    "checkpoint", "", "classifier to start from or to test; by default, the one in checkpoint_dir is tested"
 )
 flags.DEFINE_string(
-    "through_vae",
-    "",
-    "autoencoder or model folder: also test on its reconstructions, or train on them by half",
+    "through_vae", "", "autoencoder or model folder: also test on its reconstructions, or train with half of them"
 )
 flags.DEFINE_string("cache_dir", None, "folder for decoded images, by default <checkpoint_dir>/cache; '' = no cache")
-flags.DEFINE_integer("num_epochs", Recipe.num_epochs, "epochs at most", lower_bound=1)
-flags.DEFINE_integer("patience", Recipe.patience, "epochs without a better validation loss that end it", lower_bound=1)
+flags.DEFINE_integer("num_epochs", Recipe.num_epochs, "maximum number of epochs", lower_bound=1)
+flags.DEFINE_integer("patience", Recipe.patience, "stop after epochs without a better validation loss", lower_bound=1)
 flags.DEFINE_integer("batch_size", Recipe.batch_size, "images per process and step", lower_bound=1)
-flags.DEFINE_integer("image_size", 512, "side in pixels images are resized to", lower_bound=32)
+flags.DEFINE_integer("image_size", 512, "side in pixels to resize images to", lower_bound=32)
 flags.DEFINE_float("learning_rate", Recipe.learning_rate, "AdamW learning rate; decays to 1e-6 along a cosine")
-flags.DEFINE_bool("pos_weight", False, "weight each attribute's positives by negatives/positives of the training split")
+flags.DEFINE_bool("pos_weight", False, "weight an attribute's positives by negatives/positives of the training split")
 flags.DEFINE_float("focal_gamma", 0.0, "exponent of the focal loss; 0 is plain BCE", lower_bound=0)
-flags.DEFINE_bool("quarter_turns", False, "rotate training images by 90 degrees at random, in addition to the flips")
-flags.DEFINE_float("ema_decay", 0.0, "decay of an average of the weights, which is validated and saved; 0 = no average")
+flags.DEFINE_bool("quarter_turns", False, "also rotate training images by 90 degrees at random")
+flags.DEFINE_float("ema_decay", 0.0, "decay of a running average of the weights, then validated and saved; 0 = none")
 flags.DEFINE_enum("mixed_precision", "no", ["no", "bf16", "fp16"], "arithmetic of the network; fp16 needs a GPU")
 flags.DEFINE_string("arch", "efficientnet_b0", "timm architecture")
 flags.DEFINE_string("weights", "imagenet", "imagenet, none, or a file's backbone (timm's, torchvision's or ours)")
-flags.DEFINE_integer("limit", 0, "rows used of each split, 0 = all", lower_bound=0)
+flags.DEFINE_integer("limit", 0, "rows to use of each split, 0 = all", lower_bound=0)
 flags.DEFINE_bool("skip_broken", False, "skip damaged images with a warning instead of stopping")
-flags.DEFINE_bool("calibrate_thresholds", False, "save thresholds of best F1 on val, which only reports use")
+flags.DEFINE_bool("calibrate_thresholds", False, "save the thresholds with the best F1 on val; only reports use them")
 flags.DEFINE_bool("save_published", False, "also write artifact_classifier_train_H<n>.pth in the published format")
 flags.DEFINE_integer("seed", Recipe.seed, "seed of initial weights, order, flips and dropout", lower_bound=0)
 flags.DEFINE_integer("num_workers", 0, "image loading processes", lower_bound=0)
 flags.DEFINE_float("process_timeout", PROCESS_TIMEOUT, "seconds that a process waits for the others")
 
 logger = logging.getLogger(__name__)
-UNFINISHED = ".unfinished.pt"  # suffix of the training state, which is removed at the end
+UNFINISHED = ".unfinished.pt"  # suffix of the training state, which is deleted at the end
 
 
 def image_files(csv_path: str, image_size: int, names: tuple[str, ...]) -> ImageFiles:
@@ -140,7 +138,7 @@ def train(accelerator: Accelerator, names: tuple[str, ...], output: Path) -> Non
     if FLAGS.save_published:
         check_publishable(model)
         if model.image_size != PUBLISHED_SIZE:
-            logger.warning("%s will not state its image size; readers assume %d", published, PUBLISHED_SIZE)
+            logger.warning("%s will not state its image size; loaders assume %d", published, PUBLISHED_SIZE)
     size, change, change_name = model.image_size, None, ""
     if FLAGS.through_vae:
         vae = load_autoencoder(accelerator)

@@ -1,4 +1,4 @@
-"""Training sets of table 4: the synthetic images that are added to the real ones.
+"""Training sets of table 4: which synthetic images to add to the real ones.
 
 A subgroup is a combination of labels, that is, a caption.
 """
@@ -27,7 +27,7 @@ from ddpo_pytorch.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 REAL, BALANCED = "real", "balanced"
-RESERVED = (REAL, "train", "val", "test", "cache")  # folders, and names of image sets
+RESERVED = (REAL, "train", "val", "test", "cache")  # names of folders and image sets
 Ratio = float | str  # a number, or BALANCED
 
 
@@ -37,14 +37,14 @@ def parse_ratios(text: str) -> tuple[Ratio, ...]:
     ratios = tuple(word if word == BALANCED else table_number(word.removesuffix("x")) for word in words)
     usable = {ratio for ratio in ratios if ratio == BALANCED or (ratio and 0 < ratio < math.inf)}
     if len(usable) < len(words):
-        raise UserError(f"--ratios={text} is unusable; give different numbers above 0 or {BALANCED}, by commas")
+        raise UserError(f"--ratios={text} is unusable; give different numbers above 0 or {BALANCED}, comma-separated")
     return ratios
 
 
 def parse_samples(given: Sequence[str]) -> dict[str, Path]:
     """Parse ["SD=folder", ...] as {"SD": folder}. Raises UserError for no entry, another form and repeated names.
 
-    Names become those of folders: letters, digits and . + - _, starting with a letter or digit, unique without case.
+    Names are used for folders: letters, digits and . + - _, starting with a letter or digit, case-insensitively unique.
     """
     folders = {}
     for text in given:
@@ -60,7 +60,7 @@ def parse_samples(given: Sequence[str]) -> dict[str, Path]:
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """Parse "0,1,2" as (0, 1, 2). Raises UserError for anything but different integers of 0 or more."""
+    """Parse "0,1,2" as (0, 1, 2). Raises UserError unless they are different integers of 0 or more."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdigit() for word in words) or len(set(map(int, words))) < len(words):
         raise UserError(f"--seeds={text} is unusable; give different integers of 0 or more, e.g. 0,1,2")
@@ -68,10 +68,10 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 
 def wanted_images(real: Mapping[str, int], ratio: Ratio) -> dict[str, int]:
-    """Return the number of synthetic images to add for each caption, given its number of real ones.
+    """Return the number of synthetic images to add per caption, given its number of real ones.
 
-    A number adds `ratio` images per real one, halves rounded up. BALANCED fills every caption up to the most common
-    one. Captions without real images get none: the question is whether more images of the same labels help.
+    A number adds `ratio` images per real one, rounded half up. BALANCED fills every caption up to the most common one.
+    Captions without real images get none: the question is whether more images with the same labels help.
     """
     most, held = max(real.values(), default=0), {caption: count for caption, count in real.items() if count}
     if ratio == BALANCED:
@@ -80,7 +80,7 @@ def wanted_images(real: Mapping[str, int], ratio: Ratio) -> dict[str, int]:
 
 
 class Draw(NamedTuple):
-    """Samples drawn from a list: their indices, ascending; their number by caption; how many more were requested."""
+    """Samples drawn from a list: ascending indices, their number by caption, and how many were missing by caption."""
 
     places: list[int]
     counts: dict[str, int]
@@ -90,8 +90,8 @@ class Draw(NamedTuple):
 def draw(captions: Sequence[str], wanted: Mapping[str, int], seed: int) -> Draw:
     """Draw `wanted[caption]` of the samples with these `captions`, without replacement; all if there are too few.
 
-    The n-th sample of a caption gets a random number by (seed, caption, n) alone, and the smallest are drawn: folders
-    sampled from the same noise contribute the same noise, and a smaller number is a subset of a larger one.
+    The n-th sample of a caption gets a random number that depends on (seed, caption, n) only, and the smallest are
+    drawn: folders sampled from the same noise contribute the same noise, and smaller draws are subsets of larger ones.
     """
     places, counts, missing = [], {}, {}
     for caption, count in wanted.items():
@@ -105,7 +105,7 @@ def draw(captions: Sequence[str], wanted: Mapping[str, int], seed: int) -> Draw:
 
 
 def minority(real: Mapping[str, int], share: float) -> set[str]:
-    """Return the captions that make up less than `share` of the real training images, those without any included."""
+    """Return the captions that make up less than `share` of the real training images, including those without any."""
     total = sum(real.values())
     return {caption for caption in CAPTIONS if real.get(caption, 0) < share * total}
 
@@ -114,7 +114,7 @@ def minority(real: Mapping[str, int], share: float) -> set[str]:
 class Training:
     """One classifier, trained on real images and, unless `source` is "", on `drawn` samples of that folder.
 
-    `folder` is relative to the output; `name`, that of table rows, is the same for all seeds.
+    `folder` is relative to the output; `name`, used in table rows, is the same for all seeds.
     """
 
     name: str
@@ -127,10 +127,10 @@ class Training:
 def plan(
     real: Mapping[str, int], captions: Mapping[str, Sequence[str]], ratios: Sequence[Ratio], seeds: Sequence[int]
 ) -> list[Training]:
-    """Return all trainings, seed by seed, the one on real images alone first.
+    """Return all trainings, seed by seed, starting with the one on real images only.
 
-    `real`: number of real training images by caption; `captions`: those of the samples, by folder name. Warns of
-    missing samples. Raises UserError for a folder that would contribute none.
+    `real`: number of real training images by caption; `captions`: captions of the samples by folder name. Warns of
+    missing samples. Raises UserError for a folder that would contribute no images.
     """
     trainings = []
     for seed in seeds:
@@ -177,10 +177,10 @@ class Data:
 def read_data(
     tables: Mapping[str, Path], images: str | Path, folders: Mapping[str, Path], classes: int, size: int, limit: int = 0
 ) -> Data:
-    """Find the images of the splits `tables` ("train", "val", "test") and of sample folders; log what they lack.
+    """Find the images of the splits `tables` ("train", "val", "test") and of sample folders; log missing ones.
 
-    `limit`: number of real training images, 0 for all. Raises UserError for overlapping splits and for a training or
-    validation split without positives or negatives of one of the first `classes` labels.
+    `limit`: number of real training images, 0 for all. Raises UserError for overlapping splits, and for a training or
+    validation split without positives or negatives for one of the first `classes` labels.
     """
     data = Data({}, {})
 

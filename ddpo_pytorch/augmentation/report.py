@@ -32,17 +32,17 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Measure classifiers on the same test images, and compare them with those of the first training set.
 
-    `logits`: (S, N, H) by training set, S seeds each; `truth` (N, H) bool; `chosen` (N,) bool, the images that count.
+    `logits`: (S, N, H) by training set, S seeds each; `truth` (N, H) bool; `chosen` (N,) bool, the images to include.
     Returns a row for each attribute of `names` and their macro average, each training set and each of `MEASURES`:
 
     - mean and sd (n - 1) over seeds, values of each seed, images, and support, the images with the attribute;
     - difference of the means to the first training set, with the 2.5 % and 97.5 % quantiles (low, high) of a bootstrap
-      over all N test images, whose resamples are the same for all seeds and training sets;
-    - p = 2 min(P(difference <= 0), P(difference >= 0)) over resamples, the observed one counted in both;
-    - seeds_agree: the differences of all seeds, each to the first training set's same seed, have one sign.
+      over all N test images, with the same resamples for all seeds and training sets;
+    - p = 2 min(P(difference <= 0), P(difference >= 0)) over resamples, with the observed one included in both;
+    - seeds_agree: for all seeds, the difference to the first training set's same seed has the same sign.
 
     Undefined values are None: AUC with one class absent, F1 without support, sd of one seed. The macro average is over
-    the attributes that are defined; resamples in which a measure is undefined are left out. [] if no image is chosen.
+    the attributes that are defined; resamples with an undefined measure are ignored. Returns [] if no image is chosen.
     """
     keep = np.ones(len(truth), bool) if chosen is None else chosen
     if not keep.any():
@@ -51,7 +51,7 @@ def compare(
     defined = ~np.isnan(_scores(logits[first][0], truth, every, keep)[0])
 
     def of_seeds(name: str, weights: np.ndarray) -> np.ndarray:
-        """Return (S, R, H + 1, measures), the macro average last."""
+        """Return (S, R, H + 1, measures), with the macro average last."""
         values = np.stack([_scores(one, truth, weights, keep) for one in logits[name]])
         with np.errstate(invalid="ignore"):
             macro = np.where(defined, values, 0).sum(2, keepdims=True) / defined.sum(0)
@@ -107,7 +107,7 @@ def _difference(of_each_seed: np.ndarray, resampled_means: np.ndarray) -> dict[s
 def subgroups(
     real: Mapping[str, int], test: Mapping[str, int], minor: Container[str], drawn: Mapping[str, Draw]
 ) -> dict[str, dict[str, Any]]:
-    """Return by caption the real training and test images, and synthetic and missing ones by training set."""
+    """Return by caption the number of real training and test images, and of synthetic and missing ones by training."""
     return {
         caption: {"real": real.get(caption, 0), "test": test.get(caption, 0), "minority": caption in minor}
         | {"synthetic": {name: draw.counts.get(caption, 0) for name, draw in drawn.items()}}
@@ -118,10 +118,10 @@ def subgroups(
 
 
 def markdown(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
-    """Return the whole report.
+    """Return the whole report as Markdown.
 
-    `rows`: those of `compare`, with a "group", "all" or "minority". `about`: seeds, minority_share, number of
-    test_images, and "subgroups" as the function of that name returns them.
+    `rows`: from `compare`, each with a "group", "all" or "minority". `about`: "seeds", "minority_share", the number of
+    "test_images", and "subgroups" from the function of that name.
     """
     everyone, minor = ([row for row in rows if row["group"] == group] for group in ("all", "minority"))
     groups, share, seeds = about["subgroups"], 100 * about["minority_share"], about["seeds"]
@@ -140,9 +140,7 @@ def markdown(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
     if any(group["missing"] for group in groups.values()):
         parts.append("**Samples were missing**: in the last table, 'n of m' is n where m were requested.\n")
     if len(seeds) < 3:
-        parts.append(
-            f"**{len(seeds)} seed(s) are too few** to tell a difference from the luck of a training; give 3.\n"
-        )
+        parts.append(f"**{len(seeds)} seed(s) are too few** to tell differences from chance; give 3.\n")
     parts += [f"## All test images: {about['test_images']}\n", *_tables(everyone), "## Minority subgroups\n"]
     names = [short_caption(caption) for caption, group in groups.items() if group["minority"] and group["test"]]
     parts.append(
@@ -154,7 +152,7 @@ def markdown(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
 
 
 def _tables(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the table of F1 / accuracy as in the paper, then one per attribute with all measures."""
+    """Yield the table of F1 / accuracy as in the paper, then a table per attribute with all measures."""
     cells = pd.DataFrame([{key: row[key] for key in ("attribute", "training")} | _cells(row) for row in rows])
     pairs = cells[cells["measure"] != "auc"].groupby(["training", "attribute"], sort=False)["short"].agg(" / ".join)
     summary = pairs.unstack(sort=False).rename_axis("F1 / accuracy (%)").reset_index()
@@ -172,14 +170,14 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _cells(row: Row) -> dict[str, str]:
-    """Return a row's texts: the mean as in the paper, the mean with sd, the difference and its p."""
+    """Format a row: the mean as in the paper, the mean with sd, the difference and its p."""
     star, mean = "", _value(row, row["mean"])
     cells = {"measure": row["measure"], "difference": "", "p": ""}
     if "difference" in row and row["difference"] is None:
         cells |= {"difference": UNDEFINED, "p": UNDEFINED}
     elif "difference" in row:
         if not row["low"] <= 0 <= row["high"]:
-            star = "*" if row["seeds_agree"] else "*?"  # "(*)" twice in a cell would be Markdown's emphasis
+            star = "*" if row["seeds_agree"] else "*?"  # two "(*)" in a cell would be emphasis in Markdown
         difference, low, high = (_value(row, row[key], "+") for key in ("difference", "low", "high"))
         cells["difference"] = f"{difference} [{low}, {high}]{star}"
         cells["p"] = "<0.001" if row["p"] < 0.001 else f"{row['p']:.3f}"
@@ -194,7 +192,7 @@ def _value(row: Row, value: float | None, sign: str = "") -> str:
 
 
 def _subgroup_table(groups: Mapping[str, Mapping]) -> str:
-    """Return the images of each caption that occurs, "n of m" where m were requested and n found, and their sums."""
+    """Return the images of each occurring caption, "n of m" if m were requested and only n found, and their sums."""
     every = list(groups.values())
     counts = pd.DataFrame([{"test": group["test"], "real": group["real"]} | group["synthetic"] for group in every])
     missing = pd.DataFrame([group["missing"] for group in every], columns=counts.columns).fillna(0).astype(int)
@@ -207,7 +205,7 @@ def _subgroup_table(groups: Mapping[str, Mapping]) -> str:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Return a line per group, attribute, training set and measure; empty is undefined. Measures are ratios."""
+    """Return CSV with a line per group, attribute, training set and measure, as ratios; undefined cells are empty."""
     table = pd.DataFrame(rows)
     values = pd.DataFrame(table.pop("values").tolist()).rename(columns=lambda number: f"value_{number + 1}")
     whole = dict.fromkeys(("resamples", "images", "support"), "Int64") | {"seeds_agree": "boolean"}
