@@ -8,13 +8,11 @@ from ddpo_pytorch.data.splits import drop_broken, read_splits
 from ddpo_pytorch.utils.errors import UserError
 
 KINDS: dict[str, ModuleType] = {"isic": isic, "fundus": fundus}
-
-
 Row = isic.Row | fundus.Row
 
 
 def source(kind: str) -> ModuleType:
-    """Return the module of that name. Raises UserError that lists the names."""
+    """Return the module of that name, or raise UserError with the allowed names."""
     if kind not in KINDS:
         raise UserError(f"dataset kind is {kind!r}; allowed are {', '.join(KINDS)}")
     return KINDS[kind]
@@ -23,7 +21,7 @@ def source(kind: str) -> ModuleType:
 def find_rows(
     kind: str, csv: str | Path, data_path: str | Path, limit: int, skip_broken: bool
 ) -> tuple[list[Row], list[Path], int]:
-    """Return `load_split` of that kind, without damaged images if `skip_broken`, which fundus tables may not have."""
+    """Return `load_split` of that kind; `skip_broken` drops damaged images, for which fundus tables otherwise raise."""
     rows, paths, missing = source(kind).load_split(csv, data_path, limit)
     if skip_broken:
         rows, paths = drop_broken(rows, paths)
@@ -33,13 +31,13 @@ def find_rows(
 
 
 def check_apart(kind: str, train: Path, val: Path) -> None:
-    """Raise UserError for an image, or in fundus tables a patient, that is in both tables."""
+    """Raise UserError for an image or, for fundus tables, a patient in both tables."""
     if kind == "isic":
         read_splits({"train": train, "val": val})
         return
     train_patients, val_patients = ({row.patient for row in fundus.read_split(path)} for path in (train, val))
     if both := sorted(train_patients & val_patients):
         raise UserError(
-            f"patient {both[0]!r} and {len(both) - 1} more are in {str(train)!r} and in {str(val)!r}; split by "
+            f"patient {both[0]!r} and {len(both) - 1} more are in both {str(train)!r} and {str(val)!r}; split by "
             "patient: python -m ddpo_pytorch.data.fundus --csv TABLE --out DIR"
         )

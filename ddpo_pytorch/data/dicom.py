@@ -1,4 +1,4 @@
-"""Reading of DICOM files, which needs pydicom (the extra "dicom")."""
+"""Reading of DICOM files, which requires pydicom (the extra "dicom")."""
 
 from pathlib import Path
 from typing import BinaryIO
@@ -10,9 +10,9 @@ from ddpo_pytorch.utils.errors import UserError
 
 
 def read_dicom(file: BinaryIO, path: str | Path) -> Image.Image:
-    """Decode a DICOM file to RGB, in its first window or, without one, with black and white at the ends of its levels.
+    """Decode a DICOM file to RGB with its first window or, without one, with black and white at the ends of its range.
 
-    Raises UserError without pydicom, for several images, and for levels that would be nearly black without a window.
+    Raises UserError without pydicom, for several images, and for images without a window that would be nearly black.
     """
     try:
         from pydicom import dcmread, pixels
@@ -38,6 +38,6 @@ def read_dicom(file: BinaryIO, path: str | Path) -> Image.Image:
     shares = (levels.astype(float) - black) / (white - black)
     if 0 < shares.max() <= 1 / 16 and "WindowCenter" not in header:
         found = f"has no window and no level above {levels.max()}, where white is {white}"
-        raise UserError(f"{str(path)!r} {found}; convert it to 8-bit RGB as you mean it")
+        raise UserError(f"{str(path)!r} {found}; convert it to 8-bit RGB with the intended window")
     shares = (1 - shares if kind == "MONOCHROME1" else shares).clip(0, 1)
     return Image.fromarray(np.rint(255 * shares).astype(np.uint8)).convert("RGB")

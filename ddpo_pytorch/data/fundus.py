@@ -1,4 +1,4 @@
-"""Fundus photographs with captions: tables `path,Text,modality`, prompts, eyes, patients, image files.
+"""Fundus photographs with captions: tables `path,Text,modality`, prompts, eyes, patients, splits.
 
 python -m ddpo_pytorch.data.fundus --csv captions.csv --out DIR     # fundus_{train,val,test}.csv, by patient
 """
@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 MODALITY = "Fundus"
 _MODALITY = re.compile(r"([A-Za-z][\w -]{0,30}):\s")
 _EYE_OF_FILE = re.compile(r"^(.+)[_\- ](left|right|od|os)$", re.IGNORECASE)
-# OD and OS, right and left in Latin, are written in capitals
+# OD and OS, right and left eye in Latin, are written in capitals
 _EYE_IN_TEXT = re.compile(r"\b((?i:left|right)|OD|OS)\b")
 _SIDE = re.compile(r"\b(left|right)|nasal|temporal|\bo.?clock\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Image of a table: its path there, "<Modality>: <Text>", every column as text, its number from 0, its patient."""
+    """Row of a table: path, caption "<Modality>: <Text>", every column as text, number from 0, patient."""
 
     image: str
     caption: str
@@ -48,20 +48,20 @@ class Row:
 
 
 def read_split(path: str | Path) -> list[Row]:
-    """Read a table with the columns path (from the image folder) and Text, perhaps modality, patient and others."""
+    """Read a table with the columns path (relative to the image folder), Text and optionally modality and others."""
     only: list[str] = []
 
     def make(fields: dict[str, str], number: int, line: int, faults: list[str]) -> tuple[Row, str, str]:
         image, text, modality = tidy_path(fields["path"]), fields["Text"], fields.get("modality") or MODALITY
         if fault := path_fault(image):
-            faults.append(f"path {image!r} {fault}; give the path of the image from the image folder")
+            faults.append(f"path {image!r} {fault}; give a path relative to the image folder")
         elif fault := caption_fault(text, modality, only):
             faults.append(fault)
         patient = fields.get("patient") or patient_of(image)
         return Row(image, caption_of(text, *only), fields, number, patient), image, f"image {image!r}"
 
     optional = ("modality", "patient", "eye", "quality")
-    advice = "give one image a line"
+    advice = "list one image per line"
     return read_table(path, "fundus table", ("path", "Text"), make, optional, free_text="Text", advice=advice)
 
 
@@ -76,7 +76,7 @@ def _description(text: str, modality: str) -> str:
 
 
 def modality_of(prompt: str) -> str:
-    """Return the modality that a prompt of `caption_of` begins with, else ""."""
+    """Return the modality at the start of a prompt made by `caption_of`, else ""."""
     match = _MODALITY.match(prompt)
     return match[1] if match else ""
 
@@ -87,17 +87,17 @@ def caption_list(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def names_side(text: str) -> bool:
-    """Return whether mirroring an image makes its text wrong: it names an eye, a side or a clock position."""
+    """Return whether a text names an eye, a side or a clock position, which a mirror image contradicts."""
     return bool(_SIDE.search(text) or _EYE_IN_TEXT.search(text))
 
 
 def tidy_path(text: str) -> str:
-    """Return a path with slashes, without `./` and `a/../`; "" for an empty cell."""
+    """Return a path with forward slashes and without `./` and `a/../`; "" for an empty cell."""
     return posixpath.normpath(text.replace("\\", "/")) if text else ""
 
 
 def caption_fault(text: str, modality: str, only: list[str]) -> str | None:
-    """Return the fault of a description or its modality, or None; `only` remembers the modality of the first row."""
+    """Return the fault of a description or its modality, or None; `only` stores the modality of the first row."""
     if not _MODALITY.fullmatch(f"{modality}: "):
         return f"modality is {modality!r}; it must be a short name such as {MODALITY}"
     only[:] = only or [modality]
@@ -111,7 +111,7 @@ def caption_fault(text: str, modality: str, only: list[str]) -> str | None:
 
 
 def patient_of(image: str) -> str:
-    """Return a file's name without folder, suffix and _left, _right, _OD or _OS at its end."""
+    """Return a file's name without folder, suffix and final _left, _right, _OD or _OS."""
     stem = posixpath.splitext(posixpath.basename(image))[0]
     match = _EYE_OF_FILE.match(stem)
     return match[1] if match else stem
@@ -123,16 +123,16 @@ def load_split(csv_path: str | Path, data_path: str | Path, limit: int = 0) -> t
 
 
 def check_images(paths: Sequence[Path]) -> None:
-    """Decode every image. Raises UserError for those that `images.read_rgb` refuses, of which it names the first."""
+    """Decode every image. Raises UserError with the first that `images.read_rgb` refuses, and their number."""
     if faults := [fault for fault in find_damage(paths) if fault]:
         raise UserError(f"{faults[0]} ({len(faults)} of {len(paths)} images are unusable)")
 
 
 def assign_patients(patients: Sequence[str], kinds: Sequence, shares: Sequence[float], seed: int) -> list[int]:
-    """Return the number of the split of each image, with all images of a patient in one, whatever their order.
+    """Return the split number of each image, with all images of a patient in the same split, in any order of images.
 
-    Sizes, and the shares of the 50 most frequent `kinds` (captions, ratings), come near `shares` (S,), which sum to 1.
-    Raises UserError if a split stays empty.
+    Sizes, also those of the 50 most frequent `kinds` (captions, ratings), approximate `shares` (S,), which sum to 1.
+    Raises UserError if a split would be empty.
     """
     groups = defaultdict(Counter)
     for patient, kind in zip(patients, kinds, strict=True):
@@ -149,9 +149,9 @@ def assign_patients(patients: Sequence[str], kinds: Sequence, shares: Sequence[f
 
 
 def split_by_patient(rows: Sequence[Row], val: float, test: float, seed: int) -> dict[str, list[Row]]:
-    """Return rows by "train", "val", "test", each patient in one of them, without splits of share 0."""
+    """Return rows by split, "train", "val" and "test", each patient in one of them; splits of share 0 are omitted."""
     if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1) or seed < 0:
-        raise UserError(f"val {val}, test {test}, seed {seed}: allowed are 0 or more, and less than 1 in val + test")
+        raise UserError(f"val {val}, test {test}, seed {seed}: allowed are 0 or more, and val + test below 1")
     shares = {name: share for name, share in zip(SPLITS, (1 - val - test, val, test), strict=True) if share}
     chosen = assign_patients([row.patient for row in rows], [row.caption for row in rows], list(shares.values()), seed)
     pairs = list(zip(rows, chosen, strict=True))
@@ -159,15 +159,12 @@ def split_by_patient(rows: Sequence[Row], val: float, test: float, seed: int) ->
 
 
 def split_table(csv: str, out: str, val: float, test: float, seed: int) -> None:
-    """Write the splits of a table as fundus_<split>.csv, over no file with other content, and log their sizes."""
+    """Write the splits of a table as fundus_<split>.csv and log their sizes; UserError for existing other files."""
     splits = split_by_patient(read_split(csv), val, test, seed)
     for name, rows in splits.items():
-        path = Path(out) / f"fundus_{name}.csv"
-        if (
-            path.exists()
-            and path.read_bytes() != table_text(list(rows[0].fields), [one.fields for one in rows]).encode()
-        ):
-            raise UserError(f"{str(path)!r} exists and holds something else; choose another folder or move it away")
+        path, content = Path(out) / f"fundus_{name}.csv", table_text(list(rows[0].fields), [one.fields for one in rows])
+        if path.exists() and path.read_bytes() != content.encode():
+            raise UserError(f"{str(path)!r} exists and holds other content; choose another folder or move it away")
     for name, rows in splits.items():
         write_table(Path(out) / f"fundus_{name}.csv", rows)
         counts = len({row.patient for row in rows}), len(rows), len(caption_list(rows))
@@ -175,13 +172,13 @@ def split_table(csv: str, out: str, val: float, test: float, seed: int) -> None:
 
 
 def write_table(path: str | Path, rows: Sequence[Row]) -> None:
-    """Write rows with every column of their table, atomically."""
+    """Write rows with all columns of their table, atomically."""
     tables.write_table(path, list(rows[0].fields), (row.fields for row in rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Divide a fundus table by patient into train, val and test.")
-    add_path(parser, "--csv", help="table with the columns path, Text and perhaps modality, patient")
+    parser = argparse.ArgumentParser(description="Split a fundus table by patient into train, val and test.")
+    add_path(parser, "--csv", help="table with the columns path, Text and optionally modality, patient")
     add_path(parser, "--out", help="folder for fundus_train.csv, fundus_val.csv, fundus_test.csv")
     for name in ("val", "test"):
         parser.add_argument(f"--{name}", type=float, default=0.15, help="share of the images, default 0.15; 0: no file")

@@ -1,4 +1,4 @@
-"""Images: between tensors and files, the one reader, a cache, fields of view, and the files that tables name."""
+"""Images: the only reader, writers, a cache of decoded images, fields of view, and lookup of files named in tables."""
 
 import hashlib
 import io
@@ -33,24 +33,24 @@ from ddpo_pytorch.utils.files import atomic_write, open_regular, path_inside, re
 logger = logging.getLogger(__name__)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".dcm")
 LARGEST_SIDE = 4096  # pixels of a judge's input
-# allowed contents besides DICOM, whatever the suffix: Pillow would hand others to programs (PostScript to Ghostscript)
+# allowed contents besides DICOM, whatever the suffix: Pillow would pass others to programs (PostScript to Ghostscript)
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
-# raised with every change of the pixels that `read_rgb` returns, so that no cache serves those of older rules
+# incremented whenever `read_rgb` returns other pixels for a file, which invalidates caches
 READER_VERSION = 2
-# ways to a square: scale the sides independently, as in the paper; crop to the middle; pad with black; or crop a fundus
-# photograph to its field of view and pad
+# how to make images square: scale the sides independently, as in the paper; crop to the middle; pad with black; or crop
+# a fundus photograph to its field of view and pad
 RESIZES = ("stretch", "crop", "pad", "fov")
 # modes with one conversion to RGB; CMYK, LAB and HSV depend on a profile
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr")
-_SPARE_BYTES = 2**30  # left free on the disk by a cache
+_SPARE_BYTES = 2**30  # that a cache leaves free on the disk
 _WINDOW = 256  # images decoded at a time for a cache
-# written into every generated file; the last words are IPTC's term for such images
+# comment in every generated file; trainedAlgorithmicMedia is IPTC's term for such images
 SYNTHETIC = "synthetic image by rl4med-ddpo, no photograph of a patient; DigitalSourceType: trainedAlgorithmicMedia"
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Convert float images in [0, 1] to uint8, rounded and clamped: 1.0 is 255 and every 8-bit level survives."""
+    """Convert float images in [0, 1] to uint8, rounded and clamped, so that 1.0 is 255 and 8-bit levels round-trip."""
     return (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -66,7 +66,7 @@ def load_image(path: str | Path, size: int | None = None, resize: str = "stretch
 
 
 def load_pixels(path: str | Path, size: int | None = None, resize: str = "stretch") -> torch.Tensor:
-    """Read an image as uint8 (3, H, W), made a square of `size` pixels (bicubic) by one of RESIZES."""
+    """Read an image as uint8 (3, H, W), resized (bicubic) to a square of `size` pixels by one of RESIZES."""
     image = read_rgb(path)
     if resize not in RESIZES:
         raise UserError(f"resize is {resize!r}; allowed are {', '.join(RESIZES)}")
@@ -80,9 +80,9 @@ def load_pixels(path: str | Path, size: int | None = None, resize: str = "stretc
 
 @contextmanager
 def open_image(path: str | Path) -> Iterator[Image.Image]:
-    """Open an image file of FORMATS, whatever its suffix, to be decoded; errors in the block become UserError too.
+    """Open an image of FORMATS, whatever its suffix; errors while opening and in the block become UserError.
 
-    A DICOM file is decoded at once.
+    DICOM files are decoded immediately.
     """
     try:
         with open_regular(path) as file:
@@ -94,19 +94,19 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
                 yield image
     except UserError:
         raise
-    except Exception as error:  # of damaged files Pillow's decoders raise nearly anything
+    except Exception as error:  # Pillow's decoders raise almost anything for damaged files
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
         raise UserError(f"{str(path)!r} cannot be read as an image; remove it or fetch it again ({reason})") from error
 
 
 def read_rgb(path: str | Path) -> Image.Image:
-    """Decode a file to its last pixel as 8-bit RGB.
+    """Decode a complete file as 8-bit RGB.
 
     16-bit grey levels are divided by 257 and rounded, 16-bit RGB keeps the upper byte. Raises UserError as `open_image`
     does, for transparent pixels, and for 16-bit images that use only the lowest twelve bits and would be nearly black.
     """
     with open_image(path) as image:
-        _, white = _layout(image)  # before decoding, which forgets it
+        _, white = _layout(image)  # before decoding, which discards it
         if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
             straight = image.convert("LA") if image.mode == "La" else image
             if straight.convert("RGBA").getchannel("A").getextrema()[0] < 255:
@@ -123,11 +123,11 @@ def read_rgb(path: str | Path) -> Image.Image:
 
 
 def _refusal(path: str | Path, reason: str) -> UserError:
-    return UserError(f"{str(path)!r} {reason}; convert it to 8-bit RGB as you mean it")
+    return UserError(f"{str(path)!r} {reason}; convert it to 8-bit RGB yourself")
 
 
 def _layout(image: Image.Image) -> tuple[str, int]:
-    """Return Pillow's name of the levels in the file, e.g. "RGB;16B", or "", and the highest beyond 8 bits, or 0."""
+    """Return Pillow's name of the file's layout, e.g. "RGB;16B", or "", and the highest level beyond 8 bits, or 0."""
     arguments = image.tile[0][3] if getattr(image, "tile", None) else ""  # a DICOM file's image has none
     name = arguments if isinstance(arguments, str) else str(arguments[0])
     deep = re.search(r";(12|16)", name)
@@ -135,16 +135,16 @@ def _layout(image: Image.Image) -> tuple[str, int]:
 
 
 def _ambiguity(image: Image.Image) -> str | None:
-    """Return why the levels of an image have no certain meaning in 8 bits, from its header, or None."""
+    """Return why an image's header does not determine its meaning in 8 bits, or None."""
     layout, white = _layout(image)
     if image.format in ("PNG", "TIFF", "WEBP") and (frames := getattr(image, "n_frames", 1)) > 1:
         return f"holds {frames} images"
     tags = getattr(image, "tag_v2", {})
     samples = tags.get(339, (1,))  # SampleFormat: 1 is unsigned, 2 signed, 3 floating point
     if image.mode == "F" or set(samples if isinstance(samples, tuple) else (samples,)) != {1}:
-        return "has signed or floating-point levels of unknown black and white"
+        return "has signed or floating-point levels with unknown black and white"
     if image.mode.startswith("I") and not re.fullmatch(r"I;(12|16)[BLNR]?", layout):
-        return "has 32-bit or signed levels of unknown black and white"
+        return "has 32-bit or signed levels with unknown black and white"
     if white and tags.get(262) == 0:  # PhotometricInterpretation: Pillow inverts 8-bit images only
         return "has 16-bit levels in which white is 0"
     if "transparency" in image.info and image.mode != "P" and layout not in ("L", "RGB"):
@@ -155,7 +155,7 @@ def _ambiguity(image: Image.Image) -> str | None:
 
 
 def find_damage(paths: Sequence[Path]) -> list[str | None]:
-    """Decode images on all cores; return for each the error of `read_rgb`, or None."""
+    """Decode images on all cores; return the error of `read_rgb` for each, or None."""
 
     def fault(path: Path) -> str | None:
         try:
@@ -168,7 +168,7 @@ def find_damage(paths: Sequence[Path]) -> list[str | None]:
 
 
 def is_intact(path: str | Path) -> bool:
-    """Return whether an image exists and is undamaged: PNG by its checksums, others by decoding."""
+    """Return whether an image exists and is intact, by checksums for PNG and by decoding for others."""
     try:
         with open_image(path) as image:
             if image.format != "PNG":
@@ -193,11 +193,11 @@ def save_jpeg(path: str | Path, picture: Image.Image, comment: str = "") -> None
 
 
 def save_picture(path: str | Path, picture: Image.Image, comment: str = "", **options: Any) -> None:
-    """Write a PIL image atomically, by default as PNG; `options` are those of its method `save`.
+    """Write a PIL image atomically, by default as PNG; `options` are passed to its method `save`.
 
-    A comment becomes a text chunk "Comment" of a PNG, the comment of a JPEG.
+    A comment is stored in PNG's text chunk "Comment" or as JPEG's comment.
     """
-    encoded = io.BytesIO()  # because Pillow's JPEG encoder does not notice a full disk
+    encoded = io.BytesIO()  # since Pillow's JPEG encoder does not report a full disk
     if comment:
         options |= {"pnginfo": PngInfo(), "comment": comment}
         options["pnginfo"].add_text("Comment", comment)
@@ -207,7 +207,7 @@ def save_picture(path: str | Path, picture: Image.Image, comment: str = "", **op
 
 
 def is_synthetic(path: str | Path) -> bool:
-    """Return whether an image says that it was generated."""
+    """Return whether an image's comment marks it as generated."""
     with open_image(path) as image:
         return SYNTHETIC in str(image.info.get("Comment") or image.info.get("comment"))
 
@@ -219,7 +219,7 @@ class ImageFiles(Dataset):
         self.paths, self.targets, self.size, self.resize = list(paths), targets, size, resize
 
     def digest(self) -> str:
-        """Hash names without folders, targets, size and resizing, but no pixels."""
+        """Hash file names without folders, targets, size and resizing, but not pixels."""
         described = [self.size, self.resize, [Path(path).name for path in self.paths], self.targets.tolist()]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12]
 
@@ -231,7 +231,7 @@ class ImageFiles(Dataset):
 
 
 class DecodedImages(Dataset):
-    """The items of an `ImageFiles`, with pixels from a file of `decoded`."""
+    """The items of an `ImageFiles`, with pixels from a cache file of `decoded`."""
 
     def __init__(self, files: ImageFiles, path: Path):
         self.files, self.path, self.targets = files, path, files.targets
@@ -248,16 +248,16 @@ class DecodedImages(Dataset):
             try:
                 self._pixels = np.lib.format.open_memmap(self.path, mode="r")
             except (OSError, ValueError, EOFError) as error:
-                raise UserError(f"{str(self.path)!r} is damaged ({error}); delete it, it is made again") from error
-        # a copy is writable and holds no reference to the map
+                raise UserError(f"{str(self.path)!r} is damaged ({error}); delete it to recreate it") from error
+        # a copy is writable and does not reference the memory map
         return torch.from_numpy(self._pixels[index].copy()), self.targets[index]
 
 
 def decoded(files: ImageFiles, folder: str | Path) -> Dataset:
-    """Return the same items from a cache in `folder`, which is written if absent; `files` if `folder` is "" or full.
+    """Return the items from a cache in `folder`, written if absent; returns `files` if `folder` is "" or full.
 
-    The cache depends on paths, sizes and modification times of the files, the resizing and the version of the reader.
-    With several processes a node, call it within `accelerator.local_main_process_first()`.
+    The cache depends on paths, sizes and modification times of the files, the resizing and the reader's version. With
+    several processes per node, call it within `accelerator.local_main_process_first()`.
     """
     if not str(folder):
         return files
@@ -267,7 +267,7 @@ def decoded(files: ImageFiles, folder: str | Path) -> Dataset:
     path = Path(folder) / f"images_{hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]}.npy"
     if path.is_file():
         if path.stat().st_size < np.prod(shape):
-            raise UserError(f"{str(path)!r} is shorter than its {len(files)} images; delete it, it is made again")
+            raise UserError(f"{str(path)!r} is shorter than its {len(files)} images; delete it to recreate it")
         return DecodedImages(files, path)
     gigabytes, started = np.prod(shape) / 1e9, time.perf_counter()
     try:
@@ -276,11 +276,11 @@ def decoded(files: ImageFiles, folder: str | Path) -> Dataset:
         if np.prod(shape) + _SPARE_BYTES > shutil.disk_usage(path.parent).free:
             raise OSError("no room on the disk")
         with atomic_write(path) as temporary, open(temporary, "wb") as file:
-            # written front to back, so that a full disk is an error, where a memory map would kill the process
+            # written sequentially, so that a full disk raises an error; with a memory map it would kill the process
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             bar = tqdm(total=len(files), desc="decoding", unit="image", disable=None)
             with bar, ThreadPoolExecutor(thread_limit()) as pool:
-                for start in range(0, len(files), _WINDOW):  # windows fit into memory
+                for start in range(0, len(files), _WINDOW):  # bounds the memory
                     for image, _ in pool.map(files.__getitem__, range(start, min(start + _WINDOW, len(files)))):
                         file.write(image.numpy().tobytes())
                         bar.update()
@@ -293,24 +293,24 @@ def decoded(files: ImageFiles, folder: str | Path) -> Dataset:
 
 
 def loader_options(num_workers: int) -> dict[str, Any]:
-    """Return arguments of a DataLoader: persistent workers, and pinned memory if there is a GPU."""
+    """Return DataLoader arguments for persistent workers, and for pinned memory if there is a GPU."""
     return dict(num_workers=num_workers, persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available())
 
 
 def image_grid(images: torch.Tensor, columns: int, padding: int = 2) -> Image.Image:
-    """Arrange (B, 3, H, W) images in [0, 1] in rows on white."""
+    """Arrange (B, 3, H, W) images in [0, 1] in rows on a white background."""
     return to_pil(make_grid(images, columns, padding, pad_value=1.0))
 
 
-# levels of 255: the surround of JPEG files reaches about 10. The largest channel is compared, not green or grey: the
-# darkest retina is red only
+# Of 255 levels; the surround in JPEG files reaches about 10. Applied to the largest channel: the darkest retina is only
+# red.
 FOV_THRESHOLD = 15
-# share of the picture from which a separate lit region belongs to the field; stamped letters are smaller
+# Minimum size of a separate lit region of the field, as a share of the picture; stamped letters are smaller.
 SMALLEST_PART = 1 / 500
 
 
 def fov_mask(rgb: np.ndarray) -> np.ndarray:
-    """Return the lit disc of a uint8 (H, W, 3) fundus photograph, its largest region without holes: bool (H, W)."""
+    """Return the lit disc of a uint8 (H, W, 3) fundus photograph, its largest region with holes filled: bool (H, W)."""
     regions, sizes = _lit_regions(rgb)
     return ndimage.binary_fill_holes(regions == sizes.argmax()) & sizes.any()
 
@@ -318,8 +318,8 @@ def fov_mask(rgb: np.ndarray) -> np.ndarray:
 def fov_square(image: Image.Image) -> Image.Image:
     """Crop an RGB image to the box of its field of view and pad it with black to a centred square, without scaling.
 
-    The box holds every lit region of at least SMALLEST_PART of the picture, so that a dark band through the field loses
-    no part of it. A picture without such a region is only padded.
+    The box contains every lit region of at least SMALLEST_PART of the picture, since a dark band may divide the field.
+    A picture without such a region is only padded.
     """
     regions, sizes = _lit_regions(np.asarray(image))
     large = (sizes >= SMALLEST_PART * regions.size) & (sizes > 0)
@@ -333,7 +333,7 @@ def fov_square(image: Image.Image) -> Image.Image:
 
 
 def _lit_regions(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (H, W) numbers of the connected lit regions, 0 for dark pixels, and the size of each, 0 for the dark."""
+    """Return numbers (H, W) of the connected lit regions, 0 for dark pixels, and their sizes, 0 for the dark one."""
     regions, _ = ndimage.label(rgb.max(2) > FOV_THRESHOLD)
     sizes = np.bincount(regions.ravel())
     sizes[0] = 0
@@ -341,7 +341,7 @@ def _lit_regions(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stem_of(name: str) -> str:
-    """Return a name without its suffix, if that is one of SUFFIXES in any case."""
+    """Return a name without its suffix if that is one of SUFFIXES, ignoring case."""
     stem, suffix = os.path.splitext(name)
     return stem if suffix.lower() in SUFFIXES else name
 
@@ -349,10 +349,10 @@ def stem_of(name: str) -> str:
 def find_images(
     folder: str | Path, names: Sequence[str], key: Callable[[str], str] = str.casefold
 ) -> list[Path | None]:
-    """Return the image file of each name, a path from `folder`, or None.
+    """Return the image file of each name, a path relative to `folder`, or None.
 
-    It is that file, else the only image that differs by case, by the spelling of the suffix (.jpeg for .jpg) or, if the
-    name has none, by the suffix, and has the same `key` of its stem. Raises UserError for two files of one name.
+    If there is no such file, it is the only image whose stem has the same `key` and that differs in case, in the
+    spelling of the suffix (.jpeg for .jpg) or, if the name has none, in the suffix. Raises UserError for two of them.
     """
     folder = Path(folder)
     paths = {name: path_inside(folder, name, "image table") for name in names}
@@ -369,7 +369,7 @@ def find_images(
                 if not part or others:
                     return {}
             place = place / part
-        for entry in os.scandir(place):  # pipes and devices are listed too: `open_image` refuses them by name
+        for entry in os.scandir(place):  # pipes and devices too, so that `open_image` refuses them by name
             if _format(entry.name) and not entry.is_dir() and os.path.exists(entry.path):
                 by_key[key(stem_of(entry.name))].append(place / entry.name)
         return by_key
@@ -399,11 +399,11 @@ def rows_with_image(
     limit: int = 0,
     find: Callable[[str | Path, Sequence[str]], list[Path | None]] = find_images,
 ) -> tuple[list[Any], list[Path], int]:
-    """Return the rows (0 < `limit`: the first) of which `find` finds the image, the files, and the others' number."""
+    """Return the rows with an image (the first `limit` if not 0), their files, and the number of rows without."""
     if not Path(folder).is_dir():
         raise UserError(f"image folder {str(folder)!r} does not exist; give that of the images in {str(table)!r}")
     if not rows:
-        raise UserError(f"{str(table)!r} has a header and no rows; give one image a line")
+        raise UserError(f"{str(table)!r} has a header and no rows; list one image per line")
     pairs = list(zip(rows, find(folder, [row.image for row in rows]), strict=True))
     found = [index for index, (_, path) in enumerate(pairs) if path]
     if limit and len(found) >= limit:
@@ -412,10 +412,10 @@ def rows_with_image(
     if not found:
         raise UserError(
             f"none of the {len(missing)} images of {str(table)!r} is in {str(folder)!r}, where the first would be "
-            f"{str(Path(folder) / missing[0])!r}; give the folder that the names start from"
+            f"{str(Path(folder) / missing[0])!r}; give the folder that the names are relative to"
         )
     if missing:
         listed = f"{', '.join(missing[:5])}{', ...' if missing[5:] else ''}"
-        message = "%d of %d images of %s are not in %s, their rows are skipped: %s"
+        message = "%d of %d images of %s are not in %s; skipping their rows: %s"
         logger.warning(message, len(missing), len(pairs), table, folder, listed)
     return [row for row, path in pairs if path], [path for _, path in pairs if path], len(missing)

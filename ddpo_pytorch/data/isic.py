@@ -1,6 +1,6 @@
 """ISIC 2019 with artifact labels: label order, captions, split tables, image files.
 
-There are 2 x 2^4 = 32 captions. Labels are looked up by the whole caption, not searched for ("ink" is in "pink").
+There are 2 x 2^4 = 32 captions. Labels are looked up by the whole caption, not by substring ("ink" is in "pink").
 `python -m ddpo_pytorch.data.isic --splits DIR` checks and counts split tables (`ddpo_pytorch.data.splits`).
 """
 
@@ -15,7 +15,7 @@ from ddpo_pytorch.data.tables import number, read_table
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import path_fault
 
-# the order of every label vector; judges with four heads use the first four
+# order of every label vector; judges with four heads use the first four
 LABELS = ("hair", "gel_bubble", "ruler", "ink", "MEL", "NV")
 ARTIFACTS = LABELS[:4]
 PAPER_ORDER = ("MEL", "NV", "hair", "gel_bubble", "ink", "ruler")  # columns of table 1
@@ -45,15 +45,15 @@ SINGLE_ARTIFACT_CAPTIONS = {
 
 
 def caption_of(labels: Sequence[int]) -> str:
-    """Return the caption of six 0/1 labels in the order of `LABELS`. Raises UserError if there is none."""
+    """Return the caption of six 0/1 labels in the order of `LABELS`, or raise UserError."""
     key = tuple(int(value) for value in labels)
     if key not in _TABLE.values():
-        raise UserError(f"labels {key} have no caption: needed are 0/1 values of {LABELS}, exactly one of MEL and NV")
+        raise UserError(f"labels {key} have no caption: give 0/1 values of {LABELS} with exactly one of MEL and NV")
     return _compose(key)
 
 
 def caption_list(rows: Sequence["Row"]) -> tuple[str, ...]:
-    """Return all 32 captions, whether or not they are in the rows."""
+    """Return all 32 captions, including those without rows."""
     return CAPTIONS
 
 
@@ -83,7 +83,7 @@ class Row:
 
 
 def read_split(path: str | Path) -> list[Row]:
-    """Read a split table with the columns image, MEL, NV, hair, gel_bubble, ruler, ink, and perhaps others."""
+    """Read a split table with the columns image, MEL, NV, hair, gel_bubble, ruler, ink and any others."""
 
     def make(fields: dict[str, str], index: int, line: int, faults: list[str]) -> tuple[Row | None, str, str]:
         image, values = fields["image"], [number(fields[name]) for name in LABELS]
@@ -101,7 +101,7 @@ def read_split(path: str | Path) -> list[Row]:
 
 
 def image_key(image: str) -> str:
-    """Return an image id without suffix and `_downsampled`, which ISIC adds to some ids in some files only."""
+    """Return an image id without suffix and `_downsampled`, which ISIC appends inconsistently."""
     return stem_of(image).removesuffix("_downsampled")
 
 

@@ -1,6 +1,6 @@
-"""Plain folders of images with a table: metadata.csv has the columns file_name and text, and any others.
+"""Plain folders of images with a table: metadata.csv with the columns file_name, text and any others.
 
-This is the table of Hugging Face's imagefolder. Columns named after a judge's labels hold 0 or 1.
+This is the format of Hugging Face's imagefolder. Columns named after a judge's labels contain 0 or 1.
 """
 
 import posixpath
@@ -20,7 +20,7 @@ METADATA = "metadata.csv"
 
 
 class Row(NamedTuple):
-    """Row of such a table: path of the image from the folder, its text, and every column as text."""
+    """Row of such a table: the image's path relative to the folder, its text, and every column as text."""
 
     image: str
     caption: str
@@ -33,16 +33,16 @@ def read_metadata(path: str | Path) -> list[Row]:
     def make(fields: dict[str, str], index: int, line: int, faults: list[str]) -> tuple[Row, str, str]:
         name = posixpath.normpath(fields["file_name"].replace("\\", "/"))
         if fault := path_fault(fields["file_name"]):
-            faults.append(f"file_name {name!r} {fault}; give the path of the image from the folder")
+            faults.append(f"file_name {name!r} {fault}; give a path relative to the folder")
         if not fields["text"]:
             faults.append("the text is empty; describe the image")
         return Row(name, fields["text"], fields), name, f"image {name!r}"
 
-    return read_table(path, "table", ("file_name", "text"), make, free_text="text", advice="give one image a line")
+    return read_table(path, "table", ("file_name", "text"), make, free_text="text", advice="list one image per line")
 
 
 def of_caption(rows: Sequence[Row]) -> dict[str, dict[str, str]]:
-    """Return by text the columns that follow from it in all rows, such as labels; a patient's age does not."""
+    """Return by text the columns that it determines in all rows, such as labels but not a patient's age."""
     cells: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))  # by column and text
     for row in rows:
         for column, value in row.fields.items():
@@ -60,7 +60,7 @@ def requested_labels(
 ) -> torch.Tensor:
     """Return the 0/1 labels (N, H) that N images should show, in the order of `labels`.
 
-    They stand in the images' rows of `table`, else an ISIC caption states them. Raises UserError where neither does.
+    They come from the images' rows of `table`, else from an ISIC caption. Raises UserError if neither states them.
     """
     result = []
     for caption, row in zip(captions, table or [{}] * len(captions), strict=True):
@@ -70,9 +70,9 @@ def requested_labels(
         if wrong := [name for name, value in zip(labels, stated, strict=True) if number(value or "") not in (0, 1)]:
             given = "is missing" if row.get(wrong[0]) is None else f"is {row[wrong[0]]!r}"
             raise UserError(
-                f"the label {wrong[0]!r} of {row.get('file_name') or caption!r} {given}; the judge sees "
-                f"{', '.join(labels)}: give each a column of 0 and 1 in {METADATA}, or another judge (fundus images: "
-                "metric.judges)"
+                f"the label {wrong[0]!r} of {row.get('file_name') or caption!r} {given}; the judge predicts "
+                f"{', '.join(labels)}: add a column of 0 and 1 for each to {METADATA}, or give another judge (fundus "
+                "images: metric.judges)"
             )
         result.append([int(number(value)) for value in stated])
     return torch.tensor(result)

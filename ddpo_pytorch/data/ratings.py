@@ -1,4 +1,4 @@
-"""Expert ratings of images, 1 (poor) to 3 (excellent); an expert's level weights a rating and never changes it."""
+"""Expert ratings of images, 1 (poor) to 3 (excellent); an expert's level weights a rating but never changes it."""
 
 import math
 import os
@@ -25,16 +25,16 @@ from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import path_fault
 
 COLUMNS = ("image_path", "rating", "modality", "expert_level", "prompt", "rater_id")
-APART = ("quality", "alignment", "patient")  # further columns, where both questions were asked
-CRITERIA = ("disc", "vessels", "contrast", "artifacts")  # of quality, where they were rated too
+APART = ("quality", "alignment", "patient")  # more columns, if quality and alignment were asked separately
+CRITERIA = ("disc", "vessels", "contrast", "artifacts")  # of quality, if they were rated
 CLASSES = (1, 2, 3)
 
 
 @dataclass(frozen=True)
 class Rating:
-    """One expert's rating of an image for a prompt, in [1, 3]; quality and alignment are None if not apart.
+    """One expert's rating of an image for a prompt, in [1, 3]; quality and alignment are None if not asked separately.
 
-    `criteria` has those of CRITERIA that were rated.
+    `criteria`: those of CRITERIA that were rated.
     """
 
     image: str
@@ -51,16 +51,16 @@ class Rating:
     criteria: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, column: str) -> float:
-        """Return the rating of "quality" or "alignment"."""
+        """Return the rating of "quality" or "alignment", by default `rating`."""
         apart = getattr(self, column)
         return self.rating if apart is None else apart
 
 
 @dataclass(frozen=True)
 class RatedImage:
-    """Means in [1, 3] over the `ratings` rows of an image and prompt, by level; `weight` is the mean level / 3.
+    """Means in [1, 3], weighted by level, over the `ratings` rows of an image and prompt; `weight` is mean level / 3.
 
-    `criteria` has the means of those of CRITERIA that were rated.
+    `criteria`: means of those of CRITERIA that were rated.
     """
 
     image: str
@@ -74,16 +74,16 @@ class RatedImage:
     criteria: Mapping[str, float] = field(default_factory=dict)
 
     def reward(self, column: str) -> float:
-        """Return R = (r - 1) / 2 in [0, 1] of "quality", "alignment" or a criterion, NaN if that was not rated."""
+        """Return R = (r - 1) / 2 in [0, 1] of "quality", "alignment" or a criterion, NaN if not rated."""
         return (({"quality": self.quality, "alignment": self.alignment} | self.criteria).get(column, math.nan) - 1) / 2
 
 
 def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "") -> list[Rating]:
     """Read a table with image_path, rating, prompt and optionally the rest of COLUMNS, APART and CRITERIA.
 
-    Without expert_level every expert has level 3; without rater_id every row is another rater. Image paths start from
-    `root`, by default the table's folder, or from the latter. Images must be in `root` or in the folder `within`: a
-    table from elsewhere cannot point to other files.
+    Without expert_level every expert has level 3; without rater_id every row is another rater. Image paths are relative
+    to `root`, by default the table's folder, or to the latter. Images must be in `root` or in the folder `within`, so
+    that an untrusted table cannot point to other files.
     """
     table, root = Path(path).parent, Path(root or Path(path).parent)
     allowed = [folder for folder in (str(root), str(within)) if folder]
@@ -91,8 +91,8 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
     only: list[str] = []
 
     def find(image: str, faults: list[str]) -> tuple[str, Path]:
-        """Return an image's path from `root`, and its file."""
-        # links are not followed: ".." means what it meant where the table was written
+        """Return an image's path relative to `root`, and its file."""
+        # links are not resolved, so that ".." means the same as where the table was written
         paths = [Path(os.path.normpath(start / image)) for start in (root, table)]
         inside = [file for file in paths if any(not path_fault(os.path.relpath(file, one)) for one in allowed)]
         file = next(filter(os.path.isfile, inside), (inside or paths)[0])
@@ -120,7 +120,7 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
             if not optional and not 1 <= (values[name] or 0) <= 3:
                 hint = " (without this column all are 3)" * (name == "expert_level")
                 faults.append(f"{name} is {fields[name]!r}; allowed are 1 to 3{hint}")
-        # a generated image shows no patient: each is one of its own
+        # a generated image shows no patient, so each counts as its own patient
         patient = fields.get("patient") or (image if is_framed(file) else patient_of(image))
         rater = fields.get("rater_id", "")
         other, first = patients.setdefault(image, (patient, line))
@@ -138,7 +138,7 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
 
 
 def aggregate(ratings: Sequence[Rating], root: str | Path = "") -> list[RatedImage]:
-    """Return one entry for each (image, prompt), of means weighted by level; `root` replaces the images' folder."""
+    """Return a RatedImage per (image, prompt), of means weighted by level; `root` replaces the images' folder."""
     images = []
     for (image, prompt), rows in _units(ratings).items():
         levels = [row.expert_level for row in rows]
@@ -157,7 +157,7 @@ def aggregate(ratings: Sequence[Rating], root: str | Path = "") -> list[RatedIma
 
 
 def check_classes(images: Sequence[RatedImage], column: str = "quality") -> str:
-    """Return a warning if no mean is nearest to one of the ratings 1, 2, 3. Raises UserError if all are to one."""
+    """Return a warning if a rating of 1, 2 or 3 is nearest to no mean. Raises UserError if one is nearest to all."""
     counts = Counter(rating_class(getattr(image, column)) for image in images)
     if len(counts) < 2:
         rated = f"are rated {next(iter(counts))}" if counts else "are there"
@@ -169,14 +169,14 @@ def check_classes(images: Sequence[RatedImage], column: str = "quality") -> str:
 
 
 def rating_class(mean: float) -> int:
-    """Return the rating 1, 2 or 3 nearest to a mean; halves round up."""
+    """Round a mean to the rating 1, 2 or 3, half up."""
     return math.floor(mean + 0.5)
 
 
 def split_by_patient(
     images: Sequence[RatedImage], share: float, seed: int
 ) -> tuple[list[RatedImage], list[RatedImage]]:
-    """Split images by patient into (train, validation), with `share` of the images and of each rating in the latter."""
+    """Split images by patient into (train, validation), with about `share` of all and of each rating in the latter."""
     if not 0 < share < 1:
         raise UserError(f"the validation share is {share}; allowed is a number between 0 and 1")
     kinds = [rating_class(image.quality) for image in images]
@@ -186,10 +186,10 @@ def split_by_patient(
 
 
 def agreement(ratings: Sequence[Rating], column: str = "quality") -> dict[str, float | int | None]:
-    """Measure the agreement of raters of the same image and prompt, in the column "quality" or "alignment".
+    """Measure the agreement between raters of the same image and prompt, in the column "quality" or "alignment".
 
-    `alpha` is Krippendorff's, ordinal, `kappa` Cohen's, quadratic, a mean over pairs of named raters: 1 is agreement, 0
-    chance, None undefined. `images` are those rated at least twice, `pairs` those of ratings of the same image.
+    `alpha` is Krippendorff's (ordinal), `kappa` Cohen's (quadratic), averaged over pairs of named raters: 1 is perfect
+    agreement, 0 chance, None undefined. `images` counts those rated at least twice, `pairs` their pairs of ratings.
     """
     units = [[row.of(column) for row in rows] for rows in _units(ratings).values() if len(rows) > 1]
     by_rater = defaultdict(dict)
@@ -210,7 +210,7 @@ def agreement(ratings: Sequence[Rating], column: str = "quality") -> dict[str, f
 
 
 def ordinal_alpha(units: Iterable[Sequence[float]]) -> float | None:
-    """Return Krippendorff's alpha of units with the values that observers gave; None without two different values.
+    """Return Krippendorff's alpha of units, each a list of observers' values; None without two different values.
 
     alpha = 1 - (n - 1) sum_ck o_ck d_ck / sum_ck n_c n_k d_ck, with the coincidences o_ck (each ordered pair in a unit
     of m values counts 1 / (m - 1)), n_c = sum_k o_ck, n = sum_c n_c, and d_ck the square of the number of values from c
@@ -233,10 +233,10 @@ def ordinal_alpha(units: Iterable[Sequence[float]]) -> float | None:
 
 
 def fleiss_kappa(units: Iterable[Sequence[float]]) -> float | None:
-    """Return Fleiss' kappa of units with the categories that readers gave; None if all are equal.
+    """Return Fleiss' kappa of units, each a list of readers' categories; None if all are equal.
 
-    (P - E) / (1 - E), with P the mean over units of the share of pairs of readers that agree, and E the sum of squares
-    of the categories' shares (Fleiss 1971).
+    (P - E) / (1 - E), where P is the mean over units of the share of agreeing pairs of readers, and E the sum of the
+    squared shares of the categories (Fleiss 1971).
     """
     units = [unit for unit in units if len(unit) > 1]
     counts = [np.array(list(Counter(unit).values())) for unit in units]

@@ -1,8 +1,9 @@
 """Sample folders, which eval.py, generate.py and extract_dataset_latents.py write and metric.py reads.
 
-A sample folder holds `images/<folder_name of the caption>/<name>.png|jpg`, `settings.json` (so that no folder mixes two
-origins) and `image_log.json`, a list with an entry an image (at least prompt and path_to_img, relative to the folder).
-Processes append one JSON line an image to `image_log.part<rank>.jsonl`, which are merged at the end, also after kills.
+A sample folder has `images/<folder_name of the caption>/<name>.png|jpg`, `settings.json` (so that images of different
+settings never mix) and `image_log.json`, a list with an entry per image (at least prompt and path_to_img, relative to
+the folder). Processes append a JSON line per image to `image_log.part<rank>.jsonl`; these are merged at the end, even
+after kills.
 """
 
 import hashlib
@@ -29,19 +30,19 @@ from ddpo_pytorch.utils.json_files import OneOf, parse_json, read_json
 SETTINGS = "settings.json"
 LOG = "image_log.json"
 PARTS = "image_log.part*.jsonl"
-WORLD = "world.json"  # of a folder of phantoms, which are drawn
-RECORD = "record.json"  # of a rating set (phantoms.rating_sets), whose images are in images/
+WORLD = "world.json"  # in a folder of phantoms
+RECORD = "record.json"  # in a rating set (phantoms.rating_sets) with images/
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 LONGEST_NAME = 255  # bytes of a file name on common file systems
 _ELSEWHERE = "choose another logdir or move it away"
 
 
 def folder_name(caption: str) -> str:
-    """Return the name of a caption's folder, of which `urllib.parse.unquote(name.replace("_", " "))` is the caption.
+    """Return the name of a caption's folder; `urllib.parse.unquote(name.replace("_", " "))` returns the caption.
 
     Spaces become underscores, as in the official code; "_", "/", "\\", unprintable characters, a leading dot, and a "%"
-    that looks like an escape become % and the hex digits of their UTF-8 bytes. A name beyond 255 bytes, and that of the
-    empty caption, is cut and ends in %FF, which no escape contains, and a hash of the caption.
+    that looks like an escape become % and the hex digits of their UTF-8 bytes. Names over 255 bytes are truncated; they
+    and the empty caption's name end in %FF, which no escape contains, and a hash of the caption.
     """
     pieces = []
     for position, character in enumerate(caption):
@@ -63,13 +64,13 @@ _ISIC_FOLDERS = {folder_name(caption): caption for caption in CAPTIONS}
 
 
 def is_framed(path: Path) -> bool:
-    """Return whether an image lies in a complete sample folder or a rating set: a square as judges see it."""
+    """Return whether an image is in a complete sample folder or a rating set, and so already square for judges."""
     folder = path.parent.parent
     return (folder.parent / LOG).is_file() or (folder / RECORD).is_file()
 
 
 def claim_folder(folder: str | Path, settings: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Reserve a folder for images of these `settings` (JSON-able), or accept one reserved for them; add `metadata`."""
+    """Reserve a folder for images of these `settings` (JSON), recording `metadata`, or check that it already is."""
     folder, settings = Path(folder), json.loads(json.dumps(settings))
     if (folder / SETTINGS).is_file():
         if changed := difference(read_settings(folder), settings):
@@ -82,13 +83,13 @@ def claim_folder(folder: str | Path, settings: Mapping[str, Any], metadata: Mapp
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
-    """Return the recorded settings of a folder's images, or {}. Raises UserError if they are unreadable."""
+    """Return the recorded settings of a folder's images, or {}. Raises UserError if they cannot be read."""
     path = Path(folder) / SETTINGS
     return read_json(path, {"settings": dict}, _ELSEWHERE)["settings"] if path.is_file() else {}
 
 
 def title_of(name: str, samples: Sequence[tuple[Path, str]]) -> str:
-    """Return the title of a set of samples: its name, but "phantoms" for "real" ones of a drawn world."""
+    """Return the title of a set of samples: its name, or "phantoms" for "real" ones from a phantom world."""
     path = samples[0][0].parent.parent.parent / SETTINGS if samples else Path()
     drawn = name == "real" and path.is_file() and read_json(path, {"about": dict})["about"].get("phantoms")
     return "phantoms" if drawn else name
@@ -100,7 +101,7 @@ def write_log(folder: str | Path, entries: list[dict]) -> None:
 
 
 def read_log(folder: str | Path) -> list[dict]:
-    """Return the entries of `image_log.json`, or []. Raises UserError for a damaged one or an image elsewhere."""
+    """Return the entries of `image_log.json`, or []. Raises UserError if it is damaged or names images elsewhere."""
     path, shape = Path(folder) / LOG, [{"path_to_img?": str, "prompt?": OneOf((str, None))}]
     entries = read_json(path, shape, "make the samples again elsewhere") if path.is_file() else []
     for number, entry in enumerate(entries, 1):
@@ -110,7 +111,7 @@ def read_log(folder: str | Path) -> list[dict]:
 
 
 class PartLog:
-    """Context manager around one process's part of the log; its threads may share it."""
+    """Context manager for one process's part of the log; thread-safe."""
 
     def __init__(self, folder: str | Path, rank: int):
         self._path = Path(folder) / PARTS.replace("*", str(rank))
@@ -120,7 +121,7 @@ class PartLog:
     def __enter__(self) -> "PartLog":
         torn = self._path.is_file() and not self._path.read_bytes().endswith(b"\n")
         self._file = open(self._path, "ab", buffering=0)
-        if torn:  # a kill cut the last line, to which the next must not be joined
+        if torn:  # a kill truncated the last line, which must not run into the next
             append(self._file, b"\n")
         return self
 
@@ -128,29 +129,29 @@ class PartLog:
         self._file.close()
 
     def add(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Append entries, with at least path_to_img relative to the folder; they survive a kill right after."""
+        """Append entries with at least path_to_img, relative to the folder; they survive a kill immediately after."""
         lines = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
         with self._lock:
             append(self._file, lines)
 
 
 def read_entries(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """Return the entries of the log and all parts by path_to_img, without those of absent or empty images."""
+    """Return the entries of the log and all parts by path_to_img, without those of missing or empty images."""
     folder, listed = Path(folder), read_log(folder)
     if any("path_to_img" not in entry for entry in listed):
         raise UserError(f"{str(folder / LOG)!r} has entries without path_to_img; {_ELSEWHERE}")
     for part in filter(Path.is_file, sorted(folder.glob(PARTS))):
         for line in part.read_bytes().split(b"\n"):
-            with suppress(UserError):  # a line that a kill has cut; its image counts as absent and is made again
+            with suppress(UserError):  # a line truncated by a kill; its image counts as missing and is made again
                 listed.append(parse_json(line, {"path_to_img": str}, ""))
     entries = {entry["path_to_img"]: entry for entry in listed if not path_fault(entry["path_to_img"])}
     return {path: one for path, one in entries.items() if (folder / path).is_file() and (folder / path).stat().st_size}
 
 
 def merge_parts(folder: str | Path, order: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Write all entries to `image_log.json`, remove the parts and return the entries; for one process.
+    """Write all entries to `image_log.json`, remove the parts and return the entries; for one process only.
 
-    Entries are sorted as their paths in `order`, then by folder, then by path, and numbered: sampleID 0, 1, ...
+    Entries are sorted like their paths in `order`, then by folder and path, and numbered: sampleID 0, 1, ...
     """
     entries, rank = read_entries(folder), {path: number for number, path in enumerate(order)}
     last = {os.path.dirname(path): number for path, number in rank.items()}
@@ -166,14 +167,14 @@ def merge_parts(folder: str | Path, order: Sequence[str] = ()) -> list[dict[str,
 
 
 def damaged_images(folder: str | Path, paths: Sequence[str]) -> list[str]:
-    """Return the image files, relative to the folder, that are damaged."""
+    """Return those of the image files (relative to the folder) that are damaged."""
     with ThreadPoolExecutor(thread_limit()) as pool:
         sound = pool.map(is_intact, map(Path(folder).joinpath, paths))
         return [path for path, fine in zip(paths, sound, strict=True) if not fine]
 
 
 class Contents(NamedTuple):
-    """Number of logged images; paths of those black, not planned, without an entry, and planned without an image."""
+    """Number of logged images, and paths: black, not planned, without a log entry, and planned but missing."""
 
     images: int
     black: list[str]
@@ -196,9 +197,9 @@ def finish_log(folder: str | Path, planned: Sequence[str]) -> Contents:
 
 
 def list_samples(folder: str | Path, prompts: Collection[str] = ()) -> list[tuple[Path, str]]:
-    """Return the sorted (file, caption) of the images of a sample folder, or of `prompts`, but no hidden ones.
+    """Return the sorted (file, caption) of a sample folder's images, or those of `prompts`, without hidden files.
 
-    In a folder with a table (`data.metadata`) they are the images that it names.
+    In a folder with a table (`data.metadata`), these are the images listed there.
     """
     if (table := Path(folder) / METADATA).is_file():
         samples = [(Path(folder) / row.image, row.caption) for row in read_metadata(table)]
@@ -208,8 +209,8 @@ def list_samples(folder: str | Path, prompts: Collection[str] = ()) -> list[tupl
     root = Path(folder) / "images"
     if not root.is_dir():
         raise UserError(
-            f"{str(folder)!r} is not a sample folder (no images/ inside), as scripts/eval.py writes them, and has no "
-            f"{METADATA} with the columns file_name, text"
+            f"{str(folder)!r} is not a sample folder of scripts/eval.py (no images/ inside), and has no {METADATA} "
+            "with the columns file_name, text"
         )
     wanted = {name: caption for name, caption in _captions_of(folder).items() if not prompts or caption in prompts}
     samples = [(path, wanted[name]) for name in sorted(wanted) for path in sorted((root / name).glob("[!.]*"))]
@@ -227,7 +228,7 @@ def list_samples(folder: str | Path, prompts: Collection[str] = ()) -> list[tupl
 def captions_without_images(
     folder: str | Path, samples: Sequence[tuple[Path, str]], prompts: Sequence[str] = ()
 ) -> list[str]:
-    """Return the sorted captions, of `prompts` or of a sample folder and its log, without an image among `samples`."""
+    """Return the sorted captions without `samples`, of `prompts` or, by default, of a sample folder and its log."""
     captions = set(prompts)
     if not captions:
         captions = {*_captions_of(folder).values(), *(entry.get("prompt") for entry in read_log(folder))} - {None}
@@ -235,7 +236,7 @@ def captions_without_images(
 
 
 def _captions_of(folder: str | Path) -> dict[str, str]:
-    """Return the caption of each folder of images by its name: an ISIC caption, or else a prompt of the log."""
+    """Return the caption of each folder of images by its name: an ISIC caption, else a prompt in the log."""
     names = [path.name for path in (Path(folder) / "images").glob("[!.]*") if path.is_dir()]
     captions = dict(_ISIC_FOLDERS)
     if not captions.keys() >= set(names):

@@ -1,9 +1,9 @@
-"""Checks of split tables: their counts, their images, and lesions that are in several splits.
+"""Checks of split tables: counts, images, and lesions that occur in several splits.
 
     python -m ddpo_pytorch.data.isic --splits DIR [--images FOLDER] [--metadata CSV [--regroup OUT --seed S]]
 
-A set of splits is `<name>_train.csv`, `<name>_val.csv` and `<name>_test.csv` of one folder, or some of the three. ISIC
-shows many lesions in several images, and a classifier tested on lesions of its training looks better than it is.
+A set of splits is `<name>_train.csv`, `<name>_val.csv` and `<name>_test.csv` in one folder, or some of the three. ISIC
+has several images of many lesions, and a classifier tested on lesions it was trained on looks better than it is.
 """
 
 import argparse
@@ -30,22 +30,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
-RECORD = "splits.json"  # seed, and the hash of every table, of regrouped splits
+RECORD = "splits.json"  # seed and hash of each table of regrouped splits
 
 
 def find_splits(folder: str | Path) -> dict[str, dict[str, Path]]:
-    """Return the sets of splits in a folder: files by train, val, test, by the name in front of them."""
+    """Return the sets of splits in a folder by name prefix: files by "train", "val" and "test"."""
     sets = defaultdict(dict)
     for split in SPLITS:
         for path in sorted(Path(folder).glob(f"[!.]*_{split}.csv")):
             sets[path.stem.removesuffix(f"_{split}")][split] = path
     if not sets:
-        raise UserError(f"{str(folder)!r} does not exist or holds no *_train.csv, *_val.csv, *_test.csv; give others")
+        raise UserError(f"{str(folder)!r} does not exist or holds no *_train.csv, *_val.csv, *_test.csv; give another")
     return dict(sets)
 
 
 def read_splits(paths: Mapping[str, Path]) -> dict[str, list[Row]]:
-    """Read the tables of one set, without an image in two and, if regrouping recorded hashes, unchanged."""
+    """Read the tables of one set. Raises UserError for an image in two, and if a recorded hash differs."""
     record, hashes = next(iter(paths.values())).parent / RECORD, {}
     if record.is_file():
         hashes = read_json(record, {"files": {str: {"sha256": str}}}, "make the splits again")["files"]
@@ -67,7 +67,7 @@ def count_labels(rows: Sequence[Row]) -> dict[str, int]:
 
 def report_counts(splits: Mapping[str, Sequence[Row]]) -> None:
     """Log table 1 and, over train, the "# real" row of table 2."""
-    from pandas import DataFrame  # a slow import, which training does not need
+    from pandas import DataFrame  # a slow import that training does not need
 
     counts = {split: {"images": len(rows)} | count_labels(rows) for split, rows in splits.items()}
     reports = [DataFrame(counts).T.rename_axis(columns="table 1")]
@@ -81,7 +81,7 @@ def report_counts(splits: Mapping[str, Sequence[Row]]) -> None:
 
 
 def check_images(splits: Mapping[str, Sequence[Row]], folder: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
-    """Decode the images of the splits; return (split, image id) of missing ones and the faults of broken ones."""
+    """Decode the images of the splits; return (split, image id) of missing and the faults of broken images."""
     paths, missing = [], []
     for split, rows in splits.items():
         images = [row.image for row in rows]
@@ -100,10 +100,10 @@ def check_images(splits: Mapping[str, Sequence[Row]], folder: str | Path) -> tup
 
 
 def drop_broken(rows: Sequence[Row], paths: Sequence[Path]) -> tuple[list[Row], list[Path]]:
-    """Return the rows of which the image can be decoded, and these images, if any; warn of every other one."""
+    """Return the rows whose image can be decoded, and the images; warn of all others. Raises UserError if none can."""
     faults = find_damage(paths)
     for fault in filter(None, faults):
-        logger.warning("left out: %s", fault)
+        logger.warning("skipping: %s", fault)
     if all(faults):
         raise UserError(f"all {len(paths)} images are broken, the first: {faults[0]}")
     good = [(row, path) for row, path, fault in zip(rows, paths, faults, strict=True) if not fault]
@@ -111,7 +111,7 @@ def drop_broken(rows: Sequence[Row], paths: Sequence[Path]) -> tuple[list[Row], 
 
 
 def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
-    """Return the columns of ISIC's metadata by `image_key`: image, and lesion_id, which may be empty."""
+    """Return the columns image and lesion_id (which may be empty) of ISIC's metadata by `image_key`."""
 
     def make(fields: dict[str, str], index: int, line: int, faults: list[str]) -> tuple[tuple[str, dict], str, str]:
         key = image_key(fields["image"])
@@ -121,7 +121,7 @@ def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
 
 
 def _frame(splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, Mapping[str, str]]) -> "DataFrame":
-    """Return split, row, known (to the metadata) and lesion of every row; a row without a lesion is its own."""
+    """Return split, row, known (to the metadata) and lesion of each row; a row without lesion_id is its own lesion."""
     from pandas import DataFrame
 
     records = []
@@ -133,10 +133,10 @@ def _frame(splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, Mapping[s
 
 
 def report_leakage(splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, Mapping[str, str]]) -> tuple[int, int]:
-    """Log, and return, the number of lesions that are in several splits, and of their images."""
+    """Log and return the number of lesions in several splits, and of their images."""
     frame = _frame(splits, metadata)
     if not frame.known.any():
-        raise UserError(f"the metadata have none of the {len(frame)} images of the splits; give ISIC's own file")
+        raise UserError(f"the metadata have none of the {len(frame)} images of the splits; give ISIC's file")
     named = frame.lesion.str.startswith("lesion ").sum()
     logger.info("lesions  %d of %d images have a lesion_id; the others cannot be checked", named, len(frame))
     shared = frame[frame.groupby("lesion").split.transform("nunique") > 1]
@@ -151,10 +151,10 @@ def report_leakage(splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, M
 
 
 def assign(groups: np.ndarray, targets: np.ndarray, seed: int) -> np.ndarray:
-    """Return the split (G,) of each group such that the sums over each split come near its target.
+    """Return the split (G,) of each group such that the sums over each split approximate its target.
 
-    `groups` (G, F) and `targets` (S, F) count images, then other features. A group goes where there is room and the sum
-    of (count - target)^2 / target grows least.
+    `groups` (G, F) and `targets` (S, F) count images, then other features. Each group is assigned to the split that has
+    room and for which the sum of (count - target)^2 / target increases least.
     """
     groups, targets = groups.astype(float), targets.astype(float)
     rarity = np.where(groups > 0, groups.sum(0), np.inf).min(1)
@@ -173,7 +173,7 @@ def assign(groups: np.ndarray, targets: np.ndarray, seed: int) -> np.ndarray:
 def regroup(
     splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, Mapping[str, str]], seed: int
 ) -> dict[str, list[Row]]:
-    """Return the rows in random order, each lesion in one split only, with sizes and frequencies near those given."""
+    """Return the rows in random order, with each lesion in one split and about the same sizes and frequencies."""
     if len(splits) < 2:
         raise UserError(f"there is only the split {', '.join(splits)}; regrouping needs two or three")
     frame = _frame(splits, metadata)
@@ -190,7 +190,7 @@ def regroup(
 
 
 def write_splits(folder: str | Path, name: str, splits: Mapping[str, Sequence[Row]], metadata: Mapping) -> None:
-    """Write `<name>_<split>.csv`, and splits.json with `metadata` and each file's hash and counts, in a new folder."""
+    """Write `<name>_<split>.csv` and splits.json, with `metadata` and each file's hash and counts, in a new folder."""
     every = [row.fields for rows in splits.values() for row in rows]
     columns = list(every[0])
     for fields in every:
@@ -208,7 +208,7 @@ def write_splits(folder: str | Path, name: str, splits: Mapping[str, Sequence[Ro
 def check_folder(
     folder: str, images: str = "", list_missing: str = "", metadata: str = "", regroup_to: str = "", seed: int = 0
 ) -> None:
-    """Log the reports of the sets of splits in a folder, write the files asked for, then refuse broken images."""
+    """Log reports on the sets of splits in a folder, write the requested files, then raise for broken images."""
     if (regroup_to and not metadata) or (list_missing and not images) or seed < 0:
         raise UserError("--regroup needs --metadata, --list_missing needs --images, and --seed is 0 or more")
     for output in (regroup_to, list_missing):
@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_path(parser, "--list_missing", optional=True, help="CSV file to write: split and id of every missing image")
     add_path(parser, "--metadata", optional=True, help="ISIC_2019_Training_Metadata.csv: report lesions in two splits")
     add_path(parser, "--regroup", optional=True, dest="regroup_to", help="folder to write: splits that share no lesion")
-    parser.add_argument("--seed", type=int, default=42, help="of --regroup, default 42")
+    parser.add_argument("--seed", type=int, default=42, help="seed of --regroup, default 42")
     run_command(parser, check_folder, arguments)
 
 

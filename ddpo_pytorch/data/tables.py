@@ -1,4 +1,4 @@
-"""CSV tables that people and spreadsheets write: one reader, one writer, and the rules of their cells."""
+"""CSV tables written by people and spreadsheets: one reader, one writer, and rules for cells."""
 
 import csv
 import io
@@ -13,26 +13,26 @@ from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_write, open_regular
 
 T = TypeVar("T")
-SYNONYMS = {"modal": "modality", "file_name": "path"}  # of column names, as `_normalized` returns them
-DESCRIBED = 3  # faults of a table that a message describes; the others are counted
+SYNONYMS = {"modal": "modality", "file_name": "path"}  # of normalised column names
+DESCRIBED = 3  # faults of a table that a message quotes; the others are counted
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
-# text that begins with a sign and is no formula: a number, perhaps with its interval
+# text that begins with a sign but is not a formula: a number, optionally with its interval
 _VALUE = re.compile(rf"{_NUMBER.pattern}( \[{_NUMBER.pattern}, {_NUMBER.pattern}\])?|[-+](inf|nan)")
-# first characters of the cells that spreadsheets run; some of them accept the full-width forms
+# first characters of cells that spreadsheets evaluate; some accept the full-width forms
 _FORMULA = tuple("=+-@\t\r\n＝＋－＠")
-# cells of well-known columns; they decide where a caption with unquoted commas ends
+# formats of well-known columns, which determine where a caption with unquoted commas ends
 _FORMS = {
     **dict.fromkeys(("path", "image_path"), re.compile(r".+\.(png|jpe?g|tiff?|bmp|webp|ppm|dcm)", re.IGNORECASE)),
     "modality": re.compile(r"[A-Za-z]*"),
     "eye": re.compile(r"left|right|l|r|od|os|", re.IGNORECASE),
     **dict.fromkeys(("age", "rating", "expert_level", "quality", "alignment"), re.compile(f"({_NUMBER.pattern})?")),
 }
-# spaces between a closing quote and the comma, which are not CSV, but common
+# spaces between a closing quote and the comma: invalid CSV, but common
 _SPACE_AFTER_QUOTE = re.compile(r'((?<!")"|(?<![^,\s])"")[ \t]+(?=,|\r?\n?$)')
 _COMMAS = "cells are separated by commas, not by semicolons or tabs"
-# control and format characters, surrogates, and separators other than the plain space
+# control and format characters, surrogates, and separators other than the space
 _INVISIBLE_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp", "Zs")
-# printable characters without a shape: joiners, fillers, variation selectors, the blank Braille pattern
+# printable characters without a glyph: joiners, fillers, variation selectors, the blank Braille pattern
 _INVISIBLE_RANGES = (
     *((0x034F, 0x034F), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x2800, 0x2800), (0x3164, 0x3164)),
     *((0xFE00, 0xFE0F), (0xFFA0, 0xFFA0), (0xE0100, 0xE01EF)),
@@ -50,16 +50,16 @@ def read_table(
     content: bytes | None = None,
     advice: str = "",
 ) -> list[T]:
-    """Return the rows of a table (or of `content` in its place), made by `make(cells by column, number, line, faults)`.
+    """Return the rows of a table (or of `content`, if given), made by `make(cells by column, number, line, faults)`.
 
-    `make` appends to `faults` and returns the row, a key that no other row may have (None: any may), and its name.
-    `columns` (required) and `optional` ones match in any case, with spaces or underscores, and are passed as spelled
-    here; other columns keep their names. Cells are stripped and `unprotected`, empty lines skipped. Cells of the column
-    `free_text` may hold unquoted commas, and their white space becomes single spaces: a row with too many cells is
-    resolved if its other cells look as in other rows.
+    `make` appends to `faults` and returns the row, a key that must be unique (unless None), and the row's name.
+    `columns` (required) and `optional` match in any case and with spaces or underscores, and are passed as spelled
+    here; other columns keep their names. Cells are stripped and `unprotected`, empty lines skipped. White space in the
+    column `free_text` becomes single spaces, and it may contain unquoted commas: a row with too many cells is resolved
+    if its other cells then look like those of other rows.
 
-    Raises UserError that names `what` for a missing or undecodable file, another separator, an unclosed quote, a
-    missing or repeated column, and, with `advice`, no rows; and by line for faults and rows of another length.
+    Raises UserError with `what` for a missing or undecodable file, another separator, an unclosed quote, a missing or
+    repeated column, and, given `advice`, no rows; and with line numbers for faults and rows of another length.
     """
     where = f"{what} {str(path)!r}"
     if content is None:
@@ -105,19 +105,19 @@ def read_table(
 
 
 def number(text: str) -> float | None:
-    """Return the number of a cell in plain ASCII, such as "1", "1.0" or "1e-3"; None for any other text."""
+    """Return the number in a cell of plain ASCII, such as "1", "1.0" or "1e-3"; None for any other text."""
     return float(text) if _NUMBER.fullmatch(text) else None
 
 
 def table_text(header: Sequence[str], rows: Iterable[Sequence[Any] | Mapping[str, Any]]) -> str:
-    """Return CSV of rows, given in the header's order or by column; text is `protected`, None an empty cell."""
+    """Return rows, given in the header's order or by column, as CSV; text is `protected`, None is an empty cell."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     all_quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
     for row in (header, *rows):
         values = [row.get(name) for name in header] if isinstance(row, Mapping) else row
         cells = [one if one is None or isinstance(one, int | float) else protected(str(one)) for one in values]
-        # csv does not quote a lone carriage return, which ends a line for readers
+        # csv does not quote a lone carriage return, which readers take as the end of a line
         quoted = any(isinstance(cell, str) and "\r" in cell for cell in cells)
         (all_quoted if quoted else writer).writerow(cells)
     return text.getvalue()
@@ -130,12 +130,12 @@ def write_table(path: str | Path, header: Sequence[str], rows: Iterable[Sequence
 
 
 def protected(cell: str) -> str:
-    """Return a cell as it is written: with an apostrophe more before a formula that a spreadsheet would run."""
+    """Return a cell as it is written: with an extra apostrophe before a formula that a spreadsheet would evaluate."""
     return f"'{cell}" if _is_formula(cell) else cell
 
 
 def unprotected(cell: str) -> str:
-    """Return the cell that `protected` was given."""
+    """Undo `protected`."""
     return cell[1:] if cell.startswith("'") and _is_formula(cell) else cell
 
 
@@ -145,7 +145,7 @@ def _is_formula(cell: str) -> bool:
 
 
 def invisible_character(text: str) -> str | None:
-    """Return a fault that names the first character that people do not see and tokenizers do, or None."""
+    """Return a fault with the first character that is invisible to people but not to tokenizers, or None."""
     for position, character in enumerate(text, start=1):
         shapeless = any(low <= ord(character) <= high for low, high in _INVISIBLE_RANGES)
         if character != " " and (shapeless or unicodedata.category(character) in _INVISIBLE_CATEGORIES):
@@ -155,7 +155,7 @@ def invisible_character(text: str) -> str | None:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"  # it may quote a huge cell
+    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"  # a fault may quote a huge cell
 
 
 def _decode(content: bytes, where: str) -> str:
@@ -165,12 +165,12 @@ def _decode(content: bytes, where: str) -> str:
         text, bad = "", error.start
     if bad >= 0:
         line = content[:bad].count(b"\n") + 1
-        raise UserError(f"{where} line {line}: byte {content[bad]:#04x} is no text; save the table as CSV in UTF-8")
+        raise UserError(f"{where} line {line}: byte {content[bad]:#04x} is not text; save the table as CSV in UTF-8")
     return text
 
 
 def _records(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield (first line, stripped cells) of the records that are not empty."""
+    """Yield (first line, stripped cells) of non-empty records."""
     first = 1
     lines = (_SPACE_AFTER_QUOTE.sub(r"\1", line) for line in io.StringIO(text, newline=""))
     reader = csv.reader(lines, skipinitialspace=True, strict=True)
@@ -181,7 +181,7 @@ def _records(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
                 yield first, cells
             first = reader.line_num + 1
     except csv.Error as error:
-        hint = f"a double quote is opened and not closed, or text follows a closed one ({error})"
+        hint = f"a double quote is opened but not closed, or text follows a closed one ({error})"
         raise UserError(f"{where} line {first}: {hint}; {_COMMAS}") from error
 
 
@@ -208,9 +208,9 @@ def _resolve(
 ) -> list[str] | None:
     """Return as many cells as the header has; None unless exactly one reading of the surplus fits."""
     readings = []
-    if free is not None and cells[end := free + len(cells) - len(header)]:  # a text does not end in a comma
+    if free is not None and cells[end := free + len(cells) - len(header)]:  # texts do not end in a comma
         readings.append([*cells[:free], ", ".join(cells[free : end + 1]), *cells[end + 1 :]])
-    if not any(cells[len(header) :]):  # spreadsheets fill rows up with empty cells
+    if not any(cells[len(header) :]):  # spreadsheets pad rows with empty cells
         readings.append(list(cells[: len(header)]))
     others = [index for index in range(len(header)) if index != free]
     readings = [cells for cells in readings if all(_fits(cells[index], header[index], seen[index]) for index in others)]
@@ -218,7 +218,7 @@ def _resolve(
 
 
 def _fits(cell: str, name: str, seen: set[str]) -> bool:
-    """Return whether a cell looks like those `seen` in its column, which is none of free text."""
+    """Return whether a cell looks like those `seen` in its column, which is not free text."""
     if form := _FORMS.get(name.lower()):
         return bool(form.fullmatch(cell))
     known = cell in seen or not any(" " in text for text in (cell, *seen))

@@ -1,4 +1,4 @@
-"""Degradations of fundus images with known strength; lengths are shares of the width, to look equal at any size."""
+"""Degradations of fundus images with known strength; lengths are shares of the width, to look the same at any size."""
 
 import math
 
@@ -8,16 +8,16 @@ from scipy import ndimage
 from ddpo_pytorch.data.images import fov_mask
 from ddpo_pytorch.utils.errors import UserError
 
-# strengths that an expert would rate 2 (mild but visible) and 1 (of little use), with an unused gap between
+# strengths that an expert would rate 2 (mild but visible) and 1 (of little use), with a gap between them
 BANDS = {2: (0.25, 0.4), 1: (0.8, 1.0)}
-# least `vessel_contrast` of an image that can be rated 3, and of one to erase vessels in
+# minimum `vessel_contrast` of an image that can be rated 3, and of one in which vessels can be erased
 VISIBLE, ERASABLE = 0.005, 0.015
 
 
 def degrade(image: np.ndarray, kind: str, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Degrade a uint8 (H, W, 3) fundus image, inside its field of view, by one of KINDS with a strength in (0, 1].
 
-    Or turn it into one of STRUCTURAL, which no retina looks like, whatever the strength.
+    Or by one of STRUCTURAL, which makes it unlike any retina, regardless of the strength.
     """
     if kind not in _DEGRADE or not 0 < strength <= 1:
         raise UserError(f"degradation {kind!r} of {strength}: kinds are {', '.join(_DEGRADE)}; strengths in (0, 1]")
@@ -27,9 +27,9 @@ def degrade(image: np.ndarray, kind: str, strength: float, rng: np.random.Genera
 
 
 def vessel_contrast(image: np.ndarray) -> float:
-    """Return the contrast of the vessels of a uint8 (H, W, 3) image with their surround, as a mean over the field.
+    """Return the contrast between vessels and surround of a uint8 (H, W, 3) image, as a mean over the field.
 
-    About 0.05 in the phantom world, 0.02 in photographs, and below 0.005 where haze or darkness hides everything.
+    About 0.05 for phantoms, 0.02 for photographs, and below 0.005 if haze or darkness hides everything.
     """
     field = fov_mask(image)
     vessel, fill = _find_vessels(image.astype(np.float32), field)
@@ -40,8 +40,8 @@ def vessel_contrast(image: np.ndarray) -> float:
 def has_one_disc(image: np.ndarray) -> bool:
     """Return whether a uint8 (H, W, 3) image has exactly one optic disc: a bright blob of a disc's size in the field.
 
-    Blobs are maxima of a difference of Gaussians, of at least 0.7 of the highest. True of 77 % of ODIR's photographs,
-    none of their mirrored halves, and 18 % of shuffled ones.
+    Blobs are maxima of a difference of Gaussians that reach 0.7 of the highest. True for 77 % of ODIR's photographs,
+    for none with mirrored halves, and for 18 % of shuffled ones.
     """
     field, width = fov_mask(image), image.shape[1]
     light = image[..., :2].astype(np.float32).mean(axis=2, keepdims=True)
@@ -52,7 +52,7 @@ def has_one_disc(image: np.ndarray) -> bool:
 
 
 def draw_damage(grade: int, rng: np.random.Generator, vessels: bool = True) -> tuple[str, float]:
-    """Draw a kind and a strength for the grade 2 or 1; without `vessels`, erasing them is no choice."""
+    """Draw a kind and a strength for the grade 2 or 1; without `vessels`, never erase them."""
     kinds = KINDS if vessels else tuple(kind for kind in KINDS if kind != "vessels")
     return str(rng.choice(kinds)), float(rng.uniform(*BANDS[grade]))
 
@@ -65,13 +65,13 @@ def _smooth(values: np.ndarray, weight: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _blur(image: np.ndarray, field: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Defocus the retina; the aperture's rim stays sharp, because it lies behind the lens."""
+    """Defocus the retina but not the aperture's rim, which is behind the lens."""
     soft = _smooth(image, field.astype(np.float32), 0.04 * strength**1.25 * image.shape[1])
     return image + (soft - image) * _inside(field, 0.015)[..., None]
 
 
 def _noise(image: np.ndarray, field: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Add the noise of a high gain: grain that grows with the square root of the light, and coarse colour specks."""
+    """Add high-gain noise: grain that grows with the square root of the light, and coarse colour specks."""
     height, width, _ = image.shape
     grain = ndimage.gaussian_filter(rng.standard_normal((height, width), np.float32), width / 256)
     specks = ndimage.gaussian_filter(rng.standard_normal((height, width, 3), np.float32), (width / 100, width / 100, 0))
@@ -80,7 +80,7 @@ def _noise(image: np.ndarray, field: np.ndarray, strength: float, rng: np.random
 
 
 def _exposure(image: np.ndarray, field: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Over- or underexpose by gamma, then gain; bright fields are more likely overexposed, dark ones underexposed."""
+    """Over- or underexpose by gamma, then gain; bright fields are more likely overexposed, dark fields underexposed."""
     brightness = image[field].mean() if field.any() else 0
     over = rng.random() < np.clip((brightness - 60) / 80, 0, 1)
     gamma, gain = (1 / (1 + 1.6 * strength), 1 + 0.45 * strength) if over else (1 + 1.4 * strength, 1 - 0.45 * strength)
@@ -88,7 +88,7 @@ def _exposure(image: np.ndarray, field: np.ndarray, strength: float, rng: np.ran
 
 
 def _crop(image: np.ndarray, field: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Blacken one side of the field, as a camera off axis does."""
+    """Blacken one side of the field, like a camera off axis."""
     height, width, _ = image.shape
     angle, radius = rng.uniform(0, 2 * math.pi), 0.5 * width
     x, y = np.arange(width) + 0.5 - width / 2, np.arange(height)[:, None] + 0.5 - height / 2
@@ -98,12 +98,12 @@ def _crop(image: np.ndarray, field: np.ndarray, strength: float, rng: np.random.
 
 
 def _vessels(image: np.ndarray, field: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Fill vessels from their surround, in a part of the field that grows with the strength: 0.4 half, 0.8 all."""
+    """Fill vessels from their surround in a part of the field that grows with the strength: half at 0.4, all at 0.8."""
     height, width, _ = image.shape
     vessel, fill = _find_vessels(image, field)
     patches = ndimage.gaussian_filter(rng.standard_normal((height, width), np.float32), 0.07 * width)
     order = patches.argsort(axis=None)
-    before = np.cumsum(vessel.flat[order])  # of the vessels, the share in patches that are lost earlier
+    before = np.cumsum(vessel.flat[order])  # vessels in patches that are erased earlier
     share = np.empty(before.size)
     share[order] = before / max(before[-1], 1e-6)
     lost = np.clip((1.25 * strength - share.reshape(height, width)) / 0.06, 0, 1)
@@ -111,10 +111,10 @@ def _vessels(image: np.ndarray, field: np.ndarray, strength: float, rng: np.rand
 
 
 def _find_vessels(image: np.ndarray, field: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return what is dark and narrow in green (black top-hat), (H, W) in [0, 1], and the (H, W, 3) image without it."""
+    """Return dark and narrow structures in green (black top-hat), (H, W) in [0, 1], and the image without them."""
     width = image.shape[1]
     around = _smooth(image[..., 1:2], field.astype(np.float32), 0.05 * width)[..., 0]
-    # capped, so that the gaps between bright spots are not dark; outside the field, so that its rim is no edge
+    # capped, so that gaps between bright spots are not dark; filled outside the field, so that its rim is not an edge
     green = np.where(field, np.minimum(ndimage.gaussian_filter(image[..., 1], width / 250), around + 4), around)
     reach = max(3, round(0.06 * width))
     depth = ndimage.black_tophat(green, size=(reach, reach)) / np.maximum(around, 20)
@@ -125,7 +125,7 @@ def _find_vessels(image: np.ndarray, field: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _inside(field: np.ndarray, ramp: float) -> np.ndarray:
-    """Return (H, W): 0 outside the field and at its half-dark rim, growing to 1 over `ramp` times the width."""
+    """Return (H, W): 0 outside the field and at its half-dark rim, rising to 1 over `ramp` times the width."""
     return np.clip((ndimage.distance_transform_edt(field) - 1) / (ramp * field.shape[1]) - 0.5, 0, 1)
 
 
@@ -146,7 +146,7 @@ def _shuffled(image: np.ndarray, field: np.ndarray, strength: float, rng: np.ran
 
 
 def _mirrored(image: np.ndarray, field: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Replace one half by the mirror image of the other: two discs, or none."""
+    """Replace one half by the mirror image of the other, which leaves two discs or none."""
     image = image if rng.random() < 0.5 else image[:, ::-1]
     half = image.shape[1] // 2
     return np.concatenate([image[:, : image.shape[1] - half], image[:, :half][:, ::-1]], axis=1)

@@ -1,4 +1,4 @@
-"""Tools of the phantoms. Geometry is in *points*: a picture of any size is POINTS wide. Colours are in [0, 255]."""
+"""Drawing tools of phantoms. Geometry is in *points*: pictures of any size are POINTS wide. Colours are in [0, 255]."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ def plane(pixels: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def clouds(rng: np.random.Generator, pixels: int, cells: int, octaves: int = 3) -> np.ndarray:
-    """Return smooth noise (pixels, pixels) of standard deviation near 0.5 and largest structures 1/cells wide."""
+    """Return smooth noise (pixels, pixels) with a standard deviation near 0.5 and largest structures 1/cells wide."""
     field = np.zeros((pixels, pixels), np.float32)
     for octave in range(octaves):
         coarse = rng.standard_normal((cells * 2**octave,) * 2, dtype=np.float32)
@@ -36,7 +36,7 @@ def step(distance: np.ndarray, width: float | np.ndarray) -> np.ndarray:
 
 
 def blend(image: np.ndarray, colour: np.ndarray | Sequence[float], alpha: np.ndarray) -> np.ndarray:
-    """Return the (H, W, 3) image under a colour of (H, W) opacity."""
+    """Return the (H, W, 3) image covered by a colour with opacity (H, W)."""
     return image + (np.asarray(colour, np.float32) - image) * alpha[..., None]
 
 
@@ -46,7 +46,7 @@ def direction(angle: float) -> np.ndarray:
 
 
 class Sheet:
-    """A transparent sheet drawn on at four times the picture's resolution; `alpha` is its antialiased coverage."""
+    """A transparent sheet at four times the picture's resolution; `alpha` is its antialiased coverage."""
 
     def __init__(self, size: int):
         self.scale, self.sheet = 4 * size / POINTS, Image.new("L", (4 * size, 4 * size))
@@ -61,7 +61,7 @@ class Sheet:
         self.disc(end, width / 2)
 
     def disc(self, centre: np.ndarray, radius: float, strength: float = 1.0) -> None:
-        """Draw a filled circle, which replaces what is under it."""
+        """Draw a filled circle that replaces what is below."""
         (x, y), reach = centre * self.scale, radius * self.scale
         self.pen.ellipse((x - reach, y - reach, x + reach, y + reach), round(255 * strength))
 
@@ -72,7 +72,7 @@ class Sheet:
 
 
 def check_record(record: Path, settings: Mapping[str, Any], occupied: bool) -> None:
-    """Raise UserError if a folder's record holds other settings, or if it has none and is `occupied` by other files."""
+    """Raise UserError if a folder's record has other settings, or if it has none and is `occupied` by other files."""
     if changed := record.exists() and difference(read_json(record, advice="give a new folder"), settings):
         name, before, now = changed
         raise UserError(f"{str(record.parent)!r} already holds {name} {before}, not {now}; give a new folder")

@@ -1,7 +1,7 @@
-"""Fundus photographs with exact findings, for everything that should run without ODIR.
+"""Synthetic fundus photographs with exact findings, for use without ODIR.
 
 `python -m ddpo_pytorch.phantoms.fundus --out DIR` writes a world in the layout of ODIR-5K. Geometry is in *points*
-(`ddpo_pytorch.phantoms.drawing`), from the left and from the top.
+(`ddpo_pytorch.phantoms.drawing`) from the top left.
 """
 
 import argparse
@@ -23,10 +23,10 @@ from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_folder, locked, write_json
 
-STYLE = 1  # raised when the drawing code changes pictures, so that old and new worlds never mix
+STYLE = 1  # incremented when the drawing code changes pictures, so that old and new worlds never mix
 COLUMNS = ("path", "Text", "modality", "patient", "eye", "age", "sex", "quality")
 EYES = ("left", "right")
-# findings in the words of ODIR's captions and their frequencies, uneven as in every archive
+# findings as worded in ODIR's captions, with frequencies as uneven as in real archives
 FINDINGS = {
     "normal fundus": 0.36,
     "drusen": 0.2,
@@ -34,14 +34,14 @@ FINDINGS = {
     "severe nonproliferative retinopathy": 0.15,
     "pathological myopia": 0.11,
 }
-SAME = 0.5  # chance that the second eye takes the finding of the first; otherwise it is drawn independently
+SAME = 0.5  # probability that the second eye has the first eye's finding; otherwise it is drawn independently
 TONES = np.array([[206, 108, 56], [188, 88, 48], [172, 98, 60], [212, 128, 88], [158, 80, 52]], np.float32)
 APERTURE = 31.0  # radius of the field
 
 
 @dataclass(frozen=True)
 class Look:
-    """Appearance that both eyes of a patient share: colour (RGB), lengths in points, cup by disc."""
+    """Appearance shared by both eyes of a patient: colour (RGB), lengths in points, cup-to-disc ratio."""
 
     tone: np.ndarray
     disc_radius: float
@@ -69,7 +69,7 @@ def draw(finding: str, eye: str, look: Look, rng: np.random.Generator, size: int
     """Draw the photograph of an eye: uint8 (size, size, 3), black around a round field.
 
     The disc is nasal of the macula: right of it in a right eye. Each layer has its own random stream, so that equal
-    generators give one eye with either finding.
+    generators draw the same eye with different findings.
     """
     if finding not in FINDINGS or eye not in EYES:
         raise UserError(f"{finding!r} of the eye {eye!r} is unknown; findings: {', '.join(FINDINGS)}; eyes: {EYES}")
@@ -87,13 +87,13 @@ def draw(finding: str, eye: str, look: Look, rng: np.random.Generator, size: int
     image = _vessels(image, layers[4], disc, macula, nasal, look)
     if finding == "severe nonproliferative retinopathy":
         image = _retinopathy(image, layers[2], macula, disc)
-    image = _through_the_camera(image, layers[5])
+    image = _camera(image, layers[5])
     image = (image[::2, ::2] + image[1::2, ::2] + image[::2, 1::2] + image[1::2, 1::2]) / 4
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
 def _from(centre: np.ndarray, pixels: int) -> np.ndarray:
-    """Return (pixels, pixels) distances from a centre, in points."""
+    """Return the distances (pixels, pixels) from a centre, in points."""
     x, y = plane(pixels)
     return np.hypot(x - np.float32(centre[0]), y - np.float32(centre[1]))
 
@@ -107,7 +107,7 @@ def _background(look: Look, rng: np.random.Generator, pixels: int, macula: np.nd
 
 
 def _myopia(image: np.ndarray, rng: np.random.Generator, disc: np.ndarray, nasal: int, look: Look) -> np.ndarray:
-    """Draw a thinned retina: pale, streaked by the choroid's vessels, with a white atrophy temporal of the disc."""
+    """Draw a thinned retina: pale, streaked by choroidal vessels, with a white atrophy temporal of the disc."""
     pixels = len(image)
     x, y = plane(pixels)
     image = blend(image, (238, 164, 112), np.full((pixels, pixels), 0.62, np.float32))
@@ -130,7 +130,7 @@ def _drusen(image: np.ndarray, rng: np.random.Generator, macula: np.ndarray) -> 
 
 
 def _disc(image: np.ndarray, rng: np.random.Generator, at: np.ndarray, look: Look, cup: float) -> np.ndarray:
-    """Draw the head of the optic nerve: an orange rim around a white cup of `cup` times its diameter."""
+    """Draw the optic nerve head: an orange rim around a white cup of `cup` times its diameter."""
     distance = _from(at, len(image))
     image = blend(image, (240, 176, 98), 0.95 * step(look.disc_radius - distance, 1.2))
     place = at + rng.uniform(-0.3, 0.3, size=2)
@@ -158,7 +158,7 @@ def _vessels(image, rng, disc: np.ndarray, macula: np.ndarray, nasal: int, look:
 
 
 def _tree(sheet: Sheet, rng, root: np.ndarray, bend: np.ndarray, end: np.ndarray, width: float, branches: int) -> None:
-    """Draw a tapering vessel along a quadratic Bezier curve, with branches of half its width to alternating sides."""
+    """Draw a tapering vessel along a quadratic Bezier curve, with branches of half its width on alternating sides."""
 
     def at(t: float) -> np.ndarray:
         return (1 - t) ** 2 * root + 2 * t * (1 - t) * bend + t**2 * end
@@ -178,7 +178,7 @@ def _tree(sheet: Sheet, rng, root: np.ndarray, bend: np.ndarray, end: np.ndarray
 
 
 def _retinopathy(image: np.ndarray, rng: np.random.Generator, macula: np.ndarray, disc: np.ndarray) -> np.ndarray:
-    """Draw 16 to 26 dark haemorrhages all over the field, and hard yellow exudates in two or three clusters."""
+    """Draw 16 to 26 dark haemorrhages across the field, and hard yellow exudates in two or three clusters."""
     blood, lipid = Sheet(len(image)), Sheet(len(image))
     for _ in range(rng.integers(16, 27)):
         place = 32 + rng.uniform(5, 26) * direction(rng.uniform(0, 2 * math.pi))
@@ -193,8 +193,8 @@ def _retinopathy(image: np.ndarray, rng: np.random.Generator, macula: np.ndarray
     return blend(image, (255, 236, 130), 0.95 * lipid.alpha())
 
 
-def _through_the_camera(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Add an uneven flash, darker towards the rim, a little grain, and the round aperture of the camera."""
+def _camera(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Add the camera's uneven flash, darker towards the rim, a little grain, and its round aperture."""
     x, y = plane(len(image))
     radius = _from(np.array([32.0, 32.0]), len(image))
     tilt = rng.uniform(0.0, 0.004) * direction(rng.uniform(0, 2 * math.pi))
@@ -208,8 +208,8 @@ def write_world(
 ) -> None:
     """Write images/<patient>_<eye>.jpg, captions.csv and splits/fundus_{train,val,test}.csv in the layout of ODIR.
 
-    The numbers count images, two a patient. A share `degraded` of the training and validation images has a `quality` of
-    2 or 1 instead of 3. An image depends on (seed, patient, size, degraded) alone. The same call completes a world.
+    Numbers count images, two per patient. A share `degraded` of the training and validation images has a `quality` of 2
+    or 1 instead of 3. Images depend only on (seed, patient, size, degraded). The same call completes a partial world.
     """
     numbers = dict(num_train=num_train, num_val=num_val, num_test=num_test)
     world = dict(style=STYLE, seed=seed, size=size, degraded=degraded) | numbers
@@ -234,7 +234,7 @@ def write_world(
 
 
 def _write_patient(root: Path, seed: int, patient: int, size: int, degraded: float) -> list[dict]:
-    """Draw both eyes of a patient unless their files exist; return their rows."""
+    """Draw both eyes of a patient, unless their files exist, and return their rows."""
     rng = np.random.default_rng((seed, patient))
     look, age, sex = draw_look(rng), int(rng.integers(25, 86)), str(rng.choice(("Male", "Female")))
     findings, rows = draw_findings(rng), []
@@ -254,7 +254,7 @@ def _write_patient(root: Path, seed: int, patient: int, size: int, degraded: flo
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw a world of fundus photographs in the layout of ODIR-5K.")
-    add_path(parser, "--out", dest="folder", help="folder to write: new, or the same world to be completed")
+    add_path(parser, "--out", dest="folder", help="folder to write: new, or the same world to complete")
     for name, default in (("num_train", 4000), ("num_val", 400), ("num_test", 400), ("seed", 0), ("size", POINTS)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--degraded", type=float, default=0, help="share of degraded train and val images, default 0")

@@ -1,4 +1,4 @@
-"""Degraded fundus images with expert ratings of known truth, without experts."""
+"""Degraded fundus images with simulated expert ratings whose truth is known."""
 
 import argparse
 import hashlib
@@ -34,10 +34,10 @@ from ddpo_pytorch.utils.files import LOCK, locked, sha256, write_json
 from ddpo_pytorch.utils.randomness import text_number
 
 logger = logging.getLogger(__name__)
-STYLE = 2  # raised when images are degraded in another way, so that old and new rating sets never mix
+STYLE = 2  # incremented when the degradations change, so that old and new rating sets never mix
 COLUMNS = (*ratings.COLUMNS, *ratings.APART)
 GRADES = (3, 2, 1)
-ERRORS = {3: 0.04, 2: 0.12, 1: 0.25}  # chance that an expert of this level gives a grade next to the true one
+ERRORS = {3: 0.04, 2: 0.12, 1: 0.25}  # probability that an expert of this level is off by one grade
 
 
 def write_rating_set(
@@ -53,14 +53,14 @@ def write_rating_set(
 ) -> None:
     """Write ratings.csv and images/<number>.png: each image in the grades 3 (unchanged), 2 and 1.
 
-    A share `structural` of them is also there as one of STRUCTURAL. These, and images below VISIBLE, which are there
-    unchanged, have quality and alignment 1. There are neither of them, nor erased vessels, in other modalities.
+    A share `structural` of them is also written with damage of STRUCTURAL. These, and images below VISIBLE, which are
+    written unchanged, have quality and alignment 1. Other modalities have neither of them, nor erased vessels.
 
     Names and order do not reveal the grade. `quality` is the grade. A share `mismatched` of each grade has the caption
-    of another image without a common finding: `alignment` is 1 there, else 3; `rating` is the lower of both. The rater
-    is a faultless "truth" of level 3, or `raters` raters of levels 3, 2, 1, 3, ..., who err as in ERRORS.
+    of another image without a common finding and `alignment` 1 instead of 3; `rating` is the lower of both. Ratings are
+    by a faultless rater "truth" of level 3, or by `raters` raters of levels 3, 2, 1, 3, ..., with errors as in ERRORS.
 
-    Images with a `quality` below 3 in the table are left out. The same call completes a set.
+    Images with a `quality` below 3 in the table are left out. The same call completes a partial set.
     """
     shares = dict(mismatched=mismatched, structural=structural)
     settings = dict(style=STYLE, seed=seed, size=size, resize=resize, raters=raters) | shares
@@ -89,11 +89,11 @@ def write_rating_set(
             contrasts = [(row, path, VISIBLE) for row, path in good]
         visible = [one for one in contrasts if one[2] >= VISIBLE]
         logger.info(
-            "%d images, of which %d have a lower quality in the table, and are left out, and %d show no vessels; %d do",
+            "%d images, of which %d are left out for their quality in the table, and %d show no vessels; %d do",
             *(len(rows), len(rows) - len(good), len(good) - len(visible), len(visible)),
         )
         if not visible:
-            raise UserError(f"none of the {len(rows)} images shows a retina in good quality; give others")
+            raise UserError(f"none of the {len(rows)} images shows a retina of good quality; give others")
         rng = np.random.default_rng((seed, 1))
         truth = _true_ratings([row for row, _, _ in visible], mismatched, rng)
         jobs = [(row, path, grade, contrast >= ERASABLE) for row, path, contrast in visible for grade in GRADES]
@@ -120,13 +120,13 @@ def write_rating_set(
         logger.info("%d ratings of %d images in %s", len(rated), len(truth), out)
 
 
-@lru_cache(maxsize=1)  # the grades of an image follow each other
+@lru_cache(maxsize=1)  # the grades of an image are consecutive
 def _pixels(path: Path, size: int, resize: str) -> np.ndarray:
     return load_pixels(path, size, resize).permute(1, 2, 0).numpy()
 
 
 def _true_ratings(rows: Sequence[Row], mismatched: float, rng: np.random.Generator) -> list[dict]:
-    """Return quality, alignment, prompt and patient of the three GRADES of every row, with swapped captions."""
+    """Return quality, alignment, prompt and patient of the three GRADES of every row, some with swapped captions."""
     count = len(rows)
     swapped = np.stack([rng.permutation(count) < round(mismatched * count) for _ in GRADES], axis=1)
     findings = [_findings(row.caption) for row in rows]
@@ -137,14 +137,14 @@ def _true_ratings(rows: Sequence[Row], mismatched: float, rng: np.random.Generat
             if swap:
                 others = (other for other in rng.permutation(count) if not findings[other] & findings[index])
                 if (other := next(others, None)) is None:
-                    raise UserError(f"no image shows anything else than {prompt!r} does; set mismatched to 0")
+                    raise UserError(f"no image shows anything else than {prompt!r}; set mismatched to 0")
                 prompt = rows[other].caption
             truth.append(dict(quality=grade, alignment=1 if swap else 3, prompt=prompt, patient=row.patient))
     return truth
 
 
 def _findings(caption: str) -> set[str]:
-    """Return the findings of a caption without the eye: its parts between commas."""
+    """Return the findings in a caption, which are separated by commas, without the eye."""
     text = re.sub(r"^.*?\bshows\b", "", caption.lower())
     return {" ".join(re.sub(r"\b(left|right)\b|[.]", " ", part).split()) for part in text.split(",")} - {""}
 
@@ -166,7 +166,7 @@ def _simulate_raters(truth: Sequence[dict], raters: int, rng: np.random.Generato
 
 
 def degrade_table(csv: str, data_path: str, limit: int, **settings) -> None:
-    """Write a rating set of the first `limit` images of a table; 0 takes all."""
+    """Write a rating set of the first `limit` images of a table, or of all if 0."""
     rows, paths, _ = load_split(csv, data_path, limit)
     check_images(paths)
     write_rating_set(rows, paths, **settings)
@@ -175,16 +175,16 @@ def degrade_table(csv: str, data_path: str, limit: int, **settings) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Degrade fundus images in known ways: a rating set.")
     add_path(parser, "--csv", help="fundus table with the columns path and Text")
-    add_path(parser, "--data_path", help="folder that the paths of the table start from")
-    add_path(parser, "--out", help="folder to write: new, or the same set to be completed")
+    add_path(parser, "--data_path", help="folder that the paths in the table are relative to")
+    add_path(parser, "--out", help="folder to write: new, or the same set to complete")
     parser.add_argument("--resize", default="fov", help=f"how images become squares: {', '.join(RESIZES)}; default fov")
     for name, default, description in (
-        ("seed", 0, "of kinds, strengths, names and swapped captions"),
+        ("seed", 0, "seed of kinds, strengths, names and swapped captions"),
         ("size", 64, "side in pixels"),
-        ("limit", 0, "number of images, the first of the table; 0: all"),
-        ("raters", 0, "number of raters who err; 0: one who does not"),
+        ("limit", 0, "number of images from the start of the table; 0: all"),
+        ("raters", 0, "number of raters who make errors; 0: a single faultless one"),
         ("mismatched", 0.3, "share with the caption of another image"),
-        ("structural", 0.75, "share that is also there as what no retina looks like"),
+        ("structural", 0.75, "share to write also with structural damage"),
     ):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{description}; default {default}")
     run_command(parser, degrade_table, arguments)

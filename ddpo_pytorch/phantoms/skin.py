@@ -1,4 +1,4 @@
-"""Dermoscopy-like images with exact labels, for everything that should run without ISIC.
+"""Dermoscopy-like images with exact labels, for use without ISIC.
 
 A picture is drawn from its six labels: skin, one lesion (nevus or melanoma), then the artifacts of a dermatoscope.
 `python -m ddpo_pytorch.phantoms.skin --out DIR` writes a world in the layout of ISIC 2019.
@@ -22,23 +22,23 @@ from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_folder, locked, write_json
 
-STYLE = 2  # raised when pictures or labels change, so that old and new worlds never mix
+STYLE = 2  # incremented when pictures or labels change, so that old and new worlds never mix
 COLUMNS = tuple("image MEL NV dark_corner hair gel_border gel_bubble ruler ink patches vasc label".split())
-# how often each combination of LABELS[:5] occurs among ISIC 2019's 12,004 training images; three never do
+# counts of each combination of LABELS[:5] in ISIC 2019's 12,004 training images; three do not occur
 ISIC_COUNTS = {
     "00000": 4344, "10000": 3051, "00001": 1242, "10001": 543, "00100": 520, "01000": 489, "00101": 440, "11000": 327,
     "10100": 294, "01001": 260, "10101": 116, "11001": 88, "00110": 75, "01100": 29, "11100": 28, "01110": 24,
     "10110": 22, "00010": 21, "01101": 21, "10111": 12, "11101": 11, "01010": 10, "00111": 10, "10010": 8,
     "11010": 7, "11110": 5, "00011": 4, "10011": 2, "01111": 1,
 }  # fmt: skip
-RARE = 0.1  # share of images from all of these alike: from 10,000 images nobody learns what ISIC has once
+RARE = 0.1  # share of images drawn uniformly from these combinations, since some are too rare to learn
 SKIN_TONES = np.array([[242, 214, 200], [236, 192, 178], [222, 176, 146], [196, 145, 110], [158, 108, 78]], np.float32)
 NEVUS_BROWNS = np.array([[142, 89, 60], [120, 74, 50], [92, 56, 38]], np.float32)
 MELANOMA_REGIONS = (((164, 88, 76), 0.52, 0.8), ((100, 110, 130), 0.5, 0.85), ((28, 21, 21), 0.46, 0.95))
 
 
 def sample_labels(rng: np.random.Generator, balanced: bool = False) -> tuple[int, ...]:
-    """Draw six labels in the order of LABELS: nearly as frequent as in ISIC, or `balanced` over all combinations."""
+    """Draw six labels in the order of LABELS, nearly as frequent as in ISIC, or uniformly if `balanced`."""
     if balanced:
         five = [int(value) for value in rng.random(5) < 0.5]
     else:
@@ -49,9 +49,9 @@ def sample_labels(rng: np.random.Generator, balanced: bool = False) -> tuple[int
 
 
 def draw(labels: Sequence[int], rng: np.random.Generator, size: int = POINTS) -> np.ndarray:
-    """Draw the picture of six 0/1 labels, one of MEL and NV set: uint8 (size, size, 3).
+    """Draw the picture of six 0/1 labels, with one of MEL and NV set: uint8 (size, size, 3).
 
-    Each layer has its own random stream: equal generators give the same patient with and without an artifact.
+    Each layer has its own random stream, so that equal generators draw the same lesion with and without an artifact.
     """
     if len(labels) != len(LABELS) or any(value not in (0, 1) for value in labels) or sum(labels[4:]) != 1:
         raise UserError(f"labels {tuple(labels)} cannot be drawn; give 0 or 1 for each of {LABELS}, one of MEL, NV set")
@@ -60,7 +60,7 @@ def draw(labels: Sequence[int], rng: np.random.Generator, size: int = POINTS) ->
     centre, radius = layers[0].uniform(28, 36, size=2).astype(np.float32), layers[0].uniform(13, 18)
     image = (_melanoma if melanoma else _nevus)(_skin(layers[1], 2 * size), layers[2], centre, radius)
     image = (image[::2, ::2] + image[1::2, ::2] + image[::2, 1::2] + image[1::2, 1::2]) / 4
-    # in the order of their layers: ink on the skin, hair above it, gel over both, the ruler on the glass
+    # from bottom to top: ink on the skin, hair, gel, and the ruler on the glass
     image = _ink(image, layers[3], centre, radius) if ink else image
     image = _hair(image, layers[4]) if hair else image
     image = _gel_bubbles(image, layers[5]) if gel_bubble else image
@@ -80,7 +80,7 @@ def _skin(rng: np.random.Generator, pixels: int) -> np.ndarray:
 
 
 def _blob(rng: np.random.Generator, pixels: int, centre: np.ndarray, stretch: float, waves: range, by: float):
-    """Return elliptic distance and angle from `centre`, and a wavy outline by the radius, each (pixels, pixels)."""
+    """Return elliptic distance and angle from `centre`, and a wavy outline in radii, each (pixels, pixels)."""
     (x, y), axis = plane(pixels), direction(rng.uniform(0, math.pi))
     along = (axis[0] * (x - centre[0]) + axis[1] * (y - centre[1])) / stretch
     across = (axis[0] * (y - centre[1]) - axis[1] * (x - centre[0])) * stretch
@@ -90,7 +90,7 @@ def _blob(rng: np.random.Generator, pixels: int, centre: np.ndarray, stretch: fl
 
 
 def _network(rng: np.random.Generator, pixels: int, period: float) -> np.ndarray:
-    """Draw a pigment network, 0.5 on its cords and -0.5 in its holes: three plane waves, bent by noise."""
+    """Draw a pigment network, 0.5 on its cords and -0.5 in its holes: three plane waves distorted by noise."""
     x, y = plane(pixels)
     bend, turn = 2.0 * clouds(rng, pixels, 8, 2), rng.uniform(0, math.pi)
     waves = (2 * math.pi / period * direction(turn + k * 2 * math.pi / 3) for k in range(3))
@@ -98,7 +98,7 @@ def _network(rng: np.random.Generator, pixels: int, period: float) -> np.ndarray
 
 
 def _nevus(image: np.ndarray, rng: np.random.Generator, centre: np.ndarray, radius: float) -> np.ndarray:
-    """Draw a round, even nevus of one brown and soft border, most with a fine pigment network that fades outwards."""
+    """Draw a round, evenly brown nevus with a soft border, usually with a fine pigment network that fades outwards."""
     pixels = len(image)
     distance, _, outline = _blob(rng, pixels, centre, rng.uniform(0.93, 1.09), range(2, 5), 0.025)
     inside = step(0.92 * radius * outline + 0.35 * clouds(rng, pixels, 10, 1) - distance, rng.uniform(3.5, 6.5))
@@ -161,7 +161,7 @@ def _gel_bubbles(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _ruler(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw a line with tick marks along one edge, every fifth longer, as etched into the contact glass."""
+    """Draw a line with tick marks along one edge, every fifth one longer, as etched into the contact glass."""
     sheet, spacing, long_tick = Sheet(len(image)), rng.uniform(3.6, 4.8), rng.integers(5)
     inset, tilt, width = rng.uniform(0.5, 3.0), rng.uniform(-0.05, 0.05), rng.uniform(0.9, 1.2)
     along, across, corner = np.array([1, tilt]), np.array([-tilt, 1]), np.array([0, inset - 32 * tilt])
@@ -173,7 +173,7 @@ def _ruler(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _ink(image: np.ndarray, rng: np.random.Generator, centre: np.ndarray, radius: float) -> np.ndarray:
-    """Draw gentian violet of a surgical marker: strokes or dots around the lesion, soaked into the skin."""
+    """Draw a surgical marker's gentian violet: strokes or dots around the lesion, soaked into the skin."""
     sheet, start, dots = Sheet(len(image)), rng.uniform(0, 2 * math.pi), rng.random() < 0.35
     count = int(rng.integers(3, 6))
     for turn in range(count):
@@ -198,8 +198,8 @@ def write_world(
 ) -> None:
     """Write images/<image>.jpg and splits/phantom_{train,val,test}.csv in the layout of ISIC 2019.
 
-    Image i depends on (seed, i, size) and `balanced` (see `sample_labels`). phantom_train_{a,b}.csv are halves of
-    the training rows, for the rewarding classifier and the judge. The same call completes a world.
+    Image i depends only on (seed, i, size) and `balanced` (see `sample_labels`). phantom_train_{a,b}.csv are halves of
+    the training rows, for the reward classifier and the judge. The same call completes a partial world.
     """
     world = dict(style=STYLE, seed=seed, size=size, num_train=num_train, num_val=num_val, num_test=num_test)
     world |= {"balanced": True} if balanced else {}
@@ -229,10 +229,10 @@ def write_world(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw a world of dermoscopy-like images in the layout of ISIC 2019.")
-    add_path(parser, "--out", dest="folder", help="folder to write: new, or the same world to be completed")
+    add_path(parser, "--out", dest="folder", help="folder to write: new, or the same world to complete")
     for name, default in (("num_train", 10000), ("num_val", 1000), ("num_test", 1000), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    parser.add_argument("--balanced", action="store_true", help="all combinations of labels alike")
+    parser.add_argument("--balanced", action="store_true", help="all combinations of labels equally often")
     run_command(parser, write_world, arguments)
 
 
