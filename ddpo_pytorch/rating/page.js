@@ -21,24 +21,24 @@ for (const part of document.querySelectorAll("[data-in]")) if (!part.dataset.in.
 for (const part of document.querySelectorAll("[data-some]")) if (!fixed[part.dataset.some]) part.remove();
 const FIELDS = Object.keys(QUESTIONS);
 const shownImages = pair ? ["image", "second"] : ["image"];
-const images = new Map(); // id -> promise of a blob's address: what is shown and what comes next
+const images = new Map(); // id -> promise of a blob URL, for the current and the next image
 let who = null; // {rater, expert_level}
 let state = null;
-let busy = false; // a click is on its way
-let seen = false; // the image is on the screen
+let busy = false; // a request is in progress
+let seen = false; // the image is displayed
 let answers = []; // to the questions about this image, in the order of FIELDS
 let zoom = 1;
 let green = false;
 
 history.replaceState(null, "", "/"); // no token in the address bar
 
-/* Fetch and return the answer; an error has a text for people and the status. */
+/* Fetch a response, or throw an error with a message for the user and the status. */
 async function ask(address, options) {
   let answer;
   try {
     answer = await fetch(address, options);
   } catch {
-    throw new Error("The server does not answer, and the last click may not be saved. Is it still running? Then try again.");
+    throw new Error("The server does not answer, and the last click may not be saved. If it is still running, try again.");
   }
   if (answer.ok) return answer;
   const { detail } = await answer.json().catch(() => ({}));
@@ -131,21 +131,21 @@ async function act(action) {
   if (action === "undo" && answers.length) return put(answers.slice(0, -1));
   if (action === "undo" && !state.undo) return;
   if ((rating || action === "skip") && (!state.current || at("ask").hidden)) return;
-  if (rating && !seen) return; // nobody rates what is not yet shown
+  if (rating && !seen) return; // the image is not displayed yet
   if (rating && !document.querySelector(`#controls [data-do="${action}"]`)) return; // a key of another mode
   const given = none ? FIELDS.map(() => 1) : [...answers, rating];
   if (rating && given.length < FIELDS.length) return put(given);
   busy = true;
   tell("");
   try {
-    const about = { ...who, undoable: state.undo }; // so that a second try undoes nothing more
+    const about = { ...who, undoable: state.undo }; // so that a retry does not undo another click
     if (state.current) about.id = state.current.id;
     if (rating) FIELDS.forEach((field, place) => (about[field] = given[place]));
     const next = await post(rating ? "rate" : action, about);
     at("status").textContent = (!next.already && SAID[action]) || "";
     await show(next);
-    if (next.already && action === "undo") tell("You clicked elsewhere since, or this was undone already; nothing else was undone.");
-    else if (next.already) tell("That image already had your rating, perhaps from another window; it was kept.");
+    if (next.already && action === "undo") tell("You have clicked in another window, or this was already undone; nothing else was undone.");
+    else if (next.already) tell("You had already rated that image, perhaps in another window; that rating was kept.");
   } catch (error) {
     tell(error.message);
     if (error.status === 404) await show(await post("state", { rater: who.rater })).catch(() => {});
@@ -154,7 +154,7 @@ async function act(action) {
   }
 }
 
-/* Ask the question after these answers; the first ones are about the image alone, without its text. */
+/* Ask the question that follows these answers; the text is only shown for the last one, alignment. */
 function put(given) {
   answers = given;
   const field = FIELDS[given.length];
@@ -163,7 +163,7 @@ function put(given) {
   document.querySelector("#others [data-do=undo]").setAttribute("aria-disabled", !(given.length || state.undo));
 }
 
-/* Show the reference images in place of the image, or the image again. */
+/* Toggle between the image and the reference images. */
 async function examples() {
   if (mode !== "rate" || !fixed.examples || !state?.current) return;
   only(at("examples").hidden ? "examples" : "ask");
@@ -178,7 +178,7 @@ async function examples() {
   }
 }
 
-/* Show the image with or without red, brighter and with more contrast as the sliders say. */
+/* Show the image with or without red, with the sliders' brightness and contrast. */
 function look(redFree) {
   green = redFree;
   const levels = ["brightness", "contrast"].map((name) => `${name}(${at(name).value}%)`).join(" ");
@@ -187,7 +187,7 @@ function look(redFree) {
 }
 at("look").addEventListener("input", () => look(green));
 
-/* Zoom around the pointer, which shows any part of the image as it moves. */
+/* Zoom around the pointer; moving it pans the image. */
 function enlarge(scale) {
   zoom = Math.min(8, Math.max(1, scale));
   for (const id of shownImages) at(id).style.transform = `scale(${zoom})`;
@@ -215,7 +215,7 @@ document.addEventListener("keydown", (event) => {
 });
 document.addEventListener("click", (event) => {
   const button = event.target.closest("[data-do]");
-  if (button && event.detail) button.blur(); // else Enter or Space, meant for nothing, would rate the next image
+  if (button && event.detail) button.blur(); // else a stray Enter or Space would rate the next image
   if (button) act(button.dataset.do);
 });
 

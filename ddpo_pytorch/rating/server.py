@@ -1,6 +1,6 @@
-"""The rating page's server, of which no answer reveals where an image comes from.
+"""Server of the rating page; its responses do not reveal where an image comes from.
 
-Ids are keyed hashes, images are encoded again without metadata, and headers name neither files nor dates.
+Ids are keyed hashes, images are re-encoded without metadata, and headers contain neither file names nor dates.
 """
 
 import base64
@@ -30,7 +30,7 @@ from ddpo_pytorch.rating.session import Questions
 from ddpo_pytorch.rating.store import rater_name
 from ddpo_pytorch.utils.errors import UserError
 
-MAX_BODY = 4096  # bytes of a request
+MAX_BODY = 4096  # bytes per request
 HEADERS = {
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether an address is this machine's own, unreachable from outside."""
+    """Return whether an address is this machine's loopback, which other machines cannot reach."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -54,7 +54,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_own(header: str, bound: str) -> bool:
-    """Return whether a Host header names the server of `bound`: a foreign name for it is an attack (DNS rebinding)."""
+    """Return whether a Host header names the server bound to `bound`; other names are an attack (DNS rebinding)."""
     try:
         name = urlsplit(f"//{header}").hostname or ""
     except ValueError:
@@ -68,7 +68,7 @@ def is_own(header: str, bound: str) -> bool:
 
 
 class Guard:
-    """ASGI middleware that refuses requests unread, unless they come from the page itself, short, with the token."""
+    """ASGI middleware that rejects requests unread unless they are short, from the page itself and with the token."""
 
     def __init__(self, app: ASGIApp, host: str, port: int, token: str, headers: dict[str, str]):
         self._app, self._host, self._token, self._headers = app, host, token, headers
@@ -96,7 +96,7 @@ class Guard:
         return bool(self._token) and hmac.compare_digest(given.encode(errors="replace"), self._token.encode())
 
     def _refusal(self, request: Request, allowed: bool) -> tuple[int, str] | None:
-        """Return status and reason if a request is refused, else None. Servers read no more than the stated length."""
+        """Return status and reason if a request is refused, else None. The server reads at most the stated length."""
         headers, reads = request.headers, request.method in ("GET", "HEAD")
         length = headers.get("content-length", "0" if reads else "")
         stated = re.fullmatch("[0-9]{1,9}", length) and "transfer-encoding" not in headers
@@ -106,11 +106,11 @@ class Guard:
         if not allowed:
             return 401, "open the address with the token that scripts/rate.py printed"
         if not stated or int(length) > MAX_BODY:
-            return 413, f"requests have a stated length of at most {MAX_BODY} bytes"
+            return 413, f"requests must state a length of at most {MAX_BODY} bytes"
         if not reads and urlsplit(headers.get("origin", "")).netloc != headers.get("host"):
-            return 403, "requests come from the page itself"
+            return 403, "requests must come from the page itself"
         if not reads and kind != "application/json":
-            return 415, "requests are JSON"
+            return 415, "requests must be JSON"
         return None
 
 
@@ -125,11 +125,11 @@ def make_app(
     criteria: bool = False,
     **square: Any,
 ) -> FastAPI:
-    """Return the app: the page with inline style and script, its images and its clicks, behind `Guard`.
+    """Return the app behind `Guard`: the page with inline style and script, its images, and the endpoint for clicks.
 
-    In the mode "real" it asks whether an image is a photograph, in "pair" which of two is better; else for quality,
-    `criteria` of it, and agreement with the text. The page asks for the rater and the expert level unless `only` and
-    `level` are given. `square` are the arguments size and resize of `load_pixels`.
+    In mode "real" the page asks whether an image is a photograph, in "pair" which of two is better, else for quality,
+    its `criteria`, and agreement with the text. It asks for the rater and the expert level unless `only` and `level`
+    are given. `square`: arguments size and resize of `load_pixels`.
     """
     folder = files("ddpo_pytorch.rating")
     parts = {name: (folder / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
@@ -150,7 +150,7 @@ def make_app(
     @app.exception_handler(OSError)
     async def not_written(request: Request, error: OSError):
         logger.error("a click could not be saved: %s", error)
-        reason = error.strerror or "the disk is full"  # the text of DiskFull names paths
+        reason = error.strerror or "the disk is full"  # DiskFull's message contains paths
         return JSONResponse({"detail": f"Your last click could not be saved ({reason})."}, 507)
 
     @app.exception_handler(RequestValidationError)
@@ -172,7 +172,7 @@ def make_app(
             pixels = load_pixels(path, **square)
         except UserError as error:
             logger.error("%s", error)
-            raise HTTPException(500, "This image cannot be read. Skip it, and tell who runs the page.") from error
+            raise HTTPException(500, "This image cannot be read. Skip it, and tell whoever runs the page.") from error
         to_pil(pixels).save(file, format="PNG", compress_level=1)  # without metadata, whatever the file's format
         return Response(file.getvalue(), media_type="image/png")
 
@@ -209,7 +209,7 @@ def make_app(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket; port 0 takes a free one. Raises UserError for an unusable host or port."""
+    """Return a listening socket; port 0 picks a free one. Raises UserError for an unusable host or port."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, UnicodeError) as error:
@@ -223,5 +223,5 @@ def serve(app: FastAPI, sock: socket.socket) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     quiet = dict(log_config=None, log_level="warning", access_log=False, server_header=False, date_header=False)
     narrow = dict(lifespan="off", ws="none", proxy_headers=False, timeout_graceful_shutdown=2)
-    with suppress(KeyboardInterrupt):  # raised by uvicorn after it has ended
+    with suppress(KeyboardInterrupt):  # raised by uvicorn after it has shut down
         uvicorn.Server(uvicorn.Config(app, **quiet, **narrow)).run(sockets=[sock])

@@ -1,4 +1,4 @@
-"""The questions of the rating page: images with prompts under unguessable ids, and every rater's progress."""
+"""Questions of the rating page: images with prompts under unguessable ids, and each rater's progress."""
 
 import hashlib
 import hmac
@@ -23,9 +23,9 @@ from ddpo_pytorch.utils.randomness import Stream, generator_of, text_number
 
 @dataclass(frozen=True)
 class Item:
-    """One image: file, path from the table of ratings, prompt, modality (or ""), (width, height), patient (or "").
+    """An image: file, path relative to the ratings table, prompt, modality (or ""), (width, height), patient (or "").
 
-    With a `rival`, the question is which of both is better.
+    With a `rival`, the question is which of the two is better.
     """
 
     path: Path
@@ -51,7 +51,7 @@ def sample_items(folder: str | Path, table: str | Path) -> list[Item]:
         where = f"{str(folder)!r} image_log.json entry {number}"
         name, prompt = entry.get("path_to_img"), entry.get("prompt")
         if not name or not prompt:
-            raise UserError(f"{where}: it needs the texts path_to_img and prompt; draw the samples again elsewhere")
+            raise UserError(f"{where}: path_to_img and prompt are required; sample again into another folder")
         items.append(_item(Path(folder) / name, prompt, folder, table, where, entry.get("patient") or ""))
     return items
 
@@ -65,7 +65,7 @@ def table_items(csv: str | Path, data_path: str | Path, table: str | Path) -> tu
 
 def _item(path: Path, prompt: str, folder: str | Path, table: str | Path, where: str, patient: str) -> Item:
     path, resolved = Path(os.path.abspath(path)), path.resolve()
-    # links are not followed here: a user may move folders as they are named
+    # links are not resolved here, so that linked folders can be moved
     image_path = Path(os.path.relpath(path, os.path.abspath(Path(table).parent))).as_posix()
     prompt = " ".join(filter(None, prompt.split(" ")))  # as `read_ratings` reads it
     fault = ""
@@ -74,7 +74,7 @@ def _item(path: Path, prompt: str, folder: str | Path, table: str | Path, where:
     elif not resolved.is_file():
         fault = f"there is no file {str(path)!r}; run the command that wrote the folder again"
     elif not (prompt + image_path + patient).isprintable() or tidy_path(image_path.strip()) != image_path:
-        # each row of the table is one line of the file, which tells a torn row from a complete one
+        # each row of the table must be one line of the file, so that a torn row can be detected
         fault = f"prompt or path {image_path!r} has line breaks, control characters, backslashes or outer spaces"
     try:
         if fault:
@@ -87,12 +87,12 @@ def _item(path: Path, prompt: str, folder: str | Path, table: str | Path, where:
 
 
 def distinct(items: Sequence[Item]) -> list[Item]:
-    """Return each (image, prompt) once, sorted, so that questions do not depend on the order of the folders."""
+    """Return each (image, prompt) once, sorted, so that questions do not depend on the order of folders."""
     return sorted({item.key: item for item in items}.values(), key=lambda item: item.key)
 
 
 def pair_items(first: Sequence[Item], second: Sequence[Item]) -> list[Item]:
-    """Return the n-th image of each prompt of the first source with the n-th of the second as its rival, by name."""
+    """Return the first source's images, each with the second's n-th image of the same prompt, by name, as its rival."""
     found: list[dict[str, list[Item]]] = [defaultdict(list), defaultdict(list)]
     for items, by_prompt in zip((first, second), found, strict=True):
         for item in distinct(items):
@@ -102,10 +102,9 @@ def pair_items(first: Sequence[Item], second: Sequence[Item]) -> list[Item]:
 
 
 def order_for(count: int, seed: int, rater: str, repeats: float = 0) -> list[int]:
-    """Return a permutation of `count` questions that depends on the seed and the rater's name only.
+    """Return a permutation of `count` questions that depends only on the seed and the rater's name.
 
-    A share `repeats` of at most one half is asked again, each after half of the others; it has `count` added to its
-    number.
+    A share `repeats`, at most one half, is asked again after half of the others, with `count` added to the number.
     """
     generator, half = generator_of(seed, Stream.ORDER, text_number(rater)), count // 2
     order = torch.randperm(count, generator=generator).tolist()
@@ -115,15 +114,15 @@ def order_for(count: int, seed: int, rater: str, repeats: float = 0) -> list[int
 
 
 def is_swapped(number: int, count: int, seed: int, rater: str) -> bool:
-    """Return whether a pair's rival comes first; for a hidden repeat this is the other way round."""
+    """Return whether a pair's rival is shown first; a hidden repeat has the opposite order."""
     generator = generator_of(seed, Stream.ORDER, text_number(rater), number % count)
     return bool(torch.randint(2, (1,), generator=generator)) != (number >= count)
 
 
 class Progress:
-    """One rater's questions, by number; those `rated` in earlier sessions, oldest first, can be undone too.
+    """One rater's questions, by number. Those `rated` in earlier sessions (oldest first) can be undone, too.
 
-    A skipped question is asked again after all others; skipped a second time, it is postponed.
+    A skipped question is asked again after all others; if skipped a second time, it is postponed.
     """
 
     def __init__(self, order: list[int], rated: list[int]):
@@ -133,15 +132,15 @@ class Progress:
         self.history = [(number, "rate") for number in rated]
 
     def answer(self, number: int, action: str) -> None:
-        """Note the "rate" or "skip" of a question."""
+        """Record the "rate" or "skip" of a question."""
         self._remove(number)
         if action == "skip":
-            again = (number, "skip") not in self.history and self.waiting  # the only one left would come at once
+            again = (number, "skip") not in self.history and self.waiting  # the only one left would reappear at once
             (self.waiting if again else self.postponed).append(number)
         self.history.append((number, action))
 
     def undo(self) -> None:
-        """Ask the last question again, now."""
+        """Ask the last question again, next."""
         number, action = self.history.pop()
         if action == "skip":
             self._remove(number)
@@ -152,10 +151,10 @@ class Progress:
 
 
 class Questions:
-    """Items under unguessable ids, and the progress of every rater. Thread-safe.
+    """Items under unguessable ids, and each rater's progress. Thread-safe.
 
-    `repeats`: see `order_for`. `examples`: (rating, file) of reference images. `summarise` returns lines that a rater
-    sees at the end.
+    `repeats`: see `order_for`. `examples`: (rating, file) of reference images. `summarise` returns the lines to show a
+    rater at the end.
     """
 
     def __init__(
@@ -171,7 +170,7 @@ class Questions:
         self._summarise, self._secret = summarise, secrets.token_bytes(32)
         self._numbers = {item.key: number for number, item in enumerate(items)}
         self._number_of = {self._id("question", number): number for number in range(2 * len(items))}
-        self._files = {  # the id of a pair is that of neither image, or it would tell which folder is which
+        self._files = {  # a pair's id differs from its images' ids, which would reveal which folder is which
             self._id(kind, number): one.path
             for number, item in enumerate([*items, *items])
             for kind, one in (("question", item), ("first", item), ("second", item.rival or item))
@@ -185,7 +184,7 @@ class Questions:
         return hmac.new(self._secret, f"{kind} {number}".encode(), hashlib.sha256).hexdigest()[:32]
 
     def file(self, name: str) -> Path | None:
-        """Return the image file of an id, None for any other text."""
+        """Return the image file of an id, or None for any other text."""
         return self._files.get(name)
 
     def is_question(self, name: str) -> bool:
@@ -193,11 +192,11 @@ class Questions:
         return name in self._number_of
 
     def act(self, action: str, rater: str, name: str = "", **given: int | None) -> dict:
-        """Save a "rate", "skip" or "undo" to disk, or ask "again" what was skipped; return what the page shows.
+        """Save a "rate", "skip" or "undo" to disk, or ask skipped questions "again"; return the state for the page.
 
-        The state says "already" if nothing was done, because another window has rated the image, or has clicked since
-        the page counted `undoable` clicks. `given` are rating, expert_level, alignment, criteria and undoable. Of a
-        pair, the page's rating is 3 for the image it shows first, and the stored one 3 for the item before its rival.
+        The state has "already" if nothing was done because another window has rated the image, or has clicked since the
+        page counted `undoable` clicks. `given`: rating, expert_level, alignment, criteria and undoable. For a pair, the
+        page's rating is 3 for the image shown first; the stored rating is 3 for the item, 1 for its rival.
         """
         count = len(self._items)
         with self._lock:
@@ -242,7 +241,7 @@ class Questions:
         self._store.click(action, self._items[item], rater, **answers)
 
     def _question(self, number: int, rater: str) -> dict[str, Any]:
-        """Return id, prompt and, of a pair, the images in the order in which this rater sees them."""
+        """Return id, prompt and, for a pair, the images in the order in which this rater sees them."""
         item, about = self._items[number % len(self._items)], {"id": self._id("question", number)}
         if item.rival:
             images = [self._id("first", number), self._id("second", number)]

@@ -1,10 +1,10 @@
 """Ratings on disk: a journal of every click, and the table of ratings for training that is derived from it.
 
 `ratings.journal.csv` (time, action, the columns of the table) is the source of truth: a click is on disk (fsync) before
-it is confirmed. Ratings of hidden repeats are in the journal alone. `ratings.csv` is valid for `read_ratings` at every
-moment: each click replaces it atomically. If another program has changed either file, its content is saved under
-another name first, so neither a spreadsheet nor a crash changes, loses or doubles a rating. Only a table without a
-journal is imported as it is.
+it is confirmed. Ratings of hidden repeats are only in the journal. `ratings.csv` is always valid for `read_ratings`:
+each click replaces it atomically. If another program has changed either file, its content is first saved under another
+name, so neither a spreadsheet nor a crash changes, loses or duplicates a rating. Only a table without a journal is
+imported as it is.
 """
 
 import errno
@@ -26,7 +26,7 @@ from ddpo_pytorch.utils.files import append, atomic_write, lock, remove_leftover
 if TYPE_CHECKING:
     from ddpo_pytorch.rating.session import Item
 
-# `other` is the image that image_path is compared with; all are empty where they were not asked
+# `other`: the image that image_path is compared with. All of them are empty if they were not asked.
 OPTIONAL = (*ratings.APART, "other", *ratings.CRITERIA)
 COLUMNS = (*ratings.COLUMNS, *OPTIONAL)
 JOURNAL_COLUMNS = ("time", "action", *COLUMNS)
@@ -38,7 +38,7 @@ Key = tuple[Any, ...]
 
 
 class Answer(NamedTuple):
-    """A rating: (image_path, prompt, other) of the question, whether it was a hidden repeat, and cells by column."""
+    """A rating: (image_path, prompt, other) of the question, whether it is a hidden repeat, and cells by column."""
 
     question: tuple[str, str, str]
     repeat: bool
@@ -46,12 +46,12 @@ class Answer(NamedTuple):
 
     @property
     def reader(self) -> str:
-        """Name of who gave it."""
+        """Name of the rater."""
         return self.cells["rater_id"]
 
 
 def rater_name(text: str) -> str:
-    """Return a rater's name, stripped and in Unicode's composed form, of 1 to 64 printable characters, no comma."""
+    """Return a rater's name stripped and in NFC, or raise UserError; 1 to 64 printable characters without commas."""
     name = unicodedata.normalize("NFC", text.strip())
     if not 1 <= len(name) <= 64 or not name.isprintable() or "," in name:
         raise UserError(f"the rater's name is {text[:80]!r}; give 1 to 64 printable characters without commas")
@@ -59,23 +59,23 @@ def rater_name(text: str) -> str:
 
 
 class Store:
-    """The table at `path` and its journal, for this process alone. Not thread-safe."""
+    """The table at `path` and its journal, locked for this process. Not thread-safe."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.journal = self.path.with_name(f"{self.path.stem}.journal.csv")
-        # tables of one name and two suffixes would share a journal
+        # tables that differ only in the suffix would share a journal
         if self.path.suffix != ".csv" or self.journal.is_dir() or self.path.is_dir():
             raise UserError(f"--out is {str(self.path)!r}; give a file whose name ends in .csv, such as ratings.csv")
-        self._read()  # refuses foreign files before anything is written
+        self._read()  # raises for foreign files before anything is written
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        taken = f"{str(self.path)!r} is being written by another rating page; end that one, or give another --out"
+        taken = f"{str(self.path)!r} is being written by another rating page; stop that one, or give another --out"
         self._lock = lock(self.path.with_name(f".{self.path.stem}.lock"), taken)
         remove_leftovers(self.path.parent, depth=0)
         self._clicks, dropped = self._read()
         if dropped:
             text = dropped.decode(errors="replace")
-            logger.warning("%s: dropped line %d, which was cut off: %r", self.journal, len(self._clicks) + 2, text)
+            logger.warning("%s: dropped the truncated line %d: %r", self.journal, len(self._clicks) + 2, text)
         self._rows = _replay(self._clicks)
         if _bytes(self.journal) != (content := _content(JOURNAL_COLUMNS, self._clicks)):
             _replace(self.journal, content)
@@ -90,12 +90,12 @@ class Store:
         self._lock.release()
 
     def answers(self) -> list[Answer]:
-        """Return all ratings in their order."""
+        """Return all ratings in order."""
         named = ((key, dict(zip(COLUMNS, cells, strict=True))) for key, cells in self._rows.items())
         return [Answer((one["image_path"], one["prompt"], one["other"]), key[-1], one) for key, one in named]
 
     def seconds(self, rater: str) -> list[float]:
-        """Return the times between a rater's ratings, without breaks of over five minutes."""
+        """Return the seconds between a rater's ratings, without breaks of over five minutes."""
         clicks = [click for click in self._clicks if click[1] in ("rate", "repeat") and click[7] == rater]
         times = [time.mktime(time.strptime(click[0], TIME)) for click in clicks]
         return [after - before for before, after in itertools.pairwise(times) if after - before <= 300]
@@ -110,10 +110,10 @@ class Store:
         alignment: int | None = None,
         **criteria: int | None,
     ) -> None:
-        """Record one of ACTIONS. Raises OSError, with nothing recorded, if it cannot be written.
+        """Record one of ACTIONS. Raises OSError, and records nothing, if it cannot be written.
 
-        With an `alignment`, `rating` is the quality alone, and the lower of both is the rating. `criteria` are those of
-        `ratings.CRITERIA` that were rated.
+        With an `alignment`, `rating` is only the quality, and the lower of both is stored as the rating. `criteria`:
+        those of `ratings.CRITERIA` that were rated.
         """
         if not self._lock.is_locked:
             raise OSError(errno.ESHUTDOWN, "the server has stopped")
@@ -133,18 +133,18 @@ class Store:
                 os.fsync(file.fileno())
             _restore(self.path, _table(rows), before)
         except OSError:
-            os.truncate(self.journal, len(journal))  # the click was refused: a restart must not replay it
+            os.truncate(self.journal, len(journal))  # the click failed, so a restart must not replay it
             raise
         self._clicks.append(click)
         self._rows = rows
 
     def _read(self) -> tuple[list[list[str]], bytes]:
-        """Return the journal's clicks, and an unfinished last line to drop; without a journal, the table as clicks.
+        """Return the journal's clicks and an incomplete last line to drop; without a journal, the table as clicks.
 
-        An unfinished line is a click that a crash cut off, unless the table shows that it was confirmed.
+        An incomplete line is a click interrupted by a crash, unless the table shows that it was confirmed.
         """
         table, journal = _bytes(self.path), _bytes(self.journal)
-        if _content(JOURNAL_COLUMNS).startswith(journal):  # absent, or cut off in its first line
+        if _content(JOURNAL_COLUMNS).startswith(journal):  # missing, or truncated in its first line
             now = time.strftime(TIME, time.gmtime())
             return [[now, "rate", *cells] for cells in self._parse(self.path, COLUMNS, table)] if table else [], b""
         end = journal.rfind(b"\n") + 1
@@ -158,7 +158,7 @@ class Store:
         return (longer, b"") if shown else (clicks, tail)
 
     def _parse(self, path: Path, columns: Sequence[str], content: bytes) -> list[list[str]]:
-        """Return the cells of every row of the table or the journal. Raises UserError for another file or a fault."""
+        """Return the cells of every row of the table or the journal. Raises UserError for foreign or faulty files."""
         folder = os.path.abspath(path.parent)
 
         def make(fields: dict[str, str], index: int, line: int, faults: list[str]) -> tuple[list[str], Key | None, str]:
@@ -171,7 +171,7 @@ class Store:
             ):
                 faults.append(f"{action} with rating {rating!r} of expert level {level!r}; both are 1 to 3")
             place = columns.index("image_path")
-            cells[place] = os.path.relpath(os.path.join(folder, image), folder)  # as items have it
+            cells[place] = os.path.relpath(os.path.join(folder, image), folder)  # as in `Item`
             return cells, _key(cells, action) if path == self.path and rater else None, f"{rater!r} rating {image!r}"
 
         try:
@@ -182,10 +182,10 @@ class Store:
 
 
 def _replay(clicks: Iterable[Sequence[str]], before: Mapping[Key, list[str]] | None = None) -> dict[Key, list[str]]:
-    """Return the rows of the table after these clicks. A second rating replaces the first."""
+    """Return the rows of the table after these clicks; a second rating replaces the first."""
     rows = dict(before or {})
     for place, (_, action, *cells) in enumerate(clicks):
-        key = _key(cells, action) if cells[5] else (place, False)  # unknown raters may repeat
+        key = _key(cells, action) if cells[5] else (place, False)  # unnamed raters may rate twice
         if action != "skip":
             rows.pop(key, None)
         if action in ("rate", "repeat"):
@@ -207,7 +207,7 @@ def _content(header: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> bytes
 
 @cache
 def _line(cells: tuple[str, ...]) -> bytes:
-    """Return a row of a file; cached, since every click writes all rows again."""
+    """Return a row as bytes; cached, since every click rewrites all rows."""
     return table_text(cells, []).encode()
 
 
@@ -216,7 +216,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def _restore(path: Path, content: bytes, before: bytes = b"") -> None:
-    """Write a file unless it has this content; save a copy of anything but the beginning of `content` or `before`."""
+    """Write a file unless it has this content; first save a copy of anything but a prefix of `content` or `before`."""
     if (actual := _bytes(path)) == content:
         return
     if not (content.startswith(actual) or before.startswith(actual)):
