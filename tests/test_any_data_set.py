@@ -174,7 +174,7 @@ def test_degraded_real_images_are_noticed(measure, plain, tmp_path):
     )
     assert (tmp_path / "out" / "sanity.csv").is_file() and (moves[HALF] == 0).all()
     page = write_report(tmp_path, result, {}, []).read_text()
-    assert "What these numbers notice" in page and page.count("data:image/svg") == 1
+    assert "What these metrics detect" in page and page.count("data:image/svg") == 1
     with pytest.raises(UserError, match="metric.real_path is empty"):
         measure(sanity=True, real_path="")
 

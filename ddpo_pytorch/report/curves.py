@@ -1,4 +1,4 @@
-"""Curves of training runs: an SVG per quantity, as a data URI for the page."""
+"""Curves of training runs, an SVG per quantity as a data URI for the page."""
 
 import base64
 import io
@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.json_files import parse_json, read_json
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; each run has its own marker and dashes as well
+# Okabe and Ito's colour-blind safe palette; runs also differ in markers and dashes
 LINES = cycler(color=("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"))
 LINES += cycler(marker=("o", "s", "^", "D", "v", "P"), linestyle=("-", "--", "-.", ":", "-", "--"))
 STYLE = {"svg.hashsalt": "report", "font.size": 11, "axes.linewidth": 0.6, "axes.prop_cycle": LINES, "axes.grid": True}
@@ -37,7 +37,7 @@ CURVES = {
 
 
 class Plot(NamedTuple):
-    """A figure: its title, its data URI, and the first and last value of each run in words."""
+    """A figure: title, data URI, and alternative text with the first and last value of each run."""
 
     title: str
     source: str
@@ -45,17 +45,17 @@ class Plot(NamedTuple):
 
 
 def read_config(run: str | Path) -> dict:
-    """Return a training run's config.json, {} where there is none. Raises UserError for a damaged file."""
+    """Return a training run's config.json, or {} if there is none. Raises UserError for a damaged file."""
     path = Path(run) / "config.json"
     return read_json(path) if path.is_file() else {}
 
 
 def read_runs(runs: Sequence[Path]) -> dict[str, list[dict]]:
-    """Return the entries of each run's metrics.jsonl and held_out.jsonl by name; equal names get their parent's first.
+    """Return the entries of each run's metrics.jsonl and held_out.jsonl by name; equal names are prefixed with parents.
 
-    Evaluations of held_out.jsonl replace those of metrics.jsonl. Its epochs count completed ones, from 0, the base
-    model: the policy whose samples' reward was logged at that epoch. A torn last line of a run that is still writing is
-    skipped. Raises UserError for a folder without metrics.jsonl and for any other line that is no JSON object.
+    Evaluations in held_out.jsonl replace those in metrics.jsonl. Their epoch is the number of completed ones, 0 for the
+    base model, so it matches the epoch that logged the reward of that policy's samples. An incomplete last line of an
+    active run is skipped. Raises UserError for a missing metrics.jsonl, and for other lines that are not JSON objects.
     """
     names = [Path(run).name for run in runs]
     entries = {}
@@ -86,7 +86,7 @@ def _read_lines(path: Path) -> list[dict]:
 
 
 def series(entries: Sequence[Mapping], key: str, factor: float = 1) -> np.ndarray:
-    """Return (N, 3): epoch, value and standard deviation (NaN without one), where `key` was logged as finite."""
+    """Return (N, 3): epoch, value and standard deviation (NaN if not logged) of entries with a finite `key`."""
 
     def number(entry: Mapping, name: str) -> float:
         return factor * entry[name] if isinstance(entry.get(name), int | float) else math.nan
@@ -97,7 +97,7 @@ def series(entries: Sequence[Mapping], key: str, factor: float = 1) -> np.ndarra
 
 
 def curves(runs: Mapping[str, Sequence[Mapping]]) -> list[Plot]:
-    """Return a plot of each quantity that at least one run logged. `runs`: entries by name, see `read_runs`."""
+    """Return a plot of each quantity that at least one run logged. `runs`: from `read_runs`."""
     plots = []
     for key, (title, factor) in CURVES.items():
         found = {name: points for name, run in runs.items() if len(points := series(run, key, factor))}
@@ -111,8 +111,8 @@ def curves(runs: Mapping[str, Sequence[Mapping]]) -> list[Plot]:
 
 
 def heatmap(moves: pd.DataFrame, title: str) -> Plot:
-    """Return a figure of numbers by row and column, blue below 0, red above it, of full colour from 5 on."""
-    with matplotlib.rc_context(STYLE | {"axes.grid": False}):  # as narrow as a phone, so that its labels stay legible
+    """Plot numbers by row and column, blue below 0 and red above, saturated from 5."""
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):  # narrow, so that labels are legible on phones
         figure = Figure(figsize=(4, 2.6 + 0.36 * len(moves)), layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(moves.to_numpy(float), cmap="RdBu_r", vmin=-5, vmax=5, aspect="auto")
@@ -125,12 +125,12 @@ def heatmap(moves: pd.DataFrame, title: str) -> Plot:
 
 
 def _draw(found: Mapping[str, np.ndarray]) -> str:
-    """Return the figure as a data URI of an SVG; its bytes depend on the points alone."""
+    """Return the figure as a data URI of an SVG; its bytes depend only on the points."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4, 3), layout="constrained")
         axes = figure.subplots()
         for name, (epochs, values, deviations) in ((name, points.T) for name, points in found.items()):
-            label = (" " if name.startswith("_") else "") + name.replace("$", r"\$")  # matplotlib hides _ and reads $
+            label = (" " if name.startswith("_") else "") + name.replace("$", r"\$")  # matplotlib hides _ and parses $
             every = max(1, len(epochs) // 12)
             (line,) = axes.plot(epochs, values, label=label, markersize=3.6, markevery=every, linewidth=1.4)
             low, high = values - deviations, values + deviations  # NaN is not drawn

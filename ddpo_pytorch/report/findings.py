@@ -1,7 +1,7 @@
-"""Numbers behind the report's sentences and tables.
+"""Numbers in the report's sentences and tables.
 
-`result` is the content of metrics.json. A quantity is a mapping {"value", "low", "high", "n", "how"}, of which the
-numbers may be None.
+`result` is the content of metrics.json. A quantity is a mapping {"value", "low", "high", "n", "how"} in which numbers
+may be None.
 """
 
 import re
@@ -38,12 +38,12 @@ FLAWS += ("copies_of_real_images", "near_copies_of_real_images")
 
 
 def measure_of(result: Mapping) -> str:
-    """Return the name in metrics.json of how well images show their prompts: "APR", or "alignment" of fundus images."""
+    """Return the key of the alignment measure in metrics.json: "APR", or "alignment" for fundus images."""
     return "alignment" if result.get("kind") == "fundus" else "APR"
 
 
 def aligned(result: Mapping, values: Mapping | None, caption: str | None = None) -> dict | None:
-    """Return APR or alignment of a model or of the real images as a quantity, over all captions or over one."""
+    """Return APR or alignment of a model or of the real images as a quantity, over all captions or for one."""
     block = dig(values, "alignment", result.get("kind") or next(iter(result["judges"])))
     return dig(block, measure_of(result)) if caption is None else dig(block, "by_prompt", caption)
 
@@ -54,10 +54,10 @@ def sides(result: Mapping) -> dict[str, Mapping]:
 
 
 def comparisons(result: Mapping) -> list[dict[str, Any]]:
-    """Return the comparisons of models that have a difference, with what the page says about them.
+    """Return the comparisons of models that have a difference, with further fields for the page.
 
-    "shared" is the number of prompts that both have, None where neither has others; "few" tells that these are too few
-    for a test over prompts. "reward" holds both mean rewards where the reward rose and APR or alignment did not.
+    "shared": number of common prompts, or None if neither model has others. "few": whether these are too few for a test
+    over prompts. "reward": both mean rewards if the reward rose but APR or alignment did not, else None.
     """
     models, measure, found = result["models"], measure_of(result), []
     for one in result["comparisons"]:
@@ -67,21 +67,25 @@ def comparisons(result: Mapping) -> list[dict[str, Any]]:
         rewards = base.get("reward"), other.get("reward")
         hacked = None not in rewards and rewards[1] > rewards[0] and word in ("worse", "unclear")
         prompts = max(sum(map(bool, side["images_by_prompt"].values())) for side in (base, other))
-        about = {
-            "verdict": word,
-            "difference": one[measure],
-            "tests": tests(one),
-            "reward": rewards if hacked else None,
-        }
-        about |= {"before": one[f"from_{measure}"], "after": one[f"to_{measure}"], "test": one.get("test")}
-        about["shared"] = one["prompts"] if one["prompts"] < prompts else None
-        about["few"] = one["prompts"] < FEW_PROMPTS and one["p_by_prompt"] is None
-        found.append(one | about)
+        found.append(
+            one
+            | {
+                "verdict": word,
+                "difference": one[measure],
+                "before": one[f"from_{measure}"],
+                "after": one[f"to_{measure}"],
+                "test": one.get("test"),
+                "tests": tests(one),
+                "reward": rewards if hacked else None,
+                "shared": one["prompts"] if one["prompts"] < prompts else None,
+                "few": one["prompts"] < FEW_PROMPTS and one["p_by_prompt"] is None,
+            }
+        )
     return found
 
 
 def verdict(comparison: Mapping, measure: str = "APR") -> str:
-    """Return better, worse, unclear (0 in the interval, or p >= 0.05), unknown (no interval) or "" (no difference)."""
+    """Return "better", "worse", "unclear" (0 in interval or p >= 0.05), "unknown" (no interval) or "" (no value)."""
     value, low, high = (comparison[measure][key] for key in ("value", "low", "high"))
     if value is None:
         return ""
@@ -93,15 +97,15 @@ def verdict(comparison: Mapping, measure: str = "APR") -> str:
 
 
 def tests(comparison: Mapping) -> dict[str, float]:
-    """Return p over images and p over prompts, whose images are not independent, where they exist."""
+    """Return p over images and, since images of a prompt are correlated, p over prompts, where they exist."""
     named = {"p": comparison["p"], "p over prompts": comparison["p_by_prompt"]}
     return {name: p for name, p in named.items() if p is not None}
 
 
 def lost_diversity(result: Mapping) -> list[tuple[str, str, str, str, str, bool]]:
-    """Return (model, other model, measure, before, after) of each comparison's first measure of diversity that fell.
+    """Return (model, other model, measure, before, after, apart) for each comparison's first diversity loss.
 
-    Last comes whether their intervals are known not to overlap.
+    `apart`: whether there are intervals and they do not overlap.
     """
     lost = []
     for one in result["comparisons"]:
@@ -117,7 +121,7 @@ def lost_diversity(result: Mapping) -> list[tuple[str, str, str, str, str, bool]
 
 
 def _spread(result: Mapping) -> list[tuple]:
-    """Return `SPREAD` of every feature space."""
+    """Return the entries of `SPREAD` for every feature space."""
     spaces = _union(side.get("diversity") for side in sides(result).values())
     named = [
         (f"{title} ({s})", [key.format(space=s) for key in path], f) for title, path, f in SPREAD[:2] for s in spaces
@@ -126,13 +130,13 @@ def _spread(result: Mapping) -> list[tuple]:
 
 
 def flaws(values: Mapping) -> dict[str, int]:
-    """Return the counts `FLAWS` that are not 0, over a model's folders."""
+    """Return the nonzero counts of `FLAWS`, summed over a model's folders."""
     counts = {key: sum(folder.get(key) or 0 for folder in values.get("folders") or []) for key in FLAWS}
     return {key.replace("_", " "): count for key, count in counts.items() if count}
 
 
 def missing(result: Mapping) -> dict[str, str]:
-    """Return what could not be measured, and why: of the whole measurement, then of single models."""
+    """Return what could not be measured, and why: for all models, then for single ones."""
     found = dict(result["missing"])
     for model, values in result["models"].items():
         found |= {f"{name} of {model}": reason for name, reason in values["missing"].items()}
@@ -140,7 +144,7 @@ def missing(result: Mapping) -> dict[str, str]:
 
 
 def methods(result: Mapping) -> dict[str, list[str]]:
-    """Return how the intervals of each block were made, with dots for numbers, in which ways may differ."""
+    """Return how the intervals of each block were computed, with "…" in place of numbers, which may differ."""
     ways = defaultdict(set)
 
     def walk(tree: Any, block: str) -> None:
@@ -167,7 +171,7 @@ def _measures(columns: list[tuple], parts: Mapping[str, Mapping], fid_part: str 
 
 
 def headline(result: Mapping) -> pd.DataFrame:
-    """Return the main numbers of all models and of real images."""
+    """Return the main numbers of all models and of the real images."""
     parts, measure = sides(result), measure_of(result)
     columns = list(FUNDUS_COLUMNS if result.get("kind") else TABLE3_COLUMNS)
     if not result.get("kind"):
@@ -197,7 +201,7 @@ def prompt_table(result: Mapping) -> pd.DataFrame:
 
 
 def attribute_tables(result: Mapping) -> dict[str, pd.DataFrame]:
-    """Return by judge the precision and recall of the attributes that prompts request."""
+    """Return precision and recall of the requested attributes, a table per judge."""
     tables = {}
     for judge in _union(side["alignment"] for side in sides(result).values()):
         rows = defaultdict(dict)
@@ -212,7 +216,7 @@ def attribute_tables(result: Mapping) -> dict[str, pd.DataFrame]:
 
 
 def fidelity_tables(result: Mapping) -> dict[str, pd.DataFrame]:
-    """Return by feature space the distances of matched and unmatched images to real ones. Only Inception's is FID."""
+    """Return distances of matched and unmatched images to real ones by feature space; FID only for Inception."""
     tables = {}
     for space in _union(side.get("fidelity") for side in result["models"].values()):
         parts = {
@@ -228,7 +232,7 @@ def fidelity_tables(result: Mapping) -> dict[str, pd.DataFrame]:
 
 
 def size_curves(result: Mapping, space: str) -> pd.DataFrame:
-    """Return FID and KID in a feature space by the number of images of each side, down to a quarter of all."""
+    """Return FID and KID in a feature space by number of images per side, from all to a quarter."""
     rows = defaultdict(dict)
     for name, side in result["models"].items():
         for size, values in (dig(side, "fidelity", space, "matched", "curve") or {}).items():
@@ -237,7 +241,7 @@ def size_curves(result: Mapping, space: str) -> pd.DataFrame:
 
 
 def group_tables(result: Mapping) -> dict[str, pd.DataFrame]:
-    """Return by column of metadata n, alignment, KID and nearness of each group, and the largest gaps."""
+    """Return n, alignment, KID and nearness of each group, and the largest gaps, a table per metadata column."""
     tables: dict[str, dict] = defaultdict(lambda: defaultdict(dict))
     shown = (("aligned", f"{measure_of(result)} {{}} (%)", ".1f", 100), ("KID", "KID {} (x 1000)", ".3g", 1000))
     shown += (("closer", "Closer to training images {} (%)", ".1f", 100),)
@@ -254,22 +258,17 @@ def group_tables(result: Mapping) -> dict[str, pd.DataFrame]:
 
 
 def sanity_table(result: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return each number of each degraded set as text, and how far it moved in half-widths of its interval undegraded.
+    """Return each metric of each degraded set as text, and its change in half-widths of the undegraded interval.
 
-    "*" marks a number whose interval does not overlap that of the undegraded half.
+    "*" marks metrics whose interval does not overlap that of the undegraded half.
     """
     models = result["sanity"]["models"]
     first = next(iter(models.values()))
     columns = [(f"{measure_of(result)} (%)", ("alignment", "{judge}", measure_of(result)), ".1f", 100)]
     for space in first.get("fidelity") or {}:
-        columns += [
-            (
-                f"{title[:-2]} ({space})" if title[-2] == " " else f"{title} ({space})",
-                ("fidelity", space, "matched", *path),
-                *form,
-            )
-            for title, path, *form in FIDELITY
-        ]
+        for title, path, *form in FIDELITY:
+            name = title[:-2] if title[-2] == " " else title  # without the arrow
+            columns += [(f"{name} ({space})", ("fidelity", space, "matched", *path), *form)]
     columns += [("LPIPS", ("perception", "LPIPS"), ".3f", 1), *((*one, 1) for one in _spread({"models": models}))]
     for space in first.get("memorisation") or {}:
         columns += [(f"Closer (%), {space}", ("memorisation", space, "share_closer"), ".1f", 100)]
@@ -289,7 +288,7 @@ def sanity_table(result: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def result_tables(result: Mapping) -> dict[str, tuple[pd.DataFrame, str]]:
-    """Return by title the estimates in the JSON files of other commands, by their place, and how they were made."""
+    """Return by title the estimates in other commands' JSON files, by their path in it, and how they were computed."""
 
     def walk(tree: Any, *place: str) -> Iterator[tuple[str, Mapping]]:
         if isinstance(tree, Mapping) and "how" in tree:
@@ -308,7 +307,7 @@ def result_tables(result: Mapping) -> dict[str, tuple[pd.DataFrame, str]]:
 
 
 def nearness_table(result: Mapping) -> pd.DataFrame:
-    """Return diversity within prompts, and nearness to training images."""
+    """Return diversity within prompts and nearness to training images."""
     parts = sides(result)
     columns = [(f"{title} ↑", path, form, 1) for title, path, form in _spread(result)]
     for space in _union(side.get("memorisation") for side in parts.values()):

@@ -1,6 +1,6 @@
-"""The report: one HTML file that loads nothing, with numbers, curves, pictures and cards of one measurement.
+"""The report: a self-contained HTML file with numbers, curves, pictures and cards of one measurement.
 
-The templates hold the words; `findings` holds the numbers behind them.
+The templates contain all prose; `findings` computes the numbers in it.
 """
 
 import json
@@ -27,8 +27,8 @@ def write_report(output: str | Path, result: Mapping[str, Any], samples: Samples
     """Write `output`/report.html atomically and return its path.
 
     `result`: the content of metrics.json. `samples`: (file, caption) lists by name, "real" (optional) and the models in
-    their order; equal stems of a caption are the same noise. `runs`: run folders of scripts/train.py. Image files that
-    cannot be read are named among the page's warnings. Raises UserError for a run folder that cannot be read.
+    order; images of a caption with equal stems come from the same noise. `runs`: run folders of scripts/train.py.
+    Unreadable images are listed among the page's warnings. Raises UserError for an unreadable run folder.
     """
     path = Path(output) / "report.html"
     text = environment().get_template("page.html.j2").render(page_content(result, samples, runs))
@@ -39,7 +39,7 @@ def write_report(output: str | Path, result: Mapping[str, Any], samples: Samples
 
 @cache
 def environment() -> Environment:
-    """Return the templates, which escape every text, with the functions that they use."""
+    """Return the template environment, which escapes all text, with the functions that templates use."""
     loader = FileSystemLoader(Path(__file__).parent)
     templates = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -94,7 +94,7 @@ def page_content(result: Mapping, samples: Samples, runs: Sequence[Path]) -> dic
 
 
 def details(result: Mapping) -> dict[str, Any]:
-    """Return what the numbers rest on, by title: settings, networks, images, versions, methods of the intervals."""
+    """Return the provenance of the numbers by title: settings, networks, images, interval methods, versions."""
     sets = {f"{name} images": [block] for name, block in result["sets"].items()}
     sets |= {name: model["folders"] for name, model in result["models"].items()}
     images = {
@@ -111,21 +111,21 @@ def details(result: Mapping) -> dict[str, Any]:
 
 
 def percent(ratio: float | None) -> str:
-    """Return a ratio in percent."""
+    """Format a ratio in percent."""
     return NOT_AVAILABLE if ratio is None else f"{number(ratio, '.1f', 100)}\u00a0%"
 
 
 def bounds(quantity: Mapping) -> str:
-    """Return the interval "[low, high]" of a difference of ratios, in percentage points."""
+    """Format the interval of a difference of ratios as "[low, high]" in percentage points."""
     return number(quantity, "+.1f", 100).replace("-", "\u2212").partition(" ")[2]
 
 
 def estimate(quantity: Mapping) -> str:
-    """Return a ratio in percent for a sentence, with its interval."""
+    """Format a ratio and its interval in percent."""
     value, _, ends = number(quantity, ".1f", 100).partition(" [")
     return f"{value}\u00a0%" + (f" [{ends}" if ends else "")
 
 
 def counted(value: int, noun: str) -> str:
-    """Return a number of things: "1 image", "2 images"; the noun's plural takes an s."""
+    """Format a count: "1 image", "2 images"; the plural takes an s."""
     return f"{value:,} {noun}{'' if value == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""Pictures inside the page: thumbnails as data URIs, models next to each other on the same noise, closest pairs."""
+"""Pictures in the report: thumbnails as data URIs, models side by side on the same noise, closest pairs."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ Samples = Mapping[str, Sequence[tuple[Path, str]]]
 
 
 class Picture(NamedTuple):
-    """A thumbnail: data URI, width and height in pixels, text for those who do not see it."""
+    """A thumbnail: data URI, width and height in pixels, alternative text."""
 
     source: str
     width: int
@@ -29,9 +29,9 @@ class Picture(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The pictures of one prompt in columns of the files `stems` ([] where rows have their own files).
+    """The pictures of one prompt, with a column per file of `stems` ([] if rows have unrelated files).
 
-    `rows` are (name, pictures); a picture is None where its file cannot be read.
+    `rows` are (name, pictures); a picture is None if its file cannot be read.
     """
 
     caption: str
@@ -40,13 +40,13 @@ class Grid(NamedTuple):
 
 
 class Album:
-    """Maker of thumbnails that remembers unreadable files."""
+    """Makes thumbnails and collects the paths of unreadable files."""
 
     def __init__(self) -> None:
         self.unreadable: list[str] = []
 
     def picture(self, path: str | Path, alt: str) -> Picture | None:
-        """Return the image, at most `SIDE` pixels a side, or None if it cannot be read."""
+        """Return a thumbnail of at most `SIDE` pixels per side, or None if the image cannot be read."""
         try:
             image = read_rgb(path)
         except UserError:
@@ -59,7 +59,7 @@ class Album:
         return Picture(f"data:image/jpeg;base64,{data}", image.width, image.height, alt)
 
     def grids(self, samples: Samples, captions: Sequence[str], columns: int = 6) -> list[Grid]:
-        """Return for each caption a row of real images and a row per model on the same noise, as in figures 3 and 4."""
+        """Return a grid per caption: real images, then a row per model on the same noise, as in figures 3 and 4."""
         models, made = {name: files for name, files in samples.items() if name != "real"}, []
         for caption in captions:
             stems, rows = paired_files(models, caption, columns)
@@ -75,7 +75,7 @@ class Album:
         return made
 
     def closest_pairs(self, closest: Sequence[Mapping], name: str) -> list[dict]:
-        """Return pictures of a model's images and of the training images nearest to them, distances and captions."""
+        """Add to the pairs in metrics.json the pictures of the model's image and of its nearest training image."""
         return [
             pair
             | {
@@ -87,15 +87,15 @@ class Album:
 
 
 def rarest_first(captions: Sequence[str], real_images: Mapping[str, int] | None) -> list[str]:
-    """Return captions by number of real images, fewest first; ties are in the official order."""
+    """Sort captions by number of real images, fewest first; ties are in the official order."""
     return sorted(sort_captions(captions), key=lambda caption: (real_images or {}).get(caption, 0))
 
 
 def paired_files(sets: Samples, caption: str, columns: int) -> tuple[list[str], dict[str, list[Path]]]:
     """Return the stems of the first `columns` files of a caption that all sets have, and these files by set.
 
-    Stems are in natural order: 2 before 10. The n-th files of a repeated stem (several generation seeds) are paired,
-    second ones behind all first ones. Sets that share no stem show their own first files, and the stems are [].
+    Stems are in natural order: 2 before 10. The n-th files with a repeated stem (several generation seeds) are paired,
+    second ones after all first ones. Sets without a common stem show their own first files, and stems are [].
     """
     keyed = {name: files for name, samples in sets.items() if (files := _keyed(samples, caption))}
     if not keyed:
@@ -118,6 +118,6 @@ def _keyed(samples: Sequence[tuple[Path, str]], caption: str) -> dict[tuple[str,
 
 
 def natural(stem: str) -> tuple[list[str | int], str]:
-    """Return a key that sorts names by the numbers in them: 0, 1, 2, 10."""
-    # parts at odd places are digits in every name, so numbers are compared with numbers
+    """Return a sort key that orders names by the numbers in them: 0, 1, 2, 10."""
+    # parts at odd indices are digits in every name, so numbers are compared with numbers
     return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", stem))], stem
