@@ -88,8 +88,8 @@ SPLITS = ("train", "val", "test")
 def listing(files: ImageFiles) -> dict[str, Any]:
     """Return the number of images, and a hash of their names, sizes in bytes and labels but not of their folder."""
     images = zip(files.paths, files.targets.int().tolist(), strict=True)
-    about = json.dumps([[path.name, path.stat().st_size, labels] for path, labels in images])
-    return {"images": len(files), "sha256": hashlib.sha256(about.encode()).hexdigest()}
+    description = json.dumps([[path.name, path.stat().st_size, labels] for path, labels in images])
+    return {"images": len(files), "sha256": hashlib.sha256(description.encode()).hexdigest()}
 
 
 def check_settings(trainings: Sequence[Training], data: Data, processes: int) -> dict[Path, dict[str, Any]]:
@@ -169,7 +169,7 @@ def write_report(trainings: Sequence[Training], data: Data, seeds: Sequence[int]
     logits = defaultdict(list)
     for training in trainings:
         logits[training.name].append(read_logits(Path(FLAGS.output, training.folder, LOGITS), data.files["test"]))
-    logits = {name: np.stack(own) for name, own in logits.items()}
+    logits = {name: np.stack(per_seed) for name, per_seed in logits.items()}
     truth = data.files["test"].targets.numpy() > 0
     minor = minority(data.real, FLAGS.minority_share)
     chosen = {"all": None, "minority": np.array([caption in minor for caption in data.captions["test"]])}
@@ -179,7 +179,7 @@ def write_report(trainings: Sequence[Training], data: Data, seeds: Sequence[int]
         for row in compare(logits, truth, LABELS[: truth.shape[1]], images)
     ]
     drawn = {training.name: training.drawn for training in trainings if training.drawn}  # of any seed
-    about = {
+    metadata = {
         "seeds": seeds,
         "minority_share": FLAGS.minority_share,
         "test_images": len(truth),
@@ -188,8 +188,8 @@ def write_report(trainings: Sequence[Training], data: Data, seeds: Sequence[int]
         "tables": {name: sha256(FLAGS[name].value) for name in ("train_csv", "val_csv", "test_csv")},
         "versions": {name: version(name) for name in ("torch", "timm", "numpy")},
     }
-    text = markdown(rows, about)
-    for suffix, content in ((".md", text), (".csv", as_csv(rows)), (".json", json.dumps(about | {"rows": rows}))):
+    text = markdown(rows, metadata)
+    for suffix, content in ((".md", text), (".csv", as_csv(rows)), (".json", json.dumps(metadata | {"rows": rows}))):
         with atomic_write(Path(FLAGS.output, f"table4{suffix}")) as temporary:
             temporary.write_text(content)
     return text
@@ -216,7 +216,7 @@ def augment(accelerator: Accelerator, folders: dict[str, Path], ratios: Sequence
     if len(seeds) < 3:
         logger.warning("%d seed(s) cannot tell differences from chance; give 3 or more", len(seeds))
     settings = check_settings(trainings, data, accelerator.num_processes)
-    remaining = [one for one in trainings if not Path(FLAGS.output, one.folder, LOGITS).is_file()]
+    remaining = [training for training in trainings if not Path(FLAGS.output, training.folder, LOGITS).is_file()]
     logger.info("%d trainings, %d are complete", len(trainings), len(trainings) - len(remaining))
     if remaining:
         new_model(accelerator)  # raises for unusable weights before images are decoded

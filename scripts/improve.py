@@ -120,8 +120,8 @@ class Rounds:
         model, methods = self.model(number - 1), self.improve.methods
         if self.improve.update_policy and not (self.judges(number) / POLICY_FILE).is_file():
             self._update_policy(number, model)
-        for place, method in enumerate(methods, 1):
-            outcome = self.model(number) if place == len(methods) else self.folder(number) / f"model_{place - 1}"
+        for step, method in enumerate(methods, 1):
+            outcome = self.model(number) if step == len(methods) else self.folder(number) / f"model_{step - 1}"
             if not (outcome / "model_index.json").is_file():
                 weights = (self._finetune if method == "finetune" else self._ddpo)(number, model)
                 # save `model` with the trained UNet, adapters merged, as a new folder
@@ -191,14 +191,14 @@ class Rounds:
 
     def _command(self, script: str, number: int, fields: dict[str, Any]) -> None:
         """Run a script with this command's options and these settings. Raises UserError if it fails."""
-        own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        own.add_argument("--launch", "-launch")
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--launch", "-launch")
         fields = {"seed": self.config.seed + number, "log_with": self.config.log_with} | fields
         settings = [f"--config.{name}={value}" for name, value in fields.items()]
         launch = [*(shlex.split(FLAGS.launch) or [sys.executable]), str(Path(__file__).with_name(script))]
         logger.info("round %d: %s", number, script)
         torch.cuda.empty_cache()  # the script may need the last measurement's memory
-        if code := subprocess.run([*launch, *own.parse_known_args()[1], *settings]).returncode:
+        if code := subprocess.run([*launch, *parser.parse_known_args()[1], *settings]).returncode:
             raise UserError(
                 f"round {number}: {script} ended with exit code {code}, see its last line; finished steps are in "
                 f"{str(self.folder(number))!r}: rerun the same command to resume"
@@ -214,18 +214,18 @@ class Rounds:
             rows, files, _ = fundus.load_split(improve.csv, improve.data_path)
             parts = (self._pixels(files[start:][:size]) for start in range(0, len(files), size))
             passes = torch.cat([selector.passes(part.float() / 255) for part in parts]).tolist()
-            kept = [row for row, passed in zip(rows, passes, strict=True) if passed]
-            if not kept:
+            selected = [row for row, passed in zip(rows, passes, strict=True) if passed]
+            if not selected:
                 raise UserError(f"the Selector passes none of {len(rows)} real images; set improve.select_real=False")
-            logger.info("the Selector passes %d of %d real images; the others are left out", len(kept), len(rows))
-            fundus.write_table(path, kept)
+            logger.info("the Selector passes %d of %d real images; the others are left out", len(selected), len(rows))
+            fundus.write_table(path, selected)
         return path
 
     def _latents_of(self, table: Path) -> Path | str:
         """Return the folder of a table's latents from stage (i) or the first round, or "" if there are none."""
         stage_one = [Path(self.config.sd.output)] if self.config.sd.output else []
-        for place in (*stage_one, self.folder(1) / "finetune"):
-            latents = place / "latents" / "train"
+        for folder in (*stage_one, self.folder(1) / "finetune"):
+            latents = folder / "latents" / "train"
             if (latents / INDEX).is_file() and LatentShards(latents).index["csv_sha256"] == sha256(table):
                 return latents
         return ""
@@ -253,8 +253,8 @@ def main(_) -> None:
                     run.train(number)
                 history.append(run.measure(number, guidance))
                 log.write({"round": number} | vars(history[-1]))
-            found = ", ".join(f"{title} {cell}" for title, cell in history[number].cells().items())
-            logger.info("round %d: %s%s", number, found, " (done before)" if done_before else "")
+            summary = ", ".join(f"{title} {cell}" for title, cell in history[number].cells().items())
+            logger.info("round %d: %s%s", number, summary, " (done before)" if done_before else "")
             if stop := rounds.collapse(history[: number + 1], improve.tolerance, improve.kid_tolerance):
                 logger.warning("stopped after round %d: %s", number, stop)
                 break
@@ -267,8 +267,8 @@ def main(_) -> None:
     print(rounds.rounds_table(history, controls))  # this command's output
     for scale, control in controls.items():
         if control.alignment >= history[best].alignment:
-            found = scale, control.alignment, best, history[best].alignment
-            logger.warning("guidance %g without training scores %.3f, at least as much as round %d (%.3f)", *found)
+            scores = scale, control.alignment, best, history[best].alignment
+            logger.warning("guidance %g without training scores %.3f, at least as much as round %d (%.3f)", *scores)
     logger.info("models, pools and metrics of all rounds are in %s; best/ is round %d", output, best)
 
 

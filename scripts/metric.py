@@ -63,11 +63,11 @@ def make_tables(result: dict) -> dict[str, pd.DataFrame]:
 
 def parse_conditions(texts: Sequence[str]) -> list[tuple[str, str, float]]:
     """Return (path, comparison, number) of each "APR<0.4". Raises UserError."""
-    found = [re.fullmatch(r"\s*(.+?)\s*([<>])\s*(\S+)\s*", text) for text in texts]
-    for text, match in zip(texts, found, strict=True):
+    matches = [re.fullmatch(r"\s*(.+?)\s*([<>])\s*(\S+)\s*", text) for text in texts]
+    for text, match in zip(texts, matches, strict=True):
         if not match or number(match[3]) is None:
             raise UserError(f"--fail_if={text!r} is not a condition; give NAME<NUMBER or NAME>NUMBER, e.g. 'APR<0.4'")
-    return [(match[1], match[2], float(match[3])) for match in found]
+    return [(match[1], match[2], float(match[3])) for match in matches]
 
 
 def check_conditions(result: dict, conditions: Sequence[tuple[str, str, float]]) -> None:
@@ -108,7 +108,7 @@ def write(output: Path, result: dict, folders: dict[str, list[Folder]], tables: 
 
 def samples_of(folders: dict[str, list[Folder]]) -> dict[str, list[tuple[Path, str]]]:
     """Return (file, caption) of the first folder of each model and of the real images."""
-    return {name: own[0].images.samples for name, own in folders.items()}
+    return {name: measured[0].images.samples for name, measured in folders.items()}
 
 
 def measure(accelerator: Accelerator, config: ConfigDict) -> dict:

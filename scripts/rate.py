@@ -58,7 +58,7 @@ def find_items() -> tuple[list[Item], list[str]]:
         sources[folder] = sample_items(folder, FLAGS.out)
     if FLAGS.csv:
         sources[FLAGS.csv] = table_items(FLAGS.csv, FLAGS.data_path, FLAGS.out)[0]
-    items = [item for own in sources.values() for item in own]
+    items = [item for group in sources.values() for item in group]
     if not items:
         raise UserError("there are no images to rate; give --images FOLDER, or --csv TABLE with --data_path FOLDER")
     sizes = Counter(item.size for item in items)
@@ -109,13 +109,13 @@ def main(_) -> None:
     def summarise(reader: str = "") -> list[str]:
         """Write the summary of all answers; return its lines for one reader and all together, or for everybody."""
         answers = [one for one in store.answers() if bool(one.question[2]) == (FLAGS.mode == "pair")]
-        found = readers.summarise(answers, FLAGS.mode, store.seconds, synthetic, names)
-        estimates = {name: {key: one.to_dict() for key, one in result.items()} for name, result in found.items()}
+        summaries = readers.summarise(answers, FLAGS.mode, store.seconds, synthetic, names)
+        estimates = {name: {key: one.to_dict() for key, one in result.items()} for name, result in summaries.items()}
         write_json(store.path.with_suffix(".summary.json"), estimates | {"title": readers.TITLES[FLAGS.mode]})
         if FLAGS.mode == "pair":
             rows = readers.preferences(answers)
             write_table(store.path.with_suffix(".preferences.csv"), ("prompt", "chosen", "rejected", "rater"), rows)
-        shown = [(name, one) for name, one in found.items() if reader in ("", name) or name == readers.ALL]
+        shown = [(name, one) for name, one in summaries.items() if reader in ("", name) or name == readers.ALL]
         return readers.lines({"you" if name == reader else name: one for name, one in shown})
 
     questions = Questions(items, store, FLAGS.seed, FLAGS.repeats, examples, summarise)

@@ -388,7 +388,7 @@ def test_authenticity_equals_plain_loops_and_finds_copies_with_noise():
     expected = [table[i].min() > own[table[i].argmin()].min() for i in range(40)]
     found = authenticity(train.view(Table), *nearest(fake, train, block=7), np.arange(40) % 3, 0)
     assert found.value == np.mean(expected) and not any(expected[:10]) and 0 < found.low < found.value < found.high
-    assert nearest(train, train, block=7, own=np.arange(50))[0] == pytest.approx(own.min(axis=1), abs=1e-12)
+    assert nearest(train, train, block=7, excluded=np.arange(50))[0] == pytest.approx(own.min(axis=1), abs=1e-12)
 
 
 def test_membership_equals_torchmetrics_and_its_interval_covers_the_truth():

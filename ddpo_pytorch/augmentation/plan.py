@@ -95,12 +95,12 @@ def draw(captions: Sequence[str], wanted: Mapping[str, int], seed: int) -> Draw:
     """
     places, counts, missing = [], {}, {}
     for caption, count in wanted.items():
-        own = [place for place, other in enumerate(captions) if other == caption]
-        order = np.argsort(np.random.default_rng((seed, CAPTIONS.index(caption))).random(len(own)))
-        places += [own[index] for index in order[:count]]
-        counts[caption] = min(count, len(own))
-        if count > len(own):
-            missing[caption] = count - len(own)
+        members = [position for position, other in enumerate(captions) if other == caption]
+        order = np.argsort(np.random.default_rng((seed, CAPTIONS.index(caption))).random(len(members)))
+        places += [members[index] for index in order[:count]]
+        counts[caption] = min(count, len(members))
+        if count > len(members):
+            missing[caption] = count - len(members)
     return Draw(sorted(places), counts, missing)
 
 
@@ -137,12 +137,13 @@ def plan(
         trainings.append(Training(REAL, f"{REAL}/seed{seed}", seed))
         for ratio in ratios:
             text, times = (ratio, ratio) if ratio == BALANCED else (f"{ratio:g}", f"{ratio:g}x")
-            for source, own in captions.items():
-                drawn = draw(own, wanted_images(real, ratio), seed)
+            for source, samples in captions.items():
+                drawn = draw(samples, wanted_images(real, ratio), seed)
                 if not drawn.places:
                     raise UserError(
-                        f"--samples={source}=...: ratio {times} takes none of its {len(own)} images of {len(set(own))} "
-                        f"captions; give samples of the {len(real)} captions of the real images, or a larger ratio"
+                        f"--samples={source}=...: ratio {times} takes none of its {len(samples)} images of "
+                        f"{len(set(samples))} captions; give samples of the {len(real)} captions of the real images, "
+                        "or a larger ratio"
                     )
                 name = f"{REAL} + {times} {source}"
                 if drawn.missing and seed == seeds[0]:
@@ -170,7 +171,7 @@ class Data:
         if training.drawn is None:
             return files
         samples, places = self.files[training.source], training.drawn.places
-        paths = [*files.paths, *(samples.paths[place] for place in places)]
+        paths = [*files.paths, *(samples.paths[index] for index in places)]
         return ImageFiles(paths, torch.cat([files.targets, samples.targets[places]]), files.size)
 
 
@@ -204,8 +205,8 @@ def read_data(
                 raise UserError(f"{message}; training needs both: add such images, or raise --limit if you gave one")
             logger.warning("%s; its AUC is undefined", message)
     for name, folder in folders.items():
-        add(name, found := list_samples(folder))
-        if lacking := captions_without_images(folder, found):
+        add(name, listed := list_samples(folder))
+        if lacking := captions_without_images(folder, listed):
             logger.warning("%s", lacking_images(folder, lacking))
-        logger.info("%s: %d synthetic images of %d subgroups", folder, len(found), len(set(data.captions[name])))
+        logger.info("%s: %d synthetic images of %d subgroups", folder, len(listed), len(set(data.captions[name])))
     return data

@@ -52,7 +52,7 @@ def compare(
 
     def of_seeds(name: str, weights: np.ndarray) -> np.ndarray:
         """Return (S, R, H + 1, measures), with the macro average last."""
-        values = np.stack([_scores(one, truth, weights, keep) for one in logits[name]])
+        values = np.stack([_scores(seed_logits, truth, weights, keep) for seed_logits in logits[name]])
         with np.errstate(invalid="ignore"):
             macro = np.where(defined, values, 0).sum(2, keepdims=True) / defined.sum(0)
         return np.concatenate([values, macro], 2)
@@ -117,14 +117,14 @@ def subgroups(
     }
 
 
-def markdown(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
+def markdown(rows: Sequence[Row], metadata: Mapping[str, Any]) -> str:
     """Return the whole report as Markdown.
 
-    `rows`: from `compare`, each with a "group", "all" or "minority". `about`: "seeds", "minority_share", the number of
-    "test_images", and "subgroups" from the function of that name.
+    `rows`: from `compare`, each with a "group", "all" or "minority". `metadata`: "seeds", "minority_share", the number
+    of "test_images", and "subgroups" from the function of that name.
     """
     everyone, minor = ([row for row in rows if row["group"] == group] for group in ("all", "minority"))
-    groups, share, seeds = about["subgroups"], 100 * about["minority_share"], about["seeds"]
+    groups, share, seeds = metadata["subgroups"], 100 * metadata["minority_share"], metadata["seeds"]
     differences = sum(row.get("difference") is not None for row in rows)
     parts = [
         "# Table 4: classifiers trained on real and on synthetic images\n",
@@ -141,7 +141,7 @@ def markdown(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
         parts.append("**Samples were missing**: in the last table, 'n of m' is n where m were requested.\n")
     if len(seeds) < 3:
         parts.append(f"**{len(seeds)} seed(s) are too few** to tell differences from chance; give 3.\n")
-    parts += [f"## All test images: {about['test_images']}\n", *_tables(everyone), "## Minority subgroups\n"]
+    parts += [f"## All test images: {metadata['test_images']}\n", *_tables(everyone), "## Minority subgroups\n"]
     names = [short_caption(caption) for caption, group in groups.items() if group["minority"] and group["test"]]
     parts.append(
         f"The {minor[0]['images'] if minor else 0} test images whose combination of labels makes up less than "
@@ -157,10 +157,10 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
     pairs = cells[cells["measure"] != "auc"].groupby(["training", "attribute"], sort=False)["short"].agg(" / ".join)
     summary = pairs.unstack(sort=False).rename_axis("F1 / accuracy (%)").reset_index()
     yield to_markdown(summary)
-    for attribute, own in cells.groupby("attribute", sort=False):
-        header, columns = ["trained on"], [own["training"].unique()]
+    for attribute, group in cells.groupby("attribute", sort=False):
+        header, columns = ["trained on"], [group["training"].unique()]
         for key in MEASURES:
-            measured = own[own["measure"] == key]
+            measured = group[group["measure"] == key]
             header += [TITLES[key], "difference", "p"]
             columns += [measured["mean"], measured["difference"], measured["p"]]
         row = next(row for row in rows if row["attribute"] == attribute)
@@ -208,5 +208,5 @@ def as_csv(rows: Sequence[Row]) -> str:
     """Return CSV with a line per group, attribute, training set and measure, as ratios; undefined cells are empty."""
     table = pd.DataFrame(rows)
     values = pd.DataFrame(table.pop("values").tolist()).rename(columns=lambda number: f"value_{number + 1}")
-    whole = dict.fromkeys(("resamples", "images", "support"), "Int64") | {"seeds_agree": "boolean"}
-    return pd.concat([table.reindex(columns=COLUMNS).astype(whole), values], axis=1).to_csv(index=False)
+    integers = dict.fromkeys(("resamples", "images", "support"), "Int64") | {"seeds_agree": "boolean"}
+    return pd.concat([table.reindex(columns=COLUMNS).astype(integers), values], axis=1).to_csv(index=False)

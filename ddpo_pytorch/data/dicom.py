@@ -37,7 +37,7 @@ def read_dicom(file: BinaryIO, path: str | Path) -> Image.Image:
     black, white = ends
     shares = (levels.astype(float) - black) / (white - black)
     if 0 < shares.max() <= 1 / 16 and "WindowCenter" not in header:
-        found = f"has no window and no level above {levels.max()}, where white is {white}"
-        raise UserError(f"{str(path)!r} {found}; convert it to 8-bit RGB with the intended window")
+        problem = f"has no window and no level above {levels.max()}, where white is {white}"
+        raise UserError(f"{str(path)!r} {problem}; convert it to 8-bit RGB with the intended window")
     shares = (1 - shares if kind == "MONOCHROME1" else shares).clip(0, 1)
     return Image.fromarray(np.rint(255 * shares).astype(np.uint8)).convert("RGB")

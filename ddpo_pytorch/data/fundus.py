@@ -162,7 +162,7 @@ def split_table(csv: str, out: str, val: float, test: float, seed: int) -> None:
     """Write the splits of a table as fundus_<split>.csv and log their sizes; UserError for existing other files."""
     splits = split_by_patient(read_split(csv), val, test, seed)
     for name, rows in splits.items():
-        path, content = Path(out) / f"fundus_{name}.csv", table_text(list(rows[0].fields), [one.fields for one in rows])
+        path, content = Path(out) / f"fundus_{name}.csv", table_text(list(rows[0].fields), [row.fields for row in rows])
         if path.exists() and path.read_bytes() != content.encode():
             raise UserError(f"{str(path)!r} exists and holds other content; choose another folder or move it away")
     for name, rows in splits.items():

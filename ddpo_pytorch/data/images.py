@@ -361,17 +361,17 @@ def find_images(
 
     @cache
     def files(parent: PurePosixPath) -> dict[str, list[Path]]:
-        place, by_key = folder, defaultdict(list)
+        directory, by_key = folder, defaultdict(list)
         for part in parent.parts:
-            if not (place / part).is_dir():
-                subfolders = [one.name for one in os.scandir(place) if one.is_dir()]
+            if not (directory / part).is_dir():
+                subfolders = [one.name for one in os.scandir(directory) if one.is_dir()]
                 part, *others = [one for one in subfolders if one.casefold() == part.casefold()] or [""]
                 if not part or others:
                     return {}
-            place = place / part
-        for entry in os.scandir(place):  # pipes and devices too, so that `open_image` refuses them by name
+            directory = directory / part
+        for entry in os.scandir(directory):  # pipes and devices too, so that `open_image` refuses them by name
             if _format(entry.name) and not entry.is_dir() and os.path.exists(entry.path):
-                by_key[key(stem_of(entry.name))].append(place / entry.name)
+                by_key[key(stem_of(entry.name))].append(directory / entry.name)
         return by_key
 
     for name in [name for name in dict.fromkeys(names) if name not in paths]:
@@ -405,11 +405,11 @@ def rows_with_image(
     if not rows:
         raise UserError(f"{str(table)!r} has a header and no rows; list one image per line")
     pairs = list(zip(rows, find(folder, [row.image for row in rows]), strict=True))
-    found = [index for index, (_, path) in enumerate(pairs) if path]
-    if limit and len(found) >= limit:
-        pairs = pairs[: found[limit - 1] + 1]
+    present = [index for index, (_, path) in enumerate(pairs) if path]
+    if limit and len(present) >= limit:
+        pairs = pairs[: present[limit - 1] + 1]
     missing = [row.image for row, path in pairs if not path]
-    if not found:
+    if not present:
         raise UserError(
             f"none of the {len(missing)} images of {str(table)!r} is in {str(folder)!r}, where the first would be "
             f"{str(Path(folder) / missing[0])!r}; give the folder that the names are relative to"

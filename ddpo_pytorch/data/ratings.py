@@ -127,9 +127,9 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
         if patient != other:
             faults.append(f"image {image!r} is of patient {patient!r}, in line {first} of {other!r}")
         prompt = caption_of(fields["prompt"], *only)
-        about = dict(modality=modality, rater_id=rater, patient=patient, line=line, path=file)
+        common = dict(modality=modality, rater_id=rater, patient=patient, line=line, path=file)
         criteria = {name: value for name in CRITERIA if (value := values.pop(name)) is not None}
-        rating = Rating(image=image, prompt=prompt, criteria=criteria, **about, **values)
+        rating = Rating(image=image, prompt=prompt, criteria=criteria, **common, **values)
         return rating, (rater, image, prompt) if rater else None, f"rater {rater!r} of image {image!r} for this prompt"
 
     required, optional = ("image_path", "rating", "prompt"), (*COLUMNS, *APART, *CRITERIA)
@@ -137,22 +137,21 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
     return read_table(path, "ratings table", required, make, optional, free_text="prompt", advice=advice)
 
 
-def aggregate(ratings: Sequence[Rating], root: str | Path = "") -> list[RatedImage]:
-    """Return a RatedImage per (image, prompt), of means weighted by level; `root` replaces the images' folder."""
+def aggregate(ratings: Sequence[Rating]) -> list[RatedImage]:
+    """Return a RatedImage per (image, prompt), of means weighted by level."""
     images = []
     for (image, prompt), rows in _units(ratings).items():
         levels = [row.expert_level for row in rows]
         quality, alignment = (
             float(np.average([row.of(column) for row in rows], weights=levels)) for column in ("quality", "alignment")
         )
-        path = Path(root) / image if root else rows[0].path
         weight, criteria = float(np.mean(levels)) / 3, {}
         for name in CRITERIA:
             if given := [(row.criteria[name], row.expert_level) for row in rows if name in row.criteria]:
                 means, weights = zip(*given, strict=True)
                 criteria[name] = float(np.average(means, weights=weights))
-        about = weight, rows[0].patient, len(rows), criteria
-        images.append(RatedImage(image, path, prompt, quality, alignment, *about))
+        rest = weight, rows[0].patient, len(rows), criteria
+        images.append(RatedImage(image, rows[0].path, prompt, quality, alignment, *rest))
     return images
 
 
@@ -181,7 +180,7 @@ def split_by_patient(
         raise UserError(f"the validation share is {share}; allowed is a number between 0 and 1")
     kinds = [rating_class(image.quality) for image in images]
     chosen = assign_patients([image.patient for image in images], kinds, (1 - share, share), seed)
-    train, val = ([image for image, part in zip(images, chosen, strict=True) if part == one] for one in (0, 1))
+    train, val = ([image for image, part in zip(images, chosen, strict=True) if part == index] for index in (0, 1))
     return train, val
 
 

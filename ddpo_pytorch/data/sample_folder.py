@@ -145,7 +145,8 @@ def read_entries(folder: str | Path) -> dict[str, dict[str, Any]]:
             with suppress(UserError):  # a line truncated by a kill; its image counts as missing and is made again
                 listed.append(parse_json(line, {"path_to_img": str}, ""))
     entries = {entry["path_to_img"]: entry for entry in listed if not path_fault(entry["path_to_img"])}
-    return {path: one for path, one in entries.items() if (folder / path).is_file() and (folder / path).stat().st_size}
+    sizes = {path: (folder / path).stat().st_size for path in entries if (folder / path).is_file()}
+    return {path: entries[path] for path, size in sizes.items() if size}
 
 
 def merge_parts(folder: str | Path, order: Sequence[str] = ()) -> list[dict[str, Any]]:

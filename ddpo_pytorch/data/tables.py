@@ -87,11 +87,11 @@ def read_table(
         fields = {name: unprotected(cell) for name, cell in zip(header, cells, strict=True) if name}
         if free_text:
             fields[free_text] = " ".join(fields[free_text].split())
-        found: list[str] = []
-        row, key, name = make(fields, len(rows), line, found)
-        if key is not None and not found and (before := lines.setdefault(key, line)) != line:
-            found = [f"{name} appears twice, first in line {before}; remove one of them"]
-        faults += [(line, fault) for fault in found]
+        row_faults: list[str] = []
+        row, key, name = make(fields, len(rows), line, row_faults)
+        if key is not None and not row_faults and (before := lines.setdefault(key, line)) != line:
+            row_faults = [f"{name} appears twice, first in line {before}; remove one of them"]
+        faults += [(line, fault) for fault in row_faults]
         rows.append(row)
     if faults:
         message = "; ".join(f"line {line}: {_cut(text)}" for line, text in faults[:DESCRIBED])
@@ -116,7 +116,7 @@ def table_text(header: Sequence[str], rows: Iterable[Sequence[Any] | Mapping[str
     all_quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
     for row in (header, *rows):
         values = [row.get(name) for name in header] if isinstance(row, Mapping) else row
-        cells = [one if one is None or isinstance(one, int | float) else protected(str(one)) for one in values]
+        cells = [x if x is None or isinstance(x, int | float) else protected(str(x)) for x in values]
         # csv does not quote a lone carriage return, which readers take as the end of a line
         quoted = any(isinstance(cell, str) and "\r" in cell for cell in cells)
         (all_quoted if quoted else writer).writerow(cells)

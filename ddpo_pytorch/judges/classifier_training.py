@@ -191,8 +191,8 @@ def fit(
             best = dataclasses.replace(now, weights=weights)
         epoch += 1
         if accelerator.is_main_process:
-            kept = best and {name: value for name, value in vars(best).items() if name != "labels"}
-            state.save(epoch=epoch, updates=updates, best=kept)
+            best_state = best and {name: value for name, value in vars(best).items() if name != "labels"}
+            state.save(epoch=epoch, updates=updates, best=best_state)
         if better and on_best:  # after the state, so that its files never exist without one
             call_on_best(best)
     if best:
@@ -311,5 +311,5 @@ def predict(
 
 
 def image_loader(files: ImageFiles, batches: Iterable[list[int]], num_workers: int) -> DataLoader:
-    own = torch.Generator()  # starting workers would otherwise advance the generator of flips and dropout
-    return DataLoader(files, batch_sampler=batches, generator=own, **loader_options(num_workers))
+    generator = torch.Generator()  # starting workers would otherwise advance the generator of flips and dropout
+    return DataLoader(files, batch_sampler=batches, generator=generator, **loader_options(num_workers))

@@ -104,7 +104,7 @@ def load_policy_judge(path: str | Path, device: str | torch.device = "cpu", text
     if text.fingerprint != trained["fingerprint"]:
         raise UserError(
             f"{str(path)!r} was trained with the text encoder {trained['name']!r} (fingerprint "
-            f"{trained['fingerprint']}), but {text.name!r} is another one ({text.fingerprint}): give the former"
+            f"{trained['fingerprint']}), but {text.name!r} is another one ({text.fingerprint}): give the original"
         )
     policy = build(lambda: Policy(description["sizes"], text), weights, path)
     policy.origin = description.get("origin", {})

@@ -42,7 +42,7 @@ def measure_apr(
     the judge sees it; precision: of the images in which the judge sees it, the share whose prompt requests it.
     """
     seen = logits > 0
-    asked = requested.bool().numpy()
+    targets = requested.bool().numpy()
     aligned = aligned_images(requested, torch.from_numpy(seen))
     block = {
         "APR": bootstrap_mean(aligned, groups, seed, resample_groups=True),
@@ -50,13 +50,13 @@ def measure_apr(
         "attributes": {},
     }
     for column, name in enumerate(labels):
-        asked_for, found = asked[:, column].astype(float), seen[:, column].astype(float)
+        target, predicted = targets[:, column].astype(float), seen[:, column].astype(float)
         block["attributes"][name] = {
-            "precision": bootstrap_ratio(asked_for * found, found, groups, seed),
-            "recall": bootstrap_ratio(asked_for * found, asked_for, groups, seed),
-            "accuracy": bootstrap_mean(asked_for == found, groups, seed, resample_groups=False),
-            "requested": int(asked_for.sum()),
-            "seen": int(found.sum()),
+            "precision": bootstrap_ratio(target * predicted, predicted, groups, seed),
+            "recall": bootstrap_ratio(target * predicted, target, groups, seed),
+            "accuracy": bootstrap_mean(target == predicted, groups, seed, resample_groups=False),
+            "requested": int(target.sum()),
+            "seen": int(predicted.sum()),
         }
     return block, aligned
 
@@ -79,7 +79,7 @@ def estimates_by_prompt(
     """Return the mean of values (N,) per prompt, with intervals over its images."""
     result = {}
     for number in np.unique(groups):
-        own = groups == number
-        caption = captions[int(own.argmax())]
-        result[caption] = bootstrap_mean(values[own], groups[own], seed, resample_groups=False)
+        members = groups == number
+        caption = captions[int(members.argmax())]
+        result[caption] = bootstrap_mean(values[members], groups[members], seed, resample_groups=False)
     return result

@@ -118,10 +118,10 @@ def find_warnings(context, models: Mapping[str, Sequence[Folder]], matched: int)
 
     `context`: see `evaluation.Context`; `matched`: images of each set after `match_prompts`.
     """
-    every = [folder for own in models.values() for folder in own]
+    every = [folder for folders in models.values() for folder in folders]
     real, near, lines = context.sets.real, context.near_copies, []
-    held = {name: {c for folder in own for c in folder.images.captions} for name, own in models.items()}
-    captions = set().union(*held.values())
+    captions_of = {name: {c for folder in own for c in folder.images.captions} for name, own in models.items()}
+    captions = set().union(*captions_of.values())
     if near is not None and near.any():
         lines.append(
             f"{near.sum()} of {len(near)} real images {_are(near.sum())} copies or near copies of training images, "
@@ -140,8 +140,8 @@ def find_warnings(context, models: Mapping[str, Sequence[Folder]], matched: int)
             f"matched distances use {matched} images per set: {distances} biased upwards below {FEW_IMAGES} images and "
             "comparable only at equal numbers; KID is unbiased"
         )
-    for name, own in held.items():
-        if lacking := sort_captions(captions - own):
+    for name, present in captions_of.items():
+        if lacking := sort_captions(captions - present):
             lines.append(
                 f"{name} has no images of {len(lacking)} captions that others have, which count in the others' "
                 f"{context.key} but not in matched distances: {list_captions(lacking)}"
@@ -175,14 +175,14 @@ def _are(count: int) -> str:
     return "is" if count == 1 else "are"
 
 
-def missing_blocks(own: Sequence[Folder], real: ImageSet | None) -> dict[str, str]:
+def missing_blocks(folders: Sequence[Folder], real: ImageSet | None) -> dict[str, str]:
     """Return by block why a model lacks numbers that the settings request."""
     missing = {}
-    if not any(own[0].result["diversity"].values()):
+    if not any(folders[0].result["diversity"].values()):
         missing["diversity"] = "no caption has two images in every folder"
-    if real is not None and not set(own[0].images.captions) & set(real.captions):
+    if real is not None and not set(folders[0].images.captions) & set(real.captions):
         missing["LPIPS"] = missing["fidelity"] = "no caption is shared with the real images"
-    rewards = [folder.result["rewards"] for folder in own]
-    if not any(one.n for one in rewards):
+    rewards = [folder.result["rewards"] for folder in folders]
+    if not any(reward.n for reward in rewards):
         missing["reward"] = rewards[0].how
     return missing

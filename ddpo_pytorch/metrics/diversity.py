@@ -39,8 +39,8 @@ def within_prompt_diversity(
     drawn = np.stack([np.arange(len(used)), *rng.integers(0, len(used), (replicates, len(used)))])
     scores = np.empty((*drawn.shape, 2))
     for prompt, number in enumerate(used):
-        own = unit[groups == number]
-        scores[drawn == prompt] = _subset_scores(product(own, own), per_group, int((drawn == prompt).sum()), rng)
+        rows = unit[groups == number]
+        scores[drawn == prompt] = _subset_scores(product(rows, rows), per_group, int((drawn == prompt).sum()), rng)
     value, draws = scores[0].mean(axis=0), scores[1:].mean(axis=1)
     how = f"{per_group} images of each of {len(used)} prompts"
     if len(used) < len(numbers):
@@ -101,15 +101,15 @@ def diversity_size(models: Sequence[ImageSet]) -> int:
     return min([DIVERSITY_IMAGES, *(number for number in common if number > 1)]) if max(common) > 1 else 0
 
 
-def measure_diversity(extractor: str, own: ImageSet, per_group: int, seed: int) -> dict[str, Estimate] | None:
+def measure_diversity(extractor: str, images: ImageSet, per_group: int, seed: int) -> dict[str, Estimate] | None:
     """Return `within_prompt_diversity` of prompts with at least `per_group` images; None if there are none."""
     chosen = []
-    for number in np.unique(own.groups):
-        indices = np.flatnonzero(own.groups == number)
+    for number in np.unique(images.groups):
+        indices = np.flatnonzero(images.groups == number)
         if len(indices) >= max(2, per_group):
             order = np.random.default_rng([seed, int(number), 3]).permutation(len(indices))[: 2 * per_group]
             chosen.append(np.sort(indices[order]))
     if per_group < 2 or not chosen:
         return None
     indices = np.concatenate(chosen)
-    return within_prompt_diversity(own.rows[extractor].take(indices), own.groups[indices], per_group, seed)
+    return within_prompt_diversity(images.rows[extractor].take(indices), images.groups[indices], per_group, seed)

@@ -77,9 +77,9 @@ def pairs_of(images: ImageSet, sets: Sets, tools: Tools, seed: int) -> dict:
     if tools.lpips is not None:
         result["LPIPS_within"] = tools.lpips, images, within_pairs(images.groups, seed, images.keys)
         if sets.real is not None:
-            own, theirs = ({path: i for i, path in enumerate(side.paths)} for side in (images, sets.real))
+            ours, theirs = ({path: i for i, path in enumerate(side.paths)} for side in (images, sets.real))
             paths = pair_images(images.samples, sets.real.samples, seed)
-            result["LPIPS"] = tools.lpips, sets.real, [(own[a], theirs[b]) for a, b, _ in paths]
+            result["LPIPS"] = tools.lpips, sets.real, [(ours[a], theirs[b]) for a, b, _ in paths]
     if "ssim" in tools.similarity:
         pairs = pairs_by_name(images.keys, sets.pairs.keys, f"metric.pairs_path={str(sets.pairs.folder)!r}")
         if len(pairs) < len(images):
@@ -125,38 +125,38 @@ class Context:
         return "APR" if self.tools.threshold is None else "alignment"
 
 
-def set_facts(own: ImageSet, others: Mapping[str, ImageSet | None]) -> dict:
+def set_facts(images: ImageSet, others: Mapping[str, ImageSet | None]) -> dict:
     """Return a set's entry in metrics.json, including how many of its images are copies of `others` (sets by kind)."""
-    facts = own.rows["pixels"].all()
+    facts = images.rows["pixels"].all()
     identical = len(facts) - len({row.tobytes() for row in facts[:, 1:]})
-    result = own.describe() | {"identical_images": identical, "black_images": int((facts[:, 0] < 2).sum())}
+    result = images.describe() | {"identical_images": identical, "black_images": int((facts[:, 0] < 2).sum())}
     for kind, other in others.items():
         if other is not None:
-            result[f"copies_of_{kind}_images"] = int(copies(own, other).sum())
-            result[f"near_copies_of_{kind}_images"] = int(near_copies(own, other).sum())
+            result[f"copies_of_{kind}_images"] = int(copies(images, other).sum())
+            result[f"near_copies_of_{kind}_images"] = int(near_copies(images, other).sum())
     return result
 
 
-def measure_folder(own: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None, context: Context) -> Folder:
+def measure_folder(images: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None, context: Context) -> Folder:
     """Measure everything that the context allows.
 
-    `parts`: indices of real images and of `own` with the same mix of prompts; None for the real images themselves.
+    `parts`: indices of real images and of `images` with the same mix of prompts; None for the real images themselves.
     """
-    seed, captions, groups, tools = context.seed, own.captions, own.groups, context.tools
+    seed, captions, groups, tools = context.seed, images.captions, images.groups, context.tools
     real, train, quality = context.sets.real if parts else None, context.sets.train, context.config.metric.quality
     result = {"images": len(captions), "alignment": {}, "perception": {}, "diversity": {}}
-    result["rewards"] = mean_reward(own, seed)
+    result["rewards"] = mean_reward(images, seed)
     columns: dict[str, Sequence] = {}
     if tools.threshold is not None:
-        scores = (own.rows[name].all()[:, 0] for name in (SELECTOR, POLICY))
+        scores = (images.rows[name].all()[:, 0] for name in (SELECTOR, POLICY))
         result["alignment"][FUNDUS], aligned, columns = measure_fundus_alignment(
             *scores, tools.threshold, captions, groups, seed
         )
-        result["inception_score"] = measure_inception_score(own, seed)
+        result["inception_score"] = measure_inception_score(images, seed)
     else:
         for number, (name, (_, labels)) in enumerate(tools.judges.items()):
-            logits = own.rows[name].all()
-            requested = requested_labels(captions, labels, own.table)
+            logits = images.rows[name].all()
+            requested = requested_labels(captions, labels, images.table)
             block, hits = measure_apr(requested, labels, logits, captions, groups, seed)
             result["alignment"][name] = block
             columns |= {f"{name}_{label}": expit(logits[:, i]) for i, label in enumerate(labels)}
@@ -164,48 +164,48 @@ def measure_folder(own: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None, c
                 aligned = hits
                 result["label_accuracy"] = {label: block["attributes"][label]["accuracy"].value for label in labels}
     if quality:
-        result["quality"], own_columns = measure_quality(own, real, quality, seed)
+        result["quality"], own_columns = measure_quality(images, real, quality, seed)
         columns |= own_columns
-    if structure := measure_structure(own, seed):
+    if structure := measure_structure(images, seed):
         result["structure"] = structure
     for name in ("LPIPS", "LPIPS_within"):
-        if name in own.pairs:
-            pairs, values = own.pairs[name]
+        if name in images.pairs:
+            pairs, values = images.pairs[name]
             result["perception"][name] = bootstrap_mean(values, groups[pairs[:, 0]], seed, resample_groups=True)
-    if "LPIPS" in own.pairs:
-        pairs, values = own.pairs["LPIPS"]
+    if "LPIPS" in images.pairs:
+        pairs, values = images.pairs["LPIPS"]
         paired = groups[pairs[:, 0]]
-        means = {own.all_captions[g]: float(values[paired == g].mean()) for g in np.unique(paired)}
+        means = {images.all_captions[g]: float(values[paired == g].mean()) for g in np.unique(paired)}
         result |= {"LPIPS_by_prompt": means, "LPIPS_pairs": len(pairs)}
         by_image = dict(zip(pairs[:, 0].tolist(), values.tolist(), strict=True))
         columns["lpips"] = [by_image.get(index) for index in range(len(captions))]
     for name in tools.extractors:
-        result["diversity"][name] = measure_diversity(name, own, context.per_group, seed)
+        result["diversity"][name] = measure_diversity(name, images, context.per_group, seed)
     if real is not None:
-        result["fidelity"] = {name: measure_fidelity(name, real, own, parts, seed) for name in tools.extractors}
+        result["fidelity"] = {name: measure_fidelity(name, real, images, parts, seed) for name in tools.extractors}
     if train is not None:
-        found = {name: find_neighbours(name, own, train) for name in context.spaces}
+        neighbours = {name: find_neighbours(name, images, train) for name in context.spaces}
         result["memorisation"] = {
-            name: measure_memorisation(name, own, train, found[name], context.baseline.get(name), seed)
-            for name in found
+            name: measure_memorisation(name, images, train, neighbours[name], context.baseline.get(name), seed)
+            for name in neighbours
         }
-        distances, indices = found[context.spaces[0]]
+        distances, indices = neighbours[context.spaces[0]]
         columns["nearest_train"] = [str(train.paths[i]) for i in indices]
-        columns |= {"train_distance": distances, "thumbnail_distance": found[THUMBNAILS.name][0]}
-        columns["copy_of_train"] = copies(own, train).astype(int)
+        columns |= {"train_distance": distances, "thumbnail_distance": neighbours[THUMBNAILS.name][0]}
+        columns["copy_of_train"] = copies(images, train).astype(int)
     if context.names:
         threshold, closer = dig(result, "memorisation", context.spaces[0], "threshold"), {}
         if threshold is not None:
-            closer = {"closer": found[context.spaces[0]][0] < threshold}
+            closer = {"closer": neighbours[context.spaces[0]][0] < threshold}
         values = {"aligned": aligned.astype(float)} | closer
         result["groups"] = {
             column: measure_groups(
-                own, real, (names[id(own)], real and names[id(real)]), context.spaces[0], values, seed
+                images, real, (names[id(images)], real and names[id(real)]), context.spaces[0], values, seed
             )
             for column, names in context.names.items()
         }
-    facts = set_facts(own, {"real": context.sets.real, "training": train}) if parts else {}
-    return Folder(own, result, facts, aligned, columns)
+    facts = set_facts(images, {"real": context.sets.real, "training": train}) if parts else {}
+    return Folder(images, result, facts, aligned, columns)
 
 
 def summarise(folders: Sequence[Folder], fid_part: str) -> dict:
@@ -220,10 +220,10 @@ def summarise(folders: Sequence[Folder], fid_part: str) -> dict:
         "reward": ("rewards",),
         "FD_judge": ("fidelity", "judge", "matched", "FID"),
     }
-    found = {title: dig(result, *path) for title, path in named.items()}
+    estimates = {title: dig(result, *path) for title, path in named.items()}
     headline = {
         name: judge[key].value,
-        **{title: None if estimate is None else estimate.value for title, estimate in found.items()},
+        **{title: None if estimate is None else estimate.value for title, estimate in estimates.items()},
         f"{name}_by_prompt": {caption: estimate.value for caption, estimate in judge["by_prompt"].items()},
     }
     result.setdefault("LPIPS_pairs", 0)
@@ -275,7 +275,7 @@ def evaluate(config: ConfigDict, tools: Tools, sets: Sets) -> tuple[dict, dict[s
     real_part, *own_parts = match_prompts([images.groups for images in (real or every[0], *every)], seed)
     context, parts_of = Context(config, tools, sets), iter(own_parts)
     models = {
-        name: [measure_folder(own, (real_part, next(parts_of)), context) for own in folders]
+        name: [measure_folder(images, (real_part, next(parts_of)), context) for images in folders]
         for name, folders in sets.models.items()
     }
     reference = measure_folder(real, None, context) if real else None
@@ -296,7 +296,7 @@ def evaluate(config: ConfigDict, tools: Tools, sets: Sets) -> tuple[dict, dict[s
         "judges": judges,
         "networks": {network.name: {"what": network.what, "sha256": network.sha256} for network in tools.named},
         "missing": tools.missing | missing,
-        "sets": {name: set_facts(own, {}) for name, own in (("real", real), ("train", sets.train)) if own},
+        "sets": {name: set_facts(images, {}) for name, images in (("real", real), ("train", sets.train)) if images},
         "warnings": find_warnings(context, models, len(real_part)),
         "models": {},
         "fid_part": fid_part,

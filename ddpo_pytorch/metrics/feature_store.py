@@ -124,9 +124,9 @@ class FeatureStore:
         }
         work, seen = [], set()
         for number, part in enumerate(parts):
-            own = [(n, files[n.name][number]) for n in networks if files[n.name][number] not in seen]
-            seen |= {file for _, file in own}  # chunks of equal content share a file
-            if absent := [(n, file) for n, file in own if not _is_intact(file, len(paths[0][part]))]:
+            pending = [(n, files[n.name][number]) for n in networks if files[n.name][number] not in seen]
+            seen |= {file for _, file in pending}  # chunks of equal content share a file
+            if absent := [(n, file) for n, file in pending if not _is_intact(file, len(paths[0][part]))]:
                 work.append((absent, [column[part] for column in paths], captions[part]))
         self.accelerator.wait_for_everyone()  # all processes have checked the cache before any of them writes
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
@@ -199,7 +199,8 @@ def pixel_facts(images: torch.Tensor) -> torch.Tensor:
     """Return (B, 5) float64: each image's highest level in 0 ... 255, and the hash of its pixels as four numbers."""
     levels = (images * 255).round().to(torch.uint8).cpu().numpy()
     hashes = [np.frombuffer(hashlib.sha256(image.tobytes()).digest()[:16], dtype=np.uint32) for image in levels]
-    return torch.tensor(np.array([[image.max(), *own] for image, own in zip(levels, hashes, strict=True)], dtype=float))
+    rows = [[image.max(), *digest] for image, digest in zip(levels, hashes, strict=True)]
+    return torch.tensor(np.array(rows, dtype=float))
 
 
 def thumbnails(images: torch.Tensor) -> torch.Tensor:

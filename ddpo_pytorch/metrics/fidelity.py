@@ -117,8 +117,9 @@ def frechet_jackknife(groups: Sequence[Moments], real: Moments) -> Estimate:
     return Estimate(value, max(0.0, value - half), value + half, total.count, how)
 
 
-def moments_of_rows(rows, indices: np.ndarray, block: int = 4096) -> Moments:
+def moments_of_rows(rows, indices: np.ndarray) -> Moments:
     """Return the moments of the selected `Rows` (at least one), read a block at a time."""
+    block = 4096
     parts = (Moments.of(rows.take(indices[at : at + block]), at) for at in range(0, len(indices), block))
     return sum(parts, start=next(parts))
 
@@ -169,16 +170,16 @@ def kernel_distance(
         first, second = torch.tensor(a), torch.tensor(b)  # copies: alignment can change the last bits of a product
         return kernel(first, first), kernel(second, second), kernel(first, second)
 
-    whole = None
+    full = None
     if subsets > 1 and max(len(x), len(y)) <= 4 * size:  # cheaper than the products of every subset; at most 400 MB
         with one_thread():
-            whole = kernels(x, y)
+            full = kernels(x, y)
 
     def estimate(rows: list[np.ndarray]) -> tuple[float, list[tuple[float, float]]]:
         i, j = rows
-        if whole is None:
+        if full is None:
             return _subset_estimate(*kernels(x[i], y[j]))
-        within_x, within_y, between = whole
+        within_x, within_y, between = full
         return _subset_estimate(within_x[i][:, i], within_y[j][:, j], between[i][:, j])
 
     results = on_all_cores(estimate, drawn)
@@ -213,9 +214,9 @@ def _variances(within: np.ndarray, between: np.ndarray) -> tuple[float, float]:
     np.fill_diagonal(within, 0)
     halves = []
     for columns in (slice(0, size // 2), slice(size // 2, size)):
-        own = np.zeros(size)
-        own[columns] = 1
-        halves.append(within[:, columns].sum(axis=1) / (own.sum() - own) - between[:, columns].mean(axis=1))
+        in_half = np.zeros(size)
+        in_half[columns] = 1
+        halves.append(within[:, columns].sum(axis=1) / (in_half.sum() - in_half) - between[:, columns].mean(axis=1))
     first, second = (half - half.mean() for half in halves)
     shared = (first * second).sum() / (size - 1)
     total = within.sum(axis=1) / (size - 1) - between.mean(axis=1)
@@ -274,13 +275,13 @@ def size_curve(real: np.ndarray, fake: np.ndarray, seed: int) -> tuple[dict[str,
     lengths = [[count // parts for parts in (1, 2, 4)] for _, count in starts]
     jobs = [
         slice(first + part * length, first + (part + 1) * length)
-        for (first, _), own in zip(starts, lengths, strict=True)
-        for parts, length in zip((1, 2, 4), own, strict=True)
+        for (first, _), counts in zip(starts, lengths, strict=True)
+        for parts, length in zip((1, 2, 4), counts, strict=True)
         for part in range(parts)
     ]
     distances = on_all_cores(lambda part: frechet_of_rows(real[part], fake[part]), jobs)
     means = np.array([[d[0], np.mean(d[1:3]), np.mean(d[3:])] for d in np.array(distances).reshape(-1, 7)])
-    ends = [float(np.polyfit(1 / np.array(own), row, 1)[1]) for own, row in zip(lengths, means, strict=True)]
+    ends = [float(np.polyfit(1 / np.array(counts), row, 1)[1]) for counts, row in zip(lengths, means, strict=True)]
     kernels = [kernel_distance(real[part], fake[part], seed, subsets=1 + 9 * (size > 1000)).value for part in jobs[:7]]
     kernels = [kernels[0], np.mean(kernels[1:3]), np.mean(kernels[3:])]
     curve = {
@@ -329,12 +330,12 @@ def manifold_metrics(
 
     def count(start: int) -> tuple[np.ndarray, ...]:
         distance = _squared_distances(fake[start : start + block], real)  # (block, N)
-        inside, own = distance < real_radius - slack, group_of[start : start + block, None]
+        inside, own_group = distance < real_radius - slack, group_of[start : start + block, None]
         recalled = [distance <= radius[start : start + block, None] + slack for radius in fake_radius]
         precise = (distance <= real_radius + slack).any(axis=1)
-        recalled = [found & (own != group - 1) for group, found in enumerate(recalled)]
-        covered = [inside, *(inside & (own != group) for group in left)]
-        return precise, inside.sum(axis=1), *(np.any(found, axis=1) for found in (recalled, covered))
+        recalled = [near & (own_group != group - 1) for group, near in enumerate(recalled)]
+        covered = [inside, *(inside & (own_group != group) for group in left)]
+        return precise, inside.sum(axis=1), *(np.any(hits, axis=1) for hits in (recalled, covered))
 
     precise, inside, recalled, covered = zip(*on_all_cores(count, range(0, len(fake), block)), strict=True)
     how, prompts = f"k = {k}; ", np.zeros(len(fake)) if prompts is None else prompts[order]
@@ -352,13 +353,13 @@ def manifold_metrics(
     density = bootstrap_mean(inside, prompts, seed, resample_groups=False, share=False)
     if not inside.any():
         density = Estimate(0.0, None, None, len(fake), "no interval: no image lies in a ball")
-    found = {
+    metrics = {
         "precision": bootstrap_mean(precise, prompts, seed, resample_groups=False),
         "recall": of_real(recalled),
         "density": density,
         "coverage": of_real(covered),
     }
-    return {name: replace(one, how=how + one.how) for name, one in found.items()}
+    return {name: replace(estimate, how=how + estimate.how) for name, estimate in metrics.items()}
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -377,7 +378,7 @@ def _radii(features: np.ndarray, k: int, block: int, parts: Sequence[np.ndarray]
         rows = np.arange(len(distance))
         distance[rows, start + rows] = np.inf
         counted = (distance, *(distance[:, part] for part in parts))
-        return np.stack([np.partition(one, k - 1, axis=1)[:, k - 1] for one in counted])
+        return np.stack([np.partition(columns, k - 1, axis=1)[:, k - 1] for columns in counted])
 
     return np.concatenate(on_all_cores(radii, range(0, len(features), block)), axis=1)
 
@@ -423,8 +424,8 @@ def measure_fidelity(
             result[name]["C2ST"] = two_sample_test(x, y, seed)
             result[name]["curve"], result[name]["FID_infinity"] = size_curve(x, y, seed)
         if name == "matched" and len(x) > NEIGHBOURS:
-            for key, one in manifold_metrics(x, y, prompts=fake.groups[drawn], seed=seed).items():
-                result[name][key] = replace(one, how=one.how + note)
+            for key, estimate in manifold_metrics(x, y, prompts=fake.groups[drawn], seed=seed).items():
+                result[name][key] = replace(estimate, how=estimate.how + note)
     return result
 
 

@@ -126,12 +126,12 @@ def named_paths(text: str, field_name: str) -> list[tuple[str, str]]:
 def any_files(folder: str | Path) -> tuple[Path, Samples]:
     """Return a folder and every image at or below it, without captions. Raises UserError if there is none."""
     folder, files, seen = Path(folder), [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:  # a cycle of links
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:  # a cycle of links
             folders.clear()
             continue
         seen.add(real)
-        paths = (Path(place, name) for name in names if name[0] != ".")
+        paths = (Path(parent, name) for name in names if name[0] != ".")
         files += [path for path in paths if path.suffix.lower() in SUFFIXES]
     if not files:
         raise UserError(f"{str(folder)!r} is not a folder with images; give one with {', '.join(SUFFIXES)} files")
@@ -146,8 +146,8 @@ def inspect_files(
     Raises UserError with the first image that is not RGB or differs in size from most, and the number of such images.
     """
     files = [path for _, samples in folders for path, _ in samples]
-    own = [(number, *_inspect(files[number])) for number in range(rank, len(files), processes)]
-    _, digests, faults, sizes = zip(*sorted(gather_object(own)), strict=True)
+    inspected = [(number, *_inspect(files[number])) for number in range(rank, len(files), processes)]
+    _, digests, faults, sizes = zip(*sorted(gather_object(inspected)), strict=True)
     usual = Counter(sizes).most_common(1)[0][0]
     faults = [fault for fault in faults if fault] or [
         f"{str(path)!r} is {width} x {height} px, most images are {usual[0]} x {usual[1]}; metrics compare images "
@@ -192,9 +192,9 @@ def _inspect(path: Path) -> tuple[str, str, tuple[int, int]]:
 def _log_entries(folder: Path, samples: Samples) -> dict[str, dict]:
     """Return the entries of image_log.json by path. Raises UserError if they contradict the files."""
     log, where = read_log(folder), repr(str(folder / "image_log.json"))
-    for place, entry in enumerate(log):
+    for index, entry in enumerate(log):
         if "path_to_img" not in entry:
-            raise UserError(f"{where}: entry {place} has no path_to_img; remove it")
+            raise UserError(f"{where}: entry {index} has no path_to_img; remove it")
     entries = {entry["path_to_img"]: entry for entry in log}
     captions, stems = {str(path.relative_to(folder)): caption for path, caption in samples}, {}
     for path, caption in samples:
@@ -225,9 +225,9 @@ def match_prompts(groups: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
     """
     chosen: list[list[np.ndarray]] = [[] for _ in groups]
     for prompt in range(1 + max((int(column.max()) for column in groups if len(column)), default=0)):
-        own = [np.flatnonzero(column == prompt) for column in groups]
-        count = min(len(indices) for indices in own)
-        for part, indices in zip(chosen, own, strict=True):
+        members = [np.flatnonzero(column == prompt) for column in groups]
+        count = min(len(indices) for indices in members)
+        for part, indices in zip(chosen, members, strict=True):
             order = np.random.default_rng([seed, prompt, 0]).permutation(len(indices))[:count]
             part.append(np.sort(indices[order]))
     return [np.concatenate(part) for part in chosen]

@@ -190,7 +190,7 @@ def _cell_means(green: np.ndarray, field: np.ndarray) -> np.ndarray:
 
 
 def measure_quality(
-    own: ImageSet, real: ImageSet | None, names: Sequence[str], seed: int
+    images: ImageSet, real: ImageSet | None, names: Sequence[str], seed: int
 ) -> tuple[dict, dict[str, list]]:
     """Return blocks by set of statistics (`SETS`), and the columns of per_image.csv.
 
@@ -199,10 +199,10 @@ def measure_quality(
     """
     blocks, columns = {}, {}
     for name in names:
-        visible, values = _statistics(own, name)
+        visible, values = _statistics(images, name)
         block = {"images": int(visible.sum()), "no_field": int((~visible).sum()), "statistics": {}}
         for number, statistic in enumerate(SETS[name].columns):
-            column, groups = values[visible, number], own.groups[visible]
+            column, groups = values[visible, number], images.groups[visible]
             mean = bootstrap_mean(column, groups, seed, resample_groups=True, share=False)
             numbers = {"mean": mean, "sd": float(column.std(ddof=1)) if len(column) > 1 else None}
             if real is not None:
@@ -214,19 +214,19 @@ def measure_quality(
     return blocks, columns
 
 
-def _statistics(own: ImageSet, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _statistics(images: ImageSet, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return a mask (N,) of images with a field of view, and their statistics (N, F), 0 without one."""
-    rows = own.rows[f"quality {name}"].all()
+    rows = images.rows[f"quality {name}"].all()
     return rows[:, 0] > 0, rows[:, 1:]
 
 
-def measure_inception_score(own: ImageSet, seed: int) -> dict | None:
+def measure_inception_score(images: ImageSet, seed: int) -> dict | None:
     """Return the inception score of all images in a seeded order, and its standard deviation over the parts."""
-    if LOGITS not in own.rows:
+    if LOGITS not in images.rows:
         return None
-    order = np.random.default_rng([seed, 4]).permutation(len(own))
+    order = np.random.default_rng([seed, 4]).permutation(len(images))
     parts = split_count(len(order))
-    mean, deviation = inception_score(own.rows[LOGITS].take(order), parts)
+    mean, deviation = inception_score(images.rows[LOGITS].take(order), parts)
     how = f"{parts} part{'s' * (parts > 1)} of {len(order) // parts} images"
     low = high = None
     if parts > 2:

@@ -73,7 +73,7 @@ def check_request(metric: ConfigDict) -> None:
         while not existing.exists() and existing != existing.parent:
             existing = existing.parent
         if not existing.is_dir() or not os.access(existing, os.W_OK):
-            reason = f"{str(existing)!r} is no folder to write into"
+            reason = f"{str(existing)!r} is not a writable folder"
             raise UserError(f"metric.{name}={str(folder)!r} cannot be written: {reason}; choose another")
     read_results(metric.results)
     for _, run in named_paths(metric.logs, "metric.logs"):
@@ -83,12 +83,12 @@ def check_request(metric: ConfigDict) -> None:
 
 def read_results(files: str) -> dict[str, dict]:
     """Return the contents of comma-separated JSON files of membership.py or rate.py by path, or raise UserError."""
-    found = {}
+    contents = {}
     for path in filter(None, (piece.strip() for piece in files.split(","))):
         if not Path(path).is_file():
             raise UserError(f"metric.results names {path!r}, which does not exist; run membership.py or rate.py")
-        found[path] = read_json(path, {"title": str}, "give files of membership.py or rate.py as metric.results")
-    return found
+        contents[path] = read_json(path, {"title": str}, "give files of membership.py or rate.py as metric.results")
+    return contents
 
 
 @dataclass
@@ -135,7 +135,7 @@ def find_sets(metric: ConfigDict, accelerator: Accelerator) -> Sets:
         return Path(folder), list_samples(folder, prompts)
 
     models = requested_models(metric)
-    folders = [samples_of(folder) for own in models.values() for folder in own]
+    folders = [samples_of(folder) for group in models.values() for folder in group]
     real = [samples_of(metric.real_path)] if metric.real_path else []
     train = [any_files(metric.train_path)] if metric.train_path else []
     pairs = [samples_of(metric.pairs_path)] if metric.pairs_path else []
@@ -152,10 +152,10 @@ def find_sets(metric: ConfigDict, accelerator: Accelerator) -> Sets:
             f"metric.groups has {min(unknown)!r}; columns of metadata.csv are {', '.join(sorted(known)) or 'none'}"
         )
     rest = iter(sets)
-    by_name = {name: [next(rest) for _ in own] for name, own in models.items()}
-    for name, own in by_name.items():
+    by_name = {name: [next(rest) for _ in group] for name, group in models.items()}
+    for name, group in by_name.items():
         seen: dict[str, ImageSet] = {}
-        for images in own:
+        for images in group:
             twin = seen.setdefault(images.describe()["sha256"], images)
             if twin is not images:
                 raise UserError(f"{str(images.folder)!r} and {str(twin.folder)!r} of {name!r} hold the same images")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-REPLICATES = 2000
+REPLICATES, FLIPS = 2000, 10_000
 CHUNK = 2_000_000  # random numbers drawn at a time
 JACKKNIFE_GROUPS = 10
 MAX_LEVELS = 8  # distinct values up to which the bootstrap draws counts instead of images
@@ -235,8 +235,8 @@ def replicate_means(
         if resample_groups:
             drawn = rng.integers(0, prompts, (rows, prompts))
         for sample, result in zip(samples, results, strict=True):
-            own = sample.means[drawn]  # (rows, G, V)
-            means = sample.draw(drawn, rng) - own + sample.mean + shrinkage * (own - sample.mean)
+            prompt_means = sample.means[drawn]  # (rows, G, V)
+            means = sample.draw(drawn, rng) - prompt_means + sample.mean + shrinkage * (prompt_means - sample.mean)
             weights = sample.counts[drawn][..., None]
             result.append((weights * means).sum(axis=1) / weights.sum(axis=1))
     return [np.concatenate(result) for result in results]
@@ -261,11 +261,11 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:
     return gained, lost, p
 
 
-def sign_flip_p(differences: np.ndarray, groups: np.ndarray, seed: int, draws: int = 10_000) -> float:
+def sign_flip_p(differences: np.ndarray, groups: np.ndarray, seed: int) -> float:
     """Return the two-sided p of a sign-flip test on the prompts' mean differences; the null is symmetry around 0.
 
-    Up to 12 prompts, all patterns of signs are enumerated; beyond that `draws` are sampled, with p = (1 + as extreme) /
-    (1 + draws). Not scipy's permutation_test, which takes minutes for many pairs.
+    Up to 12 prompts, all patterns of signs are enumerated; beyond that FLIPS are sampled, with p = (1 + as extreme) /
+    (1 + FLIPS). Not scipy's permutation_test, which takes minutes for many pairs.
     """
     differences, groups = _columns(groups, differences)
     _, index, counts = np.unique(groups, return_inverse=True, return_counts=True)
@@ -275,10 +275,10 @@ def sign_flip_p(differences: np.ndarray, groups: np.ndarray, seed: int, draws: i
         signs = 1 - 2 * (np.arange(2 ** len(means))[:, None] >> np.arange(len(means)) & 1)
         return float(np.mean(np.abs(signs @ means) >= bound))
     rng, extreme, chunk = np.random.default_rng(seed), 0, max(1, 4_000_000 // len(means))
-    for start in range(0, draws, chunk):
-        signs = rng.integers(0, 2, (min(chunk, draws - start), len(means)), dtype=np.int8) * 2 - 1
+    for start in range(0, FLIPS, chunk):
+        signs = rng.integers(0, 2, (min(chunk, FLIPS - start), len(means)), dtype=np.int8) * 2 - 1
         extreme += int((np.abs(signs @ means) >= bound).sum())
-    return (1 + extreme) / (1 + draws)
+    return (1 + extreme) / (1 + FLIPS)
 
 
 def mean_over_runs(values: Sequence[float]) -> Estimate:

@@ -24,12 +24,12 @@ NEAR_COPY = 0.003
 
 
 def nearest(
-    query: Any, reference: Any, block: int = 1000, own: np.ndarray | None = None
+    query: Any, reference: Any, block: int = 1000, excluded: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return cosine distance (N,) and index (N,) of the row of reference (M, F) nearest to each row of query (N, F).
 
     Both are arrays or `Rows`, read `block` rows at a time. Distances 1 - cos lie in [0, 2]; ties go to the smallest
-    index. own (N,): for each row of query, a row of reference to ignore. Raises UserError for an empty reference,
+    index. excluded (N,): for each row of query, a row of reference to ignore. Raises UserError for an empty reference,
     ValueError as `unit_rows`.
     """
     if not len(reference):
@@ -41,8 +41,8 @@ def nearest(
         for first in range(0, len(reference), block):
             others = unit_rows(reference[first : first + block], "reference features", first)
             similarity = product(rows, others)  # (block, block)
-            if own is not None:
-                itself = own[start : start + block] - first
+            if excluded is not None:
+                itself = excluded[start : start + block] - first
                 inside = (itself >= 0) & (itself < len(others))
                 similarity[inside, itself[inside]] = -np.inf
             top = similarity.max(axis=1)
@@ -80,7 +80,7 @@ def authenticity(train: Any, distances: np.ndarray, indices: np.ndarray, groups:
     if len(train) < 2:
         return Estimate.missing("fewer than 2 training images")
     used, position = np.unique(indices, return_inverse=True)
-    gaps, _ = nearest(train.take(used), train, own=used)
+    gaps, _ = nearest(train.take(used), train, excluded=used)
     return bootstrap_mean(distances > gaps[position] + TIE, groups, seed, resample_groups=False)
 
 
@@ -91,9 +91,9 @@ def membership_auc(train: np.ndarray, val: np.ndarray, base: tuple[np.ndarray, n
     model; returns the difference to its probability. Intervals of DeLong et al. (1988), for independent images.
     """
 
-    def above(own: np.ndarray, others: np.ndarray) -> np.ndarray:  # share of others above each; ties count half
+    def above(losses: np.ndarray, others: np.ndarray) -> np.ndarray:  # share of others above each; ties count half
         ordered = np.sort(others)
-        return 1 - (np.searchsorted(ordered, own) + np.searchsorted(ordered, own, "right")) / (2 * len(others))
+        return 1 - (np.searchsorted(ordered, losses) + np.searchsorted(ordered, losses, "right")) / (2 * len(others))
 
     parts = above(train, val), 1 - above(val, train)
     if base is not None:
@@ -114,9 +114,9 @@ def closest(distances: np.ndarray, indices: np.ndarray, count: int = CLOSEST) ->
     return order[np.sort(first)][:count].tolist()
 
 
-def find_neighbours(extractor: str, own: ImageSet, train: ImageSet) -> tuple[np.ndarray, np.ndarray]:
+def find_neighbours(extractor: str, images: ImageSet, train: ImageSet) -> tuple[np.ndarray, np.ndarray]:
     """Return cosine distance to (N,) and index of (N,) the nearest training image; thumbnails also match mirrored."""
-    rows, reference = own.rows[extractor], train.rows[extractor]
+    rows, reference = images.rows[extractor], train.rows[extractor]
     best, where = nearest(rows, reference)
     if extractor == THUMBNAILS.name:
         grids = rows.all().reshape(-1, THUMBNAIL, THUMBNAIL)
@@ -127,9 +127,9 @@ def find_neighbours(extractor: str, own: ImageSet, train: ImageSet) -> tuple[np.
     return best, where
 
 
-def near_copies(own: ImageSet, other: ImageSet) -> np.ndarray:
+def near_copies(images: ImageSet, other: ImageSet) -> np.ndarray:
     """Return a mask (N,) of images that are near copies, by thumbnail, of an image of the other set."""
-    return find_neighbours(THUMBNAILS.name, own, other)[0] < NEAR_COPY
+    return find_neighbours(THUMBNAILS.name, images, other)[0] < NEAR_COPY
 
 
 def measure_memorisation(
@@ -165,7 +165,7 @@ def measure_memorisation(
     return result
 
 
-def copies(own: ImageSet, other: ImageSet) -> np.ndarray:
+def copies(images: ImageSet, other: ImageSet) -> np.ndarray:
     """Return a mask (N,) of images whose pixels equal those of an image of the other set."""
     known = {row.tobytes() for row in other.rows["pixels"].all()[:, 1:]}
-    return np.array([row.tobytes() in known for row in own.rows["pixels"].all()[:, 1:]])
+    return np.array([row.tobytes() in known for row in images.rows["pixels"].all()[:, 1:]])

@@ -61,9 +61,9 @@ def judge_network(option: str, device: Device = "cpu", name: str = "") -> tuple[
     """
     model = load_classifier(option, device)
     name = name or f"H{len(model.labels)}"
-    digest, about = sha256(resolve(option)), f"classifier {Path(option).name}, {model.image_size} px"
-    logits = _network(name, f"logits of {about}", digest, "logits", model.logits)
-    features = _network("judge", f"pooled features of {about}", digest, "features", model.features)
+    digest, description = sha256(resolve(option)), f"classifier {Path(option).name}, {model.image_size} px"
+    logits = _network(name, f"logits of {description}", digest, "logits", model.logits)
+    features = _network("judge", f"pooled features of {description}", digest, "features", model.features)
     return logits, features, model.labels
 
 
@@ -77,7 +77,7 @@ def fundus_judges(folder: str | Path, device: Device = "cpu") -> tuple[Network, 
     file = Path(folder) / SELECTOR_FILE
     if selector.threshold is None:
         raise UserError(f"the Selector {str(file)!r} has no threshold; train_rlhf.py sets it in stage 1")
-    digest, about = sha256(file), f"Selector of {Path(folder).name}, {selector.sizes.image_size} px"
+    digest, description = sha256(file), f"Selector of {Path(folder).name}, {selector.sizes.image_size} px"
 
     def passes(images: torch.Tensor) -> torch.Tensor:
         return selector.score(images)[:, None]
@@ -91,9 +91,9 @@ def fundus_judges(folder: str | Path, device: Device = "cpu") -> tuple[Network, 
     about_policy = f"Policy of {Path(folder).name}, {policy.sizes.image_size} px"
     key = f"policy {policy.text.fingerprint}"
     return (
-        _network(SELECTOR, f"{about}, passes from {selector.threshold:.4g}", digest, "selector", passes),
+        _network(SELECTOR, f"{description}, passes from {selector.threshold:.4g}", digest, "selector", passes),
         _network(POLICY, about_policy, sha256(Path(folder) / POLICY_FILE), key, aligns, reads_captions=True),
-        _network("judge", f"class token of the {about}", digest, "selector features", features),
+        _network("judge", f"class token of the {description}", digest, "selector features", features),
         float(selector.threshold),
     )
 

@@ -10,17 +10,19 @@ from ddpo_pytorch.data.images import image_grid, load_image
 from ddpo_pytorch.data.sample_folder import title_of
 from ddpo_pytorch.metrics.image_sets import sort_captions
 
-MAX_CAPTIONS = 64
+MAX_CAPTIONS, COLUMNS = 64, 8
 
 
-def comparison(sets: Mapping[str, Sequence[tuple[Path, str]]], columns: int = 8) -> Image.Image:
+def comparison(sets: Mapping[str, Sequence[tuple[Path, str]]]) -> Image.Image:
     """Draw the first image of each caption that all sets have, up to MAX_CAPTIONS, in a row per set with its name.
 
     `sets`: (file, caption) by model name.
     """
-    first = {title_of(name, own): {caption: path for path, caption in reversed(own)} for name, own in sets.items()}
+    first = {}
+    for name, samples in sets.items():
+        first[title_of(name, samples)] = {caption: path for path, caption in reversed(samples)}
     captions = sort_captions(set.intersection(*(set(paths) for paths in first.values())))[:MAX_CAPTIONS]
-    parts = [captions[start : start + columns] for start in range(0, len(captions), columns)]
+    parts = [captions[start : start + COLUMNS] for start in range(0, len(captions), COLUMNS)]
     return _sheet([(name, [paths[caption] for caption in part]) for part in parts for name, paths in first.items()])
 
 

@@ -24,7 +24,7 @@ def mean_over_images(values: Iterable[tuple[Question, float]]) -> Estimate:
     by_question = defaultdict(list)
     for question, value in values:
         by_question[question].append(float(value))
-    means = np.array([statistics.fmean(own) for own in by_question.values()])
+    means = np.array([statistics.fmean(ratings) for ratings in by_question.values()])
     if len(means) and np.isin(means, (0, 1)).all():
         return exact_binomial(means.mean(), len(means), len(means))
     return bootstrap_mean(means, np.zeros(len(means)), 0, resample_groups=False)
@@ -52,42 +52,42 @@ def summarise(
     """Return estimates by reader, all readers together last, and by title.
 
     seconds: times between a reader's answers. synthetic: whether a question's image is generated (mode "real"). names:
-    of the sources of images and of their rivals (mode "pair"); an answer of 3 prefers the former.
+    of the sources of images and of their rivals (mode "pair"); an answer of 3 prefers the image to its rival.
     """
     first = [answer for answer in answers if not answer.repeat]
     known = {(answer.reader, answer.question): answer.cells for answer in first}
     readers = list(dict.fromkeys(answer.reader for answer in first))
-    found: dict[str, dict[str, Estimate]] = {}
+    estimates: dict[str, dict[str, Estimate]] = {}
     for reader in [*readers, ALL] if len(readers) > 1 else readers:
-        own, result = [one for one in answers if reader in (ALL, one.reader)], {}
-        once = [(one.question, float(one.cells["rating"])) for one in own if not one.repeat]
+        chosen, result = [answer for answer in answers if reader in (ALL, answer.reader)], {}
+        once = [(answer.question, float(answer.cells["rating"])) for answer in chosen if not answer.repeat]
         if mode == "real":
             result["accuracy"] = mean_over_images((q, (r < 2) == synthetic[q]) for q, r in once if q in synthetic)
         if mode == "pair":
             result[f"{names[1]} preferred to {names[0]}"] = mean_over_images((q, (3 - r) / 2) for q, r in once)
-        if again := [(one, known.get((one.reader, one.question))) for one in own if one.repeat]:
-            alike = [(one.question, all(one.cells[c] == b[c] for c in ANSWERED)) for one, b in again if b]
-            result["same answer to repeated images"] = mean_over_images(alike)
+        if again := [(answer, known.get((answer.reader, answer.question))) for answer in chosen if answer.repeat]:
+            same = [(answer.question, all(answer.cells[c] == b[c] for c in ANSWERED)) for answer, b in again if b]
+            result["same answer to repeated images"] = mean_over_images(same)
         if reader != ALL and (times := seconds(reader)):
             how = "median, of this reader's answers alone"
             result["seconds an image"] = Estimate(statistics.median(times), None, None, len(times), how)
-        found[reader] = result
+        estimates[reader] = result
     if len(readers) > 1 and mode == "rate":
-        for column in ANSWERED[1:] if any(one.cells["quality"] for one in first) else ANSWERED[:1]:
-            found[ALL][f"Krippendorff's alpha, {column}"] = agreement(ordinal_alpha, first, column)
+        for column in ANSWERED[1:] if any(answer.cells["quality"] for answer in first) else ANSWERED[:1]:
+            estimates[ALL][f"Krippendorff's alpha, {column}"] = agreement(ordinal_alpha, first, column)
     elif len(readers) > 1:
-        found[ALL]["Fleiss' kappa"] = agreement(fleiss_kappa, first, "rating")
-    return found
+        estimates[ALL]["Fleiss' kappa"] = agreement(fleiss_kappa, first, "rating")
+    return estimates
 
 
-def lines(found: Mapping[str, Mapping[str, Estimate]]) -> list[str]:
+def lines(estimates: Mapping[str, Mapping[str, Estimate]]) -> list[str]:
     """Return each estimate as a line of text."""
     shown = []
-    for reader, result in found.items():
-        for name, one in result.items():
-            value = "not known" if one.value is None else f"{one.value:.2f}"
-            ends = f"({one.how})" if one.low is None else f"[{one.low:.2f}, {one.high:.2f}]"
-            shown.append(f"{reader}, {name}: {value} {ends}, n = {one.n}")
+    for reader, result in estimates.items():
+        for name, estimate in result.items():
+            value = "not known" if estimate.value is None else f"{estimate.value:.2f}"
+            ends = f"({estimate.how})" if estimate.low is None else f"[{estimate.low:.2f}, {estimate.high:.2f}]"
+            shown.append(f"{reader}, {name}: {value} {ends}, n = {estimate.n}")
     return shown
 
 

@@ -64,33 +64,33 @@ def sanity_sets(sets: Sets, folder: Path, seed: int, accelerator: Accelerator) -
     tenth of the circle), crop (the middle 80 % of each side), "duplicates" (each prompt's first half of the images,
     twice) and, if training images have captions, "training images" of the same prompts, as far as there are enough.
     """
-    reference, own = (select(sets.real, part) for part in halves(sets.real.groups, seed))
-    if len(own) < 2:
+    reference, half = (select(sets.real, part) for part in halves(sets.real.groups, seed))
+    if len(half) < 2:
         raise UserError(f"--sanity needs 2 real images of one caption; {str(sets.real.folder)!r} has too few")
-    jobs, missing = {name: (list(own.paths), range(len(own)), change) for name, change in CHANGES.items()}, {}
-    twice = {int(g): np.flatnonzero(own.groups == g) for g in np.unique(own.groups)}
+    jobs, missing = {name: (list(half.paths), range(len(half)), change) for name, change in CHANGES.items()}, {}
+    twice = {int(g): np.flatnonzero(half.groups == g) for g in np.unique(half.groups)}
     first = {i: part[n % ((len(part) + 1) // 2)] for part in twice.values() for n, i in enumerate(part.tolist())}
-    jobs["duplicates"] = [own.paths[first[i]] for i in range(len(own))], range(len(own)), lambda image: image
+    jobs["duplicates"] = [half.paths[first[i]] for i in range(len(half))], range(len(half)), lambda image: image
     if sets.train is not None:
         known = defaultdict(list)
         with suppress(UserError):  # a folder of images without captions
             for path, caption in list_samples(sets.train.folder):
                 known[caption].append(path)
-        pairs = [(known[c].pop(0), i) for i, c in enumerate(own.captions) if known[c]]
+        pairs = [(known[c].pop(0), i) for i, c in enumerate(half.captions) if known[c]]
         if pairs:
             jobs["training images"] = [path for path, _ in pairs], [i for _, i in pairs], lambda image: image
         else:
             missing["training images"] = "metric.train_path has none of the captions; give images/<caption>/ or a table"
-    models = {HALF: [own]}
+    models = {HALF: [half]}
     for name, (sources, places, change) in jobs.items():
-        chosen, place = select(own, places), folder / name.replace(" ", "_")
+        chosen, target = select(half, places), folder / name.replace(" ", "_")
         stems = [f"{group}/{path.stem}.png" for group, path in zip(chosen.groups, chosen.paths, strict=True)]
         if accelerator.is_main_process:
             for source, stem in zip(sources, stems, strict=True):
-                (place / stem).parent.mkdir(parents=True, exist_ok=True)
-                save_picture(place / stem, change(read_rgb(source)))
+                (target / stem).parent.mkdir(parents=True, exist_ok=True)
+                save_picture(target / stem, change(read_rgb(source)))
         accelerator.wait_for_everyone()
-        paths = tuple(place / stem for stem in stems)
+        paths = tuple(target / stem for stem in stems)
         digests = tuple(map(sha256, paths))
-        models[name] = [dataclasses.replace(chosen, folder=place, paths=paths, digests=digests, entries={})]
-    return Sets(models, reference, sets.train, sets.pairs and own), missing
+        models[name] = [dataclasses.replace(chosen, folder=target, paths=paths, digests=digests, entries={})]
+    return Sets(models, reference, sets.train, sets.pairs and half), missing

@@ -65,16 +65,16 @@ def pairs_by_name(names: Sequence[str], others: Sequence[str], what: str) -> lis
     return pairs
 
 
-def measure_structure(own: ImageSet, seed: int) -> dict[str, Estimate]:
+def measure_structure(images: ImageSet, seed: int) -> dict[str, Estimate]:
     """Return mean SSIM of the given pairs, mean MS-SSIM of pairs of any prompts and of the same prompt.
 
     Intervals resample pairs as if independent, though each image is in two of them, and, within prompts, also prompts.
     """
     result = {}
     for name in ("SSIM", "MS_SSIM", "MS_SSIM_within"):
-        if name in own.pairs:
-            pairs, values = own.pairs[name]
-            groups = np.zeros(len(pairs), dtype=int) if name == "MS_SSIM" else own.groups[pairs[:, 0]]
+        if name in images.pairs:
+            pairs, values = images.pairs[name]
+            groups = np.zeros(len(pairs), dtype=int) if name == "MS_SSIM" else images.groups[pairs[:, 0]]
             result[name] = bootstrap_mean(values, groups, seed, resample_groups=name != "MS_SSIM", share=False)
     return result
 
@@ -82,7 +82,7 @@ def measure_structure(own: ImageSet, seed: int) -> dict[str, Estimate]:
 def _checked(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if x.shape != y.shape or x.dim() != 4 or min(x.shape[-2:]) < WINDOW:
         raise ValueError(
-            f"SSIM needs two (B, C, H, W) of {WINDOW} px or more a side, got {tuple(x.shape)}, {tuple(y.shape)}"
+            f"SSIM needs two (B, C, H, W) of {WINDOW} px or more per side, got {tuple(x.shape)}, {tuple(y.shape)}"
         )
     return x.double(), y.double()  # in float32 the variances of flat images are noise of the order of C2
 

@@ -16,15 +16,15 @@ UNKNOWN = "not stated"
 def group_names(sets: Sequence[ImageSet], column: str) -> list[np.ndarray]:
     """Return each set's groups (N,), one per image; numbers with many values are binned at quartiles over all sets."""
     cells = [[row.get(column) or UNKNOWN for row in images.table] or [UNKNOWN] * len(images) for images in sets]
-    stated = {cell for own in cells for cell in own} - {UNKNOWN}
+    stated = {cell for values in cells for cell in values} - {UNKNOWN}
     if len(stated) <= MOST_VALUES or any(number(cell) is None for cell in stated):
-        return [np.array(own) for own in cells]
-    cuts = np.unique(np.quantile([number(c) for own in cells for c in own if c != UNKNOWN], (0.25, 0.5, 0.75)))
+        return [np.array(values) for values in cells]
+    cuts = np.unique(np.quantile([number(c) for values in cells for c in values if c != UNKNOWN], (0.25, 0.5, 0.75)))
     names = [f"below {cuts[0]:g}", *(f"{low:g} to {high:g}" for low, high in zip(cuts, cuts[1:], strict=False))]
     names.append(f"{cuts[-1]:g} and above")  # a bin contains its lower end
     return [
-        np.array([c if c == UNKNOWN else names[np.searchsorted(cuts, number(c), "right")] for c in own])
-        for own in cells
+        np.array([c if c == UNKNOWN else names[np.searchsorted(cuts, number(c), "right")] for c in values])
+        for values in cells
     ]
 
 
@@ -37,8 +37,8 @@ def largest_gap(values: np.ndarray, names: np.ndarray, seed: int) -> dict[str, E
     used = [name for name in np.unique(names) if (names == name).sum() > 1]
     if len(used) < 2:
         return {"gap": Estimate.missing("fewer than two groups of two images")}
-    kept = np.isin(names, used)
-    values, index = values[kept].astype(float), np.searchsorted(used, names[kept])
+    keep = np.isin(names, used)
+    values, index = values[keep].astype(float), np.searchsorted(used, names[keep])
     counts = np.bincount(index)
 
     def spread(order: np.ndarray) -> float:
@@ -64,7 +64,7 @@ def largest_gap(values: np.ndarray, names: np.ndarray, seed: int) -> dict[str, E
 
 
 def measure_groups(
-    own: ImageSet,
+    images: ImageSet,
     real: ImageSet | None,
     names: tuple[np.ndarray, np.ndarray | None],
     space: str,
@@ -73,26 +73,26 @@ def measure_groups(
 ) -> dict:
     """Return n, the mean of each of `values` (N,) and KID for each group of one column, and the gaps by measure.
 
-    names: groups (N,) of own and of real images. KID is the distance in one feature space to the real images of the
+    names: groups (N,) of `images` and of `real`. KID is the distance in one feature space to the real images of the
     same group, or to all real images if these are fewer than 4.
     """
     blocks: dict[str, dict] = {}
     for name in np.unique(names[0]).tolist():
         chosen = names[0] == name
         blocks[name] = {"n": int(chosen.sum())} | {
-            measure: bootstrap_mean(column[chosen], own.groups[chosen], seed, resample_groups=False)
+            measure: bootstrap_mean(column[chosen], images.groups[chosen], seed, resample_groups=False)
             for measure, column in values.items()
         }
         if real is not None and chosen.sum() >= 4:
             same = np.flatnonzero(names[1] == name)
             features = real.rows[space].take(same if len(same) >= 4 else np.arange(len(real)))
-            blocks[name]["KID"] = kernel_distance(features, own.rows[space].take(np.flatnonzero(chosen)), seed, 10)
+            blocks[name]["KID"] = kernel_distance(features, images.rows[space].take(np.flatnonzero(chosen)), seed, 10)
     gaps = {measure: largest_gap(column, names[0], seed) for measure, column in values.items()}
-    found = {name: block["KID"] for name, block in blocks.items() if "KID" in block}
-    if len(found) > 1:
-        low, high = (pick(found, key=lambda name: found[name].value) for pick in (min, max))
-        value = found[high].value - found[low].value
-        half = np.hypot(*(found[x].high - found[x].value for x in (low, high)))
+    distances = {name: block["KID"] for name, block in blocks.items() if "KID" in block}
+    if len(distances) > 1:
+        low, high = (pick(distances, key=lambda name: distances[name].value) for pick in (min, max))
+        value = distances[high].value - distances[low].value
+        half = np.hypot(*(distances[x].high - distances[x].value for x in (low, high)))
         how = f"{high} minus {low}; standard errors of both"
-        gaps["KID"] = {"gap": Estimate(value, value - half, value + half, found[low].n + found[high].n, how)}
+        gaps["KID"] = {"gap": Estimate(value, value - half, value + half, distances[low].n + distances[high].n, how)}
     return {"groups": blocks, "gaps": gaps}

@@ -93,11 +93,11 @@ def distinct(items: Sequence[Item]) -> list[Item]:
 
 def pair_items(first: Sequence[Item], second: Sequence[Item]) -> list[Item]:
     """Return the first source's images, each with the second's n-th image of the same prompt, by name, as its rival."""
-    found: list[dict[str, list[Item]]] = [defaultdict(list), defaultdict(list)]
-    for items, by_prompt in zip((first, second), found, strict=True):
+    by_source: list[dict[str, list[Item]]] = [defaultdict(list), defaultdict(list)]
+    for items, by_prompt in zip((first, second), by_source, strict=True):
         for item in distinct(items):
             by_prompt[item.prompt].append(item)
-    pairs = ((a, b) for prompt, own in found[0].items() for a, b in zip(own, found[1][prompt], strict=False))
+    pairs = (pair for prompt in by_source[0] for pair in zip(*(source[prompt] for source in by_source), strict=False))
     return [replace(a, rival=b) for a, b in pairs]
 
 
@@ -109,7 +109,7 @@ def order_for(count: int, seed: int, rater: str, repeats: float = 0) -> list[int
     generator, half = generator_of(seed, Stream.ORDER, text_number(rater)), count // 2
     order = torch.randperm(count, generator=generator).tolist()
     again = torch.randperm(half, generator=generator)[: round(repeats * count)].tolist()
-    places = [*enumerate(order), *((place + half + 0.5, count + order[place]) for place in again)]
+    places = [*enumerate(order), *((position + half + 0.5, count + order[position]) for position in again)]
     return [number for _, number in sorted(places)]
 
 
@@ -202,8 +202,8 @@ class Questions:
         with self._lock:
             if rater not in self._raters:
                 order, answers = order_for(count, self._seed, rater, self._repeats), self._store.answers()
-                own = (one for one in answers if one.reader == rater and one.question in self._numbers)
-                rated = [self._numbers[one.question] + count * one.repeat for one in own]
+                answered = (answer for answer in answers if answer.reader == rater and answer.question in self._numbers)
+                rated = [self._numbers[answer.question] + count * answer.repeat for answer in answered]
                 self._raters[rater] = Progress(order, [number for number in rated if number in set(order)])
             progress, already, undoable = self._raters[rater], {}, given.pop("undoable", None)
             if action == "again":
@@ -235,18 +235,18 @@ class Questions:
         again, item = divmod(number, len(self._items))
         if again:
             action = {"rate": "repeat", "undo": "unrepeat"}.get(action, action)
-        answers = {name: one for name, one in given.items() if one is not None}
+        answers = {name: value for name, value in given.items() if value is not None}
         if self._items[item].rival and answers and is_swapped(number, len(self._items), self._seed, rater):
             answers["rating"] = 4 - answers["rating"]
         self._store.click(action, self._items[item], rater, **answers)
 
     def _question(self, number: int, rater: str) -> dict[str, Any]:
         """Return id, prompt and, for a pair, the images in the order in which this rater sees them."""
-        item, about = self._items[number % len(self._items)], {"id": self._id("question", number)}
+        item, question = self._items[number % len(self._items)], {"id": self._id("question", number)}
         if item.rival:
             images = [self._id("first", number), self._id("second", number)]
-            about["images"] = images[:: -1 if is_swapped(number, len(self._items), self._seed, rater) else 1]
-        return about | {"prompt": item.prompt}
+            question["images"] = images[:: -1 if is_swapped(number, len(self._items), self._seed, rater) else 1]
+        return question | {"prompt": item.prompt}
 
     def close(self) -> None:
         """Close the store once the click in progress is saved."""

@@ -91,8 +91,8 @@ class Store:
 
     def answers(self) -> list[Answer]:
         """Return all ratings in order."""
-        named = ((key, dict(zip(COLUMNS, cells, strict=True))) for key, cells in self._rows.items())
-        return [Answer((one["image_path"], one["prompt"], one["other"]), key[-1], one) for key, one in named]
+        rows = ((key[-1], dict(zip(COLUMNS, cells, strict=True))) for key, cells in self._rows.items())
+        return [Answer((row["image_path"], row["prompt"], row["other"]), repeat, row) for repeat, row in rows]
 
     def seconds(self, rater: str) -> list[float]:
         """Return the seconds between a rater's ratings, without breaks of over five minutes."""
@@ -170,8 +170,8 @@ class Store:
                 action in ("rate", "repeat") and not all(1 <= (number(cell) or 0) <= 3 for cell in (rating, level))
             ):
                 faults.append(f"{action} with rating {rating!r} of expert level {level!r}; both are 1 to 3")
-            place = columns.index("image_path")
-            cells[place] = os.path.relpath(os.path.join(folder, image), folder)  # as in `Item`
+            column = columns.index("image_path")
+            cells[column] = os.path.relpath(os.path.join(folder, image), folder)  # as in `Item`
             return cells, _key(cells, action) if path == self.path and rater else None, f"{rater!r} rating {image!r}"
 
         try:
@@ -184,8 +184,8 @@ class Store:
 def _replay(clicks: Iterable[Sequence[str]], before: Mapping[Key, list[str]] | None = None) -> dict[Key, list[str]]:
     """Return the rows of the table after these clicks; a second rating replaces the first."""
     rows = dict(before or {})
-    for place, (_, action, *cells) in enumerate(clicks):
-        key = _key(cells, action) if cells[5] else (place, False)  # unnamed raters may rate twice
+    for position, (_, action, *cells) in enumerate(clicks):
+        key = _key(cells, action) if cells[5] else (position, False)  # unnamed raters may rate twice
         if action != "skip":
             rows.pop(key, None)
         if action in ("rate", "repeat"):

@@ -100,13 +100,13 @@ def curves(runs: Mapping[str, Sequence[Mapping]]) -> list[Plot]:
     """Return a plot of each quantity that at least one run logged. `runs`: from `read_runs`."""
     plots = []
     for key, (title, factor) in CURVES.items():
-        found = {name: points for name, run in runs.items() if len(points := series(run, key, factor))}
-        if found:
+        logged = {name: points for name, run in runs.items() if len(points := series(run, key, factor))}
+        if logged:
             ends = [
                 f"{name}: {points[0, 1]:.4g} at epoch {points[0, 0]:g}, {points[-1, 1]:.4g} at epoch {points[-1, 0]:g}"
-                for name, points in found.items()
+                for name, points in logged.items()
             ]
-            plots.append(Plot(title, _draw(found), f"{title}. {'; '.join(ends)}"))
+            plots.append(Plot(title, _draw(logged), f"{title}. {'; '.join(ends)}"))
     return plots
 
 
@@ -124,12 +124,12 @@ def heatmap(moves: pd.DataFrame, title: str) -> Plot:
     return Plot(title, source, f"{title}. Largest of each row: {'; '.join(rows)}")
 
 
-def _draw(found: Mapping[str, np.ndarray]) -> str:
+def _draw(runs: Mapping[str, np.ndarray]) -> str:
     """Return the figure as a data URI of an SVG; its bytes depend only on the points."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4, 3), layout="constrained")
         axes = figure.subplots()
-        for name, (epochs, values, deviations) in ((name, points.T) for name, points in found.items()):
+        for name, (epochs, values, deviations) in ((name, points.T) for name, points in runs.items()):
             label = (" " if name.startswith("_") else "") + name.replace("$", r"\$")  # matplotlib hides _ and parses $
             every = max(1, len(epochs) // 12)
             (line,) = axes.plot(epochs, values, label=label, markersize=3.6, markevery=every, linewidth=1.4)
@@ -138,7 +138,7 @@ def _draw(found: Mapping[str, np.ndarray]) -> str:
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         axes.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
-        if len(found) > 1:
+        if len(runs) > 1:
             axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=10, handlelength=3)
         return _svg(figure)
 

@@ -59,29 +59,29 @@ def comparisons(result: Mapping) -> list[dict[str, Any]]:
     "shared": number of common prompts, or None if neither model has others. "few": whether these are too few for a test
     over prompts. "reward": both mean rewards if the reward rose but APR or alignment did not, else None.
     """
-    models, measure, found = result["models"], measure_of(result), []
-    for one in result["comparisons"]:
-        base, other = models[one["from"]], models[one["to"]]
-        if not (word := verdict(one, measure)):
+    models, measure, rows = result["models"], measure_of(result), []
+    for row in result["comparisons"]:
+        base, other = models[row["from"]], models[row["to"]]
+        if not (word := verdict(row, measure)):
             continue
         rewards = base.get("reward"), other.get("reward")
         hacked = None not in rewards and rewards[1] > rewards[0] and word in ("worse", "unclear")
         prompts = max(sum(map(bool, side["images_by_prompt"].values())) for side in (base, other))
-        found.append(
-            one
+        rows.append(
+            row
             | {
                 "verdict": word,
-                "difference": one[measure],
-                "before": one[f"from_{measure}"],
-                "after": one[f"to_{measure}"],
-                "test": one.get("test"),
-                "tests": tests(one),
+                "difference": row[measure],
+                "before": row[f"from_{measure}"],
+                "after": row[f"to_{measure}"],
+                "test": row.get("test"),
+                "tests": tests(row),
                 "reward": rewards if hacked else None,
-                "shared": one["prompts"] if one["prompts"] < prompts else None,
-                "few": one["prompts"] < FEW_PROMPTS and one["p_by_prompt"] is None,
+                "shared": row["prompts"] if row["prompts"] < prompts else None,
+                "few": row["prompts"] < FEW_PROMPTS and row["p_by_prompt"] is None,
             }
         )
-    return found
+    return rows
 
 
 def verdict(comparison: Mapping, measure: str = "APR") -> str:
@@ -108,14 +108,14 @@ def lost_diversity(result: Mapping) -> list[tuple[str, str, str, str, str, bool]
     `apart`: whether there are intervals and they do not overlap.
     """
     lost = []
-    for one in result["comparisons"]:
+    for row in result["comparisons"]:
         for title, path, form in _spread(result):
-            ends = [dig(result["models"][one[end]], *path) or {"value": None} for end in ("from", "to")]
+            ends = [dig(result["models"][row[end]], *path) or {"value": None} for end in ("from", "to")]
             before, after = (end["value"] for end in ends)
             if None not in (before, after) and float(format(after, form)) < float(format(before, form)):
                 low, high = ends[0]["low"], ends[1]["high"]
                 apart = None not in (low, high) and high < low
-                lost.append((one["from"], one["to"], title, *(number(end, form) for end in ends), apart))
+                lost.append((row["from"], row["to"], title, *(number(end, form) for end in ends), apart))
                 break
     return lost
 
@@ -137,10 +137,10 @@ def flaws(values: Mapping) -> dict[str, int]:
 
 def missing(result: Mapping) -> dict[str, str]:
     """Return what could not be measured, and why: for all models, then for single ones."""
-    found = dict(result["missing"])
+    reasons = dict(result["missing"])
     for model, values in result["models"].items():
-        found |= {f"{name} of {model}": reason for name, reason in values["missing"].items()}
-    return found
+        reasons |= {f"{name} of {model}": reason for name, reason in values["missing"].items()}
+    return reasons
 
 
 def methods(result: Mapping) -> dict[str, list[str]]:
@@ -192,7 +192,7 @@ def prompt_table(result: Mapping) -> pd.DataFrame:
     if "real" in result["sets"]:
         counts[REAL] = result["sets"]["real"]["images_by_prompt"]
     rows = {}
-    for caption in sort_captions({c for own in counts.values() for c, n in own.items() if n}):
+    for caption in sort_captions({c for by_caption in counts.values() for c, n in by_caption.items() if n}):
         row = rows[caption] = {}
         for name, side in sides(result).items():
             row[f"n {name}"] = str(counts[name].get(caption, 0))
@@ -206,10 +206,10 @@ def attribute_tables(result: Mapping) -> dict[str, pd.DataFrame]:
     for judge in _union(side["alignment"] for side in sides(result).values()):
         rows = defaultdict(dict)
         for name, side in sides(result).items():
-            for label, found in (dig(side, "alignment", judge, "attributes") or {}).items():
+            for label, values in (dig(side, "alignment", judge, "attributes") or {}).items():
                 for key in ("precision", "recall"):
-                    rows[label.replace("_", " ")][f"{key} {name} (%)"] = number(found[key], ".1f", 100)
-                rows[label.replace("_", " ")][f"requested, seen {name}"] = f"{found['requested']}, {found['seen']}"
+                    rows[label.replace("_", " ")][f"{key} {name} (%)"] = number(values[key], ".1f", 100)
+                rows[label.replace("_", " ")][f"requested, seen {name}"] = f"{values['requested']}, {values['seen']}"
         if rows:
             tables[judge] = pd.DataFrame.from_dict(rows, orient="index")
     return tables
@@ -247,11 +247,11 @@ def group_tables(result: Mapping) -> dict[str, pd.DataFrame]:
     shown += (("closer", "Closer to training images {} (%)", ".1f", 100),)
     for name, side in sides(result).items():
         for column, block in (side.get("groups") or {}).items():
-            rows, gaps = tables[column], {key: one["gap"] for key, one in block["gaps"].items()}
+            rows, gaps = tables[column], {key: entry["gap"] for key, entry in block["gaps"].items()}
             for group, values in (*block["groups"].items(), ("Largest gap", gaps)):
                 rows[group][f"n {name}"] = str(values.get("n", ""))
                 rows[group] |= {title.format(name): number(values.get(key), *form) for key, title, *form in shown}
-            p = {key: one["p"] for key, one in block["gaps"].items() if "p" in one}
+            p = {key: entry["p"] for key, entry in block["gaps"].items() if "p" in entry}
             rows["p of the gap"] |= {t.format(name): f"{p[key]:.3g}" for key, t, *_ in shown if key in p}
     frames = {column: pd.DataFrame.from_dict(rows, orient="index").fillna("") for column, rows in tables.items()}
     return {column: frame.loc[:, ~frame.isin(["", NOT_AVAILABLE]).all()] for column, frame in frames.items()}
@@ -269,7 +269,7 @@ def sanity_table(result: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
         for title, path, *form in FIDELITY:
             name = title[:-2] if title[-2] == " " else title  # without the arrow
             columns += [(f"{name} ({space})", ("fidelity", space, "matched", *path), *form)]
-    columns += [("LPIPS", ("perception", "LPIPS"), ".3f", 1), *((*one, 1) for one in _spread({"models": models}))]
+    columns += [("LPIPS", ("perception", "LPIPS"), ".3f", 1), *((*entry, 1) for entry in _spread({"models": models}))]
     for space in first.get("memorisation") or {}:
         columns += [(f"Closer (%), {space}", ("memorisation", space, "share_closer"), ".1f", 100)]
         columns += [(f"Authentic (%), {space}", ("memorisation", space, "authenticity"), ".1f", 100)]
@@ -290,19 +290,20 @@ def sanity_table(result: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
 def result_tables(result: Mapping) -> dict[str, tuple[pd.DataFrame, str]]:
     """Return by title the estimates in other commands' JSON files, by their path in it, and how they were computed."""
 
-    def walk(tree: Any, *place: str) -> Iterator[tuple[str, Mapping]]:
+    def walk(tree: Any, *keys: str) -> Iterator[tuple[str, Mapping]]:
         if isinstance(tree, Mapping) and "how" in tree:
-            yield ": ".join(name.replace("_", " ") for name in place), tree
+            yield ": ".join(name.replace("_", " ") for name in keys), tree
         elif isinstance(tree, Mapping):
             for name, value in tree.items():
-                yield from walk(value, *place, name)
+                yield from walk(value, *keys, name)
 
     tables = {}
     for path, content in result.get("results", {}).items():
-        found = dict(walk(content))
-        rows = {name: {"Value": number(one, ".3g"), "n": f"{one['n']}"} for name, one in found.items()}
-        about = f"Intervals: {'; '.join(dict.fromkeys(one['how'] for one in found.values()))}. From {path}."
-        tables[content["title"]] = pd.DataFrame.from_dict(rows, orient="index"), about
+        estimates = dict(walk(content))
+        rows = {name: {"Value": number(value, ".3g"), "n": str(value["n"])} for name, value in estimates.items()}
+        methods = dict.fromkeys(estimate["how"] for estimate in estimates.values())
+        note = f"Intervals: {'; '.join(methods)}. From {path}."
+        tables[content["title"]] = pd.DataFrame.from_dict(rows, orient="index"), note
     return tables
 
 

@@ -98,7 +98,7 @@ def details(result: Mapping) -> dict[str, Any]:
     sets = {f"{name} images": [block] for name, block in result["sets"].items()}
     sets |= {name: model["folders"] for name, model in result["models"].items()}
     images = {
-        name: [{key: value for key, value in one.items() if key != "images_by_prompt"} for one in folders]
+        name: [{key: value for key, value in folder.items() if key != "images_by_prompt"} for folder in folders]
         for name, folders in sets.items()
     }
     return {

@@ -15,7 +15,7 @@ from ddpo_pytorch.data.sample_folder import title_of
 from ddpo_pytorch.metrics.image_sets import sort_captions
 from ddpo_pytorch.utils.errors import UserError
 
-SIDE = 128  # pixels
+SIDE, COLUMNS = 128, 6  # pixels of a thumbnail, thumbnails per row
 Samples = Mapping[str, Sequence[tuple[Path, str]]]
 
 
@@ -58,14 +58,14 @@ class Album:
         data = base64.b64encode(buffer.getvalue()).decode("ascii")
         return Picture(f"data:image/jpeg;base64,{data}", image.width, image.height, alt)
 
-    def grids(self, samples: Samples, captions: Sequence[str], columns: int = 6) -> list[Grid]:
+    def grids(self, samples: Samples, captions: Sequence[str]) -> list[Grid]:
         """Return a grid per caption: real images, then a row per model on the same noise, as in figures 3 and 4."""
         models, made = {name: files for name, files in samples.items() if name != "real"}, []
         for caption in captions:
-            stems, rows = paired_files(models, caption, columns)
+            stems, rows = paired_files(models, caption, COLUMNS)
             if "real" in samples:
                 title = title_of("real", samples["real"])
-                rows = {title: [*_keyed(samples["real"], caption).values()][:columns]} | rows
+                rows = {title: [*_keyed(samples["real"], caption).values()][:COLUMNS]} | rows
             pictures = [
                 (name, [self.picture(path, f"{name}, {path.stem}: {caption}") for path in paths])
                 for name, paths in rows.items()
@@ -120,4 +120,4 @@ def _keyed(samples: Sequence[tuple[Path, str]], caption: str) -> dict[tuple[str,
 def natural(stem: str) -> tuple[list[str | int], str]:
     """Return a sort key that orders names by the numbers in them: 0, 1, 2, 10."""
     # parts at odd indices are digits in every name, so numbers are compared with numbers
-    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", stem))], stem
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", stem))], stem

@@ -47,11 +47,11 @@ class RatedSet:
     digest: str
 
     def __post_init__(self):
-        self.prompts = tuple(one.prompt for one in self.rated)
-        self.criteria = tuple(name for name in CRITERIA if any(name in one.criteria for one in self.rated))
+        self.prompts = tuple(image.prompt for image in self.rated)
+        self.criteria = tuple(name for name in CRITERIA if any(name in image.criteria for image in self.rated))
         columns = COLUMNS + self.criteria
-        self.rewards = {name: torch.tensor([one.reward(name) for one in self.rated]) for name in columns}
-        self.weights = torch.tensor([one.weight for one in self.rated])
+        self.rewards = {name: torch.tensor([image.reward(name) for image in self.rated]) for name in columns}
+        self.weights = torch.tensor([image.weight for image in self.rated])
         self.mirrored = torch.tensor([not names_side(prompt) for prompt in self.prompts])
 
     def __len__(self) -> int:
@@ -82,8 +82,9 @@ def read_rated(rated: Sequence[RatedImage], size: int, resize: str = "fov") -> R
         return to_uint8(resized(load_image(path, resize="stretch" if is_framed(path) else resize)[None], size)[0])
 
     with ThreadPoolExecutor(thread_limit()) as pool:
-        images = torch.stack(list(pool.map(lambda one: pixels(one.path), rated)))
-    rows = [[Path(one.image).name, one.prompt, one.quality, one.alignment, one.weight, one.criteria] for one in rated]
+        images = torch.stack(list(pool.map(lambda image: pixels(image.path), rated)))
+    names = ("prompt", "quality", "alignment", "weight", "criteria")
+    rows = [[Path(image.image).name, *(getattr(image, name) for name in names)] for image in rated]
     return RatedSet(images, rated, hashlib.sha256(json.dumps([size, resize, rows]).encode()).hexdigest()[:12])
 
 
@@ -147,8 +148,8 @@ def probe(selector: Selector, rated: RatedSet, batch_size: int) -> pd.DataFrame:
             pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
             scores = torch.cat([selector.score(part).cpu() for part in pixels.split(batch_size)])
             first = scores if name == "rated 3" else first
-            kept = torch.cat([torch.ones(len(first)), torch.zeros(len(scores))])
-            auc = measures(torch.cat([first, scores]), kept)["auc"]
+            targets = torch.cat([torch.ones(len(first)), torch.zeros(len(scores))])
+            auc = measures(torch.cat([first, scores]), targets)["auc"]
             values = scores.mean(), selector.accepts(scores).double().mean(), auc
             rows.append([name, str(len(images)), *(f"{float(value):.3f}" for value in values)])
     return pd.DataFrame(rows, columns=["kind", "images", "score", "passed", "AUC"])

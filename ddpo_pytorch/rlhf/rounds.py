@@ -101,21 +101,22 @@ class Guards:
         self.real = _anatomy(real) if anatomy else None
 
     def __call__(self, images: torch.Tensor) -> dict[str, list[float]]:
-        found = {}
+        distances = {}
         if self.network:
             features = features_of(self.network, images, self.batch_size)
-            found[f"KID ({self.network.arch})"] = [*_kid(self.features, features, self.seed)]
+            distances[f"KID ({self.network.arch})"] = [*_kid(self.features, features, self.seed)]
         for column, title in enumerate(("vessels", "one disc") if self.anatomy else ()):
-            own, real = _anatomy(images)[:, column], self.real[:, column]
+            values, real = _anatomy(images)[:, column], self.real[:, column]
             scale = max(real.std(), 1e-3)
-            error = own.std() / scale / len(own) ** 0.5
-            found[f"{title} (sd from real)"] = [abs(own.mean() - real.mean()) / scale, error]
-        return found
+            error = values.std() / scale / len(values) ** 0.5
+            distances[f"{title} (sd from real)"] = [abs(values.mean() - real.mean()) / scale, error]
+        return distances
 
 
 def _anatomy(images: torch.Tensor) -> np.ndarray:
     """Return vessel contrast and whether there is exactly one disc (N, 2) for uint8 images (N, 3, H, W)."""
-    return np.array([[vessel_contrast(one), has_one_disc(one)] for one in images.permute(0, 2, 3, 1).numpy()], float)
+    pixels = images.permute(0, 2, 3, 1).numpy()
+    return np.array([[vessel_contrast(image), has_one_disc(image)] for image in pixels], float)
 
 
 def _kid(real: np.ndarray, features: np.ndarray, seed: int) -> tuple[float, float]:
@@ -207,13 +208,13 @@ def collapse(history: Sequence[RoundMetrics], tolerance: float, kid_tolerance: f
     standard errors of the difference above its initial value, or 1 - MS-SSIM below half its initial value.
     """
     first, now = history[0], history[-1]
-    best = max(one.alignment for one in history)
+    best = max(metrics.alignment for metrics in history)
     if now.alignment < best - tolerance:
         return f"the held-out score fell to {now.alignment:.3f}, the best was {best:.3f}"
     pairs = {"KID to real images": ((first.kid, first.kid_error), (now.kid, now.kid_error))}
     pairs |= {title: (first.guards[title], now.guards[title]) for title in now.guards}
-    for title, ((before, one), (value, other)) in pairs.items():
-        error = math.hypot(one, other)
+    for title, ((before, before_error), (value, value_error)) in pairs.items():
+        error = math.hypot(before_error, value_error)
         if value > before + kid_tolerance * error:
             return (
                 f"{title} rose from {before:.4g} to {value:.4g}, by more than {kid_tolerance:g} standard errors "
@@ -232,8 +233,8 @@ def best_round(history: Sequence[RoundMetrics], tolerance: float, kid_tolerance:
 
 def rounds_table(history: Sequence[RoundMetrics], controls: Mapping[float, RoundMetrics]) -> str:
     """Return the rounds as a Markdown table, with the initial generator at other guidance scales after round 0."""
-    rows = [{"round": str(number)} | one.cells() for number, one in enumerate(history)]
-    rows[1:1] = [{"round": f"base, guidance {scale:g}"} | one.cells() for scale, one in controls.items()]
+    rows = [{"round": str(number)} | metrics.cells() for number, metrics in enumerate(history)]
+    rows[1:1] = [{"round": f"base, guidance {scale:g}"} | metrics.cells() for scale, metrics in controls.items()]
     return to_markdown(pd.DataFrame(rows))
 
 

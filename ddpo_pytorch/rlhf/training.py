@@ -212,9 +212,9 @@ def train_stage(
         metrics = held_out()
         entry = {"epoch": first_epoch + epoch, "stage": stage, "learning_rate": rate, "loss": losses, **metrics}
         log.write(entry | {"images_per_second": round(speed, 1)})
-        for name, found in metrics.items():
+        for name, measured in metrics.items():
             values = ", ".join(
-                f"{key} {'-' if value is None else format(value, '.3f')}" for key, value in found.items()
+                f"{key} {'-' if value is None else format(value, '.3f')}" for key, value in measured.items()
             )
             logger.info("stage %d epoch %d  %s: loss %.4f, %s", stage, epoch, name, losses[name], values)
         if accelerator.is_main_process:
@@ -223,7 +223,7 @@ def train_stage(
         "stage": stage,
         "epochs": first_epoch + rlhf.num_epochs,
         "settings": settings,
-        "patients": sorted({fingerprint(one.patient)[:12] for one in (*train.rated, *val.rated)}),
+        "patients": sorted({fingerprint(image.patient)[:12] for image in (*train.rated, *val.rated)}),
         "held_out": held_out(),
     }
     for model in models:
