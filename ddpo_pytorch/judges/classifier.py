@@ -128,7 +128,7 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> Art
     if not path.is_file():
         raise UserError(
             f"classifier {str(path)!r} does not exist; train one with scripts/train_isic_classifier.py or fetch the "
-            "published files (README, 'Published files')"
+            "published files (docs/data.md, 'Published files')"
         )
     if path.suffix == ".safetensors":
         description, state = read_judge(path, KIND, DESCRIPTION)
