@@ -71,7 +71,7 @@ SCALE_GROWTH_INTERVAL = 100  # updates without overflow before fp16 doubles its 
 
 @dataclass
 class Run:
-    """What the stages of an epoch share. `unet` is `pipe.unet` prepared by Accelerate: DDP averages its gradients."""
+    """Hold what all stages of an epoch share. `unet` is `pipe.unet` prepared by Accelerate, as DDP if distributed."""
 
     config: ConfigDict
     accelerator: Accelerator

@@ -87,7 +87,7 @@ REFUSED = {
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("case", REFUSED)
 def test_entries_that_do_not_belong_into_an_archive_of_pictures(refuse, tmp_path, case):
-    """What follows an entry, as a file behind a link does, does not matter."""
+    """Refuse the entry regardless of those after it, such as a file behind a link."""
     info, message = REFUSED[case]
     refuse((entry("!first/x"), b"1"), (info, str(tmp_path / "outside").encode()), (entry("link/x"), b""), match=message)
 

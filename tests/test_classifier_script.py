@@ -139,7 +139,7 @@ def test_test_mode_on_reconstructions(world, trained, tmp_path, run):
 
 
 def assert_validation_loss(said, world, file, heads, weighted=False, gamma=0):
-    """What a training said, perhaps by several processes, is the loss of all validation images."""
+    """Compare the loss that a training logged, on one or more processes, with that of all validation images."""
     sets = {}
     for split in ("train", "val"):
         rows, paths, _ = load_split(world / "splits" / f"phantom_{split}.csv", world / "images")

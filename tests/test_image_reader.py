@@ -190,7 +190,7 @@ def endless(tmp_path):
 
 
 def test_only_regular_files_are_opened(endless):
-    """Whether images are listed by folder, as metric.py and augment.py do, or named by a table or log."""
+    """Refuse them both in folders, as metric.py and augment.py list them, and where a table or log names them."""
     for path, fault in zip(endless, find_damage(endless), strict=True):
         assert repr(str(path)) in fault and not is_intact(path)
     folder = endless[0].parent
