@@ -41,8 +41,15 @@ import runpy
 runpy.run_path("scripts/eval.py", run_name="__main__")
 """
 
+PROBE = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import memory_budget
+print(json.dumps({{"script": "memory", "host_syncs": [], "gib": memory_budget.ddpo(4, False)}}))
+"""
 
-def simulate(*commands: list[object], timeout: float = 500, lines: int = 1) -> list[dict]:
+
+def simulate(*commands: list[object], timeout: float = 500) -> list[dict]:
     """Run scripts one after another; what was counted of each, with "syncs" in the training loop by function."""
     words = [str(word) for command in commands for word in ("--", *command)][1:]
     environment = {name: value for name, value in (os.environ | ON_CPU).items() if name != "ACCELERATE_USE_CPU"}
@@ -50,7 +57,6 @@ def simulate(*commands: list[object], timeout: float = 500, lines: int = 1) -> l
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     assert result.returncode == 0, result.stderr[-3000:]
     found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"script"')]
-    assert len(found) == lines * len(commands)
     for one in found:
         one["syncs"] = Counter()
         for count, _, place in one["host_syncs"]:
@@ -78,10 +84,11 @@ def settings(judges, tmp_path_factory) -> dict:
 def found(settings, config_file, world, alexnet, tmp_path_factory) -> dict[str, dict]:
     """What was counted, by the name of the run."""
     folder = tmp_path_factory.mktemp("scripts")
+    model = {"pretrained__model": settings["pretrained.model"]}
     full = {"use_lora": False, "mixed_precision": "bf16", "run_name": "full", "held_out__every": 1}
     sampling = {"logdir": folder / "samples", "mixed_precision": "fp16", "sample__num_steps": 2}
     sampling |= {"eval__num_samples_per_prompt": 1, "eval__batch_size": 4}
-    stage = {"sd__data_path": world / "images", "sd__csv": world / SPLIT.format("train"), "sd__image_size": 64}
+    stage = model | {"sd__data_path": world / "images", "sd__csv": world / SPLIT.format("train"), "sd__image_size": 64}
     stage |= {"sd__output": folder / "sd", "sd__limit": 8, "sd__num_steps": 2, "sd__batch_size": 4, "sd__log_every": 2}
     stage |= {"sd__grid_every": 0, "sd__save_every": 0, "sd__cache_dir": folder / "cache", "sd__num_workers": 0}
     tables = [f"--{name}_csv={world / SPLIT.format(name)}" for name in ("train", "val")]
@@ -92,6 +99,7 @@ def found(settings, config_file, world, alexnet, tmp_path_factory) -> dict[str, 
     metric |= {"metric__cache_dir": folder / "features", "metric__alexnet": alexnet, "metric__inception": ""}
     rated = write_config(write_rated_world(folder / "rated", count=24))
     (folder / "planted.py").write_text(PLANTED)
+    (folder / "probe.py").write_text(PROBE)
     commands = {
         "lora": ["scripts/train.py", *as_flags(settings, mixed_precision="fp16")],
         "full": ["scripts/train.py", *as_flags(settings, **full, held_out__images_per_prompt=1)],
@@ -100,9 +108,10 @@ def found(settings, config_file, world, alexnet, tmp_path_factory) -> dict[str, 
         "classifier": ["scripts/train_isic_classifier.py", *classifier, *tables, "--mixed_precision=fp16"],
         "metric": ["scripts/metric.py", *options(config_file, **metric, metric__extractors="('judge',)")],
         "rlhf": ["scripts/train_rlhf.py", *options(rated, rlhf__output=folder / "rlhf", mixed_precision="fp16")],
-        "planted": [folder / "planted.py", *options(config_file, **sampling | {"logdir": folder / "other"})],
+        "planted": [folder / "planted.py", *options(config_file, **sampling | model | {"logdir": folder / "other"})],
+        "memory": [folder / "probe.py"],
     }
-    found = dict(zip(commands, simulate(*commands.values()), strict=True))
+    found = dict(zip([*commands, "probe"], simulate(*commands.values()), strict=True))
     return found | {"features": [path.name for path in (folder / "features").iterdir()]}
 
 
@@ -145,19 +154,9 @@ def test_features_of_a_gpu_are_kept_apart(found):
     assert found["features"] and all(name.endswith("-cuda-tf32") for name in found["features"])
 
 
-PROBE = f"""
-import json, sys
-sys.path.insert(0, {str(ROOT / "benchmarks")!r})
-import memory_budget
-print(json.dumps({{"script": "peaks", "host_syncs": [], "gib": memory_budget.ddpo(4, False)}}))
-"""
-
-
-def test_memory_of_stable_diffusion_is_what_the_documentation_states(tmp_path):
+def test_memory_of_stable_diffusion_is_what_the_documentation_states(found):
     """SD 1.5's size, with the 4 samples a minibatch of config/dgx.py."""
     (row,) = re.findall(r"^\| 4 \(4 GPUs, 16 GB\) \| (.*) \|$", (ROOT / "docs" / "scaling.md").read_text(), re.M)
     names = ("resident", "update", "rollout", "plain rollout", "decoding")
     stated = dict(zip(names, map(float, row.split(" | ")), strict=True))
-    (tmp_path / "probe.py").write_text(PROBE)
-    peaks, _ = simulate([tmp_path / "probe.py"], lines=2)
-    assert peaks["gib"] == pytest.approx(stated, abs=0.05)
+    assert found["memory"]["gib"] == pytest.approx(stated, abs=0.05)
