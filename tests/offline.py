@@ -5,6 +5,7 @@ forked when the libraries have been imported, whose Python audits every socket c
 JSON lines: the number of the command and what it did, or its exit status.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -47,6 +48,7 @@ if __name__ == "__main__":
     commands, notes = json.load(sys.stdin), sys.argv[1]
     for name in LIBRARIES:
         __import__(name)
+    gc.freeze()
     for number, command in enumerate(commands):
         if (child := os.fork()) == 0:
             run(notes, number, command)

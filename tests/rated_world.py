@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from conftest import ROOT
+from launching import ROOT
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 

@@ -4,16 +4,14 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import threading
+import time
 from http.client import HTTPConnection
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from launching import ROOT, Script
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -39,27 +37,22 @@ def write_gallery(folder: Path, count: int, size: int = 48, suffix: str = "png",
 class RatePage:
     """A running scripts/rate.py and a client for it."""
 
-    def __init__(self, *options, cwd: Path = ROOT, **environment):
-        command = [sys.executable, "scripts/rate.py", *map(str, options)]
-        settings = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)} | environment
-        self.process = subprocess.Popen(command, cwd=cwd, env=settings, stderr=subprocess.PIPE, text=True)
-        self.cookie, self.lines, found = None, [], None
+    def __init__(self, *options, cwd: Path = ROOT):
+        self.script, self.cookie, self.lines, found = Script("scripts/rate.py", *options, cwd=cwd), None, [], None
         while not found:
-            self.lines.append(self.process.stderr.readline())
-            assert self.lines[-1], f"rate.py did not start: {''.join(self.lines)}"
-            found = re.search(r"open (http://(\S+?):(\d+)/(?:\?token=(\S+))?)", self.lines[-1])
+            assert self.script.poll(), f"rate.py did not start: {self.script.result().stderr}"
+            found = re.search(r"open (http://(\S+?):(\d+)/(?:\?token=(\S+))?)\n", self.script.said())
+            time.sleep(0.01)
         self.url, self.host, self.port, self.token = found[1], found[2], int(found[3]), found[4]
-        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True)
-        self._reader.start()
         if self.token:  # as a browser does when the address is opened
             self.cookie = self.ask(f"/?token={self.token}").headers["set-cookie"].partition(";")[0]
 
     def end(self, how: int = signal.SIGINT) -> int:
         """The exit status after a signal."""
-        self.process.send_signal(how)
-        status = self.process.wait(20)
-        self._reader.join(20)
-        return status
+        os.kill(self.script.pid, how)
+        result = self.script.result(20)
+        self.lines = result.stderr.splitlines()
+        return result.returncode
 
     def ask(self, path: str, body=None, method: str = "", **headers) -> SimpleNamespace:
         """One request as the page sends it; `headers` come on top, None takes one away."""

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, forget
+from common_fixtures import forget
+from launching import ROOT
 from safetensors.torch import load_file
 from script_tools import load_module
 

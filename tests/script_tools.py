@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from absl import flags
-from conftest import ROOT, forget, run_script
+from common_fixtures import forget
+from launching import ROOT, run_script
 from ml_collections import config_flags
 
 from ddpo_pytorch.data.isic import CAPTIONS, LABELS

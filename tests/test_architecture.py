@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from launching import ROOT
 
 PACKAGE = ROOT / "ddpo_pytorch"
 FLOORS = (

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from absl import flags
-from conftest import ROOT
+from launching import ROOT
 from ml_collections import ConfigDict, config_flags
 from script_tools import load_module
 

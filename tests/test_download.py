@@ -13,7 +13,7 @@ from unittest.mock import create_autospec
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from launching import ROOT, run_script
 from script_tools import load_module
 from test_classifier import published_file
 from tiny_unet import legacy, random_weights

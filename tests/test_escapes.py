@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from launching import ROOT
 from PIL import Image
 from script_tools import load_module
 

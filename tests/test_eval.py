@@ -6,15 +6,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from launching import ROOT, Script
 from PIL import Image, JpegImagePlugin
 from script_tools import PROMPTS, files_of, load_module, options, succeed
 from tiny_unet import randomize
@@ -110,13 +108,11 @@ def test_nodes_without_a_common_folder_are_refused(tmp_path):
 @pytest.mark.slow
 def test_a_killed_run_is_completed_by_two_processes_to_the_same_bytes(samples, command, tmp_path):
     folder = tmp_path / "killed"
-    arguments = [sys.executable, "scripts/eval.py", *command(folder)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(folder.glob("images/*/*.png")):
+    script = Script("scripts/eval.py", *command(folder))
+    while script.poll() and not list(folder.glob("images/*/*.png")):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    script.kill()
+    assert script.processes[0].exitcode == -signal.SIGKILL
     assert 0 < len(list(folder.glob("images/*/*.png"))) < 4 * COUNT and not (folder / "image_log.json").exists()
     # other remains of a kill: an image without its line, a line cut short, a temporary file
     if missing := [path for path in files_of(samples) if path.endswith(".png") and not (folder / path).exists()]:
@@ -124,7 +120,7 @@ def test_a_killed_run_is_completed_by_two_processes_to_the_same_bytes(samples, c
         shutil.copy(samples / missing[0], folder / missing[0])
     with open(folder / "image_log.part0.jsonl", "a") as file:
         file.write('{"prompt": "a dermo')
-    next(folder.glob("images/*")).joinpath(f".00002.png.{process.pid}.tmp").write_bytes(b"")
+    next(folder.glob("images/*")).joinpath(f".00002.png.{script.pid}.tmp").write_bytes(b"")
     result = succeed("eval.py", *command(folder), processes=2)
     assert files_of(folder) == files_of(samples) and result.stderr.count("images in") == 1
 

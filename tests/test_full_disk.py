@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import run_script
+from launching import run_script
 from script_tools import files_of
 
 from ddpo_pytorch.utils.errors import UserError

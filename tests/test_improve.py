@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from judge_tools import FUNDUS_PROMPTS, threshold_between, write_judges
+from launching import ROOT
 from ml_collections import ConfigDict
 from PIL import Image
 from script_tools import files_of, load_module, options, succeed

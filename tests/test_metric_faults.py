@@ -1,7 +1,7 @@
 """metric.py given what it cannot or should not measure: one line that names the file, and what was computed stays."""
 
 import pytest
-from conftest import run_script
+from launching import run_script
 from PIL import Image
 from sample_sets import images_of, write_samples
 from script_tools import options

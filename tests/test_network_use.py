@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from launching import ROOT
 from rated_world import write_config, write_rated_world
 from sample_sets import write_samples
 from script_tools import options

@@ -9,7 +9,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import ROOT
+from launching import ROOT
 
 # distribution by import name, where they differ
 DISTRIBUTIONS = {

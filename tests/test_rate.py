@@ -14,7 +14,7 @@ from http.client import HTTPException
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from launching import ROOT
 from PIL import Image
 from rating_tools import PROMPTS, RatePage, write_gallery
 from script_tools import load_module

@@ -3,12 +3,10 @@
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launching import ON_CPU, ROOT
+from launching import ROOT, Script
 from rated_world import write_bert
 from rating_tools import RatePage, write_gallery
 
@@ -50,8 +48,8 @@ def test_the_documented_commands_end_in_trained_judges(tmp_path, monkeypatch):
     assert state["rated"] == 15 and page.end() == 0
 
     sizes = [f"--config.rlhf.{name}={setting}" for name, setting in SMALL.items()]
-    words = [sys.executable, "scripts/train_rlhf.py", *command("train_rlhf.py"), *sizes, "--config.mixed_precision=no"]
-    result = subprocess.run(words, env=os.environ | ON_CPU, capture_output=True, text=True, timeout=300)
+    words = [*command("train_rlhf.py"), *sizes, "--config.mixed_precision=no"]
+    result = Script("scripts/train_rlhf.py", *words, cwd=tmp_path).result()
     assert result.returncode == 0, result.stderr[-2000:]
     assert "15 ratings of 15 images" in result.stderr and list(tmp_path.glob("**/selector.safetensors"))
 

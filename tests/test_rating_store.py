@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from launching import ROOT
 from rating_tools import PROMPTS, write_gallery
 from script_tools import load_module
 

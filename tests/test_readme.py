@@ -11,8 +11,8 @@ import torch
 import yaml
 from absl import flags
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT
 from diffusers import StableDiffusionPipeline
+from launching import ROOT
 from ml_collections import config_flags
 from test_configs import load
 

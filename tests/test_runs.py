@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from launching import ROOT
 from test_readme import build, check_script
 
 RUNS = sorted(path for path in (ROOT / "runs").glob("*.sh") if path.stem != "common")

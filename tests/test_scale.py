@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import random_pipeline
+from common_fixtures import random_pipeline
 from launching import ON_CPU, ROOT, free_port, launcher_environment, run_script
 from rl_tools import as_flags, configured, weights
 from safetensors.torch import load_file

@@ -11,7 +11,7 @@ from pickle import UnpicklingError
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from launching import ROOT
 from safetensors.torch import save_file
 from torch import nn
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_pipeline
+from common_fixtures import random_pipeline
 from launching import ON_CPU, ROOT
 from rated_world import write_config, write_rated_world
 from rl_tools import as_flags, usual_settings

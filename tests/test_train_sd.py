@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from launching import ROOT
 from safetensors.torch import load_file, save_file
 from script_tools import assert_same_training, load_module, options, succeed
 from stage_tools import SPLIT, assert_equal, entries, unet_of
