@@ -115,7 +115,7 @@ print("127.0.0.1") if sys.argv[1] == "show" else open({str(tmp_path / "requeued"
     slurm = {"JOB_ID": 7, "JOB_NODELIST": "node[1-1]", "NNODES": 1, "NODEID": 0, "GPUS_ON_NODE": 2}
     environment = {f"SLURM_{name}": str(value) for name, value in slurm.items()} | {"MAIN_PORT": str(free_port())}
     environment["PATH"] = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = ["bash", "docs/slurm.sh", *as_flags(settings, num_epochs=1000, save_freq=1000)]
+    command = ["bash", "docs/slurm.sh", *as_flags(settings, num_epochs=1000, save_freq=1000, sample__num_steps=2)]
     environment = os.environ | ON_CPU | {"CUDA_VISIBLE_DEVICES": ""} | environment
     job = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "logs" / "run" / "metrics.jsonl"
@@ -278,7 +278,7 @@ def test_two_agents_restart_a_killed_worker_and_resume(settings, tmp_path):
         "--rdzv_backend=c10d",
         "--rdzv_id=run",
         f"--rdzv_endpoint=127.0.0.1:{free_port()}",
-        "--monitor_interval=1",
+        "--monitor_interval=0.1",
     ]
     command = [*launch, tmp_path / "faulty.py", *as_flags(settings, sample__num_steps=2)]
     # as documented: torchrun's shared store answers with the addresses of workers that have ended
