@@ -49,7 +49,7 @@ print(json.dumps({{"script": "memory", "host_syncs": [], "gib": memory_budget.dd
 """
 
 
-def simulate(*commands: list[object], timeout: float = 500) -> list[dict]:
+def simulate(*commands: list[object], timeout: float = 900) -> list[dict]:
     """Run scripts one after another; what was counted of each, with "syncs" in the training loop by function."""
     words = [str(word) for command in commands for word in ("--", *command)][1:]
     environment = {name: value for name, value in (os.environ | ON_CPU).items() if name != "ACCELERATE_USE_CPU"}
