@@ -70,7 +70,7 @@ def samples(command, tmp_path_factory) -> Path:
     """The folder that one process of eval.py writes."""
     folder = tmp_path_factory.mktemp("samples") / "rl"
     result = succeed("eval.py", *command(folder))
-    assert "44 images for 4 prompts, 44 are missing" in result.stderr
+    assert "44 images for 4 prompts, 44 missing" in result.stderr
     assert f"44 images in {folder}" in result.stderr and re.search(r"44 images drawn, [\d.]+ images/s", result.stderr)
     return folder
 
