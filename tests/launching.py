@@ -23,7 +23,7 @@ LIBRARIES = (
     *("torch", "torchvision", "accelerate", "absl.app", "ml_collections.config_flags", "timm", "peft", "scipy.stats"),
     *("diffusers.loaders", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "transformers.pipelines"),
     *("transformers.models.clip.modeling_clip", "transformers.models.bert.modeling_bert", "matplotlib.figure"),
-    *("pandas", "torchmetrics", "torch.distributed.run"),
+    *("pandas", "torchmetrics"),
 )
 ON_CPU = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
 FORKS = multiprocessing.get_context("forkserver")
