@@ -323,6 +323,9 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # how patches become tokens: "linear", as in the document; "conv", convolutions with batch norm, which learn from a
     # thousand rated images what a linear stem cannot (see docs/fundus.md).
     rlhf.stem = "linear"
+    # a timm network in the transformer's place, e.g. tf_efficientnet_lite0 ("": none; patch, width, heads and layers
+    # are the transformer's). Its weights at the start: "imagenet", "none" or the path of a file.
+    rlhf.update(backbone="", backbone_weights="imagenet")
     # model folder whose autoencoder reconstructs rated photographs before training ("": none): otherwise judges take
     # its blur for a fault, and reject every generated image.
     rlhf.autoencoder = ""

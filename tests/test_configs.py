@@ -50,8 +50,29 @@ def test_fundus_experiments_exist_at_both_scales():
         assert "rl4med-out" not in small.to_json_best_effort()
 
 
+def test_odir_uses_one_root_and_sizes_of_its_own():
+    odir, fundus = load("odir128"), load("fundus")
+    for experiment in (
+        "train_vae",
+        "finetune_sd",
+        "train_rlhf",
+        "train_rlhf_held_out",
+        "improve",
+        "ddpo",
+        "eval_improved",
+    ):
+        config = odir.get_config(experiment)
+        assert (config.sd.image_size, config.rlhf.image_size, config.dataset.image_size) == (128, 128, 128)
+        check_training(config)
+        rlhf.check_settings(config.rlhf)
+        config.base_log_path = "/elsewhere"
+        assert "rl4med-out" not in config.to_json_best_effort()
+    assert odir.get_config("real_images").pretrained.model == "" and not fundus.get_config("ddpo").rlhf.backbone
+    assert odir.get_config("train_rlhf_held_out").rlhf.backbone != odir.get_config("train_rlhf").rlhf.backbone
+
+
 def test_unknown_fields_and_experiments_fail_by_name():
-    for name in ("mini", "fundus"):
+    for name in ("mini", "fundus", "odir128"):
         with pytest.raises(ValueError, match="'nope' is unknown"):
             load(name).get_config("nope_mini" if name == "fundus" else "nope")
     with pytest.raises(AttributeError, match="learnin_rate"):

@@ -180,6 +180,7 @@ IMPOSSIBLE = {
         "sizes__dropout": (1, math.nan),
         "sizes__mlp_ratio": (10**9, 0, math.inf),
         "sizes__stem": ("other", 3),
+        "sizes__backbone": (3, "nonsense", "../x", "hf-hub:a/b", "test_efficientnet"),
         "sizes__unknown": (3,),
         "sizes": (None, [16, 8]),
         "threshold": ("0.5", math.nan, [0.5], True),

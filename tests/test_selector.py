@@ -1,4 +1,4 @@
-"""Selector and Policy: sizes, scores of single images, both stems, files, text encoders."""
+"""Selector and Policy: sizes, scores of single images, both stems, a backbone, files, text encoders."""
 
 import json
 import math
@@ -19,6 +19,8 @@ from ddpo_pytorch.utils.errors import UserError
 
 TINY = VisionSizes(image_size=32, patch_size=8, width=32, layers=2, heads=2, dropout=0.1)
 STEM = VisionSizes(image_size=32, patch_size=8, width=32, layers=1, heads=2, dropout=0.1, stem="conv")
+BACKBONE = VisionSizes(image_size=32, width=32, backbone="test_efficientnet")
+SIZES = {"selector": TINY, "policy": TINY, "stem": STEM, "backbone": BACKBONE}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,10 @@ def make(bert, kind="selector"):
         judge = Policy(TINY, TextFeatures(bert, 16))
         judge.fit_text(PROMPTS)
         return judge
-    return Selector(STEM if kind == "stem" else TINY)
+    selector = Selector(SIZES[kind])
+    if kind == "backbone":  # a random one's features hardly differ between images
+        selector.head[-1].weight.data.mul_(1000)
+    return selector
 
 
 @pytest.fixture
@@ -64,11 +69,11 @@ def test_full_size_is_the_document_s():
     assert [layer.out_features for layer in selector.head if hasattr(layer, "out_features")] == [256, 64, 1]
 
 
-@pytest.mark.parametrize("kind", ["selector", "policy", "stem"])
+@pytest.mark.parametrize("kind", SIZES)
 def test_every_image_has_a_score_of_its_own(bert, kind, images):
     judge = make(bert, kind).train()
     arguments = (list(PROMPTS) * 3,) if kind == "policy" else ()
-    if kind == "stem":
+    if kind in ("stem", "backbone"):
         judge(judge.preprocess(images))  # statistics of batch norm
 
     def score(order):
@@ -125,7 +130,7 @@ def test_text_features_are_centred_cls_states(policy):
     assert all(name.split(".")[0] in ("encoder", "head", "text_mean", "text_scale") for name in policy.state_dict())
 
 
-@pytest.mark.parametrize("kind", ["selector", "stem"])
+@pytest.mark.parametrize("kind", ["selector", "stem", "backbone"])
 def test_files_hold_what_is_needed(bert, kind, policy, images, tmp_path):
     selector, prompts = make(bert, kind), list(PROMPTS) * 3
     with pytest.raises(UserError, match="threshold"):
@@ -184,5 +189,6 @@ def test_sizes_are_checked():
         ({"dropout": math.nan}, "dropout is nan"),
         ({"image_size": 48, "patch_size": 12, "stem": "conv"}, "patch_size.*12"),
         ({"stem": "deep"}, "stem.*'deep'"),
+        ({"backbone": "deep"}, "backbone 'deep'"),
     ):
         refused(message, VisionSizes, **fields)

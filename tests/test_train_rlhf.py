@@ -8,10 +8,11 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 from launching import Script
 from rated_world import PROMPTS, stripes, write_bert, write_config, write_rated_world
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from script_tools import assert_same_training, files_of, options, succeed
 
 from ddpo_pytorch.generator.pipeline import load_pipeline
@@ -206,6 +207,22 @@ def test_settings_reach_the_training(train, table, tmp_path):
     before = load_file(tmp_path / "plain" / "policy_stage_1.safetensors")["head.8.weight"]
     assert torch.equal(before, found["plain"])
     assert (found["plain 2"] - before).abs().max() < 1e-4  # a handful of small steps of Adam away
+
+
+def test_a_backbone_starts_from_its_file(train, tmp_path):
+    torch.manual_seed(7)
+    network = timm.create_model("test_efficientnet")
+    save_file(network.state_dict(), tmp_path / "network.safetensors")
+    fields = dict(backbone="test_efficientnet", backbone_weights=str(tmp_path / "network.safetensors"))
+    log = train(output=tmp_path / "out", num_epochs=1, stages=(1,), learning_rate=1e-7, **fields)
+    for name in NAMES:  # a handful of steps of Adam away
+        weights = load_file(tmp_path / "out" / name)
+        torch.testing.assert_close(weights["encoder.vit.conv_stem.weight"], network.conv_stem.weight, rtol=0, atol=1e-5)
+    selector, policy = load_judges(tmp_path / "out")
+    assert selector.features == policy.features == 256 and "network.safetensors" in log
+    assert policy.head[0].in_features == 256 + policy.text.width and selector.sizes.backbone == "test_efficientnet"
+    with pytest.raises(UserError, match="'imagenett'"):
+        train(output=tmp_path / "other", **fields | {"backbone_weights": "imagenett"})
 
 
 def test_one_rating_for_both_by_two_experts(train, table, tmp_path):

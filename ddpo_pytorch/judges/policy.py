@@ -61,7 +61,7 @@ class Policy(Judge):
         self.text = text
         self.register_buffer("text_mean", torch.zeros(text.width))
         self.register_buffer("text_scale", torch.ones(()))
-        layers, width = [], sizes.width + text.width
+        layers, width = [], self.features + text.width
         for inner in (sizes.width, sizes.width // 2):
             layers += [nn.Linear(width, inner), nn.LayerNorm(inner), nn.ReLU(), nn.Dropout(sizes.dropout)]
             width = inner

@@ -39,7 +39,7 @@ class Selector(Judge):
         self.criteria = tuple(criteria)
         self.threshold: float | None = None
         self.calibration: Mapping[str, Any] = {}
-        layers, width = [], sizes.width
+        layers, width = [], self.features
         for inner in HEAD:
             layers += [nn.Linear(width, inner), nn.GELU(), nn.Dropout(sizes.dropout)]
             width = inner

@@ -1,4 +1,4 @@
-"""Base of Selector and Policy: timm's vision transformer, preprocessing, and the judges' files."""
+"""Base of Selector and Policy: an image encoder from timm, preprocessing, and the judges' files."""
 
 import json
 from collections import OrderedDict
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torchvision.transforms.functional as tvf
 from safetensors.torch import save_file
@@ -35,11 +36,13 @@ MIN_CHANNELS = 24  # of the stem's convolutions
 
 @dataclass(frozen=True)
 class VisionSizes:
-    """Sizes of a vision transformer. Raises UserError for impossible ones.
+    """Sizes of an image encoder: a vision transformer, or a `backbone` of timm. Raises UserError for impossible ones.
 
     `stem` turns patches into tokens: "linear" is one projection; "conv" is `conv_stem` (after Xiao et al. 2021), which
     learns blur and noise from few images. `width` is the size of a token, split among `heads`; `dropout` follows
     positions, attention and both layers of each MLP, whose hidden width is `mlp_ratio` x width.
+
+    With a `backbone` (a timm model name), only image_size applies, and `width` to the Policy's MLP.
     """
 
     image_size: int = 512
@@ -50,10 +53,15 @@ class VisionSizes:
     dropout: float = 0.1
     mlp_ratio: float = 4.0
     stem: str = "linear"
+    backbone: str = ""
 
     def __post_init__(self):
         check_ranges(vars(self), RANGES)
         check_choices(vars(self), {"stem": STEMS})
+        if self.backbone:
+            if not isinstance(self.backbone, str) or not timm.is_model(self.backbone):
+                raise UserError(f"backbone {self.backbone!r} is unknown to timm; try tf_efficientnet_lite0")
+            return
         for name, divisor in (("image_size", "patch_size"), ("width", "heads")):
             size, part = getattr(self, name), getattr(self, divisor)
             if size % part:
@@ -65,9 +73,9 @@ class VisionSizes:
 class Judge(nn.Module):
     """Base of Selector and Policy, whose `forward` returns a logit per image; the score is its sigmoid.
 
-    `encoder` maps preprocessed images (B, 3, S, S) to features (B, width): the class token after the last LayerNorm,
-    or, with stem "conv", the mean of the other tokens. `origin` describes training data and settings (plain values).
-    `criteria` name a Selector's further outputs.
+    `encoder` maps preprocessed images (B, 3, S, S) to `features` (B, F): the backbone's pooled ones, or F = width
+    values of the transformer, the class token after the last LayerNorm or, with stem "conv", the mean of the others.
+    `origin` describes training data and settings (plain values). `criteria` name a Selector's further outputs.
     """
 
     criteria: tuple[str, ...] = ()
@@ -76,21 +84,9 @@ class Judge(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.origin: Mapping[str, Any] = {}
-        vit = VisionTransformer(
-            img_size=sizes.image_size,
-            patch_size=sizes.patch_size,
-            num_classes=0,
-            global_pool="avg" if sizes.stem == "conv" else "token",
-            fc_norm=False,
-            embed_dim=sizes.width,
-            depth=sizes.layers,
-            num_heads=sizes.heads,
-            mlp_ratio=sizes.mlp_ratio,
-            **dict.fromkeys(("pos_drop_rate", "proj_drop_rate", "attn_drop_rate"), sizes.dropout),
-        )
-        if sizes.stem == "conv":
-            vit.patch_embed.proj = conv_stem(sizes.patch_size, sizes.width)
-        self.encoder = nn.Sequential(OrderedDict(vit=vit))
+        network = pretrained_network(sizes) if sizes.backbone else vision_transformer(sizes)
+        self.features: int = getattr(network, "head_hidden_size", None) or network.num_features
+        self.encoder = nn.Sequential(OrderedDict(vit=network))
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
         """Resize images (B, 3, H, W) in [0, 1] and map them to [-1, 1]: (B, 3, S, S), float32; input unchanged.
@@ -109,6 +105,32 @@ class Judge(nn.Module):
             return self(pixels, *(values.to(device) for values in inputs)).float().sigmoid()
         finally:
             self.train(training)
+
+
+def pretrained_network(sizes: VisionSizes) -> nn.Module:
+    """Return timm's network `sizes.backbone`, with random weights and without its classifier."""
+    fixed = {"img_size": sizes.image_size} if timm.get_pretrained_cfg(sizes.backbone).fixed_input_size else {}  # ViT
+    network = timm.create_model(sizes.backbone, num_classes=0, **fixed)
+    return network.to(memory_format=torch.channels_last)  # faster on a CPU, as in judges.classifier
+
+
+def vision_transformer(sizes: VisionSizes) -> VisionTransformer:
+    """Return a vision transformer of these sizes with random weights."""
+    vit = VisionTransformer(
+        img_size=sizes.image_size,
+        patch_size=sizes.patch_size,
+        num_classes=0,
+        global_pool="avg" if sizes.stem == "conv" else "token",
+        fc_norm=False,
+        embed_dim=sizes.width,
+        depth=sizes.layers,
+        num_heads=sizes.heads,
+        mlp_ratio=sizes.mlp_ratio,
+        **dict.fromkeys(("pos_drop_rate", "proj_drop_rate", "attn_drop_rate"), sizes.dropout),
+    )
+    if sizes.stem == "conv":
+        vit.patch_embed.proj = conv_stem(sizes.patch_size, sizes.width)
+    return vit
 
 
 class Detail(nn.Module):

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from ddpo_pytorch.data.fundus import MODALITY, modality_of
 from ddpo_pytorch.data.images import RESIZES
 from ddpo_pytorch.judges import policy as policies
+from ddpo_pytorch.judges.classifier import new_classifier
 from ddpo_pytorch.judges.classifier_training import EpochBatches, reset_scaler
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, Policy, TextFeatures, save_policy
 from ddpo_pytorch.judges.selector import MLP_RATIO, Selector, load_selector, save_selector
@@ -44,6 +45,7 @@ DESCRIPTION = policies.DESCRIPTION | {"origin": {"stage": range(1, 3), "epochs":
 COLUMN = {"selector": "quality", "policy": "alignment"}
 # settings that do not identify a stage: paths (their contents do) and, for stage 1, settings of stage 2
 PATHS = ("ratings", "data_path", "val_ratings", "pool", "output", "stages", "text_encoder", "autoencoder")
+PATHS += ("backbone_weights",)
 SECOND_ONLY = ("second_learning_rate", "importance", "importance_range", "replay_share")
 RANGES = dict.fromkeys(("num_epochs", "batch_size", "text_tokens"), allowed.ONE_OR_MORE)
 RANGES |= dict.fromkeys(("learning_rate", "second_learning_rate", "final_learning_rate"), allowed.POSITIVE)
@@ -265,13 +267,19 @@ def check_output(output: Path, stages: tuple[int, ...]) -> None:
 def first_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedSet, val_set: RatedSet) -> None:
     """Train both judges on all ratings and calibrate the threshold."""
     rlhf, output = config.rlhf, Path(config.rlhf.output)
-    sizes = {name: rlhf[name] for name in ("image_size", "patch_size", "width", "heads", "dropout", "stem")}
+    names = ("image_size", "patch_size", "width", "heads", "dropout", "stem", "backbone")
+    sizes = {name: rlhf[name] for name in names}
     with accelerator.local_main_process_first():  # one process downloads
         text = TextFeatures(rlhf.text_encoder, rlhf.text_tokens, accelerator.device)
+        if rlhf.backbone:
+            start = new_classifier(("none",), rlhf.image_size, rlhf.backbone, rlhf.backbone_weights).model.state_dict()
     set_seed(config.seed)
     selector = Selector(VisionSizes(layers=rlhf.selector_layers, mlp_ratio=MLP_RATIO, **sizes), train_set.criteria)
     policy = Policy(VisionSizes(layers=rlhf.policy_layers, **sizes), text)
     policy.fit_text(train_set.prompts)
+    for judge in (selector, policy) if rlhf.backbone else ():
+        encoder = judge.encoder.vit
+        encoder.load_state_dict({name: start[name] for name in encoder.state_dict()})  # all but the classifier
     judges = {"selector": selector, "policy": policy}
     selector.origin = policy.origin = train_stage(accelerator, 1, judges, train_set, val_set, config)
     calibrate(selector, all_scores(accelerator, selector, val_set, rlhf.batch_size)[:, 0], val_set, rlhf.threshold)
