@@ -302,14 +302,17 @@ def test_rounds_resume(run, fields, tmp_path, monkeypatch, capsys, caplog):
         if Path(command[1]).parent.name != "scripts":
             return start(command, **keywords)
         assert command[2] == "--config.seed=42" and "accelerate" not in command
+        assert emptied.pop() and not emptied  # the script may need the memory of the last measurement
         given = dict(word.removeprefix("--config.").split("=", 1) for word in command[2:])
         commands.append((Path(command[1]).name, given))
         literals = {name: ast.literal_eval(text) for name, text in given.items() if re.fullmatch(r"[\d.e(),-]+", text)}
         run(commands[-1][0], **{name.replace(".", "__"): value for name, value in (given | literals).items()})
         return subprocess.CompletedProcess(command, 0)
 
-    commands, settings = [], {"improve__methods": ("finetune", "ddpo"), "improve__update_policy": True}
+    commands, emptied = [], []
+    settings = {"improve__methods": ("finetune", "ddpo"), "improve__update_policy": True}
     caplog.set_level("INFO")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
     monkeypatch.setattr(subprocess, "run", start)
     monkeypatch.setattr(sys, "argv", ["improve.py", "--launch", "accelerate", "--config.seed=42", "-launch=accelerate"])
     run("improve.py", **settings)
