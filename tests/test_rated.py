@@ -17,7 +17,7 @@ from ddpo_pytorch.judges.selector import Selector
 from ddpo_pytorch.judges.vit import VisionSizes, resized
 from ddpo_pytorch.phantoms import fundus
 from ddpo_pytorch.phantoms.damage import KINDS, STRUCTURAL
-from ddpo_pytorch.rlhf.rated_images import best_threshold, measures, probe, read_rated, through_autoencoder
+from ddpo_pytorch.rlhf.rated_images import best_threshold, by_finding, measures, probe, read_rated, through_autoencoder
 from ddpo_pytorch.utils.errors import UserError
 
 
@@ -76,6 +76,21 @@ def test_probes_show_what_a_selector_passes_that_is_no_retina(tmp_path):
     assert table.loc["rated 3", ["images", "passed", "AUC"]].tolist() == ["5", "1.000", "0.500"]
     assert table.loc["flat", "passed"] == table.loc["mirrored", "passed"] == "1.000" and table.images.iloc[-1] == "1"
     assert float(table.loc["swapped", "AUC"]) > 0.9
+
+
+def test_policy_is_reported_by_finding(tmp_path):
+    """Scores that are right for drusen, chance for cataract; lens dust is too rare."""
+    Image.new("RGB", (SIZE, SIZE)).save(path := tmp_path / "x.png")
+    says = ["drusen", "cataract", "drusen, cataract"] * 20 + ["lens dust"] * 12
+    prompts = [f"Fundus: The left eye fundus image shows {text}." for text in says]
+    aligned = [3.0 if number % 2 else 1.0 for number in range(60)] + [3.0] * 12
+    images = [rated(path, *one) for one in zip(prompts, [3.0] * 72, aligned, strict=True)]
+    learned = read_rated(images, SIZE, "stretch")
+    only_drusen = torch.tensor([text == "drusen" for text in says])
+    scores = torch.where(only_drusen, learned.rewards["alignment"], 0.5)
+    table = by_finding(scores, learned).set_index("finding")
+    assert list(table.index) == ["all", "drusen", "cataract"] and table.images.tolist() == ["72", "40", "40"]
+    assert table.loc["drusen", "AUC"] == "0.875" and table.loc["cataract", "AUC"] == "0.500"
 
 
 def test_threshold_has_the_best_j(table):

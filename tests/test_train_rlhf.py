@@ -129,7 +129,9 @@ def test_stages_apart_and_stopped_trainings_end_like_an_uninterrupted_one(train,
     found = files_of(apart)
     assert found["policy_stage_1.safetensors"] == first["policy.safetensors"] != found["policy.safetensors"]
     assert found["selector.safetensors"] == first["selector.safetensors"]
-    assert sorted(found) == sorted((*NAMES, "policy_stage_1.safetensors", "metrics.jsonl", "probes.md"))  # and no state
+    assert sorted(found) == sorted(
+        (*NAMES, "policy_stage_1.safetensors", "metrics.jsonl", "probes.md", "findings.md")
+    )  # and no state
     with pytest.raises(UserError, match="stage 2 in .* is finished"):
         train(output=apart, stages=(2,))
 

@@ -75,6 +75,12 @@ def _description(text: str, modality: str) -> str:
     return re.sub(rf"^{re.escape(modality)}\s*:\s*", "", " ".join(text.split()), count=1, flags=re.IGNORECASE)
 
 
+def findings_of(caption: str) -> set[str]:
+    """Return the findings in a caption, which are separated by commas, without modality and eye."""
+    text = re.sub(r"^.*?\bshows\b", "", _MODALITY.sub("", caption, count=1).lower())
+    return {" ".join(re.sub(r"\b(left|right)\b|[.]", " ", part).split()) for part in text.split(",")} - {""}
+
+
 def modality_of(prompt: str) -> str:
     """Return the modality at the start of a prompt made by `caption_of`, else ""."""
     match = _MODALITY.match(prompt)

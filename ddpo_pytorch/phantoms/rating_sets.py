@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from ddpo_pytorch.data import ratings
-from ddpo_pytorch.data.fundus import MODALITY, Row, check_images, load_split, modality_of
+from ddpo_pytorch.data.fundus import MODALITY, Row, check_images, findings_of, load_split, modality_of
 from ddpo_pytorch.data.images import RESIZES, load_pixels, save_image
 from ddpo_pytorch.data.sample_folder import RECORD
 from ddpo_pytorch.data.tables import write_table
@@ -129,7 +128,7 @@ def _true_ratings(rows: Sequence[Row], mismatched: float, rng: np.random.Generat
     """Return quality, alignment, prompt and patient of the three GRADES of every row, some with swapped captions."""
     count = len(rows)
     swapped = np.stack([rng.permutation(count) < round(mismatched * count) for _ in GRADES], axis=1)
-    findings = [_findings(row.caption) for row in rows]
+    findings = [findings_of(row.caption) for row in rows]
     truth = []
     for index, row in enumerate(rows):
         for grade, swap in zip(GRADES, swapped[index], strict=True):
@@ -141,12 +140,6 @@ def _true_ratings(rows: Sequence[Row], mismatched: float, rng: np.random.Generat
                 prompt = rows[other].caption
             truth.append(dict(quality=grade, alignment=1 if swap else 3, prompt=prompt, patient=row.patient))
     return truth
-
-
-def _findings(caption: str) -> set[str]:
-    """Return the findings in a caption, which are separated by commas, without the eye."""
-    text = re.sub(r"^.*?\bshows\b", "", caption.lower())
-    return {" ".join(re.sub(r"\b(left|right)\b|[.]", " ", part).split()) for part in text.split(",")} - {""}
 
 
 def _simulate_raters(truth: Sequence[dict], raters: int, rng: np.random.Generator) -> list[dict]:

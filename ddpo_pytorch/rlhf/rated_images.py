@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from scipy.stats import spearmanr
 
-from ddpo_pytorch.data.fundus import names_side
+from ddpo_pytorch.data.fundus import findings_of, names_side
 from ddpo_pytorch.data.images import load_image, to_uint8
 from ddpo_pytorch.data.ratings import CRITERIA, RatedImage
 from ddpo_pytorch.data.sample_folder import LOG, is_framed, read_log
@@ -31,6 +32,7 @@ from ddpo_pytorch.utils.randomness import Stream, generator_of
 COLUMNS = ("quality", "alignment")  # learned by the Selector and the Policy
 BINS = 10  # of the calibration error
 PROBED = 100  # images to derive the Selector's probes from
+FEWEST = 10  # images that show a finding, and that do not, for an AUC of the finding
 
 
 @dataclass
@@ -153,6 +155,24 @@ def probe(selector: Selector, rated: RatedSet, batch_size: int) -> pd.DataFrame:
             values = scores.mean(), selector.accepts(scores).double().mean(), auc
             rows.append([name, str(len(images)), *(f"{float(value):.3f}" for value in values)])
     return pd.DataFrame(rows, columns=["kind", "images", "score", "passed", "AUC"])
+
+
+def by_finding(scores: torch.Tensor, rated: RatedSet) -> pd.DataFrame:
+    """Return how well a Policy's scores (N,) tell images that show what their caption says from others, by finding.
+
+    A row has all images whose caption names the finding: their number, and the AUC of an alignment of at least 2. The
+    first row has all images; findings with fewer than FEWEST images on either side are left out.
+    """
+    findings, rewards = [findings_of(prompt) for prompt in rated.prompts], rated.rewards["alignment"]
+    counts = Counter(finding for one in findings for finding in one)
+    rows = []
+    for finding in ("all", *(name for name, _ in counts.most_common())):
+        named = torch.tensor([finding == "all" or finding in one for one in findings])
+        good = int((rewards[named] >= 0.5).sum())
+        if finding == "all" or FEWEST <= good <= int(named.sum()) - FEWEST:
+            auc = measures(scores[named], rewards[named])["auc"]
+            rows.append([finding, str(int(named.sum())), "-" if auc is None else f"{auc:.3f}"])
+    return pd.DataFrame(rows, columns=["finding", "images", "AUC"])
 
 
 def best_threshold(scores: torch.Tensor, rewards: torch.Tensor) -> tuple[float, float]:

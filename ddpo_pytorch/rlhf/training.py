@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
@@ -27,7 +28,7 @@ from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, Policy, TextF
 from ddpo_pytorch.judges.selector import MLP_RATIO, Selector, load_selector, save_selector
 from ddpo_pytorch.judges.vit import VisionSizes, read_judge
 from ddpo_pytorch.metrics.tables import to_markdown
-from ddpo_pytorch.rlhf.rated_images import RatedSet, best_threshold, measures, probe
+from ddpo_pytorch.rlhf.rated_images import RatedSet, best_threshold, by_finding, measures, probe
 from ddpo_pytorch.rlhf.reinforce import OBJECTIVES, advantages, importance_weights, reinforce_loss
 from ddpo_pytorch.utils import settings as allowed
 from ddpo_pytorch.utils.distributed import to_device
@@ -283,16 +284,30 @@ def first_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedSe
     judges = {"selector": selector, "policy": policy}
     selector.origin = policy.origin = train_stage(accelerator, 1, judges, train_set, val_set, config)
     calibrate(selector, all_scores(accelerator, selector, val_set, rlhf.batch_size)[:, 0], val_set, rlhf.threshold)
+    report_findings(accelerator, config, policy, val_set)
     if accelerator.is_main_process:
         if modality_of(val_set.prompts[0]) == MODALITY:
-            table = to_markdown(probe(selector, val_set, rlhf.batch_size))
-            logger.info("Selector scores of validation images, as they are and damaged:\n%s", table)
-            with atomic_write(output / "probes.md") as temporary:
-                temporary.write_text(table)
+            probes = probe(selector, val_set, rlhf.batch_size)
+            report("Selector scores of validation images, as they are and damaged", probes, output / "probes.md")
         save_selector(selector, output / SELECTOR_FILE)
         save_policy(policy, output / POLICY_FILE)
         (output / FIRST_POLICY).unlink(missing_ok=True)  # of an earlier training, whose judges were moved away
     accelerator.wait_for_everyone()
+
+
+def report(title: str, table: pd.DataFrame, path: Path) -> None:
+    """Log a table and write it as Markdown."""
+    text = to_markdown(table)
+    logger.info("%s:\n%s", title, text)
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
+
+
+def report_findings(accelerator: Accelerator, config: ConfigDict, policy: Policy, val_set: RatedSet) -> None:
+    """Log how well the Policy tells right captions from wrong ones by finding, and write findings.md."""
+    table = by_finding(all_scores(accelerator, policy, val_set, config.rlhf.batch_size)[:, 0], val_set)
+    if accelerator.is_main_process:
+        report("AUC of right against wrong captions", table, Path(config.rlhf.output) / "findings.md")
 
 
 def calibrate(selector: Selector, scores: torch.Tensor, rated: RatedSet, given: float | None) -> None:
@@ -327,6 +342,7 @@ def second_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedS
             shutil.copyfile(first, temporary)
     samples, done = train_set.subset(chosen), policy.origin["epochs"]
     policy.origin = train_stage(accelerator, 2, {"policy": policy}, samples, val_set, config, done, scores[chosen])
+    report_findings(accelerator, config, policy, val_set)
     if accelerator.is_main_process:
         if other_threshold:
             save_selector(selector, output / SELECTOR_FILE)
