@@ -42,7 +42,7 @@ from ddpo_pytorch.utils.files import (
     remove_leftovers,
     write_json,
 )
-from ddpo_pytorch.utils.training_state import save_state
+from ddpo_pytorch.utils.training_state import TrainState
 
 FILES = ("unet.safetensors", "optimizer.pt", "progress.json")
 
@@ -180,7 +180,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
     assert {*calls[:5]} == {*FILES, "manifest.json", f".checkpoint_1.{os.getpid()}@{files.HOST}.tmp"}
     assert calls[5:] == [("name", "checkpoint_1"), tmp_path.name]
     calls.clear()
-    save_state(tmp_path / "state.pt", {"step": 1}, {"seed": 0})
+    TrainState(tmp_path / "state.pt", {"seed": 0}).save(step=1)
     assert calls == [f".state.pt.{os.getpid()}@{files.HOST}.tmp", ("name", "state.pt"), tmp_path.name]
 
 
@@ -290,7 +290,7 @@ def write_weights(path):
 WRITERS = {
     "json": lambda path: write_json(path, ["x" * 20_000]),
     "safetensors": write_weights,
-    "state": lambda path: save_state(path, {"weights": torch.ones(20_000)}, {"seed": 0}),
+    "state": lambda path: TrainState(path, {"seed": 0}).save(weights=torch.ones(20_000)),
     "settings": lambda path: claim_folder(path, {"x": "y" * 20_000}, {}),
 }
 

@@ -37,7 +37,7 @@ from ddpo_pytorch.metrics.networks import encoder_network, inception_network, lp
 from ddpo_pytorch.training.checkpoints import PROGRESS_FILE, STATE_FILE, UNET_FILE, load_checkpoint
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
-from ddpo_pytorch.utils.training_state import restore_state
+from ddpo_pytorch.utils.training_state import TrainState
 
 
 class Touch:
@@ -104,7 +104,7 @@ PLACES = {
     "LoRA of peft": ("adapter_model.bin", lambda path: load_lora(nn.Linear(1, 1), path.parent)),
     "LoRA": ("pytorch_lora_weights.safetensors", lambda path: load_lora(nn.Linear(1, 1), path)),
     "optimizer": (STATE_FILE, _checkpoint),
-    "training state": ("state.pt", lambda path: restore_state(path, {})),
+    "training state": ("state.pt", lambda path: TrainState(path, {}).load()),
     "Inception": ("inception.pth", lambda path: inception_network(str(path))),
     "AlexNet": ("alexnet.pth", lambda path: lpips_network(str(path))),
     "DINOv2": ("dinov2.pth", lambda path: encoder_network("dinov2_vits14", str(path))),

@@ -18,8 +18,8 @@ from script_tools import assert_same_training, files_of, options, succeed
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.policy import load_judges
 from ddpo_pytorch.rlhf.training import chosen_samples
-from ddpo_pytorch.utils import training_state
 from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.training_state import TrainState
 
 pytest_plugins = ["script_tools"]
 SCRIPT, NAMES = "train_rlhf.py", ("selector.safetensors", "policy.safetensors")
@@ -100,15 +100,15 @@ def stopped(train, monkeypatch):
     """Function (number, fields): run the script until it has saved its state that often."""
 
     def run(number, **fields):
-        save, calls = training_state.save_state, []
+        save, calls = TrainState.save, []
 
-        def stopping(*arguments):
-            calls.append(save(*arguments))
+        def stopping(state, **progress):
+            calls.append(save(state, **progress))
             if len(calls) == number:
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(training_state, "save_state", stopping)
+            patch.setattr(TrainState, "save", stopping)
             train(**fields)
 
     return run

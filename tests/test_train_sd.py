@@ -25,7 +25,7 @@ from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import has_mask
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import BatchDraws, Stream
-from ddpo_pytorch.utils.training_state import save_state
+from ddpo_pytorch.utils.training_state import TrainState
 
 pytest_plugins = ["script_tools", "stage_tools"]
 
@@ -249,14 +249,18 @@ def test_a_stopped_training_resumes_to_the_same_end(stage, model, base, train_st
 
 def test_a_damaged_state_is_refused_and_one_left_after_the_end_removed(train_stage, stopped, tmp_path, monkeypatch):
     fields, state = {"sd__stage": "vae", "sd__save_every": 1, "sd__num_steps": 3}, tmp_path / "vae_state.pt"
+    save = TrainState.save
 
-    def damage(path, content, belongs_to):
-        save_state(path, content | {"parts": content["parts"] | {part: 3}}, belongs_to)
+    def damage(trained, **progress):
+        save(trained, **progress)
+        content = torch.load(state)
+        content["state"]["parts"][part] = 3
+        torch.save(content, state)
 
     for part in ("weights", "optimizer", "average", ""):
         state.unlink(missing_ok=True)
         if part:
-            monkeypatch.setattr("ddpo_pytorch.utils.training_state.save_state", damage)
+            monkeypatch.setattr(TrainState, "save", damage)
             stopped(2, tmp_path, **fields)
         else:
             state.write_bytes(b"torn")

@@ -1,7 +1,7 @@
 """The state of an unfinished training: a single file, written atomically, from which the same command resumes."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,63 +32,40 @@ class TrainState:
         self.parts = {name: part for name, part in parts.items() if part is not None}
 
     def load(self) -> dict[str, Any] | None:
-        """Restore the parts; return the progress given to `save`, or None without a file. See `restore_state`."""
+        """Restore the parts; return the progress given to `save`, on the CPU, or None without a file.
 
-        def restore(state: Mapping[str, Any]) -> None:
-            for name, part in self.parts.items():
-                part.load_state_dict(state["parts"][name])
-            if not isinstance(state["progress"], dict):
-                raise TypeError("progress")
-
-        state = self.path and restore_state(self.path, self.settings, restore)
-        return state["progress"] if state else None
+        Raises UserError for a damaged file, and for a state of other settings, naming the first that differs.
+        """
+        if self.path is None or not self.path.is_file():
+            return None
+        try:
+            # memory-mapped, so that the processes of a node share one copy of weights and moments
+            saved = read_pickle(self.path, mmap=True)
+            state, old = saved["state"], parse_json(saved["belongs_to"], dict, "")
+            if not (changed := difference(old, json.loads(json.dumps(self.settings)))):
+                for name, part in self.parts.items():
+                    part.load_state_dict(state["parts"][name])
+                return {**state["progress"]}
+        except Exception as error:  # a damaged pickle can fail in any way
+            raise UserError(
+                f"{str(self.path)!r}, the state of an unfinished training run, is damaged ({type(error).__name__}); "
+                "delete it to start over"
+            ) from error
+        name, before, now = changed
+        raise UserError(
+            f"{str(self.path)!r} is the state of an unfinished training run with {name}={before}, now it is {now}; use "
+            "the same value to resume, choose another folder, or delete the file to start over"
+        )
 
     def save(self, **progress: Any) -> None:
-        """Write all parts and `progress` (tensors and plain values). Raises DiskFull, keeping the old file."""
-        if self.path is not None:
-            parts = {name: part.state_dict() for name, part in self.parts.items()}
-            save_state(self.path, {"parts": parts, "progress": progress}, self.settings)
+        """Durably write all parts and `progress` (tensors and plain values). Raises DiskFull, keeping the old file."""
+        if self.path is None:
+            return
+        state = {"parts": {name: part.state_dict() for name, part in self.parts.items()}, "progress": progress}
+        with atomic_write(self.path, durable=True) as temporary, open(temporary, "wb") as file:
+            torch.save({"state": state, "belongs_to": json.dumps(self.settings)}, file)
 
     def remove(self) -> None:
         """Delete the file of a finished training."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
-
-
-def save_state(path: str | Path, state: Mapping[str, Any], belongs_to: Mapping[str, Any]) -> None:
-    """Durably write tensors and plain values with the settings (JSON-able) that they belong to.
-
-    Raises DiskFull, with the old file untouched.
-    """
-    with atomic_write(path, durable=True) as temporary, open(temporary, "wb") as file:
-        torch.save({"state": dict(state), "belongs_to": json.dumps(belongs_to)}, file)
-
-
-def restore_state(
-    path: str | Path, belongs_to: Mapping[str, Any], restore: Callable[[Mapping[str, Any]], None] = lambda state: None
-) -> dict[str, Any] | None:
-    """Load the state that `save_state` wrote on the CPU, pass it to `restore` and return it; None without a file.
-
-    Raises UserError for a damaged file, including any error of `restore`, and for a state of other settings, naming
-    the first that differs.
-    """
-    path = Path(path)
-    if not path.is_file():
-        return None
-    try:
-        # memory-mapped, so that the processes of a node share one copy of weights and moments
-        saved = read_pickle(path, mmap=True)
-        state, old = dict(saved["state"]), parse_json(saved["belongs_to"], dict, "")
-        if not (changed := difference(old, json.loads(json.dumps(belongs_to)))):
-            restore(state)
-            return state
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise UserError(
-            f"{str(path)!r}, the state of an unfinished training run, is damaged ({type(error).__name__}); delete it "
-            "to start over"
-        ) from error
-    name, before, now = changed
-    raise UserError(
-        f"{str(path)!r} is the state of an unfinished training run with {name}={before}, now it is {now}; use the same "
-        "value to resume, choose another folder, or delete the file to start over"
-    )
