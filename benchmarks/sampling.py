@@ -34,7 +34,7 @@ from PIL import Image
 from torch import nn
 
 from ddpo_pytorch.data.isic import CAPTIONS
-from ddpo_pytorch.data.sample_folder import PartLog
+from ddpo_pytorch.data.sample_folder import part_log
 from ddpo_pytorch.generator.lora import ATTENTION, add_lora
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
 from ddpo_pytorch.sampling import Sampler, draw_passes, images_per_pass, plan
@@ -77,9 +77,8 @@ def eval_path(folder: Path, count: int, guidance: float, lora: bool, workers: in
         torch.set_num_threads(1)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        with PartLog(folder, 0) as log:
-            for _ in draw_passes(sampler, passes, workers, size, folder, log):
-                pass
+        for _ in draw_passes(sampler, passes, workers, size, folder, part_log(folder, 0)):
+            pass
 
     return run
 

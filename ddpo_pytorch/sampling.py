@@ -18,11 +18,12 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from ddpo_pytorch.data.images import SYNTHETIC, load_pixels, save_image, to_uint8
-from ddpo_pytorch.data.sample_folder import PartLog, folder_name
+from ddpo_pytorch.data.sample_folder import folder_name
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling, pipeline_with_logprob
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, decode_latents, finite_images, latent_shape, set_schedule
 from ddpo_pytorch.prompts import check_prompt
 from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.files import JsonLines
 from ddpo_pytorch.utils.randomness import Stream, derived_seed, text_number
 from ddpo_pytorch.utils.settings import FINITE, ONE_OR_MORE, SEED, SHARE, check_choices
 
@@ -175,7 +176,7 @@ def draw_pass(
     jobs: Sequence[Job],
     size: int,
     folder: Path,
-    log: PartLog,
+    log: JsonLines,
     done: Collection[str] = (),
     judge: Judge | None = None,
     weights_sha256: str = "",
@@ -203,7 +204,7 @@ def draw_pass(
     if new:
         prompts, metadata = [job.prompt for job in rows], [job.metadata for job in rows]
         rewards, info = judge(pixels.to(device).float() / 255, prompts, metadata) if judge else (None, {})
-        log.add([_log_entry(jobs[i], i, rewards, info, pixels[i], weights_sha256) for i in new])
+        log.write(*(_log_entry(jobs[i], i, rewards, info, pixels[i], weights_sha256) for i in new))
     return [jobs[number] for number in wanted if not finite[number]]
 
 

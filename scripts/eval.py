@@ -23,7 +23,7 @@ from diffusers import StableDiffusionPipeline
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ddpo_pytorch.data.sample_folder import SETTINGS, PartLog, claim_folder, damaged_images, finish_log, read_entries
+from ddpo_pytorch.data.sample_folder import SETTINGS, claim_folder, damaged_images, finish_log, part_log, read_entries
 from ddpo_pytorch.generator.lora import adapter_fingerprint, scale_lora
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import check_tokens
@@ -115,11 +115,8 @@ def draw(
 
     started, broken = time.perf_counter(), []
     shown = config.progress and rank == 0
-    with (
-        PartLog(folder, rank) as log,
-        tqdm(total=sum(missing), unit="img", smoothing=0.1, disable=None if shown else True) as bar,
-    ):
-        own = passes[rank::processes]
+    own, log = passes[rank::processes], part_log(folder, rank)
+    with tqdm(total=sum(missing), unit="img", smoothing=0.1, disable=None if shown else True) as bar:
         for number, failed in draw_passes(sampler, own, workers, size, folder, log, done, *judging):
             broken += failed
             bar.update(sum(missing[number * processes : (number + 1) * processes]))  # other processes are about as far

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from script_tools import files_of, limited, names
 from torch import nn
 
-from ddpo_pytorch.data.sample_folder import PartLog, claim_folder
+from ddpo_pytorch.data.sample_folder import claim_folder, part_log
 from ddpo_pytorch.training.checkpoints import (
     epochs_completed,
     find_checkpoint,
@@ -317,8 +317,8 @@ def test_a_line_that_does_not_fit_is_removed(tmp_path):
     assert path.read_bytes() == b'{"epoch": 0}\n'
     log.write({"epoch": 1, "loss": float("nan")})
     assert path.read_bytes() == b'{"epoch": 0}\n{"epoch": 1, "loss": null}\n'
-    with PartLog(tmp_path, 0) as parts, limited(40), pytest.raises(DiskFull, match="image_log.part0"):
-        parts.add([{"path_to_img": "x" * 100}])
+    with limited(40), pytest.raises(DiskFull, match="image_log.part0"):
+        part_log(tmp_path, 0).write({"path_to_img": "x" * 100})
 
 
 LINES = [json.dumps({"epoch": epoch, "reward": epoch / 10}) for epoch in range(4)]

@@ -19,7 +19,7 @@ from tiny_unet import randomize
 
 from ddpo_pytorch.data.images import load_image, save_image
 from ddpo_pytorch.data.isic import labels_of
-from ddpo_pytorch.data.sample_folder import PartLog, folder_name, list_samples, merge_parts, read_entries
+from ddpo_pytorch.data.sample_folder import folder_name, list_samples, merge_parts, part_log, read_entries
 from ddpo_pytorch.generator.lora import add_lora, save_lora
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.classifier import load_classifier
@@ -311,8 +311,8 @@ def test_any_number_of_workers_writes_the_same_bytes(scheduler, tiny_pipeline_di
     for number, workers in enumerate((1, 3)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        with PartLog(folder, 0) as log:
-            broken = dict(draw_passes(sampler, passes, workers, 3, folder, log, (), judge, "abc"))
+        log = part_log(folder, 0)
+        broken = dict(draw_passes(sampler, passes, workers, 3, folder, log, (), judge, "abc"))
         assert broken == {index: [] for index in range(4)}
         assert len(merge_parts(folder, [job.path for job in jobs])) == 10
         drawn.append(files_of(folder))
@@ -325,8 +325,8 @@ def test_an_error_while_drawing_ends_the_run(tiny_pipeline_dir, tmp_path):
 
     sampler = Sampler(load_pipeline(tiny_pipeline_dir), "ddim", 1, 1.0, 1.0)
     passes = [[job] for job in plan([(PROMPTS[0], {})], 40, seed=5)]
-    with PartLog(tmp_path, 0) as log, pytest.raises(OSError, match="no more"):
-        list(draw_passes(sampler, passes, 2, 1, tmp_path, log, (), judge, ""))
+    with pytest.raises(OSError, match="no more"):
+        list(draw_passes(sampler, passes, 2, 1, tmp_path, part_log(tmp_path, 0), (), judge, ""))
     assert 0 < len(list(tmp_path.rglob("*.png"))) < 40 and not read_entries(tmp_path)  # the rest was not begun
 
 
@@ -337,14 +337,12 @@ def test_the_log_survives_torn_lines_and_counts_only_images_that_exist(tmp_path)
     with open(tmp_path / "image_log.part1.jsonl", "ab") as file:
         file.write(b'g": "c\xff.png"}\n[1]\n{"prompt": "x"}\n{"path_to_img": 3}\n{"path_to_img": "c.png", "\xe9')
     (tmp_path / "empty.png").touch()
-    with PartLog(tmp_path, 1) as log:
-        log.add([{"path_to_img": "a.png"}, {"path_to_img": "gone.png"}, {"path_to_img": "empty.png"}])
+    part_log(tmp_path, 1).write({"path_to_img": "a.png"}, {"path_to_img": "gone.png"}, {"path_to_img": "empty.png"})
     assert list(read_entries(tmp_path)) == ["b.png", "a.png"]
     assert len(merge_parts(tmp_path, ["a.png", "b.png"])) == 2
     entries = json.loads((tmp_path / "image_log.json").read_text())
     assert entries == [{"sampleID": 0, "path_to_img": "a.png"}, {"sampleID": 1, "path_to_img": "b.png", "x": 1}]
-    with PartLog(tmp_path, 0) as log:
-        log.add([{"path_to_img": "c.png"}])
+    part_log(tmp_path, 0).write({"path_to_img": "c.png"})
     assert len(merge_parts(tmp_path)) == 3 and not list(tmp_path.glob("*.jsonl"))
     (tmp_path / "image_log.json").write_text('[{"prompt": "x"}]')
     with pytest.raises(UserError, match="image_log.json' has entries without path_to_img"):

@@ -7,11 +7,9 @@ after kills.
 """
 
 import hashlib
-import io
 import json
 import os
 import re
-import threading
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -24,7 +22,7 @@ from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.data.metadata import METADATA, read_metadata
 from ddpo_pytorch.utils.cores import thread_limit
 from ddpo_pytorch.utils.errors import UserError, difference
-from ddpo_pytorch.utils.files import append, path_fault, path_inside, write_json
+from ddpo_pytorch.utils.files import JsonLines, path_fault, path_inside, write_json
 from ddpo_pytorch.utils.json_files import OneOf, parse_json, read_json
 
 SETTINGS = "settings.json"
@@ -110,29 +108,9 @@ def read_log(folder: str | Path) -> list[dict]:
     return entries
 
 
-class PartLog:
-    """Context manager for one process's part of the log; thread-safe."""
-
-    def __init__(self, folder: str | Path, rank: int):
-        self._path = Path(folder) / PARTS.replace("*", str(rank))
-        self._file: io.FileIO | None = None
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> "PartLog":
-        torn = self._path.is_file() and not self._path.read_bytes().endswith(b"\n")
-        self._file = open(self._path, "ab", buffering=0)
-        if torn:  # a kill truncated the last line, which must not run into the next
-            append(self._file, b"\n")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def add(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Append entries with at least path_to_img, relative to the folder; they survive a kill immediately after."""
-        lines = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
-        with self._lock:
-            append(self._file, lines)
+def part_log(folder: str | Path, rank: int) -> JsonLines:
+    """Return one process's part of the log, for entries with at least path_to_img, relative to the folder."""
+    return JsonLines(Path(folder) / PARTS.replace("*", str(rank)))
 
 
 def read_entries(folder: str | Path) -> dict[str, dict[str, Any]]:

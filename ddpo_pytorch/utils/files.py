@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import stat
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -236,14 +237,14 @@ def append(file: io.FileIO, content: bytes) -> None:
 
 
 class JsonLines:
-    """An append-only file of one JSON object per line, written by the main process only.
+    """An append-only file of one JSON object per line, written by one process, from any of its threads.
 
     With `keep`, entries of an existing file whose `counter` is `keep` or more are removed, since a resumed run repeats
     them; so are damaged lines, with a warning. A last line without a newline counts as complete.
     """
 
     def __init__(self, path: str | Path, active: bool = True, keep: int | None = None, counter: str = "epoch"):
-        self.path, self.active = Path(path), active
+        self.path, self.active, self._lock = Path(path), active, threading.Lock()
         if not active:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -262,16 +263,20 @@ class JsonLines:
             with atomic_write(self.path, durable=True) as temporary:
                 temporary.write_bytes(kept)
 
-    def write(self, entry: Mapping[str, Any]) -> None:
-        """Append an entry and wait until it is on the disk; NaN and infinity become null, since JSON lacks them.
+    def write(self, *entries: Mapping[str, Any]) -> None:
+        """Append entries and wait until they are on the disk; NaN and infinity become null, since JSON lacks them.
 
         Raises DiskFull, with the file unchanged.
         """
-        if self.active:
+        if not self.active:
+            return
+        lines = ""
+        for entry in entries:
             entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-            with room_for(self.path), open(self.path, "ab", buffering=0) as file:
-                append(file, json.dumps(entry).encode() + b"\n")
-                os.fsync(file.fileno())
+            lines += json.dumps(entry) + "\n"
+        with self._lock, room_for(self.path), open(self.path, "ab", buffering=0) as file:
+            append(file, lines.encode())
+            os.fsync(file.fileno())
 
 
 def lock(path: str | Path, taken: str) -> BaseFileLock:
