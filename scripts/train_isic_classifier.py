@@ -32,7 +32,7 @@ from ddpo_pytorch.judges.classifier import (
     save_classifier,
     save_published,
 )
-from ddpo_pytorch.judges.classifier_report import Report, best_thresholds, one_sided
+from ddpo_pytorch.judges.classifier_report import Report, best_thresholds, check_both_classes
 from ddpo_pytorch.judges.classifier_training import FitState, Recipe, fit, predict
 from ddpo_pytorch.utils.cli import cli, expand_flags
 from ddpo_pytorch.utils.distributed import PROCESS_TIMEOUT, locked_by_main, make_accelerator
@@ -88,11 +88,7 @@ def image_files(csv_path: str, image_size: int, names: tuple[str, ...]) -> Image
         rows, paths = drop_broken(rows, paths)
     logger.info("%s: %d images, %d rows without one are skipped", csv_path, len(rows), missing)
     labels = requested_labels([row.caption for row in rows], names, [row.fields for row in rows]).float()
-    for name, absent in one_sided(labels, names):
-        message = f"{csv_path!r} has no {absent} of {name!r} among its {len(rows)} images"
-        if FLAGS.mode == "train":
-            raise UserError(f"{message}; training needs both: add such images, or raise --limit if you gave one")
-        logger.warning("%s; its AUC is undefined", message)
+    check_both_classes(labels, names, csv_path, training=FLAGS.mode == "train")
     return ImageFiles(paths, labels, image_size)
 
 

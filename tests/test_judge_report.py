@@ -11,7 +11,7 @@ from torchmetrics.functional import classification as reference
 
 from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.judges import classifier_report
-from ddpo_pytorch.judges.classifier_report import Report, best_thresholds, one_sided
+from ddpo_pytorch.judges.classifier_report import Report, best_thresholds, check_both_classes
 from ddpo_pytorch.utils.errors import UserError
 
 
@@ -66,7 +66,7 @@ def test_intervals_are_those_of_resampled_images():
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
-def test_what_is_undefined_is_none_and_empty(tmp_path):
+def test_what_is_undefined_is_none_and_empty(tmp_path, caplog):
     for broken in (float("nan"), float("inf")):
         with pytest.raises(UserError, match="not finite"):
             Report(torch.tensor([[broken]]), torch.tensor([[1.0]]), ("hair",))
@@ -80,7 +80,11 @@ def test_what_is_undefined_is_none_and_empty(tmp_path):
     assert hair["accuracy"] == hair["specificity"] == 1 and hair["auc_low"] is None
     assert gel["auc"] is None and gel["specificity"] is None and gel["f1"] == gel["average_precision"] == 1
     assert ruler["auc"] == ruler["auc_low"] == 1  # resamples of one class are left out
-    assert one_sided(labels[:3], LABELS[:3]) == [("hair", "positive"), ("gel_bubble", "negative")]
+    check_both_classes(labels[:3], LABELS[:3], "t.csv", training=False)
+    absent = ("positive of 'hair'", "negative of 'gel_bubble'")
+    assert [f"'t.csv' has no {one} among its 3 images; its AUC is undefined" for one in absent] == caplog.messages
+    with pytest.raises(UserError, match="no positive of 'hair'.*training needs both"):
+        check_both_classes(labels[:3], LABELS[:3], "t.csv", training=True)
     found = {row["what"]: (row["support"], row["recall"], row["auc"]) for row in report.combinations}
     assert found == {"only gel_bubble": (1, 1, None), "only gel_bubble+ruler": (2, 1, None)}
     report.write(tmp_path / "deep" / "test_H3")

@@ -20,7 +20,7 @@ from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of, load_split
 from ddpo_pytorch.data.sample_folder import captions_without_images, list_samples
 from ddpo_pytorch.data.splits import read_splits
 from ddpo_pytorch.data.tables import number as table_number
-from ddpo_pytorch.judges.classifier_report import one_sided
+from ddpo_pytorch.judges.classifier_report import check_both_classes
 from ddpo_pytorch.metrics.image_sets import lacking_images
 from ddpo_pytorch.utils.cli import expand
 from ddpo_pytorch.utils.errors import UserError
@@ -199,11 +199,7 @@ def read_data(
             samples = [samples[index] for index in chosen]
         logger.info("%s: %d images, %d rows without one are skipped", table, len(samples), missing)
         add(split, samples)
-        for name, absent in one_sided(data.files[split].targets, LABELS[:classes]):
-            message = f"{str(table)!r} has no {absent} of {name!r} among its {len(samples)} images"
-            if split != "test":
-                raise UserError(f"{message}; training needs both: add such images, or raise --limit if you gave one")
-            logger.warning("%s; its AUC is undefined", message)
+        check_both_classes(data.files[split].targets, LABELS[:classes], table, training=split != "test")
     for name, folder in folders.items():
         add(name, listed := list_samples(folder))
         if lacking := captions_without_images(folder, listed):

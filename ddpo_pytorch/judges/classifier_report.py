@@ -3,6 +3,7 @@
 Written as CSV and JSON (one row per attribute, then one per combination of labels) and as two figures.
 """
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, compress
@@ -20,6 +21,7 @@ from ddpo_pytorch.utils.cores import product
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_write, write_json
 
+logger = logging.getLogger(__name__)
 BINS, RESAMPLES = 15, 1000
 COUNTS = ("tp", "fp", "fn", "tn")
 # each has an interval
@@ -172,12 +174,16 @@ def measure(
     )  # fmt: skip
 
 
-def one_sided(labels: torch.Tensor, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Return (attribute, "positive" or "negative") for every class absent from labels (N, H)."""
-    counts, absent = (labels > 0).sum(0).tolist(), []
-    for name, positives in zip(names, counts, strict=True):
-        absent += [(name, "positive")] * (positives == 0) + [(name, "negative")] * (positives == len(labels))
-    return absent
+def check_both_classes(labels: torch.Tensor, names: Sequence[str], table: str | Path, training: bool) -> None:
+    """Warn of each attribute of the labels (N, H) of a table that has one class only; in training, raise UserError."""
+    for name, positives in zip(names, (labels > 0).sum(0).tolist(), strict=True):
+        if 0 < positives < len(labels):
+            continue
+        absent = "negative" if positives else "positive"
+        message = f"{str(table)!r} has no {absent} of {name!r} among its {len(labels)} images"
+        if training:
+            raise UserError(f"{message}; training needs both: add such images, or raise --limit if you gave one")
+        logger.warning("%s; its AUC is undefined", message)
 
 
 def best_thresholds(logits: torch.Tensor, labels: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
