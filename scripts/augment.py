@@ -47,9 +47,9 @@ from ddpo_pytorch.data.images import ImageFiles, decoded
 from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.data.sample_folder import claim_folder, read_settings
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, new_classifier, save_classifier
-from ddpo_pytorch.judges.classifier_training import FitState, Recipe, fit, predict
+from ddpo_pytorch.judges.classifier_training import FitState, Recipe, define_flags, fit, predict
 from ddpo_pytorch.utils.cli import cli, expand_flags
-from ddpo_pytorch.utils.distributed import PROCESS_TIMEOUT, locked_by_main, make_accelerator
+from ddpo_pytorch.utils.distributed import locked_by_main, make_accelerator
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import atomic_write, sha256
 from ddpo_pytorch.utils.published import resolve
@@ -57,28 +57,14 @@ from ddpo_pytorch.utils.settings import SHARE, check_ranges
 from ddpo_pytorch.utils.weights import read_safetensors
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("data_path", None, "folder of <image>.jpg files", required=True)
-flags.DEFINE_string("train_csv", "rl4med-out/data/splits/isic2019_train.csv", "training split")
-flags.DEFINE_string("val_csv", "rl4med-out/data/splits/isic2019_val.csv", "validation split")
-flags.DEFINE_string("test_csv", "rl4med-out/data/splits/isic2019_test.csv", "test split")
+define_flags()
 flags.DEFINE_multi_string("samples", [], "NAME=FOLDER of synthetic images; repeat for each folder")
 flags.DEFINE_string("ratios", "1", f"synthetic images per real one, separated by commas; or {BALANCED}")
 flags.DEFINE_string("seeds", "0,1,2", "seeds of initial weights, order, flips and drawn samples; 3 or more")
 flags.DEFINE_string("output", "rl4med-out/augment", "folder for classifiers and tables")
-flags.DEFINE_enum("num_classes", "4", ["4", "6"], "4: the artifacts; 6: artifacts and diseases")
-flags.DEFINE_integer("num_epochs", Recipe.num_epochs, "maximum number of epochs")
-flags.DEFINE_integer("patience", Recipe.patience, "epochs without a better validation loss before training stops")
-flags.DEFINE_integer("batch_size", Recipe.batch_size, "images per process and step")
-flags.DEFINE_integer("image_size", 512, "side in pixels to resize images to", lower_bound=32)
-flags.DEFINE_float("learning_rate", Recipe.learning_rate, "AdamW learning rate; decays to 1e-6 along a cosine")
-flags.DEFINE_string("arch", "efficientnet_b0", "timm architecture")
-flags.DEFINE_string("weights", "imagenet", "imagenet, none, or a file to load the backbone from")
 flags.DEFINE_integer("limit", 0, "number of real training images, a fixed random subset; 0 = all", lower_bound=0)
 flags.DEFINE_float("minority_share", 0.02, "subgroups below this share of the real training images are the minority")
-flags.DEFINE_enum("mixed_precision", "no", ["no", "bf16", "fp16"], "arithmetic of the network; fp16 needs a GPU")
 flags.DEFINE_string("cache_dir", None, "folder for decoded images, by default <output>/cache; '' = no cache")
-flags.DEFINE_integer("num_workers", 0, "image loading processes", lower_bound=0)
-flags.DEFINE_float("process_timeout", PROCESS_TIMEOUT, "seconds that a process waits for the others")
 
 logger = logging.getLogger(__name__)
 LOGITS = "test_logits.safetensors"

@@ -33,20 +33,16 @@ from ddpo_pytorch.judges.classifier import (
     save_published,
 )
 from ddpo_pytorch.judges.classifier_report import Report, best_thresholds, check_both_classes
-from ddpo_pytorch.judges.classifier_training import FitState, Recipe, fit, predict
+from ddpo_pytorch.judges.classifier_training import FitState, Recipe, define_flags, fit, predict
 from ddpo_pytorch.utils.cli import cli, expand_flags
-from ddpo_pytorch.utils.distributed import PROCESS_TIMEOUT, locked_by_main, make_accelerator
+from ddpo_pytorch.utils.distributed import locked_by_main, make_accelerator
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint
 
 FLAGS = flags.FLAGS
+define_flags()
 flags.DEFINE_enum("mode", "train", ["train", "test"], "train a classifier, or report on the test split")
-flags.DEFINE_string("data_path", None, "folder of <image>.jpg files", required=True)
-flags.DEFINE_enum("num_classes", "4", ["4", "6"], "4: the artifacts (judge); 6: artifacts and diseases (reward)")
 flags.DEFINE_list("labels", [], "instead: columns of 0 and 1 in tables file_name,text,... of any data set")
-flags.DEFINE_string("train_csv", "rl4med-out/data/splits/isic2019_train.csv", "training split")
-flags.DEFINE_string("val_csv", "rl4med-out/data/splits/isic2019_val.csv", "validation split")
-flags.DEFINE_string("test_csv", "rl4med-out/data/splits/isic2019_test.csv", "test split")
 flags.DEFINE_string("checkpoint_dir", "rl4med-out/classifier", "folder for the classifier and its reports")
 flags.DEFINE_string(
     "checkpoint", "", "classifier to start from or to test; by default, the one in checkpoint_dir is tested"
@@ -55,25 +51,15 @@ flags.DEFINE_string(
     "through_vae", "", "autoencoder or model folder: also test on its reconstructions, or train with half of them"
 )
 flags.DEFINE_string("cache_dir", None, "folder for decoded images, by default <checkpoint_dir>/cache; '' = no cache")
-flags.DEFINE_integer("num_epochs", Recipe.num_epochs, "maximum number of epochs", lower_bound=1)
-flags.DEFINE_integer("patience", Recipe.patience, "stop after epochs without a better validation loss", lower_bound=1)
-flags.DEFINE_integer("batch_size", Recipe.batch_size, "images per process and step", lower_bound=1)
-flags.DEFINE_integer("image_size", 512, "side in pixels to resize images to", lower_bound=32)
-flags.DEFINE_float("learning_rate", Recipe.learning_rate, "AdamW learning rate; decays to 1e-6 along a cosine")
 flags.DEFINE_bool("pos_weight", False, "weight an attribute's positives by negatives/positives of the training split")
 flags.DEFINE_float("focal_gamma", 0.0, "exponent of the focal loss; 0 is plain BCE", lower_bound=0)
 flags.DEFINE_bool("quarter_turns", False, "also rotate training images by 90 degrees at random")
 flags.DEFINE_float("ema_decay", 0.0, "decay of a running average of the weights, then validated and saved; 0 = none")
-flags.DEFINE_enum("mixed_precision", "no", ["no", "bf16", "fp16"], "arithmetic of the network; fp16 needs a GPU")
-flags.DEFINE_string("arch", "efficientnet_b0", "timm architecture")
-flags.DEFINE_string("weights", "imagenet", "imagenet, none, or a file's backbone (timm's, torchvision's or ours)")
 flags.DEFINE_integer("limit", 0, "rows to use of each split, 0 = all", lower_bound=0)
 flags.DEFINE_bool("skip_broken", False, "skip damaged images with a warning instead of stopping")
 flags.DEFINE_bool("calibrate_thresholds", False, "save the thresholds with the best F1 on val; only reports use them")
 flags.DEFINE_bool("save_published", False, "also write artifact_classifier_train_H<n>.pth in the published format")
 flags.DEFINE_integer("seed", Recipe.seed, "seed of initial weights, order, flips and dropout", lower_bound=0)
-flags.DEFINE_integer("num_workers", 0, "image loading processes", lower_bound=0)
-flags.DEFINE_float("process_timeout", PROCESS_TIMEOUT, "seconds that a process waits for the others")
 
 logger = logging.getLogger(__name__)
 UNFINISHED = ".unfinished.pt"  # suffix of the training state, which is deleted at the end

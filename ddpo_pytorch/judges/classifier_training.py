@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from absl import flags
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from timm.utils import ModelEmaV3
@@ -27,6 +28,7 @@ from tqdm.auto import tqdm
 from ddpo_pytorch.data.images import ImageFiles, loader_options
 from ddpo_pytorch.judges.classifier import ArtifactClassifier
 from ddpo_pytorch.judges.classifier_report import ranking
+from ddpo_pytorch.utils.distributed import PROCESS_TIMEOUT
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.randomness import Stream, derived_seed, generator_of
@@ -62,6 +64,27 @@ class Recipe:
 
     def __post_init__(self):
         check_ranges(vars(self), RANGES)
+
+
+flags.disclaim_key_flags()  # so that --help lists these flags as those of the script
+
+
+def define_flags() -> None:
+    """Define the flags that the scripts which train classifiers have in common."""
+    flags.DEFINE_string("data_path", None, "folder of <image>.jpg files", required=True)
+    for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
+        flags.DEFINE_string(f"{split}_csv", f"rl4med-out/data/splits/isic2019_{split}.csv", f"{name} split")
+    flags.DEFINE_enum("num_classes", "4", ["4", "6"], "4: the artifacts (judge); 6: artifacts and diseases (reward)")
+    flags.DEFINE_integer("num_epochs", Recipe.num_epochs, "maximum number of epochs", lower_bound=1)
+    flags.DEFINE_integer("patience", Recipe.patience, "stop after epochs without a better validation loss", 1)
+    flags.DEFINE_integer("batch_size", Recipe.batch_size, "images per process and step", lower_bound=1)
+    flags.DEFINE_integer("image_size", 512, "side in pixels to resize images to", lower_bound=32)
+    flags.DEFINE_float("learning_rate", Recipe.learning_rate, "AdamW learning rate; decays to 1e-6 along a cosine")
+    flags.DEFINE_string("arch", "efficientnet_b0", "timm architecture")
+    flags.DEFINE_string("weights", "imagenet", "imagenet, none, or a file's backbone (timm's, torchvision's or ours)")
+    flags.DEFINE_enum("mixed_precision", "no", ["no", "bf16", "fp16"], "arithmetic of the network; fp16 needs a GPU")
+    flags.DEFINE_integer("num_workers", 0, "image loading processes", lower_bound=0)
+    flags.DEFINE_float("process_timeout", PROCESS_TIMEOUT, "seconds that a process waits for the others")
 
 
 @dataclasses.dataclass(frozen=True)
