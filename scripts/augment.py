@@ -45,12 +45,12 @@ from ddpo_pytorch.augmentation.plan import (
 from ddpo_pytorch.augmentation.report import as_csv, compare, markdown, subgroups
 from ddpo_pytorch.data.images import ImageFiles, decoded
 from ddpo_pytorch.data.isic import LABELS
-from ddpo_pytorch.data.sample_folder import claim_folder, read_settings
+from ddpo_pytorch.data.sample_folder import check_claim, claim_folder
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, new_classifier, save_classifier
 from ddpo_pytorch.judges.classifier_training import FitState, Recipe, define_flags, fit, predict
 from ddpo_pytorch.utils.cli import cli, expand_flags
 from ddpo_pytorch.utils.distributed import locked_by_main, make_accelerator
-from ddpo_pytorch.utils.errors import UserError, difference
+from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_write, sha256
 from ddpo_pytorch.utils.published import resolve
 from ddpo_pytorch.utils.settings import SHARE, check_ranges
@@ -90,12 +90,8 @@ def check_settings(trainings: Sequence[Training], data: Data, processes: int) ->
     for training in trainings:
         folder = Path(FLAGS.output, training.folder)
         new = common | {"seed": training.seed, "train_images": listing(data.training_files(training))}
-        settings[folder], old = new, read_settings(folder)
-        if changed := old and difference(old, json.loads(json.dumps(new))):
-            name, before, now = changed
-            raise UserError(
-                f"{str(folder)!r} was made with {name} {before}, not {now}; choose another --output or move it away"
-            )
+        check_claim(folder, new)
+        settings[folder] = new
     return settings
 
 

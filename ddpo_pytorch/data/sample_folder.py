@@ -32,7 +32,7 @@ WORLD = "world.json"  # in a folder of phantoms
 RECORD = "record.json"  # in a rating set (phantoms.rating_sets) with images/
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 LONGEST_NAME = 255  # bytes of a file name on common file systems
-_ELSEWHERE = "choose another logdir or move it away"
+_ELSEWHERE = "choose another folder or move it away"
 
 
 def folder_name(caption: str) -> str:
@@ -69,15 +69,20 @@ def is_framed(path: Path) -> bool:
 
 def claim_folder(folder: str | Path, settings: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     """Reserve a folder for images of these `settings` (JSON), recording `metadata`, or check that it already is."""
-    folder, settings = Path(folder), json.loads(json.dumps(settings))
-    if (folder / SETTINGS).is_file():
-        if changed := difference(read_settings(folder), settings):
-            name, before, now = changed
-            raise UserError(f"{str(folder)!r} holds images made with {name} {before}, now it is {now}; {_ELSEWHERE}")
-    elif (folder / "images").is_dir():
+    if check_claim(folder, settings):
+        return
+    if (Path(folder) / "images").is_dir():
         raise UserError(f"{str(folder)!r} holds images but no {SETTINGS}; {_ELSEWHERE}")
-    else:
-        write_json(folder / SETTINGS, {"settings": settings, "about": metadata})
+    write_json(Path(folder) / SETTINGS, {"settings": settings, "about": metadata})
+
+
+def check_claim(folder: str | Path, settings: Mapping[str, Any]) -> bool:
+    """Return whether a folder is reserved; raise UserError if it is for other settings."""
+    old = read_settings(folder)
+    if changed := old and difference(old, json.loads(json.dumps(settings))):
+        name, before, now = changed
+        raise UserError(f"{str(folder)!r} was made with {name} {before}, now it is {now}; {_ELSEWHERE}")
+    return bool(old)
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
