@@ -16,7 +16,7 @@ from absl import flags
 from accelerate import Accelerator
 from ml_collections import ConfigDict
 
-from ddpo_pytorch.data.datasets import KINDS, Row, find_rows, source
+from ddpo_pytorch.data.datasets import KINDS, Row, find_rows
 from ddpo_pytorch.data.images import RESIZES, ImageFiles, is_intact, save_image
 from ddpo_pytorch.data.sample_folder import WORLD, claim_folder, folder_name, read_log, write_log
 from ddpo_pytorch.generator.latents import INDEX, encode_data_set, write_index
@@ -57,7 +57,7 @@ def extract(accelerator: Accelerator, config: ConfigDict) -> None:
     check_choices(dataset, {"kind": KINDS, "resize": RESIZES}, "dataset.")
     rows, sources, missing = find_rows(dataset.kind, csv, images, dataset.limit, dataset.skip_broken)
     settings = {"csv_sha256": sha256(dataset.csv), "image_size": dataset.image_size, "resize": dataset.resize}
-    numbers, captions = [row.number for row in rows], source(dataset.kind).caption_list(rows)
+    numbers, captions = [row.number for row in rows], KINDS[dataset.kind].caption_list(rows)
     vae = None
     if config.pretrained.model:
         # in fp32, since SD 1.5's encoder overflows in half precision, in which latents are stored

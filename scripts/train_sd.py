@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
-from ddpo_pytorch.data.datasets import source
+from ddpo_pytorch.data.datasets import KINDS
 from ddpo_pytorch.data.images import decoded, image_grid, save_picture
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator import finetune_data as data
@@ -281,7 +281,7 @@ def build_from_scratch(accelerator: Accelerator, config: ConfigDict) -> StableDi
     sd = config.sd
     if sd.latents:
         return scratch.build_pipeline(sd, LatentShards(sd.latents).captions)
-    return scratch.build_pipeline(sd, source(sd.kind).caption_list(data.find_rows(sd, sd.csv, sd.limit)[0]))
+    return scratch.build_pipeline(sd, KINDS[sd.kind].caption_list(data.find_rows(sd, sd.csv, sd.limit)[0]))
 
 
 def load_pretrained(accelerator: Accelerator, config: ConfigDict) -> StableDiffusionPipeline:

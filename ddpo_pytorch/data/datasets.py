@@ -11,18 +11,11 @@ KINDS: dict[str, ModuleType] = {"isic": isic, "fundus": fundus}
 Row = isic.Row | fundus.Row
 
 
-def source(kind: str) -> ModuleType:
-    """Return the module of that name, or raise UserError with the allowed names."""
-    if kind not in KINDS:
-        raise UserError(f"dataset kind is {kind!r}; allowed are {', '.join(KINDS)}")
-    return KINDS[kind]
-
-
 def find_rows(
     kind: str, csv: str | Path, data_path: str | Path, limit: int, skip_broken: bool
 ) -> tuple[list[Row], list[Path], int]:
     """Return `load_split` of that kind; `skip_broken` drops damaged images, for which fundus tables otherwise raise."""
-    rows, paths, missing = source(kind).load_split(csv, data_path, limit)
+    rows, paths, missing = KINDS[kind].load_split(csv, data_path, limit)
     if skip_broken:
         rows, paths = drop_broken(rows, paths)
     elif kind == "fundus":

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from torch.utils.data import DataLoader, Dataset
 
 from ddpo_pytorch.data import datasets as kinds
-from ddpo_pytorch.data.datasets import KINDS, Row, check_apart, source
+from ddpo_pytorch.data.datasets import KINDS, Row, check_apart
 from ddpo_pytorch.data.images import RESIZES, ImageFiles, loader_options
 from ddpo_pytorch.data.sample_folder import LOG, claim_folder, read_log
 from ddpo_pytorch.generator.from_scratch import TEXT_ENCODERS
@@ -116,7 +116,7 @@ def open_latents(
     else:
         rows, paths = find_rows(sd, csv, limit)
         items = [(path, row.number, row.caption) for row, path in zip(rows, paths, strict=True)]
-        captions, origin = source(sd.kind).caption_list(rows), {"csv_sha256": sha256(csv)}
+        captions, origin = KINDS[sd.kind].caption_list(rows), {"csv_sha256": sha256(csv)}
         latents = _encode(accelerator, sd, vae, items, captions, name, origin, limit=limit)
     expected = {"vae_sha256": fingerprint(vae), "image_size": sd.image_size, "resize": sd.resize}
     if changed := difference({key: latents.index.get(key) for key in expected}, expected):

@@ -18,7 +18,7 @@ from diffusers import ModelMixin
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.errors import UserError, one_line
 from ddpo_pytorch.utils.weights import check_finite, read_tensors
 
 # weight files of diffusers and transformers: one file or shards, in full precision or the variant fp16
@@ -52,7 +52,7 @@ def load_part(
             raise
         for file in files:
             read_tensors(file)  # raises a clearer error
-        raise UserError(f"{str(folder)!r} cannot be loaded ({first_line(error)}); save or fetch it again") from error
+        raise UserError(f"{str(folder)!r} cannot be loaded ({one_line(error)}); save or fetch it again") from error
     unexpected = found["unexpected_keys"]
     if not isinstance(part, ModelMixin):  # leave out the heads of a text encoder
         children = {child for child, _ in part.named_children()}
@@ -154,8 +154,3 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type if there is none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig
 
-from ddpo_pytorch.generator.parts import check_fit, check_tokenizer, check_tokenizer_files, first_line, load_part, quiet
+from ddpo_pytorch.generator.parts import check_fit, check_tokenizer, check_tokenizer_files, load_part, quiet
 from ddpo_pytorch.generator.text import check_tokens, embed, has_mask, load_encoder, load_text_encoder, mask_padding
-from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.errors import UserError, one_line
 from ddpo_pytorch.utils.files import sha256, write_json
 from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.json_files import read_json
@@ -101,7 +101,7 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
     except UserError:
         raise
     except Exception as error:  # the JSON files of scheduler and tokenizer may hold anything
-        problem = f"text_encoder, tokenizer or scheduler cannot be loaded ({first_line(error)})"
+        problem = f"text_encoder, tokenizer or scheduler cannot be loaded ({one_line(error)})"
         raise UserError(f"{model}: {problem}; save or fetch the whole model again") from error
     if local and has_mask(pipe.text_encoder):
         files = _hashes(folder)

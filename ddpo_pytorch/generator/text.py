@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BertModel, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from ddpo_pytorch.generator.parts import check_tokenizer, check_tokenizer_files, first_line, load_part
-from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.generator.parts import check_tokenizer, check_tokenizer_files, load_part
+from ddpo_pytorch.utils.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 TOKENS = 256  # default length of BERT prompts, with [CLS] and [SEP]: half of BioMedBERT's positions
@@ -42,7 +42,7 @@ def load_text_encoder(model: str | Path, tokens: int = TOKENS, device: str | tor
     except UserError:
         raise
     except Exception as error:  # tokenizer.json and config.json may hold anything
-        reason = first_line(error) if local else "neither a local folder nor reachable on the hub"
+        reason = one_line(error) if local else "neither a local folder nor reachable on the hub"
         raise UserError(f"text encoder {model!r}: {reason}; check the name, or save or fetch it again") from error
     if has_mask(encoder):
         tokenizer.model_max_length = min(tokens, encoder.config.max_position_embeddings)

@@ -43,8 +43,8 @@ def describe_value(value: Any) -> str:
 
 
 def one_line(error: BaseException, length: int = 200) -> str:
-    """Return the message of an error as one line, cut to `length` characters."""
-    return " ".join(str(error).split())[:length]
+    """Return the message of an error, or its type if there is none, as one line of up to `length` characters."""
+    return " ".join(str(error).split())[:length] or type(error).__name__
 
 
 def _short(value: Any) -> str:

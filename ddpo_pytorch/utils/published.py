@@ -62,8 +62,8 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
     except UserError:
         raise
     except Exception as error:  # a damaged archive may raise anything
-        message = one_line(error) or type(error).__name__
-        raise UserError(f"{path} cannot be read as a zip ({message}); move it away and fetch it again") from error
+        problem = f"{path} cannot be read as a zip ({one_line(error)})"
+        raise UserError(f"{problem}; move it away and fetch it again") from error
 
 
 def check_entries(path: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
