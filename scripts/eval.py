@@ -23,7 +23,7 @@ from diffusers import StableDiffusionPipeline
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ddpo_pytorch.data.sample_folder import SETTINGS, claim_folder, damaged_images, finish_log, part_log, read_entries
+from ddpo_pytorch.data import sample_folder
 from ddpo_pytorch.generator.lora import adapter_fingerprint, scale_lora
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import check_tokens
@@ -85,7 +85,7 @@ def claim(config: ConfigDict, prompts: Sequence[Prompt], pipe: StableDiffusionPi
     metadata |= {"lora_scale": config.eval.lora_scale, "classifier": config.eval.classifier}
     metadata |= {"prompts": [prompt for prompt, _ in prompts]}
     metadata |= {"versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}}
-    claim_folder(config.logdir, settings, metadata)
+    sample_folder.claim_folder(config.logdir, settings, metadata)
     return settings["weights_sha256"]
 
 
@@ -100,10 +100,10 @@ def draw(
 ) -> list[Job]:
     """Draw the missing images on all processes; return the jobs whose image is not finite."""
     rank, processes, folder = accelerator.process_index, accelerator.num_processes, Path(config.logdir)
-    run_on_main_process(accelerator, check_shared, folder, gather_object([(folder / SETTINGS).is_file()]))
-    entries = read_entries(folder)
+    run_on_main_process(accelerator, check_shared, folder, gather_object([(folder / sample_folder.SETTINGS).is_file()]))
+    entries = sample_folder.read_entries(folder)
     logged = [job.path for job in jobs if job.path in entries]
-    if damaged := sorted(gather_object(damaged_images(folder, logged[rank::processes]))):
+    if damaged := sorted(gather_object(sample_folder.damaged_images(folder, logged[rank::processes]))):
         logger.warning("%d images are damaged and will be redrawn, the first is %s", len(damaged), folder / damaged[0])
     done, size = set(logged).difference(damaged), images_per_pass(sampler.pipe, config.eval.batch_size)
     passes = [jobs[start : start + size] for start in range(0, len(jobs), size)]
@@ -115,7 +115,7 @@ def draw(
 
     started, broken = time.perf_counter(), []
     shown = config.progress and rank == 0
-    own, log = passes[rank::processes], part_log(folder, rank)
+    own, log = passes[rank::processes], sample_folder.part_log(folder, rank)
     with tqdm(total=sum(missing), unit="img", smoothing=0.1, disable=None if shown else True) as bar:
         for number, failed in draw_passes(sampler, own, workers, size, folder, log, done, *judging):
             broken += failed
@@ -129,12 +129,15 @@ def draw(
 
 def report(folder: Path, jobs: Sequence[Job], broken: Sequence[Job]) -> None:
     """Merge the logs and report the folder's state. Raises UserError if images are missing."""
-    contents = finish_log(folder, [job.path for job in jobs])
-    logger.info("%d images in %s", contents.images, folder)
+    planned = [job.path for job in jobs]
+    entries = {entry["path_to_img"]: entry for entry in sample_folder.merge_parts(folder, planned)}
+    files = (path for path in folder.glob("images/*/[!.]*") if path.suffix.lower() in sample_folder.IMAGE_SUFFIXES)
+    unlogged = sorted({str(path.relative_to(folder)) for path in files} - entries.keys())
+    logger.info("%d images in %s", len(entries), folder)
     for problem, paths in (
-        ("images are black", contents.black),
-        ("images were not requested by this command", contents.unplanned),
-        ("files are not in image_log.json, but metric.py would count them", contents.unlogged),
+        ("images are black", [path for path, entry in entries.items() if entry.get("black")]),
+        ("images were not requested by this command", sorted(entries.keys() - planned)),
+        ("files are not in image_log.json, but metric.py would count them", unlogged),
     ):
         if paths:
             logger.warning("%d %s, the first is %s", len(paths), problem, folder / paths[0])
@@ -144,9 +147,9 @@ def report(folder: Path, jobs: Sequence[Job], broken: Sequence[Job]) -> None:
             f"{len(broken)} images are not finite and were not written, the first is {first.path} of "
             f"{first.prompt!r}; the others are complete. Run again with another logdir and other weights, or in bf16"
         )
-    if contents.missing:
-        problem = f"{len(contents.missing)} of {len(jobs)} images are not in {str(folder)!r}"
-        raise UserError(f"{problem}, the first is {contents.missing[0]}; run the same command again")
+    if missing := [path for path in planned if path not in entries]:
+        problem = f"{len(missing)} of {len(jobs)} images are not in {str(folder)!r}"
+        raise UserError(f"{problem}, the first is {missing[0]}; run the same command again")
 
 
 def main(_) -> None:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ddpo_pytorch.data.images import is_intact
 from ddpo_pytorch.data.isic import CAPTIONS
@@ -155,29 +155,6 @@ def damaged_images(folder: str | Path, paths: Sequence[str]) -> list[str]:
     with ThreadPoolExecutor(thread_limit()) as pool:
         sound = pool.map(is_intact, map(Path(folder).joinpath, paths))
         return [path for path, fine in zip(paths, sound, strict=True) if not fine]
-
-
-class Contents(NamedTuple):
-    """Number of logged images, and paths: black, not planned, without a log entry, and planned but missing."""
-
-    images: int
-    black: list[str]
-    unplanned: list[str]
-    unlogged: list[str]
-    missing: list[str]
-
-
-def finish_log(folder: str | Path, planned: Sequence[str]) -> Contents:
-    """Merge the parts of the log, in the order of the planned paths, and return the folder's contents."""
-    entries = {entry["path_to_img"]: entry for entry in merge_parts(folder, planned)}
-    files = (path for path in Path(folder).glob("images/*/[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    return Contents(
-        images=len(entries),
-        black=[path for path, entry in entries.items() if entry.get("black")],
-        unplanned=sorted(entries.keys() - planned),
-        unlogged=sorted({str(path.relative_to(folder)) for path in files} - entries.keys()),
-        missing=[path for path in planned if path not in entries],
-    )
 
 
 def list_samples(folder: str | Path, prompts: Collection[str] = ()) -> list[tuple[Path, str]]:
