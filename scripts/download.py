@@ -21,6 +21,7 @@ from absl import flags
 from diffusers import UNet2DConditionModel
 
 from ddpo_pytorch.generator.lora import ATTENTION, add_lora, load_lora, lora_parameters
+from ddpo_pytorch.generator.parts import check_fit
 from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.utils.cli import cli, expand_flags
 from ddpo_pytorch.utils.errors import UserError, one_line
@@ -57,14 +58,10 @@ def sd15_unet() -> UNet2DConditionModel:
 def check_unet(path: Path) -> str:
     """Check that the header has SD 1.5's names and shapes, without reading the gigabytes after it."""
     with open_safetensors(path) as file:
-        tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
-        shapes = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
-        dtypes = sorted({tensor.get_dtype() for tensor in tensors.values()})
-    expected = {name: tuple(tensor.shape) for name, tensor in sd15_unet().state_dict().items()}
-    for name in sorted(expected | shapes):
-        wanted, given = expected.get(name, "absent"), shapes.get(name, "absent")
-        if wanted != given:
-            raise UserError(f"{path} has another architecture: {name} is {given}, in SD 1.5's UNet {wanted}")
+        headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
+        shapes = {name: torch.empty(header.get_shape(), device="meta") for name, header in headers.items()}
+        dtypes = sorted({header.get_dtype() for header in headers.values()})
+    check_fit(shapes, sd15_unet().state_dict(), path, "give the UNet of SD 1.5, or fetch it again")
     return f"UNet of SD 1.5, {len(shapes)} tensors, {'/'.join(dtypes)}"
 
 

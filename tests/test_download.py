@@ -117,7 +117,7 @@ FAULTS = {
     "UNet of other shapes": (
         UNET,
         lambda path, unet: unet_file(path, unet, conv_in__weight=[9, 4, 3, 3], conv_out__bias=None),
-        "conv_in.weight is (9, 4, 3, 3), in SD 1.5",
+        "holds conv_in.weight of shape (9, 4, 3, 3), the model expects (320, 4, 3, 3); give the UNet of SD 1.5",
     ),
     "LoRA of fewer layers": (LORA, lambda path, unet: lora_folder(path, unet, 4, 2), "down_blocks.0"),
     "heads": (H6, lambda path, _: published_file(path, 4), "has 4 heads, expected 6"),
