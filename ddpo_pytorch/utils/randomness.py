@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from ddpo_pytorch.utils.distributed import to_device
 from ddpo_pytorch.utils.errors import UserError
 
 # independent random streams of a run; their numbers are part of every derived seed
@@ -94,7 +95,8 @@ class BatchDraws:
         kept: int | None = None,
         device: torch.device | str = "cpu",
     ):
-        self._generator, self._total, self._device = generator_of(seed, stream, number), size * processes, device
+        self._generator, self._total = generator_of(seed, stream, number), size * processes
+        self._device = torch.device(device)
         self._rows = slice(rank * size, rank * size + (size if kept is None else kept))
 
     def normal(self, *shape: int) -> torch.Tensor:
@@ -110,7 +112,4 @@ class BatchDraws:
         return self._local(torch.randint(bound, (self._total,), generator=self._generator))
 
     def _local(self, values: torch.Tensor) -> torch.Tensor:
-        values = values[self._rows]
-        if torch.device(self._device).type == "cuda":
-            values = values.pin_memory()  # so that the copy does not wait for the GPU
-        return values.to(self._device, non_blocking=True)
+        return to_device(values[self._rows], self._device)
