@@ -54,35 +54,31 @@ class HealthCheck:
         largest = min(np.abs(advantages).max(), self._train.adv_clip_max)
         grad_norm, clipfrac, before = entry["grad_norm"], entry["clipfrac"], self._grad_norms
         usual = statistics.median(before) if len(before) >= GRAD_NORM_EPOCHS else math.inf
+        problems = {}
         if self._train.advantage in ("group", "loo") and (alone := singles(prompts)):
-            self._warn(
-                "singles",
+            problems["singles"] = (
                 f"epoch {epoch}: {alone} of {len(set(prompts))} prompts were drawn once and teach nothing with "
-                f"train.advantage={self._train.advantage}: set sample.images_per_prompt to 2 or more",
+                f"train.advantage={self._train.advantage}: set sample.images_per_prompt to 2 or more"
             )
         if largest < SMALL_ADVANTAGE or grad_norm == 0:
-            self._warn(
-                "nothing",
+            problems["nothing"] = (
                 f"epoch {epoch} taught almost nothing: the largest advantage is {largest:.1e}, the gradient norm "
                 f"{grad_norm:.1e}, rewards are {entry['reward_mean']:.4g} +- {entry['reward_std']:.1e}, equal within "
-                f"{entry['zero_std_share']:.0%} of the prompts: check the reward's scale",
+                f"{entry['zero_std_share']:.0%} of the prompts: check the reward's scale"
             )
         if clipfrac > LARGE_CLIPFRAC:
-            self._warn(
-                "clipfrac",
+            problems["clipfrac"] = (
                 f"epoch {epoch}: {clipfrac:.0%} of the ratios were clipped at {self._train.clip_range:g}: the policy "
-                f"may collapse; lower train.learning_rate ({self._train.learning_rate:g})",
+                f"may collapse; lower train.learning_rate ({self._train.learning_rate:g})"
             )
         if grad_norm > LARGE_GRAD_NORM * usual > 0:
-            self._warn(
-                "grad_norm",
+            problems["grad_norm"] = (
                 f"epoch {epoch}: the gradient norm is {grad_norm:.3g}, the median of earlier epochs {usual:.3g}; "
-                "lower train.learning_rate or train.max_grad_norm and resume from an earlier checkpoint",
+                "lower train.learning_rate or train.max_grad_norm and resume from an earlier checkpoint"
             )
+        for cause in problems if self._active else ():
+            if cause not in self._given:
+                logger.warning("%s", problems[cause])
+        self._given |= problems.keys()
         if np.isfinite(grad_norm):
             before.append(grad_norm)
-
-    def _warn(self, cause: str, message: str) -> None:
-        if self._active and cause not in self._given:
-            logger.warning("%s", message)
-        self._given.add(cause)
