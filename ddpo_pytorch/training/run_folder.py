@@ -51,9 +51,7 @@ BEHIND = {  # settings that determine the content, by the first part of a finger
 logger = logging.getLogger(__name__)
 
 
-def open_run(
-    held: ExitStack, logdir: str, run_name: str, resume_from: str, settings: Mapping[str, Any]
-) -> tuple[Path, Path | None]:
+def open_run(held: ExitStack, settings: Mapping[str, Any]) -> tuple[Path, Path | None]:
     """Lock a run's folder; return it with the checkpoint to resume from, or None for a new run. Main process only.
 
     The folder is `<logdir>/<run_name>` (date and time without a name). If it exists, the run resumes from its newest
@@ -64,6 +62,7 @@ def open_run(
     The lock is held until `held` is closed. Raises UserError for a folder that another run is writing, for different
     settings, naming the first, and as `find_checkpoint` does.
     """
+    logdir, run_name, resume_from = (settings[name] for name in ("logdir", "run_name", "resume_from"))
     if resume_from:
         given = Path(resume_from)
         folder = given.parent if is_checkpoint(given) else given

@@ -148,13 +148,17 @@ class RunState(Remembered):
         self.settings = {**config.to_dict(), CONTENTS: dict(contents), "processes": accelerator.num_processes}
         self._lock = ExitStack()
         try:
-            self.folder, checkpoint = run_on_main_process(
-                accelerator, open_run, self._lock, config.logdir, config.run_name, config.resume_from, self.settings
-            )
+            self.folder, checkpoint = run_on_main_process(accelerator, open_run, self._lock, self.settings)
             self.resumed = checkpoint is not None
             if self.resumed:
                 self.load_state_dict(load_checkpoint(checkpoint, unet, optimizer, accelerator.scaler))
-                self._repair_best()
+                best = self.watch.best
+                if not run_on_main_process(accelerator, repair_best, self.folder, best and best["epoch"]):
+                    logger.warning(
+                        "the best held-out evaluation was after %d epochs (APR %.4f), but that checkpoint is gone; %s "
+                        "will appear with the next better one",
+                        *(best["epoch"], best["apr"], self.folder / BEST),
+                    )
                 logger.info("resumed from %s after %d epochs", checkpoint, self.epoch)
             if held_out and self.watch.fingerprint:
                 if changed := difference(self.watch.fingerprint, held_out.fingerprint):
@@ -165,17 +169,6 @@ class RunState(Remembered):
         except BaseException:
             self.close()
             raise
-
-    def _repair_best(self) -> None:
-        best = self.watch.best
-        if not run_on_main_process(self.accelerator, repair_best, self.folder, best and best["epoch"]):
-            logger.warning(
-                "the best held-out evaluation was after %d epochs (APR %.4f), but that checkpoint is gone; %s will "
-                "appear with the next better one",
-                best["epoch"],
-                best["apr"],
-                self.folder / BEST,
-            )
 
     def begin(self, log_with: str, project: str) -> None:
         """Write the settings, open the logs (dropping entries newer than the checkpoint) and start the trackers."""
