@@ -112,7 +112,7 @@ PLACES = {
     "Selector": ("selector.safetensors", load_selector),
     "Policy": ("policy.safetensors", load_policy_judge),
     "latents": ("shard_00000.safetensors", _latents),
-    "metric cache": ("rows.npy", lambda path: Rows([path], 1, 1).take([0])),
+    "metric cache": ("rows.npy", lambda path: Rows([path], 1, 1)[:]),
     "image cache": ("images.npy", lambda path: DecodedImages(ImageFiles([path], torch.zeros(1, 1), 8), path)[0]),
 }
 

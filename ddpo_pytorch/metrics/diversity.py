@@ -112,4 +112,4 @@ def measure_diversity(extractor: str, images: ImageSet, per_group: int, seed: in
     if per_group < 2 or not chosen:
         return None
     indices = np.concatenate(chosen)
-    return within_prompt_diversity(images.rows[extractor].take(indices), images.groups[indices], per_group, seed)
+    return within_prompt_diversity(images.rows[extractor][indices], images.groups[indices], per_group, seed)

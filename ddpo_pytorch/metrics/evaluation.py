@@ -27,7 +27,7 @@ from ddpo_pytorch.metrics.image_sets import ImageSet, match_prompts, shape_of
 from ddpo_pytorch.metrics.image_statistics import measure_inception_score, measure_quality
 from ddpo_pytorch.metrics.inputs import Sets, Tools
 from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean, bootstrap_ratio, mean_over_runs
-from ddpo_pytorch.metrics.memorisation import copies, find_neighbours, measure_memorisation, near_copies
+from ddpo_pytorch.metrics.memorisation import copies, find_neighbours, measure_memorisation, near_copies, pixel_hashes
 from ddpo_pytorch.metrics.networks import POLICY, SELECTOR
 from ddpo_pytorch.metrics.ssim import MAX_PAIRS, measure_structure, pairs_by_name
 from ddpo_pytorch.metrics.subgroups import group_names, measure_groups
@@ -60,7 +60,7 @@ def run_networks(config: ConfigDict, sets: Sets, tools: Tools, accelerator: Acce
         images.rows = store.features(title, images, tools.of_images)
         pairs = {} if images is sets.train else pairs_of(images, sets, tools, seed)
         for name, (network, partners, indices) in pairs.items():
-            values = store.pairs(f"{title}: {name}", images, partners, indices, network).all()
+            values = store.pairs(f"{title}: {name}", images, partners, indices, network)[:]
             if len(values):
                 images.pairs[name] = np.array(indices), values[:, 0]
 
@@ -127,9 +127,9 @@ class Context:
 
 def set_facts(images: ImageSet, others: Mapping[str, ImageSet | None]) -> dict:
     """Return a set's entry in metrics.json, including how many of its images are copies of `others` (sets by kind)."""
-    facts = images.rows["pixels"].all()
-    identical = len(facts) - len({row.tobytes() for row in facts[:, 1:]})
-    result = images.describe() | {"identical_images": identical, "black_images": int((facts[:, 0] < 2).sum())}
+    levels = images.rows["pixels"][:][:, 0]
+    identical = len(images) - len(set(pixel_hashes(images)))
+    result = images.describe() | {"identical_images": identical, "black_images": int((levels < 2).sum())}
     for kind, other in others.items():
         if other is not None:
             result[f"copies_of_{kind}_images"] = int(copies(images, other).sum())
@@ -148,14 +148,14 @@ def measure_folder(images: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None
     result["rewards"] = mean_reward(images, seed)
     columns: dict[str, Sequence] = {}
     if tools.threshold is not None:
-        scores = (images.rows[name].all()[:, 0] for name in (SELECTOR, POLICY))
+        scores = (images.rows[name][:].squeeze(1) for name in (SELECTOR, POLICY))
         result["alignment"][FUNDUS], aligned, columns = measure_fundus_alignment(
             *scores, tools.threshold, captions, groups, seed
         )
         result["inception_score"] = measure_inception_score(images, seed)
     else:
         for number, (name, (_, labels)) in enumerate(tools.judges.items()):
-            logits = images.rows[name].all()
+            logits = images.rows[name][:]
             requested = requested_labels(captions, labels, images.table)
             block, hits = measure_apr(requested, labels, logits, captions, groups, seed)
             result["alignment"][name] = block

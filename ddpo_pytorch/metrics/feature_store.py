@@ -6,9 +6,8 @@ process computes whole chunks, so results do not depend on the number of process
 """
 
 import hashlib
-import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -46,7 +45,7 @@ class Network:
 
 
 class Rows:
-    """Results (N, F) of a network for N images or pairs in chunk files; selections are read on demand."""
+    """Results (N, F) of a network for N images or pairs in chunk files, indexed like an array and read on demand."""
 
     def __init__(self, files: Sequence[Path], count: int, chunk: int):
         self._files, self._count, self._chunk = list(files), count, chunk
@@ -54,21 +53,14 @@ class Rows:
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, part: slice) -> np.ndarray:
-        return self.take(np.arange(self._count)[part])
-
-    def take(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Return the rows at these indices, in this order, as float64."""
-        indices = np.asarray(indices, dtype=np.int64)
+    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
+        """Return the rows of a slice, or at an array of indices in this order, as float64."""
+        indices = np.arange(self._count)[index]
         result = np.zeros((len(indices), self._read(0).shape[1] if self._files else 0))
         for number in np.unique(indices // self._chunk):
             chosen = indices // self._chunk == number
             result[chosen] = self._read(number)[indices[chosen] % self._chunk]
         return result
-
-    def all(self) -> np.ndarray:
-        """Return all rows as float64."""
-        return self[:]
 
     def _read(self, number: int) -> np.ndarray:
         try:
@@ -139,7 +131,7 @@ class FeatureStore:
             ThreadPoolExecutor(self._threads, initializer=one_thread) as pool,
         ):
             try:
-                for done in _bounded_map(pool, self._compute_chunk, work[rank::processes], self._threads + 1):
+                for done in pool.map(self._compute_chunk, *zip(*work[rank::processes], strict=True)):
                     bar.update(min(done * processes, count - bar.n))
             except UserError as error:
                 fault = str(error)
@@ -160,10 +152,8 @@ class FeatureStore:
             bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
             if len(bad):
                 raise UserError(f"{str(columns[0][bad[0]])!r}: {network.what} gives NaN or infinity; check its weights")
-            content = io.BytesIO()
-            np.save(content, rows, allow_pickle=False)
-            with atomic_write(file) as temporary:
-                temporary.write_bytes(content.getvalue())
+            with atomic_write(file) as temporary, open(temporary, "wb") as chunk:
+                np.save(chunk, rows, allow_pickle=False)
         return len(columns[0])
 
 
@@ -183,16 +173,6 @@ def _is_intact(file: Path, rows: int) -> bool:
         pass
     logger.warning("%s is damaged; computing it again", file)
     return False
-
-
-def _bounded_map(pool: ThreadPoolExecutor, function: Callable, work: Sequence[tuple], ahead: int) -> Iterator:
-    """Yield results in order, with at most `ahead` calls submitted, up to the first error."""
-    futures = []
-    for arguments in work:
-        futures.append(pool.submit(function, *arguments))
-        if len(futures) >= ahead:
-            yield futures.pop(0).result()
-    yield from (future.result() for future in futures)
 
 
 def pixel_facts(images: torch.Tensor) -> torch.Tensor:

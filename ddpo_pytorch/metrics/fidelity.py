@@ -120,7 +120,7 @@ def frechet_jackknife(groups: Sequence[Moments], real: Moments) -> Estimate:
 def moments_of_rows(rows, indices: np.ndarray) -> Moments:
     """Return the moments of the selected `Rows` (at least one), read a block at a time."""
     block = 4096
-    parts = (Moments.of(rows.take(indices[at : at + block]), at) for at in range(0, len(indices), block))
+    parts = (Moments.of(rows[indices[at : at + block]], at) for at in range(0, len(indices), block))
     return sum(parts, start=next(parts))
 
 
@@ -412,7 +412,7 @@ def measure_fidelity(
         if min(len(real_part), len(fake_part)) < 2:
             continue
         drawn = _subsample(fake_part, seed)
-        x, y = theirs.take(_subsample(real_part, seed)), ours.take(drawn)
+        x, y = theirs[_subsample(real_part, seed)], ours[drawn]
         reduced = max(len(real_part), len(fake_part)) > PAIRWISE_IMAGES
         note = f"; {PAIRWISE_IMAGES} images drawn by the seed from each larger set" if reduced else ""
         kid = kernel_distance(x, y, seed)

@@ -216,7 +216,7 @@ def measure_quality(
 
 def _statistics(images: ImageSet, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return a mask (N,) of images with a field of view, and their statistics (N, F), 0 without one."""
-    rows = images.rows[f"quality {name}"].all()
+    rows = images.rows[f"quality {name}"][:]
     return rows[:, 0] > 0, rows[:, 1:]
 
 
@@ -226,7 +226,7 @@ def measure_inception_score(images: ImageSet, seed: int) -> dict | None:
         return None
     order = np.random.default_rng([seed, 4]).permutation(len(images))
     parts = split_count(len(order))
-    mean, deviation = inception_score(images.rows[LOGITS].take(order), parts)
+    mean, deviation = inception_score(images.rows[LOGITS][order], parts)
     how = f"{parts} part{'s' * (parts > 1)} of {len(order) // parts} images"
     low = high = None
     if parts > 2:

@@ -80,7 +80,7 @@ def authenticity(train: Any, distances: np.ndarray, indices: np.ndarray, groups:
     if len(train) < 2:
         return Estimate.missing("fewer than 2 training images")
     used, position = np.unique(indices, return_inverse=True)
-    gaps, _ = nearest(train.take(used), train, excluded=used)
+    gaps, _ = nearest(train[used], train, excluded=used)
     return bootstrap_mean(distances > gaps[position] + TIE, groups, seed, resample_groups=False)
 
 
@@ -119,7 +119,7 @@ def find_neighbours(extractor: str, images: ImageSet, train: ImageSet) -> tuple[
     rows, reference = images.rows[extractor], train.rows[extractor]
     best, where = nearest(rows, reference)
     if extractor == THUMBNAILS.name:
-        grids = rows.all().reshape(-1, THUMBNAIL, THUMBNAIL)
+        grids = rows[:].reshape(-1, THUMBNAIL, THUMBNAIL)
         for mirrored in (grids[:, :, ::-1], grids[:, ::-1]):
             distances, indices = nearest(mirrored.reshape(len(grids), -1), reference)
             closer = distances < best
@@ -167,5 +167,10 @@ def measure_memorisation(
 
 def copies(images: ImageSet, other: ImageSet) -> np.ndarray:
     """Return a mask (N,) of images whose pixels equal those of an image of the other set."""
-    known = {row.tobytes() for row in other.rows["pixels"].all()[:, 1:]}
-    return np.array([row.tobytes() in known for row in images.rows["pixels"].all()[:, 1:]])
+    known = set(pixel_hashes(other))
+    return np.array([digest in known for digest in pixel_hashes(images)])
+
+
+def pixel_hashes(images: ImageSet) -> list[bytes]:
+    """Return a hash of each image's pixels."""
+    return [row[1:].tobytes() for row in images.rows["pixels"][:]]

@@ -29,7 +29,7 @@ from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges
 from ddpo_pytorch.metrics.feature_store import Network
 from ddpo_pytorch.metrics.image_statistics import LOGITS, SETS
 from ddpo_pytorch.metrics.ssim import ms_ssim, scale_count, ssim
-from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.errors import UserError, one_line
 from ddpo_pytorch.utils.files import sha256
 from ddpo_pytorch.utils.published import resolve
 from ddpo_pytorch.utils.weights import read_tensors
@@ -225,7 +225,7 @@ def _weights_of(path: Path, network: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, RuntimeError) as error:
-        raise UserError(f"{str(path)!r} are not {network} weights ({_short(error)})") from error
+        raise UserError(f"{str(path)!r} are not {network} weights ({one_line(error, 150)})") from error
 
 
 def _download(url: str, path: Path) -> bool:
@@ -237,7 +237,7 @@ def _download(url: str, path: Path) -> bool:
         prefix = re.search(r"-([0-9a-f]{8,})\.pth$", url)  # PyTorch's file names end in the first digits of the sha256
         torch.hub.download_url_to_file(url, str(path), prefix and prefix[1], progress=False)
     except (OSError, RuntimeError) as error:  # no response, or a hash other than the name's
-        logger.warning("%s cannot be fetched (%s)", url, _short(error))
+        logger.warning("%s cannot be fetched (%s)", url, one_line(error, 150))
         return False
     return True
 
@@ -246,7 +246,3 @@ def _network(name: str, what: str, digest: str, preprocessing: str, run: Callabl
     """Return a network with a key derived from its preprocessing and the hash of its weights."""
     key = hashlib.sha256(f"{preprocessing} {digest} torch {torch.__version__}".encode()).hexdigest()
     return Network(name, what, digest, key, run, **options)
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:150]

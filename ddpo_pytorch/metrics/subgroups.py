@@ -85,8 +85,8 @@ def measure_groups(
         }
         if real is not None and chosen.sum() >= 4:
             same = np.flatnonzero(names[1] == name)
-            features = real.rows[space].take(same if len(same) >= 4 else np.arange(len(real)))
-            blocks[name]["KID"] = kernel_distance(features, images.rows[space].take(np.flatnonzero(chosen)), seed, 10)
+            features = real.rows[space][same if len(same) >= 4 else slice(None)]
+            blocks[name]["KID"] = kernel_distance(features, images.rows[space][chosen], seed, 10)
     gaps = {measure: largest_gap(column, names[0], seed) for measure, column in values.items()}
     distances = {name: block["KID"] for name, block in blocks.items() if "KID" in block}
     if len(distances) > 1:
