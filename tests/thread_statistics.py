@@ -15,8 +15,8 @@ def statistics(threads: int) -> dict[str, list[str]]:
     rng, found = np.random.default_rng(0), {}
     for count, width in ((500, 700), (63, 1280)):  # sizes at which products by several threads differ
         x, y = rng.standard_normal((count, width)), rng.standard_normal((count, width)) + 0.1
-        parts = [fidelity.Moments.of(part) for part in np.array_split(x, 3)]
-        real = fidelity.Moments.of(y)
+        parts = [fidelity.moments(part) for part in np.array_split(x, 3)]
+        real = fidelity.moments(y)
         frechet, kid = fidelity.frechet_jackknife(parts, real), fidelity.kernel_distance(x, y, 0, subsets=3)
         spread = diversity.within_prompt_diversity(x, np.arange(count) % 9, 7, 0, replicates=20).values()
         found[count] = [frechet.value, frechet.low, fidelity.frechet_distance(parts[0], real), kid.value, kid.high]

@@ -7,7 +7,7 @@ fewer images than features; the singular values used here are exact up to roundi
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,95 +36,91 @@ NEIGHBOURS = 5
 ROUNDING = 1e-12
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Additive moments of features in float64: count, total (F,) = sum of f, outer (F, F) = sum of f f^T."""
+@one_thread()
+def moments(features: np.ndarray, first: int = 0) -> torch.Tensor:
+    """Return the additive moments (1 + F, 1 + F) of (N, F) features f: the sum of g g^T with g = (1, f), in float64.
 
-    count: int
-    total: torch.Tensor
-    outer: torch.Tensor
+    The first row holds the count and the sum of f. Raises ValueError as `finite`.
+    """
+    features = torch.from_numpy(np.insert(finite(features, "features", first), 0, 1, axis=1))
+    return features.T @ features
 
-    @classmethod
-    @one_thread()
-    def of(cls, features: np.ndarray, first: int = 0) -> "Moments":
-        """Return the moments of (N, F) features. Raises ValueError as `finite`."""
-        features = torch.from_numpy(finite(features, "features", first))
-        return cls(len(features), features.sum(0), features.T @ features)
 
-    def __add__(self, other: "Moments") -> "Moments":
-        return Moments(self.count + other.count, self.total + other.total, self.outer + other.outer)
-
-    def __sub__(self, other: "Moments") -> "Moments":
-        """Return the moments without those of a subset."""
-        return Moments(self.count - other.count, self.total - other.total, self.outer - other.outer)
-
-    def gaussian(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean (F,) and unbiased covariance (F, F). Raises UserError below two samples."""
-        if self.count < 2:
-            raise UserError(f"a Frechet distance needs at least 2 images in each set, got {self.count}")
-        mean = self.total / self.count
-        return mean, (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
+def gaussian(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean (F,) and unbiased covariance (F, F) of moments. Raises UserError below two samples."""
+    count, total = int(x[0, 0]), x[0, 1:]
+    if count < 2:
+        raise UserError(f"a Frechet distance needs at least 2 images in each set, got {count}")
+    mean = total / count
+    return mean, (x[1:, 1:] - count * torch.outer(mean, mean)) / (count - 1)
 
 
 @one_thread()
-def frechet_distance(x: Moments, y: Moments) -> float:
+def frechet_distance(x: torch.Tensor, y: torch.Tensor) -> float:
     """Return |mx - my|^2 + tr(Cx + Cy - 2 (Cx Cy)^(1/2)), the Frechet distance of two Gaussians (Heusel et al. 2017).
 
-    With C = A A^T, tr (Cx Cy)^(1/2) is the sum of the singular values of Ax^T Ay.
+    x and y are `moments`. With C = A A^T, tr (Cx Cy)^(1/2) is the sum of the singular values of Ax^T Ay.
     """
-    return _distance(x, *_mean_and_root(y))
+    return _distance(*_mean_and_root(x), *_mean_and_root(y))
 
 
-def _distance(x: Moments, mean_y: torch.Tensor, root_y: torch.Tensor) -> float:
-    mean_x, root_x = _mean_and_root(x)
+@one_thread()
+def frechet_of_rows(x: np.ndarray, y: np.ndarray) -> float:
+    """Return `frechet_distance` of features (N, F) and (M, F), faster for fewer images than features."""
+    sides = []
+    for rows in map(torch.from_numpy, (x, y)):
+        mean = rows.mean(0)
+        sides += [mean, torch.linalg.qr((rows - mean) / (len(rows) - 1) ** 0.5, mode="r").R.T]
+    return _distance(*sides)
+
+
+def _distance(mean_x: torch.Tensor, root_x: torch.Tensor, mean_y: torch.Tensor, root_y: torch.Tensor) -> float:
     cross = torch.linalg.svdvals(root_x.T @ root_y).sum()
     traces = root_x.square().sum() + root_y.square().sum() - 2 * cross
     return max(0.0, float((mean_x - mean_y).square().sum() + traces))
 
 
-def _quick_distance(x: Moments, mean_y: torch.Tensor, root_y: torch.Tensor) -> float:
+def _quick_distance(x: torch.Tensor, mean_y: torch.Tensor, root_y: torch.Tensor) -> float:
     """Return the distance, accurate to about 1e-8 of the variances, by eigenvalues of Ay^T Cx Ay; ten times as fast."""
-    mean_x, covariance = x.gaussian()
+    mean_x, covariance = gaussian(x)
     cross = torch.linalg.eigvalsh(root_y.T @ covariance @ root_y).clamp(min=0).sqrt().sum()
     traces = covariance.trace() + root_y.square().sum() - 2 * cross
     return float((mean_x - mean_y).square().sum() + traces)
 
 
-def _mean_and_root(x: Moments) -> tuple[torch.Tensor, torch.Tensor]:
+def _mean_and_root(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean (F,) and A (F, r) with A A^T = covariance, without directions of rounding noise."""
-    mean, covariance = x.gaussian()
+    mean, covariance = gaussian(x)
     values, vectors = torch.linalg.eigh(covariance)
     keep = values > values.max() * len(values) * torch.finfo(values.dtype).eps
     return mean, vectors[:, keep] * values[keep].sqrt()
 
 
 @one_thread()
-def frechet_jackknife(groups: Sequence[Moments], real: Moments) -> Estimate:
+def frechet_jackknife(groups: Sequence[torch.Tensor], real: torch.Tensor) -> Estimate:
     """Return the Frechet distance to `real` of all groups, which are random, similarly large parts of generated images.
 
-    The interval (`jackknife_half_width`) is clipped at 0 and takes `real` as given. A bootstrap would repeat images,
-    which makes every distance larger. The interval does not cover the bias of few images.
+    Both are `moments`. The interval (`jackknife_half_width`) is clipped at 0, takes `real` as given and does not cover
+    the bias of few images. A bootstrap would repeat images, which makes every distance larger.
     """
-    root = _mean_and_root(real)
-    total = sum(groups[1:], groups[0])
-    value = _distance(total, *root)
-    shares = np.array([group.count / total.count for group in groups])
-    if shares.min() <= 0 or total.count * (1 - shares.max()) < 2:
-        raise ValueError(f"a jackknife needs images in every group, and 2 outside each: {shares * total.count} images")
+    root, total = _mean_and_root(real), sum(groups[1:], groups[0])
+    value, sizes = _distance(*_mean_and_root(total), *root), np.array([int(group[0, 0]) for group in groups])
+    if sizes.min() <= 0 or sizes.sum() - sizes.max() < 2:
+        raise ValueError(f"a jackknife needs images in every group, and 2 outside each: {sizes} images")
     quick = on_all_cores(lambda part: _quick_distance(part, *root), [*(total - group for group in groups), total])
-    half = jackknife_half_width(quick[-1], np.array(quick[:-1]), [group.count for group in groups])
+    half = jackknife_half_width(quick[-1], np.array(quick[:-1]), sizes)
     how = f"jackknife over {len(groups)} random groups of the generated images"
-    return Estimate(value, max(0.0, value - half), value + half, total.count, how)
+    return Estimate(value, max(0.0, value - half), value + half, int(sizes.sum()), how)
 
 
-def moments_of_rows(rows, indices: np.ndarray) -> Moments:
+def moments_of_rows(rows, indices: np.ndarray) -> torch.Tensor:
     """Return the moments of the selected `Rows` (at least one), read a block at a time."""
     block = 4096
-    parts = (Moments.of(rows[indices[at : at + block]], at) for at in range(0, len(indices), block))
+    parts = (moments(rows[indices[at : at + block]], at) for at in range(0, len(indices), block))
     return sum(parts, start=next(parts))
 
 
-def frechet(real: Moments, fake, indices: np.ndarray, seed: int) -> Estimate:
+def frechet(real: torch.Tensor, fake, indices: np.ndarray, seed: int) -> Estimate:
     """Return the Frechet distance of selected `Rows` of generated images to real ones, with a jackknife interval."""
     if len(indices) < 2 * JACKKNIFE_GROUPS:
         value = frechet_distance(moments_of_rows(fake, indices), real)
@@ -133,7 +129,7 @@ def frechet(real: Moments, fake, indices: np.ndarray, seed: int) -> Estimate:
         order = np.random.default_rng([seed, 1]).permutation(indices)
         groups = [moments_of_rows(fake, part) for part in np.array_split(order, JACKKNIFE_GROUPS)]
         estimate = frechet_jackknife(groups, real)
-    fewest, features = min(len(indices), real.count), len(real.total)
+    fewest, features = min(len(indices), int(real[0, 0])), len(real) - 1
     if fewest <= features:  # singular covariance
         return replace(estimate, how=f"{estimate.how}; {fewest} images of {features} features: biased upwards")
     return estimate
@@ -249,18 +245,6 @@ def two_sample_test(real: np.ndarray, fake: np.ndarray, seed: int) -> Estimate:
     return replace(result, how=f"{result.how}: half of {4 * size} images, a linear classifier learned from the others")
 
 
-@one_thread()
-def frechet_of_rows(x: np.ndarray, y: np.ndarray) -> float:
-    """Return `frechet_distance` of features (N, F) and (M, F), faster for fewer images than features."""
-    means, roots = [], []
-    for rows in map(torch.from_numpy, (x, y)):
-        means.append(rows.mean(0))
-        roots.append(torch.linalg.qr((rows - means[-1]) / (len(rows) - 1) ** 0.5, mode="r").R)
-    cross = float(torch.linalg.svdvals(roots[0] @ roots[1].T).sum())
-    traces = sum(float(root.square().sum()) for root in roots) - 2 * cross
-    return max(0.0, float((means[0] - means[1]).square().sum()) + traces)
-
-
 def size_curve(real: np.ndarray, fake: np.ndarray, seed: int) -> tuple[dict[str, dict[str, float]], Estimate]:
     """Return mean "FID" and "KID" of disjoint parts of n, n/2 and n/4 images per side, and FID at infinity.
 
@@ -270,23 +254,24 @@ def size_curve(real: np.ndarray, fake: np.ndarray, seed: int) -> tuple[dict[str,
     """
     rng, size = np.random.default_rng([seed, 6]), len(fake)
     real, fake = real[rng.permutation(size)], fake[rng.permutation(size)]
-    fifths = [slice(part * size // 5, (part + 1) * size // 5) for part in range(5)] if size >= 80 else []
-    starts = [(0, size), *((part.start, part.stop - part.start) for part in fifths)]
-    lengths = [[count // parts for parts in (1, 2, 4)] for _, count in starts]
+    fifths = [(part * size // 5, (part + 1) * size // 5) for part in range(5)] if size >= 80 else []
+    lengths = [[(stop - start) // parts for parts in (1, 2, 4)] for start, stop in [(0, size), *fifths]]
     jobs = [
-        slice(first + part * length, first + (part + 1) * length)
-        for (first, _), counts in zip(starts, lengths, strict=True)
+        slice(start + part * length, start + (part + 1) * length)
+        for (start, _), counts in zip([(0, size), *fifths], lengths, strict=True)
         for parts, length in zip((1, 2, 4), counts, strict=True)
         for part in range(parts)
     ]
+
+    def averages(values: Sequence[float]) -> list[float]:
+        return [float(values[0]), float(np.mean(values[1:3])), float(np.mean(values[3:7]))]
+
     distances = on_all_cores(lambda part: frechet_of_rows(real[part], fake[part]), jobs)
-    means = np.array([[d[0], np.mean(d[1:3]), np.mean(d[3:])] for d in np.array(distances).reshape(-1, 7)])
+    means = [averages(distances[at : at + 7]) for at in range(0, len(jobs), 7)]
     ends = [float(np.polyfit(1 / np.array(counts), row, 1)[1]) for counts, row in zip(lengths, means, strict=True)]
     kernels = [kernel_distance(real[part], fake[part], seed, subsets=1 + 9 * (size > 1000)).value for part in jobs[:7]]
-    kernels = [kernels[0], np.mean(kernels[1:3]), np.mean(kernels[3:])]
-    curve = {
-        str(n): {"FID": f, "KID": float(k)} for n, f, k in zip(lengths[0], means[0].tolist(), kernels, strict=True)
-    }
+    both = zip(lengths[0], means[0], averages(kernels), strict=True)
+    curve = {str(n): {"FID": distance, "KID": kernel} for n, distance, kernel in both}
     if not fifths:
         return curve, Estimate(ends[0], None, None, size, "no interval below 80 images")
     half = float(stats.t.ppf(0.975, 4) * np.std(ends[1:], ddof=1) / 5**0.5)
