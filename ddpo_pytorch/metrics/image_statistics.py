@@ -13,15 +13,7 @@ from scipy import ndimage, special, stats
 
 from ddpo_pytorch.data.images import fov_mask
 from ddpo_pytorch.metrics.image_sets import ImageSet
-from ddpo_pytorch.metrics.intervals import (
-    REPLICATES,
-    Estimate,
-    GroupedSample,
-    bootstrap_mean,
-    finite,
-    jackknife,
-    replicate_means,
-)
+from ddpo_pytorch.metrics.intervals import REPLICATES, Estimate, bootstrap_mean, difference_interval, finite, jackknife
 
 LEGACY = ("SNR", "Contrast", "Sharpness", "Vessel Visibility", "Uniformity")
 FOV = ("SNR", "RMS contrast", "Michelson contrast", "Sharpness", "Vessel visibility", "Uniformity", "Entropy")
@@ -129,11 +121,8 @@ def distances(
     low = high = None
     how = "one image: no interval"
     if min(len(generated), len(real)) > 1:
-        means = [
-            replicate_means([GroupedSample(x[:, None], g)], [seed, i], resample_groups=True, replicates=REPLICATES)[0]
-            for i, (x, g) in enumerate(((generated, groups), (real, real_groups)))
-        ]
-        low, high = np.percentile(means[0] - means[1], [2.5, 97.5]).tolist()
+        sides = [(real, real_groups), (generated, groups)]
+        low, high = difference_interval(sides, [[seed, 1], [seed, 0]], resample_groups=True)
         how = f"percentile bootstrap, {REPLICATES} replicates over prompts and images of each side"
     difference = Estimate(value, low, high, number, how)
     deviation = float(real.std(ddof=1)) if len(real) > 1 else 0.0

@@ -101,11 +101,20 @@ def bootstrap_unpaired_difference(
     for values, groups in (_columns(groups_a, a), _columns(groups_b, b)):
         chosen = np.isin(groups, shared)
         samples.append(GroupedSample(values[chosen, None], groups[chosen]))
-    draws_a, draws_b = replicate_means(samples, seed, resample_groups=True, replicates=REPLICATES)
+    draws_a, draws_b = replicate_means(samples, seed, resample_groups=True)
     value = float(samples[1].mean[0] - samples[0].mean[0])
     low, high = np.percentile((draws_b - draws_a)[:, 0], [2.5, 97.5]).tolist()
     how = _bootstrap_of(REPLICATES, f"{len(shared)} prompts of both sides and their images, not paired")
     return Estimate(value, low, high, samples[0].images + samples[1].images, how)
+
+
+def difference_interval(sides: Sequence, seeds: Sequence, resample_groups: bool) -> list[float]:
+    """Return the ends of the interval of mean(b) - mean(a); `sides` are (a, its prompts) and (b, its prompts)."""
+    draws = [
+        replicate_means([GroupedSample(values[:, None], groups)], seed, resample_groups=resample_groups)[0]
+        for (values, groups), seed in zip(sides, seeds, strict=True)
+    ]
+    return np.percentile(draws[1] - draws[0], [2.5, 97.5]).tolist()
 
 
 def bootstrap_ratio(numerator: np.ndarray, denominator: np.ndarray, groups: np.ndarray, seed: int) -> Estimate:
@@ -122,7 +131,7 @@ def bootstrap_ratio(numerator: np.ndarray, denominator: np.ndarray, groups: np.n
     if is_share and value in (0, 1) and (numerator <= denominator).all():
         return exact_binomial(value, images, images)
     sample = GroupedSample(np.stack([numerator, denominator], axis=1), groups)
-    draws = replicate_means([sample], seed, resample_groups=False, replicates=REPLICATES)[0]
+    draws = replicate_means([sample], seed, resample_groups=False)[0]
     draws = draws[draws[:, 1] > 0]
     low, high = np.percentile(draws[:, 0] / draws[:, 1], [2.5, 97.5]).tolist()
     how = _bootstrap_of(len(draws), f"images within {len(np.unique(groups))} prompts")
@@ -215,7 +224,7 @@ class GroupedSample:
 
 
 def replicate_means(
-    samples: Sequence[GroupedSample], seed: int | Sequence[int], *, resample_groups: bool, replicates: int
+    samples: Sequence[GroupedSample], seed: int | Sequence[int], *, resample_groups: bool, replicates: int = REPLICATES
 ) -> list[np.ndarray]:
     """Return (replicates, V) bootstrap means over all images of each sample; all samples have the same G prompts.
 

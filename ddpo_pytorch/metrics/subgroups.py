@@ -7,7 +7,7 @@ import numpy as np
 from ddpo_pytorch.data.tables import number
 from ddpo_pytorch.metrics.fidelity import kernel_distance
 from ddpo_pytorch.metrics.image_sets import ImageSet
-from ddpo_pytorch.metrics.intervals import REPLICATES, Estimate, GroupedSample, bootstrap_mean, replicate_means
+from ddpo_pytorch.metrics.intervals import REPLICATES, Estimate, bootstrap_mean, difference_interval
 
 MOST_VALUES = 8  # numeric columns with more distinct values are binned at their quartiles
 UNKNOWN = "not stated"
@@ -46,16 +46,8 @@ def largest_gap(values: np.ndarray, names: np.ndarray, seed: int) -> dict[str, E
 
     means, rng = np.bincount(index, values) / counts, np.random.default_rng([seed, 7])
     low, high = int(means.argmin()), int(means.argmax())
-    draws = [
-        replicate_means(
-            [GroupedSample(values[index == end][:, None], np.zeros(counts[end]))],
-            [seed, end],
-            resample_groups=False,
-            replicates=REPLICATES,
-        )[0]
-        for end in (low, high)
-    ]
-    ends = np.percentile(draws[1] - draws[0], [2.5, 97.5]).tolist()
+    sides = [(values[index == end], np.zeros(counts[end])) for end in (low, high)]
+    ends = difference_interval(sides, [[seed, low], [seed, high]], resample_groups=False)
     observed = spread(values)
     extreme = sum(spread(rng.permutation(values)) >= observed - 1e-12 for _ in range(REPLICATES))
     how = f"{used[high]} minus {used[low]}; percentile bootstrap of these two, {REPLICATES} replicates over images"
