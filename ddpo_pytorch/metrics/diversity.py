@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +16,9 @@ DIVERSITY_IMAGES = 64  # per prompt
 
 
 def within_prompt_diversity(
-    features: np.ndarray, groups: np.ndarray, per_group: int, seed: int, replicates: int = 200
+    features: Any, groups: np.ndarray, per_group: int, seed: int, replicates: int = 200
 ) -> dict[str, Estimate]:
-    """Return {"vendi", "pairwise_distance"} of the images of a prompt, averaged over prompts; features (N, F).
+    """Return {"vendi", "pairwise_distance"} of a prompt's images, averaged over prompts; features: (N, F) or `Rows`.
 
     The Vendi score (Friedman and Dieng 2023) is the effective number of different images, from 1 to `per_group`:
     exp(-sum l log l) over the eigenvalues l of K / n with cosine similarities K (n, n). The pairwise distance is the
@@ -25,26 +26,24 @@ def within_prompt_diversity(
 
     Each prompt contributes `per_group` random images, since the Vendi score grows with their number. Prompts with fewer
     are skipped; raises UserError if none is left. Intervals are percentiles over replicates that draw prompts with
-    replacement and a prompt's images without, since duplicates would lower the diversity.
+    replacement and their images without, since duplicates would lower the diversity, from up to 2 `per_group`.
     """
-    groups = np.asarray(groups)
     numbers, counts = np.unique(groups, return_counts=True)
     used = numbers[counts >= per_group]
     if per_group < 2 or not len(used):
         most = counts.max(initial=0)
         raise UserError(f"diversity needs prompts with {max(2, per_group)} images each, the largest has {most}")
-    unit = unit_rows(features, "features")
     rng = np.random.default_rng(seed)
     # row 0 is the value, with every prompt once; the others are replicates
     drawn = np.stack([np.arange(len(used)), *rng.integers(0, len(used), (replicates, len(used)))])
     scores = np.empty((*drawn.shape, 2))
     for prompt, number in enumerate(used):
-        rows = unit[groups == number]
+        indices = np.flatnonzero(groups == number)
+        order = np.random.default_rng([seed, int(number), 3]).permutation(len(indices))[: 2 * per_group]
+        rows = unit_rows(features[np.sort(indices[order])], "features")
         scores[drawn == prompt] = _subset_scores(product(rows, rows), per_group, int((drawn == prompt).sum()), rng)
     value, draws = scores[0].mean(axis=0), scores[1:].mean(axis=1)
     how = f"{per_group} images of each of {len(used)} prompts"
-    if len(used) < len(numbers):
-        how += f" ({len(numbers) - len(used)} prompts with fewer left out)"
     low = high = (None, None)
     if len(used) > 1:
         low, high = np.percentile(draws, [2.5, 97.5], axis=0).tolist()
@@ -102,14 +101,7 @@ def diversity_size(models: Sequence[ImageSet]) -> int:
 
 
 def measure_diversity(extractor: str, images: ImageSet, per_group: int, seed: int) -> dict[str, Estimate] | None:
-    """Return `within_prompt_diversity` of prompts with at least `per_group` images; None if there are none."""
-    chosen = []
-    for number in np.unique(images.groups):
-        indices = np.flatnonzero(images.groups == number)
-        if len(indices) >= max(2, per_group):
-            order = np.random.default_rng([seed, int(number), 3]).permutation(len(indices))[: 2 * per_group]
-            chosen.append(np.sort(indices[order]))
-    if per_group < 2 or not chosen:
+    """Return `within_prompt_diversity`, or None if no prompt has `per_group` images."""
+    if per_group < 2 or np.bincount(images.groups).max() < per_group:
         return None
-    indices = np.concatenate(chosen)
-    return within_prompt_diversity(images.rows[extractor][indices], images.groups[indices], per_group, seed)
+    return within_prompt_diversity(images.rows[extractor], images.groups, per_group, seed)
