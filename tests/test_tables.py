@@ -2,8 +2,8 @@
 
 import csv
 import io
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torchmetrics.classification import MultilabelExactMatch
@@ -11,6 +11,7 @@ from torchmetrics.classification import MultilabelExactMatch
 from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of
 from ddpo_pytorch.data.metadata import requested_labels
 from ddpo_pytorch.metrics.alignment import aligned_images, apr_by_prompt, measure_apr
+from ddpo_pytorch.metrics.image_sets import ImageSet
 from ddpo_pytorch.metrics.tables import table2, table3, to_csv, to_latex, to_markdown
 
 
@@ -75,8 +76,8 @@ def test_apr_by_hand():
     aligned = aligned_images(requested, predictions)
     assert aligned.tolist() == [1, 0, 1, 0, 1]
     assert list(apr_by_prompt(aligned, captions).items()) == [(PLAIN, 1.0), (HAIR, 0.5), (GEL_RULER, 0.5)]
-    groups = np.array([CAPTIONS.index(caption) for caption in captions])
-    block, hits = measure_apr(requested, LABELS[:4], predictions.numpy() - 0.5, captions, groups, 0)
+    images = ImageSet(Path(), (), tuple(captions), ())
+    block, hits = measure_apr(images, requested, LABELS[:4], predictions.numpy() - 0.5, 0)
     assert hits.tolist() == aligned.tolist() and block["APR"].value == 3 / 5 and block["by_prompt"][HAIR].value == 0.5
     numbers = block["attributes"]
     assert {name: values["accuracy"].value for name, values in numbers.items()} == {

@@ -11,6 +11,7 @@ import torch
 from torchmetrics.functional.classification import multilabel_exact_match
 
 from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.metrics.image_sets import ImageSet
 from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean, bootstrap_ratio
 
 
@@ -29,24 +30,18 @@ def apr_by_prompt(aligned: np.ndarray, captions: Sequence[str]) -> dict[str, flo
 
 
 def measure_apr(
-    requested: torch.Tensor,
-    labels: Sequence[str],
-    logits: np.ndarray,
-    captions: Sequence[str],
-    groups: np.ndarray,
-    seed: int,
+    images: ImageSet, requested: torch.Tensor, labels: Sequence[str], logits: np.ndarray, seed: int
 ) -> tuple[dict, np.ndarray]:
     """Return APR over all images and by prompt, precision and recall per label; and `aligned_images` (N,).
 
     requested (N, H) of 0 and 1, logits (N, H). Recall: of the images whose prompt requests a label, the share in which
     the judge sees it; precision: of the images in which the judge sees it, the share whose prompt requests it.
     """
-    seen = logits > 0
-    targets = requested.bool().numpy()
+    seen, targets, groups = logits > 0, requested.bool().numpy(), images.groups
     aligned = aligned_images(requested, torch.from_numpy(seen))
     block = {
         "APR": bootstrap_mean(aligned, groups, seed, resample_groups=True),
-        "by_prompt": estimates_by_prompt(aligned, captions, groups, seed),
+        "by_prompt": estimates_by_prompt(aligned, images, seed),
         "attributes": {},
     }
     for column, name in enumerate(labels):
@@ -62,24 +57,19 @@ def measure_apr(
 
 
 def measure_fundus_alignment(
-    selector: np.ndarray, policy: np.ndarray, threshold: float, captions: Sequence[str], groups: np.ndarray, seed: int
+    images: ImageSet, selector: np.ndarray, policy: np.ndarray, threshold: float, seed: int
 ) -> tuple[dict, np.ndarray, dict[str, np.ndarray]]:
     """Return the judges' block of metrics.json, alignment [s >= threshold] * p (N,), columns of per_image.csv."""
     passes = selector.astype(np.float32) >= np.float32(threshold)  # the Selector's own comparison
     aligned = np.where(passes, policy, 0.0)
     values = {"alignment": aligned, "selector": selector, "pass_rate": passes.astype(float), "policy": policy}
-    block: dict = {name: bootstrap_mean(column, groups, seed, resample_groups=True) for name, column in values.items()}
-    block["by_prompt"] = estimates_by_prompt(aligned, captions, groups, seed)
+    block: dict = {name: bootstrap_mean(x, images.groups, seed, resample_groups=True) for name, x in values.items()}
+    block["by_prompt"] = estimates_by_prompt(aligned, images, seed)
     return block, aligned, {"selector": selector, "policy": policy, "passes": passes.astype(int)}
 
 
-def estimates_by_prompt(
-    values: np.ndarray, captions: Sequence[str], groups: np.ndarray, seed: int
-) -> dict[str, Estimate]:
+def estimates_by_prompt(values: np.ndarray, images: ImageSet, seed: int) -> dict[str, Estimate]:
     """Return the mean of values (N,) per prompt, with intervals over its images."""
-    result = {}
-    for number in np.unique(groups):
-        members = groups == number
-        caption = captions[int(members.argmax())]
-        result[caption] = bootstrap_mean(values[members], groups[members], seed, resample_groups=False)
-    return result
+    groups = images.groups
+    parts = {images.all_captions[number]: values[groups == number] for number in np.unique(groups)}
+    return {c: bootstrap_mean(part, np.zeros(len(part)), seed, resample_groups=False) for c, part in parts.items()}

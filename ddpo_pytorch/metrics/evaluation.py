@@ -68,23 +68,23 @@ def run_networks(config: ConfigDict, sets: Sets, tools: Tools, accelerator: Acce
 def pairs_of(images: ImageSet, sets: Sets, tools: Tools, seed: int) -> dict:
     """Return by measure the network, the partner set and the index pairs it runs on; real images get MS-SSIM only."""
     result = {}
-    if "ms_ssim" in tools.similarity:
+    if "ms_ssim" in tools.pairs:
         for name, groups in (("MS_SSIM", np.zeros(len(images), dtype=int)), ("MS_SSIM_within", images.groups)):
             pairs = within_pairs(groups, seed, images.keys)[:MAX_PAIRS]
-            result[name] = tools.similarity["ms_ssim"], images, pairs
+            result[name] = tools.pairs["ms_ssim"], images, pairs
     if images is sets.real:
         return result
-    if tools.lpips is not None:
-        result["LPIPS_within"] = tools.lpips, images, within_pairs(images.groups, seed, images.keys)
+    if "lpips" in tools.pairs:
+        result["LPIPS_within"] = tools.pairs["lpips"], images, within_pairs(images.groups, seed, images.keys)
         if sets.real is not None:
             ours, theirs = ({path: i for i, path in enumerate(side.paths)} for side in (images, sets.real))
             paths = pair_images(images.samples, sets.real.samples, seed)
-            result["LPIPS"] = tools.lpips, sets.real, [(ours[a], theirs[b]) for a, b, _ in paths]
-    if "ssim" in tools.similarity:
+            result["LPIPS"] = tools.pairs["lpips"], sets.real, [(ours[a], theirs[b]) for a, b, _ in paths]
+    if "ssim" in tools.pairs:
         pairs = pairs_by_name(images.keys, sets.pairs.keys, f"metric.pairs_path={str(sets.pairs.folder)!r}")
         if len(pairs) < len(images):
             logger.warning("%s: SSIM of %d of %d images, the rest are unpaired", images.folder, len(pairs), len(images))
-        result["SSIM"] = tools.similarity["ssim"], sets.pairs, pairs
+        result["SSIM"] = tools.pairs["ssim"], sets.pairs, pairs
     return result
 
 
@@ -149,15 +149,13 @@ def measure_folder(images: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None
     columns: dict[str, Sequence] = {}
     if tools.threshold is not None:
         scores = (images.rows[name][:].squeeze(1) for name in (SELECTOR, POLICY))
-        result["alignment"][FUNDUS], aligned, columns = measure_fundus_alignment(
-            *scores, tools.threshold, captions, groups, seed
-        )
+        result["alignment"][FUNDUS], aligned, columns = measure_fundus_alignment(images, *scores, tools.threshold, seed)
         result["inception_score"] = measure_inception_score(images, seed)
     else:
         for number, (name, (_, labels)) in enumerate(tools.judges.items()):
             logits = images.rows[name][:]
             requested = requested_labels(captions, labels, images.table)
-            block, hits = measure_apr(requested, labels, logits, captions, groups, seed)
+            block, hits = measure_apr(images, requested, labels, logits, seed)
             result["alignment"][name] = block
             columns |= {f"{name}_{label}": expit(logits[:, i]) for i, label in enumerate(labels)}
             if number == 0:

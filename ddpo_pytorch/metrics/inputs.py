@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,14 +16,7 @@ from ddpo_pytorch.data.isic import ARTIFACTS, CAPTIONS, LABELS
 from ddpo_pytorch.data.metadata import requested_labels
 from ddpo_pytorch.data.sample_folder import list_samples
 from ddpo_pytorch.metrics.feature_store import PIXELS, THUMBNAILS, Network
-from ddpo_pytorch.metrics.image_sets import (
-    ImageSet,
-    any_files,
-    inspect_files,
-    lacking_images,
-    named_paths,
-    shape_of,
-)
+from ddpo_pytorch.metrics.image_sets import ImageSet, any_files, inspect_files, lacking_images, named_paths, shape_of
 from ddpo_pytorch.metrics.image_statistics import SETS
 from ddpo_pytorch.metrics.networks import (
     ENCODERS,
@@ -166,15 +160,15 @@ def find_sets(metric: ConfigDict, accelerator: Accelerator) -> Sets:
 class Tools:
     """Networks of a report, and reasons for `missing` ones. Judges have labels or, for fundus images, a `threshold`.
 
-    `statistics`: image statistics and Inception's logits. `similarity`: SSIM and MS-SSIM if they are measured.
+    `statistics`: image statistics and Inception's logits. `pairs`: of two images, those of LPIPS, SSIM and MS-SSIM that
+    are measured.
     """
 
     judges: dict[str, tuple[Network, tuple[str, ...]]]
     threshold: float | None = None
     extractors: dict[str, Network] = field(default_factory=dict)
-    lpips: Network | None = None
     statistics: list[Network] = field(default_factory=list)
-    similarity: dict[str, Network] = field(default_factory=dict)
+    pairs: dict[str, Network] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -186,17 +180,16 @@ class Tools:
     @property
     def named(self) -> list[Network]:
         """All networks except the judges, pixels and thumbnails."""
-        lpips = [self.lpips] if self.lpips else []
-        return [*self.extractors.values(), *lpips, *self.statistics, *self.similarity.values()]
+        return [*self.extractors.values(), *self.statistics, *self.pairs.values()]
 
-    def add(self, title: str, load: Callable[[], Network]) -> list[Network]:
-        """Return [network], or [] if its weights are unavailable, with the reason in `missing[title]`."""
+    @contextmanager
+    def optional(self, title: str) -> Iterator[None]:
+        """Go on without a network of which the weights are unavailable, with the reason in `missing[title]`."""
         try:
-            return [load()]
+            yield
         except Unavailable as error:
             self.missing[title] = str(error)
             logger.info("%s: n/a, %s", title, error)
-            return []
 
 
 def load_tools(metric: ConfigDict, accelerator: Accelerator, sets: Sets) -> Tools:
@@ -216,18 +209,19 @@ def load_tools(metric: ConfigDict, accelerator: Accelerator, sets: Sets) -> Tool
             title = name.upper().replace("_", "-")
             tools.missing[title] = f"images of {side} px are smaller than its window of {WINDOW}"
         elif wanted:
-            tools.similarity[name] = similarity_network(name, side)
+            tools.pairs[name] = similarity_network(name, side)
     inception = partial(inception_network, metric.inception, metric.fid, device)
     loaders = {name: partial(encoder_network, name, metric.encoders, device) for name in metric.extractors}
     loaders |= {"inception": inception, "judge": lambda: features}
     with accelerator.main_process_first():  # one process downloads, the others find the file
         for name in metric.extractors:
-            for network in tools.add(f"FID, KID, precision ... ({name})", loaders[name]):
-                tools.extractors[name] = network
-        for network in tools.add("LPIPS", partial(lpips_network, metric.alexnet, device)):
-            tools.lpips = network
+            with tools.optional(f"FID, KID, precision ... ({name})"):
+                tools.extractors[name] = loaders[name]()
+        with tools.optional("LPIPS"):
+            tools.pairs["lpips"] = lpips_network(metric.alexnet, device)
         if metric.judges and "inception" in metric.extractors:
-            tools.statistics += tools.add("inception score", partial(inception, layer="logits_unbiased"))
+            with tools.optional("inception score"):
+                tools.statistics.append(inception(layer="logits_unbiased"))
     return tools
 
 
