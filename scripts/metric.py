@@ -28,7 +28,7 @@ from ddpo_pytorch.metrics.image_sets import named_paths
 from ddpo_pytorch.metrics.inputs import check_request, find_sets, load_tools, read_results
 from ddpo_pytorch.metrics.pictures import comparison, contact_sheet
 from ddpo_pytorch.metrics.sanity import sanity_sets
-from ddpo_pytorch.metrics.tables import dig, fundus_table, table1, table2, table3, to_csv, to_latex, to_markdown
+from ddpo_pytorch.metrics.tables import dig, main_tables, to_csv, to_latex, to_markdown
 from ddpo_pytorch.report.findings import sanity_table
 from ddpo_pytorch.report.page import write_report
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
@@ -47,18 +47,6 @@ logger = logging.getLogger(__name__)
 
 TITLES = {"table1": "Table 1", "table2": "Table 2", "table3": "Table 3", "fundus": "Fundus images"}
 TITLES["sanity"] = "Half of the real images, degraded, against the other half"
-
-
-def make_tables(result: dict) -> dict[str, pd.DataFrame]:
-    """Return by name the tables of metrics.json's content."""
-    models, real, tables = result["models"], result.get("real"), {}
-    if names := result["settings"]["quality"]:
-        tables["table1"] = table1(models, real, names, result["settings"]["image_shape"])
-    if result.get("kind") == FUNDUS:
-        return tables | {"fundus": fundus_table(models, real, result["fid_part"])}
-    if result["subject"] == "dermoscopic":
-        tables["table2"] = table2(models, real, dig(result, "sets", "real", "images_by_prompt"))
-    return tables | {"table3": table3(models, result["fid_part"])}
 
 
 def parse_conditions(texts: Sequence[str]) -> list[tuple[str, str, float]]:
@@ -133,7 +121,7 @@ def measure(accelerator: Accelerator, config: ConfigDict) -> dict:
     for row in result["comparisons"]:
         if not row["paired"]:
             logger.warning("%s and %s are compared without pairs: %s", row["from"], row["to"], row["reason"])
-    tables, output = make_tables(result), Path(metric.output)
+    tables, output = main_tables(result), Path(metric.output)
     if FLAGS.sanity:
         tables["sanity"] = sanity_table(result)[0].reset_index(names="")
     write(output, result, folders, tables)

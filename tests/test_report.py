@@ -122,7 +122,7 @@ def test_a_claim_about_few_prompts_is_about_these(prompts, by_prompt, shared, fe
     for name in MODELS:
         result["models"][name]["images_by_prompt"] = {"a": 9, "b": 9, "c": 1}
     (one,) = findings.comparisons(result)
-    assert (one["shared"], one["few"], one["before"], one["after"]) == (shared, few, 0.4, pytest.approx(0.6))
+    assert (one["shared"], one["few"], one["from_APR"], one["to_APR"]) == (shared, few, 0.4, pytest.approx(0.6))
     text = read(result).text
     assert ("over the 2 prompts" in text, "without power" in text) == (shared == 2, few)
 

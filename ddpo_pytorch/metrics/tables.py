@@ -41,6 +41,18 @@ FUNDUS_COLUMNS = (
 )
 
 
+def main_tables(result: Mapping) -> dict[str, pd.DataFrame]:
+    """Return by name the tables of metrics.json's content: table1, table2 and table3, or fundus, as far as measured."""
+    models, real, tables = result["models"], result.get("real"), {}
+    if names := result["settings"]["quality"]:
+        tables["table1"] = table1(models, real, names, result["settings"]["image_shape"])
+    if result.get("kind") == "fundus":
+        return tables | {"fundus": fundus_table(models, real, result["fid_part"])}
+    if result["subject"] == "dermoscopic":
+        tables["table2"] = table2(models, real, dig(result, "sets", "real", "images_by_prompt"))
+    return tables | {"table3": table3(models, result["fid_part"])}
+
+
 def table1(
     models: Mapping[str, Mapping], real: Mapping | None, names: Sequence[str], shape: Sequence[int]
 ) -> pd.DataFrame:

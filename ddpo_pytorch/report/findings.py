@@ -67,20 +67,14 @@ def comparisons(result: Mapping) -> list[dict[str, Any]]:
         rewards = base.get("reward"), other.get("reward")
         hacked = None not in rewards and rewards[1] > rewards[0] and word in ("worse", "unclear")
         prompts = max(sum(map(bool, side["images_by_prompt"].values())) for side in (base, other))
-        rows.append(
-            row
-            | {
-                "verdict": word,
-                "difference": row[measure],
-                "before": row[f"from_{measure}"],
-                "after": row[f"to_{measure}"],
-                "test": row.get("test"),
-                "tests": tests(row),
-                "reward": rewards if hacked else None,
-                "shared": row["prompts"] if row["prompts"] < prompts else None,
-                "few": row["prompts"] < FEW_PROMPTS and row["p_by_prompt"] is None,
-            }
-        )
+        more = {
+            "verdict": word,
+            "tests": tests(row),
+            "reward": rewards if hacked else None,
+            "shared": row["prompts"] if row["prompts"] < prompts else None,
+            "few": row["prompts"] < FEW_PROMPTS and row["p_by_prompt"] is None,
+        }
+        rows.append(row | more)
     return rows
 
 
@@ -146,17 +140,19 @@ def missing(result: Mapping) -> dict[str, str]:
 def methods(result: Mapping) -> dict[str, list[str]]:
     """Return how the intervals of each block were computed, with "…" in place of numbers, which may differ."""
     ways = defaultdict(set)
-
-    def walk(tree: Any, block: str) -> None:
-        if isinstance(tree, Mapping):
-            if tree.get("low") is not None and "how" in tree:
-                ways[block].add(re.sub(r"\d[\d.,e+-]*\b", "…", tree["how"]))
-            for value in tree.values():
-                walk(value, block)
-
-    for block, value in (item for values in sides(result).values() for item in values.items()):
-        walk(value, block)
+    for (block, *_), estimate in (pair for side in sides(result).values() for pair in _estimates(side)):
+        if estimate["low"] is not None:
+            ways[block].add(re.sub(r"\d[\d.,e+-]*\b", "…", estimate["how"]))
     return {block: sorted(texts) for block, texts in ways.items()}
+
+
+def _estimates(tree: Any, *keys: str) -> Iterator[tuple[tuple[str, ...], Mapping]]:
+    """Yield (path, estimate) of every estimate in a tree."""
+    if isinstance(tree, Mapping) and "how" in tree:
+        yield keys, tree
+    elif isinstance(tree, Mapping):
+        for name, value in tree.items():
+            yield from _estimates(value, *keys, name)
 
 
 def _union(mappings) -> list[str]:
@@ -289,17 +285,9 @@ def sanity_table(result: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def result_tables(result: Mapping) -> dict[str, tuple[pd.DataFrame, str]]:
     """Return by title the estimates in other commands' JSON files, by their path in it, and how they were computed."""
-
-    def walk(tree: Any, *keys: str) -> Iterator[tuple[str, Mapping]]:
-        if isinstance(tree, Mapping) and "how" in tree:
-            yield ": ".join(name.replace("_", " ") for name in keys), tree
-        elif isinstance(tree, Mapping):
-            for name, value in tree.items():
-                yield from walk(value, *keys, name)
-
     tables = {}
     for path, content in result.get("results", {}).items():
-        estimates = dict(walk(content))
+        estimates = {": ".join(path).replace("_", " "): estimate for path, estimate in _estimates(content)}
         rows = {name: {"Value": number(value, ".3g"), "n": str(value["n"])} for name, value in estimates.items()}
         methods = dict.fromkeys(estimate["how"] for estimate in estimates.values())
         note = f"Intervals: {'; '.join(methods)}. From {path}."

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ddpo_pytorch.data.sample_folder import title_of
-from ddpo_pytorch.metrics.tables import NOT_AVAILABLE, dig, number, table1, table2
+from ddpo_pytorch.metrics.tables import NOT_AVAILABLE, dig, main_tables, number
 from ddpo_pytorch.report import findings
 from ddpo_pytorch.report.curves import curves, heatmap, read_config, read_runs
 from ddpo_pytorch.report.pictures import Album, Samples, rarest_first
@@ -67,18 +67,18 @@ def page_content(result: Mapping, samples: Samples, runs: Sequence[Path]) -> dic
     )
     shown += sum(pair["training"] is not None for *_, pairs in sheets for pair in pairs)
     configs = {Path(run).name: config for run in runs if (config := read_config(run))}
-    quality, fundus = result["settings"]["quality"], result.get("kind") == "fundus"
+    tables = main_tables(result)
     sanity, moves = findings.sanity_table(result) if "sanity" in result else (None, None)
     return {
         "result": result,
         "models": models,
         "real": real,
-        "fundus": fundus,
+        "fundus": result.get("kind") == "fundus",
         "measure": findings.measure_of(result),
         "created": f"{datetime.fromisoformat(result['created']):%d %B %Y, %H:%M %Z}",
         "comparisons": findings.comparisons(result),
-        "table1": table1(models, real, quality, result["settings"]["image_shape"]) if quality else None,
-        "table2": table2(models, real, counts) if result["subject"] == "dermoscopic" else None,
+        "table1": tables.get("table1"),
+        "table2": tables.get("table2"),
         "curves": curves(read_runs(runs)),
         "sanity": sanity,
         "heatmap": None if sanity is None else heatmap(moves, "Change by degradation, in half-widths of the interval"),
