@@ -67,7 +67,7 @@ def empty(tmp_path) -> Restart:
 def rated(empty, items) -> Restart:
     """Four images rated by Ann."""
     for number, item in enumerate(items):
-        empty.store.click("rate", item, "Ann", 1 + number % 3, 2)
+        empty.store.click("rate", item, "Ann", rating=1 + number % 3, expert_level=2)
     assert len(empty.rows()) == 4
     return empty
 
@@ -99,10 +99,10 @@ def test_an_entry_that_leads_elsewhere_is_refused_at_the_start(tmp_path, items, 
 
 def test_the_table_is_read_by_training_after_every_click(empty, items):
     store, odd = empty.store, 'Dr. "Q" O\'Neil'
-    store.click("rate", items[1], odd, 3, 2)
-    store.click("rate", items[1], "Ann", 1, 1)
+    store.click("rate", items[1], odd, rating=3, expert_level=2)
+    store.click("rate", items[1], "Ann", rating=1, expert_level=1)
     store.click("skip", items[0], "Ann")
-    store.click("rate", items[0], "Ann", 2, 1)
+    store.click("rate", items[0], "Ann", rating=2, expert_level=1)
     rows = read_ratings(empty.path)
     assert [(row.path.name, row.rating, row.expert_level, row.prompt, row.rater_id) for row in rows] == [
         ("1.png", 3, 2, PROMPTS[1], odd),
@@ -120,8 +120,9 @@ def test_a_crash_at_any_byte_loses_no_confirmed_click(empty, items):
     """After each prefix of what one click writes, journal first, the next start has all clicks before it."""
     path, journal, keys = empty.path, empty.store.journal, [item.key for item in items]
     states = []
-    for action, item, *cells in (("rate", 0, 3, 2), ("rate", 1, 1, 2), ("undo", 1)):
-        empty.store.click(action, items[item], "Ann", *cells)
+    answers = {"rating": 3, "expert_level": 2}, {"rating": 1, "expert_level": 2}
+    for action, item, given in (("rate", 0, answers[0]), ("rate", 1, answers[1]), ("undo", 1, {})):
+        empty.store.click(action, items[item], "Ann", **given)
         states.append({file: file.read_bytes() for file in (journal, path)})
     for before, after, rated in zip(states, states[1:], ((keys[:1], keys[:2]), (keys[:2], keys[:1])), strict=False):
         for cut in range(len(before[journal]), len(after[journal]) + 1):
@@ -163,8 +164,8 @@ def test_the_table_is_what_the_journal_says_whatever_others_do_to_it(rated, item
     store = rated.store if running else rated()
     store.click("undo", items[3], "Ann")
     assert rated.rows() == before[:3] and rated_by(store, "Ann") == [item.key for item in items[:3]]
-    store.click("rate", items[3], "Ann", 3, 1)
-    store.click("rate", items[0], "Bob", 2, 1)
+    store.click("rate", items[3], "Ann", rating=3, expert_level=1)
+    store.click("rate", items[0], "Bob", rating=2, expert_level=1)
     wanted = [*before[:3], (items[3].image_path, "3", "Ann"), (items[0].image_path, "2", "Bob")]
     assert rated.rows() == wanted and len(read_ratings(rated.path)) == len(store) == 5
     assert rated.path.read_bytes().startswith(",".join(COLUMNS).encode() + b"\n")
@@ -183,7 +184,7 @@ def test_the_journal_survives_what_others_do_to_it(rated, items, change, running
     rated.store.journal.unlink() if content is None else rated.store.journal.write_bytes(content)
     store = rated.store if running else rated()
     store.click("skip", items[0], "Bob")
-    store.click("rate", items[0], "Bob", 2, 1)
+    store.click("rate", items[0], "Bob", rating=2, expert_level=1)
     assert rated.rows() == [*before, (items[0].image_path, "2", "Bob")]
     rated.path.unlink()
     assert len(rated()) == 5 and rated.rows() == [*before, (items[0].image_path, "2", "Bob")]
@@ -217,7 +218,8 @@ def test_both_answers_the_patient_and_the_median_time_are_kept(tmp_path, items, 
     store = Store(tmp_path / "ratings.csv")
     answers = ((0, 3, 1), (4, 2, 3), (10, 1, None), (1000, 3, 3))
     for item, (now[0], quality, alignment) in zip(items, answers, strict=True):
-        store.click("rate", dataclasses.replace(item, patient="P7"), "Ann", quality, 3, alignment)
+        given = {"rating": quality, "expert_level": 3, "alignment": alignment}
+        store.click("rate", dataclasses.replace(item, patient="P7"), "Ann", **given)
     rows = [(row.rating, row.quality, row.alignment, row.patient) for row in read_ratings(store.path)]
     assert rows == [(1, 3, 1, "P7"), (2, 2, 3, "P7"), (1, None, None, "P7"), (3, 3, 3, "P7")]
     assert store.seconds("Ann") == [4, 6] and store.seconds("Bob") == []  # the break does not count
@@ -317,9 +319,9 @@ def test_a_full_disk_leaves_both_files_as_they_were(rated, items, monkeypatch, f
     with monkeypatch.context() as patch:
         patch.setattr(storing.os, "fsync", fsync)
         with pytest.raises(OSError, match="No space"):
-            rated.store.click("rate", items[1], "Bob", 1, 2)
+            rated.store.click("rate", items[1], "Bob", rating=1, expert_level=2)
     assert (rated.path.read_bytes(), rated.store.journal.read_bytes()) == (before, journal)
-    rated.store.click("rate", items[1], "Bob", 2, 2)
+    rated.store.click("rate", items[1], "Bob", rating=2, expert_level=2)
     assert len(read_ratings(rated.path)) == len(rated.store) == 5
 
 

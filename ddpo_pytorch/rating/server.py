@@ -6,13 +6,13 @@ Ids are keyed hashes, images are re-encoded without metadata, and headers contai
 import base64
 import hashlib
 import hmac
-import html
 import io
 import ipaddress
 import logging
 import re
 import signal
 import socket
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from importlib.resources import files
 from typing import Annotated, Any, Literal
@@ -22,8 +22,7 @@ import uvicorn
 from fastapi import Body, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
-from starlette.datastructures import MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from jinja2 import Template
 
 from ddpo_pytorch.data.images import load_pixels, to_pil
 from ddpo_pytorch.rating.session import Questions
@@ -67,51 +66,23 @@ def is_own(header: str, bound: str) -> bool:
         return name in {text.lower() for text in (bound, socket.gethostname(), socket.getfqdn())}
 
 
-class Guard:
-    """ASGI middleware that rejects requests unread unless they are short, from the page itself and with the token."""
-
-    def __init__(self, app: ASGIApp, host: str, port: int, token: str, headers: dict[str, str]):
-        self._app, self._host, self._token, self._headers = app, host, token, headers
-        self._cookie = f"rate_{port}"  # browsers share cookies between ports
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request, app = Request(scope), self._app
-        entered = request.url.path == "/" and self._is_token(request.query_params.get("token", ""))
-
-        async def answer(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers.update(self._headers)
-                if entered:
-                    headers["Set-Cookie"] = f"{self._cookie}={self._token}; HttpOnly; Path=/; SameSite=strict"
-            await send(message)
-
-        allowed = entered or not self._token or self._is_token(request.cookies.get(self._cookie, ""))
-        if refused := self._refusal(request, allowed):
-            entered, closed = False, {"Connection": "close"}  # else the server would read a body of any length
-            app = JSONResponse({"detail": refused[1]}, refused[0], closed)
-        await app(scope, receive, answer)
-
-    def _is_token(self, given: str) -> bool:
-        return bool(self._token) and hmac.compare_digest(given.encode(errors="replace"), self._token.encode())
-
-    def _refusal(self, request: Request, allowed: bool) -> tuple[int, str] | None:
-        """Return status and reason if a request is refused, else None. The server reads at most the stated length."""
-        headers, reads = request.headers, request.method in ("GET", "HEAD")
-        length = headers.get("content-length", "0" if reads else "")
-        stated = re.fullmatch("[0-9]{1,9}", length) and "transfer-encoding" not in headers
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if not is_own(headers.get("host", ""), self._host):
-            return 400, "this page is not served under that host name"
-        if not allowed:
-            return 401, "open the address with the token that scripts/rate.py printed"
-        if not stated or int(length) > MAX_BODY:
-            return 413, f"requests must state a length of at most {MAX_BODY} bytes"
-        if not reads and urlsplit(headers.get("origin", "")).netloc != headers.get("host"):
-            return 403, "requests must come from the page itself"
-        if not reads and kind != "application/json":
-            return 415, "requests must be JSON"
-        return None
+def refusal(request: Request, host: str, allowed: bool) -> tuple[int, str] | None:
+    """Return status and reason if a request is refused, else None. The server reads at most the stated length."""
+    headers, reads = request.headers, request.method in ("GET", "HEAD")
+    length = headers.get("content-length", "0" if reads else "")
+    stated = re.fullmatch("[0-9]{1,9}", length) and "transfer-encoding" not in headers
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not is_own(headers.get("host", ""), host):
+        return 400, "this page is not served under that host name"
+    if not allowed:
+        return 401, "open the address with the token that scripts/rate.py printed"
+    if not stated or int(length) > MAX_BODY:
+        return 413, f"requests must state a length of at most {MAX_BODY} bytes"
+    if not reads and urlsplit(headers.get("origin", "")).netloc != headers.get("host"):
+        return 403, "requests must come from the page itself"
+    if not reads and kind != "application/json":
+        return 415, "requests must be JSON"
+    return None
 
 
 def make_app(
@@ -125,11 +96,12 @@ def make_app(
     criteria: bool = False,
     **square: Any,
 ) -> FastAPI:
-    """Return the app behind `Guard`: the page with inline style and script, its images, and the endpoint for clicks.
+    """Return the app: the page with inline style and script, its images, and the endpoint for clicks.
 
-    In mode "real" the page asks whether an image is a photograph, in "pair" which of two is better, else for quality,
-    its `criteria`, and agreement with the text. It asks for the rater and the expert level unless `only` and `level`
-    are given. `square`: arguments size and resize of `load_pixels`.
+    Requests are rejected unread unless they are short, from the page itself and with the token. In mode "real" the page
+    asks whether an image is a photograph, in "pair" which of two is better, else for quality, its `criteria`, and
+    agreement with the text. It asks for the rater and the expert level unless `only` and `level` are given. `square`:
+    arguments size and resize of `load_pixels`.
     """
     folder = files("ddpo_pytorch.rating")
     parts = {name: (folder / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
@@ -138,14 +110,29 @@ def make_app(
         f"default-src 'none'; script-src 'sha256-{hashes['js']}'; style-src 'sha256-{hashes['css']}'; img-src blob: "
         "data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    text = parts["html"].replace("/*css*/", parts["css"]).replace("/*js*/", parts["js"])
-    text = text.replace("/*rater*/", html.escape(only)).replace("/*level*/", str(level or ""))
-    text = text.replace("/*mode*/", mode).replace("/*criteria*/", "yes" if criteria else "")
-    text = text.replace("/*examples*/", " ".join(f"{rating}:{name}" for rating, name in questions.examples))
+    shown = {"rater": only, "level": level or "", "mode": mode, "criteria": "yes" if criteria else ""}
+    shown["examples"] = " ".join(f"{rating}:{name}" for rating, name in questions.examples)
+    text = Template(parts["html"], autoescape=True).render(shown | parts)
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    headers = HEADERS | {"Content-Security-Policy": policy}
-    app.add_middleware(Guard, host=host, port=port, token=token, headers=headers)
+    cookie = f"rate_{port}"  # browsers share cookies between ports
+
+    def is_token(given: str) -> bool:
+        return bool(token) and hmac.compare_digest(given.encode(errors="replace"), token.encode())
+
+    @app.middleware("http")
+    async def guard(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+        entered = request.url.path == "/" and is_token(request.query_params.get("token", ""))
+        allowed = entered or not token or is_token(request.cookies.get(cookie, ""))
+        if refused := refusal(request, host, allowed):
+            closed = {"Connection": "close"}  # else the server would read a body of any length
+            response: Response = JSONResponse({"detail": refused[1]}, refused[0], closed)
+        else:
+            response = await answer(request)
+            if entered:
+                response.set_cookie(cookie, token, httponly=True, samesite="strict")
+        response.headers.update(HEADERS | {"Content-Security-Policy": policy})
+        return response
 
     @app.exception_handler(OSError)
     async def not_written(request: Request, error: OSError):

@@ -100,27 +100,19 @@ class Store:
         times = [time.mktime(time.strptime(click[0], TIME)) for click in clicks]
         return [after - before for before, after in itertools.pairwise(times) if after - before <= 300]
 
-    def click(
-        self,
-        action: str,
-        item: "Item",
-        rater: str,
-        rating: int | str = "",
-        expert_level: int | str = "",
-        alignment: int | None = None,
-        **criteria: int | None,
-    ) -> None:
+    def click(self, action: str, item: "Item", rater: str, **answers: int | None) -> None:
         """Record one of ACTIONS. Raises OSError, and records nothing, if it cannot be written.
 
-        With an `alignment`, `rating` is only the quality, and the lower of both is stored as the rating. `criteria`:
-        those of `ratings.CRITERIA` that were rated.
+        `answers`: rating, expert_level, alignment and those of `ratings.CRITERIA` that were given. With an alignment,
+        the rating is only the quality, and the lower of both is stored as the rating.
         """
         if not self._lock.is_locked:
             raise OSError(errno.ESHUTDOWN, "the server has stopped")
-        both = (str(rating), str(alignment)) if alignment else ("", "")
-        lower = min(str(rating), both[1] or str(rating))
-        cells = [item.image_path, lower, item.modality, str(expert_level), item.prompt, rater, *both, item.patient]
-        cells += [item.key[2], *(str(criteria.get(name) or "") for name in ratings.CRITERIA)]
+        names = ("rating", "expert_level", "alignment", *ratings.CRITERIA)
+        rating, level, alignment, *criteria = (str(answers.get(name) or "") for name in names)
+        both, lower = (rating, alignment) if alignment else ("", ""), min(rating, alignment or rating)
+        cells = [item.image_path, lower, item.modality, level, item.prompt, rater, *both, item.patient, item.key[2]]
+        cells += criteria
         if action in ("undo", "unrepeat"):
             cells = self._rows.get(_key(cells, action), cells)
         click = [time.strftime(TIME, time.gmtime()), action, *cells]
