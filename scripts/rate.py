@@ -120,7 +120,7 @@ def main(_) -> None:
 
     questions = Questions(items, store, FLAGS.seed, FLAGS.repeats, examples, summarise)
     level = FLAGS.expert_level or 0
-    app = make_app(questions, FLAGS.host, port, token, rater, level, FLAGS.mode, FLAGS.criteria, **square)
+    app = make_app(questions, FLAGS.host, token, rater, level, FLAGS.mode, FLAGS.criteria, **square)
     logger.info("%d images; ratings go to %s, which has %d; Ctrl-C stops", len(items), Path(FLAGS.out), len(store))
     name = socket.gethostname() if FLAGS.host in ("", "0.0.0.0", "::") else FLAGS.host
     name = f"[{name}]" if ":" in name else name

@@ -86,15 +86,7 @@ def refusal(request: Request, host: str, allowed: bool) -> tuple[int, str] | Non
 
 
 def make_app(
-    questions: Questions,
-    host: str,
-    port: int,
-    token: str,
-    only: str,
-    level: int,
-    mode: str = "rate",
-    criteria: bool = False,
-    **square: Any,
+    questions: Questions, host: str, token: str, only: str, level: int, mode: str, criteria: bool, **square: Any
 ) -> FastAPI:
     """Return the app: the page with inline style and script, its images, and the endpoint for clicks.
 
@@ -115,13 +107,13 @@ def make_app(
     text = Template(parts["html"], autoescape=True).render(shown | parts)
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    cookie = f"rate_{port}"  # browsers share cookies between ports
 
     def is_token(given: str) -> bool:
         return bool(token) and hmac.compare_digest(given.encode(errors="replace"), token.encode())
 
     @app.middleware("http")
     async def guard(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+        cookie = f"rate_{request.scope['server'][1]}"  # of this port, since browsers share cookies between ports
         entered = request.url.path == "/" and is_token(request.query_params.get("token", ""))
         allowed = entered or not token or is_token(request.cookies.get(cookie, ""))
         if refused := refusal(request, host, allowed):
