@@ -30,7 +30,7 @@ from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean, bootstrap_r
 from ddpo_pytorch.metrics.memorisation import copies, find_neighbours, measure_memorisation, near_copies, pixel_hashes
 from ddpo_pytorch.metrics.networks import POLICY, SELECTOR
 from ddpo_pytorch.metrics.ssim import MAX_PAIRS, measure_structure, pairs_by_name
-from ddpo_pytorch.metrics.subgroups import group_names, measure_groups
+from ddpo_pytorch.metrics.subgroups import measure_groups, name_groups
 from ddpo_pytorch.metrics.tables import dig
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Context:
     """Settings, networks and sets that folders are measured against.
 
     `per_group`: images per prompt for diversity. `baseline`: by feature space, distances of real images, except near
-    copies, to their nearest training image. `names`: each image's group, by column of metric.groups and id of the set.
+    copies, to their nearest training image.
     """
 
     config: ConfigDict
@@ -104,14 +104,11 @@ class Context:
     sets: Sets
     baseline: dict[str, np.ndarray] = field(default_factory=dict)
     near_copies: np.ndarray | None = None
-    names: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.seed, self.per_group = self.config.seed, diversity_size(self.sets.folders)
         real, train = self.sets.real, self.sets.train
-        every = [*self.sets.folders, *filter(None, [real])]
-        for column in self.config.metric.groups:
-            self.names[column] = dict(zip(map(id, every), group_names(every, column), strict=True))
+        name_groups([*self.sets.folders, *filter(None, [real])], self.config.metric.groups)
         # feature spaces in which distances to training images are measured
         self.spaces = [*self.tools.extractors, THUMBNAILS.name]
         if real is not None and train is not None:
@@ -191,17 +188,11 @@ def measure_folder(images: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None
         columns["nearest_train"] = [str(train.paths[i]) for i in indices]
         columns |= {"train_distance": distances, "thumbnail_distance": neighbours[THUMBNAILS.name][0]}
         columns["copy_of_train"] = copies(images, train).astype(int)
-    if context.names:
-        threshold, closer = dig(result, "memorisation", context.spaces[0], "threshold"), {}
-        if threshold is not None:
-            closer = {"closer": neighbours[context.spaces[0]][0] < threshold}
-        values = {"aligned": aligned.astype(float)} | closer
-        result["groups"] = {
-            column: measure_groups(
-                images, real, (names[id(images)], real and names[id(real)]), context.spaces[0], values, seed
-            )
-            for column, names in context.names.items()
-        }
+    if images.names:
+        values, space = {"aligned": aligned.astype(float)}, context.spaces[0]
+        if (threshold := dig(result, "memorisation", space, "threshold")) is not None:
+            values["closer"] = neighbours[space][0] < threshold
+        result["groups"] = {name: measure_groups(images, real, name, space, values, seed) for name in images.names}
     facts = set_facts(images, {"real": context.sets.real, "training": train}) if parts else {}
     return Folder(images, result, facts, aligned, columns)
 
@@ -211,21 +202,20 @@ def summarise(folders: Sequence[Folder], fid_part: str) -> dict:
     result = combine([folder.result for folder in folders])
     judge = next(iter(result["alignment"].values()))
     key, name = ("APR", "APR") if "APR" in judge else ("alignment", "fundus_alignment")
-    named = {
-        "FID": ("fidelity", "inception", fid_part, "FID"),
-        "KID": ("fidelity", "inception", fid_part, "KID"),
-        "LPIPS": ("perception", "LPIPS"),
-        "reward": ("rewards",),
-        "FD_judge": ("fidelity", "judge", "matched", "FID"),
-    }
-    estimates = {title: dig(result, *path) for title, path in named.items()}
+
+    def value(*path: str) -> float | None:
+        return getattr(dig(result, *path), "value", None)
+
     headline = {
         name: judge[key].value,
-        **{title: None if estimate is None else estimate.value for title, estimate in estimates.items()},
+        "FID": value("fidelity", "inception", fid_part, "FID"),
+        "KID": value("fidelity", "inception", fid_part, "KID"),
+        "LPIPS": value("perception", "LPIPS"),
+        "reward": value("rewards"),
+        "FD_judge": value("fidelity", "judge", "matched", "FID"),
         f"{name}_by_prompt": {caption: estimate.value for caption, estimate in judge["by_prompt"].items()},
     }
-    result.setdefault("LPIPS_pairs", 0)
-    return headline | result
+    return headline | {"LPIPS_pairs": 0} | result
 
 
 def combine(parts: Sequence, name: str = "", of_set: bool = False):

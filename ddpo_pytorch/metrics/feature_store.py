@@ -100,13 +100,9 @@ class FeatureStore:
         return self._compute(title, [network], paths, digests)[network.name]
 
     def _compute(
-        self,
-        title: str,
-        networks: Sequence[Network],
-        paths: Sequence[Sequence[Path]],
-        digests: Sequence[Sequence[str]],
-        captions: Sequence[str] = (),
+        self, title: str, networks: Sequence[Network], paths: Sequence, digests: Sequence, captions: Sequence[str] = ()
     ) -> dict[str, Rows]:
+        """Return rows by network name of the first of `paths` (and hashes), or of pairs of the first and the second."""
         count, size = len(paths[0]), self.batch_size
         parts = [slice(start, start + size) for start in range(0, count, size)]
         names = {False: _chunk_names(digests, parts), True: _chunk_names([*digests, captions], parts)}

@@ -400,17 +400,16 @@ def measure_fidelity(
         x, y = theirs[_subsample(real_part, seed)], ours[drawn]
         reduced = max(len(real_part), len(fake_part)) > PAIRWISE_IMAGES
         note = f"; {PAIRWISE_IMAGES} images drawn by the seed from each larger set" if reduced else ""
-        kid = kernel_distance(x, y, seed)
         result[name]["FID"] = frechet(moments_of_rows(theirs, real_part), ours, fake_part, seed)
-        result[name]["KID"] = replace(kid, how=kid.how + note)
-        mmd = kernel_distance(x, y, seed, 1 if max(len(x), len(y)) <= 1000 else 100, kernel=gaussian_kernel)
-        result[name]["MMD"] = replace(mmd, how=mmd.how + note)
+        pairwise = {"KID": kernel_distance(x, y, seed)}
+        subsets = 1 if max(len(x), len(y)) <= 1000 else 100
+        pairwise["MMD"] = kernel_distance(x, y, seed, subsets, kernel=gaussian_kernel)
         if name == "matched" and len(x) >= 16:
             result[name]["C2ST"] = two_sample_test(x, y, seed)
             result[name]["curve"], result[name]["FID_infinity"] = size_curve(x, y, seed)
         if name == "matched" and len(x) > NEIGHBOURS:
-            for key, estimate in manifold_metrics(x, y, prompts=fake.groups[drawn], seed=seed).items():
-                result[name][key] = replace(estimate, how=estimate.how + note)
+            pairwise |= manifold_metrics(x, y, prompts=fake.groups[drawn], seed=seed)
+        result[name] |= {key: replace(estimate, how=estimate.how + note) for key, estimate in pairwise.items()}
     return result
 
 

@@ -40,9 +40,10 @@ class ImageSet:
     image's row of metadata.csv, else the columns that its caption determines in other sets' tables, else {};
     `all_captions`: captions of all sets of the report; `lacking`: captions of this folder without an image.
 
-    Once networks have run, `rows` holds their results by network, and `pairs` those on pairs of images by measure:
-    indices (P, 2) into this set and its partner, and values (P,). Measures are "LPIPS" (to real images), "LPIPS_within"
-    (within a prompt), "SSIM" (to images of the same name), "MS_SSIM" and "MS_SSIM_within".
+    `names`: each image's group (N,) by column of `table`, if groups are compared. Once networks have run, `rows` holds
+    their results by network, and `pairs` those on pairs of images by measure: indices (P, 2) into this set and its
+    partner, and values (P,). Measures are "LPIPS" (to real images), "LPIPS_within" (within a prompt), "SSIM" (to images
+    of the same name), "MS_SSIM" and "MS_SSIM_within".
     """
 
     folder: Path
@@ -54,6 +55,7 @@ class ImageSet:
     table: tuple[Mapping[str, str], ...] = ()
     all_captions: tuple[str, ...] = CAPTIONS
     lacking: tuple[str, ...] = ()
+    names: dict[str, np.ndarray] = field(default_factory=dict)
     rows: dict[str, Any] = field(default_factory=dict)
     pairs: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 

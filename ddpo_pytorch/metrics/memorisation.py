@@ -14,6 +14,7 @@ from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean, finite, uni
 from ddpo_pytorch.utils.cores import on_all_cores, product
 from ddpo_pytorch.utils.errors import UserError
 
+Neighbours = tuple[np.ndarray, np.ndarray]  # distance and index (N,) of each image's nearest one in another set
 # similarities of equal rows differ by about 1e-15, depending on their position in a block
 TIE = 1e-13
 CLOSEST = 16
@@ -23,9 +24,7 @@ CLOSEST = 16
 NEAR_COPY = 0.003
 
 
-def nearest(
-    query: Any, reference: Any, block: int = 1000, excluded: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def nearest(query: Any, reference: Any, block: int = 1000, excluded: np.ndarray | None = None) -> Neighbours:
     """Return cosine distance (N,) and index (N,) of the row of reference (M, F) nearest to each row of query (N, F).
 
     Both are arrays or `Rows`, read `block` rows at a time. Distances 1 - cos lie in [0, 2]; ties go to the smallest
@@ -35,7 +34,7 @@ def nearest(
     if not len(reference):
         raise UserError("the nearest training image needs at least one training image, got none")
 
-    def find(start: int) -> tuple[np.ndarray, np.ndarray]:
+    def find(start: int) -> Neighbours:
         rows = unit_rows(query[start : start + block], "query features", start)
         best, where = np.full(len(rows), -np.inf), np.zeros(len(rows), dtype=np.int64)
         for first in range(0, len(reference), block):
@@ -114,7 +113,7 @@ def closest(distances: np.ndarray, indices: np.ndarray, count: int = CLOSEST) ->
     return order[np.sort(first)][:count].tolist()
 
 
-def find_neighbours(extractor: str, images: ImageSet, train: ImageSet) -> tuple[np.ndarray, np.ndarray]:
+def find_neighbours(extractor: str, images: ImageSet, train: ImageSet) -> Neighbours:
     """Return cosine distance to (N,) and index of (N,) the nearest training image; thumbnails also match mirrored."""
     rows, reference = images.rows[extractor], train.rows[extractor]
     best, where = nearest(rows, reference)
@@ -133,18 +132,13 @@ def near_copies(images: ImageSet, other: ImageSet) -> np.ndarray:
 
 
 def measure_memorisation(
-    extractor: str,
-    fake: ImageSet,
-    train: ImageSet,
-    nearest_train: tuple[np.ndarray, np.ndarray],
-    baseline: np.ndarray | None,
-    seed: int,
+    extractor: str, fake: ImageSet, train: ImageSet, neighbours: Neighbours, baseline: np.ndarray | None, seed: int
 ) -> dict:
     """Return pixel copies, closest pairs, authenticity, and the share unusually close to training images.
 
-    `nearest_train`: from `find_neighbours`; baseline (K,): distances of unseen real images to training images.
+    `neighbours`: from `find_neighbours`; baseline (K,): distances of unseen real images to training images.
     """
-    distances, indices = nearest_train
+    distances, indices = neighbours
     result = {
         "copies": int(copies(fake, train).sum()),
         "closest": [

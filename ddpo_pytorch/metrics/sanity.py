@@ -54,7 +54,7 @@ def select(images: ImageSet, indices: Sequence[int]) -> ImageSet:
     """Return the subset of these images, without results of networks."""
     columns = {name: getattr(images, name) for name in ("paths", "captions", "digests", "table")}
     chosen = {name: tuple(column[i] for i in indices) for name, column in columns.items() if column}
-    return dataclasses.replace(images, **chosen, lacking=(), rows={}, pairs={})
+    return dataclasses.replace(images, **chosen, lacking=(), names={}, rows={}, pairs={})
 
 
 def sanity_sets(sets: Sets, folder: Path, seed: int, accelerator: Accelerator) -> tuple[Sets, dict[str, str]]:

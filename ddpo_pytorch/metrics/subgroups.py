@@ -13,19 +13,22 @@ MOST_VALUES = 8  # numeric columns with more distinct values are binned at their
 UNKNOWN = "not stated"
 
 
-def group_names(sets: Sequence[ImageSet], column: str) -> list[np.ndarray]:
-    """Return each set's groups (N,), one per image; numbers with many values are binned at quartiles over all sets."""
-    cells = [[row.get(column) or UNKNOWN for row in images.table] or [UNKNOWN] * len(images) for images in sets]
-    stated = {cell for values in cells for cell in values} - {UNKNOWN}
-    if len(stated) <= MOST_VALUES or any(number(cell) is None for cell in stated):
-        return [np.array(values) for values in cells]
-    cuts = np.unique(np.quantile([number(c) for values in cells for c in values if c != UNKNOWN], (0.25, 0.5, 0.75)))
-    names = [f"below {cuts[0]:g}", *(f"{low:g} to {high:g}" for low, high in zip(cuts, cuts[1:], strict=False))]
-    names.append(f"{cuts[-1]:g} and above")  # a bin contains its lower end
-    return [
-        np.array([c if c == UNKNOWN else names[np.searchsorted(cuts, number(c), "right")] for c in values])
-        for values in cells
-    ]
+def name_groups(sets: Sequence[ImageSet], columns: Sequence[str]) -> None:
+    """Set `names` of each set by column; numbers with many values are binned at quartiles over all sets."""
+    for column in columns:
+        for images in sets:
+            cells = [row.get(column) or UNKNOWN for row in images.table] or [UNKNOWN] * len(images)
+            images.names[column] = np.array(cells)
+        every = np.concatenate([images.names[column] for images in sets])
+        stated = every[every != UNKNOWN].tolist()
+        if len(set(stated)) <= MOST_VALUES or None in (values := list(map(number, stated))):
+            continue
+        cuts = np.unique(np.quantile(values, (0.25, 0.5, 0.75)))
+        bins = [f"below {cuts[0]:g}", *(f"{low:g} to {high:g}" for low, high in zip(cuts, cuts[1:], strict=False))]
+        bins.append(f"{cuts[-1]:g} and above")  # a bin contains its lower end
+        name_of = {cell: bins[np.searchsorted(cuts, number(cell), "right")] for cell in stated} | {UNKNOWN: UNKNOWN}
+        for images in sets:
+            images.names[column] = np.array([name_of[cell] for cell in images.names[column]])
 
 
 def largest_gap(values: np.ndarray, names: np.ndarray, seed: int) -> dict[str, Estimate | float]:
@@ -56,30 +59,26 @@ def largest_gap(values: np.ndarray, names: np.ndarray, seed: int) -> dict[str, E
 
 
 def measure_groups(
-    images: ImageSet,
-    real: ImageSet | None,
-    names: tuple[np.ndarray, np.ndarray | None],
-    space: str,
-    values: Mapping[str, np.ndarray],
-    seed: int,
+    images: ImageSet, real: ImageSet | None, column: str, space: str, values: Mapping[str, np.ndarray], seed: int
 ) -> dict:
     """Return n, the mean of each of `values` (N,) and KID for each group of one column, and the gaps by measure.
 
-    names: groups (N,) of `images` and of `real`. KID is the distance in one feature space to the real images of the
-    same group, or to all real images if these are fewer than 4.
+    KID is the distance in one feature space to the real images of the same group, or to all real images if these are
+    fewer than 4.
     """
     blocks: dict[str, dict] = {}
-    for name in np.unique(names[0]).tolist():
-        chosen = names[0] == name
+    names = images.names[column]
+    for name in np.unique(names).tolist():
+        chosen = names == name
         blocks[name] = {"n": int(chosen.sum())} | {
-            measure: bootstrap_mean(column[chosen], images.groups[chosen], seed, resample_groups=False)
-            for measure, column in values.items()
+            measure: bootstrap_mean(numbers[chosen], images.groups[chosen], seed, resample_groups=False)
+            for measure, numbers in values.items()
         }
         if real is not None and chosen.sum() >= 4:
-            same = np.flatnonzero(names[1] == name)
+            same = np.flatnonzero(real.names[column] == name)
             features = real.rows[space][same if len(same) >= 4 else slice(None)]
             blocks[name]["KID"] = kernel_distance(features, images.rows[space][chosen], seed, 10)
-    gaps = {measure: largest_gap(column, names[0], seed) for measure, column in values.items()}
+    gaps = {measure: largest_gap(numbers, names, seed) for measure, numbers in values.items()}
     distances = {name: block["KID"] for name, block in blocks.items() if "KID" in block}
     if len(distances) > 1:
         low, high = (pick(distances, key=lambda name: distances[name].value) for pick in (min, max))
