@@ -3,7 +3,6 @@
 const at = (id) => document.getElementById(id);
 const fixed = document.body.dataset;
 const SAID = { 1: "1, poor.", 2: "2, acceptable.", 3: "3, excellent.", none: "Ungradable.", skip: "Skipped.", undo: "Undone." };
-const KEYS = { 0: "none", 1: "1", 2: "2", 3: "3", s: "skip", u: "undo", Backspace: "undo", z: "zoom", g: "green", e: "examples" };
 const QUESTIONS = { rating: "Does it look like a good photograph?" }; // asked one after another, by the field of the answer
 const mode = fixed.mode, pair = mode === "pair";
 if (mode === "rate" && fixed.criteria) Object.assign(QUESTIONS, { disc: "How clear is the optic disc?", vessels: "How clear are the vessels?", contrast: "How good is the contrast?", artifacts: "How free is it from artifacts?" });
@@ -14,11 +13,12 @@ if (mode === "real") {
 }
 if (pair) {
   QUESTIONS.rating = "Which image is better?";
-  Object.assign(KEYS, { 0: "2", 1: "3", 2: "1", 3: "", ArrowLeft: "3", ArrowRight: "1" });
   Object.assign(SAID, { 1: "The second.", 2: "No difference.", 3: "The first." });
 }
 for (const part of document.querySelectorAll("[data-in]")) if (!part.dataset.in.split(" ").includes(mode)) part.remove();
 for (const part of document.querySelectorAll("[data-some]")) if (!fixed[part.dataset.some]) part.remove();
+const keysOf = (button) => button.getAttribute("aria-keyshortcuts").split(" ").map((key) => [key, button.dataset.do]);
+const KEYS = Object.fromEntries([...document.querySelectorAll("[aria-keyshortcuts]")].flatMap(keysOf)); // of this mode
 const FIELDS = Object.keys(QUESTIONS);
 const shownImages = pair ? ["image", "second"] : ["image"];
 const images = new Map(); // id -> promise of a blob URL, for the current and the next image
@@ -71,8 +71,7 @@ async function show(next) {
   at("name-shown").textContent = `Rating as ${who.rater}.`;
   at("leave").hidden = Boolean(fixed.rater && fixed.level);
   at("progress-text").textContent = `${state.rated} of ${state.total} rated`;
-  at("progress").max = state.total;
-  at("progress").value = state.rated;
+  Object.assign(at("progress"), { max: state.total, value: state.rated });
   for (const button of document.querySelectorAll("[data-do=undo]")) button.setAttribute("aria-disabled", !state.undo);
   for (const [id, address] of images) {
     if ([...idsOf(state.current), ...idsOf(state.next)].includes(id)) continue;
@@ -132,7 +131,6 @@ async function act(action) {
   if (action === "undo" && !state.undo) return;
   if ((rating || action === "skip") && (!state.current || at("ask").hidden)) return;
   if (rating && !seen) return; // the image is not displayed yet
-  if (rating && !document.querySelector(`#controls [data-do="${action}"]`)) return; // a key of another mode
   const given = none ? FIELDS.map(() => 1) : [...answers, rating];
   if (rating && given.length < FIELDS.length) return put(given);
   busy = true;
@@ -165,7 +163,7 @@ function put(given) {
 
 /* Toggle between the image and the reference images. */
 async function examples() {
-  if (mode !== "rate" || !fixed.examples || !state?.current) return;
+  if (!state?.current) return;
   only(at("examples").hidden ? "examples" : "ask");
   at(at("examples").hidden ? "ask" : "examples").focus({ preventScroll: true });
   if (at("examples").hidden || at("examples").querySelector("figure")) return;
@@ -220,11 +218,6 @@ document.addEventListener("click", (event) => {
 });
 
 function begin() {
-  at("ask-name").hidden = Boolean(fixed.rater);
-  at("ask-level").hidden = Boolean(fixed.level);
-  at("name").value = fixed.rater;
-  at("name").required = !fixed.rater;
-  for (const radio of document.querySelectorAll("[name=level]")) radio.required = !fixed.level;
   only("start");
   document.querySelector(fixed.rater ? "#form .main" : "#name").focus();
 }
