@@ -6,7 +6,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -91,26 +90,19 @@ def pairs_of(images: ImageSet, sets: Sets, tools: Tools, seed: int) -> dict:
 # --- the main process: numbers ---
 
 
-@dataclass
 class Context:
     """Settings, networks and sets that folders are measured against.
 
-    `per_group`: images per prompt for diversity. `baseline`: by feature space, distances of real images, except near
-    copies, to their nearest training image.
+    `per_group`: images per prompt for diversity. `spaces`: of features in which distances to training images are
+    measured. `baseline`: by space, distances of real images, except near copies, to their nearest training image.
     """
 
-    config: ConfigDict
-    tools: Tools
-    sets: Sets
-    baseline: dict[str, np.ndarray] = field(default_factory=dict)
-    near_copies: np.ndarray | None = None
-
-    def __post_init__(self) -> None:
-        self.seed, self.per_group = self.config.seed, diversity_size(self.sets.folders)
-        real, train = self.sets.real, self.sets.train
-        name_groups([*self.sets.folders, *filter(None, [real])], self.config.metric.groups)
-        # feature spaces in which distances to training images are measured
-        self.spaces = [*self.tools.extractors, THUMBNAILS.name]
+    def __init__(self, config: ConfigDict, tools: Tools, sets: Sets):
+        self.config, self.tools, self.sets, self.seed = config, tools, sets, config.seed
+        self.per_group, self.spaces = diversity_size(sets.folders), [*tools.extractors, THUMBNAILS.name]
+        self.baseline: dict[str, np.ndarray] = {}
+        self.near_copies, real, train = None, sets.real, sets.train
+        name_groups([*sets.folders, *filter(None, [real])], config.metric.groups)
         if real is not None and train is not None:
             self.near_copies = copies(real, train) | near_copies(real, train)
             for name in self.spaces:

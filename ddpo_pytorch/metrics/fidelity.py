@@ -17,14 +17,7 @@ from scipy import stats
 from torchmetrics.image.kid import maximum_mean_discrepancy, poly_kernel
 
 from ddpo_pytorch.metrics.image_sets import ImageSet
-from ddpo_pytorch.metrics.intervals import (
-    JACKKNIFE_GROUPS,
-    Estimate,
-    bootstrap_mean,
-    exact_binomial,
-    finite,
-    jackknife_half_width,
-)
+from ddpo_pytorch.metrics.intervals import JACKKNIFE_GROUPS, Estimate, bootstrap_mean, finite, jackknife_half_width
 from ddpo_pytorch.utils.cores import on_all_cores, one_thread, product
 from ddpo_pytorch.utils.errors import UserError
 
@@ -241,7 +234,7 @@ def two_sample_test(real: np.ndarray, fake: np.ndarray, seed: int) -> Estimate:
     else:
         weights = learned.T @ torch.linalg.solve(learned @ learned.T + penalty, target)
     correct = (tested @ weights > 0) == (target > 0)
-    result = exact_binomial(float(correct.double().mean()), 2 * size, 2 * size)
+    result = Estimate.binomial(float(correct.double().mean()), 2 * size, 2 * size)
     return replace(result, how=f"{result.how}: half of {4 * size} images, a linear classifier learned from the others")
 
 
@@ -279,12 +272,7 @@ def size_curve(real: np.ndarray, fake: np.ndarray, seed: int) -> tuple[dict[str,
 
 
 def manifold_metrics(
-    real: np.ndarray,
-    fake: np.ndarray,
-    k: int = NEIGHBOURS,
-    block: int = 250,
-    prompts: np.ndarray | None = None,
-    seed: int = 0,
+    real: np.ndarray, fake: np.ndarray, k: int = NEIGHBOURS, block: int = 250, prompts: Any = None, seed: int = 0
 ) -> dict[str, Estimate]:
     """Return "precision", "recall", "density" and "coverage" of fake (M, F) features against real (N, F) ones.
 
@@ -330,7 +318,7 @@ def manifold_metrics(
         if not left_out:
             return Estimate(value, None, None, len(fake), f"no interval below {2 * JACKKNIFE_GROUPS} images")
         if not (half := jackknife_half_width(value, np.array(left_out), [len(part) for part in parts])):
-            return exact_binomial(value, len(real), len(fake))
+            return Estimate.binomial(value, len(real), len(fake))
         ends = max(0.0, value - half), min(1.0, value + half)
         return Estimate(value, *ends, len(fake), f"jackknife over {groups} random groups of the generated images")
 

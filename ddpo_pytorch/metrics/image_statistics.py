@@ -5,6 +5,7 @@ Uniformity. Compare them with real images of the same resolution (`distances`).
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import numpy as np
@@ -169,13 +170,9 @@ def _cell_means(green: np.ndarray, field: np.ndarray) -> np.ndarray:
     """Return the mean over field pixels of each cell of an 8 x 8 grid on the field's box that lies in the field."""
     rows, columns = (np.flatnonzero(field.any(axis=axis)) for axis in (1, 0))
     edges = [np.linspace(used[0], used[-1] + 1, CELLS + 1).round().astype(int) for used in (rows, columns)]
-    means = []
-    for top, bottom in zip(edges[0], edges[0][1:], strict=False):
-        for left, right in zip(edges[1], edges[1][1:], strict=False):
-            inside = field[top:bottom, left:right]
-            if inside.size and inside.mean() >= MIN_CELL:
-                means.append(green[top:bottom, left:right][inside].mean())
-    return np.array(means)
+    cells = [tuple(slice(*ends) for ends in cell) for cell in product(*map(pairwise, edges))]
+    inside = [cell for cell in cells if field[cell].size and field[cell].mean() >= MIN_CELL]
+    return np.array([green[cell][field[cell]].mean() for cell in inside])
 
 
 def measure_quality(

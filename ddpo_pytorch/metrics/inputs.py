@@ -15,21 +15,10 @@ from ml_collections import ConfigDict
 from ddpo_pytorch.data.isic import ARTIFACTS, CAPTIONS, LABELS
 from ddpo_pytorch.data.metadata import requested_labels
 from ddpo_pytorch.data.sample_folder import list_samples
+from ddpo_pytorch.metrics import networks
 from ddpo_pytorch.metrics.feature_store import PIXELS, THUMBNAILS, Network
 from ddpo_pytorch.metrics.image_sets import ImageSet, any_files, inspect_files, lacking_images, named_paths, shape_of
 from ddpo_pytorch.metrics.image_statistics import SETS
-from ddpo_pytorch.metrics.networks import (
-    ENCODERS,
-    FID_MODES,
-    Unavailable,
-    encoder_network,
-    fundus_judges,
-    inception_network,
-    judge_network,
-    lpips_network,
-    quality_network,
-    similarity_network,
-)
 from ddpo_pytorch.metrics.ssim import WINDOW
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.json_files import read_json
@@ -37,7 +26,7 @@ from ddpo_pytorch.utils.settings import ONE_OR_MORE, check_choices, check_ranges
 
 logger = logging.getLogger(__name__)
 
-EXTRACTORS = ("inception", "judge", *ENCODERS)
+EXTRACTORS = ("inception", "judge", *networks.ENCODERS)
 OTHER_NETWORKS = (*EXTRACTORS, PIXELS.name, THUMBNAILS.name, "lpips")
 RESERVED = ("real", "train")
 
@@ -56,7 +45,7 @@ def check_request(metric: ConfigDict) -> None:
                 "classifiers judge dermoscopic images, Selector and Policy judge fundus images"
             )
     check_ranges(metric, {"batch_size": ONE_OR_MORE}, "metric.")
-    check_choices(metric, {"fid": FID_MODES}, "metric.")
+    check_choices(metric, {"fid": networks.FID_MODES}, "metric.")
     for chosen in metric.quality:
         check_choices({"quality": chosen}, {"quality": tuple(SETS)}, "metric.")
     for chosen in metric.extractors:
@@ -187,7 +176,7 @@ class Tools:
         """Go on without a network of which the weights are unavailable, with the reason in `missing[title]`."""
         try:
             yield
-        except Unavailable as error:
+        except networks.Unavailable as error:
             self.missing[title] = str(error)
             logger.info("%s: n/a, %s", title, error)
 
@@ -196,29 +185,29 @@ def load_tools(metric: ConfigDict, accelerator: Accelerator, sets: Sets) -> Tool
     """Load all available networks. Raises UserError for wrong files, and for images without the judges' labels."""
     device, side = accelerator.device, min(shape_of(sets.folders[0]))
     if metric.judges:
-        selector, policy, features, threshold = fundus_judges(metric.judges, device)
+        selector, policy, features, threshold = networks.fundus_judges(metric.judges, device)
         tools = Tools({judge.name: (judge, ()) for judge in (selector, policy)}, threshold)
     else:
         tools, features = _load_classifiers(metric, device)
         for images in [*sets.folders, *filter(None, [sets.real])]:
             for _, labels in tools.judges.values():
                 requested_labels(images.captions, labels, images.table)
-    tools.statistics += [quality_network(name) for name in metric.quality]
+    tools.statistics += [networks.quality_network(name) for name in metric.quality]
     for name, wanted in (("ssim", metric.pairs_path), ("ms_ssim", metric.judges)):
         if wanted and side < WINDOW:
             title = name.upper().replace("_", "-")
             tools.missing[title] = f"images of {side} px are smaller than its window of {WINDOW}"
         elif wanted:
-            tools.pairs[name] = similarity_network(name, side)
-    inception = partial(inception_network, metric.inception, metric.fid, device)
-    loaders = {name: partial(encoder_network, name, metric.encoders, device) for name in metric.extractors}
+            tools.pairs[name] = networks.similarity_network(name, side)
+    inception = partial(networks.inception_network, metric.inception, metric.fid, device)
+    loaders = {name: partial(networks.encoder_network, name, metric.encoders, device) for name in metric.extractors}
     loaders |= {"inception": inception, "judge": lambda: features}
     with accelerator.main_process_first():  # one process downloads, the others find the file
         for name in metric.extractors:
             with tools.optional(f"FID, KID, precision ... ({name})"):
                 tools.extractors[name] = loaders[name]()
         with tools.optional("LPIPS"):
-            tools.pairs["lpips"] = lpips_network(metric.alexnet, device)
+            tools.pairs["lpips"] = networks.lpips_network(metric.alexnet, device)
         if metric.judges and "inception" in metric.extractors:
             with tools.optional("inception score"):
                 tools.statistics.append(inception(layer="logits_unbiased"))
@@ -226,7 +215,7 @@ def load_tools(metric: ConfigDict, accelerator: Accelerator, sets: Sets) -> Tool
 
 
 def _load_classifiers(metric: ConfigDict, device) -> tuple[Tools, Network]:
-    logits, features, labels = judge_network(metric.classifier, device)
+    logits, features, labels = networks.judge_network(metric.classifier, device)
     if labels == LABELS:
         raise UserError(
             f"metric.classifier={metric.classifier!r} has {len(labels)} heads ({', '.join(labels)}); APR is judged by "
@@ -236,6 +225,6 @@ def _load_classifiers(metric: ConfigDict, device) -> tuple[Tools, Network]:
     for name, path in named_paths(metric.more_judges, "metric.more_judges"):
         if name in (*judges, *OTHER_NETWORKS):
             raise UserError(f"metric.more_judges names a judge {name!r}, which is taken; rename it")
-        network, _, judge_labels = judge_network(path, device, name)
+        network, _, judge_labels = networks.judge_network(path, device, name)
         judges[name] = (network, judge_labels)
     return Tools(judges), features

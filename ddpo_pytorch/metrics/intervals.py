@@ -33,6 +33,12 @@ class Estimate:
         """Return an estimate without a number, with the reason."""
         return cls(None, None, None, 0, why)
 
+    @classmethod
+    def binomial(cls, share: float, trials: int, images: int) -> "Estimate":
+        """Return a share of `trials` with its exact interval (Clopper-Pearson)."""
+        low, high = stats.binomtest(round(share * trials), trials).proportion_ci(0.95, "exact")
+        return cls(float(share), float(low), float(high), images, f"exact binomial, {trials} trials")
+
     def to_dict(self) -> dict[str, float | int | str | None]:
         """Return the fields for JSON; numbers that are not finite become None."""
         numbers = {"value": self.value, "low": self.low, "high": self.high}
@@ -81,7 +87,7 @@ def bootstrap_mean(
         return Estimate(mean, None, None, 1, "one image: no interval")
     if share and values[0] in (0, 1) and (values == values[0]).all():
         trials = prompts if resample_groups and prompts > 1 else len(values)
-        return exact_binomial(values[0], trials, len(values))
+        return Estimate.binomial(values[0], trials, len(values))
     sample = GroupedSample(values[:, None], groups)
     draws = replicate_means([sample], seed, resample_groups=resample_groups, replicates=replicates)[0]
     low, high = np.clip(np.percentile(draws, [2.5, 97.5]), values.min(), values.max()).tolist()
@@ -129,7 +135,7 @@ def bootstrap_ratio(numerator: np.ndarray, denominator: np.ndarray, groups: np.n
     value = float(numerator.sum() / total)
     is_share = np.isin(denominator, (0, 1)).all() and np.isin(numerator, (0, 1)).all()
     if is_share and value in (0, 1) and (numerator <= denominator).all():
-        return exact_binomial(value, images, images)
+        return Estimate.binomial(value, images, images)
     sample = GroupedSample(np.stack([numerator, denominator], axis=1), groups)
     draws = replicate_means([sample], seed, resample_groups=False)[0]
     draws = draws[draws[:, 1] > 0]
@@ -148,13 +154,6 @@ def _columns(groups: np.ndarray, *columns: np.ndarray) -> list[np.ndarray]:
 
 def _bootstrap_of(replicates: int, units: str) -> str:
     return f"percentile bootstrap, {replicates} replicates over {units}"
-
-
-def exact_binomial(share: float, trials: int, images: int) -> Estimate:
-    """Return the Clopper-Pearson interval of a share of `trials`."""
-    interval = stats.binomtest(round(share * trials), trials).proportion_ci(0.95, "exact")
-    how = f"exact binomial, {trials} trials"
-    return Estimate(float(share), float(interval.low), float(interval.high), images, how)
 
 
 def jackknife_half_width(value: float, left_out: np.ndarray, sizes: Sequence[int]) -> float:

@@ -79,23 +79,16 @@ def fundus_judges(folder: str | Path, device: Device = "cpu") -> tuple[Network, 
         raise UserError(f"the Selector {str(file)!r} has no threshold; train_rlhf.py sets it in stage 1")
     digest, description = sha256(file), f"Selector of {Path(folder).name}, {selector.sizes.image_size} px"
 
-    def passes(images: torch.Tensor) -> torch.Tensor:
-        return selector.score(images)[:, None]
-
-    def features(images: torch.Tensor) -> torch.Tensor:
-        return selector.encoder(selector.preprocess(images))
-
     def aligns(images: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
         return policy.score(images, captions)[:, None]
 
-    about_policy = f"Policy of {Path(folder).name}, {policy.sizes.image_size} px"
-    key = f"policy {policy.text.fingerprint}"
-    return (
-        _network(SELECTOR, f"{description}, passes from {selector.threshold:.4g}", digest, "selector", passes),
-        _network(POLICY, about_policy, sha256(Path(folder) / POLICY_FILE), key, aligns, reads_captions=True),
-        _network("judge", f"class token of the {description}", digest, "selector features", features),
-        float(selector.threshold),
-    )
+    what = f"{description}, passes from {selector.threshold:.4g}"
+    passes = _network(SELECTOR, what, digest, "selector", lambda images: selector.score(images)[:, None])
+    what, encode = f"class token of the {description}", lambda images: selector.encoder(selector.preprocess(images))
+    features = _network("judge", what, digest, "selector features", encode)
+    what, key = f"Policy of {Path(folder).name}, {policy.sizes.image_size} px", f"policy {policy.text.fingerprint}"
+    scores = _network(POLICY, what, sha256(Path(folder) / POLICY_FILE), key, aligns, reads_captions=True)
+    return passes, scores, features, float(selector.threshold)
 
 
 def inception_network(option: str, mode: str = "exact", device: Device = "cpu", layer: str = "2048") -> Network:
@@ -160,11 +153,8 @@ def lpips_network(option: str, device: Device = "cpu") -> Network:
         # torchvision's features.0.weight is lpips' slice1.0.weight: same layer number, with the slice in front
         model.net.load_state_dict({name: state["features." + name.split(".", 1)[1]] for name in model.net.state_dict()})
     model = model.requires_grad_(False).eval().to(device)
-
-    def distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return model(x * 2 - 1, y * 2 - 1).flatten(1)
-
-    return _network("lpips", "LPIPS (AlexNet, v0.1), native size", sha256(path), "lpips", distance)
+    what, digest = "LPIPS (AlexNet, v0.1), native size", sha256(path)
+    return _network("lpips", what, digest, "lpips", lambda x, y: model(x * 2 - 1, y * 2 - 1).flatten(1))
 
 
 def quality_network(name: str) -> Network:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 
 from ddpo_pytorch.data.ratings import fleiss_kappa, ordinal_alpha
-from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean, exact_binomial, jackknife
+from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean, jackknife
 from ddpo_pytorch.rating.store import Answer
 
 Question = tuple[str, str, str]
@@ -26,7 +26,7 @@ def mean_over_images(values: Iterable[tuple[Question, float]]) -> Estimate:
         by_question[question].append(float(value))
     means = np.array([statistics.fmean(ratings) for ratings in by_question.values()])
     if len(means) and np.isin(means, (0, 1)).all():
-        return exact_binomial(means.mean(), len(means), len(means))
+        return Estimate.binomial(means.mean(), len(means), len(means))
     return bootstrap_mean(means, np.zeros(len(means)), 0, resample_groups=False)
 
 
@@ -43,16 +43,12 @@ def agreement(measure: Callable[[list], float | None], answers: Sequence[Answer]
 
 
 def summarise(
-    answers: Sequence[Answer],
-    mode: str,
-    seconds: Callable[[str], list[float]],
-    synthetic: Mapping[Question, bool],
-    names: Sequence[str] = (),
+    answers: Sequence[Answer], mode: str, seconds: Callable, synthetic: Mapping[Question, bool], names: Sequence = ()
 ) -> dict[str, dict[str, Estimate]]:
     """Return estimates by reader, all readers together last, and by title.
 
-    seconds: times between a reader's answers. synthetic: whether a question's image is generated (mode "real"). names:
-    of the sources of images and of their rivals (mode "pair"); an answer of 3 prefers the image to its rival.
+    seconds(reader): times between a reader's answers. synthetic: whether a question's image is generated (mode "real").
+    names: of the sources of images and of their rivals (mode "pair"); an answer of 3 prefers the image to its rival.
     """
     first = [answer for answer in answers if not answer.repeat]
     known = {(answer.reader, answer.question): answer.cells for answer in first}
