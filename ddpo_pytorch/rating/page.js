@@ -20,7 +20,7 @@ for (const part of document.querySelectorAll("[data-some]")) if (!fixed[part.dat
 const keysOf = (button) => button.getAttribute("aria-keyshortcuts").split(" ").map((key) => [key, button.dataset.do]);
 const KEYS = Object.fromEntries([...document.querySelectorAll("[aria-keyshortcuts]")].flatMap(keysOf)); // of this mode
 const FIELDS = Object.keys(QUESTIONS);
-const shownImages = pair ? ["image", "second"] : ["image"];
+const pictures = [...document.querySelectorAll("#stage img")]; // one, or two of a pair
 const images = new Map(); // id -> promise of a blob URL, for the current and the next image
 let who = null; // {rater, expert_level}
 let state = null;
@@ -87,17 +87,16 @@ async function show(next) {
 }
 
 async function picture(one) {
-  const elements = shownImages.map(at);
   seen = false;
-  for (const image of elements) image.classList.add("loading");
+  for (const image of pictures) image.classList.add("loading");
   enlarge(1);
   for (const name of ["brightness", "contrast"]) at(name).value = 100;
   look(false);
   try {
     const addresses = await Promise.all(idsOf(one).map(load));
     if (state.current?.id !== one.id) return;
-    await Promise.all(elements.map((image, place) => ((image.src = addresses[place]), image.decode())));
-    for (const image of elements) image.classList.remove("loading");
+    await Promise.all(pictures.map((image, place) => ((image.src = addresses[place]), image.decode())));
+    for (const image of pictures) image.classList.remove("loading");
     seen = true;
   } catch (error) {
     tell(error.message);
@@ -180,7 +179,7 @@ async function examples() {
 function look(redFree) {
   green = redFree;
   const levels = ["brightness", "contrast"].map((name) => `${name}(${at(name).value}%)`).join(" ");
-  for (const id of shownImages) at(id).style.filter = `${green ? "url(#green) " : ""}${levels}`;
+  for (const image of pictures) image.style.filter = `${green ? "url(#green) " : ""}${levels}`;
   document.querySelector("[data-do=green]").setAttribute("aria-pressed", green);
 }
 at("look").addEventListener("input", () => look(green));
@@ -188,7 +187,7 @@ at("look").addEventListener("input", () => look(green));
 /* Zoom around the pointer; moving it pans the image. */
 function enlarge(scale) {
   zoom = Math.min(8, Math.max(1, scale));
-  for (const id of shownImages) at(id).style.transform = `scale(${zoom})`;
+  for (const image of pictures) image.style.transform = `scale(${zoom})`;
   document.querySelector("[data-do=zoom]").setAttribute("aria-pressed", zoom > 1);
 }
 const toggle = () => enlarge(zoom > 1 ? 1 : 2.5);
@@ -196,7 +195,7 @@ const toggle = () => enlarge(zoom > 1 ? 1 : 2.5);
 at("stage").addEventListener("pointermove", (event) => {
   const box = (event.target.closest(".frame") || at("stage")).getBoundingClientRect();
   const place = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
-  for (const id of shownImages) at(id).style.transformOrigin = place.map((part) => `${100 * part}%`).join(" ");
+  for (const image of pictures) image.style.transformOrigin = place.map((part) => `${100 * part}%`).join(" ");
 });
 at("stage").addEventListener("click", toggle);
 at("stage").addEventListener("wheel", (event) => {

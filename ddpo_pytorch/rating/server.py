@@ -19,12 +19,14 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import uvicorn
-from fastapi import Body, FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from jinja2 import Template
+from pydantic import Field, StrictInt, create_model
 
 from ddpo_pytorch.data.images import load_pixels, to_pil
+from ddpo_pytorch.data.ratings import CRITERIA
 from ddpo_pytorch.rating.session import Questions
 from ddpo_pytorch.rating.store import rater_name
 from ddpo_pytorch.utils.errors import UserError
@@ -38,8 +40,10 @@ HEADERS = {
     "X-Frame-Options": "DENY",
 }
 Action = Literal["state", "rate", "skip", "undo", "again"]
-Name = Annotated[str, Body(max_length=512, strict=True)]
-OneToThree = Annotated[int | None, Body(ge=1, le=3, strict=True)]
+Name = Annotated[str, Field(max_length=512, strict=True)]
+OneToThree = Annotated[int, Field(ge=1, le=3, strict=True)] | None
+ANSWERS: dict[str, Any] = dict.fromkeys(("rating", "expert_level", "alignment", *CRITERIA), (OneToThree, None))
+Click = create_model("Click", rater=(Name, ...), id=(Name, ""), undoable=(StrictInt | None, None), **ANSWERS)
 
 logger = logging.getLogger(__name__)
 
@@ -156,33 +160,20 @@ def make_app(
         return Response(file.getvalue(), media_type="image/png")
 
     @app.post("/api/{action}")
-    def act(
-        action: Action,
-        rater: Name,
-        id: Name = "",
-        rating: OneToThree = None,
-        alignment: OneToThree = None,
-        expert_level: OneToThree = None,
-        disc: OneToThree = None,
-        vessels: OneToThree = None,
-        contrast: OneToThree = None,
-        artifacts: OneToThree = None,
-        undoable: Annotated[int | None, Body(strict=True)] = None,
-    ) -> dict:
+    def act(action: Action, click: Click) -> dict:
+        given = vars(click) | {"expert_level": level or vars(click)["expert_level"]}
+        name = given.pop("id")
         try:
-            rater = rater_name(rater)
+            rater = rater_name(given.pop("rater"))
         except UserError as error:
             raise HTTPException(422, str(error)) from error
         if only and rater != only:
             raise HTTPException(422, f"This page is for {only}.")
-        expert_level = level or expert_level
-        if action == "rate" and not (rating and expert_level):
+        if action == "rate" and not (given["rating"] and given["expert_level"]):
             raise HTTPException(422, "A rating and an expert level are missing; reload the page.")
-        if action in ("rate", "skip") and not questions.is_question(id):
+        if action in ("rate", "skip") and not questions.is_question(name):
             raise unknown
-        given = dict(rating=rating, alignment=alignment, expert_level=expert_level, undoable=undoable)
-        given |= dict(disc=disc, vessels=vessels, contrast=contrast, artifacts=artifacts)
-        return questions.act(action, rater, id, **given)
+        return questions.act(action, rater, name, **given)
 
     return app
 
