@@ -74,7 +74,7 @@ def check_conditions(result: dict, conditions: Sequence[tuple[str, str, float]])
 
 
 def write(output: Path, result: dict, folders: dict[str, list[Folder]], tables: dict[str, pd.DataFrame]) -> None:
-    """Write all files except the report, and append the official line, in which APR is a ratio."""
+    """Write metrics, tables and contact sheets, and append the official line, in which APR is a ratio."""
     models = result["models"]
     texts = {"metrics.json": json.dumps(result, indent=1, allow_nan=False) + "\n"}
     for name, table in tables.items():
@@ -84,7 +84,6 @@ def write(output: Path, result: dict, folders: dict[str, list[Folder]], tables: 
             temporary.write_text(text)
     fundus = result.get("kind") == FUNDUS
     write_per_image(output / "per_image.csv", folders, "alignment" if fundus else "aligned")
-    save_picture(output / "comparison.png", comparison(samples_of(folders)))
     for name, model in models.items():
         for space, block in (model.get("memorisation") or {}).items():
             path = output / f"closest_{space}_{name.replace('/', '_')}.png"
@@ -92,11 +91,6 @@ def write(output: Path, result: dict, folders: dict[str, list[Folder]], tables: 
     last = list(models.values())[-1]
     score = {"fundus_alignment": last["fundus_alignment"]} if fundus else {"APR_m": last["APR"]}
     JsonLines(output / "metrics_log.jsonl").write({"metrics": score | {"LPIPS": last["LPIPS"], "FID": last["FID"]}})
-
-
-def samples_of(folders: dict[str, list[Folder]]) -> dict[str, list[tuple[Path, str]]]:
-    """Return (file, caption) of the first folder of each model and of the real images."""
-    return {name: measured[0].images.samples for name, measured in folders.items()}
 
 
 def measure(accelerator: Accelerator, config: ConfigDict) -> dict:
@@ -124,11 +118,13 @@ def measure(accelerator: Accelerator, config: ConfigDict) -> dict:
     tables, output = main_tables(result), Path(metric.output)
     if FLAGS.sanity:
         tables["sanity"] = sanity_table(result)[0].reset_index(names="")
+    samples = {name: measured[0].images.samples for name, measured in folders.items()}  # of each model's first folder
+    save_picture(output / "comparison.png", comparison(samples))
     write(output, result, folders, tables)
     print("\n".join(f"{TITLES[name]}\n\n{to_markdown(table)}" for name, table in tables.items()))
     if FLAGS.report:
         runs = [Path(path) for _, path in named_paths(metric.logs, "metric.logs")]
-        logger.info("report: %s", write_report(output, result, samples_of(folders), runs))
+        logger.info("report: %s", write_report(output, result, samples, runs))
     logger.info("written to %s", output)
     return result
 

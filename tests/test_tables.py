@@ -12,7 +12,7 @@ from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of
 from ddpo_pytorch.data.metadata import requested_labels
 from ddpo_pytorch.metrics.alignment import aligned_images, apr_by_prompt, measure_apr
 from ddpo_pytorch.metrics.image_sets import ImageSet
-from ddpo_pytorch.metrics.tables import table2, table3, to_csv, to_latex, to_markdown
+from ddpo_pytorch.metrics.tables import TABLE3_COLUMNS, model_table, table2, to_csv, to_latex, to_markdown
 
 
 def quantity(value, low=None, high=None):
@@ -48,15 +48,15 @@ def test_table_2_has_the_papers_layout():
 
 
 def test_table_3_states_what_is_missing():
-    assert table3({"SD": SD, "SD+RL": RL}).to_numpy().tolist() == [
+    assert model_table(TABLE3_COLUMNS, {"SD": SD, "SD+RL": RL}).to_numpy().tolist() == [
         ["SD", "18.28 [15.00, 20.00]", "121.47", "12.30", "0.600", "n/a", "0.800", "32000"],
         ["SD+RL", "63.14", "n/a", "n/a", "n/a", "0.1235", "n/a", "32000"],
     ]
-    assert table3({"SD": SD}, "unmatched")["FID ↓"].tolist() == ["n/a"]
+    assert model_table(TABLE3_COLUMNS, {"SD": SD}, "unmatched")["FID ↓"].tolist() == ["n/a"]
 
 
 def test_formats_hold_the_same_cells():
-    table = table3({"100 % a_b & c": SD})
+    table = model_table(TABLE3_COLUMNS, {"100 % a_b & c": SD})
     lines = to_markdown(table).splitlines()
     assert len({len(line) for line in lines}) == 1
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]

@@ -25,10 +25,10 @@ from ddpo_pytorch.metrics.fidelity import measure_fidelity, pair_images
 from ddpo_pytorch.metrics.image_sets import ImageSet, match_prompts, shape_of
 from ddpo_pytorch.metrics.image_statistics import measure_inception_score, measure_quality
 from ddpo_pytorch.metrics.inputs import Sets, Tools
-from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean, bootstrap_ratio, mean_over_runs
+from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_ratio, mean_over_runs
 from ddpo_pytorch.metrics.memorisation import copies, find_neighbours, measure_memorisation, near_copies, pixel_hashes
 from ddpo_pytorch.metrics.networks import POLICY, SELECTOR
-from ddpo_pytorch.metrics.ssim import MAX_PAIRS, measure_structure, pairs_by_name
+from ddpo_pytorch.metrics.ssim import MAX_PAIRS, measure_pairs, pairs_by_name
 from ddpo_pytorch.metrics.subgroups import measure_groups, name_groups
 from ddpo_pytorch.metrics.tables import dig
 
@@ -95,23 +95,19 @@ class Context:
 
     `per_group`: images per prompt for diversity. `spaces`: of features in which distances to training images are
     measured. `baseline`: by space, distances of real images, except near copies, to their nearest training image.
+    `key`: name of the alignment measure in metrics.json.
     """
 
     def __init__(self, config: ConfigDict, tools: Tools, sets: Sets):
         self.config, self.tools, self.sets, self.seed = config, tools, sets, config.seed
         self.per_group, self.spaces = diversity_size(sets.folders), [*tools.extractors, THUMBNAILS.name]
-        self.baseline: dict[str, np.ndarray] = {}
+        self.key, self.baseline = "APR" if tools.threshold is None else "alignment", {}
         self.near_copies, real, train = None, sets.real, sets.train
         name_groups([*sets.folders, *filter(None, [real])], config.metric.groups)
         if real is not None and train is not None:
             self.near_copies = copies(real, train) | near_copies(real, train)
             for name in self.spaces:
                 self.baseline[name] = find_neighbours(name, real, train)[0][~self.near_copies]
-
-    @property
-    def key(self) -> str:
-        """Name of the alignment measure in metrics.json."""
-        return "APR" if self.tools.threshold is None else "alignment"
 
 
 def set_facts(images: ImageSet, others: Mapping[str, ImageSet | None]) -> dict:
@@ -131,7 +127,7 @@ def measure_folder(images: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None
 
     `parts`: indices of real images and of `images` with the same mix of prompts; None for the real images themselves.
     """
-    seed, captions, groups, tools = context.seed, images.captions, images.groups, context.tools
+    seed, captions, tools = context.seed, images.captions, context.tools
     real, train, quality = context.sets.real if parts else None, context.sets.train, context.config.metric.quality
     result = {"images": len(captions), "alignment": {}, "perception": {}, "diversity": {}}
     result["rewards"] = mean_reward(images, seed)
@@ -153,15 +149,12 @@ def measure_folder(images: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None
     if quality:
         result["quality"], own_columns = measure_quality(images, real, quality, seed)
         columns |= own_columns
-    if structure := measure_structure(images, seed):
+    if structure := measure_pairs(images, ("SSIM", "MS_SSIM", "MS_SSIM_within"), seed):
         result["structure"] = structure
-    for name in ("LPIPS", "LPIPS_within"):
-        if name in images.pairs:
-            pairs, values = images.pairs[name]
-            result["perception"][name] = bootstrap_mean(values, groups[pairs[:, 0]], seed, resample_groups=True)
+    result["perception"] = measure_pairs(images, ("LPIPS", "LPIPS_within"), seed, share=True)
     if "LPIPS" in images.pairs:
         pairs, values = images.pairs["LPIPS"]
-        paired = groups[pairs[:, 0]]
+        paired = images.groups[pairs[:, 0]]
         means = {images.all_captions[g]: float(values[paired == g].mean()) for g in np.unique(paired)}
         result |= {"LPIPS_by_prompt": means, "LPIPS_pairs": len(pairs)}
         by_image = dict(zip(pairs[:, 0].tolist(), values.tolist(), strict=True))

@@ -138,9 +138,8 @@ class FeatureStore:
             raise UserError(fault)
         return {n.name: Rows(files[n.name], count, size) for n in networks}
 
-    def _compute_chunk(
-        self, absent: Sequence[tuple[Network, Path]], columns: Sequence[Sequence[Path]], captions: Sequence[str]
-    ) -> int:
+    def _compute_chunk(self, absent: Sequence, columns: Sequence[Sequence[Path]], captions: Sequence[str]) -> int:
+        """Write the file of each absent (network, file); return the number of images or pairs."""
         batches = [torch.stack([load_image(path) for path in column]).to(self.accelerator.device) for column in columns]
         for network, file in absent:
             with torch.no_grad():

@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 from torchmetrics.image.kid import maximum_mean_discrepancy, poly_kernel
 
-from ddpo_pytorch.metrics.image_sets import ImageSet
+from ddpo_pytorch.metrics.image_sets import ImageSet, Samples
 from ddpo_pytorch.metrics.intervals import JACKKNIFE_GROUPS, Estimate, bootstrap_mean, finite, jackknife_half_width
 from ddpo_pytorch.utils.cores import on_all_cores, one_thread, product
 from ddpo_pytorch.utils.errors import UserError
@@ -165,11 +165,16 @@ def kernel_distance(
             full = kernels(x, y)
 
     def estimate(rows: list[np.ndarray]) -> tuple[float, list[tuple[float, float]]]:
+        """Return the unbiased squared MMD of a subset, and the variances (z, w) of both sets."""
         i, j = rows
         if full is None:
-            return _subset_estimate(*kernels(x[i], y[j]))
-        within_x, within_y, between = full
-        return _subset_estimate(within_x[i][:, i], within_y[j][:, j], between[i][:, j])
+            within_x, within_y, between = kernels(x[i], y[j])
+        else:
+            within_x, within_y, between = full[0][i][:, i], full[1][j][:, j], full[2][i][:, j]
+        value = float(maximum_mean_discrepancy(within_x, between, within_y))
+        if size < 4:
+            return value, [(0.0, 0.0)] * 2
+        return value, [_variances(within_x.numpy(), between.numpy()), _variances(within_y.numpy(), between.numpy().T)]
 
     results = on_all_cores(estimate, drawn)
     values, variances = (np.array(column) for column in zip(*results, strict=True))
@@ -181,16 +186,6 @@ def kernel_distance(
     images, pairs = np.maximum(variances.mean(axis=0), 0).T
     half = 1.96 * float(np.sqrt((4 * images / counts + 2 * pairs / counts**2).sum() + deviation**2 / subsets))
     return Estimate(value, value - half, value + half, len(x), how)
-
-
-def _subset_estimate(
-    within_x: torch.Tensor, within_y: torch.Tensor, between: torch.Tensor
-) -> tuple[float, list[tuple[float, float]]]:
-    """Return the unbiased squared MMD from the kernels (m, m) of x and y, and the variances (z, w) of both sets."""
-    value = float(maximum_mean_discrepancy(within_x, between, within_y))
-    if len(within_x) < 4:
-        return value, [(0.0, 0.0)] * 2
-    return value, [_variances(within_x.numpy(), between.numpy()), _variances(within_y.numpy(), between.numpy().T)]
 
 
 def _variances(within: np.ndarray, between: np.ndarray) -> tuple[float, float]:
@@ -356,9 +351,7 @@ def _radii(features: np.ndarray, k: int, block: int, parts: Sequence[np.ndarray]
     return np.concatenate(on_all_cores(radii, range(0, len(features), block)), axis=1)
 
 
-def pair_images(
-    fake: Sequence[tuple[Path, str]], real: Sequence[tuple[Path, str]], seed: int
-) -> list[tuple[Path, Path, str]]:
+def pair_images(fake: Samples, real: Samples, seed: int) -> list[tuple[Path, Path, str]]:
     """Return (fake, real, caption) for every generated image whose caption has real images: the pairs of table 3.
 
     Real images of a caption are dealt out in an order that depends only on seed and caption, and reused if too few.

@@ -175,9 +175,7 @@ def _cell_means(green: np.ndarray, field: np.ndarray) -> np.ndarray:
     return np.array([green[cell][field[cell]].mean() for cell in inside])
 
 
-def measure_quality(
-    images: ImageSet, real: ImageSet | None, names: Sequence[str], seed: int
-) -> tuple[dict, dict[str, list]]:
+def measure_quality(images: ImageSet, real: ImageSet | None, names: Sequence[str], seed: int) -> tuple[dict, dict]:
     """Return blocks by set of statistics (`SETS`), and the columns of per_image.csv.
 
     A block contains the number of images with and without a field of view, and for each statistic mean, sd and, given

@@ -52,9 +52,8 @@ def check_request(metric: ConfigDict) -> None:
         if chosen not in EXTRACTORS and not timm.is_model(chosen):
             raise UserError(f"metric.extractors has {chosen!r}; allowed are {', '.join(EXTRACTORS)} and timm's names")
     for name in ("output", "cache_dir"):
-        folder = existing = Path(metric[name])
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
+        folder = Path(metric[name])
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             reason = f"{str(existing)!r} is not a writable folder"
             raise UserError(f"metric.{name}={str(folder)!r} cannot be written: {reason}; choose another")

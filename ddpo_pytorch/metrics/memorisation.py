@@ -54,10 +54,8 @@ def nearest(query: Any, reference: Any, block: int = 1000, excluded: np.ndarray 
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
-def share_closer(
-    distances: np.ndarray, baseline: np.ndarray, groups: np.ndarray, seed: int, quantile: float = 0.01
-) -> tuple[Estimate, float]:
-    """Return the share of samples closer to the training set than the baseline's quantile, and that threshold.
+def share_closer(distances: np.ndarray, baseline: np.ndarray, groups: np.ndarray, seed: int) -> tuple[Estimate, float]:
+    """Return the share of samples closer to the training set than 99 % of the baseline, and that threshold.
 
     distances (N,) of samples and baseline (K,) of real images outside the training set to their nearest training image.
     The interval resamples images within prompts `groups` (N,) and takes the threshold as given.
@@ -65,7 +63,7 @@ def share_closer(
     baseline = finite(baseline, "baseline distances")
     if not len(baseline):
         raise UserError("memorisation needs real images outside the training set as a baseline, got none")
-    threshold = float(np.quantile(baseline, quantile))
+    threshold = float(np.quantile(baseline, 0.01))
     closer = finite(distances, "distances") < threshold
     return bootstrap_mean(closer, groups, seed, resample_groups=False), threshold
 

@@ -65,17 +65,17 @@ def pairs_by_name(names: Sequence[str], others: Sequence[str], what: str) -> lis
     return pairs
 
 
-def measure_structure(images: ImageSet, seed: int) -> dict[str, Estimate]:
-    """Return mean SSIM of the given pairs, mean MS-SSIM of pairs of any prompts and of the same prompt.
+def measure_pairs(images: ImageSet, names: Sequence[str], seed: int, share: bool = False) -> dict[str, Estimate]:
+    """Return the means of the measures of pairs of `names` that the set has (`ImageSet.pairs`).
 
-    Intervals resample pairs as if independent, though each image is in two of them, and, within prompts, also prompts.
+    Intervals resample pairs as if independent, though an image may be in two of them, and, except for MS_SSIM, of pairs
+    of any prompts, also prompts. `share`: as for `bootstrap_mean`.
     """
     result = {}
-    for name in ("SSIM", "MS_SSIM", "MS_SSIM_within"):
-        if name in images.pairs:
-            pairs, values = images.pairs[name]
-            groups = np.zeros(len(pairs), dtype=int) if name == "MS_SSIM" else images.groups[pairs[:, 0]]
-            result[name] = bootstrap_mean(values, groups, seed, resample_groups=name != "MS_SSIM", share=False)
+    for name in filter(images.pairs.get, names):
+        pairs, values = images.pairs[name]
+        groups = np.zeros(len(pairs), dtype=int) if name == "MS_SSIM" else images.groups[pairs[:, 0]]
+        result[name] = bootstrap_mean(values, groups, seed, resample_groups=name != "MS_SSIM", share=share)
     return result
 
 

@@ -50,7 +50,7 @@ def main_tables(result: Mapping) -> dict[str, pd.DataFrame]:
         return tables | {"fundus": fundus_table(models, real, result["fid_part"])}
     if result["subject"] == "dermoscopic":
         tables["table2"] = table2(models, real, dig(result, "sets", "real", "images_by_prompt"))
-    return tables | {"table3": table3(models, result["fid_part"])}
+    return tables | {"table3": model_table(TABLE3_COLUMNS, models, result["fid_part"])}
 
 
 def table1(
@@ -97,11 +97,6 @@ def table2(
         cells = {column: number(by_prompt.get(caption), ".2f", 100) for column, caption in captions.items()}
         rows.append({"": f"APR ↑ (%) {name}"} | cells)
     return pd.DataFrame(rows)
-
-
-def table3(models: Mapping[str, Mapping], fid_part: str = "matched") -> pd.DataFrame:
-    """Return APR, FID, KID, LPIPS, the Frechet distance in the judge's features and reward, a row per model."""
-    return model_table(TABLE3_COLUMNS, models, fid_part)
 
 
 def fundus_table(models: Mapping[str, Mapping], real: Mapping | None, fid_part: str = "matched") -> pd.DataFrame:
