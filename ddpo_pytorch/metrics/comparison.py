@@ -42,12 +42,10 @@ class Folder:
 
 def mean_reward(images: ImageSet, seed: int) -> Estimate:
     """Return the mean reward that eval.py logged; missing if it ran without a classifier."""
-    rewards = [images.entry(i).get("reward") for i in range(len(images))]
-    logged = [i for i, reward in enumerate(rewards) if reward is not None]
-    if not logged:
+    rewards = np.array([images.entry(i).get("reward") for i in range(len(images))], dtype=float)  # NaN for None
+    if not (logged := np.isfinite(rewards)).any():
         return Estimate.missing("image_log.json states no rewards")
-    values = np.array([float(rewards[i]) for i in logged])
-    return bootstrap_mean(values, images.groups[logged], seed, resample_groups=True)
+    return bootstrap_mean(rewards[logged], images.groups[logged], seed, resample_groups=True)
 
 
 def compare(first: Sequence[Folder], second: Sequence[Folder], seed: int, key: str = "APR") -> dict:

@@ -94,9 +94,8 @@ class FeatureStore:
 
     def pairs(self, title: str, first: ImageSet, second: ImageSet, pairs: Sequence[tuple[int, int]], network: Network):
         """Return rows of a network of two images for pairs of (index in the first set, index in the second)."""
-        sides = [(images, [pair[side] for pair in pairs]) for side, images in enumerate((first, second))]
-        paths = [[images.paths[i] for i in chosen] for images, chosen in sides]
-        digests = [[images.digests[i] for i in chosen] for images, chosen in sides]
+        paths = [[images.paths[pair[side]] for pair in pairs] for side, images in enumerate((first, second))]
+        digests = [[images.digests[pair[side]] for pair in pairs] for side, images in enumerate((first, second))]
         return self._compute(title, [network], paths, digests)[network.name]
 
     def _compute(

@@ -133,9 +133,8 @@ def dig(tree: Any, *keys: str) -> Any:
 def number(estimate: Mapping | float | None, form: str, scale: float = 1) -> str:
     """Format a number, or an estimate {"value", "low", "high"} with its interval, times `scale`."""
     ends = estimate if isinstance(estimate, Mapping) else {"value": estimate, "low": None, "high": None}
-    value, low, high = (
-        None if ends[key] is None else format(scale * ends[key], form) for key in ("value", "low", "high")
-    )
+    shown = (None if ends[key] is None else format(scale * ends[key], form) for key in ("value", "low", "high"))
+    value, low, high = shown
     if value is None:
         return NOT_AVAILABLE
     return value if low is None or high is None else f"{value} [{low}, {high}]"

@@ -170,10 +170,8 @@ def headline(result: Mapping) -> pd.DataFrame:
     """Return the main numbers of all models and of the real images."""
     parts, measure = sides(result), measure_of(result)
     columns = list(FUNDUS_COLUMNS if result.get("kind") else TABLE3_COLUMNS)
-    if not result.get("kind"):
-        columns += [
-            (f"APR ↑ (%), {name}", ("alignment", name, "APR"), ".2f", 100) for name in list(result["judges"])[1:]
-        ]
+    others = [] if result.get("kind") else list(result["judges"])[1:]
+    columns += [(f"APR ↑ (%), {name}", ("alignment", name, "APR"), ".2f", 100) for name in others]
     columns += [(f"Ceiling of {measure} (%)", ("ceiling",), ".2f", 100)]
     columns += [("Images with a ceiling (%)", ("ceiling_share",), ".1f", 100)]
     columns += [(f"{title} ↑", path, form, 1) for title, path, form in _spread(result)[:1]]

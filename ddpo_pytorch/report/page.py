@@ -56,15 +56,11 @@ def page_content(result: Mapping, samples: Samples, runs: Sequence[Path]) -> dic
     captions = list(dict.fromkeys(caption for files in samples.values() for _, caption in files))
     counts = dig(result, "sets", "real", "images_by_prompt")
     grids = album.grids(samples, rarest_first(captions, counts)[:MOST_GRIDS])
-    memorised = [
-        (name, *item) for name, values in models.items() for item in (values.get("memorisation") or {}).items()
-    ]
-    sheets = [(name, space, album.closest_pairs(block["closest"], name)) for name, space, block in memorised]
-    shown = sum(
-        picture is not None
-        for grid in grids
-        for picture in dict(grid.rows).get(title_of("real", samples.get("real", ())), ())
-    )
+    blocks = {name: values.get("memorisation") or {} for name, values in models.items()}
+    memorised = [(name, space, block["closest"]) for name, spaces in blocks.items() for space, block in spaces.items()]
+    sheets = [(name, space, album.closest_pairs(closest, name)) for name, space, closest in memorised]
+    title = title_of("real", samples.get("real", ()))
+    shown = sum(picture is not None for grid in grids for picture in dict(grid.rows).get(title, ()))
     shown += sum(pair["training"] is not None for *_, pairs in sheets for pair in pairs)
     configs = {Path(run).name: config for run in runs if (config := read_config(run))}
     tables = main_tables(result)
