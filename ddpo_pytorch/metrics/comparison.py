@@ -144,9 +144,8 @@ def find_warnings(context, models: Mapping[str, Sequence[Folder]], matched: int)
                 f"{name} has no images of {len(lacking)} captions that others have, which count in the others' "
                 f"{context.key} but not in matched distances: {list_captions(lacking)}"
             )
-    for images in ([real] if real else []) + context.sets.folders:
-        if images.lacking:
-            lines.append(lacking_images(images.folder, images.lacking))
+    sets = [*filter(None, [real]), *context.sets.folders]
+    lines += [lacking_images(images.folder, images.lacking) for images in sets if images.lacking]
     counts = sorted({len(folder.images) for folder in every})
     if len(counts) > 1:
         lines.append(f"sets hold {' and '.join(map(str, counts))} images: unmatched distances are not comparable")

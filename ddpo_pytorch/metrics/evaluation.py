@@ -51,11 +51,8 @@ def run_networks(config: ConfigDict, sets: Sets, tools: Tools, accelerator: Acce
     metric, seed = config.metric, config.seed
     store = FeatureStore(Path(metric.cache_dir), accelerator, metric.batch_size, config.progress)
 
-    every = [("train images", sets.train), ("real images", sets.real)]
-    every += [(name, images) for name, folders in sets.models.items() for images in folders]
-    for title, images in every:
-        if images is None:
-            continue
+    every = [("train images", [sets.train]), ("real images", [sets.real]), *sets.models.items()]
+    for title, images in ((title, images) for title, group in every for images in group if images):
         images.rows = store.features(title, images, tools.of_images)
         pairs = {} if images is sets.train else pairs_of(images, sets, tools, seed)
         for name, (network, partners, indices) in pairs.items():

@@ -165,10 +165,9 @@ def quality_network(name: str) -> Network:
     chosen = SETS[name]
 
     def run(images: torch.Tensor) -> torch.Tensor:
-        rows = []
-        for pixels in to_uint8(images).permute(0, 2, 3, 1).cpu().numpy():
-            values = chosen.measure(np.ascontiguousarray(pixels))
-            rows.append([0.0] * (1 + len(chosen.columns)) if values is None else [1.0, *values])
+        pictures = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+        found = [chosen.measure(np.ascontiguousarray(pixels)) for pixels in pictures]
+        rows = [[0.0] * (1 + len(chosen.columns)) if values is None else [1.0, *values] for values in found]
         return torch.tensor(rows, dtype=torch.float64)
 
     key = hashlib.sha256(f"quality {name} 1 scipy {scipy.__version__}".encode()).hexdigest()

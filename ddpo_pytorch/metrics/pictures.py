@@ -18,9 +18,7 @@ def comparison(sets: Mapping[str, Sequence[tuple[Path, str]]]) -> Image.Image:
 
     `sets`: (file, caption) by model name.
     """
-    first = {}
-    for name, samples in sets.items():
-        first[title_of(name, samples)] = {caption: path for path, caption in reversed(samples)}
+    first = {title_of(name, samples): {c: path for path, c in reversed(samples)} for name, samples in sets.items()}
     captions = sort_captions(set.intersection(*(set(paths) for paths in first.values())))[:MAX_CAPTIONS]
     parts = [captions[start : start + COLUMNS] for start in range(0, len(captions), COLUMNS)]
     return _sheet([(name, [paths[caption] for caption in part]) for part in parts for name, paths in first.items()])
