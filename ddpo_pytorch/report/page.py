@@ -40,10 +40,8 @@ def write_report(output: str | Path, result: Mapping[str, Any], samples: Samples
 @cache
 def environment() -> Environment:
     """Return the template environment, which escapes all text, with the functions that templates use."""
-    loader = FileSystemLoader(Path(__file__).parent)
-    templates = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    options = dict(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), **options)
     templates.filters |= {function.__name__: function for function in (percent, counted, estimate, bounds)}
     templates.filters["json"] = lambda value: json.dumps(value, indent=1, ensure_ascii=False)
     templates.globals |= {"dig": dig, "findings": findings}
