@@ -29,7 +29,7 @@ def small(config):
     # pretrained features need neither many epochs nor the transformer's settings
     config.rlhf.update(text_encoder=root + "/sd", text_tokens=48, image_size=128, width=256)
     config.rlhf.update(backbone="tf_efficientnet_lite0", num_epochs=6, learning_rate=5e-4, second_learning_rate=1e-4)
-    config.improve.update(images_per_prompt=8, held_out_images=256)
+    config.improve.held_out_images = 2  # for each of about 100 captions
     config.metric.update(inception="", alexnet="")
     return config
 
