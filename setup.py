@@ -1,6 +1,6 @@
 from setuptools import find_packages, setup
 
-RATE = ["fastapi>=0.120.1", "starlette>=0.46", "uvicorn>=0.30"]  # the rating page
+RATE = ["fastapi>=0.120.1", "pydantic>=2.7", "uvicorn>=0.30"]  # the rating page
 TEST = ["mypy>=1.11", "pydicom>=3.0", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9"]
 TEST += ["selenium>=4.20", "setuptools>=77"]
 

@@ -18,7 +18,7 @@ DISTRIBUTIONS = {
     "torch_fidelity": "torch-fidelity",
     "huggingface_hub": "huggingface-hub",
 }
-OPTIONAL = {"bitsandbytes", "fastapi", "pydicom", "starlette", "uvicorn"}
+OPTIONAL = {"bitsandbytes", "fastapi", "pydantic", "pydicom", "uvicorn"}
 
 
 def declared() -> set[str]:

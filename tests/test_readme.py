@@ -4,6 +4,7 @@ import re
 import shlex
 import string
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from diffusers import StableDiffusionPipeline
 from launching import ROOT
 from ml_collections import config_flags
+from script_tools import load_flag_script
 from test_configs import load
 
 from ddpo_pytorch import prompts, rewards
@@ -73,6 +75,11 @@ def test_commands_of_scripts_build(command, monkeypatch):
     check_script(command, monkeypatch)
 
 
+@cache
+def flags_of(script: str) -> set[str]:
+    return set(load_flag_script(Path(script).name).FLAGS)
+
+
 def check_script(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Assert that a command of a script has flags and a configuration that exist."""
     place = next(i for i, word in enumerate(command) if word.startswith(("scripts/", "docs/slurm.sh")))
@@ -81,8 +88,10 @@ def check_script(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> N
     source = (ROOT / script).read_text()
     if file := launcher.get("--config_file"):
         assert load_config_from_file(file).num_machines == int(launcher.get("--num_machines", 1))
+    known = flags_of(script) if "define_flags()" in source else ()
     for name in options(given):
-        assert name.startswith("--config") or f'"{name[2:].split("=")[0]}"' in source, name
+        flag = name[2:].split("=")[0]
+        assert flag in known or flag.startswith("config") or f'"{flag}"' in source, name
     if "define_config(" in source:
         config = build(script, given, monkeypatch)
         if script.endswith("train.py"):
