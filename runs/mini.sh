@@ -16,5 +16,5 @@ stage real-images "seconds" $LAUNCH scripts/extract_dataset_latents.py --config 
 stage ddpo "4 min, measured" $LAUNCH scripts/train.py --config $MINI:$ISIC --config.run_name=main
 stage eval-sd "seconds" $LAUNCH scripts/eval.py --config $MINI:${ISIC}_eval
 stage eval-rl "seconds" $LAUNCH scripts/eval.py --config $MINI:${ISIC}_eval_rl --config.load_from=$OUT/logs/main
-stage metric "seconds" $LAUNCH scripts/metric.py --config $MINI:evaluate_metric_rl --config.metric.real_path=$OUT/real-images --report
+stage metric "seconds" $LAUNCH scripts/metric.py --config $MINI:evaluate_metric_rl --config.metric.real_path=$OUT/real-images-test --report
 stage augment "?" $LAUNCH scripts/augment.py --data_path $OUT/data/images --train_csv $SPLITS/phantom_train.csv --val_csv $SPLITS/phantom_val.csv --test_csv $SPLITS/phantom_test.csv --samples SD=$OUT/samples/SD_samples --samples SD-RL=$OUT/samples/RL_samples --arch tinynet_e --weights none --image_size 96 --num_epochs 12 --limit 1000 --output $OUT/augment

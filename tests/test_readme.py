@@ -64,6 +64,8 @@ def build(script: str, words: list[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", [script, *words])
     default = re.search(r'^define_config\(.*default="(.+)"\)', (ROOT / script).read_text(), re.M)
     values = flags.FlagValues()
+    # all files are loaded under one module name, so that an experiment of the last one would answer for this one's
+    sys.modules.pop("config_config", None)
     config_flags.DEFINE_config_file("config", str(ROOT / default[1]) if default else None, flag_values=values)
     values(sys.argv, known_only=True)
     return values.config
