@@ -20,7 +20,7 @@ from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
 
 from ddpo_pytorch.data.images import LARGEST_SIDE
 from ddpo_pytorch.data.isic import LABELS
-from ddpo_pytorch.judges.vit import build, check_fit, read_judge, save_judge
+from ddpo_pytorch.judges.vit import build, check_fit, read_judge, save_judge, timm_network
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_write
 from ddpo_pytorch.utils.json_files import OneOf
@@ -79,9 +79,8 @@ class ArtifactClassifier(nn.Module):
                 self.model.load_state_dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
             self.model.classifier = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(1280, len(self.labels)))
         elif timm.is_model(arch):
-            fixed = {"img_size": self.image_size} if timm.get_pretrained_cfg(arch).fixed_input_size else {}  # ViT
-            heads = len(self.labels)
-            self.model = timm.create_model(arch, pretrained=pretrained, num_classes=heads, drop_rate=DROPOUT, **fixed)
+            settings = {"num_classes": len(self.labels), "drop_rate": DROPOUT, "pretrained": pretrained}
+            self.model = timm_network(arch, self.image_size, **settings)
         else:
             raise UserError(f"classifier architecture {arch!r} is unknown to timm; try efficientnet_b0 or tinynet_e")
         self.to(memory_format=torch.channels_last)  # a training step on CPU takes 0.7 of the time, with equal logits

@@ -84,7 +84,11 @@ class Judge(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.origin: Mapping[str, Any] = {}
-        network = pretrained_network(sizes) if sizes.backbone else vision_transformer(sizes)
+        if sizes.backbone:
+            network = timm_network(sizes.backbone, sizes.image_size, num_classes=0)
+            network.to(memory_format=torch.channels_last)  # faster on a CPU, as in judges.classifier
+        else:
+            network = vision_transformer(sizes)
         self.features: int = getattr(network, "head_hidden_size", None) or network.num_features
         self.encoder = nn.Sequential(OrderedDict(vit=network))
 
@@ -107,11 +111,10 @@ class Judge(nn.Module):
             self.train(training)
 
 
-def pretrained_network(sizes: VisionSizes) -> nn.Module:
-    """Return timm's network `sizes.backbone`, with random weights and without its classifier."""
-    fixed = {"img_size": sizes.image_size} if timm.get_pretrained_cfg(sizes.backbone).fixed_input_size else {}  # ViT
-    network = timm.create_model(sizes.backbone, num_classes=0, **fixed)
-    return network.to(memory_format=torch.channels_last)  # faster on a CPU, as in judges.classifier
+def timm_network(arch: str, image_size: int, **options: Any) -> nn.Module:
+    """Return timm's network `arch` for images of this size; `options` of timm.create_model."""
+    fixed = {"img_size": image_size} if timm.get_pretrained_cfg(arch).fixed_input_size else {}  # ViT
+    return timm.create_model(arch, **options, **fixed)
 
 
 def vision_transformer(sizes: VisionSizes) -> VisionTransformer:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torchmetrics.functional.classification import multilabel_exact_match
 
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.metrics.image_sets import ImageSet
@@ -16,7 +17,10 @@ from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean, bootstrap_r
 
 def aligned_images(requested: torch.Tensor, predictions: torch.Tensor) -> np.ndarray:
     """Return (N,): 1 if all H 0/1 predictions of an image equal the requested labels, else 0. The mean is APR."""
-    return (predictions == requested).all(dim=1).double().numpy()
+    hits = multilabel_exact_match(
+        predictions.long()[..., None], requested[..., None], requested.shape[1], multidim_average="samplewise"
+    )
+    return hits.double().numpy()
 
 
 def apr_by_prompt(aligned: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
