@@ -345,7 +345,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     rlhf.learning_rate = rlhf.second_learning_rate = 1e-4
     rlhf.update(final_learning_rate=1e-6, weight_decay=1e-4)
     rlhf.warmup_steps = 0  # linear warm-up of stage 1, in updates; 0: none, as in the official code
-    rlhf.flip = True  # mirror images at random, except where the prompt names an eye or a side
+    rlhf.flip = True  # mirror images at random, and the eye in their prompts (not with "o'clock" and the like)
 
     ###### Improvement rounds (improve.py) ######
     config.improve = improve = ml_collections.ConfigDict()

@@ -86,11 +86,20 @@ def test_faults_are_reported_by_line(tmp_path, lines, message):
     assert "\n" not in str(error.value)
 
 
-def test_texts_that_name_a_side():
-    for text in ("The left eye", "RIGHT fundus", "inferotemporal vein", "Nasal margin", "OD, normal", "at 3 o'clock"):
-        assert fundus.names_side(text), text
-    for text in ("Fundus: normal retina", "bright spots", "od", "drusen at the macula"):
-        assert not fundus.names_side(text), text
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("The left eye fundus image shows drusen.", "The right eye fundus image shows drusen."),
+        ("Right eye, RIGHT-sided; left", "Left eye, LEFT-sided; right"),
+        ("Fundus: OD, not od; OS", "Fundus: OS, not od; OD"),
+        ("bright spots, a nasal and an inferotemporal vein", "bright spots, a nasal and an inferotemporal vein"),
+        ("a haemorrhage at 3 o'clock", None),
+        ("a leftward shift", None),
+    ],
+)
+def test_the_caption_of_a_mirror_image_names_the_other_eye(caption, expected):
+    assert fundus.mirrored_caption(caption) == expected
+    assert expected is None or fundus.mirrored_caption(expected) == caption
 
 
 def many_rows(tmp_path, patients=60):

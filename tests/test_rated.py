@@ -121,7 +121,7 @@ def test_threshold_of_separable_neighbouring_and_equal_scores():
 
 def test_rated_set_with_and_without_autoencoder(tmp_path):
     rng, images = np.random.default_rng(0), []
-    prompts = ["Fundus: drusen", "Fundus: the left eye", "Fundus: nasal haemorrhage", "Fundus: x"]
+    prompts = ["Fundus: drusen", "Fundus: the left eye", "Fundus: 3 o'clock", "Fundus: x"]
     for number, prompt in enumerate(prompts):
         Image.fromarray(stripes(3, False, rng)).save(path := tmp_path / f"{number}.png")
         images.append(rated(path, prompt, 1 + number / 2, 3 - number / 2, (number + 1) / 4))
@@ -130,7 +130,8 @@ def test_rated_set_with_and_without_autoencoder(tmp_path):
     assert torch.equal(found.images[2], torch.from_numpy(np.array(Image.open(tmp_path / "2.png"))).permute(2, 0, 1))
     rewards = {name: values.tolist() for name, values in found.rewards.items()}
     assert rewards == {"quality": [0, 0.25, 0.5, 0.75], "alignment": [1, 0.75, 0.5, 0.25]}
-    assert found.weights.tolist() == [0.25, 0.5, 0.75, 1] and found.mirrored.tolist() == [True, False, False, True]
+    assert found.weights.tolist() == [0.25, 0.5, 0.75, 1]
+    assert found.mirrored == (prompts[0], "Fundus: the right eye", None, prompts[3])
     part = found.subset(torch.tensor([1, 3]))
     assert part.prompts == ("Fundus: the left eye", "Fundus: x") and torch.equal(part.images, found.images[[1, 3]])
     torch.manual_seed(0)
@@ -142,9 +143,9 @@ def test_rated_set_with_and_without_autoencoder(tmp_path):
 
     other = read_rated([rated(tmp_path / "0.png", quality=1.5)], SIZE), found.subset(torch.tensor([0, 3]))
     assert len({one.digest for one in (found, part, passed, *other)}) == 5
-    many = read_rated([rated(tmp_path / "0.png")] * 200 + images[1:2] * 200, SIZE)
+    many = read_rated([rated(tmp_path / "0.png")] * 200 + images[2:3] * 200, SIZE)
     flips = many.flips(5, 0)
-    assert 70 < flips[:200].sum() < 130 and not flips[200:].any()  # never where the prompt names an eye
+    assert 70 < flips[:200].sum() < 130 and not flips[200:].any()
     assert torch.equal(many.flips(5, 0), flips) and not torch.equal(many.flips(5, 1), flips)
 
 

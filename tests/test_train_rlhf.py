@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from script_tools import assert_same_training, files_of, options, succeed
 
 from ddpo_pytorch.generator.pipeline import load_pipeline
-from ddpo_pytorch.judges.policy import load_judges
+from ddpo_pytorch.judges.policy import TextFeatures, load_judges
+from ddpo_pytorch.rlhf import rated_images
 from ddpo_pytorch.rlhf.training import chosen_samples
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.training_state import TrainState
@@ -209,6 +210,24 @@ def test_settings_reach_the_training(train, table, tmp_path):
     before = load_file(tmp_path / "plain" / "policy_stage_1.safetensors")["head.8.weight"]
     assert torch.equal(before, found["plain"])
     assert (found["plain 2"] - before).abs().max() < 1e-4  # a handful of small steps of Adam away
+
+
+def test_mirrored_images_have_mirrored_captions(train, tmp_path, monkeypatch):
+    seen, flipped = [], []
+
+    def flip_all(rated, seed, epoch):
+        flipped.append(len(rated))
+        return torch.ones(len(rated)).bool()
+
+    def features(text, prompts, original=TextFeatures.__call__):
+        seen.extend(prompts)
+        return original(text, prompts)
+
+    monkeypatch.setattr(rated_images, "mirrored_caption", lambda prompt: f"{prompt}, mirrored")
+    monkeypatch.setattr(rated_images.RatedSet, "flips", flip_all)
+    monkeypatch.setattr(TextFeatures, "__call__", features)
+    train(output=tmp_path, num_epochs=1, stages=(1,))
+    assert [prompt.endswith(", mirrored") for prompt in seen].count(True) == sum(flipped) > 60
 
 
 def test_a_backbone_starts_from_its_file(train, tmp_path):

@@ -28,7 +28,8 @@ _MODALITY = re.compile(r"([A-Za-z][\w -]{0,30}):\s")
 _EYE_OF_FILE = re.compile(r"^(.+)[_\- ](left|right|od|os)$", re.IGNORECASE)
 # OD and OS, right and left eye in Latin, are written in capitals
 _EYE_IN_TEXT = re.compile(r"\b((?i:left|right)|OD|OS)\b")
-_SIDE = re.compile(r"\b(left|right)|nasal|temporal|\bo.?clock\b", re.IGNORECASE)
+# sides that `mirrored_caption` cannot swap
+_OTHER_SIDE = re.compile(r"\b(?:left|right)\w|\bo.?clock\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,18 @@ def caption_list(rows: Sequence[Row]) -> tuple[str, ...]:
     return tuple(sorted({row.caption for row in rows}))
 
 
-def names_side(text: str) -> bool:
-    """Return whether a text names an eye, a side or a clock position, which a mirror image contradicts."""
-    return bool(_SIDE.search(text) or _EYE_IN_TEXT.search(text))
+def mirrored_caption(caption: str) -> str | None:
+    """Return the caption of the mirror image, with the eyes swapped; None for words such as "leftward" or "o'clock".
+
+    A mirrored left eye looks like a right eye, in which nasal and temporal are the same directions as before.
+    """
+    swapped = {"left": "right", "right": "left", "od": "OS", "os": "OD"}
+
+    def other(match: re.Match) -> str:
+        word, mirrored = match[0], swapped[match[0].lower()]
+        return mirrored.capitalize() if word.istitle() else mirrored.upper() if word.isupper() else mirrored
+
+    return None if _OTHER_SIDE.search(caption) else _EYE_IN_TEXT.sub(other, caption)
 
 
 def tidy_path(text: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from scipy.stats import spearmanr
 
-from ddpo_pytorch.data.fundus import findings_of, names_side
+from ddpo_pytorch.data.fundus import findings_of, mirrored_caption
 from ddpo_pytorch.data.images import load_image, to_uint8
 from ddpo_pytorch.data.ratings import CRITERIA, RatedImage
 from ddpo_pytorch.data.sample_folder import LOG, is_framed, read_log
@@ -40,8 +40,8 @@ class RatedSet:
     """N rated images, decoded: uint8 (N, 3, S, S).
 
     The ratings determine prompts; rewards in [0, 1] (N,) for each of COLUMNS and of the rated `criteria` (NaN if an
-    image lacks one); the raters' weights in (0, 1] (N,); and `mirrored` (N,), False if the prompt names a side and so
-    does not fit the mirror image. `digest` is a hash of names, prompts, ratings, weights and size.
+    image lacks one); the raters' weights in (0, 1] (N,); and `mirrored`, the prompts of the mirror images, or None.
+    `digest` is a hash of names, prompts, ratings, weights and size.
     """
 
     images: torch.Tensor
@@ -54,7 +54,7 @@ class RatedSet:
         columns = COLUMNS + self.criteria
         self.rewards = {name: torch.tensor([image.reward(name) for image in self.rated]) for name in columns}
         self.weights = torch.tensor([image.weight for image in self.rated])
-        self.mirrored = torch.tensor([not names_side(prompt) for prompt in self.prompts])
+        self.mirrored = tuple(mirrored_caption(prompt) for prompt in self.prompts)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -69,8 +69,9 @@ class RatedSet:
         return RatedSet(torch.cat([self.images, other.images]), [*self.rated, *other.rated], digest)
 
     def flips(self, seed: int, epoch: int) -> torch.Tensor:
-        """Draw a mask (N,) of images to mirror in an epoch: each `mirrored` one with probability 1/2."""
-        return (torch.rand(len(self), generator=generator_of(seed, Stream.NOISE, epoch)) < 0.5) & self.mirrored
+        """Draw a mask (N,) of images to mirror in an epoch: with probability 1/2, unless `mirrored` is None."""
+        possible = torch.tensor([prompt is not None for prompt in self.mirrored])
+        return (torch.rand(len(self), generator=generator_of(seed, Stream.NOISE, epoch)) < 0.5) & possible
 
 
 def read_rated(rated: Sequence[RatedImage], size: int, resize: str = "fov") -> RatedSet:

@@ -141,9 +141,11 @@ def train_stage(
     parts = {"optimizer": optimizer, "scaler": accelerator.scaler, **judges}
     state = TrainState(state_path(output, stage), settings, **parts)
 
-    def loss_of(name: str, model: torch.nn.Module, indices: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    def loss_of(
+        name: str, model: torch.nn.Module, indices: torch.Tensor, images: torch.Tensor, prompts: list[str]
+    ) -> torch.Tensor:
         """Return the loss of one judge, summed over outputs, for float images (B, 3, S, S) with these indices (B,)."""
-        judge, prompts = judges[name], [train.prompts[index] for index in indices.tolist()]
+        judge = judges[name]
         inputs = (judge.text(prompts).to(device),) if name == "policy" else ()
         with accelerator.autocast():
             logits = model(judge.preprocess(images), *inputs)
@@ -197,10 +199,12 @@ def train_stage(
                 for group in optimizer.param_groups:
                     group["lr"] = rate = learning_rate(rlhf, stage, update, len(batches))
                 indices = torch.tensor(batch)
-                images = train.images[indices]
-                images = torch.where(flips[indices][:, None, None, None], images.flip(-1), images)
+                images, flipped = train.images[indices], flips[indices]
+                images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
                 images = to_device(images, device).float() / 255
-                batch_losses = [loss_of(*judge, indices, images) for judge in zip(judges, models, strict=True)]
+                prompts = [(train.mirrored if flips[index] else train.prompts)[index] for index in batch]
+                inputs = indices, images, prompts
+                batch_losses = [loss_of(*judge, *inputs) for judge in zip(judges, models, strict=True)]
                 accelerator.backward(torch.stack(batch_losses).sum())  # the judges share no weights
                 optimizer.step()
                 optimizer.zero_grad()
