@@ -70,6 +70,10 @@ def load_part(
             others = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise UserError(f"{name!r} {problem} {min(keys)}{others}; save or fetch both again")
     check_finite(part.state_dict(), name)
+    # The tensors lie in the mapped file, at any address. Products round by the alignment of their operands on some
+    # CPUs, so the same weights in another file would draw other images.
+    for tensor in (*part.parameters(), *part.buffers()):
+        tensor.data = tensor.data.clone()
     return part
 
 
