@@ -5,6 +5,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_files_and_folders_count_by_content(tmp_path):
     assert fingerprint(folder) != before[0] and fingerprint(folder / "a.safetensors") != before[1]
 
 
-def test_settings_count_with_the_files_that_they_name(tmp_path):
+def test_settings_count_with_the_files_that_they_name(tmp_path, monkeypatch):
     path = tmp_path / "h6.pth"
     settings = {"classifier": str(path), "weight": 0.5, "names": ["a", str(path)], "none": None}
     before = fingerprint(with_contents(settings))
@@ -116,6 +117,9 @@ def test_settings_count_with_the_files_that_they_name(tmp_path):
     first = fingerprint(with_contents(settings))
     path.write_bytes(b"second")
     assert len({before, first, fingerprint(with_contents(settings))}) == 3
+    (tmp_path / "word").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert with_contents({"mode": "word", "path": "./word"}) == {"mode": "word", "path": Path("word")}
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 2, "b": 1})
 
 

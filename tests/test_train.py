@@ -18,6 +18,7 @@ from script_tools import files_of
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.generator.latents import encode_data_set, write_index
 from ddpo_pytorch.generator.pipeline import load_pipeline
+from ddpo_pytorch.report.curves import read_config
 from ddpo_pytorch.training.data_loss import DataLoss
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import LOCK, locked
@@ -327,6 +328,7 @@ def test_after_resuming_with_other_settings_the_same_command_is_that_one(light):
         light(num_epochs=3)
     light(num_epochs=3, train__learning_rate=1e-3)
     assert {path.name for path in folder.glob("config_*")} == {"config_0001.json", "config_0002.json"}
+    assert read_config(folder)["train"]["learning_rate"] == 1e-3  # what the report shows
 
 
 def test_a_run_without_a_checkpoint_begins_anew(light, tmp_path, caplog):

@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 from ddpo_pytorch.prompts import PROMPTS
 from ddpo_pytorch.rewards import REWARDS
 from ddpo_pytorch.training.health import HealthCheck, check_groups
+from ddpo_pytorch.utils.cli import import_function
 from ddpo_pytorch.utils.errors import UserError
 
 
@@ -55,6 +57,14 @@ def test_functions_as_in_ddpo_pytorch(mine, train, caplog):
         train(num_epochs=2, per_prompt_stat_tracking=None, **fewer)
     with pytest.raises(UserError, match="train.advantage=.global"):
         train(num_epochs=2, **own)
+
+
+def test_a_users_module_may_extend_the_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "extending.py").write_text("import sys\nsys.path.insert(0, 'deps')\ndef reward(): return 7\n")
+    assert import_function("extending:reward", "reward_fn")() == 7
+    assert sys.path[0] == "deps" and str(tmp_path) not in sys.path
 
 
 @pytest.mark.parametrize(

@@ -45,9 +45,9 @@ class Plot(NamedTuple):
 
 
 def read_config(run: str | Path) -> dict:
-    """Return a training run's config.json, or {} if there is none. Raises UserError for a damaged file."""
-    path = Path(run) / "config.json"
-    return read_json(path) if path.is_file() else {}
+    """Return a training run's last settings, or {} if there are none. Raises UserError for a damaged file."""
+    paths = [*Path(run).glob("config.json"), *sorted(Path(run).glob("config_*.json"))]  # later starts have a number
+    return read_json(paths[-1]) if paths else {}
 
 
 def read_runs(runs: Sequence[Path]) -> dict[str, list[dict]]:

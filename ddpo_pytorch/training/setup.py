@@ -137,7 +137,9 @@ def batch_sizes(sample: ConfigDict, train: ConfigDict, processes: int) -> BatchS
             f"sample.images_per_prompt={sample.images_per_prompt} does not divide the {local} samples per process"
         )
     low, high = check_pair("train.timestep_window", train.timestep_window, SHARE)
-    first, last = math.floor(low * sample.num_steps), math.ceil(high * sample.num_steps)
+    # rounded, since 0.28 * 50 is 14.000000000000002
+    first, last = (round(share * sample.num_steps, 9) for share in (low, high))
+    first, last = math.floor(first), math.ceil(last)
     timesteps = int((last - first) * train.timestep_fraction)
     if timesteps < 1:
         raise UserError(

@@ -36,13 +36,14 @@ def define_config(script: str, help_text: str, default: str = "config/base.py") 
 def import_function(path: str, setting: str) -> Callable:
     """Import "module:function" for a setting, also from the current folder. Raises UserError if that fails."""
     module, _, name = path.partition(":")
-    sys.path.insert(0, os.getcwd())
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{setting}: {path!r} cannot be imported ({error}); give module:function") from error
     finally:
-        sys.path.pop(0)
+        sys.path.remove(folder)  # the module may have put others before it
     if not callable(function):
         raise UserError(f"{setting}: {path!r} is not a function")
     return function
@@ -210,11 +211,17 @@ def _check_given(path: str, name: str, option: str) -> None:
 
 
 class Configuration(ConfigDict):
-    """A configuration that accepts a dict in place of a block, as configurations of ddpo-pytorch give."""
+    """A configuration that accepts a dict in place of a block, as configurations of ddpo-pytorch give.
+
+    What the dict lacks keeps its value, except in a block of keyword arguments, which the dict replaces.
+    """
 
     def __setitem__(self, key: str, value: Any) -> None:
         old = self[key] if key in self else None
-        super().__setitem__(key, _converted(type(old), value) if isinstance(old, ConfigDict) else value)
+        if isinstance(old, ConfigDict) and isinstance(value, dict | ConfigDict):
+            value = value if isinstance(old, KeywordArguments) else old.to_dict() | dict(value.items())
+            value = _converted(type(old), value)
+        super().__setitem__(key, value)
 
 
 class KeywordArguments(ConfigDict):

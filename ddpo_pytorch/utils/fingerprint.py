@@ -7,6 +7,7 @@ and training states therefore record fingerprints of contents next to their sett
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -43,12 +44,15 @@ def pipeline_fingerprints(pipe: Any, parts: Iterable[str] = PIPELINE_PARTS) -> d
 
 
 def with_contents(settings: Any) -> Any:
-    """Return settings in which each string that names an existing file or folder is replaced by its Path."""
+    """Return settings in which each string that names an existing file or folder is replaced by its Path.
+
+    A plain word is no path, even where a folder of that name happens to exist.
+    """
     if isinstance(settings, Mapping):
         return {name: with_contents(value) for name, value in settings.items()}
     if isinstance(settings, list | tuple):
         return [with_contents(value) for value in settings]
-    if isinstance(settings, str) and settings.strip() and "\0" not in settings and len(settings) < 4096:
+    if isinstance(settings, str) and re.search(r"[/\\.]", settings) and "\0" not in settings and len(settings) < 4096:
         path = resolve(settings)
         return path if path.exists() else settings
     return settings
