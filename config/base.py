@@ -332,8 +332,6 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # how the signed, detached advantage A = R - score moves the score p. "symmetric_log": A+ log p + A- log(1 - p);
     # "log": A log p, REINFORCE as in the official code, but with its missing sign; "delta": A p, as it is documented.
     rlhf.objective = "symmetric_log"
-    # weight samples of stage 2 by Selector score / Policy score, clipped to importance_range and normalised to mean 1.
-    rlhf.update(importance=False, importance_range=(0.2, 5.0))
     # lowest Selector score with which an image passes; None: the one that best separates ratings of 2 or more from 1 on
     # the validation images (Youden's J). Saved with the Selector.
     rlhf.threshold = placeholder(float)
@@ -365,9 +363,6 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # fine-tuning: steps, images per process and step, share of real ones (at least half), peak learning rate, decay of
     # the weight average (as sd.ema_decay).
     improve.update(num_steps=1000, batch_size=32, real_share=0.5, learning_rate=1e-5, ema_decay=0.99)
-    # mix in only real images that pass the Selector: in an archive of mixed quality the others teach the faults that
-    # the rounds are meant to remove.
-    improve.select_real = False
     # tables of real images to mix in, and to compare with, and the folder of their images.
     improve.csv = improve.held_out_csv = improve.data_path = ""
     improve.held_out_images = 4  # images per prompt for the metrics of a round, always from the same noise

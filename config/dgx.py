@@ -53,13 +53,6 @@ def finetune_sd_24gb():
     return config
 
 
-def train_vae():
-    """An autoencoder from scratch, as large as SD 1.5's; the paper keeps SD's own."""
-    config = finetune_sd()
-    config.sd.update(stage="vae", vae_channels=(128, 256, 512, 512), learning_rate=1e-4)
-    return config
-
-
 def preprocess_isic_real_data():
     """Real test images, sorted by caption for metric.py, and their VAE latents."""
     config = model_and_dataset_configs(base.get_config())

@@ -158,8 +158,6 @@ def mini(config):
     config.rlhf.update(resize="stretch", warmup_steps=0)
     config.log_with = ""
     config.improve.update(images_per_prompt=8, held_out_images=32, num_steps=200, learning_rate=5e-4, ema_decay=0.95)
-    # half of the phantom archive is degraded
-    config.improve.select_real = True
     config.metric.update(inception="", alexnet="", batch_size=64)
     return config
 

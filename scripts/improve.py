@@ -15,6 +15,7 @@ model is a folder that eval.py and train.py can load. Rerun the same command to 
 
 import argparse
 import logging
+import math
 import os
 import shlex
 import shutil
@@ -92,17 +93,14 @@ class Rounds:
         rows, paths, _ = fundus.load_split(self.improve.held_out_csv, self.improve.data_path)
         self.prompts = fundus.caption_list(rows)
         good = [path for row, path in zip(rows, paths, strict=True) if row.good]
-        pixels, size, improve = self._pixels(good), config.eval.batch_size, self.improve
+        size, sd, improve = config.eval.batch_size, config.sd, self.improve
+        pixels = torch.stack([load_pixels(path, sd.image_size, sd.resize) for path in good])
         self.real = rounds.features_of(self.selector, pixels, size)
         network = None
         if improve.guard:
             network = new_classifier(("guard",), 224, improve.guard, improve.guard_weights).eval().to(self.device)
         fundus_images = fundus.modality_of(self.prompts[0]) == fundus.MODALITY
         self.guards = rounds.Guards(pixels, network, fundus_images, config.seed, size)
-
-    def _pixels(self, paths: list[Path]) -> torch.Tensor:
-        sd = self.config.sd
-        return torch.stack([load_pixels(path, sd.image_size, sd.resize) for path in paths])
 
     def folder(self, number: int) -> Path:
         return self.output / f"round_{number}"
@@ -172,7 +170,7 @@ class Rounds:
     def _finetune(self, number: int, model: Path) -> Path:
         """Train on the selected images of a best-of-N pool, weighted by score and mixed with real ones."""
         improve, folder = self.improve, self.folder(number)
-        pool, table = self._draw_pool(number, model, "pool", self.judges(number)), self._real_table()
+        pool, table = self._draw_pool(number, model, "pool", self.judges(number)), Path(improve.csv)
         fields = {"pretrained.model": model, "unet_path": "", "sd.stage": "finetune", "sd.kind": "fundus"}
         fields |= {"sd.pool": pool, "sd.output": folder / "finetune", "sd.csv": table}
         fields |= {"sd.data_path": improve.data_path, "sd.latents": self._latents_of(table)}
@@ -204,23 +202,6 @@ class Rounds:
                 f"{str(self.folder(number))!r}: rerun the same command to resume"
             )
 
-    def _real_table(self) -> Path:
-        """Return the table of real images to mix in: improve.csv, or its rows with images that the Selector passes."""
-        improve, path, size = self.improve, self.output / "real.csv", self.config.eval.batch_size
-        if not improve.select_real:
-            return Path(improve.csv)
-        if not path.is_file():
-            selector, _ = load_judges(improve.judges, self.device)
-            rows, files, _ = fundus.load_split(improve.csv, improve.data_path)
-            parts = (self._pixels(files[start:][:size]) for start in range(0, len(files), size))
-            passes = torch.cat([selector.passes(part.float() / 255) for part in parts]).tolist()
-            selected = [row for row, passed in zip(rows, passes, strict=True) if passed]
-            if not selected:
-                raise UserError(f"the Selector passes none of {len(rows)} real images; set improve.select_real=False")
-            logger.info("the Selector passes %d of %d real images; the others are left out", len(selected), len(rows))
-            fundus.write_table(path, selected)
-        return path
-
     def _latents_of(self, table: Path) -> Path | str:
         """Return the folder of a table's latents from stage (i) or the first round, or "" if there are none."""
         stage_one = [Path(self.config.sd.output)] if self.config.sd.output else []
@@ -243,7 +224,7 @@ def main(_) -> None:
     guidance = config.sample.guidance_scale
     with locked(output):
         claim_folder(output, rounds.round_settings(config), {"model": config.pretrained.model})
-        log = JsonLines(output / LOG, keep=improve.rounds + 1, counter="round")
+        log = JsonLines(output / LOG, keep=math.inf, counter="round")
         history = rounds.read_history(output / LOG)
         controls = {scale: run.control(scale) for scale in improve.control_guidance if scale != guidance}
         for number in range(improve.rounds + 1):

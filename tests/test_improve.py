@@ -348,6 +348,10 @@ def test_rounds_resume(run, fields, tmp_path, monkeypatch, capsys, caplog):
     assert caplog.text.count("done before") == 1 and "guidance 3 without training scores 0.987" in caplog.text
     assert (output / "round_1/pool/image_log.json").stat().st_mtime_ns == pool
     assert [json.loads(line) for line in (output / "rounds.jsonl").read_text().splitlines()] == entries
+    with open(output / "rounds.jsonl", "a") as log:  # a round of a command that asked for more of them
+        log.write(json.dumps(entries[1] | {"round": 2}) + "\n")
+    run("improve.py", **settings)
+    assert len((output / "rounds.jsonl").read_text().splitlines()) == 3
 
 
 def test_settings_out_of_range(run, fields, tmp_path):

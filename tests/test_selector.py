@@ -134,17 +134,17 @@ def test_text_features_are_centred_cls_states(policy):
 def test_files_hold_what_is_needed(bert, kind, policy, images, tmp_path):
     selector, prompts = make(bert, kind), list(PROMPTS) * 3
     with pytest.raises(UserError, match="threshold"):
-        selector.passes(images)
+        selector.accepts(selector.score(images))
     scores = selector.score(images)
     selector.threshold = threshold_between(scores)
-    assert 0 < selector.passes(images).sum() < 6
+    assert 0 < selector.accepts(scores).sum() < 6
     assert selector.accepts(torch.tensor([selector.threshold], dtype=torch.float64)).all()  # tau itself passes
     selector.calibration, selector.origin, policy.origin = {"how": "by hand"}, {"stage": 1}, {"stage": 2}
     save_selector(selector, tmp_path / "selector.safetensors")
     save_policy(policy, tmp_path / "policy.safetensors")
     found, judge = load_judges(tmp_path)
     assert (found.calibration, found.origin, judge.origin) == ({"how": "by hand"}, {"stage": 1}, {"stage": 2})
-    assert found.sizes == selector.sizes and torch.equal(found.passes(images), scores >= selector.threshold)
+    assert found.sizes == selector.sizes and torch.equal(found.accepts(scores), scores >= selector.threshold)
     assert torch.equal(found.score(images), scores)
     assert torch.equal(judge.score(images, prompts), policy.score(images, prompts))
     assert not found.training and not any(p.requires_grad for net in (found, judge) for p in net.parameters())

@@ -57,10 +57,6 @@ class Selector(Judge):
         """Score quality and K criteria of images (B, 3, H, W): (B, 1 + K), as `score`."""
         return self.score_with(images).view(len(images), -1)
 
-    def passes(self, images: torch.Tensor) -> torch.Tensor:
-        """Return whether the Selector accepts each of these images (B, 3, H, W): bool (B,), as `accepts`."""
-        return self.accepts(self.score(images))
-
     def accepts(self, scores: torch.Tensor) -> torch.Tensor:
         """Return whether scores (B,) reach `threshold`: bool (B,). Raises UserError before calibration."""
         if self.threshold is None:

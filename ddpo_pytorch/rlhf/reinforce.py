@@ -6,7 +6,7 @@ A judge gives an image the score p = sigmoid(z) in (0, 1), experts give it the r
     A = sg(R - p)          on all rated images (stage 1),
     A = sg(R - V)          with the baseline V = sg(p) (stage 2),
 
-and the loss is the mean over samples of w L, w = (expert level / 3) x (importance weight), where L is one of
+and the loss is the mean over samples of w L, w = expert level / 3, where L is one of
 
     symmetric_log   -(max(A, 0) log p + max(-A, 0) log(1 - p))      dL/dz = -A (1 - p) for A > 0, -A p for A < 0
     log             -A log p                                        dL/dz = -A (1 - p)
@@ -22,7 +22,7 @@ the reward: "delta" has exactly the gradient of (R - p)^2 / 2. Stage 2's advanta
 import torch
 from torch.nn.functional import logsigmoid
 
-from ddpo_pytorch.utils.settings import POSITIVE, check_choices, check_pair
+from ddpo_pytorch.utils.settings import check_choices
 
 OBJECTIVES = ("symmetric_log", "log", "delta")
 
@@ -58,13 +58,3 @@ def _check_shapes(**values: torch.Tensor) -> None:
     if len({value.shape for value in values.values()}) > 1:
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in values.items())
         raise ValueError(f"all must have the same shape, not {shapes}")
-
-
-def importance_weights(
-    selector_scores: torch.Tensor, policy_scores: torch.Tensor, low: float, high: float
-) -> torch.Tensor:
-    """Return sg(P_selector / P_policy) (B,), clipped to [low, high], then divided by its mean."""
-    check_pair("rlhf.importance_range", (low, high), POSITIVE, equal=True)
-    ratio = selector_scores.detach() / policy_scores.detach().clamp(min=torch.finfo(torch.float32).tiny)
-    ratio = ratio.clamp(low, high)
-    return ratio / ratio.mean()

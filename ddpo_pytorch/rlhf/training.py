@@ -29,7 +29,7 @@ from ddpo_pytorch.judges.selector import MLP_RATIO, Selector, load_selector, sav
 from ddpo_pytorch.judges.vit import VisionSizes, read_judge
 from ddpo_pytorch.metrics.tables import to_markdown
 from ddpo_pytorch.rlhf.rated_images import RatedSet, best_threshold, by_finding, measures, probe
-from ddpo_pytorch.rlhf.reinforce import OBJECTIVES, advantages, importance_weights, reinforce_loss
+from ddpo_pytorch.rlhf.reinforce import OBJECTIVES, advantages, reinforce_loss
 from ddpo_pytorch.utils import settings as allowed
 from ddpo_pytorch.utils.distributed import to_device
 from ddpo_pytorch.utils.errors import UserError
@@ -37,7 +37,7 @@ from ddpo_pytorch.utils.files import JsonLines, atomic_write
 from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.json_files import COUNT
 from ddpo_pytorch.utils.randomness import Stream, derived_seed, generator_of
-from ddpo_pytorch.utils.settings import check_choices, check_pair, check_ranges
+from ddpo_pytorch.utils.settings import check_choices, check_ranges
 from ddpo_pytorch.utils.training_state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ COLUMN = {"selector": "quality", "policy": "alignment"}
 # settings that do not identify a stage: paths (their contents do) and, for stage 1, settings of stage 2
 PATHS = ("ratings", "data_path", "val_ratings", "pool", "output", "stages", "text_encoder", "autoencoder")
 PATHS += ("backbone_weights",)
-SECOND_ONLY = ("second_learning_rate", "importance", "importance_range", "replay_share")
+SECOND_ONLY = ("second_learning_rate", "replay_share")
 RANGES = dict.fromkeys(("num_epochs", "batch_size", "text_tokens"), allowed.ONE_OR_MORE)
 RANGES |= dict.fromkeys(("learning_rate", "second_learning_rate", "final_learning_rate"), allowed.POSITIVE)
 RANGES |= dict.fromkeys(("replay_share", "val_share"), allowed.BELOW_ONE)
@@ -60,7 +60,6 @@ def check_settings(rlhf: ConfigDict) -> None:
         raise UserError(f"rlhf.stages is {tuple(rlhf.stages)}; allowed are (1,), (2,) and (1, 2)")
     check_choices(rlhf, {"objective": OBJECTIVES, "resize": RESIZES}, "rlhf.")
     check_ranges(rlhf, RANGES if rlhf.threshold is None else RANGES | {"threshold": allowed.SHARE}, "rlhf.")
-    check_pair("rlhf.importance_range", rlhf.importance_range, allowed.POSITIVE, equal=True)
 
 
 def chosen_samples(passed: torch.Tensor, replay_share: float, seed: int) -> torch.Tensor:
@@ -107,14 +106,12 @@ def train_stage(
     val: RatedSet,
     config: ConfigDict,
     first_epoch: int = 0,
-    selector_scores: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """Run or resume stage 1 or 2 and return its description. The judges end in eval mode; the training state remains.
 
     `judges`: "selector" and "policy" in stage 1, "policy" in stage 2. `train` and `val`: images to learn from, and
-    images of other patients to measure with. `first_epoch`: the first line to write in metrics.jsonl. `selector_scores`
-    (N,) of the training images determine the importance weights of stage 2. Raises UserError for a non-finite loss, and
-    for fewer images than processes.
+    images of other patients to measure with. `first_epoch`: the first line to write in metrics.jsonl. Raises UserError
+    for a non-finite loss, and for fewer images than processes.
     """
     rlhf, output, device = config.rlhf, Path(config.rlhf.output), accelerator.device
     rank, processes = accelerator.process_index, accelerator.num_processes
@@ -153,9 +150,6 @@ def train_stage(
         values, weights = logits.sigmoid(), to_device(train.weights[indices], device)
         if stage == 2:  # the baseline is the score without dropout
             values = judge.score(images, prompts)[:, None]
-            if rlhf.importance:
-                scores = selector_scores[indices].to(device)
-                weights = weights * importance_weights(scores, values[:, 0], *rlhf.importance_range)
         losses = []
         for output, column in enumerate((COLUMN[name], *judge.criteria)):
             rewards = to_device(train.rewards[column][indices], device)
@@ -226,11 +220,13 @@ def train_stage(
             logger.info("stage %d epoch %d  %s: loss %.4f, %s", stage, epoch, name, losses[name], values)
         if accelerator.is_main_process:
             state.save(epoch=epoch + 1)
+    # a generated image counts as a patient of its own, named like images in other folders
+    photographs = [image for image in (*train.rated, *val.rated) if image.patient != image.image]
     description = {
         "stage": stage,
         "epochs": first_epoch + rlhf.num_epochs,
         "settings": settings,
-        "patients": sorted({fingerprint(image.patient)[:12] for image in (*train.rated, *val.rated)}),
+        "patients": sorted({fingerprint(image.patient)[:12] for image in photographs}),
         "held_out": held_out(),
     }
     for model in models:
@@ -345,7 +341,7 @@ def second_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedS
         with atomic_write(output / FIRST_POLICY) as temporary:
             shutil.copyfile(first, temporary)
     samples, done = train_set.subset(chosen), policy.origin["epochs"]
-    policy.origin = train_stage(accelerator, 2, {"policy": policy}, samples, val_set, config, done, scores[chosen])
+    policy.origin = train_stage(accelerator, 2, {"policy": policy}, samples, val_set, config, done)
     report_findings(accelerator, config, policy, val_set)
     if accelerator.is_main_process:
         if other_threshold:

@@ -66,10 +66,10 @@ def check_choices(settings: Mapping[str, Any], choices: Mapping[str, Collection[
             raise UserError(f"{prefix}{name} is {value!r}; allowed are {', '.join(allowed)}")
 
 
-def check_pair(name: str, value: Any, allowed: Range, equal: bool = False) -> tuple[float, float]:
-    """Return a setting of two ascending numbers; `equal` allows equal ones. Raises UserError."""
+def check_pair(name: str, value: Any, allowed: Range) -> tuple[float, float]:
+    """Return a setting of two ascending numbers. Raises UserError."""
     numbers = isinstance(value, tuple | list) and len(value) == 2 and all(one in allowed for one in value)
-    if not numbers or value[0] > value[1] or (value[0] == value[1] and not equal):
+    if not numbers or value[0] >= value[1]:
         raise UserError(f"{name} is {value!r}; it must be two numbers, the lower one first, each {allowed}")
     return value[0], value[1]
 
