@@ -22,7 +22,7 @@ import numpy as np
 
 from ddpo_pytorch.data import fundus
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
-from ddpo_pytorch.data.tables import invisible_character
+from ddpo_pytorch.data.tables import Row, invisible_character
 from ddpo_pytorch.utils.cli import import_function
 from ddpo_pytorch.utils.errors import UserError, describe_value
 from ddpo_pytorch.utils.json_files import read_json
@@ -58,7 +58,7 @@ def fundus_table(path: str | Path, rng: Rng = None) -> Prompt:
 
 
 @cache
-def _table_rows(path: str | Path) -> list[fundus.Row]:
+def _table_rows(path: str | Path) -> list[Row]:
     return fundus.read_split(path)
 
 

@@ -16,9 +16,10 @@ from absl import flags
 from accelerate import Accelerator
 from ml_collections import ConfigDict
 
-from ddpo_pytorch.data.datasets import KINDS, Row, find_rows
+from ddpo_pytorch.data.datasets import KINDS, find_rows
 from ddpo_pytorch.data.images import RESIZES, ImageFiles, is_intact, save_image
 from ddpo_pytorch.data.sample_folder import WORLD, claim_folder, folder_name, read_log, write_log
+from ddpo_pytorch.data.tables import Row
 from ddpo_pytorch.generator.latents import INDEX, encode_data_set, write_index
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config

@@ -92,7 +92,7 @@ class Rounds:
         self.selector, self.policy = load_judges(self.improve.held_out_judges, self.device)
         rows, paths, _ = fundus.load_split(self.improve.held_out_csv, self.improve.data_path)
         self.prompts = fundus.caption_list(rows)
-        good = [path for row, path in zip(rows, paths, strict=True) if row.good]
+        good = [path for row, path in zip(rows, paths, strict=True) if fundus.is_good(row)]
         size, sd, improve = config.eval.batch_size, config.sd, self.improve
         pixels = torch.stack([load_pixels(path, sd.image_size, sd.resize) for path in good])
         self.real = rounds.features_of(self.selector, pixels, size)

@@ -5,10 +5,10 @@ from types import ModuleType
 
 from ddpo_pytorch.data import fundus, isic
 from ddpo_pytorch.data.splits import drop_broken, read_splits
+from ddpo_pytorch.data.tables import Row
 from ddpo_pytorch.utils.errors import UserError
 
 KINDS: dict[str, ModuleType] = {"isic": isic, "fundus": fundus}
-Row = isic.Row | fundus.Row
 
 
 def find_rows(

@@ -9,7 +9,6 @@ import posixpath
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import numpy as np
 from ddpo_pytorch.data import tables
 from ddpo_pytorch.data.images import find_damage, rows_with_image
 from ddpo_pytorch.data.splits import SPLITS, assign
-from ddpo_pytorch.data.tables import invisible_character, read_table, table_text
+from ddpo_pytorch.data.tables import Row, invisible_character, read_table, table_text
 from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import path_fault
@@ -32,20 +31,9 @@ _EYE_IN_TEXT = re.compile(r"\b((?i:left|right)|OD|OS)\b")
 _OTHER_SIDE = re.compile(r"\b(?:left|right)\w|\bo.?clock\b", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Row:
-    """Row of a table: path, caption "<Modality>: <Text>", every column as text, number from 0, patient."""
-
-    image: str
-    caption: str
-    fields: dict[str, str]
-    number: int
-    patient: str
-
-    @property
-    def good(self) -> bool:
-        """Return True unless a column `quality` calls the image degraded."""
-        return tables.number(self.fields.get("quality") or "3") == 3
+def is_good(row: Row) -> bool:
+    """Return True unless a column `quality` calls the image degraded."""
+    return tables.number(row.fields.get("quality") or "3") == 3
 
 
 def read_split(path: str | Path) -> list[Row]:
@@ -59,7 +47,7 @@ def read_split(path: str | Path) -> list[Row]:
         elif fault := caption_fault(text, modality, only):
             faults.append(fault)
         patient = fields.get("patient") or patient_of(image)
-        return Row(image, caption_of(text, *only), fields, number, patient), image, f"image {image!r}"
+        return Row(image, caption_of(text, *only), fields, number, patient=patient), image, f"image {image!r}"
 
     optional = ("modality", "patient", "eye", "quality")
     advice = "list one image per line"

@@ -7,11 +7,10 @@ There are 2 x 2^4 = 32 captions. Labels are looked up by the whole caption, not 
 import itertools
 import runpy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ddpo_pytorch.data.images import find_images, rows_with_image, stem_of
-from ddpo_pytorch.data.tables import number, read_table
+from ddpo_pytorch.data.tables import Row, number, read_table
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import path_fault
 
@@ -52,7 +51,7 @@ def caption_of(labels: Sequence[int]) -> str:
     return _compose(key)
 
 
-def caption_list(rows: Sequence["Row"]) -> tuple[str, ...]:
+def caption_list(rows: Sequence[Row]) -> tuple[str, ...]:
     """Return all 32 captions, including those without rows."""
     return CAPTIONS
 
@@ -71,17 +70,6 @@ def labels_of(caption: str) -> tuple[int, ...]:
     return _TABLE[caption]
 
 
-@dataclass(frozen=True)
-class Row:
-    """Row of a split table: image id, six labels, their caption, every column as text, its number from 0."""
-
-    image: str
-    labels: tuple[int, ...]
-    caption: str
-    fields: dict[str, str]
-    number: int
-
-
 def read_split(path: str | Path) -> list[Row]:
     """Read a split table with the columns image, MEL, NV, hair, gel_bubble, ruler, ink and any others."""
 
@@ -94,7 +82,7 @@ def read_split(path: str | Path) -> list[Row]:
         if fault := path_fault(image):
             faults.append(f"the image id {image!r} {fault}; give the name of the file in the image folder")
         labels = () if faults else tuple(map(int, values))
-        row = Row(image, labels, _compose(labels), fields, index) if labels else None
+        row = Row(image, _compose(labels), fields, index, labels) if labels else None
         return row, image_key(image), f"image {image!r}"
 
     return read_table(path, "split table", ("image", *LABELS), make)

@@ -7,24 +7,15 @@ import posixpath
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of
-from ddpo_pytorch.data.tables import number, read_table
+from ddpo_pytorch.data.tables import Row, number, read_table
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import path_fault
 
 METADATA = "metadata.csv"
-
-
-class Row(NamedTuple):
-    """Row of such a table: the image's path relative to the folder, its text, and every column as text."""
-
-    image: str
-    caption: str
-    fields: dict[str, str]
 
 
 def read_metadata(path: str | Path) -> list[Row]:
@@ -36,7 +27,7 @@ def read_metadata(path: str | Path) -> list[Row]:
             faults.append(f"file_name {name!r} {fault}; give a path relative to the folder")
         if not fields["text"]:
             faults.append("the text is empty; describe the image")
-        return Row(name, fields["text"], fields), name, f"image {name!r}"
+        return Row(name, fields["text"], fields, index), name, f"image {name!r}"
 
     return read_table(path, "table", ("file_name", "text"), make, free_text="text", advice="list one image per line")
 

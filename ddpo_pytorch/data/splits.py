@@ -18,8 +18,8 @@ import numpy as np
 
 from ddpo_pytorch.data import isic
 from ddpo_pytorch.data.images import find_damage
-from ddpo_pytorch.data.isic import LABELS, PAPER_ORDER, Row, image_key, read_split
-from ddpo_pytorch.data.tables import read_table, write_table
+from ddpo_pytorch.data.isic import LABELS, PAPER_ORDER, image_key, read_split
+from ddpo_pytorch.data.tables import Row, read_table, write_table
 from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_folder, sha256, write_json

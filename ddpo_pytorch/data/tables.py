@@ -6,6 +6,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +39,21 @@ _INVISIBLE_RANGES = (
     *((0xFE00, 0xFE0F), (0xFFA0, 0xFFA0), (0xE0100, 0xE01EF)),
 )
 _CONTROL_NAMES = {"\0": "NUL", "\t": "tab", "\n": "line feed", "\r": "carriage return"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row about an image: its path or id, its caption, every column as text, and the row's number from 0.
+
+    ISIC tables also determine labels (in the order of `isic.LABELS`), fundus tables a patient.
+    """
+
+    image: str
+    caption: str
+    fields: dict[str, str]
+    number: int
+    labels: tuple[int, ...] = ()
+    patient: str = ""
 
 
 def read_table(

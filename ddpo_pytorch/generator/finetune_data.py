@@ -13,9 +13,10 @@ from ml_collections import ConfigDict
 from torch.utils.data import DataLoader, Dataset
 
 from ddpo_pytorch.data import datasets as kinds
-from ddpo_pytorch.data.datasets import KINDS, Row, check_apart
+from ddpo_pytorch.data.datasets import KINDS, check_apart
 from ddpo_pytorch.data.images import RESIZES, ImageFiles, loader_options
 from ddpo_pytorch.data.sample_folder import LOG, claim_folder, read_log
+from ddpo_pytorch.data.tables import Row
 from ddpo_pytorch.generator.from_scratch import TEXT_ENCODERS
 from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, write_index
 from ddpo_pytorch.utils.errors import UserError, difference

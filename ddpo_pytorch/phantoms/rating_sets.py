@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from ddpo_pytorch.data import ratings
-from ddpo_pytorch.data.fundus import MODALITY, Row, check_images, findings_of, load_split, modality_of
+from ddpo_pytorch.data.fundus import MODALITY, check_images, findings_of, is_good, load_split, modality_of
 from ddpo_pytorch.data.images import RESIZES, load_pixels, save_image
 from ddpo_pytorch.data.sample_folder import RECORD
-from ddpo_pytorch.data.tables import write_table
+from ddpo_pytorch.data.tables import Row, write_table
 from ddpo_pytorch.phantoms.damage import (
     BANDS,
     ERASABLE,
@@ -81,7 +81,7 @@ def write_rating_set(
         if (out / "ratings.csv").exists():  # the last file to be written
             return
         pairs = zip(rows, paths, strict=True)
-        good = [(row, path) for row, path in pairs if row.good]
+        good = [(row, path) for row, path in pairs if is_good(row)]
         if retinal := modality_of(rows[0].caption) == MODALITY:
             contrasts = [(row, path, vessel_contrast(_pixels(path, size, resize))) for row, path in good]
         else:
