@@ -55,7 +55,7 @@ class Script:
     def __init__(self, path: str | Path, *options: object, processes: int = 1, cwd: Path = ROOT, **environment: object):
         self.folder = Path(tempfile.mkdtemp())
         streams, port = [str(self.folder / name) for name in ("stdout", "stderr")], free_port()
-        self.processes = []
+        self.processes, self.printed = [], {}
         for rank in range(processes):
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
@@ -67,7 +67,8 @@ class Script:
 
     def said(self, stream: str = "stderr") -> str:
         """Return what was printed so far."""
-        return (self.folder / stream).read_text() if (self.folder / stream).exists() else ""
+        path = self.folder / stream
+        return path.read_text() if path.exists() else self.printed.get(stream, "")
 
     def poll(self) -> bool:
         """Return whether it still runs; when one process fails, the others are given some seconds to notice."""
@@ -82,9 +83,12 @@ class Script:
             process.join(max(0, end - time.monotonic()))
 
     def kill(self) -> None:
+        """End it and remove its folder; `said` still answers."""
         for process in self.processes:
             process.kill()
             process.join()
+        self.printed = {name: self.said(name) for name in ("stdout", "stderr")}
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def result(self, timeout: float = 300) -> subprocess.CompletedProcess:
         """Wait for its end; the status is the first that is not 0."""
@@ -93,9 +97,7 @@ class Script:
             self.processes[0].join(0.05)
         self.kill()
         status = next((process.exitcode for process in self.processes if process.exitcode), 0)
-        printed = [self.said(name) for name in ("stdout", "stderr")]
-        shutil.rmtree(self.folder)
-        return subprocess.CompletedProcess([], status, *printed)
+        return subprocess.CompletedProcess([], status, **self.printed)
 
 
 def run_script(name: object, *options: object, timeout: float = 300, **kwargs) -> subprocess.CompletedProcess:

@@ -2,14 +2,12 @@
 
 import os
 import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
-from launching import ROOT
+from launching import Script
 
 from ddpo_pytorch.utils.cores import available_cores, thread_limit
 from ddpo_pytorch.utils.distributed import SIGNALS, StopRequest, StopRequested, make_accelerator
@@ -17,12 +15,13 @@ from ddpo_pytorch.utils.errors import UserError
 
 # rank 0 works alone for some seconds, then all meet; under the scripts' own entry point
 SLOW = """
-import os, sys, time, torch
+import os, time, torch
 from absl import flags
 from ddpo_pytorch.utils.cli import cli
 from ddpo_pytorch.utils.distributed import SIGNALS, StopRequest, StopRequested, make_accelerator, run_on_main_process
 
 def main(_):
+    os.sched_getaffinity = lambda _: {0, 1, 2, 3}
     accelerator = make_accelerator("no", process_timeout=2)
     os.write(1, f"threads {torch.get_num_threads()}\\n".encode())  # in one piece: both processes write to one pipe
     run_on_main_process(accelerator, time.sleep, 6)
@@ -35,51 +34,49 @@ cli(main)
 
 
 @pytest.mark.slow
-def test_under_torchrun_threads_are_shared_and_a_process_waits_as_long_as_the_setting_says(tmp_path):
+def test_processes_share_threads_and_wait_for_each_other_as_long_as_the_setting_says(tmp_path):
     (tmp_path / "script.py").write_text(SLOW)
-    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
-    environment |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "script.py"]
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert run.returncode != 0 and "met" not in run.stdout
-    # torchrun's own OMP_NUM_THREADS=1 is no limit
-    assert run.stdout.splitlines() == [f"threads {max(1, available_cores() // 2)}"] * 2
+    run = Script(tmp_path / "script.py", processes=2, OMP_NUM_THREADS=4).result()
+    assert run.returncode != 0 and run.stdout.splitlines() == ["threads 2"] * 2  # of 4 cores; they never met
     errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
     assert any("process 1 waited 2 s" in line and "--process_timeout=" in line for line in errors), run.stderr
-    assert 'script.py", line' not in run.stderr  # torchrun prints a traceback of its own
+    assert "Traceback" not in run.stderr
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """Function: let this process have so many cores, where each worker of pytest-xdist has but one."""
+    return lambda count: monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(count)), raising=False)
 
 
 @pytest.mark.parametrize(
-    ("launcher", "variables", "limited"),
+    ("launcher", "variables", "expected"),
     [
-        ("bash", {}, True),
-        ("/usr/bin/torchrun", {}, False),
-        ("torch.distributed.run", {"OMP_NUM_THREADS": "1"}, True),
-        ("accelerate.commands.launch", {}, False),
-        ("accelerate launch --num_cpu_threads_per_process=1", {}, True),
+        ("bash", {}, 1),
+        ("/usr/bin/torchrun", {}, 4),
+        ("torch.distributed.run", {"OMP_NUM_THREADS": "1"}, 1),
+        ("accelerate.commands.launch", {}, 4),
+        ("accelerate launch --num_cpu_threads_per_process=1", {}, 1),
     ],
 )
-def test_the_default_of_a_launcher_is_no_limit_of_the_user(monkeypatch, launcher, variables, limited):
+def test_the_default_of_a_launcher_is_no_limit_of_the_user(cores, monkeypatch, launcher, variables, expected):
+    cores(4)
     parent = SimpleNamespace(cmdline=launcher.split, environ=lambda: variables)
     monkeypatch.setattr(psutil, "Process", lambda number: parent)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    assert thread_limit() == (1 if limited else available_cores())
+    assert thread_limit() == expected
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs affinity")
-def test_limits_of_threads_are_read_as_openmp_reads_them(monkeypatch):
-    bound = os.sched_getaffinity(0)
+def test_limits_of_threads_are_read_as_openmp_reads_them(cores, monkeypatch):
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    try:
-        for given, expected in (("1", 1), ("1,4", 1), ("0", len(bound)), ("many", len(bound)), ("", len(bound))):
-            monkeypatch.setenv("OMP_NUM_THREADS", given)
-            assert thread_limit() == expected
-        monkeypatch.delenv("OMP_NUM_THREADS")
-        os.sched_setaffinity(0, {min(bound)})
-        assert available_cores() == thread_limit() == 1
-    finally:
-        os.sched_setaffinity(0, bound)
+    cores(4)
+    for given, expected in (("1", 1), ("1,4", 1), ("0", 4), ("many", 4), ("", 4), ("9", 4)):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert thread_limit() == expected
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    cores(1)
+    assert available_cores() == thread_limit() == 1
 
 
 def test_settings_decide_and_not_the_launcher(monkeypatch, caplog):
