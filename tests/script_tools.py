@@ -103,13 +103,13 @@ def call_main(script, *options: str) -> None:
     script.main([])
 
 
-def run_in_process(name: str, config_file: Path, fail_if=(), sanity=False, **fields) -> None:
-    """Run a script's main in this process, with changes of the configuration as for `options`."""
+def run_in_process(name: str, config_file: Path, fail_if=(), sanity=False, launch="", prompt=(), n=1, **fields) -> None:
+    """Run a script's main in this process, with its flags and changes of the configuration as for `options`."""
     config = load_module(config_file).get_config()
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in fields.items()})
     module = load_module(ROOT / "scripts" / name)
-    given = {"report": False, "sanity": sanity, "fail_if": fail_if, "launch": "", "prompt": [], "n": 1}
-    module.FLAGS = SimpleNamespace(config=config, **given)
+    given = {"sanity": sanity, "fail_if": fail_if, "launch": launch, "prompt": prompt, "n": n}
+    module.FLAGS = SimpleNamespace(config=config, report=False, **given)
     threads = torch.get_num_threads()
     try:
         with pytest.MonkeyPatch.context() as patch:

@@ -224,7 +224,7 @@ def run(run_main, config_file, fields):
     """Function (script, changes): run its main in this process with `fields` and these changes."""
 
     def main(script, **changes):
-        kept = bool | int | float | tuple
+        kept = bool | int | float | tuple | list
         given = {name: value if isinstance(value, kept) else str(value) for name, value in (fields | changes).items()}
         run_main(script, config_file, **given)
 
@@ -260,13 +260,10 @@ def test_generate_is_the_same_with_two_processes_and_draws_damaged_images_again(
         caplog.clear()
 
 
-@pytest.mark.slow
-def test_a_single_wish(config_file, fields, tmp_path):
+def test_a_single_wish(run, tmp_path, capsys):
     """--prompt gets the prefix of training and a folder of its own; the paths of the best images are printed."""
-    wish = ["--prompt=" + FUNDUS_PROMPTS[0].removeprefix("Fundus: "), "--n=2"]
-    found = succeed("generate.py", *options(config_file, **fields, logdir=tmp_path / "out"), *wish).stdout.split("\n")[
-        :-1
-    ]
+    run("generate.py", logdir=tmp_path / "out", prompt=[FUNDUS_PROMPTS[0].removeprefix("Fundus: ")], n=2)
+    found = capsys.readouterr().out.splitlines()
     assert len(found) == 2 and all(Path(path).is_file() for path in found)
     assert {Path(path).parent.name for path in found} == {folder_name(FUNDUS_PROMPTS[0])}
 
@@ -299,22 +296,24 @@ def test_rounds_resume(run, fields, tmp_path, monkeypatch, capsys, caplog):
     """The scripts of a round run in this process, with the settings of their commands."""
 
     def start(command, start=subprocess.run, **keywords):
-        if Path(command[1]).parent.name != "scripts":
+        if not any(Path(word).parent.name == "scripts" for word in command):
             return start(command, **keywords)
-        assert command[2] == "--config.seed=42" and "accelerate" not in command
+        *launch, script, seed = command[:4]
+        assert launch == ["accelerate", "launch"] and seed == "--config.seed=42"
+        assert "launch" not in " ".join(command[3:])
         assert emptied.pop() and not emptied  # the script may need the memory of the last measurement
-        given = dict(word.removeprefix("--config.").split("=", 1) for word in command[2:])
-        commands.append((Path(command[1]).name, given))
+        given = dict(word.removeprefix("--config.").split("=", 1) for word in command[3:])
+        commands.append((Path(script).name, given))
         literals = {name: ast.literal_eval(text) for name, text in given.items() if re.fullmatch(r"[\d.e(),-]+", text)}
         run(commands[-1][0], **{name.replace(".", "__"): value for name, value in (given | literals).items()})
         return subprocess.CompletedProcess(command, 0)
 
     commands, emptied = [], []
-    settings = {"improve__methods": ("finetune", "ddpo"), "improve__update_policy": True}
+    settings = {"improve__methods": ("finetune", "ddpo"), "improve__update_policy": True, "launch": "accelerate launch"}
     caplog.set_level("INFO")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
     monkeypatch.setattr(subprocess, "run", start)
-    monkeypatch.setattr(sys, "argv", ["improve.py", "--launch", "accelerate", "--config.seed=42", "-launch=accelerate"])
+    monkeypatch.setattr(sys, "argv", ["improve.py", "--launch", "accelerate launch", "--config.seed=42", "-launch=x"])
     run("improve.py", **settings)
     output = tmp_path / "improve"
     entries = [json.loads(line) for line in (output / "rounds.jsonl").read_text().splitlines()]
