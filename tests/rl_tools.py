@@ -1,6 +1,5 @@
 """Runs of train.py in this process on the tiny model, and a judge of its images; a pytest plugin."""
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ import torch
 from common_fixtures import forget
 from launching import ROOT
 from safetensors.torch import load_file
-from script_tools import load_module
+from script_tools import load_module, read_lines
 
 from ddpo_pytorch.data.images import to_uint8
 from ddpo_pytorch.data.isic import ARTIFACTS, CAPTIONS, LABELS
@@ -20,6 +19,10 @@ from ddpo_pytorch.judges.classifier import ArtifactClassifier, save_classifier
 from ddpo_pytorch.utils.randomness import Stream, derived_seed
 
 PROMPTS = CAPTIONS[:3]
+# settings of four samples of two steps and two updates an epoch, with a pass in place of two of each step
+LIGHT = {"sample.num_steps": 2, "sample.num_batches_per_epoch": 1, "train.batch_size": 2}
+LIGHT |= {"sample.guidance_scale": 1.0, "train.cfg": False}
+TIMES = {"rollout_samples_per_second", "update_samples_per_second", "peak_memory_gib", "seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +76,11 @@ def train_with(script, settings: dict, overrides: dict) -> tuple[Path, list[dict
         if not overrides.get("log_images"):
             patch.setattr(script, "save_grid", lambda *arguments: arguments[-1].write_bytes(b"16 images"))
         folder = script.train(configured(settings, overrides))
-    return folder, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return folder, read_lines(folder / "metrics.jsonl")
+
+
+def untimed(epochs: list[dict]) -> list[dict]:
+    return [{key: value for key, value in entry.items() if key not in TIMES} for entry in epochs]
 
 
 @pytest.fixture
@@ -131,20 +138,25 @@ def judge(drawn, tmp_path_factory):
 
 @pytest.fixture
 def held_out(settings, judge, drawn, tmp_path):
-    """Settings of runs that evaluate every epoch 4 images of each of 3 captions; the reward tells images apart, too."""
+    """`settings` with those of `watching`."""
+    settings |= watching(judge, drawn, tmp_path)
+    return settings
+
+
+def watching(judge: Path, drawn: tuple, folder: Path) -> dict:
+    """Settings that evaluate every epoch 4 images of each of 3 captions; the reward tells images apart, too."""
     torch.manual_seed(4)
-    rewarding = tmp_path / "H6.safetensors"
+    rewarding = folder / "H6.safetensors"
     save_classifier(divide_evenly(ArtifactClassifier(LABELS, 32, "tinynet_e"), drawn[1]), rewarding)
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    settings |= {
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    return {
         "reward_fn_kwargs.isic_classifier_reward.classifier": str(rewarding),
         "prompt_fn": "from_file",
-        "prompt_fn_kwargs.path": str(tmp_path / "prompts.txt"),
+        "prompt_fn_kwargs.path": str(folder / "prompts.txt"),
         "held_out.every": 1,
         "held_out.images_per_prompt": 4,
         "held_out.classifier": str(judge),
     }
-    return settings
 
 
 @pytest.fixture
@@ -162,9 +174,7 @@ def rl(script, own_model, settings, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     shutil.copy(settings["reward_fn_kwargs.isic_classifier_reward.classifier"], tmp_path / "H6.safetensors")
     (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS[:4]) + "\n")
-    settings |= {"pretrained.model": str(own_model), "num_epochs": 1, "train.cfg": False}
-    settings |= {"sample.num_steps": 2, "sample.num_batches_per_epoch": 1, "train.batch_size": 2}
-    settings |= {"sample.guidance_scale": 1.0, "prompt_fn": "from_file"}
+    settings |= LIGHT | {"pretrained.model": str(own_model), "num_epochs": 1, "prompt_fn": "from_file"}
     settings |= {"reward_fn_kwargs.isic_classifier_reward.classifier": str(tmp_path / "H6.safetensors")}
     settings |= {"prompt_fn_kwargs.path": str(tmp_path / "prompts.txt")}
     return SimpleNamespace(

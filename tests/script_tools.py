@@ -1,6 +1,7 @@
 """Runs of the scripts, in this process or in their own; a pytest plugin for its fixtures."""
 
 import importlib.util
+import json
 import resource
 import subprocess
 import sys
@@ -28,6 +29,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Read a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @contextmanager

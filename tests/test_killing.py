@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 from launching import Script, run_script
-from rl_tools import as_flags
-from script_tools import files_of
-from test_train import untimed
+from rl_tools import LIGHT, as_flags, untimed
+from script_tools import files_of, read_lines
 
 pytestmark = pytest.mark.slow
 KILLS = 6
@@ -21,15 +20,14 @@ KILLS = 6
 @pytest.fixture
 def tiny(held_out):
     """Four samples of two steps an epoch, an evaluation of three images after each, a checkpoint of each."""
-    held_out |= {"sample.num_steps": 2, "sample.num_batches_per_epoch": 1, "train.batch_size": 2, "train.cfg": False}
-    held_out |= {"sample.guidance_scale": 1.0, "held_out.images_per_prompt": 1, "num_checkpoint_limit": 2}
+    held_out |= LIGHT | {"held_out.images_per_prompt": 1, "num_checkpoint_limit": 2}
     return held_out
 
 
 def content(folder: Path) -> dict:
     """All that a run leaves, without the times and the settings of each start."""
     files = {name: data for name, data in files_of(folder).items() if not name.startswith("config")}
-    files["metrics.jsonl"] = untimed([json.loads(line) for line in files["metrics.jsonl"].splitlines()])
+    files["metrics.jsonl"] = untimed(read_lines(folder / "metrics.jsonl"))
     return files | {"best": os.readlink(folder / "best")}
 
 

@@ -62,3 +62,4 @@ def test_wheel_is_complete_and_its_commands_run(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(installed)}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 2 and str(installed / "ddpo_pytorch" / "config" / "mini.py") in result.stderr
+    assert "prompt_image_alignment_classifier_isic" in result.stderr and "Traceback" not in result.stderr

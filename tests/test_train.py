@@ -11,9 +11,9 @@ import torch
 from accelerate import Accelerator
 from launching import run_script
 from ml_collections import ConfigDict
-from rl_tools import as_flags, train_with, usual_settings, weights
+from rl_tools import LIGHT, as_flags, train_with, untimed, usual_settings, weights
 from safetensors.torch import load_file
-from script_tools import files_of
+from script_tools import files_of, read_lines
 
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.generator.latents import encode_data_set, write_index
@@ -61,7 +61,8 @@ def test_half_precision_logs_the_ratio_of_the_second_update(script, train, monke
         return samples, scores
 
     monkeypatch.setattr(script, "sample_and_score", moved)
-    _, (entry,) = train(mixed_precision="bf16", num_epochs=1)
+    folder, (entry,) = train(mixed_precision="bf16", num_epochs=1)
+    assert all(torch.isfinite(value).all() for value in weights(folder, 1).values())
     assert entry["first_ratio_deviation"] == 0.0
     assert entry["second_ratio_deviation"] == pytest.approx(1 - math.exp(-0.01), rel=1e-4)
 
@@ -71,11 +72,10 @@ def test_half_precision_logs_the_ratio_of_the_second_update(script, train, monke
     [
         {"train__kl_coef": 0.5, "train__lora_rank": 2, "train__lora_targets": ("to_q", "conv1")},
         {"train__advantage": "group", "sample__images_per_prompt": 4, "train__num_inner_epochs": 2},
-        {"train__advantage": "loo", "sample__images_per_prompt": 2},
         {"train__advantage": "global", "train__timestep_fraction": 0.67, "train__gradient_checkpointing": True},
-        {"train__timestep_window": (0.0, 0.5), "sample__guidance_scale": 1.0, "train__cfg": False},
-        {"reward_fn": "isic_classifier_reward:1.0,jpeg_compressibility:0.1", "train__gradient_accumulation_steps": 2},
-        {"mixed_precision": "bf16"},
+        {"train__advantage": "loo", "sample__images_per_prompt": 2, "train__timestep_window": (0.0, 0.5)}
+        | {"sample__guidance_scale": 1.0, "train__cfg": False, "train__gradient_accumulation_steps": 2}
+        | {"reward_fn": "isic_classifier_reward:1.0,jpeg_compressibility:0.1"},
     ],
     ids=lambda value: "-".join(key.split("__")[-1] for key in value),
 )
@@ -94,7 +94,7 @@ def test_modes(script, train, overrides, monkeypatch):
     monkeypatch.setattr(script, "compute_advantages", advantages)
     monkeypatch.setattr(script, "update", update)
     folder, (entry,) = train(num_epochs=1, **overrides)
-    assert entry["first_ratio_deviation"] <= (1e-6 if "mixed_precision" in overrides else 0)
+    assert entry["first_ratio_deviation"] == 0
     assert seen["kind"] == overrides.get("train__advantage", "per_prompt")
     assert seen["checkpointing"] == overrides.get("train__gradient_checkpointing", False)
     group = overrides.get("sample__images_per_prompt", 1)
@@ -117,7 +117,7 @@ def data_latents(tiny_pipeline_dir, tmp_path):
 
 def test_the_diffusion_loss_on_real_images_is_added_and_resumes(train, data_latents, tmp_path, tiny_pipeline_dir):
     once = {"train__gradient_accumulation_steps": 2}  # one update an epoch: the loss of the first weights
-    _, (plain, *_) = train(run_name="plain", **once)
+    _, (plain,) = train(run_name="plain", num_epochs=1, **once)
     anchored = once | {"train__data_coef": 0.5, "train__data_latents": data_latents}
     folder, epochs = train(run_name="whole", **anchored)
     assert epochs[0]["loss"] - plain["loss"] == pytest.approx(0.5 * epochs[0]["data_loss"], rel=1e-4)
@@ -223,8 +223,6 @@ def test_an_older_checkpoint_is_not_resumed(train, finished):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--config", "config/dgx.py:nope"], "prompt_image_alignment_classifier_isic"),
-        (["--config", "config/nope.py:x"], "config/nope.py"),
         (["--config", "config/base.py", "--config.train.nope=1"], "nope"),
         (["--config", "config/base.py", "--config.seed=abc"], "seed"),
     ],
@@ -236,24 +234,16 @@ def test_bad_flags_are_one_line_and_exit_code_2(arguments, expected):
     assert len([line for line in result.stderr.splitlines() if line.startswith("error:")]) == 1
 
 
-TIMES = {"rollout_samples_per_second", "update_samples_per_second", "peak_memory_gib", "seconds"}
-
-
 @pytest.fixture
 def light(settings, train):
-    """`train` on four samples of two steps and two updates an epoch."""
-    settings |= {"sample.num_steps": 2, "sample.num_batches_per_epoch": 1, "train.batch_size": 2}
-    settings |= {"sample.guidance_scale": 1.0, "train.cfg": False}
+    """`train` with the settings of `LIGHT`."""
+    settings |= LIGHT
     return train
-
-
-def untimed(epochs: list[dict]) -> list[dict]:
-    return [{key: value for key, value in entry.items() if key not in TIMES} for entry in epochs]
 
 
 def assert_same_run(left, right, epoch: int) -> None:
     """Logs apart from times, and everything in a checkpoint."""
-    logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (left, right)]
+    logs = [read_lines(run / "metrics.jsonl") for run in (left, right)]
     assert untimed(logs[0]) == untimed(logs[1]) and [entry["epoch"] for entry in logs[0]] == list(range(epoch))
     assert files_of(left / f"checkpoint_{epoch}") == files_of(right / f"checkpoint_{epoch}")
     for one in (left, right):
