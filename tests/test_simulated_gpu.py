@@ -29,16 +29,18 @@ pytestmark = [
 LOOPS = ("train", "rollout", "rollout_gradients", "ppo", "optimizer")
 LOOPS += ("ddim_with_logprob", "pipeline_with_logprob")
 PLANTED = """
-import sys
+import sys, torch
 from ddpo_pytorch.diffusers_patch import pipeline_with_logprob as place
+from ddpo_pytorch.generator.pipeline import load_pipeline
 step = place.ddim_step_with_logprob
 def planted(*arguments):
     latents, log_probs = step(*arguments)
     latents.amax().item()
     return latents, log_probs
 place.ddim_step_with_logprob = planted
-import runpy
-runpy.run_path("scripts/eval.py", run_name="__main__")
+pipe = load_pipeline(sys.argv[1], device="cuda")
+pipe.scheduler.set_timesteps(2, device=pipe.device)
+place.pipeline_with_logprob(pipe, "", num_inference_steps=2, eta=1.0, generator=[torch.Generator()])
 """
 
 PROBE = f"""
@@ -86,6 +88,7 @@ def found(settings, config_file, world, alexnet, tmp_path_factory) -> dict[str, 
     folder = tmp_path_factory.mktemp("scripts")
     model = {"pretrained__model": settings["pretrained.model"]}
     full = {"use_lora": False, "mixed_precision": "bf16", "run_name": "full", "held_out__every": 1}
+    full |= {"train__batch_size": 4, "train__gradient_accumulation_steps": 1, "held_out__images_per_prompt": 1}
     sampling = {"logdir": folder / "samples", "mixed_precision": "fp16", "sample__num_steps": 2}
     sampling |= {"eval__num_samples_per_prompt": 1, "eval__batch_size": 4}
     stage = model | {"sd__data_path": world / "images", "sd__csv": world / SPLIT.format("train"), "sd__image_size": 64}
@@ -94,6 +97,7 @@ def found(settings, config_file, world, alexnet, tmp_path_factory) -> dict[str, 
     tables = [f"--{name}_csv={world / SPLIT.format(name)}" for name in ("train", "val")]
     classifier = ["--num_classes=4", "--arch=tinynet_e", "--weights=none", "--image_size=32", "--num_epochs=1"]
     classifier += [f"--data_path={world / 'images'}", f"--checkpoint_dir={folder / 'judge'}", "--batch_size=16"]
+    classifier += ["--limit=32"]
     real, fake = (write_samples(folder / name, {CAPTIONS[8]: 3}, seed) for seed, name in enumerate(("real", "fake")))
     metric = {"metric__real_path": real, "metric__fake_path": fake, "metric__output": folder / "metrics"}
     metric |= {"metric__cache_dir": folder / "features", "metric__alexnet": alexnet, "metric__inception": ""}
@@ -102,13 +106,13 @@ def found(settings, config_file, world, alexnet, tmp_path_factory) -> dict[str, 
     (folder / "probe.py").write_text(PROBE)
     commands = {
         "lora": ["scripts/train.py", *as_flags(settings, mixed_precision="fp16")],
-        "full": ["scripts/train.py", *as_flags(settings, **full, held_out__images_per_prompt=1)],
+        "full": ["scripts/train.py", *as_flags(settings, **full)],
         "eval": ["scripts/eval.py", *options(config_file, **sampling)],
         "train_sd": ["scripts/train_sd.py", *options(config_file, **stage, mixed_precision="fp16")],
         "classifier": ["scripts/train_isic_classifier.py", *classifier, *tables, "--mixed_precision=fp16"],
         "metric": ["scripts/metric.py", *options(config_file, **metric, metric__extractors="('judge',)")],
         "rlhf": ["scripts/train_rlhf.py", *options(rated, rlhf__output=folder / "rlhf", mixed_precision="fp16")],
-        "planted": [folder / "planted.py", *options(config_file, **sampling | model | {"logdir": folder / "other"})],
+        "planted": [folder / "planted.py", settings["pretrained.model"]],
         "memory": [folder / "probe.py"],
     }
     found = dict(zip([*commands, "probe"], simulate(*commands.values()), strict=True))
@@ -124,7 +128,8 @@ EPOCH = {"check_schedule": 3, "check_images": 4, "sample_and_score": 2, "run_epo
     [
         # initial noise of 2 grids in 2 batches each comes from the CPU; "update" and "averages" are once an epoch
         ("lora", "float16", EPOCH | {"update": 1, "set_gradients": 1, "pipeline_with_logprob": 4}),
-        ("full", "bfloat16", EPOCH | {"update": 1, "pipeline_with_logprob": 6}),  # and 2 evaluations
+        # and 2 evaluations; samples in 2 batches of 4, each a whole update
+        ("full", "bfloat16", EPOCH | {"check_images": 2, "update": 1, "pipeline_with_logprob": 6}),
         ("eval", "float16", {"pipeline_with_logprob": 1}),
         ("train_sd", "float16", {}),
         ("classifier", "float16", {}),
@@ -140,6 +145,7 @@ def test_no_step_waits_for_the_device_and_products_are_in_half_precision(found, 
 
 
 def test_an_item_in_the_denoising_loop_is_found(found):
+    """Both draw one batch in two steps."""
     assert found["planted"]["syncs"] == {"pipeline_with_logprob": found["eval"]["syncs"]["pipeline_with_logprob"] + 2}
 
 
