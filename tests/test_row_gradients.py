@@ -1,14 +1,17 @@
-"""Gradients taken while sampling: of each row against a pass for each row, and through scripts/train.py."""
+"""Gradients taken while sampling, batches split among threads, and fused adapters: against a plain UNet; train.py."""
+
+from functools import cache
 
 import pytest
 import torch
 from accelerate import Accelerator
+from peft.tuners import lora
 from rl_tools import configured
 
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator import from_scratch as scratch
-from ddpo_pytorch.generator.cpu_kernels import fuse_lora, run_batch_on_all_cores
-from ddpo_pytorch.generator.lora import ATTENTION, add_lora, lora_parameters
+from ddpo_pytorch.generator.cpu_kernels import fuse_lora, is_fused, run_batch_on_all_cores
+from ddpo_pytorch.generator.lora import ATTENTION, add_lora, disabled_lora, lora_parameters
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
 from ddpo_pytorch.rollout import sample_trajectories
 from ddpo_pytorch.training import setup
@@ -24,36 +27,39 @@ ROWS = 5
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "time_emb_proj")
 
 
-def unet(dtype: torch.dtype, targets=TARGETS):
+def unet(targets=TARGETS):
+    """Return a float64 UNet with random adapters, if any, the same at every call."""
     torch.manual_seed(0)
-    model = scratch.build_unet((16, 32), (False, True), 32, 16).eval().requires_grad_(False)
-    add_lora(model, 4, targets, seed=0)
-    model.to(dtype)
-    for parameter in lora_parameters(model):
-        parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
+    model = scratch.build_unet((16, 32), (False, True), 32, 16).eval()
+    if targets:
+        add_lora(model.requires_grad_(False), 4, targets, seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1, generator=generator)
-    return model
+    return model.double()
 
 
-def predict(model, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+def inputs(rows):
+    """Latents (rows, 4, 16, 16), timesteps (rows,) and text embeddings (rows, 9, 32), float64."""
     generator = torch.Generator().manual_seed(2)
-    latents = torch.randn(ROWS, 4, 16, 16, generator=generator, dtype=torch.float64).to(dtype)
-    context = torch.randn(ROWS, 9, 32, generator=generator, dtype=torch.float64).to(dtype)
-    timesteps = 90 * torch.arange(ROWS)
+    latents = torch.randn(rows, 4, 16, 16, generator=generator, dtype=torch.float64)
+    return latents, torch.arange(rows) * 90, torch.randn(rows, 9, 32, generator=generator, dtype=torch.float64)
+
+
+def predict(model, rows: slice) -> torch.Tensor:
+    latents, timesteps, context = inputs(ROWS)
     return model(latents[rows], timesteps[rows], encoder_hidden_states=context[rows], return_dict=False)[0]
 
 
-def row_by_row(dtype: torch.dtype) -> list[torch.Tensor]:
-    """The gradients of the square of each row's output, (ROWS, *weight.shape) of each adapter weight."""
-    model = unet(dtype)
+@cache
+def row_by_row() -> list[torch.Tensor]:
+    """Return the gradients of the square of each row's output, (ROWS, *weight.shape) of each adapter weight."""
+    model = unet()
     rows = []
     for row in range(ROWS):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            output = predict(model, slice(row, row + 1), dtype)
-        rows.append(torch.autograd.grad(output.double().square().sum(), lora_parameters(model)))
+        output = predict(model, slice(row, row + 1))
+        rows.append(torch.autograd.grad(output.square().sum(), lora_parameters(model)))
     return [torch.stack(found) for found in zip(*rows, strict=True)]
 
 
@@ -62,7 +68,7 @@ def row_by_row(dtype: torch.dtype) -> list[torch.Tensor]:
     [(0, False, False), (0, True, False), (0, True, True), (3, False, True), (2, True, False), (3, True, True)],
 )
 def test_rows_have_their_own_gradients(threads, fused, checkpointing):
-    model = unet(torch.float64)
+    model = unet()
     if fused:
         fuse_lora(model)
     if checkpointing:
@@ -72,14 +78,14 @@ def test_rows_have_their_own_gradients(threads, fused, checkpointing):
     weights = lora_parameters(model)
     with per_sample_gradients(model, ROWS) as found:
         for _ in range(2):  # passes add up
-            output = predict(model, slice(None), torch.float64)
+            output = predict(model, slice(None))
             torch.autograd.grad(output.square().sum(), weights, allow_unused=True)
-    for weight, expected in zip(weights, row_by_row(torch.float64), strict=True):
+    for weight, expected in zip(weights, row_by_row(), strict=True):
         torch.testing.assert_close(found[weight], 2 * expected, rtol=1e-9, atol=1e-12)
     assert all(weight.grad is None for weight in weights)
 
     kept = {weight: rows.clone() for weight, rows in found.items()}
-    predict(model, slice(None), torch.float64).square().sum().backward()
+    predict(model, slice(None)).square().sum().backward()
     assert all(torch.equal(found[weight], rows) for weight, rows in kept.items()), "kept after the end"
     for weight, rows in kept.items():
         torch.testing.assert_close(weight.grad, rows.sum(dim=0) / 2, rtol=1e-9, atol=1e-12)
@@ -127,10 +133,12 @@ HALVED = {"train__batch_size": 2, "sample__batch_size": 2, "sample__num_batches_
 @pytest.mark.parametrize(
     ("overrides", "updates"),
     [
-        ({}, 2),
         (HALVED | {"train__gradient_accumulation_steps": 2, "train__num_inner_epochs": 2}, 4),
-        ({"sample__guidance_scale": 1.0, "train__timestep_window": (0.34, 1.0), "train__adv_clip_max": 0.3}, 2),
-        ({"sample__images_per_prompt": 4, "train__advantage": "group"}, 2),
+        (
+            {"sample__guidance_scale": 1.0, "train__timestep_window": (0.34, 1.0), "train__adv_clip_max": 0.3}
+            | {"sample__images_per_prompt": 4, "train__advantage": "group"},
+            2,
+        ),
         # 8 samples, drawn 3, 3 and 2 at once
         ({"train__batch_size": 1, "train__timesteps_per_forward": 3, "train__gradient_accumulation_steps": 8}, 1),
     ],
@@ -204,3 +212,70 @@ def test_a_gradient_scaler_takes_part(tiny_pipeline_dir):
     unscaled = torch.cat([weight.grad.flatten() for weight in weights])
     torch.testing.assert_close(unscaled, plain, rtol=1e-5, atol=1e-12)
     assert plain.norm() > 0
+
+
+def assert_close(models, rows, **options):
+    """Assert that two models have the same outputs and gradients of a loss that weights every output."""
+    latents, timesteps, context = inputs(rows)
+    weights = torch.randn(latents.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    outputs, gradients = [], []
+    for model in models:
+        output = model(latents, timesteps, encoder_hidden_states=context, return_dict=False, **options)[0]
+        (output * weights).sum().backward()
+        outputs.append(output)
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-10, atol=1e-12)
+    assert len(gradients[0]) > 10
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-8, atol=1e-10)
+    with torch.no_grad():
+        drawn = models[1](latents, timesteps, encoder_hidden_states=context, return_dict=False, **options)[0]
+    assert torch.equal(drawn, outputs[1]) and not drawn.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("lora", "rows", "threads", "masked"), [(True, 7, 3, False), (False, 6, 2, True), (True, 1, 2, True)]
+)
+def test_outputs_and_gradients_are_those_of_the_whole_batch(lora, rows, threads, masked):
+    models = [unet(ATTENTION if lora else ()) for _ in range(2)]
+    run_batch_on_all_cores(models[1], threads)
+    # text of different lengths, as a BERT masks it
+    mask = {"encoder_attention_mask": torch.arange(9) < 2 + torch.arange(rows)[:, None]} if masked else {}
+    assert_close(models, rows, **mask)
+
+
+def test_fused_adapters_compute_what_peft_computes():
+    models = unet(ATTENTION), unet(ATTENTION)
+    fuse_lora(models[1])
+    assert_close(models, 3)
+    latents, timesteps, context = inputs(3)
+    without, adapted = [], models[0](latents, timesteps, context).sample
+    for model in models:
+        with torch.no_grad(), disabled_lora(model):
+            without.append(model(latents, timesteps, context).sample)
+    assert torch.equal(*without) and not torch.allclose(without[0], adapted)
+
+
+def test_fused_adapters_leave_half_precision_to_peft():
+    """There, W + up down would be W again: an update of a thousandth of W's last digit still changes the output."""
+    model = unet(ATTENTION).bfloat16()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float() * 1e-3
+    layer = model.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(3)).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        fuse_lora(model)
+        assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("device", "tf32", "fused"), [("cpu", True, True), ("cuda", True, False), ("cuda", False, True)]
+)
+def test_adapters_are_fused_only_where_tf32_cannot_round_them_away(settings, monkeypatch, device, tf32, fused):
+    load = setup.load_pipeline
+    monkeypatch.setattr(setup, "load_pipeline", lambda *given: load(*given[:-1], torch.device("cpu")))
+    config = configured(settings, {"allow_tf32": tf32})
+    pipe = setup.load_policy(config, torch.float32, torch.device(device))
+    layers = [module for module in pipe.unet.modules() if isinstance(module, lora.Linear)]
+    assert len(layers) > 10 and {is_fused(layer) for layer in layers} == {fused}
