@@ -9,7 +9,7 @@ import pytest
 from launching import ROOT
 from rated_world import write_config, write_rated_world
 from sample_sets import write_samples
-from script_tools import options
+from script_tools import options, read_lines
 
 from ddpo_pytorch.data.isic import CAPTIONS
 
@@ -21,6 +21,7 @@ def commands(config_file, tiny_pipeline_dir, bert_pipeline_dir, judges_dir, judg
     """Scripts of every kind of model as briefly as they run, on local files; fields as by default, but for sizes."""
     train = {"logdir": tmp_path / "logs", "run_name": "run", "num_epochs": 1, "sample__batch_size": 4}
     train |= {"sample__num_batches_per_epoch": 1, "train__batch_size": 2, "held_out__every": 1}
+    train |= {"sample__num_steps": 2, "sample__guidance_scale": 1.0, "train__cfg": False}
     train |= {"held_out__classifier": judges[4], "held_out__images_per_prompt": 1, "log_with": "wandb"}
     train["reward_fn_kwargs__isic_classifier_reward__classifier"] = judges[6]
     generate = {"pretrained__model": bert_pipeline_dir, "improve__judges": judges_dir, "improve__images_per_prompt": 1}
@@ -51,7 +52,7 @@ def test_local_files_need_no_network_and_images_stay_here(commands, tmp_path):
     launcher = [sys.executable, "tests/offline.py", tmp_path / "notes"]
     result = subprocess.run(launcher, cwd=ROOT, env=own, input=given, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
-    notes = [json.loads(line) for line in (tmp_path / "notes").read_text().splitlines()]
+    notes = read_lines(tmp_path / "notes")
     found = {name: [what for n, what in notes if n == number] for number, name in enumerate(commands)}
     assert found.pop("look.py") == ["socket.getaddrinfo 192.0.2.1", 1]
     assert found == {name: [0] for name in found}, result.stderr[-5000:]
