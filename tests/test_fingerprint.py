@@ -1,4 +1,4 @@
-"""The one fingerprint: what changes it and what does not; and that work begun with other files is not continued."""
+"""The one fingerprint: what changes it, and work that is not continued; train.py --config.load_from."""
 
 import json
 import os
@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from rl_tools import LIGHT, train_with, usual_settings
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from script_tools import files_of
+from script_tools import files_of, read_lines
 
 from ddpo_pytorch.data.isic import CAPTIONS
-from ddpo_pytorch.generator.lora import add_lora
-from ddpo_pytorch.generator.pipeline import encode_prompts, load_pipeline
+from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
+from ddpo_pytorch.generator.lora import add_lora, lora_state_dict
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings, encode_prompts, load_pipeline
+from ddpo_pytorch.sampling import draw_images
+from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints, with_contents
 
@@ -187,3 +191,79 @@ def test_stage_one_does_not_resume_on_another_base(own_model, train_stage, stopp
             train_stage(tmp_path / "out", **fields)
     train_stage(tmp_path / "out", **fields)
     assert (tmp_path / "out" / "pretrained_unet.safetensors").is_file()
+
+
+LORA = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def earlier(script, tiny_pipeline_dir, judges, tmp_path_factory):
+    """The run folder of an epoch of training; to be left as it is."""
+    settings = usual_settings(tiny_pipeline_dir, judges[6], tmp_path_factory.mktemp("earlier"))
+    return train_with(script, settings | LIGHT, {"num_epochs": 1})[0]
+
+
+def test_training_starts_from_an_adapter_as_eval_reads_it(rl, earlier, own_model, tmp_path):
+    """A run folder, a checkpoint or a file; the same weights and images as eval.py's, and a ratio of 1."""
+    weights = load_file(earlier / "checkpoint_1" / LORA)
+    assert all(value.any() for value in weights.values())
+    evaluated = load_pipeline(own_model)
+    load_weights(evaluated.unet, earlier)
+    torch.save(weights, tmp_path / "adapter.bin")
+    for place in (earlier, earlier / "checkpoint_1", earlier / "checkpoint_1" / LORA, tmp_path / "adapter.bin"):
+        run = rl.set_up(load_from=str(place))
+        started = lora_state_dict(run.pipe.unet)
+        assert started.keys() == weights.keys()
+        assert all(torch.equal(started[name], weights[name]) for name in weights)
+    drawn = [
+        draw_images(
+            pipe, table, CAPTIONS[:2], [torch.Generator().manual_seed(seed) for seed in (1, 2)], Sampling(2, 5, 1)
+        )
+        for pipe, table in ((evaluated, PromptEmbeddings(evaluated)), (run.pipe, run.embeddings))
+    ]
+    torch.testing.assert_close(*drawn, rtol=0, atol=1e-4)
+    folder = rl.train(load_from=str(earlier), train__kl_coef=0.1)
+    (entry,) = read_lines(folder / "metrics.jsonl")
+    # updates see other batches than the rollout, whose kernels may add up in another order
+    assert entry["first_ratio_deviation"] < 1e-5 and entry["kl_to_base"] > 0
+    now = load_file(folder / "checkpoint_1" / LORA)
+    assert any(not torch.equal(now[name], weights[name]) for name in weights)
+    (fresh,) = read_lines(rl.train(run_name="fresh", train__kl_coef=0.1) / "metrics.jsonl")
+    assert fresh["kl_to_base"] < entry["kl_to_base"]
+
+
+def test_what_cannot_be_started_from_is_one_line_and_leaves_nothing(rl, earlier, own_model, tmp_path):
+    weights = load_file(earlier / "checkpoint_1" / LORA)
+    doubled = {key: torch.cat([value, value], dim=int("lora_B" in key)) for key, value in weights.items()}
+    save_file(doubled, tmp_path / "8.safetensors")
+    save_file({key: value for key, value in weights.items() if "to_k" not in key}, tmp_path / "few.safetensors")
+    unet = str(own_model / "unet" / "diffusion_pytorch_model.safetensors")
+    for fields, words in (
+        ({"load_from": "/nowhere/adapter"}, ["/nowhere/adapter"]),
+        ({"load_from": str(tmp_path / "8.safetensors")}, ["8.safetensors", "train.lora_rank"]),
+        ({"load_from": str(tmp_path / "few.safetensors")}, ["few.safetensors", "to_k"]),
+        ({"load_from": str(earlier), "train__lora_targets": ("to_q",)}, ["train.lora_targets"]),
+        ({"load_from": unet}, [unet, "use_lora=True"]),
+        ({"load_from": str(earlier), "use_lora": False}, [LORA, "use_lora=False"]),
+    ):
+        with pytest.raises(UserError) as caught:
+            rl.train(**fields)
+        assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), str(caught.value)
+        assert not (tmp_path / "logs" / "run").exists()
+
+
+def test_a_resumed_run_keeps_its_own_checkpoint(rl, earlier, tmp_path):
+    """And whether it started from these weights is compared, wherever they lie now."""
+    whole = rl.train(load_from=str(earlier), run_name="whole", num_epochs=2)
+    folder = rl.train(load_from=str(earlier))
+    moved = shutil.copytree(earlier, tmp_path / "moved")
+    rl.train(load_from=str(moved / "checkpoint_1"), num_epochs=2)
+    assert files_of(folder / "checkpoint_2") == files_of(whole / "checkpoint_2")
+    other = rl.train(run_name="other", seed=3)
+    before = files_of(folder)
+    for fields in ({"load_from": ""}, {"load_from": str(other)}):
+        with pytest.raises(UserError, match="load_from") as caught:
+            rl.train(num_epochs=3, **fields)
+        assert "\n" not in str(caught.value) and files_of(folder) == before
+    rl.train(num_epochs=3, resume_from=str(folder))
+    assert (folder / "checkpoint_3").is_dir()
