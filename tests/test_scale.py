@@ -1,7 +1,6 @@
 """More processes change nothing but the time: two nodes as one process, and full fine-tunes divided by FSDP."""
 
 import copy
-import json
 import os
 import shutil
 import signal
@@ -15,9 +14,10 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from common_fixtures import random_pipeline
-from launching import ON_CPU, ROOT, free_port, launcher_environment, run_script
-from rl_tools import as_flags, configured, weights
+from launching import ON_CPU, ROOT, Script, free_port, launcher_environment, run_script
+from rl_tools import LIGHT, as_flags, configured, weights
 from safetensors.torch import load_file
+from script_tools import read_lines
 
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.generator.pipeline import load_pipeline
@@ -51,8 +51,9 @@ def test_two_nodes_train_as_one_process(settings, train, tmp_path):
     assert both.returncode == 0, both.stderr[-3000:]
     run = tmp_path / "logs" / "run"
     assert_same_gradients(moments(run), moments(alone))
-    right = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for one, other in zip(left, right, strict=True):  # one line an epoch, though there are two nodes
+    for one, other in zip(
+        left, read_lines(run / "metrics.jsonl"), strict=True
+    ):  # one line an epoch, though there are two nodes
         rewards = [key for key in one if key.startswith("reward_")]
         assert [one[key] for key in rewards] == [other[key] for key in rewards]
         assert other["first_ratio_deviation"] == 0 and other["global_step"] == one["global_step"]
@@ -115,7 +116,7 @@ print("127.0.0.1") if sys.argv[1] == "show" else open({str(tmp_path / "requeued"
     slurm = {"JOB_ID": 7, "JOB_NODELIST": "node[1-1]", "NNODES": 1, "NODEID": 0, "GPUS_ON_NODE": 2}
     environment = {f"SLURM_{name}": str(value) for name, value in slurm.items()} | {"MAIN_PORT": str(free_port())}
     environment["PATH"] = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = ["bash", "docs/slurm.sh", *as_flags(settings, num_epochs=1000, save_freq=1000, sample__num_steps=2)]
+    command = ["bash", "docs/slurm.sh", *as_flags(settings | LIGHT, num_epochs=1000, save_freq=1000)]
     environment = os.environ | ON_CPU | {"CUDA_VISIBLE_DEVICES": ""} | environment
     job = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "logs" / "run" / "metrics.jsonl"
@@ -141,7 +142,7 @@ def state_of(run: Path, epoch: int) -> tuple[dict, dict]:
 
 
 def lines(run: Path, file: str, *keys: str) -> list[list]:
-    return [[entry[key] for key in keys] for entry in map(json.loads, (run / file).read_text().splitlines())]
+    return [[entry[key] for key in keys] for entry in read_lines(run / file)]
 
 
 @pytest.fixture
@@ -254,47 +255,51 @@ def test_the_first_version_of_fsdp_is_refused(monkeypatch):
 
 FAULTY = """
 import os, runpy, signal, sys
-sys.path.insert(0, os.getcwd())
-from ddpo_pytorch.training.run_state import RunState
-write = RunState.write
-def write_or_die(state, entry):
-    mark = os.path.join(os.path.dirname(__file__), "killed")
-    if entry["epoch"] == 1 and os.environ["RANK"] == "1" and not os.path.exists(mark):
-        open(mark, "w").close()
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(state, entry)
-RunState.write = write_or_die
-runpy.run_path("scripts/train.py", run_name="__main__")
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
+
+def train(*words):
+    from ddpo_pytorch.training import held_out
+    from ddpo_pytorch.training.run_state import RunState
+    held_out.save_grid, write = lambda *arguments: None, RunState.write
+
+    def write_or_die(state, entry):
+        mark = os.path.join(os.path.dirname(__file__), "killed")
+        if entry["epoch"] == 1 and os.environ["RANK"] == "1" and not os.path.exists(mark):
+            open(mark, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(state, entry)
+
+    RunState.write, sys.argv[:] = write_or_die, words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+
+if __name__ == "__main__":
+    config, _, words = config_from_args(parse_args(sys.argv[1:]))
+    config.start_method = "fork"
+    elastic_launch(config, train)(*words[1:])  # without Python's -u
 """
 
 
 @pytest.mark.slow
 def test_two_agents_restart_a_killed_worker_and_resume(settings, tmp_path):
-    """torchrun on two nodes of a process each; a worker is killed in the second epoch."""
+    """torchrun's agents on two nodes of a process each; a worker is killed in the second epoch.
+
+    Workers are forked from their agents. As commands, the four of them would import the libraries for a minute.
+    """
     (tmp_path / "faulty.py").write_text(FAULTY)
     # several restarts: a worker that is back before the other agent noticed loses its peer once more
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=5"]
-    launch += [
-        "--rdzv_backend=c10d",
-        "--rdzv_id=run",
-        f"--rdzv_endpoint=127.0.0.1:{free_port()}",
-        "--monitor_interval=0.1",
-    ]
-    command = [*launch, tmp_path / "faulty.py", *as_flags(settings, sample__num_steps=2)]
+    launch = ["--nnodes=2", "--nproc_per_node=1", "--max_restarts=5", "--monitor_interval=0.1", "--redirects=3"]
+    launch += ["--rdzv_backend=c10d", "--rdzv_id=run", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
+    launch += [f"--log_dir={tmp_path / 'workers'}", "scripts/train.py", *as_flags(settings | LIGHT)]
     # as documented: torchrun's shared store answers with the addresses of workers that have ended
-    environment, agents = os.environ | ON_CPU | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, []
-    for number in range(2):
-        with (tmp_path / f"agent_{number}.log").open("w") as log:
-            agents.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
-    try:
-        assert [agent.wait(timeout=400) for agent in agents] == [0, 0], (tmp_path / "agent_0.log").read_text()[-3000:]
-    finally:
-        for agent in agents:
-            agent.terminate()
-    epochs = [
-        json.loads(line)["epoch"] for line in (tmp_path / "logs" / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert epochs == [0, 1]
-    assert (tmp_path / "killed").exists() and "resumed from" in "".join(
-        (tmp_path / f"agent_{number}.log").read_text() for number in range(2)
-    )
+    shared = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1}
+    agents = [Script(tmp_path / "faulty.py", *launch, **shared) for _ in range(2)]
+    ended = [agent.result() for agent in agents]
+    assert [agent.returncode for agent in ended] == [0, 0], ended[0].stderr[-3000:]
+    assert [entry["epoch"] for entry in read_lines(tmp_path / "logs" / "run" / "metrics.jsonl")] == [0, 1]
+    said = "".join(path.read_text() for path in (tmp_path / "workers").rglob("stderr.log"))
+    assert (tmp_path / "killed").exists() and "resumed from" in said
