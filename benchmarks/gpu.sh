@@ -21,7 +21,7 @@ options=("" train.compile=True train.gradients_while_sampling=False train.gradie
 if [ "$SIMULATE" ]; then
     SPEED="python benchmarks/training.py --size mini --updates 2 --batches 1 --turns 1 --threads 1"
     SPEED+=" --set sample.num_steps=2 --set sample.batch_size=2 --set train.batch_size=1"
-    LEARN="--config.num_epochs=2 --config.sample.num_steps=2 --config.sample.num_batches_per_epoch=1"
+    LEARN="--config.num_epochs=1 --config.sample.num_steps=2 --config.sample.num_batches_per_epoch=1"
     LEARN+=" --config.train.gradient_accumulation_steps=1 --config.sample.batch_size=8 --config.train.batch_size=8"
     options=("")
 fi

@@ -1,6 +1,5 @@
 """train_rlhf.py on striped images whose ratings are known: learned, killed, resumed, refused."""
 
-import json
 import logging
 import shutil
 import time
@@ -13,7 +12,7 @@ import torch
 from launching import Script
 from rated_world import PROMPTS, stripes, write_bert, write_config, write_rated_world
 from safetensors.torch import load_file, save_file
-from script_tools import assert_same_training, files_of, options, succeed
+from script_tools import assert_same_training, files_of, options, read_lines, succeed
 
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.policy import TextFeatures, load_judges
@@ -63,7 +62,7 @@ def table(rated):
 
 
 def entries(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(folder / "metrics.jsonl")
     return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
 
 
@@ -117,8 +116,8 @@ def stopped(train, monkeypatch):
 
 
 @pytest.mark.slow
-def test_stages_apart_and_stopped_trainings_end_like_an_uninterrupted_one(train, stopped, tmp_path):
-    settings = {"objective": "log", "warmup_steps": 8}
+def test_stages_apart_and_stopped_trainings_end_like_an_uninterrupted_one(train, stopped, table, tmp_path):
+    settings = {"ratings": table(lambda rows: rows[:48]), "objective": "log", "warmup_steps": 8}
     apart, whole = tmp_path / "apart", tmp_path / "whole"
     train(output=whole, **settings)
     train(output=apart, stages=(1,), **settings)
@@ -196,12 +195,13 @@ def test_samples_of_the_second_stage():
 def test_settings_reach_the_training(train, table, tmp_path):
     """Expert levels, the objective, flips and stage 2 change weights of the Policy."""
     found = {}
-    levels = table(lambda rows: rows.assign(expert_level=1 + rows.index % 3))
+    few = table(lambda rows: rows[:48])
+    levels = table(lambda rows: rows[:48].assign(expert_level=1 + rows.index[:48] % 3))
     changes = {"plain": {}, "levels": {"ratings": levels}, "delta": {"objective": "delta"}, "still": {"flip": False}}
     for name, fields in changes.items():
-        train(output=tmp_path / name, num_epochs=1, stages=(1,), **fields)
+        train(**{"ratings": few, "output": tmp_path / name, "num_epochs": 1, "stages": (1,)} | fields)
         found[name] = load_file(tmp_path / name / NAMES[1])["head.8.weight"]
-    train(output=tmp_path / "plain", num_epochs=1, stages=(2,), second_learning_rate=1e-5)
+    train(output=tmp_path / "plain", ratings=few, num_epochs=1, stages=(2,), second_learning_rate=1e-5)
     found["plain 2"] = load_file(tmp_path / "plain" / NAMES[1])["head.8.weight"]
     values = list(found.values())
     assert not any(torch.equal(one, other) for number, one in enumerate(values) for other in values[:number])
