@@ -9,6 +9,7 @@ import torch
 import torch_fidelity.feature_extractor_inceptionv3 as inception_module
 import torchvision
 from judge_tools import threshold_between
+from torch.optim.swa_utils import update_bn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from ddpo_pytorch.data.images import load_image, save_image
@@ -79,8 +80,7 @@ def lively_judge(tmp_path_factory) -> Path:
     tones = torch.rand(64, 3, 1, 1, generator=generator)
     pictures = (tones + 0.3 * torch.randn(64, 3, 64, 64, generator=generator)).clamp(0, 1)
     with torch.no_grad():
-        for _ in range(60):  # running statistics are averages over about the last ten
-            model(model.preprocess(pictures))
+        update_bn([model.preprocess(pictures)], model)
         model.model.classifier.weight *= 20
         model.eval()
         model.model.classifier.bias -= model.logits(pictures).median(dim=0).values
@@ -97,10 +97,14 @@ def fields(sets, lively_judge, tmp_path):
         usual = {"real_path": sets["real"], "fake_path": sets["rl"], "compare_path": sets["sd"]}
         usual |= {"output": tmp_path / "out", "cache_dir": tmp_path / "cache", "alexnet": alexnet, "inception": ""}
         usual["classifier"] = lively_judge
-        chosen = usual | overrides
-        return {f"metric__{key}": str(value) if isinstance(value, Path) else value for key, value in chosen.items()}
+        return metric_fields(usual | overrides)
 
     return build
+
+
+def metric_fields(values: dict) -> dict:
+    """Fields of `options` for these settings of config.metric."""
+    return {f"metric__{key}": str(value) if isinstance(value, Path) else value for key, value in values.items()}
 
 
 @pytest.fixture
@@ -183,13 +187,18 @@ def fundus_sets(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture
-def fundus_fields(fields, fundus_sets, fundus_judges):
-    """Function of overrides: the fields of metric.py for these sets, with a cache of the test's own."""
+@pytest.fixture(scope="session")
+def fundus_usual(fundus_sets, fundus_judges) -> dict:
+    """Settings of metric.py for these sets."""
     usual = {"real_path": fundus_sets["real"], "fake_path": fundus_sets["better"], "fake_name": "better"}
     usual |= {"compare_path": fundus_sets["base"], "compare_name": "base", "judges": fundus_judges, "classifier": ""}
-    usual |= {"quality": ("legacy", "fov"), "extractors": ("inception", "judge")}
-    return lambda **overrides: fields(**usual | overrides)
+    return usual | {"quality": ("legacy", "fov"), "extractors": ("inception", "judge")}
+
+
+@pytest.fixture
+def fundus_fields(fields, fundus_usual):
+    """Function of overrides: the fields of metric.py for these sets, with a cache of the test's own."""
+    return lambda **overrides: fields(**fundus_usual | overrides)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sample_sets import PROMPTS, images_of, read, write_fundus, write_samples
+from sample_sets import PROMPTS, images_of, metric_fields, read, write_fundus, write_samples
+from script_tools import run_in_process
 
 from ddpo_pytorch.data.images import load_image
 from ddpo_pytorch.data.isic import CAPTIONS
@@ -40,6 +41,15 @@ def measured(config_file, fundus_fields, run_main, tmp_path):
     return run
 
 
+@pytest.fixture(scope="module")
+def both(config_file, fundus_usual, tmp_path_factory):
+    """The measurement of the fundus sets, and its folder."""
+    folder = tmp_path_factory.mktemp("both")
+    given = {"output": folder / "out", "cache_dir": folder / "cache", "alexnet": "", "inception": ""} | fundus_usual
+    run_in_process("metric.py", config_file, **metric_fields(given))
+    return read(folder / "out"), folder / "out"
+
+
 def by_hand(judges: Path, folder: Path) -> tuple[np.ndarray, np.ndarray, list[str], float]:
     """Selector and Policy scores, captions of a folder's images in path order, and the threshold."""
     selector, policy = load_judges(judges)
@@ -55,8 +65,8 @@ def by_hand(judges: Path, folder: Path) -> tuple[np.ndarray, np.ndarray, list[st
 FLOAT32 = 1e-5
 
 
-def test_the_judges_numbers_by_hand(measured, fundus_sets, fundus_judges, tmp_path):
-    result = measured()
+def test_the_judges_numbers_by_hand(both, fundus_sets, fundus_judges):
+    result, folder = both
     assert result["kind"] == "fundus" and list(result["judges"]) == ["selector", "policy"]
     aligned = {}
     for name, model in (("base", "base"), ("better", "better"), ("real", None)):
@@ -76,12 +86,12 @@ def test_the_judges_numbers_by_hand(measured, fundus_sets, fundus_judges, tmp_pa
     assert row["paired"] and row["pairs"] == 10 and "sign flips of the pairs' differences" in row["test"]
     difference = aligned["better"].mean() - aligned["base"].mean()
     assert row["alignment"]["value"] == pytest.approx(difference, abs=FLOAT32) and row["p"] is not None
-    lines = table(tmp_path / "out" / "per_image.csv")
+    lines = table(folder / "per_image.csv")
     own = {line["path"]: line for line in lines if line["model"] == "base"}
     for path, value in zip(images_of(fundus_sets["base"]), aligned["base"], strict=True):
         line = own[str(path.relative_to(fundus_sets["base"]))]
         assert float(line["alignment"]) == pytest.approx(value, abs=FLOAT32) and line["caption"] in PROMPTS
-    log = json.loads((tmp_path / "out" / "metrics_log.jsonl").read_text())["metrics"]
+    log = json.loads((folder / "metrics_log.jsonl").read_text())["metrics"]
     assert log["fundus_alignment"] == result["models"]["better"]["fundus_alignment"]
 
 
@@ -98,8 +108,8 @@ def test_the_policys_scores_depend_on_the_prompt_and_are_kept_by_it(measured, tm
     assert pair[0]["policy"]["value"] != pair[1]["policy"]["value"]
 
 
-def test_image_statistics_stand_in_table_1_with_their_distance_to_the_real_set(measured, fundus_sets, tmp_path):
-    result = measured()
+def test_image_statistics_stand_in_table_1_with_their_distance_to_the_real_set(both, fundus_sets, tmp_path):
+    result, output = both
     for name, columns, function in (("legacy", LEGACY, legacy_quality), ("fov", FOV, fov_quality)):
         own, real = (
             np.array(
@@ -117,11 +127,11 @@ def test_image_statistics_stand_in_table_1_with_their_distance_to_the_real_set(m
         assert [one["standardised"]["value"] for one in found] == pytest.approx(difference / real.std(0, ddof=1))
         theirs = result["real"]["quality"][name]["statistics"].values()
         assert [one["mean"]["value"] for one in theirs] == pytest.approx(real.mean(0))
-    rows = table(tmp_path / "out" / "table1.csv")
+    rows = table(output / "table1.csv")
     assert [row["at 64 x 64 px"] for row in rows] == [f"legacy: {n}" for n in LEGACY] + [f"fov: {n}" for n in FOV]
     assert rows[0]["n real images"] == "13" and rows[0]["n better"] == "10"
-    assert {"table1.md", "table1.tex", "fundus.md", "fundus.csv"} <= {p.name for p in (tmp_path / "out").iterdir()}
-    assert not list((tmp_path / "out").glob("table[23]*"))
+    assert {"table1.md", "table1.tex", "fundus.md", "fundus.csv"} <= {p.name for p in output.iterdir()}
+    assert not list(output.glob("table[23]*"))
     page = write_report(tmp_path, result, {}, []).read_text()
     for absent in ("ISIC", "dermoscop", "lesion", "APR", "artifact", "None", ">nan"):
         assert absent not in page, absent
