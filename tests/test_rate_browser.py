@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from rating_tools import RatePage, write_gallery
-from test_report_browser import browser  # noqa: F401 (browser is a fixture)
 
 pytest.importorskip("selenium", reason="selenium absent")
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 
 pytestmark = pytest.mark.slow
-pytest_plugins = ["rating_tools"]
+pytest_plugins = ["rating_tools", "browser_tools"]
 TOTAL = 9
 
 
@@ -76,7 +75,7 @@ class Window:
 
 
 @pytest.fixture
-def window(browser, rating_page):  # noqa: F811
+def window(browser, rating_page):
     browser.get_log("browser")
     return Window(browser, rating_page)
 
@@ -210,7 +209,7 @@ def test_a_click_that_is_not_saved_is_reported_and_the_image_stays(window):
     assert window.text("alert") == "" and len(window.table("unlucky")) == 1
 
 
-def test_pairs_by_key_arrow_and_button_and_what_they_say_at_the_end(browser, tmp_path):  # noqa: F811
+def test_pairs_by_key_arrow_and_button_and_what_they_say_at_the_end(browser, tmp_path):
     """Both images are on the screen; the answers become preferences and a summary."""
     write_gallery(tmp_path / "old", 4)
     write_gallery(tmp_path / "new", 4, shade=128)
@@ -238,7 +237,7 @@ def test_pairs_by_key_arrow_and_button_and_what_they_say_at_the_end(browser, tmp
     assert summary["title"] and summary["chooser"]["new preferred to old"]["n"] == 4
 
 
-def test_criteria_and_reference_images(browser, tmp_path):  # noqa: F811
+def test_criteria_and_reference_images(browser, tmp_path):
     write_gallery(tmp_path / "made", 2)
     (tmp_path / "examples").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "examples" / "3_clear.png")
