@@ -89,6 +89,11 @@ def load_module(path: Path):
     return module
 
 
+def load_config(name: str):
+    """Return a file of config/ as a module."""
+    return load_module(ROOT / "config" / f"{name}.py")
+
+
 def load_flag_script(name: str):
     """Return a script as a module with absl flags of its own: scripts define some of the same names."""
     own = flags.FlagValues()

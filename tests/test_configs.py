@@ -1,5 +1,6 @@
 """Configurations: experiments at every scale, the paper's arithmetic, blocks that users change, ranges of numbers."""
 
+import inspect
 import math
 import re
 import sys
@@ -9,7 +10,7 @@ import pytest
 from absl import flags
 from launching import ROOT
 from ml_collections import ConfigDict, config_flags
-from script_tools import load_module
+from script_tools import load_config, load_module
 
 from ddpo_pytorch.generator import finetune_data
 from ddpo_pytorch.metrics.inputs import check_request
@@ -26,47 +27,41 @@ OFFICIAL += ["preprocess_isic_real_data", "evaluate_metric_rl", "evaluate_metric
 OFFICIAL += ["finetune_sd", "finetune_sd_24gb"]
 
 
-def load(name):
-    return load_module(ROOT / "config" / f"{name}.py")
+def experiments(file: str) -> set[str]:
+    """Return the names of a file's experiments: its public functions without arguments."""
+    functions = inspect.getmembers(load_config(file), inspect.isfunction)
+    return {name for name, one in functions if name[0] != "_" and not inspect.signature(one).parameters}
 
 
-@pytest.mark.parametrize("scale", ["dgx", "mini", "isic128"])
-def test_every_file_has_every_official_experiment_below_one_root(scale):
-    module = load(scale)
-    for experiment in OFFICIAL:
-        config = module.get_config(experiment)
+@pytest.mark.parametrize(
+    ("file", "basis", "suffix", "size"),
+    [
+        ("dgx", "dgx", "", 512),
+        ("isic128", "dgx", "", 128),
+        ("mini", "dgx", "", 64),
+        ("fundus", "fundus", "", 512),
+        ("fundus", "fundus", "_mini", 64),
+        ("odir128", "fundus", "", 128),
+    ],
+)
+def test_every_experiment_has_one_root_and_the_sizes_of_its_file(file, basis, suffix, size):
+    """Those of the file itself, and of the one that it is based on."""
+    names = experiments(file) | experiments(basis)
+    large, small = ({name for name in names if name.endswith("_mini") == mini} for mini in (False, True))
+    assert len(large) > 8 and (basis != "dgx" or set(OFFICIAL) <= large)
+    for experiment in {name + suffix for name in large} | (small if suffix else set()):
+        config = load_config(file).get_config(experiment)
+        assert config.sd.image_size == config.dataset.image_size == size
+        assert basis == "dgx" or config.rlhf.image_size == size
         check_training(config)
         batch_sizes(config.sample, config.train, 4)
+        rlhf.check_settings(config.rlhf)
         config.base_log_path = "/elsewhere"
         assert "rl4med-out" not in config.to_json_best_effort() and "/elsewhere" in config.logdir
 
 
-def test_fundus_experiments_exist_at_both_scales():
-    fundus = load("fundus")
-    for experiment in ("train_rlhf", "improve", "ddpo", "real_images", "evaluate_metric"):
-        large, small = fundus.get_config(experiment), fundus.get_config(f"{experiment}_mini")
-        assert (large.sd.image_size, small.sd.image_size) == (512, 64)
-        small.base_log_path = "/elsewhere"
-        assert "rl4med-out" not in small.to_json_best_effort()
-
-
-def test_odir_uses_one_root_and_sizes_of_its_own():
-    odir, fundus = load("odir128"), load("fundus")
-    for experiment in (
-        "train_vae",
-        "finetune_sd",
-        "train_rlhf",
-        "train_rlhf_held_out",
-        "improve",
-        "ddpo",
-        "eval_improved",
-    ):
-        config = odir.get_config(experiment)
-        assert (config.sd.image_size, config.rlhf.image_size, config.dataset.image_size) == (128, 128, 128)
-        check_training(config)
-        rlhf.check_settings(config.rlhf)
-        config.base_log_path = "/elsewhere"
-        assert "rl4med-out" not in config.to_json_best_effort()
+def test_experiments_of_fundus_images_differ_in_what_they_start_from():
+    odir, fundus = load_config("odir128"), load_config("fundus")
     assert odir.get_config("real_images").pretrained.model == "" and not fundus.get_config("ddpo").rlhf.backbone
     assert odir.get_config("train_rlhf_held_out").rlhf.backbone != odir.get_config("train_rlhf").rlhf.backbone
 
@@ -74,14 +69,14 @@ def test_odir_uses_one_root_and_sizes_of_its_own():
 def test_unknown_fields_and_experiments_fail_by_name():
     for name in ("mini", "fundus", "odir128"):
         with pytest.raises(ValueError, match="'nope' is unknown"):
-            load(name).get_config("nope_mini" if name == "fundus" else "nope")
+            load_config(name).get_config("nope_mini" if name == "fundus" else "nope")
     with pytest.raises(AttributeError, match="learnin_rate"):
-        load("mini").get_config(OFFICIAL[0]).train.learnin_rate = 1.0
+        load_config("mini").get_config(OFFICIAL[0]).train.learnin_rate = 1.0
 
 
 @pytest.mark.parametrize(("suffix", "processes"), [("", 4), ("_16gb", 1), ("_24gb", 1), ("_80gb", 1)])
 def test_paper_arithmetic(suffix, processes):
-    config = load("dgx").get_config(STAGE_TWO + suffix)
+    config = load_config("dgx").get_config(STAGE_TWO + suffix)
     geometry = batch_sizes(config.sample, config.train, processes)
     assert (geometry.samples, geometry.updates, geometry.train_timesteps) == (256, 2, 50)
 
@@ -96,14 +91,14 @@ def test_a_window_of_whole_steps_is_not_rounded_to_others(config, steps, window,
 
 
 def test_official_defaults():
-    config = load("dgx").get_config(STAGE_TWO)
+    config = load_config("dgx").get_config(STAGE_TWO)
     assert (config.sample.num_steps, config.sample.eta, config.sample.guidance_scale) == (50, 1.0, 5.0)
     assert (config.train.learning_rate, config.train.clip_range, config.train.adv_clip_max) == (3e-4, 1e-4, 5)
     assert (config.train.adam_weight_decay, config.train.adam_epsilon, config.train.max_grad_norm) == (1e-4, 1e-8, 1.0)
     assert (config.per_prompt_stat_tracking.buffer_size, config.per_prompt_stat_tracking.min_count) == (32, 16)
     assert (config.seed, config.num_epochs, config.save_freq, config.mixed_precision) == (42, 200, 1, "fp16")
     assert (config.train.kl_coef, config.train.advantage, config.early_stop.patience) == (0.0, "per_prompt", 0)
-    evaluation = load("dgx").get_config(f"{STAGE_TWO}_eval")
+    evaluation = load_config("dgx").get_config(f"{STAGE_TWO}_eval")
     assert (evaluation.seed, evaluation.eval.num_samples_per_prompt, evaluation.eval.batch_size) == (88, 960, 20)
 
 

@@ -30,9 +30,6 @@ from ddpo_pytorch.utils.errors import UserError
 def test_asset_is_the_official_list_in_order():
     lines = (resources.files("ddpo_pytorch") / "assets" / "isic_prompts.txt").read_text().splitlines()
     assert tuple(lines) == CAPTIONS
-    assert lines[0] == "a dermoscopic image with melanoma (MEL) with no visible artifacts"
-    assert lines[3] == "a dermoscopic image with melanoma (MEL) showing ruler, ink"
-    assert lines[31] == "a dermoscopic image with melanocytic nevus (NV) showing hair, gel bubble, ruler, ink"
 
 
 def test_isic_captions_are_drawn_uniformly_or_by_index_and_labelled():

@@ -1,8 +1,10 @@
-"""README and docs: commands and experiments build, examples run, and every path, link, name and setting exists."""
+"""README, docs and runs/: commands and experiments build, examples run; all paths, links, names and settings exist."""
 
+import os
 import re
 import shlex
 import string
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -15,11 +17,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from diffusers import StableDiffusionPipeline
 from launching import ROOT
 from ml_collections import config_flags
-from script_tools import load_flag_script
-from test_configs import load
+from script_tools import load_config, load_flag_script
 
 from ddpo_pytorch import prompts, rewards
-from ddpo_pytorch.generator.lora import add_lora, load_lora, lora_parameters, save_lora
+from ddpo_pytorch.generator.lora import add_lora, lora_parameters, save_lora
 from ddpo_pytorch.training.setup import check_training
 
 README, DOCS = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
@@ -117,7 +118,7 @@ def test_other_commands_exist(command):
         for option, value in options(words).items():
             assert re.search(rf'"(--)?{option[2:]}"|f"--\{{name\}}"', source), option
             if option == "--set":
-                assert value.split("=")[0] in load("base").get_config()
+                assert value.split("=")[0] in load_config("base").get_config()
     else:
         assert Path(words[0]).name in (*OTHERS, "gdown", "pre-commit")
 
@@ -138,10 +139,13 @@ def test_links_paths_names_and_settings_exist(name):
     folders = "ddpo_pytorch|scripts|config|tests|benchmarks|docs|runs"
     for path, experiment in re.findall(rf"`((?:{folders})/[\w/.]+)(?::(\w+))?`", text):
         assert (ROOT / path).exists(), path
-        assert not experiment or load(Path(path).stem).get_config(experiment), experiment
+        assert not experiment or load_config(Path(path).stem).get_config(experiment), experiment
     for function, path in re.findall(r"`(\w+)` in\s+`([\w/]+\.py)`", text):
         assert re.search(rf"^(def|class) {function}\b", (ROOT / path).read_text(), re.M), function
-    config, block = load("base").get_config(), "sample|train|held_out|early_stop|dataset|eval|metric|sd|rlhf|improve"
+    config, block = (
+        load_config("base").get_config(),
+        "sample|train|held_out|early_stop|dataset|eval|metric|sd|rlhf|improve",
+    )
     for setting in re.findall(rf"`(?:--config\.)?((?:{block})\.\w+(?:\.\w+)*)(?:=[^`]*)?`", text):
         group, field = setting.split(".", 1)
         assert field in ("py", "jsonl") or field in config[group], setting
@@ -201,7 +205,51 @@ def test_a_checkpoint_in_diffusers(tmp_path, monkeypatch):
         torch.equal(one, other) for one, other in zip(loaded.values(), lora_parameters(unet), strict=True)
     )
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder)
-    load_lora(pipe.unet, file.parent)
-    pairs = zip(lora_parameters(pipe.unet), lora_parameters(unet), strict=True)
-    assert all(torch.equal(one, other) for one, other in pairs)
+
+RUNS = sorted(path for path in (ROOT / "runs").glob("*.sh") if path.stem != "common")
+
+
+def dry_run(script: Path, **environment: str) -> list[list[str]]:
+    """Return what a dry run prints, as words."""
+    result = subprocess.run(
+        ["bash", script], env=os.environ | {"DRY_RUN": "1"} | environment, capture_output=True, text=True, check=True
+    )
+    return [line.split() for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("script", RUNS, ids=lambda path: path.stem)
+def test_commands_resolve_and_fit_together(script, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    built = {}
+    for command in dry_run(script):
+        if any(word.startswith("scripts/") for word in command):
+            check_script(tuple(command), monkeypatch)
+            place = next(i for i, word in enumerate(command) if word.startswith("scripts/"))
+            if "--config" in command:
+                built.setdefault(command[place][8:], []).append(
+                    build(command[place], command[place + 1 :], monkeypatch)
+                )
+    (train,), (metric,), (real,), samples = (
+        built[f"{name}.py"] for name in ("train", "metric", "extract_dataset_latents", "eval")
+    )
+    assert metric.metric.real_path == real.logdir
+    assert [metric.metric.compare_path, metric.metric.fake_path] == [config.logdir for config in samples]
+    assert [config.load_from for config in samples] == ["", f"{train.logdir}/{train.run_name}"]
+    assert all(len({config.base_log_path for config in (train, metric, real, one)}) == 1 for one in samples)
+
+
+def test_one_gpu_takes_the_size_of_the_card():
+    for size in ("16", "80"):
+        (train,) = [line for line in dry_run(ROOT / "runs" / "one_gpu.sh", GB=size) if "scripts/train.py" in line]
+        assert train[-1].endswith(f"_{size}gb")
+
+
+def test_a_rerun_skips_finished_stages_and_repeats_the_one_that_failed(tmp_path):
+    script = f"OUT={tmp_path}; source {ROOT}/runs/common.sh; cd {tmp_path}\n"
+    script += "stage one 1s bash -c 'echo ran >> one'; stage two 1s test -e ready; stage three 1s touch three"
+    codes = []
+    for _ in range(2):
+        codes.append(subprocess.run(["bash", "-c", script], capture_output=True).returncode)
+        (tmp_path / "ready").touch()
+    assert codes == [1, 0] and (tmp_path / "one").read_text() == "ran\n" and (tmp_path / "three").exists()
+    assert {path.name for path in (tmp_path / "stages").iterdir()} == {"one", "two", "three"}
