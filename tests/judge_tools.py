@@ -1,7 +1,10 @@
-"""A tiny Stable Diffusion with BERT, and tiny judges that read its text encoder; a pytest plugin for these fixtures."""
+"""A tiny Stable Diffusion with BERT, and tiny judges; a pytest plugin for their fixtures."""
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
+from torchvision.models import efficientnet_b0
 
 from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.generator.from_scratch import build_bert
@@ -62,3 +65,21 @@ def threshold_between(scores) -> float:
 def judges_dir(bert_pipeline_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("judges")
     return write_judges(folder, bert_pipeline_dir, seed=3, threshold=0.1, criteria=("disc", "artifacts"))
+
+
+def published_file(path, heads):
+    """Write a file of the published form: torchvision's names under "model.", Sequential(Dropout, Linear) as head."""
+    torch.manual_seed(heads)
+    network = efficientnet_b0(weights=None)
+    network.classifier = nn.Sequential(nn.Dropout(0.3), nn.Linear(1280, heads))
+    state = {f"model.{key}": value for key, value in network.state_dict().items()}
+    content = {"epoch": 3, "model_state_dict": state, "optimizer_state_dict": {}}
+    torch.save(content | {"val_loss": 0.1, "val_accuracy": np.float64(0.9)}, path)
+    return network.eval()
+
+
+def by_definition(logits, labels, pos_weight, gamma):
+    """Return the classifier's loss term by term, in double precision."""
+    p = torch.sigmoid(logits.double())
+    positive = labels * pos_weight * (1 - p) ** gamma * -p.log()
+    return (positive + (1 - labels) * p**gamma * -(1 - p).log()).mean()

@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,6 +94,7 @@ def load_config(name: str):
     return load_module(ROOT / "config" / f"{name}.py")
 
 
+@cache
 def load_flag_script(name: str):
     """Return a script as a module with absl flags of its own: scripts define some of the same names."""
     own = flags.FlagValues()
@@ -130,6 +131,23 @@ def run_in_process(name: str, config_file: Path, fail_if=(), sanity=False, launc
     finally:
         torch.set_num_threads(threads)
         forget()
+
+
+@pytest.fixture
+def run_flags(monkeypatch, caplog):
+    """Function (script, options): run the main of a script with flags in this process; what it logged."""
+    threads = torch.get_num_threads()
+
+    def run(name, *options):
+        forget()
+        caplog.clear()
+        call_main(load_flag_script(name), *options)
+        return caplog.text
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    caplog.set_level("INFO")
+    yield run
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -8,8 +8,6 @@ import pytest
 import scipy.stats
 import torch
 from sample_sets import read, write_samples
-from script_tools import call_main, load_flag_script
-from test_classifier_training import STATES
 
 from ddpo_pytorch.data.images import load_image, save_image
 from ddpo_pytorch.data.metadata import of_caption, read_metadata
@@ -187,10 +185,8 @@ def test_halves_share_no_image_and_hold_equally_many_of_each_prompt():
 
 
 @pytest.mark.slow
-def test_a_judge_of_any_labels_and_architecture_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    for state in STATES:
-        state._reset_state()
+def test_a_judge_of_any_labels_and_architecture_is_trained(tmp_path, run_flags):
+    script = "train_isic_classifier.py"
     folders = {
         name: write_folder(tmp_path / name, count, seed) for name, count, seed in (("all", 40, 5), ("val", 6, 6))
     }
@@ -199,13 +195,17 @@ def test_a_judge_of_any_labels_and_architecture_is_trained(tmp_path, monkeypatch
     options = [f"--data_path={folders['all']}", "--labels=bright,striped", "--arch=test_vit", "--weights=none"]
     options += [f"--{split}_csv={folders[name] / 'metadata.csv'}" for split, name in (("train", "all"), ("val", "val"))]
     options += ["--image_size=32", "--num_epochs=8", "--learning_rate=0.01", f"--checkpoint_dir={tmp_path / 'judge'}"]
-    script = load_flag_script("train_isic_classifier.py")
-    call_main(script, *options)
+    run_flags(script, *options)
     judge = load_classifier(tmp_path / "judge" / "classifier_H2.safetensors")
     table = pd.read_csv(folders["val"] / "metadata.csv")
     seen = judge.predict(torch.stack([load_image(folders["all"] / name) for name in table.file_name]))
     assert (seen[:, 0].numpy() == table.bright).mean() > 0.9
-    call_main(script, *options, "--mode=test", f"--test_csv={folders['val'] / 'metadata.csv'}")
+    run_flags(script, *options, "--mode=test", f"--test_csv={folders['val'] / 'metadata.csv'}")
     assert {row["what"] for row in json.loads((tmp_path / "judge" / "test_H2.json").read_text())} >= set(LABELS)
     with pytest.raises(UserError, match="share 24 images"):
-        call_main(script, *options, f"--train_csv={folders['val'] / 'metadata.csv'}", "--checkpoint_dir=other")
+        run_flags(
+            "train_isic_classifier.py",
+            *options,
+            f"--train_csv={folders['val'] / 'metadata.csv'}",
+            "--checkpoint_dir=other",
+        )

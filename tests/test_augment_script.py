@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from script_tools import call_main, files_of, load_flag_script, succeed
+from script_tools import files_of, succeed
 from torchmetrics.functional.classification import binary_f1_score
 
 from ddpo_pytorch.augmentation.report import MACRO
@@ -41,23 +41,10 @@ def command(world: Path, output: Path, *more: str, **changed) -> list[str]:
     return [SCRIPT, *(f"--{name}={value}" for name, value in (given | changed).items()), *more]
 
 
-@pytest.fixture(scope="module")
-def script():
-    return load_flag_script(SCRIPT)
-
-
 @pytest.fixture
-def run(script, monkeypatch, caplog):
+def run(run_flags):
     """Function (arguments of `command`): run the script's main in this process and return its log."""
-
-    def main(*arguments, **changed):
-        caplog.clear()
-        call_main(script, *command(*arguments, **changed)[1:])
-        return caplog.text
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    caplog.set_level("INFO")
-    return main
+    return lambda *arguments, **changed: run_flags(*command(*arguments, **changed))
 
 
 @pytest.mark.slow

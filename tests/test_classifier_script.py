@@ -3,13 +3,14 @@
 import json
 import shutil
 import time
+from functools import partial
 
 import pandas as pd
 import pytest
 import torch
+from judge_tools import by_definition
 from launching import Script
-from script_tools import call_main, files_of, load_flag_script, succeed
-from test_classifier_training import STATES, by_definition
+from script_tools import files_of, succeed
 from torchmetrics.functional.classification import multilabel_auroc
 
 from ddpo_pytorch.data.images import load_image, load_pixels
@@ -38,29 +39,10 @@ def without(world, folder, split, name):
     return folder / f"no_{name}.csv"
 
 
-@pytest.fixture(scope="module")
-def script():
-    return load_flag_script(SCRIPT)
-
-
 @pytest.fixture
-def run(script, monkeypatch, caplog):
+def run(run_flags):
     """Function (options): run the script's main in this process; what it logged."""
-
-    def main(*options):
-        for state in STATES:
-            state._reset_state()
-        caplog.clear()
-        call_main(script, *options)
-        return caplog.text
-
-    caplog.set_level("INFO")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    threads = torch.get_num_threads()
-    yield main
-    torch.set_num_threads(threads)
-    for state in STATES:
-        state._reset_state()
+    return partial(run_flags, SCRIPT)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from common_fixtures import forget
+from judge_tools import by_definition
 from torchvision.ops import sigmoid_focal_loss
 
 from ddpo_pytorch.data.images import ImageFiles
@@ -17,7 +18,6 @@ from ddpo_pytorch.judges.classifier_training import EpochBatches, Recipe, attrib
 from ddpo_pytorch.utils.errors import UserError
 
 HEADS = LABELS[:4]
-STATES = (AcceleratorState, GradientState, PartialState)  # of a process; each accelerator shares them
 
 
 @pytest.fixture
@@ -25,13 +25,10 @@ def accelerators():
     """Function (mixed precision): an accelerator on the CPU."""
 
     def make(mixed_precision="no"):
-        for state in STATES:
-            state._reset_state()
+        forget()
         return Accelerator(cpu=True, mixed_precision=mixed_precision)
 
-    yield make
-    for state in STATES:
-        state._reset_state()
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +43,6 @@ def sets(world):
 def new_model(seed=0):
     torch.manual_seed(seed)
     return ArtifactClassifier(HEADS, 32, "tinynet_e")
-
-
-def by_definition(logits, labels, pos_weight, gamma):
-    """The loss term by term, in double precision."""
-    p = torch.sigmoid(logits.double())
-    positive = labels * pos_weight * (1 - p) ** gamma * -p.log()
-    return (positive + (1 - labels) * p**gamma * -(1 - p).log()).mean()
 
 
 def test_loss_equals_independent_formulas():

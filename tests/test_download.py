@@ -13,9 +13,9 @@ from unittest.mock import create_autospec
 
 import pytest
 import torch
+from judge_tools import published_file
 from launching import ROOT, run_script
 from script_tools import load_module
-from test_classifier import published_file
 from tiny_unet import legacy, random_weights
 
 from ddpo_pytorch.utils.errors import UserError
