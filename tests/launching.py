@@ -27,7 +27,7 @@ LIBRARIES = (
 )
 ON_CPU = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(list(LIBRARIES))
+FORKS.set_forkserver_preload([*LIBRARIES, "fastapi", "uvicorn"])
 
 
 def free_port() -> int:
