@@ -1,14 +1,13 @@
 """Archives: unpacked all or nothing, inside the folder or not at all."""
 
 import os
-import resource
 import stat
 import struct
 import zipfile
 from pathlib import Path
 
 import pytest
-from script_tools import files_of
+from script_tools import files_of, limited
 
 from ddpo_pytorch.utils import published
 from ddpo_pytorch.utils.errors import UserError
@@ -151,11 +150,6 @@ def test_the_call_after_a_kill_completes_the_archive(folder, tmp_path, moment):
 
 def test_a_full_disk_leaves_nothing_of_an_archive(folder, tmp_path):
     path = write(tmp_path / "images.zip", (entry("z"), bytes(20_000)))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
-    try:
-        with pytest.raises(DiskFull):
-            unpack(path, folder)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with limited(9000), pytest.raises(DiskFull):
+        unpack(path, folder)
     assert not list(folder.iterdir()) and len(unpack(path, folder)) == 2

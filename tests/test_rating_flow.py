@@ -1,6 +1,5 @@
 """The commands of docs/fundus.md one after another: scripts/train_rlhf.py reads what scripts/rate.py writes."""
 
-import os
 import re
 import shlex
 from pathlib import Path
@@ -11,7 +10,6 @@ from rated_world import write_bert
 from rating_tools import RatePage, write_gallery
 
 from ddpo_pytorch.data.ratings import read_ratings
-from ddpo_pytorch.utils.errors import UserError
 
 pytest.importorskip("fastapi", reason="fastapi absent")
 SMALL = {"text_encoder": "bert", "text_tokens": 16, "image_size": 32, "patch_size": 8, "width": 32, "heads": 2}
@@ -54,10 +52,4 @@ def test_the_documented_commands_end_in_trained_judges(tmp_path, monkeypatch):
     assert "15 ratings of 15 images" in result.stderr and list(tmp_path.glob("**/selector.safetensors"))
 
     Path("rl4med-out").rename("moved")
-    out = Path("moved", *out.parts[1:])
-    assert len(read_ratings(out, within="moved")) == 15
-    first = out.read_text().splitlines()[1].split(",")[0]
-    write_gallery(tmp_path / "secret", 1)
-    out.write_text(out.read_text().replace(first, os.path.relpath("secret/images/source/0.png", out.parent)))
-    with pytest.raises(UserError, match="line 2: .*rlhf.data_path"):
-        read_ratings(out, within="moved")
+    assert len(read_ratings(Path("moved", *out.parts[1:]), within="moved")) == 15
