@@ -22,8 +22,8 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from rl_tools import content
 from script_tools import load_module
-from test_killing import content
 
 from ddpo_pytorch.training import checkpoints as saving
 from ddpo_pytorch.training import run_folder, run_state

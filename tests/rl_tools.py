@@ -1,5 +1,6 @@
 """Runs of train.py in this process on the tiny model, and a judge of its images; a pytest plugin."""
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import torch
 from common_fixtures import forget
 from launching import ROOT
 from safetensors.torch import load_file
-from script_tools import load_module, read_lines
+from script_tools import files_of, load_module, read_lines
 
 from ddpo_pytorch.data.images import to_uint8
 from ddpo_pytorch.data.isic import ARTIFACTS, CAPTIONS, LABELS
@@ -81,6 +82,13 @@ def train_with(script, settings: dict, overrides: dict) -> tuple[Path, list[dict
 
 def untimed(epochs: list[dict]) -> list[dict]:
     return [{key: value for key, value in entry.items() if key not in TIMES} for entry in epochs]
+
+
+def content(folder: Path) -> dict:
+    """All that a run leaves, without the times and the settings of each start."""
+    files = {name: data for name, data in files_of(folder).items() if not name.startswith("config")}
+    files["metrics.jsonl"] = untimed(read_lines(folder / "metrics.jsonl"))
+    return files | {"best": os.readlink(folder / "best")}
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from launching import Script, run_script
-from rl_tools import LIGHT, as_flags, untimed
-from script_tools import files_of, read_lines
+from rl_tools import LIGHT, as_flags, content
+from script_tools import files_of
 
 pytestmark = pytest.mark.slow
-KILLS = 6
+KILLS = 3
 
 
 @pytest.fixture
@@ -22,13 +22,6 @@ def tiny(held_out):
     """Four samples of two steps an epoch, an evaluation of three images after each, a checkpoint of each."""
     held_out |= LIGHT | {"held_out.images_per_prompt": 1, "num_checkpoint_limit": 2}
     return held_out
-
-
-def content(folder: Path) -> dict:
-    """All that a run leaves, without the times and the settings of each start."""
-    files = {name: data for name, data in files_of(folder).items() if not name.startswith("config")}
-    files["metrics.jsonl"] = untimed(read_lines(folder / "metrics.jsonl"))
-    return files | {"best": os.readlink(folder / "best")}
 
 
 def lines(run: Path) -> int:
