@@ -1,11 +1,9 @@
 """Fixtures of train_sd.py's tests; a pytest plugin."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
-from script_tools import options, run_in_process, succeed
+from script_tools import options, read_lines, run_in_process, succeed
 
 from ddpo_pytorch.utils.training_state import TrainState
 
@@ -30,7 +28,7 @@ def train_stage(run_main, config_file, base):
 
     def run(output, **fields):
         run_main("train_sd.py", config_file, **base | {"sd__output": str(output)} | fields)
-        return entries(output / f"{fields.get('sd__stage', 'finetune')}.jsonl")
+        return read_lines(output / f"{fields.get('sd__stage', 'finetune')}.jsonl")
 
     return run
 
@@ -62,10 +60,6 @@ def model(base, config_file, tmp_path_factory):
     assert "validation loss" in said and "images decoded at" in said
     run_in_process("train_sd.py", config_file, **fields, sd__stage="unet")
     return folder
-
-
-def entries(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def unet_of(folder):

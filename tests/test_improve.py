@@ -15,7 +15,7 @@ from judge_tools import FUNDUS_PROMPTS, threshold_between, write_judges
 from launching import ROOT
 from ml_collections import ConfigDict
 from PIL import Image
-from script_tools import files_of, load_module, options, succeed
+from script_tools import files_of, load_module, options, read_lines, succeed
 
 from ddpo_pytorch.data.fundus import load_split
 from ddpo_pytorch.data.images import SYNTHETIC, save_image
@@ -316,7 +316,7 @@ def test_rounds_resume(run, fields, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.setattr(sys, "argv", ["improve.py", "--launch", "accelerate launch", "--config.seed=42", "-launch=x"])
     run("improve.py", **settings)
     output = tmp_path / "improve"
-    entries = [json.loads(line) for line in (output / "rounds.jsonl").read_text().splitlines()]
+    entries = read_lines(output / "rounds.jsonl")
     assert [entry["round"] for entry in entries] == [0, 1] and entries[0]["alignment"] != entries[1]["alignment"]
     assert (output / "rounds.md").read_text() in capsys.readouterr().out
     assert (output / "best" / "model_index.json").is_file()
@@ -346,11 +346,11 @@ def test_rounds_resume(run, fields, tmp_path, monkeypatch, capsys, caplog):
     run("improve.py", **settings)
     assert caplog.text.count("done before") == 1 and "guidance 3 without training scores 0.987" in caplog.text
     assert (output / "round_1/pool/image_log.json").stat().st_mtime_ns == pool
-    assert [json.loads(line) for line in (output / "rounds.jsonl").read_text().splitlines()] == entries
+    assert read_lines(output / "rounds.jsonl") == entries
     with open(output / "rounds.jsonl", "a") as log:  # a round of a command that asked for more of them
         log.write(json.dumps(entries[1] | {"round": 2}) + "\n")
     run("improve.py", **settings)
-    assert len((output / "rounds.jsonl").read_text().splitlines()) == 3
+    assert [entry["round"] for entry in read_lines(output / "rounds.jsonl")] == [0, 1, 2]
 
 
 def test_settings_out_of_range(run, fields, tmp_path):

@@ -10,8 +10,8 @@ import timm
 import torch
 from launching import ROOT
 from safetensors.torch import load_file, save_file
-from script_tools import assert_same_training, load_module, options, succeed
-from stage_tools import SPLIT, assert_equal, entries, unet_of
+from script_tools import assert_same_training, load_module, options, read_lines, succeed
+from stage_tools import SPLIT, assert_equal, unet_of
 from torch.utils.data import default_collate
 
 from ddpo_pytorch.data.images import save_image
@@ -33,7 +33,7 @@ pytest_plugins = ["script_tools", "stage_tools"]
 @pytest.mark.slow
 def test_a_model_from_scratch(model):
     for stage in ("vae", "unet"):
-        log = entries(model / f"{stage}.jsonl")
+        log = read_lines(model / f"{stage}.jsonl")
         assert [entry["step"] for entry in log if entry.get("images_per_second", 0) > 0] == [1, 2, 3, 4]
         validated = {entry["step"]: entry["val_loss"] for entry in log if "val_loss" in entry}
         assert list(validated) == [1, 2, 4] and validated[4] < validated[1]
@@ -228,7 +228,7 @@ def test_a_stopped_training_resumes_to_the_same_end(stage, model, base, train_st
             shutil.copytree(model / "vae", folder / "vae")
     expected = train_stage(whole, **fields)
     stopped(2, part, **fields)
-    assert len(entries(part / f"{stage}.jsonl")) > 2  # step 2 will be repeated
+    assert len(read_lines(part / f"{stage}.jsonl")) > 2  # step 2 will be repeated
     with pytest.raises(UserError, match="sd.learning_rate=0.001, now it is 0.1"):
         train_stage(part, **fields, sd__learning_rate=0.1)
     if stage == "vae":
@@ -290,7 +290,7 @@ def test_two_processes_equal_one(model, train_stage, base, config_file, tmp_path
     one = train_stage(tmp_path / "one", **fields)
     fields = base | fields | {"sd__output": tmp_path / "two", "sd__batch_size": 4}
     succeed("train_sd.py", *options(config_file, **fields), processes=2)
-    for first, second in zip(one, entries(tmp_path / "two" / "finetune.jsonl"), strict=True):
+    for first, second in zip(one, read_lines(tmp_path / "two" / "finetune.jsonl"), strict=True):
         for key in ("loss", "val_loss"):
             assert first.get(key, 0) == pytest.approx(second.get(key, 0), rel=1e-5)
     assert_same_training(unet_of(tmp_path / "one"), unet_of(tmp_path / "two"))
