@@ -79,6 +79,6 @@ def improve():
 
 def get_config(name=""):
     """Return an experiment of this file, or one of config/fundus.py at this file's scale."""
-    if name in vars(fundus) and name not in globals():
+    if name in vars(fundus) and name not in globals() and not name.endswith("_mini"):
         return small(fundus.base.choose(vars(fundus), name))
     return fundus.base.choose(globals(), name)

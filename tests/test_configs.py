@@ -67,9 +67,10 @@ def test_experiments_of_fundus_images_differ_in_what_they_start_from():
 
 
 def test_unknown_fields_and_experiments_fail_by_name():
-    for name in ("mini", "fundus", "odir128"):
-        with pytest.raises(ValueError, match="'nope' is unknown"):
-            load_config(name).get_config("nope_mini" if name == "fundus" else "nope")
+    unknown = [("mini", "nope"), ("fundus", "nope_mini"), ("odir128", "nope"), ("odir128", "improve_mini")]
+    for file, name in unknown:
+        with pytest.raises(ValueError, match=f"'{name if file != 'fundus' else 'nope'}' is unknown"):
+            load_config(file).get_config(name)
     with pytest.raises(AttributeError, match="learnin_rate"):
         load_config("mini").get_config(OFFICIAL[0]).train.learnin_rate = 1.0
 

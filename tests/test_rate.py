@@ -17,8 +17,9 @@ import pytest
 from launching import ROOT
 from PIL import Image
 from rating_tools import PROMPTS, RatePage, write_gallery
-from script_tools import load_module
+from script_tools import call_main, load_flag_script, load_module
 
+from ddpo_pytorch.data.images import SYNTHETIC, save_picture
 from ddpo_pytorch.data.ratings import COLUMNS, read_ratings
 from ddpo_pytorch.rating.session import distinct, order_for, sample_items, table_items
 from ddpo_pytorch.rating.store import Store
@@ -206,6 +207,47 @@ def test_no_confirmed_rating_is_lost_by_a_kill(tmp_path):
         assert len(confirmed) <= len(rows) <= len(confirmed) + 4  # a click of each rater may have been on its way
     assert sum(restored.values()) == len(rows)
     assert not list(tmp_path.glob(".*tmp")) and not list(tmp_path.glob("*edited*"))
+
+
+def test_telling_photographs_from_generated_images(tmp_path):
+    """A reader who takes the first three of eight for photographs is right about five of them by the files' marks."""
+    write_gallery(tmp_path / "photographs", 4)
+    for entry in write_gallery(tmp_path / "drawn", 4, shade=128):
+        path = tmp_path / "drawn" / entry["path_to_img"]
+        save_picture(path, Image.open(path), SYNTHETIC)
+    folders = f"{tmp_path / 'photographs'},{tmp_path / 'drawn'}"
+    page = RatePage("--mode", "real", "--images", folders, "--out", tmp_path / "read.csv")
+    state, right = page.post("state", "reader"), 0
+    for number in range(8):
+        shown = page.ask(f"/image/{state['current']['id']}")
+        drawn, guessed = np.array(Image.open(io.BytesIO(shown.content)))[0, 0, 0] >= 128, number >= 3
+        right += bool(drawn) == guessed
+        state = page.rate("reader", state, 1 if guessed else 3)
+    assert page.end() == 0
+    accuracy = json.loads((tmp_path / "read.summary.json").read_text())["reader"]["accuracy"]
+    assert (accuracy["value"], accuracy["n"]) == (right / 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give --images FOLDER, or --csv TABLE"),
+        (["--csv=table.csv"], "--csv and --data_path must be given together"),
+        (["--images=one", "--mode=real"], "--mode=real needs photographs and images marked as generated"),
+        (["--images=one", "--mode=pair"], "two sources, got 1"),
+        (["--images=one,other", "--mode=pair"], "one and .*other share no prompt"),
+        (["--images=one", "--examples=one"], "--examples=.*one"),
+        (["--images=one", "--token=short"], "--token needs 16 to 128"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    write_gallery(tmp_path / "one", 2)
+    entries = write_gallery(tmp_path / "other", 2)
+    (tmp_path / "other/image_log.json").write_text(json.dumps([entry | {"prompt": "Fundus: x"} for entry in entries]))
+    with pytest.raises(UserError, match=message):
+        call_main(load_flag_script("rate.py"), *options, "--out=ratings.csv")
+    assert not (tmp_path / "ratings.csv").exists()
 
 
 def test_without_fastapi_one_line_says_what_to_install(monkeypatch):

@@ -238,6 +238,16 @@ def test_commands_resolve_and_fit_together(script, monkeypatch):
     assert all(len({config.base_log_path for config in (train, metric, real, one)}) == 1 for one in samples)
 
 
+@pytest.mark.parametrize("target", ["demo", "demo-fundus", "mini-weights"])
+def test_commands_of_the_makefile_build(target, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    result = subprocess.run(["make", "-n", target, "RUN=x"], capture_output=True, text=True, check=True)
+    found = [shlex.split(line) for line in result.stdout.replace("\\\n", " ").splitlines() if "scripts/" in line]
+    assert len(found) == {"demo": 5, "demo-fundus": 10, "mini-weights": 6}[target]
+    for command in found:
+        check_script(tuple(command), monkeypatch)
+
+
 def test_one_gpu_takes_the_size_of_the_card():
     for size in ("16", "80"):
         (train,) = [line for line in dry_run(ROOT / "runs" / "one_gpu.sh", GB=size) if "scripts/train.py" in line]
