@@ -110,7 +110,11 @@ def test_a_dict_replaces_a_block_as_in_ddpo_pytorch(config, kind):
     assert config.prompt_fn_kwargs.to_dict() == {"nouns_file": "a.txt", "low": 1}
     assert config.per_prompt_stat_tracking.to_dict() == {"buffer_size": 32, "min_count": 4}
     config.per_prompt_stat_tracking = kind({"min_count": 8})
-    assert config.per_prompt_stat_tracking.to_dict() == {"buffer_size": 32, "min_count": 8}
+    rest = {"buffer_size": 32} if kind is dict else {}  # a dict changes what it names
+    assert config.per_prompt_stat_tracking.to_dict() == rest | {"min_count": 8}
+    train = config.train = ConfigDict({"batch_size": 3})  # as ddpo-pytorch's files begin a block
+    train.learning_rate = 1.0
+    assert config.train.to_dict() == {"batch_size": 3, "learning_rate": 1.0}
     config.prompt_fn_kwargs.high = 2
     config.per_prompt_stat_tracking = None
     assert config.to_dict()["per_prompt_stat_tracking"] is None

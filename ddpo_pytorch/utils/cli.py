@@ -213,15 +213,15 @@ def _check_given(path: str, name: str, option: str) -> None:
 class Configuration(ConfigDict):
     """A configuration that accepts a dict in place of a block, as configurations of ddpo-pytorch give.
 
-    What the dict lacks keeps its value, except in a block of keyword arguments, which the dict replaces.
+    A dict changes the fields that it names, but replaces a block of keyword arguments. A ConfigDict replaces any block.
     """
 
     def __setitem__(self, key: str, value: Any) -> None:
         old = self[key] if key in self else None
-        if isinstance(old, ConfigDict) and isinstance(value, dict | ConfigDict):
-            value = value if isinstance(old, KeywordArguments) else old.to_dict() | dict(value.items())
-            value = _converted(type(old), value)
-        super().__setitem__(key, value)
+        if isinstance(old, ConfigDict) and isinstance(value, dict) and not isinstance(old, KeywordArguments):
+            old.update(value)
+        else:
+            super().__setitem__(key, _converted(type(old), value) if isinstance(old, ConfigDict) else value)
 
 
 class KeywordArguments(ConfigDict):
