@@ -127,8 +127,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     train.update(data_coef=0.0, data_latents="")
     # "per_prompt": running per-prompt statistics (below). "group": mean and standard deviation over this epoch's
     # samples of the same prompt (GRPO); needs sample.images_per_prompt > 1, since the only sample of a prompt has
-    # advantage 0. "loo": reward minus the mean of the prompt's other samples in this epoch, not standardized. "global":
-    # over all samples of the epoch.
+    # advantage 0. "global": over all samples of the epoch.
     train.advantage = "per_prompt"
 
     ###### Stopping criterion of the paper ######

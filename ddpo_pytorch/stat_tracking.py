@@ -31,17 +31,6 @@ def group_advantages(prompts: Sequence[Hashable], rewards: Sequence[float]) -> n
     return advantages
 
 
-def leave_one_out_advantages(prompts: Sequence[Hashable], rewards: Sequence[float]) -> np.ndarray:
-    """Return rewards (N,) minus the mean of the prompt's others, 0 if there are none (RLOO, Ahmadian et al. 2024)."""
-    prompts, rewards = _as_arrays(prompts, rewards)
-    advantages = np.zeros_like(rewards)
-    for prompt in np.unique(prompts):
-        members = prompts == prompt
-        if (count := members.sum()) > 1:
-            advantages[members] = (rewards[members] - rewards[members].mean()) * count / (count - 1)
-    return advantages
-
-
 class PerPromptStatTracker:
     """Standardize rewards by the recent rewards of the same prompt (DDPO, section 5, "per-prompt normalization").
 
@@ -109,11 +98,9 @@ def reward_statistics(
 def compute_advantages(
     kind: str, tracker: PerPromptStatTracker, prompts: Sequence[Hashable], rewards: Sequence[float]
 ) -> np.ndarray:
-    """Return an epoch's advantages (N,): "per_prompt" (running statistics of `tracker`), "group", "loo" or "global"."""
+    """Return an epoch's advantages (N,): "per_prompt" (running statistics of `tracker`), "group" or "global"."""
     if kind == "group":
         return group_advantages(prompts, rewards)
-    if kind == "loo":
-        return leave_one_out_advantages(prompts, rewards)
     if kind == "global":
         rewards = np.asarray(rewards, dtype=np.float64)
         return _standardize(rewards, rewards)

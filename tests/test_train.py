@@ -73,7 +73,7 @@ def test_half_precision_logs_the_ratio_of_the_second_update(script, train, monke
         {"train__kl_coef": 0.5, "train__lora_rank": 2, "train__lora_targets": ("to_q", "conv1")},
         {"train__advantage": "group", "sample__images_per_prompt": 4, "train__num_inner_epochs": 2},
         {"train__advantage": "global", "train__timestep_fraction": 0.67, "train__gradient_checkpointing": True},
-        {"train__advantage": "loo", "sample__images_per_prompt": 2, "train__timestep_window": (0.0, 0.5)}
+        {"train__advantage": "group", "sample__images_per_prompt": 2, "train__timestep_window": (0.0, 0.5)}
         | {"sample__guidance_scale": 1.0, "train__cfg": False, "train__gradient_accumulation_steps": 2}
         | {"reward_fn": "isic_classifier_reward:1.0,jpeg_compressibility:0.1"},
     ],

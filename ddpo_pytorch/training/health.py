@@ -29,7 +29,7 @@ def singles(prompts: Sequence[str]) -> int:
 
 def check_groups(advantage: str, prompts: Sequence[str]) -> None:
     """Raise UserError if advantages are relative to the prompt's group but every prompt occurs only once."""
-    if advantage in ("group", "loo") and singles(prompts) == len(prompts):
+    if advantage == "group" and singles(prompts) == len(prompts):
         raise UserError(
             f"train.advantage is {advantage!r}, but no two of the first epoch's {len(prompts)} samples share a prompt, "
             "so every advantage would be 0; set sample.images_per_prompt to 2 or more, or train.advantage=per_prompt"
@@ -55,7 +55,7 @@ class HealthCheck:
         grad_norm, clipfrac, before = entry["grad_norm"], entry["clipfrac"], self._grad_norms
         usual = statistics.median(before) if len(before) >= GRAD_NORM_EPOCHS else math.inf
         problems = {}
-        if self._train.advantage in ("group", "loo") and (alone := singles(prompts)):
+        if self._train.advantage == "group" and (alone := singles(prompts)):
             problems["singles"] = (
                 f"epoch {epoch}: {alone} of {len(set(prompts))} prompts were drawn once and teach nothing with "
                 f"train.advantage={self._train.advantage}: set sample.images_per_prompt to 2 or more"

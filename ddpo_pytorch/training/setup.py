@@ -64,7 +64,7 @@ RANGES = {
 TRAINING = BATCHES | {name: allowed for allowed, names in RANGES.items() for name in names}
 # (setting, value that FSDP does not support, one that it does)
 WITHOUT_FSDP = (("use_lora", True, False), ("train.use_8bit_adam", True, False), ("mixed_precision", "fp16", "bf16"))
-ADVANTAGES = ("per_prompt", "group", "loo", "global")
+ADVANTAGES = ("per_prompt", "group", "global")
 TRIED_PROMPTS = 32  # prompts to try the reward on, if not all are known
 
 
