@@ -1,9 +1,10 @@
 """Real dermoscopy: judges from ImageNet weights, and a small Stable Diffusion from scratch, on ISIC 2019 at 128 px.
 
-Takes an hour on one GPU, or a patient CPU. Put images in <root>/data/images and the official split tables in
+For one GPU, or a CPU for about a day. Put images in <root>/data/images and the official split tables in
 <root>/data/splits, then run the stages in this order:
 
-    train_isic_classifier.py (--num_classes 6 and 4)  train_sd.py :train_vae, :finetune_sd  train.py  eval.py  metric.py
+    train_isic_classifier.py (--num_classes 6 and 4)  train_sd.py :train_vae, :finetune_sd  train.py
+    extract_dataset_latents.py  eval.py  metric.py
 
 For sharper images, :train_vae_f4 and :train_vae_decoder take the place of :train_vae; see docs/training.md.
 Experiments that are not defined below are those of config/dgx.py with the paths and sizes of this file.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ISIC 2019 at 128 px with a small Stable Diffusion from scratch, on one GPU or a patient CPU. First put the images in
+# ISIC 2019 at 128 px with a small Stable Diffusion from scratch, on one GPU, or on a CPU in about a day. First put the images in
 # rl4med-out/isic128/data/images. Times were measured with smaller settings on one CPU core (docs/results.md).
 #
 #     bash runs/isic128.sh

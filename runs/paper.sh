@@ -16,7 +16,7 @@ RUN=$OUT/logs/isic_classifier_reward_main
 stage download "?" python scripts/download.py
 # optional: these repeat the training of the reward classifier and the judge; the published ones are used below
 stage classifier-H6 "?" $LAUNCH scripts/train_isic_classifier.py $DATA --num_classes 6 --batch_size 8
-stage classifier-H4 "?" $LAUNCH scripts/train_isic_classifier.py $DATA --num_classes 4 --batch_size 8
+stage classifier-H4 "?" $LAUNCH scripts/train_isic_classifier.py $DATA --num_classes 4 --batch_size 8 --seed 4
 # optional: stage (i), from SD 1.5; the published UNet is used below
 stage finetune "1.3 h, modelled" $LAUNCH scripts/train_sd.py --config $DGX:finetune_sd
 stage real-images "?" $LAUNCH scripts/extract_dataset_latents.py --config $DGX:preprocess_isic_real_data

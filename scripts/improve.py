@@ -1,10 +1,10 @@
-"""Improve the generator in rounds: sample a pool, let the judges select, train on their selection, measure.
+"""Improve the generator in rounds: train it on the judges' scores, then measure it with held-out judges.
 
     python scripts/improve.py --config config/fundus.py:improve
 
-A round samples a best-of-N pool (scripts/generate.py), then trains the generator by each of `improve.methods` in turn:
-"finetune" on the selected images, weighted by the Policy's scores and mixed with real ones (scripts/train_sd.py);
-"ddpo" with the reward fundus_alignment (scripts/train.py). With `improve.update_policy`, the Policy first learns from
+A round trains the generator by each of `improve.methods` in turn: "finetune" on the best images of a pool
+(scripts/generate.py), weighted by the Policy's scores and mixed with real ones (scripts/train_sd.py); "ddpo" with the
+reward fundus_alignment (scripts/train.py). With `improve.update_policy`, the Policy first learns from
 new images that the Selector rates (stage 2 of scripts/train_rlhf.py). Held-out judges then score images from fixed
 noise; KID to real images and diversity are measured as well. A collapse of any of these ends the run with a warning. A
 control without training, the initial generator at other guidance scales (`improve.control_guidance`), is listed too.
