@@ -1,4 +1,4 @@
-"""The embedded default: the phantom world at 64 px on a laptop CPU, offline, in minutes.
+"""The default experiments: the mini world, phantoms at 64 px on a laptop CPU, offline, in minutes.
 
     accelerate launch scripts/train.py --config config/mini.py:prompt_image_alignment_classifier_isic
 
