@@ -26,8 +26,10 @@ from ddpo_pytorch.data.images import (
     load_image,
     load_pixels,
     loader_options,
+    open_image,
     read_rgb,
     save_image,
+    upright_size,
 )
 from ddpo_pytorch.data.sample_folder import write_log
 from ddpo_pytorch.metrics.image_sets import any_files, inspect_files
@@ -122,6 +124,25 @@ DICOM = {
     "colour": ((COLOUR, 8, "RGB"), COLOUR),
 }
 TAGS = {"window": WINDOW, "rescaled": WINDOW | {"RescaleSlope": 1, "RescaleIntercept": -1024}}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+def test_a_photograph_is_turned_as_its_camera_was_held(orientation, suffix, tmp_path):
+    """As the EXIF standard says: by turns and mirrors of the rows and columns in the file."""
+    upright = np.zeros((24, 16, 3), np.uint8)
+    upright[:8, :8], upright[16:, 8:] = 200, 100
+    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1]}
+    stored |= {5: upright.transpose(1, 0, 2), 6: np.rot90(upright), 7: np.rot90(upright)[:, ::-1]}
+    stored[8] = np.rot90(upright, -1)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"image.{suffix}"
+    Image.fromarray(np.ascontiguousarray(stored[orientation])).save(path, exif=exif, quality=100)
+    with open_image(path) as image:
+        assert upright_size(image) == (16, 24)
+    found = load_pixels(path).permute(1, 2, 0).numpy().astype(int)
+    assert np.abs(found - upright).max() < 30  # JPEG
 
 
 @pytest.mark.parametrize("name", DICOM)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 from torch.utils.data import Dataset
@@ -36,7 +36,7 @@ LARGEST_SIDE = 4096  # pixels of a judge's input
 # allowed contents besides DICOM, whatever the suffix: Pillow would pass others to programs (PostScript to Ghostscript)
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 # incremented whenever `read_rgb` returns other pixels for a file, which invalidates caches
-READER_VERSION = 2
+READER_VERSION = 3
 # how to make images square: scale the sides independently, as in the paper; crop to the middle; pad with black; or crop
 # a fundus photograph to its field of view and pad
 RESIZES = ("stretch", "crop", "pad", "fov")
@@ -100,13 +100,14 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
 
 
 def read_rgb(path: str | Path) -> Image.Image:
-    """Decode a complete file as 8-bit RGB.
+    """Decode a complete file as 8-bit RGB, turned as its EXIF orientation says.
 
     16-bit grey levels are divided by 257 and rounded, 16-bit RGB keeps the upper byte. Raises UserError as `open_image`
     does, for transparent pixels, and for 16-bit images that use only the lowest twelve bits and would be nearly black.
     """
     with open_image(path) as image:
         _, white = _layout(image)  # before decoding, which discards it
+        ImageOps.exif_transpose(image, in_place=True)
         if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
             straight = image.convert("LA") if image.mode == "La" else image
             if straight.convert("RGBA").getchannel("A").getextrema()[0] < 255:
@@ -120,6 +121,13 @@ def read_rgb(path: str | Path) -> Image.Image:
         if white and max(high for _, high in picture.getextrema()) < 16:
             raise _refusal(path, f"has no level above {white // 16}, where white is {white}")
         return picture
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return the (width, height) that `read_rgb` gives an image from `open_image`, without decoding it."""
+    tag = ExifTags.Base.Orientation  # which Pillow itself applies to TIFF
+    turned = "exif" in image.info and image.format != "TIFF" and image.getexif().get(tag, 1) >= 5
+    return image.size[::-1] if turned else image.size
 
 
 def _refusal(path: str | Path, reason: str) -> UserError:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from accelerate.utils import gather_object
 
-from ddpo_pytorch.data.images import SUFFIXES, open_image
+from ddpo_pytorch.data.images import SUFFIXES, open_image, upright_size
 from ddpo_pytorch.data.isic import CAPTIONS, short_caption
 from ddpo_pytorch.data.metadata import METADATA, of_caption, read_metadata
 from ddpo_pytorch.data.sample_folder import captions_without_images, read_log, read_settings
@@ -181,7 +181,7 @@ def _inspect(path: Path) -> tuple[str, str, tuple[int, int]]:
     """Return a file's SHA-256, its fault or "", and (width, height)."""
     try:
         with open_image(path) as image:
-            mode, size, transparent = image.mode, image.size, "transparency" in image.info
+            mode, size, transparent = image.mode, upright_size(image), "transparency" in image.info
         digest = sha256(path)
     except UserError as error:
         return "", str(error), (0, 0)
@@ -217,7 +217,7 @@ def _log_entries(folder: Path, samples: Samples) -> dict[str, dict]:
 def shape_of(images: ImageSet) -> tuple[int, int]:
     """Return (height, width) in pixels, which `inspect_files` ensures to be the same for all images."""
     with open_image(images.paths[0]) as image:
-        return image.size[1], image.size[0]
+        return upright_size(image)[::-1]
 
 
 def match_prompts(groups: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:

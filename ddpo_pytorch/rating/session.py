@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ddpo_pytorch.data.fundus import load_split, modality_of, tidy_path
-from ddpo_pytorch.data.images import open_image
+from ddpo_pytorch.data.images import open_image, upright_size
 from ddpo_pytorch.data.sample_folder import read_log
 from ddpo_pytorch.rating.store import Store
 from ddpo_pytorch.utils.errors import UserError
@@ -80,7 +80,7 @@ def _item(path: Path, prompt: str, folder: str | Path, table: str | Path, where:
         if fault:
             raise UserError(fault)
         with open_image(resolved) as image:
-            size = image.size
+            size = upright_size(image)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     return Item(resolved, image_path, prompt, modality_of(prompt), size, patient)
