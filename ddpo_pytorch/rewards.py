@@ -76,9 +76,10 @@ def fundus_alignment(judges: str | Path, device: str | torch.device = "cpu") -> 
     selector, policy = load_judges(judges, device)
 
     def reward(images, prompts, metadata):
-        quality = selector.score(images).double().cpu().numpy()
+        scores = selector.score(images)
+        passed, quality = selector.accepts(scores).cpu().numpy(), scores.double().cpu().numpy()
         alignment = policy.score(images, prompts).double().cpu().numpy()
-        return (quality >= selector.threshold) * alignment, {"selector": quality, "policy": alignment}
+        return passed * alignment, {"selector": quality, "policy": alignment}
 
     return reward
 

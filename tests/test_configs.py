@@ -201,6 +201,7 @@ BAD = {
         ("train.clip_range", 0.0),
         ("train.kl_coef", -0.1),
         ("train.timestep_fraction", 0.0),
+        *(("sd.caption_dropout", share) for share in (10.0, math.nan)),
         ("held_out.tolerance", 1.0),
         ("early_stop.patience", -1),
         ("per_prompt_stat_tracking.min_count", 1),

@@ -129,6 +129,11 @@ def test_the_reward_is_the_policys_score_of_what_passes(bert_pipeline_dir, tmp_p
     np.testing.assert_allclose(info["selector"], quality, rtol=1e-5)
     assert 0 < (rewards > 0).sum() < 6
 
+    selector.threshold = None
+    save_selector(selector, tmp_path / SELECTOR_FILE)
+    with pytest.raises(UserError, match="no threshold"):
+        build_reward("fundus_alignment", {"fundus_alignment": {"judges": tmp_path}})(images, prompts, [])
+
 
 def test_round_metrics_equal_those_computed_by_hand(judges_dir):
     selector, policy = load_judges(judges_dir)

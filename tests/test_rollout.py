@@ -96,6 +96,7 @@ def test_geometry_counts():
     assert "64 samples per epoch" in found.describe() and "2 updates of 32 samples" in found.describe()
     assert geometry(timestep_window=(0.2, 0.75), timestep_fraction=0.5).timestep_window == (2, 8)
     assert geometry(timestep_window=(0.2, 0.75), timestep_fraction=0.5).train_timesteps == 3
+    assert geometry(num_steps=50, timestep_fraction=0.58).train_timesteps == 29  # 28.999999999999996
 
 
 def test_geometry_that_does_not_fit():

@@ -56,7 +56,7 @@ RANGES = {
     ZERO_OR_MORE: ("early_stop.patience", "held_out.every", "held_out.patience"),
     POSITIVE: ("train.learning_rate", "train.adam_epsilon", "train.adv_clip_max", "train.clip_range"),
     NOT_NEGATIVE: ("train.adam_weight_decay", "train.kl_coef", "train.data_coef", "early_stop.tolerance"),
-    BELOW_ONE: ("train.adam_beta1", "train.adam_beta2", "held_out.tolerance"),
+    BELOW_ONE: ("train.adam_beta1", "train.adam_beta2", "held_out.tolerance", "sd.caption_dropout"),
     FINITE: ("sample.guidance_scale",),
     Range("(0, inf]"): ("train.max_grad_norm",),  # inf: gradients are not clipped
     SEED: ("seed",),
@@ -140,7 +140,7 @@ def batch_sizes(sample: ConfigDict, train: ConfigDict, processes: int) -> BatchS
     # rounded, since 0.28 * 50 is 14.000000000000002
     first, last = (round(share * sample.num_steps, 9) for share in (low, high))
     first, last = math.floor(first), math.ceil(last)
-    timesteps = int((last - first) * train.timestep_fraction)
+    timesteps = int(round((last - first) * train.timestep_fraction, 9))
     if timesteps < 1:
         raise UserError(
             f"train.timestep_fraction={train.timestep_fraction} of {last - first} timesteps is less than one; raise it"
