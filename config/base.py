@@ -147,16 +147,16 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     held_out.update(patience=0, tolerance=0.05)
 
     ###### Prompts ######
-    config.prompt_fn = "isic_all"  # name of a function in ddpo_pytorch.prompts
+    config.prompt_fn = "isic_all"  # name in PROMPTS of ddpo_pytorch/prompts.py, or "my_module:my_prompts"
     # its keyword arguments; those of your own function need not be declared here. None is not passed on. from_file
-    # reads lines [low, high) of path, fundus_table the captions of a table; composed inserts findings of a table or
-    # of a model folder of train_sd.py, into `templates`, ("The {eye} eye fundus image shows {finding}.",).
+    # reads lines [low, high) of path, fundus_table the captions of a table; composed fills `templates`, by default
+    # ("The {eye} eye fundus image shows {finding}.",), with the findings of a table or of a model's training captions.
     config.prompt_fn_kwargs = prompt_fn_kwargs = KeywordArguments()
     for name, kind in (("path", str), ("low", int), ("high", int)):
         prompt_fn_kwargs[name] = placeholder(kind)
 
     ###### Rewards ######
-    # name of a function in ddpo_pytorch.rewards, or a weighted sum such as
+    # name in REWARDS of ddpo_pytorch/rewards.py, "my_module:my_reward", or a weighted sum such as
     # "isic_classifier_reward:1.0,jpeg_compressibility:0.1".
     config.reward_fn = "isic_classifier_reward"
     # keyword arguments by reward name. Those of your own reward need not be declared here.
@@ -343,6 +343,9 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     rlhf.update(final_learning_rate=1e-6, weight_decay=1e-4)
     rlhf.warmup_steps = 0  # linear warm-up of stage 1, in updates; 0: none, as in the official code
     rlhf.flip = True  # mirror images at random, and the eye in their prompts (not with "o'clock" and the like)
+    # share of the images rated 3 in alignment that the Policy sees with the caption of another finding (and a target of
+    # 0), drawn in every epoch.
+    rlhf.wrong_captions = 0.0
 
     ###### Improvement rounds (improve.py) ######
     config.improve = improve = ml_collections.ConfigDict()

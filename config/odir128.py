@@ -1,4 +1,4 @@
-"""The second system on real photographs: ODIR-5K at 128 px, judges from ImageNet weights, on one GPU or a patient CPU.
+"""The second system on real photographs: ODIR-5K at 128 px, judges from ImageNet weights, on a GPU, or a CPU in hours.
 
 Put images and captions.csv in <root>/data, split them with ddpo_pytorch.data.fundus, and make rating sets from
 the training and the validation table (docs/fundus.md). Then run the stages in this order:
@@ -29,6 +29,7 @@ def small(config):
     # pretrained features need neither many epochs nor the transformer's settings
     config.rlhf.update(text_encoder=root + "/sd", text_tokens=48, image_size=128, width=256)
     config.rlhf.update(backbone="tf_efficientnet_lite0", num_epochs=6, learning_rate=5e-4, second_learning_rate=1e-4)
+    config.rlhf.wrong_captions = 0.4
     config.improve.held_out_images = 2  # for each of about 100 captions
     config.metric.update(inception="", alexnet="")
     return config

@@ -16,7 +16,7 @@ from script_tools import assert_same_training, files_of, options, read_lines, su
 
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.policy import TextFeatures, load_judges
-from ddpo_pytorch.rlhf import rated_images
+from ddpo_pytorch.rlhf import rated_images, training
 from ddpo_pytorch.rlhf.training import chosen_samples
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.training_state import TrainState
@@ -198,6 +198,7 @@ def test_settings_reach_the_training(train, table, tmp_path):
     few = table(lambda rows: rows[:48])
     levels = table(lambda rows: rows[:48].assign(expert_level=1 + rows.index[:48] % 3))
     changes = {"plain": {}, "levels": {"ratings": levels}, "delta": {"objective": "delta"}, "still": {"flip": False}}
+    changes["wrong captions"] = {"wrong_captions": 0.5}
     for name, fields in changes.items():
         train(**{"ratings": few, "output": tmp_path / name, "num_epochs": 1, "stages": (1,)} | fields)
         found[name] = load_file(tmp_path / name / NAMES[1])["head.8.weight"]
@@ -226,6 +227,31 @@ def test_mirrored_images_have_mirrored_captions(train, tmp_path, monkeypatch):
     monkeypatch.setattr(TextFeatures, "__call__", features)
     train(output=tmp_path, num_epochs=1, stages=(1,))
     assert [prompt.endswith(", mirrored") for prompt in seen].count(True) == sum(flipped) > 60
+
+
+def test_wrong_captions_give_the_policy_alone_no_reward(train, tmp_path, monkeypatch):
+    """All images have the first one's caption: the Policy's rewards are 0 but for the first image."""
+    rewards, prompts, shares = [], [], []
+
+    def first_caption(rated, share, seed, epoch):
+        shares.append(share)
+        return torch.zeros(len(rated)).long()
+
+    def seen_rewards(batch, values, original=training.advantages):
+        rewards.append(batch.count_nonzero().item())
+        return original(batch, values)
+
+    def seen_prompts(text, batch, original=TextFeatures.__call__):
+        prompts.append(set(batch))
+        return original(text, batch)
+
+    monkeypatch.setattr(rated_images.RatedSet, "caption_sources", first_caption)
+    monkeypatch.setattr(training, "advantages", seen_rewards)
+    monkeypatch.setattr(TextFeatures, "__call__", seen_prompts)
+    train(output=tmp_path, num_epochs=1, stages=(1,), wrong_captions=0.4, flip=False)
+    batches = len(rewards) // 2  # rewards of the Selector and of the Policy by turns
+    assert shares == [0.4] and sum(rewards[1::2]) <= 1 and min(rewards[::2]) > 2
+    assert sum(len(batch) == 1 for batch in prompts) == batches
 
 
 def test_generated_images_are_no_patients(train, rated, tmp_path):

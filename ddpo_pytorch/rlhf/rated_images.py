@@ -73,6 +73,22 @@ class RatedSet:
         possible = torch.tensor([prompt is not None for prompt in self.mirrored])
         return (torch.rand(len(self), generator=generator_of(seed, Stream.NOISE, epoch)) < 0.5) & possible
 
+    def caption_sources(self, share: float, seed: int, epoch: int) -> torch.Tensor:
+        """Draw which image's caption each image has in an epoch: indices (N,), mostly its own.
+
+        A `share` of the images rated 3 in alignment get the caption of a random image with no finding in common, unless
+        there is none whose caption can be mirrored.
+        """
+        random = generator_of(seed, Stream.PROMPTS, epoch)
+        matching = (self.rewards["alignment"] > 0.75) & (torch.rand(len(self), generator=random) < share)
+        findings = [findings_of(prompt) for prompt in self.prompts]
+        possible = [index for index, prompt in enumerate(self.mirrored) if prompt is not None]
+        sources = torch.arange(len(self))
+        for index in matching.nonzero().flatten().tolist() if possible else ():
+            others = [possible[one] for one in torch.randperm(len(possible), generator=random).tolist()]
+            sources[index] = next((one for one in others if not findings[one] & findings[index]), index)
+        return sources
+
 
 def read_rated(rated: Sequence[RatedImage], size: int, resize: str = "fov") -> RatedSet:
     """Decode images to size x size pixels with the judges' own resizing (`judges.vit.resized`).

@@ -50,7 +50,7 @@ PATHS += ("backbone_weights",)
 SECOND_ONLY = ("second_learning_rate", "replay_share")
 RANGES = dict.fromkeys(("num_epochs", "batch_size", "text_tokens"), allowed.ONE_OR_MORE)
 RANGES |= dict.fromkeys(("learning_rate", "second_learning_rate", "final_learning_rate"), allowed.POSITIVE)
-RANGES |= dict.fromkeys(("replay_share", "val_share"), allowed.BELOW_ONE)
+RANGES |= dict.fromkeys(("replay_share", "val_share", "wrong_captions"), allowed.BELOW_ONE)
 RANGES |= {"warmup_steps": allowed.ZERO_OR_MORE, "weight_decay": allowed.NOT_NEGATIVE}
 
 
@@ -139,7 +139,12 @@ def train_stage(
     state = TrainState(state_path(output, stage), settings, **parts)
 
     def loss_of(
-        name: str, model: torch.nn.Module, indices: torch.Tensor, images: torch.Tensor, prompts: list[str]
+        name: str,
+        model: torch.nn.Module,
+        indices: torch.Tensor,
+        images: torch.Tensor,
+        prompts: list[str],
+        targets: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
         """Return the loss of one judge, summed over outputs, for float images (B, 3, S, S) with these indices (B,)."""
         judge = judges[name]
@@ -152,7 +157,7 @@ def train_stage(
             values = judge.score(images, prompts)[:, None]
         losses = []
         for output, column in enumerate((COLUMN[name], *judge.criteria)):
-            rewards = to_device(train.rewards[column][indices], device)
+            rewards = to_device(targets[column][indices], device)
             gains = advantages(rewards.nan_to_num(), values[:, output])
             losses.append(reinforce_loss(logits[:, output], gains, weights * ~rewards.isnan(), rlhf.objective))
         return torch.stack(losses).sum()
@@ -184,6 +189,9 @@ def train_stage(
         batches.epoch, started = epoch, time.perf_counter()
         losses = {name: [] for name in judges}
         flips = train.flips(seed, epoch) if rlhf.flip else torch.zeros(len(train)).bool()
+        sources = train.caption_sources(rlhf.wrong_captions, seed, epoch)
+        own = sources == torch.arange(len(train))
+        targets = train.rewards | {"alignment": train.rewards["alignment"].where(own, 0.0)}
         for model in models:
             model.train()
         with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
@@ -196,8 +204,9 @@ def train_stage(
                 images, flipped = train.images[indices], flips[indices]
                 images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
                 images = to_device(images, device).float() / 255
-                prompts = [(train.mirrored if flips[index] else train.prompts)[index] for index in batch]
-                inputs = indices, images, prompts
+                captions = [train.mirrored if mirror else train.prompts for mirror in flipped.tolist()]
+                prompts = [given[source] for given, source in zip(captions, sources[indices].tolist(), strict=True)]
+                inputs = indices, images, prompts, targets
                 batch_losses = [loss_of(*judge, *inputs) for judge in zip(judges, models, strict=True)]
                 accelerator.backward(torch.stack(batch_losses).sum())  # the judges share no weights
                 optimizer.step()
