@@ -92,7 +92,7 @@ def _find_weights(folder: Path) -> tuple[list[Path], str | None]:
 def check_fit(
     given: Mapping[str, torch.Tensor],
     expected: Mapping[str, torch.Tensor],
-    file: Path,
+    file: str | Path,
     advice: str,
     names: Mapping[str, str] | None = None,
 ) -> None:

@@ -20,7 +20,8 @@ from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
 
 from ddpo_pytorch.data.images import LARGEST_SIDE
 from ddpo_pytorch.data.isic import LABELS
-from ddpo_pytorch.judges.vit import build, check_fit, read_judge, save_judge, timm_network
+from ddpo_pytorch.generator.parts import check_fit
+from ddpo_pytorch.judges.vit import build, read_judge, save_judge, timm_network
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_write
 from ddpo_pytorch.utils.json_files import OneOf
@@ -200,7 +201,7 @@ def load_backbone(model: ArtifactClassifier, path: str | Path) -> None:
         for name, value in model.model.state_dict().items()
         if not name.startswith(head) and (name in backbone or not name.endswith("num_batches_tracked"))
     }
-    check_fit(backbone, expected, path, f"the backbone of --arch={model.arch}")
+    check_fit(backbone, expected, path, f"give another file, or another --arch than {model.arch}")
     model.model.load_state_dict(backbone, strict=False)
     source = "torchvision's" if from_torchvision else "timm's"
     logger.info("backbone from %s: %d tensors under %s names; the head is random", path, len(backbone), source)

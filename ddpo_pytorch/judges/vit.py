@@ -15,7 +15,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ddpo_pytorch.data.images import LARGEST_SIDE
-from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.generator.parts import check_fit
+from ddpo_pytorch.utils.errors import UserError, one_line
 from ddpo_pytorch.utils.files import atomic_write
 from ddpo_pytorch.utils.json_files import parse_json
 from ddpo_pytorch.utils.settings import BELOW_ONE, Range, check_choices, check_ranges
@@ -197,17 +198,6 @@ def read_judge(path: str | Path, kind: str, shape: Mapping[str, Any]) -> tuple[d
     return description, weights
 
 
-def check_fit(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], path: Path, what: str) -> None:
-    """Raise UserError with `path` and the first name or shape in which `weights` differ from those of `what`."""
-    ours, theirs = ({name: tuple(value.shape) for name, value in state.items()} for state in (expected, weights))
-    if wrong := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
-        shapes = f"{theirs.get(wrong[0], 'absent')} instead of {ours.get(wrong[0], 'absent')}"
-        raise UserError(
-            f"{str(path)!r} does not fit {what}: {wrong[0]} is {shapes}, and {len(wrong) - 1} more differ; give "
-            "another file, or the architecture of this one"
-        )
-
-
 def build(make: Callable[[], nn.Module], weights: Mapping[str, torch.Tensor], path: str | Path) -> nn.Module:
     """Return the module that `make` builds, with `weights` loaded, frozen and in eval mode.
 
@@ -218,9 +208,8 @@ def build(make: Callable[[], nn.Module], weights: Mapping[str, torch.Tensor], pa
         with torch.device("meta"):
             expected = make().state_dict()
     except Exception as error:  # timm raises many kinds of errors for invalid descriptions
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{str(path)!r} describes a network that cannot be built ({reason})") from error
-    check_fit(weights, expected, path, "the network that it describes")
+        raise UserError(f"{str(path)!r} describes a network that cannot be built ({one_line(error, 300)})") from error
+    check_fit(weights, expected, path, "the file contradicts its own description, fetch or train it again")
     module = make()
     module.load_state_dict(weights)
     return module.requires_grad_(False).eval()
