@@ -10,15 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpo_pytorch.data.fundus import (
-    MODALITY,
-    assign_patients,
-    caption_fault,
-    caption_of,
-    modality_of,
-    patient_of,
-    tidy_path,
-)
+from ddpo_pytorch.data import fundus
 from ddpo_pytorch.data.sample_folder import is_framed
 from ddpo_pytorch.data.tables import number, read_table
 from ddpo_pytorch.utils.errors import UserError
@@ -107,11 +99,11 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
         return name, file
 
     def make(fields: dict[str, str], index: int, line: int, faults: list[str]) -> tuple[Rating, tuple | None, str]:
-        image, file = find(tidy_path(fields["image_path"]), faults)
+        image, file = find(fundus.tidy_path(fields["image_path"]), faults)
         if fields.get("other"):
             faults.append("it is a preference for one of two images, of rate.py --mode=pair; judges learn from ratings")
-        modality = fields.get("modality") or modality_of(fields["prompt"]) or MODALITY
-        if fault := caption_fault(fields["prompt"], modality, only):
+        modality = fields.get("modality") or fundus.modality_of(fields["prompt"]) or fundus.MODALITY
+        if fault := fundus.caption_fault(fields["prompt"], modality, only):
             faults.append(fault)
         values: dict[str, float | None] = {}
         for name in ("expert_level", "rating", "quality", "alignment", *CRITERIA):
@@ -121,12 +113,12 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
                 hint = " (without this column all are 3)" * (name == "expert_level")
                 faults.append(f"{name} is {fields[name]!r}; allowed are 1 to 3{hint}")
         # a generated image shows no patient, so each counts as its own patient
-        patient = fields.get("patient") or (image if is_framed(file) else patient_of(image))
+        patient = fields.get("patient") or (image if is_framed(file) else fundus.patient_of(image))
         rater = fields.get("rater_id", "")
         other, first = patients.setdefault(image, (patient, line))
         if patient != other:
             faults.append(f"image {image!r} is of patient {patient!r}, in line {first} of {other!r}")
-        prompt = caption_of(fields["prompt"], *only)
+        prompt = fundus.caption_of(fields["prompt"], *only)
         common = dict(modality=modality, rater_id=rater, patient=patient, line=line, path=file)
         criteria = {name: value for name in CRITERIA if (value := values.pop(name)) is not None}
         rating = Rating(image=image, prompt=prompt, criteria=criteria, **common, **values)
@@ -179,7 +171,7 @@ def split_by_patient(
     if not 0 < share < 1:
         raise UserError(f"the validation share is {share}; allowed is a number between 0 and 1")
     kinds = [rating_class(image.quality) for image in images]
-    chosen = assign_patients([image.patient for image in images], kinds, (1 - share, share), seed)
+    chosen = fundus.assign_patients([image.patient for image in images], kinds, (1 - share, share), seed)
     train, val = ([image for image, part in zip(images, chosen, strict=True) if part == index] for index in (0, 1))
     return train, val
 

@@ -20,23 +20,11 @@ from ddpo_pytorch.rollout import draw_prompts
 from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.training.held_out import HeldOut, load_judge
 from ddpo_pytorch.training.run_folder import parse_trackers
+from ddpo_pytorch.utils import settings as allowed
 from ddpo_pytorch.utils.distributed import sharding_requested
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints, with_contents
-from ddpo_pytorch.utils.settings import (
-    BELOW_ONE,
-    FINITE,
-    NOT_NEGATIVE,
-    ONE_OR_MORE,
-    POSITIVE,
-    SEED,
-    SHARE,
-    ZERO_OR_MORE,
-    Range,
-    check_choices,
-    check_pair,
-    check_ranges,
-)
+from ddpo_pytorch.utils.settings import Range, check_choices, check_pair, check_ranges
 
 logger = logging.getLogger(__name__)
 BATCHES = dict.fromkeys(
@@ -45,23 +33,23 @@ BATCHES = dict.fromkeys(
         *("train.batch_size", "train.gradient_accumulation_steps", "train.num_inner_epochs"),
         "train.timesteps_per_forward",
     ],
-    ONE_OR_MORE,
+    allowed.ONE_OR_MORE,
 ) | {"train.timestep_fraction": Range("(0, 1]")}
 # Outside these ranges training fails, or runs and learns nothing.
 RANGES = {
-    ONE_OR_MORE: (
+    allowed.ONE_OR_MORE: (
         *("num_epochs", "save_freq", "num_checkpoint_limit", "train.max_skipped_updates", "train.lora_rank"),
         "held_out.images_per_prompt",
     ),
-    ZERO_OR_MORE: ("early_stop.patience", "held_out.every", "held_out.patience"),
-    POSITIVE: ("train.learning_rate", "train.adam_epsilon", "train.adv_clip_max", "train.clip_range"),
-    NOT_NEGATIVE: ("train.adam_weight_decay", "train.kl_coef", "train.data_coef", "early_stop.tolerance"),
-    BELOW_ONE: ("train.adam_beta1", "train.adam_beta2", "held_out.tolerance", "sd.caption_dropout"),
-    FINITE: ("sample.guidance_scale",),
+    allowed.ZERO_OR_MORE: ("early_stop.patience", "held_out.every", "held_out.patience"),
+    allowed.POSITIVE: ("train.learning_rate", "train.adam_epsilon", "train.adv_clip_max", "train.clip_range"),
+    allowed.NOT_NEGATIVE: ("train.adam_weight_decay", "train.kl_coef", "train.data_coef", "early_stop.tolerance"),
+    allowed.BELOW_ONE: ("train.adam_beta1", "train.adam_beta2", "held_out.tolerance", "sd.caption_dropout"),
+    allowed.FINITE: ("sample.guidance_scale",),
     Range("(0, inf]"): ("train.max_grad_norm",),  # inf: gradients are not clipped
-    SEED: ("seed",),
+    allowed.SEED: ("seed",),
 }
-TRAINING = BATCHES | {name: allowed for allowed, names in RANGES.items() for name in names}
+TRAINING = BATCHES | {name: interval for interval, names in RANGES.items() for name in names}
 # (setting, value that FSDP does not support, one that it does)
 WITHOUT_FSDP = (("use_lora", True, False), ("train.use_8bit_adam", True, False), ("mixed_precision", "fp16", "bf16"))
 ADVANTAGES = ("per_prompt", "group", "global")
@@ -136,7 +124,7 @@ def batch_sizes(sample: ConfigDict, train: ConfigDict, processes: int) -> BatchS
         raise UserError(
             f"sample.images_per_prompt={sample.images_per_prompt} does not divide the {local} samples per process"
         )
-    low, high = check_pair("train.timestep_window", train.timestep_window, SHARE)
+    low, high = check_pair("train.timestep_window", train.timestep_window, allowed.SHARE)
     # rounded, since 0.28 * 50 is 14.000000000000002
     first, last = (round(share * sample.num_steps, 9) for share in (low, high))
     first, last = math.floor(first), math.ceil(last)
