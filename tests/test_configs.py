@@ -195,6 +195,7 @@ BAD = {
         ("seed", None),
         ("sample.guidance_scale", math.nan),
         ("sample.batch_size", 0),
+        ("sample.num_batches_per_epoch", 0),
         *(("train.learning_rate", rate) for rate in (0.0, math.inf, math.nan)),
         ("train.adam_beta1", 1.0),
         ("train.adam_weight_decay", -1.0),

@@ -103,7 +103,6 @@ def test_geometry_that_does_not_fit():
     for overrides, expected in (
         ({"gradient_accumulation_steps": 3}, "= 32 samples .* = 12"),
         ({"images_per_prompt": 5}, "does not divide the 32"),
-        ({"num_batches_per_epoch": 0}, "sample.num_batches_per_epoch is 0"),
         ({"timestep_window": (0.5, 0.5)}, "timestep_window"),
         ({"timestep_fraction": 0.05}, "less than one"),
     ):

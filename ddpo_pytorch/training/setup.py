@@ -27,29 +27,24 @@ from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints, w
 from ddpo_pytorch.utils.settings import Range, check_choices, check_pair, check_ranges
 
 logger = logging.getLogger(__name__)
-BATCHES = dict.fromkeys(
-    [
-        *("sample.batch_size", "sample.num_batches_per_epoch", "sample.images_per_prompt", "sample.num_steps"),
-        *("train.batch_size", "train.gradient_accumulation_steps", "train.num_inner_epochs"),
-        "train.timesteps_per_forward",
-    ],
-    allowed.ONE_OR_MORE,
-) | {"train.timestep_fraction": Range("(0, 1]")}
 # Outside these ranges training fails, or runs and learns nothing.
 RANGES = {
     allowed.ONE_OR_MORE: (
         *("num_epochs", "save_freq", "num_checkpoint_limit", "train.max_skipped_updates", "train.lora_rank"),
-        "held_out.images_per_prompt",
+        *("sample.batch_size", "sample.num_batches_per_epoch", "sample.images_per_prompt", "sample.num_steps"),
+        *("train.batch_size", "train.gradient_accumulation_steps", "train.num_inner_epochs"),
+        *("train.timesteps_per_forward", "held_out.images_per_prompt"),
     ),
     allowed.ZERO_OR_MORE: ("early_stop.patience", "held_out.every", "held_out.patience"),
     allowed.POSITIVE: ("train.learning_rate", "train.adam_epsilon", "train.adv_clip_max", "train.clip_range"),
     allowed.NOT_NEGATIVE: ("train.adam_weight_decay", "train.kl_coef", "train.data_coef", "early_stop.tolerance"),
     allowed.BELOW_ONE: ("train.adam_beta1", "train.adam_beta2", "held_out.tolerance", "sd.caption_dropout"),
     allowed.FINITE: ("sample.guidance_scale",),
+    Range("(0, 1]"): ("train.timestep_fraction",),
     Range("(0, inf]"): ("train.max_grad_norm",),  # inf: gradients are not clipped
     allowed.SEED: ("seed",),
 }
-TRAINING = BATCHES | {name: interval for interval, names in RANGES.items() for name in names}
+TRAINING = {name: interval for interval, names in RANGES.items() for name in names}
 # (setting, value that FSDP does not support, one that it does)
 WITHOUT_FSDP = (("use_lora", True, False), ("train.use_8bit_adam", True, False), ("mixed_precision", "fp16", "bf16"))
 ADVANTAGES = ("per_prompt", "group", "global")
@@ -111,8 +106,7 @@ class BatchSizes:
 
 
 def batch_sizes(sample: ConfigDict, train: ConfigDict, processes: int) -> BatchSizes:
-    """Derive the counts from `config.sample` and `config.train`. Raises UserError if they do not divide evenly."""
-    check_ranges({"sample": sample, "train": train}, BATCHES)
+    """Derive the counts from settings that passed `check_training`. Raises UserError if they do not divide evenly."""
     local = sample.batch_size * sample.num_batches_per_epoch
     per_update = train.batch_size * train.gradient_accumulation_steps
     if local % per_update:
