@@ -51,7 +51,7 @@ from ddpo_pytorch.judges.classifier_training import FitState, Recipe, define_fla
 from ddpo_pytorch.utils.cli import cli, expand_flags
 from ddpo_pytorch.utils.distributed import locked_by_main, make_accelerator
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.files import atomic_write, sha256
+from ddpo_pytorch.utils.files import atomic_write, sha256, write_file
 from ddpo_pytorch.utils.published import resolve
 from ddpo_pytorch.utils.settings import SHARE, check_ranges
 from ddpo_pytorch.utils.weights import read_safetensors
@@ -172,8 +172,7 @@ def write_report(trainings: Sequence[Training], data: Data, seeds: Sequence[int]
     }
     text = markdown(rows, metadata)
     for suffix, content in ((".md", text), (".csv", as_csv(rows)), (".json", json.dumps(metadata | {"rows": rows}))):
-        with atomic_write(Path(FLAGS.output, f"table4{suffix}")) as temporary:
-            temporary.write_text(content)
+        write_file(Path(FLAGS.output, f"table4{suffix}"), content)
     return text
 
 

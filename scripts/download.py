@@ -25,7 +25,7 @@ from ddpo_pytorch.generator.parts import check_fit
 from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.utils.cli import cli, expand_flags
 from ddpo_pytorch.utils.errors import UserError, one_line
-from ddpo_pytorch.utils.files import atomic_write, locked
+from ddpo_pytorch.utils.files import locked, write_file
 from ddpo_pytorch.utils.published import ARCHIVE, opened, spellings, unpack
 from ddpo_pytorch.utils.weights import open_safetensors
 
@@ -138,8 +138,7 @@ def fetch_split(name: str, folder: Path, base_url: str = SPLITS_URL) -> Path:
             f"nothing was overwritten: save the official table as {target}"
         )
     if not exists:
-        with atomic_write(target) as temporary:
-            temporary.write_bytes(content)
+        write_file(target, content)
     logger.info("%s %s, sha256 as expected", target, "exists" if exists else "fetched")
     return target
 

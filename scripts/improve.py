@@ -44,7 +44,7 @@ from ddpo_pytorch.training.setup import batch_sizes, check_training
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import DTYPES
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.files import JsonLines, atomic_folder, atomic_write, locked, sha256, write_json
+from ddpo_pytorch.utils.files import JsonLines, atomic_folder, atomic_write, locked, sha256, write_file, write_json
 from ddpo_pytorch.utils.settings import BELOW_ONE, FINITE, NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, Range, check_ranges
 
 FLAGS = flags.FLAGS
@@ -243,8 +243,7 @@ def main(_) -> None:
         with atomic_write(output / "best") as temporary:
             temporary.unlink()
             temporary.symlink_to(os.path.relpath(run.model(best), output), target_is_directory=True)
-        with atomic_write(output / "rounds.md") as temporary:
-            temporary.write_text(rounds.rounds_table(history, controls))
+        write_file(output / "rounds.md", rounds.rounds_table(history, controls))
     print(rounds.rounds_table(history, controls))  # this command's output
     for scale, control in controls.items():
         if control.alignment >= history[best].alignment:

@@ -34,7 +34,7 @@ from ddpo_pytorch.report.page import write_report
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import locked_by_main, make_accelerator
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.files import JsonLines, atomic_write
+from ddpo_pytorch.utils.files import JsonLines, write_file
 from ddpo_pytorch.utils.settings import SEED, check_ranges
 
 FLAGS = flags.FLAGS
@@ -80,8 +80,7 @@ def write(output: Path, result: dict, folders: dict[str, list[Folder]], tables: 
     for name, table in tables.items():
         texts |= {f"{name}.md": to_markdown(table), f"{name}.csv": to_csv(table), f"{name}.tex": to_latex(table)}
     for name, text in texts.items():
-        with atomic_write(output / name) as temporary:
-            temporary.write_text(text)
+        write_file(output / name, text)
     fundus = result.get("kind") == FUNDUS
     write_per_image(output / "per_image.csv", folders, "alignment" if fundus else "aligned")
     for name, model in models.items():

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from ddpo_pytorch.data.dicom import read_dicom
 from ddpo_pytorch.utils.cores import thread_limit
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.files import atomic_write, open_regular, path_inside, remove_leftovers
+from ddpo_pytorch.utils.files import atomic_write, open_regular, path_inside, remove_leftovers, write_file
 
 logger = logging.getLogger(__name__)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".dcm")
@@ -210,8 +210,7 @@ def save_picture(path: str | Path, picture: Image.Image, comment: str = "", **op
         options |= {"pnginfo": PngInfo(), "comment": comment}
         options["pnginfo"].add_text("Comment", comment)
     picture.save(encoded, **{"format": "PNG"} | options)
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(encoded.getvalue())
+    write_file(path, encoded.getvalue())
 
 
 def is_synthetic(path: str | Path) -> bool:

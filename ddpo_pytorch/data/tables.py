@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.files import atomic_write, open_regular
+from ddpo_pytorch.utils.files import open_regular, write_file
 
 T = TypeVar("T")
 SYNONYMS = {"modal": "modality", "file_name": "path"}  # of normalised column names
@@ -141,8 +141,7 @@ def table_text(header: Sequence[str], rows: Iterable[Sequence[Any] | Mapping[str
 
 def write_table(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[Any] | Mapping[str, Any]]) -> None:
     """Write `table_text` in UTF-8, atomically."""
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(table_text(header, rows).encode())
+    write_file(path, table_text(header, rows))
 
 
 def protected(cell: str) -> str:

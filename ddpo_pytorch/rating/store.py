@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ddpo_pytorch.data import ratings
 from ddpo_pytorch.data.tables import number, read_table, table_text
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.files import append, atomic_write, lock, remove_leftovers
+from ddpo_pytorch.utils.files import append, lock, remove_leftovers, write_file
 
 if TYPE_CHECKING:
     from ddpo_pytorch.rating.session import Item
@@ -78,7 +78,7 @@ class Store:
             logger.warning("%s: dropped the truncated line %d: %r", self.journal, len(self._clicks) + 2, text)
         self._rows = _replay(self._clicks)
         if _bytes(self.journal) != (content := _content(JOURNAL_COLUMNS, self._clicks)):
-            _replace(self.journal, content)
+            write_file(self.journal.resolve(), content, durable=True)
         _restore(self.path, _table(self._rows), _table(_replay(self._clicks[:-1])))
 
     def __len__(self) -> int:
@@ -214,11 +214,6 @@ def _restore(path: Path, content: bytes, before: bytes = b"") -> None:
     if not (content.startswith(actual) or before.startswith(actual)):
         names = (path.with_name(f"{path.stem}.edited-{number}.csv") for number in itertools.count(1))
         copy = next(name for name in names if not name.exists())
-        _replace(copy, actual)
+        write_file(copy, actual, durable=True)
         logger.warning("%s was changed by another program and is restored; the other content is in %s", path, copy)
-    _replace(path, content)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    with atomic_write(path.resolve(), durable=True) as temporary:
-        temporary.write_bytes(content)
+    write_file(path.resolve(), content, durable=True)

@@ -17,7 +17,7 @@ from ddpo_pytorch.metrics.tables import NOT_AVAILABLE, dig, main_tables, number
 from ddpo_pytorch.report import findings
 from ddpo_pytorch.report.curves import curves, heatmap, read_config, read_runs
 from ddpo_pytorch.report.pictures import Album, Samples, rarest_first
-from ddpo_pytorch.utils.files import atomic_write
+from ddpo_pytorch.utils.files import write_file
 
 OPEN_GRIDS = 8  # prompts whose pictures are not folded away
 MOST_GRIDS = 64  # prompts with pictures
@@ -32,8 +32,7 @@ def write_report(output: str | Path, result: Mapping[str, Any], samples: Samples
     """
     path = Path(output) / "report.html"
     text = environment().get_template("page.html.j2").render(page_content(result, samples, runs))
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_file(path, text)
     return path
 
 

@@ -33,7 +33,7 @@ from ddpo_pytorch.rlhf.reinforce import OBJECTIVES, advantages, reinforce_loss
 from ddpo_pytorch.utils import settings as allowed
 from ddpo_pytorch.utils.distributed import to_device
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.files import JsonLines, atomic_write
+from ddpo_pytorch.utils.files import JsonLines, atomic_write, write_file
 from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.json_files import COUNT
 from ddpo_pytorch.utils.randomness import Stream, derived_seed, generator_of
@@ -308,8 +308,7 @@ def report(title: str, table: pd.DataFrame, path: Path) -> None:
     """Log a table and write it as Markdown."""
     text = to_markdown(table)
     logger.info("%s:\n%s", title, text)
-    with atomic_write(path) as temporary:
-        temporary.write_text(text)
+    write_file(path, text)
 
 
 def report_findings(accelerator: Accelerator, config: ConfigDict, policy: Policy, val_set: RatedSet) -> None:

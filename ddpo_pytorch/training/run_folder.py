@@ -23,7 +23,7 @@ from ddpo_pytorch.training.checkpoints import (
     quarantine,
 )
 from ddpo_pytorch.utils.errors import UserError, difference
-from ddpo_pytorch.utils.files import LOCK, atomic_write, locked
+from ddpo_pytorch.utils.files import LOCK, locked, write_file
 from ddpo_pytorch.utils.fingerprint import with_contents
 from ddpo_pytorch.utils.json_files import read_json
 from ddpo_pytorch.utils.settings import flat
@@ -124,8 +124,7 @@ def write_settings(folder: Path, settings: Mapping[str, Any], epoch: int, resume
     text = json.dumps(settings, indent=1, default=str) + "\n"
     if resumed and (files := _settings_files(folder)) and files[-1].read_text() == text:
         return
-    with atomic_write(folder / (f"config_{epoch:04d}.json" if resumed else CONFIG), durable=True) as temporary:
-        temporary.write_text(text)
+    write_file(folder / (f"config_{epoch:04d}.json" if resumed else CONFIG), text, durable=True)
 
 
 def _settings_files(folder: Path) -> list[Path]:

@@ -118,11 +118,15 @@ def atomic_folder(path: str | Path, size: int | None = None, durable: bool = Tru
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_file(path: str | Path, content: str | bytes, durable: bool = False) -> None:
+    """Write text (as UTF-8) or bytes by `atomic_write`."""
+    with atomic_write(path, durable) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 def write_json(path: str | Path, value: Any, durable: bool = False) -> None:
     """Write indented JSON atomically."""
-    text = json.dumps(value, indent=1) + "\n"
-    with atomic_write(path, durable) as temporary:
-        temporary.write_text(text)
+    write_file(path, json.dumps(value, indent=1) + "\n", durable)
 
 
 def remove_folder(path: str | Path) -> None:
@@ -260,8 +264,7 @@ class JsonLines:
             except UserError:
                 logger.warning("%s: removed line %d, which is damaged: %.80r", self.path, number, line)
         if kept != content:
-            with atomic_write(self.path, durable=True) as temporary:
-                temporary.write_bytes(kept)
+            write_file(self.path, kept, durable=True)
 
     def write(self, *entries: Mapping[str, Any]) -> None:
         """Append entries and wait until they are on the disk; NaN and infinity become null, since JSON lacks them.
