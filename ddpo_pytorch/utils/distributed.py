@@ -25,6 +25,7 @@ from accelerate.utils import (
     GradScalerKwargs,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    recursively_apply,
 )
 from accelerate.utils.environment import parse_flag_from_env
 from torch import nn
@@ -211,17 +212,11 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def gather_state(owner: nn.Module | torch.optim.Optimizer, main: bool) -> dict[str, Any] | None:
     """Return the full state dict of a UNet or optimizer on the CPU if `main`, else None. Collective."""
 
-    def gather(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: gather(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)([gather(item) for item in value])
-        if isinstance(value, torch.Tensor):
-            value = full_tensor(value)  # one at a time, to save memory
-            return value.detach().cpu() if main else None
-        return value
+    def gather(tensor: torch.Tensor) -> torch.Tensor | None:
+        full = full_tensor(tensor)  # one at a time, to save memory
+        return full.detach().cpu() if main else None
 
-    state = gather(owner.state_dict())
+    state = recursively_apply(gather, owner.state_dict())
     return state if main else None
 
 
