@@ -13,16 +13,7 @@ from PIL import Image
 from torch import nn
 
 from ddpo_pytorch.stat_tracking import PerPromptStatTracker
-from ddpo_pytorch.training.checkpoints import (
-    BEST,
-    find_damage,
-    link_best,
-    load_checkpoint,
-    model_card,
-    repair_best,
-    save_checkpoint,
-    snapshot,
-)
+from ddpo_pytorch.training import checkpoints
 from ddpo_pytorch.training.held_out import Evaluation, HeldOut
 from ddpo_pytorch.training.run_folder import CONTENTS, open_run, start_trackers, write_settings
 from ddpo_pytorch.utils.distributed import run_on_main_process
@@ -151,13 +142,13 @@ class RunState(Remembered):
             self.folder, checkpoint = run_on_main_process(accelerator, open_run, self._lock, self.settings)
             self.resumed = checkpoint is not None
             if self.resumed:
-                self.load_state_dict(load_checkpoint(checkpoint, unet, optimizer, accelerator.scaler))
+                self.load_state_dict(checkpoints.load_checkpoint(checkpoint, unet, optimizer, accelerator.scaler))
                 best = self.watch.best
-                if not run_on_main_process(accelerator, repair_best, self.folder, best and best["epoch"]):
+                if not run_on_main_process(accelerator, checkpoints.repair_best, self.folder, best and best["epoch"]):
                     logger.warning(
                         "the best held-out evaluation was after %d epochs (APR %.4f), but that checkpoint is gone; %s "
                         "will appear with the next better one",
-                        *(best["epoch"], best["apr"], self.folder / BEST),
+                        *(best["epoch"], best["apr"], self.folder / checkpoints.BEST),
                     )
                 logger.info("resumed from %s after %d epochs", checkpoint, self.epoch)
             if held_out and self.watch.fingerprint:
@@ -219,7 +210,7 @@ class RunState(Remembered):
                 f"{'the reward is being hacked' if hacked else 'the policy has collapsed'}: on held-out noise the "
                 f"reward {'rose' if hacked else 'went'} from {best['reward']:.4f} to {last['reward']:.4f} while APR "
                 f"fell from {best['apr']:.4f} to {last['apr']:.4f}, in {self.watch.collapsed} evaluations in a row; "
-                f"the best checkpoint, after {best['epoch']} epochs, is {self.folder / BEST}; try "
+                f"the best checkpoint, after {best['epoch']} epochs, is {self.folder / checkpoints.BEST}; try "
                 f"{'train.kl_coef' if hacked else 'a lower train.learning_rate'}"
             )
         return None
@@ -240,15 +231,15 @@ class RunState(Remembered):
         """
         best, self.best_due = self.best_due, False
         existing = self.folder / f"checkpoint_{self.epoch}"
-        if run_on_main_process(self.accelerator, lambda: find_damage(existing) is None):
+        if run_on_main_process(self.accelerator, lambda: checkpoints.find_damage(existing) is None):
             if best:
-                run_on_main_process(self.accelerator, link_best, self.folder, self.epoch)
+                run_on_main_process(self.accelerator, checkpoints.link_best, self.folder, self.epoch)
             return
-        taken = snapshot(unet, optimizer, self.accelerator.scaler, self.accelerator.is_main_process)
+        taken = checkpoints.snapshot(unet, optimizer, self.accelerator.scaler, self.accelerator.is_main_process)
 
         def write() -> None:
-            card = model_card(self.settings, taken[0], self.epoch)
-            save_checkpoint(self.folder, taken, self.state_dict(), self.limit, best, card)
+            card = checkpoints.model_card(self.settings, taken[0], self.epoch)
+            checkpoints.save_checkpoint(self.folder, taken, self.state_dict(), self.limit, best, card)
 
         run_on_main_process(self.accelerator, write)
 
