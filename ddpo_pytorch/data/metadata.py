@@ -34,16 +34,12 @@ def read_metadata(path: str | Path) -> list[Row]:
 
 def of_caption(rows: Sequence[Row]) -> dict[str, dict[str, str]]:
     """Return by text the columns that it determines in all rows, such as labels but not a patient's age."""
-    cells: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))  # by column and text
+    stated: dict[str, dict[str, str]] = defaultdict(dict)
     for row in rows:
-        for column, value in row.fields.items():
-            cells[column][row.caption].add(value)
-    result: dict[str, dict[str, str]] = defaultdict(dict)
-    for column in cells.keys() - {"file_name", "text"}:
-        if all(len(values) == 1 for values in cells[column].values()):
-            for text, values in cells[column].items():
-                (result[text][column],) = values
-    return result
+        stated[row.caption] |= row.fields
+    omitted = {name for row in rows for name, value in row.fields.items() if stated[row.caption][name] != value}
+    omitted |= {"file_name", "text"}
+    return {text: {name: own[name] for name in own.keys() - omitted} for text, own in stated.items()}
 
 
 def requested_labels(

@@ -42,8 +42,10 @@ class Rating:
     path: Path = Path()
     criteria: Mapping[str, float] = field(default_factory=dict)
 
-    def of(self, column: str) -> float:
-        """Return the rating of "quality" or "alignment", by default `rating`."""
+    def of(self, column: str) -> float | None:
+        """Return the rating of "quality" or "alignment", by default `rating`, or of a criterion, by default None."""
+        if column in CRITERIA:
+            return self.criteria.get(column)
         apart = getattr(self, column)
         return self.rating if apart is None else apart
 
@@ -133,17 +135,13 @@ def aggregate(ratings: Sequence[Rating]) -> list[RatedImage]:
     """Return a RatedImage per (image, prompt), of means weighted by level."""
     images = []
     for (image, prompt), rows in _units(ratings).items():
-        levels = [row.expert_level for row in rows]
-        quality, alignment = (
-            float(np.average([row.of(column) for row in rows], weights=levels)) for column in ("quality", "alignment")
-        )
-        weight, criteria = float(np.mean(levels)) / 3, {}
-        for name in CRITERIA:
-            if given := [(row.criteria[name], row.expert_level) for row in rows if name in row.criteria]:
-                means, weights = zip(*given, strict=True)
-                criteria[name] = float(np.average(means, weights=weights))
-        rest = weight, rows[0].patient, len(rows), criteria
-        images.append(RatedImage(image, rows[0].path, prompt, quality, alignment, *rest))
+        means = {}
+        for name in ("quality", "alignment", *CRITERIA):
+            if given := [(value, row.expert_level) for row in rows if (value := row.of(name)) is not None]:
+                values, levels = zip(*given, strict=True)
+                means[name] = float(np.average(values, weights=levels))
+        rated = means.pop("quality"), means.pop("alignment"), float(np.mean([row.expert_level for row in rows])) / 3
+        images.append(RatedImage(image, rows[0].path, prompt, *rated, rows[0].patient, len(rows), means))
     return images
 
 

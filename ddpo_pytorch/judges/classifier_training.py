@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -153,8 +152,19 @@ def fit(
     evaluated = ema.module if ema else model
     network, optimizer = accelerator.prepare(model, optimizer)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema and ema.module}
-    settings = training_settings(accelerator, model, train, val, recipe)
-    settings |= {"epoch_images": drawn, "change": change_name}
+    settings = {name: value for name, value in vars(recipe).items() if name != "num_workers"} | {
+        "labels": model.labels,
+        "arch": model.arch,
+        "image_size": model.image_size,
+        "mixed_precision": accelerator.mixed_precision,
+        "processes": processes,
+        "initial weights": fingerprint(model),
+        # a cache identifies itself by the files behind it
+        "training images": getattr(train, "files", train).digest(),
+        "validation images": getattr(val, "files", val).digest(),
+        "epoch_images": drawn,
+        "change": change_name,
+    }
     state = TrainState(state_path, settings, scaler=accelerator.scaler, **parts)
     batches = EpochBatches(len(train), drawn, recipe.batch_size, recipe.seed, rank, processes)
     loader = image_loader(train, batches, recipe.num_workers)
@@ -229,23 +239,6 @@ def fit(
     if best is None:
         raise UserError("the validation loss was never finite, nothing is saved; lower the learning rate")
     return best
-
-
-def training_settings(
-    accelerator: Accelerator, model: ArtifactClassifier, train: ImageFiles, val: ImageFiles, recipe: Recipe
-) -> dict[str, Any]:
-    """Return what identifies a training."""
-    return {name: value for name, value in vars(recipe).items() if name != "num_workers"} | {
-        "labels": model.labels,
-        "arch": model.arch,
-        "image_size": model.image_size,
-        "mixed_precision": accelerator.mixed_precision,
-        "processes": accelerator.num_processes,
-        "initial weights": fingerprint(model),
-        # a cache identifies itself by the files behind it
-        "training images": getattr(train, "files", train).digest(),
-        "validation images": getattr(val, "files", val).digest(),
-    }
 
 
 def reset_scaler(accelerator: Accelerator) -> None:
