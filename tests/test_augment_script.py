@@ -100,7 +100,7 @@ def test_two_processes_six_heads_and_few_images(world, tmp_path):
 
 
 REFUSED = {
-    "another arch": (["{sd}", "--output={begun}"], "seed2' was made with arch "),
+    "another arch": (["{sd}", "--output={begun}"], "seed2' was made with arch="),
     "no images": (["--samples=SD={world}/none"], "holds no images"),
     "unknown caption": (["--samples=SD={world}/unknown"], "'a_dermoscopic_image' is not named after one of the 32"),
     "no samples": ([], "--samples=SD=FOLDER"),

@@ -152,7 +152,7 @@ def test_extract_without_a_model_writes_images_once_and_repairs_them(extract, tm
         extract(**fields)
         assert files_of(tmp_path / "x") == complete
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "x").rglob("*")} == stamps  # nothing was to be done
-    with pytest.raises(UserError, match="image_size 32, now it is 64"):
+    with pytest.raises(UserError, match="image_size=32, now it is 64"):
         extract(**fields | {"dataset__image_size": 64})
 
 

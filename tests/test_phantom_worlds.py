@@ -96,7 +96,7 @@ def each(settings):
 @pytest.mark.parametrize(("phantom", "name", "value"), each(OTHERS))
 def test_other_worlds_and_files_are_not_overwritten(write, worlds, tmp_path, phantom, name, value):
     before = files_of(worlds[phantom])
-    with pytest.raises(UserError, match=f"already holds {name}"):
+    with pytest.raises(UserError, match=f"was drawn with {name}="):
         write(phantom, worlds[phantom], **SETTINGS[phantom] | {name: value})
     assert files_of(worlds[phantom]) == before
     (tmp_path / "images").mkdir()

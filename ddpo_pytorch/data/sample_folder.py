@@ -80,8 +80,7 @@ def check_claim(folder: str | Path, settings: Mapping[str, Any]) -> bool:
     """Return whether a folder is reserved; raise UserError if it is for other settings."""
     old = read_settings(folder)
     if changed := old and difference(old, json.loads(json.dumps(settings))):
-        name, before, now = changed
-        raise UserError(f"{str(folder)!r} was made with {name} {before}, now it is {now}; {_ELSEWHERE}")
+        raise UserError(f"{str(folder)!r} was made with {changed}; {_ELSEWHERE}")
     return bool(old)
 
 

@@ -121,8 +121,7 @@ def open_latents(
         latents = _encode(accelerator, sd, vae, items, captions, name, origin, limit=limit)
     expected = {"vae_sha256": fingerprint(vae), "image_size": sd.image_size, "resize": sd.resize}
     if changed := difference({key: latents.index.get(key) for key in expected}, expected):
-        key, made, wanted = changed
-        raise UserError(f"the latents in {given!r} have {key}={made}, this training has {wanted}; extract them again")
+        raise UserError(f"the latents in {given!r} were made with {changed}; extract them again")
     return latents
 
 

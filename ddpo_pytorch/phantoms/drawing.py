@@ -74,7 +74,6 @@ class Sheet:
 def check_record(record: Path, settings: Mapping[str, Any], occupied: bool) -> None:
     """Raise UserError if a folder's record has other settings, or if it has none and is `occupied` by other files."""
     if changed := record.exists() and difference(read_json(record, advice="give a new folder"), settings):
-        name, before, now = changed
-        raise UserError(f"{str(record.parent)!r} already holds {name} {before}, not {now}; give a new folder")
+        raise UserError(f"{str(record.parent)!r} was drawn with {changed}; give a new folder")
     if occupied and not record.exists():
         raise UserError(f"{str(record.parent)!r} already holds other files; give a new folder")

@@ -97,11 +97,10 @@ def _checkpoint_to_resume(folder: Path, settings: Mapping[str, Any]) -> Path | N
         return None
     old = _last_settings(folder)
     if changed := difference(*_comparable(old, settings)):
-        name, before, now = changed
         raise UserError(
-            f"run folder {str(folder)!r} exists already and was started with {name}={before}, now it is {now}; give "
-            f"the same value to resume, another --config.run_name for a new run, or --config.resume_from={folder} to "
-            "continue with the new settings"
+            f"run folder {str(folder)!r} exists already and was started with {changed}; give the same value to resume, "
+            f"another --config.run_name for a new run, or --config.resume_from={folder} to continue with the new "
+            "settings"
         )
     _check_contents(folder, old, settings, resume_from=False)
     if _holds_checkpoint(folder):

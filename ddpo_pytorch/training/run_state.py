@@ -153,10 +153,8 @@ class RunState(Remembered):
                 logger.info("resumed from %s after %d epochs", checkpoint, self.epoch)
             if held_out and self.watch.fingerprint:
                 if changed := difference(self.watch.fingerprint, held_out.fingerprint):
-                    raise UserError(
-                        "this run's held-out evaluations had {}={}, now it is {}; give the same as before, or "
-                        "held_out.every=0".format(*changed)
-                    )
+                    problem = f"this run's held-out evaluations had {changed}"
+                    raise UserError(f"{problem}; give the same as before, or held_out.every=0")
         except BaseException:
             self.close()
             raise

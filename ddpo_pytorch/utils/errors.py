@@ -12,24 +12,24 @@ class UserError(Exception):
     """
 
 
-def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str, str] | None:
-    """Return the first name, alphabetically, whose values differ, and both values, shortened; None if none does.
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Return "name=before, now it is after" of the first name, alphabetically, whose values differ, or "".
 
-    For two lists, returns the first element that differs as "<name>[<number>]", or else their lengths.
+    Of two lists, names the first element that differs, "<name>[<number>]", or else their lengths.
     """
     for name in sorted({*old, *new}):
         before, now = old.get(name), new.get(name)
         if before == now:
             continue
         if name not in old:  # written by an earlier version of this program
-            return name, "(not recorded)", _short(now)
+            return f"{name}=(not recorded), now it is {_short(now)}"
         if isinstance(before, list | tuple) and isinstance(now, list | tuple):
             different = [index for index, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]]
             if not different:
-                return f"length of {name}", str(len(before)), str(len(now))
+                return f"length of {name}={len(before)}, now it is {len(now)}"
             name, before, now = f"{name}[{different[0]}]", before[different[0]], now[different[0]]
-        return name, _short(before), _short(now)
-    return None
+        return f"{name}={_short(before)}, now it is {_short(now)}"
+    return ""
 
 
 def describe_value(value: Any) -> str:

@@ -51,10 +51,9 @@ class TrainState:
                 f"{str(self.path)!r}, the state of an unfinished training run, is damaged ({type(error).__name__}); "
                 "delete it to start over"
             ) from error
-        name, before, now = changed
         raise UserError(
-            f"{str(self.path)!r} is the state of an unfinished training run with {name}={before}, now it is {now}; use "
-            "the same value to resume, choose another folder, or delete the file to start over"
+            f"{str(self.path)!r} is the state of an unfinished training run with {changed}; use the same value to "
+            "resume, choose another folder, or delete the file to start over"
         )
 
     def save(self, **progress: Any) -> None:
