@@ -31,17 +31,8 @@ from accelerate.utils import set_seed
 from safetensors.torch import save_file
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from ddpo_pytorch.augmentation.plan import (
-    BALANCED,
-    Data,
-    Training,
-    minority,
-    parse_ratios,
-    parse_samples,
-    parse_seeds,
-    plan,
-    read_data,
-)
+from ddpo_pytorch.augmentation import plan as planning
+from ddpo_pytorch.augmentation.plan import Data, Training
 from ddpo_pytorch.augmentation.report import as_csv, compare, markdown, subgroups
 from ddpo_pytorch.data.images import ImageFiles, decoded
 from ddpo_pytorch.data.isic import LABELS
@@ -59,7 +50,7 @@ from ddpo_pytorch.utils.weights import read_safetensors
 FLAGS = flags.FLAGS
 define_flags()
 flags.DEFINE_multi_string("samples", [], "NAME=FOLDER of synthetic images; repeat for each folder")
-flags.DEFINE_string("ratios", "1", f"synthetic images per real one, separated by commas; or {BALANCED}")
+flags.DEFINE_string("ratios", "1", f"synthetic images per real one, separated by commas; or {planning.BALANCED}")
 flags.DEFINE_string("seeds", "0,1,2", "seeds of initial weights, order, flips and drawn samples; 3 or more")
 flags.DEFINE_string("output", "rl4med-out/augment", "folder for classifiers and tables")
 flags.DEFINE_integer("limit", 0, "number of real training images, a fixed random subset; 0 = all", lower_bound=0)
@@ -153,7 +144,7 @@ def write_report(trainings: Sequence[Training], data: Data, seeds: Sequence[int]
         logits[training.name].append(read_logits(Path(FLAGS.output, training.folder, LOGITS), data.files["test"]))
     logits = {name: np.stack(per_seed) for name, per_seed in logits.items()}
     truth = data.files["test"].targets.numpy() > 0
-    minor = minority(data.real, FLAGS.minority_share)
+    minor = planning.minority(data.real, FLAGS.minority_share)
     chosen = {"all": None, "minority": np.array([caption in minor for caption in data.captions["test"]])}
     rows = [
         {"group": group} | row
@@ -179,7 +170,8 @@ def write_report(trainings: Sequence[Training], data: Data, seeds: Sequence[int]
 def main(_) -> None:
     required = ("data_path", "train_csv", "val_csv", "test_csv", "output", "weights")
     expand_flags(FLAGS, required, optional=("cache_dir",))
-    folders, ratios, seeds = parse_samples(FLAGS.samples), parse_ratios(FLAGS.ratios), parse_seeds(FLAGS.seeds)
+    folders, ratios = planning.parse_samples(FLAGS.samples), planning.parse_ratios(FLAGS.ratios)
+    seeds = planning.parse_seeds(FLAGS.seeds)
     check_ranges({"minority_share": FLAGS.minority_share}, {"minority_share": SHARE}, "--")
     for seed in seeds:
         recipe_of(seed)  # raises for values out of range
@@ -192,8 +184,8 @@ def main(_) -> None:
 def augment(accelerator: Accelerator, folders: dict[str, Path], ratios: Sequence[Any], seeds: Sequence[int]) -> None:
     """Train the missing classifiers and write the table."""
     tables = {split: Path(FLAGS[f"{split}_csv"].value) for split in SPLITS}
-    data = read_data(tables, FLAGS.data_path, folders, int(FLAGS.num_classes), FLAGS.image_size, FLAGS.limit)
-    trainings = plan(data.real, {name: data.captions[name] for name in folders}, ratios, seeds)
+    data = planning.read_data(tables, FLAGS.data_path, folders, int(FLAGS.num_classes), FLAGS.image_size, FLAGS.limit)
+    trainings = planning.plan(data.real, {name: data.captions[name] for name in folders}, ratios, seeds)
     if len(seeds) < 3:
         logger.warning("%d seed(s) cannot tell differences from chance; give 3 or more", len(seeds))
     settings = check_settings(trainings, data, accelerator.num_processes)

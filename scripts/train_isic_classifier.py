@@ -23,15 +23,7 @@ from ddpo_pytorch.data.metadata import read_metadata, requested_labels
 from ddpo_pytorch.data.splits import drop_broken, read_splits
 from ddpo_pytorch.generator.from_scratch import load_vae
 from ddpo_pytorch.generator.latents import reconstruct
-from ddpo_pytorch.judges.classifier import (
-    PUBLISHED_SIZE,
-    ArtifactClassifier,
-    check_publishable,
-    load_classifier,
-    new_classifier,
-    save_classifier,
-    save_published,
-)
+from ddpo_pytorch.judges import classifier
 from ddpo_pytorch.judges.classifier_report import Report, best_thresholds, check_both_classes
 from ddpo_pytorch.judges.classifier_training import FitState, Recipe, define_flags, fit, predict
 from ddpo_pytorch.utils.cli import cli, expand_flags
@@ -84,8 +76,8 @@ def cached(accelerator: Accelerator, files: ImageFiles) -> Dataset:
         return decoded(files, folder)
 
 
-def load_checkpoint(path: str | Path, names: tuple[str, ...]) -> ArtifactClassifier:
-    model = load_classifier(path)
+def load_checkpoint(path: str | Path, names: tuple[str, ...]) -> classifier.ArtifactClassifier:
+    model = classifier.load_classifier(path)
     if model.labels != names:
         given, wanted = (f"{len(labels)} heads ({', '.join(labels)})" for labels in (model.labels, names))
         raise UserError(f"{str(path)!r} has {given}, not {wanted}; give the same --num_classes or --labels")
@@ -116,11 +108,11 @@ def train(accelerator: Accelerator, names: tuple[str, ...], output: Path) -> Non
         model = load_checkpoint(FLAGS.checkpoint, names).requires_grad_(True)
     else:
         with accelerator.local_main_process_first():  # one process downloads
-            model = new_classifier(names, FLAGS.image_size, FLAGS.arch, FLAGS.weights)
+            model = classifier.new_classifier(names, FLAGS.image_size, FLAGS.arch, FLAGS.weights)
     if FLAGS.save_published:
-        check_publishable(model)
-        if model.image_size != PUBLISHED_SIZE:
-            logger.warning("%s will not state its image size; loaders assume %d", published, PUBLISHED_SIZE)
+        classifier.check_publishable(model)
+        if model.image_size != classifier.PUBLISHED_SIZE:
+            logger.warning("%s will not state its image size; loaders assume %d", published, classifier.PUBLISHED_SIZE)
     size, change, change_name = model.image_size, None, ""
     if FLAGS.through_vae:
         vae = load_autoencoder(accelerator)
@@ -132,9 +124,9 @@ def train(accelerator: Accelerator, names: tuple[str, ...], output: Path) -> Non
         if FLAGS.calibrate_thresholds:
             model.thresholds = best_thresholds(best.logits, best.labels, model.labels)
         if accelerator.is_main_process:
-            save_classifier(model, output)
+            classifier.save_classifier(model, output)
             if FLAGS.save_published:
-                save_published(model, published, best.epoch, best.val_loss, best.accuracy.mean().item())
+                classifier.save_published(model, published, best.epoch, best.val_loss, best.accuracy.mean().item())
 
     state = output.with_suffix(UNFINISHED)
     best = fit(

@@ -41,14 +41,8 @@ from ddpo_pytorch.generator.text import check_tokens, has_mask
 from ddpo_pytorch.sampling import SAMPLING
 from ddpo_pytorch.training.held_out import save_grid
 from ddpo_pytorch.training.optimizer import make_adamw
+from ddpo_pytorch.utils import distributed
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
-from ddpo_pytorch.utils.distributed import (
-    DTYPES,
-    locked_by_main,
-    make_accelerator,
-    peak_memory_gib,
-    run_on_main_process,
-)
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import JsonLines, atomic_folder, atomic_write
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
@@ -219,7 +213,8 @@ def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
         if logged:
             speed = sd.batch_size * len(losses) * accelerator.num_processes / seconds
             entry = {"step": step, "loss": mean, "learning_rate": schedule.get_last_lr()[0]}
-            log.write(entry | {"images_per_second": round(speed, 2), "peak_memory_gib": round(peak_memory_gib(), 2)})
+            memory = round(distributed.peak_memory_gib(), 2)
+            log.write(entry | {"images_per_second": round(speed, 2), "peak_memory_gib": memory})
             logger.info("step %d/%d  loss %.4f  %.1f images/s", step, sd.num_steps, mean, speed)
             if not math.isfinite(mean):
                 raise UserError(f"the loss is {mean} at step {step}; lower sd.learning_rate, or use bf16, not fp16")
@@ -290,7 +285,7 @@ def load_pretrained(accelerator: Accelerator, config: ConfigDict) -> StableDiffu
     pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, device=accelerator.device)
     if sd.use_lora:
         for part in (pipe.unet, pipe.text_encoder):  # the VAE stays in float32, in which its latents were encoded
-            part.to(DTYPES[config.mixed_precision])
+            part.to(distributed.DTYPES[config.mixed_precision])
             check_finite(part.state_dict(), config.unet_path or pretrained.model)
         add_lora(pipe.unet, sd.lora_rank, sd.lora_targets, config.seed)
     else:
@@ -309,10 +304,10 @@ def main(_) -> None:
     check_ranges(config, SAMPLING if sd.grid_every else {"seed": SEED})
     data.check_settings(sd)
     numerics = config.mixed_precision, config.allow_tf32, sd.gradient_accumulation_steps
-    accelerator = make_accelerator(*numerics, process_timeout=config.process_timeout)
+    accelerator = distributed.make_accelerator(*numerics, process_timeout=config.process_timeout)
     set_seed(config.seed)  # the same initial weights on all processes
-    with locked_by_main(accelerator, sd.output, "another --config.sd.output"):
-        run_on_main_process(accelerator, refuse_outcome, sd)
+    with distributed.locked_by_main(accelerator, sd.output, "another --config.sd.output"):
+        distributed.run_on_main_process(accelerator, refuse_outcome, sd)
         if sd.stage == "vae":
             stage = AutoencoderStage(accelerator, config)
         else:

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Sequence
@@ -16,16 +17,7 @@ from ddpo_pytorch.data.fundus import MODALITY, check_images, findings_of, is_goo
 from ddpo_pytorch.data.images import RESIZES, load_pixels, save_image
 from ddpo_pytorch.data.sample_folder import RECORD
 from ddpo_pytorch.data.tables import Row, write_table
-from ddpo_pytorch.phantoms.damage import (
-    BANDS,
-    ERASABLE,
-    KINDS,
-    STRUCTURAL,
-    VISIBLE,
-    degrade,
-    draw_damage,
-    vessel_contrast,
-)
+from ddpo_pytorch.phantoms import damage
 from ddpo_pytorch.phantoms.drawing import check_record
 from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
@@ -73,7 +65,7 @@ def write_rating_set(
         [row.image, row.caption, row.patient, row.fields.get("quality"), sha256(path)]
         for row, path in zip(rows, paths, strict=True)
     ]
-    settings |= dict(kinds=list(KINDS), bands={str(grade): list(band) for grade, band in BANDS.items()})
+    settings |= dict(kinds=list(damage.KINDS), bands={str(grade): list(band) for grade, band in damage.BANDS.items()})
     settings |= dict(images=len(rows), sources=hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16])
     out = Path(out)
     with locked(out, "another --out"):
@@ -83,10 +75,10 @@ def write_rating_set(
         pairs = zip(rows, paths, strict=True)
         good = [(row, path) for row, path in pairs if is_good(row)]
         if retinal := modality_of(rows[0].caption) == MODALITY:
-            contrasts = [(row, path, vessel_contrast(_pixels(path, size, resize))) for row, path in good]
+            contrasts = [(row, path, damage.vessel_contrast(_pixels(path, size, resize))) for row, path in good]
         else:
-            contrasts = [(row, path, VISIBLE) for row, path in good]
-        visible = [one for one in contrasts if one[2] >= VISIBLE]
+            contrasts = [(row, path, damage.VISIBLE) for row, path in good]
+        visible = [one for one in contrasts if one[2] >= damage.VISIBLE]
         logger.info(
             "%d images, of which %d are left out for their quality in the table, and %d show no vessels; %d do",
             *(len(rows), len(rows) - len(good), len(good) - len(visible), len(visible)),
@@ -95,10 +87,11 @@ def write_rating_set(
             raise UserError(f"none of the {len(rows)} images shows a retina of good quality; give others")
         rng = np.random.default_rng((seed, 1))
         truth = _true_ratings([row for row, _, _ in visible], mismatched, rng)
-        jobs = [(row, path, grade, contrast >= ERASABLE) for row, path, contrast in visible for grade in GRADES]
+        jobs = [(row, path, grade, contrast >= damage.ERASABLE) for row, path, contrast in visible for grade in GRADES]
         ruined = rng.permutation(len(visible))[: round(retinal * structural * len(visible))]
-        none = [(*visible[one][:2], STRUCTURAL[n % len(STRUCTURAL)], True) for n, one in enumerate(ruined)]
-        none += [(row, path, "", True) for row, path, contrast in contrasts if contrast < VISIBLE]
+        kinds = itertools.cycle(damage.STRUCTURAL)
+        none = [(*visible[one][:2], kind, True) for one, kind in zip(ruined, kinds, strict=False)]
+        none += [(row, path, "", True) for row, path, contrast in contrasts if contrast < damage.VISIBLE]
         jobs += none
         truth += [dict(quality=1, alignment=1, prompt=row.caption, patient=row.patient) for row, *_ in none]
         numbers = rng.permutation(len(truth))
@@ -111,8 +104,8 @@ def write_rating_set(
                 grade = change if isinstance(change, int) else 0
                 rng_image = np.random.default_rng((seed, text_number(row.image), grade))
                 if change not in (3, ""):
-                    kind, strength = draw_damage(grade, rng_image, erasable) if grade else (change, 1.0)
-                    image = degrade(image, kind, strength, rng_image)
+                    kind, strength = damage.draw_damage(grade, rng_image, erasable) if grade else (change, 1.0)
+                    image = damage.degrade(image, kind, strength, rng_image)
                 save_image(file, torch.from_numpy(image).permute(2, 0, 1))
         rated = _simulate_raters([truth[position] for position in np.argsort(numbers)], raters, rng)
         write_table(out / "ratings.csv", COLUMNS, rated)
