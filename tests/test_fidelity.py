@@ -59,9 +59,6 @@ def damaged(count, row, value=np.nan):
         (lambda: within_prompt_diversity(normal(6, 6, 3), np.arange(6), 1, 0), UserError, "2 images"),
         (lambda: nearest(normal(7, 3, 3), damaged(30, 17, 0), 8), ValueError, "reference features: row 17 is zero"),
         (lambda: nearest(damaged(30, 17), normal(7, 3, 3), 8), ValueError, "query features: row 17 holds NaN"),
-        (lambda: nearest(normal(7, 3, 3), np.empty((0, 3))), UserError, "at least one training image"),
-        (lambda: share_closer(np.ones(3), np.empty(0), np.zeros(3), 0), UserError, "baseline"),
-        (lambda: within_pairs([0, 0], 0, ["a", "a"]), ValueError, "different keys"),
     ],
 )
 def test_features_that_are_not_usable(measure, error, message):
@@ -155,8 +152,6 @@ def test_the_jackknife_equals_its_definition():
     assert estimate.value == pytest.approx(frechet_distance(moments(fake), real), rel=1e-10) and estimate.n == 120
     assert estimate.high - estimate.value == pytest.approx(scipy.stats.t.ppf(0.975, 5) * error, rel=1e-6)
     assert estimate.low == pytest.approx(max(0.0, 2 * estimate.value - estimate.high), abs=1e-9)
-    with pytest.raises(ValueError, match="images in every group"):
-        frechet_jackknife([real, real - real], real)
 
 
 @pytest.mark.parametrize("size", [100, 60])  # of 300 rows: all products once, those of each subset

@@ -140,8 +140,6 @@ def test_ssim_equals_torchmetrics_inside_the_border():
     assert torch.allclose(ssim(x, y), expected, atol=1e-10) and 0.1 < expected[0] < 0.95
     assert torch.equal(ssim(x, x), torch.ones(3, dtype=torch.float64))
     assert torch.allclose(ssim(x.float(), y.float()), expected, atol=1e-5)
-    with pytest.raises(ValueError, match="11 px or more"):
-        ssim(x[..., :10], y[..., :10])
 
 
 @pytest.mark.parametrize(("side", "scales"), [(16, 1), (64, 3), (180, 5)])
@@ -180,5 +178,3 @@ def test_the_inception_score_lies_between_one_and_the_classes():
     assert inception_score(1e-3 * rng.normal(size=(20, 1008)))[0] >= 1
     counts = {1: 1, 1999: 1, 2000: 2, 50_000: 10}
     assert {images: split_count(images) for images in counts} == counts
-    with pytest.raises(ValueError, match="needs as many images"):
-        inception_score(sure[:5])

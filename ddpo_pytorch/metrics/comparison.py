@@ -112,10 +112,7 @@ def pairing_fault(a: ImageSet, b: ImageSet) -> str:
 
 
 def find_warnings(context, models: Mapping[str, Sequence[Folder]], matched: int) -> list[str]:
-    """Return warnings about sets that differ, overlap, are small or contain faulty images.
-
-    `context`: see `evaluation.Context`; `matched`: images of each set after `match_prompts`.
-    """
+    """Return warnings about sets that differ, overlap, are small (`matched` images each) or contain faulty images."""
     every = [folder for folders in models.values() for folder in folders]
     real, near, lines = context.sets.real, context.near_copies, []
     captions_of = {name: {c for folder in own for c in folder.images.captions} for name, own in models.items()}

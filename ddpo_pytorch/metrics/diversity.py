@@ -81,8 +81,6 @@ def within_pairs(groups: Sequence[int], seed: int, keys: Sequence[str]) -> list[
     The images of a prompt form a circle in which each is paired with the next: n > 2 images give n pairs, two give one,
     one gives none. The order depends only on the seed and the keys, not on the order of the images.
     """
-    if len(set(keys)) < len(keys):
-        raise ValueError(f"pairs need {len(keys)} different keys, got {len(set(keys))}")
     circles: dict[int, list[int]] = {}
     for position in sorted(range(len(keys)), key=lambda i: hashlib.sha256(f"{seed} {keys[i]}".encode()).digest()):
         circles.setdefault(int(groups[position]), []).append(position)
@@ -98,10 +96,3 @@ def diversity_size(models: Sequence[ImageSet]) -> int:
     counts = [Counter(images.captions) for images in models]
     common = [min(count[caption] for count in counts) for caption in models[0].all_captions]
     return min([DIVERSITY_IMAGES, *(number for number in common if number > 1)]) if max(common) > 1 else 0
-
-
-def measure_diversity(extractor: str, images: ImageSet, per_group: int, seed: int) -> dict[str, Estimate] | None:
-    """Return `within_prompt_diversity`, or None if no prompt has `per_group` images."""
-    if per_group < 2 or np.bincount(images.groups).max() < per_group:
-        return None
-    return within_prompt_diversity(images.rows[extractor], images.groups, per_group, seed)

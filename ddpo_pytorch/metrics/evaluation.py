@@ -19,7 +19,7 @@ from ddpo_pytorch.data.metadata import requested_labels
 from ddpo_pytorch.data.tables import write_table
 from ddpo_pytorch.metrics.alignment import measure_apr, measure_fundus_alignment
 from ddpo_pytorch.metrics.comparison import Folder, compare, find_warnings, mean_reward, missing_blocks
-from ddpo_pytorch.metrics.diversity import diversity_size, measure_diversity, within_pairs
+from ddpo_pytorch.metrics.diversity import diversity_size, within_pairs, within_prompt_diversity
 from ddpo_pytorch.metrics.feature_store import THUMBNAILS, FeatureStore
 from ddpo_pytorch.metrics.fidelity import measure_fidelity, pair_images
 from ddpo_pytorch.metrics.image_sets import ImageSet, match_prompts, shape_of
@@ -156,8 +156,10 @@ def measure_folder(images: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None
         result |= {"LPIPS_by_prompt": means, "LPIPS_pairs": len(pairs)}
         by_image = dict(zip(pairs[:, 0].tolist(), values.tolist(), strict=True))
         columns["lpips"] = [by_image.get(index) for index in range(len(captions))]
+    size, groups = context.per_group, images.groups
     for name in tools.extractors:
-        result["diversity"][name] = measure_diversity(name, images, context.per_group, seed)
+        diverse = size > 1 and np.bincount(groups).max() >= size  # else no prompt has enough images
+        result["diversity"][name] = within_prompt_diversity(images.rows[name], groups, size, seed) if diverse else None
     if real is not None:
         result["fidelity"] = {name: measure_fidelity(name, real, images, parts, seed) for name in tools.extractors}
     if train is not None:
@@ -226,10 +228,7 @@ def combine(parts: Sequence, name: str = "", of_set: bool = False):
 
 
 def ceiling(captions: Sequence[str], real: Folder, seed: int) -> tuple[Estimate, float]:
-    """Return the judge's alignment of real images in the mix of `captions`, and the share of captions they cover.
-
-    Each real image is weighted by the count of its caption in `captions`, divided by the real images of that caption.
-    """
+    """Return the judge's alignment of real images in the mix of `captions`, and the share of captions they cover."""
     wanted, held = Counter(captions), Counter(real.images.captions)
     weights = np.array([wanted[c] / held[c] for c in real.images.captions])
     covered = sum(wanted[c] for c in held if c in wanted) / len(captions)
@@ -276,15 +275,12 @@ def evaluate(config: ConfigDict, tools: Tools, sets: Sets) -> tuple[dict, dict[s
         counts = Counter(captions)
         model = summarise(folders, fid_part) | {
             "folders": [folder.facts | {"made_with": dict(folder.images.made_with)} for folder in folders],
-            "black_images": sum(folder.facts["black_images"] for folder in folders),
             "images_by_prompt": {caption: counts[caption] for caption in every[0].all_captions},
             "missing": missing_blocks(folders, real),
         }
         if reference:
             model["ceiling"], model["ceiling_share"] = ceiling(captions, reference, seed)
         result["models"][name] = model
-    if tools.threshold is None:
-        result["judge_labels"] = list(next(iter(tools.judges.values()))[1])
     first, *others = models
     result["comparisons"] = [
         {"from": first, "to": name} | compare(models[first], models[name], seed, context.key) for name in others

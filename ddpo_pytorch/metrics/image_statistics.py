@@ -85,7 +85,6 @@ def fov_quality(pixels: np.ndarray) -> tuple[float, ...] | None:
     vessel = max(3, 2 * round((15 * width / 512 - 1) / 2) + 1)  # the nearest odd number
     low, high = np.percentile(inside, [5, 95])
     gradient = ndimage.sobel(green, 0) ** 2 + ndimage.sobel(green, 1) ** 2
-    shares = np.bincount(pixels[..., 1][field], minlength=256) / len(inside)
     return (
         float(luminance[field].mean() / max(noise, ROUNDING)),
         float(inside.std()),
@@ -93,7 +92,7 @@ def fov_quality(pixels: np.ndarray) -> tuple[float, ...] | None:
         float(gradient[field].mean()),
         float(ndimage.black_tophat(green, size=vessel)[field].mean()),
         float(1 - means.std() / (means.mean() or 1)),
-        float(-(shares[shares > 0] * np.log2(shares[shares > 0])).sum() + 0.0),
+        float(stats.entropy(np.bincount(pixels[..., 1][field]), base=2)),
     )
 
 
@@ -112,15 +111,11 @@ def distances(
     - "standardised": the difference divided by the real images' standard deviation, which is taken as given.
     - "wasserstein": 1-Wasserstein distance of the two distributions in the same unit, with a jackknife over generated
       images; real ones are taken as given.
-
-    The last two are missing if all real images have the same value.
     """
-    missing = dict.fromkeys(("standardised", "wasserstein"), Estimate.missing("real images do not differ"))
     if not len(generated) or not len(real):
-        return missing | {"difference": Estimate.missing("no images")}
+        return dict.fromkeys(("difference", "standardised", "wasserstein"), Estimate.missing("no images"))
     value, number = float(generated.mean() - real.mean()), len(generated) + len(real)
-    low = high = None
-    how = "one image: no interval"
+    (low, high), how = (None, None), "one image: no interval"
     if min(len(generated), len(real)) > 1:
         sides = [(real, real_groups), (generated, groups)]
         low, high = difference_interval(sides, [[seed, 1], [seed, 0]], resample_groups=True)
@@ -128,6 +123,7 @@ def distances(
     difference = Estimate(value, low, high, number, how)
     deviation = float(real.std(ddof=1)) if len(real) > 1 else 0.0
     if not deviation:
+        missing = dict.fromkeys(("standardised", "wasserstein"), Estimate.missing("real images do not differ"))
         return missing | {"difference": difference}
 
     def wasserstein(rows: np.ndarray) -> float:
@@ -147,10 +143,7 @@ def inception_score(logits: np.ndarray, splits: int = IS_SPLITS) -> tuple[float,
     logits (N, C) of N images in random order; parts are consecutive rows, p(y) is the mean of p(y|x) over a part. Not
     torchmetrics', which is NaN for classes of probability 0. It says little about medical images, which ImageNet lacks.
     """
-    logits = finite(logits, "logits")
-    if not 1 <= splits <= len(logits):
-        raise ValueError(f"an inception score of {splits} parts needs as many images, got {len(logits)}")
-    scores = []
+    logits, scores = finite(logits, "logits"), []
     for part in range(splits):
         rows = logits[part * len(logits) // splits : (part + 1) * len(logits) // splits]
         log_given = special.log_softmax(rows, axis=1)
@@ -176,11 +169,7 @@ def _cell_means(green: np.ndarray, field: np.ndarray) -> np.ndarray:
 
 
 def measure_quality(images: ImageSet, real: ImageSet | None, names: Sequence[str], seed: int) -> tuple[dict, dict]:
-    """Return blocks by set of statistics (`SETS`), and the columns of per_image.csv.
-
-    A block contains the number of images with and without a field of view, and for each statistic mean, sd and, given
-    `real`, `distances`.
-    """
+    """Return blocks by set of statistics (`SETS`), and the columns of per_image.csv."""
     blocks, columns = {}, {}
     for name in names:
         visible, values = _statistics(images, name)

@@ -10,9 +10,8 @@ import numpy as np
 
 from ddpo_pytorch.metrics.feature_store import THUMBNAIL, THUMBNAILS
 from ddpo_pytorch.metrics.image_sets import ImageSet
-from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean, finite, unit_rows
+from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean, unit_rows
 from ddpo_pytorch.utils.cores import on_all_cores, product
-from ddpo_pytorch.utils.errors import UserError
 
 Neighbours = tuple[np.ndarray, np.ndarray]  # distance and index (N,) of each image's nearest one in another set
 # similarities of equal rows differ by about 1e-15, depending on their position in a block
@@ -28,11 +27,8 @@ def nearest(query: Any, reference: Any, block: int = 1000, excluded: np.ndarray 
     """Return cosine distance (N,) and index (N,) of the row of reference (M, F) nearest to each row of query (N, F).
 
     Both are arrays or `Rows`, read `block` rows at a time. Distances 1 - cos lie in [0, 2]; ties go to the smallest
-    index. excluded (N,): for each row of query, a row of reference to ignore. Raises UserError for an empty reference,
-    ValueError as `unit_rows`.
+    index. excluded (N,): for each row of query, a row of reference to ignore. Raises ValueError as `unit_rows`.
     """
-    if not len(reference):
-        raise UserError("the nearest training image needs at least one training image, got none")
 
     def find(start: int) -> Neighbours:
         rows = unit_rows(query[start : start + block], "query features", start)
@@ -60,12 +56,8 @@ def share_closer(distances: np.ndarray, baseline: np.ndarray, groups: np.ndarray
     distances (N,) of samples and baseline (K,) of real images outside the training set to their nearest training image.
     The interval resamples images within prompts `groups` (N,) and takes the threshold as given.
     """
-    baseline = finite(baseline, "baseline distances")
-    if not len(baseline):
-        raise UserError("memorisation needs real images outside the training set as a baseline, got none")
     threshold = float(np.quantile(baseline, 0.01))
-    closer = finite(distances, "distances") < threshold
-    return bootstrap_mean(closer, groups, seed, resample_groups=False), threshold
+    return bootstrap_mean(distances < threshold, groups, seed, resample_groups=False), threshold
 
 
 def authenticity(train: Any, distances: np.ndarray, indices: np.ndarray, groups: np.ndarray, seed: int) -> Estimate:

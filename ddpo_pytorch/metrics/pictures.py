@@ -14,10 +14,7 @@ MAX_CAPTIONS, COLUMNS = 64, 8
 
 
 def comparison(sets: Mapping[str, Sequence[tuple[Path, str]]]) -> Image.Image:
-    """Draw the first image of each caption that all sets have, up to MAX_CAPTIONS, in a row per set with its name.
-
-    `sets`: (file, caption) by model name.
-    """
+    """Draw the first image of each caption that all sets (by name) have, up to MAX_CAPTIONS, in a row per set."""
     first = {title_of(name, samples): {c: path for path, c in reversed(samples)} for name, samples in sets.items()}
     captions = sort_captions(set.intersection(*(set(paths) for paths in first.values())))[:MAX_CAPTIONS]
     parts = [captions[start : start + COLUMNS] for start in range(0, len(captions), COLUMNS)]

@@ -25,18 +25,17 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Return the structural similarity (B,) of images (B, C, H, W) in [0, 1] (Wang, Bovik et al. 2004).
 
     Gaussian window of 11 x 11 and sigma 1.5; mean over channels and positions where the window is inside the image.
-    Raises ValueError for unequal shapes and sides below 11.
     """
-    return _similarity(*_checked(x, y))[0]
+    return _similarity(x.double(), y.double())[0]
 
 
 def ms_ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Return the multi-scale structural similarity (B,) of images (B, C, H, W) in [0, 1] (Wang et al. 2003).
 
     prod_j cs_j^w_j * ssim_M^w_M over M = `scale_count` scales, each averaging 2 x 2 pixels of the previous one. With
-    fewer than five, the first M exponents are scaled to the sum of all five. Negative means become 0. Raises as `ssim`.
+    fewer than five, the first M exponents are scaled to the sum of all five. Negative means become 0.
     """
-    x, y = _checked(x, y)
+    x, y = x.double(), y.double()
     count = scale_count(min(x.shape[-2:]))
     weights = np.array(SCALES[:count]) * sum(SCALES) / sum(SCALES[:count])
     result = torch.ones(len(x), dtype=x.dtype, device=x.device)
@@ -79,16 +78,11 @@ def measure_pairs(images: ImageSet, names: Sequence[str], seed: int, share: bool
     return result
 
 
-def _checked(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    if x.shape != y.shape or x.dim() != 4 or min(x.shape[-2:]) < WINDOW:
-        raise ValueError(
-            f"SSIM needs two (B, C, H, W) of {WINDOW} px or more per side, got {tuple(x.shape)}, {tuple(y.shape)}"
-        )
-    return x.double(), y.double()  # in float32 the variances of flat images are noise of the order of C2
-
-
 def _similarity(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the means (B,) of ssim = l * cs and of the contrast-structure term cs."""
+    """Return the means (B,) of ssim = l * cs and of the contrast-structure term cs, both in float64.
+
+    In float32 the variances of flat images are noise of the order of C2.
+    """
     blurred = _blurred(torch.cat([x, y, x * x, y * y, x * y]))
     mean_x, mean_y, square_x, square_y, product = blurred.split(len(x))  # (B, C, H - 10, W - 10) each
     variance_x, variance_y = (square_x - mean_x**2).clamp(min=0), (square_y - mean_y**2).clamp(min=0)
