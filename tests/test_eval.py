@@ -345,5 +345,5 @@ def test_the_log_survives_torn_lines_and_counts_only_images_that_exist(tmp_path)
     part_log(tmp_path, 0).write({"path_to_img": "c.png"})
     assert len(merge_parts(tmp_path)) == 3 and not list(tmp_path.glob("*.jsonl"))
     (tmp_path / "image_log.json").write_text('[{"prompt": "x"}]')
-    with pytest.raises(UserError, match="image_log.json' has entries without path_to_img"):
+    with pytest.raises(UserError, match="image_log.json'.*path_to_img"):
         read_entries(tmp_path)

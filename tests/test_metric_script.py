@@ -265,7 +265,7 @@ def log(folder, **entry) -> None:
         (lambda f, a: (f / "images" / "a_cat").mkdir(), "folder 'a_cat' is not named after one of the 32"),
         (lambda f, a: [path.unlink() for path in images_of(f, A)], "holds no images"),
         (lambda f, a: log(f, reward="high"), "the reward 'high' is not a finite number"),
-        (lambda f, a: write_log(f, [{"prompt": A}]), "entry 0 has no path_to_img"),
+        (lambda f, a: write_log(f, [{"prompt": A}]), "path_to_img' is missing"),
         (lambda f, a: log(f, prompt=B), "is not its folder's"),
     ],
 )

@@ -103,12 +103,11 @@ def write_log(folder: str | Path, entries: list[dict]) -> None:
 
 
 def read_log(folder: str | Path) -> list[dict]:
-    """Return the entries of `image_log.json`, or []. Raises UserError if it is damaged or names images elsewhere."""
-    path, shape = Path(folder) / LOG, [{"path_to_img?": str, "prompt?": OneOf((str, None))}]
+    """Return the entries of `image_log.json`, or []. Raises UserError if one has no path_to_img inside the folder."""
+    path, shape = Path(folder) / LOG, [{"path_to_img": str, "prompt?": OneOf((str, None))}]
     entries = read_json(path, shape, "make the samples again elsewhere") if path.is_file() else []
     for number, entry in enumerate(entries, 1):
-        if "path_to_img" in entry:
-            path_inside(folder, entry["path_to_img"], f"{str(path)!r} entry {number}")
+        path_inside(folder, entry["path_to_img"], f"{str(path)!r} entry {number}")
     return entries
 
 
@@ -120,8 +119,6 @@ def part_log(folder: str | Path, rank: int) -> JsonLines:
 def read_entries(folder: str | Path) -> dict[str, dict[str, Any]]:
     """Return the entries of the log and all parts by path_to_img, without those of missing or empty images."""
     folder, listed = Path(folder), read_log(folder)
-    if any("path_to_img" not in entry for entry in listed):
-        raise UserError(f"{str(folder / LOG)!r} has entries without path_to_img; {_ELSEWHERE}")
     for part in filter(Path.is_file, sorted(folder.glob(PARTS))):
         for line in part.read_bytes().split(b"\n"):
             with suppress(UserError):  # a line truncated by a kill; its image counts as missing and is made again
@@ -201,7 +198,7 @@ def _captions_of(folder: str | Path) -> dict[str, str]:
     captions = dict(_ISIC_FOLDERS)
     if not captions.keys() >= set(names):
         entries = [entry for entry in read_log(folder) if entry.get("prompt") is not None]
-        named = {Path(entry.get("path_to_img", "")).parent.name: entry["prompt"] for entry in entries}
+        named = {Path(entry["path_to_img"]).parent.name: entry["prompt"] for entry in entries}
         captions = {folder_name(entry["prompt"]): entry["prompt"] for entry in entries} | named | captions
     if unknown := sorted(set(names) - captions.keys()):
         raise UserError(

@@ -193,11 +193,7 @@ def _inspect(path: Path) -> tuple[str, str, tuple[int, int]]:
 
 def _log_entries(folder: Path, samples: Samples) -> dict[str, dict]:
     """Return the entries of image_log.json by path. Raises UserError if they contradict the files."""
-    log, where = read_log(folder), repr(str(folder / "image_log.json"))
-    for index, entry in enumerate(log):
-        if "path_to_img" not in entry:
-            raise UserError(f"{where}: entry {index} has no path_to_img; remove it")
-    entries = {entry["path_to_img"]: entry for entry in log}
+    where, entries = repr(str(folder / "image_log.json")), {entry["path_to_img"]: entry for entry in read_log(folder)}
     captions, stems = {str(path.relative_to(folder)): caption for path, caption in samples}, {}
     for path, caption in samples:
         if (caption, path.stem) in stems:
