@@ -264,7 +264,7 @@ def test_a_preference_is_for_the_image_that_the_rater_saw(tmp_path):
     questions, sides, wanted = Questions(pairs, store, 0, 0.2), [], []
 
     def answer(state: dict) -> int:
-        first, second = (questions.file(name).relative_to(tmp_path) for name in state["current"]["images"])
+        first, second = (questions.files[name].relative_to(tmp_path) for name in state["current"]["images"])
         sides.append(first.parts[0])
         wanted.append((str(first), str(second)))
         return 2 if len(sides) == 1 else 3

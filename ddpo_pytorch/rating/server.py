@@ -148,7 +148,7 @@ def make_app(
 
     @app.get("/image/{name}")
     def image(name: str) -> Response:
-        if (path := questions.file(name)) is None:
+        if (path := questions.files.get(name)) is None:
             raise unknown
         file = io.BytesIO()
         try:
@@ -171,7 +171,7 @@ def make_app(
             raise HTTPException(422, f"This page is for {only}.")
         if action == "rate" and not (given["rating"] and given["expert_level"]):
             raise HTTPException(422, "A rating and an expert level are missing; reload the page.")
-        if action in ("rate", "skip") and not questions.is_question(name):
+        if action in ("rate", "skip") and name not in questions.number_of:
             raise unknown
         return questions.act(action, rater, name, **given)
 

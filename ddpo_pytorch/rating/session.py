@@ -49,10 +49,10 @@ def sample_items(folder: str | Path, table: str | Path) -> list[Item]:
         raise UserError(f"{str(folder)!r} has no image_log.json with images; give a folder that scripts/eval.py wrote")
     for number, entry in enumerate(entries, 1):
         where = f"{str(folder)!r} image_log.json entry {number}"
-        name, prompt = entry.get("path_to_img"), entry.get("prompt")
-        if not name or not prompt:
-            raise UserError(f"{where}: path_to_img and prompt are required; sample again into another folder")
-        items.append(_item(Path(folder) / name, prompt, folder, table, where, entry.get("patient") or ""))
+        if not (prompt := entry.get("prompt")):
+            raise UserError(f"{where}: a prompt is required; sample again into another folder")
+        path = Path(folder) / entry["path_to_img"]
+        items.append(_item(path, prompt, folder, table, where, entry.get("patient") or ""))
     return items
 
 
@@ -151,7 +151,7 @@ class Progress:
 
 
 class Questions:
-    """Items under unguessable ids, and each rater's progress. Thread-safe.
+    """Items under unguessable ids (`number_of` questions, `files` of images), and each rater's progress. Thread-safe.
 
     `repeats`: see `order_for`. `examples`: (rating, file) of reference images. `summarise` returns the lines to show a
     rater at the end.
@@ -169,27 +169,19 @@ class Questions:
         self._items, self._store, self._seed, self._repeats = list(items), store, seed, repeats
         self._summarise, self._secret = summarise, secrets.token_bytes(32)
         self._numbers = {item.key: number for number, item in enumerate(items)}
-        self._number_of = {self._id("question", number): number for number in range(2 * len(items))}
-        self._files = {  # a pair's id differs from its images' ids, which would reveal which folder is which
+        self.number_of = {self._id("question", number): number for number in range(2 * len(items))}
+        self.files = {  # a pair's id differs from its images' ids, which would reveal which folder is which
             self._id(kind, number): one.path
             for number, item in enumerate([*items, *items])
             for kind, one in (("question", item), ("first", item), ("second", item.rival or item))
         }
         self.examples = [(rating, self._id("example", number)) for number, (rating, _) in enumerate(examples)]
-        self._files |= {name: path for (_, name), (_, path) in zip(self.examples, examples, strict=True)}
+        self.files |= {name: path for (_, name), (_, path) in zip(self.examples, examples, strict=True)}
         self._raters: dict[str, Progress] = {}
         self._lock = threading.Lock()
 
     def _id(self, kind: str, number: int) -> str:
         return hmac.new(self._secret, f"{kind} {number}".encode(), hashlib.sha256).hexdigest()[:32]
-
-    def file(self, name: str) -> Path | None:
-        """Return the image file of an id, or None for any other text."""
-        return self._files.get(name)
-
-    def is_question(self, name: str) -> bool:
-        """Return whether this is the id of a question."""
-        return name in self._number_of
 
     def act(self, action: str, rater: str, name: str = "", **given: int | None) -> dict:
         """Save a "rate", "skip" or "undo" to disk, or ask skipped questions "again"; return the state for the page.
@@ -209,7 +201,7 @@ class Questions:
             if action == "again":
                 progress.waiting, progress.postponed = progress.waiting + progress.postponed, []
             elif action in ("rate", "skip"):
-                number = self._number_of[name]
+                number = self.number_of[name]
                 if number not in progress.waiting + progress.postponed:
                     already = {"already": True}
                 else:
