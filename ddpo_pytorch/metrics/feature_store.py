@@ -33,7 +33,7 @@ GPU_THREADS = 3  # one batch is decoded while another is computed
 class Network:
     """A function from images (B, 3, H, W) in [0, 1], two such batches (for `pairs`) or images and captions to (B, F).
 
-    `key` changes with weights and preprocessing; `sha256` is the hash of the weight file.
+    `key` names all that results depend on, such as weights and preprocessing; `sha256` is the hash of the weight file.
     """
 
     name: str
@@ -105,9 +105,9 @@ class FeatureStore:
         count, size = len(paths[0]), self.batch_size
         parts = [slice(start, start + size) for start in range(0, count, size)]
         names = {False: _chunk_names(digests, parts), True: _chunk_names([*digests, captions], parts)}
+        keys = {n.name: hashlib.sha256(n.key.encode()).hexdigest()[:16] + self._variant for n in networks}
         files = {
-            n.name: [self.folder / (n.key[:16] + self._variant) / f"{name}.npy" for name in names[n.reads_captions]]
-            for n in networks
+            n.name: [self.folder / keys[n.name] / f"{name}.npy" for name in names[n.reads_captions]] for n in networks
         }
         work, seen = [], set()
         for number, part in enumerate(parts):
@@ -190,6 +190,5 @@ def thumbnails(images: torch.Tensor) -> torch.Tensor:
 
 
 THUMBNAIL = 16
-_THUMBNAIL_KEY = hashlib.sha256(b"thumbnail 1").hexdigest()
-THUMBNAILS = Network("thumbnail", "luminance on a grid of 16 x 16", "", _THUMBNAIL_KEY, thumbnails)
-PIXELS = Network("pixels", "pixels", "", hashlib.sha256(b"pixel facts 1").hexdigest(), pixel_facts)
+THUMBNAILS = Network("thumbnail", "luminance on a grid of 16 x 16", "", "thumbnail 1", thumbnails)
+PIXELS = Network("pixels", "pixels", "", "pixel facts 1", pixel_facts)

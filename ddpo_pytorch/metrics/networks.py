@@ -3,13 +3,12 @@
 No package ships the weights of Inception, AlexNet and encoders; without them, `Unavailable` says which option to give.
 """
 
-import hashlib
 import io
 import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import urlopen
@@ -55,10 +54,7 @@ class Unavailable(Exception):
 
 
 def judge_network(option: str, device: Device = "cpu", name: str = "") -> tuple[Network, Network, tuple[str, ...]]:
-    """Load a classifier (`load_classifier`) as two networks, logits (B, H) and pooled features (B, F), and its labels.
-
-    The first network is called `name`, by default "H" followed by the number of labels.
-    """
+    """Load a classifier as two networks, logits (B, H) and pooled features (B, F), and its labels."""
     model = load_classifier(option, device)
     name = name or f"H{len(model.labels)}"
     digest, description = sha256(resolve(option)), f"classifier {Path(option).name}, {model.image_size} px"
@@ -78,16 +74,13 @@ def fundus_judges(folder: str | Path, device: Device = "cpu") -> tuple[Network, 
     if selector.threshold is None:
         raise UserError(f"the Selector {str(file)!r} has no threshold; train_rlhf.py sets it in stage 1")
     digest, description = sha256(file), f"Selector of {Path(folder).name}, {selector.sizes.image_size} px"
-
-    def aligns(images: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
-        return policy.score(images, captions)[:, None]
-
     what = f"{description}, passes from {selector.threshold:.4g}"
     passes = _network(SELECTOR, what, digest, "selector", lambda images: selector.score(images)[:, None])
     what, encode = f"class token of the {description}", lambda images: selector.encoder(selector.preprocess(images))
     features = _network("judge", what, digest, "selector features", encode)
     what, key = f"Policy of {Path(folder).name}, {policy.sizes.image_size} px", f"policy {policy.text.fingerprint}"
-    scores = _network(POLICY, what, sha256(Path(folder) / POLICY_FILE), key, aligns, reads_captions=True)
+    digest, align = sha256(Path(folder) / POLICY_FILE), lambda images, texts: policy.score(images, texts)[:, None]
+    scores = _network(POLICY, what, digest, key, align, reads_captions=True)
     return passes, scores, features, float(selector.threshold)
 
 
@@ -170,8 +163,7 @@ def quality_network(name: str) -> Network:
         rows = [[0.0] * (1 + len(chosen.columns)) if values is None else [1.0, *values] for values in found]
         return torch.tensor(rows, dtype=torch.float64)
 
-    key = hashlib.sha256(f"quality {name} 1 scipy {scipy.__version__}".encode()).hexdigest()
-    return Network(f"quality {name}", chosen.about, "", key, run)
+    return Network(f"quality {name}", chosen.about, "", f"quality {name} 1 scipy {scipy.__version__}", run)
 
 
 def similarity_network(name: str, side: int) -> Network:
@@ -185,7 +177,7 @@ def similarity_network(name: str, side: int) -> Network:
         parts = zip(x.split(PAIRS_AT_ONCE), y.split(PAIRS_AT_ONCE), strict=True)
         return torch.cat([function(*part) for part in parts])[:, None]
 
-    return Network(name, what, "", hashlib.sha256(f"{name} 1 torch {torch.__version__}".encode()).hexdigest(), run)
+    return Network(name, what, "", f"{name} 1 torch {torch.__version__}", run)
 
 
 def weight_file(option: str, url: str, flag: str, name: str = "") -> Path:
@@ -232,6 +224,5 @@ def _download(url: str, path: Path) -> bool:
 
 
 def _network(name: str, what: str, digest: str, preprocessing: str, run: Callable, **options: bool) -> Network:
-    """Return a network with a key derived from its preprocessing and the hash of its weights."""
-    key = hashlib.sha256(f"{preprocessing} {digest} torch {torch.__version__}".encode()).hexdigest()
-    return Network(name, what, digest, key, run, **options)
+    """Return a network with a key of its preprocessing and the hash of its weights."""
+    return Network(name, what, digest, f"{preprocessing} {digest} torch {torch.__version__}", run, **options)
