@@ -33,23 +33,13 @@ from ddpo_pytorch.ppo import averages, ppo_loss, step_kl
 from ddpo_pytorch.rewards import Scorer
 from ddpo_pytorch.rollout import Trajectories, draw_prompts, sample_trajectories, timestep_order, update_order
 from ddpo_pytorch.stat_tracking import compute_advantages, reward_statistics
+from ddpo_pytorch.training import setup
 from ddpo_pytorch.training.data_loss import DataLoss
 from ddpo_pytorch.training.health import HealthCheck, check_groups
 from ddpo_pytorch.training.held_out import save_grid
 from ddpo_pytorch.training.optimizer import GuardedOptimizer, make_optimizer
 from ddpo_pytorch.training.rollout_gradients import RolloutGradients, rollout_batches, rollout_gradients
 from ddpo_pytorch.training.run_state import RunState
-from ddpo_pytorch.training.setup import (
-    BatchSizes,
-    Task,
-    batch_sizes,
-    check_training,
-    content_fingerprints,
-    in_half_on_gpu,
-    load_policy,
-    make_task,
-    rollout_batch_size,
-)
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import (
     DTYPES,
@@ -75,8 +65,8 @@ class Run:
 
     config: ConfigDict
     accelerator: Accelerator
-    sizes: BatchSizes
-    task: Task
+    sizes: setup.BatchSizes
+    task: setup.Task
     pipe: StableDiffusionPipeline
     unet: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -137,7 +127,7 @@ def train(config: ConfigDict) -> Path:
 
 def set_up(config: ConfigDict) -> Run:
     """Build everything but the run folder, so that invalid settings are reported before anything is written."""
-    check_training(expand_config(config, "logdir", "pretrained.model"))
+    setup.check_training(expand_config(config, "logdir", "pretrained.model"))
     if config.per_prompt_stat_tracking is None and config.train.advantage == "per_prompt":
         config.train.advantage = "global"  # as in ddpo-pytorch
     accelerator = make_accelerator(
@@ -148,18 +138,18 @@ def set_up(config: ConfigDict) -> Run:
         growth_interval=SCALE_GROWTH_INTERVAL,
     )
     device = accelerator.device
-    if config.use_lora and in_half_on_gpu(config, device):  # `cast_adapters` replaces autocast
+    if config.use_lora and setup.in_half_on_gpu(config, device):  # `cast_adapters` replaces autocast
         accelerator.autocast_handler = AutocastKwargs(enabled=False)
-    sizes = batch_sizes(config.sample, config.train, accelerator.num_processes)
+    sizes = setup.batch_sizes(config.sample, config.train, accelerator.num_processes)
     # each (minibatch, timesteps) pair is a backward pass, and an update averages over all of them
     accelerator.gradient_accumulation_steps = config.train.gradient_accumulation_steps * sizes.forwards
-    task = make_task(config, device)
+    task = setup.make_task(config, device)
     prompts, _ = draw_prompts(task.prompt_fn, config.seed, 0, sizes.samples, config.sample.images_per_prompt)
     check_groups(config.train.advantage, prompts)
 
     # frozen weights in the dtype of mixed_precision, trained weights in float32
-    pipe = load_policy(config, DTYPES[config.mixed_precision], device)
-    contents = content_fingerprints(config, pipe, task) if accelerator.is_main_process else {}
+    pipe = setup.load_policy(config, DTYPES[config.mixed_precision], device)
+    contents = setup.content_fingerprints(config, pipe, task) if accelerator.is_main_process else {}
     optimizer = make_optimizer(config.train, [p for p in pipe.unet.parameters() if p.requires_grad])
     unet, optimizer = accelerator.prepare(pipe.unet, optimizer)
     guard = GuardedOptimizer(accelerator, optimizer, config.train.max_grad_norm, config.train.max_skipped_updates)
@@ -240,7 +230,7 @@ def sample_and_score(
     # to take gradients while sampling, the first update's samples are drawn first, in that update's order
     order = run.sample_order(epoch, inner_epoch=0) if run.gradients else range(run.sizes.local_samples)
     trajectories, sampled = None, []
-    batches = rollout_batches(order, rollout_batch_size(config, device), run.gradients)
+    batches = rollout_batches(order, setup.rollout_batch_size(config, device), run.gradients)
     for indices, recording in run.progress(batches, f"epoch {epoch} sampling"):
         stop_request.check()
         global_indices = [run.first_sample + i for i in indices]
