@@ -144,13 +144,6 @@ def best_of_n(
                 waiting.appendleft(one)
 
 
-def check_settings(config: ConfigDict) -> None:
-    """Raise UserError for a setting that is out of range."""
-    counts = dict.fromkeys(("eval.batch_size", *(f"improve.{name}" for name in COUNTS)), ONE_OR_MORE)
-    check_ranges(config, SAMPLING | counts)
-    check_ranges(config, {"improve.num_candidates": Range(f"[1, {config.improve.max_attempts}]", whole=True)})
-
-
 def generate(accelerator: Accelerator, config: ConfigDict) -> None:
     """Draw, select and log images, unless the folder is complete."""
     improve, sample, pretrained, folder = config.improve, config.sample, config.pretrained, Path(config.logdir)
@@ -174,7 +167,7 @@ def generate(accelerator: Accelerator, config: ConfigDict) -> None:
         claim_folder(folder, settings, {"model": pretrained.model, "load_from": config.load_from})
     accelerator.wait_for_everyone()
     if (folder / LOG).is_file():
-        paths = [str(entry.get("path_to_img")) for entry in read_log(folder)]
+        paths = [entry["path_to_img"] for entry in read_log(folder)]
         if not (damaged := damaged_images(folder, paths)):
             logger.info("%s is complete already; nothing to do", folder)
             return
@@ -218,7 +211,9 @@ def main(_) -> None:
     if FLAGS.prompt:
         config.eval.prompts, config.improve.images_per_prompt = tuple(FLAGS.prompt), FLAGS.n
         config.logdir = str(Path(config.logdir) / folder_name("; ".join(FLAGS.prompt)))
-    check_settings(config)
+    counts = dict.fromkeys(("eval.batch_size", *(f"improve.{name}" for name in COUNTS)), ONE_OR_MORE)
+    check_ranges(config, SAMPLING | counts)
+    check_ranges(config, {"improve.num_candidates": Range(f"[1, {config.improve.max_attempts}]", whole=True)})
     accelerator = make_accelerator(config.mixed_precision, config.allow_tf32, process_timeout=config.process_timeout)
     with locked_by_main(accelerator, config.logdir):
         generate(accelerator, config)

@@ -38,9 +38,7 @@ flags.DEFINE_enum("resize", "pad", RESIZES, "how --image_size makes images squar
 flags.DEFINE_string("host", "127.0.0.1", "address to listen on; any but loopback needs a token")
 flags.DEFINE_integer("port", 0, "port to listen on; 0 = a free one", 0, 65535)
 flags.DEFINE_string("token", None, "secret part of the address; generated if needed")
-flags.DEFINE_enum(
-    "mode", "rate", ("rate", "real", "pair"), "rate images, tell photographs from generated ones, or choose one of two"
-)
+flags.DEFINE_enum("mode", "rate", ("rate", "real", "pair"), "rate, tell photographs from generated, or choose of two")
 flags.DEFINE_bool("criteria", False, "also ask for optic disc, vessels, contrast and artifacts (mode rate)")
 flags.DEFINE_float("repeats", 0, "share of images that each rater sees a second time, unannounced", 0, 0.5)
 flags.DEFINE_string("examples", None, "folder of reference images named by rating: 1..., 2... or 3...")

@@ -36,12 +36,8 @@ define_flags()
 flags.DEFINE_enum("mode", "train", ["train", "test"], "train a classifier, or report on the test split")
 flags.DEFINE_list("labels", [], "instead: columns of 0 and 1 in tables file_name,text,... of any data set")
 flags.DEFINE_string("checkpoint_dir", "rl4med-out/classifier", "folder for the classifier and its reports")
-flags.DEFINE_string(
-    "checkpoint", "", "classifier to start from or to test; by default, the one in checkpoint_dir is tested"
-)
-flags.DEFINE_string(
-    "through_vae", "", "autoencoder or model folder: also test on its reconstructions, or train with half of them"
-)
+flags.DEFINE_string("checkpoint", "", "classifier to start from or to test; tested by default: that in checkpoint_dir")
+flags.DEFINE_string("through_vae", "", "autoencoder or model: also test on reconstructions, or train on half of them")
 flags.DEFINE_string("cache_dir", None, "folder for decoded images, by default <checkpoint_dir>/cache; '' = no cache")
 flags.DEFINE_bool("pos_weight", False, "weight an attribute's positives by negatives/positives of the training split")
 flags.DEFINE_float("focal_gamma", 0.0, "exponent of the focal loss; 0 is plain BCE", lower_bound=0)

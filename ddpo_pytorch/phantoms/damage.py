@@ -152,12 +152,8 @@ def _mirrored(image: np.ndarray, field: np.ndarray, strength: float, rng: np.ran
     return np.concatenate([image[:, : image.shape[1] - half], image[:, :half][:, ::-1]], axis=1)
 
 
-def _swapped(image: np.ndarray, field: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Exchange red and green."""
-    return image[..., [1, 0, 2]]
-
-
 _DEGRADE = {"blur": _blur, "noise": _noise, "exposure": _exposure, "crop": _crop, "vessels": _vessels}
 KINDS = tuple(_DEGRADE)
-_DEGRADE |= {"flat": _flat, "shuffled": _shuffled, "mirrored": _mirrored, "swapped": _swapped}
+_DEGRADE |= {"flat": _flat, "shuffled": _shuffled, "mirrored": _mirrored}
+_DEGRADE |= {"swapped": lambda image, *_: image[..., [1, 0, 2]]}  # red and green
 STRUCTURAL = tuple(_DEGRADE)[len(KINDS) :]

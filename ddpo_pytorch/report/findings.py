@@ -15,12 +15,6 @@ from ddpo_pytorch.metrics.comparison import FEW_PROMPTS
 from ddpo_pytorch.metrics.image_sets import sort_captions
 from ddpo_pytorch.metrics.tables import FUNDUS_COLUMNS, NOT_AVAILABLE, REAL, TABLE3_COLUMNS, dig, model_table, number
 
-# measures of diversity: title, path, format
-SPREAD = (
-    ("Vendi score", ("diversity", "{space}", "vendi"), ".2f"),
-    ("Pairwise distance", ("diversity", "{space}", "pairwise_distance"), ".4g"),
-    ("LPIPS within prompts", ("perception", "LPIPS_within"), ".3f"),
-)
 FIDELITY = (
     ("FID ↓", ("FID",), ".4g", 1),
     ("FID of ∞ images ↓", ("FID_infinity",), ".4g", 1),
@@ -97,10 +91,7 @@ def tests(comparison: Mapping) -> dict[str, float]:
 
 
 def lost_diversity(result: Mapping) -> list[tuple[str, str, str, str, str, bool]]:
-    """Return (model, other model, measure, before, after, apart) for each comparison's first diversity loss.
-
-    `apart`: whether there are intervals and they do not overlap.
-    """
+    """Return (model, other, measure, before, after, intervals apart) of each comparison's first loss of diversity."""
     lost = []
     for row in result["comparisons"]:
         for title, path, form in _spread(result):
@@ -115,12 +106,11 @@ def lost_diversity(result: Mapping) -> list[tuple[str, str, str, str, str, bool]
 
 
 def _spread(result: Mapping) -> list[tuple]:
-    """Return the entries of `SPREAD` for every feature space."""
+    """Return (title, path, format) of the measures of diversity, in every feature space."""
     spaces = _union(side.get("diversity") for side in sides(result).values())
-    named = [
-        (f"{title} ({s})", [key.format(space=s) for key in path], f) for title, path, f in SPREAD[:2] for s in spaces
-    ]
-    return [*named, SPREAD[2]]
+    columns = [(f"Vendi score ({space})", ("diversity", space, "vendi"), ".2f") for space in spaces]
+    columns += [(f"Pairwise distance ({s})", ("diversity", s, "pairwise_distance"), ".4g") for s in spaces]
+    return [*columns, ("LPIPS within prompts", ("perception", "LPIPS_within"), ".3f")]
 
 
 def flaws(values: Mapping) -> dict[str, int]:
