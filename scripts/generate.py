@@ -18,7 +18,7 @@ import logging
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,27 +61,17 @@ COLUMNS = ("file_name", "text", "modality", "patient", "selector", "policy", "se
 
 @dataclass
 class Request:
-    """The `repetition`-th search for images of a prompt.
-
-    `kept` has the image_log.json entry and pixels, uint8 (3, H, W), of each image that passed, or of the last image as
-    long as none has.
-    """
+    """The `repetition`-th search for images of a prompt."""
 
     prompt: str
     repetition: int
+    # log entry and pixels, uint8 (3, H, W), of each image that passed, or of the last image as long as none has
     kept: list[tuple[dict[str, Any], torch.Tensor]] = field(default_factory=list)
     attempts: int = 0
     passed: int = 0
 
     def add(
-        self,
-        image: torch.Tensor,
-        seed: int,
-        selector: float,
-        policy: float,
-        passes: bool,
-        criteria: Mapping[str, float],
-        number: int,
+        self, image: torch.Tensor, seed: int, selector: float, policy: float, passes: bool, criteria: dict, number: int
     ) -> None:
         """Keep or drop a drawn image; its file is named after the modality, `number` and both scores."""
         self.attempts += 1

@@ -1,7 +1,4 @@
-"""Training sets of table 4: which synthetic images to add to the real ones.
-
-A subgroup is a combination of labels, that is, a caption.
-"""
+"""Training sets of table 4: which synthetic images to add to the real ones of each subgroup (combination of labels)."""
 
 import logging
 import math
@@ -112,13 +109,10 @@ def minority(real: Mapping[str, int], share: float) -> set[str]:
 
 @dataclass(frozen=True)
 class Training:
-    """One classifier, trained on real images and, unless `source` is "", on `drawn` samples of that folder.
+    """One classifier, trained on real images and, unless `source` is "", on `drawn` samples of that folder."""
 
-    `folder` is relative to the output; `name`, used in table rows, is the same for all seeds.
-    """
-
-    name: str
-    folder: str
+    name: str  # in table rows, the same for all seeds
+    folder: str  # relative to the output
     seed: int
     source: str = ""
     drawn: Draw | None = None

@@ -28,16 +28,13 @@ WARNED_COUNTS = {
 
 @dataclass
 class Folder:
-    """A measured folder: its part of metrics.json, facts about the set, and arrays (N,) about each image.
-
-    `aligned` is 0 or 1, for fundus images the alignment in [0, 1]; `columns` are those of per_image.csv.
-    """
+    """A measured folder: its part of metrics.json, facts about the set, and arrays (N,) about each image."""
 
     images: ImageSet
     result: dict
     facts: dict
-    aligned: np.ndarray
-    columns: dict[str, Sequence]
+    aligned: np.ndarray  # 0 or 1, for fundus images the alignment in [0, 1]
+    columns: dict[str, Sequence]  # of per_image.csv
 
 
 def mean_reward(images: ImageSet, seed: int) -> Estimate:

@@ -250,6 +250,7 @@ def evaluate(config: ConfigDict, tools: Tools, sets: Sets) -> tuple[dict, dict[s
     reference = measure_folder(real, None, context) if real else None
     fid_part = "unmatched" if config.metric.fid == "compat" else "matched"
     missing = {} if real else {"FID, KID, LPIPS to real images": "metric.real_path is empty"}
+    networks = [*tools.extractors.values(), *tools.statistics, *tools.pairs.values()]
     judges = {
         name: {"what": network.what, "sha256": network.sha256, "labels": list(labels)}
         for name, (network, labels) in tools.judges.items()
@@ -263,7 +264,7 @@ def evaluate(config: ConfigDict, tools: Tools, sets: Sets) -> tuple[dict, dict[s
         "versions": {name: version(name) for name in PACKAGES},
         "settings": config.metric.to_dict() | {"seed": seed, "image_shape": list(shape_of(every[0]))},
         "judges": judges,
-        "networks": {network.name: {"what": network.what, "sha256": network.sha256} for network in tools.named},
+        "networks": {network.name: {"what": network.what, "sha256": network.sha256} for network in networks},
         "missing": tools.missing | missing,
         "sets": {name: set_facts(images, {}) for name, images in (("real", real), ("train", sets.train)) if images},
         "warnings": find_warnings(context, models, len(real_part)),

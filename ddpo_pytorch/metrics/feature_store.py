@@ -31,15 +31,12 @@ GPU_THREADS = 3  # one batch is decoded while another is computed
 
 @dataclass(frozen=True)
 class Network:
-    """A function from images (B, 3, H, W) in [0, 1], two such batches (for `pairs`) or images and captions to (B, F).
-
-    `key` names all that results depend on, such as weights and preprocessing; `sha256` is the hash of the weight file.
-    """
+    """A function from images (B, 3, H, W) in [0, 1], two such batches, or images and captions to (B, F)."""
 
     name: str
     what: str
-    sha256: str
-    key: str
+    sha256: str  # of the weight file
+    key: str  # names all that results depend on, such as weights and preprocessing
     run: Callable[..., torch.Tensor]
     reads_captions: bool = False
 

@@ -31,10 +31,7 @@ ROUNDING = 1e-12
 
 @one_thread()
 def moments(features: np.ndarray, first: int = 0) -> torch.Tensor:
-    """Return the additive moments (1 + F, 1 + F) of (N, F) features f: the sum of g g^T with g = (1, f), in float64.
-
-    The first row holds the count and the sum of f. Raises ValueError as `finite`.
-    """
+    """Return the additive moments (1 + F, 1 + F) of (N, F) features f: the sum of g g^T with g = (1, f), in float64."""
     features = torch.from_numpy(np.insert(finite(features, "features", first), 0, 1, axis=1))
     return features.T @ features
 

@@ -36,26 +36,22 @@ Samples = list[tuple[Path, str]]  # (file, caption)
 class ImageSet:
     """Images of a folder: files, captions ("" if unknown) and SHA-256 of each file.
 
-    `entries`: entries of its image_log.json by path relative to the folder; `made_with`: its settings; `table`: each
-    image's row of metadata.csv, else the columns that its caption determines in other sets' tables, else {};
-    `all_captions`: captions of all sets of the report; `lacking`: captions of this folder without an image.
-
-    `names`: each image's group (N,) by column of `table`, if groups are compared. Once networks have run, `rows` holds
-    their results by network, and `pairs` those on pairs of images by measure: indices (P, 2) into this set and its
-    partner, and values (P,). Measures are "LPIPS" (to real images), "LPIPS_within" (within a prompt), "SSIM" (to images
-    of the same name), "MS_SSIM" and "MS_SSIM_within".
+    Once networks have run, `rows` holds their results by network, and `pairs` those on pairs of images by measure:
+    indices (P, 2) into this set and its partner, and values (P,). Measures are "LPIPS" (to real images), "LPIPS_within"
+    (within a prompt), "SSIM" (to images of the same name), "MS_SSIM" and "MS_SSIM_within".
     """
 
     folder: Path
     paths: tuple[Path, ...]
     captions: tuple[str, ...]
     digests: tuple[str, ...]
-    entries: Mapping[str, Mapping] = field(default_factory=dict)
-    made_with: Mapping = field(default_factory=dict)
+    entries: Mapping[str, Mapping] = field(default_factory=dict)  # of image_log.json, by path relative to the folder
+    made_with: Mapping = field(default_factory=dict)  # the folder's settings
+    # each image's row of metadata.csv, else the columns that its caption determines in other sets' tables, else {}
     table: tuple[Mapping[str, str], ...] = ()
-    all_captions: tuple[str, ...] = CAPTIONS
-    lacking: tuple[str, ...] = ()
-    names: dict[str, np.ndarray] = field(default_factory=dict)
+    all_captions: tuple[str, ...] = CAPTIONS  # of all sets of the report
+    lacking: tuple[str, ...] = ()  # captions of this folder without an image
+    names: dict[str, np.ndarray] = field(default_factory=dict)  # each image's group (N,) by column of `table`
     rows: dict[str, Any] = field(default_factory=dict)
     pairs: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 

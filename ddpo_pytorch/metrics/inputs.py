@@ -146,17 +146,13 @@ def find_sets(metric: ConfigDict, accelerator: Accelerator) -> Sets:
 
 @dataclass
 class Tools:
-    """Networks of a report, and reasons for `missing` ones. Judges have labels or, for fundus images, a `threshold`.
-
-    `statistics`: image statistics and Inception's logits. `pairs`: of two images, those of LPIPS, SSIM and MS-SSIM that
-    are measured.
-    """
+    """Networks of a report, and reasons for `missing` ones. Judges have labels or, for fundus images, a `threshold`."""
 
     judges: dict[str, tuple[Network, tuple[str, ...]]]
     threshold: float | None = None
     extractors: dict[str, Network] = field(default_factory=dict)
-    statistics: list[Network] = field(default_factory=list)
-    pairs: dict[str, Network] = field(default_factory=dict)
+    statistics: list[Network] = field(default_factory=list)  # image statistics, and Inception's logits
+    pairs: dict[str, Network] = field(default_factory=dict)  # of two images: LPIPS, SSIM and MS-SSIM if measured
     missing: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -164,11 +160,6 @@ class Tools:
         """All networks that take a single image."""
         judges = [judge for judge, _ in self.judges.values()]
         return [PIXELS, THUMBNAILS, *judges, *self.extractors.values(), *self.statistics]
-
-    @property
-    def named(self) -> list[Network]:
-        """All networks except the judges, pixels and thumbnails."""
-        return [*self.extractors.values(), *self.statistics, *self.pairs.values()]
 
     @contextmanager
     def optional(self, title: str) -> Iterator[None]:

@@ -124,10 +124,7 @@ def near_copies(images: ImageSet, other: ImageSet) -> np.ndarray:
 def measure_memorisation(
     extractor: str, fake: ImageSet, train: ImageSet, neighbours: Neighbours, baseline: np.ndarray | None, seed: int
 ) -> dict:
-    """Return pixel copies, closest pairs, authenticity, and the share unusually close to training images.
-
-    `neighbours`: from `find_neighbours`; baseline (K,): distances of unseen real images to training images.
-    """
+    """Return pixel copies, closest pairs, authenticity, and the share that is unusually close by `baseline` (K,)."""
     distances, indices = neighbours
     result = {
         "copies": int(copies(fake, train).sum()),

@@ -26,7 +26,7 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
     Gaussian window of 11 x 11 and sigma 1.5; mean over channels and positions where the window is inside the image.
     """
-    return _similarity(x.double(), y.double())[0]
+    return _similarity(x.double(), y.double())[0]  # in float32 variances of flat images are noise of the order of C2
 
 
 def ms_ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -79,10 +79,7 @@ def measure_pairs(images: ImageSet, names: Sequence[str], seed: int, share: bool
 
 
 def _similarity(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the means (B,) of ssim = l * cs and of the contrast-structure term cs, both in float64.
-
-    In float32 the variances of flat images are noise of the order of C2.
-    """
+    """Return the means (B,) of ssim = l * cs and of the contrast-structure term cs."""
     blurred = _blurred(torch.cat([x, y, x * x, y * y, x * y]))
     mean_x, mean_y, square_x, square_y, product = blurred.split(len(x))  # (B, C, H - 10, W - 10) each
     variance_x, variance_y = (square_x - mean_x**2).clamp(min=0), (square_y - mean_y**2).clamp(min=0)

@@ -23,10 +23,7 @@ from ddpo_pytorch.utils.randomness import Stream, generator_of, text_number
 
 @dataclass(frozen=True)
 class Item:
-    """An image: file, path relative to the ratings table, prompt, modality (or ""), (width, height), patient (or "").
-
-    With a `rival`, the question is which of the two is better.
-    """
+    """An image: file, path from the ratings table, prompt, modality (or ""), (width, height), patient (or "")."""
 
     path: Path
     image_path: str
@@ -34,7 +31,7 @@ class Item:
     modality: str
     size: tuple[int, int]
     patient: str = ""
-    rival: "Item | None" = None
+    rival: "Item | None" = None  # the question is then which of the two is better
 
     @property
     def key(self) -> tuple[str, str, str]:

@@ -29,14 +29,11 @@ class Picture(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The pictures of one prompt, with a column per file of `stems` ([] if rows have unrelated files).
-
-    `rows` are (name, pictures); a picture is None if its file cannot be read.
-    """
+    """The pictures of one prompt, with a row per set and a column per file name."""
 
     caption: str
-    stems: list[str]
-    rows: list[tuple[str, list[Picture | None]]]
+    stems: list[str]  # [] if rows have unrelated files
+    rows: list[tuple[str, list[Picture | None]]]  # None: the file cannot be read
 
 
 class Album:
