@@ -8,15 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from ddpo_pytorch.metrics.intervals import (
-    Estimate,
-    bootstrap_mean,
-    bootstrap_ratio,
-    bootstrap_unpaired_difference,
-    mcnemar,
-    mean_over_runs,
-    sign_flip_p,
-)
+from ddpo_pytorch.metrics import intervals
 
 SIMULATIONS = 300
 
@@ -46,7 +38,7 @@ def clustered(seed, between, prompts=24, images=12):
 
 
 def paired(a, b, groups, seed, **options):
-    return bootstrap_mean(b.astype(float) - a, groups, seed, resample_groups=True, share=False, **options)
+    return intervals.bootstrap_mean(b.astype(float) - a, groups, seed, resample_groups=True, share=False, **options)
 
 
 @pytest.mark.slow
@@ -57,7 +49,7 @@ def test_replicates_are_those_of_the_naive_bootstrap(resample_groups):
     groups = rng.permutation(np.repeat(np.arange(12) * 3, rng.integers(50, 100, 12)))
     values = rng.permutation(np.linspace(0.02, 0.98, 12))[groups // 3]
     values = (rng.random(len(groups)) < values) * 1.0 if resample_groups else rng.normal(size=len(groups)) + 10 * values
-    estimate = bootstrap_mean(values, groups, 5, resample_groups=resample_groups, replicates=8_000)
+    estimate = intervals.bootstrap_mean(values, groups, 5, resample_groups=resample_groups, replicates=8_000)
     expected = naive(values, groups, 6, resample_groups, 8_000)
     assert estimate.value == pytest.approx(values.mean(), rel=1e-12) and estimate.n == len(groups)
     # 8,000 replicates know a 2.5 % percentile to about 3 % of the standard deviation; four times that
@@ -67,7 +59,7 @@ def test_replicates_are_those_of_the_naive_bootstrap(resample_groups):
 
 def over_prompts(seed):
     values, groups = clustered(seed, 0.3)
-    return bootstrap_mean(values, groups, seed, resample_groups=True, replicates=500)
+    return intervals.bootstrap_mean(values, groups, seed, resample_groups=True, replicates=500)
 
 
 def difference(seed, pairs):
@@ -77,7 +69,7 @@ def difference(seed, pairs):
     return (
         paired(a, b, groups, seed, replicates=500)
         if pairs
-        else bootstrap_unpaired_difference(a, groups, b, groups, seed)
+        else intervals.bootstrap_unpaired_difference(a, groups, b, groups, seed)
     )
 
 
@@ -87,7 +79,7 @@ SEEN, RIGHT = np.linspace(0.2, 0.7, 6), np.linspace(0.9, 0.3, 6)
 def ratio(seed):
     rng, groups = np.random.default_rng([seed, 7]), np.repeat(np.arange(6), 30)
     denominator = rng.random(180) < SEEN[groups]
-    return bootstrap_ratio(denominator & (rng.random(180) < RIGHT[groups]), denominator, groups, seed)
+    return intervals.bootstrap_ratio(denominator & (rng.random(180) < RIGHT[groups]), denominator, groups, seed)
 
 
 @pytest.mark.slow
@@ -106,46 +98,45 @@ def test_intervals_cover_the_truth(simulate, truth):
 
 def test_values_that_are_all_equal():
     zeros, groups = np.zeros(40), np.arange(40) % 8
-    images = bootstrap_mean(zeros, groups, 0, resample_groups=False)
+    images = intervals.bootstrap_mean(zeros, groups, 0, resample_groups=False)
     expected = scipy.stats.binomtest(0, 40).proportion_ci(0.95, "exact")
     assert (images.low, images.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
-    prompts = bootstrap_mean(zeros + 1, groups, 0, resample_groups=True)
+    prompts = intervals.bootstrap_mean(zeros + 1, groups, 0, resample_groups=True)
     expected = scipy.stats.binomtest(8, 8).proportion_ci(0.95, "exact")
     assert (prompts.low, prompts.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
-    other = bootstrap_mean(zeros + 0.25, groups, 0, resample_groups=True)
+    other = intervals.bootstrap_mean(zeros + 0.25, groups, 0, resample_groups=True)
     assert (other.value, other.low, other.high) == (0.25, 0.25, 0.25)
     same = paired(zeros, zeros + 1, groups, 0)  # a difference is no share
     assert (same.value, same.low, same.high) == (1, 1, 1)
 
 
 def test_one_image_and_none():
-    one = bootstrap_mean(np.array([0.5]), np.array([3]), 0, resample_groups=True)
+    one = intervals.bootstrap_mean(np.array([0.5]), np.array([3]), 0, resample_groups=True)
     assert (one.value, one.low, one.high, one.n) == (0.5, None, None, 1)
     nothing, zeros, ones = np.empty(0), np.zeros(2), np.ones(2)
     for none in (
-        bootstrap_mean(nothing, nothing, 0, resample_groups=True),
-        bootstrap_ratio(zeros, zeros, zeros, 0),
-        bootstrap_unpaired_difference(ones, zeros, ones, ones, 0),
-        mean_over_runs([]),
+        intervals.bootstrap_mean(nothing, nothing, 0, resample_groups=True),
+        intervals.bootstrap_ratio(zeros, zeros, zeros, 0),
+        intervals.bootstrap_unpaired_difference(ones, zeros, ones, ones, 0),
     ):
         assert none.value is None and none.low is None and none.n == 0 and none.how
 
 
 def test_results_depend_on_the_seed_and_not_on_the_order_of_images():
     values, groups = clustered(0, 0.3)
-    first = bootstrap_mean(values, groups, 1, resample_groups=True)
+    first = intervals.bootstrap_mean(values, groups, 1, resample_groups=True)
     order = np.random.default_rng(0).permutation(len(values))
-    assert bootstrap_mean(values[order], groups[order], 1, resample_groups=True) == first
-    assert bootstrap_mean(values, groups, 2, resample_groups=True) != first
+    assert intervals.bootstrap_mean(values[order], groups[order], 1, resample_groups=True) == first
+    assert intervals.bootstrap_mean(values, groups, 2, resample_groups=True) != first
 
 
 def test_rows_that_are_not_usable():
     values = np.ones(5)
     values[3] = np.nan
     with pytest.raises(ValueError, match="row 3"):
-        bootstrap_mean(values, np.zeros(5), 0, resample_groups=False)
+        intervals.bootstrap_mean(values, np.zeros(5), 0, resample_groups=False)
     with pytest.raises(ValueError, match="equally long.*5, 4, 5"):
-        bootstrap_ratio(np.ones(5), np.ones(4), np.zeros(5), 0)
+        intervals.bootstrap_ratio(np.ones(5), np.ones(4), np.zeros(5), 0)
 
 
 def test_unpaired_differences_draw_the_same_prompts_for_both_sides():
@@ -153,16 +144,16 @@ def test_unpaired_differences_draw_the_same_prompts_for_both_sides():
     rng = np.random.default_rng(4)
     groups = np.repeat(np.arange(10), 100)
     a, b = groups * 100 + rng.normal(size=1000), groups * 100 + 1 + rng.normal(size=1000)
-    estimate = bootstrap_unpaired_difference(a, groups, b, groups, 0)
+    estimate = intervals.bootstrap_unpaired_difference(a, groups, b, groups, 0)
     assert estimate.value == pytest.approx(b.mean() - a.mean(), abs=1e-9) and estimate.n == 2000
     assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * math.sqrt(2 / 1000), rel=0.15)
 
 
 def test_a_ratio_by_hand_and_its_exact_edges():
     seen, right = np.array([1, 1, 0, 1, 1]), np.array([1, 0, 0, 1, 1])
-    estimate = bootstrap_ratio(right, seen, np.zeros(5), 0)
+    estimate = intervals.bootstrap_ratio(right, seen, np.zeros(5), 0)
     assert estimate.value == 0.75 and estimate.n == 4 and 0 <= estimate.low < 0.75 < estimate.high <= 1
-    edge = bootstrap_ratio(seen, seen, np.zeros(5), 0)
+    edge = intervals.bootstrap_ratio(seen, seen, np.zeros(5), 0)
     assert edge.low == pytest.approx(scipy.stats.binomtest(4, 4).proportion_ci().low) and edge.high == 1
 
 
@@ -171,7 +162,7 @@ def test_mcnemar_is_the_binomial_test_of_the_changes(gained, lost):
     a, b = np.repeat([0, 1, 0, 1], [gained, lost, 11, 13]), np.repeat([1, 0, 0, 1], [gained, lost, 11, 13])
     n = gained + lost
     expected = min(1.0, 2 * sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / 2**n)
-    assert mcnemar(a, b) == (gained, lost, pytest.approx(expected, rel=1e-8))
+    assert intervals.mcnemar(a, b) == (gained, lost, pytest.approx(expected, rel=1e-8))
 
 
 @pytest.mark.parametrize("prompts", [9, 14])
@@ -182,19 +173,19 @@ def test_sign_flips_equal_scipys_over_all_signs(prompts):
     means = np.array([differences[groups == group].mean() for group in range(prompts)])
     exact = scipy.stats.permutation_test((means,), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue
     tolerance = 1e-12 if prompts == 9 else 5 * math.sqrt(exact / 10_000)  # 14 have more patterns than the draws
-    assert sign_flip_p(differences, groups, 0) == pytest.approx(exact, abs=tolerance)
+    assert intervals.sign_flip_p(differences, groups, 0) == pytest.approx(exact, abs=tolerance)
 
 
 def test_an_interval_over_runs_needs_three():
     values = [0.5, 0.6, 0.58, 0.61]
-    estimate = mean_over_runs(values)
+    estimate = intervals.mean_over_runs(values)
     expected = scipy.stats.t.interval(0.95, 3, np.mean(values), scipy.stats.sem(values))
     assert (estimate.low, estimate.high) == pytest.approx(expected, rel=1e-9) and estimate.n == 4
-    two = mean_over_runs(values[:2])
+    two = intervals.mean_over_runs(values[:2])
     assert two.value == pytest.approx(0.55) and two.low is None and two.high is None
 
 
 def test_estimates_become_json():
-    estimate = Estimate(np.float64(0.5), math.nan, math.inf, np.int64(3), "so")
+    estimate = intervals.Estimate(np.float64(0.5), math.nan, math.inf, np.int64(3), "so")
     expected = {"value": 0.5, "low": None, "high": None, "n": 3, "how": "so"}
     assert json.loads(json.dumps(estimate.to_dict(), allow_nan=False)) == expected

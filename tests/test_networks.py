@@ -12,22 +12,12 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import save_file
 
+from ddpo_pytorch.metrics import networks
 from ddpo_pytorch.metrics.feature_store import FeatureStore, Network
 from ddpo_pytorch.metrics.image_sets import ImageSet
-from ddpo_pytorch.metrics.networks import (
-    ENCODERS,
-    URL_ALEXNET,
-    URL_ENCODER,
-    URL_INCEPTION_V3,
-    Unavailable,
-    encoder_network,
-    inception_network,
-    lpips_network,
-    official_uint8,
-)
 from ddpo_pytorch.utils.errors import UserError
 
-DINOV2 = ENCODERS["dinov2_vits14"]
+DINOV2 = networks.ENCODERS["dinov2_vits14"]
 pytest_plugins = ["sample_sets"]
 
 
@@ -35,18 +25,18 @@ pytest_plugins = ["sample_sets"]
 def test_inception_sees_white_as_white_unless_compatible(random_inception):
     path, network = random_inception
     white, black = torch.ones(1, 3, 64, 64), torch.zeros(1, 3, 64, 64)
-    exact, compat = (inception_network(str(path), mode) for mode in ("exact", "compat"))
+    exact, compat = (networks.inception_network(str(path), mode) for mode in ("exact", "compat"))
     assert exact.run(white).shape == (1, 2048)
     torch.testing.assert_close(exact.run(white), network(torch.full((1, 3, 64, 64), 255, dtype=torch.uint8))[0])
     assert (exact.run(white) - exact.run(black)).norm() > 1e-3 * exact.run(black).norm()
     # the official x * 256 wraps 1.0 to 0
     assert torch.equal(compat.run(white), compat.run(black))
     assert exact.key != compat.key and exact.sha256 == compat.sha256
-    assert official_uint8(torch.arange(256).float() / 255).tolist() == [*range(255), 0]
+    assert networks.official_uint8(torch.arange(256).float() / 255).tolist() == [*range(255), 0]
 
 
 def test_lpips_equals_the_lpips_package(alexnet):
-    ours, weights = lpips_network(str(alexnet)), torch.load(alexnet)
+    ours, weights = networks.lpips_network(str(alexnet)), torch.load(alexnet)
     reference = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
     for name, layer in itertools.chain(*(slice_.named_children() for slice_ in reference.net.children())):
         prefix = f"features.{name}."
@@ -62,7 +52,7 @@ def test_dinov2_takes_timms_file_with_its_own_position_embeddings(tmp_path):
     torch.manual_seed(0)
     model = timm.create_model(DINOV2, pretrained=False, num_classes=0).eval()  # 518 px, as published
     save_file(model.state_dict(), tmp_path / f"{DINOV2}.safetensors")
-    network = encoder_network("dinov2_vits14", str(tmp_path))
+    network = networks.encoder_network("dinov2_vits14", str(tmp_path))
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     features = network.run(images)
     assert features.shape == (2, 384) and not torch.equal(features[0], features[1])
@@ -81,7 +71,7 @@ def test_any_encoder_of_timm_takes_timms_file(tmp_path):
     model = timm.create_model("test_efficientnet", pretrained=False).eval()
     save_file({k: v.half() for k, v in model.state_dict().items()}, tmp_path / "test_efficientnet.safetensors")
     images = torch.rand(2, 3, 160, 160, generator=torch.Generator().manual_seed(1))
-    network = encoder_network("test_efficientnet", str(tmp_path))
+    network = networks.encoder_network("test_efficientnet", str(tmp_path))
     assert torch.allclose(
         network.run(images), model.forward_head(model.forward_features((images - 0.5) / 0.5), True), atol=1e-2
     )
@@ -89,9 +79,9 @@ def test_any_encoder_of_timm_takes_timms_file(tmp_path):
 
 
 SOURCES = {
-    "inception": (inception_network, URL_INCEPTION_V3),
-    "alexnet": (lpips_network, URL_ALEXNET),
-    "encoders": (partial(encoder_network, "dinov2_vits14"), URL_ENCODER.format(DINOV2)),
+    "inception": (networks.inception_network, networks.URL_INCEPTION_V3),
+    "alexnet": (networks.lpips_network, networks.URL_ALEXNET),
+    "encoders": (partial(networks.encoder_network, "dinov2_vits14"), networks.URL_ENCODER.format(DINOV2)),
 }
 
 
@@ -101,9 +91,9 @@ def test_weight_files_that_cannot_be_had(flag, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     for option, error, message in (
-        ("", Unavailable, f"metric.{flag}"),
-        ("auto", Unavailable, f"{url}.*metric.{flag}=FILE"),
-        ("download", Unavailable, f"{url}.*metric.{flag}=FILE"),
+        ("", networks.Unavailable, f"metric.{flag}"),
+        ("auto", networks.Unavailable, f"{url}.*metric.{flag}=FILE"),
+        ("download", networks.Unavailable, f"{url}.*metric.{flag}=FILE"),
         ("nope.pth", UserError, f"metric.{flag}='nope.pth'"),
     ):
         with pytest.raises(error, match=message):
@@ -115,11 +105,11 @@ def test_weight_files_that_cannot_be_had(flag, tmp_path, monkeypatch):
 
 def test_a_cached_file_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    cached = tmp_path / "checkpoints" / URL_ALEXNET.rsplit("/", 1)[1]
+    cached = tmp_path / "checkpoints" / networks.URL_ALEXNET.rsplit("/", 1)[1]
     cached.parent.mkdir()
     cached.write_bytes(b"x")
     with pytest.raises(UserError, match=f"{cached}.* is a text file"):
-        lpips_network("auto")
+        networks.lpips_network("auto")
 
 
 def test_each_device_and_precision_has_results_of_its_own(tmp_path, monkeypatch):

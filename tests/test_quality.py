@@ -13,16 +13,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 from torchmetrics.functional.image.ssim import _ssim_update
 
-from ddpo_pytorch.metrics.image_statistics import (
-    FOV,
-    LEGACY,
-    ROUNDING,
-    distances,
-    fov_quality,
-    inception_score,
-    legacy_quality,
-    split_count,
-)
+from ddpo_pytorch.metrics import image_statistics as statistics
 from ddpo_pytorch.metrics.ssim import SCALES, ms_ssim, scale_count, ssim
 
 
@@ -57,7 +48,7 @@ def by_slices(pixels: np.ndarray) -> list[float]:
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (7, 10)])
 def test_legacy_equals_sums_over_pixels(height, width):
     image = noise_image(height, width, height)
-    assert legacy_quality(image) == pytest.approx(by_slices(image), abs=1e-6, rel=1e-6)
+    assert statistics.legacy_quality(image) == pytest.approx(by_slices(image), abs=1e-6, rel=1e-6)
 
 
 @pytest.mark.parametrize("level", [0, 128])
@@ -65,16 +56,16 @@ def test_flat_images_have_numbers_and_no_warnings(level):
     image = np.full((32, 32, 3), level, np.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = dict(zip(LEGACY, legacy_quality(image), strict=True))
-        inside = fov_quality(image)
+        found = dict(zip(statistics.LEGACY, statistics.legacy_quality(image), strict=True))
+        inside = statistics.fov_quality(image)
     assert found["SNR"] == pytest.approx(level / 255 / 1e-8, rel=1e-6)
-    assert [found[name] for name in LEGACY[1:]] == pytest.approx([0, 0, 0, 0], abs=1e-12)
+    assert [found[name] for name in statistics.LEGACY[1:]] == pytest.approx([0, 0, 0, 0], abs=1e-12)
     if level:
-        assert np.isfinite(inside).all() and inside[FOV.index("Entropy")] == 0
+        assert np.isfinite(inside).all() and inside[statistics.FOV.index("Entropy")] == 0
     else:  # no field of view
         assert inside is None
     with pytest.raises(ValueError, match="quarter bands need 4 x 4"):
-        legacy_quality(image[:3])
+        statistics.legacy_quality(image[:3])
 
 
 def test_the_field_of_view_numbers_by_hand():
@@ -83,20 +74,20 @@ def test_the_field_of_view_numbers_by_hand():
     y, x = np.mgrid[:size, :size] - 63.5
     disc = np.zeros((size, size, 3), np.uint8)
     disc[x**2 + y**2 < 60**2] = (150, 90, 40)
-    flat = dict(zip(FOV, fov_quality(disc), strict=True))
+    flat = dict(zip(statistics.FOV, statistics.fov_quality(disc), strict=True))
     level = (0.299 * 150 + 0.587 * 90 + 0.114 * 40) / 255
-    assert flat["SNR"] == pytest.approx(level / ROUNDING) and flat["Uniformity"] == pytest.approx(1)
+    assert flat["SNR"] == pytest.approx(level / statistics.ROUNDING) and flat["Uniformity"] == pytest.approx(1)
     for name in ("RMS contrast", "Michelson contrast", "Sharpness", "Vessel visibility", "Entropy"):
         assert flat[name] == pytest.approx(0, abs=1e-12), name  # the rim is not seen
     halves = disc.copy()
     halves[:, 64:, 1][halves[:, 64:, 1] > 0] = 60
-    half = dict(zip(FOV, fov_quality(halves), strict=True))
+    half = dict(zip(statistics.FOV, statistics.fov_quality(halves), strict=True))
     assert half["Michelson contrast"] == pytest.approx(30 / 150) and half["Entropy"] == pytest.approx(1, abs=1e-3)
     assert half["RMS contrast"] == pytest.approx(15 / 255, rel=1e-3)
     assert half["Uniformity"] == pytest.approx(1 - 15 / 75, abs=0.01)
     noisy = disc.astype(float)
     noisy[disc[..., 1] > 0] += np.random.default_rng(0).normal(0, 5, (int((disc[..., 1] > 0).sum()), 1))
-    noise = dict(zip(FOV, fov_quality(noisy.round().clip(0, 255).astype(np.uint8)), strict=True))
+    noise = dict(zip(statistics.FOV, statistics.fov_quality(noisy.round().clip(0, 255).astype(np.uint8)), strict=True))
     # of white noise the median of 3 x 3 takes little away: the estimate is near its deviation
     assert level * 255 / noise["SNR"] == pytest.approx(5, rel=0.15)
 
@@ -105,7 +96,7 @@ def test_distances_to_the_real_set():
     rng = np.random.default_rng(0)
     real, own = rng.normal(3, 2, 400), rng.normal(4, 1, 300)
     groups = [rng.integers(0, 40, len(side)) for side in (own, real)]
-    found = distances(own, groups[0], real, groups[1], 7)
+    found = statistics.distances(own, groups[0], real, groups[1], 7)
     difference, spread = own.mean() - real.mean(), real.std(ddof=1)
     assert found["difference"].value == pytest.approx(difference)
     half = 1.96 * math.sqrt(own.var() / 300 + real.var() / 400)
@@ -116,9 +107,9 @@ def test_distances_to_the_real_set():
     by_quantiles = np.abs(np.quantile(own, levels) - np.quantile(real, levels)).mean() / spread
     assert found["wasserstein"].value == pytest.approx(by_quantiles, rel=0.01)
     # of shifted normals of one width it is the difference of means, whose error it then has
-    shifted = distances(rng.normal(5, 2, 300), groups[0], real, groups[1], 7)["wasserstein"]
+    shifted = statistics.distances(rng.normal(5, 2, 300), groups[0], real, groups[1], 7)["wasserstein"]
     assert shifted.high - shifted.low == pytest.approx(2 * scipy.stats.t.ppf(0.975, 9) * 300**-0.5, rel=0.5)
-    flat = distances(own, groups[0], np.ones(5), np.zeros(5), 7)
+    flat = statistics.distances(own, groups[0], np.ones(5), np.zeros(5), 7)
     assert flat["wasserstein"].value is None and flat["standardised"].value is None and flat["difference"].value > 2
 
 
@@ -165,16 +156,16 @@ def test_ms_ssim_equals_a_product_of_torchmetrics_terms(side, scales):
 def test_the_inception_score_is_that_of_torch_fidelity(splits):
     logits = torch.randn(53, 100, generator=torch.Generator().manual_seed(1)) * 3
     expected = isc_features_to_metric(logits, splits=splits, shuffle=False)
-    mean, spread = inception_score(logits.numpy(), splits)
+    mean, spread = statistics.inception_score(logits.numpy(), splits)
     assert mean == pytest.approx(expected["inception_score_mean"], rel=1e-9)
     assert spread == pytest.approx(expected["inception_score_std"], abs=1e-9)
 
 
 def test_the_inception_score_lies_between_one_and_the_classes():
     rng = np.random.default_rng(0)
-    assert inception_score(np.tile(rng.normal(size=50), (40, 1)))[0] == pytest.approx(1, abs=1e-12)
+    assert statistics.inception_score(np.tile(rng.normal(size=50), (40, 1)))[0] == pytest.approx(1, abs=1e-12)
     sure = 1000 * np.eye(8)[np.arange(80) % 8]
-    assert inception_score(sure)[0] == pytest.approx(8, rel=1e-9) and inception_score(sure)[1] == pytest.approx(0)
-    assert inception_score(1e-3 * rng.normal(size=(20, 1008)))[0] >= 1
+    assert statistics.inception_score(sure) == (pytest.approx(8, rel=1e-9), pytest.approx(0))
+    assert statistics.inception_score(1e-3 * rng.normal(size=(20, 1008)))[0] >= 1
     counts = {1: 1, 1999: 1, 2000: 2, 50_000: 10}
-    assert {images: split_count(images) for images in counts} == counts
+    assert {images: statistics.split_count(images) for images in counts} == counts

@@ -251,12 +251,9 @@ def replicate_means(
 
 
 def _shrinkage(samples: Sequence[GroupedSample]) -> np.ndarray:
-    """Return the factor (V,) for the prompts' deviations: sqrt(1 - images' variance / prompts' variance), at least 0.
-
-    For two samples the variances are those of the difference of their means.
-    """
+    """Return the factor (V,) of prompts' deviations: sqrt(1 - images' variance / prompts' variance), at least 0."""
     deviations = [sample.weights[:, None] * (sample.means - sample.mean) for sample in samples]
-    total = deviations[0] if len(samples) == 1 else deviations[1] - deviations[0]
+    total = deviations[0] if len(samples) == 1 else deviations[1] - deviations[0]  # of two samples: their difference
     between = (total**2).sum(axis=0)
     within = sum((sample.weights[:, None] ** 2 * sample.noise).sum(axis=0) for sample in samples)
     return np.sqrt(np.clip(1 - within / np.where(between > 0, between, np.inf), 0, 1)) * (between > 0)
@@ -292,8 +289,6 @@ def sign_flip_p(differences: np.ndarray, groups: np.ndarray, seed: int) -> float
 def mean_over_runs(values: Sequence[float]) -> Estimate:
     """Return the mean of one number per generation seed, with a t interval for at least three; n counts the seeds."""
     values = finite(values, "runs")
-    if not len(values):
-        return Estimate.missing("no runs")
     mean, runs = float(values.mean()), len(values)
     if runs < 3:
         return Estimate(mean, None, None, runs, f"{runs} generation seed{'s' * (runs > 1)}: an interval needs 3")
