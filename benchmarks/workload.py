@@ -33,7 +33,7 @@ from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.prompts import get_prompt_fn
 from ddpo_pytorch.rollout import Trajectories, draw_prompts
 from ddpo_pytorch.stat_tracking import PerPromptStatTracker
-from ddpo_pytorch.utils.distributed import DTYPES
+from ddpo_pytorch.utils.distributed import DTYPES, StopRequest
 from ddpo_pytorch.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,7 +168,7 @@ class Ours:
         self.run = self.script.set_up(config)
         self.pipe, self.optimizer = self.run.pipe, self.run.optimizer.optimizer
         self.device = self.run.accelerator.device
-        self.stop_request = self.script.StopRequest(self.run.accelerator)
+        self.stop_request = StopRequest(self.run.accelerator)
 
     def rollout(self, epoch: int, prompts: list[str], metadata: list) -> tuple[Trajectories, np.ndarray]:
         samples, scores = self.script.sample_and_score(self.run, epoch, prompts, metadata, self.stop_request)

@@ -40,15 +40,8 @@ from ddpo_pytorch.training.held_out import save_grid
 from ddpo_pytorch.training.optimizer import GuardedOptimizer, make_optimizer
 from ddpo_pytorch.training.rollout_gradients import RolloutGradients, rollout_batches, rollout_gradients
 from ddpo_pytorch.training.run_state import RunState
+from ddpo_pytorch.utils import distributed
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
-from ddpo_pytorch.utils.distributed import (
-    DTYPES,
-    StopRequest,
-    StopRequested,
-    make_accelerator,
-    peak_memory_gib,
-    to_device,
-)
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.randomness import Stream, generator_of
@@ -112,10 +105,10 @@ def train(config: ConfigDict) -> Path:
                 evaluate(run, state)
                 state.save(*weights)
             outcome = "finished"
-            with StopRequest(run.accelerator) as stop_request:
+            with distributed.StopRequest(run.accelerator) as stop_request:
                 try:
                     run_epochs(run, state, stop_request)
-                except StopRequested:
+                except distributed.StopRequested:
                     # drop the unfinished epoch: the resumed run draws the same samples again
                     state.save(*weights)
                     outcome = "stopped on request (rerun the same command to resume)"
@@ -130,7 +123,7 @@ def set_up(config: ConfigDict) -> Run:
     setup.check_training(expand_config(config, "logdir", "pretrained.model"))
     if config.per_prompt_stat_tracking is None and config.train.advantage == "per_prompt":
         config.train.advantage = "global"  # as in ddpo-pytorch
-    accelerator = make_accelerator(
+    accelerator = distributed.make_accelerator(
         config.mixed_precision,
         config.allow_tf32,
         may_shard=True,
@@ -148,7 +141,7 @@ def set_up(config: ConfigDict) -> Run:
     check_groups(config.train.advantage, prompts)
 
     # frozen weights in the dtype of mixed_precision, trained weights in float32
-    pipe = setup.load_policy(config, DTYPES[config.mixed_precision], device)
+    pipe = setup.load_policy(config, distributed.DTYPES[config.mixed_precision], device)
     contents = setup.content_fingerprints(config, pipe, task) if accelerator.is_main_process else {}
     optimizer = make_optimizer(config.train, [p for p in pipe.unet.parameters() if p.requires_grad])
     unet, optimizer = accelerator.prepare(pipe.unet, optimizer)
@@ -165,7 +158,7 @@ def set_up(config: ConfigDict) -> Run:
     return Run(config, accelerator, sizes, task, *models, scorer, gradients, contents, data_loss)
 
 
-def run_epochs(run: Run, state: RunState, stop_request: StopRequest) -> None:
+def run_epochs(run: Run, state: RunState, stop_request: distributed.StopRequest) -> None:
     """Run algorithm 1 from epoch `state.epoch` on. Raises StopRequested, between batches of samples."""
     config, accelerator, sizes = run.config, run.accelerator, run.sizes
     health = HealthCheck(config.train, accelerator.is_main_process)
@@ -200,7 +193,7 @@ def run_epochs(run: Run, state: RunState, stop_request: StopRequest) -> None:
             **info,
             "rollout_samples_per_second": sizes.samples / (sampled - started),
             "update_samples_per_second": sizes.samples * config.train.num_inner_epochs / (updated - sampled),
-            "peak_memory_gib": peak_memory_gib(),
+            "peak_memory_gib": distributed.peak_memory_gib(),
             "seconds": updated - started,
         }
         health.check_epoch(epoch, prompts, advantages, entry)
@@ -220,7 +213,7 @@ def run_epochs(run: Run, state: RunState, stop_request: StopRequest) -> None:
 
 
 def sample_and_score(
-    run: Run, epoch: int, prompts: list[str], metadata: list, stop_request: StopRequest
+    run: Run, epoch: int, prompts: list[str], metadata: list, stop_request: distributed.StopRequest
 ) -> tuple[Trajectories, torch.Tensor]:
     """Sample and score this process's n trajectories of an epoch.
 
@@ -323,7 +316,7 @@ def load_rollout_gradient(
     That minibatch's forward pass measures whether the ratio is 1, as the shortcut assumes (rollout_gradients.py).
     """
     limit = run.config.train.adv_clip_max
-    clipped = advantages[to_device(indices, advantages.device)].clamp(-limit, limit)
+    clipped = advantages[distributed.to_device(indices, advantages.device)].clamp(-limit, limit)
     run.gradients.set_gradients(clipped)
     info = score_minibatch(run, epoch, samples, advantages, indices)
     return info | {"loss": -clipped.mean()}  # the loss at ratio 1
@@ -352,7 +345,8 @@ def minibatches(
         for chunk in steps.split(train.timesteps_per_forward, dim=1):
             pairs.append(torch.stack([batch.repeat_interleave(chunk.shape[1]), chunk.flatten()]))
     # one host-to-device copy per update
-    for pair, (sample, step) in zip(pairs, to_device(torch.stack(pairs), samples.latents.device), strict=True):
+    moved = distributed.to_device(torch.stack(pairs), samples.latents.device)
+    for pair, (sample, step) in zip(pairs, moved, strict=True):
         yield [samples.prompts[i] for i in pair[0].tolist()], sample, step
 
 
