@@ -110,8 +110,7 @@ def draw(
     passes = [batch for batch in passes if any(job.path not in done for job in batch)]
     missing = [sum(job.path not in done for job in batch) for batch in passes]
     accelerator.wait_for_everyone()  # all processes have read the folder before one writes
-    prompts = len({job.prompt for job in jobs})
-    logger.info("%d images for %d prompts, %d missing", len(jobs), prompts, sum(missing))
+    logger.info("%d images for %d prompts, %d missing", len(jobs), len({job.prompt for job in jobs}), sum(missing))
 
     started, broken = time.perf_counter(), []
     shown = config.progress and rank == 0

@@ -208,10 +208,8 @@ def main(_) -> None:
     with locked_by_main(accelerator, config.logdir):
         generate(accelerator, config)
         if FLAGS.prompt and accelerator.is_main_process:
-            print(
-                *(Path(config.logdir) / entry["path_to_img"] for entry in read_log(config.logdir) if entry["best"]),
-                sep="\n",
-            )
+            best = [entry["path_to_img"] for entry in read_log(config.logdir) if entry["best"]]
+            print(*(Path(config.logdir, path) for path in best), sep="\n")
     accelerator.end_training()
 
 

@@ -59,10 +59,7 @@ def parse_conditions(texts: Sequence[str]) -> list[tuple[str, str, float]]:
 
 
 def check_conditions(result: dict, conditions: Sequence[tuple[str, str, float]]) -> None:
-    """Raise UserError if a condition holds for the last model, or cannot be checked.
-
-    Names are keys in the model's part of metrics.json: "FID", or a path such as "alignment.H4.APR.low".
-    """
+    """Raise UserError if a condition holds for the last model, or names no number in its part of metrics.json."""
     name, model = list(result["models"].items())[-1]
     for path, sign, bound in conditions:
         value = dig(model, *path.split("."))

@@ -158,14 +158,13 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
     summary = pairs.unstack(sort=False).rename_axis("F1 / accuracy (%)").reset_index()
     yield to_markdown(summary)
     for attribute, group in cells.groupby("attribute", sort=False):
-        header, columns = ["trained on"], [group["training"].unique()]
-        for key in MEASURES:
-            measured = group[group["measure"] == key]
-            header += [TITLES[key], "difference", "p"]
-            columns += [measured["mean"], measured["difference"], measured["p"]]
+        parts = [
+            part.set_index("training")[["mean", "difference", "p"]].rename(columns={"mean": TITLES[key]})
+            for key, part in group.groupby("measure", sort=False)
+        ]
         row = next(row for row in rows if row["attribute"] == attribute)
         support = "" if row["support"] is None else f": in {row['support']} of {row['images']} images"
-        table = pd.DataFrame(list(zip(*columns, strict=True)), columns=header)
+        table = pd.concat(parts, axis=1).rename_axis("trained on").reset_index()
         yield f"### {attribute}{support}\n\n{to_markdown(table)}"
 
 

@@ -20,7 +20,7 @@ from ddpo_pytorch.data.tables import write_table
 from ddpo_pytorch.metrics.alignment import measure_apr, measure_fundus_alignment
 from ddpo_pytorch.metrics.comparison import Folder, compare, find_warnings, mean_reward, missing_blocks
 from ddpo_pytorch.metrics.diversity import diversity_size, within_pairs, within_prompt_diversity
-from ddpo_pytorch.metrics.feature_store import THUMBNAILS, FeatureStore
+from ddpo_pytorch.metrics.feature_store import PIXELS, THUMBNAILS, FeatureStore
 from ddpo_pytorch.metrics.fidelity import measure_fidelity, pair_images
 from ddpo_pytorch.metrics.image_sets import ImageSet, match_prompts, shape_of
 from ddpo_pytorch.metrics.image_statistics import measure_inception_score, measure_quality
@@ -50,10 +50,11 @@ def run_networks(config: ConfigDict, sets: Sets, tools: Tools, accelerator: Acce
     """Run all networks on all images and pairs that the cache lacks. Every process must call this."""
     metric, seed = config.metric, config.seed
     store = FeatureStore(Path(metric.cache_dir), accelerator, metric.batch_size, config.progress)
-
+    judges = [judge for judge, _ in tools.judges.values()]
+    networks = [PIXELS, THUMBNAILS, *judges, *tools.extractors.values(), *tools.statistics]
     every = [("train images", [sets.train]), ("real images", [sets.real]), *sets.models.items()]
     for title, images in ((title, images) for title, group in every for images in group if images):
-        images.rows = store.features(title, images, tools.of_images)
+        images.rows = store.features(title, images, networks)
         pairs = {} if images is sets.train else pairs_of(images, sets, tools, seed)
         for name, (network, partners, indices) in pairs.items():
             values = store.pairs(f"{title}: {name}", images, partners, indices, network)[:]

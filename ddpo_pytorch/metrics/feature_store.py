@@ -9,6 +9,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -157,11 +158,9 @@ def _is_intact(file: Path, rows: int) -> bool:
     """Return whether a chunk's file exists and has this number of rows."""
     if not file.is_file():
         return False
-    try:
+    with suppress(OSError, ValueError, EOFError, TypeError):
         if len(np.lib.format.open_memmap(file, mode="r")) == rows:
             return True
-    except (OSError, ValueError, EOFError, TypeError):
-        pass
     logger.warning("%s is damaged; computing it again", file)
     return False
 

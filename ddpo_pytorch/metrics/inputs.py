@@ -155,12 +155,6 @@ class Tools:
     pairs: dict[str, Network] = field(default_factory=dict)  # of two images: LPIPS, SSIM and MS-SSIM if measured
     missing: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def of_images(self) -> list[Network]:
-        """All networks that take a single image."""
-        judges = [judge for judge, _ in self.judges.values()]
-        return [PIXELS, THUMBNAILS, *judges, *self.extractors.values(), *self.statistics]
-
     @contextmanager
     def optional(self, title: str) -> Iterator[None]:
         """Go on without a network of which the weights are unavailable, with the reason in `missing[title]`."""

@@ -1,7 +1,4 @@
-"""Results of reader studies on the rating page: agreement, accuracy, preferences, repeats, time.
-
-Intervals resample images and take the readers as given.
-"""
+"""Results of reader studies on the rating page; intervals resample images and take the readers as given."""
 
 import statistics
 from collections import defaultdict

@@ -72,12 +72,10 @@ def write_rating_set(
         check_record(out / RECORD, settings, occupied=any(path.name != LOCK for path in out.iterdir()))
         if (out / "ratings.csv").exists():  # the last file to be written
             return
-        pairs = zip(rows, paths, strict=True)
-        good = [(row, path) for row, path in pairs if is_good(row)]
+        good = [(row, path) for row, path in zip(rows, paths, strict=True) if is_good(row)]
+        contrasts = [(row, path, damage.VISIBLE) for row, path in good]
         if retinal := modality_of(rows[0].caption) == MODALITY:
             contrasts = [(row, path, damage.vessel_contrast(_pixels(path, size, resize))) for row, path in good]
-        else:
-            contrasts = [(row, path, damage.VISIBLE) for row, path in good]
         visible = [one for one in contrasts if one[2] >= damage.VISIBLE]
         logger.info(
             "%d images, of which %d are left out for their quality in the table, and %d show no vessels; %d do",

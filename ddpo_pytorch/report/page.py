@@ -1,12 +1,8 @@
-"""The report: a self-contained HTML file with numbers, curves, pictures and cards of one measurement.
-
-The templates contain all prose; `findings` computes the numbers in it.
-"""
+"""The report: a self-contained HTML file. The templates contain all prose; `findings` computes the numbers in it."""
 
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +27,13 @@ def write_report(output: str | Path, result: Mapping[str, Any], samples: Samples
     Unreadable images are listed among the page's warnings. Raises UserError for an unreadable run folder.
     """
     path = Path(output) / "report.html"
-    text = environment().get_template("page.html.j2").render(page_content(result, samples, runs))
-    write_file(path, text)
-    return path
-
-
-@cache
-def environment() -> Environment:
-    """Return the template environment, which escapes all text, with the functions that templates use."""
     options = dict(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), **options)
-    templates.filters |= {function.__name__: function for function in (percent, counted, estimate, bounds)}
+    templates.filters |= {function.__name__: function for function in (counted, estimate, bounds)}
     templates.filters["json"] = lambda value: json.dumps(value, indent=1, ensure_ascii=False)
     templates.globals |= {"dig": dig, "findings": findings}
-    return templates
+    write_file(path, templates.get_template("page.html.j2").render(page_content(result, samples, runs)))
+    return path
 
 
 def page_content(result: Mapping, samples: Samples, runs: Sequence[Path]) -> dict[str, Any]:
@@ -102,20 +91,15 @@ def details(result: Mapping) -> dict[str, Any]:
     }
 
 
-def percent(ratio: float | None) -> str:
-    """Format a ratio in percent."""
-    return NOT_AVAILABLE if ratio is None else f"{number(ratio, '.1f', 100)}\u00a0%"
-
-
 def bounds(quantity: Mapping) -> str:
     """Format the interval of a difference of ratios as "[low, high]" in percentage points."""
     return number(quantity, "+.1f", 100).replace("-", "\u2212").partition(" ")[2]
 
 
-def estimate(quantity: Mapping) -> str:
-    """Format a ratio and its interval in percent."""
-    value, _, ends = number(quantity, ".1f", 100).partition(" [")
-    return f"{value}\u00a0%" + (f" [{ends}" if ends else "")
+def estimate(ratio: Mapping | float | None) -> str:
+    """Format a ratio, with its interval if it has one, in percent."""
+    value, _, ends = number(ratio, ".1f", 100).partition(" [")
+    return value if value == NOT_AVAILABLE else f"{value}\u00a0%" + (f" [{ends}" if ends else "")
 
 
 def counted(value: int, noun: str) -> str:

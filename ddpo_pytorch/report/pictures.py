@@ -73,14 +73,12 @@ class Album:
 
     def closest_pairs(self, closest: Sequence[Mapping], name: str) -> list[dict]:
         """Add to the pairs in metrics.json the pictures of the model's image and of its nearest training image."""
-        return [
-            pair
-            | {
-                "generated": self.picture(pair["path"], f"{name}, {Path(pair['path']).stem}: {pair['caption']}"),
-                "training": self.picture(pair["train"], f"training image {Path(pair['train']).stem}"),
-            }
-            for pair in closest
-        ]
+        pairs = []
+        for pair in closest:
+            generated = self.picture(pair["path"], f"{name}, {Path(pair['path']).stem}: {pair['caption']}")
+            training = self.picture(pair["train"], f"training image {Path(pair['train']).stem}")
+            pairs.append(pair | {"generated": generated, "training": training})
+        return pairs
 
 
 def rarest_first(captions: Sequence[str], real_images: Mapping[str, int] | None) -> list[str]:
