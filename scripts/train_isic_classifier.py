@@ -91,11 +91,10 @@ def train(accelerator: Accelerator, names: tuple[str, ...], output: Path) -> Non
     for path in (output, published) if FLAGS.save_published else (output,):
         if path.exists() and not output.with_suffix(UNFINISHED).exists():
             raise UserError(f"{str(path)!r} exists already; choose another --checkpoint_dir or move it away")
+    tables = FLAGS.train_csv, FLAGS.val_csv
     if not FLAGS.labels:
         read_splits({"train": Path(FLAGS.train_csv), "val": Path(FLAGS.val_csv)})  # refuses an image in both
-    elif both := set.intersection(
-        *({row.image for row in read_metadata(FLAGS[f"{s}_csv"].value)} for s in ("train", "val"))
-    ):
+    elif both := set.intersection(*({row.image for row in read_metadata(path)} for path in tables)):
         raise UserError(
             f"{FLAGS.train_csv!r} and {FLAGS.val_csv!r} share {len(both)} images, first {min(both)!r}; split them"
         )
@@ -113,7 +112,7 @@ def train(accelerator: Accelerator, names: tuple[str, ...], output: Path) -> Non
     if FLAGS.through_vae:
         vae = load_autoencoder(accelerator)
         size, change, change_name = vae.config.sample_size, partial(reconstruct, vae), fingerprint(vae)
-    splits = [image_files(path, size, names) for path in (FLAGS.train_csv, FLAGS.val_csv)]
+    splits = [image_files(path, size, names) for path in tables]
     sets = [cached(accelerator, files) for files in splits]
 
     def save(best: FitState) -> None:
