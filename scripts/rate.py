@@ -13,6 +13,7 @@ import re
 import secrets
 import socket
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -101,13 +102,14 @@ def main(_) -> None:
         raise UserError("--mode=real needs photographs and images marked as generated; give folders of both")
     sock = listen(FLAGS.host, FLAGS.port)
     port = sock.getsockname()[1]
-    store = Store(FLAGS.out)
+    store, asked = Store(FLAGS.out, FLAGS.mode), {item.key for item in items}
     square = dict(size=FLAGS.image_size or None, resize=FLAGS.resize)
 
     def summarise(reader: str = "") -> list[str]:
-        """Write the summary of all answers; return its lines for one reader and all together, or for everybody."""
-        answers = [one for one in store.answers() if bool(one.question[2]) == (FLAGS.mode == "pair")]
-        summaries = readers.summarise(answers, FLAGS.mode, store.seconds, synthetic, names)
+        """Write the summary of these questions; return its lines for one reader and all together, or for everybody."""
+        answers = store.answers(asked)  # the table may have answers to others
+        seconds = partial(store.seconds, questions=asked)
+        summaries = readers.summarise(answers, FLAGS.mode, seconds, synthetic, names)
         estimates = {name: {key: one.to_dict() for key, one in result.items()} for name, result in summaries.items()}
         write_json(store.path.with_suffix(".summary.json"), estimates | {"title": readers.TITLES[FLAGS.mode]})
         if FLAGS.mode == "pair":

@@ -21,7 +21,7 @@ from script_tools import call_main, load_flag_script, load_module
 
 from ddpo_pytorch.data.images import SYNTHETIC, save_picture
 from ddpo_pytorch.data.ratings import COLUMNS, read_ratings
-from ddpo_pytorch.rating.session import distinct, order_for, sample_items, table_items
+from ddpo_pytorch.rating.session import distinct, order_for, pair_items, sample_items, table_items
 from ddpo_pytorch.rating.store import Store
 from ddpo_pytorch.utils.errors import UserError
 
@@ -199,13 +199,13 @@ def test_no_confirmed_rating_is_lost_by_a_kill(tmp_path):
         page.end(signal.SIGKILL)
     counts = Counter((rater, rating) for rater, _, rating in confirmed)
     killed, store = read_ratings(table), Store(table)
-    restored = Counter(one.reader for one in store.answers())
+    restored = store.answers([item.key for item in sample_items(tmp_path / "made", table)])
     store.close()
     for rows in (killed, read_ratings(table)):
         found = Counter((row.rater_id, row.rating) for row in rows)
         assert all(found[key] >= count for key, count in counts.items())
         assert len(confirmed) <= len(rows) <= len(confirmed) + 4  # a click of each rater may have been on its way
-    assert sum(restored.values()) == len(rows)
+    assert len(restored) == len(rows)
     assert not list(tmp_path.glob(".*tmp")) and not list(tmp_path.glob("*edited*"))
 
 
@@ -226,6 +226,26 @@ def test_telling_photographs_from_generated_images(tmp_path):
     assert page.end() == 0
     accuracy = json.loads((tmp_path / "read.summary.json").read_text())["reader"]["accuracy"]
     assert (accuracy["value"], accuracy["n"]) == (right / 8, 8)
+
+
+def test_the_summary_counts_this_study_alone_with_its_folders_in_either_order(tmp_path, monkeypatch):
+    """A reader who always prefers RL to SD, in a table that also has answers to another study."""
+    monkeypatch.setattr("ddpo_pytorch.rating.server.serve", lambda app, sock: sock.close())
+    script, table, items = load_flag_script("rate.py"), tmp_path / "ratings.csv", []
+    for shade, name in enumerate(("SD", "RL", "other")):
+        write_gallery(tmp_path / name, 3, shade=50 * shade)
+        items.append(sample_items(tmp_path / name, table))
+    store = Store(table, "pair")
+    for rival, rating in ((1, 1), (2, 3)):
+        for pair in pair_items(items[0], items[rival]):
+            store.click("rate", pair, "Ann", rating=rating, expert_level=3)
+    store.close()
+    for first, second, value in (("SD", "RL", 1), ("RL", "SD", 0)):
+        call_main(script, "--mode=pair", f"--images={tmp_path / first},{tmp_path / second}", f"--out={table}")
+        found = json.loads((tmp_path / "ratings.summary.json").read_text())["Ann"][f"{second} preferred to {first}"]
+        assert (found["value"], found["n"]) == (value, 3)
+    with pytest.raises(UserError, match="line 2: .*--mode=pair.* rate.*--out"):
+        call_main(script, "--mode=rate", f"--images={tmp_path / 'SD'}", f"--out={table}")
 
 
 @pytest.mark.parametrize(

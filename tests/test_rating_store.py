@@ -33,7 +33,8 @@ def items(tmp_path):
 
 
 def rated_by(store: Store, rater: str) -> list[tuple[str, str, str]]:
-    return [one.question for one in store.answers() if one.reader == rater]
+    rows = [row for row in rows_of(store.path) if row["rater_id"] == rater]
+    return [(row["image_path"], row["prompt"], row["other"]) for row in rows]
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -222,7 +223,9 @@ def test_both_answers_the_patient_and_the_median_time_are_kept(tmp_path, items, 
         store.click("rate", dataclasses.replace(item, patient="P7"), "Ann", **given)
     rows = [(row.rating, row.quality, row.alignment, row.patient) for row in read_ratings(store.path)]
     assert rows == [(1, 3, 1, "P7"), (2, 2, 3, "P7"), (1, None, None, "P7"), (3, 3, 3, "P7")]
-    assert store.seconds("Ann") == [4, 6] and store.seconds("Bob") == []  # the break does not count
+    asked = [item.key for item in items]
+    assert store.seconds("Ann", asked) == [4, 6] and store.seconds("Bob", asked) == []  # the break does not count
+    assert store.seconds("Ann", asked[:2]) == [4]
 
 
 def finish(questions: Questions, rater: str, answer) -> dict:
@@ -245,13 +248,14 @@ def test_hidden_repeats_come_late_are_no_ratings_and_can_be_undone(tmp_path):
     state = finish(questions, "Ann", lambda state: 1 if next(kinds) and state["undo"] > 11 else 2)
     assert (state["total"], state["rated"], state["summary"]) == (13, 13, ["Ann"]) and len(store) == 10
     assert len(read_ratings(store.path)) == 10 and len(rows_of(store.journal)) == 13
-    found = readers.summarise(store.answers(), "rate", store.seconds, {})["Ann"]["same answer to repeated images"]
+    answers = store.answers([item.key for item in items])
+    found = readers.summarise(answers, "rate", lambda reader: [], {})["Ann"]["same answer to repeated images"]
     assert found.n == 3 and found.value == pytest.approx((2 if order[-1] >= 10 else 3) / 3)
     questions.close()
     again = Questions(items, Store(tmp_path / "ratings.csv"), 5, 0.3)
     for _ in range(13):
         state = again.act("undo", "Ann")
-    assert state["undo"] == 0 and rows_of(store.path) == [] and again._store.answers() == []
+    assert state["undo"] == 0 and rows_of(store.path) == [] and again._store._rows == {}
     again.close()
 
 
@@ -259,8 +263,9 @@ def test_a_preference_is_for_the_image_that_the_rater_saw(tmp_path):
     """Sides change by rater and pair, and at a repeat; ties count half; judges do not train on preferences."""
     write_gallery(tmp_path / "a", 20)
     write_gallery(tmp_path / "b", 20, shade=100)
-    store = Store(tmp_path / "ratings.csv")
-    pairs = pair_items(*(sample_items(tmp_path / name, store.path) for name in "ab"))
+    store = Store(tmp_path / "ratings.csv", "pair")
+    sources = [sample_items(tmp_path / name, store.path) for name in "ab"]
+    pairs = pair_items(*sources)
     questions, sides, wanted = Questions(pairs, store, 0, 0.2), [], []
 
     def answer(state: dict) -> int:
@@ -271,16 +276,51 @@ def test_a_preference_is_for_the_image_that_the_rater_saw(tmp_path):
 
     finish(questions, "Ann", answer)
     assert len(sides) == 24 and 5 < sides.count("a") < 19 and len({frozenset(pair) for pair in wanted}) == 20
-    rows = readers.preferences(store.answers())
+    answers = store.answers([pair.key for pair in pairs])
+    rows = readers.preferences(answers)
     assert len(rows) == 19 and {row[1:3] for row in rows} < set(wanted[1:]) and {row[3] for row in rows} == {"Ann"}
     won = sum(row[1].startswith("b") for row in rows)
-    found = readers.summarise(store.answers(), "pair", store.seconds, {}, ("a", "b"))["Ann"]
+    found = readers.summarise(answers, "pair", lambda reader: [], {}, ("a", "b"))["Ann"]
     one = found["b preferred to a"]
     assert one.value == pytest.approx((won + 0.5) / 20) and one.low < one.value < one.high
     assert found["same answer to repeated images"].value == 0  # always the first, whatever it shows
-    with pytest.raises(UserError, match="line 2: .*preference"):
+    with pytest.raises(UserError, match="line 2: .*--mode=pair"):
         read_ratings(store.path)
     questions.close()
+
+    # the same table with the folders in the other order: the same answers, of which the last can be undone
+    store = Store(tmp_path / "ratings.csv", "pair")
+    pairs = pair_items(*sources[::-1])
+    answers, questions = store.answers([pair.key for pair in pairs]), Questions(pairs, store, 0)
+    found = readers.summarise(answers, "pair", lambda reader: [], {}, ("b", "a"))["Ann"]
+    assert found["a preferred to b"].value == pytest.approx(1 - one.value) and readers.preferences(answers) == rows
+    assert questions.act("state", "Ann")["current"] is None
+    assert questions.act("undo", "Ann")["undo"] == len(rows_of(store.path)) == 19
+    questions.close()
+
+
+@pytest.mark.parametrize(("mode", "other"), [("rate", "real"), ("real", "rate"), ("pair", "real")])
+def test_a_table_is_of_one_mode(tmp_path, items, mode, other):
+    item = dataclasses.replace(items[0], rival=items[1] if mode == "pair" else None)
+    store = Store(tmp_path / "ratings.csv", mode)
+    store.click("rate", item, "Ann", rating=3, expert_level=2)
+    store.close()
+    with pytest.raises(UserError, match=f"line 2: .*--mode={mode}.* {other};.*--out"):
+        Store(store.path, other)
+    if mode == "rate":
+        assert [row.rating for row in read_ratings(store.path)] == [3]
+    else:
+        with pytest.raises(UserError, match=f"line 2: .*--mode={mode}"):
+            read_ratings(store.path)
+
+
+def test_a_table_of_an_earlier_version_states_no_mode(rated, items, caplog):
+    rated.store.close()
+    for path in (rated.path, rated.store.journal):
+        path.write_text("".join(f"{line.rpartition(',')[0]}\n" for line in path.read_text().splitlines()))
+    store = Store(rated.path, "real")
+    assert len(store.answers([item.key for item in items])) == 4 and not caplog.messages and not rated.copies()
+    store.close()
 
 
 def test_readers_accuracy_and_agreement():
@@ -289,7 +329,7 @@ def test_readers_accuracy_and_agreement():
 
     synthetic = {("a", "x", ""): True, ("b", "x", ""): False}
     answers = [answer("a", "Ann", 1), answer("b", "Ann", 3), answer("a", "Bob", 3), answer("b", "Bob", 3)]
-    found = readers.summarise([*answers, answer("c", "Bob", 1)], "real", lambda reader: [3, 5], synthetic)
+    found = readers.summarise(answers, "real", lambda reader: [3, 5], synthetic)
     # two of two and one of two right, by Clopper and Pearson
     assert (found["Ann"]["accuracy"].low, found["Bob"]["accuracy"].high) == pytest.approx((0.1581, 0.9874), abs=1e-4)
     both = found["all readers"]

@@ -102,8 +102,8 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
 
     def make(fields: dict[str, str], index: int, line: int, faults: list[str]) -> tuple[Rating, tuple | None, str]:
         image, file = find(fundus.tidy_path(fields["image_path"]), faults)
-        if fields.get("other"):
-            faults.append("it is a preference for one of two images, of rate.py --mode=pair; judges learn from ratings")
+        if (mode := mode_of(fields)) in ("real", "pair"):
+            faults.append(f"it is an answer of rate.py --mode={mode}; judges learn from those of --mode=rate")
         modality = fields.get("modality") or fundus.modality_of(fields["prompt"]) or fundus.MODALITY
         if fault := fundus.caption_fault(fields["prompt"], modality, only):
             faults.append(fault)
@@ -129,6 +129,11 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
     required, optional = ("image_path", "rating", "prompt"), (*COLUMNS, *APART, *CRITERIA)
     advice = "scripts/rate.py adds them"
     return read_table(path, "ratings table", required, make, optional, free_text="prompt", advice=advice)
+
+
+def mode_of(fields: Mapping[str, str]) -> str:
+    """Return the mode of rate.py in which a row was answered, or "" if that is not known."""
+    return fields.get("mode") or ("pair" if fields.get("other") else "rate" if fields.get("alignment") else "")
 
 
 def aggregate(ratings: Sequence[Rating]) -> list[RatedImage]:

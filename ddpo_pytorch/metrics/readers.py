@@ -8,9 +8,8 @@ import numpy as np
 
 from ddpo_pytorch.data.ratings import fleiss_kappa, ordinal_alpha
 from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean, jackknife
-from ddpo_pytorch.rating.store import Answer
+from ddpo_pytorch.rating.store import Answer, Question
 
-Question = tuple[str, str, str]
 TITLES = {"rate": "Ratings by experts", "real": "Photograph or generated?", "pair": "Preferences of readers"}
 ANSWERED = ("rating", "quality", "alignment")
 ALL = "all readers"
@@ -55,7 +54,7 @@ def summarise(
         chosen, result = [answer for answer in answers if reader in (ALL, answer.reader)], {}
         once = [(answer.question, float(answer.cells["rating"])) for answer in chosen if not answer.repeat]
         if mode == "real":
-            result["accuracy"] = mean_over_images((q, (r < 2) == synthetic[q]) for q, r in once if q in synthetic)
+            result["accuracy"] = mean_over_images((q, (r < 2) == synthetic[q]) for q, r in once)
         if mode == "pair":
             result[f"{names[1]} preferred to {names[0]}"] = mean_over_images((q, (3 - r) / 2) for q, r in once)
         if again := [(answer, known.get((answer.reader, answer.question))) for answer in chosen if answer.repeat]:

@@ -190,8 +190,8 @@ class Questions:
         count = len(self._items)
         with self._lock:
             if rater not in self._raters:
-                order, answers = order_for(count, self._seed, rater, self._repeats), self._store.answers()
-                answered = (answer for answer in answers if answer.reader == rater and answer.question in self._numbers)
+                order = order_for(count, self._seed, rater, self._repeats)
+                answered = (answer for answer in self._store.answers(self._numbers) if answer.reader == rater)
                 rated = [self._numbers[answer.question] + count * answer.repeat for answer in answered]
                 self._raters[rater] = Progress(order, [number for number in rated if number in set(order)])
             progress, already, undoable = self._raters[rater], {}, given.pop("undoable", None)

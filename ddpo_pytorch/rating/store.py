@@ -13,7 +13,7 @@ import logging
 import os
 import time
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,8 +26,8 @@ from ddpo_pytorch.utils.files import append, lock, remove_leftovers, write_file
 if TYPE_CHECKING:
     from ddpo_pytorch.rating.session import Item
 
-# `other`: the image that image_path is compared with. All of them are empty if they were not asked.
-OPTIONAL = (*ratings.APART, "other", *ratings.CRITERIA)
+# `other`: the image that image_path is compared with. All but `mode` are empty if they were not asked.
+OPTIONAL = (*ratings.APART, "other", *ratings.CRITERIA, "mode")
 COLUMNS = (*ratings.COLUMNS, *OPTIONAL)
 JOURNAL_COLUMNS = ("time", "action", *COLUMNS)
 ACTIONS = ("rate", "skip", "undo", "repeat", "unrepeat")
@@ -35,12 +35,13 @@ TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 logger = logging.getLogger(__name__)
 Key = tuple[Any, ...]
+Question = tuple[str, str, str]  # image_path, prompt, other
 
 
 class Answer(NamedTuple):
-    """A rating: (image_path, prompt, other) of the question, whether it is a hidden repeat, and cells by column."""
+    """A rating: its question, whether it is a hidden repeat, and cells by column."""
 
-    question: tuple[str, str, str]
+    question: Question
     repeat: bool
     cells: dict[str, str]
 
@@ -59,10 +60,13 @@ def rater_name(text: str) -> str:
 
 
 class Store:
-    """The table at `path` and its journal, locked for this process. Not thread-safe."""
+    """The table at `path` and its journal, for answers of one `mode`, locked for this process. Not thread-safe.
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    Raises UserError for a table of another mode; rows of earlier versions may not state theirs.
+    """
+
+    def __init__(self, path: str | Path, mode: str = "rate"):
+        self.path, self.mode = Path(path), mode
         self.journal = self.path.with_name(f"{self.path.stem}.journal.csv")
         # tables that differ only in the suffix would share a journal
         if self.path.suffix != ".csv" or self.journal.is_dir() or self.path.is_dir():
@@ -79,7 +83,8 @@ class Store:
         self._rows = _replay(self._clicks)
         if _bytes(self.journal) != (content := _content(JOURNAL_COLUMNS, self._clicks)):
             write_file(self.journal.resolve(), content, durable=True)
-        _restore(self.path, _table(self._rows), _table(_replay(self._clicks[:-1])))
+        columns = _bytes(self.path).partition(b"\n")[0].count(b",") + 1  # fewer in a table of an earlier version
+        _restore(self.path, _table(self._rows), _table(_replay(self._clicks[:-1])), _table(self._rows, columns))
 
     def __len__(self) -> int:
         return sum(not key[-1] for key in self._rows)
@@ -89,14 +94,21 @@ class Store:
         _restore(self.path, _table(self._rows))
         self._lock.release()
 
-    def answers(self) -> list[Answer]:
-        """Return all ratings in order."""
-        rows = ((key[-1], dict(zip(COLUMNS, cells, strict=True))) for key, cells in self._rows.items())
-        return [Answer((row["image_path"], row["prompt"], row["other"]), repeat, row) for repeat, row in rows]
+    def answers(self, questions: Container[Question]) -> list[Answer]:
+        """Return the ratings of these questions in order, as if each pair had been asked in the question's order."""
+        answers = []
+        for key, cells in self._rows.items():
+            if question := _asked(cells, questions):
+                row = dict(zip(COLUMNS, cells, strict=True))
+                if question[0] != row["image_path"]:
+                    row |= {"image_path": question[0], "other": question[2], "rating": f"{4 - float(row['rating']):g}"}
+                answers.append(Answer(question, key[-1], row))
+        return answers
 
-    def seconds(self, rater: str) -> list[float]:
-        """Return the seconds between a rater's ratings, without breaks of over five minutes."""
+    def seconds(self, rater: str, questions: Container[Question]) -> list[float]:
+        """Return the seconds between a rater's ratings of these questions, without breaks of over five minutes."""
         clicks = [click for click in self._clicks if click[1] in ("rate", "repeat") and click[7] == rater]
+        clicks = [click for click in clicks if _asked(click[2:], questions)]
         times = [time.mktime(time.strptime(click[0], TIME)) for click in clicks]
         return [after - before for before, after in itertools.pairwise(times) if after - before <= 300]
 
@@ -112,7 +124,7 @@ class Store:
         rating, level, alignment, *criteria = (str(answers.get(name) or "") for name in names)
         both, lower = (rating, alignment) if alignment else ("", ""), min(rating, alignment or rating)
         cells = [item.image_path, lower, item.modality, level, item.prompt, rater, *both, item.patient, item.key[2]]
-        cells += criteria
+        cells += [*criteria, self.mode]
         if action in ("undo", "unrepeat"):
             cells = self._rows.get(_key(cells, action), cells)
         click = [time.strftime(TIME, time.gmtime()), action, *cells]
@@ -162,6 +174,9 @@ class Store:
                 action in ("rate", "repeat") and not all(1 <= (number(cell) or 0) <= 3 for cell in (rating, level))
             ):
                 faults.append(f"{action} with rating {rating!r} of expert level {level!r}; both are 1 to 3")
+            mode = ratings.mode_of(fields)
+            if mode not in ("", self.mode):
+                faults.append(f"it is an answer of --mode={mode}, now the mode is {self.mode}")
             column = columns.index("image_path")
             cells[column] = os.path.relpath(os.path.join(folder, image), folder)  # as in `Item`
             return cells, _key(cells, action) if path == self.path and rater else None, f"{rater!r} rating {image!r}"
@@ -186,11 +201,18 @@ def _replay(clicks: Iterable[Sequence[str]], before: Mapping[Key, list[str]] | N
 
 
 def _key(cells: Sequence[str], action: str) -> Key:
-    return cells[0], cells[4], cells[5], cells[9], action in ("repeat", "unrepeat")
+    """Return what is rated once: a pair is the same in both orders."""
+    return frozenset((cells[0], cells[9])), cells[4], cells[5], action in ("repeat", "unrepeat")
 
 
-def _table(rows: Mapping[Key, list[str]]) -> bytes:
-    return _content(COLUMNS, (cells for key, cells in rows.items() if not key[-1]))
+def _asked(cells: Sequence[str], questions: Container[Question]) -> Question | None:
+    """Return which of these questions a row answers, of pairs in either order."""
+    image, prompt, other = cells[0], cells[4], cells[9]
+    return next((one for one in ((image, prompt, other), (other, prompt, image)) if one in questions), None)
+
+
+def _table(rows: Mapping[Key, list[str]], columns: int = len(COLUMNS)) -> bytes:
+    return _content(COLUMNS[:columns], (cells[:columns] for key, cells in rows.items() if not key[-1]))
 
 
 def _content(header: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> bytes:
@@ -207,11 +229,11 @@ def _bytes(path: Path) -> bytes:
     return path.read_bytes() if path.exists() else b""
 
 
-def _restore(path: Path, content: bytes, before: bytes = b"") -> None:
+def _restore(path: Path, content: bytes, *before: bytes) -> None:
     """Write a file unless it has this content; first save a copy of anything but a prefix of `content` or `before`."""
     if (actual := _bytes(path)) == content:
         return
-    if not (content.startswith(actual) or before.startswith(actual)):
+    if not any(expected.startswith(actual) for expected in (content, *before)):
         names = (path.with_name(f"{path.stem}.edited-{number}.csv") for number in itertools.count(1))
         copy = next(name for name in names if not name.exists())
         write_file(copy, actual, durable=True)
