@@ -149,7 +149,7 @@ class DiffusionStage:
         if sd.stage == "unet" or sd.text_encoder == "bert" or sd.train_text_encoder:
             save_model(pipe, self.output)
         with atomic_write(self.output / "pretrained_unet.safetensors") as temporary:
-            save_file(merged_state_dict(pipe.unet), temporary, metadata=unet_metadata(pipe))
+            save_file(merged_state_dict(pipe.unet), temporary, metadata=unet_metadata(pipe.unet))
 
 
 Stage = AutoencoderStage | DiffusionStage

@@ -13,6 +13,7 @@ from ddpo_pytorch.generator.from_scratch import build_bert
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, encode_prompts, guided_noise_prediction, load_pipeline
 from ddpo_pytorch.generator.text import check_tokens, embed, encode_tokens, load_text_encoder, tokenize, too_long
 from ddpo_pytorch.sampling import Sampler
+from ddpo_pytorch.training.checkpoints import UNET_FILE, load_weights, save_checkpoint, snapshot
 from ddpo_pytorch.utils.errors import UserError
 
 PROMPTS = [f"Fundus: The {eye} eye fundus image shows {what}." for eye, what in (("left", "drusen"), ("right", "dust"))]
@@ -36,7 +37,9 @@ def pipe():
 def folder(pipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert-sd")
     pipeline.save_model(pipe, folder)
-    save_file(pipe.unet.state_dict(), folder / "pretrained_unet.safetensors", metadata=pipeline.unet_metadata(pipe))
+    save_file(
+        pipe.unet.state_dict(), folder / "pretrained_unet.safetensors", metadata=pipeline.unet_metadata(pipe.unet)
+    )
     return folder
 
 
@@ -128,9 +131,23 @@ def test_unet_weights_for_another_text_encoder_are_refused(pipe, folder, tmp_pat
         load_pipeline(folder, unet_path=plain)
     tokenizer, encoder = scratch.build_clip(PROMPTS, 32, 1)
     scratch.assemble(pipe.vae, encoder, tokenizer, pipe.unet).save_pretrained(tmp_path / "clip")
-    load_pipeline(tmp_path / "clip", unet_path=plain)
+    clip = load_pipeline(tmp_path / "clip", unet_path=plain)
     with pytest.raises(UserError, match="for text encoder BERT .* has CLIP"):
         load_pipeline(tmp_path / "clip", unet_path=folder / "pretrained_unet.safetensors")
+    with pytest.raises(UserError, match="for text encoder BERT .* has CLIP"):
+        load_weights(clip.unet, folder / "pretrained_unet.safetensors")
+    load_weights(load_pipeline(folder).unet, plain)  # as earlier versions of train.py wrote it
+
+
+def test_a_checkpoint_of_all_weights_names_the_text_encoder_of_its_model_in_any_dtype(folder, tmp_path):
+    half = load_pipeline(folder, dtype=torch.bfloat16)
+    pipeline.save_model(half, tmp_path / "half")
+    half.text_encoder = None  # as in training
+    unet = half.unet.float()
+    saved = save_checkpoint(tmp_path, snapshot(unet, torch.optim.AdamW(unet.parameters()), None), {"epoch": 1}, 1)
+    for model in (folder, tmp_path / "half"):
+        again = load_pipeline(model, unet_path=saved / UNET_FILE)
+        assert load_weights(again.unet, saved) == saved / UNET_FILE
 
 
 def test_bert_takes_the_place_of_clip(tiny_pipeline_dir, folder, tmp_path):

@@ -2,18 +2,18 @@
 
 A UNet trained with CLIP accepts BERT's embeddings, which have the same width, and draws meaningless images. A model
 with BERT therefore has conditioning.json next to model_index.json, with hashes of UNet, text encoder and tokenizer, and
-separate UNet weights name their text encoder in their metadata. Models with CLIP have neither.
+separate UNet weights name their text encoder in their metadata. Models with CLIP have neither. In memory, the UNet has
+that name as an attribute.
 """
 
 import copy
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig
 
@@ -61,9 +61,8 @@ def load_pipeline(
     if width != expected:
         raise UserError(f"{model}: the UNet expects embeddings of width {expected}, the text encoder has {width}")
     if unet_path:
-        replace_unet_weights(pipe.unet, unet_path)
+        check_text_encoder(pipe.unet, unet_path, replace_unet_weights(pipe.unet, unet_path), required=True)
         check_finite(pipe.unet.state_dict(), unet_path)  # its dtype may be narrower than the file's
-        _check_text_encoder(pipe, model, unet_path)
     mask_padding(pipe.unet, pipe.text_encoder)
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.requires_grad_(False).eval().to(device)
@@ -103,37 +102,44 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
     except Exception as error:  # the JSON files of scheduler and tokenizer may hold anything
         problem = f"text_encoder, tokenizer or scheduler cannot be loaded ({one_line(error)})"
         raise UserError(f"{model}: {problem}; save or fetch the whole model again") from error
-    if local and has_mask(pipe.text_encoder):
-        files = _hashes(folder)
-        for name, expected in _read_record(folder)["files"].items():
+    if has_mask(pipe.text_encoder) and local:
+        record, files = _read_record(folder), _hashes(folder)
+        for name, expected in record["files"].items():
             if files.get(name) != expected:
                 raise UserError(f"{str(folder / name)!r} is missing or does not match {RECORD}; copy the folder again")
+        setattr(pipe.unet, KEY, record[KEY])
+    elif has_mask(pipe.text_encoder):
+        setattr(pipe.unet, KEY, fingerprint(pipe.text_encoder))
     return pipe
 
 
-def replace_unet_weights(unet: nn.Module, path: str | Path) -> None:
-    """Replace all weights of the UNet by those of a safetensors file, in diffusers' names. Raises UserError."""
+def replace_unet_weights(unet: nn.Module, path: str | Path) -> dict[str, str]:
+    """Replace all weights of the UNet by those of a safetensors file, in diffusers' names; return its metadata.
+
+    Raises UserError for a file that does not fit.
+    """
     path = Path(path).expanduser()
-    weights, _ = read_safetensors(path)
+    weights, metadata = read_safetensors(path)
     check_fit(weights, unet.state_dict(), path, "give a safetensors file of the same UNet in diffusers' names")
     unet.load_state_dict(weights)
+    return metadata
 
 
-def _check_text_encoder(pipe: StableDiffusionPipeline, model: str | Path, path: str | Path) -> None:
-    """Raise UserError for UNet weights that were trained with another text encoder than the model's."""
-    with safe_open(path, framework="pt") as file:
-        stated = (file.metadata() or {}).get(KEY)
-    own = None
-    if has_mask(pipe.text_encoder):  # the fingerprint includes the dtype, which may differ from the file's
-        own = _read_record(Path(model))[KEY] if Path(model).is_dir() else fingerprint(pipe.text_encoder)
-    if stated != own:
-        theirs, ours = ("CLIP (or one not recorded)" if one is None else f"BERT {one[:12]}" for one in (stated, own))
-        raise UserError(f"UNet weights {str(path)!r} are for text encoder {theirs}; {str(model)!r} has {ours}")
+def check_text_encoder(unet: nn.Module, path: str | Path, metadata: Mapping[str, str], required: bool = False) -> None:
+    """Raise UserError for UNet weights whose metadata names another text encoder than the UNet's.
+
+    They must name it if that is a BERT and `required`; checkpoints of earlier versions do not.
+    """
+    stated, own = metadata.get(KEY), getattr(unet, KEY, None)
+    if stated != own and (stated or required):
+        theirs, ours = (f"BERT {one[:12]}" if one else "CLIP (or one not recorded)" for one in (stated, own))
+        problem = f"UNet weights {str(path)!r} are for text encoder {theirs}, the model has {ours}"
+        raise UserError(f"{problem}; give the model that they were trained with as pretrained.model")
 
 
-def unet_metadata(pipe: StableDiffusionPipeline) -> dict[str, str]:
-    """Return the metadata for a file of this pipeline's UNet weights."""
-    return {"format": "pt"} | ({KEY: fingerprint(pipe.text_encoder)} if has_mask(pipe.text_encoder) else {})
+def unet_metadata(unet: nn.Module) -> dict[str, str]:
+    """Return the metadata for a file of this UNet's weights."""
+    return {"format": "pt"} | ({KEY: getattr(unet, KEY)} if getattr(unet, KEY, None) else {})
 
 
 def save_model(pipe: StableDiffusionPipeline, folder: str | Path) -> None:
@@ -141,7 +147,11 @@ def save_model(pipe: StableDiffusionPipeline, folder: str | Path) -> None:
     folder = Path(folder)
     pipe.save_pretrained(folder)
     if has_mask(pipe.text_encoder):
-        record = {KEY: fingerprint(pipe.text_encoder), "tokens": pipe.tokenizer.model_max_length}
+        # a frozen one keeps its name, although it may be saved in another dtype
+        trained = any(weight.requires_grad for weight in pipe.text_encoder.parameters())
+        own = "" if trained else getattr(pipe.unet, KEY, "")
+        setattr(pipe.unet, KEY, own or fingerprint(pipe.text_encoder))
+        record = {KEY: getattr(pipe.unet, KEY), "tokens": pipe.tokenizer.model_max_length}
         write_json(folder / RECORD, record | {"files": _hashes(folder)})
 
 

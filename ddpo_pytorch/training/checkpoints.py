@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ddpo_pytorch.generator.lora import FILE_NAME, FILE_NAMES, has_lora, load_lora, lora_state_dict
-from ddpo_pytorch.generator.pipeline import replace_unet_weights
+from ddpo_pytorch.generator.pipeline import check_text_encoder, replace_unet_weights, unet_metadata
 from ddpo_pytorch.utils.distributed import gather_state, load_optimizer_into, load_weights_into
 from ddpo_pytorch.utils.errors import UserError, one_line
 from ddpo_pytorch.utils.files import atomic_folder, atomic_write, path_fault, remove_folder, sha256
@@ -43,8 +43,8 @@ PROGRESS = {  # RunState.state_dict()
     "held_out": {"best": _EVALUATION, "last": _EVALUATION, "collapsed": COUNT, "fingerprint": OneOf((dict, None))},
 }
 _NAME = re.compile(r"checkpoint_?(\d+)")
-# name of the weight file, the trained weights, and the state of optimizer and scaler, all on the CPU
-Snapshot = tuple[str, dict[str, torch.Tensor], dict[str, Any]]
+# name of the weight file, the trained weights and their metadata, and the state of optimizer and scaler, on the CPU
+Snapshot = tuple[str, dict[str, torch.Tensor], dict[str, str], dict[str, Any]]
 logger = logging.getLogger(__name__)
 
 
@@ -164,7 +164,7 @@ def load_weights(unet: nn.Module, path: str | Path, adapters: bool | None = None
     if adapters is full:
         _refuse_kind(f"load_from: {str(file)!r}", adapters, "give it as unet_path" if full else "give full weights")
     if full:
-        replace_unet_weights(unet, file)
+        check_text_encoder(unet, file, replace_unet_weights(unet, file))
     else:
         load_lora(unet, file)
     return file
@@ -194,7 +194,9 @@ def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler:
         if lora:
             load_lora(unet, folder)
         else:
-            load_weights_into(unet, read_safetensors(folder / UNET_FILE)[0])
+            weights, metadata = read_safetensors(folder / UNET_FILE)
+            check_text_encoder(unet, folder / UNET_FILE, metadata)
+            load_weights_into(unet, weights)
         load_optimizer_into(optimizer, state["optimizer"])
         if scaler is not None and state["scaler"] is not None:
             scaler.load_state_dict(state["scaler"])
@@ -216,7 +218,7 @@ def snapshot(unet: nn.Module, optimizer: Any, scaler: Any, main: bool = True) ->
     state = {"optimizer": gather_state(optimizer, main), "scaler": None if scaler is None else scaler.state_dict()}
     if not main:
         return None
-    return FILE_NAME if lora else UNET_FILE, {k: v.contiguous() for k, v in weights.items()}, state
+    return FILE_NAME if lora else UNET_FILE, {k: v.contiguous() for k, v in weights.items()}, unet_metadata(unet), state
 
 
 def save_checkpoint(
@@ -229,13 +231,13 @@ def save_checkpoint(
     leaving existing files unchanged.
     """
     folder, text = Path(run_dir) / f"checkpoint_{progress['epoch']}", json.dumps(progress, indent=1)
-    name, weights, state = taken
+    name, weights, metadata, state = taken
     moments = [value for memory in state["optimizer"]["state"].values() for value in memory.values()]
     tensors = [value for value in (*weights.values(), *moments) if isinstance(value, torch.Tensor)]
     # upper bound: apart from the tensors, the files are small
     size = sum(tensor.nbytes for tensor in tensors) + 512 * len(tensors) + len(text) + 2**16
     with atomic_folder(folder, size) as temporary:
-        save_file(weights, temporary / name, metadata={"format": "pt"})
+        save_file(weights, temporary / name, metadata=metadata)
         with open(temporary / STATE_FILE, "wb") as file:  # given a path, torch.save hides the cause of an OSError
             torch.save(state, file)
         (temporary / PROGRESS_FILE).write_text(text)
