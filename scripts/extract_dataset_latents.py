@@ -4,7 +4,8 @@
 
 Writes to logdir: images/<caption with _>/<row index>.png, lossless squares; image_log.json (sampleID = row index,
 prompt, path_to_img and every column of the table); and, unless `pretrained.model` is empty, latents/, from which
-scripts/train_sd.py trains, with any number of processes. Rerun the same command to complete an interrupted folder.
+scripts/train_sd.py trains, with any number of processes. Rerun the same command to complete an interrupted folder, or
+after images have changed.
 """
 
 import logging
@@ -17,7 +18,7 @@ from accelerate import Accelerator
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.data.datasets import KINDS, find_rows
-from ddpo_pytorch.data.images import RESIZES, ImageFiles, is_intact, save_image
+from ddpo_pytorch.data.images import RESIZES, ImageFiles, comment_of, content_numbers, is_intact, save_image
 from ddpo_pytorch.data.sample_folder import WORLD, claim_folder, folder_name, read_log, write_log
 from ddpo_pytorch.data.tables import Row
 from ddpo_pytorch.generator.latents import INDEX, encode_data_set, write_index
@@ -71,7 +72,16 @@ def extract(accelerator: Accelerator, config: ConfigDict) -> None:
         claim_folder(folder, claimed, metadata)
     accelerator.wait_for_everyone()
 
-    paths = [folder / entry_of(row)["path_to_img"] for row in rows]
+    paths, contents = [folder / entry_of(row)["path_to_img"] for row in rows], content_numbers(sources)
+
+    def keep_image(position: int, image: torch.Tensor) -> None:
+        save_image(paths[position], image.float() / 255, f"source {contents[position]}")
+
+    def is_kept(position: int) -> bool:
+        """Return whether the image of this source has been written; earlier versions did not name it."""
+        path = paths[position]
+        return is_intact(path) and comment_of(path) in ("", f"source {contents[position]}")
+
     started = time.perf_counter()
     done = encode_data_set(
         vae,
@@ -79,12 +89,13 @@ def extract(accelerator: Accelerator, config: ConfigDict) -> None:
         numbers,
         [captions.index(row.caption) for row in rows],
         folder / "latents",
+        contents=contents,
         rank=rank,
         processes=accelerator.num_processes,
         num_workers=dataset.num_workers,
         progress=config.progress,
-        keep_image=lambda position, image: save_image(paths[position], image.float() / 255),
-        is_kept=lambda position: is_intact(paths[position]),
+        keep_image=keep_image,
+        is_kept=is_kept,
     )
     done = accelerator.reduce(torch.tensor(done, device=accelerator.device)).item()
     complete = [entry.get("sampleID") for entry in read_log(folder)] == numbers

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from script_tools import files_of, options, succeed
 
 from ddpo_pytorch.data.images import load_image, save_image
@@ -127,6 +129,31 @@ def test_images_that_appear_and_disappear(table, extract, tmp_path, monkeypatch)
         shards = len(list((tmp_path / "x" / "latents").glob("shard_*")))
         assert pictures == numbers == expected and shards == -(-len(numbers) // 2)
         assert len(LatentShards(tmp_path / "x" / "latents")) == len(numbers)
+
+
+@pytest.mark.parametrize("model", [{}, {"pretrained__model": ""}])
+def test_images_that_are_replaced_are_extracted_again(table, extract, tmp_path, model):
+    """By one of the same name and size in bytes. Folders of earlier versions do not name their sources."""
+    shutil.copytree(table, tmp_path / "table")
+    source, fields = tmp_path / "table" / "ISIC_1.jpg", {"dataset__data_path": str(tmp_path / "table")} | model
+    folder, shard = tmp_path / "x", tmp_path / "x" / "latents" / "shard_00000.safetensors"
+    means = []
+    for colour in ("red", "blue"):
+        Image.new("RGB", (40, 50), colour).save(source, format="BMP")
+        extract(**fields)
+        (path,) = folder.glob("images/*/1.png")
+        assert torch.equal(load_image(path), load_image(source, 64))
+        means += [] if model else [load_file(shard)["mean"]]
+    if means:
+        assert [row.equal(other) for row, other in zip(*means, strict=True)] == [True, False, True, True, True]
+        save_file({name: value for name, value in load_file(shard).items() if name != "content"}, shard)
+        (shard.parent / "index.json").unlink()
+    for path in folder.glob("images/*/*.png"):
+        save_image(path, load_image(path))
+    before = files_of(folder)
+    extract(**fields)
+    after = files_of(folder)
+    assert all(after[name] == content for name, content in before.items())
 
 
 def test_images_of_a_drawn_world_are_called_phantoms(table, extract, tmp_path):

@@ -17,6 +17,7 @@ from ddpo_pytorch.data.datasets import find_rows
 from ddpo_pytorch.data.images import (
     DecodedImages,
     ImageFiles,
+    content_numbers,
     decoded,
     find_damage,
     find_images,
@@ -282,6 +283,17 @@ def test_another_size_resize_file_or_reader_gets_another_cache(files, tmp_path, 
     monkeypatch.setattr("ddpo_pytorch.data.images.READER_VERSION", 1)
     paths.add(decoded(files, tmp_path / "cache").path)
     assert len(paths) == 6
+
+
+def test_files_of_other_content_have_other_numbers(files, tmp_path):
+    moved = shutil.copytree(files.paths[0].parent, tmp_path / "moved")
+    numbers = content_numbers(files.paths)
+    assert len(set(numbers)) == 5 and content_numbers(sorted(moved.glob("*.png"))) == numbers
+    files.paths[0].write_bytes(files.paths[0].read_bytes()[::-1])
+    changed = content_numbers(files.paths)
+    assert changed[0] != numbers[0] and changed[1:] == numbers[1:]
+    with pytest.raises(UserError, match="absent.png"):
+        content_numbers([tmp_path / "absent.png"])
 
 
 def test_without_a_writable_cache_images_are_decoded_on_every_access(files, tmp_path, monkeypatch, caplog):

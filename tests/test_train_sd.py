@@ -232,7 +232,7 @@ def test_a_stopped_training_resumes_to_the_same_end(stage, model, base, train_st
     with pytest.raises(UserError, match="sd.learning_rate=0.001, now it is 0.1"):
         train_stage(part, **fields, sd__learning_rate=0.1)
     if stage == "vae":
-        with pytest.raises(UserError, match="with images="):
+        with pytest.raises(UserError, match="with image contents="):
             train_stage(part, **fields, sd__csv=base["sd__val_csv"], sd__val_csv="")
         with pytest.raises(UserError, match="the loss is (nan|inf) at step .* sd.learning_rate"):
             train_stage(tmp_path / "nan", **fields | {"sd__num_steps": 9}, sd__learning_rate=1e30)
@@ -245,6 +245,20 @@ def test_a_stopped_training_resumes_to_the_same_end(stage, model, base, train_st
     for name in names:
         assert_equal(load_file(part / name), load_file(whole / name))
     assert not list(part.glob("*_state.pt"))
+
+
+@pytest.mark.parametrize(("stage", "name"), [("vae", "image contents"), ("finetune", r"latents\[0\]")])
+def test_a_training_does_not_resume_on_images_that_were_replaced(
+    stage, name, train_stage, stopped, base, tiny_pipeline_dir, tmp_path
+):
+    images = shutil.copytree(base["sd__data_path"], tmp_path / "images")
+    fields = {"sd__stage": stage, "sd__data_path": str(images), "sd__limit": 8, "sd__val_csv": ""}
+    fields |= {"sd__save_every": 1, "pretrained__model": str(tiny_pipeline_dir)}
+    stopped(2, tmp_path / "out", **fields)
+    for path in images.iterdir():
+        save_image(path, torch.zeros(3, 32, 32))
+    with pytest.raises(UserError, match=f"{stage}_state.pt.* with {name}="):
+        train_stage(tmp_path / "out", **fields)
 
 
 def test_a_damaged_state_is_refused_and_one_left_after_the_end_removed(train_stage, stopped, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ddpo_pytorch.data import datasets as kinds
 from ddpo_pytorch.data.datasets import KINDS, check_apart
-from ddpo_pytorch.data.images import RESIZES, ImageFiles, loader_options
+from ddpo_pytorch.data.images import RESIZES, ImageFiles, content_numbers, loader_options
 from ddpo_pytorch.data.sample_folder import LOG, claim_folder, read_log
 from ddpo_pytorch.data.tables import Row
 from ddpo_pytorch.generator.from_scratch import TEXT_ENCODERS
@@ -163,6 +163,7 @@ def _encode(
         rows,
         [captions.index(text) for text in texts],
         folder,
+        contents=content_numbers(paths),
         rank=accelerator.process_index,
         processes=accelerator.num_processes,
         num_workers=sd.num_workers,

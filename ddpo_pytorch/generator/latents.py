@@ -1,9 +1,10 @@
 """Latents of a data set, encoded once into safetensors shards with an index; stage (i) trains on them.
 
 A folder holds `shard_<number>.safetensors` and, once it is complete, `index.json`. For up to SHARD_IMAGES images in the
-order of the data set, a shard has `row` (n,) int64, `caption` (n,) int64 (positions in the index's list), and the
-autoencoder's posterior `mean` and `logvar` (n, C, h, w) in half precision, not scaled. The index records the
-autoencoder, image size, resize mode and source.
+order of the data set, a shard has `row` (n,) int64, `caption` (n,) int64 (positions in the index's list), `content`
+(n,) int64 of the image files (`data.images.content_numbers`), if they are known, and the autoencoder's posterior `mean`
+and `logvar` (n, C, h, w) in half precision, not scaled. The index records the autoencoder, image size, resize mode and
+source.
 """
 
 import logging
@@ -64,6 +65,7 @@ def encode_data_set(
     caption_ids: Sequence[int],
     folder: str | Path,
     *,
+    contents: Sequence[int] = (),
     rank: int = 0,
     processes: int = 1,
     num_workers: int = 0,
@@ -79,6 +81,7 @@ def encode_data_set(
         vae: if None, images are only passed to `keep_image`, without latents.
         files: items (image, ...), images uint8 (3, H, W).
         rows, caption_ids: row and caption number of each item, stored in the shards.
+        contents: `content_numbers` of the items' files; a shard of other files is encoded again, unless it states none.
         keep_image: receives (position, image) of each decoded image, in threads.
         is_kept: whether the image at a position has been kept already; if not, its shard is encoded again.
     """
@@ -90,7 +93,8 @@ def encode_data_set(
             logger.warning("%s; writing it again", error)
 
     def is_done(path: Path, positions: range) -> bool:
-        expected = hashes.get(path.name), [rows[position] for position in positions]
+        files = [contents[position] for position in positions] if contents else []
+        expected = hashes.get(path.name), [rows[position] for position in positions], files
         problem = "" if vae is None else _find_damage(path, *expected)
         if problem and path.is_file():
             logger.warning("%s %s and is encoded again", path, problem)
@@ -118,9 +122,10 @@ def encode_data_set(
                 bar.update(len(images))
             if vae is not None:
                 mean, logvar = map(torch.cat, zip(*latents, strict=True))
-                row, caption = (torch.tensor([of[position] for position in positions]) for of in (rows, caption_ids))
+                numbers = {"row": rows, "caption": caption_ids} | ({"content": contents} if contents else {})
+                shard = {name: torch.tensor([of[position] for position in positions]) for name, of in numbers.items()}
                 with atomic_write(path) as temporary:
-                    save_file({"row": row, "caption": caption, "mean": mean, "logvar": logvar}, temporary)
+                    save_file(shard | {"mean": mean, "logvar": logvar}, temporary)
     return count
 
 
@@ -154,12 +159,16 @@ def write_index(
     write_json(Path(folder) / INDEX, index)
 
 
-def _find_damage(path: Path, recorded: str | None, rows: Sequence[int] | None = None) -> str:
-    """Return why a shard is unusable (missing, truncated, not the recorded one, or of other rows), or ""."""
+def _find_damage(
+    path: Path, recorded: str | None, rows: Sequence[int] | None = None, contents: Sequence[int] = ()
+) -> str:
+    """Return why a shard is unusable (missing, truncated, not the recorded one, of other rows or images), or ""."""
     try:
         with open_safetensors(path) as file:  # rejects a truncated file
             if rows is not None and file.get_tensor("row").tolist() != list(rows):
                 return "holds other rows"
+            if contents and "content" in file.keys() and file.get_tensor("content").tolist() != contents:  # noqa: SIM118
+                return "is of images that have changed since"
     except (UserError, SafetensorError) as error:
         return f"is damaged ({error})" if path.is_file() else "is missing"
     return "" if recorded in (None, sha256(path)) else f"differs from {INDEX}"

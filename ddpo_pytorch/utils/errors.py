@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+IMAGE_CONTENTS = "image contents"  # a setting that earlier versions did not record
+
 
 class UserError(Exception):
     """An error in the command, the configuration or a file.
@@ -15,11 +17,12 @@ class UserError(Exception):
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Return "name=before, now it is after" of the first name, alphabetically, whose values differ, or "".
 
-    Of two lists, names the first element that differs, "<name>[<number>]", or else their lengths.
+    IMAGE_CONTENTS need not be in `old`. Of two lists, names the first element that differs, "<name>[<number>]", or else
+    their lengths.
     """
     for name in sorted({*old, *new}):
         before, now = old.get(name), new.get(name)
-        if before == now:
+        if before == now or (name == IMAGE_CONTENTS and name not in old):
             continue
         if name not in old:  # written by an earlier version of this program
             return f"{name}=(not recorded), now it is {_short(now)}"
