@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 from ddpo_pytorch.data import fundus
 from ddpo_pytorch.data.images import SYNTHETIC, image_grid, load_pixels, save_picture
 from ddpo_pytorch.data.sample_folder import claim_folder
-from ddpo_pytorch.generator.finetune_data import REAL_SHARE
+from ddpo_pytorch.generator.finetune_data import OUTCOMES, REAL_SHARE
 from ddpo_pytorch.generator.latents import INDEX, LatentShards
 from ddpo_pytorch.generator.lora import merged_state_dict
 from ddpo_pytorch.generator.pipeline import load_pipeline, save_model
@@ -170,13 +170,16 @@ class Rounds:
     def _finetune(self, number: int, model: Path) -> Path:
         """Train on the selected images of a best-of-N pool, weighted by score and mixed with real ones."""
         improve, folder = self.improve, self.folder(number)
-        pool, table = self._draw_pool(number, model, "pool", self.judges(number)), Path(improve.csv)
+        weights, table = folder / "finetune" / OUTCOMES["finetune"], Path(improve.csv)
+        if weights.is_file():  # written last; train_sd.py refuses a folder that has them
+            return weights
+        pool = self._draw_pool(number, model, "pool", self.judges(number))
         fields = {"pretrained.model": model, "unet_path": "", "sd.stage": "finetune", "sd.kind": "fundus"}
         fields |= {"sd.pool": pool, "sd.output": folder / "finetune", "sd.csv": table}
         fields |= {"sd.data_path": improve.data_path, "sd.latents": self._latents_of(table)}
         fields |= {"sd.val_csv": "", "sd.val_latents": ""}
         self._command("train_sd.py", number, fields | {f"sd.{name}": improve[name] for name in FINETUNING})
-        return folder / "finetune" / "pretrained_unet.safetensors"
+        return weights
 
     def _ddpo(self, number: int, model: Path) -> Path:
         """Run DDPO on the judges' reward."""

@@ -236,6 +236,32 @@ def run(run_main, config_file, fields):
     return main
 
 
+def script_and_settings(command):
+    """Return the script of a command of improve.py and its settings by name."""
+    position = next(number for number, word in enumerate(command) if Path(word).parent.name == "scripts")
+    words = (word.removeprefix("--config.").split("=", 1) for word in command[position + 1 :])
+    return Path(command[position]).name, dict(words)
+
+
+@pytest.fixture
+def commands(run, monkeypatch):
+    """Commands of improve.py, which run in this process."""
+    started = []
+
+    def start(command, start=subprocess.run, **keywords):
+        if not any(Path(word).parent.name == "scripts" for word in command):
+            return start(command, **keywords)
+        started.append(command)
+        script, given = script_and_settings(command)
+        literals = {name: ast.literal_eval(text) for name, text in given.items() if re.fullmatch(r"[\d.e(),-]+", text)}
+        run(script, **{name.replace(".", "__"): value for name, value in (given | literals).items()})
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    monkeypatch.setattr(sys, "argv", ["improve.py"])
+    return started
+
+
 @pytest.mark.slow
 def test_generate_is_the_same_with_two_processes_and_draws_damaged_images_again(
     config_file, fields, run, tmp_path, caplog
@@ -297,27 +323,11 @@ def test_another_modality_has_ratings_judges_and_images_of_its_own(run, fields, 
 
 
 @pytest.mark.slow
-def test_rounds_resume(run, fields, tmp_path, monkeypatch, capsys, caplog):
-    """The scripts of a round run in this process, with the settings of their commands."""
-
-    def start(command, start=subprocess.run, **keywords):
-        if not any(Path(word).parent.name == "scripts" for word in command):
-            return start(command, **keywords)
-        *launch, script, seed = command[:4]
-        assert launch == ["accelerate", "launch"] and seed == "--config.seed=42"
-        assert "launch" not in " ".join(command[3:])
-        assert emptied.pop() and not emptied  # the script may need the memory of the last measurement
-        given = dict(word.removeprefix("--config.").split("=", 1) for word in command[3:])
-        commands.append((Path(script).name, given))
-        literals = {name: ast.literal_eval(text) for name, text in given.items() if re.fullmatch(r"[\d.e(),-]+", text)}
-        run(commands[-1][0], **{name.replace(".", "__"): value for name, value in (given | literals).items()})
-        return subprocess.CompletedProcess(command, 0)
-
-    commands, emptied = [], []
+def test_rounds_resume(run, fields, commands, tmp_path, monkeypatch, capsys, caplog):
+    emptied = []
     settings = {"improve__methods": ("finetune", "ddpo"), "improve__update_policy": True, "launch": "accelerate launch"}
     caplog.set_level("INFO")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
-    monkeypatch.setattr(subprocess, "run", start)
     monkeypatch.setattr(sys, "argv", ["improve.py", "--launch", "accelerate launch", "--config.seed=42", "-launch=x"])
     run("improve.py", **settings)
     output = tmp_path / "improve"
@@ -326,7 +336,10 @@ def test_rounds_resume(run, fields, tmp_path, monkeypatch, capsys, caplog):
     assert (output / "rounds.md").read_text() in capsys.readouterr().out
     assert (output / "best" / "model_index.json").is_file()
     # the Policy learned from fresh images, and chose in this round; the Selector, and those that measure, are the same
-    scripts, given = zip(*commands, strict=True)
+    assert all(command[:2] == ["accelerate", "launch"] and command[3] == "--config.seed=42" for command in commands)
+    assert "launch" not in " ".join(word for command in commands for word in command[3:])
+    assert len(emptied) == len(commands)  # the script may need the memory of the last measurement
+    scripts, given = zip(*map(script_and_settings, commands), strict=True)
     assert scripts == ("generate.py", "train_rlhf.py", "generate.py", "train_sd.py", "train.py")
     before, after = (files_of(folder) for folder in (fields["improve__judges"], output / "round_1/judges"))
     assert before[SELECTOR_FILE] == after[SELECTOR_FILE] and before[POLICY_FILE] != after[POLICY_FILE]
@@ -344,9 +357,10 @@ def test_rounds_resume(run, fields, tmp_path, monkeypatch, capsys, caplog):
     titles = [line.split("|")[1].strip() for line in (output / "rounds.md").read_text().splitlines()[2:]]
     assert titles == ["0", "base, guidance 3", "1"]
     (output / "round_0/guidance_3.json").write_text(json.dumps(control | {"alignment": 0.987}))
-    # killed in the last step of round 1
+    # killed before the models of round 1 were saved, after the scripts had finished
     (output / "rounds.jsonl").write_text(json.dumps(entries[0]) + "\n")
-    shutil.rmtree(output / "round_1" / "model")
+    for name in ("model", "model_0"):
+        shutil.rmtree(output / "round_1" / name)
     pool = (output / "round_1" / "pool" / "image_log.json").stat().st_mtime_ns
     run("improve.py", **settings)
     assert caplog.text.count("done before") == 1 and "guidance 3 without training scores 0.987" in caplog.text
