@@ -122,8 +122,11 @@ class Rounds:
             outcome = self.model(number) if step == len(methods) else self.folder(number) / f"model_{step - 1}"
             if not (outcome / "model_index.json").is_file():
                 weights = (self._finetune if method == "finetune" else self._ddpo)(number, model)
-                # save `model` with the trained UNet, adapters merged, as a new folder
-                trained, pipe = load_pipeline(str(model)), load_pipeline(str(model))
+                # save `model` with the trained UNet, adapters merged, as a new folder; train_sd.py writes a whole model
+                # if the text encoder is new as well
+                whole = (weights.parent / "model_index.json").is_file()
+                source = str(weights.parent if whole else model)
+                trained, pipe = load_pipeline(source), load_pipeline(source)
                 load_weights(trained.unet, weights)
                 pipe.unet.load_state_dict(merged_state_dict(trained.unet))
                 with atomic_folder(outcome) as temporary:

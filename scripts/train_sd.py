@@ -147,6 +147,9 @@ class DiffusionStage:
         sd, pipe = self.config.sd, self.pipe
         if has_lora(pipe.unet):
             save_lora(pipe.unet, self.output)
+            weights = merged_state_dict(pipe.unet)
+            pipe.unet.unload_lora()
+            pipe.unet.float().load_state_dict(weights)
         if sd.stage == "unet" or sd.text_encoder == "bert" or sd.train_text_encoder:
             save_model(pipe, self.output)
         with atomic_write(self.output / "pretrained_unet.safetensors") as temporary:

@@ -45,6 +45,7 @@ from ddpo_pytorch.rlhf.rounds import (
 )
 from ddpo_pytorch.sampling import Sampler
 from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.fingerprint import fingerprint
 
 pytest_plugins = ("script_tools", "judge_tools")
 
@@ -326,6 +327,7 @@ def test_another_modality_has_ratings_judges_and_images_of_its_own(run, fields, 
 def test_rounds_resume(run, fields, commands, tmp_path, monkeypatch, capsys, caplog):
     emptied = []
     settings = {"improve__methods": ("finetune", "ddpo"), "improve__update_policy": True, "launch": "accelerate launch"}
+    fields |= {"sd__train_text_encoder": True, "improve__learning_rate": 1e-2}
     caplog.set_level("INFO")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
     monkeypatch.setattr(sys, "argv", ["improve.py", "--launch", "accelerate launch", "--config.seed=42", "-launch=x"])
@@ -351,6 +353,10 @@ def test_rounds_resume(run, fields, commands, tmp_path, monkeypatch, capsys, cap
     assert given[4]["reward_fn_kwargs.fundus_alignment.judges"] == str(output / "round_1/judges")
     rated, fresh = int(re.search(r"learning from (\d+) rated", caplog.text)[1]), read_log(output / "round_1/fresh")
     assert re.search(rf"stage 2: \d+ of {rated + len(fresh)} images", caplog.text)
+    # the UNet was fine-tuned together with the text encoder
+    models = fields["pretrained__model"], output / "round_1/finetune", output / "round_1/model"
+    first, tuned, last = (fingerprint(load_pipeline(model).text_encoder) for model in models)
+    assert first != tuned == last
     # the control: the same noise and judges, no training, another guidance; measured once
     control = json.loads((output / "round_0/guidance_3.json").read_text())
     assert control.keys() == entries[0].keys() - {"round"} and control["policy"] != entries[0]["policy"]

@@ -4,11 +4,13 @@ import json
 import math
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from launching import ROOT
+from ml_collections import ConfigDict
 from safetensors.torch import load_file, save_file
 from script_tools import assert_same_training, load_module, options, read_lines, succeed
 from stage_tools import SPLIT, assert_equal, unet_of
@@ -21,13 +23,14 @@ from ddpo_pytorch.generator.finetune_data import MixedLatents, settings_of
 from ddpo_pytorch.generator.finetune_losses import CaptionTable, NoiseLoss
 from ddpo_pytorch.generator.from_scratch import build_tokenizer
 from ddpo_pytorch.generator.latents import LatentShards
+from ddpo_pytorch.generator.lora import add_lora, lora_parameters, merged_state_dict
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import has_mask
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import BatchDraws, Stream
 from ddpo_pytorch.utils.training_state import TrainState
 
-pytest_plugins = ["script_tools", "stage_tools"]
+pytest_plugins = ["script_tools", "stage_tools", "judge_tools"]
 
 
 @pytest.mark.slow
@@ -69,6 +72,19 @@ def test_adapters_of_a_frozen_unet_in_half_precision_are_merged_in_float32(model
             assert change.abs().max() > 1e-3
             expected = expected + change
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_whole_model_has_its_adapters_merged(bert_pipeline_dir, tmp_path):
+    pipe = load_pipeline(bert_pipeline_dir, dtype=torch.bfloat16)
+    add_lora(pipe.unet, 2, ("to_q",), seed=0)
+    for parameter in lora_parameters(pipe.unet):
+        parameter.data += 0.1
+    expected = merged_state_dict(pipe.unet)
+    sd = ConfigDict({"stage": "finetune", "text_encoder": "bert", "train_text_encoder": False})
+    stage = SimpleNamespace(config=ConfigDict({"sd": sd}), pipe=pipe, output=tmp_path)
+    load_module(ROOT / "scripts/train_sd.py").DiffusionStage.finish(stage)
+    assert_equal(load_pipeline(tmp_path).unet.state_dict(), expected)
+    assert_equal(unet_of(tmp_path), expected)
 
 
 @pytest.mark.slow
