@@ -126,7 +126,7 @@ class Rounds:
                 # if the text encoder is new as well
                 whole = (weights.parent / "model_index.json").is_file()
                 source = str(weights.parent if whole else model)
-                trained, pipe = load_pipeline(source), load_pipeline(source)
+                trained, pipe = (load_pipeline(source, self.config.pretrained.revision) for _ in range(2))
                 load_weights(trained.unet, weights)
                 pipe.unet.load_state_dict(merged_state_dict(trained.unet))
                 with atomic_folder(outcome) as temporary:

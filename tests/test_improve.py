@@ -22,6 +22,7 @@ from ddpo_pytorch.data.images import SYNTHETIC, save_image
 from ddpo_pytorch.data.metadata import read_metadata
 from ddpo_pytorch.data.ratings import read_ratings
 from ddpo_pytorch.data.sample_folder import folder_name, read_log
+from ddpo_pytorch.generator import pipeline
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.classifier import new_classifier
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges
@@ -327,7 +328,9 @@ def test_another_modality_has_ratings_judges_and_images_of_its_own(run, fields, 
 def test_rounds_resume(run, fields, commands, tmp_path, monkeypatch, capsys, caplog):
     emptied = []
     settings = {"improve__methods": ("finetune", "ddpo"), "improve__update_policy": True, "launch": "accelerate launch"}
-    fields |= {"sd__train_text_encoder": True, "improve__learning_rate": 1e-2}
+    fields |= {"sd__train_text_encoder": True, "improve__learning_rate": 1e-2, "pretrained__revision": "v1"}
+    revisions, load = set(), pipeline._from_pretrained
+    monkeypatch.setattr(pipeline, "_from_pretrained", lambda *given: revisions.add(given[:2]) or load(*given))
     caplog.set_level("INFO")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
     monkeypatch.setattr(sys, "argv", ["improve.py", "--launch", "accelerate launch", "--config.seed=42", "-launch=x"])
@@ -353,6 +356,7 @@ def test_rounds_resume(run, fields, commands, tmp_path, monkeypatch, capsys, cap
     assert given[4]["reward_fn_kwargs.fundus_alignment.judges"] == str(output / "round_1/judges")
     rated, fresh = int(re.search(r"learning from (\d+) rated", caplog.text)[1]), read_log(output / "round_1/fresh")
     assert re.search(rf"stage 2: \d+ of {rated + len(fresh)} images", caplog.text)
+    assert {revision for model, revision in revisions if model == str(fields["pretrained__model"])} == {"v1"}
     # the UNet was fine-tuned together with the text encoder
     models = fields["pretrained__model"], output / "round_1/finetune", output / "round_1/model"
     first, tuned, last = (fingerprint(load_pipeline(model).text_encoder) for model in models)
