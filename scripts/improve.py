@@ -218,6 +218,20 @@ class Rounds:
         return ""
 
 
+def link_best(output: Path, model: Path) -> None:
+    """Point the link `best` to a model's folder; a Hugging Face id has none, so it is named in a warning instead."""
+    if not model.is_dir():
+        (output / "best").unlink(missing_ok=True)
+        logger.warning(
+            "the best model is no folder, so there is no %s; give pretrained.model=%s", output / "best", model
+        )
+        return
+    with atomic_write(output / "best") as temporary:
+        temporary.unlink()
+        # without links, since ".." of a linked folder is elsewhere
+        temporary.symlink_to(os.path.relpath(model.resolve(), output.resolve()), target_is_directory=True)
+
+
 def main(_) -> None:
     required = [
         f"improve.{name}" for name in ("output", "judges", "held_out_judges", "csv", "held_out_csv", "data_path")
@@ -246,16 +260,14 @@ def main(_) -> None:
                 logger.warning("stopped after round %d: %s", number, stop)
                 break
         best = rounds.best_round(history[: number + 1], improve.tolerance, improve.kid_tolerance)
-        with atomic_write(output / "best") as temporary:
-            temporary.unlink()
-            temporary.symlink_to(os.path.relpath(run.model(best), output), target_is_directory=True)
+        link_best(output, run.model(best))
         write_file(output / "rounds.md", rounds.rounds_table(history, controls))
     print(rounds.rounds_table(history, controls))  # this command's output
     for scale, control in controls.items():
         if control.alignment >= history[best].alignment:
             scores = scale, control.alignment, best, history[best].alignment
             logger.warning("guidance %g without training scores %.3f, at least as much as round %d (%.3f)", *scores)
-    logger.info("models, pools and metrics of all rounds are in %s; best/ is round %d", output, best)
+    logger.info("models, pools and metrics of all rounds are in %s; the best is round %d", output, best)
 
 
 if __name__ == "__main__":

@@ -403,6 +403,19 @@ def test_settings_out_of_range(run, fields, tmp_path):
         run("generate.py", improve__num_candidates=9)
 
 
+def test_best_links_to_a_folder_or_is_absent(tmp_path, caplog):
+    """Output on another disk, behind a link; and a Hugging Face id."""
+    link_best = load_module(ROOT / "scripts/improve.py").link_best
+    for name in ("disk/runs/improve", "home/model"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "home/out").symlink_to(tmp_path / "disk/runs")
+    output = tmp_path / "home/out/improve"
+    link_best(output, tmp_path / "home/model")
+    assert (output / "best").samefile(tmp_path / "home/model") and not caplog.text
+    link_best(output, Path("organisation/model"))
+    assert not (output / "best").is_symlink() and "organisation/model" in caplog.text
+
+
 def test_judges_of_common_patients_are_not_independent(judges_dir, tmp_path):
     selector, _ = load_judges(judges_dir)
     for name, patients in (("one", ["a", "b"]), ("two", ["b"]), ("three", ["c"])):
