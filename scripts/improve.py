@@ -21,6 +21,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,15 @@ class Rounds:
         self.selector, self.policy = load_judges(self.improve.held_out_judges, self.device)
         rows, paths, _ = fundus.load_split(self.improve.held_out_csv, self.improve.data_path)
         self.prompts = fundus.caption_list(rows)
+        qualities = Counter(map(fundus.quality_of, rows))
         good = [path for row, path in zip(rows, paths, strict=True) if fundus.is_good(row)]
+        if min(len(good), self.improve.held_out_images * len(self.prompts)) < rounds.KID_IMAGES:
+            grades = ", ".join(f"{count} images of quality {value:g}" for value, count in sorted(qualities.items()))
+            raise UserError(
+                f"improve.held_out_csv {self.improve.held_out_csv!r} has {len(self.prompts)} captions and {grades}; "
+                f"KID needs {rounds.KID_IMAGES} images of quality 3 (good) and as many drawn ones: give more "
+                "images, or raise improve.held_out_images"
+            )
         size, sd, improve = config.eval.batch_size, config.sd, self.improve
         pixels = torch.stack([load_pixels(path, sd.image_size, sd.resize) for path in good])
         self.real = rounds.features_of(self.selector, pixels, size)

@@ -86,6 +86,16 @@ def test_faults_are_reported_by_line(tmp_path, lines, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_quality_is_a_number_from_1_to_3(tmp_path):
+    lines = "1.jpg,A,{}\n2.jpg,B,2.0\n3.jpg,C,\n"
+    rows = fundus.read_split(table(tmp_path, "path,Text,Quality\n" + lines.format(3)))
+    assert [fundus.quality_of(row) for row in rows] == [3, 2, 3]
+    assert [fundus.is_good(row) for row in rows] == [True, False, True]
+    for quality in ("good", "0", "4", "nan"):  # 0 is EyeQ's good
+        with pytest.raises(UserError, match=f"line 2: quality.*'{quality}'"):
+            fundus.read_split(table(tmp_path, "path,Text,quality\n" + lines.format(quality)))
+
+
 @pytest.mark.parametrize(
     ("caption", "expected"),
     [

@@ -403,6 +403,20 @@ def test_settings_out_of_range(run, fields, tmp_path):
         run("generate.py", improve__num_candidates=9)
 
 
+def test_held_out_images_suffice_for_kid(run, fields, tmp_path):
+    header, *lines = fields["improve__held_out_csv"].read_text().splitlines()
+    poor = [f"{line},{1 if number < 21 else 3}" for number, line in enumerate(lines)]
+    (tmp_path / "poor.csv").write_text("\n".join([f"{header},quality", *poor]))
+    (tmp_path / "one.csv").write_text("\n".join([header, *lines[::2]]))
+    for changes, counts in (
+        ({"improve__held_out_csv": tmp_path / "poor.csv"}, "21 images of quality 1, 3 images of quality 3"),
+        ({"improve__held_out_csv": tmp_path / "one.csv", "improve__held_out_images": 2}, "1 captions and 12 images"),
+    ):
+        with pytest.raises(UserError, match=f"improve.held_out_csv.*{counts}"):
+            run("improve.py", **changes)
+    assert not (tmp_path / "improve").exists()
+
+
 def test_best_links_to_a_folder_or_is_absent(tmp_path, caplog):
     """Output on another disk, behind a link; and a Hugging Face id."""
     link_best = load_module(ROOT / "scripts/improve.py").link_best

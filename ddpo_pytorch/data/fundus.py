@@ -20,9 +20,11 @@ from ddpo_pytorch.data.tables import Row, invisible_character, read_table, table
 from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import path_fault
+from ddpo_pytorch.utils.settings import Range
 
 logger = logging.getLogger(__name__)
 MODALITY = "Fundus"
+QUALITY = Range("[1, 3]")
 _MODALITY = re.compile(r"([A-Za-z][\w -]{0,30}):\s")
 _EYE_OF_FILE = re.compile(r"^(.+)[_\- ](left|right|od|os)$", re.IGNORECASE)
 # OD and OS, right and left eye in Latin, are written in capitals
@@ -31,9 +33,14 @@ _EYE_IN_TEXT = re.compile(r"\b((?i:left|right)|OD|OS)\b")
 _OTHER_SIDE = re.compile(r"\b(?:left|right)\w|\bo.?clock\b", re.IGNORECASE)
 
 
+def quality_of(row: Row) -> float:
+    """Return the quality in the column of that name, 1 (poor) to 3 (good); 3 without one."""
+    return float(row.fields.get("quality") or 3)
+
+
 def is_good(row: Row) -> bool:
     """Return True unless a column `quality` calls the image degraded."""
-    return tables.number(row.fields.get("quality") or "3") == 3
+    return quality_of(row) == 3
 
 
 def read_split(path: str | Path) -> list[Row]:
@@ -46,6 +53,8 @@ def read_split(path: str | Path) -> list[Row]:
             faults.append(f"path {image!r} {fault}; give a path relative to the image folder")
         elif fault := caption_fault(text, modality, only):
             faults.append(fault)
+        if (quality := fields.get("quality")) and (tables.number(quality) or 0) not in QUALITY:
+            faults.append(f"quality is {quality!r}; it must be {QUALITY}, 3 is good, or empty")
         patient = fields.get("patient") or patient_of(image)
         return Row(image, caption_of(text, *only), fields, number, patient=patient), image, f"image {image!r}"
 

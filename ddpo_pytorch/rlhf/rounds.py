@@ -34,6 +34,7 @@ from ddpo_pytorch.utils.json_files import COUNT, parse_json, read_json
 from ddpo_pytorch.utils.randomness import Stream, derived_seed, text_number
 
 CONTENTS = ("judges", "held_out_judges", "csv", "held_out_csv")  # compared by content, not by path
+KID_IMAGES = 4  # real and drawn ones that KID needs for a standard error
 FREE = ("output", "rounds", "control_guidance")  # do not affect a round
 
 
@@ -124,8 +125,8 @@ def _kid(real: np.ndarray, features: np.ndarray, seed: int) -> tuple[float, floa
     distance = kernel_distance(real, features, seed)
     if distance.high is None:  # with an error of 0, any rise of KID would count as a collapse
         raise UserError(
-            f"KID of {len(features)} drawn and {len(real)} real images has no standard error; it needs 4 of each: "
-            "raise improve.held_out_images, or give more images in improve.held_out_csv"
+            f"KID of {len(features)} drawn and {len(real)} real images has no standard error; it needs {KID_IMAGES} of "
+            "each: raise improve.held_out_images, or give more images in improve.held_out_csv"
         )
     return distance.value, (distance.high - distance.low) / (2 * 1.96)
 
