@@ -41,6 +41,7 @@ from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges
 from ddpo_pytorch.rlhf import rounds, training
 from ddpo_pytorch.sampling import SAMPLING, Sampler
 from ddpo_pytorch.training.checkpoints import load_weights
+from ddpo_pytorch.training.run_state import is_finished
 from ddpo_pytorch.training.setup import batch_sizes, check_training
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import DTYPES
@@ -200,6 +201,8 @@ class Rounds:
         fields = {"pretrained.model": model, "unet_path": "", "logdir": runs, "run_name": "run"}
         fields |= {"reward_fn": "fundus_alignment", "reward_fn_kwargs.fundus_alignment.judges": self.judges(number)}
         self._command("train.py", number, fields)
+        if not is_finished(runs / "run", self.config):
+            raise UserError(f"round {number}: train.py was stopped before its end; rerun the same command to resume")
         return runs / "run"
 
     def _command(self, script: str, number: int, fields: dict[str, Any]) -> None:

@@ -6,13 +6,14 @@ import shutil
 
 import pytest
 import torch
-from rl_tools import LIGHT, PROMPTS, train_with, untimed, usual_settings, watching, weights
+from rl_tools import LIGHT, PROMPTS, configured, train_with, untimed, usual_settings, watching, weights
 from script_tools import read_lines
 
 from ddpo_pytorch.data.isic import labels_of
 from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.training.checkpoints import find_weights
 from ddpo_pytorch.training.held_out import Evaluation, HeldOut
+from ddpo_pytorch.training.run_state import is_finished
 from ddpo_pytorch.utils.errors import UserError
 
 
@@ -90,7 +91,10 @@ def test_collapse_stops_training(held_out, train, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     scripted(monkeypatch, [(0.5, 0.5), (0.6, 0.6), (0.5, 0.7), (0.4, 0.8), (0.9, 0.9)])
     held_out |= LIGHT
-    folder, epochs = train(num_epochs=6, save_freq=10, held_out__patience=2, held_out__tolerance=0.05)
+    stopping = {"num_epochs": 6, "save_freq": 10, "held_out__patience": 2, "held_out__tolerance": 0.05}
+    folder, epochs = train(**stopping)
+    assert is_finished(folder, configured(held_out, stopping))
+    assert not is_finished(folder, configured(held_out, stopping | {"held_out__patience": 3}))
     assert len(epochs) == 3 and (folder / "checkpoint_3").is_dir() and progress(folder / "best")["epoch"] == 1
     assert "the reward rose from 0.6000 to 0.8000 while APR fell from 0.6000 to 0.4000" in caplog.text
     assert f"after 1 epochs, is {folder / 'best'}" in caplog.text

@@ -45,6 +45,7 @@ from ddpo_pytorch.rlhf.rounds import (
     round_settings,
 )
 from ddpo_pytorch.sampling import Sampler
+from ddpo_pytorch.utils import distributed
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint
 
@@ -380,6 +381,27 @@ def test_rounds_resume(run, fields, commands, tmp_path, monkeypatch, capsys, cap
         log.write(json.dumps(entries[1] | {"round": 2}) + "\n")
     run("improve.py", **settings)
     assert [entry["round"] for entry in read_lines(output / "rounds.jsonl")] == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_a_stopped_train_py_stops_its_round(run, fields, commands, tmp_path, monkeypatch):
+    """A signal to the process on the GPU, after which train.py exits with code 0."""
+
+    def check(request, checked=distributed.StopRequest.check):
+        epochs.append(request)
+        request.name = "SIGTERM" if len(epochs) == 2 else ""
+        checked(request)
+
+    epochs, output = [], tmp_path / "improve"
+    fields |= {"num_epochs": 3, "improve__methods": ("ddpo",), "improve__control_guidance": ()}
+    monkeypatch.setattr(distributed.StopRequest, "check", check)
+    with pytest.raises(UserError, match="round 1: train.py.*rerun the same command"):
+        run("improve.py")
+    assert [entry["round"] for entry in read_lines(output / "rounds.jsonl")] == [0]
+    run("improve.py")
+    assert [entry["round"] for entry in read_lines(output / "rounds.jsonl")] == [0, 1]
+    assert [script_and_settings(command)[0] for command in commands] == ["train.py"] * 2
+    assert len(epochs) == 4 and (output / "round_1/ddpo/run/checkpoint_3").is_dir()
 
 
 def test_settings_out_of_range(run, fields, tmp_path):

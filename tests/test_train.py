@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from launching import run_script
 from ml_collections import ConfigDict
-from rl_tools import LIGHT, as_flags, train_with, untimed, usual_settings, weights
+from rl_tools import LIGHT, as_flags, configured, train_with, untimed, usual_settings, weights
 from safetensors.torch import load_file
 from script_tools import files_of, read_lines
 
@@ -20,6 +20,7 @@ from ddpo_pytorch.generator.latents import encode_data_set, write_index
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.report.curves import read_config
 from ddpo_pytorch.training.data_loss import DataLoss
+from ddpo_pytorch.training.run_state import is_finished
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import LOCK, locked
 
@@ -153,13 +154,15 @@ def test_full_fine_tune_saves_a_unet_that_differs_from_the_base(train, tiny_pipe
         train(num_epochs=2, resume_from=str(folder))
 
 
-def test_stops_when_the_reward_no_longer_changes_and_keeps_the_newest_checkpoints(train, caplog):
+def test_stops_when_the_reward_no_longer_changes_and_keeps_the_newest_checkpoints(train, settings, caplog):
     """And the same command again has nothing left to do."""
     caplog.set_level(logging.INFO)
     stopping = {"num_epochs": 6, "early_stop__patience": 2, "early_stop__tolerance": 10.0, "num_checkpoint_limit": 2}
     folder, epochs = train(**stopping)
     assert len(epochs) == 3  # the first has nothing to be compared with
     assert sorted(path.name for path in folder.glob("*checkpoint_*")) == ["checkpoint_2", "checkpoint_3"]
+    assert is_finished(folder, configured(settings, stopping))
+    assert not is_finished(folder, configured(settings, {"num_epochs": 4}))
     before = files_of(folder)
     for again in (stopping, {"num_epochs": 3}, {"num_epochs": 1, "resume_from": str(folder)}):
         train(**again)

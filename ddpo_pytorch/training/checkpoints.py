@@ -66,10 +66,11 @@ def is_checkpoint(path: str | Path) -> bool:
 def epochs_completed(checkpoint: str | Path) -> int:
     """Return the epochs completed at a checkpoint, from its name, else from progress.json (may raise UserError)."""
     name = _NAME.fullmatch(Path(checkpoint).name)
-    return int(name[1]) if name else _read_progress(checkpoint)["epoch"]
+    return int(name[1]) if name else read_progress(checkpoint)["epoch"]
 
 
-def _read_progress(checkpoint: str | Path) -> dict[str, Any]:
+def read_progress(checkpoint: str | Path) -> dict[str, Any]:
+    """Return the progress of a checkpoint, `RunState.state_dict()`. Raises UserError."""
     return read_json(Path(checkpoint) / PROGRESS_FILE, PROGRESS, "resume from another checkpoint")
 
 
@@ -190,7 +191,7 @@ def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler:
         _refuse_kind(repr(str(folder)), lora, "resume from another checkpoint")
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
-        state, progress = read_pickle(folder / STATE_FILE), _read_progress(folder)
+        state, progress = read_pickle(folder / STATE_FILE), read_progress(folder)
         if lora:
             load_lora(unet, folder)
         else:
@@ -276,7 +277,7 @@ def repair_best(run_dir: str | Path, epoch: int | None) -> bool:
     """
     link, checkpoint = Path(run_dir) / BEST, Path(run_dir) / f"checkpoint_{epoch}"
     if link.is_dir():
-        if (damage := find_damage(link)) is None and _read_progress(link)["epoch"] == epoch:
+        if (damage := find_damage(link)) is None and read_progress(link)["epoch"] == epoch:
             return True
         if damage:
             quarantine(link.resolve())

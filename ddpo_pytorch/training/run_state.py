@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,23 @@ class BestAndCollapse(Remembered):
         return self.best is not None and self.last["reward"] > self.best["reward"]
 
 
+def criteria(config: ConfigDict) -> tuple[RewardPlateau, BestAndCollapse]:
+    """Return the stopping criteria of a run, at its start."""
+    early, held_out = config.early_stop, config.held_out
+    return RewardPlateau(early.tolerance, early.patience), BestAndCollapse(held_out.tolerance, held_out.patience)
+
+
+def is_finished(folder: str | Path, config: ConfigDict) -> bool:
+    """Return whether the newest checkpoint of a run has all epochs or met a stopping criterion.
+
+    Otherwise train.py was stopped by a signal, after which it also exits with code 0. Raises as `find_checkpoint`.
+    """
+    progress, (plateau, watch) = checkpoints.read_progress(checkpoints.find_checkpoint(folder)), criteria(config)
+    plateau.load_state_dict(progress["plateau"])
+    watch.load_state_dict(progress["held_out"])
+    return progress["epoch"] >= config.num_epochs or plateau.stop or watch.stop
+
+
 class RunState(Remembered):
     """Progress, logs and checkpoints of a run of train.py, either a new one or one that is resumed.
 
@@ -132,8 +150,7 @@ class RunState(Remembered):
         self.accelerator, self.limit = accelerator, config.num_checkpoint_limit
         # None: advantages are taken over the whole batch, and the tracker stays empty
         self.tracker = PerPromptStatTracker(**(config.per_prompt_stat_tracking or {"buffer_size": 2, "min_count": 2}))
-        self.plateau = RewardPlateau(config.early_stop.tolerance, config.early_stop.patience)
-        self.watch = BestAndCollapse(config.held_out.tolerance, config.held_out.patience)
+        self.plateau, self.watch = criteria(config)
         self._parts = {"tracker": self.tracker, "plateau": self.plateau, "held_out": self.watch}
         self.epoch, self.global_step, self.skipped_updates, self.wandb_id, self.best_due = 0, 0, 0, None, False
         self.settings = {**config.to_dict(), CONTENTS: dict(contents), "processes": accelerator.num_processes}
