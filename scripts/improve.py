@@ -54,7 +54,6 @@ define_config(__file__, "experiment, e.g. config/fundus.py:improve")
 flags.DEFINE_string("launch", "", "command that starts the scripts of a round, e.g. 'accelerate launch'; empty: python")
 logger = logging.getLogger(__name__)
 METHODS = ("finetune", "ddpo")
-FINETUNING = ("num_steps", "batch_size", "learning_rate", "ema_decay", "real_share")
 COUNTS = ("rounds", "images_per_prompt", "num_candidates", "max_attempts", "num_steps", "batch_size")
 RANGES = dict.fromkeys(COUNTS, ONE_OR_MORE) | {"held_out_images": Range("[2, inf)", whole=True)}
 RANGES |= {"learning_rate": POSITIVE, "ema_decay": BELOW_ONE, "real_share": REAL_SHARE}
@@ -86,11 +85,11 @@ def check_settings(config: ConfigDict) -> None:
 
 
 class Rounds:
-    """The rounds of one output folder; held-out judges and sampling run on the GPU if there is one."""
+    """The rounds of one output folder; held-out judges and sampling run on `device`."""
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: ConfigDict, device: torch.device):
         self.config, self.improve, self.output = config, config.improve, Path(config.improve.output)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device
         self.selector, self.policy = load_judges(self.improve.held_out_judges, self.device)
         rows, paths, _ = fundus.load_split(self.improve.held_out_csv, self.improve.data_path)
         self.prompts = fundus.caption_list(rows)
@@ -182,16 +181,14 @@ class Rounds:
 
     def _finetune(self, number: int, model: Path) -> Path:
         """Train on the selected images of a best-of-N pool, weighted by score and mixed with real ones."""
-        improve, folder = self.improve, self.folder(number)
-        weights, table = folder / "finetune" / OUTCOMES["finetune"], Path(improve.csv)
+        folder = self.folder(number)
+        weights = folder / "finetune" / OUTCOMES["finetune"]
         if weights.is_file():  # written last; train_sd.py refuses a folder that has them
             return weights
         pool = self._draw_pool(number, model, "pool", self.judges(number))
-        fields = {"pretrained.model": model, "unet_path": "", "sd.stage": "finetune", "sd.kind": "fundus"}
-        fields |= {"sd.pool": pool, "sd.output": folder / "finetune", "sd.csv": table}
-        fields |= {"sd.data_path": improve.data_path, "sd.latents": self._latents_of(table)}
-        fields |= {"sd.val_csv": "", "sd.val_latents": ""}
-        self._command("train_sd.py", number, fields | {f"sd.{name}": improve[name] for name in FINETUNING})
+        fields = {"pretrained.model": model, "unet_path": "", "sd.pool": pool, "sd.output": weights.parent}
+        fields |= rounds.finetune_fields(self.config) | {"sd.latents": self._latents_of(Path(self.improve.csv))}
+        self._command("train_sd.py", number, fields)
         return weights
 
     def _ddpo(self, number: int, model: Path) -> Path:
@@ -199,7 +196,7 @@ class Rounds:
         runs = self.folder(number) / "ddpo"
         # the fixed run name makes an interrupted run resume
         fields = {"pretrained.model": model, "unet_path": "", "logdir": runs, "run_name": "run"}
-        fields |= {"reward_fn": "fundus_alignment", "reward_fn_kwargs.fundus_alignment.judges": self.judges(number)}
+        fields |= rounds.ddpo_fields(self.judges(number))
         self._command("train.py", number, fields)
         if not is_finished(runs / "run", self.config):
             raise UserError(f"round {number}: train.py was stopped before its end; rerun the same command to resume")
@@ -252,10 +249,12 @@ def main(_) -> None:
     config = expand_config(FLAGS.config, "pretrained.model", *required)
     check_settings(config)
     rounds.check_independent(config.improve.judges, config.improve.held_out_judges)
-    improve, output, run = config.improve, Path(config.improve.output), Rounds(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    improve, output = config.improve, Path(config.improve.output)
+    settings, run = rounds.round_settings(config, device), Rounds(config, device)
     guidance = config.sample.guidance_scale
     with locked(output):
-        claim_folder(output, rounds.round_settings(config), {"model": config.pretrained.model})
+        claim_folder(output, settings, {"model": config.pretrained.model})
         log = JsonLines(output / LOG, keep=math.inf, counter="round")
         history = rounds.read_history(output / LOG)
         controls = {scale: run.control(scale) for scale in improve.control_guidance if scale != guidance}

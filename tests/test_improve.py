@@ -232,11 +232,16 @@ def run(run_main, config_file, fields):
     """Function (script, changes): run its main in this process with `fields` and these changes."""
 
     def main(script, **changes):
-        kept = bool | int | float | tuple | list
-        given = {name: value if isinstance(value, kept) else str(value) for name, value in (fields | changes).items()}
-        run_main(script, config_file, **given)
+        run_main(script, config_file, **as_given(fields | changes, "__"))
 
     return main
+
+
+def as_given(fields, separator="."):
+    """Return settings by names with this separator, with paths as text."""
+    kept = bool | int | float | tuple | list
+    given = {name: value if isinstance(value, kept) else str(value) for name, value in fields.items()}
+    return {name.replace("__", separator): value for name, value in given.items()}
 
 
 def script_and_settings(command):
@@ -462,24 +467,27 @@ def test_judges_of_common_patients_are_not_independent(judges_dir, tmp_path):
         check_independent(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.fixture
+def settings_of_rounds(fields, config_file):
+    """Function (changes): what identifies the rounds of `fields` with these changes."""
+
+    def settings(**changes):
+        config = load_module(config_file).get_config()
+        config.update_from_flattened_dict(as_given(fields | changes))
+        return json.loads(json.dumps(round_settings(config, torch.device("cpu"))))
+
+    return settings
+
+
 def test_rounds_and_pools_belong_to_the_contents_of_their_files(
-    run, config_file, fields, judges_dir, bert_pipeline_dir, tmp_path
+    run, settings_of_rounds, fields, judges_dir, bert_pipeline_dir, tmp_path
 ):
     """At the same paths: another schedule, judge, table."""
     model, judges = (shutil.copytree(place, tmp_path / place.name) for place in (bert_pipeline_dir, judges_dir))
     table = Path(shutil.copy(fields["improve__csv"], tmp_path / "table.csv"))
     fields |= {"pretrained__model": model, "improve__judges": judges, "improve__csv": table}
     fields["improve__images_per_prompt"] = 1
-    config = load_module(config_file).get_config()
-    names = (
-        "pretrained__model",
-        "improve__judges",
-        "improve__csv",
-        "improve__held_out_judges",
-        "improve__held_out_csv",
-    )
-    config.update_from_flattened_dict({name.replace("__", "."): str(fields[name]) for name in names})
-    before = round_settings(config)
+    before = settings_of_rounds()
     assert {prompt for prompt, _ in all_prompts("fundus_table", path=str(table))} == set(FUNDUS_PROMPTS)
     run("generate.py", logdir=tmp_path / "pool")
     schedule = model / "scheduler" / "scheduler_config.json"
@@ -488,5 +496,20 @@ def test_rounds_and_pools_belong_to_the_contents_of_their_files(
         run("generate.py", logdir=tmp_path / "pool")
     write_judges(judges, model, seed=5, threshold=0.1)
     table.write_text(table.read_text() + "\n")
-    now = round_settings(config)
+    now = settings_of_rounds()
     assert {name for name in now if now[name] != before[name]} == {"model.scheduler", "contents.judges", "contents.csv"}
+
+
+def test_rounds_belong_to_the_settings_that_their_methods_read(settings_of_rounds, fields, tmp_path):
+    """Not to those of other methods, nor to the path of a file."""
+    table = shutil.copy(fields["prompt_fn_kwargs__path"], tmp_path / "copy.csv")
+    ddpo = {"num_epochs": 3, "train__learning_rate": 0.5, "train__kl_coef": 1.0, "early_stop__patience": 9}
+    policy, finetune = {"rlhf__replay_share": 0.5}, {"sd__caption_dropout": 0.5, "sd__min_snr_gamma": 5.0}
+    changes = ddpo | policy | finetune | {"prompt_fn_kwargs__path": table}
+    for methods, updated, expected in (("ddpo", True, ddpo | policy), ("finetune", False, finetune)):
+        used = {"improve__methods": (methods,), "improve__update_policy": updated}
+        before, now = settings_of_rounds(**used), settings_of_rounds(**used, **changes)
+        assert {name for name in before | now if now.get(name) != before.get(name)} == as_given(expected).keys()
+    (tmp_path / "one.csv").write_text("\n".join(Path(table).read_text().splitlines()[:2]))
+    now = settings_of_rounds(**used, prompt_fn_kwargs__path=tmp_path / "one.csv")
+    assert {name for name in now if now[name] != before[name]} == {"pool prompts"}

@@ -17,7 +17,10 @@ import torch
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.data.images import to_uint8
+from ddpo_pytorch.generator.finetune_data import settings_of
+from ddpo_pytorch.generator.latents import LatentShards
 from ddpo_pytorch.generator.pipeline import load_pipeline
+from ddpo_pytorch.generator.text import has_mask
 from ddpo_pytorch.judges.classifier import ArtifactClassifier
 from ddpo_pytorch.judges.policy import SELECTOR_FILE, Policy
 from ddpo_pytorch.judges.selector import DESCRIPTION, Selector
@@ -26,14 +29,21 @@ from ddpo_pytorch.metrics.fidelity import kernel_distance
 from ddpo_pytorch.metrics.ssim import ms_ssim
 from ddpo_pytorch.metrics.tables import to_markdown
 from ddpo_pytorch.phantoms.damage import has_one_disc, vessel_contrast
+from ddpo_pytorch.prompts import all_prompts, given_prompts
+from ddpo_pytorch.rlhf.training import PATHS
 from ddpo_pytorch.sampling import Sampler
+from ddpo_pytorch.training import run_folder
+from ddpo_pytorch.training.setup import content_fingerprints, make_task
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
-from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
+from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints, with_contents
 from ddpo_pytorch.utils.json_files import COUNT, parse_json, read_json
 from ddpo_pytorch.utils.randomness import Stream, derived_seed, text_number
 
 CONTENTS = ("judges", "held_out_judges", "csv", "held_out_csv")  # compared by content, not by path
+RATING_INPUTS = ("ratings", "val_ratings", "text_encoder", "autoencoder")  # of the Policy's stage 2
+SAMPLE = ("scheduler", "num_steps", "eta", "guidance_scale")
+FINETUNING = ("num_steps", "batch_size", "learning_rate", "ema_decay", "real_share")  # also of improve
 KID_IMAGES = 4  # real and drawn ones that KID needs for a standard error
 FREE = ("output", "rounds", "control_guidance")  # do not affect a round
 
@@ -258,11 +268,59 @@ def read_history(path: Path) -> list[RoundMetrics]:
     return [measured[number] for number in itertools.takewhile(measured.__contains__, itertools.count())]
 
 
-def round_settings(config: ConfigDict) -> dict[str, Any]:
-    """Return what identifies the rounds of a folder: settings, and fingerprints of the files that they name."""
+def finetune_fields(config: ConfigDict) -> dict[str, Any]:
+    """Return the settings of train_sd.py in all rounds."""
+    improve = config.improve
+    fields = {"sd.stage": "finetune", "sd.kind": "fundus", "sd.csv": improve.csv, "sd.data_path": improve.data_path}
+    fields |= {"sd.val_csv": "", "sd.val_latents": ""}
+    return fields | {f"sd.{name}": improve[name] for name in FINETUNING}
+
+
+def ddpo_fields(judges: str | Path) -> dict[str, Any]:
+    """Return the settings of train.py in all rounds, for the judges of one."""
+    return {"reward_fn": "fundus_alignment", "reward_fn_kwargs.fundus_alignment.judges": str(judges)}
+
+
+def with_fields(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
+    """Return a copy of a configuration with these fields, as the command line of a script sets them."""
+    copy = config.copy_and_resolve_references()
+    copy.update_from_flattened_dict(fields)
+    return copy
+
+
+def round_settings(config: ConfigDict, device: torch.device) -> dict[str, Any]:
+    """Return what identifies the rounds of a folder: settings, and fingerprints of the files that they name.
+
+    These are settings of all rounds and those that the scripts of the configured methods read.
+    """
     improve, pretrained = config.improve, config.pretrained
+    ddpo = with_fields(config, ddpo_fields(improve.judges)) if "ddpo" in improve.methods else None
     settings = {f"improve.{name}": improve[name] for name in improve if name not in FREE + CONTENTS}
-    settings |= {f"sample.{name}": config.sample[name] for name in ("scheduler", "num_steps", "eta", "guidance_scale")}
+    settings |= {f"sample.{name}": config.sample[name] for name in SAMPLE}
     settings |= {"seed": config.seed, "mixed_precision": config.mixed_precision}
-    settings |= pipeline_fingerprints(load_pipeline(pretrained.model, pretrained.revision))
-    return settings | {f"contents.{name}": fingerprint(Path(improve[name])) for name in CONTENTS}
+    settings |= {f"contents.{name}": fingerprint(Path(improve[name])) for name in CONTENTS}
+    pipe = load_pipeline(pretrained.model, pretrained.revision)
+    settings |= pipeline_fingerprints(pipe)
+    if ddpo:
+        contents = content_fingerprints(ddpo, pipe, make_task(ddpo, device))
+        if ddpo.held_out.every:
+            contents["held_out.classifier"] = fingerprint(with_contents(ddpo.held_out.classifier))
+        if ddpo.train.data_coef:
+            shards = LatentShards(ddpo.train.data_latents).index["shards"]
+            contents["train.data_latents"] = fingerprint(shards, ddpo.sd.caption_dropout)
+        read = ddpo.to_dict() | {run_folder.CONTENTS: contents}
+        settings |= contents | run_folder.comparable(read, read, free=run_folder.FREE - run_folder.STOPPING)[0]
+    if "finetune" in improve.methods:
+        settings |= settings_of(with_fields(config, finetune_fields(config)), 1, {})
+        if config.sd.text_encoder == "bert" and not has_mask(pipe.text_encoder):
+            settings["contents.sd.bert"] = fingerprint(with_contents(config.sd.bert))
+    if "finetune" in improve.methods or improve.update_policy:  # pools of generate.py
+        prompts = given_prompts(config.eval.prompts, "fundus")
+        prompts = prompts or [prompt for prompt, _ in all_prompts(config.prompt_fn, **config.prompt_fn_kwargs)]
+        settings["pool prompts"] = fingerprint(prompts)
+    if improve.update_policy:
+        rlhf = config.rlhf
+        named = rlhf.to_dict().items()
+        settings |= {f"rlhf.{name}": value for name, value in named if name not in PATHS or name == "data_path"}
+        settings |= {f"contents.rlhf.{name}": fingerprint(with_contents(rlhf[name])) for name in RATING_INPUTS}
+    return settings

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,12 @@ from ddpo_pytorch.utils.json_files import read_json
 from ddpo_pytorch.utils.settings import flat
 
 CONFIG = "config.json"
+STOPPING = {"num_epochs", "early_stop", "held_out.patience", "held_out.tolerance"}
 # Settings that may change when a run resumes, since they do not change what an epoch does.
 FREE = {
     # locations; contents, also of load_from, are compared separately
     *("base_log_path", "logdir", "run_name", "resume_from", "load_from", "contents"),
-    *("num_epochs", "early_stop", "held_out.patience", "held_out.tolerance"),  # when to stop
+    *STOPPING,
     *("save_freq", "num_checkpoint_limit", "log_with", "wandb_project", "log_images", "progress"),  # what is logged
     *("process_timeout", "dataset", "eval", "metric", "sd", "rlhf", "improve"),  # blocks of other scripts
 }
@@ -96,7 +97,7 @@ def _checkpoint_to_resume(folder: Path, settings: Mapping[str, Any]) -> Path | N
     if not any(path.name != LOCK for path in folder.iterdir()):
         return None
     old = _last_settings(folder)
-    if changed := difference(*_comparable(old, settings)):
+    if changed := difference(*comparable(old, settings)):
         raise UserError(
             f"run folder {str(folder)!r} exists already and was started with {changed}; give the same value to resume, "
             f"another --config.run_name for a new run, or --config.resume_from={folder} to continue with the new "
@@ -143,18 +144,20 @@ def _last_settings(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def _comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def comparable(
+    old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str] = FREE
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings of both configurations that must be equal, by dotted name.
 
     Not compared are fields that only one of them has (they belong to another version of this program), except keyword
-    arguments of prompt functions and rewards; fields that this run does not read; and paths whose content is compared
-    instead (`_check_contents`).
+    arguments of prompt functions and rewards; `free` fields, and those that this run does not read; and paths whose
+    content is compared instead (`_check_contents`).
     """
     left, right = _flat(old), _flat(new)
 
     def is_compared(name: str) -> bool:
         block, _, field = name.partition(".")
-        if name in FREE or block in FREE or not (name.startswith(ARGUMENTS) or (name in left and name in right)):
+        if name in free or block in free or not (name.startswith(ARGUMENTS) or (name in left and name in right)):
             return False
         if old.get(CONTENTS):
             argument = name.startswith(ARGUMENTS) and isinstance(with_contents(right.get(name)), Path)
