@@ -32,6 +32,7 @@ from ml_collections import ConfigDict
 from ddpo_pytorch.data import fundus
 from ddpo_pytorch.data.images import SYNTHETIC, image_grid, load_pixels, save_picture
 from ddpo_pytorch.data.sample_folder import claim_folder
+from ddpo_pytorch.generator import finetune_data
 from ddpo_pytorch.generator.finetune_data import OUTCOMES, REAL_SHARE
 from ddpo_pytorch.generator.latents import INDEX, LatentShards
 from ddpo_pytorch.generator.lora import merged_state_dict
@@ -44,7 +45,7 @@ from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.training.run_state import is_finished
 from ddpo_pytorch.training.setup import batch_sizes, check_training
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
-from ddpo_pytorch.utils.distributed import DTYPES
+from ddpo_pytorch.utils.distributed import DTYPES, make_accelerator
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import JsonLines, atomic_folder, atomic_write, locked, sha256, write_file, write_json
 from ddpo_pytorch.utils.settings import BELOW_ONE, FINITE, NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, Range, check_ranges
@@ -75,10 +76,13 @@ def check_settings(config: ConfigDict) -> None:
             raise UserError(f"improve.methods has {name!r}; allowed are one or more of {', '.join(METHODS)}")
     check_ranges(config, SAMPLING | {"eval.batch_size": ONE_OR_MORE})
     check_ranges(improve, RANGES, "improve.")
+    check_ranges(improve, {"num_candidates": Range(f"[1, {improve.max_attempts}]", whole=True)}, "improve.")
     for scale in improve.control_guidance:
         check_ranges({"control_guidance": scale}, {"control_guidance": FINITE}, "improve.")
     if improve.update_policy:
         training.check_settings(config.rlhf)
+    if "finetune" in improve.methods:
+        finetune_data.check_settings(rounds.with_fields(config, rounds.finetune_fields(config)).sd)
     if "ddpo" in improve.methods:
         check_training(config)
         batch_sizes(config.sample, config.train, processes=1)
@@ -249,7 +253,7 @@ def main(_) -> None:
     config = expand_config(FLAGS.config, "pretrained.model", *required)
     check_settings(config)
     rounds.check_independent(config.improve.judges, config.improve.held_out_judges)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = make_accelerator(config.mixed_precision, config.allow_tf32).device
     improve, output = config.improve, Path(config.improve.output)
     settings, run = rounds.round_settings(config, device), Rounds(config, device)
     guidance = config.sample.guidance_scale

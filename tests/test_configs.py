@@ -211,7 +211,12 @@ BAD = {
     "sd": [("sd.batch_size", 0), ("sd.min_snr_gamma", math.inf), ("sd.ema_decay", 1.0), ("sd.real_share", 0.4)],
     "rlhf": [("rlhf.second_learning_rate", 0.0), ("rlhf.threshold", math.nan)],
     "metric": [("metric.batch_size", 0)],
-    "improve": [("train.clip_range", math.nan), ("eval.batch_size", 0), ("improve.real_share", 0.1)],
+    "improve": [
+        ("train.clip_range", math.nan),
+        ("eval.batch_size", 0),
+        ("improve.real_share", 0.1),
+        ("improve.num_candidates", 11),  # of 10 attempts
+    ],
 }
 
 

@@ -52,6 +52,9 @@ from ddpo_pytorch.utils.fingerprint import fingerprint
 pytest_plugins = ("script_tools", "judge_tools")
 
 
+TABLES = ("improve__csv", "improve__held_out_csv", "prompt_fn_kwargs__path")
+
+
 @pytest.fixture(scope="module")
 def sampler(bert_pipeline_dir):
     return Sampler(load_pipeline(bert_pipeline_dir), "ddim", 2, 1.0, 1.0)
@@ -423,9 +426,21 @@ def test_settings_out_of_range(run, fields, tmp_path):
             "held_out_judges",
         ),
         ({"improve__judges": fields["improve__held_out_judges"]}, "held_out_judges"),
+        # of the scripts of a round
+        *(({"mixed_precision": name}, f"mixed_precision.*'{name}'") for name in ("fp8", "fp16")),
+        ({"sample__scheduler": "euler"}, "sample.scheduler.*'euler'"),
+        ({"sample__num_steps": 2000}, "sample.num_steps.*2000"),
+        ({"sd__lr_schedule": "none"}, "sd.lr_schedule.*'none'"),
+        ({"improve__num_candidates": 9}, r"improve.num_candidates.*9.*\[1, 4\]"),
+        *(({name: tmp_path / "typo.csv"}, "typo.csv.*does not exist") for name in TABLES),
+        ({"improve__methods": ("ddpo",), "prompt_fn_kwargs__path": tmp_path / "typo.csv"}, "typo.csv.*does not exist"),
+        ({"improve__methods": ("ddpo",), "sample__eta": 0.0}, "sample.eta.*0.0"),
+        ({"improve__methods": ("ddpo",), "train__lora_targets": ("to_x",)}, "'to_x'"),
+        ({"improve__update_policy": True, "rlhf__ratings": tmp_path / "typo.csv"}, "typo.csv.*does not exist"),
     ):
         with pytest.raises(UserError, match=message):
             run("improve.py", **changes)
+    assert not (tmp_path / "improve").exists()
     with pytest.raises(UserError, match=r"improve.num_candidates is 9.*\[1, 4\]"):
         run("generate.py", improve__num_candidates=9)
 

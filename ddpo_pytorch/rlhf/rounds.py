@@ -16,13 +16,15 @@ import pandas as pd
 import torch
 from ml_collections import ConfigDict
 
+from ddpo_pytorch.data.fundus import load_split
 from ddpo_pytorch.data.images import to_uint8
+from ddpo_pytorch.data.ratings import read_ratings
 from ddpo_pytorch.generator.finetune_data import settings_of
 from ddpo_pytorch.generator.latents import LatentShards
 from ddpo_pytorch.generator.pipeline import load_pipeline
-from ddpo_pytorch.generator.text import has_mask
+from ddpo_pytorch.generator.text import check_tokens, has_mask
 from ddpo_pytorch.judges.classifier import ArtifactClassifier
-from ddpo_pytorch.judges.policy import SELECTOR_FILE, Policy
+from ddpo_pytorch.judges.policy import SELECTOR_FILE, Policy, load_judges
 from ddpo_pytorch.judges.selector import DESCRIPTION, Selector
 from ddpo_pytorch.judges.vit import read_judge
 from ddpo_pytorch.metrics.fidelity import kernel_distance
@@ -31,9 +33,9 @@ from ddpo_pytorch.metrics.tables import to_markdown
 from ddpo_pytorch.phantoms.damage import has_one_disc, vessel_contrast
 from ddpo_pytorch.prompts import all_prompts, given_prompts
 from ddpo_pytorch.rlhf.training import PATHS
-from ddpo_pytorch.sampling import Sampler
+from ddpo_pytorch.sampling import Sampler, plan
 from ddpo_pytorch.training import run_folder
-from ddpo_pytorch.training.setup import content_fingerprints, make_task
+from ddpo_pytorch.training.setup import content_fingerprints, load_policy, make_task
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints, with_contents
@@ -291,7 +293,8 @@ def with_fields(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
 def round_settings(config: ConfigDict, device: torch.device) -> dict[str, Any]:
     """Return what identifies the rounds of a folder: settings, and fingerprints of the files that they name.
 
-    These are settings of all rounds and those that the scripts of the configured methods read.
+    These are settings of all rounds and those that the scripts of the configured methods read. Loads what the scripts
+    load, and raises UserError as they would, hours later.
     """
     improve, pretrained = config.improve, config.pretrained
     ddpo = with_fields(config, ddpo_fields(improve.judges)) if "ddpo" in improve.methods else None
@@ -299,7 +302,9 @@ def round_settings(config: ConfigDict, device: torch.device) -> dict[str, Any]:
     settings |= {f"sample.{name}": config.sample[name] for name in SAMPLE}
     settings |= {"seed": config.seed, "mixed_precision": config.mixed_precision}
     settings |= {f"contents.{name}": fingerprint(Path(improve[name])) for name in CONTENTS}
-    pipe = load_pipeline(pretrained.model, pretrained.revision)
+    cpu = torch.device("cpu")
+    pipe = load_policy(ddpo, torch.float32, cpu) if ddpo else load_pipeline(pretrained.model, pretrained.revision)
+    Sampler(pipe, *(config.sample[name] for name in SAMPLE))  # checks these
     settings |= pipeline_fingerprints(pipe)
     if ddpo:
         contents = content_fingerprints(ddpo, pipe, make_task(ddpo, device))
@@ -311,15 +316,21 @@ def round_settings(config: ConfigDict, device: torch.device) -> dict[str, Any]:
         read = ddpo.to_dict() | {run_folder.CONTENTS: contents}
         settings |= contents | run_folder.comparable(read, read, free=run_folder.FREE - run_folder.STOPPING)[0]
     if "finetune" in improve.methods:
+        load_split(improve.csv, improve.data_path)
         settings |= settings_of(with_fields(config, finetune_fields(config)), 1, {})
         if config.sd.text_encoder == "bert" and not has_mask(pipe.text_encoder):
             settings["contents.sd.bert"] = fingerprint(with_contents(config.sd.bert))
     if "finetune" in improve.methods or improve.update_policy:  # pools of generate.py
+        load_judges(improve.judges, device)
         prompts = given_prompts(config.eval.prompts, "fundus")
         prompts = prompts or [prompt for prompt, _ in all_prompts(config.prompt_fn, **config.prompt_fn_kwargs)]
+        plan([(prompt, {}) for prompt in prompts], 1, config.seed)
+        check_tokens(pipe.tokenizer, prompts)
         settings["pool prompts"] = fingerprint(prompts)
     if improve.update_policy:
         rlhf = config.rlhf
+        for table in filter(None, (rlhf.ratings, rlhf.val_ratings)):
+            read_ratings(table, rlhf.data_path, config.base_log_path)
         named = rlhf.to_dict().items()
         settings |= {f"rlhf.{name}": value for name, value in named if name not in PATHS or name == "data_path"}
         settings |= {f"contents.rlhf.{name}": fingerprint(with_contents(rlhf[name])) for name in RATING_INPUTS}

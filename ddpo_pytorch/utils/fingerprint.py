@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
 from ddpo_pytorch.utils.published import resolve
 
@@ -70,6 +71,8 @@ def _pieces(part: Any) -> Iterator[bytes]:
     if isinstance(part, Path) and part.is_file():
         yield _file_digest(part)
     elif isinstance(part, Path):
+        if not part.is_dir():
+            raise UserError(f"{str(part)!r} does not exist; give an existing file or folder")
         for file in sorted(part.rglob("*")):
             local = file.relative_to(part)
             hidden = any(name.startswith(".") for name in local.parts)
