@@ -1,6 +1,7 @@
 """The classifier's training: loss, batches and flips by definition, resuming, the best epoch, refusals."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -170,6 +171,23 @@ def test_trainings_that_cannot_work_leave_nothing(accelerators, sets, tmp_path):
             Recipe(**{field: value})
     off = {"pos_weight": False, "focal_gamma": 0.0, "quarter_turns": False, "ema_decay": 0.0}
     assert Recipe() == Recipe(20, 15, 32, 1e-4, **off, seed=42, num_workers=0)  # the official values
+
+
+def test_a_stopped_training_does_not_resume_on_replaced_images(accelerators, sets, tmp_path, monkeypatch):
+    shutil.copy(sets["train"].paths[0], tmp_path / "0.png")
+    train = ImageFiles([tmp_path / "0.png", *sets["train"].paths[1:]], sets["train"].targets, 32)
+    state, recipe = tmp_path / "state.pt", Recipe(num_epochs=2, batch_size=16)
+
+    def save_and_stop(self, original=training.TrainState.save, **progress):
+        original(self, **progress)
+        raise InterruptedError
+
+    monkeypatch.setattr(training.TrainState, "save", save_and_stop)
+    with pytest.raises(InterruptedError):
+        fit(accelerators(), new_model(), train, sets["val"], recipe, state_path=state)
+    shutil.copy(sets["train"].paths[1], tmp_path / "0.png")
+    with pytest.raises(UserError, match="image contents="):
+        fit(accelerators(), new_model(), train, sets["val"], recipe, state_path=state)
 
 
 def test_bf16_trains_float32_weights_and_leaves_the_model_as_it_was(accelerators, sets):
