@@ -29,7 +29,7 @@ from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
 from ddpo_pytorch.data.datasets import KINDS
-from ddpo_pytorch.data.images import content_numbers, decoded, image_grid, save_picture
+from ddpo_pytorch.data.images import decoded, image_grid, save_picture
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator import finetune_data as data
 from ddpo_pytorch.generator import from_scratch as scratch
@@ -43,7 +43,7 @@ from ddpo_pytorch.training.held_out import save_grid
 from ddpo_pytorch.training.optimizer import make_adamw
 from ddpo_pytorch.utils import distributed
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
-from ddpo_pytorch.utils.errors import IMAGE_CONTENTS, UserError
+from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import JsonLines, atomic_folder, atomic_write
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
 from ddpo_pytorch.utils.randomness import BatchDraws, Stream
@@ -77,7 +77,7 @@ class AutoencoderStage:
             self.loss = AutoencoderLoss(self.vae, sd.vae_kl_weight, sd.vae_crop, *perceptual, sd.adversarial_coef)
         self.slow = []
         # of the training data, to check a state to resume from
-        self.hashes = {"images": images.digest(), IMAGE_CONTENTS: fingerprint(content_numbers(images.paths))}
+        self.hashes = {"images": images.digest()}
 
     @torch.no_grad()
     def _encode(self, dataset: Dataset, count: int) -> tuple[torch.Tensor, torch.Tensor]:

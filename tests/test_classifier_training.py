@@ -186,7 +186,7 @@ def test_a_stopped_training_does_not_resume_on_replaced_images(accelerators, set
     with pytest.raises(InterruptedError):
         fit(accelerators(), new_model(), train, sets["val"], recipe, state_path=state)
     shutil.copy(sets["train"].paths[1], tmp_path / "0.png")
-    with pytest.raises(UserError, match="image contents="):
+    with pytest.raises(UserError, match="training images="):
         fit(accelerators(), new_model(), train, sets["val"], recipe, state_path=state)
 
 

@@ -248,7 +248,7 @@ def test_a_stopped_training_resumes_to_the_same_end(stage, model, base, train_st
     with pytest.raises(UserError, match="sd.learning_rate=0.001, now it is 0.1"):
         train_stage(part, **fields, sd__learning_rate=0.1)
     if stage == "vae":
-        with pytest.raises(UserError, match="with image contents="):
+        with pytest.raises(UserError, match="with images="):
             train_stage(part, **fields, sd__csv=base["sd__val_csv"], sd__val_csv="")
         with pytest.raises(UserError, match="the loss is (nan|inf) at step .* sd.learning_rate"):
             train_stage(tmp_path / "nan", **fields | {"sd__num_steps": 9}, sd__learning_rate=1e30)
@@ -263,7 +263,7 @@ def test_a_stopped_training_resumes_to_the_same_end(stage, model, base, train_st
     assert not list(part.glob("*_state.pt"))
 
 
-@pytest.mark.parametrize(("stage", "name"), [("vae", "image contents"), ("finetune", r"latents\[0\]")])
+@pytest.mark.parametrize(("stage", "name"), [("vae", "images"), ("finetune", r"latents\[0\]")])
 def test_a_training_does_not_resume_on_images_that_were_replaced(
     stage, name, train_stage, stopped, base, tiny_pipeline_dir, tmp_path
 ):

@@ -253,8 +253,9 @@ class ImageFiles(Dataset):
         self.paths, self.targets, self.size, self.resize = list(paths), targets, size, resize
 
     def digest(self) -> str:
-        """Hash file names without folders, targets, size and resizing, but not pixels."""
-        described = [self.size, self.resize, [Path(path).name for path in self.paths], self.targets.tolist()]
+        """Hash file names without folders, `content_numbers`, targets, size and resizing."""
+        names, numbers = [Path(path).name for path in self.paths], content_numbers(self.paths)
+        described = [self.size, self.resize, names, numbers, self.targets.tolist()]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12]
 
     def __len__(self) -> int:

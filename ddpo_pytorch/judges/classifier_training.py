@@ -24,11 +24,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ddpo_pytorch.data.images import ImageFiles, content_numbers, loader_options
+from ddpo_pytorch.data.images import ImageFiles, loader_options
 from ddpo_pytorch.judges.classifier import ArtifactClassifier
 from ddpo_pytorch.judges.classifier_report import ranking
 from ddpo_pytorch.utils.distributed import PROCESS_TIMEOUT
-from ddpo_pytorch.utils.errors import IMAGE_CONTENTS, UserError
+from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.randomness import Stream, derived_seed, generator_of
 from ddpo_pytorch.utils.settings import BELOW_ONE, NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, SEED, ZERO_OR_MORE, check_ranges
@@ -152,7 +152,6 @@ def fit(
     evaluated = ema.module if ema else model
     network, optimizer = accelerator.prepare(model, optimizer)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema and ema.module}
-    files = [getattr(images, "files", images) for images in (train, val)]  # behind a cache
     settings = {name: value for name, value in vars(recipe).items() if name != "num_workers"} | {
         "labels": model.labels,
         "arch": model.arch,
@@ -160,9 +159,9 @@ def fit(
         "mixed_precision": accelerator.mixed_precision,
         "processes": processes,
         "initial weights": fingerprint(model),
-        "training images": files[0].digest(),
-        "validation images": files[1].digest(),
-        IMAGE_CONTENTS: fingerprint(*(content_numbers(images.paths) for images in files)),
+        # a cache identifies itself by the files behind it
+        "training images": getattr(train, "files", train).digest(),
+        "validation images": getattr(val, "files", val).digest(),
         "epoch_images": drawn,
         "change": change_name,
     }

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-IMAGE_CONTENTS = "image contents"  # a setting that earlier versions did not record
-
 
 class UserError(Exception):
     """An error in the command, the configuration or a file.
@@ -17,12 +15,11 @@ class UserError(Exception):
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Return "name=before, now it is after" of the first name, alphabetically, whose values differ, or "".
 
-    IMAGE_CONTENTS need not be in `old`. Of two lists, names the first element that differs, "<name>[<number>]", or else
-    their lengths.
+    Of two lists, names the first element that differs, "<name>[<number>]", or else their lengths.
     """
     for name in sorted({*old, *new}):
         before, now = old.get(name), new.get(name)
-        if before == now or (name == IMAGE_CONTENTS and name not in old):
+        if before == now:
             continue
         if name not in old:  # written by an earlier version of this program
             return f"{name}=(not recorded), now it is {_short(now)}"
