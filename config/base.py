@@ -231,7 +231,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     metric.inception = metric.alexnet = metric.encoders = "auto"
     # columns of metadata.csv, e.g. ("sex", "age"), to report alignment, KID and nearness to training images by group.
     metric.groups = ()
-    # image statistics of table 1 (fundus): "legacy", as in the document's table; "fov", inside the field of view.
+    # image statistics of table 1 (fundus): "legacy", as in Mittal et al.; "fov", inside the field of view.
     metric.quality = ()
     # folder of images named like the generated ones: SSIM is computed on these pairs only.
     metric.pairs_path = ""
@@ -319,7 +319,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     rlhf.update(image_size=512, patch_size=16, resize="fov")
     # both image encoders: width, heads, layers, dropout.
     rlhf.update(width=768, heads=12, selector_layers=6, policy_layers=12, dropout=0.1)
-    # how patches become tokens: "linear", as in the document; "conv", convolutions with batch norm, which learn from a
+    # how patches become tokens: "linear", as in Mittal et al.; "conv", convolutions with batch norm, which learn from a
     # thousand rated images what a linear stem cannot (see docs/fundus.md).
     rlhf.stem = "linear"
     # a timm network in the transformer's place, e.g. tf_efficientnet_lite0 ("": none; patch, width, heads and layers
@@ -356,7 +356,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     improve.update_policy = False
     # folder for round_<n>/ (pool, model, metrics) and rounds.jsonl. Rerun the same command to resume.
     improve.output = root + "/improve"
-    # folders of train_rlhf.py: the judges that choose, and held-out ones, of other ratings, that only measure.
+    # folders of train_rlhf.py: the judges that select and reward images, and held-out ones, trained on other ratings.
     improve.judges = root + "/rlhf"
     improve.held_out_judges = ""
     # best of N: images_per_prompt times for each prompt, sample images until num_candidates pass the Selector, at most

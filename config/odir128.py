@@ -52,7 +52,7 @@ def finetune_sd():
 
 
 def train_rlhf_held_out():
-    """Judges that only measure: of other ratings, and another network."""
+    """Held-out judges, trained on other ratings, with another backbone."""
     config = small(fundus.train_rlhf_held_out())
     config.rlhf.backbone = "tf_efficientnet_lite1"
     return config

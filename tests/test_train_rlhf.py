@@ -255,7 +255,7 @@ def test_wrong_captions_give_the_policy_alone_no_reward(train, tmp_path, monkeyp
 
 
 def test_generated_images_are_no_patients(train, rated, tmp_path):
-    """Half of the images are of patients, whom judges that measure may not share; the others lie in a sample folder."""
+    """Half of the images are of patients, whom held-out judges may not share; the others lie in a sample folder."""
     folder = shutil.copytree(rated, tmp_path / "samples" / "images")
     (tmp_path / "samples" / "image_log.json").write_text("[]")
     ratings = pd.read_csv(folder / "ratings.csv")

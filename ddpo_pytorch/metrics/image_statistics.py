@@ -1,4 +1,4 @@
-"""Statistics of images: the five of the document's table 1 (`legacy`), those inside the retina (`fov`), and IS.
+"""Statistics of images: the five of Mittal et al.'s table 1 (`legacy`), those inside the retina (`fov`), and IS.
 
 They describe images rather than grade them: noise raises Sharpness and Vessel Visibility, a black surround raises
 Uniformity. Compare them with real images of the same resolution (`distances`).
@@ -36,7 +36,7 @@ class QualitySet(NamedTuple):
 
 
 def legacy_quality(pixels: np.ndarray) -> tuple[float, ...]:
-    """Return the document's five statistics of an image uint8 (H, W, 3), H and W at least 4, over the whole frame.
+    """Return Mittal et al.'s five statistics of an image uint8 (H, W, 3), H and W at least 4, over the whole frame.
 
     With I = PIL's "L" / 255: SNR = mean / (std + 1e-8); Contrast = max - min; Sharpness = mean |Sobel along the last
     axis|; Vessel Visibility = std(I - Gaussian of sigma 2); Uniformity = mean of the central box of half the sides -
@@ -97,7 +97,7 @@ def fov_quality(pixels: np.ndarray) -> tuple[float, ...] | None:
 
 
 SETS = {
-    "legacy": QualitySet(LEGACY, legacy_quality, "whole frame, grey levels in [0, 1], as in the document's table 1"),
+    "legacy": QualitySet(LEGACY, legacy_quality, "whole frame, grey levels in [0, 1], as in Mittal et al.'s table 1"),
     "fov": QualitySet(FOV, fov_quality, "inside the eroded field of view; green channel in [0, 1]"),
 }
 

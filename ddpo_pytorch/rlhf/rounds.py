@@ -202,10 +202,10 @@ def assess(
 
 
 def check_independent(judges: str | Path, held_out_judges: str | Path) -> None:
-    """Raise UserError if the judges that measure and those that choose images are the same or share patients."""
+    """Raise UserError if both folders hold the same Selector, or were trained on some of the same patients."""
     files = [Path(folder) / SELECTOR_FILE for folder in (judges, held_out_judges)]
-    choosing, measuring = (read_judge(file, "selector", DESCRIPTION)[0].get("origin", {}) for file in files)
-    common = set(choosing.get("patients", ())) & set(measuring.get("patients", ()))
+    selecting, held_out = (read_judge(file, "selector", DESCRIPTION)[0].get("origin", {}) for file in files)
+    common = set(selecting.get("patients", ())) & set(held_out.get("patients", ()))
     if sha256(files[0]) == sha256(files[1]) or common:
         reason = f"share {len(common)} patients with" if common else "are"
         raise UserError(
