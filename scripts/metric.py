@@ -119,7 +119,7 @@ def measure(accelerator: Accelerator, config: ConfigDict) -> dict:
     write(output, result, folders, tables)
     print("\n".join(f"{TITLES[name]}\n\n{to_markdown(table)}" for name, table in tables.items()))
     if FLAGS.report:
-        runs = [Path(path) for _, path in named_paths(metric.logs, "metric.logs")]
+        runs = dict(named_paths(metric.logs, "metric.logs"))
         logger.info("report: %s", write_report(output, result, samples, runs))
     logger.info("written to %s", output)
     return result

@@ -35,7 +35,7 @@ def write_run(folder: Path, epochs: int, seed: int) -> Path:
 
 
 @pytest.fixture(scope="session")
-def example(config_file, lively_judge, judges, tmp_path_factory) -> tuple[dict, dict, list[Path]]:
+def example(config_file, lively_judge, judges, tmp_path_factory) -> tuple[dict, dict, dict]:
     """(result, samples, runs) of two models, real and training images, with two images of each of ten captions."""
     folder = tmp_path_factory.mktemp("example")
     counts = dict.fromkeys(SHOWN, 2)
@@ -48,7 +48,8 @@ def example(config_file, lively_judge, judges, tmp_path_factory) -> tuple[dict, 
     fields |= {"classifier": lively_judge, "more_judges": f"H6={judges[6]}", "output": folder / "out"}
     run_in_process("metric.py", config_file, **{f"metric__{name}": str(value) for name, value in fields.items()})
     samples = {name: list_samples(path) for name, path in sets.items()}
-    return read(folder / "out"), samples, [write_run(folder / "logs" / name, 32, 42) for name in ("demo", "other-seed")]
+    runs = {name: write_run(folder / "logs" / name, 32, 42) for name in ("demo", "other-seed")}
+    return read(folder / "out"), samples, runs
 
 
 def minimal(result: dict) -> dict:

@@ -132,7 +132,7 @@ def test_image_statistics_stand_in_table_1_with_their_distance_to_the_real_set(b
     assert rows[0]["n real images"] == "13" and rows[0]["n better"] == "10"
     assert {"table1.md", "table1.tex", "fundus.md", "fundus.csv"} <= {p.name for p in output.iterdir()}
     assert not list(output.glob("table[23]*"))
-    page = write_report(tmp_path, result, {}, []).read_text()
+    page = write_report(tmp_path, result, {}, {}).read_text()
     for absent in ("ISIC", "dermoscop", "lesion", "APR", "artifact", "None", ">nan"):
         assert absent not in page, absent
     for present in ("ODIR-5K", "Pass rate", "Kernel distance", "mean alignment of", "legacy: SNR", PROMPTS[0]):

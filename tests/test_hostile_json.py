@@ -59,7 +59,7 @@ def runs(folder: Path):
     for name in ("metrics.jsonl", "held_out.jsonl"):
         path = folder / name
         path.write_bytes((path.read_bytes() if path.exists() else b"") + b'\n{"epoch": 0}\n')
-    read_runs([folder])
+    read_runs({"run": folder})
 
 
 READERS = {

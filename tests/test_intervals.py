@@ -155,6 +155,8 @@ def test_a_ratio_by_hand_and_its_exact_edges():
     assert estimate.value == 0.75 and estimate.n == 4 and 0 <= estimate.low < 0.75 < estimate.high <= 1
     edge = intervals.bootstrap_ratio(seen, seen, np.zeros(5), 0)
     assert edge.low == pytest.approx(scipy.stats.binomtest(4, 4).proportion_ci().low) and edge.high == 1
+    weighted = intervals.bootstrap_ratio(0.3 * seen, 0.3 * seen, np.zeros(5), 0)
+    assert (weighted.value, weighted.low, weighted.n) == (1, edge.low, 4)
 
 
 @pytest.mark.parametrize("gained, lost", [(0, 0), (7, 7), (3, 14), (900, 300)])

@@ -37,7 +37,7 @@ def page(example, tmp_path_factory) -> str:
 @pytest.fixture
 def read(tmp_path):
     """Function (result, samples, runs): write the report and return its `Reader`."""
-    return lambda result, samples={}, runs=(): Reader(write_report(tmp_path, result, samples, runs).read_text())
+    return lambda result, samples={}, runs={}: Reader(write_report(tmp_path, result, samples, runs).read_text())
 
 
 class Reader(html.parser.HTMLParser):
@@ -198,6 +198,19 @@ def test_every_number_has_an_interval_or_a_reason(example):
         assert one["low"] is not None or one["n"] < 20 or name == "density", (name, one)
 
 
+def test_results_of_one_kind_have_a_table_each(result, read):
+    result["results"]["other.json"] = {"title": "Membership", "base": {"AUC": quantity(0.7, 0.1, 9)}}
+    tables = [read(result).tables[title]["base: AUC"] for title in ("Membership", "Membership (other.json)")]
+    assert [rows[0][0] for rows in tables] == ["0.5", "0.7"]
+
+
+def test_the_data_card_counts_copies_of_training_images(result, read):
+    assert "near_copies_of_training_images" not in result["sets"]["train"]
+    result["sets"]["real"]["near_copies_of_training_images"] += 5
+    text = read(result).text.split("Data card")[1]
+    assert text.count("near copies of training images") == 1 and f"of {len(SHOWN) - 1} of the 32 captions" in text
+
+
 def test_only_distances_of_inception_are_called_fid(result, read):
     for values in result["models"].values():
         values["fidelity"]["inception"] = values["fidelity"]["judge"]
@@ -239,7 +252,7 @@ def test_foreign_text_is_escaped(example, result, tmp_path, read):
     image, runs = example[1]["SD"][0][0], example[2]
     model, run = f'{evil}" onload="x', tmp_path / "<script>"
     run.mkdir()
-    (run / "metrics.jsonl").write_bytes((runs[0] / "metrics.jsonl").read_bytes())
+    (run / "metrics.jsonl").write_bytes((runs["demo"] / "metrics.jsonl").read_bytes())
     result["warnings"] = [evil]
     result["missing"][evil] = result["settings"][evil] = result["versions"][evil] = evil
     result["models"] = {f"{name}{model}": values for name, values in result["models"].items()}
@@ -249,7 +262,7 @@ def test_foreign_text_is_escaped(example, result, tmp_path, read):
         values["images_by_prompt"][evil] = 1
         values["alignment"][model] = values["alignment"]["H6"]
         values["fidelity"][model] = values["fidelity"]["judge"]
-    reader = read(result, {name: [(image, f"{evil} & caption")] for name in result["models"]}, [run])
+    reader = read(result, {name: [(image, f"{evil} & caption")] for name in result["models"]}, {evil: run})
     assert "script" not in {tag for tag, _ in reader.tags}
     assert not any("onload" in attributes for _, attributes in reader.tags)
     assert reader.text.count(evil) > 20
@@ -287,7 +300,7 @@ def test_why_models_are_not_paired_stands_with_the_samples(result, read, tmp_pat
 def test_a_run_that_cannot_be_read_leaves_the_old_page(result, tmp_path):
     (tmp_path / "report.html").write_text("old")
     with pytest.raises(UserError, match="metrics.jsonl"):
-        write_report(tmp_path, result, {}, [tmp_path])
+        write_report(tmp_path, result, {}, {"run": tmp_path})
     assert (tmp_path / "report.html").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
@@ -325,18 +338,16 @@ def test_logs_are_read_by_epoch_and_held_out_evaluations_begin_with_the_base_mod
     run = write_run(tmp_path / "a" / "run", 9, 0)
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"epoch": 9, "reward_mean": float("nan"), "grad_norm": 0.5}) + '\n{"epoch": 10, "rew')
-    runs = read_runs([run, write_run(tmp_path / "b" / "run", 3, 1)])
-    assert list(runs) == ["a/run", "b/run"]
-    entries = runs["a/run"]
+    entries = read_runs({"first": run, "second": write_run(tmp_path / "b" / "run", 3, 1)})["first"]
     assert series(entries, "held_out_apr", 100)[:, :2].tolist() == [[3, pytest.approx(18)], [7, pytest.approx(22)]]
     assert len(series(entries, "reward_mean")) == 9 and len(series(entries, "grad_norm")) == 10
     assert series(entries, "reward_mean")[0, 2] == pytest.approx(0.14) and np.isnan(series(entries, "grad_norm")[0, 2])
     evaluations = [{"epoch": 0, "apr": 0.1, "reward": 0.4}, {"epoch": 2, "apr": 0.3, "reward": 0.7}]
     (run / "held_out.jsonl").write_text("\n".join(map(json.dumps, evaluations)))
-    assert series(read_runs([run])["run"], "held_out_apr")[:, :2].tolist() == [[0, 0.1], [2, 0.3]]
+    assert series(read_runs({"run": run})["run"], "held_out_apr")[:, :2].tolist() == [[0, 0.1], [2, 0.3]]
     (run / "metrics.jsonl").write_text("[1]\n{}\n")
     with pytest.raises(UserError, match="metrics.jsonl' line 1"):
-        read_runs([run])
+        read_runs({"run": run})
 
 
 def test_plots_are_the_same_bytes_again():
@@ -353,7 +364,7 @@ def pages(example, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ddpo_pytorch.report.page.OPEN_GRIDS", 1)  # the others are folded away
         full = write_report(folder / "full", *example)
-    return {"full": full, "minimal": write_report(folder / "minimal", minimal(example[0]), {}, [])}
+    return {"full": full, "minimal": write_report(folder / "minimal", minimal(example[0]), {}, {})}
 
 
 def visit(browser, path, width: int = 1280, scheme: str = "light", media: str = "") -> list[dict]:

@@ -173,18 +173,26 @@ def measure_folder(images: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None
         columns["nearest_train"] = [str(train.paths[i]) for i in indices]
         columns |= {"train_distance": distances, "thumbnail_distance": neighbours[THUMBNAILS.name][0]}
         columns["copy_of_train"] = copies(images, train).astype(int)
-    if images.names:
-        values, space = {"aligned": aligned.astype(float)}, context.spaces[0]
-        if (threshold := dig(result, "memorisation", space, "threshold")) is not None:
-            values["closer"] = neighbours[space][0] < threshold
-        result["groups"] = {name: measure_groups(images, real, name, space, values, seed) for name in images.names}
+    values, space = {"aligned": aligned.astype(float)}, context.spaces[0]
+    if (threshold := dig(result, "memorisation", space, "threshold")) is not None:
+        values["closer"] = neighbours[space][0] < threshold
     facts = set_facts(images, {"real": context.sets.real, "training": train}) if parts else {}
-    return Folder(images, result, facts, aligned, columns)
+    return Folder(images, result, facts, aligned, columns, values)
 
 
-def summarise(folders: Sequence[Folder], fid_part: str) -> dict:
-    """Return a model's part of metrics.json: headline numbers (FID of `fid_part`) and its folders' combined blocks."""
+def summarise(folders: Sequence[Folder], fid_part: str, real: ImageSet | None, context: Context) -> dict:
+    """Return a model's part of metrics.json: headline numbers (FID of `fid_part`) and its folders' combined blocks.
+
+    Groups (sex, age, ...) are compared over the images of all folders together, with those of `real` if given.
+    """
     result = combine([folder.result for folder in folders])
+    images, space = [folder.images for folder in folders], context.spaces[0]
+    if columns := images[0].names:
+        shared = [name for name in folders[0].values if all(name in folder.values for folder in folders)]
+        values = {name: np.concatenate([folder.values[name] for folder in folders]) for name in shared}
+        result["groups"] = {
+            column: measure_groups(images, real, column, space, values, context.seed) for column in columns
+        }
     judge = next(iter(result["alignment"].values()))
     key, name = ("APR", "APR") if "APR" in judge else ("alignment", "fundus_alignment")
 
@@ -250,7 +258,9 @@ def evaluate(config: ConfigDict, tools: Tools, sets: Sets) -> tuple[dict, dict[s
     }
     reference = measure_folder(real, None, context) if real else None
     fid_part = "unmatched" if config.metric.fid == "compat" else "matched"
-    missing = {} if real else {"FID, KID, LPIPS to real images": "metric.real_path is empty"}
+    missing, metric = {} if real else {"FID, KID, LPIPS to real images": "metric.real_path is empty"}, config.metric
+    if metric.compare_path and not metric.folders and not Path(metric.compare_path).exists():
+        missing[metric.compare_name] = f"metric.compare_path={metric.compare_path!r} does not exist"
     networks = [*tools.extractors.values(), *tools.statistics, *tools.pairs.values()]
     judges = {
         name: {"what": network.what, "sha256": network.sha256, "labels": list(labels)}
@@ -267,7 +277,11 @@ def evaluate(config: ConfigDict, tools: Tools, sets: Sets) -> tuple[dict, dict[s
         "judges": judges,
         "networks": {network.name: {"what": network.what, "sha256": network.sha256} for network in networks},
         "missing": tools.missing | missing,
-        "sets": {name: set_facts(images, {}) for name, images in (("real", real), ("train", sets.train)) if images},
+        "sets": {
+            name: set_facts(images, others)
+            for name, images, others in (("real", real, {"training": sets.train}), ("train", sets.train, {}))
+            if images
+        },
         "warnings": find_warnings(context, models, len(real_part)),
         "models": {},
         "fid_part": fid_part,
@@ -275,7 +289,7 @@ def evaluate(config: ConfigDict, tools: Tools, sets: Sets) -> tuple[dict, dict[s
     for name, folders in models.items():
         captions = [caption for folder in folders for caption in folder.images.captions]
         counts = Counter(captions)
-        model = summarise(folders, fid_part) | {
+        model = summarise(folders, fid_part, real, context) | {
             "folders": [folder.facts | {"made_with": dict(folder.images.made_with)} for folder in folders],
             "images_by_prompt": {caption: counts[caption] for caption in every[0].all_captions},
             "missing": missing_blocks(folders, real),
@@ -289,7 +303,7 @@ def evaluate(config: ConfigDict, tools: Tools, sets: Sets) -> tuple[dict, dict[s
     ]
     if reference:
         models = {"real": [reference]} | models
-        result["real"] = summarise([reference], fid_part)
+        result["real"] = summarise([reference], fid_part, None, context)
     return json.loads(json.dumps(result, default=Estimate.to_dict)), models
 
 

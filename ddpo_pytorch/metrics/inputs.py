@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -58,7 +59,10 @@ def check_request(metric: ConfigDict) -> None:
             reason = f"{str(existing)!r} is not a writable folder"
             raise UserError(f"metric.{name}={str(folder)!r} cannot be written: {reason}; choose another")
     read_results(metric.results)
-    for _, run in named_paths(metric.logs, "metric.logs"):
+    runs = named_paths(metric.logs, "metric.logs")
+    if repeated := [name for name, count in Counter(name for name, _ in runs).items() if count > 1]:
+        raise UserError(f"metric.logs names several runs {repeated[0]!r}; give each run a name of its own")
+    for _, run in runs:
         if not (Path(run) / "metrics.jsonl").is_file():
             raise UserError(f"{run!r} in metric.logs holds no metrics.jsonl; give run folders that train.py wrote")
 
@@ -89,19 +93,19 @@ class Sets:
 
 
 def requested_models(metric: ConfigDict) -> dict[str, list[str]]:
-    """Return folders by model: those in `folders`, else compare_path (if it holds samples) and fake_path."""
+    """Return folders by model: those in `folders`, else compare_path (if it exists) and fake_path."""
     models: dict[str, list[str]] = {}
     for name, folder in named_paths(metric.folders, "metric.folders"):
         models.setdefault(name, []).append(folder)
     if not metric.folders:
         if not metric.fake_path:
             raise UserError("metric.fake_path is empty; give eval.py's folder, --config.metric.fake_path=DIR")
-        if metric.compare_path and (Path(metric.compare_path) / "images").is_dir():
+        if metric.compare_path and Path(metric.compare_path).exists():
             if metric.compare_name == metric.fake_name:
                 raise UserError(f"metric.compare_name and metric.fake_name are both {metric.fake_name!r}; rename one")
             models[metric.compare_name] = [metric.compare_path]
         elif metric.compare_path:
-            logger.info("skipping %s: there are no samples in %s", metric.compare_name, metric.compare_path)
+            logger.warning("%s is not measured: %s does not exist", metric.compare_name, metric.compare_path)
         models[metric.fake_name] = [metric.fake_path]
     for name in RESERVED:
         if name in models:

@@ -126,15 +126,15 @@ def difference_interval(sides: Sequence, seeds: Sequence, resample_groups: bool)
 def bootstrap_ratio(numerator: np.ndarray, denominator: np.ndarray, groups: np.ndarray, seed: int) -> Estimate:
     """Return sum(numerator) / sum(denominator) over images (N,), such as recall; n counts images with a denominator.
 
-    Images are resampled; replicates with denominator 0 are dropped. A share of 0 or 1 gets the exact binomial interval.
+    Images are resampled; replicates with denominator 0 are dropped. If the ratio of every image is 0, or 1 of every
+    image, it is a share, also if images are weighted, and gets the exact binomial interval.
     """
     numerator, denominator, groups = _columns(groups, numerator, denominator)
     images, total = int(np.count_nonzero(denominator)), denominator.sum()
     if total == 0:
         return Estimate.missing("the denominator is 0")
     value = float(numerator.sum() / total)
-    is_share = np.isin(denominator, (0, 1)).all() and np.isin(numerator, (0, 1)).all()
-    if is_share and value in (0, 1) and (numerator <= denominator).all():
+    if not numerator.any() or (numerator == denominator).all():
         return Estimate.binomial(value, images, images)
     sample = GroupedSample(np.stack([numerator, denominator], axis=1), groups)
     draws = replicate_means([sample], seed, resample_groups=False)[0]

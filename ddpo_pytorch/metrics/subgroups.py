@@ -59,25 +59,32 @@ def largest_gap(values: np.ndarray, names: np.ndarray, seed: int) -> dict[str, E
 
 
 def measure_groups(
-    images: ImageSet, real: ImageSet | None, column: str, space: str, values: Mapping[str, np.ndarray], seed: int
+    folders: Sequence[ImageSet],
+    real: ImageSet | None,
+    column: str,
+    space: str,
+    values: Mapping[str, np.ndarray],
+    seed: int,
 ) -> dict:
     """Return n, the mean of each of `values` (N,) and KID for each group of one column, and the gaps by measure.
 
-    KID is the distance in one feature space to the real images of the same group, or to all real images if these are
-    fewer than 4.
+    N counts the images of all folders of a model. KID is the distance in one feature space to the real images of the
+    same group, or to all real images if these are fewer than 4; it needs 4 images on either side.
     """
     blocks: dict[str, dict] = {}
-    names = images.names[column]
+    names = np.concatenate([images.names[column] for images in folders])
+    prompts = np.concatenate([images.groups for images in folders])
+    features = np.concatenate([images.rows[space][:] for images in folders]) if real is not None else None
     for name in np.unique(names).tolist():
         chosen = names == name
         blocks[name] = {"n": int(chosen.sum())} | {
-            measure: bootstrap_mean(numbers[chosen], images.groups[chosen], seed, resample_groups=False)
+            measure: bootstrap_mean(numbers[chosen], prompts[chosen], seed, resample_groups=False)
             for measure, numbers in values.items()
         }
-        if real is not None and chosen.sum() >= 4:
+        if real is not None and min(len(real), chosen.sum()) >= 4:
             same = np.flatnonzero(real.names[column] == name)
-            features = real.rows[space][same if len(same) >= 4 else slice(None)]
-            blocks[name]["KID"] = kernel_distance(features, images.rows[space][chosen], seed, 10)
+            references = real.rows[space][same if len(same) >= 4 else slice(None)]
+            blocks[name]["KID"] = kernel_distance(references, features[chosen], seed, 10)
     gaps = {measure: largest_gap(numbers, names, seed) for measure, numbers in values.items()}
     distances = {name: block["KID"] for name, block in blocks.items() if "KID" in block}
     if len(distances) > 1:

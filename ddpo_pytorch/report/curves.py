@@ -50,16 +50,15 @@ def read_config(run: str | Path) -> dict:
     return read_json(paths[-1]) if paths else {}
 
 
-def read_runs(runs: Sequence[Path]) -> dict[str, list[dict]]:
-    """Return the entries of each run's metrics.jsonl and held_out.jsonl by name; equal names are prefixed with parents.
+def read_runs(runs: Mapping[str, str | Path]) -> dict[str, list[dict]]:
+    """Return the entries of metrics.jsonl and held_out.jsonl in each run folder, by the run's name.
 
     Evaluations in held_out.jsonl replace those in metrics.jsonl. Their epoch is the number of completed ones, 0 for the
     base model, so it matches the epoch that logged the reward of that policy's samples. An incomplete last line of an
     active run is skipped. Raises UserError for a missing metrics.jsonl, and for other lines that are not JSON objects.
     """
-    names = [Path(run).name for run in runs]
     entries = {}
-    for run, name in zip(map(Path, runs), names, strict=True):
+    for name, run in ((name, Path(folder)) for name, folder in runs.items()):
         if not (run / "metrics.jsonl").is_file():
             raise UserError(f"run folder {str(run)!r} holds no metrics.jsonl; give a folder that train.py wrote")
         lines = _read_lines(run / "metrics.jsonl")
@@ -67,7 +66,7 @@ def read_runs(runs: Sequence[Path]) -> dict[str, list[dict]]:
             lines = [{key: x for key, x in line.items() if not key.startswith("held_out_")} for line in lines]
             for line in _read_lines(run / "held_out.jsonl"):
                 lines.append({key if key == "epoch" else f"held_out_{key}": value for key, value in line.items()})
-        entries[name if names.count(name) == 1 else f"{run.parent.name}/{name}"] = lines
+        entries[name] = lines
     return entries
 
 

@@ -276,7 +276,8 @@ def result_tables(result: Mapping) -> dict[str, tuple[pd.DataFrame, str]]:
         rows = {name: {"Value": number(value, ".3g"), "n": str(value["n"])} for name, value in estimates.items()}
         methods = dict.fromkeys(estimate["how"] for estimate in estimates.values())
         note = f"Intervals: {'; '.join(methods)}. From {path}."
-        tables[content["title"]] = pd.DataFrame.from_dict(rows, orient="index"), note
+        title = content["title"] if content["title"] not in tables else f"{content['title']} ({path})"
+        tables[title] = pd.DataFrame.from_dict(rows, orient="index"), note
     return tables
 
 

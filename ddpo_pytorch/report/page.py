@@ -1,7 +1,7 @@
 """The report: a self-contained HTML file. The templates contain all prose; `findings` computes the numbers in it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ OPEN_GRIDS = 8  # prompts whose pictures are not folded away
 MOST_GRIDS = 64  # prompts with pictures
 
 
-def write_report(output: str | Path, result: Mapping[str, Any], samples: Samples, runs: Sequence[Path]) -> Path:
+def write_report(output: str | Path, result: Mapping[str, Any], samples: Samples, runs: Mapping[str, str]) -> Path:
     """Write `output`/report.html atomically and return its path.
 
     `result`: the content of metrics.json. `samples`: (file, caption) lists by name, "real" (optional) and the models in
-    order; images of a caption with equal stems come from the same noise. `runs`: run folders of scripts/train.py.
+    order; images of a caption with equal stems come from the same noise. `runs`: run folders of train.py by name.
     Unreadable images are listed among the page's warnings. Raises UserError for an unreadable run folder.
     """
     path = Path(output) / "report.html"
@@ -36,7 +36,7 @@ def write_report(output: str | Path, result: Mapping[str, Any], samples: Samples
     return path
 
 
-def page_content(result: Mapping, samples: Samples, runs: Sequence[Path]) -> dict[str, Any]:
+def page_content(result: Mapping, samples: Samples, runs: Mapping[str, str]) -> dict[str, Any]:
     """Return the template's variables."""
     models, real, album = result["models"], result.get("real"), Album()
     captions = list(dict.fromkeys(caption for files in samples.values() for _, caption in files))
@@ -48,7 +48,7 @@ def page_content(result: Mapping, samples: Samples, runs: Sequence[Path]) -> dic
     title = title_of("real", samples.get("real", ()))
     shown = sum(picture is not None for grid in grids for picture in dict(grid.rows).get(title, ()))
     shown += sum(pair["training"] is not None for *_, pairs in sheets for pair in pairs)
-    configs = {Path(run).name: config for run in runs if (config := read_config(run))}
+    configs = {name: config for name, run in runs.items() if (config := read_config(run))}
     tables = main_tables(result)
     sanity, moves = findings.sanity_table(result) if "sanity" in result else (None, None)
     return {
