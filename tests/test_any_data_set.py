@@ -140,6 +140,38 @@ def test_groups_have_their_own_numbers_and_gaps(measure, plain, tmp_path):
         measure(groups=("sex",))
 
 
+def test_groups_of_several_folders_are_those_of_all_their_images(measure, plain):
+    """Every fourth image of the one folder is of site a, every second one of the other."""
+    other = write_folder(plain["fake"].parent / "other", 6, 3, site=["a", "b"] * 12, age=range(24))
+    result = measure(groups=("site",), folders=f"M={plain['fake']},M={other}")
+    sites, gaps = (result["models"]["M"]["groups"]["site"][name] for name in ("groups", "gaps"))
+    assert [sites[name]["n"] for name in "ab"] == [6 + 12, 18 + 12]
+    values = [sites[name]["aligned"]["value"] for name in "ab"]
+    assert gaps["aligned"]["gap"]["value"] == pytest.approx(abs(values[0] - values[1]))
+    assert gaps["KID"]["gap"]["value"] == pytest.approx(abs(sites["a"]["KID"]["value"] - sites["b"]["KID"]["value"]))
+    few = write_folder(plain["fake"].parent / "few", 1, 4, site=["a", "b", "b", "b"], age=range(4))
+    table = pd.read_csv(few / "metadata.csv")
+    table[:3].to_csv(few / "metadata.csv", index=False)
+    groups = measure(groups=("site",), real_path=few)["models"]["SD+RL"]["groups"]["site"]["groups"]
+    assert all("KID" not in block for block in groups.values())
+
+
+def test_equal_names_in_subfolders_are_images_of_their_own(measure, plain, tmp_path):
+    """Also below images/, and with a prompt that a folder lacks."""
+    table, folder = pd.read_csv(plain["fake"] / "metadata.csv"), tmp_path / "own"
+    places = [f"images/patient{number}/left.png" for number in range(len(table))]
+    for name, place in zip(table.file_name, places, strict=True):
+        save_image(folder / place, load_image(plain["fake"] / name))
+    table.assign(file_name=places).to_csv(folder / "metadata.csv", index=False)
+    result = measure(fake_path=folder, compare_path=folder, fake_name="B", sanity=True, real_path=folder)
+    assert result["models"]["B"]["APR"] == measure()["models"]["SD+RL"]["APR"]
+    assert result["models"]["SD"]["folders"][0]["sha256"] == result["models"]["B"]["folders"][0]["sha256"]
+    assert result["sanity"]["models"]["blur"]["folders"][0]["identical_images"] == 0
+    with pytest.raises(UserError, match="real' holds no images of the prompts .'an image, unknown'"):
+        table.assign(file_name=places, text="an image, unknown").to_csv(folder / "metadata.csv", index=False)
+        measure(fake_path=folder, prompts=("an image, unknown",))
+
+
 def test_the_largest_gap_is_found_and_chance_is_told_apart():
     rng = np.random.default_rng(0)
     names = rng.choice(["x", "y", "z"], 300)
@@ -171,10 +203,15 @@ def test_degraded_real_images_are_noticed(measure, plain, tmp_path):
         2 * (now["value"] - base["value"]) / (base["high"] - base["low"])
     )
     assert (tmp_path / "out" / "sanity.csv").is_file() and (moves[HALF] == 0).all()
-    page = write_report(tmp_path, result, {}, []).read_text()
+    page = write_report(tmp_path, result, {}, {}).read_text()
     assert "What these metrics detect" in page and page.count("data:image/svg") == 1
     with pytest.raises(UserError, match="metric.real_path is empty"):
         measure(sanity=True, real_path="")
+    table = pd.read_csv(train / "metadata.csv")
+    table[table.index % 4 != 3].to_csv(train / "metadata.csv", index=False)  # without one of the four captions
+    result = measure(sanity=True, train_path=train)
+    assert "training images" not in result["sanity"]["models"] and "9 of the 12" in str(result["sanity"]["missing"])
+    assert result["sanity"]["models"][HALF] == models[HALF]
 
 
 def test_halves_share_no_image_and_hold_equally_many_of_each_prompt():

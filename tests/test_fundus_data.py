@@ -32,9 +32,10 @@ def test_one_row_in_many_spellings(tmp_path, text):
 
 def test_the_patient_comes_from_the_column_or_the_file_name(tmp_path):
     text = "path,Text,Patient,age\n7_right.jpg,Scar,A,61\n7_right.png,Drusen,,\nx.jpg,Scar,,5\nleft_1.jpg,A,,\n"
+    text += "p8/left.jpg,Scar,,\np8/OD.jpg,Scar,,\np9/left.jpg,Scar,,\nleft.jpg,Scar,,\n"
     rows = fundus.read_split(table(tmp_path, text))
-    assert [row.patient for row in rows] == ["A", "7", "x", "left_1"]
-    assert rows[0].fields["age"] == "61" and [row.number for row in rows] == [0, 1, 2, 3]
+    assert [row.patient for row in rows] == ["A", "7", "x", "left_1", "p8", "p8", "p9", "left"]
+    assert rows[0].fields["age"] == "61" and [row.number for row in rows] == list(range(8))
 
 
 SEVEN = "path,Text,modality,patient,eye,age,camera\n1.jpg,Normal.,Fundus,P 1,left,60,Topcon TRC\n"

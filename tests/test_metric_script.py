@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,7 @@ def test_the_real_set_against_itself_and_without_one(sets, measured, tmp_path, c
     assert own["fidelity"]["judge"]["matched"]["coverage"]["value"] == 1
     assert own["fidelity"]["judge"]["matched"]["MMD"]["value"] == pytest.approx(0, abs=0.01)
     assert own["APR"] == result["real"]["APR"] and own["LPIPS"] is None and list(result["models"]) == ["SD+RL"]
+    assert "'absent'" in result["missing"]["SD"]
     result = measured(fake_path=sets["real"], real_path="", prompts=(CAPTIONS[8], CAPTIONS[3]))
     assert result["models"]["SD+RL"]["images"] == 5 and result["models"]["SD+RL"]["FD_judge"] is None
     assert any(short_caption(CAPTIONS[3]) in line for line in result["warnings"])  # asked for, and without a folder
@@ -128,6 +130,17 @@ def test_features_are_computed_once_and_again_when_an_image_changes_or_the_cache
 
 
 A, B, C = CAPTIONS[0], CAPTIONS[8], CAPTIONS[31]
+
+
+@pytest.mark.parametrize("root", ["/scratch/someone/samples/SD/", "rl4med-out/samples/SD/", "images/"])
+def test_logs_with_paths_of_another_machine_belong_to_the_folder(root, measured, sets, tmp_path):
+    """As the official eval.py writes them."""
+    folder = tmp_path / "copy"
+    shutil.copytree(sets["sd"], folder)
+    entries = json.loads((folder / "image_log.json").read_text())
+    write_log(folder, [entry | {"path_to_img": root + entry["path_to_img"]} for entry in entries])
+    model = measured(fake_path=folder)["models"]["SD+RL"]
+    assert model["reward"] == measured(fake_path=sets["sd"])["models"]["SD+RL"]["reward"] > 0
 
 
 def test_models_of_different_prompts_are_compared_on_what_they_share(measured, tmp_path, caplog):
@@ -236,6 +249,8 @@ def test_black_repeated_and_missing_images_are_reported(measured, tmp_path, capl
         ({"output": "{file}/deeper"}, "metric.output=.* cannot be written"),
         ({"cache_dir": "{file}"}, "metric.cache_dir=.* cannot be written"),
         ({"logs": "a={sd}"}, "in metric.logs holds no metrics.jsonl"),
+        ({"logs": "a={sd},a={judge}"}, "metric.logs names several runs 'a'"),
+        ({"compare_path": "{file}"}, "is not a sample folder"),
         ({"results": "absent.json"}, "metric.results names 'absent.json'"),
         ({"results": "{sd}/settings.json"}, "settings.json' is damaged .'title' is missing"),
         ({"more_judges": "H4={judge}"}, "names a judge 'H4', which is taken"),

@@ -124,8 +124,11 @@ def caption_fault(text: str, modality: str, only: list[str]) -> str | None:
 
 
 def patient_of(image: str) -> str:
-    """Return a file's name without folder, suffix and final _left, _right, _OD or _OS."""
-    stem = posixpath.splitext(posixpath.basename(image))[0]
+    """Return a file's name without folder, suffix and final _left, _right, _OD or _OS, or its folder if that is all."""
+    folder, name = posixpath.split(image)
+    stem = posixpath.splitext(name)[0]
+    if folder and stem.lower() in ("left", "right", "od", "os"):  # <patient>/left.jpg
+        return folder
     match = _EYE_OF_FILE.match(stem)
     return match[1] if match else stem
 

@@ -33,6 +33,8 @@ RECORD = "record.json"  # in a rating set (phantoms.rating_sets) with images/
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 LONGEST_NAME = 255  # bytes of a file name on common file systems
 _ELSEWHERE = "choose another folder or move it away"
+# the official scripts log paths from wherever they ran, e.g. /scratch/samples/images/<caption>/0.png
+_IMAGE_IN_FOLDER = re.compile(r"(?:.*/)?(images/[^/]+/[^/]+)")
 
 
 def folder_name(caption: str) -> str:
@@ -103,10 +105,15 @@ def write_log(folder: str | Path, entries: list[dict]) -> None:
 
 
 def read_log(folder: str | Path) -> list[dict]:
-    """Return the entries of `image_log.json`, or []. Raises UserError if one has no path_to_img inside the folder."""
+    """Return the entries of `image_log.json`, or []. Raises UserError if one has no path_to_img inside the folder.
+
+    Of a path in images/<caption>/, as the official scripts log it, only that part is kept.
+    """
     path, shape = Path(folder) / LOG, [{"path_to_img": str, "prompt?": OneOf((str, None))}]
     entries = read_json(path, shape, "make the samples again elsewhere") if path.is_file() else []
     for number, entry in enumerate(entries, 1):
+        if match := _IMAGE_IN_FOLDER.fullmatch(entry["path_to_img"]):
+            entry["path_to_img"] = match[1]
         path_inside(folder, entry["path_to_img"], f"{str(path)!r} entry {number}")
     return entries
 
@@ -162,8 +169,17 @@ def list_samples(folder: str | Path, prompts: Collection[str] = ()) -> list[tupl
         samples = [(Path(folder) / row.image, row.caption) for row in read_metadata(table)]
         if absent := [path for path, _ in samples if not path.is_file()]:
             raise UserError(f"{str(table)!r} names {len(absent)} images that are absent, first {str(absent[0])!r}")
-        return sorted((path, caption) for path, caption in samples if not prompts or caption in prompts)
-    root = Path(folder) / "images"
+        samples = sorted((path, caption) for path, caption in samples if not prompts or caption in prompts)
+    else:
+        samples = _list_folders(Path(folder), prompts)
+    if not samples:
+        raise UserError(f"{str(folder)!r} holds no images" + (f" of the prompts {sorted(prompts)}" if prompts else ""))
+    return samples
+
+
+def _list_folders(folder: Path, prompts: Collection[str]) -> list[tuple[Path, str]]:
+    """Return the (file, caption) of images/<caption>/ by folder and name."""
+    root = folder / "images"
     if not root.is_dir():
         raise UserError(
             f"{str(folder)!r} is not a sample folder of scripts/eval.py (no images/ inside), and has no {METADATA} "
@@ -177,8 +193,6 @@ def list_samples(folder: str | Path, prompts: Collection[str] = ()) -> list[tupl
             f"{str(unread[0])!r} is not read: images/<caption with _ for spaces>/ holds only "
             f"{', '.join(IMAGE_SUFFIXES)} files; convert it, or move it away"
         )
-    if not samples:
-        raise UserError(f"{str(folder)!r} holds no images" + (f" of the prompts {sorted(prompts)}" if prompts else ""))
     return samples
 
 
@@ -188,7 +202,8 @@ def captions_without_images(
     """Return the sorted captions without `samples`, of `prompts` or, by default, of a sample folder and its log."""
     captions = set(prompts)
     if not captions:
-        captions = {*_captions_of(folder).values(), *(entry.get("prompt") for entry in read_log(folder))} - {None}
+        named = {} if (Path(folder) / METADATA).is_file() else _captions_of(folder)
+        captions = {*named.values(), *(entry.get("prompt") for entry in read_log(folder))} - {None}
     return sorted(captions - {caption for _, caption in samples})
 
 

@@ -60,8 +60,14 @@ class ImageSet:
 
     @property
     def keys(self) -> list[str]:
-        """Names of the images within the folder, "<caption>/<stem>"; images of the same noise have the same key."""
-        return [f"{caption}/{path.stem}" for path, caption in self.samples]
+        """Names of the images within the folder, "<caption>/<stem>"; images of the same noise have the same key.
+
+        Where several images of a table have the same, their paths in the folder take the place of the stem.
+        """
+        names = [f"{caption}/{path.stem}" for path, caption in self.samples]
+        repeated = {name for name, count in Counter(names).items() if count > 1}
+        full = [f"{caption}/{path.relative_to(self.folder).with_suffix('')}" for path, caption in self.samples]
+        return [long if name in repeated else name for name, long in zip(names, full, strict=True)]
 
     @property
     def samples(self) -> Samples:
@@ -191,10 +197,9 @@ def _log_entries(folder: Path, samples: Samples) -> dict[str, dict]:
     """Return the entries of image_log.json by path. Raises UserError if they contradict the files."""
     where, entries = repr(str(folder / "image_log.json")), {entry["path_to_img"]: entry for entry in read_log(folder)}
     captions, stems = {str(path.relative_to(folder)): caption for path, caption in samples}, {}
-    for path, caption in samples:
-        if (caption, path.stem) in stems:
-            raise UserError(f"{str(stems[caption, path.stem])!r} and {str(path)!r} share a name; keep one of them")
-        stems[caption, path.stem] = path
+    for path, _ in samples:
+        if (other := stems.setdefault(path.with_suffix(""), path)) is not path:
+            raise UserError(f"{str(other)!r} and {str(path)!r} share a name; keep one of them")
     for path, entry in entries.items():
         if path in captions and entry.get("prompt") not in (None, captions[path]):
             raise UserError(f"{where}, {path}: the prompt {entry['prompt']!r} is not its folder's; correct one of them")

@@ -62,7 +62,7 @@ def sanity_sets(sets: Sets, folder: Path, seed: int, accelerator: Accelerator) -
 
     The main process writes degraded images to `folder`: blur (sigma of 1/64 of the width), JPEG (quality 10), hue (a
     tenth of the circle), crop (the middle 80 % of each side), "duplicates" (each prompt's first half of the images,
-    twice) and, if training images have captions, "training images" of the same prompts, as far as there are enough.
+    twice) and "training images" of the same prompts, if each has enough of them.
     """
     reference, half = (select(sets.real, part) for part in halves(sets.real.groups, seed))
     if len(half) < 2:
@@ -76,21 +76,22 @@ def sanity_sets(sets: Sets, folder: Path, seed: int, accelerator: Accelerator) -
         with suppress(UserError):  # a folder of images without captions
             for path, caption in list_samples(sets.train.folder):
                 known[caption].append(path)
-        pairs = [(known[c].pop(0), i) for i, c in enumerate(half.captions) if known[c]]
-        if pairs:
-            jobs["training images"] = [path for path, _ in pairs], [i for _, i in pairs], lambda image: image
+        paths = [known[caption].pop(0) for caption in half.captions if known[caption]]
+        if len(paths) == len(half):
+            jobs["training images"] = paths, range(len(half)), lambda image: image
+        elif paths:  # fewer would leave fewer images of every set, since all are matched by caption
+            missing["training images"] = f"metric.train_path has {len(paths)} of the {len(half)} images by caption"
         else:
             missing["training images"] = "metric.train_path has none of the captions; give images/<caption>/ or a table"
     models = {HALF: [half]}
     for name, (sources, places, change) in jobs.items():
         chosen, target = select(half, places), folder / name.replace(" ", "_")
-        stems = [f"{group}/{path.stem}.png" for group, path in zip(chosen.groups, chosen.paths, strict=True)]
+        paths = tuple(target / path.relative_to(half.folder).with_suffix(".png") for path in chosen.paths)
         if accelerator.is_main_process:
-            for source, stem in zip(sources, stems, strict=True):
-                (target / stem).parent.mkdir(parents=True, exist_ok=True)
-                save_picture(target / stem, change(read_rgb(source)))
+            for source, path in zip(sources, paths, strict=True):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_picture(path, change(read_rgb(source)))
         accelerator.wait_for_everyone()
-        paths = tuple(target / stem for stem in stems)
         digests = tuple(map(sha256, paths))
         models[name] = [dataclasses.replace(chosen, folder=target, paths=paths, digests=digests, entries={})]
     return Sets(models, reference, sets.train, sets.pairs and half), missing
