@@ -44,7 +44,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     config.use_lora = True  # LoRA adapters on the UNet (True) or all UNet weights (False)
     # Accelerate's trackers besides metrics.jsonl: "wandb" (offline without a key), "wandb,tensorboard", ...; "": none.
     config.log_with = "wandb"
-    # also send sample grids to them; off, since images of a medical model should not leave the machine by default.
+    # also send sample grids to these trackers; off by default, since medical images should not leave the machine.
     config.log_images = False
     config.wandb_project = "rl4med-ddpo"
     # seconds that a process waits for the others; one may work alone for hours (decoding images, a slow reward).
@@ -53,13 +53,13 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
 
     ###### Pretrained model ######
     config.pretrained = pretrained = ml_collections.ConfigDict()
-    # Stable Diffusion in diffusers format: a local folder, or a Hugging Face id (here the mirror of runwayml's).
+    # Stable Diffusion in diffusers format: a local folder, or a Hugging Face id (by default the mirror of runwayml's).
     pretrained.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     pretrained.revision = "main"
-    # UNet state dict of stage (i) in diffusers names (safetensors), which replaces the pretrained UNet. Empty: none.
+    # UNet of stage (i) (safetensors with diffusers' names), which replaces the pretrained UNet. Empty: none.
     config.unet_path = ""
-    # LoRA or UNet weights to evaluate (eval.py, generate.py) or to start from (train.py; with the rank and targets
-    # below): a run folder, a checkpoint folder or a weight file. Empty: none, i.e. the base model.
+    # LoRA or UNet weights to evaluate (eval.py, generate.py) or to start from (train.py; train.lora_rank and
+    # train.lora_targets must match): a run folder, a checkpoint folder or a weight file. Empty: the base model.
     config.load_from = ""
 
     ###### Sampling ######
@@ -102,7 +102,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     train.cfg = True
     train.adv_clip_max = 5.0  # advantages are clipped to [-adv_clip_max, adv_clip_max]
     # PPO clip range of the ratio. Log-probs are *means* over latent dimensions D, so 1e-4 at D = 16,384 (512 px) clips
-    # at +-1.64 nats of the true log-ratio; the same at D = 1,024 is 1.6e-3.
+    # at +-1.64 nats of the true log-ratio; the equivalent at D = 1,024 is 1.6e-3.
     train.clip_range = 1e-4
     # share of a trajectory's timesteps to train on, chosen at random for each sample.
     train.timestep_fraction = 1.0
@@ -110,10 +110,10 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     train.timestep_window = (0.0, 1.0)
     # recompute activations in the backward pass: less memory, about a third more time.
     train.gradient_checkpointing = False
-    # compute the gradient of an epoch's first update, whose ratio is 1, while sampling: the same up to rounding, and
-    # saves its forward passes. Its samples are generated batch_size * timesteps_per_forward at a time; each takes 4
-    # bytes per adapter weight. Only for LoRA of linear layers and timestep_fraction 1, without kl_coef, data_coef and
-    # compile.
+    # compute the gradient of an epoch's first update, where the ratio is 1, while sampling: this saves its forward
+    # passes and gives the same gradient up to rounding. Its samples are drawn batch_size * timesteps_per_forward at a
+    # time; each takes 4 bytes of CPU memory per adapter weight. Only for LoRA of linear layers and
+    # timestep_fraction 1, without kl_coef, data_coef and compile.
     train.gradients_while_sampling = True
     # torch.compile the UNet's transformer blocks: takes minutes at the start (cached between runs), then runs faster.
     train.compile = False
@@ -138,8 +138,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
 
     ###### Held-out evaluation during training (train.py) ######
     config.held_out = held_out = ml_collections.ConfigDict()
-    # epochs between evaluations of all prompts of prompt_fn with fixed noise, the first before training; 0: none. Each
-    # samples images_per_prompt * prompts images (8 * 32 = 256). The best checkpoint by APR is kept in <run>/best.
+    # epochs between evaluations of all prompts of prompt_fn from fixed noise, the first before training; 0: none. Each
+    # draws images_per_prompt images of every prompt (8 * 32 = 256). The best checkpoint by APR is kept in <run>/best.
     held_out.update(every=0, images_per_prompt=8)
     held_out.classifier = ""  # the H=4 judge; refused if it also gives the reward
     # stop after this number of evaluations in a row whose APR is below the best by more than the tolerance (an APR near
@@ -148,7 +148,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
 
     ###### Prompts ######
     config.prompt_fn = "isic_all"  # name in PROMPTS of ddpo_pytorch/prompts.py, or "my_module:my_prompts"
-    # its keyword arguments; those of your own function need not be declared here. None is not passed on. from_file
+    # its keyword arguments, except those set to None; those of your own function need not be declared here. from_file
     # reads lines [low, high) of path, fundus_table the captions of a table; composed fills `templates`, by default
     # ("The {eye} eye fundus image shows {finding}.",), with the findings of a table or of a model's training captions.
     config.prompt_fn_kwargs = prompt_fn_kwargs = KeywordArguments()
@@ -205,12 +205,12 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     metric.real_path = metric.fake_path = metric.compare_path = ""
     # titles of fake_path and compare_path.
     metric.update(fake_name="SD+RL", compare_name="SD")
-    # instead of these, any number of folders, "SD=DIR,SD+RL=DIR", compared with the first. Folders of the same name are
-    # generation seeds of one model; three or more give its interval.
+    # instead of these three: any number of folders, "SD=DIR,SD+RL=DIR", compared with the first. Folders of the same
+    # name are generation seeds of one model; intervals over seeds need three or more.
     metric.folders = ""
     # folder of training images (at any depth), to find nearest neighbours of the samples and of real_path's images.
     metric.train_path = ""
-    # the H=4 judge, or one with other labels for folders with metadata.csv, that took no part in training ("" with
+    # a judge that took no part in training: H=4, or with other labels for folders with metadata.csv ("" with
     # metric.judges); and more judges, "H6=FILE,NAME=FILE".
     metric.classifier = metric.more_judges = ""
     # folder of train_rlhf.py whose Selector and Policy judge fundus images instead of metric.classifier.
@@ -223,7 +223,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # feature networks of FID, KID and the like: "inception", "judge" (pooled features of metric.classifier, or of the
     # Selector), "dinov2_vits14", "dinov2_vitb14", "dinov2_vitl14", "clip_vitl14", or any name of timm.
     metric.extractors = ("inception", "judge")
-    # "exact", or "compat": x * 256 wrapped to 8 bits and sets of different prompt mixes, as behind the published FIDs.
+    # "exact", or "compat", as for the published FIDs: x * 256 wrapped to 8 bits, and sets with different prompt mixes.
     metric.fid = "exact"
     # weights of Inception (torch-fidelity's .pth) for FID, AlexNet (torchvision's .pth) for LPIPS, and the other
     # extractors (timm's: a file, or a folder of <timm's name>.safetensors). "auto": from the torch hub cache.
@@ -246,7 +246,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # output folder: a model in diffusers format ("vae", "unet"), pretrained_unet.safetensors ("unet", "finetune"), log
     # and sample grids. Rerun the same command to resume.
     sd.output = ""
-    # training images and their split table; the rest as in dataset.
+    # training images and their split table; the other fields are as in dataset.
     sd.kind = "isic"
     sd.data_path = sd.csv = ""
     sd.update(image_size=512, resize="stretch", limit=0, skip_broken=False)
@@ -282,12 +282,12 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     sd.vae_crop = 0
     # weight of the VAE's perceptual loss, and its network: a timm model, or a weight file named after one.
     sd.update(perceptual_coef=0.0, perceptual_net="")
-    # above 0, only the decoder of sd.vae is trained, also against a patch discriminator, with a gradient scaled to this
-    # share of the other losses' (0.5 to 1 in latent diffusion).
+    # above 0, only the decoder of sd.vae is trained, and also against a patch discriminator, whose gradient is scaled
+    # to this share of the other losses' gradient (0.5 to 1 in latent diffusion).
     sd.adversarial_coef = 0.0
     sd.vae = ""  # stage "vae": folder of the autoencoder to start from; "": from scratch
-    # "clip", or "bert" with text_tokens tokens: a new one from scratch; in "finetune", sd.bert (folder or Hugging Face
-    # id) in place of CLIP.
+    # "clip", or "bert" with text_tokens tokens. From scratch it is new; in "finetune", "bert" puts sd.bert (a folder or
+    # Hugging Face id) in place of CLIP.
     sd.text_encoder = "clip"
     sd.update(bert="microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext", text_tokens=256)
     # "finetune": also train the text encoder, with a tenth of the learning rate; from scratch it is always trained.
@@ -302,7 +302,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     config.rlhf = rlhf = ml_collections.ConfigDict()
     # table image_path,rating,modality,expert_level,prompt (and rater_id; quality and alignment, if rated separately),
     # and the folder of its images ("": that of the table). Paths are relative to that folder or the table's, as those
-    # of rate.py. Images in base_log_path are allowed, too; no others are.
+    # of rate.py. All images must be inside that folder or base_log_path.
     rlhf.ratings = rlhf.data_path = ""
     # table of other patients' images, for metrics and threshold; "": val_share of the patients of `ratings`.
     rlhf.update(val_ratings="", val_share=0.2)
@@ -310,7 +310,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     rlhf.pool = ""
     # folder for selector.safetensors, policy.safetensors, metrics.jsonl. Rerun the same command to resume.
     rlhf.output = root + "/rlhf"
-    # (1,): train on all rated images. (2,): on those that the Selector in `output` passes, from its stage 1. Or both.
+    # (1,): train on all rated images. (2,): on those that the Selector from stage 1, in `output`, passes. Or both.
     rlhf.stages = (1, 2)
     # the Policy's frozen text encoder: a model folder of train_sd.py, or BERT as a folder or Hugging Face id.
     rlhf.text_encoder = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext"
@@ -322,14 +322,14 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # how patches become tokens: "linear", as in Mittal et al.; "conv", convolutions with batch norm, which learn from a
     # thousand rated images what a linear stem cannot (see docs/fundus.md).
     rlhf.stem = "linear"
-    # a timm network in the transformer's place, e.g. tf_efficientnet_lite0 ("": none; patch, width, heads and layers
-    # are the transformer's). Its weights at the start: "imagenet", "none" or the path of a file.
+    # a timm network in place of the transformer, e.g. tf_efficientnet_lite0 ("": none); patch_size, stem, heads and
+    # layers then have no effect. Its initial weights: "imagenet", "none" or the path of a file.
     rlhf.update(backbone="", backbone_weights="imagenet")
-    # model folder whose autoencoder reconstructs rated photographs before training ("": none): otherwise judges take
-    # its blur for a fault, and reject every generated image.
+    # model folder whose autoencoder reconstructs rated photographs before training ("": none): otherwise judges
+    # mistake its blur for a fault and reject every generated image.
     rlhf.autoencoder = ""
-    # how the signed, detached advantage A = R - score moves the score p. "symmetric_log": A+ log p + A- log(1 - p);
-    # "log": A log p, REINFORCE as in the official code, but with its missing sign; "delta": A p, as it is documented.
+    # how the signed, detached advantage A = R - p moves the score p. "symmetric_log": A+ log p + A- log(1 - p); "log":
+    # A log p, the official code's REINFORCE with its missing sign restored; "delta": A p, as documented there.
     rlhf.objective = "symmetric_log"
     # lowest Selector score with which an image passes; None: the one that best separates ratings of 2 or more from 1 on
     # the validation images (Youden's J). Saved with the Selector.
@@ -344,7 +344,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     rlhf.warmup_steps = 0  # linear warm-up of stage 1, in updates; 0: none, as in the official code
     rlhf.flip = True  # mirror images at random, and the eye in their prompts (not with "o'clock" and the like)
     # share of the images rated 3 in alignment that the Policy sees with the caption of another finding (and a target of
-    # 0), drawn in every epoch.
+    # 0); the images are redrawn every epoch.
     rlhf.wrong_captions = 0.0
 
     ###### Improvement rounds (improve.py) ######

@@ -46,7 +46,7 @@ def finetune_sd():
 
 
 def finetune_sd_24gb():
-    """The same 64 images per step on one 24 GB GPU: 14.6 GiB by benchmarks/memory_budget.py. Needs bitsandbytes."""
+    """The same 64 images per step on one 24 GB GPU: 14.6 GiB (benchmarks/memory_budget.py). Needs bitsandbytes."""
     config = finetune_sd()
     # 4 * 16 = 64 images per step, 16 * 4 GPUs in finetune_sd
     config.sd.update(batch_size=4, gradient_accumulation_steps=16, gradient_checkpointing=True, use_8bit_adam=True)
@@ -137,7 +137,7 @@ def get_config(name=""):
 
 
 def at_scale_of(module, name):
-    """Return an experiment of another file, or this file's with its paths and sizes, which fit any GPU (_16gb, ...)."""
+    """Return an experiment of `module`, or this file's with its paths and sizes, ignoring suffixes such as _16gb."""
     name = re.sub(r"_\d+gb$", "", name)
     if name not in module and name in globals():
         return module["model_and_dataset_configs"](get_config(name))

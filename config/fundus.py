@@ -2,8 +2,8 @@
 
     python scripts/improve.py --config config/fundus.py:improve
 
-Names without a suffix are for a GPU: SD 1.5 with BioMedBERT at 512 px on a table of your own (rl4med-out/fundus). With
-the suffix _mini each of them runs on fundus phantoms at 64 px on a CPU, in minutes, offline ("make demo-fundus").
+Experiments without a suffix are for a GPU: SD 1.5 with BioMedBERT at 512 px on your own table (rl4med-out/fundus). With
+the suffix _mini, each of them runs offline on fundus phantoms at 64 px on a CPU, in minutes ("make demo-fundus").
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ def _common():
     config.sd.output = root + "/sd"
     config.sd.update(kind="fundus", resize="fov", text_encoder="bert")
     config.rlhf.ratings = root + "/ratings/ratings.csv"
-    # on real photographs a linear stem without warm-up reached a Spearman correlation of .57, this one .92
+    # on real photographs, a linear stem without warm-up reached a Spearman correlation of .57; this setup reaches .92
     config.rlhf.update(stem="conv", warmup_steps=100)
     config.improve.held_out_judges = root + "/rlhf-held-out"
     config.improve.csv = root + "/data/splits/fundus_train.csv"
@@ -67,7 +67,7 @@ def train_rlhf():
 
 
 def train_rlhf_held_out():
-    """The same from other ratings, for measurements only."""
+    """Held-out Selector and Policy from other ratings, for measurements only."""
     config = _common()
     config.rlhf.ratings = config.get_ref("base_log_path") + "/ratings-held-out/ratings.csv"
     config.rlhf.output = config.get_ref("base_log_path") + "/rlhf-held-out"
@@ -186,12 +186,12 @@ def improve_mini():
 
 
 def ddpo_mini():
-    """One round's worth of DDPO: 256 samples an epoch in 4 updates."""
+    """One round's worth of DDPO: 256 samples per epoch in 4 updates."""
     config = mini(ddpo())
     config.update(num_epochs=8, save_freq=8)
     config.sample.update(batch_size=64, num_batches_per_epoch=4)
     config.train.update(batch_size=64, gradient_accumulation_steps=1, gradient_checkpointing=False)
-    # half of the steps, anywhere: early ones decide the content, late ones the sharpness
+    # half of the steps, from the whole trajectory: early ones decide the content, late ones the sharpness
     config.train.update(timestep_fraction=0.5, lora_rank=16, learning_rate=2.5e-3)
     # a mean over 4 * 16 * 16 = 1,024 dimensions: 1e-4 * 16,384 / 1,024
     config.train.clip_range = 1.6e-3

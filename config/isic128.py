@@ -1,6 +1,6 @@
 """Real dermoscopy: judges from ImageNet weights, and a small Stable Diffusion from scratch, on ISIC 2019 at 128 px.
 
-For one GPU, or a CPU for about a day. Put images in <root>/data/images and the official split tables in
+For one GPU, or for about a day on a CPU. Put images in <root>/data/images and the official split tables in
 <root>/data/splits, then run the stages in this order:
 
     train_isic_classifier.py (--num_classes 6 and 4)  train_sd.py :train_vae, :finetune_sd  train.py
@@ -51,7 +51,7 @@ def train_vae_f4():
     """An autoencoder that keeps hairs, 128 px -> 32 x 32 x 4: 12-fold compression instead of 48-fold."""
     config = model_and_dataset_configs(dgx.finetune_sd())
     config.sd.output = config.get_ref("base_log_path") + "/autoencoder"
-    # train on crops, four times as many per batch; attention would be trained for another number of positions
+    # train on crops of a quarter of the area; attention would be trained for fewer positions than it is used with
     config.sd.update(stage="vae", vae_channels=(32, 64, 64), vae_attention=False, vae_crop=64)
     config.sd.update(perceptual_coef=0.1, perceptual_net="tf_efficientnet_lite0")
     config.sd.update(num_steps=20_000, batch_size=16, learning_rate=1e-3)

@@ -1,4 +1,4 @@
-"""The second system on real photographs: ODIR-5K at 128 px, judges from ImageNet weights, on a GPU, or a CPU in hours.
+"""The second system on real photographs: ODIR-5K at 128 px, judges from ImageNet weights; GPU, or hours on a CPU.
 
 Put images and captions.csv in <root>/data, split them with ddpo_pytorch.data.fundus, and make rating sets from
 the training and the validation table (docs/fundus.md). Then run the stages in this order:
@@ -59,7 +59,7 @@ def train_rlhf_held_out():
 
 
 def ddpo():
-    """One round's worth of DDPO: 256 samples an epoch in 2 updates."""
+    """One round's worth of DDPO: 256 samples per epoch in 2 updates."""
     config = small(fundus.ddpo())
     config.update(num_epochs=8, save_freq=8)
     config.sample.update(batch_size=64, num_batches_per_epoch=4)
