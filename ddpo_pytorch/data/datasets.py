@@ -14,7 +14,7 @@ KINDS: dict[str, ModuleType] = {"isic": isic, "fundus": fundus}
 def find_rows(
     kind: str, csv: str | Path, data_path: str | Path, limit: int, skip_broken: bool
 ) -> tuple[list[Row], list[Path], int]:
-    """Return `load_split` of that kind; `skip_broken` drops damaged images, for which fundus tables otherwise raise."""
+    """Call `load_split` of that kind; `skip_broken` drops damaged images, for which fundus tables otherwise raise."""
     rows, paths, missing = KINDS[kind].load_split(csv, data_path, limit)
     if skip_broken:
         rows, paths = drop_broken(rows, paths)
@@ -24,7 +24,7 @@ def find_rows(
 
 
 def check_apart(kind: str, train: Path, val: Path) -> None:
-    """Raise UserError for an image or, for fundus tables, a patient in both tables."""
+    """Raise UserError if an image (fundus tables: a patient) is in both tables."""
     if kind == "isic":
         read_splits({"train": train, "val": val})
         return

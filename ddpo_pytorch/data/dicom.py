@@ -1,4 +1,4 @@
-"""Reading of DICOM files, which requires pydicom (the extra "dicom")."""
+"""Read DICOM files; requires pydicom (the extra "dicom")."""
 
 from pathlib import Path
 from typing import BinaryIO
@@ -10,9 +10,9 @@ from ddpo_pytorch.utils.errors import UserError
 
 
 def read_dicom(file: BinaryIO, path: str | Path) -> Image.Image:
-    """Decode a DICOM file to RGB with its first window or, without one, with black and white at the ends of its range.
+    """Decode a DICOM file to RGB by its first window or, if it has none, with black and white at the ends of its range.
 
-    Raises UserError without pydicom, for several images, and for images without a window that would be nearly black.
+    Raises UserError if pydicom is missing, for several images, and if an image without a window would be nearly black.
     """
     try:
         from pydicom import dcmread, pixels

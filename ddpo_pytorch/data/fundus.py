@@ -34,12 +34,12 @@ _OTHER_SIDE = re.compile(r"\b(?:left|right)\w|\bo.?clock\b", re.IGNORECASE)
 
 
 def quality_of(row: Row) -> float:
-    """Return the quality in the column of that name, 1 (poor) to 3 (good); 3 without one."""
+    """Return the value of the column `quality`, 1 (poor) to 3 (good); 3 if it is absent or empty."""
     return float(row.fields.get("quality") or 3)
 
 
 def is_good(row: Row) -> bool:
-    """Return True unless a column `quality` calls the image degraded."""
+    """Return True unless the column `quality` marks the image as degraded."""
     return quality_of(row) == 3
 
 
@@ -54,7 +54,7 @@ def read_split(path: str | Path) -> list[Row]:
         elif fault := caption_fault(text, modality, only):
             faults.append(fault)
         if (quality := fields.get("quality")) and (tables.number(quality) or 0) not in QUALITY:
-            faults.append(f"quality is {quality!r}; it must be {QUALITY}, 3 is good, or empty")
+            faults.append(f"quality is {quality!r}; it must be {QUALITY} (3 is good) or empty")
         patient = fields.get("patient") or patient_of(image)
         return Row(image, caption_of(text, *only), fields, number, patient=patient), image, f"image {image!r}"
 
@@ -124,7 +124,7 @@ def caption_fault(text: str, modality: str, only: list[str]) -> str | None:
 
 
 def patient_of(image: str) -> str:
-    """Return a file's name without folder, suffix and final _left, _right, _OD or _OS, or its folder if that is all."""
+    """Return a file's name without folder, suffix and final _left, _right, _OD or _OS, or for left.jpg its folder."""
     folder, name = posixpath.split(image)
     stem = posixpath.splitext(name)[0]
     if folder and stem.lower() in ("left", "right", "od", "os"):  # <patient>/left.jpg
@@ -139,15 +139,15 @@ def load_split(csv_path: str | Path, data_path: str | Path, limit: int = 0) -> t
 
 
 def check_images(paths: Sequence[Path]) -> None:
-    """Decode every image. Raises UserError with the first that `images.read_rgb` refuses, and their number."""
+    """Decode every image. Raises UserError with the first error of `images.read_rgb` and the number of such images."""
     if faults := [fault for fault in find_damage(paths) if fault]:
         raise UserError(f"{faults[0]} ({len(faults)} of {len(paths)} images are unusable)")
 
 
 def assign_patients(patients: Sequence[str], kinds: Sequence, shares: Sequence[float], seed: int) -> list[int]:
-    """Return the split number of each image, with all images of a patient in the same split, in any order of images.
+    """Return each image's split number, the same for all images of a patient and whatever the order of images.
 
-    Sizes, also those of the 50 most frequent `kinds` (captions, ratings), approximate `shares` (S,), which sum to 1.
+    Split sizes, overall and of the 50 most frequent `kinds` (captions, ratings), approximate `shares` (S,) of sum 1.
     Raises UserError if a split would be empty.
     """
     groups = defaultdict(Counter)
@@ -175,7 +175,7 @@ def split_by_patient(rows: Sequence[Row], val: float, test: float, seed: int) ->
 
 
 def split_table(csv: str, out: str, val: float, test: float, seed: int) -> None:
-    """Write the splits of a table as fundus_<split>.csv and log their sizes; UserError for existing other files."""
+    """Write the splits of a table as fundus_<split>.csv and log their sizes. UserError if one exists and differs."""
     splits = split_by_patient(read_split(csv), val, test, seed)
     for name, rows in splits.items():
         path, content = Path(out) / f"fundus_{name}.csv", table_text(list(rows[0].fields), [row.fields for row in rows])

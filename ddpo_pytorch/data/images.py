@@ -40,7 +40,7 @@ READER_VERSION = 3
 # how to make images square: scale the sides independently, as in the paper; crop to the middle; pad with black; or crop
 # a fundus photograph to its field of view and pad
 RESIZES = ("stretch", "crop", "pad", "fov")
-# modes with one conversion to RGB; CMYK, LAB and HSV depend on a profile
+# modes with an unambiguous conversion to RGB; CMYK, LAB and HSV depend on a profile
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr")
 _SPARE_BYTES = 2**30  # that a cache leaves free on the disk
 _WINDOW = 256  # images decoded at a time for a cache
@@ -100,7 +100,7 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
 
 
 def read_rgb(path: str | Path) -> Image.Image:
-    """Decode a complete file as 8-bit RGB, turned as its EXIF orientation says.
+    """Decode a complete image file as 8-bit RGB, oriented as its EXIF tag says.
 
     16-bit grey levels are divided by 257 and rounded, 16-bit RGB keeps the upper byte. Raises UserError as `open_image`
     does, for transparent pixels, and for 16-bit images that use only the lowest twelve bits and would be nearly black.
@@ -227,7 +227,7 @@ def comment_of(path: str | Path) -> str:
 def content_numbers(paths: Sequence[str | Path]) -> list[int]:
     """Return a 64-bit number for each file, from its size and 4 KiB in its middle and at its end.
 
-    Another image of the same name has another number. All bytes of a data set would take minutes to read.
+    The numbers distinguish images of the same name; reading all bytes of a data set would take minutes.
     """
 
     def number(path: str | Path) -> int:
@@ -289,7 +289,7 @@ class DecodedImages(Dataset):
 
 
 def decoded(files: ImageFiles, folder: str | Path) -> Dataset:
-    """Return the items from a cache in `folder`, written if absent; returns `files` if `folder` is "" or full.
+    """Return a data set that reads a cache in `folder`, written if absent, or `files` if `folder` is "" or full.
 
     The cache depends on paths, sizes and modification times of the files, the resizing and the reader's version. With
     several processes per node, call it within `accelerator.local_main_process_first()`.
@@ -384,10 +384,10 @@ def stem_of(name: str) -> str:
 def find_images(
     folder: str | Path, names: Sequence[str], key: Callable[[str], str] = str.casefold
 ) -> list[Path | None]:
-    """Return the image file of each name, a path relative to `folder`, or None.
+    """Return the image file of each name (a path relative to `folder`), or None.
 
-    If there is no such file, it is the only image whose stem has the same `key` and that differs in case, in the
-    spelling of the suffix (.jpeg for .jpg) or, if the name has none, in the suffix. Raises UserError for two of them.
+    If that file does not exist, take the only image whose stem has the same `key`; it may differ in case, the spelling
+    of the suffix (.jpeg for .jpg) or, if the name has none, the suffix. Raises UserError if there are two.
     """
     folder = Path(folder)
     paths = {name: path_inside(folder, name, "image table") for name in names}
@@ -434,7 +434,7 @@ def rows_with_image(
     limit: int = 0,
     find: Callable[[str | Path, Sequence[str]], list[Path | None]] = find_images,
 ) -> tuple[list[Any], list[Path], int]:
-    """Return the rows with an image (the first `limit` if not 0), their files, and the number of rows without."""
+    """Return the rows with an image (the first `limit` unless 0), their files, and the number of rows without one."""
     if not Path(folder).is_dir():
         raise UserError(f"image folder {str(folder)!r} does not exist; give that of the images in {str(table)!r}")
     if not rows:

@@ -19,7 +19,7 @@ METADATA = "metadata.csv"
 
 
 def read_metadata(path: str | Path) -> list[Row]:
-    """Return the rows of such a table. Raises UserError as `read_table` does."""
+    """Return the rows of a metadata.csv. Raises UserError as `read_table` does."""
 
     def make(fields: dict[str, str], index: int, line: int, faults: list[str]) -> tuple[Row, str, str]:
         name = posixpath.normpath(fields["file_name"].replace("\\", "/"))
@@ -33,7 +33,7 @@ def read_metadata(path: str | Path) -> list[Row]:
 
 
 def of_caption(rows: Sequence[Row]) -> dict[str, dict[str, str]]:
-    """Return by text the columns that it determines in all rows, such as labels but not a patient's age."""
+    """Return, by text, the columns that the text determines in every row, such as labels but not a patient's age."""
     stated: dict[str, dict[str, str]] = defaultdict(dict)
     for row in rows:
         stated[row.caption] |= row.fields

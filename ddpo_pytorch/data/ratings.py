@@ -75,9 +75,9 @@ class RatedImage:
 def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "") -> list[Rating]:
     """Read a table with image_path, rating, prompt and optionally the rest of COLUMNS, APART and CRITERIA.
 
-    Without expert_level every expert has level 3; without rater_id every row is another rater. Image paths are relative
-    to `root`, by default the table's folder, or to the latter. Images must be in `root` or in the folder `within`, so
-    that an untrusted table cannot point to other files.
+    Without expert_level every expert has level 3; without rater_id every row counts as a different rater. Image paths
+    are relative to `root` (by default the table's folder) or to the table's folder. Images must be in `root` or in the
+    folder `within`, so that an untrusted table cannot point to other files.
     """
     table, root = Path(path).parent, Path(root or Path(path).parent)
     allowed = [folder for folder in (str(root), str(within)) if folder]
@@ -151,7 +151,7 @@ def aggregate(ratings: Sequence[Rating]) -> list[RatedImage]:
 
 
 def check_classes(images: Sequence[RatedImage], column: str = "quality") -> str:
-    """Return a warning if a rating of 1, 2 or 3 is nearest to no mean. Raises UserError if one is nearest to all."""
+    """Return a warning naming a rating, 1 to 3, that no mean rounds to, or "". Raises UserError if all round to one."""
     counts = Counter(rating_class(getattr(image, column)) for image in images)
     if len(counts) < 2:
         rated = f"are rated {next(iter(counts))}" if counts else "are there"

@@ -3,7 +3,7 @@
 A sample folder has `images/<folder_name of the caption>/<name>.png|jpg`, `settings.json` (so that images of different
 settings never mix) and `image_log.json`, a list with an entry per image (at least prompt and path_to_img, relative to
 the folder). Processes append a JSON line per image to `image_log.part<rank>.jsonl`; these are merged at the end, even
-after kills.
+after a kill.
 """
 
 import hashlib
@@ -70,7 +70,7 @@ def is_framed(path: Path) -> bool:
 
 
 def claim_folder(folder: str | Path, settings: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Reserve a folder for images of these `settings` (JSON), recording `metadata`, or check that it already is."""
+    """Reserve a folder for images of these `settings` (JSON) and record `metadata`. UserError if it holds others."""
     if check_claim(folder, settings):
         return
     if (Path(folder) / "images").is_dir():
@@ -107,7 +107,7 @@ def write_log(folder: str | Path, entries: list[dict]) -> None:
 def read_log(folder: str | Path) -> list[dict]:
     """Return the entries of `image_log.json`, or []. Raises UserError if one has no path_to_img inside the folder.
 
-    Of a path in images/<caption>/, as the official scripts log it, only that part is kept.
+    Of a path that ends in images/<caption>/<file>, as the official scripts log it, only this end is kept.
     """
     path, shape = Path(folder) / LOG, [{"path_to_img": str, "prompt?": OneOf((str, None))}]
     entries = read_json(path, shape, "make the samples again elsewhere") if path.is_file() else []
@@ -136,7 +136,7 @@ def read_entries(folder: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def merge_parts(folder: str | Path, order: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Write all entries to `image_log.json`, remove the parts and return the entries; for one process only.
+    """Write all entries to `image_log.json`, remove the parts and return the entries. Main process only.
 
     Entries are sorted like their paths in `order`, then by folder and path, and numbered: sampleID 0, 1, ...
     """
@@ -154,7 +154,7 @@ def merge_parts(folder: str | Path, order: Sequence[str] = ()) -> list[dict[str,
 
 
 def damaged_images(folder: str | Path, paths: Sequence[str]) -> list[str]:
-    """Return those of the image files (relative to the folder) that are damaged."""
+    """Return those of `paths`, relative to the folder, whose image is damaged."""
     with ThreadPoolExecutor(thread_limit()) as pool:
         sound = pool.map(is_intact, map(Path(folder).joinpath, paths))
         return [path for path, fine in zip(paths, sound, strict=True) if not fine]
@@ -183,7 +183,7 @@ def _list_folders(folder: Path, prompts: Collection[str]) -> list[tuple[Path, st
     if not root.is_dir():
         raise UserError(
             f"{str(folder)!r} is not a sample folder of scripts/eval.py (no images/ inside), and has no {METADATA} "
-            "with the columns file_name, text"
+            "with the columns file_name, text; give another folder"
         )
     wanted = {name: caption for name, caption in _captions_of(folder).items() if not prompts or caption in prompts}
     samples = [(path, wanted[name]) for name in sorted(wanted) for path in sorted((root / name).glob("[!.]*"))]
@@ -199,7 +199,7 @@ def _list_folders(folder: Path, prompts: Collection[str]) -> list[tuple[Path, st
 def captions_without_images(
     folder: str | Path, samples: Sequence[tuple[Path, str]], prompts: Sequence[str] = ()
 ) -> list[str]:
-    """Return the sorted captions without `samples`, of `prompts` or, by default, of a sample folder and its log."""
+    """Return the captions, sorted, of `prompts` or else of a sample folder and its log that have no `samples`."""
     captions = set(prompts)
     if not captions:
         named = {} if (Path(folder) / METADATA).is_file() else _captions_of(folder)
@@ -218,6 +218,6 @@ def _captions_of(folder: str | Path) -> dict[str, str]:
     if unknown := sorted(set(names) - captions.keys()):
         raise UserError(
             f"{str(folder)!r}: folder {unknown[0]!r} is not named after one of the 32 ISIC captions (spaces as "
-            "underscores), nor after a prompt of image_log.json"
+            "underscores), nor after a prompt of image_log.json; rename it"
         )
     return {name: captions[name] for name in names}

@@ -1,4 +1,4 @@
-"""Checks of split tables: counts, images, and lesions that occur in several splits.
+"""Check split tables: counts, images, and lesions that occur in several splits.
 
     python -m ddpo_pytorch.data.isic --splits DIR [--images FOLDER] [--metadata CSV [--regroup OUT --seed S]]
 
@@ -45,7 +45,7 @@ def find_splits(folder: str | Path) -> dict[str, dict[str, Path]]:
 
 
 def read_splits(paths: Mapping[str, Path]) -> dict[str, list[Row]]:
-    """Read the tables of one set. Raises UserError for an image in two, and if a recorded hash differs."""
+    """Read the tables of one set. Raises UserError if two share an image, or if a recorded hash differs."""
     record, hashes = next(iter(paths.values())).parent / RECORD, {}
     if record.is_file():
         hashes = read_json(record, {"files": {str: {"sha256": str}}}, "make the splits again")["files"]
@@ -81,7 +81,7 @@ def report_counts(splits: Mapping[str, Sequence[Row]]) -> None:
 
 
 def check_images(splits: Mapping[str, Sequence[Row]], folder: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
-    """Decode the images of the splits; return (split, image id) of missing and the faults of broken images."""
+    """Decode the images of the splits; return (split, image id) of each missing one, and errors of broken ones."""
     paths, missing = [], []
     for split, rows in splits.items():
         images = [row.image for row in rows]
@@ -173,7 +173,7 @@ def assign(groups: np.ndarray, targets: np.ndarray, seed: int) -> np.ndarray:
 def regroup(
     splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, Mapping[str, str]], seed: int
 ) -> dict[str, list[Row]]:
-    """Return the rows in random order, with each lesion in one split and about the same sizes and frequencies."""
+    """Return splits with each lesion in only one, of about the old sizes and label frequencies, in random order."""
     if len(splits) < 2:
         raise UserError(f"there is only the split {', '.join(splits)}; regrouping needs two or three")
     frame = _frame(splits, metadata)
