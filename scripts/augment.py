@@ -4,8 +4,8 @@
 
 Sample folders are those of eval.py; captions determine the labels. A subgroup is a combination of labels. With ratio r,
 each subgroup of n real training images gets r x n synthetic ones; "balanced" fills each up to the size of the most
-common subgroup. All trainings (real; each folder x ratio; once per seed) use the same real validation and test images,
-and an epoch always has as many images as there are real ones. Trainings with the same seed start from the same weights.
+common subgroup. All runs (real; each folder x ratio; once per seed) use the same real validation and test images,
+and an epoch always has as many images as there are real ones. Runs with the same seed start from the same weights.
 The test split does not influence any of them.
 
 Writes <output>/<name>_<ratio>/seed<n>/ with the classifier, its logits on the test split and settings.json, and
@@ -135,7 +135,7 @@ def read_logits(path: Path, files: ImageFiles) -> np.ndarray:
 
 
 def write_report(trainings: Sequence[Training], data: Data, seeds: Sequence[int]) -> str:
-    """Write table4.md, .csv and .json from the logits of all trainings, and return the Markdown."""
+    """Write table4.md, .csv and .json from the logits of all training runs, and return the Markdown."""
     logits = defaultdict(list)
     for training in trainings:
         logits[training.name].append(read_logits(Path(FLAGS.output, training.folder, LOGITS), data.files["test"]))
@@ -187,14 +187,14 @@ def augment(accelerator: Accelerator, folders: dict[str, Path], ratios: Sequence
         logger.warning("%d seed(s) cannot tell differences from chance; give 3 or more", len(seeds))
     settings = check_settings(trainings, data, accelerator.num_processes)
     remaining = [training for training in trainings if not Path(FLAGS.output, training.folder, LOGITS).is_file()]
-    logger.info("%d trainings, %d are complete", len(trainings), len(trainings) - len(remaining))
+    logger.info("%d training runs, %d are complete", len(trainings), len(trainings) - len(remaining))
     if remaining:
         new_model(accelerator)  # raises for unusable weights before images are decoded
         cache = Path(FLAGS.output, "cache") if FLAGS.cache_dir is None else FLAGS.cache_dir
         with accelerator.local_main_process_first():
             sets = {name: decoded(files, cache) for name, files in data.files.items()}
     for number, training in enumerate(remaining, 1):
-        logger.info("training %d of %d: %s, seed %d", number, len(remaining), training.name, training.seed)
+        logger.info("training run %d of %d: %s, seed %d", number, len(remaining), training.name, training.seed)
         if accelerator.is_main_process:
             folder = Path(FLAGS.output, training.folder)
             claim_folder(folder, settings[folder], {"training": training.name})

@@ -54,7 +54,7 @@ def test_trainings_are_resumed_and_extended(world, tmp_path, run):
     run(world, output, sd, **usual)
     one_folder = files_of(output)
     log = run(world, output, sd, rl, **usual)
-    assert "6 trainings, 4 are complete" in log and "samples of" in log
+    assert "6 training runs, 4 are complete" in log and "samples of" in log
     before = files_of(output)
     assert all(before[name] == content for name, content in one_folder.items() if "/" in name)
     assert {name.split("/")[0] for name in before if "/" in name} == {"real", "SD_balanced", "SD-RL_balanced"}
@@ -76,7 +76,7 @@ def test_trainings_are_resumed_and_extended(world, tmp_path, run):
     # as if killed before the last logits were written: only these are computed again, and are the same
     (output / "SD-RL_balanced" / "seed1" / "test_logits.safetensors").unlink()
     log = run(world, output, sd, rl, **(usual | {"cache_dir": ""}))
-    assert "6 trainings, 5 are complete" in log and "epoch 0" not in log
+    assert "6 training runs, 5 are complete" in log and "epoch 0" not in log
     after = files_of(output)
     assert json.loads(after.pop("table4.json"))["rows"] == rows  # the file also records the flags
     del before["table4.json"]

@@ -121,7 +121,7 @@ class Training:
 def plan(
     real: Mapping[str, int], captions: Mapping[str, Sequence[str]], ratios: Sequence[Ratio], seeds: Sequence[int]
 ) -> list[Training]:
-    """Return all trainings, seed by seed, starting with the one on real images only.
+    """Return all training runs, seed by seed, each starting with the one on real images only.
 
     `real`: number of real training images by caption; `captions`: captions of the samples by folder name. Warns of
     missing samples. Raises UserError for a folder that would contribute no images.
@@ -160,7 +160,7 @@ class Data:
         return Counter(self.captions["train"])
 
     def training_files(self, training: Training) -> ImageFiles:
-        """Return the real training images, followed by the samples drawn for this training."""
+        """Return the real training images, followed by the samples drawn for this run."""
         files = self.files["train"]
         if training.drawn is None:
             return files

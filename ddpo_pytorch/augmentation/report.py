@@ -36,10 +36,10 @@ def compare(
     Returns a row for each attribute of `names` and their macro average, each training set and each of `MEASURES`:
 
     - mean and sd (n - 1) over seeds, values of each seed, images, and support, the images with the attribute;
-    - difference of the means to the first training set, with the 2.5 % and 97.5 % quantiles (low, high) of a bootstrap
-      over all N test images, with the same resamples for all seeds and training sets;
+    - difference of the mean from the first training set's, with the 2.5 % and 97.5 % quantiles (low, high) of a
+      bootstrap over all N test images, with the same resamples for all seeds and training sets;
     - p = 2 min(P(difference <= 0), P(difference >= 0)) over resamples, with the observed one included in both;
-    - seeds_agree: for all seeds, the difference to the first training set's same seed has the same sign.
+    - seeds_agree: for all seeds, the difference from the first training set at that seed has the same sign.
 
     Undefined values are None: AUC with one class absent, F1 without support, sd of one seed. The macro average is over
     the attributes that are defined; resamples with an undefined measure are ignored. Returns [] if no image is chosen.
@@ -128,10 +128,10 @@ def markdown(rows: Sequence[Row], metadata: Mapping[str, Any]) -> str:
     differences = sum(row.get("difference") is not None for row in rows)
     parts = [
         "# Table 4: classifiers trained on real and on synthetic images\n",
-        f"Mean ± standard deviation over {len(seeds)} trainings (seeds {', '.join(map(str, seeds))}) on the same real "
-        "validation and test images, with the same number of updates per epoch. An attribute is present where its "
+        f"Mean ± standard deviation over {len(seeds)} training runs (seeds {', '.join(map(str, seeds))}) on the same "
+        "real validation and test images, with the same number of updates per epoch. An attribute is present where its "
         "probability is above 0.5.\n",
-        "Differences are to the training on real images alone, with a 95 % interval and a two-sided p from "
+        "Differences are from training on real images alone, with a 95 % interval and a two-sided p from "
         f"{RESAMPLES} paired resamples of the test images: they cover the choice of test images, not that of seeds. * "
         "marks an interval without 0, *? one where the seeds disagree on the sign. By chance, about "
         f"{0.05 * differences:.0f} of {differences} differences would have such an interval.\n",
