@@ -81,9 +81,9 @@ def encode_data_set(
         vae: if None, images are only passed to `keep_image`, without latents.
         files: items (image, ...), images uint8 (3, H, W).
         rows, caption_ids: row and caption number of each item, stored in the shards.
-        contents: `content_numbers` of the items' files; a shard of other files is encoded again, unless it states none.
+        contents: `content_numbers` of the items' files; a shard of other files is redone, unless it records none.
         keep_image: receives (position, image) of each decoded image, in threads.
-        is_kept: whether the image at a position has been kept already; if not, its shard is encoded again.
+        is_kept: whether the image at a position was kept by an earlier run; if not, its shard is encoded again.
     """
     index, hashes = Path(folder) / INDEX, {}
     if index.is_file():

@@ -1,4 +1,4 @@
-"""Strict loading of the parts of a Stable Diffusion: every tensor and token is there, or an error names the file.
+"""Strict loading of the parts of Stable Diffusion: every tensor and token is present, or an error names the file.
 
 If a tensor is missing, diffusers and transformers only warn and leave random or uninitialised values; a tokenizer
 without its vocabulary silently maps every prompt to the same tokens.
@@ -70,8 +70,8 @@ def load_part(
             others = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise UserError(f"{name!r} {problem} {min(keys)}{others}; save or fetch both again")
     check_finite(part.state_dict(), name)
-    # The tensors lie in the mapped file, at any address. Products round by the alignment of their operands on some
-    # CPUs, so the same weights in another file would draw other images.
+    # The tensors are views of the memory-mapped file, at arbitrary alignment. On some CPUs, alignment affects how
+    # products are rounded, so the same weights in another file would give different images.
     for tensor in (*part.parameters(), *part.buffers()):
         tensor.data = tensor.data.clone()
     return part
@@ -139,7 +139,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel
 
 
 def _tokens_without_merges(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the number of tokens of a byte-pair vocabulary that no merge forms, or 0 if they are less than 1%."""
+    """Return the number of tokens of a byte-pair vocabulary that no merge forms, or 0 if they are at most 1%."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = json.loads(backend.to_str())["model"] if backend else {}
     if model.get("type") != "BPE":

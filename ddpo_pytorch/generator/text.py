@@ -80,7 +80,7 @@ def too_long(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list
 def check_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], what: str = "prompts") -> None:
     """Warn about truncated prompts; raise UserError if different prompts all become the same tokens.
 
-    The tokenizer then knows none of their words and letters. Prompts that differ only in case and spaces are the same.
+    The tokenizer then knows none of their words and letters. Prompts that differ only in case and spaces count as one.
     """
     if cut := too_long(tokenizer, prompts):
         limit = tokenizer.model_max_length
