@@ -79,7 +79,7 @@ class ArtifactClassifier(nn.Module):
             raise UserError(f"classifier architecture {arch!r} is unknown to timm; try efficientnet_b0 or tinynet_e")
         for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
-        self.to(memory_format=torch.channels_last)  # a training step on CPU takes 0.7 of the time, with equal logits
+        self.to(memory_format=torch.channels_last)  # a training step on a CPU takes 30 % less time, with equal logits
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
         """Resize images (B, 3, H, W) in [0, 1] (bilinear, antialiased) and normalise as ImageNet; input unchanged."""
@@ -134,7 +134,7 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> Art
         if head is None or head.ndim != 2 or len(head) not in (4, 6):
             raise UserError(
                 f"{str(path)!r} is not a published classifier: expected a dict with model_state_dict, names of "
-                "torchvision's EfficientNet-B0 under 'model.', and a head of 4 or 6 rows"
+                "torchvision's EfficientNet-B0 under 'model.', and a head of 4 or 6 rows; give another file"
             )
         make = partial(ArtifactClassifier, LABELS[: len(head)], PUBLISHED_SIZE, PUBLISHED_ARCH)
     return build(make, state, path).to(device)

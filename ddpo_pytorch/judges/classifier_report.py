@@ -149,7 +149,7 @@ def measure(
     """Return counts and measures (R, H) of R samples, in which image n occurs weights[r, n] times; NaN if undefined.
 
     `logits` (N, H) are finite, `truth` (N, H) is bool, `thresholds` is a number or (H,). `Report` defines the measures.
-    torchmetrics lacks such weights, with which a bootstrap of thousands of samples takes seconds.
+    torchmetrics has no such weights, which make a bootstrap of thousands of samples take seconds.
     """
     probabilities = expit(logits)
     predicted = probabilities > thresholds
@@ -175,7 +175,7 @@ def measure(
 
 
 def check_both_classes(labels: torch.Tensor, names: Sequence[str], table: str | Path, training: bool) -> None:
-    """Warn of each attribute of the labels (N, H) of a table that has one class only; in training, raise UserError."""
+    """Warn of each attribute with only one class in a table's labels (N, H); if `training`, raise UserError instead."""
     for name, positives in zip(names, (labels > 0).sum(0).tolist(), strict=True):
         if 0 < positives < len(labels):
             continue
@@ -189,8 +189,8 @@ def check_both_classes(labels: torch.Tensor, names: Sequence[str], table: str | 
 def best_thresholds(logits: torch.Tensor, labels: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
     """Return for each attribute the threshold on sigmoid(logit) with the highest F1 on logits and labels (N, H).
 
-    It lies half-way between the two probabilities that it separates; of thresholds with equal F1 it is the nearest to
-    0.5, and 0.5 without positives. Raises UserError for logits that are not finite.
+    It lies half-way between the two probabilities that it separates; of thresholds with equal F1, the nearest to 0.5
+    is taken. Without positives it is 0.5. Raises UserError for logits that are not finite.
     """
     thresholds, (scores, truth) = {}, _checked(logits, labels)
     for index, name in enumerate(names):

@@ -1,6 +1,6 @@
 """Training of the attribute classifier, bit-exact on resume, and its logits for a whole set of images.
 
-Order, flips and dropout of an epoch are functions of (seed, epoch, process), so a resumed training ends with the same
+Order, flips and dropout of an epoch are functions of (seed, epoch, process), so a resumed run ends with the same
 weights as an uninterrupted one. Batch-norm statistics are per process, as usual; the main process's are validated and
 saved.
 """
@@ -42,12 +42,12 @@ RANGES |= {"learning_rate": POSITIVE, "focal_gamma": NOT_NEGATIVE, "ema_decay": 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Settings of a training; the defaults are the official ones. Raises UserError for values out of range.
+    """Settings of a training run; the defaults are the official ones. Raises UserError for values out of range.
 
     `batch_size` is per process; training stops after `patience` epochs without a better validation loss. Not in the
     paper: `pos_weight` and `focal_gamma` compensate for rare attributes; `quarter_turns` adds rotations by 90 degrees
     to the flips; `ema_decay` validates and keeps a running average of the weights (timm's ModelEmaV3, warm-up
-    1 - (1 + step)^-3/4). The last two help when training from random weights. `num_workers` does not affect the result.
+    1 - (1 + step)^(-3/4)). The last two help when training from random weights. `num_workers` does not affect results.
     """
 
     num_epochs: int = 20
@@ -124,19 +124,19 @@ def fit(
     """Train `model` in place, load the weights of the epoch with the lowest validation loss, and return that epoch.
 
     AdamW (weight decay 1e-4), cosine decay to 1e-6, random flips. `pos_weight` (which needs both classes of every
-    attribute) and `focal_gamma` also apply to the validation loss. `state_path` is written after each epoch, resumed if
+    attribute) and `focal_gamma` also apply to the validation loss. `state_path` is written after each epoch, loaded if
     it exists, and removed at the end. `on_best` is called on every process for each better epoch while the model has
     its weights, and again after resuming, since files it wrote may have been lost. `epoch_images` is the number of
-    images per epoch, by default all of them, so that trainings on sets of different sizes can take the same number of
+    images per epoch, by default all of them, so that runs on sets of different sizes can take the same number of
     steps. `change` transforms half of each batch, uint8 images in random order; `change_name` identifies it when
     resuming. All objects prepared by the accelerator are released.
 
-    Raises UserError for a damaged state or another training's, too few images, and a loss that was never finite.
+    Raises UserError for a damaged state or another run's, too few images, and a loss that was never finite.
     """
     drawn, device = len(train) if epoch_images is None else epoch_images, accelerator.device
     rank, processes = accelerator.process_index, accelerator.num_processes
     if drawn < processes:
-        raise UserError(f"{drawn} training images per epoch are too few for {processes} processes")
+        raise UserError(f"{drawn} training images per epoch are too few for {processes} processes; start fewer")
     targets, pos_weight = val.targets.float(), None
     if recipe.pos_weight:
         positives = (train.targets > 0).sum(0)
@@ -159,7 +159,7 @@ def fit(
         "mixed_precision": accelerator.mixed_precision,
         "processes": processes,
         "initial weights": fingerprint(model),
-        # a cache identifies itself by the files behind it
+        # a cache is identified by the files behind it
         "training images": getattr(train, "files", train).digest(),
         "validation images": getattr(val, "files", val).digest(),
         "epoch_images": drawn,
@@ -226,7 +226,7 @@ def fit(
         if accelerator.is_main_process:
             best_state = best and {name: value for name, value in vars(best).items() if name != "labels"}
             state.save(epoch=epoch, updates=updates, best=best_state)
-        if better and on_best:  # after the state, so that its files never exist without one
+        if better and on_best:  # after the state is saved: files of `on_best` never exist without one
             call_on_best(best)
     if best:
         model.load_state_dict(best.weights)
@@ -242,7 +242,7 @@ def fit(
 
 
 def reset_scaler(accelerator: Accelerator) -> None:
-    """Reset fp16's gradient scaler, which a previous training may have changed, to its initial state."""
+    """Reset fp16's gradient scaler, which a previous run may have changed, to its initial state."""
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
 

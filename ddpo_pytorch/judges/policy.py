@@ -96,7 +96,7 @@ def save_policy(policy: Policy, path: str | Path) -> None:
 def load_policy_judge(path: str | Path, device: str | torch.device = "cpu", text_encoder: str | Path = "") -> Policy:
     """Load a Policy, frozen and in eval mode; `text_encoder` overrides the encoder's location in the file.
 
-    Raises UserError for a missing or invalid file, and for a text encoder other than the Policy was trained with.
+    Raises UserError for a missing or invalid file, and for another text encoder than the one in training.
     """
     description, weights = read_judge(path, "policy", DESCRIPTION)
     trained = description["text"]

@@ -1,7 +1,7 @@
 """The Selector scores the quality of an image in [0, 1], regardless of its prompt; a threshold accepts or rejects it.
 
 Vision transformer (patch 16, width 768, 6 layers, 12 heads at full size), then width -> 256 -> 64 -> 1. If experts
-rated criteria of quality, such as the clarity of the optic disc, the last layer has another output for each.
+rated criteria of quality, such as the clarity of the optic disc, the last layer has one more output for each.
 """
 
 import dataclasses

@@ -40,10 +40,10 @@ class VisionSizes:
     """Sizes of an image encoder: a vision transformer, or a `backbone` of timm. Raises UserError for impossible ones.
 
     `stem` turns patches into tokens: "linear" is one projection; "conv" is `conv_stem` (after Xiao et al. 2021), which
-    learns blur and noise from few images. `width` is the size of a token, split among `heads`; `dropout` follows
+    learns to see blur and noise from few images. `width` is the size of a token, split among `heads`; `dropout` follows
     positions, attention and both layers of each MLP, whose hidden width is `mlp_ratio` x width.
 
-    With a `backbone` (a timm model name), only image_size applies, and `width` to the Policy's MLP.
+    With a `backbone` (a timm model), the encoder uses only image_size; heads use `dropout`, the Policy's also `width`.
     """
 
     image_size: int = 512
@@ -102,7 +102,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def score_with(self, images: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        """Score images in [0, 1] and further inputs of `forward`: float32 in [0, 1], of its shape, without dropout."""
+        """Score images in [0, 1] with `inputs` of `forward`: float32 in [0, 1], of its shape, without dropout."""
         training, device = self.training, next(self.parameters()).device
         self.eval()
         try:
@@ -138,7 +138,7 @@ def vision_transformer(sizes: VisionSizes) -> VisionTransformer:
 
 
 class Detail(nn.Module):
-    """Append to images (B, 3, H, W) their difference to the mean of 3 x 3 pixels, times 8: (B, 6, H, W).
+    """Append to images (B, 3, H, W) their difference from the mean of 3 x 3 pixels, times 8: (B, 6, H, W).
 
     This detail shows blur, noise and missing vessels, but is small compared to differences in colour.
     """
