@@ -60,7 +60,7 @@ def measure_fundus_alignment(
     images: ImageSet, selector: np.ndarray, policy: np.ndarray, threshold: float, seed: int
 ) -> tuple[dict, np.ndarray, dict[str, np.ndarray]]:
     """Return the judges' block of metrics.json, alignment [s >= threshold] * p (N,), columns of per_image.csv."""
-    passes = selector.astype(np.float32) >= np.float32(threshold)  # the Selector's own comparison
+    passes = selector.astype(np.float32) >= np.float32(threshold)  # in float32, as `Selector.accepts`
     aligned = np.where(passes, policy, 0.0)
     values = {"alignment": aligned, "selector": selector, "pass_rate": passes.astype(float), "policy": policy}
     block: dict = {name: bootstrap_mean(x, images.groups, seed, resample_groups=True) for name, x in values.items()}

@@ -35,7 +35,7 @@ class Folder:
     facts: dict
     aligned: np.ndarray  # 0 or 1, for fundus images the alignment in [0, 1]
     columns: dict[str, Sequence]  # of per_image.csv
-    values: dict[str, np.ndarray]  # what groups of images are compared by
+    values: dict[str, np.ndarray]  # measures (N,) by which groups of images are compared
 
 
 def mean_reward(images: ImageSet, seed: int) -> Estimate:

@@ -26,7 +26,7 @@ def within_prompt_diversity(
 
     Each prompt contributes `per_group` random images, since the Vendi score grows with their number. Prompts with fewer
     are skipped; raises UserError if none is left. Intervals are percentiles over replicates that draw prompts with
-    replacement and their images without, since duplicates would lower the diversity, from up to 2 `per_group`.
+    replacement and images, from up to 2 `per_group` of a prompt, without it, as duplicates would lower the diversity.
     """
     numbers, counts = np.unique(groups, return_counts=True)
     used = numbers[counts >= per_group]
@@ -92,7 +92,7 @@ def within_pairs(groups: Sequence[int], seed: int, keys: Sequence[str]) -> list[
 
 
 def diversity_size(models: Sequence[ImageSet]) -> int:
-    """Return the images per prompt with which to measure diversity of all sets, or 0; ignores prompts with under 2."""
+    """Return the number of images per prompt to measure diversity of all sets with, or 0; ignores prompts below 2."""
     counts = [Counter(images.captions) for images in models]
     common = [min(count[caption] for count in counts) for caption in models[0].all_captions]
     return min([DIVERSITY_IMAGES, *(number for number in common if number > 1)]) if max(common) > 1 else 0

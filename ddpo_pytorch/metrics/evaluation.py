@@ -91,8 +91,8 @@ def pairs_of(images: ImageSet, sets: Sets, tools: Tools, seed: int) -> dict:
 class Context:
     """Settings, networks and sets that folders are measured against.
 
-    `per_group`: images per prompt for diversity. `spaces`: of features in which distances to training images are
-    measured. `baseline`: by space, distances of real images, except near copies, to their nearest training image.
+    `per_group`: images per prompt for diversity. `spaces`: names of the features in which distances to training images
+    are measured. `baseline`: by space, distances of real images, except near copies, to their nearest training image.
     `key`: name of the alignment measure in metrics.json.
     """
 
@@ -237,7 +237,7 @@ def combine(parts: Sequence, name: str = "", of_set: bool = False):
 
 
 def ceiling(captions: Sequence[str], real: Folder, seed: int) -> tuple[Estimate, float]:
-    """Return the judge's alignment of real images in the mix of `captions`, and the share of captions they cover."""
+    """Return the judge's alignment of real images in the mix of `captions`, and the share of those covered."""
     wanted, held = Counter(captions), Counter(real.images.captions)
     weights = np.array([wanted[c] / held[c] for c in real.images.captions])
     covered = sum(wanted[c] for c in held if c in wanted) / len(captions)

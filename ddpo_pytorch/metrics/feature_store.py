@@ -2,7 +2,7 @@
 
 A set is split into chunks of one batch. A chunk's file is named after the network (weights and preprocessing), the
 device unless it is the CPU, and the content of the images, so nothing is computed twice and a killed run resumes. Each
-process computes whole chunks, so results do not depend on the number of processes, nor memory on that of images.
+process computes whole chunks: the number of processes does not affect results, nor the number of images the memory.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class Network:
     name: str
     what: str
     sha256: str  # of the weight file
-    key: str  # names all that results depend on, such as weights and preprocessing
+    key: str  # identifies all that results depend on, such as weights and preprocessing
     run: Callable[..., torch.Tensor]
     reads_captions: bool = False
 
@@ -77,7 +77,7 @@ class FeatureStore:
         # on a CPU, one thread per operation and one operation per core: splitting sums would change the last bits
         self._on_cpu = accelerator.device.type == "cpu"
         precision = "tf32" if torch.backends.cudnn.allow_tf32 else "float32"
-        self._variant = "" if self._on_cpu else f"-{accelerator.device.type}-{precision}"  # other devices, other digits
+        self._variant = "" if self._on_cpu else f"-{accelerator.device.type}-{precision}"  # devices round differently
         self._threads = max(1, torch.get_num_threads()) if self._on_cpu else GPU_THREADS
 
     def features(self, title: str, images: ImageSet, networks: Sequence[Network]) -> dict[str, Rows]:

@@ -1,7 +1,7 @@
 """Distances between features of real and generated images: Frechet, kernel, two-sample test, precision, recall, ...
 
-The Frechet distance is not torchmetrics', whose eigenvalues of Cx Cy are neither symmetric nor 0 for equal sets with
-fewer images than features; the singular values used here are exact up to rounding.
+The Frechet distance is not torchmetrics', which uses eigenvalues of Cx Cy and is neither symmetric nor 0 for equal sets
+with fewer images than features; the singular values used here are exact up to rounding.
 """
 
 import random
@@ -88,7 +88,7 @@ def _mean_and_root(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @one_thread()
 def frechet_jackknife(groups: Sequence[torch.Tensor], real: torch.Tensor) -> Estimate:
-    """Return the Frechet distance to `real` of all groups, which are random, similarly large parts of generated images.
+    """Return the Frechet distance to `real` of all groups, random parts of similar size of the generated images.
 
     Both are `moments`. The interval (`jackknife_half_width`) is clipped at 0, takes `real` as given and does not cover
     the bias of few images. A bootstrap would repeat images, which makes every distance larger.
@@ -275,8 +275,8 @@ def manifold_metrics(
 
     Recall and coverage depend on the numbers of samples, so compare equal numbers only. Intervals take the real samples
     as given. Precision and density are means over fake samples, resampled within their `prompts` (M,). Recall and
-    coverage are not, and repeated samples would shrink balls to points: they use a jackknife or, if no group changes
-    them, the exact binomial interval of N real samples. Raises UserError for fewer than k + 1 samples in a set.
+    coverage are not means over these, and repeated samples would shrink balls to points: they use a jackknife or, if
+    no group changes them, the exact binomial interval of N real samples. Raises UserError below k + 1 samples in a set.
     """
     if not 1 <= k < min(len(real), len(fake)):
         got = f"{len(real)} real and {len(fake)} generated"

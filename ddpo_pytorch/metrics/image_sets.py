@@ -62,7 +62,7 @@ class ImageSet:
     def keys(self) -> list[str]:
         """Names of the images within the folder, "<caption>/<stem>"; images of the same noise have the same key.
 
-        Where several images of a table have the same, their paths in the folder take the place of the stem.
+        If several images of a table would share a key, their paths in the folder take the place of the stem.
         """
         names = [f"{caption}/{path.stem}" for path, caption in self.samples]
         repeated = {name for name, count in Counter(names).items() if count > 1}

@@ -114,7 +114,7 @@ def requested_models(metric: ConfigDict) -> dict[str, list[str]]:
 
 
 def find_sets(metric: ConfigDict, accelerator: Accelerator) -> Sets:
-    """Find, check and hash all files of the request. Raises as `inspect_files` and `list_samples`."""
+    """Find, check and hash all files of the request. Raises UserError as `inspect_files` and `list_samples` do."""
     prompts = list(metric.prompts)
 
     def samples_of(folder: str) -> tuple[Path, list]:
@@ -161,7 +161,7 @@ class Tools:
 
     @contextmanager
     def optional(self, title: str) -> Iterator[None]:
-        """Go on without a network of which the weights are unavailable, with the reason in `missing[title]`."""
+        """Continue without a network whose weights are unavailable, recording the reason in `missing[title]`."""
         try:
             yield
         except networks.Unavailable as error:

@@ -99,7 +99,7 @@ def bootstrap_mean(
 def bootstrap_unpaired_difference(
     a: np.ndarray, groups_a: np.ndarray, b: np.ndarray, groups_b: np.ndarray, seed: int
 ) -> Estimate:
-    """Return mean(b) - mean(a) of unpaired images (N,) and (M,) over shared prompts, resampled equally for both."""
+    """Return mean(b) - mean(a) of unpaired images (N,) and (M,) over shared prompts; both resample the same ones."""
     shared = np.intersect1d(groups_a, groups_b)
     if not len(shared):
         return Estimate.missing("no prompt in common")
@@ -126,8 +126,8 @@ def difference_interval(sides: Sequence, seeds: Sequence, resample_groups: bool)
 def bootstrap_ratio(numerator: np.ndarray, denominator: np.ndarray, groups: np.ndarray, seed: int) -> Estimate:
     """Return sum(numerator) / sum(denominator) over images (N,), such as recall; n counts images with a denominator.
 
-    Images are resampled; replicates with denominator 0 are dropped. If the ratio of every image is 0, or 1 of every
-    image, it is a share, also if images are weighted, and gets the exact binomial interval.
+    Images are resampled; replicates with denominator 0 are dropped. If all images have the ratio 0, or all have 1, the
+    result is a share, even if images are weighted, and gets the exact binomial interval.
     """
     numerator, denominator, groups = _columns(groups, numerator, denominator)
     images, total = int(np.count_nonzero(denominator)), denominator.sum()
@@ -160,7 +160,7 @@ def jackknife_half_width(value: float, left_out: np.ndarray, sizes: Sequence[int
     """Return half the width of a value's interval; left_out (G,): the value without each of G random image groups.
 
     t times the standard error, with G - 1 degrees of freedom and weights for unequal groups (Busing, Meijer and van der
-    Leeden 1999). For measures that repeated images would distort, since a bootstrap repeats images.
+    Leeden 1999). For measures that the repeated images of a bootstrap would distort.
     """
     shares = np.asarray(sizes) / np.sum(sizes)
     centre = len(shares) * value - ((1 - shares) * left_out).sum()
@@ -269,8 +269,8 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:
 def sign_flip_p(differences: np.ndarray, groups: np.ndarray, seed: int) -> float:
     """Return the two-sided p of a sign-flip test on the prompts' mean differences; the null is symmetry around 0.
 
-    Up to 12 prompts, all patterns of signs are enumerated; beyond that FLIPS are sampled, with p = (1 + as extreme) /
-    (1 + FLIPS). Not scipy's permutation_test, which takes minutes for many pairs.
+    Up to 12 prompts, all patterns of signs are enumerated; beyond that, FLIPS are sampled, and
+    p = (1 + number as extreme) / (1 + FLIPS). Not scipy's permutation_test, which takes minutes for many pairs.
     """
     differences, groups = _columns(groups, differences)
     _, index, counts = np.unique(groups, return_inverse=True, return_counts=True)

@@ -61,9 +61,9 @@ def share_closer(distances: np.ndarray, baseline: np.ndarray, groups: np.ndarray
 
 
 def authenticity(train: Any, distances: np.ndarray, indices: np.ndarray, groups: np.ndarray, seed: int) -> Estimate:
-    """Return the share of samples whose nearest training image is nearer to another training image (Alaa et al. 2022).
+    """Return the share of samples farther from the nearest training image than it is from another (Alaa et al. 2022).
 
-    distances and indices (N,): from `nearest` in train, `Rows` (M, F). Other samples may be copies with noise. The
+    distances and indices (N,): from `nearest` in train, `Rows` (M, F). The other samples may be noisy copies. The
     interval resamples images within prompts `groups` (N,) and takes the training images as given.
     """
     if len(train) < 2:
@@ -77,7 +77,7 @@ def membership_auc(train: np.ndarray, val: np.ndarray, base: tuple[np.ndarray, n
     """Return the probability that a training image has a lower loss than a validation image; 0.5 is chance.
 
     train (N,) and val (M,): losses of one model, at least 2 each. `base`: losses of the same images under another
-    model; returns the difference to its probability. Intervals of DeLong et al. (1988), for independent images.
+    model, whose probability is subtracted. Intervals of DeLong et al. (1988), for independent images.
     """
 
     def above(losses: np.ndarray, others: np.ndarray) -> np.ndarray:  # share of others above each; ties count half
@@ -104,7 +104,7 @@ def closest(distances: np.ndarray, indices: np.ndarray, count: int = CLOSEST) ->
 
 
 def find_neighbours(extractor: str, images: ImageSet, train: ImageSet) -> Neighbours:
-    """Return cosine distance to (N,) and index of (N,) the nearest training image; thumbnails also match mirrored."""
+    """Return cosine distance (N,) and index (N,) of the nearest training image; thumbnails match mirrored ones, too."""
     rows, reference = images.rows[extractor], train.rows[extractor]
     best, where = nearest(rows, reference)
     if extractor == THUMBNAILS.name:
@@ -138,7 +138,7 @@ def measure_memorisation(
             for i in closest(distances, indices)
         ],
     }
-    if extractor != THUMBNAILS.name:  # mirrored thumbnails, which count there, would bias it
+    if extractor != THUMBNAILS.name:  # they also match mirrored images, which would bias it
         result["authenticity"] = authenticity(train.rows[extractor], distances, indices, fake.groups, seed)
     if baseline is not None and len(baseline):
         share, threshold = share_closer(distances, baseline, fake.groups, seed)

@@ -113,7 +113,7 @@ def official_uint8(images: torch.Tensor) -> torch.Tensor:
 
 
 def encoder_network(name: str, option: str, device: Device = "cpu") -> Network:
-    """Load an encoder of `ENCODERS` or of timm that maps images to features; raises as `inception_network`.
+    """Load an encoder of `ENCODERS` or of timm that maps images to features; raises as `inception_network` does.
 
     Images are resized to 224 px for DINOv2, else to the size that timm states. CLIP returns its projected embedding.
     """
@@ -136,7 +136,7 @@ def encoder_network(name: str, option: str, device: Device = "cpu") -> Network:
 
 
 def lpips_network(option: str, device: Device = "cpu") -> Network:
-    """Load LPIPS (AlexNet, v0.1 layers of the lpips package): two batches to (B, 1); raises as `inception_network`."""
+    """Load LPIPS (AlexNet, v0.1 layers of the lpips package): two batches to (B, 1). Raises as `inception_network`."""
     path = weight_file(option, URL_ALEXNET, "--config.metric.alexnet")
     state, _ = read_tensors(path)
     with warnings.catch_warnings():
@@ -206,7 +206,7 @@ def _weights_of(path: Path, network: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, RuntimeError) as error:
-        raise UserError(f"{str(path)!r} are not {network} weights ({one_line(error, 150)})") from error
+        raise UserError(f"{str(path)!r} does not fit {network} ({one_line(error, 150)}); give another file") from error
 
 
 def _download(url: str, path: Path) -> bool:

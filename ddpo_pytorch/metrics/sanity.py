@@ -58,7 +58,7 @@ def select(images: ImageSet, indices: Sequence[int]) -> ImageSet:
 
 
 def sanity_sets(sets: Sets, folder: Path, seed: int, accelerator: Accelerator) -> tuple[Sets, dict[str, str]]:
-    """Return half of the real images, as they are and degraded, as models, the other half as real; and missing sets.
+    """Return half of the real images, unchanged and degraded, as models, the other half as `real`; and missing sets.
 
     The main process writes degraded images to `folder`: blur (sigma of 1/64 of the width), JPEG (quality 10), hue (a
     tenth of the circle), crop (the middle 80 % of each side), "duplicates" (each prompt's first half of the images,
@@ -79,7 +79,7 @@ def sanity_sets(sets: Sets, folder: Path, seed: int, accelerator: Accelerator) -
         paths = [known[caption].pop(0) for caption in half.captions if known[caption]]
         if len(paths) == len(half):
             jobs["training images"] = paths, range(len(half)), lambda image: image
-        elif paths:  # fewer would leave fewer images of every set, since all are matched by caption
+        elif paths:  # too few would shrink all sets, which are matched by caption
             missing["training images"] = f"metric.train_path has {len(paths)} of the {len(half)} images by caption"
         else:
             missing["training images"] = "metric.train_path has none of the captions; give images/<caption>/ or a table"

@@ -67,8 +67,8 @@ def pairs_by_name(names: Sequence[str], others: Sequence[str], what: str) -> lis
 def measure_pairs(images: ImageSet, names: Sequence[str], seed: int, share: bool = False) -> dict[str, Estimate]:
     """Return the means of the measures of pairs of `names` that the set has (`ImageSet.pairs`).
 
-    Intervals resample pairs as if independent, though an image may be in two of them, and, except for MS_SSIM, of pairs
-    of any prompts, also prompts. `share`: as for `bootstrap_mean`.
+    Intervals resample pairs as if independent, though an image may be in two of them, and prompts too, except for
+    MS_SSIM, whose pairs mix prompts. `share`: as for `bootstrap_mean`.
     """
     result = {}
     for name in filter(images.pairs.get, names):

@@ -32,7 +32,7 @@ def name_groups(sets: Sequence[ImageSet], columns: Sequence[str]) -> None:
 
 
 def largest_gap(values: np.ndarray, names: np.ndarray, seed: int) -> dict[str, Estimate | float]:
-    """Return "gap", the largest difference between group means of values (N,), and "p", that of one as large by chance.
+    """Return "gap", the largest difference of group means of values (N,), and its p-value, "p", by permutation.
 
     The interval resamples the images of both groups and ignores that these were selected as extremes, which makes the
     gap too large on average; the permutation test over all groups accounts for it. Groups of one image are ignored.
@@ -69,7 +69,7 @@ def measure_groups(
     """Return n, the mean of each of `values` (N,) and KID for each group of one column, and the gaps by measure.
 
     N counts the images of all folders of a model. KID is the distance in one feature space to the real images of the
-    same group, or to all real images if these are fewer than 4; it needs 4 images on either side.
+    same group, or to all real ones if the group has fewer than 4; it needs 4 images on either side.
     """
     blocks: dict[str, dict] = {}
     names = np.concatenate([images.names[column] for images in folders])
