@@ -15,9 +15,9 @@ VISIBLE, ERASABLE = 0.005, 0.015
 
 
 def degrade(image: np.ndarray, kind: str, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Degrade a uint8 (H, W, 3) fundus image, inside its field of view, by one of KINDS with a strength in (0, 1].
+    """Degrade a uint8 (H, W, 3) fundus image inside its field of view, by one of KINDS with a strength in (0, 1].
 
-    Or by one of STRUCTURAL, which makes it unlike any retina, regardless of the strength.
+    STRUCTURAL kinds are allowed, too; they make it unlike any retina, whatever the strength. UserError for others.
     """
     if kind not in _DEGRADE or not 0 < strength <= 1:
         raise UserError(f"degradation {kind!r} of {strength}: kinds are {', '.join(_DEGRADE)}; strengths in (0, 1]")
@@ -88,7 +88,7 @@ def _exposure(image: np.ndarray, field: np.ndarray, strength: float, rng: np.ran
 
 
 def _crop(image: np.ndarray, field: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Blacken one side of the field, like a camera off axis."""
+    """Blacken one side of the field, as an off-axis camera does."""
     height, width, _ = image.shape
     angle, radius = rng.uniform(0, 2 * math.pi), 0.5 * width
     x, y = np.arange(width) + 0.5 - width / 2, np.arange(height)[:, None] + 0.5 - height / 2

@@ -44,12 +44,12 @@ def write_rating_set(
 ) -> None:
     """Write ratings.csv and images/<number>.png: each image in the grades 3 (unchanged), 2 and 1.
 
-    A share `structural` of them is also written with damage of STRUCTURAL. These, and images below VISIBLE, which are
-    written unchanged, have quality and alignment 1. Other modalities have neither of them, nor erased vessels.
+    A share `structural` is also written with STRUCTURAL damage. These, and images with vessel contrast below VISIBLE,
+    written once and unchanged, have quality and alignment 1. Only fundus images get either, or erased vessels.
 
     Names and order do not reveal the grade. `quality` is the grade. A share `mismatched` of each grade has the caption
-    of another image without a common finding and `alignment` 1 instead of 3; `rating` is the lower of both. Ratings are
-    by a faultless rater "truth" of level 3, or by `raters` raters of levels 3, 2, 1, 3, ..., with errors as in ERRORS.
+    of another image without a common finding and `alignment` 1 instead of 3; `rating` is the lower of the two. Raters:
+    a faultless "truth" of level 3, or `raters` raters of levels 3, 2, 1, 3, ..., with errors as in ERRORS.
 
     Images with a `quality` below 3 in the table are left out. The same call completes a partial set.
     """
