@@ -38,7 +38,7 @@ async function ask(address, options) {
   try {
     answer = await fetch(address, options);
   } catch {
-    throw new Error("The server does not answer, and the last click may not be saved. If it is still running, try again.");
+    throw new Error("The server does not answer, and your last click may be lost. If the server is still running, try again.");
   }
   if (answer.ok) return answer;
   const { detail } = await answer.json().catch(() => ({}));

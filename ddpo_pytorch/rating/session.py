@@ -89,7 +89,7 @@ def distinct(items: Sequence[Item]) -> list[Item]:
 
 
 def pair_items(first: Sequence[Item], second: Sequence[Item]) -> list[Item]:
-    """Return the first source's images, each with the second's n-th image of the same prompt, by name, as its rival."""
+    """Return the first source's images with their rivals: of each prompt, the second source's n-th image by name."""
     by_source: list[dict[str, list[Item]]] = [defaultdict(list), defaultdict(list)]
     for items, by_prompt in zip((first, second), by_source, strict=True):
         for item in distinct(items):
@@ -132,12 +132,12 @@ class Progress:
         """Record the "rate" or "skip" of a question."""
         self._remove(number)
         if action == "skip":
-            again = (number, "skip") not in self.history and self.waiting  # the only one left would reappear at once
+            again = (number, "skip") not in self.history and self.waiting  # the only one left would be next again
             (self.waiting if again else self.postponed).append(number)
         self.history.append((number, action))
 
     def undo(self) -> None:
-        """Ask the last question again, next."""
+        """Undo the last answer, so that its question is asked next."""
         number, action = self.history.pop()
         if action == "skip":
             self._remove(number)

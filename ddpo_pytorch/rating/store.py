@@ -26,7 +26,7 @@ from ddpo_pytorch.utils.files import append, lock, remove_leftovers, write_file
 if TYPE_CHECKING:
     from ddpo_pytorch.rating.session import Item
 
-# `other`: the image that image_path is compared with. All but `mode` are empty if they were not asked.
+# `other`: the image that image_path is compared with. All but `mode` are empty if not asked.
 OPTIONAL = (*ratings.APART, "other", *ratings.CRITERIA, "mode")
 COLUMNS = (*ratings.COLUMNS, *OPTIONAL)
 JOURNAL_COLUMNS = ("time", "action", *COLUMNS)
@@ -52,7 +52,7 @@ class Answer(NamedTuple):
 
 
 def rater_name(text: str) -> str:
-    """Return a rater's name stripped and in NFC, or raise UserError; 1 to 64 printable characters without commas."""
+    """Return a rater's name, stripped, in NFC. UserError unless it has 1 to 64 printable characters and no commas."""
     name = unicodedata.normalize("NFC", text.strip())
     if not 1 <= len(name) <= 64 or not name.isprintable() or "," in name:
         raise UserError(f"the rater's name is {text[:80]!r}; give 1 to 64 printable characters without commas")
@@ -62,7 +62,7 @@ def rater_name(text: str) -> str:
 class Store:
     """The table at `path` and its journal, for answers of one `mode`, locked for this process. Not thread-safe.
 
-    Raises UserError for a table of another mode; rows of earlier versions may not state theirs.
+    Raises UserError for a table of another mode; rows of earlier versions may lack the mode.
     """
 
     def __init__(self, path: str | Path, mode: str = "rate"):
@@ -116,7 +116,7 @@ class Store:
         """Record one of ACTIONS. Raises OSError, and records nothing, if it cannot be written.
 
         `answers`: rating, expert_level, alignment and those of `ratings.CRITERIA` that were given. With an alignment,
-        the rating is only the quality, and the lower of both is stored as the rating.
+        the rating is only the quality, and the lower of the two is stored as the rating.
         """
         if not self._lock.is_locked:
             raise OSError(errno.ESHUTDOWN, "the server has stopped")
@@ -185,7 +185,7 @@ class Store:
             first = columns[: -len(OPTIONAL)]
             return read_table(path, "table of ratings", first, make, OPTIONAL, free_text="prompt", content=content)
         except UserError as error:
-            raise UserError(f"{error}; correct that, move {str(path)!r} away, or give another --out") from error
+            raise UserError(f"{error}; correct it, move {str(path)!r} away, or give another --out") from error
 
 
 def _replay(clicks: Iterable[Sequence[str]], before: Mapping[Key, list[str]] | None = None) -> dict[Key, list[str]]:
@@ -206,7 +206,7 @@ def _key(cells: Sequence[str], action: str) -> Key:
 
 
 def _asked(cells: Sequence[str], questions: Container[Question]) -> Question | None:
-    """Return which of these questions a row answers, of pairs in either order."""
+    """Return the one of these questions that a row answers (pairs in either order), or None."""
     image, prompt, other = cells[0], cells[4], cells[9]
     return next((one for one in ((image, prompt, other), (other, prompt, image)) if one in questions), None)
 
@@ -230,7 +230,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def _restore(path: Path, content: bytes, *before: bytes) -> None:
-    """Write a file unless it has this content; first save a copy of anything but a prefix of `content` or `before`."""
+    """Write a file unless it has this content; first copy what it held, except a prefix of `content` or `before`."""
     if (actual := _bytes(path)) == content:
         return
     if not any(expected.startswith(actual) for expected in (content, *before)):
