@@ -110,7 +110,7 @@ def curves(runs: Mapping[str, Sequence[Mapping]]) -> list[Plot]:
 
 
 def heatmap(moves: pd.DataFrame, title: str) -> Plot:
-    """Plot numbers by row and column, blue below 0 and red above, saturated from 5."""
+    """Plot numbers by row and column, blue below 0 and red above, saturated beyond +-5."""
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):  # narrow, so that labels are legible on phones
         figure = Figure(figsize=(4, 2.6 + 0.36 * len(moves)), layout="constrained")
         axes = figure.subplots()

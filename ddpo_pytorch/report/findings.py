@@ -242,7 +242,7 @@ def group_tables(result: Mapping) -> dict[str, pd.DataFrame]:
 
 
 def sanity_table(result: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return each metric of each degraded set ("*": interval is apart), and its change in the first's half-widths."""
+    """Return each degraded set's metrics ("*": interval is apart), and their changes in half-widths of the first's."""
     models = result["sanity"]["models"]
     first = next(iter(models.values()))
     columns = [(f"{measure_of(result)} (%)", ("alignment", "{judge}", measure_of(result)), ".1f", 100)]
