@@ -91,7 +91,7 @@ def draw_images(
 def images_per_pass(pipe: StableDiffusionPipeline, batch_size: int) -> int:
     """Return the number of images per pass: `batch_size` on a GPU, a function of the model alone on a CPU.
 
-    On a CPU, passes of more than 32 images of 16 x 16 latents (2 of 64 x 64) are no faster, so fixing the size is free.
+    On a CPU, passes of more than 32 images of 16 x 16 latents (2 of 64 x 64) are no faster: a fixed size costs nothing.
     """
     if pipe.device.type != "cpu":
         return batch_size

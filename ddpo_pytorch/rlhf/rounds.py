@@ -1,7 +1,7 @@
 """Rounds of improvement: each changes the generator, measures it, and stops the run if the generator has collapsed.
 
 Judges that did not choose any training images score images from fixed noise, so that rounds differ only in the
-generator. Kernel distance to real images and diversity reveal higher scores from images that merely exploit the judges.
+generator. Kernel distance to real images and diversity reveal when scores rise only because images exploit the judges.
 """
 
 import itertools
@@ -46,7 +46,7 @@ CONTENTS = ("judges", "held_out_judges", "csv", "held_out_csv")  # compared by c
 RATING_INPUTS = ("ratings", "val_ratings", "text_encoder", "autoencoder")  # of the Policy's stage 2
 SAMPLE = ("scheduler", "num_steps", "eta", "guidance_scale")
 FINETUNING = ("num_steps", "batch_size", "learning_rate", "ema_decay", "real_share")  # also of improve
-KID_IMAGES = 4  # real and drawn ones that KID needs for a standard error
+KID_IMAGES = 4  # of real and of drawn images, for a standard error of KID
 FREE = ("output", "rounds", "control_guidance")  # do not affect a round
 
 
@@ -294,7 +294,7 @@ def round_settings(config: ConfigDict, device: torch.device) -> dict[str, Any]:
     """Return what identifies the rounds of a folder: settings, and fingerprints of the files that they name.
 
     These are settings of all rounds and those that the scripts of the configured methods read. Loads what the scripts
-    load, and raises UserError as they would, hours later.
+    load, and so raises at once the UserErrors that they would raise hours later.
     """
     improve, pretrained = config.improve, config.pretrained
     ddpo = with_fields(config, ddpo_fields(improve.judges)) if "ddpo" in improve.methods else None
