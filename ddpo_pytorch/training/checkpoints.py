@@ -125,7 +125,7 @@ def find_checkpoint(path: str | Path) -> Path:
             logger.warning("%s is damaged (%s): resuming from %s instead", damaged, reason, checkpoint.name)
         return checkpoint
     if not damages:
-        raise UserError(f"{str(path)!r} is neither a checkpoint nor a run folder with checkpoint_<epoch> folders")
+        raise UserError(f"{str(path)!r} is neither a checkpoint nor a run folder with checkpoint_<epoch>/; give one")
     newest, damage = damages[0]
     raise UserError(
         f"no checkpoint of {str(path)!r} is undamaged, the newest is {newest.name} ({damage}); restore one, or start "
@@ -271,7 +271,7 @@ def link_best(run_dir: str | Path, epoch: int) -> None:
 
 
 def repair_best(run_dir: str | Path, epoch: int | None) -> bool:
-    """Make `best` a link to the checkpoint after `epoch` epochs, or no link for None; a kill may have left another.
+    """Point `best` to the checkpoint after `epoch` epochs, or remove it for None; a kill may have left another link.
 
     Returns False if that checkpoint is missing or damaged; damaged ones are quarantined. Main process only.
     """

@@ -37,7 +37,7 @@ def check_groups(advantage: str, prompts: Sequence[str]) -> None:
 
 
 class HealthCheck:
-    """Checks each epoch of a training with settings `config.train`; logs each kind of problem once, if `active`."""
+    """Checks each epoch of a run with settings `config.train`; logs each kind of problem once, if `active`."""
 
     def __init__(self, train: ConfigDict, active: bool = True):
         self._train, self._active = train, active

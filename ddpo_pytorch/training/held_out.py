@@ -42,7 +42,7 @@ def draw_fixed(
     batch_size: int,
     show: Callable[[Sequence], Iterable] = iter,
 ) -> Iterator[tuple[range, torch.Tensor]]:
-    """Draw an image for each prompt, number i from `noise(i)`; yield this process's batches: numbers, (B, 3, H, W).
+    """Draw image i of prompts[i] from `noise(i)`; yield this process's batches: numbers i, images (B, 3, H, W).
 
     Every process draws the same number of batches, repeating some of another process if needed, because a UNet sharded
     by FSDP needs all processes in every pass. `show` wraps the batches in a progress bar.

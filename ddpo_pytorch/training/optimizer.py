@@ -44,7 +44,7 @@ class GuardedOptimizer:
     """Optimizer wrapper that clips gradients to `max_grad_norm` over all parameters and skips non-finite steps.
 
     `optimizer` was prepared by `accelerator`, whose gradient scaler does the skipping with fp16. `limit` skipped steps
-    in a row abort the training.
+    in a row abort the run.
     """
 
     def __init__(self, accelerator: Accelerator, optimizer: AcceleratedOptimizer, max_grad_norm: float, limit: int):

@@ -145,7 +145,7 @@ def per_sample_gradients(unet: nn.Module, rows: int) -> Iterator[Gradients]:
         for layer in (module for module in unet.modules() if isinstance(module, lora.Linear)):
             down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
             gradients[down.weight] = down.weight.new_zeros(rows, *down.weight.shape)
-            gradients[up.weight] = up.weight.new_zeros(rows, *up.weight.T.shape).mT  # memory order of the additions
+            gradients[up.weight] = up.weight.new_zeros(rows, *up.weight.T.shape).mT  # transposed, as backward adds
             replace(down, _linear_forward)
             replace(up, _linear_forward)
             if is_fused(layer):

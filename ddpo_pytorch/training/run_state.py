@@ -102,7 +102,7 @@ class BestAndCollapse(Remembered):
 
 
 def criteria(config: ConfigDict) -> tuple[RewardPlateau, BestAndCollapse]:
-    """Return the stopping criteria of a run, at its start."""
+    """Return the stopping criteria of a run, in their initial state."""
     early, held_out = config.early_stop, config.held_out
     return RewardPlateau(early.tolerance, early.patience), BestAndCollapse(held_out.tolerance, held_out.patience)
 
@@ -110,7 +110,7 @@ def criteria(config: ConfigDict) -> tuple[RewardPlateau, BestAndCollapse]:
 def is_finished(folder: str | Path, config: ConfigDict) -> bool:
     """Return whether the newest checkpoint of a run has all epochs or met a stopping criterion.
 
-    Otherwise train.py was stopped by a signal, after which it also exits with code 0. Raises as `find_checkpoint`.
+    Otherwise train.py was stopped by a signal, after which it also exits with code 0. Raises as `find_checkpoint` does.
     """
     progress, (plateau, watch) = checkpoints.read_progress(checkpoints.find_checkpoint(folder)), criteria(config)
     plateau.load_state_dict(progress["plateau"])
@@ -121,7 +121,7 @@ def is_finished(folder: str | Path, config: ConfigDict) -> bool:
 class RunState(Remembered):
     """Progress, logs and checkpoints of a run of train.py, either a new one or one that is resumed.
 
-    Every process keeps the progress, the main process writes. The folder, locked until `close`, holds metrics.jsonl
+    Every process keeps the progress; only the main one writes. The folder, locked until `close`, holds metrics.jsonl
     (one line per epoch), held_out.jsonl (one line per evaluation: epochs completed, apr, reward, apr_by_prompt),
     config.json, checkpoint_<epochs completed>/ and best.
 
