@@ -45,7 +45,7 @@ def import_function(path: str, setting: str) -> Callable:
     finally:
         sys.path.remove(folder)  # the module may have put others before it
     if not callable(function):
-        raise UserError(f"{setting}: {path!r} is not a function")
+        raise UserError(f"{setting}: {path!r} is not a function; give module:function")
     return function
 
 
@@ -211,7 +211,7 @@ def _check_given(path: str, name: str, option: str) -> None:
 
 
 class Configuration(ConfigDict):
-    """A configuration that accepts a dict in place of a block, as configurations of ddpo-pytorch give.
+    """A configuration that accepts a dict in place of a block, as in configurations of ddpo-pytorch.
 
     A dict changes the fields that it names, but replaces a block of keyword arguments. A ConfigDict replaces any block.
     """

@@ -3,7 +3,7 @@
 `accelerate launch --config_file config/accelerate/fsdp.yaml` shards gradients and optimizer state (ZeRO-2, Rajbhandari
 et al. 2020): Accelerate splits every tensor of the UNet along its first dimension (PyTorch's `fully_shard`), on GPUs
 and, with gloo, on CPUs. Files hold full tensors, so a checkpoint can be resumed by any number of processes, with or
-without FSDP. A forward or backward pass of a sharded UNet is collective: every process must make the same number.
+without FSDP. Passes of a sharded UNet, forward and backward, are collective: every process must run equally many.
 """
 
 import logging

@@ -24,7 +24,7 @@ PIPELINE_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 # files of a folder that count: weights, configurations, vocabularies and tables; not images, logs, unfinished states
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".json", ".txt", ".csv", ".npz", ".onnx", ".py")
 _UNFINISHED = ".unfinished.pt"
-# entries of a configuration without effect; the dtype of weights is hashed with them
+# entries of a configuration without effect; the dtype is hashed with the weights
 _IGNORED = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 
 
@@ -47,7 +47,7 @@ def pipeline_fingerprints(pipe: Any, parts: Iterable[str] = PIPELINE_PARTS) -> d
 def with_contents(settings: Any) -> Any:
     """Return settings in which each string that names an existing file or folder is replaced by its Path.
 
-    A plain word is no path, even where a folder of that name happens to exist.
+    A plain word is not taken for a path, even if a folder of that name exists.
     """
     if isinstance(settings, Mapping):
         return {name: with_contents(value) for name, value in settings.items()}

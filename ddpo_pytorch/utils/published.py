@@ -52,7 +52,7 @@ UNPACKED = ".unpacked"  # suffix of the folder of extracted content, before its 
 
 @contextmanager
 def opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open a zip after `check_entries`. Raises UserError if it cannot be read, also by the code in the context."""
+    """Open a zip after `check_entries`. Raises UserError if it cannot be read, now or within the context."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; scripts/download.py fetches it")
     try:
@@ -73,7 +73,7 @@ def check_entries(path: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
     if len(entries) > MOST_ENTRIES or content > max(SMALL, LARGEST_GROWTH * size):
         raise UserError(
             f"{path} of {size / 2**20:.1f} MiB states {content / 2**20:.1f} MiB of content in {len(entries)} entries; "
-            f"pictures have at most {LARGEST_GROWTH} times as much, in {MOST_ENTRIES} entries; {refused}"
+            f"at most {LARGEST_GROWTH} times its size and {MOST_ENTRIES} entries are accepted; {refused}"
         )
     seen: dict[tuple[str, ...], tuple[tuple[str, ...], bool]] = {}  # (spelling, is a folder) by case-folded path
     for entry in entries:

@@ -54,9 +54,9 @@ def generator_of(seed: int, stream: Stream, *progress: int, device: torch.device
 
 
 class EndlessBatches(Sampler[list[int]]):
-    """Endless batches of indices below `count`, with a new permutation every `count // (batch_size * processes)`.
+    """Endless batches of indices below `count`, from one permutation per `count // (batch_size * processes)` batches.
 
-    Each process gets its part of a batch. The remainder of a permutation is dropped. A resumed run starts at `first`.
+    Each process gets its part of a batch; what remains of a permutation is dropped. A resumed run starts at `first`.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, first: int = 0, rank: int = 0, processes: int = 1):

@@ -1,4 +1,4 @@
-"""The state of an unfinished training: a single file, written atomically, from which the same command resumes."""
+"""The state of an unfinished training run: a single file, written atomically, from which the same command resumes."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from ddpo_pytorch.utils.weights import read_pickle
 
 
 class TrainState:
-    """Save and load everything that changes during a training.
+    """Save and load everything that changes during training.
 
         state = TrainState(path, settings, model=model, optimizer=optimizer, scheduler=scheduler)
         progress = state.load() or {"epoch": 0}
@@ -23,7 +23,7 @@ class TrainState:
 
     Args:
         path: the file; None saves no state.
-        settings: JSON-able values that identify the training; a state with other ones is rejected.
+        settings: JSON-able values that identify the run; a state with others is rejected.
         parts: objects with `state_dict` and `load_state_dict`, or None.
     """
 
@@ -65,6 +65,6 @@ class TrainState:
             torch.save({"state": state, "belongs_to": json.dumps(self.settings)}, file)
 
     def remove(self) -> None:
-        """Delete the file of a finished training."""
+        """Delete the file of a finished run."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)

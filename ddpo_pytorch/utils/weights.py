@@ -1,7 +1,7 @@
 """Read weight files without running code; errors say what a file is instead.
 
 Browsers save login pages under the name of a checkpoint, clones without Git LFS hold pointers, full disks leave half a
-file, and diverged trainings leave NaN. All of these are recognised here and nowhere else.
+file, and diverged training leaves NaN. All of these are recognised here and nowhere else.
 """
 
 import re
@@ -18,7 +18,7 @@ from ddpo_pytorch.utils.errors import UserError, one_line
 
 # Checkpoints wrap their state dict: ours and the published classifiers under the first name, timm's under the second.
 WRAPPERS = ("model_state_dict", "state_dict")
-# What a text file in place of weights is, by its beginning, and what to do.
+# Text files found in place of weights: their beginning -> description and advice.
 TEXTS = {
     "version https://git-lfs": "is a Git LFS pointer; fetch the file itself with `git lfs pull`",
     "<": "looks like a web page (HTML or XML); download it again, from a link that leads to the file itself",
@@ -118,7 +118,7 @@ def read_head(path: Path) -> bytes:
     Safetensors have a NUL among their first 8 bytes, archives soon after, and other pickles do not begin with UTF-8.
     """
     if not path.is_file():
-        raise UserError(f"{str(path)!r} does not exist or is not a file")
+        raise UserError(f"{str(path)!r} does not exist or is not a file; give another path")
     with open(path, "rb") as file:
         head = file.read(1024)
     if b"\0" in head[:32]:
