@@ -186,7 +186,7 @@ def fetch(root: Path) -> None:
             problems.append(name)
     if "published files" in problems:
         logger.warning(
-            "Google Drive often refuses scripts, for up to a day. Run this again later, or by hand:\n  1. open %s in a "
+            "Google Drive often blocks scripts for up to a day. Rerun this later, or do it by hand:\n  1. open %s in a "
             "browser\n  2. download %s\n  3. put them into %s\n  4. python scripts/download.py --check %s",
             *(DRIVE_URL, ", ".join(" or ".join(spellings(file)) for file in FILES), published, published),
         )

@@ -78,7 +78,7 @@ def extract(accelerator: Accelerator, config: ConfigDict) -> None:
         save_image(paths[position], image.float() / 255, f"source {contents[position]}")
 
     def is_kept(position: int) -> bool:
-        """Return whether the image of this source has been written; earlier versions did not name it."""
+        """Return whether the image of this source was written; earlier versions did not record the source."""
         path = paths[position]
         return is_intact(path) and comment_of(path) in ("", f"source {contents[position]}")
 

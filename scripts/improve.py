@@ -236,12 +236,12 @@ def link_best(output: Path, model: Path) -> None:
     if not model.is_dir():
         (output / "best").unlink(missing_ok=True)
         logger.warning(
-            "the best model is no folder, so there is no %s; give pretrained.model=%s", output / "best", model
+            "the best model is not a folder, so %s is not created; use pretrained.model=%s", output / "best", model
         )
         return
     with atomic_write(output / "best") as temporary:
         temporary.unlink()
-        # without links, since ".." of a linked folder is elsewhere
+        # resolved, since ".." in a linked folder leads elsewhere
         temporary.symlink_to(os.path.relpath(model.resolve(), output.resolve()), target_is_directory=True)
 
 

@@ -41,7 +41,7 @@ TIMESTEPS = 16  # random timesteps over which the loss of an image is averaged
 
 @torch.no_grad()
 def image_losses(accelerator: Accelerator, config: ConfigDict, loss: NoiseLoss, latents: LatentShards) -> np.ndarray:
-    """Return each image's loss (N,), averaged over `TIMESTEPS` random timesteps and noises; equal on every process."""
+    """Return each image's loss (N,), averaged over `TIMESTEPS` draws of timestep and noise; equal on every process."""
     size, device, losses = config.sd.batch_size, accelerator.device, []
     for number in range(accelerator.process_index, -(-len(latents) // size), accelerator.num_processes):
         items = [latents[index] for index in range(number * size, min((number + 1) * size, len(latents)))]

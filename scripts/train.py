@@ -1,4 +1,4 @@
-"""DDPO (stage (ii)): fine-tune Stable Diffusion with reinforcement learning, to maximise a reward of its images.
+"""DDPO (stage (ii)): fine-tune Stable Diffusion by reinforcement learning to maximise the reward of its images.
 
     accelerate launch scripts/train.py --config config/dgx.py:prompt_image_alignment_classifier_isic
 
@@ -272,7 +272,7 @@ def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor
                 info = accumulate_gradient(run, progress, samples, advantages, indices)
             if not grad_norms:  # before the first step the policy is the one that sampled: 0 up to rounding
                 deviations.append(info["ratio_max_deviation"])
-                if len(updates) > 1 and run.config.mixed_precision != "no":  # other kernels may round the second update
+                if len(updates) > 1 and run.config.mixed_precision != "no":  # its kernels may round differently
                     second = score_minibatch(run, epoch, samples, advantages, updates[1])
                     deviations.append(second["ratio_max_deviation"])
             grad_norms.append(run.guard.step(run.unet.parameters()))  # None if skipped

@@ -34,10 +34,10 @@ from ddpo_pytorch.utils.fingerprint import fingerprint
 FLAGS = flags.FLAGS
 define_flags()
 flags.DEFINE_enum("mode", "train", ["train", "test"], "train a classifier, or report on the test split")
-flags.DEFINE_list("labels", [], "instead: columns of 0 and 1 in tables file_name,text,... of any data set")
+flags.DEFINE_list("labels", [], "not --num_classes but columns of 0 and 1 in tables file_name,text,... of any data set")
 flags.DEFINE_string("checkpoint_dir", "rl4med-out/classifier", "folder for the classifier and its reports")
-flags.DEFINE_string("checkpoint", "", "classifier to start from or to test; tested by default: that in checkpoint_dir")
-flags.DEFINE_string("through_vae", "", "autoencoder or model: also test on reconstructions, or train on half of them")
+flags.DEFINE_string("checkpoint", "", "classifier to start from, or to test (default: that in checkpoint_dir)")
+flags.DEFINE_string("through_vae", "", "autoencoder or model: also test on its reconstructions, or train half on them")
 flags.DEFINE_string("cache_dir", None, "folder for decoded images, by default <checkpoint_dir>/cache; '' = no cache")
 flags.DEFINE_bool("pos_weight", False, "weight an attribute's positives by negatives/positives of the training split")
 flags.DEFINE_float("focal_gamma", 0.0, "exponent of the focal loss; 0 is plain BCE", lower_bound=0)
@@ -134,7 +134,7 @@ def test(accelerator: Accelerator, names: tuple[str, ...], output: Path) -> None
     path = Path(FLAGS.checkpoint or output)
     model = load_checkpoint(path, names)
     if path.with_suffix(UNFINISHED).exists():
-        logger.warning("%s is the best epoch so far of an unfinished training", path)
+        logger.warning("%s is the best epoch so far of an unfinished run", path)
     size, tests = model.image_size, {"": None}
     if FLAGS.through_vae:
         vae = load_autoencoder(accelerator)
