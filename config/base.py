@@ -73,7 +73,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # images per process and batch. In half precision on a GPU it is train.batch_size * train.timesteps_per_forward
     # instead, so that rollout and update use the same kernels; see also train.gradients_while_sampling.
     sample.batch_size = 1
-    # batches per process and epoch. batch_size * num_batches_per_epoch * processes = samples per epoch (M).
+    # batches per process and epoch. batch_size * num_batches_per_epoch * processes = samples per epoch.
     sample.num_batches_per_epoch = 2
     # consecutive samples that share a prompt (algorithm 1: M images per prompt). 1: a new prompt for each sample, as
     # in the official code. Must divide batch_size * num_batches_per_epoch.
