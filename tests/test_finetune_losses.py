@@ -13,6 +13,8 @@ from ddpo_pytorch.generator.pipeline import encode_prompts, load_pipeline
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import BatchDraws, EndlessBatches, Stream
 
+pytest_plugins = ["judge_tools"]
+
 
 @pytest.fixture
 def pipe(tiny_pipeline_dir):
@@ -53,6 +55,19 @@ def test_captions_are_dropped_in_training_only(pipe, monkeypatch):
         loss.train(mode)(batch, BatchDraws(0, Stream.NOISE, 1, 400))
     dropped = [(numbers == 32).float().mean() for numbers in seen]
     assert 0.18 < dropped[0] < 0.32 and torch.equal(seen[1], batch[2])
+
+
+def test_a_trained_text_encoder_learns_without_dropout(bert_pipeline_dir):
+    pipe = load_pipeline(bert_pipeline_dir)
+    for part in pipe.text_encoder.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.5
+    pipe.text_encoder.requires_grad_(True)
+    table = NoiseLoss(pipe, CaptionTable(pipe, CAPTIONS, trained=True)).train().captions
+    embeds = table(torch.tensor([3, 32]))
+    torch.testing.assert_close(embeds, encode_prompts(pipe, [CAPTIONS[3], ""]), rtol=1e-5, atol=1e-5)
+    embeds.sum().backward()
+    assert pipe.text_encoder.embeddings.word_embeddings.weight.grad.abs().sum() > 0
 
 
 def test_autoencoder_loss(pipe):

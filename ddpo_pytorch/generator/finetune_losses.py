@@ -160,6 +160,9 @@ class CaptionTable(nn.Module):
         table = tokenize(pipe.tokenizer, texts) if trained else encode_prompts(pipe, texts)
         self.register_buffer("table", table, persistent=False)
 
+    def train(self, mode: bool = True) -> "CaptionTable":
+        return super().train(False)  # a published BERT's dropout would draw from global random state
+
     def forward(self, numbers: torch.Tensor) -> torch.Tensor:
         rows = self.table[numbers]
         return encode_tokens(self.text_encoder, rows) if self.text_encoder else rows
