@@ -149,6 +149,16 @@ def test_rated_set_with_and_without_autoencoder(tmp_path):
     assert torch.equal(many.flips(5, 0), flips) and not torch.equal(many.flips(5, 1), flips)
 
 
+def test_an_image_that_was_replaced_changes_the_digest(tmp_path):
+    images = [rated(tmp_path / f"{number}.png") for number in range(3)]
+    for image in images:
+        Image.new("RGB", (SIZE, SIZE), "red").save(image.path)
+    before = read_rated(images, SIZE).digest
+    assert before == read_rated(images, SIZE).digest
+    Image.new("RGB", (SIZE, SIZE)).save(images[1].path)
+    assert before != read_rated(images, SIZE).digest
+
+
 def test_wrong_captions_share_no_finding_and_can_be_mirrored(tmp_path):
     Image.fromarray(stripes(3, False, np.random.default_rng(0))).save(path := tmp_path / "0.png")
     captions = ("drusen, glaucoma", "drusen", "cataract", "myopia at 3 o'clock")

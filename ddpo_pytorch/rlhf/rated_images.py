@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from scipy.stats import spearmanr
 
 from ddpo_pytorch.data.fundus import findings_of, mirrored_caption
-from ddpo_pytorch.data.images import load_image, to_uint8
+from ddpo_pytorch.data.images import content_numbers, load_image, to_uint8
 from ddpo_pytorch.data.ratings import CRITERIA, RatedImage
 from ddpo_pytorch.data.sample_folder import LOG, is_framed, read_log
 from ddpo_pytorch.generator.latents import reconstruct
@@ -41,7 +41,7 @@ class RatedSet:
 
     The ratings determine prompts; rewards in [0, 1] (N,) for each of COLUMNS and of the rated `criteria` (NaN if an
     image lacks one); the raters' weights in (0, 1] (N,); and `mirrored`, the prompts of the mirror images, or None.
-    `digest` is a hash of names, prompts, ratings, weights and size.
+    `digest` is a hash of names, `content_numbers`, prompts, ratings, weights and size.
     """
 
     images: torch.Tensor
@@ -104,7 +104,9 @@ def read_rated(rated: Sequence[RatedImage], size: int, resize: str = "fov") -> R
         images = torch.stack(list(pool.map(lambda image: pixels(image.path), rated)))
     names = ("prompt", "quality", "alignment", "weight", "criteria")
     rows = [[Path(image.image).name, *(getattr(image, name) for name in names)] for image in rated]
-    return RatedSet(images, rated, hashlib.sha256(json.dumps([size, resize, rows]).encode()).hexdigest()[:12])
+    # files rather than resized pixels, whose last bits depend on the processor
+    described = [size, resize, rows, content_numbers([image.path for image in rated])]
+    return RatedSet(images, rated, hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12])
 
 
 def read_pool(folder: str | Path, size: int) -> RatedSet:
