@@ -254,13 +254,16 @@ def _as_array(rewards: Any) -> np.ndarray | None:
     return array.astype(np.float64) if array.dtype.kind in "biuf" else None
 
 
-def check_prompts(reward_fn: RewardFn, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    """Try a reward on an image of noise for each (prompt, metadata), before anything is sampled.
+def check_prompts(
+    reward_fn: RewardFn, prompts: Sequence[tuple[str, Mapping[str, Any]]], device: str | torch.device = "cpu"
+) -> None:
+    """Try a reward on an image of noise on `device` for each (prompt, metadata), before anything is sampled.
 
     Every call has at least two images, to catch a reward that returns one value per batch. Raises as `Reward` does, and
     UserError for a prompt that the reward does not understand.
     """
     reward_fn, noise = as_reward(reward_fn), torch.rand(32, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    noise = noise.to(device)
     for start in range(0, len(prompts), len(noise)):
         tried = prompts[start : start + len(noise)]
         texts, metadata = zip(*(tried if len(tried) > 1 else [*tried, *tried]), strict=True)

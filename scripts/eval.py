@@ -51,7 +51,7 @@ def load_judge(path: str, prompts: Sequence[Prompt], device: torch.device) -> tu
         return None, ""
     judge = isic_classifier_reward(model := load_classifier(path, device), device)
     try:
-        check_prompts(judge, prompts)
+        check_prompts(judge, prompts, device)
     except UserError as error:
         raise UserError(f"{error}; eval.classifier cannot judge it, set --config.eval.classifier=") from error
     return judge, fingerprint(model, model.labels, model.arch, model.image_size)

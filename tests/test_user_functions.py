@@ -7,11 +7,14 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from ml_collections import ConfigDict
+from rl_tools import configured
 
 from ddpo_pytorch.prompts import PROMPTS
 from ddpo_pytorch.rewards import REWARDS
 from ddpo_pytorch.training.health import HealthCheck, check_groups
+from ddpo_pytorch.training.setup import make_task
 from ddpo_pytorch.utils.cli import import_function
 from ddpo_pytorch.utils.errors import UserError
 
@@ -65,6 +68,18 @@ def test_a_users_module_may_extend_the_path(tmp_path, monkeypatch):
     (tmp_path / "extending.py").write_text("import sys\nsys.path.insert(0, 'deps')\ndef reward(): return 7\n")
     assert import_function("extending:reward", "reward_fn")() == 7
     assert sys.path[0] == "deps" and str(tmp_path) not in sys.path
+
+
+def test_rewards_are_tried_on_the_device(settings, monkeypatch):
+    devices = []
+
+    def reward(images, prompts, metadata):
+        devices.append(images.device.type)
+        return [0.0] * len(prompts), {}
+
+    monkeypatch.setitem(REWARDS, "mine", lambda: reward)
+    make_task(configured(settings, {"reward_fn": "mine"}), torch.device("meta"))
+    assert set(devices) == {"meta"}
 
 
 @pytest.mark.parametrize(

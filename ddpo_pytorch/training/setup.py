@@ -169,7 +169,7 @@ def make_task(config: ConfigDict, device: torch.device) -> Task:
     if config.prompt_fn in PROMPT_LISTS or config.held_out.every:
         prompts = all_prompts(config.prompt_fn, **config.prompt_fn_kwargs)
     drawn = list(dict(zip(*draw_prompts(prompt_fn, config.seed, 0, TRIED_PROMPTS), strict=True)).items())
-    check_prompts(reward_fn, drawn if prompts is None else prompts)
+    check_prompts(reward_fn, drawn if prompts is None else prompts, device)
     if not config.held_out.every:
         return Task(prompt_fn, prompts, reward_fn, None)
     rewarding = [config.reward_fn_kwargs.get(name, {}).get("classifier") for name in parse_spec(config.reward_fn)]
