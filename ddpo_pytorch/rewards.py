@@ -50,10 +50,15 @@ def isic_classifier_reward(classifier: str | Path | ArtifactClassifier, device: 
 
     The stated attributes are metadata["label"] or, without it, those of the prompt, which must be an ISIC caption
     (else UserError). info: predictions, labels and logits (B, H), in the order of `classifier.labels`. `classifier` is
-    a model or the path of one.
+    a model or the path of one. Raises UserError for one with labels other than ISIC's.
     """
     model = classifier if isinstance(classifier, ArtifactClassifier) else load_classifier(classifier, device)
     model = model.to(device).eval()
+    if not set(model.labels) <= set(LABELS):
+        raise UserError(
+            f"the classifier predicts {', '.join(model.labels)}; allowed are {', '.join(LABELS)}: give another "
+            "classifier, or a reward of your own"
+        )
     columns = [LABELS.index(name) for name in model.labels]
 
     def reward(images, prompts, metadata):

@@ -80,6 +80,11 @@ def test_classifier_reward_reads_labels_from_metadata_then_from_the_prompt(class
         reward(images, ["pink hair", CAPTIONS[0]], [{}, {}])
 
 
+def test_a_classifier_of_other_labels_is_refused():
+    with pytest.raises(UserError, match="glaucoma, NV"):
+        isic_classifier_reward(ArtifactClassifier(("glaucoma", "NV"), image_size=32, arch="tinynet_e"))
+
+
 def test_weighted_sum_adds_parts_and_reports_them(classifier):
     kwargs = {"isic_classifier_reward": {"classifier": classifier}, "jpeg_compressibility": {}}
     images, prompts = noisy_images([0.1, 0.5]), list(CAPTIONS[:2])  # float32 at the classifier's own size
