@@ -185,7 +185,7 @@ PROMPT_LISTS: dict[str, Callable[..., Sequence[str]]] = {
 }
 
 
-def get_prompt_fn(name: str, **kwargs: Any) -> Callable[..., Prompt]:
+def get_prompt_fn(name: str, /, **kwargs: Any) -> Callable[..., Prompt]:
     """Return prompt function `name` (in PROMPTS, or "module:function"), bound to the arguments that are not None.
 
     Raises UserError for an unknown name, listing the known ones, and for arguments that the function does not accept.
@@ -227,7 +227,7 @@ def as_prompt(result: Any, name: str) -> Prompt:
     return str(pair[0]), pair[1]
 
 
-def all_prompts(name: str, **kwargs: Any) -> list[Prompt]:
+def all_prompts(name: str, /, **kwargs: Any) -> list[Prompt]:
     """Return every distinct prompt that function `name` can return with these keyword arguments, in order.
 
     Raises UserError for a name without an entry in PROMPT_LISTS, and for arguments that it does not accept.

@@ -159,6 +159,13 @@ def test_functions_of_ddpo_pytorch_are_a_function_of_the_seed(monkeypatch):
     assert torch.equal(states[2], torch.get_rng_state()) and draw_prompt(isic_all, 5) == isic_all(random.Random(5))
 
 
+def test_arguments_may_have_any_name(monkeypatch):
+    monkeypatch.setitem(PROMPTS, "mine", lambda name="cat": f"a {name}")
+    monkeypatch.setitem(PROMPT_LISTS, "mine", lambda name="cat": [f"a {name}"])
+    assert draw_prompt(get_prompt_fn("mine", name="dog"), 0) == ("a dog", {})
+    assert all_prompts("mine", name="dog") == [("a dog", {})]
+
+
 @pytest.mark.parametrize("result", [None, (), ("a cat",), ("a cat", None), (1, {}), ["a", "b"], {"a": 1}], ids=repr)
 def test_functions_return_a_string_or_a_pair(result):
     assert draw_prompt(lambda: "ab", 0) == ("ab", {})  # two characters are no pair
