@@ -115,6 +115,10 @@ def test_prompt_embeddings_equal_diffusers_and_are_computed_once(pipe, monkeypat
     monkeypatch.setattr(pipe.text_encoder, "forward", None)
     again = embeddings([PROMPTS[1], PROMPTS[0], PROMPTS[1]])
     assert torch.equal(again, embeddings(PROMPTS)[[1, 0, 1]])
+    monkeypatch.undo()
+    embeddings.precompute(PROMPTS)
+    with pytest.raises(UserError, match="'a dog'"):
+        embeddings(["a dog"])
 
 
 @pytest.mark.parametrize(("eta", "guidance", "negative"), [(0.0, 5.0, None), (1.0, 1.0, None), (0.6, 3.0, "hair")])

@@ -11,7 +11,7 @@ import torch
 from ml_collections import ConfigDict
 from rl_tools import configured
 
-from ddpo_pytorch.prompts import PROMPTS
+from ddpo_pytorch.prompts import PROMPT_LISTS, PROMPTS
 from ddpo_pytorch.rewards import REWARDS
 from ddpo_pytorch.training.health import HealthCheck, check_groups
 from ddpo_pytorch.training.setup import make_task
@@ -90,11 +90,14 @@ def test_rewards_are_tried_on_the_device(settings, monkeypatch):
         ({"prompt_fn_kwargs": {"noun": "bird"}}, ("prompt_fn_kwargs", "noun")),
         ({"reward_fn": "mine", "reward_fn_kwargs.mine.scale": float("nan")}, ("'mine'", "nan")),
         ({"prompt_fn": "numbers"}, ("'numbers'", "7")),
+        ({"prompt_fn": "unlisted"}, ("'unlisted'", "'a dog'", "PROMPT_LISTS")),
     ],
     ids=lambda value: "" if isinstance(value, tuple) else "-".join(value),
 )
 def test_what_cannot_work_is_refused_first(mine, train, tmp_path, monkeypatch, overrides, expected):
     monkeypatch.setitem(PROMPTS, "numbers", lambda: 7)
+    monkeypatch.setitem(PROMPTS, "unlisted", lambda: random.choice(["a cat", "a dog"]))
+    monkeypatch.setitem(PROMPT_LISTS, "unlisted", lambda: ["a cat"])
     monkeypatch.setitem(PROMPTS, "mine", lambda nouns="a": f"{nouns} {random.random()}")  # no prompt occurs twice
     with pytest.raises(UserError) as caught:
         train(**({"prompt_fn": "mine", "reward_fn": "jpeg_compressibility"} | overrides))

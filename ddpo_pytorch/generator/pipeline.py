@@ -205,7 +205,7 @@ class PromptEmbeddings:
         return self._embedding("")[None]
 
     def precompute(self, prompts: Iterable[str]) -> None:
-        """Check and embed these and the empty prompt, then drop the text encoder: other prompts raise KeyError."""
+        """Check and embed these and the empty prompt, then drop the text encoder: others raise UserError."""
         prompts = list(dict.fromkeys(prompts))
         check_tokens(self._pipe.tokenizer, prompts)
         for prompt in ("", *prompts):
@@ -215,7 +215,7 @@ class PromptEmbeddings:
     def _embedding(self, prompt: str) -> torch.Tensor:
         if prompt not in self._embeddings:
             if self._pipe.text_encoder is None:
-                raise KeyError(f"{prompt!r} was not precomputed, and the text encoder has been freed")
+                raise UserError(f"{prompt!r} is not in the list of prompts; add it to PROMPT_LISTS")
             self._embeddings[prompt] = encode_prompts(self._pipe, [prompt])[0]
         return self._embeddings[prompt]
 

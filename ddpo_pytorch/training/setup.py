@@ -169,6 +169,10 @@ def make_task(config: ConfigDict, device: torch.device) -> Task:
     if config.prompt_fn in PROMPT_LISTS or config.held_out.every:
         prompts = all_prompts(config.prompt_fn, **config.prompt_fn_kwargs)
     drawn = list(dict(zip(*draw_prompts(prompt_fn, config.seed, 0, TRIED_PROMPTS), strict=True)).items())
+    listed = dict(prompts or drawn)
+    if missing := [prompt for prompt, _ in drawn if prompt not in listed]:
+        problem = f"returned {missing[0]!r}, which its list in PROMPT_LISTS lacks"
+        raise UserError(f"prompt function {config.prompt_fn!r} {problem}; add it there")
     check_prompts(reward_fn, drawn if prompts is None else prompts, device)
     if not config.held_out.every:
         return Task(prompt_fn, prompts, reward_fn, None)
