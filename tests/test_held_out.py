@@ -9,11 +9,13 @@ import torch
 from rl_tools import LIGHT, PROMPTS, configured, train_with, untimed, usual_settings, watching, weights
 from script_tools import read_lines
 
-from ddpo_pytorch.data.isic import labels_of
+from ddpo_pytorch.data.isic import ARTIFACTS, labels_of
 from ddpo_pytorch.judges.classifier import load_classifier
+from ddpo_pytorch.rewards import REWARDS
 from ddpo_pytorch.training.checkpoints import find_weights
 from ddpo_pytorch.training.held_out import Evaluation, HeldOut
 from ddpo_pytorch.training.run_state import is_finished
+from ddpo_pytorch.training.setup import make_task
 from ddpo_pytorch.utils.errors import UserError
 
 
@@ -108,6 +110,15 @@ def test_evaluations_that_cannot_be_compared_are_refused(watched, script):
         train_with(script, settings, resumed | {"held_out__images_per_prompt": 2})
     folder, epochs = train_with(script, settings, resumed | {"held_out__every": 0})
     assert "held_out_apr" not in epochs[2] and progress(folder / "checkpoint_3")["held_out"]["best"] is not None
+
+
+def test_a_reward_of_ones_own_may_have_a_classifier_of_any_kind(held_out, monkeypatch):
+    def make_reward(classifier):
+        return lambda images, prompts, metadata: ([0.0] * len(prompts), {})
+
+    monkeypatch.setitem(REWARDS, "mine", make_reward)
+    own = {"reward_fn": "mine", "reward_fn_kwargs.mine.classifier": "svm.onnx"}
+    assert make_task(configured(held_out, own), torch.device("cpu")).held_out.judge.labels == ARTIFACTS
 
 
 def test_no_judge_is_refused_first(held_out, train, judge, tmp_path):

@@ -176,8 +176,10 @@ def make_task(config: ConfigDict, device: torch.device) -> Task:
     check_prompts(reward_fn, drawn if prompts is None else prompts, device)
     if not config.held_out.every:
         return Task(prompt_fn, prompts, reward_fn, None)
-    rewarding = [config.reward_fn_kwargs.get(name, {}).get("classifier") for name in parse_spec(config.reward_fn)]
-    judge = load_judge(config.held_out.classifier, filter(None, rewarding), device)
+    part = parse_spec(config.reward_fn).get("isic_classifier_reward")
+    registered = part is not None and not part.path  # a reward of the user's may have a classifier of any kind
+    rewarding = [config.reward_fn_kwargs.isic_classifier_reward.classifier] if registered else []
+    judge = load_judge(config.held_out.classifier, rewarding, device)
     images = config.held_out.images_per_prompt
     return Task(prompt_fn, prompts, reward_fn, HeldOut(judge, prompts, images, config.seed, Sampling.of(config.sample)))
 
