@@ -181,6 +181,21 @@ def test_training_does_not_resume_with_other_files_at_the_same_paths(rl, own_mod
     assert (folder / "checkpoint_2").is_dir()
 
 
+def test_training_does_not_resume_with_other_code_of_the_user(rl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reward, prompt = tmp_path / "own_reward.py", tmp_path / "own_prompt.py"
+    reward.write_text("def red():\n    return lambda images, prompts, metadata: (images[:, 0].mean((1, 2)), {})\n")
+    prompt.write_text("def cat():\n    return 'a cat'\n")
+    own = {"reward_fn": "own_reward:red", "prompt_fn": "own_prompt:cat", "prompt_fn_kwargs__path": None}
+    rl.train(**own)
+    for path, part in ((reward, "reward.red.code"), (prompt, "prompts.code")):
+        code = path.read_text()
+        path.write_text(code.replace("return", "return  "))
+        with pytest.raises(UserError, match=f"another {part} "):
+            rl.train(num_epochs=2, **own)
+        path.write_text(code)
+
+
 @pytest.mark.slow
 def test_stage_one_does_not_resume_on_another_base(own_model, train_stage, stopped, tmp_path):
     fields = {"pretrained__model": str(own_model), "sd__image_size": 64, "sd__num_steps": 3, "sd__save_every": 1}

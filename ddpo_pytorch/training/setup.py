@@ -2,8 +2,10 @@
 
 import logging
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -217,11 +219,19 @@ def load_policy(config: ConfigDict, dtype: torch.dtype, device: torch.device) ->
 
 
 def content_fingerprints(config: ConfigDict, pipe: StableDiffusionPipeline, task: Task) -> dict[str, str]:
-    """Return fingerprints of the files behind the settings: base model, adapter to start from, rewards, prompts."""
+    """Return fingerprints of the files behind the settings: base model, adapter to start from, rewards, prompts.
+
+    Of functions given as module:function, the file of the module counts too, under the name "<part>.code".
+    """
     contents = pipeline_fingerprints(pipe)
     contents["load_from"] = config.load_from and (adapter_fingerprint(pipe.unet) or contents["model.unet"])
-    kwargs = config.reward_fn_kwargs.to_dict()
-    for name in parse_spec(config.reward_fn):
+    kwargs, functions = config.reward_fn_kwargs.to_dict(), {"prompts": config.prompt_fn}
+    for name, part in parse_spec(config.reward_fn).items():
         contents[f"reward.{name}"] = fingerprint(with_contents(kwargs.get(name, {})))
+        functions[f"reward.{name}"] = part.path
     contents["prompts"] = fingerprint(task.prompts or with_contents(config.prompt_fn_kwargs.to_dict()))
+    for name, path in functions.items():
+        module = sys.modules.get(path.rpartition(":")[0])  # of a function in a registry: none
+        if (file := getattr(module, "__file__", None)) and Path(file).is_file():
+            contents[f"{name}.code"] = fingerprint(Path(file))
     return contents
