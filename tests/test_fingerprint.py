@@ -282,3 +282,12 @@ def test_a_resumed_run_keeps_its_own_checkpoint(rl, earlier, tmp_path):
         assert "\n" not in str(caught.value) and files_of(folder) == before
     rl.train(num_epochs=3, resume_from=str(folder))
     assert (folder / "checkpoint_3").is_dir()
+
+
+def test_a_run_that_started_from_a_full_unet_resumes_without_it(rl, own_model, tmp_path):
+    path = shutil.copy(own_model / CHANGES["unet"][0], tmp_path / "full.safetensors")
+    nudge(path)
+    folder = rl.train(use_lora=False, load_from=str(path))
+    before = files_of(folder)
+    rl.train(use_lora=False, resume_from=str(folder))  # nothing is left to do
+    assert files_of(folder) == before

@@ -185,6 +185,8 @@ def _check_contents(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]
     before, now = {"load_from": ""} | old.get(CONTENTS, {}), new[CONTENTS]
     for name in sorted(before.keys() & now.keys()):
         sources = BEHIND.get(name.split(".")[0])
+        if name == "model.unet" and not new["use_lora"]:
+            sources += ("load_from",)  # which replaces the whole UNet
         other_setting = any(old.get(key) != new.get(key) for key in sources) if sources else not now[name]
         if before[name] == now[name] or (resume_from and other_setting):
             continue
