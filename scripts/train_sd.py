@@ -36,7 +36,14 @@ from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.generator.finetune_losses import AutoencoderLoss, CaptionTable, NoiseLoss
 from ddpo_pytorch.generator.latents import LatentShards, merge_captions
 from ddpo_pytorch.generator.lora import add_lora, has_lora, merged_state_dict, save_lora
-from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline, save_model, unet_metadata, with_bert
+from ddpo_pytorch.generator.pipeline import (
+    PromptEmbeddings,
+    load_pipeline,
+    save_model,
+    set_schedule,
+    unet_metadata,
+    with_bert,
+)
 from ddpo_pytorch.generator.text import check_tokens, has_mask
 from ddpo_pytorch.sampling import SAMPLING
 from ddpo_pytorch.training.held_out import save_grid
@@ -110,6 +117,8 @@ class DiffusionStage:
     def __init__(self, accelerator: Accelerator, config: ConfigDict, pipe: StableDiffusionPipeline):
         sd = config.sd
         self.accelerator, self.config, self.pipe, self.output = accelerator, config, pipe, Path(sd.output)
+        if sd.grid_every:
+            set_schedule(pipe, config.sample.num_steps)  # else too many steps would be noticed at the first grid
         pipe.vae.to(accelerator.device).float()  # in half precision SD's autoencoder overflows
         self.train_set, self.val_set = (
             data.open_latents(accelerator, sd, pipe.vae, validation) for validation in (False, True)

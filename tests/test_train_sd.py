@@ -147,6 +147,7 @@ def test_extracted_latents_take_the_place_of_images(model, world, train_stage, r
         ({"sd__use_lora": True, "sd__stage": "vae"}, "sd.use_lora is True.* sd.stage=finetune.* 'vae'"),
         ({"sd__caption_dropout": 1.5}, r"sd.caption_dropout is 1.5.*\[0, 1\)"),
         ({"sd__batch_size": 100, "sd__stage": "vae"}, "48 items .* 100"),
+        ({"sd__grid_every": 2, "sample__num_steps": 1000}, "sample.num_steps is 1000.* 999"),
         ({"sd__vae_channels": (8, 9)}, "channels multiples of 8"),
         ({"sd__stage": "vae", "sd__image_size": 30}, "sd.image_size is 30.* 4"),
         ({"sd__stage": "vae", "sd__vae_crop": 10}, "sd.vae_crop is 10.* 4"),
