@@ -277,7 +277,7 @@ def finite_images(vae: AutoencoderKL, images: torch.Tensor, latents: torch.Tenso
 
     Waits for the device. The result may still not be finite.
     """
-    if vae.dtype == torch.float32 or images.isfinite().all():
+    if images.isfinite().all():
         return images
     with torch.autocast(images.device.type, enabled=False):
         return decode_latents(copy.deepcopy(vae).float(), latents)  # a copy: another thread may be decoding
