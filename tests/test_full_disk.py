@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from launching import run_script
-from script_tools import call_main, files_of, load_flag_script
+from script_tools import call_main, files_of, limited, load_flag_script
 
+from ddpo_pytorch.generator.pipeline import load_pipeline, save_model
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.files import locked
+from ddpo_pytorch.utils.files import DiskFull, locked
 
 pytest_plugins = ["script_tools", "stage_tools", "sample_sets"]
 PAGE = 4096  # bytes by which a small file system counts
@@ -80,6 +81,17 @@ def test_a_disk_with_room_for_a_share_and_then_for_all(commands, tmp_path, name,
         enlarge(8 * needed)
         run(tmp_path / "disk" / "out")
         assert files_of(tmp_path / "disk" / "out") == expected
+
+
+def test_a_whole_model_on_a_full_disk(tiny_pipeline_dir, tmp_path):
+    folder, pipe = shutil.copytree(tiny_pipeline_dir / "vae", tmp_path / "vae").parent, load_pipeline(tiny_pipeline_dir)
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    with limited(len(before) // 2), pytest.raises(DiskFull, match=str(folder)) as caught:
+        save_model(pipe, folder)
+    assert "\n" not in str(caught.value) and weights.read_bytes() == before
+    save_model(pipe, folder)
+    load_pipeline(folder)
 
 
 CONFIGURED = {

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from ddpo_pytorch.generator.parts import check_fit, check_tokenizer, check_tokenizer_files, load_part, quiet
 from ddpo_pytorch.generator.text import check_tokens, embed, has_mask, load_encoder, load_text_encoder, mask_padding
 from ddpo_pytorch.utils.errors import UserError, one_line
-from ddpo_pytorch.utils.files import sha256, write_json
+from ddpo_pytorch.utils.files import room_for, sha256, write_json
 from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.json_files import read_json
 from ddpo_pytorch.utils.weights import check_finite, read_safetensors
@@ -143,9 +143,13 @@ def unet_metadata(unet: nn.Module) -> dict[str, str]:
 
 
 def save_model(pipe: StableDiffusionPipeline, folder: str | Path) -> None:
-    """Write the pipeline in diffusers format, with conditioning.json (last) if its text encoder is a BERT."""
+    """Write the pipeline in diffusers format, with conditioning.json (last) if its text encoder is a BERT.
+
+    Raises DiskFull.
+    """
     folder = Path(folder)
-    pipe.save_pretrained(folder)
+    with room_for(folder / "model_index.json"):
+        pipe.save_pretrained(folder)
     if has_mask(pipe.text_encoder):
         # a frozen one keeps its name, although it may be saved in another dtype
         trained = any(weight.requires_grad for weight in pipe.text_encoder.parameters())
