@@ -292,7 +292,8 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     sd.update(bert="microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext", text_tokens=256)
     # "finetune": also train the text encoder, with a tenth of the learning rate; from scratch it is always trained.
     sd.train_text_encoder = False
-    # parts trained from scratch: channels per resolution, attention per resolution; text encoder width and layers.
+    # parts trained from scratch: channels (multiples of 8) and attention per resolution; width (a multiple of 16) and
+    # layers of the text encoder.
     sd.vae_channels = (16, 32, 32)
     # the autoencoder's latent channels, and whether it has attention at its lowest resolution.
     sd.update(vae_latent_channels=4, vae_attention=True)

@@ -311,6 +311,7 @@ def test_settings_out_of_range(train, tmp_path):
         ("objective", "abs", "rlhf.objective.*'abs'"),
         ("threshold", 1.5, "rlhf.threshold.*1.5"),
         ("image_size", 30, "image_size 30.*patch_size 8"),
+        ("image_size", 0, "image_size is 0"),
         ("pool", "nowhere", "rlhf.pool 'nowhere'"),
         ("learning_rate", 1e30, "loss is nan .* stage 1"),
     ):

@@ -17,7 +17,7 @@ from ddpo_pytorch.data.datasets import KINDS, check_apart
 from ddpo_pytorch.data.images import RESIZES, ImageFiles, content_numbers, loader_options
 from ddpo_pytorch.data.sample_folder import LOG, claim_folder, read_log
 from ddpo_pytorch.data.tables import Row
-from ddpo_pytorch.generator.from_scratch import TEXT_ENCODERS
+from ddpo_pytorch.generator.from_scratch import GROUPS, HEAD_WIDTH, TEXT_ENCODERS
 from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, write_index
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import sha256
@@ -62,6 +62,11 @@ def check_settings(sd: ConfigDict) -> None:
             raise UserError(f"sd.{name} is {sd[name]!r}, which needs sd.stage=finetune; it is {sd.stage!r}")
     if sd.use_lora and sd.train_text_encoder:
         raise UserError("sd.use_lora=True trains only adapters of the UNet; set sd.train_text_encoder=False")
+    for name in ("vae_channels", "unet_channels"):
+        if not sd[name] or any(count not in ONE_OR_MORE or count % GROUPS for count in sd[name]):
+            raise UserError(f"sd.{name} is {sd[name]!r}; it must be one or more whole multiples of {GROUPS}")
+    if sd.text_width % HEAD_WIDTH:
+        raise UserError(f"sd.text_width is {sd.text_width}; it must be a multiple of {HEAD_WIDTH}")
     factor = 2 ** (len(sd.vae_channels) - 1) if sd.stage != "finetune" else 8
     if sd.image_size % factor:
         raise UserError(f"sd.image_size is {sd.image_size}; it must be a multiple of {factor}, the VAE's reduction")
@@ -77,8 +82,9 @@ def check_settings(sd: ConfigDict) -> None:
         )
     if sd.csv and sd.val_csv and not sd.latents:
         check_apart(sd.kind, Path(sd.csv), Path(sd.val_csv))
-    if len(sd.unet_channels) != len(sd.unet_attention) or any(n % 8 for n in (*sd.unet_channels, *sd.vae_channels)):
-        raise UserError("sd.unet_channels and sd.unet_attention must be equally long, and channels multiples of 8")
+    if len(sd.unet_channels) != len(sd.unet_attention):
+        counts = len(sd.unet_channels), len(sd.unet_attention)
+        raise UserError(f"sd.unet_channels and sd.unet_attention have {counts} values; give equally many")
 
 
 def settings_of(config: ConfigDict, processes: int, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ddpo_pytorch.utils.errors import UserError
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULE |= {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 GROUPS = 8  # of group normalisation; every channel count must be a multiple
+HEAD_WIDTH = 16  # channels per head of a text encoder, whose width must be a multiple
 
 
 def build_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
@@ -86,7 +87,7 @@ def _sizes(tokenizer: CLIPTokenizer | BertTokenizer, width: int, layers: int) ->
         "hidden_size": width,
         "intermediate_size": 4 * width,
         "num_hidden_layers": layers,
-        "num_attention_heads": max(1, width // 16),
+        "num_attention_heads": max(1, width // HEAD_WIDTH),
         "max_position_embeddings": tokenizer.model_max_length,
     }
 

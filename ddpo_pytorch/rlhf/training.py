@@ -43,6 +43,7 @@ from ddpo_pytorch.utils.training_state import TrainState
 logger = logging.getLogger(__name__)
 FIRST_POLICY = "policy_stage_1.safetensors"  # initial weights of stage 2
 DESCRIPTION = policies.DESCRIPTION | {"origin": {"stage": range(1, 3), "epochs": COUNT}}
+SIZES = ("image_size", "patch_size", "width", "heads", "dropout", "stem", "backbone")  # settings of both judges
 COLUMN = {"selector": "quality", "policy": "alignment"}
 # settings that do not identify a stage: paths (their contents do) and, for stage 1, settings of stage 2
 PATHS = ("ratings", "data_path", "val_ratings", "pool", "output", "stages", "text_encoder", "autoencoder")
@@ -55,11 +56,19 @@ RANGES |= {"warmup_steps": allowed.ZERO_OR_MORE, "weight_decay": allowed.NOT_NEG
 
 
 def check_settings(rlhf: ConfigDict) -> None:
-    """Raise UserError for settings out of range."""
+    """Raise UserError for settings out of range, and for impossible sizes of the judges."""
     if tuple(rlhf.stages) not in ((1,), (2,), (1, 2)):
         raise UserError(f"rlhf.stages is {tuple(rlhf.stages)}; allowed are (1,), (2,) and (1, 2)")
     check_choices(rlhf, {"objective": OBJECTIVES, "resize": RESIZES}, "rlhf.")
     check_ranges(rlhf, RANGES if rlhf.threshold is None else RANGES | {"threshold": allowed.SHARE}, "rlhf.")
+    judge_sizes(rlhf)
+
+
+def judge_sizes(rlhf: ConfigDict) -> tuple[VisionSizes, VisionSizes]:
+    """Return the sizes of Selector and Policy. Raises UserError for impossible ones."""
+    sizes = {name: rlhf[name] for name in SIZES}
+    selector = VisionSizes(layers=rlhf.selector_layers, mlp_ratio=MLP_RATIO, **sizes)
+    return selector, VisionSizes(layers=rlhf.policy_layers, **sizes)
 
 
 def chosen_samples(passed: torch.Tensor, replay_share: float, seed: int) -> torch.Tensor:
@@ -277,15 +286,13 @@ def check_output(output: Path, stages: tuple[int, ...]) -> None:
 def first_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedSet, val_set: RatedSet) -> None:
     """Train both judges on all ratings and calibrate the threshold."""
     rlhf, output = config.rlhf, Path(config.rlhf.output)
-    names = ("image_size", "patch_size", "width", "heads", "dropout", "stem", "backbone")
-    sizes = {name: rlhf[name] for name in names}
+    selector_sizes, policy_sizes = judge_sizes(rlhf)
     with accelerator.local_main_process_first():  # one process downloads
         text = TextFeatures(rlhf.text_encoder, rlhf.text_tokens, accelerator.device)
         if rlhf.backbone:
             start = new_classifier(("none",), rlhf.image_size, rlhf.backbone, rlhf.backbone_weights).model.state_dict()
     set_seed(config.seed)
-    selector = Selector(VisionSizes(layers=rlhf.selector_layers, mlp_ratio=MLP_RATIO, **sizes), train_set.criteria)
-    policy = Policy(VisionSizes(layers=rlhf.policy_layers, **sizes), text)
+    selector, policy = Selector(selector_sizes, train_set.criteria), Policy(policy_sizes, text)
     policy.fit_text(train_set.prompts)
     for judge in (selector, policy) if rlhf.backbone else ():
         encoder = judge.encoder.vit
