@@ -253,6 +253,9 @@ def main(_) -> None:
     config = expand_config(FLAGS.config, "pretrained.model", *required)
     check_settings(config)
     rounds.check_independent(config.improve.judges, config.improve.held_out_judges)
+    if config.improve.update_policy:  # else train_rlhf.py would refuse them in the middle of a round
+        judges = Path(config.improve.judges)
+        training.check_sizes(config.rlhf, judges / SELECTOR_FILE, judges / POLICY_FILE)
     device = make_accelerator(config.mixed_precision, config.allow_tf32).device
     improve, output = config.improve, Path(config.improve.output)
     settings, run = rounds.round_settings(config, device), Rounds(config, device)

@@ -69,7 +69,7 @@ def main(_) -> None:
     rlhf, stages, output = config.rlhf, tuple(config.rlhf.stages), Path(config.rlhf.output)
     accelerator = make_accelerator(config.mixed_precision, config.allow_tf32, process_timeout=config.process_timeout)
     with locked_by_main(accelerator, output, "another rlhf.output"):
-        check_output(output, stages)
+        check_output(rlhf)
         accelerator.wait_for_everyone()
         train_set, val_set = (read_rated(rated, rlhf.image_size, rlhf.resize) for rated in read_images(config))
         if rlhf.autoencoder:

@@ -224,6 +224,8 @@ def fields(table, bert_pipeline_dir, judges_dir, tmp_path):
     settings |= {"improve__tolerance": 1.0, "improve__kid_tolerance": 1e9, "improve__max_attempts": 4}
     settings |= {"sd__image_size": 32, "sd__output": tmp_path / "none", "sd__text_encoder": "bert", "sd__grid_every": 0}
     settings |= {"rlhf__ratings": table / "ratings.csv", "rlhf__image_size": 32, "rlhf__resize": "stretch"}
+    settings |= {"rlhf__patch_size": 8, "rlhf__width": 32, "rlhf__heads": 2, "rlhf__dropout": 0.0}
+    settings |= {"rlhf__selector_layers": 1, "rlhf__policy_layers": 1, "rlhf__text_tokens": 24}
     settings |= {"rlhf__text_encoder": bert_pipeline_dir, "rlhf__num_epochs": 1, "rlhf__second_learning_rate": 1e-2}
     settings |= {"num_epochs": 1, "sample__batch_size": 4, "sample__num_batches_per_epoch": 1, "train__batch_size": 4}
     settings |= {"eval__prompts": (), "save_freq": 1, "train__cfg": False, "sd__cache_dir": tmp_path / "cache"}
@@ -321,8 +323,7 @@ def test_another_modality_has_ratings_judges_and_images_of_its_own(run, fields, 
     (table := tmp_path / "table.csv").write_text("\n".join(lines))
     options = ["--csv", table, "--data_path", tmp_path, "--out", tmp_path / "rated", "--resize", "pad", "--size", "32"]
     rating_sets.main(list(map(str, options)))
-    fields |= {"rlhf__ratings": tmp_path / "rated/ratings.csv", "rlhf__resize": "pad", "rlhf__patch_size": 8}
-    fields |= {"rlhf__width": 32, "rlhf__heads": 2, "rlhf__selector_layers": 1, "rlhf__policy_layers": 1}
+    fields |= {"rlhf__ratings": tmp_path / "rated/ratings.csv", "rlhf__resize": "pad"}
     run("train_rlhf.py", rlhf__output=tmp_path / "judges", rlhf__threshold=0.0)
     assert not (tmp_path / "judges/probes.md").exists()
     run("generate.py", improve__judges=tmp_path / "judges", prompt_fn_kwargs__path=table, logdir=tmp_path / "out")
@@ -419,6 +420,7 @@ def test_settings_out_of_range(run, fields, tmp_path):
         ({"improve__control_guidance": (3.0, "x")}, "improve.control_guidance.*'x'"),
         ({"improve__update_policy": True, "rlhf__ratings": ""}, "rlhf.ratings"),
         ({"improve__update_policy": True, "rlhf__stages": (3,)}, "rlhf.stages"),
+        ({"improve__update_policy": True, "rlhf__width": 64}, "rlhf.width=32.* 64"),
         ({"improve__csv": ""}, "improve.csv"),
         ({"unet_path": "unet.safetensors"}, "unet_path.*pretrained.model"),
         (

@@ -182,6 +182,15 @@ def test_given_thresholds(train, tmp_path):
     assert "96 of 96" in train(output=tmp_path, num_epochs=1, threshold=0.0, stages=(2,))
 
 
+def test_the_second_stage_refuses_other_sizes(train, tmp_path):
+    train(output=tmp_path, num_epochs=1, threshold=0.0, stages=(1,))
+    before = files_of(tmp_path)
+    for field, value in (("image_size", 8), ("policy_layers", 1), ("stem", "conv"), ("text_tokens", 8)):
+        with pytest.raises(UserError, match=f"rlhf.{field}=.* {value!r}"):
+            train(output=tmp_path, stages=(2,), **{field: value})
+    assert files_of(tmp_path) == before
+
+
 def test_samples_of_the_second_stage():
     passed = torch.rand(100, generator=torch.Generator().manual_seed(0)) < 0.4
     for share in (0.0, 0.25, 0.9):

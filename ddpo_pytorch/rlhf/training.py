@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from ddpo_pytorch.data.fundus import MODALITY, modality_of
 from ddpo_pytorch.data.images import RESIZES
 from ddpo_pytorch.judges import policy as policies
+from ddpo_pytorch.judges import selector as selectors
 from ddpo_pytorch.judges.classifier import new_classifier
 from ddpo_pytorch.judges.classifier_training import EpochBatches, reset_scaler
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, Policy, TextFeatures, save_policy
@@ -32,7 +33,7 @@ from ddpo_pytorch.rlhf.rated_images import RatedSet, best_threshold, by_finding,
 from ddpo_pytorch.rlhf.reinforce import OBJECTIVES, advantages, reinforce_loss
 from ddpo_pytorch.utils import settings as allowed
 from ddpo_pytorch.utils.distributed import to_device
-from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import JsonLines, atomic_write, write_file
 from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.json_files import COUNT
@@ -264,11 +265,12 @@ def learning_rate(rlhf: ConfigDict, stage: int, update: int, updates_per_epoch: 
 ###### The two stages ######
 
 
-def check_output(output: Path, stages: tuple[int, ...]) -> None:
-    """Raise UserError for a folder in which the stages can neither start nor resume.
+def check_output(rlhf: ConfigDict) -> None:
+    """Raise UserError for an output folder in which the stages can neither start nor resume.
 
-    Stage 2 needs a Selector and a Policy, usually stage 1's, in the files of those names.
+    Stage 2 needs a Selector and a Policy, usually stage 1's, in the files of those names, and of the configured sizes.
     """
+    output, stages = Path(rlhf.output), tuple(rlhf.stages)
     exist = [(output / name).exists() for name in (SELECTOR_FILE, POLICY_FILE)]
     if stages[0] == 1 and any(exist) and not state_path(output, 1).exists():
         raise UserError(
@@ -281,6 +283,25 @@ def check_output(output: Path, stages: tuple[int, ...]) -> None:
         description, _ = read_judge(output / POLICY_FILE, "policy", DESCRIPTION)
         if description["origin"]["stage"] == 2:
             raise UserError(f"stage 2 in {str(output)!r} is finished; choose another rlhf.output, or move it away")
+    if stages[0] == 2:
+        check_sizes(rlhf, output / SELECTOR_FILE, first_policy(output))
+
+
+def first_policy(output: Path) -> Path:
+    """Return the file of stage 1's Policy."""
+    return output / (FIRST_POLICY if (output / FIRST_POLICY).exists() else POLICY_FILE)
+
+
+def check_sizes(rlhf: ConfigDict, selector: Path, policy: Path) -> None:
+    """Raise UserError, naming the first, for settings of sizes that differ from those of the judges in these files."""
+    one, _ = read_judge(selector, "selector", selectors.DESCRIPTION)
+    other, _ = read_judge(policy, "policy", DESCRIPTION)
+    found = {"selector_layers": one["sizes"].layers, "policy_layers": other["sizes"].layers}
+    found["text_tokens"] = other["text"]["tokens"]
+    for sizes in (one["sizes"], other["sizes"]):
+        found |= {name: getattr(sizes, name) for name in SIZES}
+        if changed := difference(found, {name: rlhf[name] for name in found}):
+            raise UserError(f"{str(policy.parent)!r} holds judges with rlhf.{changed}; give the same value")
 
 
 def first_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedSet, val_set: RatedSet) -> None:
@@ -341,7 +362,7 @@ def calibrate(selector: Selector, scores: torch.Tensor, rated: RatedSet, given: 
 def second_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedSet, val_set: RatedSet) -> None:
     """Train stage 1's Policy on images that the Selector passes, and on a share of rejected ones."""
     rlhf, output = config.rlhf, Path(config.rlhf.output)
-    first = output / (FIRST_POLICY if (output / FIRST_POLICY).exists() else POLICY_FILE)
+    first = first_policy(output)
     selector = load_selector(output / SELECTOR_FILE, accelerator.device)
     policy = policies.load_policy_judge(first, accelerator.device, rlhf.text_encoder).requires_grad_(True)
     scores = all_scores(accelerator, selector, train_set, rlhf.batch_size)[:, 0]
