@@ -90,8 +90,9 @@ def test_missing_and_repeated_columns_are_named(table):
     with pytest.raises(UserError) as error:
         table.read(f"{header}, {columns[0].upper()} ,{columns[1].lower()}\n{rest}")
     assert repr(columns[0]) in str(error.value) and repr(columns[1]) in str(error.value)
-    with pytest.raises(UserError, match="regular file"):
+    with pytest.raises(UserError, match="regular file") as error:
         table.reader(table.path.parent)
+    assert "remove" not in str(error.value)  # a folder that was given by mistake
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def read_table(
     if content is None:
         if not os.path.exists(path):
             raise UserError(f"{where} does not exist; give a CSV with the columns {', '.join(columns)}")
-        with open_regular(path) as file:
+        with open_regular(path, "give a file") as file:
             content = file.read()
     text = _decode(content, where)
     (_, first), *records = list(_records(text, where)) or [(1, [])]

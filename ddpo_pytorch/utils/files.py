@@ -60,12 +60,15 @@ def path_inside(folder: str | Path, name: str, where: str) -> Path:
     return Path(folder) / name
 
 
-def open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file for reading. Raises UserError for a pipe, device or folder; OSError as `open` does."""
+def open_regular(path: str | Path, advice: str = "remove it") -> BinaryIO:
+    """Open a regular file for reading. Raises UserError for a pipe, device or folder; OSError as `open` does.
+
+    `advice` ends the message; the default is for files in caches and folders of this project.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # O_NONBLOCK: else opening a pipe waits for a writer
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise UserError(f"{str(path)!r} is a folder, pipe or device; a regular file is needed: remove it")
+        raise UserError(f"{str(path)!r} is a folder, pipe or device; a regular file is needed: {advice}")
     return os.fdopen(descriptor, "rb")
 
 
