@@ -147,7 +147,7 @@ def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(samples,
     ("fields", "message"),
     [
         ({"eval__batch_size": 0}, "eval.batch_size is 0"),
-        ({"sample__num_steps": 1001}, "sample.num_steps is 1001.*1000"),
+        ({"sample__num_steps": 1001}, "sample.num_steps is 1001.*999"),
         ({"sample__scheduler": "euler"}, r"sample.scheduler is 'euler'.*ddim, dpm\+\+"),
         ({"eval__prompts": ("a\nb",)}, r"eval.prompts, prompt 1: 'a\\nb' .*U\+000A"),
         ({"eval__prompts": ("a", "b", "a"), "eval__classifier": ""}, "prompt 'a' is given twice"),
