@@ -289,12 +289,11 @@ def finite_images(vae: AutoencoderKL, images: torch.Tensor, latents: torch.Tenso
 
 def set_schedule(pipe: StableDiffusionPipeline, num_steps: int) -> None:
     """Set the number of DDIM steps. Raises UserError unless all of them are among the schedule's training timesteps."""
-    count = pipe.scheduler.config.num_train_timesteps
-    if 1 <= num_steps <= count:
-        pipe.scheduler.set_timesteps(num_steps, device=pipe.device)
-        if pipe.scheduler.timesteps.max() < count:  # steps_offset may lead beyond them
-            return
-    raise UserError(f"sample.num_steps is {num_steps}; this model's schedule allows 1 to {count - 1}")
+    config = pipe.scheduler.config
+    longest = config.num_train_timesteps - config.steps_offset  # which is added to every timestep
+    if not 1 <= num_steps <= longest:
+        raise UserError(f"sample.num_steps is {num_steps}; this model's schedule allows 1 to {longest}")
+    pipe.scheduler.set_timesteps(num_steps, device=pipe.device)
 
 
 def latent_shape(pipe: StableDiffusionPipeline) -> tuple[int, int, int]:
