@@ -20,7 +20,7 @@ stage download "?" python scripts/download.py --root $OUT
 stage halves "seconds" bash -ec "
 awk 'NR % 2 == 0 || NR == 1' $SPLITS/isic2019_train.csv > $SPLITS/reward_train.csv
 awk 'NR % 2 == 1' $SPLITS/isic2019_train.csv > $SPLITS/judge_train.csv"
-stage classifier-H6 "?" $LAUNCH scripts/train_isic_classifier.py $JUDGE --num_classes 6 --arch tf_efficientnet_lite0 --train_csv $SPLITS/reward_train.csv --image_size 224 --seed 6
+stage classifier-H6 "?" $LAUNCH scripts/train_isic_classifier.py $JUDGE --num_classes 6 --arch tf_efficientnet_lite0 --train_csv $SPLITS/reward_train.csv --seed 6
 stage classifier-H4 "?" $LAUNCH scripts/train_isic_classifier.py $JUDGE --num_classes 4 --arch tf_efficientnet_lite1 --train_csv $SPLITS/judge_train.csv --seed 4
 stage autoencoder "74 min measured with 3,000 steps of 8" $LAUNCH scripts/train_sd.py --config $ISIC128:train_vae
 stage unet "22 min measured with 2,200 steps of 32" $LAUNCH scripts/train_sd.py --config $ISIC128:finetune_sd
