@@ -69,7 +69,7 @@ def simulate(*commands: list[object], timeout: float = 900) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def settings(judges, tmp_path_factory) -> dict:
-    """8 samples of 2 steps, in 4 batches, and 2 updates of 2 minibatches; grids of 16 images, 8 at once.
+    """16 samples of 2 steps, in 4 batches, and 2 updates of 2 minibatches; grids of 16 images at once.
 
     The UNet has a single level, as each operation takes a millisecond here.
     """
@@ -77,7 +77,7 @@ def settings(judges, tmp_path_factory) -> dict:
     pipeline = random_pipeline(folder / "sd", (16,), (True,))
     (folder / "prompts.txt").write_text("\n".join(CAPTIONS[6:8]))
     settings = usual_settings(pipeline, judges[6], folder) | {"num_epochs": 1, "sample.num_steps": 2}
-    settings |= {"sample.batch_size": 8, "sample.num_batches_per_epoch": 1, "train.batch_size": 2}
+    settings |= {"sample.batch_size": 16, "sample.num_batches_per_epoch": 1, "train.batch_size": 4}
     settings |= {"train.gradient_accumulation_steps": 2, "prompt_fn": "from_file"}
     return settings | {"prompt_fn_kwargs.path": folder / "prompts.txt", "held_out.classifier": judges[4]}
 
@@ -88,7 +88,7 @@ def found(settings, config_file, world, alexnet, tmp_path_factory) -> dict[str, 
     folder = tmp_path_factory.mktemp("scripts")
     model = {"pretrained__model": settings["pretrained.model"]}
     full = {"use_lora": False, "mixed_precision": "bf16", "run_name": "full", "held_out__every": 1}
-    full |= {"train__batch_size": 4, "train__gradient_accumulation_steps": 1, "held_out__images_per_prompt": 1}
+    full |= {"train__batch_size": 8, "train__gradient_accumulation_steps": 1, "held_out__images_per_prompt": 1}
     full |= {"sample__num_steps": 1}
     sampling = {"logdir": folder / "samples", "mixed_precision": "fp16", "sample__num_steps": 2}
     sampling |= {"eval__num_samples_per_prompt": 1, "eval__batch_size": 4}
@@ -120,17 +120,17 @@ def found(settings, config_file, world, alexnet, tmp_path_factory) -> dict[str, 
     return found | {"features": [path.name for path in (folder / "features").iterdir()]}
 
 
-# in batches of 2, as the updates score them, and not of sample.batch_size; the check runs beside the next batch
+# in batches of 4, as the updates score them, and not of sample.batch_size; the check runs beside the next batch
 EPOCH = {"check_schedule": 3, "check_images": 4, "sample_and_score": 2, "run_epochs": 2, "step": 2, "averages": 6}
 
 
 @pytest.mark.parametrize(
     ("name", "half", "expected"),
     [
-        # initial noise of 2 grids in 2 batches each comes from the CPU; "update" and "averages" are once an epoch
-        ("lora", "float16", EPOCH | {"update": 1, "set_gradients": 1, "pipeline_with_logprob": 4}),
-        # and 2 evaluations; samples in 2 batches of 4, each a whole update
-        ("full", "bfloat16", EPOCH | {"check_images": 2, "update": 1, "pipeline_with_logprob": 6}),
+        # initial noise of 2 grids comes from the CPU; "update" and "averages" are once an epoch
+        ("lora", "float16", EPOCH | {"update": 1, "set_gradients": 1, "pipeline_with_logprob": 2}),
+        # and 2 evaluations; samples in 2 batches of 8, each a whole update
+        ("full", "bfloat16", EPOCH | {"check_images": 2, "update": 1, "pipeline_with_logprob": 4}),
         ("eval", "float16", {"pipeline_with_logprob": 1}),
         ("train_sd", "float16", {}),
         ("classifier", "float16", {}),
