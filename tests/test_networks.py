@@ -99,7 +99,7 @@ def test_weight_files_that_cannot_be_had(flag, tmp_path, monkeypatch):
         with pytest.raises(error, match=message):
             load(option)
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "wrong.pth")
-    with pytest.raises(UserError, match="wrong.pth.* are not"):
+    with pytest.raises(UserError, match="wrong.pth"):
         load(str(tmp_path / "wrong.pth"))
 
 
