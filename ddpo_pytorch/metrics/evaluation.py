@@ -258,9 +258,7 @@ def evaluate(config: ConfigDict, tools: Tools, sets: Sets) -> tuple[dict, dict[s
     }
     reference = measure_folder(real, None, context) if real else None
     fid_part = "unmatched" if config.metric.fid == "compat" else "matched"
-    missing, metric = {} if real else {"FID, KID, LPIPS to real images": "metric.real_path is empty"}, config.metric
-    if metric.compare_path and not metric.folders and not Path(metric.compare_path).exists():
-        missing[metric.compare_name] = f"metric.compare_path={metric.compare_path!r} does not exist"
+    missing = {} if real else {"FID, KID, LPIPS to real images": "metric.real_path is empty"}
     networks = [*tools.extractors.values(), *tools.statistics, *tools.pairs.values()]
     judges = {
         name: {"what": network.what, "sha256": network.sha256, "labels": list(labels)}
@@ -276,16 +274,14 @@ def evaluate(config: ConfigDict, tools: Tools, sets: Sets) -> tuple[dict, dict[s
         "settings": config.metric.to_dict() | {"seed": seed, "image_shape": list(shape_of(every[0]))},
         "judges": judges,
         "networks": {network.name: {"what": network.what, "sha256": network.sha256} for network in networks},
-        "missing": tools.missing | missing,
-        "sets": {
-            name: set_facts(images, others)
-            for name, images, others in (("real", real, {"training": sets.train}), ("train", sets.train, {}))
-            if images
-        },
+        "missing": tools.missing | sets.missing | missing,
+        "sets": {name: set_facts(images, {}) for name, images in (("real", real), ("train", sets.train)) if images},
         "warnings": find_warnings(context, models, len(real_part)),
         "models": {},
         "fid_part": fid_part,
     }
+    if context.near_copies is not None:
+        result["sets"]["real"]["near_copies_of_training_images"] = int(context.near_copies.sum())
     for name, folders in models.items():
         captions = [caption for folder in folders for caption in folder.images.captions]
         counts = Counter(captions)

@@ -65,9 +65,11 @@ class ImageSet:
         If several images of a table would share a key, their paths in the folder take the place of the stem.
         """
         names = [f"{caption}/{path.stem}" for path, caption in self.samples]
-        repeated = {name for name, count in Counter(names).items() if count > 1}
-        full = [f"{caption}/{path.relative_to(self.folder).with_suffix('')}" for path, caption in self.samples]
-        return [long if name in repeated else name for name, long in zip(names, full, strict=True)]
+        counts = Counter(names)
+        return [
+            f"{caption}/{path.relative_to(self.folder).with_suffix('')}" if counts[name] > 1 else name
+            for name, (path, caption) in zip(names, self.samples, strict=True)
+        ]
 
     @property
     def samples(self) -> Samples:

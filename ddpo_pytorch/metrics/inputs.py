@@ -85,6 +85,7 @@ class Sets:
     real: ImageSet | None
     train: ImageSet | None
     pairs: ImageSet | None = None
+    missing: dict[str, str] = field(default_factory=dict)  # models without a folder, and why
 
     @property
     def folders(self) -> list[ImageSet]:
@@ -92,9 +93,10 @@ class Sets:
         return [images for folders in self.models.values() for images in folders]
 
 
-def requested_models(metric: ConfigDict) -> dict[str, list[str]]:
-    """Return folders by model: those in `folders`, else compare_path (if it exists) and fake_path."""
+def requested_models(metric: ConfigDict) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Return folders by model, those in `folders` or else compare_path and fake_path, and why a model is missing."""
     models: dict[str, list[str]] = {}
+    missing = {}
     for name, folder in named_paths(metric.folders, "metric.folders"):
         models.setdefault(name, []).append(folder)
     if not metric.folders:
@@ -105,12 +107,12 @@ def requested_models(metric: ConfigDict) -> dict[str, list[str]]:
                 raise UserError(f"metric.compare_name and metric.fake_name are both {metric.fake_name!r}; rename one")
             models[metric.compare_name] = [metric.compare_path]
         elif metric.compare_path:
-            logger.warning("%s is not measured: %s does not exist", metric.compare_name, metric.compare_path)
+            missing[metric.compare_name] = f"metric.compare_path={metric.compare_path!r} does not exist"
         models[metric.fake_name] = [metric.fake_path]
     for name in RESERVED:
         if name in models:
             raise UserError(f"a model is named {name!r}, which stands for the {name} images; rename it")
-    return models
+    return models, missing
 
 
 def find_sets(metric: ConfigDict, accelerator: Accelerator) -> Sets:
@@ -120,7 +122,10 @@ def find_sets(metric: ConfigDict, accelerator: Accelerator) -> Sets:
     def samples_of(folder: str) -> tuple[Path, list]:
         return Path(folder), list_samples(folder, prompts)
 
-    models = requested_models(metric)
+    models, missing = requested_models(metric)
+    if accelerator.is_main_process:
+        for name, reason in missing.items():
+            logger.warning("%s is not measured: %s", name, reason)
     folders = [samples_of(folder) for group in models.values() for folder in group]
     real = [samples_of(metric.real_path)] if metric.real_path else []
     train = [any_files(metric.train_path)] if metric.train_path else []
@@ -145,7 +150,7 @@ def find_sets(metric: ConfigDict, accelerator: Accelerator) -> Sets:
             twin = seen.setdefault(images.describe()["sha256"], images)
             if twin is not images:
                 raise UserError(f"{str(images.folder)!r} and {str(twin.folder)!r} of {name!r} hold the same images")
-    return Sets(by_name, real_set, train_set, pair_set)
+    return Sets(by_name, real_set, train_set, pair_set, missing)
 
 
 @dataclass
