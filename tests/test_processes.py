@@ -94,6 +94,18 @@ def test_settings_decide_and_not_the_launcher(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize(
+    ("mixed_precision", "capability", "warnings"), [("bf16", "AVX2", 1), ("bf16", "AVX512", 0), ("no", "AVX2", 0)]
+)
+def test_a_processor_that_emulates_bf16_is_reported(monkeypatch, caplog, mixed_precision, capability, warnings):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    threads = torch.get_num_threads()
+    make_accelerator(mixed_precision)
+    torch.set_num_threads(threads)
+    assert sum(record.levelname == "WARNING" for record in caplog.records) == warnings
+
+
+@pytest.mark.parametrize(
     ("variable", "value", "named"),
     [
         ("ACCELERATE_USE_DEEPSPEED", "true", "ACCELERATE_USE_DEEPSPEED"),

@@ -81,6 +81,8 @@ def make_accelerator(
     on_cpu = _flag("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if on_cpu and mixed_precision == "fp16":
         raise UserError("mixed_precision is 'fp16', which needs a GPU; on a CPU use no or bf16")
+    if on_cpu and mixed_precision == "bf16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        logger.warning("mixed_precision bf16 is many times slower than 'no' on a CPU without AVX-512")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
     plugin = FullyShardedDataParallelPlugin() if sharding else None
     if plugin:
