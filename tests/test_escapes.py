@@ -154,6 +154,20 @@ def test_tools_refuse_empty_paths_and_unknown_homes_by_name(home, capsys, tool, 
     assert not any(Path.cwd().iterdir())
 
 
+@pytest.mark.parametrize("tool", [fundus, splits])
+def test_tools_report_errors_of_the_system_about_a_path_in_one_line(home, capsys, tool):
+    """A table in a file instead of a folder, and one whose folder is a file."""
+    Path("a_train.csv").write_text("image,hair,gel_bubble,ruler,ink,MEL,NV\na,0,0,0,0,1,0\n")
+    Path("a.png").write_bytes(b"")
+    Path("table.csv").write_text("path,Text\n" + "".join(f"{n}.png,drusen\n" for n in range(9)))
+    given = {fundus: ["--csv=table.csv"], splits: ["--splits=.", "--images=."]}
+    output = {fundus: "--out", splits: "--list_missing"}
+    with pytest.raises(SystemExit) as ended:
+        tool.main([*given[tool], f"{output[tool]}=table.csv/x"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "'table.csv" in said and said.count("\n") == 1
+
+
 def test_a_configuration_is_found_from_any_folder(home):
     (home / "own.py").touch()
     script, base = str(ROOT / "scripts" / "eval.py"), str(ROOT / "config" / "base.py")

@@ -8,7 +8,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,23 +61,30 @@ def cli(main: Callable[[list[str]], None]) -> None:
         for name in ("diffusers", "transformers"):
             if library := sys.modules.get(name):
                 library.utils.logging.disable_progress_bar()
-        try:
+        with _one_line_errors():
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; options are written --name=value")
             main(argv)
-        except UserError as error:
-            _fail(str(error))
-        except RuntimeError as error:
-            if (reason := _lost_process(str(error))) is None:
-                raise
-            _fail(reason)
-        except OSError as error:
-            if error.errno not in USER_ERRNOS:
-                raise
-            where = "" if error.filename is None else f": {error.filename!r}"
-            _fail(f"{error.strerror}{where}; give another path, or change what is there")
 
     app.run(run, flags_parser=_parse_flags)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """End the process with one line for `UserError`, errors of the user's paths, and lost processes."""
+    try:
+        yield
+    except UserError as error:
+        _fail(str(error))
+    except RuntimeError as error:
+        if (reason := _lost_process(str(error))) is None:
+            raise
+        _fail(reason)
+    except OSError as error:
+        if error.errno not in USER_ERRNOS:
+            raise
+        where = "" if error.filename is None else f": {error.filename!r}"
+        _fail(f"{error.strerror}{where}; give another path, or change what is there")
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -193,13 +201,11 @@ def add_path(parser: argparse.ArgumentParser, name: str, optional: bool = False,
 
 
 def run_command(parser: argparse.ArgumentParser, run: Callable[..., Any], arguments: Sequence[str] | None) -> None:
-    """Parse arguments and pass them to `run` by name, logging to stdout; UserError becomes one line and exit code 2."""
+    """Parse arguments and pass them to `run` by name, logging to stdout; errors end the process as in `cli`."""
     given = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    try:
+    with _one_line_errors():
         run(**given)
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
 
 
 def _check_given(path: str, name: str, option: str) -> None:
