@@ -133,6 +133,12 @@ def test_the_commands_write_worlds_and_report_user_errors(tmp_path, capsys):
         assert refused.value.code == 2 and "give a new folder" in message and message.count("\n") == 1
 
 
+@pytest.mark.parametrize("limit", [-1, -99])
+def test_a_rating_set_of_a_negative_number_of_images_is_refused(worlds, tmp_path, limit):
+    with pytest.raises(UserError, match=f"limit is {limit}"):
+        rating_sets.degrade_table(worlds[fundus] / "splits" / "fundus_val.csv", worlds[fundus], limit, out=tmp_path)
+
+
 def test_skin_tables_have_the_columns_of_isic_and_the_labels_of_their_images(worlds):
     splits, columns = worlds[skin] / "splits", "image,MEL,NV,dark_corner,hair,gel_border,gel_bubble,ruler,ink,patches"
     for name, indices in (("train", range(41)), ("val", range(41, 47)), ("test", range(47, 52))):

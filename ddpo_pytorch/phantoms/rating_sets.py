@@ -23,6 +23,7 @@ from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import LOCK, locked, sha256, write_json
 from ddpo_pytorch.utils.randomness import text_number
+from ddpo_pytorch.utils.settings import ZERO_OR_MORE, check_ranges
 
 logger = logging.getLogger(__name__)
 STYLE = 2  # incremented when the degradations change, so that old and new rating sets never mix
@@ -150,7 +151,8 @@ def _simulate_raters(truth: Sequence[dict], raters: int, rng: np.random.Generato
 
 
 def degrade_table(csv: str, data_path: str, limit: int, **settings) -> None:
-    """Write a rating set of the first `limit` images of a table, or of all if 0."""
+    """Write a rating set of the first `limit` images of a table, or of all if 0. Raises UserError if it is negative."""
+    check_ranges({"limit": limit}, {"limit": ZERO_OR_MORE}, "--")
     rows, paths, _ = load_split(csv, data_path, limit)
     check_images(paths)
     write_rating_set(rows, paths, **settings)
