@@ -106,7 +106,7 @@ def test_other_worlds_and_files_are_not_overwritten(write, worlds, tmp_path, pha
     assert files_of(tmp_path) == {"images/a.jpg": b"somebody's"}
 
 
-@pytest.mark.parametrize(("phantom", "name", "value"), each(IMPOSSIBLE))
+@pytest.mark.parametrize(("phantom", "name", "value"), [*each(IMPOSSIBLE), (fundus, "degraded", float("nan"))])
 def test_impossible_settings_are_refused(write, tmp_path, phantom, name, value):
     with pytest.raises(UserError, match=f"'{name}': {value!r}"):
         write(phantom, tmp_path / "new", **SETTINGS[phantom] | {name: value})

@@ -22,6 +22,7 @@ from ddpo_pytorch.phantoms.drawing import POINTS, Sheet, blend, check_record, cl
 from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_folder, locked, write_json
+from ddpo_pytorch.utils.settings import SHARE
 
 STYLE = 1  # incremented when the drawing code changes pictures, so that old and new worlds never mix
 COLUMNS = ("path", "Text", "modality", "patient", "eye", "age", "sex", "quality")
@@ -213,7 +214,7 @@ def write_world(
     """
     numbers = dict(num_train=num_train, num_val=num_val, num_test=num_test)
     world = dict(style=STYLE, seed=seed, size=size, degraded=degraded) | numbers
-    if min(world.values()) < 0 or size < 32 or degraded > 1 or any(value % 2 for value in numbers.values()):
+    if min(world.values()) < 0 or size < 32 or degraded not in SHARE or any(value % 2 for value in numbers.values()):
         raise UserError(f"a fundus world needs even numbers >= 0, size >= 32 and degraded in [0, 1], got {world}")
     root = Path(folder)
     splits, record = root / "splits", root / WORLD
