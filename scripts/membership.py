@@ -31,6 +31,7 @@ from ddpo_pytorch.utils.distributed import DTYPES, locked_by_main, make_accelera
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import write_json
 from ddpo_pytorch.utils.randomness import BatchDraws, Stream
+from ddpo_pytorch.utils.settings import SEED, check_ranges
 
 FLAGS = flags.FLAGS
 define_config(__file__, "experiment, e.g. config/dgx.py:finetune_sd")
@@ -83,6 +84,7 @@ def test(accelerator: Accelerator, config: ConfigDict) -> dict:
 def main(_) -> None:
     config = expand_config(FLAGS.config, "sd.output", "pretrained.model")
     check_settings(config.sd)
+    check_ranges(config, {"seed": SEED})
     accelerator = make_accelerator(config.mixed_precision, config.allow_tf32, process_timeout=config.process_timeout)
     with locked_by_main(accelerator, config.sd.output, "another --config.sd.output"):
         result = test(accelerator, config)

@@ -357,3 +357,17 @@ def test_membership_of_a_model_and_of_trained_weights(model, base, run_main, con
     assert result["base"]["val_loss"]["value"] == pytest.approx(sum(losses) / count, rel=1e-4)
     with pytest.raises(UserError, match="sd.val_csv"):
         run_main("membership.py", config_file, **fields | {"sd__val_csv": ""})
+
+
+@pytest.fixture
+def membership(base, tiny_pipeline_dir, run_main, config_file, tmp_path):
+    """Function (fields): run membership.py on a random model and 4 + 4 images, writing to `tmp_path / "out"`."""
+    fields = base | {"pretrained__model": str(tiny_pipeline_dir), "sd__output": str(tmp_path / "out")}
+    fields |= {"sd__limit": 4, "sd__val_images": 4}
+    return lambda **changes: run_main("membership.py", config_file, **fields | changes)
+
+
+def test_membership_refuses_a_seed_before_images_are_read(membership, tmp_path):
+    with pytest.raises(UserError, match="seed is -1"):
+        membership(seed=-1)
+    assert not (tmp_path / "out").exists()
