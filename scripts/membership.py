@@ -57,7 +57,10 @@ def image_losses(accelerator: Accelerator, config: ConfigDict, loss: NoiseLoss, 
 def test(accelerator: Accelerator, config: ConfigDict) -> dict:
     """Return the content of membership.json."""
     pretrained, sd, dtype = config.pretrained, config.sd, DTYPES[config.mixed_precision]
-    pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, dtype, accelerator.device)
+    model = pretrained.model, pretrained.revision, config.unet_path, dtype
+    if config.load_from:  # raises for unusable weights before images are encoded and measured with the base model
+        load_weights(load_pipeline(*model).unet, config.load_from)
+    pipe = load_pipeline(*model, accelerator.device)
     pipe.vae.float()  # in half precision SD's autoencoder overflows
     sets = [open_latents(accelerator, sd, pipe.vae, validation) for validation in (False, True)]
     if sets[1] is None or min(map(len, sets)) < 2:

@@ -371,3 +371,11 @@ def test_membership_refuses_a_seed_before_images_are_read(membership, tmp_path):
     with pytest.raises(UserError, match="seed is -1"):
         membership(seed=-1)
     assert not (tmp_path / "out").exists()
+
+
+def test_membership_refuses_unusable_weights_before_images_are_encoded(membership, tmp_path):
+    (tmp_path / "unet.safetensors").write_bytes(b"")
+    for weights in ("nowhere", "unet.safetensors"):
+        with pytest.raises(UserError, match=weights):
+            membership(load_from=str(tmp_path / weights))
+    assert not (tmp_path / "out" / "latents").exists()
