@@ -75,6 +75,9 @@ def test(accelerator: Accelerator, config: ConfigDict) -> dict:
             load_weights(pipe.unet, config.load_from)
         with accelerator.autocast():
             losses[name] = [image_losses(accelerator, config, loss, latents) for latents in sets]
+        if not all(np.isfinite(part).all() for part in losses[name]):
+            given = config.load_from if name == "load_from" else pretrained.model
+            raise UserError(f"losses of {given!r} are not finite; use mixed_precision bf16 or no, or other weights")
         result[name] = {"AUC": membership_auc(*losses[name]).to_dict()}
         for split, part in zip(("train", "val"), losses[name], strict=True):
             mean = bootstrap_mean(part, np.zeros(len(part)), config.seed, resample_groups=False, share=False)

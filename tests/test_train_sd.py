@@ -379,3 +379,14 @@ def test_membership_refuses_unusable_weights_before_images_are_encoded(membershi
         with pytest.raises(UserError, match=weights):
             membership(load_from=str(tmp_path / weights))
     assert not (tmp_path / "out" / "latents").exists()
+
+
+def test_membership_refuses_losses_that_are_not_finite(membership, tiny_pipeline_dir, tmp_path):
+    """AUCs of NaN would look like chance."""
+    unet = load_pipeline(tiny_pipeline_dir).unet
+    unet.conv_out.bias.data.fill_(3e38)
+    weights = tmp_path / "unet.safetensors"
+    save_file(unet.state_dict(), weights)
+    with pytest.raises(UserError, match=f"losses of '{weights}' are not finite"):
+        membership(load_from=str(weights))
+    assert not (tmp_path / "out" / "membership.json").exists()
