@@ -1,5 +1,6 @@
 """Parts of the rating page: items, files after crashes, a rater's progress, the guard."""
 
+import calendar
 import csv
 import dataclasses
 import errno
@@ -8,6 +9,7 @@ import json
 import os
 import socket
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -226,6 +228,24 @@ def test_both_answers_the_patient_and_the_median_time_are_kept(tmp_path, items, 
     asked = [item.key for item in items]
     assert store.seconds("Ann", asked) == [4, 6] and store.seconds("Bob", asked) == []  # the break does not count
     assert store.seconds("Ann", asked[:2]) == [4]
+
+
+def test_seconds_do_not_depend_on_daylight_saving_time(tmp_path, items, monkeypatch):
+    now = [calendar.timegm((2026, 10, 25, 0, 59, 50))]  # ten seconds before clocks go back in Berlin
+    monkeypatch.setattr(storing.time, "gmtime", lambda: datetime.fromtimestamp(now[0], UTC).timetuple())
+    store = Store(tmp_path / "ratings.csv")
+    for _ in range(3):
+        for item in items[:2]:
+            store.click("rate", item, "Ann", rating=2, expert_level=3)
+            now[0] += 20
+        now[0] += 3560
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        assert store.seconds("Ann", [item.key for item in items]) == [20, 20, 20]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def finish(questions: Questions, rater: str, answer) -> dict:

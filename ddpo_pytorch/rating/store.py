@@ -7,6 +7,7 @@ name, so neither a spreadsheet nor a crash changes, loses or duplicates a rating
 imported as it is.
 """
 
+import calendar
 import errno
 import itertools
 import logging
@@ -109,7 +110,7 @@ class Store:
         """Return the seconds between a rater's ratings of these questions, without breaks of over five minutes."""
         clicks = [click for click in self._clicks if click[1] in ("rate", "repeat") and click[7] == rater]
         clicks = [click for click in clicks if _asked(click[2:], questions)]
-        times = [time.mktime(time.strptime(click[0], TIME)) for click in clicks]
+        times = [calendar.timegm(time.strptime(click[0], TIME)) for click in clicks]
         return [after - before for before, after in itertools.pairwise(times) if after - before <= 300]
 
     def click(self, action: str, item: "Item", rater: str, **answers: int | None) -> None:
