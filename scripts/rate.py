@@ -26,6 +26,7 @@ from ddpo_pytorch.rating.store import Store, rater_name
 from ddpo_pytorch.utils.cli import cli, expand, expand_flags
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import write_json
+from ddpo_pytorch.utils.settings import Range, check_ranges
 
 FLAGS = flags.FLAGS
 flags.DEFINE_multi_string("images", [], "sample folders of eval.py, separated by commas or repeated")
@@ -41,7 +42,7 @@ flags.DEFINE_integer("port", 0, "port to listen on; 0 = a free one", 0, 65535)
 flags.DEFINE_string("token", None, "secret part of the address; generated if needed")
 flags.DEFINE_enum("mode", "rate", ("rate", "real", "pair"), "rate, tell photographs from generated, or choose of two")
 flags.DEFINE_bool("criteria", False, "also ask for optic disc, vessels, contrast and artifacts (mode rate)")
-flags.DEFINE_float("repeats", 0, "share of images that each rater sees a second time, unannounced", 0, 0.5)
+flags.DEFINE_float("repeats", 0, "share, up to 0.5, of images that each rater sees a second time, unannounced")
 flags.DEFINE_string("examples", None, "folder of reference images named by rating: 1..., 2... or 3...")
 flags.DEFINE_integer("seed", 0, "seed of the order in which each rater sees the images", 0)
 
@@ -96,6 +97,8 @@ def main(_) -> None:
     token = FLAGS.token or ("" if is_loopback(FLAGS.host) else secrets.token_urlsafe(32))
     if token and not re.fullmatch(r"[A-Za-z0-9_-]{16,128}", token):  # hard to guess, and valid in a URL
         raise UserError("--token needs 16 to 128 of the characters A-Z, a-z, 0-9, _ and -; omit it to generate one")
+    # not by bounds of the flag, between which absl takes NaN to be
+    check_ranges({"repeats": FLAGS.repeats}, {"repeats": Range("[0, 0.5]")}, "--")
     (items, names), examples = find_items(), find_examples(FLAGS.examples)
     synthetic = {item.key: is_synthetic(item.path) for item in items} if FLAGS.mode == "real" else {}
     if synthetic and len(set(synthetic.values())) < 2:

@@ -258,6 +258,8 @@ def test_the_summary_counts_this_study_alone_with_its_folders_in_either_order(tm
         (["--images=one,other", "--mode=pair"], "one and .*other share no prompt"),
         (["--images=one", "--examples=one"], "--examples=.*one"),
         (["--images=one", "--token=short"], "--token needs 16 to 128"),
+        (["--images=one", "--repeats=0.6"], "--repeats is 0.6"),
+        (["--images=one", "--repeats=nan"], "--repeats is nan"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(tmp_path, monkeypatch, options, message):
