@@ -404,6 +404,8 @@ def fundus_table(folder, *names):
         (isic.load_split, isic_table, "ISIC_7_downsampled.png", "isic_7"),
         (isic.load_split, isic_table, "Isic_7.Tif", "ISIC_7.JPEG"),
         (fundus.load_split, fundus_table, "Images/1_Left.JPEG", "IMAGES/1_LEFT.JPG"),
+        (isic.load_split, isic_table, "Images/7.jpg", ".\\Images\\7"),
+        (fundus.load_split, fundus_table, "Images/7.jpg", ".\\Images\\7.jpg"),
     ],
 )
 def test_images_are_found_under_any_suffix_and_case(load, table, file, named, tmp_path):

@@ -70,6 +70,15 @@ def save_images(folder, names):
         Image.fromarray(pixels).save(folder / f"{name}.jpg")
 
 
+def test_an_image_is_the_same_with_slashes_of_any_system(tmp_path):
+    write_table(tmp_path, "a_train", ["part/I1"])
+    write_table(tmp_path, "a_val", ["part\\I1.jpg"])
+    with pytest.raises(UserError, match="'part/I1.jpg' is in .*a_train.csv' and .*a_val.csv'"):
+        splits.read_splits(splits.find_splits(tmp_path)["a"])
+    write_metadata(tmp_path / "metadata.csv", {"part\\I1": "L1"})
+    assert list(splits.read_metadata(tmp_path / "metadata.csv")) == ["part/I1"]
+
+
 def test_the_official_splits_equal_the_paper(shared, caplog, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["isic", "--splits", str(shared / "data" / "splits")])
     with caplog.at_level(logging.INFO):

@@ -16,7 +16,7 @@ import numpy as np
 from ddpo_pytorch.data import tables
 from ddpo_pytorch.data.images import find_damage, rows_with_image
 from ddpo_pytorch.data.splits import SPLITS, assign
-from ddpo_pytorch.data.tables import Row, invisible_character, read_table, table_text
+from ddpo_pytorch.data.tables import Row, invisible_character, read_table, table_text, tidy_path
 from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import path_fault
@@ -102,11 +102,6 @@ def mirrored_caption(caption: str) -> str | None:
         return mirrored.capitalize() if word.istitle() else mirrored.upper() if word.isupper() else mirrored
 
     return None if _OTHER_SIDE.search(caption) else _EYE_IN_TEXT.sub(other, caption)
-
-
-def tidy_path(text: str) -> str:
-    """Return a path with forward slashes and without `./` and `a/../`; "" for an empty cell."""
-    return posixpath.normpath(text.replace("\\", "/")) if text else ""
 
 
 def caption_fault(text: str, modality: str, only: list[str]) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddpo_pytorch.data.images import find_images, rows_with_image, stem_of
-from ddpo_pytorch.data.tables import Row, number, read_table
+from ddpo_pytorch.data.tables import Row, number, read_table, tidy_path
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import path_fault
 
@@ -74,7 +74,7 @@ def read_split(path: str | Path) -> list[Row]:
     """Read a split table with the columns image, MEL, NV, hair, gel_bubble, ruler, ink and any others."""
 
     def make(fields: dict[str, str], index: int, line: int, faults: list[str]) -> tuple[Row | None, str, str]:
-        image, values = fields["image"], [number(fields[name]) for name in LABELS]
+        image, values = tidy_path(fields["image"]), [number(fields[name]) for name in LABELS]
         if wrong := [name for name, value in zip(LABELS, values, strict=True) if value not in (0, 1)]:
             faults.append(f"{', '.join(f'{name} is {fields[name]!r}' for name in wrong)}; allowed are 0 and 1")
         elif values[4] == values[5]:

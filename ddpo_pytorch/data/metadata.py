@@ -3,7 +3,6 @@
 This is the format of Hugging Face's imagefolder. Columns named after a judge's labels contain 0 or 1.
 """
 
-import posixpath
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of
-from ddpo_pytorch.data.tables import Row, number, read_table
+from ddpo_pytorch.data.tables import Row, number, read_table, tidy_path
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import path_fault
 
@@ -22,7 +21,7 @@ def read_metadata(path: str | Path) -> list[Row]:
     """Return the rows of a metadata.csv. Raises UserError as `read_table` does."""
 
     def make(fields: dict[str, str], index: int, line: int, faults: list[str]) -> tuple[Row, str, str]:
-        name = posixpath.normpath(fields["file_name"].replace("\\", "/"))
+        name = tidy_path(fields["file_name"])
         if fault := path_fault(fields["file_name"]):
             faults.append(f"file_name {name!r} {fault}; give a path relative to the folder")
         if not fields["text"]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ddpo_pytorch.data import fundus
 from ddpo_pytorch.data.sample_folder import is_framed
-from ddpo_pytorch.data.tables import number, read_table
+from ddpo_pytorch.data.tables import number, read_table, tidy_path
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import path_fault
 
@@ -101,7 +101,7 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
         return name, file
 
     def make(fields: dict[str, str], index: int, line: int, faults: list[str]) -> tuple[Rating, tuple | None, str]:
-        image, file = find(fundus.tidy_path(fields["image_path"]), faults)
+        image, file = find(tidy_path(fields["image_path"]), faults)
         if (mode := mode_of(fields)) in ("real", "pair"):
             faults.append(f"it is an answer of rate.py --mode={mode}; judges learn from those of --mode=rate")
         modality = fields.get("modality") or fundus.modality_of(fields["prompt"]) or fundus.MODALITY

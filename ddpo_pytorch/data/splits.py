@@ -19,7 +19,7 @@ import numpy as np
 from ddpo_pytorch.data import isic
 from ddpo_pytorch.data.images import find_damage
 from ddpo_pytorch.data.isic import LABELS, PAPER_ORDER, image_key, read_split
-from ddpo_pytorch.data.tables import Row, read_table, write_table
+from ddpo_pytorch.data.tables import Row, read_table, tidy_path, write_table
 from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_folder, sha256, write_json
@@ -114,7 +114,7 @@ def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
     """Return the columns image and lesion_id (which may be empty) of ISIC's metadata by `image_key`."""
 
     def make(fields: dict[str, str], index: int, line: int, faults: list[str]) -> tuple[tuple[str, dict], str, str]:
-        key = image_key(fields["image"])
+        key = image_key(tidy_path(fields["image"]))
         return (key, fields), key, f"image {fields['image']!r}"
 
     return dict(read_table(path, "metadata", ("image", "lesion_id"), make))

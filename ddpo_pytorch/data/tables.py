@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import posixpath
 import re
 import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -118,6 +119,11 @@ def read_table(
     if advice and not rows:
         raise UserError(f"{where} has a header and no rows; {advice}")
     return rows
+
+
+def tidy_path(text: str) -> str:
+    """Return a path with forward slashes and without `./` and `a/../`; "" for an empty cell."""
+    return posixpath.normpath(text.replace("\\", "/")) if text else ""
 
 
 def number(text: str) -> float | None:

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from ddpo_pytorch.data.fundus import load_split, modality_of, tidy_path
+from ddpo_pytorch.data.fundus import load_split, modality_of
 from ddpo_pytorch.data.images import open_image, upright_size
 from ddpo_pytorch.data.sample_folder import read_log
+from ddpo_pytorch.data.tables import tidy_path
 from ddpo_pytorch.rating.store import Store
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import Stream, generator_of, text_number
