@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from ddpo_pytorch.data import fundus, isic
+from ddpo_pytorch.data import fundus, isic, metadata
 from ddpo_pytorch.data.ratings import read_ratings
 from ddpo_pytorch.data.splits import read_metadata
 from ddpo_pytorch.data.tables import protected, table_text, unprotected
@@ -93,6 +93,22 @@ def test_missing_and_repeated_columns_are_named(table):
     with pytest.raises(UserError, match="regular file") as error:
         table.reader(table.path.parent)
     assert "remove" not in str(error.value)  # a folder that was given by mistake
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "cells"),
+    [
+        (metadata.read_metadata, "file_name,text,path\na.png,x,b.png\n", {"file_name": "a.png", "path": "b.png"}),
+        (metadata.read_metadata, "path,text\na.png,x\n", {"file_name": "a.png"}),
+        (fundus.read_split, "file_name,Text,path\na.png,x,b.png\n", {"file_name": "a.png", "path": "b.png"}),
+        (fundus.read_split, "path,Text,modal,modality\na.png,x,y,OCT\n", {"modality": "OCT", "modal": "y"}),
+        (fundus.read_split, "file_name,Text,modal\na.png,x,OCT\n", {"path": "a.png", "modality": "OCT"}),
+    ],
+)
+def test_a_synonym_stands_for_a_column_that_is_absent(read, text, cells, tmp_path):
+    (tmp_path / "table.csv").write_text(text)
+    (row,) = read(tmp_path / "table.csv")
+    assert cells.items() <= row.fields.items()
 
 
 @pytest.fixture

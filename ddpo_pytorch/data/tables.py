@@ -15,7 +15,7 @@ from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import open_regular, write_file
 
 T = TypeVar("T")
-SYNONYMS = {"modal": "modality", "file_name": "path"}  # of normalised column names
+SYNONYMS = (("modality", "modal"), ("path", "file_name"))  # normalised column names, either for the other
 DESCRIBED = 3  # faults of a table that a message quotes; the others are counted
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 # text that begins with a sign but is not a formula: a number, optionally with its interval
@@ -208,13 +208,15 @@ def _records(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
 
 def _normalized(name: str) -> str:
     """Return a column's name for comparison: lower case, underscores for spaces, no byte-order mark."""
-    name = "_".join(name.replace("\ufeff", " ").lower().split())
-    return SYNONYMS.get(name, name)
+    return "_".join(name.replace("\ufeff", " ").lower().split())
 
 
 def _header(cells: Sequence[str], columns: Sequence[str], optional: Sequence[str], where: str) -> list[str]:
     known = {_normalized(name): name for name in (*columns, *optional)}
     names = [_normalized(cell) for cell in cells]
+    for wanted, synonym in (*SYNONYMS, *(pair[::-1] for pair in SYNONYMS)):
+        if wanted in known and wanted not in names:
+            names = [wanted if name == synonym else name for name in names]
     if absent := [name for name in columns if _normalized(name) not in names]:
         first = _cut(", ".join(filter(None, cells))) or "none"
         raise UserError(f"{where} lacks the columns {', '.join(absent)}; its first line has {first}; {_COMMAS}")
