@@ -127,10 +127,10 @@ DICOM = {
 TAGS = {"window": WINDOW, "rescaled": WINDOW | {"RescaleSlope": 1, "RescaleIntercept": -1024}}
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", [*range(1, 9), 0, 9])
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
 def test_a_photograph_is_turned_as_its_camera_was_held(orientation, suffix, tmp_path):
-    """As the EXIF standard says: by turns and mirrors of the rows and columns in the file."""
+    """As the EXIF standard says: by turns and mirrors of the rows and columns in the file. 0 and 9 mean nothing."""
     upright = np.zeros((24, 16, 3), np.uint8)
     upright[:8, :8], upright[16:, 8:] = 200, 100
     stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1]}
@@ -139,7 +139,7 @@ def test_a_photograph_is_turned_as_its_camera_was_held(orientation, suffix, tmp_
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"image.{suffix}"
-    Image.fromarray(np.ascontiguousarray(stored[orientation])).save(path, exif=exif, quality=100)
+    Image.fromarray(np.ascontiguousarray(stored.get(orientation, upright))).save(path, exif=exif, quality=100)
     with open_image(path) as image:
         assert upright_size(image) == (16, 24)
     found = load_pixels(path).permute(1, 2, 0).numpy().astype(int)

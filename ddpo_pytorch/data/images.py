@@ -126,7 +126,7 @@ def read_rgb(path: str | Path) -> Image.Image:
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Return the (width, height) that `read_rgb` gives an image from `open_image`, without decoding it."""
     tag = ExifTags.Base.Orientation  # which Pillow itself applies to TIFF
-    turned = "exif" in image.info and image.format != "TIFF" and image.getexif().get(tag, 1) >= 5
+    turned = "exif" in image.info and image.format != "TIFF" and image.getexif().get(tag, 1) in range(5, 9)
     return image.size[::-1] if turned else image.size
 
 
