@@ -82,7 +82,8 @@ def rated(empty, items) -> Restart:
     ("field", "value", "message"),
     [("path_to_img", path, "leads out of") for path in ("images/../../x.png", "/etc/hostname", "images/linked/x.png")]
     + [("path_to_img", "images/absent.png", "absent.png"), ("path_to_img", "image_log.json", "not an image")]
-    + [("path_to_img", 3, "path_to_img"), ("prompt", None, "prompt"), ("prompt", "two\nlines", "line breaks")],
+    + [("path_to_img", 3, "path_to_img"), ("prompt", None, "prompt"), ("prompt", "two\nlines", "line breaks")]
+    + [("patient", 3, "patient")],
 )
 def test_an_entry_that_leads_elsewhere_is_refused_at_the_start(tmp_path, items, field, value, message):
     folder = tmp_path / "made"

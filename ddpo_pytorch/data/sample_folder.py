@@ -109,7 +109,8 @@ def read_log(folder: str | Path) -> list[dict]:
 
     Of a path that ends in images/<caption>/<file>, as the official scripts log it, only this end is kept.
     """
-    path, shape = Path(folder) / LOG, [{"path_to_img": str, "prompt?": OneOf((str, None))}]
+    text = OneOf((str, None))
+    path, shape = Path(folder) / LOG, [{"path_to_img": str, "prompt?": text, "patient?": text}]
     entries = read_json(path, shape, "make the samples again elsewhere") if path.is_file() else []
     for number, entry in enumerate(entries, 1):
         if match := _IMAGE_IN_FOLDER.fullmatch(entry["path_to_img"]):
