@@ -36,9 +36,10 @@ logger = logging.getLogger(__name__)
 
 
 def entry_of(row: Row) -> dict:
-    """Return the log entry of an image: every column of the table, and the fields of every sample folder."""
+    """Return the log entry of an image: every column of the table, its patient, and those of every sample folder."""
     path = f"images/{folder_name(row.caption)}/{row.number}.png"
-    return row.fields | {"sampleID": row.number, "prompt": row.caption, "path_to_img": path}
+    patient = {"patient": row.patient} if row.patient else {}  # the table may name it only in the path
+    return row.fields | patient | {"sampleID": row.number, "prompt": row.caption, "path_to_img": path}
 
 
 def main(_) -> None:

@@ -15,6 +15,7 @@ from ddpo_pytorch.data.isic import CAPTIONS, caption_of
 from ddpo_pytorch.data.sample_folder import folder_name, list_samples, title_of
 from ddpo_pytorch.generator.latents import LatentShards, fingerprint
 from ddpo_pytorch.generator.pipeline import load_pipeline
+from ddpo_pytorch.rating.session import sample_items
 from ddpo_pytorch.utils.errors import UserError
 
 pytest_plugins = ["script_tools"]
@@ -154,6 +155,15 @@ def test_images_that_are_replaced_are_extracted_again(table, extract, tmp_path, 
     extract(**fields)
     after = files_of(folder)
     assert all(after[name] == content for name, content in before.items())
+
+
+def test_ratings_of_extracted_photographs_know_the_patient(table, extract, tmp_path):
+    """As those of the photographs themselves: both eyes of a patient must be in the same split."""
+    for eye in ("left", "right"):
+        shutil.copy(table / "ISIC_0.jpg", tmp_path / f"P1_{eye}.jpg")
+    (tmp_path / "t.csv").write_text("path,Text\nP1_left.jpg,drusen\nP1_right.jpg,a scar\n")
+    extract(dataset__kind="fundus", dataset__csv=str(tmp_path / "t.csv"), dataset__data_path=str(tmp_path))
+    assert [item.patient for item in sample_items(tmp_path / "x", tmp_path / "ratings.csv")] == ["P1", "P1"]
 
 
 def test_images_of_a_drawn_world_are_called_phantoms(table, extract, tmp_path):
