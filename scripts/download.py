@@ -198,6 +198,8 @@ def fetch(root: Path) -> None:
 
 def main(_) -> None:
     expand_flags(FLAGS, ("root", "check", "unpack"))
+    if FLAGS.check is not None and FLAGS.unpack is not None:
+        raise UserError("--check and --unpack are given, which do different things; give one, then the other")
     if FLAGS.check is not None:
         check(Path(FLAGS.check))
     elif FLAGS.unpack is not None:

@@ -135,6 +135,12 @@ def test_wrong_files_are_named(script, caplog, tmp_path, unet, fault):
     assert line.startswith(f"{name}, ") and message in line and name in error and "\n" not in line
 
 
+def test_check_and_unpack_exclude_each_other(script, tmp_path):
+    script.FLAGS = SimpleNamespace(root=str(tmp_path), check=str(tmp_path), unpack=str(tmp_path))
+    with pytest.raises(UserError, match="--check and --unpack are given"):
+        script.main([])
+
+
 def test_without_network_the_manual_route_is_printed(script, tmp_path, monkeypatch, caplog):
     for name, value in NO_NETWORK.items():
         monkeypatch.setenv(name, value)
