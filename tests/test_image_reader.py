@@ -414,6 +414,13 @@ def test_images_are_found_under_any_suffix_and_case(load, table, file, named, tm
     assert (paths, missing, len(rows)) == ([tmp_path / file], 0, 1)
 
 
+def test_a_link_to_itself_in_the_folder_is_no_image(tmp_path):
+    save(tmp_path, "Images/7.jpg")
+    for link in ("8.jpg", "images"):
+        (tmp_path / link).symlink_to(link)
+    assert find_images(tmp_path, ["IMAGES/7.jpg", "8.jpg"]) == [tmp_path / "Images/7.jpg", None]
+
+
 @pytest.mark.parametrize(
     "twins", [("F.jpg", "F.png"), ("F.jpg", "F.JPG"), ("F.jpg", "F_downsampled.jpg"), ("F.jpg", "f.jpeg")]
 )

@@ -399,13 +399,13 @@ def find_images(
         directory, by_key = folder, defaultdict(list)
         for part in parent.parts:
             if not (directory / part).is_dir():
-                subfolders = [one.name for one in os.scandir(directory) if one.is_dir()]
-                part, *others = [one for one in subfolders if one.casefold() == part.casefold()] or [""]
+                alike = [one for one in os.listdir(directory) if one.casefold() == part.casefold()]
+                part, *others = [one for one in alike if (directory / one).is_dir()] or [""]
                 if not part or others:
                     return {}
             directory = directory / part
         for entry in os.scandir(directory):  # pipes and devices too, so that `open_image` refuses them by name
-            if _format(entry.name) and not entry.is_dir() and os.path.exists(entry.path):
+            if _format(entry.name) and os.path.exists(entry) and not entry.is_dir():
                 by_key[key(stem_of(entry.name))].append(directory / entry.name)
         return by_key
 
