@@ -231,6 +231,17 @@ def test_both_answers_the_patient_and_the_median_time_are_kept(tmp_path, items, 
     assert store.seconds("Ann", asked[:2]) == [4]
 
 
+def test_seconds_do_not_count_the_rows_of_a_table_without_a_journal(tmp_path, items):
+    """The times of these ratings are not known."""
+    path = tmp_path / "ratings.csv"
+    rows = [f'{item.image_path},3,Fundus,2,"{item.prompt.replace(chr(34), 2 * chr(34))}",Ann' for item in items]
+    path.write_text("\n".join([",".join(ratings.COLUMNS), *rows]))
+    store, asked = Store(path), [item.key for item in items]
+    assert len(rated_by(store, "Ann")) == len(items) and store.seconds("Ann", asked) == []
+    store.close()
+    assert Store(path).seconds("Ann", asked) == []
+
+
 def test_seconds_do_not_depend_on_daylight_saving_time(tmp_path, items, monkeypatch):
     now = [calendar.timegm((2026, 10, 25, 0, 59, 50))]  # ten seconds before clocks go back in Berlin
     monkeypatch.setattr(storing.time, "gmtime", lambda: datetime.fromtimestamp(now[0], UTC).timetuple())

@@ -108,7 +108,7 @@ class Store:
 
     def seconds(self, rater: str, questions: Container[Question]) -> list[float]:
         """Return the seconds between a rater's ratings of these questions, without breaks of over five minutes."""
-        clicks = [click for click in self._clicks if click[1] in ("rate", "repeat") and click[7] == rater]
+        clicks = [click for click in self._clicks if click[0] and click[1] in ("rate", "repeat") and click[7] == rater]
         clicks = [click for click in clicks if _asked(click[2:], questions)]
         times = [calendar.timegm(time.strptime(click[0], TIME)) for click in clicks]
         return [after - before for before, after in itertools.pairwise(times) if after - before <= 300]
@@ -146,12 +146,12 @@ class Store:
     def _read(self) -> tuple[list[list[str]], bytes]:
         """Return the journal's clicks and an incomplete last line to drop; without a journal, the table as clicks.
 
-        An incomplete line is a click interrupted by a crash, unless the table shows that it was confirmed.
+        The latter have no time. An incomplete line is a click interrupted by a crash, unless the table shows that it
+        was confirmed.
         """
         table, journal = _bytes(self.path), _bytes(self.journal)
         if _content(JOURNAL_COLUMNS).startswith(journal):  # missing, or truncated in its first line
-            now = time.strftime(TIME, time.gmtime())
-            return [[now, "rate", *cells] for cells in self._parse(self.path, COLUMNS, table)] if table else [], b""
+            return [["", "rate", *cells] for cells in self._parse(self.path, COLUMNS, table)] if table else [], b""
         end = journal.rfind(b"\n") + 1
         clicks, tail = self._parse(self.journal, JOURNAL_COLUMNS, journal[:end]), journal[end:]
         try:
