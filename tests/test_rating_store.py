@@ -242,6 +242,17 @@ def test_seconds_do_not_count_the_rows_of_a_table_without_a_journal(tmp_path, it
     assert Store(path).seconds("Ann", asked) == []
 
 
+@pytest.mark.parametrize("text", ["2026-10-25 01:59:00", "25/10/2026 01:59", "NaN"])
+def test_a_time_that_a_spreadsheet_has_rewritten_is_refused_with_its_line(tmp_path, items, text):
+    store = Store(tmp_path / "ratings.csv")
+    store.click("rate", items[0], "Ann", rating=3, expert_level=2)
+    store.close()
+    lines = store.journal.read_text().splitlines()
+    store.journal.write_text(f"{lines[0]}\n{text},{lines[1].partition(',')[2]}\n")
+    with pytest.raises(UserError, match=f"line 2: time is '{text}'"):
+        Store(tmp_path / "ratings.csv").seconds("Ann", [item.key for item in items])
+
+
 def test_seconds_do_not_depend_on_daylight_saving_time(tmp_path, items, monkeypatch):
     now = [calendar.timegm((2026, 10, 25, 0, 59, 50))]  # ten seconds before clocks go back in Berlin
     monkeypatch.setattr(storing.time, "gmtime", lambda: datetime.fromtimestamp(now[0], UTC).timetuple())

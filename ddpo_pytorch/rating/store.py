@@ -175,6 +175,8 @@ class Store:
                 action in ("rate", "repeat") and not all(1 <= (number(cell) or 0) <= 3 for cell in (rating, level))
             ):
                 faults.append(f"{action} with rating {rating!r} of expert level {level!r}; both are 1 to 3")
+            if (moment := fields.get("time")) and not _is_time(moment):
+                faults.append(f"time is {moment!r}; it must be in UTC, such as 2026-01-31T12:00:00Z")
             mode = ratings.mode_of(fields)
             if mode not in ("", self.mode):
                 faults.append(f"it is an answer of --mode={mode}, now the mode is {self.mode}")
@@ -187,6 +189,14 @@ class Store:
             return read_table(path, "table of ratings", first, make, OPTIONAL, free_text="prompt", content=content)
         except UserError as error:
             raise UserError(f"{error}; correct it, move {str(path)!r} away, or give another --out") from error
+
+
+def _is_time(text: str) -> bool:
+    try:
+        time.strptime(text, TIME)
+    except ValueError:
+        return False
+    return True
 
 
 def _replay(clicks: Iterable[Sequence[str]], before: Mapping[Key, list[str]] | None = None) -> dict[Key, list[str]]:
