@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from launching import run_script
 from script_tools import call_main, files_of, limited, load_flag_script
 
 from ddpo_pytorch.generator.pipeline import load_pipeline, save_model
@@ -106,23 +105,10 @@ FOLDER = {"train_sd.py": "sd__output", "train_rlhf.py": "rlhf__output", "metric.
 
 
 @pytest.mark.parametrize("name", CONFIGURED)
-def test_a_second_command_is_refused_and_leftovers_go(run_main, config_file, tmp_path, name):
-    """Leftovers go even where the command then fails."""
+def test_a_second_command_is_refused(run_main, config_file, tmp_path, name):
     folder = tmp_path / "out"
-    fields = CONFIGURED[name] | {FOLDER.get(name, "logdir"): str(folder)}
-    with locked(folder):
-        before = files_of(tmp_path)
-        with pytest.raises(UserError, match="out' is being written") as caught:
-            run_main(name, config_file, **fields)
-        assert "\n" not in str(caught.value) and files_of(tmp_path) == before
-    if name == "eval.py":  # which looks for its model first
-        return
-    for place in (folder, folder / "images" / "hair"):
-        place.mkdir(parents=True, exist_ok=True)
-        (place / ".shard_00000.safetensors.9999999.tmp").write_bytes(bytes(1000))
-    fields |= {"sd__data_path": "", "pretrained__model": str(tmp_path / "nowhere"), "dataset__csv": "no.csv"}
-    with pytest.raises((UserError, OSError)):
-        run_main(name, config_file, **fields)
+    with locked(folder), pytest.raises(UserError, match="^[^\n]*out' is being written[^\n]*$"):
+        run_main(name, config_file, **CONFIGURED[name] | {FOLDER.get(name, "logdir"): str(folder)})
     assert files_of(tmp_path) == {}
 
 
@@ -131,20 +117,12 @@ def test_a_second_command_is_refused_and_leftovers_go(run_main, config_file, tmp
     [
         ("train_isic_classifier.py", ["--checkpoint_dir={}", "--data_path=x"]),
         ("augment.py", ["--output={}", "--data_path=x", "--samples=SD=y"]),
+        ("download.py", ["--root={}"]),
     ],
-    ids=["classifier", "augment"],
+    ids=["classifier", "augment", "download"],
 )
 def test_a_second_command_with_flags_is_refused(tmp_path, name, options):
     folder = tmp_path / "out"
-    with locked(folder), pytest.raises(UserError, match="out' is being written") as caught:
+    with locked(folder), pytest.raises(UserError, match="^[^\n]*out' is being written[^\n]*$"):
         call_main(load_flag_script(name), *(option.format(folder) for option in options))
-    assert "\n" not in str(caught.value) and files_of(tmp_path) == {}
-
-
-@pytest.mark.slow
-def test_a_second_script_in_a_folder_ends_with_one_line(tmp_path):
-    folder = tmp_path / "out"
-    with locked(folder):
-        result = run_script("download.py", f"--root={folder}")
-    assert result.returncode == 2 and f"{str(folder)!r} is being written" in result.stderr.splitlines()[-1]
-    assert "Traceback" not in result.stderr and files_of(tmp_path) == {}
+    assert files_of(tmp_path) == {}
