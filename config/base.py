@@ -201,7 +201,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
 
     ###### Metrics (metric.py) ######
     config.metric = metric = ml_collections.ConfigDict()
-    # sample folders: real images, generated images, and optionally a second generated set for the row above.
+    # sample folders: real images, generated images, and optionally those of a base model to compare these with.
     metric.real_path = metric.fake_path = metric.compare_path = ""
     # titles of fake_path and compare_path.
     metric.update(fake_name="SD+RL", compare_name="SD")
@@ -345,7 +345,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     rlhf.warmup_steps = 0  # linear warm-up of stage 1, in updates; 0: none, as in the official code
     rlhf.flip = True  # mirror images at random, and the eye in their prompts (not with "o'clock" and the like)
     # share of the images rated 3 in alignment that the Policy sees with the caption of another finding (and a target of
-    # 0); the images are redrawn every epoch.
+    # 0); images and captions are redrawn every epoch.
     rlhf.wrong_captions = 0.0
 
     ###### Improvement rounds (improve.py) ######
@@ -369,7 +369,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # tables of real images to mix in, and to compare with, and the folder of their images.
     improve.csv = improve.held_out_csv = improve.data_path = ""
     improve.held_out_images = 4  # images per prompt for the metrics of a round, always from the same noise
-    # control: guidance scales at which the untrained initial generator is measured as well; (): none.
+    # control: guidance scales at which the initial generator is measured as well, without any round; (): none.
     improve.control_guidance = (3.0,)
     # timm architecture in whose features KID is measured as well ("": none), and its weights: "imagenet" or a file.
     # The features of a judge are blind to whatever the judge is blind to.

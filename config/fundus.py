@@ -30,7 +30,7 @@ def _common():
     config.sd.output = root + "/sd"
     config.sd.update(kind="fundus", resize="fov", text_encoder="bert")
     config.rlhf.ratings = root + "/ratings/ratings.csv"
-    # on real photographs, a linear stem without warm-up reached a Spearman correlation of .57; this setup reaches .92
+    # on real photographs at 64 px, a linear stem without warm-up reached a Spearman correlation of .57, this setup .92
     config.rlhf.update(stem="conv", warmup_steps=100)
     config.improve.held_out_judges = root + "/rlhf-held-out"
     config.improve.csv = root + "/data/splits/fundus_train.csv"
@@ -99,7 +99,7 @@ def improve():
 
 
 def ddpo():
-    """Policy gradient on the judges' reward, [selector >= tau] * policy."""
+    """Policy gradient on the judges' reward, [selector >= threshold] * policy."""
     config = trained(_common())
     config.update(num_epochs=50, save_freq=5)
     # 8 * 8 = 64 samples per epoch and process, 2 updates

@@ -72,7 +72,7 @@ def ddpo():
 
 
 def improve():
-    """Rounds of DDPO, with guards in the features of ImageNet."""
+    """Rounds of DDPO, with KID in ImageNet features as a further guard."""
     config = ddpo()
     config.improve.update(methods=("ddpo",), rounds=2, guard="tf_efficientnet_lite0")
     return config

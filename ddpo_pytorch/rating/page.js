@@ -104,11 +104,11 @@ async function picture(one) {
 }
 
 function finish() {
-  const skipped = state.skipped;
+  const skipped = state.skipped, things = pair ? "pairs" : "images";
   at("thanks").textContent = skipped ? "Nearly done" : "Done, thank you";
   at("summary").textContent = skipped
-    ? `You rated ${state.rated} of ${state.total} images and skipped ${skipped}. All ratings are saved.`
-    : `You rated all ${state.total} images. Everything is saved; you can close this page.`;
+    ? `You rated ${state.rated} of ${state.total} ${things} and skipped ${skipped}. All ratings are saved.`
+    : `You rated all ${state.total} ${things}. Everything is saved; you can close this page.`;
   at("results").replaceChildren(...state.summary.map((line) => Object.assign(document.createElement("li"), { textContent: line })));
   at("again").hidden = !skipped;
   only("done");

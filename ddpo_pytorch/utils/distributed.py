@@ -176,7 +176,7 @@ class StopRequest:
 
     def _record(self, number: int, frame) -> None:
         self.name = signal.Signals(number).name
-        logger.warning("%s: stopping after the current batch of samples or update", self.name)
+        logger.warning("%s: stopping after the current batch of samples or the epoch's updates", self.name)
 
     def check(self) -> None:
         """Raise StopRequested on every process if one of them received a signal. Collective."""
