@@ -20,7 +20,7 @@ FIDELITY = (
     ("FID of ∞ images ↓", ("FID_infinity",), ".4g", 1),
     ("KID ↓", ("KID",), ".3g", 1),
     ("MMD, Gaussian ↓ (x 1000)", ("MMD",), ".3g", 1000),
-    ("Told from real images ↓ (%)", ("C2ST",), ".1f", 100),
+    ("Two-sample test ↓ (%)", ("C2ST",), ".1f", 100),
     ("Precision ↑", ("precision",), ".3f", 1),
     ("Recall ↑", ("recall",), ".3f", 1),
     ("Density ↑", ("density",), ".3f", 1),
