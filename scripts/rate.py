@@ -40,7 +40,7 @@ flags.DEFINE_enum("resize", "pad", RESIZES, "how --image_size makes images squar
 flags.DEFINE_string("host", "127.0.0.1", "address to listen on; any but loopback needs a token")
 flags.DEFINE_integer("port", 0, "port to listen on; 0 = a free one", 0, 65535)
 flags.DEFINE_string("token", None, "secret part of the address; generated if needed")
-flags.DEFINE_enum("mode", "rate", ("rate", "real", "pair"), "rate, tell photographs from generated, or choose of two")
+flags.DEFINE_enum("mode", "rate", ("rate", "real", "pair"), "rate, tell photographs from generated, or compare two")
 flags.DEFINE_bool("criteria", False, "also ask for optic disc, vessels, contrast and artifacts (mode rate)")
 flags.DEFINE_float("repeats", 0, "share, up to 0.5, of images that each rater sees a second time, unannounced")
 flags.DEFINE_string("examples", None, "folder of reference images named by rating: 1..., 2... or 3...")
@@ -124,7 +124,8 @@ def main(_) -> None:
     questions = Questions(items, store, FLAGS.seed, FLAGS.repeats, examples, summarise)
     level = FLAGS.expert_level or 0
     app = make_app(questions, FLAGS.host, token, rater, level, FLAGS.mode, FLAGS.criteria, **square)
-    logger.info("%d images; ratings go to %s, which has %d; Ctrl-C stops", len(items), Path(FLAGS.out), len(store))
+    unit = "pairs" if FLAGS.mode == "pair" else "images"
+    logger.info("%d %s; ratings go to %s, which has %d; Ctrl-C stops", len(items), unit, Path(FLAGS.out), len(store))
     name = socket.gethostname() if FLAGS.host in ("", "0.0.0.0", "::") else FLAGS.host
     name = f"[{name}]" if ":" in name else name
     logger.info("open http://%s:%d/%s", name, port, f"?token={token}" if token else "")

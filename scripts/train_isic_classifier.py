@@ -34,7 +34,7 @@ from ddpo_pytorch.utils.fingerprint import fingerprint
 FLAGS = flags.FLAGS
 define_flags()
 flags.DEFINE_enum("mode", "train", ["train", "test"], "train a classifier, or report on the test split")
-flags.DEFINE_list("labels", [], "not --num_classes but columns of 0 and 1 in tables file_name,text,... of any data set")
+flags.DEFINE_list("labels", [], "instead of --num_classes: columns of 0 and 1 in tables file_name,text,... of any data")
 flags.DEFINE_string("checkpoint_dir", "rl4med-out/classifier", "folder for the classifier and its reports")
 flags.DEFINE_string("checkpoint", "", "classifier to start from, or to test (default: that in checkpoint_dir)")
 flags.DEFINE_string("through_vae", "", "autoencoder or model: also test on its reconstructions, or train half on them")

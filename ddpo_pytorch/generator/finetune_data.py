@@ -64,7 +64,7 @@ def check_settings(sd: ConfigDict) -> None:
         raise UserError("sd.use_lora=True trains only adapters of the UNet; set sd.train_text_encoder=False")
     for name in ("vae_channels", "unet_channels"):
         if not sd[name] or any(count not in ONE_OR_MORE or count % GROUPS for count in sd[name]):
-            raise UserError(f"sd.{name} is {sd[name]!r}; it must be one or more whole multiples of {GROUPS}")
+            raise UserError(f"sd.{name} is {sd[name]!r}; it must be one or more multiples of {GROUPS}")
     if sd.text_width % HEAD_WIDTH:
         raise UserError(f"sd.text_width is {sd.text_width}; it must be a multiple of {HEAD_WIDTH}")
     factor = 2 ** (len(sd.vae_channels) - 1) if sd.stage != "finetune" else 8
@@ -84,7 +84,7 @@ def check_settings(sd: ConfigDict) -> None:
         check_apart(sd.kind, Path(sd.csv), Path(sd.val_csv))
     if len(sd.unet_channels) != len(sd.unet_attention):
         counts = len(sd.unet_channels), len(sd.unet_attention)
-        raise UserError(f"sd.unet_channels and sd.unet_attention have {counts} values; give equally many")
+        raise UserError(f"sd.unet_channels and sd.unet_attention have {counts} values; give the same number")
 
 
 def settings_of(config: ConfigDict, processes: int, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def inception_network(option: str, mode: str = "exact", device: Device = "cpu", 
     name, key, outputs = "inception", f"inception {mode}", "2048 pooled features"
     if layer != "2048":
         name, key, outputs = LOGITS, f"inception {layer} {mode}", "1008 logits without bias"
-    bits = "x * 256 wrapped to 8 bits as officially" if mode == "compat" else "rounded to 8 bits"
+    bits = "x * 256 wrapped to 8 bits as in the official code" if mode == "compat" else "rounded to 8 bits"
     what = f"Inception V3 of FID, {outputs}; 299 px, bilinear, not antialiased (TensorFlow 1); {bits}"
     return _network(name, what, sha256(path), key, lambda x: network(quantise(x.to(device)))[0])
 
@@ -196,7 +196,8 @@ def weight_file(option: str, url: str, flag: str, name: str = "") -> Path:
         return Path(option)
     path = Path(torch.hub.get_dir()) / "checkpoints" / (name or url.rsplit("/", 1)[1])
     if not path.is_file() and not (option == "download" and _download(url, path)):
-        raise Unavailable(f"no weights in {path.parent}; fetch {url} and give {flag}=FILE, or {flag}=download online")
+        online = f"{flag}=download with internet access"
+        raise Unavailable(f"no weights in {path.parent}; fetch {url} and give {flag}=FILE, or {online}")
     return path
 
 

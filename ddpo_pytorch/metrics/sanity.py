@@ -80,7 +80,7 @@ def sanity_sets(sets: Sets, folder: Path, seed: int, accelerator: Accelerator) -
         if len(paths) == len(half):
             jobs["training images"] = paths, range(len(half)), lambda image: image
         elif paths:  # too few would shrink all sets, which are matched by caption
-            missing["training images"] = f"metric.train_path has {len(paths)} of the {len(half)} images by caption"
+            missing["training images"] = f"metric.train_path has {len(paths)} of {len(half)} images with these captions"
         else:
             missing["training images"] = "metric.train_path has none of the captions; give images/<caption>/ or a table"
     models = {HALF: [half]}

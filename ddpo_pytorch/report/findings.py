@@ -1,6 +1,6 @@
 """Numbers in the report's sentences and tables.
 
-`result` is the content of metrics.json. A quantity is a mapping {"value", "low", "high", "n", "how"} in which numbers
+`result` is the content of metrics.json. An estimate is a mapping {"value", "low", "high", "n", "how"} in which numbers
 may be None.
 """
 
@@ -37,7 +37,7 @@ def measure_of(result: Mapping) -> str:
 
 
 def aligned(result: Mapping, values: Mapping | None, caption: str | None = None) -> dict | None:
-    """Return APR or alignment of a model or of the real images as a quantity, over all captions or for one."""
+    """Return APR or alignment of a model or of the real images as an estimate, over all captions or for one."""
     block = dig(values, "alignment", result.get("kind") or next(iter(result["judges"])))
     return dig(block, measure_of(result)) if caption is None else dig(block, "by_prompt", caption)
 

@@ -274,7 +274,7 @@ def check_output(rlhf: ConfigDict) -> None:
     exist = [(output / name).exists() for name in (SELECTOR_FILE, POLICY_FILE)]
     if stages[0] == 1 and any(exist) and not state_path(output, 1).exists():
         raise UserError(
-            f"{str(output)!r} holds judges of finished trainings; choose another rlhf.output or move them away, or "
+            f"{str(output)!r} holds judges that are finished; choose another rlhf.output or move them away, or "
             "continue from stage 1 with rlhf.stages=(2,)"
         )
     if stages[0] == 2 and not (exist[0] and (exist[1] or (output / FIRST_POLICY).exists())):

@@ -128,7 +128,7 @@ def find_checkpoint(path: str | Path) -> Path:
         raise UserError(f"{str(path)!r} is neither a checkpoint nor a run folder with checkpoint_<epoch>/; give one")
     newest, damage = damages[0]
     raise UserError(
-        f"no checkpoint of {str(path)!r} is undamaged, the newest is {newest.name} ({damage}); restore one, or start "
+        f"all checkpoints of {str(path)!r} are damaged, the newest is {newest.name} ({damage}); restore one, or start "
         "again with another --config.run_name"
     )
 
