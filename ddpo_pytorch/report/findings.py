@@ -248,7 +248,7 @@ def sanity_table(result: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
     columns = [(f"{measure_of(result)} (%)", ("alignment", "{judge}", measure_of(result)), ".1f", 100)]
     for space in first.get("fidelity") or {}:
         for title, path, *form in FIDELITY:
-            name = title[:-2] if title[-2] == " " else title  # without the arrow
+            name = re.sub(" [↑↓]", "", title)
             columns += [(f"{name} ({space})", ("fidelity", space, "matched", *path), *form)]
     columns += [("LPIPS", ("perception", "LPIPS"), ".3f", 1), *((*entry, 1) for entry in _spread({"models": models}))]
     for space in first.get("memorisation") or {}:
