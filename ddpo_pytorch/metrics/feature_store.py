@@ -28,6 +28,7 @@ from ddpo_pytorch.utils.files import atomic_write, remove_leftovers
 logger = logging.getLogger(__name__)
 
 GPU_THREADS = 3  # one batch is decoded while another is computed
+CPU_BATCH = 32  # larger ones leave the cache of a core: with 256, EfficientNet-lite1 takes 1.4 times as long
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Rows:
 
 
 class FeatureStore:
-    """Results of networks in `folder`; missing ones are computed, `batch_size` images at a time."""
+    """Results of networks in `folder`; missing ones are computed and stored, `batch_size` images at a time."""
 
     def __init__(self, folder: Path, accelerator: Accelerator, batch_size: int, progress: bool = True):
         self.folder, self.accelerator, self.batch_size, self.progress = folder, accelerator, batch_size, progress
@@ -138,9 +139,13 @@ class FeatureStore:
     def _compute_chunk(self, absent: Sequence, columns: Sequence[Sequence[Path]], captions: Sequence[str]) -> int:
         """Write the file of each absent (network, file); return the number of images or pairs."""
         batches = [torch.stack([load_image(path) for path in column]).to(self.accelerator.device) for column in columns]
+        size = CPU_BATCH if self._on_cpu else self.batch_size
+        starts = range(0, len(columns[0]), size)
         for network, file in absent:
+            inputs = [*batches, captions] if network.reads_captions else batches
             with torch.no_grad():
-                rows = network.run(*batches, *([captions] if network.reads_captions else [])).cpu().numpy()
+                parts = [network.run(*(each[start : start + size] for each in inputs)) for start in starts]
+            rows = torch.cat(parts).cpu().numpy()
             bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
             if len(bad):
                 raise UserError(f"{str(columns[0][bad[0]])!r}: {network.what} gives NaN or infinity; check its weights")
