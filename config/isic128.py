@@ -3,10 +3,11 @@
 For one GPU, or for about a day on a CPU. Put images in <root>/data/images and the official split tables in
 <root>/data/splits, then run the stages in this order:
 
-    train_isic_classifier.py (--num_classes 6 and 4)  train_sd.py :train_vae, :finetune_sd  train.py
-    extract_dataset_latents.py  eval.py  metric.py
+    train_isic_classifier.py (--num_classes 6 and 4)  train_sd.py :train_vae  train_isic_classifier.py (--through_vae)
+    train_sd.py :finetune_sd  train.py  extract_dataset_latents.py  eval.py  metric.py
 
-For sharper images, :train_vae_f4 and :train_vae_decoder take the place of :train_vae; see docs/training.md.
+The commands are in docs/training.md. For sharper images, :train_vae_f4 and :train_vae_decoder take the place of
+:train_vae, on a GPU.
 Experiments that are not defined below are those of config/dgx.py with the paths and sizes of this file.
 """
 
@@ -35,26 +36,27 @@ def model_and_dataset_configs(config):
     config.metric.real_path = root + "/real-images"
     config.sd.data_path = root + "/data/images"
     config.sd.image_size = 128
-    config.sample.update(num_steps=20, guidance_scale=3.0)
+    config.sample.num_steps = 20
     config.eval.update(num_samples_per_prompt=64, batch_size=64)
     return config
 
 
 def train_vae():
-    """Stage (i), first half: the autoencoder, 128 px -> 16 x 16 x 4."""
+    """Stage (i), first half: the autoencoder, 128 px -> 16 x 16 x 8: 24-fold compression."""
     config = model_and_dataset_configs(dgx.finetune_sd())
-    config.sd.update(stage="vae", vae_channels=(32, 64, 64, 64), num_steps=10_000, batch_size=16, learning_rate=1e-3)
+    config.sd.update(stage="vae", vae_channels=(32, 64, 64, 64), vae_latent_channels=8)
+    # train on crops of a quarter of the area; attention would be trained for fewer positions than it is used with
+    config.sd.update(vae_crop=64, vae_attention=False)
+    config.sd.update(perceptual_coef=0.1, perceptual_net="tf_efficientnet_lite0")
+    config.sd.update(num_steps=20_000, batch_size=16, learning_rate=1e-3)
     return config
 
 
 def train_vae_f4():
-    """An autoencoder that keeps hairs, 128 px -> 32 x 32 x 4: 12-fold compression instead of 48-fold."""
-    config = model_and_dataset_configs(dgx.finetune_sd())
+    """An autoencoder that keeps thin hairs, 128 px -> 32 x 32 x 4: 12-fold compression."""
+    config = train_vae()
     config.sd.output = config.get_ref("base_log_path") + "/autoencoder"
-    # train on crops of a quarter of the area; attention would be trained for fewer positions than it is used with
-    config.sd.update(stage="vae", vae_channels=(32, 64, 64), vae_attention=False, vae_crop=64)
-    config.sd.update(perceptual_coef=0.1, perceptual_net="tf_efficientnet_lite0")
-    config.sd.update(num_steps=20_000, batch_size=16, learning_rate=1e-3)
+    config.sd.update(vae_channels=(32, 64, 64), vae_latent_channels=4)
     return config
 
 
@@ -97,8 +99,8 @@ def prompt_image_alignment_classifier_isic():
     config.sample.update(batch_size=64, num_batches_per_epoch=4)
     # 64 * 2 = 128 samples per update, 256 / 128 = 2 updates per epoch
     config.train.update(batch_size=64, gradient_accumulation_steps=2, lora_rank=16, learning_rate=2e-3)
-    # a mean over 4 * 16 * 16 = 1,024 dimensions: 1e-4 * 16,384 / 1,024. With train_vae_f4, 4,096 dimensions: 4e-4.
-    config.train.clip_range = 1.6e-3
+    # a mean over 8 * 16 * 16 = 2,048 dimensions: 1e-4 * 16,384 / 2,048. With train_vae_f4, 4,096 dimensions: 4e-4.
+    config.train.clip_range = 8e-4
     return config
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# ISIC 2019 at 128 px with a small Stable Diffusion from scratch, on one GPU, or on a CPU in about a day. First put the images in
-# rl4med-out/isic128/data/images. Times were measured with smaller settings on one CPU core (docs/results.md).
+# ISIC 2019 at 128 px with a small Stable Diffusion from scratch, on one GPU, or on a CPU in about a day. First put the
+# images in rl4med-out/isic128/data/images. Times were measured with the settings of docs/results.md, on CPU cores.
 #
 #     bash runs/isic128.sh
 cd "$(dirname "$0")/.."
@@ -11,7 +11,10 @@ LAUNCH="accelerate launch --num_processes 1"
 ISIC128=config/isic128.py
 SPLITS=$OUT/data/splits
 DATA="--data_path $OUT/data/images --val_csv $SPLITS/isic2019_val.csv"
-JUDGE="$DATA --image_size 160 --learning_rate 5e-4 --ema_decay 0.998 --quarter_turns --checkpoint_dir $OUT/classifier"
+JUDGE="$LAUNCH scripts/train_isic_classifier.py $DATA --image_size 160 --quarter_turns"
+PHOTOGRAPHS="--learning_rate 5e-4 --ema_decay 0.998 --checkpoint_dir $OUT/photographs"
+# half of each batch passes through the autoencoder, like the images to be judged
+BOTH="--learning_rate 3e-4 --ema_decay 0.99 --num_epochs 4 --through_vae $OUT/sd --checkpoint_dir $OUT/classifier --checkpoint $OUT/photographs/artifact_classifier"
 ISIC=prompt_image_alignment_classifier_isic
 RUN=$OUT/logs/isic_classifier_reward_main
 
@@ -20,12 +23,14 @@ stage download "?" python scripts/download.py --root $OUT
 stage halves "seconds" bash -ec "
 awk 'NR % 2 == 0 || NR == 1' $SPLITS/isic2019_train.csv > $SPLITS/reward_train.csv
 awk 'NR % 2 == 1' $SPLITS/isic2019_train.csv > $SPLITS/judge_train.csv"
-stage classifier-H6 "?" $LAUNCH scripts/train_isic_classifier.py $JUDGE --num_classes 6 --arch tf_efficientnet_lite0 --train_csv $SPLITS/reward_train.csv --seed 6
-stage classifier-H4 "?" $LAUNCH scripts/train_isic_classifier.py $JUDGE --num_classes 4 --arch tf_efficientnet_lite1 --train_csv $SPLITS/judge_train.csv --seed 4
-stage autoencoder "74 min measured with 3,000 steps of 8" $LAUNCH scripts/train_sd.py --config $ISIC128:train_vae
-stage unet "22 min measured with 2,200 steps of 32" $LAUNCH scripts/train_sd.py --config $ISIC128:finetune_sd
+stage photographs-H6 "40 min on a core with 8 epochs" $JUDGE $PHOTOGRAPHS --num_classes 6 --arch tf_efficientnet_lite0 --train_csv $SPLITS/reward_train.csv --seed 6
+stage photographs-H4 "45 min on a core with 6 epochs" $JUDGE $PHOTOGRAPHS --num_classes 4 --arch tf_efficientnet_lite1 --train_csv $SPLITS/judge_train.csv --seed 4
+stage autoencoder "45 min on a core with 2,000 steps" $LAUNCH scripts/train_sd.py --config $ISIC128:train_vae
+stage classifier-H6 "8 min on a core per epoch" $JUDGE ${BOTH}_H6.safetensors --num_classes 6 --train_csv $SPLITS/reward_train.csv --seed 6
+stage classifier-H4 "9 min on a core per epoch" $JUDGE ${BOTH}_H4.safetensors --num_classes 4 --train_csv $SPLITS/judge_train.csv --seed 4
+stage unet "60 min on two cores with 4,800 steps of 32" $LAUNCH scripts/train_sd.py --config $ISIC128:finetune_sd
 stage real-images "?" $LAUNCH scripts/extract_dataset_latents.py --config $ISIC128:preprocess_isic_real_data
-stage ddpo "?" $LAUNCH scripts/train.py --config $ISIC128:$ISIC
+stage ddpo "15 min on two cores with 12 epochs" $LAUNCH scripts/train.py --config $ISIC128:$ISIC
 stage eval-sd "?" $LAUNCH scripts/eval.py --config $ISIC128:${ISIC}_eval
 stage eval-rl "?" $LAUNCH scripts/eval.py --config $ISIC128:${ISIC}_eval_rl --config.load_from=$RUN
 stage metric "?" $LAUNCH scripts/metric.py --config $ISIC128:evaluate_metric_rl --report
