@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ddpo_pytorch.metrics import networks
-from ddpo_pytorch.metrics.feature_store import FeatureStore, Network
+from ddpo_pytorch.metrics.feature_store import CPU_BATCH, FeatureStore, Network
 from ddpo_pytorch.metrics.image_sets import ImageSet
 from ddpo_pytorch.utils.errors import UserError
 
@@ -134,3 +134,23 @@ def test_each_device_and_precision_has_results_of_its_own(tmp_path, monkeypatch)
     settings = [("cpu", False), ("meta", False), ("meta", True)]
     assert [first_row(*one) for one in settings] == [1, 2, 3] == [first_row(*one) for one in settings]
     assert computed == ["cpu", "meta", "meta"] and first_row("cpu", True) == pytest.approx(1)  # TF32 is a GPU's
+
+
+@pytest.mark.parametrize("with_captions", [False, True])
+def test_a_cpu_takes_a_stored_part_in_small_batches(with_captions, tmp_path):
+    count, seen = CPU_BATCH + 8, []
+    paths = tuple(tmp_path / f"{number}.png" for number in range(count))
+    for number, path in enumerate(paths):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+    names = tuple(map(str, range(count)))
+    images = ImageSet(tmp_path, paths, names, names)
+
+    def run(batch, captions=()):
+        seen.append((len(batch), tuple(captions)))
+        return batch[:, 0].amax((1, 2))[:, None] * 255
+
+    store = FeatureStore(tmp_path / "cache", Accelerator(cpu=True), 256, progress=False)
+    rows = store.features("images", images, [Network("n", "n", "", "key", run, reads_captions=with_captions)])["n"]
+    assert [round(row) for row in rows[:][:, 0]] == list(range(count))
+    parts = (names[:CPU_BATCH], names[CPU_BATCH:]) if with_captions else ((), ())
+    assert seen == [(CPU_BATCH, parts[0]), (8, parts[1])]
