@@ -65,7 +65,8 @@ class Window:
         """Do something that shows the next image, and wait for it; a rating answers both questions alike."""
         before = self.run("return state.current.id")
         act(*arguments)
-        if self.run("return answers.length > 0"):
+        self.wait("true")  # a request in progress still has the answers that it sends
+        if self.run(f"return answers.length > 0 && state.current.id === '{before}'"):
             act(*arguments)
         self.wait(f"!state.current || (seen && state.current.id !== '{before}')")
 
