@@ -7,8 +7,8 @@ For one GPU, or for about a day on a CPU. Put images in <root>/data/images and t
     train_sd.py :finetune_sd  train.py  extract_dataset_latents.py  eval.py  metric.py
 
 The commands are in docs/training.md. For sharper images, :train_vae_f4 and :train_vae_decoder take the place of
-:train_vae, on a GPU.
-Experiments that are not defined below are those of config/dgx.py with the paths and sizes of this file.
+:train_vae, on a GPU. Experiments that are not defined below are those of config/dgx.py with the paths and sizes of this
+file.
 """
 
 import importlib.util

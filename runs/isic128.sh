@@ -34,4 +34,4 @@ stage ddpo "15 min on two cores with 12 epochs" $LAUNCH scripts/train.py --confi
 stage eval-sd "?" $LAUNCH scripts/eval.py --config $ISIC128:${ISIC}_eval
 stage eval-rl "?" $LAUNCH scripts/eval.py --config $ISIC128:${ISIC}_eval_rl --config.load_from=$RUN
 stage metric "?" $LAUNCH scripts/metric.py --config $ISIC128:evaluate_metric_rl --report
-stage augment "16 min measured with 1,000 images at 96 px" $LAUNCH scripts/augment.py $DATA --train_csv $SPLITS/isic2019_train.csv --test_csv $SPLITS/isic2019_test.csv --samples SD=$OUT/samples/SD_samples --samples SD-RL=$OUT/samples/RL_samples --image_size 128 --output $OUT/augment
+stage augment "56 min on a core with 1,000 images" $LAUNCH scripts/augment.py $DATA --train_csv $SPLITS/isic2019_train.csv --test_csv $SPLITS/isic2019_test.csv --samples SD=$OUT/samples/SD_samples --samples SD-RL=$OUT/samples/RL_samples --image_size 128 --output $OUT/augment
