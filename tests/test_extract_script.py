@@ -1,6 +1,7 @@
 """extract_dataset_latents.py: images, log and latents; one and two processes; interruptions; bad input."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from script_tools import files_of, options, succeed
 from ddpo_pytorch.data.images import load_image, save_image
 from ddpo_pytorch.data.isic import CAPTIONS, caption_of
 from ddpo_pytorch.data.sample_folder import folder_name, list_samples, title_of
-from ddpo_pytorch.generator.latents import LatentShards, fingerprint
+from ddpo_pytorch.generator.from_scratch import build_vae
+from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, fingerprint, write_index
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.rating.session import sample_items
 from ddpo_pytorch.utils.errors import UserError
@@ -206,3 +208,25 @@ def test_extract_bad_input(name, value, message, extract, tmp_path):
     with pytest.raises(UserError, match=message):
         extract(**{name: value})
     assert not (tmp_path / "x").exists()
+
+
+def test_a_node_without_shards_finds_the_index_that_another_wrote(tmp_path, monkeypatch):
+    """Its NFS client remembers, for half a minute, which names it looked up in vain."""
+    vae, looked_up, stat = build_vae((8, 8), 16), set(), os.stat
+    arguments = vae, [(torch.zeros(3, 16, 16, dtype=torch.uint8), 0)] * 2, range(2), [0, 0], tmp_path
+
+    def remembering(path, *rest, **options):
+        try:
+            return stat(tmp_path / "absent" if str(path) in looked_up else path, *rest, **options)
+        except FileNotFoundError:
+            looked_up.add(str(path))
+            raise
+
+    with monkeypatch.context() as node:
+        node.setattr(os, "stat", remembering)
+        assert encode_data_set(*arguments, rank=1, processes=2, progress=False) == 0
+    assert encode_data_set(*arguments, rank=0, processes=2, progress=False) == 2
+    write_index(tmp_path, vae, ["a"], 2, {})
+    with monkeypatch.context() as node:
+        node.setattr(os, "stat", remembering)
+        assert len(LatentShards(tmp_path)) == 2

@@ -8,6 +8,7 @@ source.
 """
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -86,7 +87,9 @@ def encode_data_set(
         is_kept: whether the image at a position was kept by an earlier run; if not, its shard is encoded again.
     """
     index, hashes = Path(folder) / INDEX, {}
-    if index.is_file():
+    # Listed rather than looked up: for half a minute, an NFS client trusts that a name it missed does not exist, and a
+    # node that encodes nothing would not find the index that the main process writes meanwhile.
+    if index.parent.is_dir() and INDEX in os.listdir(folder):
         try:
             hashes = {entry["file"]: entry["sha256"] for entry in read_json(index, INDEX_SHAPE)["shards"]}
         except UserError as error:
