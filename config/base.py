@@ -116,6 +116,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # timestep_fraction 1, without kl_coef, data_coef and compile.
     train.gradients_while_sampling = True
     # torch.compile the UNet's transformer blocks: takes minutes at the start (cached between runs), then runs faster.
+    # In half precision on a GPU, the rollout then runs with gradients enabled and takes as much memory as the update.
     train.compile = False
     train.lora_rank = 4  # LoRA rank; the scale alpha / rank is 1, as in the published checkpoint
     # suffixes of the names of UNet modules that get an adapter.

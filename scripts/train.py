@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
-from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
+from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import GradMode, Sampling
 from ddpo_pytorch.generator.lora import disabled_lora
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, finite_images, guided_noise_prediction
 from ddpo_pytorch.ppo import averages, ppo_loss, step_kl
@@ -222,6 +222,7 @@ def sample_and_score(
     config, sampling, device = run.config, Sampling.of(run.config.sample), run.accelerator.device
     # to take gradients while sampling, the first update's samples are drawn first, in that update's order
     order = run.sample_order(epoch, inner_epoch=0) if run.gradients else range(run.sizes.local_samples)
+    plain = GradMode() if setup.rollout_needs_grad_mode(config, device) else None
     trajectories, sampled = None, []
     batches = rollout_batches(order, setup.rollout_batch_size(config, device), run.gradients)
     for indices, recording in run.progress(batches, f"epoch {epoch} sampling"):
@@ -232,7 +233,7 @@ def sample_and_score(
         noise = [generator_of(config.seed, Stream.NOISE, epoch, i, device=device) for i in global_indices]
         with run.accelerator.autocast(), recording as gradients:
             # images (B, 3, H, W) in [0, 1]; latents (B, T + 1, C, h, w) and log_probs (B, T) of each step
-            images, batch = sample_trajectories(run.pipe, run.embeddings, texts, noise, sampling, gradients)
+            images, batch = sample_trajectories(run.pipe, run.embeddings, texts, noise, sampling, gradients or plain)
         if trajectories is None:
             trajectories = Trajectories.like(batch, run.sizes.local_samples)
         trajectories.put(indices, batch)
@@ -322,12 +323,12 @@ def load_rollout_gradient(
     return info | {"loss": -clipped.mean()}  # the loss at ratio 1
 
 
-@torch.no_grad()
 def score_minibatch(
     run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor, indices: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Return the statistics of an update's first minibatch, without gradients; `indices` are the update's samples."""
-    return minibatch_loss(run, samples, advantages, *next(minibatches(run, epoch, 0, samples, indices)))[1]
+    with torch.set_grad_enabled(setup.rollout_needs_grad_mode(run.config, run.accelerator.device)):
+        return minibatch_loss(run, samples, advantages, *next(minibatches(run, epoch, 0, samples, indices)))[1]
 
 
 def minibatches(

@@ -5,10 +5,12 @@ import logging
 import math
 import os
 import shutil
+from functools import partialmethod
 
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
 from launching import run_script
 from ml_collections import ConfigDict
 from rl_tools import LIGHT, as_flags, configured, train_with, untimed, usual_settings, weights
@@ -19,6 +21,7 @@ from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.generator.latents import encode_data_set, write_index
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.report.curves import read_config
+from ddpo_pytorch.training import setup
 from ddpo_pytorch.training.data_loss import DataLoss
 from ddpo_pytorch.training.run_state import is_finished
 from ddpo_pytorch.utils.errors import UserError
@@ -66,6 +69,22 @@ def test_half_precision_logs_the_ratio_of_the_second_update(script, train, monke
     assert all(torch.isfinite(value).all() for value in weights(folder, 1).values())
     assert entry["first_ratio_deviation"] == 0.0
     assert entry["second_ratio_deviation"] == pytest.approx(1 - math.exp(-0.01), rel=1e-4)
+
+
+def test_compiled_blocks_sample_with_the_kernels_of_the_update(train, monkeypatch):
+    """Passes without gradients are off by a little, as those that Inductor compiles for bfloat16 are."""
+
+    def backend(graph, _):
+        if torch.is_grad_enabled():
+            return graph.forward
+        return lambda *inputs: [output * 1.01 for output in graph(*inputs)]
+
+    compile_blocks = UNet2DConditionModel.compile_repeated_blocks
+    monkeypatch.setattr(UNet2DConditionModel, "compile_repeated_blocks", partialmethod(compile_blocks, backend=backend))
+    monkeypatch.setattr(setup, "in_half_on_gpu", lambda *_: True)
+    torch._dynamo.reset()
+    _, (entry,) = train(mixed_precision="bf16", num_epochs=1, train__compile=True)
+    assert entry["first_ratio_deviation"] == entry["second_ratio_deviation"] == 0.0
 
 
 @pytest.mark.parametrize(

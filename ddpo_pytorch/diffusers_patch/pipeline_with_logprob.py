@@ -37,6 +37,16 @@ class LogProbGradients(Protocol):
         """Take the gradients of a step's log-probs (B,), whose graph is freed afterwards."""
 
 
+class GradMode:
+    """`LogProbGradients` that enables gradients at every step but takes none."""
+
+    def wants(self, step: int) -> bool:
+        return True
+
+    def take(self, log_probs: torch.Tensor) -> None:
+        pass
+
+
 @torch.no_grad()
 def pipeline_with_logprob(
     pipeline: StableDiffusionPipeline,
@@ -106,6 +116,7 @@ def pipeline_with_logprob(
             if wanted:
                 gradients.take(log_prob)
                 latents, log_prob = latents.detach(), log_prob.detach()
+            del noise_prediction  # frees the graph before the next pass
         if keep_trajectory:
             all_latents.append(latents)
             all_log_probs.append(log_prob)

@@ -153,6 +153,15 @@ def rollout_batch_size(config: ConfigDict, device: torch.device) -> int:
     return config.sample.batch_size
 
 
+def rollout_needs_grad_mode(config: ConfigDict, device: torch.device) -> bool:
+    """Return whether the rollout must run with gradients enabled, since passes without them round differently.
+
+    torch.compile fuses operations differently if nothing is kept for a backward pass. In half precision, that changes
+    log-probs by more than the clip range.
+    """
+    return config.train.compile and in_half_on_gpu(config, device)
+
+
 @dataclass(frozen=True)
 class Task:
     """Prompts to draw and the reward to earn."""
