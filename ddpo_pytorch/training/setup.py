@@ -50,6 +50,9 @@ TRAINING = {name: interval for interval, names in RANGES.items() for name in nam
 # (setting, value that FSDP does not support, one that it does)
 WITHOUT_FSDP = (("use_lora", True, False), ("train.use_8bit_adam", True, False), ("mixed_precision", "fp16", "bf16"))
 ADVANTAGES = ("per_prompt", "group", "global")
+# Compiled versions of a transformer block: for each width, for several batch sizes, with and without gradients. Beyond
+# PyTorch's limit of 8, blocks would run uncompiled, with only a warning.
+COMPILED_VARIANTS = 64
 TRIED_PROMPTS = 32  # prompts to try the reward on, if not all are known
 
 
@@ -221,6 +224,7 @@ def load_policy(config: ConfigDict, dtype: torch.dtype, device: torch.device) ->
     if train.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     if train.compile:
+        torch._dynamo.config.cache_size_limit = COMPILED_VARIANTS
         pipe.unet.compile_repeated_blocks()
     elif device.type == "cpu" and torch.get_num_threads() > 1 and not sharding_requested():
         run_batch_on_all_cores(pipe.unet, torch.get_num_threads())
