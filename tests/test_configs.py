@@ -16,6 +16,7 @@ from ddpo_pytorch.generator import finetune_data
 from ddpo_pytorch.metrics.inputs import check_request
 from ddpo_pytorch.rlhf import training as rlhf
 from ddpo_pytorch.training.setup import batch_sizes, check_training
+from ddpo_pytorch.utils.cli import define_config
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.settings import SEED, Range, check_pair
 
@@ -138,6 +139,14 @@ def test_the_command_line_can_set_them(monkeypatch):
     assert tracking.to_dict() == {"buffer_size": 64, "min_count": 16}
     with pytest.raises((AttributeError, KeyError), match="learning_rat"):
         parsed("train.learning_rat=1.0")
+
+
+def test_a_bad_override_of_the_default_file_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", "--config.train.learning_rat=1.0"])
+    with pytest.raises(SystemExit) as caught:
+        define_config(str(ROOT / "scripts" / "train.py"), "experiment")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and line.startswith("error: ") and "'learning_rat'" in line and "\\n" not in line
 
 
 @pytest.fixture

@@ -31,7 +31,8 @@ flags.disclaim_key_flags()  # so that --help lists flags defined here as those o
 
 def define_config(script: str, help_text: str, default: str = "config/base.py") -> None:
     """Define the --config flag of a script, given its `__file__`; `default` is relative to the script's repository."""
-    config_flags.DEFINE_config_file("config", str(Path(script).resolve().parents[1] / default), help_text)
+    with _usage_errors():  # without --config, this already reads the overrides on the command line
+        config_flags.DEFINE_config_file("config", str(Path(script).resolve().parents[1] / default), help_text)
 
 
 def import_function(path: str, setting: str) -> Callable:
@@ -88,13 +89,21 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    try:
+    with _usage_errors():
         remaining = flags.FLAGS(_find_config(argv) if "config" in flags.FLAGS else argv)
         if "config" in flags.FLAGS:
             _ = flags.FLAGS.config.seed  # reads the configuration file
         return remaining
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """End the process with one line for invalid flags, fields and values."""
+    try:
+        yield
     except (AttributeError, KeyError) as error:
-        field = str(error.args[0] if error.args else error).strip().splitlines()[0]
+        cause = error.args[0] if error.args else error
+        field = cause.args[0] if isinstance(cause, KeyError) and cause.args else cause  # its str() would be quoted
         _fail(f"the configuration has no such field: {field}; config/base.py lists all of them")
     except (flags.Error, UserError, TypeError, ValueError, OSError) as error:
         _fail(str(error).strip().splitlines()[-1])  # the last line of a search report or traceback states the cause
