@@ -299,7 +299,9 @@ def parse_spec(spec: str) -> dict[str, Part]:
         if not math.isfinite(weight):
             raise UserError(f"weight {last!r} in reward_fn={spec!r} is not a finite number; write name:weight")
         if name in parts:
-            raise UserError(f"reward {name!r} appears twice in reward_fn={spec!r}; add up its weights instead")
+            same = parts[name].path == path
+            advice = "add up its weights instead" if same else "rename one of the functions"
+            raise UserError(f"reward {name!r} appears twice in reward_fn={spec!r}; {advice}")
         parts[name] = Part(weight, path)
     if not any(part.weight for part in parts.values()):
         raise UserError(f"all weights in reward_fn={spec!r} are 0, so there is nothing to learn; change one of them")

@@ -42,7 +42,7 @@ def import_function(path: str, setting: str) -> Callable:
     sys.path.insert(0, folder)
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # TypeError: "./file.py" as a relative import
         raise UserError(f"{setting}: {path!r} cannot be imported ({error}); give module:function") from error
     finally:
         sys.path.remove(folder)  # the module may have put others before it
