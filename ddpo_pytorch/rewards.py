@@ -63,7 +63,7 @@ def isic_classifier_reward(classifier: str | Path | ArtifactClassifier, device: 
 
     def reward(images, prompts, metadata):
         pairs = zip(prompts, metadata, strict=True)
-        stated = [details["label"] if "label" in details else labels_of(prompt) for prompt, details in pairs]
+        stated = [_as_labels(one["label"]) if "label" in one else labels_of(prompt) for prompt, one in pairs]
         labels = np.array(stated, dtype=np.int64)[:, columns]
         logits = model.logits(images).float().cpu().numpy()
         predictions = (logits > 0).astype(np.int64)  # as ArtifactClassifier.predict
@@ -71,6 +71,17 @@ def isic_classifier_reward(classifier: str | Path | ArtifactClassifier, device: 
         return (predictions == labels).mean(axis=1), info
 
     return reward
+
+
+def _as_labels(label: Any) -> np.ndarray:
+    """Return a prompt's metadata["label"] as an array. Raises UserError unless it is a 0 or 1 for each of `LABELS`."""
+    values = _as_array(label)
+    if values is None or values.shape != (len(LABELS),) or not np.isin(values, (0, 1)).all():
+        raise UserError(
+            f"metadata['label'] of a prompt is {label!r}; it must be {len(LABELS)} numbers, 0 or 1, for "
+            f"{', '.join(LABELS)}: change the prompt function"
+        )
+    return values
 
 
 def fundus_alignment(judges: str | Path, device: str | torch.device = "cpu") -> RewardFn:

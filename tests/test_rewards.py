@@ -1,6 +1,7 @@
 """Rewards: values by hand, weighted sums, errors, and that no reward ever changes its input."""
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -78,6 +79,12 @@ def test_classifier_reward_reads_labels_from_metadata_then_from_the_prompt(class
     )
     with pytest.raises(UserError, match="'pink hair' is not one of the 32"):
         reward(images, ["pink hair", CAPTIONS[0]], [{}, {}])
+    (expected,) = reward(images[:1], ["a"], [{"label": [1, 0, 0, 1, 0, 1]}])[1]["labels"]
+    for label in (torch.tensor([1, 0, 0, 1, 0, 1]), (True, False, False, True, False, True), [1.0, 0, 0, 1, 0, 1]):
+        assert (reward(images[:1], ["a"], [{"label": label}])[1]["labels"] == expected).all()
+    for label in ([1, 0], [0.7, 0, 0, 1, 0, 1], [2, 0, 0, 1, 0, 1], "hair", None):
+        with pytest.raises(UserError, match=re.escape(f"is {label!r}; ")):
+            reward(images, ["a", "b"], [{"label": label}, {"label": [1, 0, 0, 1, 0, 1]}])
 
 
 def test_a_classifier_of_other_labels_is_refused():
