@@ -161,12 +161,13 @@ def check_prompt(prompt: str, where: str = "prompt") -> None:
 def given_prompts(prompts: Sequence[Any], kind: str = "isic") -> list[str]:
     """Return the texts of `eval.prompts`, for kind "fundus" with the modality as a prefix, as in training.
 
-    Raises UserError as `check_prompt` does.
+    Raises UserError as `check_prompt` does, and for what is no text.
     """
-    texts = [str(prompt) for prompt in prompts]
-    for number, text in enumerate(texts, start=1):
-        check_prompt(text, f"eval.prompts, prompt {number}")
-    return [text if kind == "isic" or fundus.modality_of(text) else fundus.caption_of(text) for text in texts]
+    for number, prompt in enumerate(prompts, start=1):
+        if not isinstance(prompt, str):
+            raise UserError(f"eval.prompts, prompt {number} is {describe_value(prompt)}; give texts: \"('one','two')\"")
+        check_prompt(prompt, f"eval.prompts, prompt {number}")
+    return [text if kind == "isic" or fundus.modality_of(text) else fundus.caption_of(text) for text in prompts]
 
 
 PROMPTS: dict[str, Callable[..., Prompt]] = {

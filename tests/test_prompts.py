@@ -134,6 +134,12 @@ def test_invisible_characters_are_named_with_their_place(tmp_path, character, na
         assert all(word in str(caught.value) for word in (where, name, "position 2"))
 
 
+@pytest.mark.parametrize("value", [1, None, ("a", "b")])
+def test_given_prompts_are_texts(value):
+    with pytest.raises(UserError, match=f"eval.prompts, prompt 2 is .*{type(value).__name__}"):
+        given_prompts(("a dog", value))
+
+
 def test_text_of_any_language_is_a_prompt():
     for text in ("cup/disc ratio 0.6", "na\u00efve caf\u00e9 \u2013 50 %", "\u76ae\u819a", "\U0001f9b4 bone"):
         check_prompt(text)
