@@ -271,14 +271,20 @@ def _as_array(rewards: Any) -> np.ndarray | None:
 
 
 def check_prompts(
-    reward_fn: RewardFn, prompts: Sequence[tuple[str, Mapping[str, Any]]], device: str | torch.device = "cpu"
+    reward_fn: RewardFn,
+    prompts: Sequence[tuple[str, Mapping[str, Any]]],
+    device: str | torch.device = "cpu",
+    batch_size: int = 32,
+    size: tuple[int, int] = (64, 64),
 ) -> None:
     """Try a reward on an image of noise on `device` for each (prompt, metadata), before anything is sampled.
 
-    Every call has at least two images, to catch a reward that returns one value per batch. Raises as `Reward` does, and
-    UserError for a prompt that the reward does not understand.
+    Images are `size` pixels high and wide, like those to come, since a reward may fit no other. Every call has at least
+    two, to catch a reward that returns one value per batch. Raises as `Reward` does, and UserError for a prompt that
+    the reward does not understand.
     """
-    reward_fn, noise = as_reward(reward_fn), torch.rand(32, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    shape = max(2, batch_size), 3, *size
+    reward_fn, noise = as_reward(reward_fn), torch.rand(shape, generator=torch.Generator().manual_seed(0))
     noise = noise.to(device)
     for start in range(0, len(prompts), len(noise)):
         tried = prompts[start : start + len(noise)]

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import GradMode, Sampling
 from ddpo_pytorch.generator.lora import disabled_lora
-from ddpo_pytorch.generator.pipeline import PromptEmbeddings, finite_images, guided_noise_prediction
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings, finite_images, guided_noise_prediction, image_size
 from ddpo_pytorch.ppo import averages, ppo_loss, step_kl
 from ddpo_pytorch.rewards import Scorer
 from ddpo_pytorch.rollout import Trajectories, draw_prompts, sample_trajectories, timestep_order, update_order
@@ -142,6 +142,7 @@ def set_up(config: ConfigDict) -> Run:
 
     # frozen weights in the dtype of mixed_precision, trained weights in float32
     pipe = setup.load_policy(config, distributed.DTYPES[config.mixed_precision], device)
+    setup.try_reward(config, task, device, image_size(pipe))
     contents = setup.content_fingerprints(config, pipe, task) if accelerator.is_main_process else {}
     optimizer = make_optimizer(config.train, [p for p in pipe.unet.parameters() if p.requires_grad])
     unet, optimizer = accelerator.prepare(pipe.unet, optimizer)

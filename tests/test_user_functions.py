@@ -14,7 +14,7 @@ from rl_tools import configured
 from ddpo_pytorch.prompts import PROMPT_LISTS, PROMPTS
 from ddpo_pytorch.rewards import REWARDS
 from ddpo_pytorch.training.health import HealthCheck, check_groups
-from ddpo_pytorch.training.setup import make_task
+from ddpo_pytorch.training.setup import make_task, try_reward
 from ddpo_pytorch.utils.cli import import_function
 from ddpo_pytorch.utils.errors import UserError
 
@@ -70,16 +70,29 @@ def test_a_users_module_may_extend_the_path(tmp_path, monkeypatch):
     assert sys.path[0] == "deps" and str(tmp_path) not in sys.path
 
 
-def test_rewards_are_tried_on_the_device(settings, monkeypatch):
-    devices = []
+def test_rewards_are_tried_on_the_device_and_on_the_sizes_to_come(settings, monkeypatch):
+    tried = []
 
     def reward(images, prompts, metadata):
-        devices.append(images.device.type)
+        tried.append((images.device.type, *images.shape))
         return [0.0] * len(prompts), {}
 
     monkeypatch.setitem(REWARDS, "mine", lambda: reward)
-    make_task(configured(settings, {"reward_fn": "mine"}), torch.device("meta"))
-    assert set(devices) == {"meta"}
+    config, device = configured(settings, {"reward_fn": "mine"}), torch.device("meta")
+    try_reward(config, make_task(config, device), device, (16, 24))
+    assert set(tried) == {("meta", 4, 3, 16, 24)}
+
+
+def test_rewards_are_tried_on_what_the_rollout_gives_them(train, monkeypatch):
+    shapes = []
+
+    def reward(images, prompts, metadata):
+        shapes.append(tuple(images.shape))
+        return images.mean(dim=(1, 2, 3)), {}
+
+    monkeypatch.setitem(REWARDS, "mine", lambda: reward)
+    train(num_epochs=1, reward_fn="mine")
+    assert set(shapes) == {(4, 3, 64, 64)}
 
 
 @pytest.mark.parametrize(

@@ -302,3 +302,9 @@ def latent_shape(pipe: StableDiffusionPipeline) -> tuple[int, int, int]:
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return config.in_channels, height, width
+
+
+def image_size(pipe: StableDiffusionPipeline) -> tuple[int, int]:
+    """Return height and width in pixels of the images at the UNet's own resolution."""
+    _, height, width = latent_shape(pipe)
+    return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor

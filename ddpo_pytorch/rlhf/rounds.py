@@ -21,7 +21,7 @@ from ddpo_pytorch.data.images import to_uint8
 from ddpo_pytorch.data.ratings import read_ratings
 from ddpo_pytorch.generator.finetune_data import settings_of
 from ddpo_pytorch.generator.latents import LatentShards
-from ddpo_pytorch.generator.pipeline import load_pipeline
+from ddpo_pytorch.generator.pipeline import image_size, load_pipeline
 from ddpo_pytorch.generator.text import check_tokens, has_mask
 from ddpo_pytorch.judges.classifier import ArtifactClassifier
 from ddpo_pytorch.judges.policy import SELECTOR_FILE, Policy, load_judges
@@ -35,7 +35,7 @@ from ddpo_pytorch.prompts import all_prompts, given_prompts
 from ddpo_pytorch.rlhf.training import PATHS
 from ddpo_pytorch.sampling import Sampler, plan
 from ddpo_pytorch.training import run_folder
-from ddpo_pytorch.training.setup import content_fingerprints, load_policy, make_task
+from ddpo_pytorch.training.setup import content_fingerprints, load_policy, make_task, try_reward
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints, with_contents
@@ -307,7 +307,9 @@ def round_settings(config: ConfigDict, device: torch.device) -> dict[str, Any]:
     Sampler(pipe, *(config.sample[name] for name in SAMPLE))  # checks these
     settings |= pipeline_fingerprints(pipe)
     if ddpo:
-        contents = content_fingerprints(ddpo, pipe, make_task(ddpo, device))
+        task = make_task(ddpo, device)
+        try_reward(ddpo, task, device, image_size(pipe))
+        contents = content_fingerprints(ddpo, pipe, task)
         if ddpo.held_out.every:
             contents["held_out.classifier"] = fingerprint(with_contents(ddpo.held_out.classifier))
         if ddpo.train.data_coef:

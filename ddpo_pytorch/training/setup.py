@@ -176,18 +176,17 @@ class Task:
 
 
 def make_task(config: ConfigDict, device: torch.device) -> Task:
-    """Build the configured task and try the reward on its prompts. Raises UserError for an invalid part."""
+    """Build the configured task. Raises UserError for an invalid part."""
     prompt_fn = get_prompt_fn(config.prompt_fn, **config.prompt_fn_kwargs)
     reward_fn = build_reward(config.reward_fn, config.reward_fn_kwargs.to_dict(), device)
     prompts = None
     if config.prompt_fn in PROMPT_LISTS or config.held_out.every:
         prompts = all_prompts(config.prompt_fn, **config.prompt_fn_kwargs)
-    drawn = list(dict(zip(*draw_prompts(prompt_fn, config.seed, 0, TRIED_PROMPTS), strict=True)).items())
+    drawn = _first_prompts(config, prompt_fn)
     listed = dict(prompts or drawn)
     if missing := [prompt for prompt, _ in drawn if prompt not in listed]:
         problem = f"returned {missing[0]!r}, which its list in PROMPT_LISTS lacks"
         raise UserError(f"prompt function {config.prompt_fn!r} {problem}; add it there")
-    check_prompts(reward_fn, drawn if prompts is None else prompts, device)
     if not config.held_out.every:
         return Task(prompt_fn, prompts, reward_fn, None)
     part = parse_spec(config.reward_fn).get("isic_classifier_reward")
@@ -196,6 +195,16 @@ def make_task(config: ConfigDict, device: torch.device) -> Task:
     judge = load_judge(config.held_out.classifier, rewarding, device)
     images = config.held_out.images_per_prompt
     return Task(prompt_fn, prompts, reward_fn, HeldOut(judge, prompts, images, config.seed, Sampling.of(config.sample)))
+
+
+def _first_prompts(config: ConfigDict, prompt_fn: Callable[..., Prompt]) -> list[Prompt]:
+    return list(dict(zip(*draw_prompts(prompt_fn, config.seed, 0, TRIED_PROMPTS), strict=True)).items())
+
+
+def try_reward(config: ConfigDict, task: Task, device: torch.device, size: tuple[int, int]) -> None:
+    """Try the reward on the task's prompts, with batches and image sizes of the rollout. Raises as `check_prompts`."""
+    prompts = _first_prompts(config, task.prompt_fn) if task.prompts is None else task.prompts
+    check_prompts(task.reward_fn, prompts, device, rollout_batch_size(config, device), size)
 
 
 def load_policy(config: ConfigDict, dtype: torch.dtype, device: torch.device) -> StableDiffusionPipeline:
