@@ -6,6 +6,7 @@ Any field can be overridden on the command line (`--config.train.learning_rate=1
 """
 
 import inspect
+from collections.abc import Sequence
 
 import ml_collections
 from ml_collections.config_dict import placeholder
@@ -383,10 +384,19 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     return config.lock()
 
 
-def choose(module: dict, name: str) -> ml_collections.ConfigDict:
-    """Return the configuration of experiment `name`, a public function without arguments in the file `module`."""
+def experiments(module: dict) -> list[str]:
+    """Return the names of the experiments defined in the file `module`: its public functions without arguments."""
     own = {key: f for key, f in module.items() if inspect.isfunction(f) and f.__module__ == module["__name__"]}
-    experiments = [key for key, f in own.items() if key[0] != "_" and not inspect.signature(f).parameters]
-    if name not in experiments:
-        raise ValueError(f"experiment {name!r} is unknown; {module['__file__']} has {', '.join(experiments)}")
+    return [key for key, f in own.items() if key[0] != "_" and not inspect.signature(f).parameters]
+
+
+def choose(module: dict, name: str, derived: Sequence[str] = ()) -> ml_collections.ConfigDict:
+    """Return the configuration of experiment `name` of the file `module`.
+
+    `derived` are the names that its get_config takes from another file or scale, for the message about an unknown one.
+    """
+    own = experiments(module)
+    if name not in own:
+        known = ", ".join(dict.fromkeys([*own, *derived]))
+        raise ValueError(f"experiment {name!r} is unknown; {module['__file__']} has {known}")
     return module[name]()

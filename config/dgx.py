@@ -139,6 +139,7 @@ def get_config(name=""):
 def at_scale_of(module, name):
     """Return an experiment of `module`, or this file's with its paths and sizes, ignoring suffixes such as _16gb."""
     name = re.sub(r"_\d+gb$", "", name)
-    if name not in module and name in globals():
+    inherited = [key for key in base.experiments(globals()) if not re.search(r"_\d+gb$", key)]
+    if name not in module and name in inherited:
         return module["model_and_dataset_configs"](get_config(name))
-    return base.choose(module, name)
+    return base.choose(module, name, inherited)

@@ -80,6 +80,7 @@ def improve():
 
 def get_config(name=""):
     """Return an experiment of this file, or one of config/fundus.py at this file's scale."""
-    if name in vars(fundus) and name not in globals() and not name.endswith("_mini"):
-        return small(fundus.base.choose(vars(fundus), name))
-    return fundus.base.choose(globals(), name)
+    inherited = [key for key in fundus.base.experiments(vars(fundus)) if not key.endswith("_mini")]
+    if name in inherited and name not in globals():
+        return small(fundus.get_config(name))
+    return fundus.base.choose(globals(), name, inherited)

@@ -26,6 +26,7 @@ STAGE_TWO = "prompt_image_alignment_classifier_isic"
 OFFICIAL = [f"{STAGE_TWO}{suffix}" for suffix in ("", "_eval", "_eval_rl", "_16gb", "_24gb", "_80gb")]
 OFFICIAL += ["preprocess_isic_real_data", "evaluate_metric_rl", "evaluate_metric_sd"]
 OFFICIAL += ["finetune_sd", "finetune_sd_24gb"]
+BASIS = {"mini": "dgx", "isic128": "dgx", "odir128": "fundus"}
 
 
 def experiments(file: str) -> set[str]:
@@ -68,10 +69,16 @@ def test_experiments_of_fundus_images_differ_in_what_they_start_from():
 
 
 def test_unknown_fields_and_experiments_fail_by_name():
-    unknown = [("mini", "nope"), ("fundus", "nope_mini"), ("odir128", "nope"), ("odir128", "improve_mini")]
+    unknown = [("dgx", "nope"), ("mini", "nope"), ("mini", "base"), ("mini", "at_scale_of"), ("isic128", "nope")]
+    unknown += [("fundus", "nope_mini"), ("odir128", "nope"), ("odir128", "improve_mini"), ("odir128", "mini")]
     for file, name in unknown:
-        with pytest.raises(ValueError, match=f"'{name if file != 'fundus' else 'nope'}' is unknown"):
+        with pytest.raises(ValueError, match=f"'{name}' is unknown") as caught:
             load_config(file).get_config(name)
+        names, basis = re.split(r"[ ,]+", str(caught.value).partition(".py has ")[2]), BASIS.get(file, file)
+        assert {key for key in experiments(basis) if not re.search(r"_(mini|\d+gb)$", key)} <= set(names)
+        assert experiments(file) <= set(names) and (file != "fundus" or "improve_mini" in names)
+        for known in names:
+            load_config(file).get_config(known)
     with pytest.raises(AttributeError, match="learnin_rate"):
         load_config("mini").get_config(OFFICIAL[0]).train.learnin_rate = 1.0
 
