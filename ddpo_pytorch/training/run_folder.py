@@ -23,7 +23,7 @@ from ddpo_pytorch.training.checkpoints import (
     quarantine,
 )
 from ddpo_pytorch.utils.errors import UserError, difference
-from ddpo_pytorch.utils.files import LOCK, locked, write_file
+from ddpo_pytorch.utils.files import LOCK, locked, path_inside, write_file
 from ddpo_pytorch.utils.fingerprint import with_contents
 from ddpo_pytorch.utils.json_files import read_json
 from ddpo_pytorch.utils.settings import flat
@@ -79,7 +79,7 @@ def open_run(held: ExitStack, settings: Mapping[str, Any]) -> tuple[Path, Path |
         if run_name and Path(run_name).name != folder.resolve().name:
             logger.info("run_name %r is not used: resume_from continues a run in its own folder", run_name)
     else:
-        folder = Path(logdir) / (run_name or time.strftime("%Y.%m.%d_%H.%M.%S"))
+        folder = path_inside(logdir, run_name or time.strftime("%Y.%m.%d_%H.%M.%S"), "run_name")
         held.enter_context(locked(folder, "another --config.run_name"))
         checkpoint = _checkpoint_to_resume(folder, settings)
     for newer in checkpoints(folder) if checkpoint else ():
