@@ -7,7 +7,6 @@ function, set `prompt_fn="my_module:my_function"`, or register it in `PROMPTS`, 
 be able to enumerate its prompts.
 """
 
-import inspect
 import logging
 import random
 import re
@@ -23,7 +22,7 @@ import numpy as np
 from ddpo_pytorch.data import fundus
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
 from ddpo_pytorch.data.tables import Row, invisible_character
-from ddpo_pytorch.utils.cli import import_function
+from ddpo_pytorch.utils.cli import import_function, signature_of
 from ddpo_pytorch.utils.errors import UserError, describe_value
 from ddpo_pytorch.utils.json_files import read_json
 from ddpo_pytorch.utils.randomness import seeded_globals
@@ -208,7 +207,7 @@ def draw_prompt(function: Callable[..., Any], seed: int) -> Prompt:
     and PyTorch are seeded during the call. Raises UserError as `as_prompt` does.
     """
     name = getattr(function, "__name__", str(function))
-    if "rng" in inspect.signature(function).parameters:
+    if "rng" in signature_of(function).parameters:
         return as_prompt(function(rng=random.Random(seed)), name)
     with seeded_globals(seed):
         return as_prompt(function(), name)
@@ -251,9 +250,10 @@ def all_prompts(name: str, /, **kwargs: Any) -> list[Prompt]:
 def _bind(name: str, function: Callable, kwargs: Mapping[str, Any]) -> partial:
     """Bind the keyword arguments that are not None. Raises UserError if the function does not accept them."""
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    parameters = inspect.signature(function).parameters
+    signature = signature_of(function)
+    parameters = signature.parameters
     try:
-        inspect.signature(function).bind(**{key: None for key in parameters if key == "rng"} | kwargs)
+        signature.bind(**{key: None for key in parameters if key == "rng"} | kwargs)
     except TypeError as error:
         accepted = ", ".join(key for key in parameters if key != "rng") or "none"
         raise UserError(

@@ -6,7 +6,6 @@ tensor (`check_result`); info, a dict of further per-image values. To use your o
 `reward_fn="my_module:my_reward"` and `reward_fn_kwargs.my_reward`, or register it in `REWARDS`.
 """
 
-import inspect
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from ddpo_pytorch.data.images import to_pil
 from ddpo_pytorch.data.isic import LABELS, labels_of
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier
 from ddpo_pytorch.judges.policy import load_judges
-from ddpo_pytorch.utils.cli import import_function
+from ddpo_pytorch.utils.cli import import_function, signature_of
 from ddpo_pytorch.utils.errors import UserError, describe_value
 
 RewardFn = Callable[[torch.Tensor, Sequence[str], Sequence[Mapping[str, Any]]], tuple[np.ndarray, dict[str, Any]]]
@@ -331,10 +330,11 @@ def _known() -> str:
 
 def _build(name: str, path: str, kwargs: Mapping[str, Any], device: str | torch.device) -> RewardFn:
     factory = import_function(path, "reward_fn") if path else REWARDS[name]
-    accepted = inspect.signature(factory).parameters
+    signature = signature_of(factory)
+    accepted = signature.parameters
     kwargs = {"device": device} | dict(kwargs) if "device" in accepted else dict(kwargs)
     try:
-        inspect.signature(factory).bind(**kwargs)
+        signature.bind(**kwargs)
     except TypeError as error:
         raise UserError(
             f"reward_fn_kwargs.{name} has {sorted(kwargs)} but {name} takes {sorted(accepted)} ({error})"

@@ -70,6 +70,18 @@ def test_a_users_module_may_extend_the_path(tmp_path, monkeypatch):
     assert sys.path[0] == "deps" and str(tmp_path) not in sys.path
 
 
+@pytest.mark.parametrize("name", ["dict", "int", "type", "print"])
+@pytest.mark.parametrize("field", ["reward_fn", "prompt_fn"])
+def test_functions_that_state_no_arguments(settings, field, name):
+    config = configured(settings, {field: f"builtins:{name}"})
+    if name == "type":  # raises by itself, as functions of users may
+        with pytest.raises(TypeError):
+            make_task(config, torch.device("cpu"))
+        return
+    with pytest.raises(UserError, match=f"{name}' returned .*; it must return a"):
+        make_task(config, torch.device("cpu"))
+
+
 def test_rewards_are_tried_on_the_device_and_on_the_sizes_to_come(settings, monkeypatch):
     tried = []
 

@@ -4,6 +4,7 @@ import argparse
 import ast
 import errno
 import importlib
+import inspect
 import logging
 import os
 import re
@@ -49,6 +50,14 @@ def import_function(path: str, setting: str) -> Callable:
     if not callable(function):
         raise UserError(f"{setting}: {path!r} is not a function; give module:function")
     return function
+
+
+def signature_of(function: Callable) -> inspect.Signature:
+    """Return a function's signature; one written in C without any (`dict`, `int`) counts as taking all arguments."""
+    try:
+        return inspect.signature(function)
+    except ValueError:
+        return inspect.signature(lambda *values, **named: None)
 
 
 def cli(main: Callable[[list[str]], None]) -> None:
