@@ -212,7 +212,7 @@ class Rounds:
         parser.add_argument("--launch", "-launch")
         fields = {"seed": self.config.seed + number, "log_with": self.config.log_with} | fields
         settings = [f"--config.{name}={value}" for name, value in fields.items()]
-        launch = [*(shlex.split(FLAGS.launch) or [sys.executable]), str(Path(__file__).with_name(script))]
+        launch = [*launcher(), str(Path(__file__).with_name(script))]
         logger.info("round %d: %s", number, script)
         torch.cuda.empty_cache()  # the script may need the last measurement's memory
         if code := subprocess.run([*launch, *parser.parse_known_args()[1], *settings]).returncode:
@@ -229,6 +229,17 @@ class Rounds:
             if (latents / INDEX).is_file() and LatentShards(latents).index["csv_sha256"] == sha256(table):
                 return latents
         return ""
+
+
+def launcher() -> list[str]:
+    """Return the words of --launch. Raises UserError if they start no program."""
+    try:
+        words = shlex.split(FLAGS.launch) or [sys.executable]
+    except ValueError as error:
+        raise UserError(f"--launch={FLAGS.launch!r} cannot be read ({error}); close the quotation") from error
+    if not shutil.which(words[0]):
+        raise UserError(f"--launch={FLAGS.launch!r}: there is no program {words[0]!r}; give one that can be run")
+    return words
 
 
 def link_best(output: Path, model: Path) -> None:
@@ -252,6 +263,7 @@ def main(_) -> None:
     required += ["rlhf.ratings"] * FLAGS.config.improve.update_policy
     config = expand_config(FLAGS.config, "pretrained.model", *required)
     check_settings(config)
+    launcher()  # raises here rather than after the first measurement
     rounds.check_independent(config.improve.judges, config.improve.held_out_judges)
     if config.improve.update_policy:  # else train_rlhf.py would refuse them in the middle of a round
         judges = Path(config.improve.judges)

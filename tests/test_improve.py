@@ -337,13 +337,14 @@ def test_another_modality_has_ratings_judges_and_images_of_its_own(run, fields, 
 @pytest.mark.slow
 def test_rounds_resume(run, fields, commands, tmp_path, monkeypatch, capsys, caplog):
     emptied = []
-    settings = {"improve__methods": ("finetune", "ddpo"), "improve__update_policy": True, "launch": "accelerate launch"}
+    settings = {"improve__methods": ("finetune", "ddpo"), "improve__update_policy": True}
+    settings["launch"] = "env accelerate launch"  # a program that is always there
     fields |= {"sd__train_text_encoder": True, "improve__learning_rate": 1e-2, "pretrained__revision": "v1"}
     revisions, load = set(), pipeline._from_pretrained
     monkeypatch.setattr(pipeline, "_from_pretrained", lambda *given: revisions.add(given[:2]) or load(*given))
     caplog.set_level("INFO")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
-    monkeypatch.setattr(sys, "argv", ["improve.py", "--launch", "accelerate launch", "--config.seed=42", "-launch=x"])
+    monkeypatch.setattr(sys, "argv", ["improve.py", "--launch", "env accelerate", "--config.seed=42", "-launch=x"])
     run("improve.py", **settings)
     output = tmp_path / "improve"
     entries = read_lines(output / "rounds.jsonl")
@@ -351,8 +352,9 @@ def test_rounds_resume(run, fields, commands, tmp_path, monkeypatch, capsys, cap
     assert (output / "rounds.md").read_text() in capsys.readouterr().out
     assert (output / "best" / "model_index.json").is_file()
     # the Policy learned from fresh images, and chose in this round; the Selector, and those that measure, are the same
-    assert all(command[:2] == ["accelerate", "launch"] and command[3] == "--config.seed=42" for command in commands)
-    assert "launch" not in " ".join(word for command in commands for word in command[3:])
+    assert all(command[:3] == ["env", "accelerate", "launch"] for command in commands)
+    assert {command[4] for command in commands} == {"--config.seed=42"}
+    assert "launch" not in " ".join(word for command in commands for word in command[4:])
     assert len(emptied) == len(commands)  # the script may need the memory of the last measurement
     scripts, given = zip(*map(script_and_settings, commands), strict=True)
     assert scripts == ("generate.py", "train_rlhf.py", "generate.py", "train_sd.py", "train.py")
@@ -423,6 +425,8 @@ def test_settings_out_of_range(run, fields, tmp_path):
         ({"improve__update_policy": True, "rlhf__width": 64}, "rlhf.width=32.* 64"),
         ({"improve__csv": ""}, "improve.csv"),
         ({"unet_path": "unet.safetensors"}, "unet_path.*pretrained.model"),
+        ({"launch": "accelerate 'launch"}, "--launch=.*No closing quotation"),
+        ({"launch": "/nowhere/accelerate launch"}, "--launch=.*'/nowhere/accelerate'"),
         (
             {"improve__held_out_judges": shutil.copytree(fields["improve__judges"], tmp_path / "copy")},
             "held_out_judges",
