@@ -160,11 +160,12 @@ def _chunk_names(columns: Sequence[Sequence[str]], parts: Sequence[slice]) -> li
 
 
 def _is_intact(file: Path, rows: int) -> bool:
-    """Return whether a chunk's file exists and has this number of rows."""
+    """Return whether a chunk's file exists and has this number of rows, all of finite numbers."""
     if not file.is_file():
         return False
     with suppress(OSError, ValueError, EOFError, TypeError):
-        if len(np.lib.format.open_memmap(file, mode="r")) == rows:
+        stored = np.lib.format.open_memmap(file, mode="r")
+        if stored.ndim == 2 and len(stored) == rows and np.isfinite(stored).all():
             return True
     logger.warning("%s is damaged; computing it again", file)
     return False
