@@ -14,7 +14,7 @@ from script_tools import options, succeed
 
 from ddpo_pytorch.data.images import load_image, save_image
 from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of, short_caption
-from ddpo_pytorch.data.sample_folder import folder_name, read_log, write_log
+from ddpo_pytorch.data.sample_folder import folder_name, list_samples, read_log, title_of, write_log
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
 from ddpo_pytorch.utils.errors import UserError
 
@@ -282,10 +282,11 @@ def log(folder, **entry) -> None:
         (lambda f, a: Image.open(a / "0.png").save(a / "0.jpg"), "0.jpg' .* share a name"),
         (lambda f, a: Image.open(a / "0.png").save(f / "images" / "loose.png"), "loose.png' is not read"),
         (lambda f, a: (f / "images" / "a_cat").mkdir(), "folder 'a_cat' is not named after one of the 32"),
-        (lambda f, a: [path.unlink() for path in images_of(f, A)], "holds no images"),
+        (lambda f, a: [path.unlink() for path in images_of(f, A)], "holds no images; .* give another"),
         (lambda f, a: log(f, reward="high"), "the reward 'high' is not a finite number"),
         (lambda f, a: write_log(f, [{"prompt": A}]), "path_to_img' is missing"),
         (lambda f, a: log(f, prompt=B), "is not its folder's"),
+        (lambda f, a: (f / "settings.json").write_text('{"settings": {}, "about": []}'), "damaged .'about' is"),
     ],
 )
 def test_faulty_folders_are_named_before_anything_is_computed(disturb, message, measured, tmp_path):
@@ -294,6 +295,12 @@ def test_faulty_folders_are_named_before_anything_is_computed(disturb, message, 
     with pytest.raises(UserError, match=message):
         measured(fake_path=folder, real_path="")
     assert not (tmp_path / "cache").exists() and not (tmp_path / "out").exists()
+
+
+def test_settings_of_real_images_may_lack_what_they_are_about(tmp_path):
+    folder = write_samples(tmp_path / "own", {A: 1}, seed=1)
+    (folder / "settings.json").write_text('{"settings": {}}')
+    assert title_of("real", list_samples(folder)) == "real"
 
 
 def test_an_image_cut_short_is_named_and_what_came_before_is_kept(measured, tmp_path):

@@ -32,6 +32,7 @@ WORLD = "world.json"  # in a folder of phantoms
 RECORD = "record.json"  # in a rating set (phantoms.rating_sets) with images/
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 LONGEST_NAME = 255  # bytes of a file name on common file systems
+_SETTINGS_SHAPE = {"settings": dict, "about?": dict}
 _ELSEWHERE = "choose another folder or move it away"
 # the official scripts log paths from wherever they ran, e.g. /scratch/samples/images/<caption>/0.png
 _IMAGE_IN_FOLDER = re.compile(r"(?:.*/)?(images/[^/]+/[^/]+)")
@@ -89,13 +90,13 @@ def check_claim(folder: str | Path, settings: Mapping[str, Any]) -> bool:
 def read_settings(folder: str | Path) -> dict[str, Any]:
     """Return the recorded settings of a folder's images, or {}. Raises UserError if they cannot be read."""
     path = Path(folder) / SETTINGS
-    return read_json(path, {"settings": dict}, _ELSEWHERE)["settings"] if path.is_file() else {}
+    return read_json(path, _SETTINGS_SHAPE, _ELSEWHERE)["settings"] if path.is_file() else {}
 
 
 def title_of(name: str, samples: Sequence[tuple[Path, str]]) -> str:
     """Return the title of a set of samples: its name, or "phantoms" for "real" ones from a phantom world."""
     path = samples[0][0].parent.parent.parent / SETTINGS if samples else Path()
-    drawn = name == "real" and path.is_file() and read_json(path, {"about": dict})["about"].get("phantoms")
+    drawn = name == "real" and path.is_file() and read_json(path, _SETTINGS_SHAPE).get("about", {}).get("phantoms")
     return "phantoms" if drawn else name
 
 
@@ -174,7 +175,8 @@ def list_samples(folder: str | Path, prompts: Collection[str] = ()) -> list[tupl
     else:
         samples = _list_folders(Path(folder), prompts)
     if not samples:
-        raise UserError(f"{str(folder)!r} holds no images" + (f" of the prompts {sorted(prompts)}" if prompts else ""))
+        wanted = f" of the prompts {sorted(prompts)}" if prompts else ""
+        raise UserError(f"{str(folder)!r} holds no images{wanted}; draw them first, or give another folder")
     return samples
 
 
