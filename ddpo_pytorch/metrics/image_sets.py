@@ -119,13 +119,15 @@ def lacking_images(folder: str | Path, captions: Iterable[str]) -> str:
 
 
 def named_paths(text: str, field_name: str) -> list[tuple[str, str]]:
-    """Return (name, path) pairs of "SD=a,SD=b,SD+RL=c". Raises UserError for a part without name or path."""
+    """Return (name, path) pairs of "SD=a,SD=b,SD+RL=c". Raises UserError for a part without name or path, or none."""
     pairs = []
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         name, _, path = (piece.strip() for piece in part.partition("="))
         if not name or not path:
             raise UserError(f"{part!r} in {field_name}={text!r} is not NAME=PATH; separate several by commas")
         pairs.append((name, expand(path)))
+    if text and not pairs:
+        raise UserError(f"{field_name}={text!r} names nothing; give NAME=PATH, or an empty text")
     return pairs
 
 
