@@ -16,7 +16,7 @@ from ddpo_pytorch.generator import finetune_data
 from ddpo_pytorch.metrics.inputs import check_request
 from ddpo_pytorch.rlhf import training as rlhf
 from ddpo_pytorch.training.setup import batch_sizes, check_training
-from ddpo_pytorch.utils.cli import define_config
+from ddpo_pytorch.utils.cli import _parse_flags, define_config
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.settings import SEED, Range, check_pair
 
@@ -154,6 +154,17 @@ def test_a_bad_override_of_the_default_file_is_one_line(monkeypatch, capsys):
         define_config(str(ROOT / "scripts" / "train.py"), "experiment")
     (line,) = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2 and line.startswith("error: ") and "'learning_rat'" in line and "\\n" not in line
+
+
+@pytest.mark.parametrize("returned", ["{'seed': 3}", "None"])
+def test_a_file_that_returns_no_configuration_is_refused(monkeypatch, capsys, tmp_path, returned):
+    (tmp_path / "own.py").write_text(f"def get_config(): return {returned}\n")
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "scripts/script.py"), f"--config={tmp_path / 'own.py'}"])
+    monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
+    config_flags.DEFINE_config_file("config", flag_values=flags.FLAGS)
+    with pytest.raises(SystemExit) as caught:
+        _parse_flags(sys.argv)
+    assert caught.value.code == 2 and "get_config() of the --config file must" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -101,7 +101,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
     with _usage_errors():
         remaining = flags.FLAGS(_find_config(argv) if "config" in flags.FLAGS else argv)
         if "config" in flags.FLAGS:
-            _ = flags.FLAGS.config.seed  # reads the configuration file
+            if not isinstance(flags.FLAGS.config, ConfigDict):  # reads the configuration file
+                raise UserError("get_config() of the --config file must return a configuration, as in config/base.py")
+            _ = flags.FLAGS.config.seed
         return remaining
 
 
