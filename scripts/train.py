@@ -327,7 +327,7 @@ def load_rollout_gradient(
 def score_minibatch(
     run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor, indices: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Return the statistics of an update's first minibatch, without gradients; `indices` are the update's samples."""
+    """Return the statistics of the first minibatch of an update on samples `indices`, computed as in the rollout."""
     with torch.set_grad_enabled(setup.rollout_needs_grad_mode(run.config, run.accelerator.device)):
         return minibatch_loss(run, samples, advantages, *next(minibatches(run, epoch, 0, samples, indices)))[1]
 

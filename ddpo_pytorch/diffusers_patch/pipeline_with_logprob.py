@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import Generators, ddim_step_with_logprob
-from ddpo_pytorch.generator.pipeline import decode_latents, encode_prompts, guided_noise_prediction, latent_shape
+from ddpo_pytorch.generator.pipeline import decode_latents, encode_prompts, guided_noise_prediction, image_size
 
 OUTPUT_TYPES = ("pt", "np", "pil", "latent")
 
@@ -86,8 +86,8 @@ def pipeline_with_logprob(
     """
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type is {output_type!r}; it can be one of {', '.join(OUTPUT_TYPES)}")
-    channels, rows, columns = latent_shape(pipeline)
-    size = height or rows * pipeline.vae_scale_factor, width or columns * pipeline.vae_scale_factor
+    channels, default = pipeline.unet.config.in_channels, image_size(pipeline)
+    size = height or default[0], width or default[1]
     if negative_prompt_embeds is not None and prompt_embeds is not None:
         negative_prompt_embeds = negative_prompt_embeds.expand_as(prompt_embeds)
     pipeline.check_inputs(prompt, *size, None, negative_prompt, prompt_embeds, negative_prompt_embeds)
