@@ -88,7 +88,10 @@ def define_flags() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class FitState:
-    """An epoch (counted from 0): its weights, and logits and labels (N, H) of the validation set."""
+    """An epoch (counted from 0): its weights, and logits and labels (N, H) of the validation images.
+
+    If half of the training images are changed, all validation images come twice: as they are, then changed.
+    """
 
     epoch: int
     val_loss: float
@@ -101,11 +104,12 @@ class FitState:
         """Fraction of correct predictions (H,)."""
         return ((self.logits > 0) == (self.labels > 0)).float().mean(0)
 
-    def aucs(self, names: Sequence[str]) -> str:
-        """Return "name AUC" of every attribute for the log; nan where one class is absent."""
-        ones, columns = np.ones((1, len(self.labels))), (self.logits.double().numpy().T, self.labels.numpy().T > 0)
-        aucs = [ranking(ones, *column)[0].item() for column in zip(*columns, strict=True)]
-        return " ".join(f"{name} {auc:.3f}" for name, auc in zip(names, aucs, strict=True))
+
+def format_aucs(names: Sequence[str], logits: torch.Tensor, labels: torch.Tensor) -> str:
+    """Return "name AUC" of every attribute for the log, from (N, H); nan where one class is absent."""
+    ones, columns = np.ones((1, len(labels))), (logits.double().numpy().T, labels.numpy().T > 0)
+    aucs = [ranking(ones, *column)[0].item() for column in zip(*columns, strict=True)]
+    return " ".join(f"{name} {auc:.3f}" for name, auc in zip(names, aucs, strict=True))
 
 
 def fit(
@@ -128,8 +132,9 @@ def fit(
     it exists, and removed at the end. `on_best` is called on every process for each better epoch while the model has
     its weights, and again after resuming, since files it wrote may have been lost. `epoch_images` is the number of
     images per epoch, by default all of them, so that runs on sets of different sizes can take the same number of
-    steps. `change` transforms half of each batch, uint8 images in random order; `change_name` identifies it when
-    resuming. All objects prepared by the accelerator are released.
+    steps. `change` transforms half of each batch, uint8 images in random order, and the validation loss is then the
+    mean over images as they are and changed; `change_name` identifies it when resuming. All objects prepared by the
+    accelerator are released.
 
     Raises UserError for a damaged state or another run's, too few images, and a loss that was never finite.
     """
@@ -137,7 +142,8 @@ def fit(
     rank, processes = accelerator.process_index, accelerator.num_processes
     if drawn < processes:
         raise UserError(f"{drawn} training images per epoch are too few for {processes} processes; start fewer")
-    targets, pos_weight = val.targets.float(), None
+    seen = (None, change) if change else (None,)
+    targets, pos_weight = val.targets.float().repeat(len(seen), 1), None
     if recipe.pos_weight:
         positives = (train.targets > 0).sum(0)
         pos_weight = (len(train) - positives) / positives  # (H,)
@@ -213,11 +219,13 @@ def fit(
         for part in (model, ema.module) if ema else (model,):
             for buffer in part.buffers():
                 broadcast(buffer)
-        logits, _ = predict(accelerator, evaluated, val, recipe.batch_size, recipe.num_workers)
+        predictions = [predict(accelerator, evaluated, val, recipe.batch_size, recipe.num_workers, f) for f in seen]
+        logits = torch.cat([logits for logits, _ in predictions])
         now = FitState(epoch, loss_of(logits, targets).item(), logits, targets, {})
+        aucs = ", changed ".join(format_aucs(model.labels, *prediction) for prediction in predictions)
         logger.info(
             "epoch %d: loss %.4f, val loss %.4f, val AUC %s, val accuracy %.3f, %.0f images/s",
-            *(epoch, loss, now.val_loss, now.aucs(model.labels), now.accuracy.mean(), speed),
+            *(epoch, loss, now.val_loss, aucs, now.accuracy.mean(), speed),
         )
         if better := now.val_loss < (best.val_loss if best else math.inf):
             weights = {name: value.detach().to("cpu", copy=True) for name, value in evaluated.state_dict().items()}
