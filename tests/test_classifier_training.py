@@ -142,7 +142,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_training(accelerators, set
     assert calls[-1].accuracy.tolist() == ((logits > 0) == (labels > 0)).float().mean(0).tolist()
 
 
-def test_half_of_each_batch_is_changed(accelerators, sets):
+def test_half_of_each_batch_and_all_validation_images_again_are_changed(accelerators, sets):
     recipe, seen, weights = Recipe(num_epochs=1, batch_size=16), [], []
 
     def same(images):
@@ -151,11 +151,20 @@ def test_half_of_each_batch_is_changed(accelerators, sets):
 
     for change in (None, same, torch.zeros_like):
         model = new_model()
-        fit(accelerators(), model, sets["train"], sets["val"], recipe, change=change)
+        best = fit(accelerators(), model, sets["train"], sets["val"], recipe, change=change)
         weights.append(torch.cat([value.flatten() for value in model.parameters()]))
+        logits = [
+            predict(accelerators(), model, sets["val"], 16, change=f)[0] for f in (None, change)[: 1 + bool(change)]
+        ]
+        assert torch.equal(best.logits, torch.cat(logits))
+        labels = sets["val"].targets.float().repeat(len(logits), 1)
+        expected = F.binary_cross_entropy_with_logits(torch.cat(logits), labels).item()
+        assert best.val_loss == pytest.approx(expected, rel=1e-6)
     batches = EpochBatches(len(sets["train"]), len(sets["train"]), 16, recipe.seed, 0, 1)
-    for batch, images in zip(batches, seen, strict=True):
+    for batch, images in zip(batches, seen[: len(batches)], strict=True):
         assert torch.equal(images, torch.stack([sets["train"][index][0] for index in batch[: len(batch) // 2]]))
+    validated = torch.cat(seen[len(batches) :])
+    assert torch.equal(validated[: len(sets["val"])], torch.stack([image for image, _ in sets["val"]]))
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
