@@ -24,7 +24,6 @@ from ddpo_pytorch.utils.cli import import_function, signature_of
 from ddpo_pytorch.utils.errors import UserError, describe_value
 
 RewardFn = Callable[[torch.Tensor, Sequence[str], Sequence[Mapping[str, Any]]], tuple[np.ndarray, dict[str, Any]]]
-JPEG_QUALITY = 95
 
 
 def jpeg_incompressibility() -> RewardFn:
@@ -32,7 +31,7 @@ def jpeg_incompressibility() -> RewardFn:
 
     def size(image: torch.Tensor) -> float:
         buffer = io.BytesIO()
-        to_pil(image).save(buffer, format="JPEG", quality=JPEG_QUALITY)
+        to_pil(image).save(buffer, format="JPEG", quality=95)
         return buffer.tell() / 1000
 
     return lambda images, prompts, metadata: (np.array([size(image) for image in images]), {})
@@ -47,22 +46,25 @@ def jpeg_compressibility() -> RewardFn:
 def isic_classifier_reward(classifier: str | Path | ArtifactClassifier, device: str | torch.device = "cpu") -> RewardFn:
     """Reward the share of the classifier's H attributes that it predicts as the prompt states: 0, 1/H, ..., 1.
 
-    The stated attributes are metadata["label"] or, without it, those of the prompt, which must be an ISIC caption
-    (else UserError). info: predictions, labels and logits (B, H), in the order of `classifier.labels`. `classifier` is
-    a model or the path of one. Raises UserError for one with labels other than ISIC's.
+    The stated attributes are metadata["label"], 0 or 1 for each of LABELS, or those of the prompt, an ISIC caption.
+    info: predictions, labels and logits (B, H), in the order of `classifier.labels`. `classifier` is a model or the
+    path of one. Raises UserError for other metadata or prompts, and for a classifier of labels other than ISIC's.
     """
     model = classifier if isinstance(classifier, ArtifactClassifier) else load_classifier(classifier, device)
     model = model.to(device).eval()
     if not set(model.labels) <= set(LABELS):
-        raise UserError(
-            f"the classifier predicts {', '.join(model.labels)}; allowed are {', '.join(LABELS)}: give another "
-            "classifier, or a reward of your own"
-        )
+        given, allowed = ", ".join(model.labels), ", ".join(LABELS)
+        raise UserError(f"the classifier predicts {given}; allowed are {allowed}: give another, or your own reward")
     columns = [LABELS.index(name) for name in model.labels]
 
     def reward(images, prompts, metadata):
-        pairs = zip(prompts, metadata, strict=True)
-        stated = [_as_labels(one["label"]) if "label" in one else labels_of(prompt) for prompt, one in pairs]
+        stated = []
+        for prompt, one in zip(prompts, metadata, strict=True):
+            values = _as_array(one["label"] if "label" in one else labels_of(prompt))
+            if values is None or values.shape != (len(LABELS),) or not np.isin(values, (0, 1)).all():
+                wanted = f"0 or 1 for each of {', '.join(LABELS)}: change the prompt function"
+                raise UserError(f"metadata['label'] of a prompt is {one['label']!r}; it must be {wanted}")
+            stated.append(values)
         labels = np.array(stated, dtype=np.int64)[:, columns]
         logits = model.logits(images).float().cpu().numpy()
         predictions = (logits > 0).astype(np.int64)  # as ArtifactClassifier.predict
@@ -70,17 +72,6 @@ def isic_classifier_reward(classifier: str | Path | ArtifactClassifier, device: 
         return (predictions == labels).mean(axis=1), info
 
     return reward
-
-
-def _as_labels(label: Any) -> np.ndarray:
-    """Return a prompt's metadata["label"] as an array. Raises UserError unless it is a 0 or 1 for each of `LABELS`."""
-    values = _as_array(label)
-    if values is None or values.shape != (len(LABELS),) or not np.isin(values, (0, 1)).all():
-        raise UserError(
-            f"metadata['label'] of a prompt is {label!r}; it must be {len(LABELS)} numbers, 0 or 1, for "
-            f"{', '.join(LABELS)}: change the prompt function"
-        )
-    return values
 
 
 def fundus_alignment(judges: str | Path, device: str | torch.device = "cpu") -> RewardFn:
@@ -99,12 +90,8 @@ def fundus_alignment(judges: str | Path, device: str | torch.device = "cpu") -> 
     return reward
 
 
-REWARDS: dict[str, Callable[..., RewardFn]] = {
-    "fundus_alignment": fundus_alignment,
-    "isic_classifier_reward": isic_classifier_reward,
-    "jpeg_compressibility": jpeg_compressibility,
-    "jpeg_incompressibility": jpeg_incompressibility,
-}
+_FACTORIES = (fundus_alignment, isic_classifier_reward, jpeg_compressibility, jpeg_incompressibility)
+REWARDS: dict[str, Callable[..., RewardFn]] = {factory.__name__: factory for factory in _FACTORIES}
 
 
 class Reward:
@@ -175,12 +162,12 @@ class Scorer:
         for earlier in self._scores:
             if isinstance(earlier, Future) and earlier.done():
                 earlier.result()
-        batch = images, prompts, metadata, check
         if self._thread:
             ready = torch.cuda.current_stream(images.device).record_event()
-            self._scores.append(self._thread.submit(self._score_on_stream, ready, *batch))
+            score = self._thread.submit(self._score_on_stream, ready, images, prompts, metadata, check)
         else:
-            self._scores.append(self._score(*batch))
+            score = self._score(images, prompts, metadata, check)
+        self._scores.append(score)
 
     def collect(self) -> np.ndarray:
         """Return the scores of the N images since the last call, in order of submission. Raises as `Reward` does.
@@ -216,14 +203,26 @@ def build_reward(
     """
     parts = parse_spec(spec)
     kwargs_by_name = kwargs_by_name or {}
-    for name, kwargs in kwargs_by_name.items():
+    for name, given in kwargs_by_name.items():
         if name not in REWARDS and name not in parts:
             raise UserError(f"reward_fn_kwargs.{name} belongs to no reward; {_known()}")
-        if not isinstance(kwargs, Mapping):
-            raise UserError(
-                f"reward_fn_kwargs.{name} is {kwargs!r}; give arguments, reward_fn_kwargs.{name}.NAME=VALUE"
-            )
-    functions = {name: _build(name, part.path, kwargs_by_name.get(name, {}), device) for name, part in parts.items()}
+        if not isinstance(given, Mapping):
+            raise UserError(f"reward_fn_kwargs.{name} is {given!r}; give reward_fn_kwargs.{name}.ARGUMENT=VALUE")
+    functions = {}
+    for name, part in parts.items():
+        factory = import_function(part.path, "reward_fn") if part.path else REWARDS[name]
+        signature = signature_of(factory)
+        accepted = sorted(signature.parameters)
+        kwargs = ({"device": device} if "device" in accepted else {}) | dict(kwargs_by_name.get(name, {}))
+        try:
+            signature.bind(**kwargs)
+        except TypeError as error:
+            fault = f"reward_fn_kwargs.{name} has {sorted(kwargs)} but {name} takes {accepted} ({error})"
+            raise UserError(fault) from error
+        function = functions[name] = factory(**kwargs)
+        if not callable(function):
+            made = describe_value(function)
+            raise UserError(f"reward {name!r} returned {made}; it must return a function of a batch")
     weights = {name: part.weight for name, part in parts.items()}
     return Reward(functions, None if list(weights.values()) == [1.0] else weights)
 
@@ -234,18 +233,15 @@ def check_result(name: str, result: Any, prompts: Sequence[str]) -> tuple[np.nda
     Rewards may be a list or tuple of B numbers, or an array or tensor of shape (B,) or (B, 1), of integers, booleans or
     floats, on any device. Raises UserError for anything else, and for a value that is not finite.
     """
+    count, where = len(prompts), f"for {len(prompts)} images; it must return"
     if not isinstance(result, tuple | list) or len(result) != 2 or not isinstance(result[1], Mapping):
-        raise UserError(
-            f"reward {name!r} returned {describe_value(result)} for {len(prompts)} images; it must return a pair of "
-            "rewards and a dict, as in `return rewards, {}`"
-        )
-    (rewards, info), count = result, len(prompts)
+        wanted = "a pair of rewards and a dict, as in `return rewards, {}`"
+        raise UserError(f"reward {name!r} returned {describe_value(result)} {where} {wanted}")
+    rewards, info = result
     values = _as_array(rewards)
     if values is None or values.shape not in ((count,), (count, 1)):
-        raise UserError(
-            f"reward {name!r} returned {describe_value(rewards)} for {count} images; it must return {count} real "
-            f"numbers, one for each image: a list, an array or a tensor of shape ({count},)"
-        )
+        wanted = f"one real number per image: a list, an array or a tensor of shape ({count},)"
+        raise UserError(f"reward {name!r} returned {describe_value(rewards)} {where} {wanted}")
     values = values.reshape(count)
     for prompt, value in zip(prompts, values, strict=True):
         if not np.isfinite(value):
@@ -282,9 +278,8 @@ def check_prompts(
     two, to catch a reward that returns one value per batch. Raises as `Reward` does, and UserError for a prompt that
     the reward does not understand.
     """
-    shape = max(2, batch_size), 3, *size
-    reward_fn, noise = as_reward(reward_fn), torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    noise = noise.to(device)
+    reward_fn, generator = as_reward(reward_fn), torch.Generator().manual_seed(0)
+    noise = torch.rand((max(2, batch_size), 3, *size), generator=generator).to(device)
     for start in range(0, len(prompts), len(noise)):
         tried = prompts[start : start + len(noise)]
         texts, metadata = zip(*(tried if len(tried) > 1 else [*tried, *tried]), strict=True)
@@ -315,8 +310,7 @@ def parse_spec(spec: str) -> dict[str, Part]:
         if not math.isfinite(weight):
             raise UserError(f"weight {last!r} in reward_fn={spec!r} is not a finite number; write name:weight")
         if name in parts:
-            same = parts[name].path == path
-            advice = "add up its weights instead" if same else "rename one of the functions"
+            advice = "add up its weights instead" if parts[name].path == path else "rename one of the functions"
             raise UserError(f"reward {name!r} appears twice in reward_fn={spec!r}; {advice}")
         parts[name] = Part(weight, path)
     if not any(part.weight for part in parts.values()):
@@ -326,20 +320,3 @@ def parse_spec(spec: str) -> dict[str, Part]:
 
 def _known() -> str:
     return f"REWARDS in ddpo_pytorch/rewards.py has {', '.join(sorted(REWARDS))}; or give module:factory"
-
-
-def _build(name: str, path: str, kwargs: Mapping[str, Any], device: str | torch.device) -> RewardFn:
-    factory = import_function(path, "reward_fn") if path else REWARDS[name]
-    signature = signature_of(factory)
-    accepted = signature.parameters
-    kwargs = {"device": device} | dict(kwargs) if "device" in accepted else dict(kwargs)
-    try:
-        signature.bind(**kwargs)
-    except TypeError as error:
-        raise UserError(
-            f"reward_fn_kwargs.{name} has {sorted(kwargs)} but {name} takes {sorted(accepted)} ({error})"
-        ) from error
-    function = factory(**kwargs)
-    if not callable(function):
-        raise UserError(f"reward {name!r} returned {describe_value(function)}; it must return a function of a batch")
-    return function
