@@ -21,7 +21,7 @@ import numpy as np
 
 from ddpo_pytorch.data import fundus
 from ddpo_pytorch.data.isic import CAPTIONS, labels_of
-from ddpo_pytorch.data.tables import Row, invisible_character
+from ddpo_pytorch.data.tables import invisible_character
 from ddpo_pytorch.utils.cli import import_function, signature_of
 from ddpo_pytorch.utils.errors import UserError, describe_value
 from ddpo_pytorch.utils.json_files import read_json
@@ -33,11 +33,12 @@ Prompt = tuple[str, dict[str, Any]]
 Rng = random.Random | np.random.Generator | None
 TEMPLATES = ("The {eye} eye fundus image shows {finding}.",)  # ODIR's
 EYES, SEVERITIES = ("left", "right"), ("mild", "moderate", "severe")
+_table_rows = cache(fundus.read_split)
 
 
 def isic_all(rng: Rng = None) -> Prompt:
     """Return one of the 32 ISIC captions, drawn uniformly."""
-    return _draw(CAPTIONS, rng)
+    return describe(_choose(CAPTIONS, rng))
 
 
 def isic_all_idx(idx: int, rng: Rng = None) -> Prompt:
@@ -48,22 +49,17 @@ def isic_all_idx(idx: int, rng: Rng = None) -> Prompt:
 
 def from_file(path: str | Path, low: int | None = None, high: int | None = None, rng: Rng = None) -> Prompt:
     """Return one of the lines [low, high) of a prompt file, drawn uniformly (see `read_prompts`)."""
-    return _draw(read_prompts(path, low, high), rng)
+    return describe(_choose(read_prompts(path, low, high), rng))
 
 
 def fundus_table(path: str | Path, rng: Rng = None) -> Prompt:
     """Return the caption of an image drawn uniformly from a fundus table (see `data.fundus.read_split`)."""
-    return _draw([row.caption for row in _table_rows(path)], rng)
-
-
-@cache
-def _table_rows(path: str | Path) -> list[Row]:
-    return fundus.read_split(path)
+    return describe(_choose(_table_rows(path), rng).caption)
 
 
 def composed(path: str | Path, templates: Sequence[str] = TEMPLATES, rng: Rng = None) -> Prompt:
     """Draw a finding of `compose` uniformly, then one of its prompts, and return that."""
-    return _draw(_choose(compose(path, tuple(templates)), rng), rng)
+    return describe(_choose(_choose(compose(path, tuple(templates)), rng), rng))
 
 
 @cache
@@ -83,8 +79,8 @@ def compose(path: str | Path, templates: tuple[str, ...] = TEMPLATES) -> list[li
         captions = fundus.caption_list(_table_rows(path))
     if wrong := [template for template in templates if "{finding}" not in template]:
         raise UserError(f"prompt_fn_kwargs.templates has {wrong[0]!r}, which lacks {{finding}} (and perhaps {{eye}})")
-    patterns = [re.escape(one).replace(r"\{eye\}", "(?:left|right)") for one in templates]
-    patterns = [pattern.replace(r"\{finding\}", "([^,;]+)") for pattern in patterns]
+    forms = [re.escape(one).replace(r"\{eye\}", "(?:left|right)") for one in templates]
+    patterns = [form.replace(r"\{finding\}", "([^,;]+)") for form in forms]
     modality = ""
     findings: dict[str, dict[str, str]] = defaultdict(dict)  # wording in the captions, by finding and severity
     for caption in captions:
@@ -105,10 +101,6 @@ def _choose(items: Sequence[Any], rng: Rng) -> Any:
     return items[int((rng or random).random() * len(items))]  # both kinds of generators have random()
 
 
-def _draw(prompts: Sequence[str], rng: Rng) -> Prompt:
-    return describe(_choose(prompts, rng))
-
-
 def describe(prompt: str) -> Prompt:
     """Return a prompt with its metadata: the labels of an ISIC caption, else {}."""
     return prompt, {"label": list(labels_of(prompt))} if prompt in CAPTIONS else {}
@@ -120,33 +112,33 @@ def read_prompts(path: str | Path, low: int | None = None, high: int | None = No
     Blank lines, a byte-order mark and surrounding spaces are dropped; repeated prompts are kept, with a warning. Raises
     UserError for a missing file, an empty range, or a line that `check_prompt` rejects.
     """
-    given = {name: value for name, value in (("low", low), ("high", high)) if value is not None}
+    where, given = f"prompt file {str(path)!r}", {"low": low, "high": high}
+    given = {name: value for name, value in given.items() if value is not None}
     check_ranges(given, dict.fromkeys(given, ZERO_OR_MORE), "prompt_fn_kwargs.")
     places = Path(path), resources.files("ddpo_pytorch") / "assets" / str(path)
     if (source := next((place for place in places if place.is_file()), None)) is None:
-        raise UserError(f"prompt file {str(path)!r} does not exist; give a path, or an asset such as isic_prompts.txt")
-    prompts = _parse_prompts(str(path), source.read_bytes())
+        raise UserError(f"{where} does not exist; give a path, or an asset such as isic_prompts.txt")
+    prompts = _parse_prompts(where, source.read_bytes())
     if not (chosen := list(prompts[low:high])):
         remedy = "change prompt_fn_kwargs.low and .high" if prompts else "write one prompt per line"
-        raise UserError(f"prompt file {str(path)!r} has {len(prompts)} prompts, none in [{low}, {high}); {remedy}")
+        raise UserError(f"{where} has {len(prompts)} prompts, none in [{low}, {high}); {remedy}")
     return chosen
 
 
 @lru_cache(maxsize=8)  # every draw reads the file again
-def _parse_prompts(path: str, content: bytes) -> tuple[str, ...]:
+def _parse_prompts(where: str, content: bytes) -> tuple[str, ...]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise UserError(f"prompt file {path!r} line {line} is not UTF-8 text ({error}); save it as UTF-8") from error
+        raise UserError(f"{where} line {line} is not UTF-8 text ({error}); save it as UTF-8") from error
     prompts, first_lines = [], {}
     for number, line in enumerate(re.split("\r\n|\r|\n", text), start=1):
-        if not (prompt := line.strip()):
-            continue
-        check_prompt(prompt, f"prompt file {path!r} line {number}")
-        if (first := first_lines.setdefault(prompt, number)) != number:
-            logger.warning("prompt file %r: line %d repeats line %d, %r", path, number, first, prompt)
-        prompts.append(prompt)
+        if prompt := line.strip():
+            check_prompt(prompt, f"{where} line {number}")
+            if (first := first_lines.setdefault(prompt, number)) != number:
+                logger.warning("%s: line %d repeats line %d, %r", where, number, first, prompt)
+            prompts.append(prompt)
     return tuple(prompts)
 
 
@@ -163,19 +155,15 @@ def given_prompts(prompts: Sequence[Any], kind: str = "isic") -> list[str]:
     Raises UserError as `check_prompt` does, and for what is no text.
     """
     for number, prompt in enumerate(prompts, start=1):
+        where = f"eval.prompts, prompt {number}"
         if not isinstance(prompt, str):
-            raise UserError(f"eval.prompts, prompt {number} is {describe_value(prompt)}; give texts: \"('one','two')\"")
-        check_prompt(prompt, f"eval.prompts, prompt {number}")
+            raise UserError(f"{where} is {describe_value(prompt)}; give texts: \"('one','two')\"")
+        check_prompt(prompt, where)
     return [text if kind == "isic" or fundus.modality_of(text) else fundus.caption_of(text) for text in prompts]
 
 
-PROMPTS: dict[str, Callable[..., Prompt]] = {
-    "isic_all": isic_all,
-    "isic_all_idx": isic_all_idx,
-    "from_file": from_file,
-    "fundus_table": fundus_table,
-    "composed": composed,
-}
+_FUNCTIONS = (isic_all, isic_all_idx, from_file, fundus_table, composed)
+PROMPTS: dict[str, Callable[..., Prompt]] = {function.__name__: function for function in _FUNCTIONS}
 PROMPT_LISTS: dict[str, Callable[..., Sequence[str]]] = {
     "isic_all": lambda: CAPTIONS,
     "isic_all_idx": lambda: CAPTIONS,
@@ -191,10 +179,8 @@ def get_prompt_fn(name: str, /, **kwargs: Any) -> Callable[..., Prompt]:
     Raises UserError for an unknown name, listing the known ones, and for arguments that the function does not accept.
     """
     if ":" not in name and name not in PROMPTS:
-        raise UserError(
-            f"prompt function {name!r} is not in PROMPTS of ddpo_pytorch/prompts.py, which has "
-            f"{', '.join(sorted(PROMPTS))}; add it there, or give module:function"
-        )
+        known = f"PROMPTS in ddpo_pytorch/prompts.py has {', '.join(sorted(PROMPTS))}"
+        raise UserError(f"prompt function {name!r} is unknown; {known}; add it there, or give module:function")
     chosen = _bind(name, import_function(name, "prompt_fn") if ":" in name else PROMPTS[name], kwargs)
     chosen.__name__ = name  # for messages: it may be registered under another name than its own
     return chosen
@@ -233,11 +219,9 @@ def all_prompts(name: str, /, **kwargs: Any) -> list[Prompt]:
     Raises UserError for a name without an entry in PROMPT_LISTS, and for arguments that it does not accept.
     """
     if name not in PROMPT_LISTS:
-        raise UserError(
-            f"prompt function {name!r} is not in PROMPT_LISTS of ddpo_pytorch/prompts.py, which has "
-            f"{', '.join(sorted(PROMPT_LISTS))}; add it there to list its prompts, or give eval.prompts to eval.py and "
-            "generate.py, held_out.every=0 to train.py"
-        )
+        known = f"PROMPT_LISTS in ddpo_pytorch/prompts.py has {', '.join(sorted(PROMPT_LISTS))}"
+        advice = "give eval.prompts to eval.py and generate.py, held_out.every=0 to train.py"
+        raise UserError(f"the prompts of function {name!r} are unknown; {known}; add it there, or {advice}")
     prompts: dict[str, Any] = {}
     for listed in _bind(name, PROMPT_LISTS[name], kwargs)():
         text, metadata = as_prompt(listed, name)
@@ -250,13 +234,11 @@ def all_prompts(name: str, /, **kwargs: Any) -> list[Prompt]:
 def _bind(name: str, function: Callable, kwargs: Mapping[str, Any]) -> partial:
     """Bind the keyword arguments that are not None. Raises UserError if the function does not accept them."""
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    signature = signature_of(function)
-    parameters = signature.parameters
+    parameters = signature_of(function).parameters
     try:
-        signature.bind(**{key: None for key in parameters if key == "rng"} | kwargs)
+        signature_of(function).bind(**{key: None for key in parameters if key == "rng"} | kwargs)
     except TypeError as error:
         accepted = ", ".join(key for key in parameters if key != "rng") or "none"
-        raise UserError(
-            f"prompt_fn_kwargs {kwargs} do not fit prompt function {name!r}, which takes {accepted} ({error})"
-        ) from error
+        fault = f"do not fit prompt function {name!r}, which takes {accepted}"
+        raise UserError(f"prompt_fn_kwargs {kwargs} {fault} ({error})") from error
     return partial(function, **kwargs)
