@@ -20,10 +20,13 @@ from ddpo_pytorch.data.images import to_pil
 from ddpo_pytorch.data.isic import LABELS, labels_of
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier
 from ddpo_pytorch.judges.policy import load_judges
+from ddpo_pytorch.prompts import Prompt
 from ddpo_pytorch.utils.cli import import_function, signature_of
 from ddpo_pytorch.utils.errors import UserError, describe_value
 
-RewardFn = Callable[[torch.Tensor, Sequence[str], Sequence[Mapping[str, Any]]], tuple[np.ndarray, dict[str, Any]]]
+Device = str | torch.device
+Metadata = Sequence[Mapping[str, Any]]  # of each prompt
+RewardFn = Callable[[torch.Tensor, Sequence[str], Metadata], tuple[np.ndarray, dict[str, Any]]]
 
 
 def jpeg_incompressibility() -> RewardFn:
@@ -43,7 +46,7 @@ def jpeg_compressibility() -> RewardFn:
     return lambda images, prompts, metadata: (-size(images, prompts, metadata)[0], {})
 
 
-def isic_classifier_reward(classifier: str | Path | ArtifactClassifier, device: str | torch.device = "cpu") -> RewardFn:
+def isic_classifier_reward(classifier: str | Path | ArtifactClassifier, device: Device = "cpu") -> RewardFn:
     """Reward the share of the classifier's H attributes that it predicts as the prompt states: 0, 1/H, ..., 1.
 
     The stated attributes are metadata["label"], 0 or 1 for each of LABELS, or those of the prompt, an ISIC caption.
@@ -74,7 +77,7 @@ def isic_classifier_reward(classifier: str | Path | ArtifactClassifier, device: 
     return reward
 
 
-def fundus_alignment(judges: str | Path, device: str | torch.device = "cpu") -> RewardFn:
+def fundus_alignment(judges: str | Path, device: Device = "cpu") -> RewardFn:
     """Reward [selector >= tau] * policy, in [0, 1]: the Policy's score of images that the Selector accepts.
 
     `judges` is a folder written by train_rlhf.py; tau is the Selector's own threshold. info: both scores (B,).
@@ -97,18 +100,16 @@ REWARDS: dict[str, Callable[..., RewardFn]] = {factory.__name__: factory for fac
 class Reward:
     """A reward, or a weighted sum of rewards, whose results are validated by `check_result`.
 
-    Calling it with a batch returns rewards (B,) float64 and info. A single reward (weights None) keeps its own info. A
-    sum's info holds the unweighted rewards of its `parts` by name, and the info of each part as "<name>/<key>".
-    A UserError is passed on; any other exception becomes a RuntimeError that names the reward and the prompts.
+    Calling it returns rewards (B,) float64 and info. A single reward (weights None) keeps its own info. A sum's info
+    holds the unweighted rewards of its `parts` by name, and the info of each part as "<name>/<key>". An exception other
+    than UserError becomes a RuntimeError that names the reward and the prompts.
     """
 
     def __init__(self, functions: Mapping[str, RewardFn], weights: Mapping[str, float] | None = None):
         self._functions, self._weights = dict(functions), weights
         self.parts = () if weights is None else tuple(functions)
 
-    def __call__(
-        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str], metadata: Metadata) -> tuple[np.ndarray, dict]:
         total, info = np.zeros(len(prompts)), {}
         for name, function in self._functions.items():
             try:
@@ -133,10 +134,9 @@ def as_reward(function: RewardFn) -> Reward:
 
 
 class Scorer:
-    """Scores batches of images while the next ones are sampled.
+    """Scores batches of images: on a GPU in its own thread and CUDA stream, while the next ones are sampled.
 
-    On a GPU, scoring runs in its own thread and CUDA stream, concurrently with the denoising of the next batch. On a
-    CPU, where the two would compete for the same cores, a batch is scored when it is submitted.
+    On a CPU, where the two would compete for the same cores, a batch is scored when it is submitted.
     """
 
     def __init__(self, reward_fn: RewardFn, device: torch.device):
@@ -149,11 +149,7 @@ class Scorer:
         self._scores: list[np.ndarray | Future[np.ndarray]] = []
 
     def submit(
-        self,
-        images: torch.Tensor,
-        prompts: Sequence[str],
-        metadata: Sequence[Mapping[str, Any]],
-        check: Callable[[torch.Tensor], torch.Tensor] = lambda images: images,
+        self, images: torch.Tensor, prompts: Sequence[str], metadata: Metadata, check: Callable = lambda images: images
     ) -> None:
         """Queue `check(images)`, (B, 3, H, W) float32 in [0, 1], for scoring. Raises errors of earlier batches.
 
@@ -188,18 +184,15 @@ class Scorer:
             images.record_stream(self._stream)  # keeps the memory from being reused too early
             return self._score(images, *batch)
 
-    def _score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence, check: Callable) -> np.ndarray:
+    def _score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Metadata, check: Callable) -> np.ndarray:
         rewards, info = self.reward_fn(check(images), prompts, metadata)
         return np.stack([rewards, *(info[name] for name in self.reward_fn.parts)], axis=1)
 
 
-def build_reward(
-    spec: str, kwargs_by_name: Mapping[str, Mapping[str, Any]] | None = None, device: str | torch.device = "cpu"
-) -> Reward:
-    """Build the reward of a specification: "a", or a weighted sum such as "a:0.7,b:0.3" (weight 1 by default).
+def build_reward(spec: str, kwargs_by_name: Mapping[str, Mapping] | None = None, device: Device = "cpu") -> Reward:
+    """Build the reward of a specification (see `parse_spec`) with each factory's keyword arguments.
 
-    `kwargs_by_name` holds each factory's keyword arguments; those of registered rewards that are not in `spec` are
-    ignored. Raises UserError for an invalid specification, argument or factory.
+    Those of registered rewards that are not in `spec` are ignored. Raises UserError for an invalid argument or factory.
     """
     parts = parse_spec(spec)
     kwargs_by_name = kwargs_by_name or {}
@@ -230,8 +223,8 @@ def build_reward(
 def check_result(name: str, result: Any, prompts: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
     """Validate a reward function's result for B prompts; return rewards (B,) float64 and info.
 
-    Rewards may be a list or tuple of B numbers, or an array or tensor of shape (B,) or (B, 1), of integers, booleans or
-    floats, on any device. Raises UserError for anything else, and for a value that is not finite.
+    Rewards may be a list, tuple, array or tensor of shape (B,) or (B, 1), of integers, booleans or floats, on any
+    device. Raises UserError for anything else, and for a value that is not finite.
     """
     count, where = len(prompts), f"for {len(prompts)} images; it must return"
     if not isinstance(result, tuple | list) or len(result) != 2 or not isinstance(result[1], Mapping):
@@ -266,17 +259,12 @@ def _as_array(rewards: Any) -> np.ndarray | None:
 
 
 def check_prompts(
-    reward_fn: RewardFn,
-    prompts: Sequence[tuple[str, Mapping[str, Any]]],
-    device: str | torch.device = "cpu",
-    batch_size: int = 32,
-    size: tuple[int, int] = (64, 64),
+    reward_fn: RewardFn, prompts: Sequence[Prompt], device: Device = "cpu", batch_size: int = 32, size=(64, 64)
 ) -> None:
     """Try a reward on an image of noise on `device` for each (prompt, metadata), before anything is sampled.
 
-    Images are `size` pixels high and wide, like those to come, since a reward may fit no other. Every call has at least
-    two, to catch a reward that returns one value per batch. Raises as `Reward` does, and UserError for a prompt that
-    the reward does not understand.
+    Images are of `size` (height, width), like those to come, since a reward may fit no other. Every call has at least
+    two, to catch a reward that returns one value per batch. Raises as `Reward` does.
     """
     reward_fn, generator = as_reward(reward_fn), torch.Generator().manual_seed(0)
     noise = torch.rand((max(2, batch_size), 3, *size), generator=generator).to(device)
@@ -294,7 +282,7 @@ class Part(NamedTuple):
 
 
 def parse_spec(spec: str) -> dict[str, Part]:
-    """Parse "a" or "a:0.7,b:0.3" into rewards by name, in order; each may be "module:factory"."""
+    """Parse "a", or a sum such as "a:0.7,b:0.3" (weight 1 by default); each name may be "module:factory"."""
     parts: dict[str, Part] = {}
     for piece in spec.split(","):
         name, colon, last = (text.strip() for text in piece.rpartition(":"))

@@ -28,9 +28,7 @@ def check_apart(kind: str, train: Path, val: Path) -> None:
     if kind == "isic":
         read_splits({"train": train, "val": val})
         return
-    train_patients, val_patients = ({row.patient for row in fundus.read_split(path)} for path in (train, val))
-    if both := sorted(train_patients & val_patients):
-        raise UserError(
-            f"patient {both[0]!r} and {len(both) - 1} more are in both {str(train)!r} and {str(val)!r}; split by "
-            "patient: python -m ddpo_pytorch.data.fundus --csv TABLE --out DIR"
-        )
+    patients = [{row.patient for row in fundus.read_split(path)} for path in (train, val)]
+    if both := sorted(set.intersection(*patients)):
+        who = f"patient {both[0]!r} and {len(both) - 1} more are in both {str(train)!r} and {str(val)!r}"
+        raise UserError(f"{who}; split by patient: python -m ddpo_pytorch.data.fundus --csv TABLE --out DIR")

@@ -27,9 +27,8 @@ def read_dicom(file: BinaryIO, path: str | Path) -> Image.Image:
         if tables := header.get("VOILUTSequence") or header.get("ModalityLUTSequence"):
             ends = 0, 2 ** tables[0].LUTDescriptor[2] - 1
         else:
-            ends = pixels.apply_modality_lut(
-                np.array((-half, half - 1) if header.PixelRepresentation else ends), header
-            )
+            stored = (-half, half - 1) if header.PixelRepresentation else ends
+            ends = pixels.apply_modality_lut(np.array(stored), header)
         levels = pixels.apply_voi_lut(pixels.apply_modality_lut(levels, header), header)
     elif kind == "PALETTE COLOR":
         levels = pixels.apply_color_lut(levels, header)

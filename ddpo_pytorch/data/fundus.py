@@ -10,27 +10,24 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ddpo_pytorch.data import tables
 from ddpo_pytorch.data.images import find_damage, rows_with_image
 from ddpo_pytorch.data.splits import SPLITS, assign
-from ddpo_pytorch.data.tables import Row, invisible_character, read_table, table_text, tidy_path
+from ddpo_pytorch.data.tables import Row, invisible_character, number, read_table, table_text, tidy_path
 from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.files import path_fault
+from ddpo_pytorch.utils.files import path_fault, write_file
 from ddpo_pytorch.utils.settings import Range
 
 logger = logging.getLogger(__name__)
 MODALITY = "Fundus"
 QUALITY = Range("[1, 3]")
 _MODALITY = re.compile(r"([A-Za-z][\w -]{0,30}):\s")
-_EYE_OF_FILE = re.compile(r"^(.+)[_\- ](left|right|od|os)$", re.IGNORECASE)
-# OD and OS, right and left eye in Latin, are written in capitals
-_EYE_IN_TEXT = re.compile(r"\b((?i:left|right)|OD|OS)\b")
-# sides that `mirrored_caption` cannot swap
-_OTHER_SIDE = re.compile(r"\b(?:left|right)\w|\bo.?clock\b", re.IGNORECASE)
+_EYE_IN_TEXT = re.compile(r"\b((?i:left|right)|OD|OS)\b")  # OD and OS, Latin for right and left eye, are capitals
+_OTHER_SIDE = re.compile(r"\b(?:left|right)\w|\bo.?clock\b", re.IGNORECASE)  # `mirrored_caption` cannot swap it
 
 
 def quality_of(row: Row) -> float:
@@ -39,7 +36,7 @@ def quality_of(row: Row) -> float:
 
 
 def is_good(row: Row) -> bool:
-    """Return True unless the column `quality` marks the image as degraded."""
+    """Return whether the column `quality` does not mark the image as degraded."""
     return quality_of(row) == 3
 
 
@@ -47,30 +44,26 @@ def read_split(path: str | Path) -> list[Row]:
     """Read a table with the columns path (relative to the image folder), Text and optionally modality and others."""
     only: list[str] = []
 
-    def make(fields: dict[str, str], number: int, line: int, faults: list[str]) -> tuple[Row, str, str]:
+    def make(fields: dict[str, str], index: int, line: int, faults: list[str]) -> tuple[Row, str, str]:
         image, text, modality = tidy_path(fields["path"]), fields["Text"], fields.get("modality") or MODALITY
         if fault := path_fault(image):
             faults.append(f"path {image!r} {fault}; give a path relative to the image folder")
         elif fault := caption_fault(text, modality, only):
             faults.append(fault)
-        if (quality := fields.get("quality")) and (tables.number(quality) or 0) not in QUALITY:
+        if (quality := fields.get("quality")) and (number(quality) or 0) not in QUALITY:
             faults.append(f"quality is {quality!r}; it must be {QUALITY} (3 is good) or empty")
         patient = fields.get("patient") or patient_of(image)
-        return Row(image, caption_of(text, *only), fields, number, patient=patient), image, f"image {image!r}"
+        return Row(image, caption_of(text, *only), fields, index, patient=patient), image, f"image {image!r}"
 
-    optional = ("modality", "patient", "eye", "quality")
-    advice = "list one image per line"
-    return read_table(path, "fundus table", ("path", "Text"), make, optional, free_text="Text", advice=advice)
+    texts = dict(optional=("modality", "patient", "eye", "quality"), free_text="Text", advice="list one image per line")
+    return read_table(path, "fundus table", ("path", "Text"), make, **texts)
 
 
 def caption_of(text: str, modality: str = MODALITY) -> str:
     """Return the prompt of a description: "<Modality>: <text>", with single spaces and one prefix."""
     modality = MODALITY if modality.lower() == MODALITY.lower() else modality
-    return f"{modality}: {_description(text, modality)}"
-
-
-def _description(text: str, modality: str) -> str:
-    return re.sub(rf"^{re.escape(modality)}\s*:\s*", "", " ".join(text.split()), count=1, flags=re.IGNORECASE)
+    text = re.sub(rf"^{re.escape(modality)}\s*:\s*", "", " ".join(text.split()), count=1, flags=re.IGNORECASE)
+    return f"{modality}: {text}"
 
 
 def findings_of(caption: str) -> set[str]:
@@ -91,10 +84,7 @@ def caption_list(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def mirrored_caption(caption: str) -> str | None:
-    """Return the caption of the mirror image, with the eyes swapped; None for words such as "leftward" or "o'clock".
-
-    A mirrored left eye looks like a right eye, in which nasal and temporal are the same directions as before.
-    """
+    """Return the mirror image's caption, with eyes swapped, not nasal and temporal; None for words like "o'clock"."""
     swapped = {"left": "right", "right": "left", "od": "OS", "os": "OD"}
 
     def other(match: re.Match) -> str:
@@ -111,9 +101,9 @@ def caption_fault(text: str, modality: str, only: list[str]) -> str | None:
     only[:] = only or [modality]
     if modality.lower() != only[0].lower():
         return f"modality is {modality!r}, before it is {only[0]!r}; a table has one modality, remove the row"
-    caption = " ".join(text.split())
-    if not _description(text, modality):
+    if caption_of(text, modality).endswith(": "):
         return "the caption is empty; describe the image"
+    caption = " ".join(text.split())
     fault = invisible_character(caption)
     return fault and f"the caption {caption!r} {fault}"
 
@@ -124,8 +114,7 @@ def patient_of(image: str) -> str:
     stem = posixpath.splitext(name)[0]
     if folder and stem.lower() in ("left", "right", "od", "os"):  # <patient>/left.jpg
         return folder
-    match = _EYE_OF_FILE.match(stem)
-    return match[1] if match else stem
+    return re.sub(r"(?<=.)[_\- ](left|right|od|os)$", "", stem, flags=re.IGNORECASE)
 
 
 def load_split(csv_path: str | Path, data_path: str | Path, limit: int = 0) -> tuple[list[Row], list[Path], int]:
@@ -139,15 +128,14 @@ def check_images(paths: Sequence[Path]) -> None:
         raise UserError(f"{faults[0]} ({len(faults)} of {len(paths)} images are unusable)")
 
 
-def assign_patients(patients: Sequence[str], kinds: Sequence, shares: Sequence[float], seed: int) -> list[int]:
-    """Return each image's split number, the same for all images of a patient and whatever the order of images.
+def divide_patients(images: Sequence[Any], kinds: Sequence, shares: Sequence[float], seed: int) -> list[list]:
+    """Divide images so that those of a `patient` stay together, whatever their order. Raises UserError for empty parts.
 
     Split sizes, overall and of the 50 most frequent `kinds` (captions, ratings), approximate `shares` (S,) of sum 1.
-    Raises UserError if a split would be empty.
     """
     groups = defaultdict(Counter)
-    for patient, kind in zip(patients, kinds, strict=True):
-        groups[patient][kind] += 1
+    for image, kind in zip(images, kinds, strict=True):
+        groups[image.patient][kind] += 1
     names, total = sorted(groups), Counter(kinds)
     frequent = sorted(total, key=lambda kind: (-total[kind], kind))[:50]
     counts = np.array([[groups[name].total(), *(groups[name][kind] for kind in frequent)] for name in names])
@@ -156,7 +144,7 @@ def assign_patients(patients: Sequence[str], kinds: Sequence, shares: Sequence[f
         wanted = ", ".join(f"{share:.3g}" for share in shares)
         raise UserError(f"{len(names)} patients cannot be divided into the shares {wanted}; one would be empty")
     split_of = dict(zip(names, chosen.tolist(), strict=True))
-    return [split_of[patient] for patient in patients]
+    return [[image for image in images if split_of[image.patient] == index] for index in range(len(shares))]
 
 
 def split_by_patient(rows: Sequence[Row], val: float, test: float, seed: int) -> dict[str, list[Row]]:
@@ -164,27 +152,22 @@ def split_by_patient(rows: Sequence[Row], val: float, test: float, seed: int) ->
     if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1) or seed < 0:
         raise UserError(f"val {val}, test {test}, seed {seed}: allowed are 0 or more, and val + test below 1")
     shares = {name: share for name, share in zip(SPLITS, (1 - val - test, val, test), strict=True) if share}
-    chosen = assign_patients([row.patient for row in rows], [row.caption for row in rows], list(shares.values()), seed)
-    pairs = list(zip(rows, chosen, strict=True))
-    return {name: [row for row, number in pairs if number == index] for index, name in enumerate(shares)}
+    parts = divide_patients(rows, [row.caption for row in rows], list(shares.values()), seed)
+    return dict(zip(shares, parts, strict=True))
 
 
 def split_table(csv: str, out: str, val: float, test: float, seed: int) -> None:
     """Write the splits of a table as fundus_<split>.csv and log their sizes. UserError if one exists and differs."""
     splits = split_by_patient(read_split(csv), val, test, seed)
-    for name, rows in splits.items():
-        path, content = Path(out) / f"fundus_{name}.csv", table_text(list(rows[0].fields), [row.fields for row in rows])
-        if path.exists() and path.read_bytes() != content.encode():
+    texts = {name: table_text(list(rows[0].fields), [row.fields for row in rows]) for name, rows in splits.items()}
+    paths = {name: Path(out) / f"fundus_{name}.csv" for name in splits}
+    for name, path in paths.items():
+        if path.exists() and path.read_bytes() != texts[name].encode():
             raise UserError(f"{str(path)!r} exists and holds other content; choose another folder or move it away")
     for name, rows in splits.items():
-        write_table(Path(out) / f"fundus_{name}.csv", rows)
+        write_file(paths[name], texts[name])
         counts = len({row.patient for row in rows}), len(rows), len(caption_list(rows))
         logger.info("%-5s  %d patients, %d images, %d captions", name, *counts)
-
-
-def write_table(path: str | Path, rows: Sequence[Row]) -> None:
-    """Write rows with all columns of their table, atomically."""
-    tables.write_table(path, list(rows[0].fields), (row.fields for row in rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

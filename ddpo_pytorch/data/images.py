@@ -37,8 +37,7 @@ LARGEST_SIDE = 4096  # pixels of a judge's input
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 # incremented whenever `read_rgb` returns other pixels for a file, which invalidates caches
 READER_VERSION = 3
-# how to make images square: scale the sides independently, as in the paper; crop to the middle; pad with black; or crop
-# a fundus photograph to its field of view and pad
+# ways to a square: scale both sides, as in the paper; crop to the middle; pad with black; crop to the field, then pad
 RESIZES = ("stretch", "crop", "pad", "fov")
 # modes with an unambiguous conversion to RGB; CMYK, LAB and HSV depend on a profile
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr")
@@ -61,12 +60,12 @@ def to_pil(image: torch.Tensor) -> Image.Image:
 
 
 def load_image(path: str | Path, size: int | None = None, resize: str = "stretch") -> torch.Tensor:
-    """Read an image as (3, H, W) float in [0, 1], resized as by `load_pixels`. Raises UserError as `read_rgb` does."""
+    """Read an image as float (3, H, W) in [0, 1], as `load_pixels` does."""
     return load_pixels(path, size, resize).float() / 255
 
 
 def load_pixels(path: str | Path, size: int | None = None, resize: str = "stretch") -> torch.Tensor:
-    """Read an image as uint8 (3, H, W), resized (bicubic) to a square of `size` pixels by one of RESIZES."""
+    """Read an image by `read_rgb` as uint8 (3, H, W), resized (bicubic) to a square of `size` pixels."""
     image = read_rgb(path)
     if resize not in RESIZES:
         raise UserError(f"resize is {resize!r}; allowed are {', '.join(RESIZES)}")
@@ -80,23 +79,21 @@ def load_pixels(path: str | Path, size: int | None = None, resize: str = "stretc
 
 @contextmanager
 def open_image(path: str | Path) -> Iterator[Image.Image]:
-    """Open an image of FORMATS, whatever its suffix; errors while opening and in the block become UserError.
-
-    DICOM files are decoded immediately.
-    """
+    """Open an image of FORMATS, or decode a DICOM file; errors while opening and in the block become UserError."""
     try:
         with open_regular(path) as file:
             dicom = file.read(132)[128:] == b"DICM"
             file.seek(0)
             with read_dicom(file, path) if dicom else Image.open(file, formats=FORMATS) as image:
                 if reason := None if dicom else _ambiguity(image):
-                    raise _refusal(path, reason)
+                    raise ValueError(reason)
                 yield image
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything for damaged files
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
-        raise UserError(f"{str(path)!r} cannot be read as an image; remove it or fetch it again ({reason})") from error
+        advice = "remove it, fetch it again, or convert it to 8-bit RGB"
+        raise UserError(f"{str(path)!r} cannot be read as an image; {advice} ({reason})") from error
 
 
 def read_rgb(path: str | Path) -> Image.Image:
@@ -111,15 +108,15 @@ def read_rgb(path: str | Path) -> Image.Image:
         if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
             straight = image.convert("LA") if image.mode == "La" else image
             if straight.convert("RGBA").getchannel("A").getextrema()[0] < 255:
-                raise _refusal(path, "has transparent pixels, whose colour is not defined")
+                raise ValueError("it has transparent pixels, whose colour is not defined")
         if white and image.mode.startswith("I"):
             levels = np.asarray(image).astype(np.int64)
             if 0 < levels.max() <= white // 16:
-                raise _refusal(path, f"has no grey level above {levels.max()}, where white is {white}")
+                raise ValueError(f"it has no grey level above {levels.max()}, where white is {white}")
             return Image.fromarray(((levels * 255 + white // 2) // white).astype(np.uint8)).convert("RGB")
         picture = image.convert("RGB")
         if white and max(high for _, high in picture.getextrema()) < 16:
-            raise _refusal(path, f"has no level above {white // 16}, where white is {white}")
+            raise ValueError(f"it has no level above {white // 16}, where white is {white}")
         return picture
 
 
@@ -128,10 +125,6 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     tag = ExifTags.Base.Orientation  # which Pillow itself applies to TIFF
     turned = "exif" in image.info and image.format != "TIFF" and image.getexif().get(tag, 1) in range(5, 9)
     return image.size[::-1] if turned else image.size
-
-
-def _refusal(path: str | Path, reason: str) -> UserError:
-    return UserError(f"{str(path)!r} {reason}; convert it to 8-bit RGB yourself")
 
 
 def _layout(image: Image.Image) -> tuple[str, int]:
@@ -146,19 +139,19 @@ def _ambiguity(image: Image.Image) -> str | None:
     """Return why an image's header does not determine its meaning in 8 bits, or None."""
     layout, white = _layout(image)
     if image.format in ("PNG", "TIFF", "WEBP") and (frames := getattr(image, "n_frames", 1)) > 1:
-        return f"holds {frames} images"
+        return f"it holds {frames} images"
     tags = getattr(image, "tag_v2", {})
     samples = tags.get(339, (1,))  # SampleFormat: 1 is unsigned, 2 signed, 3 floating point
     if image.mode == "F" or set(samples if isinstance(samples, tuple) else (samples,)) != {1}:
-        return "has signed or floating-point levels with unknown black and white"
+        return "it has signed or floating-point levels with unknown black and white"
     if image.mode.startswith("I") and not re.fullmatch(r"I;(12|16)[BLNR]?", layout):
-        return "has 32-bit or signed levels with unknown black and white"
+        return "it has 32-bit or signed levels with unknown black and white"
     if white and tags.get(262) == 0:  # PhotometricInterpretation: Pillow inverts 8-bit images only
-        return "has 16-bit levels in which white is 0"
+        return "it has 16-bit levels in which white is 0"
     if "transparency" in image.info and image.mode != "P" and layout not in ("L", "RGB"):
-        return "declares one of its levels transparent"
+        return "it declares one of its levels transparent"
     if image.mode not in _MODES and not image.mode.startswith("I"):
-        return f"has mode {image.mode}"
+        return f"it has mode {image.mode}"
     return None
 
 
@@ -191,31 +184,19 @@ def is_intact(path: str | Path) -> bool:
 
 
 def save_image(path: str | Path, image: torch.Tensor, comment: str = "") -> None:
-    """Write a (3, H, W) image, uint8 or float in [0, 1], as PNG, or by `save_jpeg` if the path ends in .jpg."""
-    (save_jpeg if Path(path).suffix == ".jpg" else save_picture)(path, to_pil(image), comment)
+    """Write a (3, H, W) image, uint8 or float in [0, 1], by `save_picture`."""
+    save_picture(path, to_pil(image), comment)
 
 
-def save_jpeg(path: str | Path, picture: Image.Image, comment: str = "") -> None:
-    """Write a PIL image as JPEG of quality 95 without chroma subsampling (4:4:4)."""
-    save_picture(path, picture, comment, format="JPEG", quality=95, subsampling=0)
-
-
-def save_picture(path: str | Path, picture: Image.Image, comment: str = "", **options: Any) -> None:
-    """Write a PIL image atomically, by default as PNG; `options` are passed to its method `save`.
-
-    A comment is stored in PNG's text chunk "Comment" or as JPEG's comment.
-    """
-    encoded = io.BytesIO()  # since Pillow's JPEG encoder does not report a full disk
-    if comment:
-        options |= {"pnginfo": PngInfo(), "comment": comment}
-        options["pnginfo"].add_text("Comment", comment)
-    picture.save(encoded, **{"format": "PNG"} | options)
+def save_picture(path: str | Path, picture: Image.Image, comment: str = "") -> None:
+    """Write a PIL image atomically, with a comment: .jpg as JPEG of quality 95 without subsampling, others as PNG."""
+    encoded, note = io.BytesIO(), PngInfo()  # in memory, since Pillow's JPEG encoder does not report a full disk
+    note.add_text("Comment", comment)
+    if Path(path).suffix == ".jpg":
+        picture.save(encoded, "JPEG", quality=95, subsampling=0, comment=comment or None)
+    else:
+        picture.save(encoded, "PNG", pnginfo=note if comment else None)
     write_file(path, encoded.getvalue())
-
-
-def is_synthetic(path: str | Path) -> bool:
-    """Return whether an image's comment marks it as generated."""
-    return SYNTHETIC in comment_of(path)
 
 
 def comment_of(path: str | Path) -> str:
@@ -224,11 +205,13 @@ def comment_of(path: str | Path) -> str:
         return str(image.info.get("Comment") or image.info.get("comment") or "")
 
 
-def content_numbers(paths: Sequence[str | Path]) -> list[int]:
-    """Return a 64-bit number for each file, from its size and 4 KiB in its middle and at its end.
+def is_synthetic(path: str | Path) -> bool:
+    """Return whether an image's comment marks it as generated."""
+    return SYNTHETIC in comment_of(path)
 
-    The numbers distinguish images of the same name; reading all bytes of a data set would take minutes.
-    """
+
+def content_numbers(paths: Sequence[str | Path]) -> list[int]:
+    """Return a 64-bit number for each file, from its size and 4 KiB in its middle and end (all bytes take minutes)."""
 
     def number(path: str | Path) -> int:
         try:
@@ -265,15 +248,12 @@ class ImageFiles(Dataset):
         return load_pixels(self.paths[index], self.size, self.resize), self.targets[index]
 
 
-class DecodedImages(Dataset):
+class DecodedImages(ImageFiles):
     """The items of an `ImageFiles`, with pixels from a cache file of `decoded`."""
 
     def __init__(self, files: ImageFiles, path: Path):
-        self.files, self.path, self.targets = files, path, files.targets
-        self._pixels: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.files)
+        super().__init__(files.paths, files.targets, files.size, files.resize)
+        self.path, self._pixels = path, None
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_pixels": None}  # a worker maps the file itself; pickling would copy all of it
@@ -337,11 +317,8 @@ def image_grid(images: torch.Tensor, columns: int, padding: int = 2) -> Image.Im
     return to_pil(make_grid(images, columns, padding, pad_value=1.0))
 
 
-# Of 255 levels; the surround in JPEG files reaches about 10. Applied to the largest channel: the darkest retina is only
-# red.
-FOV_THRESHOLD = 15
-# Minimum size of a separate lit region of the field, as a share of the picture; stamped letters are smaller.
-SMALLEST_PART = 1 / 500
+FOV_THRESHOLD = 15  # of the largest of the three 8-bit channels; the surround in JPEG files reaches about 10
+SMALLEST_PART = 1 / 500  # share of the picture of a separate lit region of the field; stamped letters are smaller
 
 
 def fov_mask(rgb: np.ndarray) -> np.ndarray:
@@ -354,13 +331,10 @@ def fov_square(image: Image.Image) -> Image.Image:
     """Crop an RGB image to the box of its field of view and pad it with black to a centred square, without scaling.
 
     The box contains every lit region of at least SMALLEST_PART of the picture, since a dark band may divide the field.
-    A picture without such a region is only padded.
     """
     regions, sizes = _lit_regions(np.asarray(image))
     large = (sizes >= SMALLEST_PART * regions.size) & (sizes > 0)
-    if large.any():
-        rows, columns = (np.flatnonzero(large[regions].any(axis)) for axis in (1, 0))
-        image = image.crop((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
+    image = image.crop(Image.fromarray(large[regions]).getbbox())  # None: all of it
     side = max(image.size)
     square = Image.new("RGB", (side, side))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -381,17 +355,14 @@ def stem_of(name: str) -> str:
     return stem if suffix.lower() in SUFFIXES else name
 
 
-def find_images(
-    folder: str | Path, names: Sequence[str], key: Callable[[str], str] = str.casefold
-) -> list[Path | None]:
+def find_images(folder: str | Path, names: Sequence[str], key: Callable = str.casefold) -> list[Path | None]:
     """Return the image file of each name (a path relative to `folder`), or None.
 
     If that file does not exist, take the only image whose stem has the same `key`; it may differ in case, the spelling
     of the suffix (.jpeg for .jpg) or, if the name has none, the suffix. Raises UserError if there are two.
     """
     folder = Path(folder)
-    paths = {name: path_inside(folder, name, "image table") for name in names}
-    paths = {name: path for name, path in paths.items() if path.is_file()}
+    paths = {name: path for name in names if (path := path_inside(folder, name, "image table")).is_file()}
     taken = set(paths.values())
 
     @cache
@@ -428,11 +399,7 @@ def _format(name: str) -> str:
 
 
 def rows_with_image(
-    rows: Sequence[Any],
-    table: str | Path,
-    folder: str | Path,
-    limit: int = 0,
-    find: Callable[[str | Path, Sequence[str]], list[Path | None]] = find_images,
+    rows: Sequence[Any], table: str | Path, folder: str | Path, limit: int = 0, find: Callable = find_images
 ) -> tuple[list[Any], list[Path], int]:
     """Return the rows with an image (the first `limit` unless 0), their files, and the number of rows without one."""
     if not Path(folder).is_dir():
@@ -445,10 +412,8 @@ def rows_with_image(
         pairs = pairs[: present[limit - 1] + 1]
     missing = [row.image for row, path in pairs if not path]
     if not present:
-        raise UserError(
-            f"none of the {len(missing)} images of {str(table)!r} is in {str(folder)!r}, where the first would be "
-            f"{str(Path(folder) / missing[0])!r}; give the folder that the names are relative to"
-        )
+        expected = f"where the first would be {str(Path(folder) / missing[0])!r}; give the folder of these paths"
+        raise UserError(f"none of the {len(missing)} images of {str(table)!r} is in {str(folder)!r}, {expected}")
     if missing:
         listed = f"{', '.join(missing[:5])}{', ...' if missing[5:] else ''}"
         message = "%d of %d images of %s are not in %s; skipping their rows: %s"

@@ -29,11 +29,8 @@ def _compose(labels: tuple[int, ...]) -> str:
 
 
 # official order: melanoma, then nevus; within each, binary counting with hair as the highest bit
-_TABLE = {
-    _compose((*bits, *disease)): (*bits, *disease)
-    for disease in ((1, 0), (0, 1))
-    for bits in itertools.product((0, 1), repeat=4)
-}
+_ROWS = [(*bits, *disease) for disease in ((1, 0), (0, 1)) for bits in itertools.product((0, 1), repeat=4)]
+_TABLE = {_compose(labels): labels for labels in _ROWS}
 CAPTIONS: tuple[str, ...] = tuple(_TABLE)
 # columns of table 2: captions with exactly one artifact, by (disease, artifact)
 SINGLE_ARTIFACT_CAPTIONS = {

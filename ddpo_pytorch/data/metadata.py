@@ -1,6 +1,6 @@
-"""Plain folders of images with a table: metadata.csv with the columns file_name, text and any others.
+"""Folders of images with a table metadata.csv, in the format of Hugging Face's imagefolder.
 
-This is the format of Hugging Face's imagefolder. Columns named after a judge's labels contain 0 or 1.
+The columns are file_name, text and any others; those named after a judge's labels contain 0 or 1.
 """
 
 from collections import defaultdict
@@ -41,13 +41,8 @@ def of_caption(rows: Sequence[Row]) -> dict[str, dict[str, str]]:
     return {text: {name: own[name] for name in own.keys() - omitted} for text, own in stated.items()}
 
 
-def requested_labels(
-    captions: Sequence[str], labels: Sequence[str], table: Sequence[Mapping[str, str]] = ()
-) -> torch.Tensor:
-    """Return the 0/1 labels (N, H) that N images should show, in the order of `labels`.
-
-    They come from the images' rows of `table`, else from an ISIC caption. Raises UserError if neither states them.
-    """
+def requested_labels(captions: Sequence[str], labels: Sequence[str], table: Sequence[Mapping] = ()) -> torch.Tensor:
+    """Return the 0/1 labels (N, H) of N images by their rows of `table`, else an ISIC caption, or raise UserError."""
     result = []
     for caption, row in zip(captions, table or [{}] * len(captions), strict=True):
         stated = [row.get(name) for name in labels]
@@ -55,10 +50,8 @@ def requested_labels(
             stated = [str(labels_of(caption)[LABELS.index(name)]) for name in labels]
         if wrong := [name for name, value in zip(labels, stated, strict=True) if number(value or "") not in (0, 1)]:
             given = "is missing" if row.get(wrong[0]) is None else f"is {row[wrong[0]]!r}"
-            raise UserError(
-                f"the label {wrong[0]!r} of {row.get('file_name') or caption!r} {given}; the judge predicts "
-                f"{', '.join(labels)}: add a column of 0 and 1 for each to {METADATA}, or give another judge (fundus "
-                "images: metric.judges)"
-            )
+            advice = f"add a column of 0 and 1 for each to {METADATA}, or give another judge (fundus: metric.judges)"
+            what = f"the label {wrong[0]!r} of {row.get('file_name') or caption!r} {given}"
+            raise UserError(f"{what}; the judge predicts {', '.join(labels)}: {advice}")
         result.append([int(number(value)) for value in stated])
     return torch.tensor(result)

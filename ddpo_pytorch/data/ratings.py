@@ -24,10 +24,7 @@ CLASSES = (1, 2, 3)
 
 @dataclass(frozen=True)
 class Rating:
-    """One expert's rating of an image for a prompt, in [1, 3]; quality and alignment are None if not asked separately.
-
-    `criteria`: those of CRITERIA that were rated.
-    """
+    """One expert's rating of an image for a prompt, in [1, 3]; what was not asked separately is None or absent."""
 
     image: str
     rating: float
@@ -52,10 +49,7 @@ class Rating:
 
 @dataclass(frozen=True)
 class RatedImage:
-    """Means in [1, 3], weighted by level, over the `ratings` rows of an image and prompt; `weight` is mean level / 3.
-
-    `criteria`: means of those of CRITERIA that were rated.
-    """
+    """Means in [1, 3], weighted by level, of the `ratings` rows of an image and prompt; `weight` is mean level / 3."""
 
     image: str
     path: Path
@@ -76,32 +70,27 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
     """Read a table with image_path, rating, prompt and optionally the rest of COLUMNS, APART and CRITERIA.
 
     Without expert_level every expert has level 3; without rater_id every row counts as a different rater. Image paths
-    are relative to `root` (by default the table's folder) or to the table's folder. Images must be in `root` or in the
-    folder `within`, so that an untrusted table cannot point to other files.
+    are relative to `root` (by default the table's folder) or to the table's folder. Images must be in `root` or
+    `within`, so that an untrusted table cannot point to other files.
     """
     table, root = Path(path).parent, Path(root or Path(path).parent)
     allowed = [folder for folder in (str(root), str(within)) if folder]
     patients: dict[str, tuple[str, int]] = {}
     only: list[str] = []
 
-    def find(image: str, faults: list[str]) -> tuple[str, Path]:
-        """Return an image's path relative to `root`, and its file."""
+    def make(fields: dict[str, str], index: int, line: int, faults: list[str]) -> tuple[Rating, tuple | None, str]:
         # links are not resolved, so that ".." means the same as where the table was written
-        paths = [Path(os.path.normpath(start / image)) for start in (root, table)]
+        paths = [Path(os.path.normpath(start / tidy_path(fields["image_path"]))) for start in (root, table)]
         inside = [file for file in paths if any(not path_fault(os.path.relpath(file, one)) for one in allowed)]
         file = next(filter(os.path.isfile, inside), (inside or paths)[0])
-        name = os.path.relpath(file, root)
-        if not image:
+        image = os.path.relpath(file, root)
+        if not fields["image_path"]:
             faults.append("the path of the image is empty")
         elif not inside:
             folders = " and ".join(map(repr, allowed))
-            faults.append(f"path {name!r} leads out of {folders}; if you trust the table, give it as rlhf.data_path")
+            faults.append(f"path {image!r} leads out of {folders}; if you trust the table, give it as rlhf.data_path")
         elif not os.path.isfile(file):
-            faults.append(f"image {name!r} does not exist in {str(root)!r}; remove the row or restore the file")
-        return name, file
-
-    def make(fields: dict[str, str], index: int, line: int, faults: list[str]) -> tuple[Rating, tuple | None, str]:
-        image, file = find(tidy_path(fields["image_path"]), faults)
+            faults.append(f"image {image!r} does not exist in {str(root)!r}; remove the row or restore the file")
         if (mode := mode_of(fields)) in ("real", "pair"):
             faults.append(f"it is an answer of rate.py --mode={mode}; judges learn from those of --mode=rate")
         modality = fields.get("modality") or fundus.modality_of(fields["prompt"]) or fundus.MODALITY
@@ -109,11 +98,11 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
             faults.append(fault)
         values: dict[str, float | None] = {}
         for name in ("expert_level", "rating", "quality", "alignment", *CRITERIA):
-            values[name] = number(fields[name]) if name in fields else 3.0 if name == "expert_level" else None
-            optional = name not in ("expert_level", "rating") and not fields.get(name)
-            if not optional and not 1 <= (values[name] or 0) <= 3:
+            cell = fields.get(name, "3" if name == "expert_level" else "")
+            values[name] = number(cell)
+            if (cell or name in ("expert_level", "rating")) and not 1 <= (values[name] or 0) <= 3:
                 hint = " (without this column all are 3)" * (name == "expert_level")
-                faults.append(f"{name} is {fields[name]!r}; allowed are 1 to 3{hint}")
+                faults.append(f"{name} is {cell!r}; allowed are 1 to 3{hint}")
         # a generated image shows no patient, so each counts as its own patient
         patient = fields.get("patient") or (image if is_framed(file) else fundus.patient_of(image))
         rater = fields.get("rater_id", "")
@@ -121,9 +110,9 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
         if patient != other:
             faults.append(f"image {image!r} is of patient {patient!r}, in line {first} of {other!r}")
         prompt = fundus.caption_of(fields["prompt"], *only)
-        common = dict(modality=modality, rater_id=rater, patient=patient, line=line, path=file)
+        values |= dict(modality=modality, rater_id=rater, patient=patient, line=line, path=file)
         criteria = {name: value for name in CRITERIA if (value := values.pop(name)) is not None}
-        rating = Rating(image=image, prompt=prompt, criteria=criteria, **common, **values)
+        rating = Rating(image=image, prompt=prompt, criteria=criteria, **values)
         return rating, (rater, image, prompt) if rater else None, f"rater {rater!r} of image {image!r} for this prompt"
 
     required, optional = ("image_path", "rating", "prompt"), (*COLUMNS, *APART, *CRITERIA)
@@ -167,16 +156,11 @@ def rating_class(mean: float) -> int:
     return math.floor(mean + 0.5)
 
 
-def split_by_patient(
-    images: Sequence[RatedImage], share: float, seed: int
-) -> tuple[list[RatedImage], list[RatedImage]]:
-    """Split images by patient into (train, validation), with about `share` of all and of each rating in the latter."""
+def split_by_patient(images: Sequence[RatedImage], share: float, seed: int) -> list[list[RatedImage]]:
+    """Split images by patient into [train, validation], with about `share` of all and of each rating in the latter."""
     if not 0 < share < 1:
         raise UserError(f"the validation share is {share}; allowed is a number between 0 and 1")
-    kinds = [rating_class(image.quality) for image in images]
-    chosen = fundus.assign_patients([image.patient for image in images], kinds, (1 - share, share), seed)
-    train, val = ([image for image, part in zip(images, chosen, strict=True) if part == index] for index in (0, 1))
-    return train, val
+    return fundus.divide_patients(images, [rating_class(one.quality) for one in images], (1 - share, share), seed)
 
 
 def agreement(ratings: Sequence[Rating], column: str = "quality") -> dict[str, float | int | None]:
@@ -214,10 +198,9 @@ def ordinal_alpha(units: Iterable[Sequence[float]]) -> float | None:
     values = sorted({value for unit in units for value in unit})
     if len(values) < 2:
         return None
-    rank = {value: index for index, value in enumerate(values)}
     coincidences = np.zeros((len(values), len(values)))
     for unit in units:
-        counts = np.bincount([rank[value] for value in unit], minlength=len(values))
+        counts = np.bincount(np.searchsorted(values, unit), minlength=len(values))
         coincidences += (np.outer(counts, counts) - np.diag(counts)) / (len(unit) - 1)
     totals = coincidences.sum(1)
     middles = totals.cumsum() - totals / 2
@@ -229,8 +212,7 @@ def ordinal_alpha(units: Iterable[Sequence[float]]) -> float | None:
 def fleiss_kappa(units: Iterable[Sequence[float]]) -> float | None:
     """Return Fleiss' kappa of units, each a list of readers' categories; None if all are equal.
 
-    (P - E) / (1 - E), where P is the mean over units of the share of agreeing pairs of readers, and E the sum of the
-    squared shares of the categories (Fleiss 1971).
+    (P - E) / (1 - E): P is the mean share of agreeing pairs, E the sum of squared category shares (Fleiss 1971).
     """
     units = [unit for unit in units if len(unit) > 1]
     counts = [np.array(list(Counter(unit).values())) for unit in units]

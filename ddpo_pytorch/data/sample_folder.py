@@ -2,8 +2,7 @@
 
 A sample folder has `images/<folder_name of the caption>/<name>.png|jpg`, `settings.json` (so that images of different
 settings never mix) and `image_log.json`, a list with an entry per image (at least prompt and path_to_img, relative to
-the folder). Processes append a JSON line per image to `image_log.part<rank>.jsonl`; these are merged at the end, even
-after a kill.
+the folder), merged at the end from each process's `image_log.part<rank>.jsonl`, even after a kill.
 """
 
 import hashlib
@@ -49,14 +48,12 @@ def folder_name(caption: str) -> str:
     for position, character in enumerate(caption):
         unsafe = character in "_/\\" or not character.isprintable() or (character == "." and position == 0)
         if unsafe or re.match("%[0-9A-Fa-f]{2}", caption[position : position + 3]):
-            pieces.append("".join(f"%{byte:02X}" for byte in character.encode(errors="surrogatepass")))
-        else:
-            pieces.append("_" if character == " " else character)
-    name = "".join(pieces)
-    if name and len(name.encode()) <= LONGEST_NAME:
-        return name
+            character = "".join(f"%{byte:02X}" for byte in character.encode(errors="surrogatepass"))
+        pieces.append("_" if character == " " else character)
+    sizes = list(accumulate(len(piece.encode()) for piece in pieces))
+    if pieces and sizes[-1] <= LONGEST_NAME:
+        return "".join(pieces)
     ending = "%FF" + hashlib.sha256(caption.encode(errors="surrogatepass")).hexdigest()[:16]
-    sizes = accumulate(len(piece.encode()) for piece in pieces)
     room = LONGEST_NAME - len(ending)
     return "".join(piece for piece, size in zip(pieces, sizes, strict=True) if size <= room) + ending
 
@@ -110,8 +107,8 @@ def read_log(folder: str | Path) -> list[dict]:
 
     Of a path that ends in images/<caption>/<file>, as the official scripts log it, only this end is kept.
     """
-    text = OneOf((str, None))
-    path, shape = Path(folder) / LOG, [{"path_to_img": str, "prompt?": text, "patient?": text}]
+    path, text = Path(folder) / LOG, OneOf((str, None))
+    shape = [{"path_to_img": str, "prompt?": text, "patient?": text}]
     entries = read_json(path, shape, "make the samples again elsewhere") if path.is_file() else []
     for number, entry in enumerate(entries, 1):
         if match := _IMAGE_IN_FOLDER.fullmatch(entry["path_to_img"]):
@@ -140,7 +137,7 @@ def read_entries(folder: str | Path) -> dict[str, dict[str, Any]]:
 def merge_parts(folder: str | Path, order: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Write all entries to `image_log.json`, remove the parts and return the entries. Main process only.
 
-    Entries are sorted like their paths in `order`, then by folder and path, and numbered: sampleID 0, 1, ...
+    They are sorted like their paths in `order`, then by folder and path, and numbered: sampleID 0, 1, ...
     """
     entries, rank = read_entries(folder), {path: number for number, path in enumerate(order)}
     last = {os.path.dirname(path): number for path, number in rank.items()}
@@ -158,55 +155,39 @@ def merge_parts(folder: str | Path, order: Sequence[str] = ()) -> list[dict[str,
 def damaged_images(folder: str | Path, paths: Sequence[str]) -> list[str]:
     """Return those of `paths`, relative to the folder, whose image is damaged."""
     with ThreadPoolExecutor(thread_limit()) as pool:
-        sound = pool.map(is_intact, map(Path(folder).joinpath, paths))
-        return [path for path, fine in zip(paths, sound, strict=True) if not fine]
+        intact = pool.map(is_intact, map(Path(folder).joinpath, paths))
+        return [path for path, fine in zip(paths, intact, strict=True) if not fine]
 
 
 def list_samples(folder: str | Path, prompts: Collection[str] = ()) -> list[tuple[Path, str]]:
-    """Return the sorted (file, caption) of a sample folder's images, or those of `prompts`, without hidden files.
-
-    In a folder with a table (`data.metadata`), these are the images listed there.
-    """
-    if (table := Path(folder) / METADATA).is_file():
-        samples = [(Path(folder) / row.image, row.caption) for row in read_metadata(table)]
-        if absent := [path for path, _ in samples if not path.is_file()]:
+    """Return the sorted (file, caption) of a sample folder or its table (`data.metadata`), or those of `prompts`."""
+    root, table = Path(folder) / "images", Path(folder) / METADATA
+    if table.is_file():
+        listed = [(Path(folder) / row.image, row.caption) for row in read_metadata(table)]
+        if absent := [path for path, _ in listed if not path.is_file()]:
             raise UserError(f"{str(table)!r} names {len(absent)} images that are absent, first {str(absent[0])!r}")
-        samples = sorted((path, caption) for path, caption in samples if not prompts or caption in prompts)
+        samples = sorted((path, caption) for path, caption in listed if not prompts or caption in prompts)
+    elif root.is_dir():
+        wanted = [(name, one) for name, one in sorted(_captions_of(folder).items()) if not prompts or one in prompts]
+        samples = [(path, caption) for name, caption in wanted for path in sorted((root / name).glob("[!.]*"))]
+        unread = [path for path in root.glob("[!.]*") if not path.is_dir()]
+        if unread := unread + [path for path, _ in samples if path.suffix.lower() not in IMAGE_SUFFIXES]:
+            allowed = f"images/<caption with _ for spaces>/ holds only {', '.join(IMAGE_SUFFIXES)} files"
+            raise UserError(f"{str(unread[0])!r} is not read: {allowed}; convert it, or move it away")
     else:
-        samples = _list_folders(Path(folder), prompts)
+        neither = f"has neither images/ nor {METADATA} with the columns file_name, text"
+        raise UserError(f"{str(folder)!r} is not a sample folder: it {neither}; give another folder")
     if not samples:
         wanted = f" of the prompts {sorted(prompts)}" if prompts else ""
         raise UserError(f"{str(folder)!r} holds no images{wanted}; draw them first, or give another folder")
     return samples
 
 
-def _list_folders(folder: Path, prompts: Collection[str]) -> list[tuple[Path, str]]:
-    """Return the (file, caption) of images/<caption>/ by folder and name."""
-    root = folder / "images"
-    if not root.is_dir():
-        raise UserError(
-            f"{str(folder)!r} is not a sample folder of scripts/eval.py (no images/ inside), and has no {METADATA} "
-            "with the columns file_name, text; give another folder"
-        )
-    wanted = {name: caption for name, caption in _captions_of(folder).items() if not prompts or caption in prompts}
-    samples = [(path, wanted[name]) for name in sorted(wanted) for path in sorted((root / name).glob("[!.]*"))]
-    unread = [path for path in root.glob("[!.]*") if not path.is_dir()]
-    if unread := unread + [path for path, _ in samples if path.suffix.lower() not in IMAGE_SUFFIXES]:
-        raise UserError(
-            f"{str(unread[0])!r} is not read: images/<caption with _ for spaces>/ holds only "
-            f"{', '.join(IMAGE_SUFFIXES)} files; convert it, or move it away"
-        )
-    return samples
-
-
-def captions_without_images(
-    folder: str | Path, samples: Sequence[tuple[Path, str]], prompts: Sequence[str] = ()
-) -> list[str]:
+def captions_without_images(folder: str | Path, samples: Sequence[tuple], prompts: Sequence[str] = ()) -> list[str]:
     """Return the captions, sorted, of `prompts` or else of a sample folder and its log that have no `samples`."""
-    captions = set(prompts)
-    if not captions:
-        named = {} if (Path(folder) / METADATA).is_file() else _captions_of(folder)
-        captions = {*named.values(), *(entry.get("prompt") for entry in read_log(folder))} - {None}
+    captions = set(prompts) or {entry.get("prompt") for entry in read_log(folder)} - {None}
+    if not prompts and not (Path(folder) / METADATA).is_file():
+        captions |= set(_captions_of(folder).values())
     return sorted(captions - {caption for _, caption in samples})
 
 
@@ -219,8 +200,6 @@ def _captions_of(folder: str | Path) -> dict[str, str]:
         named = {Path(entry["path_to_img"]).parent.name: entry["prompt"] for entry in entries}
         captions = {folder_name(entry["prompt"]): entry["prompt"] for entry in entries} | named | captions
     if unknown := sorted(set(names) - captions.keys()):
-        raise UserError(
-            f"{str(folder)!r}: folder {unknown[0]!r} is not named after one of the 32 ISIC captions (spaces as "
-            "underscores), nor after a prompt of image_log.json; rename it"
-        )
+        allowed = "one of the 32 ISIC captions (spaces as underscores), nor after a prompt of image_log.json"
+        raise UserError(f"{str(folder)!r}: folder {unknown[0]!r} is not named after {allowed}; rename it")
     return {name: captions[name] for name in names}

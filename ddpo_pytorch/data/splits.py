@@ -10,9 +10,9 @@ import argparse
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import permutations
+from itertools import compress, permutations
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -24,9 +24,6 @@ from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_folder, sha256, write_json
 from ddpo_pytorch.utils.json_files import read_json
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
@@ -46,9 +43,8 @@ def find_splits(folder: str | Path) -> dict[str, dict[str, Path]]:
 
 def read_splits(paths: Mapping[str, Path]) -> dict[str, list[Row]]:
     """Read the tables of one set. Raises UserError if two share an image, or if a recorded hash differs."""
-    record, hashes = next(iter(paths.values())).parent / RECORD, {}
-    if record.is_file():
-        hashes = read_json(record, {"files": {str: {"sha256": str}}}, "make the splits again")["files"]
+    record, advice = next(iter(paths.values())).parent / RECORD, "make the splits again"
+    hashes = read_json(record, {"files": {str: {"sha256": str}}}, advice)["files"] if record.is_file() else {}
     splits, owners = {}, {}
     for split, path in paths.items():
         splits[split] = read_split(path)
@@ -86,9 +82,9 @@ def check_images(splits: Mapping[str, Sequence[Row]], folder: str | Path) -> tup
     for split, rows in splits.items():
         images = [row.image for row in rows]
         files = isic.find_image_files(folder, images) if Path(folder).is_dir() else [None] * len(images)
-        present = [path for path in files if path]
+        paths += (present := [path for path in files if path])
         absent = [image for image, path in zip(images, files, strict=True) if not path]
-        paths, missing = paths + present, missing + [(split, image) for image in absent]
+        missing += [(split, image) for image in absent]
         listed = f": {', '.join(absent[:5])}{', ...' if absent[5:] else ''}" if absent else ""
         logger.info("%-8s %d images, %d missing%s", split, len(present), len(absent), listed)
     if not paths:
@@ -106,8 +102,8 @@ def drop_broken(rows: Sequence[Row], paths: Sequence[Path]) -> tuple[list[Row], 
         logger.warning("skipping: %s", fault)
     if all(faults):
         raise UserError(f"all {len(paths)} images are broken, the first: {faults[0]}")
-    good = [(row, path) for row, path, fault in zip(rows, paths, faults, strict=True) if not fault]
-    return [row for row, _ in good], [path for _, path in good]
+    good = [not fault for fault in faults]
+    return list(compress(rows, good)), list(compress(paths, good))
 
 
 def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
@@ -120,8 +116,8 @@ def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
     return dict(read_table(path, "metadata", ("image", "lesion_id"), make))
 
 
-def _frame(splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, Mapping[str, str]]) -> "DataFrame":
-    """Return split, row, known (to the metadata) and lesion of each row; a row without lesion_id is its own lesion."""
+def _frame(splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, Mapping[str, str]]) -> Any:
+    """Return a DataFrame of split, row, known (to the metadata) and lesion; a row without lesion_id is its own."""
     from pandas import DataFrame
 
     records = []
@@ -143,8 +139,7 @@ def report_leakage(splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, M
     count = shared.lesion.nunique(), len(shared)
     logger.info("leakage  %d lesions, with %d images, are in more than one split", *count)
     for split, other in permutations(splits, 2):
-        leaked = shared.lesion[shared.split == split].isin(shared.lesion[shared.split == other]).sum()
-        if leaked:
+        if leaked := shared.lesion[shared.split == split].isin(shared.lesion[shared.split == other]).sum():
             share = 100 * leaked / len(splits[split])
             logger.info("%-8s %d images (%.1f %%) show a lesion that is also in %s", split, leaked, share, other)
     return count
@@ -170,9 +165,7 @@ def assign(groups: np.ndarray, targets: np.ndarray, seed: int) -> np.ndarray:
     return chosen
 
 
-def regroup(
-    splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, Mapping[str, str]], seed: int
-) -> dict[str, list[Row]]:
+def regroup(splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, Mapping], seed: int) -> dict[str, list[Row]]:
     """Return splits with each lesion in only one, of about the old sizes and label frequencies, in random order."""
     if len(splits) < 2:
         raise UserError(f"there is only the split {', '.join(splits)}; regrouping needs two or three")
@@ -192,15 +185,13 @@ def regroup(
 def write_splits(folder: str | Path, name: str, splits: Mapping[str, Sequence[Row]], metadata: Mapping) -> None:
     """Write `<name>_<split>.csv` and splits.json, with `metadata` and each file's hash and counts, in a new folder."""
     every = [row.fields for rows in splits.values() for row in rows]
-    columns = list(every[0])
-    for fields in every:
-        if other := set(fields) ^ set(columns):
-            raise UserError(f"the columns of the split tables differ ({', '.join(other)}); give all tables the same")
+    if other := set.union(*map(set, every)) - set.intersection(*map(set, every)):
+        raise UserError(f"the columns of the split tables differ ({', '.join(sorted(other))}); give all the same")
     with atomic_folder(folder) as unfinished:
         files = {}
         for split, rows in splits.items():
             path = unfinished / f"{name}_{split}.csv"
-            write_table(path, columns, (row.fields for row in rows))
+            write_table(path, list(every[0]), (row.fields for row in rows))
             files[path.name] = {"sha256": sha256(path), "images": len(rows), **count_labels(rows)}
         write_json(unfinished / RECORD, {**metadata, "files": files})
 

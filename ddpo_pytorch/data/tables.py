@@ -25,8 +25,7 @@ _FORMULA = tuple("=+-@\t\r\n＝＋－＠")
 # formats of well-known columns, which determine where a caption with unquoted commas ends
 _FORMS = {
     **dict.fromkeys(("path", "image_path"), re.compile(r".+\.(png|jpe?g|tiff?|bmp|webp|ppm|dcm)", re.IGNORECASE)),
-    "modality": re.compile(r"[A-Za-z]*"),
-    "eye": re.compile(r"left|right|l|r|od|os|", re.IGNORECASE),
+    **{"modality": re.compile(r"[A-Za-z]*"), "eye": re.compile(r"left|right|l|r|od|os|", re.IGNORECASE)},
     **dict.fromkeys(("age", "rating", "expert_level", "quality", "alignment"), re.compile(f"({_NUMBER.pattern})?")),
 }
 # spaces between a closing quote and the comma: invalid CSV, but common
@@ -35,19 +34,13 @@ _COMMAS = "cells are separated by commas, not by semicolons or tabs"
 # control and format characters, surrogates, and separators other than the space
 _INVISIBLE_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp", "Zs")
 # printable characters without a glyph: joiners, fillers, variation selectors, the blank Braille pattern
-_INVISIBLE_RANGES = (
-    *((0x034F, 0x034F), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x2800, 0x2800), (0x3164, 0x3164)),
-    *((0xFE00, 0xFE0F), (0xFFA0, 0xFFA0), (0xE0100, 0xE01EF)),
-)
+_BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 _CONTROL_NAMES = {"\0": "NUL", "\t": "tab", "\n": "line feed", "\r": "carriage return"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row about an image: its path or id, its caption, every column as text, and the row's number from 0.
-
-    ISIC tables also determine labels (in the order of `isic.LABELS`), fundus tables a patient.
-    """
+    """A row of an image table; ISIC tables determine labels (as `isic.LABELS`), fundus tables a patient."""
 
     image: str
     caption: str
@@ -75,8 +68,8 @@ def read_table(
     column `free_text` becomes single spaces, and it may contain unquoted commas: a row with too many cells is resolved
     if its other cells then look like those of other rows.
 
-    Raises UserError with `what` for a missing or undecodable file, another separator, an unclosed quote, a missing or
-    repeated column, and, given `advice`, no rows; and with line numbers for faults and rows of another length.
+    Raises UserError with `what` for an unreadable file, a missing or repeated column, and, given `advice`, no rows; and
+    with line numbers for faults and rows of another length.
     """
     where = f"{what} {str(path)!r}"
     if content is None:
@@ -84,8 +77,7 @@ def read_table(
             raise UserError(f"{where} does not exist; give a CSV with the columns {', '.join(columns)}")
         with open_regular(path, "give a file") as file:
             content = file.read()
-    text = _decode(content, where)
-    (_, first), *records = list(_records(text, where)) or [(1, [])]
+    (_, first), *records = list(_records(content, where)) or [(1, [])]
     header = _header(first, columns, optional, where)
     free = header.index(free_text) if free_text else None
     regular = [cells for _, cells in records if len(cells) == len(header)]
@@ -94,11 +86,11 @@ def read_table(
     faults: list[tuple[int, str]] = []
     lines: dict[Hashable, int] = {}
     for line, cells in records:
-        hint = ""
         if len(cells) > len(header):
             cells = _resolve(cells, header, free, seen) or cells
-            hint = f"; put {f'the cell of {free_text}' if free_text else 'cells that hold commas'} in double quotes"
         if len(cells) != len(header):
+            quoted = f"the cell of {free_text}" if free_text else "cells that hold commas"
+            hint = f"; put {quoted} in double quotes" if len(cells) > len(header) else ""
             faults.append((line, f"has {len(cells)} cells where the header has {len(header)}{hint}"))
             continue
         fields = {name: unprotected(cell) for name, cell in zip(header, cells, strict=True) if name}
@@ -168,8 +160,8 @@ def _is_formula(cell: str) -> bool:
 def invisible_character(text: str) -> str | None:
     """Return a fault with the first character that is invisible to people but not to tokenizers, or None."""
     for position, character in enumerate(text, start=1):
-        shapeless = any(low <= ord(character) <= high for low, high in _INVISIBLE_RANGES)
-        if character != " " and (shapeless or unicodedata.category(character) in _INVISIBLE_CATEGORIES):
+        invisible = unicodedata.category(character) in _INVISIBLE_CATEGORIES or _BLANK.match(character)
+        if character != " " and invisible:
             name = unicodedata.name(character, _CONTROL_NAMES.get(character, "a control character"))
             return f"has the invisible character U+{ord(character):04X} ({name}) at position {position}; delete it"
     return None
@@ -179,7 +171,8 @@ def _cut(text: str) -> str:
     return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"  # a fault may quote a huge cell
 
 
-def _decode(content: bytes, where: str) -> str:
+def _records(content: bytes, where: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield (first line, stripped cells) of non-empty records. Raises UserError unless they are text."""
     try:
         text, bad = content.decode("utf-8-sig"), content.find(b"\0")  # spreadsheets put a byte-order mark first
     except UnicodeDecodeError as error:
@@ -187,11 +180,6 @@ def _decode(content: bytes, where: str) -> str:
     if bad >= 0:
         line = content[:bad].count(b"\n") + 1
         raise UserError(f"{where} line {line}: byte {content[bad]:#04x} is not text; save the table as CSV in UTF-8")
-    return text
-
-
-def _records(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield (first line, stripped cells) of non-empty records."""
     first = 1
     lines = (_SPACE_AFTER_QUOTE.sub(r"\1", line) for line in io.StringIO(text, newline=""))
     reader = csv.reader(lines, skipinitialspace=True, strict=True)
@@ -226,15 +214,13 @@ def _header(cells: Sequence[str], columns: Sequence[str], optional: Sequence[str
     return [known.get(name, cell) for name, cell in zip(names, cells, strict=True)]
 
 
-def _resolve(
-    cells: Sequence[str], header: Sequence[str], free: int | None, seen: Sequence[set[str]]
-) -> list[str] | None:
+def _resolve(cells: list[str], header: list[str], free: int | None, seen: list[set[str]]) -> list[str] | None:
     """Return as many cells as the header has; None unless exactly one reading of the surplus fits."""
     readings = []
     if free is not None and cells[end := free + len(cells) - len(header)]:  # texts do not end in a comma
         readings.append([*cells[:free], ", ".join(cells[free : end + 1]), *cells[end + 1 :]])
     if not any(cells[len(header) :]):  # spreadsheets pad rows with empty cells
-        readings.append(list(cells[: len(header)]))
+        readings.append(cells[: len(header)])
     others = [index for index in range(len(header)) if index != free]
     readings = [cells for cells in readings if all(_fits(cells[index], header[index], seen[index]) for index in others)]
     return readings[0] if len(readings) == 1 else None

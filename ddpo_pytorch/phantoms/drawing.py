@@ -1,14 +1,17 @@
 """Drawing tools of phantoms. Geometry is in *points*: pictures of any size are POINTS wide. Colours are in [0, 255]."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from ddpo_pytorch.data.sample_folder import WORLD
+from ddpo_pytorch.data.tables import write_table
 from ddpo_pytorch.utils.errors import UserError, difference
+from ddpo_pytorch.utils.files import atomic_folder, locked, write_json
 from ddpo_pytorch.utils.json_files import read_json
 
 POINTS = 64
@@ -69,6 +72,25 @@ class Sheet:
         """Return the coverage in [0, 1], (size, size), softened by a Gaussian of `blur` points."""
         radius = blur * self.scale / 4
         return np.asarray(self.sheet.reduce(4).filter(ImageFilter.GaussianBlur(radius)), np.float32) / 255
+
+
+def complete_world(
+    folder: Path, world: Mapping[str, Any], tables: str, columns: Sequence[str], draw_images: Callable[[], Mapping]
+) -> None:
+    """Write the splits/<tables>_<split>.csv of a world, unless it has them, with the rows by split of `draw_images`.
+
+    `world`: settings that identify it, recorded in WORLD. Raises UserError if the folder holds anything else.
+    """
+    with locked(folder, "another --out"):
+        occupied = any((folder / name).exists() for name in ("images", "splits", "captions.csv"))
+        check_record(folder / WORLD, world, occupied)
+        if (folder / "splits").exists():  # the last files to be written
+            return
+        write_json(folder / WORLD, world)
+        rows = draw_images()
+        with atomic_folder(folder / "splits") as unfinished:
+            for split, part in rows.items():
+                write_table(unfinished / f"{tables}_{split}.csv", columns, part)
 
 
 def check_record(record: Path, settings: Mapping[str, Any], occupied: bool) -> None:

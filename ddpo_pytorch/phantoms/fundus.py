@@ -1,7 +1,6 @@
-"""Synthetic fundus photographs with exact findings, for use without ODIR.
+"""Synthetic fundus photographs with exact findings, for use without ODIR. Geometry is in points from the top left.
 
-`python -m ddpo_pytorch.phantoms.fundus --out DIR` writes a world in the layout of ODIR-5K. Geometry is in *points*
-(`ddpo_pytorch.phantoms.drawing`) from the top left.
+`python -m ddpo_pytorch.phantoms.fundus --out DIR` writes a world in the layout of ODIR-5K.
 """
 
 import argparse
@@ -14,27 +13,20 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ddpo_pytorch.data.images import save_jpeg
-from ddpo_pytorch.data.sample_folder import WORLD
+from ddpo_pytorch.data.images import save_picture
 from ddpo_pytorch.data.tables import write_table
 from ddpo_pytorch.phantoms.damage import degrade, draw_damage
-from ddpo_pytorch.phantoms.drawing import POINTS, Sheet, blend, check_record, clouds, direction, plane, step
+from ddpo_pytorch.phantoms.drawing import POINTS, Sheet, blend, clouds, complete_world, direction, plane, step
 from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.files import atomic_folder, locked, write_json
 from ddpo_pytorch.utils.settings import SHARE
 
 STYLE = 1  # incremented when the drawing code changes pictures, so that old and new worlds never mix
 COLUMNS = ("path", "Text", "modality", "patient", "eye", "age", "sex", "quality")
 EYES = ("left", "right")
 # findings as worded in ODIR's captions, with frequencies as uneven as in real archives
-FINDINGS = {
-    "normal fundus": 0.36,
-    "drusen": 0.2,
-    "glaucoma": 0.18,
-    "severe nonproliferative retinopathy": 0.15,
-    "pathological myopia": 0.11,
-}
+FINDINGS = {"normal fundus": 0.36, "drusen": 0.2, "glaucoma": 0.18}
+FINDINGS |= {"severe nonproliferative retinopathy": 0.15, "pathological myopia": 0.11}
 SAME = 0.5  # probability that the second eye has the first eye's finding; otherwise it is drawn independently
 TONES = np.array([[206, 108, 56], [188, 88, 48], [172, 98, 60], [212, 128, 88], [158, 80, 52]], np.float32)
 APERTURE = 31.0  # radius of the field
@@ -69,13 +61,12 @@ def draw_findings(rng: np.random.Generator) -> tuple[str, str]:
 def draw(finding: str, eye: str, look: Look, rng: np.random.Generator, size: int = POINTS) -> np.ndarray:
     """Draw the photograph of an eye: uint8 (size, size, 3), black around a round field.
 
-    The disc is nasal of the macula: right of it in a right eye. Each layer has its own random stream, so that equal
-    generators draw the same eye with different findings.
+    The disc is nasal of the macula, right of it in a right eye. Equal generators draw the same eye with any finding.
     """
     if finding not in FINDINGS or eye not in EYES:
         raise UserError(f"{finding!r} of the eye {eye!r} is unknown; findings: {', '.join(FINDINGS)}; eyes: {EYES}")
     nasal, pixels = (1 if eye == "right" else -1), 2 * size
-    layers = [np.random.default_rng(seed) for seed in rng.integers(2**63, size=6)]
+    layers = [np.random.default_rng(seed) for seed in rng.integers(2**63, size=6)]  # so that a layer changes no other
     macula = np.array([32 - 6.5 * nasal, 33.0]) + layers[0].uniform(-1.2, 1.2, size=2)
     disc = macula + (nasal * look.disc_distance, layers[0].uniform(-2.2, 0.2))
 
@@ -217,40 +208,28 @@ def write_world(
     if min(world.values()) < 0 or size < 32 or degraded not in SHARE or any(value % 2 for value in numbers.values()):
         raise UserError(f"a fundus world needs even numbers >= 0, size >= 32 and degraded in [0, 1], got {world}")
     root = Path(folder)
-    splits, record = root / "splits", root / WORLD
-    with locked(root, "another --out"):
-        occupied = any((root / name).exists() for name in ("images", "splits", "captions.csv"))
-        check_record(record, world, occupied)
-        if splits.exists():  # a world that has splits/ is complete
-            return
-        write_json(record, world)
+
+    def draw_images() -> dict[str, list[dict]]:
         parts = {"train": [], "val": [], "test": []}
         names = [name for name in parts for _ in range(numbers[f"num_{name}"] // 2)]
         for patient, name in enumerate(tqdm(names, desc="drawing", unit="patient", disable=None)):
-            parts[name] += _write_patient(root, seed, patient, size, degraded if name != "test" else 0)
+            rng = np.random.default_rng((seed, patient))
+            look, age, sex = draw_look(rng), int(rng.integers(25, 86)), str(rng.choice(("Male", "Female")))
+            for finding, eye, eye_seed in zip(draw_findings(rng), EYES, rng.integers(2**63, size=2), strict=True):
+                path, damage = root / "images" / f"R{patient:06d}_{eye}.jpg", np.random.default_rng((eye_seed, 1))
+                quality = int(damage.integers(1, 3)) if damage.random() < degraded and name != "test" else 3
+                if not path.exists():
+                    image = draw(finding, eye, look, np.random.default_rng(eye_seed), size)
+                    if quality < 3:
+                        image = degrade(image, *draw_damage(quality, damage), damage)
+                    save_picture(path, Image.fromarray(image))
+                caption = f"The {eye} eye fundus image shows {finding}."  # as in ODIR's tables
+                cells = (f"images/{path.name}", caption, "Fundus", path.name[:7], eye, age, sex, quality)
+                parts[name].append(dict(zip(COLUMNS, cells, strict=True)))
         write_table(root / "captions.csv", COLUMNS, [row for rows in parts.values() for row in rows])
-        with atomic_folder(splits) as unfinished:
-            for name, rows in parts.items():
-                write_table(unfinished / f"fundus_{name}.csv", COLUMNS, rows)
+        return parts
 
-
-def _write_patient(root: Path, seed: int, patient: int, size: int, degraded: float) -> list[dict]:
-    """Draw both eyes of a patient, unless their files exist, and return their rows."""
-    rng = np.random.default_rng((seed, patient))
-    look, age, sex = draw_look(rng), int(rng.integers(25, 86)), str(rng.choice(("Male", "Female")))
-    findings, rows = draw_findings(rng), []
-    for finding, eye, eye_seed in zip(findings, EYES, rng.integers(2**63, size=2), strict=True):
-        path, damage = root / "images" / f"R{patient:06d}_{eye}.jpg", np.random.default_rng((eye_seed, 1))
-        quality = int(damage.integers(1, 3)) if damage.random() < degraded else 3
-        if not path.exists():
-            image = draw(finding, eye, look, np.random.default_rng(eye_seed), size)
-            if quality < 3:
-                image = degrade(image, *draw_damage(quality, damage), damage)
-            save_jpeg(path, Image.fromarray(image))
-        caption = f"The {eye} eye fundus image shows {finding}."  # as in ODIR's tables
-        cells = (f"images/{path.name}", caption, "Fundus", path.name[:7], eye, age, sex, quality)
-        rows.append(dict(zip(COLUMNS, cells, strict=True)))
-    return rows
+    complete_world(root, world, "fundus", COLUMNS, draw_images)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,7 +23,7 @@ from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import LOCK, locked, sha256, write_json
 from ddpo_pytorch.utils.randomness import text_number
-from ddpo_pytorch.utils.settings import ZERO_OR_MORE, check_ranges
+from ddpo_pytorch.utils.settings import SHARE, ZERO_OR_MORE, check_ranges
 
 logger = logging.getLogger(__name__)
 STYLE = 2  # incremented when the degradations change, so that old and new rating sets never mix
@@ -43,29 +43,29 @@ def write_rating_set(
     structural: float = 0.75,
     raters: int = 0,
 ) -> None:
-    """Write ratings.csv and images/<number>.png: each image in the grades 3 (unchanged), 2 and 1.
+    """Write, or complete, ratings.csv and images/<number>.png: each image in the grades 3 (unchanged), 2 and 1.
 
     A share `structural` is also written with STRUCTURAL damage. These, and images with vessel contrast below VISIBLE,
-    written once and unchanged, have quality and alignment 1. Only fundus images get either, or erased vessels.
+    written once and unchanged, have quality and alignment 1. Only fundus images get either, or erased vessels. Images
+    with a `quality` below 3 in the table are left out.
 
-    Names and order do not reveal the grade. `quality` is the grade. A share `mismatched` of each grade has the caption
+    Names and order do not reveal the grade, which is the `quality`. A share `mismatched` of each grade has the caption
     of another image without a common finding and `alignment` 1 instead of 3; `rating` is the lower of the two. Raters:
     a faultless "truth" of level 3, or `raters` raters of levels 3, 2, 1, 3, ..., with errors as in ERRORS.
-
-    Images with a `quality` below 3 in the table are left out. The same call completes a partial set.
     """
-    shares = dict(mismatched=mismatched, structural=structural)
-    settings = dict(style=STYLE, seed=seed, size=size, resize=resize, raters=raters) | shares
-    shares_fit = all(0 <= share <= 1 for share in shares.values())
-    if size < 32 or resize not in RESIZES or not shares_fit or raters < 0 or seed < 0:
-        raise UserError(
-            f"a rating set needs size >= 32, resize of {', '.join(RESIZES)}, mismatched and structural in [0, 1], "
-            f"raters and seed >= 0, got {settings}"
-        )
-    described = [
-        [row.image, row.caption, row.patient, row.fields.get("quality"), sha256(path)]
-        for row, path in zip(rows, paths, strict=True)
-    ]
+    settings = dict(style=STYLE, seed=seed, size=size, resize=resize, raters=raters)
+    settings |= dict(mismatched=mismatched, structural=structural)
+    if (
+        size < 32
+        or resize not in RESIZES
+        or not all(share in SHARE for share in (mismatched, structural))
+        or raters < 0
+        or seed < 0
+    ):
+        limits = f"size >= 32, resize of {', '.join(RESIZES)}, mismatched and structural in [0, 1]"
+        raise UserError(f"a rating set needs {limits}, raters and seed >= 0, got {settings}")
+    pairs = list(zip(rows, paths, strict=True))
+    described = [[row.image, row.caption, row.patient, row.fields.get("quality"), sha256(path)] for row, path in pairs]
     settings |= dict(kinds=list(damage.KINDS), bands={str(grade): list(band) for grade, band in damage.BANDS.items()})
     settings |= dict(images=len(rows), sources=hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16])
     out = Path(out)
@@ -73,15 +73,13 @@ def write_rating_set(
         check_record(out / RECORD, settings, occupied=any(path.name != LOCK for path in out.iterdir()))
         if (out / "ratings.csv").exists():  # the last file to be written
             return
-        good = [(row, path) for row, path in zip(rows, paths, strict=True) if is_good(row)]
+        good = [(row, path) for row, path in pairs if is_good(row)]
         contrasts = [(row, path, damage.VISIBLE) for row, path in good]
         if retinal := modality_of(rows[0].caption) == MODALITY:
             contrasts = [(row, path, damage.vessel_contrast(_pixels(path, size, resize))) for row, path in good]
         visible = [one for one in contrasts if one[2] >= damage.VISIBLE]
-        logger.info(
-            "%d images, of which %d are left out for their quality in the table, and %d show no vessels; %d do",
-            *(len(rows), len(rows) - len(good), len(good) - len(visible), len(visible)),
-        )
+        counts = len(rows), len(rows) - len(good), len(good) - len(visible), len(visible)
+        logger.info("%d images, %d left out for their quality in the table, %d show no vessels, %d do", *counts)
         if not visible:
             raise UserError(f"none of the {len(rows)} images shows a retina of good quality; give others")
         rng = np.random.default_rng((seed, 1))
@@ -91,16 +89,13 @@ def write_rating_set(
         kinds = itertools.cycle(damage.STRUCTURAL)
         none = [(*visible[one][:2], kind, True) for one, kind in zip(ruined, kinds, strict=False)]
         none += [(row, path, "", True) for row, path, contrast in contrasts if contrast < damage.VISIBLE]
-        jobs += none
         truth += [dict(quality=1, alignment=1, prompt=row.caption, patient=row.patient) for row, *_ in none]
         numbers = rng.permutation(len(truth))
-        for index, rating in zip(numbers, truth, strict=True):
-            rating["image_path"] = f"images/{index:06d}.png"
         write_json(out / RECORD, settings)
-        for (row, path, change, erasable), rating in zip(jobs, truth, strict=True):
+        for (row, path, change, erasable), rating, number in zip(jobs + none, truth, numbers, strict=True):
+            rating["image_path"] = f"images/{number:06d}.png"
             if not (file := out / rating["image_path"]).exists():
-                image = _pixels(path, size, resize)
-                grade = change if isinstance(change, int) else 0
+                image, grade = _pixels(path, size, resize), change if isinstance(change, int) else 0
                 rng_image = np.random.default_rng((seed, text_number(row.image), grade))
                 if change not in (3, ""):
                     kind, strength = damage.draw_damage(grade, rng_image, erasable) if grade else (change, 1.0)
@@ -144,9 +139,8 @@ def _simulate_raters(truth: Sequence[dict], raters: int, rng: np.random.Generato
             for name, grade in grades.items() if people else ():
                 if rng.random() < ERRORS[level]:
                     grades[name] = int(rng.choice([other for other in (1, 2, 3) if abs(other - grade) == 1]))
-            modality = modality_of(image["prompt"])
-            rating = dict(modality=modality, expert_level=level, rater_id=rater, rating=min(grades.values()))
-            rows.append(image | grades | rating)
+            about = dict(modality=modality_of(image["prompt"]), expert_level=level, rater_id=rater)
+            rows.append(image | grades | about | {"rating": min(grades.values())})
     return rows
 
 

@@ -13,14 +13,11 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ddpo_pytorch.data.images import save_jpeg
+from ddpo_pytorch.data.images import save_picture
 from ddpo_pytorch.data.isic import LABELS
-from ddpo_pytorch.data.sample_folder import WORLD
-from ddpo_pytorch.data.tables import write_table
-from ddpo_pytorch.phantoms.drawing import POINTS, Sheet, blend, check_record, clouds, direction, plane, step
+from ddpo_pytorch.phantoms.drawing import POINTS, Sheet, blend, clouds, complete_world, direction, plane, step
 from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.files import atomic_folder, locked, write_json
 
 STYLE = 2  # incremented when pictures or labels change, so that old and new worlds never mix
 COLUMNS = tuple("image MEL NV dark_corner hair gel_border gel_bubble ruler ink patches vasc label".split())
@@ -188,43 +185,31 @@ def _ink(image: np.ndarray, rng: np.random.Generator, centre: np.ndarray, radius
 
 
 def write_world(
-    folder: str | Path,
-    num_train: int,
-    num_val: int,
-    num_test: int,
-    seed: int,
-    size: int = POINTS,
-    balanced: bool = False,
+    folder: str | Path, num_train: int, num_val: int, num_test: int, seed: int, size: int = 64, balanced: bool = False
 ) -> None:
-    """Write images/<image>.jpg and splits/phantom_{train,val,test}.csv in the layout of ISIC 2019.
+    """Write images/<image>.jpg and splits/phantom_{train,val,test}.csv in the layout of ISIC 2019, or complete them.
 
     Image i depends only on (seed, i, size) and `balanced` (see `sample_labels`). phantom_train_{a,b}.csv are halves of
-    the training rows, for the reward classifier and the judge. The same call completes a partial world.
+    the training rows, for the reward classifier and the judge.
     """
     world = dict(style=STYLE, seed=seed, size=size, num_train=num_train, num_val=num_val, num_test=num_test)
     world |= {"balanced": True} if balanced else {}
     if min(world.values()) < 0 or size < 16:
         raise UserError(f"a phantom world needs numbers >= 0 and size >= 16, got {world}")
-    folder = Path(folder)
-    images, splits, record = folder / "images", folder / "splits", folder / WORLD
-    with locked(folder, "another --out"):
-        check_record(record, world, occupied=images.exists() or splits.exists())
-        if splits.exists():  # a world that has splits/ is complete
-            return
-        write_json(record, world)
+
+    def draw_images() -> dict[str, list[dict]]:
         rows = []
         for index in tqdm(range(num_train + num_val + num_test), desc="drawing", unit="image", disable=None):
-            rng, path = np.random.default_rng((seed, index)), images / f"PHANTOM_{index:07d}.jpg"
+            rng, path = np.random.default_rng((seed, index)), Path(folder) / "images" / f"PHANTOM_{index:07d}.jpg"
             labels = sample_labels(rng, balanced)
             row = dict.fromkeys(COLUMNS, 0) | dict(zip(LABELS, labels, strict=True)) | {"image": path.stem}
             rows.append(row | {"MEL": float(row["MEL"]), "NV": float(row["NV"]), "label": row["MEL"]})
             if not path.exists():
-                save_jpeg(path, Image.fromarray(draw(labels, rng, size)))
+                save_picture(path, Image.fromarray(draw(labels, rng, size)))
         train, val, test = rows[:num_train], rows[num_train : num_train + num_val], rows[num_train + num_val :]
-        parts = {"train": train, "val": val, "test": test, "train_a": train[::2], "train_b": train[1::2]}
-        with atomic_folder(splits) as unfinished:
-            for name, part in parts.items():
-                write_table(unfinished / f"phantom_{name}.csv", COLUMNS, part)
+        return {"train": train, "val": val, "test": test, "train_a": train[::2], "train_b": train[1::2]}
+
+    complete_world(Path(folder), world, "phantom", COLUMNS, draw_images)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

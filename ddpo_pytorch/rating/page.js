@@ -2,19 +2,14 @@
 
 const at = (id) => document.getElementById(id);
 const fixed = document.body.dataset;
-const SAID = { 1: "1, poor.", 2: "2, acceptable.", 3: "3, excellent.", none: "Ungradable.", skip: "Skipped.", undo: "Undone." };
-const QUESTIONS = { rating: "Does it look like a good photograph?" }; // asked one after another, by the field of the answer
 const mode = fixed.mode, pair = mode === "pair";
-if (mode === "rate" && fixed.criteria) Object.assign(QUESTIONS, { disc: "How clear is the optic disc?", vessels: "How clear are the vessels?", contrast: "How good is the contrast?", artifacts: "How free is it from artifacts?" });
-if (mode === "rate") QUESTIONS.alignment = "Does it show what the text says?";
-if (mode === "real") {
-  QUESTIONS.rating = "Is this a photograph, or generated?";
-  Object.assign(SAID, { 1: "Generated.", 3: "Photograph." });
-}
-if (pair) {
-  QUESTIONS.rating = "Which image is better?";
-  Object.assign(SAID, { 1: "The second.", 2: "No difference.", 3: "The first." });
-}
+const CRITERIA = { disc: "How clear is the optic disc?", vessels: "How clear are the vessels?", contrast: "How good is the contrast?", artifacts: "How free is it from artifacts?" };
+const [QUESTIONS, NAMES] = { // questions asked one after another, by the field of the answer; names of the ratings
+  rate: [{ rating: "Does it look like a good photograph?", ...(fixed.criteria && CRITERIA), alignment: "Does it show what the text says?" }, { 1: "1, poor.", 2: "2, acceptable.", 3: "3, excellent." }],
+  real: [{ rating: "Is this a photograph, or generated?" }, { 1: "Generated.", 3: "Photograph." }],
+  pair: [{ rating: "Which image is better?" }, { 1: "The second.", 2: "No difference.", 3: "The first." }],
+}[mode];
+const SAID = { ...NAMES, none: "Ungradable.", skip: "Skipped.", undo: "Undone." };
 for (const part of document.querySelectorAll("[data-in]")) if (!part.dataset.in.split(" ").includes(mode)) part.remove();
 for (const part of document.querySelectorAll("[data-some]")) if (!fixed[part.dataset.some]) part.remove();
 const keysOf = (button) => button.getAttribute("aria-keyshortcuts").split(" ").map((key) => [key, button.dataset.do]);

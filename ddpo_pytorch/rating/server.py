@@ -32,13 +32,8 @@ from ddpo_pytorch.rating.store import rater_name
 from ddpo_pytorch.utils.errors import UserError
 
 MAX_BODY = 4096  # bytes per request
-HEADERS = {
-    "Cache-Control": "no-store",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-}
+HEADERS = {"Cache-Control": "no-store", "Cross-Origin-Resource-Policy": "same-origin", "X-Frame-Options": "DENY"}
+HEADERS |= {"Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}
 Action = Literal["state", "rate", "skip", "undo", "again"]
 Name = Annotated[str, Field(max_length=512, strict=True)]
 OneToThree = Annotated[int, Field(ge=1, le=3, strict=True)] | None
@@ -75,7 +70,6 @@ def refusal(request: Request, host: str, allowed: bool) -> tuple[int, str] | Non
     headers, reads = request.headers, request.method in ("GET", "HEAD")
     length = headers.get("content-length", "0" if reads else "")
     stated = re.fullmatch("[0-9]{1,9}", length) and "transfer-encoding" not in headers
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if not is_own(headers.get("host", ""), host):
         return 400, "this page is not served under that host name"
     if not allowed:
@@ -84,7 +78,7 @@ def refusal(request: Request, host: str, allowed: bool) -> tuple[int, str] | Non
         return 413, f"requests must state a length of at most {MAX_BODY} bytes"
     if not reads and urlsplit(headers.get("origin", "")).netloc != headers.get("host"):
         return 403, "requests must come from the page itself"
-    if not reads and kind != "application/json":
+    if not reads and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         return 415, "requests must be JSON"
     return None
 
@@ -94,18 +88,15 @@ def make_app(
 ) -> FastAPI:
     """Return the app: the page with inline style and script, its images, and the endpoint for clicks.
 
-    Requests are rejected unread unless they are short, from the page itself and with the token. In mode "real" the page
-    asks whether an image is a photograph, in "pair" which of two is better, else for quality, its `criteria`, and
-    agreement with the text. It asks for the rater and the expert level unless `only` and `level` are given. `square`:
-    arguments size and resize of `load_pixels`.
+    In mode "real" the page asks whether an image is a photograph, in "pair" which of two is better, else for quality,
+    its `criteria`, and agreement with the text. It asks for the rater and the expert level unless `only` and `level`
+    are given. `square`: arguments size and resize of `load_pixels`.
     """
     folder = files("ddpo_pytorch.rating")
     parts = {name: (folder / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
     hashes = {name: base64.b64encode(hashlib.sha256(parts[name].encode()).digest()).decode() for name in ("css", "js")}
-    policy = (
-        f"default-src 'none'; script-src 'sha256-{hashes['js']}'; style-src 'sha256-{hashes['css']}'; img-src blob: "
-        "data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; connect-src 'self'; "
+    policy += f"img-src blob: data:; script-src 'sha256-{hashes['js']}'; style-src 'sha256-{hashes['css']}'"
     shown = {"rater": only, "level": level or "", "mode": mode, "criteria": "yes" if criteria else ""}
     shown["examples"] = " ".join(f"{rating}:{name}" for rating, name in questions.examples)
     text = Template(parts["html"], autoescape=True).render(shown | parts)

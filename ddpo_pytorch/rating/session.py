@@ -5,9 +5,8 @@ import hmac
 import os
 import secrets
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +16,21 @@ from ddpo_pytorch.data.fundus import load_split, modality_of
 from ddpo_pytorch.data.images import open_image, upright_size
 from ddpo_pytorch.data.sample_folder import read_log
 from ddpo_pytorch.data.tables import tidy_path
-from ddpo_pytorch.rating.store import Store
+from ddpo_pytorch.rating.store import Item, Store
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import Stream, generator_of, text_number
 
 
-@dataclass(frozen=True)
-class Item:
-    """An image: file, path from the ratings table, prompt, modality (or ""), (width, height), patient (or "")."""
-
-    path: Path
-    image_path: str
-    prompt: str
-    modality: str
-    size: tuple[int, int]
-    patient: str = ""
-    rival: "Item | None" = None  # the question is then which of the two is better
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """(image_path, prompt, path of the rival or ""), which each rater rates once."""
-        return self.image_path, self.prompt, self.rival.image_path if self.rival else ""
-
-
 def sample_items(folder: str | Path, table: str | Path) -> list[Item]:
     """Return the images in `image_log.json` of a sample folder. Raises UserError for an unusable entry."""
-    entries, items = read_log(folder), []
-    if not entries:
-        raise UserError(f"{str(folder)!r} has no image_log.json with images; give a folder that scripts/eval.py wrote")
-    for number, entry in enumerate(entries, 1):
-        where = f"{str(folder)!r} image_log.json entry {number}"
+    items = []
+    for number, entry in enumerate(read_log(folder), 1):
+        where, path = f"{str(folder)!r} image_log.json entry {number}", Path(folder) / entry["path_to_img"]
         if not (prompt := entry.get("prompt")):
             raise UserError(f"{where}: a prompt is required; sample again into another folder")
-        path = Path(folder) / entry["path_to_img"]
         items.append(_item(path, prompt, folder, table, where, entry.get("patient") or ""))
+    if not items:
+        raise UserError(f"{str(folder)!r} has no image_log.json with images; give a folder that scripts/eval.py wrote")
     return items
 
 
@@ -66,17 +46,16 @@ def _item(path: Path, prompt: str, folder: str | Path, table: str | Path, where:
     # links are not resolved here, so that linked folders can be moved
     image_path = Path(os.path.relpath(path, os.path.abspath(Path(table).parent))).as_posix()
     prompt = " ".join(filter(None, prompt.split(" ")))  # as `read_ratings` reads it
-    fault = ""
-    if not resolved.is_relative_to(Path(folder).resolve()):
-        fault = f"{str(path)!r} leads out of {str(folder)!r}; only images inside it are shown"
-    elif not resolved.is_file():
-        fault = f"there is no file {str(path)!r}; run the command that wrote the folder again"
-    elif not (prompt + image_path + patient).isprintable() or tidy_path(image_path.strip()) != image_path:
-        # each row of the table must be one line of the file, so that a torn row can be detected
-        fault = f"prompt or path {image_path!r} has line breaks, control characters, backslashes or outer spaces"
+    # each row of the table must be one line of the file, so that a torn row can be detected
+    plain = (prompt + image_path + patient).isprintable() and tidy_path(image_path.strip()) == image_path
     try:
-        if fault:
-            raise UserError(fault)
+        if not resolved.is_relative_to(Path(folder).resolve()):
+            raise UserError(f"{str(path)!r} leads out of {str(folder)!r}; only images inside it are shown")
+        if not resolved.is_file():
+            raise UserError(f"there is no file {str(path)!r}; run the command that wrote the folder again")
+        if not plain:
+            fault = "has line breaks, control characters, backslashes or outer spaces"
+            raise UserError(f"prompt or path {image_path!r} {fault}")
         with open_image(resolved) as image:
             size = upright_size(image)
     except UserError as error:
@@ -91,12 +70,11 @@ def distinct(items: Sequence[Item]) -> list[Item]:
 
 def pair_items(first: Sequence[Item], second: Sequence[Item]) -> list[Item]:
     """Return the first source's images with their rivals: of each prompt, the second source's n-th image by name."""
-    by_source: list[dict[str, list[Item]]] = [defaultdict(list), defaultdict(list)]
-    for items, by_prompt in zip((first, second), by_source, strict=True):
+    groups: dict[str, tuple[list[Item], list[Item]]] = {item.prompt: ([], []) for item in distinct(first)}
+    for side, items in enumerate((first, second)):
         for item in distinct(items):
-            by_prompt[item.prompt].append(item)
-    pairs = (pair for prompt in by_source[0] for pair in zip(*(source[prompt] for source in by_source), strict=False))
-    return [replace(a, rival=b) for a, b in pairs]
+            groups.get(item.prompt, ([], []))[side].append(item)
+    return [replace(item, rival=rival) for pair in groups.values() for item, rival in zip(*pair, strict=False)]
 
 
 def order_for(count: int, seed: int, rater: str, repeats: float = 0) -> list[int]:
@@ -109,12 +87,6 @@ def order_for(count: int, seed: int, rater: str, repeats: float = 0) -> list[int
     again = torch.randperm(half, generator=generator)[: round(repeats * count)].tolist()
     places = [*enumerate(order), *((position + half + 0.5, count + order[position]) for position in again)]
     return [number for _, number in sorted(places)]
-
-
-def is_swapped(number: int, count: int, seed: int, rater: str) -> bool:
-    """Return whether a pair's rival is shown first; a hidden repeat has the opposite order."""
-    generator = generator_of(seed, Stream.ORDER, text_number(rater), number % count)
-    return bool(torch.randint(2, (1,), generator=generator)) != (number >= count)
 
 
 class Progress:
@@ -151,8 +123,7 @@ class Progress:
 class Questions:
     """Items under unguessable ids (`number_of` questions, `files` of images), and each rater's progress. Thread-safe.
 
-    `repeats`: see `order_for`. `examples`: (rating, file) of reference images. `summarise` returns the lines to show a
-    rater at the end.
+    `examples`: (rating, file) of reference images. `summarise` returns the lines to show a rater at the end.
     """
 
     def __init__(
@@ -164,19 +135,19 @@ class Questions:
         examples: Sequence[tuple[int, Path]] = (),
         summarise: Callable[[str], list[str]] = lambda rater: [],
     ):
-        self._items, self._store, self._seed, self._repeats = list(items), store, seed, repeats
-        self._summarise, self._secret = summarise, secrets.token_bytes(32)
+        self._items, self._count = [*items, *items], len(items)  # a repeat has the number of its item plus the count
+        self._store, self._seed, self._repeats, self._summarise = store, seed, repeats, summarise
+        self._secret, self._lock = secrets.token_bytes(32), threading.Lock()
+        self._raters: dict[str, Progress] = {}
         self._numbers = {item.key: number for number, item in enumerate(items)}
-        self.number_of = {self._id("question", number): number for number in range(2 * len(items))}
-        self.files = {  # a pair's id differs from its images' ids, which would reveal which folder is which
-            self._id(kind, number): one.path
-            for number, item in enumerate([*items, *items])
-            for kind, one in (("question", item), ("first", item), ("second", item.rival or item))
-        }
+        self.number_of = {self._id("question", number): number for number in range(len(self._items))}
+        self.files: dict[str, Path] = {}
+        for number, item in enumerate(self._items):
+            # a pair's id differs from its images' ids, which would reveal which folder is which
+            for kind, one in (("question", item), ("first", item), ("second", item.rival or item)):
+                self.files[self._id(kind, number)] = one.path
         self.examples = [(rating, self._id("example", number)) for number, (rating, _) in enumerate(examples)]
         self.files |= {name: path for (_, name), (_, path) in zip(self.examples, examples, strict=True)}
-        self._raters: dict[str, Progress] = {}
-        self._lock = threading.Lock()
 
     def _id(self, kind: str, number: int) -> str:
         return hmac.new(self._secret, f"{kind} {number}".encode(), hashlib.sha256).hexdigest()[:32]
@@ -188,12 +159,11 @@ class Questions:
         page counted `undoable` clicks. `given`: rating, expert_level, alignment, criteria and undoable. For a pair, the
         page's rating is 3 for the image shown first; the stored rating is 3 for the item, 1 for its rival.
         """
-        count = len(self._items)
         with self._lock:
             if rater not in self._raters:
-                order = order_for(count, self._seed, rater, self._repeats)
+                order = order_for(self._count, self._seed, rater, self._repeats)
                 answered = (answer for answer in self._store.answers(self._numbers) if answer.reader == rater)
-                rated = [self._numbers[answer.question] + count * answer.repeat for answer in answered]
+                rated = [self._numbers[answer.question] + self._count * answer.repeat for answer in answered]
                 self._raters[rater] = Progress(order, [number for number in rated if number in set(order)])
             progress, already, undoable = self._raters[rater], {}, given.pop("undoable", None)
             if action == "again":
@@ -211,32 +181,33 @@ class Questions:
                 self._click(action, progress.history[-1][0], rater, {})
                 progress.undo()
             shown = [self._question(number, rater) for number in progress.waiting[:2]]
-            return already | {
-                "total": progress.total,
-                "rated": progress.total - len(progress.waiting) - len(progress.postponed),
-                "skipped": len(progress.postponed),
-                "undo": len(progress.history),
-                "summary": [] if shown else self._summarise(rater),
-                "current": shown[0] if shown else None,
-                "next": shown[1] if len(shown) > 1 else None,
-            }
+            counts = {"total": progress.total, "skipped": len(progress.postponed), "undo": len(progress.history)}
+            rated = progress.total - len(progress.waiting) - len(progress.postponed)
+            current, following = [*shown, None, None][:2]
+            state = {"rated": rated, "current": current, "next": following}
+            return already | counts | state | {"summary": [] if shown else self._summarise(rater)}
 
     def _click(self, action: str, number: int, rater: str, given: dict[str, int | None]) -> None:
-        again, item = divmod(number, len(self._items))
-        if again:
+        if number >= self._count:
             action = {"rate": "repeat", "undo": "unrepeat"}.get(action, action)
         answers = {name: value for name, value in given.items() if value is not None}
-        if self._items[item].rival and answers and is_swapped(number, len(self._items), self._seed, rater):
+        if answers and self._is_swapped(number, rater):
             answers["rating"] = 4 - answers["rating"]
-        self._store.click(action, self._items[item], rater, **answers)
+        self._store.click(action, self._items[number], rater, **answers)
 
     def _question(self, number: int, rater: str) -> dict[str, Any]:
         """Return id, prompt and, for a pair, the images in the order in which this rater sees them."""
-        item, question = self._items[number % len(self._items)], {"id": self._id("question", number)}
-        if item.rival:
+        question: dict[str, Any] = {"id": self._id("question", number), "prompt": self._items[number].prompt}
+        if self._items[number].rival:
             images = [self._id("first", number), self._id("second", number)]
-            question["images"] = images[:: -1 if is_swapped(number, len(self._items), self._seed, rater) else 1]
-        return question | {"prompt": item.prompt}
+            question["images"] = images[::-1] if self._is_swapped(number, rater) else images
+        return question
+
+    def _is_swapped(self, number: int, rater: str) -> bool:
+        """Return whether this rater sees a pair's rival first; a hidden repeat has the opposite order."""
+        generator = generator_of(self._seed, Stream.ORDER, text_number(rater), number % self._count)
+        drawn = bool(torch.randint(2, (1,), generator=generator))
+        return bool(self._items[number].rival) and drawn != (number >= self._count)
 
     def close(self) -> None:
         """Close the store once the click in progress is saved."""

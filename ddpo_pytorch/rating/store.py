@@ -2,9 +2,8 @@
 
 `ratings.journal.csv` (time, action, the columns of the table) is the source of truth: a click is on disk (fsync) before
 it is confirmed. Ratings of hidden repeats are only in the journal. `ratings.csv` is always valid for `read_ratings`:
-each click replaces it atomically. If another program has changed either file, its content is first saved under another
-name, so neither a spreadsheet nor a crash changes, loses or duplicates a rating. Only a table without a journal is
-imported as it is.
+each click replaces it atomically. What another program wrote to either file is first saved under another name, so
+neither a spreadsheet nor a crash loses a rating. Only a table without a journal is imported as it is.
 """
 
 import calendar
@@ -15,28 +14,44 @@ import os
 import time
 import unicodedata
 from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ddpo_pytorch.data import ratings
 from ddpo_pytorch.data.tables import number, read_table, table_text
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import append, lock, remove_leftovers, write_file
 
-if TYPE_CHECKING:
-    from ddpo_pytorch.rating.session import Item
-
 # `other`: the image that image_path is compared with. All but `mode` are empty if not asked.
 OPTIONAL = (*ratings.APART, "other", *ratings.CRITERIA, "mode")
 COLUMNS = (*ratings.COLUMNS, *OPTIONAL)
 JOURNAL_COLUMNS = ("time", "action", *COLUMNS)
 ACTIONS = ("rate", "skip", "undo", "repeat", "unrepeat")
-TIME = "%Y-%m-%dT%H:%M:%SZ"
+TIME, EXAMPLE = "%Y-%m-%dT%H:%M:%SZ", "2026-01-31T12:00:00Z"
 
 logger = logging.getLogger(__name__)
 Key = tuple[Any, ...]
 Question = tuple[str, str, str]  # image_path, prompt, other
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image: file, path from the ratings table, prompt, modality (or ""), (width, height), patient (or "")."""
+
+    path: Path
+    image_path: str
+    prompt: str
+    modality: str
+    size: tuple[int, int]
+    patient: str = ""
+    rival: "Item | None" = None  # the question is then which of the two is better
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """(image_path, prompt, path of the rival or ""), which each rater rates once."""
+        return self.image_path, self.prompt, self.rival.image_path if self.rival else ""
 
 
 class Answer(NamedTuple):
@@ -61,10 +76,7 @@ def rater_name(text: str) -> str:
 
 
 class Store:
-    """The table at `path` and its journal, for answers of one `mode`, locked for this process. Not thread-safe.
-
-    Raises UserError for a table of another mode; rows of earlier versions may lack the mode.
-    """
+    """The table at `path` and its journal, of one `mode` (else UserError), locked for this process. Not thread-safe."""
 
     def __init__(self, path: str | Path, mode: str = "rate"):
         self.path, self.mode = Path(path), mode
@@ -113,7 +125,7 @@ class Store:
         times = [calendar.timegm(time.strptime(click[0], TIME)) for click in clicks]
         return [after - before for before, after in itertools.pairwise(times) if after - before <= 300]
 
-    def click(self, action: str, item: "Item", rater: str, **answers: int | None) -> None:
+    def click(self, action: str, item: Item, rater: str, **answers: int | None) -> None:
         """Record one of ACTIONS. Raises OSError, and records nothing, if it cannot be written.
 
         `answers`: rating, expert_level, alignment and those of `ratings.CRITERIA` that were given. With an alignment,
@@ -146,8 +158,7 @@ class Store:
     def _read(self) -> tuple[list[list[str]], bytes]:
         """Return the journal's clicks and an incomplete last line to drop; without a journal, the table as clicks.
 
-        The latter have no time. An incomplete line is a click interrupted by a crash, unless the table shows that it
-        was confirmed.
+        An incomplete line is a click interrupted by a crash, unless the table shows that it was confirmed.
         """
         table, journal = _bytes(self.path), _bytes(self.journal)
         if _content(JOURNAL_COLUMNS).startswith(journal):  # missing, or truncated in its first line
@@ -171,17 +182,16 @@ class Store:
             image, rating, _, level, _, rater = (fields[name] for name in ratings.COLUMNS)
             if set(fields) - set(columns):
                 faults.append(f"the columns are not {', '.join(columns)} alone")
-            if action not in ACTIONS or (
-                action in ("rate", "repeat") and not all(1 <= (number(cell) or 0) <= 3 for cell in (rating, level))
-            ):
+            rated = all(1 <= (number(cell) or 0) <= 3 for cell in (rating, level)) or action not in ("rate", "repeat")
+            if action not in ACTIONS or not rated:
                 faults.append(f"{action} with rating {rating!r} of expert level {level!r}; both are 1 to 3")
-            if (moment := fields.get("time")) and not _is_time(moment):
-                faults.append(f"time is {moment!r}; it must be in UTC, such as 2026-01-31T12:00:00Z")
-            mode = ratings.mode_of(fields)
-            if mode not in ("", self.mode):
+            try:
+                time.strptime(fields.get("time") or EXAMPLE, TIME)  # optional
+            except ValueError:
+                faults.append(f"time is {fields['time']!r}; it must be in UTC, such as {EXAMPLE}")
+            if (mode := ratings.mode_of(fields)) not in ("", self.mode):
                 faults.append(f"it is an answer of --mode={mode}, now the mode is {self.mode}")
-            column = columns.index("image_path")
-            cells[column] = os.path.relpath(os.path.join(folder, image), folder)  # as in `Item`
+            cells[columns.index("image_path")] = os.path.relpath(os.path.join(folder, image), folder)  # as in `Item`
             return cells, _key(cells, action) if path == self.path and rater else None, f"{rater!r} rating {image!r}"
 
         try:
@@ -189,14 +199,6 @@ class Store:
             return read_table(path, "table of ratings", first, make, OPTIONAL, free_text="prompt", content=content)
         except UserError as error:
             raise UserError(f"{error}; correct it, move {str(path)!r} away, or give another --out") from error
-
-
-def _is_time(text: str) -> bool:
-    try:
-        time.strptime(text, TIME)
-    except ValueError:
-        return False
-    return True
 
 
 def _replay(clicks: Iterable[Sequence[str]], before: Mapping[Key, list[str]] | None = None) -> dict[Key, list[str]]:
