@@ -8,13 +8,13 @@ Any field can be overridden on the command line (`--config.train.learning_rate=1
 import inspect
 from collections.abc import Sequence
 
-import ml_collections
+from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from ddpo_pytorch.utils.cli import Configuration, KeywordArguments, OptionalBlock
 
 
-def get_config(name: str = "") -> ml_collections.ConfigDict:
+def get_config(name: str = "") -> ConfigDict:
     """Return the defaults. `name` exists only for the error message, since experiments are in other files."""
     if name:
         raise ValueError(
@@ -28,35 +28,27 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     config.base_log_path = "rl4med-out"
     root = config.get_ref("base_log_path")
     config.run_name = ""  # name of the run, i.e. of its folder under logdir. Empty: date and time
-    # all randomness (prompts, noise, shuffles, LoRA init) is a function of (seed, epoch, sample index).
-    config.seed = 42
-    # parent of run folders (train.py), or the output folder (eval.py, extract_dataset_latents.py).
-    config.logdir = root + "/logs"
-    # number of RL epochs. One epoch is one round of sampling followed by training on those samples.
-    config.num_epochs = 100
+    config.seed = 42  # all randomness (prompts, noise, shuffles, LoRA init) is a function of (seed, epoch, sample)
+    config.logdir = root + "/logs"  # parent of run folders (train.py), else the output folder
+    config.num_epochs = 100  # RL epochs: rounds of sampling, each followed by training on those samples
     config.save_freq = 20  # epochs between checkpoints (and fixed-seed sample grids)
-    # checkpoints kept in a run folder; older ones are removed after a newer one is complete.
-    config.num_checkpoint_limit = 5
+    config.num_checkpoint_limit = 5  # checkpoints kept in a run folder; older ones are removed
     # "fp16", "bf16" or "no": dtype of frozen weights. Trained weights and log-probs stay in float32.
     config.mixed_precision = "fp16"
     config.allow_tf32 = True  # TF32 matrix products on Ampere and later GPUs
-    # checkpoint folder to resume from, or run folder, whose newest checkpoint is taken.
-    config.resume_from = ""
+    config.resume_from = ""  # checkpoint folder to resume from, or run folder, whose newest checkpoint is taken
     config.use_lora = True  # LoRA adapters on the UNet (True) or all UNet weights (False)
     # Accelerate's trackers besides metrics.jsonl: "wandb" (offline without a key), "wandb,tensorboard", ...; "": none.
-    config.log_with = "wandb"
-    # also send sample grids to these trackers; off by default, since medical images should not leave the machine.
-    config.log_images = False
-    config.wandb_project = "rl4med-ddpo"
+    # log_images also sends sample grids there; off by default, since medical images should not leave the machine.
+    config.update(log_with="wandb", log_images=False, wandb_project="rl4med-ddpo")
     # seconds that a process waits for the others; one may work alone for hours (decoding images, a slow reward).
     config.process_timeout = 24 * 3600.0
     config.progress = True  # progress bars, on a terminal only
 
     ###### Pretrained model ######
-    config.pretrained = pretrained = ml_collections.ConfigDict()
+    config.pretrained = pretrained = ConfigDict()
     # Stable Diffusion in diffusers format: a local folder, or a Hugging Face id (by default the mirror of runwayml's).
-    pretrained.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    pretrained.revision = "main"
+    pretrained.update(model="stable-diffusion-v1-5/stable-diffusion-v1-5", revision="main")
     # UNet of stage (i) (safetensors with diffusers' names), which replaces the pretrained UNet. Empty: none.
     config.unet_path = ""
     # LoRA or UNet weights to evaluate (eval.py, generate.py) or to start from (train.py; train.lora_rank and
@@ -64,7 +56,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     config.load_from = ""
 
     ###### Sampling ######
-    config.sample = sample = ml_collections.ConfigDict()
+    config.sample = sample = ConfigDict()
     sample.num_steps = 50  # denoising steps
     # "ddim", or in eval.py also "dpm++": second-order DPM-Solver++ (2M), deterministic, good with 15 to 25 steps.
     sample.scheduler = "ddim"
@@ -81,17 +73,16 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     sample.images_per_prompt = 1
 
     ###### Training ######
-    config.train = train = ml_collections.ConfigDict()
+    config.train = train = ConfigDict()
     # samples per process in one forward and backward pass. Must divide sample.batch_size * num_batches_per_epoch.
     train.batch_size = 1
-    # bitsandbytes' 8-bit Adam (needs that package and a GPU).
-    train.use_8bit_adam = False
+    train.use_8bit_adam = False  # bitsandbytes' 8-bit Adam (needs that package and a GPU)
     train.update(learning_rate=3e-4, adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=1e-4, adam_epsilon=1e-8)
     # train batches per optimizer update. One update averages over batch_size * gradient_accumulation_steps * processes
     # samples and all of their trained timesteps.
     train.gradient_accumulation_steps = 1
     # timesteps of each sample in one forward and backward pass of batch_size * timesteps_per_forward rows (twice as
-    # many with guidance). Same gradients up to rounding; more memory, but faster if small batches leave the device
+    # many with guidance): the same gradients up to rounding; more memory, but faster if small batches leave the device
     # idle. Must divide the number of trained timesteps.
     train.timesteps_per_forward = 1
     # updates with a non-finite loss or gradient are skipped; this number of them in a row aborts the run.
@@ -105,12 +96,10 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # PPO clip range of the ratio. Log-probs are *means* over latent dimensions D, so 1e-4 at D = 16,384 (512 px) clips
     # at +-1.64 nats of the true log-ratio; the equivalent at D = 1,024 is 1.6e-3.
     train.clip_range = 1e-4
-    # share of a trajectory's timesteps to train on, chosen at random for each sample.
-    train.timestep_fraction = 1.0
-    # part of the trajectory that timesteps are chosen from, 0 = noise, 1 = image. (0.0, 1.0) is all of it.
-    train.timestep_window = (0.0, 1.0)
-    # recompute activations in the backward pass: less memory, about a third more time.
-    train.gradient_checkpointing = False
+    # share of a trajectory's timesteps to train on, chosen at random for each sample from the part timestep_window of
+    # the trajectory: 0 = noise, 1 = image.
+    train.update(timestep_fraction=1.0, timestep_window=(0.0, 1.0))
+    train.gradient_checkpointing = False  # recompute activations backward: less memory, about a third more time
     # compute the gradient of an epoch's first update, where the ratio is 1, while sampling: this saves its forward
     # passes and gives the same gradient up to rounding. Its samples are drawn batch_size * timesteps_per_forward at a
     # time; each takes 4 bytes of CPU memory per adapter weight. Only for LoRA of linear layers and
@@ -119,12 +108,11 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # torch.compile the UNet's transformer blocks: takes minutes at the start (cached between runs), then runs faster.
     # In half precision on a GPU, the rollout then runs with gradients enabled and takes as much memory as the update.
     train.compile = False
-    train.lora_rank = 4  # LoRA rank; the scale alpha / rank is 1, as in the published checkpoint
-    # suffixes of the names of UNet modules that get an adapter.
-    train.lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    # weight of the KL divergence to the base model (adapters off), added to the loss. Needs use_lora.
-    train.kl_coef = 0.0
-    # weight of the diffusion loss on real images (with sd.caption_dropout), added to the loss, and the folder of their
+    # LoRA rank (the scale alpha / rank is 1, as in the published checkpoint), and suffixes of the names of UNet modules
+    # that get an adapter.
+    train.update(lora_rank=4, lora_targets=("to_q", "to_k", "to_v", "to_out.0"))
+    train.kl_coef = 0.0  # weight in the loss of the KL divergence to the base model (adapters off). Needs use_lora
+    # weight in the loss of the diffusion loss on real images (with sd.caption_dropout), and the folder of their
     # latents: <logdir>/latents of extract_dataset_latents.py, or <sd.output>/latents/train.
     train.update(data_coef=0.0, data_latents="")
     # "per_prompt": running per-prompt statistics (below). "group": mean and standard deviation over this epoch's
@@ -133,13 +121,12 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     train.advantage = "per_prompt"
 
     ###### Stopping criterion of the paper ######
-    config.early_stop = early_stop = ml_collections.ConfigDict()
     # stop after this number of epochs in a row in which the mean reward changed by less than the tolerance. 0: never,
     # as in the official code.
-    early_stop.update(patience=0, tolerance=1e-3)
+    config.early_stop = ConfigDict({"patience": 0, "tolerance": 1e-3})
 
     ###### Held-out evaluation during training (train.py) ######
-    config.held_out = held_out = ml_collections.ConfigDict()
+    config.held_out = held_out = ConfigDict()
     # epochs between evaluations of all prompts of prompt_fn from fixed noise, the first before training; 0: none. Each
     # draws images_per_prompt images of every prompt (8 * 32 = 256). The best checkpoint by APR is kept in <run>/best.
     held_out.update(every=0, images_per_prompt=8)
@@ -153,59 +140,51 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # its keyword arguments, except those set to None; those of your own function need not be declared here. from_file
     # reads lines [low, high) of path, fundus_table the captions of a table; composed fills `templates`, by default
     # ("The {eye} eye fundus image shows {finding}.",), with the findings of a table or of a model's training captions.
-    config.prompt_fn_kwargs = prompt_fn_kwargs = KeywordArguments()
+    config.prompt_fn_kwargs = KeywordArguments()
     for name, kind in (("path", str), ("low", int), ("high", int)):
-        prompt_fn_kwargs[name] = placeholder(kind)
+        config.prompt_fn_kwargs[name] = placeholder(kind)
 
     ###### Rewards ######
     # name in REWARDS of ddpo_pytorch/rewards.py, "my_module:my_reward", or a weighted sum such as
     # "isic_classifier_reward:1.0,jpeg_compressibility:0.1".
     config.reward_fn = "isic_classifier_reward"
-    # keyword arguments by reward name. Those of your own reward need not be declared here.
+    # keyword arguments by reward name; those of your own reward need not be declared here: the folder of train_rlhf.py
+    # with Selector and Policy, and the H=6 attribute classifier whose predictions give the reward.
     config.reward_fn_kwargs = KeywordArguments()
-    # folder of train_rlhf.py with Selector and Policy.
     config.reward_fn_kwargs.fundus_alignment.judges = root + "/rlhf"
-    # H=6 attribute classifier whose predictions give the reward.
     config.reward_fn_kwargs.isic_classifier_reward.classifier = root + "/published/artifact_classifier_train_H6.pth"
 
     ###### Per-prompt statistics ######
-    # None: advantages are computed over the whole batch, as with train.advantage="global".
-    config.per_prompt_stat_tracking = OptionalBlock()
-    config.per_prompt_stat_tracking.buffer_size = 16  # rewards remembered for each prompt, 2 or more
-    # rewards of a prompt before its own mean and standard deviation replace those of the batch: 2 to buffer_size.
-    config.per_prompt_stat_tracking.min_count = 16
+    # rewards remembered for each prompt, 2 or more, and rewards of a prompt before its own mean and standard deviation
+    # replace those of the batch, 2 to buffer_size. None instead: as with train.advantage="global".
+    config.per_prompt_stat_tracking = OptionalBlock({"buffer_size": 16, "min_count": 16})
 
     ###### Data set ######
-    config.dataset = dataset = ml_collections.ConfigDict()
+    config.dataset = dataset = ConfigDict()
     # folder of <image>.jpg files (any suffix, with or without _downsampled), and split table.
     dataset.data_path = dataset.csv = ""
     dataset.kind = "isic"  # "isic" or "fundus": format of the tables (ddpo_pytorch/data/isic.py, fundus.py)
     # side in pixels of the square images, and how they are made square: "stretch" (changes the aspect ratio, as in the
     # paper), "crop" (to the centre), "pad" (with black bars) or "fov" (crop to a fundus photograph's circle, then pad).
-    dataset.image_size = 512
-    dataset.resize = "stretch"
+    dataset.update(image_size=512, resize="stretch")
     dataset.limit = 0  # rows to use; 0: all
     dataset.skip_broken = False  # skip damaged images, with a warning, instead of stopping
     dataset.num_workers = 0  # image decoding workers per process; 0: decode in the process itself
 
     ###### Evaluation (eval.py) ######
-    config.eval = evaluation = ml_collections.ConfigDict()
-    # prompts, one image folder each: "('caption one','caption two')". (): all prompts of prompt_fn.
-    evaluation.prompts = ()
-    evaluation.num_samples_per_prompt = 960
-    # scale of the LoRA adapters, to interpolate between the base model (0) and the trained one (1).
-    evaluation.lora_scale = 1.0
-    # images per forward pass on a GPU; on a CPU the number follows from the size of the model.
-    evaluation.batch_size = 20
+    config.eval = evaluation = ConfigDict()
+    # prompts, one image folder each: "('caption one','caption two')" (): all prompts of prompt_fn. Images of each.
+    evaluation.update(prompts=(), num_samples_per_prompt=960)
+    evaluation.lora_scale = 1.0  # of the adapters, to interpolate between the base model (0) and the trained one (1)
+    evaluation.batch_size = 20  # images per pass on a GPU; on a CPU the number follows from the size of the model
     evaluation.image_format = "png"  # "png" (lossless), or "jpg": quality 95 without chroma subsampling (4:4:4)
-    # H-head classifier that scores samples as they are drawn, for image_log.json. Empty: none.
-    evaluation.classifier = ""
+    evaluation.classifier = ""  # H-head classifier that scores samples as drawn, for image_log.json. Empty: none
 
     ###### Metrics (metric.py) ######
-    config.metric = metric = ml_collections.ConfigDict()
-    # sample folders: real images, generated images, and optionally those of a base model to compare these with.
+    config.metric = metric = ConfigDict()
+    # sample folders: real images, generated images, and optionally those of a base model to compare these with; titles
+    # of the last two.
     metric.real_path = metric.fake_path = metric.compare_path = ""
-    # titles of fake_path and compare_path.
     metric.update(fake_name="SD+RL", compare_name="SD")
     # instead of these three: any number of folders, "SD=DIR,SD+RL=DIR", compared with the first. Folders of the same
     # name are generation seeds of one model; intervals over seeds need three or more.
@@ -215,11 +194,9 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # a judge that took no part in training: H=4, or with other labels for folders with metadata.csv ("" with
     # metric.judges); and more judges, "H6=FILE,NAME=FILE".
     metric.classifier = metric.more_judges = ""
-    # folder of train_rlhf.py whose Selector and Policy judge fundus images instead of metric.classifier.
-    metric.judges = ""
+    metric.judges = ""  # folder of train_rlhf.py with judges of fundus images, in place of metric.classifier
     # folders for metrics.json and tables, and for image features (cached by content; may be deleted).
-    metric.output = ""
-    metric.cache_dir = root + "/cache/metrics"
+    metric.update(output="", cache_dir=root + "/cache/metrics")
     metric.batch_size = 256  # images per process and forward pass
     metric.prompts = ()  # captions to evaluate; (): all
     # feature networks of FID, KID and the like: "inception", "judge" (pooled features of metric.classifier, or of the
@@ -235,23 +212,20 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     metric.groups = ()
     # image statistics of table 1 (fundus): "legacy", as in Mittal et al.; "fov", inside the field of view.
     metric.quality = ()
-    # folder of images named like the generated ones: SSIM is computed on these pairs only.
-    metric.pairs_path = ""
-    # more results for the report, "FILE,FILE": membership.json of membership.py, .summary.json of rate.py.
-    metric.results = ""
-    metric.logs = ""  # run folders of train.py, for curves in the report: "NAME=DIR,NAME=DIR"
+    metric.pairs_path = ""  # folder of images named like the generated ones, for SSIM of these pairs
+    # for the report: more results, "FILE,FILE" (membership.json of membership.py, .summary.json of rate.py), and run
+    # folders of train.py, for curves, "NAME=DIR,NAME=DIR".
+    metric.results = metric.logs = ""
 
     ###### Stage (i): the generator itself (train_sd.py) ######
-    config.sd = sd = ml_collections.ConfigDict()
+    config.sd = sd = ConfigDict()
     # "finetune": the UNet of pretrained.model, as in the paper. From scratch: "vae", then "unet" (and text encoder).
     sd.stage = "finetune"
     # output folder: a model in diffusers format ("vae", "unet"), pretrained_unet.safetensors ("unet", "finetune"), log
     # and sample grids. Rerun the same command to resume.
     sd.output = ""
     # training images and their split table; the other fields are as in dataset.
-    sd.kind = "isic"
-    sd.data_path = sd.csv = ""
-    sd.update(image_size=512, resize="stretch", limit=0, skip_broken=False)
+    sd.update(kind="isic", data_path="", csv="", image_size=512, resize="stretch", limit=0, skip_broken=False)
     # split table for the validation loss ("": none), rows to use (0: all), and steps between validations.
     sd.update(val_csv="", val_images=512, val_every=500)
     # latents of extract_dataset_latents.py (<logdir>/latents) to use instead of images. "": encoded into <output>.
@@ -260,28 +234,22 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # of real images among all, at least half.
     sd.update(pool="", real_share=0.5)
     # cache of decoded images (stage "vae"; 3 image_size^2 bytes each; "" decodes at every step). Decoding workers.
-    sd.cache_dir = root + "/cache"
-    sd.num_workers = 0
+    sd.update(cache_dir=root + "/cache", num_workers=0)
     # optimizer steps; images per process and forward pass, and forward passes per step.
     sd.update(num_steps=10_000, batch_size=64, gradient_accumulation_steps=1)
     # peak learning rate, reached after warmup_steps; then "cosine" to zero, or "constant".
     sd.update(learning_rate=1e-5, warmup_steps=100, lr_schedule="cosine")
-    # share of captions replaced by the empty one, to train the unconditional model that guidance needs.
-    sd.caption_dropout = 0.1
-    # weight timesteps by min(snr, gamma) / snr (Hang et al. 2023; 5 is usual). 0: equal weights.
-    sd.min_snr_gamma = 0.0
-    # decay of the EMA of the weights, which is saved, validated and sampled from; 0: no EMA.
-    sd.ema_decay = 0.999
+    sd.caption_dropout = 0.1  # share of captions replaced by the empty one, for the unconditional model of guidance
+    sd.min_snr_gamma = 0.0  # weight timesteps by min(snr, gamma) / snr (Hang et al. 2023; 5 is usual). 0: equally
+    sd.ema_decay = 0.999  # of the EMA of the weights, which is saved, validated and sampled from; 0: no EMA
     # LoRA adapters (True; "finetune" only, saved next to the merged UNet) or all weights of the UNet (False).
     sd.update(use_lora=False, lora_rank=16, lora_targets=("to_q", "to_k", "to_v", "to_out.0"))
     # to save memory: recompute activations in the backward pass; bitsandbytes' 8-bit Adam (needs it and a GPU).
     sd.gradient_checkpointing = sd.use_8bit_adam = False
     # steps between log lines, between sample grids (0: none), and between saved states to resume from (0: none).
-    sd.log_every = 50
-    sd.grid_every = sd.save_every = 1000
+    sd.update(log_every=50, grid_every=1000, save_every=1000)
     sd.vae_kl_weight = 1e-6  # weight of the VAE's KL term
-    # side in pixels of random crops that the VAE trains on; 0: whole images. Best without vae_attention.
-    sd.vae_crop = 0
+    sd.vae_crop = 0  # side of random crops that the VAE trains on, best without vae_attention; 0: whole images
     # weight of the VAE's perceptual loss, and its network: a timm model, or a weight file named after one.
     sd.update(perceptual_coef=0.0, perceptual_net="")
     # above 0, only the decoder of sd.vae is trained, and also against a patch discriminator, whose gradient is scaled
@@ -294,15 +262,14 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     sd.update(bert="microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext", text_tokens=256)
     # "finetune": also train the text encoder, with a tenth of the learning rate; from scratch it is always trained.
     sd.train_text_encoder = False
-    # parts trained from scratch: channels (multiples of 8) and attention per resolution; width (a multiple of 16) and
-    # layers of the text encoder.
-    sd.vae_channels = (16, 32, 32)
-    # the autoencoder's latent channels, and whether it has attention at its lowest resolution.
-    sd.update(vae_latent_channels=4, vae_attention=True)
+    # parts trained from scratch. VAE: channels (multiples of 8) per resolution, latent channels, and whether it has
+    # attention at its lowest resolution; UNet: channels and attention per resolution; text encoder: width (a multiple
+    # of 16) and layers.
+    sd.update(vae_channels=(16, 32, 32), vae_latent_channels=4, vae_attention=True)
     sd.update(unet_channels=(32, 64, 64), unet_attention=(False, True, True), text_width=64, text_layers=2)
 
     ###### Selector and Policy from expert ratings (train_rlhf.py) ######
-    config.rlhf = rlhf = ml_collections.ConfigDict()
+    config.rlhf = rlhf = ConfigDict()
     # table image_path,rating,modality,expert_level,prompt (and rater_id; quality and alignment, if rated separately),
     # and the folder of its images ("": that of the table). Paths are relative to that folder or the table's, as those
     # of rate.py. All images must be inside that folder or base_log_path.
@@ -315,9 +282,9 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     rlhf.output = root + "/rlhf"
     # (1,): train on all rated images. (2,): on those that the Selector from stage 1, in `output`, passes. Or both.
     rlhf.stages = (1, 2)
-    # the Policy's frozen text encoder: a model folder of train_sd.py, or BERT as a folder or Hugging Face id.
-    rlhf.text_encoder = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext"
-    rlhf.text_tokens = 256  # length of prompts in tokens; longer ones are truncated
+    # the Policy's frozen text encoder (a model folder of train_sd.py, or BERT as a folder or Hugging Face id), and the
+    # length of prompts in tokens; longer ones are truncated.
+    rlhf.update(text_encoder="microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext", text_tokens=256)
     # side in pixels of the images, a multiple of the patch; how they are made square (dataset.resize).
     rlhf.update(image_size=512, patch_size=16, resize="fov")
     # both image encoders: width, heads, layers, dropout.
@@ -337,31 +304,28 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     # lowest Selector score with which an image passes; None: the one that best separates ratings of 2 or more from 1 on
     # the validation images (Youden's J). Saved with the Selector.
     rlhf.threshold = placeholder(float)
-    # share of rejected images among stage 2's samples: without them, scores would only drift upwards.
-    rlhf.replay_share = 0.25
-    rlhf.num_epochs = 100  # passes over the rated images, in each stage
-    rlhf.batch_size = 32  # images per process and update
-    # Adam, with a cosine from learning_rate (stage 2: second_learning_rate) to final_learning_rate, stepped per epoch.
-    rlhf.learning_rate = rlhf.second_learning_rate = 1e-4
-    rlhf.update(final_learning_rate=1e-6, weight_decay=1e-4)
-    rlhf.warmup_steps = 0  # linear warm-up of stage 1, in updates; 0: none, as in the official code
+    rlhf.replay_share = 0.25  # of rejected images among stage 2's samples, without which scores only drift upwards
+    # passes over the rated images, in each stage, and images per process and update.
+    rlhf.update(num_epochs=100, batch_size=32)
+    # Adam, with a cosine from learning_rate (stage 2: second_learning_rate) to final_learning_rate, stepped per epoch,
+    # and a linear warm-up of stage 1, in updates (0: none, as in the official code).
+    rlhf.update(learning_rate=1e-4, second_learning_rate=1e-4, final_learning_rate=1e-6, weight_decay=1e-4)
+    rlhf.warmup_steps = 0
     rlhf.flip = True  # mirror images at random, and the eye in their prompts (not with "o'clock" and the like)
     # share of the images rated 3 in alignment that the Policy sees with the caption of another finding (and a target of
     # 0); images and captions are redrawn every epoch.
     rlhf.wrong_captions = 0.0
 
     ###### Improvement rounds (improve.py) ######
-    config.improve = improve = ml_collections.ConfigDict()
+    config.improve = improve = ConfigDict()
     improve.rounds = 3  # rounds of sampling, judging and training
-    # how rounds change the generator: "finetune" (on images the judges chose, and real ones), "ddpo" (train.py).
-    improve.methods = ("finetune",)
-    # before that, continue stage 2 of the Policy, with the settings and ratings of rlhf, on a new pool of the round.
-    improve.update_policy = False
+    # how rounds change the generator: "finetune" (on images the judges chose, and real ones), "ddpo" (train.py). Before
+    # that, update_policy continues stage 2 of the Policy, with the settings and ratings of rlhf, on a new pool.
+    improve.update(methods=("finetune",), update_policy=False)
     # folder for round_<n>/ (pool, model, metrics) and rounds.jsonl. Rerun the same command to resume.
     improve.output = root + "/improve"
     # folders of train_rlhf.py: the judges that select and reward images, and held-out ones, trained on other ratings.
-    improve.judges = root + "/rlhf"
-    improve.held_out_judges = ""
+    improve.update(judges=root + "/rlhf", held_out_judges="")
     # best of N: images_per_prompt times for each prompt, sample images until num_candidates pass the Selector, at most
     # max_attempts; the Policy ranks those that passed.
     improve.update(max_attempts=10, num_candidates=3, images_per_prompt=1)
@@ -390,7 +354,7 @@ def experiments(module: dict) -> list[str]:
     return [key for key, f in own.items() if key[0] != "_" and not inspect.signature(f).parameters]
 
 
-def choose(module: dict, name: str, derived: Sequence[str] = ()) -> ml_collections.ConfigDict:
+def choose(module: dict, name: str, derived: Sequence[str] = ()) -> ConfigDict:
     """Return the configuration of experiment `name` of the file `module`.
 
     `derived` are the names that its get_config takes from another file or scale, for the message about an unknown one.

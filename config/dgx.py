@@ -5,13 +5,12 @@
 Every experiment is a function below and states what differs from config/base.py.
 """
 
-import importlib.util
 import re
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
-_spec = importlib.util.spec_from_file_location("base", Path(__file__).with_name("base.py"))
-base = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(base)
+base = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("base.py"))))
 
 
 def model_and_dataset_configs(config):
@@ -21,10 +20,8 @@ def model_and_dataset_configs(config):
     # ISIC 2019 images, and the official split tables.
     config.dataset.data_path = root + "/data/ISIC_2019_Training_Input"
     config.dataset.csv = root + "/data/splits/isic2019_test.csv"
-    config.sd.data_path = root + "/data/ISIC_2019_Training_Input"
-    config.sd.csv = root + "/data/splits/isic2019_train.csv"
-    config.sd.val_csv = root + "/data/splits/isic2019_val.csv"
-    config.sd.output = root + "/sd"
+    config.sd.update(data_path=root + "/data/ISIC_2019_Training_Input", output=root + "/sd")
+    config.sd.update(csv=root + "/data/splits/isic2019_train.csv", val_csv=root + "/data/splits/isic2019_val.csv")
     # the published UNet of stage (i), reward classifier and judge.
     config.unet_path = published + "/pretrained_unet.safetensors"
     config.reward_fn_kwargs.isic_classifier_reward.classifier = published + "/artifact_classifier_train_H6.pth"
@@ -32,8 +29,7 @@ def model_and_dataset_configs(config):
     config.held_out.classifier = published + "/artifact_classifier_train_H4.pth"
     config.metric.classifier = published + "/artifact_classifier_train_H4.pth"
     # real images and samples, in folders that metric.py compares.
-    config.metric.real_path = root + "/real-images-test"
-    config.metric.output = root + "/metrics"
+    config.metric.update(real_path=root + "/real-images-test", output=root + "/metrics")
     return config
 
 
@@ -119,8 +115,7 @@ def prompt_image_alignment_classifier_isic_eval_rl():
 def evaluate_metric_sd():
     """APR, FID and LPIPS of the base model's samples."""
     config = model_and_dataset_configs(base.get_config())
-    config.metric.fake_path = config.get_ref("base_log_path") + "/samples/SD_samples"
-    config.metric.fake_name = "SD"
+    config.metric.update(fake_path=config.get_ref("base_log_path") + "/samples/SD_samples", fake_name="SD")
     return config
 
 

@@ -6,13 +6,14 @@ Experiments without a suffix are for a GPU: SD 1.5 with BioMedBERT at 512 px on 
 the suffix _mini, each of them runs offline on fundus phantoms at 64 px on a CPU, in minutes ("make demo-fundus").
 """
 
-import importlib.util
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
-_spec = importlib.util.spec_from_file_location("base", Path(__file__).with_name("base.py"))
-base = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(base)
-ASSETS = Path(importlib.util.find_spec("ddpo_pytorch").origin).parent / "assets"
+import ddpo_pytorch
+
+base = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("base.py"))))
+ASSETS = Path(ddpo_pytorch.__file__).parent / "assets"
 
 
 def _common():
@@ -21,30 +22,22 @@ def _common():
     config.base_log_path = "rl4med-out/fundus"
     root = config.get_ref("base_log_path")
     # image folder, and the tables fundus_{train,val,test}.csv written by python -m ddpo_pytorch.data.fundus
-    config.dataset.data_path = root + "/data"
-    config.dataset.csv = root + "/data/splits/fundus_test.csv"
-    config.dataset.update(kind="fundus", resize="fov")
-    config.sd.data_path = root + "/data"
-    config.sd.csv = root + "/data/splits/fundus_train.csv"
-    config.sd.val_csv = root + "/data/splits/fundus_val.csv"
-    config.sd.output = root + "/sd"
-    config.sd.update(kind="fundus", resize="fov", text_encoder="bert")
+    splits = root + "/data/splits"
+    config.dataset.update(kind="fundus", resize="fov", data_path=root + "/data", csv=splits + "/fundus_test.csv")
+    config.sd.update(kind="fundus", resize="fov", text_encoder="bert", data_path=root + "/data", output=root + "/sd")
+    config.sd.update(csv=splits + "/fundus_train.csv", val_csv=splits + "/fundus_val.csv")
     config.rlhf.ratings = root + "/ratings/ratings.csv"
     # on real photographs at 64 px, a linear stem without warm-up reached a Spearman correlation of .57, this setup .92
     config.rlhf.update(stem="conv", warmup_steps=100)
-    config.improve.held_out_judges = root + "/rlhf-held-out"
-    config.improve.csv = root + "/data/splits/fundus_train.csv"
+    config.improve.update(held_out_judges=root + "/rlhf-held-out", data_path=root + "/data")
     # rounds are chosen on validation images; final results are measured on test images
-    config.improve.held_out_csv = root + "/data/splits/fundus_val.csv"
-    config.improve.data_path = root + "/data"
+    config.improve.update(csv=splits + "/fundus_train.csv", held_out_csv=splits + "/fundus_val.csv")
     config.prompt_fn = "fundus_table"
-    config.prompt_fn_kwargs.path = root + "/data/splits/fundus_train.csv"
+    config.prompt_fn_kwargs.path = splits + "/fundus_train.csv"
     config.reward_fn = "fundus_alignment"
     config.sample.guidance_scale = 7.5
-    config.metric.judges = root + "/rlhf-held-out"
-    config.metric.real_path = root + "/real-images-test"
-    config.metric.output = root + "/metrics"
-    config.metric.quality = ("legacy", "fov")
+    config.metric.update(judges=root + "/rlhf-held-out", quality=("legacy", "fov"))
+    config.metric.update(real_path=root + "/real-images-test", output=root + "/metrics")
     return config
 
 
@@ -137,9 +130,7 @@ def evaluate_metric():
     """Table 1, judges' scores, KID and diversity of real photographs, and of samples before and after improvement."""
     config = _common()
     root = config.get_ref("base_log_path")
-    config.metric.compare_path = root + "/samples/SD"
-    config.metric.fake_path = root + "/samples/RL"
-    config.metric.fake_name = "SD+RLHF"
+    config.metric.update(compare_path=root + "/samples/SD", fake_path=root + "/samples/RL", fake_name="SD+RLHF")
     return config
 
 
@@ -165,9 +156,8 @@ def mini(config):
 def train_vae_mini():
     """Stage (i), first: the skin phantoms' autoencoder, trained further on fundus phantoms."""
     config = mini(_common())
-    config.sd.update(
-        stage="vae", vae=str(ASSETS / "mini" / "sd" / "vae"), num_steps=450, batch_size=16, learning_rate=1e-3
-    )
+    config.sd.update(stage="vae", vae=str(ASSETS / "mini" / "sd" / "vae"))
+    config.sd.update(num_steps=450, batch_size=16, learning_rate=1e-3)
     return config
 
 

@@ -11,12 +11,11 @@ The commands are in docs/training.md. For sharper images, :train_vae_f4 and :tra
 file.
 """
 
-import importlib.util
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
-_spec = importlib.util.spec_from_file_location("dgx", Path(__file__).with_name("dgx.py"))
-dgx = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(dgx)
+dgx = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("dgx.py"))))
 
 
 def model_and_dataset_configs(config):
@@ -28,14 +27,13 @@ def model_and_dataset_configs(config):
     config.unet_path = ""
     config.dataset.data_path = root + "/data/images"
     config.dataset.csv = root + "/data/splits/isic2019_val.csv"
-    config.dataset.image_size = 128
+    config.dataset.image_size = config.sd.image_size = 128
     config.reward_fn_kwargs.isic_classifier_reward.classifier = root + "/classifier/artifact_classifier_H6.safetensors"
     config.eval.classifier = root + "/classifier/artifact_classifier_H6.safetensors"
     config.held_out.classifier = root + "/classifier/artifact_classifier_H4.safetensors"
     config.metric.classifier = root + "/classifier/artifact_classifier_H4.safetensors"
     config.metric.real_path = root + "/real-images"
     config.sd.data_path = root + "/data/images"
-    config.sd.image_size = 128
     config.sample.num_steps = 20
     config.eval.update(num_samples_per_prompt=64, batch_size=64)
     return config

@@ -6,14 +6,15 @@ The weights are in ddpo_pytorch/assets/mini; "make mini-weights" rebuilds them w
 are not defined below are those of config/dgx.py with the paths and sizes of this file.
 """
 
-import importlib.util
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
-_spec = importlib.util.spec_from_file_location("dgx", Path(__file__).with_name("dgx.py"))
-dgx = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(dgx)
+import ddpo_pytorch
 
-ASSETS = str(Path(importlib.util.find_spec("ddpo_pytorch").origin).parent / "assets" / "mini")
+dgx = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("dgx.py"))))
+
+ASSETS = str(Path(ddpo_pytorch.__file__).parent / "assets" / "mini")
 
 
 def model_and_dataset_configs(config):
@@ -25,15 +26,13 @@ def model_and_dataset_configs(config):
     config.unet_path = ""
     config.dataset.data_path = root + "/data/images"
     config.dataset.csv = root + "/data/splits/phantom_test.csv"
-    config.dataset.image_size = 64
     config.reward_fn_kwargs.isic_classifier_reward.classifier = ASSETS + "/artifact_classifier_H6.safetensors"
     config.eval.classifier = ASSETS + "/artifact_classifier_H6.safetensors"
     config.held_out.classifier = ASSETS + "/artifact_classifier_H4.safetensors"
     config.metric.classifier = ASSETS + "/artifact_classifier_H4.safetensors"
-    config.dataset.num_workers = 0
-    config.metric.update(batch_size=64, real_path="")
+    config.dataset.update(image_size=64, num_workers=0)
     # metric networks would have to be downloaded
-    config.metric.update(inception="", alexnet="")
+    config.metric.update(batch_size=64, real_path="", inception="", alexnet="")
     config.sd.data_path = root + "/data/images"
     config.sd.csv = root + "/data/splits/phantom_train.csv"
     config.sd.val_csv = root + "/data/splits/phantom_val.csv"
@@ -51,9 +50,10 @@ def train_vae():
     On a balanced world: at ISIC's frequencies it would learn to leave out ink, and no UNet could bring it back.
     """
     config = model_and_dataset_configs(dgx.finetune_sd())
-    config.sd.data_path = config.get_ref("base_log_path") + "/balanced/images"
-    config.sd.csv = config.get_ref("base_log_path") + "/balanced/splits/phantom_train.csv"
-    config.sd.val_csv = config.get_ref("base_log_path") + "/balanced/splits/phantom_val.csv"
+    balanced = config.get_ref("base_log_path") + "/balanced"
+    config.sd.data_path = balanced + "/images"
+    config.sd.csv = balanced + "/splits/phantom_train.csv"
+    config.sd.val_csv = balanced + "/splits/phantom_val.csv"
     config.sd.update(stage="vae", vae_latent_channels=8, num_steps=3600, batch_size=16, learning_rate=2e-3)
     return config
 

@@ -9,12 +9,11 @@ the training and the validation table (docs/fundus.md). Then run the stages in t
 Experiments that are not defined below are those of config/fundus.py with the paths and sizes of this file.
 """
 
-import importlib.util
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
-_spec = importlib.util.spec_from_file_location("fundus", Path(__file__).with_name("fundus.py"))
-fundus = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fundus)
+fundus = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("fundus.py"))))
 
 
 def small(config):
