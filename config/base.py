@@ -33,24 +33,21 @@ def get_config(name: str = "") -> ConfigDict:
     config.num_epochs = 100  # RL epochs: rounds of sampling, each followed by training on those samples
     config.save_freq = 20  # epochs between checkpoints (and fixed-seed sample grids)
     config.num_checkpoint_limit = 5  # checkpoints kept in a run folder; older ones are removed
-    # "fp16", "bf16" or "no": dtype of frozen weights. Trained weights and log-probs stay in float32.
-    config.mixed_precision = "fp16"
+    config.mixed_precision = "fp16"  # or "bf16", "no": dtype of frozen weights; trained ones, log-probs stay in float32
     config.allow_tf32 = True  # TF32 matrix products on Ampere and later GPUs
     config.resume_from = ""  # checkpoint folder to resume from, or run folder, whose newest checkpoint is taken
     config.use_lora = True  # LoRA adapters on the UNet (True) or all UNet weights (False)
     # Accelerate's trackers besides metrics.jsonl: "wandb" (offline without a key), "wandb,tensorboard", ...; "": none.
     # log_images also sends sample grids there; off by default, since medical images should not leave the machine.
     config.update(log_with="wandb", log_images=False, wandb_project="rl4med-ddpo")
-    # seconds that a process waits for the others; one may work alone for hours (decoding images, a slow reward).
-    config.process_timeout = 24 * 3600.0
+    config.process_timeout = 24 * 3600.0  # seconds that a process waits for others, which may work alone for hours
     config.progress = True  # progress bars, on a terminal only
 
     ###### Pretrained model ######
     config.pretrained = pretrained = ConfigDict()
-    # Stable Diffusion in diffusers format: a local folder, or a Hugging Face id (by default the mirror of runwayml's).
+    # Stable Diffusion in diffusers format: a folder, or a Hugging Face id (by default the mirror of runwayml's).
     pretrained.update(model="stable-diffusion-v1-5/stable-diffusion-v1-5", revision="main")
-    # UNet of stage (i) (safetensors with diffusers' names), which replaces the pretrained UNet. Empty: none.
-    config.unet_path = ""
+    config.unet_path = ""  # UNet of stage (i) (safetensors, diffusers' names) to use instead of its own. Empty: none
     # LoRA or UNet weights to evaluate (eval.py, generate.py) or to start from (train.py; train.lora_rank and
     # train.lora_targets must match): a run folder, a checkpoint folder or a weight file. Empty: the base model.
     config.load_from = ""
@@ -58,35 +55,29 @@ def get_config(name: str = "") -> ConfigDict:
     ###### Sampling ######
     config.sample = sample = ConfigDict()
     sample.num_steps = 50  # denoising steps
-    # "ddim", or in eval.py also "dpm++": second-order DPM-Solver++ (2M), deterministic, good with 15 to 25 steps.
-    sample.scheduler = "ddim"
-    # DDIM eta in [0, 1]: share of DDPM noise at each step. Training needs eta > 0: without noise there is no policy.
-    sample.eta = 1.0
+    sample.scheduler = "ddim"  # in eval.py also "dpm++": DPM-Solver++ (2M), deterministic, good with 15 to 25 steps
+    sample.eta = 1.0  # DDIM's share of DDPM noise, in [0, 1]. Training needs eta > 0: without noise there is no policy
     sample.guidance_scale = 5.0  # classifier-free guidance weight; 1.0 or less switches guidance off
     # images per process and batch. In half precision on a GPU it is train.batch_size * train.timesteps_per_forward
     # instead, so that rollout and update use the same kernels; see also train.gradients_while_sampling.
     sample.batch_size = 1
-    # batches per process and epoch. batch_size * num_batches_per_epoch * processes = samples per epoch.
-    sample.num_batches_per_epoch = 2
+    sample.num_batches_per_epoch = 2  # per process; batch_size * num_batches_per_epoch * processes = samples per epoch
     # consecutive samples that share a prompt (algorithm 1: M images per prompt). 1: a new prompt for each sample, as
     # in the official code. Must divide batch_size * num_batches_per_epoch.
     sample.images_per_prompt = 1
 
     ###### Training ######
     config.train = train = ConfigDict()
-    # samples per process in one forward and backward pass. Must divide sample.batch_size * num_batches_per_epoch.
-    train.batch_size = 1
+    train.batch_size = 1  # samples per process and pass; must divide sample.batch_size * num_batches_per_epoch
     train.use_8bit_adam = False  # bitsandbytes' 8-bit Adam (needs that package and a GPU)
     train.update(learning_rate=3e-4, adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=1e-4, adam_epsilon=1e-8)
     # train batches per optimizer update. One update averages over batch_size * gradient_accumulation_steps * processes
     # samples and all of their trained timesteps.
     train.gradient_accumulation_steps = 1
-    # timesteps of each sample in one forward and backward pass of batch_size * timesteps_per_forward rows (twice as
-    # many with guidance): the same gradients up to rounding; more memory, but faster if small batches leave the device
-    # idle. Must divide the number of trained timesteps.
+    # timesteps of each sample in one forward and backward pass of batch_size * timesteps_per_forward rows (twice that
+    # with guidance): more memory, but faster if small batches leave the device idle. Must divide the trained timesteps.
     train.timesteps_per_forward = 1
-    # updates with a non-finite loss or gradient are skipped; this number of them in a row aborts the run.
-    train.max_skipped_updates = 10
+    train.max_skipped_updates = 10  # updates in a row, skipped since not finite, that abort the run
     train.max_grad_norm = 1.0  # gradient norm above which gradients are scaled down
     train.num_inner_epochs = 1  # passes over one epoch's samples
     # guided noise prediction in the update. Must be on if sample.guidance_scale > 1: otherwise samples would be scored
@@ -100,10 +91,9 @@ def get_config(name: str = "") -> ConfigDict:
     # the trajectory: 0 = noise, 1 = image.
     train.update(timestep_fraction=1.0, timestep_window=(0.0, 1.0))
     train.gradient_checkpointing = False  # recompute activations backward: less memory, about a third more time
-    # compute the gradient of an epoch's first update, where the ratio is 1, while sampling: this saves its forward
-    # passes and gives the same gradient up to rounding. Its samples are drawn batch_size * timesteps_per_forward at a
-    # time; each takes 4 bytes of CPU memory per adapter weight. Only for LoRA of linear layers and
-    # timestep_fraction 1, without kl_coef, data_coef and compile.
+    # take the gradient of an epoch's first update, where the ratio is 1, while sampling: it saves its forward passes.
+    # Its samples are drawn batch_size * timesteps_per_forward at a time; each takes 4 bytes of CPU memory per adapter
+    # weight. Only for LoRA of linear layers and timestep_fraction 1, without kl_coef, data_coef and compile.
     train.gradients_while_sampling = True
     # torch.compile the UNet's transformer blocks: takes minutes at the start (cached between runs), then runs faster.
     # In half precision on a GPU, the rollout then runs with gradients enabled and takes as much memory as the update.
@@ -131,8 +121,8 @@ def get_config(name: str = "") -> ConfigDict:
     # draws images_per_prompt images of every prompt (8 * 32 = 256). The best checkpoint by APR is kept in <run>/best.
     held_out.update(every=0, images_per_prompt=8)
     held_out.classifier = ""  # the H=4 judge; refused if it also gives the reward
-    # stop after this number of evaluations in a row whose APR is below the best by more than the tolerance (an APR near
-    # 1/2 of 256 images has a standard error of 0.03). 0: never.
+    # stop after this number of evaluations in a row whose APR is below the best by more than the tolerance (of 256
+    # images, an APR near 1/2 has a standard error of 0.03). 0: never.
     held_out.update(patience=0, tolerance=0.05)
 
     ###### Prompts ######
@@ -189,8 +179,7 @@ def get_config(name: str = "") -> ConfigDict:
     # instead of these three: any number of folders, "SD=DIR,SD+RL=DIR", compared with the first. Folders of the same
     # name are generation seeds of one model; intervals over seeds need three or more.
     metric.folders = ""
-    # folder of training images (at any depth), to find nearest neighbours of the samples and of real_path's images.
-    metric.train_path = ""
+    metric.train_path = ""  # training images (at any depth): neighbours of the samples and of real_path's images
     # a judge that took no part in training: H=4, or with other labels for folders with metadata.csv ("" with
     # metric.judges); and more judges, "H6=FILE,NAME=FILE".
     metric.classifier = metric.more_judges = ""
@@ -208,10 +197,8 @@ def get_config(name: str = "") -> ConfigDict:
     # extractors (timm's: a file, or a folder of <timm's name>.safetensors). "auto": from the torch hub cache.
     # "download": from there, or else downloaded. "": none.
     metric.inception = metric.alexnet = metric.encoders = "auto"
-    # columns of metadata.csv, e.g. ("sex", "age"), to report alignment, KID and nearness to training images by group.
-    metric.groups = ()
-    # image statistics of table 1 (fundus): "legacy", as in Mittal et al.; "fov", inside the field of view.
-    metric.quality = ()
+    metric.groups = ()  # columns of metadata.csv, ("sex", "age"), by which to report alignment, KID and nearness
+    metric.quality = ()  # statistics of table 1 (fundus): "legacy", as in Mittal et al.; "fov", in the field of view
     metric.pairs_path = ""  # folder of images named like the generated ones, for SSIM of these pairs
     # for the report: more results, "FILE,FILE" (membership.json of membership.py, .summary.json of rate.py), and run
     # folders of train.py, for curves, "NAME=DIR,NAME=DIR".
@@ -221,15 +208,13 @@ def get_config(name: str = "") -> ConfigDict:
     config.sd = sd = ConfigDict()
     # "finetune": the UNet of pretrained.model, as in the paper. From scratch: "vae", then "unet" (and text encoder).
     sd.stage = "finetune"
-    # output folder: a model in diffusers format ("vae", "unet"), pretrained_unet.safetensors ("unet", "finetune"), log
-    # and sample grids. Rerun the same command to resume.
+    # folder for a model in diffusers format ("vae", "unet"), pretrained_unet.safetensors ("unet", "finetune"), grids.
     sd.output = ""
-    # training images and their split table; the other fields are as in dataset.
+    # training images and their split table, as in dataset.
     sd.update(kind="isic", data_path="", csv="", image_size=512, resize="stretch", limit=0, skip_broken=False)
     # split table for the validation loss ("": none), rows to use (0: all), and steps between validations.
     sd.update(val_csv="", val_images=512, val_every=500)
-    # latents of extract_dataset_latents.py (<logdir>/latents) to use instead of images. "": encoded into <output>.
-    sd.latents = sd.val_latents = ""
+    sd.latents = sd.val_latents = ""  # latents to use instead of images (train.data_latents); "": encoded into <output>
     # "finetune": folder of generate.py with images to train on as well, weighted by their Policy scores, and the share
     # of real images among all, at least half.
     sd.update(pool="", real_share=0.5)
@@ -256,12 +241,10 @@ def get_config(name: str = "") -> ConfigDict:
     # to this share of the other losses' gradient (0.5 to 1 in latent diffusion).
     sd.adversarial_coef = 0.0
     sd.vae = ""  # stage "vae": folder of the autoencoder to start from; "": from scratch
-    # "clip", or "bert" with text_tokens tokens. From scratch it is new; in "finetune", "bert" puts sd.bert (a folder or
-    # Hugging Face id) in place of CLIP.
-    sd.text_encoder = "clip"
+    sd.text_encoder = "clip"  # or "bert", which from scratch is new, and in "finetune" is sd.bert in place of CLIP
+    # BERT's folder or Hugging Face id, and its length in tokens.
     sd.update(bert="microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext", text_tokens=256)
-    # "finetune": also train the text encoder, with a tenth of the learning rate; from scratch it is always trained.
-    sd.train_text_encoder = False
+    sd.train_text_encoder = False  # "finetune": train it too, at a tenth of the learning rate; from scratch: always
     # parts trained from scratch. VAE: channels (multiples of 8) per resolution, latent channels, and whether it has
     # attention at its lowest resolution; UNet: channels and attention per resolution; text encoder: width (a multiple
     # of 16) and layers.
@@ -276,12 +259,9 @@ def get_config(name: str = "") -> ConfigDict:
     rlhf.ratings = rlhf.data_path = ""
     # table of other patients' images, for metrics and threshold; "": val_share of the patients of `ratings`.
     rlhf.update(val_ratings="", val_share=0.2)
-    # folder of generate.py with images for stage 2 to train on as well, rated by the Selector ("": none).
-    rlhf.pool = ""
-    # folder for selector.safetensors, policy.safetensors, metrics.jsonl. Rerun the same command to resume.
-    rlhf.output = root + "/rlhf"
-    # (1,): train on all rated images. (2,): on those that the Selector from stage 1, in `output`, passes. Or both.
-    rlhf.stages = (1, 2)
+    rlhf.pool = ""  # folder of generate.py with images for stage 2 to train on as well, rated by the Selector; "": none
+    rlhf.output = root + "/rlhf"  # folder for selector.safetensors, policy.safetensors, metrics.jsonl
+    rlhf.stages = (1, 2)  # 1: on all rated images. 2: on those that the Selector of stage 1, in `output`, passes
     # the Policy's frozen text encoder (a model folder of train_sd.py, or BERT as a folder or Hugging Face id), and the
     # length of prompts in tokens; longer ones are truncated.
     rlhf.update(text_encoder="microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext", text_tokens=256)
@@ -312,8 +292,8 @@ def get_config(name: str = "") -> ConfigDict:
     rlhf.update(learning_rate=1e-4, second_learning_rate=1e-4, final_learning_rate=1e-6, weight_decay=1e-4)
     rlhf.warmup_steps = 0
     rlhf.flip = True  # mirror images at random, and the eye in their prompts (not with "o'clock" and the like)
-    # share of the images rated 3 in alignment that the Policy sees with the caption of another finding (and a target of
-    # 0); images and captions are redrawn every epoch.
+    # share of the images rated 3 in alignment that the Policy sees with another finding's caption and a target of 0,
+    # drawn in every epoch.
     rlhf.wrong_captions = 0.0
 
     ###### Improvement rounds (improve.py) ######
@@ -322,8 +302,7 @@ def get_config(name: str = "") -> ConfigDict:
     # how rounds change the generator: "finetune" (on images the judges chose, and real ones), "ddpo" (train.py). Before
     # that, update_policy continues stage 2 of the Policy, with the settings and ratings of rlhf, on a new pool.
     improve.update(methods=("finetune",), update_policy=False)
-    # folder for round_<n>/ (pool, model, metrics) and rounds.jsonl. Rerun the same command to resume.
-    improve.output = root + "/improve"
+    improve.output = root + "/improve"  # folder for round_<n>/ (pool, model, metrics) and rounds.jsonl
     # folders of train_rlhf.py: the judges that select and reward images, and held-out ones, trained on other ratings.
     improve.update(judges=root + "/rlhf", held_out_judges="")
     # best of N: images_per_prompt times for each prompt, sample images until num_candidates pass the Selector, at most
@@ -335,14 +314,12 @@ def get_config(name: str = "") -> ConfigDict:
     # tables of real images to mix in, and to compare with, and the folder of their images.
     improve.csv = improve.held_out_csv = improve.data_path = ""
     improve.held_out_images = 4  # images per prompt for the metrics of a round, always from the same noise
-    # control: guidance scales at which the initial generator is measured as well, without any round; (): none.
-    improve.control_guidance = (3.0,)
+    improve.control_guidance = (3.0,)  # control: guidance scales at which the initial generator is measured; (): none
     # timm architecture in whose features KID is measured as well ("": none), and its weights: "imagenet" or a file.
     # The features of a judge are blind to whatever the judge is blind to.
     improve.update(guard="", guard_weights="imagenet")
-    # a round has collapsed, and stops the run, if it lowers the held-out judges' score by more than tolerance, raises
-    # KID or another distance to real images above the first by more than kid_tolerance standard errors, or halves the
-    # diversity.
+    # a collapse, which stops the run: the held-out score falls by more than tolerance, KID or another distance to real
+    # images is above the first by more than kid_tolerance standard errors, or diversity is halved.
     improve.update(tolerance=0.02, kid_tolerance=3.0)
 
     return config.lock()

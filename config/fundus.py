@@ -16,8 +16,8 @@ base = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("base.py"))
 ASSETS = Path(ddpo_pytorch.__file__).parent / "assets"
 
 
-def _common():
-    """Return what all experiments share: paths, which derive from base_log_path, and sampling settings."""
+def _common(trained=False):
+    """Return what all experiments share: paths, which derive from base_log_path; `trained`: finetune_sd's generator."""
     config = base.get_config()
     config.base_log_path = "rl4med-out/fundus"
     root = config.get_ref("base_log_path")
@@ -38,12 +38,8 @@ def _common():
     config.sample.guidance_scale = 7.5
     config.metric.update(judges=root + "/rlhf-held-out", quality=("legacy", "fov"))
     config.metric.update(real_path=root + "/real-images-test", output=root + "/metrics")
-    return config
-
-
-def trained(config):
-    """Use the generator of `finetune_sd`."""
-    config.pretrained.model = config.get_ref("base_log_path") + "/sd"
+    if trained:
+        config.pretrained.model = root + "/sd"
     return config
 
 
@@ -70,7 +66,7 @@ def train_rlhf_held_out():
 
 def generate():
     """Best-of-N images of every caption of the training table."""
-    config = trained(_common())
+    config = _common(trained=True)
     config.logdir = config.get_ref("base_log_path") + "/samples/best-of-n"
     return config
 
@@ -93,7 +89,7 @@ def improve():
 
 def ddpo():
     """Policy gradient on the judges' reward, [selector >= threshold] * policy."""
-    config = trained(_common())
+    config = _common(trained=True)
     config.update(num_epochs=50, save_freq=5)
     # 8 * 8 = 64 samples per epoch and process, 2 updates
     config.sample.update(batch_size=8, num_batches_per_epoch=8)
@@ -103,7 +99,7 @@ def ddpo():
 
 def eval_base():
     """Samples of every caption of the test table from the generator before improvement."""
-    config = trained(_common())
+    config = _common(trained=True)
     config.prompt_fn_kwargs.path = config.dataset.get_ref("csv")
     config.eval.num_samples_per_prompt = 16
     config.logdir = config.get_ref("base_log_path") + "/samples/SD"

@@ -1,14 +1,13 @@
 """Real dermoscopy: judges from ImageNet weights, and a small Stable Diffusion from scratch, on ISIC 2019 at 128 px.
 
 For one GPU, or for about a day on a CPU. Put images in <root>/data/images and the official split tables in
-<root>/data/splits, then run the stages in this order:
+<root>/data/splits, then run the stages in this order (the commands are in docs/training.md):
 
     train_isic_classifier.py (--num_classes 6 and 4)  train_sd.py :train_vae  train_isic_classifier.py (--through_vae)
     train_sd.py :finetune_sd  train.py  extract_dataset_latents.py  eval.py  metric.py
 
-The commands are in docs/training.md. For sharper images, :train_vae_f4 and :train_vae_decoder take the place of
-:train_vae, on a GPU. Experiments that are not defined below are those of config/dgx.py with the paths and sizes of this
-file.
+For sharper images, :train_vae_f4 and :train_vae_decoder take the place of :train_vae, on a GPU. Experiments that are
+not defined below are those of config/dgx.py with the paths and sizes of this file.
 """
 
 import runpy
