@@ -4,13 +4,11 @@
 
 Sample folders are those of eval.py; captions determine the labels. A subgroup is a combination of labels. With ratio r,
 each subgroup of n real training images gets r x n synthetic ones; "balanced" fills each up to the size of the most
-common subgroup. All runs (real; each folder x ratio; once per seed) use the same real validation and test images,
-and an epoch always has as many images as there are real ones. Runs with the same seed start from the same weights.
-The test split does not influence any of them.
+common subgroup. All runs (real; each folder x ratio; once per seed) use the same real validation and test images and,
+with the same seed, the same initial weights; an epoch always has as many images as there are real ones.
 
 Writes <output>/<name>_<ratio>/seed<n>/ with the classifier, its logits on the test split and settings.json, and
-<output>/table4.md, .csv and .json. Rerun the same command to resume; with more seeds, ratios or folders, only the new
-classifiers are trained.
+<output>/table4.md, .csv and .json. Rerun the command to resume, or with more seeds, ratios or folders.
 """
 
 import json
@@ -34,7 +32,7 @@ from ddpo_pytorch.augmentation import plan as planning
 from ddpo_pytorch.augmentation.plan import Data, Training
 from ddpo_pytorch.augmentation.report import as_csv, compare, markdown, subgroups
 from ddpo_pytorch.data.images import ImageFiles, decoded
-from ddpo_pytorch.data.isic import LABELS
+from ddpo_pytorch.data.isic import CAPTIONS, LABELS
 from ddpo_pytorch.data.sample_folder import check_claim, claim_folder
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, new_classifier, save_classifier
 from ddpo_pytorch.judges.classifier_training import FitState, Recipe, define_flags, fit, predict
@@ -61,13 +59,13 @@ LOGITS = "test_logits.safetensors"
 SPLITS = ("train", "val", "test")
 
 
-def listing(files: ImageFiles) -> dict[str, Any]:
-    """Return the number of images, and a digest of their names, contents and labels but not of their folder."""
-    return {"images": len(files), "digest": files.digest()}
-
-
 def check_settings(trainings: Sequence[Training], data: Data, processes: int) -> dict[Path, dict[str, Any]]:
     """Return by folder the settings of its classifier and logits. Raises UserError for a folder with other settings."""
+
+    def listing(files: ImageFiles) -> dict[str, Any]:
+        # the digest is of names, contents and labels, but not of their folder
+        return {"images": len(files), "digest": files.digest()}
+
     names = ("arch", "image_size", "num_epochs", "patience", "learning_rate", "mixed_precision")
     common = {name: FLAGS[name].value for name in names}
     common |= {"num_classes": int(FLAGS.num_classes), "images_per_step": FLAGS.batch_size * processes}
@@ -76,10 +74,9 @@ def check_settings(trainings: Sequence[Training], data: Data, processes: int) ->
     common |= {f"{split}_images": listing(data.files[split]) for split in SPLITS}
     settings = {}
     for training in trainings:
-        folder = Path(FLAGS.output, training.folder)
-        new = common | {"seed": training.seed, "train_images": listing(data.training_files(training))}
-        check_claim(folder, new)
-        settings[folder] = new
+        folder, files = Path(FLAGS.output, training.folder), listing(data.training_files(training))
+        settings[folder] = common | {"seed": training.seed, "train_images": files}
+        check_claim(folder, settings[folder])
     return settings
 
 
@@ -88,14 +85,11 @@ def new_model(accelerator: Accelerator) -> ArtifactClassifier:
         return new_classifier(LABELS[: int(FLAGS.num_classes)], FLAGS.image_size, FLAGS.arch, FLAGS.weights)
 
 
-def recipe_of(seed: int) -> Recipe:
-    names = ("num_epochs", "patience", "batch_size", "learning_rate", "num_workers")
-    return Recipe(**{name: FLAGS[name].value for name in names}, seed=seed)
-
-
-def train(accelerator: Accelerator, training: Training, data: Data, sets: Mapping[str, Dataset]) -> None:
+def train(
+    accelerator: Accelerator, training: Training, recipe: Recipe, data: Data, sets: Mapping[str, Dataset]
+) -> None:
     """Train a classifier unless it exists; write it and its logits on the test split."""
-    folder, recipe = Path(FLAGS.output, training.folder), recipe_of(training.seed)
+    folder = Path(FLAGS.output, training.folder)
     path = folder / f"artifact_classifier_H{FLAGS.num_classes}.safetensors"
     state = path.with_name(f"{path.stem}.unfinished.pt")  # from the first epoch to the last
     trained = path.is_file() and not state.exists()
@@ -125,39 +119,29 @@ def train(accelerator: Accelerator, training: Training, data: Data, sets: Mappin
     accelerator.wait_for_everyone()
 
 
-def read_logits(path: Path, files: ImageFiles) -> np.ndarray:
-    """Return a classifier's logits (N, H) on the test split. Raises UserError for a damaged file."""
-    logits = read_safetensors(path)[0].get("logits", torch.empty(0)).double().numpy()
-    if logits.shape != tuple(files.targets.shape) or not np.isfinite(logits).all():
-        reason = f"logits of shape {logits.shape} for {tuple(files.targets.shape)}, or not finite"
-        raise UserError(f"{str(path)!r} is damaged ({reason}); delete it and rerun the same command")
-    return logits
-
-
 def write_report(trainings: Sequence[Training], data: Data, seeds: Sequence[int]) -> str:
-    """Write table4.md, .csv and .json from the logits of all training runs, and return the Markdown."""
-    logits = defaultdict(list)
+    """Write table4.md, .csv and .json, and return the Markdown. Raises UserError for damaged logits."""
+    logits, truth = defaultdict(list), data.files["test"].targets.numpy() > 0
     for training in trainings:
-        logits[training.name].append(read_logits(Path(FLAGS.output, training.folder, LOGITS), data.files["test"]))
+        path = Path(FLAGS.output, training.folder, LOGITS)
+        values = read_safetensors(path)[0].get("logits", torch.empty(0)).double().numpy()
+        if values.shape != truth.shape or not np.isfinite(values).all():
+            reason = f"logits of shape {values.shape} for {truth.shape}, or not finite"
+            raise UserError(f"{str(path)!r} is damaged ({reason}); delete it and rerun the same command")
+        logits[training.name].append(values)
     logits = {name: np.stack(per_seed) for name, per_seed in logits.items()}
-    truth = data.files["test"].targets.numpy() > 0
-    minor = planning.minority(data.real, FLAGS.minority_share)
+    least = FLAGS.minority_share * len(data.captions["train"])
+    minor = {caption for caption in CAPTIONS if data.real[caption] < least}  # also those without any real image
     chosen = {"all": None, "minority": np.array([caption in minor for caption in data.captions["test"]])}
-    rows = [
-        {"group": group} | row
-        for group, images in chosen.items()
-        for row in compare(logits, truth, LABELS[: truth.shape[1]], images)
-    ]
+    rows = []
+    for group, images in chosen.items():
+        rows += [{"group": group} | row for row in compare(logits, truth, LABELS[: truth.shape[1]], images)]
     drawn = {training.name: training.drawn for training in trainings if training.drawn}  # of any seed
-    metadata = {
-        "seeds": seeds,
-        "minority_share": FLAGS.minority_share,
-        "test_images": len(truth),
-        "subgroups": subgroups(data.real, Counter(data.captions["test"]), minor, drawn),
-        "flags": {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(sys.argv[0])},
-        "tables": {name: sha256(FLAGS[name].value) for name in ("train_csv", "val_csv", "test_csv")},
-        "versions": {name: version(name) for name in ("torch", "timm", "numpy")},
-    }
+    metadata = {"seeds": seeds, "minority_share": FLAGS.minority_share, "test_images": len(truth)}
+    metadata["subgroups"] = subgroups(data.real, Counter(data.captions["test"]), minor, drawn)
+    metadata["flags"] = {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(sys.argv[0])}
+    metadata["tables"] = {name: sha256(FLAGS[name].value) for name in ("train_csv", "val_csv", "test_csv")}
+    metadata["versions"] = {name: version(name) for name in ("torch", "timm", "numpy")}
     text = markdown(rows, metadata)
     for suffix, content in ((".md", text), (".csv", as_csv(rows)), (".json", json.dumps(metadata | {"rows": rows}))):
         write_file(Path(FLAGS.output, f"table4{suffix}"), content)
@@ -170,37 +154,33 @@ def main(_) -> None:
     folders, ratios = planning.parse_samples(FLAGS.samples), planning.parse_ratios(FLAGS.ratios)
     seeds = planning.parse_seeds(FLAGS.seeds)
     check_ranges({"minority_share": FLAGS.minority_share}, {"minority_share": SHARE}, "--")
-    for seed in seeds:
-        recipe_of(seed)  # raises for values out of range
+    names = ("num_epochs", "patience", "batch_size", "learning_rate", "num_workers")
+    recipes = {seed: Recipe(**{name: FLAGS[name].value for name in names}, seed=seed) for seed in seeds}
     accelerator = make_accelerator(FLAGS.mixed_precision, process_timeout=FLAGS.process_timeout)
-    with locked_by_main(accelerator, FLAGS.output, "another --output"):
-        augment(accelerator, folders, ratios, seeds)
-    accelerator.end_training()
-
-
-def augment(accelerator: Accelerator, folders: dict[str, Path], ratios: Sequence[Any], seeds: Sequence[int]) -> None:
-    """Train the missing classifiers and write the table."""
-    tables = {split: Path(FLAGS[f"{split}_csv"].value) for split in SPLITS}
-    data = planning.read_data(tables, FLAGS.data_path, folders, int(FLAGS.num_classes), FLAGS.image_size, FLAGS.limit)
-    trainings = planning.plan(data.real, {name: data.captions[name] for name in folders}, ratios, seeds)
-    if len(seeds) < 3:
-        logger.warning("%d seed(s) cannot tell differences from chance; give 3 or more", len(seeds))
-    settings = check_settings(trainings, data, accelerator.num_processes)
-    remaining = [training for training in trainings if not Path(FLAGS.output, training.folder, LOGITS).is_file()]
-    logger.info("%d training runs, %d are complete", len(trainings), len(trainings) - len(remaining))
-    if remaining:
-        new_model(accelerator)  # raises for unusable weights before images are decoded
-        cache = Path(FLAGS.output, "cache") if FLAGS.cache_dir is None else FLAGS.cache_dir
-        with accelerator.local_main_process_first():
-            sets = {name: decoded(files, cache) for name, files in data.files.items()}
-    for number, training in enumerate(remaining, 1):
-        logger.info("training run %d of %d: %s, seed %d", number, len(remaining), training.name, training.seed)
+    tables, output = {split: Path(FLAGS[f"{split}_csv"].value) for split in SPLITS}, FLAGS.output
+    with locked_by_main(accelerator, output, "another --output"):
+        sizes = int(FLAGS.num_classes), FLAGS.image_size, FLAGS.limit
+        data = planning.read_data(tables, FLAGS.data_path, folders, *sizes)
+        trainings = planning.plan(data.real, {name: data.captions[name] for name in folders}, ratios, seeds)
+        if len(seeds) < 3:
+            logger.warning("%d seed(s) cannot tell differences from chance; give 3 or more", len(seeds))
+        settings = check_settings(trainings, data, accelerator.num_processes)
+        remaining = [training for training in trainings if not Path(output, training.folder, LOGITS).is_file()]
+        logger.info("%d training runs, %d are complete", len(trainings), len(trainings) - len(remaining))
+        if remaining:
+            new_model(accelerator)  # raises for unusable weights before images are decoded
+            cache = Path(output, "cache") if FLAGS.cache_dir is None else FLAGS.cache_dir
+            with accelerator.local_main_process_first():
+                sets = {name: decoded(files, cache) for name, files in data.files.items()}
+        for number, training in enumerate(remaining, 1):
+            logger.info("training run %d of %d: %s, seed %d", number, len(remaining), training.name, training.seed)
+            if accelerator.is_main_process:
+                folder = Path(output, training.folder)
+                claim_folder(folder, settings[folder], {"training": training.name})
+            train(accelerator, training, recipes[training.seed], data, sets)
         if accelerator.is_main_process:
-            folder = Path(FLAGS.output, training.folder)
-            claim_folder(folder, settings[folder], {"training": training.name})
-        train(accelerator, training, data, sets)
-    if accelerator.is_main_process:
-        logger.info("\n%s\nin %s", write_report(trainings, data, seeds), Path(FLAGS.output, "table4.{md,csv,json}"))
+            logger.info("\n%s\nin %s", write_report(trainings, data, seeds), Path(output, "table4.{md,csv,json}"))
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

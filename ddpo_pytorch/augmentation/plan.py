@@ -39,10 +39,7 @@ def parse_ratios(text: str) -> tuple[Ratio, ...]:
 
 
 def parse_samples(given: Sequence[str]) -> dict[str, Path]:
-    """Parse ["SD=folder", ...] as {"SD": folder}. Raises UserError for no entry, another form and repeated names.
-
-    Names are used for folders: letters, digits and . + - _, starting with a letter or digit, case-insensitively unique.
-    """
+    """Parse ["SD=folder", ...] as {"SD": folder}, by names for folders, unique in any case. Raises UserError."""
     folders = {}
     for text in given:
         name, _, folder = text.partition("=")
@@ -90,21 +87,14 @@ def draw(captions: Sequence[str], wanted: Mapping[str, int], seed: int) -> Draw:
     The n-th sample of a caption gets a random number that depends on (seed, caption, n) only, and the smallest are
     drawn: folders sampled from the same noise contribute the same noise, and smaller draws are subsets of larger ones.
     """
-    places, counts, missing = [], {}, {}
+    places, counts = [], {}
     for caption, count in wanted.items():
         members = [position for position, other in enumerate(captions) if other == caption]
         order = np.argsort(np.random.default_rng((seed, CAPTIONS.index(caption))).random(len(members)))
         places += [members[index] for index in order[:count]]
         counts[caption] = min(count, len(members))
-        if count > len(members):
-            missing[caption] = count - len(members)
+    missing = {caption: count - counts[caption] for caption, count in wanted.items() if count > counts[caption]}
     return Draw(sorted(places), counts, missing)
-
-
-def minority(real: Mapping[str, int], share: float) -> set[str]:
-    """Return the captions that make up less than `share` of the real training images, including those without any."""
-    total = sum(real.values())
-    return {caption for caption in CAPTIONS if real.get(caption, 0) < share * total}
 
 
 @dataclass(frozen=True)
@@ -134,11 +124,9 @@ def plan(
             for source, samples in captions.items():
                 drawn = draw(samples, wanted_images(real, ratio), seed)
                 if not drawn.places:
-                    raise UserError(
-                        f"--samples={source}=...: ratio {times} takes none of its {len(samples)} images of "
-                        f"{len(set(samples))} captions; give samples of the {len(real)} captions of the real images, "
-                        "or a larger ratio"
-                    )
+                    taken = f"takes none of its {len(samples)} images of {len(set(samples))} captions"
+                    advice = f"give samples of the {len(real)} captions of the real images, or a larger ratio"
+                    raise UserError(f"--samples={source}=...: ratio {times} {taken}; {advice}")
                 name = f"{REAL} + {times} {source}"
                 if drawn.missing and seed == seeds[0]:
                     count, absent = len(drawn.missing), sum(drawn.missing.values())
@@ -170,33 +158,32 @@ class Data:
 
 
 def read_data(
-    tables: Mapping[str, Path], images: str | Path, folders: Mapping[str, Path], classes: int, size: int, limit: int = 0
+    tables: dict[str, Path], images: str | Path, folders: dict[str, Path], classes: int, size: int, limit: int = 0
 ) -> Data:
     """Find the images of the splits `tables` ("train", "val", "test") and of sample folders; log missing ones.
 
     `limit`: number of real training images, 0 for all. Raises UserError for overlapping splits, and for a training or
     validation split without positives or negatives for one of the first `classes` labels.
     """
-    data = Data({}, {})
-
-    def add(name: str, samples: Sequence[tuple[Path, str]]) -> None:
-        targets = torch.tensor([labels_of(caption)[:classes] for _, caption in samples], dtype=torch.float32)
-        data.files[name] = ImageFiles([path for path, _ in samples], targets, size)
-        data.captions[name] = [caption for _, caption in samples]
-
+    files, captions = {}, {}
     read_splits(tables)
-    for split, table in tables.items():
-        rows, paths, missing = load_split(table, images)
-        samples = [(path, row.caption) for path, row in zip(paths, rows, strict=True)]
-        if split == "train" and 0 < limit < len(samples):
-            chosen = np.sort(np.random.default_rng(0).permutation(len(samples))[:limit])
-            samples = [samples[index] for index in chosen]
-        logger.info("%s: %d images, %d rows without one are skipped", table, len(samples), missing)
-        add(split, samples)
-        check_both_classes(data.files[split].targets, LABELS[:classes], table, training=split != "test")
-    for name, folder in folders.items():
-        add(name, listed := list_samples(folder))
-        if lacking := captions_without_images(folder, listed):
-            logger.warning("%s", lacking_images(folder, lacking))
-        logger.info("%s: %d synthetic images of %d subgroups", folder, len(listed), len(set(data.captions[name])))
-    return data
+    for name, source in (tables | folders).items():
+        if name in tables:
+            rows, paths, missing = load_split(source, images)
+            samples = [(path, row.caption) for path, row in zip(paths, rows, strict=True)]
+            if name == "train" and 0 < limit < len(samples):
+                chosen = np.sort(np.random.default_rng(0).permutation(len(samples))[:limit])
+                samples = [samples[index] for index in chosen]
+            logger.info("%s: %d images, %d rows without one are skipped", source, len(samples), missing)
+        else:
+            samples = list_samples(source)
+            if lacking := captions_without_images(source, samples):
+                logger.warning("%s", lacking_images(source, lacking))
+            count = len({caption for _, caption in samples})
+            logger.info("%s: %d synthetic images of %d subgroups", source, len(samples), count)
+        captions[name] = [caption for _, caption in samples]
+        targets = torch.tensor([labels_of(caption)[:classes] for caption in captions[name]], dtype=torch.float32)
+        files[name] = ImageFiles([path for path, _ in samples], targets, size)
+        if name in tables:
+            check_both_classes(targets, LABELS[:classes], source, training=name != "test")
+    return Data(files, captions)

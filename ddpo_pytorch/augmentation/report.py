@@ -16,9 +16,8 @@ MACRO = "macro average"
 RESAMPLES = 2000
 UNDEFINED = "-"
 TITLES = {"f1": "F1", "accuracy": "accuracy (%)", "auc": "AUC"}
-COLUMNS = ("group", "attribute", "training", "measure", "mean", "sd", "difference", "low", "high", "p") + (
-    "seeds_agree", "resamples", "images", "support"
-)  # fmt: skip
+COLUMNS = ("group", "attribute", "training", "measure", "mean", "sd", "difference", "low", "high", "p")
+COLUMNS += ("seeds_agree", "resamples", "images", "support")
 Row = Mapping[str, Any]
 
 
@@ -34,7 +33,6 @@ def compare(
 
     `logits`: (S, N, H) by training set, S seeds each; `truth` (N, H) bool; `chosen` (N,) bool, the images to include.
     Returns a row for each attribute of `names` and their macro average, each training set and each of `MEASURES`:
-
     - mean and sd (n - 1) over seeds, values of each seed, images, and support, the images with the attribute;
     - difference of the mean from the first training set's, with the 2.5 % and 97.5 % quantiles (low, high) of a
       bootstrap over all N test images, with the same resamples for all seeds and training sets;
@@ -48,49 +46,43 @@ def compare(
     if not keep.any():
         return []
     first, every = next(iter(logits)), np.ones((1, len(truth)))
-    defined = ~np.isnan(_scores(logits[first][0], truth, every, keep)[0])
 
-    def of_seeds(name: str, weights: np.ndarray) -> np.ndarray:
+    def scores(name: str, weights: np.ndarray) -> np.ndarray:
+        """Return (S, R, H, measures) of R resamples."""
+        measured = [measure(of_seed[keep], truth[keep], weights[:, keep]) for of_seed in logits[name]]
+        for one in measured:  # without support, F1 is 0 or undefined for any classifier
+            one["f1"] = np.where(one["tp"] + one["fn"] > 0, one["f1"], np.nan)
+        return np.stack([np.stack([one[key] for key in MEASURES], -1) for one in measured])
+
+    defined = ~np.isnan(scores(first, every)[0, 0])
+
+    def with_macro(name: str, weights: np.ndarray) -> np.ndarray:
         """Return (S, R, H + 1, measures), with the macro average last."""
-        values = np.stack([_scores(seed_logits, truth, weights, keep) for seed_logits in logits[name]])
+        values = scores(name, weights)
         with np.errstate(invalid="ignore"):
             macro = np.where(defined, values, 0).sum(2, keepdims=True) / defined.sum(0)
         return np.concatenate([values, macro], 2)
 
-    point = {name: of_seeds(name, every)[:, 0] for name in logits}
-    samples = {name: [] for name in logits}
-    for weights in resampled(len(truth), resamples, seed):
-        for name in logits:
-            samples[name].append(of_seeds(name, weights).mean(0))
-    means = {name: np.concatenate(parts) for name, parts in samples.items()}
-
-    rows, support = [], truth[keep].sum(0).tolist()
+    point = {name: with_macro(name, every)[:, 0] for name in logits}
+    means = {}  # (resamples, H + 1, measures), of the same resamples for all training sets
+    for name in logits:
+        parts = [with_macro(name, weights).mean(0) for weights in resampled(len(truth), resamples, seed)]
+        means[name] = np.concatenate(parts)
+    rows, support = [], [*truth[keep].sum(0).tolist(), None]
     for column, attribute in enumerate((*names, MACRO)):
         for name in logits:
             for index, key in enumerate(MEASURES):
                 values = point[name][:, column, index]
+                known = not np.isnan(values).any()
                 row = {"attribute": attribute, "training": name, "measure": key, "images": int(keep.sum())}
-                row |= {"support": None if attribute == MACRO else support[column]} | _over_seeds(values)
+                row |= {"support": support[column], "mean": float(values.mean()) if known else None}
+                row["sd"] = float(values.std(ddof=1)) if known and len(values) > 1 else None
+                row["values"] = values.tolist() if known else [None] * len(values)
                 if name != first:
                     of_each_seed = values - point[first][:, column, index]
                     row |= _difference(of_each_seed, (means[name] - means[first])[:, column, index])
                 rows.append(row)
     return rows
-
-
-def _scores(logits: np.ndarray, truth: np.ndarray, weights: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Return (R, H, measures) of one classifier."""
-    measured = measure(logits[keep], truth[keep], weights[:, keep])
-    # without support, F1 is 0 or undefined for any classifier
-    measured["f1"] = np.where(measured["tp"] + measured["fn"] > 0, measured["f1"], np.nan)
-    return np.stack([measured[key] for key in MEASURES], -1)
-
-
-def _over_seeds(values: np.ndarray) -> dict[str, Any]:
-    if np.isnan(values).any():
-        return {"mean": None, "sd": None, "values": [None] * len(values)}
-    sd = float(values.std(ddof=1)) if len(values) > 1 else None
-    return {"mean": float(values.mean()), "sd": sd, "values": values.tolist()}
 
 
 def _difference(of_each_seed: np.ndarray, resampled_means: np.ndarray) -> dict[str, Any]:
@@ -118,10 +110,9 @@ def subgroups(
 
 
 def markdown(rows: Sequence[Row], metadata: Mapping[str, Any]) -> str:
-    """Return the whole report as Markdown.
+    """Return the report as Markdown: of rows from `compare`, each with a "group", "all" or "minority".
 
-    `rows`: from `compare`, each with a "group", "all" or "minority". `metadata`: "seeds", "minority_share", the number
-    of "test_images", and "subgroups" from the function of that name.
+    `metadata`: "seeds", "minority_share", the number of "test_images", and "subgroups" from the function of that name.
     """
     everyone, minor = ([row for row in rows if row["group"] == group] for group in ("all", "minority"))
     groups, share, seeds = metadata["subgroups"], 100 * metadata["minority_share"], metadata["seeds"]
@@ -141,14 +132,25 @@ def markdown(rows: Sequence[Row], metadata: Mapping[str, Any]) -> str:
         parts.append("**Samples were missing**: in the last table, 'n of m' is n where m were requested.\n")
     if len(seeds) < 3:
         parts.append(f"**{len(seeds)} seed(s) are too few** to tell differences from chance; give 3.\n")
-    parts += [f"## All test images: {metadata['test_images']}\n", *_tables(everyone), "## Minority subgroups\n"]
     names = [short_caption(caption) for caption, group in groups.items() if group["minority"] and group["test"]]
-    parts.append(
+    parts += [
+        f"## All test images: {metadata['test_images']}\n",
+        *_tables(everyone),
+        "## Minority subgroups\n",
         f"The {minor[0]['images'] if minor else 0} test images whose combination of labels makes up less than "
-        f"{share:g} % of the real training images ({', '.join(names) or 'none'}).\n"
-    )
-    parts += _tables(minor) if minor else []
-    return "\n".join([*parts, "## Images by subgroup\n", _subgroup_table(groups)])
+        f"{share:g} % of the real training images ({', '.join(names) or 'none'}).\n",
+        *(_tables(minor) if minor else ()),
+        "## Images by subgroup\n",
+    ]
+    # "n of m" if m were requested and only n found, and sums
+    every = list(groups.values())
+    counts = pd.DataFrame([{"test": group["test"], "real": group["real"]} | group["synthetic"] for group in every])
+    missing = pd.DataFrame([group["missing"] for group in every], columns=counts.columns).fillna(0).astype(int)
+    counts.loc["all"], missing.loc["all"] = counts.sum(), missing.sum()
+    cells = counts.astype(str).where(missing == 0, counts.astype(str) + " of " + (counts + missing).astype(str))
+    cells.insert(0, "labels", [*map(short_caption, groups), "all"])
+    cells.insert(1, "minority", [*("yes" if group["minority"] else "" for group in every), ""])
+    return "\n".join([*parts, to_markdown(cells.rename(columns=lambda name: name.replace("real + ", "+ ")))])
 
 
 def _tables(rows: Sequence[Row]) -> Iterator[str]:
@@ -170,37 +172,18 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
 
 def _cells(row: Row) -> dict[str, str]:
     """Format a row: the mean as in the paper, the mean with sd, the difference and its p."""
-    star, mean = "", _value(row, row["mean"])
-    cells = {"measure": row["measure"], "difference": "", "p": ""}
+    scale, digits = (100, 2) if row["measure"] == "accuracy" else (1, 3)
+    star, difference, p = "", "", ""
     if "difference" in row and row["difference"] is None:
-        cells |= {"difference": UNDEFINED, "p": UNDEFINED}
+        difference = p = UNDEFINED
     elif "difference" in row:
         if not row["low"] <= 0 <= row["high"]:
             star = "*" if row["seeds_agree"] else "*?"  # two "(*)" in a cell would be emphasis in Markdown
-        difference, low, high = (_value(row, row[key], "+") for key in ("difference", "low", "high"))
-        cells["difference"] = f"{difference} [{low}, {high}]{star}"
-        cells["p"] = "<0.001" if row["p"] < 0.001 else f"{row['p']:.3f}"
-    sd = "" if row["sd"] is None else f" ± {_value(row, row['sd'])}"
-    return cells | {"short": f"{mean}{star}", "mean": f"{mean}{sd}"}
-
-
-def _value(row: Row, value: float | None, sign: str = "") -> str:
-    if value is None:
-        return UNDEFINED
-    return format(100 * value, f"{sign}.2f") if row["measure"] == "accuracy" else format(value, f"{sign}.3f")
-
-
-def _subgroup_table(groups: Mapping[str, Mapping]) -> str:
-    """Return the images of each occurring caption, "n of m" if m were requested and only n found, and their sums."""
-    every = list(groups.values())
-    counts = pd.DataFrame([{"test": group["test"], "real": group["real"]} | group["synthetic"] for group in every])
-    missing = pd.DataFrame([group["missing"] for group in every], columns=counts.columns).fillna(0).astype(int)
-    counts.loc["all"], missing.loc["all"] = counts.sum(), missing.sum()
-    cells = counts.astype(str).where(missing == 0, counts.astype(str) + " of " + (counts + missing).astype(str))
-    cells.insert(0, "labels", [*map(short_caption, groups), "all"])
-    cells.insert(1, "minority", [*("yes" if group["minority"] else "" for group in every), ""])
-    cells.columns = [name.replace("real + ", "+ ") for name in cells]
-    return to_markdown(cells)
+        difference = "{} [{}, {}]".format(*(f"{scale * row[key]:+.{digits}f}" for key in ("difference", "low", "high")))
+        difference, p = difference + star, "<0.001" if row["p"] < 0.001 else f"{row['p']:.3f}"
+    mean = UNDEFINED if row["mean"] is None else f"{scale * row['mean']:.{digits}f}"
+    sd = "" if row["sd"] is None else f" ± {scale * row['sd']:.{digits}f}"
+    return {"measure": row["measure"], "difference": difference, "p": p, "short": mean + star, "mean": mean + sd}
 
 
 def as_csv(rows: Sequence[Row]) -> str:
