@@ -3,14 +3,12 @@
     python scripts/improve.py --config config/fundus.py:improve
 
 A round trains the generator by each of `improve.methods` in turn: "finetune" on the best images of a pool
-(scripts/generate.py), weighted by the Policy's scores and mixed with real ones (scripts/train_sd.py); "ddpo" with the
-reward fundus_alignment (scripts/train.py). With `improve.update_policy`, the Policy first learns from
-new images that the Selector rates (stage 2 of scripts/train_rlhf.py). Held-out judges then score images from fixed
-noise; KID to real images and diversity are measured as well. A collapse of any of these ends the run with a warning. A
-control without training, the initial generator at other guidance scales (`improve.control_guidance`), is listed too.
-
-The scripts run as separate commands, started by --launch, e.g. "accelerate launch --num_processes 8". Each round's
-model is a folder that eval.py and train.py can load. Rerun the same command to resume.
+(generate.py), weighted by the Policy's scores and mixed with real ones (train_sd.py); "ddpo" with the reward
+fundus_alignment (train.py). With `improve.update_policy`, the Policy first learns from new images that the Selector
+rates (stage 2 of train_rlhf.py). Held-out judges then score images from fixed noise; KID to real images and diversity
+are measured as well, and the initial generator at other guidance scales as a control. A collapse of any of these ends
+the run with a warning. The scripts run as separate commands, started by --launch, e.g. "accelerate launch
+--num_processes 8". Each round's model is a folder that eval.py and train.py can load. Rerun the command to resume.
 """
 
 import argparse
@@ -25,6 +23,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from absl import flags
 from ml_collections import ConfigDict
@@ -33,22 +32,24 @@ from ddpo_pytorch.data import fundus
 from ddpo_pytorch.data.images import SYNTHETIC, image_grid, load_pixels, save_picture
 from ddpo_pytorch.data.sample_folder import claim_folder
 from ddpo_pytorch.generator import finetune_data
-from ddpo_pytorch.generator.finetune_data import OUTCOMES, REAL_SHARE
 from ddpo_pytorch.generator.latents import INDEX, LatentShards
 from ddpo_pytorch.generator.lora import merged_state_dict
 from ddpo_pytorch.generator.pipeline import load_pipeline, save_model
 from ddpo_pytorch.judges.classifier import new_classifier
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges
+from ddpo_pytorch.metrics.tables import to_markdown
 from ddpo_pytorch.rlhf import rounds, training
 from ddpo_pytorch.sampling import SAMPLING, Sampler
 from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.training.run_state import is_finished
 from ddpo_pytorch.training.setup import batch_sizes, check_training
+from ddpo_pytorch.utils import settings as allowed
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import DTYPES, make_accelerator
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import JsonLines, atomic_folder, atomic_write, locked, sha256, write_file, write_json
-from ddpo_pytorch.utils.settings import BELOW_ONE, FINITE, NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, Range, check_ranges
+from ddpo_pytorch.utils.json_files import read_json
+from ddpo_pytorch.utils.settings import Range, check_choices, check_ranges
 
 FLAGS = flags.FLAGS
 define_config(__file__, "experiment, e.g. config/fundus.py:improve")
@@ -56,9 +57,9 @@ flags.DEFINE_string("launch", "", "command that starts the scripts of a round, e
 logger = logging.getLogger(__name__)
 METHODS = ("finetune", "ddpo")
 COUNTS = ("rounds", "images_per_prompt", "num_candidates", "max_attempts", "num_steps", "batch_size")
-RANGES = dict.fromkeys(COUNTS, ONE_OR_MORE) | {"held_out_images": Range("[2, inf)", whole=True)}
-RANGES |= {"learning_rate": POSITIVE, "ema_decay": BELOW_ONE, "real_share": REAL_SHARE}
-RANGES |= dict.fromkeys(("tolerance", "kid_tolerance"), NOT_NEGATIVE)
+RANGES = dict.fromkeys(COUNTS, allowed.ONE_OR_MORE) | {"held_out_images": Range("[2, inf)", whole=True)}
+RANGES |= {"learning_rate": allowed.POSITIVE, "ema_decay": allowed.BELOW_ONE, "real_share": finetune_data.REAL_SHARE}
+RANGES |= dict.fromkeys(("tolerance", "kid_tolerance"), allowed.NOT_NEGATIVE)
 LOG = "rounds.jsonl"
 GRID_COLUMNS = 8
 
@@ -72,17 +73,16 @@ def check_settings(config: ConfigDict) -> None:
         if config[name]:
             raise UserError(f"{name} is {config[name]!r}; rounds start from a complete model, pretrained.model=DIR")
     for name in improve.methods or ("",):
-        if name not in METHODS:
-            raise UserError(f"improve.methods has {name!r}; allowed are one or more of {', '.join(METHODS)}")
-    check_ranges(config, SAMPLING | {"eval.batch_size": ONE_OR_MORE})
+        check_choices({"methods": name}, {"methods": METHODS}, "improve.")
+    check_ranges(config, SAMPLING | {"eval.batch_size": allowed.ONE_OR_MORE})
     check_ranges(improve, RANGES, "improve.")
     check_ranges(improve, {"num_candidates": Range(f"[1, {improve.max_attempts}]", whole=True)}, "improve.")
     for scale in improve.control_guidance:
-        check_ranges({"control_guidance": scale}, {"control_guidance": FINITE}, "improve.")
+        check_ranges({"control_guidance": scale}, {"control_guidance": allowed.FINITE}, "improve.")
     if improve.update_policy:
         training.check_settings(config.rlhf)
     if "finetune" in improve.methods:
-        finetune_data.check_settings(rounds.with_fields(config, rounds.finetune_fields(config)).sd)
+        finetune_data.check_settings(rounds.config_of(config, "finetune").sd)
     if "ddpo" in improve.methods:
         check_training(config)
         batch_sizes(config.sample, config.train, processes=1)
@@ -93,25 +93,29 @@ class Rounds:
 
     def __init__(self, config: ConfigDict, device: torch.device):
         self.config, self.improve, self.output = config, config.improve, Path(config.improve.output)
+        try:
+            self.launch = shlex.split(FLAGS.launch) or [sys.executable]
+        except ValueError as error:
+            raise UserError(f"--launch={FLAGS.launch!r} cannot be read ({error}); close the quotation") from error
+        if not shutil.which(self.launch[0]):
+            raise UserError(f"--launch={FLAGS.launch!r}: there is no program {self.launch[0]!r}; give one that can run")
         self.device = device
-        self.selector, self.policy = load_judges(self.improve.held_out_judges, self.device)
+        self.selector, self.policy = load_judges(self.improve.held_out_judges, device)
         rows, paths, _ = fundus.load_split(self.improve.held_out_csv, self.improve.data_path)
         self.prompts = fundus.caption_list(rows)
         qualities = Counter(map(fundus.quality_of, rows))
         good = [path for row, path in zip(rows, paths, strict=True) if fundus.is_good(row)]
         if min(len(good), self.improve.held_out_images * len(self.prompts)) < rounds.KID_IMAGES:
             grades = ", ".join(f"{count} images of quality {value:g}" for value, count in sorted(qualities.items()))
-            raise UserError(
-                f"improve.held_out_csv {self.improve.held_out_csv!r} has {len(self.prompts)} captions and {grades}; "
-                f"KID needs {rounds.KID_IMAGES} images of quality 3 (good) and as many drawn ones: give more "
-                "images, or raise improve.held_out_images"
-            )
+            has = f"improve.held_out_csv {self.improve.held_out_csv!r} has {len(self.prompts)} captions and {grades}"
+            needs = f"KID needs {rounds.KID_IMAGES} images of quality 3 (good) and as many drawn ones"
+            raise UserError(f"{has}; {needs}: give more images, or raise improve.held_out_images")
         size, sd, improve = config.eval.batch_size, config.sd, self.improve
         pixels = torch.stack([load_pixels(path, sd.image_size, sd.resize) for path in good])
         self.real = rounds.features_of(self.selector, pixels, size)
         network = None
         if improve.guard:
-            network = new_classifier(("guard",), 224, improve.guard, improve.guard_weights).eval().to(self.device)
+            network = new_classifier(("guard",), 224, improve.guard, improve.guard_weights).eval().to(device)
         fundus_images = fundus.modality_of(self.prompts[0]) == fundus.MODALITY
         self.guards = rounds.Guards(pixels, network, fundus_images, config.seed, size)
 
@@ -149,14 +153,13 @@ class Rounds:
     def measure(self, number: int, guidance_scale: float, grid_name: str = "grid.png") -> rounds.RoundMetrics:
         """Sample images from the fixed noise with the model after round `number`, save a grid, and assess them."""
         config, sample, count = self.config, self.config.sample, self.improve.held_out_images
-        dtype, size = DTYPES[config.mixed_precision], config.eval.batch_size
-        pipe = load_pipeline(str(self.model(number)), config.pretrained.revision, "", dtype, self.device)
+        dtype, size, model = DTYPES[config.mixed_precision], config.eval.batch_size, str(self.model(number))
+        pipe = load_pipeline(model, config.pretrained.revision, "", dtype, self.device)
         sampler = Sampler(pipe, sample.scheduler, sample.num_steps, sample.eta, guidance_scale)
         images = rounds.draw_fixed(sampler, self.prompts, count, config.seed, size)
         grid = image_grid(images[::count][: 2 * GRID_COLUMNS].float() / 255, GRID_COLUMNS)  # one image per prompt
         save_picture(self.folder(number) / grid_name, grid, SYNTHETIC)
-        prompts = [prompt for prompt in self.prompts for _ in range(count)]
-        judges = self.selector, self.policy
+        prompts, judges = [prompt for prompt in self.prompts for _ in range(count)], (self.selector, self.policy)
         return rounds.assess(images, prompts, *judges, self.real, config.seed, size, self.guards)
 
     def control(self, guidance_scale: float) -> rounds.RoundMetrics:
@@ -164,7 +167,8 @@ class Rounds:
         path = self.folder(0) / f"guidance_{guidance_scale:g}.json"
         if not path.is_file():
             write_json(path, vars(self.measure(0, guidance_scale, f"{path.stem}.png")))
-        return rounds.read_metrics(path)
+        entry = read_json(path, rounds.SHAPE, "remove it to measure again")
+        return rounds.RoundMetrics(**{name: entry[name] for name in rounds.SHAPE})
 
     def _draw_pool(self, number: int, model: Path, name: str, judges: Path) -> Path:
         """Sample best-of-N images into a folder of the round."""
@@ -186,12 +190,18 @@ class Rounds:
     def _finetune(self, number: int, model: Path) -> Path:
         """Train on the selected images of a best-of-N pool, weighted by score and mixed with real ones."""
         folder = self.folder(number)
-        weights = folder / "finetune" / OUTCOMES["finetune"]
+        weights = folder / "finetune" / finetune_data.OUTCOMES["finetune"]
         if weights.is_file():  # written last; train_sd.py refuses a folder that has them
             return weights
         pool = self._draw_pool(number, model, "pool", self.judges(number))
         fields = {"pretrained.model": model, "unet_path": "", "sd.pool": pool, "sd.output": weights.parent}
-        fields |= rounds.finetune_fields(self.config) | {"sd.latents": self._latents_of(Path(self.improve.csv))}
+        fields |= rounds.method_fields(self.config, "finetune", "") | {"sd.latents": ""}
+        # the table's latents from stage (i) or the first round, if there are any
+        for earlier in filter(None, (self.config.sd.output, self.folder(1) / "finetune")):
+            latents = Path(earlier, "latents", "train")
+            if (latents / INDEX).is_file() and LatentShards(latents).index["csv_sha256"] == sha256(self.improve.csv):
+                fields["sd.latents"] = latents
+                break
         self._command("train_sd.py", number, fields)
         return weights
 
@@ -200,7 +210,7 @@ class Rounds:
         runs = self.folder(number) / "ddpo"
         # the fixed run name makes an interrupted run resume
         fields = {"pretrained.model": model, "unet_path": "", "logdir": runs, "run_name": "run"}
-        fields |= rounds.ddpo_fields(self.judges(number))
+        fields |= rounds.method_fields(self.config, "ddpo", self.judges(number))
         self._command("train.py", number, fields)
         if not is_finished(runs / "run", self.config):
             raise UserError(f"round {number}: train.py was stopped before its end; rerun the same command to resume")
@@ -212,43 +222,21 @@ class Rounds:
         parser.add_argument("--launch", "-launch")
         fields = {"seed": self.config.seed + number, "log_with": self.config.log_with} | fields
         settings = [f"--config.{name}={value}" for name, value in fields.items()]
-        launch = [*launcher(), str(Path(__file__).with_name(script))]
+        command = [*self.launch, str(Path(__file__).with_name(script)), *parser.parse_known_args()[1], *settings]
         logger.info("round %d: %s", number, script)
         torch.cuda.empty_cache()  # the script may need the last measurement's memory
-        if code := subprocess.run([*launch, *parser.parse_known_args()[1], *settings]).returncode:
-            raise UserError(
-                f"round {number}: {script} ended with exit code {code}, see its last line; finished steps are in "
-                f"{str(self.folder(number))!r}: rerun the same command to resume"
-            )
-
-    def _latents_of(self, table: Path) -> Path | str:
-        """Return the folder of a table's latents from stage (i) or the first round, or "" if there are none."""
-        stage_one = [Path(self.config.sd.output)] if self.config.sd.output else []
-        for folder in (*stage_one, self.folder(1) / "finetune"):
-            latents = folder / "latents" / "train"
-            if (latents / INDEX).is_file() and LatentShards(latents).index["csv_sha256"] == sha256(table):
-                return latents
-        return ""
-
-
-def launcher() -> list[str]:
-    """Return the words of --launch. Raises UserError if they start no program."""
-    try:
-        words = shlex.split(FLAGS.launch) or [sys.executable]
-    except ValueError as error:
-        raise UserError(f"--launch={FLAGS.launch!r} cannot be read ({error}); close the quotation") from error
-    if not shutil.which(words[0]):
-        raise UserError(f"--launch={FLAGS.launch!r}: there is no program {words[0]!r}; give one that can be run")
-    return words
+        if code := subprocess.run(command).returncode:
+            problem = f"round {number}: {script} ended with exit code {code}, see its last line"
+            where = f"finished steps are in {str(self.folder(number))!r}"
+            raise UserError(f"{problem}; {where}: rerun the same command to resume")
 
 
 def link_best(output: Path, model: Path) -> None:
     """Point the link `best` to a model's folder; a Hugging Face id has none, so it is named in a warning instead."""
     if not model.is_dir():
         (output / "best").unlink(missing_ok=True)
-        logger.warning(
-            "the best model is not a folder, so %s is not created; use pretrained.model=%s", output / "best", model
-        )
+        paths = output / "best", model
+        logger.warning("the best model is not a folder, so %s is not created; use pretrained.model=%s", *paths)
         return
     with atomic_write(output / "best") as temporary:
         temporary.unlink()
@@ -257,19 +245,15 @@ def link_best(output: Path, model: Path) -> None:
 
 
 def main(_) -> None:
-    required = [
-        f"improve.{name}" for name in ("output", "judges", "held_out_judges", "csv", "held_out_csv", "data_path")
-    ]
-    required += ["rlhf.ratings"] * FLAGS.config.improve.update_policy
-    config = expand_config(FLAGS.config, "pretrained.model", *required)
+    paths = ("output", "judges", "held_out_judges", "csv", "held_out_csv", "data_path")
+    required = ["pretrained.model", *(f"improve.{name}" for name in paths)]
+    config = expand_config(FLAGS.config, *required, *["rlhf.ratings"] * FLAGS.config.improve.update_policy)
     check_settings(config)
-    launcher()  # raises here rather than after the first measurement
     rounds.check_independent(config.improve.judges, config.improve.held_out_judges)
-    if config.improve.update_policy:  # else train_rlhf.py would refuse them in the middle of a round
-        judges = Path(config.improve.judges)
-        training.check_sizes(config.rlhf, judges / SELECTOR_FILE, judges / POLICY_FILE)
-    device = make_accelerator(config.mixed_precision, config.allow_tf32).device
     improve, output = config.improve, Path(config.improve.output)
+    if improve.update_policy:  # else train_rlhf.py would refuse them in the middle of a round
+        training.check_sizes(config.rlhf, Path(improve.judges, SELECTOR_FILE), Path(improve.judges, POLICY_FILE))
+    device = make_accelerator(config.mixed_precision, config.allow_tf32).device
     settings, run = rounds.round_settings(config, device), Rounds(config, device)
     guidance = config.sample.guidance_scale
     with locked(output):
@@ -291,8 +275,12 @@ def main(_) -> None:
                 break
         best = rounds.best_round(history[: number + 1], improve.tolerance, improve.kid_tolerance)
         link_best(output, run.model(best))
-        write_file(output / "rounds.md", rounds.rounds_table(history, controls))
-    print(rounds.rounds_table(history, controls))  # this command's output
+        # the initial generator at other guidance scales stands after round 0
+        rows = [{"round": str(number)} | metrics.cells() for number, metrics in enumerate(history)]
+        rows[1:1] = [{"round": f"base, guidance {scale:g}"} | metrics.cells() for scale, metrics in controls.items()]
+        table = to_markdown(pd.DataFrame(rows))
+        write_file(output / "rounds.md", table)
+    print(table)  # this command's output
     for scale, control in controls.items():
         if control.alignment >= history[best].alignment:
             scores = scale, control.alignment, best, history[best].alignment

@@ -6,13 +6,12 @@ generator. Kernel distance to real images and diversity reveal when scores rise 
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from ml_collections import ConfigDict
 
@@ -29,7 +28,6 @@ from ddpo_pytorch.judges.selector import DESCRIPTION, Selector
 from ddpo_pytorch.judges.vit import read_judge
 from ddpo_pytorch.metrics.fidelity import kernel_distance
 from ddpo_pytorch.metrics.ssim import ms_ssim
-from ddpo_pytorch.metrics.tables import to_markdown
 from ddpo_pytorch.phantoms.damage import has_one_disc, vessel_contrast
 from ddpo_pytorch.prompts import all_prompts, given_prompts
 from ddpo_pytorch.rlhf.training import PATHS
@@ -39,11 +37,10 @@ from ddpo_pytorch.training.setup import content_fingerprints, load_policy, make_
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints, with_contents
-from ddpo_pytorch.utils.json_files import COUNT, parse_json, read_json
+from ddpo_pytorch.utils.json_files import COUNT, parse_json
 from ddpo_pytorch.utils.randomness import Stream, derived_seed, text_number
 
 CONTENTS = ("judges", "held_out_judges", "csv", "held_out_csv")  # compared by content, not by path
-RATING_INPUTS = ("ratings", "val_ratings", "text_encoder", "autoencoder")  # of the Policy's stage 2
 SAMPLE = ("scheduler", "num_steps", "eta", "guidance_scale")
 FINETUNING = ("num_steps", "batch_size", "learning_rate", "ema_decay", "real_share")  # also of improve
 KID_IMAGES = 4  # of real and of drawn images, for a standard error of KID
@@ -71,16 +68,12 @@ class RoundMetrics:
 
     def cells(self) -> dict[str, str]:
         """Return the metrics as text by title, in the order of the table."""
-        return {
-            "held-out score": f"{self.alignment:.3f}",
-            "passed": f"{self.pass_rate:.1%}",
-            "selector": f"{self.selector:.3f}",
-            "policy": f"{self.policy:.3f}",
-            "KID (Selector's features)": f"{self.kid:.3g} ± {self.kid_error:.2g}",
-            "MS-SSIM": f"{self.ms_ssim:.3f}",
-            **{title: f"{value:.3g} ± {error:.2g}" for title, (value, error) in self.guards.items()},
-            "images": str(self.images),
-        }
+        cells = {"held-out score": f"{self.alignment:.3f}", "passed": f"{self.pass_rate:.1%}"}
+        cells |= {"selector": f"{self.selector:.3f}", "policy": f"{self.policy:.3f}"}
+        cells |= {"KID (Selector's features)": f"{self.kid:.3g} ± {self.kid_error:.2g}"}
+        cells["MS-SSIM"] = f"{self.ms_ssim:.3f}"
+        cells |= {title: f"{value:.3g} ± {error:.2g}" for title, (value, error) in self.guards.items()}
+        return cells | {"images": str(self.images)}
 
 
 SHAPE = dict.fromkeys(RoundMetrics.__dataclass_fields__, float) | {"guards": {str: (float, float)}}
@@ -89,14 +82,11 @@ SHAPE = dict.fromkeys(RoundMetrics.__dataclass_fields__, float) | {"guards": {st
 @torch.no_grad()
 def features_of(network: Selector | ArtifactClassifier, images: torch.Tensor, batch_size: int) -> np.ndarray:
     """Return pooled features (N, D) of uint8 images (N, 3, H, W)."""
-    device = next(network.parameters()).device
-
-    def run(pixels: torch.Tensor) -> torch.Tensor:
-        if isinstance(network, ArtifactClassifier):
-            return network.features(pixels)
-        return network.encoder(network.preprocess(pixels))
-
-    return torch.cat([run(part.to(device).float() / 255) for part in images.split(batch_size)]).float().cpu().numpy()
+    device, parts = next(network.parameters()).device, []
+    for part in images.split(batch_size):
+        pixels, is_classifier = part.to(device).float() / 255, isinstance(network, ArtifactClassifier)
+        parts.append(network.features(pixels) if is_classifier else network.encoder(network.preprocess(pixels)))
+    return torch.cat(parts).float().cpu().numpy()
 
 
 class Guards:
@@ -109,27 +99,25 @@ class Guards:
     def __init__(
         self, real: torch.Tensor, network: ArtifactClassifier | None, anatomy: bool, seed: int, batch_size: int
     ):
-        self.network, self.anatomy, self.seed, self.batch_size = network, anatomy, seed, batch_size
+        self.network, self.seed, self.batch_size = network, seed, batch_size
         self.features = network and features_of(network, real, batch_size)
-        self.real = _anatomy(real) if anatomy else None
+        self.measures = {"vessels": vessel_contrast, "one disc": has_one_disc} if anatomy else {}
+        self.real = {title: self._values(title, real) for title in self.measures}
 
     def __call__(self, images: torch.Tensor) -> dict[str, list[float]]:
         distances = {}
         if self.network:
             features = features_of(self.network, images, self.batch_size)
             distances[f"KID ({self.network.arch})"] = [*_kid(self.features, features, self.seed)]
-        for column, title in enumerate(("vessels", "one disc") if self.anatomy else ()):
-            values, real = _anatomy(images)[:, column], self.real[:, column]
-            scale = max(real.std(), 1e-3)
+        for title, real in self.real.items():
+            values, scale = self._values(title, images), max(real.std(), 1e-3)
             error = values.std() / scale / len(values) ** 0.5
             distances[f"{title} (sd from real)"] = [abs(values.mean() - real.mean()) / scale, error]
         return distances
 
-
-def _anatomy(images: torch.Tensor) -> np.ndarray:
-    """Return vessel contrast and whether there is exactly one disc (N, 2) for uint8 images (N, 3, H, W)."""
-    pixels = images.permute(0, 2, 3, 1).numpy()
-    return np.array([[vessel_contrast(image), has_one_disc(image)] for image in pixels], float)
+    def _values(self, title: str, images: torch.Tensor) -> np.ndarray:
+        """Return a measure of the anatomy (N,) for uint8 images (N, 3, H, W)."""
+        return np.array([self.measures[title](image) for image in images.permute(0, 2, 3, 1).numpy()], float)
 
 
 def _kid(real: np.ndarray, features: np.ndarray, seed: int) -> tuple[float, float]:
@@ -144,19 +132,12 @@ def _kid(real: np.ndarray, features: np.ndarray, seed: int) -> tuple[float, floa
 
 
 def draw_fixed(sampler: Sampler, prompts: Sequence[str], count: int, seed: int, batch_size: int) -> torch.Tensor:
-    """Sample `count` uint8 images per prompt, in order, from noise that depends on (seed, prompt, index) only.
-
-    Raises UserError if an image is not finite.
-    """
-    jobs = [
-        (prompt, derived_seed(seed, Stream.HELD_OUT, text_number(prompt), index))
-        for prompt in prompts
-        for index in range(count)
-    ]
-    parts = []
+    """Sample `count` uint8 images per prompt from noise that depends on (seed, prompt, index). UserError for NaN."""
+    jobs, parts = [(prompt, index) for prompt in prompts for index in range(count)], []
     for start in range(0, len(jobs), batch_size):
-        texts, seeds = zip(*jobs[start : start + batch_size], strict=True)
-        images = sampler(texts, seeds)
+        batch = jobs[start : start + batch_size]
+        texts = [prompt for prompt, _ in batch]
+        images = sampler(texts, [derived_seed(seed, Stream.HELD_OUT, text_number(text), n) for text, n in batch])
         if not images.isfinite().all():
             raise UserError(f"an image in the batch of {texts[0]!r} is not finite; lower improve.learning_rate")
         parts.append(to_uint8(images).cpu())
@@ -179,26 +160,18 @@ def assess(
     images of either.
     """
     quality, aligned = [], []
-    for start in range(0, len(images), batch_size):
-        pixels = images[start : start + batch_size].float() / 255
+    for indices in torch.arange(len(images)).split(batch_size):
+        pixels = images[indices].float() / 255
         quality.append(selector.score(pixels).cpu())
-        aligned.append(policy.score(pixels, prompts[start : start + batch_size]).cpu())
+        aligned.append(policy.score(pixels, [prompts[index] for index in indices.tolist()]).cpu())
     quality, aligned = torch.cat(quality).double(), torch.cat(aligned).double()
     passed = selector.accepts(quality).double()
     kid, kid_error = _kid(real, features_of(selector, images, batch_size), seed)
     pairs = torch.tensor([i for i in range(1, len(prompts)) if prompts[i] == prompts[i - 1]])
     similar = [ms_ssim(images[part - 1].float() / 255, images[part].float() / 255) for part in pairs.split(batch_size)]
-    return RoundMetrics(
-        alignment=(passed * aligned).mean().item(),
-        selector=quality.mean().item(),
-        pass_rate=passed.mean().item(),
-        policy=aligned.mean().item(),
-        kid=kid,
-        kid_error=kid_error,
-        ms_ssim=torch.cat(similar).mean().item(),
-        images=len(images),
-        guards=guards(images),
-    )
+    values = {"alignment": passed * aligned, "selector": quality, "pass_rate": passed, "policy": aligned}
+    means = {name: one.mean().item() for name, one in (values | {"ms_ssim": torch.cat(similar)}).items()}
+    return RoundMetrics(**means, kid=kid, kid_error=kid_error, images=len(images), guards=guards(images))
 
 
 def check_independent(judges: str | Path, held_out_judges: str | Path) -> None:
@@ -208,10 +181,9 @@ def check_independent(judges: str | Path, held_out_judges: str | Path) -> None:
     common = set(selecting.get("patients", ())) & set(held_out.get("patients", ()))
     if sha256(files[0]) == sha256(files[1]) or common:
         reason = f"share {len(common)} patients with" if common else "are"
-        raise UserError(
-            f"improve.held_out_judges {str(held_out_judges)!r} {reason} improve.judges {str(judges)!r}; train them on "
-            "ratings of other patients (column `patient`), so that they do not measure their own choices"
-        )
+        problem = f"improve.held_out_judges {str(held_out_judges)!r} {reason} improve.judges {str(judges)!r}"
+        advice = "train them on ratings of other patients (column `patient`)"
+        raise UserError(f"{problem} and would measure their own choices; {advice}")
 
 
 def collapse(history: Sequence[RoundMetrics], tolerance: float, kid_tolerance: float) -> str:
@@ -220,8 +192,7 @@ def collapse(history: Sequence[RoundMetrics], tolerance: float, kid_tolerance: f
     A collapse is a held-out score more than `tolerance` below the best so far, KID or a guard more than `kid_tolerance`
     standard errors of the difference above its initial value, or 1 - MS-SSIM below half its initial value.
     """
-    first, now = history[0], history[-1]
-    best = max(metrics.alignment for metrics in history)
+    first, now, best = history[0], history[-1], max(metrics.alignment for metrics in history)
     if now.alignment < best - tolerance:
         return f"the held-out score fell to {now.alignment:.3f}, the best was {best:.3f}"
     pairs = {"KID to real images": ((first.kid, first.kid_error), (now.kid, now.kid_error))}
@@ -229,10 +200,8 @@ def collapse(history: Sequence[RoundMetrics], tolerance: float, kid_tolerance: f
     for title, ((before, before_error), (value, value_error)) in pairs.items():
         error = math.hypot(before_error, value_error)
         if value > before + kid_tolerance * error:
-            return (
-                f"{title} rose from {before:.4g} to {value:.4g}, by more than {kid_tolerance:g} standard errors "
-                f"({error:.2g}) of the difference: the judges accept unrealistic images"
-            )
+            rise = f"{title} rose from {before:.4g} to {value:.4g}, by more than {kid_tolerance:g} standard errors"
+            return f"{rise} ({error:.2g}) of the difference: the judges accept unrealistic images"
     if 1 - now.ms_ssim < (1 - first.ms_ssim) / 2:
         return f"images of a prompt became too similar: MS-SSIM rose from {first.ms_ssim:.3f} to {now.ms_ssim:.3f}"
     return ""
@@ -244,49 +213,29 @@ def best_round(history: Sequence[RoundMetrics], tolerance: float, kid_tolerance:
     return max(sound, key=lambda n: history[n].alignment)
 
 
-def rounds_table(history: Sequence[RoundMetrics], controls: Mapping[float, RoundMetrics]) -> str:
-    """Return the rounds as a Markdown table, with the initial generator at other guidance scales after round 0."""
-    rows = [{"round": str(number)} | metrics.cells() for number, metrics in enumerate(history)]
-    rows[1:1] = [{"round": f"base, guidance {scale:g}"} | metrics.cells() for scale, metrics in controls.items()]
-    return to_markdown(pd.DataFrame(rows))
-
-
-def _metrics(entry: Mapping[str, Any]) -> RoundMetrics:
-    return RoundMetrics(**{name: entry[name] for name in SHAPE})
-
-
-def read_metrics(path: Path) -> RoundMetrics:
-    """Return the metrics in a JSON file with the fields of RoundMetrics."""
-    return _metrics(read_json(path, SHAPE, "remove it to measure again"))
-
-
 def read_history(path: Path) -> list[RoundMetrics]:
     """Return the metrics of rounds.jsonl, up to the first missing round."""
-    shape = SHAPE | {"round": COUNT}
     measured: dict[int, RoundMetrics] = {}
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
-        entry = parse_json(line, shape, f"{str(path)!r} line {number}", "remove that line to measure its round again")
-        measured[entry["round"]] = _metrics(entry)
+        where, advice = f"{str(path)!r} line {number}", "remove that line to measure its round again"
+        entry = parse_json(line, SHAPE | {"round": COUNT}, where, advice)
+        measured[entry["round"]] = RoundMetrics(**{name: entry[name] for name in SHAPE})
     return [measured[number] for number in itertools.takewhile(measured.__contains__, itertools.count())]
 
 
-def finetune_fields(config: ConfigDict) -> dict[str, Any]:
-    """Return the settings of train_sd.py in all rounds."""
-    improve = config.improve
-    fields = {"sd.stage": "finetune", "sd.kind": "fundus", "sd.csv": improve.csv, "sd.data_path": improve.data_path}
-    fields |= {"sd.val_csv": "", "sd.val_latents": ""}
-    return fields | {f"sd.{name}": improve[name] for name in FINETUNING}
+def method_fields(config: ConfigDict, method: str, judges: str | Path) -> dict[str, Any]:
+    """Return the settings that rounds give to train_sd.py ("finetune") or to train.py ("ddpo", for these judges)."""
+    if method == "ddpo":
+        return {"reward_fn": "fundus_alignment", "reward_fn_kwargs.fundus_alignment.judges": str(judges)}
+    fields = {"stage": "finetune", "kind": "fundus", "val_csv": "", "val_latents": ""}
+    fields |= {name: config.improve[name] for name in ("csv", "data_path", *FINETUNING)}
+    return {f"sd.{name}": value for name, value in fields.items()}
 
 
-def ddpo_fields(judges: str | Path) -> dict[str, Any]:
-    """Return the settings of train.py in all rounds, for the judges of one."""
-    return {"reward_fn": "fundus_alignment", "reward_fn_kwargs.fundus_alignment.judges": str(judges)}
-
-
-def with_fields(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
-    """Return a copy of a configuration with these fields, as the command line of a script sets them."""
+def config_of(config: ConfigDict, method: str) -> ConfigDict:
+    """Return a copy of a configuration with `method_fields`, as the script of the method reads it in round 1."""
     copy = config.copy_and_resolve_references()
-    copy.update_from_flattened_dict(fields)
+    copy.update_from_flattened_dict(method_fields(config, method, config.improve.judges))
     return copy
 
 
@@ -297,7 +246,7 @@ def round_settings(config: ConfigDict, device: torch.device) -> dict[str, Any]:
     load, and so raises at once the UserErrors that they would raise hours later.
     """
     improve, pretrained = config.improve, config.pretrained
-    ddpo = with_fields(config, ddpo_fields(improve.judges)) if "ddpo" in improve.methods else None
+    ddpo = config_of(config, "ddpo") if "ddpo" in improve.methods else None
     settings = {f"improve.{name}": improve[name] for name in improve if name not in FREE + CONTENTS}
     settings |= {f"sample.{name}": config.sample[name] for name in SAMPLE}
     settings |= {"seed": config.seed, "mixed_precision": config.mixed_precision}
@@ -319,7 +268,7 @@ def round_settings(config: ConfigDict, device: torch.device) -> dict[str, Any]:
         settings |= contents | run_folder.comparable(read, read, free=run_folder.FREE - run_folder.STOPPING)[0]
     if "finetune" in improve.methods:
         load_split(improve.csv, improve.data_path)
-        settings |= settings_of(with_fields(config, finetune_fields(config)), 1, {})
+        settings |= settings_of(config_of(config, "finetune"), 1, {})
         if config.sd.text_encoder == "bert" and not has_mask(pipe.text_encoder):
             settings["contents.sd.bert"] = fingerprint(with_contents(config.sd.bert))
     if "finetune" in improve.methods or improve.update_policy:  # pools of generate.py
@@ -335,5 +284,6 @@ def round_settings(config: ConfigDict, device: torch.device) -> dict[str, Any]:
             read_ratings(table, rlhf.data_path, config.base_log_path)
         named = rlhf.to_dict().items()
         settings |= {f"rlhf.{name}": value for name, value in named if name not in PATHS or name == "data_path"}
-        settings |= {f"contents.rlhf.{name}": fingerprint(with_contents(rlhf[name])) for name in RATING_INPUTS}
+        inputs = ("ratings", "val_ratings", "text_encoder", "autoencoder")
+        settings |= {f"contents.rlhf.{name}": fingerprint(with_contents(rlhf[name])) for name in inputs}
     return settings
