@@ -37,27 +37,24 @@ def read_images(config: ConfigDict) -> tuple[list[RatedImage], list[RatedImage]]
         check_images([image.path for image in tables[-1]])
         statistics = agreement(ratings).items()
         numbers = " ".join(f"{name} {f'{v:.3f}' if isinstance(v, float) else v}" for name, v in statistics)
-        counts = len(ratings), len(tables[-1])
-        logger.info("%s: %d ratings of %d images; raters' agreement: %s", path, *counts, numbers)
+        shown = path, len(ratings), len(tables[-1]), numbers
+        logger.info("%s: %d ratings of %d images; raters' agreement: %s", *shown)
     train, val = tables if rlhf.val_ratings else split_by_patient(tables[0], rlhf.val_share, config.seed)
     keys = {"image": lambda image: str(image.path.resolve())}
     if rlhf.data_path or Path(rlhf.ratings).resolve().parent == Path(rlhf.val_ratings).resolve().parent:
         keys["patient"] = lambda image: image.patient  # often a file name, which is meaningless in another folder
     for what, key in keys.items():
         if common := sorted(set(map(key, train)) & set(map(key, val))):
-            raise UserError(
-                f"{rlhf.ratings!r} and {rlhf.val_ratings!r} share the {what} {common[0]!r}; give rlhf.val_ratings of "
-                "other patients"
-            )
+            both = f"{rlhf.ratings!r} and {rlhf.val_ratings!r}"
+            raise UserError(f"{both} share the {what} {common[0]!r}; give rlhf.val_ratings of other patients")
     for column in COLUMNS:
         if warning := check_classes(train, column):
             logger.warning("%s: %s", rlhf.ratings, warning)
     good = sum(image.quality >= 2 for image in val)
     if rlhf.threshold is None and not 0 < good < len(val):
-        raise UserError(
-            f"{rlhf.val_ratings or rlhf.ratings!r} has {good} validation images of quality 2 or more and "
-            f"{len(val) - good} below 2; the Selector's threshold needs both: rate more images, or give rlhf.threshold"
-        )
+        counts = f"{good} validation images of quality 2 or more and {len(val) - good} below 2"
+        advice = "the Selector's threshold needs both: rate more images, or give rlhf.threshold"
+        raise UserError(f"{rlhf.val_ratings or rlhf.ratings!r} has {counts}; {advice}")
     logger.info("learning from %d rated images, measuring with %d", len(train), len(val))
     return train, val
 

@@ -97,11 +97,12 @@ def read_rated(rated: Sequence[RatedImage], size: int, resize: str = "fov") -> R
     sets already are. Raises UserError for a file that cannot be read.
     """
 
-    def pixels(path: Path) -> torch.Tensor:
-        return to_uint8(resized(load_image(path, resize="stretch" if is_framed(path) else resize)[None], size)[0])
+    def pixels(image: RatedImage) -> torch.Tensor:
+        loaded = load_image(image.path, resize="stretch" if is_framed(image.path) else resize)
+        return to_uint8(resized(loaded[None], size)[0])
 
     with ThreadPoolExecutor(thread_limit()) as pool:
-        images = torch.stack(list(pool.map(lambda image: pixels(image.path), rated)))
+        images = torch.stack(list(pool.map(pixels, rated)))
     names = ("prompt", "quality", "alignment", "weight", "criteria")
     rows = [[Path(image.image).name, *(getattr(image, name) for name in names)] for image in rated]
     # files rather than resized pixels, whose last bits depend on the processor
@@ -110,19 +111,15 @@ def read_rated(rated: Sequence[RatedImage], size: int, resize: str = "fov") -> R
 
 
 def read_pool(folder: str | Path, size: int) -> RatedSet:
-    """Decode the images of generate.py's folder, rated by the Selector's score s as r = 1 + 2 s.
-
-    Raises UserError for a folder without scores.
-    """
-    advice = "draw it with scripts/generate.py"
+    """Decode generate.py's images, rated by the Selector's score s as r = 1 + 2 s. Raises UserError without scores."""
+    folder, advice = Path(folder), "draw it with scripts/generate.py"
     if not (entries := read_log(folder)):
         raise UserError(f"rlhf.pool {str(folder)!r} has no {LOG} with images; {advice}")
-    shape = [{"prompt": str, "selector": float, "path_to_img": str}]
-    check_shape(entries, shape, repr(str(Path(folder) / LOG)), advice)
+    check_shape(entries, [{"prompt": str, "selector": float, "path_to_img": str}], repr(str(folder / LOG)), advice)
     rated = []
     for entry in entries:
         path, rating = entry["path_to_img"], 1 + 2 * entry["selector"]
-        rated.append(RatedImage(path, Path(folder) / path, entry["prompt"], rating, rating, 1.0, path, 1))
+        rated.append(RatedImage(path, folder / path, entry["prompt"], rating, rating, 1.0, path, 1))
     return read_rated(rated, size)
 
 
@@ -140,12 +137,9 @@ def measures(scores: torch.Tensor, rewards: torch.Tensor, threshold: float | Non
     """
     x, y, ones = scores.double().numpy(), rewards.double().numpy(), np.ones((1, len(scores)))
     constant = np.ptp(x) == 0 or np.ptp(y) == 0
-    result = {
-        "mae": np.abs(x - y).mean(),
-        "spearman": np.nan if constant else spearmanr(x, y).statistic,
-        "auc": ranking(ones, x, y >= 0.5)[0].item(),
-        "calibration_error": calibration_error(ones, x, y, BINS).item(),
-    }
+    result = {"mae": np.abs(x - y).mean(), "spearman": np.nan if constant else spearmanr(x, y).statistic}
+    result["auc"] = ranking(ones, x, y >= 0.5)[0].item()
+    result["calibration_error"] = calibration_error(ones, x, y, BINS).item()
     if threshold is not None:
         result["pass_rate"] = (scores >= threshold).double().mean().item()
     return {name: None if np.isnan(value) else float(value) for name, value in result.items()}

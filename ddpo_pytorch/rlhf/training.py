@@ -75,14 +75,12 @@ def judge_sizes(rlhf: ConfigDict) -> tuple[VisionSizes, VisionSizes]:
 def chosen_samples(passed: torch.Tensor, replay_share: float, seed: int) -> torch.Tensor:
     """Return the ascending indices of stage 2's samples: all that passed (bool (N,)), and some that did not.
 
-    The latter are drawn with `seed` to make up `replay_share` of the samples, or all of them if there are too few.
-    Raises UserError if no image passed.
+    Those make up `replay_share` of the samples, or are all there are. Raises UserError if no image passed.
     """
     if not passed.any():
-        raise UserError(
-            f"the Selector passes none of {len(passed)} rated images, so stage 2 has no samples; stage 1's files are "
-            "unchanged: lower rlhf.threshold, or train stage 1 for longer or on more ratings elsewhere"
-        )
+        advice = "lower rlhf.threshold, or train stage 1 for longer or on more ratings elsewhere"
+        problem = f"the Selector passes none of {len(passed)} rated images, so stage 2 has no samples"
+        raise UserError(f"{problem}; stage 1's files are unchanged: {advice}")
     accepted, rejected = passed.nonzero().flatten(), (~passed).nonzero().flatten()
     wanted = min(len(rejected), round(replay_share / (1 - replay_share) * len(accepted)))
     replayed = torch.randperm(len(rejected), generator=generator_of(seed, Stream.ORDER, 2))[:wanted]
@@ -90,10 +88,7 @@ def chosen_samples(passed: torch.Tensor, replay_share: float, seed: int) -> torc
 
 
 def all_scores(accelerator: Accelerator, judge: Selector | Policy, rated: RatedSet, batch_size: int) -> torch.Tensor:
-    """Return scores (N, 1 + criteria) in order, float32 on the CPU of every process; processes take batches in turn.
-
-    The first column is the judge's score; a Selector's other columns are its criteria.
-    """
+    """Return the judge's score and a Selector's criteria (N, 1 + criteria), float32 on the CPU of every process."""
     table = torch.zeros(len(rated), 1 + len(judge.criteria), device=accelerator.device)
     batches = torch.arange(len(rated)).split(batch_size)
     for indices in batches[accelerator.process_index :: accelerator.num_processes]:
@@ -109,68 +104,52 @@ def state_path(output: Path, stage: int) -> Path:
 
 
 def train_stage(
-    accelerator: Accelerator,
-    stage: int,
-    judges: Mapping[str, Any],
-    train: RatedSet,
-    val: RatedSet,
-    config: ConfigDict,
-    first_epoch: int = 0,
+    accelerator: Accelerator, config: ConfigDict, judges: Mapping[str, Any], train: RatedSet, val: RatedSet
 ) -> dict[str, Any]:
     """Run or resume stage 1 or 2 and return its description. The judges end in eval mode; the training state remains.
 
     `judges`: "selector" and "policy" in stage 1, "policy" in stage 2. `train` and `val`: images to learn from, and
-    images of other patients to measure with. `first_epoch`: the first line to write in metrics.jsonl. Raises UserError
-    for a non-finite loss, and for fewer images than processes.
+    images of other patients to measure with. Writes metrics.jsonl and findings.md. Raises UserError for a non-finite
+    loss, and for fewer images than processes.
     """
     rlhf, output, device = config.rlhf, Path(config.rlhf.output), accelerator.device
+    stage, first_epoch = 1 if "selector" in judges else 2, judges["policy"].origin.get("epochs", 0)
     rank, processes = accelerator.process_index, accelerator.num_processes
     if len(train) < processes:
         raise UserError(f"{len(train)} rated images are too few for {processes} processes; add images")
     ignored = PATHS if stage == 2 else PATHS + SECOND_ONLY
-    settings = {f"rlhf.{name}": value for name, value in rlhf.to_dict().items() if name not in ignored} | {
-        "stage": stage,
-        "seed": config.seed,
-        "mixed_precision": accelerator.mixed_precision,
-        "processes": processes,
-        "text encoder": judges["policy"].text.fingerprint,
-        "weights at the start": {name: fingerprint(judge) for name, judge in judges.items()},
-        "training ratings": train.digest,
-        "validation ratings": val.digest,
-    }
+    settings = {f"rlhf.{name}": value for name, value in rlhf.to_dict().items() if name not in ignored}
+    settings |= {"stage": stage, "seed": config.seed, "mixed_precision": accelerator.mixed_precision}
+    settings |= {"processes": processes, "text encoder": judges["policy"].text.fingerprint}
+    settings["weights at the start"] = {name: fingerprint(judge) for name, judge in judges.items()}
+    settings |= {"training ratings": train.digest, "validation ratings": val.digest}
     seed = derived_seed(config.seed, Stream.ORDER, stage)
     parameters = [parameter for judge in judges.values() for parameter in judge.parameters()]
     fused = device.type == "cuda" or None  # with fp16, other implementations wait for the GPU at each step
     optimizer = torch.optim.Adam(parameters, weight_decay=rlhf.weight_decay, fused=fused)
     reset_scaler(accelerator)
-    *models, optimizer = accelerator.prepare(*judges.values(), optimizer)
+    *prepared, optimizer = accelerator.prepare(*judges.values(), optimizer)
+    models = dict(zip(judges, prepared, strict=True))
     batches = EpochBatches(len(train), len(train), rlhf.batch_size, seed, rank, processes)
     parts = {"optimizer": optimizer, "scaler": accelerator.scaler, **judges}
     state = TrainState(state_path(output, stage), settings, **parts)
 
-    def loss_of(
-        name: str,
-        model: torch.nn.Module,
-        indices: torch.Tensor,
-        images: torch.Tensor,
-        prompts: list[str],
-        targets: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
+    def loss_of(name: str, indices: torch.Tensor, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Return the loss of one judge, summed over outputs, for float images (B, 3, S, S) with these indices (B,)."""
         judge = judges[name]
         inputs = (judge.text(prompts).to(device),) if name == "policy" else ()
         with accelerator.autocast():
-            logits = model(judge.preprocess(images), *inputs)
+            logits = models[name](judge.preprocess(images), *inputs)
         logits = logits.float().view(len(images), -1)  # (B, 1 + criteria)
         values, weights = logits.sigmoid(), to_device(train.weights[indices], device)
         if stage == 2:  # the baseline is the score without dropout
             values = judge.score(images, prompts)[:, None]
-        losses = []
+        summed = []
         for output, column in enumerate((COLUMN[name], *judge.criteria)):
-            rewards = to_device(targets[column][indices], device)
+            rewards = to_device(targets[column][indices], device)  # of this epoch
             gains = advantages(rewards.nan_to_num(), values[:, output])
-            losses.append(reinforce_loss(logits[:, output], gains, weights * ~rewards.isnan(), rlhf.objective))
-        return torch.stack(losses).sum()
+            summed.append(reinforce_loss(logits[:, output], gains, weights * ~rewards.isnan(), rlhf.objective))
+        return torch.stack(summed).sum()
 
     def held_out() -> dict[str, dict[str, float | None]]:
         """Return `measures` of each judge on the held-out images; the Selector's use its currently best threshold."""
@@ -197,12 +176,12 @@ def train_stage(
         log = JsonLines(output / "metrics.jsonl", accelerator.is_main_process, keep=first_epoch + done)
     for epoch in range(done, rlhf.num_epochs):
         batches.epoch, started = epoch, time.perf_counter()
-        losses = {name: [] for name in judges}
+        recorded = []  # losses (judges,) of each batch
         flips = train.flips(seed, epoch) if rlhf.flip else torch.zeros(len(train)).bool()
         sources = train.caption_sources(rlhf.wrong_captions, seed, epoch)
         own = sources == torch.arange(len(train))
         targets = train.rewards | {"alignment": train.rewards["alignment"].where(own, 0.0)}
-        for model in models:
+        for model in models.values():
             model.train()
         with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
             # 1 + rank, since `flips` uses the same seed without it
@@ -216,14 +195,12 @@ def train_stage(
                 images = to_device(images, device).float() / 255
                 captions = [train.mirrored if mirror else train.prompts for mirror in flipped.tolist()]
                 prompts = [given[source] for given, source in zip(captions, sources[indices].tolist(), strict=True)]
-                inputs = indices, images, prompts, targets
-                batch_losses = [loss_of(*judge, *inputs) for judge in zip(judges, models, strict=True)]
-                accelerator.backward(torch.stack(batch_losses).sum())  # the judges share no weights
+                batch_losses = torch.stack([loss_of(name, indices, images, prompts) for name in judges])
+                accelerator.backward(batch_losses.sum())  # the judges share no weights
                 optimizer.step()
                 optimizer.zero_grad()
-                for name, loss in zip(judges, batch_losses, strict=True):
-                    losses[name].append(loss.detach())
-        means = accelerator.reduce(torch.stack([torch.stack(values).mean() for values in losses.values()]), "mean")
+                recorded.append(batch_losses.detach())
+        means = accelerator.reduce(torch.stack([row.mean() for row in torch.stack(recorded, dim=1)]), "mean")
         losses = dict(zip(judges, means.tolist(), strict=True))
         speed = len(train) / (time.perf_counter() - started)
         for name, loss in losses.items():
@@ -233,24 +210,20 @@ def train_stage(
         entry = {"epoch": first_epoch + epoch, "stage": stage, "learning_rate": rate, "loss": losses, **metrics}
         log.write(entry | {"images_per_second": round(speed, 1)})
         for name, measured in metrics.items():
-            values = ", ".join(
-                f"{key} {'-' if value is None else format(value, '.3f')}" for key, value in measured.items()
-            )
-            logger.info("stage %d epoch %d  %s: loss %.4f, %s", stage, epoch, name, losses[name], values)
+            values = (f"{key} {'-' if value is None else format(value, '.3f')}" for key, value in measured.items())
+            logger.info("stage %d epoch %d  %s: loss %.4f, %s", stage, epoch, name, losses[name], ", ".join(values))
         if accelerator.is_main_process:
             state.save(epoch=epoch + 1)
     # a generated image counts as a patient of its own, named like images in other folders
-    photographs = [image for image in (*train.rated, *val.rated) if image.patient != image.image]
-    description = {
-        "stage": stage,
-        "epochs": first_epoch + rlhf.num_epochs,
-        "settings": settings,
-        "patients": sorted({fingerprint(image.patient)[:12] for image in photographs}),
-        "held_out": held_out(),
-    }
-    for model in models:
+    patients = {image.patient for image in (*train.rated, *val.rated) if image.patient != image.image}
+    description = {"stage": stage, "epochs": first_epoch + rlhf.num_epochs, "settings": settings}
+    description |= {"patients": sorted(fingerprint(patient)[:12] for patient in patients), "held_out": held_out()}
+    for model in prepared:
         accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
     accelerator.free_memory()
+    scores = all_scores(accelerator, judges["policy"], val, rlhf.batch_size)[:, 0]
+    if accelerator.is_main_process:
+        report("AUC of right against wrong captions", by_finding(scores, val), output / "findings.md")
     return description
 
 
@@ -266,25 +239,19 @@ def learning_rate(rlhf: ConfigDict, stage: int, update: int, updates_per_epoch: 
 
 
 def check_output(rlhf: ConfigDict) -> None:
-    """Raise UserError for an output folder in which the stages can neither start nor resume.
-
-    Stage 2 needs a Selector and a Policy, usually stage 1's, in the files of those names, and of the configured sizes.
-    """
+    """Raise UserError if the stages can neither start nor resume; stage 2 needs judges of the configured sizes."""
     output, stages = Path(rlhf.output), tuple(rlhf.stages)
-    exist = [(output / name).exists() for name in (SELECTOR_FILE, POLICY_FILE)]
-    if stages[0] == 1 and any(exist) and not state_path(output, 1).exists():
-        raise UserError(
-            f"{str(output)!r} holds judges that are finished; choose another rlhf.output or move them away, or "
-            "continue from stage 1 with rlhf.stages=(2,)"
-        )
-    if stages[0] == 2 and not (exist[0] and (exist[1] or (output / FIRST_POLICY).exists())):
+    selector, policy, unfinished = output / SELECTOR_FILE, output / POLICY_FILE, state_path(output, stages[0]).exists()
+    if stages[0] == 1:
+        if (selector.exists() or policy.exists()) and not unfinished:
+            advice = "choose another rlhf.output or move them away, or continue from stage 1 with rlhf.stages=(2,)"
+            raise UserError(f"{str(output)!r} holds judges that are finished; {advice}")
+        return
+    if not (selector.exists() and first_policy(output).exists()):
         raise UserError(f"{str(output)!r} holds no judges of stage 1; run rlhf.stages=(1,2) or (1,)")
-    if stages[0] == 2 and exist[1] and not state_path(output, 2).exists():
-        description, _ = read_judge(output / POLICY_FILE, "policy", DESCRIPTION)
-        if description["origin"]["stage"] == 2:
-            raise UserError(f"stage 2 in {str(output)!r} is finished; choose another rlhf.output, or move it away")
-    if stages[0] == 2:
-        check_sizes(rlhf, output / SELECTOR_FILE, first_policy(output))
+    if policy.exists() and not unfinished and read_judge(policy, "policy", DESCRIPTION)[0]["origin"]["stage"] == 2:
+        raise UserError(f"stage 2 in {str(output)!r} is finished; choose another rlhf.output, or move it away")
+    check_sizes(rlhf, selector, first_policy(output))
 
 
 def first_policy(output: Path) -> Path:
@@ -319,9 +286,8 @@ def first_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedSe
         encoder = judge.encoder.vit
         encoder.load_state_dict({name: start[name] for name in encoder.state_dict()})  # all but the classifier
     judges = {"selector": selector, "policy": policy}
-    selector.origin = policy.origin = train_stage(accelerator, 1, judges, train_set, val_set, config)
+    selector.origin = policy.origin = train_stage(accelerator, config, judges, train_set, val_set)
     calibrate(selector, all_scores(accelerator, selector, val_set, rlhf.batch_size)[:, 0], val_set, rlhf.threshold)
-    report_findings(accelerator, config, policy, val_set)
     if accelerator.is_main_process:
         if modality_of(val_set.prompts[0]) == MODALITY:
             probes = probe(selector, val_set, rlhf.batch_size)
@@ -337,13 +303,6 @@ def report(title: str, table: pd.DataFrame, path: Path) -> None:
     text = to_markdown(table)
     logger.info("%s:\n%s", title, text)
     write_file(path, text)
-
-
-def report_findings(accelerator: Accelerator, config: ConfigDict, policy: Policy, val_set: RatedSet) -> None:
-    """Log how well the Policy tells right captions from wrong ones by finding, and write findings.md."""
-    table = by_finding(all_scores(accelerator, policy, val_set, config.rlhf.batch_size)[:, 0], val_set)
-    if accelerator.is_main_process:
-        report("AUC of right against wrong captions", table, Path(config.rlhf.output) / "findings.md")
 
 
 def calibrate(selector: Selector, scores: torch.Tensor, rated: RatedSet, given: float | None) -> None:
@@ -376,9 +335,7 @@ def second_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedS
     if accelerator.is_main_process and first.name != FIRST_POLICY:
         with atomic_write(output / FIRST_POLICY) as temporary:
             shutil.copyfile(first, temporary)
-    samples, done = train_set.subset(chosen), policy.origin["epochs"]
-    policy.origin = train_stage(accelerator, 2, {"policy": policy}, samples, val_set, config, done)
-    report_findings(accelerator, config, policy, val_set)
+    policy.origin = train_stage(accelerator, config, {"policy": policy}, train_set.subset(chosen), val_set)
     if accelerator.is_main_process:
         if other_threshold:
             save_selector(selector, output / SELECTOR_FILE)
