@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from diffusers import StableDiffusionPipeline
 from ml_collections import ConfigDict
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
@@ -49,6 +50,8 @@ from ddpo_pytorch.utils.randomness import Stream, generator_of
 define_config(__file__, "FILE.py:EXPERIMENT", default="config/mini.py:prompt_image_alignment_classifier_isic")
 logger = logging.getLogger(__name__)
 NOT_FINITE = "epoch {}: a sample is not finite; lower train.learning_rate, or use mixed_precision bf16 or no"
+Minibatch = tuple[list[str], Tensor, Tensor]  # B prompts, (B,) indices of trajectories and of their steps
+Statistics = dict[str, Tensor]  # 0-d
 SCALE_GROWTH_INTERVAL = 100  # updates without overflow before fp16 doubles its loss scale; an epoch has only one or two
 
 
@@ -77,10 +80,8 @@ class Run:
 
     def sample_order(self, epoch: int, inner_epoch: int) -> list[int]:
         """Return local sample indices in the order in which the updates of an inner epoch use them."""
-        sizes = self.sizes
-        return update_order(
-            self.config.seed, epoch, inner_epoch, sizes.samples, sizes.updates, self.first_sample, sizes.processes
-        )
+        sizes, progress = self.sizes, (self.config.seed, epoch, inner_epoch)
+        return update_order(*progress, sizes.samples, sizes.updates, self.first_sample, sizes.processes)
 
     def progress(self, steps: Iterable, description: str) -> Iterable:
         """Wrap `steps` in a progress bar, shown on a terminal only."""
@@ -123,13 +124,8 @@ def set_up(config: ConfigDict) -> Run:
     setup.check_training(expand_config(config, "logdir", "pretrained.model"))
     if config.per_prompt_stat_tracking is None and config.train.advantage == "per_prompt":
         config.train.advantage = "global"  # as in ddpo-pytorch
-    accelerator = distributed.make_accelerator(
-        config.mixed_precision,
-        config.allow_tf32,
-        may_shard=True,
-        process_timeout=config.process_timeout,
-        growth_interval=SCALE_GROWTH_INTERVAL,
-    )
+    options = {"process_timeout": config.process_timeout, "growth_interval": SCALE_GROWTH_INTERVAL}
+    accelerator = distributed.make_accelerator(config.mixed_precision, config.allow_tf32, may_shard=True, **options)
     device = accelerator.device
     if config.use_lora and setup.in_half_on_gpu(config, device):  # `cast_adapters` replaces autocast
         accelerator.autocast_handler = AutocastKwargs(enabled=False)
@@ -161,15 +157,13 @@ def set_up(config: ConfigDict) -> Run:
 
 def run_epochs(run: Run, state: RunState, stop_request: distributed.StopRequest) -> None:
     """Run algorithm 1 from epoch `state.epoch` on. Raises StopRequested, between batches of samples."""
-    config, accelerator, sizes = run.config, run.accelerator, run.sizes
+    config, accelerator, sizes, per_prompt = run.config, run.accelerator, run.sizes, run.config.sample.images_per_prompt
     health = HealthCheck(config.train, accelerator.is_main_process)
     for epoch in range(state.epoch, config.num_epochs):
         #################### SAMPLING ####################
         started = time.perf_counter()
         # N prompts over all processes, a function of (seed, epoch) alone: every process draws the same list
-        prompts, metadata = draw_prompts(
-            run.task.prompt_fn, config.seed, epoch, sizes.samples, config.sample.images_per_prompt
-        )
+        prompts, metadata = draw_prompts(run.task.prompt_fn, config.seed, epoch, sizes.samples, per_prompt)
         samples, local_scores = sample_and_score(run, epoch, prompts, metadata, stop_request)
         sampled = time.perf_counter()
 
@@ -186,17 +180,11 @@ def run_epochs(run: Run, state: RunState, stop_request: distributed.StopRequest)
         #################### LOGS AND CHECKPOINTS ####################
         statistics = reward_statistics(prompts, rewards, dict(zip(run.scorer.reward_fn.parts, parts, strict=True)))
         state.advance(info.pop("updates"), info["skipped_updates"], statistics["reward_mean"])
-        entry = {
-            "epoch": epoch,
-            "global_step": state.global_step,
-            **statistics,
-            "advantage_std": float(advantages.std()),
-            **info,
-            "rollout_samples_per_second": sizes.samples / (sampled - started),
-            "update_samples_per_second": sizes.samples * config.train.num_inner_epochs / (updated - sampled),
-            "peak_memory_gib": distributed.peak_memory_gib(),
-            "seconds": updated - started,
-        }
+        entry = {"epoch": epoch, "global_step": state.global_step, **statistics}
+        entry |= {"advantage_std": float(advantages.std()), **info}
+        entry["rollout_samples_per_second"] = sizes.samples / (sampled - started)
+        entry["update_samples_per_second"] = sizes.samples * config.train.num_inner_epochs / (updated - sampled)
+        entry |= {"peak_memory_gib": distributed.peak_memory_gib(), "seconds": updated - started}
         health.check_epoch(epoch, prompts, advantages, entry)
         if evaluated := bool(run.task.held_out) and state.epoch % config.held_out.every == 0:
             entry |= evaluate(run, state)
@@ -215,7 +203,7 @@ def run_epochs(run: Run, state: RunState, stop_request: distributed.StopRequest)
 
 def sample_and_score(
     run: Run, epoch: int, prompts: list[str], metadata: list, stop_request: distributed.StopRequest
-) -> tuple[Trajectories, torch.Tensor]:
+) -> tuple[Trajectories, Tensor]:
     """Sample and score this process's n trajectories of an epoch.
 
     Scores are (n, 1 + P) float64: the reward, then the unweighted rewards of the P parts of a weighted sum.
@@ -248,7 +236,7 @@ def sample_and_score(
     return trajectories, scores
 
 
-def check_images(run: Run, epoch: int, latents: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+def check_images(run: Run, epoch: int, latents: Tensor, images: Tensor) -> Tensor:
     """Return the images, decoded again in float32 if not finite. Raises UserError if one is not finite even then."""
     images = finite_images(run.pipe.vae, images, latents)
     if not images.isfinite().all():
@@ -256,7 +244,7 @@ def check_images(run: Run, epoch: int, latents: torch.Tensor, images: torch.Tens
     return images
 
 
-def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor) -> dict[str, float]:
+def update(run: Run, epoch: int, samples: Trajectories, advantages: Tensor) -> dict[str, float]:
     """Take PPO steps on this process's n samples with their advantages (n,); return statistics over all processes."""
     train = run.config.train
     per_update = train.batch_size * train.gradient_accumulation_steps  # samples of this process
@@ -267,8 +255,12 @@ def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor
         updates = order.split(per_update)
         for indices in run.progress(updates, f"epoch {epoch} update"):
             if not grad_norms and run.gradients:
-                # the ratio is still 1, and the rollout has already computed this gradient
-                info = load_rollout_gradient(run, epoch, samples, advantages, indices)
+                # the ratio is still 1, and the rollout has already computed this gradient but for the advantages
+                chosen = advantages[distributed.to_device(indices, advantages.device)]
+                clipped = chosen.clamp(-train.adv_clip_max, train.adv_clip_max)
+                run.gradients.set_gradients(clipped)
+                # one minibatch's forward pass measures whether the ratio is 1, as the shortcut assumes
+                info = score_minibatch(run, epoch, samples, advantages, indices) | {"loss": -clipped.mean()}
             else:
                 progress = epoch, inner_epoch, len(grad_norms)
                 info = accumulate_gradient(run, progress, samples, advantages, indices)
@@ -282,17 +274,14 @@ def update(run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor
     taken = [{"grad_norm": norm} for norm in grad_norms if norm is not None]
     means = {"grad_norm": math.nan} | averages(run.accelerator, statistics) | averages(run.accelerator, taken)
     largest = run.accelerator.gather(torch.stack(deviations)[None]).amax(dim=0).tolist()
-    return means | {
-        **dict(zip(("first_ratio_deviation", "second_ratio_deviation"), largest, strict=False)),
-        "updates": len(taken),
-        "skipped_updates": len(grad_norms) - len(taken),
-    }
+    means |= dict(zip(("first_ratio_deviation", "second_ratio_deviation"), largest, strict=False))
+    return means | {"updates": len(taken), "skipped_updates": len(grad_norms) - len(taken)}
 
 
 def accumulate_gradient(
-    run: Run, progress: tuple[int, int, int], samples: Trajectories, advantages: torch.Tensor, indices: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Accumulate the gradient of one optimizer update over the samples `indices`; return its statistics (0-d tensors).
+    run: Run, progress: tuple[int, int, int], samples: Trajectories, advantages: Tensor, indices: Tensor
+) -> Statistics:
+    """Accumulate the gradient of one optimizer update over the samples `indices`; return its statistics.
 
     progress: epoch, inner epoch, and number of the update within the epoch.
     """
@@ -300,7 +289,7 @@ def accumulate_gradient(
     for number, minibatch in enumerate(minibatches(run, *progress[:2], samples, indices)):
         # DDP averages gradients over processes only in the last backward pass of the update
         with run.accelerator.accumulate(run.unet):
-            loss, info = minibatch_loss(run, samples, advantages, *minibatch)
+            loss, info = minibatch_loss(run, samples, advantages, minibatch)
             if run.data_loss:  # not in ddpo-pytorch: diffusion loss on real images, against reward hacking
                 info["data_loss"] = (data_loss := run.data_loss(*progress, number)).detach()
                 loss = loss + run.config.train.data_coef * data_loss
@@ -310,35 +299,14 @@ def accumulate_gradient(
     return means | {"ratio_max_deviation": torch.stack([info["ratio_max_deviation"] for info in infos]).max()}
 
 
-def load_rollout_gradient(
-    run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor, indices: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Set the gradient of the epoch's first update from the rollout's; return the statistics of one minibatch.
-
-    That minibatch's forward pass measures whether the ratio is 1, as the shortcut assumes (rollout_gradients.py).
-    """
-    limit = run.config.train.adv_clip_max
-    clipped = advantages[distributed.to_device(indices, advantages.device)].clamp(-limit, limit)
-    run.gradients.set_gradients(clipped)
-    info = score_minibatch(run, epoch, samples, advantages, indices)
-    return info | {"loss": -clipped.mean()}  # the loss at ratio 1
-
-
-def score_minibatch(
-    run: Run, epoch: int, samples: Trajectories, advantages: torch.Tensor, indices: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def score_minibatch(run: Run, epoch: int, samples: Trajectories, advantages: Tensor, indices: Tensor) -> Statistics:
     """Return the statistics of the first minibatch of an update on samples `indices`, computed as in the rollout."""
     with torch.set_grad_enabled(setup.rollout_needs_grad_mode(run.config, run.accelerator.device)):
-        return minibatch_loss(run, samples, advantages, *next(minibatches(run, epoch, 0, samples, indices)))[1]
+        return minibatch_loss(run, samples, advantages, next(minibatches(run, epoch, 0, samples, indices)))[1]
 
 
-def minibatches(
-    run: Run, epoch: int, inner_epoch: int, samples: Trajectories, indices: torch.Tensor
-) -> Iterator[tuple[list[str], torch.Tensor, torch.Tensor]]:
-    """Yield an update's minibatches: B prompts, and the indices of samples and steps, each (B,) on the samples' device.
-
-    B = train.batch_size * train.timesteps_per_forward.
-    """
+def minibatches(run: Run, epoch: int, inner_epoch: int, samples: Trajectories, indices: Tensor) -> Iterator[Minibatch]:
+    """Yield an update's minibatches, with B = train.batch_size * train.timesteps_per_forward."""
     train, sizes, pairs = run.config.train, run.sizes, []
     for batch in indices.split(train.batch_size):
         numbers, window = (run.first_sample + batch).tolist(), sizes.timestep_window
@@ -346,37 +314,24 @@ def minibatches(
         steps = timestep_order(run.config.seed, epoch, inner_epoch, numbers, window, sizes.train_timesteps)
         for chunk in steps.split(train.timesteps_per_forward, dim=1):
             pairs.append(torch.stack([batch.repeat_interleave(chunk.shape[1]), chunk.flatten()]))
-    # one host-to-device copy per update
+    # one host-to-device copy per update, to the samples' device
     moved = distributed.to_device(torch.stack(pairs), samples.latents.device)
     for pair, (sample, step) in zip(pairs, moved, strict=True):
         yield [samples.prompts[i] for i in pair[0].tolist()], sample, step
 
 
 def minibatch_loss(
-    run: Run,
-    samples: Trajectories,
-    advantages: torch.Tensor,
-    prompts: list[str],
-    sample: torch.Tensor,
-    step: torch.Tensor,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the loss of B denoising steps (equation 2 of the paper), with gradient, and detached statistics.
-
-    prompts: B strings. sample, step: (B,) indices of the trajectory and of its step.
-    """
+    run: Run, samples: Trajectories, advantages: Tensor, minibatch: Minibatch
+) -> tuple[Tensor, Statistics]:
+    """Return the loss of B denoising steps (equation 2 of the paper), with gradient, and detached statistics."""
+    prompts, sample, step = minibatch
     config, train, scheduler = run.config, run.config.train, run.pipe.scheduler
     latents, next_latents = samples.latents[sample, step], samples.latents[sample, step + 1]  # (B, C, h, w)
     timesteps = samples.timesteps[step]  # (B,)
-    predict_noise = partial(
-        guided_noise_prediction,
-        latents=latents,
-        timesteps=timesteps,
-        prompt_embeds=run.embeddings(prompts),  # (B, L, D)
-        negative_prompt_embeds=run.embeddings.negative,
-        guidance_scale=config.sample.guidance_scale,
-    )
-    with run.accelerator.autocast():
-        noise_pred = predict_noise(run.unet)  # the same call as in the rollout, so that the ratio starts at exactly 1
+    embeddings = run.embeddings(prompts), run.embeddings.negative  # (B, L, D), (1, L, D)
+    inputs = latents, timesteps, *embeddings, config.sample.guidance_scale
+    with run.accelerator.autocast():  # the same call as in the rollout, so that the ratio starts at exactly 1
+        noise_pred = guided_noise_prediction(run.unet, *inputs)
     # log-prob (B,) of the rollout's step under the current policy; in float32, outside autocast
     _, log_prob = ddim_step_with_logprob(
         scheduler, noise_pred, timesteps, latents, config.sample.eta, prev_sample=next_latents
@@ -385,7 +340,7 @@ def minibatch_loss(
     loss, info = ppo_loss(log_prob, old_log_prob, advantages[sample], train.clip_range, train.adv_clip_max)
     if train.kl_coef:  # not in ddpo-pytorch: KL to the base model, which is the UNet with its adapters off
         with torch.no_grad(), disabled_lora(run.pipe.unet), run.accelerator.autocast():
-            base_pred = predict_noise(run.pipe.unet)
+            base_pred = guided_noise_prediction(run.pipe.unet, *inputs)
         kl = step_kl(scheduler, noise_pred, base_pred, timesteps, latents, config.sample.eta)
         loss = loss + train.kl_coef * kl
         info["kl_to_base"] = kl.detach()
@@ -402,11 +357,10 @@ def evaluate(run: Run, state: RunState) -> dict[str, float]:
 
 def draw_grid(run: Run, state: RunState) -> None:
     """Save a grid of 16 images, from the same prompts and noise throughout the run."""
-    seed, size = run.config.seed, run.config.sample.batch_size
+    seed, sample, path = run.config.seed, run.config.sample, state.folder / f"grid_{state.epoch:04d}.png"
     prompts, _ = draw_prompts(run.task.prompt_fn, seed, 0, 16)
-    path = state.folder / f"grid_{state.epoch:04d}.png"
-    sampling = Sampling.of(run.config.sample)
-    picture = save_grid(run.accelerator, run.pipe, run.embeddings, prompts, seed, sampling, size, path)
+    models = run.accelerator, run.pipe, run.embeddings
+    picture = save_grid(*models, prompts, seed, Sampling.of(sample), sample.batch_size, path)
     if run.config.log_images and picture is not None:
         state.log_image(picture)
 
