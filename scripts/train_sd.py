@@ -4,8 +4,8 @@
 
 `sd.stage` is "finetune" for the UNet of SD 1.5 (VAE and text encoder frozen), or, from scratch and in this order, "vae"
 and "unet" (with tokenizer and text encoder). The diffusion model trains on latents that are encoded once. All
-randomness is a function of (seed, step): after a kill, rerun the same command to resume. The result equals that of an
-uninterrupted run (bit for bit on a CPU), for any number of processes with the same total batch size.
+randomness is a function of (seed, step): rerun the same command to resume, and the result equals an uninterrupted one
+(bit for bit on a CPU), for any number of processes with the same total batch size.
 """
 
 import logging
@@ -33,17 +33,10 @@ from ddpo_pytorch.data.images import decoded, image_grid, save_picture
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator import finetune_data as data
 from ddpo_pytorch.generator import from_scratch as scratch
+from ddpo_pytorch.generator import pipeline
 from ddpo_pytorch.generator.finetune_losses import AutoencoderLoss, CaptionTable, NoiseLoss
 from ddpo_pytorch.generator.latents import LatentShards, merge_captions
 from ddpo_pytorch.generator.lora import add_lora, has_lora, merged_state_dict, save_lora
-from ddpo_pytorch.generator.pipeline import (
-    PromptEmbeddings,
-    load_pipeline,
-    save_model,
-    set_schedule,
-    unet_metadata,
-    with_bert,
-)
 from ddpo_pytorch.generator.text import check_tokens, has_mask
 from ddpo_pytorch.sampling import SAMPLING
 from ddpo_pytorch.training.held_out import save_grid
@@ -71,20 +64,17 @@ class AutoencoderStage:
 
     def __init__(self, accelerator: Accelerator, config: ConfigDict):
         sd = config.sd
-        self.accelerator, self.output = accelerator, Path(sd.output)
+        self.accelerator, self.output, self.slow = accelerator, Path(sd.output), []
         sizes = sd.vae_channels, sd.image_size, sd.vae_latent_channels, sd.vae_attention
         self.vae = scratch.load_vae(sd.vae) if sd.vae else scratch.build_vae(*sizes)
-        with accelerator.local_main_process_first():  # the others read the cache that it fills
+        weights = sd.vae_kl_weight, sd.vae_crop, sd.perceptual_net, sd.perceptual_coef, sd.adversarial_coef
+        with accelerator.local_main_process_first():  # the others read the caches that it fills
             images = data.find_images(sd, sd.csv, sd.limit)
             self.train_set, self.val_set = decoded(images, sd.cache_dir), None
             if sd.val_csv:
                 self.val_set = decoded(data.find_images(sd, sd.val_csv, sd.val_images), sd.cache_dir)
-        perceptual = sd.perceptual_net, sd.perceptual_coef
-        with accelerator.local_main_process_first():  # one process downloads
-            self.loss = AutoencoderLoss(self.vae, sd.vae_kl_weight, sd.vae_crop, *perceptual, sd.adversarial_coef)
-        self.slow = []
-        # of the training data, to check a state to resume from
-        self.hashes = {"images": images.digest()}
+            self.loss = AutoencoderLoss(self.vae, *weights)
+        self.hashes = {"images": images.digest()}  # of the training data, to check a state to resume from
 
     @torch.no_grad()
     def _encode(self, dataset: Dataset, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,21 +107,17 @@ class DiffusionStage:
     def __init__(self, accelerator: Accelerator, config: ConfigDict, pipe: StableDiffusionPipeline):
         sd = config.sd
         self.accelerator, self.config, self.pipe, self.output = accelerator, config, pipe, Path(sd.output)
-        if sd.grid_every:
-            set_schedule(pipe, config.sample.num_steps)  # else too many steps would be noticed at the first grid
+        if sd.grid_every:  # else too many steps would be noticed at the first grid
+            pipeline.set_schedule(pipe, config.sample.num_steps)
         pipe.vae.to(accelerator.device).float()  # in half precision SD's autoencoder overflows
-        self.train_set, self.val_set = (
-            data.open_latents(accelerator, sd, pipe.vae, validation) for validation in (False, True)
-        )
+        real, self.val_set = (data.open_latents(accelerator, sd, pipe.vae, validation) for validation in (False, True))
         if self.val_set:
-            self.train_set.check_disjoint(self.val_set)
-        learned, scores = [self.train_set], []
+            real.check_disjoint(self.val_set)
+        self.train_set, learned, scores = real, [real], []
         if sd.pool:
             pool, scores = data.open_pool(accelerator, sd, pipe.vae)
-            learned.append(pool)
-            self.train_set = data.MixedLatents(self.train_set, pool, scores, sd.real_share)
-        sets = [*learned, *([self.val_set] if self.val_set else [])]
-        self.captions = merge_captions(sets)
+            self.train_set, learned = data.MixedLatents(real, pool, scores, sd.real_share), [real, pool]
+        self.captions = merge_captions([*learned, *([self.val_set] if self.val_set else [])])
         table = CaptionTable(pipe, self.captions, trained=sd.stage == "unet" or sd.train_text_encoder)
         check_tokens(pipe.tokenizer, self.captions, "captions")
         if sd.gradient_checkpointing:
@@ -146,10 +132,10 @@ class DiffusionStage:
 
     def draw(self, path: Path) -> None:
         """Save a grid of one image per caption."""
-        config, embeddings = self.config, PromptEmbeddings(self.pipe)  # not cached: the text encoder may be in training
         self.pipe.set_progress_bar_config(disable=True)
-        captions, sampling = self.captions[:GRID_CAPTIONS], Sampling.of(config.sample)
-        save_grid(self.accelerator, self.pipe, embeddings, captions, config.seed, sampling, GRID_BATCH, path)
+        embeddings = pipeline.PromptEmbeddings(self.pipe)  # not cached: the text encoder may be in training
+        drawn = self.captions[:GRID_CAPTIONS], self.config.seed, Sampling.of(self.config.sample)
+        save_grid(self.accelerator, self.pipe, embeddings, *drawn, GRID_BATCH, path)
 
     def finish(self) -> None:
         """Save the UNet for --config.unet_path, its adapters if any, and the whole model if other parts are new."""
@@ -160,9 +146,9 @@ class DiffusionStage:
             pipe.unet.unload_lora()
             pipe.unet.float().load_state_dict(weights)
         if sd.stage == "unet" or sd.text_encoder == "bert" or sd.train_text_encoder:
-            save_model(pipe, self.output)
+            pipeline.save_model(pipe, self.output)
         with atomic_write(self.output / "pretrained_unet.safetensors") as temporary:
-            save_file(merged_state_dict(pipe.unet), temporary, metadata=unet_metadata(pipe.unet))
+            save_file(merged_state_dict(pipe.unet), temporary, metadata=pipeline.unet_metadata(pipe.unet))
 
 
 Stage = AutoencoderStage | DiffusionStage
@@ -197,8 +183,8 @@ def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
     if average:
         average.to(accelerator.device)
     log = JsonLines(output / f"{sd.stage}.jsonl", is_main, keep=first + 1, counter="step")
-    number = first * sd.gradient_accumulation_steps  # number of the next batch
-    batches = data.endless_batches(accelerator, sd, config.seed, stage.train_set, number)
+    done = first * sd.gradient_accumulation_steps  # batches
+    batches = data.endless_batches(accelerator, sd, config.seed, stage.train_set, done)
 
     losses, seconds = [], 0.0  # since the last log entry
     hidden = None if is_main else True  # None: only on a terminal
@@ -219,11 +205,9 @@ def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
             average.step(parameters)
 
         last = step == sd.num_steps
-        logged = step % sd.log_every == 0 or last
-        if logged:
+        if step % sd.log_every == 0 or last:
             mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()  # waits for the device
-        seconds += time.perf_counter() - started
-        if logged:
+            seconds += time.perf_counter() - started
             speed = sd.batch_size * len(losses) * accelerator.num_processes / seconds
             entry = {"step": step, "loss": mean, "learning_rate": schedule.get_last_lr()[0]}
             memory = round(distributed.peak_memory_gib(), 2)
@@ -232,9 +216,11 @@ def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
             if not math.isfinite(mean):
                 raise UserError(f"the loss is {mean} at step {step}; lower sd.learning_rate, or use bf16, not fp16")
             losses, seconds = [], 0.0
+        else:
+            seconds += time.perf_counter() - started
         if stage.val_set is not None and (step % sd.val_every == 0 or step == 1 or last):
             with averaged(average, parameters):
-                values = dict(zip(stage.measures, validate(accelerator, config, stage), strict=True))
+                values = validate(accelerator, config, stage)
             log.write({"step": step} | values)
             psnr = f"  PSNR {values['val_psnr']:.2f} dB" if "val_psnr" in values else ""
             logger.info("step %d/%d  validation loss %.5f%s", step, sd.num_steps, values["val_loss"], psnr)
@@ -264,7 +250,7 @@ def averaged(average: EMAModel | None, parameters: list[nn.Parameter]) -> Iterat
 
 
 @torch.no_grad()
-def validate(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> list[float]:
+def validate(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> dict[str, float]:
     """Return the means of `stage.measures` on the validation set; noise and timestep of an image never change."""
     size, count, device = config.sd.batch_size, len(stage.val_set), accelerator.device
     rank, processes = accelerator.process_index, accelerator.num_processes
@@ -281,21 +267,17 @@ def validate(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> list
             sums += torch.tensor([*(value * len(items) for value in values), len(items)], device=device)
     stage.loss.train()
     *totals, images = accelerator.reduce(sums).tolist()
-    return [total / images for total in totals]
+    return dict(zip(stage.measures, (total / images for total in totals), strict=True))
 
 
-def build_from_scratch(accelerator: Accelerator, config: ConfigDict) -> StableDiffusionPipeline:
-    """Build a new model around the VAE of stage "vae", with a tokenizer for the words of the training captions."""
-    sd = config.sd
-    if sd.latents:
-        return scratch.build_pipeline(sd, LatentShards(sd.latents).captions)
-    return scratch.build_pipeline(sd, KINDS[sd.kind].caption_list(data.find_rows(sd, sd.csv, sd.limit)[0]))
-
-
-def load_pretrained(accelerator: Accelerator, config: ConfigDict) -> StableDiffusionPipeline:
-    """Load the pretrained model and make its UNet trainable, in float32, or with adapters on a frozen UNet."""
+def load_model(config: ConfigDict, device: torch.device) -> StableDiffusionPipeline:
+    """Return a new model around the VAE of stage "vae", or the pretrained one with a trainable UNet or adapters."""
     pretrained, sd = config.pretrained, config.sd
-    pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, device=accelerator.device)
+    if sd.stage == "unet":  # the tokenizer knows the words of the training captions
+        rows = () if sd.latents else data.find_rows(sd, sd.csv, sd.limit)[0]
+        captions = LatentShards(sd.latents).captions if sd.latents else KINDS[sd.kind].caption_list(rows)
+        return scratch.build_pipeline(sd, captions)
+    pipe = pipeline.load_pipeline(pretrained.model, pretrained.revision, config.unet_path, device=device)
     if sd.use_lora:
         for part in (pipe.unet, pipe.text_encoder):  # the VAE stays in float32, in which its latents were encoded
             part.to(distributed.DTYPES[config.mixed_precision])
@@ -304,7 +286,7 @@ def load_pretrained(accelerator: Accelerator, config: ConfigDict) -> StableDiffu
     else:
         pipe.unet.requires_grad_(True)
     if sd.text_encoder == "bert" and not has_mask(pipe.text_encoder):
-        pipe = with_bert(pipe, sd.bert, sd.text_tokens)
+        pipe = pipeline.with_bert(pipe, sd.bert, sd.text_tokens)
     if sd.train_text_encoder:
         pipe.text_encoder.float().requires_grad_(True)
     return pipe
@@ -324,8 +306,7 @@ def main(_) -> None:
         if sd.stage == "vae":
             stage = AutoencoderStage(accelerator, config)
         else:
-            build = load_pretrained if sd.stage == "finetune" else build_from_scratch
-            stage = DiffusionStage(accelerator, config, build(accelerator, config))
+            stage = DiffusionStage(accelerator, config, load_model(config, accelerator.device))
         train(accelerator, config, stage)
     logger.info("finished; the result is in %s", sd.output)
     accelerator.end_training()
