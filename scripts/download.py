@@ -11,7 +11,6 @@ import http.client
 import logging
 import os
 import urllib.request
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +46,14 @@ SPLITS = {
 }
 TIMEOUT = 30  # seconds without an answer
 LORA_RANK = 4
+UNET = "pretrained_unet.safetensors"
+FILES = {  # by README's spelling
+    "artifact_classifier_train_H6.pth": "reward classifier",
+    "artifact_classifier_train_H4.pth": "judge",
+    "rl4med-checkpoint50": "LoRA of stage (ii)",
+    UNET: "UNet of stage (i)",
+    ARCHIVE: "generated samples, optional",
+}
 
 
 def sd15_unet() -> UNet2DConditionModel:
@@ -55,45 +62,28 @@ def sd15_unet() -> UNet2DConditionModel:
         return UNet2DConditionModel(cross_attention_dim=768)  # other defaults are SD 1.5's
 
 
-def check_unet(path: Path) -> str:
-    """Check that the header has SD 1.5's names and shapes, without reading the gigabytes after it."""
-    with open_safetensors(path) as file:
-        headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
-        shapes = {name: torch.empty(header.get_shape(), device="meta") for name, header in headers.items()}
-        dtypes = sorted({header.get_dtype() for header in headers.values()})
-    check_fit(shapes, sd15_unet().state_dict(), path, "give the UNet of SD 1.5, or fetch it again")
-    return f"UNet of SD 1.5, {len(shapes)} tensors, {'/'.join(dtypes)}"
-
-
-def check_lora(path: Path) -> str:
-    """Check that every attention projection of SD 1.5's UNet has both matrices, of the published rank."""
+def check_content(file: str, path: Path) -> str:
+    """Check a published file, `file` by README's spelling, without reading gigabytes; return what it holds."""
+    if file == ARCHIVE:
+        with opened(path) as archive:
+            return f"zip of {sum(not entry.is_dir() for entry in archive.infolist())} files"
+    if file.startswith("artifact_classifier"):
+        heads, expected = len(load_classifier(path).labels), 6 if file.endswith("H6.pth") else 4
+        if heads != expected:
+            raise UserError(f"{path} has {heads} heads, expected {expected}; fetch it again")
+        return f"classifier with {heads} heads"
     unet = sd15_unet()
+    if file == UNET:
+        with open_safetensors(path) as weights:  # its header only
+            headers = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 (it is not a dict)
+            shapes = {name: torch.empty(header.get_shape(), device="meta") for name, header in headers.items()}
+            dtypes = sorted({header.get_dtype() for header in headers.values()})
+        check_fit(shapes, unet.state_dict(), path, "give the UNet of SD 1.5, or fetch it again")
+        return f"UNet of SD 1.5, {len(shapes)} tensors, {'/'.join(dtypes)}"
+    # every attention projection has both matrices, of the published rank
     add_lora(unet, LORA_RANK, ATTENTION, seed=0)
     load_lora(unet, path)
     return f"LoRA of rank {LORA_RANK}, {len(lora_parameters(unet))} tensors"
-
-
-def check_classifier(path: Path, heads: int) -> str:
-    actual = len(load_classifier(path).labels)
-    if actual != heads:
-        raise UserError(f"{path} has {actual} heads, expected {heads}; fetch it again")
-    return f"classifier with {heads} heads"
-
-
-def check_zip(path: Path) -> str:
-    """Check the archive's directory, without reading its gigabytes of content."""
-    with opened(path) as archive:
-        return f"zip of {sum(not entry.is_dir() for entry in archive.infolist())} files"
-
-
-# by README's spelling: description, and a check of the content
-FILES: dict[str, tuple[str, Callable[[Path], str]]] = {
-    "artifact_classifier_train_H6.pth": ("reward classifier", lambda path: check_classifier(path, 6)),
-    "artifact_classifier_train_H4.pth": ("judge", lambda path: check_classifier(path, 4)),
-    "rl4med-checkpoint50": ("LoRA of stage (ii)", check_lora),
-    "pretrained_unet.safetensors": ("UNet of stage (i)", check_unet),
-    ARCHIVE: ("generated samples, optional", check_zip),
-}
 
 
 def check(folder: Path) -> None:
@@ -101,12 +91,12 @@ def check(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give the folder that holds the published files")
     bad = []
-    for file, (description, check_content) in FILES.items():
+    for file, description in FILES.items():
         present = [folder / name for name in spellings(file) if (folder / name).exists()]
         for path in present:
             label = f"{path.name}{f' (README: {file})' if path.name != file else ''}, {size(path)}"
             try:
-                logger.info("%s: %s: OK", label, check_content(path))
+                logger.info("%s: %s: OK", label, check_content(file, path))
             except UserError as error:
                 logger.info("%s: WRONG: %s", label, error)
                 bad.append(path.name)
@@ -126,17 +116,15 @@ def fetch_split(name: str, folder: Path, base_url: str = SPLITS_URL) -> Path:
     """Fetch a split table of `SPLITS` into `folder` unless it is there; check its content and return the file."""
     target, url = folder / name, f"{base_url}/{name}"
     exists = target.exists()
+    source = target if exists else url
     try:
-        with open(target, "rb") if exists else urllib.request.urlopen(url, timeout=TIMEOUT) as source:
-            content = source.read()
+        with open(target, "rb") if exists else urllib.request.urlopen(url, timeout=TIMEOUT) as file:
+            content = file.read()
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"{target if exists else url} cannot be read ({error}); save {url} as {target}") from error
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != SPLITS[name]:
-        raise UserError(
-            f"{target if exists else url} is not the official table (sha256 {digest}, expected {SPLITS[name]}); "
-            f"nothing was overwritten: save the official table as {target}"
-        )
+        raise UserError(f"{source} cannot be read ({error}); save {url} as {target}") from error
+    if (digest := hashlib.sha256(content).hexdigest()) != SPLITS[name]:
+        problem = f"{source} is not the official table (sha256 {digest}, expected {SPLITS[name]})"
+        raise UserError(f"{problem}; nothing was overwritten: save the official table as {target}")
     if not exists:
         write_file(target, content)
     logger.info("%s %s, sha256 as expected", target, "exists" if exists else "fetched")
@@ -145,10 +133,9 @@ def fetch_split(name: str, folder: Path, base_url: str = SPLITS_URL) -> Path:
 
 def fetch_published(folder: Path) -> None:
     """Fetch the missing files of the Drive folder, required ones first. Raises UserError after trying all of them."""
+    options = {"output": str(folder), "skip_download": True, "quiet": True, "timeout": TIMEOUT}
     try:
-        listing = gdown.download_folder(
-            id=DRIVE_ID, output=str(folder), skip_download=True, quiet=True, timeout=TIMEOUT
-        )
+        listing = gdown.download_folder(id=DRIVE_ID, **options)
     except Exception as error:  # gdown's exceptions share no base class, and a changed Google page may raise any
         raise UserError(f"Google Drive does not list the published folder ({reason(error)})") from error
     if not listing:
