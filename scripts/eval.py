@@ -29,7 +29,7 @@ from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import check_tokens
 from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.prompts import Prompt, all_prompts, describe, given_prompts
-from ddpo_pytorch.rewards import RewardFn, check_prompts, isic_classifier_reward
+from ddpo_pytorch.rewards import check_prompts, isic_classifier_reward
 from ddpo_pytorch.sampling import IMAGE_FORMATS, SAMPLING, Job, Sampler, draw_passes, images_per_pass, plan
 from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
@@ -45,37 +45,12 @@ RANGES = SAMPLING | dict.fromkeys(("eval.num_samples_per_prompt", "eval.batch_si
 RANGES |= {"eval.lora_scale": NOT_NEGATIVE}
 
 
-def load_judge(path: str, prompts: Sequence[Prompt], device: torch.device) -> tuple[RewardFn | None, str]:
-    """Return the classifier at `path` as a reward and its hash, or (None, ""). Raises UserError for other prompts."""
-    if not path:
-        return None, ""
-    judge = isic_classifier_reward(model := load_classifier(path, device), device)
-    try:
-        check_prompts(judge, prompts, device)
-    except UserError as error:
-        raise UserError(f"{error}; eval.classifier cannot judge it, set --config.eval.classifier=") from error
-    return judge, fingerprint(model, model.labels, model.arch, model.image_size)
-
-
-def load_model(config: ConfigDict, device: torch.device) -> StableDiffusionPipeline:
-    """Load the pipeline of a configuration, with the weights of `load_from`."""
-    pretrained, dtype = config.pretrained, DTYPES[config.mixed_precision]
-    pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, dtype, device)
-    weights = load_weights(pipe.unet, config.load_from) if config.load_from else "the base model (load_from is empty)"
-    scale_lora(pipe.unet, config.eval.lora_scale)
-    logger.info("sampling with %s", weights)
-    # convolutions are a fifth faster on a CPU
-    pipe.unet.to(memory_format=torch.channels_last)
-    pipe.vae.to(memory_format=torch.channels_last)
-    return pipe
-
-
 def claim(config: ConfigDict, prompts: Sequence[Prompt], pipe: StableDiffusionPipeline, judge_sha256: str) -> str:
     """Claim logdir for everything that an image and its log entry depend on; return the fingerprint of the model."""
     sample, on_gpu = config.sample, pipe.device.type != "cpu"
     model = pipeline_fingerprints(pipe) | {"load_from": adapter_fingerprint(pipe.unet)}
-    settings = model | {"seed": config.seed, "scheduler": sample.scheduler, "num_steps": sample.num_steps}
-    settings |= {"eta": sample.eta if sample.scheduler == "ddim" else None, "guidance_scale": sample.guidance_scale}
+    settings = model | {name: sample[name] for name in ("scheduler", "num_steps", "guidance_scale")}
+    settings |= {"seed": config.seed, "eta": sample.eta if sample.scheduler == "ddim" else None}
     settings |= {"mixed_precision": config.mixed_precision, "weights_sha256": fingerprint(model)}
     settings |= {"classifier": judge_sha256, "image_format": config.eval.image_format, "device": pipe.device.type}
     # on a CPU the size of a pass follows from the model
@@ -83,8 +58,8 @@ def claim(config: ConfigDict, prompts: Sequence[Prompt], pipe: StableDiffusionPi
     settings["allow_tf32"] = config.allow_tf32 if on_gpu else None
     metadata = {"load_from": config.load_from, "model": config.pretrained.model, "unet_path": config.unet_path}
     metadata |= {"lora_scale": config.eval.lora_scale, "classifier": config.eval.classifier}
-    metadata |= {"prompts": [prompt for prompt, _ in prompts]}
-    metadata |= {"versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}}
+    metadata["prompts"] = [prompt for prompt, _ in prompts]
+    metadata["versions"] = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
     sample_folder.claim_folder(config.logdir, settings, metadata)
     return settings["weights_sha256"]
 
@@ -112,11 +87,11 @@ def draw(
     accelerator.wait_for_everyone()  # all processes have read the folder before one writes
     logger.info("%d images for %d prompts, %d missing", len(jobs), len({job.prompt for job in jobs}), sum(missing))
 
-    started, broken = time.perf_counter(), []
+    started, broken, log = time.perf_counter(), [], sample_folder.part_log(folder, rank)
     shown = config.progress and rank == 0
-    own, log = passes[rank::processes], sample_folder.part_log(folder, rank)
     with tqdm(total=sum(missing), unit="img", smoothing=0.1, disable=None if shown else True) as bar:
-        for number, failed in draw_passes(sampler, own, workers, size, folder, log, done, *judging):
+        settings = workers, size, folder, log, done, *judging
+        for number, failed in draw_passes(sampler, passes[rank::processes], *settings):
             broken += failed
             bar.update(sum(missing[number * processes : (number + 1) * processes]))  # other processes are about as far
     accelerator.wait_for_everyone()
@@ -142,10 +117,9 @@ def report(folder: Path, jobs: Sequence[Job], broken: Sequence[Job]) -> None:
             logger.warning("%d %s, the first is %s", len(paths), problem, folder / paths[0])
     if broken:
         first = min(broken, key=jobs.index)
-        raise UserError(
-            f"{len(broken)} images are not finite and were not written, the first is {first.path} of "
-            f"{first.prompt!r}; the others are complete. Run again with another logdir and other weights, or in bf16"
-        )
+        problem = f"{len(broken)} images are not finite and were not written, the first is {first.path}"
+        advice = "the others are complete. Run again with another logdir and other weights, or in bf16"
+        raise UserError(f"{problem} of {first.prompt!r}; {advice}")
     if missing := [path for path in planned if path not in entries]:
         problem = f"{len(missing)} of {len(jobs)} images are not in {str(folder)!r}"
         raise UserError(f"{problem}, the first is {missing[0]}; run the same command again")
@@ -162,8 +136,22 @@ def main(_) -> None:
     prompts = [describe(prompt) for prompt in given_prompts(config.eval.prompts, config.dataset.kind)]
     prompts = prompts or all_prompts(config.prompt_fn, **config.prompt_fn_kwargs)
     jobs = plan(prompts, config.eval.num_samples_per_prompt, config.seed, config.eval.image_format)
-    judge, judge_sha256 = load_judge(config.eval.classifier, prompts, device)
-    pipe = load_model(config, device)
+    judge, judge_sha256 = None, ""
+    if config.eval.classifier:
+        classifier = load_classifier(config.eval.classifier, device)
+        judge = isic_classifier_reward(classifier, device)
+        judge_sha256 = fingerprint(classifier, classifier.labels, classifier.arch, classifier.image_size)
+        try:
+            check_prompts(judge, prompts, device)
+        except UserError as error:
+            raise UserError(f"{error}; eval.classifier cannot judge it, set --config.eval.classifier=") from error
+    pretrained, dtype = config.pretrained, DTYPES[config.mixed_precision]
+    pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, dtype, device)
+    weights = load_weights(pipe.unet, config.load_from) if config.load_from else "the base model (load_from is empty)"
+    scale_lora(pipe.unet, config.eval.lora_scale)
+    logger.info("sampling with %s", weights)
+    for part in (pipe.unet, pipe.vae):
+        part.to(memory_format=torch.channels_last)  # convolutions are a fifth faster on a CPU
     sampler = Sampler(pipe, sample.scheduler, sample.num_steps, sample.eta, sample.guidance_scale)
     check_tokens(pipe.tokenizer, [prompt for prompt, _ in prompts])
     with locked_by_main(accelerator, config.logdir):

@@ -20,7 +20,6 @@ from ml_collections import ConfigDict
 from ddpo_pytorch.data.datasets import KINDS, find_rows
 from ddpo_pytorch.data.images import RESIZES, ImageFiles, comment_of, content_numbers, is_intact, save_image
 from ddpo_pytorch.data.sample_folder import WORLD, claim_folder, folder_name, read_log, write_log
-from ddpo_pytorch.data.tables import Row
 from ddpo_pytorch.generator.latents import INDEX, encode_data_set, write_index
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
@@ -35,13 +34,6 @@ define_config(__file__, "experiment, e.g. config/dgx.py:preprocess_isic_real_dat
 logger = logging.getLogger(__name__)
 
 
-def entry_of(row: Row) -> dict:
-    """Return the log entry of an image: every column of the table, its patient, and those of every sample folder."""
-    path = f"images/{folder_name(row.caption)}/{row.number}.png"
-    patient = {"patient": row.patient} if row.patient else {}  # the table may name it only in the path
-    return row.fields | patient | {"sampleID": row.number, "prompt": row.caption, "path_to_img": path}
-
-
 def main(_) -> None:
     config = expand_config(FLAGS.config, "logdir")
     accelerator = make_accelerator("no", config.allow_tf32, process_timeout=config.process_timeout)
@@ -52,52 +44,46 @@ def main(_) -> None:
 
 def extract(accelerator: Accelerator, config: ConfigDict) -> None:
     """Write the missing parts of the sample folder and its latents."""
-    rank, folder, dataset = accelerator.process_index, Path(config.logdir), config.dataset
-    csv, images = dataset.csv, dataset.data_path
+    folder, dataset, csv, images = Path(config.logdir), config.dataset, config.dataset.csv, config.dataset.data_path
     if not csv or not images:
         raise UserError(f"dataset.csv is {csv!r} and dataset.data_path {images!r}; give the table and its image folder")
     check_ranges(dataset, {"image_size": ONE_OR_MORE, "limit": ZERO_OR_MORE, "num_workers": ZERO_OR_MORE}, "dataset.")
     check_choices(dataset, {"kind": KINDS, "resize": RESIZES}, "dataset.")
     rows, sources, missing = find_rows(dataset.kind, csv, images, dataset.limit, dataset.skip_broken)
-    settings = {"csv_sha256": sha256(dataset.csv), "image_size": dataset.image_size, "resize": dataset.resize}
+    settings = {"csv_sha256": sha256(csv), "image_size": dataset.image_size, "resize": dataset.resize}
     numbers, captions = [row.number for row in rows], KINDS[dataset.kind].caption_list(rows)
-    vae = None
-    if config.pretrained.model:
-        # in fp32, since SD 1.5's encoder overflows in half precision, in which latents are stored
-        vae = load_pipeline(config.pretrained.model, config.pretrained.revision, device=accelerator.device).vae
+    vae, pretrained = None, config.pretrained
+    if pretrained.model:  # in fp32, since SD 1.5's encoder overflows in half precision, in which latents are stored
+        vae = load_pipeline(pretrained.model, pretrained.revision, device=accelerator.device).vae
     if accelerator.is_main_process:
         claimed = settings | {"limit": dataset.limit, "vae_sha256": fingerprint(vae) if vae is not None else ""}
         # pictures must label phantoms as such; the images of skin phantoms are in a subfolder of their world
         phantoms = any((place / WORLD).is_file() for place in (Path(images), Path(images).absolute().parent))
-        metadata = {"phantoms": phantoms, "csv": dataset.csv, "model": config.pretrained.model, "missing": missing}
+        metadata = {"phantoms": phantoms, "csv": csv, "model": pretrained.model, "missing": missing}
         claim_folder(folder, claimed, metadata)
     accelerator.wait_for_everyone()
 
-    paths, contents = [folder / entry_of(row)["path_to_img"] for row in rows], content_numbers(sources)
+    entries, contents = [], content_numbers(sources)
+    for row in rows:  # every column of the table, the patient, whom it may name only in the path, and the usual fields
+        entries.append(row.fields | ({"patient": row.patient} if row.patient else {}))
+        path = f"images/{folder_name(row.caption)}/{row.number}.png"
+        entries[-1] |= {"sampleID": row.number, "prompt": row.caption, "path_to_img": path}
+    paths = [folder / entry["path_to_img"] for entry in entries]
 
     def keep_image(position: int, image: torch.Tensor) -> None:
         save_image(paths[position], image.float() / 255, f"source {contents[position]}")
 
-    def is_kept(position: int) -> bool:
-        """Return whether the image of this source was written; earlier versions did not record the source."""
+    def is_kept(position: int) -> bool:  # earlier versions did not record the source
         path = paths[position]
         return is_intact(path) and comment_of(path) in ("", f"source {contents[position]}")
 
     started = time.perf_counter()
-    done = encode_data_set(
-        vae,
-        ImageFiles(sources, torch.tensor(numbers), dataset.image_size, dataset.resize),
-        numbers,
-        [captions.index(row.caption) for row in rows],
-        folder / "latents",
-        contents=contents,
-        rank=rank,
-        processes=accelerator.num_processes,
-        num_workers=dataset.num_workers,
-        progress=config.progress,
-        keep_image=keep_image,
-        is_kept=is_kept,
-    )
+    files = ImageFiles(sources, torch.tensor(numbers), dataset.image_size, dataset.resize)
+    options = {"rank": accelerator.process_index, "processes": accelerator.num_processes, "contents": contents}
+    options |= {"num_workers": dataset.num_workers, "progress": config.progress}
+    options |= {"keep_image": keep_image, "is_kept": is_kept}
+    caption_ids = [captions.index(row.caption) for row in rows]
+    done = encode_data_set(vae, files, numbers, caption_ids, folder / "latents", **options)
     done = accelerator.reduce(torch.tensor(done, device=accelerator.device)).item()
     complete = [entry.get("sampleID") for entry in read_log(folder)] == numbers
     complete = complete and (vae is None or (folder / "latents" / INDEX).is_file())
@@ -106,10 +92,10 @@ def extract(accelerator: Accelerator, config: ConfigDict) -> None:
             leftover.unlink()
         if vae is not None:
             write_index(folder / "latents", vae, captions, len(rows), settings)
-        write_log(folder, [entry_of(row) for row in rows])
+        write_log(folder, entries)
         speed = done / (time.perf_counter() - started)
         logger.info("%d images in %s, %d of them new at %.1f images/s", len(rows), folder, done, speed)
-        logger.info("%d rows of %s have no image", missing, dataset.csv)
+        logger.info("%d rows of %s have no image", missing, csv)
     elif not done:
         logger.info("%s is complete; nothing to do", folder)
 

@@ -70,35 +70,6 @@ class Request:
     attempts: int = 0
     passed: int = 0
 
-    def add(
-        self, image: torch.Tensor, seed: int, selector: float, policy: float, passes: bool, criteria: dict, number: int
-    ) -> None:
-        """Keep or drop a drawn image; its file is named after the modality, `number` and both scores."""
-        self.attempts += 1
-        if passes or not self.passed:
-            name = f"{modality_of(self.prompt) or MODALITY}_{number}_selector_{selector:.2f}_policy_{policy:.2f}.png"
-            entry = {
-                "prompt": self.prompt,
-                "path_to_img": f"images/{folder_name(self.prompt)}/{name}",
-                "reward": f"{policy * passes:.4f}",
-                "selector": round(selector, 6),
-                "policy": round(policy, 6),
-                "passed": passes,
-                "best": False,
-                "seed": seed,
-                "attempts": 0,
-                **criteria,
-            }
-            self.kept = [*(self.kept if self.passed else ()), (entry, image)]
-            self.passed += passes
-
-    def finish(self) -> "Request":
-        """Mark the image with the highest Policy score as the best, and record the number of attempts."""
-        for entry, _ in self.kept:
-            entry["attempts"] = self.attempts
-        max((entry for entry, _ in self.kept), key=lambda entry: entry["policy"])["best"] = True
-        return self
-
 
 def best_of_n(
     sampler: Sampler, selector: Selector, policy: Policy, requests: Sequence[Request], config: ConfigDict
@@ -121,17 +92,29 @@ def best_of_n(
             raise UserError(f"images of {prompts[0]!r} are not finite; use mixed_precision bf16 or no")
         pixels = to_uint8(images.nan_to_num())
         scores, alignment = selector.score_all(pixels.float() / 255), policy.score(pixels.float() / 255, prompts)
-        quality, others = scores[:, 0], scores[:, 1:].double().round(decimals=6).tolist()
-        criteria = [dict(zip(selector.criteria, row, strict=True)) for row in others]
+        quality, criteria = scores[:, 0], scores[:, 1:].double().round(decimals=6).tolist()
         passed = selector.accepts(quality).cpu() & finite
-        rows = zip(pixels.cpu(), seeds, quality.tolist(), alignment.tolist(), passed.tolist(), criteria, strict=True)
-        for one, row in zip(batch, rows, strict=True):
-            one.add(*row, number=one.repetition * improve.max_attempts + one.attempts)
+        rows = zip(quality.tolist(), alignment.tolist(), passed.tolist(), criteria, strict=True)
+        for one, seed, image, row in zip(batch, seeds, pixels.cpu(), rows, strict=True):
+            score, reward, passes, others = row
+            number = one.repetition * improve.max_attempts + one.attempts
+            one.attempts += 1
+            if passes or not one.passed:
+                name = f"{modality_of(one.prompt) or MODALITY}_{number}_selector_{score:.2f}_policy_{reward:.2f}.png"
+                entry = {"prompt": one.prompt, "path_to_img": f"images/{folder_name(one.prompt)}/{name}"}
+                entry |= {"reward": f"{reward * passes:.4f}", "selector": round(score, 6), "policy": round(reward, 6)}
+                entry |= {"passed": passes, "best": False, "seed": seed, "attempts": 0}
+                entry |= dict(zip(selector.criteria, others, strict=True))
+                one.kept = [*(one.kept if one.passed else ()), (entry, image)]
+                one.passed += passes
         for one in reversed(batch):
-            if one.passed >= improve.num_candidates or one.attempts >= improve.max_attempts:
-                yield one.finish()
-            else:
+            if one.passed < improve.num_candidates and one.attempts < improve.max_attempts:
                 waiting.appendleft(one)
+                continue
+            for entry, _ in one.kept:
+                entry["attempts"] = one.attempts
+            max((entry for entry, _ in one.kept), key=lambda entry: entry["policy"])["best"] = True
+            yield one
 
 
 def generate(accelerator: Accelerator, config: ConfigDict) -> None:
@@ -147,12 +130,11 @@ def generate(accelerator: Accelerator, config: ConfigDict) -> None:
         load_weights(pipe.unet, config.load_from)
     check_tokens(pipe.tokenizer, prompts)
     sampler = Sampler(pipe, sample.scheduler, sample.num_steps, sample.eta, sample.guidance_scale)
-    settings = {name: improve[name] for name in COUNTS}
+    model = pipeline_fingerprints(pipe) | {"load_from": adapter_fingerprint(pipe.unet)}
+    settings = model | {name: improve[name] for name in COUNTS}
     settings |= {name: sample[name] for name in ("scheduler", "num_steps", "eta", "guidance_scale")}
     settings |= {"seed": config.seed, "prompts": prompts, "mixed_precision": config.mixed_precision}
     settings |= {name: fingerprint(Path(improve.judges) / name) for name in (SELECTOR_FILE, POLICY_FILE)}
-    model = pipeline_fingerprints(pipe) | {"load_from": adapter_fingerprint(pipe.unet)}
-    settings |= model
     if accelerator.is_main_process:
         claim_folder(folder, settings, {"model": pretrained.model, "load_from": config.load_from})
     accelerator.wait_for_everyone()
@@ -187,9 +169,8 @@ def generate(accelerator: Accelerator, config: ConfigDict) -> None:
             rows.append(entry | {"file_name": path, "text": text, "modality": modality, "patient": path})
         write_table(folder / METADATA, (*COLUMNS, *selector.criteria), rows)
         write_log(folder, entries)
-        passed = sum(entry["passed"] for entry in entries)
         logger.info("%d images drawn at %.1f images/s", attempts, attempts / (time.perf_counter() - started))
-        logger.info("%d of them passed and are in %s; the best of each prompt is marked in %s", passed, folder, LOG)
+        logger.info("%d of them passed and are in %s; the best of each prompt is marked in %s", len(rows), folder, LOG)
         if failed := [entry["prompt"] for entry in entries if not entry["passed"]]:
             logger.warning("no image passed for %d of %d requests, e.g. %r", len(failed), len(requests), failed[0])
 

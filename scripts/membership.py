@@ -66,17 +66,16 @@ def test(accelerator: Accelerator, config: ConfigDict) -> dict:
     if sets[1] is None or min(map(len, sets)) < 2:
         raise UserError("a membership test needs at least 2 images of each of sd.csv and sd.val_csv; give both tables")
     sets[0].check_disjoint(sets[1])
-    table = CaptionTable(pipe, merge_captions(sets), trained=False)
-    loss = NoiseLoss(pipe, table).to(accelerator.device).eval()
+    loss = NoiseLoss(pipe, CaptionTable(pipe, merge_captions(sets), trained=False)).to(accelerator.device).eval()
     settings = {"seed": config.seed, "timesteps": TIMESTEPS, "load_from": config.load_from}
     result, losses = {"title": TITLE, "settings": settings}, {}
-    for name in ("base", "load_from")[: 1 + bool(config.load_from)]:
+    models = {"base": pretrained.model} | ({"load_from": config.load_from} if config.load_from else {})
+    for name, given in models.items():
         if name == "load_from":
-            load_weights(pipe.unet, config.load_from)
+            load_weights(pipe.unet, given)
         with accelerator.autocast():
             losses[name] = [image_losses(accelerator, config, loss, latents) for latents in sets]
         if not all(np.isfinite(part).all() for part in losses[name]):
-            given = config.load_from if name == "load_from" else pretrained.model
             raise UserError(f"losses of {given!r} are not finite; use mixed_precision bf16 or no, or other weights")
         result[name] = {"AUC": membership_auc(*losses[name]).to_dict()}
         for split, part in zip(("train", "val"), losses[name], strict=True):

@@ -49,15 +49,6 @@ TITLES = {"table1": "Table 1", "table2": "Table 2", "table3": "Table 3", "fundus
 TITLES["sanity"] = "Half of the real images, degraded, against the other half"
 
 
-def parse_conditions(texts: Sequence[str]) -> list[tuple[str, str, float]]:
-    """Return (path, comparison, number) of each "APR<0.4". Raises UserError."""
-    matches = [re.fullmatch(r"\s*(.+?)\s*([<>])\s*(\S+)\s*", text) for text in texts]
-    for text, match in zip(texts, matches, strict=True):
-        if not match or number(match[3]) is None:
-            raise UserError(f"--fail_if={text!r} is not a condition; give NAME<NUMBER or NAME>NUMBER, e.g. 'APR<0.4'")
-    return [(match[1], match[2], float(match[3])) for match in matches]
-
-
 def check_conditions(result: dict, conditions: Sequence[tuple[str, str, float]]) -> None:
     """Raise UserError if a condition holds for the last model, or names no number in its part of metrics.json."""
     name, model = list(result["models"].items())[-1]
@@ -126,7 +117,12 @@ def measure(accelerator: Accelerator, config: ConfigDict) -> dict:
 
 
 def main(_) -> None:
-    conditions = parse_conditions(FLAGS.fail_if)
+    conditions = []  # path, comparison, number
+    for text in FLAGS.fail_if:
+        match = re.fullmatch(r"\s*(.+?)\s*([<>])\s*(\S+)\s*", text)
+        if not match or number(match[3]) is None:
+            raise UserError(f"--fail_if={text!r} is not a condition; give NAME<NUMBER or NAME>NUMBER, e.g. 'APR<0.4'")
+        conditions.append((match[1], match[2], float(match[3])))
     config = expand_config(FLAGS.config, "metric.output", "metric.cache_dir")
     check_ranges(config, {"seed": SEED})
     check_request(config.metric)

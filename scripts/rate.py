@@ -54,7 +54,7 @@ def find_items() -> tuple[list[Item], list[str]]:
     if bool(FLAGS.csv) != bool(FLAGS.data_path):
         raise UserError("--csv and --data_path must be given together: a fundus table and the folder of its images")
     sources = {}
-    for folder in (expand(part) for given in FLAGS.images for part in given.split(",") if part):
+    for folder in map(expand, filter(None, ",".join(FLAGS.images).split(","))):
         sources[folder] = sample_items(folder, FLAGS.out)
     if FLAGS.csv:
         sources[FLAGS.csv] = table_items(FLAGS.csv, FLAGS.data_path, FLAGS.out)[0]
@@ -76,14 +76,6 @@ def find_items() -> tuple[list[Item], list[str]]:
     return pairs, names
 
 
-def find_examples(folder: str | None) -> list[tuple[int, Path]]:
-    """Return (rating, file) of the reference images in a folder."""
-    paths = [path for path in sorted(Path(folder).glob("[123]*")) if path.suffix.lower() in SUFFIXES] if folder else []
-    if folder and not paths:
-        raise UserError(f"--examples={folder!r} has no image whose name begins with 1, 2 or 3, such as 3_clear.png")
-    return [(int(path.name[0]), path) for path in paths]
-
-
 def main(_) -> None:
     try:
         from ddpo_pytorch.rating.server import is_loopback, listen, make_app, serve
@@ -99,20 +91,22 @@ def main(_) -> None:
         raise UserError("--token needs 16 to 128 of the characters A-Z, a-z, 0-9, _ and -; omit it to generate one")
     # not by bounds of the flag, between which absl takes NaN to be
     check_ranges({"repeats": FLAGS.repeats}, {"repeats": Range("[0, 0.5]")}, "--")
-    (items, names), examples = find_items(), find_examples(FLAGS.examples)
+    items, names = find_items()
+    found = sorted(Path(FLAGS.examples).glob("[123]*")) if FLAGS.examples else []
+    examples = [(int(path.name[0]), path) for path in found if path.suffix.lower() in SUFFIXES]  # (rating, file)
+    if FLAGS.examples and not examples:
+        raise UserError(f"--examples={FLAGS.examples!r} has no image whose name begins with 1, 2 or 3, like 3_ok.png")
     synthetic = {item.key: is_synthetic(item.path) for item in items} if FLAGS.mode == "real" else {}
     if synthetic and len(set(synthetic.values())) < 2:
         raise UserError("--mode=real needs photographs and images marked as generated; give folders of both")
     sock = listen(FLAGS.host, FLAGS.port)
     port = sock.getsockname()[1]
     store, asked = Store(FLAGS.out, FLAGS.mode), {item.key for item in items}
-    square = dict(size=FLAGS.image_size or None, resize=FLAGS.resize)
 
     def summarise(reader: str = "") -> list[str]:
         """Write the summary of these questions; return its lines for one reader and all together, or for everybody."""
         answers = store.answers(asked)  # the table may have answers to others
-        seconds = partial(store.seconds, questions=asked)
-        summaries = readers.summarise(answers, FLAGS.mode, seconds, synthetic, names)
+        summaries = readers.summarise(answers, FLAGS.mode, partial(store.seconds, questions=asked), synthetic, names)
         estimates = {name: {key: one.to_dict() for key, one in result.items()} for name, result in summaries.items()}
         write_json(store.path.with_suffix(".summary.json"), estimates | {"title": readers.TITLES[FLAGS.mode]})
         if FLAGS.mode == "pair":
@@ -122,8 +116,8 @@ def main(_) -> None:
         return readers.lines({"you" if name == reader else name: one for name, one in shown})
 
     questions = Questions(items, store, FLAGS.seed, FLAGS.repeats, examples, summarise)
-    level = FLAGS.expert_level or 0
-    app = make_app(questions, FLAGS.host, token, rater, level, FLAGS.mode, FLAGS.criteria, **square)
+    shown = rater, FLAGS.expert_level or 0, FLAGS.mode, FLAGS.criteria
+    app = make_app(questions, FLAGS.host, token, *shown, size=FLAGS.image_size or None, resize=FLAGS.resize)
     unit = "pairs" if FLAGS.mode == "pair" else "images"
     logger.info("%d %s; ratings go to %s, which has %d; Ctrl-C stops", len(items), unit, Path(FLAGS.out), len(store))
     name = socket.gethostname() if FLAGS.host in ("", "0.0.0.0", "::") else FLAGS.host

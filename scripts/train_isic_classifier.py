@@ -8,6 +8,7 @@ command to resume.
 """
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -53,23 +54,23 @@ logger = logging.getLogger(__name__)
 UNFINISHED = ".unfinished.pt"  # suffix of the training state, which is deleted at the end
 
 
-def image_files(csv_path: str, image_size: int, names: tuple[str, ...]) -> ImageFiles:
-    if FLAGS.labels:
-        rows, paths, missing = rows_with_image(read_metadata(csv_path), csv_path, FLAGS.data_path, FLAGS.limit)
-    else:
-        rows, paths, missing = load_split(csv_path, FLAGS.data_path, FLAGS.limit)
-    if FLAGS.skip_broken:
-        rows, paths = drop_broken(rows, paths)
-    logger.info("%s: %d images, %d rows without one are skipped", csv_path, len(rows), missing)
-    labels = requested_labels([row.caption for row in rows], names, [row.fields for row in rows]).float()
-    check_both_classes(labels, names, csv_path, training=FLAGS.mode == "train")
-    return ImageFiles(paths, labels, image_size)
-
-
-def cached(accelerator: Accelerator, files: ImageFiles) -> Dataset:
-    folder = str(Path(FLAGS.checkpoint_dir) / "cache") if FLAGS.cache_dir is None else FLAGS.cache_dir
+def open_images(accelerator: Accelerator, tables: Sequence[str], size: int, names: tuple[str, ...]) -> list[Dataset]:
+    """Return the images of each table, decoded to squares, with their labels."""
+    files = []
+    for table in tables:
+        if FLAGS.labels:
+            rows, paths, missing = rows_with_image(read_metadata(table), table, FLAGS.data_path, FLAGS.limit)
+        else:
+            rows, paths, missing = load_split(table, FLAGS.data_path, FLAGS.limit)
+        if FLAGS.skip_broken:
+            rows, paths = drop_broken(rows, paths)
+        logger.info("%s: %d images, %d rows without one are skipped", table, len(rows), missing)
+        labels = requested_labels([row.caption for row in rows], names, [row.fields for row in rows]).float()
+        check_both_classes(labels, names, table, training=FLAGS.mode == "train")
+        files.append(ImageFiles(paths, labels, size))
+    cache = str(Path(FLAGS.checkpoint_dir) / "cache") if FLAGS.cache_dir is None else FLAGS.cache_dir
     with accelerator.local_main_process_first():
-        return decoded(files, folder)
+        return [decoded(one, cache) for one in files]
 
 
 def load_checkpoint(path: str | Path, names: tuple[str, ...]) -> classifier.ArtifactClassifier:
@@ -112,8 +113,7 @@ def train(accelerator: Accelerator, names: tuple[str, ...], output: Path) -> Non
     if FLAGS.through_vae:
         vae = load_autoencoder(accelerator)
         size, change, change_name = vae.config.sample_size, partial(reconstruct, vae), fingerprint(vae)
-    splits = [image_files(path, size, names) for path in tables]
-    sets = [cached(accelerator, files) for files in splits]
+    sets = open_images(accelerator, tables, size, names)
 
     def save(best: FitState) -> None:
         if FLAGS.calibrate_thresholds:
@@ -123,10 +123,8 @@ def train(accelerator: Accelerator, names: tuple[str, ...], output: Path) -> Non
             if FLAGS.save_published:
                 classifier.save_published(model, published, best.epoch, best.val_loss, best.accuracy.mean().item())
 
-    state = output.with_suffix(UNFINISHED)
-    best = fit(
-        accelerator, model, *sets, recipe, state_path=state, on_best=save, change=change, change_name=change_name
-    )
+    options = {"state_path": output.with_suffix(UNFINISHED), "change": change, "change_name": change_name}
+    best = fit(accelerator, model, *sets, recipe, on_best=save, **options)
     logger.info("best epoch %d, validation loss %.4f, saved in %s", best.epoch, best.val_loss, output)
 
 
@@ -139,7 +137,7 @@ def test(accelerator: Accelerator, names: tuple[str, ...], output: Path) -> None
     if FLAGS.through_vae:
         vae = load_autoencoder(accelerator)
         size, tests = vae.config.sample_size, {"_original": None, "_reconstructed": partial(reconstruct, vae)}
-    files = cached(accelerator, image_files(FLAGS.test_csv, size, names))
+    (files,) = open_images(accelerator, [FLAGS.test_csv], size, names)
     for name, change in tests.items():
         logits, labels = predict(accelerator, model, files, FLAGS.batch_size, FLAGS.num_workers, change)
         if accelerator.is_main_process:
