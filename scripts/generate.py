@@ -44,7 +44,7 @@ from ddpo_pytorch.prompts import all_prompts, given_prompts
 from ddpo_pytorch.sampling import SAMPLING, Sampler, plan
 from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
-from ddpo_pytorch.utils.distributed import DTYPES, locked_by_main, make_accelerator
+from ddpo_pytorch.utils.distributed import DTYPES, locked_by_main, make_accelerator, run_on_main_process
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
 from ddpo_pytorch.utils.randomness import Stream, derived_seed, text_number
@@ -135,9 +135,8 @@ def generate(accelerator: Accelerator, config: ConfigDict) -> None:
     settings |= {name: sample[name] for name in ("scheduler", "num_steps", "eta", "guidance_scale")}
     settings |= {"seed": config.seed, "prompts": prompts, "mixed_precision": config.mixed_precision}
     settings |= {name: fingerprint(Path(improve.judges) / name) for name in (SELECTOR_FILE, POLICY_FILE)}
-    if accelerator.is_main_process:
-        claim_folder(folder, settings, {"model": pretrained.model, "load_from": config.load_from})
-    accelerator.wait_for_everyone()
+    origin = {"model": pretrained.model, "load_from": config.load_from}
+    run_on_main_process(accelerator, claim_folder, folder, settings, origin)
     if (folder / LOG).is_file():
         paths = [entry["path_to_img"] for entry in read_log(folder)]
         if not (damaged := damaged_images(folder, paths)):
