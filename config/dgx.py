@@ -69,27 +69,27 @@ def prompt_image_alignment_classifier_isic():
     return config
 
 
-def _on_one_gpu(batch_size, train_batch_size):
+def _on_one_gpu(batch_size):
     """Return stage (ii) with the same samples and updates on one GPU; benchmarks/memory_budget.py estimates memory."""
     config = prompt_image_alignment_classifier_isic()
     config.sample.update(batch_size=batch_size, num_batches_per_epoch=256 // batch_size)
-    config.train.update(batch_size=train_batch_size, gradient_accumulation_steps=128 // train_batch_size)
+    config.train.update(batch_size=batch_size, gradient_accumulation_steps=128 // batch_size)
     return config
 
 
 def prompt_image_alignment_classifier_isic_16gb():
     """4 * 64 = 256 samples per epoch, 4 * 32 = 128 samples per update; 7.9 GiB."""
-    return _on_one_gpu(batch_size=4, train_batch_size=4)
+    return _on_one_gpu(batch_size=4)
 
 
 def prompt_image_alignment_classifier_isic_24gb():
     """8 * 32 = 256 samples per epoch, 8 * 16 = 128 samples per update; 14.1 GiB."""
-    return _on_one_gpu(batch_size=8, train_batch_size=8)
+    return _on_one_gpu(batch_size=8)
 
 
 def prompt_image_alignment_classifier_isic_80gb():
     """32 * 8 = 256 samples per epoch, 32 * 4 = 128 samples per update; 51 GiB."""
-    return _on_one_gpu(batch_size=32, train_batch_size=32)
+    return _on_one_gpu(batch_size=32)
 
 
 def prompt_image_alignment_classifier_isic_eval():
