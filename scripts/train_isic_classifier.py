@@ -8,14 +8,13 @@ command to resume.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from absl import flags
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKL
 from torch.utils.data import Dataset
 
 from ddpo_pytorch.data.images import ImageFiles, decoded, rows_with_image
@@ -81,9 +80,13 @@ def load_checkpoint(path: str | Path, names: tuple[str, ...]) -> classifier.Arti
     return model
 
 
-def load_autoencoder(accelerator: Accelerator) -> AutoencoderKL:
+def autoencoder_change(accelerator: Accelerator, image_size: int) -> tuple[int, Callable | None, str]:
+    """Return the size of images, and the reconstruction by --through_vae with its fingerprint, or None and ""."""
+    if not FLAGS.through_vae:
+        return image_size, None, ""
     folder = Path(FLAGS.through_vae)
-    return load_vae(folder / "vae" if (folder / "vae").is_dir() else folder).to(accelerator.device)
+    vae = load_vae(folder / "vae" if (folder / "vae").is_dir() else folder).to(accelerator.device)
+    return vae.config.sample_size, partial(reconstruct, vae), fingerprint(vae)
 
 
 def train(accelerator: Accelerator, names: tuple[str, ...], output: Path) -> None:
@@ -109,10 +112,7 @@ def train(accelerator: Accelerator, names: tuple[str, ...], output: Path) -> Non
         classifier.check_publishable(model)
         if model.image_size != classifier.PUBLISHED_SIZE:
             logger.warning("%s will not state its image size; loaders assume %d", published, classifier.PUBLISHED_SIZE)
-    size, change, change_name = model.image_size, None, ""
-    if FLAGS.through_vae:
-        vae = load_autoencoder(accelerator)
-        size, change, change_name = vae.config.sample_size, partial(reconstruct, vae), fingerprint(vae)
+    size, change, change_name = autoencoder_change(accelerator, model.image_size)
     sets = open_images(accelerator, tables, size, names)
 
     def save(best: FitState) -> None:
@@ -133,10 +133,8 @@ def test(accelerator: Accelerator, names: tuple[str, ...], output: Path) -> None
     model = load_checkpoint(path, names)
     if path.with_suffix(UNFINISHED).exists():
         logger.warning("%s is the best epoch so far of an unfinished run", path)
-    size, tests = model.image_size, {"": None}
-    if FLAGS.through_vae:
-        vae = load_autoencoder(accelerator)
-        size, tests = vae.config.sample_size, {"_original": None, "_reconstructed": partial(reconstruct, vae)}
+    size, change, _ = autoencoder_change(accelerator, model.image_size)
+    tests = {"_original": None, "_reconstructed": change} if change else {"": None}
     (files,) = open_images(accelerator, [FLAGS.test_csv], size, names)
     for name, change in tests.items():
         logits, labels = predict(accelerator, model, files, FLAGS.batch_size, FLAGS.num_workers, change)
