@@ -61,10 +61,7 @@ def path_inside(folder: str | Path, name: str, where: str) -> Path:
 
 
 def open_regular(path: str | Path, advice: str = "remove it") -> BinaryIO:
-    """Open a regular file for reading. Raises UserError for a pipe, device or folder; OSError as `open` does.
-
-    `advice` ends the message; the default is for files in caches and folders of this project.
-    """
+    """Open a regular file for reading. Raises UserError, ending in `advice`, for any other; OSError as `open` does."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # O_NONBLOCK: else opening a pipe waits for a writer
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -79,20 +76,9 @@ def atomic_write(path: str | Path, durable: bool = False) -> Iterator[Path]:
     An error leaves an existing file unchanged; `remove_leftovers` cleans up after a kill. With `durable` the file also
     survives a power cut, at the cost of waiting for the disk. Raises DiskFull.
     """
-    path = Path(path)
-    temporary = _temporary(path)
-    with room_for(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(b"")
-            yield temporary
-            if durable:
-                _sync(temporary)
-            os.replace(temporary, path)
-            if durable:
-                _sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with _replacing(Path(path), durable) as temporary:
+        temporary.write_bytes(b"")
+        yield temporary
 
 
 @contextmanager
@@ -101,11 +87,17 @@ def atomic_folder(path: str | Path, size: int | None = None, durable: bool = Tru
 
     Raises DiskFull, before anything is written if fewer than `size` bytes are free, and UserError if `path` exists.
     """
-    path = Path(path)
-    temporary = _temporary(path)
+    with _replacing(Path(path), durable, size) as temporary:
+        temporary.mkdir()
+        yield temporary
+
+
+@contextmanager
+def _replacing(path: Path, durable: bool, size: int | None = None) -> Iterator[Path]:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}@{HOST}.tmp")
     with room_for(path, size):
+        path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same id
-        temporary.mkdir(parents=True)
         try:
             yield temporary
             for written in (*temporary.rglob("*"), temporary) if durable else ():
@@ -116,9 +108,12 @@ def atomic_folder(path: str | Path, size: int | None = None, durable: bool = Tru
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
                 raise UserError(f"{str(path)!r} already exists; move it away, or choose another name") from error
-            _sync(path.parent)
+            if durable:
+                _sync(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):  # a folder, or renamed
+                temporary.unlink()
 
 
 def write_file(path: str | Path, content: str | bytes, durable: bool = False) -> None:
@@ -167,10 +162,6 @@ def _being_written(entry: os.DirEntry, pid: str | None, host: str | None) -> boo
         return False
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}@{HOST}.tmp")
-
-
 def _sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -190,37 +181,31 @@ def room_for(path: str | Path, size: int | None = None) -> Iterator[None]:
     A quota, or a limit on file sizes, is noticed only when it is exceeded.
     """
     folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
-
-    def disk_full(reason: str) -> DiskFull:
+    usage = shutil.disk_usage(folder)
+    try:
+        if size is not None and usage.free < size and usage.total:  # some network file systems report no sizes
+            raise OSError(errno.ENOSPC, "too little space")
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not (reason := _full_disk(error)):
+            raise
         needed = f"about {size / 2**20:,.1f} MiB are needed, " if size else ""
-        return DiskFull(
+        raise DiskFull(
             f"{str(path)!r} could not be written ({reason}): {needed}{shutil.disk_usage(folder).free / 2**20:,.1f} MiB "
             f"are free; existing files are untouched: make room in {str(folder)!r}, then run the same command again"
-        )
-
-    usage = shutil.disk_usage(folder)
-    if size is not None and usage.free < size and usage.total:  # some network file systems report no sizes
-        raise disk_full("too little space")
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if reason := full_disk(error):
-            raise disk_full(reason) from error
-        raise
+        ) from error
 
 
-def full_disk(error: BaseException | None) -> str:
-    """Return the system's message if an error of Python, NumPy, PyTorch or safetensors means a full disk, else ""."""
+def _full_disk(error: BaseException | None) -> str:
+    """Return the reason if an error of Python, NumPy, PyTorch or safetensors means a full disk, else ""."""
     while error is not None:
-        code = error.errno if isinstance(error, OSError) else None
+        code = getattr(error, "errno", None)
         if stated := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors and tokenizers
             code = int(stated[1])
-        if isinstance(error, OSError) and re.search(r"\d+ requested and \d+ written", str(error)):  # numpy
+        elif isinstance(error, OSError) and re.search(r"\d+ requested and \d+ written", str(error)):  # numpy
             code = errno.ENOSPC
         if code in FULL_DISK:
-            return os.strerror(code)
+            return getattr(error, "strerror", None) or os.strerror(code)
         error = error.__cause__ or error.__context__
     return ""
 
@@ -255,9 +240,7 @@ class JsonLines:
         if not active:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self.path.is_file():
-            return
-        content, kept = self.path.read_bytes(), b""
+        content, kept = self.path.read_bytes() if self.path.is_file() else b"", b""
         for number, line in enumerate(content.splitlines(), 1):
             if not line.strip():
                 continue
@@ -290,20 +273,17 @@ def lock(path: str | Path, taken: str) -> BaseFileLock:
 
     On a file system without locks, the file itself is the lock. Raises UserError(taken) if another process holds it.
     """
-    held: BaseFileLock = FileLock(path, timeout=0, thread_local=False)
     try:
         try:
-            held.acquire()
+            return FileLock(path, timeout=0, thread_local=False).acquire().lock
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
             if os.path.getsize(path) == 0:  # made by the attempt above; a soft lock holds its owner's id
                 os.unlink(path)
-            held = SoftFileLock(path, timeout=0, thread_local=False)
-            held.acquire()
+            return SoftFileLock(path, timeout=0, thread_local=False).acquire().lock
     except Timeout as error:
         raise UserError(taken) from error
-    return held
 
 
 @contextmanager
