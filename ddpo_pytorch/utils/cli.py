@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,13 +43,13 @@ def import_function(path: str, setting: str) -> Callable:
     sys.path.insert(0, folder)
     try:
         function = getattr(importlib.import_module(module), name)
+        if not callable(function):
+            raise TypeError("it is not a function")
+        return function
     except (ImportError, AttributeError, TypeError, ValueError) as error:  # TypeError: "./file.py" as a relative import
         raise UserError(f"{setting}: {path!r} cannot be imported ({error}); give module:function") from error
     finally:
         sys.path.remove(folder)  # the module may have put others before it
-    if not callable(function):
-        raise UserError(f"{setting}: {path!r} is not a function; give module:function")
-    return function
 
 
 def signature_of(function: Callable) -> inspect.Signature:
@@ -99,11 +99,12 @@ def _one_line_errors() -> Iterator[None]:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     with _usage_errors():
-        remaining = flags.FLAGS(_find_config(argv) if "config" in flags.FLAGS else argv)
-        if "config" in flags.FLAGS:
-            if not isinstance(flags.FLAGS.config, ConfigDict):  # reads the configuration file
-                raise UserError("get_config() of the --config file must return a configuration, as in config/base.py")
-            _ = flags.FLAGS.config.seed
+        if "config" not in flags.FLAGS:
+            return flags.FLAGS(argv)
+        remaining = flags.FLAGS(_find_config(argv))
+        if not isinstance(flags.FLAGS.config, ConfigDict):  # reads the configuration file
+            raise UserError("get_config() of the --config file must return a configuration, as in config/base.py")
+        _ = flags.FLAGS.config.seed
         return remaining
 
 
@@ -121,10 +122,7 @@ def _usage_errors() -> Iterator[None]:
 
 
 def _find_config(argv: list[str]) -> list[str]:
-    """Return the command line with an existing file in --config=FILE:NAME.
-
-    A relative path is looked up in the current folder, then in the script's repository.
-    """
+    """Return the command line with FILE in --config=FILE:NAME looked up here, then in the script's repository."""
     found = list(argv)
     for index, word in enumerate(argv):
         option, equals, given = word.partition("=")
@@ -149,10 +147,8 @@ def _lost_process(message: str) -> str | None:
         return f"process {rank} has lost another process, which has ended; see its own message for the cause"
     if waited := re.search(r"(?:Timed out waiting|wait timeout after|Timeout\(ms\)=)\s*(\d+)", message):
         option = "--config.process_timeout" if "config" in flags.FLAGS else "--process_timeout"
-        return (
-            f"process {rank} waited {int(waited[1]) / 1000:g} s for another process, which is still working or has "
-            f"ended; if it is working, raise process_timeout: {option}=SECONDS"
-        )
+        waiting = f"process {rank} waited {int(waited[1]) / 1000:g} s for another process"
+        return f"{waiting}, which has ended or still works; in that case raise process_timeout: {option}=SECONDS"
     return None
 
 
@@ -167,10 +163,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def expand(path: str) -> str:
-    """Return `path` with a leading "~" or "~user" replaced by that user's home folder.
-
-    Raises UserError for an unknown user, rather than creating a folder "~user".
-    """
+    """Expand a leading "~" or "~user". Raises UserError for an unknown user, instead of creating a folder "~user"."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise UserError(f"{path!r}: this system has no user {path.split('/')[0][1:]!r}; write ./{path} for a folder")
@@ -191,8 +184,8 @@ def expand_config(config: ConfigDict, *required: str) -> ConfigDict:
             raise UserError(f"{name}={error}") from error
         if expanded != config[name]:
             config.update_from_flattened_dict({name: expanded})
-    for name in ("base_log_path", *required):
-        _check_given(config[name], name, f"--config.{name}")
+        if name in ("base_log_path", *required):
+            _check_given(expanded, name, f"--config.{name}")
     return config
 
 
@@ -251,10 +244,9 @@ class Configuration(ConfigDict):
 
 
 class KeywordArguments(ConfigDict):
-    """Keyword arguments of user-defined functions, whose names config/base.py cannot know.
+    """Keyword arguments of functions, whose names config/base.py cannot know: a block that is never locked.
 
-    The block is never locked: config files and the command line can set new fields
-    (config.reward_fn_kwargs.my_reward.x = 1). The names are checked when the functions are called.
+    So config.reward_fn_kwargs.my_reward.x = 1 works in config files and on the command line; calls check the names.
     """
 
     def lock(self) -> "KeywordArguments":
@@ -287,13 +279,11 @@ class OptionalBlock(ConfigDict):
 
 class _OptionalBlockParser(flags.ArgumentParser):
     def parse(self, argument: Any) -> Any:
-        try:
-            value = ast.literal_eval(argument) if isinstance(argument, str) else argument
-        except (SyntaxError, ValueError):
-            value = argument
-        if not isinstance(value, dict | ConfigDict | None):
+        with suppress(SyntaxError, ValueError):  # not a text, or not a literal
+            argument = ast.literal_eval(argument)
+        if not isinstance(argument, dict | ConfigDict | None):
             raise ValueError(f"{argument!r} is neither None nor a dict")
-        return value
+        return argument
 
 
 register_flag_parser_for_type(OptionalBlock, _OptionalBlockParser())
