@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ddpo_pytorch.utils.errors import UserError, one_line
+from ddpo_pytorch.utils.errors import UserError, one_line, shorten
 
 COUNT = range(2**53)  # shape of an integer of 0 or more; floats are exact up to 2**53
 DEEPEST = 64  # levels of nesting; files of this program have fewer than 10
@@ -57,13 +57,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{_short(name)} appears twice")
+        raise ValueError(f"{shorten(name)} appears twice")
     return result
 
 
 def _int64(digits: str) -> int:
     if len(digits) > 20 or not -(2**63) <= int(digits) < 2**64:
-        raise ValueError(f"the integer {_short(digits)} has more than 64 bits")
+        raise ValueError(f"the integer {shorten(digits)} has more than 64 bits")
     return int(digits)
 
 
@@ -72,7 +72,7 @@ def _check_any(value: Any, depth: int) -> None:
     if depth == DEEPEST:
         raise RecursionError
     if isinstance(value, str) and not value.isascii() and SURROGATE.search(value):
-        raise ValueError(f"{_short(value)} is not Unicode")
+        raise ValueError(f"{shorten(value)} is not Unicode")
     if isinstance(value, dict | list):
         for part in (*value, *value.values()) if isinstance(value, dict) else value:
             _check_any(part, depth + 1)
@@ -83,23 +83,22 @@ def _mismatch(value: Any, shape: Any, name: str) -> str | None:
     children: Iterable[tuple[Any, Any, str]]  # values, their shapes and positions
     if isinstance(shape, OneOf):
         return None if any(_mismatch(value, one, name) is None for one in shape) else _mismatch(value, shape[0], name)
+    if isinstance(value, list) and isinstance(shape, list):
+        shape = tuple(shape * len(value))
     if isinstance(value, dict) and isinstance(shape, dict):
         prefix = f"{name}." if name else ""
         known = {key.removesuffix("?"): part for key, part in shape.items() if key is not str}
         if missing := [key for key in shape if key is not str and key[-1] != "?" and key not in value]:
-            return f"{prefix}{_short(missing[0])} is missing"
+            return f"{prefix}{shorten(missing[0])} is missing"
         if str in shape:
             known = dict.fromkeys(value, shape[str])
-        children = ((value[key], part, f"{prefix}{_short(key)}") for key, part in known.items() if key in value)
-    elif isinstance(value, list) and (
-        isinstance(shape, list) or (isinstance(shape, tuple) and len(shape) == len(value))
-    ):
-        shapes = shape * len(value) if isinstance(shape, list) else shape
-        children = ((part, shapes[number], f"{name}[{number}]") for number, part in enumerate(value))
+        children = ((value[key], part, f"{prefix}{shorten(key)}") for key, part in known.items() if key in value)
+    elif isinstance(value, list) and isinstance(shape, tuple) and len(shape) == len(value):
+        children = ((part, shape[number], f"{name}[{number}]") for number, part in enumerate(value))
     elif _fits(value, shape):
         return None
     else:
-        return f"{name or 'it'} is {_short(value)} instead of {_describe(shape)}"
+        return f"{name or 'it'} is {shorten(value)} instead of {_describe(shape)}"
     return next(filter(None, (_mismatch(*child) for child in children)), None)
 
 
@@ -119,8 +118,3 @@ def _describe(shape: Any) -> str:
     if isinstance(shape, tuple):
         return f"a list of {len(shape)}"
     return TYPES.get(type(shape) if isinstance(shape, dict | list) else shape, str(shape))
-
-
-def _short(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
