@@ -1,9 +1,9 @@
 """Multiple processes: the accelerator, work on the main process only, stop signals, and FSDP.
 
 `accelerate launch --config_file config/accelerate/fsdp.yaml` shards gradients and optimizer state (ZeRO-2, Rajbhandari
-et al. 2020): Accelerate splits every tensor of the UNet along its first dimension (PyTorch's `fully_shard`), on GPUs
-and, with gloo, on CPUs. Files hold full tensors, so a checkpoint can be resumed by any number of processes, with or
-without FSDP. Passes of a sharded UNet, forward and backward, are collective: every process must run equally many.
+et al. 2020): PyTorch's `fully_shard` splits every tensor of the UNet along its first dimension, on GPUs and CPUs. Files
+hold full tensors, so any number of processes can resume a checkpoint, with or without FSDP. Passes of a sharded UNet,
+forward and backward, are collective: every process must run equally many.
 """
 
 import logging
@@ -19,14 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import (
-    FullyShardedDataParallelPlugin,
-    GradientAccumulationPlugin,
-    GradScalerKwargs,
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-    recursively_apply,
-)
+from accelerate import utils as accelerate_utils
 from accelerate.utils.environment import parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -54,27 +47,20 @@ def make_accelerator(
 ) -> Accelerator:
     """Return an Accelerator that follows these settings, not those of the launcher or of ACCELERATE_* variables.
 
-    On a CPU the processes of a machine share its cores, within the user's limit on threads (see `thread_limit`). Under
-    FSDP, `prepare` shards a UNet and its optimizer: weights and accumulated gradients are float32, "bf16" is the dtype
-    of forward and backward passes.
-
-    `may_shard`: the caller supports FSDP. `process_timeout`: seconds that a process waits for the others.
-    `growth_interval`: steps after which the gradient scaler of fp16 doubles its scale. Raises UserError for invalid
-    values, and for features of the launcher that the scripts do not support.
+    On a CPU the processes of a machine share its cores (`thread_limit`). Under FSDP, which the caller supports if
+    `may_shard`, weights and accumulated gradients are float32 and passes "bf16". A process waits `process_timeout`
+    seconds for the others; fp16's gradient scaler doubles its scale after `growth_interval` steps. Raises UserError for
+    invalid values, and for features of the launcher that the scripts do not support.
     """
-    sharding = sharding_requested()
-    if sharding and not may_shard:
+    if (sharding := sharding_requested()) and not may_shard:
         raise UserError("the launcher requests FSDP, which only train.py supports; use another config file")
     if requested := [variable for variable in UNSUPPORTED if _flag(variable)]:
         raise UserError(f"the launcher sets {requested[0]}, which is not supported; launch without it")
-    for variable, used in (
-        ("ACCELERATE_MIXED_PRECISION", mixed_precision),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(gradient_accumulation_steps)),
-        ("ACCELERATE_DYNAMO_BACKEND", "no"),
-    ):
-        requested = os.environ.get(variable, "").lower()
-        if requested not in ("", "no", "1", used):  # "no" and "1" are the launchers' defaults
-            logger.info("%s=%s of the launcher has no effect: the configuration decides", variable, requested)
+    used = {"MIXED_PRECISION": mixed_precision, "GRADIENT_ACCUMULATION_STEPS": str(gradient_accumulation_steps)}
+    for name, value in (used | {"DYNAMO_BACKEND": "no"}).items():
+        requested = os.environ.get(f"ACCELERATE_{name}", "").lower()
+        if requested not in ("", "no", "1", value):  # "no" and "1" are the launchers' defaults
+            logger.info("ACCELERATE_%s=%s of the launcher has no effect: the configuration decides", name, requested)
     settings = {"mixed_precision": mixed_precision, "process_timeout": process_timeout}
     check_choices(settings, {"mixed_precision": tuple(DTYPES)})
     check_ranges(settings, {"process_timeout": Range("(0, 31536000]")})  # seconds, up to a year
@@ -84,25 +70,18 @@ def make_accelerator(
     if on_cpu and mixed_precision == "bf16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
         logger.warning("mixed_precision bf16 is many times slower than 'no' on a CPU without AVX-512")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
-    plugin = FullyShardedDataParallelPlugin() if sharding else None
-    if plugin:
-        if plugin.fsdp_version != 2:
-            raise UserError(f"the FSDP version is {plugin.fsdp_version}; set fsdp_version: 2 in the launcher's file")
-        if mixed_precision == "bf16":
-            plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=mixed_precision,
-        fsdp_plugin=plugin,
-        # a plugin, since ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides a plain number. FSDP shards gradients after
-        # each backward pass: unsharded ones, Accelerate's default, would take as much memory as the weights
-        gradient_accumulation_plugin=GradientAccumulationPlugin(gradient_accumulation_steps, sync_each_batch=sharding),
-        dynamo_backend="no",
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=process_timeout)),
-            GradScalerKwargs(growth_interval=growth_interval),
-        ],
-    )
+    plugin = accelerate_utils.FullyShardedDataParallelPlugin() if sharding else None
+    if sharding and plugin.fsdp_version != 2:
+        raise UserError(f"the FSDP version is {plugin.fsdp_version}; set fsdp_version: 2 in the launcher's file")
+    if sharding and mixed_precision == "bf16":
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    # a plugin, since ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides a plain number. FSDP shards gradients after each
+    # backward pass: unsharded ones, Accelerate's default, would take as much memory as the weights
+    accumulation = accelerate_utils.GradientAccumulationPlugin(gradient_accumulation_steps, sync_each_batch=sharding)
+    waiting = accelerate_utils.InitProcessGroupKwargs(timeout=timedelta(seconds=process_timeout))
+    options = {"cpu": on_cpu, "mixed_precision": mixed_precision, "dynamo_backend": "no", "fsdp_plugin": plugin}
+    options |= {"kwargs_handlers": [waiting, accelerate_utils.GradScalerKwargs(growth_interval=growth_interval)]}
+    accelerator = Accelerator(gradient_accumulation_plugin=accumulation, **options)
     if sharding and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # Accelerate ignores the plugin without a GPU; PyTorch's FSDP works with gloo
         accelerator.state.fsdp_plugin = plugin
@@ -129,19 +108,15 @@ def _flag(variable: str) -> bool:
 
 
 def run_on_main_process(accelerator: Accelerator, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run `function(*arguments)` on the main process while the others wait; return its result on every process.
-
-    If it raises UserError or OSError, the main process raises it and the others exit with code 2, silently.
-    """
-    value, failure = None, None
+    """Run `function` on the main process; return its result on all. If it fails, the others exit with code 2."""
+    result = [None, False]  # the value, and whether the function failed
     if accelerator.is_main_process:
         try:
-            value = function(*arguments)
-        except (UserError, OSError) as error:
-            failure = error
-    value, failed = broadcast_object_list([value, failure is not None])
-    if failure is not None:
-        raise failure
+            result = [function(*arguments), False]
+        except (UserError, OSError):
+            accelerate_utils.broadcast_object_list([None, True])
+            raise
+    value, failed = accelerate_utils.broadcast_object_list(result)
     if failed:
         sys.exit(2)  # the main process reports the reason
     return value
@@ -163,8 +138,7 @@ class StopRequest:
     """A context in which SIGTERM and SIGUSR1 are recorded instead of ending the process."""
 
     def __init__(self, accelerator: Accelerator):
-        self._accelerator = accelerator
-        self.name = ""  # of the signal received; "" if none yet
+        self._accelerator, self.name = accelerator, ""  # name of the signal received
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._record) for number in SIGNALS}
@@ -202,10 +176,6 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-# torch.distributed.checkpoint.state_dict would not do: it steps an optimizer without state before saving it, and it
-# keeps the saved memory order of moments, which fused optimizers then mix up with the parameter's.
-
-
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return the full tensor on every process. Collective if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -213,19 +183,21 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 def gather_state(owner: nn.Module | torch.optim.Optimizer, main: bool) -> dict[str, Any] | None:
     """Return the full state dict of a UNet or optimizer on the CPU if `main`, else None. Collective."""
+    # torch.distributed.checkpoint.state_dict would not do: it steps an optimizer without state before saving it, and it
+    # keeps the saved memory order of moments, which fused optimizers then mix up with the parameter's
 
     def gather(tensor: torch.Tensor) -> torch.Tensor | None:
         full = full_tensor(tensor)  # one at a time, to save memory
         return full.detach().cpu() if main else None
 
-    state = recursively_apply(gather, owner.state_dict())
+    state = accelerate_utils.recursively_apply(gather, owner.state_dict())
     return state if main else None
 
 
 def load_weights_into(unet: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Load a full state dict; a sharded UNet takes this process's shards. Not collective."""
     local = unet.state_dict()
-    unet.load_state_dict({key: _part(value, local[key]) if key in local else value for key, value in weights.items()})
+    unet.load_state_dict({key: _part(value, local.get(key)) for key, value in weights.items()})
 
 
 def load_optimizer_into(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
@@ -234,18 +206,15 @@ def load_optimizer_into(optimizer: torch.optim.Optimizer, state: Mapping[str, An
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     by_number = dict(zip(numbers, parameters, strict=False))  # load_state_dict checks that their numbers agree
     parts = {
-        number: {
-            key: _part(value, by_number[number]) if isinstance(value, torch.Tensor) and number in by_number else value
-            for key, value in memory.items()
-        }
+        number: {key: _part(value, by_number.get(number)) for key, value in memory.items()}
         for number, memory in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": parts})
 
 
-def _part(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return `value` sharded and laid out in memory as `like`; unchanged if the shapes differ."""
-    if value.shape != like.shape:
+def _part(value: Any, like: torch.Tensor | None) -> Any:
+    """Return a tensor sharded and laid out in memory as `like`; anything else, or of another shape, unchanged."""
+    if not isinstance(value, torch.Tensor) or like is None or value.shape != like.shape:
         return value
     if isinstance(like, DTensor):
         value = value.to(like.device, memory_format=torch.contiguous_format)
