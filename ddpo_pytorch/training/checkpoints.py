@@ -1,9 +1,8 @@
 """Checkpoints of a run: `checkpoint_<epochs completed>/` with the trained weights and everything resuming needs.
 
 Weights are safetensors (`pytorch_lora_weights.safetensors`, or `unet.safetensors` of a full fine-tune), optimizer state
-is plain tensors, progress is JSON, README.md is a model card, and a manifest lists all files with their hashes. Random
-states are not saved: all randomness is a function of progress. `best` is a link to the checkpoint with the highest
-held-out APR.
+is plain tensors, progress is JSON, README.md is a model card, and a manifest lists all files with their hashes. There
+are no random states, since randomness is a function of progress. `best` links to the highest held-out APR.
 """
 
 import json
@@ -34,9 +33,7 @@ MANIFEST = "manifest.json"
 BEST = "best"
 _EVALUATION = OneOf(({"epoch": COUNT, "apr": float, "reward": float}, None))
 PROGRESS = {  # RunState.state_dict()
-    "epoch": COUNT,
-    "global_step": COUNT,
-    "skipped_updates": COUNT,
+    **dict.fromkeys(("epoch", "global_step", "skipped_updates"), COUNT),
     "wandb_id": OneOf((str, None)),
     "tracker": {"rewards": [(OneOf((str, int)), [float])]},
     "plateau": {"previous": OneOf((float, None)), "quiet_epochs": COUNT},
@@ -50,10 +47,8 @@ logger = logging.getLogger(__name__)
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
     """Return the checkpoint folders of a run, oldest first, without `best`."""
-    if not Path(run_dir).is_dir():
-        return []
-    folders = [path for path in Path(run_dir).iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(folders, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
+    folders = [path for path in Path(run_dir).glob("checkpoint*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=epochs_completed)
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -75,10 +70,7 @@ def read_progress(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def find_damage(checkpoint: str | Path, only: str = "", check_hashes: bool = True) -> str | None:
-    """Return how a checkpoint, or just its file `only`, differs from its manifest; None if it does not.
-
-    Without `check_hashes` only file sizes are compared.
-    """
+    """Return how a checkpoint, or its file `only`, differs from its manifest (or in size alone), or None."""
     folder = Path(checkpoint)
     if not (folder / MANIFEST).is_file():
         return f"{MANIFEST} is missing"
@@ -105,40 +97,27 @@ def find_damage(checkpoint: str | Path, only: str = "", check_hashes: bool = Tru
 def find_checkpoint(path: str | Path) -> Path:
     """Return `path` if it is a checkpoint, or the newest undamaged checkpoint of a run folder.
 
-    Logs a warning for each damaged checkpoint that is skipped. Raises UserError if `path` is neither, is a damaged
-    checkpoint, or holds no undamaged one.
+    Warns of each damaged one that is skipped. Raises UserError if `path` is neither, or if all there are damaged.
     """
     path = Path(path)
-    if is_checkpoint(path):
-        if damage := find_damage(path):
-            raise UserError(
-                f"{str(path)!r} cannot be resumed ({damage}); resume from its run folder, or another checkpoint"
-            )
-        return path
-    damages: list[tuple[Path, str]] = []
     copied_best = [path / BEST] if _is_copy(path / BEST) else []
-    for checkpoint in [*reversed(checkpoints(path)), *copied_best]:
+    damages: dict[Path, str] = {}
+    for checkpoint in [path] if is_checkpoint(path) else [*reversed(checkpoints(path)), *copied_best]:
         if damage := find_damage(checkpoint):
-            damages.append((checkpoint, damage))
+            damages[checkpoint] = damage
             continue
-        for damaged, reason in damages:
+        for damaged, reason in damages.items():
             logger.warning("%s is damaged (%s): resuming from %s instead", damaged, reason, checkpoint.name)
         return checkpoint
     if not damages:
         raise UserError(f"{str(path)!r} is neither a checkpoint nor a run folder with checkpoint_<epoch>/; give one")
-    newest, damage = damages[0]
-    raise UserError(
-        f"all checkpoints of {str(path)!r} are damaged, the newest is {newest.name} ({damage}); restore one, or start "
-        "again with another --config.run_name"
-    )
+    newest, damage = next(iter(damages.items()))
+    problem = f"cannot be resumed, since {newest.name} ({damage}) and all older ones are damaged"
+    raise UserError(f"{str(path)!r} {problem}; give another checkpoint, or another --config.run_name to start again")
 
 
 def find_weights(path: str | Path) -> Path:
-    """Return the weight file at or in `path`: LoRA in any known format, or a full UNet.
-
-    `path` may be a file, a checkpoint folder (also a published one), or a run folder, of which the newest checkpoint is
-    used. Raises UserError if there is none, or if it does not match its folder's manifest.
-    """
+    """Return the LoRA or UNet file at `path` (of a run, the newest). Raises UserError for none, or a damaged one."""
     path = resolve(path)
     if path.is_file():
         return path
@@ -154,10 +133,7 @@ def find_weights(path: str | Path) -> Path:
 
 
 def load_weights(unet: nn.Module, path: str | Path, adapters: bool | None = None) -> Path:
-    """Load LoRA or full UNet weights, whichever `path` holds, and return the file they came from.
-
-    adapters: True requires LoRA, False a full UNet. Raises UserError for the other kind, and as the loaders do.
-    """
+    """Load LoRA (`adapters`), a full UNet (False) or either (None) from `path`; return its file. Raises UserError."""
     file, full = find_weights(path), False
     if file.suffix == ".safetensors":
         with open_safetensors(file) as weights:
@@ -177,16 +153,10 @@ def _refuse_kind(where: str, adapters: bool, advice: str) -> NoReturn:
 
 
 def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler: Any) -> dict:
-    """Restore weights, optimizer and gradient scaler of an undamaged checkpoint; return its progress.
-
-    The optimizer's moments come from the checkpoint, its learning rate and other settings from the configuration.
-    Raises UserError for a checkpoint that another kind of training wrote.
-    """
+    """Restore weights, moments and gradient scaler, not the optimizer's settings; return progress. Raises UserError."""
     folder, lora = Path(folder), has_lora(unet)
     if not (folder / STATE_FILE).is_file() or not (folder / PROGRESS_FILE).is_file():
-        raise UserError(
-            f"{str(folder)!r} lacks {STATE_FILE} or {PROGRESS_FILE}; only checkpoints of train.py can be resumed"
-        )
+        raise UserError(f"{str(folder)!r} lacks {STATE_FILE} or {PROGRESS_FILE}; resume a checkpoint of train.py")
     if (folder / UNET_FILE).is_file() == lora:
         _refuse_kind(repr(str(folder)), lora, "resume from another checkpoint")
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
@@ -202,20 +172,16 @@ def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler:
         if scaler is not None and state["scaler"] is not None:
             scaler.load_state_dict(state["scaler"])
     except (ValueError, KeyError, RuntimeError, OSError) as error:
-        problem = f"{str(folder)!r} cannot be resumed ({one_line(error)})"
-        raise UserError(f"{problem}; resume from another checkpoint") from error
+        raise UserError(f"{str(folder)!r} cannot be resumed ({one_line(error)}); choose another checkpoint") from error
     for group, current in zip(optimizer.param_groups, settings, strict=True):
         group.update(current)
     return progress
 
 
 def snapshot(unet: nn.Module, optimizer: Any, scaler: Any, main: bool = True) -> Snapshot | None:
-    """Return the content of a checkpoint on the `main` process, None on the others. Collective: call on every process.
-
-    Tensors already on the CPU are not copied, so write them before the next update.
-    """
+    """Return a checkpoint's content on the `main` process, else None; CPU tensors are not copied. Collective."""
     lora = has_lora(unet)
-    weights = (lora_state_dict(unet) if main else None) if lora else gather_state(unet, main)
+    weights = lora_state_dict(unet) if lora else gather_state(unet, main)
     state = {"optimizer": gather_state(optimizer, main), "scaler": None if scaler is None else scaler.state_dict()}
     if not main:
         return None
@@ -228,8 +194,7 @@ def save_checkpoint(
     """Write `checkpoint_<progress["epoch"]>` atomically, then remove all but the newest `limit` and the best one.
 
     `card` becomes its README.md. With `best`, the link `best` is set to it. A damaged checkpoint of the same epoch is
-    quarantined; damaged ones do not count towards `limit`. Main process only. Raises UserError if the disk is full,
-    leaving existing files unchanged.
+    quarantined; damaged ones do not count towards `limit`. Main process only. Raises DiskFull, keeping existing files.
     """
     folder, text = Path(run_dir) / f"checkpoint_{progress['epoch']}", json.dumps(progress, indent=1)
     name, weights, metadata, state = taken
@@ -307,9 +272,8 @@ def model_card(settings: Mapping[str, Any], weights_file: str, epoch: int) -> st
     on_hub = model.count("/") == 1 and not Path(model).exists()
     base_model = f"base_model: {json.dumps(model)}\n" if on_hub else ""
     unet = f" with the UNet of {Path(settings['unet_path']).name}" if settings["unet_path"] else ""
-    load = 'load_lora_weights("PATH_OF_THIS_FOLDER")'
-    if kind == "unet":
-        load = f'unet.load_state_dict(safetensors.torch.load_file("{UNET_FILE}"))'
+    full = f'unet.load_state_dict(safetensors.torch.load_file("{UNET_FILE}"))'
+    load = full if kind == "unet" else 'load_lora_weights("PATH_OF_THIS_FOLDER")'
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image

@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LoggerType, get_available_trackers
 
 from ddpo_pytorch.rewards import parse_spec
-from ddpo_pytorch.training.checkpoints import (
-    BEST,
-    checkpoints,
-    epochs_completed,
-    find_checkpoint,
-    find_damage,
-    is_checkpoint,
-    quarantine,
-)
+from ddpo_pytorch.training import checkpoints as saved
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import LOCK, locked, path_inside, write_file
 from ddpo_pytorch.utils.fingerprint import with_contents
@@ -30,10 +22,15 @@ from ddpo_pytorch.utils.settings import flat
 
 CONFIG = "config.json"
 STOPPING = {"num_epochs", "early_stop", "held_out.patience", "held_out.tolerance"}
-# Settings that may change when a run resumes, since they do not change what an epoch does.
-FREE = {
-    # locations; contents, also of load_from, are compared separately
-    *("base_log_path", "logdir", "run_name", "resume_from", "load_from", "contents"),
+FREE = {  # settings that may change when a run resumes, since they do not change what an epoch does
+    *(
+        "base_log_path",
+        "logdir",
+        "run_name",
+        "resume_from",
+        "load_from",
+        "contents",
+    ),  # locations; contents have a check
     *STOPPING,
     *("save_freq", "num_checkpoint_limit", "log_with", "wandb_project", "log_images", "progress"),  # what is logged
     *("process_timeout", "dataset", "eval", "metric", "sd", "rlhf", "improve"),  # blocks of other scripts
@@ -60,21 +57,19 @@ def open_run(held: ExitStack, settings: Mapping[str, Any]) -> tuple[Path, Path |
     `resume_from`, a run or checkpoint folder, resumes with any settings in the folder of that checkpoint, which must be
     the newest undamaged one, so that nothing is overwritten. Damaged newer ones are quarantined.
 
-    The lock is held until `held` is closed. Raises UserError for a folder that another run is writing, for different
-    settings, naming the first, and as `find_checkpoint` does.
+    The lock is held by `held`. Raises UserError for a folder in use, other settings, and as `find_checkpoint` does.
     """
     logdir, run_name, resume_from = (settings[name] for name in ("logdir", "run_name", "resume_from"))
     if resume_from:
         given = Path(resume_from)
-        folder = given.parent if is_checkpoint(given) else given
-        if not is_checkpoint(given) and not _holds_checkpoint(given):
-            find_checkpoint(given)  # raises, saying what is missing
+        folder = given.parent if saved.is_checkpoint(given) else given
+        if not saved.is_checkpoint(given) and not _holds_checkpoint(given):
+            saved.find_checkpoint(given)  # raises, saying what is missing
         held.enter_context(locked(folder, "another run"))
-        checkpoint = find_checkpoint(given)
-        try:
+        checkpoint = saved.find_checkpoint(given)
+        old: dict[str, Any] = {}
+        with suppress(UserError):  # a checkpoint may have been copied alone
             old = _last_settings(folder)
-        except UserError:  # a checkpoint may have been copied alone
-            old = {}
         _check_contents(folder, old, settings, resume_from=True)
         if run_name and Path(run_name).name != folder.resolve().name:
             logger.info("run_name %r is not used: resume_from continues a run in its own folder", run_name)
@@ -82,41 +77,34 @@ def open_run(held: ExitStack, settings: Mapping[str, Any]) -> tuple[Path, Path |
         folder = path_inside(logdir, run_name or time.strftime("%Y.%m.%d_%H.%M.%S"), "run_name")
         held.enter_context(locked(folder, "another --config.run_name"))
         checkpoint = _checkpoint_to_resume(folder, settings)
-    for newer in checkpoints(folder) if checkpoint else ():
-        if epochs_completed(newer) > epochs_completed(checkpoint):
-            if find_damage(newer) is None:
-                raise UserError(
-                    f"{str(checkpoint)!r} is not the newest checkpoint of its run; continuing would overwrite "
-                    f"{newer.name}: resume from that, or copy the checkpoint into a folder of its own"
-                )
-            quarantine(newer)
+    for newer in saved.checkpoints(folder) if checkpoint else ():
+        if saved.epochs_completed(newer) > saved.epochs_completed(checkpoint):
+            if saved.find_damage(newer) is None:
+                problem = f"is not the newest checkpoint of its run; continuing would overwrite {newer.name}"
+                raise UserError(f"{str(checkpoint)!r} {problem}: resume from that, or copy yours to another folder")
+            saved.quarantine(newer)
     return folder, checkpoint
 
 
 def _checkpoint_to_resume(folder: Path, settings: Mapping[str, Any]) -> Path | None:
     if not any(path.name != LOCK for path in folder.iterdir()):
         return None
-    old = _last_settings(folder)
+    old, run = _last_settings(folder), f"run folder {str(folder)!r}"
     if changed := difference(*comparable(old, settings)):
-        raise UserError(
-            f"run folder {str(folder)!r} exists already and was started with {changed}; give the same value to resume, "
-            f"another --config.run_name for a new run, or --config.resume_from={folder} to continue with the new "
-            "settings"
-        )
+        advice = f"another --config.run_name for a new run, or --config.resume_from={folder} to change settings"
+        raise UserError(f"{run} exists already and was started with {changed}; give the same value to resume, {advice}")
     _check_contents(folder, old, settings, resume_from=False)
     if _holds_checkpoint(folder):
-        return find_checkpoint(folder)
+        return saved.find_checkpoint(folder)
     log = folder / "metrics.jsonl"
     if log.is_file() and log.read_bytes().count(b"\n") > old.get("save_freq", 1):
-        raise UserError(
-            f"the checkpoints of run folder {str(folder)!r} are gone; choose another --config.run_name, or move it"
-        )
+        raise UserError(f"the checkpoints of {run} are gone; choose another --config.run_name, or move it")
     logger.info("%s has no checkpoint yet: starting from scratch", folder)
     return None
 
 
 def _holds_checkpoint(folder: Path) -> bool:
-    return bool(checkpoints(folder)) or (folder / BEST).is_dir()
+    return bool(saved.checkpoints(folder)) or (folder / saved.BEST).is_dir()
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any], epoch: int, resumed: bool) -> None:
@@ -134,24 +122,19 @@ def _settings_files(folder: Path) -> list[Path]:
 
 def _last_settings(folder: Path) -> dict[str, Any]:
     files = _settings_files(folder)
-    problem = f"its {files[-1].name} is damaged" if files else f"it holds no {CONFIG}"
     try:
         return read_json(files[-1], {"save_freq?": int, f"{CONTENTS}?": {str: str}})
     except (IndexError, UserError) as error:
-        raise UserError(
-            f"run folder {str(folder)!r} exists already, and {problem}; choose another --config.run_name, resume it "
-            f"with --config.resume_from={folder} if it holds a checkpoint, or move it away"
-        ) from error
+        problem = f"its {files[-1].name} is damaged" if files else f"it holds no {CONFIG}"
+        advice = f"choose another --config.run_name, give --config.resume_from={folder}, or move it away"
+        raise UserError(f"run folder {str(folder)!r} exists already, and {problem}; {advice}") from error
 
 
-def comparable(
-    old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str] = FREE
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def comparable(old: Mapping, new: Mapping, free: Collection[str] = FREE) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings of both configurations that must be equal, by dotted name.
 
-    Not compared are fields that only one of them has (they belong to another version of this program), except keyword
-    arguments of prompt functions and rewards; `free` fields, and those that this run does not read; and paths whose
-    content is compared instead (`_check_contents`).
+    Not compared are fields that only one of them has (of another version of this program), except keyword arguments;
+    `free` fields, and those that this run does not read; and paths compared by content (`_check_contents`).
     """
     left, right = _flat(old), _flat(new)
 
@@ -176,11 +159,7 @@ def comparable(
 
 
 def _check_contents(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], resume_from: bool) -> None:
-    """Raise UserError if a file behind the settings has changed since the run began.
-
-    With `resume_from`, settings may change, so only files whose setting is unchanged are compared; and `load_from` is
-    refused unless the run started from it, since it would have no effect.
-    """
+    """Raise UserError if a file behind the settings has changed, unless they may change too (`resume_from`)."""
     new = json.loads(json.dumps(new, default=str))
     before, now = {"load_from": ""} | old.get(CONTENTS, {}), new[CONTENTS]
     for name in sorted(before.keys() & now.keys()):
@@ -190,13 +169,11 @@ def _check_contents(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]
         other_setting = any(old.get(key) != new.get(key) for key in sources) if sources else not now[name]
         if before[name] == now[name] or (resume_from and other_setting):
             continue
-        advice = "give the original one"
+        advice = "give the original one, or another --config.run_name for a new run"
         if resume_from and name == "load_from":
             advice = "leave load_from out, since the run continues from its own checkpoint"
-        raise UserError(
-            f"run folder {str(folder)!r} was started with another {name} (fingerprint {before[name][:16] or 'none'}, "
-            f"now {now[name][:16] or 'none'}); {advice}, or another --config.run_name for a new run"
-        )
+        fingerprints = f"fingerprint {before[name][:16] or 'none'}, now {now[name][:16] or 'none'}"
+        raise UserError(f"run folder {str(folder)!r} was started with another {name} ({fingerprints}); {advice}")
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,10 +182,7 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_trackers(log_with: str) -> list[LoggerType]:
-    """Return Accelerate's trackers named in `log_with`, e.g. "wandb,tensorboard"; "" names none.
-
-    Raises UserError for one that is unknown or not installed. With WANDB_MODE=disabled, W&B is left out.
-    """
+    """Return Accelerate's trackers in `log_with`, e.g. "wandb,tensorboard", without disabled W&B. Raises UserError."""
     try:
         trackers = [LoggerType(name.strip()) for name in log_with.split(",") if name.strip()]
     except ValueError as error:
@@ -221,10 +195,7 @@ def parse_trackers(log_with: str) -> list[LoggerType]:
 def start_trackers(
     accelerator: Accelerator, log_with: str, project: str, run_dir: Path, config: dict, wandb_id: str | None
 ) -> str | None:
-    """Start the trackers of `parse_trackers` on the main process; return the id of the W&B run, if any.
-
-    Without an API key, W&B runs offline instead of prompting for one.
-    """
+    """Start the trackers on the main process, W&B offline without an API key; return the id of the W&B run, if any."""
     trackers = parse_trackers(log_with)
     if not trackers or not accelerator.is_main_process:
         return wandb_id

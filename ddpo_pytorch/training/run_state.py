@@ -25,27 +25,24 @@ logger = logging.getLogger(__name__)
 
 
 class Remembered:
-    """Base class that saves and restores the attributes named in `kept`."""
-
-    kept: tuple[str, ...]
+    """Base class that saves and restores the attributes that a class annotates."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.kept}
+        return {name: getattr(self, name) for name in type(self).__annotations__}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name in self.kept:
+        for name in type(self).__annotations__:
             setattr(self, name, state[name])
 
 
 class RewardPlateau(Remembered):
     """The paper's stopping criterion: mean reward changed by less than `tolerance` in `patience` successive epochs."""
 
-    kept = ("previous", "quiet_epochs")
+    previous: float | None = None
+    quiet_epochs: int = 0
 
     def __init__(self, tolerance: float, patience: int):
         self.tolerance, self.patience = tolerance, patience
-        self.previous: float | None = None
-        self.quiet_epochs = 0
 
     def update(self, reward: float) -> bool:
         """Record an epoch's mean reward; return whether training should stop (never with patience 0)."""
@@ -66,21 +63,15 @@ class BestAndCollapse(Remembered):
     prompts and noise, is lower by more than `tolerance`. If its mean reward is higher at the same time, the reward is
     being hacked; otherwise the policy has broken down. After `patience` collapsed evaluations in a row training should
     stop; 0 never stops.
-
-    Attributes:
-        best, last: {"epoch": epochs completed, "apr", "reward"} of the best and of the last evaluation, or None.
-        collapsed: collapsed evaluations in a row up to the last one.
-        fingerprint: settings of the evaluations so far (`HeldOut.fingerprint`), None before any.
     """
 
-    kept = ("best", "last", "collapsed", "fingerprint")
+    best: dict[str, Any] | None = None  # {"epoch": epochs completed, "apr", "reward"}
+    last: dict[str, Any] | None = None  # of the last evaluation
+    collapsed: int = 0  # evaluations in a row up to the last one
+    fingerprint: dict[str, Any] | None = None  # of the evaluations so far (`HeldOut.fingerprint`)
 
     def __init__(self, tolerance: float, patience: int):
         self.tolerance, self.patience = tolerance, patience
-        self.best: dict[str, Any] | None = None
-        self.last: dict[str, Any] | None = None
-        self.fingerprint: dict[str, Any] | None = None
-        self.collapsed = 0
 
     def update(self, epoch: int, apr: float, reward: float) -> bool:
         """Record the evaluation after `epoch` epochs; return whether it is the best so far."""
@@ -108,10 +99,7 @@ def criteria(config: ConfigDict) -> tuple[RewardPlateau, BestAndCollapse]:
 
 
 def is_finished(folder: str | Path, config: ConfigDict) -> bool:
-    """Return whether the newest checkpoint of a run has all epochs or met a stopping criterion.
-
-    Otherwise train.py was stopped by a signal, after which it also exits with code 0. Raises as `find_checkpoint` does.
-    """
+    """Return whether a run has all epochs or met a criterion; train.py also exits with code 0 after a stop signal."""
     progress, (plateau, watch) = checkpoints.read_progress(checkpoints.find_checkpoint(folder)), criteria(config)
     plateau.load_state_dict(progress["plateau"])
     watch.load_state_dict(progress["held_out"])
@@ -121,22 +109,17 @@ def is_finished(folder: str | Path, config: ConfigDict) -> bool:
 class RunState(Remembered):
     """Progress, logs and checkpoints of a run of train.py, either a new one or one that is resumed.
 
-    Every process keeps the progress; only the main one writes. The folder, locked until `close`, holds metrics.jsonl
-    (one line per epoch), held_out.jsonl (one line per evaluation: epochs completed, apr, reward, apr_by_prompt),
-    config.json, checkpoint_<epochs completed>/ and best.
-
-    Args:
-        contents: fingerprints of the files behind the settings (main process only).
-        held_out: the evaluation of this run. Raises UserError if earlier ones are not comparable with it.
-        unet, optimizer: receive the weights and moments of a checkpoint. Raises as `open_run` and `load_checkpoint` do.
-
-    Attributes:
-        epoch, global_step, skipped_updates: epochs completed, optimizer updates taken and skipped.
-        tracker, plateau, watch: running statistics of rewards and of held-out evaluations.
-        best_due: the last evaluation was the best and its model is not saved yet.
+    Every process keeps the progress; the main one, which knows `contents` (fingerprints of files behind the settings),
+    writes metrics.jsonl (a line per epoch), held_out.jsonl (per evaluation: epochs completed, apr, reward,
+    apr_by_prompt), config.json, checkpoint_<epochs completed>/ and best to a folder that is locked until `close`.
+    `unet` and `optimizer` receive the state of a checkpoint. Raises as `open_run` and `load_checkpoint` do, and
+    UserError if `held_out` is not comparable with earlier ones.
     """
 
-    kept = ("epoch", "global_step", "skipped_updates", "wandb_id")
+    epoch: int = 0  # epochs completed
+    global_step: int = 0  # optimizer updates taken
+    skipped_updates: int = 0
+    wandb_id: str | None = None
 
     def __init__(
         self,
@@ -152,29 +135,22 @@ class RunState(Remembered):
         self.tracker = PerPromptStatTracker(**(config.per_prompt_stat_tracking or {"buffer_size": 2, "min_count": 2}))
         self.plateau, self.watch = criteria(config)
         self._parts = {"tracker": self.tracker, "plateau": self.plateau, "held_out": self.watch}
-        self.epoch, self.global_step, self.skipped_updates, self.wandb_id, self.best_due = 0, 0, 0, None, False
+        self.best_due = False  # the last evaluation was the best and its model is not saved yet
         self.settings = {**config.to_dict(), CONTENTS: dict(contents), "processes": accelerator.num_processes}
-        self._lock = ExitStack()
-        try:
-            self.folder, checkpoint = run_on_main_process(accelerator, open_run, self._lock, self.settings)
+        with ExitStack() as lock:
+            self.folder, checkpoint = run_on_main_process(accelerator, open_run, lock, self.settings)
             self.resumed = checkpoint is not None
             if self.resumed:
                 self.load_state_dict(checkpoints.load_checkpoint(checkpoint, unet, optimizer, accelerator.scaler))
                 best = self.watch.best
                 if not run_on_main_process(accelerator, checkpoints.repair_best, self.folder, best and best["epoch"]):
-                    logger.warning(
-                        "the best held-out evaluation was after %d epochs (APR %.4f), but that checkpoint is gone; %s "
-                        "will appear with the next better one",
-                        *(best["epoch"], best["apr"], self.folder / checkpoints.BEST),
-                    )
+                    gone = "the best checkpoint, after %d epochs (APR %.4f), is gone: %s will appear with a better one"
+                    logger.warning(gone, best["epoch"], best["apr"], self.folder / checkpoints.BEST)
                 logger.info("resumed from %s after %d epochs", checkpoint, self.epoch)
-            if held_out and self.watch.fingerprint:
-                if changed := difference(self.watch.fingerprint, held_out.fingerprint):
-                    problem = f"this run's held-out evaluations had {changed}"
-                    raise UserError(f"{problem}; give the same as before, or held_out.every=0")
-        except BaseException:
-            self.close()
-            raise
+            before = self.watch.fingerprint
+            if held_out and before and (changed := difference(before, held_out.fingerprint)):
+                raise UserError(f"held-out evaluations had {changed}; give the same as before, or held_out.every=0")
+            self._lock = lock.pop_all()
 
     def begin(self, log_with: str, project: str) -> None:
         """Write the settings, open the logs (dropping entries newer than the checkpoint) and start the trackers."""
@@ -205,30 +181,27 @@ class RunState(Remembered):
         """Log an epoch."""
         self.log.write(entry)
         self.accelerator.log(entry, step=self.global_step)
-        shown = ("epoch", "reward_mean", "reward_std", "first_ratio_deviation", "clipfrac", "grad_norm", "seconds")
-        evaluation = ""
+        text = "epoch {epoch}  reward {reward_mean:.4f} +- {reward_std:.4f}  |ratio-1| {first_ratio_deviation:.1e}  "
+        text += "clipfrac {clipfrac:.3f}  grad norm {grad_norm:.4f}  {seconds:.1f} s"
         if "held_out_apr" in entry:
-            evaluation = f"  held-out APR {entry['held_out_apr']:.4f} reward {entry['held_out_reward']:.4f}"
-        logger.info(
-            "epoch %d  reward %.4f +- %.4f  |ratio-1| %.1e  clipfrac %.3f  grad norm %.4f  %.1f s%s",
-            *(entry[key] for key in shown),
-            evaluation,
-        )
+            text += "  held-out APR {held_out_apr:.4f} reward {held_out_reward:.4f}"
+        logger.info("%s", text.format(**entry))
 
     def stop_reason(self, evaluated: bool) -> str | None:
         """Return why training should stop now, or None. `evaluated`: a held-out evaluation has just been made."""
         if self.plateau.stop:
             return f"mean reward changed by less than {self.plateau.tolerance:g} for {self.plateau.patience} epochs"
-        if evaluated and self.watch.stop:
-            best, last, hacked = self.watch.best, self.watch.last, self.watch.hacked
-            return (
-                f"{'the reward is being hacked' if hacked else 'the policy has collapsed'}: on held-out noise the "
-                f"reward {'rose' if hacked else 'went'} from {best['reward']:.4f} to {last['reward']:.4f} while APR "
-                f"fell from {best['apr']:.4f} to {last['apr']:.4f}, in {self.watch.collapsed} evaluations in a row; "
-                f"the best checkpoint, after {best['epoch']} epochs, is {self.folder / checkpoints.BEST}; try "
-                f"{'train.kl_coef' if hacked else 'a lower train.learning_rate'}"
-            )
-        return None
+        if not evaluated or not self.watch.stop:
+            return None
+        what, went, advice = "the policy has collapsed", "went", "a lower train.learning_rate"
+        if self.watch.hacked:
+            what, went, advice = "the reward is being hacked", "rose", "train.kl_coef"
+        best, last, best_folder = self.watch.best, self.watch.last, self.folder / checkpoints.BEST
+        return (
+            f"{what}: on held-out noise the reward {went} from {best['reward']:.4f} to {last['reward']:.4f} while APR "
+            f"fell from {best['apr']:.4f} to {last['apr']:.4f}, in {self.watch.collapsed} evaluations in a row; the "
+            f"best checkpoint, after {best['epoch']} epochs, is {best_folder}; try {advice}"
+        )
 
     def add_evaluation(self, evaluation: Evaluation, held_out: HeldOut) -> dict:
         """Log an evaluation; return its fields for the epoch's log line. Sets `best_due` if it is the best so far."""
@@ -240,23 +213,17 @@ class RunState(Remembered):
         return entry
 
     def save(self, unet: nn.Module, optimizer: Any) -> None:
-        """Write checkpoint_<epochs completed> unless it exists undamaged; point `best` to it if `best_due`.
-
-        Call on every process, after the epoch was logged. Raises UserError if the disk is full.
-        """
+        """Write checkpoint_<epochs completed> unless it exists undamaged; link it as best if `best_due`. Collective."""
+        accelerator, existing = self.accelerator, self.folder / f"checkpoint_{self.epoch}"
         best, self.best_due = self.best_due, False
-        existing = self.folder / f"checkpoint_{self.epoch}"
-        if run_on_main_process(self.accelerator, lambda: checkpoints.find_damage(existing) is None):
+        if run_on_main_process(accelerator, checkpoints.find_damage, existing) is None:
             if best:
-                run_on_main_process(self.accelerator, checkpoints.link_best, self.folder, self.epoch)
+                run_on_main_process(accelerator, checkpoints.link_best, self.folder, self.epoch)
             return
-        taken = checkpoints.snapshot(unet, optimizer, self.accelerator.scaler, self.accelerator.is_main_process)
-
-        def write() -> None:
-            card = checkpoints.model_card(self.settings, taken[0], self.epoch)
-            checkpoints.save_checkpoint(self.folder, taken, self.state_dict(), self.limit, best, card)
-
-        run_on_main_process(self.accelerator, write)
+        taken = checkpoints.snapshot(unet, optimizer, accelerator.scaler, accelerator.is_main_process)
+        card = checkpoints.model_card(self.settings, taken[0], self.epoch) if taken else ""
+        written = self.folder, taken, self.state_dict(), self.limit, best, card
+        run_on_main_process(accelerator, checkpoints.save_checkpoint, *written)
 
     def log_image(self, image: Image.Image) -> None:
         """Send a picture to the trackers that support images. Main process only."""
