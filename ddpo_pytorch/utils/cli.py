@@ -1,4 +1,4 @@
-"""Entry point of every script: usage errors become one line and exit code 2. Imports little, to keep --help fast."""
+"""Entry point of every script, paths, and blocks of config/base.py. Imports little, to keep --help fast."""
 
 import argparse
 import ast
@@ -22,8 +22,7 @@ from ml_collections.config_flags import register_flag_parser_for_type
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.settings import flat
 
-# errors of paths that the user chose: permissions, wrong kinds of files, full or read-only disks
-USER_ERRNOS = {
+USER_ERRNOS = {  # of paths that the user chose: permissions, wrong kinds of files, full or read-only disks
     *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG),
 }
@@ -159,9 +158,6 @@ def _fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-###### Paths ######
-
-
 def expand(path: str) -> str:
     """Expand a leading "~" or "~user". Raises UserError for an unknown user, instead of creating a folder "~user"."""
     expanded = os.path.expanduser(path)
@@ -226,14 +222,8 @@ def _check_given(path: str, name: str, option: str) -> None:
         raise UserError(f"{name} is empty; give {option}=PATH (. is the current folder)")
 
 
-###### Blocks of config/base.py ######
-
-
 class Configuration(ConfigDict):
-    """A configuration that accepts a dict in place of a block, as in configurations of ddpo-pytorch.
-
-    A dict changes the fields that it names, but replaces a block of keyword arguments. A ConfigDict replaces any block.
-    """
+    """A configuration in which a dict changes the named fields of a block, but replaces keyword arguments."""
 
     def __setitem__(self, key: str, value: Any) -> None:
         old = self[key] if key in self else None
@@ -244,10 +234,7 @@ class Configuration(ConfigDict):
 
 
 class KeywordArguments(ConfigDict):
-    """Keyword arguments of functions, whose names config/base.py cannot know: a block that is never locked.
-
-    So config.reward_fn_kwargs.my_reward.x = 1 works in config files and on the command line; calls check the names.
-    """
+    """Keyword arguments of functions, whose names config/base.py cannot know: never locked, so that any can be set."""
 
     def lock(self) -> "KeywordArguments":
         return self

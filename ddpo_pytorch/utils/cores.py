@@ -1,14 +1,13 @@
 """Thread counts, and results that do not depend on them.
 
-The last bits of a sum or matrix product depend on how it is split among threads. Results that must not depend on the
-number of threads or processes are therefore each computed by a single thread, many of them at the same time.
+The last bits of sums depend on how threads share them. Results that must not are computed by one thread each.
 """
 
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -29,18 +28,14 @@ def available_cores() -> int:
 def thread_limit() -> int:
     """Return the number of available cores, or the user's OMP_NUM_THREADS or MKL_NUM_THREADS if that is less.
 
-    torchrun and `accelerate launch` set OMP_NUM_THREADS for their processes, by default to 1. That is ignored, unless
-    the user set it in the launcher's environment or by the launcher's option.
+    What torchrun or `accelerate launch` set by default is ignored, unlike the user's own variables and options.
     """
-    given: dict[str, str] = dict(os.environ)
-    try:
+    limits, given = [available_cores()], dict(os.environ)
+    with suppress(psutil.Error):  # e.g. another user's process
         parent = psutil.Process(os.getppid())
         words = parent.cmdline()
         if any(map(LAUNCHERS.fullmatch, words)) and not any(map(LAUNCHER_OPTION.fullmatch, words)):
             given = parent.environ()
-    except psutil.Error:  # e.g. another user's process
-        pass
-    limits = [available_cores()]
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         number = re.match(r"[1-9]\d*", os.environ.get(name, ""))  # OpenMP allows a list, one per level
         if number and name in given:
@@ -69,11 +64,8 @@ def on_all_cores(function: Callable[..., Any], items: Iterable[Any]) -> list[Any
 
 @one_thread()
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return a @ b.T (N, M) of float64 arrays (N, F) and (M, F), the same to the bit for any number of threads.
-
-    PyTorch is used because its thread count can be changed, unlike that of NumPy's BLAS. The arrays are copied, since
-    memory alignment can change the last bits, too.
-    """
+    """Return a @ b.T (N, M) of float64 arrays (N, F) and (M, F), the same to the bit for any number of threads."""
+    # PyTorch, since the threads of NumPy's BLAS cannot be changed; copies, since alignment can change the last bits
     return (torch.tensor(a) @ torch.tensor(b).T).numpy()
 
 

@@ -39,11 +39,8 @@ class DiskFull(UserError, OSError):
 
 
 def path_fault(name: str) -> str | None:
-    """Return why a path from a table or log must not be opened inside a folder, on any system, or None.
-
-    A backslash counts as a slash. Links inside the folder belong to the user and are followed.
-    """
-    parts = name.replace("\\", "/").split("/")
+    """Return why a path from a table or log must not be opened inside a folder, on any system, or None."""
+    parts = name.replace("\\", "/").split("/")  # links inside the folder belong to the user and are followed
     if all(part in ("", ".") for part in parts):
         return "is empty"
     if re.search(r"[\x00-\x1f\x7f]", name):
@@ -73,8 +70,7 @@ def open_regular(path: str | Path, advice: str = "remove it") -> BinaryIO:
 def atomic_write(path: str | Path, durable: bool = False) -> Iterator[Path]:
     """Yield an empty temporary file next to `path`, renamed to `path` at the end; missing folders are created.
 
-    An error leaves an existing file unchanged; `remove_leftovers` cleans up after a kill. With `durable` the file also
-    survives a power cut, at the cost of waiting for the disk. Raises DiskFull.
+    An error leaves an existing file unchanged, with `durable` (slow) also a power cut. Raises DiskFull.
     """
     with _replacing(Path(path), durable) as temporary:
         temporary.write_bytes(b"")
@@ -83,10 +79,7 @@ def atomic_write(path: str | Path, durable: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path, size: int | None = None, durable: bool = True) -> Iterator[Path]:
-    """Yield an empty temporary folder, renamed to `path` at the end.
-
-    Raises DiskFull, before anything is written if fewer than `size` bytes are free, and UserError if `path` exists.
-    """
+    """Yield a temporary folder, renamed to `path` at the end. Raises DiskFull (early below `size` bytes), UserError."""
     with _replacing(Path(path), durable, size) as temporary:
         temporary.mkdir()
         yield temporary
@@ -156,10 +149,9 @@ def _being_written(entry: os.DirEntry, pid: str | None, host: str | None) -> boo
         return False
     if host not in (None, HOST):
         return time.time() - entry.stat().st_mtime < ABANDONED_AFTER
-    try:
+    with suppress(psutil.NoSuchProcess):
         return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    return False
 
 
 def _sync(path: Path) -> None:
@@ -176,10 +168,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def room_for(path: str | Path, size: int | None = None) -> Iterator[None]:
-    """Turn errors of a full disk into DiskFull; raise it at once if fewer than `size` bytes are free.
-
-    A quota, or a limit on file sizes, is noticed only when it is exceeded.
-    """
+    """Turn errors of a full disk, quota or size limit into DiskFull, at once if fewer than `size` bytes are free."""
     folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
     usage = shutil.disk_usage(folder)
     try:
@@ -231,8 +220,8 @@ def append(file: io.FileIO, content: bytes) -> None:
 class JsonLines:
     """An append-only file of one JSON object per line, written by one process, from any of its threads.
 
-    With `keep`, entries of an existing file whose `counter` is `keep` or more are removed, since a resumed run repeats
-    them; so are damaged lines, with a warning. A last line without a newline counts as complete.
+    Entries of an existing file with a `counter` of `keep` or more, which a resumed run repeats, are removed; so are
+    damaged lines, with a warning. A last line without a newline counts as complete.
     """
 
     def __init__(self, path: str | Path, active: bool = True, keep: int | None = None, counter: str = "epoch"):
@@ -253,11 +242,8 @@ class JsonLines:
             write_file(self.path, kept, durable=True)
 
     def write(self, *entries: Mapping[str, Any]) -> None:
-        """Append entries and wait until they are on the disk; NaN and infinity become null, since JSON lacks them.
-
-        Raises DiskFull, with the file unchanged.
-        """
-        if not self.active:
+        """Append entries and wait for the disk; NaN and infinity become null. Raises DiskFull, keeping the old file."""
+        if not self.active or not entries:
             return
         lines = ""
         for entry in entries:
@@ -290,8 +276,8 @@ def lock(path: str | Path, taken: str) -> BaseFileLock:
 def locked(folder: str | Path, instead: str = "another logdir") -> Iterator[None]:
     """Lock a folder, created if absent, for this process, and remove what killed processes left in it.
 
-    Every command that writes a folder does so within this context. After an error, a folder that was created here and
-    is still empty is removed. Raises UserError, which suggests `instead`, if another process holds the folder.
+    After an error, a folder that was created here and is still empty is removed. Raises UserError, which suggests
+    `instead`, if another process holds the folder.
     """
     folder = Path(folder)
     path, created = folder / LOCK, not folder.exists()  # created: reset on success

@@ -1,7 +1,6 @@
 """Fingerprints of everything that determines a result, compared before work is resumed.
 
-A path does not identify its content: a model, classifier or table can be replaced under the same name. Output folders
-and training states therefore record fingerprints of contents next to their settings.
+Output folders and training states record them next to their settings, since a path does not identify its content.
 """
 
 import hashlib
@@ -24,17 +23,15 @@ PIPELINE_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 # files of a folder that count: weights, configurations, vocabularies and tables; not images, logs, unfinished states
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".json", ".txt", ".csv", ".npz", ".onnx", ".py")
 _UNFINISHED = ".unfinished.pt"
-# entries of a configuration without effect; the dtype is hashed with the weights
-_IGNORED = {"architectures", "dtype", "torch_dtype", "transformers_version"}
+_IGNORED = {"architectures", "dtype", "torch_dtype", "transformers_version"}  # the dtype is hashed with the weights
 
 
 def fingerprint(*parts: Any) -> str:
     """Return the SHA-256, in hex, of parts in their order; it is equal for equal contents, whatever their paths.
 
     A part may be a network (its `config`, and weights without adapters), a state dict, a tokenizer, a scheduler, the
-    Path of a file or folder (of which weights, configurations and tables count), or plain values; mappings and lists
-    may hold such parts. Only entries of a configuration that differ from the defaults of its class count, so that new
-    entries in a later library version change nothing.
+    Path of a file or folder (of which weights, configurations and tables count), plain values, or mappings and lists of
+    these. Configurations count where they differ from their class's defaults, so that newer libraries change nothing.
     """
     return hashlib.sha256(b"".join(map(_digest, parts))).hexdigest()
 
@@ -45,10 +42,7 @@ def pipeline_fingerprints(pipe: Any, parts: Iterable[str] = PIPELINE_PARTS) -> d
 
 
 def with_contents(settings: Any) -> Any:
-    """Return settings in which each string that names an existing file or folder is replaced by its Path.
-
-    A plain word is not taken for a path, even if a folder of that name exists.
-    """
+    """Return settings with each text that names an existing path, and has a slash or dot, replaced by its Path."""
     if isinstance(settings, Mapping):
         return {name: with_contents(value) for name, value in settings.items()}
     if isinstance(settings, list | tuple):
@@ -61,10 +55,7 @@ def with_contents(settings: Any) -> Any:
 
 def _digest(part: Any) -> bytes:
     kind = "path" if isinstance(part, Path) else "module" if isinstance(part, nn.Module) else "value"
-    digest = hashlib.sha256(kind.encode())
-    for piece in _pieces(part):
-        digest.update(piece)
-    return digest.digest()
+    return hashlib.sha256(b"".join((kind.encode(), *_pieces(part)))).digest()
 
 
 def _pieces(part: Any) -> Iterator[bytes]:
@@ -114,14 +105,10 @@ def _settings_of(config: Any, owner: type) -> dict[str, Any]:
     """Return the entries of a configuration that have an effect and differ from the defaults of the class."""
     if hasattr(config, "to_diff_dict"):  # transformers
         config = config.to_diff_dict()
-    defaults = inspect.signature(owner.__init__).parameters
-    return {
-        name: value
-        for name, value in config.items()
-        if not name.startswith("_")
-        and name not in _IGNORED
-        and not (name in defaults and _json(value) == _json(defaults[name].default))
-    }
+    parameters = inspect.signature(owner.__init__).parameters
+    defaults = {name: _json(parameter.default) for name, parameter in parameters.items()}
+    effective = {name: value for name, value in config.items() if not name.startswith("_") and name not in _IGNORED}
+    return {name: value for name, value in effective.items() if _json(value) != defaults.get(name)}
 
 
 def _file_digest(path: Path) -> bytes:

@@ -17,8 +17,7 @@ from ddpo_pytorch.utils.files import LOCK, UNFINISHED, atomic_folder, remove_lef
 
 logger = logging.getLogger(__name__)
 ARCHIVE = "images.zip"
-# README's spelling, configuration's spelling
-SPELLINGS = (
+SPELLINGS = (  # README's, configuration's
     ("rl4med-checkpoint50", "rl4med-checkpoint_50"),
     ("artifact_classifier_train_H4", "artifact_classifier_test_H4"),
 )
@@ -27,18 +26,17 @@ SPELLINGS = (
 def resolve(path: str | Path) -> Path:
     """Return `path`, or its other published spelling if only that one exists."""
     path = Path(path).expanduser()
-    for pair in SPELLINGS:
-        for spelling, other in (pair, pair[::-1]):
-            alternative = Path(str(path).replace(spelling, other))
-            if not path.exists() and alternative.exists():
-                logger.info("%s does not exist; using %s", path, alternative)
-                return alternative
+    for alternative in map(Path, spellings(str(path))[1:]):
+        if not path.exists() and alternative.exists():
+            logger.info("%s does not exist; using %s", path, alternative)
+            return alternative
     return path
 
 
 def spellings(name: str) -> tuple[str, ...]:
-    """Return the names that a file may have: README's, then the other one if there is one."""
-    return (name, *(name.replace(spelling, other) for spelling, other in SPELLINGS if spelling in name))
+    """Return the names that a file may have: the given one, then its other published spelling if there is one."""
+    pairs = (*SPELLINGS, *(pair[::-1] for pair in SPELLINGS))
+    return (name, *(name.replace(spelling, other) for spelling, other in pairs if spelling in name))
 
 
 # limits of an archive of pictures; 32 captions with 5,000 images each have fewer entries
@@ -62,8 +60,7 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
     except UserError:
         raise
     except Exception as error:  # a damaged archive may raise anything
-        problem = f"{path} cannot be read as a zip ({one_line(error)})"
-        raise UserError(f"{problem}; move it away and fetch it again") from error
+        raise UserError(f"{path} cannot be read as a zip ({one_line(error)}); fetch it again") from error
 
 
 def check_entries(path: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
@@ -71,18 +68,16 @@ def check_entries(path: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
     refused = f"nothing was unpacked: fetch {path.name} again"
     content, size = sum(entry.file_size for entry in entries), path.stat().st_size
     if len(entries) > MOST_ENTRIES or content > max(SMALL, LARGEST_GROWTH * size):
-        raise UserError(
-            f"{path} of {size / 2**20:.1f} MiB states {content / 2**20:.1f} MiB of content in {len(entries)} entries; "
-            f"at most {LARGEST_GROWTH} times its size and {MOST_ENTRIES} entries are accepted; {refused}"
-        )
+        stated = f"{path} of {size / 2**20:.1f} MiB states {content / 2**20:.1f} MiB of content"
+        most = f"at most {LARGEST_GROWTH} times its size and {MOST_ENTRIES} entries"
+        raise UserError(f"{stated} in {len(entries)} entries; {most} are accepted; {refused}")
     seen: dict[tuple[str, ...], tuple[tuple[str, ...], bool]] = {}  # (spelling, is a folder) by case-folded path
     for entry in entries:
         name = entry.orig_filename
         parts = tuple(name.removesuffix("/").split("/"))
         fault = _fault(name, parts, entry)
         for depth in range(1, len(parts) + 1) if not fault else ():
-            above = parts[:depth]
-            is_folder = depth < len(parts) or entry.is_dir()
+            above, is_folder = parts[:depth], depth < len(parts) or entry.is_dir()
             folded = tuple(unicodedata.normalize("NFC", part).casefold() for part in above)
             if folded in seen and (seen[folded] != (above, True) or not is_folder):  # only folders may be repeated
                 fault = f"clashes with {'/'.join(seen[folded][0])[:200]!r}"
@@ -107,10 +102,7 @@ def _fault(name: str, parts: tuple[str, ...], entry: zipfile.ZipInfo) -> str:
 
 
 def unpack(path: str | Path, folder: str | Path) -> list[Path]:
-    """Unpack a zip into an existing folder, all or nothing; return its new top-level entries, sorted.
-
-    Permissions, owners and links are not restored. After a kill, the same call completes the work.
-    """
+    """Unpack a zip into a folder, all or nothing; return its new top-level entries. A call after a kill completes."""
     path, folder = Path(path), Path(folder)
     unpacked = folder / f".{path.name}{UNPACKED}"
 

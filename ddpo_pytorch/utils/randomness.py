@@ -1,7 +1,4 @@
-"""Randomness as a function of (seed, progress), so that a resumed run equals an uninterrupted one.
-
-Random states are never saved, and nothing here depends on the number of processes.
-"""
+"""Randomness as a function of (seed, progress) alone: no states are saved, and a resumed run equals an unbroken one."""
 
 import hashlib
 import random
@@ -54,17 +51,14 @@ def generator_of(seed: int, stream: Stream, *progress: int, device: torch.device
 
 
 class EndlessBatches(Sampler[list[int]]):
-    """Endless batches of indices below `count`, from one permutation per `count // (batch_size * processes)` batches.
-
-    Each process gets its part of a batch; what remains of a permutation is dropped. A resumed run starts at `first`.
-    """
+    """Endless batches of a process, from batch `first` on: parts of permutations of range(count), rests dropped."""
 
     def __init__(self, count: int, batch_size: int, seed: int, first: int = 0, rank: int = 0, processes: int = 1):
         self.count, self.batch_size, self.seed, self.first = count, batch_size, seed, first
         self.rank, self.processes = rank, processes
         if count < batch_size * processes:
-            problem = f"{count} items are fewer than a batch of {batch_size} for {processes} processes"
-            raise UserError(f"{problem}; lower the batch size")
+            few = f"{count} items are fewer than a batch of {batch_size} for {processes} processes"
+            raise UserError(f"{few}; lower the batch size")
 
     def __iter__(self) -> Iterator[list[int]]:
         total = self.batch_size * self.processes
@@ -80,8 +74,7 @@ class EndlessBatches(Sampler[list[int]]):
 class BatchDraws:
     """Random numbers for batch `number` of a stream, drawn for all processes; each keeps its own rows.
 
-    They are drawn on the CPU, so that they are the same on every device. Only the first `kept` of the `size` rows of a
-    process are used (the last batch of a validation set is shorter).
+    They are drawn on the CPU: the same on every device. Of a process's `size` rows, the first `kept` are used.
     """
 
     def __init__(

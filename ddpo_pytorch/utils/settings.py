@@ -50,10 +50,7 @@ SEED = Range("[0, 4294967295]", whole=True)  # NumPy's generators take 32 bits
 
 
 def check_ranges(settings: Mapping[str, Any], ranges: Mapping[str, Range], prefix: str = "") -> None:
-    """Raise UserError naming the first setting (a field or "block.field") that is outside its range.
-
-    `prefix` goes before the names in the message, e.g. "sd." if `settings` is that block.
-    """
+    """Raise UserError naming, after `prefix`, the first field or "block.field" that is outside its range."""
     for name, allowed in ranges.items():
         if (value := _get(settings, name)) not in allowed:
             raise UserError(f"{prefix}{name} is {value!r}; it must be {allowed}")

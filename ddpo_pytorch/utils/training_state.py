@@ -14,17 +14,15 @@ from ddpo_pytorch.utils.weights import read_pickle
 
 
 class TrainState:
-    """Save and load everything that changes during training.
+    """Save and load everything that changes during training: parts with `state_dict` and `load_state_dict`, or None.
 
         state = TrainState(path, settings, model=model, optimizer=optimizer, scheduler=scheduler)
         progress = state.load() or {"epoch": 0}
         ...
         state.save(epoch=3)
 
-    Args:
-        path: the file; None saves no state.
-        settings: JSON-able values that identify the run; a state with others is rejected.
-        parts: objects with `state_dict` and `load_state_dict`, or None.
+    Without a path, nothing is saved. `settings` are JSON-able values that identify the run; `load` raises UserError for
+    a state of others, naming the first that differs, and for a damaged file.
     """
 
     def __init__(self, path: str | Path | None, settings: Mapping[str, Any], **parts: Any):
@@ -32,10 +30,7 @@ class TrainState:
         self.parts = {name: part for name, part in parts.items() if part is not None}
 
     def load(self) -> dict[str, Any] | None:
-        """Restore the parts; return the progress given to `save`, on the CPU, or None without a file.
-
-        Raises UserError for a damaged file, and for a state of other settings, naming the first that differs.
-        """
+        """Restore the parts; return the progress given to `save`, on the CPU, or None without a file."""
         if self.path is None or not self.path.is_file():
             return None
         try:
@@ -47,14 +42,10 @@ class TrainState:
                     part.load_state_dict(state["parts"][name])
                 return {**state["progress"]}
         except Exception as error:  # a damaged pickle can fail in any way
-            raise UserError(
-                f"{str(self.path)!r}, the state of an unfinished training run, is damaged ({type(error).__name__}); "
-                "delete it to start over"
-            ) from error
-        raise UserError(
-            f"{str(self.path)!r} is the state of an unfinished training run with {changed}; use the same value to "
-            "resume, choose another folder, or delete the file to start over"
-        )
+            problem = f"is damaged ({type(error).__name__})"
+            raise UserError(f"the training state {str(self.path)!r} {problem}; delete it to start over") from error
+        advice = "use the same value to resume, choose another folder, or delete the file to start over"
+        raise UserError(f"{str(self.path)!r} is the state of an unfinished training run with {changed}; {advice}")
 
     def save(self, **progress: Any) -> None:
         """Durably write all parts and `progress` (tensors and plain values). Raises DiskFull, keeping the old file."""

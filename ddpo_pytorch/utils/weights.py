@@ -1,7 +1,6 @@
 """Read weight files without running code; errors say what a file is instead.
 
-Browsers save login pages under the name of a checkpoint, clones without Git LFS hold pointers, full disks leave half a
-file, and diverged training leaves NaN. All of these are recognised here and nowhere else.
+Login pages saved by browsers, pointers of Git LFS, half a file, and NaN of diverged training are recognised here alone.
 """
 
 import re
@@ -16,32 +15,25 @@ from safetensors import SafetensorError, safe_open
 
 from ddpo_pytorch.utils.errors import UserError, one_line
 
-# Checkpoints wrap their state dict: ours and the published classifiers under the first name, timm's under the second.
-WRAPPERS = ("model_state_dict", "state_dict")
-# Text files found in place of weights: their beginning -> description and advice.
-TEXTS = {
+WRAPPERS = ("model_state_dict", "state_dict")  # names of the state dict in our and published classifiers, and timm's
+TEXTS = {  # found in place of weights: their beginning -> description and advice
     "version https://git-lfs": "is a Git LFS pointer; fetch the file itself with `git lfs pull`",
     "<": "looks like a web page (HTML or XML); download it again, from a link that leads to the file itself",
     "{": "looks like JSON, perhaps a server's error message; download it again",
     "[": "looks like JSON, perhaps a server's error message; download it again",
     "": "is a text file; give the file of weights",
 }
-# Checkpoints may hold a loss or accuracy as a NumPy scalar; these types cannot run code.
-_NUMPY_SCALARS = [
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    np.dtypes.Float32DType,
-    np.dtypes.Float64DType,
+_NUMPY_SCALARS = [  # types of a loss or accuracy in a checkpoint, which cannot run code
+    *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType),
 ]
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return the tensors of a weight file by name, on the CPU, and the metadata of a safetensors file, else {}.
 
-    The content decides the format, except that a name ending in .safetensors requires that one. Raises UserError for a
-    file that is missing, truncated or not a weight file (a web page, JSON, a Git LFS pointer), for a pickle of more
-    than tensors, and for NaN or infinity.
+    The content decides the format, unless the name ends in .safetensors. Raises UserError for a file that is missing,
+    truncated or not a weight file (a web page, a Git LFS pointer), a pickle of more than tensors, NaN and infinity.
     """
     path = Path(path)
     head = read_head(path)
@@ -76,17 +68,14 @@ def open_safetensors(path: str | Path) -> Iterator[Any]:
     try:
         opened = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        problem = f"{str(path)!r} is not a readable safetensors file ({one_line(error, 150)})"
-        raise UserError(f"{problem}; fetch or save it again") from error
+        problem = f"is not a readable safetensors file ({one_line(error, 150)})"
+        raise UserError(f"{str(path)!r} {problem}; fetch or save it again") from error
     with opened as file:
         yield file
 
 
 def read_pickle(path: str | Path, mmap: bool = False) -> Any:
-    """Return what `torch.save` wrote: tensors, numbers, strings and containers of them, on the CPU.
-
-    Raises UserError for any other content, none of which is run, and for a file that is missing or damaged.
-    """
+    """Return what `torch.save` wrote, on the CPU: tensors, numbers, texts, containers. Raises UserError for others."""
     path = Path(path)
     read_head(path)
     try:
@@ -96,31 +85,25 @@ def read_pickle(path: str | Path, mmap: bool = False) -> Any:
         # not PyTorch's own message, which suggests disabling the protection
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         problem = f"holds more than plain tensors ({named[1]})" if named else "is damaged or holds more than tensors"
-        raise UserError(
-            f"{str(path)!r} {problem} and is not opened, since unpickling can run code; fetch or save it again, "
-            "as safetensors or as tensors by name"
-        ) from error
+        problem += " and is not opened, since unpickling can run code"
+        raise UserError(f"{str(path)!r} {problem}; save it again as safetensors or as tensors by name") from error
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], file: str | Path) -> None:
     """Raise UserError naming `file` and the first tensor with NaN or infinity."""
     for name, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise UserError(
-                f"{str(file)!r}: {name} holds NaN or infinity as {str(value.dtype).removeprefix('torch.')}; the file "
-                "is damaged or its training diverged: give other weights, or mixed_precision=bf16 if fp16 overflows"
-            )
+            problem = f"{str(file)!r}: {name} holds NaN or infinity as {str(value.dtype).removeprefix('torch.')}"
+            raise UserError(f"{problem}; give undamaged weights, or mixed_precision=bf16 if fp16 overflows")
 
 
 def read_head(path: Path) -> bytes:
-    """Return the first bytes of a weight file. Raises UserError for a file that is missing, empty or text.
-
-    Safetensors have a NUL among their first 8 bytes, archives soon after, and other pickles do not begin with UTF-8.
-    """
+    """Return the first bytes of a weight file. Raises UserError for a file that is missing, empty or text."""
     if not path.is_file():
         raise UserError(f"{str(path)!r} does not exist or is not a file; give another path")
     with open(path, "rb") as file:
         head = file.read(1024)
+    # safetensors have a NUL among their first 8 bytes, archives soon after, and other pickles do not begin with UTF-8
     if b"\0" in head[:32]:
         return head
     try:
@@ -132,6 +115,5 @@ def read_head(path: Path) -> bytes:
     text = text.removeprefix("\ufeff").lstrip()
     problem = next(problem for beginning, problem in TEXTS.items() if text.startswith(beginning))
     kind = "safetensors" if path.suffix == ".safetensors" else "weight"
-    raise UserError(
-        f"{str(path)!r} is not a readable {kind} file: it {problem if head else 'is empty; fetch it again'}"
-    )
+    problem = problem if head else "is empty; fetch it again"
+    raise UserError(f"{str(path)!r} is not a readable {kind} file: it {problem}")
