@@ -4,7 +4,7 @@ import logging
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -12,13 +12,10 @@ from ml_collections import ConfigDict
 from ddpo_pytorch.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
-# Advantages are in units of standard deviations, usually around 1.
-SMALL_ADVANTAGE = 1e-3
-# Share of an epoch's ratios clipped by PPO, near 0 in a healthy run. The mini world at 20 times its learning rate
-# collapses within epochs and reaches 0.5, the maximum for two updates per epoch.
+SMALL_ADVANTAGE = 1e-3  # in units of standard deviations; usual are about 1
+# Share of an epoch's clipped ratios, near 0 in a healthy run. A collapsing mini world reaches 0.5, its maximum.
 LARGE_CLIPFRAC = 0.25
-# Multiple of the median gradient norm of earlier epochs, once there are GRAD_NORM_EPOCHS of them.
-LARGE_GRAD_NORM = 10.0
+LARGE_GRAD_NORM = 10.0  # multiple of the median of earlier epochs, once there are GRAD_NORM_EPOCHS of them
 GRAD_NORM_EPOCHS = 3
 
 
@@ -30,10 +27,8 @@ def singles(prompts: Sequence[str]) -> int:
 def check_groups(advantage: str, prompts: Sequence[str]) -> None:
     """Raise UserError if advantages are relative to the prompt's group but every prompt occurs only once."""
     if advantage == "group" and singles(prompts) == len(prompts):
-        raise UserError(
-            f"train.advantage is {advantage!r}, but no two of the first epoch's {len(prompts)} samples share a prompt, "
-            "so every advantage would be 0; set sample.images_per_prompt to 2 or more, or train.advantage=per_prompt"
-        )
+        problem = f"no two of the first epoch's {len(prompts)} samples share a prompt, so every advantage would be 0"
+        raise UserError(f"train.advantage is 'group', but {problem}; raise sample.images_per_prompt, or use per_prompt")
 
 
 class HealthCheck:
@@ -42,43 +37,28 @@ class HealthCheck:
     def __init__(self, train: ConfigDict, active: bool = True):
         self._train, self._active = train, active
         self._grad_norms: list[float] = []
-        self._given: set[str] = set()
+        self._logged: set[int] = set()
 
-    def check_epoch(
-        self, epoch: int, prompts: Sequence[str], advantages: np.ndarray, entry: Mapping[str, float]
-    ) -> None:
-        """Warn about prompts that teach nothing, vanishing or exploding gradients, and many clipped ratios.
-
-        prompts, advantages: (N,), before clipping. entry: the epoch's line in metrics.jsonl.
-        """
-        largest = min(np.abs(advantages).max(), self._train.adv_clip_max)
-        grad_norm, clipfrac, before = entry["grad_norm"], entry["clipfrac"], self._grad_norms
+    def check_epoch(self, epoch: int, prompts: Sequence[str], advantages: np.ndarray, entry: dict[str, float]) -> None:
+        """Warn about an epoch, given prompts and unclipped advantages, each (N,), and its `entry` in metrics.jsonl."""
+        train, grad_norm, clipfrac, before = self._train, entry["grad_norm"], entry["clipfrac"], self._grad_norms
+        alone = singles(prompts) if train.advantage == "group" else 0
+        largest = min(np.abs(advantages).max(), train.adv_clip_max)
+        nothing = largest < SMALL_ADVANTAGE or grad_norm == 0
         usual = statistics.median(before) if len(before) >= GRAD_NORM_EPOCHS else math.inf
-        problems = {}
-        if self._train.advantage == "group" and (alone := singles(prompts)):
-            problems["singles"] = (
-                f"epoch {epoch}: {alone} of {len(set(prompts))} prompts were drawn once and teach nothing with "
-                f"train.advantage={self._train.advantage}: set sample.images_per_prompt to 2 or more"
-            )
-        if largest < SMALL_ADVANTAGE or grad_norm == 0:
-            problems["nothing"] = (
-                f"epoch {epoch} taught almost nothing: the largest advantage is {largest:.1e}, the gradient norm "
-                f"{grad_norm:.1e}, rewards are {entry['reward_mean']:.4g} +- {entry['reward_std']:.1e}, equal within "
-                f"{entry['zero_std_share']:.0%} of the prompts: check the reward's scale"
-            )
-        if clipfrac > LARGE_CLIPFRAC:
-            problems["clipfrac"] = (
-                f"epoch {epoch}: {clipfrac:.0%} of the ratios were clipped at {self._train.clip_range:g}: the policy "
-                f"may collapse; lower train.learning_rate ({self._train.learning_rate:g})"
-            )
-        if grad_norm > LARGE_GRAD_NORM * usual > 0:
-            problems["grad_norm"] = (
-                f"epoch {epoch}: the gradient norm is {grad_norm:.3g}, the median of earlier epochs {usual:.3g}; "
-                "lower train.learning_rate or train.max_grad_norm and resume from an earlier checkpoint"
-            )
-        for cause in problems if self._active else ():
-            if cause not in self._given:
-                logger.warning("%s", problems[cause])
-        self._given |= problems.keys()
+        rewards = f"{entry['reward_mean']:.4g} +- {entry['reward_std']:.1e}, equal in {entry['zero_std_share']:.0%}"
+        teaching = f"largest advantage {largest:.1e}, gradient norm {grad_norm:.1e}, rewards {rewards} of the prompts"
+        growth = f"gradient norm of {grad_norm:.3g}, after a median of {usual:.3g}"
+        rate = f"train.learning_rate ({train.learning_rate:g})"
+        problems = (  # condition, and what the epoch did
+            (alone, f"drew {alone} of {len(set(prompts))} prompts once, in vain: raise sample.images_per_prompt"),
+            (nothing, f"taught almost nothing ({teaching}): check the reward's scale"),
+            (clipfrac > LARGE_CLIPFRAC, f"clipped {clipfrac:.0%} of the ratios, the policy may collapse: lower {rate}"),
+            (grad_norm > LARGE_GRAD_NORM * usual > 0, f"had a {growth}: lower {rate} and resume from before it"),
+        )
+        for number, (found, problem) in enumerate(problems):
+            if found and self._active and number not in self._logged:
+                logger.warning("epoch %d %s", epoch, problem)
+                self._logged.add(number)
         if np.isfinite(grad_norm):
             before.append(grad_norm)

@@ -44,13 +44,7 @@ class RolloutGradients:
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        unet: nn.Module,
-        samples: int,
-        batch_size: int,
-        window: tuple[int, int],
-        passes: int,
+        self, accelerator: Accelerator, unet: nn.Module, samples: int, batch_size: int, window: tuple, passes: int
     ):
         self.samples, self.batch_size = samples, batch_size
         self._accelerator, self._unet, self._window, self._passes = accelerator, unet, window, passes
@@ -90,15 +84,14 @@ class RolloutGradients:
 def rollout_gradients(
     accelerator: Accelerator, unet: nn.Module, sizes: BatchSizes, sample: ConfigDict, train: ConfigDict
 ) -> RolloutGradients | None:
-    """Return the `RolloutGradients` of a run, or None if they are switched off or impossible.
-
-    They require that only adapters of linear layers are trained, on every timestep of the window, with no loss but the
-    policy's and without torch.compile.
-    """
+    """Return the `RolloutGradients` of a run, or None if they are switched off or impossible."""
     window = sizes.timestep_window
-    whole_window = sizes.train_timesteps == window[1] - window[0]
-    wanted = train.gradients_while_sampling and whole_window and not train.compile
-    if not wanted or train.kl_coef or train.data_coef or not has_per_sample_gradients(unet):
+    # only adapters of linear layers are trained, on every timestep of the window, with no loss but the policy's
+    layers = [module for module in unet.modules() if isinstance(module, lora.Linear)]
+    adapters = {weight for layer in layers for linear in (layer.lora_A, layer.lora_B) for weight in linear.parameters()}
+    only_adapters = bool(adapters) and {weight for weight in unet.parameters() if weight.requires_grad} == adapters
+    possible = only_adapters and sizes.train_timesteps == window[1] - window[0] and not train.compile
+    if not (train.gradients_while_sampling and possible) or train.kl_coef or train.data_coef:
         return None
     samples = sizes.local_samples // sizes.updates
     batch_size = min(train.batch_size * train.timesteps_per_forward, samples)
@@ -110,20 +103,11 @@ def rollout_batches(
     order: Sequence[int], size: int, gradients: RolloutGradients | None
 ) -> list[tuple[list[int], AbstractContextManager]]:
     """Return batches of samples, each with the context to draw it in; those of the first update come first."""
-    batches, first = [], 0
-    if gradients:
-        first = gradients.samples
-        for start in range(0, first, gradients.batch_size):
-            batch = list(order[start : min(start + gradients.batch_size, first)])
-            batches.append((batch, gradients.recording(start, len(batch))))
+    batches, first = [], gradients.samples if gradients else 0
+    for start in range(0, first, gradients.batch_size if gradients else size):
+        batch = list(order[start : min(start + gradients.batch_size, first)])
+        batches.append((batch, gradients.recording(start, len(batch))))
     return batches + [(list(order[at : at + size]), nullcontext()) for at in range(first, len(order), size)]
-
-
-def has_per_sample_gradients(unet: nn.Module) -> bool:
-    """Return whether only adapters of linear layers are trained."""
-    layers = [module for module in unet.modules() if isinstance(module, lora.Linear)]
-    adapters = {weight for layer in layers for linear in (layer.lora_A, layer.lora_B) for weight in linear.parameters()}
-    return bool(adapters) and {weight for weight in unet.parameters() if weight.requires_grad} == adapters
 
 
 @contextmanager

@@ -29,8 +29,7 @@ from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints, w
 from ddpo_pytorch.utils.settings import Range, check_choices, check_pair, check_ranges
 
 logger = logging.getLogger(__name__)
-# Outside these ranges training fails, or runs and learns nothing.
-RANGES = {
+RANGES = {  # outside of which training fails, or runs and learns nothing
     allowed.ONE_OR_MORE: (
         *("num_epochs", "save_freq", "num_checkpoint_limit", "train.max_skipped_updates", "train.lora_rank"),
         *("sample.batch_size", "sample.num_batches_per_epoch", "sample.images_per_prompt", "sample.num_steps"),
@@ -49,10 +48,7 @@ RANGES = {
 TRAINING = {name: interval for interval, names in RANGES.items() for name in names}
 # (setting, value that FSDP does not support, one that it does)
 WITHOUT_FSDP = (("use_lora", True, False), ("train.use_8bit_adam", True, False), ("mixed_precision", "fp16", "bf16"))
-ADVANTAGES = ("per_prompt", "group", "global")
-# Compiled versions of a transformer block: for each width, for several batch sizes, with and without gradients. Beyond
-# PyTorch's limit of 8, blocks would run uncompiled, with only a warning.
-COMPILED_VARIANTS = 64
+COMPILED_VARIANTS = 64  # of a block, by width, batch size and need of gradients; more would run uncompiled
 TRIED_PROMPTS = 32  # prompts to try the reward on, if not all are known
 
 
@@ -60,7 +56,7 @@ def check_training(config: ConfigDict) -> None:
     """Raise UserError for settings of train.py that are out of range or contradict each other."""
     check_ranges(config, TRAINING)
     # other schedulers of eval.py have no log-probabilities
-    check_choices(config, {"train.advantage": ADVANTAGES, "sample.scheduler": ("ddim",)})
+    check_choices(config, {"train.advantage": ("per_prompt", "group", "global"), "sample.scheduler": ("ddim",)})
     parse_trackers(config.log_with)
     sample, train, held_out = config.sample, config.train, config.held_out
     problems = [
@@ -75,12 +71,10 @@ def check_training(config: ConfigDict) -> None:
         check_ranges(tracking, {"buffer_size": two, "min_count": two}, name)
         high, most = tracking.min_count, tracking.buffer_size
         problems.append((high > most, f"{name}min_count is {high} but buffer_size is {most}, so it is never reached"))
-    if sharding_requested():
-        for name, bad, use in WITHOUT_FSDP:
-            problems.append((config[name] == bad, f"{name} is {bad!r} under FSDP, which needs {use}"))
-    for wrong, problem in problems:
-        if wrong:
-            raise UserError(f"{problem}: change one of the two")
+    for name, bad, use in WITHOUT_FSDP if sharding_requested() else ():
+        problems.append((config[name] == bad, f"{name} is {bad!r} under FSDP, which needs {use}"))
+    if found := [problem for wrong, problem in problems if wrong]:
+        raise UserError(f"{found[0]}: change one of the two")
 
 
 @dataclass(frozen=True)
@@ -92,52 +86,38 @@ class BatchSizes:
     updates: int
     timestep_window: tuple[int, int]
     train_timesteps: int
-    timesteps_per_forward: int
+    forwards: int  # UNet forward passes per train batch
 
     @property
     def samples(self) -> int:
         return self.local_samples * self.processes
 
-    @property
-    def forwards(self) -> int:
-        """Return the number of UNet forward passes per train batch."""
-        return self.train_timesteps // self.timesteps_per_forward
-
     def describe(self) -> str:
-        return (
-            f"{self.samples} samples per epoch ({self.local_samples} on each of {self.processes} processes), "
-            f"{self.updates} updates of {self.samples // self.updates} samples x {self.train_timesteps} timesteps"
-        )
+        samples = f"{self.samples} samples per epoch ({self.local_samples} on each of {self.processes} processes)"
+        per_update = f"{self.samples // self.updates} samples x {self.train_timesteps} timesteps"
+        return f"{samples}, {self.updates} updates of {per_update}"
 
 
 def batch_sizes(sample: ConfigDict, train: ConfigDict, processes: int) -> BatchSizes:
     """Derive the counts from settings that passed `check_training`. Raises UserError if they do not divide evenly."""
     local = sample.batch_size * sample.num_batches_per_epoch
     per_update = train.batch_size * train.gradient_accumulation_steps
-    if local % per_update:
-        raise UserError(
-            f"sample.batch_size x sample.num_batches_per_epoch = {local} samples per process do not divide into "
-            f"updates of train.batch_size x train.gradient_accumulation_steps = {per_update}; make it a multiple"
-        )
-    if local % sample.images_per_prompt:
-        raise UserError(
-            f"sample.images_per_prompt={sample.images_per_prompt} does not divide the {local} samples per process"
-        )
     low, high = check_pair("train.timestep_window", train.timestep_window, allowed.SHARE)
     # rounded, since 0.28 * 50 is 14.000000000000002
-    first, last = (round(share * sample.num_steps, 9) for share in (low, high))
-    first, last = math.floor(first), math.ceil(last)
+    first, last = math.floor(round(low * sample.num_steps, 9)), math.ceil(round(high * sample.num_steps, 9))
     timesteps = int(round((last - first) * train.timestep_fraction, 9))
     if timesteps < 1:
-        raise UserError(
-            f"train.timestep_fraction={train.timestep_fraction} of {last - first} timesteps is less than one; raise it"
-        )
-    if timesteps % train.timesteps_per_forward:
-        raise UserError(
-            f"train.timesteps_per_forward={train.timesteps_per_forward} does not divide the {timesteps} trained "
-            "timesteps of a sample; give a divisor, or change train.timestep_fraction"
-        )
-    return BatchSizes(processes, local, local // per_update, (first, last), timesteps, train.timesteps_per_forward)
+        share = f"train.timestep_fraction={train.timestep_fraction}"
+        raise UserError(f"{share} of {last - first} timesteps is less than one; raise it")
+    if local % per_update:
+        samples = f"sample.batch_size x sample.num_batches_per_epoch = {local} samples per process"
+        update = f"train.batch_size x train.gradient_accumulation_steps = {per_update}"
+        raise UserError(f"{samples} do not divide into updates of {update}; make it a multiple")
+    if local % (images := sample.images_per_prompt):
+        raise UserError(f"sample.images_per_prompt={images} does not divide the {local} samples per process")
+    if timesteps % (forward := train.timesteps_per_forward):
+        raise UserError(f"train.timesteps_per_forward={forward} does not divide the {timesteps} timesteps of a sample")
+    return BatchSizes(processes, local, local // per_update, (first, last), timesteps, timesteps // forward)
 
 
 def in_half_on_gpu(config: ConfigDict, device: torch.device) -> bool:
@@ -146,22 +126,14 @@ def in_half_on_gpu(config: ConfigDict, device: torch.device) -> bool:
 
 
 def rollout_batch_size(config: ConfigDict, device: torch.device) -> int:
-    """Return the rollout's batch size: sample.batch_size, or that of the update in half precision on a GPU.
-
-    There, other shapes select other kernels, whose rounding alone changes log-probs: in bfloat16 by up to 4.7e-4, far
-    beyond the clip range of 1e-4.
-    """
+    """Return the rollout's batch size: in half precision on a GPU the update's, as other shapes round differently."""
     if in_half_on_gpu(config, device):
         return config.train.batch_size * config.train.timesteps_per_forward
     return config.sample.batch_size
 
 
 def rollout_needs_grad_mode(config: ConfigDict, device: torch.device) -> bool:
-    """Return whether the rollout must run with gradients enabled, since passes without them round differently.
-
-    torch.compile fuses operations differently if nothing is kept for a backward pass. In half precision, that changes
-    log-probs by more than the clip range.
-    """
+    """Return whether the rollout needs gradients enabled: without, compiled half-precision passes round differently."""
     return config.train.compile and in_half_on_gpu(config, device)
 
 
@@ -177,24 +149,22 @@ class Task:
 
 def make_task(config: ConfigDict, device: torch.device) -> Task:
     """Build the configured task. Raises UserError for an invalid part."""
+    held_out, prompts, evaluation = config.held_out, None, None
     prompt_fn = get_prompt_fn(config.prompt_fn, **config.prompt_fn_kwargs)
     reward_fn = build_reward(config.reward_fn, config.reward_fn_kwargs.to_dict(), device)
-    prompts = None
-    if config.prompt_fn in PROMPT_LISTS or config.held_out.every:
+    if config.prompt_fn in PROMPT_LISTS or held_out.every:
         prompts = all_prompts(config.prompt_fn, **config.prompt_fn_kwargs)
     drawn = _first_prompts(config, prompt_fn)
     listed = dict(prompts or drawn)
     if missing := [prompt for prompt, _ in drawn if prompt not in listed]:
-        problem = f"returned {missing[0]!r}, which its list in PROMPT_LISTS lacks"
-        raise UserError(f"prompt function {config.prompt_fn!r} {problem}; add it there")
-    if not config.held_out.every:
-        return Task(prompt_fn, prompts, reward_fn, None)
-    part = parse_spec(config.reward_fn).get("isic_classifier_reward")
-    registered = part is not None and not part.path  # a reward of the user's may have a classifier of any kind
-    rewarding = [config.reward_fn_kwargs.isic_classifier_reward.classifier] if registered else []
-    judge = load_judge(config.held_out.classifier, rewarding, device)
-    images = config.held_out.images_per_prompt
-    return Task(prompt_fn, prompts, reward_fn, HeldOut(judge, prompts, images, config.seed, Sampling.of(config.sample)))
+        raise UserError(f"prompt function {config.prompt_fn!r} returned {missing[0]!r}; add it to PROMPT_LISTS")
+    if held_out.every:
+        part = parse_spec(config.reward_fn).get("isic_classifier_reward")
+        registered = part is not None and not part.path  # a reward of the user's may have a classifier of any kind
+        rewarding = [config.reward_fn_kwargs.isic_classifier_reward.classifier] if registered else []
+        judge = load_judge(held_out.classifier, rewarding, device)
+        evaluation = HeldOut(judge, prompts, held_out.images_per_prompt, config.seed, Sampling.of(config.sample))
+    return Task(prompt_fn, prompts, reward_fn, evaluation)
 
 
 def _first_prompts(config: ConfigDict, prompt_fn: Callable[..., Prompt]) -> list[Prompt]:
@@ -208,10 +178,7 @@ def try_reward(config: ConfigDict, task: Task, device: torch.device, size: tuple
 
 
 def load_policy(config: ConfigDict, dtype: torch.dtype, device: torch.device) -> StableDiffusionPipeline:
-    """Load the pipeline, frozen in `dtype`, with a trainable policy in float32: LoRA adapters or the whole UNet.
-
-    Raises UserError for files that do not fit, and for a schedule that cannot be trained.
-    """
+    """Load the pipeline, frozen in `dtype`, with a trainable float32 policy: LoRA or a whole UNet. Raises UserError."""
     pretrained, train = config.pretrained, config.train
     pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, dtype, device)
     pipe.set_progress_bar_config(disable=True)
@@ -241,10 +208,7 @@ def load_policy(config: ConfigDict, dtype: torch.dtype, device: torch.device) ->
 
 
 def content_fingerprints(config: ConfigDict, pipe: StableDiffusionPipeline, task: Task) -> dict[str, str]:
-    """Return fingerprints of the files behind the settings: base model, adapter to start from, rewards, prompts.
-
-    Of functions given as module:function, the file of the module counts too, under the name "<part>.code".
-    """
+    """Return fingerprints behind the settings: base model, adapter to start from, rewards, prompts, functions' code."""
     contents = pipeline_fingerprints(pipe)
     contents["load_from"] = config.load_from and (adapter_fingerprint(pipe.unet) or contents["model.unet"])
     kwargs, functions = config.reward_fn_kwargs.to_dict(), {"prompts": config.prompt_fn}
@@ -253,7 +217,7 @@ def content_fingerprints(config: ConfigDict, pipe: StableDiffusionPipeline, task
         functions[f"reward.{name}"] = part.path
     contents["prompts"] = fingerprint(task.prompts or with_contents(config.prompt_fn_kwargs.to_dict()))
     for name, path in functions.items():
-        module = sys.modules.get(path.rpartition(":")[0])  # of a function in a registry: none
+        module = sys.modules.get(path.rpartition(":")[0])  # of "module:function"; none for a function in a registry
         if (file := getattr(module, "__file__", None)) and Path(file).is_file():
             contents[f"{name}.code"] = fingerprint(Path(file))
     return contents
