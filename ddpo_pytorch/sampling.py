@@ -1,14 +1,12 @@
 """Sampling without log-probs, for evaluation: an image is a function of (seed, prompt, index) alone.
 
-Kernels are chosen by input shape, so an image drawn in a batch of 8 differs in its last bits from the same image in a
-batch of 64. `draw_passes` therefore uses passes of one fixed shape, the last one padded. On a CPU the number of threads
-matters as well: there each pass runs on one thread, and the cores draw several passes at the same time.
+The last bits of an image depend on the batch size, which selects kernels. `draw_passes` therefore uses passes of one
+shape, the last one padded; on a CPU each runs on one thread, since the number of threads matters as well.
 """
 
 import copy
 import threading
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -33,7 +31,6 @@ SAMPLING = {"seed": SEED, "sample.num_steps": ONE_OR_MORE, "sample.eta": SHARE, 
 IMAGE_FORMATS = ("png", "jpg")
 BLACK = 2  # an image with all 8-bit levels below this is black
 CPU_PASS = 32  # images per pass on a CPU for 16 x 16 latents, fewer for larger ones
-Judge = Callable[[torch.Tensor, Sequence[str], Sequence[Mapping[str, Any]]], tuple[Sequence[float], dict[str, Any]]]
 
 
 class Job(NamedTuple):
@@ -46,16 +43,13 @@ class Job(NamedTuple):
 
 
 def plan(prompts: Sequence[tuple[str, dict[str, Any]]], count: int, seed: int, image_format: str = "png") -> list[Job]:
-    """Return `count` jobs for each (prompt, metadata), prompt by prompt.
-
-    Seeds depend on (seed, prompt, index) alone, so adding prompts or images does not change them. Raises UserError for
-    a prompt that `check_prompt` rejects or that is repeated.
-    """
-    jobs, counts = [], Counter(prompt for prompt, _ in prompts)
+    """Return `count` jobs per (prompt, metadata), seeded by (seed, prompt, index). Raises UserError for bad prompts."""
+    jobs, seen = [], set()
     for prompt, metadata in prompts:
         check_prompt(prompt)
-        if counts[prompt] > 1:
+        if prompt in seen:
             raise UserError(f"prompt {prompt!r} is given twice; give each prompt once")
+        seen.add(prompt)
         folder, number = folder_name(prompt), text_number(prompt)
         for index in range(count):
             noise_seed = derived_seed(seed, Stream.EVALUATION, number, index)
@@ -70,18 +64,14 @@ def draw_images(
     noise: list[torch.Generator],
     sampling: Sampling,
 ) -> torch.Tensor:
-    """Draw one image per prompt, each from its own generator: (B, 3, H, W) float32 in [0, 1], without log-probs.
-
-    Uses `pipe.scheduler`: DDIM, or DPM-Solver++, which ignores eta.
-    """
+    """Draw one image per prompt by `pipe.scheduler`, each from its own generator: (B, 3, H, W) float32 in [0, 1]."""
     embeds, negative = embeddings(prompts), embeddings.negative  # (B, L, D), (1, L, D)
     settings = {"num_inference_steps": sampling.num_steps, "guidance_scale": sampling.guidance_scale}
     settings |= {"prompt_embeds": embeds, "generator": noise, "output_type": "latent"}
     if isinstance(pipe.scheduler, DDIMScheduler):
-        latents = pipeline_with_logprob(
-            pipe, negative_prompt_embeds=negative, eta=sampling.eta, keep_trajectory=False, **settings
-        )[0]
-    else:
+        settings |= {"negative_prompt_embeds": negative, "eta": sampling.eta, "keep_trajectory": False}
+        latents = pipeline_with_logprob(pipe, **settings)[0]
+    else:  # DPM-Solver++, which ignores eta
         shape = latent_shape(pipe)
         start = torch.stack([torch.randn(shape, generator=source) for source in noise]).to(embeds)
         latents = pipe(negative_prompt_embeds=negative.expand_as(embeds), latents=start, **settings).images
@@ -89,10 +79,7 @@ def draw_images(
 
 
 def images_per_pass(pipe: StableDiffusionPipeline, batch_size: int) -> int:
-    """Return the number of images per pass: `batch_size` on a GPU, a function of the model alone on a CPU.
-
-    On a CPU, passes of more than 32 images of 16 x 16 latents (2 of 64 x 64) are no faster: a fixed size costs nothing.
-    """
+    """Return the images per pass: `batch_size` on a GPU; on a CPU a function of the model, since more are no faster."""
     if pipe.device.type != "cpu":
         return batch_size
     _, height, width = latent_shape(pipe)
@@ -102,10 +89,9 @@ def images_per_pass(pipe: StableDiffusionPipeline, batch_size: int) -> int:
 class Sampler:
     """Draw images from prompts and seeds. Noise comes from CPU generators and is the same on every device.
 
-    Use a Sampler in one thread only, since schedulers keep track of their step; `twin` makes one for another thread. It
-    shares the weights of `pipe` (from `load_pipeline`) but not its scheduler. The other settings are those of
-    `config.sample`; "dpm++" ignores eta. Raises UserError for an unknown scheduler, or more steps than the model's
-    schedule has.
+    Use a Sampler in one thread only, since schedulers keep track of their step; `twin` makes one for another thread.
+    It shares the weights of `pipe` but not its scheduler; settings are those of `config.sample`, and "dpm++" ignores
+    eta. Raises UserError for an unknown scheduler, or more steps than the model's schedule has.
     """
 
     def __init__(
@@ -178,15 +164,14 @@ def draw_pass(
     folder: Path,
     log: JsonLines,
     done: Collection[str] = (),
-    judge: Judge | None = None,
+    judge: Callable[..., tuple] | None = None,
     weights_sha256: str = "",
     turn: AbstractContextManager = nullcontext(),  # noqa: B008 (it has no state)
 ) -> list[Job]:
-    """Draw a pass of `jobs`, padded to `size` images; write and log those whose path is not in `done`.
+    """Draw and judge a pass of `jobs`, padded to `size` images; write, then log, those whose path is not in `done`.
 
-    All jobs are drawn and judged, including those in `done`, so that a rerun repeats the same pass. The judge sees
-    images as stored: in 8 bits, and after JPEG compression if that is the format. An image is logged after its file is
-    written. `turn` is held while drawing. Returns the jobs with non-finite images, neither written nor logged.
+    A rerun thus repeats the same pass. The judge sees images as stored: in 8 bits, and after JPEG compression if that
+    is the format. `turn` is held while drawing. Returns the jobs with non-finite images, neither written nor logged.
     """
     rows = [*jobs, *[jobs[-1]] * (size - len(jobs))]
     with turn:
@@ -195,32 +180,20 @@ def draw_pass(
         device, pixels = images.device, to_uint8(images.nan_to_num()).cpu()
         del images
     wanted = [number for number, job in enumerate(jobs) if job.path not in done]
-    new = [number for number in wanted if finite[number]]
+    new, entries = [number for number in wanted if finite[number]], []
     for number in new:
-        path = folder / jobs[number].path
+        job, path = jobs[number], folder / jobs[number].path
         save_image(path, pixels[number], SYNTHETIC)
         if path.suffix != ".png":
             pixels[number] = load_pixels(path)
-    if new:
+        entry = {"prompt": job.prompt, "reward": None, "path_to_img": job.path, "predictions": None}
+        entry |= {"labels": job.metadata.get("label"), "logits": None, "seed": job.seed}
+        entries.append(entry | {"black": bool(pixels[number].amax() < BLACK), "weights_sha256": weights_sha256})
+    if new and judge:
         prompts, metadata = [job.prompt for job in rows], [job.metadata for job in rows]
-        rewards, info = judge(pixels.to(device).float() / 255, prompts, metadata) if judge else (None, {})
-        log.write(*(_log_entry(jobs[i], i, rewards, info, pixels[i], weights_sha256) for i in new))
+        rewards, info = judge(pixels.to(device).float() / 255, prompts, metadata)
+        for entry, row in zip(entries, new, strict=True):  # labels: of the judge's attributes alone
+            entry |= {name: info[name][row].tolist() for name in ("predictions", "labels")}
+            entry["reward"], entry["logits"] = f"{rewards[row]:.4f}", [round(float(x), 6) for x in info["logits"][row]]
+    log.write(*entries)
     return [jobs[number] for number in wanted if not finite[number]]
-
-
-def _log_entry(
-    job: Job, row: int, rewards: Sequence[float] | None, info: Mapping, pixels: torch.Tensor, weights_sha256: str
-) -> dict[str, Any]:
-    """Return the log entry of an image, with the labels of the judge's attributes or, without a judge, all labels."""
-    judged = rewards is not None
-    return {
-        "prompt": job.prompt,
-        "reward": f"{rewards[row]:.4f}" if judged else None,
-        "path_to_img": job.path,
-        "predictions": info["predictions"][row].tolist() if judged else None,
-        "labels": info["labels"][row].tolist() if judged else job.metadata.get("label"),
-        "logits": [round(float(logit), 6) for logit in info["logits"][row]] if judged else None,
-        "seed": job.seed,
-        "black": bool(pixels.amax() < BLACK),
-        "weights_sha256": weights_sha256,
-    }

@@ -131,9 +131,8 @@ class HeldOut:
             with torch.no_grad(), accelerator.autocast():
                 images = draw_images(pipe, embeddings, texts, noise, self.sampling)
             if not images.isfinite().all():
-                raise UserError(
-                    f"a held-out image of {texts[0]!r}, ... is not finite; lower train.learning_rate or use bf16"
-                )
+                problem = f"a held-out image of {texts[0]!r}, ... is not finite"
+                raise UserError(f"{problem}; lower train.learning_rate, or use mixed_precision bf16 or no")
             images = to_uint8(images).float() / 255
             rewards, _ = as_reward(reward_fn)(images, texts, details)
             return zip(self.judge.predict(images).tolist(), rewards.tolist(), strict=True)
