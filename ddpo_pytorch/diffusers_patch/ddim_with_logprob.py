@@ -17,72 +17,55 @@ Timestep = int | torch.Tensor
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-def _alphas(scheduler: DDIMScheduler, timestep: Timestep, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the cumulative alphas before and after the step, float32 (B,), or (1,) for a single timestep.
+def _alphas(scheduler: DDIMScheduler, timestep: Timestep, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Return the cumulative alphas before and after the step, and the step's variance at eta = 1: float32 (B or 1,).
 
-    After the last step the timestep is clamped to 0, i.e. to alphas_cumprod[0], whatever set_alpha_to_one says: with
-    alpha 1 the last step would have no variance and hence no density.
+    The variance is the square of the DDIM paper's equation 16. After the last step the timestep is clamped to 0, i.e.
+    to alphas_cumprod[0], whatever set_alpha_to_one says: with alpha 1 that step would have no variance and no density.
     """
     if scheduler.num_inference_steps is None:
         raise ValueError("the scheduler has no timesteps yet; call scheduler.set_timesteps(num_inference_steps) first")
     timesteps = torch.as_tensor(timestep, device=device).reshape(-1).long()
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps  # as in DDIMScheduler.step
     table = scheduler.alphas_cumprod.to(device=device, dtype=torch.float32)  # (num_train_timesteps,)
-    return table[timesteps], table[(timesteps - stride).clamp(min=0)]
-
-
-def _variance(alpha: torch.Tensor, alpha_prev: torch.Tensor) -> torch.Tensor:
-    """Return the variance of the step at eta = 1 (DDIM paper, equation 16, squared)."""
-    return (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
-
-
-def _clean_and_noise(
-    prediction_type: str, model_output: torch.Tensor, sample: torch.Tensor, alpha: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return predicted x0 and epsilon (B, C, H, W), where sample = sqrt(alpha) x0 + sqrt(1 - alpha) epsilon."""
-    signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
-    if prediction_type == "epsilon":
-        return (sample - noise * model_output) / signal, model_output
-    if prediction_type == "sample":
-        return model_output, (sample - signal * model_output) / noise
-    if prediction_type == "v_prediction":
-        return signal * sample - noise * model_output, signal * model_output + noise * sample
-    raise ValueError(f"prediction_type is {prediction_type!r}; it can be 'epsilon', 'sample' or 'v_prediction'")
+    alpha, alpha_prev = table[timesteps], table[(timesteps - stride).clamp(min=0)]
+    return alpha, alpha_prev, (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
 
 
 def ddim_mean_std(
     scheduler: DDIMScheduler, model_output: torch.Tensor, timestep: Timestep, sample: torch.Tensor, eta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and standard deviation of p(x_prev | x_t) for a DDIM step (DDIM paper, equations 12 and 16).
+    """Return mean (B, C, H, W) and standard deviation (B or 1, 1, 1, 1) of p(x_prev | x_t) for a DDIM step, in float32.
 
-    Args:
-        scheduler: after `set_timesteps`; its prediction type, thresholding and clipping are honoured.
-        model_output, sample: (B, C, H, W), the UNet's output (after guidance) for the latents x_t.
-        timestep: one for the whole batch (int or 0-d), or (B,).
-        eta: amount of noise, >= 0; 1 is DDPM's.
-
-    Returns:
-        mean (B, C, H, W) and std (B, 1, 1, 1) or (1, 1, 1, 1), always float32: half precision would lose the small
-        variances of the last steps.
+    DDIM paper, equations 12 and 16. Half precision would lose the small variances of the last steps. `model_output` is
+    the UNet's, after guidance, for the latents x_t `sample`, both (B, C, H, W), at `timestep`: (B,), or one for all.
+    The scheduler's prediction type, thresholding and clipping are honoured. `eta` is the amount of noise; 1 is DDPM's.
     """
     if not eta >= 0:
         raise ValueError(f"eta is {eta}; it cannot be negative")
     model_output, sample = model_output.float(), sample.float()
     per_sample = (-1, *[1] * (sample.ndim - 1))
-    alpha, alpha_prev = (a.view(per_sample) for a in _alphas(scheduler, timestep, sample.device))  # (B, 1, 1, 1)
+    alpha, alpha_prev, variance = (a.view(per_sample) for a in _alphas(scheduler, timestep, sample.device))
 
-    clean, noise = _clean_and_noise(scheduler.config.prediction_type, model_output, sample, alpha)
+    # predicted x0 and epsilon (B, C, H, W): sample = signal x0 + sigma epsilon
+    signal, sigma, kind = alpha.sqrt(), (1 - alpha).sqrt(), scheduler.config.prediction_type
+    if kind == "epsilon":
+        clean, noise = (sample - sigma * model_output) / signal, model_output
+    elif kind == "sample":
+        clean, noise = model_output, (sample - signal * model_output) / sigma
+    elif kind == "v_prediction":
+        clean, noise = signal * sample - sigma * model_output, signal * model_output + sigma * sample
+    else:
+        raise ValueError(f"prediction_type is {kind!r}; it can be 'epsilon', 'sample' or 'v_prediction'")
     if scheduler.config.thresholding:
         clean = scheduler._threshold_sample(clean)
     elif scheduler.config.clip_sample:
-        limit = scheduler.config.clip_sample_range
-        clean = clean.clamp(-limit, limit)
+        clean = clean.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
 
-    std = eta * _variance(alpha, alpha_prev).sqrt()
+    std = eta * variance.sqrt()
     # at alpha = 0 and eta = 1, rounding can lift std**2 slightly above 1 - alpha_prev
     direction = (1 - alpha_prev - std**2).clamp(min=0).sqrt()
-    mean = alpha_prev.sqrt() * clean + direction * noise
-    return mean, std
+    return alpha_prev.sqrt() * clean + direction * noise, std
 
 
 def ddim_step_with_logprob(
@@ -105,9 +88,9 @@ def ddim_step_with_logprob(
         prev_sample: (B, C, H, W), the next latents to score.
 
     Returns:
-        The next latents (B, C, H, W) in the dtype of `sample`, and their log-probability (B,) in float32: the *mean* of
-        the Gaussian log density over the D latent dimensions, as in DDPO's code, so a ratio of two such densities is
-        the D-th root of the true one. None when sampling with eta = 0, where there is no density.
+        The next latents (B, C, H, W) in the dtype of `sample`, and their log-probability (B,) in float32, or None if
+        eta is 0: the *mean* of the Gaussian log density over the D latent dimensions, as in DDPO's code, so a ratio of
+        two such densities is the D-th root of the true one.
     """
     scoring = prev_sample is not None
     if scoring and generator is not None:
@@ -131,22 +114,14 @@ def ddim_step_with_logprob(
 
 
 def check_schedule(scheduler: DDIMScheduler, eta: float) -> None:
-    """Raise UserError unless every step of the schedule is a Gaussian with positive variance, as training needs.
-
-    Rejects eta <= 0, a timestep without variance (schedules that begin at timestep 0), and an eta so large that a
-    step would add more noise than the next timestep holds.
-    """
+    """Raise UserError unless every step is a Gaussian of positive variance, at most the noise of the next timestep."""
     if not eta > 0:
         raise UserError(f"sample.eta is {eta}: DDIM without noise is not a policy; set 0 < eta <= 1 (DDPO uses 1.0)")
     timesteps = scheduler.timesteps  # (T,)
-    alpha, alpha_prev = _alphas(scheduler, timesteps, timesteps.device)
-    variance = eta**2 * _variance(alpha, alpha_prev)
-    for timestep, var, room in zip(timesteps.tolist(), variance.tolist(), (1 - alpha_prev).tolist(), strict=True):
+    _, alpha_prev, variance = _alphas(scheduler, timesteps, timesteps.device)
+    for timestep, var, room in torch.stack([timesteps, eta**2 * variance, 1 - alpha_prev], 1).tolist():
+        step = f"the DDIM step at timestep {timestep:g}"
         if not var > 0:
-            raise UserError(
-                f"the DDIM step at timestep {timestep} has zero variance, so its log-probability is infinite; set "
-                "steps_offset to 1 in the model's scheduler_config.json"
-            )
+            raise UserError(f"{step} has zero variance; set steps_offset to 1 in the model's scheduler_config.json")
         if var > room * (1 + 1e-5):
-            problem = f"the step at timestep {timestep} would add more noise than the next timestep holds"
-            raise UserError(f"sample.eta is {eta}: {problem}; set 0 < eta <= 1")
+            raise UserError(f"sample.eta is {eta}: {step} adds more noise than the next one holds; set 0 < eta <= 1")

@@ -15,7 +15,7 @@ OUTPUT_TYPES = ("pt", "np", "pil", "latent")
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings."""
+    """Sampling settings, those of `config.sample` by `of`."""
 
     num_steps: int
     guidance_scale: float
@@ -23,28 +23,23 @@ class Sampling:
 
     @classmethod
     def of(cls, sample: ConfigDict) -> "Sampling":
-        """Return the settings of `config.sample`."""
         return cls(sample.num_steps, sample.guidance_scale, sample.eta)
 
 
 class LogProbGradients(Protocol):
-    """Consumer of log-prob gradients during sampling (`training.rollout_gradients`)."""
+    """Consumer of log-prob gradients during sampling (`training.rollout_gradients`); by default it takes none."""
 
     def wants(self, step: int) -> bool:
         """Return whether step `step` (0 starts from noise) must be sampled with gradients enabled."""
-
-    def take(self, log_probs: torch.Tensor) -> None:
-        """Take the gradients of a step's log-probs (B,), whose graph is freed afterwards."""
-
-
-class GradMode:
-    """`LogProbGradients` that enables gradients at every step but takes none."""
-
-    def wants(self, step: int) -> bool:
         return True
 
     def take(self, log_probs: torch.Tensor) -> None:
-        pass
+        """Take the gradients of a step's log-probs (B,), whose graph is freed afterwards."""
+        return None
+
+
+class GradMode(LogProbGradients):
+    """Enable gradients at every step, as a consumer would, but take none."""
 
 
 @torch.no_grad()
@@ -71,11 +66,9 @@ def pipeline_with_logprob(
     scoring the stored latents later gives the same log-probs.
 
     Args (the others are those of diffusers' pipeline):
-        pipeline: from `generator.pipeline.load_pipeline`.
         prompt, prompt_embeds: exactly one of text and embeddings (B, L, D).
         guidance_scale: weight of classifier-free guidance; 1 or less disables it.
         negative_prompt, negative_prompt_embeds: at most one; default: the empty prompt. A single one is broadcast to B.
-        eta: amount of noise; 0 is deterministic and has no log-probs.
         output_type: "pt" (float32 tensor (B, 3, H, W) in [0, 1]), "np", "pil", or "latent".
         keep_trajectory: False returns empty lists of latents and log-probs.
         gradients: receives log-probs with their graph.
@@ -97,11 +90,10 @@ def pipeline_with_logprob(
         negative = negative_prompt or ""
         negative_prompt_embeds = encode_prompts(pipeline, [negative] if isinstance(negative, str) else negative)
 
-    batch, device, dtype = prompt_embeds.shape[0], prompt_embeds.device, prompt_embeds.dtype
+    batch, device, scheduler = len(prompt_embeds), prompt_embeds.device, pipeline.scheduler
     # drawn in float32, so that a seed gives the same noise in every dtype
     latents = pipeline.prepare_latents(batch, channels, *size, torch.float32, device, generator, latents)
-    latents = latents.to(dtype)  # (B, C, h, w)
-    scheduler = pipeline.scheduler
+    latents = latents.to(prompt_embeds.dtype)  # (B, C, h, w)
     if (scheduler.num_inference_steps, scheduler.timesteps.device) != (num_inference_steps, device):
         scheduler.set_timesteps(num_inference_steps, device=device)  # waits for the device
 
@@ -121,9 +113,6 @@ def pipeline_with_logprob(
             all_latents.append(latents)
             all_log_probs.append(log_prob)
 
-    if output_type == "latent":
-        images = latents
-    else:
-        decoded = decode_latents(pipeline.vae, latents)  # (B, 3, H, W) in [0, 1]
-        images = pipeline.image_processor.postprocess(decoded, output_type, do_denormalize=[False] * batch)
+    images = latents if output_type == "latent" else decode_latents(pipeline.vae, latents)  # (B, 3, H, W) in [0, 1]
+    images = pipeline.image_processor.postprocess(images, output_type, do_denormalize=[False] * batch)
     return images, None, all_latents if keep_trajectory else [], all_log_probs
