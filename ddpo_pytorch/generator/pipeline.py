@@ -1,9 +1,8 @@
 """Stable Diffusion: strict loading, saving, prompt embeddings, guided noise prediction, decoding.
 
 A UNet trained with CLIP accepts BERT's embeddings, which have the same width, and draws meaningless images. A model
-with BERT therefore has conditioning.json next to model_index.json, with hashes of UNet, text encoder and tokenizer, and
-separate UNet weights name their text encoder in their metadata. Models with CLIP have neither. In memory, the UNet has
-that name as an attribute.
+with BERT therefore has conditioning.json next to model_index.json, with hashes of UNet, text encoder and tokenizer;
+separate UNet weights name their text encoder in their metadata, a loaded UNet has its name as attribute `KEY`.
 """
 
 import copy
@@ -28,7 +27,6 @@ from ddpo_pytorch.utils.weights import check_finite, read_safetensors
 logger = logging.getLogger(__name__)
 # mirrors of ids that left the hub
 MIRRORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 RECORD = "conditioning.json"
 KEY = "text_encoder_sha256"
 DECODED_AT_ONCE = 4 * 64 * 64  # in latent pixels: SD's autoencoder takes 2.5 GiB for 4 images of 512 px under autocast
@@ -44,16 +42,13 @@ def load_pipeline(
     """Load Stable Diffusion in diffusers format with DDIM sampling, frozen and in evaluation mode.
 
     The safety checker is off: it misfires on medical images, and its black images would corrupt rewards and metrics.
-    The DDIM scheduler keeps the model's own betas, prediction type and offsets.
+    The DDIM scheduler keeps the model's own betas, prediction type and offsets. Raises UserError if there is no such
+    model, a part is incomplete (see `load_part`), or parts or the UNet file do not match.
 
     Args:
-        model: local folder, or Hugging Face id.
-        revision: branch, tag or commit of a Hugging Face id.
+        model, revision: local folder, or Hugging Face id and its branch, tag or commit.
         unet_path: safetensors file in diffusers names that replaces the UNet's weights; "" keeps the model's own.
         dtype: of VAE, text encoder and UNet.
-
-    Raises:
-        UserError: no such model, an incomplete part (see `load_part`), or parts or a UNet file that do not match.
     """
     pipe = _from_pretrained(str(model), revision, dtype)
     check_tokenizer(pipe.tokenizer, pipe.text_encoder, str(model))
@@ -79,7 +74,7 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
     folder = Path(model).expanduser()
     if not (local := folder.is_dir()):
         try:
-            if not HUB_ID.fullmatch(model):
+            if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
                 raise ValueError(f"{model} is not a Hugging Face id")
             AutoConfig.from_pretrained(model, subfolder="text_encoder", revision=revision, trust_remote_code=False)
             with quiet():  # no retry warnings while offline
@@ -114,10 +109,7 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
 
 
 def replace_unet_weights(unet: nn.Module, path: str | Path) -> dict[str, str]:
-    """Replace all weights of the UNet by those of a safetensors file, in diffusers' names; return its metadata.
-
-    Raises UserError for a file that does not fit.
-    """
+    """Replace all weights of the UNet by those of a safetensors file; return its metadata. Raises UserError."""
     path = Path(path).expanduser()
     weights, metadata = read_safetensors(path)
     check_fit(weights, unet.state_dict(), path, "give a safetensors file of the same UNet in diffusers' names")
@@ -126,10 +118,7 @@ def replace_unet_weights(unet: nn.Module, path: str | Path) -> dict[str, str]:
 
 
 def check_text_encoder(unet: nn.Module, path: str | Path, metadata: Mapping[str, str], required: bool = False) -> None:
-    """Raise UserError for UNet weights whose metadata names another text encoder than the UNet's.
-
-    They must name it if that is a BERT and `required`; checkpoints of earlier versions do not.
-    """
+    """Raise UserError for UNet weights whose metadata names another text encoder or, if `required`, omits a BERT."""
     stated, own = metadata.get(KEY), getattr(unet, KEY, None)
     if stated != own and (stated or required):
         theirs, ours = (f"BERT {one[:12]}" if one else "CLIP (or one not recorded)" for one in (stated, own))
@@ -143,10 +132,7 @@ def unet_metadata(unet: nn.Module) -> dict[str, str]:
 
 
 def save_model(pipe: StableDiffusionPipeline, folder: str | Path) -> None:
-    """Write the pipeline in diffusers format, with conditioning.json (last) if its text encoder is a BERT.
-
-    Raises DiskFull.
-    """
+    """Write the pipeline in diffusers format, with conditioning.json (last) for a BERT. Raises DiskFull."""
     folder = Path(folder)
     with room_for(folder / "model_index.json"):
         pipe.save_pretrained(folder)
@@ -160,7 +146,7 @@ def save_model(pipe: StableDiffusionPipeline, folder: str | Path) -> None:
 
 
 def with_bert(pipe: StableDiffusionPipeline, model: str | Path, tokens: int) -> StableDiffusionPipeline:
-    """Return the pipeline with `model` (see `load_text_encoder`), a BERT of the UNet's width, as its text encoder."""
+    """Return the pipeline with the BERT `model` (see `load_text_encoder`) as its text encoder. Raises UserError."""
     tokenizer, encoder = load_text_encoder(model, tokens, pipe.device)
     width, expected = encoder.config.hidden_size, pipe.unet.config.cross_attention_dim
     if not has_mask(encoder) or width != expected:
@@ -200,28 +186,27 @@ class PromptEmbeddings:
         self._embeddings: dict[str, torch.Tensor] = {}
 
     def __call__(self, prompts: Iterable[str]) -> torch.Tensor:
-        """Return embeddings (N, L, D) of N prompts."""
-        return torch.stack([self._embedding(prompt) for prompt in prompts])
+        """Return embeddings (N, L, D) of N prompts. Raises UserError for a new one after `precompute`."""
+        prompts = list(prompts)
+        for prompt in prompts:
+            if prompt not in self._embeddings:
+                if self._pipe.text_encoder is None:
+                    raise UserError(f"{prompt!r} is not in the list of prompts; add it to PROMPT_LISTS")
+                self._embeddings[prompt] = encode_prompts(self._pipe, [prompt])[0]
+        return torch.stack([self._embeddings[prompt] for prompt in prompts])
 
     @property
     def negative(self) -> torch.Tensor:
         """Return the embedding (1, L, D) of the empty prompt, for the unconditional side of guidance."""
-        return self._embedding("")[None]
+        return self([""])
 
     def precompute(self, prompts: Iterable[str]) -> None:
-        """Check and embed these and the empty prompt, then drop the text encoder: others raise UserError."""
+        """Check and embed these and the empty prompt, then drop the text encoder."""
         prompts = list(dict.fromkeys(prompts))
         check_tokens(self._pipe.tokenizer, prompts)
         for prompt in ("", *prompts):
-            self._embedding(prompt)
+            self([prompt])
         self._pipe.text_encoder = None
-
-    def _embedding(self, prompt: str) -> torch.Tensor:
-        if prompt not in self._embeddings:
-            if self._pipe.text_encoder is None:
-                raise UserError(f"{prompt!r} is not in the list of prompts; add it to PROMPT_LISTS")
-            self._embeddings[prompt] = encode_prompts(self._pipe, [prompt])[0]
-        return self._embeddings[prompt]
 
 
 def guided_noise_prediction(
@@ -235,18 +220,13 @@ def guided_noise_prediction(
     """Predict noise with classifier-free guidance: e(neg) + w (e(prompt) - e(neg)), Ho and Salimans 2022, eq. 6.
 
     Rollout and update both use this function, so that their arithmetic is the same and the PPO ratio before the first
-    update is exactly 1.
+    update is exactly 1. Returns (B, C, H, W) in float32, since the difference of the two predictions is small.
 
     Args:
         unet: the UNet, wrapped (DDP, autocast) or not.
-        latents: (B, C, H, W).
-        timesteps: int, 0-d or (B,).
-        prompt_embeds: (B, L, D).
+        latents, timesteps, prompt_embeds: (B, C, H, W); int, 0-d or (B,); (B, L, D).
         negative_prompt_embeds: (1, L, D) or (B, L, D); may be None if guidance_scale <= 1.
         guidance_scale: weight w; 1 or less uses the prompt alone, at half the cost.
-
-    Returns:
-        (B, C, H, W) in float32, since the difference of the two predictions is small.
     """
     batch, dtype = len(latents), next(unet.parameters()).dtype
     timesteps = torch.as_tensor(timesteps, device=latents.device).expand(batch)
@@ -255,14 +235,10 @@ def guided_noise_prediction(
         return unet(latents, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0].float()
     if negative_prompt_embeds is None:
         raise ValueError(f"guidance_scale is {guidance_scale}; guidance above 1 needs negative_prompt_embeds")
-
     negative = negative_prompt_embeds.to(dtype).expand(batch, -1, -1)
-    both = unet(  # (2B, C, H, W): one pass for both predictions
-        torch.cat([latents, latents]),
-        torch.cat([timesteps, timesteps]),
-        encoder_hidden_states=torch.cat([negative, prompt_embeds]),
-        return_dict=False,
-    )[0]
+    inputs = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
+    embeds = torch.cat([negative, prompt_embeds])
+    both = unet(*inputs, encoder_hidden_states=embeds, return_dict=False)[0]  # (2B, C, H, W): one pass for both
     unconditional, conditional = both.float().chunk(2)
     return unconditional + guidance_scale * (conditional - unconditional)
 
@@ -277,11 +253,8 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
 
 
 def finite_images(vae: AutoencoderKL, images: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """Return images (B, 3, H, W) of latents (B, C, h, w), decoded in float32 if half precision overflowed.
-
-    Waits for the device. The result may still not be finite.
-    """
-    if images.isfinite().all():
+    """Return images (B, 3, H, W) of latents (B, C, h, w), decoded in float32 if half precision overflowed."""
+    if images.isfinite().all():  # waits for the device
         return images
     with torch.autocast(images.device.type, enabled=False):
         return decode_latents(copy.deepcopy(vae).float(), latents)  # a copy: another thread may be decoding
@@ -300,8 +273,7 @@ def latent_shape(pipe: StableDiffusionPipeline) -> tuple[int, int, int]:
     """Return the shape (C, H, W) of one image's latents at the UNet's own resolution."""
     config = getattr(pipe.unet, "module", pipe.unet).config  # .module: of DistributedDataParallel
     size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return config.in_channels, height, width
+    return config.in_channels, *((size, size) if isinstance(size, int) else size)
 
 
 def image_size(pipe: StableDiffusionPipeline) -> tuple[int, int]:
