@@ -1,8 +1,7 @@
 """Add, train, save and load LoRA adapters of the UNet (Hu et al. 2021), W x + up(down x).
 
-Built on diffusers' own adapters. `down` (lora_A) has shape (rank, in), `up` (lora_B) shape (out, rank). The scale
-alpha / rank is 1, as in the published checkpoint, and adapters are float32 whatever the UNet's dtype. All functions
-take the bare UNet (`accelerator.unwrap_model`).
+`down` (lora_A) has shape (rank, in), `up` (lora_B) shape (out, rank). The scale alpha / rank is 1, as in the published
+checkpoint, and adapters are float32 whatever the UNet's dtype. All functions take the bare UNet, without DDP.
 """
 
 import math
@@ -17,10 +16,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn import functional as F
 
 from ddpo_pytorch.generator.parts import check_fit
 from ddpo_pytorch.utils.errors import UserError
@@ -34,7 +31,6 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the projections of every att
 FILE_NAME = "pytorch_lora_weights.safetensors"
 # file names in a folder, newest format first
 FILE_NAMES = (FILE_NAME, "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin")
-PREFIX = re.compile(r"(base_model\.model\.)?(unet\.)?")
 PEFT_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<half>A|B)(\.[^.]+)?\.weight")  # with or without the adapter's name
 KOHYA_KEY = re.compile(r"lora_unet_(?P<module>[^.]+)\.lora_(?P<half>down|up)\.weight")
 ALPHA_KEY = re.compile(r"(lora_unet_)?(?P<module>.+?)(\.lora)?\.alpha")
@@ -62,10 +58,8 @@ def add_lora(unet: UNet2DConditionModel, rank: int, targets: Sequence[str], seed
     for key, parameter in sorted(_adapter_weights(unet).items()):
         # peft follows the dtype of the frozen layer; half precision would round small updates away
         parameter.data = parameter.data.float()
-        if ".lora_A." in key:
+        if ".lora_A." in key:  # lora_B is zero
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / rank)
-        else:
-            parameter.data.zero_()
 
 
 def cast_adapters(unet: nn.Module) -> None:
@@ -83,12 +77,12 @@ def cast_adapters(unet: nn.Module) -> None:
 
 def _forward_in_type_of_input(part: nn.Linear | nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     weight = part.weight.to(x.dtype)
-    return F.linear(x, weight) if isinstance(part, nn.Linear) else part._conv_forward(x, weight, None)
+    return nn.functional.linear(x, weight) if isinstance(part, nn.Linear) else part._conv_forward(x, weight, None)
 
 
 def has_lora(unet: nn.Module) -> bool:
     """Return whether the UNet has adapters."""
-    return any(isinstance(module, BaseTunerLayer) for module in unet.modules())
+    return any(isinstance(module, LoraLayer) for module in unet.modules())
 
 
 def lora_parameters(unet: nn.Module) -> list[nn.Parameter]:
@@ -119,8 +113,7 @@ def load_lora(unet: UNet2DConditionModel, path: str | Path) -> None:
 
     Reads the formats of diffusers < 0.22 (attention processors, as in the published checkpoint), peft, diffusers'
     training scripts and kohya, as .safetensors or .bin, with or without the prefixes "unet." and "base_model.model.".
-    If the file states a scale alpha / rank other than 1, it is multiplied into `up`. A file that does not match the
-    UNet raises UserError and changes nothing.
+    A scale alpha / rank is multiplied into `up`. A file that does not match raises UserError and changes nothing.
     """
     path = Path(path).expanduser()
     candidates = [path / name for name in FILE_NAMES] if path.is_dir() else [path]
@@ -135,10 +128,9 @@ def load_lora(unet: UNet2DConditionModel, path: str | Path) -> None:
         modules = set() if legacy else {key.rpartition(".lora_")[0] for key in weights} & _layers(unet)
         rank = next((weight.shape[0] for key, weight in weights.items() if ".lora_A." in key and weight.ndim), 1)
         add_lora(unet, rank, sorted(modules) or ATTENTION, seed=0)
-    adapters = _adapter_weights(unet)
+    adapters, advice = _adapter_weights(unet), "use the file's base model, train.lora_rank and train.lora_targets"
     try:
-        advice = "use the base model, train.lora_rank and train.lora_targets of the file, or fetch it again"
-        check_fit(weights, adapters, file, advice, sources)
+        check_fit(weights, adapters, file, f"{advice}, or fetch it again", sources)
     except UserError:
         if added:
             unet.unload_lora()
@@ -162,14 +154,12 @@ def scale_lora(unet: nn.Module, scale: float) -> None:
 
 @torch.no_grad()
 def merged_state_dict(unet: nn.Module) -> dict[str, torch.Tensor]:
-    """Return copies on the CPU of the UNet's weights, in diffusers' names, with adapters merged: W + up down.
-
-    They are float32, since half precision would round most of a small correction away.
-    """
+    """Return copies on the CPU of the UNet's weights, in diffusers' names, with adapters merged: W + up down."""
+    # float32, since half precision would round most of a small correction away
     weights = {name.replace(".base_layer.", "."): w for name, w in unet.state_dict().items() if ".lora_" not in name}
     state = {name: weight.to("cpu", torch.float32, copy=True).contiguous() for name, weight in weights.items()}
     for name, layer in unet.named_modules():
-        if isinstance(layer, BaseTunerLayer):
+        if isinstance(layer, LoraLayer):
             state[f"{name}.weight"] += layer.get_delta_weight(ADAPTER).float().cpu()
     return state
 
@@ -178,14 +168,14 @@ def merged_state_dict(unet: nn.Module) -> dict[str, torch.Tensor]:
 def disabled_lora(unet: UNet2DConditionModel) -> Iterator[None]:
     """Turn the UNet into the base model within this context: a free reference for the KL divergence."""
     # peft freezes the adapters that it disables and unfreezes all that it enables
-    trainable = [(parameter, parameter.requires_grad) for parameter in lora_parameters(unet)]
+    frozen = [parameter for parameter in lora_parameters(unet) if not parameter.requires_grad]
     unet.disable_adapters()
     try:
         yield
     finally:
         unet.enable_adapters()
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _layers(unet: nn.Module) -> set[str]:
@@ -195,22 +185,16 @@ def _layers(unet: nn.Module) -> set[str]:
 
 def _adapter_weights(unet: nn.Module) -> dict[str, nn.Parameter]:
     """Return the adapters' weights by <module>.lora_{A,B}.weight."""
-    marker = f".{ADAPTER}.weight"
-    return {
-        name.replace(marker, ".weight"): parameter
-        for name, parameter in unet.named_parameters()
-        if ".lora_" in name and name.endswith(marker)
-    }
+    marker, named = f".{ADAPTER}.weight", unet.named_parameters()
+    return {name.replace(marker, ".weight"): weight for name, weight in named if ".lora_" in name and marker in name}
 
 
-def _in_peft_names(
-    tensors: dict[str, torch.Tensor], unet: nn.Module, file: Path
-) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, float]]:
+def _in_peft_names(tensors: dict[str, torch.Tensor], unet: nn.Module, file: Path) -> tuple[dict, dict, dict]:
     """Return tensors by <module>.lora_{A,B}.weight, their names in the file, and alpha by module."""
     weights, sources, alphas = {}, {}, {}
     modules = {name.replace(".", "_"): name for name, _ in unet.named_modules()}  # by kohya's names
     for source, tensor in tensors.items():
-        key = source[PREFIX.match(source).end() :]
+        key = source.removeprefix("base_model.model.").removeprefix("unet.")
         if TEXT_ENCODER_KEY.match(key):
             raise UserError(f"{file}: {source} adapts the text encoder; give an adapter of the UNet alone")
         if (match := ALPHA_KEY.fullmatch(key)) and tensor.numel() == 1:
