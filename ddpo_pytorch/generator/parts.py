@@ -22,11 +22,10 @@ from ddpo_pytorch.utils.errors import UserError, one_line
 from ddpo_pytorch.utils.weights import check_finite, read_tensors
 
 # weight files of diffusers and transformers: one file or shards, in full precision or the variant fp16
-_WEIGHTS = re.compile(
-    r"(diffusion_pytorch_model|model|pytorch_model)(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.(safetensors|bin)"
-)
+_WEIGHTS = re.compile(r"(diffusion_pytorch_|pytorch_)?model(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.(safetensors|bin)")
 # files that hold a vocabulary: tokenizers' own, CLIP's, BERT's
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+Tensors = Mapping[str, torch.Tensor]
 
 
 def load_part(
@@ -35,13 +34,19 @@ def load_part(
     """Load a network with `kind.from_pretrained`; check that every tensor was found, has its shape and is finite.
 
     `model` is a local folder, where safetensors are preferred to .bin and full precision to the variant fp16, or a
-    Hugging Face id (OSError if it is unreachable). Raises UserError for a folder that lacks the part or holds another
-    one, naming file and tensor. Unexpected tensors are rejected too, except heads of a text encoder (a whole CLIP,
-    BERT's pre-training).
+    Hugging Face id (OSError if it is unreachable). Raises UserError, naming file and tensor, if a tensor is missing or
+    unexpected, except for the heads of a text encoder (a whole CLIP, BERT's pre-training).
     """
     folder, name = Path(model) / subfolder, f"{model} {subfolder}".strip()
     if local := Path(model).is_dir():
-        files, options["variant"] = _find_weights(folder)
+        forms: dict[tuple[bool, bool], list[Path]] = {}  # files by (is fp16, is .bin); the least is read
+        for path in sorted(folder.glob("*")):
+            if match := _WEIGHTS.fullmatch(path.name):
+                forms.setdefault((".fp16" in path.name, match[5] == "bin"), []).append(path)
+        if not forms:
+            raise UserError(f"{str(folder)!r} holds no weights (model.safetensors or the like); save or fetch it again")
+        (half, _), files = min(forms.items())
+        options["variant"] = "fp16" if half else None
         name = str(files[0] if len(files) == 1 else folder)
     try:
         with quiet():
@@ -58,14 +63,9 @@ def load_part(
         children = {child for child, _ in part.named_children()}
         bare = [key.removeprefix(f"{part.base_model_prefix}.").removeprefix("text_model.") for key in unexpected]
         unexpected = [key for key in bare if key.split(".")[0] in children and not key.endswith(".position_ids")]
-    mismatched = [
-        f"{key} of shape {tuple(theirs)}, not {tuple(ours)}" for key, theirs, ours in found["mismatched_keys"]
-    ]
-    for problem, keys in (
-        ("lacks", found["missing_keys"]),
-        ("differs from config.json: it has", mismatched),
-        ("has no place in config.json for", unexpected),
-    ):
+    mismatched = [f"{key} of shape {tuple(theirs)}, not {tuple(own)}" for key, theirs, own in found["mismatched_keys"]]
+    problems = ("lacks", "differs from config.json: it has", "has no place in config.json for")
+    for problem, keys in zip(problems, (found["missing_keys"], mismatched, unexpected), strict=True):
         if keys:
             others = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise UserError(f"{name!r} {problem} {min(keys)}{others}; save or fetch both again")
@@ -77,28 +77,10 @@ def load_part(
     return part
 
 
-def _find_weights(folder: Path) -> tuple[list[Path], str | None]:
-    """Return the weight files that `from_pretrained` will read, and their variant (or None)."""
-    forms: dict[tuple[bool, bool], list[Path]] = {}
-    for path in sorted(folder.glob("*")):
-        if match := _WEIGHTS.fullmatch(path.name):
-            forms.setdefault((".fp16" in path.name, match[5] == "bin"), []).append(path)
-    if not forms:
-        raise UserError(f"{str(folder)!r} holds no weights (model.safetensors or the like); save or fetch it again")
-    half, _ = chosen = min(forms)
-    return forms[chosen], "fp16" if half else None
-
-
-def check_fit(
-    given: Mapping[str, torch.Tensor],
-    expected: Mapping[str, torch.Tensor],
-    file: str | Path,
-    advice: str,
-    names: Mapping[str, str] | None = None,
-) -> None:
+def check_fit(given: Tensors, expected: Tensors, file: str | Path, advice: str, names: Mapping[str, str] = {}) -> None:
     """Raise UserError unless a file's tensors match `expected`; `names` maps keys to the names in the file."""
     for key in (*given, *expected):
-        name = (names or {}).get(key, key)
+        name = names.get(key, key)
         if key not in expected:
             raise UserError(f"{file} holds {name}, which the model lacks; {advice}")
         if key not in given:
