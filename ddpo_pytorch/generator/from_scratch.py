@@ -1,7 +1,4 @@
-"""Build a small Stable Diffusion from scratch: the parts of SD 1.5, or a BERT in place of CLIP, of any size.
-
-The saved folder opens like any Stable Diffusion.
-"""
+"""Build a small Stable Diffusion from scratch: the parts of SD 1.5, or a BERT in place of CLIP, of any size."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,26 +16,25 @@ from ddpo_pytorch.utils.errors import UserError
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULE |= {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 GROUPS = 8  # of group normalisation; every channel count must be a multiple
+BLOCKS = {"layers_per_block": 1, "norm_num_groups": GROUPS}  # of VAE and UNet
 HEAD_WIDTH = 16  # channels per head of a text encoder, whose width must be a multiple
 
 
 def build_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
     """Return a CLIP tokenizer of 77 tokens whose byte-pair merges spell the words of `captions`.
 
-    Merges are constructed rather than trained: training breaks ties at random, so two processes, or a resumed run,
-    would number the tokens differently.
+    Merges are not trained: training breaks ties at random, so another process would number the tokens differently.
     """
-    vocab = ["<|startoftext|>", "<|endoftext|>"]
-    words, letters = _words_and_letters(CLIPTokenizer(vocab=_numbered(vocab), merges=[]), captions)
-    vocab += letters + [f"{letter}</w>" for letter in letters]
+    special = {"<|startoftext|>": 0, "<|endoftext|>": 1}
+    words, letters = _words_and_letters(CLIPTokenizer(vocab=special, merges=[]), captions)
     merges = {}  # an ordered set
     for word in words:
         head, *tail = *word[:-1], f"{word[-1]}</w>"
         for letter in tail:
             merges[head, letter] = None
             head += letter
-    vocab += dict.fromkeys(map("".join, merges))
-    tokenizer = CLIPTokenizer(vocab=_numbered(vocab), merges=list(merges))
+    vocab = [*special, *letters, *(f"{letter}</w>" for letter in letters), *dict.fromkeys(map("".join, merges))]
+    tokenizer = CLIPTokenizer(vocab={token: number for number, token in enumerate(vocab)}, merges=list(merges))
     tokenizer.model_max_length = 77
     return tokenizer
 
@@ -55,7 +51,7 @@ def build_bert(captions: Sequence[str], width: int, layers: int, tokens: int = T
     words, letters = _words_and_letters(BertTokenizer(vocab={"[UNK]": 0}, do_lower_case=True), captions)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocab = [*special, *letters, *(f"##{letter}" for letter in letters), *(word for word in words if len(word) > 1)]
-    tokenizer = BertTokenizer(vocab=_numbered(vocab), do_lower_case=True)
+    tokenizer = BertTokenizer(vocab={token: number for number, token in enumerate(vocab)}, do_lower_case=True)
     tokenizer.model_max_length = tokens
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = BertConfig(**_sizes(tokenizer, width, layers), **dropout, pad_token_id=tokenizer.pad_token_id)
@@ -66,9 +62,7 @@ def build_bert(captions: Sequence[str], width: int, layers: int, tokens: int = T
 TEXT_ENCODERS = {"clip": build_clip, "bert": build_bert}
 
 
-def _words_and_letters(
-    tokenizer: CLIPTokenizer | BertTokenizer, captions: Sequence[str]
-) -> tuple[list[str], list[str]]:
+def _words_and_letters(tokenizer: CLIPTokenizer | BertTokenizer, captions: Sequence[str]) -> tuple[list, list]:
     """Return the words of captions, normalised and split by the tokenizer, and their letters, both sorted."""
     backend = tokenizer.backend_tokenizer
     texts = [backend.normalizer.normalize_str(caption) for caption in captions]
@@ -76,20 +70,11 @@ def _words_and_letters(
     return words, sorted(set("".join(words)))
 
 
-def _numbered(vocabulary: Sequence[str]) -> dict[str, int]:
-    return {token: number for number, token in enumerate(vocabulary)}
-
-
 def _sizes(tokenizer: CLIPTokenizer | BertTokenizer, width: int, layers: int) -> dict[str, int]:
     """Return the sizes that have the same names in the configurations of CLIP and BERT."""
-    return {
-        "vocab_size": len(tokenizer),
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": max(1, width // HEAD_WIDTH),
-        "max_position_embeddings": tokenizer.model_max_length,
-    }
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    blocks = {"num_hidden_layers": layers, "num_attention_heads": max(1, width // HEAD_WIDTH)}
+    return text | blocks | {"hidden_size": width, "intermediate_size": 4 * width}
 
 
 def load_vae(folder: str | Path) -> AutoencoderKL:
@@ -99,20 +84,11 @@ def load_vae(folder: str | Path) -> AutoencoderKL:
     return load_part(AutoencoderKL, folder)
 
 
-def build_vae(
-    channels: Sequence[int], image_size: int, latent_channels: int = 4, attention: bool = True
-) -> AutoencoderKL:
+def build_vae(channels: Sequence[int], image_size: int, latent_channels=4, attention=True) -> AutoencoderKL:
     """Return a KL autoencoder that divides sides by 2 ** (len(channels) - 1); `attention`: at the lowest resolution."""
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
-        block_out_channels=tuple(channels),
-        layers_per_block=1,
-        latent_channels=latent_channels,
-        norm_num_groups=GROUPS,
-        sample_size=image_size,
-        mid_block_add_attention=attention,
-    )
+    down, up = ("DownEncoderBlock2D",) * len(channels), ("UpDecoderBlock2D",) * len(channels)
+    sizes = {"latent_channels": latent_channels, "sample_size": image_size, "mid_block_add_attention": attention}
+    vae = AutoencoderKL(down_block_types=down, up_block_types=up, block_out_channels=tuple(channels), **sizes, **BLOCKS)
     # start with a small posterior variance: at 1, noise would drown out the latents for most of a short training
     nn.init.constant_(vae.quant_conv.bias[vae.config.latent_channels :], -6.0)
     return vae
@@ -121,23 +97,14 @@ def build_vae(
 def build_unet(
     channels: Sequence[int], attention: Sequence[bool], text_width: int, latent_size: int, latent_channels: int = 4
 ) -> UNet2DConditionModel:
-    """Return a text-conditioned UNet with one block per resolution.
-
-    `attention[i]` adds self- and cross-attention at resolution i, with up to 32 channels per head.
-    """
-    return UNet2DConditionModel(
-        sample_size=latent_size,
-        in_channels=latent_channels,
-        out_channels=latent_channels,
-        block_out_channels=tuple(channels),
-        layers_per_block=1,
-        down_block_types=tuple("CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attention),
-        up_block_types=tuple("CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(tuple(attention))),
-        cross_attention_dim=text_width,
-        # despite its name, diffusers reads this as the number of heads
-        attention_head_dim=tuple(max(1, width // 32) for width in channels),
-        norm_num_groups=GROUPS,
-    )
+    """Return a UNet with a block per resolution; `attention[i]` adds self- and cross-attention to block i."""
+    down = tuple("CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attention)
+    up = tuple("CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(tuple(attention)))
+    heads = tuple(max(1, width // 32) for width in channels)
+    sizes = {"sample_size": latent_size, "in_channels": latent_channels, "out_channels": latent_channels}
+    # despite its name, diffusers reads attention_head_dim as the number of heads
+    blocks = {"block_out_channels": tuple(channels), "cross_attention_dim": text_width, "attention_head_dim": heads}
+    return UNet2DConditionModel(down_block_types=down, up_block_types=up, **blocks, **sizes, **BLOCKS)
 
 
 def assemble(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:
