@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from torch.utils.data import DataLoader, Dataset
 
 from ddpo_pytorch.data import datasets as kinds
-from ddpo_pytorch.data.datasets import KINDS, check_apart
 from ddpo_pytorch.data.images import RESIZES, ImageFiles, content_numbers, loader_options
 from ddpo_pytorch.data.sample_folder import LOG, claim_folder, read_log
 from ddpo_pytorch.data.tables import Row
@@ -24,27 +23,20 @@ from ddpo_pytorch.utils.files import sha256
 from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.json_files import check_shape
 from ddpo_pytorch.utils.randomness import BatchDraws, EndlessBatches, Stream
-from ddpo_pytorch.utils.settings import ONE_OR_MORE, ZERO_OR_MORE, Range, check_choices, check_ranges
+from ddpo_pytorch.utils.settings import NOT_NEGATIVE, ONE_OR_MORE, ZERO_OR_MORE, Range, check_choices, check_ranges
 
 logger = logging.getLogger(__name__)
 # result of each stage, in sd.output
 OUTCOMES = {"vae": "vae", "unet": "pretrained_unet.safetensors", "finetune": "pretrained_unet.safetensors"}
 SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
 REAL_SHARE = Range("[0.5, 1]")  # at least half of the images are real
-RANGES = {
-    **dict.fromkeys(("num_steps", "batch_size", "gradient_accumulation_steps", "image_size"), ONE_OR_MORE),
-    **dict.fromkeys(
-        ("log_every", "val_every", "lora_rank", "text_width", "text_layers", "vae_latent_channels"), ONE_OR_MORE
-    ),
-    **dict.fromkeys(
-        ("limit", "val_images", "warmup_steps", "grid_every", "save_every", "num_workers", "vae_crop"), ZERO_OR_MORE
-    ),
-    "text_tokens": Range("[2, inf)", whole=True),
-    "learning_rate": Range("(0, inf)"),
-    **dict.fromkeys(("min_snr_gamma", "vae_kl_weight", "perceptual_coef", "adversarial_coef"), Range("[0, inf)")),
-    **dict.fromkeys(("caption_dropout", "ema_decay"), Range("[0, 1)")),
-    "real_share": REAL_SHARE,
-}
+RANGES = dict.fromkeys(("num_steps", "batch_size", "gradient_accumulation_steps", "image_size"), ONE_OR_MORE)
+RANGES |= dict.fromkeys(("log_every", "val_every", "lora_rank", "text_width", "text_layers"), ONE_OR_MORE)
+RANGES |= dict.fromkeys(("limit", "val_images", "warmup_steps", "grid_every", "save_every"), ZERO_OR_MORE)
+RANGES |= {"vae_latent_channels": ONE_OR_MORE, "num_workers": ZERO_OR_MORE, "vae_crop": ZERO_OR_MORE}
+RANGES |= dict.fromkeys(("min_snr_gamma", "vae_kl_weight", "perceptual_coef", "adversarial_coef"), NOT_NEGATIVE)
+RANGES |= dict.fromkeys(("caption_dropout", "ema_decay"), Range("[0, 1)")) | {"learning_rate": Range("(0, inf)")}
+RANGES |= {"text_tokens": Range("[2, inf)", whole=True), "real_share": REAL_SHARE}
 # Settings that may change when a run resumes: those without effect on the result, and paths. The data, VAE, BERT and
 # pool at these paths are compared by content.
 _FREE = {"output", "data_path", "csv", "val_csv", "val_images", "latents", "val_latents", "cache_dir", "vae", "bert"}
@@ -54,7 +46,7 @@ _FREE |= {f"{name}_every" for name in ("log", "val", "grid", "save")}
 
 def check_settings(sd: ConfigDict) -> None:
     """Raise UserError for values of `config.sd` that are out of range or contradict each other."""
-    choices = {"stage": OUTCOMES, "kind": KINDS, "resize": RESIZES, "lr_schedule": SCHEDULES}
+    choices = {"stage": OUTCOMES, "kind": kinds.KINDS, "resize": RESIZES, "lr_schedule": SCHEDULES}
     check_choices(sd, choices | {"text_encoder": TEXT_ENCODERS}, "sd.")
     check_ranges(sd, RANGES, "sd.")
     for name in ("pool", "use_lora"):
@@ -73,15 +65,11 @@ def check_settings(sd: ConfigDict) -> None:
     if sd.vae_crop % factor or sd.vae_crop > sd.image_size:
         raise UserError(f"sd.vae_crop is {sd.vae_crop}; it must be a multiple of {factor}, at most sd.image_size")
     if sd.adversarial_coef and not (sd.stage == "vae" and sd.vae):
-        raise UserError(
-            "sd.adversarial_coef trains the decoder of a trained autoencoder; give sd.stage=vae and sd.vae=DIR"
-        )
+        raise UserError("sd.adversarial_coef trains a trained autoencoder's decoder; give sd.stage=vae and sd.vae=DIR")
     if sd.adversarial_coef and (sd.vae_crop or sd.image_size) < 24:
-        raise UserError(
-            "sd.adversarial_coef needs images or crops of 24 pixels or more, for the discriminator's patches"
-        )
+        raise UserError("sd.adversarial_coef needs images or crops of 24 pixels or more, for the patches that it rates")
     if sd.csv and sd.val_csv and not sd.latents:
-        check_apart(sd.kind, Path(sd.csv), Path(sd.val_csv))
+        kinds.check_apart(sd.kind, Path(sd.csv), Path(sd.val_csv))
     if len(sd.unet_channels) != len(sd.unet_attention):
         counts = len(sd.unet_channels), len(sd.unet_attention)
         raise UserError(f"sd.unet_channels and sd.unet_attention have {counts} values; give the same number")
@@ -107,23 +95,18 @@ def find_images(sd: ConfigDict, csv: str, limit: int) -> ImageFiles:
     return ImageFiles(paths, torch.arange(len(paths)), sd.image_size, sd.resize)
 
 
-def open_latents(
-    accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, validation: bool = False
-) -> LatentShards | None:
-    """Return the latents for training or validation: those configured, else encoded into sd.output/latents.
-
-    Returns None if validation is not configured. Raises UserError for latents of another VAE, size or resize mode.
-    """
+def open_latents(accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, validation=False) -> LatentShards | None:
+    """Return latents, by default encoded into sd.output/latents, or None without validation data. Raises UserError."""
     train, val = ("train", sd.latents, sd.csv, sd.limit), ("val", sd.val_latents, sd.val_csv, sd.val_images)
     name, given, csv, limit = val if validation else train
-    if validation and not given and not csv:
-        return None
     if given:
         latents = LatentShards(given)
+    elif validation and not csv:
+        return None
     else:
         rows, paths = find_rows(sd, csv, limit)
         items = [(path, row.number, row.caption) for row, path in zip(rows, paths, strict=True)]
-        captions, origin = KINDS[sd.kind].caption_list(rows), {"csv_sha256": sha256(csv)}
+        captions, origin = kinds.KINDS[sd.kind].caption_list(rows), {"csv_sha256": sha256(csv)}
         latents = _encode(accelerator, sd, vae, items, captions, name, origin, limit=limit)
     expected = {"vae_sha256": fingerprint(vae), "image_size": sd.image_size, "resize": sd.resize}
     if changed := difference({key: latents.index.get(key) for key in expected}, expected):
@@ -132,15 +115,11 @@ def open_latents(
 
 
 def open_pool(accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL) -> tuple[LatentShards, list[float]]:
-    """Return the latents of the images in sd.pool that passed the Selector, and their Policy scores.
-
-    Raises UserError for a folder that generate.py did not write, and if no image passed.
-    """
-    log = Path(sd.pool) / LOG
+    """Return the latents of images in sd.pool that passed the Selector, and their Policy scores. Raises UserError."""
+    log, shape = Path(sd.pool) / LOG, [{"prompt": str, "policy": float, "path_to_img": str}]
     entries = [entry for entry in read_log(sd.pool) if entry.get("passed")]
     if not entries:
         raise UserError(f"sd.pool {sd.pool!r} has no image that the Selector passed; raise improve.max_attempts")
-    shape = [{"prompt": str, "policy": float, "path_to_img": str}]
     check_shape(entries, shape, repr(str(log)), "draw the pool again with scripts/generate.py")
     items = [(Path(sd.pool) / entry["path_to_img"], row, entry["prompt"]) for row, entry in enumerate(entries)]
     captions, origin = sorted({entry["prompt"] for entry in entries}), {"pool_sha256": sha256(log)}
@@ -163,17 +142,9 @@ def _encode(
         claim_folder(folder, about | settings | {"vae_sha256": fingerprint(vae)}, {"images": len(items)})
     accelerator.wait_for_everyone()
     paths, rows, texts = zip(*items, strict=True)
-    done = encode_data_set(
-        vae,
-        ImageFiles(paths, torch.tensor(rows), sd.image_size, sd.resize),
-        rows,
-        [captions.index(text) for text in texts],
-        folder,
-        contents=content_numbers(paths),
-        rank=accelerator.process_index,
-        processes=accelerator.num_processes,
-        num_workers=sd.num_workers,
-    )
+    files, caption_ids = ImageFiles(paths, torch.tensor(rows), sd.image_size, sd.resize), map(captions.index, texts)
+    share = {"rank": accelerator.process_index, "processes": accelerator.num_processes, "num_workers": sd.num_workers}
+    done = encode_data_set(vae, files, rows, list(caption_ids), folder, contents=content_numbers(paths), **share)
     done = accelerator.reduce(torch.tensor(done, device=accelerator.device)).item()
     if accelerator.is_main_process:
         write_index(folder, vae, captions, len(items), about)
@@ -188,8 +159,7 @@ class MixedLatents(Dataset):
     Items are (mean, logvar, caption id, weight): all real images with weight 1, then images of the pool with weights
     w_i / mean(w). A pass over the real images takes round(real (1 - real_share) / real_share) images of the pool,
     whatever its size, so that the real ones keep the generator from drifting where the judges are blind. A larger pool
-    is spread over several passes, which are shuffled together (`EndlessBatches`). Raises UserError for weights
-    (len(pool),) that are negative or all 0.
+    is spread over several passes, shuffled together. Raises UserError for weights that are negative or all 0.
     """
 
     def __init__(self, real: LatentShards, pool: LatentShards, weights: Sequence[float], real_share: float):

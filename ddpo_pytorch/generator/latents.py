@@ -1,10 +1,9 @@
 """Latents of a data set, encoded once into safetensors shards with an index; stage (i) trains on them.
 
-A folder holds `shard_<number>.safetensors` and, once it is complete, `index.json`. For up to SHARD_IMAGES images in the
-order of the data set, a shard has `row` (n,) int64, `caption` (n,) int64 (positions in the index's list), `content`
-(n,) int64 of the image files (`data.images.content_numbers`), if they are known, and the autoencoder's posterior `mean`
-and `logvar` (n, C, h, w) in half precision, not scaled. The index records the autoencoder, image size, resize mode and
-source.
+A folder holds `shard_<number>.safetensors` and, once it is complete, `index.json` about autoencoder, images and source.
+A shard of n <= SHARD_IMAGES images, in the order of the data set, has int64 (n,) of `row`, `caption` (position in the
+index's list) and, if known, `content` of the image file (`data.images.content_numbers`), and the autoencoder's
+posterior `mean` and `logvar` (n, C, h, w) in half precision, not scaled.
 """
 
 import logging
@@ -12,13 +11,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ddpo_pytorch.data.images import loader_options
@@ -86,6 +84,7 @@ def encode_data_set(
         keep_image: receives (position, image) of each decoded image, in threads.
         is_kept: whether the image at a position was kept by an earlier run; if not, its shard is encoded again.
     """
+    columns = {"row": rows, "caption": caption_ids} | ({"content": contents} if contents else {})
     index, hashes = Path(folder) / INDEX, {}
     # Listed rather than looked up: for half a minute, an NFS client trusts that a name it missed does not exist, and a
     # node that encodes nothing would not find the index that the main process writes meanwhile.
@@ -95,10 +94,11 @@ def encode_data_set(
         except UserError as error:
             logger.warning("%s; writing it again", error)
 
+    def numbers(positions: range) -> dict[str, list[int]]:
+        return {name: [column[position] for position in positions] for name, column in columns.items()}
+
     def is_done(path: Path, positions: range) -> bool:
-        files = [contents[position] for position in positions] if contents else []
-        expected = hashes.get(path.name), [rows[position] for position in positions], files
-        problem = "" if vae is None else _find_damage(path, *expected)
+        problem = "" if vae is None else _find_damage(path, hashes.get(path.name), numbers(positions))
         if problem and path.is_file():
             logger.warning("%s %s and is encoded again", path, problem)
         return not problem and all(map(is_kept, positions))
@@ -106,7 +106,7 @@ def encode_data_set(
     own = _shards(folder, len(rows))[rank::processes]
     missing = [(path, positions) for path, positions in own if not is_done(path, positions)]
     # one loader for all shards keeps its workers alive
-    batches = [batch for _, positions in missing for batch in _in_batches(positions)]
+    batches = [batch for _, positions in missing for batch in BatchSampler(positions, ENCODE_BATCH, drop_last=False)]
     loader = iter(DataLoader(files, batch_sampler=batches, **loader_options(num_workers)))
     total, count = (sum(len(positions) for _, positions in shards) for shards in (own, missing))
     hidden = None if progress and rank == 0 else True
@@ -116,7 +116,7 @@ def encode_data_set(
     ):
         for path, positions in missing:
             latents = []
-            for batch in _in_batches(positions):
+            for batch in BatchSampler(positions, ENCODE_BATCH, drop_last=False):
                 images, _ = next(loader)
                 saving = pool.map(keep_image, batch, images) if keep_image else ()
                 if vae is not None:
@@ -125,8 +125,7 @@ def encode_data_set(
                 bar.update(len(images))
             if vae is not None:
                 mean, logvar = map(torch.cat, zip(*latents, strict=True))
-                numbers = {"row": rows, "caption": caption_ids} | ({"content": contents} if contents else {})
-                shard = {name: torch.tensor([of[position] for position in positions]) for name, of in numbers.items()}
+                shard = {name: torch.tensor(values) for name, values in numbers(positions).items()}
                 with atomic_write(path) as temporary:
                     save_file(shard | {"mean": mean, "logvar": logvar}, temporary)
     return count
@@ -138,39 +137,25 @@ def _shards(folder: str | Path, images: int) -> list[tuple[Path, range]]:
     return [(Path(folder) / f"shard_{number:05d}.safetensors", part) for number, part in enumerate(parts)]
 
 
-def _in_batches(positions: range) -> list[range]:
-    return [positions[start : start + ENCODE_BATCH] for start in range(0, len(positions), ENCODE_BATCH)]
-
-
-def write_index(
-    folder: str | Path, vae: AutoencoderKL, captions: Sequence[str], images: int, about: Mapping[str, Any]
-) -> None:
-    """Write the index of a complete folder; `about` describes the source. Main process only.
-
-    Removes shards of an earlier run with more images.
-    """
+def write_index(folder: str | Path, vae: AutoencoderKL, captions: Sequence[str], images: int, about: Mapping) -> None:
+    """Write the index of a complete folder, `about` its source; remove further shards of an earlier run."""
     paths = [path for path, _ in _shards(folder, images)]
-    index = dict(about) | {
-        "vae_sha256": fingerprint(vae),
-        "scaling_factor": vae.config.scaling_factor,
-        "images": images,
-        "captions": list(captions),
-        "shards": [{"file": path.name, "sha256": sha256(path)} for path in paths],
-    }
+    network = {"vae_sha256": fingerprint(vae), "scaling_factor": vae.config.scaling_factor}
+    shards = [{"file": path.name, "sha256": sha256(path)} for path in paths]
     for leftover in set(Path(folder).glob("shard_*.safetensors")) - set(paths):
         leftover.unlink()
-    write_json(Path(folder) / INDEX, index)
+    contents = {"images": images, "captions": list(captions), "shards": shards}
+    write_json(Path(folder) / INDEX, {**about, **network, **contents})
 
 
-def _find_damage(
-    path: Path, recorded: str | None, rows: Sequence[int] | None = None, contents: Sequence[int] = ()
-) -> str:
+def _find_damage(path: Path, recorded: str | None, expected: Mapping[str, list[int]] = {}) -> str:
     """Return why a shard is unusable (missing, truncated, not the recorded one, of other rows or images), or ""."""
     try:
         with open_safetensors(path) as file:  # rejects a truncated file
-            if rows is not None and file.get_tensor("row").tolist() != list(rows):
+            if "row" in expected and file.get_tensor("row").tolist() != expected["row"]:
                 return "holds other rows"
-            if contents and "content" in file.keys() and file.get_tensor("content").tolist() != contents:  # noqa: SIM118
+            contents = file.get_tensor("content").tolist() if "content" in file.keys() else None  # noqa: SIM118
+            if contents is not None and contents != expected.get("content", contents):
                 return "is of images that have changed since"
     except (UserError, SafetensorError) as error:
         return f"is damaged ({error})" if path.is_file() else "is missing"
@@ -178,11 +163,7 @@ def _find_damage(
 
 
 class LatentShards(Dataset):
-    """Memory-mapped data set of a folder of latents; items are (mean (C, h, w), logvar (C, h, w), caption id).
-
-    `index` is the content of index.json. Raises UserError for a folder without index, and for a shard that is missing,
-    differs from its recorded hash, or has unexpected content.
-    """
+    """Memory-mapped folder of latents; items are (mean (C, h, w), logvar (C, h, w), caption id). Raises UserError."""
 
     def __init__(self, folder: str | Path):
         path, advice = Path(folder) / INDEX, "delete it and run the extraction again"
