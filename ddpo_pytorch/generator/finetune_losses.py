@@ -25,11 +25,8 @@ from ddpo_pytorch.utils.weights import read_tensors
 class PerceptualDistance(nn.Module):
     """Distance of images in the features of a frozen ImageNet network: LPIPS (Zhang et al. 2018) with equal weights.
 
-    `network` is a timm model, whose weights are downloaded, or a weight file named after one. Raises UserError for
-    weights that cannot be downloaded, and for a file of another model.
+    `network` is a timm model, whose weights are downloaded, or a weight file named after one. Raises UserError.
     """
-
-    DEPTHS = (0, 1, 2, 3)  # features at a half to a sixteenth of the side
 
     def __init__(self, network: str):
         super().__init__()
@@ -47,57 +44,42 @@ class PerceptualDistance(nn.Module):
             self.network.load_state_dict(weights, strict=False)
         self.requires_grad_(False)
         for key in ("mean", "std"):
-            value = torch.tensor(self.network.pretrained_cfg[key]).reshape(1, 3, 1, 1)
-            self.register_buffer(key, value, persistent=False)
+            self.register_buffer(key, torch.tensor(self.network.pretrained_cfg[key]).view(3, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> "PerceptualDistance":
         return super().train(False)  # batch norm keeps the statistics of ImageNet
 
     def forward(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         """Return the mean distance of two batches (B, 3, H, W) in [-1, 1], summed over depths."""
-        features = [
-            self.network.forward_intermediates(
-                (batch / 2 + 0.5 - self.mean) / self.std, indices=self.DEPTHS, intermediates_only=True, stop_early=True
-            )
-            for batch in (images, others)
-        ]
-        pairs = zip(*features, strict=True)
+        options = {"indices": (0, 1, 2, 3), "intermediates_only": True, "stop_early": True}  # to 1/16 of the side
+        normalised = [(batch / 2 + 0.5 - self.mean) / self.std for batch in (images, others)]
+        pairs = zip(*(self.network.forward_intermediates(batch, **options) for batch in normalised), strict=True)
         return sum((F.normalize(a.float()) - F.normalize(b.float())).square().sum(1).mean() for a, b in pairs)
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Realism of overlapping patches, (B, 3, H, W) to (B, 1, H / 8 - 2, W / 8 - 2): PatchGAN of three layers.
+    """Realism of patches, (B, 3, H, W) to (B, 1, H / 8 - 2, W / 8 - 2): PatchGAN of 3 layers (Isola et al. 2017)."""
 
-    Isola et al. 2017, with group normalisation: batch norm would depend on the number of processes.
-    """
-
-    def __init__(self, width: int = 64):
-        layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for channels, stride in ((width, 2), (2 * width, 2), (4 * width, 1)):
-            layers += [nn.Conv2d(channels, 2 * channels, 4, stride, 1), nn.GroupNorm(8, 2 * channels)]
-            layers.append(nn.LeakyReLU(0.2))
-        super().__init__(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))
+    def __init__(self):
+        layers = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for channels, stride in ((64, 2), (128, 2), (256, 1)):
+            layers += [nn.Conv2d(channels, 2 * channels, 4, stride, 1)]
+            # not batch norm, which would depend on the number of processes
+            layers += [nn.GroupNorm(8, 2 * channels), nn.LeakyReLU(0.2)]
+        super().__init__(*layers, nn.Conv2d(512, 1, 4, 1, 1))
 
 
 class AutoencoderLoss(nn.Module):
     """L1 plus twice the mean squared error, as L1 alone is slow to learn hairs and ruler ticks, plus weighted KL.
 
-    Args:
-        crop: side in pixels of random crops in training; 0: whole images.
-        perceptual_net: see `PerceptualDistance`, which is added with weight `perceptual_coef`.
-        adversarial_coef: above 0, the encoder is frozen, and the decoder is also trained against a discriminator that
-            learns along with it (hinge loss). As in latent diffusion (Rombach et al. 2022), the adversarial loss is
-            scaled so that the norm of its gradient at the decoder's last layer is this share of the other losses'.
+    Training uses random crops of `crop` pixels, 0: whole images. `PerceptualDistance` by `perceptual_net` is added with
+    weight `perceptual_coef`. With `adversarial_coef` above 0, the encoder is frozen, and the decoder is also trained
+    against a discriminator that learns along with it (hinge loss). As in latent diffusion (Rombach et al. 2022), that
+    loss is scaled so that the norm of its gradient at the decoder's last layer is this share of the other losses'.
     """
 
     def __init__(
-        self,
-        vae: AutoencoderKL,
-        kl_weight: float,
-        crop: int = 0,
-        perceptual_net: str = "",
-        perceptual_coef: float = 0.0,
-        adversarial_coef: float = 0.0,
+        self, vae: AutoencoderKL, kl_weight: float, crop=0, perceptual_net="", perceptual_coef=0.0, adversarial_coef=0.0
     ):
         super().__init__()
         self.vae, self.kl_weight, self.crop = vae, kl_weight, crop
@@ -148,10 +130,7 @@ class AutoencoderLoss(nn.Module):
 
 
 class CaptionTable(nn.Module):
-    """Table of prompt embeddings (B, L, D) by caption number (B,); number len(captions) is the empty caption.
-
-    A frozen text encoder embeds every caption once, at the start. A trained one is part of this module.
-    """
+    """Table of prompt embeddings (B, L, D) by caption number (B,), of which `empty` is the empty caption's."""
 
     def __init__(self, pipe: StableDiffusionPipeline, captions: Sequence[str], trained: bool):
         super().__init__()
@@ -171,9 +150,8 @@ class CaptionTable(nn.Module):
 class NoiseLoss(nn.Module):
     """Mean squared error of the UNet's prediction (Ho et al. 2020): the noise, or whatever the schedule predicts.
 
-    With `min_snr_gamma` > 0, samples are weighted in training mode as by Hang et al. 2023: min(snr, gamma) / snr for
-    noise prediction, / (snr + 1) for velocity, / 1 for the sample itself. Evaluation is unweighted, so that validation
-    losses of different weightings are comparable.
+    With `min_snr_gamma` > 0, samples are weighted as by Hang et al. 2023: min(snr, gamma) / snr for noise prediction,
+    / (snr + 1) for velocity, / 1 for the sample itself. Evaluation is unweighted, so that its losses are comparable.
     """
 
     def __init__(self, pipe: StableDiffusionPipeline, captions: CaptionTable, caption_dropout=0.0, min_snr_gamma=0.0):
@@ -188,17 +166,13 @@ class NoiseLoss(nn.Module):
         return self.errors(batch, draws).mean()
 
     def errors(self, batch: Sequence[torch.Tensor], draws: BatchDraws) -> torch.Tensor:
-        """Return the loss (B,) of each image.
-
-        In training mode, captions are dropped with probability `caption_dropout`, to train the unconditional model too.
-        """
+        """Return the loss (B,) of each image; captions dropped in training mode train the unconditional model."""
         mean, logvar, numbers, *weights = batch
         latents = sample_posterior(mean, logvar, draws.normal(*mean.shape[1:])) * self.scaling_factor
         noise, timesteps = draws.normal(*mean.shape[1:]), draws.integers(self.schedule.config.num_train_timesteps)
         if self.training:
             numbers = torch.where(draws.uniform() < self.caption_dropout, self.captions.empty, numbers)
-        noisy = self.schedule.add_noise(latents, noise, timesteps)
-        noisy = noisy.to(next(self.unet.parameters()).dtype)
+        noisy = self.schedule.add_noise(latents, noise, timesteps).to(next(self.unet.parameters()).dtype)
         prediction = self.unet(noisy, timesteps, self.captions(numbers), return_dict=False)[0]
         target = {"epsilon": noise, "sample": latents}.get(self.schedule.config.prediction_type)
         if target is None:
