@@ -15,22 +15,18 @@ from itertools import accumulate
 import torch
 from peft.tuners import lora
 from torch import nn
-from torch.nn import functional as F
 
 from ddpo_pytorch.generator.lora import ADAPTER
 
 
 class LinearWithLora(torch.autograd.Function):
-    """y = x W'^T + b, with gradients for x, down and up; W and b are frozen.
-
-    Shapes: x (..., in), weight (out, in), bias (out,), down (rank, in), up (out, rank), y (..., out).
-    """
+    """y = x W'^T + b of x (..., in), frozen W (out, in) and b; gradients of x, down (rank, in) and up (out, rank)."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, down, up):
         merged = torch.addmm(weight, up, down)
         ctx.save_for_backward(x, merged, down, up)
-        return F.linear(x, merged, bias)
+        return nn.functional.linear(x, merged, bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -87,19 +83,15 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         parts = zip(ctx.outputs, grad.split([len(output) for output in ctx.outputs]), strict=True)
-        gradients = ctx.pool.map(
-            lambda part: torch.autograd.grad(part[0], ctx.weights, part[1], allow_unused=True), parts
-        )
+        backward = partial(torch.autograd.grad, allow_unused=True)
+        gradients = ctx.pool.map(lambda part: backward(part[0], ctx.weights, part[1]), parts)
         sums = [None if grads[0] is None else sum(grads) for grads in zip(*gradients, strict=True)]
         ctx.outputs = None  # frees the parts' graphs
         return None, None, None, *sums
 
 
 def run_batch_on_all_cores(unet: nn.Module, threads: int) -> None:
-    """Split each batch of `unet` among `threads` threads, each of which runs PyTorch single-threaded.
-
-    Batches with fewer rows than threads, and passes under autocast, run as before.
-    """
+    """Split each batch of `unet`, unless it is smaller or under autocast, among `threads` single-threaded threads."""
     pool, forward = ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)), unet.forward
 
     def run(x, t, context, mask, first=0, return_dict=False):

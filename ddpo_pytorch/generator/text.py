@@ -2,8 +2,7 @@
 
 Stable Diffusion attends to all 77 positions of CLIP, which was trained with padding. BERT's padding means nothing, so
 its embeddings are exactly 0 there (and nowhere else), and the UNet of such a pipeline derives its attention mask from
-them (`mask_padding`): training, rollout, update and evaluation mask the same positions without passing a mask around.
-BERT's last hidden states have the width of the UNet's cross-attention (768) and need no projection.
+them (`mask_padding`). BERT's last hidden states have the width of the UNet's cross-attention (768): no projection.
 """
 
 import logging
@@ -26,19 +25,18 @@ TextEncoder = tuple[PreTrainedTokenizerBase, PreTrainedModel]
 def load_text_encoder(model: str | Path, tokens: int = TOKENS, device: str | torch.device = "cpu") -> TextEncoder:
     """Load tokenizer and frozen encoder, float32, in evaluation mode.
 
-    `model` is a folder in diffusers format (its tokenizer/ and text_encoder/) or in transformers format, or a Hugging
-    Face id; `tokens` is the length of BERT's prompts, limited by the encoder's positions. Raises UserError if there is
-    no such model, it is neither BERT nor CLIP, files are incomplete (see `load_part`), or the tokenizer does not match.
+    `model` is a folder in diffusers format (its tokenizer/ and text_encoder/) or transformers format, or a Hugging Face
+    id; `tokens` is the length of BERT's prompts, limited by its positions. Raises UserError if there is no such model,
+    it is neither BERT nor CLIP, files are incomplete (see `load_part`), or the tokenizer does not match.
     """
     folder = Path(model).expanduser()
-    model, part, tokenizer_place = str(model), "", str(model)
+    model, part = str(model), ""
     if local := folder.is_dir():
         model, part = str(folder), "text_encoder" if (folder / "text_encoder").is_dir() else ""
-        tokenizer_place = folder / "tokenizer" if part else folder
-        check_tokenizer_files(tokenizer_place)
+        check_tokenizer_files(folder / "tokenizer" if part else folder)
     try:
         encoder = load_encoder(model, part)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_place, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer" if part else model, trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:  # tokenizer.json and config.json may hold anything
@@ -67,8 +65,7 @@ def has_mask(encoder: nn.Module) -> bool:
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> torch.Tensor:
     """Return token ids (N, L) of N prompts, padded or truncated to L = `tokenizer.model_max_length`."""
-    limits = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-    return tokenizer(list(prompts), **limits, return_tensors="pt").input_ids
+    return tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def too_long(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
