@@ -4,7 +4,6 @@ Features of a vision transformer (12 layers at full size) and the [CLS] state of
 to an MLP, width + text width -> width -> width / 2 -> 1 (1536 -> 768 -> 384 -> 1), with LayerNorm, ReLU and dropout.
 """
 
-import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 
 from ddpo_pytorch.generator.text import embed, has_mask, load_text_encoder, too_long
 from ddpo_pytorch.judges.selector import Selector, load_selector
-from ddpo_pytorch.judges.vit import Judge, VisionSizes, build, read_judge, save_judge
+from ddpo_pytorch.judges.vit import Judge, VisionSizes, build, mlp, read_judge, save_judge
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint
 
@@ -26,9 +25,8 @@ DESCRIPTION = {"sizes": dict, "text": {"name": str, "tokens": range(2, 2**16), "
 class TextFeatures:
     """Frozen text encoder that maps prompts to [CLS] states (N, D), cached by prompt.
 
-    Prompts are encoded one by one, since in a batch the last bits depend on the other prompts. Prompts of more than
-    `tokens` tokens are truncated, with a warning. Raises UserError for encoders other than BERT: CLIP's attention is
-    causal, so its first state is the same for every prompt.
+    Prompts are encoded one by one, since in a batch the last bits depend on the other prompts. Long ones are truncated,
+    with a warning. Raises UserError for CLIP: its attention is causal, so its first state is equal for all prompts.
     """
 
     def __init__(self, model: str | Path, tokens: int = 256, device: str | torch.device = "cpu"):
@@ -52,8 +50,8 @@ class TextFeatures:
 class Policy(Judge):
     """Map images and their prompts' features to one logit each.
 
-    `text` is not a submodule: its weights are neither trained nor saved. `fit_text` determines how its features are
-    centred and scaled, since [CLS] states of similar captions differ little.
+    `text` is no submodule: it is neither trained nor saved. Its features are centred and scaled by `fit_text`, since
+    [CLS] states of similar captions differ little.
     """
 
     def __init__(self, sizes: VisionSizes, text: TextFeatures):
@@ -61,11 +59,8 @@ class Policy(Judge):
         self.text = text
         self.register_buffer("text_mean", torch.zeros(text.width))
         self.register_buffer("text_scale", torch.ones(()))
-        layers, width = [], self.features + text.width
-        for inner in (sizes.width, sizes.width // 2):
-            layers += [nn.Linear(width, inner), nn.LayerNorm(inner), nn.ReLU(), nn.Dropout(sizes.dropout)]
-            width = inner
-        self.head = nn.Sequential(*layers, nn.Linear(width, 1))
+        widths = self.features + text.width, sizes.width, sizes.width // 2, 1
+        self.head = mlp(widths, nn.ReLU, sizes.dropout, norm=nn.LayerNorm)
 
     def forward(self, pixels: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         """Map preprocessed images and their prompts' features (B, D) to logits (B,)."""
@@ -89,23 +84,18 @@ class Policy(Judge):
 def save_policy(policy: Policy, path: str | Path) -> None:
     """Write all but the text encoder as safetensors, atomically; the encoder's name and fingerprint are metadata."""
     text = {name: getattr(policy.text, name) for name in ("name", "tokens", "fingerprint")}
-    description = {"sizes": dataclasses.asdict(policy.sizes), "text": text, "origin": policy.origin}
+    description = {"sizes": vars(policy.sizes), "text": text, "origin": policy.origin}
     save_judge(path, "policy", policy, description)
 
 
 def load_policy_judge(path: str | Path, device: str | torch.device = "cpu", text_encoder: str | Path = "") -> Policy:
-    """Load a Policy, frozen and in eval mode; `text_encoder` overrides the encoder's location in the file.
-
-    Raises UserError for a missing or invalid file, and for another text encoder than the one in training.
-    """
+    """Load a Policy, frozen, in eval mode; `text_encoder` overrides its encoder's location. Raises UserError."""
     description, weights = read_judge(path, "policy", DESCRIPTION)
     trained = description["text"]
     text = TextFeatures(text_encoder or trained["name"], trained["tokens"], device)
     if text.fingerprint != trained["fingerprint"]:
-        raise UserError(
-            f"{str(path)!r} was trained with the text encoder {trained['name']!r} (fingerprint "
-            f"{trained['fingerprint']}), but {text.name!r} is another one ({text.fingerprint}): give the original"
-        )
+        problem = f"{text.name!r} has fingerprint {text.fingerprint}, not {trained['fingerprint']}; give the original"
+        raise UserError(f"{str(path)!r} was trained with the text encoder {trained['name']!r}, but {problem}")
     policy = build(lambda: Policy(description["sizes"], text), weights, path)
     policy.origin = description.get("origin", {})
     return policy.to(device)

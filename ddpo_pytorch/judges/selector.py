@@ -4,7 +4,6 @@ Vision transformer (patch 16, width 768, 6 layers, 12 heads at full size), then 
 rated criteria of quality, such as the clarity of the optic disc, the last layer has one more output for each.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,38 +11,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpo_pytorch.judges.vit import Judge, VisionSizes, build, read_judge, save_judge
+from ddpo_pytorch.judges.vit import Judge, VisionSizes, build, mlp, read_judge, save_judge
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.json_files import OneOf
 
 HEAD = (256, 64)
 MLP_RATIO = 8 / 3  # of its blocks: 2048 at width 768
-DESCRIPTION = {
-    "sizes": dict,
-    "threshold?": OneOf((float, None)),
-    "calibration?": dict,
-    "origin?": dict,
-    "criteria?": [str],
-}
+DESCRIPTION = {"sizes": dict, "threshold?": OneOf((float, None)), "criteria?": [str]}
+DESCRIPTION |= {"calibration?": dict, "origin?": dict}
 
 
 class Selector(Judge):
-    """Map each image to a logit of its quality, and one for each of `criteria`.
-
-    `threshold` is the lowest score that passes, None before calibration; `calibration` describes how it was chosen
-    (plain values, for human readers).
-    """
+    """Map images to logits of quality and `criteria`; `threshold` is the least score to pass, None if uncalibrated."""
 
     def __init__(self, sizes: VisionSizes, criteria: Sequence[str] = ()):
         super().__init__(sizes)
         self.criteria = tuple(criteria)
         self.threshold: float | None = None
         self.calibration: Mapping[str, Any] = {}
-        layers, width = [], self.features
-        for inner in HEAD:
-            layers += [nn.Linear(width, inner), nn.GELU(), nn.Dropout(sizes.dropout)]
-            width = inner
-        self.head = nn.Sequential(*layers, nn.Linear(width, 1 + len(self.criteria)))
+        self.head = mlp((self.features, *HEAD, 1 + len(self.criteria)), nn.GELU, sizes.dropout)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Map preprocessed images to logits (B,), or with K criteria (B, 1 + K), quality first."""
@@ -67,7 +53,7 @@ class Selector(Judge):
 def save_selector(selector: Selector, path: str | Path) -> None:
     """Write safetensors with sizes, threshold, calibration and origin in the metadata, atomically."""
     description = {name: getattr(selector, name) for name in ("threshold", "calibration", "origin", "criteria")}
-    save_judge(path, "selector", selector, description | {"sizes": dataclasses.asdict(selector.sizes)})
+    save_judge(path, "selector", selector, description | {"sizes": vars(selector.sizes)})
 
 
 def load_selector(path: str | Path, device: str | torch.device = "cpu") -> Selector:

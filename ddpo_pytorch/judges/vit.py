@@ -2,7 +2,7 @@
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torchvision.transforms.functional as tvf
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torchvision.ops import MLP
 
 from ddpo_pytorch.data.images import LARGEST_SIDE
 from ddpo_pytorch.generator.parts import check_fit
@@ -23,16 +24,10 @@ from ddpo_pytorch.utils.settings import BELOW_ONE, Range, check_choices, check_r
 from ddpo_pytorch.utils.weights import read_safetensors
 
 STEMS = ("linear", "conv")
-RANGES = {  # upper limits, so that a malicious file cannot request a huge network
-    "image_size": Range(f"[1, {LARGEST_SIDE}]", whole=True),
-    "patch_size": Range("[1, 1024]", whole=True),
-    "width": Range("[1, 8192]", whole=True),
-    "layers": Range("[1, 96]", whole=True),
-    "heads": Range("[1, 512]", whole=True),
-    "dropout": BELOW_ONE,
-    "mlp_ratio": Range("(0, 16]"),
-}
-MIN_CHANNELS = 24  # of the stem's convolutions
+# upper limits, so that a malicious file cannot request a huge network
+LARGEST = {"image_size": LARGEST_SIDE, "patch_size": 1024, "width": 8192, "layers": 96, "heads": 512}
+RANGES = {name: Range(f"[1, {size}]", whole=True) for name, size in LARGEST.items()}
+RANGES |= {"dropout": BELOW_ONE, "mlp_ratio": Range("(0, 16]")}
 
 
 @dataclass(frozen=True)
@@ -41,9 +36,8 @@ class VisionSizes:
 
     `stem` turns patches into tokens: "linear" is one projection; "conv" is `conv_stem` (after Xiao et al. 2021), which
     learns to see blur and noise from few images. `width` is the size of a token, split among `heads`; `dropout` follows
-    positions, attention and both layers of each MLP, whose hidden width is `mlp_ratio` x width.
-
-    With a `backbone` (a timm model), the encoder uses only image_size; heads use `dropout`, the Policy's also `width`.
+    positions, attention and both layers of each MLP, whose hidden width is `mlp_ratio` x width. With a `backbone` (a
+    timm model), the encoder uses only image_size; heads use `dropout`, the Policy's also `width`.
     """
 
     image_size: int = 512
@@ -89,15 +83,19 @@ class Judge(nn.Module):
             network = timm_network(sizes.backbone, sizes.image_size, num_classes=0)
             network.to(memory_format=torch.channels_last)  # faster on a CPU, as in judges.classifier
         else:
-            network = vision_transformer(sizes)
+            shape = dict(img_size=sizes.image_size, patch_size=sizes.patch_size, embed_dim=sizes.width)
+            shape |= dict(depth=sizes.layers, num_heads=sizes.heads, mlp_ratio=sizes.mlp_ratio)
+            rates = dict.fromkeys(("pos_drop_rate", "proj_drop_rate", "attn_drop_rate"), sizes.dropout)
+            pool = "avg" if sizes.stem == "conv" else "token"
+            network = VisionTransformer(num_classes=0, global_pool=pool, fc_norm=False, **shape, **rates)
+            if sizes.stem == "conv":
+                network.patch_embed.proj = conv_stem(sizes.patch_size, sizes.width)
         self.features: int = getattr(network, "head_hidden_size", None) or network.num_features
         self.encoder = nn.Sequential(OrderedDict(vit=network))
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
-        """Resize images (B, 3, H, W) in [0, 1] and map them to [-1, 1]: (B, 3, S, S), float32; input unchanged.
-
-        Contrast is not normalised per image, because colour and exposure are signs of quality.
-        """
+        """Resize images (B, 3, H, W) in [0, 1] and map them to [-1, 1]: (B, 3, S, S), float32; input unchanged."""
+        # no contrast normalisation per image, because colour and exposure are signs of quality
         return resized(images.float(), self.sizes.image_size) * 2 - 1
 
     @torch.no_grad()
@@ -118,30 +116,14 @@ def timm_network(arch: str, image_size: int, **options: Any) -> nn.Module:
     return timm.create_model(arch, **options, **fixed)
 
 
-def vision_transformer(sizes: VisionSizes) -> VisionTransformer:
-    """Return a vision transformer of these sizes with random weights."""
-    vit = VisionTransformer(
-        img_size=sizes.image_size,
-        patch_size=sizes.patch_size,
-        num_classes=0,
-        global_pool="avg" if sizes.stem == "conv" else "token",
-        fc_norm=False,
-        embed_dim=sizes.width,
-        depth=sizes.layers,
-        num_heads=sizes.heads,
-        mlp_ratio=sizes.mlp_ratio,
-        **dict.fromkeys(("pos_drop_rate", "proj_drop_rate", "attn_drop_rate"), sizes.dropout),
-    )
-    if sizes.stem == "conv":
-        vit.patch_embed.proj = conv_stem(sizes.patch_size, sizes.width)
-    return vit
+def mlp(widths: Sequence[int], activation: Callable, dropout: float, norm: Callable | None = None) -> nn.Sequential:
+    """Return linear layers from widths[0] to widths[-1] with norm, activation and dropout between them."""
+    layers = MLP(widths[0], widths[1:], norm, activation, dropout=dropout)
+    return nn.Sequential(*list(layers)[:-1])  # no dropout after the last layer
 
 
 class Detail(nn.Module):
-    """Append to images (B, 3, H, W) their difference from the mean of 3 x 3 pixels, times 8: (B, 6, H, W).
-
-    This detail shows blur, noise and missing vessels, but is small compared to differences in colour.
-    """
+    """Append 8 times the difference from the mean of 3 x 3 pixels, which shows blur: (B, 3, H, W) to (B, 6, H, W)."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         smooth = nn.functional.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
@@ -149,23 +131,17 @@ class Detail(nn.Module):
 
 
 def conv_stem(patch_size: int, width: int) -> nn.Sequential:
-    """Return a network that maps images (B, 3, S, S) to tokens (B, width, S / patch_size, S / patch_size).
-
-    `Detail`, then log2(patch_size) 3 x 3 convolutions of stride 2 with batch norm, and a projection.
-    """
+    """Return `Detail`, log2(patch_size) convolutions, a projection: (B, 3, S, S) to (B, width, S / patch_size, ...)."""
     channels, layers = 6, [Detail()]
     for halvings_left in reversed(range(patch_size.bit_length() - 1)):
-        out_channels = max(width >> halvings_left, MIN_CHANNELS)
+        out_channels = max(width >> halvings_left, 24)
         layers += [nn.Conv2d(channels, out_channels, 3, 2, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()]
         channels = out_channels
     return nn.Sequential(*layers, nn.Conv2d(channels, width, 1))
 
 
 def resized(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize float images (B, 3, H, W) to size x size pixels, bilinear and antialiased.
-
-    Training and scoring share this filter, since another one would change sharpness, which affects scores.
-    """
+    """Resize float images (B, 3, H, W) to size x size pixels, bilinear and antialiased, for training and scoring."""
     if images.shape[-2:] == (size, size):
         return images
     return tvf.resize(images, [size, size], antialias=True).clamp(0, 1)
@@ -179,10 +155,7 @@ def save_judge(path: str | Path, kind: str, module: nn.Module, description: Mapp
 
 
 def read_judge(path: str | Path, kind: str, shape: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return description and weights that `save_judge` wrote, with "sizes" as a VisionSizes.
-
-    Raises UserError for a missing file, another kind, impossible sizes, and an invalid description.
-    """
+    """Return description, with "sizes" as a VisionSizes, and weights that `save_judge` wrote. Raises UserError."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{kind} {str(path)!r} does not exist; train one with scripts/train_rlhf.py")
@@ -199,13 +172,9 @@ def read_judge(path: str | Path, kind: str, shape: Mapping[str, Any]) -> tuple[d
 
 
 def build(make: Callable[[], nn.Module], weights: Mapping[str, torch.Tensor], path: str | Path) -> nn.Module:
-    """Return the module that `make` builds, with `weights` loaded, frozen and in eval mode.
-
-    Names and shapes are compared before any memory is allocated, since a file may describe a network that is too large.
-    Raises UserError if they differ from the module's.
-    """
+    """Return the module of `make` with `weights`, frozen and in eval mode. Raises UserError if they do not fit."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"):  # allocates no memory: a file may describe a huge network
             expected = make().state_dict()
     except Exception as error:  # timm raises many kinds of errors for invalid descriptions
         raise UserError(f"{str(path)!r} describes a network that cannot be built ({one_line(error, 300)})") from error
