@@ -1,9 +1,9 @@
 """The attribute classifier: EfficientNet with one logit per attribute, its preprocessing and its files.
 
 H = 6 heads (`LABELS`) give the reward; an independent model with H = 4 heads (the artifacts) judges the outcome (APR).
-The paper's backbone is EfficientNet-B0 at 512 px; smaller timm models suit smaller images. timm and torchvision name
-its tensors differently, and the published classifiers use torchvision's names. In eval mode both return the same
-logits; in training, torchvision's drops whole residual branches (stochastic depth up to 0.2).
+The paper's backbone is EfficientNet-B0 at 512 px; smaller timm models suit smaller images. The published classifiers
+have torchvision's names of tensors, not timm's. Both return the same logits in eval mode; in training, torchvision's
+drops whole residual branches (stochastic depth up to 0.2).
 """
 
 import logging
@@ -15,6 +15,7 @@ from pickle import UnpicklingError
 import timm
 import torch
 import torchvision.transforms.functional as tvf
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
 
@@ -29,10 +30,8 @@ from ddpo_pytorch.utils.published import resolve
 from ddpo_pytorch.utils.weights import read_tensors
 
 logger = logging.getLogger(__name__)
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 DROPOUT = 0.3
-KIND = "artifact_classifier"
+KIND, FIELDS = "artifact_classifier", ("labels", "image_size", "arch", "thresholds")  # of a file's metadata
 # the published checkpoints: torchvision's EfficientNet-B0 with Sequential(Dropout, Linear) as classifier
 PUBLISHED_ARCH = "torchvision/efficientnet_b0"
 TIMM_ARCH = "efficientnet_b0"
@@ -45,9 +44,8 @@ DESCRIPTION |= {"thresholds?": OneOf(({str: float}, None))}
 class ArtifactClassifier(nn.Module):
     """Backbone, dropout 0.3 and a linear layer to len(labels) logits; sigmoid(logit) > 0.5 means present.
 
-    `arch` is a timm model name, or "torchvision/efficientnet_b0" for the published checkpoints. `thresholds` by label,
-    0.5 by default, are saved with the model for reports; `predict`, and thus rewards and metrics, always uses 0.5.
-    Raises UserError for an unknown architecture, repeated labels, or thresholds of other labels.
+    `arch` is a timm model name, or "torchvision/efficientnet_b0" for the published checkpoints. `thresholds` by label
+    are saved for reports; `predict`, and thus rewards and metrics, always uses 0.5. Raises UserError for bad values.
     """
 
     def __init__(
@@ -77,7 +75,7 @@ class ArtifactClassifier(nn.Module):
             self.model = timm_network(arch, self.image_size, **settings)
         else:
             raise UserError(f"classifier architecture {arch!r} is unknown to timm; try efficientnet_b0 or tinynet_e")
-        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+        for name, values in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.to(memory_format=torch.channels_last)  # a training step on a CPU takes 30 % less time, with equal logits
 
@@ -106,41 +104,32 @@ class ArtifactClassifier(nn.Module):
         """Map images in [0, 1] to pooled features before the head (B, F)."""
         pixels = self.preprocess(images.to(next(self.parameters()).device))
         if self.arch == PUBLISHED_ARCH:
-            return torch.flatten(self.model.avgpool(self.model.features(pixels)), 1)
+            return self.model.avgpool(self.model.features(pixels)).flatten(1)
         return self.model.forward_head(self.model.forward_features(pixels), pre_logits=True)
 
 
 def save_classifier(model: ArtifactClassifier, path: str | Path) -> None:
     """Write safetensors with labels, image_size, arch and thresholds in the metadata, atomically."""
-    names = ("labels", "image_size", "arch", "thresholds")
-    save_judge(path, KIND, model, {name: getattr(model, name) for name in names})
+    save_judge(path, KIND, model, {name: getattr(model, name) for name in FIELDS})
 
 
 def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> ArtifactClassifier:
     """Load one of our safetensors files or a published .pth, frozen and in eval mode. Raises UserError."""
     path = resolve(path)
     if not path.is_file():
-        raise UserError(
-            f"classifier {str(path)!r} does not exist; train one with scripts/train_isic_classifier.py or fetch the "
-            "published files (docs/data.md, 'Published files')"
-        )
+        advice = "train one with scripts/train_isic_classifier.py or fetch the published files (docs/data.md)"
+        raise UserError(f"classifier {str(path)!r} does not exist; {advice}")
     if path.suffix == ".safetensors":
         description, state = read_judge(path, KIND, DESCRIPTION)
-        labels, size, arch = (description[name] for name in ("labels", "image_size", "arch"))
-        make = partial(ArtifactClassifier, tuple(labels), size, arch, thresholds=description.get("thresholds"))
+        make = partial(ArtifactClassifier, **{name: description.get(name) for name in FIELDS})
     else:
         state, _ = read_tensors(path)
         head = state.get("model.classifier.1.weight")
         if head is None or head.ndim != 2 or len(head) not in (4, 6):
-            raise UserError(
-                f"{str(path)!r} is not a published classifier: expected a dict with model_state_dict, names of "
-                "torchvision's EfficientNet-B0 under 'model.', and a head of 4 or 6 rows; give another file"
-            )
+            known = "a model_state_dict of torchvision's EfficientNet-B0 under 'model.', with a head of 4 or 6 rows"
+            raise UserError(f"{str(path)!r} is not a published classifier ({known}); give another file")
         make = partial(ArtifactClassifier, LABELS[: len(head)], PUBLISHED_SIZE, PUBLISHED_ARCH)
     return build(make, state, path).to(device)
-
-
-###### Initial weights, and the published form ######
 
 
 @cache
@@ -152,10 +141,7 @@ def torchvision_names() -> dict[str, str]:
 
 
 def new_classifier(labels: tuple[str, ...], image_size: int, arch: str, weights: str) -> ArtifactClassifier:
-    """Return a classifier with a random head and a backbone of `weights`: "imagenet", "none" or the path of a file.
-
-    Raises UserError as `load_backbone` does, and if the ImageNet weights are neither cached nor reachable.
-    """
+    """Return a classifier with random head and backbone of `weights`: imagenet, none or a path. Raises UserError."""
     if weights not in ("imagenet", "none") and not resolve(weights).is_file():
         raise UserError(f"weights are {weights!r}; allowed are imagenet, none and the path of a file")
     try:
@@ -163,23 +149,18 @@ def new_classifier(labels: tuple[str, ...], image_size: int, arch: str, weights:
     except (OSError, RuntimeError, UnpicklingError) as error:
         paper = arch.split(".")[0] in (TIMM_ARCH, PUBLISHED_ARCH)
         source = f"torchvision's {TORCHVISION_FILE}" if paper else timm.get_pretrained_cfg(arch).hf_hub_id
-        raise UserError(
-            f"ImageNet weights of {arch!r} cannot be loaded ({type(error).__name__}); give --weights=none for random "
-            f"ones, or --weights=PATH of {source}, downloaded on a machine with internet access"
-        ) from error
+        advice = f"give --weights=none for random ones, or --weights=PATH of {source}, downloaded on another machine"
+        raise UserError(f"ImageNet weights of {arch!r} cannot be loaded ({type(error).__name__}); {advice}") from error
     if weights not in ("imagenet", "none"):
         load_backbone(model, weights)
     return model
 
 
 def load_backbone(model: ArtifactClassifier, path: str | Path) -> None:
-    """Load all weights but the head's from a file: timm's, torchvision's, or a classifier of this project.
-
-    Raises UserError for a file that does not fit the architecture, and as `read_tensors` does.
-    """
+    """Load all but the head from a file: timm's, torchvision's, or a classifier of this project. Raises UserError."""
     path = resolve(path)
     state, _ = read_tensors(path)
-    if state and all(name.startswith("model.") for name in state):  # a classifier of ours, or a published one
+    if all(name.startswith("model.") for name in state):  # a classifier of ours, or a published one
         state = {name.removeprefix("model."): value for name, value in state.items()}
     from_torchvision = "features.0.0.weight" in state
     if from_torchvision != (model.arch == PUBLISHED_ARCH):
@@ -189,12 +170,10 @@ def load_backbone(model: ArtifactClassifier, path: str | Path) -> None:
     names = "classifier" if model.arch == PUBLISHED_ARCH else model.model.pretrained_cfg["classifier"]
     head = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
     backbone = {name: value for name, value in state.items() if not name.startswith(head)}
+    own = {name: value for name, value in model.model.state_dict().items() if not name.startswith(head)}
     # older files lack batch norm's num_batches_tracked, which nothing here uses
-    expected = {
-        name: value
-        for name, value in model.model.state_dict().items()
-        if not name.startswith(head) and (name in backbone or not name.endswith("num_batches_tracked"))
-    }
+    optional = {name for name in own if name.endswith("num_batches_tracked")} - backbone.keys()
+    expected = {name: value for name, value in own.items() if name not in optional}
     check_fit(backbone, expected, path, f"give another file, or another --arch than {model.arch}")
     model.model.load_state_dict(backbone, strict=False)
     source = "torchvision's" if from_torchvision else "timm's"
@@ -204,10 +183,8 @@ def load_backbone(model: ArtifactClassifier, path: str | Path) -> None:
 def check_publishable(model: ArtifactClassifier) -> None:
     """Raise UserError unless the published format fits the model: EfficientNet-B0 with heads for 4 or 6 `LABELS`."""
     if model.arch.split(".")[0] != TIMM_ARCH and model.arch != PUBLISHED_ARCH:
-        raise UserError(
-            f"--arch is {model.arch!r}, but a published file holds EfficientNet-B0; give --arch={TIMM_ARCH} or leave "
-            "out --save_published"
-        )
+        advice = f"give --arch={TIMM_ARCH} or leave out --save_published"
+        raise UserError(f"--arch is {model.arch!r}, but a published file holds EfficientNet-B0; {advice}")
     if model.labels not in (LABELS[:4], LABELS):
         raise UserError(f"labels are {model.labels}; a published file has heads for {LABELS[:4]} or {LABELS}")
 
@@ -217,16 +194,12 @@ def save_published(
 ) -> None:
     """Write the model in the published format, atomically. Raises UserError as `check_publishable` does.
 
-    The format has torchvision's names under "model." and the state of a new AdamW, but neither image size nor
-    thresholds: `load_classifier` assumes 512 pixels and 0.5.
+    It has torchvision's names under "model." and a new AdamW's state; `load_classifier` assumes 512 pixels and 0.5.
     """
     check_publishable(model)
-    state = {name: value.detach().cpu() for name, value in model.model.state_dict().items()}
-    if model.arch != PUBLISHED_ARCH:
-        state = {torchvision_names()[name]: value for name, value in state.items()}
+    names = {} if model.arch == PUBLISHED_ARCH else torchvision_names()
+    state = {f"model.{names.get(name, name)}": value.cpu() for name, value in model.model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4).state_dict()
-    state = {f"model.{name}": value for name, value in state.items()}
-    payload = {"epoch": epoch, "model_state_dict": state, "optimizer_state_dict": optimizer, "val_loss": val_loss}
-    payload["val_accuracy"] = val_accuracy
+    payload = {"epoch": epoch, "model_state_dict": state, "optimizer_state_dict": optimizer}
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        torch.save(payload, file)
+        torch.save(payload | {"val_loss": val_loss, "val_accuracy": val_accuracy}, file)
