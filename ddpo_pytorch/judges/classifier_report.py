@@ -1,7 +1,4 @@
-"""Performance of a classifier on a labelled split: ranking, decisions and calibration, with intervals.
-
-Written as CSV and JSON (one row per attribute, then one per combination of labels) and as two figures.
-"""
+"""Performance of a classifier on a labelled split: ranking, decisions and calibration, with intervals and figures."""
 
 import logging
 import warnings
@@ -35,9 +32,8 @@ class Report:
     """Measures of logits (N, H) against labels (N, H) of 0 and 1; `rows` lists attributes first, then combinations.
 
     An attribute is predicted as present where sigmoid(logit) > its threshold, by default 0.5. Its row has support
-    (images with the attribute), threshold, tp, fp, fn, tn, and MEASURES: AUC, in which ties count one half; average
-    precision without interpolation; precision, recall, F1, accuracy and specificity at the threshold; prevalence; and
-    the expected calibration error over 15 bins of sigmoid(logit) of equal width (`calibration_error`).
+    (images with the attribute), threshold, tp, fp, fn, tn, and MEASURES at the threshold; in AUC, ties count one half,
+    average precision is not interpolated, and ece is the `calibration_error` over 15 bins of equal width.
 
     `<measure>_low` and `_high` are the 2.5 % and 97.5 % quantiles over `resamples` bootstrap samples of whole images
     drawn with `seed`; samples in which a measure is undefined are ignored. Each occurring combination of labels ("only
@@ -60,29 +56,24 @@ class Report:
         self.probabilities, images = expit(scores), len(scores)
         point = measure(scores, self.truth, np.ones((1, images)), limits)
         chunks = [measure(scores, self.truth, weights, limits) for weights in resampled(images, resamples, seed)]
+        drawn = {key: np.concatenate([chunk[key] for chunk in chunks]) for key in MEASURES}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a measure that is undefined in every resample
-            ranges = {
-                key: np.nanquantile(np.concatenate([chunk[key] for chunk in chunks]), [0.025, 0.975], axis=0)
-                for key in MEASURES
-            }
+            ranges = {key: np.nanquantile(values, [0.025, 0.975], axis=0) for key, values in drawn.items()}
         self.attributes = []
         for index, name in enumerate(self.names):
-            row = {"what": name, "support": 0, "threshold": float(limits[index])}
-            row |= {key: int(point[key][0, index]) for key in COUNTS}
-            row["support"] = row["tp"] + row["fn"]
+            counts = {key: int(point[key][0, index]) for key in COUNTS}
+            row = {"what": name, "support": counts["tp"] + counts["fn"], "threshold": float(limits[index])} | counts
             for key, columns in WITH_INTERVAL.items():
                 values = (point[key][0, index], *ranges[key][:, index])
                 row |= {c: None if np.isnan(v) else float(v) for c, v in zip(columns, values, strict=True)}
             self.attributes.append(row)
         table = pd.DataFrame(self.truth, columns=self.names)
         table["exact"] = ((self.probabilities > limits) == self.truth).all(1)
-        self.combinations = [
-            dict.fromkeys(COLUMNS)
-            | {"what": f"only {'+'.join(compress(names, present)) or 'none'}", "support": len(exact)}
-            | {"recall": float(exact.mean())}
-            for present, exact in table.groupby(list(self.names))["exact"]
-        ]
+        self.combinations = []
+        for present, exact in table.groupby(list(self.names))["exact"]:
+            row = {"what": f"only {'+'.join(compress(names, present)) or 'none'}", "support": len(exact)}
+            self.combinations.append(dict.fromkeys(COLUMNS) | row | {"recall": float(exact.mean())})
         self.rows = self.attributes + self.combinations
 
     def table(self) -> str:
@@ -114,10 +105,7 @@ class Report:
 
 
 def reliability_figure(probabilities: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> Figure:
-    """Plot each attribute's observed frequency over the mean predicted probability (N, H) in 15 bins of equal width.
-
-    Calibrated probabilities lie on the dashed diagonal. The area of a point grows with the images in its bin.
-    """
+    """Plot observed frequencies over mean probabilities (N, H) of 15 bins, by attribute; area grows with images."""
     columns = 2 if len(names) == 4 else min(3, len(names))
     rows = -(-len(names) // columns)
     figure = Figure((columns * 3.6, rows * 3.6), dpi=120, layout="constrained")
@@ -139,8 +127,7 @@ def resampled(images: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     for start in range(0, resamples, _CHUNK):
         count = min(_CHUNK, resamples - start)
         drawn = rng.integers(images, size=(count, images)) + images * np.arange(count)[:, None]
-        weights = np.bincount(drawn.ravel(), minlength=count * images).reshape(count, images)
-        yield weights.astype(np.float64)
+        yield np.bincount(drawn.ravel(), minlength=count * images).reshape(count, images).astype(np.float64)
 
 
 def measure(
@@ -154,23 +141,20 @@ def measure(
     probabilities = expit(logits)
     predicted = probabilities > thresholds
     total = weights.sum(1, keepdims=True).repeat(truth.shape[1], 1)
-    tp, fp, fn, tn = (
-        weights @ chosen.astype(np.float64)
-        for chosen in (truth & predicted, ~truth & predicted, truth & ~predicted, ~truth & ~predicted)
-    )
+    outcomes = truth & predicted, ~truth & predicted, truth & ~predicted, ~truth & ~predicted
+    tp, fp, fn, tn = (weights @ chosen.astype(np.float64) for chosen in outcomes)
     rankings = [ranking(weights, *columns) for columns in zip(logits.T, truth.T, strict=True)]
     gaps = [calibration_error(weights, *columns, BINS) for columns in zip(probabilities.T, truth.T, strict=True)]
+    auc, average_precision = np.stack(rankings, 2)
     return dict(
         tp=tp, fp=fp, fn=fn, tn=tn,
         prevalence=_quotient(tp + fn, total),
-        auc=np.stack([auc for auc, _ in rankings], 1),
-        average_precision=np.stack([precision for _, precision in rankings], 1),
+        auc=auc, average_precision=average_precision, ece=np.stack(gaps, 1),
         precision=_quotient(tp, tp + fp),
         recall=_quotient(tp, tp + fn),
         f1=_quotient(2 * tp, 2 * tp + fp + fn),
         accuracy=_quotient(tp + tn, total),
         specificity=_quotient(tn, tn + fp),
-        ece=np.stack(gaps, 1),
     )  # fmt: skip
 
 

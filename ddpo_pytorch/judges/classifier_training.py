@@ -1,8 +1,7 @@
 """Training of the attribute classifier, bit-exact on resume, and its logits for a whole set of images.
 
-Order, flips and dropout of an epoch are functions of (seed, epoch, process), so a resumed run ends with the same
-weights as an uninterrupted one. Batch-norm statistics are per process, as usual; the main process's are validated and
-saved.
+Order, flips and dropout of an epoch are functions of (seed, epoch, process). Batch-norm statistics are per process, as
+usual; the main process's are validated and saved.
 """
 
 import dataclasses
@@ -88,10 +87,7 @@ def define_flags() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class FitState:
-    """An epoch (counted from 0): its weights, and logits and labels (N, H) of the validation images.
-
-    If half of the training images are changed, all validation images come twice: as they are, then changed.
-    """
+    """An epoch (from 0): its weights, and logits and labels (N, H) of validation images, as they are, then changed."""
 
     epoch: int
     val_loss: float
@@ -107,9 +103,9 @@ class FitState:
 
 def format_aucs(names: Sequence[str], logits: torch.Tensor, labels: torch.Tensor) -> str:
     """Return "name AUC" of every attribute for the log, from (N, H); nan where one class is absent."""
-    ones, columns = np.ones((1, len(labels))), (logits.double().numpy().T, labels.numpy().T > 0)
-    aucs = [ranking(ones, *column)[0].item() for column in zip(*columns, strict=True)]
-    return " ".join(f"{name} {auc:.3f}" for name, auc in zip(names, aucs, strict=True))
+    columns = zip(names, logits.double().numpy().T, labels.numpy().T > 0, strict=True)
+    ones = np.ones((1, len(labels)))
+    return " ".join(f"{name} {ranking(ones, scores, truth)[0].item():.3f}" for name, scores, truth in columns)
 
 
 def fit(
@@ -131,10 +127,9 @@ def fit(
     attribute) and `focal_gamma` also apply to the validation loss. `state_path` is written after each epoch, loaded if
     it exists, and removed at the end. `on_best` is called on every process for each better epoch while the model has
     its weights, and again after resuming, since files it wrote may have been lost. `epoch_images` is the number of
-    images per epoch, by default all of them, so that runs on sets of different sizes can take the same number of
-    steps. `change` transforms half of each batch, uint8 images in random order, and the validation loss is then the
-    mean over images as they are and changed; `change_name` identifies it when resuming. All objects prepared by the
-    accelerator are released.
+    images per epoch, by default all; runs on sets of different sizes can thus take the same number of steps. `change`
+    transforms half of each batch, uint8 images in random order, and the validation loss is then the mean over images
+    as they are and changed; `change_name` identifies it when resuming. Releases all that the accelerator prepared.
 
     Raises UserError for a damaged state or another run's, too few images, and a loss that was never finite.
     """
@@ -143,10 +138,8 @@ def fit(
     if drawn < processes:
         raise UserError(f"{drawn} training images per epoch are too few for {processes} processes; start fewer")
     seen = (None, change) if change else (None,)
-    targets, pos_weight = val.targets.float().repeat(len(seen), 1), None
-    if recipe.pos_weight:
-        positives = (train.targets > 0).sum(0)
-        pos_weight = (len(train) - positives) / positives  # (H,)
+    targets, positives = val.targets.float().repeat(len(seen), 1), (train.targets > 0).sum(0)
+    pos_weight = (len(train) - positives) / positives if recipe.pos_weight else None  # (H,)
     loss_of = partial(attribute_loss, pos_weight=pos_weight, focal_gamma=recipe.focal_gamma)
     fused = device.type == "cuda" or None  # with fp16, other implementations wait for the GPU at each step
     optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=WEIGHT_DECAY, fused=fused)
@@ -158,19 +151,12 @@ def fit(
     evaluated = ema.module if ema else model
     network, optimizer = accelerator.prepare(model, optimizer)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema and ema.module}
-    settings = {name: value for name, value in vars(recipe).items() if name != "num_workers"} | {
-        "labels": model.labels,
-        "arch": model.arch,
-        "image_size": model.image_size,
-        "mixed_precision": accelerator.mixed_precision,
-        "processes": processes,
-        "initial weights": fingerprint(model),
-        # a cache is identified by the files behind it
-        "training images": getattr(train, "files", train).digest(),
-        "validation images": getattr(val, "files", val).digest(),
-        "epoch_images": drawn,
-        "change": change_name,
-    }
+    settings = {name: value for name, value in vars(recipe).items() if name != "num_workers"}
+    settings |= {name: getattr(model, name) for name in ("labels", "arch", "image_size")}
+    settings |= {"mixed_precision": accelerator.mixed_precision, "processes": processes, "change": change_name}
+    settings |= {"initial weights": fingerprint(model), "epoch_images": drawn}
+    for name, images in (("training images", train), ("validation images", val)):
+        settings[name] = getattr(images, "files", images).digest()  # a cache is identified by the files behind it
     state = TrainState(state_path, settings, scaler=accelerator.scaler, **parts)
     batches = EpochBatches(len(train), drawn, recipe.batch_size, recipe.seed, rank, processes)
     loader = image_loader(train, batches, recipe.num_workers)
@@ -260,8 +246,7 @@ def attribute_loss(
 ) -> torch.Tensor:
     """Return the mean over (N, H) of (1 - p)^focal_gamma w BCE(logit, label), p the probability of the true label.
 
-    w is `pos_weight` (H,) where the label is 1, else 1; it takes the place of alpha in the focal loss of Lin et al.
-    (2017).
+    w is `pos_weight` (H,) where the label is 1, else 1; it replaces alpha in the focal loss of Lin et al. (2017).
     """
     weight = None if pos_weight is None else pos_weight.to(logits.device)
     losses = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=weight, reduction="none")
@@ -296,10 +281,7 @@ class EpochBatches:
 
 
 def random_flips(images: torch.Tensor, quarter_turns: bool = False) -> torch.Tensor:
-    """Flip each square image of (B, 3, S, S) horizontally and vertically with probability 1/2 each.
-
-    With `quarter_turns`, also transpose it with probability 1/2, which makes the eight symmetries equally likely.
-    """
+    """Flip images (B, 3, S, S) in x and y (`quarter_turns`: transpose them, too) with probability 1/2 each."""
     changes = (lambda batch: batch.flip(-1), lambda batch: batch.flip(-2), lambda batch: batch.transpose(-1, -2))
     for change in changes[: 3 if quarter_turns else 2]:
         chosen = torch.rand(len(images), device=images.device) < 0.5
@@ -316,10 +298,9 @@ def predict(
     num_workers: int = 0,
     change: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits and labels (N, H) of all images in order, float32 on the CPU of every process.
+    """Put the model into eval mode; return logits and labels (N, H) of all images, float32 on every process's CPU.
 
-    Processes take whole batches in turn, so batches are the same for any number of processes. The model is put into
-    eval mode. `change` replaces the uint8 images of a batch before they are preprocessed.
+    Batches are the same for any number of processes. `change` replaces the uint8 images of a batch.
     """
     model.to(accelerator.device).eval()
     batches = [batch.tolist() for batch in torch.arange(len(files)).split(batch_size)]
