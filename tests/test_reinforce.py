@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from refusals import refused
 
 from ddpo_pytorch.rlhf.reinforce import OBJECTIVES, advantages, reinforce_loss
-from ddpo_pytorch.utils.errors import UserError
 
 
 def descend(objective, start, reward, steps, rate):
@@ -45,8 +45,7 @@ def test_gradient_is_the_stated_one_and_has_the_sign_of_the_advantage(objective)
     found = advantages(torch.tensor([1.0, 0.0, 0.0, 1.0]), extreme.sigmoid())
     loss = reinforce_loss(extreme, found, torch.ones(4), objective)
     assert loss.isfinite() and torch.autograd.grad(loss, extreme)[0].isfinite().all()
-    with pytest.raises(UserError, match="rlhf.objective.*'abs'"):
-        reinforce_loss(extreme, found, torch.ones(4), "abs")
+    refused("rlhf.objective.*'abs'", reinforce_loss, extreme, found, torch.ones(4), "abs")
     with pytest.raises(ValueError, match="shape"):
         advantages(torch.zeros(2), torch.zeros(2, 1))
     with pytest.raises(ValueError, match="shape"):

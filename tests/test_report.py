@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from refusals import refused
 from report_example import MODELS, SHOWN, minimal, quantity, write_run
 
 from ddpo_pytorch.data.isic import CAPTIONS, LABELS
@@ -19,7 +20,6 @@ from ddpo_pytorch.report import findings
 from ddpo_pytorch.report.curves import curves, read_runs, series
 from ddpo_pytorch.report.page import write_report
 from ddpo_pytorch.report.pictures import SIDE, Album, natural, paired_files, rarest_first
-from ddpo_pytorch.utils.errors import UserError
 
 pytest_plugins = ["script_tools", "sample_sets", "report_example", "browser_tools"]
 
@@ -299,8 +299,7 @@ def test_why_models_are_not_paired_stands_with_the_samples(result, read, tmp_pat
 
 def test_a_run_that_cannot_be_read_leaves_the_old_page(result, tmp_path):
     (tmp_path / "report.html").write_text("old")
-    with pytest.raises(UserError, match="metrics.jsonl"):
-        write_report(tmp_path, result, {}, {"run": tmp_path})
+    refused("metrics.jsonl", write_report, tmp_path, result, {}, {"run": tmp_path})
     assert (tmp_path / "report.html").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
@@ -346,8 +345,7 @@ def test_logs_are_read_by_epoch_and_held_out_evaluations_begin_with_the_base_mod
     (run / "held_out.jsonl").write_text("\n".join(map(json.dumps, evaluations)))
     assert series(read_runs({"run": run})["run"], "held_out_apr")[:, :2].tolist() == [[0, 0.1], [2, 0.3]]
     (run / "metrics.jsonl").write_text("[1]\n{}\n")
-    with pytest.raises(UserError, match="metrics.jsonl' line 1"):
-        read_runs({"run": run})
+    refused("metrics.jsonl' line 1", read_runs, {"run": run})
 
 
 def test_plots_are_the_same_bytes_again():

@@ -6,6 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 from PIL import Image
+from refusals import refused
 from scipy import ndimage
 
 from ddpo_pytorch.data.fundus import read_split
@@ -69,8 +70,7 @@ def test_findings_change_the_right_structures():
 
 @pytest.mark.parametrize("finding, eye", [("cataract", "left"), (NORMAL, "both")])
 def test_other_findings_and_eyes_are_refused(finding, eye):
-    with pytest.raises(UserError, match="findings: normal fundus, drusen"):
-        picture(finding, eye=eye)
+    refused("findings: normal fundus, drusen", picture, finding, eye=eye)
 
 
 # degradations

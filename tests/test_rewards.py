@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import refused
 
 from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of
 from ddpo_pytorch.judges.classifier import ArtifactClassifier
@@ -77,8 +78,7 @@ def test_classifier_reward_reads_labels_from_metadata_then_from_the_prompt(class
     np.testing.assert_array_equal(
         reward(images, prompts, [{}, {}])[0], reward(images, ["a", "b"], metadata_of(prompts))[0]
     )
-    with pytest.raises(UserError, match="'pink hair' is not one of the 32"):
-        reward(images, ["pink hair", CAPTIONS[0]], [{}, {}])
+    refused("'pink hair' is not one of the 32", reward, images, ["pink hair", CAPTIONS[0]], [{}, {}])
     (expected,) = reward(images[:1], ["a"], [{"label": [1, 0, 0, 1, 0, 1]}])[1]["labels"]
     for label in (torch.tensor([1, 0, 0, 1, 0, 1]), (True, False, False, True, False, True), [1.0, 0, 0, 1, 0, 1]):
         assert (reward(images[:1], ["a"], [{"label": label}])[1]["labels"] == expected).all()
@@ -141,8 +141,7 @@ def test_specifications():
     ],
 )
 def test_bad_specifications_and_arguments_are_named(spec, kwargs, message):
-    with pytest.raises(UserError, match=message):
-        build_reward(spec, kwargs)
+    refused(message, build_reward, spec, kwargs)
 
 
 PROMPT_PAIR = ("a cat", "a dog")
@@ -218,16 +217,14 @@ def test_other_results_are_refused_by_name_at_the_trial_and_after(monkeypatch, r
 
 def test_one_value_for_a_batch_is_noticed_with_a_single_prompt(monkeypatch):
     monkeypatch.setitem(REWARDS, "mine", returning(lambda images: ([images.mean().item()], {})))
-    with pytest.raises(UserError, match="'mine' .* list of 1 .* 2 images"):
-        check_prompts(build_reward("mine"), [("a cat", {})])
+    refused("'mine' .* list of 1 .* 2 images", check_prompts, build_reward("mine"), [("a cat", {})])
     monkeypatch.setitem(REWARDS, "mine", returning(lambda images: (brightness(images), {})))
     check_prompts(build_reward("mine"), [(f"prompt {number}", {}) for number in range(33)])
 
 
 def test_what_is_no_factory_and_a_sum_that_overflows_are_named(monkeypatch):
     monkeypatch.setitem(REWARDS, "mine", lambda: None)
-    with pytest.raises(UserError, match="'mine'.*None"):
-        build_reward("mine")
+    refused("'mine'.*None", build_reward, "mine")
     monkeypatch.setitem(REWARDS, "mine", returning(([1e308, 0.0], {})))
     with pytest.raises(UserError, match="'a cat' is inf"):
         build_reward("mine:10,jpeg_compressibility:0")(noisy_images([0.1, 0.5]), PROMPT_PAIR, [{}, {}])

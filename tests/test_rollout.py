@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from ml_collections import ConfigDict
+from refusals import refused
 
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
@@ -14,7 +15,6 @@ from ddpo_pytorch.rollout import Trajectories, draw_prompts, sample_trajectories
 from ddpo_pytorch.stat_tracking import PerPromptStatTracker, compute_advantages, group_advantages, reward_statistics
 from ddpo_pytorch.training.run_state import BestAndCollapse, RewardPlateau
 from ddpo_pytorch.training.setup import batch_sizes
-from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import Stream, derived_seed, generator_of
 
 
@@ -106,8 +106,7 @@ def test_geometry_that_does_not_fit():
         ({"timestep_window": (0.5, 0.5)}, "timestep_window"),
         ({"timestep_fraction": 0.05}, "less than one"),
     ):
-        with pytest.raises(UserError, match=expected):
-            geometry(**overrides)
+        refused(expected, geometry, **overrides)
 
 
 def test_reward_plateau():

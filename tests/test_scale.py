@@ -15,6 +15,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from common_fixtures import random_pipeline
 from launching import ON_CPU, ROOT, Script, free_port, launcher_environment, run_script
+from refusals import refused
 from rl_tools import LIGHT, as_flags, configured, weights
 from safetensors.torch import load_file
 from script_tools import read_lines
@@ -24,7 +25,6 @@ from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.training.setup import check_training
 from ddpo_pytorch.utils.distributed import gather_state, load_optimizer_into, load_weights_into, make_accelerator
-from ddpo_pytorch.utils.errors import UserError
 
 FILES = ROOT / "config" / "accelerate"
 
@@ -242,15 +242,13 @@ def test_an_optimizer_resumes_whatever_the_order_of_its_tensors_in_memory(saved_
 def test_what_cannot_be_divided_is_refused(settings, monkeypatch, bad):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     check_training(configured(settings, {"use_lora": False}))
-    with pytest.raises(UserError, match=f"^{next(iter(bad))} is "):
-        check_training(configured(settings, {"use_lora": False} | bad))
+    refused(f"^{next(iter(bad))} is ", check_training, configured(settings, {"use_lora": False} | bad))
 
 
 def test_the_first_version_of_fsdp_is_refused(monkeypatch):
     for name, value in {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="fsdp_version: 2"):
-        make_accelerator("no", may_shard=True)
+    refused("fsdp_version: 2", make_accelerator, "no", may_shard=True)
 
 
 FAULTY = """

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from refusals import refused
 from script_tools import files_of
 
 from ddpo_pytorch.data import splits
@@ -210,7 +211,6 @@ def test_unusable_requests_write_nothing(folder, tmp_path, command):
         (tmp_path / "two", meta, out, "holds the splits a, b"),
         (tmp_path / "mixed", meta, out, "columns of the split tables differ"),
     ):
-        with pytest.raises(UserError, match=expected):
-            splits.check_folder(str(place), metadata=str(source or ""), regroup_to=str(target))
+        refused(expected, splits.check_folder, str(place), metadata=str(source or ""), regroup_to=str(target))
     assert command("--splits", folder, "--list_missing", out)[0] == 2
     assert not out.exists() and not list(tmp_path.glob(".*"))

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from launching import run_script
 from ml_collections import ConfigDict
+from refusals import refused
 from rl_tools import LIGHT, as_flags, configured, train_with, untimed, usual_settings, weights
 from safetensors.torch import load_file
 from script_tools import files_of, read_lines
@@ -157,16 +158,14 @@ def test_the_diffusion_loss_on_real_images_is_added_and_resumes(train, data_late
     assert sum(values) / 6 == pytest.approx(epochs[0]["data_loss"], rel=1e-4) and len(set(values)) == 6
 
     part, _ = train(run_name="part", num_epochs=1, **anchored)
-    with pytest.raises(UserError, match="another train.data_latents"):
-        train(run_name="part", **anchored, sd__caption_dropout=0.5)
+    refused("another train.data_latents", train, run_name="part", **anchored, sd__caption_dropout=0.5)
     _, resumed = train(run_name="part", **anchored)
     assert [entry["loss"] for entry in resumed] == [entry["loss"] for entry in epochs]
     assert all(torch.equal(value, weights(part, 2)[name]) for name, value in weights(folder, 2).items())
     config.train.data_latents = str(shutil.copytree(data_latents, tmp_path / "other"))
     index = json.loads((tmp_path / "other" / "index.json").read_text()) | {"scaling_factor": 3.0}
     (tmp_path / "other" / "index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="train.data_latents .* 3.0"):
-        DataLoss(Accelerator(cpu=True), config, load_pipeline(tiny_pipeline_dir))
+    refused("train.data_latents .* 3.0", DataLoss, Accelerator(cpu=True), config, load_pipeline(tiny_pipeline_dir))
 
 
 def test_full_fine_tune_saves_a_unet_that_differs_from_the_base(train, tiny_pipeline_dir):
@@ -176,8 +175,7 @@ def test_full_fine_tune_saves_a_unet_that_differs_from_the_base(train, tiny_pipe
     tuned = weights(folder, 1, "unet.safetensors")
     assert tuned.keys() == base.keys()
     assert any(not torch.equal(tuned[key], base[key]) for key in base)
-    with pytest.raises(UserError, match="a full UNet, which does not fit use_lora=True"):
-        train(num_epochs=2, resume_from=str(folder))
+    refused("a full UNet, which does not fit use_lora=True", train, num_epochs=2, resume_from=str(folder))
 
 
 def test_stops_when_the_reward_no_longer_changes_and_keeps_the_newest_checkpoints(train, settings, caplog):
@@ -325,8 +323,7 @@ def test_other_settings_are_refused(light, tmp_path):
         assert "\n" not in message and files_of(folder) == before
     # the samples of an epoch are those of each process times their number
     (folder / "config.json").write_text(json.dumps(config | {"processes": 2}))
-    with pytest.raises(UserError, match="processes=2, now it is 1"):
-        light()
+    refused("processes=2, now it is 1", light)
     # a field of another version of the program is not compared
     (folder / "config.json").write_text(json.dumps(config | {"forgotten": 3}))
     light(num_epochs=2)
@@ -347,8 +344,7 @@ def test_settings_that_nothing_reads_may_change(rl, own_model, tmp_path):
 def test_after_resuming_with_other_settings_the_same_command_is_that_one(light):
     folder, _ = light(num_epochs=1)
     light(num_epochs=2, resume_from=str(folder), train__learning_rate=1e-3)
-    with pytest.raises(UserError, match="train.learning_rate=0.001, now it is 0.01"):
-        light(num_epochs=3)
+    refused("train.learning_rate=0.001, now it is 0.01", light, num_epochs=3)
     light(num_epochs=3, train__learning_rate=1e-3)
     assert {path.name for path in folder.glob("config_*")} == {"config_0001.json", "config_0002.json"}
     assert read_config(folder)["train"]["learning_rate"] == 1e-3  # what the report shows
@@ -374,19 +370,16 @@ def test_a_run_without_a_checkpoint_begins_anew(light, tmp_path, caplog):
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
     for left in folder.glob("checkpoint_*"):
         shutil.rmtree(left)
-    with pytest.raises(UserError, match="the checkpoints of run folder .* are gone"):
-        light()
+    refused("the checkpoints of run folder .* are gone", light)
 
 
 def test_a_folder_of_something_else_is_left_alone(light, tmp_path):
     folder = tmp_path / "logs" / "run"
     folder.mkdir(parents=True)
     (folder / "letters.txt").write_text("mine")
-    with pytest.raises(UserError, match="exists already, and it holds no config.json; choose another"):
-        light()
+    refused("exists already, and it holds no config.json; choose another", light)
     (folder / "config.json").write_text('{"seed": 4')
-    with pytest.raises(UserError, match="exists already, and its config.json is damaged; choose another"):
-        light()
+    refused("exists already, and its config.json is damaged; choose another", light)
     assert set(files_of(folder)) == {"letters.txt", "config.json"}
 
 
@@ -398,8 +391,7 @@ def test_a_run_folder_is_one_runs_alone(light, tmp_path):
         with locked(folder), pytest.raises(UserError, match=f"{str(folder)!r} is being written"):
             light(num_epochs=2, **given)
         assert files_of(folder) == before
-    with pytest.raises(UserError, match="use_lora=True, now it is False"):
-        light(num_epochs=2, use_lora=False)  # the lock went with the error
+    refused("use_lora=True, now it is False", light, num_epochs=2, use_lora=False)  # the lock went with the error
     light(num_epochs=2)
     assert not (folder / LOCK).exists()
 

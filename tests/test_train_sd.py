@@ -11,6 +11,7 @@ import timm
 import torch
 from launching import ROOT
 from ml_collections import ConfigDict
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from script_tools import assert_same_training, load_module, options, read_lines, succeed
 from stage_tools import SPLIT, assert_equal, unet_of
@@ -135,8 +136,7 @@ def test_extracted_latents_take_the_place_of_images(model, world, train_stage, r
     ):
         if not other:
             shard.write_bytes(shard.read_bytes()[:1000])
-        with pytest.raises(UserError, match=message):
-            train_stage(tmp_path / "y", **start, sd__latents=latents, **other)
+        refused(message, train_stage, tmp_path / "y", **start, sd__latents=latents, **other)
     assert not list((tmp_path / "y").glob("*"))
 
 
@@ -164,8 +164,7 @@ def test_extracted_latents_take_the_place_of_images(model, world, train_stage, r
 )
 def test_bad_input(fields, message, train_stage, base, tiny_pipeline_dir, tmp_path):
     fields = {key: base["sd__csv"] if value == "TRAIN" else value for key, value in fields.items()}
-    with pytest.raises(UserError, match=message):
-        train_stage(tmp_path / "x", **{"pretrained__model": str(tiny_pipeline_dir)} | fields)
+    refused(message, train_stage, tmp_path / "x", **{"pretrained__model": str(tiny_pipeline_dir)} | fields)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -217,8 +216,7 @@ def test_a_pool_is_mixed_with_real_images(model, train_stage, tmp_path):
     shown = torch.arange(count := len(both) - len(real)) * 4 // count
     torch.testing.assert_close(weights[len(real) :], expected[shown])
     assert {pool.captions[both[len(real) + index][2]] for index in range(count)} == set(CAPTIONS[:2])
-    with pytest.raises(UserError, match="scores"):
-        MixedLatents(real, pool, [0, 0, 0, 0], 0.5)
+    refused("scores", MixedLatents, real, pool, [0, 0, 0, 0], 0.5)
     write_log(tmp_path / "none", [entry | {"passed": False} for entry in read_log(tmp_path / "pool")])
     with pytest.raises(UserError, match="no image that the Selector passed"):
         train_stage(tmp_path / "out", **start, sd__pool=str(tmp_path / "none"))
@@ -251,11 +249,9 @@ def test_a_stopped_training_resumes_to_the_same_end(stage, model, base, train_st
     expected = train_stage(whole, **fields)
     stopped(2, part, **fields)
     assert len(read_lines(part / f"{stage}.jsonl")) > 2  # step 2 will be repeated
-    with pytest.raises(UserError, match="sd.learning_rate=0.001, now it is 0.1"):
-        train_stage(part, **fields, sd__learning_rate=0.1)
+    refused("sd.learning_rate=0.001, now it is 0.1", train_stage, part, **fields, sd__learning_rate=0.1)
     if stage == "vae":
-        with pytest.raises(UserError, match="with images="):
-            train_stage(part, **fields, sd__csv=base["sd__val_csv"], sd__val_csv="")
+        refused("with images=", train_stage, part, **fields, sd__csv=base["sd__val_csv"], sd__val_csv="")
         with pytest.raises(UserError, match="the loss is (nan|inf) at step .* sd.learning_rate"):
             train_stage(tmp_path / "nan", **fields | {"sd__num_steps": 9}, sd__learning_rate=1e30)
         assert not (tmp_path / "nan" / "vae").exists()
@@ -279,8 +275,7 @@ def test_a_training_does_not_resume_on_images_that_were_replaced(
     stopped(2, tmp_path / "out", **fields)
     for path in images.iterdir():
         save_image(path, torch.zeros(3, 32, 32))
-    with pytest.raises(UserError, match=f"{stage}_state.pt.* with {name}="):
-        train_stage(tmp_path / "out", **fields)
+    refused(f"{stage}_state.pt.* with {name}=", train_stage, tmp_path / "out", **fields)
 
 
 def test_a_damaged_state_is_refused_and_one_left_after_the_end_removed(train_stage, stopped, tmp_path, monkeypatch):
@@ -304,8 +299,7 @@ def test_a_damaged_state_is_refused_and_one_left_after_the_end_removed(train_sta
             train_stage(tmp_path, **fields)
         assert "\n" not in str(caught.value)
     (tmp_path / "vae").mkdir()
-    with pytest.raises(UserError, match="vae' exists already"):
-        train_stage(tmp_path, sd__stage="vae")
+    refused("vae' exists already", train_stage, tmp_path, sd__stage="vae")
     assert not state.exists()
 
 
@@ -355,8 +349,7 @@ def test_membership_of_a_model_and_of_trained_weights(model, base, run_main, con
                 losses.append(loss(default_collate(part), draws).item() * len(part) / 16)
             count += len(part)
     assert result["base"]["val_loss"]["value"] == pytest.approx(sum(losses) / count, rel=1e-4)
-    with pytest.raises(UserError, match="sd.val_csv"):
-        run_main("membership.py", config_file, **fields | {"sd__val_csv": ""})
+    refused("sd.val_csv", run_main, "membership.py", config_file, **fields | {"sd__val_csv": ""})
 
 
 @pytest.fixture
@@ -368,16 +361,14 @@ def membership(base, tiny_pipeline_dir, run_main, config_file, tmp_path):
 
 
 def test_membership_refuses_a_seed_before_images_are_read(membership, tmp_path):
-    with pytest.raises(UserError, match="seed is -1"):
-        membership(seed=-1)
+    refused("seed is -1", membership, seed=-1)
     assert not (tmp_path / "out").exists()
 
 
 def test_membership_refuses_unusable_weights_before_images_are_encoded(membership, tmp_path):
     (tmp_path / "unet.safetensors").write_bytes(b"")
     for weights in ("nowhere", "unet.safetensors"):
-        with pytest.raises(UserError, match=weights):
-            membership(load_from=str(tmp_path / weights))
+        refused(weights, membership, load_from=str(tmp_path / weights))
     assert not (tmp_path / "out" / "latents").exists()
 
 
@@ -387,6 +378,5 @@ def test_membership_refuses_losses_that_are_not_finite(membership, tiny_pipeline
     unet.conv_out.bias.data.fill_(3e38)
     weights = tmp_path / "unet.safetensors"
     save_file(unet.state_dict(), weights)
-    with pytest.raises(UserError, match=f"losses of '{weights}' are not finite"):
-        membership(load_from=str(weights))
+    refused(f"losses of '{weights}' are not finite", membership, load_from=str(weights))
     assert not (tmp_path / "out" / "membership.json").exists()
