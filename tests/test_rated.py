@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from rated_world import SIZE, stripes
+from refusals import refused
 from scipy import stats
 
 from ddpo_pytorch.data.images import load_image, to_uint8
@@ -18,10 +19,12 @@ from ddpo_pytorch.judges.vit import VisionSizes, resized
 from ddpo_pytorch.phantoms import fundus
 from ddpo_pytorch.phantoms.damage import KINDS, STRUCTURAL
 from ddpo_pytorch.rlhf.rated_images import best_threshold, by_finding, measures, probe, read_rated, through_autoencoder
-from ddpo_pytorch.utils.errors import UserError
 
 
-def rated(path: Path, prompt="Fundus: drusen", quality=2.0, alignment=2.0, weight=1.0) -> RatedImage:
+def rated(path: Path, prompt="Fundus: drusen", quality=2.0, alignment=2.0, weight=1.0, picture=None) -> RatedImage:
+    """An image with these ratings; `picture` (H, W, 3) uint8 is saved as that image."""
+    if picture is not None:
+        Image.fromarray(picture).save(path)
     return RatedImage(path.name, path, prompt, quality, alignment, weight, path.stem, 1)
 
 
@@ -52,8 +55,6 @@ def test_measures_agree_with_scipy_and_definitions(table):
     }
     assert found == pytest.approx(expected, abs=1e-6) and found["auc"] == pytest.approx(expected["auc"], abs=1e-12)
 
-
-def test_measures_of_degenerate_sets():
     constant, rewards = torch.full((4,), 0.5), torch.tensor([0.0, 0.5, 1.0, 1.0])
     equal, reverse = measures(constant, rewards), measures(1 - rewards, rewards)
     assert (equal["spearman"], equal["auc"]) == (None, 0.5) and reverse["spearman"] == pytest.approx(-1)
@@ -65,10 +66,8 @@ def test_probes_show_what_a_selector_passes_that_is_no_retina(tmp_path):
     rng, images = np.random.default_rng(0), []
     for number in range(6):
         picture = fundus.draw("normal fundus", "left", fundus.draw_look(rng), rng, SIZE)
-        Image.fromarray(picture if number else np.where(picture > 15, 90, picture)).save(
-            path := tmp_path / f"{number}.png"
-        )
-        images.append(rated(path, quality=3.0 if number else 1.0))
+        picture = picture if number else np.where(picture > 15, 90, picture)
+        images.append(rated(tmp_path / f"{number}.png", quality=3.0 if number else 1.0, picture=picture))
     selector = Selector(VisionSizes(SIZE, 8, 32, 1, 2))
     selector.score, selector.threshold = lambda pixels: pixels[:, 0].mean((1, 2)), 0.1
     table = probe(selector, read_rated(images, SIZE, "stretch"), 4).set_index("kind")
@@ -93,7 +92,7 @@ def test_policy_is_reported_by_finding(tmp_path):
     assert table.loc["drusen", "AUC"] == "0.875" and table.loc["cataract", "AUC"] == "0.500"
 
 
-def test_threshold_has_the_best_j(table):
+def test_the_threshold_has_the_best_j(table):
     threshold, youden = best_threshold(*table)
     scores, good = table[0].numpy(), table[1].numpy() >= 0.5
 
@@ -104,8 +103,7 @@ def test_threshold_has_the_best_j(table):
     assert j(threshold) == pytest.approx(youden, abs=1e-6) and youden == pytest.approx(max(map(j, middles)), abs=1e-6)
     assert threshold == pytest.approx(min(at for at in middles if j(at) > youden - 1e-6), abs=1e-6)
 
-
-def test_threshold_of_separable_neighbouring_and_equal_scores():
+    # separable, neighbouring and equal scores
     rewards = torch.tensor([0.0, 0.0, 0.5, 1.0])
     assert best_threshold(torch.tensor([0.1, 0.2, 0.6, 0.9]), rewards) == (pytest.approx(0.4), 1.0)
     low = torch.tensor(0.7)
@@ -115,16 +113,15 @@ def test_threshold_of_separable_neighbouring_and_equal_scores():
     assert youden == 1 and (scores >= threshold).tolist() == [False, False, True, True]
     threshold, youden = best_threshold(torch.full((4,), 0.3), rewards)
     assert youden == 0 and (torch.full((4,), 0.3) >= threshold).all()
-    with pytest.raises(UserError, match="needs ratings below 2 and of 2 or more"):
-        best_threshold(torch.rand(4), torch.ones(4))
+    refused("needs ratings below 2 and of 2 or more", best_threshold, torch.rand(4), torch.ones(4))
 
 
 def test_rated_set_with_and_without_autoencoder(tmp_path):
     rng, images = np.random.default_rng(0), []
     prompts = ["Fundus: drusen", "Fundus: the left eye", "Fundus: 3 o'clock", "Fundus: x"]
     for number, prompt in enumerate(prompts):
-        Image.fromarray(stripes(3, False, rng)).save(path := tmp_path / f"{number}.png")
-        images.append(rated(path, prompt, 1 + number / 2, 3 - number / 2, (number + 1) / 4))
+        grades = 1 + number / 2, 3 - number / 2, (number + 1) / 4
+        images.append(rated(tmp_path / f"{number}.png", prompt, *grades, stripes(3, False, rng)))
     found = read_rated(images, SIZE, "stretch")
     assert found.images.dtype == torch.uint8 and found.images.shape == (4, 3, SIZE, SIZE)
     assert torch.equal(found.images[2], torch.from_numpy(np.array(Image.open(tmp_path / "2.png"))).permute(2, 0, 1))
@@ -148,19 +145,14 @@ def test_rated_set_with_and_without_autoencoder(tmp_path):
     assert 70 < flips[:200].sum() < 130 and not flips[200:].any()
     assert torch.equal(many.flips(5, 0), flips) and not torch.equal(many.flips(5, 1), flips)
 
-
-def test_an_image_that_was_replaced_changes_the_digest(tmp_path):
-    images = [rated(tmp_path / f"{number}.png") for number in range(3)]
-    for image in images:
-        Image.new("RGB", (SIZE, SIZE), "red").save(image.path)
-    before = read_rated(images, SIZE).digest
-    assert before == read_rated(images, SIZE).digest
+    # the same images have the same digest, a replaced one another
+    assert found.digest == read_rated(images, SIZE, "stretch").digest
     Image.new("RGB", (SIZE, SIZE)).save(images[1].path)
-    assert before != read_rated(images, SIZE).digest
+    assert found.digest != read_rated(images, SIZE, "stretch").digest
 
 
 def test_wrong_captions_share_no_finding_and_can_be_mirrored(tmp_path):
-    Image.fromarray(stripes(3, False, np.random.default_rng(0))).save(path := tmp_path / "0.png")
+    Image.new("RGB", (SIZE, SIZE), "red").save(path := tmp_path / "0.png")
     captions = ("drusen, glaucoma", "drusen", "cataract", "myopia at 3 o'clock")
     images = [rated(path, f"Fundus: {caption}", alignment=grade) for caption in captions for grade in (3.0, 3.0, 2.0)]
     found = read_rated(images * 20, SIZE)
@@ -181,8 +173,7 @@ def test_wrong_captions_share_no_finding_and_can_be_mirrored(tmp_path):
 def test_any_kind_of_image_is_read_and_learned_as_it_is_scored(tmp_path):
     torch.manual_seed(0)
     selector = Selector(VisionSizes(SIZE, 8, 32, 2, 2))
-    picture = stripes(3, True, np.random.default_rng(0), size=90)
-    picture = Image.fromarray(picture)
+    picture = Image.fromarray(stripes(3, True, np.random.default_rng(0), size=90))
     wide = Image.new("RGB", (150, 90))
     wide.paste(picture, (30, 0))
     kinds = {"large": picture, "grey": picture.convert("L"), "alpha": picture.convert("RGBA"), "wide": wide}
@@ -204,5 +195,4 @@ def test_any_kind_of_image_is_read_and_learned_as_it_is_scored(tmp_path):
     (tmp_path / "image_log.json").write_text("[]")  # a sample folder's images are as judges see them
     assert torch.equal(read_rated([rated(path)], SIZE).images, to_uint8(resized(load_image(path)[None], SIZE)))
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(UserError, match="framed.png"):
-        read_rated([rated(path)], SIZE)
+    refused("framed.png", read_rated, [rated(path)], SIZE)

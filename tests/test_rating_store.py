@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import errno
 import io
+import itertools
 import json
 import os
 import socket
@@ -26,7 +27,6 @@ from ddpo_pytorch.metrics import readers
 from ddpo_pytorch.rating import store as storing
 from ddpo_pytorch.rating.session import Progress, Questions, order_for, pair_items, sample_items
 from ddpo_pytorch.rating.store import COLUMNS, JOURNAL_COLUMNS, Answer, Store, rater_name
-from ddpo_pytorch.utils.errors import UserError
 
 
 @pytest.fixture
@@ -76,9 +76,6 @@ def rated(empty, items) -> Restart:
     return empty
 
 
-# what is rated
-
-
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [("path_to_img", path, "leads out of") for path in ("images/../../x.png", "/etc/hostname", "images/linked/x.png")]
@@ -97,21 +94,16 @@ def test_an_entry_that_leads_elsewhere_is_refused_at_the_start(tmp_path, items, 
     refused("absent", sample_items, tmp_path / "absent", tmp_path / "ratings.csv")
 
 
-# the files
-
-
 def test_the_table_is_read_by_training_after_every_click(empty, items):
     store, odd = empty.store, 'Dr. "Q" O\'Neil'
-    store.click("rate", items[1], odd, rating=3, expert_level=2)
-    store.click("rate", items[1], "Ann", rating=1, expert_level=1)
-    store.click("skip", items[0], "Ann")
-    store.click("rate", items[0], "Ann", rating=2, expert_level=1)
+    expected = [(1, 3, 2, odd), (1, 1, 1, "Ann"), (0, 2, 1, "Ann")]
+    for number, rating, level, rater in expected:
+        if number == 0:
+            store.click("skip", items[0], "Ann")
+        store.click("rate", items[number], rater, rating=rating, expert_level=level)
     rows = read_ratings(empty.path)
-    assert [(row.path.name, row.rating, row.expert_level, row.prompt, row.rater_id) for row in rows] == [
-        ("1.png", 3, 2, PROMPTS[1], odd),
-        ("1.png", 1, 1, PROMPTS[1], "Ann"),
-        ("0.png", 2, 1, PROMPTS[0], "Ann"),
-    ]
+    assert [(int(row.path.stem), row.rating, row.expert_level, row.rater_id) for row in rows] == expected
+    assert [row.prompt for row in rows] == [PROMPTS[1], PROMPTS[1], PROMPTS[0]]
     store.click("undo", items[1], "Ann")
     assert [row.rater_id for row in read_ratings(empty.path)] == [odd, "Ann"] and len(store) == 2
     clicks = [("rate", odd, "3"), ("rate", "Ann", "1"), ("skip", "Ann", ""), ("rate", "Ann", "2"), ("undo", "Ann", "1")]
@@ -121,11 +113,9 @@ def test_the_table_is_read_by_training_after_every_click(empty, items):
 
 def test_a_crash_at_any_byte_loses_no_confirmed_click(empty, items):
     """After each prefix of what one click writes, journal first, the next start has all clicks before it."""
-    path, journal, keys = empty.path, empty.store.journal, [item.key for item in items]
-    states = []
-    answers = {"rating": 3, "expert_level": 2}, {"rating": 1, "expert_level": 2}
-    for action, item, given in (("rate", 0, answers[0]), ("rate", 1, answers[1]), ("undo", 1, {})):
-        empty.store.click(action, items[item], "Ann", **given)
+    path, journal, keys, states = empty.path, empty.store.journal, [item.key for item in items], []
+    for action, item, rating in (("rate", 0, 3), ("rate", 1, 1), ("undo", 1, None)):
+        empty.store.click(action, items[item], "Ann", **({"rating": rating, "expert_level": 2} if rating else {}))
         states.append({file: file.read_bytes() for file in (journal, path)})
     for before, after, rated in zip(states, states[1:], ((keys[:1], keys[:2]), (keys[:2], keys[:1])), strict=False):
         for cut in range(len(before[journal]), len(after[journal]) + 1):
@@ -146,6 +136,13 @@ def as_a_spreadsheet_saves_it(content: bytes) -> bytes:
     return b"\xef\xbb\xbf" + text.getvalue().encode()
 
 
+def change_file(path: Path, change) -> bytes | None:
+    """Replace a file's content by `change(content)`, or remove it for None; what is there now."""
+    content = change(path.read_bytes())
+    path.unlink() if content is None else path.write_bytes(content)
+    return content
+
+
 CHANGES = {  # of the table by another program, and whether a copy of its content is saved
     "spreadsheet": (as_a_spreadsheet_saves_it, True),
     "utf-16": (lambda content: content.decode().encode("utf-16"), True),
@@ -161,9 +158,7 @@ CHANGES = {  # of the table by another program, and whether a copy of its conten
 @pytest.mark.parametrize("name", CHANGES)
 def test_the_table_is_what_the_journal_says_whatever_others_do_to_it(rated, items, name, running):
     change, kept = CHANGES[name]
-    before = rated.rows()
-    content = change(rated.path.read_bytes())
-    rated.path.unlink() if content is None else rated.path.write_bytes(content)
+    before, content = rated.rows(), change_file(rated.path, change)
     store = rated.store if running else rated()
     store.click("undo", items[3], "Ann")
     assert rated.rows() == before[:3] and rated_by(store, "Ann") == [item.key for item in items[:3]]
@@ -183,14 +178,14 @@ def test_the_table_is_what_the_journal_says_whatever_others_do_to_it(rated, item
 def test_the_journal_survives_what_others_do_to_it(rated, items, change, running):
     """A last line without its end is whole: the table shows it. Without a journal the table is the truth."""
     before = rated.rows()
-    content = change(rated.store.journal.read_bytes())
-    rated.store.journal.unlink() if content is None else rated.store.journal.write_bytes(content)
+    change_file(rated.store.journal, change)
     store = rated.store if running else rated()
     store.click("skip", items[0], "Bob")
     store.click("rate", items[0], "Bob", rating=2, expert_level=1)
-    assert rated.rows() == [*before, (items[0].image_path, "2", "Bob")]
+    wanted = [*before, (items[0].image_path, "2", "Bob")]
+    assert rated.rows() == wanted
     rated.path.unlink()
-    assert len(rated()) == 5 and rated.rows() == [*before, (items[0].image_path, "2", "Bob")]
+    assert len(rated()) == 5 and rated.rows() == wanted
     assert [row["action"] for row in rows_of(rated.store.journal)] == ["rate"] * 4 + ["skip", "rate"]
 
 
@@ -203,24 +198,35 @@ def test_an_end_of_the_journal_that_is_cut_off_is_dropped(rated, end, caplog):
 
 
 def test_a_table_without_a_journal_is_taken_as_it_is(tmp_path, items):
-    """As people save it: other case, spaces, absolute paths, a last line without its end; unknown raters repeat."""
-    path, first, second = tmp_path / "ratings.csv", items[0], items[1]
-    header, prompt = ", ".join(ratings.COLUMNS).upper(), first.prompt.replace('"', '""')
-    rows = [f'{tmp_path / first.image_path}, 3.0, Fundus, 2, "{prompt}", Ann']
-    rows += [f"{second.image_path},1,Fundus,1,Scar,", f"./{second.image_path},2,Fundus,1,Scar,"]
-    path.write_text("\n".join([header, *rows]))
+    """As people save it: other case, spaces, absolute paths, a last line without its end; unknown raters repeat.
+
+    The times of these ratings are not known.
+    """
+    path, asked = tmp_path / "ratings.csv", [item.key for item in items]
+    prompts = [item.prompt.replace('"', '""') for item in items]
+    rows = [f'{tmp_path / key[0]}, 3.0, Fundus, 2, "{prompt}", Ann' for key, prompt in zip(asked, prompts, strict=True)]
+    rows += [f"{items[1].image_path},1,Fundus,1,Scar,", f"./{items[1].image_path},2,Fundus,1,Scar,"]
+    path.write_text("\n".join([", ".join(ratings.COLUMNS).upper(), *rows]))
     store = Store(path)
-    assert rated_by(store, "Ann") == [first.key] and len(store) == 3
-    assert [row.rating for row in read_ratings(path)] == [3, 1, 2] and len(rows_of(store.journal)) == 3
-    assert rows_of(path)[0]["image_path"] == first.image_path
+    assert rated_by(store, "Ann") == asked and len(store) == len(rows_of(store.journal)) == 6
+    assert [row.rating for row in read_ratings(path)] == [3, 3, 3, 3, 1, 2]
+    assert rows_of(path)[0]["image_path"] == items[0].image_path and store.seconds("Ann", asked) == []
+    store.close()
+    assert Store(path).seconds("Ann", asked) == []
 
 
-def test_both_answers_the_patient_and_the_median_time_are_kept(tmp_path, items, monkeypatch):
+@pytest.fixture
+def clock(monkeypatch) -> list[int]:
+    """The time in seconds, as the only number of a list."""
     now = [0]
-    monkeypatch.setattr(storing.time, "gmtime", lambda: time.localtime(now[0]))
+    monkeypatch.setattr(storing.time, "gmtime", lambda: datetime.fromtimestamp(now[0], UTC).timetuple())
+    return now
+
+
+def test_both_answers_the_patient_and_the_median_time_are_kept(tmp_path, items, clock):
     store = Store(tmp_path / "ratings.csv")
     answers = ((0, 3, 1), (4, 2, 3), (10, 1, None), (1000, 3, 3))
-    for item, (now[0], quality, alignment) in zip(items, answers, strict=True):
+    for item, (clock[0], quality, alignment) in zip(items, answers, strict=True):
         given = {"rating": quality, "expert_level": 3, "alignment": alignment}
         store.click("rate", dataclasses.replace(item, patient="P7"), "Ann", **given)
     rows = [(row.rating, row.quality, row.alignment, row.patient) for row in read_ratings(store.path)]
@@ -230,17 +236,6 @@ def test_both_answers_the_patient_and_the_median_time_are_kept(tmp_path, items, 
     assert store.seconds("Ann", asked[:2]) == [4]
 
 
-def test_seconds_do_not_count_the_rows_of_a_table_without_a_journal(tmp_path, items):
-    """The times of these ratings are not known."""
-    path = tmp_path / "ratings.csv"
-    rows = [f'{item.image_path},3,Fundus,2,"{item.prompt.replace(chr(34), 2 * chr(34))}",Ann' for item in items]
-    path.write_text("\n".join([",".join(ratings.COLUMNS), *rows]))
-    store, asked = Store(path), [item.key for item in items]
-    assert len(rated_by(store, "Ann")) == len(items) and store.seconds("Ann", asked) == []
-    store.close()
-    assert Store(path).seconds("Ann", asked) == []
-
-
 @pytest.mark.parametrize("text", ["2026-10-25 01:59:00", "25/10/2026 01:59", "NaN"])
 def test_a_time_that_a_spreadsheet_has_rewritten_is_refused_with_its_line(tmp_path, items, text):
     store = Store(tmp_path / "ratings.csv")
@@ -248,26 +243,20 @@ def test_a_time_that_a_spreadsheet_has_rewritten_is_refused_with_its_line(tmp_pa
     store.close()
     lines = store.journal.read_text().splitlines()
     store.journal.write_text(f"{lines[0]}\n{text},{lines[1].partition(',')[2]}\n")
-    with pytest.raises(UserError, match=f"line 2: time is '{text}'"):
-        Store(tmp_path / "ratings.csv").seconds("Ann", [item.key for item in items])
+    refused(f"line 2: time is '{text}'", Store, tmp_path / "ratings.csv")
 
 
-def test_seconds_do_not_depend_on_daylight_saving_time(tmp_path, items, monkeypatch):
-    now = [calendar.timegm((2026, 10, 25, 0, 59, 50))]  # ten seconds before clocks go back in Berlin
-    monkeypatch.setattr(storing.time, "gmtime", lambda: datetime.fromtimestamp(now[0], UTC).timetuple())
-    store = Store(tmp_path / "ratings.csv")
-    for _ in range(3):
-        for item in items[:2]:
-            store.click("rate", item, "Ann", rating=2, expert_level=3)
-            now[0] += 20
-        now[0] += 3560
-    monkeypatch.setenv("TZ", "Europe/Berlin")
-    time.tzset()
-    try:
-        assert store.seconds("Ann", [item.key for item in items]) == [20, 20, 20]
-    finally:
-        monkeypatch.undo()
+def test_seconds_do_not_depend_on_daylight_saving_time(tmp_path, items, monkeypatch, clock):
+    store, start = Store(tmp_path / "ratings.csv"), calendar.timegm((2026, 10, 25, 0, 59, 50))
+    for hour, number in itertools.product(range(3), range(2)):
+        clock[0] = start + 3600 * hour + 20 * number  # starts ten seconds before clocks go back in Berlin
+        store.click("rate", items[number], "Ann", rating=2, expert_level=3)
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Europe/Berlin")
         time.tzset()
+        seconds = store.seconds("Ann", [item.key for item in items])
+    time.tzset()
+    assert seconds == [20, 20, 20]
 
 
 def finish(questions: Questions, rater: str, answer) -> dict:
@@ -281,8 +270,7 @@ def finish(questions: Questions, rater: str, answer) -> dict:
 def test_hidden_repeats_come_late_are_no_ratings_and_can_be_undone(tmp_path):
     """They are in the journal alone; the same answer twice is agreement."""
     write_gallery(tmp_path / "made", 10)
-    items = sample_items(tmp_path / "made", tmp_path / "ratings.csv")
-    order = order_for(10, 5, "Ann", 0.3)
+    items, order = sample_items(tmp_path / "made", tmp_path / "ratings.csv"), order_for(10, 5, "Ann", 0.3)
     assert [number for number in order if number < 10] == order_for(10, 5, "Ann") and len(order) == 13
     assert all(order.index(number) - order.index(number - 10) > 5 for number in order if number >= 10)
     store, kinds = Store(tmp_path / "ratings.csv"), iter([n >= 10 for n in order])
@@ -347,9 +335,7 @@ def test_a_table_is_of_one_mode(tmp_path, items, mode, other):
     store.click("rate", item, "Ann", rating=3, expert_level=2)
     store.close()
     refused(f"line 2: .*--mode={mode}.* {other};.*--out", Store, store.path, other)
-    if mode == "rate":
-        assert [row.rating for row in read_ratings(store.path)] == [3]
-    else:
+    if mode != "rate":
         refused(f"line 2: .*--mode={mode}", read_ratings, store.path)
 
 
@@ -437,9 +423,6 @@ def test_unusable_names_are_refused(name):
     assert rater_name(" Zoe\u0308 O'Neil ") == "Zoë O'Neil"
 
 
-# progress
-
-
 def test_a_skipped_question_comes_once_more_and_then_waits():
     progress = Progress([2, 0, 1], rated=[])
     progress.answer(2, "skip")
@@ -456,14 +439,6 @@ def test_a_skipped_question_comes_once_more_and_then_waits():
     assert progress.history == [(2, "skip")]
 
 
-# the guard
-
-
-@pytest.fixture
-def server():
-    return pytest.importorskip("ddpo_pytorch.rating.server", reason="fastapi absent", exc_type=ImportError)
-
-
 @pytest.mark.parametrize(
     ("bound", "header", "allowed"),
     [("127.0.0.1", name, True) for name in ("127.0.0.1:80", "[::1]:80", "LOCALHOST", "127.0.0.2")]
@@ -472,11 +447,13 @@ def server():
     + [("0.0.0.0", name, False) for name in ("evil.example", "192.0.2.7.evil.example:80")]
     + [("rater.example", "rater.example:80", True), ("rater.example", "other.example", False)],
 )
-def test_host_names(server, bound, header, allowed):
+def test_host_names(bound, header, allowed):
+    server = pytest.importorskip("ddpo_pytorch.rating.server", reason="fastapi absent", exc_type=ImportError)
     assert server.is_own(header, bound) is allowed
 
 
-def test_weak_tokens_ports_in_use_and_foreign_addresses_are_refused(server):
+def test_weak_tokens_ports_in_use_and_foreign_addresses_are_refused():
+    server = pytest.importorskip("ddpo_pytorch.rating.server", reason="fastapi absent", exc_type=ImportError)
     script = load_module(ROOT / "scripts" / "rate.py")
     given = dict(out="x.csv", csv=None, data_path=None, examples=None, rater=None, host="127.0.0.1")
     for token in ("x" * 15, "has space in it 1234", "ümlaut-ümlaut-ü", "x" * 129):
