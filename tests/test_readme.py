@@ -6,7 +6,7 @@ import shlex
 import string
 import subprocess
 import sys
-from functools import cache
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -72,34 +72,35 @@ def build(script: str, words: list[str], monkeypatch: pytest.MonkeyPatch):
     return values.config
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if any("/slurm.sh" in w or "scripts/" in w for w in c)])
-def test_commands_of_scripts_build(command, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    check_script(command, monkeypatch)
-
-
-@cache
-def flags_of(script: str) -> set[str]:
-    return set(load_flag_script(Path(script).name).FLAGS)
-
-
-def check_script(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Assert that a command of a script has flags and a configuration that exist."""
+def parts(command: list[str]) -> tuple[list[str], str, list[str]]:
+    """Return a command's words before the script, the script, and the words after it."""
     place = next(i for i, word in enumerate(command) if word.startswith(("scripts/", "docs/slurm.sh")))
-    launcher, script, given = options(command[:place]), command[place], list(command[place + 1 :])
-    script = script.replace("docs/slurm.sh", "scripts/train.py")
-    source = (ROOT / script).read_text()
+    return command[:place], command[place].replace("docs/slurm.sh", "scripts/train.py"), list(command[place + 1 :])
+
+
+def check_script(command: list[str], monkeypatch: pytest.MonkeyPatch):
+    """Assert that a command of a script has flags and a configuration that exist; return the configuration or None."""
+    monkeypatch.chdir(ROOT)
+    before, script, given = parts(command)
+    launcher, source = options(before), (ROOT / script).read_text()
     if file := launcher.get("--config_file"):
         assert load_config_from_file(file).num_machines == int(launcher.get("--num_machines", 1))
-    known = flags_of(script) if "define_flags()" in source else ()
+    known = load_flag_script(Path(script).name).FLAGS if "define_flags()" in source else ()
     for name in options(given):
         flag = name[2:].split("=")[0]
         assert flag in known or flag.startswith("config") or f'"{flag}"' in source, name
-    if "define_config(" in source:
-        config = build(script, given, monkeypatch)
-        if script.endswith("train.py"):
-            config.log_with = ""  # trackers are optional packages
-            check_training(config)
+    if "define_config(" not in source:
+        return None
+    config = build(script, given, monkeypatch)
+    if script.endswith("train.py"):
+        config.log_with = ""  # trackers are optional packages
+        check_training(config)
+    return config
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if any("/slurm.sh" in w or "scripts/" in w for w in c)])
+def test_commands_of_scripts_build(command, monkeypatch):
+    check_script(command, monkeypatch)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not any("scripts/" in word for word in c)])
@@ -142,10 +143,8 @@ def test_links_paths_names_and_settings_exist(name):
         assert not experiment or load_config(Path(path).stem).get_config(experiment), experiment
     for function, path in re.findall(r"`(\w+)` in\s+`([\w/]+\.py)`", text):
         assert re.search(rf"^(def|class) {function}\b", (ROOT / path).read_text(), re.M), function
-    config, block = (
-        load_config("base").get_config(),
-        "sample|train|held_out|early_stop|dataset|eval|metric|sd|rlhf|improve",
-    )
+    config = load_config("base").get_config()
+    block = "sample|train|held_out|early_stop|dataset|eval|metric|sd|rlhf|improve"
     for setting in re.findall(rf"`(?:--config\.)?((?:{block})\.\w+(?:\.\w+)*)(?:=[^`]*)?`", text):
         group, field = setting.split(".", 1)
         assert field in ("py", "jsonl") or field in config[group], setting
@@ -170,10 +169,9 @@ def test_functions_of_ones_own(tmp_path, monkeypatch):
     (code,) = [block for block in blocks("python", README.read_text()) if "def reward" in block]
     (tmp_path / "my_module.py").write_text(code)
     monkeypatch.chdir(tmp_path)
-    alone, mixed = [command for command in COMMANDS if any("my_module:redness" in word for word in command)]
-    place = alone.index("scripts/train.py")
+    alone, mixed = [parts(command) for command in COMMANDS if any("my_module:redness" in word for word in command)]
 
-    config = build("scripts/train.py", list(alone[place + 1 :]), monkeypatch)
+    config = build(*alone[1:], monkeypatch)
     function = prompts.get_prompt_fn(config.prompt_fn)
     texts = {prompts.draw_prompt(function, seed)[0] for seed in range(8)}
     assert texts == {"a small skin lesion", "a large skin lesion"}
@@ -181,7 +179,7 @@ def test_functions_of_ones_own(tmp_path, monkeypatch):
     values, _ = rewards.build_reward(config.reward_fn)(images, ["a", "b"], [{}, {}])
     assert values == pytest.approx(images[:, 0].mean(dim=(1, 2)).numpy())
 
-    config = build("scripts/train.py", list(mixed[place + 1 :]), monkeypatch)
+    config = build(*mixed[1:], monkeypatch)
     assert config.reward_fn_kwargs.redness.to_dict() == {"channel": 1}
     assert [part.weight for part in rewards.parse_spec(config.reward_fn).values()] == [1.0, 0.2]
 
@@ -200,10 +198,8 @@ def test_a_checkpoint_in_diffusers(tmp_path, monkeypatch):
 
     namespace = {}
     exec(code.replace(path, str(file.parent)), namespace)
-    loaded = {name: w for name, w in namespace["pipe"].unet.named_parameters() if ".lora_" in name}
-    assert len(loaded) == len(lora_parameters(unet)) and all(
-        torch.equal(one, other) for one, other in zip(loaded.values(), lora_parameters(unet), strict=True)
-    )
+    loaded = [weight for name, weight in namespace["pipe"].unet.named_parameters() if ".lora_" in name]
+    assert all(torch.equal(one, other) for one, other in zip(loaded, lora_parameters(unet), strict=True))
 
 
 RUNS = sorted(path for path in (ROOT / "runs").glob("*.sh") if path.stem != "common")
@@ -211,27 +207,19 @@ RUNS = sorted(path for path in (ROOT / "runs").glob("*.sh") if path.stem != "com
 
 def dry_run(script: Path, **environment: str) -> list[list[str]]:
     """Return what a dry run prints, as words."""
-    result = subprocess.run(
-        ["bash", script], env=os.environ | {"DRY_RUN": "1"} | environment, capture_output=True, text=True, check=True
-    )
-    return [line.split() for line in result.stdout.splitlines()]
+    environment = os.environ | {"DRY_RUN": "1"} | environment
+    printed = subprocess.check_output(["bash", script], env=environment, stderr=subprocess.PIPE, text=True)
+    return [line.split() for line in printed.splitlines()]
 
 
 @pytest.mark.parametrize("script", RUNS, ids=lambda path: path.stem)
 def test_commands_resolve_and_fit_together(script, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    built = {}
+    built = defaultdict(list)
     for command in dry_run(script):
         if any(word.startswith("scripts/") for word in command):
-            check_script(tuple(command), monkeypatch)
-            place = next(i for i, word in enumerate(command) if word.startswith("scripts/"))
-            if "--config" in command:
-                built.setdefault(command[place][8:], []).append(
-                    build(command[place], command[place + 1 :], monkeypatch)
-                )
-    (train,), (metric,), (real,), samples = (
-        built[f"{name}.py"] for name in ("train", "metric", "extract_dataset_latents", "eval")
-    )
+            built[Path(parts(command)[1]).stem].append(check_script(command, monkeypatch))
+    names = "train", "metric", "extract_dataset_latents", "eval"
+    (train,), (metric,), (real,), samples = (built[name] for name in names)
     assert metric.metric.real_path == real.logdir
     assert [metric.metric.compare_path, metric.metric.fake_path] == [config.logdir for config in samples]
     assert [config.load_from for config in samples] == ["", f"{train.logdir}/{train.run_name}"]
@@ -240,12 +228,11 @@ def test_commands_resolve_and_fit_together(script, monkeypatch):
 
 @pytest.mark.parametrize("target", ["demo", "demo-fundus", "mini-weights"])
 def test_commands_of_the_makefile_build(target, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    result = subprocess.run(["make", "-n", target, "RUN=x"], capture_output=True, text=True, check=True)
-    found = [shlex.split(line) for line in result.stdout.replace("\\\n", " ").splitlines() if "scripts/" in line]
+    printed = subprocess.check_output(["make", "-n", target, "RUN=x"], cwd=ROOT, text=True).replace("\\\n", " ")
+    found = [shlex.split(line) for line in printed.splitlines() if "scripts/" in line]
     assert len(found) == {"demo": 5, "demo-fundus": 10, "mini-weights": 6}[target]
     for command in found:
-        check_script(tuple(command), monkeypatch)
+        check_script(command, monkeypatch)
 
 
 def test_one_gpu_takes_the_size_of_the_card():
