@@ -9,13 +9,13 @@ import pytest
 import torch
 from judge_tools import threshold_between
 from rated_world import PROMPTS, stripes, write_bert
+from refusals import refused
 from safetensors.torch import save_file
 from scipy.ndimage import uniform_filter
 
 from ddpo_pytorch.judges.policy import Policy, TextFeatures, load_judges, load_policy_judge, save_policy
 from ddpo_pytorch.judges.selector import MLP_RATIO, Selector, load_selector, save_selector
 from ddpo_pytorch.judges.vit import Detail, VisionSizes, conv_stem
-from ddpo_pytorch.utils.errors import UserError
 
 TINY = VisionSizes(image_size=32, patch_size=8, width=32, layers=2, heads=2, dropout=0.1)
 STEM = VisionSizes(image_size=32, patch_size=8, width=32, layers=1, heads=2, dropout=0.1, stem="conv")
@@ -35,7 +35,7 @@ def images():
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 255
 
 
-def make(bert, kind="selector"):
+def make(kind, bert=None):
     torch.manual_seed(0)
     if kind == "policy":
         judge = Policy(TINY, TextFeatures(bert, 16))
@@ -48,13 +48,8 @@ def make(bert, kind="selector"):
 
 
 @pytest.fixture
-def selector(bert):
-    return make(bert)
-
-
-@pytest.fixture
 def policy(bert):
-    return make(bert, "policy")
+    return make("policy", bert)
 
 
 def test_full_size_is_the_document_s():
@@ -62,16 +57,16 @@ def test_full_size_is_the_document_s():
     with torch.device("meta"):
         selector = Selector(VisionSizes(layers=6, mlp_ratio=MLP_RATIO))
         policy = Policy(VisionSizes(), SimpleNamespace(width=768))
-    count = {name: sum(p.numel() for p in part.parameters()) for name, part in policy.named_children()}
-    assert round(sum(p.numel() for p in selector.parameters()) / 1e6, 1) == 34.7
-    assert round((count["encoder"] - 2 * 16 * 16 * 768) / 1e6, 1) == 86.0 and round(count["head"] / 1e6, 2) == 1.48
-    assert [layer.out_features for layer in policy.head if hasattr(layer, "out_features")] == [768, 384, 1]
-    assert [layer.out_features for layer in selector.head if hasattr(layer, "out_features")] == [256, 64, 1]
+    counts = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (selector, policy.encoder, policy.head)]
+    one_channel = counts[1] - 2 * 16 * 16 * 768 / 1e6
+    assert (round(counts[0], 1), round(one_channel, 1), round(counts[2], 2)) == (34.7, 86.0, 1.48)
+    for judge, widths in ((policy, [768, 384, 1]), (selector, [256, 64, 1])):
+        assert [layer.out_features for layer in judge.head if hasattr(layer, "out_features")] == widths
 
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_every_image_has_a_score_of_its_own(bert, kind, images):
-    judge = make(bert, kind).train()
+    judge = make(kind, bert).train()
     arguments = (list(PROMPTS) * 3,) if kind == "policy" else ()
     if kind in ("stem", "backbone"):
         judge(judge.preprocess(images))  # statistics of batch norm
@@ -88,7 +83,8 @@ def test_every_image_has_a_score_of_its_own(bert, kind, images):
     assert torch.equal(score(range(6)), scores) and judge.training  # no dropout, and the mode is as it was
 
 
-def test_exposure_is_seen_and_sizes_are_scaled(selector, images):
+def test_exposure_is_seen_and_sizes_are_scaled(images):
+    selector = make("selector")
     assert ((selector.score(images * 0.5) - selector.score(images)).abs() > 1e-6).all()  # no stretch to min and max
     assert torch.equal(selector.preprocess(images), images * 2 - 1)
     torch.testing.assert_close(selector.preprocess(torch.ones(1, 3, 100, 80)), torch.ones(1, 3, 32, 32))
@@ -132,10 +128,9 @@ def test_text_features_are_centred_cls_states(policy):
 
 @pytest.mark.parametrize("kind", ["selector", "stem", "backbone"])
 def test_files_hold_what_is_needed(bert, kind, policy, images, tmp_path):
-    selector, prompts = make(bert, kind), list(PROMPTS) * 3
-    with pytest.raises(UserError, match="threshold"):
-        selector.accepts(selector.score(images))
+    selector, prompts = make(kind, bert), list(PROMPTS) * 3
     scores = selector.score(images)
+    refused("threshold", selector.accepts, scores)
     selector.threshold = threshold_between(scores)
     assert 0 < selector.accepts(scores).sum() < 6
     assert selector.accepts(torch.tensor([selector.threshold], dtype=torch.float64)).all()  # tau itself passes
@@ -159,29 +154,21 @@ def test_criteria_are_further_outputs(images, tmp_path):
     assert found.criteria == ("disc", "vessels") and torch.equal(found.score_all(images), everything)
 
 
-def refused(message, load, *arguments, **named):
-    with pytest.raises(UserError, match=message) as caught:
-        load(*arguments, **named)
-    assert "\n" not in str(caught.value)
-
-
-def test_wrong_files_are_refused(selector, policy, tmp_path, tiny_pipeline_dir):
-    save_selector(selector, tmp_path / "s.safetensors")
-    save_policy(policy, tmp_path / "p.safetensors")
+def test_wrong_files_are_refused(policy, tmp_path, tiny_pipeline_dir):
+    selector_file, policy_file = tmp_path / "s.safetensors", tmp_path / "p.safetensors"
+    save_selector(make("selector"), selector_file)
+    save_policy(policy, policy_file)
     refused("selector .*absent.* does not exist", load_selector, tmp_path / "absent")
-    refused("p.safetensors.* selector", load_selector, tmp_path / "p.safetensors")
-    refused("s.safetensors.* policy", load_policy_judge, tmp_path / "s.safetensors")
+    refused("p.safetensors.* selector", load_selector, policy_file)
+    refused("s.safetensors.* policy", load_policy_judge, selector_file)
     small = {"image_size": 32, "patch_size": 8, "width": 16, "layers": 1, "heads": 2}
     for sizes, message in ((small, "x holds x,"), (3, "x.*'sizes' is 3")):
         save_file({"x": torch.zeros(1)}, tmp_path / "x", metadata={"selector": json.dumps({"sizes": sizes})})
         refused(message, load_selector, tmp_path / "x")
     other, copy = write_bert(tmp_path / "other", seed=1), write_bert(tmp_path / "copy")
-    refused("p.safetensors.*/bert.*/other", load_policy_judge, tmp_path / "p.safetensors", text_encoder=other)
-    assert load_policy_judge(tmp_path / "p.safetensors", text_encoder=copy).text.name == str(copy)
+    refused("p.safetensors.*/bert.*/other", load_policy_judge, policy_file, text_encoder=other)
+    assert load_policy_judge(policy_file, text_encoder=copy).text.name == str(copy)
     refused("CLIP", TextFeatures, tiny_pipeline_dir)
-
-
-def test_sizes_are_checked():
     for fields, message in (
         ({"image_size": 100}, "image_size 100 .*patch_size 16"),
         ({"heads": 5}, "width 768 .*heads 5"),

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import logging
+import re
 import runpy
 import sys
 
@@ -15,7 +16,6 @@ from script_tools import files_of
 
 from ddpo_pytorch.data import splits
 from ddpo_pytorch.data.splits import RECORD, count_labels
-from ddpo_pytorch.utils.errors import UserError
 
 HEADER = "image,MEL,NV,hair,gel_bubble,ruler,ink,site\n"
 
@@ -31,9 +31,8 @@ def write_table(folder, name, images, seed=0):
 
 
 def write_metadata(path, lesions):
-    path.write_text(
-        "\n".join(["image,lesion_id,sex", *(f"{image},{lesion},male" for image, lesion in lesions.items())])
-    )
+    rows = [f"{image},{lesion},male" for image, lesion in lesions.items()]
+    path.write_text("\n".join(["image,lesion_id,sex", *rows]))
 
 
 @pytest.fixture
@@ -54,28 +53,21 @@ def command(caplog, capsys):
     def run(*arguments):
         caplog.clear()
         code = 0
-        with caplog.at_level(logging.INFO):
-            try:
-                splits.main([str(argument) for argument in arguments])
-            except SystemExit as error:
-                code = error.code
+        try:
+            splits.main([str(argument) for argument in arguments])
+        except SystemExit as error:
+            code = error.code
         return code, "\n".join([*caplog.messages, capsys.readouterr().err])
 
+    caplog.set_level(logging.INFO)
     return run
-
-
-def save_images(folder, names):
-    folder.mkdir(exist_ok=True)
-    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
-    for name in names:
-        Image.fromarray(pixels).save(folder / f"{name}.jpg")
 
 
 def test_an_image_is_the_same_with_slashes_of_any_system(tmp_path):
     write_table(tmp_path, "a_train", ["part/I1"])
     write_table(tmp_path, "a_val", ["part\\I1.jpg"])
-    with pytest.raises(UserError, match="'part/I1.jpg' is in .*a_train.csv' and .*a_val.csv'"):
-        splits.read_splits(splits.find_splits(tmp_path)["a"])
+    tables = splits.find_splits(tmp_path)["a"]
+    refused("'part/I1.jpg' is in .*a_train.csv' and .*a_val.csv'", splits.read_splits, tables)
     write_metadata(tmp_path / "metadata.csv", {"part\\I1": "L1"})
     assert list(splits.read_metadata(tmp_path / "metadata.csv")) == ["part/I1"]
 
@@ -113,10 +105,7 @@ def test_sets_need_not_be_complete_and_parts_of_splits_do_not_count(folder, tmp_
         (",1,0,0,0,0,0,arm", "line 2: the image id '' is empty"),
         ("a,0,0,0,0,0,0,arm", "line 2: MEL and NV are (0, 0)"),
         ("a,1,0,0,0,,2,arm", "line 2: ruler is '', ink is '2'"),
-        (
-            "a,1,0,0,0,0,0,x\nb,1,0,0,0,0,0,x\na_downsampled,1,0,0,0,0,0,x",
-            "line 4: image 'a_downsampled' appears twice",
-        ),
+        ("a,1,0,0,0,0,0,x\nb,1,0,0,0,0,0,x\na_downsampled,1,0,0,0,0,0,x", "line 4: image 'a_downsampled' appears"),
         ("I000_downsampled,1,0,0,0,0,0,x", "image 'I000_downsampled' is in"),
     ],
 )
@@ -128,10 +117,12 @@ def test_faulty_tables_are_named(folder, command, row, expected):
 
 def test_images_are_counted_listed_and_decoded(folder, tmp_path, command):
     images, listed = tmp_path / "images", tmp_path / "new" / "missing.csv"
-    save_images(images, [f"I{number:03d}{'_downsampled' * (number == 3)}" for number in range(72)])
+    images.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    for number in range(72):
+        Image.fromarray(pixels).save(images / f"I{number:03d}{'_downsampled' * (number == 3)}.jpg")
     code, said = command("--splits", folder, "--images", images, "--list_missing", listed)
-    assert code == 0 and "0 images are broken" in said
-    assert "60 images, 0 missing\n" in said
+    assert code == 0 and "0 images are broken" in said and "60 images, 0 missing\n" in said
     assert "12 images, 8 missing: I072, I073, I074, I075, I076, ...\n" in said
     lines = listed.read_text().splitlines()
     assert lines[:2] == ["split,image", "val,I072"] and lines[-1] == "test,I099" and len(lines) == 1 + 28
@@ -156,13 +147,9 @@ def test_lesions_in_several_splits_are_counted(folder, tmp_path, command):
     code, said = command("--splits", folder, "--metadata", tmp_path / "meta.csv")
     assert code == 0 and "7 of 100 images have a lesion_id" in said
     assert "2 lesions, with 5 images, are in more than one split" in said
-    lines = [line for line in said.splitlines() if "that is also in" in line]
-    assert [line.split()[:4] + line.split()[-1:] for line in lines] == [
-        ["train", "2", "images", "(3.3", "val"],
-        ["val", "1", "images", "(5.0", "train"],
-        ["val", "1", "images", "(5.0", "test"],
-        ["test", "1", "images", "(5.0", "val"],
-    ]
+    found = re.findall(r"^(\w+) +(\d) images \((\S+) %\) .* also in (\w+)$", said, re.M)
+    expected = "train 2 3.3 val", "val 1 5.0 train", "val 1 5.0 test", "test 1 5.0 val"
+    assert [" ".join(groups) for groups in found] == [*expected]
 
 
 def test_regrouped_splits_share_no_lesion_and_keep_sizes_rows_and_labels(folder, tmp_path, command):

@@ -22,13 +22,9 @@ def model(apr, by_prompt, reward=None, **blocks):
     return {"alignment": block, "rewards": reward, "images": 32000} | blocks
 
 
-SD = model(
-    quantity(0.1828, 0.15, 0.2),
-    {CAPTIONS[8]: quantity(0.6374), CAPTIONS[1]: quantity(0.002, 0.0, 0.01), CAPTIONS[18]: quantity(0.8)},
-    reward=0.8,
-    fidelity={"inception": {"matched": {"FID": quantity(121.47), "KID": quantity(0.0123)}, "unmatched": {}}},
-    perception={"LPIPS": quantity(0.6)},
-)
+BY_PROMPT = {CAPTIONS[8]: quantity(0.6374), CAPTIONS[1]: quantity(0.002, 0.0, 0.01), CAPTIONS[18]: quantity(0.8)}
+FIDELITY = {"inception": {"matched": {"FID": quantity(121.47), "KID": quantity(0.0123)}, "unmatched": {}}}
+SD = model(quantity(0.1828, 0.15, 0.2), BY_PROMPT, 0.8, fidelity=FIDELITY, perception={"LPIPS": quantity(0.6)})
 RL = model(quantity(0.6314), {}, fidelity={"judge": {"matched": {"FID": quantity(0.123456)}}}, perception=None)
 
 
@@ -78,14 +74,11 @@ def test_apr_by_hand():
     block, hits = measure_apr(images, requested, LABELS[:4], predictions.numpy() - 0.5, 0)
     assert hits.tolist() == aligned.tolist() and block["APR"].value == 3 / 5 and block["by_prompt"][HAIR].value == 0.5
     numbers = block["attributes"]
-    assert {name: values["accuracy"].value for name, values in numbers.items()} == {
-        "hair": 1.0, "gel_bubble": 1.0, "ruler": 0.8, "ink": 0.8
-    }  # fmt: skip
+    accuracy = {name: values["accuracy"].value for name, values in numbers.items()}
+    assert accuracy == {"hair": 1.0, "gel_bubble": 1.0, "ruler": 0.8, "ink": 0.8}
     assert numbers["ruler"]["recall"].value == 0.5 and numbers["ruler"]["precision"].value == 1
     assert (numbers["ink"]["requested"], numbers["ink"]["seen"], numbers["ink"]["recall"].value) == (0, 1, None)
 
-
-def test_every_label_of_the_judge_counts():
     # six heads: the same artifacts but the wrong disease is not aligned; columns are found by name, not by position
     seen = torch.tensor([[1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, 1]])
     assert aligned_images(requested_labels([HAIR] * 2, LABELS), seen).tolist() == [1, 0]
