@@ -30,8 +30,17 @@ def result(example) -> dict:
 
 
 @pytest.fixture(scope="module")
-def page(example, tmp_path_factory) -> str:
-    return write_report(tmp_path_factory.mktemp("page"), *example).read_text()
+def pages(example, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddpo_pytorch.report.page.OPEN_GRIDS", 1)  # the others are folded away
+        full = write_report(folder / "full", *example)
+    return {"full": full, "minimal": write_report(folder / "minimal", minimal(example[0]), {}, {})}
+
+
+@pytest.fixture
+def page(pages) -> str:
+    return pages["full"].read_text()
 
 
 @pytest.fixture
@@ -84,10 +93,10 @@ def compared(example):
     def build(value, low, high, p=None, **more) -> dict:
         result = minimal(example[0])
         result["models"]["SD+RL"] = copy.deepcopy(result["models"]["SD"])
-        difference = {"value": value, "low": low, "high": high, "n": 512, "how": "bootstrap"}
-        one = {"from": "SD", "to": "SD+RL", "APR": difference, "from_APR": 0.4, "to_APR": 0.4 + (value or 0), "p": p}
-        one |= {"p_by_prompt": None, "paired": True, "reason": "", "pairs": 512, "gained": 150, "lost": 48}
-        return result | {"comparisons": [one | {"prompts": 10} | more]}
+        one = {"from": "SD", "to": "SD+RL", "from_APR": 0.4, "to_APR": 0.4 + (value or 0), "p": p, "p_by_prompt": None}
+        one |= {"APR": {"value": value, "low": low, "high": high, "n": 512, "how": "bootstrap"}, "prompts": 10}
+        one |= {"paired": True, "reason": "", "pairs": 512, "gained": 150, "lost": 48}
+        return result | {"comparisons": [one | more]}
 
     return build
 
@@ -146,13 +155,21 @@ def test_diversity_that_fell_is_remarked(after, fell, compared, read):
     assert ("which can be chance" in read(result).text) == (after == 5.5)
 
 
-def test_flaws_of_images_stand_above_and_on_the_card(result, read):
+def test_flaws_and_copies_of_images_and_further_results_are_stated(result, read):
+    """Flaws above and on the card; a table for each result of a kind."""
+    result["results"]["other.json"] = {"title": "Membership", "base": {"AUC": quantity(0.7, 0.1, 9)}}
+    assert "near_copies_of_training_images" not in result["sets"]["train"]
+    result["sets"]["real"]["near_copies_of_training_images"] += 5
     none = dict.fromkeys(findings.FLAWS, 0)
     first, second = (result["models"][name]["folders"][0] | none for name in MODELS)
     result["models"]["SD"]["folders"] = [first | {"copies_of_real_images": 1, "near_copies_of_real_images": 3}]
     result["models"]["SD+RL"]["folders"] = [second, second | {"black_images": 2}]
-    text = read(result).text
+    reader = read(result)
+    text, card = reader.text, reader.text.split("Data card")[1]
     assert text.count("1 copies of real images, 3 near copies") == text.count("of SD+RL: 2 black images") == 2
+    assert card.count("near copies of training images") == 1 and f"of {len(SHOWN) - 1} of the 32 captions" in card
+    tables = [reader.tables[title]["base: AUC"] for title in ("Membership", "Membership (other.json)")]
+    assert [rows[0][0] for rows in tables] == ["0.5", "0.7"]
 
 
 def test_tables_hold_the_result(page, example):
@@ -198,19 +215,6 @@ def test_every_number_has_an_interval_or_a_reason(example):
         assert one["low"] is not None or one["n"] < 20 or name == "density", (name, one)
 
 
-def test_results_of_one_kind_have_a_table_each(result, read):
-    result["results"]["other.json"] = {"title": "Membership", "base": {"AUC": quantity(0.7, 0.1, 9)}}
-    tables = [read(result).tables[title]["base: AUC"] for title in ("Membership", "Membership (other.json)")]
-    assert [rows[0][0] for rows in tables] == ["0.5", "0.7"]
-
-
-def test_the_data_card_counts_copies_of_training_images(result, read):
-    assert "near_copies_of_training_images" not in result["sets"]["train"]
-    result["sets"]["real"]["near_copies_of_training_images"] += 5
-    text = read(result).text.split("Data card")[1]
-    assert text.count("near copies of training images") == 1 and f"of {len(SHOWN) - 1} of the 32 captions" in text
-
-
 def test_only_distances_of_inception_are_called_fid(result, read):
     for values in result["models"].values():
         values["fidelity"]["inception"] = values["fidelity"]["judge"]
@@ -237,9 +241,8 @@ def test_page_loads_nothing(page, example):
     assert "Not for diagnosis" in reader.text and reader.text.count("To be filled in: ") == 5
     assert all(judge["sha256"] in reader.text for judge in example[0]["judges"].values())
 
-
-def test_pictures_stand_in_rows_of_one_noise_rarest_first(page, example):
-    alts = [attributes["alt"] for tag, attributes in Reader(page).tags if tag == "img"]
+    # pictures stand in rows of one noise, the rarest caption first
+    alts = [attributes["alt"] for tag, attributes in reader.tags if tag == "img"]
     rarest = rarest_first(SHOWN, example[0]["sets"]["real"]["images_by_prompt"])
     assert list(dict.fromkeys(alt.split(": ")[1] for alt in alts if alt.startswith("SD, ")))[:10] == rarest
     rows = [f"real, 0: {rarest[1]}"] + [f"{name}, {i}: {rarest[1]}" for name in MODELS for i in range(2)]
@@ -270,15 +273,8 @@ def test_foreign_text_is_escaped(example, result, tmp_path, read):
 
 def test_absent_blocks_leave_no_empty_headings(result, read):
     reader = read(minimal(result))
-    for heading in (
-        "Fidelity",
-        "Training curves",
-        "Samples by prompt",
-        "Diversity and nearness",
-        "Data card",
-        "# Real",
-    ):
-        assert heading not in reader.text
+    headings = "Fidelity|Training curves|Samples by prompt|Diversity and nearness|Data card|# Real"
+    assert not re.findall(headings, reader.text)
     assert "None" not in reader.text and "nan" not in reader.text.split()
     assert [tag for tag, _ in reader.tags].count("h2") == [tag for tag, _ in reader.tags].count("a") == 3
     assert "in 20 images of SD." in reader.text and "reward of SD (image_log.json states no" in reader.text
@@ -289,9 +285,8 @@ def test_why_models_are_not_paired_stands_with_the_samples(result, read, tmp_pat
     reason, broken = "/data/sd/images/x/7.png has no counterpart in /data/rl", tmp_path / "broken.png"
     broken.write_bytes(b"not an image")
     result["comparisons"][0] |= {"paired": False, "reason": reason, "pairs": 0, "p": None, "p_by_prompt": None}
-    lead, _, rest = read(result, {name: [(broken, CAPTIONS[0])] for name in MODELS}).text.partition(
-        "The result in numbers"
-    )
+    text = read(result, {name: [(broken, CAPTIONS[0])] for name in MODELS}).text
+    lead, _, rest = text.partition("The result in numbers")
     assert "SD+RL and SD are not paired" in lead and reason not in lead
     assert f"{broken} cannot be read as an image" in rest and "no image" in rest
     assert f"not from the same noise: {reason}" in rest and "come from the same noise" not in rest
@@ -356,15 +351,6 @@ def test_plots_are_the_same_bytes_again():
     assert svg.count("<svg") == 1 and "<image" not in svg
 
 
-@pytest.fixture(scope="module")
-def pages(example, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("report")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ddpo_pytorch.report.page.OPEN_GRIDS", 1)  # the others are folded away
-        full = write_report(folder / "full", *example)
-    return {"full": full, "minimal": write_report(folder / "minimal", minimal(example[0]), {}, {})}
-
-
 def visit(browser, path, width: int = 1280, scheme: str = "light", media: str = "") -> list[dict]:
     """Open a page at this width and return what the browser asked for."""
     screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
@@ -378,17 +364,13 @@ def visit(browser, path, width: int = 1280, scheme: str = "light", media: str = 
     return [m["params"]["request"] for m in messages if m["method"] == "Network.requestWillBeSent"]
 
 
-def open_details(browser) -> None:
-    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "width"), [("full", 390), ("full", 1280), ("minimal", 390)])
 def test_nothing_is_loaded_and_the_page_does_not_scroll_sideways(browser, pages, name, width):
     asked = [request["url"] for request in visit(browser, pages[name], width)]
     assert [url for url in asked if not url.startswith("data:")] == [pages[name].as_uri()]
     assert browser.get_log("browser") == []
-    open_details(browser)
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert browser.execute_script("return innerWidth") == width
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     # what is cut off must be reachable: only the boxes that scroll may hold more than they show
