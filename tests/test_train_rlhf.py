@@ -1,5 +1,6 @@
 """train_rlhf.py on striped images whose ratings are known: learned, killed, resumed, refused."""
 
+import itertools
 import logging
 import shutil
 import time
@@ -18,6 +19,7 @@ from script_tools import assert_same_training, files_of, options, read_lines, su
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.policy import TextFeatures, load_judges
 from ddpo_pytorch.rlhf import rated_images, training
+from ddpo_pytorch.rlhf.rated_images import RatedSet
 from ddpo_pytorch.rlhf.training import chosen_samples
 from ddpo_pytorch.utils.training_state import TrainState
 
@@ -35,14 +37,17 @@ def config_file(rated):
     return write_config(rated)
 
 
+def flags_of(fields: dict) -> dict:
+    return {f"rlhf__{name}": str(value) if name == "output" else value for name, value in fields.items()}
+
+
 @pytest.fixture
 def train(run_main, config_file, caplog):
     """Function (fields of rlhf): run the script in this process; its log."""
 
     def run(**fields):
         caplog.clear()
-        fields["output"] = str(fields["output"])
-        run_main(SCRIPT, config_file, **{f"rlhf__{name}": value for name, value in fields.items()})
+        run_main(SCRIPT, config_file, **flags_of(fields))
         return caplog.text
 
     caplog.set_level(logging.INFO)
@@ -69,20 +74,19 @@ def entries(folder):
 @pytest.mark.slow
 def test_both_judges_learn_what_experts_mean(train, table, tmp_path):
     """And criteria: vessels as the quality, rated for one half of the images; artifacts the other way round."""
-    columns = {
-        "vessels": lambda rows: rows.rating.where(rows.index % 2 == 0),
-        "artifacts": lambda rows: 4 - rows.rating,
-    }
-    log = train(ratings=table(lambda rows: rows.assign(**columns)), output=tmp_path, num_epochs=16, batch_size=8)
+
+    def add_criteria(rows):
+        return rows.assign(vessels=rows.rating.where(rows.index % 2 == 0), artifacts=4 - rows.rating)
+
+    log = train(ratings=table(add_criteria), output=tmp_path, num_epochs=16, batch_size=8)
     written = entries(tmp_path)
     assert [(entry["epoch"], entry["stage"]) for entry in written] == [(n, 1 + n // 16) for n in range(32)]
     rates = [entry["learning_rate"] for entry in written]
     assert rates[0] == 3e-3 and rates[16] == 1e-3 and rates[15] < 1e-4
-    first, last = written[15], written[-1]
-    assert first["selector"]["spearman"] > 0.85 and first["selector"]["auc"] > 0.95 and first["selector"]["mae"] < 0.15
-    assert first["selector"]["spearman_vessels"] > 0.8 and first["selector"]["spearman_artifacts"] > 0.8
-    assert last["policy"]["auc"] > 0.95 and last["policy"]["mae"] < 0.25
-    assert 0.4 < first["selector"]["pass_rate"] < 0.9 and "selector" not in last  # frozen in stage 2
+    first, last = written[15]["selector"], written[-1]
+    assert first["spearman"] > 0.85 and first["auc"] > 0.95 and first["mae"] < 0.15 and 0.4 < first["pass_rate"] < 0.9
+    assert first["spearman_vessels"] > 0.8 and first["spearman_artifacts"] > 0.8
+    assert last["policy"]["auc"] > 0.95 and last["policy"]["mae"] < 0.25 and "selector" not in last  # frozen in stage 2
     selector, policy = load_judges(tmp_path)
     assert selector.calibration["J"] > 0.8 and policy.origin["epochs"] == 32 and "alpha None" in log
     # their scores of a good and a bad image
@@ -129,9 +133,8 @@ def test_stages_apart_and_stopped_trainings_end_like_an_uninterrupted_one(train,
     found = files_of(apart)
     assert found["policy_stage_1.safetensors"] == first["policy.safetensors"] != found["policy.safetensors"]
     assert found["selector.safetensors"] == first["selector.safetensors"]
-    assert sorted(found) == sorted(
-        (*NAMES, "policy_stage_1.safetensors", "metrics.jsonl", "probes.md", "findings.md")
-    )  # and no state
+    # and no state
+    assert found.keys() == {*NAMES, "policy_stage_1.safetensors", "metrics.jsonl", "probes.md", "findings.md"}
     refused("stage 2 in .* is finished", train, output=apart, stages=(2,))
 
     for saves, changed in ((1, {"batch_size": 8}), (3, {"second_learning_rate": 1e-4}), (4, {"width": 16})):
@@ -165,23 +168,17 @@ def test_a_state_belongs_to_its_text_encoder_and_autoencoder(train, stopped, rat
     refused("training ratings", train, **fields)
 
 
-def test_given_thresholds(train, tmp_path):
-    """One that everything passes, then one that nothing passes."""
+def test_given_thresholds_and_other_sizes(train, tmp_path):
+    """A threshold that everything passes, then one that nothing passes. The second stage refuses other sizes."""
     train(output=tmp_path, num_epochs=1, threshold=0.0, stages=(1,))
     selector, _ = load_judges(tmp_path)
     assert selector.threshold == 0.0 and entries(tmp_path)[0]["selector"]["pass_rate"] == 1
     before = files_of(tmp_path)
     refused("passes none of 96", train, output=tmp_path, stages=(2,), threshold=1.0)
-    assert files_of(tmp_path) == before
-    assert "96 of 96" in train(output=tmp_path, num_epochs=1, threshold=0.0, stages=(2,))
-
-
-def test_the_second_stage_refuses_other_sizes(train, tmp_path):
-    train(output=tmp_path, num_epochs=1, threshold=0.0, stages=(1,))
-    before = files_of(tmp_path)
     for field, value in (("image_size", 8), ("policy_layers", 1), ("stem", "conv"), ("text_tokens", 8)):
         refused(f"rlhf.{field}=.* {value!r}", train, output=tmp_path, stages=(2,), **{field: value})
     assert files_of(tmp_path) == before
+    assert "96 of 96" in train(output=tmp_path, num_epochs=1, threshold=0.0, stages=(2,))
 
 
 def test_samples_of_the_second_stage():
@@ -196,64 +193,51 @@ def test_samples_of_the_second_stage():
 @pytest.mark.slow
 def test_settings_reach_the_training(train, table, tmp_path):
     """Expert levels, the objective, flips and stage 2 change weights of the Policy."""
-    found = {}
-    few = table(lambda rows: rows[:48])
+    usual = {"ratings": table(lambda rows: rows[:48]), "num_epochs": 1, "stages": (1,)}
     levels = table(lambda rows: rows[:48].assign(expert_level=1 + rows.index[:48] % 3))
     changes = {"plain": {}, "levels": {"ratings": levels}, "delta": {"objective": "delta"}, "still": {"flip": False}}
-    changes["wrong captions"] = {"wrong_captions": 0.5}
+    changes |= {"captions": {"wrong_captions": 0.5}, "plain 2": {"stages": (2,), "second_learning_rate": 1e-5}}
+    found = []
     for name, fields in changes.items():
-        train(**{"ratings": few, "output": tmp_path / name, "num_epochs": 1, "stages": (1,)} | fields)
-        found[name] = load_file(tmp_path / name / NAMES[1])["head.8.weight"]
-    train(output=tmp_path / "plain", ratings=few, num_epochs=1, stages=(2,), second_learning_rate=1e-5)
-    found["plain 2"] = load_file(tmp_path / "plain" / NAMES[1])["head.8.weight"]
-    values = list(found.values())
-    assert not any(torch.equal(one, other) for number, one in enumerate(values) for other in values[:number])
+        output = tmp_path / name.removesuffix(" 2")
+        train(**usual | {"output": output} | fields)
+        found.append(load_file(output / NAMES[1])["head.8.weight"])
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(found, 2))
     before = load_file(tmp_path / "plain" / "policy_stage_1.safetensors")["head.8.weight"]
-    assert torch.equal(before, found["plain"])
-    assert (found["plain 2"] - before).abs().max() < 1e-4  # a handful of small steps of Adam away
+    assert torch.equal(before, found[0])
+    assert (found[-1] - before).abs().max() < 1e-4  # a handful of small steps of Adam away
+
+
+def spy(monkeypatch, owner, name, function=None) -> list[tuple]:
+    """The arguments of each call of a function from now on; `function` takes its place."""
+    calls, original = [], function or getattr(owner, name)
+
+    def call(*arguments):
+        calls.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, name, call)
+    return calls
 
 
 def test_mirrored_images_have_mirrored_captions(train, tmp_path, monkeypatch):
-    seen, flipped = [], []
-
-    def flip_all(rated, seed, epoch):
-        flipped.append(len(rated))
-        return torch.ones(len(rated)).bool()
-
-    def features(text, prompts, original=TextFeatures.__call__):
-        seen.extend(prompts)
-        return original(text, prompts)
-
     monkeypatch.setattr(rated_images, "mirrored_caption", lambda prompt: f"{prompt}, mirrored")
-    monkeypatch.setattr(rated_images.RatedSet, "flips", flip_all)
-    monkeypatch.setattr(TextFeatures, "__call__", features)
+    flips = spy(monkeypatch, RatedSet, "flips", lambda rated, *_: torch.ones(len(rated)).bool())
+    features = spy(monkeypatch, TextFeatures, "__call__")
     train(output=tmp_path, num_epochs=1, stages=(1,))
-    assert [prompt.endswith(", mirrored") for prompt in seen].count(True) == sum(flipped) > 60
+    mirrored = [prompt for _, prompts in features for prompt in prompts if prompt.endswith(", mirrored")]
+    assert len(mirrored) == sum(len(rated) for rated, *_ in flips) > 60
 
 
 def test_wrong_captions_give_the_policy_alone_no_reward(train, tmp_path, monkeypatch):
     """All images have the first one's caption: the Policy's rewards are 0 but for the first image."""
-    rewards, prompts, shares = [], [], []
-
-    def first_caption(rated, share, seed, epoch):
-        shares.append(share)
-        return torch.zeros(len(rated)).long()
-
-    def seen_rewards(batch, values, original=training.advantages):
-        rewards.append(batch.count_nonzero().item())
-        return original(batch, values)
-
-    def seen_prompts(text, batch, original=TextFeatures.__call__):
-        prompts.append(set(batch))
-        return original(text, batch)
-
-    monkeypatch.setattr(rated_images.RatedSet, "caption_sources", first_caption)
-    monkeypatch.setattr(training, "advantages", seen_rewards)
-    monkeypatch.setattr(TextFeatures, "__call__", seen_prompts)
+    sources = spy(monkeypatch, RatedSet, "caption_sources", lambda rated, *_: torch.zeros(len(rated)).long())
+    advantages, features = spy(monkeypatch, training, "advantages"), spy(monkeypatch, TextFeatures, "__call__")
     train(output=tmp_path, num_epochs=1, stages=(1,), wrong_captions=0.4, flip=False)
+    rewards = [batch.count_nonzero().item() for batch, _ in advantages]
     batches = len(rewards) // 2  # rewards of the Selector and of the Policy by turns
-    assert shares == [0.4] and sum(rewards[1::2]) <= 1 and min(rewards[::2]) > 2
-    assert sum(len(batch) == 1 for batch in prompts) == batches
+    assert [share for _, share, *_ in sources] == [0.4] and sum(rewards[1::2]) <= 1 and min(rewards[::2]) > 2
+    assert sum(len(set(prompts)) == 1 for _, prompts in features) == batches
 
 
 def test_generated_images_are_no_patients(train, rated, tmp_path):
@@ -291,39 +275,33 @@ def test_one_rating_for_both_by_two_experts(train, table, tmp_path):
     assert "no image is rated 2" in log and (tmp_path / NAMES[1]).exists()
 
 
-def test_tables_that_cannot_train(train, table, tmp_path):
-    for message, tables in (
+def test_tables_and_settings_that_cannot_train(train, table, tmp_path):
+    for message, fields in (
         ("96 images are rated 3", {"ratings": lambda rows: rows.assign(quality=3)}),
         ("24 .* quality 2 or more and 0 below 2", {"ratings": lambda rows: rows.assign(quality=2 + rows.rating % 2)}),
         ("rating is '4'", {"ratings": lambda rows: rows.assign(rating=rows.rating.replace(2, 4))}),
         ("share the image", {"val_ratings": lambda rows: rows[:12]}),
         ("share the patient 'p0'", {"ratings": lambda rows: rows[::2], "val_ratings": lambda rows: rows[1::2]}),
+        ("rlhf.ratings", {"ratings": ""}),
+        ("out.*rlhf.stages", {"stages": (2,)}),
+        (r"rlhf.stages.*\(2, 1\)", {"stages": (2, 1)}),
+        ("rlhf.objective.*'abs'", {"objective": "abs"}),
+        ("rlhf.threshold.*1.5", {"threshold": 1.5}),
+        ("image_size 30.*patch_size 8", {"image_size": 30}),
+        ("image_size is 0", {"image_size": 0}),
+        ("rlhf.pool 'nowhere'", {"pool": "nowhere"}),
     ):
-        refused(message, train, output=tmp_path / "out", **{name: table(change) for name, change in tables.items()})
-        assert not (tmp_path / "out").exists()
-
-
-def test_settings_out_of_range(train, tmp_path):
-    for field, value, message in (
-        ("ratings", "", "rlhf.ratings"),
-        ("stages", (2,), "out.*rlhf.stages"),
-        ("stages", (2, 1), r"rlhf.stages.*\(2, 1\)"),
-        ("objective", "abs", "rlhf.objective.*'abs'"),
-        ("threshold", 1.5, "rlhf.threshold.*1.5"),
-        ("image_size", 30, "image_size 30.*patch_size 8"),
-        ("image_size", 0, "image_size is 0"),
-        ("pool", "nowhere", "rlhf.pool 'nowhere'"),
-        ("learning_rate", 1e30, "loss is nan .* stage 1"),
-    ):
-        refused(message, train, output=tmp_path / "out", **{field: value})
-        assert not (tmp_path / "out" / NAMES[0]).exists()
+        given = {name: table(value) if callable(value) else value for name, value in fields.items()}
+        refused(message, train, output=tmp_path / "out", **given)
+        assert not (tmp_path / "out").exists(), message
+    refused("loss is nan .* stage 1", train, output=tmp_path / "out", learning_rate=1e30)
+    assert not (tmp_path / "out" / NAMES[0]).exists()
 
 
 @pytest.mark.slow
 def test_two_processes_that_are_killed_learn_what_one_learns(train, config_file, tmp_path):
     fields = {"dropout": 0.0, "threshold": 0.0}  # 96 images in both stages
-    given = options(config_file, **{f"rlhf__{name}": value for name, value in fields.items()}, rlhf__batch_size=8)
-    given.append(f"--config.rlhf.output={tmp_path / 'two'}")
+    given = options(config_file, **flags_of(fields | {"batch_size": 8, "output": tmp_path / "two"}))
     script = Script(f"scripts/{SCRIPT}", *given, processes=2)
     while not (tmp_path / "two/stage_1.unfinished.pt").exists() and script.poll():
         time.sleep(0.01)

@@ -73,60 +73,47 @@ def test_a_users_module_may_extend_the_path(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["dict", "int", "type", "print"])
 @pytest.mark.parametrize("field", ["reward_fn", "prompt_fn"])
 def test_functions_that_state_no_arguments(settings, field, name):
-    config = configured(settings, {field: f"builtins:{name}"})
+    config, device = configured(settings, {field: f"builtins:{name}"}), torch.device("cpu")
     if name == "type":  # raises by itself, as functions of users may
-        with pytest.raises(TypeError):
-            make_task(config, torch.device("cpu"))
-        return
-    refused(f"{name}' returned .*; it must return a", make_task, config, torch.device("cpu"))
+        pytest.raises(TypeError, make_task, config, device)
+    else:
+        refused(f"{name}' returned .*; it must return a", make_task, config, device)
 
 
-def test_rewards_are_tried_on_the_device_and_on_the_sizes_to_come(settings, monkeypatch):
-    tried = []
+def test_rewards_are_tried_on_the_device_and_on_the_sizes_to_come(settings, train, monkeypatch):
+    tried = set()
 
     def reward(images, prompts, metadata):
-        tried.append((images.device.type, *images.shape))
-        return [0.0] * len(prompts), {}
+        tried.add((images.device.type, *images.shape))
+        return [0.01 * index for index in range(len(prompts))], {}
 
     monkeypatch.setitem(REWARDS, "mine", lambda: reward)
     config, device = configured(settings, {"reward_fn": "mine"}), torch.device("meta")
     try_reward(config, make_task(config, device), device, (16, 24))
-    assert set(tried) == {("meta", 4, 3, 16, 24)}
-
-
-def test_rewards_are_tried_on_what_the_rollout_gives_them(train, monkeypatch):
-    shapes = []
-
-    def reward(images, prompts, metadata):
-        shapes.append(tuple(images.shape))
-        return images.mean(dim=(1, 2, 3)), {}
-
-    monkeypatch.setitem(REWARDS, "mine", lambda: reward)
+    assert tried == {("meta", 4, 3, 16, 24)}
+    tried.clear()
     train(num_epochs=1, reward_fn="mine")
-    assert set(shapes) == {(4, 3, 64, 64)}
+    assert tried == {("cpu", 4, 3, 64, 64)}
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ({"train__advantage": "group"}, ("8 samples", "sample.images_per_prompt")),
-        ({"held_out__every": 1}, ("'mine'", "PROMPT_LISTS")),
-        ({"prompt_fn_kwargs": {"noun": "bird"}}, ("prompt_fn_kwargs", "noun")),
-        ({"reward_fn": "mine", "reward_fn_kwargs.mine.scale": float("nan")}, ("'mine'", "nan")),
-        ({"prompt_fn": "numbers"}, ("'numbers'", "7")),
-        ({"prompt_fn": "unlisted"}, ("'unlisted'", "'a dog'", "PROMPT_LISTS")),
+        ({"train__advantage": "group"}, "8 samples.*sample.images_per_prompt"),
+        ({"held_out__every": 1}, "'mine'.*PROMPT_LISTS"),
+        ({"prompt_fn_kwargs": {"noun": "bird"}}, "prompt_fn_kwargs.*noun"),
+        ({"reward_fn": "mine", "reward_fn_kwargs.mine.scale": float("nan")}, "'mine'.*nan"),
+        ({"prompt_fn": "numbers"}, "'numbers'.*7"),
+        ({"prompt_fn": "unlisted"}, "'unlisted'.*'a dog'.*PROMPT_LISTS"),
     ],
-    ids=lambda value: "" if isinstance(value, tuple) else "-".join(value),
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_what_cannot_work_is_refused_first(mine, train, tmp_path, monkeypatch, overrides, expected):
     monkeypatch.setitem(PROMPTS, "numbers", lambda: 7)
     monkeypatch.setitem(PROMPTS, "unlisted", lambda: random.choice(["a cat", "a dog"]))
     monkeypatch.setitem(PROMPT_LISTS, "unlisted", lambda: ["a cat"])
     monkeypatch.setitem(PROMPTS, "mine", lambda nouns="a": f"{nouns} {random.random()}")  # no prompt occurs twice
-    with pytest.raises(UserError) as caught:
-        train(**({"prompt_fn": "mine", "reward_fn": "jpeg_compressibility"} | overrides))
-    message = str(caught.value)
-    assert all(text in message for text in expected) and "\n" not in message, message
+    refused(expected, train, **{"prompt_fn": "mine", "reward_fn": "jpeg_compressibility"} | overrides)
     assert not (tmp_path / "logs").exists()
 
 
@@ -144,18 +131,16 @@ def check(caplog):
         health = HealthCheck(ConfigDict(settings))
         for epoch, (advantages, changed) in enumerate(epochs):
             health.check_epoch(epoch, prompts, np.array(advantages), HEALTHY | changed)
-        return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        return caplog.messages
 
+    caplog.set_level(logging.WARNING)
     return run
 
 
-def test_a_healthy_run_is_not_warned_of(check):
+def test_an_epoch_that_teaches_nothing_is_warned_of_once_and_a_healthy_run_never(check):
     assert not check(*[(SPREAD, {})] * 5)
     assert not check(*[(SPREAD, {"grad_norm": norm, "clipfrac": 0.2}) for norm in (1e-4, 3e-4, 2e-4, 9e-4, 5e-4)])
     assert not check((SPREAD, {"grad_norm": float("nan"), "clipfrac": float("nan")}))
-
-
-def test_an_epoch_that_teaches_nothing_is_warned_of_once(check):
     for advantages, changed in (
         ([1e-11, -1e-11], {}),  # what rounding leaves of equal rewards
         ([5e-4, -5e-4], {"reward_std": 1e-9}),  # a reward too small for its units
@@ -173,7 +158,7 @@ def test_clipped_ratios_and_exploding_gradients_are_warned_of_once(check):
     assert not more and "epoch 3" in message and "0.243" in message and "0.0031" in message
 
 
-def test_prompts_that_are_alone(check, caplog):
+def test_prompts_that_are_alone(check):
     (message,) = check(*[(SPREAD, {})] * 2, advantage="group", prompts=["a", "a", "b", "c"])
     assert "2 of 3 prompts" in message and "sample.images_per_prompt" in message
     assert not check((SPREAD, {}), advantage="group")
