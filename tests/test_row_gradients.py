@@ -15,14 +15,10 @@ from ddpo_pytorch.generator.lora import ATTENTION, add_lora, disabled_lora, lora
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
 from ddpo_pytorch.rollout import sample_trajectories
 from ddpo_pytorch.training import setup
-from ddpo_pytorch.training.rollout_gradients import (
-    RolloutGradients,
-    per_sample_gradients,
-    rollout_gradients,
-)
+from ddpo_pytorch.training.rollout_gradients import RolloutGradients, per_sample_gradients, rollout_gradients
 from ddpo_pytorch.training.setup import batch_sizes, load_policy
 
-ROWS = 5
+ROWS = 7
 # attention, feed-forward, and the time embedding's projection, whose inputs have no dimension of pixels
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "time_emb_proj")
 
@@ -40,26 +36,20 @@ def unet(targets=TARGETS):
     return model.double()
 
 
-def inputs(rows):
-    """Latents (rows, 4, 16, 16), timesteps (rows,) and text embeddings (rows, 9, 32), float64."""
+def predict(model, first: int = 0, end: int = ROWS, **options) -> torch.Tensor:
+    """Return the output (rows, 4, 16, 16) for some of ROWS latents with a timestep and text (9, 32) each, float64."""
     generator = torch.Generator().manual_seed(2)
-    latents = torch.randn(rows, 4, 16, 16, generator=generator, dtype=torch.float64)
-    return latents, torch.arange(rows) * 90, torch.randn(rows, 9, 32, generator=generator, dtype=torch.float64)
-
-
-def predict(model, rows: slice) -> torch.Tensor:
-    latents, timesteps, context = inputs(ROWS)
-    return model(latents[rows], timesteps[rows], encoder_hidden_states=context[rows], return_dict=False)[0]
+    latents, context = (torch.randn(ROWS, *shape, generator=generator).double() for shape in ((4, 16, 16), (9, 32)))
+    latents, timesteps, context = (value[first:end] for value in (latents, torch.arange(ROWS) * 90, context))
+    return model(latents, timesteps, encoder_hidden_states=context, return_dict=False, **options)[0]
 
 
 @cache
 def row_by_row() -> list[torch.Tensor]:
     """Return the gradients of the square of each row's output, (ROWS, *weight.shape) of each adapter weight."""
     model = unet()
-    rows = []
-    for row in range(ROWS):
-        output = predict(model, slice(row, row + 1))
-        rows.append(torch.autograd.grad(output.square().sum(), lora_parameters(model)))
+    losses = [predict(model, row, row + 1).square().sum() for row in range(ROWS)]
+    rows = [torch.autograd.grad(loss, lora_parameters(model)) for loss in losses]
     return [torch.stack(found) for found in zip(*rows, strict=True)]
 
 
@@ -78,17 +68,21 @@ def test_rows_have_their_own_gradients(threads, fused, checkpointing):
     weights = lora_parameters(model)
     with per_sample_gradients(model, ROWS) as found:
         for _ in range(2):  # passes add up
-            output = predict(model, slice(None))
-            torch.autograd.grad(output.square().sum(), weights, allow_unused=True)
+            torch.autograd.grad(predict(model).square().sum(), weights, allow_unused=True)
     for weight, expected in zip(weights, row_by_row(), strict=True):
         torch.testing.assert_close(found[weight], 2 * expected, rtol=1e-9, atol=1e-12)
     assert all(weight.grad is None for weight in weights)
 
     kept = {weight: rows.clone() for weight, rows in found.items()}
-    predict(model, slice(None)).square().sum().backward()
+    predict(model).square().sum().backward()
     assert all(torch.equal(found[weight], rows) for weight, rows in kept.items()), "kept after the end"
     for weight, rows in kept.items():
         torch.testing.assert_close(weight.grad, rows.sum(dim=0) / 2, rtol=1e-9, atol=1e-12)
+
+
+def gradients_of(model) -> torch.Tensor:
+    """Return the gradients of all adapter weights as a vector."""
+    return torch.cat([weight.grad.flatten() for weight in lora_parameters(model)])
 
 
 @pytest.fixture
@@ -98,12 +92,12 @@ def both_ways(train, script, settings, monkeypatch):
 
     def run(**overrides):
         results = []
-        for number, sampling in enumerate((False, True)):
-            taken, jobs = [], []
+        for sampling in (False, True):
+            taken = []
 
-            def recording(config, taken=taken, jobs=jobs):
+            def recording(config, taken=taken, sampling=sampling):
                 job = set_up(config)
-                jobs.append(job)
+                assert (job.gradients is not None) == sampling
                 generator = torch.Generator().manual_seed(0)
                 for name, weight in job.pipe.unet.named_parameters():
                     if "lora_B" in name:  # begins at 0, where the gradient of the other half is 0
@@ -111,17 +105,16 @@ def both_ways(train, script, settings, monkeypatch):
                 step = job.guard.step
 
                 def record_and_step(parameters):
-                    taken.append(torch.cat([p.grad.flatten() for p in lora_parameters(job.pipe.unet)]).clone())
+                    taken.append(gradients_of(job.pipe.unet))
                     return step(parameters)
 
                 job.guard.step = record_and_step
                 return job
 
             monkeypatch.setattr(script, "set_up", recording)
-            chosen = {"run_name": f"run{number}", "train__gradients_while_sampling": sampling, "num_epochs": 1}
-            _, epochs = train(**overrides | chosen)
-            assert (jobs[0].gradients is not None) == sampling
-            results.append((taken, epochs[0]))
+            chosen = {"run_name": str(sampling), "train__gradients_while_sampling": sampling, "num_epochs": 1}
+            _, (line,) = train(**overrides | chosen)
+            results.append((taken, line))
         return results
 
     return run
@@ -176,19 +169,14 @@ def test_same_gradients_in_half_precision(both_ways, without_autocast, monkeypat
 
 
 def test_where_it_is_possible(settings):
-    for overrides, possible in (
-        ({"train.timestep_window": (0.0, 0.5)}, True),
-        ({"train.gradients_while_sampling": False}, False),
-        ({"train.timestep_fraction": 0.67}, False),
-        ({"train.kl_coef": 0.1}, False),
-        ({"train.lora_targets": ("to_q", "conv1")}, False),
-        ({"use_lora": False}, False),
-    ):
-        config = configured(settings, overrides)
+    excluding = {"train.gradients_while_sampling": False, "train.timestep_fraction": 0.67, "train.kl_coef": 0.1}
+    excluding |= {"train.lora_targets": ("to_q", "conv1"), "use_lora": False}
+    for field, value in [("train.timestep_window", (0.0, 0.5)), *excluding.items()]:
+        config = configured(settings, {field: value})
         pipe = load_policy(config, torch.float32, torch.device("cpu"))
         sizes = batch_sizes(config.sample, config.train, 1)
         found = rollout_gradients(Accelerator(cpu=True), pipe.unet, sizes, config.sample, config.train)
-        assert (found is not None) == possible, overrides
+        assert (found is None) == (field in excluding), field
 
 
 def test_a_gradient_scaler_takes_part(tiny_pipeline_dir):
@@ -196,7 +184,7 @@ def test_a_gradient_scaler_takes_part(tiny_pipeline_dir):
     pipe = load_pipeline(tiny_pipeline_dir)
     pipe.set_progress_bar_config(disable=True)
     add_lora(pipe.unet, 2, ATTENTION, seed=0)
-    table, weights, found = PromptEmbeddings(pipe), lora_parameters(pipe.unet), []
+    table, found = PromptEmbeddings(pipe), []
     for scale in (None, 1024.0):
         accelerator = Accelerator(cpu=True)
         accelerator.scaler = scale and torch.amp.GradScaler("cpu", init_scale=scale)
@@ -206,22 +194,20 @@ def test_a_gradient_scaler_takes_part(tiny_pipeline_dir):
             with gradients.recording(first, len(prompts)) as taking:
                 sample_trajectories(pipe, table, prompts, noise, Sampling(2, 3.0, 1.0), taking)
         gradients.set_gradients(torch.tensor([1.0, -2.0, 0.5]))
-        found.append(torch.cat([weight.grad.flatten() for weight in weights]))
+        found.append(gradients_of(pipe.unet))
     plain, scaled = found
     torch.testing.assert_close(scaled, 1024 * plain, rtol=1e-5, atol=1e-9)
-    accelerator.scaler.unscale_(torch.optim.SGD(weights))
-    unscaled = torch.cat([weight.grad.flatten() for weight in weights])
-    torch.testing.assert_close(unscaled, plain, rtol=1e-5, atol=1e-12)
+    accelerator.scaler.unscale_(torch.optim.SGD(lora_parameters(pipe.unet)))
+    torch.testing.assert_close(gradients_of(pipe.unet), plain, rtol=1e-5, atol=1e-12)
     assert plain.norm() > 0
 
 
 def assert_close(models, rows, **options):
     """Assert that two models have the same outputs and gradients of a loss that weights every output."""
-    latents, timesteps, context = inputs(rows)
-    weights = torch.randn(latents.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    weights = torch.randn(rows, 4, 16, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     outputs, gradients = [], []
     for model in models:
-        output = model(latents, timesteps, encoder_hidden_states=context, return_dict=False, **options)[0]
+        output = predict(model, end=rows, **options)
         (output * weights).sum().backward()
         outputs.append(output)
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
@@ -229,7 +215,7 @@ def assert_close(models, rows, **options):
     assert len(gradients[0]) > 10
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-8, atol=1e-10)
     with torch.no_grad():
-        drawn = models[1](latents, timesteps, encoder_hidden_states=context, return_dict=False, **options)[0]
+        drawn = predict(models[1], end=rows, **options)
     assert torch.equal(drawn, outputs[1]) and not drawn.requires_grad
 
 
@@ -248,11 +234,11 @@ def test_fused_adapters_compute_what_peft_computes():
     models = unet(ATTENTION), unet(ATTENTION)
     fuse_lora(models[1])
     assert_close(models, 3)
-    latents, timesteps, context = inputs(3)
-    without, adapted = [], models[0](latents, timesteps, context).sample
+    without = []
     for model in models:
         with torch.no_grad(), disabled_lora(model):
-            without.append(model(latents, timesteps, context).sample)
+            without.append(predict(model))
+    adapted = predict(models[0])
     assert torch.equal(*without) and not torch.allclose(without[0], adapted)
 
 

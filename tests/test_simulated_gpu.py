@@ -26,8 +26,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not shutil.which("cc") or torch.version.cuda is None, reason="no C compiler or CUDA build"),
 ]
-LOOPS = ("train", "rollout", "rollout_gradients", "ppo", "optimizer")
-LOOPS += ("ddim_with_logprob", "pipeline_with_logprob")
+LOOPS = "train", "rollout", "rollout_gradients", "ppo", "optimizer", "ddim_with_logprob", "pipeline_with_logprob"
 PLANTED = """
 import sys, torch
 from ddpo_pytorch.diffusers_patch import pipeline_with_logprob as place
@@ -51,12 +50,12 @@ print(json.dumps({{"script": "memory", "host_syncs": [], "gib": memory_budget.dd
 """
 
 
-def simulate(*commands: list[object], timeout: float = 900) -> list[dict]:
+def simulate(*commands: list[object]) -> list[dict]:
     """Run scripts one after another; what was counted of each, with "syncs" in the training loop by function."""
-    words = [str(word) for command in commands for word in ("--", *command)][1:]
+    command = [sys.executable, "benchmarks/simulated_gpu.py"]
+    command += [str(word) for script in commands for word in ("--", *script)][1:]
     environment = {name: value for name, value in (os.environ | ON_CPU).items() if name != "ACCELERATE_USE_CPU"}
-    command = [sys.executable, "benchmarks/simulated_gpu.py", *words]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]
     found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"script"')]
     for one in found:
@@ -68,37 +67,31 @@ def simulate(*commands: list[object], timeout: float = 900) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def settings(judges, tmp_path_factory) -> dict:
-    """16 samples of 2 steps, in 4 batches, and 2 updates of 2 minibatches; grids of 16 images at once.
+def found(judges, config_file, world, alexnet, tmp_path_factory) -> dict[str, dict]:
+    """What was counted, by the name of the run.
 
-    The UNet has a single level, as each operation takes a millisecond here.
+    train.py has 16 samples of 2 steps, in 4 batches, 2 updates of 2 minibatches, and grids of 16 images at once. Its
+    UNet has a single level, as each operation takes a millisecond here.
     """
-    folder = tmp_path_factory.mktemp("simulated")
-    pipeline = random_pipeline(folder / "sd", (16,), (True,))
-    (folder / "prompts.txt").write_text("\n".join(CAPTIONS[6:8]))
-    settings = usual_settings(pipeline, judges[6], folder) | {"num_epochs": 1, "sample.num_steps": 2}
-    settings |= {"sample.batch_size": 16, "sample.num_batches_per_epoch": 1, "train.batch_size": 4}
-    settings |= {"train.gradient_accumulation_steps": 2, "prompt_fn": "from_file"}
-    return settings | {"prompt_fn_kwargs.path": folder / "prompts.txt", "held_out.classifier": judges[4]}
-
-
-@pytest.fixture(scope="module")
-def found(settings, config_file, world, alexnet, tmp_path_factory) -> dict[str, dict]:
-    """What was counted, by the name of the run."""
     folder = tmp_path_factory.mktemp("scripts")
+    (folder / "prompts.txt").write_text("\n".join(CAPTIONS[6:8]))
+    settings = usual_settings(random_pipeline(folder / "model", (16,), (True,)), judges[6], folder)
+    settings |= {"num_epochs": 1, "sample.num_steps": 2, "sample.batch_size": 16, "sample.num_batches_per_epoch": 1}
+    settings |= {"train.batch_size": 4, "train.gradient_accumulation_steps": 2, "held_out.classifier": judges[4]}
+    settings |= {"prompt_fn": "from_file", "prompt_fn_kwargs.path": folder / "prompts.txt"}
     model = {"pretrained__model": settings["pretrained.model"]}
     full = {"use_lora": False, "mixed_precision": "bf16", "run_name": "full", "held_out__every": 1}
     full |= {"train__batch_size": 8, "train__gradient_accumulation_steps": 1, "held_out__images_per_prompt": 1}
-    full |= {"sample__num_steps": 1}
+    full["sample__num_steps"] = 1
     sampling = {"logdir": folder / "samples", "mixed_precision": "fp16", "sample__num_steps": 2}
     sampling |= {"eval__num_samples_per_prompt": 1, "eval__batch_size": 4}
     stage = model | {"sd__data_path": world / "images", "sd__csv": world / SPLIT.format("train"), "sd__image_size": 64}
     stage |= {"sd__output": folder / "sd", "sd__limit": 8, "sd__num_steps": 2, "sd__batch_size": 4, "sd__log_every": 2}
     stage |= {"sd__grid_every": 0, "sd__save_every": 0, "sd__cache_dir": folder / "cache", "sd__num_workers": 0}
-    tables = [f"--{name}_csv={world / SPLIT.format(name)}" for name in ("train", "val")]
     classifier = ["--num_classes=4", "--arch=tinynet_e", "--weights=none", "--image_size=32", "--num_epochs=1"]
-    classifier += [f"--data_path={world / 'images'}", f"--checkpoint_dir={folder / 'judge'}", "--batch_size=16"]
-    classifier += ["--limit=32"]
+    classifier += ["--batch_size=16", "--limit=32", f"--data_path={world / 'images'}", "--mixed_precision=fp16"]
+    classifier.append(f"--checkpoint_dir={folder / 'judge'}")
+    classifier += [f"--{name}_csv={world / SPLIT.format(name)}" for name in ("train", "val")]
     real, fake = (write_samples(folder / name, {CAPTIONS[8]: 3}, seed) for seed, name in enumerate(("real", "fake")))
     metric = {"metric__real_path": real, "metric__fake_path": fake, "metric__output": folder / "metrics"}
     metric |= {"metric__cache_dir": folder / "features", "metric__alexnet": alexnet, "metric__inception": ""}
@@ -110,7 +103,7 @@ def found(settings, config_file, world, alexnet, tmp_path_factory) -> dict[str, 
         "full": ["scripts/train.py", *as_flags(settings, **full)],
         "eval": ["scripts/eval.py", *options(config_file, **sampling)],
         "train_sd": ["scripts/train_sd.py", *options(config_file, **stage, mixed_precision="fp16")],
-        "classifier": ["scripts/train_isic_classifier.py", *classifier, *tables, "--mixed_precision=fp16"],
+        "classifier": ["scripts/train_isic_classifier.py", *classifier],
         "metric": ["scripts/metric.py", *options(config_file, **metric, metric__extractors="('judge',)")],
         "rlhf": ["scripts/train_rlhf.py", *options(rated, rlhf__output=folder / "rlhf", mixed_precision="fp16")],
         "planted": [folder / "planted.py", settings["pretrained.model"]],
@@ -146,9 +139,10 @@ def test_no_step_waits_for_the_device_and_products_are_in_half_precision(found, 
     assert products[f"torch.{half}"] > (2 if few_steps else 5) * rest and found[name]["peak_gib"] > 0
 
 
-def test_an_item_in_the_denoising_loop_is_found(found):
-    """Both draw one batch in two steps."""
+def test_an_item_in_the_denoising_loop_is_found_and_features_of_a_gpu_are_kept_apart(found):
+    """Both runs draw one batch in two steps."""
     assert found["planted"]["syncs"] == {"pipeline_with_logprob": found["eval"]["syncs"]["pipeline_with_logprob"] + 2}
+    assert found["features"] and all(name.endswith("-cuda-tf32") for name in found["features"])
 
 
 @pytest.mark.parametrize(("name", "function", "epoch"), [("classifier", "fit", 1), ("rlhf", "train_stage", 0)])
@@ -156,10 +150,6 @@ def test_steps_of_a_fused_optimizer_do_not_wait_in_fp16(found, name, function, e
     syncs = found[name]["host_syncs"]
     items = [count for count, kind, place in syncs if kind == "item" and place.endswith(f" {function}")]
     assert sum(items) == epoch  # the mean loss
-
-
-def test_features_of_a_gpu_are_kept_apart(found):
-    assert found["features"] and all(name.endswith("-cuda-tf32") for name in found["features"])
 
 
 def test_memory_of_stable_diffusion_is_what_the_documentation_states(found):
