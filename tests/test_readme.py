@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from script_tools import load_config, load_flag_script
 
 from ddpo_pytorch import prompts, rewards
-from ddpo_pytorch.generator.lora import add_lora, lora_parameters, save_lora
+from ddpo_pytorch.generator.lora import ATTENTION, add_lora, lora_parameters, save_lora
 from ddpo_pytorch.training.setup import check_training
 
 README, DOCS = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
@@ -29,7 +29,7 @@ TEXT = "\n".join(PAGES.values())
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
 # scripts and modules whose flags are in another file
 SOURCES = {"ddpo_pytorch.data.isic": "ddpo_pytorch/data/splits.py", "benchmarks/training.py": "benchmarks/workload.py"}
-OTHERS = ("awk", "pip", "pip-audit", "sbatch", "pytest")  # commands that are not this repository's
+OTHERS = ("awk", "gdown", "pip", "pip-audit", "pre-commit", "pytest", "sbatch")  # not of this repository
 
 
 def blocks(language: str, text: str) -> list[str]:
@@ -121,7 +121,7 @@ def test_other_commands_exist(command):
             if option == "--set":
                 assert value.split("=")[0] in load_config("base").get_config()
     else:
-        assert Path(words[0]).name in (*OTHERS, "gdown", "pre-commit")
+        assert Path(words[0]).name in OTHERS
 
 
 def anchors(page: Path) -> set[str]:
@@ -191,7 +191,7 @@ def test_a_checkpoint_in_diffusers(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     (folder,) = re.findall(r'from_pretrained\("(.+)"\)', code)
     unet = StableDiffusionPipeline.from_pretrained(folder).unet
-    add_lora(unet, 2, ("to_q", "to_k", "to_v", "to_out.0"), seed=0)
+    add_lora(unet, 2, ATTENTION, seed=0)
     for weight in lora_parameters(unet):
         torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(1))
     file = save_lora(unet, tmp_path / "checkpoint")

@@ -20,7 +20,7 @@ from ddpo_pytorch.judges.vit import Detail, VisionSizes, conv_stem
 TINY = VisionSizes(image_size=32, patch_size=8, width=32, layers=2, heads=2, dropout=0.1)
 STEM = VisionSizes(image_size=32, patch_size=8, width=32, layers=1, heads=2, dropout=0.1, stem="conv")
 BACKBONE = VisionSizes(image_size=32, width=32, backbone="test_efficientnet")
-SIZES = {"selector": TINY, "policy": TINY, "stem": STEM, "backbone": BACKBONE}
+SIZES = {"selector": TINY, "policy": TINY, "criteria": TINY, "stem": STEM, "backbone": BACKBONE}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def make(kind, bert=None):
         judge = Policy(TINY, TextFeatures(bert, 16))
         judge.fit_text(PROMPTS)
         return judge
-    selector = Selector(SIZES[kind])
+    selector = Selector(SIZES[kind], ("disc", "vessels") if kind == "criteria" else ())
     if kind == "backbone":  # a random one's features hardly differ between images
         selector.head[-1].weight.data.mul_(1000)
     return selector
@@ -126,10 +126,11 @@ def test_text_features_are_centred_cls_states(policy):
     assert all(name.split(".")[0] in ("encoder", "head", "text_mean", "text_scale") for name in policy.state_dict())
 
 
-@pytest.mark.parametrize("kind", ["selector", "stem", "backbone"])
+@pytest.mark.parametrize("kind", ["selector", "criteria", "stem", "backbone"])
 def test_files_hold_what_is_needed(bert, kind, policy, images, tmp_path):
     selector, prompts = make(kind, bert), list(PROMPTS) * 3
-    scores = selector.score(images)
+    scores, everything = selector.score(images), selector.score_all(images)
+    assert everything.shape == (6, 3 if kind == "criteria" else 1) and torch.equal(scores, everything[:, 0])
     refused("threshold", selector.accepts, scores)
     selector.threshold = threshold_between(scores)
     assert 0 < selector.accepts(scores).sum() < 6
@@ -140,18 +141,9 @@ def test_files_hold_what_is_needed(bert, kind, policy, images, tmp_path):
     found, judge = load_judges(tmp_path)
     assert (found.calibration, found.origin, judge.origin) == ({"how": "by hand"}, {"stage": 1}, {"stage": 2})
     assert found.sizes == selector.sizes and torch.equal(found.accepts(scores), scores >= selector.threshold)
-    assert torch.equal(found.score(images), scores)
+    assert found.criteria == selector.criteria and torch.equal(found.score_all(images), everything)
     assert torch.equal(judge.score(images, prompts), policy.score(images, prompts))
     assert not found.training and not any(p.requires_grad for net in (found, judge) for p in net.parameters())
-
-
-def test_criteria_are_further_outputs(images, tmp_path):
-    selector = Selector(TINY, ("disc", "vessels")).eval()
-    everything = selector.score_all(images)
-    assert everything.shape == (6, 3) and torch.equal(selector.score(images), everything[:, 0])
-    save_selector(selector, tmp_path / "selector.safetensors")
-    found = load_selector(tmp_path / "selector.safetensors")
-    assert found.criteria == ("disc", "vessels") and torch.equal(found.score_all(images), everything)
 
 
 def test_wrong_files_are_refused(policy, tmp_path, tiny_pipeline_dir):

@@ -35,8 +35,9 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def folder(pipe, tmp_path_factory):
-    folder, record = tmp_path_factory.mktemp("bert-sd"), pipeline.unet_metadata(pipe.unet)
+    folder = tmp_path_factory.mktemp("bert-sd")
     pipeline.save_model(pipe, folder)
+    record = pipeline.unet_metadata(pipe.unet)
     save_file(pipe.unet.state_dict(), folder / "pretrained_unet.safetensors", metadata=record)
     return folder
 
