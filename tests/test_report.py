@@ -225,7 +225,7 @@ def test_only_distances_of_inception_are_called_fid(result, read):
     assert reader.text.count("they share errors") == 2  # below the table and on the card
 
 
-def test_page_loads_nothing(page, example):
+def test_the_page_loads_nothing_and_its_pictures_stand_in_rows(page, example):
     reader = Reader(page)
     assert page.startswith("<!DOCTYPE html>")
     for tag, attributes in reader.tags:
