@@ -323,7 +323,7 @@ def test_after_resuming_with_other_settings_the_same_command_is_that_one(light):
     assert read_config(folder)["train"]["learning_rate"] == 1e-3  # what the report shows
 
 
-def test_a_run_without_a_checkpoint_begins_anew(light, tmp_path, caplog):
+def test_a_run_without_a_checkpoint_starts_over(light, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     reference, _ = light(run_name="whole")
     folder = tmp_path / "logs" / "run"
