@@ -1,12 +1,21 @@
-"""How a user's mistake is refused."""
+"""Faulty input, which ends with one line."""
+
+import re
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from ddpo_pytorch.utils.errors import UserError
 
 
-def refused(message: str, function, /, *arguments, **named) -> None:
-    """Assert that the call raises a `UserError` of one line that matches `message`."""
-    with pytest.raises(UserError, match=message) as caught:
-        function(*arguments, **named)
-    assert "\n" not in str(caught.value), caught.value
+def refused(said: str | Sequence[str], call: Callable, /, *arguments: object, **fields: object) -> str:
+    """Assert that the call raises a UserError of one line with what is `said`, a regular expression or several texts.
+
+    Return its message.
+    """
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **fields)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert re.search(said, message) if isinstance(said, str) else all(text in message for text in said), message
+    return message
