@@ -15,20 +15,9 @@ from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.metrics import fidelity
 from ddpo_pytorch.metrics.diversity import within_pairs, within_prompt_diversity
-from ddpo_pytorch.metrics.fidelity import (
-    frechet_distance,
-    frechet_jackknife,
-    frechet_of_rows,
-    gaussian,
-    gaussian_kernel,
-    kernel_distance,
-    manifold_metrics,
-    moments,
-    pair_images,
-    size_curve,
-    two_sample_test,
-)
+from ddpo_pytorch.metrics.fidelity import frechet_distance, kernel_distance, manifold_metrics, moments
 from ddpo_pytorch.metrics.intervals import jackknife_half_width
 from ddpo_pytorch.metrics.memorisation import authenticity, closest, membership_auc, nearest, share_closer
 from ddpo_pytorch.utils.errors import UserError
@@ -44,10 +33,9 @@ def damaged(count, row, value=np.nan):
     return features
 
 
-@pytest.mark.parametrize(
-    ("measure", "error", "message"),
-    [
-        (lambda: gaussian(moments(normal(9, 1, 3))), UserError, "at least 2 images in each set, got 1"),
+def test_features_that_are_not_usable():
+    for measure, error, message in (
+        (lambda: fidelity.gaussian(moments(normal(9, 1, 3))), UserError, "at least 2 images in each set, got 1"),
         (lambda: moments(damaged(20, 7), first=20), ValueError, "row 27"),
         (lambda: kernel_distance(normal(0, 5, 3), normal(1, 1, 3), 0), UserError, "at least 2 images.* 5 and 1"),
         (lambda: kernel_distance(normal(0, 9, 3), damaged(9, 4), 0), ValueError, "second set: row 4"),
@@ -59,27 +47,18 @@ def damaged(count, row, value=np.nan):
         (lambda: within_prompt_diversity(normal(6, 6, 3), np.arange(6), 1, 0), UserError, "2 images"),
         (lambda: nearest(normal(7, 3, 3), damaged(30, 17, 0), 8), ValueError, "reference features: row 17 is zero"),
         (lambda: nearest(damaged(30, 17), normal(7, 3, 3), 8), ValueError, "query features: row 17 holds NaN"),
-    ],
-)
-def test_features_that_are_not_usable(measure, error, message):
-    with pytest.raises(error, match=message):
-        measure()
+    ):
+        with pytest.raises(error, match=message):
+            measure()
 
 
 @pytest.mark.parametrize(("count", "width"), [(500, 16), (20, 64)])
 def test_the_distance_of_a_set_to_itself_is_zero_and_symmetric_even_when_singular(count, width):
-    x, y = moments(normal(count, count, width, 3, 5)), moments(normal(2, count + 5, width, 2, 1))
+    rows = normal(count, count, width, 3, 5), normal(2, count + 5, width, 2, 1)
+    x, y = map(moments, rows)
     assert frechet_distance(x, x) < 1e-9 * float(x[1:, 1:].trace()) / count
     assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-10)
-
-
-class Features(torch.nn.Module):
-    """Torchmetrics' extractor of features that are given as they are."""
-
-    num_features = 24
-
-    def forward(self, x):
-        return x
+    assert fidelity.frechet_of_rows(*rows) == pytest.approx(frechet_distance(x, y), rel=1e-9)
 
 
 def test_the_distance_equals_scipy_and_torchmetrics():
@@ -88,28 +67,24 @@ def test_the_distance_equals_scipy_and_torchmetrics():
     traces = np.trace(np.cov(x, rowvar=False) + np.cov(y, rowvar=False) - 2 * root.real)
     distance = frechet_distance(moments(x), moments(y))
     assert distance == pytest.approx(((x.mean(0) - y.mean(0)) ** 2).sum() + traces, rel=1e-8)
-    metric = FrechetInceptionDistance(feature=Features()).set_dtype(torch.float64)
+    extractor = torch.nn.Identity()
+    extractor.num_features = 24
+    metric = FrechetInceptionDistance(feature=extractor).set_dtype(torch.float64)
     metric.update(torch.from_numpy(x), real=True)
     metric.update(torch.from_numpy(y), real=False)
     assert distance == pytest.approx(float(metric.compute()), rel=1e-10)
-
-
-@pytest.mark.parametrize("width", [5, 80])
-def test_the_distance_of_rows_equals_that_of_moments(width):
-    x, y = normal(1, 40, width), normal(2, 60, width, scale=2, offset=0.3)
-    assert frechet_of_rows(x, y) == pytest.approx(frechet_distance(moments(x), moments(y)), rel=1e-9)
 
 
 def test_the_distance_at_infinity_removes_most_of_the_bias_and_its_interval_covers_the_truth():
     """Gaussians of 20 dimensions whose means differ by 1 in each: the distance is 20."""
     found = []
     for seed in range(30):
-        curve, end = size_curve(normal(seed, 200, 20), normal(seed + 99, 200, 20, offset=1.0), seed)
+        curve, end = fidelity.size_curve(normal(seed, 200, 20), normal(seed + 99, 200, 20, offset=1.0), seed)
         found.append((curve["200"]["FID"], end.value, end.low <= 20 <= end.high))
         assert list(curve) == ["200", "100", "50"] and curve["50"]["FID"] > curve["200"]["FID"]
     full, infinite, covered = np.mean(found, axis=0)
     assert full - 20 > 0.6 and abs(infinite - 20) < 0.3 and covered > 0.75
-    assert size_curve(normal(1, 40, 3), normal(2, 40, 3), 0)[1].low is None
+    assert fidelity.size_curve(normal(1, 40, 3), normal(2, 40, 3), 0)[1].low is None
 
 
 def test_the_gaussian_kernel_distance_equals_its_definition():
@@ -120,7 +95,7 @@ def test_the_gaussian_kernel_distance_equals_its_definition():
     # all rows of the smaller set and as many of the larger one, drawn as for KID
     rows = np.random.RandomState(3).choice(30, 20, replace=False), np.arange(30, 50)
     within = [(kernel[np.ix_(r, r)].sum() - 20) / (20 * 19) for r in rows]
-    found = kernel_distance(x, y, 3, subsets=1, kernel=gaussian_kernel)
+    found = kernel_distance(x, y, 3, subsets=1, kernel=fidelity.gaussian_kernel)
     assert found.value == pytest.approx(sum(within) - 2 * kernel[np.ix_(*rows)].mean(), rel=1e-9)
     assert found.low > 0
 
@@ -128,7 +103,7 @@ def test_the_gaussian_kernel_distance_equals_its_definition():
 @pytest.mark.parametrize("width", [3, 300])
 def test_the_two_sample_test_equals_its_definition_and_finds_a_known_difference(width):
     real, fake = normal(1, 120, width), normal(2, 120, width, offset=1.0)
-    found, rng = two_sample_test(real, fake, 7), np.random.default_rng([7, 5])
+    found, rng = fidelity.two_sample_test(real, fake, 7), np.random.default_rng([7, 5])
     learned, tested = zip(*((x[o[:60]], x[o[60:]]) for x in (real, fake) for o in [rng.permutation(120)]), strict=True)
     learned, tested, side = np.concatenate(learned), np.concatenate(tested), np.repeat([-1, 1], 60)
     mean, scale = learned.mean(axis=0), learned.std(axis=0)
@@ -140,13 +115,13 @@ def test_the_two_sample_test_equals_its_definition_and_finds_a_known_difference(
     assert (found.value, found.low, found.high) == pytest.approx((right.mean(), *interval))
     # two Gaussians one unit apart in each of 3 dimensions: the best accuracy is Phi(sqrt(3) / 2)
     assert found.low < (scipy.stats.norm.cdf(3**0.5 / 2) if width == 3 else 1.001) and found.low > 0.5
-    same = two_sample_test(normal(3, 500, width), normal(4, 500, width), 0)
-    assert same.low < 0.5 < same.high and two_sample_test(real[:3], fake, 0).value is None
+    same = fidelity.two_sample_test(normal(3, 500, width), normal(4, 500, width), 0)
+    assert same.low < 0.5 < same.high and fidelity.two_sample_test(real[:3], fake, 0).value is None
 
 
 def test_the_jackknife_equals_its_definition():
     fake, real = normal(5, 120, 6, 1.3), moments(normal(6, 200, 6))
-    estimate = frechet_jackknife([moments(part) for part in np.split(fake, 6)], real)
+    estimate = fidelity.frechet_jackknife([moments(part) for part in np.split(fake, 6)], real)
     left = [frechet_distance(moments(np.delete(fake, slice(20 * i, 20 * i + 20), 0)), real) for i in range(6)]
     error = np.sqrt(5 / 6 * np.square(left - np.mean(left)).sum())
     assert estimate.value == pytest.approx(frechet_distance(moments(fake), real), rel=1e-10) and estimate.n == 120
@@ -174,35 +149,28 @@ def test_the_kernel_distance_is_unbiased_and_its_interval_covers_the_truth(scale
     if offset:
         sets = [(normal(s, 2000, 6), normal(s + 99, 2000, 6, scale, offset)) for s in range(4)]
         truth = np.mean([kernel_distance(x, y, 0, 1, 2000).value for x, y in sets])
-    estimates = [
-        kernel_distance(normal([seed, 1], 120, 6), normal([seed, 2], 150, 6, scale, offset), seed, 10, 40)
-        for seed in range(150)
-    ]
+    sets = [(normal([s, 1], 120, 6), normal([s, 2], 150, 6, scale, offset)) for s in range(150)]
+    estimates = [kernel_distance(*pair, seed, 10, 40) for seed, pair in enumerate(sets)]
     held = np.mean([estimate.low <= truth <= estimate.high for estimate in estimates])
     assert 0.90 < held < (0.99 if offset else 1.01)
     values = np.array([estimate.value for estimate in estimates])
     assert abs(values.mean() - truth) < 4 * values.std() / len(values) ** 0.5
 
 
+def values(found):
+    return {name: one.value for name, one in found.items()}
+
+
 def by_loops(real, fake, k):
-    """The definitions, from distances of single pairs."""
+    """Return the definitions, from distances of single pairs."""
 
     def radii(rows):
         return [sorted(np.linalg.norm(a - b) for j, b in enumerate(rows) if i != j)[k - 1] for i, a in enumerate(rows)]
 
     table = np.array([[np.linalg.norm(f - r) for r in real] for f in fake])
     inside, recalled = table < radii(real), table <= np.array(radii(fake))[:, None]
-    precise, covered = inside.any(axis=1).mean(), inside.any(axis=0).mean()
-    return {
-        "precision": precise,
-        "recall": recalled.any(axis=0).mean(),
-        "density": inside.sum() / (k * len(fake)),
-        "coverage": covered,
-    }
-
-
-def values(found):
-    return {name: one.value for name, one in found.items()}
+    density = {"density": inside.sum() / (k * len(fake)), "coverage": inside.any(axis=0).mean()}
+    return {"precision": inside.any(axis=1).mean(), "recall": recalled.any(axis=0).mean()} | density
 
 
 @pytest.mark.parametrize(("k", "block"), [(1, 1000), (5, 7)])
@@ -227,7 +195,7 @@ def test_intervals_of_neighbours_cover_the_mean_over_generated_sets(count, width
     """With these real images, as the intervals say."""
     real = normal(1, count, width)
     found = [manifold_metrics(real, normal(s, count, width, scale, offset), seed=s) for s in range(100, 300)]
-    for name in ("precision", "recall", "density", "coverage"):
+    for name in found[0]:
         truth = np.mean([one[name].value for one in found])
         assert 0.85 < np.mean([one[name].low <= truth <= one[name].high for one in found]), name
 
@@ -235,13 +203,11 @@ def test_intervals_of_neighbours_cover_the_mean_over_generated_sets(count, width
 def test_precision_and_recall_equal_torch_fidelity():
     # far from the origin squared distances would cancel; single precision is what torch-fidelity is given elsewhere
     real, fake = normal(3, 400, 10), normal(4, 300, 10, 0.9, 0.3)
-    rows = torch.from_numpy(fake), torch.from_numpy(real)
-    theirs = prc_features_to_metric(
-        *rows, prc_neighborhood=3, prc_batch_size=128, save_cpu_ram=True, verbose=False
-    )  # fmt: skip
+    options = {"prc_neighborhood": 3, "prc_batch_size": 128, "save_cpu_ram": True, "verbose": False}
+    theirs = prc_features_to_metric(torch.from_numpy(fake), torch.from_numpy(real), **options)
     ours = values(manifold_metrics(real + 5000, fake + 5000, k=3, block=128))
-    assert ours["precision"] == pytest.approx(theirs["precision"], abs=1e-6)
-    assert ours["recall"] == pytest.approx(theirs["recall"], abs=1e-6)
+    for name in ("precision", "recall"):
+        assert ours[name] == pytest.approx(theirs[name], abs=1e-6)
     assert 0.1 < ours["recall"] < ours["precision"] < 1
 
 
@@ -260,20 +226,19 @@ def test_sets_that_are_equal_far_apart_or_collapsed():
     assert collapsed["recall"] < 0.05 and collapsed["coverage"] < 0.5
 
 
-def samples(name, counts):
-    return [(Path(name) / f"{i:03d}.png", caption) for caption, count in counts.items() for i in range(count)]
-
-
 def test_pairs_cover_every_generated_image_deal_reals_evenly_and_depend_on_the_seed_alone():
+    def samples(name, counts):
+        return [(Path(name) / f"{i:03d}.png", caption) for caption, count in counts.items() for i in range(count)]
+
     a, b, c, d = CAPTIONS[:4]
     fake, real = samples("fake", {a: 7, b: 2, c: 3}), samples("real", {a: 3, b: 5, d: 4})
-    pairs = pair_images(fake, real, seed=0)
+    pairs = fidelity.pair_images(fake, real, seed=0)
     assert sorted((fake_path, caption) for fake_path, _, caption in pairs) == sorted(fake[:9])
     used = [real_path for _, real_path, caption in pairs if caption == a]
     assert sorted(used.count(path) for path in set(used)) == [2, 2, 3]
     assert len({real_path for _, real_path, caption in pairs if caption == b}) == 2
-    assert pair_images(fake[::-1], real[::-1], 0) == pairs != pair_images(fake, real, 2)
-    assert pair_images(fake[:7], real[:3], 0) == [pair for pair in pairs if pair[2] == a]
+    assert fidelity.pair_images(fake[::-1], real[::-1], 0) == pairs != fidelity.pair_images(fake, real, 2)
+    assert fidelity.pair_images(fake[:7], real[:3], 0) == [pair for pair in pairs if pair[2] == a]
 
 
 def of_one_prompt(features):
@@ -291,6 +256,7 @@ def test_scores_equal_their_definitions(shape):
     vendi, distance = of_one_prompt(features)
     assert vendi == pytest.approx(math.exp(scipy.stats.entropy(values)), rel=1e-9)
     assert distance == pytest.approx(scipy.spatial.distance.pdist(features, "cosine").mean(), rel=1e-10)
+    assert of_one_prompt(features.astype(np.float32) * 1e25) == pytest.approx(of_one_prompt(features), rel=1e-6)
 
 
 def test_scores_that_are_known():
@@ -298,8 +264,6 @@ def test_scores_that_are_known():
     assert of_one_prompt(np.eye(12) * 7) == pytest.approx((12, 1))  # all different
     assert of_one_prompt(np.repeat(np.eye(5), 8, axis=0))[0] == pytest.approx(5)  # five kinds
     assert of_one_prompt(np.repeat(np.eye(2), [1, 3], axis=0))[0] == pytest.approx(4 / 3**0.75)
-    features = normal(2, 25, 8) + 0.3
-    assert of_one_prompt(features.astype(np.float32) * 1e25) == pytest.approx(of_one_prompt(features), rel=1e-6)
 
 
 def test_complete_prompts_are_averaged_and_small_ones_left_out():
@@ -334,16 +298,13 @@ def test_pairs_form_a_circle_within_each_prompt_by_seed_and_keys_alone():
     assert [(keys[a], keys[b]) for a, b in within_pairs(groups, 4, keys)] != named
 
 
-@pytest.mark.parametrize("block", [7, 1000])
-def test_nearest_equals_scipy(block):
+def test_nearest_equals_scipy_copies_are_at_distance_zero_and_ties_go_to_the_first():
     query, reference = normal(1, 45, 12) + 0.2, normal(2, 131, 12) + 0.2
-    distances, indices = nearest(query, reference, block)
     table = scipy.spatial.distance.cdist(query, reference, "cosine")
-    np.testing.assert_allclose(distances, table.min(axis=1), atol=1e-13)
-    np.testing.assert_array_equal(indices, table.argmin(axis=1))
-
-
-def test_copies_are_at_distance_zero_and_ties_go_to_the_first():
+    for block in (7, 1000):
+        distances, indices = nearest(query, reference, block)
+        np.testing.assert_allclose(distances, table.min(axis=1), atol=1e-13)
+        np.testing.assert_array_equal(indices, table.argmin(axis=1))
     reference = np.abs(normal(5, 300, 2048)).astype(np.float32)
     reference[200:] = reference[:100]  # every one of these is there twice
     query = reference[[3, 250, 99, 150, 210]] * np.array([[1], [1], [1000], [1], [1e-30]], dtype=np.float32)
@@ -354,19 +315,14 @@ def test_copies_are_at_distance_zero_and_ties_go_to_the_first():
     assert nearest(np.array([[1.0, 1]]), np.array([[-2.0, -2]]))[0] == pytest.approx(2)
 
 
-def test_the_share_is_of_samples_strictly_closer_than_the_quantile():
+def test_the_share_strictly_closer_than_the_quantile_and_the_closest_with_each_training_image_once():
     baseline, groups = np.linspace(0.1, 1.1, 101), np.array([0, 0, 1, 1, 1])
     share, threshold = share_closer(np.array([0.05, 0.11, 0.1099, 0.5, 0.6]), baseline, groups, 0)
     assert threshold == pytest.approx(0.11) and share.value == pytest.approx(2 / 5) and share.n == 5
     share, threshold = share_closer(np.array([threshold, 0.5]), baseline, np.zeros(2), 0)
     assert share.value == 0 and share.low == 0 and 0 < share.high < 1
-
-
-def test_the_closest_show_each_training_image_once():
-    distances = np.array([0.5, 0.1, 0.3, 0.1, 0.2, 0.0])
-    indices = np.array([7, 4, 9, 8, 4, 7])
-    assert closest(distances, indices, 3) == [5, 1, 3]
-    assert closest(distances, indices, 16) == [5, 1, 3, 2]
+    distances, indices = np.array([0.5, 0.1, 0.3, 0.1, 0.2, 0.0]), np.array([7, 4, 9, 8, 4, 7])
+    assert closest(distances, indices, 3) == [5, 1, 3] and closest(distances, indices, 16) == [5, 1, 3, 2]
 
 
 def test_authenticity_equals_plain_loops_and_finds_copies_with_noise():

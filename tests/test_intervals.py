@@ -10,30 +10,11 @@ import scipy.stats
 
 from ddpo_pytorch.metrics import intervals
 
-SIMULATIONS = 300
 
-
-def coverage(simulate, truth):
-    """Share of SIMULATIONS intervals that hold the truth."""
-    estimates = [simulate(seed) for seed in range(SIMULATIONS)]
-    return np.mean([estimate.low <= truth <= estimate.high for estimate in estimates])
-
-
-def naive(values, groups, seed, resample_groups, replicates):
-    """Two-level bootstrap means in plain loops."""
-    rng, members = np.random.default_rng(seed), [values[groups == group] for group in np.unique(groups)]
-    means = []
-    for _ in range(replicates):
-        drawn = rng.integers(0, len(members), len(members)) if resample_groups else range(len(members))
-        means.append(np.mean(np.concatenate([rng.choice(members[i], len(members[i])) for i in drawn])))
-    return np.array(means)
-
-
-def clustered(seed, between, prompts=24, images=12):
-    """Binary values (N,) with mean 1/2 and their prompts (N,), whose rates vary more for a larger `between`."""
-    rng = np.random.default_rng([seed, 17])
-    groups = np.repeat(np.arange(prompts), images)
-    rates = rng.beta(1 / between, 1 / between, prompts) if between else np.full(prompts, 0.5)
+def clustered(seed):
+    """Return binary values (288,) with mean 1/2 and their prompts (288,), whose rates vary."""
+    rng, groups = np.random.default_rng([seed, 17]), np.repeat(np.arange(24), 12)
+    rates = rng.beta(1 / 0.3, 1 / 0.3, 24)
     return (rng.random(len(groups)) < rates[groups]).astype(float), groups
 
 
@@ -50,15 +31,19 @@ def test_replicates_are_those_of_the_naive_bootstrap(resample_groups):
     values = rng.permutation(np.linspace(0.02, 0.98, 12))[groups // 3]
     values = (rng.random(len(groups)) < values) * 1.0 if resample_groups else rng.normal(size=len(groups)) + 10 * values
     estimate = intervals.bootstrap_mean(values, groups, 5, resample_groups=resample_groups, replicates=8_000)
-    expected = naive(values, groups, 6, resample_groups, 8_000)
+    # two-level bootstrap means in plain loops
+    rng, members, expected = np.random.default_rng(6), [values[groups == group] for group in np.unique(groups)], []
+    for _ in range(8_000):
+        drawn = rng.integers(0, len(members), len(members)) if resample_groups else range(len(members))
+        expected.append(np.mean(np.concatenate([rng.choice(members[i], len(members[i])) for i in drawn])))
     assert estimate.value == pytest.approx(values.mean(), rel=1e-12) and estimate.n == len(groups)
     # 8,000 replicates know a 2.5 % percentile to about 3 % of the standard deviation; four times that
-    low, high = np.percentile(expected, [2.5, 97.5])
-    assert abs(estimate.low - low) < 0.12 * expected.std() and abs(estimate.high - high) < 0.12 * expected.std()
+    ends = pytest.approx(np.percentile(expected, [2.5, 97.5]), abs=0.12 * np.std(expected), rel=0)
+    assert (estimate.low, estimate.high) == ends
 
 
 def over_prompts(seed):
-    values, groups = clustered(seed, 0.3)
+    values, groups = clustered(seed)
     return intervals.bootstrap_mean(values, groups, seed, resample_groups=True, replicates=500)
 
 
@@ -66,11 +51,9 @@ def difference(seed, pairs):
     rng, groups = np.random.default_rng([seed, 5]), np.repeat(np.arange(24), 10)
     easy, gain = rng.uniform(0.1, 0.5, 24), rng.uniform(0, 0.4, 24)
     a, b = rng.random(240) < easy[groups], rng.random(240) < (easy + gain)[groups]
-    return (
-        paired(a, b, groups, seed, replicates=500)
-        if pairs
-        else intervals.bootstrap_unpaired_difference(a, groups, b, groups, seed)
-    )
+    if pairs:
+        return paired(a, b, groups, seed, replicates=500)
+    return intervals.bootstrap_unpaired_difference(a, groups, b, groups, seed)
 
 
 SEEN, RIGHT = np.linspace(0.2, 0.7, 6), np.linspace(0.9, 0.3, 6)
@@ -93,24 +76,20 @@ def ratio(seed):
     ],
 )
 def test_intervals_cover_the_truth(simulate, truth):
-    assert 0.90 < coverage(simulate, truth) < 0.99
+    estimates = [simulate(seed) for seed in range(300)]
+    assert 0.90 < np.mean([estimate.low <= truth <= estimate.high for estimate in estimates]) < 0.99
 
 
-def test_values_that_are_all_equal():
+def test_values_that_are_all_equal_one_none_and_not_usable():
     zeros, groups = np.zeros(40), np.arange(40) % 8
-    images = intervals.bootstrap_mean(zeros, groups, 0, resample_groups=False)
-    expected = scipy.stats.binomtest(0, 40).proportion_ci(0.95, "exact")
-    assert (images.low, images.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
-    prompts = intervals.bootstrap_mean(zeros + 1, groups, 0, resample_groups=True)
-    expected = scipy.stats.binomtest(8, 8).proportion_ci(0.95, "exact")
-    assert (prompts.low, prompts.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
+    for values, of_prompts, counts in ((zeros, False, (0, 40)), (zeros + 1, True, (8, 8))):
+        found = intervals.bootstrap_mean(values, groups, 0, resample_groups=of_prompts)
+        expected = scipy.stats.binomtest(*counts).proportion_ci(0.95, "exact")
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
     other = intervals.bootstrap_mean(zeros + 0.25, groups, 0, resample_groups=True)
     assert (other.value, other.low, other.high) == (0.25, 0.25, 0.25)
     same = paired(zeros, zeros + 1, groups, 0)  # a difference is no share
     assert (same.value, same.low, same.high) == (1, 1, 1)
-
-
-def test_one_image_and_none():
     one = intervals.bootstrap_mean(np.array([0.5]), np.array([3]), 0, resample_groups=True)
     assert (one.value, one.low, one.high, one.n) == (0.5, None, None, 1)
     nothing, zeros, ones = np.empty(0), np.zeros(2), np.ones(2)
@@ -120,23 +99,18 @@ def test_one_image_and_none():
         intervals.bootstrap_unpaired_difference(ones, zeros, ones, ones, 0),
     ):
         assert none.value is None and none.low is None and none.n == 0 and none.how
+    with pytest.raises(ValueError, match="row 3"):
+        intervals.bootstrap_mean(np.array([1, 1, 1, np.nan, 1]), np.zeros(5), 0, resample_groups=False)
+    with pytest.raises(ValueError, match="equally long.*5, 4, 5"):
+        intervals.bootstrap_ratio(np.ones(5), np.ones(4), np.zeros(5), 0)
 
 
 def test_results_depend_on_the_seed_and_not_on_the_order_of_images():
-    values, groups = clustered(0, 0.3)
+    values, groups = clustered(0)
     first = intervals.bootstrap_mean(values, groups, 1, resample_groups=True)
     order = np.random.default_rng(0).permutation(len(values))
     assert intervals.bootstrap_mean(values[order], groups[order], 1, resample_groups=True) == first
     assert intervals.bootstrap_mean(values, groups, 2, resample_groups=True) != first
-
-
-def test_rows_that_are_not_usable():
-    values = np.ones(5)
-    values[3] = np.nan
-    with pytest.raises(ValueError, match="row 3"):
-        intervals.bootstrap_mean(values, np.zeros(5), 0, resample_groups=False)
-    with pytest.raises(ValueError, match="equally long.*5, 4, 5"):
-        intervals.bootstrap_ratio(np.ones(5), np.ones(4), np.zeros(5), 0)
 
 
 def test_unpaired_differences_draw_the_same_prompts_for_both_sides():
@@ -178,16 +152,13 @@ def test_sign_flips_equal_scipys_over_all_signs(prompts):
     assert intervals.sign_flip_p(differences, groups, 0) == pytest.approx(exact, abs=tolerance)
 
 
-def test_an_interval_over_runs_needs_three():
+def test_an_interval_over_runs_needs_three_and_estimates_become_json():
     values = [0.5, 0.6, 0.58, 0.61]
     estimate = intervals.mean_over_runs(values)
     expected = scipy.stats.t.interval(0.95, 3, np.mean(values), scipy.stats.sem(values))
     assert (estimate.low, estimate.high) == pytest.approx(expected, rel=1e-9) and estimate.n == 4
     two = intervals.mean_over_runs(values[:2])
     assert two.value == pytest.approx(0.55) and two.low is None and two.high is None
-
-
-def test_estimates_become_json():
     estimate = intervals.Estimate(np.float64(0.5), math.nan, math.inf, np.int64(3), "so")
     expected = {"value": 0.5, "low": None, "high": None, "n": 3, "how": "so"}
     assert json.loads(json.dumps(estimate.to_dict(), allow_nan=False)) == expected

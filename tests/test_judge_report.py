@@ -6,13 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from scipy.stats import mannwhitneyu
 from torchmetrics.functional import classification as reference
 
 from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.judges import classifier_report
 from ddpo_pytorch.judges.classifier_report import Report, best_thresholds, check_both_classes
-from ddpo_pytorch.utils.errors import UserError
 
 
 def sample(images=200, heads=6, seed=0):
@@ -23,21 +23,21 @@ def sample(images=200, heads=6, seed=0):
     return torch.tensor(logits, dtype=torch.float32), torch.tensor(labels, dtype=torch.float32)
 
 
+def mann_whitney_auc(positive, negative):
+    return mannwhitneyu(positive, negative).statistic / (len(positive) * len(negative))
+
+
 def test_measures_equal_independent_ones():
     logits, labels = sample()
     rows = Report(logits, labels, LABELS, resamples=20).attributes
     for index, row in enumerate(rows):
         scores, truth = logits[:, index], labels[:, index].int()
-        u = mannwhitneyu(scores[truth == 1], scores[truth == 0]).statistic
-        assert row["auc"] == pytest.approx(u / (truth.sum() * (1 - truth).sum()).item(), abs=1e-12)
+        assert row["auc"] == pytest.approx(mann_whitney_auc(scores[truth == 1], scores[truth == 0]), abs=1e-12)
         probabilities = torch.sigmoid(scores.double())
+        named = {"auc": "auroc", "f1": "f1_score"}
+        named |= {name: name for name in ("average_precision", "precision", "recall", "specificity")}
         references = {
-            "auc": reference.binary_auroc(probabilities, truth),
-            "average_precision": reference.binary_average_precision(probabilities, truth),
-            "precision": reference.binary_precision(probabilities, truth),
-            "recall": reference.binary_recall(probabilities, truth),
-            "f1": reference.binary_f1_score(probabilities, truth),
-            "specificity": reference.binary_specificity(probabilities, truth),
+            **{name: getattr(reference, f"binary_{theirs}")(probabilities, truth) for name, theirs in named.items()},
             "accuracy": ((probabilities > 0.5) == truth).double().mean(),
             "ece": reference.binary_calibration_error(probabilities, truth, n_bins=15, norm="l1"),
             "prevalence": truth.double().mean(),
@@ -59,8 +59,7 @@ def test_intervals_are_those_of_resampled_images():
     scores, truth = logits[:, 0].numpy(), labels[:, 0].numpy() > 0
     for _ in range(400):
         drawn = rng.integers(300, size=300)
-        positive, negative = scores[drawn][truth[drawn]], scores[drawn][~truth[drawn]]
-        values.append(mannwhitneyu(positive, negative).statistic / (len(positive) * len(negative)))
+        values.append(mann_whitney_auc(scores[drawn][truth[drawn]], scores[drawn][~truth[drawn]]))
     low, high = np.quantile(values, [0.025, 0.975])
     assert (row["auc_low"], row["auc_high"]) == pytest.approx((low, high), abs=0.01)
 
@@ -68,28 +67,24 @@ def test_intervals_are_those_of_resampled_images():
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_what_is_undefined_is_none_and_empty(tmp_path, caplog):
     for broken in (float("nan"), float("inf")):
-        with pytest.raises(UserError, match="not finite"):
-            Report(torch.tensor([[broken]]), torch.tensor([[1.0]]), ("hair",))
-    logits, labels = (
-        torch.tensor([[-1.0, 2, 1e4], [-2, 1, -1e4], [-3, 1, 3]]),
-        torch.tensor([[0.0, 1, 1], [0, 1, 0]] * 2),
-    )
-    report = Report(logits, labels[:3], LABELS[:3])
+        refused("not finite", Report, torch.tensor([[broken]]), torch.tensor([[1.0]]), ("hair",))
+    logits = torch.tensor([[-1.0, 2, 1e4], [-2, 1, -1e4], [-3, 1, 3]])
+    labels = torch.tensor([[0.0, 1, 1], [0, 1, 0], [0, 1, 1]])
+    report = Report(logits, labels, LABELS[:3])
     hair, gel, ruler = report.attributes
     assert [hair[key] for key in ("auc", "average_precision", "precision", "recall", "f1")] == [None] * 5
     assert hair["accuracy"] == hair["specificity"] == 1 and hair["auc_low"] is None
     assert gel["auc"] is None and gel["specificity"] is None and gel["f1"] == gel["average_precision"] == 1
     assert ruler["auc"] == ruler["auc_low"] == 1  # resamples of one class are left out
-    check_both_classes(labels[:3], LABELS[:3], "t.csv", training=False)
+    check_both_classes(labels, LABELS[:3], "t.csv", training=False)
     absent = ("positive of 'hair'", "negative of 'gel_bubble'")
     assert [f"'t.csv' has no {one} among its 3 images; its AUC is undefined" for one in absent] == caplog.messages
-    with pytest.raises(UserError, match="no positive of 'hair'.*training needs both"):
-        check_both_classes(labels[:3], LABELS[:3], "t.csv", training=True)
+    said = "no positive of 'hair'.*training needs both"
+    refused(said, check_both_classes, labels, LABELS[:3], "t.csv", training=True)
     found = {row["what"]: (row["support"], row["recall"], row["auc"]) for row in report.combinations}
     assert found == {"only gel_bubble": (1, 1, None), "only gel_bubble+ruler": (2, 1, None)}
     report.write(tmp_path / "deep" / "test_H3")
-    with open(tmp_path / "deep" / "test_H3.csv", newline="") as file:
-        table = list(csv.DictReader(file))
+    table = list(csv.DictReader((tmp_path / "deep" / "test_H3.csv").read_text().splitlines()))
     assert table[0]["auc"] == "" and float(table[0]["accuracy"]) == 1 and tuple(table[0]) == classifier_report.COLUMNS
     assert json.loads((tmp_path / "deep" / "test_H3.json").read_text()) == report.rows
     lines = report.table().splitlines()

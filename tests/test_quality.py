@@ -45,6 +45,10 @@ def by_slices(pixels: np.ndarray) -> list[float]:
     return [grey.mean() / (grey.std() + 1e-8), np.ptp(grey), np.abs(slopes).mean(), (grey - low).std(), uniformity]
 
 
+def in_the_field(image: np.ndarray) -> dict[str, float]:
+    return dict(zip(statistics.FOV, statistics.fov_quality(image), strict=True))
+
+
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (7, 10)])
 def test_legacy_equals_sums_over_pixels(height, width):
     image = noise_image(height, width, height)
@@ -57,13 +61,10 @@ def test_flat_images_have_numbers_and_no_warnings(level):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = dict(zip(statistics.LEGACY, statistics.legacy_quality(image), strict=True))
-        inside = statistics.fov_quality(image)
-    assert found["SNR"] == pytest.approx(level / 255 / 1e-8, rel=1e-6)
-    assert [found[name] for name in statistics.LEGACY[1:]] == pytest.approx([0, 0, 0, 0], abs=1e-12)
-    if level:
-        assert np.isfinite(inside).all() and inside[statistics.FOV.index("Entropy")] == 0
-    else:  # no field of view
-        assert inside is None
+        inside = in_the_field(image) if level else statistics.fov_quality(image)
+    assert [*found.values()] == pytest.approx([level / 255 / 1e-8, 0, 0, 0, 0], rel=1e-6, abs=1e-12)
+    # of black there is no field of view
+    assert (np.isfinite([*inside.values()]).all() and inside["Entropy"] == 0) if level else inside is None
     with pytest.raises(ValueError, match="quarter bands need 4 x 4"):
         statistics.legacy_quality(image[:3])
 
@@ -74,20 +75,20 @@ def test_the_field_of_view_numbers_by_hand():
     y, x = np.mgrid[:size, :size] - 63.5
     disc = np.zeros((size, size, 3), np.uint8)
     disc[x**2 + y**2 < 60**2] = (150, 90, 40)
-    flat = dict(zip(statistics.FOV, statistics.fov_quality(disc), strict=True))
+    flat = in_the_field(disc)
     level = (0.299 * 150 + 0.587 * 90 + 0.114 * 40) / 255
     assert flat["SNR"] == pytest.approx(level / statistics.ROUNDING) and flat["Uniformity"] == pytest.approx(1)
     for name in ("RMS contrast", "Michelson contrast", "Sharpness", "Vessel visibility", "Entropy"):
         assert flat[name] == pytest.approx(0, abs=1e-12), name  # the rim is not seen
     halves = disc.copy()
     halves[:, 64:, 1][halves[:, 64:, 1] > 0] = 60
-    half = dict(zip(statistics.FOV, statistics.fov_quality(halves), strict=True))
+    half = in_the_field(halves)
     assert half["Michelson contrast"] == pytest.approx(30 / 150) and half["Entropy"] == pytest.approx(1, abs=1e-3)
     assert half["RMS contrast"] == pytest.approx(15 / 255, rel=1e-3)
     assert half["Uniformity"] == pytest.approx(1 - 15 / 75, abs=0.01)
     noisy = disc.astype(float)
     noisy[disc[..., 1] > 0] += np.random.default_rng(0).normal(0, 5, (int((disc[..., 1] > 0).sum()), 1))
-    noise = dict(zip(statistics.FOV, statistics.fov_quality(noisy.round().clip(0, 255).astype(np.uint8)), strict=True))
+    noise = in_the_field(noisy.round().clip(0, 255).astype(np.uint8))
     # of white noise the median of 3 x 3 takes little away: the estimate is near its deviation
     assert level * 255 / noise["SNR"] == pytest.approx(5, rel=0.15)
 
@@ -138,13 +139,12 @@ def test_ms_ssim_equals_a_product_of_torchmetrics_terms(side, scales):
     x, y = (images[:1] for images in random_pair(side, seed=side))
     assert scale_count(side) == scales
     weights, expected, a, b = np.array(SCALES[:scales]), torch.ones(1, dtype=torch.float64), x, y
-    weights = weights * sum(SCALES) / weights.sum()
-    for scale in range(scales):
+    for scale, weight in enumerate(weights * sum(SCALES) / weights.sum()):
         if scale < scales - 1:
             _, term = _ssim_update(a, b, data_range=1.0, return_contrast_sensitivity=True)
         else:
             term = inside(a, b)
-        expected = expected * term ** weights[scale]
+        expected = expected * term**weight
         a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
     assert torch.allclose(ms_ssim(x, y), expected, atol=1e-10)
     if scales == 5:  # theirs takes the last scale's border in as well
@@ -159,13 +159,10 @@ def test_the_inception_score_is_that_of_torch_fidelity(splits):
     mean, spread = statistics.inception_score(logits.numpy(), splits)
     assert mean == pytest.approx(expected["inception_score_mean"], rel=1e-9)
     assert spread == pytest.approx(expected["inception_score_std"], abs=1e-9)
-
-
-def test_the_inception_score_lies_between_one_and_the_classes():
+    # it lies between 1 and the number of classes
     rng = np.random.default_rng(0)
     assert statistics.inception_score(np.tile(rng.normal(size=50), (40, 1)))[0] == pytest.approx(1, abs=1e-12)
     sure = 1000 * np.eye(8)[np.arange(80) % 8]
     assert statistics.inception_score(sure) == (pytest.approx(8, rel=1e-9), pytest.approx(0))
     assert statistics.inception_score(1e-3 * rng.normal(size=(20, 1008)))[0] >= 1
-    counts = {1: 1, 1999: 1, 2000: 2, 50_000: 10}
-    assert {images: statistics.split_count(images) for images in counts} == counts
+    assert [statistics.split_count(images) for images in (1, 1999, 2000, 50_000)] == [1, 1, 2, 10]
