@@ -5,12 +5,12 @@ import itertools
 import pytest
 import timm
 import torch
+from refusals import refused
 from safetensors.torch import save_file
 
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.generator.finetune_losses import AutoencoderLoss, CaptionTable, NoiseLoss, PerceptualDistance
 from ddpo_pytorch.generator.pipeline import encode_prompts, load_pipeline
-from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.randomness import BatchDraws, EndlessBatches, Stream
 
 pytest_plugins = ["judge_tools"]
@@ -70,7 +70,7 @@ def test_a_trained_text_encoder_learns_without_dropout(bert_pipeline_dir):
     assert pipe.text_encoder.embeddings.word_embeddings.weight.grad.abs().sum() > 0
 
 
-def test_autoencoder_loss(pipe):
+def test_autoencoder_loss_and_its_crops(pipe):
     images, draws = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8), BatchDraws(0, Stream.NOISE, 1, 2)
     scaled, noise = images / 127.5 - 1, draws.normal(4, 16, 16)
     with torch.no_grad():
@@ -83,17 +83,17 @@ def test_autoencoder_loss(pipe):
         validated = AutoencoderLoss(pipe.vae, 0.1).eval()([images], BatchDraws(0, Stream.NOISE, 1, 2))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(validated, torch.stack([expected, psnr.mean()]), rtol=1e-4, atol=0)
+    # crops are squares of the images at random places
+    places = torch.arange(8 * 8).reshape(1, 1, 8, 8).expand(200, 3, 8, 8)
+    crops = AutoencoderLoss(pipe.vae, 0.0, crop=4)._cut(places, BatchDraws(0, Stream.NOISE, 1, 200))
+    assert torch.equal(crops - crops[:, :, :1, :1], (places - places[:, :, :1, :1])[:, :, :4, :4])
+    assert {int(corner) for corner in crops[:, 0, 0, 0]} == {8 * y + x for y in range(5) for x in range(5)}
 
 
-@pytest.fixture
-def perceptual_file(tmp_path):
-    model = timm.create_model("tinynet_e")
-    save_file({name: value.half() for name, value in model.state_dict().items()}, tmp_path / "tinynet_e.safetensors")
-    return tmp_path / "tinynet_e.safetensors"
-
-
-def test_perceptual_distance(perceptual_file, tmp_path):
-    distance = PerceptualDistance(str(perceptual_file)).train()
+def test_perceptual_distance(tmp_path):
+    file = tmp_path / "tinynet_e.safetensors"
+    save_file({name: value.half() for name, value in timm.create_model("tinynet_e").state_dict().items()}, file)
+    distance = PerceptualDistance(str(file)).train()
     features = timm.create_model("tinynet_e", features_only=True, out_indices=(0, 1, 2, 3)).eval()
     features.load_state_dict(distance.network.state_dict(), strict=False)
     one, other = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -103,19 +103,10 @@ def test_perceptual_distance(perceptual_file, tmp_path):
         cosine = torch.nn.functional.cosine_similarity(a, b, dim=1)
         expected += (2 - 2 * cosine).mean()  # the square of the distance of unit vectors
     torch.testing.assert_close(distance(one, other), expected, rtol=1e-3, atol=0)
-    assert not list(filter(lambda weight: weight.requires_grad, distance.parameters()))
-    other = perceptual_file.rename(tmp_path / "resnet18.safetensors")
-    for network in (str(other), "no_such_network", str(tmp_path / "absent.safetensors")):
-        with pytest.raises(UserError, match=network):
-            PerceptualDistance(network)
-
-
-def test_crops_are_squares_of_the_images_at_random_places(pipe):
-    loss = AutoencoderLoss(pipe.vae, 0.0, crop=4)
-    places = torch.arange(8 * 8).reshape(1, 1, 8, 8).expand(200, 3, 8, 8)
-    crops = loss._cut(places, BatchDraws(0, Stream.NOISE, 1, 200))
-    assert torch.equal(crops - crops[:, :, :1, :1], (places - places[:, :, :1, :1])[:, :, :4, :4])
-    assert {int(corner) for corner in crops[:, 0, 0, 0]} == {8 * y + x for y in range(5) for x in range(5)}
+    assert not any(weight.requires_grad for weight in distance.parameters())
+    renamed = file.rename(tmp_path / "resnet18.safetensors")
+    for network in (str(renamed), "no_such_network", str(tmp_path / "absent.safetensors")):
+        refused(network, PerceptualDistance, network)
 
 
 def test_the_decoder_learns_against_a_discriminator_with_a_gradient_of_the_chosen_size(pipe):
@@ -131,9 +122,9 @@ def test_the_decoder_learns_against_a_discriminator_with_a_gradient_of_the_chose
     torch.testing.assert_close((gradients[1] - gradients[0]).norm(), 0.5 * gradients[0].norm(), rtol=0.05, atol=0)
     assert all(weight.grad is None for part in (vae.encoder, vae.quant_conv) for weight in part.parameters())
     found = [weight.grad.clone() for weight in loss.discriminator.parameters()]
+    noise = BatchDraws(0, Stream.NOISE, 1, 2).normal(4, 8, 8)
     with torch.no_grad():
         posterior = vae.encode(images / 127.5 - 1).latent_dist
-        noise = BatchDraws(0, Stream.NOISE, 1, 2).normal(4, 8, 8)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
     real, fake = loss.discriminator(images / 127.5 - 1), loss.discriminator(decoded)
     hinge = ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()) / 2
@@ -157,5 +148,4 @@ def test_batches_and_draws_do_not_depend_on_the_processes(processes):
     for draw in (lambda d: d.normal(2, 3), lambda d: d.uniform(), lambda d: d.integers(1000)):
         assert torch.equal(torch.cat([draw(d) for d in draws]), draw(reference))
     assert torch.equal(BatchDraws(0, Stream.NOISE, 5, 8, kept=3).normal(2, 3), BatchDraws(0, 1, 5, 8).normal(2, 3)[:3])
-    with pytest.raises(UserError, match="50 items are fewer than a batch of 60 for 1 processes"):
-        EndlessBatches(50, 60, seed=0)
+    refused("50 items are fewer than a batch of 60 for 1 processes", EndlessBatches, 50, 60, seed=0)

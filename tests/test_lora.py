@@ -7,32 +7,27 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny_unet import RANK, TARGETS, legacy, make_unet, projections, random_weights, randomize, run, run_by_hand
 
-from ddpo_pytorch.generator.lora import (
-    add_lora,
-    cast_adapters,
-    disabled_lora,
-    has_lora,
-    load_lora,
-    lora_parameters,
-    lora_state_dict,
-    merged_state_dict,
-    save_lora,
-    scale_lora,
-)
-from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.generator import lora
+from ddpo_pytorch.generator.lora import add_lora, load_lora, lora_parameters, lora_state_dict, merged_state_dict
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 WEIGHTS = random_weights(make_unet())  # <module>.{down,up}
+MODULE = next(iter(WEIGHTS)).rsplit(".", 1)[0]
 
 
-def test_new_adapters_change_nothing_and_follow_the_seed():
+def test_new_adapters_change_nothing_and_follow_the_seed_and_mistakes_are_refused():
     unet, again, other, half = make_unet(), make_unet(), make_unet(), make_unet().half()
     base = run(unet)
+    for rank, targets, message in ((0, TARGETS, "rank is 0"), (RANK, ("to_q", "norm1"), "'norm1'"), (RANK, (), "''")):
+        refused(message, add_lora, unet, rank, targets, seed=0)
+        assert not lora.has_lora(unet)
     for model, seed in ((unet, 3), (again, 3), (other, 4), (half, 3)):
         add_lora(model, RANK, TARGETS, seed)
+    refused("already", add_lora, unet, RANK, TARGETS, seed=0)
     assert torch.equal(run(unet), base)
     first, second, third, fourth = map(lora_state_dict, (unet, again, other, half))
     assert all(torch.equal(first[key], second[key]) and torch.equal(first[key], fourth[key]) for key in first)
@@ -55,7 +50,7 @@ def test_disabled_lora_is_the_base_model():
     frozen = lora_parameters(unet)[0].requires_grad_(False)
     # a KL term runs the base model between the policy's forward and backward pass
     loss = unet(torch.ones(1, 4, 8, 8), 5, encoder_hidden_states=torch.ones(1, 5, 12)).sample.square().mean()
-    with pytest.raises(RuntimeError, match="inside"), disabled_lora(unet):
+    with pytest.raises(RuntimeError, match="inside"), lora.disabled_lora(unet):
         assert torch.equal(run(unet), base)
         raise RuntimeError("inside")
     loss.backward()
@@ -73,36 +68,23 @@ def test_adapters_in_half_precision_compute_as_under_autocast():
     x = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         expected = linear(inputs), conv(x)
-    cast_adapters(unet)
-    actual = linear(inputs), conv(x)
-    for one, other in zip(actual, expected, strict=True):
+    lora.cast_adapters(unet)
+    for one, other in zip((linear(inputs), conv(x)), expected, strict=True):
         assert one.dtype == torch.bfloat16 and torch.equal(one, other)
     assert {weight.dtype for weight in lora_parameters(unet)} == {torch.float32}
 
 
 def test_a_scale_interpolates_between_the_base_model_and_the_trained_one():
     unet, weights = make_unet(), {}
-    with pytest.raises(UserError, match="eval.lora_scale is 0.5"):
-        scale_lora(unet, 0.5)
+    refused("eval.lora_scale is 0.5", lora.scale_lora, unet, 0.5)
     weights[0.0] = merged_state_dict(unet)
     add_lora(unet, RANK, TARGETS, seed=0)
     randomize(unet)
     weights[1.0] = merged_state_dict(unet)
     for scale, total in ((0.5, 0.5), (0.5, 0.25), (0.0, 0.0)):
-        scale_lora(unet, scale)
+        lora.scale_lora(unet, scale)
         expected = {name: weights[0.0][name].lerp(weights[1.0][name], total) for name in weights[0.0]}
         torch.testing.assert_close(merged_state_dict(unet), expected, **CLOSE)
-
-
-def test_add_lora_refuses_mistakes():
-    unet = make_unet()
-    for rank, targets, message in ((0, TARGETS, "rank is 0"), (RANK, ("to_q", "norm1"), "'norm1'"), (RANK, (), "''")):
-        with pytest.raises(UserError, match=message):
-            add_lora(unet, rank, targets, seed=0)
-    assert not has_lora(unet)
-    add_lora(unet, RANK, TARGETS, seed=0)
-    with pytest.raises(UserError, match="already"):
-        add_lora(unet, RANK, TARGETS, seed=0)
 
 
 def test_adapters_of_any_layer_are_saved_loaded_and_merged(tmp_path):
@@ -110,7 +92,7 @@ def test_adapters_of_any_layer_are_saved_loaded_and_merged(tmp_path):
     add_lora(unet, 2, ("to_q", "conv1", "proj_in"), seed=0)
     assert all(value.equal(other.state_dict()[name]) for name, value in merged_state_dict(unet).items())
     randomize(unet)
-    file = save_lora(unet, tmp_path / "run")
+    file = lora.save_lora(unet, tmp_path / "run")
     assert sorted(load_file(file)) == sorted(lora_state_dict(unet))
     load_lora(other, tmp_path / "run")
     assert torch.equal(run(other), run(unet))
@@ -118,11 +100,11 @@ def test_adapters_of_any_layer_are_saved_loaded_and_merged(tmp_path):
     torch.testing.assert_close(run(merged), run(unet), **CLOSE)
 
 
-def named(down: str, up: str, prefix: str = "", weights=WEIGHTS) -> dict[str, torch.Tensor]:
+def named(down: str, up: str, prefix: str = "") -> dict[str, torch.Tensor]:
     """Weights as <prefix><module>.<down or up>.weight."""
     halves = {"down": down, "up": up}
-    split = {key: key.rsplit(".", 1) for key in weights}
-    return {f"{prefix}{split[key][0]}.{halves[split[key][1]]}.weight": value for key, value in weights.items()}
+    split = {key: key.rsplit(".", 1) for key in WEIGHTS}
+    return {f"{prefix}{split[key][0]}.{halves[split[key][1]]}.weight": value for key, value in WEIGHTS.items()}
 
 
 def kohya(alpha: float = RANK) -> dict[str, torch.Tensor]:
@@ -169,7 +151,7 @@ def test_diffusers_opens_our_file(tmp_path, tiny_pipeline_dir):
     ours, theirs = (StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir, safety_checker=None) for _ in range(2))
     add_lora(ours.unet, RANK, TARGETS, seed=0)
     randomize(ours.unet)
-    save_lora(ours.unet, tmp_path)
+    lora.save_lora(ours.unet, tmp_path)
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(1, 4, 16, 16, generator=generator), 300, torch.randn(1, 7, 32, generator=generator)
     with torch.no_grad():
@@ -187,19 +169,15 @@ def test_scales_stated_by_peft_diffusers_and_kohya(tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": 10, "use_rslora": True}))
     load_lora(unet, folder)
     torch.testing.assert_close(run(unet), run_by_hand(WEIGHTS, 5.0), **CLOSE)
-    for text, message in ((json.dumps({"use_dora": True}), "use_dora"), ("{torn", "adapter_config.json")):
-        (folder / "adapter_config.json").write_text(text)
-        with pytest.raises(UserError, match=message):
-            load_lora(make_unet(), folder)
+    (folder / "adapter_config.json").write_text(json.dumps({"use_dora": True}))
+    refused("use_dora", load_lora, make_unet(), folder)
 
     theirs = make_unet()
     theirs.add_adapter(LoraConfig(r=RANK, lora_alpha=3 * RANK, target_modules=list(TARGETS), init_lora_weights=False))
     theirs.save_lora_adapter(tmp_path / "bare")
-    StableDiffusionPipeline.save_lora_weights(
-        tmp_path / "full",
-        unet_lora_layers={key.removeprefix("unet."): value for key, value in lora_state_dict(theirs).items()},
-        unet_lora_adapter_metadata=theirs.peft_config["default"].to_dict(),
-    )
+    layers = {key.removeprefix("unet."): value for key, value in lora_state_dict(theirs).items()}
+    metadata = {"unet_lora_adapter_metadata": theirs.peft_config["default"].to_dict()}
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "full", unet_lora_layers=layers, **metadata)
     for place in ("full", "bare"):
         load_lora(unet, tmp_path / place)
         torch.testing.assert_close(run(unet), run(theirs), **CLOSE)
@@ -208,12 +186,11 @@ def test_scales_stated_by_peft_diffusers_and_kohya(tmp_path):
     first = next(name for name in mixed if name.endswith(".alpha"))
     mixed[first] = mixed[first] / 2
     load_lora(unet, write(tmp_path / "mixed.safetensors", mixed))
-    key = next(iter(WEIGHTS)).replace(".down", ".up")
+    key = f"{MODULE}.up"
     torch.testing.assert_close(run(unet), run_by_hand(WEIGHTS | {key: WEIGHTS[key] / 2}, 0.5), **CLOSE)
 
 
 FIRST = next(iter(legacy(WEIGHTS)))
-MODULE = next(iter(WEIGHTS)).rsplit(".", 1)[0]
 CUT = {key: value for key, value in WEIGHTS.items() if not key.startswith(MODULE)}
 UNFIT = {  # tensors, targets of adapters that the UNet has already, and words of the error
     "shape": (legacy(WEIGHTS) | {FIRST: torch.zeros(RANK, 99)}, None, r"to_q_lora\.down\.weight .*4, 99\), .*\(4, 8\)"),
@@ -239,7 +216,5 @@ def test_unfit_files_fail_by_name_and_change_nothing(tmp_path, how):
     if present:
         add_lora(unet, RANK, present, seed=0)
     before = run(unet)
-    with pytest.raises(UserError, match=message) as error:
-        load_lora(unet, file)
-    assert str(file) in str(error.value) and "\n" not in str(error.value)
-    assert has_lora(unet) == bool(present) and torch.equal(run(unet), before)
+    assert str(file) in refused(message, load_lora, unet, file)
+    assert lora.has_lora(unet) == bool(present) and torch.equal(run(unet), before)
