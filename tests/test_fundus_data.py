@@ -1,33 +1,30 @@
 """Fundus tables, their faults, images, and splits by patient."""
 
 import pytest
+from refusals import refused
 
 from ddpo_pytorch.data import fundus
-from ddpo_pytorch.utils.errors import UserError
 
 PLAIN = "path,Text,modality\nimages/1_left.jpg,The left eye shows drusen.,Fundus\n"
 
 
-def table(tmp_path, text, name="captions.csv"):
-    (tmp_path / name).write_text(text)
-    return tmp_path / name
+def table(tmp_path, text):
+    (tmp_path / "captions.csv").write_text(text)
+    return tmp_path / "captions.csv"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_one_row_in_many_spellings(tmp_path):
+    for text in (
         PLAIN.replace("path,Text,modality", "PATH, text, Modal"),
         "path,Text\nimages/1_left.jpg,The left eye shows drusen.\n",
         PLAIN.replace("The left eye", '"The\n  left   eye').replace("drusen.", 'drusen."'),
         PLAIN.replace("The left", "fundus :The left").replace("images/", ".\\images\\"),
         "modality,Text,path\n,The left eye shows drusen.,images/1_left.jpg\n",
         PLAIN.replace("Fundus", "Fundus,,") + "\n,,\n",
-    ],
-)
-def test_one_row_in_many_spellings(tmp_path, text):
-    (row,) = fundus.read_split(table(tmp_path, text))
-    assert (row.image, row.caption) == ("images/1_left.jpg", "Fundus: The left eye shows drusen.")
-    assert (row.patient, row.number) == ("1", 0)
+    ):
+        (row,) = fundus.read_split(table(tmp_path, text))
+        found = row.image, row.caption, row.patient, row.number
+        assert found == ("images/1_left.jpg", "Fundus: The left eye shows drusen.", "1", 0), text
 
 
 def test_the_patient_comes_from_the_column_or_the_file_name(tmp_path):
@@ -42,33 +39,28 @@ SEVEN = "path,Text,modality,patient,eye,age,camera\n1.jpg,Normal.,Fundus,P 1,lef
 FIVE = "path,Text,patient,eye,age\n1.jpg,Normal,P1,left,50\n"
 
 
-@pytest.mark.parametrize(
-    ("text", "read"),
-    [
-        (f"{SEVEN}2.jpg,Drusen, and a scar,Fundus,P 1,right,,Topcon TRC\n", ("2.jpg", "Drusen, and a scar", "P 1")),
-        ("path,Text\n b.jpg, One,two\n", ("b.jpg", "One, two", "b")),
+def test_unquoted_commas_are_resolved_if_the_other_cells_fit_and_refused_otherwise(tmp_path):
+    for text, image, caption, patient in (
+        (f"{SEVEN}2.jpg,Drusen, and a scar,Fundus,P 1,right,,Topcon TRC\n", "2.jpg", "Drusen, and a scar", "P 1"),
+        ("path,Text\n b.jpg, One,two\n", "b.jpg", "One, two", "b"),
         # empty cells at the end belong to the columns in which they fit
-        (f"{FIVE}2.jpg,Drusen, dust,P2,left,\n", ("2.jpg", "Drusen, dust", "P2")),
-        (f"{FIVE}3.jpg,Scar,P3,right,60,\n", ("3.jpg", "Scar", "P3")),
+        (f"{FIVE}2.jpg,Drusen, dust,P2,left,\n", "2.jpg", "Drusen, dust", "P2"),
+        (f"{FIVE}3.jpg,Scar,P3,right,60,\n", "3.jpg", "Scar", "P3"),
+    ):
+        row = fundus.read_split(table(tmp_path, text))[-1]
+        assert (row.image, row.caption, row.patient) == (image, f"Fundus: {caption}", patient)
+    for text, said in (
         # no camera of one word is known, "a" is no path, "dust" may be a patient, notes are free text too
         (f"{SEVEN}2.jpg,Drusen, and a scar,Fundus,P2,right,,Zeiss\n", "line 3: has 8 cells where the header has 7"),
         ("path,Text,modality\na,b.jpg,Text,Fundus\n", "line 2: has 4 cells .* double quotes"),
         ("path,Text,patient\n1.jpg,Normal,P1\n2.jpg,Drusen, dust,\n", "line 3: has 4 cells"),
         ('path,Text,notes\n1.jpg,Normal.,"dim, but sharp"\n2.jpg,Drusen,scar,dim\n', "line 3: has 4 cells"),
-    ],
-)
-def test_unquoted_commas_are_resolved_if_the_other_cells_fit_and_refused_otherwise(tmp_path, text, read):
-    if isinstance(read, str):
-        with pytest.raises(UserError, match=read):
-            fundus.read_split(table(tmp_path, text))
-    else:
-        row = fundus.read_split(table(tmp_path, text))[-1]
-        assert (row.image, row.caption, row.patient) == (read[0], f"Fundus: {read[1]}", read[2])
+    ):
+        refused(said, fundus.read_split, table(tmp_path, text))
 
 
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
+def test_faults_are_reported_by_line(tmp_path):
+    for lines, message in (
         ("1.jpg,Normal,Fundus\n2.jpg,Heart, lungs,CXR", "line 3: modality is 'CXR', before it is 'Fundus'"),
         ("1.jpg,Normal,a: b", "line 2: modality is 'a: b'"),
         (",Normal.,Fundus", "line 2: path '' is empty"),
@@ -79,12 +71,8 @@ def test_unquoted_commas_are_resolved_if_the_other_cells_fit_and_refused_otherwi
         ('1.jpg,"A\nB",Fundus\n\n2.jpg,,Fundus', "line 5: the caption is empty"),
         ("1.jpg,A,CT\n2.jpg,B,Fundus\n3.jpg\n4.jpg,,MRI", r"line 3: .*Fundus.*; line 4: .*; line 5: .*MRI"),
         ("", "has a header and no rows"),
-    ],
-)
-def test_faults_are_reported_by_line(tmp_path, lines, message):
-    with pytest.raises(UserError, match=message) as error:
-        fundus.read_split(table(tmp_path, f"path,Text,modality\n{lines}\n"))
-    assert "\n" not in str(error.value)
+    ):
+        refused(message, fundus.read_split, table(tmp_path, f"path,Text,modality\n{lines}\n"))
 
 
 def test_a_quality_is_a_number_from_1_to_3(tmp_path):
@@ -93,35 +81,28 @@ def test_a_quality_is_a_number_from_1_to_3(tmp_path):
     assert [fundus.quality_of(row) for row in rows] == [3, 2, 3]
     assert [fundus.is_good(row) for row in rows] == [True, False, True]
     for quality in ("good", "0", "4", "nan"):  # 0 is EyeQ's good
-        with pytest.raises(UserError, match=f"line 2: quality.*'{quality}'"):
-            fundus.read_split(table(tmp_path, "path,Text,quality\n" + lines.format(quality)))
+        path = table(tmp_path, "path,Text,quality\n" + lines.format(quality))
+        refused(f"line 2: quality.*'{quality}'", fundus.read_split, path)
 
 
-@pytest.mark.parametrize(
-    ("caption", "expected"),
-    [
+def test_the_caption_of_a_mirror_image_names_the_other_eye():
+    for caption, other in (
         ("The left eye fundus image shows drusen.", "The right eye fundus image shows drusen."),
         ("Right eye, RIGHT-sided; left", "Left eye, LEFT-sided; right"),
         ("Fundus: OD, not od; OS", "Fundus: OS, not od; OD"),
-        ("bright spots, a nasal and an inferotemporal vein", "bright spots, a nasal and an inferotemporal vein"),
-        ("a haemorrhage at 3 o'clock", None),
-        ("a leftward shift", None),
-    ],
-)
-def test_the_caption_of_a_mirror_image_names_the_other_eye(caption, expected):
-    assert fundus.mirrored_caption(caption) == expected
-    assert expected is None or fundus.mirrored_caption(expected) == caption
+        ("bright spots, a nasal and an inferotemporal vein",) * 2,
+    ):
+        assert (fundus.mirrored_caption(caption), fundus.mirrored_caption(other)) == (other, caption)
+    for caption in ("a haemorrhage at 3 o'clock", "a leftward shift"):
+        assert fundus.mirrored_caption(caption) is None
 
 
-def many_rows(tmp_path, patients=60):
-    eyes = [(p, eye) for p in range(patients) for eye in ("left", "right")[: 1 + p % 2]]
-    findings = ("drusen", "glaucoma", "nothing")
-    lines = [f"images/{p}_{eye}.jpg,The {eye} eye shows {findings[p % 3]}" for p, eye in eyes]
-    return table(tmp_path, "path,Text\n" + "\n".join(lines) + "\n")
+EYES = [(patient, eye) for patient in range(60) for eye in ("left", "right")[: 1 + patient % 2]]
+MANY = [f"images/{p}_{eye}.jpg,The {eye} eye shows {('drusen', 'scar', 'dust')[p % 3]}\n" for p, eye in EYES]
 
 
 def test_splits_keep_patients_together_and_shares_near(tmp_path):
-    rows = fundus.read_split(many_rows(tmp_path))
+    rows = fundus.read_split(table(tmp_path, "".join(["path,Text\n", *MANY])))
     splits = fundus.split_by_patient(rows, 0.2, 0.1, seed=1)
     assert sorted(row.number for part in splits.values() for row in part) == list(range(90))
     patients = [{row.patient for row in part} for part in splits.values()]
@@ -133,14 +114,13 @@ def test_splits_keep_patients_together_and_shares_near(tmp_path):
     assert fundus.split_by_patient(rows, 0.2, 0.1, seed=2) != splits
     assert list(fundus.split_by_patient(rows, 0.2, 0, seed=1)) == ["train", "val"]
     for val, test in ((0.5, 0.5), (-0.1, 0.1), (float("nan"), 0)):
-        with pytest.raises(UserError, match=f"val {val}, test {test}"):
-            fundus.split_by_patient(rows, val, test, seed=1)
-    with pytest.raises(UserError, match="2 patients cannot be divided into the shares"):
-        fundus.split_by_patient(rows[:3], 0.2, 0.2, seed=1)
+        refused(f"val {val}, test {test}", fundus.split_by_patient, rows, val, test, seed=1)
+    refused("2 patients cannot be divided into the shares", fundus.split_by_patient, rows[:3], 0.2, 0.2, seed=1)
 
 
 def test_the_command_writes_tables_that_read_back(tmp_path, capsys, caplog):
-    path = table(tmp_path, many_rows(tmp_path).read_text() + 'images/x.jpg,"A scar, with dust"\nimages/y.jpg,A, b\n')
+    lines = ["path,Text\n", *MANY, 'images/x.jpg,"A scar, with dust"\n', "images/y.jpg,A, b\n"]
+    path = table(tmp_path, "".join(lines))
     arguments = ["--csv", str(path), "--out", str(tmp_path / "out")]
     with caplog.at_level("INFO"):
         for _ in range(2):  # the same again changes nothing

@@ -6,16 +6,17 @@ import itertools
 import json
 import logging
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
+from refusals import refused
 from script_tools import files_of
 
 from ddpo_pytorch.data import fundus as fundus_data
 from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.phantoms import fundus, rating_sets, skin
-from ddpo_pytorch.utils.errors import UserError
 
 SET = dict(seed=2, size=48, resize="stretch", structural=0.0)
 SETTINGS = {
@@ -26,8 +27,7 @@ SETTINGS = {
 
 
 def read(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +41,9 @@ def table(tmp_path_factory):
 @pytest.fixture(scope="module")
 def write(table):
     """Function of a kind of world, a folder and settings; rating sets are of the images of `table`."""
-
-    def call(phantom, folder, **settings):
-        if phantom is rating_sets:
-            return rating_sets.write_rating_set(*table, folder, **settings)
-        return phantom.write_world(folder, **settings)
-
-    return call
+    kinds = {skin: skin.write_world, fundus: fundus.write_world}
+    kinds[rating_sets] = partial(rating_sets.write_rating_set, *table)
+    return lambda phantom, folder, **settings: kinds[phantom](folder, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -83,60 +79,52 @@ def test_an_interrupted_world_is_completed_and_a_complete_one_is_kept(write, tmp
     assert files_of(tmp_path / "straight") == files_of(tmp_path / "world")
 
 
-OTHERS = {skin: dict(seed=4, num_val=7, balanced=True), fundus: dict(size=64, degraded=0.4)}
-OTHERS |= {rating_sets: dict(seed=3, raters=1)}
-IMPOSSIBLE = {skin: dict(num_train=-1, size=8), fundus: dict(num_val=3, seed=-1, degraded=1.5)}
-IMPOSSIBLE |= {rating_sets: dict(size=8, resize="fit", mismatched=1.2, structural=-1)}
+def each(*settings):
+    return [(phantom, *pair) for phantom, values in zip(SETTINGS, settings, strict=True) for pair in values.items()]
 
 
-def each(settings):
-    return [(phantom, *pair) for phantom, values in settings.items() for pair in values.items()]
+OTHERS = each(dict(seed=4, num_val=7, balanced=True), dict(size=64, degraded=0.4), dict(seed=3, raters=1))
+IMPOSSIBLE = each(
+    dict(num_train=-1, size=8),
+    dict(num_val=3, seed=-1, degraded=1.5),
+    dict(size=8, resize="fit", mismatched=1.2, structural=-1),
+)
 
 
-@pytest.mark.parametrize(("phantom", "name", "value"), each(OTHERS))
+@pytest.mark.parametrize(("phantom", "name", "value"), OTHERS)
 def test_other_worlds_and_files_are_not_overwritten(write, worlds, tmp_path, phantom, name, value):
     before = files_of(worlds[phantom])
-    with pytest.raises(UserError, match=f"was drawn with {name}="):
-        write(phantom, worlds[phantom], **SETTINGS[phantom] | {name: value})
+    refused(f"was drawn with {name}=", write, phantom, worlds[phantom], **SETTINGS[phantom] | {name: value})
     assert files_of(worlds[phantom]) == before
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.jpg").write_bytes(b"somebody's")
-    with pytest.raises(UserError, match="already holds other files"):
-        write(phantom, tmp_path, **SETTINGS[phantom])
+    refused("already holds other files", write, phantom, tmp_path, **SETTINGS[phantom])
     assert files_of(tmp_path) == {"images/a.jpg": b"somebody's"}
 
 
-@pytest.mark.parametrize(("phantom", "name", "value"), [*each(IMPOSSIBLE), (fundus, "degraded", float("nan"))])
+@pytest.mark.parametrize(("phantom", "name", "value"), [*IMPOSSIBLE, (fundus, "degraded", float("nan"))])
 def test_impossible_settings_are_refused(write, tmp_path, phantom, name, value):
-    with pytest.raises(UserError, match=f"'{name}': {value!r}"):
-        write(phantom, tmp_path / "new", **SETTINGS[phantom] | {name: value})
+    refused(f"'{name}': {value!r}", write, phantom, tmp_path / "new", **SETTINGS[phantom] | {name: value})
     assert not (tmp_path / "new").exists()
 
 
 def test_the_commands_write_worlds_and_report_user_errors(tmp_path, capsys):
-    worlds = {skin: ["--balanced"], fundus: ["--degraded", "0.5"]}
-    for phantom, option in worlds.items():
+    for phantom, option, value in ((skin, "--balanced", True), (fundus, "--degraded=0.5", 0.5)):
         out = tmp_path / phantom.__name__
-        phantom.main(["--out", str(out), "--num_train", "4", "--num_val", "2", "--num_test", "2", *option])
+        phantom.main([f"--out={out}", "--num_train=4", "--num_val=2", "--num_test=2", option])
         assert {Image.open(path).size for path in (out / "images").iterdir()} == {(64, 64)}
-        assert json.loads((out / "world.json").read_text())[option[0][2:]] in (True, 0.5)
-    arguments = ["--csv", str(out / "splits" / "fundus_test.csv"), "--data_path", str(out), "--out"]
-    rating_sets.main(
-        [*arguments, str(tmp_path / "set"), "--limit", "1", "--size", "32", "--raters", "2", "--mismatched=0"]
-    )
+        assert json.loads((out / "world.json").read_text())[option[2:].partition("=")[0]] == value
+    given = [f"--csv={out / 'splits' / 'fundus_test.csv'}", f"--data_path={out}", f"--out={tmp_path / 'set'}"]
+    rating_sets.main([*given, "--limit=1", "--size=32", "--raters=2", "--mismatched=0"])
     record = json.loads((tmp_path / "set" / "record.json").read_text())
     assert (record["images"], record["size"], record["resize"], record["raters"]) == (1, 32, "fov", 2)
-    for tool, given in ((skin, ["--out", str(tmp_path / "set")]), (rating_sets, [*arguments, str(tmp_path / "set")])):
-        with pytest.raises(SystemExit) as refused:
-            tool.main(given)
+    for tool, options in ((skin, given[2:]), (rating_sets, given)):
+        with pytest.raises(SystemExit) as stopped:
+            tool.main(options)
         message = capsys.readouterr().err
-        assert refused.value.code == 2 and "give a new folder" in message and message.count("\n") == 1
-
-
-@pytest.mark.parametrize("limit", [-1, -99])
-def test_a_rating_set_of_a_negative_number_of_images_is_refused(worlds, tmp_path, limit):
-    with pytest.raises(UserError, match=f"limit is {limit}"):
-        rating_sets.degrade_table(worlds[fundus] / "splits" / "fundus_val.csv", worlds[fundus], limit, out=tmp_path)
+        assert stopped.value.code == 2 and "give a new folder" in message and message.count("\n") == 1
+    for limit in (-1, -99):
+        refused(f"limit is {limit}", rating_sets.degrade_table, out / "splits" / "fundus_val.csv", out, limit, out=out)
 
 
 def test_skin_tables_have_the_columns_of_isic_and_the_labels_of_their_images(worlds):
@@ -223,37 +211,32 @@ def test_degraded_images_are_left_out_and_those_without_vessels_or_structure_are
     rated = read(tmp_path / "set" / "ratings.csv")
     haze = [row for row in rated if np.asarray(Image.open(tmp_path / "set" / row["image_path"])).std((0, 1)).max() < 1]
     assert [(row["rating"], row["alignment"], row["patient"]) for row in haze] == [("1", "1", rows[2].patient)]
-    with pytest.raises(UserError, match="none of the 1 images shows a retina"):
-        rating_sets.write_rating_set(rows[2:3], paths[2:3], tmp_path / "none", **SET)
+    write, out = rating_sets.write_rating_set, tmp_path / "none"
+    refused("none of the 1 images shows a retina", write, rows[2:3], paths[2:3], out, **SET)
     same = [number for number, row in enumerate(table[0]) if row.caption.endswith("normal fundus.")]
-    with pytest.raises(UserError, match="no image shows anything else.*mismatched"):
-        rating_sets.write_rating_set(*([part[number] for number in same] for part in table), tmp_path / "none", **SET)
-    assert not (tmp_path / "none").exists()
+    parts = ([part[number] for number in same] for part in table)
+    refused("no image shows anything else.*mismatched", write, *parts, out, **SET)
+    assert not out.exists()
 
 
-ISIC_FREQUENCIES = {"hair": 0.376, "gel_bubble": 0.1083, "ruler": 0.134, "ink": 0.0167, "MEL": 0.2291, "NV": 0.7709}
 CLEAN_NEVUS = (0, 0, 0, 0, 0, 1)
 
 
-def picture(labels, seed=0, size=64):
+def picture(labels, seed, size=64):
     return skin.draw(labels, np.random.default_rng(seed), size).astype(float)
 
 
-def test_labels_are_nearly_as_frequent_as_in_isic():
+def test_labels_are_nearly_as_frequent_as_in_isic_or_balanced():
     """Against shares that were counted in ISIC's table; one image in ten is of a combination drawn from all alike."""
     rng = np.random.default_rng(5)
     labels = np.array([skin.sample_labels(rng) for _ in range(20000)])
-    rare = {"hair": 14 / 29, "gel_bubble": 13 / 29, "ruler": 15 / 29, "ink": 13 / 29, "MEL": 13 / 29, "NV": 16 / 29}
-    wanted = np.array([0.9 * ISIC_FREQUENCIES[name] + 0.1 * rare[name] for name in LABELS])
+    isic, rare = np.array([0.376, 0.1083, 0.134, 0.0167, 0.2291, 0.7709]), np.array([14, 13, 15, 13, 13, 16]) / 29
+    wanted = 0.9 * isic + 0.1 * rare  # of the LABELS in order
     assert (np.abs(labels.mean(axis=0) - wanted) < 4 * np.sqrt(wanted * (1 - wanted) / len(labels))).all()
     counts = Counter(map(tuple, labels.tolist()))
     assert len(counts) == 29 and min(counts.values()) > 30  # 70 expected of the rarest
     never = {(0, 1, 0, 1, 1, 0), (1, 1, 0, 1, 1, 0), (1, 1, 1, 1, 1, 0)}
     assert not never & set(counts)
-
-
-def test_balanced_labels_are_equally_frequent():
-    rng = np.random.default_rng(5)
     counts = Counter(skin.sample_labels(rng, balanced=True) for _ in range(32000))
     assert len(counts) == 32
     assert all(850 < count < 1150 for count in counts.values())  # 1000 expected, standard deviation 31
@@ -262,7 +245,7 @@ def test_balanced_labels_are_equally_frequent():
 @pytest.mark.parametrize("index", range(4), ids=LABELS[:4])
 def test_an_artifact_is_seen_and_leaves_the_rest_unchanged(index):
     """With and without, same patient: at least 1 % of the pixels change plainly, and at most 60 % at all."""
-    labels = tuple(int(k == index) if k < 4 else value for k, value in enumerate(CLEAN_NEVUS))
+    labels = (*(int(number == index) for number in range(4)), *CLEAN_NEVUS[4:])
     for seed, size in zip(range(10), (64, 96) * 5, strict=True):
         change = np.abs(picture(labels, seed, size) - picture(CLEAN_NEVUS, seed, size)).max(axis=2)
         assert (change > 40).mean() > 0.01 and (change > 0).mean() < 0.6
@@ -280,9 +263,5 @@ def test_only_ink_is_violet_and_melanoma_has_more_colours_than_a_nevus():
         assert violet_share((0, 0, 0, 1, 0, 1), seed) > 0.005
         assert violet_share((1, 1, 1, 0, 1, 0), seed) == 0
     assert median_spread((0, 0, 0, 0, 1, 0)) > 2 * median_spread(CLEAN_NEVUS)
-
-
-@pytest.mark.parametrize("labels", [(0, 0, 0, 0, 1, 1), (2, 0, 0, 0, 0, 1), (0, 0, 0, 1)])
-def test_labels_that_describe_no_picture_are_refused(labels):
-    with pytest.raises(UserError, match="one of MEL, NV set"):
-        skin.draw(labels, np.random.default_rng(0))
+    for impossible in ((0, 0, 0, 0, 1, 1), (2, 0, 0, 0, 0, 1), (0, 0, 0, 1)):
+        refused("one of MEL, NV set", picture, impossible, 0)
