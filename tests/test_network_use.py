@@ -16,9 +16,10 @@ from ddpo_pytorch.data.isic import CAPTIONS
 pytest_plugins = ["script_tools", "judge_tools"]
 
 
-@pytest.fixture
-def commands(config_file, tiny_pipeline_dir, bert_pipeline_dir, judges_dir, judges, tmp_path) -> dict[str, list]:
-    """Scripts of every kind of model as briefly as they run, on local files; fields as by default, but for sizes."""
+@pytest.mark.slow
+def test_local_files_need_no_network_and_images_stay_here(config_file, bert_pipeline_dir, judges_dir, judges, tmp_path):
+    """No variable makes a library avoid the network; a script that looks outside shows that this would be noticed."""
+    # scripts of every kind of model as briefly as they run, on local files; fields as by default, but for sizes
     train = {"logdir": tmp_path / "logs", "run_name": "run", "num_epochs": 1, "sample__batch_size": 4}
     train |= {"sample__num_batches_per_epoch": 1, "train__batch_size": 2, "held_out__every": 1}
     train |= {"sample__num_steps": 2, "sample__guidance_scale": 1.0, "train__cfg": False}
@@ -31,18 +32,10 @@ def commands(config_file, tiny_pipeline_dir, bert_pipeline_dir, judges_dir, judg
     metric = {"fake_path": samples, "real_path": samples, "output": tmp_path / "out", "cache_dir": tmp_path / "metrics"}
     rated = write_config(write_rated_world(tmp_path / "rated", 24))
     rlhf = {"rlhf__output": tmp_path / "rlhf", "rlhf__num_epochs": 1, "rlhf__batch_size": 8}
-    flags = {
-        "train.py": options(config_file, **train),
-        "metric.py": options(config_file, **{f"metric__{key}": value for key, value in metric.items()}),
-        "generate.py": options(config_file, **generate),
-        "train_rlhf.py": options(rated, **rlhf),
-    }
-    return {name: [f"scripts/{name}", *given] for name, given in flags.items()}
-
-
-@pytest.mark.slow
-def test_local_files_need_no_network_and_images_stay_here(commands, tmp_path):
-    """No variable makes a library avoid the network; a script that looks outside shows that this would be noticed."""
+    flags = {"train.py": options(config_file, **train), "generate.py": options(config_file, **generate)}
+    flags["metric.py"] = options(config_file, **{f"metric__{key}": value for key, value in metric.items()})
+    flags["train_rlhf.py"] = options(rated, **rlhf)
+    commands = {name: [f"scripts/{name}", *given] for name, given in flags.items()}
     (tmp_path / "look.py").write_text("import urllib.request\nurllib.request.urlopen('http://192.0.2.1/')")
     commands["look.py"] = [tmp_path / "look.py"]
     own = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "WANDB_", "TRANSFORMERS_"))}

@@ -12,21 +12,9 @@ import pytest
 from launching import ROOT
 
 # distribution by import name, where they differ
-DISTRIBUTIONS = {
-    "absl": "absl-py",
-    "PIL": "pillow",
-    "torch_fidelity": "torch-fidelity",
-    "huggingface_hub": "huggingface-hub",
-}
+DISTRIBUTIONS = {"absl": "absl-py", "PIL": "pillow"}
+DISTRIBUTIONS |= {"torch_fidelity": "torch-fidelity", "huggingface_hub": "huggingface-hub"}
 OPTIONAL = {"bitsandbytes", "fastapi", "pydantic", "pydicom", "uvicorn"}
-
-
-def declared() -> set[str]:
-    tree = ast.parse((ROOT / "setup.py").read_text())
-    (keyword,) = [
-        k for node in ast.walk(tree) if isinstance(node, ast.Call) for k in node.keywords if k.arg == "install_requires"
-    ]
-    return {re.split(r"[\[>]", requirement)[0] for requirement in ast.literal_eval(keyword.value)}
 
 
 def test_declared_is_what_is_imported():
@@ -38,8 +26,11 @@ def test_declared_is_what_is_imported():
                     imported |= {alias.name.split(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom):
                     imported.add(node.module.split(".")[0])
+    keywords = (node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.keyword))
+    (requirements,) = (ast.literal_eval(one.value) for one in keywords if one.arg == "install_requires")
+    declared = {re.split(r"[\[>]", requirement)[0] for requirement in requirements}
     imported -= set(sys.stdlib_module_names) | {"ddpo_pytorch"} | OPTIONAL
-    assert {DISTRIBUTIONS.get(name, name) for name in imported} | {"wandb"} == declared()  # wandb through accelerate
+    assert {DISTRIBUTIONS.get(name, name) for name in imported} | {"wandb"} == declared  # wandb through accelerate
 
 
 @pytest.mark.slow
