@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from refusals import refused
 from script_tools import call_main, files_of, limited, load_flag_script
 
 from ddpo_pytorch.generator.pipeline import load_pipeline, save_model
@@ -46,22 +47,17 @@ def commands(run_main, config_file, world, train_stage, train):
         for path in run.glob("*.json*"):
             path.unlink()
 
-    return {
-        "extraction": lambda out: run_main(
-            *("extract_dataset_latents.py", config_file), logdir=str(out), dataset__image_size=32, **table
-        ),
-        "evaluation": lambda out: run_main(
-            "eval.py", config_file, logdir=str(out), eval__classifier="", sample__num_steps=1
-        ),
-        "stage one": stage_one,
-        "training": reinforce,
-    }
+    def main(name, **fields):
+        return lambda out: run_main(name, config_file, logdir=str(out), **fields)
+
+    commands = {"extraction": main("extract_dataset_latents.py", dataset__image_size=32, **table)}
+    commands["evaluation"] = main("eval.py", eval__classifier="", sample__num_steps=1)
+    return commands | {"stage one": stage_one, "training": reinforce}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "share"),
-    [("extraction", 0.05), ("evaluation", 0.6), ("stage one", 0.6), ("training", 0.6)],
+    "name, share", [("extraction", 0.05), ("evaluation", 0.6), ("stage one", 0.6), ("training", 0.6)]
 )
 def test_a_disk_with_room_for_a_share_and_then_for_all(commands, tmp_path, name, share):
     run = commands[name]
@@ -69,9 +65,7 @@ def test_a_disk_with_room_for_a_share_and_then_for_all(commands, tmp_path, name,
     expected = files_of(tmp_path / "reference")
     needed = sum(-(-len(content) // PAGE) * PAGE for content in expected.values())
     with disk(tmp_path / "disk", max(4 * PAGE, int(share * needed))) as enlarge:
-        with pytest.raises(UserError) as caught:
-            run(tmp_path / "disk" / "out")
-        assert "\n" not in str(caught.value) and str(tmp_path / "disk") in str(caught.value)
+        refused(str(tmp_path / "disk"), run, tmp_path / "disk" / "out")
         left = files_of(tmp_path / "disk")
         assert not [name for name in left if name.endswith((".tmp", ".partial")) or "/.lock" in name]
         for name, content in left.items():
@@ -93,36 +87,26 @@ def test_a_whole_model_on_a_full_disk(tiny_pipeline_dir, tmp_path):
     load_pipeline(folder)
 
 
-CONFIGURED = {
-    "train_sd.py": {"sd__stage": "vae"},
-    "extract_dataset_latents.py": {},
-    "eval.py": {},
-    "generate.py": {},
-    "train_rlhf.py": {"rlhf__ratings": "no.csv"},
-    "metric.py": {"metric__fake_path": "samples"},
+COMMANDS = {
+    "train_sd.py": {"sd__stage": "vae", "sd__output": "{}"},
+    "extract_dataset_latents.py": {"logdir": "{}"},
+    "eval.py": {"logdir": "{}"},
+    "generate.py": {"logdir": "{}"},
+    "train_rlhf.py": {"rlhf__ratings": "no.csv", "rlhf__output": "{}"},
+    "metric.py": {"metric__fake_path": "samples", "metric__output": "{}"},
+    # flags
+    "train_isic_classifier.py": ["--checkpoint_dir={}", "--data_path=x"],
+    "augment.py": ["--output={}", "--data_path=x", "--samples=SD=y"],
+    "download.py": ["--root={}"],
 }
-FOLDER = {"train_sd.py": "sd__output", "train_rlhf.py": "rlhf__output", "metric.py": "metric__output"}
 
 
-@pytest.mark.parametrize("name", CONFIGURED)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_second_command_is_refused(run_main, config_file, tmp_path, name):
-    folder = tmp_path / "out"
+    folder, given = tmp_path / "out", COMMANDS[name]
     with locked(folder), pytest.raises(UserError, match="^[^\n]*out' is being written[^\n]*$"):
-        run_main(name, config_file, **CONFIGURED[name] | {FOLDER.get(name, "logdir"): str(folder)})
-    assert files_of(tmp_path) == {}
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("train_isic_classifier.py", ["--checkpoint_dir={}", "--data_path=x"]),
-        ("augment.py", ["--output={}", "--data_path=x", "--samples=SD=y"]),
-        ("download.py", ["--root={}"]),
-    ],
-    ids=["classifier", "augment", "download"],
-)
-def test_a_second_command_with_flags_is_refused(tmp_path, name, options):
-    folder = tmp_path / "out"
-    with locked(folder), pytest.raises(UserError, match="^[^\n]*out' is being written[^\n]*$"):
-        call_main(load_flag_script(name), *(option.format(folder) for option in options))
+        if isinstance(given, list):
+            call_main(load_flag_script(name), *(option.format(folder) for option in given))
+        else:
+            run_main(name, config_file, **{field: value.format(folder) for field, value in given.items()})
     assert files_of(tmp_path) == {}
