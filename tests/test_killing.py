@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from launching import Script, run_script
 from rl_tools import LIGHT, as_flags, content
-from script_tools import files_of
+from script_tools import files_of, succeed
 
 pytestmark = pytest.mark.slow
 KILLS = 3
@@ -45,12 +45,13 @@ def test_random_kills_change_nothing(tiny, tmp_path):
     kills = runs = 0
     while kills < KILLS:
         runs += 1
-        flags = as_flags(tiny, run_name=f"run{runs}", num_epochs=epochs)
+        run = logs / f"run{runs}"
+        flags = as_flags(tiny, run_name=run.name, num_epochs=epochs)
         while True:
-            least = lines(logs / f"run{runs}") + kills % 3
+            least = lines(run) + kills % 3
             script = Script("scripts/train.py", *flags)
             if kills < KILLS:
-                while script.poll() and lines(logs / f"run{runs}") < least:
+                while script.poll() and lines(run) < least:
                     time.sleep(0.005)
                 script.wait(moments.uniform(0, 2 * per_epoch if kills % 3 else first))
             else:
@@ -60,49 +61,45 @@ def test_random_kills_change_nothing(tiny, tmp_path):
             if not killed:
                 break
             kills += 1
-            reached.update(path.name for path in (logs / f"run{runs}").glob("checkpoint_*"))
+            reached.update(path.name for path in run.glob("checkpoint_*"))
         result = script.result()
         assert result.returncode == 0, result.stderr[-3000:]
-        assert content(logs / f"run{runs}") == expected
+        assert content(run) == expected
     assert len(reached) > 2  # kills fell into different epochs
 
 
 def test_a_kill_before_any_write_of_a_checkpoint_changes_nothing(tiny, tmp_path):
-    values = tiny | {"num_epochs": 3, "num_checkpoint_limit": 1}
-    (tmp_path / "settings.json").write_text(json.dumps(values))
-    result = run_script("../tests/killed_saves.py", tmp_path / "settings.json")
-    assert result.returncode == 0, result.stderr[-3000:]
+    (tmp_path / "settings.json").write_text(json.dumps(tiny | {"num_epochs": 3, "num_checkpoint_limit": 1}))
+    result = succeed("../tests/killed_saves.py", tmp_path / "settings.json")
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["faults"] == []
     assert found["points"] >= 20 and set(found["epochs"]) == {"1", "2"} and min(found["epochs"].values()) > 3, found
 
 
 def test_two_processes_go_on_after_a_kill(tiny, tmp_path):
-    logs, flags = tmp_path / "logs", {"num_epochs": 3, "sample.batch_size": 2}
-    script = Script("scripts/train.py", *as_flags(tiny, run_name="run", **flags), processes=2)
+    logs, settings = tmp_path / "logs", tiny | {"num_epochs": 3, "sample.batch_size": 2}
+    script = Script("scripts/train.py", *as_flags(settings, run_name="run"), processes=2)
     while not (logs / "run" / "checkpoint_1").is_dir():
         assert script.poll(), script.result().stderr
         time.sleep(0.01)
     script.kill()
-    again = run_script("train.py", *as_flags(tiny, run_name="run", **flags), processes=2)
-    assert again.returncode == 0 and "resumed from" in again.stderr, again.stderr[-3000:]
-    whole = run_script("train.py", *as_flags(tiny, run_name="whole", **flags), processes=2)
-    assert whole.returncode == 0, whole.stderr[-3000:]
+    assert "resumed from" in succeed("train.py", *as_flags(settings, run_name="run"), processes=2).stderr
+    succeed("train.py", *as_flags(settings, run_name="whole"), processes=2)
     assert content(logs / "run") == content(logs / "whole")
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_is_resumed(tiny, train, tmp_path):
     tiny |= {"save_freq": 1000, "held_out.every": 0}
-    log = tmp_path / "logs" / "run" / "metrics.jsonl"
+    run = tmp_path / "logs" / "run"
     script = Script("scripts/train.py", *as_flags(tiny, num_epochs=1000))
-    while not (log.is_file() and len(log.read_text().splitlines()) >= 2):
+    while lines(run) < 2:
         assert script.poll(), script.result().stderr
         time.sleep(0.01)
     os.kill(script.pid, signal.SIGTERM)
     result = script.result()
     assert result.returncode == 0 and "SIGTERM: stopping" in result.stderr and "Traceback" not in result.stderr
     epochs = int(re.search(r"stopped on request .*after (\d+) epochs", result.stderr)[1])
-    assert epochs >= 2 and [path.name for path in log.parent.glob("checkpoint_*")] == [f"checkpoint_{epochs}"]
+    assert epochs >= 2 and [path.name for path in run.glob("checkpoint_*")] == [f"checkpoint_{epochs}"]
     ended, _ = train(num_epochs=epochs + 1)
     expected, _ = train(num_epochs=epochs + 1, run_name="whole")
     ended, expected = (files_of(run / f"checkpoint_{epochs + 1}") for run in (ended, expected))
