@@ -43,13 +43,10 @@ def test_processes_share_threads_and_wait_for_each_other_as_long_as_the_setting_
     assert "Traceback" not in run.stderr
 
 
-@pytest.fixture
-def cores(monkeypatch):
-    """Function: let this process have so many cores, where each worker of pytest-xdist has but one."""
-    return lambda count: monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(count)), raising=False)
+def test_limits_of_threads_are_read_as_openmp_reads_them_and_the_default_of_a_launcher_is_none(monkeypatch):
+    def cores(count):  # where each worker of pytest-xdist has but one
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(count)), raising=False)
 
-
-def test_limits_of_threads_are_read_as_openmp_reads_them_and_the_default_of_a_launcher_is_none(cores, monkeypatch):
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     cores(4)
@@ -78,13 +75,13 @@ def test_settings_decide_and_not_the_launcher(monkeypatch, caplog):
     threads = torch.get_num_threads()
     with caplog.at_level("INFO"):
         accelerator = make_accelerator("no", gradient_accumulation_steps=3)
-    torch.set_num_threads(threads)
     assert accelerator.gradient_accumulation_steps == 3 and accelerator.mixed_precision == "no"
     assert accelerator.state.dynamo_plugin.backend.value == "NO"
     lines = [message.split("=")[0] for message in caplog.messages if "ACCELERATE_" in message]
     assert lines == [f"ACCELERATE_{name}" for name in ignored]
     # fp16 itself needs a GPU; what its scaler is made from does not
     assert make_accelerator("no", growth_interval=100).scaler_handler.growth_interval == 100
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(
