@@ -79,16 +79,11 @@ def test_an_interrupted_world_is_completed_and_a_complete_one_is_kept(write, tmp
     assert files_of(tmp_path / "straight") == files_of(tmp_path / "world")
 
 
-def each(*settings):
-    return [(phantom, *pair) for phantom, values in zip(SETTINGS, settings, strict=True) for pair in values.items()]
-
-
-OTHERS = each(dict(seed=4, num_val=7, balanced=True), dict(size=64, degraded=0.4), dict(seed=3, raters=1))
-IMPOSSIBLE = each(
-    dict(num_train=-1, size=8),
-    dict(num_val=3, seed=-1, degraded=1.5),
-    dict(size=8, resize="fit", mismatched=1.2, structural=-1),
-)
+OTHERS = [(skin, "seed", 4), (skin, "num_val", 7), (skin, "balanced", True), (fundus, "size", 64)]
+OTHERS += [(fundus, "degraded", 0.4), (rating_sets, "seed", 3), (rating_sets, "raters", 1)]
+IMPOSSIBLE = [(skin, "num_train", -1), (skin, "size", 8), (fundus, "num_val", 3), (fundus, "seed", -1)]
+IMPOSSIBLE += [(fundus, "degraded", 1.5), (fundus, "degraded", float("nan")), (rating_sets, "size", 8)]
+IMPOSSIBLE += [(rating_sets, "resize", "fit"), (rating_sets, "mismatched", 1.2), (rating_sets, "structural", -1)]
 
 
 @pytest.mark.parametrize(("phantom", "name", "value"), OTHERS)
@@ -102,7 +97,7 @@ def test_other_worlds_and_files_are_not_overwritten(write, worlds, tmp_path, pha
     assert files_of(tmp_path) == {"images/a.jpg": b"somebody's"}
 
 
-@pytest.mark.parametrize(("phantom", "name", "value"), [*IMPOSSIBLE, (fundus, "degraded", float("nan"))])
+@pytest.mark.parametrize(("phantom", "name", "value"), IMPOSSIBLE)
 def test_impossible_settings_are_refused(write, tmp_path, phantom, name, value):
     refused(f"'{name}': {value!r}", write, phantom, tmp_path / "new", **SETTINGS[phantom] | {name: value})
     assert not (tmp_path / "new").exists()
