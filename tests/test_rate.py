@@ -1,7 +1,6 @@
 """scripts/rate.py over real HTTP: blindness, refusals, files after a click, resuming, several raters."""
 
 import contextlib
-import csv
 import io
 import itertools
 import json
@@ -17,22 +16,17 @@ import pytest
 from launching import ROOT
 from PIL import Image
 from rating_tools import PROMPTS, RatePage, write_gallery
+from refusals import refused
 from script_tools import call_main, load_flag_script, load_module
 
 from ddpo_pytorch.data.images import SYNTHETIC, save_picture
 from ddpo_pytorch.data.ratings import COLUMNS, read_ratings
 from ddpo_pytorch.rating.session import distinct, order_for, pair_items, sample_items, table_items
 from ddpo_pytorch.rating.store import Store
-from ddpo_pytorch.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
 pytest_plugins = ["rating_tools"]
 listen = pytest.importorskip("ddpo_pytorch.rating.server", reason="fastapi absent", exc_type=ImportError).listen
-
-
-def journal(page) -> list[dict]:
-    with open(page.table.with_name("ratings.journal.csv"), newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_nothing_that_is_sent_reveals_the_source_and_ratings_are_what_training_reads(rating_page):
@@ -83,46 +77,37 @@ def test_an_undo_is_of_the_click_that_the_page_shows(rating_page):
     assert [row.rating for row in read_ratings(rating_page.table) if row.rater_id == who] == [1]
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["/image/%2e%2e%2fratings.csv", "/image/" + "0" * 32, "/images/source/0.jpg", "//etc/passwd", "/docs", "/page.js"],
-)
-def test_nothing_but_listed_images_is_served(rating_page, path):
-    answer = rating_page.ask(path)
-    assert answer.status == 404 and b"root:" not in answer.content and COLUMNS[0].encode() not in answer.content
-    policy = answer.headers["content-security-policy"]
-    assert policy.startswith("default-src 'none'") and "unsafe" not in policy and "http" not in policy
-    assert answer.headers["referrer-policy"] == "no-referrer" and answer.headers["cache-control"] == "no-store"
+def test_nothing_but_listed_images_is_served(rating_page):
+    paths = ["/image/%2e%2e%2fratings.csv", "/image/" + "0" * 32, "/images/source/0.jpg", "//etc/passwd", "/docs"]
+    for answer in map(rating_page.ask, [*paths, "/page.js"]):
+        assert answer.status == 404 and b"root:" not in answer.content and COLUMNS[0].encode() not in answer.content
+        policy = answer.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'") and "unsafe" not in policy and "http" not in policy
+        assert answer.headers["referrer-policy"] == "no-referrer" and answer.headers["cache-control"] == "no-store"
 
 
-@pytest.mark.parametrize(
-    ("headers", "status"),
-    [({"Origin": "http://evil.example"}, 403), ({"Origin": None}, 403), ({"Content_Type": "text/plain"}, 415)]
-    + [({"Host": "evil.example"}, 400), ({"Host": "127.0.0.1.evil.example"}, 400), ({"Host": None}, 400)]
-    + [({"Content_Length": None, "Transfer_Encoding": "chunked"}, 413), ({"Transfer_Encoding": "chunked"}, 413)]
-    + [({"Content_Length": "4097"}, 413)],
-)
-def test_requests_of_others_are_refused(rating_page, headers, status):
-    body = {"rater": "intruder"}
-    if "Transfer_Encoding" in headers:
-        body = b'15\r\n{"rater": "intruder"}\r\n0\r\n\r\n'
-    assert rating_page.ask("/api/state", body, **headers).status == status
-    if "Host" in headers:
-        assert rating_page.ask("/", **headers).status == status
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{"rating": rating} for rating in (0, 4, 2.5, "2", None, True)]
-    + [{"expert_level": 0}, {"expert_level": None}, {"id": "../x"}, {"id": "0" * 32}, {"id": 5}]
-    + [{"rater": name} for name in ("  ", "a,b", "\ud800", 7)],
-)
-def test_faulty_clicks_change_nothing(rating_page, fields):
+def test_requests_of_others_and_faulty_clicks_change_nothing(rating_page):
     state = rating_page.post("state", "steady")
+    tables = rating_page.table, rating_page.table.with_name("ratings.journal.csv")
+    before = [table.read_bytes() for table in tables]
+    for headers, status in (
+        *(({"Origin": origin}, 403) for origin in ("http://evil.example", None)),
+        *(({"Host": host}, 400) for host in ("evil.example", "127.0.0.1.evil.example", None)),
+        *(({"Transfer_Encoding": "chunked"} | length, 413) for length in ({}, {"Content_Length": None})),
+        ({"Content_Length": "4097"}, 413),
+        ({"Content_Type": "text/plain"}, 415),
+    ):
+        chunked = b'15\r\n{"rater": "intruder"}\r\n0\r\n\r\n'
+        body = chunked if "Transfer_Encoding" in headers else {"rater": "intruder"}
+        assert rating_page.ask("/api/state", body, **headers).status == status, headers
+        if "Host" in headers:
+            assert rating_page.ask("/", **headers).status == status, headers
     usual = {"rater": "steady", "id": state["current"]["id"], "rating": 2, "expert_level": 2}
-    before = rating_page.table.read_bytes(), len(journal(rating_page))
-    assert rating_page.ask("/api/rate", usual | fields).status in (404, 422)
-    assert (rating_page.table.read_bytes(), len(journal(rating_page))) == before
+    faults = {"rating": (0, 4, 2.5, "2", None, True), "expert_level": (0, None), "id": ("../x", "0" * 32, 5)}
+    faults |= {"rater": ("  ", "a,b", "\ud800", 7)}
+    for name, value in ((name, value) for name, values in faults.items() for value in values):
+        assert rating_page.ask("/api/rate", usual | {name: value}).status in (404, 422), (name, value)
+    assert [table.read_bytes() for table in tables] == before
     assert rating_page.ask("/api/rate", b"{" * 5000).status == 413
     assert rating_page.post("state", "steady") == state
 
@@ -167,8 +152,7 @@ def test_kill_resume_token_and_end(tmp_path):
     assert (state["rated"], state["total"]) == (2, 6)
     assert [state[name]["prompt"] for name in ("current", "next")] == [item.prompt for item in order[2:4]]
     assert page.post("undo", "Ann")["current"]["prompt"] == order[1].prompt
-    with pytest.raises(UserError, match="ratings.csv"):
-        Store(table)
+    refused("ratings.csv", Store, table)
     assert page.end(signal.SIGINT) == 0
     assert "1 ratings are in" in page.lines[-1] and "Traceback" not in "".join(page.lines)
     assert [row.rating for row in read_ratings(table)] == [3]
@@ -244,13 +228,16 @@ def test_the_summary_counts_this_study_alone_with_its_folders_in_either_order(tm
         call_main(script, "--mode=pair", f"--images={tmp_path / first},{tmp_path / second}", f"--out={table}")
         found = json.loads((tmp_path / "ratings.summary.json").read_text())["Ann"][f"{second} preferred to {first}"]
         assert (found["value"], found["n"]) == (value, 3)
-    with pytest.raises(UserError, match="line 2: .*--mode=pair.* rate.*--out"):
-        call_main(script, "--mode=rate", f"--images={tmp_path / 'SD'}", f"--out={table}")
+    options = "--mode=rate", f"--images={tmp_path / 'SD'}", f"--out={table}"
+    refused("line 2: .*--mode=pair.* rate.*--out", call_main, script, *options)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_what_cannot_be_asked_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_gallery(tmp_path / "one", 2)
+    entries = [entry | {"prompt": "Fundus: x"} for entry in write_gallery(tmp_path / "other", 2)]
+    (tmp_path / "other/image_log.json").write_text(json.dumps(entries))
+    for options, message in (
         ([], "give --images FOLDER, or --csv TABLE"),
         (["--csv=table.csv"], "--csv and --data_path must be given together"),
         (["--images=one", "--mode=real"], "--mode=real needs photographs and images marked as generated"),
@@ -260,20 +247,12 @@ def test_the_summary_counts_this_study_alone_with_its_folders_in_either_order(tm
         (["--images=one", "--token=short"], "--token needs 16 to 128"),
         (["--images=one", "--repeats=0.6"], "--repeats is 0.6"),
         (["--images=one", "--repeats=nan"], "--repeats is nan"),
-    ],
-)
-def test_what_cannot_be_asked_is_refused(tmp_path, monkeypatch, options, message):
-    monkeypatch.chdir(tmp_path)
-    write_gallery(tmp_path / "one", 2)
-    entries = write_gallery(tmp_path / "other", 2)
-    (tmp_path / "other/image_log.json").write_text(json.dumps([entry | {"prompt": "Fundus: x"} for entry in entries]))
-    with pytest.raises(UserError, match=message):
-        call_main(load_flag_script("rate.py"), *options, "--out=ratings.csv")
-    assert not (tmp_path / "ratings.csv").exists()
+    ):
+        refused(message, call_main, load_flag_script("rate.py"), *options, "--out=ratings.csv")
+        assert not (tmp_path / "ratings.csv").exists()
 
 
 def test_without_fastapi_one_line_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "ddpo_pytorch.rating.server")
     monkeypatch.setitem(sys.modules, "fastapi", None)
-    with pytest.raises(UserError, match="fastapi is not installed"):
-        load_module(ROOT / "scripts" / "rate.py").main([])
+    refused("fastapi is not installed", load_module(ROOT / "scripts" / "rate.py").main, [])
