@@ -1,8 +1,7 @@
-"""Results of networks on images, computed once and cached on disk.
+"""Results of networks on images, computed once and cached on disk, in chunks of one batch.
 
-A set is split into chunks of one batch. A chunk's file is named after the network (weights and preprocessing), the
-device unless it is the CPU, and the content of the images, so nothing is computed twice and a killed run resumes. Each
-process computes whole chunks: the number of processes does not affect results, nor the number of images the memory.
+A chunk's file is named after the network (weights and preprocessing), the device unless it is the CPU, and the images'
+content, so a killed run resumes. Each process computes whole chunks: results do not depend on their number.
 """
 
 import hashlib
@@ -82,10 +81,9 @@ class FeatureStore:
         self._threads = max(1, torch.get_num_threads()) if self._on_cpu else GPU_THREADS
 
     def features(self, title: str, images: ImageSet, networks: Sequence[Network]) -> dict[str, Rows]:
-        """Return rows by network name; networks that read captions are skipped for sets without captions.
+        """Return rows by network name, without networks that read captions if the set has none. Collective.
 
-        Every process must call this with the same arguments. Raises UserError naming the file that cannot be decoded or
-        has a non-finite result; results computed before that are kept.
+        Raises UserError naming a file that cannot be decoded or has a non-finite result; earlier results are kept.
         """
         if not all(images.captions):
             networks = [network for network in networks if not network.reads_captions]
@@ -98,16 +96,17 @@ class FeatureStore:
         return self._compute(title, [network], paths, digests)[network.name]
 
     def _compute(
-        self, title: str, networks: Sequence[Network], paths: Sequence, digests: Sequence, captions: Sequence[str] = ()
-    ) -> dict[str, Rows]:
+        self, title: str, networks: Sequence, paths: Sequence, digests: Sequence, captions: Sequence = ()
+    ) -> dict:
         """Return rows by network name of the first of `paths` (and hashes), or of pairs of the first and the second."""
         count, size = len(paths[0]), self.batch_size
         parts = [slice(start, start + size) for start in range(0, count, size)]
-        names = {False: _chunk_names(digests, parts), True: _chunk_names([*digests, captions], parts)}
-        keys = {n.name: hashlib.sha256(n.key.encode()).hexdigest()[:16] + self._variant for n in networks}
-        files = {
-            n.name: [self.folder / keys[n.name] / f"{name}.npy" for name in names[n.reads_captions]] for n in networks
-        }
+        files = {}
+        for network in networks:
+            folder = self.folder / (hashlib.sha256(network.key.encode()).hexdigest()[:16] + self._variant)
+            content = [*digests, captions] if network.reads_captions else digests
+            names = (repr([column[part] for column in content]) for part in parts)  # hashes of the images, and captions
+            files[network.name] = [folder / f"{hashlib.sha256(n.encode()).hexdigest()[:32]}.npy" for n in names]
         work, seen = [], set()
         for number, part in enumerate(parts):
             pending = [(n, files[n.name][number]) for n in networks if files[n.name][number] not in seen]
@@ -116,10 +115,9 @@ class FeatureStore:
                 work.append((absent, [column[part] for column in paths], captions[part]))
         self.accelerator.wait_for_everyone()  # all processes have checked the cache before any of them writes
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        cached = count - sum(len(columns[0]) for _, columns, _ in work)
+        cached, fault = count - sum(len(columns[0]) for _, columns, _ in work), ""
         hidden = None if self.progress and not rank else True
         one_thread = partial(torch.set_num_threads, 1) if self._on_cpu else None
-        fault = ""
         with (
             tqdm(total=count, initial=cached, desc=title, unit="img", disable=hidden) as bar,
             ThreadPoolExecutor(self._threads, initializer=one_thread) as pool,
@@ -154,11 +152,6 @@ class FeatureStore:
         return len(columns[0])
 
 
-def _chunk_names(columns: Sequence[Sequence[str]], parts: Sequence[slice]) -> list[str]:
-    """Return a file name for each part: a hash of its images' hashes and, if given, captions."""
-    return [hashlib.sha256(repr([column[part] for column in columns]).encode()).hexdigest()[:32] for part in parts]
-
-
 def _is_intact(file: Path, rows: int) -> bool:
     """Return whether a chunk's file exists and has this number of rows, all of finite numbers."""
     if not file.is_file():
@@ -180,10 +173,7 @@ def pixel_facts(images: torch.Tensor) -> torch.Tensor:
 
 
 def thumbnails(images: torch.Tensor) -> torch.Tensor:
-    """Return (B, 256): each image's luminance on a grid of 16 x 16, minus its mean.
-
-    JPEG compression, resizing and brightness hardly change their cosine distance, so it finds near copies.
-    """
+    """Return (B, 256): luminance on a 16 x 16 grid minus its mean; JPEG, resizing, brightness hardly turn it."""
     luminance = (images * torch.tensor([0.299, 0.587, 0.114], device=images.device).view(3, 1, 1)).sum(1, keepdim=True)
     grid = torch.nn.functional.interpolate(luminance, (THUMBNAIL, THUMBNAIL), mode="area").flatten(1).double()
     grid = grid - grid.mean(dim=1, keepdim=True)

@@ -27,7 +27,6 @@ from ddpo_pytorch.utils.files import sha256
 
 logger = logging.getLogger(__name__)
 
-MODE = "RGB"
 MAX_LISTED = 8  # captions in a message
 Samples = list[tuple[Path, str]]  # (file, caption)
 
@@ -36,9 +35,8 @@ Samples = list[tuple[Path, str]]  # (file, caption)
 class ImageSet:
     """Images of a folder: files, captions ("" if unknown) and SHA-256 of each file.
 
-    Once networks have run, `rows` holds their results by network, and `pairs` those on pairs of images by measure:
-    indices (P, 2) into this set and its partner, and values (P,). Measures are "LPIPS" (to real images), "LPIPS_within"
-    (within a prompt), "SSIM" (to images of the same name), "MS_SSIM" and "MS_SSIM_within".
+    Once networks have run, `rows` holds their results by network, and `pairs`, by measure (LPIPS, LPIPS_within, SSIM,
+    MS_SSIM, MS_SSIM_within), indices (P, 2) into this set and its partner, and values (P,).
     """
 
     folder: Path
@@ -60,16 +58,11 @@ class ImageSet:
 
     @property
     def keys(self) -> list[str]:
-        """Names of the images within the folder, "<caption>/<stem>"; images of the same noise have the same key.
-
-        If several images of a table would share a key, their paths in the folder take the place of the stem.
-        """
-        names = [f"{caption}/{path.stem}" for path, caption in self.samples]
-        counts = Counter(names)
-        return [
-            f"{caption}/{path.relative_to(self.folder).with_suffix('')}" if counts[name] > 1 else name
-            for name, (path, caption) in zip(names, self.samples, strict=True)
-        ]
+        """Names of the images, "<caption>/<stem>" or, if repeated, "<caption>/<path>"; equal noise, equal name."""
+        short = [f"{caption}/{path.stem}" for path, caption in self.samples]
+        long = [f"{caption}/{path.relative_to(self.folder).with_suffix('')}" for path, caption in self.samples]
+        counts = Counter(short)
+        return [full if counts[name] > 1 else name for name, full in zip(short, long, strict=True)]
 
     @property
     def samples(self) -> Samples:
@@ -88,14 +81,10 @@ class ImageSet:
 
     def describe(self) -> dict:
         """Return path, number of images, content hash and images by prompt, for metrics.json."""
-        content = sorted(f"{key} {digest}" for key, digest in zip(self.keys, self.digests, strict=True))
-        counts = Counter(self.captions)
-        return {
-            "path": str(self.folder),
-            "images": len(self),
-            "sha256": hashlib.sha256("\n".join(content).encode()).hexdigest(),
-            "images_by_prompt": {caption: counts.get(caption, 0) for caption in self.all_captions},
-        }
+        content = "\n".join(sorted(map("{} {}".format, self.keys, self.digests)))
+        counts, digest = Counter(self.captions), hashlib.sha256(content.encode()).hexdigest()
+        by_prompt = {caption: counts[caption] for caption in self.all_captions}
+        return {"path": str(self.folder), "images": len(self), "sha256": digest, "images_by_prompt": by_prompt}
 
 
 def sort_captions(captions: Iterable[str]) -> list[str]:
@@ -146,10 +135,8 @@ def any_files(folder: str | Path) -> tuple[Path, Samples]:
     return folder, [(path, "") for path in sorted(files)]
 
 
-def inspect_files(
-    folders: Sequence[tuple[Path, Samples]], rank: int, processes: int, prompts: Sequence[str] = ()
-) -> list[ImageSet]:
-    """Check every file's header and hash its content, divided among processes; all of them get the sets.
+def inspect_files(folders: Sequence[tuple], rank: int, processes: int, prompts: Sequence[str] = ()) -> list[ImageSet]:
+    """Check and hash every file of `folders` (path, samples), divided among processes; all of them get the sets.
 
     Raises UserError with the first image that is not RGB or differs in size from most, and the number of such images.
     """
@@ -157,9 +144,9 @@ def inspect_files(
     inspected = [(number, *_inspect(files[number])) for number in range(rank, len(files), processes)]
     _, digests, faults, sizes = zip(*sorted(gather_object(inspected)), strict=True)
     usual = Counter(sizes).most_common(1)[0][0]
+    advice = "metrics compare images of one size: use --config.dataset.image_size for the real ones"
     faults = [fault for fault in faults if fault] or [
-        f"{str(path)!r} is {width} x {height} px, most images are {usual[0]} x {usual[1]}; metrics compare images "
-        "of one size: write the real images at the size of the generated ones (--config.dataset.image_size)"
+        f"{str(path)!r} is {width} x {height} px, most images are {usual[0]} x {usual[1]}; {advice}"
         for path, (width, height) in zip(files, sizes, strict=True)
         if (width, height) != usual
     ]
@@ -168,17 +155,16 @@ def inspect_files(
         raise UserError(faults[0] + more)
     held = {caption for _, samples in folders for _, caption in samples if caption}
     all_captions = CAPTIONS if held <= set(CAPTIONS) else tuple(sorted(held))
-    sets, rest = [], iter(digests)
     files = [folder / METADATA if any(caption for _, caption in samples) else None for folder, samples in folders]
     tables = [read_metadata(file) if file and file.is_file() else [] for file in files]
-    known = of_caption([row for rows in tables for row in rows])
+    of_text, rest, sets = of_caption([row for rows in tables for row in rows]), iter(digests), []
     for (folder, samples), rows in zip(folders, tables, strict=True):
         paths, captions = zip(*samples, strict=True)
         entries = _log_entries(folder, samples) if any(captions) else {}
         lacking = tuple(captions_without_images(folder, samples, prompts)) if any(captions) else ()
         own_digests = tuple(next(rest) for _ in samples)
         made_with, own_rows = read_settings(folder), {folder / row.image: row.fields for row in rows}
-        table = tuple(own_rows.get(path) or known.get(caption, {}) for path, caption in samples)
+        table = tuple(own_rows.get(path) or of_text.get(caption, {}) for path, caption in samples)
         sets.append(ImageSet(folder, paths, captions, own_digests, entries, made_with, table, all_captions, lacking))
     return sets
 
@@ -187,14 +173,14 @@ def _inspect(path: Path) -> tuple[str, str, tuple[int, int]]:
     """Return a file's SHA-256, its fault or "", and (width, height)."""
     try:
         with open_image(path) as image:
-            mode, size, transparent = image.mode, upright_size(image), "transparency" in image.info
+            mode, size = image.mode, upright_size(image)
+            if "transparency" in image.info:
+                mode += " with transparency"
         digest = sha256(path)
     except UserError as error:
         return "", str(error), (0, 0)
-    if mode != MODE or transparent:
-        mode = f"{mode} with transparency" if transparent else mode
-        return digest, f"{str(path)!r} has mode {mode}, not {MODE}; convert it to RGB without transparency", size
-    return digest, "", size
+    fault = f"{str(path)!r} has mode {mode}, not RGB; convert it to RGB without transparency" if mode != "RGB" else ""
+    return digest, fault, size
 
 
 def _log_entries(folder: Path, samples: Samples) -> dict[str, dict]:
@@ -226,10 +212,10 @@ def match_prompts(groups: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
 
     The draw depends only on (seed, prompt) and the order of images, so sets sampled from the same noise stay paired.
     """
-    chosen: list[list[np.ndarray]] = [[] for _ in groups]
-    for prompt in range(1 + max((int(column.max()) for column in groups if len(column)), default=0)):
+    chosen: list[list[np.ndarray]] = [[np.empty(0, int)] for _ in groups]
+    for prompt in np.unique(np.concatenate(groups)).tolist():
         members = [np.flatnonzero(column == prompt) for column in groups]
-        count = min(len(indices) for indices in members)
+        count = min(map(len, members))
         for part, indices in zip(chosen, members, strict=True):
             order = np.random.default_rng([seed, prompt, 0]).permutation(len(indices))[:count]
             part.append(np.sort(indices[order]))

@@ -29,10 +29,8 @@ def contact_sheet(pairs: Sequence[Mapping]) -> Image.Image:
 def _sheet(rows: Sequence[tuple[str, Sequence[str | Path]]]) -> Image.Image:
     """Draw rows of images, each with its text on the left."""
     grids = [(text, image_grid(torch.stack([load_image(path) for path in paths]), len(paths))) for text, paths in rows]
-    if not grids:
-        return Image.new("RGB", (1, 1), "white")
-    left = max(8 * len(text) for text, _ in grids)
-    size = left + max(grid.width for _, grid in grids), sum(grid.height for _, grid in grids)
+    left = max((8 * len(text) for text, _ in grids), default=0)
+    size = left + max((grid.width for _, grid in grids), default=1), sum(grid.height for _, grid in grids) or 1
     sheet, top = Image.new("RGB", size, "white"), 0
     for text, grid in grids:
         sheet.paste(grid, (left, top))

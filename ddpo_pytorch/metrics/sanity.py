@@ -34,20 +34,19 @@ def _crop(image: Image.Image) -> Image.Image:
 
 CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "blur": lambda image: image.filter(ImageFilter.GaussianBlur(image.width / 64)),
-    "JPEG": _jpeg,
-    "hue shift": lambda image: tvf.adjust_hue(image, 0.1),
-    "crop": _crop,
+    "JPEG": _jpeg,  # of quality 10
+    "hue shift": lambda image: tvf.adjust_hue(image, 0.1),  # a tenth of the circle
+    "crop": _crop,  # to the middle 80 % of each side
 }
 
 
 def halves(groups: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return indices of two random halves with the same number of images of each prompt; odd ones are left out."""
-    parts: tuple[list[int], list[int]] = ([], [])
+    parts = []
     for group in np.unique(groups):
         order = np.random.default_rng([seed, int(group), 8]).permutation(np.flatnonzero(groups == group))
-        for half, part in enumerate(parts):
-            part += order[half::2][: len(order) // 2].tolist()
-    return np.sort(parts[0]), np.sort(parts[1])
+        parts.append(order[: len(order) // 2 * 2].reshape(-1, 2))
+    return tuple(np.sort(np.concatenate(parts), axis=0).T)
 
 
 def select(images: ImageSet, indices: Sequence[int]) -> ImageSet:
@@ -60,17 +59,15 @@ def select(images: ImageSet, indices: Sequence[int]) -> ImageSet:
 def sanity_sets(sets: Sets, folder: Path, seed: int, accelerator: Accelerator) -> tuple[Sets, dict[str, str]]:
     """Return half of the real images, unchanged and degraded, as models, the other half as `real`; and missing sets.
 
-    The main process writes degraded images to `folder`: blur (sigma of 1/64 of the width), JPEG (quality 10), hue (a
-    tenth of the circle), crop (the middle 80 % of each side), "duplicates" (each prompt's first half of the images,
-    twice) and "training images" of the same prompts, if each has enough of them.
+    The main process writes to `folder`: `CHANGES`, "duplicates" (each prompt's first half, twice), "training images".
     """
     reference, half = (select(sets.real, part) for part in halves(sets.real.groups, seed))
     if len(half) < 2:
         raise UserError(f"--sanity needs 2 real images of one caption; {str(sets.real.folder)!r} has too few")
-    jobs, missing = {name: (list(half.paths), range(len(half)), change) for name, change in CHANGES.items()}, {}
-    twice = {int(g): np.flatnonzero(half.groups == g) for g in np.unique(half.groups)}
-    first = {i: part[n % ((len(part) + 1) // 2)] for part in twice.values() for n, i in enumerate(part.tolist())}
-    jobs["duplicates"] = [half.paths[first[i]] for i in range(len(half))], range(len(half)), lambda image: image
+    jobs, missing = {name: (list(half.paths), change) for name, change in CHANGES.items()}, {}
+    members = [np.flatnonzero(half.groups == group).tolist() for group in np.unique(half.groups)]
+    first = {i: part[n % ((len(part) + 1) // 2)] for part in members for n, i in enumerate(part)}
+    jobs["duplicates"] = [half.paths[first[i]] for i in range(len(half))], lambda image: image
     if sets.train is not None:
         known = defaultdict(list)
         with suppress(UserError):  # a folder of images without captions
@@ -78,20 +75,20 @@ def sanity_sets(sets: Sets, folder: Path, seed: int, accelerator: Accelerator) -
                 known[caption].append(path)
         paths = [known[caption].pop(0) for caption in half.captions if known[caption]]
         if len(paths) == len(half):
-            jobs["training images"] = paths, range(len(half)), lambda image: image
+            jobs["training images"] = paths, lambda image: image
         elif paths:  # too few would shrink all sets, which are matched by caption
             missing["training images"] = f"metric.train_path has {len(paths)} of {len(half)} images with these captions"
         else:
             missing["training images"] = "metric.train_path has none of the captions; give images/<caption>/ or a table"
     models = {HALF: [half]}
-    for name, (sources, places, change) in jobs.items():
-        chosen, target = select(half, places), folder / name.replace(" ", "_")
-        paths = tuple(target / path.relative_to(half.folder).with_suffix(".png") for path in chosen.paths)
+    for name, (sources, change) in jobs.items():
+        target = folder / name.replace(" ", "_")
+        paths = tuple(target / path.relative_to(half.folder).with_suffix(".png") for path in half.paths)
         if accelerator.is_main_process:
             for source, path in zip(sources, paths, strict=True):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_picture(path, change(read_rgb(source)))
         accelerator.wait_for_everyone()
-        digests = tuple(map(sha256, paths))
-        models[name] = [dataclasses.replace(chosen, folder=target, paths=paths, digests=digests, entries={})]
+        made = {"folder": target, "paths": paths, "digests": tuple(map(sha256, paths)), "entries": {}}
+        models[name] = [dataclasses.replace(select(half, range(len(half))), **made)]
     return Sets(models, reference, sets.train, sets.pairs and half), missing
