@@ -1,14 +1,9 @@
-"""Alignment of images with their prompts.
-
-Dermoscopic images: APR, the artifact prevalence rate of equation (3), the share of images in which a judge sees exactly
-what the caption says. Fundus images: the Policy's score of images that pass the Selector.
-"""
+"""Alignment of images with their prompts: APR, the artifact prevalence rate of equation (3), and the Policy's score."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torchmetrics.functional.classification import multilabel_exact_match
 
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.metrics.image_sets import ImageSet
@@ -16,11 +11,8 @@ from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean, bootstrap_r
 
 
 def aligned_images(requested: torch.Tensor, predictions: torch.Tensor) -> np.ndarray:
-    """Return (N,): 1 if all H 0/1 predictions of an image equal the requested labels, else 0. The mean is APR."""
-    hits = multilabel_exact_match(
-        predictions.long()[..., None], requested[..., None], requested.shape[1], multidim_average="samplewise"
-    )
-    return hits.double().numpy()
+    """Return (N,): 1 if all H 0/1 predictions of an image equal the requested labels, else 0; the mean is APR."""
+    return (predictions.long() == requested.long()).all(dim=1).double().numpy()
 
 
 def apr_by_prompt(aligned: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
@@ -31,29 +23,20 @@ def apr_by_prompt(aligned: np.ndarray, captions: Sequence[str]) -> dict[str, flo
 
 def measure_apr(
     images: ImageSet, requested: torch.Tensor, labels: Sequence[str], logits: np.ndarray, seed: int
-) -> tuple[dict, np.ndarray]:
-    """Return APR over all images and by prompt, precision and recall per label; and `aligned_images` (N,).
+) -> tuple:
+    """Return APR over all images and by prompt, numbers of each label, and `aligned_images` (N,).
 
-    requested (N, H) of 0 and 1, logits (N, H). Recall: of the images whose prompt requests a label, the share in which
-    the judge sees it; precision: of the images in which the judge sees it, the share whose prompt requests it.
+    requested (N, H) of 0 and 1, logits (N, H). Recall: share of the images whose prompt requests a label that show it
+    to the judge; precision: share of the images that show it whose prompt requests it.
     """
-    seen, targets, groups = logits > 0, requested.bool().numpy(), images.groups
-    aligned = aligned_images(requested, torch.from_numpy(seen))
-    block = {
-        "APR": bootstrap_mean(aligned, groups, seed, resample_groups=True),
-        "by_prompt": estimates_by_prompt(aligned, images, seed),
-        "attributes": {},
-    }
-    for column, name in enumerate(labels):
-        target, predicted = targets[:, column].astype(float), seen[:, column].astype(float)
-        block["attributes"][name] = {
-            "precision": bootstrap_ratio(target * predicted, predicted, groups, seed),
-            "recall": bootstrap_ratio(target * predicted, target, groups, seed),
-            "accuracy": bootstrap_mean(target == predicted, groups, seed, resample_groups=False),
-            "requested": int(target.sum()),
-            "seen": int(predicted.sum()),
-        }
-    return block, aligned
+    aligned, groups, attributes = aligned_images(requested, torch.from_numpy(logits > 0)), images.groups, {}
+    for name, target, seen in zip(labels, requested.numpy().T.astype(float), (logits > 0).T.astype(float), strict=True):
+        precision, recall = (bootstrap_ratio(target * seen, whole, groups, seed) for whole in (seen, target))
+        accuracy = bootstrap_mean(target == seen, groups, seed, resample_groups=False)
+        attributes[name] = {"precision": precision, "recall": recall, "accuracy": accuracy}
+        attributes[name] |= {"requested": int(target.sum()), "seen": int(seen.sum())}
+    apr = bootstrap_mean(aligned, groups, seed, resample_groups=True)
+    return {"APR": apr, "by_prompt": estimates_by_prompt(aligned, images, seed), "attributes": attributes}, aligned
 
 
 def measure_fundus_alignment(

@@ -1,13 +1,13 @@
 """Distances between features of real and generated images: Frechet, kernel, two-sample test, precision, recall, ...
 
-The Frechet distance is not torchmetrics', which uses eigenvalues of Cx Cy and is neither symmetric nor 0 for equal sets
-with fewer images than features; the singular values used here are exact up to rounding.
+Not torchmetrics' Frechet distance, which is neither symmetric nor 0 for equal sets with fewer images than features.
 """
 
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,9 @@ from ddpo_pytorch.metrics.intervals import JACKKNIFE_GROUPS, Estimate, bootstrap
 from ddpo_pytorch.utils.cores import on_all_cores, one_thread, product
 from ddpo_pytorch.utils.errors import UserError
 
-# Larger sets are subsampled to this size for KID, precision, recall, density and coverage, whose cost is quadratic.
-PAIRWISE_IMAGES = 10_000
+PAIRWISE_IMAGES = 10_000  # larger sets are subsampled for all but the Frechet distance, since costs are quadratic
 NEIGHBOURS = 5
-# Squared distances closer than this share of the largest squared norm count as equal, since an image in both sets lies
-# exactly on the boundary of some balls.
-ROUNDING = 1e-12
+ROUNDING = 1e-12  # squared distances that differ by this share of the largest squared norm are equal
 
 
 @one_thread()
@@ -70,14 +67,6 @@ def _distance(mean_x: torch.Tensor, root_x: torch.Tensor, mean_y: torch.Tensor, 
     return max(0.0, float((mean_x - mean_y).square().sum() + traces))
 
 
-def _quick_distance(x: torch.Tensor, mean_y: torch.Tensor, root_y: torch.Tensor) -> float:
-    """Return the distance, accurate to about 1e-8 of the variances, by eigenvalues of Ay^T Cx Ay; ten times as fast."""
-    mean_x, covariance = gaussian(x)
-    cross = torch.linalg.eigvalsh(root_y.T @ covariance @ root_y).clamp(min=0).sqrt().sum()
-    traces = covariance.trace() + root_y.square().sum() - 2 * cross
-    return float((mean_x - mean_y).square().sum() + traces)
-
-
 def _mean_and_root(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean (F,) and A (F, r) with A A^T = covariance, without directions of rounding noise."""
     mean, covariance = gaussian(x)
@@ -88,39 +77,43 @@ def _mean_and_root(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @one_thread()
 def frechet_jackknife(groups: Sequence[torch.Tensor], real: torch.Tensor) -> Estimate:
-    """Return the Frechet distance to `real` of all groups, random parts of similar size of the generated images.
+    """Return the Frechet distance to `real` of all groups, random parts of the generated images; all are `moments`.
 
-    Both are `moments`. The interval (`jackknife_half_width`) is clipped at 0, takes `real` as given and does not cover
-    the bias of few images. A bootstrap would repeat images, which makes every distance larger.
+    The interval is clipped at 0, takes `real` as given and does not cover the bias of few images.
     """
-    root, total = _mean_and_root(real), sum(groups[1:], groups[0])
-    value, sizes = _distance(*_mean_and_root(total), *root), np.array([int(group[0, 0]) for group in groups])
-    quick = on_all_cores(lambda part: _quick_distance(part, *root), [*(total - group for group in groups), total])
-    half = jackknife_half_width(quick[-1], np.array(quick[:-1]), sizes)
+    (mean_y, root_y), total = _mean_and_root(real), sum(groups)
+
+    def quick_distance(x: torch.Tensor) -> float:
+        """Return the distance, accurate to 1e-8 of the variances, by eigenvalues of Ay^T Cx Ay; ten times as fast."""
+        mean_x, covariance = gaussian(x)
+        cross = torch.linalg.eigvalsh(root_y.T @ covariance @ root_y).clamp(min=0).sqrt().sum()
+        traces = covariance.trace() + root_y.square().sum() - 2 * cross
+        return float((mean_x - mean_y).square().sum() + traces)
+
+    value, sizes = _distance(*_mean_and_root(total), mean_y, root_y), [int(group[0, 0]) for group in groups]
+    *left_out, full = on_all_cores(quick_distance, [*(total - group for group in groups), total])
+    half = jackknife_half_width(full, np.array(left_out), sizes)
     how = f"jackknife over {len(groups)} random groups of the generated images"
-    return Estimate(value, max(0.0, value - half), value + half, int(sizes.sum()), how)
+    return Estimate.around(value, half, sum(sizes), how, (0, np.inf))
 
 
-def moments_of_rows(rows, indices: np.ndarray) -> torch.Tensor:
-    """Return the moments of the selected `Rows` (at least one), read a block at a time."""
-    block = 4096
-    parts = (moments(rows[indices[at : at + block]], at) for at in range(0, len(indices), block))
-    return sum(parts, start=next(parts))
+def frechet(real: Any, real_part: np.ndarray, fake: Any, fake_part: np.ndarray, seed: int) -> Estimate:
+    """Return the Frechet distance of generated to real `Rows` at these indices, with a jackknife interval."""
 
+    def moments_of(rows: Any, indices: np.ndarray, block: int = 4096) -> torch.Tensor:  # read a block at a time
+        return sum(moments(rows[indices[at : at + block]], at) for at in range(0, len(indices), block))
 
-def frechet(real: torch.Tensor, fake, indices: np.ndarray, seed: int) -> Estimate:
-    """Return the Frechet distance of selected `Rows` of generated images to real ones, with a jackknife interval."""
-    if len(indices) < 2 * JACKKNIFE_GROUPS:
-        value = frechet_distance(moments_of_rows(fake, indices), real)
-        estimate = Estimate(value, None, None, len(indices), f"no interval below {2 * JACKKNIFE_GROUPS} images")
+    reference, number = moments_of(real, real_part), len(fake_part)
+    if number < 2 * JACKKNIFE_GROUPS:
+        value = frechet_distance(moments_of(fake, fake_part), reference)
+        estimate = Estimate(value, None, None, number, f"no interval below {2 * JACKKNIFE_GROUPS} images")
     else:
-        order = np.random.default_rng([seed, 1]).permutation(indices)
-        groups = [moments_of_rows(fake, part) for part in np.array_split(order, JACKKNIFE_GROUPS)]
-        estimate = frechet_jackknife(groups, real)
-    fewest, features = min(len(indices), int(real[0, 0])), len(real) - 1
-    if fewest <= features:  # singular covariance
-        return replace(estimate, how=f"{estimate.how}; {fewest} images of {features} features: biased upwards")
-    return estimate
+        order = np.random.default_rng([seed, 1]).permutation(fake_part)
+        groups = [moments_of(fake, part) for part in np.array_split(order, JACKKNIFE_GROUPS)]
+        estimate = frechet_jackknife(groups, reference)
+    fewest, features = min(number, len(real_part)), len(reference) - 1
+    singular = f"; {fewest} images of {features} features: biased upwards" if fewest <= features else ""
+    return replace(estimate, how=estimate.how + singular)
 
 
 def gaussian_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -134,9 +127,8 @@ def kernel_distance(
 ) -> Estimate:
     """Return the squared MMD of features x (N, F) and y (M, F), by default with (a.b / F + 1)^3, averaged over subsets.
 
-    Each subset draws m = min(subset_size, N, M) rows of both sets without replacement, the same rows as torch-fidelity
-    for this seed. Published tables print the standard deviation over subsets after +- (here in `how`); it depends on m
-    and is not a confidence interval. The interval is value +- 1.96 se, from Hoeffding's decomposition (1948):
+    Each subset draws m = min(subset_size, N, M) rows of both sets without replacement, as torch-fidelity for this seed.
+    The interval is value +- 1.96 se (not the deviation over subsets, which depends on m), from Hoeffding (1948):
 
         se^2 = 4 z_x / N + 4 z_y / M + 2 w_x / N^2 + 2 w_y / M^2 + sd^2 / subsets
 
@@ -180,23 +172,20 @@ def kernel_distance(
     counts = np.array([len(x), len(y)])
     images, pairs = np.maximum(variances.mean(axis=0), 0).T
     half = 1.96 * float(np.sqrt((4 * images / counts + 2 * pairs / counts**2).sum() + deviation**2 / subsets))
-    return Estimate(value, value - half, value + half, len(x), how)
+    return Estimate.around(value, half, len(x), how)
 
 
 def _variances(within: np.ndarray, between: np.ndarray) -> tuple[float, float]:
     """Return (z, w) of one set from its kernels (m, m) and those with the other set.
 
-    h estimated from m images has the variance z + w / m. Estimated from each half of the images, its errors are
-    independent, so the covariance of the two estimates is z alone.
+    h from m images has the variance z + w / m. Errors of h from separate halves are independent: their covariance is z.
     """
     size = len(within)
     np.fill_diagonal(within, 0)
-    halves = []
-    for columns in (slice(0, size // 2), slice(size // 2, size)):
-        in_half = np.zeros(size)
-        in_half[columns] = 1
-        halves.append(within[:, columns].sum(axis=1) / (in_half.sum() - in_half) - between[:, columns].mean(axis=1))
-    first, second = (half - half.mean() for half in halves)
+    later, halves = np.arange(size) >= size // 2, []
+    for half in (~later, later):
+        halves.append(within[:, half].sum(axis=1) / (half.sum() - half) - between[:, half].mean(axis=1))
+    first, second = (values - values.mean() for values in halves)
     shared = (first * second).sum() / (size - 1)
     total = within.sum(axis=1) / (size - 1) - between.mean(axis=1)
     return float(shared), float(size * (total.var(ddof=1) - shared))
@@ -206,9 +195,8 @@ def _variances(within: np.ndarray, between: np.ndarray) -> tuple[float, float]:
 def two_sample_test(real: np.ndarray, fake: np.ndarray, seed: int) -> Estimate:
     """Return the share of unseen images that a linear classifier assigns to the right set; 0.5 is chance.
 
-    The classifier two-sample test (Lopez-Paz and Oquab 2017): ridge regression to -1 and 1 on standardised features,
-    with their number as penalty, trained on random halves of real (N, F) and fake (M, F) of equal size and tested on
-    the other halves. The interval covers the choice of test images, for this classifier.
+    As Lopez-Paz and Oquab (2017): ridge regression to -1 and 1 on standardised features, with their number as penalty,
+    on random halves of equal size of real (N, F) and fake (M, F). The interval covers the choice of test images.
     """
     rng, size = np.random.default_rng([seed, 5]), min(len(real), len(fake)) // 2
     if size < 2:
@@ -229,36 +217,34 @@ def two_sample_test(real: np.ndarray, fake: np.ndarray, seed: int) -> Estimate:
 
 
 def size_curve(real: np.ndarray, fake: np.ndarray, seed: int) -> tuple[dict[str, dict[str, float]], Estimate]:
-    """Return mean "FID" and "KID" of disjoint parts of n, n/2 and n/4 images per side, and FID at infinity.
+    """Return mean "FID" and "KID" of disjoint parts of n, n/2 and n/4 images per side (n, F), and FID at infinity.
 
-    The bias of a Frechet distance falls as 1 / n, so a line fitted in 1 / n meets 0 at the distance of infinitely many
-    images (Chong and Forsyth 2020), which may be negative. real and fake: (n, F). The interval is a t interval over the
-    same estimate from each fifth of the images.
+    The bias of a Frechet distance falls as 1 / n: a line fitted in 1 / n meets 0 at the distance of infinitely many
+    images (Chong and Forsyth 2020), which may be negative. t interval over fifths of the images.
     """
     rng, size = np.random.default_rng([seed, 6]), len(fake)
     real, fake = real[rng.permutation(size)], fake[rng.permutation(size)]
-    fifths = [(part * size // 5, (part + 1) * size // 5) for part in range(5)] if size >= 80 else []
-    lengths = [[(stop - start) // parts for parts in (1, 2, 4)] for start, stop in [(0, size), *fifths]]
+    ranges = [(0, size), *((part * size // 5, (part + 1) * size // 5) for part in range(5 * (size >= 80)))]
+    lengths = [[(stop - start) // parts for parts in (1, 2, 4)] for start, stop in ranges]
     jobs = [
         slice(start + part * length, start + (part + 1) * length)
-        for (start, _), counts in zip([(0, size), *fifths], lengths, strict=True)
+        for (start, _), counts in zip(ranges, lengths, strict=True)
         for parts, length in zip((1, 2, 4), counts, strict=True)
         for part in range(parts)
     ]
-
-    def averages(values: Sequence[float]) -> list[float]:
-        return [float(values[0]), float(np.mean(values[1:3])), float(np.mean(values[3:7]))]
-
-    distances = on_all_cores(lambda part: frechet_of_rows(real[part], fake[part]), jobs)
-    means = [averages(distances[at : at + 7]) for at in range(0, len(jobs), 7)]
-    ends = [float(np.polyfit(1 / np.array(counts), row, 1)[1]) for counts, row in zip(lengths, means, strict=True)]
+    distances = np.array(on_all_cores(lambda part: frechet_of_rows(real[part], fake[part]), jobs)).reshape(-1, 7)
     kernels = [kernel_distance(real[part], fake[part], seed, subsets=1 + 9 * (size > 1000)).value for part in jobs[:7]]
-    both = zip(lengths[0], means[0], averages(kernels), strict=True)
-    curve = {str(n): {"FID": distance, "KID": kernel} for n, distance, kernel in both}
-    if not fifths:
+    rows = [*distances, np.array(kernels)]
+    *means, kernel_means = ([part.mean() for part in np.split(row, [1, 3])] for row in rows)  # of 1, 2 and 4 parts
+    ends = [float(np.polyfit(1 / np.array(counts), row, 1)[1]) for counts, row in zip(lengths, means, strict=True)]
+    curve = {
+        str(number): {"FID": float(distance), "KID": float(kernel)}
+        for number, distance, kernel in zip(lengths[0], means[0], kernel_means, strict=True)
+    }
+    if len(ranges) == 1:
         return curve, Estimate(ends[0], None, None, size, "no interval below 80 images")
     half = float(stats.t.ppf(0.975, 4) * np.std(ends[1:], ddof=1) / 5**0.5)
-    return curve, Estimate(ends[0], ends[0] - half, ends[0] + half, size, "t interval over five fifths of the images")
+    return curve, Estimate.around(ends[0], half, size, "t interval over five fifths of the images")
 
 
 def manifold_metrics(
@@ -266,17 +252,14 @@ def manifold_metrics(
 ) -> dict[str, Estimate]:
     """Return "precision", "recall", "density" and "coverage" of fake (M, F) features against real (N, F) ones.
 
-    The ball of a sample reaches to its k-th nearest neighbour in its own set.
+    The ball of a sample reaches to its k-th nearest neighbour in its own set. precision: share of fake samples inside
+    any real ball; recall: share of real samples inside any fake ball (Kynkaanniemi et al. 2019, k = 3; closed balls).
+    density: mean number of real balls around a fake sample / k, about 1 for equal distributions; coverage: share of
+    real balls that contain a fake sample (Naeem et al. 2020, k = 5; open balls).
 
-    - precision: share of fake samples inside the ball of any real one; recall: share of real samples inside the ball of
-      any fake one (Kynkaanniemi et al. 2019, k = 3; closed balls).
-    - density: mean number of real balls around a fake sample, divided by k; about 1 for equal distributions, and not
-      bounded by it. coverage: share of real balls that contain a fake sample (Naeem et al. 2020, k = 5; open balls).
-
-    Recall and coverage depend on the numbers of samples, so compare equal numbers only. Intervals take the real samples
-    as given. Precision and density are means over fake samples, resampled within their `prompts` (M,). Recall and
-    coverage are not means over these, and repeated samples would shrink balls to points: they use a jackknife or, if
-    no group changes them, the exact binomial interval of N real samples. Raises UserError below k + 1 samples in a set.
+    Intervals take the real samples as given. Precision and density are means over fake samples, resampled within their
+    `prompts` (M,). Recall and coverage depend on numbers of samples, and repeated ones would shrink balls to points:
+    they use a jackknife or, if no group changes them, a binomial interval. Raises UserError below k + 1 samples.
     """
     if not 1 <= k < min(len(real), len(fake)):
         got = f"{len(real)} real and {len(fake)} generated"
@@ -309,19 +292,15 @@ def manifold_metrics(
             return Estimate(value, None, None, len(fake), f"no interval below {2 * JACKKNIFE_GROUPS} images")
         if not (half := jackknife_half_width(value, np.array(left_out), [len(part) for part in parts])):
             return Estimate.binomial(value, len(real), len(fake))
-        ends = max(0.0, value - half), min(1.0, value + half)
-        return Estimate(value, *ends, len(fake), f"jackknife over {groups} random groups of the generated images")
+        how = f"jackknife over {groups} random groups of the generated images"
+        return Estimate.around(value, half, len(fake), how, (0, 1))
 
     precise, inside = np.concatenate(precise), np.concatenate(inside) / k
     density = bootstrap_mean(inside, prompts, seed, resample_groups=False, share=False)
     if not inside.any():
         density = Estimate(0.0, None, None, len(fake), "no interval: no image lies in a ball")
-    metrics = {
-        "precision": bootstrap_mean(precise, prompts, seed, resample_groups=False),
-        "recall": of_real(recalled),
-        "density": density,
-        "coverage": of_real(covered),
-    }
+    precision = bootstrap_mean(precise, prompts, seed, resample_groups=False)
+    metrics = {"precision": precision, "recall": of_real(recalled), "density": density, "coverage": of_real(covered)}
     return {name: replace(estimate, how=how + estimate.how) for name, estimate in metrics.items()}
 
 
@@ -348,45 +327,42 @@ def pair_images(fake: Samples, real: Samples, seed: int) -> list[tuple[Path, Pat
 
     Real images of a caption are dealt out in an order that depends only on seed and caption, and reused if too few.
     """
-    by_caption, pairs = (defaultdict(list), defaultdict(list)), []
-    for groups, samples in zip(by_caption, (fake, real), strict=True):
+    fakes, reals, pairs = defaultdict(list), defaultdict(list), []
+    for groups, samples in ((fakes, fake), (reals, real)):
         for path, caption in sorted(samples):
             groups[caption].append(path)
-    for caption, fakes in by_caption[0].items():
-        reals = by_caption[1][caption]
-        random.Random(f"{seed} {caption}").shuffle(reals)
-        pairs += [(path, reals[i % len(reals)], caption) for i, path in enumerate(fakes) if reals]
+    for caption, paths in fakes.items():
+        random.Random(f"{seed} {caption}").shuffle(reals[caption])
+        pairs += [(path, other, caption) for path, other in zip(paths, cycle(reals[caption]), strict=False)]
     return pairs
 
 
-def measure_fidelity(
-    extractor: str, real: ImageSet, fake: ImageSet, parts: tuple[np.ndarray, np.ndarray], seed: int
-) -> dict[str, dict]:
+def measure_fidelity(extractor: str, real: ImageSet, fake: ImageSet, parts: Sequence[np.ndarray], seed: int) -> dict:
     """Return distances of all real and generated images, and of `parts`, indices of both with equal prompt mixes."""
+
+    def subsample(indices: np.ndarray) -> np.ndarray:
+        if len(indices) <= PAIRWISE_IMAGES:
+            return indices
+        return np.sort(np.random.default_rng([seed, 2]).permutation(indices)[:PAIRWISE_IMAGES])
+
     ours, theirs = fake.rows[extractor], real.rows[extractor]
     everything = np.arange(len(theirs)), np.arange(len(ours))
     result = {"unmatched": {"n": len(ours), "n_real": len(theirs)}, "matched": {"n": len(parts[1])}}
     for name, (real_part, fake_part) in (("unmatched", everything), ("matched", parts)):
         if min(len(real_part), len(fake_part)) < 2:
             continue
-        drawn = _subsample(fake_part, seed)
-        x, y = theirs[_subsample(real_part, seed)], ours[drawn]
-        reduced = max(len(real_part), len(fake_part)) > PAIRWISE_IMAGES
-        note = f"; {PAIRWISE_IMAGES} images drawn by the seed from each larger set" if reduced else ""
-        result[name]["FID"] = frechet(moments_of_rows(theirs, real_part), ours, fake_part, seed)
-        pairwise = {"KID": kernel_distance(x, y, seed)}
+        drawn = subsample(fake_part)
+        x, y = theirs[subsample(real_part)], ours[drawn]
         subsets = 1 if max(len(x), len(y)) <= 1000 else 100
+        pairwise = {"KID": kernel_distance(x, y, seed)}
         pairwise["MMD"] = kernel_distance(x, y, seed, subsets, kernel=gaussian_kernel)
+        result[name]["FID"] = frechet(theirs, real_part, ours, fake_part, seed)
         if name == "matched" and len(x) >= 16:
             result[name]["C2ST"] = two_sample_test(x, y, seed)
             result[name]["curve"], result[name]["FID_infinity"] = size_curve(x, y, seed)
         if name == "matched" and len(x) > NEIGHBOURS:
             pairwise |= manifold_metrics(x, y, prompts=fake.groups[drawn], seed=seed)
+        reduced = max(len(real_part), len(fake_part)) > PAIRWISE_IMAGES
+        note = f"; {PAIRWISE_IMAGES} images drawn by the seed from each larger set" if reduced else ""
         result[name] |= {key: replace(estimate, how=estimate.how + note) for key, estimate in pairwise.items()}
     return result
-
-
-def _subsample(indices: np.ndarray, seed: int) -> np.ndarray:
-    if len(indices) <= PAIRWISE_IMAGES:
-        return indices
-    return np.sort(np.random.default_rng([seed, 2]).permutation(indices)[:PAIRWISE_IMAGES])

@@ -1,7 +1,6 @@
-"""Generated images that are suspiciously close to a training image.
+"""Generated images that are suspiciously close to a training image, compared with real images outside that set.
 
-Cosine distances to the nearest training image are compared with those of real images outside the training set. This
-misses copies that are distant in the features (crops, recoloured or partial copies); look at the closest pairs.
+This misses copies that are distant in the features (crops, recoloured or partial copies); look at the closest pairs.
 """
 
 from typing import Any
@@ -14,12 +13,10 @@ from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean, unit_rows
 from ddpo_pytorch.utils.cores import on_all_cores, product
 
 Neighbours = tuple[np.ndarray, np.ndarray]  # distance and index (N,) of each image's nearest one in another set
-# similarities of equal rows differ by about 1e-15, depending on their position in a block
-TIE = 1e-13
+TIE = 1e-13  # similarities of equal rows differ by about 1e-15, depending on their position in a block
 CLOSEST = 16
-# Images with a cosine distance of thumbnails below this are near copies. On ISIC 2019 at 64 px, 95 % of training images
-# that were compressed (JPEG, quality 90) or made 5 % brighter are within 0.001; 0.6 % of the validation split's images
-# are near copies of a training image.
+# Cosine distance of thumbnails below which images are near copies. On ISIC 2019 at 64 px, 95 % of training images that
+# were compressed (JPEG, quality 90) or made 5 % brighter are within 0.001, 0.6 % of validation images are near copies.
 NEAR_COPY = 0.003
 
 
@@ -46,15 +43,14 @@ def nearest(query: Any, reference: Any, block: int = 1000, excluded: np.ndarray 
             best[closer], where[closer] = top[closer], first + column[closer]
         return np.clip(1 - best, 0, 2), where
 
-    parts = on_all_cores(find, range(0, len(query), block))
-    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+    distances, indices = zip(*on_all_cores(find, range(0, len(query), block)), strict=True)
+    return np.concatenate(distances), np.concatenate(indices)
 
 
 def share_closer(distances: np.ndarray, baseline: np.ndarray, groups: np.ndarray, seed: int) -> tuple[Estimate, float]:
-    """Return the share of samples closer to the training set than 99 % of the baseline, and that threshold.
+    """Return the share of samples closer to the training set than 99 % of real images outside it, and that threshold.
 
-    distances (N,) of samples and baseline (K,) of real images outside the training set to their nearest training image.
-    The interval resamples images within prompts `groups` (N,) and takes the threshold as given.
+    distances (N,) of samples, baseline (K,) of these; groups (N,): prompts. The interval takes the threshold as given.
     """
     threshold = float(np.quantile(baseline, 0.01))
     return bootstrap_mean(distances < threshold, groups, seed, resample_groups=False), threshold
@@ -63,8 +59,7 @@ def share_closer(distances: np.ndarray, baseline: np.ndarray, groups: np.ndarray
 def authenticity(train: Any, distances: np.ndarray, indices: np.ndarray, groups: np.ndarray, seed: int) -> Estimate:
     """Return the share of samples farther from the nearest training image than it is from another (Alaa et al. 2022).
 
-    distances and indices (N,): from `nearest` in train, `Rows` (M, F). The other samples may be noisy copies. The
-    interval resamples images within prompts `groups` (N,) and takes the training images as given.
+    distances, indices (N,): `nearest` of samples in train, `Rows` (M, F), taken as given; groups (N,): prompts.
     """
     if len(train) < 2:
         return Estimate.missing("fewer than 2 training images")
@@ -91,9 +86,8 @@ def membership_auc(train: np.ndarray, val: np.ndarray, base: tuple[np.ndarray, n
     error = float(np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts)))
     if not error:
         return Estimate(value, None, None, images, "no interval: all images agree")
-    ends = value - 1.96 * error, value + 1.96 * error
-    low, high = ends if base is not None else np.clip(ends, 0, 1).tolist()
-    return Estimate(value, low, high, images, "DeLong's standard error, independent images")
+    bounds = (0, 1) if base is None else (-np.inf, np.inf)
+    return Estimate.around(value, 1.96 * error, images, "DeLong's standard error, independent images", bounds)
 
 
 def closest(distances: np.ndarray, indices: np.ndarray, count: int = CLOSEST) -> list[int]:
@@ -121,31 +115,6 @@ def near_copies(images: ImageSet, other: ImageSet) -> np.ndarray:
     return find_neighbours(THUMBNAILS.name, images, other)[0] < NEAR_COPY
 
 
-def measure_memorisation(
-    extractor: str, fake: ImageSet, train: ImageSet, neighbours: Neighbours, baseline: np.ndarray | None, seed: int
-) -> dict:
-    """Return pixel copies, closest pairs, authenticity, and the share that is unusually close by `baseline` (K,)."""
-    distances, indices = neighbours
-    result = {
-        "copies": int(copies(fake, train).sum()),
-        "closest": [
-            {
-                "path": str(fake.paths[i].resolve()),
-                "caption": fake.captions[i],
-                "train": str(train.paths[indices[i]].resolve()),
-                "distance": float(distances[i]),
-            }
-            for i in closest(distances, indices)
-        ],
-    }
-    if extractor != THUMBNAILS.name:  # they also match mirrored images, which would bias it
-        result["authenticity"] = authenticity(train.rows[extractor], distances, indices, fake.groups, seed)
-    if baseline is not None and len(baseline):
-        share, threshold = share_closer(distances, baseline, fake.groups, seed)
-        result |= {"share_closer": share, "threshold": threshold}
-    return result
-
-
 def copies(images: ImageSet, other: ImageSet) -> np.ndarray:
     """Return a mask (N,) of images whose pixels equal those of an image of the other set."""
     known = set(pixel_hashes(other))
@@ -155,3 +124,21 @@ def copies(images: ImageSet, other: ImageSet) -> np.ndarray:
 def pixel_hashes(images: ImageSet) -> list[bytes]:
     """Return a hash of each image's pixels."""
     return [row[1:].tobytes() for row in images.rows["pixels"][:]]
+
+
+def measure_memorisation(
+    extractor: str, fake: ImageSet, train: ImageSet, neighbours: Neighbours, baseline: np.ndarray | None, seed: int
+) -> dict:
+    """Return pixel copies, closest pairs, authenticity, and the share that is unusually close by `baseline` (K,)."""
+    distances, indices = neighbours
+    pairs = [
+        {"path": str(fake.paths[i].resolve()), "caption": fake.captions[i]}
+        | {"train": str(train.paths[indices[i]].resolve()), "distance": float(distances[i])}
+        for i in closest(distances, indices)
+    ]
+    result = {"copies": int(copies(fake, train).sum()), "closest": pairs}
+    if extractor != THUMBNAILS.name:  # they also match mirrored images, which would bias it
+        result["authenticity"] = authenticity(train.rows[extractor], distances, indices, fake.groups, seed)
+    if baseline is not None and len(baseline):
+        result["share_closer"], result["threshold"] = share_closer(distances, baseline, fake.groups, seed)
+    return result

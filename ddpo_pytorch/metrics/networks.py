@@ -55,41 +55,36 @@ class Unavailable(Exception):
 
 def judge_network(option: str, device: Device = "cpu", name: str = "") -> tuple[Network, Network, tuple[str, ...]]:
     """Load a classifier as two networks, logits (B, H) and pooled features (B, F), and its labels."""
-    model = load_classifier(option, device)
-    name = name or f"H{len(model.labels)}"
-    digest, description = sha256(resolve(option)), f"classifier {Path(option).name}, {model.image_size} px"
-    logits = _network(name, f"logits of {description}", digest, "logits", model.logits)
-    features = _network("judge", f"pooled features of {description}", digest, "features", model.features)
-    return logits, features, model.labels
+    model, digest = load_classifier(option, device), sha256(resolve(option))
+    about = f"of classifier {Path(option).name}, {model.image_size} px"
+    logits = _network(name or f"H{len(model.labels)}", f"logits {about}", digest, "logits", model.logits)
+    return logits, _network("judge", f"pooled features {about}", digest, "features", model.features), model.labels
 
 
 def fundus_judges(folder: str | Path, device: Device = "cpu") -> tuple[Network, Network, Network, float]:
-    """Load Selector and Policy from a folder of train_rlhf.py as networks of one column; the Policy reads captions.
+    """Load Selector and Policy (which reads captions) as networks of one column, the Selector's features and threshold.
 
-    Returns both, the Selector's features and its threshold. Raises UserError as `load_judges` does, and for a Selector
-    without a threshold.
+    Raises UserError as `load_judges` does for this folder, and for a Selector without a threshold.
     """
     selector, policy = load_judges(folder, device)
     file = Path(folder) / SELECTOR_FILE
     if selector.threshold is None:
         raise UserError(f"the Selector {str(file)!r} has no threshold; train_rlhf.py sets it in stage 1")
-    digest, description = sha256(file), f"Selector of {Path(folder).name}, {selector.sizes.image_size} px"
-    what = f"{description}, passes from {selector.threshold:.4g}"
-    passes = _network(SELECTOR, what, digest, "selector", lambda images: selector.score(images)[:, None])
-    what, encode = f"encoder of the {description}", lambda images: selector.encoder(selector.preprocess(images))
+    digest, about = sha256(file), f"Selector of {Path(folder).name}, {selector.sizes.image_size} px"
+    what, score = f"{about}, passes from {selector.threshold:.4g}", lambda images: selector.score(images)[:, None]
+    passes = _network(SELECTOR, what, digest, "selector", score)
+    what, encode = f"encoder of the {about}", lambda images: selector.encoder(selector.preprocess(images))
     features = _network("judge", what, digest, "selector features", encode)
     what, key = f"Policy of {Path(folder).name}, {policy.sizes.image_size} px", f"policy {policy.text.fingerprint}"
     digest, align = sha256(Path(folder) / POLICY_FILE), lambda images, texts: policy.score(images, texts)[:, None]
-    scores = _network(POLICY, what, digest, key, align, reads_captions=True)
-    return passes, scores, features, float(selector.threshold)
+    return passes, _network(POLICY, what, digest, key, align, reads_captions=True), features, float(selector.threshold)
 
 
 def inception_network(option: str, mode: str = "exact", device: Device = "cpu", layer: str = "2048") -> Network:
     """Load FID's Inception V3 as torch-fidelity ports it: images (B, 3, H, W) in [0, 1] to 2048 pooled features.
 
-    `layer` "logits_unbiased" returns the logits of its 1008 classes instead. Images are quantised to 8 bits and resized
-    to 299 px bilinearly without antialiasing, as in published FIDs; see `official_uint8` for `mode` "compat". Raises
-    Unavailable without weights, UserError for a file that does not exist or has other contents.
+    `layer` "logits_unbiased" returns 1008 logits instead. Images are quantised to 8 bits (see `official_uint8` for
+    `mode` "compat") and resized as in published FIDs. Raises Unavailable without weights, UserError for a wrong file.
     """
     path = weight_file(option, URL_INCEPTION_V3, "--config.metric.inception")
     # the extractor unpickles its input, so it gets a safe copy of the tensors instead of the file
@@ -98,10 +93,10 @@ def inception_network(option: str, mode: str = "exact", device: Device = "cpu", 
     copy.seek(0)
     with _weights_of(path, "torch-fidelity's Inception V3"):
         network = FeatureExtractorInceptionV3("inception-v3-compat", [layer], copy).to(device)
-    quantise = to_uint8 if mode == "exact" else official_uint8
     name, key, outputs = "inception", f"inception {mode}", "2048 pooled features"
     if layer != "2048":
         name, key, outputs = LOGITS, f"inception {layer} {mode}", "1008 logits without bias"
+    quantise = official_uint8 if mode == "compat" else to_uint8
     bits = "x * 256 wrapped to 8 bits as in the official code" if mode == "compat" else "rounded to 8 bits"
     what = f"Inception V3 of FID, {outputs}; 299 px, bilinear, not antialiased (TensorFlow 1); {bits}"
     return _network(name, what, sha256(path), key, lambda x: network(quantise(x.to(device)))[0])
@@ -151,19 +146,16 @@ def lpips_network(option: str, device: Device = "cpu") -> Network:
 
 
 def quality_network(name: str) -> Network:
-    """Return a set of image statistics (`image_statistics.SETS`) as a network with output (B, 1 + F).
-
-    The first column is 1, or 0 for images without a field of view, whose statistics are 0.
-    """
-    chosen = SETS[name]
+    """Return a set of `image_statistics.SETS` as a network: (B, 1 + F), 1 and statistics, or zeros without field."""
+    columns, measure, about = SETS[name]
 
     def run(images: torch.Tensor) -> torch.Tensor:
         pictures = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
-        found = [chosen.measure(np.ascontiguousarray(pixels)) for pixels in pictures]
-        rows = [[0.0] * (1 + len(chosen.columns)) if values is None else [1.0, *values] for values in found]
+        found = [measure(np.ascontiguousarray(pixels)) for pixels in pictures]
+        rows = [[0.0] * (1 + len(columns)) if values is None else [1.0, *values] for values in found]
         return torch.tensor(rows, dtype=torch.float64)
 
-    return Network(f"quality {name}", chosen.about, "", f"quality {name} 1 scipy {scipy.__version__}", run)
+    return Network(f"quality {name}", about, "", f"quality {name} 1 scipy {scipy.__version__}", run)
 
 
 def similarity_network(name: str, side: int) -> Network:
@@ -195,7 +187,15 @@ def weight_file(option: str, url: str, flag: str, name: str = "") -> Path:
             raise UserError(f"{flag}={option!r} does not exist; fetch {url}, or give '' to do without")
         return Path(option)
     path = Path(torch.hub.get_dir()) / "checkpoints" / (name or url.rsplit("/", 1)[1])
-    if not path.is_file() and not (option == "download" and _download(url, path)):
+    if option == "download" and not path.is_file() and os.environ.get("HF_HUB_OFFLINE", "0") in ("0", ""):
+        try:
+            urlopen(url, timeout=TIMEOUT).close()  # the download below has no timeout
+            path.parent.mkdir(parents=True, exist_ok=True)
+            prefix = re.search(r"-([0-9a-f]{8,})\.pth$", url)  # PyTorch's names end in the first digits of the sha256
+            torch.hub.download_url_to_file(url, str(path), prefix and prefix[1], progress=False)
+        except (OSError, RuntimeError) as error:  # no response, or a hash other than the name's
+            logger.warning("%s cannot be fetched (%s)", url, one_line(error, 150))
+    if not path.is_file():
         online = f"{flag}=download with internet access"
         raise Unavailable(f"no weights in {path.parent}; fetch {url} and give {flag}=FILE, or {online}")
     return path
@@ -208,20 +208,6 @@ def _weights_of(path: Path, network: str) -> Iterator[None]:
         yield
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{str(path)!r} does not fit {network} ({one_line(error, 150)}); give another file") from error
-
-
-def _download(url: str, path: Path) -> bool:
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
-        return False
-    try:
-        urlopen(url, timeout=TIMEOUT).close()  # the download below has no timeout
-        path.parent.mkdir(parents=True, exist_ok=True)
-        prefix = re.search(r"-([0-9a-f]{8,})\.pth$", url)  # PyTorch's file names end in the first digits of the sha256
-        torch.hub.download_url_to_file(url, str(path), prefix and prefix[1], progress=False)
-    except (OSError, RuntimeError) as error:  # no response, or a hash other than the name's
-        logger.warning("%s cannot be fetched (%s)", url, one_line(error, 150))
-        return False
-    return True
 
 
 def _network(name: str, what: str, digest: str, preprocessing: str, run: Callable, **options: bool) -> Network:

@@ -34,8 +34,7 @@ def name_groups(sets: Sequence[ImageSet], columns: Sequence[str]) -> None:
 def largest_gap(values: np.ndarray, names: np.ndarray, seed: int) -> dict[str, Estimate | float]:
     """Return "gap", the largest difference of group means of values (N,), and its p-value, "p", by permutation.
 
-    The interval resamples the images of both groups and ignores that these were selected as extremes, which makes the
-    gap too large on average; the permutation test over all groups accounts for it. Groups of one image are ignored.
+    The interval, unlike p, ignores that the groups were selected as extremes. Groups of one image are left out.
     """
     used = [name for name in np.unique(names) if (names == name).sum() > 1]
     if len(used) < 2:
@@ -50,7 +49,7 @@ def largest_gap(values: np.ndarray, names: np.ndarray, seed: int) -> dict[str, E
     means, rng = np.bincount(index, values) / counts, np.random.default_rng([seed, 7])
     low, high = int(means.argmin()), int(means.argmax())
     sides = [(values[index == end], np.zeros(counts[end])) for end in (low, high)]
-    ends = difference_interval(sides, [[seed, low], [seed, high]], resample_groups=False)
+    ends = difference_interval(*sides, [[seed, low], [seed, high]], resample_groups=False)
     observed = spread(values)
     extreme = sum(spread(rng.permutation(values)) >= observed - 1e-12 for _ in range(REPLICATES))
     how = f"{used[high]} minus {used[low]}; percentile bootstrap of these two, {REPLICATES} replicates over images"
@@ -59,17 +58,11 @@ def largest_gap(values: np.ndarray, names: np.ndarray, seed: int) -> dict[str, E
 
 
 def measure_groups(
-    folders: Sequence[ImageSet],
-    real: ImageSet | None,
-    column: str,
-    space: str,
-    values: Mapping[str, np.ndarray],
-    seed: int,
+    folders: Sequence[ImageSet], real: ImageSet | None, column: str, space: str, values: Mapping, seed: int
 ) -> dict:
-    """Return n, the mean of each of `values` (N,) and KID for each group of one column, and the gaps by measure.
+    """Return n (of all folders), the mean of each of `values` (N,) and KID for each group of one column, and the gaps.
 
-    N counts the images of all folders of a model. KID is the distance in one feature space to the real images of the
-    same group, or to all real ones if the group has fewer than 4; it needs 4 images on either side.
+    KID in one feature space is to the real images of the group, or to all if it has fewer than 4; it needs 4 per side.
     """
     blocks: dict[str, dict] = {}
     names = np.concatenate([images.names[column] for images in folders])
@@ -77,10 +70,9 @@ def measure_groups(
     features = np.concatenate([images.rows[space][:] for images in folders]) if real is not None else None
     for name in np.unique(names).tolist():
         chosen = names == name
-        blocks[name] = {"n": int(chosen.sum())} | {
-            measure: bootstrap_mean(numbers[chosen], prompts[chosen], seed, resample_groups=False)
-            for measure, numbers in values.items()
-        }
+        blocks[name] = {"n": int(chosen.sum())}
+        for measure, own in values.items():
+            blocks[name][measure] = bootstrap_mean(own[chosen], prompts[chosen], seed, resample_groups=False)
         if real is not None and min(len(real), chosen.sum()) >= 4:
             same = np.flatnonzero(real.names[column] == name)
             references = real.rows[space][same if len(same) >= 4 else slice(None)]
@@ -89,8 +81,7 @@ def measure_groups(
     distances = {name: block["KID"] for name, block in blocks.items() if "KID" in block}
     if len(distances) > 1:
         low, high = (pick(distances, key=lambda name: distances[name].value) for pick in (min, max))
-        value = distances[high].value - distances[low].value
+        value, count = distances[high].value - distances[low].value, distances[low].n + distances[high].n
         half = np.hypot(*(distances[x].high - distances[x].value for x in (low, high)))
-        how = f"{high} minus {low}; standard errors of both"
-        gaps["KID"] = {"gap": Estimate(value, value - half, value + half, distances[low].n + distances[high].n, how)}
+        gaps["KID"] = {"gap": Estimate.around(value, half, count, f"{high} minus {low}; standard errors of both")}
     return {"groups": blocks, "gaps": gaps}
