@@ -2,9 +2,6 @@
 
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,27 +25,21 @@ from ddpo_pytorch.utils.settings import ONE_OR_MORE, check_choices, check_ranges
 logger = logging.getLogger(__name__)
 
 EXTRACTORS = ("inception", "judge", *networks.ENCODERS)
-OTHER_NETWORKS = (*EXTRACTORS, PIXELS.name, THUMBNAILS.name, "lpips")
-RESERVED = ("real", "train")
 
 
 def check_request(metric: ConfigDict) -> None:
     """Raise UserError for settings that are invalid or leave nothing to measure, before anything is computed."""
+    given, judges = "--config.metric.classifier=FILE", "folder of train_rlhf.py, --config.metric.judges=DIR"
     if not metric.classifier and not metric.judges:
-        raise UserError(
-            "metric.classifier is empty; give the H=4 judge, --config.metric.classifier=FILE, or for fundus images the "
-            "folder of train_rlhf.py, --config.metric.judges=DIR"
-        )
+        raise UserError(f"metric.classifier is empty; give the H=4 judge, {given}, or for fundus images the {judges}")
     for name in ("classifier", "more_judges"):
         if metric.judges and metric[name]:
-            raise UserError(
-                f"metric.{name}={metric[name]!r} and metric.judges={metric.judges!r} are both given; empty one: "
-                "classifiers judge dermoscopic images, Selector and Policy judge fundus images"
-            )
+            both = f"metric.{name}={metric[name]!r} and metric.judges={metric.judges!r} are both given"
+            raise UserError(f"{both}; empty the former for fundus images, the latter for dermoscopic ones")
     check_ranges(metric, {"batch_size": ONE_OR_MORE}, "metric.")
     check_choices(metric, {"fid": networks.FID_MODES}, "metric.")
     for chosen in metric.quality:
-        check_choices({"quality": chosen}, {"quality": tuple(SETS)}, "metric.")
+        check_choices({"quality": chosen}, {"quality": SETS}, "metric.")
     for chosen in metric.extractors:
         if chosen not in EXTRACTORS and not timm.is_model(chosen):
             raise UserError(f"metric.extractors has {chosen!r}; allowed are {', '.join(EXTRACTORS)} and timm's names")
@@ -60,11 +51,11 @@ def check_request(metric: ConfigDict) -> None:
             raise UserError(f"metric.{name}={str(folder)!r} cannot be written: {reason}; choose another")
     read_results(metric.results)
     runs = named_paths(metric.logs, "metric.logs")
-    if repeated := [name for name, count in Counter(name for name, _ in runs).items() if count > 1]:
+    names = [name for name, _ in runs]
+    if repeated := [name for name in names if names.count(name) > 1]:
         raise UserError(f"metric.logs names several runs {repeated[0]!r}; give each run a name of its own")
-    for _, run in runs:
-        if not (Path(run) / "metrics.jsonl").is_file():
-            raise UserError(f"{run!r} in metric.logs holds no metrics.jsonl; give run folders that train.py wrote")
+    if empty := [run for _, run in runs if not (Path(run) / "metrics.jsonl").is_file()]:
+        raise UserError(f"{empty[0]!r} in metric.logs holds no metrics.jsonl; give run folders that train.py wrote")
 
 
 def read_results(files: str) -> dict[str, dict]:
@@ -93,64 +84,53 @@ class Sets:
         return [images for folders in self.models.values() for images in folders]
 
 
-def requested_models(metric: ConfigDict) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Return folders by model, those in `folders` or else compare_path and fake_path, and why a model is missing."""
-    models: dict[str, list[str]] = {}
-    missing = {}
+def find_sets(metric: ConfigDict, accelerator: Accelerator) -> Sets:
+    """Find, check and hash all files of the request: models of `folders`, or else of compare_path and fake_path.
+
+    Raises UserError as `inspect_files` and `list_samples` do. Models whose folder does not exist are `missing`.
+    """
+    prompts, main = list(metric.prompts), accelerator.is_main_process
+    models, missing = {}, {}
     for name, folder in named_paths(metric.folders, "metric.folders"):
         models.setdefault(name, []).append(folder)
     if not metric.folders:
         if not metric.fake_path:
             raise UserError("metric.fake_path is empty; give eval.py's folder, --config.metric.fake_path=DIR")
-        if metric.compare_path and Path(metric.compare_path).exists():
+        if metric.compare_path and not Path(metric.compare_path).exists():
+            missing[metric.compare_name] = f"metric.compare_path={metric.compare_path!r} does not exist"
+        elif metric.compare_path:
             if metric.compare_name == metric.fake_name:
                 raise UserError(f"metric.compare_name and metric.fake_name are both {metric.fake_name!r}; rename one")
             models[metric.compare_name] = [metric.compare_path]
-        elif metric.compare_path:
-            missing[metric.compare_name] = f"metric.compare_path={metric.compare_path!r} does not exist"
         models[metric.fake_name] = [metric.fake_path]
-    for name in RESERVED:
-        if name in models:
-            raise UserError(f"a model is named {name!r}, which stands for the {name} images; rename it")
-    return models, missing
-
-
-def find_sets(metric: ConfigDict, accelerator: Accelerator) -> Sets:
-    """Find, check and hash all files of the request. Raises UserError as `inspect_files` and `list_samples` do."""
-    prompts = list(metric.prompts)
-
-    def samples_of(folder: str) -> tuple[Path, list]:
-        return Path(folder), list_samples(folder, prompts)
-
-    models, missing = requested_models(metric)
-    if accelerator.is_main_process:
+    for name in models.keys() & {"real", "train"}:
+        raise UserError(f"a model is named {name!r}, which stands for the {name} images; rename it")
+    if main:
         for name, reason in missing.items():
             logger.warning("%s is not measured: %s", name, reason)
-    folders = [samples_of(folder) for group in models.values() for folder in group]
-    real = [samples_of(metric.real_path)] if metric.real_path else []
-    train = [any_files(metric.train_path)] if metric.train_path else []
-    pairs = [samples_of(metric.pairs_path)] if metric.pairs_path else []
+    given = {role: metric[f"{role}_path"] for role in ("real", "train", "pairs") if metric[f"{role}_path"]}
+    folders = [(Path(folder), list_samples(folder, prompts)) for group in models.values() for folder in group]
+    others = [
+        any_files(folder) if role == "train" else (Path(folder), list_samples(folder, prompts))
+        for role, folder in given.items()
+    ]
     if unknown := set(prompts) - {*CAPTIONS, *(caption for _, samples in folders for _, caption in samples)}:
         raise UserError(f"no folder has images of {min(unknown)!r} in metric.prompts; give prompts that were sampled")
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    sets = inspect_files([*real, *train, *pairs, *folders], rank, processes, prompts)
-    real_set, train_set, pair_set = (sets.pop(0) if given else None for given in (real, train, pairs))
-    if pair_set is not None and pair_set.lacking and rank == 0:
-        logger.warning("%s", lacking_images(pair_set.folder, pair_set.lacking))
-    known = {column for images in [*sets, *filter(None, [real_set])] for row in images.table for column in row}
-    if unknown := set(metric.groups) - known:
-        raise UserError(
-            f"metric.groups has {min(unknown)!r}; columns of metadata.csv are {', '.join(sorted(known)) or 'none'}"
-        )
-    rest = iter(sets)
+    sets = inspect_files([*others, *folders], accelerator.process_index, accelerator.num_processes, prompts)
+    by_role, rest = dict(zip(given, sets, strict=False)), iter(sets[len(given) :])
+    if main and "pairs" in given and by_role["pairs"].lacking:
+        logger.warning("%s", lacking_images(by_role["pairs"].folder, by_role["pairs"].lacking))
+    measured = [images for role, images in by_role.items() if role == "real"] + sets[len(given) :]
+    known = sorted({column for images in measured for row in images.table for column in row})
+    if unknown := set(metric.groups) - set(known):
+        raise UserError(f"metric.groups has {min(unknown)!r}; columns of metadata.csv are {', '.join(known) or 'none'}")
     by_name = {name: [next(rest) for _ in group] for name, group in models.items()}
     for name, group in by_name.items():
         seen: dict[str, ImageSet] = {}
         for images in group:
-            twin = seen.setdefault(images.describe()["sha256"], images)
-            if twin is not images:
+            if (twin := seen.setdefault(images.describe()["sha256"], images)) is not images:
                 raise UserError(f"{str(images.folder)!r} and {str(twin.folder)!r} of {name!r} hold the same images")
-    return Sets(by_name, real_set, train_set, pair_set, missing)
+    return Sets(by_name, by_role.get("real"), by_role.get("train"), by_role.get("pairs"), missing)
 
 
 @dataclass
@@ -160,18 +140,9 @@ class Tools:
     judges: dict[str, tuple[Network, tuple[str, ...]]]
     threshold: float | None = None
     extractors: dict[str, Network] = field(default_factory=dict)
-    statistics: list[Network] = field(default_factory=list)  # image statistics, and Inception's logits
+    statistics: dict[str, Network] = field(default_factory=dict)  # image statistics, and Inception's logits
     pairs: dict[str, Network] = field(default_factory=dict)  # of two images: LPIPS, SSIM and MS-SSIM if measured
     missing: dict[str, str] = field(default_factory=dict)
-
-    @contextmanager
-    def optional(self, title: str) -> Iterator[None]:
-        """Continue without a network whose weights are unavailable, recording the reason in `missing[title]`."""
-        try:
-            yield
-        except networks.Unavailable as error:
-            self.missing[title] = str(error)
-            logger.info("%s: n/a, %s", title, error)
 
 
 def load_tools(metric: ConfigDict, accelerator: Accelerator, sets: Sets) -> Tools:
@@ -181,43 +152,41 @@ def load_tools(metric: ConfigDict, accelerator: Accelerator, sets: Sets) -> Tool
         selector, policy, features, threshold = networks.fundus_judges(metric.judges, device)
         tools = Tools({judge.name: (judge, ()) for judge in (selector, policy)}, threshold)
     else:
-        tools, features = _load_classifiers(metric, device)
+        logits, features, labels = networks.judge_network(metric.classifier, device)
+        if labels == LABELS:
+            heads = f"has {len(labels)} heads ({', '.join(labels)}); APR is judged by the four {', '.join(ARTIFACTS)}"
+            other = "Others go into --config.metric.more_judges=NAME=FILE"
+            raise UserError(f"metric.classifier={metric.classifier!r} {heads}. {other}")
+        tools = Tools({logits.name: (logits, labels)})
+        for name, path in named_paths(metric.more_judges, "metric.more_judges"):
+            if name in (*tools.judges, *EXTRACTORS, PIXELS.name, THUMBNAILS.name, "lpips"):
+                raise UserError(f"metric.more_judges names a judge {name!r}, which is taken; rename it")
+            network, _, labels = networks.judge_network(path, device, name)
+            tools.judges[name] = network, labels
         for images in [*sets.folders, *filter(None, [sets.real])]:
             for _, labels in tools.judges.values():
                 requested_labels(images.captions, labels, images.table)
-    tools.statistics += [networks.quality_network(name) for name in metric.quality]
+    tools.statistics |= {name: networks.quality_network(name) for name in metric.quality}
     for name, wanted in (("ssim", metric.pairs_path), ("ms_ssim", metric.judges)):
         if wanted and side < WINDOW:
-            title = name.upper().replace("_", "-")
-            tools.missing[title] = f"images of {side} px are smaller than its window of {WINDOW}"
+            reason = f"images of {side} px are smaller than its window of {WINDOW}"
+            tools.missing[name.upper().replace("_", "-")] = reason
         elif wanted:
             tools.pairs[name] = networks.similarity_network(name, side)
     inception = partial(networks.inception_network, metric.inception, metric.fid, device)
     loaders = {name: partial(networks.encoder_network, name, metric.encoders, device) for name in metric.extractors}
     loaders |= {"inception": inception, "judge": lambda: features}
+    wanted = [
+        (f"FID, KID, precision ... ({name})", tools.extractors, name, loaders[name]) for name in metric.extractors
+    ]
+    wanted.append(("LPIPS", tools.pairs, "lpips", partial(networks.lpips_network, metric.alexnet, device)))
+    if metric.judges and "inception" in metric.extractors:
+        wanted.append(("inception score", tools.statistics, "logits", partial(inception, layer="logits_unbiased")))
     with accelerator.main_process_first():  # one process downloads, the others find the file
-        for name in metric.extractors:
-            with tools.optional(f"FID, KID, precision ... ({name})"):
-                tools.extractors[name] = loaders[name]()
-        with tools.optional("LPIPS"):
-            tools.pairs["lpips"] = networks.lpips_network(metric.alexnet, device)
-        if metric.judges and "inception" in metric.extractors:
-            with tools.optional("inception score"):
-                tools.statistics.append(inception(layer="logits_unbiased"))
+        for title, group, name, load in wanted:
+            try:
+                group[name] = load()
+            except networks.Unavailable as error:
+                tools.missing[title] = str(error)
+                logger.info("%s: n/a, %s", title, error)
     return tools
-
-
-def _load_classifiers(metric: ConfigDict, device) -> tuple[Tools, Network]:
-    logits, features, labels = networks.judge_network(metric.classifier, device)
-    if labels == LABELS:
-        raise UserError(
-            f"metric.classifier={metric.classifier!r} has {len(labels)} heads ({', '.join(labels)}); APR is judged by "
-            f"the four {', '.join(ARTIFACTS)}. Others go into --config.metric.more_judges=NAME=FILE"
-        )
-    judges = {logits.name: (logits, labels)}
-    for name, path in named_paths(metric.more_judges, "metric.more_judges"):
-        if name in (*judges, *OTHER_NETWORKS):
-            raise UserError(f"metric.more_judges names a judge {name!r}, which is taken; rename it")
-        network, _, judge_labels = networks.judge_network(path, device, name)
-        judges[name] = (network, judge_labels)
-    return Tools(judges), features

@@ -1,18 +1,17 @@
-"""Structural similarity: SSIM of given pairs, MS-SSIM between generated images as a measure of diversity.
+"""Structural similarity: SSIM of pairs of equal file names, MS-SSIM between generated images (lower: more diverse).
 
-Not torchmetrics', which includes the padded border in the mean (0.616 instead of 0.495 at 64 px) and refuses MS-SSIM
-below 176 px. SSIM compares only pairs of equal file names; a lower mean MS-SSIM means more diversity.
+Not torchmetrics', which averages over the padded border (0.616, not 0.495 at 64 px) and has no MS-SSIM below 176 px.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torchvision.transforms.functional as tvf
+from torch.nn.functional import avg_pool2d
 
 from ddpo_pytorch.metrics.image_sets import ImageSet
 from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean
-from ddpo_pytorch.utils.errors import UserError
 
 WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2  # for images in [0, 1]
@@ -32,18 +31,17 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def ms_ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Return the multi-scale structural similarity (B,) of images (B, C, H, W) in [0, 1] (Wang et al. 2003).
 
-    prod_j cs_j^w_j * ssim_M^w_M over M = `scale_count` scales, each averaging 2 x 2 pixels of the previous one. With
-    fewer than five, the first M exponents are scaled to the sum of all five. Negative means become 0.
+    prod_j cs_j^w_j * ssim_M^w_M over M = `scale_count` scales, each averaging 2 x 2 pixels of the previous one. The
+    first M exponents are scaled to the sum of all.
     """
     x, y = x.double(), y.double()
     count = scale_count(min(x.shape[-2:]))
-    weights = np.array(SCALES[:count]) * sum(SCALES) / sum(SCALES[:count])
+    weights = (np.array(SCALES[:count]) * sum(SCALES) / sum(SCALES[:count])).tolist()
     result = torch.ones(len(x), dtype=x.dtype, device=x.device)
-    for scale, weight in enumerate(weights):
+    for scale, weight in enumerate(weights, 1):
         full, contrast = _similarity(x, y)
-        result = result * (full if scale == count - 1 else contrast).clamp(min=0) ** float(weight)
-        if scale < count - 1:
-            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+        result = result * (full if scale == count else contrast).clamp(min=0) ** weight
+        x, y = (avg_pool2d(x, 2), avg_pool2d(y, 2)) if scale < count else (x, y)
     return result
 
 
@@ -52,23 +50,10 @@ def scale_count(side: int) -> int:
     return sum(side // 2**scale >= WINDOW for scale in range(len(SCALES)))
 
 
-def pairs_by_name(names: Sequence[str], others: Sequence[str], what: str) -> list[tuple[int, int]]:
-    """Return (position in `names`, position in `others`) of every common name; raises UserError if there is none."""
-    position = {name: index for index, name in enumerate(others)}
-    pairs = [(index, position[name]) for index, name in enumerate(names) if name in position]
-    if not pairs:
-        raise UserError(
-            f"{what} has no image named as a generated one, e.g. {names[0]!r}; SSIM compares images of equal names, "
-            "set --config.metric.pairs_path= to skip it"
-        )
-    return pairs
-
-
 def measure_pairs(images: ImageSet, names: Sequence[str], seed: int, share: bool = False) -> dict[str, Estimate]:
-    """Return the means of the measures of pairs of `names` that the set has (`ImageSet.pairs`).
+    """Return the means of those measures of pairs of images (`ImageSet.pairs`) that the set has.
 
-    Intervals resample pairs as if independent, though an image may be in two of them, and prompts too, except for
-    MS_SSIM, whose pairs mix prompts. `share`: as for `bootstrap_mean`.
+    Intervals resample pairs as if independent, though an image may be in two, and prompts, which pairs of MS_SSIM mix.
     """
     result = {}
     for name in filter(images.pairs.get, names):
@@ -80,19 +65,12 @@ def measure_pairs(images: ImageSet, names: Sequence[str], seed: int, share: bool
 
 def _similarity(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the means (B,) of ssim = l * cs and of the contrast-structure term cs."""
-    blurred = _blurred(torch.cat([x, y, x * x, y * y, x * y]))
-    mean_x, mean_y, square_x, square_y, product = blurred.split(len(x))  # (B, C, H - 10, W - 10) each
+    blurred = torch.cat([x, y, x * x, y * y, x * y])
+    for kernel in ([WINDOW, 1], [1, WINDOW]):
+        blurred = tvf.gaussian_blur(blurred, kernel, [SIGMA, SIGMA])
+    inside = slice(WINDOW // 2, -(WINDOW // 2))  # where the window does not reach into the padding
+    mean_x, mean_y, square_x, square_y, product = blurred[..., inside, inside].split(len(x))  # (B, C, H - 10, W - 10)
     variance_x, variance_y = (square_x - mean_x**2).clamp(min=0), (square_y - mean_y**2).clamp(min=0)
     contrast = (2 * (product - mean_x * mean_y) + C2) / (variance_x + variance_y + C2)
     luminance = (2 * mean_x * mean_y + C1) / (mean_x**2 + mean_y**2 + C1)
     return (luminance * contrast).flatten(1).mean(1), contrast.flatten(1).mean(1)
-
-
-def _blurred(images: torch.Tensor) -> torch.Tensor:
-    """Convolve (B, C, H, W) with the window without padding: (B, C, H - 10, W - 10)."""
-    offsets = torch.arange(WINDOW, dtype=images.dtype, device=images.device) - WINDOW // 2
-    kernel = torch.exp(-(offsets**2) / (2 * SIGMA**2))
-    kernel = kernel / kernel.sum()
-    planes = images.flatten(0, 1)[:, None]
-    planes = F.conv2d(F.conv2d(planes, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
-    return planes.view(*images.shape[:2], *planes.shape[-2:])
