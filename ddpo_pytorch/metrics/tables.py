@@ -10,17 +10,16 @@ from ddpo_pytorch.data.tables import table_text
 
 # the paper's column order and titles of table 2
 ARTIFACT_TITLES = {"hair": "Hair", "gel_bubble": "Gel", "ink": "Ink", "ruler": "Ruler"}
-DISEASE_ORDER = ("MEL", "NV")
 REAL = "real images"
-NOT_AVAILABLE = "n/a"
+ABSENT = "n/a"
 # columns of table 3 and of the fundus table: title, path in a model's part of metrics.json, format, scale. "{fid}"
 # stands for "matched" or "unmatched", "{judge}" for the first judge.
+_FID = ("FID ↓", ("fidelity", "inception", "{fid}", "FID"), ".2f", 1)
+_KID = ("KID ↓ (x 1000)", ("fidelity", "inception", "{fid}", "KID"), ".2f", 1000)
+_FD_JUDGE = ("FD-judge ↓", ("fidelity", "judge", "matched", "FID"), ".4g", 1)  # in the judge's own scale
 TABLE3_COLUMNS = (
     ("APR ↑ (%)", ("alignment", "{judge}", "APR"), ".2f", 100),
-    ("FID ↓", ("fidelity", "inception", "{fid}", "FID"), ".2f", 1),
-    ("KID ↓ (x 1000)", ("fidelity", "inception", "{fid}", "KID"), ".2f", 1000),
-    ("LPIPS ↓", ("perception", "LPIPS"), ".3f", 1),
-    ("FD-judge ↓", ("fidelity", "judge", "matched", "FID"), ".4g", 1),  # in the judge's own scale
+    *(_FID, _KID, ("LPIPS ↓", ("perception", "LPIPS"), ".3f", 1), _FD_JUDGE),
     ("Reward ↑", ("rewards",), ".3f", 1),
     ("Images", ("images",), "d", 1),
 )
@@ -29,9 +28,7 @@ FUNDUS_COLUMNS = (
     ("Pass rate ↑ (%)", ("alignment", "{judge}", "pass_rate"), ".2f", 100),
     ("Policy ↑", ("alignment", "{judge}", "policy"), ".3f", 1),
     ("Alignment ↑ (%)", ("alignment", "{judge}", "alignment"), ".2f", 100),
-    ("FID ↓", ("fidelity", "inception", "{fid}", "FID"), ".2f", 1),
-    ("KID ↓ (x 1000)", ("fidelity", "inception", "{fid}", "KID"), ".2f", 1000),
-    ("FD-judge ↓", ("fidelity", "judge", "matched", "FID"), ".4g", 1),
+    *(_FID, _KID, _FD_JUDGE),
     ("KID-judge ↓ (x 1000)", ("fidelity", "judge", "matched", "KID"), ".4g", 1000),
     ("IS ↑", ("inception_score", "IS"), ".2f", 1),
     ("SSIM ↑", ("structure", "SSIM"), ".3f", 1),
@@ -43,35 +40,37 @@ FUNDUS_COLUMNS = (
 
 def main_tables(result: Mapping) -> dict[str, pd.DataFrame]:
     """Return by name the tables of metrics.json's content: table1, table2 and table3, or fundus, as far as measured."""
-    models, real, tables = result["models"], result.get("real"), {}
-    if names := result["settings"]["quality"]:
-        tables["table1"] = table1(models, real, names, result["settings"]["image_shape"])
+    models, tables = result["models"], {"table1": table1(result)} if result["settings"]["quality"] else {}
     if result.get("kind") == "fundus":
-        return tables | {"fundus": fundus_table(models, real, result["fid_part"])}
+        table = tables["fundus"] = model_table(FUNDUS_COLUMNS, sides(result), result["fid_part"])
+        deviations = [dig(part, "inception_score", "sd") for part in sides(result).values()]
+        table["IS ↑"] += ["" if sd is None else f" ± {sd:.2f}" for sd in deviations]
+        return tables
     if result["subject"] == "dermoscopic":
-        tables["table2"] = table2(models, real, dig(result, "sets", "real", "images_by_prompt"))
+        tables["table2"] = table2(models, result.get("real"), dig(result, "sets", "real", "images_by_prompt"))
     return tables | {"table3": model_table(TABLE3_COLUMNS, models, result["fid_part"])}
 
 
-def table1(
-    models: Mapping[str, Mapping], real: Mapping | None, names: Sequence[str], shape: Sequence[int]
-) -> pd.DataFrame:
-    """Return a row per statistic: mean, standard deviation and n of the real images and each model, and distances.
+def sides(result: Mapping) -> dict[str, Mapping]:
+    """Return the measured blocks by name: the models, then real images if there are any."""
+    return result["models"] | ({REAL: result["real"]} if "real" in result else {})
 
-    `names`: sets of statistics; `shape`: (height, width) of all images. Distances to the real images: the difference of
-    means, also in standard deviations of the real images, and the 1-Wasserstein distance in the latter unit.
+
+def table1(result: Mapping) -> pd.DataFrame:
+    """Return a row per image statistic: mean, standard deviation and n of each set, and distances to the real images.
+
+    The difference of means, also in standard deviations (sd) of real images, and the 1-Wasserstein distance (W1) in sd.
     """
-    parts = ({REAL: real} if real else {}) | dict(models)
-    rows = []
-    for chosen in names:
-        for statistic in next(iter(parts.values()))["quality"][chosen]["statistics"]:
-            row = {f"at {shape[1]} x {shape[0]} px": f"{chosen}: {statistic}"}
-            for name, part in parts.items():
-                block = part["quality"][chosen]
-                numbers = block["statistics"][statistic]
-                row[name] = number(numbers["mean"], ".4f")
-                row |= {f"sd {name}": number(numbers["sd"], ".4f"), f"n {name}": str(block["images"])}
-                if real and name != REAL:
+    (height, width), parts, rows = result["settings"]["image_shape"], sides(result), []
+    names = [name for name in (REAL, *result["models"]) if name in parts]
+    for chosen in result["settings"]["quality"]:
+        for statistic in parts[names[0]]["quality"][chosen]["statistics"]:
+            row = {f"at {width} x {height} px": f"{chosen}: {statistic}"}
+            for name in names:
+                numbers = parts[name]["quality"][chosen]["statistics"][statistic]
+                row |= {name: number(numbers["mean"], ".4f"), f"sd {name}": number(numbers["sd"], ".4f")}
+                row[f"n {name}"] = str(parts[name]["quality"][chosen]["images"])
+                if "difference" in numbers:
                     row[f"{name} - real"] = number(numbers["difference"], ".4f")
                     row[f"{name} - real (sd)"] = number(numbers["standardised"], ".2f")
                     row[f"W1 {name} (sd)"] = number(numbers["wasserstein"], ".2f")
@@ -79,33 +78,22 @@ def table1(
     return pd.DataFrame(rows)
 
 
-def table2(
-    models: Mapping[str, Mapping], real: Mapping | None = None, real_images: Mapping | None = None
-) -> pd.DataFrame:
+def table2(models: Mapping, real: Mapping | None = None, real_images: Mapping | None = None) -> pd.DataFrame:
     """Return APR in percent for the 8 captions with one artifact, a row per model after one of `real_images` counts."""
     captions = {
         f"{disease} {title}": SINGLE_ARTIFACT_CAPTIONS[disease, artifact]
-        for disease in DISEASE_ORDER
+        for disease in ("MEL", "NV")
         for artifact, title in ARTIFACT_TITLES.items()
     }
     rows = []
     if real_images is not None:
         counts = {column: str(real_images.get(caption, 0)) for column, caption in captions.items()}
         rows.append({"": "# Real Sample"} | counts)
-    for name, part in [*models.items(), *([(REAL, real)] if real else [])]:
+    for name, part in (models | ({REAL: real} if real else {})).items():
         by_prompt = next(iter(part["alignment"].values()))["by_prompt"]
         cells = {column: number(by_prompt.get(caption), ".2f", 100) for column, caption in captions.items()}
         rows.append({"": f"APR ↑ (%) {name}"} | cells)
     return pd.DataFrame(rows)
-
-
-def fundus_table(models: Mapping[str, Mapping], real: Mapping | None, fid_part: str = "matched") -> pd.DataFrame:
-    """Return judges, distances, inception score and MS-SSIM, a row per model and for the real images."""
-    parts = dict(models) | ({REAL: real} if real else {})
-    table = model_table(FUNDUS_COLUMNS, parts, fid_part)
-    deviations = [dig(part, "inception_score", "sd") for part in parts.values()]
-    table["IS ↑"] += ["" if sd is None else f" ± {sd:.2f}" for sd in deviations]
-    return table
 
 
 def model_table(columns: Sequence[tuple], parts: Mapping[str, Mapping], fid_part: str = "matched") -> pd.DataFrame:
@@ -133,11 +121,9 @@ def dig(tree: Any, *keys: str) -> Any:
 def number(estimate: Mapping | float | None, form: str, scale: float = 1) -> str:
     """Format a number, or an estimate {"value", "low", "high"} with its interval, times `scale`."""
     ends = estimate if isinstance(estimate, Mapping) else {"value": estimate, "low": None, "high": None}
-    shown = (None if ends[key] is None else format(scale * ends[key], form) for key in ("value", "low", "high"))
-    value, low, high = shown
-    if value is None:
-        return NOT_AVAILABLE
-    return value if low is None or high is None else f"{value} [{low}, {high}]"
+    value, low, high = (x if x is None else format(scale * x, form) for x in map(ends.get, ("value", "low", "high")))
+    text = ABSENT if value is None else value
+    return text if None in (value, low, high) else f"{text} [{low}, {high}]"
 
 
 def to_markdown(table: pd.DataFrame) -> str:

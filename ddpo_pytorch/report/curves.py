@@ -53,20 +53,19 @@ def read_config(run: str | Path) -> dict:
 def read_runs(runs: Mapping[str, str | Path]) -> dict[str, list[dict]]:
     """Return the entries of metrics.jsonl and held_out.jsonl in each run folder, by the run's name.
 
-    Evaluations in held_out.jsonl replace those in metrics.jsonl. Their epoch is the number of completed ones, 0 for the
-    base model, so it matches the epoch that logged the reward of that policy's samples. An incomplete last line of an
-    active run is skipped. Raises UserError for a missing metrics.jsonl, and for other lines that are not JSON objects.
+    Evaluations in held_out.jsonl replace those in metrics.jsonl; their epoch is the number of completed ones.
+    Incomplete last lines are skipped. Raises UserError for a missing metrics.jsonl, and other lines that are no JSON.
     """
     entries = {}
     for name, run in ((name, Path(folder)) for name, folder in runs.items()):
         if not (run / "metrics.jsonl").is_file():
             raise UserError(f"run folder {str(run)!r} holds no metrics.jsonl; give a folder that train.py wrote")
-        lines = _read_lines(run / "metrics.jsonl")
+        entries[name] = _read_lines(run / "metrics.jsonl")
         if (run / "held_out.jsonl").is_file():
-            lines = [{key: x for key, x in line.items() if not key.startswith("held_out_")} for line in lines]
-            for line in _read_lines(run / "held_out.jsonl"):
-                lines.append({key if key == "epoch" else f"held_out_{key}": value for key, value in line.items()})
-        entries[name] = lines
+            lines = [{key: x for key, x in line.items() if not key.startswith("held_out_")} for line in entries[name]]
+            held_out = _read_lines(run / "held_out.jsonl")
+            lines += [{k if k == "epoch" else f"held_out_{k}": x for k, x in line.items()} for line in held_out]
+            entries[name] = lines
     return entries
 
 
@@ -74,10 +73,9 @@ def _read_lines(path: Path) -> list[dict]:
     content, entries = path.read_bytes(), []
     lines = content.splitlines()
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
-            entries.append(parse_json(line, {"epoch?": float}, f"{str(path)!r} line {number}", "remove that line"))
+            if line.strip():
+                entries.append(parse_json(line, {"epoch?": float}, f"{str(path)!r} line {number}", "remove that line"))
         except UserError:
             if number < len(lines) or content.endswith(b"\n"):
                 raise
@@ -100,11 +98,11 @@ def curves(runs: Mapping[str, Sequence[Mapping]]) -> list[Plot]:
     plots = []
     for key, (title, factor) in CURVES.items():
         logged = {name: points for name, run in runs.items() if len(points := series(run, key, factor))}
+        ends = [
+            f"{name}: {first[1]:.4g} at epoch {first[0]:g}, {last[1]:.4g} at epoch {last[0]:g}"
+            for name, (first, last) in ((name, points[[0, -1]]) for name, points in logged.items())
+        ]
         if logged:
-            ends = [
-                f"{name}: {points[0, 1]:.4g} at epoch {points[0, 0]:g}, {points[-1, 1]:.4g} at epoch {points[-1, 0]:g}"
-                for name, points in logged.items()
-            ]
             plots.append(Plot(title, _draw(logged), f"{title}. {'; '.join(ends)}"))
     return plots
 

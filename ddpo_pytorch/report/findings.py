@@ -1,8 +1,4 @@
-"""Numbers in the report's sentences and tables.
-
-`result` is the content of metrics.json. An estimate is a mapping {"value", "low", "high", "n", "how"} in which numbers
-may be None.
-"""
+"""Numbers in the report's sentences and tables; `result` is the content of metrics.json, in which they may be None."""
 
 import re
 from collections import defaultdict
@@ -13,7 +9,7 @@ import pandas as pd
 
 from ddpo_pytorch.metrics.comparison import FEW_PROMPTS
 from ddpo_pytorch.metrics.image_sets import sort_captions
-from ddpo_pytorch.metrics.tables import FUNDUS_COLUMNS, NOT_AVAILABLE, REAL, TABLE3_COLUMNS, dig, model_table, number
+from ddpo_pytorch.metrics.tables import ABSENT, FUNDUS_COLUMNS, TABLE3_COLUMNS, dig, model_table, number, sides
 
 FIDELITY = (
     ("FID ↓", ("FID",), ".4g", 1),
@@ -21,10 +17,7 @@ FIDELITY = (
     ("KID ↓", ("KID",), ".3g", 1),
     ("MMD, Gaussian ↓ (x 1000)", ("MMD",), ".3g", 1000),
     ("Two-sample test ↓ (%)", ("C2ST",), ".1f", 100),
-    ("Precision ↑", ("precision",), ".3f", 1),
-    ("Recall ↑", ("recall",), ".3f", 1),
-    ("Density ↑", ("density",), ".3f", 1),
-    ("Coverage ↑", ("coverage",), ".3f", 1),
+    *((f"{name.capitalize()} ↑", (name,), ".3f", 1) for name in ("precision", "recall", "density", "coverage")),
     ("Images", ("n",), "d", 1),
 )
 FLAWS = ("black_images", "copies_of_training_images", "near_copies_of_training_images")
@@ -42,33 +35,23 @@ def aligned(result: Mapping, values: Mapping | None, caption: str | None = None)
     return dig(block, measure_of(result)) if caption is None else dig(block, "by_prompt", caption)
 
 
-def sides(result: Mapping) -> dict[str, Mapping]:
-    """Return the measured blocks by name: the models, then real images if there are any."""
-    return result["models"] | ({REAL: result["real"]} if "real" in result else {})
-
-
 def comparisons(result: Mapping) -> list[dict[str, Any]]:
     """Return the comparisons of models that have a difference, with further fields for the page.
 
-    "shared": number of common prompts, or None if neither model has others. "few": whether these are too few for a test
-    over prompts. "reward": both mean rewards if the reward rose but APR or alignment did not, else None.
+    "shared": number of common prompts, or None if these are all; "few": too few for a test over prompts; "reward": both
+    mean rewards if the reward rose but APR or alignment did not, else None.
     """
     models, measure, rows = result["models"], measure_of(result), []
     for row in result["comparisons"]:
-        base, other = models[row["from"]], models[row["to"]]
-        if not (word := verdict(row, measure)):
-            continue
-        rewards = base.get("reward"), other.get("reward")
-        hacked = None not in rewards and rewards[1] > rewards[0] and word in ("worse", "unclear")
-        prompts = max(sum(map(bool, side["images_by_prompt"].values())) for side in (base, other))
-        more = {
-            "verdict": word,
-            "tests": tests(row),
-            "reward": rewards if hacked else None,
-            "shared": row["prompts"] if row["prompts"] < prompts else None,
-            "few": row["prompts"] < FEW_PROMPTS and row["p_by_prompt"] is None,
-        }
-        rows.append(row | more)
+        both = models[row["from"]], models[row["to"]]
+        if word := verdict(row, measure):
+            rewards = [side.get("reward") for side in both]
+            hacked = None not in rewards and rewards[1] > rewards[0] and word in ("worse", "unclear")
+            prompts = max(sum(map(bool, side["images_by_prompt"].values())) for side in both)
+            shared = row["prompts"] if row["prompts"] < prompts else None
+            few = row["prompts"] < FEW_PROMPTS and row["p_by_prompt"] is None
+            more = {"tests": tests(row), "reward": rewards if hacked else None, "shared": shared, "few": few}
+            rows.append(row | more | {"verdict": word})
     return rows
 
 
@@ -95,12 +78,12 @@ def lost_diversity(result: Mapping) -> list[tuple[str, str, str, str, str, bool]
     lost = []
     for row in result["comparisons"]:
         for title, path, form in _spread(result):
-            ends = [dig(result["models"][row[end]], *path) or {"value": None} for end in ("from", "to")]
-            before, after = (end["value"] for end in ends)
-            if None not in (before, after) and float(format(after, form)) < float(format(before, form)):
-                low, high = ends[0]["low"], ends[1]["high"]
-                apart = None not in (low, high) and high < low
-                lost.append((row["from"], row["to"], title, *(number(end, form) for end in ends), apart))
+            before, after = (dig(result["models"][row[end]], *path) for end in ("from", "to"))
+            if None in (dig(before, "value"), dig(after, "value")):
+                continue
+            if float(format(after["value"], form)) < float(format(before["value"], form)):
+                apart = None not in (before["low"], after["high"]) and after["high"] < before["low"]
+                lost.append((row["from"], row["to"], title, number(before, form), number(after, form), apart))
                 break
     return lost
 
@@ -153,16 +136,16 @@ def _union(mappings) -> list[str]:
 def _measures(columns: list[tuple], parts: Mapping[str, Mapping], fid_part: str = "matched") -> pd.DataFrame:
     """Return a row per measure that at least one part has, and a column per part."""
     table = model_table(columns, parts, fid_part).set_index("Model").T
-    return table[(table != NOT_AVAILABLE).any(axis=1)]
+    return table[(table != ABSENT).any(axis=1)]
 
 
 def headline(result: Mapping) -> pd.DataFrame:
     """Return the main numbers of all models and of the real images."""
-    parts, measure = sides(result), measure_of(result)
-    columns = list(FUNDUS_COLUMNS if result.get("kind") else TABLE3_COLUMNS)
-    others = [] if result.get("kind") else list(result["judges"])[1:]
+    parts, fundus = sides(result), result.get("kind")
+    columns = list(FUNDUS_COLUMNS if fundus else TABLE3_COLUMNS)
+    others = [] if fundus else list(result["judges"])[1:]
     columns += [(f"APR ↑ (%), {name}", ("alignment", name, "APR"), ".2f", 100) for name in others]
-    columns += [(f"Ceiling of {measure} (%)", ("ceiling",), ".2f", 100)]
+    columns += [(f"Ceiling of {measure_of(result)} (%)", ("ceiling",), ".2f", 100)]
     columns += [("Images with a ceiling (%)", ("ceiling_share",), ".1f", 100)]
     columns += [(f"{title} ↑", path, form, 1) for title, path, form in _spread(result)[:1]]
     for space in _union(side.get("memorisation") for side in parts.values())[:1]:
@@ -172,46 +155,37 @@ def headline(result: Mapping) -> pd.DataFrame:
 
 def prompt_table(result: Mapping) -> pd.DataFrame:
     """Return images and APR or alignment of every caption that has images."""
-    counts = {name: side["images_by_prompt"] for name, side in result["models"].items()}
-    if "real" in result["sets"]:
-        counts[REAL] = result["sets"]["real"]["images_by_prompt"]
-    rows = {}
-    for caption in sort_captions({c for by_caption in counts.values() for c, n in by_caption.items() if n}):
-        row = rows[caption] = {}
-        for name, side in sides(result).items():
-            row[f"n {name}"] = str(counts[name].get(caption, 0))
-            row[f"{measure_of(result)} {name} (%)"] = number(aligned(result, side, caption), ".1f", 100)
-    return pd.DataFrame.from_dict(rows, orient="index")
+    real_counts = dig(result, "sets", "real", "images_by_prompt")
+    counts = {name: side.get("images_by_prompt", real_counts) for name, side in sides(result).items()}
+    table = pd.DataFrame(index=sort_captions(c for by_caption in counts.values() for c, n in by_caption.items() if n))
+    for name, side in sides(result).items():
+        table[f"n {name}"] = [str(counts[name].get(caption, 0)) for caption in table.index]
+        shown = [number(aligned(result, side, caption), ".1f", 100) for caption in table.index]
+        table[f"{measure_of(result)} {name} (%)"] = shown
+    return table
 
 
 def attribute_tables(result: Mapping) -> dict[str, pd.DataFrame]:
     """Return precision and recall of the requested attributes, a table per judge."""
-    tables = {}
-    for judge in _union(side["alignment"] for side in sides(result).values()):
-        rows = defaultdict(dict)
-        for name, side in sides(result).items():
-            for label, values in (dig(side, "alignment", judge, "attributes") or {}).items():
-                for key in ("precision", "recall"):
-                    rows[label.replace("_", " ")][f"{key} {name} (%)"] = number(values[key], ".1f", 100)
-                rows[label.replace("_", " ")][f"requested, seen {name}"] = f"{values['requested']}, {values['seen']}"
-        if rows:
-            tables[judge] = pd.DataFrame.from_dict(rows, orient="index")
-    return tables
+    tables: dict[str, dict] = defaultdict(lambda: defaultdict(dict))
+    for name, side in sides(result).items():
+        for judge, block in side["alignment"].items():
+            for label, values in block.get("attributes", {}).items():
+                row = tables[judge][label.replace("_", " ")]
+                row |= {f"{key} {name} (%)": number(values[key], ".1f", 100) for key in ("precision", "recall")}
+                row[f"requested, seen {name}"] = f"{values['requested']}, {values['seen']}"
+    return {judge: pd.DataFrame.from_dict(rows, orient="index") for judge, rows in tables.items()}
 
 
 def fidelity_tables(result: Mapping) -> dict[str, pd.DataFrame]:
     """Return distances of matched and unmatched images to real ones by feature space; FID only for Inception."""
-    tables = {}
-    for space in _union(side.get("fidelity") for side in result["models"].values()):
-        parts = {
-            f"{name}, {kind}": dig(side, "fidelity", space, kind) or {}
-            for name, side in result["models"].items()
-            for kind in ("matched", "unmatched")
-        }
-        table = _measures(FIDELITY, parts)
+    tables, models = {}, result["models"].items()
+    for space in _union(side.get("fidelity") for _, side in models):
+        kinds = [(name, side, kind) for name, side in models for kind in ("matched", "unmatched")]
+        parts = {f"{name}, {kind}": dig(side, "fidelity", space, kind) or {} for name, side, kind in kinds}
+        table = tables[space] = _measures(FIDELITY, parts)
         if space != "inception":
             table.index = table.index.str.replace("FID", "Frechet distance").str.replace("KID", "Kernel distance")
-        tables[space] = table
     return tables
 
 
@@ -238,7 +212,7 @@ def group_tables(result: Mapping) -> dict[str, pd.DataFrame]:
             p = {key: entry["p"] for key, entry in block["gaps"].items() if "p" in entry}
             rows["p of the gap"] |= {t.format(name): f"{p[key]:.3g}" for key, t, *_ in shown if key in p}
     frames = {column: pd.DataFrame.from_dict(rows, orient="index").fillna("") for column, rows in tables.items()}
-    return {column: frame.loc[:, ~frame.isin(["", NOT_AVAILABLE]).all()] for column, frame in frames.items()}
+    return {column: frame.loc[:, ~frame.isin(["", ABSENT]).all()] for column, frame in frames.items()}
 
 
 def sanity_table(result: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -265,30 +239,30 @@ def sanity_table(result: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
                 value += "*" * (now["low"] > base["high"] or now["high"] < base["low"])
             texts[title][name] = value + bracket + ends
     table = pd.DataFrame.from_dict(texts, orient="index")
-    return table[(table != NOT_AVAILABLE).any(axis=1)], pd.DataFrame.from_dict(moves, orient="index")
+    return table[(table != ABSENT).any(axis=1)], pd.DataFrame.from_dict(moves, orient="index")
 
 
 def result_tables(result: Mapping) -> dict[str, tuple[pd.DataFrame, str]]:
     """Return by title the estimates in other commands' JSON files, by their path in it, and how they were computed."""
     tables = {}
-    for path, content in result.get("results", {}).items():
+    for file, content in result.get("results", {}).items():
         estimates = {": ".join(path).replace("_", " "): estimate for path, estimate in _estimates(content)}
         rows = {name: {"Value": number(value, ".3g"), "n": str(value["n"])} for name, value in estimates.items()}
-        methods = dict.fromkeys(estimate["how"] for estimate in estimates.values())
-        note = f"Intervals: {'; '.join(methods)}. From {path}."
-        title = content["title"] if content["title"] not in tables else f"{content['title']} ({path})"
-        tables[title] = pd.DataFrame.from_dict(rows, orient="index"), note
+        methods = "; ".join(dict.fromkeys(estimate["how"] for estimate in estimates.values()))
+        title = content["title"] if content["title"] not in tables else f"{content['title']} ({file})"
+        tables[title] = pd.DataFrame.from_dict(rows, orient="index"), f"Intervals: {methods}. From {file}."
     return tables
 
 
 def nearness_table(result: Mapping) -> pd.DataFrame:
     """Return diversity within prompts and nearness to training images."""
-    parts = sides(result)
     columns = [(f"{title} ↑", path, form, 1) for title, path, form in _spread(result)]
-    for space in _union(side.get("memorisation") for side in parts.values()):
+    for space in _union(side.get("memorisation") for side in sides(result).values()):
         path = "memorisation", space
-        columns += [(f"Closer to training images (%), {space}", (*path, "share_closer"), ".2f", 100)]
-        columns += [(f"Threshold of closer, {space}", (*path, "threshold"), ".4g", 1)]
-        columns += [(f"Authentic ↑ (%), {space}", (*path, "authenticity"), ".1f", 100)]
-        columns += [("Pixel copies of training images", (*path, "copies"), "d", 1)]
-    return _measures(columns, parts)
+        columns += [
+            (f"Closer to training images (%), {space}", (*path, "share_closer"), ".2f", 100),
+            (f"Threshold of closer, {space}", (*path, "threshold"), ".4g", 1),
+            (f"Authentic ↑ (%), {space}", (*path, "authenticity"), ".1f", 100),
+            ("Pixel copies of training images", (*path, "copies"), "d", 1),
+        ]
+    return _measures(columns, sides(result))

@@ -3,7 +3,7 @@
 import base64
 import io
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,14 +28,6 @@ class Picture(NamedTuple):
     alt: str
 
 
-class Grid(NamedTuple):
-    """The pictures of one prompt, with a row per set and a column per file name."""
-
-    caption: str
-    stems: list[str]  # [] if rows have unrelated files
-    rows: list[tuple[str, list[Picture | None]]]  # None: the file cannot be read
-
-
 class Album:
     """Makes thumbnails and collects the paths of unreadable files."""
 
@@ -55,20 +47,20 @@ class Album:
         data = base64.b64encode(buffer.getvalue()).decode("ascii")
         return Picture(f"data:image/jpeg;base64,{data}", image.width, image.height, alt)
 
-    def grids(self, samples: Samples, captions: Sequence[str]) -> list[Grid]:
-        """Return a grid per caption: real images, then a row per model on the same noise, as in figures 3 and 4."""
+    def grids(self, samples: Samples, captions: Sequence[str]) -> list[dict]:
+        """Return a grid per caption as in figures 3 and 4: "rows" of pictures by title: real images, then each model.
+
+        Models' pictures are in columns of the same noise with their "stems", which are [] for unrelated files.
+        """
         models, made = {name: files for name, files in samples.items() if name != "real"}, []
         for caption in captions:
-            stems, rows = paired_files(models, caption, COLUMNS)
+            stems, files = paired_files(models, caption, COLUMNS)
             if "real" in samples:
-                title = title_of("real", samples["real"])
-                rows = {title: [*_keyed(samples["real"], caption).values()][:COLUMNS]} | rows
-            pictures = [
-                (name, [self.picture(path, f"{name}, {path.stem}: {caption}") for path in paths])
-                for name, paths in rows.items()
-            ]
+                real = [*_keyed(samples["real"], caption).values()][:COLUMNS]
+                files = {title_of("real", samples["real"]): real} | files
+            rows = {name: [self.picture(p, f"{name}, {p.stem}: {caption}") for p in own] for name, own in files.items()}
             if any(rows.values()):
-                made.append(Grid(caption, stems, pictures))
+                made.append({"caption": caption, "stems": stems, "rows": rows})
         return made
 
     def closest_pairs(self, closest: Sequence[Mapping], name: str) -> list[dict]:
@@ -89,21 +81,17 @@ def rarest_first(captions: Sequence[str], real_images: Mapping[str, int] | None)
 def paired_files(sets: Samples, caption: str, columns: int) -> tuple[list[str], dict[str, list[Path]]]:
     """Return the stems of the first `columns` files of a caption that all sets have, and these files by set.
 
-    Stems are in natural order: 2 before 10. The n-th files with a repeated stem (several generation seeds) are paired,
-    second ones after all first ones. Sets without a common stem show their own first files, and stems are [].
+    Repeated stems (several seeds) are paired in order, second ones last. Sets that share none show their first files.
     """
     keyed = {name: files for name, samples in sets.items() if (files := _keyed(samples, caption))}
-    if not keyed:
-        return [], {}
-    first = next(iter(keyed.values()))
+    first = next(iter(keyed.values()), {})
     common = [key for key in first if all(key in files for files in keyed.values())][:columns]
-    if common:
-        return [stem for stem, _ in common], {name: [files[key] for key in common] for name, files in keyed.items()}
-    return [], {name: [*files.values()][:columns] for name, files in keyed.items()}
+    rows = {name: [files[key] for key in common or [*files][:columns]] for name, files in keyed.items()}
+    return [stem for stem, _ in common], rows
 
 
 def _keyed(samples: Sequence[tuple[Path, str]], caption: str) -> dict[tuple[str, int], Path]:
-    seen, files = defaultdict(int), {}
+    seen, files = Counter(), {}
     for path, text in samples:
         if text == caption:
             stem = Path(path).stem
