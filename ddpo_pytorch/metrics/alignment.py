@@ -1,9 +1,14 @@
-"""Alignment of images with their prompts: APR, the artifact prevalence rate of equation (3), and the Policy's score."""
+"""Alignment of images with their prompts.
+
+Dermoscopic images: APR, the artifact prevalence rate of equation (3). Fundus images: the Policy's score of images that
+pass the Selector.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torchmetrics.functional.classification import multilabel_exact_match
 
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.metrics.image_sets import ImageSet
@@ -12,7 +17,8 @@ from ddpo_pytorch.metrics.intervals import Estimate, bootstrap_mean, bootstrap_r
 
 def aligned_images(requested: torch.Tensor, predictions: torch.Tensor) -> np.ndarray:
     """Return (N,): 1 if all H 0/1 predictions of an image equal the requested labels, else 0; the mean is APR."""
-    return (predictions.long() == requested.long()).all(dim=1).double().numpy()
+    pair = predictions.long()[..., None], requested.long()[..., None]
+    return multilabel_exact_match(*pair, requested.shape[1], multidim_average="samplewise").double().numpy()
 
 
 def apr_by_prompt(aligned: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
