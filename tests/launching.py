@@ -7,7 +7,6 @@ import gc
 import multiprocessing
 import os
 import runpy
-import shutil
 import socket
 import subprocess
 import sys
@@ -28,6 +27,19 @@ LIBRARIES = (
 ON_CPU = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([*LIBRARIES, "fastapi", "uvicorn"])
+
+
+def write_experiment(path: Path, fields: dict) -> Path:
+    """Write an experiment as a user writes one: config/base.py in full precision, with other values of these fields."""
+    path.write_text(f"""
+import runpy
+
+def get_config():
+    config = runpy.run_path({str(ROOT / "config" / "base.py")!r})["get_config"]()
+    config.update_from_flattened_dict({fields | {"mixed_precision": "no"}!r})
+    return config
+""")
+    return path
 
 
 def free_port() -> int:
@@ -53,9 +65,9 @@ class Script:
     """`processes` processes of a script, started as by torchrun, and what they print."""
 
     def __init__(self, path: str | Path, *options: object, processes: int = 1, cwd: Path = ROOT, **environment: object):
-        self.folder = Path(tempfile.mkdtemp())
-        streams, port = [str(self.folder / name) for name in ("stdout", "stderr")], free_port()
-        self.processes, self.printed = [], {}
+        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # until nobody needs this object
+        streams, port = [f"{self.folder.name}/{name}" for name in ("stdout", "stderr")], free_port()
+        self.processes = []
         for rank in range(processes):
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
@@ -67,8 +79,8 @@ class Script:
 
     def said(self, stream: str = "stderr") -> str:
         """Return what was printed so far."""
-        path = self.folder / stream
-        return path.read_text() if path.exists() else self.printed.get(stream, "")
+        path = Path(self.folder.name, stream)
+        return path.read_text() if path.exists() else ""
 
     def poll(self) -> bool:
         """Return whether it still runs; when one process fails, the others are given some seconds to notice."""
@@ -83,12 +95,9 @@ class Script:
             process.join(max(0, end - time.monotonic()))
 
     def kill(self) -> None:
-        """End it and remove its folder; `said` still answers."""
         for process in self.processes:
             process.kill()
             process.join()
-        self.printed = {name: self.said(name) for name in ("stdout", "stderr")}
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def result(self, timeout: float = 300) -> subprocess.CompletedProcess:
         """Wait for its end; the status is the first that is not 0."""
@@ -97,7 +106,7 @@ class Script:
             self.processes[0].join(0.05)
         self.kill()
         status = next((process.exitcode for process in self.processes if process.exitcode), 0)
-        return subprocess.CompletedProcess([], status, **self.printed)
+        return subprocess.CompletedProcess([], status, self.said("stdout"), self.said())
 
 
 def run_script(name: object, *options: object, timeout: float = 300, **kwargs) -> subprocess.CompletedProcess:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from launching import ROOT
+from launching import write_experiment
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
@@ -55,21 +55,8 @@ def write_bert(folder: Path, seed: int = 0) -> Path:
 
 def write_config(rated: Path) -> Path:
     """An experiment as a user writes one."""
-    path = rated / "tiny.py"
-    path.write_text(f"""
-import runpy
-
-def get_config():
-    config = runpy.run_path({str(ROOT / "config" / "base.py")!r})["get_config"]()
-    config.mixed_precision = "no"
-    rlhf = config.rlhf
-    rlhf.resize = "stretch"
-    rlhf.ratings = {str(rated / "ratings.csv")!r}
-    rlhf.text_encoder = {str(rated / "bert")!r}
-    rlhf.text_tokens = 16
-    rlhf.image_size, rlhf.patch_size, rlhf.width, rlhf.heads = 32, 8, 32, 2
-    rlhf.selector_layers = rlhf.policy_layers = rlhf.num_epochs = 2
-    rlhf.batch_size, rlhf.learning_rate, rlhf.second_learning_rate = 16, 3e-3, 1e-3
-    return config
-""")
-    return path
+    fields = {"resize": "stretch", "ratings": str(rated / "ratings.csv"), "text_encoder": str(rated / "bert")}
+    fields |= {"text_tokens": 16, "image_size": 32, "patch_size": 8, "width": 32, "heads": 2}
+    fields |= {"selector_layers": 2, "policy_layers": 2, "num_epochs": 2, "batch_size": 16}
+    fields |= {"learning_rate": 3e-3, "second_learning_rate": 1e-3}
+    return write_experiment(rated / "tiny.py", {f"rlhf.{name}": value for name, value in fields.items()})

@@ -23,6 +23,7 @@ PROMPTS = CAPTIONS[:3]
 # settings of four samples of two steps and two updates an epoch, with a pass in place of two of each step
 LIGHT = {"sample.num_steps": 2, "sample.num_batches_per_epoch": 1, "train.batch_size": 2}
 LIGHT |= {"sample.guidance_scale": 1.0, "train.cfg": False}
+REWARD = "reward_fn_kwargs.isic_classifier_reward.classifier"
 TIMES = {"rollout_samples_per_second", "update_samples_per_second", "peak_memory_gib", "seconds"}
 
 
@@ -43,23 +44,11 @@ def settings(tiny_pipeline_dir, classifier, tmp_path) -> dict:
 
 def usual_settings(model: Path, classifier: Path, folder: Path) -> dict:
     """Overrides of config/base.py: 8 samples an epoch of 3 steps in 2 updates, on the tiny pipeline."""
-    return {
-        "pretrained.model": str(model),
-        "reward_fn_kwargs.isic_classifier_reward.classifier": str(classifier),
-        "logdir": str(folder / "logs"),
-        "run_name": "run",
-        "mixed_precision": "no",
-        "log_with": "",
-        "num_epochs": 2,
-        "save_freq": 1,
-        "sample.num_steps": 3,
-        "sample.batch_size": 4,
-        "sample.num_batches_per_epoch": 2,
-        "train.batch_size": 4,
-        "train.learning_rate": 1e-2,
-        "train.clip_range": 1e-3,
-        "per_prompt_stat_tracking.min_count": 2,
-    }
+    usual = {"pretrained.model": str(model), "logdir": str(folder / "logs"), "run_name": "run", "log_with": ""}
+    usual |= {"mixed_precision": "no", "num_epochs": 2, "save_freq": 1, "per_prompt_stat_tracking.min_count": 2}
+    usual |= {"sample.num_steps": 3, "sample.batch_size": 4, "sample.num_batches_per_epoch": 2}
+    usual |= {"train.batch_size": 4, "train.learning_rate": 1e-2, "train.clip_range": 1e-3}
+    return usual | {REWARD: str(classifier)}
 
 
 def configured(settings: dict, overrides: dict):
@@ -117,17 +106,14 @@ def divide_evenly(model: ArtifactClassifier, images: torch.Tensor) -> ArtifactCl
 
 def draw(folder, seed: int, count: int = 4) -> tuple[list[str], torch.Tensor]:
     """The images of the held-out set one by one, through the pipeline alone; as they would be stored."""
-    pipe, captions, images = load_pipeline(folder), [], []
+    pipe, images, settings = load_pipeline(folder), [], {"num_inference_steps": 3, "guidance_scale": 5.0, "eta": 1.0}
     pipe.set_progress_bar_config(disable=True)
     for number, caption in enumerate(PROMPTS):
         for index in range(count):
             generator = torch.Generator().manual_seed(derived_seed(seed, Stream.HELD_OUT, number, index))
-            image, *_ = pipeline_with_logprob(
-                pipe, caption, num_inference_steps=3, guidance_scale=5.0, eta=1.0, generator=[generator]
-            )
-            captions.append(caption)
+            image, *_ = pipeline_with_logprob(pipe, caption, generator=[generator], **settings)
             images.append(to_uint8(image).float() / 255)
-    return captions, torch.cat(images)
+    return [caption for caption in PROMPTS for _ in range(count)], torch.cat(images)
 
 
 @pytest.fixture(scope="module")
@@ -157,14 +143,8 @@ def watching(judge: Path, drawn: tuple, folder: Path) -> dict:
     rewarding = folder / "H6.safetensors"
     save_classifier(divide_evenly(ArtifactClassifier(LABELS, 32, "tinynet_e"), drawn[1]), rewarding)
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    return {
-        "reward_fn_kwargs.isic_classifier_reward.classifier": str(rewarding),
-        "prompt_fn": "from_file",
-        "prompt_fn_kwargs.path": str(folder / "prompts.txt"),
-        "held_out.every": 1,
-        "held_out.images_per_prompt": 4,
-        "held_out.classifier": str(judge),
-    }
+    found = {"prompt_fn": "from_file", "prompt_fn_kwargs.path": str(folder / "prompts.txt"), REWARD: str(rewarding)}
+    return found | {"held_out.every": 1, "held_out.images_per_prompt": 4, "held_out.classifier": str(judge)}
 
 
 @pytest.fixture
@@ -180,11 +160,10 @@ def rl(script, own_model, settings, tmp_path, monkeypatch):
     Beside the model lie H6.safetensors, which rewards, and prompts.txt with four captions; runs go to logs/run.
     """
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    shutil.copy(settings["reward_fn_kwargs.isic_classifier_reward.classifier"], tmp_path / "H6.safetensors")
+    shutil.copy(settings[REWARD], tmp_path / "H6.safetensors")
     (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS[:4]) + "\n")
     settings |= LIGHT | {"pretrained.model": str(own_model), "num_epochs": 1, "prompt_fn": "from_file"}
-    settings |= {"reward_fn_kwargs.isic_classifier_reward.classifier": str(tmp_path / "H6.safetensors")}
-    settings |= {"prompt_fn_kwargs.path": str(tmp_path / "prompts.txt")}
+    settings |= {REWARD: str(tmp_path / "H6.safetensors"), "prompt_fn_kwargs.path": str(tmp_path / "prompts.txt")}
     return SimpleNamespace(
         train=lambda **fields: train_with(script, settings, fields)[0],
         set_up=lambda **fields: script.set_up(configured(settings, fields)),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from absl import flags
 from common_fixtures import forget
-from launching import ROOT, run_script
+from launching import ROOT, run_script, write_experiment
 from ml_collections import config_flags
 
 from ddpo_pytorch.data.isic import CAPTIONS, LABELS
@@ -168,24 +168,11 @@ def judges(tmp_path_factory) -> dict[int, Path]:
 
 @pytest.fixture(scope="session")
 def config_file(tiny_pipeline_dir, judges, tmp_path_factory) -> Path:
-    """An experiment as a user writes one: config/base.py with tiny settings and a prompt file of four captions."""
+    """An experiment with tiny settings and a prompt file of four captions."""
     folder = tmp_path_factory.mktemp("config")
     (folder / "four.txt").write_text("\n".join(PROMPTS))
-    (folder / "tiny.py").write_text(f"""
-import runpy
-
-def get_config():
-    config = runpy.run_path({str(ROOT / "config" / "base.py")!r})["get_config"]()
-    config.pretrained.model = {str(tiny_pipeline_dir)!r}
-    config.mixed_precision = "no"
-    config.prompt_fn = "from_file"
-    config.prompt_fn_kwargs.path = {str(folder / "four.txt")!r}
-    config.sample.num_steps = 3
-    config.eval.num_samples_per_prompt = 3
-    config.eval.batch_size = 5
-    config.eval.classifier = {str(judges[6])!r}
-    config.metric.classifier = {str(judges[4])!r}
-    config.metric.batch_size = 4
-    return config
-""")
-    return folder / "tiny.py"
+    fields = {"pretrained.model": str(tiny_pipeline_dir), "sample.num_steps": 3}
+    fields |= {"prompt_fn": "from_file", "prompt_fn_kwargs.path": str(folder / "four.txt")}
+    fields |= {"eval.num_samples_per_prompt": 3, "eval.batch_size": 5, "eval.classifier": str(judges[6])}
+    fields |= {"metric.batch_size": 4, "metric.classifier": str(judges[4])}
+    return write_experiment(folder / "tiny.py", fields)
