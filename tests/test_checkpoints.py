@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,32 +20,12 @@ from script_tools import files_of, limited, names
 from torch import nn
 
 from ddpo_pytorch.data.sample_folder import claim_folder, part_log
-from ddpo_pytorch.training.checkpoints import (
-    epochs_completed,
-    find_checkpoint,
-    find_weights,
-    link_best,
-    load_checkpoint,
-    repair_best,
-    save_checkpoint,
-    snapshot,
-)
+from ddpo_pytorch.training import checkpoints
+from ddpo_pytorch.training.checkpoints import find_checkpoint, find_weights, repair_best
 from ddpo_pytorch.utils import files
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.files import (
-    ABANDONED_AFTER,
-    LOCK,
-    DiskFull,
-    JsonLines,
-    atomic_folder,
-    atomic_write,
-    locked,
-    remove_leftovers,
-    write_json,
-)
+from ddpo_pytorch.utils.files import DiskFull, JsonLines, atomic_folder, atomic_write, locked
 from ddpo_pytorch.utils.training_state import TrainState
-
-FILES = ("unet.safetensors", "optimizer.pt", "progress.json")
 
 
 def trained(value: float, size: int = 3):
@@ -57,20 +38,17 @@ def trained(value: float, size: int = 3):
     return unet, optimizer
 
 
-def progress_of(epoch: int) -> dict:
-    held_out = {"best": None, "last": None, "collapsed": 0, "fingerprint": None}
-    state = {"epoch": epoch, "global_step": epoch, "skipped_updates": 0, "wandb_id": None, "held_out": held_out}
-    return state | {"tracker": {"rewards": []}, "plateau": {"previous": None, "quiet_epochs": 0}}
-
-
 def save(run: Path, epoch: int, limit: int = 10, size: int = 3, best: bool = False) -> Path:
-    return save_checkpoint(run, snapshot(*trained(epoch, size), None), progress_of(epoch), limit, best)
+    held_out = {"best": None, "last": None, "collapsed": 0, "fingerprint": None}
+    progress = {"epoch": epoch, "global_step": epoch, "skipped_updates": 0, "wandb_id": None, "held_out": held_out}
+    progress |= {"tracker": {"rewards": []}, "plateau": {"previous": None, "quiet_epochs": 0}}
+    return checkpoints.save_checkpoint(run, checkpoints.snapshot(*trained(epoch, size), None), progress, limit, best)
 
 
-def held(checkpoint: Path, size: int = 3) -> float:
+def held(checkpoint: Path) -> float:
     """The weight in a checkpoint, as it is resumed."""
-    unet, optimizer = trained(0.0, size)
-    assert load_checkpoint(checkpoint, unet, optimizer, None)["epoch"] == unet.weight[0, 0].item()
+    unet, optimizer = trained(0.0)
+    assert checkpoints.load_checkpoint(checkpoint, unet, optimizer, None)["epoch"] == unet.weight[0, 0].item()
     return unet.weight[0, 0].item()
 
 
@@ -80,20 +58,16 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def rewrite(text: str):
-    return lambda path: path.write_text(text)
-
-
-DAMAGES = [
-    ("unet.safetensors", Path.unlink, "unet.safetensors is missing"),
-    ("optimizer.pt", lambda path: os.truncate(path, path.stat().st_size - 1), "optimizer.pt has "),
-    ("progress.json", flip, "progress.json does not have the content"),
-    ("manifest.json", rewrite('{"files": {"progress.json": {"by'), "manifest.json is damaged"),
-    ("manifest.json", rewrite('{"files": {}}'), "manifest.json does not list"),
-]
-
-
-@pytest.mark.parametrize(("name", "damage", "said"), DAMAGES)
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("unet.safetensors", Path.unlink, "unet.safetensors is missing"),
+        ("optimizer.pt", lambda path: os.truncate(path, path.stat().st_size - 1), "optimizer.pt has "),
+        ("progress.json", flip, "progress.json does not have the content"),
+        ("manifest.json", lambda path: os.truncate(path, 40), "manifest.json is damaged"),
+        ("manifest.json", lambda path: path.write_text('{"files": {}}'), "manifest.json does not list"),
+    ],
+)
 def test_a_damaged_newest_checkpoint_falls_back_and_says_so(tmp_path, caplog, name, damage, said):
     for epoch in (1, 2, 3):
         save(tmp_path, epoch)
@@ -145,9 +119,9 @@ def test_best_is_repaired_by_what_progress_states(tmp_path):
     assert not repair_best(tmp_path, 7) and not (tmp_path / "best").exists()
     shutil.copytree(tmp_path / "checkpoint_1", tmp_path / "best")
     shutil.rmtree(tmp_path / "checkpoint_1")
-    assert repair_best(tmp_path, 1) and epochs_completed(tmp_path / "best") == 1
+    assert repair_best(tmp_path, 1) and checkpoints.epochs_completed(tmp_path / "best") == 1
     assert find_weights(tmp_path / "best").parent == tmp_path / "best"
-    link_best(tmp_path, 2)
+    checkpoints.link_best(tmp_path, 2)
     assert names(tmp_path) == ["best", "checkpoint_2"] and os.readlink(tmp_path / "best") == "checkpoint_2"
     flip(tmp_path / "checkpoint_2" / "optimizer.pt")
     assert not repair_best(tmp_path, 2) and names(tmp_path) == ["checkpoint_2.damaged"]
@@ -159,7 +133,7 @@ def test_a_damaged_one_of_the_same_epoch_gives_way_once_the_new_one_is_whole(tmp
     for number in ("", "2"):
         (tmp_path / "checkpoint_1" / "optimizer.pt").write_bytes(f"torn{number}".encode())
         with monkeypatch.context() as patch, pytest.raises(OSError):
-            patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+            patch.setattr(torch, "save", Mock(side_effect=OSError("gone")))
             save(tmp_path, 1)
         assert (tmp_path / "checkpoint_1" / "optimizer.pt").read_bytes() == f"torn{number}".encode()
         save(tmp_path, 1)
@@ -171,17 +145,16 @@ def test_a_damaged_one_of_the_same_epoch_gives_way_once_the_new_one_is_whole(tmp
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     """Every file of the folder and the folder itself, then the rename, then the list of names that holds it."""
-    calls, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(
-        os, "fsync", lambda number: (calls.append(Path(os.readlink(f"/proc/self/fd/{number}")).name), fsync(number))
-    )
+    calls, fsync, replace, own = [], os.fsync, os.replace, f"{os.getpid()}@{files.HOST}.tmp"
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(Path(f"/proc/self/fd/{fd}").readlink().name), fsync(fd)))
     monkeypatch.setattr(os, "replace", lambda old, new: (calls.append(("name", new.name)), replace(old, new)))
     save(tmp_path, 1)
-    assert {*calls[:5]} == {*FILES, "manifest.json", f".checkpoint_1.{os.getpid()}@{files.HOST}.tmp"}
+    written = {"unet.safetensors", "optimizer.pt", "progress.json", "manifest.json"}
+    assert {*calls[:5]} == written | {f".checkpoint_1.{own}"}
     assert calls[5:] == [("name", "checkpoint_1"), tmp_path.name]
     calls.clear()
     TrainState(tmp_path / "state.pt", {"seed": 0}).save(step=1)
-    assert calls == [f".state.pt.{os.getpid()}@{files.HOST}.tmp", ("name", "state.pt"), tmp_path.name]
+    assert calls == [f".state.pt.{own}", ("name", "state.pt"), tmp_path.name]
 
 
 def test_a_disk_without_room_is_noticed_before_or_while_writing(tmp_path, monkeypatch):
@@ -204,8 +177,11 @@ def test_a_disk_without_room_is_noticed_before_or_while_writing(tmp_path, monkey
     assert names(tmp_path) == ["best", "checkpoint_1", "checkpoint_2"]
 
 
-def test_the_next_start_removes_leftovers_of_a_kill(tmp_path):
-    """In the folder and its subfolders; files with similar names and targets of links stay."""
+def test_the_next_start_removes_leftovers_of_a_kill_and_nothing_else(tmp_path):
+    """In the folder and its subfolders. Files with similar names, targets of links and files being written stay.
+
+    They may be written by this process, or by one of another machine that shares the folder, while its files change.
+    """
     code = """import os, signal, sys
 from ddpo_pytorch.utils.files import atomic_folder, atomic_write, locked
 with locked(sys.argv[1]), atomic_write(sys.argv[1] + "/0.png") as file, atomic_folder(sys.argv[1] + "/sub/a") as folder:
@@ -218,32 +194,25 @@ with locked(sys.argv[1]), atomic_write(sys.argv[1] + "/0.png") as file, atomic_f
         (tmp_path / name).write_bytes(content)
     (tmp_path / ".link.1.tmp").symlink_to(tmp_path / "x.12.tmp")
     with locked(tmp_path):
-        assert {name: content for name, content in files_of(tmp_path).items() if name != LOCK} == own
+        assert {name: content for name, content in files_of(tmp_path).items() if name != files.LOCK} == own
     assert files_of(tmp_path) == own and names(tmp_path / "sub") == []
 
-
-def test_files_that_a_process_is_writing_stay(tmp_path):
-    """A process of this machine, or of another one that shares the folder, while its files change."""
     foreign = tmp_path / ".cache.npy.1234567@elsewhere.tmp"
     foreign.touch()
     with atomic_write(tmp_path / "cache.npy") as file, atomic_folder(tmp_path / "best") as folder:
-        remove_leftovers(tmp_path)
+        files.remove_leftovers(tmp_path)
         assert foreign.exists()
         file.write_text("new")
         (folder / "a").write_text("new")
-    os.utime(foreign, (0, foreign.stat().st_mtime - ABANDONED_AFTER - 1))
-    remove_leftovers(tmp_path)
-    assert files_of(tmp_path) == {"cache.npy": b"new", "best/a": b"new"}
+    os.utime(foreign, (0, foreign.stat().st_mtime - files.ABANDONED_AFTER - 1))
+    files.remove_leftovers(tmp_path)
+    assert files_of(tmp_path) == own | {"cache.npy": b"new", "best/a": b"new"}
 
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_a_folder_has_one_writer(tmp_path, monkeypatch, supported):
     if not supported:
-
-        def flock(*_):
-            raise OSError(errno.ENOTSUP, "not supported")
-
-        monkeypatch.setattr(fcntl, "flock", flock)
+        monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOTSUP, "not supported")))
     folder = tmp_path / "new" / "out"
     with locked(folder):
         with pytest.raises(UserError, match=f"{folder}.*another --output"), locked(folder, "another --output"):
@@ -261,25 +230,17 @@ def test_a_folder_has_one_writer(tmp_path, monkeypatch, supported):
             pass
 
 
-def _wait(ready, done):
-    ready.set()
-    done.wait(30)
-
-
 def test_workers_do_not_keep_the_lock_of_a_process_that_ended(tmp_path):
     """Workers of a data loader are forks and outlive a killed parent by some seconds."""
     context = multiprocessing.get_context("fork")
-    ready, done = context.Event(), context.Event()
+    together = context.Barrier(2, timeout=30)
+    worker = context.Process(target=lambda: [together.wait() for _ in ("locked", "unlocked")])
     with locked(tmp_path):
-        worker = context.Process(target=_wait, args=(ready, done))
         worker.start()
-        assert ready.wait(30)
-    try:
-        with locked(tmp_path):
-            pass
-    finally:
-        done.set()
-        worker.join()
+        together.wait()
+    with locked(tmp_path):
+        together.wait()
+    worker.join()
 
 
 def write_weights(path):
@@ -287,16 +248,13 @@ def write_weights(path):
         save_file({"x": torch.ones(20_000)}, temporary)
 
 
-WRITERS = {
-    "json": lambda path: write_json(path, ["x" * 20_000]),
-    "safetensors": write_weights,
-    "state": lambda path: TrainState(path, {"seed": 0}).save(weights=torch.ones(20_000)),
-    "settings": lambda path: claim_folder(path, {"x": "y" * 20_000}, {}),
-}
-
-
-def test_a_full_disk_leaves_old_files(tmp_path):
-    for name, write in WRITERS.items():
+def test_a_full_disk_leaves_old_files_and_whole_lines(tmp_path):
+    for name, write in {
+        "json": lambda path: files.write_json(path, ["x" * 20_000]),
+        "safetensors": write_weights,
+        "state": lambda path: TrainState(path, {"seed": 0}).save(weights=torch.ones(20_000)),
+        "settings": lambda path: claim_folder(path, {"x": "y" * 20_000}, {}),  # a folder
+    }.items():
         path = tmp_path / name
         if name != "settings":
             path.write_text("old")
@@ -307,8 +265,6 @@ def test_a_full_disk_leaves_old_files(tmp_path):
         write(path)
         assert files_of(tmp_path) != before
 
-
-def test_a_line_that_does_not_fit_is_removed(tmp_path):
     path = tmp_path / "log.jsonl"
     log = JsonLines(path)
     log.write({"epoch": 0})
