@@ -19,7 +19,7 @@ from ddpo_pytorch.report.findings import group_tables, sanity_table
 from ddpo_pytorch.report.page import write_report
 from ddpo_pytorch.utils.errors import UserError
 
-pytest_plugins = ["script_tools", "sample_sets"]
+pytest_plugins = ["sample_sets"]
 LABELS = ("bright", "striped")
 
 
@@ -88,9 +88,7 @@ def test_alignment_is_with_the_labels_of_the_table(measure, plain, tmp_path):
 
 
 def test_columns_follow_from_the_caption_if_they_never_differ(tmp_path):
-    pd.DataFrame(
-        {"file_name": ["a.png", "b.png", "c.png"], "text": ["x", "x", "y"], "hard": [1, 1, 0], "age": [3, 4, 5]}
-    ).to_csv(tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_text("file_name,text,hard,age\na.png,x,1,3\nb.png,x,1,4\nc.png,y,0,5\n")
     assert of_caption(read_metadata(tmp_path / "t.csv")) == {"x": {"hard": "1"}, "y": {"hard": "0"}}
 
 
@@ -106,8 +104,7 @@ def test_columns_follow_from_the_caption_if_they_never_differ(tmp_path):
 def test_faulty_tables_are_named(change, message, measure, tmp_path):
     folder = write_folder(tmp_path / "own", 1, 1)
     table = pd.read_csv(folder / "metadata.csv", dtype=str)
-    for column, value in change.items():
-        table.loc[0, column] = value
+    table.loc[0, list(change)] = list(change.values())
     table.to_csv(folder / "metadata.csv", index=False)
     with pytest.raises(UserError, match=message):
         measure(fake_path=folder)
@@ -115,40 +112,32 @@ def test_faulty_tables_are_named(change, message, measure, tmp_path):
 
 
 def test_groups_have_their_own_numbers_and_gaps(measure, plain, tmp_path):
+    """In several folders, they are those of all their images: each fourth one is of site a, or each second one."""
     result = measure(groups=("site", "age"), train_path=write_folder(tmp_path / "train", 3, 9))
     block, table = result["models"]["SD+RL"]["groups"], pd.read_csv(tmp_path / "out" / "per_image.csv")
     table = table[table.model == "SD+RL"].sort_values("path", key=lambda p: p.str.extract(r"_(\d+)\.")[0].astype(int))
     means = table.groupby(["a", "b", "b", "b"] * 6).aligned.mean()
-    sites = block["site"]["groups"]
-    assert [sites[name]["n"] for name in "ab"] == [6, 18] and sites["a"]["aligned"]["value"] == pytest.approx(
-        means["a"]
-    )
-    gap = block["site"]["gaps"]["aligned"]
-    assert gap["gap"]["value"] == pytest.approx(abs(means["a"] - means["b"])) and 0 < gap["p"] <= 1
-    assert sites["b"]["KID"]["low"] is not None and block["site"]["gaps"]["KID"]["gap"]["value"] >= 0
-    bands = block["age"]["groups"]
+    sites, gaps, bands = block["site"]["groups"], block["site"]["gaps"], block["age"]["groups"]
+    assert [sites[name]["n"] for name in "ab"] == [6, 18]
+    assert [sites[name]["aligned"]["value"] for name in "ab"] == pytest.approx(means.tolist())
+    assert gaps["aligned"]["gap"]["value"] == pytest.approx(abs(means["a"] - means["b"]))
+    assert 0 < gaps["aligned"]["p"] <= 1
+    assert sites["b"]["KID"]["low"] is not None and gaps["KID"]["gap"]["value"] >= 0
     assert list(bands) == ["11.5 to 17.25", "17.25 and above", "5.75 to 11.5", "below 5.75"]
-    assert {one["n"] for one in bands.values()} == {6}
-    assert 0 <= bands["below 5.75"]["closer"]["value"] <= 1 and set(block["age"]["gaps"]) == {
-        "aligned",
-        "closer",
-        "KID",
-    }
+    assert {one["n"] for one in bands.values()} == {6} and 0 <= bands["below 5.75"]["closer"]["value"] <= 1
+    assert set(block["age"]["gaps"]) == {"aligned", "closer", "KID"}
     frames = group_tables(result)
     assert frames["site"].loc["a", "n SD+RL"] == "6" and "Largest gap" in frames["age"].index
     with pytest.raises(UserError, match="metric.groups has 'sex'; columns of metadata.csv are age, bright"):
         measure(groups=("sex",))
 
-
-def test_groups_of_several_folders_are_those_of_all_their_images(measure, plain):
-    """Every fourth image of the one folder is of site a, every second one of the other."""
     other = write_folder(plain["fake"].parent / "other", 6, 3, site=["a", "b"] * 12, age=range(24))
     result = measure(groups=("site",), folders=f"M={plain['fake']},M={other}")
     sites, gaps = (result["models"]["M"]["groups"]["site"][name] for name in ("groups", "gaps"))
     assert [sites[name]["n"] for name in "ab"] == [6 + 12, 18 + 12]
-    values = [sites[name]["aligned"]["value"] for name in "ab"]
-    assert gaps["aligned"]["gap"]["value"] == pytest.approx(abs(values[0] - values[1]))
-    assert gaps["KID"]["gap"]["value"] == pytest.approx(abs(sites["a"]["KID"]["value"] - sites["b"]["KID"]["value"]))
+    for name in ("aligned", "KID"):
+        gap = abs(sites["a"][name]["value"] - sites["b"][name]["value"])
+        assert gaps[name]["gap"]["value"] == pytest.approx(gap)
     few = write_folder(plain["fake"].parent / "few", 1, 4, site=["a", "b", "b", "b"], age=range(4))
     table = pd.read_csv(few / "metadata.csv")
     table[:3].to_csv(few / "metadata.csv", index=False)
@@ -200,9 +189,8 @@ def test_degraded_real_images_are_noticed(measure, plain, tmp_path):
     assert "MMD, Gaussian (x 1000) (judge)" in table.index  # without an arrow
     assert table.loc["FID (judge)", HALF] == number(models[HALF]["fidelity"]["judge"]["matched"]["FID"], ".4g")
     base, now = (models[name]["alignment"]["H2"]["APR"] for name in (HALF, "blur"))
-    assert moves.loc["APR (%)", "blur"] == pytest.approx(
-        2 * (now["value"] - base["value"]) / (base["high"] - base["low"])
-    )
+    expected = 2 * (now["value"] - base["value"]) / (base["high"] - base["low"])
+    assert moves.loc["APR (%)", "blur"] == pytest.approx(expected)
     assert (tmp_path / "out" / "sanity.csv").is_file() and (moves[HALF] == 0).all()
     page = write_report(tmp_path, result, {}, {}).read_text()
     assert "What these metrics detect" in page and page.count("data:image/svg") == 1
@@ -224,26 +212,17 @@ def test_halves_share_no_image_and_hold_equally_many_of_each_prompt():
 
 @pytest.mark.slow
 def test_a_judge_of_any_labels_and_architecture_is_trained(tmp_path, run_flags):
-    script = "train_isic_classifier.py"
-    folders = {
-        name: write_folder(tmp_path / name, count, seed) for name, count, seed in (("all", 40, 5), ("val", 6, 6))
-    }
-    for path in (folders["val"] / "part").iterdir():
-        path.rename(folders["all"] / "part" / path.name)
-    options = [f"--data_path={folders['all']}", "--labels=bright,striped", "--arch=test_vit", "--weights=none"]
-    options += [f"--{split}_csv={folders[name] / 'metadata.csv'}" for split, name in (("train", "all"), ("val", "val"))]
-    options += ["--image_size=32", "--num_epochs=8", "--learning_rate=0.01", f"--checkpoint_dir={tmp_path / 'judge'}"]
-    run_flags(script, *options)
-    judge = load_classifier(tmp_path / "judge" / "classifier_H2.safetensors")
-    table = pd.read_csv(folders["val"] / "metadata.csv")
-    seen = judge.predict(torch.stack([load_image(folders["all"] / name) for name in table.file_name]))
+    every, val = write_folder(tmp_path / "all", 40, 5), write_folder(tmp_path / "val", 6, 6) / "metadata.csv"
+    for path in (val.parent / "part").iterdir():
+        path.rename(every / "part" / path.name)
+    options = ["train_isic_classifier.py", f"--data_path={every}", "--labels=bright,striped", "--arch=test_vit"]
+    options += [f"--train_csv={every / 'metadata.csv'}", f"--val_csv={val}", "--weights=none", "--image_size=32"]
+    options += ["--num_epochs=8", "--learning_rate=0.01", f"--checkpoint_dir={tmp_path / 'judge'}"]
+    run_flags(*options)
+    judge, table = load_classifier(tmp_path / "judge" / "classifier_H2.safetensors"), pd.read_csv(val)
+    seen = judge.predict(torch.stack([load_image(every / name) for name in table.file_name]))
     assert (seen[:, 0].numpy() == table.bright).mean() > 0.9
-    run_flags(script, *options, "--mode=test", f"--test_csv={folders['val'] / 'metadata.csv'}")
+    run_flags(*options, "--mode=test", f"--test_csv={val}")
     assert {row["what"] for row in json.loads((tmp_path / "judge" / "test_H2.json").read_text())} >= set(LABELS)
     with pytest.raises(UserError, match="share 24 images"):
-        run_flags(
-            "train_isic_classifier.py",
-            *options,
-            f"--train_csv={folders['val'] / 'metadata.csv'}",
-            "--checkpoint_dir=other",
-        )
+        run_flags(*options, f"--train_csv={val}", "--checkpoint_dir=other")

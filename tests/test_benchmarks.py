@@ -15,35 +15,31 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def benchmark(monkeypatch, caplog):
-    """Function (name, options): run a benchmark in this process; its lines."""
+    """Function (name, options): run a benchmark in this process; what its last line says."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     threads = torch.get_num_threads()
 
-    def run(name: str, *options: object) -> list[str]:
+    def run(name: str, *options: object) -> dict:
         monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
-        caplog.clear()
         with caplog.at_level("INFO"):
             importlib.import_module(name).main()
-        return caplog.messages
+        return json.loads(caplog.messages[-1])
 
     yield run
     torch.set_num_threads(threads)
 
 
 def test_stage_one(benchmark):
-    lines = benchmark("stage_one", "--count", 32, "--batch_size", 2, "--turns", 1)
-    figures = json.loads(lines[-1])
+    figures = benchmark("stage_one", "--count", 32, "--batch_size", 2, "--turns", 1)
     assert min(figures[name]["ratio"] for name in ("step", "step_bf16", "input")) > 0
     with pytest.raises(SystemExit):
         benchmark("stage_one", "--images", ROOT / "tests")
 
 
 def test_sampling(benchmark, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    sampling = importlib.import_module("sampling")
-    monkeypatch.setattr(sampling, "peak_mib", lambda *_: 100)  # runs eval.py
-    monkeypatch.setattr(sampling, "STEPS", 2)
-    figures = json.loads(benchmark("sampling", "--count", 2, "--turns", 1, "--images_per_prompt", 1)[-1])
+    monkeypatch.setattr("sampling.peak_mib", lambda *_: 100)  # runs eval.py
+    monkeypatch.setattr("sampling.STEPS", 2)
+    figures = benchmark("sampling", "--count", 2, "--turns", 1, "--images_per_prompt", 1)
     for guidance in ("guidance_1", "guidance_3"):
         assert {"against_bare", "against_official", "all_cores"} < set(figures[guidance])
         assert min(figures[guidance].values()) > 0
