@@ -1,6 +1,7 @@
 """The classifier: its files (ours and the published form), preprocessing, initial weights, and refusals."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -47,8 +48,8 @@ def test_preprocessing_resizes_normalises_and_leaves_its_input_alone():
 
 def test_files_and_settings_that_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"model_state_dict": {"fc.weight": torch.zeros(1)}}, tmp_path / "other.pth")
-    published_file(tmp_path / "torn.pth", 4)
+    torch.save({"model_state_dict": {"fc.weight": torch.zeros(1)}}, "other.pth")
+    published_file("torn.pth", 4)
     state = torch.load("torn.pth", weights_only=False)
     state["model_state_dict"].pop("model.features.0.0.weight")
     torch.save(state, "torn.pth")
@@ -67,11 +68,11 @@ def fresh(path, arch="tinynet_e"):
     return new_classifier(LABELS[:4], 32, arch, str(path)).eval()
 
 
-@pytest.mark.parametrize(
-    ("source", "arch"),
-    [("timm", "tinynet_e"), ("safetensors", "tinynet_e"), ("own", "tinynet_e"), ("torchvision", "efficientnet_b0"),
-     ("timm", PUBLISHED_ARCH), ("published", "efficientnet_b0"), ("published", PUBLISHED_ARCH)],
-)  # fmt: skip
+BACKBONES = [(source, "tinynet_e") for source in ("timm", "safetensors", "own")] + [("timm", PUBLISHED_ARCH)]
+BACKBONES += [(source, "efficientnet_b0") for source in ("torchvision", "published")] + [("published", PUBLISHED_ARCH)]
+
+
+@pytest.mark.parametrize(("source", "arch"), BACKBONES)
 def test_backbones_from_files(tmp_path, source, arch):
     """The features are those of the file's network, by timm's or torchvision's own functions; the head is a new one."""
     torch.manual_seed(0)
@@ -113,11 +114,8 @@ def test_backbones_that_cannot_be_loaded(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             fresh(tmp_path / name, arch)
 
-    def offline(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr(timm, "create_model", offline)
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    for name in ("timm.create_model", "torchvision.models._api.load_state_dict_from_url"):
+        monkeypatch.setattr(name, Mock(side_effect=OSError("no network")))
     for arch, source in (("tinynet_e", "timm/tinynet_e.in1k"), (PUBLISHED_ARCH, TORCHVISION_FILE)):
         with pytest.raises(UserError, match=f"{arch}.*--weights=none.*--weights=PATH of .*{source}"):
             fresh("imagenet", arch)
@@ -127,10 +125,9 @@ def test_the_published_form_is_the_same_network_by_other_names(tmp_path):
     model = ArtifactClassifier(LABELS[:4], 512, "efficientnet_b0").eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):  # what initialisation leaves at 0 or 1
-            for tensor, low, high in ((module.weight, 0.8, 1.2), (module.bias, -0.2, 0.2)):
-                nn.init.uniform_(tensor, low, high)
-            module.running_mean.uniform_(-0.2, 0.2)
-            module.running_var.uniform_(0.8, 1.2)
+            for low, *tensors in (0.8, module.weight, module.running_var), (-0.2, module.bias, module.running_mean):
+                for tensor in tensors:
+                    nn.init.uniform_(tensor, low, low + 0.4)
             module.num_batches_tracked.fill_(7)
     before, path = torch.random.get_rng_state(), tmp_path / "deep" / "artifact_classifier_train_H4.pth"
     classifier.save_published(model, path, 3, 0.25, 0.875)

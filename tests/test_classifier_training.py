@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -34,11 +35,11 @@ def accelerators():
 
 @pytest.fixture(scope="module")
 def sets(world):
-    def files(split):
+    found = {}
+    for split in ("train", "val"):
         rows, paths, _ = load_split(world / "splits" / f"phantom_{split}.csv", world / "images")
-        return ImageFiles(paths, torch.tensor([row.labels[:4] for row in rows], dtype=torch.float32), 32)
-
-    return {split: files(split) for split in ("train", "val")}
+        found[split] = ImageFiles(paths, torch.tensor([row.labels[:4] for row in rows], dtype=torch.float32), 32)
+    return found
 
 
 def new_model(seed=0):
@@ -145,21 +146,15 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_training(accelerators, set
 def test_half_of_each_batch_and_all_validation_images_again_are_changed(accelerators, sets):
     recipe, seen, weights = Recipe(num_epochs=1, batch_size=16), [], []
 
-    def same(images):
-        seen.append(images.clone())
-        return images
-
-    for change in (None, same, torch.zeros_like):
+    for change in (None, lambda images: seen.append(images.clone()) or images, torch.zeros_like):
         model = new_model()
         best = fit(accelerators(), model, sets["train"], sets["val"], recipe, change=change)
         weights.append(torch.cat([value.flatten() for value in model.parameters()]))
-        logits = [
-            predict(accelerators(), model, sets["val"], 16, change=f)[0] for f in (None, change)[: 1 + bool(change)]
-        ]
-        assert torch.equal(best.logits, torch.cat(logits))
-        labels = sets["val"].targets.float().repeat(len(logits), 1)
-        expected = F.binary_cross_entropy_with_logits(torch.cat(logits), labels).item()
-        assert best.val_loss == pytest.approx(expected, rel=1e-6)
+        changes = (None, change) if change else (None,)
+        logits = torch.cat([predict(accelerators(), model, sets["val"], 16, change=one)[0] for one in changes])
+        assert torch.equal(best.logits, logits)
+        expected = F.binary_cross_entropy_with_logits(logits, sets["val"].targets.float().repeat(len(changes), 1))
+        assert best.val_loss == pytest.approx(expected.item(), rel=1e-6)
     batches = EpochBatches(len(sets["train"]), len(sets["train"]), 16, recipe.seed, 0, 1)
     for batch, images in zip(batches, seen[: len(batches)], strict=True):
         assert torch.equal(images, torch.stack([sets["train"][index][0] for index in batch[: len(batch) // 2]]))
@@ -185,13 +180,9 @@ def test_trainings_that_cannot_work_leave_nothing(accelerators, sets, tmp_path):
 def test_a_stopped_training_does_not_resume_on_replaced_images(accelerators, sets, tmp_path, monkeypatch):
     shutil.copy(sets["train"].paths[0], tmp_path / "0.png")
     train = ImageFiles([tmp_path / "0.png", *sets["train"].paths[1:]], sets["train"].targets, 32)
-    state, recipe = tmp_path / "state.pt", Recipe(num_epochs=2, batch_size=16)
+    state, recipe = tmp_path / "state.pt", Recipe(num_epochs=1, batch_size=16)
 
-    def save_and_stop(self, original=training.TrainState.save, **progress):
-        original(self, **progress)
-        raise InterruptedError
-
-    monkeypatch.setattr(training.TrainState, "save", save_and_stop)
+    monkeypatch.setattr(training.TrainState, "remove", Mock(side_effect=InterruptedError))
     with pytest.raises(InterruptedError):
         fit(accelerators(), new_model(), train, sets["val"], recipe, state_path=state)
     shutil.copy(sets["train"].paths[1], tmp_path / "0.png")
