@@ -24,9 +24,10 @@ FILE = ROOT / "config" / "base.py"
 # the six of the official code, the one-GPU variants, and stage (i)
 STAGE_TWO = "prompt_image_alignment_classifier_isic"
 OFFICIAL = [f"{STAGE_TWO}{suffix}" for suffix in ("", "_eval", "_eval_rl", "_16gb", "_24gb", "_80gb")]
-OFFICIAL += ["preprocess_isic_real_data", "evaluate_metric_rl", "evaluate_metric_sd"]
-OFFICIAL += ["finetune_sd", "finetune_sd_24gb"]
+OFFICIAL += ["preprocess_isic_real_data", "evaluate_metric_rl", "evaluate_metric_sd", "finetune_sd", "finetune_sd_24gb"]
 BASIS = {"mini": "dgx", "isic128": "dgx", "odir128": "fundus"}
+SIZES = [("dgx", "", 512), ("isic128", "", 128), ("mini", "", 64)]
+SIZES += [("fundus", "", 512), ("fundus", "_mini", 64), ("odir128", "", 128)]
 
 
 def experiments(file: str) -> set[str]:
@@ -35,19 +36,10 @@ def experiments(file: str) -> set[str]:
     return {name for name, one in functions if name[0] != "_" and not inspect.signature(one).parameters}
 
 
-@pytest.mark.parametrize(
-    ("file", "basis", "suffix", "size"),
-    [
-        ("dgx", "dgx", "", 512),
-        ("isic128", "dgx", "", 128),
-        ("mini", "dgx", "", 64),
-        ("fundus", "fundus", "", 512),
-        ("fundus", "fundus", "_mini", 64),
-        ("odir128", "fundus", "", 128),
-    ],
-)
-def test_every_experiment_has_one_root_and_the_sizes_of_its_file(file, basis, suffix, size):
+@pytest.mark.parametrize(("file", "suffix", "size"), SIZES)
+def test_every_experiment_has_one_root_and_the_sizes_of_its_file(file, suffix, size):
     """Those of the file itself, and of the one that it is based on."""
+    basis = BASIS.get(file, file)
     names = experiments(file) | experiments(basis)
     large, small = ({name for name in names if name.endswith("_mini") == mini} for mini in (False, True))
     assert len(large) > 8 and (basis != "dgx" or set(OFFICIAL) <= large)
@@ -83,13 +75,6 @@ def test_unknown_fields_and_experiments_fail_by_name():
         load_config("mini").get_config(OFFICIAL[0]).train.learnin_rate = 1.0
 
 
-@pytest.mark.parametrize(("suffix", "processes"), [("", 4), ("_16gb", 1), ("_24gb", 1), ("_80gb", 1)])
-def test_paper_arithmetic(suffix, processes):
-    config = load_config("dgx").get_config(STAGE_TWO + suffix)
-    geometry = batch_sizes(config.sample, config.train, processes)
-    assert (geometry.samples, geometry.updates, geometry.train_timesteps) == (256, 2, 50)
-
-
 @pytest.mark.parametrize(
     ("steps", "window", "expected"),
     [(50, (0.0, 0.28), (0, 14)), (50, (0.0, 0.14), (0, 7)), (100, (0.29, 1.0), (29, 100)), (10, (0.25, 0.75), (2, 8))],
@@ -99,8 +84,11 @@ def test_a_window_of_whole_steps_is_not_rounded_to_others(config, steps, window,
     assert batch_sizes(config.sample, config.train, 1).timestep_window == expected
 
 
-def test_official_defaults():
-    config = load_config("dgx").get_config(STAGE_TWO)
+def test_official_defaults_and_the_papers_arithmetic():
+    for suffix, processes in ("_16gb", 1), ("_24gb", 1), ("_80gb", 1), ("", 4):
+        config = load_config("dgx").get_config(STAGE_TWO + suffix)
+        geometry = batch_sizes(config.sample, config.train, processes)
+        assert (geometry.samples, geometry.updates, geometry.train_timesteps) == (256, 2, 50)
     assert (config.sample.num_steps, config.sample.eta, config.sample.guidance_scale) == (50, 1.0, 5.0)
     assert (config.train.learning_rate, config.train.clip_range, config.train.adv_clip_max) == (3e-4, 1e-4, 5)
     assert (config.train.adam_weight_decay, config.train.adam_epsilon, config.train.max_grad_norm) == (1e-4, 1e-8, 1.0)
@@ -159,11 +147,10 @@ def test_a_bad_override_of_the_default_file_is_one_line(monkeypatch, capsys):
 @pytest.mark.parametrize("returned", ["{'seed': 3}", "None"])
 def test_a_file_that_returns_no_configuration_is_refused(monkeypatch, capsys, tmp_path, returned):
     (tmp_path / "own.py").write_text(f"def get_config(): return {returned}\n")
-    monkeypatch.setattr(sys, "argv", [str(tmp_path / "scripts/script.py"), f"--config={tmp_path / 'own.py'}"])
     monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
     config_flags.DEFINE_config_file("config", flag_values=flags.FLAGS)
     with pytest.raises(SystemExit) as caught:
-        _parse_flags(sys.argv)
+        _parse_flags([str(tmp_path / "scripts/script.py"), f"--config={tmp_path / 'own.py'}"])
     assert caught.value.code == 2 and "get_config() of the --config file must" in capsys.readouterr().err
 
 
@@ -205,54 +192,35 @@ def test_pairs_are_two_numbers_in_order():
     assert check_pair("x", (0, 0.5), Range("[0, 1]")) == (0, 0.5)
 
 
-def improve(config):
-    load_module(ROOT / "scripts" / "improve.py").check_settings(config)
-
-
+BAD = {"train.learning_rate": (0.0, math.inf, math.nan), "train.adam_beta1": (1.0,), "train.adam_weight_decay": (-1.0,)}
+BAD |= {"train.clip_range": (0.0,), "train.kl_coef": (-0.1,), "train.timestep_fraction": (0.0,), "seed": (2**32, None)}
+BAD |= {"sample.guidance_scale": (math.nan,), "sample.batch_size": (0,), "sample.num_batches_per_epoch": (0,)}
+BAD |= {"sd.caption_dropout": (10.0, math.nan), "held_out.tolerance": (1.0,), "early_stop.patience": (-1,)}
+BAD |= {"per_prompt_stat_tracking.min_count": (1, 17)}  # 16 are remembered
+BAD_SD = {"sd.batch_size": (0,), "sd.min_snr_gamma": (math.inf,), "sd.ema_decay": (1.0,), "sd.real_share": (0.4,)}
+BAD_IMPROVE = {"train.clip_range": (math.nan,), "eval.batch_size": (0,), "improve.real_share": (0.1,)}
+BAD_IMPROVE |= {"improve.num_candidates": (11,)}  # of 10 attempts
 CHECKS = {
-    "train": check_training,
-    "sd": lambda config: finetune_data.check_settings(config.sd),
-    "rlhf": lambda config: rlhf.check_settings(config.rlhf),
-    "metric": lambda config: check_request(config.metric),
-    "improve": improve,  # with what its scripts will be given
-}
-BAD = {
-    "train": [
-        ("seed", 2**32),
-        ("seed", None),
-        ("sample.guidance_scale", math.nan),
-        ("sample.batch_size", 0),
-        ("sample.num_batches_per_epoch", 0),
-        *(("train.learning_rate", rate) for rate in (0.0, math.inf, math.nan)),
-        ("train.adam_beta1", 1.0),
-        ("train.adam_weight_decay", -1.0),
-        ("train.clip_range", 0.0),
-        ("train.kl_coef", -0.1),
-        ("train.timestep_fraction", 0.0),
-        *(("sd.caption_dropout", share) for share in (10.0, math.nan)),
-        ("held_out.tolerance", 1.0),
-        ("early_stop.patience", -1),
-        ("per_prompt_stat_tracking.min_count", 1),
-        ("per_prompt_stat_tracking.min_count", 17),  # of 16 that are remembered
-    ],
-    "sd": [("sd.batch_size", 0), ("sd.min_snr_gamma", math.inf), ("sd.ema_decay", 1.0), ("sd.real_share", 0.4)],
-    "rlhf": [("rlhf.second_learning_rate", 0.0), ("rlhf.threshold", math.nan)],
-    "metric": [("metric.batch_size", 0)],
-    "improve": [
-        ("train.clip_range", math.nan),
-        ("eval.batch_size", 0),
-        ("improve.real_share", 0.1),
-        ("improve.num_candidates", 11),  # of 10 attempts
-    ],
+    "train": (check_training, BAD),
+    "sd": (lambda config: finetune_data.check_settings(config.sd), BAD_SD),
+    "rlhf": (
+        lambda config: rlhf.check_settings(config.rlhf),
+        {"rlhf.second_learning_rate": (0.0,), "rlhf.threshold": (math.nan,)},
+    ),
+    "metric": (lambda config: check_request(config.metric), {"metric.batch_size": (0,)}),
+    # with what its scripts will be given
+    "improve": (lambda config: load_module(ROOT / "scripts" / "improve.py").check_settings(config), BAD_IMPROVE),
 }
 
 
 @pytest.mark.parametrize("script", CHECKS)
 def test_scripts_refuse_settings_with_which_they_would_fail_or_learn_nothing(config, script):
-    CHECKS[script](config)
-    for field, value in BAD[script]:
+    check, bad = CHECKS[script]
+    check(config)
+    for field, values in bad.items():
         before = config[field]
-        config.update_from_flattened_dict({field: value})
-        with refused(field, value):
-            CHECKS[script](config)
+        for value in values:
+            config.update_from_flattened_dict({field: value})
+            with refused(field, value):
+                check(config)
         config.update_from_flattened_dict({field: before})
