@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -27,7 +28,6 @@ from ddpo_pytorch.rewards import isic_classifier_reward
 from ddpo_pytorch.sampling import Sampler, draw_images, draw_passes, plan
 from ddpo_pytorch.utils.errors import UserError
 
-pytest_plugins = ["script_tools"]
 COUNT = 11  # images per prompt: 4 * 11 = 44 are passes of 32 and 12, uneven for 2 processes
 PLAIN = {"eval__classifier": "", "sample__num_steps": 2}
 FOLDERS = [f"images/{folder_name(prompt)}" for prompt in PROMPTS]
@@ -69,9 +69,9 @@ def command(config_file, run_dir):
 def samples(command, tmp_path_factory) -> Path:
     """The folder that one process of eval.py writes."""
     folder = tmp_path_factory.mktemp("samples") / "rl"
-    result = succeed("eval.py", *command(folder))
-    assert "44 images for 4 prompts, 44 missing" in result.stderr
-    assert f"44 images in {folder}" in result.stderr and re.search(r"44 images drawn, [\d.]+ images/s", result.stderr)
+    said = succeed("eval.py", *command(folder)).stderr
+    assert "44 images for 4 prompts, 44 missing" in said
+    assert f"44 images in {folder}" in said and re.search(r"44 images drawn, [\d.]+ images/s", said)
     return folder
 
 
@@ -247,9 +247,7 @@ def test_other_prompts_join_a_folder_and_unplanned_files_are_reported(evaluate, 
     assert re.search(f"1 files are not in image_log.json.* {re.escape(str(stray))}", caplog.text)
 
 
-def test_images_that_vanish_while_drawing_are_missed_and_damaged_ones_drawn_again(
-    evaluate, tmp_path, monkeypatch, caplog
-):
+def test_images_that_vanish_are_missed_and_damaged_ones_drawn_again(evaluate, tmp_path, monkeypatch, caplog):
     """One is lost; then one is cut, one changed, one is no image, one a pipe, which must not block."""
     lost = f"{FOLDERS[1]}/00000.png"
 
@@ -304,25 +302,20 @@ def test_images_that_are_not_finite_are_named_and_black_ones_reported(evaluate, 
 def test_any_number_of_workers_writes_the_same_bytes(scheduler, tiny_pipeline_dir, judges, tmp_path):
     """Four passes of three images, the last one short, with a judge."""
     sampler = Sampler(load_pipeline(tiny_pipeline_dir), scheduler, 2, 1.0, 3.0)
-    judge = isic_classifier_reward(judges[4])
-    jobs = plan([(prompt, {}) for prompt in PROMPTS[:2]], 5, seed=5)
+    jobs, drawn = plan([(prompt, {}) for prompt in PROMPTS[:2]], 5, seed=5), []
     passes = [jobs[start : start + 3] for start in range(0, len(jobs), 3)]
-    drawn = []
-    for number, workers in enumerate((1, 3)):
-        folder = tmp_path / str(number)
+    for workers in (1, 3):
+        folder = tmp_path / str(workers)
         folder.mkdir()
-        log = part_log(folder, 0)
-        broken = dict(draw_passes(sampler, passes, workers, 3, folder, log, (), judge, "abc"))
-        assert broken == {index: [] for index in range(4)}
+        rest = part_log(folder, 0), (), isic_classifier_reward(judges[4]), "abc"
+        assert dict(draw_passes(sampler, passes, workers, 3, folder, *rest)) == {index: [] for index in range(4)}
         assert len(merge_parts(folder, [job.path for job in jobs])) == 10
         drawn.append(files_of(folder))
     assert len(drawn[0]) == len(set(drawn[0].values())) == 11 and drawn[0] == drawn[1]
 
 
 def test_an_error_while_drawing_ends_the_run(tiny_pipeline_dir, tmp_path):
-    def judge(images, prompts, metadata):
-        raise OSError("no more")
-
+    judge = Mock(side_effect=OSError("no more"))
     sampler = Sampler(load_pipeline(tiny_pipeline_dir), "ddim", 1, 1.0, 1.0)
     passes = [[job] for job in plan([(PROMPTS[0], {})], 40, seed=5)]
     with pytest.raises(OSError, match="no more"):
@@ -333,9 +326,9 @@ def test_an_error_while_drawing_ends_the_run(tiny_pipeline_dir, tmp_path):
 def test_the_log_survives_torn_lines_and_counts_only_images_that_exist(tmp_path):
     for name in ("b", "a", "c"):
         save_image(tmp_path / f"{name}.png", torch.zeros(3, 4, 4))
-    (tmp_path / "image_log.part1.jsonl").write_text('{"path_to_img": "b.png", "x": 1}\n{"path_to_im')
-    with open(tmp_path / "image_log.part1.jsonl", "ab") as file:
-        file.write(b'g": "c\xff.png"}\n[1]\n{"prompt": "x"}\n{"path_to_img": 3}\n{"path_to_img": "c.png", "\xe9')
+
+    torn = b'{"path_to_img": "b.png", "x": 1}\n{"path_to_img": "c\xff.png"}\n[1]\n{"prompt": "x"}\n{"path_to_img": 3}\n'
+    (tmp_path / "image_log.part1.jsonl").write_bytes(torn + b'{"path_to_img": "c.png", "\xe9')
     (tmp_path / "empty.png").touch()
     part_log(tmp_path, 1).write({"path_to_img": "a.png"}, {"path_to_img": "gone.png"}, {"path_to_img": "empty.png"})
     assert list(read_entries(tmp_path)) == ["b.png", "a.png"]

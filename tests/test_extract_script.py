@@ -20,8 +20,6 @@ from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.rating.session import sample_items
 from ddpo_pytorch.utils.errors import UserError
 
-pytest_plugins = ["script_tools"]
-
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory) -> Path:
@@ -52,18 +50,16 @@ def extract(table, config_file, run_main, tmp_path):
 def test_several_shards_are_the_same_from_two_processes(table, extract, config_file, tmp_path):
     """514 rows of the same few pictures: three shards, of which the other process writes the second."""
     (tmp_path / "images").mkdir()
-    header, *rows = (table / "split.csv").read_text().splitlines()
-    lines = []
+    lines, rows = (table / "split.csv").read_text().splitlines(True), (1, 2, 5)
     for number in range(514):
-        name, rest = rows[(0, 1, 4)[number % 3]].split(",", 1)
+        name, rest = lines[rows[number % 3]].split(",", 1)
         lines.append(f"copy_{number},{rest}")
         (tmp_path / "images" / f"copy_{number}.jpg").symlink_to(table / f"{name}.jpg")
-    (tmp_path / "many.csv").write_text("\n".join([header, *lines, ""]))
+    (tmp_path / "many.csv").write_text("".join([lines[0], *lines[-514:]]))
     fields = {"dataset__csv": str(tmp_path / "many.csv"), "dataset__data_path": str(tmp_path / "images")}
     fields |= {"dataset__image_size": 16, "dataset__resize": "crop"}
     extract(logdir=str(tmp_path / "one"), **fields)
-    settings = options(config_file, logdir=tmp_path / "two", **fields)
-    succeed("extract_dataset_latents.py", *settings, processes=2)
+    succeed("extract_dataset_latents.py", *options(config_file, logdir=tmp_path / "two", **fields), processes=2)
     one = files_of(tmp_path / "one")
     assert one == files_of(tmp_path / "two") and sum("shard_" in path for path in one) == 3
 
@@ -107,7 +103,6 @@ def test_interrupted_and_damaged_extractions_are_completed(extract, tmp_path, mo
     first = shards[0].stat().st_mtime_ns
     extract()
     assert files_of(tmp_path / "x") == complete and shards[0].stat().st_mtime_ns == first
-
     # a shard that is cut
     shards[0].write_bytes(shards[0].read_bytes()[:-7])
     with pytest.raises(UserError, match=shards[0].name):
@@ -139,8 +134,7 @@ def test_images_that_are_replaced_are_extracted_again(table, extract, tmp_path, 
     """By one of the same name and size in bytes. Folders of earlier versions do not name their sources."""
     shutil.copytree(table, tmp_path / "table")
     source, fields = tmp_path / "table" / "ISIC_1.jpg", {"dataset__data_path": str(tmp_path / "table")} | model
-    folder, shard = tmp_path / "x", tmp_path / "x" / "latents" / "shard_00000.safetensors"
-    means = []
+    folder, shard, means = tmp_path / "x", tmp_path / "x" / "latents" / "shard_00000.safetensors", []
     for colour in ("red", "blue"):
         Image.new("RGB", (40, 50), colour).save(source, format="BMP")
         extract(**fields)
@@ -155,8 +149,7 @@ def test_images_that_are_replaced_are_extracted_again(table, extract, tmp_path, 
         save_image(path, load_image(path))
     before = files_of(folder)
     extract(**fields)
-    after = files_of(folder)
-    assert all(after[name] == content for name, content in before.items())
+    assert before.items() <= files_of(folder).items()
 
 
 def test_ratings_of_extracted_photographs_know_the_patient(table, extract, tmp_path):
@@ -195,19 +188,16 @@ def test_extract_without_a_model_writes_images_once_and_repairs_them(extract, tm
         extract(**fields | {"dataset__image_size": 64})
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
+def test_extract_bad_input(extract, tmp_path):
+    for name, value, message in (
         ("dataset__csv", "", "dataset.csv is ''"),
         ("dataset__data_path", "absent", "'absent' does not exist"),
         ("dataset__image_size", 0, "dataset.image_size is 0"),
         ("pretrained__model", "/absent", "/absent"),
-    ],
-)
-def test_extract_bad_input(name, value, message, extract, tmp_path):
-    with pytest.raises(UserError, match=message):
-        extract(**{name: value})
-    assert not (tmp_path / "x").exists()
+    ):
+        with pytest.raises(UserError, match=message):
+            extract(**{name: value})
+        assert not (tmp_path / "x").exists()
 
 
 def test_a_node_without_shards_finds_the_index_that_another_wrote(tmp_path, monkeypatch):
@@ -222,11 +212,10 @@ def test_a_node_without_shards_finds_the_index_that_another_wrote(tmp_path, monk
             looked_up.add(str(path))
             raise
 
-    with monkeypatch.context() as node:
-        node.setattr(os, "stat", remembering)
-        assert encode_data_set(*arguments, rank=1, processes=2, progress=False) == 0
-    assert encode_data_set(*arguments, rank=0, processes=2, progress=False) == 2
+    for rank, written in ((1, 0), (0, 2)):
+        with monkeypatch.context() as node:
+            node.setattr(os, "stat", remembering if rank else stat)
+            assert encode_data_set(*arguments, rank=rank, processes=2, progress=False) == written
     write_index(tmp_path, vae, ["a"], 2, {})
-    with monkeypatch.context() as node:
-        node.setattr(os, "stat", remembering)
-        assert len(LatentShards(tmp_path)) == 2
+    monkeypatch.setattr(os, "stat", remembering)
+    assert len(LatentShards(tmp_path)) == 2
