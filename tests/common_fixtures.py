@@ -21,7 +21,9 @@ def forget() -> None:
 
 @pytest.fixture(autouse=True)
 def forget_accelerator():
+    threads = torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)
     forget()
 
 

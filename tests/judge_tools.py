@@ -24,11 +24,9 @@ def bert_pipeline_dir(tmp_path_factory):
     """A random Stable Diffusion of 8 x 8 latents and 32 px with a BERT of 24 tokens."""
     torch.manual_seed(2)
     tokenizer, encoder = build_bert(FUNDUS_PROMPTS, 32, 1, 24)
-    pipe = scratch.assemble(
-        scratch.build_vae((8, 8, 8), 32), encoder, tokenizer, scratch.build_unet((16, 32), (False, True), 32, 8)
-    )
+    vae, unet = scratch.build_vae((8, 8, 8), 32), scratch.build_unet((16, 32), (False, True), 32, 8)
     folder = tmp_path_factory.mktemp("bert-sd") / "model"
-    save_model(pipe, folder)
+    save_model(scratch.assemble(vae, encoder, tokenizer, unet), folder)
     return folder
 
 

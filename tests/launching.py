@@ -78,7 +78,6 @@ class Script:
         self.pid = self.processes[0].pid
 
     def said(self, stream: str = "stderr") -> str:
-        """Return what was printed so far."""
         path = Path(self.folder.name, stream)
         return path.read_text() if path.exists() else ""
 

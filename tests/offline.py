@@ -26,8 +26,6 @@ def note(notes: str, number: int, what: str | int) -> None:
 
 
 def run(notes: str, number: int, command: list[str]) -> None:
-    """Be a script, under watch."""
-
     def refuse(event: str, arguments: tuple) -> None:
         place = EVENTS.get(event)
         if place is None or (place and not isinstance(arguments[place], tuple)):  # a path: a socket of this machine

@@ -54,7 +54,6 @@ def write_bert(folder: Path, seed: int = 0) -> Path:
 
 
 def write_config(rated: Path) -> Path:
-    """An experiment as a user writes one."""
     fields = {"resize": "stretch", "ratings": str(rated / "ratings.csv"), "text_encoder": str(rated / "bert")}
     fields |= {"text_tokens": 16, "image_size": 32, "patch_size": 8, "width": 32, "heads": 2}
     fields |= {"selector_layers": 2, "policy_layers": 2, "num_epochs": 2, "batch_size": 16}

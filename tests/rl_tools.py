@@ -82,7 +82,6 @@ def content(folder: Path) -> dict:
 
 @pytest.fixture
 def train(script, settings):
-    """Function (overrides): `train_with` these changes of the usual settings."""
     return lambda **overrides: train_with(script, settings, overrides)
 
 
@@ -132,7 +131,6 @@ def judge(drawn, tmp_path_factory):
 
 @pytest.fixture
 def held_out(settings, judge, drawn, tmp_path):
-    """`settings` with those of `watching`."""
     settings |= watching(judge, drawn, tmp_path)
     return settings
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch_fidelity.feature_extractor_inceptionv3 as inception_module
 import torchvision
-from judge_tools import threshold_between
+from judge_tools import FUNDUS_PROMPTS, threshold_between
 from torch.optim.swa_utils import update_bn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -93,17 +93,12 @@ def lively_judge(tmp_path_factory) -> Path:
 def fields(sets, lively_judge, tmp_path):
     """Function (alexnet, overrides): the fields of metric.py for the usual sets, with a cache of the test's own."""
 
-    def build(alexnet="", **overrides) -> dict:
-        usual = {"real_path": sets["real"], "fake_path": sets["rl"], "compare_path": sets["sd"]}
-        usual |= {"output": tmp_path / "out", "cache_dir": tmp_path / "cache", "alexnet": alexnet, "inception": ""}
-        usual["classifier"] = lively_judge
-        return metric_fields(usual | overrides)
-
-    return build
+    usual = {"real_path": sets["real"], "fake_path": sets["rl"], "compare_path": sets["sd"], "inception": ""}
+    usual |= {"output": tmp_path / "out", "cache_dir": tmp_path / "cache", "classifier": lively_judge}
+    return lambda alexnet="", **overrides: metric_fields(usual | {"alexnet": alexnet} | overrides)
 
 
 def metric_fields(values: dict) -> dict:
-    """Fields of `options` for these settings of config.metric."""
     return {f"metric__{key}": str(value) if isinstance(value, Path) else value for key, value in values.items()}
 
 
@@ -122,11 +117,7 @@ def images_of(folder: Path, caption: str = "") -> list[Path]:
     return sorted(folder.glob(f"images/{folder_name(caption) if caption else '*'}/*.*"))
 
 
-PROMPTS = (
-    "Fundus: The left eye fundus image shows drusen, lens dust.",
-    "Fundus: The right eye fundus image shows normal fundus.",
-    "Fundus: The left eye fundus image shows glaucoma.",
-)
+PROMPTS = (*FUNDUS_PROMPTS, "Fundus: The left eye fundus image shows glaucoma.")
 SIZE = 64
 
 
@@ -144,7 +135,6 @@ def draw_retina(rng: np.random.Generator, size: int = SIZE, noise: float = 4) ->
 
 
 def write_fundus(folder: Path, counts: dict[str, int], seed: int, noise: float = 4, drawn: int | None = 7) -> Path:
-    """A folder of `write_samples` of drawn retinas."""
     rng = np.random.default_rng(seed)
     return write_samples(folder, counts, seed, drawn=drawn, picture=lambda: draw_retina(rng, noise=noise))
 
@@ -154,8 +144,8 @@ def fundus_judges(tmp_path_factory, fundus_sets) -> Path:
     """A folder as train_rlhf.py writes it: random judges whose scores differ, half of the real images pass."""
     folder = tmp_path_factory.mktemp("fundus-judges")
     torch.manual_seed(3)
-    for part in zip(("tokenizer", "text_encoder"), build_bert(PROMPTS, 32, 1), strict=True):
-        part[1].save_pretrained(folder / "bert" / part[0])
+    for name, part in zip(("tokenizer", "text_encoder"), build_bert(PROMPTS, 32, 1), strict=True):
+        part.save_pretrained(folder / "bert" / name)
     sizes = VisionSizes(image_size=32, patch_size=8, width=32, layers=1, heads=2)
     selector, policy = Selector(sizes).eval(), Policy(sizes, TextFeatures(folder / "bert")).eval()
     images = torch.stack([load_image(path) for path in images_of(fundus_sets["real"])])
@@ -189,7 +179,6 @@ def fundus_sets(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def fundus_usual(fundus_sets, fundus_judges) -> dict:
-    """Settings of metric.py for these sets."""
     usual = {"real_path": fundus_sets["real"], "fake_path": fundus_sets["better"], "fake_name": "better"}
     usual |= {"compare_path": fundus_sets["base"], "compare_name": "base", "judges": fundus_judges, "classifier": ""}
     return usual | {"quality": ("legacy", "fov"), "extractors": ("inception", "judge")}

@@ -32,7 +32,6 @@ def names(folder: Path) -> list[str]:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Read a file of JSON lines."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -90,7 +89,6 @@ def load_module(path: Path):
 
 
 def load_config(name: str):
-    """Return a file of config/ as a module."""
     return load_module(ROOT / "config" / f"{name}.py")
 
 
@@ -136,7 +134,6 @@ def run_in_process(name: str, config_file: Path, fail_if=(), sanity=False, launc
 @pytest.fixture
 def run_flags(monkeypatch, caplog):
     """Function (script, options): run the main of a script with flags in this process; what it logged."""
-    threads = torch.get_num_threads()
 
     def run(name, *options):
         forget()
@@ -146,13 +143,11 @@ def run_flags(monkeypatch, caplog):
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     caplog.set_level("INFO")
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 @pytest.fixture
 def run_main():
-    """Function (script, config file, fields): `run_in_process`."""
     return run_in_process
 
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from launching import ON_CPU, ROOT
 
 pytestmark = pytest.mark.slow
@@ -17,7 +16,6 @@ pytestmark = pytest.mark.slow
 def benchmark(monkeypatch, caplog):
     """Function (name, options): run a benchmark in this process; what its last line says."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    threads = torch.get_num_threads()
 
     def run(name: str, *options: object) -> dict:
         monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
@@ -25,8 +23,7 @@ def benchmark(monkeypatch, caplog):
             importlib.import_module(name).main()
         return json.loads(caplog.messages[-1])
 
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 def test_stage_one(benchmark):

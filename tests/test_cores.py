@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from launching import ROOT
 from thread_statistics import statistics
 
@@ -14,9 +13,7 @@ from thread_statistics import statistics
 @pytest.mark.slow
 def test_statistics_do_not_depend_on_threads():
     """One thread of PyTorch and the BLAS threads of this process (in CI one), and another number of either."""
-    threads, blas_threads = torch.get_num_threads(), 1 if os.environ.get("OMP_NUM_THREADS") == "2" else 2
-    here = statistics(1)
-    torch.set_num_threads(threads)
+    here, blas_threads = statistics(1), 1 if os.environ.get("OMP_NUM_THREADS") == "2" else 2
     environment = os.environ | {"OMP_NUM_THREADS": str(blas_threads), "PYTHONPATH": str(ROOT)}
     environment["OMP_WAIT_POLICY"] = "passive"  # more threads than cores would spin in turns
     command = [sys.executable, "tests/thread_statistics.py", "3"]
