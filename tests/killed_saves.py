@@ -22,37 +22,30 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from launching import ROOT
 from rl_tools import content
-from script_tools import load_module
+from script_tools import load_config, load_module
 
 from ddpo_pytorch.training import checkpoints as saving
 from ddpo_pytorch.training import run_folder, run_state
 from ddpo_pytorch.training.held_out import Evaluation, HeldOut
 
-ROOT = Path(__file__).resolve().parents[1]
-WRITES = ("replace", "rename", "fsync", "unlink", "rmdir", "mkdir", "remove", "truncate")
-
 
 def kill_before_write(number: int) -> None:
     """From now on, let `number` writes happen, and no more."""
-    left = [number]
+    writes = itertools.count()
 
-    def counted(function, writes=lambda *args, **kwargs: True):
+    def counted(function, is_write=lambda *_, **__: True):
         def call(*args, **kwargs):
-            if writes(*args, **kwargs):
-                if not left[0]:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                left[0] -= 1
+            if is_write(*args, **kwargs) and next(writes) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
             return function(*args, **kwargs)
 
         return call
 
-    def to_write(file, mode="r", *_, **__):
-        return any(letter in mode for letter in "wax+")
-
-    for name in WRITES:
+    for name in ("replace", "rename", "fsync", "unlink", "rmdir", "mkdir", "remove", "truncate"):
         setattr(os, name, counted(getattr(os, name)))
-    builtins.open = io.open = counted(io.open, to_write)
+    builtins.open = io.open = counted(io.open, lambda _, mode="r", *__, **___: bool(set(mode) & set("wax+")))
     assert pathlib.io.open is io.open  # what Path.write_text calls
     torch.save = counted(torch.save)
     saving.save_file = counted(safetensors.torch.save_file)
@@ -72,7 +65,6 @@ def forked(function, *arguments) -> int:
 
 
 def better_evaluation(state, _, *others, add=run_state.RunState.add_evaluation):
-    """Every evaluation is better than the one before."""
     return add(state, Evaluation(state.epoch / 10, 0.5, {}), *others)
 
 
@@ -80,20 +72,17 @@ def main(settings: dict) -> None:
     torch.set_num_threads(1)
     script, logs = load_module(ROOT / "scripts" / "train.py"), Path(settings["logdir"])
 
-    def config(name: str):
-        config = load_module(ROOT / "config" / "base.py").get_config()
+    def configured(name: str):
+        config = load_config("base").get_config()
         config.update_from_flattened_dict(settings | {"run_name": name})
         return config
 
-    def train(name: str) -> None:
-        script.train(config(name))
-
-    prepared = script.set_up(config("prepared"))
+    prepared = script.set_up(configured("prepared"))
     script.set_up = lambda config: dataclasses.replace(prepared, config=config)
     script.save_grid = lambda *arguments: arguments[-1].write_bytes(b"16 images")
     HeldOut.evaluate = lambda *_, **__: None  # for `better_evaluation`
     run_state.RunState.add_evaluation = better_evaluation
-    assert forked(train, "whole") == 0
+    assert forked(script.train, configured("whole")) == 0
     expected, run, before, epochs, faults = content(logs / "whole"), logs / "run", logs / "before", {}, []
     # without a lock, or those that resume would find the folder taken
     locked = run_folder.locked
@@ -108,7 +97,7 @@ def main(settings: dict) -> None:
             begun.append(state.epoch)
 
         run_state.RunState.__init__, run_state.RunState.add_evaluation = opening, better_evaluation
-        train("run")
+        script.train(configured("run"))
         os._exit(10 + begun[0])
 
     def second_evaluation(state, *arguments):
@@ -134,7 +123,7 @@ def main(settings: dict) -> None:
                 os._exit(0)
 
     run_state.RunState.add_evaluation = second_evaluation
-    train("run")
+    script.train(configured("run"))
 
 
 if __name__ == "__main__":
