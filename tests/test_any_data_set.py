@@ -23,19 +23,15 @@ pytest_plugins = ["sample_sets"]
 LABELS = ("bright", "striped")
 
 
-def draw(bright: bool, striped: bool, generator: torch.Generator) -> torch.Tensor:
-    image = 0.3 + 0.4 * bright + 0.05 * torch.randn(3, 32, 32, generator=generator)
-    image[:, ::4] -= 0.3 * striped
-    return image.clamp(0, 1)
-
-
 def write_folder(folder, count: int, seed: int, **columns):
     """A folder of `count` images of each text, in a subfolder, and its metadata.csv with these other columns."""
     generator, rows = torch.Generator().manual_seed(seed), []
     for place in range(4 * count):
         bright, striped = divmod(place % 4, 2)
-        name = f"part/{seed}_{place}.png"
-        save_image(folder / name, draw(bright, striped, generator))
+        name, image = f"part/{seed}_{place}.png", 0.05 * torch.randn(3, 32, 32, generator=generator)
+        image += 0.3 + 0.4 * bright
+        image[:, ::4] -= 0.3 * striped
+        save_image(folder / name, image.clamp(0, 1))
         text = f"an image, {'bright' if bright else 'dark'} and {'striped' if striped else 'plain'}"
         rows.append({"file_name": name, "text": text, "bright": bright, "striped": striped})
     pd.DataFrame(rows).assign(**columns).to_csv(folder / "metadata.csv", index=False)
@@ -62,7 +58,6 @@ def plain(tmp_path_factory) -> dict:
 
 @pytest.fixture
 def measure(measured, plain):
-    """Function of overrides: metrics.json of the plain folders."""
     usual = {"real_path": plain["real"], "fake_path": plain["fake"], "classifier": plain["judge"]}
     return lambda **overrides: measured(**usual | overrides)
 
@@ -87,28 +82,19 @@ def test_alignment_is_with_the_labels_of_the_table(measure, plain, tmp_path):
             measure(fail_if=[given])
 
 
-def test_columns_follow_from_the_caption_if_they_never_differ(tmp_path):
+def test_columns_follow_from_the_caption_if_they_never_differ_and_faulty_ones_are_named(measure, tmp_path):
     (tmp_path / "t.csv").write_text("file_name,text,hard,age\na.png,x,1,3\nb.png,x,1,4\nc.png,y,0,5\n")
     assert of_caption(read_metadata(tmp_path / "t.csv")) == {"x": {"hard": "1"}, "y": {"hard": "0"}}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"file_name": "../a.png"}, "leads out of the folder"),
-        ({"file_name": "none.png"}, "names 1 images that are absent, first '.*none.png'"),
-        ({"text": ""}, "the text is empty"),
-        ({"bright": "yes"}, "the label 'bright' of 'part/1_0.png' is 'yes'"),
-    ],
-)
-def test_faulty_tables_are_named(change, message, measure, tmp_path):
     folder = write_folder(tmp_path / "own", 1, 1)
     table = pd.read_csv(folder / "metadata.csv", dtype=str)
-    table.loc[0, list(change)] = list(change.values())
-    table.to_csv(folder / "metadata.csv", index=False)
-    with pytest.raises(UserError, match=message):
-        measure(fake_path=folder)
-    assert not (tmp_path / "out").exists()
+    faults = [("file_name", "../a.png", "leads out of the folder"), ("text", "", "the text is empty")]
+    faults += [("file_name", "none.png", "names 1 images that are absent, first '.*none.png'")]
+    for column, cell, message in *faults, ("bright", "yes", "the label 'bright' of 'part/1_0.png' is 'yes'"):
+        cells = table[column].mask(table.index == 0, cell)
+        table.assign(**{column: cells}).to_csv(folder / "metadata.csv", index=False)
+        with pytest.raises(UserError, match=message):
+            measure(fake_path=folder)
+        assert not (tmp_path / "out").exists()
 
 
 def test_groups_have_their_own_numbers_and_gaps(measure, plain, tmp_path):

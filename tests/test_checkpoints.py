@@ -5,7 +5,6 @@ import fcntl
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -58,26 +57,26 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize(
-    ("name", "damage", "said"),
-    [
+def test_a_damaged_newest_checkpoint_falls_back_and_says_so(tmp_path, caplog):
+    for epoch in (1, 2, 3):
+        save(tmp_path, epoch)
+    newest, intact = tmp_path / "checkpoint_3", files_of(tmp_path / "checkpoint_3")
+    for name, damage, said in (
         ("unet.safetensors", Path.unlink, "unet.safetensors is missing"),
         ("optimizer.pt", lambda path: os.truncate(path, path.stat().st_size - 1), "optimizer.pt has "),
         ("progress.json", flip, "progress.json does not have the content"),
         ("manifest.json", lambda path: os.truncate(path, 40), "manifest.json is damaged"),
         ("manifest.json", lambda path: path.write_text('{"files": {}}'), "manifest.json does not list"),
-    ],
-)
-def test_a_damaged_newest_checkpoint_falls_back_and_says_so(tmp_path, caplog, name, damage, said):
-    for epoch in (1, 2, 3):
-        save(tmp_path, epoch)
-    damage(tmp_path / "checkpoint_3" / name)
-    assert find_checkpoint(tmp_path) == tmp_path / "checkpoint_2" and held(tmp_path / "checkpoint_2") == 2
-    (line,) = caplog.messages
-    assert f"{tmp_path / 'checkpoint_3'} is damaged ({said}" in line and "\n" not in line and "checkpoint_2" in line
-    with pytest.raises(UserError, match="checkpoint_3' cannot be resumed") as caught:
-        find_checkpoint(tmp_path / "checkpoint_3")
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    ):
+        caplog.clear()
+        damage(newest / name)
+        assert find_checkpoint(tmp_path) == tmp_path / "checkpoint_2" and held(tmp_path / "checkpoint_2") == 2
+        (line,) = caplog.messages
+        assert f"{newest} is damaged ({said}" in line and "\n" not in line and "checkpoint_2" in line
+        with pytest.raises(UserError, match="checkpoint_3' cannot be resumed") as caught:
+            find_checkpoint(newest)
+        assert said in str(caught.value) and "\n" not in str(caught.value)
+        (newest / name).write_bytes(intact[name])
 
 
 def test_no_checkpoint_is_undamaged_and_changed_weights_are_not_evaluated(tmp_path):
@@ -110,19 +109,18 @@ def test_best_and_the_newest_stay_and_damaged_ones_do_not_count(tmp_path):
 
 def test_best_is_repaired_by_what_progress_states(tmp_path):
     """After a kill, for a resumed older checkpoint, and in folders that were copied with links followed."""
+    best = tmp_path / "best"
     for epoch in (1, 2):
         save(tmp_path, epoch, best=True)
-    assert repair_best(tmp_path, 1) and os.readlink(tmp_path / "best") == "checkpoint_1"
-    (tmp_path / "best").unlink()
-    assert repair_best(tmp_path, 2) and os.readlink(tmp_path / "best") == "checkpoint_2"
-    assert repair_best(tmp_path, None) and not (tmp_path / "best").exists()
-    assert not repair_best(tmp_path, 7) and not (tmp_path / "best").exists()
-    shutil.copytree(tmp_path / "checkpoint_1", tmp_path / "best")
-    shutil.rmtree(tmp_path / "checkpoint_1")
-    assert repair_best(tmp_path, 1) and checkpoints.epochs_completed(tmp_path / "best") == 1
-    assert find_weights(tmp_path / "best").parent == tmp_path / "best"
+    assert repair_best(tmp_path, 1) and os.readlink(best) == "checkpoint_1"
+    best.unlink()
+    assert repair_best(tmp_path, 2) and os.readlink(best) == "checkpoint_2"
+    assert repair_best(tmp_path, None) and not best.exists()
+    assert not repair_best(tmp_path, 7) and not best.exists()
+    (tmp_path / "checkpoint_1").rename(best)
+    assert repair_best(tmp_path, 1) and checkpoints.epochs_completed(best) == 1 and find_weights(best).parent == best
     checkpoints.link_best(tmp_path, 2)
-    assert names(tmp_path) == ["best", "checkpoint_2"] and os.readlink(tmp_path / "best") == "checkpoint_2"
+    assert names(tmp_path) == ["best", "checkpoint_2"] and os.readlink(best) == "checkpoint_2"
     flip(tmp_path / "checkpoint_2" / "optimizer.pt")
     assert not repair_best(tmp_path, 2) and names(tmp_path) == ["checkpoint_2.damaged"]
     assert repair_best(tmp_path / "nowhere", None)
@@ -130,15 +128,16 @@ def test_best_is_repaired_by_what_progress_states(tmp_path):
 
 def test_a_damaged_one_of_the_same_epoch_gives_way_once_the_new_one_is_whole(tmp_path, monkeypatch, caplog):
     save(tmp_path, 1)
+    moments = tmp_path / "checkpoint_1" / "optimizer.pt"
     for number in ("", "2"):
-        (tmp_path / "checkpoint_1" / "optimizer.pt").write_bytes(f"torn{number}".encode())
+        moments.write_text(f"torn{number}")
         with monkeypatch.context() as patch, pytest.raises(OSError):
             patch.setattr(torch, "save", Mock(side_effect=OSError("gone")))
             save(tmp_path, 1)
-        assert (tmp_path / "checkpoint_1" / "optimizer.pt").read_bytes() == f"torn{number}".encode()
+        assert moments.read_text() == f"torn{number}"
         save(tmp_path, 1)
         assert held(tmp_path / "checkpoint_1") == 1
-        assert (tmp_path / f"checkpoint_1.damaged{number}" / "optimizer.pt").read_bytes() == f"torn{number}".encode()
+        assert (tmp_path / f"checkpoint_1.damaged{number}" / "optimizer.pt").read_text() == f"torn{number}"
     assert names(tmp_path) == ["checkpoint_1", "checkpoint_1.damaged", "checkpoint_1.damaged2"]
     assert "renamed to checkpoint_1.damaged2" in caplog.text
 
@@ -178,10 +177,7 @@ def test_a_disk_without_room_is_noticed_before_or_while_writing(tmp_path, monkey
 
 
 def test_the_next_start_removes_leftovers_of_a_kill_and_nothing_else(tmp_path):
-    """In the folder and its subfolders. Files with similar names, targets of links and files being written stay.
-
-    They may be written by this process, or by one of another machine that shares the folder, while its files change.
-    """
+    """Files with similar names, targets of links, and what is being written, here or by another machine, stay."""
     code = """import os, signal, sys
 from ddpo_pytorch.utils.files import atomic_folder, atomic_write, locked
 with locked(sys.argv[1]), atomic_write(sys.argv[1] + "/0.png") as file, atomic_folder(sys.argv[1] + "/sub/a") as folder:
@@ -209,10 +205,9 @@ with locked(sys.argv[1]), atomic_write(sys.argv[1] + "/0.png") as file, atomic_f
     assert files_of(tmp_path) == own | {"cache.npy": b"new", "best/a": b"new"}
 
 
-@pytest.mark.parametrize("supported", [True, False])
-def test_a_folder_has_one_writer(tmp_path, monkeypatch, supported):
-    if not supported:
-        monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOTSUP, "not supported")))
+@pytest.mark.parametrize("flock", [fcntl.flock, Mock(side_effect=OSError(errno.ENOTSUP, "not supported"))])
+def test_a_folder_has_one_writer(tmp_path, monkeypatch, flock):
+    monkeypatch.setattr(fcntl, "flock", flock)
     folder = tmp_path / "new" / "out"
     with locked(folder):
         with pytest.raises(UserError, match=f"{folder}.*another --output"), locked(folder, "another --output"):
@@ -243,20 +238,19 @@ def test_workers_do_not_keep_the_lock_of_a_process_that_ended(tmp_path):
     worker.join()
 
 
-def write_weights(path):
-    with atomic_write(path) as temporary:
-        save_file({"x": torch.ones(20_000)}, temporary)
-
-
 def test_a_full_disk_leaves_old_files_and_whole_lines(tmp_path):
-    for name, write in {
-        "json": lambda path: files.write_json(path, ["x" * 20_000]),
-        "safetensors": write_weights,
-        "state": lambda path: TrainState(path, {"seed": 0}).save(weights=torch.ones(20_000)),
-        "settings": lambda path: claim_folder(path, {"x": "y" * 20_000}, {}),  # a folder
-    }.items():
+    def write_weights(path):
+        with atomic_write(path) as temporary:
+            save_file({"x": torch.ones(20_000)}, temporary)
+
+    for name, write in (
+        ("json", lambda path: files.write_json(path, ["x" * 20_000])),
+        ("safetensors", write_weights),
+        ("state", lambda path: TrainState(path, {"seed": 0}).save(weights=torch.ones(20_000))),
+        ("settings", lambda path: claim_folder(path, {"x": "y" * 20_000}, {})),
+    ):
         path = tmp_path / name
-        if name != "settings":
+        if name != "settings":  # a folder
             path.write_text("old")
         before = files_of(tmp_path)
         with limited(9000), pytest.raises(DiskFull, match=f"{name}.*MiB are free"):
@@ -277,23 +271,18 @@ def test_a_full_disk_leaves_old_files_and_whole_lines(tmp_path):
         part_log(tmp_path, 0).write({"path_to_img": "x" * 100})
 
 
-LINES = [json.dumps({"epoch": epoch, "reward": epoch / 10}) for epoch in range(4)]
-
-
-@pytest.mark.parametrize(
-    ("content", "keep", "kept", "damaged"),
-    [
-        ("\n".join(LINES), None, [0, 1, 2, 3], None),  # only the newline is missing
-        ("\n".join(LINES) + "\n\n", 3, [0, 1, 2], None),
-        ("\n".join(LINES)[:-3], 4, [0, 1, 2], 4),
-        ("\n".join([LINES[0], "\0\0\0", LINES[2], ""]), 4, [0, 2], 2),
-        ('{"epoch": "0"}\n' + LINES[1], 4, [1], 1),
-        ("[" * 10**5 + "\n" + LINES[0], 4, [0], 1),
-    ],
-)
-def test_a_resumed_log_loses_damaged_and_repeated_lines(tmp_path, caplog, content, keep, kept, damaged):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(content)
-    JsonLines(path, keep=keep).write({"epoch": 9})
-    assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [*kept, 9]
-    assert [f"{path}: removed line {damaged}," in message for message in caplog.messages] == [True] * bool(damaged)
+def test_a_resumed_log_loses_damaged_and_repeated_lines(tmp_path, caplog):
+    path, lines = tmp_path / "metrics.jsonl", [json.dumps({"epoch": epoch, "reward": 0.1}) for epoch in range(4)]
+    for content, keep, kept, damaged in (
+        ("\n".join(lines), None, [0, 1, 2, 3], None),  # only the newline is missing
+        ("\n".join(lines) + "\n\n", 3, [0, 1, 2], None),
+        ("\n".join(lines)[:-3], 4, [0, 1, 2], 4),
+        ("\n".join([lines[0], "\0\0\0", lines[2], ""]), 4, [0, 2], 2),
+        ('{"epoch": "0"}\n' + lines[1], 4, [1], 1),
+        ("[" * 10**5 + "\n" + lines[0], 4, [0], 1),
+    ):
+        caplog.clear()
+        path.write_text(content)
+        JsonLines(path, keep=keep).write({"epoch": 9})
+        assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [*kept, 9]
+        assert [f"{path}: removed line {damaged}," in message for message in caplog.messages] == [True] * bool(damaged)

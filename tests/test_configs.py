@@ -54,12 +54,6 @@ def test_every_experiment_has_one_root_and_the_sizes_of_its_file(file, suffix, s
         assert "rl4med-out" not in config.to_json_best_effort() and "/elsewhere" in config.logdir
 
 
-def test_experiments_of_fundus_images_differ_in_what_they_start_from():
-    odir, fundus = load_config("odir128"), load_config("fundus")
-    assert odir.get_config("real_images").pretrained.model == "" and not fundus.get_config("ddpo").rlhf.backbone
-    assert odir.get_config("train_rlhf_held_out").rlhf.backbone != odir.get_config("train_rlhf").rlhf.backbone
-
-
 def test_unknown_fields_and_experiments_fail_by_name():
     unknown = [("dgx", "nope"), ("mini", "nope"), ("mini", "base"), ("mini", "at_scale_of"), ("isic128", "nope")]
     unknown += [("fundus", "nope_mini"), ("odir128", "nope"), ("odir128", "improve_mini"), ("odir128", "mini")]
@@ -75,16 +69,17 @@ def test_unknown_fields_and_experiments_fail_by_name():
         load_config("mini").get_config(OFFICIAL[0]).train.learnin_rate = 1.0
 
 
-@pytest.mark.parametrize(
-    ("steps", "window", "expected"),
-    [(50, (0.0, 0.28), (0, 14)), (50, (0.0, 0.14), (0, 7)), (100, (0.29, 1.0), (29, 100)), (10, (0.25, 0.75), (2, 8))],
-)
-def test_a_window_of_whole_steps_is_not_rounded_to_others(config, steps, window, expected):
-    config.sample.num_steps, config.train.timestep_window = steps, window
-    assert batch_sizes(config.sample, config.train, 1).timestep_window == expected
+def test_a_window_of_whole_steps_is_not_rounded_to_others(config):
+    first = (50, (0.0, 0.28), (0, 14)), (50, (0.0, 0.14), (0, 7))
+    for steps, window, expected in *first, (100, (0.29, 1.0), (29, 100)), (10, (0.25, 0.75), (2, 8)):
+        config.sample.num_steps, config.train.timestep_window = steps, window
+        assert batch_sizes(config.sample, config.train, 1).timestep_window == expected
 
 
-def test_official_defaults_and_the_papers_arithmetic():
+def test_official_defaults_the_papers_arithmetic_and_what_fundus_images_start_from():
+    odir, fundus = load_config("odir128"), load_config("fundus")
+    assert odir.get_config("real_images").pretrained.model == "" and not fundus.get_config("ddpo").rlhf.backbone
+    assert odir.get_config("train_rlhf_held_out").rlhf.backbone != odir.get_config("train_rlhf").rlhf.backbone
     for suffix, processes in ("_16gb", 1), ("_24gb", 1), ("_80gb", 1), ("", 4):
         config = load_config("dgx").get_config(STAGE_TWO + suffix)
         geometry = batch_sizes(config.sample, config.train, processes)
@@ -156,11 +151,10 @@ def test_a_file_that_returns_no_configuration_is_refused(monkeypatch, capsys, tm
 
 @pytest.fixture
 def config():
-    config = load_module(ROOT / "config" / "base.py").get_config()
+    config = load_config("base").get_config()
     config.sd.output = config.metric.output = config.metric.classifier = "somewhere"
     config.improve.methods = ("ddpo",)
-    for name in ("judges", "held_out_judges", "csv", "held_out_csv", "data_path"):
-        config.improve[name] = name
+    config.improve.update({name: name for name in ("judges", "held_out_judges", "csv", "held_out_csv", "data_path")})
     return config
 
 
@@ -168,24 +162,17 @@ def refused(field, value):
     return pytest.raises(UserError, match=f"^{re.escape(f'{field} is {value!r}')}[; ]")
 
 
-@pytest.mark.parametrize(
-    ("interval", "inside", "outside"),
-    [
+def test_ranges_and_pairs_of_two_numbers_in_order():
+    for interval, inside, outside in (
         (Range("(0, 1]"), (1e-9, 0.5, 1), (0, 1.01, -1, math.nan, "0.5", None, True)),
         (Range("[0, 1)"), (0, 0.999), (1, -1e-9, math.nan)),
         (Range("(0, inf)"), (1e-30, 1e30), (0, math.inf, math.nan)),
         (Range("(0, inf]"), (1, math.inf), (0, math.nan)),
         (Range("[1, inf)", whole=True), (1, 10**30, np.int64(3)), (0, 1.0, 2.5, True, math.inf, "1", (1,))),
         (SEED, (0, 2**32 - 1), (-1, 2**32, 10**40, 1.0)),
-    ],
-    ids=lambda value: str(value) if isinstance(value, Range) else "",
-)
-def test_ranges(interval, inside, outside):
-    assert all(value in interval for value in inside)
-    assert not any(value in interval for value in outside)
-
-
-def test_pairs_are_two_numbers_in_order():
+    ):
+        assert all(value in interval for value in inside)
+        assert not any(value in interval for value in outside)
     for value in (0.5, (0.5,), (0.5, 0.5), (0.6, 0.5), (0.0, 1.5), (0.0, math.nan), ("0", "1"), None):
         with refused("train.timestep_window", value):
             check_pair("train.timestep_window", value, Range("[0, 1]"))
@@ -200,13 +187,11 @@ BAD |= {"per_prompt_stat_tracking.min_count": (1, 17)}  # 16 are remembered
 BAD_SD = {"sd.batch_size": (0,), "sd.min_snr_gamma": (math.inf,), "sd.ema_decay": (1.0,), "sd.real_share": (0.4,)}
 BAD_IMPROVE = {"train.clip_range": (math.nan,), "eval.batch_size": (0,), "improve.real_share": (0.1,)}
 BAD_IMPROVE |= {"improve.num_candidates": (11,)}  # of 10 attempts
+BAD_RLHF = {"rlhf.second_learning_rate": (0.0,), "rlhf.threshold": (math.nan,)}
 CHECKS = {
     "train": (check_training, BAD),
     "sd": (lambda config: finetune_data.check_settings(config.sd), BAD_SD),
-    "rlhf": (
-        lambda config: rlhf.check_settings(config.rlhf),
-        {"rlhf.second_learning_rate": (0.0,), "rlhf.threshold": (math.nan,)},
-    ),
+    "rlhf": (lambda config: rlhf.check_settings(config.rlhf), BAD_RLHF),
     "metric": (lambda config: check_request(config.metric), {"metric.batch_size": (0,)}),
     # with what its scripts will be given
     "improve": (lambda config: load_module(ROOT / "scripts" / "improve.py").check_settings(config), BAD_IMPROVE),

@@ -95,13 +95,9 @@ def test_scoring_has_a_gradient_through_the_model_only():
 
 def test_contradictory_arguments_and_schedules_that_cannot_be_trained_are_refused():
     scheduler, (output, sample) = make_scheduler(), random_batch(2)
-    for eta, options, message in (
-        (-0.1, {}, "eta is -0.1"),
-        (math.nan, {}, "eta is nan"),
-        (0.0, {"prev_sample": sample}, "eta is 0"),
-        (1.0, {"prev_sample": sample, "generator": seeded(0)}, "not both"),
-        (1.0, {"generator": [seeded(0)]}, "1 generators for a batch of 2"),
-    ):
+    bad = [(-0.1, {}, "eta is -0.1"), (math.nan, {}, "eta is nan"), (0.0, {"prev_sample": sample}, "eta is 0")]
+    bad += [(1.0, {"prev_sample": sample, "generator": seeded(0)}, "not both")]
+    for eta, options, message in *bad, (1.0, {"generator": [seeded(0)]}, "1 generators for a batch of 2"):
         with pytest.raises(ValueError, match=message):
             ddim_step_with_logprob(scheduler, output, 501, sample, eta, **options)
     with pytest.raises(ValueError, match="set_timesteps"):

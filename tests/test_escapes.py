@@ -36,7 +36,6 @@ def test_names_lead_out_of_a_folder_or_stay_in_it(tmp_path):
 
 @pytest.mark.parametrize("name", [*OUTSIDE, "{folder}/private/secret"])
 def test_tables_and_logs_name_the_line_of_a_path_that_leads_out(name, tmp_path):
-    """There is a private image next to the image folder."""
     name, folder = name.format(folder=tmp_path), tmp_path / "images"
     for image in ("private/secret.jpg", "secret.jpg", "images/fine.jpg"):
         (tmp_path / image).parent.mkdir(exist_ok=True)
@@ -100,33 +99,24 @@ def test_no_path_of_a_configuration_keeps_its_tilde(home, scale):
     assert config.rlhf.output == "/other/rlhf"
 
 
-@pytest.mark.parametrize(
-    ("script", "fields"),
-    [
-        ("train.py", ("logdir", "pretrained.model")),
-        ("generate.py", ("logdir", "pretrained.model", "improve.judges")),
-        ("extract_dataset_latents.py", ("logdir",)),
-        ("train_rlhf.py", ("rlhf.output", "rlhf.ratings", "rlhf.text_encoder")),
-        ("improve.py", ("improve.output", "improve.judges", "improve.csv", "improve.data_path", "pretrained.model")),
-    ],
-)
-def test_an_empty_path_is_refused_by_name_and_nothing_is_written(home, run_main, script, fields):
+FIELDS = {"train.py": "logdir pretrained.model", "generate.py": "logdir pretrained.model improve.judges"}
+FIELDS |= {"train_rlhf.py": "rlhf.output rlhf.ratings rlhf.text_encoder", "extract_dataset_latents.py": "logdir"}
+FIELDS["improve.py"] = "improve.output improve.judges improve.csv improve.data_path pretrained.model"
+
+
+@pytest.mark.parametrize("script", FIELDS)
+def test_an_empty_path_is_refused_by_name_and_nothing_is_written(home, run_main, script):
     given = {"base_log_path": "out", "sd.output": "sd", "metric.output": "metrics", "rlhf.ratings": "ratings.csv"}
     given |= {f"improve.{name}": name for name in ("held_out_judges", "csv", "held_out_csv", "data_path")}
-    for field in ("base_log_path", *fields):
+    for field in ("base_log_path", *FIELDS[script].split()):
         with pytest.raises(UserError) as refused:
             run_main(script, ROOT / "config" / "base.py", **given | {field: " "})
         assert str(refused.value).startswith(f"{field} is empty") and f"--config.{field}=" in str(refused.value)
         assert not any(Path.cwd().iterdir())
 
 
-TOOLS = {
-    fundus: {"--csv": "table.csv", "--out": "out"},
-    splits: {"--splits": "splits"},
-    degradation: {"--csv": "table.csv", "--data_path": "images", "--out": "out"},
-    retina: {"--out": "out"},
-    phantom: {"--out": "out"},
-}
+TOOLS = {fundus: {"--csv": "table.csv", "--out": "out"}, splits: {"--splits": "splits"}, retina: {"--out": "out"}}
+TOOLS |= {degradation: {"--csv": "table.csv", "--data_path": "images", "--out": "out"}, phantom: {"--out": "out"}}
 
 
 @pytest.mark.parametrize("tool", TOOLS)
