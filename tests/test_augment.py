@@ -1,26 +1,27 @@
-"""Table 4: the synthetic images that are drawn, measures against independent loops, and the tables."""
+"""Table 4: the synthetic images that are drawn, measures against independent loops, tables, and augment.py."""
 
 import csv
 import itertools
+import json
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from script_tools import files_of, succeed
 from torchmetrics.functional.classification import binary_accuracy, binary_auroc, binary_f1_score
 
 from ddpo_pytorch.augmentation import plan as planning
 from ddpo_pytorch.augmentation.report import MACRO, MEASURES, as_csv, compare, markdown, subgroups
-from ddpo_pytorch.data.isic import CAPTIONS
+from ddpo_pytorch.data.isic import CAPTIONS, read_split
+from ddpo_pytorch.data.sample_folder import folder_name
+from ddpo_pytorch.phantoms.skin import write_world
 from ddpo_pytorch.utils.errors import UserError
 
 NAMES = ("hair", "ink")
-
-
-def test_wanted_images_of_a_ratio_and_balanced():
-    real = {CAPTIONS[0]: 10, CAPTIONS[1]: 3, CAPTIONS[2]: 0, CAPTIONS[3]: 1}
-    assert planning.wanted_images(real, 0.5) == {CAPTIONS[0]: 5, CAPTIONS[1]: 2, CAPTIONS[3]: 1}  # halves go up
-    assert planning.wanted_images(real, 2.0) == {CAPTIONS[0]: 20, CAPTIONS[1]: 6, CAPTIONS[3]: 2}
-    assert planning.wanted_images(real, "balanced") == {CAPTIONS[0]: 0, CAPTIONS[1]: 7, CAPTIONS[3]: 9}
 
 
 def test_drawn_samples_are_distinct_paired_nested_and_counted():
@@ -40,7 +41,11 @@ def test_drawn_samples_are_distinct_paired_nested_and_counted():
     assert abs(times - 160).max() < 44
 
 
-def test_plan_names_and_folders():
+def test_wanted_images_names_and_folders_of_a_plan():
+    real = {CAPTIONS[0]: 10, CAPTIONS[1]: 3, CAPTIONS[2]: 0, CAPTIONS[3]: 1}
+    assert planning.wanted_images(real, 0.5) == {CAPTIONS[0]: 5, CAPTIONS[1]: 2, CAPTIONS[3]: 1}  # halves go up
+    assert planning.wanted_images(real, 2.0) == {CAPTIONS[0]: 20, CAPTIONS[1]: 6, CAPTIONS[3]: 2}
+    assert planning.wanted_images(real, "balanced") == {CAPTIONS[0]: 0, CAPTIONS[1]: 7, CAPTIONS[3]: 9}
     real = {CAPTIONS[0]: 2, CAPTIONS[1]: 1}
     captions = {"SD": [CAPTIONS[0]] * 3 + [CAPTIONS[1]], "SD-RL": [CAPTIONS[1]]}
     trainings = planning.plan(real, captions, planning.parse_ratios("1x, balanced"), planning.parse_seeds("3, 5"))
@@ -95,10 +100,11 @@ def test_means_spreads_and_paired_bootstrap_equal_a_loop():
         )
         return np.concatenate([table, table.mean(2, keepdims=True)], 2)
 
-    point, rng, differences = measures(keep), np.random.default_rng(0), []
-    for _ in range(100):  # images are drawn first, and those that count are taken from them
-        drawn = rng.integers(150, size=150)
-        means = measures(drawn[np.isin(drawn, keep)]).mean(1)
+    point, differences = measures(keep), []
+    for drawn in np.random.default_rng(0).integers(150, size=(100, 150)):
+        means = measures(drawn[np.isin(drawn, keep)]).mean(
+            1
+        )  # images are drawn first, those that count taken from them
         differences.append(means - means[:1])
     low, high = np.quantile(differences, [0.025, 0.975], axis=0)
     spread = np.std(differences, axis=0)
@@ -172,3 +178,99 @@ def test_stars_distinguish_seeds_that_agree():
     assert list(short) == list(full) == ["real", "all", "two", "none"]
     assert short["all"][0] == "1.000* / 100.00*" and full["all"][4].startswith("+50.00 [") and full["all"][4][-1] == "*"
     assert short["two"][0].endswith("66.67*?") and "*" not in short["none"][0]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A phantom world, and sample folders: all its training images, every second one, none, of an unknown caption."""
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder, num_train=60, num_val=24, num_test=40, seed=3, size=32, balanced=True)
+    for number, row in enumerate(read_split(folder / "splits" / "phantom_train.csv")):
+        for name in ("sd", "rl") if number % 2 else ("sd",):
+            target = folder / name / "images" / folder_name(row.caption)
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / "images" / f"{row.image}.jpg", target / f"{number:05d}.jpg")
+    (folder / "none" / "images" / folder_name(CAPTIONS[0])).mkdir(parents=True)
+    (folder / "unknown" / "images" / "a_dermoscopic_image").mkdir(parents=True)
+    return folder
+
+
+def command(world: Path, output: Path, *more: str, **changed) -> list[str]:
+    given = {"data_path": world / "images", "output": output, "arch": "tinynet_e", "weights": "none"}
+    given |= {"image_size": 32, "num_epochs": 1, "batch_size": 16, "learning_rate": 1e-3}
+    given |= {f"{split}_csv": world / "splits" / f"phantom_{split}.csv" for split in ("train", "val", "test")}
+    return ["augment.py", *(f"--{name}={value}" for name, value in (given | changed).items()), *more]
+
+
+@pytest.mark.slow
+def test_trainings_are_resumed_and_extended(world, tmp_path, run_flags):
+    output, sd, rl = tmp_path / "out", f"--samples=SD={world / 'sd'}", f"--samples=SD-RL={world / 'rl'}"
+    usual = {"ratios": "balanced", "seeds": "0,1", "cache_dir": tmp_path / "cache"}
+    run_flags(*command(world, output, sd, **usual))
+    one_folder = files_of(output)
+    log = run_flags(*command(world, output, sd, rl, **usual))
+    assert "6 training runs, 4 are complete" in log and "samples of" in log
+    before = files_of(output)
+    assert all(before[name] == content for name, content in one_folder.items() if "/" in name)
+    assert {name.split("/")[0] for name in before if "/" in name} == {"real", "SD_balanced", "SD-RL_balanced"}
+    parts = [f"SD_balanced/seed1/{n}" for n in ("artifact_classifier_H4", "settings", "test_logits", "cache")]
+    assert [any(name.startswith(part) for name in before) for part in parts] == [True, True, True, False]
+    assert list((tmp_path / "cache").iterdir())
+    table = json.loads(before["table4.json"])
+    rows = table["rows"]
+    assert {row["training"] for row in rows} == {"real", "real + balanced SD", "real + balanced SD-RL"}
+    assert {row["group"] for row in rows} == {"all", "minority"} and len(rows) == 2 * 5 * 3 * 3
+    stored = [load_file(output / "SD_balanced" / f"seed{seed}" / "test_logits.safetensors") for seed in range(2)]
+    test = read_split(world / "splits" / "phantom_test.csv")
+    assert all(one["labels"].tolist() == [list(row.labels[:4]) for row in test] for one in stored)
+    row = next(r for r in rows if (r["attribute"], r["training"]) == ("ruler", "real + balanced SD"))
+    expected = [binary_f1_score(one["logits"][:, 2].sigmoid(), one["labels"][:, 2].int()).item() for one in stored]
+    assert row["measure"] == "f1" and row["values"] == pytest.approx(expected, abs=1e-6) and len(set(expected)) > 1
+    assert table["test_images"] == 40 and before["table4.md"].decode() in log
+
+    # as if killed before the last logits were written: only these are computed again, and are the same
+    (output / "SD-RL_balanced" / "seed1" / "test_logits.safetensors").unlink()
+    log = run_flags(*command(world, output, sd, rl, **(usual | {"cache_dir": ""})))
+    assert "6 training runs, 5 are complete" in log and "epoch 0" not in log
+    after = files_of(output)
+    assert json.loads(after.pop("table4.json"))["rows"] == rows  # the file also records the flags
+    del before["table4.json"]
+    assert after == before
+
+
+@pytest.mark.slow
+def test_two_processes_six_heads_and_few_images(world, tmp_path):
+    flags = dict(num_classes=6, limit=40, seeds="5", minority_share=0.0, batch_size=8)
+    given = command(world, tmp_path / "out", f"--samples=SD={world / 'sd'}", **flags)
+    assert "1 seed(s)" in succeed(*given, processes=2).stderr
+    settings = json.loads((tmp_path / "out" / "SD_1" / "seed5" / "settings.json").read_text())["settings"]
+    assert settings["images_per_step"] == 16 and settings["train_images"]["images"] > 40
+    report = json.loads((tmp_path / "out" / "table4.json").read_text())
+    assert sum(group["real"] for group in report["subgroups"].values()) == 40
+    assert {row["attribute"] for row in report["rows"]} == {*("hair gel_bubble ruler ink MEL NV".split()), MACRO}
+    assert {row["group"] for row in report["rows"]} == {"all"} and report["seeds"] == [5]
+    assert load_file(tmp_path / "out" / "real" / "seed5" / "test_logits.safetensors")["logits"].shape == (40, 6)
+    assert not [name for name in files_of(tmp_path / "out") if "state" in name or "tmp" in name]
+
+
+def test_bad_input_is_refused_and_writes_nothing(world, run_flags, tmp_path, monkeypatch):
+    """Also split tables that cannot be used, and an output that was started with other settings."""
+    table = (world / "splits" / "phantom_train.csv").read_text().splitlines()
+    ink = table[0].split(",").index("ink")
+    (tmp_path / "overlap.csv").write_text("\n".join([*table[:1], *table[5:25], ""]))
+    no_ink = [line for line in table if line.split(",")[ink] in ("ink", "0")]
+    (tmp_path / "no_ink.csv").write_text("\n".join([*no_ink, ""]))
+    settings = tmp_path / "begun" / "SD_1" / "seed2" / "settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps({"settings": {"num_epochs": 7}, "about": {}}))
+    monkeypatch.chdir(tmp_path)
+    before, sd = files_of(tmp_path), f"--samples=SD={world / 'sd'}"
+    bad = [([f"--samples=SD={world}/none"], "holds no images"), ([], "--samples=SD=FOLDER")]
+    bad += [([f"--samples=SD={world}/unknown"], "'a_dermoscopic_image' is not named after one of the 32")]
+    bad += [([sd, "--minority_share=2"], "--minority_share is 2.0"), ([sd, "--learning_rate=0"], "learning_rate is 0")]
+    bad += [([sd, f"--train_csv={tmp_path / 'no_ink.csv'}"], "has no positive of 'ink' among its")]
+    bad += [([sd, f"--val_csv={tmp_path / 'overlap.csv'}"], "overlap.csv'; keep one of them")]
+    for options, message in *bad, ([sd, f"--output={tmp_path / 'begun'}"], "seed2' was made with arch="):
+        with pytest.raises(UserError, match=re.escape(message)):
+            run_flags(*command(world, tmp_path / "out", *options))
+        assert files_of(tmp_path) == before and not (tmp_path / "out").exists()
