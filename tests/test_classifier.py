@@ -106,14 +106,11 @@ def test_backbones_that_cannot_be_loaded(tmp_path, monkeypatch):
     state = timm.create_model("tinynet_e").state_dict()
     torch.save(state, tmp_path / "tiny.pth")
     torch.save(state | {"bn1.weight": torch.zeros(7)}, tmp_path / "few.pth")
-    for name, arch, message in (
-        ("tiny.pth", "efficientnet_b0", r"tiny.pth holds .*--arch.*efficientnet_b0"),
-        ("few.pth", "tinynet_e", r"few.pth.*bn1.weight.*\(7,\).*\(32,\).*--arch.*tinynet_e"),
-        ("absent.pth", "tinynet_e", "weights .*absent.pth"),
-    ):
+    other = ("tiny.pth", "efficientnet_b0", r"tiny.pth holds .*--arch.*efficientnet_b0")
+    few = ("few.pth", "tinynet_e", r"few.pth.*bn1.weight.*\(7,\).*\(32,\).*--arch.*tinynet_e")
+    for name, arch, message in other, few, ("absent.pth", "tinynet_e", "weights .*absent.pth"):
         with pytest.raises(UserError, match=message):
             fresh(tmp_path / name, arch)
-
     for name in ("timm.create_model", "torchvision.models._api.load_state_dict_from_url"):
         monkeypatch.setattr(name, Mock(side_effect=OSError("no network")))
     for arch, source in (("tinynet_e", "timm/tinynet_e.in1k"), (PUBLISHED_ARCH, TORCHVISION_FILE)):

@@ -3,7 +3,6 @@
 import json
 import shutil
 import time
-from functools import partial
 
 import pandas as pd
 import pytest
@@ -21,7 +20,6 @@ from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
-SCRIPT = "train_isic_classifier.py"
 H4 = "artifact_classifier_H4.safetensors"
 
 
@@ -29,20 +27,13 @@ def classifier_flags(world, folder, heads=4, **overrides):
     splits = {f"{name}_csv": world / "splits" / f"phantom_{name}.csv" for name in ("train", "val", "test")}
     options = {"data_path": world / "images", "num_classes": heads, "arch": "tinynet_e", "weights": "none"}
     options |= {"image_size": 32, "batch_size": 16, "num_epochs": 2, "checkpoint_dir": folder, **splits, **overrides}
-    return [f"--{name}={value}" for name, value in options.items()]
+    return ["train_isic_classifier.py", *(f"--{name}={value}" for name, value in options.items())]
 
 
 def without(world, folder, split, name):
-    """The split's table with no positive of an attribute."""
     table = pd.read_csv(world / "splits" / f"phantom_{split}.csv").assign(**{name: 0})
     table.to_csv(folder / f"no_{name}.csv", index=False)
     return folder / f"no_{name}.csv"
-
-
-@pytest.fixture
-def run(run_flags):
-    """`run_flags` of this script."""
-    return partial(run_flags, SCRIPT)
 
 
 EXTRA = ("--calibrate_thresholds", "--ema_decay=0.9")
@@ -53,10 +44,10 @@ def trained(world, tmp_path_factory):
     """A folder with a classifier of 2 epochs of two processes, without its cache, and what the training said."""
     folder = tmp_path_factory.mktemp("trained")
     options = classifier_flags(world, folder, cache_dir=folder.parent / "cache", batch_size=8, limit=45)
-    return folder, succeed(SCRIPT, *options, *EXTRA, processes=2).stderr
+    return folder, succeed(*options, *EXTRA, processes=2).stderr
 
 
-def test_a_killed_training_ends_like_one_that_was_not(world, trained, tmp_path, run):
+def test_a_killed_training_ends_like_one_that_was_not(world, trained, tmp_path, run_flags):
     """Two processes with numbers of images that they cannot divide."""
     folder, said = trained
     model = load_classifier(folder / H4)
@@ -66,43 +57,43 @@ def test_a_killed_training_ends_like_one_that_was_not(world, trained, tmp_path, 
     assert_validation_loss(said, world, folder / H4, 4)
 
     options = [*classifier_flags(world, tmp_path, batch_size=8, limit=45), *EXTRA]
-    script = Script(f"scripts/{SCRIPT}", *options, processes=2)
+    script = Script(f"scripts/{options[0]}", *options[1:], processes=2)
     while not (tmp_path / H4).is_file() and script.poll():
         time.sleep(0.01)
     script.kill()
     state = tmp_path / "artifact_classifier_H4.unfinished.pt"
     assert state.is_file()
-    for other, what in (
-        ("--learning_rate=1e-3", "learning_rate=0.0001.* 0.001"),
-        (f"--checkpoint={folder / H4}", "initial weights"),
-        ("--limit=0", "epoch_images=45.* 48"),
-    ):
+    others = {"--learning_rate=1e-3": "learning_rate=0.0001.* 0.001", "--limit=0": "epoch_images=45.* 48"}
+    for other, what in (others | {f"--checkpoint={folder / H4}": "initial weights"}).items():
         with pytest.raises(UserError, match=what):
-            run(*options, other)
-    assert f"{tmp_path / H4} is the best epoch so far" in run(*options, "--mode=test")
+            run_flags(*options, other)
+    assert f"{tmp_path / H4} is the best epoch so far" in run_flags(*options, "--mode=test")
     (tmp_path / H4).unlink()  # what the state says is written again
-    resumed = succeed(SCRIPT, *options, processes=2).stderr
+    resumed = succeed(*options, processes=2).stderr
     assert f"resuming from {state}" in resumed and "epoch 0:" not in resumed and not state.exists()
     assert (tmp_path / H4).read_bytes() == (folder / H4).read_bytes()  # weights and thresholds
     with pytest.raises(UserError, match=f"{H4}' exists already.*--checkpoint_dir"):
-        run(*options)
+        run_flags(*options)
 
 
-def test_test_mode(world, trained, tmp_path, run):
+def test_test_mode(world, trained, tmp_path, run_flags):
     options = classifier_flags(world, tmp_path, mode="test", checkpoint=trained[0] / H4, limit=13, cache_dir="")
-    said, names = run(*options), [f"test_H4{end}" for end in (".csv", ".json", "_confusion.png", "_reliability.png")]
+    said, names = (
+        run_flags(*options),
+        [f"test_H4{end}" for end in (".csv", ".json", "_confusion.png", "_reliability.png")],
+    )
     assert sorted(files_of(tmp_path)) == names and all(name in said for name in ("average_precision", *names))
     rows = json.loads((tmp_path / "test_H4.json").read_text())
     assert sum(row["support"] for row in rows if row["what"].startswith("only")) == 13
     assert [row["threshold"] for row in rows[:4]] == list(load_classifier(trained[0] / H4).thresholds.values())
     with pytest.raises(UserError, match="4 heads"):
-        run(*classifier_flags(world, tmp_path, 6, mode="test", checkpoint=trained[0] / H4))
+        run_flags(*classifier_flags(world, tmp_path, 6, mode="test", checkpoint=trained[0] / H4))
 
     # on reconstructions by an autoencoder, too
     vae = build_vae((8, 8), 48).requires_grad_(False).eval()
     vae.save_pretrained(tmp_path / "sd" / "vae")
     more = {"through_vae": tmp_path / "sd", "cache_dir": ""}
-    run(*classifier_flags(world, tmp_path / "out", mode="test", checkpoint=trained[0] / H4, **more))
+    run_flags(*classifier_flags(world, tmp_path / "out", mode="test", checkpoint=trained[0] / H4, **more))
     rows, paths, _ = load_split(world / "splits" / "phantom_test.csv", world / "images")
     images, labels = torch.stack([load_pixels(path, 48) for path in paths]), torch.tensor([row.labels for row in rows])
     for name, seen in (("original", images), ("reconstructed", reconstruct(vae, images))):
@@ -110,7 +101,7 @@ def test_test_mode(world, trained, tmp_path, run):
         expected = multilabel_auroc(logits, labels[:, :4], num_labels=4, average=None).tolist()
         written = json.loads((tmp_path / "out" / f"test_H4_{name}.json").read_text())
         assert [row["auc"] for row in written[:4]] == pytest.approx(expected, abs=0.05)
-    run(*classifier_flags(world, tmp_path / "learned", num_epochs=1, **more))
+    run_flags(*classifier_flags(world, tmp_path / "learned", num_epochs=1, **more))
     assert load_classifier(tmp_path / "learned" / H4).image_size != 48  # of the autoencoder: it keeps its own
 
 
@@ -126,49 +117,45 @@ def assert_validation_loss(said, world, file, heads, weighted=False, gamma=0):
     assert float(said.split("validation loss ")[1].split(",")[0]) == pytest.approx(expected, abs=1e-4)
 
 
-def test_options_reach_the_training(world, trained, tmp_path, run):
+def test_options_reach_the_training(world, trained, tmp_path, run_flags):
     """Imbalance options, the backbone of another classifier, loading processes, no cache."""
     extra = {"weights": trained[0] / H4, "num_epochs": 1, "focal_gamma": 2, "num_workers": 1, "cache_dir": ""}
-    done = run(*classifier_flags(world, tmp_path, 6, **extra), "--pos_weight")
+    done = run_flags(*classifier_flags(world, tmp_path, 6, **extra), "--pos_weight")
     assert f"backbone from {trained[0] / H4}" in done
     (file,) = tmp_path.iterdir()
     assert_validation_loss(done, world, file, 6, weighted=True, gamma=2)
 
 
-def test_classifier_is_published_and_tested_without_positives(world, tmp_path, run):
+def test_classifier_is_published_and_tested_without_positives(world, tmp_path, run_flags):
     options = classifier_flags(world, tmp_path, arch="efficientnet_b0", num_epochs=1)
-    assert "will not state its image size" in run(*options, "--save_published")
+    assert "will not state its image size" in run_flags(*options, "--save_published")
     model = load_classifier(tmp_path / H4)
     published = load_classifier(tmp_path / "artifact_classifier_train_H4.pth")
     pixels = torch.randn(2, 3, 64, 64)
     assert torch.allclose(published(pixels), model(pixels), atol=1e-5)
 
     table = without(world, tmp_path, "test", "ink")
-    tested = run(*options, "--mode=test", f"--test_csv={table}")
+    tested = run_flags(*options, "--mode=test", f"--test_csv={table}")
     assert f"{str(table)!r} has no positive of 'ink' among its 16 images; its AUC is undefined" in tested
     rows = pd.read_csv(tmp_path / "test_H4.csv", index_col="what")
     assert rows.loc["ink", ["auc", "recall"]].isna().all() and rows.loc["hair", "auc"] > 0
 
 
-def test_classifier_training_that_cannot_work_stops_at_once(world, tmp_path, run):
-    for extra, message in (
-        (f"--val_csv={without(world, tmp_path, 'val', 'ruler')}", "no_ruler.csv.*no positive of 'ruler'"),
-        ("--save_published", "--arch.*'tinynet_e'"),
-        ("--mixed_precision=fp16", "mixed_precision.*'fp16'"),
-        ("--weights=/nowhere.pth", "weights.*'/nowhere.pth'"),
-    ):
+def test_a_training_that_cannot_work_stops_at_once_and_damaged_images_are_left_out_on_request(
+    world, tmp_path, run_flags
+):
+    bad = {"--save_published": "--arch.*'tinynet_e'", "--mixed_precision=fp16": "mixed_precision.*'fp16'"}
+    bad |= {f"--val_csv={without(world, tmp_path, 'val', 'ruler')}": "no_ruler.csv.*no positive of 'ruler'"}
+    for extra, message in (bad | {"--weights=/nowhere.pth": "weights.*'/nowhere.pth'"}).items():
         with pytest.raises(UserError, match=message):
-            run(*classifier_flags(world, tmp_path / "out"), extra)
+            run_flags(*classifier_flags(world, tmp_path / "out"), extra)
         assert not (tmp_path / "out").exists()
-
-
-def test_a_damaged_image_stops_the_training_or_is_left_out_on_request(world, tmp_path, run):
     shutil.copytree(world, tmp_path / "world")
     victim = tmp_path / "world" / "images" / "PHANTOM_0000005.jpg"
     victim.write_bytes(victim.read_bytes()[:400])
     for extra in ({}, {"num_workers": 1, "cache_dir": ""}):  # decoded here, and by a loading process
         arguments = classifier_flags(tmp_path / "world", tmp_path / "out", num_epochs=1, **extra)
         with pytest.raises(UserError, match="PHANTOM_0000005.jpg' cannot be read as an image"):
-            run(*arguments)
-    said = run(*arguments, "--skip_broken")
+            run_flags(*arguments)
+    said = run_flags(*arguments, "--skip_broken")
     assert "47 images" in said and victim.name in said

@@ -22,15 +22,9 @@ from ddpo_pytorch.utils.errors import UserError
 HEADS = LABELS[:4]
 
 
-@pytest.fixture
-def accelerators():
-    """Function (mixed precision): an accelerator on the CPU."""
-
-    def make(mixed_precision="no"):
-        forget()
-        return Accelerator(cpu=True, mixed_precision=mixed_precision)
-
-    return make
+def new_accelerator(mixed_precision="no"):
+    forget()
+    return Accelerator(cpu=True, mixed_precision=mixed_precision)
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +36,13 @@ def sets(world):
     return found
 
 
-def new_model(seed=0):
-    torch.manual_seed(seed)
+def new_model():
+    torch.manual_seed(0)
     return ArtifactClassifier(HEADS, 32, "tinynet_e")
+
+
+def flat(model):
+    return torch.cat([value.detach().flatten() for value in model.parameters()])
 
 
 def test_loss_equals_independent_formulas():
@@ -99,10 +97,7 @@ def test_flips_mirror_each_image_on_its_own():
         variants += [variant.transpose(-1, -2) for variant in variants]
 
 
-RECIPE = Recipe(num_epochs=3, batch_size=16, learning_rate=2e-3, seed=7, ema_decay=0.6, quarter_turns=True)
-
-
-def test_the_running_average_is_what_is_validated_and_kept(accelerators, sets, monkeypatch):
+def test_the_running_average_is_what_is_validated_and_kept(sets, monkeypatch):
     after, rates, update = [], [], training.ModelEmaV3.update
 
     def record(self, network, step):
@@ -114,8 +109,9 @@ def test_the_running_average_is_what_is_validated_and_kept(accelerators, sets, m
 
     monkeypatch.setattr(training.ModelEmaV3, "update", record)
     monkeypatch.setattr(training.TrainState, "save", save)
+    recipe = Recipe(num_epochs=3, batch_size=16, learning_rate=2e-3, seed=7, ema_decay=0.6, quarter_turns=True)
     model, before = new_model(), torch.random.get_rng_state()
-    best = fit(accelerators(), model, sets["train"], sets["val"], RECIPE, epoch_images=31)
+    best = fit(new_accelerator(), model, sets["train"], sets["val"], recipe, epoch_images=31)
     assert torch.equal(torch.random.get_rng_state(), before)  # the caller's random numbers are its own
     curve = [1e-6 + (2e-3 - 1e-6) * (1 + math.cos(math.pi * epoch / 3)) / 2 for epoch in range(1, 4)]
     assert rates == pytest.approx(curve, rel=1e-6) and len(after) == 6
@@ -128,11 +124,11 @@ def test_the_running_average_is_what_is_validated_and_kept(accelerators, sets, m
             torch.testing.assert_close(value.double(), average, rtol=1e-4, atol=1e-6)
 
 
-def test_the_best_epoch_is_kept_and_patience_ends_the_training(accelerators, sets, caplog):
+def test_the_best_epoch_is_kept_and_patience_ends_the_training(sets, caplog):
     caplog.set_level("INFO")
     val = ImageFiles(sets["val"].paths, 1 - sets["val"].targets, 32)  # the better the training, the worse
     recipe = Recipe(num_epochs=9, patience=2, batch_size=16, learning_rate=5e-3)
-    model, calls, accelerator = new_model(), [], accelerators()
+    model, calls, accelerator = new_model(), [], new_accelerator()
     result = fit(accelerator, model, sets["train"], val, recipe, on_best=calls.append)
     lines = [record.message for record in caplog.records if record.message.startswith("epoch ")]
     assert len(lines) == result.epoch + 3 < 9
@@ -143,15 +139,14 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_training(accelerators, set
     assert calls[-1].accuracy.tolist() == ((logits > 0) == (labels > 0)).float().mean(0).tolist()
 
 
-def test_half_of_each_batch_and_all_validation_images_again_are_changed(accelerators, sets):
+def test_half_of_each_batch_and_all_validation_images_again_are_changed(sets):
     recipe, seen, weights = Recipe(num_epochs=1, batch_size=16), [], []
-
     for change in (None, lambda images: seen.append(images.clone()) or images, torch.zeros_like):
         model = new_model()
-        best = fit(accelerators(), model, sets["train"], sets["val"], recipe, change=change)
-        weights.append(torch.cat([value.flatten() for value in model.parameters()]))
+        best = fit(new_accelerator(), model, sets["train"], sets["val"], recipe, change=change)
+        weights.append(flat(model))
         changes = (None, change) if change else (None,)
-        logits = torch.cat([predict(accelerators(), model, sets["val"], 16, change=one)[0] for one in changes])
+        logits = torch.cat([predict(new_accelerator(), model, sets["val"], 16, change=one)[0] for one in changes])
         assert torch.equal(best.logits, logits)
         expected = F.binary_cross_entropy_with_logits(logits, sets["val"].targets.float().repeat(len(changes), 1))
         assert best.val_loss == pytest.approx(expected.item(), rel=1e-6)
@@ -163,12 +158,12 @@ def test_half_of_each_batch_and_all_validation_images_again_are_changed(accelera
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-def test_trainings_that_cannot_work_leave_nothing(accelerators, sets, tmp_path):
+def test_trainings_that_cannot_work_leave_nothing(sets, tmp_path):
     recipe = Recipe(num_epochs=2, batch_size=16, learning_rate=1e30)
     with pytest.raises(UserError, match="never finite"):
-        fit(accelerators(), new_model(), sets["train"], sets["val"], recipe, state_path=tmp_path / "state.pt")
+        fit(new_accelerator(), new_model(), sets["train"], sets["val"], recipe, state_path=tmp_path / "state.pt")
     with pytest.raises(UserError, match="too few"):
-        fit(accelerators(), new_model(), sets["train"], sets["val"], RECIPE, epoch_images=0)
+        fit(new_accelerator(), new_model(), sets["train"], sets["val"], Recipe(), epoch_images=0)
     assert not any(tmp_path.iterdir())
     for field, value in (("patience", 0), ("ema_decay", 1.0), ("focal_gamma", math.inf), ("seed", -1)):
         with pytest.raises(UserError, match=f"{field} is {value}"):
@@ -177,31 +172,27 @@ def test_trainings_that_cannot_work_leave_nothing(accelerators, sets, tmp_path):
     assert Recipe() == Recipe(20, 15, 32, 1e-4, **off, seed=42, num_workers=0)  # the official values
 
 
-def test_a_stopped_training_does_not_resume_on_replaced_images(accelerators, sets, tmp_path, monkeypatch):
+def test_a_stopped_training_does_not_resume_on_replaced_images(sets, tmp_path, monkeypatch):
     shutil.copy(sets["train"].paths[0], tmp_path / "0.png")
     train = ImageFiles([tmp_path / "0.png", *sets["train"].paths[1:]], sets["train"].targets, 32)
     state, recipe = tmp_path / "state.pt", Recipe(num_epochs=1, batch_size=16)
-
     monkeypatch.setattr(training.TrainState, "remove", Mock(side_effect=InterruptedError))
     with pytest.raises(InterruptedError):
-        fit(accelerators(), new_model(), train, sets["val"], recipe, state_path=state)
+        fit(new_accelerator(), new_model(), train, sets["val"], recipe, state_path=state)
     shutil.copy(sets["train"].paths[1], tmp_path / "0.png")
     with pytest.raises(UserError, match="training images="):
-        fit(accelerators(), new_model(), train, sets["val"], recipe, state_path=state)
+        fit(new_accelerator(), new_model(), train, sets["val"], recipe, state_path=state)
 
 
-def test_bf16_trains_float32_weights_and_leaves_the_model_as_it_was(accelerators, sets):
-    runs = []
-    for precision in ("no", "bf16"):
-        runs.append(new_model())
-        recipe = Recipe(num_epochs=1, batch_size=16, learning_rate=2e-3)
-        assert fit(accelerators(precision), runs[-1], sets["train"], sets["val"], recipe).logits.dtype == torch.float32
+def test_bf16_trains_float32_weights_and_leaves_the_model_as_it_was(sets):
+    runs, recipe = {"no": new_model(), "bf16": new_model()}, Recipe(num_epochs=1, batch_size=16, learning_rate=2e-3)
+    for precision, model in runs.items():
+        assert fit(new_accelerator(precision), model, sets["train"], sets["val"], recipe).logits.dtype == torch.float32
     # Both move the same way: cosine .82 to .84 on several instruction sets, 0 for unrelated trainings. Logits are no
     # measure: after one epoch they are near 0 for every image.
-    start = new_model().state_dict()
-    moved = [torch.cat([(value - start[name]).flatten() for name, value in model.named_parameters()]) for model in runs]
+    moved = [flat(model) - flat(new_model()) for model in runs.values()]
     assert 0.5 < F.cosine_similarity(*moved, dim=0) < 0.99
-    assert all(value.dtype in (torch.float32, torch.int64) for value in runs[1].state_dict().values())
+    assert all(value.dtype in (torch.float32, torch.int64) for value in model.state_dict().values())
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(runs[1](pixels), ArtifactClassifier.forward(runs[1], pixels))  # without autocast
+        assert torch.equal(model(pixels), ArtifactClassifier.forward(model, pixels))  # without autocast

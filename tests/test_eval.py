@@ -20,7 +20,7 @@ from tiny_unet import randomize
 
 from ddpo_pytorch.data.images import load_image, save_image
 from ddpo_pytorch.data.isic import labels_of
-from ddpo_pytorch.data.sample_folder import folder_name, list_samples, merge_parts, part_log, read_entries
+from ddpo_pytorch.data.sample_folder import folder_name, list_samples, merge_parts, part_log, read_entries, read_log
 from ddpo_pytorch.generator.lora import add_lora, save_lora
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.classifier import load_classifier
@@ -37,13 +37,8 @@ def images_of(folder: Path) -> dict[str, bytes]:
     return {path: data for path, data in files_of(folder).items() if path.startswith("images/")}
 
 
-def log_of(folder: Path) -> list[dict]:
-    return json.loads((folder / "image_log.json").read_text())
-
-
 @pytest.fixture
 def evaluate(run_main, config_file):
-    """Function (logdir, fields): eval.py's main in this process."""
     return lambda folder, **fields: run_main("eval.py", config_file, logdir=str(folder), **fields)
 
 
@@ -67,7 +62,6 @@ def command(config_file, run_dir):
 
 @pytest.fixture(scope="module")
 def samples(command, tmp_path_factory) -> Path:
-    """The folder that one process of eval.py writes."""
     folder = tmp_path_factory.mktemp("samples") / "rl"
     said = succeed("eval.py", *command(folder)).stderr
     assert "44 images for 4 prompts, 44 missing" in said
@@ -77,32 +71,25 @@ def samples(command, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_log_settings_and_images(samples, judges, run_dir):
-    log = log_of(samples)
-    assert [entry["sampleID"] for entry in log] == list(range(44))
-    expected = [(p, f"images/{folder_name(p)}/{i:05d}.png") for p in PROMPTS for i in range(COUNT)]
-    assert [(entry["prompt"], entry["path_to_img"]) for entry in log] == expected
+    log = read_log(samples)
+    places = [(prompt, f"images/{folder_name(prompt)}/{index:05d}.png") for prompt in PROMPTS for index in range(COUNT)]
+    expected = [(number, *place) for number, place in enumerate(places)]
+    assert [(entry["sampleID"], entry["prompt"], entry["path_to_img"]) for entry in log] == expected
     assert len({entry["seed"] for entry in log}) == 44
     images = torch.stack([load_image(samples / entry["path_to_img"]) for entry in log])
     assert images.shape == (44, 3, 64, 64) and images.std() > 0.01
     logits = load_classifier(judges[6]).logits(images)
     torch.testing.assert_close(torch.tensor([entry["logits"] for entry in log]), logits, rtol=1e-4, atol=1e-5)
-    for entry, predicted in zip(log, (logits > 0).long().tolist(), strict=True):
-        stated = list(labels_of(entry["prompt"]))
-        assert entry["labels"] == stated and entry["predictions"] == predicted and not entry["black"]
-        assert entry["reward"] == f"{sum(a == b for a, b in zip(stated, predicted, strict=True)) / 6:.4f}"
+    for entry, predicted in zip(log, (logits > 0).long(), strict=True):
+        stated = torch.tensor(labels_of(entry["prompt"]))
+        assert entry["labels"] == stated.tolist() and entry["predictions"] == predicted.tolist() and not entry["black"]
+        assert entry["reward"] == f"{(stated == predicted).double().mean():.4f}"
     settings, about = (json.loads((samples / "settings.json").read_text())[key] for key in ("settings", "about"))
     assert settings["seed"] == 42 and settings["device"] == "cpu" and settings["images_per_pass"] is None
     assert {entry["weights_sha256"] for entry in log} == {settings["weights_sha256"]}
     assert about["prompts"] == list(PROMPTS) and about["classifier"] == str(judges[6])
     assert about["load_from"] == str(run_dir) and about["versions"]["torch"] == torch.__version__.split("+")[0]
     assert not list(samples.glob("*.jsonl"))
-
-
-def test_nodes_without_a_common_folder_are_refused(tmp_path):
-    check_shared = load_module(ROOT / "scripts" / "eval.py").check_shared
-    check_shared(tmp_path, [True, True])
-    with pytest.raises(UserError, match=f"process 1 does not see {str(tmp_path)!r}"):
-        check_shared(tmp_path, [True, False])
 
 
 @pytest.mark.slow
@@ -143,25 +130,23 @@ def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(samples,
     assert files_of(samples) == whole
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"eval__batch_size": 0}, "eval.batch_size is 0"),
-        ({"sample__num_steps": 1001}, "sample.num_steps is 1001.*999"),
-        ({"sample__scheduler": "euler"}, r"sample.scheduler is 'euler'.*ddim, dpm\+\+"),
-        ({"eval__prompts": ("a\nb",)}, r"eval.prompts, prompt 1: 'a\\nb' .*U\+000A"),
-        ({"eval__prompts": ("a", "b", "a"), "eval__classifier": ""}, "prompt 'a' is given twice"),
-        ({"eval__prompts": ("a nevus",)}, "'a nevus' .*--config.eval.classifier="),
-        ({"load_from": "/etc/passwd"}, "/etc/passwd"),
-        ({"eval__lora_scale": -1.0}, "eval.lora_scale is -1.0"),
-        ({"pretrained__model": "/absent"}, "/absent"),
-        ({"eval__classifier": "absent.pth"}, "'absent.pth'"),
-    ],
-)
-def test_bad_input(fields, message, evaluate, tmp_path):
-    with pytest.raises(UserError, match=message) as caught:
-        evaluate(tmp_path / "x", **fields)
-    assert "\n" not in str(caught.value) and not (tmp_path / "x").exists()
+def test_bad_input(evaluate, tmp_path):
+    bad = [("eval__batch_size", 0, "eval.batch_size is 0"), ("sample__num_steps", 1001, "num_steps is 1001.*999")]
+    bad += [("load_from", "/etc/passwd", "/etc/passwd"), ("eval__lora_scale", -1.0, "eval.lora_scale is -1.0")]
+    bad += [("pretrained__model", "/absent", "/absent"), ("eval__classifier", "absent.pth", "'absent.pth'")]
+    bad += [("sample__scheduler", "euler", r"sample.scheduler is 'euler'.*ddim, dpm\+\+")]
+    bad += [("eval__prompts", ("a\nb",), r"eval.prompts, prompt 1: 'a\\nb' .*U\+000A")]
+    bad += [("eval__prompts", PROMPTS[:1] * 2, f"prompt {re.escape(repr(PROMPTS[0]))} is given twice")]
+    bad += [("eval__prompts", ("a nevus",), "'a nevus' .*--config.eval.classifier=")]
+    for field, value, message in bad:
+        with pytest.raises(UserError, match=message) as caught:
+            evaluate(tmp_path / "x", **{field: value})
+        assert "\n" not in str(caught.value) and not (tmp_path / "x").exists()
+    # nodes without a common folder
+    check_shared = load_module(ROOT / "scripts" / "eval.py").check_shared
+    check_shared(tmp_path, [True, True])
+    with pytest.raises(UserError, match=f"process 1 does not see {str(tmp_path)!r}"):
+        check_shared(tmp_path, [True, False])
 
 
 def test_adapters_scaled_to_zero_draw_the_base_models_images(evaluate, run_dir, tmp_path):
@@ -179,7 +164,7 @@ def test_any_prompt_gets_a_folder_of_its_own_which_the_log_maps(evaluate, tmp_pa
     (tmp_path / "odd.txt").write_text("\n".join(odd), encoding="utf-8")
     given = {"prompt_fn_kwargs": {"path": str(tmp_path / "odd.txt")}, "eval__num_samples_per_prompt": 1}
     evaluate(tmp_path / "x", **PLAIN | given)
-    entries = log_of(tmp_path / "x")
+    entries = read_log(tmp_path / "x")
     assert [entry["prompt"] for entry in entries] == odd and {entry["reward"] for entry in entries} == {None}
     assert len({(tmp_path / "x" / entry["path_to_img"]).parent for entry in entries}) == len(odd)
     assert sorted(caption for _, caption in list_samples(tmp_path / "x")) == sorted(odd)
@@ -199,9 +184,8 @@ def test_batch_size_other_prompts_and_more_images_change_no_byte(evaluate, tmp_p
     assert len(drawn["subset"]) == 6 and drawn["subset"].items() <= drawn["1"].items()
 
 
-@pytest.mark.parametrize(
-    ("scheduler", "eta", "guidance"), [("ddim", 1.0, 3.0), ("ddim", 0.0, 1.0), ("dpm++", 1.0, 3.0), ("dpm++", 1.0, 1.0)]
-)
+@pytest.mark.parametrize(("eta", "guidance"), [(1.0, 3.0), (0.0, 1.0)])
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm++"])
 def test_images_are_those_of_diffusers(scheduler, eta, guidance, evaluate, tiny_pipeline_dir, tmp_path):
     fields = {"sample__scheduler": scheduler, "sample__eta": eta, "sample__guidance_scale": guidance}
     evaluate(tmp_path, **PLAIN | fields, eval__num_samples_per_prompt=1)
@@ -213,7 +197,7 @@ def test_images_are_those_of_diffusers(scheduler, eta, guidance, evaluate, tiny_
         kind = {"algorithm_type": "dpmsolver++", "solver_order": 2}
         pipe.scheduler, arguments = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **kind), {}
     arguments |= {"num_inference_steps": 2, "guidance_scale": guidance, "output_type": "pt"}
-    for entry in log_of(tmp_path):
+    for entry in read_log(tmp_path):
         own = load_image(tmp_path / entry["path_to_img"])
         image = pipe(entry["prompt"], generator=torch.Generator().manual_seed(entry["seed"]), **arguments).images[0]
         assert (image - own).abs().max() < 0.51 / 255  # half a level of rounding, and the last bits
@@ -222,7 +206,7 @@ def test_images_are_those_of_diffusers(scheduler, eta, guidance, evaluate, tiny_
 def test_a_judge_of_four_attributes_sees_jpegs_as_stored(evaluate, judges, tmp_path):
     fields = {"eval__num_samples_per_prompt": 1, "sample__num_steps": 2, "eval__classifier": str(judges[4])}
     evaluate(tmp_path, eval__image_format="jpg", **fields)
-    log = log_of(tmp_path)
+    log = read_log(tmp_path)
     assert [entry["path_to_img"] for entry in log] == [f"{folder}/00000.jpg" for folder in FOLDERS]
     assert [entry["labels"] for entry in log] == [list(labels_of(prompt))[:4] for prompt in PROMPTS]
     logits = load_classifier(judges[4]).logits(torch.stack([load_image(tmp_path / e["path_to_img"]) for e in log]))
@@ -237,11 +221,11 @@ def test_other_prompts_join_a_folder_and_unplanned_files_are_reported(evaluate, 
     first = images_of(tmp_path)
     evaluate(tmp_path, **fields, eval__prompts=PROMPTS[:3])
     assert len(first) == 4 and first.items() <= images_of(tmp_path).items() and len(images_of(tmp_path)) == 6
-    assert [entry["prompt"] for entry in log_of(tmp_path)] == [prompt for prompt in PROMPTS[:3] for _ in range(2)]
+    assert [entry["prompt"] for entry in read_log(tmp_path)] == [prompt for prompt in PROMPTS[:3] for _ in range(2)]
     stray = shutil.copy(tmp_path / FOLDERS[2] / "00000.png", tmp_path / FOLDERS[2] / "foreign.png")
     evaluate(tmp_path, **fields | {"eval__num_samples_per_prompt": 1}, eval__prompts=(PROMPTS[2], PROMPTS[0]))
     places = [f"{FOLDERS[prompt]}/0000{index}.png" for prompt in (2, 0, 1) for index in range(2)]
-    assert [(entry["sampleID"], entry["path_to_img"]) for entry in log_of(tmp_path)] == list(enumerate(places))
+    assert [(entry["sampleID"], entry["path_to_img"]) for entry in read_log(tmp_path)] == list(enumerate(places))
     first = tmp_path / min(places[1], *places[3:])
     assert f"4 images were not requested by this command, the first is {first}" in caplog.text
     assert re.search(f"1 files are not in image_log.json.* {re.escape(str(stray))}", caplog.text)
@@ -262,7 +246,7 @@ def test_images_that_vanish_are_missed_and_damaged_ones_drawn_again(evaluate, tm
             evaluate(tmp_path, **PLAIN)
     evaluate(tmp_path, **PLAIN)
     before = files_of(tmp_path)
-    cut, changed, text, pipe = (tmp_path / entry["path_to_img"] for entry in log_of(tmp_path)[:4])
+    cut, changed, text, pipe = (tmp_path / entry["path_to_img"] for entry in read_log(tmp_path)[:4])
     data = changed.read_bytes()
     cut.write_bytes(cut.read_bytes()[:-100])
     changed.write_bytes(data[:300] + bytes([data[300] ^ 1]) + data[301:])
@@ -290,8 +274,8 @@ def test_images_that_are_not_finite_are_named_and_black_ones_reported(evaluate, 
         evaluate(tmp_path / "x", **PLAIN)
     message = str(caught.value)
     assert f"{FOLDERS[0]}/00000.png of {faulty!r}" in message and "\n" not in message
-    assert [entry["prompt"] for entry in log_of(tmp_path / "x")] == [prompt for prompt in PROMPTS[1:] for _ in range(3)]
-    assert [entry["black"] for entry in log_of(tmp_path / "x")] == 3 * [True] + 6 * [False]
+    logged = [(entry["prompt"], entry["black"]) for entry in read_log(tmp_path / "x")]
+    assert logged == [(prompt, prompt == black) for prompt in PROMPTS[1:] for _ in range(3)]
     assert f"3 images are black, the first is {tmp_path / 'x' / FOLDERS[1] / '00000.png'}" in caplog.text
     sound, drawn = images_of(tmp_path / "sound"), images_of(tmp_path / "x")
     finite = {path for path in sound if Path(path).parent.name in map(folder_name, others)}
@@ -326,7 +310,6 @@ def test_an_error_while_drawing_ends_the_run(tiny_pipeline_dir, tmp_path):
 def test_the_log_survives_torn_lines_and_counts_only_images_that_exist(tmp_path):
     for name in ("b", "a", "c"):
         save_image(tmp_path / f"{name}.png", torch.zeros(3, 4, 4))
-
     torn = b'{"path_to_img": "b.png", "x": 1}\n{"path_to_img": "c\xff.png"}\n[1]\n{"prompt": "x"}\n{"path_to_img": 3}\n'
     (tmp_path / "image_log.part1.jsonl").write_bytes(torn + b'{"path_to_img": "c.png", "\xe9')
     (tmp_path / "empty.png").touch()

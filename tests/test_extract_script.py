@@ -1,6 +1,5 @@
 """extract_dataset_latents.py: images, log and latents; one and two processes; interruptions; bad input."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +12,7 @@ from script_tools import files_of, options, succeed
 
 from ddpo_pytorch.data.images import load_image, save_image
 from ddpo_pytorch.data.isic import CAPTIONS, caption_of
-from ddpo_pytorch.data.sample_folder import folder_name, list_samples, title_of
+from ddpo_pytorch.data.sample_folder import folder_name, list_samples, read_log, title_of
 from ddpo_pytorch.generator.from_scratch import build_vae
 from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, fingerprint, write_index
 from ddpo_pytorch.generator.pipeline import load_pipeline
@@ -25,37 +24,34 @@ from ddpo_pytorch.utils.errors import UserError
 def table(tmp_path_factory) -> Path:
     """Seven rows of the official columns; rows 2 and 5 have no image."""
     folder, generator = tmp_path_factory.mktemp("isic"), torch.Generator().manual_seed(0)
-    lines = ["image,MEL,NV,dark_corner,hair,gel_bubble,ruler,ink"]
+    table = "image,MEL,NV,dark_corner,hair,gel_bubble,ruler,ink\n"
     for row in range(7):
-        lines.append(f"ISIC_{row},{float(row < 3)},{float(row >= 3)},1,{row % 2},0,{row // 4},0")
+        table += f"ISIC_{row},{float(row < 3)},{float(row >= 3)},1,{row % 2},0,{row // 4},0\n"
         if row not in (2, 5):
             save_image(folder / "image.png", torch.rand(3, 40, 50, generator=generator))
             (folder / "image.png").rename(folder / f"ISIC_{row}{'_downsampled' if row == 3 else ''}.jpg")
-    (folder / "split.csv").write_text("\n".join([*lines, ""]))
+    (folder / "split.csv").write_text(table)
     return folder
 
 
 @pytest.fixture
 def extract(table, config_file, run_main, tmp_path):
     """Function of fields: run the script in this process, on the table, into tmp_path / "x"."""
-
-    def run(**fields):
-        usual = {"dataset__csv": str(table / "split.csv"), "dataset__data_path": str(table), "dataset__image_size": 64}
-        run_main("extract_dataset_latents.py", config_file, **usual | {"logdir": str(tmp_path / "x")} | fields)
-
-    return run
+    usual = {"dataset__csv": str(table / "split.csv"), "dataset__data_path": str(table), "dataset__image_size": 64}
+    usual["logdir"] = str(tmp_path / "x")
+    return lambda **fields: run_main("extract_dataset_latents.py", config_file, **usual | fields)
 
 
 @pytest.mark.slow
 def test_several_shards_are_the_same_from_two_processes(table, extract, config_file, tmp_path):
     """514 rows of the same few pictures: three shards, of which the other process writes the second."""
     (tmp_path / "images").mkdir()
-    lines, rows = (table / "split.csv").read_text().splitlines(True), (1, 2, 5)
+    many, *rows = (table / "split.csv").read_text().splitlines(True)
     for number in range(514):
-        name, rest = lines[rows[number % 3]].split(",", 1)
-        lines.append(f"copy_{number},{rest}")
+        name, rest = rows[(0, 1, 4)[number % 3]].split(",", 1)
+        many += f"copy_{number},{rest}"
         (tmp_path / "images" / f"copy_{number}.jpg").symlink_to(table / f"{name}.jpg")
-    (tmp_path / "many.csv").write_text("".join([lines[0], *lines[-514:]]))
+    (tmp_path / "many.csv").write_text(many)
     fields = {"dataset__csv": str(tmp_path / "many.csv"), "dataset__data_path": str(tmp_path / "images")}
     fields |= {"dataset__image_size": 16, "dataset__resize": "crop"}
     extract(logdir=str(tmp_path / "one"), **fields)
@@ -68,7 +64,7 @@ def test_images_log_and_latents_of_a_table(table, extract, tiny_pipeline_dir, tm
     with caplog.at_level("INFO"):
         extract(dataset__num_workers=1)
     assert "5 images" in caplog.text and "images/s" in caplog.text and "2 rows of" in caplog.text
-    log = json.loads((tmp_path / "x" / "image_log.json").read_text())
+    log = read_log(tmp_path / "x")
     assert [entry["sampleID"] for entry in log] == [0, 1, 3, 4, 6]
     assert log[2]["prompt"] == caption_of((1, 0, 0, 0, 0, 1)) and log[2]["image"] == "ISIC_3"
     assert log[2]["dark_corner"] == "1" and log[2]["path_to_img"] == f"images/{folder_name(log[2]['prompt'])}/3.png"
@@ -122,7 +118,7 @@ def test_images_that_appear_and_disappear(table, extract, tmp_path, monkeypatch)
     for content, expected in ((picture[:50], [0, 1, 3, 6]), (picture, [0, 1, 3, 4, 6]), (None, [0, 1, 3, 6])):
         victim.unlink() if content is None else victim.write_bytes(content)
         extract(**fields, dataset__skip_broken=True)
-        numbers = [entry["sampleID"] for entry in json.loads((tmp_path / "x" / "image_log.json").read_text())]
+        numbers = [entry["sampleID"] for entry in read_log(tmp_path / "x")]
         pictures = sorted(int(path.stem) for path in (tmp_path / "x" / "images").glob("*/*.png"))
         shards = len(list((tmp_path / "x" / "latents").glob("shard_*")))
         assert pictures == numbers == expected and shards == -(-len(numbers) // 2)
@@ -178,8 +174,8 @@ def test_extract_without_a_model_writes_images_once_and_repairs_them(extract, tm
     complete = files_of(tmp_path / "x")
     assert sum(path.endswith(".png") for path in complete) == 3 and not any("latents" in path for path in complete)
     path = sorted((tmp_path / "x").glob("images/*/*.png"))[1]
-    for damage in (lambda data: data[:-1], lambda data: b"", lambda data: data):
-        path.write_bytes(damage(path.read_bytes()))
+    for size in (len(path.read_bytes()) - 1, 0, None):
+        path.write_bytes(path.read_bytes()[:size])
         stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "x").rglob("*")}
         extract(**fields)
         assert files_of(tmp_path / "x") == complete
@@ -189,12 +185,9 @@ def test_extract_without_a_model_writes_images_once_and_repairs_them(extract, tm
 
 
 def test_extract_bad_input(extract, tmp_path):
-    for name, value, message in (
-        ("dataset__csv", "", "dataset.csv is ''"),
-        ("dataset__data_path", "absent", "'absent' does not exist"),
-        ("dataset__image_size", 0, "dataset.image_size is 0"),
-        ("pretrained__model", "/absent", "/absent"),
-    ):
+    bad = [("dataset__csv", "", "dataset.csv is ''"), ("dataset__data_path", "absent", "'absent' does not exist")]
+    bad += [("dataset__image_size", 0, "dataset.image_size is 0"), ("pretrained__model", "/absent", "/absent")]
+    for name, value, message in bad:
         with pytest.raises(UserError, match=message):
             extract(**{name: value})
         assert not (tmp_path / "x").exists()
