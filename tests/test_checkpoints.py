@@ -161,11 +161,8 @@ def test_a_disk_without_room_is_noticed_before_or_while_writing(tmp_path, monkey
     save(tmp_path, 1, best=True)
     before = files_of(tmp_path)
     usage = namedtuple("usage", "total used free")
-    for free, limit, said in (
-        (2**20, 10**6, "too little space"),
-        (2**40, 300_000, "File too large"),  # as under a quota: the weights
-        (2**40, 500_000, "File too large"),  # the moments
-    ):
+    quotas = [(2**40, 300_000, "File too large"), (2**40, 500_000, "File too large")]  # of the weights, of the moments
+    for free, limit, said in (2**20, 10**6, "too little space"), *quotas:
         monkeypatch.setattr(files.shutil, "disk_usage", lambda _, free=free: usage(2**40, 0, free))
         with limited(limit), pytest.raises(UserError) as caught:
             save(tmp_path, 2, limit=1, size=300, best=True)
