@@ -86,38 +86,34 @@ def gradients_of(model) -> torch.Tensor:
 
 
 @pytest.fixture
-def both_ways(train, script, settings, monkeypatch):
+def both_ways(train, script, monkeypatch):
     """Function: an epoch without and with gradients taken while sampling; those of its updates, and the log line."""
     set_up = script.set_up
 
-    def run(**overrides):
-        results = []
-        for sampling in (False, True):
-            taken = []
+    def run(sampling, **overrides):
+        taken = []
 
-            def recording(config, taken=taken, sampling=sampling):
-                job = set_up(config)
-                assert (job.gradients is not None) == sampling
-                generator = torch.Generator().manual_seed(0)
-                for name, weight in job.pipe.unet.named_parameters():
-                    if "lora_B" in name:  # begins at 0, where the gradient of the other half is 0
-                        weight.data.normal_(std=0.02, generator=generator)
-                step = job.guard.step
+        def recording(config):
+            job = set_up(config)
+            assert (job.gradients is not None) == sampling
+            generator, step = torch.Generator().manual_seed(0), job.guard.step
+            for name, weight in job.pipe.unet.named_parameters():
+                if "lora_B" in name:  # begins at 0, where the gradient of the other half is 0
+                    weight.data.normal_(std=0.02, generator=generator)
 
-                def record_and_step(parameters):
-                    taken.append(gradients_of(job.pipe.unet))
-                    return step(parameters)
+            def record_and_step(parameters):
+                taken.append(gradients_of(job.pipe.unet))
+                return step(parameters)
 
-                job.guard.step = record_and_step
-                return job
+            job.guard.step = record_and_step
+            return job
 
-            monkeypatch.setattr(script, "set_up", recording)
-            chosen = {"run_name": str(sampling), "train__gradients_while_sampling": sampling, "num_epochs": 1}
-            _, (line,) = train(**overrides | chosen)
-            results.append((taken, line))
-        return results
+        monkeypatch.setattr(script, "set_up", recording)
+        chosen = {"run_name": str(sampling), "train__gradients_while_sampling": sampling, "num_epochs": 1}
+        _, (line,) = train(**overrides | chosen)
+        return taken, line
 
-    return run
+    return lambda **overrides: [run(sampling, **overrides) for sampling in (False, True)]
 
 
 HALVED = {"train__batch_size": 2, "sample__batch_size": 2, "sample__num_batches_per_epoch": 4}

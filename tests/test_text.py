@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from judge_tools import FUNDUS_PROMPTS as PROMPTS
 from refusals import refused
 from safetensors.torch import load_file, save_file
 
@@ -16,34 +17,16 @@ from ddpo_pytorch.generator.text import check_tokens, embed, encode_tokens, load
 from ddpo_pytorch.sampling import Sampler
 from ddpo_pytorch.training.checkpoints import UNET_FILE, load_weights, save_checkpoint, snapshot
 
-PROMPTS = [f"Fundus: The {eye} eye fundus image shows {what}." for eye, what in (("left", "drusen"), ("right", "dust"))]
+pytest_plugins = ["judge_tools"]
 
 
-def bert(tokens=24):
-    torch.manual_seed(1)
-    tokenizer, encoder = build_bert(PROMPTS, 32, 2, tokens)
-    return tokenizer, encoder.eval().requires_grad_(False)
+@pytest.fixture
+def pipe(bert_pipeline_dir):
+    return load_pipeline(bert_pipeline_dir)
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    torch.manual_seed(2)
-    tokenizer, encoder = bert()
-    unet = scratch.build_unet((16, 32), (False, True), 32, 8)
-    return scratch.assemble(scratch.build_vae((8, 8, 8), 32), encoder, tokenizer, unet.eval().requires_grad_(False))
-
-
-@pytest.fixture(scope="module")
-def folder(pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bert-sd")
-    pipeline.save_model(pipe, folder)
-    record = pipeline.unet_metadata(pipe.unet)
-    save_file(pipe.unet.state_dict(), folder / "pretrained_unet.safetensors", metadata=record)
-    return folder
-
-
-def test_embeddings_are_berts_own_and_zero_at_padding():
-    tokenizer, encoder = bert()
+def test_embeddings_are_berts_own_and_zero_at_padding(pipe):
+    tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
     embeds = embed(tokenizer, encoder, [*PROMPTS, ""])
     assert embeds.shape == (3, 24, 32)
     for row, prompt in zip(embeds, [*PROMPTS, ""], strict=True):
@@ -54,18 +37,18 @@ def test_embeddings_are_berts_own_and_zero_at_padding():
 
 
 def test_the_tokenizer_says_how_long_prompts_are_and_longer_ones_are_named(caplog):
-    tokenizer, _ = bert(tokens=8)
+    tokenizer, _ = build_bert(PROMPTS, 32, 1, 8)
     assert tokenize(tokenizer, PROMPTS).shape == (2, 8)
-    assert too_long(tokenizer, ["fundus", *PROMPTS]) == PROMPTS and too_long(tokenizer, []) == []
+    assert too_long(tokenizer, ["fundus", *PROMPTS]) == [*PROMPTS] and too_long(tokenizer, []) == []
     check_tokens(tokenizer, ["fundus"])
     assert not caplog.messages
     check_tokens(tokenizer, ["fundus", *PROMPTS], "captions")
     assert caplog.messages == [f"2 captions exceed 8 tokens and are truncated, the first is {PROMPTS[0]!r}"]
 
 
-def test_an_encoder_is_loaded_from_folders_of_both_kinds_and_others_are_refused(folder, tmp_path):
+def test_an_encoder_is_loaded_from_folders_of_both_kinds_and_others_are_refused(pipe, bert_pipeline_dir, tmp_path):
     refused(r"tokenizer\.json", load_text_encoder, tmp_path)
-    tokenizer, encoder = bert()
+    tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
     expected = embed(tokenizer, encoder, PROMPTS)
     # published checkpoints have an embedding table longer than the vocabulary, and a tokenizer that states no length
     encoder.resize_token_embeddings(len(tokenizer) + 40)
@@ -74,7 +57,7 @@ def test_an_encoder_is_loaded_from_folders_of_both_kinds_and_others_are_refused(
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     settings.pop("model_max_length")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    for place in (tmp_path, folder):
+    for place in (tmp_path, bert_pipeline_dir):
         loaded, encoder = load_text_encoder(place, tokens=512)
         assert loaded.model_max_length == 24  # the encoder's positions
         torch.testing.assert_close(embed(loaded, encoder, PROMPTS), expected)
@@ -101,16 +84,19 @@ def test_the_unet_does_not_see_padding(pipe):
     assert not torch.allclose(guided_noise_prediction(pipe.unet, latents, timestep, embeds, None, 1.0), together)
 
 
-def test_a_saved_model_draws_the_same(pipe, folder):
-    again = load_pipeline(folder, unet_path=folder / "pretrained_unet.safetensors")
+def test_a_saved_model_draws_the_same(pipe, tmp_path):
+    for part in (pipe.unet.conv_out, pipe.text_encoder.embeddings.LayerNorm):
+        part.weight.data *= 1.1
+    pipeline.save_model(pipe, tmp_path / "model")
+    again = load_pipeline(tmp_path / "model")
     assert again.tokenizer.model_max_length == 24
     ours, theirs = (Sampler(one, "ddim", 3, 1.0, 2.0)(PROMPTS, [5, 5]) for one in (pipe, again))
     torch.testing.assert_close(ours, theirs)
     assert not torch.equal(ours[0], ours[1])
 
 
-def test_a_wrong_unet_or_a_missing_record_is_refused(folder, tmp_path):
-    broken = shutil.copytree(folder, tmp_path / "broken")
+def test_a_wrong_unet_or_a_missing_record_is_refused(bert_pipeline_dir, tmp_path):
+    broken = shutil.copytree(bert_pipeline_dir, tmp_path / "broken")
     weights = next((broken / "unet").glob("*.safetensors"))
     values = load_file(weights)
     values["conv_in.bias"] += 1
@@ -120,32 +106,33 @@ def test_a_wrong_unet_or_a_missing_record_is_refused(folder, tmp_path):
         (broken / pipeline.RECORD).unlink(missing_ok=True)
 
 
-def test_unet_weights_for_another_text_encoder_are_refused(pipe, folder, tmp_path):
-    plain = tmp_path / "unet.safetensors"
+def test_unet_weights_for_another_text_encoder_are_refused(pipe, bert_pipeline_dir, tmp_path):
+    plain, with_bert = tmp_path / "unet.safetensors", tmp_path / "pretrained_unet.safetensors"
     save_file(pipe.unet.state_dict(), plain)
-    refused("for text encoder CLIP.* has BERT", load_pipeline, folder, unet_path=plain)
+    save_file(pipe.unet.state_dict(), with_bert, metadata=pipeline.unet_metadata(pipe.unet))
+    refused("for text encoder CLIP.* has BERT", load_pipeline, bert_pipeline_dir, unet_path=plain)
     tokenizer, encoder = scratch.build_clip(PROMPTS, 32, 1)
     scratch.assemble(pipe.vae, encoder, tokenizer, pipe.unet).save_pretrained(tmp_path / "clip")
-    clip = load_pipeline(tmp_path / "clip", unet_path=plain)
-    with_bert, message = folder / "pretrained_unet.safetensors", "for text encoder BERT .* has CLIP"
+    clip, message = load_pipeline(tmp_path / "clip", unet_path=plain), "for text encoder BERT .* has CLIP"
     refused(message, load_pipeline, tmp_path / "clip", unet_path=with_bert)
     refused(message, load_weights, clip.unet, with_bert)
-    load_weights(load_pipeline(folder).unet, plain)  # as earlier versions of train.py wrote it
+    for weights in (plain, with_bert):  # without a record, as earlier versions of train.py wrote it
+        load_weights(load_pipeline(bert_pipeline_dir, unet_path=with_bert).unet, weights)
 
 
-def test_a_checkpoint_of_all_weights_names_the_text_encoder_of_its_model_in_any_dtype(folder, tmp_path):
-    half = load_pipeline(folder, dtype=torch.bfloat16)
+def test_a_checkpoint_of_all_weights_names_the_text_encoder_of_its_model_in_any_dtype(bert_pipeline_dir, tmp_path):
+    half = load_pipeline(bert_pipeline_dir, dtype=torch.bfloat16)
     pipeline.save_model(half, tmp_path / "half")
     half.text_encoder = None  # as in training
     unet = half.unet.float()
     saved = save_checkpoint(tmp_path, snapshot(unet, torch.optim.AdamW(unet.parameters()), None), {"epoch": 1}, 1)
-    for model in (folder, tmp_path / "half"):
+    for model in (bert_pipeline_dir, tmp_path / "half"):
         again = load_pipeline(model, unet_path=saved / UNET_FILE)
         assert load_weights(again.unet, saved) == saved / UNET_FILE
 
 
-def test_bert_takes_the_place_of_clip(tiny_pipeline_dir, folder, tmp_path):
-    swapped = pipeline.with_bert(load_pipeline(tiny_pipeline_dir), folder, 12)
+def test_bert_takes_the_place_of_clip(tiny_pipeline_dir, bert_pipeline_dir, tmp_path):
+    swapped = pipeline.with_bert(load_pipeline(tiny_pipeline_dir), bert_pipeline_dir, 12)
     assert swapped.tokenizer.model_max_length == 12 and encode_prompts(swapped, PROMPTS).shape == (2, 12, 32)
     for part in build_bert(PROMPTS, 48, 1, 24):
         part.save_pretrained(tmp_path)
