@@ -12,14 +12,13 @@ import socket
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
-from launching import ROOT
 from rating_tools import PROMPTS, write_gallery
 from refusals import refused
-from script_tools import load_module
+from script_tools import call_main, load_flag_script
 
 from ddpo_pytorch.data import ratings
 from ddpo_pytorch.data.ratings import read_ratings
@@ -44,36 +43,28 @@ def rows_of(path: Path) -> list[dict]:
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
-class Restart:
-    """A store that ends as after kill -9, and its next start; what is on disk."""
+def ratings_in(store: Store) -> list[tuple[str, str, str]]:
+    return [(row["image_path"], row["rating"], row["rater_id"]) for row in rows_of(store.path)]
 
-    def __init__(self, path: Path):
-        self.path, self.store = path, Store(path)
 
-    def __call__(self) -> Store:
-        self.store._lock.release()
-        self.store = Store(self.path)
-        return self.store
-
-    def rows(self) -> list[tuple[str, str, str]]:
-        return [(row["image_path"], row["rating"], row["rater_id"]) for row in rows_of(self.path)]
-
-    def copies(self) -> list[str]:
-        return sorted(path.name for path in self.path.parent.glob("ratings*edited*"))
+def restarted(store: Store) -> Store:
+    """Return the next start of a store that ended as after kill -9."""
+    store._lock.release()
+    return Store(store.path)
 
 
 @pytest.fixture
-def empty(tmp_path) -> Restart:
-    return Restart(tmp_path / "ratings.csv")
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "ratings.csv")
 
 
 @pytest.fixture
-def rated(empty, items) -> Restart:
+def rated(store, items) -> Store:
     """Four images rated by Ann."""
     for number, item in enumerate(items):
-        empty.store.click("rate", item, "Ann", rating=1 + number % 3, expert_level=2)
-    assert len(empty.rows()) == 4
-    return empty
+        store.click("rate", item, "Ann", rating=1 + number % 3, expert_level=2)
+    assert len(rows_of(store.path)) == 4
+    return store
 
 
 @pytest.mark.parametrize(
@@ -94,46 +85,46 @@ def test_an_entry_that_leads_elsewhere_is_refused_at_the_start(tmp_path, items, 
     refused("absent", sample_items, tmp_path / "absent", tmp_path / "ratings.csv")
 
 
-def test_the_table_is_read_by_training_after_every_click(empty, items):
-    store, odd = empty.store, 'Dr. "Q" O\'Neil'
+def test_the_table_is_read_by_training_after_every_click(store, items):
+    odd = 'Dr. "Q" O\'Neil'
     expected = [(1, 3, 2, odd), (1, 1, 1, "Ann"), (0, 2, 1, "Ann")]
     for number, rating, level, rater in expected:
         if number == 0:
             store.click("skip", items[0], "Ann")
         store.click("rate", items[number], rater, rating=rating, expert_level=level)
-    rows = read_ratings(empty.path)
+    rows = read_ratings(store.path)
     assert [(int(row.path.stem), row.rating, row.expert_level, row.rater_id) for row in rows] == expected
     assert [row.prompt for row in rows] == [PROMPTS[1], PROMPTS[1], PROMPTS[0]]
     store.click("undo", items[1], "Ann")
-    assert [row.rater_id for row in read_ratings(empty.path)] == [odd, "Ann"] and len(store) == 2
+    assert [row.rater_id for row in read_ratings(store.path)] == [odd, "Ann"] and len(store) == 2
     clicks = [("rate", odd, "3"), ("rate", "Ann", "1"), ("skip", "Ann", ""), ("rate", "Ann", "2"), ("undo", "Ann", "1")]
     assert [(row["action"], row["rater_id"], row["rating"]) for row in rows_of(store.journal)] == clicks
-    assert rated_by(empty(), odd) == [items[1].key]
+    assert rated_by(restarted(store), odd) == [items[1].key]
 
 
-def test_a_crash_at_any_byte_loses_no_confirmed_click(empty, items):
+def test_a_crash_at_any_byte_loses_no_confirmed_click(store, items):
     """After each prefix of what one click writes, journal first, the next start has all clicks before it."""
-    path, journal, keys, states = empty.path, empty.store.journal, [item.key for item in items], []
+    path, journal, keys, states = store.path, store.journal, [item.key for item in items], []
     for action, item, rating in (("rate", 0, 3), ("rate", 1, 1), ("undo", 1, None)):
-        empty.store.click(action, items[item], "Ann", **({"rating": rating, "expert_level": 2} if rating else {}))
+        store.click(action, items[item], "Ann", **({"rating": rating, "expert_level": 2} if rating else {}))
         states.append({file: file.read_bytes() for file in (journal, path)})
     for before, after, rated in zip(states, states[1:], ((keys[:1], keys[:2]), (keys[:2], keys[:1])), strict=False):
         for cut in range(len(before[journal]), len(after[journal]) + 1):
             journal.write_bytes(after[journal][:cut])
             path.write_bytes(before[path])
             journaled = cut == len(after[journal])
-            assert rated_by(empty(), "Ann") == rated[journaled]
+            store = restarted(store)
+            assert rated_by(store, "Ann") == rated[journaled]
             assert path.read_bytes() == (after if journaled else before)[path]
     for cut in range(len(after[path]) + 1):
         path.write_bytes(after[path][:cut])
-        assert rated_by(empty(), "Ann") == keys[:1] and path.read_bytes() == after[path]
+        store = restarted(store)
+        assert rated_by(store, "Ann") == keys[:1] and path.read_bytes() == after[path]
 
 
 def as_a_spreadsheet_saves_it(content: bytes) -> bytes:
-    text = io.StringIO(newline="")
-    rows = csv.reader(io.StringIO(content.decode()))
-    csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\r\n").writerows(rows)
-    return b"\xef\xbb\xbf" + text.getvalue().encode()
+    table = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False)
+    return table.to_csv(index=False, quoting=csv.QUOTE_ALL, lineterminator="\r\n").encode("utf-8-sig")
 
 
 def change_file(path: Path, change) -> bytes | None:
@@ -156,45 +147,44 @@ CHANGES = {  # of the table by another program, and whether a copy of its conten
 
 @pytest.mark.parametrize("running", [False, True])
 @pytest.mark.parametrize("name", CHANGES)
-def test_the_table_is_what_the_journal_says_whatever_others_do_to_it(rated, items, name, running):
+def test_the_table_is_what_the_journal_says_whatever_others_do_to_it(rated, items, name, running, tmp_path):
     change, kept = CHANGES[name]
-    before, content = rated.rows(), change_file(rated.path, change)
-    store = rated.store if running else rated()
+    before, content = ratings_in(rated), change_file(rated.path, change)
+    store = rated if running else restarted(rated)
     store.click("undo", items[3], "Ann")
-    assert rated.rows() == before[:3] and rated_by(store, "Ann") == [item.key for item in items[:3]]
+    assert ratings_in(store) == before[:3] and rated_by(store, "Ann") == [item.key for item in items[:3]]
     store.click("rate", items[3], "Ann", rating=3, expert_level=1)
     store.click("rate", items[0], "Bob", rating=2, expert_level=1)
     wanted = [*before[:3], (items[3].image_path, "3", "Ann"), (items[0].image_path, "2", "Bob")]
-    assert rated.rows() == wanted and len(read_ratings(rated.path)) == len(store) == 5
-    assert rated.path.read_bytes().startswith(",".join(COLUMNS).encode() + b"\n")
-    assert len(rated()) == 5 and rated.rows() == wanted
-    assert rated.copies() == ["ratings.edited-1.csv"] * kept
-    if kept:
-        assert (rated.path.parent / "ratings.edited-1.csv").read_bytes() == content
+    assert ratings_in(store) == wanted and len(read_ratings(store.path)) == len(store) == 5
+    assert store.path.read_bytes().startswith(",".join(COLUMNS).encode() + b"\n")
+    assert len(restarted(store)) == 5 and ratings_in(store) == wanted
+    copies = {path.name: path.read_bytes() for path in tmp_path.glob("ratings*edited*")}
+    assert copies == ({"ratings.edited-1.csv": content} if kept else {})
 
 
 @pytest.mark.parametrize("running", [False, True])
 @pytest.mark.parametrize("change", [as_a_spreadsheet_saves_it, lambda content: content[:-1], lambda content: None])
 def test_the_journal_survives_what_others_do_to_it(rated, items, change, running):
     """A last line without its end is whole: the table shows it. Without a journal the table is the truth."""
-    before = rated.rows()
-    change_file(rated.store.journal, change)
-    store = rated.store if running else rated()
+    before = ratings_in(rated)
+    change_file(rated.journal, change)
+    store = rated if running else restarted(rated)
     store.click("skip", items[0], "Bob")
     store.click("rate", items[0], "Bob", rating=2, expert_level=1)
     wanted = [*before, (items[0].image_path, "2", "Bob")]
-    assert rated.rows() == wanted
-    rated.path.unlink()
-    assert len(rated()) == 5 and rated.rows() == wanted
-    assert [row["action"] for row in rows_of(rated.store.journal)] == ["rate"] * 4 + ["skip", "rate"]
+    assert ratings_in(store) == wanted
+    store.path.unlink()
+    assert len(restarted(store)) == 5 and ratings_in(store) == wanted
+    assert [row["action"] for row in rows_of(store.journal)] == ["rate"] * 4 + ["skip", "rate"]
 
 
 @pytest.mark.parametrize("end", [b"2026-01-01T00:00:00Z,rate,made/im", b"\0" * 300, b"\xff\xfe", b'a,"'])
 def test_an_end_of_the_journal_that_is_cut_off_is_dropped(rated, end, caplog):
-    before, content = rated.rows(), rated.store.journal.read_bytes()
-    rated.store.journal.write_bytes(content + end)
-    rated()
-    assert (rated.rows(), rated.store.journal.read_bytes()) == (before, content) and "line 6" in caplog.text
+    before, content = ratings_in(rated), rated.journal.read_bytes()
+    rated.journal.write_bytes(content + end)
+    restarted(rated)
+    assert (ratings_in(rated), rated.journal.read_bytes()) == (before, content) and "line 6" in caplog.text
 
 
 def test_a_table_without_a_journal_is_taken_as_it_is(tmp_path, items):
@@ -215,46 +205,25 @@ def test_a_table_without_a_journal_is_taken_as_it_is(tmp_path, items):
     assert Store(path).seconds("Ann", asked) == []
 
 
-@pytest.fixture
-def clock(monkeypatch) -> list[int]:
-    """The time in seconds, as the only number of a list."""
-    now = [0]
-    monkeypatch.setattr(storing.time, "gmtime", lambda: datetime.fromtimestamp(now[0], UTC).timetuple())
-    return now
-
-
-def test_both_answers_the_patient_and_the_median_time_are_kept(tmp_path, items, clock):
-    store = Store(tmp_path / "ratings.csv")
+def test_both_answers_the_patient_and_the_seconds_of_each_image_are_kept(store, items, monkeypatch):
+    """Long breaks do not count, and clocks that go back in Berlin ten seconds after Bob begins do not matter."""
+    now, asked = 0, [item.key for item in items]
+    monkeypatch.setattr(storing.time, "gmtime", lambda: datetime.fromtimestamp(now, UTC).timetuple())
     answers = ((0, 3, 1), (4, 2, 3), (10, 1, None), (1000, 3, 3))
-    for item, (clock[0], quality, alignment) in zip(items, answers, strict=True):
-        given = {"rating": quality, "expert_level": 3, "alignment": alignment}
+    for item, (second, quality, alignment) in zip(items, answers, strict=True):
+        now, given = second, {"rating": quality, "expert_level": 3, "alignment": alignment}
         store.click("rate", dataclasses.replace(item, patient="P7"), "Ann", **given)
     rows = [(row.rating, row.quality, row.alignment, row.patient) for row in read_ratings(store.path)]
     assert rows == [(1, 3, 1, "P7"), (2, 2, 3, "P7"), (1, None, None, "P7"), (3, 3, 3, "P7")]
-    asked = [item.key for item in items]
-    assert store.seconds("Ann", asked) == [4, 6] and store.seconds("Bob", asked) == []  # the break does not count
+    assert store.seconds("Ann", asked) == [4, 6] and store.seconds("Bob", asked) == []
     assert store.seconds("Ann", asked[:2]) == [4]
-
-
-@pytest.mark.parametrize("text", ["2026-10-25 01:59:00", "25/10/2026 01:59", "NaN"])
-def test_a_time_that_a_spreadsheet_has_rewritten_is_refused_with_its_line(tmp_path, items, text):
-    store = Store(tmp_path / "ratings.csv")
-    store.click("rate", items[0], "Ann", rating=3, expert_level=2)
-    store.close()
-    lines = store.journal.read_text().splitlines()
-    store.journal.write_text(f"{lines[0]}\n{text},{lines[1].partition(',')[2]}\n")
-    refused(f"line 2: time is '{text}'", Store, tmp_path / "ratings.csv")
-
-
-def test_seconds_do_not_depend_on_daylight_saving_time(tmp_path, items, monkeypatch, clock):
-    store, start = Store(tmp_path / "ratings.csv"), calendar.timegm((2026, 10, 25, 0, 59, 50))
     for hour, number in itertools.product(range(3), range(2)):
-        clock[0] = start + 3600 * hour + 20 * number  # starts ten seconds before clocks go back in Berlin
-        store.click("rate", items[number], "Ann", rating=2, expert_level=3)
+        now = calendar.timegm((2026, 10, 25, hour, 59, 50)) + 20 * number
+        store.click("rate", items[number], "Bob", rating=2, expert_level=3)
     with monkeypatch.context() as patch:
         patch.setenv("TZ", "Europe/Berlin")
         time.tzset()
-        seconds = store.seconds("Ann", [item.key for item in items])
+        seconds = store.seconds("Bob", asked)
     time.tzset()
     assert seconds == [20, 20, 20]
 
@@ -340,11 +309,12 @@ def test_a_table_is_of_one_mode(tmp_path, items, mode, other):
 
 
 def test_a_table_of_an_earlier_version_states_no_mode(rated, items, caplog):
-    rated.store.close()
-    for path in (rated.path, rated.store.journal):
+    rated.close()
+    for path in (rated.path, rated.journal):
         path.write_text("".join(f"{line.rpartition(',')[0]}\n" for line in path.read_text().splitlines()))
     store = Store(rated.path, "real")
-    assert len(store.answers([item.key for item in items])) == 4 and not caplog.messages and not rated.copies()
+    assert len(store.answers([item.key for item in items])) == 4 and not caplog.messages
+    assert not list(rated.path.parent.glob("ratings*edited*"))
     store.close()
 
 
@@ -373,7 +343,7 @@ def test_readers_accuracy_and_agreement():
 
 @pytest.mark.parametrize("failing", ["ratings.csv", "ratings.journal.csv"])
 def test_a_full_disk_leaves_both_files_as_they_were(rated, items, monkeypatch, failing):
-    before, journal = rated.path.read_bytes(), rated.store.journal.read_bytes()
+    before, journal = rated.path.read_bytes(), rated.journal.read_bytes()
     real = os.fsync
 
     def fsync(descriptor: int) -> None:
@@ -384,10 +354,10 @@ def test_a_full_disk_leaves_both_files_as_they_were(rated, items, monkeypatch, f
     with monkeypatch.context() as patch:
         patch.setattr(storing.os, "fsync", fsync)
         with pytest.raises(OSError, match="No space"):
-            rated.store.click("rate", items[1], "Bob", rating=1, expert_level=2)
-    assert (rated.path.read_bytes(), rated.store.journal.read_bytes()) == (before, journal)
-    rated.store.click("rate", items[1], "Bob", rating=2, expert_level=2)
-    assert len(read_ratings(rated.path)) == len(rated.store) == 5
+            rated.click("rate", items[1], "Bob", rating=1, expert_level=2)
+    assert (rated.path.read_bytes(), rated.journal.read_bytes()) == (before, journal)
+    rated.click("rate", items[1], "Bob", rating=2, expert_level=2)
+    assert len(read_ratings(rated.path)) == len(rated) == 5
 
 
 JOURNAL = ",".join(JOURNAL_COLUMNS[:8]) + "\n"  # as of pages that asked one question
@@ -406,6 +376,10 @@ TABLE = ",".join(ratings.COLUMNS) + "\n"
         ("ratings.journal.csv", JOURNAL + "now,love,a,3,Fundus,2,x,Ann\n", "line 2: love"),
         ("ratings.journal.csv", JOURNAL + "now,rate,a,9,Fundus,2,x,Ann\n", "line 2: .*rating '9'"),
         ("ratings.journal.csv", JOURNAL + "\x00\n", "line 2"),
+        *(
+            ("ratings.journal.csv", f"{JOURNAL}{text},rate,a,3,Fundus,2,x,Ann\n", f"line 2: time is '{text}'")
+            for text in ("2026-10-25 01:59:00", "25/10/2026 01:59", "NaN")  # as spreadsheets rewrite it
+        ),
         ("ratings.CSV", "", "ends in .csv"),
         ("image.png", b"\x89PNG\r\n", "ends in .csv"),
     ],
@@ -454,11 +428,8 @@ def test_host_names(bound, header, allowed):
 
 def test_weak_tokens_ports_in_use_and_foreign_addresses_are_refused():
     server = pytest.importorskip("ddpo_pytorch.rating.server", reason="fastapi absent", exc_type=ImportError)
-    script = load_module(ROOT / "scripts" / "rate.py")
-    given = dict(out="x.csv", csv=None, data_path=None, examples=None, rater=None, host="127.0.0.1")
     for token in ("x" * 15, "has space in it 1234", "ümlaut-ümlaut-ü", "x" * 129):
-        script.FLAGS = SimpleNamespace(**given, token=token)
-        refused("16 to 128", script.main, [])
+        refused("16 to 128", call_main, load_flag_script("rate.py"), f"--token={token}", "--out=x.csv")
     with server.listen("127.0.0.1", 0) as taken:
         for host, port in (("127.0.0.1", taken.getsockname()[1]), ("192.0.2.1", 0)):
             refused(f"--host {host} --port {port} ", server.listen, host, port)
