@@ -1,8 +1,9 @@
-"""Files from elsewhere run no code: every place that reads weights or caches is given a pickle that would."""
+"""Files from elsewhere run no code wherever weights or caches are read, and are named if they are something else."""
 
 import ast
 import json
 import pickle
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from ddpo_pytorch.training.checkpoints import PROGRESS_FILE, STATE_FILE, UNET_FI
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
 from ddpo_pytorch.utils.training_state import TrainState
+from ddpo_pytorch.utils.weights import read_pickle, read_tensors
 
 
 class Touch:
@@ -49,6 +51,8 @@ FORMS = {
     "pickle": lambda payload, path: path.write_bytes(pickle.dumps(payload)),
     "numpy": lambda payload, path: np.save(open(path, "wb"), np.array([payload], dtype=object), allow_pickle=True),
 }
+IN_FULL = {"torch": partial(torch.load, weights_only=False), "pickle": pickle.load}
+IN_FULL["numpy"] = partial(np.load, allow_pickle=True)
 
 
 @pytest.fixture
@@ -61,16 +65,6 @@ def trap(tmp_path):
         return touched
 
     return write
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_the_trap_works(trap, tmp_path, form):
-    """Without this, nothing below could fail."""
-    touched = trap(form, tmp_path / "file")
-    full = {"torch": partial(torch.load, weights_only=False), "pickle": pickle.load}
-    with open(tmp_path / "file", "rb") as file:
-        full.get(form, partial(np.load, allow_pickle=True))(file)
-    assert touched.is_file()
 
 
 new_classifier = partial(classifier.new_classifier, LABELS, 32)
@@ -124,6 +118,9 @@ def test_no_file_is_unpickled_in_full(trap, tmp_path, monkeypatch, place, form):
     touched = trap(form, folder / name)
     refused(place if place == "ImageNet weights" else name, read, folder / name)  # no user named that file
     assert not touched.exists()
+    with open(folder / name, "rb") as file:
+        IN_FULL[form](file)
+    assert touched.is_file()  # or nothing here could fail
 
 
 @pytest.mark.parametrize("form", ["torch", "pickle"])
@@ -197,3 +194,47 @@ def test_no_code_of_the_project_unpickles_or_evaluates():
         assert not [node.lineno for node in ast.walk(ast.parse(path.read_text())) if _faults(node)], path
     for text in ("torch.load(f)", "import pickle", "eval(x)", "f(shell=True)", "wandb.Image(x)", "np.load(f)"):
         assert any(_faults(node) for node in ast.walk(ast.parse(text))), text
+
+
+CONTENTS = {  # and a word of its error
+    "page": (b"<!DOCTYPE html>\n<html><body>Sign in</body></html>", "web page"),
+    "page with a byte order mark": (b"\xef\xbb\xbf\r\n<html>", "web page"),
+    "json": (b'{"error": "Repository not found"}', "JSON"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 343\n", "git lfs pull"),
+    "empty": (b"", "empty"),
+}
+
+
+def assert_refused(path, word: str = "", read=read_tensors) -> None:
+    """The error names the file and a word, without PyTorch's advice to unpickle."""
+    refused(rf"^(?!.*weights_only).*{re.escape(str(path))}.*{re.escape(word)}", read, path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_other_and_torn_files_are_recognised(tmp_path, suffix):
+    path = tmp_path / f"weights{suffix}"
+    for data, word in CONTENTS.values():
+        path.write_bytes(data)
+        assert_refused(path, word)
+    save, state = save_file if suffix == ".safetensors" else torch.save, {"layer.weight": torch.rand(9, 9)}
+    for kept in (5, 40, 300, -1):
+        save(state, path)
+        path.write_bytes(path.read_bytes()[:kept])
+        assert_refused(path)
+    state["layer.weight"][3, 3] = torch.nan
+    save(state, path)
+    assert_refused(path, "layer.weight")
+
+
+def test_the_content_decides_the_format_and_a_pickle_of_more_than_tensors_is_named(tmp_path):
+    state = {"layer.weight": torch.rand(3, 2)}
+    save_file(state, tmp_path / "renamed.bin", metadata={"format": "pt"})
+    tensors, metadata = read_tensors(tmp_path / "renamed.bin")
+    assert torch.equal(tensors["layer.weight"], state["layer.weight"]) and metadata == {"format": "pt"}
+    for name, wrapped in (("a.pth", state), ("b.pth", {"epoch": 3, "model_state_dict": state})):
+        torch.save(wrapped, tmp_path / name)
+        assert torch.equal(read_tensors(tmp_path / name)[0]["layer.weight"], state["layer.weight"])
+    torch.save(state, tmp_path / "pickle.safetensors")
+    assert_refused(tmp_path / "pickle.safetensors")
+    torch.save(nn.Linear(1, 1), tmp_path / "module.pth")
+    assert_refused(tmp_path / "module.pth", "torch.nn.modules.linear.Linear", read_pickle)
