@@ -1,21 +1,27 @@
-"""train_rlhf.py on striped images whose ratings are known: learned, killed, resumed, refused."""
+"""train_rlhf.py on striped images whose ratings are known: learned, killed, resumed, refused; after scripts/rate.py."""
 
 import itertools
 import logging
+import re
+import shlex
 import shutil
 import time
+from pathlib import Path
+from unittest.mock import create_autospec
 
 import numpy as np
 import pandas as pd
 import pytest
 import timm
 import torch
-from launching import Script
+from launching import ROOT, Script
 from rated_world import PROMPTS, stripes, write_bert, write_config, write_rated_world
+from rating_tools import RatePage, write_gallery
 from refusals import refused
 from safetensors.torch import load_file, save_file
 from script_tools import assert_same_training, files_of, options, read_lines, succeed
 
+from ddpo_pytorch.data.ratings import read_ratings
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.policy import TextFeatures, load_judges
 from ddpo_pytorch.rlhf import rated_images, training
@@ -208,16 +214,11 @@ def test_settings_reach_the_training(train, table, tmp_path):
     assert (found[-1] - before).abs().max() < 1e-4  # a handful of small steps of Adam away
 
 
-def spy(monkeypatch, owner, name, function=None) -> list[tuple]:
-    """The arguments of each call of a function from now on; `function` takes its place."""
-    calls, original = [], function or getattr(owner, name)
-
-    def call(*arguments):
-        calls.append(arguments)
-        return original(*arguments)
-
-    monkeypatch.setattr(owner, name, call)
-    return calls
+def spy(monkeypatch, owner, name, function=None):
+    """Put a mock in the place of a function or method, which calls `function`, or the original."""
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, mock := create_autospec(original, side_effect=function or original))
+    return mock
 
 
 def test_mirrored_images_have_mirrored_captions(train, tmp_path, monkeypatch):
@@ -225,8 +226,8 @@ def test_mirrored_images_have_mirrored_captions(train, tmp_path, monkeypatch):
     flips = spy(monkeypatch, RatedSet, "flips", lambda rated, *_: torch.ones(len(rated)).bool())
     features = spy(monkeypatch, TextFeatures, "__call__")
     train(output=tmp_path, num_epochs=1, stages=(1,))
-    mirrored = [prompt for _, prompts in features for prompt in prompts if prompt.endswith(", mirrored")]
-    assert len(mirrored) == sum(len(rated) for rated, *_ in flips) > 60
+    mirrored = [text for call in features.call_args_list for text in call.args[1] if text.endswith(", mirrored")]
+    assert len(mirrored) == sum(len(call.args[0]) for call in flips.call_args_list) > 60
 
 
 def test_wrong_captions_give_the_policy_alone_no_reward(train, tmp_path, monkeypatch):
@@ -234,10 +235,11 @@ def test_wrong_captions_give_the_policy_alone_no_reward(train, tmp_path, monkeyp
     sources = spy(monkeypatch, RatedSet, "caption_sources", lambda rated, *_: torch.zeros(len(rated)).long())
     advantages, features = spy(monkeypatch, training, "advantages"), spy(monkeypatch, TextFeatures, "__call__")
     train(output=tmp_path, num_epochs=1, stages=(1,), wrong_captions=0.4, flip=False)
-    rewards = [batch.count_nonzero().item() for batch, _ in advantages]
+    rewards = [call.args[0].count_nonzero().item() for call in advantages.call_args_list]
     batches = len(rewards) // 2  # rewards of the Selector and of the Policy by turns
-    assert [share for _, share, *_ in sources] == [0.4] and sum(rewards[1::2]) <= 1 and min(rewards[::2]) > 2
-    assert sum(len(set(prompts)) == 1 for _, prompts in features) == batches
+    assert sources.call_args.args[1] == 0.4 and sum(rewards[1::2]) <= 1 and min(rewards[::2]) > 2
+    sources.assert_called_once()
+    assert sum(len(set(call.args[1])) == 1 for call in features.call_args_list) == batches
 
 
 def test_generated_images_are_no_patients(train, rated, tmp_path):
@@ -316,3 +318,40 @@ def test_two_processes_that_are_killed_learn_what_one_learns(train, config_file,
     for one, two in zip(entries(tmp_path / "one"), entries(tmp_path / "two"), strict=True):
         assert one["policy"] == pytest.approx(two["policy"], abs=1e-4)
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_documented_commands_end_in_trained_judges(tmp_path, monkeypatch):
+    """Of docs/fundus.md, one after another, in a folder of the user's own; then everything is moved."""
+    pytest.importorskip("fastapi", reason="fastapi absent")
+    monkeypatch.chdir(tmp_path)
+    for name in ("scripts", "config"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    write_bert(tmp_path / "bert")
+    text = (ROOT / "docs/fundus.md").read_text()
+    rate, learn = (
+        shlex.split(re.search(rf"^(?:python|accelerate launch) scripts/{name} (.*)$", text, re.M)[1])
+        for name in ("rate.py", SCRIPT)
+    )
+    following = dict(zip(rate, rate[1:], strict=False))
+    table, data, samples, out = (Path(following[f"--{name}"]) for name in ("csv", "data_path", "images", "out"))
+    write_gallery(samples, 9)
+    rows = pd.DataFrame(write_gallery(data, 6, suffix="jpg", shade=100))
+    table.parent.mkdir(parents=True, exist_ok=True)
+    rows.rename(columns={"path_to_img": "path", "prompt": "Text"}).to_csv(table, index=False)
+
+    page = RatePage(*rate, cwd=tmp_path)
+    state = page.post("state", "Ann")
+    while state["current"]:
+        state = page.rate("Ann", state, 1 + state["rated"] % 3)
+    assert state["rated"] == 15 and page.end() == 0
+
+    sizes = {"text_encoder": "bert", "text_tokens": 16, "image_size": 32, "patch_size": 8, "width": 32, "heads": 2}
+    sizes |= {"selector_layers": 1, "policy_layers": 1, "num_epochs": 1, "batch_size": 16}
+    learn += [f"--config.rlhf.{name}={size}" for name, size in sizes.items()]
+    result = Script(f"scripts/{SCRIPT}", *learn, "--config.mixed_precision=no", cwd=tmp_path).result()
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "15 ratings of 15 images" in result.stderr and list(tmp_path.glob("**/selector.safetensors"))
+
+    Path("rl4med-out").rename("moved")
+    assert len(read_ratings(Path("moved", *out.parts[1:]), within="moved")) == 15
