@@ -210,10 +210,8 @@ def test_wandb_records_offline_without_a_key(train, tmp_path, monkeypatch):
         ({"pretrained.model": "/nowhere/sd"}, "/nowhere/sd"),
         ({"reward_fn_kwargs.isic_classifier_reward.classifier": "/nowhere/H6.pth"}, "/nowhere/H6.pth"),
         ({"sample__num_steps": 1000}, "1 to 999"),
-        ({"sample__num_steps": 2000}, "1 to 999"),
         ({"log_with": "sometimes"}, "wandb"),
         ({"run_name": "../run"}, "run_name: the path '../run' leads out of"),
-        ({"run_name": "/nowhere/run"}, "run_name: the path '/nowhere/run' leads out of"),
         ({"run_name": "."}, "run_name: the path '.' is empty"),
         ({"prompt_fn": "from_file", "prompt_fn_kwargs.path": "/nowhere.txt"}, "/nowhere.txt"),
         ({"held_out__patience": 2}, "held_out.every is 0"),
@@ -231,14 +229,6 @@ def test_an_older_checkpoint_is_not_resumed(train, finished):
     before, resumed = files_of(folder), {"num_epochs": 3, "resume_from": str(folder / "checkpoint_1")}
     refused("not the newest checkpoint of its run; continuing would overwrite checkpoint_2", train, **resumed)
     assert files_of(folder) == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("field", "value"), [("train.nope", 1), ("seed", "abc")])
-def test_bad_flags_are_one_line_and_exit_code_2(field, value):
-    result = run_script("train.py", "--config", "config/base.py", f"--config.{field}={value}")
-    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert result.returncode == 2 and field.split(".")[-1] in error and "Traceback" not in result.stderr
 
 
 @pytest.fixture
@@ -370,10 +360,15 @@ def test_a_run_folder_is_one_runs_alone(light, tmp_path):
 
 
 @pytest.mark.slow
-def test_all_processes_of_a_second_run_end(settings, tmp_path):
+def test_errors_are_one_line_and_exit_code_2_for_any_number_of_processes(settings, tmp_path):
     folder = tmp_path / "logs" / "run"
     with locked(folder):
-        result = run_script("train.py", *as_flags(settings), processes=2)
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert result.returncode == 2 and len(lines) == 1 and f"{str(folder)!r} is being written" in lines[0]
+        for processes, wrong, named in (
+            (1, {"train.nope": 1}, "nope"),
+            (1, {"seed": "abc"}, "seed"),
+            (2, {}, f"{str(folder)!r} is being written"),
+        ):
+            result = run_script("train.py", *as_flags(settings | wrong), processes=processes)
+            (error,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+            assert result.returncode == 2 and named in error and "Traceback" not in result.stderr
     assert files_of(folder) == {}
