@@ -18,6 +18,7 @@ from diffusers import StableDiffusionPipeline
 from launching import ROOT
 from ml_collections import config_flags
 from script_tools import load_config, load_flag_script
+from tiny_unet import randomize
 
 from ddpo_pytorch import prompts, rewards
 from ddpo_pytorch.generator.lora import ATTENTION, add_lora, lora_parameters, save_lora
@@ -192,8 +193,7 @@ def test_a_checkpoint_in_diffusers(tmp_path, monkeypatch):
     (folder,) = re.findall(r'from_pretrained\("(.+)"\)', code)
     unet = StableDiffusionPipeline.from_pretrained(folder).unet
     add_lora(unet, 2, ATTENTION, seed=0)
-    for weight in lora_parameters(unet):
-        torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(1))
+    randomize(unet)
     file = save_lora(unet, tmp_path / "checkpoint")
 
     namespace = {}

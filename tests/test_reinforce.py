@@ -7,23 +7,17 @@ from refusals import refused
 from ddpo_pytorch.rlhf.reinforce import OBJECTIVES, advantages, reinforce_loss
 
 
-def descend(objective, start, reward, steps, rate):
-    """Scores after gradient descent on the logits, one for each pair of start and reward (both flat)."""
-    logits, rewards = torch.tensor(start).logit().requires_grad_(), torch.tensor(reward)
-    for _ in range(steps):
-        found = advantages(rewards, logits.sigmoid())
-        # the mean over N samples that share nothing: N times it is each one's own loss
-        loss = len(rewards) * reinforce_loss(logits, found, torch.ones_like(logits), objective)
-        (gradient,) = torch.autograd.grad(loss, logits)
-        logits = (logits - rate * gradient).detach().requires_grad_()
-    return logits.detach().sigmoid()
-
-
 def test_speed_of_the_three_objectives():
-    """After 300 steps at 0.2, computed on their own: the forms differ in speed, and by much."""
+    """Scores after 300 steps at 0.2, computed on their own: the forms differ in speed, and by much."""
     expected = {"log": (0.956, 0.33, 0.90), "delta": (0.957, 0.61, 0.39), "symmetric_log": (0.5, 0.10, 0.90)}
+    rewards = torch.tensor([0.5, 0.0, 1.0])
     for name, values in expected.items():
-        found = descend(name, [0.98, 0.98, 0.02], [0.5, 0.0, 1.0], 300, 0.2).tolist()
+        logits = torch.tensor([0.98, 0.98, 0.02]).logit().requires_grad_()
+        for _ in range(300):
+            # the mean over three samples that share nothing: three times it is each one's own loss
+            loss = 3 * reinforce_loss(logits, advantages(rewards, logits.sigmoid()), torch.ones(3), name)
+            logits = (logits - 0.2 * torch.autograd.grad(loss, logits)[0]).detach().requires_grad_()
+        found = logits.sigmoid().tolist()
         assert found[0] == pytest.approx(values[0], abs=0.0005) and found[1:] == pytest.approx(values[1:], abs=0.005)
 
 

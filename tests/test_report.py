@@ -39,11 +39,6 @@ def pages(example, tmp_path_factory):
 
 
 @pytest.fixture
-def page(pages) -> str:
-    return pages["full"].read_text()
-
-
-@pytest.fixture
 def read(tmp_path):
     """Function (result, samples, runs): write the report and return its `Reader`."""
     return lambda result, samples={}, runs={}: Reader(write_report(tmp_path, result, samples, runs).read_text())
@@ -172,8 +167,9 @@ def test_flaws_and_copies_of_images_and_further_results_are_stated(result, read)
     assert [rows[0][0] for rows in tables] == ["0.5", "0.7"]
 
 
-def test_tables_hold_the_result(page, example):
-    result, tables = example[0], Reader(page).tables
+def test_tables_hold_the_result(pages, example):
+    result, reader = example[0], Reader(pages["full"].read_text())
+    tables = reader.tables
     models, rows = result["models"], tables["The result in numbers"]
     apr = models["SD+RL"]["alignment"]["H4"]["APR"]
     assert rows["APR ↑ (%)"][1] == (f"{100 * apr['value']:.2f}", f"[{100 * apr['low']:.2f}, {100 * apr['high']:.2f}]")
@@ -181,7 +177,7 @@ def test_tables_hold_the_result(page, example):
         values = [findings.dig(models[name], *path, "value") for name in MODELS]
         assert [text for text, _ in rows[title]][:2] == [f"{100 * value:.2f}" for value in values]
     assert rows["Reward ↑"][2] == ("n/a", "") and rows["Images"][0] == ("20", "")
-    assert "LPIPS ↓" not in rows and "Not available: FID, KID, precision" in Reader(page).text
+    assert "LPIPS ↓" not in rows and "Not available: FID, KID, precision" in reader.text
     assert len(tables["Table 2. Prompts with one artifact"]["APR ↑ (%) SD"]) == 8
     prompts, counts = tables["All prompts"], result["sets"]["real"]["images_by_prompt"]
     assert len(prompts) == 1 + 10 and [text for text, _ in prompts[SHOWN[5]]][::2] == ["2", "2", str(counts[SHOWN[5]])]
@@ -225,8 +221,8 @@ def test_only_distances_of_inception_are_called_fid(result, read):
     assert reader.text.count("they share errors") == 2  # below the table and on the card
 
 
-def test_the_page_loads_nothing_and_its_pictures_stand_in_rows(page, example):
-    reader = Reader(page)
+def test_the_page_loads_nothing_and_its_pictures_stand_in_rows(pages, example):
+    reader = Reader(page := pages["full"].read_text())
     assert page.startswith("<!DOCTYPE html>")
     for tag, attributes in reader.tags:
         assert tag not in ("script", "link", "iframe", "source")

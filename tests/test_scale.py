@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -25,8 +26,6 @@ from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.training.checkpoints import UNET_FILE, load_weights
 from ddpo_pytorch.training.setup import check_training
 from ddpo_pytorch.utils.distributed import gather_state, load_optimizer_into, load_weights_into, make_accelerator
-
-FILES = ROOT / "config" / "accelerate"
 
 
 def optimizer_of(run: Path, epoch: int) -> dict:
@@ -67,25 +66,22 @@ def test_two_nodes_train_as_one_process(settings, train, tmp_path):
 
 def test_an_epoch_has_the_passes_that_the_docs_count(train, script, monkeypatch):
     """docs/scaling.md: samples x steps x 2 for guidance; the first of two updates has but one pass, of 4 samples."""
-    inputs = dict.fromkeys(("sample_and_score", "update"), 0)
+    inputs = Counter()
 
-    def counted(run, *arguments, stage):
-        def count(unet, given):
-            inputs[stage.__name__] += len(given[0])
-
-        hook = run.pipe.unet.register_forward_pre_hook(count)
+    def counted(stage, run, *arguments):
+        count = run.pipe.unet.register_forward_pre_hook(lambda _, given: inputs.update({stage.__name__: len(given[0])}))
         result = stage(run, *arguments)
-        hook.remove()
+        count.remove()
         return result
 
-    for name in inputs:
-        monkeypatch.setattr(script, name, partial(counted, stage=getattr(script, name)))
+    for stage in (script.sample_and_score, script.update):
+        monkeypatch.setattr(script, stage.__name__, partial(counted, stage))
     train(num_epochs=1)
     assert inputs == {"sample_and_score": 8 * 3 * 2, "update": 4 * 3 * 2 + 4 * 2}
 
 
 def test_launch_files_say_what_their_names_say():
-    found = {path.stem: load_config_from_file(str(path)) for path in FILES.iterdir()}
+    found = {path.stem: load_config_from_file(str(path)) for path in (ROOT / "config/accelerate").iterdir()}
     assert not any(launched.use_cpu for launched in found.values())
     kinds = {name: (one.distributed_type, one.num_machines, one.num_processes) for name, one in found.items()}
     expected = {"one_gpu": ("NO", 1, 1), "one_node_4": ("MULTI_GPU", 1, 4), "one_node_8": ("MULTI_GPU", 1, 8)}
@@ -98,15 +94,10 @@ def test_a_slurm_job_saves_in_time_and_is_put_back_into_the_queue(settings, tmp_
 
     srun hands signals to the command that it starts, and to no child of it; scontrol writes down what it is asked for.
     """
-    srun = """import signal, subprocess, sys
-step = subprocess.Popen(sys.argv[2:])
-signal.signal(signal.SIGUSR1, lambda number, frame: step.send_signal(number))
-sys.exit(step.wait())"""
-    scontrol = f"""import sys
-print("127.0.0.1") if sys.argv[1] == "show" else open({str(tmp_path / "requeued")!r}, "w").write(sys.argv[2])"""
+    scontrol = f"if [ $1 = show ]; then echo 127.0.0.1; else echo $2 > {tmp_path / 'requeued'}; fi"
     (tmp_path / "bin").mkdir()
-    for name, code in (("srun", srun), ("scontrol", scontrol)):
-        (tmp_path / "bin" / name).write_text(f"#!{sys.executable}\n{code}\n")
+    for name, code in (("srun", 'exec "${@:2}"'), ("scontrol", scontrol)):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{code}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     slurm = {"JOB_ID": 7, "JOB_NODELIST": "node[1-1]", "NNODES": 1, "NODEID": 0, "GPUS_ON_NODE": 2}
     environment = {f"SLURM_{name}": str(value) for name, value in slurm.items()} | {"MAIN_PORT": str(free_port())}
@@ -120,7 +111,7 @@ print("127.0.0.1") if sys.argv[1] == "show" else open({str(tmp_path / "requeued"
     job.send_signal(signal.SIGUSR1)
     errors = job.communicate(timeout=120)[1]
     assert job.returncode == 0, errors[-3000:]
-    assert (tmp_path / "requeued").read_text() == "7"
+    assert (tmp_path / "requeued").read_text() == "7\n"
     epochs = len(log.read_text().splitlines())
     assert 1 <= epochs < 1000 and (log.parent / f"checkpoint_{epochs}").is_dir(), errors[-3000:]
     asked = [line.split()[1] for line in (ROOT / "docs" / "slurm.sh").read_text().splitlines() if "#SBATCH" in line]

@@ -1,7 +1,6 @@
 """Sets of split tables: the command that checks them, lesions in two splits, and regrouped splits without any."""
 
 import hashlib
-import itertools
 import json
 import logging
 import re
@@ -38,9 +37,8 @@ def write_metadata(path, lesions):
 @pytest.fixture
 def folder(tmp_path):
     """Three splits of 60, 20 and 20 images; phantom_train_a.csv is a part of one of them, as the phantom world has."""
-    numbers = iter(f"I{number:03d}" for number in range(100))
-    for seed, (split, size) in enumerate((("train", 60), ("val", 20), ("test", 20))):
-        write_table(tmp_path / "splits", f"isic2019_{split}", list(itertools.islice(numbers, size)), seed)
+    for seed, (split, part) in enumerate({"train": range(60), "val": range(60, 80), "test": range(80, 100)}.items()):
+        write_table(tmp_path / "splits", f"isic2019_{split}", [f"I{number:03d}" for number in part], seed)
     write_table(tmp_path / "splits", "isic2019_train_a", ["I000"])
     (tmp_path / "splits" / "._isic2019_train.csv").write_bytes(b"\0\xff of another system")
     return tmp_path / "splits"

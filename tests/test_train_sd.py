@@ -14,13 +14,14 @@ from launching import ROOT
 from ml_collections import ConfigDict
 from refusals import refused
 from safetensors.torch import load_file, save_file
+from sample_sets import write_samples
 from script_tools import assert_same_training, load_module, options, read_lines, succeed
 from stage_tools import SPLIT, assert_equal, unet_of
 from torch.utils.data import default_collate
 
 from ddpo_pytorch.data.images import save_image
 from ddpo_pytorch.data.isic import CAPTIONS
-from ddpo_pytorch.data.sample_folder import folder_name, read_log, write_log
+from ddpo_pytorch.data.sample_folder import read_log, write_log
 from ddpo_pytorch.generator.finetune_data import MixedLatents, settings_of
 from ddpo_pytorch.generator.finetune_losses import CaptionTable, NoiseLoss
 from ddpo_pytorch.generator.from_scratch import build_tokenizer
@@ -193,14 +194,9 @@ def test_bert_is_trained_from_scratch_and_takes_clips_place_frozen_or_slowly_tra
 @pytest.mark.slow
 def test_a_pool_is_mixed_with_real_images(model, train_stage, tmp_path):
     """Five images as generate.py writes them, of which one did not pass."""
-    log = []
-    for number in range(5):
-        prompt = CAPTIONS[number % 2]
-        path = f"images/{folder_name(prompt)}/{number}.png"
-        image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(number))
-        save_image(tmp_path / "pool" / path, image)
-        log.append({"prompt": prompt, "path_to_img": path, "policy": 0.2 * (number + 1), "passed": number != 3})
-    write_log(tmp_path / "pool", log)
+    log = read_log(write_samples(tmp_path / "pool", {CAPTIONS[0]: 3, CAPTIONS[1]: 2}, seed=0, size=32))
+    scores = [{"policy": 0.2 * (number + 1), "passed": number != 3} for number in range(5)]
+    write_log(tmp_path / "pool", [entry | scored for entry, scored in zip(log, scores, strict=True)])
     start = {"pretrained__model": str(model), "sd__val_csv": "", "sd__num_steps": 2}
     train_stage(tmp_path / "mixed", **start, sd__pool=str(tmp_path / "pool"))
     real, pool = (LatentShards(tmp_path / "mixed" / "latents" / name) for name in ("train", "pool"))
