@@ -17,7 +17,7 @@ from diffusers import UNet2DConditionModel
 from launching import run_script
 from ml_collections import ConfigDict
 from refusals import refused
-from rl_tools import LIGHT, TIMES, as_flags, configured, train_with, untimed, usual_settings, weights
+from rl_tools import LIGHT, TIMES, as_flags, configured, untimed, weights
 from safetensors.torch import load_file
 from script_tools import files_of, read_lines
 
@@ -32,15 +32,8 @@ from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import LOCK, locked
 
 
-@pytest.fixture(scope="module")
-def finished(script, tiny_pipeline_dir, judges, tmp_path_factory):
-    """The folder and log of two epochs of the usual settings; to be left as it is."""
-    settings = usual_settings(tiny_pipeline_dir, judges[6], tmp_path_factory.mktemp("runs"))
-    return train_with(script, settings, {"log_images": True})
-
-
-def test_logs_every_measure_and_begins_at_ratio_one(finished):
-    folder, epochs = finished
+def test_a_run_logs_every_measure_begins_at_ratio_one_and_is_not_resumed_from_an_older_checkpoint(train):
+    folder, epochs = train(log_images=True)
     assert [entry["epoch"] for entry in epochs] == [0, 1]
     assert epochs[-1]["global_step"] == 4  # 8 samples / 4 = 2 updates an epoch
     for entry in epochs:
@@ -54,6 +47,9 @@ def test_logs_every_measure_and_begins_at_ratio_one(finished):
     assert card.startswith("---\nlibrary_name: diffusers\n") and "after 2 epochs" in card and "\n- lora\n" in card
     before, after = weights(folder, 1), weights(folder, 2)
     assert any(not torch.equal(before[key], after[key]) for key in before)
+    content, older = files_of(folder), {"num_epochs": 3, "resume_from": str(folder / "checkpoint_1")}
+    refused("not the newest checkpoint of its run; continuing would overwrite checkpoint_2", train, **older)
+    assert files_of(folder) == content
 
 
 def test_half_precision_logs_the_ratio_of_the_second_update(script, train, monkeypatch):
@@ -222,13 +218,6 @@ def test_wandb_records_offline_without_a_key(train, tmp_path, monkeypatch):
 def test_bad_input_is_one_clear_line_and_leaves_nothing(train, tmp_path, overrides, expected):
     refused(re.escape(expected), train, **overrides)
     assert not (tmp_path / "logs" / "run").exists()
-
-
-def test_an_older_checkpoint_is_not_resumed(train, finished):
-    folder, _ = finished
-    before, resumed = files_of(folder), {"num_epochs": 3, "resume_from": str(folder / "checkpoint_1")}
-    refused("not the newest checkpoint of its run; continuing would overwrite checkpoint_2", train, **resumed)
-    assert files_of(folder) == before
 
 
 @pytest.fixture
