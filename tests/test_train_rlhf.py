@@ -29,7 +29,6 @@ from ddpo_pytorch.rlhf.rated_images import RatedSet
 from ddpo_pytorch.rlhf.training import chosen_samples
 from ddpo_pytorch.utils.training_state import TrainState
 
-pytest_plugins = ["script_tools"]
 SCRIPT, NAMES = "train_rlhf.py", ("selector.safetensors", "policy.safetensors")
 
 
