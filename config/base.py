@@ -6,7 +6,7 @@ Any field can be overridden on the command line (`--config.train.learning_rate=1
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -325,19 +325,20 @@ def get_config(name: str = "") -> ConfigDict:
     return config.lock()
 
 
-def experiments(module: dict) -> list[str]:
-    """Return the names of the experiments defined in the file `module`: its public functions without arguments."""
+def experiments(module: dict) -> dict[str, Callable[[], ConfigDict]]:
+    """Return the experiments defined in the file `module` by name: its public functions without arguments."""
     own = {key: f for key, f in module.items() if inspect.isfunction(f) and f.__module__ == module["__name__"]}
-    return [key for key, f in own.items() if key[0] != "_" and not inspect.signature(f).parameters]
+    return {key: f for key, f in own.items() if key[0] != "_" and not inspect.signature(f).parameters}
 
 
-def choose(module: dict, name: str, derived: Sequence[str] = ()) -> ConfigDict:
-    """Return the configuration of experiment `name` of the file `module`.
+def choose(module: dict, name: str, inherited: Mapping = {}, scale: Callable | None = None) -> ConfigDict:
+    """Return experiment `name` of the file `module`, or the one of `inherited` (name -> function) changed by `scale`.
 
-    `derived` are the names that its get_config takes from another file or scale, for the message about an unknown one.
+    Raises ValueError, with all their names, for any other.
     """
     own = experiments(module)
-    if name not in own:
-        known = ", ".join(dict.fromkeys([*own, *derived]))
-        raise ValueError(f"experiment {name!r} is unknown; {module['__file__']} has {known}")
-    return module[name]()
+    if name in own:
+        return own[name]()
+    if name in inherited:
+        return scale(inherited[name]())
+    raise ValueError(f"experiment {name!r} is unknown; {module['__file__']} has {', '.join({**own, **inherited})}")

@@ -130,8 +130,6 @@ def get_config(name=""):
 
 def at_scale_of(module, name):
     """Return an experiment of `module`, or this file's with its paths and sizes, ignoring suffixes such as _16gb."""
-    name = re.sub(r"_\d+gb$", "", name)
-    inherited = [key for key in base.experiments(globals()) if not re.search(r"_\d+gb$", key)]
-    if name not in module and name in inherited:
-        return module["model_and_dataset_configs"](get_config(name))
-    return base.choose(module, name, inherited)
+    suffix = re.compile(r"_\d+gb$")
+    inherited = {key: f for key, f in base.experiments(globals()).items() if not suffix.search(key)}
+    return base.choose(module, suffix.sub("", name), inherited, module["model_and_dataset_configs"])

@@ -195,7 +195,5 @@ def generate_mini():
 
 def get_config(name=""):
     """Return an experiment of this file; <name>_mini is <name> at the scale of `mini` unless it is defined above."""
-    small = [f"{key}_mini" for key in base.experiments(globals()) if not key.endswith("_mini")]
-    if name in small and name not in globals():
-        return mini(get_config(name.removesuffix("_mini")))
-    return base.choose(globals(), name, small)
+    large = {f"{key}_mini": f for key, f in base.experiments(globals()).items() if not key.endswith("_mini")}
+    return base.choose(globals(), name, large, mini)

@@ -79,7 +79,5 @@ def improve():
 
 def get_config(name=""):
     """Return an experiment of this file, or one of config/fundus.py at this file's scale."""
-    inherited = [key for key in fundus.base.experiments(vars(fundus)) if not key.endswith("_mini")]
-    if name in inherited and name not in globals():
-        return small(fundus.get_config(name))
-    return fundus.base.choose(globals(), name, inherited)
+    inherited = {key: f for key, f in fundus.base.experiments(vars(fundus)).items() if not key.endswith("_mini")}
+    return fundus.base.choose(globals(), name, inherited, small)
