@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from absl import flags
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import StableDiffusionPipeline
@@ -38,8 +37,7 @@ from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
 from ddpo_pytorch.utils.settings import NOT_NEGATIVE, ONE_OR_MORE, check_choices, check_ranges
 
-FLAGS = flags.FLAGS
-define_config(__file__, "experiment, e.g. config/dgx.py:prompt_image_alignment_classifier_isic_eval_rl")
+FLAGS = define_config(__file__, "experiment, e.g. config/dgx.py:prompt_image_alignment_classifier_isic_eval_rl")
 logger = logging.getLogger(__name__)
 RANGES = SAMPLING | dict.fromkeys(("eval.num_samples_per_prompt", "eval.batch_size"), ONE_OR_MORE)
 RANGES |= {"eval.lora_scale": NOT_NEGATIVE}

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import torch
-from absl import flags
 from accelerate import Accelerator
 from ml_collections import ConfigDict
 
@@ -29,8 +28,7 @@ from ddpo_pytorch.utils.files import sha256
 from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.settings import ONE_OR_MORE, ZERO_OR_MORE, check_choices, check_ranges
 
-FLAGS = flags.FLAGS
-define_config(__file__, "experiment, e.g. config/dgx.py:preprocess_isic_real_data")
+FLAGS = define_config(__file__, "experiment, e.g. config/dgx.py:preprocess_isic_real_data")
 logger = logging.getLogger(__name__)
 
 

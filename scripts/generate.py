@@ -50,8 +50,7 @@ from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
 from ddpo_pytorch.utils.randomness import Stream, derived_seed, text_number
 from ddpo_pytorch.utils.settings import ONE_OR_MORE, Range, check_ranges
 
-FLAGS = flags.FLAGS
-define_config(__file__, "experiment, e.g. config/fundus.py:generate")
+FLAGS = define_config(__file__, "experiment, e.g. config/fundus.py:generate")
 flags.DEFINE_multi_string("prompt", [], "prompt to draw instead of the configured ones; may be repeated")
 flags.DEFINE_integer("n", 1, "images for each --prompt", 1)
 logger = logging.getLogger(__name__)

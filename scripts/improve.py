@@ -51,8 +51,7 @@ from ddpo_pytorch.utils.files import JsonLines, atomic_folder, atomic_write, loc
 from ddpo_pytorch.utils.json_files import read_json
 from ddpo_pytorch.utils.settings import Range, check_choices, check_ranges
 
-FLAGS = flags.FLAGS
-define_config(__file__, "experiment, e.g. config/fundus.py:improve")
+FLAGS = define_config(__file__, "experiment, e.g. config/fundus.py:improve")
 flags.DEFINE_string("launch", "", "command that starts the scripts of a round, e.g. 'accelerate launch'; empty: python")
 logger = logging.getLogger(__name__)
 METHODS = ("finetune", "ddpo")

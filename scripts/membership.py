@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from absl import flags
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from ml_collections import ConfigDict
@@ -33,8 +32,7 @@ from ddpo_pytorch.utils.files import write_json
 from ddpo_pytorch.utils.randomness import BatchDraws, Stream
 from ddpo_pytorch.utils.settings import SEED, check_ranges
 
-FLAGS = flags.FLAGS
-define_config(__file__, "experiment, e.g. config/dgx.py:finetune_sd")
+FLAGS = define_config(__file__, "experiment, e.g. config/dgx.py:finetune_sd")
 logger = logging.getLogger(__name__)
 TITLE = "Membership: AUC of lower denoising losses on training than on validation images"
 TIMESTEPS = 16  # random timesteps over which the loss of an image is averaged

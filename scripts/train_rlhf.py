@@ -10,7 +10,6 @@ Selector; the Selector and its threshold stay fixed. Rerun the same command to r
 import logging
 from pathlib import Path
 
-from absl import flags
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.data.fundus import check_images
@@ -23,8 +22,7 @@ from ddpo_pytorch.utils.distributed import locked_by_main, make_accelerator
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.settings import SEED, check_ranges
 
-FLAGS = flags.FLAGS
-define_config(__file__, "experiment, e.g. config/fundus.py:train_rlhf")
+FLAGS = define_config(__file__, "experiment, e.g. config/fundus.py:train_rlhf")
 logger = logging.getLogger(__name__)
 
 

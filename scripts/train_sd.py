@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from absl import flags
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import StableDiffusionPipeline
@@ -51,8 +50,7 @@ from ddpo_pytorch.utils.settings import SEED, check_ranges
 from ddpo_pytorch.utils.training_state import TrainState
 from ddpo_pytorch.utils.weights import check_finite
 
-FLAGS = flags.FLAGS
-define_config(__file__, "experiment, e.g. config/dgx.py:finetune_sd")
+FLAGS = define_config(__file__, "experiment, e.g. config/dgx.py:finetune_sd")
 logger = logging.getLogger(__name__)
 GRID_CAPTIONS, GRID_BATCH = 32, 4  # all ISIC captions; the autoencoder takes 3 GiB to decode four images of 512 px
 

@@ -29,10 +29,11 @@ USER_ERRNOS = {  # of paths that the user chose: permissions, wrong kinds of fil
 flags.disclaim_key_flags()  # so that --help lists flags defined here as those of the script
 
 
-def define_config(script: str, help_text: str, default: str = "config/base.py") -> None:
-    """Define the --config flag of a script, given its `__file__`; `default` is relative to the script's repository."""
+def define_config(script: str, help_text: str, default: str = "config/base.py") -> flags.FlagValues:
+    """Define --config for a script, given its `__file__`; return all flags. `default` is relative to its repository."""
     with _usage_errors():  # without --config, this already reads the overrides on the command line
         config_flags.DEFINE_config_file("config", str(Path(script).resolve().parents[1] / default), help_text)
+    return flags.FLAGS
 
 
 def import_function(path: str, setting: str) -> Callable:
