@@ -17,9 +17,7 @@ from ddpo_pytorch.utils.cli import Configuration, KeywordArguments, OptionalBloc
 def get_config(name: str = "") -> ConfigDict:
     """Return the defaults. `name` exists only for the error message, since experiments are in other files."""
     if name:
-        raise ValueError(
-            f"config/base.py holds no experiments, got {name!r}; use config/dgx.py:{name} or config/mini.py:{name}"
-        )
+        raise ValueError(f"config/base.py has no experiment {name}; use config/dgx.py:{name} or config/mini.py:{name}")
     config = Configuration()
 
     ###### General ######

@@ -99,9 +99,8 @@ def train(accelerator: Accelerator, names: tuple[str, ...], output: Path) -> Non
     if not FLAGS.labels:
         read_splits({"train": Path(FLAGS.train_csv), "val": Path(FLAGS.val_csv)})  # refuses an image in both
     elif both := set.intersection(*({row.image for row in read_metadata(path)} for path in tables)):
-        raise UserError(
-            f"{FLAGS.train_csv!r} and {FLAGS.val_csv!r} share {len(both)} images, first {min(both)!r}; split them"
-        )
+        problem = f"{FLAGS.train_csv!r} and {FLAGS.val_csv!r} share {len(both)} images, first {min(both)!r}"
+        raise UserError(f"{problem}; split them")
     set_seed(FLAGS.seed)
     if FLAGS.checkpoint:
         model = load_checkpoint(FLAGS.checkpoint, names).requires_grad_(True)

@@ -47,28 +47,26 @@ def compare(
         return []
     first, every = next(iter(logits)), np.ones((1, len(truth)))
 
+    support = truth[keep].sum(0)
+    both_classes = (support > 0) & (support < keep.sum())
+    defined = np.stack([support > 0, np.full(len(support), True), both_classes], -1)  # (H, measures)
+
     def scores(name: str, weights: np.ndarray) -> np.ndarray:
-        """Return (S, R, H, measures) of R resamples."""
+        """Return (S, R, H + 1, measures) of R resamples, with the macro average last."""
         measured = [measure(of_seed[keep], truth[keep], weights[:, keep]) for of_seed in logits[name]]
         for one in measured:  # without support, F1 is 0 or undefined for any classifier
             one["f1"] = np.where(one["tp"] + one["fn"] > 0, one["f1"], np.nan)
-        return np.stack([np.stack([one[key] for key in MEASURES], -1) for one in measured])
-
-    defined = ~np.isnan(scores(first, every)[0, 0])
-
-    def with_macro(name: str, weights: np.ndarray) -> np.ndarray:
-        """Return (S, R, H + 1, measures), with the macro average last."""
-        values = scores(name, weights)
+        values = np.stack([np.stack([one[key] for key in MEASURES], -1) for one in measured])
         with np.errstate(invalid="ignore"):
             macro = np.where(defined, values, 0).sum(2, keepdims=True) / defined.sum(0)
         return np.concatenate([values, macro], 2)
 
-    point = {name: with_macro(name, every)[:, 0] for name in logits}
+    point = {name: scores(name, every)[:, 0] for name in logits}
     means = {}  # (resamples, H + 1, measures), of the same resamples for all training sets
     for name in logits:
-        parts = [with_macro(name, weights).mean(0) for weights in resampled(len(truth), resamples, seed)]
+        parts = [scores(name, weights).mean(0) for weights in resampled(len(truth), resamples, seed)]
         means[name] = np.concatenate(parts)
-    rows, support = [], [*truth[keep].sum(0).tolist(), None]
+    rows, support = [], [*support.tolist(), None]
     for column, attribute in enumerate((*names, MACRO)):
         for name in logits:
             for index, key in enumerate(MEASURES):

@@ -124,10 +124,9 @@ def _kid(real: np.ndarray, features: np.ndarray, seed: int) -> tuple[float, floa
     """Return KID of features (M, D) and (N, D) and its standard error. Raises UserError if it has none."""
     distance = kernel_distance(real, features, seed)
     if distance.high is None:  # with an error of 0, any rise of KID would count as a collapse
-        raise UserError(
-            f"KID of {len(features)} drawn and {len(real)} real images has no standard error; it needs {KID_IMAGES} of "
-            "each: raise improve.held_out_images, or give more images in improve.held_out_csv"
-        )
+        problem = f"KID of {len(features)} drawn and {len(real)} real images has no standard error"
+        advice = "raise improve.held_out_images, or give more images in improve.held_out_csv"
+        raise UserError(f"{problem}; it needs {KID_IMAGES} of each: {advice}")
     return distance.value, (distance.high - distance.low) / (2 * 1.96)
 
 
