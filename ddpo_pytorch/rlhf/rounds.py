@@ -131,7 +131,7 @@ def _kid(real: np.ndarray, features: np.ndarray, seed: int) -> tuple[float, floa
 
 
 def draw_fixed(sampler: Sampler, prompts: Sequence[str], count: int, seed: int, batch_size: int) -> torch.Tensor:
-    """Sample `count` uint8 images per prompt from noise that depends on (seed, prompt, index). UserError for NaN."""
+    """Sample `count` uint8 images per prompt, with noise of (seed, prompt, index). Raises UserError if not finite."""
     jobs, parts = [(prompt, index) for prompt in prompts for index in range(count)], []
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]

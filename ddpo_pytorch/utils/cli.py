@@ -278,10 +278,6 @@ register_flag_parser_for_type(OptionalBlock, _OptionalBlockParser())
 
 
 def _converted(kind: type[ConfigDict], value: Any) -> Any:
-    """Return a dict, or a block of another class, as a block of class `kind`; anything else unchanged."""
-    if not isinstance(value, dict | ConfigDict) or isinstance(value, kind):
-        return value
-    block = kind()
-    for name, inner in value.items():
-        block[name] = inner
-    return block
+    """Return a dict, or a block of another class, as an unlocked block of class `kind`; anything else unchanged."""
+    is_other = isinstance(value, dict | ConfigDict) and not isinstance(value, kind)
+    return kind(value).unlock() if is_other else value

@@ -79,7 +79,10 @@ def atomic_write(path: str | Path, durable: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path, size: int | None = None, durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary folder, renamed to `path` at the end. Raises DiskFull (early below `size` bytes), UserError."""
+    """Yield a temporary folder, renamed to `path` at the end.
+
+    Raises DiskFull, at once if fewer than `size` bytes are free, and UserError if `path` is a folder with content.
+    """
     with _replacing(Path(path), durable, size) as temporary:
         temporary.mkdir()
         yield temporary

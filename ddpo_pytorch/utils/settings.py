@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Collection, Mapping
-from functools import reduce
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -50,16 +49,16 @@ SEED = Range("[0, 4294967295]", whole=True)  # NumPy's generators take 32 bits
 
 
 def check_ranges(settings: Mapping[str, Any], ranges: Mapping[str, Range], prefix: str = "") -> None:
-    """Raise UserError naming, after `prefix`, the first field or "block.field" that is outside its range."""
+    """Raise UserError naming, after `prefix`, the first field ("block.field" of a ConfigDict) outside its range."""
     for name, allowed in ranges.items():
-        if (value := _get(settings, name)) not in allowed:
+        if (value := settings[name]) not in allowed:
             raise UserError(f"{prefix}{name} is {value!r}; it must be {allowed}")
 
 
 def check_choices(settings: Mapping[str, Any], choices: Mapping[str, Collection[str]], prefix: str = "") -> None:
     """Raise UserError naming the first setting that is not among its choices."""
     for name, allowed in choices.items():
-        if (value := _get(settings, name)) not in allowed:
+        if (value := settings[name]) not in allowed:
             raise UserError(f"{prefix}{name} is {value!r}; allowed are {', '.join(allowed)}")
 
 
@@ -77,7 +76,3 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in settings.items():
         fields |= flat(value, f"{prefix}{name}.") if hasattr(value, "items") else {prefix + name: value}
     return fields
-
-
-def _get(settings: Mapping[str, Any], name: str) -> Any:
-    return reduce(lambda block, field: block[field], name.split("."), settings)
