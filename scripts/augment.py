@@ -149,8 +149,7 @@ def write_report(trainings: Sequence[Training], data: Data, seeds: Sequence[int]
 
 
 def main(_) -> None:
-    required = ("data_path", "train_csv", "val_csv", "test_csv", "output", "weights")
-    expand_flags(FLAGS, required, optional=("cache_dir",))
+    expand_flags(FLAGS, ("data_path", "train_csv", "val_csv", "test_csv", "output", "weights"), optional=("cache_dir",))
     folders, ratios = planning.parse_samples(FLAGS.samples), planning.parse_ratios(FLAGS.ratios)
     seeds = planning.parse_seeds(FLAGS.seeds)
     check_ranges({"minority_share": FLAGS.minority_share}, {"minority_share": SHARE}, "--")

@@ -57,8 +57,7 @@ def extract(accelerator: Accelerator, config: ConfigDict) -> None:
         claimed = settings | {"limit": dataset.limit, "vae_sha256": fingerprint(vae) if vae is not None else ""}
         # pictures must label phantoms as such; the images of skin phantoms are in a subfolder of their world
         phantoms = any((place / WORLD).is_file() for place in (Path(images), Path(images).absolute().parent))
-        metadata = {"phantoms": phantoms, "csv": csv, "model": pretrained.model, "missing": missing}
-        claim_folder(folder, claimed, metadata)
+        claim_folder(folder, claimed, {"phantoms": phantoms, "csv": csv, "model": pretrained.model, "missing": missing})
     accelerator.wait_for_everyone()
 
     entries, contents = [], content_numbers(sources)

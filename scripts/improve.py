@@ -140,8 +140,7 @@ class Rounds:
                 weights = (self._finetune if method == "finetune" else self._ddpo)(number, model)
                 # save `model` with the trained UNet, adapters merged, as a new folder; train_sd.py writes a whole model
                 # if the text encoder is new as well
-                whole = (weights.parent / "model_index.json").is_file()
-                source = str(weights.parent if whole else model)
+                source = str(weights.parent if (weights.parent / "model_index.json").is_file() else model)
                 trained, pipe = (load_pipeline(source, self.config.pretrained.revision) for _ in range(2))
                 load_weights(trained.unet, weights)
                 pipe.unet.load_state_dict(merged_state_dict(trained.unet))
@@ -181,15 +180,13 @@ class Rounds:
         before, after = self.judges(number - 1), self.judges(number)
         pool = self._draw_pool(number, model, "fresh", before)
         for source, copy in ((SELECTOR_FILE, SELECTOR_FILE), (POLICY_FILE, training.FIRST_POLICY)):
-            with atomic_write(after / copy) as temporary:
-                shutil.copyfile(before / source, temporary)
+            write_file(after / copy, (before / source).read_bytes())
         fields = {"seed": self.config.seed, "rlhf.pool": pool, "rlhf.output": after, "rlhf.stages": (2,)}
         self._command("train_rlhf.py", number, fields)  # with stage 1's seed, which determines the split of ratings
 
     def _finetune(self, number: int, model: Path) -> Path:
         """Train on the selected images of a best-of-N pool, weighted by score and mixed with real ones."""
-        folder = self.folder(number)
-        weights = folder / "finetune" / finetune_data.OUTCOMES["finetune"]
+        weights = self.folder(number) / "finetune" / finetune_data.OUTCOMES["finetune"]
         if weights.is_file():  # written last; train_sd.py refuses a folder that has them
             return weights
         pool = self._draw_pool(number, model, "pool", self.judges(number))

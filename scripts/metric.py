@@ -63,17 +63,15 @@ def check_conditions(result: dict, conditions: Sequence[tuple[str, str, float]])
 def write(output: Path, result: dict, folders: dict[str, list[Folder]], tables: dict[str, pd.DataFrame]) -> None:
     """Write metrics, tables and contact sheets, and append the official line, in which APR is a ratio."""
     models = result["models"]
-    texts = {"metrics.json": json.dumps(result, indent=1, allow_nan=False) + "\n"}
+    write_file(output / "metrics.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     for name, table in tables.items():
-        texts |= {f"{name}.md": to_markdown(table), f"{name}.csv": to_csv(table), f"{name}.tex": to_latex(table)}
-    for name, text in texts.items():
-        write_file(output / name, text)
+        for suffix, convert in {"md": to_markdown, "csv": to_csv, "tex": to_latex}.items():
+            write_file(output / f"{name}.{suffix}", convert(table))
     fundus = result.get("kind") == FUNDUS
     write_per_image(output / "per_image.csv", folders, "alignment" if fundus else "aligned")
     for name, model in models.items():
         for space, block in (model.get("memorisation") or {}).items():
-            path = output / f"closest_{space}_{name.replace('/', '_')}.png"
-            save_picture(path, contact_sheet(block["closest"]))
+            save_picture(output / f"closest_{space}_{name.replace('/', '_')}.png", contact_sheet(block["closest"]))
     last = list(models.values())[-1]
     score = {"fundus_alignment": last["fundus_alignment"]} if fundus else {"APR_m": last["APR"]}
     JsonLines(output / "metrics_log.jsonl").write({"metrics": score | {"LPIPS": last["LPIPS"], "FID": last["FID"]}})
@@ -109,8 +107,7 @@ def measure(accelerator: Accelerator, config: ConfigDict) -> dict:
     write(output, result, folders, tables)
     print("\n".join(f"{TITLES[name]}\n\n{to_markdown(table)}" for name, table in tables.items()))
     if FLAGS.report:
-        runs = dict(named_paths(metric.logs, "metric.logs"))
-        logger.info("report: %s", write_report(output, result, samples, runs))
+        logger.info("report: %s", write_report(output, result, samples, dict(named_paths(metric.logs, "metric.logs"))))
     logger.info("written to %s", output)
     return result
 

@@ -53,9 +53,8 @@ def find_items() -> tuple[list[Item], list[str]]:
     """Return the questions from all sources, and the sources' names."""
     if bool(FLAGS.csv) != bool(FLAGS.data_path):
         raise UserError("--csv and --data_path must be given together: a fundus table and the folder of its images")
-    sources = {}
-    for folder in map(expand, filter(None, ",".join(FLAGS.images).split(","))):
-        sources[folder] = sample_items(folder, FLAGS.out)
+    folders = map(expand, filter(None, ",".join(FLAGS.images).split(",")))
+    sources = {folder: sample_items(folder, FLAGS.out) for folder in folders}
     if FLAGS.csv:
         sources[FLAGS.csv] = table_items(FLAGS.csv, FLAGS.data_path, FLAGS.out)[0]
     items = [item for group in sources.values() for item in group]
@@ -100,7 +99,6 @@ def main(_) -> None:
     if synthetic and len(set(synthetic.values())) < 2:
         raise UserError("--mode=real needs photographs and images marked as generated; give folders of both")
     sock = listen(FLAGS.host, FLAGS.port)
-    port = sock.getsockname()[1]
     store, asked = Store(FLAGS.out, FLAGS.mode), {item.key for item in items}
 
     def summarise(reader: str = "") -> list[str]:
@@ -122,7 +120,7 @@ def main(_) -> None:
     logger.info("%d %s; ratings go to %s, which has %d; Ctrl-C stops", len(items), unit, Path(FLAGS.out), len(store))
     name = socket.gethostname() if FLAGS.host in ("", "0.0.0.0", "::") else FLAGS.host
     name = f"[{name}]" if ":" in name else name
-    logger.info("open http://%s:%d/%s", name, port, f"?token={token}" if token else "")
+    logger.info("open http://%s:%d/%s", name, sock.getsockname()[1], f"?token={token}" if token else "")
     serve(app, sock)
     for line in summarise():
         logger.info("%s", line)

@@ -35,8 +35,7 @@ def read_images(config: ConfigDict) -> tuple[list[RatedImage], list[RatedImage]]
         check_images([image.path for image in tables[-1]])
         statistics = agreement(ratings).items()
         numbers = " ".join(f"{name} {f'{v:.3f}' if isinstance(v, float) else v}" for name, v in statistics)
-        shown = path, len(ratings), len(tables[-1]), numbers
-        logger.info("%s: %d ratings of %d images; raters' agreement: %s", *shown)
+        logger.info("%s: %d ratings of %d images; raters' agreement: %s", path, len(ratings), len(tables[-1]), numbers)
     train, val = tables if rlhf.val_ratings else split_by_patient(tables[0], rlhf.val_share, config.seed)
     keys = {"image": lambda image: str(image.path.resolve())}
     if rlhf.data_path or Path(rlhf.ratings).resolve().parent == Path(rlhf.val_ratings).resolve().parent:

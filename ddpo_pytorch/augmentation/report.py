@@ -155,8 +155,7 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
     """Yield the table of F1 / accuracy as in the paper, then a table per attribute with all measures."""
     cells = pd.DataFrame([{key: row[key] for key in ("attribute", "training")} | _cells(row) for row in rows])
     pairs = cells[cells["measure"] != "auc"].groupby(["training", "attribute"], sort=False)["short"].agg(" / ".join)
-    summary = pairs.unstack(sort=False).rename_axis("F1 / accuracy (%)").reset_index()
-    yield to_markdown(summary)
+    yield to_markdown(pairs.unstack(sort=False).rename_axis("F1 / accuracy (%)").reset_index())
     for attribute, group in cells.groupby("attribute", sort=False):
         parts = [
             part.set_index("training")[["mean", "difference", "p"]].rename(columns={"mean": TITLES[key]})

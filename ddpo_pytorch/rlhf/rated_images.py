@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from ddpo_pytorch.judges.classifier_report import calibration_error, ranking
 from ddpo_pytorch.judges.selector import Selector
 from ddpo_pytorch.judges.vit import resized
 from ddpo_pytorch.phantoms.damage import BANDS, KINDS, STRUCTURAL, VISIBLE, degrade, vessel_contrast
-from ddpo_pytorch.utils.cores import thread_limit
+from ddpo_pytorch.utils.cores import on_all_cores
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.json_files import check_shape
@@ -101,8 +100,7 @@ def read_rated(rated: Sequence[RatedImage], size: int, resize: str = "fov") -> R
         loaded = load_image(image.path, resize="stretch" if is_framed(image.path) else resize)
         return to_uint8(resized(loaded[None], size)[0])
 
-    with ThreadPoolExecutor(thread_limit()) as pool:
-        images = torch.stack(list(pool.map(pixels, rated)))
+    images = torch.stack(on_all_cores(pixels, rated))
     names = ("prompt", "quality", "alignment", "weight", "criteria")
     rows = [[Path(image.image).name, *(getattr(image, name) for name in names)] for image in rated]
     # files rather than resized pixels, whose last bits depend on the processor

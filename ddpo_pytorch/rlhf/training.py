@@ -7,7 +7,6 @@ selecting an epoch on the held-out images would bias the metrics measured on the
 
 import logging
 import math
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +33,7 @@ from ddpo_pytorch.rlhf.reinforce import OBJECTIVES, advantages, reinforce_loss
 from ddpo_pytorch.utils import settings as allowed
 from ddpo_pytorch.utils.distributed import to_device
 from ddpo_pytorch.utils.errors import UserError, difference
-from ddpo_pytorch.utils.files import JsonLines, atomic_write, write_file
+from ddpo_pytorch.utils.files import JsonLines, write_file
 from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.json_files import COUNT
 from ddpo_pytorch.utils.randomness import Stream, derived_seed, generator_of
@@ -90,8 +89,7 @@ def chosen_samples(passed: torch.Tensor, replay_share: float, seed: int) -> torc
 def all_scores(accelerator: Accelerator, judge: Selector | Policy, rated: RatedSet, batch_size: int) -> torch.Tensor:
     """Return the judge's score and a Selector's criteria (N, 1 + criteria), float32 on the CPU of every process."""
     table = torch.zeros(len(rated), 1 + len(judge.criteria), device=accelerator.device)
-    batches = torch.arange(len(rated)).split(batch_size)
-    for indices in batches[accelerator.process_index :: accelerator.num_processes]:
+    for indices in torch.arange(len(rated)).split(batch_size)[accelerator.process_index :: accelerator.num_processes]:
         images = (rated.images[indices].float() / 255).to(accelerator.device)
         prompts = [rated.prompts[index] for index in indices.tolist()]
         table[indices] = judge.score(images, prompts)[:, None] if isinstance(judge, Policy) else judge.score_all(images)
@@ -333,8 +331,7 @@ def second_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedS
     counts = int(passed.sum()), len(passed), len(chosen) - int(passed.sum())
     logger.info("stage 2: %d of %d images that the Selector passes, and %d that it rejects", *counts)
     if accelerator.is_main_process and first.name != FIRST_POLICY:
-        with atomic_write(output / FIRST_POLICY) as temporary:
-            shutil.copyfile(first, temporary)
+        write_file(output / FIRST_POLICY, first.read_bytes())
     policy.origin = train_stage(accelerator, config, {"policy": policy}, train_set.subset(chosen), val_set)
     if accelerator.is_main_process:
         if other_threshold:

@@ -212,10 +212,9 @@ def add_path(parser: argparse.ArgumentParser, name: str, optional: bool = False,
 
 def run_command(parser: argparse.ArgumentParser, run: Callable[..., Any], arguments: Sequence[str] | None) -> None:
     """Parse arguments and pass them to `run` by name, logging to stdout; errors end the process as in `cli`."""
-    given = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     with _one_line_errors():
-        run(**given)
+        run(**vars(parser.parse_args(arguments)))
 
 
 def _check_given(path: str, name: str, option: str) -> None:
