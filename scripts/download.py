@@ -137,7 +137,8 @@ def fetch_published(folder: Path) -> None:
     try:
         listing = gdown.download_folder(id=DRIVE_ID, **options)
     except Exception as error:  # gdown's exceptions share no base class, and a changed Google page may raise any
-        raise UserError(f"Google Drive does not list the published folder ({reason(error)})") from error
+        kind = type(error).__name__
+        raise UserError(f"Google Drive does not list the published folder ({kind}: {one_line(error)})") from error
     if not listing:
         raise UserError("Google Drive lists nothing in the published folder")
     required, failed = {name for file in FILES if file != ARCHIVE for name in spellings(file)}, []
@@ -151,14 +152,10 @@ def fetch_published(folder: Path) -> None:
                 gdown.download(id=item.id, output=str(target), resume=True, timeout=TIMEOUT, retries=3)
             logger.info("%s is present, %s", target, size(target))
         except Exception as error:
-            logger.warning("%s was not downloaded: %s", item.path, reason(error))
+            logger.warning("%s was not downloaded: %s: %s", item.path, type(error).__name__, one_line(error))
             failed.append(item.path)
     if failed:
         raise UserError(f"{len(failed)} of {len(listing)} files were not downloaded ({', '.join(failed)})")
-
-
-def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def fetch(root: Path) -> None:
