@@ -88,7 +88,7 @@ def new_model(accelerator: Accelerator) -> ArtifactClassifier:
 def train(
     accelerator: Accelerator, training: Training, recipe: Recipe, data: Data, sets: Mapping[str, Dataset]
 ) -> None:
-    """Train a classifier unless it exists; write it and its logits on the test split."""
+    """Train a classifier unless it exists; write it and its test logits. Raises UserError if they are not finite."""
     folder = Path(FLAGS.output, training.folder)
     path = folder / f"artifact_classifier_H{FLAGS.num_classes}.safetensors"
     state = path.with_name(f"{path.stem}.unfinished.pt")  # from the first epoch to the last

@@ -63,7 +63,7 @@ def sd15_unet() -> UNet2DConditionModel:
 
 
 def check_content(file: str, path: Path) -> str:
-    """Check a published file, `file` by README's spelling, without reading gigabytes; return what it holds."""
+    """Return what a published file holds (`file`: README's spelling), read in part. Raises UserError if it is wrong."""
     if file == ARCHIVE:
         with opened(path) as archive:
             return f"zip of {sum(not entry.is_dir() for entry in archive.infolist())} files"
@@ -113,7 +113,7 @@ def size(path: Path) -> str:
 
 
 def fetch_split(name: str, folder: Path, base_url: str = SPLITS_URL) -> Path:
-    """Fetch a split table of `SPLITS` into `folder` unless it is there; check its content and return the file."""
+    """Return a split table of `SPLITS` in `folder`, fetched if it is absent. Raises UserError for other content."""
     target, url = folder / name, f"{base_url}/{name}"
     exists = target.exists()
     source = target if exists else url

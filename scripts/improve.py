@@ -202,7 +202,7 @@ class Rounds:
         return weights
 
     def _ddpo(self, number: int, model: Path) -> Path:
-        """Run DDPO on the judges' reward."""
+        """Run DDPO on the judges' reward. Raises UserError if it was stopped before its end."""
         runs = self.folder(number) / "ddpo"
         # the fixed run name makes an interrupted run resume
         fields = {"pretrained.model": model, "unet_path": "", "logdir": runs, "run_name": "run"}

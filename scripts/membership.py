@@ -53,7 +53,7 @@ def image_losses(accelerator: Accelerator, config: ConfigDict, loss: NoiseLoss, 
 
 
 def test(accelerator: Accelerator, config: ConfigDict) -> dict:
-    """Return the content of membership.json."""
+    """Return the content of membership.json. Raises UserError for too few images and losses that are not finite."""
     pretrained, sd, dtype = config.pretrained, config.sd, DTYPES[config.mixed_precision]
     model = pretrained.model, pretrained.revision, config.unet_path, dtype
     if config.load_from:  # raises for unusable weights before images are encoded and measured with the base model

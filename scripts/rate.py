@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_items() -> tuple[list[Item], list[str]]:
-    """Return the questions from all sources, and the sources' names."""
+    """Return the questions from all sources, and the sources' names. Raises UserError if there is nothing to ask."""
     if bool(FLAGS.csv) != bool(FLAGS.data_path):
         raise UserError("--csv and --data_path must be given together: a fundus table and the folder of its images")
     folders = map(expand, filter(None, ",".join(FLAGS.images).split(",")))

@@ -204,7 +204,7 @@ def run_epochs(run: Run, state: RunState, stop_request: distributed.StopRequest)
 def sample_and_score(
     run: Run, epoch: int, prompts: list[str], metadata: list, stop_request: distributed.StopRequest
 ) -> tuple[Trajectories, Tensor]:
-    """Sample and score this process's n trajectories of an epoch.
+    """Sample and score this process's n trajectories of an epoch. Raises StopRequested, and UserError if not finite.
 
     Scores are (n, 1 + P) float64: the reward, then the unweighted rewards of the P parts of a weighted sum.
     """

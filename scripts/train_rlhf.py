@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_images(config: ConfigDict) -> tuple[list[RatedImage], list[RatedImage]]:
-    """Return rated images to learn from, and images of other patients to measure with."""
+    """Return rated images to learn from, and of other patients to measure with. Raises UserError for unusable ones."""
     rlhf, tables = config.rlhf, []
     for path in filter(None, (rlhf.ratings, rlhf.val_ratings)):
         ratings = read_ratings(path, rlhf.data_path, config.base_log_path)

@@ -161,7 +161,7 @@ def refuse_outcome(sd: ConfigDict) -> None:
 
 
 def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
-    """Train with AdamW, warm-up and EMA weights, which the model has at the end."""
+    """Train with AdamW, warm-up and EMA weights, which the model has at the end. Raises UserError for a loss of NaN."""
     sd, output, is_main = config.sd, Path(config.sd.output), accelerator.is_main_process
     parameters, slow = [weight for weight in stage.loss.parameters() if weight.requires_grad], set(stage.slow)
     groups = [{"params": [weight for weight in parameters if weight not in slow]}]

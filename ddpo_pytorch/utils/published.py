@@ -102,7 +102,10 @@ def _fault(name: str, parts: tuple[str, ...], entry: zipfile.ZipInfo) -> str:
 
 
 def unpack(path: str | Path, folder: str | Path) -> list[Path]:
-    """Unpack a zip into a folder, all or nothing; return its new top-level entries. A call after a kill completes."""
+    """Unpack a zip into a folder, all or nothing; return its new top-level entries. A call after a kill completes it.
+
+    Raises UserError for an archive that `opened` refuses, for too little space, and for entries that exist already.
+    """
     path, folder = Path(path), Path(folder)
     unpacked = folder / f".{path.name}{UNPACKED}"
 
