@@ -21,9 +21,8 @@ def model_and_dataset_configs(config):
     """Set all paths, and the sizes that all stages share."""
     config.base_log_path = "rl4med-out/mini"
     root = config.get_ref("base_log_path")
-    config.mixed_precision = "no"
+    config.update(mixed_precision="no", unet_path="")
     config.pretrained.model = ASSETS + "/sd"
-    config.unet_path = ""
     config.dataset.data_path = root + "/data/images"
     config.dataset.csv = root + "/data/splits/phantom_test.csv"
     config.reward_fn_kwargs.isic_classifier_reward.classifier = ASSETS + "/artifact_classifier_H6.safetensors"

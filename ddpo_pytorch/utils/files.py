@@ -182,10 +182,9 @@ def room_for(path: str | Path, size: int | None = None) -> Iterator[None]:
         if isinstance(error, UserError) or not (reason := _full_disk(error)):
             raise
         needed = f"about {size / 2**20:,.1f} MiB are needed, " if size else ""
-        raise DiskFull(
-            f"{str(path)!r} could not be written ({reason}): {needed}{shutil.disk_usage(folder).free / 2**20:,.1f} MiB "
-            f"are free; existing files are untouched: make room in {str(folder)!r}, then run the same command again"
-        ) from error
+        space = f"{needed}{shutil.disk_usage(folder).free / 2**20:,.1f} MiB are free; existing files are untouched"
+        advice = f"make room in {str(folder)!r}, then run the same command again"
+        raise DiskFull(f"{str(path)!r} could not be written ({reason}): {space}: {advice}") from error
 
 
 def _full_disk(error: BaseException | None) -> str:
