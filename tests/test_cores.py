@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from launching import ROOT
 
 from ddpo_pytorch.judges.classifier_report import Report
