@@ -140,13 +140,12 @@ class Scorer:
     """
 
     def __init__(self, reward_fn: RewardFn, device: torch.device):
-        self.reward_fn = as_reward(reward_fn)
-        self._thread = None
+        self.reward_fn, self._thread, self._stream = as_reward(reward_fn), None, None
         if device.type == "cuda":  # threads start on GPU 0, where every rank would create a context
             index = torch.cuda.current_device() if device.index is None else device.index
             self._thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(index,))
             self._stream = torch.cuda.Stream(index)
-        self._scores: list[np.ndarray | Future[np.ndarray]] = []
+        self._scores: list[Future[np.ndarray]] = []
 
     def submit(
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Metadata, check: Callable = lambda images: images
@@ -156,13 +155,14 @@ class Scorer:
         `check` runs in the scoring thread, so that the calling thread does not wait for the GPU.
         """
         for earlier in self._scores:
-            if isinstance(earlier, Future) and earlier.done():
+            if earlier.done():
                 earlier.result()
         if self._thread:
             ready = torch.cuda.current_stream(images.device).record_event()
-            score = self._thread.submit(self._score_on_stream, ready, images, prompts, metadata, check)
+            score = self._thread.submit(self._score, ready, images, prompts, metadata, check)
         else:
-            score = self._score(images, prompts, metadata, check)
+            score = Future()
+            score.set_result(self._score(None, images, prompts, metadata, check))
         self._scores.append(score)
 
     def collect(self) -> np.ndarray:
@@ -171,22 +171,20 @@ class Scorer:
         (N, 1 + P) float64: the reward, then the unweighted rewards of the P parts of a weighted sum.
         """
         pending, self._scores = self._scores, []
-        return np.concatenate([one.result() if isinstance(one, Future) else one for one in pending])
+        return np.concatenate([one.result() for one in pending])
 
     def close(self) -> None:
         """Stop the thread and drop queued batches."""
         if self._thread:
             self._thread.shutdown(cancel_futures=True)
 
-    def _score_on_stream(self, ready: torch.cuda.Event, images: torch.Tensor, *batch: Any) -> np.ndarray:
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
-            images.record_stream(self._stream)  # keeps the memory from being reused too early
-            return self._score(images, *batch)
-
-    def _score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Metadata, check: Callable) -> np.ndarray:
-        rewards, info = self.reward_fn(check(images), prompts, metadata)
-        return np.stack([rewards, *(info[name] for name in self.reward_fn.parts)], axis=1)
+    def _score(self, ready: torch.cuda.Event | None, images: torch.Tensor, prompts, metadata, check) -> np.ndarray:
+        with torch.cuda.stream(self._stream):  # without a stream, nothing changes
+            if ready:
+                self._stream.wait_event(ready)
+                images.record_stream(self._stream)  # keeps the memory from being reused too early
+            rewards, info = self.reward_fn(check(images), prompts, metadata)
+            return np.stack([rewards, *(info[name] for name in self.reward_fn.parts)], axis=1)
 
 
 def build_reward(spec: str, kwargs_by_name: Mapping[str, Mapping] | None = None, device: Device = "cpu") -> Reward:
