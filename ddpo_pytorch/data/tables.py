@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from ddpo_pytorch.utils.errors import UserError
@@ -125,16 +126,12 @@ def number(text: str) -> float | None:
 
 def table_text(header: Sequence[str], rows: Iterable[Sequence[Any] | Mapping[str, Any]]) -> str:
     """Return rows, given in the header's order or by column, as CSV; text is `protected`, None is an empty cell."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    all_quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    lines: list[str] = []
+    writer = csv.writer(SimpleNamespace(write=lines.append))  # ends lines in CR LF, and quotes cells with either
     for row in (header, *rows):
         values = [row.get(name) for name in header] if isinstance(row, Mapping) else row
-        cells = [x if x is None or isinstance(x, int | float) else protected(str(x)) for x in values]
-        # csv does not quote a lone carriage return, which readers take as the end of a line
-        quoted = any(isinstance(cell, str) and "\r" in cell for cell in cells)
-        (all_quoted if quoted else writer).writerow(cells)
-    return text.getvalue()
+        writer.writerow([x if x is None or isinstance(x, int | float) else protected(str(x)) for x in values])
+    return "".join(line.removesuffix("\r\n") + "\n" for line in lines)
 
 
 def write_table(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[Any] | Mapping[str, Any]]) -> None:
