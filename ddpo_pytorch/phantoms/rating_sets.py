@@ -55,13 +55,8 @@ def write_rating_set(
     """
     settings = dict(style=STYLE, seed=seed, size=size, resize=resize, raters=raters)
     settings |= dict(mismatched=mismatched, structural=structural)
-    if (
-        size < 32
-        or resize not in RESIZES
-        or not all(share in SHARE for share in (mismatched, structural))
-        or raters < 0
-        or seed < 0
-    ):
+    shares = mismatched in SHARE and structural in SHARE
+    if not shares or resize not in RESIZES or min(size - 32, raters, seed) < 0:
         limits = f"size >= 32, resize of {', '.join(RESIZES)}, mismatched and structural in [0, 1]"
         raise UserError(f"a rating set needs {limits}, raters and seed >= 0, got {settings}")
     pairs = list(zip(rows, paths, strict=True))
