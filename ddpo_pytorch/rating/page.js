@@ -29,12 +29,9 @@ history.replaceState(null, "", "/"); // no token in the address bar
 
 /* Fetch a response, or throw an error with a message for the user and the status. */
 async function ask(address, options) {
-  let answer;
-  try {
-    answer = await fetch(address, options);
-  } catch {
+  const answer = await fetch(address, options).catch(() => {
     throw new Error("The server does not answer, and your last click may be lost. If the server is still running, try again.");
-  }
+  });
   if (answer.ok) return answer;
   const { detail } = await answer.json().catch(() => ({}));
   throw Object.assign(new Error(detail || `The server refused this (${answer.status}).`), { status: answer.status });
@@ -45,12 +42,11 @@ async function post(name, body) {
   return (await ask(`/api/${name}`, { method: "POST", headers, body: JSON.stringify(body) })).json();
 }
 
+const download = async (id) => URL.createObjectURL(await (await ask(`/image/${id}`)).blob());
+
 function load(id) {
-  if (!images.has(id)) {
-    const address = ask(`/image/${id}`).then(async (answer) => URL.createObjectURL(await answer.blob()));
-    address.catch(() => images.delete(id));
-    images.set(id, address);
-  }
+  if (!images.has(id)) images.set(id, download(id));
+  images.get(id).catch(() => images.delete(id));
   return images.get(id);
 }
 
@@ -166,7 +162,7 @@ async function examples() {
     image.alt = `Example of ${SAID[rating]}`;
     figure.append(image, Object.assign(document.createElement("figcaption"), { textContent: SAID[rating] }));
     at("examples").append(figure);
-    ask(`/image/${id}`).then(async (answer) => (image.src = URL.createObjectURL(await answer.blob())), (error) => tell(error.message));
+    download(id).then((address) => (image.src = address), (error) => tell(error.message));
   }
 }
 
