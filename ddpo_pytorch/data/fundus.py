@@ -55,8 +55,8 @@ def read_split(path: str | Path) -> list[Row]:
         patient = fields.get("patient") or patient_of(image)
         return Row(image, caption_of(text, *only), fields, index, patient=patient), image, f"image {image!r}"
 
-    texts = dict(optional=("modality", "patient", "eye", "quality"), free_text="Text", advice="list one image per line")
-    return read_table(path, "fundus table", ("path", "Text"), make, **texts)
+    optional, advice = ("modality", "patient", "eye", "quality"), "list one image per line"
+    return read_table(path, "fundus table", ("path", "Text"), make, optional, free_text="Text", advice=advice)
 
 
 def caption_of(text: str, modality: str = MODALITY) -> str:

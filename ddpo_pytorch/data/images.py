@@ -26,7 +26,7 @@ from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 from ddpo_pytorch.data.dicom import read_dicom
-from ddpo_pytorch.utils.cores import thread_limit
+from ddpo_pytorch.utils.cores import on_all_cores, thread_limit
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_write, open_regular, path_inside, remove_leftovers, write_file
 
@@ -164,8 +164,7 @@ def find_damage(paths: Sequence[Path]) -> list[str | None]:
         except UserError as error:
             return str(error)
 
-    with ThreadPoolExecutor(thread_limit()) as pool:
-        return list(pool.map(fault, paths))
+    return on_all_cores(fault, paths)
 
 
 def is_intact(path: str | Path) -> bool:
@@ -225,8 +224,7 @@ def content_numbers(paths: Sequence[str | Path]) -> list[int]:
             raise UserError(f"{str(path)!r} cannot be read ({error.strerror}); remove it or fetch it again") from error
         return int.from_bytes(digest.digest()[:8], signed=True)
 
-    with ThreadPoolExecutor(thread_limit()) as pool:
-        return list(pool.map(number, paths))
+    return on_all_cores(number, paths)
 
 
 class ImageFiles(Dataset):

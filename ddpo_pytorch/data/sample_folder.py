@@ -10,7 +10,6 @@ import json
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 from ddpo_pytorch.data.images import is_intact
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.data.metadata import METADATA, read_metadata
-from ddpo_pytorch.utils.cores import thread_limit
+from ddpo_pytorch.utils.cores import on_all_cores
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import JsonLines, path_fault, path_inside, write_json
 from ddpo_pytorch.utils.json_files import OneOf, parse_json, read_json
@@ -154,9 +153,8 @@ def merge_parts(folder: str | Path, order: Sequence[str] = ()) -> list[dict[str,
 
 def damaged_images(folder: str | Path, paths: Sequence[str]) -> list[str]:
     """Return those of `paths`, relative to the folder, whose image is damaged."""
-    with ThreadPoolExecutor(thread_limit()) as pool:
-        intact = pool.map(is_intact, map(Path(folder).joinpath, paths))
-        return [path for path, fine in zip(paths, intact, strict=True) if not fine]
+    intact = on_all_cores(is_intact, map(Path(folder).joinpath, paths))
+    return [path for path, fine in zip(paths, intact, strict=True) if not fine]
 
 
 def list_samples(folder: str | Path, prompts: Collection[str] = ()) -> list[tuple[Path, str]]:

@@ -136,12 +136,11 @@ def _flat(image: np.ndarray, field: np.ndarray, strength: float, rng: np.random.
 
 def _shuffled(image: np.ndarray, field: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Permute 8 x 8 patches."""
-    side = [max(1, length // 8) for length in image.shape[:2]]
-    places = [(row * side[0], column * side[1]) for row in range(8) for column in range(8)]
-    shuffled = image.copy()
-    for (y, x), number in zip(places, rng.permutation(64), strict=True):
-        top, left = places[number]
-        shuffled[y : y + side[0], x : x + side[1]] = image[top : top + side[0], left : left + side[1]]
+    height, width = (length // 8 for length in image.shape[:2])
+    shuffled, patches = image.copy(), (8, height, 8, width, 3)
+    grid = image[: 8 * height, : 8 * width].reshape(patches).swapaxes(1, 2)  # (8, 8, height, width, 3)
+    grid = grid.reshape(64, height, width, 3)[rng.permutation(64)].reshape(grid.shape)
+    shuffled[: 8 * height, : 8 * width] = grid.swapaxes(1, 2).reshape(8 * height, 8 * width, 3)
     return shuffled
 
 
