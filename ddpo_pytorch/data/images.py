@@ -85,8 +85,8 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
             dicom = file.read(132)[128:] == b"DICM"
             file.seek(0)
             with read_dicom(file, path) if dicom else Image.open(file, formats=FORMATS) as image:
-                if reason := None if dicom else _ambiguity(image):
-                    raise ValueError(reason)
+                if not dicom:
+                    _check_meaning(image)
                 yield image
     except UserError:
         raise
@@ -135,24 +135,23 @@ def _layout(image: Image.Image) -> tuple[str, int]:
     return name, 2 ** int(deep[1]) - 1 if deep else 0
 
 
-def _ambiguity(image: Image.Image) -> str | None:
-    """Return why an image's header does not determine its meaning in 8 bits, or None."""
+def _check_meaning(image: Image.Image) -> None:
+    """Raise ValueError if an image's header does not determine its meaning in 8 bits."""
     layout, white = _layout(image)
     if image.format in ("PNG", "TIFF", "WEBP") and (frames := getattr(image, "n_frames", 1)) > 1:
-        return f"it holds {frames} images"
+        raise ValueError(f"it holds {frames} images")
     tags = getattr(image, "tag_v2", {})
     samples = tags.get(339, (1,))  # SampleFormat: 1 is unsigned, 2 signed, 3 floating point
     if image.mode == "F" or set(samples if isinstance(samples, tuple) else (samples,)) != {1}:
-        return "it has signed or floating-point levels with unknown black and white"
+        raise ValueError("it has signed or floating-point levels with unknown black and white")
     if image.mode.startswith("I") and not re.fullmatch(r"I;(12|16)[BLNR]?", layout):
-        return "it has 32-bit or signed levels with unknown black and white"
+        raise ValueError("it has 32-bit or signed levels with unknown black and white")
     if white and tags.get(262) == 0:  # PhotometricInterpretation: Pillow inverts 8-bit images only
-        return "it has 16-bit levels in which white is 0"
+        raise ValueError("it has 16-bit levels in which white is 0")
     if "transparency" in image.info and image.mode != "P" and layout not in ("L", "RGB"):
-        return "it declares one of its levels transparent"
+        raise ValueError("it declares one of its levels transparent")
     if image.mode not in _MODES and not image.mode.startswith("I"):
-        return f"it has mode {image.mode}"
-    return None
+        raise ValueError(f"it has mode {image.mode}")
 
 
 def find_damage(paths: Sequence[Path]) -> list[str | None]:
