@@ -174,9 +174,12 @@ def agreement(ratings: Sequence[Rating], column: str = "quality") -> dict[str, f
     for row in ratings:
         if row.rater_id:
             by_rater[row.rater_id][row.image, row.prompt] = row.of(column)
-    pairs = [(a, b, sorted(a.keys() & b.keys())) for a, b in combinations(map(by_rater.get, sorted(by_rater)), 2)]
-    kappas = [quadratic_kappa([a[k] for k in same], [b[k] for k in same]) for a, b, same in pairs if len(same) > 1]
-    kappas = [kappa for kappa in kappas if kappa is not None]
+    kappas = []  # 1 - mean_i (a_i - b_i)^2 / mean_ij (a_i - b_j)^2 of each pair of raters
+    for first, second in combinations(map(by_rater.get, sorted(by_rater)), 2):
+        same = sorted(first.keys() & second.keys())
+        a, b = (np.array([values[unit] for unit in same]) for values in (first, second))
+        if len(same) > 1 and (expected := ((a[:, None] - b) ** 2).mean()):
+            kappas.append(1 - ((a - b) ** 2).mean() / expected)
     return {
         "alpha": ordinal_alpha(units),
         "kappa": float(np.mean(kappas)) if kappas else None,
@@ -220,13 +223,6 @@ def fleiss_kappa(units: Iterable[Sequence[float]]) -> float | None:
     expected = float(((shares / shares.sum()) ** 2).sum())
     agreed = np.mean([(n * (n - 1)).sum() / (n.sum() * (n.sum() - 1)) for n in counts]) if counts else 1.0
     return float((agreed - expected) / (1 - expected)) if len(shares) > 1 else None
-
-
-def quadratic_kappa(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Return Cohen's kappa, 1 - mean_i (a_i - b_i)^2 / mean_ij (a_i - b_j)^2; None if all values are equal."""
-    a, b = np.asarray(first, float), np.asarray(second, float)
-    expected = ((a[:, None] - b) ** 2).mean()
-    return float(1 - ((a - b) ** 2).mean() / expected) if expected else None
 
 
 def _units(ratings: Iterable[Rating]) -> dict[tuple[str, str], list[Rating]]:
