@@ -10,8 +10,6 @@ const [QUESTIONS, NAMES] = { // questions asked one after another, by the field 
   pair: [{ rating: "Which image is better?" }, { 1: "The second.", 2: "No difference.", 3: "The first." }],
 }[mode];
 const SAID = { ...NAMES, none: "Ungradable.", skip: "Skipped.", undo: "Undone." };
-for (const part of document.querySelectorAll("[data-in]")) if (!part.dataset.in.split(" ").includes(mode)) part.remove();
-for (const part of document.querySelectorAll("[data-some]")) if (!fixed[part.dataset.some]) part.remove();
 const keysOf = (button) => button.getAttribute("aria-keyshortcuts").split(" ").map((key) => [key, button.dataset.do]);
 const KEYS = Object.fromEntries([...document.querySelectorAll("[aria-keyshortcuts]")].flatMap(keysOf)); // of this mode
 const FIELDS = Object.keys(QUESTIONS);
