@@ -91,7 +91,7 @@ def test_requests_of_others_and_faulty_clicks_change_nothing(rating_page):
     tables = rating_page.table, rating_page.table.with_name("ratings.journal.csv")
     before = [table.read_bytes() for table in tables]
     for headers, status in (
-        *(({"Origin": origin}, 403) for origin in ("http://evil.example", None)),
+        *(({"Origin": origin}, 403) for origin in ("http://evil.example", "http://[", None)),
         *(({"Host": host}, 400) for host in ("evil.example", "127.0.0.1.evil.example", None)),
         *(({"Transfer_Encoding": "chunked"} | length, 413) for length in ({}, {"Content_Length": None})),
         ({"Content_Length": "4097"}, 413),
