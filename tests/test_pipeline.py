@@ -40,9 +40,7 @@ def test_decoding_a_few_at_once_and_again_in_float32(pipe, tiny_pipeline_dir, mo
     assert pipeline.finite_images(half, together, latents) is together
     with torch.autocast("cpu", torch.bfloat16):
         mended = pipeline.finite_images(half, broken, latents)
-        from_float32 = pipeline.finite_images(
-            pipe.vae, broken, latents
-        )  # autocast decodes in half precision all the same
+        from_float32 = pipeline.finite_images(pipe.vae, broken, latents)  # decoded in half precision all the same
     expected = decode_latents(load_pipeline(tiny_pipeline_dir, dtype=torch.bfloat16).vae.float(), latents)
     torch.testing.assert_close(mended, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(from_float32, together, rtol=0, atol=1e-5)
