@@ -1,5 +1,6 @@
 """Runs of the scripts, in this process or in their own; a pytest plugin for its fixtures."""
 
+import csv
 import importlib.util
 import json
 import resource
@@ -33,6 +34,11 @@ def names(folder: Path) -> list[str]:
 
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a CSV file."""
+    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 @contextmanager
@@ -113,10 +119,17 @@ def call_main(script, *options: str) -> None:
     script.main([])
 
 
+def read_config(config_file: Path, fields: dict):
+    """Return a file's configuration with changes as for `options`; paths become text."""
+    config = load_module(config_file).get_config()
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in given.items()})
+    return config
+
+
 def run_in_process(name: str, config_file: Path, fail_if=(), sanity=False, launch="", prompt=(), n=1, **fields) -> None:
     """Run a script's main in this process, with its flags and changes of the configuration as for `options`."""
-    config = load_module(config_file).get_config()
-    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in fields.items()})
+    config = read_config(config_file, fields)
     module = load_module(ROOT / "scripts" / name)
     given = {"sanity": sanity, "fail_if": fail_if, "launch": launch, "prompt": prompt, "n": n}
     module.FLAGS = SimpleNamespace(config=config, report=False, **given)

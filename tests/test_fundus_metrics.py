@@ -1,9 +1,7 @@
 """metric.py on fundus images: judges, image statistics, structure, tables, bad input."""
 
-import csv
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ import torch
 from PIL import Image
 from refusals import refused
 from sample_sets import PROMPTS, images_of, metric_fields, read, write_fundus, write_samples
-from script_tools import run_in_process
+from script_tools import read_table, run_in_process
 
 from ddpo_pytorch.data.images import load_image
 from ddpo_pytorch.data.isic import CAPTIONS
@@ -23,10 +21,6 @@ from ddpo_pytorch.metrics.ssim import ssim
 from ddpo_pytorch.report.page import write_report
 
 pytest_plugins = ["script_tools", "sample_sets"]
-
-
-def table(path: Path) -> list[dict]:
-    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 @pytest.fixture
@@ -76,7 +70,7 @@ def test_the_judges_numbers_by_hand(both, fundus_sets, fundus_judges):
     assert row["paired"] and row["pairs"] == 10 and "sign flips of the pairs' differences" in row["test"]
     difference = aligned["better"].mean() - aligned["base"].mean()
     assert row["alignment"]["value"] == pytest.approx(difference, abs=FLOAT32) and row["p"] is not None
-    own = {line["path"]: line for line in table(folder / "per_image.csv") if line["model"] == "base"}
+    own = {line["path"]: line for line in read_table(folder / "per_image.csv") if line["model"] == "base"}
     for path, value in zip(images_of(fundus_sets["base"]), aligned["base"], strict=True):
         line = own[str(path.relative_to(fundus_sets["base"]))]
         assert float(line["alignment"]) == pytest.approx(value, abs=FLOAT32) and line["caption"] in PROMPTS
@@ -112,7 +106,7 @@ def test_image_statistics_stand_in_table_1_with_their_distance_to_the_real_set(b
         assert [one["standardised"]["value"] for one in found] == pytest.approx(difference / real.std(0, ddof=1))
         theirs = result["real"]["quality"][name]["statistics"].values()
         assert [one["mean"]["value"] for one in theirs] == pytest.approx(real.mean(0))
-    rows = table(output / "table1.csv")
+    rows = read_table(output / "table1.csv")
     assert [row["at 64 x 64 px"] for row in rows] == [f"legacy: {n}" for n in LEGACY] + [f"fov: {n}" for n in FOV]
     assert rows[0]["n real images"] == "13" and rows[0]["n better"] == "10"
     assert {"table1.md", "table1.tex", "fundus.md", "fundus.csv"} <= {p.name for p in output.iterdir()}
@@ -133,7 +127,7 @@ def test_images_without_a_field_ssim_by_name_and_ms_ssim(measured, fundus_sets, 
     block = models["better"]["quality"]
     assert (block["fov"]["images"], block["fov"]["no_field"]) == (5, 1)
     assert (block["legacy"]["images"], block["fov"]["statistics"]["SNR"]["mean"]["n"]) == (6, 5)
-    lines = [line for line in table(tmp_path / "out" / "per_image.csv") if line["model"] == "better"]
+    lines = [line for line in read_table(tmp_path / "out" / "per_image.csv") if line["model"] == "better"]
     assert [line["fov SNR"] == "" for line in lines] == [True] + [False] * 5
     names = {path.relative_to(folder): path for path in images_of(folder)}
     pairs = [(load_image(names[name])[None], load_image(fundus_sets["base"] / name)[None]) for name in names]

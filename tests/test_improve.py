@@ -16,7 +16,7 @@ from launching import ROOT
 from ml_collections import ConfigDict
 from PIL import Image
 from refusals import refused
-from script_tools import files_of, load_module, options, read_lines, succeed
+from script_tools import files_of, load_module, options, read_config, read_lines, succeed
 
 from ddpo_pytorch.data.fundus import load_split
 from ddpo_pytorch.data.images import SYNTHETIC, save_image
@@ -204,16 +204,10 @@ def fields(table, bert_pipeline_dir, judges_dir, tmp_path):
     return settings | {"log_with": "", "num_epochs": 1, "save_freq": 1}
 
 
-def as_given(fields):
-    """Return settings with paths as text."""
-    kept = bool | int | float | tuple | list
-    return {name: value if isinstance(value, kept) else str(value) for name, value in fields.items()}
-
-
 @pytest.fixture
 def run(run_main, config_file, fields):
     """Function (script, changes): run its main in this process with `fields` and these changes."""
-    return lambda script, **changes: run_main(script, config_file, **as_given(fields | changes))
+    return lambda script, **changes: run_main(script, config_file, **fields | changes)
 
 
 def script_and_settings(command):
@@ -444,9 +438,7 @@ def settings_of_rounds(fields, config_file):
     """Function (changes): what identifies the rounds of `fields` with these changes."""
 
     def settings(**changes):
-        config = load_module(config_file).get_config()
-        given = {name.replace("__", "."): value for name, value in as_given(fields | changes).items()}
-        config.update_from_flattened_dict(given)
+        config = read_config(config_file, fields | changes)
         return json.loads(json.dumps(rounds.round_settings(config, torch.device("cpu"))))
 
     return settings

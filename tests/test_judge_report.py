@@ -1,6 +1,5 @@
 """The classifier's report: every number against an independent reference, undefined ones, files."""
 
-import csv
 import json
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 import torch
 from refusals import refused
 from scipy.stats import mannwhitneyu
+from script_tools import read_table
 from torchmetrics.functional import classification as reference
 
 from ddpo_pytorch.data.isic import LABELS
@@ -82,7 +82,7 @@ def test_what_is_undefined_is_none_and_empty(tmp_path, caplog):
     found = {row["what"]: (row["support"], row["recall"], row["auc"]) for row in report.combinations}
     assert found == {"only gel_bubble": (1, 1, None), "only gel_bubble+ruler": (2, 1, None)}
     report.write(tmp_path / "deep" / "test_H3")
-    table = list(csv.DictReader((tmp_path / "deep" / "test_H3.csv").read_text().splitlines()))
+    table = read_table(tmp_path / "deep" / "test_H3.csv")
     assert table[0]["auc"] == "" and float(table[0]["accuracy"]) == 1 and tuple(table[0]) == classifier_report.COLUMNS
     assert json.loads((tmp_path / "deep" / "test_H3.json").read_text()) == report.rows
     lines = report.table().splitlines()

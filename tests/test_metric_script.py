@@ -1,6 +1,5 @@
 """metric.py on small folders: one and two processes, numbers by hand, odd sets; what it refuses in one line."""
 
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ from launching import run_script
 from PIL import Image
 from refusals import refused
 from sample_sets import images_of, read, write_samples
-from script_tools import names, options, succeed
+from script_tools import names, options, read_table, succeed
 
 from ddpo_pytorch.data.images import load_image, save_image
 from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of, short_caption
@@ -20,10 +19,6 @@ from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, 
 
 pytest_plugins = ["script_tools", "sample_sets"]
 A, B, C = CAPTIONS[0], CAPTIONS[8], CAPTIONS[31]
-
-
-def per_image(folder):
-    return list(csv.DictReader((folder / "per_image.csv").read_text().splitlines()))
 
 
 @pytest.mark.slow
@@ -64,7 +59,7 @@ def test_numbers_by_hand(sets, lively_judge, measured, tmp_path):
     assert row["paired"] and row["pairs"] == 9
     assert row["APR"]["value"] == pytest.approx(right["rl"].mean() - right["sd"].mean(), abs=1e-12)
     assert (row["gained"], row["lost"]) == ((right["rl"] & ~right["sd"]).sum(), (right["sd"] & ~right["rl"]).sum())
-    lines = per_image(tmp_path / "out")
+    lines = read_table(tmp_path / "out" / "per_image.csv")
     assert len(lines) == 13 + 9 + 9
     assert sum(int(line["aligned"]) for line in lines if line["model"] == "SD+RL") == right["rl"].sum()
     assert all(0 <= float(line["H4_hair"]) <= 1 for line in lines)
@@ -80,7 +75,7 @@ def test_other_noise_is_compared_without_pairs(sets, measured, tmp_path, caplog)
 def test_several_folders_of_a_name_are_generation_seeds(sets, measured, tmp_path):
     folders, singles = ",".join(f"SD={sets[name]}" for name in ("sd", "rl", "more")), {}
     part = measured(folders=folders)["models"]["SD"]
-    for line in per_image(tmp_path / "out"):
+    for line in read_table(tmp_path / "out" / "per_image.csv"):
         singles.setdefault((line["model"], line["folder"]), []).append(int(line["aligned"]))
     means = [np.mean(hits) for (model, _), hits in singles.items() if model == "SD"]
     assert part["APR"] == pytest.approx(np.mean(means)) and part["images"] == 9 + 9 + 11 and len(part["folders"]) == 3
@@ -229,9 +224,10 @@ def test_black_repeated_and_missing_images_are_reported(measured, tmp_path, capl
     assert [text for text in expected if text in warnings] == expected
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
+def test_bad_settings(measured, sets, judges, tmp_path):
+    (tmp_path / "file").write_text("")
+    places = {"sd": sets["sd"], "judge": judges[6], "file": tmp_path / "file"}
+    for overrides, message in (
         ({"fake_path": ""}, "metric.fake_path is empty; give"),
         ({"real_path": "absent"}, "'absent' is not a sample folder"),
         ({"train_path": "absent"}, "'absent' is not a folder with images"),
@@ -256,22 +252,18 @@ def test_black_repeated_and_missing_images_are_reported(measured, tmp_path, capl
         ({"results": "{sd}/settings.json"}, "settings.json' is damaged .'title' is missing"),
         ({"more_judges": "H4={judge}"}, "names a judge 'H4', which is taken"),
         ({"classifier": "{judge}"}, "h6.safetensors' has 6 heads .*metric.more_judges=NAME=FILE"),
-    ],
-)
-def test_bad_settings(overrides, message, measured, sets, judges, tmp_path):
-    (tmp_path / "file").write_text("")
-    places = {"sd": sets["sd"], "judge": judges[6], "file": tmp_path / "file"}
-    refused(message, measured, **{key: x.format(**places) if isinstance(x, str) else x for key, x in overrides.items()})
-    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+    ):
+        given = {key: x.format(**places) if isinstance(x, str) else x for key, x in overrides.items()}
+        refused(message, measured, **given)
+        assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
 
 
 def log(folder, **entry) -> None:
     write_log(folder, [{"prompt": A, "path_to_img": str(images_of(folder, A)[0].relative_to(folder))} | entry])
 
 
-@pytest.mark.parametrize(
-    ("disturb", "message"),
-    [
+def test_faulty_folders_are_named_before_anything_is_computed(measured, tmp_path):
+    for disturb, message in (
         (lambda f, a: Image.new("L", (64, 64)).save(a / "grey.png"), "grey.png' has mode L, not RGB; convert"),
         (lambda f, a: Image.new("RGB", (32, 32)).save(a / "small.png"), "small.png' is 32 x 32 px, most .* 64 x 64"),
         (lambda f, a: (a / "text.png").write_text("no image"), "text.png' cannot be read as an image; remove"),
@@ -283,13 +275,12 @@ def log(folder, **entry) -> None:
         (lambda f, a: write_log(f, [{"prompt": A}]), "path_to_img' is missing"),
         (lambda f, a: log(f, prompt=B), "is not its folder's"),
         (lambda f, a: (f / "settings.json").write_text('{"settings": {}, "about": []}'), "damaged .'about' is"),
-    ],
-)
-def test_faulty_folders_are_named_before_anything_is_computed(disturb, message, measured, tmp_path):
-    folder = write_samples(tmp_path / "own", {A: 3}, seed=1)
-    disturb(folder, folder / "images" / folder_name(A))
-    refused(message, measured, fake_path=folder, real_path="")
-    assert not (tmp_path / "cache").exists() and not (tmp_path / "out").exists()
+    ):
+        folder = write_samples(tmp_path / "own", {A: 3}, seed=1)
+        disturb(folder, folder / "images" / folder_name(A))
+        refused(message, measured, fake_path=folder, real_path="")
+        shutil.rmtree(folder)
+        assert not (tmp_path / "cache").exists() and not (tmp_path / "out").exists()
 
 
 def cut_last(folder, count):

@@ -1,6 +1,5 @@
 """Phantom worlds of skin and fundus: their pictures, what they depend on, completed after a kill, never mixed."""
 
-import csv
 import dataclasses
 import itertools
 import json
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from refusals import refused
-from script_tools import files_of
+from script_tools import files_of, read_table
 
 from ddpo_pytorch.data import fundus as fundus_data
 from ddpo_pytorch.data.isic import LABELS
@@ -24,10 +23,6 @@ SETTINGS = {
     fundus: dict(num_train=24, num_val=8, num_test=6, seed=3, size=48, degraded=0.5),
     rating_sets: SET,
 }
-
-
-def read(path):
-    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +120,7 @@ def test_the_commands_write_worlds_and_report_user_errors(tmp_path, capsys):
 def test_skin_tables_have_the_columns_of_isic_and_the_labels_of_their_images(worlds):
     splits, columns = worlds[skin] / "splits", "image,MEL,NV,dark_corner,hair,gel_border,gel_bubble,ruler,ink,patches"
     for name, indices in (("train", range(41)), ("val", range(41, 47)), ("test", range(47, 52))):
-        rows = read(splits / f"phantom_{name}.csv")
+        rows = read_table(splits / f"phantom_{name}.csv")
         assert (splits / f"phantom_{name}.csv").read_text().startswith(f"{columns},vasc,label\n")
         assert [row["image"] for row in rows] == [f"PHANTOM_{index:07d}" for index in indices]
         for row, index in zip(rows, indices, strict=True):
@@ -133,7 +128,8 @@ def test_skin_tables_have_the_columns_of_isic_and_the_labels_of_their_images(wor
             assert tuple(int(float(row[name])) for name in LABELS) == labels
             assert {row["MEL"], row["NV"]} == {"0.0", "1.0"} and row["label"] == str(labels[4])
             assert {row[name] for name in ("dark_corner", "gel_border", "patches", "vasc")} == {"0"}
-    train, a, b = ([row["image"] for row in read(splits / f"phantom_train{part}.csv")] for part in ("", "_a", "_b"))
+    tables = (read_table(splits / f"phantom_train{part}.csv") for part in ("", "_a", "_b"))
+    train, a, b = ([row["image"] for row in rows] for rows in tables)
     assert sorted(a + b) == train and (len(a), len(b)) == (21, 20)
 
 
@@ -141,7 +137,7 @@ def test_the_fundus_loader_reads_the_fundus_world(worlds):
     folder, patients, tables = worlds[fundus], {}, []
     for name, count in (("train", 24), ("val", 8), ("test", 6)):
         rows, paths, missing = fundus_data.load_split(folder / "splits" / f"fundus_{name}.csv", folder)
-        tables += read(folder / "splits" / f"fundus_{name}.csv")
+        tables += read_table(folder / "splits" / f"fundus_{name}.csv")
         assert (len(rows), len(paths), missing) == (count, count, 0)
         patients[name] = {row.patient for row in rows}
         assert len(patients[name]) == count // 2
@@ -151,13 +147,13 @@ def test_the_fundus_loader_reads_the_fundus_world(worlds):
             assert 25 <= int(row.fields["age"]) <= 85 and row.fields["quality"] in ("1", "2", "3")
     assert all(not patients[one] & patients[other] for one, other in itertools.combinations(patients, 2))
     assert (folder / "captions.csv").read_text().startswith("path,Text,modality,patient,eye,age,sex,quality\n")
-    assert read(folder / "captions.csv") == tables
+    assert read_table(folder / "captions.csv") == tables
 
 
 def test_a_share_of_training_and_validation_images_is_degraded_and_no_test_image(worlds, tmp_path):
     """Images that are not degraded equal those of a world without degradation, whatever the number of images."""
     fundus.write_world(tmp_path, **SETTINGS[fundus] | {"degraded": 0, "num_test": 8})
-    rows, clean = read(worlds[fundus] / "captions.csv"), read(tmp_path / "captions.csv")
+    rows, clean = read_table(worlds[fundus] / "captions.csv"), read_table(tmp_path / "captions.csv")
     assert [row | {"quality": "3"} for row in rows] == clean[:-2]
     assert {row["quality"] for row in rows[-6:]} == {"3"} and {row["quality"] for row in rows} == {"1", "2", "3"}
     assert 8 <= sum(row["quality"] != "3" for row in rows[:32]) <= 24  # 16 expected, standard deviation 2.8
@@ -171,7 +167,7 @@ def test_a_share_of_training_and_validation_images_is_degraded_and_no_test_image
 
 def test_every_image_is_there_in_three_grades_of_which_the_rating_is_the_lower(worlds, table):
     rated, by_pixels, findings_of = worlds[rating_sets], {}, {}
-    captions, rows = {row.caption for row in table[0]}, read(rated / "ratings.csv")
+    captions, rows = {row.caption for row in table[0]}, read_table(rated / "ratings.csv")
     assert tuple(rows[0]) == rating_sets.COLUMNS
     assert Counter((row["quality"], row["alignment"]) for row in rows) == {
         (quality, alignment): count for quality in "321" for alignment, count in (("1", 6), ("3", 14))
@@ -202,8 +198,8 @@ def test_degraded_images_are_left_out_and_those_without_vessels_or_structure_are
     with caplog.at_level(logging.INFO):
         rating_sets.write_rating_set(rows, paths, tmp_path / "set", **SET | {"structural": 0.5})
     assert caplog.records[0].args == (20, 1, 1, 18)
-    assert Counter(row["quality"] for row in read(tmp_path / "set" / "ratings.csv")) == {"3": 18, "2": 18, "1": 28}
-    rated = read(tmp_path / "set" / "ratings.csv")
+    rated = read_table(tmp_path / "set" / "ratings.csv")
+    assert Counter(row["quality"] for row in rated) == {"3": 18, "2": 18, "1": 28}
     haze = [row for row in rated if np.asarray(Image.open(tmp_path / "set" / row["image_path"])).std((0, 1)).max() < 1]
     assert [(row["rating"], row["alignment"], row["patient"]) for row in haze] == [("1", "1", rows[2].patient)]
     write, out = rating_sets.write_rating_set, tmp_path / "none"

@@ -1,6 +1,5 @@
 """The rating page in a real headless Chromium: keyboard, mouse, undo, progress, the end, phones, contrast."""
 
-import csv
 import json
 import time
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from rating_tools import RatePage, write_gallery
+from script_tools import read_table
 
 pytest.importorskip("selenium", reason="selenium absent")
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
@@ -71,8 +71,7 @@ class Window:
         self.wait(f"!state.current || (seen && state.current.id !== '{before}')")
 
     def table(self, rater: str) -> list[dict]:
-        with open(self.page.table, newline="") as file:
-            return [row for row in csv.DictReader(file) if row["rater_id"] == rater]
+        return [row for row in read_table(self.page.table) if row["rater_id"] == rater]
 
 
 @pytest.fixture
@@ -231,8 +230,7 @@ def test_pairs_by_key_arrow_and_button_and_what_they_say_at_the_end(browser, tmp
     window.answer(window.click, "#ratings [data-do='2']")
     assert "new preferred to old" in window.text("results") and "same answer to repeated" in window.text("results")
     assert page.end() == 0
-    with open(tmp_path / "pairs.preferences.csv", newline="") as file:
-        rows = [(row["chosen"], row["rejected"]) for row in csv.DictReader(file)]
+    rows = [(row["chosen"], row["rejected"]) for row in read_table(tmp_path / "pairs.preferences.csv")]
     assert [tuple(int(np.array(Image.open(tmp_path / p))[9, 9, 0]) for p in row) for row in rows] == wanted
     summary = json.loads((tmp_path / "pairs.summary.json").read_text())
     assert summary["title"] and summary["chooser"]["new preferred to old"]["n"] == 4
