@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -63,8 +64,7 @@ def test_training_is_the_same_with_and_without(watched, script):
 
 def scripted(monkeypatch, values) -> None:
     """Evaluations that return these (apr, reward) in turn, in place of what the judge says."""
-    rest = iter(values)
-    monkeypatch.setattr(HeldOut, "evaluate", lambda *args, **kwargs: Evaluation(*next(rest), {}))
+    monkeypatch.setattr(HeldOut, "evaluate", Mock(side_effect=[Evaluation(*value, {}) for value in values]))
 
 
 def test_best_outlives_the_others_and_can_be_loaded_and_resumed(held_out, train, monkeypatch, tmp_path):
@@ -110,9 +110,7 @@ def test_evaluations_that_cannot_be_compared_are_refused(watched, script):
 
 
 def test_no_judge_is_refused_first_and_a_reward_of_ones_own_may_have_any(held_out, train, judge, monkeypatch, tmp_path):
-    monkeypatch.setitem(
-        REWARDS, "mine", lambda classifier: lambda images, prompts, metadata: ([0.0] * len(prompts), {})
-    )
+    monkeypatch.setitem(REWARDS, "mine", lambda classifier: lambda images, prompts, metadata: ([], {}))
     own = {"reward_fn": "mine", "reward_fn_kwargs.mine.classifier": "svm.onnx"}
     assert make_task(configured(held_out, own), torch.device("cpu")).held_out.judge.labels == ARTIFACTS
     copied = shutil.copyfile(judge, tmp_path / "another name.safetensors")

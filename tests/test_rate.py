@@ -228,8 +228,6 @@ def test_the_summary_counts_this_study_alone_with_its_folders_in_either_order(tm
         call_main(script, "--mode=pair", f"--images={tmp_path / first},{tmp_path / second}", f"--out={table}")
         found = json.loads((tmp_path / "ratings.summary.json").read_text())["Ann"][f"{second} preferred to {first}"]
         assert (found["value"], found["n"]) == (value, 3)
-    options = "--mode=rate", f"--images={tmp_path / 'SD'}", f"--out={table}"
-    refused("line 2: .*--mode=pair.* rate.*--out", call_main, script, *options)
 
 
 def test_what_cannot_be_asked_is_refused(tmp_path, monkeypatch):
@@ -244,7 +242,6 @@ def test_what_cannot_be_asked_is_refused(tmp_path, monkeypatch):
         (["--images=one", "--mode=pair"], "two sources, got 1"),
         (["--images=one,other", "--mode=pair"], "one and .*other share no prompt"),
         (["--images=one", "--examples=one"], "--examples=.*one"),
-        (["--images=one", "--token=short"], "--token needs 16 to 128"),
         (["--images=one", "--repeats=0.6"], "--repeats is 0.6"),
         (["--images=one", "--repeats=nan"], "--repeats is nan"),
     ):
