@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
+from refusals import refused
 from sample_sets import read, write_samples
 
 from ddpo_pytorch.data.images import load_image, save_image
@@ -17,7 +18,6 @@ from ddpo_pytorch.metrics.subgroups import largest_gap
 from ddpo_pytorch.metrics.tables import number
 from ddpo_pytorch.report.findings import group_tables, sanity_table
 from ddpo_pytorch.report.page import write_report
-from ddpo_pytorch.utils.errors import UserError
 
 pytest_plugins = ["sample_sets"]
 LABELS = ("bright", "striped")
@@ -74,12 +74,10 @@ def test_alignment_is_with_the_labels_of_the_table(measure, plain, tmp_path):
     assert not (tmp_path / "out" / "table2.md").exists() and (tmp_path / "out" / "table3.md").exists()
     drawn = write_samples(tmp_path / "drawn", {table.text[1]: 6}, seed=3, size=32)
     assert measure(fake_path=drawn)["models"]["SD+RL"]["images"] == 6
-    with pytest.raises(UserError, match="APR.value of SD.RL is 0.7917"):
-        measure(fail_if=["APR>2", f"alignment.H2.APR.value<{right.mean() + 0.01}"])
+    refused("APR.value of SD.RL is 0.7917", measure, fail_if=["APR>2", f"alignment.H2.APR.value<{right.mean() + 0.01}"])
     assert read(tmp_path / "out")["models"]["SD+RL"]["APR"] == model["APR"]  # written all the same
     for given, message in (("FID>1", "no number 'FID' for SD.RL"), ("APR", "is not a condition")):
-        with pytest.raises(UserError, match=message):
-            measure(fail_if=[given])
+        refused(message, measure, fail_if=[given])
 
 
 def test_columns_follow_from_the_caption_if_they_never_differ_and_faulty_ones_are_named(measure, tmp_path):
@@ -92,8 +90,7 @@ def test_columns_follow_from_the_caption_if_they_never_differ_and_faulty_ones_ar
     for column, cell, message in *faults, ("bright", "yes", "the label 'bright' of 'part/1_0.png' is 'yes'"):
         cells = table[column].mask(table.index == 0, cell)
         table.assign(**{column: cells}).to_csv(folder / "metadata.csv", index=False)
-        with pytest.raises(UserError, match=message):
-            measure(fake_path=folder)
+        refused(message, measure, fake_path=folder)
         assert not (tmp_path / "out").exists()
 
 
@@ -114,8 +111,7 @@ def test_groups_have_their_own_numbers_and_gaps(measure, plain, tmp_path):
     assert set(block["age"]["gaps"]) == {"aligned", "closer", "KID"}
     frames = group_tables(result)
     assert frames["site"].loc["a", "n SD+RL"] == "6" and "Largest gap" in frames["age"].index
-    with pytest.raises(UserError, match="metric.groups has 'sex'; columns of metadata.csv are age, bright"):
-        measure(groups=("sex",))
+    refused("metric.groups has 'sex'; columns of metadata.csv are age, bright", measure, groups=("sex",))
 
     other = write_folder(plain["fake"].parent / "other", 6, 3, site=["a", "b"] * 12, age=range(24))
     result = measure(groups=("site",), folders=f"M={plain['fake']},M={other}")
@@ -142,9 +138,9 @@ def test_equal_names_in_subfolders_are_images_of_their_own(measure, plain, tmp_p
     assert result["models"]["B"]["APR"] == measure()["models"]["SD+RL"]["APR"]
     assert result["models"]["SD"]["folders"][0]["sha256"] == result["models"]["B"]["folders"][0]["sha256"]
     assert result["sanity"]["models"]["blur"]["folders"][0]["identical_images"] == 0
-    with pytest.raises(UserError, match="real' holds no images of the prompts .'an image, unknown'"):
-        table.assign(file_name=places, text="an image, unknown").to_csv(folder / "metadata.csv", index=False)
-        measure(fake_path=folder, prompts=("an image, unknown",))
+    table.assign(file_name=places, text="an image, unknown").to_csv(folder / "metadata.csv", index=False)
+    unknown = {"fake_path": folder, "prompts": ("an image, unknown",)}
+    refused("real' holds no images of the prompts .'an image, unknown'", measure, **unknown)
 
 
 def test_the_largest_gap_is_found_and_chance_is_told_apart():
@@ -180,8 +176,7 @@ def test_degraded_real_images_are_noticed(measure, plain, tmp_path):
     assert (tmp_path / "out" / "sanity.csv").is_file() and (moves[HALF] == 0).all()
     page = write_report(tmp_path, result, {}, {}).read_text()
     assert "What these metrics detect" in page and page.count("data:image/svg") == 1
-    with pytest.raises(UserError, match="metric.real_path is empty"):
-        measure(sanity=True, real_path="")
+    refused("metric.real_path is empty", measure, sanity=True, real_path="")
     table = pd.read_csv(train / "metadata.csv")
     table[table.index % 4 != 3].to_csv(train / "metadata.csv", index=False)  # without one of the four captions
     result = measure(sanity=True, train_path=train)
@@ -210,5 +205,4 @@ def test_a_judge_of_any_labels_and_architecture_is_trained(tmp_path, run_flags):
     assert (seen[:, 0].numpy() == table.bright).mean() > 0.9
     run_flags(*options, "--mode=test", f"--test_csv={val}")
     assert {row["what"] for row in json.loads((tmp_path / "judge" / "test_H2.json").read_text())} >= set(LABELS)
-    with pytest.raises(UserError, match="share 24 images"):
-        run_flags(*options, f"--train_csv={val}", "--checkpoint_dir=other")
+    refused("share 24 images", run_flags, *options, f"--train_csv={val}", "--checkpoint_dir=other")

@@ -3,13 +3,13 @@
 import csv
 import itertools
 import json
-import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import load_file
 from script_tools import files_of, succeed
 from torchmetrics.functional.classification import binary_accuracy, binary_auroc, binary_f1_score
@@ -19,7 +19,6 @@ from ddpo_pytorch.augmentation.report import MACRO, MEASURES, as_csv, compare, m
 from ddpo_pytorch.data.isic import CAPTIONS, read_split
 from ddpo_pytorch.data.sample_folder import folder_name
 from ddpo_pytorch.phantoms.skin import write_world
-from ddpo_pytorch.utils.errors import UserError
 
 NAMES = ("hair", "ink")
 
@@ -56,8 +55,8 @@ def test_wanted_images_names_and_folders_of_a_plan():
     assert [len(one.drawn.places) for one in trainings[1:5]] == [3, 1, 1, 1] and trainings[0].drawn is None
     assert trainings[2].drawn.missing == {CAPTIONS[0]: 2}
     for other, ratio in ((CAPTIONS[7], 1.0), (CAPTIONS[1], 0.4)):
-        with pytest.raises(UserError, match=r"--samples=X=\.\.\.: ratio .* takes none of its 1 images"):
-            planning.plan(real, {"X": [other]}, [ratio], (0,))
+        said = r"--samples=X=\.\.\.: ratio .* takes none of its 1 images"
+        refused(said, planning.plan, real, {"X": [other]}, [ratio], (0,))
 
 
 def test_unusable_flags_are_refused_by_name():
@@ -66,8 +65,7 @@ def test_unusable_flags_are_refused_by_name():
     given |= {"samples": (["folder"], ["SD="], ["a/b=c"], [".a=c"], ["A=x", "a=y"], ["Real=x"], ["test=x"], [])}
     for flag, values in given.items():
         for value in values:
-            with pytest.raises(UserError, match=f"--{flag}="):
-                getattr(planning, f"parse_{flag}")(value)
+            refused(f"--{flag}=", getattr(planning, f"parse_{flag}"), value)
 
 
 def classifiers(images=150, seeds=3, seed=0):
@@ -95,16 +93,13 @@ def test_means_spreads_and_paired_bootstrap_equal_a_loop():
     rows = {(row["attribute"], row["training"], row["measure"]): row for row in found}
 
     def measures(drawn):  # (training, seed, attribute and macro, measure)
-        table = np.array(
-            [[[reference(one[drawn, h], truth[drawn, h]) for h in range(2)] for one in own] for own in logits.values()]
-        )
+        kinds = np.stack([*logits.values()])[:, :, drawn]
+        table = np.array([[[reference(one[:, h], truth[drawn, h]) for h in range(2)] for one in own] for own in kinds])
         return np.concatenate([table, table.mean(2, keepdims=True)], 2)
 
     point, differences = measures(keep), []
     for drawn in np.random.default_rng(0).integers(150, size=(100, 150)):
-        means = measures(drawn[np.isin(drawn, keep)]).mean(
-            1
-        )  # images are drawn first, those that count taken from them
+        means = measures(drawn[np.isin(drawn, keep)]).mean(1)  # images are drawn first, then those that count taken
         differences.append(means - means[:1])
     low, high = np.quantile(differences, [0.025, 0.975], axis=0)
     spread = np.std(differences, axis=0)
@@ -271,6 +266,5 @@ def test_bad_input_is_refused_and_writes_nothing(world, run_flags, tmp_path, mon
     bad += [([sd, f"--train_csv={tmp_path / 'no_ink.csv'}"], "has no positive of 'ink' among its")]
     bad += [([sd, f"--val_csv={tmp_path / 'overlap.csv'}"], "overlap.csv'; keep one of them")]
     for options, message in *bad, ([sd, f"--output={tmp_path / 'begun'}"], "seed2' was made with arch="):
-        with pytest.raises(UserError, match=re.escape(message)):
-            run_flags(*command(world, tmp_path / "out", *options))
+        refused([message], run_flags, *command(world, tmp_path / "out", *options))
         assert files_of(tmp_path) == before and not (tmp_path / "out").exists()

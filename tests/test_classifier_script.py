@@ -9,6 +9,7 @@ import pytest
 import torch
 from judge_tools import by_definition
 from launching import Script
+from refusals import refused
 from script_tools import files_of, succeed
 from torchmetrics.functional.classification import multilabel_auroc
 
@@ -17,7 +18,6 @@ from ddpo_pytorch.data.isic import LABELS, load_split
 from ddpo_pytorch.generator.from_scratch import build_vae
 from ddpo_pytorch.generator.latents import reconstruct
 from ddpo_pytorch.judges.classifier import load_classifier
-from ddpo_pytorch.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
 H4 = "artifact_classifier_H4.safetensors"
@@ -65,15 +65,13 @@ def test_a_killed_training_ends_like_one_that_was_not(world, trained, tmp_path, 
     assert state.is_file()
     others = {"--learning_rate=1e-3": "learning_rate=0.0001.* 0.001", "--limit=0": "epoch_images=45.* 48"}
     for other, what in (others | {f"--checkpoint={folder / H4}": "initial weights"}).items():
-        with pytest.raises(UserError, match=what):
-            run_flags(*options, other)
+        refused(what, run_flags, *options, other)
     assert f"{tmp_path / H4} is the best epoch so far" in run_flags(*options, "--mode=test")
     (tmp_path / H4).unlink()  # what the state says is written again
     resumed = succeed(*options, processes=2).stderr
     assert f"resuming from {state}" in resumed and "epoch 0:" not in resumed and not state.exists()
     assert (tmp_path / H4).read_bytes() == (folder / H4).read_bytes()  # weights and thresholds
-    with pytest.raises(UserError, match=f"{H4}' exists already.*--checkpoint_dir"):
-        run_flags(*options)
+    refused(f"{H4}' exists already.*--checkpoint_dir", run_flags, *options)
 
 
 def test_test_mode(world, trained, tmp_path, run_flags):
@@ -86,8 +84,7 @@ def test_test_mode(world, trained, tmp_path, run_flags):
     rows = json.loads((tmp_path / "test_H4.json").read_text())
     assert sum(row["support"] for row in rows if row["what"].startswith("only")) == 13
     assert [row["threshold"] for row in rows[:4]] == list(load_classifier(trained[0] / H4).thresholds.values())
-    with pytest.raises(UserError, match="4 heads"):
-        run_flags(*classifier_flags(world, tmp_path, 6, mode="test", checkpoint=trained[0] / H4))
+    refused("4 heads", run_flags, *classifier_flags(world, tmp_path, 6, mode="test", checkpoint=trained[0] / H4))
 
     # on reconstructions by an autoencoder, too
     vae = build_vae((8, 8), 48).requires_grad_(False).eval()
@@ -147,15 +144,13 @@ def test_a_training_that_cannot_work_stops_at_once_and_damaged_images_are_left_o
     bad = {"--save_published": "--arch.*'tinynet_e'", "--mixed_precision=fp16": "mixed_precision.*'fp16'"}
     bad |= {f"--val_csv={without(world, tmp_path, 'val', 'ruler')}": "no_ruler.csv.*no positive of 'ruler'"}
     for extra, message in (bad | {"--weights=/nowhere.pth": "weights.*'/nowhere.pth'"}).items():
-        with pytest.raises(UserError, match=message):
-            run_flags(*classifier_flags(world, tmp_path / "out"), extra)
+        refused(message, run_flags, *classifier_flags(world, tmp_path / "out"), extra)
         assert not (tmp_path / "out").exists()
     shutil.copytree(world, tmp_path / "world")
     victim = tmp_path / "world" / "images" / "PHANTOM_0000005.jpg"
     victim.write_bytes(victim.read_bytes()[:400])
     for extra in ({}, {"num_workers": 1, "cache_dir": ""}):  # decoded here, and by a loading process
         arguments = classifier_flags(tmp_path / "world", tmp_path / "out", num_epochs=1, **extra)
-        with pytest.raises(UserError, match="PHANTOM_0000005.jpg' cannot be read as an image"):
-            run_flags(*arguments)
+        refused("PHANTOM_0000005.jpg' cannot be read as an image", run_flags, *arguments)
     said = run_flags(*arguments, "--skip_broken")
     assert "47 images" in said and victim.name in said

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from common_fixtures import forget
 from judge_tools import by_definition
+from refusals import refused
 from torchvision.ops import sigmoid_focal_loss
 
 from ddpo_pytorch.data.images import ImageFiles
@@ -17,7 +18,6 @@ from ddpo_pytorch.data.isic import LABELS, load_split
 from ddpo_pytorch.judges import classifier_training as training
 from ddpo_pytorch.judges.classifier import ArtifactClassifier
 from ddpo_pytorch.judges.classifier_training import EpochBatches, Recipe, attribute_loss, fit, predict, random_flips
-from ddpo_pytorch.utils.errors import UserError
 
 HEADS = LABELS[:4]
 
@@ -159,15 +159,12 @@ def test_half_of_each_batch_and_all_validation_images_again_are_changed(sets):
 
 
 def test_trainings_that_cannot_work_leave_nothing(sets, tmp_path):
-    recipe = Recipe(num_epochs=2, batch_size=16, learning_rate=1e30)
-    with pytest.raises(UserError, match="never finite"):
-        fit(new_accelerator(), new_model(), sets["train"], sets["val"], recipe, state_path=tmp_path / "state.pt")
-    with pytest.raises(UserError, match="too few"):
-        fit(new_accelerator(), new_model(), sets["train"], sets["val"], Recipe(), epoch_images=0)
+    given, state = (new_accelerator(), new_model(), sets["train"], sets["val"]), tmp_path / "state.pt"
+    refused("never finite", fit, *given, Recipe(num_epochs=2, batch_size=16, learning_rate=1e30), state_path=state)
+    refused("too few", fit, *given, Recipe(), epoch_images=0)
     assert not any(tmp_path.iterdir())
     for field, value in (("patience", 0), ("ema_decay", 1.0), ("focal_gamma", math.inf), ("seed", -1)):
-        with pytest.raises(UserError, match=f"{field} is {value}"):
-            Recipe(**{field: value})
+        refused(f"{field} is {value}", Recipe, **{field: value})
     off = {"pos_weight": False, "focal_gamma": 0.0, "quarter_turns": False, "ema_decay": 0.0}
     assert Recipe() == Recipe(20, 15, 32, 1e-4, **off, seed=42, num_workers=0)  # the official values
 
@@ -180,8 +177,7 @@ def test_a_stopped_training_does_not_resume_on_replaced_images(sets, tmp_path, m
     with pytest.raises(InterruptedError):
         fit(new_accelerator(), new_model(), train, sets["val"], recipe, state_path=state)
     shutil.copy(sets["train"].paths[1], tmp_path / "0.png")
-    with pytest.raises(UserError, match="training images="):
-        fit(new_accelerator(), new_model(), train, sets["val"], recipe, state_path=state)
+    refused("training images=", fit, new_accelerator(), new_model(), train, sets["val"], recipe, state_path=state)
 
 
 def test_bf16_trains_float32_weights_and_leaves_the_model_as_it_was(sets):

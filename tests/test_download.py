@@ -15,10 +15,9 @@ import pytest
 import torch
 from judge_tools import published_file
 from launching import ROOT
+from refusals import refused
 from script_tools import load_module, succeed
 from tiny_unet import legacy, random_weights
-
-from ddpo_pytorch.utils.errors import UserError
 
 UNET, LORA = "pretrained_unet.safetensors", "rl4med-checkpoint50"
 H6, H4 = "artifact_classifier_train_H6.pth", "artifact_classifier_train_H4.pth"
@@ -78,9 +77,9 @@ def complete(tmp_path_factory, unet) -> Path:
 def report(script, caplog, folder: Path) -> tuple[list[str], str]:
     """Return the lines of a check, and its error."""
     caplog.clear()
-    with caplog.at_level("INFO"), pytest.raises(UserError) as error:
-        script.check(folder)
-    return caplog.messages, str(error.value)
+    with caplog.at_level("INFO"):
+        error = refused("", script.check, folder)
+    return caplog.messages, error
 
 
 @pytest.mark.slow
@@ -128,13 +127,11 @@ def test_wrong_files_are_named(script, caplog, tmp_path, unet):
 
 def test_without_network_the_manual_route_is_printed(script, tmp_path, monkeypatch, caplog):
     script.FLAGS = SimpleNamespace(root=str(tmp_path), check=str(tmp_path), unpack=str(tmp_path))
-    with pytest.raises(UserError, match="--check and --unpack are given"):
-        script.main([])
+    refused("--check and --unpack are given", script.main, [])
     for name, value in NO_NETWORK.items():
         monkeypatch.setenv(name, value)
     script.FLAGS = SimpleNamespace(root=f"{tmp_path}/out", check=None, unpack=None)
-    with pytest.raises(UserError, match="could not be fetched: split table isic2019_train.csv, .*published files"):
-        script.main([])
+    refused("could not be fetched: split table isic2019_train.csv, .*published files", script.main, [])
     route = (f"put them into {tmp_path}/out/published", f"scripts/download.py --check {tmp_path}/out/published")
     for words in (script.DRIVE_URL, UNET, H6, f"{H4} or {OTHER_H4}", f"{LORA} or {OTHER_LORA}", *route):
         assert words in caplog.text
@@ -147,15 +144,13 @@ def test_split_tables_are_checked_and_never_overwritten(script, tmp_path, monkey
     url, folder = (tmp_path / "web").as_uri(), tmp_path / "splits"
     target, digest = folder / "isic2019_val.csv", hashlib.sha256(b"image,MEL\n").hexdigest()
     for name, message in ((target.name, f"is not the official table .*{digest}"), ("isic2019_test.csv", "be read")):
-        with pytest.raises(UserError, match=f"{url}/{name} .*{message}"):
-            script.fetch_split(name, folder, url)
+        refused(f"{url}/{name} .*{message}", script.fetch_split, name, folder, url)
     assert not folder.exists()
     monkeypatch.setitem(script.SPLITS, target.name, digest)
     for address in (url, "http://127.0.0.1:9"):
         assert script.fetch_split(target.name, folder, address) == target and list(folder.iterdir()) == [target]
     target.write_bytes(b"mine")
-    with pytest.raises(UserError, match=f"{target} is not the official"):
-        script.fetch_split(target.name, folder, url)
+    refused(f"{target} is not the official", script.fetch_split, target.name, folder, url)
     assert target.read_bytes() == b"mine"
 
 
@@ -173,12 +168,11 @@ def test_missing_files_are_fetched_inside_the_folder_required_ones_first(script,
 
     file = create_autospec(script.gdown.download, side_effect=download)
     monkeypatch.setattr(script, "gdown", SimpleNamespace(download=file, download_folder=folder))
-    with caplog.at_level("INFO"), pytest.raises(UserError, match=rf"2 of 7 files .*\({UNET}, \.\./outside/x\)"):
-        script.fetch_published(tmp_path / "in")
+    with caplog.at_level("INFO"):
+        refused(["2 of 7 files ", f"({UNET}, ../outside/x)"], script.fetch_published, tmp_path / "in")
     assert [call.kwargs["id"] for call in file.call_args_list] == [H6, UNET, names[5], "images.zip", "notes.txt"]
     assert all(call.kwargs["resume"] for call in file.call_args_list)
     assert (tmp_path / "in" / OTHER_H4).read_bytes() == b"complete before" and not (tmp_path / "outside").exists()
     assert any(line.startswith(f"{UNET} was not downloaded: ") and "Too many users" in line for line in caplog.messages)
     for folder.return_value, folder.side_effect, message in (([], None, "lists nothing"), ([], OSError, "not list")):
-        with pytest.raises(UserError, match=message):
-            script.fetch_published(tmp_path / "in")
+        refused(message, script.fetch_published, tmp_path / "in")

@@ -15,6 +15,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from launching import ROOT, Script
 from PIL import Image, JpegImagePlugin
+from refusals import refused
 from script_tools import PROMPTS, files_of, load_module, options, succeed
 from tiny_unet import randomize
 
@@ -26,7 +27,6 @@ from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.classifier import load_classifier
 from ddpo_pytorch.rewards import isic_classifier_reward
 from ddpo_pytorch.sampling import Sampler, draw_images, draw_passes, plan
-from ddpo_pytorch.utils.errors import UserError
 
 COUNT = 11  # images per prompt: 4 * 11 = 44 are passes of 32 and 12, uneven for 2 processes
 PLAIN = {"eval__classifier": "", "sample__num_steps": 2}
@@ -122,8 +122,7 @@ def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(samples,
     whole = files_of(samples)
     others = [({"seed": 43}, "seed=42, now it is 43"), ({"sample__scheduler": "dpm++"}, "eta=1.0, now it is None")]
     for change, message in *others, ({"eval__classifier": str(judges[4])}, "classifier="):
-        with pytest.raises(UserError, match=f"made with {message}"):
-            evaluate(samples, **same | change)
+        refused(f"made with {message}", evaluate, samples, **same | change)
     assert files_of(samples) == whole
 
 
@@ -136,14 +135,12 @@ def test_bad_input(evaluate, tmp_path):
     bad += [("eval__prompts", PROMPTS[:1] * 2, f"prompt {re.escape(repr(PROMPTS[0]))} is given twice")]
     bad += [("eval__prompts", ("a nevus",), "'a nevus' .*--config.eval.classifier=")]
     for field, value, message in bad:
-        with pytest.raises(UserError, match=message) as caught:
-            evaluate(tmp_path / "x", **{field: value})
-        assert "\n" not in str(caught.value) and not (tmp_path / "x").exists()
+        refused(message, evaluate, tmp_path / "x", **{field: value})
+        assert not (tmp_path / "x").exists()
     # nodes without a common folder
     check_shared = load_module(ROOT / "scripts" / "eval.py").check_shared
     check_shared(tmp_path, [True, True])
-    with pytest.raises(UserError, match=f"process 1 does not see {str(tmp_path)!r}"):
-        check_shared(tmp_path, [True, False])
+    refused(f"process 1 does not see {str(tmp_path)!r}", check_shared, tmp_path, [True, False])
 
 
 def test_adapters_scaled_to_zero_draw_the_base_models_images(evaluate, run_dir, tmp_path):
@@ -239,8 +236,7 @@ def test_images_that_vanish_are_missed_and_damaged_ones_drawn_again(evaluate, tm
 
     with monkeypatch.context() as patch:
         patch.setattr("ddpo_pytorch.sampling.save_image", save)
-        with pytest.raises(UserError, match=f"1 of 12 images .*{re.escape(lost)}"):
-            evaluate(tmp_path, **PLAIN)
+        refused(f"1 of 12 images .*{re.escape(lost)}", evaluate, tmp_path, **PLAIN)
     evaluate(tmp_path, **PLAIN)
     before = files_of(tmp_path)
     cut, changed, text, pipe = (tmp_path / entry["path_to_img"] for entry in read_log(tmp_path)[:4])
@@ -267,10 +263,8 @@ def test_images_that_are_not_finite_are_named_and_black_ones_reported(evaluate, 
         return images
 
     monkeypatch.setattr("ddpo_pytorch.sampling.draw_images", draw)
-    with pytest.raises(UserError, match="^3 images are not finite") as caught:
-        evaluate(tmp_path / "x", **PLAIN)
-    message = str(caught.value)
-    assert f"{FOLDERS[0]}/00000.png of {faulty!r}" in message and "\n" not in message
+    said = f"^3 images are not finite.*{re.escape(f'{FOLDERS[0]}/00000.png of {faulty!r}')}"
+    refused(said, evaluate, tmp_path / "x", **PLAIN)
     logged = [(entry["prompt"], entry["black"]) for entry in read_log(tmp_path / "x")]
     assert logged == [(prompt, prompt == black) for prompt in PROMPTS[1:] for _ in range(3)]
     assert f"3 images are black, the first is {tmp_path / 'x' / FOLDERS[1] / '00000.png'}" in caplog.text
@@ -318,5 +312,4 @@ def test_the_log_survives_torn_lines_and_counts_only_images_that_exist(tmp_path)
     part_log(tmp_path, 0).write({"path_to_img": "c.png"})
     assert len(merge_parts(tmp_path)) == 3 and not list(tmp_path.glob("*.jsonl"))
     (tmp_path / "image_log.json").write_text('[{"prompt": "x"}]')
-    with pytest.raises(UserError, match="image_log.json'.*path_to_img"):
-        read_entries(tmp_path)
+    refused("image_log.json'.*path_to_img", read_entries, tmp_path)

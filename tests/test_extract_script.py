@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from script_tools import files_of, options, succeed
 
@@ -17,7 +18,6 @@ from ddpo_pytorch.generator.from_scratch import build_vae
 from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, fingerprint, write_index
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.rating.session import sample_items
-from ddpo_pytorch.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +94,13 @@ def test_interrupted_and_damaged_extractions_are_completed(extract, tmp_path, mo
     # killed before the second shard
     for path in (shards[1], shards[2], tmp_path / "x" / "latents" / "index.json", tmp_path / "x" / "image_log.json"):
         path.unlink()
-    with pytest.raises(UserError, match="no complete latents"):
-        LatentShards(tmp_path / "x" / "latents")
+    refused("no complete latents", LatentShards, tmp_path / "x" / "latents")
     first = shards[0].stat().st_mtime_ns
     extract()
     assert files_of(tmp_path / "x") == complete and shards[0].stat().st_mtime_ns == first
     # a shard that is cut
     shards[0].write_bytes(shards[0].read_bytes()[:-7])
-    with pytest.raises(UserError, match=shards[0].name):
-        LatentShards(tmp_path / "x" / "latents")
+    refused(shards[0].name, LatentShards, tmp_path / "x" / "latents")
     extract()
     assert files_of(tmp_path / "x") == complete and f"{shards[0]} " in caplog.text
 
@@ -113,8 +111,7 @@ def test_images_that_appear_and_disappear(table, extract, tmp_path, monkeypatch)
     victim, fields = tmp_path / "table" / "ISIC_4.jpg", {"dataset__data_path": str(tmp_path / "table")}
     picture = victim.read_bytes()
     victim.write_bytes(picture[:50])
-    with pytest.raises(UserError, match="ISIC_4.jpg' cannot be read as an image"):
-        extract(**fields)
+    refused("ISIC_4.jpg' cannot be read as an image", extract, **fields)
     for content, expected in ((picture[:50], [0, 1, 3, 6]), (picture, [0, 1, 3, 4, 6]), (None, [0, 1, 3, 6])):
         victim.unlink() if content is None else victim.write_bytes(content)
         extract(**fields, dataset__skip_broken=True)
@@ -180,16 +177,14 @@ def test_extract_without_a_model_writes_images_once_and_repairs_them(extract, tm
         extract(**fields)
         assert files_of(tmp_path / "x") == complete
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "x").rglob("*")} == stamps  # nothing was to be done
-    with pytest.raises(UserError, match="image_size=32, now it is 64"):
-        extract(**fields | {"dataset__image_size": 64})
+    refused("image_size=32, now it is 64", extract, **fields | {"dataset__image_size": 64})
 
 
 def test_extract_bad_input(extract, tmp_path):
     bad = [("dataset__csv", "", "dataset.csv is ''"), ("dataset__data_path", "absent", "'absent' does not exist")]
     bad += [("dataset__image_size", 0, "dataset.image_size is 0"), ("pretrained__model", "/absent", "/absent")]
     for name, value, message in bad:
-        with pytest.raises(UserError, match=message):
-            extract(**{name: value})
+        refused(message, extract, **{name: value})
         assert not (tmp_path / "x").exists()
 
 
