@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch_fidelity.feature_extractor_inceptionv3 as inception_module
 import torchvision
-from judge_tools import FUNDUS_PROMPTS, threshold_between
+from judge_tools import FUNDUS_PROMPTS, threshold_between, write_judges
 from torch.optim.swa_utils import update_bn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -17,9 +17,8 @@ from ddpo_pytorch.data.isic import CAPTIONS, LABELS
 from ddpo_pytorch.data.sample_folder import folder_name, write_log
 from ddpo_pytorch.generator.from_scratch import build_bert
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, save_classifier
-from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, Policy, TextFeatures, save_policy
-from ddpo_pytorch.judges.selector import Selector, save_selector
-from ddpo_pytorch.judges.vit import VisionSizes
+from ddpo_pytorch.judges.policy import SELECTOR_FILE
+from ddpo_pytorch.judges.selector import load_selector, save_selector
 
 
 def write_samples(
@@ -146,22 +145,10 @@ def fundus_judges(tmp_path_factory, fundus_sets) -> Path:
     torch.manual_seed(3)
     for name, part in zip(("tokenizer", "text_encoder"), build_bert(PROMPTS, 32, 1), strict=True):
         part.save_pretrained(folder / "bert" / name)
-    sizes = VisionSizes(image_size=32, patch_size=8, width=32, layers=1, heads=2)
-    selector, policy = Selector(sizes).eval(), Policy(sizes, TextFeatures(folder / "bert")).eval()
+    selector = load_selector(write_judges(folder, folder / "bert", seed=3) / SELECTOR_FILE)
     images = torch.stack([load_image(path) for path in images_of(fundus_sets["real"])])
-    captions = [PROMPTS[number % 3] for number in range(len(images))]
-    with torch.no_grad():
-        for judge, scores in ((selector, selector.score), (policy, lambda x: policy.score(x, captions))):
-            for name, weights in judge.named_parameters():
-                if name.endswith("weight") and weights.dim() > 1:
-                    weights *= 4
-            logits = torch.logit(scores(images))
-            judge.head[-1].weight *= 1.5 / logits.std()
-            judge.head[-1].bias *= 0
-            judge.head[-1].bias -= torch.logit(scores(images)).mean()
     selector.threshold = threshold_between(selector.score(images))
     save_selector(selector, folder / SELECTOR_FILE)
-    save_policy(policy, folder / POLICY_FILE)
     return folder
 
 
@@ -182,12 +169,6 @@ def fundus_usual(fundus_sets, fundus_judges) -> dict:
     usual = {"real_path": fundus_sets["real"], "fake_path": fundus_sets["better"], "fake_name": "better"}
     usual |= {"compare_path": fundus_sets["base"], "compare_name": "base", "judges": fundus_judges, "classifier": ""}
     return usual | {"quality": ("legacy", "fov"), "extractors": ("inception", "judge")}
-
-
-@pytest.fixture
-def fundus_fields(fields, fundus_usual):
-    """Function of overrides: the fields of metric.py for these sets, with a cache of the test's own."""
-    return lambda **overrides: fields(**fundus_usual | overrides)
 
 
 @pytest.fixture(scope="session")
