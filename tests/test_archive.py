@@ -42,16 +42,11 @@ def folder(tmp_path) -> Path:
     return tmp_path / "in"
 
 
-@pytest.fixture
-def refuse(folder, tmp_path):
-    """Function of extra entries and a pattern: the archive is refused by name, in one line, with nothing written."""
-
-    def check(*more, match="", **options):
-        path = write(tmp_path / "images.zip", *more, **options)
-        before = sorted(tmp_path.rglob("*"))
-        assert str(path) in refused(match, unpack, path, folder) and sorted(tmp_path.rglob("*")) == before
-
-    return check
+def refuse(folder: Path, *more: tuple[zipfile.ZipInfo, bytes], match: str, **options: object) -> None:
+    """Assert that an archive of these entries, too, is refused by name, with nothing written."""
+    path = write(folder.with_name("images.zip"), *more, **options)
+    before = sorted(folder.parent.rglob("*"))
+    assert str(path) in refused(match, unpack, path, folder) and sorted(folder.parent.rglob("*")) == before
 
 
 def test_an_archive_is_unpacked_without_its_permissions(folder, tmp_path):
@@ -63,7 +58,7 @@ def test_an_archive_is_unpacked_without_its_permissions(folder, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_entries_that_do_not_belong_into_an_archive_of_pictures(refuse, tmp_path):
+def test_entries_that_do_not_belong_into_an_archive_of_pictures(folder, tmp_path):
     """Refuse the entry regardless of those after it, such as a file behind a link."""
     names = {"leads out of the folder": ("/outside/x", "script-samples/../../outside/x")}
     names |= {"50 levels": ("x/" * 60 + "x",)}
@@ -74,15 +69,16 @@ def test_entries_that_do_not_belong_into_an_archive_of_pictures(refuse, tmp_path
     entries += [(entry("link", stat.S_IFLNK, 0o777), "is a link")]
     for info, message in *entries, (entry("device", stat.S_IFCHR), "is neither a file nor a folder"):
         content = str(tmp_path / "outside").encode()
-        refuse((entry("!first/x"), b"1"), (info, content), (entry("link/x"), b""), match=message)
+        refuse(folder, (entry("!first/x"), b"1"), (info, content), (entry("link/x"), b""), match=message)
     # names that some file systems take for the same
     for one, other in ("x/1", "X/2"), ("stra\u00dfe", "STRASSE"), ("e\u0301", "\u00e9"):
-        refuse((entry(one), b"1"), (entry(other), b"1"), match=f"{other}.*clashes with '{one.split('/')[0]}'")
+        clash = f"{other}.*clashes with '{one.split('/')[0]}'"
+        refuse(folder, (entry(one), b"1"), (entry(other), b"1"), match=clash)
 
 
-def test_limits_of_size_and_number(refuse, folder, tmp_path, monkeypatch):
-    zeros = (entry("zeros"), bytes(3 * 2**20))
-    refuse(zeros, compression=zipfile.ZIP_DEFLATED, match=r"states 3\.0 MiB of content in 3 entries.* 20 times")
+def test_limits_of_size_and_number(folder, tmp_path, monkeypatch):
+    zeros, said = (entry("zeros"), bytes(3 * 2**20)), r"states 3\.0 MiB of content in 3 entries.* 20 times"
+    refuse(folder, zeros, compression=zipfile.ZIP_DEFLATED, match=said)
     # the same, stating 10 bytes in its directory: no more are read, and the checksum differs
     path = tmp_path / "images.zip"
     content = bytearray(path.read_bytes())
@@ -90,9 +86,9 @@ def test_limits_of_size_and_number(refuse, folder, tmp_path, monkeypatch):
     path.write_bytes(content)
     refused("cannot be read as a zip", unpack, path, folder)
     monkeypatch.setattr(published, "MOST_ENTRIES", 3)
-    refuse((entry("a"), b""), (entry("b"), b""), match="in 4 entries.* 3 entries")
+    refuse(folder, (entry("a"), b""), (entry("b"), b""), match="in 4 entries.* 3 entries")
     monkeypatch.setattr(published, "SPARE", 2**60)
-    refuse(match=r"needs 0\.0 GiB in .* where .* are free")
+    refuse(folder, match=r"needs 0\.0 GiB in .* where .* are free")
 
 
 def test_torn_encrypted_and_absent_archives_and_a_full_disk_leave_nothing(folder, tmp_path):

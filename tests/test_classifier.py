@@ -56,8 +56,8 @@ def test_files_and_settings_that_are_refused(tmp_path, monkeypatch):
     (tmp_path / "text.safetensors").write_text("nothing")
     for name in ("absent.pth", "other.pth", "torn.pth", "text.safetensors"):
         refused(name, load_classifier, name)
-    for fields in ({"arch": "efficientnet_zero"}, {"thresholds": {"other": 0.5}}, {"thresholds": {"ink": 1.5}}):
-        refused(next(iter(fields))[:4], ArtifactClassifier, **fields)
+    for field, value in ("arch", "efficientnet_zero"), ("thresholds", {"other": 0.5}), ("thresholds", {"ink": 1.5}):
+        refused(field[:4], ArtifactClassifier, **{field: value})
 
 
 def fresh(path, arch="tinynet_e"):
