@@ -19,6 +19,7 @@ from ddpo_pytorch.generator.from_scratch import build_bert
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, save_classifier
 from ddpo_pytorch.judges.policy import SELECTOR_FILE
 from ddpo_pytorch.judges.selector import load_selector, save_selector
+from ddpo_pytorch.phantoms import fundus as retina
 
 
 def write_samples(
@@ -117,25 +118,18 @@ def images_of(folder: Path, caption: str = "") -> list[Path]:
 
 
 PROMPTS = (*FUNDUS_PROMPTS, "Fundus: The left eye fundus image shows glaucoma.")
-SIZE = 64
-
-
-def draw_retina(rng: np.random.Generator, size: int = SIZE, noise: float = 4) -> torch.Tensor:
-    """(3, size, size) in [0, 1]: an orange disc with a bright spot and dark lines, black around."""
-    y, x = np.mgrid[:size, :size] - (size - 1) / 2
-    tone = np.array([170, 90, 40]) * rng.uniform(0.7, 1.2, 3)
-    picture = tone * (1.1 - rng.uniform(0.1, 1) * (x**2 + y**2)[..., None] / size**2)
-    picture[(x - size / 5) ** 2 + y**2 < (size / 12) ** 2] *= 1.4
-    for angle in rng.uniform(0, np.pi, 4):
-        picture[np.abs(x * np.sin(angle) - y * np.cos(angle)) < size / 90] *= 0.6
-    picture += rng.normal(0, noise, picture.shape)
-    picture[x**2 + y**2 > (0.47 * size) ** 2] = 0
-    return torch.from_numpy(picture.clip(0, 255)).permute(2, 0, 1) / 255
 
 
 def write_fundus(folder: Path, counts: dict[str, int], seed: int, noise: float = 4, drawn: int | None = 7) -> Path:
+    """Write a sample folder of phantom eyes, 64 px, with noise of this standard deviation in the field."""
     rng = np.random.default_rng(seed)
-    return write_samples(folder, counts, seed, drawn=drawn, picture=lambda: draw_retina(rng, noise=noise))
+
+    def picture() -> torch.Tensor:
+        eye = retina.draw("normal fundus", "left", retina.draw_look(rng), rng)
+        noisy = eye + eye.any(axis=2, keepdims=True) * rng.normal(0, noise, eye.shape)
+        return torch.from_numpy(noisy.clip(0, 255)).permute(2, 0, 1) / 255
+
+    return write_samples(folder, counts, seed, drawn=drawn, picture=picture)
 
 
 @pytest.fixture(scope="session")
