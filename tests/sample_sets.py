@@ -9,6 +9,7 @@ import torch
 import torch_fidelity.feature_extractor_inceptionv3 as inception_module
 import torchvision
 from judge_tools import FUNDUS_PROMPTS, threshold_between, write_judges
+from rl_tools import divide_evenly
 from torch.optim.swa_utils import update_bn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -82,10 +83,8 @@ def lively_judge(tmp_path_factory) -> Path:
     with torch.no_grad():
         update_bn([model.preprocess(pictures)], model)
         model.model.classifier.weight *= 20
-        model.eval()
-        model.model.classifier.bias -= model.logits(pictures).median(dim=0).values
     path = tmp_path_factory.mktemp("lively") / "h4.safetensors"
-    save_classifier(model, path)
+    save_classifier(divide_evenly(model, pictures), path)
     return path
 
 
@@ -136,7 +135,6 @@ def write_fundus(folder: Path, counts: dict[str, int], seed: int, noise: float =
 def fundus_judges(tmp_path_factory, fundus_sets) -> Path:
     """A folder as train_rlhf.py writes it: random judges whose scores differ, half of the real images pass."""
     folder = tmp_path_factory.mktemp("fundus-judges")
-    torch.manual_seed(3)
     for name, part in zip(("tokenizer", "text_encoder"), build_bert(PROMPTS, 32, 1), strict=True):
         part.save_pretrained(folder / "bert" / name)
     selector = load_selector(write_judges(folder, folder / "bert", seed=3) / SELECTOR_FILE)

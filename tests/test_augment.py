@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from refusals import refused
@@ -250,11 +251,9 @@ def test_two_processes_six_heads_and_few_images(world, tmp_path):
 
 def test_bad_input_is_refused_and_writes_nothing(world, run_flags, tmp_path, monkeypatch):
     """Also split tables that cannot be used, and an output that was started with other settings."""
-    table = (world / "splits" / "phantom_train.csv").read_text().splitlines()
-    ink = table[0].split(",").index("ink")
-    (tmp_path / "overlap.csv").write_text("\n".join([*table[:1], *table[5:25], ""]))
-    no_ink = [line for line in table if line.split(",")[ink] in ("ink", "0")]
-    (tmp_path / "no_ink.csv").write_text("\n".join([*no_ink, ""]))
+    table = pd.read_csv(world / "splits" / "phantom_train.csv")
+    table[4:24].to_csv(tmp_path / "overlap.csv", index=False)
+    table.assign(ink=0).to_csv(tmp_path / "no_ink.csv", index=False)
     settings = tmp_path / "begun" / "SD_1" / "seed2" / "settings.json"
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps({"settings": {"num_epochs": 7}, "about": {}}))
