@@ -21,14 +21,13 @@ def make_scheduler(steps: int = 50, **changes) -> DDIMScheduler:
     return scheduler
 
 
-def random_batch(size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """A model output and a sample (size, 4, 8, 8)."""
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(size, 4, 8, 8, generator=generator).to(dtype) for _ in range(2))
-
-
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def random_batch(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return a model output and a sample: (2, size, 4, 8, 8)."""
+    return torch.randn(2, size, 4, 8, 8, generator=seeded(0)).to(dtype)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
