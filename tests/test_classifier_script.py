@@ -18,6 +18,7 @@ from ddpo_pytorch.data.isic import LABELS, load_split
 from ddpo_pytorch.generator.from_scratch import build_vae
 from ddpo_pytorch.generator.latents import reconstruct
 from ddpo_pytorch.judges.classifier import load_classifier
+from ddpo_pytorch.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
 H4 = "artifact_classifier_H4.safetensors"
@@ -149,8 +150,9 @@ def test_a_training_that_cannot_work_stops_at_once_and_damaged_images_are_left_o
     shutil.copytree(world, tmp_path / "world")
     victim = tmp_path / "world" / "images" / "PHANTOM_0000005.jpg"
     victim.write_bytes(victim.read_bytes()[:400])
-    for extra in ({}, {"num_workers": 1, "cache_dir": ""}):  # decoded here, and by a loading process
+    for extra in ({}, {"num_workers": 1, "cache_dir": ""}):  # decoded here, or by a process: a longer error
         arguments = classifier_flags(tmp_path / "world", tmp_path / "out", num_epochs=1, **extra)
-        refused("PHANTOM_0000005.jpg' cannot be read as an image", run_flags, *arguments)
+        with pytest.raises(UserError, match="PHANTOM_0000005.jpg' cannot be read as an image"):
+            run_flags(*arguments)
     said = run_flags(*arguments, "--skip_broken")
     assert "47 images" in said and victim.name in said
