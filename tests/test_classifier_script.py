@@ -77,10 +77,8 @@ def test_a_killed_training_ends_like_one_that_was_not(world, trained, tmp_path, 
 
 def test_test_mode(world, trained, tmp_path, run_flags):
     options = classifier_flags(world, tmp_path, mode="test", checkpoint=trained[0] / H4, limit=13, cache_dir="")
-    said, names = (
-        run_flags(*options),
-        [f"test_H4{end}" for end in (".csv", ".json", "_confusion.png", "_reliability.png")],
-    )
+    said = run_flags(*options)
+    names = [f"test_H4{end}" for end in (".csv", ".json", "_confusion.png", "_reliability.png")]
     assert sorted(files_of(tmp_path)) == names and all(name in said for name in ("average_precision", *names))
     rows = json.loads((tmp_path / "test_H4.json").read_text())
     assert sum(row["support"] for row in rows if row["what"].startswith("only")) == 13
@@ -139,9 +137,7 @@ def test_classifier_is_published_and_tested_without_positives(world, tmp_path, r
     assert rows.loc["ink", ["auc", "recall"]].isna().all() and rows.loc["hair", "auc"] > 0
 
 
-def test_a_training_that_cannot_work_stops_at_once_and_damaged_images_are_left_out_on_request(
-    world, tmp_path, run_flags
-):
+def test_a_training_that_cannot_work_stops_and_damaged_images_are_left_out_on_request(world, tmp_path, run_flags):
     bad = {"--save_published": "--arch.*'tinynet_e'", "--mixed_precision=fp16": "mixed_precision.*'fp16'"}
     bad |= {f"--val_csv={without(world, tmp_path, 'val', 'ruler')}": "no_ruler.csv.*no positive of 'ruler'"}
     for extra, message in (bad | {"--weights=/nowhere.pth": "weights.*'/nowhere.pth'"}).items():
