@@ -54,10 +54,13 @@ def step_kl(
 
 
 def averages(accelerator: Accelerator, statistics: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Return each 0-d tensor's mean over the finite values of all entries, equally many on every process, or NaN."""
+    """Return the mean of each 0-d tensor over all entries and processes; NaN where no value is finite.
+
+    Every process must pass the same number of entries. Non-finite values come from skipped updates and are ignored.
+    """
     if not statistics:
         return {}
     table = torch.stack([torch.stack([entry[key].float() for key in statistics[0]]) for entry in statistics])
-    # one device-to-host copy; values that are not finite come from skipped updates
+    # one device-to-host copy
     means = torch.stack([values[values.isfinite()].mean() for values in table.cpu().T])
     return dict(zip(statistics[0], accelerator.reduce(means.to(table.device), "mean").tolist(), strict=True))

@@ -21,7 +21,10 @@ from ddpo_pytorch.utils.randomness import Stream, derived_seed
 def draw_prompts(
     prompt_fn: Callable[..., Any], seed: int, epoch: int, count: int, images_per_prompt: int = 1
 ) -> tuple[list[str], list[Any]]:
-    """Return prompts and metadata of an epoch; `images_per_prompt` consecutive samples share one. Raises UserError."""
+    """Return prompts and metadata of an epoch's `count` samples over all processes.
+
+    Every `images_per_prompt` consecutive samples share a prompt. Raises UserError if `prompt_fn` returns no prompt.
+    """
     drawn = []
     for group in range(-(-count // images_per_prompt)):
         drawn += [draw_prompt(prompt_fn, derived_seed(seed, Stream.PROMPTS, epoch, group))] * images_per_prompt
@@ -60,11 +63,20 @@ def sample_trajectories(
     sampling: Sampling,
     gradients: LogProbGradients | None = None,
 ) -> tuple[torch.Tensor, Trajectories]:
-    """Sample an image per prompt, (B, 3, H, W) float32 in [0, 1]; `gradients` takes those of log-probs at each step."""
-    settings = {"prompt_embeds": embeddings(prompts), "negative_prompt_embeds": embeddings.negative}
-    settings |= {"num_inference_steps": sampling.num_steps, "guidance_scale": sampling.guidance_scale}
-    settings |= {"eta": sampling.eta, "generator": noise, "gradients": gradients}
-    images, _, latents, log_probs = pipeline_with_logprob(pipe, **settings)
+    """Sample one image per prompt; return images (B, 3, H, W), float32 in [0, 1], and their trajectories.
+
+    gradients: takes gradients of the log-probs with respect to the policy's weights while sampling.
+    """
+    images, _, latents, log_probs = pipeline_with_logprob(
+        pipe,
+        prompt_embeds=embeddings(prompts),
+        negative_prompt_embeds=embeddings.negative,
+        num_inference_steps=sampling.num_steps,
+        guidance_scale=sampling.guidance_scale,
+        eta=sampling.eta,
+        generator=noise,
+        gradients=gradients,
+    )
     timesteps = pipe.scheduler.timesteps
     return images, Trajectories(list(prompts), timesteps, torch.stack(latents, dim=1), torch.stack(log_probs, dim=1))
 
@@ -74,8 +86,9 @@ def update_order(
 ) -> list[int]:
     """Return the order in which the process whose first sample is `first` takes its samples, as local indices.
 
-    Every block of `updates` consecutive global samples is dealt to the updates at random, one sample each. So an
-    update's samples do not depend on the number of processes, equally many of each, and those of a prompt are spread.
+    Every block of `updates` consecutive global samples is dealt to the updates at random, one sample each. Over all
+    processes, the samples of an update therefore do not depend on the number of processes; each process contributes
+    equally many; and images of one prompt, which are consecutive, are spread over the updates.
     """
     piles: list[list[int]] = [[] for _ in range(updates)]
     for start in range(first, first + samples // processes, updates):

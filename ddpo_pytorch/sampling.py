@@ -6,7 +6,7 @@ shape, the last one padded; on a CPU each runs on one thread, since the number o
 
 import copy
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -31,6 +31,8 @@ SAMPLING = {"seed": SEED, "sample.num_steps": ONE_OR_MORE, "sample.eta": SHARE, 
 IMAGE_FORMATS = ("png", "jpg")
 BLACK = 2  # an image with all 8-bit levels below this is black
 CPU_PASS = 32  # images per pass on a CPU for 16 x 16 latents, fewer for larger ones
+# maps images, prompts and metadata to rewards (N,) and {"predictions", "labels", "logits"}, each (N, H)
+Judge = Callable[[torch.Tensor, Sequence[str], Sequence[Mapping[str, Any]]], tuple[Sequence[float], dict[str, Any]]]
 
 
 class Job(NamedTuple):
@@ -43,7 +45,7 @@ class Job(NamedTuple):
 
 
 def plan(prompts: Sequence[tuple[str, dict[str, Any]]], count: int, seed: int, image_format: str = "png") -> list[Job]:
-    """Return `count` jobs per (prompt, metadata), seeded by (seed, prompt, index). Raises UserError for bad prompts."""
+    """Return `count` jobs per (prompt, metadata), seeded by (seed, prompt, index); prompts must differ (UserError)."""
     jobs, seen = [], set()
     for prompt, metadata in prompts:
         check_prompt(prompt)
@@ -164,7 +166,7 @@ def draw_pass(
     folder: Path,
     log: JsonLines,
     done: Collection[str] = (),
-    judge: Callable[..., tuple] | None = None,
+    judge: Judge | None = None,
     weights_sha256: str = "",
     turn: AbstractContextManager = nullcontext(),  # noqa: B008 (it has no state)
 ) -> list[Job]:

@@ -9,13 +9,20 @@ import numpy as np
 STD_FLOOR = 1e-6  # added to standard deviations, so that equal rewards give advantage 0 instead of 0/0
 
 
+def _as_arrays(prompts: Sequence[Hashable], rewards: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    prompts, rewards = np.asarray(prompts), np.asarray(rewards, dtype=np.float64)
+    if prompts.ndim != 1 or prompts.shape != rewards.shape:
+        raise ValueError(f"prompts {prompts.shape} and rewards {rewards.shape} must be two lists of equal length")
+    return prompts, rewards
+
+
 def _standardize(rewards: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return (rewards - reference.mean()) / (reference.std() + STD_FLOOR)
 
 
 def group_advantages(prompts: Sequence[Hashable], rewards: Sequence[float]) -> np.ndarray:
     """Return rewards (N,) standardized over those of the same prompt (GRPO, Shao et al. 2024, section 4.1.2)."""
-    prompts, rewards = np.asarray(prompts), np.asarray(rewards, dtype=np.float64)
+    prompts, rewards = _as_arrays(prompts, rewards)
     advantages = np.empty_like(rewards)
     for prompt in np.unique(prompts):
         members = prompts == prompt
@@ -24,7 +31,10 @@ def group_advantages(prompts: Sequence[Hashable], rewards: Sequence[float]) -> n
 
 
 class PerPromptStatTracker:
-    """Standardize by the last `buffer_size` rewards of a prompt (DDPO, section 5), by the batch's below `min_count`."""
+    """Standardize rewards by the last `buffer_size` ones of the same prompt (DDPO, section 5).
+
+    Prompts with fewer than `min_count` remembered rewards are standardized by those of the batch.
+    """
 
     def __init__(self, buffer_size: int, min_count: int):
         self.buffer_size, self.min_count = buffer_size, min_count
@@ -32,7 +42,7 @@ class PerPromptStatTracker:
 
     def update(self, prompts: Sequence[Hashable], rewards: Sequence[float]) -> np.ndarray:
         """Remember rewards (N,) of prompts (N,); return their advantages (N,), float64, relative to all so far."""
-        prompts, rewards = np.asarray(prompts), np.asarray(rewards, dtype=np.float64)
+        prompts, rewards = _as_arrays(prompts, rewards)
         advantages = np.empty_like(rewards)
         for key in np.unique(prompts):
             members = prompts == key
@@ -56,13 +66,18 @@ def reward_statistics(
     prompts: Sequence[Hashable], rewards: Sequence[float], parts: Mapping[str, Sequence[float]] | None = None
 ) -> dict[str, float]:
     """Return logged statistics of an epoch's rewards (N,) and of the unweighted parts (N,) of a weighted sum."""
-    prompts, rewards = np.asarray(prompts), np.asarray(rewards, dtype=np.float64)
+    prompts, rewards = _as_arrays(prompts, rewards)
     groups = [rewards[prompts == prompt] for prompt in np.unique(prompts)]
     spreads = [group.std() for group in groups if len(group) > 1]  # within prompts drawn at least twice
-    statistics = {"reward_mean": rewards.mean(), "reward_std": rewards.std(), "reward_min": rewards.min()}
-    statistics |= {"reward_max": rewards.max(), "per_prompt_reward_std": np.mean(spreads) if spreads else 0.0}
-    # share of prompts with equal rewards, including those drawn once; ptp, since std() may be rounded to more than 0
-    statistics["zero_std_share"] = np.mean([np.ptp(group) == 0 for group in groups])
+    statistics = {
+        "reward_mean": rewards.mean(),
+        "reward_std": rewards.std(),
+        "reward_min": rewards.min(),
+        "reward_max": rewards.max(),
+        "per_prompt_reward_std": np.mean(spreads) if spreads else 0.0,
+        # share of prompts with equal rewards, including those drawn once; ptp, since std() may be rounded to above 0
+        "zero_std_share": np.mean([np.ptp(group) == 0 for group in groups]),
+    }
     for name, values in (parts or {}).items():
         statistics |= {f"reward_{name}_mean": np.mean(values), f"reward_{name}_std": np.std(values)}
     return {name: float(value) for name, value in statistics.items()}

@@ -114,7 +114,11 @@ def ddim_step_with_logprob(
 
 
 def check_schedule(scheduler: DDIMScheduler, eta: float) -> None:
-    """Raise UserError unless every step is a Gaussian of positive variance, at most the noise of the next timestep."""
+    """Raise UserError unless every step of the schedule is a Gaussian with positive variance, as training needs.
+
+    Rejects eta <= 0, a timestep without variance (schedules that begin at timestep 0), and an eta so large that a
+    step would add more noise than the next timestep holds.
+    """
     if not eta > 0:
         raise UserError(f"sample.eta is {eta}: DDIM without noise is not a policy; set 0 < eta <= 1 (DDPO uses 1.0)")
     timesteps = scheduler.timesteps  # (T,)
@@ -122,6 +126,7 @@ def check_schedule(scheduler: DDIMScheduler, eta: float) -> None:
     for timestep, var, room in torch.stack([timesteps, eta**2 * variance, 1 - alpha_prev], 1).tolist():
         step = f"the DDIM step at timestep {timestep:g}"
         if not var > 0:
-            raise UserError(f"{step} has zero variance; set steps_offset to 1 in the model's scheduler_config.json")
+            problem = f"{step} has zero variance, so its log-probability is infinite"
+            raise UserError(f"{problem}; set steps_offset to 1 in the model's scheduler_config.json")
         if var > room * (1 + 1e-5):
             raise UserError(f"sample.eta is {eta}: {step} adds more noise than the next one holds; set 0 < eta <= 1")

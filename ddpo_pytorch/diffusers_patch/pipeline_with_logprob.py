@@ -27,19 +27,23 @@ class Sampling:
 
 
 class LogProbGradients(Protocol):
-    """Consumer of log-prob gradients during sampling (`training.rollout_gradients`); by default it takes none."""
+    """Consumer of log-prob gradients during sampling (`training.rollout_gradients`)."""
 
     def wants(self, step: int) -> bool:
         """Return whether step `step` (0 starts from noise) must be sampled with gradients enabled."""
-        return True
 
     def take(self, log_probs: torch.Tensor) -> None:
         """Take the gradients of a step's log-probs (B,), whose graph is freed afterwards."""
-        return None
 
 
-class GradMode(LogProbGradients):
-    """Enable gradients at every step, as a consumer would, but take none."""
+class GradMode:
+    """`LogProbGradients` that enables gradients at every step but takes none."""
+
+    def wants(self, step: int) -> bool:
+        return True
+
+    def take(self, log_probs: torch.Tensor) -> None:
+        pass
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 Weights are safetensors (`pytorch_lora_weights.safetensors`, or `unet.safetensors` of a full fine-tune), optimizer state
 is plain tensors, progress is JSON, README.md is a model card, and a manifest lists all files with their hashes. There
-are no random states, since randomness is a function of progress. `best` links to the highest held-out APR.
+are no random states, since randomness is a function of progress. `best` is a link to the checkpoint with the highest
+held-out APR.
 """
 
 import json
@@ -70,7 +71,10 @@ def read_progress(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def find_damage(checkpoint: str | Path, only: str = "", check_hashes: bool = True) -> str | None:
-    """Return how a checkpoint, or its file `only`, differs from its manifest (or in size alone), or None."""
+    """Return how a checkpoint, or just its file `only`, differs from its manifest; None if it does not.
+
+    Without `check_hashes` only file sizes are compared.
+    """
     folder = Path(checkpoint)
     if not (folder / MANIFEST).is_file():
         return f"{MANIFEST} is missing"
@@ -97,12 +101,17 @@ def find_damage(checkpoint: str | Path, only: str = "", check_hashes: bool = Tru
 def find_checkpoint(path: str | Path) -> Path:
     """Return `path` if it is a checkpoint, or the newest undamaged checkpoint of a run folder.
 
-    Warns of each damaged one that is skipped. Raises UserError if `path` is neither, or if all there are damaged.
+    Logs a warning for each damaged checkpoint that is skipped. Raises UserError if `path` is neither, is a damaged
+    checkpoint, or holds no undamaged one.
     """
     path = Path(path)
+    if is_checkpoint(path):
+        if damage := find_damage(path):
+            raise UserError(f"{str(path)!r} cannot be resumed ({damage}); resume from its run folder, or another one")
+        return path
     copied_best = [path / BEST] if _is_copy(path / BEST) else []
     damages: dict[Path, str] = {}
-    for checkpoint in [path] if is_checkpoint(path) else [*reversed(checkpoints(path)), *copied_best]:
+    for checkpoint in [*reversed(checkpoints(path)), *copied_best]:
         if damage := find_damage(checkpoint):
             damages[checkpoint] = damage
             continue
@@ -112,12 +121,16 @@ def find_checkpoint(path: str | Path) -> Path:
     if not damages:
         raise UserError(f"{str(path)!r} is neither a checkpoint nor a run folder with checkpoint_<epoch>/; give one")
     newest, damage = next(iter(damages.items()))
-    problem = f"cannot be resumed, since {newest.name} ({damage}) and all older ones are damaged"
-    raise UserError(f"{str(path)!r} {problem}; give another checkpoint, or another --config.run_name to start again")
+    problem = f"all checkpoints of {str(path)!r} are damaged, the newest is {newest.name} ({damage})"
+    raise UserError(f"{problem}; restore one, or start again with another --config.run_name")
 
 
 def find_weights(path: str | Path) -> Path:
-    """Return the LoRA or UNet file at `path` (of a run, the newest). Raises UserError for none, or a damaged one."""
+    """Return the weight file at or in `path`: LoRA in any known format, or a full UNet.
+
+    `path` may be a file, a checkpoint folder (also a published one), or a run folder, of which the newest checkpoint is
+    used. Raises UserError if there is none, or if it does not match its folder's manifest.
+    """
     path = resolve(path)
     if path.is_file():
         return path
@@ -133,7 +146,10 @@ def find_weights(path: str | Path) -> Path:
 
 
 def load_weights(unet: nn.Module, path: str | Path, adapters: bool | None = None) -> Path:
-    """Load LoRA (`adapters`), a full UNet (False) or either (None) from `path`; return its file. Raises UserError."""
+    """Load LoRA or full UNet weights, whichever `path` holds, and return the file they came from.
+
+    adapters: True requires LoRA, False a full UNet. Raises UserError for the other kind, and as the loaders do.
+    """
     file, full = find_weights(path), False
     if file.suffix == ".safetensors":
         with open_safetensors(file) as weights:
@@ -153,7 +169,11 @@ def _refuse_kind(where: str, adapters: bool, advice: str) -> NoReturn:
 
 
 def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler: Any) -> dict:
-    """Restore weights, moments and gradient scaler, not the optimizer's settings; return progress. Raises UserError."""
+    """Restore weights, optimizer and gradient scaler of an undamaged checkpoint; return its progress.
+
+    The optimizer's moments come from the checkpoint, its learning rate and other settings from the configuration.
+    Raises UserError for a checkpoint that another kind of training wrote.
+    """
     folder, lora = Path(folder), has_lora(unet)
     if not (folder / STATE_FILE).is_file() or not (folder / PROGRESS_FILE).is_file():
         raise UserError(f"{str(folder)!r} lacks {STATE_FILE} or {PROGRESS_FILE}; resume a checkpoint of train.py")
@@ -179,9 +199,12 @@ def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler:
 
 
 def snapshot(unet: nn.Module, optimizer: Any, scaler: Any, main: bool = True) -> Snapshot | None:
-    """Return a checkpoint's content on the `main` process, else None; CPU tensors are not copied. Collective."""
+    """Return the content of a checkpoint on the `main` process, None on the others. Collective: call on every process.
+
+    Tensors already on the CPU are not copied, so write them before the next update.
+    """
     lora = has_lora(unet)
-    weights = lora_state_dict(unet) if lora else gather_state(unet, main)
+    weights = (lora_state_dict(unet) if main else None) if lora else gather_state(unet, main)
     state = {"optimizer": gather_state(optimizer, main), "scaler": None if scaler is None else scaler.state_dict()}
     if not main:
         return None
@@ -194,7 +217,8 @@ def save_checkpoint(
     """Write `checkpoint_<progress["epoch"]>` atomically, then remove all but the newest `limit` and the best one.
 
     `card` becomes its README.md. With `best`, the link `best` is set to it. A damaged checkpoint of the same epoch is
-    quarantined; damaged ones do not count towards `limit`. Main process only. Raises DiskFull, keeping existing files.
+    quarantined; damaged ones do not count towards `limit`. Main process only. Raises DiskFull, leaving existing
+    files unchanged.
     """
     folder, text = Path(run_dir) / f"checkpoint_{progress['epoch']}", json.dumps(progress, indent=1)
     name, weights, metadata, state = taken

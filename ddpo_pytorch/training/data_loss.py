@@ -15,7 +15,10 @@ from ddpo_pytorch.utils.randomness import BatchDraws, Stream, derived_seed, gene
 
 
 class DataLoss:
-    """Diffusion loss of random batches of `train.data_latents`, as large as the policy's. Raises UserError."""
+    """Diffusion loss of random batches of the latents in `train.data_latents`, as large as those of the policy loss.
+
+    Raises UserError as `LatentShards` does, and for latents of another autoencoder.
+    """
 
     def __init__(self, accelerator: Accelerator, config: ConfigDict, pipe: StableDiffusionPipeline):
         self.accelerator, self.seed, train = accelerator, config.seed, config.train

@@ -28,7 +28,8 @@ def check_groups(advantage: str, prompts: Sequence[str]) -> None:
     """Raise UserError if advantages are relative to the prompt's group but every prompt occurs only once."""
     if advantage == "group" and singles(prompts) == len(prompts):
         problem = f"no two of the first epoch's {len(prompts)} samples share a prompt, so every advantage would be 0"
-        raise UserError(f"train.advantage is 'group', but {problem}; raise sample.images_per_prompt, or use per_prompt")
+        advice = "set sample.images_per_prompt to 2 or more, or train.advantage=per_prompt"
+        raise UserError(f"train.advantage is 'group', but {problem}; {advice}")
 
 
 class HealthCheck:
@@ -37,28 +38,35 @@ class HealthCheck:
     def __init__(self, train: ConfigDict, active: bool = True):
         self._train, self._active = train, active
         self._grad_norms: list[float] = []
-        self._logged: set[int] = set()
+        self._logged: set[str] = set()
 
     def check_epoch(self, epoch: int, prompts: Sequence[str], advantages: np.ndarray, entry: dict[str, float]) -> None:
-        """Warn about an epoch, given prompts and unclipped advantages, each (N,), and its `entry` in metrics.jsonl."""
+        """Warn about prompts that teach nothing, vanishing or exploding gradients, and many clipped ratios.
+
+        prompts, advantages: (N,), before clipping. entry: the epoch's line in metrics.jsonl.
+        """
         train, grad_norm, clipfrac, before = self._train, entry["grad_norm"], entry["clipfrac"], self._grad_norms
-        alone = singles(prompts) if train.advantage == "group" else 0
-        largest = min(np.abs(advantages).max(), train.adv_clip_max)
-        nothing = largest < SMALL_ADVANTAGE or grad_norm == 0
-        usual = statistics.median(before) if len(before) >= GRAD_NORM_EPOCHS else math.inf
-        rewards = f"{entry['reward_mean']:.4g} +- {entry['reward_std']:.1e}, equal in {entry['zero_std_share']:.0%}"
-        teaching = f"largest advantage {largest:.1e}, gradient norm {grad_norm:.1e}, rewards {rewards} of the prompts"
-        growth = f"gradient norm of {grad_norm:.3g}, after a median of {usual:.3g}"
         rate = f"train.learning_rate ({train.learning_rate:g})"
-        problems = (  # condition, and what the epoch did
-            (alone, f"drew {alone} of {len(set(prompts))} prompts once, in vain: raise sample.images_per_prompt"),
-            (nothing, f"taught almost nothing ({teaching}): check the reward's scale"),
-            (clipfrac > LARGE_CLIPFRAC, f"clipped {clipfrac:.0%} of the ratios, the policy may collapse: lower {rate}"),
-            (grad_norm > LARGE_GRAD_NORM * usual > 0, f"had a {growth}: lower {rate} and resume from before it"),
-        )
-        for number, (found, problem) in enumerate(problems):
-            if found and self._active and number not in self._logged:
-                logger.warning("epoch %d %s", epoch, problem)
-                self._logged.add(number)
+        if train.advantage == "group" and (alone := singles(prompts)):
+            drawn = f"epoch {epoch} drew {alone} of {len(set(prompts))} prompts once, which teach nothing"
+            self._warn("singles", f"{drawn} with train.advantage=group: set sample.images_per_prompt to 2 or more")
+        largest = min(np.abs(advantages).max(), train.adv_clip_max)
+        if largest < SMALL_ADVANTAGE or grad_norm == 0:
+            sizes = f"the largest advantage is {largest:.1e}, the gradient norm {grad_norm:.1e}"
+            rewards = f"rewards are {entry['reward_mean']:.4g} +- {entry['reward_std']:.1e}"
+            equal = f"equal within {entry['zero_std_share']:.0%} of the prompts: check the reward's scale"
+            self._warn("nothing", f"epoch {epoch} taught almost nothing: {sizes}, {rewards}, {equal}")
+        if clipfrac > LARGE_CLIPFRAC:
+            clipped = f"epoch {epoch} clipped {clipfrac:.0%} of the ratios at {train.clip_range:g}"
+            self._warn("clipfrac", f"{clipped}: the policy may collapse; lower {rate}")
+        usual = statistics.median(before) if len(before) >= GRAD_NORM_EPOCHS else math.inf
+        if grad_norm > LARGE_GRAD_NORM * usual > 0:
+            norms = f"epoch {epoch} had a gradient norm of {grad_norm:.3g}, the median of earlier ones is {usual:.3g}"
+            self._warn("norm", f"{norms}: lower {rate} or train.max_grad_norm and resume from an earlier checkpoint")
         if np.isfinite(grad_norm):
             before.append(grad_norm)
+
+    def _warn(self, cause: str, message: str) -> None:
+        if self._active and cause not in self._logged:
+            logger.warning("%s", message)
+            self._logged.add(cause)

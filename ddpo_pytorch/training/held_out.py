@@ -33,9 +33,14 @@ COLUMNS = 8  # of a grid
 
 
 def map_fixed(
-    accelerator: Accelerator, unet: nn.Module, count: int, batch_size: int, draw: Callable, show: Callable = iter
+    accelerator: Accelerator,
+    unet: nn.Module,
+    count: int,
+    batch_size: int,
+    draw: Callable[[range], Iterable[Any]],
+    show: Callable[[Sequence], Iterable] = iter,
 ) -> list[Any]:
-    """Return the results of `draw`, one for each of the numbers below `count` that it is called with, in order.
+    """Call `draw` with batches of the numbers below `count`; return its results, one for each number, in order.
 
     Every process draws the same number of batches, repeating some of another process if needed, because a UNet sharded
     by FSDP needs all processes in every pass. Each returns all results. `show` wraps the batches in a progress bar.
@@ -100,7 +105,11 @@ class Evaluation:
 
 
 class HeldOut:
-    """Fixed ISIC captions (else UserError), noise and their judge; comparable if their `fingerprint` is the same."""
+    """A fixed set of prompts and noise with its judge (`load_judge`).
+
+    `prompts` are (prompt, metadata); raises UserError for one that is not an ISIC caption. Two evaluations are
+    comparable if their `fingerprint` is the same.
+    """
 
     def __init__(
         self, judge: ArtifactClassifier, prompts: list[Prompt], images_per_prompt: int, seed: int, sampling: Sampling
@@ -122,7 +131,10 @@ class HeldOut:
         accelerator: Accelerator,
         show: Callable[[Sequence], Iterable] = iter,
     ) -> Evaluation:
-        """Draw and score all images, in 8 bits as if stored; return the same on every process. Raises UserError."""
+        """Draw and score all images with the current weights; return the same result on every process.
+
+        Judge and reward see 8-bit images, as they would be stored. Raises UserError if an image is not finite.
+        """
         captions, metadata = zip(*self.images, strict=True)
 
         def score(numbers: range) -> Iterable[tuple[list, float]]:

@@ -25,19 +25,23 @@ def make_adamw(parameters: Iterable[Any], use_8bit_adam: bool, **settings: Any) 
 
 def make_optimizer(train: ConfigDict, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """Return AdamW with the settings of `config.train`."""
-    settings = {"lr": train.learning_rate, "betas": (train.adam_beta1, train.adam_beta2), "eps": train.adam_epsilon}
-    return make_adamw(parameters, train.use_8bit_adam, weight_decay=train.adam_weight_decay, **settings)
+    rate, betas = train.learning_rate, (train.adam_beta1, train.adam_beta2)
+    decay, eps = train.adam_weight_decay, train.adam_epsilon
+    return make_adamw(parameters, train.use_8bit_adam, lr=rate, betas=betas, weight_decay=decay, eps=eps)
 
 
 class GuardedOptimizer:
-    """Optimizer that clips gradients to `max_grad_norm` and skips non-finite steps; `limit` in a row raise an error."""
+    """Optimizer that clips gradients to `max_grad_norm` and skips non-finite steps, up to `limit` in a row."""
 
     def __init__(self, accelerator: Accelerator, optimizer: AcceleratedOptimizer, max_grad_norm: float, limit: int):
         self._accelerator, self._optimizer, self._max_grad_norm = accelerator, optimizer, max_grad_norm
         self._limit, self._in_a_row = limit, 0  # skipped steps
 
     def step(self, parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor | None:
-        """Update and clear gradients; return their norm before clipping, or None if the step is skipped. Collective."""
+        """Clip gradients, update and clear them; return the norm before clipping, or None if the step was skipped.
+
+        Raises UserError after `limit` skipped steps in a row. All processes agree, since gradients are averaged.
+        """
         grad_norm = full_tensor(self._accelerator.clip_grad_norm_(parameters, self._max_grad_norm))
         skipped = not grad_norm.isfinite()
         if not skipped or self._accelerator.scaler is not None:  # a scaler skips the step itself and lowers the scale

@@ -32,6 +32,7 @@ from ddpo_pytorch.training.setup import BatchSizes
 from ddpo_pytorch.utils.distributed import to_device
 
 Gradients = dict[nn.Parameter, torch.Tensor]
+Window = tuple[int, int]  # first trained step, last + 1
 Forward = Callable[[torch.Tensor], torch.Tensor]
 logger = logging.getLogger(__name__)
 
@@ -39,12 +40,12 @@ logger = logging.getLogger(__name__)
 class RolloutGradients:
     """Per-sample gradients of trajectories' log-probs with respect to the adapters, in CPU memory.
 
-    This process has `samples` in the first update, drawn `batch_size` at a time. Steps in `window` (first, last + 1)
+    This process has `samples` in the first update, drawn `batch_size` at a time. Steps in `window`
     are trained on. A sample takes `passes` rows of the bare UNet's batch (2 with guidance).
     """
 
     def __init__(
-        self, accelerator: Accelerator, unet: nn.Module, samples: int, batch_size: int, window: tuple, passes: int
+        self, accelerator: Accelerator, unet: nn.Module, samples: int, batch_size: int, window: Window, passes: int
     ):
         self.samples, self.batch_size = samples, batch_size
         self._accelerator, self._unet, self._window, self._passes = accelerator, unet, window, passes
@@ -84,9 +85,12 @@ class RolloutGradients:
 def rollout_gradients(
     accelerator: Accelerator, unet: nn.Module, sizes: BatchSizes, sample: ConfigDict, train: ConfigDict
 ) -> RolloutGradients | None:
-    """Return the `RolloutGradients` of a run, or None if they are switched off or impossible."""
+    """Return the `RolloutGradients` of a run, or None if they are switched off or impossible.
+
+    They require that only adapters of linear layers are trained, on every timestep of the window, with no loss but the
+    policy's and without torch.compile.
+    """
     window = sizes.timestep_window
-    # only adapters of linear layers are trained, on every timestep of the window, with no loss but the policy's
     layers = [module for module in unet.modules() if isinstance(module, lora.Linear)]
     adapters = {weight for layer in layers for linear in (layer.lora_A, layer.lora_B) for weight in linear.parameters()}
     only_adapters = bool(adapters) and {weight for weight in unet.parameters() if weight.requires_grad} == adapters

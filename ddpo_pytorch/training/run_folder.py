@@ -23,14 +23,8 @@ from ddpo_pytorch.utils.settings import flat
 CONFIG = "config.json"
 STOPPING = {"num_epochs", "early_stop", "held_out.patience", "held_out.tolerance"}
 FREE = {  # settings that may change when a run resumes, since they do not change what an epoch does
-    *(
-        "base_log_path",
-        "logdir",
-        "run_name",
-        "resume_from",
-        "load_from",
-        "contents",
-    ),  # locations; contents have a check
+    # locations; contents, also of load_from, are compared separately
+    *("base_log_path", "logdir", "run_name", "resume_from", "load_from", "contents"),
     *STOPPING,
     *("save_freq", "num_checkpoint_limit", "log_with", "wandb_project", "log_images", "progress"),  # what is logged
     *("process_timeout", "dataset", "eval", "metric", "sd", "rlhf", "improve"),  # blocks of other scripts
@@ -57,7 +51,8 @@ def open_run(held: ExitStack, settings: Mapping[str, Any]) -> tuple[Path, Path |
     `resume_from`, a run or checkpoint folder, resumes with any settings in the folder of that checkpoint, which must be
     the newest undamaged one, so that nothing is overwritten. Damaged newer ones are quarantined.
 
-    The lock is held by `held`. Raises UserError for a folder in use, other settings, and as `find_checkpoint` does.
+    The lock is held until `held` is closed. Raises UserError for a folder that another run is writing, for other
+    settings (naming the first), for a file behind them that has changed, and as `find_checkpoint` does.
     """
     logdir, run_name, resume_from = (settings[name] for name in ("logdir", "run_name", "resume_from"))
     if resume_from:
@@ -91,7 +86,7 @@ def _checkpoint_to_resume(folder: Path, settings: Mapping[str, Any]) -> Path | N
         return None
     old, run = _last_settings(folder), f"run folder {str(folder)!r}"
     if changed := difference(*comparable(old, settings)):
-        advice = f"another --config.run_name for a new run, or --config.resume_from={folder} to change settings"
+        advice = f"another --config.run_name for a new run, or --config.resume_from={folder} to use the new settings"
         raise UserError(f"{run} exists already and was started with {changed}; give the same value to resume, {advice}")
     _check_contents(folder, old, settings, resume_from=False)
     if _holds_checkpoint(folder):
@@ -126,15 +121,18 @@ def _last_settings(folder: Path) -> dict[str, Any]:
         return read_json(files[-1], {"save_freq?": int, f"{CONTENTS}?": {str: str}})
     except (IndexError, UserError) as error:
         problem = f"its {files[-1].name} is damaged" if files else f"it holds no {CONFIG}"
-        advice = f"choose another --config.run_name, give --config.resume_from={folder}, or move it away"
+        advice = (
+            f"choose another --config.run_name, give --config.resume_from={folder} if it has a checkpoint, or move it"
+        )
         raise UserError(f"run folder {str(folder)!r} exists already, and {problem}; {advice}") from error
 
 
 def comparable(old: Mapping, new: Mapping, free: Collection[str] = FREE) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings of both configurations that must be equal, by dotted name.
 
-    Not compared are fields that only one of them has (of another version of this program), except keyword arguments;
-    `free` fields, and those that this run does not read; and paths compared by content (`_check_contents`).
+    Not compared are fields that only one of them has (they belong to another version of this program), except keyword
+    arguments of prompt functions and rewards; `free` fields, and those that this run does not read; and paths whose
+    content is compared instead (`_check_contents`).
     """
     left, right = _flat(old), _flat(new)
 
@@ -159,7 +157,11 @@ def comparable(old: Mapping, new: Mapping, free: Collection[str] = FREE) -> tupl
 
 
 def _check_contents(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], resume_from: bool) -> None:
-    """Raise UserError if a file behind the settings has changed, unless they may change too (`resume_from`)."""
+    """Raise UserError if a file behind the settings has changed since the run began.
+
+    With `resume_from`, settings may change, so only files whose setting is unchanged are compared; and `load_from` is
+    refused unless the run started from it, since it would have no effect.
+    """
     new = json.loads(json.dumps(new, default=str))
     before, now = {"load_from": ""} | old.get(CONTENTS, {}), new[CONTENTS]
     for name in sorted(before.keys() & now.keys()):
@@ -182,7 +184,10 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_trackers(log_with: str) -> list[LoggerType]:
-    """Return Accelerate's trackers in `log_with`, e.g. "wandb,tensorboard", without disabled W&B. Raises UserError."""
+    """Return Accelerate's trackers named in `log_with`, e.g. "wandb,tensorboard"; "" names none.
+
+    With WANDB_MODE=disabled, W&B is left out. Raises UserError for a tracker that is unknown or not installed.
+    """
     try:
         trackers = [LoggerType(name.strip()) for name in log_with.split(",") if name.strip()]
     except ValueError as error:

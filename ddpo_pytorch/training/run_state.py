@@ -99,7 +99,10 @@ def criteria(config: ConfigDict) -> tuple[RewardPlateau, BestAndCollapse]:
 
 
 def is_finished(folder: str | Path, config: ConfigDict) -> bool:
-    """Return whether a run has all epochs or met a criterion; train.py also exits with code 0 after a stop signal."""
+    """Return whether the newest checkpoint of a run has all epochs or met a stopping criterion.
+
+    train.py exits with code 0 then, and after a stop signal. Raises UserError as `find_checkpoint` does.
+    """
     progress, (plateau, watch) = checkpoints.read_progress(checkpoints.find_checkpoint(folder)), criteria(config)
     plateau.load_state_dict(progress["plateau"])
     watch.load_state_dict(progress["held_out"])
@@ -213,7 +216,10 @@ class RunState(Remembered):
         return entry
 
     def save(self, unet: nn.Module, optimizer: Any) -> None:
-        """Write checkpoint_<epochs completed> unless it exists undamaged; link it as best if `best_due`. Collective."""
+        """Write checkpoint_<epochs completed> unless it exists undamaged; point `best` to it if `best_due`.
+
+        Call on every process, after the epoch was logged. Raises UserError if the disk is full.
+        """
         accelerator, existing = self.accelerator, self.folder / f"checkpoint_{self.epoch}"
         best, self.best_due = self.best_due, False
         if run_on_main_process(accelerator, checkpoints.find_damage, existing) is None:
@@ -221,9 +227,12 @@ class RunState(Remembered):
                 run_on_main_process(accelerator, checkpoints.link_best, self.folder, self.epoch)
             return
         taken = checkpoints.snapshot(unet, optimizer, accelerator.scaler, accelerator.is_main_process)
-        card = checkpoints.model_card(self.settings, taken[0], self.epoch) if taken else ""
-        written = self.folder, taken, self.state_dict(), self.limit, best, card
-        run_on_main_process(accelerator, checkpoints.save_checkpoint, *written)
+
+        def write() -> None:
+            card = checkpoints.model_card(self.settings, taken[0], self.epoch)
+            checkpoints.save_checkpoint(self.folder, taken, self.state_dict(), self.limit, best, card)
+
+        run_on_main_process(accelerator, write)
 
     def log_image(self, image: Image.Image) -> None:
         """Send a picture to the trackers that support images. Main process only."""

@@ -48,7 +48,7 @@ RANGES = {  # outside of which training fails, or runs and learns nothing
 TRAINING = {name: interval for interval, names in RANGES.items() for name in names}
 # (setting, value that FSDP does not support, one that it does)
 WITHOUT_FSDP = (("use_lora", True, False), ("train.use_8bit_adam", True, False), ("mixed_precision", "fp16", "bf16"))
-COMPILED_VARIANTS = 64  # of a block, by width, batch size and need of gradients; more would run uncompiled
+COMPILED_VARIANTS = 64  # of a block, by width, batch size and need of gradients; beyond, it runs uncompiled
 TRIED_PROMPTS = 32  # prompts to try the reward on, if not all are known
 
 
@@ -114,9 +114,11 @@ def batch_sizes(sample: ConfigDict, train: ConfigDict, processes: int) -> BatchS
         update = f"train.batch_size x train.gradient_accumulation_steps = {per_update}"
         raise UserError(f"{samples} do not divide into updates of {update}; make it a multiple")
     if local % (images := sample.images_per_prompt):
-        raise UserError(f"sample.images_per_prompt={images} does not divide the {local} samples per process")
+        problem = f"sample.images_per_prompt={images} does not divide the {local} samples per process"
+        raise UserError(f"{problem}; give a divisor, or change sample.num_batches_per_epoch")
     if timesteps % (forward := train.timesteps_per_forward):
-        raise UserError(f"train.timesteps_per_forward={forward} does not divide the {timesteps} timesteps of a sample")
+        problem = f"train.timesteps_per_forward={forward} does not divide the {timesteps} trained timesteps of a sample"
+        raise UserError(f"{problem}; give a divisor, or change train.timestep_fraction")
     return BatchSizes(processes, local, local // per_update, (first, last), timesteps, timesteps // forward)
 
 
@@ -126,7 +128,11 @@ def in_half_on_gpu(config: ConfigDict, device: torch.device) -> bool:
 
 
 def rollout_batch_size(config: ConfigDict, device: torch.device) -> int:
-    """Return the rollout's batch size: in half precision on a GPU the update's, as other shapes round differently."""
+    """Return the rollout's batch size: sample.batch_size, or that of the update in half precision on a GPU.
+
+    There, other shapes select other kernels, whose rounding alone changes log-probs: in bfloat16 by up to 4.7e-4, far
+    beyond the clip range of 1e-4.
+    """
     if in_half_on_gpu(config, device):
         return config.train.batch_size * config.train.timesteps_per_forward
     return config.sample.batch_size
@@ -157,7 +163,8 @@ def make_task(config: ConfigDict, device: torch.device) -> Task:
     drawn = _first_prompts(config, prompt_fn)
     listed = dict(prompts or drawn)
     if missing := [prompt for prompt, _ in drawn if prompt not in listed]:
-        raise UserError(f"prompt function {config.prompt_fn!r} returned {missing[0]!r}; add it to PROMPT_LISTS")
+        problem = f"returned {missing[0]!r}, which its list in PROMPT_LISTS lacks"
+        raise UserError(f"prompt function {config.prompt_fn!r} {problem}; add it there")
     if held_out.every:
         part = parse_spec(config.reward_fn).get("isic_classifier_reward")
         registered = part is not None and not part.path  # a reward of the user's may have a classifier of any kind
@@ -178,7 +185,10 @@ def try_reward(config: ConfigDict, task: Task, device: torch.device, size: tuple
 
 
 def load_policy(config: ConfigDict, dtype: torch.dtype, device: torch.device) -> StableDiffusionPipeline:
-    """Load the pipeline, frozen in `dtype`, with a trainable float32 policy: LoRA or a whole UNet. Raises UserError."""
+    """Load the pipeline, frozen in `dtype`, with a trainable policy in float32: LoRA adapters or the whole UNet.
+
+    Raises UserError for files that do not fit, and for a schedule that cannot be trained.
+    """
     pretrained, train = config.pretrained, config.train
     pipe = load_pipeline(pretrained.model, pretrained.revision, config.unet_path, dtype, device)
     pipe.set_progress_bar_config(disable=True)
@@ -208,7 +218,10 @@ def load_policy(config: ConfigDict, dtype: torch.dtype, device: torch.device) ->
 
 
 def content_fingerprints(config: ConfigDict, pipe: StableDiffusionPipeline, task: Task) -> dict[str, str]:
-    """Return fingerprints behind the settings: base model, adapter to start from, rewards, prompts, functions' code."""
+    """Return fingerprints of the files behind the settings: base model, adapter to start from, rewards, prompts.
+
+    Of functions given as module:function, the file of the module counts too, under the name "<part>.code".
+    """
     contents = pipeline_fingerprints(pipe)
     contents["load_from"] = config.load_from and (adapter_fingerprint(pipe.unet) or contents["model.unet"])
     kwargs, functions = config.reward_fn_kwargs.to_dict(), {"prompts": config.prompt_fn}
@@ -217,7 +230,7 @@ def content_fingerprints(config: ConfigDict, pipe: StableDiffusionPipeline, task
         functions[f"reward.{name}"] = part.path
     contents["prompts"] = fingerprint(task.prompts or with_contents(config.prompt_fn_kwargs.to_dict()))
     for name, path in functions.items():
-        module = sys.modules.get(path.rpartition(":")[0])  # of "module:function"; none for a function in a registry
+        module = sys.modules.get(path.rpartition(":")[0])  # of a function in a registry: none
         if (file := getattr(module, "__file__", None)) and Path(file).is_file():
             contents[f"{name}.code"] = fingerprint(Path(file))
     return contents
