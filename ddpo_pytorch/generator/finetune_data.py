@@ -67,7 +67,7 @@ def check_settings(sd: ConfigDict) -> None:
     if sd.adversarial_coef and not (sd.stage == "vae" and sd.vae):
         raise UserError("sd.adversarial_coef trains a trained autoencoder's decoder; give sd.stage=vae and sd.vae=DIR")
     if sd.adversarial_coef and (sd.vae_crop or sd.image_size) < 24:
-        raise UserError("sd.adversarial_coef needs images or crops of 24 pixels or more, for the patches that it rates")
+        raise UserError("sd.adversarial_coef needs images or crops of 24 pixels or more, the discriminator's patches")
     if sd.csv and sd.val_csv and not sd.latents:
         kinds.check_apart(sd.kind, Path(sd.csv), Path(sd.val_csv))
     if len(sd.unet_channels) != len(sd.unet_attention):
@@ -95,8 +95,13 @@ def find_images(sd: ConfigDict, csv: str, limit: int) -> ImageFiles:
     return ImageFiles(paths, torch.arange(len(paths)), sd.image_size, sd.resize)
 
 
-def open_latents(accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, validation=False) -> LatentShards | None:
-    """Return latents, by default encoded into sd.output/latents, or None without validation data. Raises UserError."""
+def open_latents(
+    accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, validation: bool = False
+) -> LatentShards | None:
+    """Return the latents for training or validation: those configured, else encoded into sd.output/latents.
+
+    Returns None if validation is not configured. Raises UserError for latents of another VAE, size or resize mode.
+    """
     train, val = ("train", sd.latents, sd.csv, sd.limit), ("val", sd.val_latents, sd.val_csv, sd.val_images)
     name, given, csv, limit = val if validation else train
     if given:
@@ -115,7 +120,7 @@ def open_latents(accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL, v
 
 
 def open_pool(accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL) -> tuple[LatentShards, list[float]]:
-    """Return the latents of images in sd.pool that passed the Selector, and their Policy scores. Raises UserError."""
+    """Return the latents of images in sd.pool that passed the Selector (else UserError), and their Policy scores."""
     log, shape = Path(sd.pool) / LOG, [{"prompt": str, "policy": float, "path_to_img": str}]
     entries = [entry for entry in read_log(sd.pool) if entry.get("passed")]
     if not entries:
@@ -142,9 +147,11 @@ def _encode(
         claim_folder(folder, about | settings | {"vae_sha256": fingerprint(vae)}, {"images": len(items)})
     accelerator.wait_for_everyone()
     paths, rows, texts = zip(*items, strict=True)
-    files, caption_ids = ImageFiles(paths, torch.tensor(rows), sd.image_size, sd.resize), map(captions.index, texts)
-    share = {"rank": accelerator.process_index, "processes": accelerator.num_processes, "num_workers": sd.num_workers}
-    done = encode_data_set(vae, files, rows, list(caption_ids), folder, contents=content_numbers(paths), **share)
+    files, contents = ImageFiles(paths, torch.tensor(rows), sd.image_size, sd.resize), content_numbers(paths)
+    ids, rank, processes = [captions.index(t) for t in texts], accelerator.process_index, accelerator.num_processes
+    done = encode_data_set(
+        vae, files, rows, ids, folder, contents=contents, rank=rank, processes=processes, num_workers=sd.num_workers
+    )
     done = accelerator.reduce(torch.tensor(done, device=accelerator.device)).item()
     if accelerator.is_main_process:
         write_index(folder, vae, captions, len(items), about)

@@ -25,7 +25,8 @@ from ddpo_pytorch.utils.weights import read_tensors
 class PerceptualDistance(nn.Module):
     """Distance of images in the features of a frozen ImageNet network: LPIPS (Zhang et al. 2018) with equal weights.
 
-    `network` is a timm model, whose weights are downloaded, or a weight file named after one. Raises UserError.
+    `network` is a timm model, whose weights are downloaded, or a weight file named after one. Raises UserError for
+    weights that cannot be downloaded, and for a file of another model.
     """
 
     def __init__(self, network: str):
@@ -79,7 +80,13 @@ class AutoencoderLoss(nn.Module):
     """
 
     def __init__(
-        self, vae: AutoencoderKL, kl_weight: float, crop=0, perceptual_net="", perceptual_coef=0.0, adversarial_coef=0.0
+        self,
+        vae: AutoencoderKL,
+        kl_weight: float,
+        crop: int = 0,
+        perceptual_net: str = "",
+        perceptual_coef: float = 0.0,
+        adversarial_coef: float = 0.0,
     ):
         super().__init__()
         self.vae, self.kl_weight, self.crop = vae, kl_weight, crop
@@ -150,8 +157,9 @@ class CaptionTable(nn.Module):
 class NoiseLoss(nn.Module):
     """Mean squared error of the UNet's prediction (Ho et al. 2020): the noise, or whatever the schedule predicts.
 
-    With `min_snr_gamma` > 0, samples are weighted as by Hang et al. 2023: min(snr, gamma) / snr for noise prediction,
-    / (snr + 1) for velocity, / 1 for the sample itself. Evaluation is unweighted, so that its losses are comparable.
+    With `min_snr_gamma` > 0, samples are weighted in training mode as by Hang et al. 2023: min(snr, gamma) / snr for
+    noise prediction, / (snr + 1) for velocity, / 1 for the sample itself. Evaluation is unweighted, so that validation
+    losses of different weightings are comparable.
     """
 
     def __init__(self, pipe: StableDiffusionPipeline, captions: CaptionTable, caption_dropout=0.0, min_snr_gamma=0.0):

@@ -16,14 +16,14 @@ from ddpo_pytorch.utils.errors import UserError
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULE |= {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 GROUPS = 8  # of group normalisation; every channel count must be a multiple
-BLOCKS = {"layers_per_block": 1, "norm_num_groups": GROUPS}  # of VAE and UNet
 HEAD_WIDTH = 16  # channels per head of a text encoder, whose width must be a multiple
 
 
 def build_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
     """Return a CLIP tokenizer of 77 tokens whose byte-pair merges spell the words of `captions`.
 
-    Merges are not trained: training breaks ties at random, so another process would number the tokens differently.
+    Merges are constructed rather than trained: training breaks ties at random, so two processes, or a resumed run,
+    would number the tokens differently.
     """
     special = {"<|startoftext|>": 0, "<|endoftext|>": 1}
     words, letters = _words_and_letters(CLIPTokenizer(vocab=special, merges=[]), captions)
@@ -62,7 +62,7 @@ def build_bert(captions: Sequence[str], width: int, layers: int, tokens: int = T
 TEXT_ENCODERS = {"clip": build_clip, "bert": build_bert}
 
 
-def _words_and_letters(tokenizer: CLIPTokenizer | BertTokenizer, captions: Sequence[str]) -> tuple[list, list]:
+def _words_and_letters(tokenizer: CLIPTokenizer | BertTokenizer, captions: Sequence[str]) -> tuple[list[str], ...]:
     """Return the words of captions, normalised and split by the tokenizer, and their letters, both sorted."""
     backend = tokenizer.backend_tokenizer
     texts = [backend.normalizer.normalize_str(caption) for caption in captions]
@@ -84,11 +84,20 @@ def load_vae(folder: str | Path) -> AutoencoderKL:
     return load_part(AutoencoderKL, folder)
 
 
-def build_vae(channels: Sequence[int], image_size: int, latent_channels=4, attention=True) -> AutoencoderKL:
+def build_vae(
+    channels: Sequence[int], image_size: int, latent_channels: int = 4, attention: bool = True
+) -> AutoencoderKL:
     """Return a KL autoencoder that divides sides by 2 ** (len(channels) - 1); `attention`: at the lowest resolution."""
-    down, up = ("DownEncoderBlock2D",) * len(channels), ("UpDecoderBlock2D",) * len(channels)
-    sizes = {"latent_channels": latent_channels, "sample_size": image_size, "mid_block_add_attention": attention}
-    vae = AutoencoderKL(down_block_types=down, up_block_types=up, block_out_channels=tuple(channels), **sizes, **BLOCKS)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=tuple(channels),
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=GROUPS,
+        sample_size=image_size,
+        mid_block_add_attention=attention,
+    )
     # start with a small posterior variance: at 1, noise would drown out the latents for most of a short training
     nn.init.constant_(vae.quant_conv.bias[vae.config.latent_channels :], -6.0)
     return vae
@@ -97,14 +106,23 @@ def build_vae(channels: Sequence[int], image_size: int, latent_channels=4, atten
 def build_unet(
     channels: Sequence[int], attention: Sequence[bool], text_width: int, latent_size: int, latent_channels: int = 4
 ) -> UNet2DConditionModel:
-    """Return a UNet with a block per resolution; `attention[i]` adds self- and cross-attention to block i."""
-    down = tuple("CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attention)
-    up = tuple("CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(tuple(attention)))
-    heads = tuple(max(1, width // 32) for width in channels)
-    sizes = {"sample_size": latent_size, "in_channels": latent_channels, "out_channels": latent_channels}
-    # despite its name, diffusers reads attention_head_dim as the number of heads
-    blocks = {"block_out_channels": tuple(channels), "cross_attention_dim": text_width, "attention_head_dim": heads}
-    return UNet2DConditionModel(down_block_types=down, up_block_types=up, **blocks, **sizes, **BLOCKS)
+    """Return a text-conditioned UNet with a block per resolution.
+
+    `attention[i]` adds self- and cross-attention at resolution i, with up to 32 channels per head.
+    """
+    return UNet2DConditionModel(
+        sample_size=latent_size,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=tuple(channels),
+        layers_per_block=1,
+        down_block_types=tuple("CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attention),
+        up_block_types=tuple("CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(tuple(attention))),
+        cross_attention_dim=text_width,
+        # despite its name, diffusers reads this as the number of heads
+        attention_head_dim=tuple(max(1, width // 32) for width in channels),
+        norm_num_groups=GROUPS,
+    )
 
 
 def assemble(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:

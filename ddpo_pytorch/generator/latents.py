@@ -138,7 +138,7 @@ def _shards(folder: str | Path, images: int) -> list[tuple[Path, range]]:
 
 
 def write_index(folder: str | Path, vae: AutoencoderKL, captions: Sequence[str], images: int, about: Mapping) -> None:
-    """Write the index of a complete folder, `about` its source; remove further shards of an earlier run."""
+    """Write the index of a complete folder, `about` its source; remove excess shards. Main process only."""
     paths = [path for path, _ in _shards(folder, images)]
     network = {"vae_sha256": fingerprint(vae), "scaling_factor": vae.config.scaling_factor}
     shards = [{"file": path.name, "sha256": sha256(path)} for path in paths]
@@ -163,7 +163,11 @@ def _find_damage(path: Path, recorded: str | None, expected: Mapping[str, list[i
 
 
 class LatentShards(Dataset):
-    """Memory-mapped folder of latents; items are (mean (C, h, w), logvar (C, h, w), caption id). Raises UserError."""
+    """Memory-mapped data set of a folder of latents; items are (mean (C, h, w), logvar (C, h, w), caption id).
+
+    `index` is the content of index.json. Raises UserError for a folder without index, and for a shard that is missing,
+    differs from its recorded hash, or has unexpected content.
+    """
 
     def __init__(self, folder: str | Path):
         path, advice = Path(folder) / INDEX, "delete it and run the extraction again"

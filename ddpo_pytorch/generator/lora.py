@@ -113,7 +113,8 @@ def load_lora(unet: UNet2DConditionModel, path: str | Path) -> None:
 
     Reads the formats of diffusers < 0.22 (attention processors, as in the published checkpoint), peft, diffusers'
     training scripts and kohya, as .safetensors or .bin, with or without the prefixes "unet." and "base_model.model.".
-    A scale alpha / rank is multiplied into `up`. A file that does not match raises UserError and changes nothing.
+    If the file states a scale alpha / rank other than 1, it is multiplied into `up`. A file that does not match the
+    UNet raises UserError and changes nothing.
     """
     path = Path(path).expanduser()
     candidates = [path / name for name in FILE_NAMES] if path.is_dir() else [path]

@@ -34,8 +34,9 @@ def load_part(
     """Load a network with `kind.from_pretrained`; check that every tensor was found, has its shape and is finite.
 
     `model` is a local folder, where safetensors are preferred to .bin and full precision to the variant fp16, or a
-    Hugging Face id (OSError if it is unreachable). Raises UserError, naming file and tensor, if a tensor is missing or
-    unexpected, except for the heads of a text encoder (a whole CLIP, BERT's pre-training).
+    Hugging Face id (OSError if it is unreachable). Raises UserError for a folder that lacks the part or holds another
+    one, naming file and tensor. Unexpected tensors are rejected too, except heads of a text encoder (a whole CLIP,
+    BERT's pre-training).
     """
     folder, name = Path(model) / subfolder, f"{model} {subfolder}".strip()
     if local := Path(model).is_dir():

@@ -109,7 +109,7 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
 
 
 def replace_unet_weights(unet: nn.Module, path: str | Path) -> dict[str, str]:
-    """Replace all weights of the UNet by those of a safetensors file; return its metadata. Raises UserError."""
+    """Replace the UNet's weights by a safetensors file's; return its metadata. Raises UserError if it does not fit."""
     path = Path(path).expanduser()
     weights, metadata = read_safetensors(path)
     check_fit(weights, unet.state_dict(), path, "give a safetensors file of the same UNet in diffusers' names")
@@ -118,7 +118,10 @@ def replace_unet_weights(unet: nn.Module, path: str | Path) -> dict[str, str]:
 
 
 def check_text_encoder(unet: nn.Module, path: str | Path, metadata: Mapping[str, str], required: bool = False) -> None:
-    """Raise UserError for UNet weights whose metadata names another text encoder or, if `required`, omits a BERT."""
+    """Raise UserError for UNet weights whose metadata names another text encoder than the UNet's.
+
+    They must name it if that is a BERT and `required`; checkpoints of earlier versions do not.
+    """
     stated, own = metadata.get(KEY), getattr(unet, KEY, None)
     if stated != own and (stated or required):
         theirs, ours = (f"BERT {one[:12]}" if one else "CLIP (or one not recorded)" for one in (stated, own))
@@ -146,7 +149,7 @@ def save_model(pipe: StableDiffusionPipeline, folder: str | Path) -> None:
 
 
 def with_bert(pipe: StableDiffusionPipeline, model: str | Path, tokens: int) -> StableDiffusionPipeline:
-    """Return the pipeline with the BERT `model` (see `load_text_encoder`) as its text encoder. Raises UserError."""
+    """Return the pipeline with `model` (see `load_text_encoder`), a BERT of the UNet's width, as its text encoder."""
     tokenizer, encoder = load_text_encoder(model, tokens, pipe.device)
     width, expected = encoder.config.hidden_size, pipe.unet.config.cross_attention_dim
     if not has_mask(encoder) or width != expected:
@@ -186,7 +189,7 @@ class PromptEmbeddings:
         self._embeddings: dict[str, torch.Tensor] = {}
 
     def __call__(self, prompts: Iterable[str]) -> torch.Tensor:
-        """Return embeddings (N, L, D) of N prompts. Raises UserError for a new one after `precompute`."""
+        """Return embeddings (N, L, D) of N prompts. Raises UserError for one that was not given to `precompute`."""
         prompts = list(prompts)
         for prompt in prompts:
             if prompt not in self._embeddings:
@@ -224,7 +227,9 @@ def guided_noise_prediction(
 
     Args:
         unet: the UNet, wrapped (DDP, autocast) or not.
-        latents, timesteps, prompt_embeds: (B, C, H, W); int, 0-d or (B,); (B, L, D).
+        latents: (B, C, H, W).
+        timesteps: int, 0-d or (B,).
+        prompt_embeds: (B, L, D).
         negative_prompt_embeds: (1, L, D) or (B, L, D); may be None if guidance_scale <= 1.
         guidance_scale: weight w; 1 or less uses the prompt alone, at half the cost.
     """

@@ -45,7 +45,8 @@ class ArtifactClassifier(nn.Module):
     """Backbone, dropout 0.3 and a linear layer to len(labels) logits; sigmoid(logit) > 0.5 means present.
 
     `arch` is a timm model name, or "torchvision/efficientnet_b0" for the published checkpoints. `thresholds` by label
-    are saved for reports; `predict`, and thus rewards and metrics, always uses 0.5. Raises UserError for bad values.
+    are saved for reports; `predict`, and thus rewards and metrics, always uses 0.5. Raises UserError for an unknown
+    architecture, repeated labels, or thresholds of other labels.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ def save_classifier(model: ArtifactClassifier, path: str | Path) -> None:
 
 
 def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> ArtifactClassifier:
-    """Load one of our safetensors files or a published .pth, frozen and in eval mode. Raises UserError."""
+    """Load one of our safetensors files or a published .pth, frozen and in eval mode. Raises UserError for others."""
     path = resolve(path)
     if not path.is_file():
         advice = "train one with scripts/train_isic_classifier.py or fetch the published files (docs/data.md)"
@@ -141,7 +142,10 @@ def torchvision_names() -> dict[str, str]:
 
 
 def new_classifier(labels: tuple[str, ...], image_size: int, arch: str, weights: str) -> ArtifactClassifier:
-    """Return a classifier with random head and backbone of `weights`: imagenet, none or a path. Raises UserError."""
+    """Return a classifier with a random head and a backbone of `weights`: "imagenet", "none" or the path of a file.
+
+    Raises UserError as `load_backbone` does, and if the ImageNet weights are neither cached nor reachable.
+    """
     if weights not in ("imagenet", "none") and not resolve(weights).is_file():
         raise UserError(f"weights are {weights!r}; allowed are imagenet, none and the path of a file")
     try:
@@ -149,7 +153,7 @@ def new_classifier(labels: tuple[str, ...], image_size: int, arch: str, weights:
     except (OSError, RuntimeError, UnpicklingError) as error:
         paper = arch.split(".")[0] in (TIMM_ARCH, PUBLISHED_ARCH)
         source = f"torchvision's {TORCHVISION_FILE}" if paper else timm.get_pretrained_cfg(arch).hf_hub_id
-        advice = f"give --weights=none for random ones, or --weights=PATH of {source}, downloaded on another machine"
+        advice = f"give --weights=none for random ones, or --weights=PATH of {source}, fetched where there is internet"
         raise UserError(f"ImageNet weights of {arch!r} cannot be loaded ({type(error).__name__}); {advice}") from error
     if weights not in ("imagenet", "none"):
         load_backbone(model, weights)
@@ -157,7 +161,10 @@ def new_classifier(labels: tuple[str, ...], image_size: int, arch: str, weights:
 
 
 def load_backbone(model: ArtifactClassifier, path: str | Path) -> None:
-    """Load all but the head from a file: timm's, torchvision's, or a classifier of this project. Raises UserError."""
+    """Load all weights but the head's from a file: timm's, torchvision's, or a classifier of this project.
+
+    Raises UserError for a file that does not fit the architecture, and as `read_tensors` does.
+    """
     path = resolve(path)
     state, _ = read_tensors(path)
     if all(name.startswith("model.") for name in state):  # a classifier of ours, or a published one

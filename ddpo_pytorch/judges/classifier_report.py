@@ -32,8 +32,9 @@ class Report:
     """Measures of logits (N, H) against labels (N, H) of 0 and 1; `rows` lists attributes first, then combinations.
 
     An attribute is predicted as present where sigmoid(logit) > its threshold, by default 0.5. Its row has support
-    (images with the attribute), threshold, tp, fp, fn, tn, and MEASURES at the threshold; in AUC, ties count one half,
-    average precision is not interpolated, and ece is the `calibration_error` over 15 bins of equal width.
+    (images with the attribute), threshold, tp, fp, fn, tn, and MEASURES: AUC, in which ties count one half; average
+    precision without interpolation; precision, recall, F1, accuracy and specificity at the threshold; prevalence; and
+    the expected calibration error over 15 bins of sigmoid(logit) of equal width (`calibration_error`).
 
     `<measure>_low` and `_high` are the 2.5 % and 97.5 % quantiles over `resamples` bootstrap samples of whole images
     drawn with `seed`; samples in which a measure is undefined are ignored. Each occurring combination of labels ("only

@@ -1,7 +1,8 @@
 """Training of the attribute classifier, bit-exact on resume, and its logits for a whole set of images.
 
-Order, flips and dropout of an epoch are functions of (seed, epoch, process). Batch-norm statistics are per process, as
-usual; the main process's are validated and saved.
+Order, flips and dropout of an epoch are functions of (seed, epoch, process), so a resumed run ends with the same
+weights as an uninterrupted one. Batch-norm statistics are per process, as usual; the main process's are validated and
+saved.
 """
 
 import dataclasses
@@ -87,7 +88,10 @@ def define_flags() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class FitState:
-    """An epoch (from 0): its weights, and logits and labels (N, H) of validation images, as they are, then changed."""
+    """An epoch (counted from 0): its weights, and logits and labels (N, H) of the validation images.
+
+    If half of the training images are changed, all validation images come twice: as they are, then changed.
+    """
 
     epoch: int
     val_loss: float
@@ -298,9 +302,10 @@ def predict(
     num_workers: int = 0,
     change: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put the model into eval mode; return logits and labels (N, H) of all images, float32 on every process's CPU.
+    """Return logits and labels (N, H) of all images in order, float32 on the CPU of every process.
 
-    Batches are the same for any number of processes. `change` replaces the uint8 images of a batch.
+    Processes take whole batches in turn, so batches are the same for any number of processes. The model is put into
+    eval mode. `change` replaces the uint8 images of a batch before they are preprocessed.
     """
     model.to(accelerator.device).eval()
     batches = [batch.tolist() for batch in torch.arange(len(files)).split(batch_size)]

@@ -25,8 +25,9 @@ DESCRIPTION = {"sizes": dict, "text": {"name": str, "tokens": range(2, 2**16), "
 class TextFeatures:
     """Frozen text encoder that maps prompts to [CLS] states (N, D), cached by prompt.
 
-    Prompts are encoded one by one, since in a batch the last bits depend on the other prompts. Long ones are truncated,
-    with a warning. Raises UserError for CLIP: its attention is causal, so its first state is equal for all prompts.
+    Prompts are encoded one by one, since in a batch the last bits depend on the other prompts. Prompts of more than
+    `tokens` tokens are truncated, with a warning. Raises UserError for encoders other than BERT: CLIP's attention is
+    causal, so its first state is the same for every prompt.
     """
 
     def __init__(self, model: str | Path, tokens: int = 256, device: str | torch.device = "cpu"):
@@ -50,8 +51,8 @@ class TextFeatures:
 class Policy(Judge):
     """Map images and their prompts' features to one logit each.
 
-    `text` is no submodule: it is neither trained nor saved. Its features are centred and scaled by `fit_text`, since
-    [CLS] states of similar captions differ little.
+    `text` is not a submodule: its weights are neither trained nor saved. `fit_text` determines how its features are
+    centred and scaled, since [CLS] states of similar captions differ little.
     """
 
     def __init__(self, sizes: VisionSizes, text: TextFeatures):
@@ -89,7 +90,10 @@ def save_policy(policy: Policy, path: str | Path) -> None:
 
 
 def load_policy_judge(path: str | Path, device: str | torch.device = "cpu", text_encoder: str | Path = "") -> Policy:
-    """Load a Policy, frozen, in eval mode; `text_encoder` overrides its encoder's location. Raises UserError."""
+    """Load a Policy, frozen and in eval mode; `text_encoder` overrides the encoder's location in the file.
+
+    Raises UserError for a missing or invalid file, and for another text encoder than the one in training.
+    """
     description, weights = read_judge(path, "policy", DESCRIPTION)
     trained = description["text"]
     text = TextFeatures(text_encoder or trained["name"], trained["tokens"], device)

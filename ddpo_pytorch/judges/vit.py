@@ -24,6 +24,7 @@ from ddpo_pytorch.utils.settings import BELOW_ONE, Range, check_choices, check_r
 from ddpo_pytorch.utils.weights import read_safetensors
 
 STEMS = ("linear", "conv")
+MIN_CHANNELS = 24  # of the stem's convolutions
 # upper limits, so that a malicious file cannot request a huge network
 LARGEST = {"image_size": LARGEST_SIDE, "patch_size": 1024, "width": 8192, "layers": 96, "heads": 512}
 RANGES = {name: Range(f"[1, {size}]", whole=True) for name, size in LARGEST.items()}
@@ -83,11 +84,18 @@ class Judge(nn.Module):
             network = timm_network(sizes.backbone, sizes.image_size, num_classes=0)
             network.to(memory_format=torch.channels_last)  # faster on a CPU, as in judges.classifier
         else:
-            shape = dict(img_size=sizes.image_size, patch_size=sizes.patch_size, embed_dim=sizes.width)
-            shape |= dict(depth=sizes.layers, num_heads=sizes.heads, mlp_ratio=sizes.mlp_ratio)
-            rates = dict.fromkeys(("pos_drop_rate", "proj_drop_rate", "attn_drop_rate"), sizes.dropout)
-            pool = "avg" if sizes.stem == "conv" else "token"
-            network = VisionTransformer(num_classes=0, global_pool=pool, fc_norm=False, **shape, **rates)
+            network = VisionTransformer(
+                img_size=sizes.image_size,
+                patch_size=sizes.patch_size,
+                num_classes=0,
+                global_pool="avg" if sizes.stem == "conv" else "token",
+                fc_norm=False,
+                embed_dim=sizes.width,
+                depth=sizes.layers,
+                num_heads=sizes.heads,
+                mlp_ratio=sizes.mlp_ratio,
+                **dict.fromkeys(("pos_drop_rate", "proj_drop_rate", "attn_drop_rate"), sizes.dropout),
+            )
             if sizes.stem == "conv":
                 network.patch_embed.proj = conv_stem(sizes.patch_size, sizes.width)
         self.features: int = getattr(network, "head_hidden_size", None) or network.num_features
@@ -123,7 +131,10 @@ def mlp(widths: Sequence[int], activation: Callable, dropout: float, norm: Calla
 
 
 class Detail(nn.Module):
-    """Append 8 times the difference from the mean of 3 x 3 pixels, which shows blur: (B, 3, H, W) to (B, 6, H, W)."""
+    """Append to images (B, 3, H, W) their difference from the mean of 3 x 3 pixels, times 8: (B, 6, H, W).
+
+    This detail shows blur, noise and missing vessels, but is small compared to differences in colour.
+    """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         smooth = nn.functional.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
@@ -131,10 +142,13 @@ class Detail(nn.Module):
 
 
 def conv_stem(patch_size: int, width: int) -> nn.Sequential:
-    """Return `Detail`, log2(patch_size) convolutions, a projection: (B, 3, S, S) to (B, width, S / patch_size, ...)."""
+    """Return a network that maps images (B, 3, S, S) to tokens (B, width, S / patch_size, S / patch_size).
+
+    `Detail`, then log2(patch_size) 3 x 3 convolutions of stride 2 with batch norm, and a projection.
+    """
     channels, layers = 6, [Detail()]
     for halvings_left in reversed(range(patch_size.bit_length() - 1)):
-        out_channels = max(width >> halvings_left, 24)
+        out_channels = max(width >> halvings_left, MIN_CHANNELS)
         layers += [nn.Conv2d(channels, out_channels, 3, 2, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()]
         channels = out_channels
     return nn.Sequential(*layers, nn.Conv2d(channels, width, 1))
@@ -155,7 +169,10 @@ def save_judge(path: str | Path, kind: str, module: nn.Module, description: Mapp
 
 
 def read_judge(path: str | Path, kind: str, shape: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return description, with "sizes" as a VisionSizes, and weights that `save_judge` wrote. Raises UserError."""
+    """Return description and weights that `save_judge` wrote, with "sizes" as a VisionSizes.
+
+    Raises UserError for a missing file, another kind, impossible sizes, and an invalid description.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{kind} {str(path)!r} does not exist; train one with scripts/train_rlhf.py")
