@@ -1,7 +1,7 @@
 """Alignment of images with their prompts.
 
-Dermoscopic images: APR, the artifact prevalence rate of equation (3). Fundus images: the Policy's score of images that
-pass the Selector.
+Dermoscopic images: APR, the artifact prevalence rate of equation (3), the share of images in which a judge sees exactly
+what the caption says. Fundus images: the Policy's score of images that pass the Selector.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def apr_by_prompt(aligned: np.ndarray, captions: Sequence[str]) -> dict[str, flo
 
 def measure_apr(
     images: ImageSet, requested: torch.Tensor, labels: Sequence[str], logits: np.ndarray, seed: int
-) -> tuple:
+) -> tuple[dict, np.ndarray]:
     """Return APR over all images and by prompt, numbers of each label, and `aligned_images` (N,).
 
     requested (N, H) of 0 and 1, logits (N, H). Recall: share of the images whose prompt requests a label that show it

@@ -14,7 +14,9 @@ from ddpo_pytorch.utils.errors import UserError
 DIVERSITY_IMAGES = 64  # per prompt
 
 
-def within_prompt_diversity(features: Any, groups: Sequence, per_group: int, seed: int, replicates: int = 200) -> dict:
+def within_prompt_diversity(
+    features: Any, groups: np.ndarray, per_group: int, seed: int, replicates: int = 200
+) -> dict[str, Estimate]:
     """Return {"vendi", "pairwise_distance"} of a prompt's images, averaged over prompts; features: (N, F) or `Rows`.
 
     The Vendi score (Friedman and Dieng 2023), the effective number of different images, is exp of the entropy of the
@@ -64,7 +66,8 @@ def _scores(grams: np.ndarray) -> np.ndarray:
 def within_pairs(groups: Sequence[int], seed: int, keys: Sequence[str]) -> list[tuple[int, int]]:
     """Return pairs of indices of images of the same prompt; groups: prompts (N,), keys: N distinct names.
 
-    Each prompt's images form a circle of pairs (two give one pair), in an order given by the seed and keys alone.
+    The images of a prompt form a circle in which each is paired with the next: n > 2 images give n pairs, two give one,
+    one gives none. The order depends only on the seed and the keys, not on the order of the images.
     """
     circles: dict[int, list[int]] = {}
     for position in sorted(range(len(keys)), key=lambda i: hashlib.sha256(f"{seed} {keys[i]}".encode()).digest()):

@@ -1,7 +1,8 @@
 """Results of networks on images, computed once and cached on disk, in chunks of one batch.
 
 A chunk's file is named after the network (weights and preprocessing), the device unless it is the CPU, and the images'
-content, so a killed run resumes. Each process computes whole chunks: results do not depend on their number.
+content, so a killed run resumes. Each process computes whole chunks, so results do not depend on the number of
+processes, nor the memory needed on the number of images.
 """
 
 import hashlib
@@ -81,9 +82,10 @@ class FeatureStore:
         self._threads = max(1, torch.get_num_threads()) if self._on_cpu else GPU_THREADS
 
     def features(self, title: str, images: ImageSet, networks: Sequence[Network]) -> dict[str, Rows]:
-        """Return rows by network name, without networks that read captions if the set has none. Collective.
+        """Return rows by network name; networks that read captions are skipped for sets without captions.
 
-        Raises UserError naming a file that cannot be decoded or has a non-finite result; earlier results are kept.
+        Every process must call this with the same arguments. Raises UserError naming the file that cannot be decoded or
+        has a non-finite result; results computed before that are kept.
         """
         if not all(images.captions):
             networks = [network for network in networks if not network.reads_captions]
@@ -96,8 +98,8 @@ class FeatureStore:
         return self._compute(title, [network], paths, digests)[network.name]
 
     def _compute(
-        self, title: str, networks: Sequence, paths: Sequence, digests: Sequence, captions: Sequence = ()
-    ) -> dict:
+        self, title: str, networks: Sequence[Network], paths: Sequence, digests: Sequence, captions: Sequence[str] = ()
+    ) -> dict[str, Rows]:
         """Return rows by network name of the first of `paths` (and hashes), or of pairs of the first and the second."""
         count, size = len(paths[0]), self.batch_size
         parts = [slice(start, start + size) for start in range(0, count, size)]
@@ -173,7 +175,7 @@ def pixel_facts(images: torch.Tensor) -> torch.Tensor:
 
 
 def thumbnails(images: torch.Tensor) -> torch.Tensor:
-    """Return (B, 256): luminance on a 16 x 16 grid minus its mean; JPEG, resizing, brightness hardly turn it."""
+    """Return (B, 256): luminance on a 16 x 16 grid minus its mean, at nearly the same angle after JPEG or resizing."""
     luminance = (images * torch.tensor([0.299, 0.587, 0.114], device=images.device).view(3, 1, 1)).sum(1, keepdim=True)
     grid = torch.nn.functional.interpolate(luminance, (THUMBNAIL, THUMBNAIL), mode="area").flatten(1).double()
     grid = grid - grid.mean(dim=1, keepdim=True)

@@ -23,7 +23,9 @@ from ddpo_pytorch.utils.errors import UserError
 
 PAIRWISE_IMAGES = 10_000  # larger sets are subsampled for all but the Frechet distance, since costs are quadratic
 NEIGHBOURS = 5
-ROUNDING = 1e-12  # squared distances that differ by this share of the largest squared norm are equal
+# Squared distances closer than this share of the largest squared norm count as equal, since an image in both sets lies
+# exactly on the boundary of some balls.
+ROUNDING = 1e-12
 
 
 @one_thread()
@@ -128,7 +130,8 @@ def kernel_distance(
     """Return the squared MMD of features x (N, F) and y (M, F), by default with (a.b / F + 1)^3, averaged over subsets.
 
     Each subset draws m = min(subset_size, N, M) rows of both sets without replacement, as torch-fidelity for this seed.
-    The interval is value +- 1.96 se (not the deviation over subsets, which depends on m), from Hoeffding (1948):
+    Published tables print the standard deviation over subsets after +- (here in `how`); it depends on m and is not a
+    confidence interval. The interval is value +- 1.96 se, from Hoeffding's decomposition (1948):
 
         se^2 = 4 z_x / N + 4 z_y / M + 2 w_x / N^2 + 2 w_y / M^2 + sd^2 / subsets
 
@@ -182,9 +185,10 @@ def _variances(within: np.ndarray, between: np.ndarray) -> tuple[float, float]:
     """
     size = len(within)
     np.fill_diagonal(within, 0)
-    later, halves = np.arange(size) >= size // 2, []
-    for half in (~later, later):
-        halves.append(within[:, half].sum(axis=1) / (half.sum() - half) - between[:, half].mean(axis=1))
+    index, halves = np.arange(size), []
+    for start, stop in ((0, size // 2), (size // 2, size)):
+        others = stop - start - ((start <= index) & (index < stop))  # images in the half, without the row's own
+        halves.append(within[:, start:stop].sum(axis=1) / others - between[:, start:stop].mean(axis=1))
     first, second = (values - values.mean() for values in halves)
     shared = (first * second).sum() / (size - 1)
     total = within.sum(axis=1) / (size - 1) - between.mean(axis=1)

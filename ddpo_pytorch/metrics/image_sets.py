@@ -35,8 +35,9 @@ Samples = list[tuple[Path, str]]  # (file, caption)
 class ImageSet:
     """Images of a folder: files, captions ("" if unknown) and SHA-256 of each file.
 
-    Once networks have run, `rows` holds their results by network, and `pairs`, by measure (LPIPS, LPIPS_within, SSIM,
-    MS_SSIM, MS_SSIM_within), indices (P, 2) into this set and its partner, and values (P,).
+    Once networks have run, `rows` holds their results by network, and `pairs` those on pairs of images by measure:
+    indices (P, 2) into this set and its partner, and values (P,). Measures are "LPIPS" (to real images), "LPIPS_within"
+    (within a prompt), "SSIM" (to images of the same name), "MS_SSIM" and "MS_SSIM_within".
     """
 
     folder: Path
@@ -59,10 +60,12 @@ class ImageSet:
     @property
     def keys(self) -> list[str]:
         """Names of the images, "<caption>/<stem>" or, if repeated, "<caption>/<path>"; equal noise, equal name."""
-        short = [f"{caption}/{path.stem}" for path, caption in self.samples]
-        long = [f"{caption}/{path.relative_to(self.folder).with_suffix('')}" for path, caption in self.samples]
-        counts = Counter(short)
-        return [full if counts[name] > 1 else name for name, full in zip(short, long, strict=True)]
+        names = [f"{caption}/{path.stem}" for path, caption in self.samples]
+        counts = Counter(names)
+        return [
+            f"{caption}/{path.relative_to(self.folder).with_suffix('')}" if counts[name] > 1 else name
+            for name, (path, caption) in zip(names, self.samples, strict=True)
+        ]
 
     @property
     def samples(self) -> Samples:
@@ -135,7 +138,9 @@ def any_files(folder: str | Path) -> tuple[Path, Samples]:
     return folder, [(path, "") for path in sorted(files)]
 
 
-def inspect_files(folders: Sequence[tuple], rank: int, processes: int, prompts: Sequence[str] = ()) -> list[ImageSet]:
+def inspect_files(
+    folders: Sequence[tuple[Path, Samples]], rank: int, processes: int, prompts: Sequence[str] = ()
+) -> list[ImageSet]:
     """Check and hash every file of `folders` (path, samples), divided among processes; all of them get the sets.
 
     Raises UserError with the first image that is not RGB or differs in size from most, and the number of such images.

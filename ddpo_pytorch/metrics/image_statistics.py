@@ -1,6 +1,7 @@
 """Statistics of images: the five of Mittal et al.'s table 1 (`legacy`), those inside the retina (`fov`), and IS.
 
-They describe images rather than grade them; compare them with real images of the same resolution (`distances`).
+They describe images rather than grade them: noise raises Sharpness and Vessel Visibility, a black surround raises
+Uniformity. Compare them with real images of the same resolution (`distances`).
 """
 
 from collections.abc import Sequence
@@ -55,7 +56,8 @@ def fov_quality(pixels: np.ndarray) -> tuple[float, ...] | None:
     contrast = std; Michelson contrast = (p95 - p5) / (p95 + p5); Sharpness = mean squared Sobel gradient (Tenengrad);
     Vessel visibility = mean black top-hat (closing - G) with a square of 15 W / 512 pixels; Uniformity = 1 - std / mean
     over the means of the cells of an 8 x 8 grid on the field's box with at least 80 % in the field; Entropy of its 256
-    levels, in bits. SNR = mean / (1.4826 MAD(Y - median of 3 x 3)) of the luminance Y, with noise of at least rounding.
+    levels, in bits. SNR = mean / (1.4826 MAD(Y - median of 3 x 3)) of the luminance Y, where the noise is at least that
+    of rounding to 8 bits.
     """
     height, width = pixels.shape[:2]
     radius = max(3, round(width / 128))
@@ -96,7 +98,9 @@ SETS = {
 }
 
 
-def distances(generated: np.ndarray, groups: np.ndarray, real: np.ndarray, real_groups: np.ndarray, seed: int) -> dict:
+def distances(
+    generated: np.ndarray, groups: np.ndarray, real: np.ndarray, real_groups: np.ndarray, seed: int
+) -> dict[str, Estimate]:
     """Return distances between a statistic of generated images (N,) and of real ones (M,); groups are prompts.
 
     - "difference": mean of generated - mean of real images; both sides resample prompts and their images.
@@ -130,12 +134,16 @@ def distances(generated: np.ndarray, groups: np.ndarray, real: np.ndarray, real_
 def inception_score(logits: np.ndarray, splits: int = IS_SPLITS) -> tuple[float, float]:
     """Return mean and standard deviation over parts of exp(E KL(p(y|x) || p(y))), from 1 to C (Salimans et al. 2016).
 
-    logits (N, C) of N images in random order; parts are consecutive rows. Not torchmetrics': NaN for probability 0.
+    logits (N, C) of N images in random order; parts are consecutive rows, p(y) is the mean of p(y|x) over a part. Not
+    torchmetrics', which is NaN for classes of probability 0.
     """
     logits, scores = finite(logits, "logits"), []
     for part in range(splits):
-        given = special.softmax(logits[part * len(logits) // splits : (part + 1) * len(logits) // splits], axis=1)
-        divergence = stats.entropy(given, given.mean(axis=0, keepdims=True), axis=1).mean()
+        rows = logits[part * len(logits) // splits : (part + 1) * len(logits) // splits]
+        log_given = special.log_softmax(rows, axis=1)
+        given = np.exp(log_given)
+        log_marginal = np.log(np.maximum(given.mean(axis=0), np.finfo(float).tiny))
+        divergence = (given * (log_given - log_marginal)).sum(axis=1).mean()
         scores.append(max(1.0, float(np.exp(divergence))))  # below 1 by rounding only
     return float(np.mean(scores)), float(np.std(scores))
 

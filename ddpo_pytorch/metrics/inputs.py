@@ -103,8 +103,8 @@ def find_sets(metric: ConfigDict, accelerator: Accelerator) -> Sets:
                 raise UserError(f"metric.compare_name and metric.fake_name are both {metric.fake_name!r}; rename one")
             models[metric.compare_name] = [metric.compare_path]
         models[metric.fake_name] = [metric.fake_path]
-    for name in models.keys() & {"real", "train"}:
-        raise UserError(f"a model is named {name!r}, which stands for the {name} images; rename it")
+    if taken := sorted(models.keys() & {"real", "train"}):
+        raise UserError(f"a model is named {taken[0]!r}, which stands for the {taken[0]} images; rename it")
     if main:
         for name, reason in missing.items():
             logger.warning("%s is not measured: %s", name, reason)

@@ -1,6 +1,7 @@
 """Numbers with 95 % intervals: bootstrap over prompts and images, paired tests, t intervals over generation seeds.
 
-Images of one prompt are correlated: intervals for similar prompts resample prompts, those for these prompts images.
+Images of one prompt are correlated: intervals that should hold for similar prompts resample prompts
+(`resample_groups`), intervals for exactly these prompts resample images.
 """
 
 import math
@@ -75,7 +76,8 @@ def bootstrap_mean(
 ) -> Estimate:
     """Return the mean of values (N,) of images of prompts `groups` (N,), with a bootstrap interval.
 
-    Values of a `share` (not a difference) that are all 0 or all 1 get the exact binomial interval of prompts or images.
+    Resampling values that are all 0 or all 1 has no effect: if they are a `share`, they get the exact binomial interval
+    (Clopper-Pearson) with prompts or images as trials. Differences of pairs are not shares.
     """
     values, groups = _columns(groups, values)
     if not len(values):
@@ -167,7 +169,8 @@ def jackknife(measure: Callable[[Array], float], count: int, seed: int, bounds: 
 class GroupedSample:
     """Values (N, V) of N images in G prompts: counts (G,), means (G, V), noise (G, V) = variance of resampled means.
 
-    `cost`: random numbers per replicate, which is fewer for few distinct values, of which one draw yields the counts.
+    A replicate needs only the sum over a prompt's resampled images. For few distinct values (0 and 1), one multinomial
+    draw of their counts yields it; otherwise images are drawn. `cost` is the number of random numbers per replicate.
     """
 
     def __init__(self, values: Array, groups: Array):
@@ -244,7 +247,8 @@ def mcnemar(a: Array, b: Array) -> tuple[int, int, float]:
 def sign_flip_p(differences: Array, groups: Array, seed: int) -> float:
     """Return the two-sided p of a sign-flip test on the prompts' mean differences; the null is symmetry around 0.
 
-    Beyond 12 prompts, FLIPS patterns are sampled: p = (1 + number as extreme) / (1 + FLIPS). scipy's takes minutes.
+    Up to 12 prompts, all patterns of signs are enumerated; beyond that, FLIPS are sampled, and
+    p = (1 + number as extreme) / (1 + FLIPS). Not scipy's permutation_test, which takes minutes for many pairs.
     """
     differences, groups = _columns(groups, differences)
     _, index, counts = np.unique(groups, return_inverse=True, return_counts=True)

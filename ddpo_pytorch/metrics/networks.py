@@ -83,8 +83,9 @@ def fundus_judges(folder: str | Path, device: Device = "cpu") -> tuple[Network, 
 def inception_network(option: str, mode: str = "exact", device: Device = "cpu", layer: str = "2048") -> Network:
     """Load FID's Inception V3 as torch-fidelity ports it: images (B, 3, H, W) in [0, 1] to 2048 pooled features.
 
-    `layer` "logits_unbiased" returns 1008 logits instead. Images are quantised to 8 bits (see `official_uint8` for
-    `mode` "compat") and resized as in published FIDs. Raises Unavailable without weights, UserError for a wrong file.
+    `layer` "logits_unbiased" returns the logits of its 1008 classes instead. Images are quantised to 8 bits and resized
+    to 299 px bilinearly without antialiasing, as in published FIDs; see `official_uint8` for `mode` "compat". Raises
+    Unavailable without weights, UserError for a file that does not exist or has other contents.
     """
     path = weight_file(option, URL_INCEPTION_V3, "--config.metric.inception")
     # the extractor unpickles its input, so it gets a safe copy of the tensors instead of the file

@@ -59,7 +59,8 @@ def select(images: ImageSet, indices: Sequence[int]) -> ImageSet:
 def sanity_sets(sets: Sets, folder: Path, seed: int, accelerator: Accelerator) -> tuple[Sets, dict[str, str]]:
     """Return half of the real images, unchanged and degraded, as models, the other half as `real`; and missing sets.
 
-    The main process writes to `folder`: `CHANGES`, "duplicates" (each prompt's first half, twice), "training images".
+    The main process writes the images to `folder`: those of `CHANGES`, "duplicates" (each prompt's first half of the
+    images, twice) and "training images" of the same prompts, if each has enough of them.
     """
     reference, half = (select(sets.real, part) for part in halves(sets.real.groups, seed))
     if len(half) < 2:

@@ -32,16 +32,17 @@ def ms_ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Return the multi-scale structural similarity (B,) of images (B, C, H, W) in [0, 1] (Wang et al. 2003).
 
     prod_j cs_j^w_j * ssim_M^w_M over M = `scale_count` scales, each averaging 2 x 2 pixels of the previous one. The
-    first M exponents are scaled to the sum of all.
+    first M exponents are scaled to the sum of all five. Negative means become 0.
     """
     x, y = x.double(), y.double()
     count = scale_count(min(x.shape[-2:]))
     weights = (np.array(SCALES[:count]) * sum(SCALES) / sum(SCALES[:count])).tolist()
     result = torch.ones(len(x), dtype=x.dtype, device=x.device)
-    for scale, weight in enumerate(weights, 1):
+    for scale, weight in enumerate(weights):
+        if scale:
+            x, y = avg_pool2d(x, 2), avg_pool2d(y, 2)
         full, contrast = _similarity(x, y)
-        result = result * (full if scale == count else contrast).clamp(min=0) ** weight
-        x, y = (avg_pool2d(x, 2), avg_pool2d(y, 2)) if scale < count else (x, y)
+        result = result * (full if scale == count - 1 else contrast).clamp(min=0) ** weight
     return result
 
 
@@ -53,7 +54,8 @@ def scale_count(side: int) -> int:
 def measure_pairs(images: ImageSet, names: Sequence[str], seed: int, share: bool = False) -> dict[str, Estimate]:
     """Return the means of those measures of pairs of images (`ImageSet.pairs`) that the set has.
 
-    Intervals resample pairs as if independent, though an image may be in two, and prompts, which pairs of MS_SSIM mix.
+    Intervals resample pairs as if independent, though an image may be in two of them, and prompts too, except for
+    MS_SSIM, whose pairs mix prompts. `share`: as for `bootstrap_mean`.
     """
     result = {}
     for name in filter(images.pairs.get, names):
@@ -65,11 +67,12 @@ def measure_pairs(images: ImageSet, names: Sequence[str], seed: int, share: bool
 
 def _similarity(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the means (B,) of ssim = l * cs and of the contrast-structure term cs."""
-    blurred = torch.cat([x, y, x * x, y * y, x * y])
+    blurred = torch.cat([x, y, x * x, y * y, x * y]).flatten(0, 1)[:, None]  # one channel: depthwise is slow on a CPU
     for kernel in ([WINDOW, 1], [1, WINDOW]):
         blurred = tvf.gaussian_blur(blurred, kernel, [SIGMA, SIGMA])
     inside = slice(WINDOW // 2, -(WINDOW // 2))  # where the window does not reach into the padding
-    mean_x, mean_y, square_x, square_y, product = blurred[..., inside, inside].split(len(x))  # (B, C, H - 10, W - 10)
+    # (B, C, 1, H - 10, W - 10) each
+    mean_x, mean_y, square_x, square_y, product = blurred[..., inside, inside].unflatten(0, (5, *x.shape[:2]))
     variance_x, variance_y = (square_x - mean_x**2).clamp(min=0), (square_y - mean_y**2).clamp(min=0)
     contrast = (2 * (product - mean_x * mean_y) + C2) / (variance_x + variance_y + C2)
     luminance = (2 * mean_x * mean_y + C1) / (mean_x**2 + mean_y**2 + C1)

@@ -34,7 +34,8 @@ def name_groups(sets: Sequence[ImageSet], columns: Sequence[str]) -> None:
 def largest_gap(values: np.ndarray, names: np.ndarray, seed: int) -> dict[str, Estimate | float]:
     """Return "gap", the largest difference of group means of values (N,), and its p-value, "p", by permutation.
 
-    The interval, unlike p, ignores that the groups were selected as extremes. Groups of one image are left out.
+    The interval resamples the images of both groups and ignores that these were selected as extremes, which makes the
+    gap too large on average; the permutation test over all groups accounts for it. Groups of one image are ignored.
     """
     used = [name for name in np.unique(names) if (names == name).sum() > 1]
     if len(used) < 2:

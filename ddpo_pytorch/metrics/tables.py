@@ -59,7 +59,8 @@ def sides(result: Mapping) -> dict[str, Mapping]:
 def table1(result: Mapping) -> pd.DataFrame:
     """Return a row per image statistic: mean, standard deviation and n of each set, and distances to the real images.
 
-    The difference of means, also in standard deviations (sd) of real images, and the 1-Wasserstein distance (W1) in sd.
+    Distances: the difference of means, also in standard deviations of the real images, and the 1-Wasserstein distance
+    in the latter unit.
     """
     (height, width), parts, rows = result["settings"]["image_shape"], sides(result), []
     names = [name for name in (REAL, *result["models"]) if name in parts]

@@ -53,8 +53,9 @@ def read_config(run: str | Path) -> dict:
 def read_runs(runs: Mapping[str, str | Path]) -> dict[str, list[dict]]:
     """Return the entries of metrics.jsonl and held_out.jsonl in each run folder, by the run's name.
 
-    Evaluations in held_out.jsonl replace those in metrics.jsonl; their epoch is the number of completed ones.
-    Incomplete last lines are skipped. Raises UserError for a missing metrics.jsonl, and other lines that are no JSON.
+    Evaluations in held_out.jsonl replace those in metrics.jsonl; their epoch is the number of completed ones, 0 for the
+    base model. An incomplete last line of an active run is skipped. Raises UserError for a missing metrics.jsonl, and
+    for other lines that are not JSON objects.
     """
     entries = {}
     for name, run in ((name, Path(folder)) for name, folder in runs.items()):

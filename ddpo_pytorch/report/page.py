@@ -24,6 +24,7 @@ def write_report(output: str | Path, result: Mapping[str, Any], samples: Samples
 
     `result`: the content of metrics.json. `samples`: (file, caption) lists by name, "real" (optional) and the models in
     order; images of a caption with equal stems come from the same noise. `runs`: run folders of train.py by name.
+    Unreadable images are listed among the page's warnings.
     """
     path = Path(output) / "report.html"
     options = dict(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -56,22 +57,37 @@ def page_content(result: Mapping, samples: Samples, runs: Mapping[str, str]) -> 
         name: [{k: x for k, x in one.items() if k != "images_by_prompt"} for one in own]
         for name, own in folders.items()
     }
-    networks = result["judges"] | result["networks"]
-    details = {"Settings of the measurement": result["settings"], "Judges and networks": networks}
-    details |= {"Images": images, "Methods of the 95 % intervals": findings.methods(result)}
-    details |= {"Versions": result["versions"] | {"measured at": result["created"]}}
+    details = {
+        "Settings of the measurement": result["settings"],
+        "Judges and networks": result["judges"] | result["networks"],
+        "Images": images,
+        "Methods of the 95 % intervals": findings.methods(result),
+        "Versions": result["versions"] | {"measured at": result["created"]},
+    }
     details |= {f"Training run {name}": config for name, config in configs.items()}
-    content = {"result": result, "models": models, "real": result.get("real"), "measure": findings.measure_of(result)}
-    content |= {"fundus": result.get("kind") == "fundus", "comparisons": findings.comparisons(result)}
-    content |= {"created": f"{datetime.fromisoformat(result['created']):%d %B %Y, %H:%M %Z}", "details": details}
-    content |= {"table1": tables.get("table1"), "table2": tables.get("table2"), "sanity": None}
-    content |= {"curves": curves(read_runs(runs)), "configs": configs, "grids": grids, "open_grids": OPEN_GRIDS}
-    content |= {"all_prompts": len(captions), "real_thumbnails": shown, "unreadable": album.unreadable}
-    content["sheets"] = [sheet for sheet in sheets if sheet[2]]
-    if "sanity" in result:
-        content["sanity"], moves = findings.sanity_table(result)
-        content["heatmap"] = heatmap(moves, "Change by degradation, in half-widths of the interval")
-    return content
+    sanity, moves = findings.sanity_table(result) if "sanity" in result else (None, None)
+    return {
+        "result": result,
+        "models": models,
+        "real": result.get("real"),
+        "fundus": result.get("kind") == "fundus",
+        "measure": findings.measure_of(result),
+        "created": f"{datetime.fromisoformat(result['created']):%d %B %Y, %H:%M %Z}",
+        "comparisons": findings.comparisons(result),
+        "table1": tables.get("table1"),
+        "table2": tables.get("table2"),
+        "curves": curves(read_runs(runs)),
+        "sanity": sanity,
+        "heatmap": None if sanity is None else heatmap(moves, "Change by degradation, in half-widths of the interval"),
+        "grids": grids,
+        "open_grids": OPEN_GRIDS,
+        "all_prompts": len(captions),
+        "sheets": [sheet for sheet in sheets if sheet[2]],
+        "real_thumbnails": shown,
+        "details": details,
+        "configs": configs,
+        "unreadable": album.unreadable,
+    }
 
 
 def bounds(quantity: Mapping) -> str:

@@ -81,7 +81,8 @@ def rarest_first(captions: Sequence[str], real_images: Mapping[str, int] | None)
 def paired_files(sets: Samples, caption: str, columns: int) -> tuple[list[str], dict[str, list[Path]]]:
     """Return the stems of the first `columns` files of a caption that all sets have, and these files by set.
 
-    Repeated stems (several seeds) are paired in order, second ones last. Sets that share none show their first files.
+    Stems are in natural order: 2 before 10. The n-th files with a repeated stem (several generation seeds) are paired,
+    second ones after all first ones. Sets without a common stem show their own first files, and stems are [].
     """
     keyed = {name: files for name, samples in sets.items() if (files := _keyed(samples, caption))}
     first = next(iter(keyed.values()), {})
