@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
-from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import LogProbGradients, Sampling, pipeline_with_logprob
+from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import GradMode, Sampling, pipeline_with_logprob
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings
 from ddpo_pytorch.prompts import draw_prompt
 from ddpo_pytorch.utils.distributed import to_device
@@ -61,7 +61,7 @@ def sample_trajectories(
     prompts: Sequence[str],
     noise: list[torch.Generator],
     sampling: Sampling,
-    gradients: LogProbGradients | None = None,
+    gradients: GradMode | None = None,
 ) -> tuple[torch.Tensor, Trajectories]:
     """Sample one image per prompt; return images (B, 3, H, W), float32 in [0, 1], and their trajectories.
 

@@ -1,7 +1,6 @@
 """Text to image as in diffusers, returning the denoising trajectory and the log-probability of each step."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -26,24 +25,15 @@ class Sampling:
         return cls(sample.num_steps, sample.guidance_scale, sample.eta)
 
 
-class LogProbGradients(Protocol):
-    """Consumer of log-prob gradients during sampling (`training.rollout_gradients`)."""
+class GradMode:
+    """Consumer of log-prob gradients during sampling; this one enables gradients at every step but takes none."""
 
     def wants(self, step: int) -> bool:
         """Return whether step `step` (0 starts from noise) must be sampled with gradients enabled."""
-
-    def take(self, log_probs: torch.Tensor) -> None:
-        """Take the gradients of a step's log-probs (B,), whose graph is freed afterwards."""
-
-
-class GradMode:
-    """`LogProbGradients` that enables gradients at every step but takes none."""
-
-    def wants(self, step: int) -> bool:
         return True
 
     def take(self, log_probs: torch.Tensor) -> None:
-        pass
+        """Take the gradients of a step's log-probs (B,), whose graph is freed afterwards."""
 
 
 @torch.no_grad()
@@ -62,7 +52,7 @@ def pipeline_with_logprob(
     negative_prompt_embeds: torch.Tensor | None = None,
     output_type: str = "pt",
     keep_trajectory: bool = True,
-    gradients: LogProbGradients | None = None,
+    gradients: GradMode | None = None,
 ) -> tuple[torch.Tensor | list, None, list[torch.Tensor], list[torch.Tensor | None]]:
     """Generate images in T = num_inference_steps DDIM steps; return them with the trajectory and its log-probs.
 

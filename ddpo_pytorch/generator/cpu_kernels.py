@@ -63,12 +63,8 @@ def _fused_forward(layer: lora.Linear, x: torch.Tensor) -> torch.Tensor:
     return LinearWithLora.apply(x, base.weight, base.bias, down, up)
 
 
-_first_row: ContextVar[int] = ContextVar("first_row", default=0)
-
-
-def first_row() -> int:
-    """Return the index in the UNet's batch of the first row that the current thread computes."""
-    return _first_row.get()
+# index in the UNet's batch of the first row that the current thread computes
+FIRST_ROW: ContextVar[int] = ContextVar("first_row", default=0)
 
 
 class _Rows(torch.autograd.Function):
@@ -95,7 +91,7 @@ def run_batch_on_all_cores(unet: nn.Module, threads: int) -> None:
     pool, forward = ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)), unet.forward
 
     def run(x, t, context, mask, first=0, return_dict=False):
-        _first_row.set(first)
+        FIRST_ROW.set(first)
         return forward(x, t, encoder_hidden_states=context, encoder_attention_mask=mask, return_dict=return_dict)
 
     def split_forward(sample, timesteps, encoder_hidden_states, encoder_attention_mask=None, return_dict=False):

@@ -26,7 +26,8 @@ from peft.tuners import lora
 from torch import nn
 from torch.nn import functional as F
 
-from ddpo_pytorch.generator.cpu_kernels import LinearWithLora, first_row, fusible, is_fused
+from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import GradMode
+from ddpo_pytorch.generator.cpu_kernels import FIRST_ROW, LinearWithLora, fusible, is_fused
 from ddpo_pytorch.generator.lora import ADAPTER
 from ddpo_pytorch.training.setup import BatchSizes
 from ddpo_pytorch.utils.distributed import to_device
@@ -37,7 +38,7 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 logger = logging.getLogger(__name__)
 
 
-class RolloutGradients:
+class RolloutGradients(GradMode):
     """Per-sample gradients of trajectories' log-probs with respect to the adapters, in CPU memory.
 
     This process has `samples` in the first update, drawn `batch_size` at a time. Steps in `window`
@@ -63,7 +64,7 @@ class RolloutGradients:
         self._sums[first : first + count].copy_(torch.cat(list(parts), dim=1), non_blocking=True)
 
     def wants(self, step: int) -> bool:
-        """Return whether a step is trained on, and must be sampled with gradients enabled."""
+        """Return whether a step is trained on."""
         return self._window[0] <= step < self._window[1]
 
     def take(self, log_probs: torch.Tensor) -> None:
@@ -146,7 +147,7 @@ def _linear_forward(linear: nn.Linear, plain: Forward, gradients: Gradients, x: 
         return plain(x)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return _PerSampleLinear.apply(x, linear.weight, dtype, gradients, first_row())
+    return _PerSampleLinear.apply(x, linear.weight, dtype, gradients, FIRST_ROW.get())
 
 
 def _fused_forward(
@@ -155,7 +156,7 @@ def _fused_forward(
     if not torch.is_grad_enabled() or not fusible(layer, x):
         return plain(x)
     base = layer.base_layer
-    return _PerSampleFused.apply(x, base.weight, base.bias, down, up, gradients, first_row())
+    return _PerSampleFused.apply(x, base.weight, base.bias, down, up, gradients, FIRST_ROW.get())
 
 
 def _by_row(x: torch.Tensor) -> torch.Tensor:
