@@ -69,15 +69,10 @@ def reward_statistics(
     prompts, rewards = _as_arrays(prompts, rewards)
     groups = [rewards[prompts == prompt] for prompt in np.unique(prompts)]
     spreads = [group.std() for group in groups if len(group) > 1]  # within prompts drawn at least twice
-    statistics = {
-        "reward_mean": rewards.mean(),
-        "reward_std": rewards.std(),
-        "reward_min": rewards.min(),
-        "reward_max": rewards.max(),
-        "per_prompt_reward_std": np.mean(spreads) if spreads else 0.0,
-        # share of prompts with equal rewards, including those drawn once; ptp, since std() may be rounded to above 0
-        "zero_std_share": np.mean([np.ptp(group) == 0 for group in groups]),
-    }
+    statistics = {f"reward_{name}": getattr(rewards, name)() for name in ("mean", "std", "min", "max")}
+    statistics["per_prompt_reward_std"] = np.mean(spreads) if spreads else 0.0
+    # share of prompts with equal rewards, including those drawn once; ptp, since std() may be rounded to above 0
+    statistics["zero_std_share"] = np.mean([np.ptp(group) == 0 for group in groups])
     for name, values in (parts or {}).items():
         statistics |= {f"reward_{name}_mean": np.mean(values), f"reward_{name}_std": np.std(values)}
     return {name: float(value) for name, value in statistics.items()}

@@ -114,11 +114,7 @@ def ddim_step_with_logprob(
 
 
 def check_schedule(scheduler: DDIMScheduler, eta: float) -> None:
-    """Raise UserError unless every step of the schedule is a Gaussian with positive variance, as training needs.
-
-    Rejects eta <= 0, a timestep without variance (schedules that begin at timestep 0), and an eta so large that a
-    step would add more noise than the next timestep holds.
-    """
+    """Raise UserError unless every step is a Gaussian of positive variance, at most the noise of the next timestep."""
     if not eta > 0:
         raise UserError(f"sample.eta is {eta}: DDIM without noise is not a policy; set 0 < eta <= 1 (DDPO uses 1.0)")
     timesteps = scheduler.timesteps  # (T,)

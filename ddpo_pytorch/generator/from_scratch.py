@@ -106,10 +106,7 @@ def build_vae(
 def build_unet(
     channels: Sequence[int], attention: Sequence[bool], text_width: int, latent_size: int, latent_channels: int = 4
 ) -> UNet2DConditionModel:
-    """Return a text-conditioned UNet with a block per resolution.
-
-    `attention[i]` adds self- and cross-attention at resolution i, with up to 32 channels per head.
-    """
+    """Return a UNet with a block per resolution; `attention[i]` adds self- and cross-attention to block i."""
     return UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=latent_channels,

@@ -118,10 +118,7 @@ def replace_unet_weights(unet: nn.Module, path: str | Path) -> dict[str, str]:
 
 
 def check_text_encoder(unet: nn.Module, path: str | Path, metadata: Mapping[str, str], required: bool = False) -> None:
-    """Raise UserError for UNet weights whose metadata names another text encoder than the UNet's.
-
-    They must name it if that is a BERT and `required`; checkpoints of earlier versions do not.
-    """
+    """Raise UserError for UNet weights whose metadata names another text encoder or, if `required`, omits a BERT."""
     stated, own = metadata.get(KEY), getattr(unet, KEY, None)
     if stated != own and (stated or required):
         theirs, ours = (f"BERT {one[:12]}" if one else "CLIP (or one not recorded)" for one in (stated, own))

@@ -161,10 +161,7 @@ def new_classifier(labels: tuple[str, ...], image_size: int, arch: str, weights:
 
 
 def load_backbone(model: ArtifactClassifier, path: str | Path) -> None:
-    """Load all weights but the head's from a file: timm's, torchvision's, or a classifier of this project.
-
-    Raises UserError for a file that does not fit the architecture, and as `read_tensors` does.
-    """
+    """Load all but the head from a file: timm's, torchvision's, or a classifier of ours. UserError if it is unfit."""
     path = resolve(path)
     state, _ = read_tensors(path)
     if all(name.startswith("model.") for name in state):  # a classifier of ours, or a published one

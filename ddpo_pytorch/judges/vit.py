@@ -131,10 +131,7 @@ def mlp(widths: Sequence[int], activation: Callable, dropout: float, norm: Calla
 
 
 class Detail(nn.Module):
-    """Append to images (B, 3, H, W) their difference from the mean of 3 x 3 pixels, times 8: (B, 6, H, W).
-
-    This detail shows blur, noise and missing vessels, but is small compared to differences in colour.
-    """
+    """Append 8 times the difference from the mean of 3 x 3 pixels, which shows blur: (B, 3, H, W) to (B, 6, H, W)."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         smooth = nn.functional.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
@@ -142,10 +139,7 @@ class Detail(nn.Module):
 
 
 def conv_stem(patch_size: int, width: int) -> nn.Sequential:
-    """Return a network that maps images (B, 3, S, S) to tokens (B, width, S / patch_size, S / patch_size).
-
-    `Detail`, then log2(patch_size) 3 x 3 convolutions of stride 2 with batch norm, and a projection.
-    """
+    """Return `Detail`, log2(patch_size) convolutions, a projection: (B, 3, S, S) to (B, width, S / patch_size, ...)."""
     channels, layers = 6, [Detail()]
     for halvings_left in reversed(range(patch_size.bit_length() - 1)):
         out_channels = max(width >> halvings_left, MIN_CHANNELS)

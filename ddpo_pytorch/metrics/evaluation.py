@@ -123,10 +123,7 @@ def set_facts(images: ImageSet, others: Mapping[str, ImageSet | None]) -> dict:
 
 
 def measure_folder(images: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None, context: Context) -> Folder:
-    """Measure everything that the context allows.
-
-    `parts`: indices of real images and of `images` with the same mix of prompts; None for the real images themselves.
-    """
+    """Measure all that the context allows; `parts`: indices of real and own images of one mix of prompts, or None."""
     seed, tools, sets, groups = context.seed, context.tools, context.sets, images.groups
     real, train, quality = sets.real if parts else None, sets.train, context.config.metric.quality
     columns, result = {}, {"images": len(images), "alignment": {}, "perception": {}, "diversity": {}}
@@ -183,10 +180,7 @@ def measure_folder(images: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None
 
 
 def summarise(folders: Sequence[Folder], fid_part: str, real: ImageSet | None, context: Context) -> dict:
-    """Return a model's part of metrics.json: headline numbers (FID of `fid_part`) and its folders' combined blocks.
-
-    Groups (sex, age, ...) are compared over the images of all folders together, with those of `real` if given.
-    """
+    """Return a model's part of metrics.json: headlines (FID of `fid_part`), combined folders, groups of images."""
     result = combine([folder.result for folder in folders])
     images, space = [folder.images for folder in folders], context.spaces[0]
     if images[0].names:

@@ -18,6 +18,7 @@ from ddpo_pytorch.metrics.intervals import REPLICATES, Estimate, bootstrap_mean,
 LEGACY = ("SNR", "Contrast", "Sharpness", "Vessel Visibility", "Uniformity")
 FOV = ("SNR", "RMS contrast", "Michelson contrast", "Sharpness", "Vessel visibility", "Uniformity", "Entropy")
 LUMINANCE = (0.299, 0.587, 0.114)  # BT.601
+Array = np.ndarray
 ROUNDING = 1 / (255 * 12**0.5)  # standard deviation of rounding to 8 bits, the minimum noise of an image
 CELLS = 8
 MIN_CELL = 0.8  # minimum share of a cell's pixels in the field
@@ -98,9 +99,7 @@ SETS = {
 }
 
 
-def distances(
-    generated: np.ndarray, groups: np.ndarray, real: np.ndarray, real_groups: np.ndarray, seed: int
-) -> dict[str, Estimate]:
+def distances(generated: Array, groups: Array, real: Array, real_groups: Array, seed: int) -> dict[str, Estimate]:
     """Return distances between a statistic of generated images (N,) and of real ones (M,); groups are prompts.
 
     - "difference": mean of generated - mean of real images; both sides resample prompts and their images.
@@ -112,9 +111,8 @@ def distances(
     value, number = float(generated.mean() - real.mean()), len(generated) + len(real)
     ends, how = [None, None], "one image: no interval"
     if min(len(generated), len(real)) > 1:
-        ends = difference_interval(
-            (real, real_groups), (generated, groups), [[seed, 1], [seed, 0]], resample_groups=True
-        )
+        sides = (real, real_groups), (generated, groups)
+        ends = difference_interval(*sides, [[seed, 1], [seed, 0]], resample_groups=True)
         how = f"percentile bootstrap, {REPLICATES} replicates over prompts and images of each side"
     difference = Estimate(value, *ends, number, how)
     deviation = float(real.std(ddof=1)) if len(real) > 1 else 0.0

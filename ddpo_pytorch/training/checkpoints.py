@@ -126,11 +126,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def find_weights(path: str | Path) -> Path:
-    """Return the weight file at or in `path`: LoRA in any known format, or a full UNet.
-
-    `path` may be a file, a checkpoint folder (also a published one), or a run folder, of which the newest checkpoint is
-    used. Raises UserError if there is none, or if it does not match its folder's manifest.
-    """
+    """Return the LoRA or UNet file at `path` (of a run, the newest). Raises UserError for none, or a damaged one."""
     path = resolve(path)
     if path.is_file():
         return path
@@ -199,10 +195,7 @@ def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler:
 
 
 def snapshot(unet: nn.Module, optimizer: Any, scaler: Any, main: bool = True) -> Snapshot | None:
-    """Return the content of a checkpoint on the `main` process, None on the others. Collective: call on every process.
-
-    Tensors already on the CPU are not copied, so write them before the next update.
-    """
+    """Return a checkpoint's content on the `main` process, else None; CPU tensors are not copied. Collective."""
     lora = has_lora(unet)
     weights = (lora_state_dict(unet) if main else None) if lora else gather_state(unet, main)
     state = {"optimizer": gather_state(optimizer, main), "scaler": None if scaler is None else scaler.state_dict()}

@@ -30,15 +30,12 @@ from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.randomness import Stream, generator_of
 
 COLUMNS = 8  # of a grid
+Draw = Callable[[range], Iterable[Any]]  # from the numbers of a batch's images to a result for each
+Show = Callable[[Sequence], Iterable]  # adds a progress bar
 
 
 def map_fixed(
-    accelerator: Accelerator,
-    unet: nn.Module,
-    count: int,
-    batch_size: int,
-    draw: Callable[[range], Iterable[Any]],
-    show: Callable[[Sequence], Iterable] = iter,
+    accelerator: Accelerator, unet: nn.Module, count: int, batch_size: int, draw: Draw, show: Show = iter
 ) -> list[Any]:
     """Call `draw` with batches of the numbers below `count`; return its results, one for each number, in order.
 
@@ -105,11 +102,7 @@ class Evaluation:
 
 
 class HeldOut:
-    """A fixed set of prompts and noise with its judge (`load_judge`).
-
-    `prompts` are (prompt, metadata); raises UserError for one that is not an ISIC caption. Two evaluations are
-    comparable if their `fingerprint` is the same.
-    """
+    """Fixed ISIC captions (else UserError), noise and their judge; comparable if their `fingerprint` is the same."""
 
     def __init__(
         self, judge: ArtifactClassifier, prompts: list[Prompt], images_per_prompt: int, seed: int, sampling: Sampling
@@ -129,7 +122,7 @@ class HeldOut:
         reward_fn: RewardFn,
         batch_size: int,
         accelerator: Accelerator,
-        show: Callable[[Sequence], Iterable] = iter,
+        show: Show = iter,
     ) -> Evaluation:
         """Draw and score all images with the current weights; return the same result on every process.
 

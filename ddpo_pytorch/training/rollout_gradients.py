@@ -86,12 +86,9 @@ class RolloutGradients(GradMode):
 def rollout_gradients(
     accelerator: Accelerator, unet: nn.Module, sizes: BatchSizes, sample: ConfigDict, train: ConfigDict
 ) -> RolloutGradients | None:
-    """Return the `RolloutGradients` of a run, or None if they are switched off or impossible.
-
-    They require that only adapters of linear layers are trained, on every timestep of the window, with no loss but the
-    policy's and without torch.compile.
-    """
+    """Return the `RolloutGradients` of a run, or None if they are switched off or impossible."""
     window = sizes.timestep_window
+    # only adapters of linear layers are trained, on every timestep of the window, with no loss but the policy's
     layers = [module for module in unet.modules() if isinstance(module, lora.Linear)]
     adapters = {weight for layer in layers for linear in (layer.lora_A, layer.lora_B) for weight in linear.parameters()}
     only_adapters = bool(adapters) and {weight for weight in unet.parameters() if weight.requires_grad} == adapters

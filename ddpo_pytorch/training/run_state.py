@@ -99,10 +99,7 @@ def criteria(config: ConfigDict) -> tuple[RewardPlateau, BestAndCollapse]:
 
 
 def is_finished(folder: str | Path, config: ConfigDict) -> bool:
-    """Return whether the newest checkpoint of a run has all epochs or met a stopping criterion.
-
-    train.py exits with code 0 then, and after a stop signal. Raises UserError as `find_checkpoint` does.
-    """
+    """Return whether a run has all epochs or met a criterion; train.py also exits with code 0 after a stop signal."""
     progress, (plateau, watch) = checkpoints.read_progress(checkpoints.find_checkpoint(folder)), criteria(config)
     plateau.load_state_dict(progress["plateau"])
     watch.load_state_dict(progress["held_out"])
@@ -216,10 +213,7 @@ class RunState(Remembered):
         return entry
 
     def save(self, unet: nn.Module, optimizer: Any) -> None:
-        """Write checkpoint_<epochs completed> unless it exists undamaged; point `best` to it if `best_due`.
-
-        Call on every process, after the epoch was logged. Raises UserError if the disk is full.
-        """
+        """Write checkpoint_<epochs completed> unless it exists; link it if `best_due`. Collective. Raises DiskFull."""
         accelerator, existing = self.accelerator, self.folder / f"checkpoint_{self.epoch}"
         best, self.best_due = self.best_due, False
         if run_on_main_process(accelerator, checkpoints.find_damage, existing) is None:

@@ -218,10 +218,7 @@ def load_policy(config: ConfigDict, dtype: torch.dtype, device: torch.device) ->
 
 
 def content_fingerprints(config: ConfigDict, pipe: StableDiffusionPipeline, task: Task) -> dict[str, str]:
-    """Return fingerprints of the files behind the settings: base model, adapter to start from, rewards, prompts.
-
-    Of functions given as module:function, the file of the module counts too, under the name "<part>.code".
-    """
+    """Return fingerprints behind the settings: base model, adapter to start from, rewards, prompts, functions' code."""
     contents = pipeline_fingerprints(pipe)
     contents["load_from"] = config.load_from and (adapter_fingerprint(pipe.unet) or contents["model.unet"])
     kwargs, functions = config.reward_fn_kwargs.to_dict(), {"prompts": config.prompt_fn}
@@ -230,7 +227,7 @@ def content_fingerprints(config: ConfigDict, pipe: StableDiffusionPipeline, task
         functions[f"reward.{name}"] = part.path
     contents["prompts"] = fingerprint(task.prompts or with_contents(config.prompt_fn_kwargs.to_dict()))
     for name, path in functions.items():
-        module = sys.modules.get(path.rpartition(":")[0])  # of a function in a registry: none
+        module = sys.modules.get(path.rpartition(":")[0])  # of "module:function"; none for a function in a registry
         if (file := getattr(module, "__file__", None)) and Path(file).is_file():
             contents[f"{name}.code"] = fingerprint(Path(file))
     return contents
