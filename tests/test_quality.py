@@ -161,4 +161,6 @@ def test_the_inception_score_is_that_of_torch_fidelity(splits):
     sure = 1000 * np.eye(8)[np.arange(80) % 8]
     assert statistics.inception_score(sure) == (pytest.approx(8, rel=1e-9), pytest.approx(0))
     assert statistics.inception_score(1e-3 * rng.normal(size=(20, 1008)))[0] >= 1
+    saturated = np.array([[1000.0, 256, 0]] + [[1000, 0, 0]] * 2000)  # the marginal of the second class underflows
+    assert statistics.inception_score(saturated, 1) == (pytest.approx(1), 0)
     assert [statistics.split_count(images) for images in (1, 1999, 2000, 50_000)] == [1, 1, 2, 10]

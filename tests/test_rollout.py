@@ -1,6 +1,7 @@
 """Randomness as a function of progress, the order of updates, batch sizes, advantages and stopping criteria."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -187,6 +188,15 @@ def test_group_and_global_advantages():
         np.testing.assert_array_equal(grouped[own], standardized(rewards[own], rewards[own]))
     over_all = compute_advantages("global", None, prompts, rewards.tolist())
     np.testing.assert_array_equal(over_all, standardized(rewards, rewards))
+
+
+def test_a_column_of_rewards_is_refused():
+    """(N, 1) against N prompts would be broadcast to (N, N)."""
+    prompts, column, tracker = ["a", "b"], np.array([[1.0], [2.0]]), PerPromptStatTracker(8, 1)
+    for call in (tracker.update, group_advantages, reward_statistics, partial(compute_advantages, "global", None)):
+        with pytest.raises(ValueError, match="equal length"):
+            call(prompts, column)
+    assert tracker.state_dict() == {"rewards": []}
 
 
 def test_statistics_count_prompts_that_taught_nothing():
