@@ -10,6 +10,7 @@ import scipy.spatial.distance
 import scipy.stats
 import torch
 from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.metrics import fidelity
@@ -192,6 +193,16 @@ def test_intervals_of_neighbours_cover_the_mean_over_generated_sets(count, width
         assert 0.85 < np.mean([one[name].low <= truth <= one[name].high for one in found]), name
 
 
+def test_precision_and_recall_equal_torch_fidelity():
+    real, fake = normal(3, 400, 10), normal(4, 300, 10, 0.9, 0.3)
+    options = {"prc_neighborhood": 3, "prc_batch_size": 128, "save_cpu_ram": True, "verbose": False}
+    theirs = prc_features_to_metric(torch.from_numpy(fake), torch.from_numpy(real), **options)
+    ours = values(manifold_metrics(real, fake, k=3, block=128))
+    for name in ("precision", "recall"):
+        assert ours[name] == pytest.approx(theirs[name], abs=1e-6)
+    assert 0.1 < ours["recall"] < ours["precision"] < 1
+
+
 def test_sets_that_are_equal_far_apart_or_collapsed():
     for width in (3, 500):
         real = normal(5, 150, width, offset=100.0).astype(np.float32)
@@ -239,6 +250,9 @@ def test_scores_equal_their_definitions(shape):
     assert distance == pytest.approx(scipy.spatial.distance.pdist(features, "cosine").mean(), rel=1e-10)
     assert of_one_prompt(features.astype(np.float32) * 1e25) == pytest.approx(of_one_prompt(features), rel=1e-6)
     assert of_one_prompt(np.ones((40, 6))) == pytest.approx((1, 0), abs=1e-9)
+    assert of_one_prompt(np.eye(12) * 7) == pytest.approx((12, 1))  # all different
+    assert of_one_prompt(np.repeat(np.eye(5), 8, axis=0))[0] == pytest.approx(5)  # five kinds
+    assert of_one_prompt(np.repeat(np.eye(2), [1, 3], axis=0))[0] == pytest.approx(4 / 3**0.75)
 
 
 def test_complete_prompts_are_averaged_and_small_ones_left_out():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ def clustered(seed):
     return (rng.random(len(groups)) < rates[groups]).astype(float), groups
 
 
-def paired(a, b, groups, seed):
-    return intervals.bootstrap_mean(b.astype(float) - a, groups, seed, resample_groups=True, share=False)
+def paired(a, b, groups, seed, **options):
+    return intervals.bootstrap_mean(b.astype(float) - a, groups, seed, resample_groups=True, share=False, **options)
 
 
 @pytest.mark.slow
@@ -41,10 +42,16 @@ def test_replicates_are_those_of_the_naive_bootstrap(resample_groups):
     assert (estimate.low, estimate.high) == ends
 
 
-def difference(seed):
+def over_prompts(seed):
+    return intervals.bootstrap_mean(*clustered(seed), seed, resample_groups=True, replicates=500)
+
+
+def difference(seed, pairs=False):
     rng, groups = np.random.default_rng([seed, 5]), np.repeat(np.arange(24), 10)
     easy, gain = rng.uniform(0.1, 0.5, 24), rng.uniform(0, 0.4, 24)
     a, b = rng.random(240) < easy[groups], rng.random(240) < (easy + gain)[groups]
+    if pairs:
+        return paired(a, b, groups, seed, replicates=500)
     return intervals.bootstrap_unpaired_difference(a, groups, b, groups, seed)
 
 
@@ -57,8 +64,12 @@ def ratio(seed):
     return intervals.bootstrap_ratio(denominator & (rng.random(180) < RIGHT[groups]), denominator, groups, seed)
 
 
+TRUTHS = {over_prompts: 0.5, difference: 0.2, partial(difference, pairs=True): 0.2}
+TRUTHS[ratio] = (SEEN * RIGHT).sum() / SEEN.sum()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("simulate", "truth"), [(difference, 0.2), (ratio, (SEEN * RIGHT).sum() / SEEN.sum())])
+@pytest.mark.parametrize(("simulate", "truth"), TRUTHS.items())
 def test_intervals_cover_the_truth(simulate, truth):
     estimates = [simulate(seed) for seed in range(300)]
     assert 0.90 < np.mean([estimate.low <= truth <= estimate.high for estimate in estimates]) < 0.99
