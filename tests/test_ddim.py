@@ -64,6 +64,14 @@ def test_log_prob_is_mean_normal_density(prediction_type, eta):
         assert log_prob[i].item() == pytest.approx(expected.item(), abs=2e-5)
 
 
+def test_timestep_forms_agree():
+    scheduler, (output, sample) = make_scheduler(), random_batch(3)
+    forms = [481, torch.tensor(481), torch.tensor([481]), torch.tensor([481, 481, 481])]
+    steps = [ddim_step_with_logprob(scheduler, output, form, sample, 1.0, generator=seeded(2)) for form in forms]
+    for previous, log_prob in steps[1:]:
+        assert torch.equal(previous, steps[0][0]) and torch.equal(log_prob, steps[0][1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_rescoring_stored_latents_gives_ratio_one(dtype):
     """The density is that of the latents as stored; every step, the last ones above all, where variances are small."""

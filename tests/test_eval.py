@@ -127,12 +127,13 @@ def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(samples,
 
 
 def test_bad_input(evaluate, tmp_path):
-    bad = [("eval__batch_size", 0, "eval.batch_size is 0"), ("sample__num_steps", 1001, "num_steps is 1001.*999")]
+    bad = [("eval__batch_size", 0, "eval.batch_size is 0"), ("pretrained__model", "/absent", "/absent")]
+    bad += [("sample__num_steps", 1001, "sample.num_steps is 1001.*999")]
     bad += [("load_from", "/etc/passwd", "/etc/passwd"), ("eval__lora_scale", -1.0, "eval.lora_scale is -1.0")]
-    bad += [("pretrained__model", "/absent", "/absent"), ("eval__classifier", "absent.pth", "'absent.pth'")]
+    bad += [("eval__classifier", "absent.pth", "'absent.pth'")]
     bad += [("sample__scheduler", "euler", r"sample.scheduler is 'euler'.*ddim, dpm\+\+")]
     bad += [("eval__prompts", ("a\nb",), r"eval.prompts, prompt 1: 'a\\nb' .*U\+000A")]
-    bad += [("eval__prompts", PROMPTS[:1] * 2, f"prompt {re.escape(repr(PROMPTS[0]))} is given twice")]
+    bad += [("eval__prompts", (*PROMPTS[:2], PROMPTS[0]), f"prompt {re.escape(repr(PROMPTS[0]))} is given twice")]
     bad += [("eval__prompts", ("a nevus",), "'a nevus' .*--config.eval.classifier=")]
     for field, value, message in bad:
         refused(message, evaluate, tmp_path / "x", **{field: value})

@@ -66,6 +66,7 @@ def test_faults_are_reported_by_line(tmp_path):
         (",Normal.,Fundus", "line 2: path '' is empty"),
         ("1.jpg,a\u200db,Fundus", r"line 2: the caption 'a\\u200db' .*U\+200D"),
         ("1.jpg,Fundus:,Fundus", "line 2: the caption is empty"),
+        ("..\\1.jpg,Normal.,Fundus", "line 2: path '../1.jpg' leads out"),
         ("1.jpg,A,Fundus\n2.jpg,B,Fundus\n./1.jpg,C,Fundus", "line 4: image '1.jpg' appears twice, first in line 2"),
         ('1.jpg,"A\nB",Fundus\n\n2.jpg,,Fundus', "line 5: the caption is empty"),
         ("1.jpg,A,CT\n2.jpg,B,Fundus\n3.jpg\n4.jpg,,MRI", r"line 3: .*Fundus.*; line 4: .*; line 5: .*MRI"),

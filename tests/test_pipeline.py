@@ -84,8 +84,14 @@ def test_unet_weights_are_replaced_or_refused_by_name(pipe, tiny_pipeline_dir, t
     save_file(weights, file)
     replaced = load_pipeline(tiny_pipeline_dir, unet_path=file).unet.state_dict()
     assert all(torch.equal(replaced[key], weights[key]) for key in weights)
-    save_file(weights | {"conv_extra.weight": torch.zeros(1)}, file)
-    refused(r"conv_extra\.weight, which the model lacks", load_pipeline, tiny_pipeline_dir, unet_path=file)
+    few = {key: value for key, value in weights.items() if key != "conv_in.bias"}
+    for message, tensors in (
+        (r"conv_extra\.weight, which the model lacks", weights | {"conv_extra.weight": torch.zeros(1)}),
+        (r"lacks conv_in\.bias", few),
+        (r"conv_in\.bias of shape \(3,\)", few | {"conv_in.bias": torch.zeros(3)}),
+    ):
+        save_file(tensors, file)
+        refused(message, load_pipeline, tiny_pipeline_dir, unet_path=file)
 
 
 def test_prompt_embeddings_equal_diffusers_and_are_computed_once(pipe, monkeypatch):

@@ -228,6 +228,8 @@ def test_the_summary_counts_this_study_alone_with_its_folders_in_either_order(tm
         call_main(script, "--mode=pair", f"--images={tmp_path / first},{tmp_path / second}", f"--out={table}")
         found = json.loads((tmp_path / "ratings.summary.json").read_text())["Ann"][f"{second} preferred to {first}"]
         assert (found["value"], found["n"]) == (value, 3)
+    given = "--mode=rate", f"--images={tmp_path / 'SD'}", f"--out={table}"
+    refused("line 2: .*--mode=pair.* rate.*--out", call_main, script, *given)
 
 
 def test_what_cannot_be_asked_is_refused(tmp_path, monkeypatch):

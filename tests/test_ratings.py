@@ -119,6 +119,7 @@ GOOD, LEAST = "1.png,3,Fundus,3,normal,a", "image_path,rating,prompt,quality,pat
         (HEADER, ["1.png,3,Fundus,3,,a"], "line 2: the caption is empty"),
         (HEADER, [GOOD, "2.png,3,OCT,3,normal,a"], "line 3: modality is 'OCT'"),
         (HEADER, [",3,Fundus,3,normal,a"], "line 2: the path of the image is empty"),
+        (HEADER, [GOOD, "2.png,3,Fundus,3,x,y,an expert"], "line 3: .*7 cells"),  # fundus tables resolve such commas
         (HEADER, [GOOD, "./1.png,2,Fundus,3,Fundus: normal,a"], "line 3: rater 'a'.*'1.png'.*line 2"),
         (HEADER, ["1.png,9,Fundus,9,normal,a", "9.png,2,Fundus,3,normal,a"],
          r"line 2: expert_level is '9'.*; line 2: rating is '9'.*; line 3: image '9.png'"),

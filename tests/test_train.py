@@ -208,6 +208,7 @@ def test_wandb_records_offline_without_a_key(train, tmp_path, monkeypatch):
         ({"sample__num_steps": 1000}, "1 to 999"),
         ({"log_with": "sometimes"}, "wandb"),
         ({"run_name": "../run"}, "run_name: the path '../run' leads out of"),
+        ({"run_name": "/nowhere/run"}, "run_name: the path '/nowhere/run' leads out of"),
         ({"run_name": "."}, "run_name: the path '.' is empty"),
         ({"prompt_fn": "from_file", "prompt_fn_kwargs.path": "/nowhere.txt"}, "/nowhere.txt"),
         ({"held_out__patience": 2}, "held_out.every is 0"),
