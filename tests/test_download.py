@@ -83,7 +83,7 @@ def report(script, caplog, folder: Path) -> tuple[list[str], str]:
     """Return the lines of a check, and its error."""
     caplog.clear()
     with caplog.at_level("INFO"):
-        error = refused("", script.check, folder)
+        error = refused([str(folder)], script.check, folder)
     return caplog.messages, error
 
 

@@ -102,6 +102,7 @@ FIELDS = [
 @pytest.mark.parametrize("reader", READERS)
 def test_another_content_or_field_is_refused(tmp_path, reader):
     name, read = READERS[reader]
+    assert {one for one, _ in FIELDS} <= READERS.keys()  # or a case would be left out
     fields = [json.dumps(value).encode() for one, value in FIELDS if one == reader]
     for number, content in enumerate([*CONTENTS.values(), *fields]):
         if content or not name.endswith(".jsonl"):  # an empty log is whole

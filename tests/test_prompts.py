@@ -111,8 +111,8 @@ def test_text_of_any_language_is_a_prompt_and_nothing_else():
         refused(f"eval.prompts, prompt 2 is .*{type(value).__name__}", prompts.given_prompts, ("a dog", value))
     for text in ("cup/disc ratio 0.6", "na\u00efve caf\u00e9 \u2013 50 %", "\u76ae\u819a", "\U0001f9b4 bone"):
         prompts.check_prompt(text)
-    for text in ("", "  ", "a\udc80mole"):
-        refused("", prompts.check_prompt, text)
+    for text, said in (("", "is blank"), ("  ", "is blank"), ("a\udc80mole", r"U\+DC80 .*position 2")):
+        refused(said, prompts.check_prompt, text)
 
 
 def test_functions_of_ddpo_pytorch_are_a_function_of_the_seed(monkeypatch):

@@ -220,12 +220,13 @@ def test_both_answers_the_patient_and_the_seconds_of_each_image_are_kept(store, 
     for hour, number in itertools.product(range(3), range(2)):
         now = calendar.timegm((2026, 10, 25, hour, 59, 50)) + 20 * number
         store.click("rate", items[number], "Bob", rating=2, expert_level=3)
-    with monkeypatch.context() as patch:
-        patch.setenv("TZ", "Europe/Berlin")
+    try:
+        with monkeypatch.context() as patch:
+            patch.setenv("TZ", "Europe/Berlin")
+            time.tzset()
+            assert store.seconds("Bob", asked) == [20, 20, 20]
+    finally:
         time.tzset()
-        seconds = store.seconds("Bob", asked)
-    time.tzset()
-    assert seconds == [20, 20, 20]
 
 
 def finish(questions: Questions, rater: str, answer) -> dict:
