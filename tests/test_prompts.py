@@ -25,7 +25,8 @@ def test_isic_captions_are_the_official_list_drawn_uniformly_or_by_index_and_lab
     assert sum((count - 100) ** 2 / 100 for count in counts) < 61.1
     assert all(metadata == {"label": list(labels_of(prompt))} for prompt, metadata in drawn)
     assert [prompts.isic_all_idx(i)[0] for i in range(32)] == list(CAPTIONS)
-    assert prompts.isic_all_idx(1) == (CAPTIONS[1], {"label": [0, 0, 0, 1, 1, 0]})
+    ink = "a dermoscopic image with melanoma (MEL) showing ink"
+    assert prompts.isic_all_idx(1) == (ink, {"label": [0, 0, 0, 1, 1, 0]})
     for idx in (-1, 32, "a"):
         refused(rf"prompt_fn_kwargs.idx is {idx!r}; .*\[0, 31\]", prompts.isic_all_idx, idx)
 
