@@ -35,4 +35,4 @@ stage ddpo "13 min on a core with 12 epochs" $LAUNCH scripts/train.py --config $
 stage eval-sd "8 min on a core with 48 images per caption" $LAUNCH scripts/eval.py --config $ISIC128:${ISIC}_eval
 stage eval-rl "8 min on a core with 48 images per caption" $LAUNCH scripts/eval.py --config $ISIC128:${ISIC}_eval_rl --config.load_from=$RUN
 stage metric "?" $LAUNCH scripts/metric.py --config $ISIC128:evaluate_metric_rl --report
-stage augment "56 min on a slower core with 1,000 images" $LAUNCH scripts/augment.py $DATA --train_csv $SPLITS/isic2019_train.csv --test_csv $SPLITS/isic2019_test.csv --samples SD=$OUT/samples/SD_samples --samples SD-RL=$OUT/samples/RL_samples --image_size 128 --output $OUT/augment
+stage augment "24 min on a core with 1,000 images" $LAUNCH scripts/augment.py $DATA --train_csv $SPLITS/isic2019_train.csv --test_csv $SPLITS/isic2019_test.csv --samples SD=$OUT/samples/SD_samples --samples SD-RL=$OUT/samples/RL_samples --image_size 128 --output $OUT/augment
