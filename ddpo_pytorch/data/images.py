@@ -26,7 +26,7 @@ from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 from ddpo_pytorch.data.dicom import read_dicom
-from ddpo_pytorch.utils.cores import on_all_cores, thread_limit
+from ddpo_pytorch.utils.cores import thread_limit
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_write, open_regular, path_inside, remove_leftovers, write_file
 
@@ -37,7 +37,8 @@ LARGEST_SIDE = 4096  # pixels of a judge's input
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 # incremented whenever `read_rgb` returns other pixels for a file, which invalidates caches
 READER_VERSION = 3
-# ways to a square: scale both sides, as in the paper; crop to the middle; pad with black; crop to the field, then pad
+# how to make images square: scale the sides independently, as in the paper; crop to the middle; pad with black; or crop
+# a fundus photograph to its field of view and pad
 RESIZES = ("stretch", "crop", "pad", "fov")
 # modes with an unambiguous conversion to RGB; CMYK, LAB and HSV depend on a profile
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr")
@@ -60,12 +61,15 @@ def to_pil(image: torch.Tensor) -> Image.Image:
 
 
 def load_image(path: str | Path, size: int | None = None, resize: str = "stretch") -> torch.Tensor:
-    """Read an image as float (3, H, W) in [0, 1], as `load_pixels` does."""
+    """Read an image as (3, H, W) float in [0, 1], resized as by `load_pixels`. Raises UserError as `read_rgb` does."""
     return load_pixels(path, size, resize).float() / 255
 
 
 def load_pixels(path: str | Path, size: int | None = None, resize: str = "stretch") -> torch.Tensor:
-    """Read an image by `read_rgb` as uint8 (3, H, W), resized (bicubic) to a square of `size` pixels."""
+    """Read an image as uint8 (3, H, W), resized (bicubic) to a square of `size` pixels by one of RESIZES.
+
+    Raises UserError as `read_rgb` does, and for another `resize`.
+    """
     image = read_rgb(path)
     if resize not in RESIZES:
         raise UserError(f"resize is {resize!r}; allowed are {', '.join(RESIZES)}")
@@ -77,9 +81,16 @@ def load_pixels(path: str | Path, size: int | None = None, resize: str = "stretc
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+class _AmbiguousImage(ValueError):
+    """An image of which the colours in 8-bit RGB are not determined; the text follows its path."""
+
+
 @contextmanager
 def open_image(path: str | Path) -> Iterator[Image.Image]:
-    """Open an image of FORMATS, or decode a DICOM file; errors while opening and in the block become UserError."""
+    """Open an image of FORMATS, whatever its suffix; errors while opening and in the block become UserError.
+
+    DICOM files are decoded immediately.
+    """
     try:
         with open_regular(path) as file:
             dicom = file.read(132)[128:] == b"DICM"
@@ -90,10 +101,11 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
                 yield image
     except UserError:
         raise
+    except _AmbiguousImage as error:
+        raise UserError(f"{str(path)!r} {error}; convert it to 8-bit RGB yourself") from error
     except Exception as error:  # Pillow's decoders raise almost anything for damaged files
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
-        advice = "remove it, fetch it again, or convert it to 8-bit RGB"
-        raise UserError(f"{str(path)!r} cannot be read as an image; {advice} ({reason})") from error
+        raise UserError(f"{str(path)!r} cannot be read as an image; remove it or fetch it again ({reason})") from error
 
 
 def read_rgb(path: str | Path) -> Image.Image:
@@ -108,15 +120,15 @@ def read_rgb(path: str | Path) -> Image.Image:
         if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
             straight = image.convert("LA") if image.mode == "La" else image
             if straight.convert("RGBA").getchannel("A").getextrema()[0] < 255:
-                raise ValueError("it has transparent pixels, whose colour is not defined")
+                raise _AmbiguousImage("has transparent pixels, whose colour is not defined")
         if white and image.mode.startswith("I"):
             levels = np.asarray(image).astype(np.int64)
             if 0 < levels.max() <= white // 16:
-                raise ValueError(f"it has no grey level above {levels.max()}, where white is {white}")
+                raise _AmbiguousImage(f"has no grey level above {levels.max()}, where white is {white}")
             return Image.fromarray(((levels * 255 + white // 2) // white).astype(np.uint8)).convert("RGB")
         picture = image.convert("RGB")
         if white and max(high for _, high in picture.getextrema()) < 16:
-            raise ValueError(f"it has no level above {white // 16}, where white is {white}")
+            raise _AmbiguousImage(f"has no level above {white // 16}, where white is {white}")
         return picture
 
 
@@ -136,22 +148,22 @@ def _layout(image: Image.Image) -> tuple[str, int]:
 
 
 def _check_meaning(image: Image.Image) -> None:
-    """Raise ValueError if an image's header does not determine its meaning in 8 bits."""
+    """Raise _AmbiguousImage if an image's header does not determine its meaning in 8 bits."""
     layout, white = _layout(image)
     if image.format in ("PNG", "TIFF", "WEBP") and (frames := getattr(image, "n_frames", 1)) > 1:
-        raise ValueError(f"it holds {frames} images")
+        raise _AmbiguousImage(f"holds {frames} images")
     tags = getattr(image, "tag_v2", {})
     samples = tags.get(339, (1,))  # SampleFormat: 1 is unsigned, 2 signed, 3 floating point
     if image.mode == "F" or set(samples if isinstance(samples, tuple) else (samples,)) != {1}:
-        raise ValueError("it has signed or floating-point levels with unknown black and white")
+        raise _AmbiguousImage("has signed or floating-point levels with unknown black and white")
     if image.mode.startswith("I") and not re.fullmatch(r"I;(12|16)[BLNR]?", layout):
-        raise ValueError("it has 32-bit or signed levels with unknown black and white")
+        raise _AmbiguousImage("has 32-bit or signed levels with unknown black and white")
     if white and tags.get(262) == 0:  # PhotometricInterpretation: Pillow inverts 8-bit images only
-        raise ValueError("it has 16-bit levels in which white is 0")
+        raise _AmbiguousImage("has 16-bit levels in which white is 0")
     if "transparency" in image.info and image.mode != "P" and layout not in ("L", "RGB"):
-        raise ValueError("it declares one of its levels transparent")
+        raise _AmbiguousImage("declares one of its levels transparent")
     if image.mode not in _MODES and not image.mode.startswith("I"):
-        raise ValueError(f"it has mode {image.mode}")
+        raise _AmbiguousImage(f"has mode {image.mode}")
 
 
 def find_damage(paths: Sequence[Path]) -> list[str | None]:
@@ -163,7 +175,8 @@ def find_damage(paths: Sequence[Path]) -> list[str | None]:
         except UserError as error:
             return str(error)
 
-    return on_all_cores(fault, paths)
+    with ThreadPoolExecutor(thread_limit()) as pool:
+        return list(pool.map(fault, paths))
 
 
 def is_intact(path: str | Path) -> bool:
@@ -182,12 +195,15 @@ def is_intact(path: str | Path) -> bool:
 
 
 def save_image(path: str | Path, image: torch.Tensor, comment: str = "") -> None:
-    """Write a (3, H, W) image, uint8 or float in [0, 1], by `save_picture`."""
+    """Write a (3, H, W) image, uint8 or float in [0, 1], as JPEG if the path ends in .jpg, else as PNG."""
     save_picture(path, to_pil(image), comment)
 
 
 def save_picture(path: str | Path, picture: Image.Image, comment: str = "") -> None:
-    """Write a PIL image atomically, with a comment: .jpg as JPEG of quality 95 without subsampling, others as PNG."""
+    """Write a PIL image atomically: .jpg as JPEG of quality 95 without chroma subsampling (4:4:4), others as PNG.
+
+    A comment is stored in PNG's text chunk "Comment" or as JPEG's comment.
+    """
     encoded, note = io.BytesIO(), PngInfo()  # in memory, since Pillow's JPEG encoder does not report a full disk
     note.add_text("Comment", comment)
     if Path(path).suffix == ".jpg":
@@ -209,7 +225,10 @@ def is_synthetic(path: str | Path) -> bool:
 
 
 def content_numbers(paths: Sequence[str | Path]) -> list[int]:
-    """Return a 64-bit number for each file, from its size and 4 KiB in its middle and end (all bytes take minutes)."""
+    """Return a 64-bit number for each file, from its size and 4 KiB in its middle and at its end.
+
+    The numbers distinguish images of the same name; reading all bytes of a data set would take minutes.
+    """
 
     def number(path: str | Path) -> int:
         try:
@@ -223,7 +242,8 @@ def content_numbers(paths: Sequence[str | Path]) -> list[int]:
             raise UserError(f"{str(path)!r} cannot be read ({error.strerror}); remove it or fetch it again") from error
         return int.from_bytes(digest.digest()[:8], signed=True)
 
-    return on_all_cores(number, paths)
+    with ThreadPoolExecutor(thread_limit()) as pool:
+        return list(pool.map(number, paths))
 
 
 class ImageFiles(Dataset):
@@ -314,8 +334,11 @@ def image_grid(images: torch.Tensor, columns: int, padding: int = 2) -> Image.Im
     return to_pil(make_grid(images, columns, padding, pad_value=1.0))
 
 
-FOV_THRESHOLD = 15  # of the largest of the three 8-bit channels; the surround in JPEG files reaches about 10
-SMALLEST_PART = 1 / 500  # share of the picture of a separate lit region of the field; stamped letters are smaller
+# Of 255 levels; the surround in JPEG files reaches about 10. Applied to the largest channel: the darkest retina is only
+# red.
+FOV_THRESHOLD = 15
+# Minimum size of a separate lit region of the field, as a share of the picture; stamped letters are smaller.
+SMALLEST_PART = 1 / 500
 
 
 def fov_mask(rgb: np.ndarray) -> np.ndarray:
@@ -328,10 +351,11 @@ def fov_square(image: Image.Image) -> Image.Image:
     """Crop an RGB image to the box of its field of view and pad it with black to a centred square, without scaling.
 
     The box contains every lit region of at least SMALLEST_PART of the picture, since a dark band may divide the field.
+    A picture without such a region is only padded.
     """
     regions, sizes = _lit_regions(np.asarray(image))
     large = (sizes >= SMALLEST_PART * regions.size) & (sizes > 0)
-    image = image.crop(Image.fromarray(large[regions]).getbbox())  # None: all of it
+    image = image.crop(Image.fromarray(large[regions]).getbbox())  # None, without a region, crops nothing
     side = max(image.size)
     square = Image.new("RGB", (side, side))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -352,7 +376,9 @@ def stem_of(name: str) -> str:
     return stem if suffix.lower() in SUFFIXES else name
 
 
-def find_images(folder: str | Path, names: Sequence[str], key: Callable = str.casefold) -> list[Path | None]:
+def find_images(
+    folder: str | Path, names: Sequence[str], key: Callable[[str], str] = str.casefold
+) -> list[Path | None]:
     """Return the image file of each name (a path relative to `folder`), or None.
 
     If that file does not exist, take the only image whose stem has the same `key`; it may differ in case, the spelling
@@ -396,7 +422,11 @@ def _format(name: str) -> str:
 
 
 def rows_with_image(
-    rows: Sequence[Any], table: str | Path, folder: str | Path, limit: int = 0, find: Callable = find_images
+    rows: Sequence[Any],
+    table: str | Path,
+    folder: str | Path,
+    limit: int = 0,
+    find: Callable[[str | Path, Sequence[str]], list[Path | None]] = find_images,
 ) -> tuple[list[Any], list[Path], int]:
     """Return the rows with an image (the first `limit` unless 0), their files, and the number of rows without one."""
     if not Path(folder).is_dir():
@@ -409,8 +439,9 @@ def rows_with_image(
         pairs = pairs[: present[limit - 1] + 1]
     missing = [row.image for row, path in pairs if not path]
     if not present:
-        expected = f"where the first would be {str(Path(folder) / missing[0])!r}; give the folder of these paths"
-        raise UserError(f"none of the {len(missing)} images of {str(table)!r} is in {str(folder)!r}, {expected}")
+        expected = f"in {str(folder)!r}, where the first would be {str(Path(folder) / missing[0])!r}"
+        advice = "give the folder that the names are relative to"
+        raise UserError(f"none of the {len(missing)} images of {str(table)!r} is {expected}; {advice}")
     if missing:
         listed = f"{', '.join(missing[:5])}{', ...' if missing[5:] else ''}"
         message = "%d of %d images of %s are not in %s; skipping their rows: %s"

@@ -2,7 +2,8 @@
 
 A sample folder has `images/<folder_name of the caption>/<name>.png|jpg`, `settings.json` (so that images of different
 settings never mix) and `image_log.json`, a list with an entry per image (at least prompt and path_to_img, relative to
-the folder), merged at the end from each process's `image_log.part<rank>.jsonl`, even after a kill.
+the folder). Processes append a JSON line per image to `image_log.part<rank>.jsonl`; these are merged at the end, even
+after a kill.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 from ddpo_pytorch.data.images import is_intact
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.data.metadata import METADATA, read_metadata
-from ddpo_pytorch.utils.cores import on_all_cores
+from ddpo_pytorch.utils.cores import thread_limit
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import JsonLines, path_fault, path_inside, write_json
 from ddpo_pytorch.utils.json_files import OneOf, parse_json, read_json
@@ -136,7 +138,7 @@ def read_entries(folder: str | Path) -> dict[str, dict[str, Any]]:
 def merge_parts(folder: str | Path, order: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Write all entries to `image_log.json`, remove the parts and return the entries. Main process only.
 
-    They are sorted like their paths in `order`, then by folder and path, and numbered: sampleID 0, 1, ...
+    Entries are sorted like their paths in `order`, then by folder and path, and numbered: sampleID 0, 1, ...
     """
     entries, rank = read_entries(folder), {path: number for number, path in enumerate(order)}
     last = {os.path.dirname(path): number for path, number in rank.items()}
@@ -153,12 +155,17 @@ def merge_parts(folder: str | Path, order: Sequence[str] = ()) -> list[dict[str,
 
 def damaged_images(folder: str | Path, paths: Sequence[str]) -> list[str]:
     """Return those of `paths`, relative to the folder, whose image is damaged."""
-    intact = on_all_cores(is_intact, map(Path(folder).joinpath, paths))
-    return [path for path, fine in zip(paths, intact, strict=True) if not fine]
+    with ThreadPoolExecutor(thread_limit()) as pool:
+        intact = pool.map(is_intact, map(Path(folder).joinpath, paths))
+        return [path for path, fine in zip(paths, intact, strict=True) if not fine]
 
 
 def list_samples(folder: str | Path, prompts: Collection[str] = ()) -> list[tuple[Path, str]]:
-    """Return the sorted (file, caption) of a sample folder or its table (`data.metadata`), or those of `prompts`."""
+    """Return the sorted (file, caption) of a sample folder's images, or those of `prompts`, without hidden files.
+
+    In a folder with a table (`data.metadata`), these are the images listed there. Raises UserError if there are none,
+    if a listed image is absent, or for other files and folders in images/.
+    """
     root, table = Path(folder) / "images", Path(folder) / METADATA
     if table.is_file():
         listed = [(Path(folder) / row.image, row.caption) for row in read_metadata(table)]
@@ -173,15 +180,17 @@ def list_samples(folder: str | Path, prompts: Collection[str] = ()) -> list[tupl
             allowed = f"images/<caption with _ for spaces>/ holds only {', '.join(IMAGE_SUFFIXES)} files"
             raise UserError(f"{str(unread[0])!r} is not read: {allowed}; convert it, or move it away")
     else:
-        neither = f"has neither images/ nor {METADATA} with the columns file_name, text"
-        raise UserError(f"{str(folder)!r} is not a sample folder: it {neither}; give another folder")
+        neither = f"it has neither images/, as scripts/eval.py writes, nor {METADATA} with the columns file_name, text"
+        raise UserError(f"{str(folder)!r} is not a sample folder: {neither}; give another folder")
     if not samples:
         wanted = f" of the prompts {sorted(prompts)}" if prompts else ""
         raise UserError(f"{str(folder)!r} holds no images{wanted}; draw them first, or give another folder")
     return samples
 
 
-def captions_without_images(folder: str | Path, samples: Sequence[tuple], prompts: Sequence[str] = ()) -> list[str]:
+def captions_without_images(
+    folder: str | Path, samples: Sequence[tuple[Path, str]], prompts: Sequence[str] = ()
+) -> list[str]:
     """Return the captions, sorted, of `prompts` or else of a sample folder and its log that have no `samples`."""
     captions = set(prompts) or {entry.get("prompt") for entry in read_log(folder)} - {None}
     if not prompts and not (Path(folder) / METADATA).is_file():
