@@ -57,7 +57,8 @@ def isic_classifier_reward(classifier: str | Path | ArtifactClassifier, device: 
     model = model.to(device).eval()
     if not set(model.labels) <= set(LABELS):
         given, allowed = ", ".join(model.labels), ", ".join(LABELS)
-        raise UserError(f"the classifier predicts {given}; allowed are {allowed}: give another, or your own reward")
+        advice = "give another classifier, or a reward of your own"
+        raise UserError(f"the classifier predicts {given}; allowed are {allowed}: {advice}")
     columns = [LABELS.index(name) for name in model.labels]
 
     def reward(images, prompts, metadata):
@@ -65,7 +66,7 @@ def isic_classifier_reward(classifier: str | Path | ArtifactClassifier, device: 
         for prompt, one in zip(prompts, metadata, strict=True):
             values = _as_array(one["label"] if "label" in one else labels_of(prompt))
             if values is None or values.shape != (len(LABELS),) or not np.isin(values, (0, 1)).all():
-                wanted = f"0 or 1 for each of {', '.join(LABELS)}: change the prompt function"
+                wanted = f"{len(LABELS)} numbers, 0 or 1, for {', '.join(LABELS)}: change the prompt function"
                 raise UserError(f"metadata['label'] of a prompt is {one['label']!r}; it must be {wanted}")
             stated.append(values)
         labels = np.array(stated, dtype=np.int64)[:, columns]
@@ -100,16 +101,18 @@ REWARDS: dict[str, Callable[..., RewardFn]] = {factory.__name__: factory for fac
 class Reward:
     """A reward, or a weighted sum of rewards, whose results are validated by `check_result`.
 
-    Calling it returns rewards (B,) float64 and info. A single reward (weights None) keeps its own info. A sum's info
-    holds the unweighted rewards of its `parts` by name, and the info of each part as "<name>/<key>". An exception other
-    than UserError becomes a RuntimeError that names the reward and the prompts.
+    Calling it with a batch returns rewards (B,) float64 and info. A single reward (weights None) keeps its own info. A
+    sum's info holds the unweighted rewards of its `parts` by name, and the info of each part as "<name>/<key>".
+    A UserError is passed on; any other exception becomes a RuntimeError that names the reward and the prompts.
     """
 
     def __init__(self, functions: Mapping[str, RewardFn], weights: Mapping[str, float] | None = None):
         self._functions, self._weights = dict(functions), weights
         self.parts = () if weights is None else tuple(functions)
 
-    def __call__(self, images: torch.Tensor, prompts: Sequence[str], metadata: Metadata) -> tuple[np.ndarray, dict]:
+    def __call__(
+        self, images: torch.Tensor, prompts: Sequence[str], metadata: Metadata
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         total, info = np.zeros(len(prompts)), {}
         for name, function in self._functions.items():
             try:
@@ -134,13 +137,14 @@ def as_reward(function: RewardFn) -> Reward:
 
 
 class Scorer:
-    """Scores batches of images: on a GPU in its own thread and CUDA stream, while the next ones are sampled.
+    """Scores batches of images while the next ones are sampled.
 
-    On a CPU, where the two would compete for the same cores, a batch is scored when it is submitted.
+    On a GPU, scoring runs in its own thread and CUDA stream, concurrently with the denoising of the next batch. On a
+    CPU, where the two would compete for the same cores, a batch is scored when it is submitted.
     """
 
     def __init__(self, reward_fn: RewardFn, device: torch.device):
-        self.reward_fn, self._thread, self._stream = as_reward(reward_fn), None, None
+        self.reward_fn, self._thread = as_reward(reward_fn), None
         if device.type == "cuda":  # threads start on GPU 0, where every rank would create a context
             index = torch.cuda.current_device() if device.index is None else device.index
             self._thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(index,))
@@ -148,7 +152,11 @@ class Scorer:
         self._scores: list[Future[np.ndarray]] = []
 
     def submit(
-        self, images: torch.Tensor, prompts: Sequence[str], metadata: Metadata, check: Callable = lambda images: images
+        self,
+        images: torch.Tensor,
+        prompts: Sequence[str],
+        metadata: Metadata,
+        check: Callable[[torch.Tensor], torch.Tensor] = lambda images: images,
     ) -> None:
         """Queue `check(images)`, (B, 3, H, W) float32 in [0, 1], for scoring. Raises errors of earlier batches.
 
@@ -159,10 +167,10 @@ class Scorer:
                 earlier.result()
         if self._thread:
             ready = torch.cuda.current_stream(images.device).record_event()
-            score = self._thread.submit(self._score, ready, images, prompts, metadata, check)
+            score = self._thread.submit(self._score_on_stream, ready, images, prompts, metadata, check)
         else:
             score = Future()
-            score.set_result(self._score(None, images, prompts, metadata, check))
+            score.set_result(self._score(images, prompts, metadata, check))
         self._scores.append(score)
 
     def collect(self) -> np.ndarray:
@@ -178,19 +186,24 @@ class Scorer:
         if self._thread:
             self._thread.shutdown(cancel_futures=True)
 
-    def _score(self, ready: torch.cuda.Event | None, images: torch.Tensor, prompts, metadata, check) -> np.ndarray:
-        with torch.cuda.stream(self._stream):  # without a stream, nothing changes
-            if ready:
-                self._stream.wait_event(ready)
-                images.record_stream(self._stream)  # keeps the memory from being reused too early
-            rewards, info = self.reward_fn(check(images), prompts, metadata)
-            return np.stack([rewards, *(info[name] for name in self.reward_fn.parts)], axis=1)
+    def _score_on_stream(self, ready: torch.cuda.Event, images: torch.Tensor, *batch: Any) -> np.ndarray:
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            images.record_stream(self._stream)  # keeps the memory from being reused too early
+            return self._score(images, *batch)
+
+    def _score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Metadata, check: Callable) -> np.ndarray:
+        rewards, info = self.reward_fn(check(images), prompts, metadata)
+        return np.stack([rewards, *(info[name] for name in self.reward_fn.parts)], axis=1)
 
 
-def build_reward(spec: str, kwargs_by_name: Mapping[str, Mapping] | None = None, device: Device = "cpu") -> Reward:
-    """Build the reward of a specification (see `parse_spec`) with each factory's keyword arguments.
+def build_reward(
+    spec: str, kwargs_by_name: Mapping[str, Mapping[str, Any]] | None = None, device: Device = "cpu"
+) -> Reward:
+    """Build the reward of a specification: "a", or a weighted sum such as "a:0.7,b:0.3" (weight 1 by default).
 
-    Those of registered rewards that are not in `spec` are ignored. Raises UserError for an invalid argument or factory.
+    `kwargs_by_name` holds each factory's keyword arguments; those of registered rewards that are not in `spec` are
+    ignored. Raises UserError for an invalid specification, argument or factory.
     """
     parts = parse_spec(spec)
     kwargs_by_name = kwargs_by_name or {}
@@ -198,7 +211,7 @@ def build_reward(spec: str, kwargs_by_name: Mapping[str, Mapping] | None = None,
         if name not in REWARDS and name not in parts:
             raise UserError(f"reward_fn_kwargs.{name} belongs to no reward; {_known()}")
         if not isinstance(given, Mapping):
-            raise UserError(f"reward_fn_kwargs.{name} is {given!r}; give reward_fn_kwargs.{name}.ARGUMENT=VALUE")
+            raise UserError(f"reward_fn_kwargs.{name} is {given!r}; give arguments, reward_fn_kwargs.{name}.NAME=VALUE")
     functions = {}
     for name, part in parts.items():
         factory = import_function(part.path, "reward_fn") if part.path else REWARDS[name]
@@ -221,8 +234,8 @@ def build_reward(spec: str, kwargs_by_name: Mapping[str, Mapping] | None = None,
 def check_result(name: str, result: Any, prompts: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
     """Validate a reward function's result for B prompts; return rewards (B,) float64 and info.
 
-    Rewards may be a list, tuple, array or tensor of shape (B,) or (B, 1), of integers, booleans or floats, on any
-    device. Raises UserError for anything else, and for a value that is not finite.
+    Rewards may be a list or tuple of B numbers, or an array or tensor of shape (B,) or (B, 1), of integers, booleans or
+    floats, on any device. Raises UserError for anything else, and for a value that is not finite.
     """
     count, where = len(prompts), f"for {len(prompts)} images; it must return"
     if not isinstance(result, tuple | list) or len(result) != 2 or not isinstance(result[1], Mapping):
@@ -231,7 +244,7 @@ def check_result(name: str, result: Any, prompts: Sequence[str]) -> tuple[np.nda
     rewards, info = result
     values = _as_array(rewards)
     if values is None or values.shape not in ((count,), (count, 1)):
-        wanted = f"one real number per image: a list, an array or a tensor of shape ({count},)"
+        wanted = f"{count} real numbers, one for each image: a list, an array or a tensor of shape ({count},)"
         raise UserError(f"reward {name!r} returned {describe_value(rewards)} {where} {wanted}")
     values = values.reshape(count)
     for prompt, value in zip(prompts, values, strict=True):
@@ -257,12 +270,17 @@ def _as_array(rewards: Any) -> np.ndarray | None:
 
 
 def check_prompts(
-    reward_fn: RewardFn, prompts: Sequence[Prompt], device: Device = "cpu", batch_size: int = 32, size=(64, 64)
+    reward_fn: RewardFn,
+    prompts: Sequence[Prompt],
+    device: Device = "cpu",
+    batch_size: int = 32,
+    size: tuple[int, int] = (64, 64),
 ) -> None:
     """Try a reward on an image of noise on `device` for each (prompt, metadata), before anything is sampled.
 
     Images are of `size` (height, width), like those to come, since a reward may fit no other. Every call has at least
-    two, to catch a reward that returns one value per batch. Raises as `Reward` does.
+    two, to catch a reward that returns one value per batch. Raises as `Reward` does, and UserError for a prompt that
+    the reward does not understand.
     """
     reward_fn, generator = as_reward(reward_fn), torch.Generator().manual_seed(0)
     noise = torch.rand((max(2, batch_size), 3, *size), generator=generator).to(device)
@@ -280,7 +298,10 @@ class Part(NamedTuple):
 
 
 def parse_spec(spec: str) -> dict[str, Part]:
-    """Parse "a", or a sum such as "a:0.7,b:0.3" (weight 1 by default); each name may be "module:factory"."""
+    """Parse "a", or a sum such as "a:0.7,b:0.3" (weight 1 by default), into rewards by name, in order.
+
+    Each name may be "module:factory". Raises UserError for an unknown or repeated name, and for an invalid weight.
+    """
     parts: dict[str, Part] = {}
     for piece in spec.split(","):
         name, colon, last = (text.strip() for text in piece.rpartition(":"))

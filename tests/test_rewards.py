@@ -207,7 +207,8 @@ def moody(images, prompts, metadata):
     return np.where(np.array(prompts) == "nothing", np.nan, brightness(images).numpy()), {}
 
 
-def test_rewards_come_in_the_order_of_submission_and_failures_at_once():
+def test_rewards_come_in_the_order_of_submission_and_failures_at_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "stream", None)  # even without a stream, it would initialise a GPU
     scorer = Scorer(moody, torch.device("cpu"))
     images = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     for part in images.split(2):
