@@ -43,8 +43,10 @@ async function post(name, body) {
 const download = async (id) => URL.createObjectURL(await (await ask(`/image/${id}`)).blob());
 
 function load(id) {
-  if (!images.has(id)) images.set(id, download(id));
-  images.get(id).catch(() => images.delete(id));
+  if (!images.has(id)) {
+    images.set(id, download(id));
+    images.get(id).catch(() => images.delete(id)); // so that the next call tries again
+  }
   return images.get(id);
 }
 

@@ -32,8 +32,13 @@ from ddpo_pytorch.rating.store import rater_name
 from ddpo_pytorch.utils.errors import UserError
 
 MAX_BODY = 4096  # bytes per request
-HEADERS = {"Cache-Control": "no-store", "Cross-Origin-Resource-Policy": "same-origin", "X-Frame-Options": "DENY"}
-HEADERS |= {"Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
 Action = Literal["state", "rate", "skip", "undo", "again"]
 Name = Annotated[str, Field(max_length=512, strict=True)]
 OneToThree = Annotated[int, Field(ge=1, le=3, strict=True)] | None
@@ -88,9 +93,10 @@ def make_app(
 ) -> FastAPI:
     """Return the app: the page with inline style and script, its images, and the endpoint for clicks.
 
-    In mode "real" the page asks whether an image is a photograph, in "pair" which of two is better, else for quality,
-    its `criteria`, and agreement with the text. It asks for the rater and the expert level unless `only` and `level`
-    are given. `square`: arguments size and resize of `load_pixels`.
+    Requests are rejected unread unless they are short, from the page itself and with the token. In mode "real" the page
+    asks whether an image is a photograph, in "pair" which of two is better, else for quality, its `criteria`, and
+    agreement with the text. It asks for the rater and the expert level unless `only` and `level` are given. `square`:
+    arguments size and resize of `load_pixels`.
     """
     folder = files("ddpo_pytorch.rating")
     parts = {name: (folder / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}

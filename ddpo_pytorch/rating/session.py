@@ -123,7 +123,8 @@ class Progress:
 class Questions:
     """Items under unguessable ids (`number_of` questions, `files` of images), and each rater's progress. Thread-safe.
 
-    `examples`: (rating, file) of reference images. `summarise` returns the lines to show a rater at the end.
+    `repeats`: see `order_for`. `examples`: (rating, file) of reference images. `summarise` returns the lines to show a
+    rater at the end.
     """
 
     def __init__(
@@ -181,11 +182,15 @@ class Questions:
                 self._click(action, progress.history[-1][0], rater, {})
                 progress.undo()
             shown = [self._question(number, rater) for number in progress.waiting[:2]]
-            counts = {"total": progress.total, "skipped": len(progress.postponed), "undo": len(progress.history)}
-            rated = progress.total - len(progress.waiting) - len(progress.postponed)
-            current, following = [*shown, None, None][:2]
-            state = {"rated": rated, "current": current, "next": following}
-            return already | counts | state | {"summary": [] if shown else self._summarise(rater)}
+            return already | {
+                "total": progress.total,
+                "rated": progress.total - len(progress.waiting) - len(progress.postponed),
+                "skipped": len(progress.postponed),
+                "undo": len(progress.history),
+                "summary": [] if shown else self._summarise(rater),
+                "current": shown[0] if shown else None,
+                "next": shown[1] if len(shown) > 1 else None,
+            }
 
     def _click(self, action: str, number: int, rater: str, given: dict[str, int | None]) -> None:
         if number >= self._count:

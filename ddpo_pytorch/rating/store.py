@@ -2,8 +2,9 @@
 
 `ratings.journal.csv` (time, action, the columns of the table) is the source of truth: a click is on disk (fsync) before
 it is confirmed. Ratings of hidden repeats are only in the journal. `ratings.csv` is always valid for `read_ratings`:
-each click replaces it atomically. What another program wrote to either file is first saved under another name, so
-neither a spreadsheet nor a crash loses a rating. Only a table without a journal is imported as it is.
+each click replaces it atomically. If another program has changed either file, its content is first saved under another
+name, so neither a spreadsheet nor a crash changes, loses or duplicates a rating. Only a table without a journal is
+imported as it is.
 """
 
 import calendar
@@ -76,7 +77,10 @@ def rater_name(text: str) -> str:
 
 
 class Store:
-    """The table at `path` and its journal, of one `mode` (else UserError), locked for this process. Not thread-safe."""
+    """The table at `path` and its journal, for answers of one `mode`, locked for this process. Not thread-safe.
+
+    Raises UserError for a table of another mode; rows of earlier versions may lack the mode.
+    """
 
     def __init__(self, path: str | Path, mode: str = "rate"):
         self.path, self.mode = Path(path), mode
@@ -158,7 +162,8 @@ class Store:
     def _read(self) -> tuple[list[list[str]], bytes]:
         """Return the journal's clicks and an incomplete last line to drop; without a journal, the table as clicks.
 
-        An incomplete line is a click interrupted by a crash, unless the table shows that it was confirmed.
+        The latter have no time. An incomplete line is a click interrupted by a crash, unless the table shows that it
+        was confirmed.
         """
         table, journal = _bytes(self.path), _bytes(self.journal)
         if _content(JOURNAL_COLUMNS).startswith(journal):  # missing, or truncated in its first line
