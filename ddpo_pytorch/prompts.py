@@ -3,7 +3,8 @@
 A prompt function returns a prompt, or `(prompt, metadata)`, and takes its randomness from the argument `rng`; one
 without that parameter, as in ddpo-pytorch, may use random, NumPy or PyTorch (see `draw_prompt`). Rewards receive the
 metadata, `{"label": [hair, gel_bubble, ruler, ink, MEL, NV]}` (0/1) for an ISIC caption, else `{}`. To use your own
-function, set `prompt_fn="my_module:my_function"`, or register it in `PROMPTS` (and `PROMPT_LISTS`, for eval.py).
+function, set `prompt_fn="my_module:my_function"`, or register it in `PROMPTS`, and in `PROMPT_LISTS` if eval.py should
+be able to enumerate its prompts.
 """
 
 import logging
@@ -108,7 +109,8 @@ def describe(prompt: str) -> Prompt:
 def read_prompts(path: str | Path, low: int | None = None, high: int | None = None) -> list[str]:
     """Return the prompts [low, high) of a text file with one prompt per line; `path` may be the name of an asset.
 
-    Blank lines and surrounding spaces are dropped; repeated prompts are kept, with a warning. Raises UserError.
+    Blank lines, a byte-order mark and surrounding spaces are dropped; repeated prompts are kept, with a warning. Raises
+    UserError for a missing file, an empty range, or a line that `check_prompt` rejects.
     """
     where, given = f"prompt file {str(path)!r}", {"low": low, "high": high}
     given = {name: value for name, value in given.items() if value is not None}
@@ -148,7 +150,10 @@ def check_prompt(prompt: str, where: str = "prompt") -> None:
 
 
 def given_prompts(prompts: Sequence[Any], kind: str = "isic") -> list[str]:
-    """Return the texts of `eval.prompts`, for kind "fundus" with a modality as in training, or raise UserError."""
+    """Return the texts of `eval.prompts`, for kind "fundus" with the modality as a prefix, as in training.
+
+    Raises UserError as `check_prompt` does, and for what is no text.
+    """
     for number, prompt in enumerate(prompts, start=1):
         where = f"eval.prompts, prompt {number}"
         if not isinstance(prompt, str):
@@ -169,7 +174,10 @@ PROMPT_LISTS: dict[str, Callable[..., Sequence[str]]] = {
 
 
 def get_prompt_fn(name: str, /, **kwargs: Any) -> Callable[..., Prompt]:
-    """Return prompt function `name` (in PROMPTS, or "module:function") bound to the arguments, or raise UserError."""
+    """Return prompt function `name` (in PROMPTS, or "module:function"), bound to the arguments that are not None.
+
+    Raises UserError for an unknown name, listing the known ones, and for arguments that the function does not accept.
+    """
     if ":" not in name and name not in PROMPTS:
         known = f"PROMPTS in ddpo_pytorch/prompts.py has {', '.join(sorted(PROMPTS))}"
         raise UserError(f"prompt function {name!r} is unknown; {known}; add it there, or give module:function")
@@ -181,7 +189,8 @@ def get_prompt_fn(name: str, /, **kwargs: Any) -> Callable[..., Prompt]:
 def draw_prompt(function: Callable[..., Any], seed: int) -> Prompt:
     """Call a prompt function so that its result depends on the seed alone; return prompt and metadata.
 
-    A parameter `rng` gets a `random.Random`; else the global generators of random, NumPy and PyTorch are seeded.
+    A function with the parameter `rng` gets a `random.Random`; for any other, the global generators of random, NumPy
+    and PyTorch are seeded during the call. Raises UserError as `as_prompt` does.
     """
     name = getattr(function, "__name__", str(function))
     if "rng" in signature_of(function).parameters:
@@ -191,7 +200,10 @@ def draw_prompt(function: Callable[..., Any], seed: int) -> Prompt:
 
 
 def as_prompt(result: Any, name: str) -> Prompt:
-    """Convert a result of prompt function `name`, a prompt or a (prompt, dict) pair, to a pair, or raise UserError."""
+    """Convert the result of prompt function `name`, a prompt or a (prompt, dict) pair, to a pair.
+
+    Raises UserError for anything else, and for a prompt that `check_prompt` rejects.
+    """
     pair = (result, {}) if isinstance(result, str) else result
     fits = isinstance(pair, tuple | list) and len(pair) == 2
     if not fits or not isinstance(pair[0], str) or not isinstance(pair[1], Mapping):
@@ -202,11 +214,15 @@ def as_prompt(result: Any, name: str) -> Prompt:
 
 
 def all_prompts(name: str, /, **kwargs: Any) -> list[Prompt]:
-    """Return every distinct prompt of function `name`, in order, by its entry in PROMPT_LISTS, or raise UserError."""
+    """Return every distinct prompt that function `name` can return with these keyword arguments, in order.
+
+    Raises UserError for a name without an entry in PROMPT_LISTS, and for arguments that it does not accept.
+    """
     if name not in PROMPT_LISTS:
         known = f"PROMPT_LISTS in ddpo_pytorch/prompts.py has {', '.join(sorted(PROMPT_LISTS))}"
         advice = "give eval.prompts to eval.py and generate.py, held_out.every=0 to train.py"
-        raise UserError(f"the prompts of function {name!r} are unknown; {known}; add it there, or {advice}")
+        fault = f"the prompts of prompt function {name!r} are unknown"
+        raise UserError(f"{fault}; {known}; add it there to list them, or {advice}")
     prompts: dict[str, Any] = {}
     for listed in _bind(name, PROMPT_LISTS[name], kwargs)():
         text, metadata = as_prompt(listed, name)
@@ -219,9 +235,10 @@ def all_prompts(name: str, /, **kwargs: Any) -> list[Prompt]:
 def _bind(name: str, function: Callable, kwargs: Mapping[str, Any]) -> partial:
     """Bind the keyword arguments that are not None. Raises UserError if the function does not accept them."""
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    parameters = signature_of(function).parameters
+    signature = signature_of(function)
+    parameters = signature.parameters
     try:
-        signature_of(function).bind(**{key: None for key in parameters if key == "rng"} | kwargs)
+        signature.bind(**{key: None for key in parameters if key == "rng"} | kwargs)
     except TypeError as error:
         accepted = ", ".join(key for key in parameters if key != "rng") or "none"
         fault = f"do not fit prompt function {name!r}, which takes {accepted}"

@@ -26,8 +26,10 @@ logger = logging.getLogger(__name__)
 MODALITY = "Fundus"
 QUALITY = Range("[1, 3]")
 _MODALITY = re.compile(r"([A-Za-z][\w -]{0,30}):\s")
-_EYE_IN_TEXT = re.compile(r"\b((?i:left|right)|OD|OS)\b")  # OD and OS, Latin for right and left eye, are capitals
-_OTHER_SIDE = re.compile(r"\b(?:left|right)\w|\bo.?clock\b", re.IGNORECASE)  # `mirrored_caption` cannot swap it
+# OD and OS, right and left eye in Latin, are written in capitals
+_EYE_IN_TEXT = re.compile(r"\b((?i:left|right)|OD|OS)\b")
+# sides that `mirrored_caption` cannot swap
+_OTHER_SIDE = re.compile(r"\b(?:left|right)\w|\bo.?clock\b", re.IGNORECASE)
 
 
 def quality_of(row: Row) -> float:
@@ -36,7 +38,7 @@ def quality_of(row: Row) -> float:
 
 
 def is_good(row: Row) -> bool:
-    """Return whether the column `quality` does not mark the image as degraded."""
+    """Return True unless the column `quality` marks the image as degraded."""
     return quality_of(row) == 3
 
 
@@ -84,7 +86,10 @@ def caption_list(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def mirrored_caption(caption: str) -> str | None:
-    """Return the mirror image's caption, with eyes swapped, not nasal and temporal; None for words like "o'clock"."""
+    """Return the caption of the mirror image, with the eyes swapped; None for words such as "leftward" or "o'clock".
+
+    A mirrored left eye looks like a right eye, in which nasal and temporal are the same directions as before.
+    """
     swapped = {"left": "right", "right": "left", "od": "OS", "os": "OD"}
 
     def other(match: re.Match) -> str:
@@ -129,9 +134,10 @@ def check_images(paths: Sequence[Path]) -> None:
 
 
 def divide_patients(images: Sequence[Any], kinds: Sequence, shares: Sequence[float], seed: int) -> list[list]:
-    """Divide images so that those of a `patient` stay together, whatever their order. Raises UserError for empty parts.
+    """Divide images into S parts: all images of a `patient` in the same part, whatever the order of the images.
 
-    Split sizes, overall and of the 50 most frequent `kinds` (captions, ratings), approximate `shares` (S,) of sum 1.
+    Part sizes, overall and of the 50 most frequent `kinds` (captions, ratings), approximate `shares` (S,) of sum 1.
+    Raises UserError if a part would be empty.
     """
     groups = defaultdict(Counter)
     for image, kind in zip(images, kinds, strict=True):

@@ -41,8 +41,13 @@ def of_caption(rows: Sequence[Row]) -> dict[str, dict[str, str]]:
     return {text: {name: own[name] for name in own.keys() - omitted} for text, own in stated.items()}
 
 
-def requested_labels(captions: Sequence[str], labels: Sequence[str], table: Sequence[Mapping] = ()) -> torch.Tensor:
-    """Return the 0/1 labels (N, H) of N images by their rows of `table`, else an ISIC caption, or raise UserError."""
+def requested_labels(
+    captions: Sequence[str], labels: Sequence[str], table: Sequence[Mapping[str, str]] = ()
+) -> torch.Tensor:
+    """Return the 0/1 labels (N, H) that N images should show, in the order of `labels`.
+
+    They come from the images' rows of `table`, else from an ISIC caption. Raises UserError if neither states them.
+    """
     result = []
     for caption, row in zip(captions, table or [{}] * len(captions), strict=True):
         stated = [row.get(name) for name in labels]

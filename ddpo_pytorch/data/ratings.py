@@ -24,7 +24,10 @@ CLASSES = (1, 2, 3)
 
 @dataclass(frozen=True)
 class Rating:
-    """One expert's rating of an image for a prompt, in [1, 3]; what was not asked separately is None or absent."""
+    """One expert's rating of an image for a prompt, in [1, 3]; quality and alignment are None if not asked separately.
+
+    `criteria`: those of CRITERIA that were rated.
+    """
 
     image: str
     rating: float
@@ -49,7 +52,10 @@ class Rating:
 
 @dataclass(frozen=True)
 class RatedImage:
-    """Means in [1, 3], weighted by level, of the `ratings` rows of an image and prompt; `weight` is mean level / 3."""
+    """Means in [1, 3], weighted by level, over the `ratings` rows of an image and prompt; `weight` is mean level / 3.
+
+    `criteria`: means of those of CRITERIA that were rated.
+    """
 
     image: str
     path: Path
@@ -70,8 +76,8 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
     """Read a table with image_path, rating, prompt and optionally the rest of COLUMNS, APART and CRITERIA.
 
     Without expert_level every expert has level 3; without rater_id every row counts as a different rater. Image paths
-    are relative to `root` (by default the table's folder) or to the table's folder. Images must be in `root` or
-    `within`, so that an untrusted table cannot point to other files.
+    are relative to `root` (by default the table's folder) or to the table's folder. Images must be in `root` or in
+    the folder `within`, so that an untrusted table cannot point to other files.
     """
     table, root = Path(path).parent, Path(root or Path(path).parent)
     allowed = [folder for folder in (str(root), str(within)) if folder]
@@ -110,9 +116,9 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
         if patient != other:
             faults.append(f"image {image!r} is of patient {patient!r}, in line {first} of {other!r}")
         prompt = fundus.caption_of(fields["prompt"], *only)
-        values |= dict(modality=modality, rater_id=rater, patient=patient, line=line, path=file)
         criteria = {name: value for name in CRITERIA if (value := values.pop(name)) is not None}
-        rating = Rating(image=image, prompt=prompt, criteria=criteria, **values)
+        about = dict(modality=modality, rater_id=rater, patient=patient, line=line, path=file)
+        rating = Rating(image=image, prompt=prompt, criteria=criteria, **about, **values)
         return rating, (rater, image, prompt) if rater else None, f"rater {rater!r} of image {image!r} for this prompt"
 
     required, optional = ("image_path", "rating", "prompt"), (*COLUMNS, *APART, *CRITERIA)
@@ -157,7 +163,10 @@ def rating_class(mean: float) -> int:
 
 
 def split_by_patient(images: Sequence[RatedImage], share: float, seed: int) -> list[list[RatedImage]]:
-    """Split images by patient into [train, validation], with about `share` of all and of each rating in the latter."""
+    """Split images by patient into [train, validation], with about `share` of all and of each rating in the latter.
+
+    Raises UserError for a share outside (0, 1), or if one of the two would be empty.
+    """
     if not 0 < share < 1:
         raise UserError(f"the validation share is {share}; allowed is a number between 0 and 1")
     return fundus.divide_patients(images, [rating_class(one.quality) for one in images], (1 - share, share), seed)
@@ -174,7 +183,7 @@ def agreement(ratings: Sequence[Rating], column: str = "quality") -> dict[str, f
     for row in ratings:
         if row.rater_id:
             by_rater[row.rater_id][row.image, row.prompt] = row.of(column)
-    kappas = []  # 1 - mean_i (a_i - b_i)^2 / mean_ij (a_i - b_j)^2 of each pair of raters
+    kappas = []  # Cohen's, 1 - mean_i (a_i - b_i)^2 / mean_ij (a_i - b_j)^2, of each pair of raters if defined
     for first, second in combinations(map(by_rater.get, sorted(by_rater)), 2):
         same = sorted(first.keys() & second.keys())
         a, b = (np.array([values[unit] for unit in same]) for values in (first, second))
@@ -215,7 +224,8 @@ def ordinal_alpha(units: Iterable[Sequence[float]]) -> float | None:
 def fleiss_kappa(units: Iterable[Sequence[float]]) -> float | None:
     """Return Fleiss' kappa of units, each a list of readers' categories; None if all are equal.
 
-    (P - E) / (1 - E): P is the mean share of agreeing pairs, E the sum of squared category shares (Fleiss 1971).
+    (P - E) / (1 - E), where P is the mean over units of the share of agreeing pairs of readers, and E the sum of the
+    squared shares of the categories (Fleiss 1971).
     """
     units = [unit for unit in units if len(unit) > 1]
     counts = [np.array(list(Counter(unit).values())) for unit in units]

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import compress, permutations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from ddpo_pytorch.utils.cli import add_path, run_command
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_folder, sha256, write_json
 from ddpo_pytorch.utils.json_files import read_json
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
@@ -82,8 +85,9 @@ def check_images(splits: Mapping[str, Sequence[Row]], folder: str | Path) -> tup
     for split, rows in splits.items():
         images = [row.image for row in rows]
         files = isic.find_image_files(folder, images) if Path(folder).is_dir() else [None] * len(images)
-        paths += (present := [path for path in files if path])
+        present = [path for path in files if path]
         absent = [image for image, path in zip(images, files, strict=True) if not path]
+        paths += present
         missing += [(split, image) for image in absent]
         listed = f": {', '.join(absent[:5])}{', ...' if absent[5:] else ''}" if absent else ""
         logger.info("%-8s %d images, %d missing%s", split, len(present), len(absent), listed)
@@ -116,8 +120,8 @@ def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
     return dict(read_table(path, "metadata", ("image", "lesion_id"), make))
 
 
-def _frame(splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, Mapping[str, str]]) -> Any:
-    """Return a DataFrame of split, row, known (to the metadata) and lesion; a row without lesion_id is its own."""
+def _frame(splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, Mapping[str, str]]) -> "DataFrame":
+    """Return split, row, known (to the metadata) and lesion of each row; a row without lesion_id is its own lesion."""
     from pandas import DataFrame
 
     records = []
@@ -165,7 +169,9 @@ def assign(groups: np.ndarray, targets: np.ndarray, seed: int) -> np.ndarray:
     return chosen
 
 
-def regroup(splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, Mapping], seed: int) -> dict[str, list[Row]]:
+def regroup(
+    splits: Mapping[str, Sequence[Row]], metadata: Mapping[str, Mapping[str, str]], seed: int
+) -> dict[str, list[Row]]:
     """Return splits with each lesion in only one, of about the old sizes and label frequencies, in random order."""
     if len(splits) < 2:
         raise UserError(f"there is only the split {', '.join(splits)}; regrouping needs two or three")
@@ -186,7 +192,7 @@ def write_splits(folder: str | Path, name: str, splits: Mapping[str, Sequence[Ro
     """Write `<name>_<split>.csv` and splits.json, with `metadata` and each file's hash and counts, in a new folder."""
     every = [row.fields for rows in splits.values() for row in rows]
     if other := set.union(*map(set, every)) - set.intersection(*map(set, every)):
-        raise UserError(f"the columns of the split tables differ ({', '.join(sorted(other))}); give all the same")
+        raise UserError(f"columns of the split tables differ ({', '.join(sorted(other))}); give all tables the same")
     with atomic_folder(folder) as unfinished:
         files = {}
         for split, rows in splits.items():

@@ -26,7 +26,8 @@ _FORMULA = tuple("=+-@\t\r\n＝＋－＠")
 # formats of well-known columns, which determine where a caption with unquoted commas ends
 _FORMS = {
     **dict.fromkeys(("path", "image_path"), re.compile(r".+\.(png|jpe?g|tiff?|bmp|webp|ppm|dcm)", re.IGNORECASE)),
-    **{"modality": re.compile(r"[A-Za-z]*"), "eye": re.compile(r"left|right|l|r|od|os|", re.IGNORECASE)},
+    "modality": re.compile(r"[A-Za-z]*"),
+    "eye": re.compile(r"left|right|l|r|od|os|", re.IGNORECASE),
     **dict.fromkeys(("age", "rating", "expert_level", "quality", "alignment"), re.compile(f"({_NUMBER.pattern})?")),
 }
 # spaces between a closing quote and the comma: invalid CSV, but common
@@ -41,7 +42,10 @@ _CONTROL_NAMES = {"\0": "NUL", "\t": "tab", "\n": "line feed", "\r": "carriage r
 
 @dataclass(frozen=True)
 class Row:
-    """A row of an image table; ISIC tables determine labels (as `isic.LABELS`), fundus tables a patient."""
+    """A row about an image: its path or id, its caption, every column as text, and the row's number from 0.
+
+    ISIC tables also determine labels (in the order of `isic.LABELS`), fundus tables a patient.
+    """
 
     image: str
     caption: str
@@ -69,8 +73,8 @@ def read_table(
     column `free_text` becomes single spaces, and it may contain unquoted commas: a row with too many cells is resolved
     if its other cells then look like those of other rows.
 
-    Raises UserError with `what` for an unreadable file, a missing or repeated column, and, given `advice`, no rows; and
-    with line numbers for faults and rows of another length.
+    Raises UserError with `what` for a missing or undecodable file, another separator, an unclosed quote, a missing or
+    repeated column, and, given `advice`, no rows; and with line numbers for faults and rows of another length.
     """
     where = f"{what} {str(path)!r}"
     if content is None:

@@ -25,8 +25,13 @@ STYLE = 1  # incremented when the drawing code changes pictures, so that old and
 COLUMNS = ("path", "Text", "modality", "patient", "eye", "age", "sex", "quality")
 EYES = ("left", "right")
 # findings as worded in ODIR's captions, with frequencies as uneven as in real archives
-FINDINGS = {"normal fundus": 0.36, "drusen": 0.2, "glaucoma": 0.18}
-FINDINGS |= {"severe nonproliferative retinopathy": 0.15, "pathological myopia": 0.11}
+FINDINGS = {
+    "normal fundus": 0.36,
+    "drusen": 0.2,
+    "glaucoma": 0.18,
+    "severe nonproliferative retinopathy": 0.15,
+    "pathological myopia": 0.11,
+}
 SAME = 0.5  # probability that the second eye has the first eye's finding; otherwise it is drawn independently
 TONES = np.array([[206, 108, 56], [188, 88, 48], [172, 98, 60], [212, 128, 88], [158, 80, 52]], np.float32)
 APERTURE = 31.0  # radius of the field
@@ -61,12 +66,13 @@ def draw_findings(rng: np.random.Generator) -> tuple[str, str]:
 def draw(finding: str, eye: str, look: Look, rng: np.random.Generator, size: int = POINTS) -> np.ndarray:
     """Draw the photograph of an eye: uint8 (size, size, 3), black around a round field.
 
-    The disc is nasal of the macula, right of it in a right eye. Equal generators draw the same eye with any finding.
+    The disc is nasal of the macula: right of it in a right eye. Each layer has its own random stream, so that equal
+    generators draw the same eye with different findings.
     """
     if finding not in FINDINGS or eye not in EYES:
         raise UserError(f"{finding!r} of the eye {eye!r} is unknown; findings: {', '.join(FINDINGS)}; eyes: {EYES}")
     nasal, pixels = (1 if eye == "right" else -1), 2 * size
-    layers = [np.random.default_rng(seed) for seed in rng.integers(2**63, size=6)]  # so that a layer changes no other
+    layers = [np.random.default_rng(seed) for seed in rng.integers(2**63, size=6)]
     macula = np.array([32 - 6.5 * nasal, 33.0]) + layers[0].uniform(-1.2, 1.2, size=2)
     disc = macula + (nasal * look.disc_distance, layers[0].uniform(-2.2, 0.2))
 

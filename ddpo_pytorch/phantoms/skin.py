@@ -185,7 +185,13 @@ def _ink(image: np.ndarray, rng: np.random.Generator, centre: np.ndarray, radius
 
 
 def write_world(
-    folder: str | Path, num_train: int, num_val: int, num_test: int, seed: int, size: int = 64, balanced: bool = False
+    folder: str | Path,
+    num_train: int,
+    num_val: int,
+    num_test: int,
+    seed: int,
+    size: int = POINTS,
+    balanced: bool = False,
 ) -> None:
     """Write images/<image>.jpg and splits/phantom_{train,val,test}.csv in the layout of ISIC 2019, or complete them.
 
