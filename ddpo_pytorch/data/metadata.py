@@ -38,7 +38,7 @@ def of_caption(rows: Sequence[Row]) -> dict[str, dict[str, str]]:
         stated[row.caption] |= row.fields
     omitted = {name for row in rows for name, value in row.fields.items() if stated[row.caption][name] != value}
     omitted |= {"file_name", "text"}
-    return {text: {name: own[name] for name in own.keys() - omitted} for text, own in stated.items()}
+    return {text: {name: own[name] for name in own if name not in omitted} for text, own in stated.items()}
 
 
 def requested_labels(

@@ -75,7 +75,11 @@ class Sheet:
 
 
 def complete_world(
-    folder: Path, world: Mapping[str, Any], tables: str, columns: Sequence[str], draw_images: Callable[[], Mapping]
+    folder: Path,
+    world: Mapping[str, Any],
+    tables: str,
+    columns: Sequence[str],
+    draw_images: Callable[[], Mapping[str, Sequence[Mapping[str, Any]]]],
 ) -> None:
     """Write the splits/<tables>_<split>.csv of a world, unless it has them, with the rows by split of `draw_images`.
 
