@@ -49,7 +49,7 @@ from ddpo_pytorch.utils.distributed import DTYPES, make_accelerator
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import JsonLines, atomic_folder, atomic_write, locked, sha256, write_file, write_json
 from ddpo_pytorch.utils.json_files import read_json
-from ddpo_pytorch.utils.settings import Range, check_choices, check_ranges
+from ddpo_pytorch.utils.settings import Range, check_ranges
 
 FLAGS = define_config(__file__, "experiment, e.g. config/fundus.py:improve")
 flags.DEFINE_string("launch", "", "command that starts the scripts of a round, e.g. 'accelerate launch'; empty: python")
@@ -72,7 +72,8 @@ def check_settings(config: ConfigDict) -> None:
         if config[name]:
             raise UserError(f"{name} is {config[name]!r}; rounds start from a complete model, pretrained.model=DIR")
     for name in improve.methods or ("",):
-        check_choices({"methods": name}, {"methods": METHODS}, "improve.")
+        if name not in METHODS:
+            raise UserError(f"improve.methods has {name!r}; allowed are one or more of {', '.join(METHODS)}")
     check_ranges(config, SAMPLING | {"eval.batch_size": allowed.ONE_OR_MORE})
     check_ranges(improve, RANGES, "improve.")
     check_ranges(improve, {"num_candidates": Range(f"[1, {improve.max_attempts}]", whole=True)}, "improve.")
@@ -88,17 +89,11 @@ def check_settings(config: ConfigDict) -> None:
 
 
 class Rounds:
-    """The rounds of one output folder; held-out judges and sampling run on `device`."""
+    """The rounds of one output folder; held-out judges and sampling run on `device`, scripts by the words `launch`."""
 
-    def __init__(self, config: ConfigDict, device: torch.device):
+    def __init__(self, config: ConfigDict, device: torch.device, launch: list[str]):
         self.config, self.improve, self.output = config, config.improve, Path(config.improve.output)
-        try:
-            self.launch = shlex.split(FLAGS.launch) or [sys.executable]
-        except ValueError as error:
-            raise UserError(f"--launch={FLAGS.launch!r} cannot be read ({error}); close the quotation") from error
-        if not shutil.which(self.launch[0]):
-            raise UserError(f"--launch={FLAGS.launch!r}: there is no program {self.launch[0]!r}; give one that can run")
-        self.device = device
+        self.device, self.launch = device, launch
         self.selector, self.policy = load_judges(self.improve.held_out_judges, device)
         rows, paths, _ = fundus.load_split(self.improve.held_out_csv, self.improve.data_path)
         self.prompts = fundus.caption_list(rows)
@@ -227,6 +222,17 @@ class Rounds:
             raise UserError(f"{problem}; {where}: rerun the same command to resume")
 
 
+def launcher() -> list[str]:
+    """Return the words of --launch. Raises UserError if they start no program."""
+    try:
+        words = shlex.split(FLAGS.launch) or [sys.executable]
+    except ValueError as error:
+        raise UserError(f"--launch={FLAGS.launch!r} cannot be read ({error}); close the quotation") from error
+    if not shutil.which(words[0]):
+        raise UserError(f"--launch={FLAGS.launch!r}: there is no program {words[0]!r}; give one that can be run")
+    return words
+
+
 def link_best(output: Path, model: Path) -> None:
     """Point the link `best` to a model's folder; a Hugging Face id has none, so it is named in a warning instead."""
     if not model.is_dir():
@@ -245,12 +251,13 @@ def main(_) -> None:
     required = ["pretrained.model", *(f"improve.{name}" for name in paths)]
     config = expand_config(FLAGS.config, *required, *["rlhf.ratings"] * FLAGS.config.improve.update_policy)
     check_settings(config)
+    launch = launcher()  # raises before models are loaded
     rounds.check_independent(config.improve.judges, config.improve.held_out_judges)
     improve, output = config.improve, Path(config.improve.output)
     if improve.update_policy:  # else train_rlhf.py would refuse them in the middle of a round
         training.check_sizes(config.rlhf, Path(improve.judges, SELECTOR_FILE), Path(improve.judges, POLICY_FILE))
     device = make_accelerator(config.mixed_precision, config.allow_tf32).device
-    settings, run = rounds.round_settings(config, device), Rounds(config, device)
+    settings, run = rounds.round_settings(config, device), Rounds(config, device, launch)
     guidance = config.sample.guidance_scale
     with locked(output):
         claim_folder(output, settings, {"model": config.pretrained.model})

@@ -388,7 +388,8 @@ def test_settings_out_of_range(run, fields, tmp_path):
         ({"improve__csv": ""}, "improve.csv"),
         ({"unet_path": "unet.safetensors"}, "unet_path.*pretrained.model"),
         ({"launch": "accelerate 'launch"}, "--launch=.*No closing quotation"),
-        ({"launch": "/nowhere/accelerate launch"}, "--launch=.*'/nowhere/accelerate'"),
+        # before any file of a round is read
+        ({"launch": "/nowhere/x launch", "improve__csv": tmp_path / "typo.csv"}, "--launch=.*'/nowhere/x'"),
         ({"improve__held_out_judges": copied}, "held_out_judges"),
         ({"improve__judges": fields["improve__held_out_judges"]}, "held_out_judges"),
         # of the scripts of a round
