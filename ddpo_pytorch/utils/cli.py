@@ -122,7 +122,10 @@ def _usage_errors() -> Iterator[None]:
 
 
 def _find_config(argv: list[str]) -> list[str]:
-    """Return the command line with FILE in --config=FILE:NAME looked up here, then in the script's repository."""
+    """Return the command line with an existing file in --config=FILE:NAME.
+
+    A relative path is looked up in the current folder, then in the script's repository.
+    """
     found = list(argv)
     for index, word in enumerate(argv):
         option, equals, given = word.partition("=")
@@ -148,7 +151,8 @@ def _lost_process(message: str) -> str | None:
     if waited := re.search(r"(?:Timed out waiting|wait timeout after|Timeout\(ms\)=)\s*(\d+)", message):
         option = "--config.process_timeout" if "config" in flags.FLAGS else "--process_timeout"
         waiting = f"process {rank} waited {int(waited[1]) / 1000:g} s for another process"
-        return f"{waiting}, which has ended or still works; in that case raise process_timeout: {option}=SECONDS"
+        reason = "which is still working or has ended; if it is working, raise process_timeout"
+        return f"{waiting}, {reason}: {option}=SECONDS"
     return None
 
 
@@ -223,7 +227,10 @@ def _check_given(path: str, name: str, option: str) -> None:
 
 
 class Configuration(ConfigDict):
-    """A configuration in which a dict changes the named fields of a block, but replaces keyword arguments."""
+    """A configuration that accepts a dict in place of a block, as in configurations of ddpo-pytorch.
+
+    A dict changes the fields that it names, but replaces a block of keyword arguments. A ConfigDict replaces any block.
+    """
 
     def __setitem__(self, key: str, value: Any) -> None:
         old = self[key] if key in self else None
@@ -234,7 +241,11 @@ class Configuration(ConfigDict):
 
 
 class KeywordArguments(ConfigDict):
-    """Keyword arguments of functions, whose names config/base.py cannot know: never locked, so that any can be set."""
+    """Keyword arguments of user-defined functions, whose names config/base.py cannot know.
+
+    The block is never locked: config files and the command line can set new fields
+    (config.reward_fn_kwargs.my_reward.x = 1). The names are checked when the functions are called.
+    """
 
     def lock(self) -> "KeywordArguments":
         return self
@@ -266,7 +277,7 @@ class OptionalBlock(ConfigDict):
 
 class _OptionalBlockParser(flags.ArgumentParser):
     def parse(self, argument: Any) -> Any:
-        with suppress(SyntaxError, ValueError):  # not a text, or not a literal
+        with suppress(SyntaxError, ValueError):  # a text that is no literal, or a value of a config file
             argument = ast.literal_eval(argument)
         if not isinstance(argument, dict | ConfigDict | None):
             raise ValueError(f"{argument!r} is neither None nor a dict")

@@ -1,6 +1,7 @@
 """Thread counts, and results that do not depend on them.
 
-The last bits of sums depend on how threads share them. Results that must not are computed by one thread each.
+The last bits of a sum or matrix product depend on how it is split among threads. Results that must not depend on the
+number of threads or processes are therefore each computed by a single thread, many of them at the same time.
 """
 
 import os
@@ -28,7 +29,8 @@ def available_cores() -> int:
 def thread_limit() -> int:
     """Return the number of available cores, or the user's OMP_NUM_THREADS or MKL_NUM_THREADS if that is less.
 
-    What torchrun or `accelerate launch` set by default is ignored, unlike the user's own variables and options.
+    torchrun and `accelerate launch` set OMP_NUM_THREADS for their processes, by default to 1. That is ignored, unless
+    the user set it in the launcher's environment or by the launcher's option.
     """
     limits, given = [available_cores()], dict(os.environ)
     with suppress(psutil.Error):  # e.g. another user's process

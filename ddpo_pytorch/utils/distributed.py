@@ -47,10 +47,13 @@ def make_accelerator(
 ) -> Accelerator:
     """Return an Accelerator that follows these settings, not those of the launcher or of ACCELERATE_* variables.
 
-    On a CPU the processes of a machine share its cores (`thread_limit`). Under FSDP, which the caller supports if
-    `may_shard`, weights and accumulated gradients are float32 and passes "bf16". A process waits `process_timeout`
-    seconds for the others; fp16's gradient scaler doubles its scale after `growth_interval` steps. Raises UserError for
-    invalid values, and for features of the launcher that the scripts do not support.
+    On a CPU the processes of a machine share its cores, within the user's limit on threads (see `thread_limit`). Under
+    FSDP, `prepare` shards a UNet and its optimizer: weights and accumulated gradients are float32, "bf16" is the dtype
+    of forward and backward passes.
+
+    `may_shard`: the caller supports FSDP. `process_timeout`: seconds that a process waits for the others.
+    `growth_interval`: steps after which the gradient scaler of fp16 doubles its scale. Raises UserError for invalid
+    values, and for features of the launcher that the scripts do not support.
     """
     if (sharding := sharding_requested()) and not may_shard:
         raise UserError("the launcher requests FSDP, which only train.py supports; use another config file")
@@ -79,9 +82,15 @@ def make_accelerator(
     # backward pass: unsharded ones, Accelerate's default, would take as much memory as the weights
     accumulation = accelerate_utils.GradientAccumulationPlugin(gradient_accumulation_steps, sync_each_batch=sharding)
     waiting = accelerate_utils.InitProcessGroupKwargs(timeout=timedelta(seconds=process_timeout))
-    options = {"cpu": on_cpu, "mixed_precision": mixed_precision, "dynamo_backend": "no", "fsdp_plugin": plugin}
-    options |= {"kwargs_handlers": [waiting, accelerate_utils.GradScalerKwargs(growth_interval=growth_interval)]}
-    accelerator = Accelerator(gradient_accumulation_plugin=accumulation, **options)
+    scaling = accelerate_utils.GradScalerKwargs(growth_interval=growth_interval)
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=mixed_precision,
+        fsdp_plugin=plugin,
+        gradient_accumulation_plugin=accumulation,
+        dynamo_backend="no",
+        kwargs_handlers=[waiting, scaling],
+    )
     if sharding and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # Accelerate ignores the plugin without a GPU; PyTorch's FSDP works with gloo
         accelerator.state.fsdp_plugin = plugin
@@ -108,7 +117,10 @@ def _flag(variable: str) -> bool:
 
 
 def run_on_main_process(accelerator: Accelerator, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run `function` on the main process; return its result on all. If it fails, the others exit with code 2."""
+    """Run `function(*arguments)` on the main process while the others wait; return its result on every process.
+
+    If it raises UserError or OSError, the main process raises it and the others exit with code 2, silently.
+    """
     result = [None, False]  # the value, and whether the function failed
     if accelerator.is_main_process:
         try:
@@ -138,7 +150,8 @@ class StopRequest:
     """A context in which SIGTERM and SIGUSR1 are recorded instead of ending the process."""
 
     def __init__(self, accelerator: Accelerator):
-        self._accelerator, self.name = accelerator, ""  # name of the signal received
+        self._accelerator = accelerator
+        self.name = ""  # of the signal received; "" if none yet
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._record) for number in SIGNALS}

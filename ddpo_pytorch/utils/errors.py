@@ -7,13 +7,17 @@ from typing import Any
 class UserError(Exception):
     """An error in the command, the configuration or a file.
 
-    Its one line says what was given, what is allowed, and what to do; scripts print it and exit with code 2 (`cli`).
+    The message is one line: what was given, what is allowed, and what to do. Scripts print it and exit with code 2
+    (`ddpo_pytorch.utils.cli.cli`); any other exception is a bug and keeps its traceback.
     """
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Return "name=before, now it is after" of the first name, alphabetically, whose values differ, or ""."""
-    for name in sorted({*old, *new}):  # of two lists, the first element that differs, or else their lengths
+    """Return "name=before, now it is after" of the first name, alphabetically, whose values differ, or "".
+
+    Of two lists, names the first element that differs, "<name>[<number>]", or else their lengths.
+    """
+    for name in sorted({*old, *new}):
         before, now = old.get(name), new.get(name)
         if before == now:
             continue

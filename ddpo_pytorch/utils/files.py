@@ -39,8 +39,11 @@ class DiskFull(UserError, OSError):
 
 
 def path_fault(name: str) -> str | None:
-    """Return why a path from a table or log must not be opened inside a folder, on any system, or None."""
-    parts = name.replace("\\", "/").split("/")  # links inside the folder belong to the user and are followed
+    """Return why a path from a table or log must not be opened inside a folder, on any system, or None.
+
+    A backslash counts as a slash. Links inside the folder belong to the user and are followed.
+    """
+    parts = name.replace("\\", "/").split("/")
     if all(part in ("", ".") for part in parts):
         return "is empty"
     if re.search(r"[\x00-\x1f\x7f]", name):
@@ -70,7 +73,8 @@ def open_regular(path: str | Path, advice: str = "remove it") -> BinaryIO:
 def atomic_write(path: str | Path, durable: bool = False) -> Iterator[Path]:
     """Yield an empty temporary file next to `path`, renamed to `path` at the end; missing folders are created.
 
-    An error leaves an existing file unchanged, with `durable` (slow) also a power cut. Raises DiskFull.
+    An error leaves an existing file unchanged; `remove_leftovers` cleans up after a kill. With `durable` the file also
+    survives a power cut, at the cost of waiting for the disk. Raises DiskFull.
     """
     with _replacing(Path(path), durable) as temporary:
         temporary.write_bytes(b"")
@@ -79,9 +83,10 @@ def atomic_write(path: str | Path, durable: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path, size: int | None = None, durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary folder, renamed to `path` at the end.
+    """Yield an empty temporary folder, renamed to `path` at the end, with `durable` also on the disk by then.
 
-    Raises DiskFull, at once if fewer than `size` bytes are free, and UserError if `path` is a folder with content.
+    Raises DiskFull, before anything is written if fewer than `size` bytes are free, and UserError if `path` is a folder
+    with content.
     """
     with _replacing(Path(path), durable, size) as temporary:
         temporary.mkdir()
@@ -90,6 +95,7 @@ def atomic_folder(path: str | Path, size: int | None = None, durable: bool = Tru
 
 @contextmanager
 def _replacing(path: Path, durable: bool, size: int | None = None) -> Iterator[Path]:
+    """Yield the name of a temporary file or folder next to `path`, which replaces `path` or is removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}@{HOST}.tmp")
     with room_for(path, size):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +177,10 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def room_for(path: str | Path, size: int | None = None) -> Iterator[None]:
-    """Turn errors of a full disk, quota or size limit into DiskFull, at once if fewer than `size` bytes are free."""
+    """Turn errors of a full disk into DiskFull; raise it at once if fewer than `size` bytes are free.
+
+    A quota, or a limit on file sizes, is noticed only when it is exceeded.
+    """
     folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
     usage = shutil.disk_usage(folder)
     try:
@@ -222,8 +231,8 @@ def append(file: io.FileIO, content: bytes) -> None:
 class JsonLines:
     """An append-only file of one JSON object per line, written by one process, from any of its threads.
 
-    Entries of an existing file with a `counter` of `keep` or more, which a resumed run repeats, are removed; so are
-    damaged lines, with a warning. A last line without a newline counts as complete.
+    With `keep`, entries of an existing file whose `counter` is `keep` or more are removed, since a resumed run repeats
+    them; so are damaged lines, with a warning. A last line without a newline counts as complete.
     """
 
     def __init__(self, path: str | Path, active: bool = True, keep: int | None = None, counter: str = "epoch"):
@@ -244,7 +253,10 @@ class JsonLines:
             write_file(self.path, kept, durable=True)
 
     def write(self, *entries: Mapping[str, Any]) -> None:
-        """Append entries and wait for the disk; NaN and infinity become null. Raises DiskFull, keeping the old file."""
+        """Append entries and wait until they are on the disk; NaN and infinity become null, since JSON lacks them.
+
+        Raises DiskFull, with the file unchanged.
+        """
         if not self.active or not entries:
             return
         lines = ""
@@ -278,8 +290,8 @@ def lock(path: str | Path, taken: str) -> BaseFileLock:
 def locked(folder: str | Path, instead: str = "another logdir") -> Iterator[None]:
     """Lock a folder, created if absent, for this process, and remove what killed processes left in it.
 
-    After an error, a folder that was created here and is still empty is removed. Raises UserError, which suggests
-    `instead`, if another process holds the folder.
+    Every command that writes a folder does so within this context. After an error, a folder that was created here and
+    is still empty is removed. Raises UserError, which suggests `instead`, if another process holds the folder.
     """
     folder = Path(folder)
     path, created = folder / LOCK, not folder.exists()  # created: reset on success

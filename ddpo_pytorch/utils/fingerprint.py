@@ -31,7 +31,8 @@ def fingerprint(*parts: Any) -> str:
 
     A part may be a network (its `config`, and weights without adapters), a state dict, a tokenizer, a scheduler, the
     Path of a file or folder (of which weights, configurations and tables count), plain values, or mappings and lists of
-    these. Configurations count where they differ from their class's defaults, so that newer libraries change nothing.
+    these. Only entries of a configuration that differ from the defaults of its class count, so that new entries in a
+    later library version change nothing.
     """
     return hashlib.sha256(b"".join(map(_digest, parts))).hexdigest()
 
@@ -42,7 +43,10 @@ def pipeline_fingerprints(pipe: Any, parts: Iterable[str] = PIPELINE_PARTS) -> d
 
 
 def with_contents(settings: Any) -> Any:
-    """Return settings with each text that names an existing path, and has a slash or dot, replaced by its Path."""
+    """Return settings in which each string that names an existing file or folder is replaced by its Path.
+
+    A plain word, without slash or dot, is not taken for a path, even if a folder of that name exists.
+    """
     if isinstance(settings, Mapping):
         return {name: with_contents(value) for name, value in settings.items()}
     if isinstance(settings, list | tuple):

@@ -60,7 +60,8 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
     except UserError:
         raise
     except Exception as error:  # a damaged archive may raise anything
-        raise UserError(f"{path} cannot be read as a zip ({one_line(error)}); fetch it again") from error
+        problem = f"{path} cannot be read as a zip ({one_line(error)})"
+        raise UserError(f"{problem}; move it away and fetch it again") from error
 
 
 def check_entries(path: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
@@ -102,8 +103,9 @@ def _fault(name: str, parts: tuple[str, ...], entry: zipfile.ZipInfo) -> str:
 
 
 def unpack(path: str | Path, folder: str | Path) -> list[Path]:
-    """Unpack a zip into a folder, all or nothing; return its new top-level entries. A call after a kill completes it.
+    """Unpack a zip into an existing folder, all or nothing; return its new top-level entries, sorted.
 
+    Permissions, owners and links are not restored. After a kill, the same call completes the work.
     Raises UserError for an archive that `opened` refuses, for too little space, and for entries that exist already.
     """
     path, folder = Path(path), Path(folder)

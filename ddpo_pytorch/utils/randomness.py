@@ -51,7 +51,11 @@ def generator_of(seed: int, stream: Stream, *progress: int, device: torch.device
 
 
 class EndlessBatches(Sampler[list[int]]):
-    """Endless batches of a process, from batch `first` on: parts of permutations of range(count), rests dropped."""
+    """Endless batches of indices below `count`, from one permutation per `count // (batch_size * processes)` batches.
+
+    Each process gets its part of a batch; what remains of a permutation is dropped. A resumed run starts at batch
+    `first`. Raises UserError if there are fewer items than one batch of all processes.
+    """
 
     def __init__(self, count: int, batch_size: int, seed: int, first: int = 0, rank: int = 0, processes: int = 1):
         self.count, self.batch_size, self.seed, self.first = count, batch_size, seed, first
@@ -74,7 +78,8 @@ class EndlessBatches(Sampler[list[int]]):
 class BatchDraws:
     """Random numbers for batch `number` of a stream, drawn for all processes; each keeps its own rows.
 
-    They are drawn on the CPU: the same on every device. Of a process's `size` rows, the first `kept` are used.
+    They are drawn on the CPU, so that they are the same on every device. Only the first `kept` of the `size` rows of a
+    process are used (the last batch of a validation set is shorter).
     """
 
     def __init__(

@@ -49,7 +49,10 @@ SEED = Range("[0, 4294967295]", whole=True)  # NumPy's generators take 32 bits
 
 
 def check_ranges(settings: Mapping[str, Any], ranges: Mapping[str, Range], prefix: str = "") -> None:
-    """Raise UserError naming, after `prefix`, the first field ("block.field" of a ConfigDict) outside its range."""
+    """Raise UserError naming the first setting (a field, or "block.field" of a ConfigDict) that is outside its range.
+
+    `prefix` goes before the names in the message, e.g. "sd." if `settings` is that block.
+    """
     for name, allowed in ranges.items():
         if (value := settings[name]) not in allowed:
             raise UserError(f"{prefix}{name} is {value!r}; it must be {allowed}")

@@ -21,8 +21,8 @@ class TrainState:
         ...
         state.save(epoch=3)
 
-    Without a path, nothing is saved. `settings` are JSON-able values that identify the run; `load` raises UserError for
-    a state of others, naming the first that differs, and for a damaged file.
+    Without a path, nothing is saved. `settings` are JSON-able values that identify the run; a state of others is
+    rejected.
     """
 
     def __init__(self, path: str | Path | None, settings: Mapping[str, Any], **parts: Any):
@@ -30,7 +30,10 @@ class TrainState:
         self.parts = {name: part for name, part in parts.items() if part is not None}
 
     def load(self) -> dict[str, Any] | None:
-        """Restore the parts; return the progress given to `save`, on the CPU, or None without a file."""
+        """Restore the parts; return the progress given to `save`, on the CPU, or None without a file.
+
+        Raises UserError for a damaged file, and for a state of other settings, naming the first that differs.
+        """
         if self.path is None or not self.path.is_file():
             return None
         try:

@@ -1,6 +1,7 @@
 """Read weight files without running code; errors say what a file is instead.
 
-Login pages saved by browsers, pointers of Git LFS, half a file, and NaN of diverged training are recognised here alone.
+Browsers save login pages under the name of a checkpoint, clones without Git LFS hold pointers, full disks leave half a
+file, and diverged training leaves NaN. All of these are recognised here and nowhere else.
 """
 
 import re
@@ -33,7 +34,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
     """Return the tensors of a weight file by name, on the CPU, and the metadata of a safetensors file, else {}.
 
     The content decides the format, unless the name ends in .safetensors. Raises UserError for a file that is missing,
-    truncated or not a weight file (a web page, a Git LFS pointer), a pickle of more than tensors, NaN and infinity.
+    truncated or not a weight file (a web page, JSON, a Git LFS pointer), for a pickle of more than tensors, and for NaN
+    or infinity.
     """
     path = Path(path)
     head = read_head(path)
@@ -75,7 +77,10 @@ def open_safetensors(path: str | Path) -> Iterator[Any]:
 
 
 def read_pickle(path: str | Path, mmap: bool = False) -> Any:
-    """Return what `torch.save` wrote, on the CPU: tensors, numbers, texts, containers. Raises UserError for others."""
+    """Return what `torch.save` wrote: tensors, numbers, strings and containers of them, on the CPU.
+
+    Raises UserError for any other content, none of which is run, and for a file that is missing or damaged.
+    """
     path = Path(path)
     read_head(path)
     try:
@@ -86,7 +91,8 @@ def read_pickle(path: str | Path, mmap: bool = False) -> Any:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         problem = f"holds more than plain tensors ({named[1]})" if named else "is damaged or holds more than tensors"
         problem += " and is not opened, since unpickling can run code"
-        raise UserError(f"{str(path)!r} {problem}; save it again as safetensors or as tensors by name") from error
+        advice = "fetch or save it again, as safetensors or as tensors by name"
+        raise UserError(f"{str(path)!r} {problem}; {advice}") from error
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], file: str | Path) -> None:
@@ -94,11 +100,12 @@ def check_finite(tensors: Mapping[str, torch.Tensor], file: str | Path) -> None:
     for name, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
             problem = f"{str(file)!r}: {name} holds NaN or infinity as {str(value.dtype).removeprefix('torch.')}"
-            raise UserError(f"{problem}; give undamaged weights, or mixed_precision=bf16 if fp16 overflows")
+            reason = "the file is damaged or its training diverged"
+            raise UserError(f"{problem}; {reason}: give other weights, or mixed_precision=bf16 if fp16 overflows")
 
 
 def read_head(path: Path) -> bytes:
-    """Return the first bytes of a weight file. Raises UserError for a file that is missing, empty or text."""
+    """Return the first bytes (up to 1024) of a weight file. Raises UserError for one that is missing, empty or text."""
     if not path.is_file():
         raise UserError(f"{str(path)!r} does not exist or is not a file; give another path")
     with open(path, "rb") as file:
