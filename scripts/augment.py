@@ -5,10 +5,12 @@
 Sample folders are those of eval.py; captions determine the labels. A subgroup is a combination of labels. With ratio r,
 each subgroup of n real training images gets r x n synthetic ones; "balanced" fills each up to the size of the most
 common subgroup. All runs (real; each folder x ratio; once per seed) use the same real validation and test images and,
-with the same seed, the same initial weights; an epoch always has as many images as there are real ones.
+with the same seed, the same initial weights; an epoch always has as many images as there are real ones. The test split
+does not influence any of them.
 
 Writes <output>/<name>_<ratio>/seed<n>/ with the classifier, its logits on the test split and settings.json, and
-<output>/table4.md, .csv and .json. Rerun the command to resume, or with more seeds, ratios or folders.
+<output>/table4.md, .csv and .json. Rerun the same command to resume; with more seeds, ratios or folders, only the new
+classifiers are trained.
 """
 
 import json
@@ -130,18 +132,22 @@ def write_report(trainings: Sequence[Training], data: Data, seeds: Sequence[int]
             raise UserError(f"{str(path)!r} is damaged ({reason}); delete it and rerun the same command")
         logits[training.name].append(values)
     logits = {name: np.stack(per_seed) for name, per_seed in logits.items()}
-    least = FLAGS.minority_share * len(data.captions["train"])
-    minor = {caption for caption in CAPTIONS if data.real[caption] < least}  # also those without any real image
+    real, least = data.real, FLAGS.minority_share * len(data.captions["train"])
+    minor = {caption for caption in CAPTIONS if real[caption] < least}  # also those without any real image
     chosen = {"all": None, "minority": np.array([caption in minor for caption in data.captions["test"]])}
     rows = []
     for group, images in chosen.items():
         rows += [{"group": group} | row for row in compare(logits, truth, LABELS[: truth.shape[1]], images)]
     drawn = {training.name: training.drawn for training in trainings if training.drawn}  # of any seed
-    metadata = {"seeds": seeds, "minority_share": FLAGS.minority_share, "test_images": len(truth)}
-    metadata["subgroups"] = subgroups(data.real, Counter(data.captions["test"]), minor, drawn)
-    metadata["flags"] = {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(sys.argv[0])}
-    metadata["tables"] = {name: sha256(FLAGS[name].value) for name in ("train_csv", "val_csv", "test_csv")}
-    metadata["versions"] = {name: version(name) for name in ("torch", "timm", "numpy")}
+    metadata = {
+        "seeds": seeds,
+        "minority_share": FLAGS.minority_share,
+        "test_images": len(truth),
+        "subgroups": subgroups(real, Counter(data.captions["test"]), minor, drawn),
+        "flags": {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(sys.argv[0])},
+        "tables": {name: sha256(FLAGS[name].value) for name in ("train_csv", "val_csv", "test_csv")},
+        "versions": {name: version(name) for name in ("torch", "timm", "numpy")},
+    }
     text = markdown(rows, metadata)
     for suffix, content in ((".md", text), (".csv", as_csv(rows)), (".json", json.dumps(metadata | {"rows": rows}))):
         write_file(Path(FLAGS.output, f"table4{suffix}"), content)

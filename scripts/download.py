@@ -63,7 +63,10 @@ def sd15_unet() -> UNet2DConditionModel:
 
 
 def check_content(file: str, path: Path) -> str:
-    """Return what a published file holds (`file`: README's spelling), read in part. Raises UserError if it is wrong."""
+    """Return what a published file holds (`file`: README's spelling). Raises UserError if it is wrong.
+
+    Of the UNet only the header is read, and of the archive the directory, not the gigabytes after it.
+    """
     if file == ARCHIVE:
         with opened(path) as archive:
             return f"zip of {sum(not entry.is_dir() for entry in archive.infolist())} files"
@@ -133,9 +136,10 @@ def fetch_split(name: str, folder: Path, base_url: str = SPLITS_URL) -> Path:
 
 def fetch_published(folder: Path) -> None:
     """Fetch the missing files of the Drive folder, required ones first. Raises UserError after trying all of them."""
-    options = {"output": str(folder), "skip_download": True, "quiet": True, "timeout": TIMEOUT}
     try:
-        listing = gdown.download_folder(id=DRIVE_ID, **options)
+        listing = gdown.download_folder(
+            id=DRIVE_ID, output=str(folder), skip_download=True, quiet=True, timeout=TIMEOUT
+        )
     except Exception as error:  # gdown's exceptions share no base class, and a changed Google page may raise any
         kind = type(error).__name__
         raise UserError(f"Google Drive does not list the published folder ({kind}: {one_line(error)})") from error

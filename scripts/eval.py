@@ -88,8 +88,8 @@ def draw(
     started, broken, log = time.perf_counter(), [], sample_folder.part_log(folder, rank)
     shown = config.progress and rank == 0
     with tqdm(total=sum(missing), unit="img", smoothing=0.1, disable=None if shown else True) as bar:
-        settings = workers, size, folder, log, done, *judging
-        for number, failed in draw_passes(sampler, passes[rank::processes], *settings):
+        own = passes[rank::processes]
+        for number, failed in draw_passes(sampler, own, workers, size, folder, log, done, *judging):
             broken += failed
             bar.update(sum(missing[number * processes : (number + 1) * processes]))  # other processes are about as far
     accelerator.wait_for_everyone()

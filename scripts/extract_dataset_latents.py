@@ -60,11 +60,13 @@ def extract(accelerator: Accelerator, config: ConfigDict) -> None:
         claim_folder(folder, claimed, {"phantoms": phantoms, "csv": csv, "model": pretrained.model, "missing": missing})
     accelerator.wait_for_everyone()
 
+    # log entries: every column of the table, the patient, and the fields of every sample folder
     entries, contents = [], content_numbers(sources)
-    for row in rows:  # every column of the table, the patient, whom it may name only in the path, and the usual fields
-        entries.append(row.fields | ({"patient": row.patient} if row.patient else {}))
+    for row in rows:
         path = f"images/{folder_name(row.caption)}/{row.number}.png"
-        entries[-1] |= {"sampleID": row.number, "prompt": row.caption, "path_to_img": path}
+        patient = {"patient": row.patient} if row.patient else {}  # the table may name it only in the path
+        usual = {"sampleID": row.number, "prompt": row.caption, "path_to_img": path}
+        entries.append(row.fields | patient | usual)
     paths = [folder / entry["path_to_img"] for entry in entries]
 
     def keep_image(position: int, image: torch.Tensor) -> None:
@@ -76,11 +78,20 @@ def extract(accelerator: Accelerator, config: ConfigDict) -> None:
 
     started = time.perf_counter()
     files = ImageFiles(sources, torch.tensor(numbers), dataset.image_size, dataset.resize)
-    options = {"rank": accelerator.process_index, "processes": accelerator.num_processes, "contents": contents}
-    options |= {"num_workers": dataset.num_workers, "progress": config.progress}
-    options |= {"keep_image": keep_image, "is_kept": is_kept}
-    caption_ids = [captions.index(row.caption) for row in rows]
-    done = encode_data_set(vae, files, numbers, caption_ids, folder / "latents", **options)
+    done = encode_data_set(
+        vae,
+        files,
+        numbers,
+        [captions.index(row.caption) for row in rows],
+        folder / "latents",
+        contents=contents,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+        num_workers=dataset.num_workers,
+        progress=config.progress,
+        keep_image=keep_image,
+        is_kept=is_kept,
+    )
     done = accelerator.reduce(torch.tensor(done, device=accelerator.device)).item()
     complete = [entry.get("sampleID") for entry in read_log(folder)] == numbers
     complete = complete and (vae is None or (folder / "latents" / INDEX).is_file())

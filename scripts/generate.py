@@ -94,16 +94,24 @@ def best_of_n(
         quality, criteria = scores[:, 0], scores[:, 1:].double().round(decimals=6).tolist()
         passed = selector.accepts(quality).cpu() & finite
         rows = zip(quality.tolist(), alignment.tolist(), passed.tolist(), criteria, strict=True)
-        for one, seed, image, row in zip(batch, seeds, pixels.cpu(), rows, strict=True):
-            score, reward, passes, others = row
+        for one, seed, image, (score, reward, passes, others) in zip(batch, seeds, pixels.cpu(), rows, strict=True):
             number = one.repetition * improve.max_attempts + one.attempts
             one.attempts += 1
-            if passes or not one.passed:
+            if passes or not one.passed:  # keep all that passed, or else the latest
+                # the file is named after the modality, the number and both scores
                 name = f"{modality_of(one.prompt) or MODALITY}_{number}_selector_{score:.2f}_policy_{reward:.2f}.png"
-                entry = {"prompt": one.prompt, "path_to_img": f"images/{folder_name(one.prompt)}/{name}"}
-                entry |= {"reward": f"{reward * passes:.4f}", "selector": round(score, 6), "policy": round(reward, 6)}
-                entry |= {"passed": passes, "best": False, "seed": seed, "attempts": 0}
-                entry |= dict(zip(selector.criteria, others, strict=True))
+                entry = {
+                    "prompt": one.prompt,
+                    "path_to_img": f"images/{folder_name(one.prompt)}/{name}",
+                    "reward": f"{reward * passes:.4f}",
+                    "selector": round(score, 6),
+                    "policy": round(reward, 6),
+                    "passed": passes,
+                    "best": False,
+                    "seed": seed,
+                    "attempts": 0,
+                    **dict(zip(selector.criteria, others, strict=True)),
+                }
                 one.kept = [*(one.kept if one.passed else ()), (entry, image)]
                 one.passed += passes
         for one in reversed(batch):
@@ -112,6 +120,7 @@ def best_of_n(
                 continue
             for entry, _ in one.kept:
                 entry["attempts"] = one.attempts
+            # the best is the image with the highest Policy score
             max((entry for entry, _ in one.kept), key=lambda entry: entry["policy"])["best"] = True
             yield one
 

@@ -114,8 +114,10 @@ def main(_) -> None:
         return readers.lines({"you" if name == reader else name: one for name, one in shown})
 
     questions = Questions(items, store, FLAGS.seed, FLAGS.repeats, examples, summarise)
-    shown = rater, FLAGS.expert_level or 0, FLAGS.mode, FLAGS.criteria
-    app = make_app(questions, FLAGS.host, token, *shown, size=FLAGS.image_size or None, resize=FLAGS.resize)
+    level, size = FLAGS.expert_level or 0, FLAGS.image_size or None
+    app = make_app(
+        questions, FLAGS.host, token, rater, level, FLAGS.mode, FLAGS.criteria, size=size, resize=FLAGS.resize
+    )
     unit = "pairs" if FLAGS.mode == "pair" else "images"
     logger.info("%d %s; ratings go to %s, which has %d; Ctrl-C stops", len(items), unit, Path(FLAGS.out), len(store))
     name = socket.gethostname() if FLAGS.host in ("", "0.0.0.0", "::") else FLAGS.host

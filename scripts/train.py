@@ -80,8 +80,10 @@ class Run:
 
     def sample_order(self, epoch: int, inner_epoch: int) -> list[int]:
         """Return local sample indices in the order in which the updates of an inner epoch use them."""
-        sizes, progress = self.sizes, (self.config.seed, epoch, inner_epoch)
-        return update_order(*progress, sizes.samples, sizes.updates, self.first_sample, sizes.processes)
+        sizes = self.sizes
+        return update_order(
+            self.config.seed, epoch, inner_epoch, sizes.samples, sizes.updates, self.first_sample, sizes.processes
+        )
 
     def progress(self, steps: Iterable, description: str) -> Iterable:
         """Wrap `steps` in a progress bar, shown on a terminal only."""
@@ -124,8 +126,13 @@ def set_up(config: ConfigDict) -> Run:
     setup.check_training(expand_config(config, "logdir", "pretrained.model"))
     if config.per_prompt_stat_tracking is None and config.train.advantage == "per_prompt":
         config.train.advantage = "global"  # as in ddpo-pytorch
-    options = {"process_timeout": config.process_timeout, "growth_interval": SCALE_GROWTH_INTERVAL}
-    accelerator = distributed.make_accelerator(config.mixed_precision, config.allow_tf32, may_shard=True, **options)
+    accelerator = distributed.make_accelerator(
+        config.mixed_precision,
+        config.allow_tf32,
+        may_shard=True,
+        process_timeout=config.process_timeout,
+        growth_interval=SCALE_GROWTH_INTERVAL,
+    )
     device = accelerator.device
     if config.use_lora and setup.in_half_on_gpu(config, device):  # `cast_adapters` replaces autocast
         accelerator.autocast_handler = AutocastKwargs(enabled=False)
@@ -157,13 +164,15 @@ def set_up(config: ConfigDict) -> Run:
 
 def run_epochs(run: Run, state: RunState, stop_request: distributed.StopRequest) -> None:
     """Run algorithm 1 from epoch `state.epoch` on. Raises StopRequested, between batches of samples."""
-    config, accelerator, sizes, per_prompt = run.config, run.accelerator, run.sizes, run.config.sample.images_per_prompt
+    config, accelerator, sizes = run.config, run.accelerator, run.sizes
     health = HealthCheck(config.train, accelerator.is_main_process)
     for epoch in range(state.epoch, config.num_epochs):
         #################### SAMPLING ####################
         started = time.perf_counter()
         # N prompts over all processes, a function of (seed, epoch) alone: every process draws the same list
-        prompts, metadata = draw_prompts(run.task.prompt_fn, config.seed, epoch, sizes.samples, per_prompt)
+        prompts, metadata = draw_prompts(
+            run.task.prompt_fn, config.seed, epoch, sizes.samples, config.sample.images_per_prompt
+        )
         samples, local_scores = sample_and_score(run, epoch, prompts, metadata, stop_request)
         sampled = time.perf_counter()
 
@@ -180,11 +189,17 @@ def run_epochs(run: Run, state: RunState, stop_request: distributed.StopRequest)
         #################### LOGS AND CHECKPOINTS ####################
         statistics = reward_statistics(prompts, rewards, dict(zip(run.scorer.reward_fn.parts, parts, strict=True)))
         state.advance(info.pop("updates"), info["skipped_updates"], statistics["reward_mean"])
-        entry = {"epoch": epoch, "global_step": state.global_step, **statistics}
-        entry |= {"advantage_std": float(advantages.std()), **info}
-        entry["rollout_samples_per_second"] = sizes.samples / (sampled - started)
-        entry["update_samples_per_second"] = sizes.samples * config.train.num_inner_epochs / (updated - sampled)
-        entry |= {"peak_memory_gib": distributed.peak_memory_gib(), "seconds": updated - started}
+        entry = {
+            "epoch": epoch,
+            "global_step": state.global_step,
+            **statistics,
+            "advantage_std": float(advantages.std()),
+            **info,
+            "rollout_samples_per_second": sizes.samples / (sampled - started),
+            "update_samples_per_second": sizes.samples * config.train.num_inner_epochs / (updated - sampled),
+            "peak_memory_gib": distributed.peak_memory_gib(),
+            "seconds": updated - started,
+        }
         health.check_epoch(epoch, prompts, advantages, entry)
         if evaluated := bool(run.task.held_out) and state.epoch % config.held_out.every == 0:
             entry |= evaluate(run, state)
@@ -306,7 +321,7 @@ def score_minibatch(run: Run, epoch: int, samples: Trajectories, advantages: Ten
 
 
 def minibatches(run: Run, epoch: int, inner_epoch: int, samples: Trajectories, indices: Tensor) -> Iterator[Minibatch]:
-    """Yield an update's minibatches, with B = train.batch_size * train.timesteps_per_forward."""
+    """Yield an update's minibatches on the samples' device, with B = train.batch_size * train.timesteps_per_forward."""
     train, sizes, pairs = run.config.train, run.sizes, []
     for batch in indices.split(train.batch_size):
         numbers, window = (run.first_sample + batch).tolist(), sizes.timestep_window
@@ -328,10 +343,16 @@ def minibatch_loss(
     config, train, scheduler = run.config, run.config.train, run.pipe.scheduler
     latents, next_latents = samples.latents[sample, step], samples.latents[sample, step + 1]  # (B, C, h, w)
     timesteps = samples.timesteps[step]  # (B,)
-    embeddings = run.embeddings(prompts), run.embeddings.negative  # (B, L, D), (1, L, D)
-    inputs = latents, timesteps, *embeddings, config.sample.guidance_scale
-    with run.accelerator.autocast():  # the same call as in the rollout, so that the ratio starts at exactly 1
-        noise_pred = guided_noise_prediction(run.unet, *inputs)
+    predict_noise = partial(
+        guided_noise_prediction,
+        latents=latents,
+        timesteps=timesteps,
+        prompt_embeds=run.embeddings(prompts),  # (B, L, D)
+        negative_prompt_embeds=run.embeddings.negative,
+        guidance_scale=config.sample.guidance_scale,
+    )
+    with run.accelerator.autocast():
+        noise_pred = predict_noise(run.unet)  # the same call as in the rollout, so that the ratio starts at exactly 1
     # log-prob (B,) of the rollout's step under the current policy; in float32, outside autocast
     _, log_prob = ddim_step_with_logprob(
         scheduler, noise_pred, timesteps, latents, config.sample.eta, prev_sample=next_latents
@@ -340,7 +361,7 @@ def minibatch_loss(
     loss, info = ppo_loss(log_prob, old_log_prob, advantages[sample], train.clip_range, train.adv_clip_max)
     if train.kl_coef:  # not in ddpo-pytorch: KL to the base model, which is the UNet with its adapters off
         with torch.no_grad(), disabled_lora(run.pipe.unet), run.accelerator.autocast():
-            base_pred = guided_noise_prediction(run.pipe.unet, *inputs)
+            base_pred = predict_noise(run.pipe.unet)
         kl = step_kl(scheduler, noise_pred, base_pred, timesteps, latents, config.sample.eta)
         loss = loss + train.kl_coef * kl
         info["kl_to_base"] = kl.detach()
@@ -357,10 +378,11 @@ def evaluate(run: Run, state: RunState) -> dict[str, float]:
 
 def draw_grid(run: Run, state: RunState) -> None:
     """Save a grid of 16 images, from the same prompts and noise throughout the run."""
-    seed, sample, path = run.config.seed, run.config.sample, state.folder / f"grid_{state.epoch:04d}.png"
+    seed, size = run.config.seed, run.config.sample.batch_size
     prompts, _ = draw_prompts(run.task.prompt_fn, seed, 0, 16)
-    models = run.accelerator, run.pipe, run.embeddings
-    picture = save_grid(*models, prompts, seed, Sampling.of(sample), sample.batch_size, path)
+    path = state.folder / f"grid_{state.epoch:04d}.png"
+    sampling = Sampling.of(run.config.sample)
+    picture = save_grid(run.accelerator, run.pipe, run.embeddings, prompts, seed, sampling, size, path)
     if run.config.log_images and picture is not None:
         state.log_image(picture)
 

@@ -122,8 +122,10 @@ def train(accelerator: Accelerator, names: tuple[str, ...], output: Path) -> Non
             if FLAGS.save_published:
                 classifier.save_published(model, published, best.epoch, best.val_loss, best.accuracy.mean().item())
 
-    options = {"state_path": output.with_suffix(UNFINISHED), "change": change, "change_name": change_name}
-    best = fit(accelerator, model, *sets, recipe, on_best=save, **options)
+    state = output.with_suffix(UNFINISHED)
+    best = fit(
+        accelerator, model, *sets, recipe, state_path=state, on_best=save, change=change, change_name=change_name
+    )
     logger.info("best epoch %d, validation loss %.4f, saved in %s", best.epoch, best.val_loss, output)
 
 

@@ -4,8 +4,8 @@
 
 `sd.stage` is "finetune" for the UNet of SD 1.5 (VAE and text encoder frozen), or, from scratch and in this order, "vae"
 and "unet" (with tokenizer and text encoder). The diffusion model trains on latents that are encoded once. All
-randomness is a function of (seed, step): rerun the same command to resume, and the result equals an uninterrupted one
-(bit for bit on a CPU), for any number of processes with the same total batch size.
+randomness is a function of (seed, step): after a kill, rerun the same command to resume. The result equals that of an
+uninterrupted run (bit for bit on a CPU), for any number of processes with the same total batch size.
 """
 
 import logging
@@ -132,8 +132,8 @@ class DiffusionStage:
         """Save a grid of one image per caption."""
         self.pipe.set_progress_bar_config(disable=True)
         embeddings = pipeline.PromptEmbeddings(self.pipe)  # not cached: the text encoder may be in training
-        drawn = self.captions[:GRID_CAPTIONS], self.config.seed, Sampling.of(self.config.sample)
-        save_grid(self.accelerator, self.pipe, embeddings, *drawn, GRID_BATCH, path)
+        captions, sampling = self.captions[:GRID_CAPTIONS], Sampling.of(self.config.sample)
+        save_grid(self.accelerator, self.pipe, embeddings, captions, self.config.seed, sampling, GRID_BATCH, path)
 
     def finish(self) -> None:
         """Save the UNet for --config.unet_path, its adapters if any, and the whole model if other parts are new."""
@@ -161,7 +161,7 @@ def refuse_outcome(sd: ConfigDict) -> None:
 
 
 def train(accelerator: Accelerator, config: ConfigDict, stage: Stage) -> None:
-    """Train with AdamW, warm-up and EMA weights, which the model has at the end. Raises UserError for a loss of NaN."""
+    """Train with AdamW, warm-up and EMA weights, which the model has at the end. Raises UserError if not finite."""
     sd, output, is_main = config.sd, Path(config.sd.output), accelerator.is_main_process
     parameters, slow = [weight for weight in stage.loss.parameters() if weight.requires_grad], set(stage.slow)
     groups = [{"params": [weight for weight in parameters if weight not in slow]}]
@@ -272,9 +272,9 @@ def load_model(config: ConfigDict, device: torch.device) -> StableDiffusionPipel
     """Return a new model around the VAE of stage "vae", or the pretrained one with a trainable UNet or adapters."""
     pretrained, sd = config.pretrained, config.sd
     if sd.stage == "unet":  # the tokenizer knows the words of the training captions
-        rows = () if sd.latents else data.find_rows(sd, sd.csv, sd.limit)[0]
-        captions = LatentShards(sd.latents).captions if sd.latents else KINDS[sd.kind].caption_list(rows)
-        return scratch.build_pipeline(sd, captions)
+        if sd.latents:
+            return scratch.build_pipeline(sd, LatentShards(sd.latents).captions)
+        return scratch.build_pipeline(sd, KINDS[sd.kind].caption_list(data.find_rows(sd, sd.csv, sd.limit)[0]))
     pipe = pipeline.load_pipeline(pretrained.model, pretrained.revision, config.unet_path, device=device)
     if sd.use_lora:
         for part in (pipe.unet, pipe.text_encoder):  # the VAE stays in float32, in which its latents were encoded

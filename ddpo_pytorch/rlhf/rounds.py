@@ -68,12 +68,16 @@ class RoundMetrics:
 
     def cells(self) -> dict[str, str]:
         """Return the metrics as text by title, in the order of the table."""
-        cells = {"held-out score": f"{self.alignment:.3f}", "passed": f"{self.pass_rate:.1%}"}
-        cells |= {"selector": f"{self.selector:.3f}", "policy": f"{self.policy:.3f}"}
-        cells |= {"KID (Selector's features)": f"{self.kid:.3g} ± {self.kid_error:.2g}"}
-        cells["MS-SSIM"] = f"{self.ms_ssim:.3f}"
-        cells |= {title: f"{value:.3g} ± {error:.2g}" for title, (value, error) in self.guards.items()}
-        return cells | {"images": str(self.images)}
+        return {
+            "held-out score": f"{self.alignment:.3f}",
+            "passed": f"{self.pass_rate:.1%}",
+            "selector": f"{self.selector:.3f}",
+            "policy": f"{self.policy:.3f}",
+            "KID (Selector's features)": f"{self.kid:.3g} ± {self.kid_error:.2g}",
+            "MS-SSIM": f"{self.ms_ssim:.3f}",
+            **{title: f"{value:.3g} ± {error:.2g}" for title, (value, error) in self.guards.items()},
+            "images": str(self.images),
+        }
 
 
 SHAPE = dict.fromkeys(RoundMetrics.__dataclass_fields__, float) | {"guards": {str: (float, float)}}
@@ -84,8 +88,11 @@ def features_of(network: Selector | ArtifactClassifier, images: torch.Tensor, ba
     """Return pooled features (N, D) of uint8 images (N, 3, H, W)."""
     device, parts = next(network.parameters()).device, []
     for part in images.split(batch_size):
-        pixels, is_classifier = part.to(device).float() / 255, isinstance(network, ArtifactClassifier)
-        parts.append(network.features(pixels) if is_classifier else network.encoder(network.preprocess(pixels)))
+        pixels = part.to(device).float() / 255
+        if isinstance(network, ArtifactClassifier):
+            parts.append(network.features(pixels))
+        else:
+            parts.append(network.encoder(network.preprocess(pixels)))
     return torch.cat(parts).float().cpu().numpy()
 
 
@@ -131,7 +138,10 @@ def _kid(real: np.ndarray, features: np.ndarray, seed: int) -> tuple[float, floa
 
 
 def draw_fixed(sampler: Sampler, prompts: Sequence[str], count: int, seed: int, batch_size: int) -> torch.Tensor:
-    """Sample `count` uint8 images per prompt, with noise of (seed, prompt, index). Raises UserError if not finite."""
+    """Sample `count` uint8 images per prompt, in order, from noise that depends on (seed, prompt, index) only.
+
+    Raises UserError if an image is not finite.
+    """
     jobs, parts = [(prompt, index) for prompt in prompts for index in range(count)], []
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
@@ -168,9 +178,17 @@ def assess(
     kid, kid_error = _kid(real, features_of(selector, images, batch_size), seed)
     pairs = torch.tensor([i for i in range(1, len(prompts)) if prompts[i] == prompts[i - 1]])
     similar = [ms_ssim(images[part - 1].float() / 255, images[part].float() / 255) for part in pairs.split(batch_size)]
-    values = {"alignment": passed * aligned, "selector": quality, "pass_rate": passed, "policy": aligned}
-    means = {name: one.mean().item() for name, one in (values | {"ms_ssim": torch.cat(similar)}).items()}
-    return RoundMetrics(**means, kid=kid, kid_error=kid_error, images=len(images), guards=guards(images))
+    return RoundMetrics(
+        alignment=(passed * aligned).mean().item(),
+        selector=quality.mean().item(),
+        pass_rate=passed.mean().item(),
+        policy=aligned.mean().item(),
+        kid=kid,
+        kid_error=kid_error,
+        ms_ssim=torch.cat(similar).mean().item(),
+        images=len(images),
+        guards=guards(images),
+    )
 
 
 def check_independent(judges: str | Path, held_out_judges: str | Path) -> None:
@@ -182,7 +200,7 @@ def check_independent(judges: str | Path, held_out_judges: str | Path) -> None:
         reason = f"share {len(common)} patients with" if common else "are"
         problem = f"improve.held_out_judges {str(held_out_judges)!r} {reason} improve.judges {str(judges)!r}"
         advice = "train them on ratings of other patients (column `patient`)"
-        raise UserError(f"{problem} and would measure their own choices; {advice}")
+        raise UserError(f"{problem}; {advice}, so that they do not measure their own choices")
 
 
 def collapse(history: Sequence[RoundMetrics], tolerance: float, kid_tolerance: float) -> str:
