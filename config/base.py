@@ -30,7 +30,8 @@ def get_config(name: str = "") -> ConfigDict:
     config.logdir = root + "/logs"  # parent of run folders (train.py), else the output folder
     config.num_epochs = 100  # RL epochs: rounds of sampling, each followed by training on those samples
     config.save_freq = 20  # epochs between checkpoints (and fixed-seed sample grids)
-    config.num_checkpoint_limit = 5  # checkpoints kept in a run folder; older ones are removed
+    # checkpoints kept in a run folder; older ones are removed after a newer one is complete.
+    config.num_checkpoint_limit = 5
     config.mixed_precision = "fp16"  # or "bf16", "no": dtype of frozen weights; trained ones, log-probs stay in float32
     config.allow_tf32 = True  # TF32 matrix products on Ampere and later GPUs
     config.resume_from = ""  # checkpoint folder to resume from, or run folder, whose newest checkpoint is taken
@@ -72,10 +73,12 @@ def get_config(name: str = "") -> ConfigDict:
     # train batches per optimizer update. One update averages over batch_size * gradient_accumulation_steps * processes
     # samples and all of their trained timesteps.
     train.gradient_accumulation_steps = 1
-    # timesteps of each sample in one forward and backward pass of batch_size * timesteps_per_forward rows (twice that
-    # with guidance): more memory, but faster if small batches leave the device idle. Must divide the trained timesteps.
+    # timesteps of each sample in one forward and backward pass of batch_size * timesteps_per_forward rows (twice as
+    # many with guidance). Same gradients up to rounding; more memory, but faster if small batches leave the device
+    # idle. Must divide the number of trained timesteps.
     train.timesteps_per_forward = 1
-    train.max_skipped_updates = 10  # updates in a row, skipped since not finite, that abort the run
+    # updates with a non-finite loss or gradient are skipped; this number of them in a row aborts the run.
+    train.max_skipped_updates = 10
     train.max_grad_norm = 1.0  # gradient norm above which gradients are scaled down
     train.num_inner_epochs = 1  # passes over one epoch's samples
     # guided noise prediction in the update. Must be on if sample.guidance_scale > 1: otherwise samples would be scored
@@ -88,10 +91,12 @@ def get_config(name: str = "") -> ConfigDict:
     # share of a trajectory's timesteps to train on, chosen at random for each sample from the part timestep_window of
     # the trajectory: 0 = noise, 1 = image.
     train.update(timestep_fraction=1.0, timestep_window=(0.0, 1.0))
-    train.gradient_checkpointing = False  # recompute activations backward: less memory, about a third more time
-    # take the gradient of an epoch's first update, where the ratio is 1, while sampling: it saves its forward passes.
-    # Its samples are drawn batch_size * timesteps_per_forward at a time; each takes 4 bytes of CPU memory per adapter
-    # weight. Only for LoRA of linear layers and timestep_fraction 1, without kl_coef, data_coef and compile.
+    # recompute activations in the backward pass: less memory, about a third more time.
+    train.gradient_checkpointing = False
+    # compute the gradient of an epoch's first update, where the ratio is 1, while sampling: this saves its forward
+    # passes and gives the same gradient up to rounding. Its samples are drawn batch_size * timesteps_per_forward at a
+    # time; each takes 4 bytes of CPU memory per adapter weight. Only for LoRA of linear layers and
+    # timestep_fraction 1, without kl_coef, data_coef and compile.
     train.gradients_while_sampling = True
     # torch.compile the UNet's transformer blocks: takes minutes at the start (cached between runs), then runs faster.
     # In half precision on a GPU, the rollout then runs with gradients enabled and takes as much memory as the update.
@@ -136,10 +141,11 @@ def get_config(name: str = "") -> ConfigDict:
     # name in REWARDS of ddpo_pytorch/rewards.py, "my_module:my_reward", or a weighted sum such as
     # "isic_classifier_reward:1.0,jpeg_compressibility:0.1".
     config.reward_fn = "isic_classifier_reward"
-    # keyword arguments by reward name; those of your own reward need not be declared here: the folder of train_rlhf.py
-    # with Selector and Policy, and the H=6 attribute classifier whose predictions give the reward.
+    # keyword arguments by reward name. Those of your own reward need not be declared here.
     config.reward_fn_kwargs = KeywordArguments()
+    # folder of train_rlhf.py with Selector and Policy.
     config.reward_fn_kwargs.fundus_alignment.judges = root + "/rlhf"
+    # H=6 attribute classifier whose predictions give the reward.
     config.reward_fn_kwargs.isic_classifier_reward.classifier = root + "/published/artifact_classifier_train_H6.pth"
 
     ###### Per-prompt statistics ######
@@ -161,7 +167,8 @@ def get_config(name: str = "") -> ConfigDict:
 
     ###### Evaluation (eval.py) ######
     config.eval = evaluation = ConfigDict()
-    # prompts, one image folder each: "('caption one','caption two')" (): all prompts of prompt_fn. Images of each.
+    # prompts, one image folder each: "('caption one','caption two')". (): all prompts of prompt_fn; and the number of
+    # images of each.
     evaluation.update(prompts=(), num_samples_per_prompt=960)
     evaluation.lora_scale = 1.0  # of the adapters, to interpolate between the base model (0) and the trained one (1)
     evaluation.batch_size = 20  # images per pass on a GPU; on a CPU the number follows from the size of the model
@@ -177,7 +184,8 @@ def get_config(name: str = "") -> ConfigDict:
     # instead of these three: any number of folders, "SD=DIR,SD+RL=DIR", compared with the first. Folders of the same
     # name are generation seeds of one model; intervals over seeds need three or more.
     metric.folders = ""
-    metric.train_path = ""  # training images (at any depth): neighbours of the samples and of real_path's images
+    # folder of training images (at any depth), to find nearest neighbours of the samples and of real_path's images.
+    metric.train_path = ""
     # a judge that took no part in training: H=4, or with other labels for folders with metadata.csv ("" with
     # metric.judges); and more judges, "H6=FILE,NAME=FILE".
     metric.classifier = metric.more_judges = ""
@@ -206,7 +214,8 @@ def get_config(name: str = "") -> ConfigDict:
     config.sd = sd = ConfigDict()
     # "finetune": the UNet of pretrained.model, as in the paper. From scratch: "vae", then "unet" (and text encoder).
     sd.stage = "finetune"
-    # folder for a model in diffusers format ("vae", "unet"), pretrained_unet.safetensors ("unet", "finetune"), grids.
+    # output folder: a model in diffusers format ("vae", "unet"), pretrained_unet.safetensors ("unet", "finetune"), log
+    # and sample grids. Rerun the same command to resume.
     sd.output = ""
     # training images and their split table, as in dataset.
     sd.update(kind="isic", data_path="", csv="", image_size=512, resize="stretch", limit=0, skip_broken=False)
@@ -232,7 +241,8 @@ def get_config(name: str = "") -> ConfigDict:
     # steps between log lines, between sample grids (0: none), and between saved states to resume from (0: none).
     sd.update(log_every=50, grid_every=1000, save_every=1000)
     sd.vae_kl_weight = 1e-6  # weight of the VAE's KL term
-    sd.vae_crop = 0  # side of random crops that the VAE trains on, best without vae_attention; 0: whole images
+    # side in pixels of random crops that the VAE trains on, best without vae_attention; 0: whole images.
+    sd.vae_crop = 0
     # weight of the VAE's perceptual loss, and its network: a timm model, or a weight file named after one.
     sd.update(perceptual_coef=0.0, perceptual_net="")
     # above 0, only the decoder of sd.vae is trained, and also against a patch discriminator, whose gradient is scaled
@@ -258,7 +268,8 @@ def get_config(name: str = "") -> ConfigDict:
     # table of other patients' images, for metrics and threshold; "": val_share of the patients of `ratings`.
     rlhf.update(val_ratings="", val_share=0.2)
     rlhf.pool = ""  # folder of generate.py with images for stage 2 to train on as well, rated by the Selector; "": none
-    rlhf.output = root + "/rlhf"  # folder for selector.safetensors, policy.safetensors, metrics.jsonl
+    # folder for selector.safetensors, policy.safetensors, metrics.jsonl. Rerun the same command to resume.
+    rlhf.output = root + "/rlhf"
     rlhf.stages = (1, 2)  # 1: on all rated images. 2: on those that the Selector of stage 1, in `output`, passes
     # the Policy's frozen text encoder (a model folder of train_sd.py, or BERT as a folder or Hugging Face id), and the
     # length of prompts in tokens; longer ones are truncated.
@@ -300,7 +311,8 @@ def get_config(name: str = "") -> ConfigDict:
     # how rounds change the generator: "finetune" (on images the judges chose, and real ones), "ddpo" (train.py). Before
     # that, update_policy continues stage 2 of the Policy, with the settings and ratings of rlhf, on a new pool.
     improve.update(methods=("finetune",), update_policy=False)
-    improve.output = root + "/improve"  # folder for round_<n>/ (pool, model, metrics) and rounds.jsonl
+    # folder for round_<n>/ (pool, model, metrics) and rounds.jsonl. Rerun the same command to resume.
+    improve.output = root + "/improve"
     # folders of train_rlhf.py: the judges that select and reward images, and held-out ones, trained on other ratings.
     improve.update(judges=root + "/rlhf", held_out_judges="")
     # best of N: images_per_prompt times for each prompt, sample images until num_candidates pass the Selector, at most

@@ -70,7 +70,10 @@ def prompt_image_alignment_classifier_isic():
 
 
 def _on_one_gpu(batch_size):
-    """Return stage (ii) with the same samples and updates on one GPU; benchmarks/memory_budget.py estimates memory."""
+    """Return stage (ii) with the same 256 samples and 2 updates of 128 samples per epoch on one GPU.
+
+    Memory below is estimated by benchmarks/memory_budget.py, without workspaces and fragmentation.
+    """
     config = prompt_image_alignment_classifier_isic()
     config.sample.update(batch_size=batch_size, num_batches_per_epoch=256 // batch_size)
     config.train.update(batch_size=batch_size, gradient_accumulation_steps=128 // batch_size)

@@ -39,7 +39,10 @@ def parse_ratios(text: str) -> tuple[Ratio, ...]:
 
 
 def parse_samples(given: Sequence[str]) -> dict[str, Path]:
-    """Parse ["SD=folder", ...] as {"SD": folder}, by names for folders, unique in any case. Raises UserError."""
+    """Parse ["SD=folder", ...] as {"SD": folder}. Raises UserError for no entry, another form and repeated names.
+
+    Names are used for folders: letters, digits and . + - _, starting with a letter or digit, case-insensitively unique.
+    """
     folders = {}
     for text in given:
         name, _, folder = text.partition("=")

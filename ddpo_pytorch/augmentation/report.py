@@ -33,6 +33,7 @@ def compare(
 
     `logits`: (S, N, H) by training set, S seeds each; `truth` (N, H) bool; `chosen` (N,) bool, the images to include.
     Returns a row for each attribute of `names` and their macro average, each training set and each of `MEASURES`:
+
     - mean and sd (n - 1) over seeds, values of each seed, images, and support, the images with the attribute;
     - difference of the mean from the first training set's, with the 2.5 % and 97.5 % quantiles (low, high) of a
       bootstrap over all N test images, with the same resamples for all seeds and training sets;
@@ -46,10 +47,10 @@ def compare(
     if not keep.any():
         return []
     first, every = next(iter(logits)), np.ones((1, len(truth)))
-
     support = truth[keep].sum(0)
     both_classes = (support > 0) & (support < keep.sum())
-    defined = np.stack([support > 0, np.full(len(support), True), both_classes], -1)  # (H, measures)
+    # (H, measures), in the order of MEASURES
+    defined = np.stack([support > 0, np.full(len(support), True), both_classes], -1)
 
     def scores(name: str, weights: np.ndarray) -> np.ndarray:
         """Return (S, R, H + 1, measures) of R resamples, with the macro average last."""
@@ -108,9 +109,10 @@ def subgroups(
 
 
 def markdown(rows: Sequence[Row], metadata: Mapping[str, Any]) -> str:
-    """Return the report as Markdown: of rows from `compare`, each with a "group", "all" or "minority".
+    """Return the whole report as Markdown.
 
-    `metadata`: "seeds", "minority_share", the number of "test_images", and "subgroups" from the function of that name.
+    `rows`: from `compare`, each with a "group", "all" or "minority". `metadata`: "seeds", "minority_share", the number
+    of "test_images", and "subgroups" from the function of that name.
     """
     everyone, minor = ([row for row in rows if row["group"] == group] for group in ("all", "minority"))
     groups, share, seeds = metadata["subgroups"], 100 * metadata["minority_share"], metadata["seeds"]

@@ -109,7 +109,10 @@ def read_rated(rated: Sequence[RatedImage], size: int, resize: str = "fov") -> R
 
 
 def read_pool(folder: str | Path, size: int) -> RatedSet:
-    """Decode generate.py's images, rated by the Selector's score s as r = 1 + 2 s. Raises UserError without scores."""
+    """Decode the images of generate.py's folder, rated by the Selector's score s as r = 1 + 2 s.
+
+    Raises UserError for a folder without scores.
+    """
     folder, advice = Path(folder), "draw it with scripts/generate.py"
     if not (entries := read_log(folder)):
         raise UserError(f"rlhf.pool {str(folder)!r} has no {LOG} with images; {advice}")

@@ -74,7 +74,8 @@ def judge_sizes(rlhf: ConfigDict) -> tuple[VisionSizes, VisionSizes]:
 def chosen_samples(passed: torch.Tensor, replay_share: float, seed: int) -> torch.Tensor:
     """Return the ascending indices of stage 2's samples: all that passed (bool (N,)), and some that did not.
 
-    Those make up `replay_share` of the samples, or are all there are. Raises UserError if no image passed.
+    The latter are drawn with `seed` to make up `replay_share` of the samples, or all of them if there are too few.
+    Raises UserError if no image passed.
     """
     if not passed.any():
         advice = "lower rlhf.threshold, or train stage 1 for longer or on more ratings elsewhere"
@@ -87,7 +88,10 @@ def chosen_samples(passed: torch.Tensor, replay_share: float, seed: int) -> torc
 
 
 def all_scores(accelerator: Accelerator, judge: Selector | Policy, rated: RatedSet, batch_size: int) -> torch.Tensor:
-    """Return the judge's score and a Selector's criteria (N, 1 + criteria), float32 on the CPU of every process."""
+    """Return scores (N, 1 + criteria) in order, float32 on the CPU of every process; processes take batches in turn.
+
+    The first column is the judge's score; a Selector's other columns are its criteria.
+    """
     table = torch.zeros(len(rated), 1 + len(judge.criteria), device=accelerator.device)
     for indices in torch.arange(len(rated)).split(batch_size)[accelerator.process_index :: accelerator.num_processes]:
         images = (rated.images[indices].float() / 255).to(accelerator.device)
@@ -111,16 +115,22 @@ def train_stage(
     loss, and for fewer images than processes.
     """
     rlhf, output, device = config.rlhf, Path(config.rlhf.output), accelerator.device
-    stage, first_epoch = 1 if "selector" in judges else 2, judges["policy"].origin.get("epochs", 0)
+    stage = 1 if "selector" in judges else 2
+    first_epoch = judges["policy"].origin.get("epochs", 0)  # those of earlier stages keep their lines in metrics.jsonl
     rank, processes = accelerator.process_index, accelerator.num_processes
     if len(train) < processes:
         raise UserError(f"{len(train)} rated images are too few for {processes} processes; add images")
     ignored = PATHS if stage == 2 else PATHS + SECOND_ONLY
-    settings = {f"rlhf.{name}": value for name, value in rlhf.to_dict().items() if name not in ignored}
-    settings |= {"stage": stage, "seed": config.seed, "mixed_precision": accelerator.mixed_precision}
-    settings |= {"processes": processes, "text encoder": judges["policy"].text.fingerprint}
-    settings["weights at the start"] = {name: fingerprint(judge) for name, judge in judges.items()}
-    settings |= {"training ratings": train.digest, "validation ratings": val.digest}
+    settings = {f"rlhf.{name}": value for name, value in rlhf.to_dict().items() if name not in ignored} | {
+        "stage": stage,
+        "seed": config.seed,
+        "mixed_precision": accelerator.mixed_precision,
+        "processes": processes,
+        "text encoder": judges["policy"].text.fingerprint,
+        "weights at the start": {name: fingerprint(judge) for name, judge in judges.items()},
+        "training ratings": train.digest,
+        "validation ratings": val.digest,
+    }
     seed = derived_seed(config.seed, Stream.ORDER, stage)
     parameters = [parameter for judge in judges.values() for parameter in judge.parameters()]
     fused = device.type == "cuda" or None  # with fp16, other implementations wait for the GPU at each step
@@ -237,7 +247,10 @@ def learning_rate(rlhf: ConfigDict, stage: int, update: int, updates_per_epoch: 
 
 
 def check_output(rlhf: ConfigDict) -> None:
-    """Raise UserError if the stages can neither start nor resume; stage 2 needs judges of the configured sizes."""
+    """Raise UserError for an output folder in which the stages can neither start nor resume.
+
+    Stage 2 needs a Selector and a Policy, usually stage 1's, in the files of those names, and of the configured sizes.
+    """
     output, stages = Path(rlhf.output), tuple(rlhf.stages)
     selector, policy, unfinished = output / SELECTOR_FILE, output / POLICY_FILE, state_path(output, stages[0]).exists()
     if stages[0] == 1:
