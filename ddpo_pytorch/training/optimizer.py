@@ -31,7 +31,11 @@ def make_optimizer(train: ConfigDict, parameters: list[torch.nn.Parameter]) -> t
 
 
 class GuardedOptimizer:
-    """Optimizer that clips gradients to `max_grad_norm` and skips non-finite steps, up to `limit` in a row."""
+    """Optimizer wrapper that clips gradients to `max_grad_norm` over all parameters and skips non-finite steps.
+
+    `optimizer` was prepared by `accelerator`, whose gradient scaler does the skipping with fp16. `limit` skipped steps
+    in a row abort the run.
+    """
 
     def __init__(self, accelerator: Accelerator, optimizer: AcceleratedOptimizer, max_grad_norm: float, limit: int):
         self._accelerator, self._optimizer, self._max_grad_norm = accelerator, optimizer, max_grad_norm

@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 class RolloutGradients(GradMode):
     """Per-sample gradients of trajectories' log-probs with respect to the adapters, in CPU memory.
 
-    This process has `samples` in the first update, drawn `batch_size` at a time. Steps in `window`
-    are trained on. A sample takes `passes` rows of the bare UNet's batch (2 with guidance).
+    This process has `samples` in the first update, drawn `batch_size` at a time. Steps in `window` are
+    trained on. A sample takes `passes` rows of the bare UNet's batch (2 with guidance).
     """
 
     def __init__(
