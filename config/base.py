@@ -96,7 +96,7 @@ def get_config(name: str = "") -> ConfigDict:
     # compute the gradient of an epoch's first update, where the ratio is 1, while sampling: this saves its forward
     # passes and gives the same gradient up to rounding. Its samples are drawn batch_size * timesteps_per_forward at a
     # time; each takes 4 bytes of CPU memory per adapter weight. Only for LoRA of linear layers and
-    # timestep_fraction 1, without kl_coef, data_coef and compile.
+    # timestep_fraction 1, without kl_coef and compile.
     train.gradients_while_sampling = True
     # torch.compile the UNet's transformer blocks: takes minutes at the start (cached between runs), then runs faster.
     # In half precision on a GPU, the rollout then runs with gradients enabled and takes as much memory as the update.
@@ -105,9 +105,6 @@ def get_config(name: str = "") -> ConfigDict:
     # that get an adapter.
     train.update(lora_rank=4, lora_targets=("to_q", "to_k", "to_v", "to_out.0"))
     train.kl_coef = 0.0  # weight in the loss of the KL divergence to the base model (adapters off). Needs use_lora
-    # weight in the loss of the diffusion loss on real images (with sd.caption_dropout), and the folder of their
-    # latents: <logdir>/latents of extract_dataset_latents.py, or <sd.output>/latents/train.
-    train.update(data_coef=0.0, data_latents="")
     # "per_prompt": running per-prompt statistics (below). "group": mean and standard deviation over this epoch's
     # samples of the same prompt (GRPO); needs sample.images_per_prompt > 1, since the only sample of a prompt has
     # advantage 0. "global": over all samples of the epoch.
@@ -221,7 +218,9 @@ def get_config(name: str = "") -> ConfigDict:
     sd.update(kind="isic", data_path="", csv="", image_size=512, resize="stretch", limit=0, skip_broken=False)
     # split table for the validation loss ("": none), rows to use (0: all), and steps between validations.
     sd.update(val_csv="", val_images=512, val_every=500)
-    sd.latents = sd.val_latents = ""  # latents to use instead of images (train.data_latents); "": encoded into <output>
+    # latents to use instead of images: <logdir>/latents of extract_dataset_latents.py, or <output>/latents/train of an
+    # earlier run; "": encoded into <output>.
+    sd.latents = sd.val_latents = ""
     # "finetune": folder of generate.py with images to train on as well, weighted by their Policy scores, and the share
     # of real images among all, at least half.
     sd.update(pool="", real_share=0.5)

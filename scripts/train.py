@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +35,6 @@ from ddpo_pytorch.rewards import Scorer
 from ddpo_pytorch.rollout import Trajectories, draw_prompts, sample_trajectories, timestep_order, update_order
 from ddpo_pytorch.stat_tracking import compute_advantages, reward_statistics
 from ddpo_pytorch.training import setup
-from ddpo_pytorch.training.data_loss import DataLoss
 from ddpo_pytorch.training.health import HealthCheck, check_groups
 from ddpo_pytorch.training.held_out import save_grid
 from ddpo_pytorch.training.optimizer import GuardedOptimizer, make_optimizer
@@ -44,7 +43,6 @@ from ddpo_pytorch.training.run_state import RunState
 from ddpo_pytorch.utils import distributed
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.randomness import Stream, generator_of
 
 define_config(__file__, "FILE.py:EXPERIMENT", default="config/mini.py:prompt_image_alignment_classifier_isic")
@@ -70,8 +68,7 @@ class Run:
     embeddings: PromptEmbeddings
     scorer: Scorer
     gradients: RolloutGradients | None  # None: every update computes its own
-    contents: dict[str, str] = field(default_factory=dict)  # fingerprints of input files, on the main process
-    data_loss: DataLoss | None = None
+    contents: dict[str, str]  # fingerprints of input files, on the main process
 
     @property
     def first_sample(self) -> int:
@@ -150,16 +147,13 @@ def set_up(config: ConfigDict) -> Run:
     optimizer = make_optimizer(config.train, [p for p in pipe.unet.parameters() if p.requires_grad])
     unet, optimizer = accelerator.prepare(pipe.unet, optimizer)
     guard = GuardedOptimizer(accelerator, optimizer, config.train.max_grad_norm, config.train.max_skipped_updates)
-    data_loss = DataLoss(accelerator, config, pipe) if config.train.data_coef else None
-    if data_loss:
-        contents["train.data_latents"] = fingerprint(data_loss.latents.index["shards"], config.sd.caption_dropout)
     embeddings = PromptEmbeddings(pipe)
     if task.prompts is not None:
         embeddings.precompute(text for text, _ in task.prompts)
     scorer = Scorer(task.reward_fn, device)
     gradients = rollout_gradients(accelerator, pipe.unet, sizes, config.sample, config.train)
     models = pipe, unet, optimizer, guard, embeddings
-    return Run(config, accelerator, sizes, task, *models, scorer, gradients, contents, data_loss)
+    return Run(config, accelerator, sizes, task, *models, scorer, gradients, contents)
 
 
 def run_epochs(run: Run, state: RunState, stop_request: distributed.StopRequest) -> None:
@@ -277,8 +271,7 @@ def update(run: Run, epoch: int, samples: Trajectories, advantages: Tensor) -> d
                 # one minibatch's forward pass measures whether the ratio is 1, as the shortcut assumes
                 info = score_minibatch(run, epoch, samples, advantages, indices) | {"loss": -clipped.mean()}
             else:
-                progress = epoch, inner_epoch, len(grad_norms)
-                info = accumulate_gradient(run, progress, samples, advantages, indices)
+                info = accumulate_gradient(run, epoch, inner_epoch, samples, advantages, indices)
             if not grad_norms:  # before the first step the policy is the one that sampled: 0 up to rounding
                 deviations.append(info["ratio_max_deviation"])
                 if len(updates) > 1 and run.config.mixed_precision != "no":  # its kernels may round differently
@@ -294,20 +287,14 @@ def update(run: Run, epoch: int, samples: Trajectories, advantages: Tensor) -> d
 
 
 def accumulate_gradient(
-    run: Run, progress: tuple[int, int, int], samples: Trajectories, advantages: Tensor, indices: Tensor
+    run: Run, epoch: int, inner_epoch: int, samples: Trajectories, advantages: Tensor, indices: Tensor
 ) -> Statistics:
-    """Accumulate the gradient of one optimizer update over the samples `indices`; return its statistics.
-
-    progress: epoch, inner epoch, and number of the update within the epoch.
-    """
+    """Accumulate the gradient of one optimizer update over the samples `indices`; return its statistics."""
     infos = []
-    for number, minibatch in enumerate(minibatches(run, *progress[:2], samples, indices)):
+    for minibatch in minibatches(run, epoch, inner_epoch, samples, indices):
         # DDP averages gradients over processes only in the last backward pass of the update
         with run.accelerator.accumulate(run.unet):
             loss, info = minibatch_loss(run, samples, advantages, minibatch)
-            if run.data_loss:  # not in ddpo-pytorch: diffusion loss on real images, against reward hacking
-                info["data_loss"] = (data_loss := run.data_loss(*progress, number)).detach()
-                loss = loss + run.config.train.data_coef * data_loss
             run.accelerator.backward(loss)
         infos.append(info | {"loss": loss.detach()})
     means = {name: torch.stack([info[name] for info in infos]).mean() for name in infos[0]}

@@ -7,26 +7,19 @@ import os
 import re
 import shutil
 from functools import partialmethod
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from launching import run_script
-from ml_collections import ConfigDict
 from refusals import refused
 from rl_tools import LIGHT, TIMES, as_flags, configured, untimed, weights
 from safetensors.torch import load_file
 from script_tools import files_of, read_lines
 
-from ddpo_pytorch.data.isic import CAPTIONS
-from ddpo_pytorch.generator.latents import encode_data_set, write_index
-from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.report.curves import read_config
 from ddpo_pytorch.training import setup
-from ddpo_pytorch.training.data_loss import DataLoss
 from ddpo_pytorch.training.run_state import is_finished
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import LOCK, locked
@@ -122,36 +115,6 @@ def test_modes(script, train, overrides, monkeypatch):
     assert ("kl_to_base" in entry) == ("train__kl_coef" in overrides) and entry.get("kl_to_base", 0) >= 0
 
 
-def test_the_diffusion_loss_on_real_images_is_added_and_resumes(train, tmp_path, tiny_pipeline_dir):
-    """Latents of six images, as extract_dataset_latents.py writes them."""
-    vae, data_latents = load_pipeline(tiny_pipeline_dir).vae, str(tmp_path / "latents")
-    images = torch.randint(256, (6, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    encode_data_set(vae, [(image, 0) for image in images], range(6), [0, 1] * 3, Path(data_latents), progress=False)
-    write_index(Path(data_latents), vae, CAPTIONS[:2], 6, {})
-    once = {"train__gradient_accumulation_steps": 2}  # one update an epoch: the loss of the first weights
-    _, (plain,) = train(run_name="plain", num_epochs=1, **once)
-    anchored = once | {"train__data_coef": 0.5, "train__data_latents": data_latents}
-    folder, epochs = train(run_name="whole", **anchored)
-    assert epochs[0]["loss"] - plain["loss"] == pytest.approx(0.5 * epochs[0]["data_loss"], rel=1e-4)
-
-    config = ConfigDict({"seed": 42, "train": {"batch_size": 4, "timesteps_per_forward": 1}, "sd": {}})
-    config.train.data_latents, config.sd.caption_dropout = data_latents, 0.1
-    loss = DataLoss(Accelerator(cpu=True), config, load_pipeline(tiny_pipeline_dir))
-    with torch.no_grad():  # two batches of 4 samples, three timesteps each
-        values = [loss(0, 0, 0, number).item() for number in range(6)]
-    assert sum(values) / 6 == pytest.approx(epochs[0]["data_loss"], rel=1e-4) and len(set(values)) == 6
-
-    part, _ = train(run_name="part", num_epochs=1, **anchored)
-    refused("another train.data_latents", train, run_name="part", **anchored, sd__caption_dropout=0.5)
-    _, resumed = train(run_name="part", **anchored)
-    assert [entry["loss"] for entry in resumed] == [entry["loss"] for entry in epochs]
-    assert all(torch.equal(value, weights(part, 2)[name]) for name, value in weights(folder, 2).items())
-    config.train.data_latents = str(shutil.copytree(data_latents, tmp_path / "other"))
-    index = json.loads((tmp_path / "other" / "index.json").read_text()) | {"scaling_factor": 3.0}
-    (tmp_path / "other" / "index.json").write_text(json.dumps(index))
-    refused("train.data_latents .* 3.0", DataLoss, Accelerator(cpu=True), config, load_pipeline(tiny_pipeline_dir))
-
-
 def test_full_fine_tune_saves_a_unet_that_differs_from_the_base(train, tiny_pipeline_dir):
     folder, epochs = train(use_lora=False, num_epochs=1)
     assert epochs[0]["first_ratio_deviation"] == 0.0
@@ -201,7 +164,6 @@ def test_wandb_records_offline_without_a_key(train, tmp_path, monkeypatch):
         ({"train__use_8bit_adam": True}, "bitsandbytes"),
         ({"train__advantage": "nope"}, "per_prompt"),
         ({"use_lora": False, "train__kl_coef": 1.0}, "use_lora"),
-        ({"train__data_coef": 1.0}, "train.data_latents ''"),
         ({"mixed_precision": "fp16"}, "needs a GPU"),
         ({"pretrained.model": "/nowhere/sd"}, "/nowhere/sd"),
         ({"reward_fn_kwargs.isic_classifier_reward.classifier": "/nowhere/H6.pth"}, "/nowhere/H6.pth"),

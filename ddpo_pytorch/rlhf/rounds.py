@@ -19,7 +19,6 @@ from ddpo_pytorch.data.fundus import load_split
 from ddpo_pytorch.data.images import to_uint8
 from ddpo_pytorch.data.ratings import read_ratings
 from ddpo_pytorch.generator.finetune_data import settings_of
-from ddpo_pytorch.generator.latents import LatentShards
 from ddpo_pytorch.generator.pipeline import image_size, load_pipeline
 from ddpo_pytorch.generator.text import check_tokens, has_mask
 from ddpo_pytorch.judges.classifier import ArtifactClassifier
@@ -278,9 +277,6 @@ def round_settings(config: ConfigDict, device: torch.device) -> dict[str, Any]:
         contents = content_fingerprints(ddpo, pipe, task)
         if ddpo.held_out.every:
             contents["held_out.classifier"] = fingerprint(with_contents(ddpo.held_out.classifier))
-        if ddpo.train.data_coef:
-            shards = LatentShards(ddpo.train.data_latents).index["shards"]
-            contents["train.data_latents"] = fingerprint(shards, ddpo.sd.caption_dropout)
         read = ddpo.to_dict() | {run_folder.CONTENTS: contents}
         settings |= contents | run_folder.comparable(read, read, free=run_folder.FREE - run_folder.STOPPING)[0]
     if "finetune" in improve.methods:

@@ -93,7 +93,7 @@ def rollout_gradients(
     adapters = {weight for layer in layers for linear in (layer.lora_A, layer.lora_B) for weight in linear.parameters()}
     only_adapters = bool(adapters) and {weight for weight in unet.parameters() if weight.requires_grad} == adapters
     possible = only_adapters and sizes.train_timesteps == window[1] - window[0] and not train.compile
-    if not (train.gradients_while_sampling and possible) or train.kl_coef or train.data_coef:
+    if not (train.gradients_while_sampling and possible) or train.kl_coef:
         return None
     samples = sizes.local_samples // sizes.updates
     batch_size = min(train.batch_size * train.timesteps_per_forward, samples)

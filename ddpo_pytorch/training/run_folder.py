@@ -31,13 +31,12 @@ FREE = {  # settings that may change when a run resumes, since they do not chang
 }
 ARGUMENTS = ("prompt_fn_kwargs.", "reward_fn_kwargs.")
 # paths that are compared by content; config.json keeps the fingerprints under CONTENTS
-BY_CONTENT = ("pretrained.model", "pretrained.revision", "unet_path", "held_out.classifier", "train.data_latents")
+BY_CONTENT = ("pretrained.model", "pretrained.revision", "unet_path", "held_out.classifier")
 CONTENTS = "contents"
 BEHIND = {  # settings that determine the content, by the first part of a fingerprint's name
     "model": ("pretrained", "unet_path", "mixed_precision", "use_lora"),
     "reward": ("reward_fn", "reward_fn_kwargs"),
     "prompts": ("prompt_fn", "prompt_fn_kwargs"),
-    "train": ("train",),  # train.data_latents
 }
 
 logger = logging.getLogger(__name__)

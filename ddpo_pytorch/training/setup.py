@@ -38,8 +38,8 @@ RANGES = {  # outside of which training fails, or runs and learns nothing
     ),
     allowed.ZERO_OR_MORE: ("early_stop.patience", "held_out.every", "held_out.patience"),
     allowed.POSITIVE: ("train.learning_rate", "train.adam_epsilon", "train.adv_clip_max", "train.clip_range"),
-    allowed.NOT_NEGATIVE: ("train.adam_weight_decay", "train.kl_coef", "train.data_coef", "early_stop.tolerance"),
-    allowed.BELOW_ONE: ("train.adam_beta1", "train.adam_beta2", "held_out.tolerance", "sd.caption_dropout"),
+    allowed.NOT_NEGATIVE: ("train.adam_weight_decay", "train.kl_coef", "early_stop.tolerance"),
+    allowed.BELOW_ONE: ("train.adam_beta1", "train.adam_beta2", "held_out.tolerance"),
     allowed.FINITE: ("sample.guidance_scale",),
     Range("(0, 1]"): ("train.timestep_fraction",),
     Range("(0, inf]"): ("train.max_grad_norm",),  # inf: gradients are not clipped
@@ -63,7 +63,6 @@ def check_training(config: ConfigDict) -> None:
         (sample.guidance_scale > 1 and not train.cfg, f"train.cfg is False at guidance_scale {sample.guidance_scale}"),
         # the base model of the KL divergence is the UNet with its adapters off
         (train.kl_coef and not config.use_lora, f"train.kl_coef is {train.kl_coef} but use_lora is False"),
-        (train.data_coef and not train.data_latents, f"train.data_coef is {train.data_coef}, train.data_latents ''"),
         (held_out.patience and not held_out.every, f"held_out.patience is {held_out.patience} but held_out.every is 0"),
     ]
     if (tracking := config.per_prompt_stat_tracking) is not None:

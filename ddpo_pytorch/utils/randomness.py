@@ -14,9 +14,7 @@ from ddpo_pytorch.utils.distributed import to_device
 from ddpo_pytorch.utils.errors import UserError
 
 # independent random streams of a run; their numbers are part of every derived seed
-Stream = IntEnum(
-    "Stream", "PROMPTS NOISE ORDER TIMESTEPS GRID EVALUATION BATCHES VALIDATION HELD_OUT POOL DATA", start=0
-)
+Stream = IntEnum("Stream", "PROMPTS NOISE ORDER TIMESTEPS GRID EVALUATION BATCHES VALIDATION HELD_OUT POOL", start=0)
 
 
 def derived_seed(seed: int, stream: Stream, *progress: int) -> int:
