@@ -39,7 +39,7 @@ from ddpo_pytorch.data.sample_folder import check_claim, claim_folder
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, new_classifier, save_classifier
 from ddpo_pytorch.judges.classifier_training import FitState, Recipe, define_flags, fit, predict
 from ddpo_pytorch.utils.cli import cli, expand_flags
-from ddpo_pytorch.utils.distributed import locked_by_main, make_accelerator
+from ddpo_pytorch.utils.distributed import locked_by_main, make_accelerator, run_on_main_process
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_write, sha256, write_file
 from ddpo_pytorch.utils.published import resolve
@@ -179,9 +179,8 @@ def main(_) -> None:
                 sets = {name: decoded(files, cache) for name, files in data.files.items()}
         for number, training in enumerate(remaining, 1):
             logger.info("training run %d of %d: %s, seed %d", number, len(remaining), training.name, training.seed)
-            if accelerator.is_main_process:
-                folder = Path(output, training.folder)
-                claim_folder(folder, settings[folder], {"training": training.name})
+            folder = Path(output, training.folder)
+            run_on_main_process(accelerator, claim_folder, folder, settings[folder], {"training": training.name})
             train(accelerator, training, recipes[training.seed], data, sets)
         if accelerator.is_main_process:
             logger.info("\n%s\nin %s", write_report(trainings, data, seeds), Path(output, "table4.{md,csv,json}"))

@@ -22,7 +22,7 @@ from ddpo_pytorch.data.sample_folder import WORLD, claim_folder, folder_name, re
 from ddpo_pytorch.generator.latents import INDEX, encode_data_set, write_index
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
-from ddpo_pytorch.utils.distributed import locked_by_main, make_accelerator
+from ddpo_pytorch.utils.distributed import locked_by_main, make_accelerator, run_on_main_process
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
 from ddpo_pytorch.utils.fingerprint import fingerprint
@@ -53,12 +53,11 @@ def extract(accelerator: Accelerator, config: ConfigDict) -> None:
     vae, pretrained = None, config.pretrained
     if pretrained.model:  # in fp32, since SD 1.5's encoder overflows in half precision, in which latents are stored
         vae = load_pipeline(pretrained.model, pretrained.revision, device=accelerator.device).vae
-    if accelerator.is_main_process:
-        claimed = settings | {"limit": dataset.limit, "vae_sha256": fingerprint(vae) if vae is not None else ""}
-        # pictures must label phantoms as such; the images of skin phantoms are in a subfolder of their world
-        phantoms = any((place / WORLD).is_file() for place in (Path(images), Path(images).absolute().parent))
-        claim_folder(folder, claimed, {"phantoms": phantoms, "csv": csv, "model": pretrained.model, "missing": missing})
-    accelerator.wait_for_everyone()
+    claimed = settings | {"limit": dataset.limit, "vae_sha256": fingerprint(vae) if vae is not None else ""}
+    # pictures must label phantoms as such; the images of skin phantoms are in a subfolder of their world
+    phantoms = any((place / WORLD).is_file() for place in (Path(images), Path(images).absolute().parent))
+    about = {"phantoms": phantoms, "csv": csv, "model": pretrained.model, "missing": missing}
+    run_on_main_process(accelerator, claim_folder, folder, claimed, about)
 
     # log entries: every column of the table, the patient, and the fields of every sample folder
     entries, contents = [], content_numbers(sources)

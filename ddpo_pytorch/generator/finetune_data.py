@@ -18,6 +18,7 @@ from ddpo_pytorch.data.sample_folder import LOG, claim_folder, read_log
 from ddpo_pytorch.data.tables import Row
 from ddpo_pytorch.generator.from_scratch import GROUPS, HEAD_WIDTH, TEXT_ENCODERS
 from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, write_index
+from ddpo_pytorch.utils.distributed import run_on_main_process
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import sha256
 from ddpo_pytorch.utils.fingerprint import fingerprint
@@ -143,9 +144,8 @@ def _encode(
 ) -> LatentShards:
     """Encode images (file, row, caption) into a folder below sd.output, reserved for this origin and settings."""
     folder, about = Path(sd.output) / "latents" / name, {**origin, "image_size": sd.image_size, "resize": sd.resize}
-    if accelerator.is_main_process:
-        claim_folder(folder, about | settings | {"vae_sha256": fingerprint(vae)}, {"images": len(items)})
-    accelerator.wait_for_everyone()
+    claimed = about | settings | {"vae_sha256": fingerprint(vae)}
+    run_on_main_process(accelerator, claim_folder, folder, claimed, {"images": len(items)})
     paths, rows, texts = zip(*items, strict=True)
     files, contents = ImageFiles(paths, torch.tensor(rows), sd.image_size, sd.resize), content_numbers(paths)
     ids, rank, processes = [captions.index(t) for t in texts], accelerator.process_index, accelerator.num_processes
