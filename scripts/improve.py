@@ -33,7 +33,7 @@ from ddpo_pytorch.data.images import SYNTHETIC, image_grid, load_pixels, save_pi
 from ddpo_pytorch.data.sample_folder import claim_folder
 from ddpo_pytorch.generator import finetune_data
 from ddpo_pytorch.generator.latents import INDEX, LatentShards
-from ddpo_pytorch.generator.lora import merged_state_dict
+from ddpo_pytorch.generator.lora import merge_lora
 from ddpo_pytorch.generator.pipeline import load_pipeline, save_model
 from ddpo_pytorch.judges.classifier import new_classifier
 from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges
@@ -136,9 +136,9 @@ class Rounds:
                 # save `model` with the trained UNet, adapters merged, as a new folder; train_sd.py writes a whole model
                 # if the text encoder is new as well
                 source = str(weights.parent if (weights.parent / "model_index.json").is_file() else model)
-                trained, pipe = (load_pipeline(source, self.config.pretrained.revision) for _ in range(2))
-                load_weights(trained.unet, weights)
-                pipe.unet.load_state_dict(merged_state_dict(trained.unet))
+                pipe = load_pipeline(source, self.config.pretrained.revision)
+                load_weights(pipe.unet, weights)
+                merge_lora(pipe.unet)
                 with atomic_folder(outcome) as temporary:
                     save_model(pipe, temporary)
             model = outcome

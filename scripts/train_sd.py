@@ -35,7 +35,7 @@ from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.generator import pipeline
 from ddpo_pytorch.generator.finetune_losses import AutoencoderLoss, CaptionTable, NoiseLoss
 from ddpo_pytorch.generator.latents import LatentShards, merge_captions
-from ddpo_pytorch.generator.lora import add_lora, has_lora, merged_state_dict, save_lora
+from ddpo_pytorch.generator.lora import add_lora, has_lora, merge_lora, merged_state_dict, save_lora
 from ddpo_pytorch.generator.text import check_tokens, has_mask
 from ddpo_pytorch.sampling import SAMPLING
 from ddpo_pytorch.training.held_out import save_grid
@@ -140,9 +140,7 @@ class DiffusionStage:
         sd, pipe = self.config.sd, self.pipe
         if has_lora(pipe.unet):
             save_lora(pipe.unet, self.output)
-            weights = merged_state_dict(pipe.unet)
-            pipe.unet.unload_lora()
-            pipe.unet.float().load_state_dict(weights)
+            merge_lora(pipe.unet)
         if sd.stage == "unet" or sd.text_encoder == "bert" or sd.train_text_encoder:
             pipeline.save_model(pipe, self.output)
         with atomic_write(self.output / "pretrained_unet.safetensors") as temporary:

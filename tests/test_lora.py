@@ -12,7 +12,13 @@ from safetensors.torch import load_file, save_file
 from tiny_unet import RANK, TARGETS, legacy, make_unet, projections, random_weights, randomize, run, run_by_hand
 
 from ddpo_pytorch.generator import lora
-from ddpo_pytorch.generator.lora import add_lora, load_lora, lora_parameters, lora_state_dict, merged_state_dict
+from ddpo_pytorch.generator.lora import (
+    add_lora,
+    load_lora,
+    lora_parameters,
+    lora_state_dict,
+    merged_state_dict,
+)
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 WEIGHTS = random_weights(make_unet())  # <module>.{down,up}
@@ -100,6 +106,8 @@ def test_adapters_of_any_layer_are_saved_loaded_also_by_diffusers_and_merged(tmp
     torch.testing.assert_close(run(theirs), run(unet), **CLOSE)
     merged.load_state_dict(merged_state_dict(unet))
     torch.testing.assert_close(run(merged), run(unet), **CLOSE)
+    lora.merge_lora(unet)
+    assert not lora.has_lora(unet) and torch.equal(run(unet), run(merged))
 
 
 def named(down: str, up: str, prefix: str = "") -> dict[str, torch.Tensor]:

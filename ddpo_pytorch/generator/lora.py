@@ -165,6 +165,14 @@ def merged_state_dict(unet: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
+def merge_lora(unet: UNet2DConditionModel) -> None:
+    """Replace adapters, if there are any, by their sum with the weights, in float32."""
+    if has_lora(unet):
+        weights = merged_state_dict(unet)
+        unet.unload_lora()
+        unet.float().load_state_dict(weights)
+
+
 @contextmanager
 def disabled_lora(unet: UNet2DConditionModel) -> Iterator[None]:
     """Turn the UNet into the base model within this context: a free reference for the KL divergence."""

@@ -165,14 +165,16 @@ def measure_folder(images: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None
     measures = {"aligned": aligned.astype(float)}
     if train:
         neighbours = {name: find_neighbours(name, images, train) for name in context.spaces}
+        copied = copies(images, train)  # of the pixels, the same in every space
         result["memorisation"] = {
-            name: measure_memorisation(name, images, train, near, context.baseline.get(name), seed)
+            name: {"copies": int(copied.sum())}
+            | measure_memorisation(name, images, train, near, context.baseline.get(name), seed)
             for name, near in neighbours.items()
         }
         distances, indices = neighbours[context.spaces[0]]
         columns["nearest_train"] = [str(train.paths[i]) for i in indices]
         columns |= {"train_distance": distances, "thumbnail_distance": neighbours[THUMBNAILS.name][0]}
-        columns["copy_of_train"] = copies(images, train).astype(int)
+        columns["copy_of_train"] = copied.astype(int)
         if (threshold := result["memorisation"][context.spaces[0]].get("threshold")) is not None:
             measures["closer"] = distances < threshold
     facts = set_facts(images, {"real": sets.real, "training": train}) if parts else {}

@@ -129,14 +129,14 @@ def pixel_hashes(images: ImageSet) -> list[bytes]:
 def measure_memorisation(
     extractor: str, fake: ImageSet, train: ImageSet, neighbours: Neighbours, baseline: np.ndarray | None, seed: int
 ) -> dict:
-    """Return pixel copies, closest pairs, authenticity, and the share that is unusually close by `baseline` (K,)."""
+    """Return closest pairs, authenticity, and the share that is unusually close by `baseline` (K,)."""
     distances, indices = neighbours
     pairs = [
         {"path": str(fake.paths[i].resolve()), "caption": fake.captions[i]}
         | {"train": str(train.paths[indices[i]].resolve()), "distance": float(distances[i])}
         for i in closest(distances, indices)
     ]
-    result = {"copies": int(copies(fake, train).sum()), "closest": pairs}
+    result = {"closest": pairs}
     if extractor != THUMBNAILS.name:  # they also match mirrored images, which would bias it
         result["authenticity"] = authenticity(train.rows[extractor], distances, indices, fake.groups, seed)
     if baseline is not None and len(baseline):
