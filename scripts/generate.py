@@ -17,7 +17,7 @@ the paths of the n best images.
 import logging
 import shutil
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,11 +48,11 @@ from ddpo_pytorch.utils.distributed import DTYPES, locked_by_main, make_accelera
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
 from ddpo_pytorch.utils.randomness import Stream, derived_seed, text_number
-from ddpo_pytorch.utils.settings import ONE_OR_MORE, Range, check_ranges
+from ddpo_pytorch.utils.settings import ONE_OR_MORE, UP_TO_A_MILLION, Range, check_ranges
 
 FLAGS = define_config(__file__, "experiment, e.g. config/fundus.py:generate")
 flags.DEFINE_multi_string("prompt", [], "prompt to draw instead of the configured ones; may be repeated")
-flags.DEFINE_integer("n", 1, "images for each --prompt", 1)
+flags.DEFINE_integer("n", 1, "images for each --prompt", 1, 1_000_000)
 logger = logging.getLogger(__name__)
 COUNTS = ("images_per_prompt", "num_candidates", "max_attempts")
 COLUMNS = ("file_name", "text", "modality", "patient", "selector", "policy", "seed", "weights_sha256")
@@ -146,12 +146,15 @@ def generate(accelerator: Accelerator, config: ConfigDict) -> None:
     origin = {"model": pretrained.model, "load_from": config.load_from}
     run_on_main_process(accelerator, claim_folder, folder, settings, origin)
     if (folder / LOG).is_file():
-        paths = [entry["path_to_img"] for entry in read_log(folder)]
-        if not (damaged := damaged_images(folder, paths)):
+        entries = read_log(folder)
+        best = Counter(entry.get("prompt") for entry in entries if entry.get("best") is True)
+        listed = (folder / METADATA).is_file() and best == dict.fromkeys(prompts, improve.images_per_prompt)
+        damaged = damaged_images(folder, [entry["path_to_img"] for entry in entries])
+        if listed and not damaged:
             logger.info("%s is complete already; nothing to do", folder)
             return
-        counts = len(damaged), len(paths)
-        logger.warning("%d of %d images in %s are damaged, e.g. %s; all are drawn again", *counts, folder, damaged[0])
+        flaw = f"{len(damaged)} damaged images, e.g. {damaged[0]}" if damaged else f"an incomplete {LOG} or {METADATA}"
+        logger.warning("%s has %s; all images are drawn again", folder, flaw)
     accelerator.wait_for_everyone()  # all processes have read the folder before anything is removed
     if accelerator.is_main_process:  # remove the remains of an interrupted run
         (folder / LOG).unlink(missing_ok=True)
@@ -190,7 +193,7 @@ def main(_) -> None:
         config.eval.prompts, config.improve.images_per_prompt = tuple(FLAGS.prompt), FLAGS.n
         config.logdir = str(Path(config.logdir) / folder_name("; ".join(FLAGS.prompt)))
     counts = dict.fromkeys(("eval.batch_size", *(f"improve.{name}" for name in COUNTS)), ONE_OR_MORE)
-    check_ranges(config, SAMPLING | counts)
+    check_ranges(config, SAMPLING | counts | {"improve.images_per_prompt": UP_TO_A_MILLION})
     check_ranges(config, {"improve.num_candidates": Range(f"[1, {config.improve.max_attempts}]", whole=True)})
     accelerator = make_accelerator(config.mixed_precision, config.allow_tf32, process_timeout=config.process_timeout)
     with locked_by_main(accelerator, config.logdir):

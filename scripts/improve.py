@@ -29,7 +29,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.data import fundus
-from ddpo_pytorch.data.images import SYNTHETIC, image_grid, load_pixels, save_picture
+from ddpo_pytorch.data.images import RESIZES, SYNTHETIC, image_grid, load_pixels, save_picture
 from ddpo_pytorch.data.sample_folder import claim_folder
 from ddpo_pytorch.generator import finetune_data
 from ddpo_pytorch.generator.latents import INDEX, LatentShards
@@ -49,14 +49,15 @@ from ddpo_pytorch.utils.distributed import DTYPES, make_accelerator
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import JsonLines, atomic_folder, atomic_write, locked, sha256, write_file, write_json
 from ddpo_pytorch.utils.json_files import read_json
-from ddpo_pytorch.utils.settings import Range, check_ranges
+from ddpo_pytorch.utils.settings import Range, check_choices, check_ranges
 
 FLAGS = define_config(__file__, "experiment, e.g. config/fundus.py:improve")
 flags.DEFINE_string("launch", "", "command that starts the scripts of a round, e.g. 'accelerate launch'; empty: python")
 logger = logging.getLogger(__name__)
 METHODS = ("finetune", "ddpo")
-COUNTS = ("rounds", "images_per_prompt", "num_candidates", "max_attempts", "num_steps", "batch_size")
-RANGES = dict.fromkeys(COUNTS, allowed.ONE_OR_MORE) | {"held_out_images": Range("[2, inf)", whole=True)}
+COUNTS = ("rounds", "num_candidates", "max_attempts", "num_steps", "batch_size")
+RANGES = dict.fromkeys(COUNTS, allowed.ONE_OR_MORE) | {"images_per_prompt": allowed.UP_TO_A_MILLION}
+RANGES |= {"held_out_images": Range("[2, 1000000]", whole=True)}
 RANGES |= {"learning_rate": allowed.POSITIVE, "ema_decay": allowed.BELOW_ONE, "real_share": finetune_data.REAL_SHARE}
 RANGES |= dict.fromkeys(("tolerance", "kid_tolerance"), allowed.NOT_NEGATIVE)
 LOG = "rounds.jsonl"
@@ -74,7 +75,10 @@ def check_settings(config: ConfigDict) -> None:
     for name in improve.methods or ("",):
         if name not in METHODS:
             raise UserError(f"improve.methods has {name!r}; allowed are one or more of {', '.join(METHODS)}")
-    check_ranges(config, SAMPLING | {"eval.batch_size": allowed.ONE_OR_MORE})
+    if len(set(improve.methods)) < len(improve.methods):
+        raise UserError(f"improve.methods is {tuple(improve.methods)}; give each method once")
+    check_ranges(config, SAMPLING | dict.fromkeys(("eval.batch_size", "sd.image_size"), allowed.ONE_OR_MORE))
+    check_choices(config.sd, {"resize": RESIZES}, "sd.")
     check_ranges(improve, RANGES, "improve.")
     check_ranges(improve, {"num_candidates": Range(f"[1, {improve.max_attempts}]", whole=True)}, "improve.")
     for scale in improve.control_guidance:

@@ -90,6 +90,7 @@ FIELDS = [
     ("held out", {"epoch": [3]}),
     ("image log", [{"path_to_img": 3}]),
     ("image log", [{"path_to_img": "a", "prompt": {}}]),
+    ("image log", [{"path_to_img": "a", "seed": 1}, {"path_to_img": "/old/images/b/a"}, {"path_to_img": "a"}]),
     ("settings", {"settings": []}),
     ("splits", {"files": {"isic_train.csv": "hash"}}),
     ("conditioning", {"text_encoder_sha256": 1, "files": {}}),

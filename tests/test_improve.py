@@ -22,11 +22,11 @@ from ddpo_pytorch.data.fundus import load_split
 from ddpo_pytorch.data.images import SYNTHETIC, save_image
 from ddpo_pytorch.data.metadata import read_metadata
 from ddpo_pytorch.data.ratings import read_ratings
-from ddpo_pytorch.data.sample_folder import folder_name, read_log
+from ddpo_pytorch.data.sample_folder import folder_name, read_log, write_log
 from ddpo_pytorch.generator import pipeline
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.classifier import new_classifier
-from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges
+from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, load_judges, save_policy
 from ddpo_pytorch.judges.selector import save_selector
 from ddpo_pytorch.metrics.fidelity import kernel_distance
 from ddpo_pytorch.metrics.ssim import ms_ssim
@@ -258,10 +258,18 @@ def test_generate_is_the_same_with_two_processes_and_draws_damaged_images_again(
     assert [(row.image, row.caption) for row in read_metadata(tmp_path / "one" / "metadata.csv")] == passed
     assert {entry["weights_sha256"] for entry in entries} == {rows[0].fields["weights_sha256"]}
     assert [float(row.fields["disc"]) for row in rows] == [entry["disc"] for entry in entries if entry["passed"]]
-    for damage in (lambda: path.write_bytes(path.read_bytes()[:-50]), path.unlink):
+    log, table = tmp_path / "one" / "image_log.json", tmp_path / "one" / "metadata.csv"
+    for damage, named in (
+        *((lambda: path.write_bytes(path.read_bytes()[:-50]), path), (path.unlink, path), (table.unlink, table)),
+        *(
+            (lambda: log.write_text("[]"), log),
+            (lambda: write_log(log.parent, [e | {"best": 1} for e in entries]), log),
+        ),
+    ):
         damage()
         run("generate.py", logdir=tmp_path / "one", **settings)
-        assert files_of(tmp_path / "one/images") == one and path.name in caplog.text
+        assert files_of(tmp_path / "one/images") == one and named.name in caplog.text and table.is_file()
+        assert read_log(tmp_path / "one") == entries
         caplog.clear()
 
 
@@ -380,6 +388,10 @@ def test_settings_out_of_range(run, fields, tmp_path):
     few = {"improve__held_out_csv": tmp_path / "one.csv", "improve__held_out_images": 2}
     for changes, message in (
         ({"improve__methods": ("sft",)}, "improve.methods.*'sft'"),
+        ({"improve__methods": ("ddpo", "ddpo")}, "improve.methods.*each method once"),
+        ({"sd__image_size": 0}, "sd.image_size is 0"),
+        ({"sd__image_size": 64}, "sd.image_size is 64, .*32 x 32"),
+        ({"sd__resize": "x"}, "sd.resize is 'x'"),
         ({"improve__rounds": 0}, "improve.rounds.*0"),
         ({"improve__control_guidance": (3.0, "x")}, "improve.control_guidance.*'x'"),
         ({"improve__update_policy": True, "rlhf__ratings": ""}, "rlhf.ratings"),
@@ -426,12 +438,16 @@ def test_best_links_to_a_folder_or_is_absent(tmp_path, caplog):
 
 
 def test_judges_of_common_patients_are_not_independent(judges_dir, tmp_path):
-    selector, _ = load_judges(judges_dir)
-    for name, patients in (("one", ["a", "b"]), ("two", ["b"]), ("three", ["c"])):
-        selector.origin = {"patients": patients}
+    selector, policy = load_judges(judges_dir)
+    # in four, stage 2 of the Policy had more ratings
+    sets = {"one": ("ab", "ab"), "two": ("b", "b"), "three": ("c", "c"), "four": ("c", "bc")}
+    for name, (first, second) in sets.items():
+        selector.origin, policy.origin = policy.origin | {"patients": [*first]}, policy.origin | {"patients": [*second]}
         save_selector(selector, tmp_path / name / SELECTOR_FILE)
+        save_policy(policy, tmp_path / name / POLICY_FILE)
     rounds.check_independent(tmp_path / "one", tmp_path / "three")
-    refused("share 1 patients", rounds.check_independent, tmp_path / "one", tmp_path / "two")
+    for name in ("two", "four"):
+        refused("share 1 patients", rounds.check_independent, tmp_path / "one", tmp_path / name)
 
 
 @pytest.fixture
@@ -470,8 +486,9 @@ def test_rounds_belong_to_the_settings_that_their_methods_read(settings_of_round
     table = shutil.copy(fields["prompt_fn_kwargs__path"], tmp_path / "copy.csv")
     ddpo = {"num_epochs": 3, "train__learning_rate": 0.5, "train__kl_coef": 1.0, "early_stop__patience": 9}
     policy, finetune = {"rlhf__replay_share": 0.5}, {"sd__caption_dropout": 0.5, "sd__min_snr_gamma": 5.0}
-    changes = ddpo | policy | finetune | {"prompt_fn_kwargs__path": table}
-    for methods, updated, expected in (("ddpo", True, ddpo | policy), ("finetune", False, finetune)):
+    both = {"sd__resize": "crop"}
+    changes = ddpo | policy | finetune | both | {"prompt_fn_kwargs__path": table}
+    for methods, updated, expected in (("ddpo", True, ddpo | policy | both), ("finetune", False, finetune | both)):
         used = {"improve__methods": (methods,), "improve__update_policy": updated}
         before, now = settings_of_rounds(**used), settings_of_rounds(**used, **changes)
         differ = {name for name in before | now if now.get(name) != before.get(name)}

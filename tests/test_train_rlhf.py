@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from script_tools import assert_same_training, files_of, options, read_lines, succeed
 
 from ddpo_pytorch.data.ratings import read_ratings
+from ddpo_pytorch.data.sample_folder import write_log
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.judges.policy import TextFeatures, load_judges
 from ddpo_pytorch.rlhf import rated_images, training
@@ -183,7 +184,10 @@ def test_given_thresholds_and_other_sizes(train, tmp_path):
     for field, value in (("image_size", 8), ("policy_layers", 1), ("stem", "conv"), ("text_tokens", 8)):
         refused(f"rlhf.{field}=.* {value!r}", train, output=tmp_path, stages=(2,), **{field: value})
     assert files_of(tmp_path) == before
-    assert "96 of 96" in train(output=tmp_path, num_epochs=1, threshold=0.0, stages=(2,))
+    other = shutil.copytree(tmp_path, tmp_path / "other")
+    assert "measured on other images" in train(output=other, num_epochs=1, val_share=0.4, stages=(2,))
+    log = train(output=tmp_path, num_epochs=1, threshold=0.0, stages=(2,))
+    assert "96 of 96" in log and "measured on other images" not in log
 
 
 def test_samples_of_the_second_stage():
@@ -291,10 +295,14 @@ def test_tables_and_settings_that_cannot_train(train, table, tmp_path):
         ("image_size 30.*patch_size 8", {"image_size": 30}),
         ("image_size is 0", {"image_size": 0}),
         ("rlhf.pool 'nowhere'", {"pool": "nowhere"}),
+        *((rf"rlhf.text_tokens is {count}; .*\[2, 65535\]", {"text_tokens": count}) for count in (1, 65536)),
     ):
         given = {name: table(value) if callable(value) else value for name, value in fields.items()}
         refused(message, train, output=tmp_path / "out", **given)
         assert not (tmp_path / "out").exists(), message
+    pool = {"prompt": "Fundus: a.", "path_to_img": "images/a/1.png", "passed": True, "selector": 7.0, "policy": 0.5}
+    write_log(tmp_path / "pool", [pool])
+    refused("rlhf.pool .*images/a/1.png: selector is 7.0", train, output=tmp_path / "out", pool=str(tmp_path / "pool"))
     refused("loss is nan .* stage 1", train, output=tmp_path / "out", learning_rate=1e30)
     assert not (tmp_path / "out" / NAMES[0]).exists()
 

@@ -5,6 +5,7 @@ import math
 import shutil
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -130,7 +131,10 @@ def test_extracted_latents_take_the_place_of_images(model, world, train_stage, r
     assert_equal(unet_of(tmp_path / "latents"), unet_of(tmp_path / "images"))
 
     start["sd__latents"] = latents
-    refused("share images", train_stage, tmp_path / "y", **start, sd__val_latents=latents)
+    same, count = Path(shutil.copytree(latents, tmp_path / "same")), len(LatentShards(latents))
+    (same / "index.json").write_text(json.dumps(LatentShards(latents).index | {"csv_sha256": "another table"}))
+    for validation in (latents, str(same)):
+        refused(f"share {count} images", train_stage, tmp_path / "y", **start, sd__val_latents=validation)
     refused("image_size=32, .* 64", train_stage, tmp_path / "y", **start, sd__image_size=64)
     shard = tmp_path / "train_samples" / "latents" / "shard_00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:1000])
@@ -195,7 +199,7 @@ def test_bert_is_trained_from_scratch_and_takes_clips_place_frozen_or_slowly_tra
 def test_a_pool_is_mixed_with_real_images(model, train_stage, tmp_path):
     """Five images as generate.py writes them, of which one did not pass."""
     log = read_log(write_samples(tmp_path / "pool", {CAPTIONS[0]: 3, CAPTIONS[1]: 2}, seed=0, size=32))
-    scores = [{"policy": 0.2 * (number + 1), "passed": number != 3} for number in range(5)]
+    scores = [{"selector": 0.5, "policy": 0.2 * (number + 1), "passed": number != 3} for number in range(5)]
     write_log(tmp_path / "pool", [entry | scored for entry, scored in zip(log, scores, strict=True)])
     start = {"pretrained__model": str(model), "sd__val_csv": "", "sd__num_steps": 2}
     train_stage(tmp_path / "mixed", **start, sd__pool=str(tmp_path / "pool"))

@@ -23,7 +23,8 @@ from ddpo_pytorch.data.metadata import METADATA, read_metadata
 from ddpo_pytorch.utils.cores import thread_limit
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import JsonLines, path_fault, path_inside, write_json
-from ddpo_pytorch.utils.json_files import OneOf, parse_json, read_json
+from ddpo_pytorch.utils.json_files import OneOf, check_shape, parse_json, read_json
+from ddpo_pytorch.utils.settings import SHARE, check_ranges
 
 SETTINGS = "settings.json"
 LOG = "image_log.json"
@@ -104,17 +105,36 @@ def write_log(folder: str | Path, entries: list[dict]) -> None:
 
 
 def read_log(folder: str | Path) -> list[dict]:
-    """Return the entries of `image_log.json`, or []. Raises UserError if one has no path_to_img inside the folder.
+    """Return the entries of `image_log.json`, or [].
+
+    Raises UserError if one has no path_to_img inside the folder, or two differ about the same image.
 
     Of a path that ends in images/<caption>/<file>, as the official scripts log it, only this end is kept.
     """
     path, text = Path(folder) / LOG, OneOf((str, None))
     shape = [{"path_to_img": str, "prompt?": text, "patient?": text}]
     entries = read_json(path, shape, "make the samples again elsewhere") if path.is_file() else []
+    first: dict[str, dict] = {}
     for number, entry in enumerate(entries, 1):
         if match := _IMAGE_IN_FOLDER.fullmatch(entry["path_to_img"]):
             entry["path_to_img"] = match[1]
         path_inside(folder, entry["path_to_img"], f"{str(path)!r} entry {number}")
+        if first.setdefault(entry["path_to_img"], entry) != entry:
+            problem = f"{str(path)!r} has different entries for {entry['path_to_img']!r}"
+            raise UserError(f"{problem}; remove entry {number} or the earlier one")
+    return entries
+
+
+def read_pool(folder: str | Path, setting: str) -> list[dict]:
+    """Return the log of a folder of generate.py. Raises UserError, naming `setting`, unless scores are in [0, 1]."""
+    entries, where = read_log(folder), f"{setting} {str(folder)!r}"
+    advice = "draw it with scripts/generate.py"
+    if not entries:
+        raise UserError(f"{where} has no {LOG} with images; {advice}")
+    scores = dict.fromkeys(("selector", "policy"), float)
+    check_shape(entries, [{"prompt": str, "passed": bool, "path_to_img": str, **scores}], where, advice)
+    for entry in entries:
+        check_ranges(entry, dict.fromkeys(scores, SHARE), f"{where}, {entry['path_to_img']}: ")
     return entries
 
 

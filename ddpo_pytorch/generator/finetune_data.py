@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ddpo_pytorch.data import datasets as kinds
 from ddpo_pytorch.data.images import RESIZES, ImageFiles, content_numbers, loader_options
-from ddpo_pytorch.data.sample_folder import LOG, claim_folder, read_log
+from ddpo_pytorch.data.sample_folder import LOG, claim_folder, read_pool
 from ddpo_pytorch.data.tables import Row
 from ddpo_pytorch.generator.from_scratch import GROUPS, HEAD_WIDTH, TEXT_ENCODERS
 from ddpo_pytorch.generator.latents import LatentShards, encode_data_set, write_index
@@ -22,7 +22,6 @@ from ddpo_pytorch.utils.distributed import run_on_main_process
 from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import sha256
 from ddpo_pytorch.utils.fingerprint import fingerprint
-from ddpo_pytorch.utils.json_files import check_shape
 from ddpo_pytorch.utils.randomness import BatchDraws, EndlessBatches, Stream
 from ddpo_pytorch.utils.settings import NOT_NEGATIVE, ONE_OR_MORE, ZERO_OR_MORE, Range, check_choices, check_ranges
 
@@ -122,13 +121,11 @@ def open_latents(
 
 def open_pool(accelerator: Accelerator, sd: ConfigDict, vae: AutoencoderKL) -> tuple[LatentShards, list[float]]:
     """Return the latents of images in sd.pool that passed the Selector (else UserError), and their Policy scores."""
-    log, shape = Path(sd.pool) / LOG, [{"prompt": str, "policy": float, "path_to_img": str}]
-    entries = [entry for entry in read_log(sd.pool) if entry.get("passed")]
+    entries = [entry for entry in read_pool(sd.pool, "sd.pool") if entry["passed"]]
     if not entries:
         raise UserError(f"sd.pool {sd.pool!r} has no image that the Selector passed; raise improve.max_attempts")
-    check_shape(entries, shape, repr(str(log)), "draw the pool again with scripts/generate.py")
     items = [(Path(sd.pool) / entry["path_to_img"], row, entry["prompt"]) for row, entry in enumerate(entries)]
-    captions, origin = sorted({entry["prompt"] for entry in entries}), {"pool_sha256": sha256(log)}
+    captions, origin = sorted({entry["prompt"] for entry in entries}), {"pool_sha256": sha256(Path(sd.pool) / LOG)}
     return _encode(accelerator, sd, vae, items, captions, "pool", origin), [entry["policy"] for entry in entries]
 
 

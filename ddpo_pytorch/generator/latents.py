@@ -202,10 +202,14 @@ class LatentShards(Dataset):
         return None
 
     def check_disjoint(self, validation: "LatentShards") -> None:
-        """Raise UserError if both come from the same table and have rows in common."""
-        rows = [{row for shard in part._shards for row in shard["row"].tolist()} for part in (self, validation)]
-        if self.index.get("csv_sha256") == validation.index.get("csv_sha256") and rows[0] & rows[1]:
-            raise UserError("training and validation latents share images; extract them from different split tables")
+        """Raise UserError if both have images in common: equal files, or the same rows of a table."""
+        same_table = self.index.get("csv_sha256") == validation.index.get("csv_sha256")
+        for name in ("content", "row") if same_table else ("content",):  # shards of earlier versions lack the content
+            shards = [[shard[name].tolist() for shard in part._shards if name in shard] for part in (self, validation)]
+            ours, theirs = ({number for numbers in part for number in numbers} for part in shards)
+            if ours & theirs:
+                advice = "extract them from different split tables"
+                raise UserError(f"training and validation latents share {len(ours & theirs)} images; {advice}")
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -13,10 +13,11 @@ import torch
 from diffusers import AutoencoderKL
 from scipy.stats import spearmanr
 
+from ddpo_pytorch.data import sample_folder
 from ddpo_pytorch.data.fundus import findings_of, mirrored_caption
 from ddpo_pytorch.data.images import content_numbers, load_image, to_uint8
 from ddpo_pytorch.data.ratings import CRITERIA, RatedImage
-from ddpo_pytorch.data.sample_folder import LOG, is_framed, read_log
+from ddpo_pytorch.data.sample_folder import is_framed
 from ddpo_pytorch.generator.latents import reconstruct
 from ddpo_pytorch.judges.classifier_report import calibration_error, ranking
 from ddpo_pytorch.judges.selector import Selector
@@ -25,7 +26,6 @@ from ddpo_pytorch.phantoms.damage import BANDS, KINDS, STRUCTURAL, VISIBLE, degr
 from ddpo_pytorch.utils.cores import on_all_cores
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint
-from ddpo_pytorch.utils.json_files import check_shape
 from ddpo_pytorch.utils.randomness import Stream, generator_of
 
 COLUMNS = ("quality", "alignment")  # learned by the Selector and the Policy
@@ -111,16 +111,12 @@ def read_rated(rated: Sequence[RatedImage], size: int, resize: str = "fov") -> R
 def read_pool(folder: str | Path, size: int) -> RatedSet:
     """Decode the images of generate.py's folder, rated by the Selector's score s as r = 1 + 2 s.
 
-    Raises UserError for a folder without scores.
+    Raises UserError as `sample_folder.read_pool` does.
     """
-    folder, advice = Path(folder), "draw it with scripts/generate.py"
-    if not (entries := read_log(folder)):
-        raise UserError(f"rlhf.pool {str(folder)!r} has no {LOG} with images; {advice}")
-    check_shape(entries, [{"prompt": str, "selector": float, "path_to_img": str}], repr(str(folder / LOG)), advice)
     rated = []
-    for entry in entries:
+    for entry in sample_folder.read_pool(folder, "rlhf.pool"):
         path, rating = entry["path_to_img"], 1 + 2 * entry["selector"]
-        rated.append(RatedImage(path, folder / path, entry["prompt"], rating, rating, 1.0, path, 1))
+        rated.append(RatedImage(path, Path(folder, path), entry["prompt"], rating, rating, 1.0, path, 1))
     return read_rated(rated, size)
 
 

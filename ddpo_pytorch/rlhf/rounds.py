@@ -22,7 +22,8 @@ from ddpo_pytorch.generator.finetune_data import settings_of
 from ddpo_pytorch.generator.pipeline import image_size, load_pipeline
 from ddpo_pytorch.generator.text import check_tokens, has_mask
 from ddpo_pytorch.judges.classifier import ArtifactClassifier
-from ddpo_pytorch.judges.policy import SELECTOR_FILE, Policy, load_judges
+from ddpo_pytorch.judges.policy import DESCRIPTION as POLICY
+from ddpo_pytorch.judges.policy import POLICY_FILE, SELECTOR_FILE, Policy, load_judges
 from ddpo_pytorch.judges.selector import DESCRIPTION, Selector
 from ddpo_pytorch.judges.vit import read_judge
 from ddpo_pytorch.metrics.fidelity import kernel_distance
@@ -192,9 +193,11 @@ def assess(
 
 def check_independent(judges: str | Path, held_out_judges: str | Path) -> None:
     """Raise UserError if both folders hold the same Selector, or were trained on some of the same patients."""
-    files = [Path(folder) / SELECTOR_FILE for folder in (judges, held_out_judges)]
-    selecting, held_out = (read_judge(file, "selector", DESCRIPTION)[0].get("origin", {}) for file in files)
-    common = set(selecting.get("patients", ())) & set(held_out.get("patients", ()))
+    files, patients = [Path(folder) / SELECTOR_FILE for folder in (judges, held_out_judges)], []
+    for file in files:  # stage 2 of the Policy may have had other ratings
+        described = read_judge(file, "selector", DESCRIPTION), read_judge(file.with_name(POLICY_FILE), "policy", POLICY)
+        patients.append({name for one, _ in described for name in one.get("origin", {}).get("patients", ())})
+    common = patients[0] & patients[1]
     if sha256(files[0]) == sha256(files[1]) or common:
         reason = f"share {len(common)} patients with" if common else "are"
         problem = f"improve.held_out_judges {str(held_out_judges)!r} {reason} improve.judges {str(judges)!r}"
@@ -265,11 +268,16 @@ def round_settings(config: ConfigDict, device: torch.device) -> dict[str, Any]:
     ddpo = config_of(config, "ddpo") if "ddpo" in improve.methods else None
     settings = {f"improve.{name}": improve[name] for name in improve if name not in FREE + CONTENTS}
     settings |= {f"sample.{name}": config.sample[name] for name in SAMPLE}
+    settings |= {f"sd.{name}": config.sd[name] for name in ("image_size", "resize")}  # of the real images
     settings |= {"seed": config.seed, "mixed_precision": config.mixed_precision}
     settings |= {f"contents.{name}": fingerprint(Path(improve[name])) for name in CONTENTS}
     cpu = torch.device("cpu")
     pipe = load_policy(ddpo, torch.float32, cpu) if ddpo else load_pipeline(pretrained.model, pretrained.revision)
     Sampler(pipe, *(config.sample[name] for name in SAMPLE))  # checks these
+    height, width = image_size(pipe)
+    if {height, width} != {config.sd.image_size}:
+        problem = f"sd.image_size is {config.sd.image_size}, the generator draws {width} x {height} pixels"
+        raise UserError(f"{problem}; give the generator's size, so that real images are compared at it")
     settings |= pipeline_fingerprints(pipe)
     if ddpo:
         task = make_task(ddpo, device)

@@ -49,7 +49,8 @@ COLUMN = {"selector": "quality", "policy": "alignment"}
 PATHS = ("ratings", "data_path", "val_ratings", "pool", "output", "stages", "text_encoder", "autoencoder")
 PATHS += ("backbone_weights",)
 SECOND_ONLY = ("second_learning_rate", "replay_share")
-RANGES = dict.fromkeys(("num_epochs", "batch_size", "text_tokens"), allowed.ONE_OR_MORE)
+RANGES = dict.fromkeys(("num_epochs", "batch_size"), allowed.ONE_OR_MORE)
+RANGES |= {"text_tokens": allowed.Range("[2, 65535]", whole=True)}  # as in the Policy's file
 RANGES |= dict.fromkeys(("learning_rate", "second_learning_rate", "final_learning_rate"), allowed.POSITIVE)
 RANGES |= dict.fromkeys(("replay_share", "val_share", "wrong_captions"), allowed.BELOW_ONE)
 RANGES |= {"warmup_steps": allowed.ZERO_OR_MORE, "weight_decay": allowed.NOT_NEGATIVE}
@@ -335,6 +336,9 @@ def second_stage(accelerator: Accelerator, config: ConfigDict, train_set: RatedS
     first = first_policy(output)
     selector = load_selector(output / SELECTOR_FILE, accelerator.device)
     policy = policies.load_policy_judge(first, accelerator.device, rlhf.text_encoder).requires_grad_(True)
+    if policy.origin.get("settings", {}).get("validation ratings") != val_set.digest:
+        # another seed or table: the new validation images may have been among the training images
+        logger.warning("stage 1 was measured on other images; metrics may include images that it has learned from")
     scores = all_scores(accelerator, selector, train_set, rlhf.batch_size)[:, 0]
     other_threshold = rlhf.threshold is not None and rlhf.threshold != selector.threshold
     if other_threshold:

@@ -107,7 +107,7 @@ def _replacing(path: Path, durable: bool, size: int | None = None) -> Iterator[P
             try:
                 os.replace(temporary, path)
             except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR, errno.ENOTDIR):
                     raise
                 raise UserError(f"{str(path)!r} already exists; move it away, or choose another name") from error
             if durable:
@@ -297,8 +297,8 @@ def locked(folder: str | Path, instead: str = "another logdir") -> Iterator[None
     path, created = folder / LOCK, not folder.exists()  # created: reset on success
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{str(folder)!r} is not a folder, or is inside a file; choose {instead}") from error
+    except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:  # the last one in /proc
+        raise UserError(f"{str(folder)!r} is not a folder, or none can be made there; choose {instead}") from error
     held = lock(path, f"{str(folder)!r} is being written by another run; wait for it to end or choose {instead}")
     try:
         remove_leftovers(folder)

@@ -39,6 +39,7 @@ class Range(NamedTuple):
 
 
 ONE_OR_MORE = Range("[1, inf)", whole=True)
+UP_TO_A_MILLION = Range("[1, 1000000]", whole=True)  # for what is listed in memory
 ZERO_OR_MORE = Range("[0, inf)", whole=True)
 FINITE = Range("(-inf, inf)")
 POSITIVE = Range("(0, inf)")
