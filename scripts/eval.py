@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ddpo_pytorch.data import sample_folder
+from ddpo_pytorch.data.datasets import KINDS
 from ddpo_pytorch.generator.lora import adapter_fingerprint, scale_lora
 from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.generator.text import check_tokens
@@ -35,11 +36,11 @@ from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import DTYPES, locked_by_main, make_accelerator, run_on_main_process
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints
-from ddpo_pytorch.utils.settings import NOT_NEGATIVE, ONE_OR_MORE, check_choices, check_ranges
+from ddpo_pytorch.utils.settings import NOT_NEGATIVE, ONE_OR_MORE, UP_TO_A_MILLION, check_choices, check_ranges
 
 FLAGS = define_config(__file__, "experiment, e.g. config/dgx.py:prompt_image_alignment_classifier_isic_eval_rl")
 logger = logging.getLogger(__name__)
-RANGES = SAMPLING | dict.fromkeys(("eval.num_samples_per_prompt", "eval.batch_size"), ONE_OR_MORE)
+RANGES = SAMPLING | {"eval.num_samples_per_prompt": UP_TO_A_MILLION, "eval.batch_size": ONE_OR_MORE}
 RANGES |= {"eval.lora_scale": NOT_NEGATIVE}
 
 
@@ -130,7 +131,7 @@ def main(_) -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)  # sums split among threads would change the last bits: each core draws its own passes
     check_ranges(config, RANGES)
-    check_choices(config, {"eval.image_format": IMAGE_FORMATS})
+    check_choices(config, {"eval.image_format": IMAGE_FORMATS, "dataset.kind": KINDS})
     prompts = [describe(prompt) for prompt in given_prompts(config.eval.prompts, config.dataset.kind)]
     prompts = prompts or all_prompts(config.prompt_fn, **config.prompt_fn_kwargs)
     jobs = plan(prompts, config.eval.num_samples_per_prompt, config.seed, config.eval.image_format)

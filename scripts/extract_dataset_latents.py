@@ -17,7 +17,15 @@ from accelerate import Accelerator
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.data.datasets import KINDS, find_rows
-from ddpo_pytorch.data.images import RESIZES, ImageFiles, comment_of, content_numbers, is_intact, save_image
+from ddpo_pytorch.data.images import (
+    LARGEST_SIDE,
+    RESIZES,
+    ImageFiles,
+    comment_of,
+    content_numbers,
+    is_intact,
+    save_image,
+)
 from ddpo_pytorch.data.sample_folder import WORLD, claim_folder, folder_name, read_log, write_log
 from ddpo_pytorch.generator.latents import INDEX, encode_data_set, write_index
 from ddpo_pytorch.generator.pipeline import load_pipeline
@@ -26,7 +34,7 @@ from ddpo_pytorch.utils.distributed import locked_by_main, make_accelerator, run
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
 from ddpo_pytorch.utils.fingerprint import fingerprint
-from ddpo_pytorch.utils.settings import ONE_OR_MORE, ZERO_OR_MORE, check_choices, check_ranges
+from ddpo_pytorch.utils.settings import ZERO_OR_MORE, Range, check_choices, check_ranges
 
 FLAGS = define_config(__file__, "experiment, e.g. config/dgx.py:preprocess_isic_real_data")
 logger = logging.getLogger(__name__)
@@ -45,14 +53,19 @@ def extract(accelerator: Accelerator, config: ConfigDict) -> None:
     folder, dataset, csv, images = Path(config.logdir), config.dataset, config.dataset.csv, config.dataset.data_path
     if not csv or not images:
         raise UserError(f"dataset.csv is {csv!r} and dataset.data_path {images!r}; give the table and its image folder")
-    check_ranges(dataset, {"image_size": ONE_OR_MORE, "limit": ZERO_OR_MORE, "num_workers": ZERO_OR_MORE}, "dataset.")
+    sizes = {"image_size": Range(f"[1, {LARGEST_SIDE}]", whole=True)}
+    check_ranges(dataset, sizes | dict.fromkeys(("limit", "num_workers"), ZERO_OR_MORE), "dataset.")
     check_choices(dataset, {"kind": KINDS, "resize": RESIZES}, "dataset.")
     rows, sources, missing = find_rows(dataset.kind, csv, images, dataset.limit, dataset.skip_broken)
     settings = {"csv_sha256": sha256(csv), "image_size": dataset.image_size, "resize": dataset.resize}
     numbers, captions = [row.number for row in rows], KINDS[dataset.kind].caption_list(rows)
     vae, pretrained = None, config.pretrained
     if pretrained.model:  # in fp32, since SD 1.5's encoder overflows in half precision, in which latents are stored
-        vae = load_pipeline(pretrained.model, pretrained.revision, device=accelerator.device).vae
+        pipe = load_pipeline(pretrained.model, pretrained.revision, device=accelerator.device)
+        vae, factor = pipe.vae, pipe.vae_scale_factor
+        if dataset.image_size % factor:
+            problem = f"dataset.image_size is {dataset.image_size}; it must be a multiple of {factor}"
+            raise UserError(f"{problem}, the VAE's reduction, unless pretrained.model is empty")
     claimed = settings | {"limit": dataset.limit, "vae_sha256": fingerprint(vae) if vae is not None else ""}
     # pictures must label phantoms as such; the images of skin phantoms are in a subfolder of their world
     phantoms = any((place / WORLD).is_file() for place in (Path(images), Path(images).absolute().parent))
@@ -92,11 +105,12 @@ def extract(accelerator: Accelerator, config: ConfigDict) -> None:
         is_kept=is_kept,
     )
     done = accelerator.reduce(torch.tensor(done, device=accelerator.device)).item()
-    complete = [entry.get("sampleID") for entry in read_log(folder)] == numbers
+    log = read_log(folder)
+    before, complete = {folder / entry["path_to_img"] for entry in log}, [one.get("sampleID") for one in log] == numbers
     complete = complete and (vae is None or (folder / "latents" / INDEX).is_file())
     if accelerator.is_main_process and (done or not complete):
-        for leftover in set(folder.glob("images/*/*.png")) - set(paths):  # rows whose source image was removed
-            leftover.unlink()
+        for leftover in before - set(paths):  # rows whose source image was removed
+            leftover.unlink(missing_ok=True)
         if vae is not None:
             write_index(folder / "latents", vae, captions, len(rows), settings)
         write_log(folder, entries)

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from ml_collections import ConfigDict
 
 from ddpo_pytorch.data.images import save_picture
+from ddpo_pytorch.data.sample_folder import folder_name
 from ddpo_pytorch.data.tables import number
 from ddpo_pytorch.metrics.comparison import Folder
 from ddpo_pytorch.metrics.evaluation import FUNDUS, evaluate, run_networks, write_per_image
@@ -71,7 +72,7 @@ def write(output: Path, result: dict, folders: dict[str, list[Folder]], tables: 
     write_per_image(output / "per_image.csv", folders, "alignment" if fundus else "aligned")
     for name, model in models.items():
         for space, block in (model.get("memorisation") or {}).items():
-            save_picture(output / f"closest_{space}_{name.replace('/', '_')}.png", contact_sheet(block["closest"]))
+            save_picture(output / f"closest_{space}_{folder_name(name)}.png", contact_sheet(block["closest"]))
     last = list(models.values())[-1]
     score = {"fundus_alignment": last["fundus_alignment"]} if fundus else {"APR_m": last["APR"]}
     JsonLines(output / "metrics_log.jsonl").write({"metrics": score | {"LPIPS": last["LPIPS"], "FID": last["FID"]}})

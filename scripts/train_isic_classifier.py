@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import Dataset
 
-from ddpo_pytorch.data.images import ImageFiles, decoded, rows_with_image
+from ddpo_pytorch.data.images import ImageFiles, decoded, rows_with_image, stem_of
 from ddpo_pytorch.data.isic import LABELS, load_split
 from ddpo_pytorch.data.metadata import read_metadata, requested_labels
 from ddpo_pytorch.data.splits import drop_broken, read_splits
@@ -98,7 +98,7 @@ def train(accelerator: Accelerator, names: tuple[str, ...], output: Path) -> Non
     tables = FLAGS.train_csv, FLAGS.val_csv
     if not FLAGS.labels:
         read_splits({"train": Path(FLAGS.train_csv), "val": Path(FLAGS.val_csv)})  # refuses an image in both
-    elif both := set.intersection(*({row.image for row in read_metadata(path)} for path in tables)):
+    elif both := set.intersection(*({stem_of(row.image).casefold() for row in read_metadata(path)} for path in tables)):
         problem = f"{FLAGS.train_csv!r} and {FLAGS.val_csv!r} share {len(both)} images, first {min(both)!r}"
         raise UserError(f"{problem}; split them")
     set_seed(FLAGS.seed)

@@ -82,6 +82,8 @@ def test_no_checkpoint_is_undamaged_and_changed_weights_are_not_evaluated(tmp_pa
     assert find_weights(tmp_path) == tmp_path / "checkpoint_1" / "unet.safetensors"
     flip(tmp_path / "checkpoint_1" / "unet.safetensors")
     refused("unet.safetensors' is damaged .*manifest.json states", find_weights, tmp_path)
+    (tmp_path / "checkpoint_1" / "unet.safetensors").unlink()
+    refused("checkpoint_1' is damaged .its weights are missing", find_weights, tmp_path)
     (save(tmp_path, 2) / "manifest.json").unlink()
     refused("checkpoint_2 .manifest.json is missing", find_checkpoint, tmp_path)
     refused("nor a run folder", find_checkpoint, tmp_path / "nowhere")
@@ -225,6 +227,13 @@ def test_workers_do_not_keep_the_lock_of_a_process_that_ended(tmp_path):
     with locked(tmp_path):
         together.wait()
     worker.join()
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "out.json" / "own").mkdir(parents=True)
+    refused(f"'{tmp_path}/out.json' already exists", files.write_json, tmp_path / "out.json", {})
+    assert files_of(tmp_path) == {} and (tmp_path / "out.json" / "own").is_dir()
+    refused("none can be made there", locked("/proc/x").__enter__)
 
 
 def test_a_full_disk_leaves_old_files_and_whole_lines(tmp_path):

@@ -17,6 +17,7 @@ from ddpo_pytorch.generator import finetune_data
 from ddpo_pytorch.metrics.inputs import check_request
 from ddpo_pytorch.rlhf import training as rlhf
 from ddpo_pytorch.training.setup import batch_sizes, check_training
+from ddpo_pytorch.utils import cli
 from ddpo_pytorch.utils.cli import _parse_flags, define_config
 from ddpo_pytorch.utils.settings import SEED, Range, check_pair
 
@@ -209,3 +210,9 @@ def test_scripts_refuse_settings_with_which_they_would_fail_or_learn_nothing(con
             config.update_from_flattened_dict({field: value})
             refused(f"^{field} is {re.escape(repr(value))}[; ]", check, config)
         config.update_from_flattened_dict({field: before})
+
+
+def test_an_interrupted_command_says_so_in_one_line(capsys):
+    with pytest.raises(SystemExit) as caught, cli._one_line_errors():
+        raise KeyboardInterrupt
+    assert caught.value.code == 130 and capsys.readouterr().err == "interrupted\n"

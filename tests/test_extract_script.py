@@ -91,7 +91,10 @@ def test_interrupted_and_damaged_extractions_are_completed(extract, tmp_path, mo
     shards = sorted((tmp_path / "x" / "latents").glob("shard_*"))
     assert len(shards) == 3
 
-    # killed before the second shard
+    # killed before the second shard; a picture of the user's stays
+    own = next((tmp_path / "x").glob("images/*/*.png")).with_name("own.png")
+    own.write_bytes(b"own")
+    complete[str(own.relative_to(tmp_path / "x"))] = b"own"
     for path in (shards[1], shards[2], tmp_path / "x" / "latents" / "index.json", tmp_path / "x" / "image_log.json"):
         path.unlink()
     refused("no complete latents", LatentShards, tmp_path / "x" / "latents")
@@ -182,7 +185,8 @@ def test_extract_without_a_model_writes_images_once_and_repairs_them(extract, tm
 
 def test_extract_bad_input(extract, tmp_path):
     bad = [("dataset__csv", "", "dataset.csv is ''"), ("dataset__data_path", "absent", "'absent' does not exist")]
-    bad += [("dataset__image_size", 0, "dataset.image_size is 0"), ("pretrained__model", "/absent", "/absent")]
+    bad += [("dataset__image_size", size, f"dataset.image_size is {size}") for size in (0, 1, 5000)]
+    bad += [("pretrained__model", "/absent", "/absent")]
     for name, value, message in bad:
         refused(message, extract, **{name: value})
         assert not (tmp_path / "x").exists()

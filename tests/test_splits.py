@@ -61,13 +61,13 @@ def command(caplog, capsys):
     return run
 
 
-def test_an_image_is_the_same_with_slashes_of_any_system(tmp_path):
+def test_an_image_is_the_same_with_slashes_of_any_system_and_in_any_case(tmp_path):
     write_table(tmp_path, "a_train", ["part/I1"])
-    write_table(tmp_path, "a_val", ["part\\I1.jpg"])
+    write_table(tmp_path, "a_val", ["part\\i1.jpg"])
     tables = splits.find_splits(tmp_path)["a"]
-    refused("'part/I1.jpg' is in .*a_train.csv' and .*a_val.csv'", splits.read_splits, tables)
+    refused("'part/i1.jpg' is in .*a_train.csv' and .*a_val.csv'", splits.read_splits, tables)
     write_metadata(tmp_path / "metadata.csv", {"part\\I1": "L1"})
-    assert list(splits.read_metadata(tmp_path / "metadata.csv")) == ["part/I1"]
+    assert list(splits.read_metadata(tmp_path / "metadata.csv")) == ["part/i1"]
 
 
 def test_the_official_splits_equal_the_paper(shared, caplog, monkeypatch):

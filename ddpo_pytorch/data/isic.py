@@ -86,13 +86,13 @@ def read_split(path: str | Path) -> list[Row]:
 
 
 def image_key(image: str) -> str:
-    """Return an image id without suffix and `_downsampled`, which ISIC appends inconsistently."""
-    return stem_of(image).removesuffix("_downsampled")
+    """Return an image id in lower case, without suffix and `_downsampled`, which ISIC appends inconsistently."""
+    return stem_of(image).casefold().removesuffix("_downsampled")
 
 
 def find_image_files(data_path: str | Path, images: Sequence[str]) -> list[Path | None]:
     """Return the files of image ids, with or without `_downsampled`, by `images.find_images`."""
-    return find_images(data_path, [stem_of(image) for image in images], lambda stem: image_key(stem.casefold()))
+    return find_images(data_path, [stem_of(image) for image in images], image_key)
 
 
 def load_split(csv_path: str | Path, data_path: str | Path, limit: int = 0) -> tuple[list[Row], list[Path], int]:

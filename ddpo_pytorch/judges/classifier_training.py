@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ddpo_pytorch.data.images import ImageFiles, loader_options
+from ddpo_pytorch.data.images import LARGEST_SIDE, ImageFiles, loader_options
 from ddpo_pytorch.judges.classifier import ArtifactClassifier
 from ddpo_pytorch.judges.classifier_report import ranking
 from ddpo_pytorch.utils.distributed import PROCESS_TIMEOUT
@@ -77,7 +77,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_epochs", Recipe.num_epochs, "maximum number of epochs", lower_bound=1)
     flags.DEFINE_integer("patience", Recipe.patience, "stop after epochs without a better validation loss", 1)
     flags.DEFINE_integer("batch_size", Recipe.batch_size, "images per process and step", lower_bound=1)
-    flags.DEFINE_integer("image_size", 512, "side in pixels to resize images to", lower_bound=32)
+    flags.DEFINE_integer("image_size", 512, "side in pixels to resize images to", 32, LARGEST_SIDE)
     flags.DEFINE_float("learning_rate", Recipe.learning_rate, "AdamW learning rate; decays to 1e-6 along a cosine")
     flags.DEFINE_string("arch", "efficientnet_b0", "timm architecture")
     flags.DEFINE_string("weights", "imagenet", "imagenet, none, or a file's backbone (timm's, torchvision's or ours)")

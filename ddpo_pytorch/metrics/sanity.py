@@ -18,6 +18,7 @@ from ddpo_pytorch.metrics.image_sets import ImageSet
 from ddpo_pytorch.metrics.inputs import Sets
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import sha256
+from ddpo_pytorch.utils.fingerprint import fingerprint
 
 HALF = "half against half"
 
@@ -81,7 +82,7 @@ def sanity_sets(sets: Sets, folder: Path, seed: int, accelerator: Accelerator) -
             missing["training images"] = f"metric.train_path has {len(paths)} of {len(half)} images with these captions"
         else:
             missing["training images"] = "metric.train_path has none of the captions; give images/<caption>/ or a table"
-    models = {HALF: [half]}
+    models, folder = {HALF: [half]}, folder / fingerprint(seed, list(half.digests))[:16]  # not that of another run
     for name, (sources, change) in jobs.items():
         target = folder / name.replace(" ", "_")
         paths = tuple(target / path.relative_to(half.folder).with_suffix(".png") for path in half.paths)

@@ -131,12 +131,13 @@ def find_weights(path: str | Path) -> Path:
     if path.is_file():
         return path
     names = (*FILE_NAMES, UNET_FILE)
-    folders = (path, *reversed(checkpoints(path)), path / BEST)
-    for file in (folder / name for folder in folders for name in names):
-        if file.is_file():
-            # published checkpoints have no manifest
-            if (file.parent / MANIFEST).is_file() and (damage := find_damage(file.parent, only=file.name)):
-                raise UserError(f"{str(file)!r} is damaged ({damage}); give another checkpoint folder, or the file")
+    for folder in (path, *reversed(checkpoints(path)), path / BEST):
+        file = next(filter(Path.is_file, (folder / name for name in names)), None)
+        if (folder / MANIFEST).is_file():  # published checkpoints have none
+            damage = find_damage(folder, only=file.name) if file else "its weights are missing"
+            if damage:
+                raise UserError(f"{str(file or folder)!r} is damaged ({damage}); give another checkpoint, or a file")
+        if file:
             return file
     raise UserError(f"no weights at {str(path)!r}; give a weight file, or a folder that holds {' or '.join(names)}")
 

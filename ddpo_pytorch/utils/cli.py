@@ -8,6 +8,7 @@ import inspect
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -86,6 +87,9 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except UserError as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except RuntimeError as error:
         if (reason := _lost_process(str(error))) is None:
             raise
