@@ -27,14 +27,16 @@ from ddpo_pytorch.metrics.memorisation import membership_auc
 from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.utils.cli import cli, define_config, expand_config
 from ddpo_pytorch.utils.distributed import DTYPES, locked_by_main, make_accelerator
-from ddpo_pytorch.utils.errors import UserError
+from ddpo_pytorch.utils.errors import UserError, difference
 from ddpo_pytorch.utils.files import write_json
+from ddpo_pytorch.utils.json_files import read_json
 from ddpo_pytorch.utils.randomness import BatchDraws, Stream
 from ddpo_pytorch.utils.settings import SEED, check_ranges
 
 FLAGS = define_config(__file__, "experiment, e.g. config/dgx.py:finetune_sd")
 logger = logging.getLogger(__name__)
 TITLE = "Membership: AUC of lower denoising losses on training than on validation images"
+RESULT = "membership.json"
 TIMESTEPS = 16  # random timesteps over which the loss of an image is averaged
 
 
@@ -52,9 +54,24 @@ def image_losses(accelerator: Accelerator, config: ConfigDict, loss: NoiseLoss, 
     return np.concatenate([values for _, values in sorted(gather_object(losses))])
 
 
+def read_settings(config: ConfigDict) -> dict:
+    """Return what identifies a result. Raises UserError if there is one of other settings."""
+    settings = {"seed": config.seed, "timesteps": TIMESTEPS, "model": config.pretrained.model}
+    settings |= {"unet_path": config.unet_path, "load_from": config.load_from}
+    path = Path(config.sd.output) / RESULT
+    if changed := path.is_file() and difference(read_json(path, {"settings": dict})["settings"], settings):
+        raise UserError(f"{str(path)!r} is the result of {changed}; move it away, or give another --config.sd.output")
+    return settings
+
+
 def test(accelerator: Accelerator, config: ConfigDict) -> dict:
     """Return the content of membership.json. Raises UserError for too few images and losses that are not finite."""
-    pretrained, sd, dtype = config.pretrained, config.sd, DTYPES[config.mixed_precision]
+    pretrained, sd, dtype, settings = (
+        config.pretrained,
+        config.sd,
+        DTYPES[config.mixed_precision],
+        read_settings(config),
+    )
     model = pretrained.model, pretrained.revision, config.unet_path, dtype
     if config.load_from:  # raises for unusable weights before images are encoded and measured with the base model
         load_weights(load_pipeline(*model).unet, config.load_from)
@@ -65,7 +82,6 @@ def test(accelerator: Accelerator, config: ConfigDict) -> dict:
         raise UserError("a membership test needs at least 2 images of each of sd.csv and sd.val_csv; give both tables")
     sets[0].check_disjoint(sets[1])
     loss = NoiseLoss(pipe, CaptionTable(pipe, merge_captions(sets), trained=False)).to(accelerator.device).eval()
-    settings = {"seed": config.seed, "timesteps": TIMESTEPS, "load_from": config.load_from}
     result, losses = {"title": TITLE, "settings": settings}, {}
     models = {"base": pretrained.model} | ({"load_from": config.load_from} if config.load_from else {})
     for name, given in models.items():
@@ -92,7 +108,7 @@ def main(_) -> None:
     with locked_by_main(accelerator, config.sd.output, "another --config.sd.output"):
         result = test(accelerator, config)
         if accelerator.is_main_process:
-            write_json(Path(config.sd.output) / "membership.json", result)
+            write_json(Path(config.sd.output) / RESULT, result)
             logger.info("%s", json.dumps(result, indent=1))
     accelerator.end_training()
 

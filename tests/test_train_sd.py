@@ -340,7 +340,21 @@ def test_membership_of_a_model_and_of_trained_weights(model, base, run_main, con
                 draws = BatchDraws(5, Stream.VALIDATION, 16 * number + step, 8, kept=len(part))
                 losses.append(loss(default_collate(part), draws).item() * len(part) / 16)
     assert result["base"]["val_loss"]["value"] == pytest.approx(sum(losses) / len(items), rel=1e-4)
-    refused("sd.val_csv", run_main, "membership.py", config_file, **fields | {"sd__val_csv": ""})
+    refused(
+        "sd.val_csv",
+        run_main,
+        "membership.py",
+        config_file,
+        **fields | {"sd__val_csv": "", "sd__output": str(tmp_path / "x")},
+    )
+    refused(
+        "membership.json' is the result of seed=5, now it is 6",
+        run_main,
+        "membership.py",
+        config_file,
+        **fields | {"seed": 6, "load_from": result["settings"]["load_from"]},
+    )
+    assert json.loads((tmp_path / "membership.json").read_text()) == result
 
 
 def test_membership_refuses_a_seed_unusable_weights_and_losses_that_are_not_finite(
