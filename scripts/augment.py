@@ -78,7 +78,8 @@ def check_settings(trainings: Sequence[Training], data: Data, processes: int) ->
     for training in trainings:
         folder, files = Path(FLAGS.output, training.folder), listing(data.training_files(training))
         settings[folder] = common | {"seed": training.seed, "train_images": files}
-        check_claim(folder, settings[folder])
+        if not check_claim(folder, settings[folder]) and (folder / LOGITS).exists():
+            raise UserError(f"{str(folder)!r} holds {LOGITS} of unknown settings; delete it and rerun the same command")
     return settings
 
 
@@ -126,7 +127,10 @@ def write_report(trainings: Sequence[Training], data: Data, seeds: Sequence[int]
     logits, truth = defaultdict(list), data.files["test"].targets.numpy() > 0
     for training in trainings:
         path = Path(FLAGS.output, training.folder, LOGITS)
-        values = read_safetensors(path)[0].get("logits", torch.empty(0)).double().numpy()
+        try:
+            values = read_safetensors(path)[0].get("logits", torch.empty(0)).double().numpy()
+        except UserError as error:
+            raise UserError(f"{error} (delete {str(path)!r} and rerun the same command)") from error
         if values.shape != truth.shape or not np.isfinite(values).all():
             reason = f"logits of shape {values.shape} for {truth.shape}, or not finite"
             raise UserError(f"{str(path)!r} is damaged ({reason}); delete it and rerun the same command")

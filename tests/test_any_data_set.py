@@ -152,6 +152,8 @@ def test_the_largest_gap_is_found_and_chance_is_told_apart():
     assert found["gap"].low < 0.4 < found["gap"].high and found["p"] < 0.01 > test.pvalue
     assert np.mean([largest_gap(rng.permutation(values), names, s)["p"] < 0.1 for s in range(40)]) < 0.3
     assert largest_gap(values[:3], np.array(["x", "x", "y"]), 0)["gap"].value is None
+    tied = largest_gap(np.ones(300), names, 0)  # between two groups, of which each has the largest mean
+    assert (tied["gap"].value, tied["p"]) == (0, 1) and tied["gap"].n == sum((names == x).sum() for x in "xz")
 
 
 def test_degraded_real_images_are_noticed(measure, plain, tmp_path):

@@ -257,6 +257,8 @@ def test_bad_input_is_refused_and_writes_nothing(world, run_flags, tmp_path, mon
     settings = tmp_path / "begun" / "SD_1" / "seed2" / "settings.json"
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps({"settings": {"num_epochs": 7}, "about": {}}))
+    (unknown := tmp_path / "unknown" / "SD_1" / "seed2").mkdir(parents=True)
+    (unknown / "test_logits.safetensors").touch()  # of a training that is not known
     monkeypatch.chdir(tmp_path)
     before, sd = files_of(tmp_path), f"--samples=SD={world / 'sd'}"
     bad = [([f"--samples=SD={world}/none"], "holds no images"), ([], "--samples=SD=FOLDER")]
@@ -264,6 +266,7 @@ def test_bad_input_is_refused_and_writes_nothing(world, run_flags, tmp_path, mon
     bad += [([sd, "--minority_share=2"], "--minority_share is 2.0"), ([sd, "--learning_rate=0"], "learning_rate is 0")]
     bad += [([sd, f"--train_csv={tmp_path / 'no_ink.csv'}"], "has no positive of 'ink' among its")]
     bad += [([sd, f"--val_csv={tmp_path / 'overlap.csv'}"], "overlap.csv'; keep one of them")]
-    for options, message in *bad, ([sd, f"--output={tmp_path / 'begun'}"], "seed2' was made with arch="):
+    bad += [([sd, "--output=begun"], "seed2' was made with arch="), ([sd, "--output=unknown"], "of unknown settings")]
+    for options, message in bad:
         refused([message], run_flags, *command(world, tmp_path / "out", *options))
         assert files_of(tmp_path) == before and not (tmp_path / "out").exists()

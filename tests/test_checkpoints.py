@@ -87,6 +87,8 @@ def test_no_checkpoint_is_undamaged_and_changed_weights_are_not_evaluated(tmp_pa
     (save(tmp_path, 2) / "manifest.json").unlink()
     refused("checkpoint_2 .manifest.json is missing", find_checkpoint, tmp_path)
     refused("nor a run folder", find_checkpoint, tmp_path / "nowhere")
+    (save(tmp_path, 3)).rename(tmp_path / "checkpoint_7")
+    refused("its name says 7 epochs, progress.json 3", find_checkpoint, tmp_path / "checkpoint_7")
 
 
 def test_best_and_the_newest_stay_and_damaged_ones_do_not_count(tmp_path):

@@ -25,7 +25,7 @@ ISIC = "image,MEL,NV,hair,gel_bubble,ruler,ink\n"
 
 
 def test_names_lead_out_of_a_folder_or_stay_in_it(tmp_path):
-    for name in (*OUTSIDE, "", "./", "a/..", "a\0b", "a\nb"):
+    for name in (*OUTSIDE, "", " ", "./", " /.", "a/..", "a\0b", "a\nb"):
         assert path_fault(name)
         refused(["table.csv line 3", repr(name)], path_inside, tmp_path, name, "table.csv line 3")
     for name in ("sub/a.jpg", "./a.jpg", "..a/b..jpg", "a b", "~/a", "ä.png", ".hidden"):

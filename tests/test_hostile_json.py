@@ -187,6 +187,12 @@ def test_adapter_configurations_of_another_kind_are_refused(tmp_path):
     for text in ('{"r": "4", "lora_alpha": 4}', '{"r": 4, "lora_alpha": NaN}', '{"r": -4}', "[]", "{torn"):
         (tmp_path / "adapter_config.json").write_text(text)
         fault(tmp_path / "adapter_config.json", load_lora, unet, tmp_path)
+    (tmp_path / "adapter_config.json").write_bytes(CONTENTS["bytes"])
+    fault(tmp_path / "adapter_config.json", load_lora, unet, tmp_path)
+    save_file({name: value + 1 for name, value in adapter.items()}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 1e300}')  # finite, its products are not
+    fault(tmp_path / "adapter_model.safetensors", load_lora, unet, tmp_path)
+    assert not any("lora" in name for name, _ in unet.named_parameters())
 
 
 def test_rounds_are_read_up_to_the_first_that_is_missing(tmp_path):

@@ -226,7 +226,12 @@ def test_black_repeated_and_missing_images_are_reported(measured, tmp_path, capl
 
 def test_bad_settings(measured, sets, judges, tmp_path):
     (tmp_path / "file").write_text("")
-    places = {"sd": sets["sd"], "judge": judges[6], "file": tmp_path / "file"}
+    places = {name: tmp_path / f"{name}.json" for name in ("nan", "no_n")}
+    places["nan"].write_text('{"title": "Membership", "share": NaN}')
+    places["no_n"].write_text(
+        '{"title": "M", "rows": [{"AUC": {"value": 1, "low": 1, "high": 1, "how": "bootstrap"}}]}'
+    )
+    places |= {"sd": sets["sd"], "judge": judges[6], "file": tmp_path / "file"}
     for overrides, message in (
         ({"fake_path": ""}, "metric.fake_path is empty; give"),
         ({"real_path": "absent"}, "'absent' is not a sample folder"),
@@ -250,6 +255,8 @@ def test_bad_settings(measured, sets, judges, tmp_path):
         ({"compare_path": "{file}"}, "is not a sample folder"),
         ({"results": "absent.json"}, "metric.results names 'absent.json'"),
         ({"results": "{sd}/settings.json"}, "settings.json' is damaged .'title' is missing"),
+        ({"results": "{nan}"}, "nan.json' is damaged .'share' is"),
+        ({"results": "{no_n}"}, "no_n.json' is damaged .*'n' is missing"),
         ({"more_judges": "H4={judge}"}, "names a judge 'H4', which is taken"),
         ({"classifier": "{judge}"}, "h6.safetensors' has 6 heads .*metric.more_judges=NAME=FILE"),
     ):

@@ -4,6 +4,7 @@ import itertools
 from functools import partial
 
 import lpips
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,7 +14,7 @@ from refusals import refused
 from safetensors.torch import save_file
 
 from ddpo_pytorch.metrics import networks
-from ddpo_pytorch.metrics.feature_store import CPU_BATCH, FeatureStore, Network
+from ddpo_pytorch.metrics.feature_store import CPU_BATCH, FeatureStore, Network, Rows
 from ddpo_pytorch.metrics.image_sets import ImageSet
 from ddpo_pytorch.utils.errors import UserError
 
@@ -147,3 +148,12 @@ def test_a_cpu_takes_a_stored_part_in_small_batches(with_captions, tmp_path):
     names = tuple(map(str, range(CPU_BATCH + 8)))
     parts = (names[:CPU_BATCH], names[CPU_BATCH:]) if with_captions else ((), ())
     assert seen == [(CPU_BATCH, parts[0]), (8, parts[1])]
+
+
+def test_a_chunk_of_another_width_is_named(tmp_path):
+    files = [tmp_path / f"{number}.npy" for number in range(2)]
+    for file, width in zip(files, (3, 1), strict=True):  # numpy would spread the one column over three
+        np.save(file, np.ones((2, width), np.float32))
+    rows = Rows(files, 4, 2)
+    assert rows[:2].shape == (2, 3)
+    refused("1.npy' is damaged .1 columns, not 3", rows.__getitem__, slice(1, 3))

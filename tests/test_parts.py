@@ -151,6 +151,14 @@ def test_published_forms_the_variant_fp16_and_shards_are_read_and_a_missing_shar
     refused([str(copy / "unet")], load_pipeline, copy)
 
 
+def test_a_noise_schedule_without_its_numbers_is_refused(copy):
+    file = copy / "scheduler" / "scheduler_config.json"
+    stated = json.loads(file.read_text())
+    for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule"):
+        file.write_text(json.dumps({key: value for key, value in stated.items() if key != name}))
+        refused([str(file), name], load_pipeline, copy)
+
+
 def test_a_bert_is_read_without_its_heads_and_refused_without_a_tensor(bert):
     file, lost = bert / "model.safetensors", "encoder.layer.1.output.dense.weight"
     weights = load_file(file)

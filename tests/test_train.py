@@ -263,6 +263,11 @@ def test_after_resuming_with_other_settings_the_same_command_is_that_one(light):
     light(num_epochs=3, train__learning_rate=1e-3)
     assert {path.name for path in folder.glob("config_*")} == {"config_0001.json", "config_0002.json"}
     assert read_config(folder)["train"]["learning_rate"] == 1e-3  # what the report shows
+    shutil.rmtree(folder / "checkpoint_3")
+    shutil.rmtree(folder / "checkpoint_2")
+    light(num_epochs=2, resume_from=str(folder), train__learning_rate=2e-3)  # config_0002.json is of epochs now gone
+    assert read_config(folder)["train"]["learning_rate"] == 2e-3
+    assert {path.name for path in folder.glob("config_*")} == {"config_0001.json", "config_0002.json.superseded"}
 
 
 def test_a_run_without_a_checkpoint_starts_over(light, tmp_path, caplog):

@@ -24,7 +24,7 @@ from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import atomic_write
 from ddpo_pytorch.utils.fingerprint import fingerprint
 from ddpo_pytorch.utils.json_files import OneOf, parse_json
-from ddpo_pytorch.utils.weights import read_tensors
+from ddpo_pytorch.utils.weights import check_finite, read_tensors
 
 ADAPTER = "default"  # the name under which peft keeps the adapter
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the projections of every attention layer
@@ -130,17 +130,21 @@ def load_lora(unet: UNet2DConditionModel, path: str | Path) -> None:
         rank = next((weight.shape[0] for key, weight in weights.items() if ".lora_A." in key and weight.ndim), 1)
         add_lora(unet, rank, sorted(modules) or ATTENTION, seed=0)
     adapters, advice = _adapter_weights(unet), "use the file's base model, train.lora_rank and train.lora_targets"
+    scaled = {}
     try:
         check_fit(weights, adapters, file, f"{advice}, or fetch it again", sources)
+        for key, weight in weights.items():
+            module, half = key.rsplit(".lora_", 1)
+            own_scale = alphas[module] / len(weights[f"{module}.lora_A.weight"]) if module in alphas else scale
+            scaled[key] = weight.float() * (own_scale if half == "B.weight" else 1.0)
+        check_finite(scaled, file)
     except UserError:
         if added:
             unet.unload_lora()
         raise
     with torch.no_grad():
         for key, parameter in adapters.items():
-            module, half = key.rsplit(".lora_", 1)
-            own_scale = alphas[module] / len(weights[f"{module}.lora_A.weight"]) if module in alphas else scale
-            parameter.copy_(weights[key].float() * (own_scale if half == "B.weight" else 1.0))
+            parameter.copy_(scaled[key])
 
 
 @torch.no_grad()
@@ -228,7 +232,7 @@ def _scale(file: Path, metadata: dict[str, str]) -> float:
     """Return alpha / rank from peft's adapter_config.json next to the file, or from diffusers' metadata; else 1."""
     text, place = metadata.get("lora_adapter_metadata", "{}"), file
     if file.name.startswith("adapter_model") and (config_file := file.with_name("adapter_config.json")).is_file():
-        text, place = config_file.read_text(), config_file
+        text, place = config_file.read_bytes(), config_file
     fields = {"r": OneOf((range(1, 2**20), None)), "lora_alpha": OneOf((float, None))}
     shape = {f"{prefix}{name}?": kind for name, kind in fields.items() for prefix in ("", "unet.")}
     stated = parse_json(text, shape, repr(str(place)), "it states no readable adapter configuration: fetch it again")

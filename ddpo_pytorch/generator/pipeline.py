@@ -21,7 +21,7 @@ from ddpo_pytorch.generator.text import check_tokens, embed, has_mask, load_enco
 from ddpo_pytorch.utils.errors import UserError, one_line
 from ddpo_pytorch.utils.files import room_for, sha256, write_json
 from ddpo_pytorch.utils.fingerprint import fingerprint
-from ddpo_pytorch.utils.json_files import read_json
+from ddpo_pytorch.utils.json_files import COUNT, read_json
 from ddpo_pytorch.utils.weights import check_finite, read_safetensors
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 MIRRORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 RECORD = "conditioning.json"
 KEY = "text_encoder_sha256"
+SCHEDULE = {"num_train_timesteps": COUNT, "beta_start": float, "beta_end": float, "beta_schedule": str}
 DECODED_AT_ONCE = 4 * 64 * 64  # in latent pixels: SD's autoencoder takes 2.5 GiB for 4 images of 512 px under autocast
 
 
@@ -84,6 +85,9 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{model} has no model_index.json; expected a Stable Diffusion folder in diffusers format")
     check_tokenizer_files(folder / "tokenizer")
+    if (schedule := folder / "scheduler" / "scheduler_config.json").is_file():  # else diffusers names it
+        # diffusers would fill in what is missing, with other noise
+        read_json(schedule, SCHEDULE, "save or fetch the whole model again")
     kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
     parts = {name: load_part(kind, folder, name, dtype) for name, kind in kinds.items()}
     try:
@@ -127,8 +131,8 @@ def check_text_encoder(unet: nn.Module, path: str | Path, metadata: Mapping[str,
 
 
 def unet_metadata(unet: nn.Module) -> dict[str, str]:
-    """Return the metadata for a file of this UNet's weights."""
-    return {"format": "pt"} | ({KEY: getattr(unet, KEY)} if getattr(unet, KEY, None) else {})
+    """Return metadata for a file of this UNet's weights: one entry, since safetensors writes several in any order."""
+    return {KEY: getattr(unet, KEY)} if getattr(unet, KEY, None) else {"format": "pt"}
 
 
 def save_model(pipe: StableDiffusionPipeline, folder: str | Path) -> None:

@@ -57,8 +57,11 @@ class Rows:
         indices = np.arange(self._count)[index]
         result = np.zeros((len(indices), self._read(0).shape[1] if self._files else 0))
         for number in np.unique(indices // self._chunk):
-            chosen = indices // self._chunk == number
-            result[chosen] = self._read(number)[indices[chosen] % self._chunk]
+            chosen, rows = indices // self._chunk == number, self._read(number)
+            if rows.shape[1] != result.shape[1]:
+                reason = f"{rows.shape[1]} columns, not {result.shape[1]}"
+                raise UserError(f"{str(self._files[number])!r} is damaged ({reason}); remove it")
+            result[chosen] = rows[indices[chosen] % self._chunk]
         return result
 
     def _read(self, number: int) -> np.ndarray:

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 from accelerate import Accelerator
@@ -19,11 +20,12 @@ from ddpo_pytorch.metrics.image_sets import ImageSet, any_files, inspect_files, 
 from ddpo_pytorch.metrics.image_statistics import SETS
 from ddpo_pytorch.metrics.ssim import WINDOW
 from ddpo_pytorch.utils.errors import UserError
-from ddpo_pytorch.utils.json_files import read_json
+from ddpo_pytorch.utils.json_files import COUNT, OneOf, check_shape, read_json
 from ddpo_pytorch.utils.settings import ONE_OR_MORE, check_choices, check_ranges
 
 logger = logging.getLogger(__name__)
 
+ESTIMATE = dict.fromkeys(("value", "low", "high"), OneOf((float, None))) | {"n": COUNT, "how": str}
 EXTRACTORS = ("inception", "judge", *networks.ENCODERS)
 
 
@@ -64,8 +66,21 @@ def read_results(files: str) -> dict[str, dict]:
     for path in filter(None, (piece.strip() for piece in files.split(","))):
         if not Path(path).is_file():
             raise UserError(f"metric.results names {path!r}, which does not exist; run membership.py or rate.py")
-        contents[path] = read_json(path, {"title": str}, "give files of membership.py or rate.py as metric.results")
+        advice = "give files of membership.py or rate.py as metric.results"
+        contents[path] = read_json(path, {"title": str}, advice)
+        _check_estimates(contents[path], repr(path), advice)
     return contents
+
+
+def _check_estimates(tree: Any, source: str, advice: str) -> None:
+    """Raise UserError for an estimate in `tree` (any dict with "how") that is none, and for numbers not in JSON."""
+    if isinstance(tree, dict) and "how" in tree:
+        check_shape(tree, ESTIMATE, source, advice)
+    elif isinstance(tree, dict | list):
+        fields = tree if isinstance(tree, dict) else {str(number): value for number, value in enumerate(tree)}
+        check_shape(fields, {name: float for name, value in fields.items() if isinstance(value, float)}, source, advice)
+        for value in fields.values():
+            _check_estimates(value, source, advice)
 
 
 @dataclass

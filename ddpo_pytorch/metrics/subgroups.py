@@ -48,7 +48,7 @@ def largest_gap(values: np.ndarray, names: np.ndarray, seed: int) -> dict[str, E
         return float(np.ptp(np.bincount(index, order, len(used)) / counts))
 
     means, rng = np.bincount(index, values) / counts, np.random.default_rng([seed, 7])
-    low, high = int(means.argmin()), int(means.argmax())
+    low, *_, high = means.argsort(kind="stable").tolist()  # two groups, even if all means are equal
     sides = [(values[index == end], np.zeros(counts[end])) for end in (low, high)]
     ends = difference_interval(*sides, [[seed, low], [seed, high]], resample_groups=False)
     observed = spread(values)

@@ -95,6 +95,9 @@ def find_damage(checkpoint: str | Path, only: str = "", check_hashes: bool = Tru
             return f"{name} has {size} bytes instead of {listed['bytes']}"
         if check_hashes and sha256(folder / name) != listed["sha256"]:
             return f"{name} does not have the content that {MANIFEST} states"
+    if (stated := _NAME.fullmatch(folder.name)) and check_hashes and not only:  # it may have been renamed
+        if (epoch := read_progress(folder)["epoch"]) != int(stated[1]):
+            return f"its name says {stated[1]} epochs, {PROGRESS_FILE} {epoch}"
     return None
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
@@ -104,7 +105,11 @@ def _holds_checkpoint(folder: Path) -> bool:
 def write_settings(folder: Path, settings: Mapping[str, Any], epoch: int, resumed: bool) -> None:
     """Write config.json, or config_<epochs completed>.json if a run is resumed with other settings."""
     text = json.dumps(settings, indent=1, default=str) + "\n"
-    if resumed and (files := _settings_files(folder)) and files[-1].read_text() == text:
+    for path in _settings_files(folder) if resumed else ():
+        number = re.fullmatch(r"config_(\d+)\.json", path.name)
+        if number and int(number[1]) > epoch:  # of epochs whose checkpoints are gone
+            path.rename(path.with_name(f"{path.name}.superseded"))
+    if resumed and (files := _settings_files(folder)) and files[-1].read_bytes() == text.encode():
         return
     write_file(folder / (f"config_{epoch:04d}.json" if resumed else CONFIG), text, durable=True)
 

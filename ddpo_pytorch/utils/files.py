@@ -44,7 +44,7 @@ def path_fault(name: str) -> str | None:
     A backslash counts as a slash. Links inside the folder belong to the user and are followed.
     """
     parts = name.replace("\\", "/").split("/")
-    if all(part in ("", ".") for part in parts):
+    if all(part.strip() in ("", ".") for part in parts):
         return "is empty"
     if re.search(r"[\x00-\x1f\x7f]", name):
         return "holds control characters"
