@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -68,7 +68,7 @@ class Run:
     embeddings: PromptEmbeddings
     scorer: Scorer
     gradients: RolloutGradients | None  # None: every update computes its own
-    contents: dict[str, str]  # fingerprints of input files, on the main process
+    contents: dict[str, str] = field(default_factory=dict)  # fingerprints of input files, on the main process
 
     @property
     def first_sample(self) -> int:
