@@ -66,12 +66,8 @@ def read_settings(config: ConfigDict) -> dict:
 
 def test(accelerator: Accelerator, config: ConfigDict) -> dict:
     """Return the content of membership.json. Raises UserError for too few images and losses that are not finite."""
-    pretrained, sd, dtype, settings = (
-        config.pretrained,
-        config.sd,
-        DTYPES[config.mixed_precision],
-        read_settings(config),
-    )
+    pretrained, sd, dtype = config.pretrained, config.sd, DTYPES[config.mixed_precision]
+    settings = read_settings(config)
     model = pretrained.model, pretrained.revision, config.unet_path, dtype
     if config.load_from:  # raises for unusable weights before images are encoded and measured with the base model
         load_weights(load_pipeline(*model).unet, config.load_from)

@@ -267,7 +267,11 @@ def test_after_resuming_with_other_settings_the_same_command_is_that_one(light):
     shutil.rmtree(folder / "checkpoint_2")
     light(num_epochs=2, resume_from=str(folder), train__learning_rate=2e-3)  # config_0002.json is of epochs now gone
     assert read_config(folder)["train"]["learning_rate"] == 2e-3
-    assert {path.name for path in folder.glob("config_*")} == {"config_0001.json", "config_0002.json.superseded"}
+    shutil.rmtree(folder / "checkpoint_2")
+    (folder / "config_0002.json").write_text("{}")
+    light(num_epochs=2, resume_from=str(folder), train__learning_rate=2e-3)  # and keeps what was renamed before
+    renamed = {f"config_0002.json.superseded{number}" for number in ("", 2)}
+    assert {path.name for path in folder.glob("config_*")} == {"config_0001.json"} | renamed
 
 
 def test_a_run_without_a_checkpoint_starts_over(light, tmp_path, caplog):

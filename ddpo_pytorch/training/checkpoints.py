@@ -8,7 +8,6 @@ held-out APR.
 
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from ddpo_pytorch.generator.lora import FILE_NAME, FILE_NAMES, has_lora, load_lo
 from ddpo_pytorch.generator.pipeline import check_text_encoder, replace_unet_weights, unet_metadata
 from ddpo_pytorch.utils.distributed import gather_state, load_optimizer_into, load_weights_into
 from ddpo_pytorch.utils.errors import UserError, one_line
-from ddpo_pytorch.utils.files import atomic_folder, atomic_write, path_fault, remove_folder, sha256
+from ddpo_pytorch.utils.files import atomic_folder, atomic_write, path_fault, remove_folder, rename_with, sha256
 from ddpo_pytorch.utils.json_files import COUNT, OneOf, read_json
 from ddpo_pytorch.utils.published import resolve
 from ddpo_pytorch.utils.weights import open_safetensors, read_pickle, read_safetensors
@@ -281,10 +280,7 @@ def _is_copy(best: Path) -> bool:
 
 def quarantine(folder: Path) -> None:
     """Rename a damaged checkpoint to `<name>.damaged`, `<name>.damaged2`, ..., which nothing reads."""
-    names = (f"{folder.name}.damaged{number or ''}" for number in (0, *range(2, 10**6)))
-    target = next(path for path in map(folder.with_name, names) if not path.exists())
-    os.replace(folder, target)
-    logger.warning("%s is damaged and was renamed to %s", folder, target.name)
+    logger.warning("%s is damaged and was renamed to %s", folder, rename_with(folder, "damaged").name)
 
 
 def model_card(settings: Mapping[str, Any], weights_file: str, epoch: int) -> str:

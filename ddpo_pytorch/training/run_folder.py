@@ -16,7 +16,7 @@ from accelerate.tracking import LoggerType, get_available_trackers
 from ddpo_pytorch.rewards import parse_spec
 from ddpo_pytorch.training import checkpoints as saved
 from ddpo_pytorch.utils.errors import UserError, difference
-from ddpo_pytorch.utils.files import LOCK, locked, path_inside, write_file
+from ddpo_pytorch.utils.files import LOCK, locked, path_inside, rename_with, write_file
 from ddpo_pytorch.utils.fingerprint import with_contents
 from ddpo_pytorch.utils.json_files import read_json
 from ddpo_pytorch.utils.settings import flat
@@ -108,7 +108,7 @@ def write_settings(folder: Path, settings: Mapping[str, Any], epoch: int, resume
     for path in _settings_files(folder) if resumed else ():
         number = re.fullmatch(r"config_(\d+)\.json", path.name)
         if number and int(number[1]) > epoch:  # of epochs whose checkpoints are gone
-            path.rename(path.with_name(f"{path.name}.superseded"))
+            rename_with(path, "superseded")
     if resumed and (files := _settings_files(folder)) and files[-1].read_bytes() == text.encode():
         return
     write_file(folder / (f"config_{epoch:04d}.json" if resumed else CONFIG), text, durable=True)

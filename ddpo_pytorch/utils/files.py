@@ -38,6 +38,14 @@ class DiskFull(UserError, OSError):
     """Raised when a file exceeds the free space of the disk, a quota, or a limit on file sizes."""
 
 
+def rename_with(path: Path, ending: str) -> Path:
+    """Rename a file or folder to `<name>.<ending>`, or `<name>.<ending>2`, ... if that exists; return the new path."""
+    names = (f"{path.name}.{ending}{number or ''}" for number in (0, *range(2, 10**6)))
+    target = next(one for one in map(path.with_name, names) if not one.exists())
+    os.replace(path, target)
+    return target
+
+
 def path_fault(name: str) -> str | None:
     """Return why a path from a table or log must not be opened inside a folder, on any system, or None.
 
