@@ -121,6 +121,22 @@ def test_the_jackknife_equals_its_definition():
     assert estimate.low == pytest.approx(max(0.0, 2 * estimate.value - estimate.high), abs=1e-9)
 
 
+def test_the_change_of_pairs_leaves_the_same_pairs_out():
+    real, before = normal(6, 200, 6), normal(5, 117, 6, 1.3)  # groups of 12 and 11
+    after, indices = before + normal(8, 117, 6, 0.1, 0.1), np.arange(117)
+    distances = [fidelity.frechet(real, np.arange(200), rows, indices, 42) for rows in (before, after)]
+    change = fidelity.frechet_change(*distances)
+    parts = np.array_split(np.random.default_rng([42, 1]).permutation(117), 10)
+    values = [frechet_distance(moments(rows), moments(real)) for rows in (before, after)]
+    left = [[frechet_distance(moments(np.delete(x, p, 0)), moments(real)) for p in parts] for x in (before, after)]
+    half = jackknife_half_width(values[1] - values[0], np.subtract(*reversed(left)), [len(part) for part in parts])
+    assert change.value == pytest.approx(values[1] - values[0], rel=1e-9) and change.n == 117
+    assert [change.low, change.high] == pytest.approx([change.value - half, change.value + half], rel=1e-5)
+    assert half < 0.5 * min(one.high - one.value for one in distances)  # what the pairs have in common cancels
+    few = [fidelity.frechet(real, np.arange(200), before, np.arange(count), 42) for count in (12, 19)]
+    assert fidelity.frechet_change(*few).low is None
+
+
 @pytest.mark.parametrize("size", [100, 60])  # of 300 rows: all products once, those of each subset
 def test_the_kernel_distance_equals_torch_fidelity_on_the_same_subsets(size):
     x, y = normal(1, 300, 40, 2.0, 0.5).astype(np.float32), normal(2, 250, 40, 1.5).astype(np.float32)

@@ -58,6 +58,8 @@ def test_numbers_by_hand(sets, lively_judge, measured, tmp_path):
     (row,) = result["comparisons"]
     assert row["paired"] and row["pairs"] == 9
     assert row["APR"]["value"] == pytest.approx(right["rl"].mean() - right["sd"].mean(), abs=1e-12)
+    before, after = (result["models"][name]["FD_judge"] for name in ("SD", "SD+RL"))
+    assert row["FD"]["judge"]["value"] == pytest.approx(after - before, abs=1e-12) and after != before
     assert (row["gained"], row["lost"]) == ((right["rl"] & ~right["sd"]).sum(), (right["sd"] & ~right["rl"]).sum())
     lines = read_table(tmp_path / "out" / "per_image.csv")
     assert len(lines) == 13 + 9 + 9

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ddpo_pytorch.metrics.fidelity import frechet_change
 from ddpo_pytorch.metrics.image_sets import ImageSet, lacking_images, list_captions, match_prompts, sort_captions
 from ddpo_pytorch.metrics.intervals import bootstrap_mean, bootstrap_unpaired_difference, mcnemar, sign_flip_p
 
@@ -39,6 +40,7 @@ def compare(first: Sequence[Folder], second: Sequence[Folder], seed: int, key: s
     """Return APR or alignment (`key`) of the second model minus the first's, paired if they share their noise.
 
     Unpaired ones are reduced to equal numbers of each common prompt. "from_...", "to_...": means of compared images.
+    "FD": change of the matched Frechet distance by feature space, of pairs in one folder each.
     """
     reasons = [pairing_fault(one.images, other.images) for one, other in zip(first, second, strict=False)]
     if len(first) != len(second):
@@ -68,6 +70,10 @@ def compare(first: Sequence[Folder], second: Sequence[Folder], seed: int, key: s
         result |= {"pairs": len(a), "p": p, "p_by_prompt": None if few else sign_flip_p(b - a, groups, seed)}
         result |= {"gained": gained, "lost": lost, "test": test}
         result[key] = bootstrap_mean(b - a, groups, seed, resample_groups=True, share=False)
+        before, after = (own[0].result.get("fidelity", {}) for own in (first, second))
+        if len(first) == 1 and first[0].images.keys == second[0].images.keys:  # else groups left out are not pairs
+            spaces = [space for space, parts in before.items() if "FID" in parts["matched"]]
+            result["FD"] = {s: frechet_change(before[s]["matched"]["FID"], after[s]["matched"]["FID"]) for s in spaces}
     rates = {f"{end}_{key}": float(x.mean()) if len(x) else None for end, x in (("from", a), ("to", b))}
     return result | rates | {"prompts": len(np.unique(groups))}
 

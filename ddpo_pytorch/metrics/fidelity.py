@@ -96,7 +96,21 @@ def frechet_jackknife(groups: Sequence[torch.Tensor], real: torch.Tensor) -> Est
     *left_out, full = on_all_cores(quick_distance, [*(total - group for group in groups), total])
     half = jackknife_half_width(full, np.array(left_out), sizes)
     how = f"jackknife over {len(groups)} random groups of the generated images"
-    return Estimate.around(value, half, sum(sizes), how, (0, np.inf))
+    estimate = Estimate.around(value, half, sum(sizes), how, (0, np.inf))
+    return replace(estimate, left_out=np.array(left_out) + value - full)
+
+
+def frechet_change(before: Estimate, after: Estimate) -> Estimate:
+    """Return the difference of two distances to the same real images, of sets that are pairs image by image.
+
+    The jackknife leaves the same pairs out of both, so that what they have in common cancels.
+    """
+    change = after.value - before.value
+    if before.left_out is None or after.left_out is None:
+        return Estimate(change, None, None, after.n, "no interval of either distance")
+    sizes = [len(part) for part in np.array_split(np.arange(after.n), len(after.left_out))]
+    half = jackknife_half_width(change, after.left_out - before.left_out, sizes)
+    return Estimate.around(change, half, after.n, f"jackknife over {len(sizes)} random groups of pairs")
 
 
 def frechet(real: Any, real_part: np.ndarray, fake: Any, fake_part: np.ndarray, seed: int) -> Estimate:

@@ -6,7 +6,7 @@ Images of one prompt are correlated: intervals that should hold for similar prom
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -21,13 +21,17 @@ MAX_LEVELS = 8  # distinct values up to which the bootstrap draws counts instead
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, its 95 % interval (None if there is none), the number of images, and the interval's method."""
+    """A number, its 95 % interval (None if there is none), the number of images, and the interval's method.
+
+    `left_out` (G,): of a jackknife whose estimates may be subtracted, the value without each group of images.
+    """
 
     value: float | None
     low: float | None
     high: float | None
     n: int
     how: str
+    left_out: Array | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def missing(cls, why: str) -> Self:
