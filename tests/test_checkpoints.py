@@ -200,6 +200,22 @@ with locked(sys.argv[1]), atomic_write(sys.argv[1] + "/0.png") as file, atomic_f
     assert files_of(tmp_path) == own | {"cache.npy": b"new", "best/a": b"new"}
 
 
+def test_files_can_be_read_by_all_whom_the_umask_allows(tmp_path):
+    """Also those that a library had written for their owner alone, as safetensors does."""
+    code = """if 1:
+    import sys, os
+    os.umask(0o027)
+    import torch
+    from safetensors.torch import save_file
+    from ddpo_pytorch.utils.files import atomic_folder, atomic_write
+    with atomic_folder(sys.argv[1] + "/folder") as folder, atomic_write(sys.argv[1] + "/file") as file:
+        for path in (folder / "weights", file):
+            save_file({"x": torch.zeros(1)}, path)
+            path.chmod(0o600)"""
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("folder/weights", "file")] == [0o640] * 2
+
+
 @pytest.mark.parametrize("flock", [fcntl.flock, Mock(side_effect=OSError(errno.ENOTSUP, "not supported"))])
 def test_a_folder_has_one_writer(tmp_path, monkeypatch, flock):
     monkeypatch.setattr(fcntl, "flock", flock)

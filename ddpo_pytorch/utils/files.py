@@ -27,6 +27,8 @@ from ddpo_pytorch.utils.json_files import COUNT, parse_json
 LOCK = ".lock"
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF)  # errors of file systems without locks
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+os.umask(_umask := os.umask(0))  # the only way to read it
+MODE = 0o666 & ~_umask  # of files
 HOST = re.sub(r"[^\w-]", "-", platform.node())
 # left behind by atomic_write, atomic_folder and remove_folder when they are killed
 UNFINISHED = re.compile(r"\..+\.((?P<pid>\d+)(@(?P<host>[\w-]+))?\.tmp|removed)")
@@ -110,8 +112,11 @@ def _replacing(path: Path, durable: bool, size: int | None = None) -> Iterator[P
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same id
         try:
             yield temporary
-            for written in (*temporary.rglob("*"), temporary) if durable else ():
-                _sync(written)
+            for written in (*temporary.rglob("*"), temporary):
+                if written.is_file() and not written.is_symlink():  # safetensors lets nobody else read its files
+                    written.chmod(MODE)
+                if durable:
+                    _sync(written)
             try:
                 os.replace(temporary, path)
             except OSError as error:
