@@ -131,9 +131,13 @@ def test_a_claim_about_few_prompts_is_about_these(prompts, by_prompt, shared, fe
     assert ("over the 2 prompts" in text, "without power" in text) == (shared == 2, few)
 
 
-@pytest.mark.parametrize(("change", "hacked"), [(-0.01, True), (0.01, True), (0.2, False)])
-def test_a_reward_that_rises_alone_is_remarked(change, hacked, compared, read):
-    result = compared(change, change - 0.05, change + 0.05)
+@pytest.mark.parametrize(
+    ("change", "low", "hacked"),
+    [(-0.01, 0.1, True), (0.01, 0.1, True), (0.2, 0.1, False), (0.01, -0.1, False), (0.01, None, False)],
+)
+def test_a_reward_that_rises_alone_is_remarked(change, low, hacked, compared, read):
+    rise = {"reward": {"value": 0.2, "low": low, "high": 0.3, "n": 512, "how": "bootstrap"}}
+    result = compared(change, change - 0.05, change + 0.05, **rise)
     result["models"]["SD"]["reward"], result["models"]["SD+RL"]["reward"] = 0.7, 0.9
     assert ("rose from 0.700 to 0.900" in read(result).text) == hacked
 

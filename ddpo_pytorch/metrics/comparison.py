@@ -26,12 +26,16 @@ WARNED_COUNTS = {
 
 @dataclass
 class Folder:
-    """A measured folder: its part of metrics.json, facts about the set, and arrays (N,) about each image."""
+    """A measured folder: its part of metrics.json, facts about the set, and arrays (N,) about each image.
+
+    `rewards` are those of the log, NaN for images without one.
+    """
 
     images: ImageSet
     result: dict
     facts: dict
     aligned: np.ndarray  # 0 or 1, for fundus images the alignment in [0, 1]
+    rewards: np.ndarray
     columns: dict[str, Sequence]  # of per_image.csv
     values: dict[str, np.ndarray]  # measures (N,) by which groups of images are compared
 
@@ -40,7 +44,8 @@ def compare(first: Sequence[Folder], second: Sequence[Folder], seed: int, key: s
     """Return APR or alignment (`key`) of the second model minus the first's, paired if they share their noise.
 
     Unpaired ones are reduced to equal numbers of each common prompt. "from_...", "to_...": means of compared images.
-    "FD": change of the matched Frechet distance by feature space, of pairs in one folder each.
+    Of pairs also "reward", the change of the mean if every image has one, and, of one folder each, "FD", that of the
+    matched Frechet distance by feature space.
     """
     reasons = [pairing_fault(one.images, other.images) for one, other in zip(first, second, strict=False)]
     if len(first) != len(second):
@@ -56,15 +61,18 @@ def compare(first: Sequence[Folder], second: Sequence[Folder], seed: int, key: s
         result[key] = bootstrap_unpaired_difference(a, groups, b, groups_b, seed)
     else:
         names = [[(i, name) for i, folder in enumerate(own) for name in folder.images.keys] for own in (first, second)]
-        value = dict(zip(names[1], b, strict=True))
-        b = np.array([value[name] for name in names[0]])
+        position = {name: index for index, name in enumerate(names[1])}
+        order = [position[name] for name in names[0]]
+        b, rewards = b[order], [np.concatenate([folder.rewards for folder in own]) for own in (first, second)]
+        if np.isfinite(risen := rewards[1][order] - rewards[0]).all():
+            result["reward"] = bootstrap_mean(risen, groups, seed, resample_groups=True, share=False)
         if key == "APR":
             gained, lost, p = mcnemar(a, b)
             test = "p: McNemar, exact"
         else:
             gained, lost, p = int((b > a).sum()), int((b < a).sum()), sign_flip_p(b - a, np.arange(len(a)), seed)
             test = "p: sign flips of the pairs' differences"
-        test += "; p_by_prompt: sign flips of the prompts' mean differences"
+        test += "; p over prompts: sign flips of the prompts' mean differences"
         if few := len(np.unique(groups)) < FEW_PROMPTS:
             test += f", none below {FEW_PROMPTS} prompts, which cannot make it small"
         result |= {"pairs": len(a), "p": p, "p_by_prompt": None if few else sign_flip_p(b - a, groups, seed)}
@@ -108,7 +116,7 @@ def find_warnings(context, models: Mapping[str, Sequence[Folder]], matched: int)
     if real and matched < 2:
         lines.append(f"no matched distances: only {matched} images per set remain after matching captions")
     elif real and matched < FEW_IMAGES:
-        biased = "FID is" if "inception" in context.tools.extractors else "Frechet distances of few images are"
+        biased = "FID is" if "inception" in context.tools.extractors else "Fréchet distances of few images are"
         biased += f" biased upwards below {FEW_IMAGES} images and comparable only at equal numbers; KID is unbiased"
         lines.append(f"matched distances use {matched} images per set: {biased}")
     for name, present in captions_of.items():

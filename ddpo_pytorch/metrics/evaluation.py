@@ -178,7 +178,7 @@ def measure_folder(images: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None
         if (threshold := result["memorisation"][context.spaces[0]].get("threshold")) is not None:
             measures["closer"] = distances < threshold
     facts = set_facts(images, {"real": sets.real, "training": train}) if parts else {}
-    return Folder(images, result, facts, aligned, columns, measures)
+    return Folder(images, result, facts, aligned, rewards, columns, measures)
 
 
 def summarise(folders: Sequence[Folder], fid_part: str, real: ImageSet | None, context: Context) -> dict:

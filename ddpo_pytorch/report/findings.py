@@ -38,19 +38,19 @@ def aligned(result: Mapping, values: Mapping | None, caption: str | None = None)
 def comparisons(result: Mapping) -> list[dict[str, Any]]:
     """Return the comparisons of models that have a difference, with further fields for the page.
 
-    "shared": number of common prompts, or None if these are all; "few": too few for a test over prompts; "reward": both
-    mean rewards if the reward rose but APR or alignment did not, else None.
+    "shared": number of common prompts, or None if these are all; "few": too few for a test over prompts; "hacked": both
+    mean rewards if the reward of pairs rose beyond its interval but APR or alignment did not, else None.
     """
     models, measure, rows = result["models"], measure_of(result), []
     for row in result["comparisons"]:
         both = models[row["from"]], models[row["to"]]
         if word := verdict(row, measure):
             rewards = [side.get("reward") for side in both]
-            hacked = None not in rewards and rewards[1] > rewards[0] and word in ("worse", "unclear")
+            hacked = (dig(row, "reward", "low") or 0) > 0 and word in ("worse", "unclear")
             prompts = max(sum(map(bool, side["images_by_prompt"].values())) for side in both)
             shared = row["prompts"] if row["prompts"] < prompts else None
             few = row["prompts"] < FEW_PROMPTS and row["p_by_prompt"] is None
-            more = {"tests": tests(row), "reward": rewards if hacked else None, "shared": shared, "few": few}
+            more = {"tests": tests(row), "hacked": rewards if hacked else None, "shared": shared, "few": few}
             rows.append(row | more | {"verdict": word})
     return rows
 
