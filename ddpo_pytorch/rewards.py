@@ -222,6 +222,8 @@ def build_reward(
             signature.bind(**kwargs)
         except TypeError as error:
             fault = f"reward_fn_kwargs.{name} has {sorted(kwargs)} but {name} takes {accepted} ({error})"
+            if {"images", "prompts"} <= {*accepted} - {*kwargs}:
+                fault = f"{name!r} takes {accepted}, so it is a reward; name a function that returns it (README)"
             raise UserError(fault) from error
         function = functions[name] = factory(**kwargs)
         if not callable(function):

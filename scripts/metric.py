@@ -38,7 +38,7 @@ from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import JsonLines, write_file
 from ddpo_pytorch.utils.settings import SEED, check_ranges
 
-FLAGS = define_config(__file__, "Metrics of sample folders.")
+FLAGS = define_config(__file__, "experiment, e.g. config/dgx.py:evaluate_metric_rl")
 flags.DEFINE_bool("report", False, "also write report.html, one page with tables, curves and pictures")
 flags.DEFINE_bool("sanity", False, "also measure degraded real images: what each metric can detect at this n")
 flags.DEFINE_multi_string("fail_if", [], "exit with code 2 if this holds for the last model: 'APR<0.4', 'FID>30', ...")

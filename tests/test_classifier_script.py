@@ -81,7 +81,7 @@ def test_test_mode(world, trained, tmp_path, run_flags):
     names = [f"test_H4{end}" for end in (".csv", ".json", "_confusion.png", "_reliability.png")]
     assert sorted(files_of(tmp_path)) == names and all(name in said for name in ("average_precision", *names))
     rows = json.loads((tmp_path / "test_H4.json").read_text())
-    assert sum(row["support"] for row in rows if row["what"].startswith("only")) == 13
+    assert sum(row["support"] for row in rows if row["what"].startswith("exactly")) == 13
     assert [row["threshold"] for row in rows[:4]] == list(load_classifier(trained[0] / H4).thresholds.values())
     refused("4 heads", run_flags, *classifier_flags(world, tmp_path, 6, mode="test", checkpoint=trained[0] / H4))
 

@@ -80,7 +80,7 @@ def test_what_is_undefined_is_none_and_empty(tmp_path, caplog):
     said = "no positive of 'hair'.*training needs both"
     refused(said, check_both_classes, labels, LABELS[:3], "t.csv", training=True)
     found = {row["what"]: (row["support"], row["recall"], row["auc"]) for row in report.combinations}
-    assert found == {"only gel_bubble": (1, 1, None), "only gel_bubble+ruler": (2, 1, None)}
+    assert found == {"exactly gel_bubble": (1, 1, None), "exactly gel_bubble+ruler": (2, 1, None)}
     report.write(tmp_path / "deep" / "test_H3")
     table = read_table(tmp_path / "deep" / "test_H3.csv")
     assert table[0]["auc"] == "" and float(table[0]["accuracy"]) == 1 and tuple(table[0]) == classifier_report.COLUMNS

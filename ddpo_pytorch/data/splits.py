@@ -233,7 +233,7 @@ def check_folder(
             report_counts(regrouped)
             report_leakage(regrouped, known)
     if list_missing:
-        write_table(list_missing, ("split", "image"), missing)
+        write_table(list_missing, ("split", "image"), [*dict.fromkeys(missing)])  # tables may share images
     if faults:
         raise UserError(f"{len(faults)} broken images are listed above, the first: {faults[0]}")
 

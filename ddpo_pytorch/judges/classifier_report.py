@@ -73,7 +73,7 @@ class Report:
         table["exact"] = ((self.probabilities > limits) == self.truth).all(1)
         self.combinations = []
         for present, exact in table.groupby(list(self.names))["exact"]:
-            row = {"what": f"only {'+'.join(compress(names, present)) or 'none'}", "support": len(exact)}
+            row = {"what": f"exactly {'+'.join(compress(names, present)) or 'none'}", "support": len(exact)}
             self.combinations.append(dict.fromkeys(COLUMNS) | row | {"recall": float(exact.mean())})
         self.rows = self.attributes + self.combinations
 

@@ -74,7 +74,10 @@ def write_rating_set(
             contrasts = [(row, path, damage.vessel_contrast(_pixels(path, size, resize))) for row, path in good]
         visible = [one for one in contrasts if one[2] >= damage.VISIBLE]
         counts = len(rows), len(rows) - len(good), len(good) - len(visible), len(visible)
-        logger.info("%d images, %d left out for their quality in the table, %d show no vessels, %d do", *counts)
+        logger.info(
+            "%d images: %d left out because of their quality in the table, %d without and %d with visible vessels",
+            *counts,
+        )
         if not visible:
             raise UserError(f"none of the {len(rows)} images shows a retina of good quality; give others")
         rng = np.random.default_rng((seed, 1))

@@ -300,10 +300,11 @@ pipeline_tag: text-to-image
 - {kind}
 ---
 
-# DDPO checkpoint, {epoch} epochs
+# DDPO checkpoint {epoch}
 
-Weights ({kind}) after {epoch} epochs of [rl4med-ddpo](https://github.com/parhamsaremi/rl4med-ddpo) from the model
-below{unet}, with the reward {settings["reward_fn"]} and the prompts {settings["prompt_fn"]}. Images are synthetic.
+Weights ({kind}) after {epoch} epoch{"s" * (epoch != 1)} of [rl4med-ddpo](https://github.com/parhamsaremi/rl4med-ddpo)
+from the model below{unet}, with the reward {settings["reward_fn"]} and the prompts {settings["prompt_fn"]}. Images are
+synthetic.
 
 ```python
 from diffusers import StableDiffusionPipeline

@@ -179,7 +179,10 @@ def _check_contents(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]
         if resume_from and name == "load_from":
             advice = "leave load_from out, since the run continues from its own checkpoint"
         fingerprints = f"fingerprint {before[name][:16] or 'none'}, now {now[name][:16] or 'none'}"
-        raise UserError(f"run folder {str(folder)!r} was started with another {name} ({fingerprints}); {advice}")
+        what = name
+        if name.endswith(".code"):
+            what, advice = f"code of {sources[0]} {new[sources[0]]!r}", advice.replace("give", "restore")
+        raise UserError(f"run folder {str(folder)!r} was started with another {what} ({fingerprints}); {advice}")
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -120,7 +120,8 @@ def _usage_errors() -> Iterator[None]:
     except (AttributeError, KeyError) as error:
         cause = error.args[0] if error.args else error
         field = cause.args[0] if isinstance(cause, KeyError) and cause.args else cause  # its str() would be quoted
-        _fail(f"the configuration has no such field: {field}; config/base.py lists all of them")
+        field = str(field).replace(" Did you", "; did you")  # ml_collections' suggestion
+        _fail(f"the configuration has no field {field} (config/base.py lists all of them)")
     except (flags.Error, UserError, IndexError, TypeError, ValueError, OSError) as error:
         text = str(error).strip().splitlines()[-1]  # the last line of a search report or traceback states the cause
         if re.search(r"index out of range|not a valid index|indices must be", text):  # --config.eval.prompts[0]=x
