@@ -49,7 +49,8 @@ def image_losses(accelerator: Accelerator, config: ConfigDict, loss: NoiseLoss, 
         batch, total = [tensor.to(device) for tensor in default_collate(items)], torch.zeros(len(items), device=device)
         for step in range(TIMESTEPS):
             place = config.seed, Stream.VALIDATION, number * TIMESTEPS + step, size
-            total += loss.errors(batch, BatchDraws(*place, kept=len(items), device=device))
+            with accelerator.autocast():  # collating above would fail in it
+                total += loss.errors(batch, BatchDraws(*place, kept=len(items), device=device))
         losses.append((number, (total / TIMESTEPS).tolist()))
     return np.concatenate([values for _, values in sorted(gather_object(losses))])
 
@@ -57,7 +58,9 @@ def image_losses(accelerator: Accelerator, config: ConfigDict, loss: NoiseLoss, 
 def read_settings(config: ConfigDict) -> dict:
     """Return what identifies a result. Raises UserError if there is one of other settings."""
     settings = {"seed": config.seed, "timesteps": TIMESTEPS, "model": config.pretrained.model}
-    settings |= {"unet_path": config.unet_path, "load_from": config.load_from}
+    settings |= {name: config[name] for name in ("unet_path", "load_from", "mixed_precision")}
+    names = ("batch_size", "csv", "val_csv", "limit", "val_images", "latents", "val_latents")
+    settings |= {f"sd.{name}": config.sd[name] for name in names}
     path = Path(config.sd.output) / RESULT
     if changed := path.is_file() and difference(read_json(path, {"settings": dict})["settings"], settings):
         raise UserError(f"{str(path)!r} is the result of {changed}; move it away, or give another --config.sd.output")
@@ -71,8 +74,9 @@ def test(accelerator: Accelerator, config: ConfigDict) -> dict:
     model = pretrained.model, pretrained.revision, config.unet_path, dtype
     if config.load_from:  # raises for unusable weights before images are encoded and measured with the base model
         load_weights(load_pipeline(*model).unet, config.load_from)
-    pipe = load_pipeline(*model, accelerator.device)
-    pipe.vae.float()  # in half precision SD's autoencoder overflows
+    pipe = load_pipeline(*model[:3], device=accelerator.device)
+    for part in (pipe.unet, pipe.text_encoder):  # the VAE stays in float32, in which its latents were encoded
+        part.to(dtype)
     sets = [open_latents(accelerator, sd, pipe.vae, validation) for validation in (False, True)]
     if sets[1] is None or min(map(len, sets)) < 2:
         raise UserError("a membership test needs at least 2 images of each of sd.csv and sd.val_csv; give both tables")
@@ -83,8 +87,7 @@ def test(accelerator: Accelerator, config: ConfigDict) -> dict:
     for name, given in models.items():
         if name == "load_from":
             load_weights(pipe.unet, given)
-        with accelerator.autocast():
-            losses[name] = [image_losses(accelerator, config, loss, latents) for latents in sets]
+        losses[name] = [image_losses(accelerator, config, loss, latents) for latents in sets]
         if not all(np.isfinite(part).all() for part in losses[name]):
             raise UserError(f"losses of {given!r} are not finite; use mixed_precision bf16 or no, or other weights")
         result[name] = {"AUC": membership_auc(*losses[name]).to_dict()}

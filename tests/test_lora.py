@@ -177,6 +177,11 @@ def test_scales_stated_by_peft_diffusers_and_kohya(tmp_path):
         load_lora(unet, tmp_path / place)
         torch.testing.assert_close(run(unet), run(theirs), **CLOSE)
 
+    eight = {key: value.to(torch.float8_e4m3fn) for key, value in legacy(WEIGHTS).items()}
+    load_lora(unet, write(tmp_path / "eight.safetensors", eight))
+    rounded = {key: value.to(torch.float8_e4m3fn).float() for key, value in WEIGHTS.items()}
+    torch.testing.assert_close(run(unet), run_by_hand(rounded, 1.0), **CLOSE)
+
     mixed = kohya(RANK / 2)  # each module has its own
     first = next(name for name in mixed if name.endswith(".alpha"))
     mixed[first] = mixed[first] / 2

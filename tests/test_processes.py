@@ -43,6 +43,15 @@ def test_processes_share_threads_and_wait_for_each_other_as_long_as_the_setting_
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "value"), [("RANK", ""), ("WORLD_SIZE", "two"), ("WORLD_SIZE", "2")])
+def test_variables_that_another_launch_left_behind_are_one_line(tmp_path, name, value):
+    (tmp_path / "script.py").write_text(SLOW)
+    run = Script(tmp_path / "script.py", **{name: value}).result()
+    assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
+    assert run.stderr.splitlines()[-1].startswith("error: ") and name in run.stderr.splitlines()[-1]
+
+
 def test_limits_of_threads_are_read_as_openmp_reads_them_and_the_default_of_a_launcher_is_none(monkeypatch):
     def cores(count):  # where each worker of pytest-xdist has but one
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(count)), raising=False)

@@ -25,7 +25,7 @@ from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import LOCK, locked
 
 
-def test_a_run_logs_every_measure_begins_at_ratio_one_and_is_not_resumed_from_an_older_checkpoint(train):
+def test_a_run_logs_every_measure_begins_at_ratio_one_and_is_not_resumed_from_an_older_checkpoint(train, tmp_path):
     folder, epochs = train(log_images=True)
     assert [entry["epoch"] for entry in epochs] == [0, 1]
     assert epochs[-1]["global_step"] == 4  # 8 samples / 4 = 2 updates an epoch
@@ -41,8 +41,10 @@ def test_a_run_logs_every_measure_begins_at_ratio_one_and_is_not_resumed_from_an
     before, after = weights(folder, 1), weights(folder, 2)
     assert any(not torch.equal(before[key], after[key]) for key in before)
     content, older = files_of(folder), {"num_epochs": 3, "resume_from": str(folder / "checkpoint_1")}
-    refused("not the newest checkpoint of its run; continuing would overwrite checkpoint_2", train, **older)
-    assert files_of(folder) == content
+    (link := tmp_path / "link").symlink_to(folder / "checkpoint_1")
+    for settings in (older, older | {"resume_from": str(link)}):
+        refused("not the newest checkpoint of its run; continuing would overwrite checkpoint_2", train, **settings)
+    assert files_of(folder) == content and not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_half_precision_logs_the_ratio_of_the_second_update(script, train, monkeypatch):
@@ -147,6 +149,7 @@ def test_wandb_records_offline_without_a_key(train, tmp_path, monkeypatch):
     for name, value in {"HOME": str(tmp_path), "WANDB_API_KEY": "", "HF_HUB_OFFLINE": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    refused("wandb_project='team/name'", train, log_with="wandb", wandb_project="team/name")
     folder, _ = train(log_with="wandb", log_images=True, num_epochs=1)
     assert os.environ.pop("WANDB_MODE") == "offline"
     (record,) = (folder / "wandb").glob("offline-run-*")

@@ -340,12 +340,19 @@ def test_membership_of_a_model_and_of_trained_weights(model, base, run_main, con
                 draws = BatchDraws(5, Stream.VALIDATION, 16 * number + step, 8, kept=len(part))
                 losses.append(loss(default_collate(part), draws).item() * len(part) / 16)
     assert result["base"]["val_loss"]["value"] == pytest.approx(sum(losses) / len(items), rel=1e-4)
+    elsewhere = fields | {"sd__output": str(tmp_path / "x")}
+    latents = {"sd__latents": str(tmp_path / "latents" / "train"), "sd__val_latents": str(tmp_path / "latents" / "val")}
+    latents |= {"sd__csv": "", "sd__val_csv": "", "sd__data_path": "", "mixed_precision": "bf16"}
+    run_main("membership.py", config_file, **elsewhere | latents)  # whose fingerprint is that of the VAE in float32
+    half = json.loads((tmp_path / "x" / "membership.json").read_text())["base"]["val_loss"]
+    assert half["value"] == pytest.approx(result["base"]["val_loss"]["value"], rel=0.02) and half != result["base"]
+    refused("is the result of mixed_precision='bf16'", run_main, "membership.py", config_file, **elsewhere)
     refused(
         "sd.val_csv",
         run_main,
         "membership.py",
         config_file,
-        **fields | {"sd__val_csv": "", "sd__output": str(tmp_path / "x")},
+        **elsewhere | {"sd__val_csv": "", "sd__output": str(tmp_path / "y")},
     )
     refused(
         "membership.json' is the result of seed=5, now it is 6",

@@ -15,7 +15,7 @@ from accelerate.tracking import LoggerType, get_available_trackers
 
 from ddpo_pytorch.rewards import parse_spec
 from ddpo_pytorch.training import checkpoints as saved
-from ddpo_pytorch.utils.errors import UserError, difference
+from ddpo_pytorch.utils.errors import UserError, difference, one_line
 from ddpo_pytorch.utils.files import LOCK, locked, path_inside, rename_with, write_file
 from ddpo_pytorch.utils.fingerprint import with_contents
 from ddpo_pytorch.utils.json_files import read_json
@@ -56,7 +56,7 @@ def open_run(held: ExitStack, settings: Mapping[str, Any]) -> tuple[Path, Path |
     """
     logdir, run_name, resume_from = (settings[name] for name in ("logdir", "run_name", "resume_from"))
     if resume_from:
-        given = Path(resume_from)
+        given = Path(resume_from).resolve()
         folder = given.parent if saved.is_checkpoint(given) else given
         if not saved.is_checkpoint(given) and not _holds_checkpoint(given):
             saved.find_checkpoint(given)  # raises, saying what is missing
@@ -219,5 +219,9 @@ def start_trackers(
     accelerator.log_with, accelerator.project_configuration.logging_dir = trackers, str(run_dir)
     plain = bool | int | float | str
     values = {name: value if isinstance(value, plain) else str(value) for name, value in _flat(config).items()}
-    accelerator.init_trackers(project, config=values, init_kwargs={"wandb": options})
+    try:
+        accelerator.init_trackers(project, config=values, init_kwargs={"wandb": options})
+    except Exception as error:  # each tracker has its own kinds
+        problem = f"log_with={log_with!r}, wandb_project={project!r}: cannot be started ({one_line(error)})"
+        raise UserError(f"{problem}; correct it, or set --config.log_with=") from error
     return accelerator.get_tracker("wandb", unwrap=True).id if LoggerType.WANDB in trackers else wandb_id

@@ -65,6 +65,9 @@ def cli(main: Callable[[list[str]], None]) -> None:
     """Run a script's main under absl. Invalid flags and `UserError` become one line on stderr and exit code 2."""
 
     def run(argv: list[str]) -> None:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            if not (value := os.environ.get(name, "0")).isdecimal():
+                _fail(f"the environment variable {name} is {value!r}; a launcher sets it to a whole number, unset it")
         # plain lines instead of absl's; only warnings from processes other than the first
         level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
         logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)

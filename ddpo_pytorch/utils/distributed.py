@@ -83,14 +83,18 @@ def make_accelerator(
     accumulation = accelerate_utils.GradientAccumulationPlugin(gradient_accumulation_steps, sync_each_batch=sharding)
     waiting = accelerate_utils.InitProcessGroupKwargs(timeout=timedelta(seconds=process_timeout))
     scaling = accelerate_utils.GradScalerKwargs(growth_interval=growth_interval)
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=mixed_precision,
-        fsdp_plugin=plugin,
-        gradient_accumulation_plugin=accumulation,
-        dynamo_backend="no",
-        kwargs_handlers=[waiting, scaling],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision=mixed_precision,
+            fsdp_plugin=plugin,
+            gradient_accumulation_plugin=accumulation,
+            dynamo_backend="no",
+            kwargs_handlers=[waiting, scaling],
+        )
+    except ValueError as error:  # a WORLD_SIZE that another launch left behind
+        problem = f"the launcher's environment variables do not fit together ({error})"
+        raise UserError(f"{problem}; start with accelerate launch, or unset WORLD_SIZE, RANK and LOCAL_RANK") from error
     if sharding and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # Accelerate ignores the plugin without a GPU; PyTorch's FSDP works with gloo
         accelerator.state.fsdp_plugin = plugin

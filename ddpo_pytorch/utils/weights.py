@@ -98,7 +98,7 @@ def read_pickle(path: str | Path, mmap: bool = False) -> Any:
 def check_finite(tensors: Mapping[str, torch.Tensor], file: str | Path) -> None:
     """Raise UserError naming `file` and the first tensor with NaN or infinity."""
     for name, value in tensors.items():
-        if value.is_floating_point() and not value.isfinite().all():
+        if value.is_floating_point() and not (value.float() if value.itemsize == 1 else value).isfinite().all():
             problem = f"{str(file)!r}: {name} holds NaN or infinity as {str(value.dtype).removeprefix('torch.')}"
             reason = "the file is damaged or its training diverged"
             raise UserError(f"{problem}; {reason}: give other weights, or mixed_precision=bf16 if fp16 overflows")
