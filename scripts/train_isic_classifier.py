@@ -104,6 +104,7 @@ def train(accelerator: Accelerator, names: tuple[str, ...], output: Path) -> Non
     set_seed(FLAGS.seed)
     if FLAGS.checkpoint:
         model = load_checkpoint(FLAGS.checkpoint, names).requires_grad_(True)
+        model.thresholds = dict.fromkeys(names, 0.5)  # those of the file belong to its weights
     else:
         with accelerator.local_main_process_first():  # one process downloads
             model = classifier.new_classifier(names, FLAGS.image_size, FLAGS.arch, FLAGS.weights)

@@ -146,14 +146,29 @@ def test_equal_names_in_subfolders_are_images_of_their_own(measure, plain, tmp_p
 def test_the_largest_gap_is_found_and_chance_is_told_apart():
     rng = np.random.default_rng(0)
     names = rng.choice(["x", "y", "z"], 300)
-    values = (rng.random(300) < np.where(names == "y", 0.8, 0.4)).astype(float)
-    found = largest_gap(values, names, 0)
+    values, alone = (rng.random(300) < np.where(names == "y", 0.8, 0.4)).astype(float), np.zeros(300)
+    found = largest_gap(values, names, alone, 0)
     test = scipy.stats.f_oneway(*(values[names == name] for name in "xyz"))  # of the same hypothesis
     assert found["gap"].low < 0.4 < found["gap"].high and found["p"] < 0.01 > test.pvalue
-    assert np.mean([largest_gap(rng.permutation(values), names, s)["p"] < 0.1 for s in range(40)]) < 0.3
-    assert largest_gap(values[:3], np.array(["x", "x", "y"]), 0)["gap"].value is None
-    tied = largest_gap(np.ones(300), names, 0)  # between two groups, of which each has the largest mean
+    assert np.mean([largest_gap(rng.permutation(values), names, alone, s)["p"] < 0.1 for s in range(40)]) < 0.3
+    assert largest_gap(values[:3], np.array(["x", "x", "y"]), np.zeros(3), 0)["gap"].value is None
+    tied = largest_gap(np.ones(300), names, alone, 0)  # between two groups, of which each has the largest mean
     assert (tied["gap"].value, tied["p"]) == (0, 1) and tied["gap"].n == sum((names == x).sum() for x in "xz")
+
+
+def test_a_gap_between_groups_of_whole_prompts_is_no_surer_than_their_prompts():
+    """Sixteen prompts of thirty images and no effect of the group: images alone would find one in two of five cases."""
+    prompts, found = np.repeat(np.arange(16), 30), []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        values = (rng.random(480) < rng.beta(2, 2, 16)[prompts]).astype(float)
+        found.append(largest_gap(values, np.where(rng.permutation(16) < 8, "x", "y")[prompts], prompts, seed))
+    assert np.mean([one["p"] < 0.1 for one in found]) < 0.25
+    assert np.mean([one["gap"].low > 0 for one in found]) < 0.25 and "over prompts" in found[0]["gap"].how
+    gap = largest_gap(values + (prompts % 2), np.where(prompts % 2, "x", "y"), prompts, 0)
+    assert gap["gap"].low < 1 < gap["gap"].high and gap["p"] < 0.01
+    few = largest_gap(values, np.where(prompts > 0, "x", "y"), prompts, 0)
+    assert few["gap"].value > 0 and few["gap"].low is None and few["p"] >= 0.05  # any of 16 prompts could be that one
 
 
 def test_degraded_real_images_are_noticed(measure, plain, tmp_path):

@@ -97,8 +97,11 @@ def test_test_mode(world, trained, tmp_path, run_flags):
         expected = multilabel_auroc(logits, labels[:, :4], num_labels=4, average=None).tolist()
         written = json.loads((tmp_path / "out" / f"test_H4_{name}.json").read_text())
         assert [row["auc"] for row in written[:4]] == pytest.approx(expected, abs=0.05)
-    run_flags(*classifier_flags(world, tmp_path / "learned", num_epochs=1, **more))
-    assert load_classifier(tmp_path / "learned" / H4).image_size != 48  # of the autoencoder: it keeps its own
+    start = {"num_epochs": 1, "checkpoint": trained[0] / H4}
+    run_flags(*classifier_flags(world, tmp_path / "learned", **start, **more))
+    model = load_classifier(tmp_path / "learned" / H4)
+    assert model.image_size != 48  # of the autoencoder: it keeps its own
+    assert set(model.thresholds.values()) == {0.5}  # those of the checkpoint are of other weights
 
 
 def assert_validation_loss(said, world, file, heads, weighted=False, gamma=0):

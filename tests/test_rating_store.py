@@ -332,6 +332,10 @@ def test_readers_accuracy_and_agreement():
     assert both["accuracy"].value == 0.75 and both["Fleiss' kappa"].value == pytest.approx(-1 / 3)  # P = 1/2, E = 10/16
     assert found["Ann"]["seconds an image"].value == 4
     assert "Bob, accuracy: 0.50 [0.01, 0.99], n = 2" in readers.lines(found)
+    alike = [answer(f"{i}", reader, 1 + 2 * (i % 2)) for i in range(30) for reader in ("Ann", "Bob")]
+    seen = readers.summarise(alike, "real", lambda reader: [], {(f"{i}", "x", ""): i % 2 == 0 for i in range(30)})
+    kappa = seen["all readers"]["Fleiss' kappa"]
+    assert kappa.value == pytest.approx(1) and kappa.low is kappa.high is None and kappa.n == 30  # not a width of 0
     rng, many = np.random.default_rng(0), []
     for image in range(60):
         many += [answer(str(image), reader, rng.choice([image % 3 + 1, 2])) for reader in ("Ann", "Bob", "Cyd")]

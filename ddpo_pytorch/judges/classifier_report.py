@@ -37,9 +37,11 @@ class Report:
     the expected calibration error over 15 bins of sigmoid(logit) of equal width (`calibration_error`).
 
     `<measure>_low` and `_high` are the 2.5 % and 97.5 % quantiles over `resamples` bootstrap samples of whole images
-    drawn with `seed`; samples in which a measure is undefined are ignored. Each occurring combination of labels ("only
-    hair+MEL") has support and, as recall, the share of its images with all labels predicted correctly. Undefined values
-    (no denominator, or one class absent) are None. Raises UserError for logits that are not finite.
+    drawn with `seed`; samples in which a measure is undefined are ignored. Images drawn twice increase the calibration
+    error, so its quantiles are reflected at the value (basic bootstrap); as few images make the value too large, it may
+    lie above its interval. Each occurring combination of labels ("exactly hair+MEL") has support and, as recall, the
+    share of its images with all labels predicted correctly. Undefined values (no denominator, or one class absent) are
+    None. Raises UserError for logits that are not finite.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Report:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a measure that is undefined in every resample
             ranges = {key: np.nanquantile(values, [0.025, 0.975], axis=0) for key, values in drawn.items()}
+        ranges["ece"] = np.clip(2 * point["ece"] - ranges["ece"][::-1], 0, 1)
         self.attributes = []
         for index, name in enumerate(self.names):
             counts = {key: int(point[key][0, index]) for key in COUNTS}

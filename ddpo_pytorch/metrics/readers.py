@@ -35,6 +35,8 @@ def agreement(measure: Callable[[list], float | None], answers: Sequence[Answer]
     several = [unit for unit in units.values() if len(unit) > 1]
     if not several or measure(several) is None:
         return Estimate.missing("no image has two readers, or all answers are equal")
+    if all(len(set(unit)) == 1 for unit in several):  # of which no jackknife sees how rare disagreement is
+        return Estimate(measure(several), None, None, len(several), "no interval: all readers agree")
     return jackknife(lambda rows: measure([several[i] for i in rows]) or 0.0, len(several), 0, (-1, 1))
 
 

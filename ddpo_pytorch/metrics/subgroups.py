@@ -31,30 +31,40 @@ def name_groups(sets: Sequence[ImageSet], columns: Sequence[str]) -> None:
             images.names[column] = np.array([name_of[cell] for cell in images.names[column]])
 
 
-def largest_gap(values: np.ndarray, names: np.ndarray, seed: int) -> dict[str, Estimate | float]:
+def largest_gap(values: np.ndarray, names: np.ndarray, prompts: np.ndarray, seed: int) -> dict[str, Estimate | float]:
     """Return "gap", the largest difference of group means of values (N,), and its p-value, "p", by permutation.
 
-    The interval resamples the images of both groups and ignores that these were selected as extremes, which makes the
-    gap too large on average; the permutation test over all groups accounts for it. Groups of one image are ignored.
+    If each prompt (N,) has one group, as captions that state it, whole prompts are permuted and resampled, else images.
+    The interval ignores that the two groups were selected as extremes, which makes the gap too large on average; the
+    permutation test over all groups accounts for it. There is none if one of the two is a single prompt. Groups of one
+    image are ignored.
     """
     used = [name for name in np.unique(names) if (names == name).sum() > 1]
     if len(used) < 2:
         return {"gap": Estimate.missing("fewer than two groups of two images")}
     keep = np.isin(names, used)
-    values, index = values[keep].astype(float), np.searchsorted(used, names[keep])
-    counts = np.bincount(index)
+    values, prompts, index = values[keep].astype(float), prompts[keep], np.searchsorted(used, names[keep])
+    by_prompt = all(len(np.unique(index[prompts == prompt])) == 1 for prompt in np.unique(prompts))
+    unit, units = (prompts, "prompts") if by_prompt else (np.arange(len(values)), "images")
+    _, first, unit_of = np.unique(unit, return_index=True, return_inverse=True)
+    sums, sizes, owner = np.bincount(unit_of, values), np.bincount(unit_of), index[first]
 
-    def spread(order: np.ndarray) -> float:
-        return float(np.ptp(np.bincount(index, order, len(used)) / counts))
+    def group_means(order: np.ndarray) -> np.ndarray:
+        return np.bincount(owner, sums[order]) / np.bincount(owner, sizes[order])
 
-    means, rng = np.bincount(index, values) / counts, np.random.default_rng([seed, 7])
+    means, rng = group_means(np.arange(len(first))), np.random.default_rng([seed, 7])
     low, *_, high = means.argsort(kind="stable").tolist()  # two groups, even if all means are equal
-    sides = [(values[index == end], np.zeros(counts[end])) for end in (low, high)]
-    ends = difference_interval(*sides, [[seed, low], [seed, high]], resample_groups=False)
-    observed = spread(values)
-    extreme = sum(spread(rng.permutation(values)) >= observed - 1e-12 for _ in range(REPLICATES))
-    how = f"{used[high]} minus {used[low]}; percentile bootstrap of these two, {REPLICATES} replicates over images"
-    gap = Estimate(observed, *ends, int(counts[low] + counts[high]), how)
+    observed, count = float(np.ptp(means)), int(np.isin(index, (low, high)).sum())
+    extreme = sum(np.ptp(group_means(rng.permutation(len(first)))) >= observed - 1e-12 for _ in range(REPLICATES))
+    how = f"{used[high]} minus {used[low]}; "
+    if min(np.bincount(owner)[[low, high]]) < 2:
+        gap = Estimate(observed, None, None, count, f"{how}no interval: a group of one prompt")
+    else:
+        strata = prompts if by_prompt else np.zeros(len(values))
+        sides = [(values[index == end], strata[index == end]) for end in (low, high)]
+        ends = difference_interval(*sides, [[seed, low], [seed, high]], resample_groups=by_prompt)
+        how += f"percentile bootstrap of these two, {REPLICATES} replicates over {units}"
+        gap = Estimate(observed, *ends, count, how)
     return {"gap": gap, "p": (1 + extreme) / (1 + REPLICATES)}
 
 
@@ -78,7 +88,7 @@ def measure_groups(
             same = np.flatnonzero(real.names[column] == name)
             references = real.rows[space][same if len(same) >= 4 else slice(None)]
             blocks[name]["KID"] = kernel_distance(references, features[chosen], seed, 10)
-    gaps = {measure: largest_gap(numbers, names, seed) for measure, numbers in values.items()}
+    gaps = {measure: largest_gap(numbers, names, prompts, seed) for measure, numbers in values.items()}
     distances = {name: block["KID"] for name, block in blocks.items() if "KID" in block}
     if len(distances) > 1:
         low, high = (pick(distances, key=lambda name: distances[name].value) for pick in (min, max))

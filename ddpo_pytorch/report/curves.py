@@ -30,7 +30,7 @@ CURVES = {
     "held_out_reward": ("Reward on held-out noise", 1),
     "approx_kl": ("KL to the sampling policy, 0.5 mean(d²) of the log-ratios d of an epoch", 1),
     "kl_to_base": ("KL to the model without adapters", 1),
-    "clipfrac": ("Ratios that the loss clipped (%)", 100),
+    "clipfrac": ("Ratios outside the clip range (%)", 100),
     "grad_norm": ("Gradient norm before clipping", 1),
 }
 

@@ -13,7 +13,7 @@ from ddpo_pytorch.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 SMALL_ADVANTAGE = 1e-3  # in units of standard deviations; usual are about 1
-# Share of an epoch's clipped ratios, near 0 in a healthy run. A collapsing mini world reaches 0.5, its maximum.
+# Share of an epoch's ratios outside the clip range, near 0 in a healthy run. A collapsing mini world reaches 0.5.
 LARGE_CLIPFRAC = 0.25
 LARGE_GRAD_NORM = 10.0  # multiple of the median of earlier epochs, once there are GRAD_NORM_EPOCHS of them
 GRAD_NORM_EPOCHS = 3
@@ -41,7 +41,7 @@ class HealthCheck:
         self._logged: set[str] = set()
 
     def check_epoch(self, epoch: int, prompts: Sequence[str], advantages: np.ndarray, entry: dict[str, float]) -> None:
-        """Warn about prompts that teach nothing, vanishing or exploding gradients, and many clipped ratios.
+        """Warn about prompts that teach nothing, vanishing or exploding gradients, and many ratios far from 1.
 
         prompts, advantages: (N,), before clipping. entry: the epoch's line in metrics.jsonl.
         """
@@ -57,8 +57,8 @@ class HealthCheck:
             equal = f"equal within {entry['zero_std_share']:.0%} of the prompts: check the reward's scale"
             self._warn("nothing", f"epoch {epoch} taught almost nothing: {sizes}, {rewards}, {equal}")
         if clipfrac > LARGE_CLIPFRAC:
-            clipped = f"epoch {epoch} clipped {clipfrac:.0%} of the ratios at {train.clip_range:g}"
-            self._warn("clipfrac", f"{clipped}: the policy may collapse; lower {rate}")
+            outside = f"in epoch {epoch}, {clipfrac:.0%} of the ratios are beyond 1 +- {train.clip_range:g}"
+            self._warn("clipfrac", f"{outside}: the policy may collapse; lower {rate}")
         usual = statistics.median(before) if len(before) >= GRAD_NORM_EPOCHS else math.inf
         if grad_norm > LARGE_GRAD_NORM * usual > 0:
             norms = f"epoch {epoch} had a gradient norm of {grad_norm:.3g}, the median of earlier ones is {usual:.3g}"
