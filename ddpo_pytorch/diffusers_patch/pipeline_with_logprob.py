@@ -1,4 +1,8 @@
-"""Text to image as in diffusers, returning the denoising trajectory and the log-probability of each step."""
+"""Text to image as in diffusers, returning the denoising trajectory and the log-probability of each step.
+
+The last step of schedules with set_alpha_to_one=True (not SD 1.5's) is not that of diffusers: as in the official code,
+it goes to the schedule's first alpha, so that it has a density.
+"""
 
 from dataclasses import dataclass
 
