@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-PLUGINS = ("common_fixtures", "script_tools", "rl_tools")
+PLUGINS = ("common_fixtures", "script_tools", "rl_tools", "stage_tools", "judge_tools", "sample_sets", "report_example")
+PLUGINS += ("rating_tools", "browser_tools")
 
 # Each worker of pytest-xdist keeps to a core of its own, with all that it starts: processes that share their cores with
 # others would wait for each other's threads, several times as long as the work takes.

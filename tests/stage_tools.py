@@ -53,9 +53,10 @@ def stopped(train_stage, monkeypatch):
 
 @pytest.fixture(scope="session")
 def model(base, config_file, tmp_path_factory):
-    """The folder of stages "vae", by a real run of the script, and "unet", in this process."""
+    """The folder of stages "vae", by a real run of the script, and "unet", in this process, with an empty cache."""
     folder = tmp_path_factory.mktemp("sd")
-    fields = base | {"sd__output": str(folder), "sd__grid_every": 4, "sd__num_workers": 1}
+    fields = base | {"sd__output": str(folder), "sd__cache_dir": str(folder / "cache")}
+    fields |= {"sd__grid_every": 4, "sd__num_workers": 1}
     said = succeed("train_sd.py", *options(config_file, **fields, sd__stage="vae")).stderr
     assert "validation loss" in said and "images decoded at" in said
     run_in_process("train_sd.py", config_file, **fields, sd__stage="unet")

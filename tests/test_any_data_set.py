@@ -19,7 +19,6 @@ from ddpo_pytorch.metrics.tables import number
 from ddpo_pytorch.report.findings import group_tables, sanity_table
 from ddpo_pytorch.report.page import write_report
 
-pytest_plugins = ["sample_sets"]
 LABELS = ("bright", "striped")
 
 

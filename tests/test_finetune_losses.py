@@ -13,8 +13,6 @@ from ddpo_pytorch.generator.finetune_losses import AutoencoderLoss, CaptionTable
 from ddpo_pytorch.generator.pipeline import encode_prompts, load_pipeline
 from ddpo_pytorch.utils.randomness import BatchDraws, EndlessBatches, Stream
 
-pytest_plugins = ["judge_tools"]
-
 
 @pytest.fixture
 def pipe(tiny_pipeline_dir):

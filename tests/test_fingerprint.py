@@ -23,7 +23,6 @@ from ddpo_pytorch.sampling import draw_images
 from ddpo_pytorch.training.checkpoints import load_weights
 from ddpo_pytorch.utils.fingerprint import fingerprint, pipeline_fingerprints, with_contents
 
-pytest_plugins = ["script_tools", "stage_tools"]
 LORA = "pytorch_lora_weights.safetensors"
 
 

@@ -14,7 +14,6 @@ from ddpo_pytorch.generator.pipeline import load_pipeline, save_model
 from ddpo_pytorch.utils.errors import UserError
 from ddpo_pytorch.utils.files import DiskFull, locked
 
-pytest_plugins = ["script_tools", "stage_tools", "sample_sets"]
 PAGE = 4096  # bytes by which a small file system counts
 
 

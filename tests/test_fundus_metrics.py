@@ -20,8 +20,6 @@ from ddpo_pytorch.metrics.image_statistics import FOV, LEGACY, fov_quality, ince
 from ddpo_pytorch.metrics.ssim import ssim
 from ddpo_pytorch.report.page import write_report
 
-pytest_plugins = ["script_tools", "sample_sets"]
-
 
 @pytest.fixture
 def measured(measured, fundus_usual):

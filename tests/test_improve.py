@@ -40,7 +40,6 @@ from ddpo_pytorch.sampling import Sampler
 from ddpo_pytorch.utils import distributed
 from ddpo_pytorch.utils.fingerprint import fingerprint
 
-pytest_plugins = ("script_tools", "judge_tools")
 TABLES = ("improve__csv", "improve__held_out_csv", "prompt_fn_kwargs__path")
 
 

@@ -17,7 +17,6 @@ from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of, short_caption
 from ddpo_pytorch.data.sample_folder import folder_name, list_samples, read_log, title_of, write_log
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, load_classifier, save_classifier
 
-pytest_plugins = ["script_tools", "sample_sets"]
 A, B, C = CAPTIONS[0], CAPTIONS[8], CAPTIONS[31]
 
 

@@ -13,8 +13,6 @@ from script_tools import options, read_lines
 
 from ddpo_pytorch.data.isic import CAPTIONS
 
-pytest_plugins = ["script_tools", "judge_tools"]
-
 
 @pytest.mark.slow
 def test_local_files_need_no_network_and_images_stay_here(config_file, bert_pipeline_dir, judges_dir, judges, tmp_path):

@@ -19,7 +19,6 @@ from ddpo_pytorch.metrics.image_sets import ImageSet
 from ddpo_pytorch.utils.errors import UserError
 
 DINOV2 = networks.ENCODERS["dinov2_vits14"]
-pytest_plugins = ["sample_sets"]
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ from ddpo_pytorch.generator.from_scratch import build_bert, load_vae
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, encode_prompts, load_pipeline
 from ddpo_pytorch.generator.text import check_tokens, load_text_encoder
 
-pytest_plugins = ["judge_tools"]
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 

@@ -25,7 +25,6 @@ from ddpo_pytorch.rating.session import distinct, order_for, pair_items, sample_
 from ddpo_pytorch.rating.store import Store
 
 pytestmark = pytest.mark.slow
-pytest_plugins = ["rating_tools"]
 listen = pytest.importorskip("ddpo_pytorch.rating.server", reason="fastapi absent", exc_type=ImportError).listen
 
 

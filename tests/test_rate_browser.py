@@ -14,7 +14,6 @@ from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 
 pytestmark = pytest.mark.slow
-pytest_plugins = ["rating_tools", "browser_tools"]
 TOTAL = 9
 
 

@@ -21,8 +21,6 @@ from ddpo_pytorch.report.curves import curves, read_runs, series
 from ddpo_pytorch.report.page import write_report
 from ddpo_pytorch.report.pictures import SIDE, Album, natural, paired_files, rarest_first
 
-pytest_plugins = ["script_tools", "sample_sets", "report_example", "browser_tools"]
-
 
 @pytest.fixture
 def result(example) -> dict:

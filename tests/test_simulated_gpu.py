@@ -21,7 +21,6 @@ from stage_tools import SPLIT
 
 from ddpo_pytorch.data.isic import CAPTIONS
 
-pytest_plugins = ["sample_sets"]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not shutil.which("cc") or torch.version.cuda is None, reason="no C compiler or CUDA build"),

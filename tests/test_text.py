@@ -17,8 +17,6 @@ from ddpo_pytorch.generator.text import check_tokens, embed, encode_tokens, load
 from ddpo_pytorch.sampling import Sampler
 from ddpo_pytorch.training.checkpoints import UNET_FILE, load_weights, save_checkpoint, snapshot
 
-pytest_plugins = ["judge_tools"]
-
 
 @pytest.fixture
 def pipe(bert_pipeline_dir):

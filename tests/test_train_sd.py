@@ -33,8 +33,6 @@ from ddpo_pytorch.generator.text import has_mask
 from ddpo_pytorch.utils.randomness import BatchDraws, Stream
 from ddpo_pytorch.utils.training_state import TrainState
 
-pytest_plugins = ["script_tools", "stage_tools", "judge_tools"]
-
 
 @pytest.mark.slow
 def test_a_model_from_scratch(model):
