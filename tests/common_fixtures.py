@@ -10,6 +10,7 @@ from launching import ROOT
 
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.generator import from_scratch as scratch
+from ddpo_pytorch.generator.pipeline import load_pipeline
 from ddpo_pytorch.phantoms.skin import write_world
 
 
@@ -39,6 +40,11 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tiny_pipeline_dir(tmp_path_factory) -> Path:
     return random_pipeline(tmp_path_factory.mktemp("tiny-sd"), (16, 32), (False, True))
+
+
+@pytest.fixture
+def pipe(tiny_pipeline_dir):
+    return load_pipeline(tiny_pipeline_dir)
 
 
 def random_pipeline(folder: Path, channels: tuple[int, ...], attention: tuple[bool, ...]) -> Path:

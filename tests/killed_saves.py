@@ -22,9 +22,8 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from launching import ROOT
 from rl_tools import content
-from script_tools import load_config, load_module
+from script_tools import load_module, read_config
 
 from ddpo_pytorch.training import checkpoints as saving
 from ddpo_pytorch.training import run_folder, run_state
@@ -70,12 +69,10 @@ def better_evaluation(state, _, *others, add=run_state.RunState.add_evaluation):
 
 def main(settings: dict) -> None:
     torch.set_num_threads(1)
-    script, logs = load_module(ROOT / "scripts" / "train.py"), Path(settings["logdir"])
+    script, logs = load_module("scripts/train.py"), Path(settings["logdir"])
 
     def configured(name: str):
-        config = load_config("base").get_config()
-        config.update_from_flattened_dict(settings | {"run_name": name})
-        return config
+        return read_config("config/base.py", settings | {"run_name": name})
 
     prepared = script.set_up(configured("prepared"))
     script.set_up = lambda config: dataclasses.replace(prepared, config=config)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -97,6 +98,11 @@ class Script:
         for process in self.processes:
             process.kill()
             process.join()
+
+    def kill_when(self, condition: Callable[[], object]) -> None:
+        while self.poll() and not condition():
+            time.sleep(0.01)
+        self.kill()
 
     def result(self, timeout: float = 300) -> subprocess.CompletedProcess:
         """Wait for its end; the status is the first that is not 0."""

@@ -1,5 +1,6 @@
 """Runs of train.py in this process on the tiny model, and a judge of its images; a pytest plugin."""
 
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -8,9 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from common_fixtures import forget
-from launching import ROOT
 from safetensors.torch import load_file
-from script_tools import files_of, load_module, read_lines
+from script_tools import files_of, load_module, options, read_config, read_lines
 
 from ddpo_pytorch.data.images import to_uint8
 from ddpo_pytorch.data.isic import ARTIFACTS, CAPTIONS, LABELS
@@ -29,7 +29,7 @@ TIMES = {"rollout_samples_per_second", "update_samples_per_second", "peak_memory
 
 @pytest.fixture(scope="module")
 def script():
-    return load_module(ROOT / "scripts" / "train.py")
+    return load_module("scripts/train.py")
 
 
 @pytest.fixture
@@ -54,9 +54,7 @@ def usual_settings(model: Path, classifier: Path, folder: Path) -> dict:
 def configured(settings: dict, overrides: dict):
     """config/base.py with these settings, for a run that knows of no earlier one."""
     forget()
-    config = load_module(ROOT / "config" / "base.py").get_config()
-    config.update_from_flattened_dict(settings | {key.replace("__", "."): value for key, value in overrides.items()})
-    return config
+    return read_config("config/base.py", settings | overrides)
 
 
 def train_with(script, settings: dict, overrides: dict) -> tuple[Path, list[dict]]:
@@ -90,8 +88,7 @@ def weights(folder: Path, epoch: int, name: str = "pytorch_lora_weights.safetens
 
 
 def as_flags(settings: dict, **overrides) -> list[str]:
-    merged = settings | {key.replace("__", "."): value for key, value in overrides.items()}
-    return ["--config", "config/base.py", *(f"--config.{key}={value}" for key, value in merged.items())]
+    return options("config/base.py", **settings | {key.replace("__", "."): value for key, value in overrides.items()})
 
 
 def divide_evenly(model: ArtifactClassifier, images: torch.Tensor) -> ArtifactClassifier:
@@ -103,21 +100,17 @@ def divide_evenly(model: ArtifactClassifier, images: torch.Tensor) -> ArtifactCl
     return model
 
 
-def draw(folder, seed: int, count: int = 4) -> tuple[list[str], torch.Tensor]:
-    """The images of the held-out set one by one, through the pipeline alone; as they would be stored."""
-    pipe, images, settings = load_pipeline(folder), [], {"num_inference_steps": 3, "guidance_scale": 5.0, "eta": 1.0}
-    pipe.set_progress_bar_config(disable=True)
-    for number, caption in enumerate(PROMPTS):
-        for index in range(count):
-            generator = torch.Generator().manual_seed(derived_seed(seed, Stream.HELD_OUT, number, index))
-            image, *_ = pipeline_with_logprob(pipe, caption, generator=[generator], **settings)
-            images.append(to_uint8(image).float() / 255)
-    return [caption for caption in PROMPTS for _ in range(count)], torch.cat(images)
-
-
 @pytest.fixture(scope="module")
-def drawn(tiny_pipeline_dir):
-    return draw(tiny_pipeline_dir, seed=42)
+def drawn(tiny_pipeline_dir) -> tuple[list[str], torch.Tensor]:
+    """The images of the held-out set one by one, through the pipeline alone; as they would be stored."""
+    pipe, images = load_pipeline(tiny_pipeline_dir), []
+    settings = {"num_inference_steps": 3, "guidance_scale": 5.0, "eta": 1.0}
+    pipe.set_progress_bar_config(disable=True)
+    for number, index in itertools.product(range(len(PROMPTS)), range(4)):
+        generator = torch.Generator().manual_seed(derived_seed(42, Stream.HELD_OUT, number, index))
+        image, *_ = pipeline_with_logprob(pipe, PROMPTS[number], generator=[generator], **settings)
+        images.append(to_uint8(image).float() / 255)
+    return [caption for caption in PROMPTS for _ in range(4)], torch.cat(images)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import itertools
 import json
 import resource
 import subprocess
@@ -17,9 +18,11 @@ from absl import flags
 from common_fixtures import forget
 from launching import ROOT, run_script, write_experiment
 from ml_collections import config_flags
+from PIL import Image
 
 from ddpo_pytorch.data.isic import CAPTIONS, LABELS
 from ddpo_pytorch.judges.classifier import ArtifactClassifier, save_classifier
+from ddpo_pytorch.utils.training_state import TrainState
 
 PROMPTS = CAPTIONS[6:10]
 
@@ -37,8 +40,14 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a CSV file."""
     return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def save_pictures(folder: Path, *names: str) -> None:
+    """Save black images of 8 x 8 px under these names, as PNG whatever their suffix."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / name, format="PNG")
 
 
 @contextmanager
@@ -79,12 +88,30 @@ def assert_same_training(one: dict, other: dict, tolerance: float = 1e-3, but: d
         assert difference.norm() <= tolerance * value.norm(), name
 
 
+@contextmanager
+def stopped_at_save(number: int, written: bool = True):
+    """Interrupt a training when it saves its state for the `number`-th time, after that is `written` or before."""
+    save, calls = TrainState.save, itertools.count(1)
+
+    def stop(state, **progress):
+        call = next(calls)
+        if written or call < number:
+            save(state, **progress)
+        if call == number:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainState, "save", stop)
+        yield
+
+
 # absl identifies modules that define the same flag by their id, which a new object may take over from a deleted one
 _LOADED = []
 
 
-def load_module(path: Path):
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_under_test", path)
+def load_module(path: Path | str):
+    """Return a file, named from the repository's root, as a module of its own."""
+    spec = importlib.util.spec_from_file_location(f"{Path(path).stem}_under_test", ROOT / path)
     module = importlib.util.module_from_spec(spec)
     _LOADED.append(module)
     with pytest.MonkeyPatch.context() as patch:
@@ -95,7 +122,7 @@ def load_module(path: Path):
 
 
 def load_config(name: str):
-    return load_module(ROOT / "config" / f"{name}.py")
+    return load_module(f"config/{name}.py")
 
 
 @cache
@@ -107,7 +134,7 @@ def load_flag_script(name: str):
         for kind in ("string", "multi_string", "list", "enum", "integer", "float", "bool"):
             define = getattr(flags, f"DEFINE_{kind}")
             patch.setattr(flags, f"DEFINE_{kind}", partial(define, flag_values=own))
-        return load_module(ROOT / "scripts" / name)
+        return load_module(f"scripts/{name}")
 
 
 def call_main(script, *options: str) -> None:
@@ -119,7 +146,7 @@ def call_main(script, *options: str) -> None:
     script.main([])
 
 
-def read_config(config_file: Path, fields: dict):
+def read_config(config_file: Path | str, fields: dict):
     """Return a file's configuration with changes as for `options`; paths become text."""
     config = load_module(config_file).get_config()
     given = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
@@ -130,7 +157,7 @@ def read_config(config_file: Path, fields: dict):
 def run_in_process(name: str, config_file: Path, fail_if=(), sanity=False, launch="", prompt=(), n=1, **fields) -> None:
     """Run a script's main in this process, with its flags and changes of the configuration as for `options`."""
     config = read_config(config_file, fields)
-    module = load_module(ROOT / "scripts" / name)
+    module = load_module(f"scripts/{name}")
     given = {"sanity": sanity, "fail_if": fail_if, "launch": launch, "prompt": prompt, "n": n}
     module.FLAGS = SimpleNamespace(config=config, report=False, **given)
     threads = torch.get_num_threads()

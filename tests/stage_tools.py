@@ -5,8 +5,6 @@ import torch
 from safetensors.torch import load_file
 from script_tools import options, read_lines, run_in_process, succeed
 
-from ddpo_pytorch.utils.training_state import TrainState
-
 SPLIT = "splits/phantom_{}.csv"
 
 
@@ -29,24 +27,6 @@ def train_stage(run_main, config_file, base):
     def run(output, **fields):
         run_main("train_sd.py", config_file, **base | {"sd__output": str(output)} | fields)
         return read_lines(output / f"{fields.get('sd__stage', 'finetune')}.jsonl")
-
-    return run
-
-
-@pytest.fixture
-def stopped(train_stage, monkeypatch):
-    """Function (step, output, fields): train until the state of this step would be saved."""
-
-    def run(step, output, **fields):
-        def stop(state, **progress):
-            if progress["step"] == step:
-                raise KeyboardInterrupt
-            save(state, **progress)
-
-        save = TrainState.save
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(TrainState, "save", stop)
-            train_stage(output, **fields)
 
     return run
 

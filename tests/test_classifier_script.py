@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 
 import pandas as pd
 import pytest
@@ -59,9 +58,7 @@ def test_a_killed_training_ends_like_one_that_was_not(world, trained, tmp_path, 
 
     options = [*classifier_flags(world, tmp_path, batch_size=8, limit=45), *EXTRA]
     script = Script(f"scripts/{options[0]}", *options[1:], processes=2)
-    while not (tmp_path / H4).is_file() and script.poll():
-        time.sleep(0.01)
-    script.kill()
+    script.kill_when((tmp_path / H4).is_file)
     state = tmp_path / "artifact_classifier_H4.unfinished.pt"
     assert state.is_file()
     others = {"--learning_rate=1e-3": "learning_rate=0.0001.* 0.001", "--limit=0": "epoch_images=45.* 48"}
@@ -84,7 +81,6 @@ def test_test_mode(world, trained, tmp_path, run_flags):
     assert sum(row["support"] for row in rows if row["what"].startswith("exactly")) == 13
     assert [row["threshold"] for row in rows[:4]] == list(load_classifier(trained[0] / H4).thresholds.values())
     refused("4 heads", run_flags, *classifier_flags(world, tmp_path, 6, mode="test", checkpoint=trained[0] / H4))
-
     # on reconstructions by an autoencoder, too
     vae = build_vae((8, 8), 48).requires_grad_(False).eval()
     vae.save_pretrained(tmp_path / "sd" / "vae")

@@ -15,7 +15,6 @@ from unittest.mock import create_autospec
 import pytest
 import torch
 from judge_tools import published_file
-from launching import ROOT
 from refusals import refused
 from script_tools import files_of, limited, load_module, succeed
 from tiny_unet import legacy, random_weights
@@ -33,7 +32,7 @@ NO_NETWORK = {name: "http://127.0.0.1:9" for name in ("HTTPS_PROXY", "https_prox
 
 @pytest.fixture(scope="module")
 def script():
-    return load_module(ROOT / "scripts" / "download.py")
+    return load_module("scripts/download.py")
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +41,7 @@ def unet(script):
 
 
 def unet_file(path: Path, unet, dtype: str = "F32", damage: bool = False) -> None:
-    """Write all tensors of a UNet as safetensors: a true header, and zeros that take no disk.
-
-    `damage` gives one tensor another shape and leaves out another one.
-    """
+    """Write a UNet as safetensors of zeros that take no disk; `damage` reshapes one tensor and leaves out another."""
     header, end = {}, 0
     for key, value in unet.state_dict().items():
         shape = [9, 4, 3, 3] if damage and key == "conv_in.weight" else list(value.shape)

@@ -6,16 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 from launching import ROOT
-from PIL import Image
 from refusals import refused
-from script_tools import load_config
+from script_tools import load_config, save_pictures
 
 from ddpo_pytorch.data import fundus, isic, splits
 from ddpo_pytorch.data.sample_folder import PARTS, read_entries, read_log
 from ddpo_pytorch.generator.latents import LatentShards
 from ddpo_pytorch.phantoms import fundus as retina
-from ddpo_pytorch.phantoms import rating_sets as degradation
-from ddpo_pytorch.phantoms import skin as phantom
+from ddpo_pytorch.phantoms import rating_sets, skin
 from ddpo_pytorch.training.checkpoints import MANIFEST, find_damage
 from ddpo_pytorch.utils.cli import _find_config, expand, expand_config, expand_flags
 from ddpo_pytorch.utils.files import path_fault, path_inside
@@ -35,9 +33,7 @@ def test_names_lead_out_of_a_folder_or_stay_in_it(tmp_path):
 @pytest.mark.parametrize("name", [*OUTSIDE, "{folder}/private/secret"])
 def test_tables_and_records_name_a_path_that_leads_out(name, tmp_path):
     name, folder = name.format(folder=tmp_path), tmp_path / "images"
-    for image in ("private/secret.jpg", "secret.jpg", "images/fine.jpg"):
-        (tmp_path / image).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (8, 8), "red").save(tmp_path / image)
+    save_pictures(tmp_path, "private/secret.jpg", "secret.jpg", "images/fine.jpg")
     (tmp_path / "isic.csv").write_text(f"{ISIC}fine,1,0,0,0,0,0\n{name},1,0,0,0,0,0\n")
     refused(r"isic.csv' line 3", isic.load_split, tmp_path / "isic.csv", folder)
     (tmp_path / "fundus.csv").write_text(f"path,Text\nfine.jpg,A\n{name}.jpg,B\n")
@@ -99,12 +95,12 @@ def test_an_empty_path_is_refused_by_name_and_nothing_is_written(home, run_main,
     given |= {f"improve.{name}": name for name in ("held_out_judges", "csv", "held_out_csv", "data_path")}
     for field in ("base_log_path", *FIELDS[script].split()):
         said = f"^{field} is empty.*--config.{field}="
-        refused(said, run_main, script, ROOT / "config" / "base.py", **given | {field: " "})
+        refused(said, run_main, script, "config/base.py", **given | {field: " "})
         assert not any(Path.cwd().iterdir())
 
 
 TOOLS = {fundus: {"--csv": "table.csv", "--out": "out"}, splits: {"--splits": "splits"}, retina: {"--out": "out"}}
-TOOLS |= {degradation: {"--csv": "table.csv", "--data_path": "images", "--out": "out"}, phantom: {"--out": "out"}}
+TOOLS |= {rating_sets: {"--csv": "table.csv", "--data_path": "images", "--out": "out"}, skin: {"--out": "out"}}
 
 
 @pytest.mark.parametrize("tool", TOOLS)

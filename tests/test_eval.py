@@ -1,19 +1,17 @@
 """eval.py on a tiny model: the folder it writes, processes, threads, kills, reruns, other settings, bad input."""
 
 import json
-import math
 import os
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
-from launching import ROOT, Script
+from launching import Script
 from PIL import Image, JpegImagePlugin
 from refusals import refused
 from script_tools import PROMPTS, files_of, load_module, options, succeed
@@ -96,9 +94,7 @@ def test_log_settings_and_images(samples, judges, run_dir):
 def test_a_killed_run_is_completed_by_two_processes_to_the_same_bytes(samples, command, tmp_path):
     folder = tmp_path / "killed"
     script = Script("scripts/eval.py", *command(folder))
-    while script.poll() and not list(folder.glob("images/*/*.png")):
-        time.sleep(0.01)
-    script.kill()
+    script.kill_when(lambda: list(folder.glob("images/*/*.png")))
     assert script.processes[0].exitcode == -signal.SIGKILL
     assert 0 < len(list(folder.glob("images/*/*.png"))) < 4 * COUNT and not (folder / "image_log.json").exists()
     # other remains of a kill: an image without its line, a line cut short, a temporary file
@@ -139,7 +135,7 @@ def test_bad_input(evaluate, tmp_path):
         refused(message, evaluate, tmp_path / "x", **{field: value})
         assert not (tmp_path / "x").exists()
     # nodes without a common folder
-    check_shared = load_module(ROOT / "scripts" / "eval.py").check_shared
+    check_shared = load_module("scripts/eval.py").check_shared
     check_shared(tmp_path, [True, True])
     refused(f"process 1 does not see {str(tmp_path)!r}", check_shared, tmp_path, [True, False])
 
@@ -259,7 +255,7 @@ def test_images_that_are_not_finite_are_named_and_black_ones_reported(evaluate, 
     def draw(pipe, embeddings, prompts, *settings):
         images = draw_images(pipe, embeddings, prompts, *settings)
         for image, prompt in zip(images, prompts, strict=True):
-            image[0, 0, 0] = math.nan if prompt == faulty else image[0, 0, 0]
+            image[0, 0, 0] = torch.nan if prompt == faulty else image[0, 0, 0]
             image *= prompt != black
         return images
 

@@ -14,11 +14,6 @@ from ddpo_pytorch.generator.pipeline import encode_prompts, load_pipeline
 from ddpo_pytorch.utils.randomness import BatchDraws, EndlessBatches, Stream
 
 
-@pytest.fixture
-def pipe(tiny_pipeline_dir):
-    return load_pipeline(tiny_pipeline_dir)
-
-
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_noise_loss_is_the_weighted_error_of_the_prediction(pipe, kind):
     pipe.scheduler.register_to_config(prediction_type=kind)

@@ -13,7 +13,7 @@ from refusals import refused
 from rl_tools import LIGHT, train_with, usual_settings
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from script_tools import files_of, read_lines
+from script_tools import files_of, read_lines, stopped_at_save
 
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
@@ -137,9 +137,7 @@ def test_eval_does_not_complete_a_folder_of_another_model(own_model, config_file
     assert files_of(tmp_path / "samples") == before
 
 
-def test_a_model_that_was_moved_is_the_same_model_and_another_one_is_not(
-    rl, own_model, world, config_file, run_main, tmp_path
-):
+def test_a_moved_model_is_the_same_and_another_is_not(rl, own_model, world, config_file, run_main, tmp_path):
     fields = {"logdir": str(tmp_path / "real"), "dataset__image_size": 32}
     fields |= {"dataset__csv": str(world / "splits" / "phantom_test.csv"), "dataset__data_path": str(world / "images")}
     run_main("extract_dataset_latents.py", config_file, pretrained__model=str(own_model), **fields)
@@ -181,10 +179,11 @@ def test_training_does_not_resume_with_other_files_or_code_at_the_same_paths(rl,
 
 
 @pytest.mark.slow
-def test_stage_one_does_not_resume_on_another_base(own_model, train_stage, stopped, tmp_path):
+def test_stage_one_does_not_resume_on_another_base(own_model, train_stage, tmp_path):
     fields = {"pretrained__model": str(own_model), "sd__image_size": 64, "sd__num_steps": 3, "sd__save_every": 1}
     fields |= {"sd__val_csv": "", "sd__limit": 8}
-    stopped(2, tmp_path / "out", **fields)
+    with stopped_at_save(2, written=False):
+        train_stage(tmp_path / "out", **fields)
     for change, what in (("unet", "initial weights"), ("tokenizer", "captions"), ("vae", "vae_sha256")):
         with replaced(own_model, change):
             refused(what, train_stage, tmp_path / "out", **fields)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from refusals import refused
+from script_tools import save_pictures
 from torch.utils.data import DataLoader
 
 from ddpo_pytorch.data import fundus, images, isic, splits
@@ -71,19 +72,12 @@ def test_unambiguous_images_are_scaled(name, tmp_path):
 
 
 def write_dicom(path, levels: np.ndarray, bits: int, kind: str = "MONOCHROME2", **tags) -> None:
-    from pydicom import Dataset, FileMetaDataset, uid
+    from pydicom import Dataset, uid
 
-    image, meta = Dataset(), FileMetaDataset()
-    meta.MediaStorageSOPClassUID = image.SOPClassUID = uid.SecondaryCaptureImageStorage
-    meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID = uid.generate_uid(entropy_srcs=["a"])
-    meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
-    image.file_meta, image.SamplesPerPixel = meta, levels.shape[2] if levels.ndim == 3 else 1
-    image.PhotometricInterpretation, (image.Rows, image.Columns) = kind, levels.shape[:2]
-    image.BitsAllocated, image.BitsStored, image.HighBit = 8 * levels.itemsize, bits, bits - 1
-    image.PixelRepresentation, image.PlanarConfiguration = int(levels.dtype.kind == "i"), 0
-    for name, value in tags.items():
+    image = Dataset()
+    image.set_pixel_data(levels, kind, bits)
+    for name, value in ({"SOPClassUID": uid.SecondaryCaptureImageStorage} | tags).items():
         setattr(image, name, value)
-    image.PixelData = levels.tobytes()
     image.save_as(path, enforce_file_format=True)
 
 
@@ -133,7 +127,7 @@ def test_dicom_files_are_read_as_they_are_shown(name, tmp_path):
 def test_dicom_files_of_unknown_meaning_or_without_pydicom_are_refused(tmp_path, monkeypatch):
     pytest.importorskip("pydicom", reason="pydicom absent")
     write_dicom(dark := tmp_path / "dark.dcm", TWELVE // 16, 12)
-    write_dicom(film := tmp_path / "film.dcm", np.stack([TWELVE] * 2), 12, NumberOfFrames=2, Rows=16, Columns=16)
+    write_dicom(film := tmp_path / "film.dcm", np.stack([TWELVE] * 2), 12)
     for path, said in ((dark, "no window"), (film, "holds 2 images"), (dark, "pydicom")):
         if said == "pydicom":
             monkeypatch.setitem(sys.modules, "pydicom", None)
@@ -323,31 +317,20 @@ def test_a_dark_band_loses_no_part_of_the_field_and_pictures_without_a_surround_
 # image files by the names of tables
 
 
-def save(folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8)).save(folder / name, format="PNG")
-
-
 def write_table(data, folder, *names):
     header, cells = {isic: ("image,MEL,NV,hair,gel_bubble,ruler,ink", "1,0,0,0,0,0"), fundus: ("path,Text", "A")}[data]
     (folder / "t.csv").write_text("\n".join([header, *(f"{name},{cells}" for name in names)]))
     return folder / "t.csv"
 
 
-@pytest.mark.parametrize(
-    ("data", "file", "named"),
-    [
-        (isic, "ISIC_7.jpg", "ISIC_7_downsampled"),
-        (isic, "ISIC_7_downsampled.png", "isic_7"),
-        (isic, "Isic_7.Tif", "ISIC_7.JPEG"),
-        (fundus, "Images/1_Left.JPEG", "IMAGES/1_LEFT.JPG"),
-        (isic, "Images/7.jpg", ".\\Images\\7"),
-        (fundus, "Images/7.jpg", ".\\Images\\7.jpg"),
-    ],
-)
+FOUND = [(isic, "ISIC_7.jpg", "ISIC_7_downsampled"), (isic, "ISIC_7_downsampled.png", "isic_7")]
+FOUND += [(isic, "Isic_7.Tif", "ISIC_7.JPEG"), (fundus, "Images/1_Left.JPEG", "IMAGES/1_LEFT.JPG")]
+FOUND += [(isic, "Images/7.jpg", ".\\Images\\7"), (fundus, "Images/7.jpg", ".\\Images\\7.jpg")]
+
+
+@pytest.mark.parametrize(("data", "file", "named"), FOUND)
 def test_images_are_found_under_any_suffix_and_case(data, file, named, tmp_path):
-    save(tmp_path, file, "ISIC_77.jpg", "Images/1_right.JPEG")
+    save_pictures(tmp_path, file, "ISIC_77.jpg", "Images/1_right.JPEG")
     rows, paths, missing = data.load_split(write_table(data, tmp_path, named), tmp_path)
     assert (paths, missing, len(rows)) == ([tmp_path / file], 0, 1)
 
@@ -356,21 +339,21 @@ def test_images_are_found_under_any_suffix_and_case(data, file, named, tmp_path)
     "twins", [("F.jpg", "F.png"), ("F.jpg", "F.JPG"), ("F.jpg", "F_downsampled.jpg"), ("F.jpg", "f.jpeg")]
 )
 def test_two_files_of_one_id_are_an_error_by_name(twins, tmp_path):
-    save(tmp_path, *twins)
+    save_pictures(tmp_path, *twins)
     table = write_table(isic, tmp_path, "F")
     for load in (isic.load_split, lambda path, folder: splits.check_images({"t": isic.read_split(path)}, folder)):
         refused(twins, load, table, tmp_path)
 
 
 def test_names_that_differ_by_case_or_suffix_alone_keep_their_own_files(tmp_path):
-    save(tmp_path, "a.jpg", "A.png", "b.jpg")
+    save_pictures(tmp_path, "a.jpg", "A.png", "b.jpg")
     assert find_images(tmp_path, ["a.jpg", "A"]) == [tmp_path / "a.jpg", tmp_path / "A.png"]
     assert find_images(tmp_path, ["b.jpg", "b.png"]) == [tmp_path / "b.jpg", None]
     assert find_images(tmp_path, ["c", "sub/a"]) == [None, None]
     (tmp_path / "c.jpg").symlink_to(tmp_path / "nowhere.jpg")
     (tmp_path / "sub.jpg").mkdir()
     assert find_images(tmp_path, ["c", "sub"]) == [None, None]
-    save(tmp_path, "Images/7.jpg")
+    save_pictures(tmp_path, "Images/7.jpg")
     for link in ("8.jpg", "images"):  # to themselves
         (tmp_path / link).symlink_to(link)
     assert find_images(tmp_path, ["IMAGES/7.jpg", "8.jpg"]) == [tmp_path / "Images/7.jpg", None]
@@ -378,7 +361,7 @@ def test_names_that_differ_by_case_or_suffix_alone_keep_their_own_files(tmp_path
 
 def test_missing_images_are_named_and_counted(tmp_path, caplog):
     names = [f"I{number:02d}" for number in range(20)]
-    save(tmp_path, *(f"{name}.jpg" for name in names[8:]))
+    save_pictures(tmp_path, *(f"{name}.jpg" for name in names[8:]))
     (tmp_path / "cache").mkdir()
     for data in (isic, fundus):
         table = write_table(data, tmp_path, *(f"{name}.jpg" for name in names))

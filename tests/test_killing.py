@@ -80,10 +80,7 @@ def test_a_kill_before_any_write_of_a_checkpoint_changes_nothing(tiny, tmp_path)
 def test_two_processes_go_on_after_a_kill(tiny, tmp_path):
     logs, settings = tmp_path / "logs", tiny | {"num_epochs": 3, "sample.batch_size": 2}
     script = Script("scripts/train.py", *as_flags(settings, run_name="run"), processes=2)
-    while not (logs / "run" / "checkpoint_1").is_dir():
-        assert script.poll(), script.result().stderr
-        time.sleep(0.01)
-    script.kill()
+    script.kill_when((logs / "run" / "checkpoint_1").is_dir)
     assert "resumed from" in succeed("train.py", *as_flags(settings, run_name="run"), processes=2).stderr
     succeed("train.py", *as_flags(settings, run_name="whole"), processes=2)
     assert content(logs / "run") == content(logs / "whole")

@@ -18,11 +18,6 @@ STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "t
 
 
 @pytest.fixture
-def copy(tiny_pipeline_dir, tmp_path):
-    return shutil.copytree(tiny_pipeline_dir, tmp_path / "model")
-
-
-@pytest.fixture
 def bert(tmp_path):
     """A folder of transformers with a BERT and its tokenizer."""
     torch.manual_seed(1)
@@ -67,41 +62,38 @@ UNFIT = [
 
 
 @pytest.mark.parametrize(("part", "form", "change", "words"), UNFIT)
-def test_tensors_that_are_missing_or_do_not_fit_are_named(copy, part, form, change, words):
-    file = rewrite(copy, part, change, form)
-    refused([str(file), *words], load_pipeline, copy)
+def test_tensors_that_are_missing_or_do_not_fit_are_named(own_model, part, form, change, words):
+    file = rewrite(own_model, part, change, form)
+    refused([str(file), *words], load_pipeline, own_model)
     if part == "vae":
-        refused([str(file), *words], load_vae, copy / "vae")
+        refused([str(file), *words], load_vae, own_model / "vae")
     if part == "text_encoder":
-        refused([str(file), *words], load_text_encoder, copy)
+        refused([str(file), *words], load_text_encoder, own_model)
 
 
-def test_weights_that_overflow_in_half_precision_are_named(copy):
-    rewrite(copy, "unet", with_tensor("conv_in.bias", value=1e5))  # the largest half is 65504
-    load_pipeline(copy)
-    refused([str(copy), "conv_in.bias", "float16"], load_pipeline, copy, dtype=torch.float16)
+def test_weights_that_overflow_in_half_precision_are_named(own_model):
+    rewrite(own_model, "unet", with_tensor("conv_in.bias", value=1e5))  # the largest half is 65504
+    load_pipeline(own_model)
+    refused([str(own_model), "conv_in.bias", "float16"], load_pipeline, own_model, dtype=torch.float16)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "word"),
-    [
-        ("vae/diffusion_pytorch_model.bin", "version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", "git lfs"),
-        ("vae/diffusion_pytorch_model.safetensors", "<!DOCTYPE html>", "web page"),
-        *((part, "", part) for part in ("vae", "text_encoder", "scheduler", "tokenizer")),
-        ("unet/config.json", "", ""),
-        ("scheduler/scheduler_config.json", "[]", ""),
-        ("text_encoder/config.json", "<html>", ""),
-    ],
-)
-def test_folders_that_are_missing_and_files_that_are_something_else_are_named(copy, name, content, word):
-    place = copy / name
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d\n"
+OTHER = [("vae/diffusion_pytorch_model.bin", POINTER, "git lfs"), ("unet/config.json", "", "")]
+OTHER += [("vae/diffusion_pytorch_model.safetensors", "<!DOCTYPE html>", "web page")]
+OTHER += [("scheduler/scheduler_config.json", "[]", ""), ("text_encoder/config.json", "<html>", "")]
+OTHER += [(part, "", part) for part in ("vae", "text_encoder", "scheduler", "tokenizer")]
+
+
+@pytest.mark.parametrize(("name", "content", "word"), OTHER)
+def test_folders_that_are_missing_and_files_that_are_something_else_are_named(own_model, name, content, word):
+    place = own_model / name
     if place.is_dir():
         shutil.rmtree(place)
     else:
         if "vae" in name:
             (place.parent / "diffusion_pytorch_model.safetensors").unlink()
         place.write_text(content)
-    refused([str(copy), word], load_pipeline, copy)
+    refused([str(own_model), word], load_pipeline, own_model)
 
 
 def draw(folder):
@@ -130,32 +122,32 @@ def whole_clip(weights):
     return named | extra | {"vision_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(2, 2)}
 
 
-def test_published_forms_the_variant_fp16_and_shards_are_read_and_a_missing_shard_is_not(copy, tmp_path):
-    expected, published = draw(copy), shutil.copytree(copy, tmp_path / "published")
+def test_published_forms_the_variant_fp16_and_shards_are_read_and_a_missing_shard_is_not(own_model, tmp_path):
+    expected, published = draw(own_model), shutil.copytree(own_model, tmp_path / "published")
     forms = {"unet": (dict, "bin"), "vae": (old_names, "safetensors"), "text_encoder": (whole_clip, "bin")}
     for part, (change, form) in forms.items():
         rewrite(published, part, change, form)
         assert torch.equal(draw(published), expected), part
     for part in STEMS:
-        rewrite(copy, part, lambda weights: {key: value.half().float() for key, value in weights.items()})
-    expected, pipe = draw(copy), load_pipeline(copy)
+        rewrite(own_model, part, lambda weights: {key: value.half().float() for key, value in weights.items()})
+    expected, pipe = draw(own_model), load_pipeline(own_model)
     for part in ("vae", "text_encoder"):
         half = "fp16.bin" if part == "vae" else "fp16.safetensors"
-        rewrite(copy, part, lambda weights: {key: value.half() for key, value in weights.items()}, half)
-    (copy / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    pipe.unet.save_pretrained(copy / "unet", max_shard_size="100KB")
-    shards = sorted((copy / "unet").glob("*-of-*.safetensors"))
-    assert len(shards) > 1 and torch.equal(draw(copy), expected)
+        rewrite(own_model, part, lambda weights: {key: value.half() for key, value in weights.items()}, half)
+    (own_model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    pipe.unet.save_pretrained(own_model / "unet", max_shard_size="100KB")
+    shards = sorted((own_model / "unet").glob("*-of-*.safetensors"))
+    assert len(shards) > 1 and torch.equal(draw(own_model), expected)
     shards[0].unlink()
-    refused([str(copy / "unet")], load_pipeline, copy)
+    refused([str(own_model / "unet")], load_pipeline, own_model)
 
 
-def test_a_noise_schedule_without_its_numbers_is_refused(copy):
-    file = copy / "scheduler" / "scheduler_config.json"
+def test_a_noise_schedule_without_its_numbers_is_refused(own_model):
+    file = own_model / "scheduler" / "scheduler_config.json"
     stated = json.loads(file.read_text())
     for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule"):
         file.write_text(json.dumps({key: value for key, value in stated.items() if key != name}))
-        refused([str(file), name], load_pipeline, copy)
+        refused([str(file), name], load_pipeline, own_model)
 
 
 def test_a_bert_is_read_without_its_heads_and_refused_without_a_tensor(bert):
@@ -186,9 +178,9 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_tokenizer_is_refused(copy, bert, damage):
+def test_a_damaged_tokenizer_is_refused(own_model, bert, damage):
     name, change, word, of_bert = DAMAGE[damage]
-    folder = bert if of_bert else copy
+    folder = bert if of_bert else own_model
     file = folder / name if of_bert else folder / "tokenizer" / name
     if callable(change):
         content = json.loads(file.read_text())
@@ -198,16 +190,16 @@ def test_a_damaged_tokenizer_is_refused(copy, bert, damage):
         refused([str(folder), word], load, folder)
 
 
-def test_vocabularies_in_other_files_are_read(copy, bert):
+def test_vocabularies_in_other_files_are_read(own_model, bert):
     """SD 1.5 publishes vocab.json and merges.txt, which go together, BioMedBERT vocab.txt."""
-    expected, path = PromptEmbeddings(load_pipeline(copy))(CAPTIONS), copy / "tokenizer" / "tokenizer.json"
+    expected, path = PromptEmbeddings(load_pipeline(own_model))(CAPTIONS), own_model / "tokenizer" / "tokenizer.json"
     model = json.loads(path.read_text())["model"]
     path.unlink()
     (path.parent / "vocab.json").write_text(json.dumps(model["vocab"]))
-    refused([str(copy), "merges.txt"], load_pipeline, copy)
+    refused([str(own_model), "merges.txt"], load_pipeline, own_model)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     (path.parent / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    assert torch.equal(PromptEmbeddings(load_pipeline(copy))(CAPTIONS), expected)
+    assert torch.equal(PromptEmbeddings(load_pipeline(own_model))(CAPTIONS), expected)
 
     tokenizer, _ = load_text_encoder(bert)
     numbers = tokenizer.get_vocab()

@@ -13,7 +13,6 @@ from http.client import HTTPException
 
 import numpy as np
 import pytest
-from launching import ROOT
 from PIL import Image
 from rating_tools import PROMPTS, RatePage, write_gallery
 from refusals import refused
@@ -253,4 +252,4 @@ def test_what_cannot_be_asked_is_refused(tmp_path, monkeypatch):
 def test_without_fastapi_one_line_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "ddpo_pytorch.rating.server")
     monkeypatch.setitem(sys.modules, "fastapi", None)
-    refused("fastapi is not installed", load_module(ROOT / "scripts" / "rate.py").main, [])
+    refused("fastapi is not installed", load_module("scripts/rate.py").main, [])

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 from rating_tools import PROMPTS, write_gallery
 from refusals import refused
-from script_tools import call_main, load_flag_script
+from script_tools import call_main, load_flag_script, read_table
 
 from ddpo_pytorch.data import ratings
 from ddpo_pytorch.data.ratings import read_ratings
@@ -35,16 +35,12 @@ def items(tmp_path):
 
 
 def rated_by(store: Store, rater: str) -> list[tuple[str, str, str]]:
-    rows = [row for row in rows_of(store.path) if row["rater_id"] == rater]
+    rows = [row for row in read_table(store.path) if row["rater_id"] == rater]
     return [(row["image_path"], row["prompt"], row["other"]) for row in rows]
 
 
-def rows_of(path: Path) -> list[dict]:
-    return list(csv.DictReader(path.read_text().splitlines()))
-
-
 def ratings_in(store: Store) -> list[tuple[str, str, str]]:
-    return [(row["image_path"], row["rating"], row["rater_id"]) for row in rows_of(store.path)]
+    return [(row["image_path"], row["rating"], row["rater_id"]) for row in read_table(store.path)]
 
 
 def restarted(store: Store) -> Store:
@@ -63,7 +59,7 @@ def rated(store, items) -> Store:
     """Four images rated by Ann."""
     for number, item in enumerate(items):
         store.click("rate", item, "Ann", rating=1 + number % 3, expert_level=2)
-    assert len(rows_of(store.path)) == 4
+    assert len(read_table(store.path)) == 4
     return store
 
 
@@ -98,7 +94,7 @@ def test_the_table_is_read_by_training_after_every_click(store, items):
     store.click("undo", items[1], "Ann")
     assert [row.rater_id for row in read_ratings(store.path)] == [odd, "Ann"] and len(store) == 2
     clicks = [("rate", odd, "3"), ("rate", "Ann", "1"), ("skip", "Ann", ""), ("rate", "Ann", "2"), ("undo", "Ann", "1")]
-    assert [(row["action"], row["rater_id"], row["rating"]) for row in rows_of(store.journal)] == clicks
+    assert [(row["action"], row["rater_id"], row["rating"]) for row in read_table(store.journal)] == clicks
     assert rated_by(restarted(store), odd) == [items[1].key]
 
 
@@ -176,7 +172,7 @@ def test_the_journal_survives_what_others_do_to_it(rated, items, change, running
     assert ratings_in(store) == wanted
     store.path.unlink()
     assert len(restarted(store)) == 5 and ratings_in(store) == wanted
-    assert [row["action"] for row in rows_of(store.journal)] == ["rate"] * 4 + ["skip", "rate"]
+    assert [row["action"] for row in read_table(store.journal)] == ["rate"] * 4 + ["skip", "rate"]
 
 
 @pytest.mark.parametrize("end", [b"2026-01-01T00:00:00Z,rate,made/im", b"\0" * 300, b"\xff\xfe", b'a,"'])
@@ -188,19 +184,16 @@ def test_an_end_of_the_journal_that_is_cut_off_is_dropped(rated, end, caplog):
 
 
 def test_a_table_without_a_journal_is_taken_as_it_is(tmp_path, items):
-    """As people save it: other case, spaces, absolute paths, a last line without its end; unknown raters repeat.
-
-    The times of these ratings are not known.
-    """
+    """As people save it: other case, spaces, absolute paths, no last line end, unknown raters twice; no known times."""
     path, asked = tmp_path / "ratings.csv", [item.key for item in items]
     prompts = [item.prompt.replace('"', '""') for item in items]
     rows = [f'{tmp_path / key[0]}, 3.0, Fundus, 2, "{prompt}", Ann' for key, prompt in zip(asked, prompts, strict=True)]
     rows += [f"{items[1].image_path},1,Fundus,1,Scar,", f"./{items[1].image_path},2,Fundus,1,Scar,"]
     path.write_text("\n".join([", ".join(ratings.COLUMNS).upper(), *rows]))
     store = Store(path)
-    assert rated_by(store, "Ann") == asked and len(store) == len(rows_of(store.journal)) == 6
+    assert rated_by(store, "Ann") == asked and len(store) == len(read_table(store.journal)) == 6
     assert [row.rating for row in read_ratings(path)] == [3, 3, 3, 3, 1, 2]
-    assert rows_of(path)[0]["image_path"] == items[0].image_path and store.seconds("Ann", asked) == []
+    assert read_table(path)[0]["image_path"] == items[0].image_path and store.seconds("Ann", asked) == []
     store.close()
     assert Store(path).seconds("Ann", asked) == []
 
@@ -247,7 +240,7 @@ def test_hidden_repeats_come_late_are_no_ratings_and_can_be_undone(tmp_path):
     questions = Questions(items, store, 5, 0.3, summarise=lambda rater: [rater])
     state = finish(questions, "Ann", lambda state: 1 if next(kinds) and state["undo"] > 11 else 2)
     assert (state["total"], state["rated"], state["summary"]) == (13, 13, ["Ann"]) and len(store) == 10
-    assert len(read_ratings(store.path)) == 10 and len(rows_of(store.journal)) == 13
+    assert len(read_ratings(store.path)) == 10 and len(read_table(store.journal)) == 13
     answers = store.answers([item.key for item in items])
     found = readers.summarise(answers, "rate", lambda reader: [], {})["Ann"]["same answer to repeated images"]
     assert found.n == 3 and found.value == pytest.approx((2 if order[-1] >= 10 else 3) / 3)
@@ -255,7 +248,7 @@ def test_hidden_repeats_come_late_are_no_ratings_and_can_be_undone(tmp_path):
     again = Questions(items, Store(tmp_path / "ratings.csv"), 5, 0.3)
     for _ in range(13):
         state = again.act("undo", "Ann")
-    assert state["undo"] == 0 and rows_of(store.path) == [] and again._store._rows == {}
+    assert state["undo"] == 0 and read_table(store.path) == [] and again._store._rows == {}
     again.close()
 
 
@@ -286,7 +279,6 @@ def test_a_preference_is_for_the_image_that_the_rater_saw(tmp_path):
     assert found["same answer to repeated images"].value == 0  # always the first, whatever it shows
     refused("line 2: .*--mode=pair", read_ratings, store.path)
     questions.close()
-
     # the same table with the folders in the other order: the same answers, of which the last can be undone
     store = Store(tmp_path / "ratings.csv", "pair")
     pairs = pair_items(*sources[::-1])
@@ -294,7 +286,7 @@ def test_a_preference_is_for_the_image_that_the_rater_saw(tmp_path):
     found = readers.summarise(answers, "pair", lambda reader: [], {}, ("b", "a"))["Ann"]
     assert found["a preferred to b"].value == pytest.approx(1 - one.value) and readers.preferences(answers) == rows
     assert questions.act("state", "Ann")["current"] is None
-    assert questions.act("undo", "Ann")["undo"] == len(rows_of(store.path)) == 19
+    assert questions.act("undo", "Ann")["undo"] == len(read_table(store.path)) == 19
     questions.close()
 
 

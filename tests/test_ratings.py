@@ -1,13 +1,12 @@
 """Expert ratings: the table and its faults, means over raters, agreement, splits by patient."""
 
 import itertools
-import math
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from refusals import refused
+from script_tools import save_pictures
 from torchmetrics.functional.classification import multiclass_cohen_kappa
 
 from ddpo_pytorch.data import ratings
@@ -17,8 +16,7 @@ HEADER = ",".join(ratings.COLUMNS) + "\n"
 
 @pytest.fixture
 def folder(tmp_path):
-    for number in range(1, 7):
-        Image.new("RGB", (4, 4)).save(tmp_path / f"{number}.png")
+    save_pictures(tmp_path, *(f"{number}.png" for number in range(1, 7)))
     return tmp_path
 
 
@@ -48,16 +46,14 @@ def test_criteria_are_averaged_over_the_raters_who_gave_them(folder):
     rows = ratings.read_ratings(table(folder, ["1.png,2,x,3,a,3,", "1.png,2,x,1,b,1,2", "2.png,1,x,3,a,,"], header))
     one, two = ratings.aggregate(rows)
     assert (one.criteria, two.criteria) == ({"disc": 2.5, "artifacts": 2.0}, {}) and one.reward("disc") == 0.75
-    assert math.isnan(two.reward("disc")) and math.isnan(one.reward("vessels"))
+    assert np.isnan(two.reward("disc")) and np.isnan(one.reward("vessels"))
     refused("disc is '4'", ratings.read_ratings, table(folder, ["1.png,2,x,3,a,4,1"], header))
 
 
 @pytest.fixture
 def tree(tmp_path):
     """base/ratings/ratings.csv beside base/samples and base/data; a file outside of base."""
-    for path in ("base/samples/SD/1.png", "base/data/1.png", "base/ratings/images/1.png", "secret/1.png"):
-        (tmp_path / path).parent.mkdir(parents=True)
-        Image.new("RGB", (4, 4)).save(tmp_path / path)
+    save_pictures(tmp_path, "base/samples/SD/1.png", "base/data/1.png", "base/ratings/images/1.png", "secret/1.png")
     return tmp_path
 
 
@@ -88,8 +84,7 @@ def test_a_table_names_images_of_other_folders_that_are_allowed(tree, monkeypatc
     + ["/etc/hostname", "C:\\1.png", "//host/1.png", "../../basement/1.png"],
 )
 def test_a_table_points_to_no_file_elsewhere(tree, name):
-    (tree / "basement").mkdir()
-    Image.new("RGB", (4, 4)).save(tree / "basement/1.png")
+    save_pictures(tree, "basement/1.png")
     path = table(tree / "base/ratings", [f"images/1.png,2,Fundus,3,x,a\n{name.format(tree=tree)},2,Fundus,3,x,a"])
     for folders in ({}, {"within": tree / "base"}, {"root": tree / "base"}, {"root": tree / "base/data"}):
         refused("line 3: ", ratings.read_ratings, path, **folders)

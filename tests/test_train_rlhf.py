@@ -1,11 +1,9 @@
 """train_rlhf.py on striped images whose ratings are known: learned, killed, resumed, refused; after scripts/rate.py."""
 
 import itertools
-import logging
 import re
 import shlex
 import shutil
-import time
 from pathlib import Path
 from unittest.mock import create_autospec
 
@@ -19,7 +17,7 @@ from rated_world import PROMPTS, stripes, write_bert, write_config, write_rated_
 from rating_tools import RatePage, write_gallery
 from refusals import refused
 from safetensors.torch import load_file, save_file
-from script_tools import assert_same_training, files_of, options, read_lines, succeed
+from script_tools import assert_same_training, files_of, options, read_lines, stopped_at_save, succeed
 
 from ddpo_pytorch.data.ratings import read_ratings
 from ddpo_pytorch.data.sample_folder import write_log
@@ -28,7 +26,6 @@ from ddpo_pytorch.judges.policy import TextFeatures, load_judges
 from ddpo_pytorch.rlhf import rated_images, training
 from ddpo_pytorch.rlhf.rated_images import RatedSet
 from ddpo_pytorch.rlhf.training import chosen_samples
-from ddpo_pytorch.utils.training_state import TrainState
 
 SCRIPT, NAMES = "train_rlhf.py", ("selector.safetensors", "policy.safetensors")
 
@@ -56,7 +53,7 @@ def train(run_main, config_file, caplog):
         run_main(SCRIPT, config_file, **flags_of(fields))
         return caplog.text
 
-    caplog.set_level(logging.INFO)
+    caplog.set_level("INFO")
     return run
 
 
@@ -106,27 +103,8 @@ def test_both_judges_learn_what_experts_mean(train, table, tmp_path):
     assert red > 0.6 > 0.4 > blue
 
 
-@pytest.fixture
-def stopped(train, monkeypatch):
-    """Function (number, fields): run the script until it has saved its state that often."""
-
-    def run(number, **fields):
-        save, calls = TrainState.save, []
-
-        def stopping(state, **progress):
-            calls.append(save(state, **progress))
-            if len(calls) == number:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(TrainState, "save", stopping)
-            train(**fields)
-
-    return run
-
-
 @pytest.mark.slow
-def test_stages_apart_and_stopped_trainings_end_like_an_uninterrupted_one(train, stopped, table, tmp_path):
+def test_stages_apart_and_stopped_trainings_end_like_an_uninterrupted_one(train, table, tmp_path):
     settings = {"ratings": table(lambda rows: rows[:48]), "objective": "log", "warmup_steps": 8}
     apart, whole = tmp_path / "apart", tmp_path / "whole"
     train(output=whole, **settings)
@@ -147,7 +125,8 @@ def test_stages_apart_and_stopped_trainings_end_like_an_uninterrupted_one(train,
         output = tmp_path / str(saves)
         output.mkdir()
         (output / "policy_stage_1.safetensors").write_bytes(b"of an earlier training")
-        stopped(saves, output=output, **settings)
+        with stopped_at_save(saves):
+            train(output=output, **settings)
         if saves < 4:
             with open(output / "metrics.jsonl", "a") as file:
                 file.write('{"epoch": 9')  # torn by the kill
@@ -160,11 +139,11 @@ def test_stages_apart_and_stopped_trainings_end_like_an_uninterrupted_one(train,
         assert entries(whole) == entries(output)
 
 
-def test_a_state_belongs_to_its_text_encoder_and_autoencoder(train, stopped, rated, tiny_pipeline_dir, tmp_path):
-    """At the same path: another text encoder; another autoencoder."""
+def test_a_state_belongs_to_its_text_encoder_and_autoencoder(train, rated, tiny_pipeline_dir, tmp_path):
     bert, model = (shutil.copytree(place, tmp_path / place.name) for place in (rated / "bert", tiny_pipeline_dir))
     fields = {"output": tmp_path / "out", "text_encoder": str(bert), "autoencoder": str(model), "stages": (1,)}
-    stopped(1, **fields)
+    with stopped_at_save(1):
+        train(**fields)
     write_bert(bert, seed=1)
     refused("text encoder", train, **fields)
     write_bert(bert)
@@ -281,6 +260,7 @@ def test_one_rating_for_both_by_two_experts(train, table, tmp_path):
 
 
 def test_tables_and_settings_that_cannot_train(train, table, tmp_path):
+    wrong = {"stages": (2, 1), "objective": "abs", "threshold": 1.5, "image_size": 0, "pool": "nowhere"}
     for message, fields in (
         ("96 images are rated 3", {"ratings": lambda rows: rows.assign(quality=3)}),
         ("24 .* quality 2 or more and 0 below 2", {"ratings": lambda rows: rows.assign(quality=2 + rows.rating % 2)}),
@@ -289,12 +269,8 @@ def test_tables_and_settings_that_cannot_train(train, table, tmp_path):
         ("share the patient 'p0'", {"ratings": lambda rows: rows[::2], "val_ratings": lambda rows: rows[1::2]}),
         ("rlhf.ratings", {"ratings": ""}),
         ("out.*rlhf.stages", {"stages": (2,)}),
-        (r"rlhf.stages.*\(2, 1\)", {"stages": (2, 1)}),
-        ("rlhf.objective.*'abs'", {"objective": "abs"}),
-        ("rlhf.threshold.*1.5", {"threshold": 1.5}),
         ("image_size 30.*patch_size 8", {"image_size": 30}),
-        ("image_size is 0", {"image_size": 0}),
-        ("rlhf.pool 'nowhere'", {"pool": "nowhere"}),
+        *((rf"{name}.*{re.escape(repr(value))}", {name: value}) for name, value in wrong.items()),
         *((rf"rlhf.text_tokens is {count}; .*\[2, 65535\]", {"text_tokens": count}) for count in (1, 65536)),
     ):
         given = {name: table(value) if callable(value) else value for name, value in fields.items()}
@@ -312,9 +288,7 @@ def test_two_processes_that_are_killed_learn_what_one_learns(train, config_file,
     fields = {"dropout": 0.0, "threshold": 0.0}  # 96 images in both stages
     given = options(config_file, **flags_of(fields | {"batch_size": 8, "output": tmp_path / "two"}))
     script = Script(f"scripts/{SCRIPT}", *given, processes=2)
-    while not (tmp_path / "two/stage_1.unfinished.pt").exists() and script.poll():
-        time.sleep(0.01)
-    script.kill()
+    script.kill_when((tmp_path / "two/stage_1.unfinished.pt").exists)
     assert not (tmp_path / "two" / NAMES[1]).exists()
     assert "resuming from" in succeed(SCRIPT, *given, processes=2).stderr
     train(**fields, output=tmp_path / "one")
@@ -336,10 +310,8 @@ def test_the_documented_commands_end_in_trained_judges(tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(ROOT / name)
     write_bert(tmp_path / "bert")
     text = (ROOT / "docs/fundus.md").read_text()
-    rate, learn = (
-        shlex.split(re.search(rf"^(?:python|accelerate launch) scripts/{name} (.*)$", text, re.M)[1])
-        for name in ("rate.py", SCRIPT)
-    )
+    command = r"^(?:python|accelerate launch) scripts/{} (.*)$"
+    rate, learn = (shlex.split(re.search(command.format(name), text, re.M)[1]) for name in ("rate.py", SCRIPT))
     following = dict(zip(rate, rate[1:], strict=False))
     table, data, samples, out = (Path(following[f"--{name}"]) for name in ("csv", "data_path", "images", "out"))
     write_gallery(samples, 9)

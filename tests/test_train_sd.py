@@ -1,7 +1,6 @@
 """train_sd.py: a model from scratch, fine-tuning, BERT, pools, options; resuming, two processes; bad input."""
 
 import json
-import math
 import shutil
 from collections import Counter
 from functools import partial
@@ -11,12 +10,11 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from launching import ROOT
 from ml_collections import ConfigDict
 from refusals import refused
 from safetensors.torch import load_file, save_file
 from sample_sets import write_samples
-from script_tools import assert_same_training, load_module, options, read_lines, succeed
+from script_tools import assert_same_training, load_config, load_module, options, read_lines, stopped_at_save, succeed
 from stage_tools import SPLIT, assert_equal, unet_of
 from torch.utils.data import default_collate
 
@@ -83,7 +81,7 @@ def test_a_whole_model_has_its_adapters_merged(bert_pipeline_dir, tmp_path):
     expected = merged_state_dict(pipe.unet)
     sd = ConfigDict({"stage": "finetune", "text_encoder": "bert", "train_text_encoder": False})
     stage = SimpleNamespace(config=ConfigDict({"sd": sd}), pipe=pipe, output=tmp_path)
-    load_module(ROOT / "scripts/train_sd.py").DiffusionStage.finish(stage)
+    load_module("scripts/train_sd.py").DiffusionStage.finish(stage)
     assert_equal(load_pipeline(tmp_path).unet.state_dict(), expected)
     assert_equal(unet_of(tmp_path), expected)
 
@@ -190,7 +188,7 @@ def test_bert_is_trained_from_scratch_and_takes_clips_place_frozen_or_slowly_tra
         for part, source, step in (("unet", model, 1e-3), ("text_encoder", bert, 1e-4 * trained)):
             old, new = weights_of(source, part), weights_of(folder, part)
             moved = max(float((old[name] - new[name]).abs().max()) for name in old)
-            assert math.isclose(moved, step, rel_tol=0.05)
+            assert moved == pytest.approx(step, rel=0.05, abs=0)
 
 
 @pytest.mark.slow
@@ -228,7 +226,7 @@ def test_a_pool_larger_than_its_share_is_seen_whole():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["vae", "decoder", "unet", "finetune"])
-def test_a_stopped_training_resumes_to_the_same_end(stage, model, base, train_stage, stopped, tmp_path):
+def test_a_stopped_training_resumes_to_the_same_end(stage, model, base, train_stage, tmp_path):
     fields = {"sd__stage": stage, "sd__num_steps": 3, "sd__save_every": 1, "sd__gradient_accumulation_steps": 2}
     fields["pretrained__model"] = str(model)
     whole, part = tmp_path / "whole", tmp_path / "part"
@@ -242,7 +240,8 @@ def test_a_stopped_training_resumes_to_the_same_end(stage, model, base, train_st
         for folder in (whole, part):
             shutil.copytree(model / "vae", folder / "vae")
     expected = train_stage(whole, **fields)
-    stopped(2, part, **fields)
+    with stopped_at_save(2, written=False):
+        train_stage(part, **fields)
     assert len(read_lines(part / f"{stage}.jsonl")) > 2  # step 2 will be repeated
     refused("sd.learning_rate=0.001, now it is 0.1", train_stage, part, **fields, sd__learning_rate=0.1)
     if stage == "vae":
@@ -261,19 +260,18 @@ def test_a_stopped_training_resumes_to_the_same_end(stage, model, base, train_st
 
 
 @pytest.mark.parametrize(("stage", "name"), [("vae", "images"), ("finetune", r"latents\[0\]")])
-def test_a_training_does_not_resume_on_images_that_were_replaced(
-    stage, name, train_stage, stopped, base, tiny_pipeline_dir, tmp_path
-):
+def test_a_training_does_not_resume_on_replaced_images(stage, name, train_stage, base, tiny_pipeline_dir, tmp_path):
     images = shutil.copytree(base["sd__data_path"], tmp_path / "images")
     fields = {"sd__stage": stage, "sd__data_path": str(images), "sd__limit": 8, "sd__val_csv": ""}
     fields |= {"sd__save_every": 1, "pretrained__model": str(tiny_pipeline_dir)}
-    stopped(2, tmp_path / "out", **fields)
+    with stopped_at_save(2, written=False):
+        train_stage(tmp_path / "out", **fields)
     for path in images.iterdir():
         save_image(path, torch.zeros(3, 32, 32))
     refused(f"{stage}_state.pt.* with {name}=", train_stage, tmp_path / "out", **fields)
 
 
-def test_a_damaged_state_is_refused_and_one_left_after_the_end_removed(train_stage, stopped, tmp_path, monkeypatch):
+def test_a_damaged_state_is_refused_and_one_left_after_the_end_removed(train_stage, tmp_path, monkeypatch):
     fields, state = {"sd__stage": "vae", "sd__save_every": 1, "sd__num_steps": 3}, tmp_path / "vae_state.pt"
     save = TrainState.save
 
@@ -287,7 +285,8 @@ def test_a_damaged_state_is_refused_and_one_left_after_the_end_removed(train_sta
         state.unlink(missing_ok=True)
         if part:
             monkeypatch.setattr(TrainState, "save", damage)
-            stopped(2, tmp_path, **fields)
+            with stopped_at_save(2, written=False):
+                train_stage(tmp_path, **fields)
         else:
             state.write_bytes(b"torn")
         refused("vae_state.pt'", train_stage, tmp_path, **fields)
@@ -298,7 +297,7 @@ def test_a_damaged_state_is_refused_and_one_left_after_the_end_removed(train_sta
 
 def test_settings_without_effect_on_the_result_are_not_compared():
     """Paths, as of a folder that was copied, and how often something is logged."""
-    config = load_module(ROOT / "config" / "base.py").get_config()
+    config = load_config("base").get_config()
     before = settings_of(config, 1, {})
     paths = ("output", "data_path", "csv", "val_csv", "latents", "val_latents", "cache_dir", "vae", "bert", "pool")
     config.sd.update(dict.fromkeys(paths, "elsewhere") | {"log_every": 7, "num_workers": 3})
@@ -325,7 +324,8 @@ def test_two_processes_equal_one(model, train_stage, base, config_file, tmp_path
 def test_membership_of_a_model_and_of_trained_weights(model, base, run_main, config_file, tmp_path):
     """The mean loss is that of `NoiseLoss` over all draws; the same weights make no difference."""
     fields = base | {"pretrained__model": str(model), "sd__output": str(tmp_path), "seed": 5}
-    run_main("membership.py", config_file, **fields, load_from=str(model / "pretrained_unet.safetensors"))
+    membership = partial(run_main, "membership.py", config_file)
+    membership(**fields, load_from=str(model / "pretrained_unet.safetensors"))
     result = json.loads((tmp_path / "membership.json").read_text())
     assert result["difference"]["value"] == 0 and result["base"] == result["load_from"]
     val, pipe = LatentShards(tmp_path / "latents" / "val"), load_pipeline(model)
@@ -341,30 +341,17 @@ def test_membership_of_a_model_and_of_trained_weights(model, base, run_main, con
     elsewhere = fields | {"sd__output": str(tmp_path / "x")}
     latents = {"sd__latents": str(tmp_path / "latents" / "train"), "sd__val_latents": str(tmp_path / "latents" / "val")}
     latents |= {"sd__csv": "", "sd__val_csv": "", "sd__data_path": "", "mixed_precision": "bf16"}
-    run_main("membership.py", config_file, **elsewhere | latents)  # whose fingerprint is that of the VAE in float32
+    membership(**elsewhere | latents)  # whose fingerprint is that of the VAE in float32
     half = json.loads((tmp_path / "x" / "membership.json").read_text())["base"]["val_loss"]
     assert half["value"] == pytest.approx(result["base"]["val_loss"]["value"], rel=0.02) and half != result["base"]
-    refused("is the result of mixed_precision='bf16'", run_main, "membership.py", config_file, **elsewhere)
-    refused(
-        "sd.val_csv",
-        run_main,
-        "membership.py",
-        config_file,
-        **elsewhere | {"sd__val_csv": "", "sd__output": str(tmp_path / "y")},
-    )
-    refused(
-        "membership.json' is the result of seed=5, now it is 6",
-        run_main,
-        "membership.py",
-        config_file,
-        **fields | {"seed": 6, "load_from": result["settings"]["load_from"]},
-    )
+    refused("is the result of mixed_precision='bf16'", membership, **elsewhere)
+    refused("sd.val_csv", membership, **fields | {"sd__val_csv": "", "sd__output": str(tmp_path / "y")})
+    changed = {"seed": 6, "load_from": result["settings"]["load_from"]}
+    refused("membership.json' is the result of seed=5, now it is 6", membership, **fields | changed)
     assert json.loads((tmp_path / "membership.json").read_text()) == result
 
 
-def test_membership_refuses_a_seed_unusable_weights_and_losses_that_are_not_finite(
-    base, tiny_pipeline_dir, run_main, config_file, tmp_path
-):
+def test_membership_refuses_bad_seeds_weights_and_losses(base, tiny_pipeline_dir, run_main, config_file, tmp_path):
     """A random model and 4 + 4 images. AUCs of NaN would look like chance."""
     fields = base | {"pretrained__model": str(tiny_pipeline_dir), "sd__output": str(tmp_path / "out")}
     membership = partial(run_main, "membership.py", config_file, **fields | {"sd__limit": 4, "sd__val_images": 4})
