@@ -2,12 +2,13 @@
 
 import base64
 import copy
-import html.parser
+import html
 import io
 import json
 import re
 from collections import defaultdict
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -42,41 +43,24 @@ def read(tmp_path):
     return lambda result, samples={}, runs={}: Reader(write_report(tmp_path, result, samples, runs).read_text())
 
 
-class Reader(html.parser.HTMLParser):
-    """Text, tags and tables (caption -> head -> (text, small text) cells) of a page; tags must close in order."""
+class Reader:
+    """Text, tags and tables (caption -> head -> (text, small text) cells) of a page, which is also well-formed XML."""
 
-    def __init__(self, text: str):
-        super().__init__()
-        self.open, self.pieces, self.tags, self.caption = [], [], [], ""
+    def __init__(self, page: str):
+        page = re.sub("&(?:nbsp|middot);", lambda match: html.unescape(match[0]), page)
+        root = ElementTree.fromstring(re.sub(r"(<(?:meta|img)\b[^>]*)>", r"\1/>", page))
+        self.tags = [(element.tag, element.attrib) for element in root.iter()]
+        self.text = " ".join(" ".join(root.find("body").itertext()).split())
         self.tables = defaultdict(dict)
-        self.feed(text)
-        assert not self.open, self.open
-        self.text = " ".join(" ".join(self.pieces).split()).replace("\u00a0", " ")
+        for table in root.iter("table"):
+            rows = self.tables["".join(text for caption in table.iter("caption") for text in caption.itertext())]
+            for head, *cells in table.iter("tr"):
+                rows["".join(head.itertext())] = [self.read_cell(cell) for cell in cells]
 
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-        if tag == "table":
-            self.caption = ""
-        elif tag == "tr":
-            self.cells = []
-        elif tag in ("th", "td"):
-            self.cells.append(["", ""])
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-        if tag == "tr":
-            self.tables[self.caption][self.cells[0][0]] = [tuple(one) for one in self.cells[1:]]
-
-    def handle_data(self, data):
-        if "style" in self.open:
-            return
-        self.pieces.append(data)
-        if "caption" in self.open:
-            self.caption += data
-        elif {"th", "td"} & set(self.open):
-            self.cells[-1]["small" in self.open] += data
+    @staticmethod
+    def read_cell(cell: ElementTree.Element) -> tuple[str, str]:
+        small = "".join(text for part in cell.iter("small") for text in part.itertext())
+        return "".join(cell.itertext()).removesuffix(small), small
 
 
 @pytest.fixture
@@ -192,7 +176,6 @@ def test_tables_hold_the_result(pages, example):
 
 
 def numbers_of(tree, name=""):
-    """Yield (name, number or estimate) of all numbers."""
     if isinstance(tree, dict) and "how" not in tree:
         for key, value in tree.items():
             yield from numbers_of(value, key if name not in ("APR_by_prompt", "LPIPS_by_prompt", "curve") else name)
@@ -238,7 +221,6 @@ def test_the_page_loads_nothing_and_its_pictures_stand_in_rows(pages, example):
     assert {attributes["href"][1:] for tag, attributes in reader.tags if tag == "a"} == set(ids)
     assert "Not for diagnosis" in reader.text and reader.text.count("To be filled in: ") == 5
     assert all(judge["sha256"] in reader.text for judge in example[0]["judges"].values())
-
     # pictures stand in rows of one noise, the rarest caption first
     alts = [attributes["alt"] for tag, attributes in reader.tags if tag == "img"]
     rarest = rarest_first(SHOWN, example[0]["sets"]["real"]["images_by_prompt"])
