@@ -148,8 +148,7 @@ def test_undefined_values_are_left_out_and_shown_as_a_dash():
 
     drawn = planning.draw([CAPTIONS[1]] * 2, {CAPTIONS[1]: 3}, 0)
     groups = subgroups({CAPTIONS[1]: 3, CAPTIONS[8]: 4}, {CAPTIONS[0]: 1}, {CAPTIONS[1]}, {"real + 1x SD": drawn})
-    about = {"seeds": (4,), "minority_share": 0.02, "test_images": 150, "subgroups": groups}
-    text = markdown(rows, about)
+    text = markdown(rows, {"seeds": (4,), "minority_share": 0.02, "test_images": 150, "subgroups": groups})
     assert table_of(text, "### ink: in 0 of 150", "trained on")["better"][:3] == ["-"] * 3
     assert "nan" not in text.lower() and "None" not in text and "1 seed(s)" in text and "Samples were missing" in text
     expected = {"MEL plain": ["", "1", "0", "0"], "MEL ink": ["yes", "0", "3", "2 of 3"]}

@@ -57,8 +57,7 @@ def test_a_killed_training_ends_like_one_that_was_not(world, trained, tmp_path, 
     assert_validation_loss(said, world, folder / H4, 4)
 
     options = [*classifier_flags(world, tmp_path, batch_size=8, limit=45), *EXTRA]
-    script = Script(f"scripts/{options[0]}", *options[1:], processes=2)
-    script.kill_when((tmp_path / H4).is_file)
+    Script(f"scripts/{options[0]}", *options[1:], processes=2).kill_when((tmp_path / H4).is_file)
     state = tmp_path / "artifact_classifier_H4.unfinished.pt"
     assert state.is_file()
     others = {"--learning_rate=1e-3": "learning_rate=0.0001.* 0.001", "--limit=0": "epoch_images=45.* 48"}

@@ -130,19 +130,18 @@ def test_the_command_line_can_set_them(monkeypatch):
     assert tracking.to_dict() == {"buffer_size": 64, "min_count": 16}
 
 
-PARTS = ("eval.prompts[0]=3", "pretrained.model.x=3")  # of values, which cannot be set alone
+# parts of values cannot be set alone
+OVERRIDES = dict.fromkeys(("eval.prompts[0]=3", "pretrained.model.x=3"), "--config.FIELD=VALUE")
+OVERRIDES |= {"train.learning_rat=1": "'learning_rat'"}
 
 
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [("train.learning_rat=1", "'learning_rat'"), *((one, "--config.FIELD=VALUE") for one in PARTS)],
-)
-def test_a_bad_override_of_the_default_file_is_one_line(monkeypatch, capsys, override, said):
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_a_bad_override_of_the_default_file_is_one_line(monkeypatch, capsys, override):
     monkeypatch.setattr(sys, "argv", ["script", f"--config.{override}"])
     with pytest.raises(SystemExit) as caught:
         define_config(str(ROOT / "scripts" / "train.py"), "experiment")
     (line,) = capsys.readouterr().err.splitlines()
-    assert caught.value.code == 2 and line.startswith("error: ") and said in line and "\\n" not in line
+    assert caught.value.code == 2 and line.startswith("error: ") and "\\n" not in line and OVERRIDES[override] in line
 
 
 @pytest.mark.parametrize("returned", ["{'seed': 3}", "None"])

@@ -94,8 +94,7 @@ def test_an_empty_path_is_refused_by_name_and_nothing_is_written(home, run_main,
     given = {"base_log_path": "out", "sd.output": "sd", "metric.output": "metrics", "rlhf.ratings": "ratings.csv"}
     given |= {f"improve.{name}": name for name in ("held_out_judges", "csv", "held_out_csv", "data_path")}
     for field in ("base_log_path", *FIELDS[script].split()):
-        said = f"^{field} is empty.*--config.{field}="
-        refused(said, run_main, script, "config/base.py", **given | {field: " "})
+        refused(f"^{field} is empty.*--config.{field}=", run_main, script, "config/base.py", **given | {field: " "})
         assert not any(Path.cwd().iterdir())
 
 

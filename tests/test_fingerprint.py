@@ -246,8 +246,7 @@ def test_a_resumed_run_keeps_its_own_checkpoint(rl, earlier, own_model, tmp_path
     """And whether it started from these weights is compared, wherever they lie now."""
     whole = rl.train(load_from=str(earlier), run_name="whole", num_epochs=2)
     folder = rl.train(load_from=str(earlier))
-    moved = shutil.copytree(earlier, tmp_path / "moved")
-    rl.train(load_from=str(moved / "checkpoint_1"), num_epochs=2)
+    rl.train(load_from=str(shutil.copytree(earlier, tmp_path / "moved") / "checkpoint_1"), num_epochs=2)
     assert files_of(folder / "checkpoint_2") == files_of(whole / "checkpoint_2")
     other = rl.train(run_name="other", seed=3)
     before = files_of(folder)

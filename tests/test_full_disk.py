@@ -51,13 +51,11 @@ def commands(run_main, config_file, world, train_stage, train):
 
     commands = {"extraction": main("extract_dataset_latents.py", dataset__image_size=32, **table)}
     commands["evaluation"] = main("eval.py", eval__classifier="", sample__num_steps=1)
-    return commands | {"stage one": stage_one, "training": reinforce}
+    return commands | {"vae": stage_one, "training": reinforce}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, share", [("extraction", 0.05), ("evaluation", 0.6), ("stage one", 0.6), ("training", 0.6)]
-)
+@pytest.mark.parametrize("name, share", [("extraction", 0.05), ("evaluation", 0.6), ("vae", 0.6), ("training", 0.6)])
 def test_a_disk_with_room_for_a_share_and_then_for_all(commands, tmp_path, name, share):
     run = commands[name]
     run(tmp_path / "reference")

@@ -125,8 +125,7 @@ def test_the_command_writes_tables_that_read_back(tmp_path, capsys, caplog):
     with caplog.at_level("INFO"):
         for _ in range(2):  # the same again changes nothing
             fundus.main(arguments)
-    names = ("train", "val", "test")
-    rows = {name: fundus.read_split(tmp_path / "out" / f"fundus_{name}.csv") for name in names}
+    rows = {name: fundus.read_split(tmp_path / "out" / f"fundus_{name}.csv") for name in ("train", "val", "test")}
     for (name, part), line in zip(rows.items(), caplog.messages[:3], strict=True):
         counts = (len({row.patient for row in part}), len(part), len({row.caption for row in part}))
         assert line.split(maxsplit=1) == [name, "{} patients, {} images, {} captions".format(*counts)]

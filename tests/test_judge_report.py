@@ -98,8 +98,7 @@ def test_what_is_undefined_is_none_and_empty(tmp_path, caplog):
     table = read_table(tmp_path / "deep" / "test_H3.csv")
     assert table[0]["auc"] == "" and float(table[0]["accuracy"]) == 1 and tuple(table[0]) == classifier_report.COLUMNS
     assert json.loads((tmp_path / "deep" / "test_H3.json").read_text()) == report.rows
-    lines = report.table().splitlines()
-    assert next(line for line in lines if line.startswith("auc")).split()[1:3] == ["-", "[-,"]
+    assert next(line for line in report.table().splitlines() if line.startswith("auc")).split()[1:3] == ["-", "[-,"]
 
 
 def test_thresholds_of_best_f1():

@@ -71,8 +71,7 @@ def test_random_kills_change_nothing(tiny, tmp_path):
 
 def test_a_kill_before_any_write_of_a_checkpoint_changes_nothing(tiny, tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps(tiny | {"num_epochs": 3, "num_checkpoint_limit": 1}))
-    result = succeed("../tests/killed_saves.py", tmp_path / "settings.json")
-    found = json.loads(result.stdout.splitlines()[-1])
+    found = json.loads(succeed("../tests/killed_saves.py", tmp_path / "settings.json").stdout.splitlines()[-1])
     assert found["faults"] == []
     assert found["points"] >= 20 and set(found["epochs"]) == {"1", "2"} and min(found["epochs"].values()) > 3, found
 

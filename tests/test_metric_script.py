@@ -188,8 +188,7 @@ def test_copies_and_near_copies_are_reported(measured, tmp_path, caplog):
     save_image(samples[2], (load_image(known[5]) * 1.03).clamp(0, 1).flip(2))
     save_image(samples[3], load_image(held[6]))
     save_image(held[0], load_image(known[7]))  # a leak: it must not make the measure of near 0
-    result = measured(fake_path=fake, real_path=real, train_path=train)
-    model = result["models"]["SD+RL"]
+    model = measured(fake_path=fake, real_path=real, train_path=train)["models"]["SD+RL"]
     about, block = model["folders"][0], model["memorisation"]["thumbnail"]
     assert about["copies_of_training_images"] == 1 and about["near_copies_of_training_images"] == 3
     assert about["copies_of_real_images"] == 1 and block["threshold"] > 0.003

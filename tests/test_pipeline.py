@@ -102,8 +102,7 @@ def test_prompt_embeddings_equal_diffusers_and_are_computed_once(pipe, monkeypat
     torch.testing.assert_close(embeddings.negative, negative[:1], rtol=1e-5, atol=1e-5)
 
     monkeypatch.setattr(pipe.text_encoder, "forward", None)
-    again = embeddings([PROMPTS[1], PROMPTS[0], PROMPTS[1]])
-    assert torch.equal(again, embeddings(PROMPTS)[[1, 0, 1]])
+    assert torch.equal(embeddings([PROMPTS[1], PROMPTS[0], PROMPTS[1]]), embeddings(PROMPTS)[[1, 0, 1]])
     monkeypatch.undo()
     embeddings.precompute(PROMPTS)
     refused("'a dog'", embeddings, ["a dog"])

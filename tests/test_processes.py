@@ -93,14 +93,12 @@ def test_settings_decide_and_not_the_launcher(monkeypatch, caplog):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(
-    ("mixed_precision", "capability", "warnings"), [("bf16", "AVX2", 1), ("bf16", "AVX512", 0), ("no", "AVX2", 0)]
-)
-def test_a_processor_that_emulates_bf16_is_reported(monkeypatch, caplog, mixed_precision, capability, warnings):
+@pytest.mark.parametrize("precision, cpu, warnings", [("bf16", "AVX2", 1), ("bf16", "AVX512", 0), ("no", "AVX2", 0)])
+def test_a_processor_that_emulates_bf16_is_reported(monkeypatch, caplog, precision, cpu, warnings):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
     threads = torch.get_num_threads()
-    make_accelerator(mixed_precision)
+    make_accelerator(precision)
     torch.set_num_threads(threads)
     assert sum(record.levelname == "WARNING" for record in caplog.records) == warnings
 

@@ -73,9 +73,8 @@ def test_composed_prompts_cross_what_captions_say(tmp_path):
     for place in (path, tmp_path / "sd"):
         found = [prompt for prompt, _ in all_prompts("composed", path=place)]
         words = ("mild non proliferative retinopathy", shown[1], "drusen")
-        assert sorted(found) == sorted(
-            f"Fundus: The {eye} eye fundus image shows {one}." for one in words for eye in ("left", "right")
-        )
+        texts = [f"Fundus: The {eye} eye fundus image shows {one}." for one in words for eye in ("left", "right")]
+        assert sorted(found) == sorted(texts)
     # drusen, of one severity, are as frequent as retinopathy, of two: 200 of 400, with a standard deviation of 10
     drawn = [draw_prompt(get_prompt_fn("composed", path=path), seed)[0] for seed in range(400)]
     assert 150 < sum("drusen" in prompt for prompt in drawn) < 250 and set(drawn) == set(found)

@@ -99,12 +99,10 @@ def test_the_lead_states_the_verdict(difference, by_prompt, word, parts, compare
     assert ("can be claimed" in lead) == (word == "unclear")
 
 
-@pytest.mark.parametrize(
-    ("prompts", "by_prompt", "shared", "few"), [(2, None, 2, True), (3, None, None, True), (6, 0.03, None, False)]
-)
-def test_a_claim_about_few_prompts_is_about_these(prompts, by_prompt, shared, few, compared, read):
+@pytest.mark.parametrize("prompts, p, shared, few", [(2, None, 2, True), (3, None, None, True), (6, 0.03, None, False)])
+def test_a_claim_about_few_prompts_is_about_these(prompts, p, shared, few, compared, read):
     """Over fewer prompts than the models have, the rates are those of the images that were compared."""
-    result = compared(0.2, 0.15, 0.25, 0.001, prompts=prompts, p_by_prompt=by_prompt)
+    result = compared(0.2, 0.15, 0.25, 0.001, prompts=prompts, p_by_prompt=p)
     for name in MODELS:
         result["models"][name]["images_by_prompt"] = {"a": 9, "b": 9, "c": 1}
     (one,) = findings.comparisons(result)

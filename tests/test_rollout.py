@@ -154,9 +154,7 @@ def test_batch_statistics_until_min_count_then_the_prompts_own():
     np.testing.assert_array_equal(second[:2], standardized([0.25, 0.75], [1.0, 0.5, 0.25, 0.75]))
     np.testing.assert_array_equal(second[2:], standardized([1.0], [0.25, 0.75, 1.0]))
     # the buffer of "a" is full: its oldest reward, 1.0, gives way
-    third = tracker.update(["a"], [0.0])
-    np.testing.assert_array_equal(third, standardized([0.0], [0.5, 0.25, 0.75, 0.0]))
-
+    np.testing.assert_array_equal(tracker.update(["a"], [0.0]), standardized([0.0], [0.5, 0.25, 0.75, 0.0]))
     # integers and float32 are not truncated, and equal rewards give no advantage
     for rewards in ([0, 1, 1, 1], np.array([0, 1, 1, 1], dtype=np.float32)):
         advantages = PerPromptStatTracker(8, 8).update(["a"] * 4, rewards)

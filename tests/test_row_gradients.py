@@ -211,9 +211,7 @@ def assert_close(models, rows, **options):
     assert torch.equal(drawn, outputs[1]) and not drawn.requires_grad
 
 
-@pytest.mark.parametrize(
-    ("lora", "rows", "threads", "masked"), [(True, 7, 3, False), (False, 6, 2, True), (True, 1, 2, True)]
-)
+@pytest.mark.parametrize("lora, rows, threads, masked", [(True, 7, 3, False), (False, 6, 2, True), (True, 1, 2, True)])
 def test_outputs_and_gradients_are_those_of_the_whole_batch(lora, rows, threads, masked):
     models = [unet(ATTENTION if lora else ()) for _ in range(2)]
     run_batch_on_all_cores(models[1], threads)
@@ -245,13 +243,10 @@ def test_fused_adapters_leave_half_precision_to_peft():
         assert torch.equal(layer(x), expected)
 
 
-@pytest.mark.parametrize(
-    ("device", "tf32", "fused"), [("cpu", True, True), ("cuda", True, False), ("cuda", False, True)]
-)
+@pytest.mark.parametrize("device, tf32, fused", [("cpu", True, True), ("cuda", True, False), ("cuda", False, True)])
 def test_adapters_are_fused_only_where_tf32_cannot_round_them_away(settings, monkeypatch, device, tf32, fused):
     load = setup.load_pipeline
     monkeypatch.setattr(setup, "load_pipeline", lambda *given: load(*given[:-1], torch.device("cpu")))
-    config = configured(settings, {"allow_tf32": tf32})
-    pipe = setup.load_policy(config, torch.float32, torch.device(device))
+    pipe = setup.load_policy(configured(settings, {"allow_tf32": tf32}), torch.float32, torch.device(device))
     layers = [module for module in pipe.unet.modules() if isinstance(module, lora.Linear)]
     assert len(layers) > 10 and {is_fused(layer) for layer in layers} == {fused}

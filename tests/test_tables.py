@@ -18,8 +18,7 @@ def quantity(value, low=None, high=None):
 
 
 def model(apr, by_prompt, reward=None, **blocks):
-    block = {"H4": {"APR": apr, "by_prompt": by_prompt}}
-    return {"alignment": block, "rewards": reward, "images": 32000} | blocks
+    return {"alignment": {"H4": {"APR": apr, "by_prompt": by_prompt}}, "rewards": reward, "images": 32000} | blocks
 
 
 BY_PROMPT = {CAPTIONS[8]: quantity(0.6374), CAPTIONS[1]: quantity(0.002, 0.0, 0.01), CAPTIONS[18]: quantity(0.8)}
@@ -29,8 +28,7 @@ RL = model(quantity(0.6314), {}, fidelity={"judge": {"matched": {"FID": quantity
 
 
 def test_table_2_has_the_papers_layout():
-    real = model(quantity(0.9), {CAPTIONS[8]: quantity(0.95)})
-    table = table2({"SD": SD, "SD+RL": RL}, real, {CAPTIONS[8]: 543})
+    table = table2({"SD": SD, "SD+RL": RL}, model(quantity(0.9), {CAPTIONS[8]: quantity(0.95)}), {CAPTIONS[8]: 543})
     assert list(table)[1:] == "MEL Hair,MEL Gel,MEL Ink,MEL Ruler,NV Hair,NV Gel,NV Ink,NV Ruler".split(",")
     assert table.to_numpy().tolist() == [
         ["# Real Sample", "543", *["0"] * 7],

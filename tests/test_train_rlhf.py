@@ -131,8 +131,7 @@ def test_stages_apart_and_stopped_trainings_end_like_an_uninterrupted_one(train,
             with open(output / "metrics.jsonl", "a") as file:
                 file.write('{"epoch": 9')  # torn by the kill
         refused(f"rlhf.{next(iter(changed))}", train, output=output, **settings, **changed)
-        log = train(output=output, **settings)
-        assert f"stage_{1 + saves // 3}.unfinished.pt: {2 - saves % 2} epochs" in log
+        assert f"stage_{1 + saves // 3}.unfinished.pt: {2 - saves % 2} epochs" in train(output=output, **settings)
     for output in (apart, *(tmp_path / str(saves) for saves in (1, 3, 4))):
         one, other = files_of(whole), files_of(output)
         assert all(one[name] == other[name] for name in one if name != "metrics.jsonl") and one.keys() == other.keys()
@@ -287,8 +286,7 @@ def test_tables_and_settings_that_cannot_train(train, table, tmp_path):
 def test_two_processes_that_are_killed_learn_what_one_learns(train, config_file, tmp_path):
     fields = {"dropout": 0.0, "threshold": 0.0}  # 96 images in both stages
     given = options(config_file, **flags_of(fields | {"batch_size": 8, "output": tmp_path / "two"}))
-    script = Script(f"scripts/{SCRIPT}", *given, processes=2)
-    script.kill_when((tmp_path / "two/stage_1.unfinished.pt").exists)
+    Script(f"scripts/{SCRIPT}", *given, processes=2).kill_when((tmp_path / "two/stage_1.unfinished.pt").exists)
     assert not (tmp_path / "two" / NAMES[1]).exists()
     assert "resuming from" in succeed(SCRIPT, *given, processes=2).stderr
     train(**fields, output=tmp_path / "one")

@@ -316,8 +316,7 @@ def test_two_processes_equal_one(model, train_stage, base, config_file, tmp_path
         for key in ("loss", "val_loss"):
             assert first.get(key, 0) == pytest.approx(second.get(key, 0), rel=1e-5)
     assert_same_training(unet_of(tmp_path / "one"), unet_of(tmp_path / "two"))
-    shards = [load_file(tmp_path / name / "latents/train/shard_00000.safetensors") for name in ("one", "two")]
-    assert_equal(*shards)
+    assert_equal(*(load_file(tmp_path / name / "latents/train/shard_00000.safetensors") for name in ("one", "two")))
 
 
 @pytest.mark.slow
