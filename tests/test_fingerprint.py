@@ -171,7 +171,7 @@ def test_training_does_not_resume_with_other_files_or_code_at_the_same_paths(rl,
     own = {"reward_fn": "own_reward:red", "prompt_fn": "own_prompt:cat", "prompt_fn_kwargs__path": None}
     own["run_name"] = "own"
     rl.train(**own)
-    for path, part in ((reward, "reward.red.code"), (prompt, "prompts.code")):
+    for path, part in ((reward, "code of reward_fn"), (prompt, "code of prompt_fn")):
         code = path.read_text()
         path.write_text(code.replace("return", "return  "))
         refused(f"another {part} ", rl.train, num_epochs=2, **own)
