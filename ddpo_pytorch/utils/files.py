@@ -113,8 +113,9 @@ def _replacing(path: Path, durable: bool, size: int | None = None) -> Iterator[P
         try:
             yield temporary
             for written in (*temporary.rglob("*"), temporary):
-                if written.is_file() and not written.is_symlink():  # safetensors lets nobody else read its files
-                    written.chmod(MODE)
+                if written.is_file() and not written.is_symlink():
+                    with suppress(PermissionError):  # a file system without modes
+                        written.chmod(MODE)  # safetensors lets nobody else read its files
                 if durable:
                     _sync(written)
             try:
