@@ -214,6 +214,14 @@ def test_files_can_be_read_by_all_whom_the_umask_allows(tmp_path):
             path.chmod(0o600)"""
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
     assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("folder/weights", "file")] == [0o640] * 2
+    assert names(tmp_path) == ["file", "folder"]
+
+
+def test_files_can_be_written_where_modes_cannot_be_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "chmod", Mock(side_effect=OSError(errno.ENOTSUP, "Not supported")))
+    with atomic_write(tmp_path / "file") as file:
+        os.chmod(file, 0o600)
+    assert names(tmp_path) == ["file"] and Path.chmod.called
 
 
 @pytest.mark.parametrize("flock", [fcntl.flock, Mock(side_effect=OSError(errno.ENOTSUP, "not supported"))])

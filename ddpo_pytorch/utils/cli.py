@@ -66,8 +66,11 @@ def cli(main: Callable[[list[str]], None]) -> None:
 
     def run(argv: list[str]) -> None:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            if not (value := os.environ.get(name, "0")).isdecimal():
-                _fail(f"the environment variable {name} is {value!r}; a launcher sets it to a whole number, unset it")
+            value, least = os.environ.get(name, "1"), 1 if name.endswith("SIZE") else 0
+            if not (value.isdecimal() and int(value) >= least) and (name, value) != ("LOCAL_RANK", "-1"):
+                _fail(
+                    f"the environment variable {name} is {value!r}; launchers set whole numbers from {least}. Unset it"
+                )
         # plain lines instead of absl's; only warnings from processes other than the first
         level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
         logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)

@@ -27,8 +27,6 @@ from ddpo_pytorch.utils.json_files import COUNT, parse_json
 LOCK = ".lock"
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF)  # errors of file systems without locks
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-os.umask(_umask := os.umask(0))  # the only way to read it
-MODE = 0o666 & ~_umask  # of files
 HOST = re.sub(r"[^\w-]", "-", platform.node())
 # left behind by atomic_write, atomic_folder and remove_folder when they are killed
 UNFINISHED = re.compile(r"\..+\.((?P<pid>\d+)(@(?P<host>[\w-]+))?\.tmp|removed)")
@@ -112,12 +110,10 @@ def _replacing(path: Path, durable: bool, size: int | None = None) -> Iterator[P
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same id
         try:
             yield temporary
-            for written in (*temporary.rglob("*"), temporary):
-                if written.is_file() and not written.is_symlink():
-                    with suppress(PermissionError):  # a file system without modes
-                        written.chmod(MODE)  # safetensors lets nobody else read its files
-                if durable:
-                    _sync(written)
+            written = [*temporary.rglob("*"), temporary]
+            _share([file for file in written if file.is_file() and not file.is_symlink()], path)
+            for one in written if durable else ():
+                _sync(one)
             try:
                 os.replace(temporary, path)
             except OSError as error:
@@ -130,6 +126,18 @@ def _replacing(path: Path, durable: bool, size: int | None = None) -> Iterator[P
             shutil.rmtree(temporary, ignore_errors=True)
             with suppress(OSError):  # a folder, or renamed
                 temporary.unlink()
+
+
+def _share(files: list[Path], path: Path) -> None:
+    """Give files that only their owner may read, as safetensors writes them, the mode of a new file next to `path`."""
+    if private := [file for file in files if not file.stat().st_mode & 0o077]:
+        probe = path.with_name(f".{path.name}.mode.{os.getpid()}@{HOST}.tmp")
+        probe.touch()  # umask, or the folder's default access list
+        mode = stat.S_IMODE(probe.stat().st_mode)
+        probe.unlink()
+        for file in private:
+            with suppress(OSError):  # a file system that refuses modes
+                file.chmod(mode)
 
 
 def write_file(path: str | Path, content: str | bytes, durable: bool = False) -> None:
