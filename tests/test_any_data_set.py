@@ -155,16 +155,26 @@ def test_the_largest_gap_is_found_and_chance_is_told_apart():
     assert (tied["gap"].value, tied["p"]) == (0, 1) and tied["gap"].n == sum((names == x).sum() for x in "xz")
 
 
-def test_a_gap_between_groups_of_whole_prompts_is_no_surer_than_their_prompts():
-    """Sixteen prompts of thirty images and no effect of the group: images alone would find one in two of five cases."""
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_gap_between_groups_of_whole_prompts_is_no_surer_than_their_prompts(broken):
+    """Sixteen prompts of thirty images and no effect of the group: images alone would find one in two of five cases.
+
+    Nor is it if one image has another group than those of its prompt.
+    """
     prompts, found = np.repeat(np.arange(16), 30), []
     for seed in range(40):
         rng = np.random.default_rng(seed)
         values = (rng.random(480) < rng.beta(2, 2, 16)[prompts]).astype(float)
-        found.append(largest_gap(values, np.where(rng.permutation(16) < 8, "x", "y")[prompts], prompts, seed))
+        names = np.where(rng.permutation(16) < 8, "x", "y")[prompts]
+        if broken:
+            names[0] = "y" if names[0] == "x" else "x"
+        found.append(largest_gap(values, names, prompts, seed))
     assert np.mean([one["p"] < 0.1 for one in found]) < 0.25
     assert np.mean([one["gap"].low > 0 for one in found]) < 0.25 and "over prompts" in found[0]["gap"].how
     gap = largest_gap(values + (prompts % 2), np.where(prompts % 2, "x", "y"), prompts, 0)
+    assert gap["gap"].low < 1 < gap["gap"].high and gap["p"] < 0.01
+    within = np.where(rng.random(480) < 0.5, "x", "y")  # in each prompt
+    gap = largest_gap(values + (within == "y"), within, prompts, 0)
     assert gap["gap"].low < 1 < gap["gap"].high and gap["p"] < 0.01
     few = largest_gap(values, np.where(prompts > 0, "x", "y"), prompts, 0)
     assert few["gap"].value > 0 and few["gap"].low is None and few["p"] >= 0.05  # any of 16 prompts could be that one

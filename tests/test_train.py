@@ -45,6 +45,10 @@ def test_a_run_logs_every_measure_begins_at_ratio_one_and_is_not_resumed_from_an
     for settings in (older, older | {"resume_from": str(link)}):
         refused("not the newest checkpoint of its run; continuing would overwrite checkpoint_2", train, **settings)
     assert files_of(folder) == content and not (tmp_path / "metrics.jsonl").exists()
+    (archive := tmp_path / "checkpoint_1").mkdir()
+    (folder / "checkpoint_1").rename(archive)
+    (folder / "checkpoint_1").symlink_to(archive)  # which does not lead out of the run
+    refused("not the newest checkpoint of its run; continuing would overwrite checkpoint_2", train, **older)
 
 
 def test_half_precision_logs_the_ratio_of_the_second_update(script, train, monkeypatch):

@@ -34,36 +34,38 @@ def name_groups(sets: Sequence[ImageSet], columns: Sequence[str]) -> None:
 def largest_gap(values: np.ndarray, names: np.ndarray, prompts: np.ndarray, seed: int) -> dict[str, Estimate | float]:
     """Return "gap", the largest difference of group means of values (N,), and its p-value, "p", by permutation.
 
-    If each prompt (N,) has one group, as captions that state it, whole prompts are permuted and resampled, else images.
-    The interval ignores that the two groups were selected as extremes, which makes the gap too large on average; the
-    permutation test over all groups accounts for it. There is none if one of the two is a single prompt. Groups of one
-    image are ignored.
+    Images of a prompt (N,) are alike. So if each prompt has one group, as captions that state it, whole prompts are
+    permuted, else the images of each prompt among themselves; and the interval resamples prompts of both groups (images
+    if all share one prompt). It ignores that the two groups were selected as extremes, which makes the gap too large on
+    average; the permutation test over all groups accounts for it. Groups of one image are ignored.
     """
     used = [name for name in np.unique(names) if (names == name).sum() > 1]
     if len(used) < 2:
         return {"gap": Estimate.missing("fewer than two groups of two images")}
-    keep = np.isin(names, used)
-    values, prompts, index = values[keep].astype(float), prompts[keep], np.searchsorted(used, names[keep])
-    by_prompt = all(len(np.unique(index[prompts == prompt])) == 1 for prompt in np.unique(prompts))
-    unit, units = (prompts, "prompts") if by_prompt else (np.arange(len(values)), "images")
-    _, first, unit_of = np.unique(unit, return_index=True, return_inverse=True)
-    sums, sizes, owner = np.bincount(unit_of, values), np.bincount(unit_of), index[first]
+    keep = np.flatnonzero(np.isin(names, used))
+    keep = keep[np.argsort(prompts[keep], kind="stable")]
+    values, prompts, owner = values[keep].astype(float), prompts[keep], np.searchsorted(used, names[keep])
+    _, starts = np.unique(prompts, return_index=True)
+    sums, sizes, strata = values, np.ones(len(values)), prompts
+    sides = [(values[owner == group], prompts[owner == group]) for group in range(len(used))]
+    if len(np.unique(np.stack([prompts, owner], axis=1), axis=0)) == len(starts):  # each prompt has one group
+        sums, sizes = (np.add.reduceat(column, starts) for column in (sums, sizes))
+        owner, strata = owner[starts], np.zeros(len(starts))
 
     def group_means(order: np.ndarray) -> np.ndarray:
         return np.bincount(owner, sums[order]) / np.bincount(owner, sizes[order])
 
-    means, rng = group_means(np.arange(len(first))), np.random.default_rng([seed, 7])
+    means, rng = group_means(np.arange(len(owner))), np.random.default_rng([seed, 7])
     low, *_, high = means.argsort(kind="stable").tolist()  # two groups, even if all means are equal
-    observed, count = float(np.ptp(means)), int(np.isin(index, (low, high)).sum())
-    extreme = sum(np.ptp(group_means(rng.permutation(len(first)))) >= observed - 1e-12 for _ in range(REPLICATES))
-    how = f"{used[high]} minus {used[low]}; "
-    if min(np.bincount(owner)[[low, high]]) < 2:
+    observed, both = float(np.ptp(means)), [sides[low], sides[high]]
+    permuted = (np.lexsort((rng.random(len(owner)), strata)) for _ in range(REPLICATES))
+    extreme = sum(np.ptp(group_means(order)) >= observed - 1e-12 for order in permuted)
+    count, how, several = sum(len(side) for side, _ in both), f"{used[high]} minus {used[low]}; ", len(starts) > 1
+    if several and min(len(np.unique(own)) for _, own in both) < 2:
         gap = Estimate(observed, None, None, count, f"{how}no interval: a group of one prompt")
     else:
-        strata = prompts if by_prompt else np.zeros(len(values))
-        sides = [(values[index == end], strata[index == end]) for end in (low, high)]
-        ends = difference_interval(*sides, [[seed, low], [seed, high]], resample_groups=by_prompt)
-        how += f"percentile bootstrap of these two, {REPLICATES} replicates over {units}"
+        ends = difference_interval(*both, [[seed, low], [seed, high]], resample_groups=several)
+        how += f"percentile bootstrap of these two, {REPLICATES} replicates over {'prompts' if several else 'images'}"
         gap = Estimate(observed, *ends, count, how)
     return {"gap": gap, "p": (1 + extreme) / (1 + REPLICATES)}
 

@@ -57,7 +57,7 @@ def open_run(held: ExitStack, settings: Mapping[str, Any]) -> tuple[Path, Path |
     logdir, run_name, resume_from = (settings[name] for name in ("logdir", "run_name", "resume_from"))
     if resume_from:
         given = Path(resume_from).absolute()
-        if not (given.parent / "config.json").is_file():  # a link to a checkpoint from outside its run
+        if not (given.parent / CONFIG).is_file():  # a link to a checkpoint from outside its run
             given = given.resolve()
         folder = given.parent if saved.is_checkpoint(given) else given
         if not saved.is_checkpoint(given) and not _holds_checkpoint(given):
