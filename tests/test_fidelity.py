@@ -13,11 +13,12 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ddpo_pytorch.data.isic import CAPTIONS
-from ddpo_pytorch.metrics import fidelity
+from ddpo_pytorch.metrics import fidelity, memorisation
 from ddpo_pytorch.metrics.diversity import within_pairs, within_prompt_diversity
 from ddpo_pytorch.metrics.fidelity import frechet_distance, kernel_distance, manifold_metrics, moments
+from ddpo_pytorch.metrics.image_sets import ImageSet
 from ddpo_pytorch.metrics.intervals import jackknife_half_width
-from ddpo_pytorch.metrics.memorisation import authenticity, closest, membership_auc, nearest, share_closer
+from ddpo_pytorch.metrics.memorisation import authenticity, measure_memorisation, membership_auc, nearest
 from ddpo_pytorch.utils.errors import UserError
 
 
@@ -320,14 +321,25 @@ def test_nearest_equals_scipy_copies_are_at_distance_zero_and_ties_go_to_the_fir
     assert nearest(np.array([[1.0, 1]]), np.array([[-2.0, -2]]))[0] == pytest.approx(2)
 
 
-def test_the_share_strictly_closer_than_the_quantile_and_the_closest_with_each_training_image_once():
-    baseline, groups = np.linspace(0.1, 1.1, 101), np.array([0, 0, 1, 1, 1])
-    share, threshold = share_closer(np.array([0.05, 0.11, 0.1099, 0.5, 0.6]), baseline, groups, 0)
+def memorised(distances, indices, captions, baseline=None):
+    """The measures of generated images at these distances from these training images, of thumbnails."""
+    fake, train = (ImageSet(Path(), tuple(map(Path, map(str, range(n)))), captions, ()) for n in (len(captions), 10))
+    return measure_memorisation("thumbnail", fake, train, (distances, indices), baseline, 0)
+
+
+def test_the_share_strictly_closer_than_the_quantile_and_the_closest_with_each_training_image_once(monkeypatch):
+    baseline, captions = np.linspace(0.1, 1.1, 101), (*CAPTIONS[:1] * 2, *CAPTIONS[1:2] * 3)
+    found = memorised(np.array([0.05, 0.11, 0.1099, 0.5, 0.6]), np.arange(5), captions, baseline)
+    share, threshold = found["share_closer"], found["threshold"]
     assert threshold == pytest.approx(0.11) and share.value == pytest.approx(2 / 5) and share.n == 5
-    share, threshold = share_closer(np.array([threshold, 0.5]), baseline, np.zeros(2), 0)
+    share = memorised(np.array([threshold, 0.5]), np.arange(2), captions[:2], baseline)["share_closer"]
     assert share.value == 0 and share.low == 0 and 0 < share.high < 1
     distances, indices = np.array([0.5, 0.1, 0.3, 0.1, 0.2, 0.0]), np.array([7, 4, 9, 8, 4, 7])
-    assert closest(distances, indices, 3) == [5, 1, 3] and closest(distances, indices, 16) == [5, 1, 3, 2]
+    for count, expected in ((3, "513"), (16, "5132")):
+        monkeypatch.setattr(memorisation, "CLOSEST", count)
+        pairs = memorised(distances, indices, CAPTIONS[:6])["closest"]
+        assert "".join(Path(pair["path"]).name for pair in pairs) == expected
+        assert [pair["distance"] for pair in pairs] == [0.0, 0.1, 0.1, 0.3][: len(pairs)]
 
 
 def test_authenticity_equals_plain_loops_and_finds_copies_with_noise():

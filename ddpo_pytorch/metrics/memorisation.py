@@ -47,15 +47,6 @@ def nearest(query: Any, reference: Any, block: int = 1000, excluded: np.ndarray 
     return np.concatenate(distances), np.concatenate(indices)
 
 
-def share_closer(distances: np.ndarray, baseline: np.ndarray, groups: np.ndarray, seed: int) -> tuple[Estimate, float]:
-    """Return the share of samples closer to the training set than 99 % of real images outside it, and that threshold.
-
-    distances (N,) of samples, baseline (K,) of these; groups (N,): prompts. The interval takes the threshold as given.
-    """
-    threshold = float(np.quantile(baseline, 0.01))
-    return bootstrap_mean(distances < threshold, groups, seed, resample_groups=False), threshold
-
-
 def authenticity(train: Any, distances: np.ndarray, indices: np.ndarray, groups: np.ndarray, seed: int) -> Estimate:
     """Return the share of samples farther from the nearest training image than it is from another (Alaa et al. 2022).
 
@@ -90,13 +81,6 @@ def membership_auc(train: np.ndarray, val: np.ndarray, base: tuple[np.ndarray, n
     return Estimate.around(value, 1.96 * error, images, "DeLong's standard error, independent images", bounds)
 
 
-def closest(distances: np.ndarray, indices: np.ndarray, count: int = CLOSEST) -> list[int]:
-    """Return indices of up to `count` samples, closest first, each with a different nearest training image."""
-    order = np.argsort(distances, kind="stable")
-    _, first = np.unique(np.asarray(indices)[order], return_index=True)
-    return order[np.sort(first)][:count].tolist()
-
-
 def find_neighbours(extractor: str, images: ImageSet, train: ImageSet) -> Neighbours:
     """Return cosine distance (N,) and index (N,) of the nearest training image; thumbnails match mirrored ones, too."""
     rows, reference = images.rows[extractor], train.rows[extractor]
@@ -129,16 +113,23 @@ def pixel_hashes(images: ImageSet) -> list[bytes]:
 def measure_memorisation(
     extractor: str, fake: ImageSet, train: ImageSet, neighbours: Neighbours, baseline: np.ndarray | None, seed: int
 ) -> dict:
-    """Return closest pairs, authenticity, and the share that is unusually close by `baseline` (K,)."""
+    """Return the closest pairs, each of another training image, authenticity, and the share of unusually close samples.
+
+    These are closer to the training set than 99 % of real images outside it, whose distances are `baseline` (K,).
+    """
     distances, indices = neighbours
+    order = np.argsort(distances, kind="stable")
+    _, first = np.unique(indices[order], return_index=True)  # of each nearest training image the closest sample
     pairs = [
         {"path": str(fake.paths[i].resolve()), "caption": fake.captions[i]}
         | {"train": str(train.paths[indices[i]].resolve()), "distance": float(distances[i])}
-        for i in closest(distances, indices)
+        for i in order[np.sort(first)][:CLOSEST]
     ]
     result = {"closest": pairs}
     if extractor != THUMBNAILS.name:  # they also match mirrored images, which would bias it
         result["authenticity"] = authenticity(train.rows[extractor], distances, indices, fake.groups, seed)
     if baseline is not None and len(baseline):
-        result["share_closer"], result["threshold"] = share_closer(distances, baseline, fake.groups, seed)
+        threshold = float(np.quantile(baseline, 0.01))  # the interval takes it as given
+        result["share_closer"] = bootstrap_mean(distances < threshold, fake.groups, seed, resample_groups=False)
+        result["threshold"] = threshold
     return result
