@@ -73,9 +73,7 @@ def pairs_of(images: ImageSet, sets: Sets, tools: Tools, seed: int) -> dict:
     if network := tools.pairs.get("lpips"):
         result["LPIPS_within"] = network, images, within
         if sets.real is not None:
-            ours, theirs = ({path: i for i, path in enumerate(side.paths)} for side in (images, sets.real))
-            paths = pair_images(images.samples, sets.real.samples, seed)
-            result["LPIPS"] = network, sets.real, [(ours[a], theirs[b]) for a, b, _ in paths]
+            result["LPIPS"] = network, sets.real, pair_images(images.samples, sets.real.samples, seed)
     if network := tools.pairs.get("ssim"):
         partners, names = {name: i for i, name in enumerate(sets.pairs.keys)}, images.keys
         pairs = [(i, partners[name]) for i, name in enumerate(names) if name in partners]

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -340,18 +339,18 @@ def _radii(features: np.ndarray, k: int, block: int, parts: Sequence[np.ndarray]
     return np.concatenate(on_all_cores(radii, range(0, len(features), block)), axis=1)
 
 
-def pair_images(fake: Samples, real: Samples, seed: int) -> list[tuple[Path, Path, str]]:
-    """Return (fake, real, caption) for every generated image whose caption has real images: the pairs of table 3.
+def pair_images(fake: Samples, real: Samples, seed: int) -> list[tuple[int, int]]:
+    """Return (index of fake, of real) for every generated image whose caption has real images: the pairs of table 3.
 
     Real images of a caption are dealt out in an order that depends only on seed and caption, and reused if too few.
     """
     fakes, reals, pairs = defaultdict(list), defaultdict(list), []
     for groups, samples in ((fakes, fake), (reals, real)):
-        for path, caption in sorted(samples):
-            groups[caption].append(path)
-    for caption, paths in fakes.items():
+        for index in sorted(range(len(samples)), key=samples.__getitem__):
+            groups[samples[index][1]].append(index)
+    for caption, indices in fakes.items():
         random.Random(f"{seed} {caption}").shuffle(reals[caption])
-        pairs += [(path, other, caption) for path, other in zip(paths, cycle(reals[caption]), strict=False)]
+        pairs += zip(indices, cycle(reals[caption]), strict=False)
     return pairs
 
 
