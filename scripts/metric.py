@@ -68,12 +68,12 @@ def write(output: Path, result: dict, folders: dict[str, list[Folder]], tables: 
     for name, table in tables.items():
         for suffix, convert in {"md": to_markdown, "csv": to_csv, "tex": to_latex}.items():
             write_file(output / f"{name}.{suffix}", convert(table))
-    fundus = result.get("kind") == FUNDUS
-    write_per_image(output / "per_image.csv", folders, "alignment" if fundus else "aligned")
+    write_per_image(output / "per_image.csv", folders)
     for name, model in models.items():
         for space, block in (model.get("memorisation") or {}).items():
             save_picture(output / f"closest_{space}_{folder_name(name)}.png", contact_sheet(block["closest"]))
     last = list(models.values())[-1]
+    fundus = result.get("kind") == FUNDUS
     score = {"fundus_alignment": last["fundus_alignment"]} if fundus else {"APR_m": last["APR"]}
     JsonLines(output / "metrics_log.jsonl").write({"metrics": score | {"LPIPS": last["LPIPS"], "FID": last["FID"]}})
 

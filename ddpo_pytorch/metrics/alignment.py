@@ -47,14 +47,14 @@ def measure_apr(
 
 def measure_fundus_alignment(
     images: ImageSet, selector: np.ndarray, policy: np.ndarray, threshold: float, seed: int
-) -> tuple[dict, np.ndarray, dict[str, np.ndarray]]:
-    """Return the judges' block of metrics.json, alignment [s >= threshold] * p (N,), columns of per_image.csv."""
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """Return the judges' block of metrics.json, and columns of per_image.csv; alignment is [s >= threshold] * p."""
     passes = selector.astype(np.float32) >= np.float32(threshold)  # in float32, as `Selector.accepts`
-    aligned = np.where(passes, policy, 0.0)
-    values = {"alignment": aligned, "selector": selector, "pass_rate": passes.astype(float), "policy": policy}
+    columns = {"alignment": np.where(passes, policy, 0.0), "selector": selector, "policy": policy}
+    values = columns | {"pass_rate": passes.astype(float)}
     block: dict = {name: bootstrap_mean(x, images.groups, seed, resample_groups=True) for name, x in values.items()}
-    block["by_prompt"] = estimates_by_prompt(aligned, images, seed)
-    return block, aligned, {"selector": selector, "policy": policy, "passes": passes.astype(int)}
+    block["by_prompt"] = estimates_by_prompt(columns["alignment"], images, seed)
+    return block, columns | {"passes": passes.astype(int)}
 
 
 def estimates_by_prompt(values: np.ndarray, images: ImageSet, seed: int) -> dict[str, Estimate]:

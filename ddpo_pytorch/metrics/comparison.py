@@ -34,10 +34,9 @@ class Folder:
     images: ImageSet
     result: dict
     facts: dict
-    aligned: np.ndarray  # 0 or 1, for fundus images the alignment in [0, 1]
     rewards: np.ndarray
     columns: dict[str, Sequence]  # of per_image.csv
-    values: dict[str, np.ndarray]  # measures (N,) by which groups of images are compared
+    values: dict[str, np.ndarray]  # by which groups are compared: "aligned" (0 or 1, of fundus images in [0, 1]), ...
 
 
 def compare(first: Sequence[Folder], second: Sequence[Folder], seed: int, key: str = "APR") -> dict:
@@ -51,7 +50,7 @@ def compare(first: Sequence[Folder], second: Sequence[Folder], seed: int, key: s
     if len(first) != len(second):
         reasons.append(f"{len(first)} and {len(second)} folders")
     reason = next(filter(None, reasons), "")
-    a, b = (np.concatenate([folder.aligned for folder in own]).astype(float) for own in (first, second))
+    a, b = (np.concatenate([folder.values["aligned"] for folder in own]) for own in (first, second))
     groups, groups_b = (np.concatenate([folder.images.groups for folder in own]) for own in (first, second))
     result: dict = {"paired": not reason, "reason": reason}
     if reason:
@@ -66,12 +65,10 @@ def compare(first: Sequence[Folder], second: Sequence[Folder], seed: int, key: s
         b, rewards = b[order], [np.concatenate([folder.rewards for folder in own]) for own in (first, second)]
         if np.isfinite(risen := rewards[1][order] - rewards[0]).all():
             result["reward"] = bootstrap_mean(risen, groups, seed, resample_groups=True, share=False)
-        if key == "APR":
-            gained, lost, p = mcnemar(a, b)
-            test = "p: McNemar, exact"
-        else:
-            gained, lost, p = int((b > a).sum()), int((b < a).sum()), sign_flip_p(b - a, np.arange(len(a)), seed)
-            test = "p: sign flips of the pairs' differences"
+        gained, lost = int((b > a).sum()), int((b < a).sum())
+        p, test = mcnemar(gained, lost), "p: McNemar, exact"
+        if key != "APR":
+            p, test = sign_flip_p(b - a, np.arange(len(a)), seed), "p: sign flips of the pairs' differences"
         test += "; p over prompts: sign flips of the prompts' mean differences"
         if few := len(np.unique(groups)) < FEW_PROMPTS:
             test += f", none below {FEW_PROMPTS} prompts, which cannot make it small"

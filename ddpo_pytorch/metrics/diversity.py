@@ -9,27 +9,25 @@ from scipy import stats
 
 from ddpo_pytorch.metrics.intervals import Estimate, unit_rows
 from ddpo_pytorch.utils.cores import eigenvalues, product
-from ddpo_pytorch.utils.errors import UserError
 
 DIVERSITY_IMAGES = 64  # per prompt
 
 
 def within_prompt_diversity(
     features: Any, groups: np.ndarray, per_group: int, seed: int, replicates: int = 200
-) -> dict[str, Estimate]:
+) -> dict[str, Estimate] | None:
     """Return {"vendi", "pairwise_distance"} of a prompt's images, averaged over prompts; features: (N, F) or `Rows`.
 
     The Vendi score (Friedman and Dieng 2023), the effective number of different images, is exp of the entropy of the
     eigenvalues of K / n with cosine similarities K (n, n). The pairwise distance is the mean of 1 - cosine similarity.
     Each prompt contributes `per_group` random images, since the Vendi score grows with their number; prompts with fewer
-    are skipped; raises UserError if none is left. Intervals: percentiles over replicates that draw prompts with
+    are skipped; returns None if none is left. Intervals: percentiles over replicates that draw prompts with
     replacement and images, from up to 2 `per_group` of a prompt, without it, as duplicates would lower the diversity.
     """
     numbers, counts = np.unique(groups, return_counts=True)
     used = numbers[counts >= per_group]
     if per_group < 2 or not len(used):
-        most = counts.max(initial=0)
-        raise UserError(f"diversity needs prompts with {max(2, per_group)} images each, the largest has {most}")
+        return None
     rng = np.random.default_rng(seed)
     # row 0 is the value, with every prompt once; the others are replicates
     drawn = np.stack([np.arange(len(used)), *rng.integers(0, len(used), (replicates, len(used)))])

@@ -131,16 +131,18 @@ def measure_folder(images: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None
         result["rewards"] = bootstrap_mean(rewards[logged], groups[logged], seed, resample_groups=True)
     if tools.threshold is not None:
         scores = (images.rows[name][:].squeeze(1) for name in (SELECTOR, POLICY))
-        result["alignment"][FUNDUS], aligned, columns = measure_fundus_alignment(images, *scores, tools.threshold, seed)
+        result["alignment"][FUNDUS], columns = measure_fundus_alignment(images, *scores, tools.threshold, seed)
+        aligned = columns["alignment"]
         result["inception_score"] = measure_inception_score(images, seed)
     else:
         for name, (_, labels) in tools.judges.items():
             logits, requested = images.rows[name][:], requested_labels(images.captions, labels, images.table)
             result["alignment"][name], hits = measure_apr(images, requested, labels, logits, seed)
-            columns |= {f"{name}_{label}": expit(logits[:, i]) for i, label in enumerate(labels)}
             if len(result["alignment"]) == 1:  # the first judge
-                aligned, attributes = hits, result["alignment"][name]["attributes"]
+                aligned = columns["aligned"] = hits
+                attributes = result["alignment"][name]["attributes"]
                 result["label_accuracy"] = {label: attributes[label]["accuracy"].value for label in labels}
+            columns |= {f"{name}_{label}": expit(logits[:, i]) for i, label in enumerate(labels)}
     if quality:
         result["quality"], own_columns = measure_quality(images, real, quality, seed)
         columns |= own_columns
@@ -154,13 +156,11 @@ def measure_folder(images: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None
         result |= {"LPIPS_by_prompt": means, "LPIPS_pairs": len(values)}
         by_image = dict(zip(indices.tolist(), values.tolist(), strict=True))
         columns["lpips"] = [by_image.get(index) for index in range(len(images))]
-    size = context.per_group
     for name in tools.extractors:
-        diverse = size > 1 and np.bincount(groups).max() >= size  # else no prompt has enough images
-        result["diversity"][name] = within_prompt_diversity(images.rows[name], groups, size, seed) if diverse else None
+        result["diversity"][name] = within_prompt_diversity(images.rows[name], groups, context.per_group, seed)
     if real:
         result["fidelity"] = {name: measure_fidelity(name, real, images, parts, seed) for name in tools.extractors}
-    measures = {"aligned": aligned.astype(float)}
+    measures = {"aligned": aligned}
     if train:
         neighbours = {name: find_neighbours(name, images, train) for name in context.spaces}
         copied = copies(images, train)  # of the pixels, the same in every space
@@ -176,7 +176,7 @@ def measure_folder(images: ImageSet, parts: tuple[np.ndarray, np.ndarray] | None
         if (threshold := result["memorisation"][context.spaces[0]].get("threshold")) is not None:
             measures["closer"] = distances < threshold
     facts = set_facts(images, {"real": sets.real, "training": train}) if parts else {}
-    return Folder(images, result, facts, aligned, rewards, columns, measures)
+    return Folder(images, result, facts, rewards, columns, measures)
 
 
 def summarise(folders: Sequence[Folder], fid_part: str, real: ImageSet | None, context: Context) -> dict:
@@ -184,8 +184,7 @@ def summarise(folders: Sequence[Folder], fid_part: str, real: ImageSet | None, c
     result = combine([folder.result for folder in folders])
     images, space = [folder.images for folder in folders], context.spaces[0]
     if images[0].names:
-        shared = [name for name in folders[0].values if all(name in folder.values for folder in folders)]
-        values = {name: np.concatenate([folder.values[name] for folder in folders]) for name in shared}
+        values = {name: np.concatenate([folder.values[name] for folder in folders]) for name in folders[0].values}
         result["groups"] = {c: measure_groups(images, real, c, space, values, context.seed) for c in images[0].names}
     judge = next(iter(result["alignment"].values()))
     name = "APR" if context.key == "APR" else "fundus_alignment"
@@ -272,7 +271,7 @@ def evaluate(config: ConfigDict, tools: Tools, sets: Sets) -> tuple[dict, dict[s
         if not any(folder.result["rewards"].n for folder in folders):
             model["missing"]["reward"] = folders[0].result["rewards"].how
         if reference:  # the judge's alignment of real images in the model's mix of captions, and the share covered
-            held, hits = Counter(real.captions), reference.aligned
+            held, hits = Counter(real.captions), reference.values["aligned"]
             weights = np.array([counts[caption] / held[caption] for caption in real.captions])
             model["ceiling"] = Estimate.missing("no real image of these captions")
             if weights.any():
@@ -288,15 +287,15 @@ def evaluate(config: ConfigDict, tools: Tools, sets: Sets) -> tuple[dict, dict[s
     return json.loads(json.dumps(result, default=Estimate.to_dict)), models
 
 
-def write_per_image(path: Path, models: Mapping[str, Sequence[Folder]], key: str = "aligned") -> None:
-    """Write a CSV with a line per image: model, folder, path, caption, seed, alignment (column `key`), ..."""
+def write_per_image(path: Path, models: Mapping[str, Sequence[Folder]]) -> None:
+    """Write a CSV with a line per image: model, folder, path, caption, seed, and the columns that any folder has."""
     measured = [(model, folder) for model, folders in models.items() for folder in folders]
-    extra, rows = list(dict.fromkeys(name for _, folder in measured for name in folder.columns)), []
+    names, rows = list(dict.fromkeys(name for _, folder in measured for name in folder.columns)), []
     for model, folder in measured:
         images = folder.images
         for i, image in enumerate(images.paths):
-            numbers = [folder.columns[name][i] if name in folder.columns else None for name in extra]
-            shown = [f"{x:.6g}" if isinstance(x, float) else x for x in (float(folder.aligned[i]), *numbers)]
+            numbers = [folder.columns[name][i] if name in folder.columns else None for name in names]
+            shown = [f"{x:.6g}" if isinstance(x, float) else x for x in numbers]
             origin = [model, images.folder, image.relative_to(images.folder), images.captions[i]]
             rows.append([*origin, images.entry(i).get("seed"), *shown])
-    write_table(path, ["model", "folder", "path", "caption", "seed", key, *extra], rows)
+    write_table(path, ["model", "folder", "path", "caption", "seed", *names], rows)

@@ -242,10 +242,9 @@ def _shrinkage(samples: Sequence[GroupedSample]) -> Array:
     return np.sqrt(np.clip(1 - within / np.where(between > 0, between, np.inf), 0, 1)) * (between > 0)
 
 
-def mcnemar(a: Array, b: Array) -> tuple[int, int, float]:
-    """Return (pairs 0 -> 1, pairs 1 -> 0, exact two-sided p) of independent 0/1 pairs (N,) (McNemar 1947)."""
-    gained, lost = int((a < b).sum()), int((a > b).sum())
-    return gained, lost, float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+def mcnemar(gained: int, lost: int) -> float:
+    """Return the exact two-sided p for independent 0/1 pairs of which so many rose and fell (McNemar 1947)."""
+    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def sign_flip_p(differences: Array, groups: Array, seed: int) -> float:
