@@ -149,9 +149,7 @@ class Store:
         journal = _content(JOURNAL_COLUMNS, self._clicks)
         _restore(self.journal, journal)
         try:
-            with open(self.journal, "ab", buffering=0) as file:
-                append(file, _content(click))
-                os.fsync(file.fileno())
+            append(self.journal, _content(click))
             _restore(self.path, _table(rows), before)
         except OSError:
             os.truncate(self.journal, len(journal))  # the click failed, so a restart must not replay it

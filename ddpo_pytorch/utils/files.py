@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import io
 import json
 import logging
 import math
@@ -14,7 +13,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,37 +77,22 @@ def open_regular(path: str | Path, advice: str = "remove it") -> BinaryIO:
 
 
 @contextmanager
-def atomic_write(path: str | Path, durable: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary file next to `path`, renamed to `path` at the end; missing folders are created.
+def atomic_write(
+    path: str | Path, durable: bool = False, size: int | None = None, folder: bool = False
+) -> Iterator[Path]:
+    """Yield an empty temporary file or folder next to `path`, renamed to `path` at the end; parents are created.
 
     An error leaves an existing file unchanged; `remove_leftovers` cleans up after a kill. With `durable` the file also
-    survives a power cut, at the cost of waiting for the disk. Raises DiskFull.
+    survives a power cut, at the cost of waiting for the disk. Raises DiskFull, before anything is written if fewer than
+    `size` bytes are free.
     """
-    with _replacing(Path(path), durable) as temporary:
-        temporary.write_bytes(b"")
-        yield temporary
-
-
-@contextmanager
-def atomic_folder(path: str | Path, size: int | None = None, durable: bool = True) -> Iterator[Path]:
-    """Yield an empty temporary folder, renamed to `path` at the end, with `durable` also on the disk by then.
-
-    Raises DiskFull, before anything is written if fewer than `size` bytes are free, and UserError if `path` is a folder
-    with content.
-    """
-    with _replacing(Path(path), durable, size) as temporary:
-        temporary.mkdir()
-        yield temporary
-
-
-@contextmanager
-def _replacing(path: Path, durable: bool, size: int | None = None) -> Iterator[Path]:
-    """Yield the name of a temporary file or folder next to `path`, which replaces `path` or is removed."""
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}@{HOST}.tmp")
     with room_for(path, size):
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same id
         try:
+            temporary.mkdir() if folder else temporary.write_bytes(b"")
             yield temporary
             written = [*temporary.rglob("*"), temporary]
             _share([file for file in written if file.is_file() and not file.is_symlink()], path)
@@ -126,6 +110,11 @@ def _replacing(path: Path, durable: bool, size: int | None = None) -> Iterator[P
             shutil.rmtree(temporary, ignore_errors=True)
             with suppress(OSError):  # a folder, or renamed
                 temporary.unlink()
+
+
+def atomic_folder(path: str | Path, size: int | None = None, durable: bool = True) -> AbstractContextManager[Path]:
+    """Yield an empty temporary folder, as `atomic_write` does a file. Raises UserError if `path` has content."""
+    return atomic_write(path, durable, size, folder=True)
 
 
 def _share(files: list[Path], path: Path) -> None:
@@ -238,13 +227,14 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def append(file: io.FileIO, content: bytes) -> None:
-    """Append `content` to an unbuffered file completely, or raise DiskFull and leave the file unchanged."""
-    size = file.seek(0, os.SEEK_END)
-    with room_for(file.name):
+def append(path: str | Path, content: bytes) -> None:
+    """Append to a file and wait until the content is on the disk. Raises DiskFull, with the file unchanged."""
+    with room_for(path), open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
         try:
             if file.write(content) != len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+            os.fsync(file.fileno())
         except OSError:
             file.truncate(size)
             raise
@@ -275,19 +265,15 @@ class JsonLines:
             write_file(self.path, kept, durable=True)
 
     def write(self, *entries: Mapping[str, Any]) -> None:
-        """Append entries and wait until they are on the disk; NaN and infinity become null, since JSON lacks them.
-
-        Raises DiskFull, with the file unchanged.
-        """
+        """Append entries as `append` does; NaN and infinity become null, since JSON lacks them."""
         if not self.active or not entries:
             return
         lines = ""
         for entry in entries:
             entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
             lines += json.dumps(entry) + "\n"
-        with self._lock, room_for(self.path), open(self.path, "ab", buffering=0) as file:
-            append(file, lines.encode())
-            os.fsync(file.fileno())
+        with self._lock:
+            append(self.path, lines.encode())
 
 
 def lock(path: str | Path, taken: str) -> BaseFileLock:
