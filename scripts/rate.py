@@ -56,7 +56,7 @@ def find_items() -> tuple[list[Item], list[str]]:
     folders = map(expand, filter(None, ",".join(FLAGS.images).split(",")))
     sources = {folder: sample_items(folder, FLAGS.out) for folder in folders}
     if FLAGS.csv:
-        sources[FLAGS.csv] = table_items(FLAGS.csv, FLAGS.data_path, FLAGS.out)[0]
+        sources[FLAGS.csv] = table_items(FLAGS.csv, FLAGS.data_path, FLAGS.out)
     items = [item for group in sources.values() for item in group]
     if not items:
         raise UserError("there are no images to rate; give --images FOLDER, or --csv TABLE with --data_path FOLDER")

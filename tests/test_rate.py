@@ -117,7 +117,7 @@ def test_kill_resume_token_and_end(tmp_path):
     (tmp_path / "captions.csv").write_text("path,Text\nimages/source/0.png,Drusen.\nimages/source/1.png,Myopia.\n")
     command = ["--images", made, "--csv", tmp_path / "captions.csv", "--data_path", made, "--out", table, "--seed", 5]
     command += ["--rater", "Ann", "--expert_level", 3, "--image_size", 32, "--resize", "crop"]
-    items = distinct(sample_items(made, table) + table_items(tmp_path / "captions.csv", made, table)[0])
+    items = distinct(sample_items(made, table) + table_items(tmp_path / "captions.csv", made, table))
     order = [items[number] for number in order_for(6, 5, "Ann")]
     with listen("127.0.0.1", 0) as free:
         port = free.getsockname()[1]

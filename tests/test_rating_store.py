@@ -313,7 +313,7 @@ def test_a_table_of_an_earlier_version_states_no_mode(rated, items, caplog):
 
 def test_readers_accuracy_and_agreement():
     def answer(path, reader, rating, repeat=False):
-        return Answer((path, "x", ""), repeat, dict.fromkeys(COLUMNS, "") | {"rater_id": reader, "rating": str(rating)})
+        return Answer((path, "x", ""), repeat, reader, dict.fromkeys(COLUMNS, "") | {"rating": str(rating)})
 
     synthetic = {("a", "x", ""): True, ("b", "x", ""): False}
     answers = [answer("a", "Ann", 1), answer("b", "Ann", 3), answer("a", "Bob", 3), answer("b", "Bob", 3)]

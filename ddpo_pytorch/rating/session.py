@@ -34,11 +34,10 @@ def sample_items(folder: str | Path, table: str | Path) -> list[Item]:
     return items
 
 
-def table_items(csv: str | Path, data_path: str | Path, table: str | Path) -> tuple[list[Item], int]:
-    """Return the images of a fundus table with their captions, and the number of rows without an image."""
-    rows, paths, missing = load_split(csv, data_path)
-    named = [(path, row, f"{str(csv)!r}: image {row.image!r}") for row, path in zip(rows, paths, strict=True)]
-    return [_item(path, row.caption, data_path, table, where, row.patient) for path, row, where in named], missing
+def table_items(csv: str | Path, data_path: str | Path, table: str | Path) -> list[Item]:
+    """Return the images of a fundus table with their captions; rows without an image are skipped."""
+    pairs, where = zip(*load_split(csv, data_path)[:2], strict=True), f"{str(csv)!r}: image"
+    return [_item(path, row.caption, data_path, table, f"{where} {row.image!r}", row.patient) for row, path in pairs]
 
 
 def _item(path: Path, prompt: str, folder: str | Path, table: str | Path, where: str, patient: str) -> Item:

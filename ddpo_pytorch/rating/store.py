@@ -56,16 +56,12 @@ class Item:
 
 
 class Answer(NamedTuple):
-    """A rating: its question, whether it is a hidden repeat, and cells by column."""
+    """A rating: its question, whether it is a hidden repeat, the rater's name, and cells by column."""
 
     question: Question
     repeat: bool
+    reader: str
     cells: dict[str, str]
-
-    @property
-    def reader(self) -> str:
-        """Name of the rater."""
-        return self.cells["rater_id"]
 
 
 def rater_name(text: str) -> str:
@@ -119,7 +115,7 @@ class Store:
                 row = dict(zip(COLUMNS, cells, strict=True))
                 if question[0] != row["image_path"]:
                     row |= {"image_path": question[0], "other": question[2], "rating": f"{4 - float(row['rating']):g}"}
-                answers.append(Answer(question, key[-1], row))
+                answers.append(Answer(question, key[-1], row["rater_id"], row))
         return answers
 
     def seconds(self, rater: str, questions: Container[Question]) -> list[float]:
