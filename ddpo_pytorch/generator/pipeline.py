@@ -8,7 +8,7 @@ separate UNet weights name their text encoder in their metadata, a loaded UNet h
 import copy
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from transformers import AutoConfig
 
 from ddpo_pytorch.generator.parts import check_fit, check_tokenizer, check_tokenizer_files, load_part, quiet
 from ddpo_pytorch.generator.text import check_tokens, embed, has_mask, load_encoder, load_text_encoder, mask_padding
+from ddpo_pytorch.utils.distributed import load_weights_into
 from ddpo_pytorch.utils.errors import UserError, one_line
 from ddpo_pytorch.utils.files import room_for, sha256, write_json
 from ddpo_pytorch.utils.fingerprint import fingerprint
@@ -57,7 +58,7 @@ def load_pipeline(
     if width != expected:
         raise UserError(f"{model}: the UNet expects embeddings of width {expected}, the text encoder has {width}")
     if unet_path:
-        check_text_encoder(pipe.unet, unet_path, replace_unet_weights(pipe.unet, unet_path), required=True)
+        replace_unet_weights(pipe.unet, unet_path, required=True)
         check_finite(pipe.unet.state_dict(), unet_path)  # its dtype may be narrower than the file's
     mask_padding(pipe.unet, pipe.text_encoder)
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
@@ -112,22 +113,20 @@ def _from_pretrained(model: str, revision: str, dtype: torch.dtype) -> StableDif
     return pipe
 
 
-def replace_unet_weights(unet: nn.Module, path: str | Path) -> dict[str, str]:
-    """Replace the UNet's weights by a safetensors file's; return its metadata. Raises UserError if it does not fit."""
+def replace_unet_weights(unet: nn.Module, path: str | Path, required: bool = False) -> None:
+    """Replace the weights of a UNet, sharded or not, by a safetensors file's. Raises UserError if it does not fit.
+
+    Its metadata must not name another text encoder or, if `required`, omit a BERT.
+    """
     path = Path(path).expanduser()
     weights, metadata = read_safetensors(path)
     check_fit(weights, unet.state_dict(), path, "give a safetensors file of the same UNet in diffusers' names")
-    unet.load_state_dict(weights)
-    return metadata
-
-
-def check_text_encoder(unet: nn.Module, path: str | Path, metadata: Mapping[str, str], required: bool = False) -> None:
-    """Raise UserError for UNet weights whose metadata names another text encoder or, if `required`, omits a BERT."""
     stated, own = metadata.get(KEY), getattr(unet, KEY, None)
     if stated != own and (stated or required):
         theirs, ours = (f"BERT {one[:12]}" if one else "CLIP (or one not recorded)" for one in (stated, own))
         problem = f"UNet weights {str(path)!r} are for text encoder {theirs}, the model has {ours}"
         raise UserError(f"{problem}; give the model that they were trained with as pretrained.model")
+    load_weights_into(unet, weights)
 
 
 def unet_metadata(unet: nn.Module) -> dict[str, str]:

@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ddpo_pytorch.generator.lora import FILE_NAME, FILE_NAMES, has_lora, load_lora, lora_state_dict
-from ddpo_pytorch.generator.pipeline import check_text_encoder, replace_unet_weights, unet_metadata
-from ddpo_pytorch.utils.distributed import gather_state, load_optimizer_into, load_weights_into
+from ddpo_pytorch.generator.pipeline import replace_unet_weights, unet_metadata
+from ddpo_pytorch.utils.distributed import gather_state, load_optimizer_into
 from ddpo_pytorch.utils.errors import UserError, one_line
 from ddpo_pytorch.utils.files import atomic_folder, atomic_write, path_fault, remove_folder, rename_with, sha256
 from ddpo_pytorch.utils.json_files import COUNT, OneOf, read_json
 from ddpo_pytorch.utils.published import resolve
-from ddpo_pytorch.utils.weights import open_safetensors, read_pickle, read_safetensors
+from ddpo_pytorch.utils.weights import open_safetensors, read_pickle
 
 UNET_FILE = "unet.safetensors"
 STATE_FILE = "optimizer.pt"
@@ -156,7 +156,7 @@ def load_weights(unet: nn.Module, path: str | Path, adapters: bool | None = None
     if adapters is full:
         _refuse_kind(f"load_from: {str(file)!r}", adapters, "give it as unet_path" if full else "give full weights")
     if full:
-        check_text_encoder(unet, file, replace_unet_weights(unet, file))
+        replace_unet_weights(unet, file)
     else:
         load_lora(unet, file)
     return file
@@ -184,9 +184,7 @@ def load_checkpoint(folder: str | Path, unet: nn.Module, optimizer: Any, scaler:
         if lora:
             load_lora(unet, folder)
         else:
-            weights, metadata = read_safetensors(folder / UNET_FILE)
-            check_text_encoder(unet, folder / UNET_FILE, metadata)
-            load_weights_into(unet, weights)
+            replace_unet_weights(unet, folder / UNET_FILE)
         load_optimizer_into(optimizer, state["optimizer"])
         if scaler is not None and state["scaler"] is not None:
             scaler.load_state_dict(state["scaler"])
