@@ -25,7 +25,7 @@ def rated(path: Path, prompt="Fundus: drusen", quality=2.0, alignment=2.0, weigh
     """An image with these ratings; `picture` (H, W, 3) uint8 is saved as that image."""
     if picture is not None:
         Image.fromarray(picture).save(path)
-    return RatedImage(path.name, path, prompt, quality, alignment, weight, path.stem, 1)
+    return RatedImage(path.name, path, prompt, quality, alignment, weight, path.stem)
 
 
 @pytest.fixture(params=range(3))

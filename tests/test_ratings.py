@@ -31,14 +31,14 @@ def test_tables_with_all_and_with_the_least_columns(folder):
     lines = ["1.png, 3, Fundus, 2, Fundus: drusen, and dust, anna, 2, , P1", './2.png,1,fundus,3,"normal",bob,1,3,P2']
     first, second = ratings.read_ratings(table(folder, lines, header))
     assert first == ratings.Rating(
-        *("1.png", 3.0, "Fundus", 2.0, "Fundus: drusen, and dust", "anna", 2.0, None, "P1", 2, folder / "1.png")
+        *("1.png", 3.0, 2.0, "Fundus: drusen, and dust", "anna", 2.0, None, "P1", folder / "1.png")
     )
-    assert (second.image, second.prompt, second.alignment, second.line) == ("2.png", "Fundus: normal", 3.0, 3)
+    assert (second.image, second.prompt, second.alignment) == ("2.png", "Fundus: normal", 3.0)
     (one, two) = ratings.aggregate([first, second])
     assert (one.quality, one.alignment, one.reward("quality"), one.reward("alignment")) == (2, 3, 0.5, 1)
-    assert (two.quality, two.alignment, two.weight, two.ratings) == (1, 3, 1, 1)
+    assert (two.quality, two.alignment, two.weight) == (1, 3, 1)
     (row,) = ratings.read_ratings(table(folder, ["1.png,2,normal"], "image_path,rating,prompt\n"))
-    assert (row.modality, row.expert_level, row.rater_id, row.patient) == ("Fundus", 3, "", "1")
+    assert (row.expert_level, row.rater_id, row.patient) == (3, "", "1")
 
 
 def test_criteria_are_averaged_over_the_raters_who_gave_them(folder):
@@ -135,11 +135,10 @@ def test_mean_over_raters_is_weighted_by_level_which_changes_no_rating(folder):
     assert [(image.image, image.prompt) for image in images] == keys
     assert [image.quality for image in images] == [1.5, 3, 2]  # (1 * 3 + 3 * 1) / 4; level 1's rating of 3 stays 3
     assert [image.weight for image in images] == pytest.approx([2 / 3, 1 / 3, 2 / 3])
-    assert [image.ratings for image in images] == [2, 1, 3]
 
 
 def test_division_by_patient():
-    images = [ratings.RatedImage(f"{n}.png", None, "Fundus: x", 1 + n % 3, 3.0, 1.0, str(n // 3), 1) for n in range(90)]
+    images = [ratings.RatedImage(f"{n}.png", None, "Fundus: x", 1 + n % 3, 3.0, 1.0, str(n // 3)) for n in range(90)]
     train, val = ratings.split_by_patient(images, 0.2, seed=0)
     assert {image.patient for image in train}.isdisjoint(image.patient for image in val)
     assert (len(train), len(val)) == (72, 18) and sorted(train + val, key=images.index) == images

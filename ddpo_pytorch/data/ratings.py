@@ -31,15 +31,13 @@ class Rating:
 
     image: str
     rating: float
-    modality: str
     expert_level: float
     prompt: str
     rater_id: str
     quality: float | None
     alignment: float | None
     patient: str
-    line: int
-    path: Path = Path()
+    path: Path
     criteria: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, column: str) -> float | None:
@@ -52,7 +50,7 @@ class Rating:
 
 @dataclass(frozen=True)
 class RatedImage:
-    """Means in [1, 3], weighted by level, over the `ratings` rows of an image and prompt; `weight` is mean level / 3.
+    """Means in [1, 3], weighted by level, over the ratings of an image and prompt; `weight` is mean level / 3.
 
     `criteria`: means of those of CRITERIA that were rated.
     """
@@ -64,7 +62,6 @@ class RatedImage:
     alignment: float
     weight: float
     patient: str
-    ratings: int
     criteria: Mapping[str, float] = field(default_factory=dict)
 
     def reward(self, column: str) -> float:
@@ -117,8 +114,8 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
             faults.append(f"image {image!r} is of patient {patient!r}, in line {first} of {other!r}")
         prompt = fundus.caption_of(fields["prompt"], *only)
         criteria = {name: value for name in CRITERIA if (value := values.pop(name)) is not None}
-        about = dict(modality=modality, rater_id=rater, patient=patient, line=line, path=file)
-        rating = Rating(image=image, prompt=prompt, criteria=criteria, **about, **values)
+        about = dict(image=image, prompt=prompt, rater_id=rater, patient=patient, path=file)
+        rating = Rating(**about, **values, criteria=criteria)
         return rating, (rater, image, prompt) if rater else None, f"rater {rater!r} of image {image!r} for this prompt"
 
     required, optional = ("image_path", "rating", "prompt"), (*COLUMNS, *APART, *CRITERIA)
@@ -141,7 +138,7 @@ def aggregate(ratings: Sequence[Rating]) -> list[RatedImage]:
                 values, levels = zip(*given, strict=True)
                 means[name] = float(np.average(values, weights=levels))
         rated = means.pop("quality"), means.pop("alignment"), float(np.mean([row.expert_level for row in rows])) / 3
-        images.append(RatedImage(image, rows[0].path, prompt, *rated, rows[0].patient, len(rows), means))
+        images.append(RatedImage(image, rows[0].path, prompt, *rated, rows[0].patient, means))
     return images
 
 

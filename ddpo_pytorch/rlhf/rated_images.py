@@ -116,7 +116,7 @@ def read_pool(folder: str | Path, size: int) -> RatedSet:
     rated = []
     for entry in sample_folder.read_pool(folder, "rlhf.pool"):
         path, rating = entry["path_to_img"], 1 + 2 * entry["selector"]
-        rated.append(RatedImage(path, Path(folder, path), entry["prompt"], rating, rating, 1.0, path, 1))
+        rated.append(RatedImage(path, Path(folder, path), entry["prompt"], rating, rating, 1.0, path))
     return read_rated(rated, size)
 
 
