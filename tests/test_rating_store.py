@@ -206,8 +206,8 @@ def test_both_answers_the_patient_and_the_seconds_of_each_image_are_kept(store, 
     for item, (second, quality, alignment) in zip(items, answers, strict=True):
         now, given = second, {"rating": quality, "expert_level": 3, "alignment": alignment}
         store.click("rate", dataclasses.replace(item, patient="P7"), "Ann", **given)
-    rows = [(row.rating, row.quality, row.alignment, row.patient) for row in read_ratings(store.path)]
-    assert rows == [(1, 3, 1, "P7"), (2, 2, 3, "P7"), (1, None, None, "P7"), (3, 3, 3, "P7")]
+    rows = [(row.rating, *row.apart.values(), row.patient) for row in read_ratings(store.path)]
+    assert rows == [(1, 3, 1, "P7"), (2, 2, 3, "P7"), (1, "P7"), (3, 3, 3, "P7")]
     assert store.seconds("Ann", asked) == [4, 6] and store.seconds("Bob", asked) == []
     assert store.seconds("Ann", asked[:2]) == [4]
     for hour, number in itertools.product(range(3), range(2)):

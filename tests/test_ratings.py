@@ -31,9 +31,9 @@ def test_tables_with_all_and_with_the_least_columns(folder):
     lines = ["1.png, 3, Fundus, 2, Fundus: drusen, and dust, anna, 2, , P1", './2.png,1,fundus,3,"normal",bob,1,3,P2']
     first, second = ratings.read_ratings(table(folder, lines, header))
     assert first == ratings.Rating(
-        *("1.png", 3.0, 2.0, "Fundus: drusen, and dust", "anna", 2.0, None, "P1", folder / "1.png")
+        *("1.png", 3.0, 2.0, "Fundus: drusen, and dust", "anna", "P1", folder / "1.png", {"quality": 2.0})
     )
-    assert (second.image, second.prompt, second.alignment) == ("2.png", "Fundus: normal", 3.0)
+    assert (second.image, second.prompt, second.apart["alignment"]) == ("2.png", "Fundus: normal", 3.0)
     (one, two) = ratings.aggregate([first, second])
     assert (one.quality, one.alignment, one.reward("quality"), one.reward("alignment")) == (2, 3, 0.5, 1)
     assert (two.quality, two.alignment, two.weight) == (1, 3, 1)

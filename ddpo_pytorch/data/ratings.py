@@ -24,9 +24,9 @@ CLASSES = (1, 2, 3)
 
 @dataclass(frozen=True)
 class Rating:
-    """One expert's rating of an image for a prompt, in [1, 3]; quality and alignment are None if not asked separately.
+    """One expert's rating of an image for a prompt, in [1, 3].
 
-    `criteria`: those of CRITERIA that were rated.
+    `apart`: those of quality, alignment and CRITERIA that were asked separately.
     """
 
     image: str
@@ -34,18 +34,13 @@ class Rating:
     expert_level: float
     prompt: str
     rater_id: str
-    quality: float | None
-    alignment: float | None
     patient: str
     path: Path
-    criteria: Mapping[str, float] = field(default_factory=dict)
+    apart: Mapping[str, float]
 
     def of(self, column: str) -> float | None:
         """Return the rating of "quality" or "alignment", by default `rating`, or of a criterion, by default None."""
-        if column in CRITERIA:
-            return self.criteria.get(column)
-        apart = getattr(self, column)
-        return self.rating if apart is None else apart
+        return self.apart.get(column, None if column in CRITERIA else self.rating)
 
 
 @dataclass(frozen=True)
@@ -113,9 +108,9 @@ def read_ratings(path: str | Path, root: str | Path = "", within: str | Path = "
         if patient != other:
             faults.append(f"image {image!r} is of patient {patient!r}, in line {first} of {other!r}")
         prompt = fundus.caption_of(fields["prompt"], *only)
-        criteria = {name: value for name in CRITERIA if (value := values.pop(name)) is not None}
-        about = dict(image=image, prompt=prompt, rater_id=rater, patient=patient, path=file)
-        rating = Rating(**about, **values, criteria=criteria)
+        given, level = values.pop("rating"), values.pop("expert_level")
+        apart = {name: value for name, value in values.items() if value is not None}
+        rating = Rating(image, given, level, prompt, rater, patient, file, apart)
         return rating, (rater, image, prompt) if rater else None, f"rater {rater!r} of image {image!r} for this prompt"
 
     required, optional = ("image_path", "rating", "prompt"), (*COLUMNS, *APART, *CRITERIA)
