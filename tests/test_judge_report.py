@@ -35,11 +35,10 @@ def test_measures_equal_independent_ones():
         scores, truth = logits[:, index], labels[:, index].int()
         assert row["auc"] == pytest.approx(mann_whitney_auc(scores[truth == 1], scores[truth == 0]), abs=1e-12)
         probabilities = torch.sigmoid(scores.double())
-        same = {name: name for name in ("average_precision", "precision", "recall", "specificity")}
-        named = same | {"auc": "auroc", "f1": "f1_score"}
+        named = {name: name for name in ("accuracy", "average_precision", "precision", "recall", "specificity")}
+        named |= {"auc": "auroc", "f1": "f1_score"}
         references = {name: getattr(reference, f"binary_{named[name]}")(probabilities, truth) for name in named}
         references["ece"] = reference.binary_calibration_error(probabilities, truth, n_bins=15, norm="l1")
-        references["accuracy"] = ((probabilities > 0.5) == truth).double().mean()
         references["prevalence"] = truth.double().mean()
         assert references.keys() == set(classifier_report.MEASURES)
         for name, value in references.items():

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from launching import Script, run_script
-from rl_tools import LIGHT, as_flags, content
-from script_tools import files_of, succeed
+from rl_tools import LIGHT, as_flags, content, weights
+from script_tools import succeed
+from stage_tools import assert_equal
 
 pytestmark = pytest.mark.slow
 
@@ -21,9 +22,6 @@ def tiny(held_out):
     """Four samples of two steps an epoch, an evaluation of three images after each, a checkpoint of each."""
     held_out |= LIGHT | {"held_out.images_per_prompt": 1, "num_checkpoint_limit": 2}
     return held_out
-
-
-KILLS = 3
 
 
 def lines(run: Path) -> int:
@@ -45,27 +43,22 @@ def test_random_kills_change_nothing(tiny, tmp_path):
     expected, moments, reached = content(logs / "whole"), random.Random(0), set()
     assert len(expected["metrics.jsonl"]) == epochs and expected["best"].startswith("checkpoint_")
     kills = runs = 0
-    while kills < KILLS:
+    while kills < 3:
         runs += 1
-        flags = as_flags(tiny, run_name=f"run{runs}", num_epochs=epochs)
-        while True:
-            least = lines(logs / f"run{runs}") + kills % 3
-            script = Script("scripts/train.py", *flags)
-            if kills < KILLS:
-                while script.poll() and lines(logs / f"run{runs}") < least:
-                    time.sleep(0.005)
-                script.wait(moments.uniform(0, 2 * per_epoch if kills % 3 else first))
-            else:
-                script.wait(300)
-            killed = script.poll()
-            script.kill()
-            if not killed:
-                break
-            kills += 1
-            reached.update(path.name for path in (logs / f"run{runs}").glob("checkpoint_*"))
+        run, killed = logs / f"run{runs}", True
+        flags = as_flags(tiny, run_name=run.name, num_epochs=epochs)
+        while killed:
+            least, script = lines(run) + kills % 3, Script("scripts/train.py", *flags)
+            while kills < 3 and script.poll() and lines(run) < least:
+                time.sleep(0.005)
+            script.wait(300 if kills == 3 else moments.uniform(0, 2 * per_epoch if kills % 3 else first))
+            if killed := script.poll():
+                script.kill()
+                kills += 1
+                reached.update(path.name for path in run.glob("checkpoint_*"))
         result = script.result()
         assert result.returncode == 0, result.stderr[-3000:]
-        assert content(logs / f"run{runs}") == expected
+        assert content(run) == expected
     assert len(reached) > 2  # kills fell into different epochs
 
 
@@ -97,7 +90,5 @@ def test_a_run_that_is_asked_to_stop_saves_and_is_resumed(tiny, train, tmp_path)
     assert result.returncode == 0 and "SIGTERM: stopping" in result.stderr and "Traceback" not in result.stderr
     epochs = int(re.search(r"stopped on request .*after (\d+) epochs", result.stderr)[1])
     assert epochs >= 2 and [path.name for path in run.glob("checkpoint_*")] == [f"checkpoint_{epochs}"]
-    ended, _ = train(num_epochs=epochs + 1)
-    expected, _ = train(num_epochs=epochs + 1, run_name="whole")
-    ended, expected = (files_of(run / f"checkpoint_{epochs + 1}") for run in (ended, expected))
-    assert ended["pytorch_lora_weights.safetensors"] == expected["pytorch_lora_weights.safetensors"]
+    ended, expected = (train(num_epochs=epochs + 1, run_name=name)[0] for name in ("run", "whole"))
+    assert_equal(weights(ended, epochs + 1), weights(expected, epochs + 1))

@@ -1,5 +1,6 @@
 """LoRA adapters: how they start, that they can be switched off, and every file format that may hold them."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -12,17 +13,11 @@ from safetensors.torch import load_file, save_file
 from tiny_unet import RANK, TARGETS, legacy, make_unet, projections, random_weights, randomize, run, run_by_hand
 
 from ddpo_pytorch.generator import lora
-from ddpo_pytorch.generator.lora import (
-    add_lora,
-    load_lora,
-    lora_parameters,
-    lora_state_dict,
-    merged_state_dict,
-)
+from ddpo_pytorch.generator.lora import add_lora, load_lora, lora_parameters, lora_state_dict, merged_state_dict
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 WEIGHTS = random_weights(make_unet())  # <module>.{down,up}
-MODULE = next(iter(WEIGHTS)).rsplit(".", 1)[0]
+MODULES = tuple(projections(make_unet()))
 
 
 def test_new_adapters_change_nothing_and_follow_the_seed_and_mistakes_are_refused():
@@ -112,18 +107,17 @@ def test_adapters_of_any_layer_are_saved_loaded_also_by_diffusers_and_merged(tmp
 
 def named(down: str, up: str, prefix: str = "") -> dict[str, torch.Tensor]:
     """Weights as <prefix><module>.<down or up>.weight."""
-    halves = {"down": down, "up": up}
-    split = {key: key.rsplit(".", 1) for key in WEIGHTS}
-    return {f"{prefix}{split[key][0]}.{halves[split[key][1]]}.weight": value for key, value in WEIGHTS.items()}
+    halves = itertools.product(MODULES, (("down", down), ("up", up)))
+    return {f"{prefix}{module}.{name}.weight": WEIGHTS[f"{module}.{half}"] for module, (half, name) in halves}
 
 
 def kohya(alpha: float = RANK) -> dict[str, torch.Tensor]:
     """Names of kohya's scripts, with an alpha for each module."""
     tensors = {}
-    for key, value in WEIGHTS.items():
-        module, half = key.rsplit(".", 1)
+    for module in MODULES:
         name = f"lora_unet_{module.replace('.', '_')}"
-        tensors |= {f"{name}.lora_{half}.weight": value, f"{name}.alpha": torch.tensor(float(alpha))}
+        tensors |= {f"{name}.lora_{half}.weight": WEIGHTS[f"{module}.{half}"] for half in ("down", "up")}
+        tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
     return tensors
 
 
@@ -139,10 +133,7 @@ FORMATS = {
 
 
 def write(file: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    if file.suffix == ".bin":
-        torch.save(tensors, file)
-    else:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, file)
+    (torch.save if file.suffix == ".bin" else save_file)(tensors, file)
     return file
 
 
@@ -186,12 +177,12 @@ def test_scales_stated_by_peft_diffusers_and_kohya(tmp_path):
     first = next(name for name in mixed if name.endswith(".alpha"))
     mixed[first] = mixed[first] / 2
     load_lora(unet, write(tmp_path / "mixed.safetensors", mixed))
-    key = f"{MODULE}.up"
+    key = f"{MODULES[0]}.up"
     torch.testing.assert_close(run(unet), run_by_hand(WEIGHTS | {key: WEIGHTS[key] / 2}, 0.5), **CLOSE)
 
 
 FIRST = next(iter(legacy(WEIGHTS)))
-CUT = {key: value for key, value in WEIGHTS.items() if not key.startswith(MODULE)}
+CUT = {key: value for key, value in WEIGHTS.items() if not key.startswith(MODULES[0])}
 UNFIT = {  # tensors, targets of adapters that the UNet has already, and words of the error
     "shape": (legacy(WEIGHTS) | {FIRST: torch.zeros(RANK, 99)}, None, r"to_q_lora\.down\.weight .*4, 99\), .*\(4, 8\)"),
     "rank": (legacy(random_weights(make_unet(), rank=8)), TARGETS, r"shape \(8, \d+\), .* \(4, \d+\)"),
@@ -204,14 +195,13 @@ UNFIT = {  # tensors, targets of adapters that the UNet has already, and words o
     "text encoder": ({"text_encoder.q_proj.lora_A.weight": torch.zeros(4, 4)}, None, "text_encoder"),
     "kohya's text encoder": ({"lora_te_text_mlp_fc1.lora_down.weight": torch.zeros(4, 4)}, None, "lora_te_"),
     "alpha": (kohya() | {"lora_unet_nowhere.alpha": torch.ones(1)}, None, "nowhere"),
-    "dora": (kohya() | {f"lora_unet_{MODULE.replace('.', '_')}.dora_scale": torch.ones(1)}, None, "dora_scale"),
+    "dora": (kohya() | {f"lora_unet_{MODULES[0].replace('.', '_')}.dora_scale": torch.ones(1)}, None, "dora_scale"),
     "nothing": ({}, None, "no adapter"),
 }
 
 
-@pytest.mark.parametrize("how", UNFIT)
-def test_unfit_files_fail_by_name_and_change_nothing(tmp_path, how):
-    tensors, present, message = UNFIT[how]
+@pytest.mark.parametrize(("tensors", "present", "message"), UNFIT.values(), ids=UNFIT)
+def test_unfit_files_fail_by_name_and_change_nothing(tmp_path, tensors, present, message):
     unet, file = make_unet(), write(tmp_path / "bad.bin", tensors)
     if present:
         add_lora(unet, RANK, present, seed=0)

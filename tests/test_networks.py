@@ -77,16 +77,15 @@ def test_any_encoder_of_timm_takes_timms_file(tmp_path):
     assert "test_efficientnet; 160 px" in network.what
 
 
-SOURCES = {
-    "inception": (networks.inception_network, networks.URL_INCEPTION_V3),
-    "alexnet": (networks.lpips_network, networks.URL_ALEXNET),
-    "encoders": (partial(networks.encoder_network, "dinov2_vits14"), networks.URL_ENCODER.format(DINOV2)),
-}
-
-
-@pytest.mark.parametrize("flag", SOURCES)
-def test_weight_files_that_cannot_be_had(flag, tmp_path, monkeypatch):
-    load, url = SOURCES[flag]
+@pytest.mark.parametrize(
+    ("flag", "load", "url"),
+    [
+        ("inception", networks.inception_network, networks.URL_INCEPTION_V3),
+        ("alexnet", networks.lpips_network, networks.URL_ALEXNET),
+        ("encoders", partial(networks.encoder_network, "dinov2_vits14"), networks.URL_ENCODER.format(DINOV2)),
+    ],
+)
+def test_weight_files_that_cannot_be_had(flag, load, url, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     for option, error, message in (

@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from judge_tools import FUNDUS_PROMPTS
+from rated_world import PROMPTS, write_bert
 from refusals import refused
 from safetensors.torch import load_file, save_file
 
 from ddpo_pytorch.data.isic import CAPTIONS
-from ddpo_pytorch.generator.from_scratch import build_bert, load_vae
+from ddpo_pytorch.generator.from_scratch import load_vae
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, encode_prompts, load_pipeline
 from ddpo_pytorch.generator.text import check_tokens, load_text_encoder
 
@@ -20,10 +20,7 @@ STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "t
 @pytest.fixture
 def bert(tmp_path):
     """A folder of transformers with a BERT and its tokenizer."""
-    torch.manual_seed(1)
-    for part in build_bert(FUNDUS_PROMPTS, 32, 2, 24):
-        part.save_pretrained(tmp_path / "bert")
-    return tmp_path / "bert"
+    return write_bert(tmp_path / "bert")
 
 
 def rewrite(folder, part, change, form="safetensors"):
@@ -177,9 +174,8 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_tokenizer_is_refused(own_model, bert, damage):
-    name, change, word, of_bert = DAMAGE[damage]
+@pytest.mark.parametrize(("name", "change", "word", "of_bert"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_tokenizer_is_refused(own_model, bert, name, change, word, of_bert):
     folder = bert if of_bert else own_model
     file = folder / name if of_bert else folder / "tokenizer" / name
     if callable(change):
@@ -206,7 +202,7 @@ def test_vocabularies_in_other_files_are_read(own_model, bert):
     (bert / "tokenizer.json").unlink()
     (bert / "vocab.txt").write_text("\n".join(sorted(numbers, key=numbers.get)) + "\n")
     again, _ = load_text_encoder(bert)
-    assert again(list(FUNDUS_PROMPTS)).input_ids == tokenizer(list(FUNDUS_PROMPTS)).input_ids
+    assert again(list(PROMPTS)).input_ids == tokenizer(list(PROMPTS)).input_ids
 
 
 def test_prompts_that_become_the_same_tokens_are_refused(tiny_pipeline_dir):

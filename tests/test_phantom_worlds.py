@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from functools import partial
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from ddpo_pytorch.data import fundus as fundus_data
 from ddpo_pytorch.data.isic import LABELS
 from ddpo_pytorch.phantoms import fundus, rating_sets, skin
 
+CLEAN_NEVUS = (0, 0, 0, 0, 0, 1)
 SET = dict(seed=2, size=48, resize="stretch", structural=0.0)
 SETTINGS = {
     skin: dict(num_train=41, num_val=6, num_test=5, seed=3, size=64),
@@ -53,24 +55,19 @@ def worlds(tmp_path_factory, write):
 @pytest.mark.parametrize(("phantom", "drawing"), [(skin, "draw"), (fundus, "draw"), (rating_sets, "save_image")])
 def test_an_interrupted_world_is_completed_and_a_complete_one_is_kept(write, tmp_path, monkeypatch, phantom, drawing):
     numbers = {} if phantom is rating_sets else dict(num_train=2, num_val=2, num_test=2)
-    settings, real, calls = SETTINGS[phantom] | numbers, getattr(phantom, drawing), []
-
-    def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(phantom, drawing, interrupted)
+    settings = SETTINGS[phantom] | numbers
+    results = itertools.chain([DEFAULT] * 3, [KeyboardInterrupt], itertools.repeat(DEFAULT))
+    draw = Mock(wraps=getattr(phantom, drawing), side_effect=results)
+    monkeypatch.setattr(phantom, drawing, draw)
     with pytest.raises(KeyboardInterrupt):
         write(phantom, tmp_path / "world", **settings)
     for _ in range(2):
         write(phantom, tmp_path / "world", **settings)
-        drawn = len(calls)
+        drawn = draw.call_count
         write(phantom, tmp_path / "world", **settings)
-        assert len(calls) == drawn
+        assert draw.call_count == drawn
     write(phantom, tmp_path / "straight", **settings)
-    assert len(calls) - drawn == drawn - 1  # the three images from before the interruption were kept
+    assert draw.call_count - drawn == drawn - 1  # the three images from before the interruption were kept
     assert files_of(tmp_path / "straight") == files_of(tmp_path / "world")
 
 
@@ -162,9 +159,6 @@ def test_a_share_of_training_and_validation_images_is_degraded_and_no_test_image
         assert same == (row["quality"] == "3")
 
 
-# rating sets
-
-
 def test_every_image_is_there_in_three_grades_of_which_the_rating_is_the_lower(worlds, table):
     rated, by_pixels, findings_of = worlds[rating_sets], {}, {}
     captions, rows = {row.caption for row in table[0]}, read_table(rated / "ratings.csv")
@@ -208,9 +202,6 @@ def test_degraded_images_are_left_out_and_those_without_vessels_or_structure_are
     parts = ([part[number] for number in same] for part in table)
     refused("no image shows anything else.*mismatched", write, *parts, out, **SET)
     assert not out.exists()
-
-
-CLEAN_NEVUS = (0, 0, 0, 0, 0, 1)
 
 
 def picture(labels, seed, size=64):

@@ -6,21 +6,17 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from refusals import refused
 from safetensors.torch import save_file
+from tiny_unet import randomize
 from transformers import AutoConfig
 
 from ddpo_pytorch.data.isic import CAPTIONS
 from ddpo_pytorch.diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import pipeline_with_logprob
 from ddpo_pytorch.generator import pipeline
-from ddpo_pytorch.generator.lora import add_lora, lora_parameters
+from ddpo_pytorch.generator.lora import add_lora
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, decode_latents, encode_prompts, load_pipeline
 
 PROMPTS = [CAPTIONS[5], CAPTIONS[16]]
-
-
-@pytest.fixture
-def pipe(tiny_pipeline_dir):
-    return load_pipeline(tiny_pipeline_dir)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -126,9 +122,7 @@ def test_update_scores_the_trajectory_as_the_rollout_did(tiny_pipeline_dir, dtyp
     """Ratio 1 before the first update, with adapters in place: exact, and the same in half precision."""
     pipe = load_pipeline(tiny_pipeline_dir, dtype=dtype)
     add_lora(pipe.unet, 4, ("to_q", "to_k", "to_v", "to_out.0"), seed=0)
-    with torch.no_grad():
-        for parameter in lora_parameters(pipe.unet):
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=seeded(parameter.numel())))
+    randomize(pipe.unet)
     embeds, negative = PromptEmbeddings(pipe)(PROMPTS), PromptEmbeddings(pipe).negative
     given = {"prompt_embeds": embeds, "negative_prompt_embeds": negative, "guidance_scale": 5.0, "eta": 1.0}
     noise = [seeded(1), seeded(2)]

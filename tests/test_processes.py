@@ -81,7 +81,6 @@ def test_settings_decide_and_not_the_launcher(monkeypatch, caplog):
     ignored = {"MIXED_PRECISION": "bf16", "GRADIENT_ACCUMULATION_STEPS": "7", "DYNAMO_BACKEND": "INDUCTOR"}
     for name, value in ({"USE_CPU": "true"} | ignored).items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
-    threads = torch.get_num_threads()
     with caplog.at_level("INFO"):
         accelerator = make_accelerator("no", gradient_accumulation_steps=3)
     assert accelerator.gradient_accumulation_steps == 3 and accelerator.mixed_precision == "no"
@@ -90,16 +89,13 @@ def test_settings_decide_and_not_the_launcher(monkeypatch, caplog):
     assert lines == [f"ACCELERATE_{name}" for name in ignored]
     # fp16 itself needs a GPU; what its scaler is made from does not
     assert make_accelerator("no", growth_interval=100).scaler_handler.growth_interval == 100
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("precision, cpu, warnings", [("bf16", "AVX2", 1), ("bf16", "AVX512", 0), ("no", "AVX2", 0)])
 def test_a_processor_that_emulates_bf16_is_reported(monkeypatch, caplog, precision, cpu, warnings):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
-    threads = torch.get_num_threads()
     make_accelerator(precision)
-    torch.set_num_threads(threads)
     assert sum(record.levelname == "WARNING" for record in caplog.records) == warnings
 
 
