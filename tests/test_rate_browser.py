@@ -1,17 +1,16 @@
 """The rating page in a real headless Chromium: keyboard, mouse, undo, progress, the end, phones, contrast."""
 
 import json
-import time
 
-import numpy as np
 import pytest
 from PIL import Image
 from rating_tools import RatePage, write_gallery
-from script_tools import read_table
+from script_tools import read_table, save_pictures
 
 pytest.importorskip("selenium", reason="selenium absent")
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 
 pytestmark = pytest.mark.slow
 TOTAL = 9
@@ -38,10 +37,8 @@ class Window:
         self.wait("state && state.current && seen")
 
     def wait(self, condition: str) -> None:
-        end = time.monotonic() + 10
-        while not self.run(f"return Boolean({condition}) && !busy"):
-            assert time.monotonic() < end, f"{condition}: {self.run('return document.body.innerText')}"
-            time.sleep(0.01)
+        met = f"return Boolean({condition}) && !busy"
+        WebDriverWait(self.driver, 10, 0.01).until(lambda driver: driver.execute_script(met), condition)
 
     def keys(self, text: str) -> None:
         ActionChains(self.driver).send_keys(text).perform()
@@ -90,7 +87,7 @@ def test_keyboard_and_mouse_give_the_same_ratings(window):
             wanted.append((rating, shown["prompt"], "3", shown["red"]))
             window.answer(act, argument)
     rows = window.table("hands")
-    reds = [int(np.array(Image.open(window.page.table.parent / row["image_path"]))[9, 9, 0]) for row in rows]
+    reds = [Image.open(window.page.table.parent / row["image_path"]).getpixel((9, 9))[0] for row in rows]
     table = [(row["rating"], row["prompt"], row["expert_level"]) for row in rows]
     assert [(*row, red) for row, red in zip(table, reds, strict=True)] == wanted
     for act, argument in ((window.keys, "u"), (window.keys, Keys.BACKSPACE), (window.click, "#others [data-do=undo]")):
@@ -230,17 +227,15 @@ def test_pairs_by_key_arrow_and_button_and_what_they_say_at_the_end(browser, tmp
     assert "new preferred to old" in window.text("results") and "same answer to repeated" in window.text("results")
     assert page.end() == 0
     rows = [(row["chosen"], row["rejected"]) for row in read_table(tmp_path / "pairs.preferences.csv")]
-    assert [tuple(int(np.array(Image.open(tmp_path / p))[9, 9, 0]) for p in row) for row in rows] == wanted
+    assert [tuple(Image.open(tmp_path / path).getpixel((9, 9))[0] for path in row) for row in rows] == wanted
     summary = json.loads((tmp_path / "pairs.summary.json").read_text())
     assert summary["title"] and summary["chooser"]["new preferred to old"]["n"] == 4
 
 
 def test_criteria_and_reference_images(browser, tmp_path):
     write_gallery(tmp_path / "made", 2)
-    (tmp_path / "examples").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "examples" / "3_clear.png")
-    page = RatePage("--images", tmp_path / "made", "--out", tmp_path / "r.csv", "--criteria", "--examples",
-                    tmp_path / "examples")  # fmt: skip
+    save_pictures(examples := tmp_path / "examples", "3_clear.png")
+    page = RatePage("--images", tmp_path / "made", "--out", tmp_path / "r.csv", "--criteria", "--examples", examples)
     page.table = tmp_path / "r.csv"
     window = Window(browser, page)
     window.open("careful")

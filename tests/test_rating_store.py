@@ -142,9 +142,8 @@ CHANGES = {  # of the table by another program, and whether a copy of its conten
 
 
 @pytest.mark.parametrize("running", [False, True])
-@pytest.mark.parametrize("name", CHANGES)
-def test_the_table_is_what_the_journal_says_whatever_others_do_to_it(rated, items, name, running, tmp_path):
-    change, kept = CHANGES[name]
+@pytest.mark.parametrize(("change", "kept"), CHANGES.values(), ids=CHANGES)
+def test_the_table_is_what_the_journal_says_whatever_others_do_to_it(rated, items, change, kept, running, tmp_path):
     before, content = ratings_in(rated), change_file(rated.path, change)
     store = rated if running else restarted(rated)
     store.click("undo", items[3], "Ann")

@@ -24,13 +24,14 @@ from ddpo_pytorch import prompts, rewards
 from ddpo_pytorch.generator.lora import ATTENTION, add_lora, lora_parameters, save_lora
 from ddpo_pytorch.training.setup import check_training
 
+RUNS = sorted(path for path in (ROOT / "runs").glob("*.sh") if path.stem != "common")
 README, DOCS = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
 PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in (README, ROOT / "CONTRIBUTING.md", *DOCS)}
 TEXT = "\n".join(PAGES.values())
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
 # scripts and modules whose flags are in another file
 SOURCES = {"ddpo_pytorch.data.isic": "ddpo_pytorch/data/splits.py", "benchmarks/training.py": "benchmarks/workload.py"}
-OTHERS = ("awk", "gdown", "pip", "pip-audit", "pre-commit", "pytest", "sbatch")  # not of this repository
+OTHERS = ("awk", "gdown", "pip", "pip-audit", "pre-commit", "pytest")  # not of this repository
 
 
 def blocks(language: str, text: str) -> list[str]:
@@ -99,15 +100,12 @@ def check_script(command: list[str], monkeypatch: pytest.MonkeyPatch):
     return config
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if any("/slurm.sh" in w or "scripts/" in w for w in c)])
-def test_commands_of_scripts_build(command, monkeypatch):
-    check_script(command, monkeypatch)
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not any("scripts/" in word for word in c)])
-def test_other_commands_exist(command):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_scripts_build_and_others_exist(command, monkeypatch):
     words = [word for word in command if not re.fullmatch(r"[A-Z_]+=\w+", word)]  # VARIABLE=value
-    if words[0] == "bash":
+    if any("scripts/" in word or "/slurm.sh" in word for word in words):
+        check_script(command, monkeypatch)
+    elif words[0] == "bash":
         assert (ROOT / words[1]).is_file()
     elif words[0] == "make":
         assert words[1] in TARGETS
@@ -200,9 +198,6 @@ def test_a_checkpoint_in_diffusers(tmp_path, monkeypatch):
     exec(code.replace(path, str(file.parent)), namespace)
     loaded = [weight for name, weight in namespace["pipe"].unet.named_parameters() if ".lora_" in name]
     assert all(torch.equal(one, other) for one, other in zip(loaded, lora_parameters(unet), strict=True))
-
-
-RUNS = sorted(path for path in (ROOT / "runs").glob("*.sh") if path.stem != "common")
 
 
 def dry_run(script: Path, **environment: str) -> list[list[str]]:

@@ -13,7 +13,7 @@ from ddpo_pytorch.data.isic import CAPTIONS, LABELS, labels_of
 from ddpo_pytorch.judges.classifier import ArtifactClassifier
 from ddpo_pytorch.rewards import REWARDS, Scorer, build_reward, check_prompts, isic_classifier_reward, parse_spec
 
-SIZE = "jpeg_compressibility"
+SIZE, PROMPT_PAIR = "jpeg_compressibility", ("a cat", "a dog")
 jpeg_compressibility, jpeg_incompressibility = REWARDS[SIZE](), REWARDS["jpeg_incompressibility"]()
 
 
@@ -119,9 +119,6 @@ def test_specifications():
 )
 def test_bad_specifications_and_arguments_are_named(spec, kwargs, message):
     refused(message, build_reward, spec, kwargs)
-
-
-PROMPT_PAIR = ("a cat", "a dog")
 
 
 @pytest.fixture

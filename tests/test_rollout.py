@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from refusals import refused
 
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
-from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings
 from ddpo_pytorch.prompts import get_prompt_fn
 from ddpo_pytorch.rollout import Trajectories, draw_prompts, sample_trajectories, timestep_order, update_order
 from ddpo_pytorch.stat_tracking import PerPromptStatTracker, compute_advantages, group_advantages, reward_statistics
@@ -61,8 +61,7 @@ def test_timesteps_are_shuffled_within_the_window_and_never_repeated():
     assert torch.equal(order[10:12], timestep_order(0, 0, 0, [10, 11], (2, 8), 4))
 
 
-def test_a_sample_does_not_depend_on_its_batch(tiny_pipeline_dir):
-    pipe = load_pipeline(tiny_pipeline_dir)
+def test_a_sample_does_not_depend_on_its_batch(pipe):
     pipe.set_progress_bar_config(disable=True)
     table = PromptEmbeddings(pipe)
     prompts, _ = draw_prompts(get_prompt_fn("isic_all"), 0, 0, 4)

@@ -12,7 +12,7 @@ from tiny_unet import make_unet, randomize
 from ddpo_pytorch.diffusers_patch.pipeline_with_logprob import Sampling
 from ddpo_pytorch.generator.cpu_kernels import fuse_lora, is_fused, run_batch_on_all_cores
 from ddpo_pytorch.generator.lora import ATTENTION, add_lora, disabled_lora, lora_parameters
-from ddpo_pytorch.generator.pipeline import PromptEmbeddings, load_pipeline
+from ddpo_pytorch.generator.pipeline import PromptEmbeddings
 from ddpo_pytorch.rollout import sample_trajectories
 from ddpo_pytorch.training import setup
 from ddpo_pytorch.training.rollout_gradients import RolloutGradients, per_sample_gradients, rollout_gradients
@@ -171,9 +171,8 @@ def test_where_it_is_possible(settings):
         assert (found is None) == (field in excluding), field
 
 
-def test_a_gradient_scaler_takes_part(tiny_pipeline_dir):
+def test_a_gradient_scaler_takes_part(pipe):
     """As with mixed_precision fp16 on a GPU: gradients are the scale times as large until they are unscaled."""
-    pipe = load_pipeline(tiny_pipeline_dir)
     pipe.set_progress_bar_config(disable=True)
     add_lora(pipe.unet, 2, ATTENTION, seed=0)
     table, found = PromptEmbeddings(pipe), []

@@ -118,9 +118,6 @@ def test_a_slurm_job_saves_in_time_and_is_put_back_into_the_queue(settings, tmp_
     assert {"--requeue", "--signal=B:USR1@600", "--ntasks-per-node=1"} <= set(asked)
 
 
-ALONE = {"sample__num_batches_per_epoch": 2, "train__gradient_accumulation_steps": 2}
-
-
 def lines(run: Path, file: str, *keys: str) -> list[list]:
     return [[entry[key] for key in keys] for entry in read_lines(run / file)]
 
@@ -132,19 +129,18 @@ def test_a_divided_fine_tune(settings, judges, train, monkeypatch, tmp_path):
     prompts.write_text("\n".join(CAPTIONS[:3]))
     # with few tensors: each of them costs two messages between processes, and time
     model = random_pipeline(tmp_path / "sd", (16,), (True,))
-    settings |= {"use_lora": False, "train.learning_rate": 1e-4, "train.max_grad_norm": 1e9}
-    settings |= {"train.gradient_checkpointing": True, "pretrained.model": str(model)}
-    settings |= {"sample.num_batches_per_epoch": 1, "sample.num_steps": 2, "prompt_fn": "from_file"}
-    settings |= {"prompt_fn_kwargs.path": str(prompts), "held_out.classifier": str(judges[4])}
-    settings |= {"held_out.every": 1, "held_out.images_per_prompt": 1}
-    settings |= {"sample.guidance_scale": 1.0, "train.cfg": False}  # half of the passes
+    settings |= LIGHT | {"use_lora": False, "train.batch_size": 4, "train.gradient_checkpointing": True}
+    settings |= {"train.learning_rate": 1e-4, "train.max_grad_norm": 1e9, "pretrained.model": str(model)}
+    settings |= {"prompt_fn": "from_file", "prompt_fn_kwargs.path": str(prompts)}
+    settings |= {"held_out.every": 1, "held_out.images_per_prompt": 1, "held_out.classifier": str(judges[4])}
+    alone = {"sample__num_batches_per_epoch": 2, "train__gradient_accumulation_steps": 2}
     launched = launcher_environment("fsdp.yaml", num_processes=2)
     succeed("train.py", *as_flags(settings), processes=2, **launched)
     run = logs / "run"
 
     # as one process trains it
     monkeypatch.setattr(torch, "channels_last", torch.contiguous_format)  # as FSDP: other layouts round differently
-    train(run_name="one", num_epochs=1, **ALONE)
+    train(run_name="one", num_epochs=1, **alone)
     assert_same_gradients(moments(run), moments(logs / "one"))
     same = "epoch", "apr", "reward"
     assert lines(run, "held_out.jsonl", *same)[0] == lines(logs / "one", "held_out.jsonl", *same)[0]
@@ -159,7 +155,7 @@ def test_a_divided_fine_tune(settings, judges, train, monkeypatch, tmp_path):
     assert len(optimizer["state"]) == len(unet)
     for file, keys in (("metrics.jsonl", ("epoch", "reward_mean", "loss", "grad_norm")), ("held_out.jsonl", same)):
         assert lines(run, file, *keys) == lines(logs / "again", file, *keys)
-    _, epochs = train(resume_from=str(logs / "alone"), **ALONE)
+    _, epochs = train(resume_from=str(logs / "alone"), **alone)
     assert [[entry["reward_mean"]] for entry in epochs] == lines(run, "metrics.jsonl", "reward_mean")
     third = optimizer_of(logs / "alone", 2)["state"]
     for number, memory in optimizer["state"].items():

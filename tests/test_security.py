@@ -36,14 +36,11 @@ from ddpo_pytorch.utils.training_state import TrainState
 from ddpo_pytorch.utils.weights import read_pickle, read_tensors
 
 
-class Touch:
-    """Unpickled in full, it makes a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
+class Touch(str):
+    """A path where this makes a file when it is unpickled in full."""
 
     def __reduce__(self):
-        return open, (str(self.path), "w")
+        return open, (str(self), "w")
 
 
 FORMS = {
@@ -55,23 +52,8 @@ IN_FULL = {"torch": partial(torch.load, weights_only=False), "pickle": pickle.lo
 IN_FULL["numpy"] = partial(np.load, allow_pickle=True)
 
 
-@pytest.fixture
-def trap(tmp_path):
-    """Function (form, path): write a pickle; the file that it makes where it is unpickled in full."""
-    touched = tmp_path / "touched"
-
-    def write(form: str, path: Path) -> Path:
-        FORMS[form](Touch(touched), path)
-        return touched
-
-    return write
-
-
-new_classifier = partial(classifier.new_classifier, LABELS, 32)
-
-
 def _checkpoint(path: Path) -> None:
-    """A checkpoint whose optimizer state is the trap."""
+    """A checkpoint whose optimizer state is this file."""
     unet = nn.Linear(1, 1)
     save_file(unet.state_dict(), path.with_name(UNET_FILE))
     path.with_name(PROGRESS_FILE).write_text("{}")
@@ -84,6 +66,7 @@ def _latents(path: Path) -> None:
     LatentShards(path.parent)
 
 
+new_classifier = partial(classifier.new_classifier, LABELS, 32)
 # the file's name, and what reads it in the project
 PLACES = {
     "classifier": ("classifier.pth", classifier.load_classifier),
@@ -110,12 +93,12 @@ PLACES = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("place", PLACES)
-def test_no_file_is_unpickled_in_full(trap, tmp_path, monkeypatch, place, form):
+def test_no_file_is_unpickled_in_full(tmp_path, monkeypatch, place, form):
     name, read = PLACES[place]
     folder = tmp_path / "hub" / "checkpoints"  # PyTorch's cache
     folder.mkdir(parents=True)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    touched = trap(form, folder / name)
+    FORMS[form](Touch(touched := tmp_path / "touched"), folder / name)
     refused(place if place == "ImageNet weights" else name, read, folder / name)  # no user named that file
     assert not touched.exists()
     with open(folder / name, "rb") as file:
@@ -132,12 +115,13 @@ def test_no_file_is_unpickled_in_full(trap, tmp_path, monkeypatch, place, form):
         ("text_encoder", "model", load_text_encoder),
     ],
 )
-def test_no_part_of_a_model_folder_is_unpickled_in_full(trap, own_model, form, part, name, read):
+def test_no_part_of_a_model_folder_is_unpickled_in_full(own_model, tmp_path, form, part, name, read):
     """diffusers and transformers take a .bin where there are no safetensors."""
     (own_model / part / f"{name}.safetensors").unlink()
-    touched = trap(form, own_model / part / f"{name.removeprefix('model') or 'pytorch_model'}.bin")
+    file = own_model / part / f"{name.removeprefix('model') or 'pytorch_model'}.bin"
+    FORMS[form](Touch(tmp_path / "touched"), file)
     refused(str(own_model), read, own_model)
-    assert not touched.exists()
+    assert not (tmp_path / "touched").exists()
 
 
 AUTO = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
@@ -196,15 +180,6 @@ def test_no_code_of_the_project_unpickles_or_evaluates():
         assert any(_faults(node) for node in ast.walk(ast.parse(text))), text
 
 
-CONTENTS = {  # and a word of its error
-    "page": (b"<!DOCTYPE html>\n<html><body>Sign in</body></html>", "web page"),
-    "page with a byte order mark": (b"\xef\xbb\xbf\r\n<html>", "web page"),
-    "json": (b'{"error": "Repository not found"}', "JSON"),
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 343\n", "git lfs pull"),
-    "empty": (b"", "empty"),
-}
-
-
 def assert_refused(path, word: str = "", read=read_tensors) -> None:
     """The error names the file and a word, without PyTorch's advice to unpickle."""
     refused(rf"^(?!.*weights_only).*{re.escape(str(path))}.*{re.escape(word)}", read, path)
@@ -213,7 +188,13 @@ def assert_refused(path, word: str = "", read=read_tensors) -> None:
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_other_and_torn_files_are_recognised(tmp_path, suffix):
     path = tmp_path / f"weights{suffix}"
-    for data, word in CONTENTS.values():
+    for data, word in (
+        (b"<!DOCTYPE html>\n<html><body>Sign in</body></html>", "web page"),
+        (b"\xef\xbb\xbf\r\n<html>", "web page"),  # with a byte order mark
+        (b'{"error": "Repository not found"}', "JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 343\n", "git lfs pull"),
+        (b"", "empty"),
+    ):
         path.write_bytes(data)
         assert_refused(path, word)
     save, state = save_file if suffix == ".safetensors" else torch.save, {"layer.weight": torch.rand(9, 9)}
