@@ -12,8 +12,7 @@ from script_tools import read_table
 from torchmetrics.functional import classification as reference
 
 from ddpo_pytorch.data.isic import LABELS
-from ddpo_pytorch.judges import classifier_report
-from ddpo_pytorch.judges.classifier_report import Report, best_thresholds, check_both_classes
+from ddpo_pytorch.judges.classifier_report import COLUMNS, MEASURES, Report, best_thresholds, check_both_classes
 
 
 def sample(images=200, heads=6, seed=0):
@@ -40,7 +39,7 @@ def test_measures_equal_independent_ones():
         references = {name: getattr(reference, f"binary_{named[name]}")(probabilities, truth) for name in named}
         references["ece"] = reference.binary_calibration_error(probabilities, truth, n_bins=15, norm="l1")
         references["prevalence"] = truth.double().mean()
-        assert references.keys() == set(classifier_report.MEASURES)
+        assert references.keys() == set(MEASURES)
         for name, value in references.items():
             assert row[name] == pytest.approx(value.item(), abs=1e-6), name
             assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"] or name == "ece"  # see below
@@ -95,7 +94,7 @@ def test_what_is_undefined_is_none_and_empty(tmp_path, caplog):
     assert found == {"exactly gel_bubble": (1, 1, None), "exactly gel_bubble+ruler": (2, 1, None)}
     report.write(tmp_path / "deep" / "test_H3")
     table = read_table(tmp_path / "deep" / "test_H3.csv")
-    assert table[0]["auc"] == "" and float(table[0]["accuracy"]) == 1 and tuple(table[0]) == classifier_report.COLUMNS
+    assert table[0]["auc"] == "" and float(table[0]["accuracy"]) == 1 and tuple(table[0]) == COLUMNS
     assert json.loads((tmp_path / "deep" / "test_H3.json").read_text()) == report.rows
     assert next(line for line in report.table().splitlines() if line.startswith("auc")).split()[1:3] == ["-", "[-,"]
 

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 
 import pytest
 from launching import ROOT
@@ -44,7 +43,7 @@ def test_wheel_is_complete_and_its_commands_run(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
     subprocess.run(build, cwd=source, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("rl4med_ddpo-*.whl")
-    zipfile.ZipFile(wheel).extractall(installed)
+    shutil.unpack_archive(wheel, installed, "zip")
     for folder, place in (("ddpo_pytorch", ""), ("scripts", "ddpo_pytorch"), ("config", "ddpo_pytorch")):
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:

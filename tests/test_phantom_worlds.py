@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import logging
 from collections import Counter
 from functools import partial
 from unittest.mock import DEFAULT, Mock
@@ -189,7 +188,7 @@ def test_degraded_images_are_left_out_and_those_without_vessels_or_structure_are
     rows[1] = dataclasses.replace(rows[1], fields=rows[1].fields | {"quality": ""})
     paths[2] = tmp_path / "haze.png"
     Image.new("RGB", (48, 48), (150, 90, 60)).save(paths[2])
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level("INFO"):
         rating_sets.write_rating_set(rows, paths, tmp_path / "set", **SET | {"structural": 0.5})
     assert caplog.records[0].args == (20, 1, 1, 18)
     rated = read_table(tmp_path / "set" / "ratings.csv")

@@ -1,7 +1,5 @@
 """Image statistics, SSIM, MS-SSIM and the inception score against independent computations."""
 
-import math
-
 import numpy as np
 import pytest
 import scipy.stats
@@ -92,7 +90,7 @@ def test_distances_to_the_real_set():
     found = statistics.distances(own, groups[0], real, groups[1], 7)
     difference, spread = own.mean() - real.mean(), real.std(ddof=1)
     assert found["difference"].value == pytest.approx(difference)
-    half = 1.96 * math.sqrt(own.var() / 300 + real.var() / 400)
+    half = 1.96 * np.sqrt(own.var() / 300 + real.var() / 400)
     ends = found["difference"].low - difference, found["difference"].high - difference
     assert ends == pytest.approx((-half, half), rel=0.25)  # prompts do not differ
     assert found["standardised"].value == pytest.approx(difference / spread)

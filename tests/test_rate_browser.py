@@ -207,10 +207,10 @@ def test_a_click_that_is_not_saved_is_reported_and_the_image_stays(window):
 
 def test_pairs_by_key_arrow_and_button_and_what_they_say_at_the_end(browser, tmp_path):
     """Both images are on the screen; the answers become preferences and a summary."""
-    write_gallery(tmp_path / "old", 4)
-    write_gallery(tmp_path / "new", 4, shade=128)
-    page = RatePage("--mode", "pair", "--images", tmp_path / "old", "--images", tmp_path / "new", "--out",
-                    tmp_path / "pairs.csv", "--repeats", 0.25)  # fmt: skip
+    write_gallery(old := tmp_path / "old", 4)
+    write_gallery(new := tmp_path / "new", 4, shade=128)
+    out = tmp_path / "pairs.csv"
+    page = RatePage("--mode", "pair", "--images", old, "--images", new, "--out", out, "--repeats", 0.25)
     window = Window(browser, page)
     window.open("chooser", width=390, height=844)
     reds = "return ['image', 'second'].map(n => { const c = document.createElement('canvas').getContext('2d');"

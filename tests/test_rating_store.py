@@ -10,7 +10,6 @@ import json
 import os
 import socket
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ from script_tools import call_main, load_flag_script, read_table
 from ddpo_pytorch.data import ratings
 from ddpo_pytorch.data.ratings import read_ratings
 from ddpo_pytorch.metrics import readers
-from ddpo_pytorch.rating import store as storing
 from ddpo_pytorch.rating.session import Progress, Questions, order_for, pair_items, sample_items
 from ddpo_pytorch.rating.store import COLUMNS, JOURNAL_COLUMNS, Answer, Store, rater_name
 
@@ -199,8 +197,8 @@ def test_a_table_without_a_journal_is_taken_as_it_is(tmp_path, items):
 
 def test_both_answers_the_patient_and_the_seconds_of_each_image_are_kept(store, items, monkeypatch):
     """Long breaks do not count, and clocks that go back in Berlin ten seconds after Bob begins do not matter."""
-    now, asked = 0, [item.key for item in items]
-    monkeypatch.setattr(storing.time, "gmtime", lambda: datetime.fromtimestamp(now, UTC).timetuple())
+    now, asked, gmtime = 0, [item.key for item in items], time.gmtime
+    monkeypatch.setattr(time, "gmtime", lambda: gmtime(now))
     answers = ((0, 3, 1), (4, 2, 3), (10, 1, None), (1000, 3, 3))
     for item, (second, quality, alignment) in zip(items, answers, strict=True):
         now, given = second, {"rating": quality, "expert_level": 3, "alignment": alignment}
@@ -348,7 +346,7 @@ def test_a_full_disk_leaves_both_files_as_they_were(rated, items, monkeypatch, f
         real(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(storing.os, "fsync", fsync)
+        patch.setattr(os, "fsync", fsync)
         with pytest.raises(OSError, match="No space"):
             rated.click("rate", items[1], "Bob", rating=1, expert_level=2)
     assert (rated.path.read_bytes(), rated.journal.read_bytes()) == (before, journal)

@@ -16,7 +16,6 @@ from ddpo_pytorch.generator.pipeline import PromptEmbeddings
 from ddpo_pytorch.rollout import sample_trajectories
 from ddpo_pytorch.training import setup
 from ddpo_pytorch.training.rollout_gradients import RolloutGradients, per_sample_gradients, rollout_gradients
-from ddpo_pytorch.training.setup import batch_sizes, load_policy
 
 ROWS = 7
 # attention, feed-forward, and the time embedding's projection, whose inputs have no dimension of pixels
@@ -165,8 +164,8 @@ def test_where_it_is_possible(settings):
     excluding |= {"train.lora_targets": ("to_q", "conv1"), "use_lora": False}
     for field, value in [("train.timestep_window", (0.0, 0.5)), *excluding.items()]:
         config = configured(settings, {field: value})
-        pipe = load_policy(config, torch.float32, torch.device("cpu"))
-        sizes = batch_sizes(config.sample, config.train, 1)
+        pipe = setup.load_policy(config, torch.float32, torch.device("cpu"))
+        sizes = setup.batch_sizes(config.sample, config.train, 1)
         found = rollout_gradients(Accelerator(cpu=True), pipe.unet, sizes, config.sample, config.train)
         assert (found is None) == (field in excluding), field
 
@@ -231,9 +230,8 @@ def test_fused_adapters_compute_what_peft_computes():
 def test_fused_adapters_leave_half_precision_to_peft():
     """There, W + up down would be W again: an update of a thousandth of W's last digit still changes the output."""
     model = unet(ATTENTION).bfloat16()
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float() * 1e-3
+    for parameter in lora_parameters(model):
+        parameter.data = parameter.data.float() * 1e-3
     layer = model.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
     x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(3)).bfloat16()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

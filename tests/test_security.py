@@ -7,7 +7,6 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import pytest
@@ -160,7 +159,7 @@ def _faults(node: ast.AST) -> bool:
     if isinstance(node, ast.Import):
         return bool(UNPICKLERS & {alias.name.split(".")[0] for alias in node.names})
     if isinstance(node, ast.ImportFrom):
-        return node.module in UNPICKLERS and [alias.name for alias in node.names] != [UnpicklingError.__name__]
+        return node.module in UNPICKLERS and [alias.name for alias in node.names] != [pickle.UnpicklingError.__name__]
     if not isinstance(node, ast.Call):
         return False
     name = ast.unparse(node.func)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import re
 import runpy
 import sys
@@ -57,7 +56,7 @@ def command(caplog, capsys):
             code = error.code
         return code, "\n".join([*caplog.messages, capsys.readouterr().err])
 
-    caplog.set_level(logging.INFO)
+    caplog.set_level("INFO")
     return run
 
 
@@ -72,7 +71,7 @@ def test_an_image_is_the_same_with_slashes_of_any_system_and_in_any_case(tmp_pat
 
 def test_the_official_splits_equal_the_paper(shared, caplog, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["isic", "--splits", str(shared / "data" / "splits")])
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level("INFO"):
         runpy.run_module("ddpo_pytorch.data.isic", run_name="__main__")
     lines = [line.split() for message in caplog.messages for line in message.splitlines()]
     assert [line[0][:8] for line in lines[:3]] == ["9b573686", "7300aa82", "f79b6bda"]

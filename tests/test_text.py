@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from ddpo_pytorch.generator import from_scratch as scratch
 from ddpo_pytorch.generator import pipeline
-from ddpo_pytorch.generator.from_scratch import build_bert
 from ddpo_pytorch.generator.pipeline import PromptEmbeddings, encode_prompts, guided_noise_prediction, load_pipeline
 from ddpo_pytorch.generator.text import check_tokens, embed, encode_tokens, load_text_encoder, tokenize, too_long
 from ddpo_pytorch.sampling import Sampler
@@ -35,7 +34,7 @@ def test_embeddings_are_berts_own_and_zero_at_padding(pipe):
 
 
 def test_the_tokenizer_says_how_long_prompts_are_and_longer_ones_are_named(caplog):
-    tokenizer, _ = build_bert(PROMPTS, 32, 1, 8)
+    tokenizer, _ = scratch.build_bert(PROMPTS, 32, 1, 8)
     assert tokenize(tokenizer, PROMPTS).shape == (2, 8)
     assert too_long(tokenizer, ["fundus", *PROMPTS]) == [*PROMPTS] and too_long(tokenizer, []) == []
     check_tokens(tokenizer, ["fundus"])
@@ -132,7 +131,7 @@ def test_a_checkpoint_of_all_weights_names_the_text_encoder_of_its_model_in_any_
 def test_bert_takes_the_place_of_clip(tiny_pipeline_dir, bert_pipeline_dir, tmp_path):
     swapped = pipeline.with_bert(load_pipeline(tiny_pipeline_dir), bert_pipeline_dir, 12)
     assert swapped.tokenizer.model_max_length == 12 and encode_prompts(swapped, PROMPTS).shape == (2, 12, 32)
-    for part in build_bert(PROMPTS, 48, 1, 24):
+    for part in scratch.build_bert(PROMPTS, 48, 1, 24):
         part.save_pretrained(tmp_path)
     for other, message in ((tiny_pipeline_dir, "no BERT"), (tmp_path, "a BERT of width 48; give one of width 32")):
         refused(message, pipeline.with_bert, load_pipeline(tiny_pipeline_dir), other, 12)

@@ -1,7 +1,6 @@
 """scripts/train.py: every mode runs, ratios start at 1, the same command resumes, errors name what is wrong."""
 
 import json
-import logging
 import math
 import os
 import re
@@ -133,7 +132,7 @@ def test_full_fine_tune_saves_a_unet_that_differs_from_the_base(train, tiny_pipe
 
 def test_stops_when_the_reward_no_longer_changes_and_keeps_the_newest_checkpoints(train, settings, caplog):
     """And the same command again has nothing left to do."""
-    caplog.set_level(logging.INFO)
+    caplog.set_level("INFO")
     stopping = {"num_epochs": 6, "early_stop__patience": 2, "early_stop__tolerance": 10.0, "num_checkpoint_limit": 2}
     folder, epochs = train(**stopping)
     assert len(epochs) == 3  # the first has nothing to be compared with
@@ -208,7 +207,7 @@ def assert_same_run(left, right, epoch: int) -> None:
 
 def test_the_same_command_goes_on(light, caplog):
     """With more epochs, which may change; and after the newest checkpoint was damaged, from the one before."""
-    caplog.set_level(logging.INFO)
+    caplog.set_level("INFO")
     reference, _ = light(num_epochs=4, run_name="whole")
     folder, _ = light(num_epochs=2)
     copied = shutil.copytree(folder, folder.with_name("copy"))
@@ -282,7 +281,7 @@ def test_after_resuming_with_other_settings_the_same_command_is_that_one(light):
 
 
 def test_a_run_without_a_checkpoint_starts_over(light, tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level("INFO")
     reference, _ = light(run_name="whole")
     folder = tmp_path / "logs" / "run"
     folder.mkdir()

@@ -1,7 +1,6 @@
 """Prompt functions and rewards of a user, and warnings of trainings that learn nothing or break down."""
 
 import json
-import logging
 import random
 import sys
 
@@ -126,7 +125,7 @@ def check(caplog):
             health.check_epoch(epoch, prompts, np.array(advantages), HEALTHY | changed)
         return caplog.messages
 
-    caplog.set_level(logging.WARNING)
+    caplog.set_level("WARNING")
     return run
 
 
