@@ -243,7 +243,7 @@ def _shrinkage(samples: Sequence[GroupedSample]) -> Array:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Return the exact two-sided p for independent 0/1 pairs of which so many rose and fell (McNemar 1947)."""
+    """Return the exact two-sided p of independent 0/1 pairs, of which `gained` rose and `lost` fell (McNemar 1947)."""
     return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
