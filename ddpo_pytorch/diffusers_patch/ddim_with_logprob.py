@@ -74,18 +74,23 @@ def ddim_step_with_logprob(
     timestep: Timestep,
     sample: torch.Tensor,
     eta: float,
-    generator: Generators = None,  # source of the noise, one or a list with one per sample; None: torch's global one
-    prev_sample: torch.Tensor | None = None,  # (B, C, H, W), the next latents to score
+    generator: Generators = None,
+    prev_sample: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Take a DDIM step, or score an earlier one; arguments without a comment are as for `ddim_mean_std`.
+    """Take a DDIM step, or score an earlier one; return the next latents and their log-probability.
 
     Without `prev_sample` the next latents are drawn; with it they are scored, with a gradient through `model_output`
     only. In both cases the density is that of latents rounded to the dtype of `sample`, in which they are stored:
     otherwise the PPO ratio would differ from 1.
 
-    Returns the next latents (B, C, H, W) in the dtype of `sample`, and their log-probability (B,) in float32, or None
-    if eta is 0: the *mean* of the Gaussian log density over the D latent dimensions, as in DDPO's code, so a ratio of
-    two such densities is the D-th root of the true one.
+    Args (the others as for `ddim_mean_std`):
+        generator: source of the noise, one or a list with one per sample; None uses torch's global one.
+        prev_sample: (B, C, H, W), the next latents to score.
+
+    Returns:
+        The next latents (B, C, H, W) in the dtype of `sample`, and their log-probability (B,) in float32, or None if
+        eta is 0: the *mean* of the Gaussian log density over the D latent dimensions, as in DDPO's code, so a ratio of
+        two such densities is the D-th root of the true one.
     """
     scoring = prev_sample is not None
     if scoring and generator is not None:

@@ -58,24 +58,31 @@ def sample_posterior(mean: torch.Tensor, logvar: torch.Tensor, noise: torch.Tens
 
 
 def encode_data_set(
-    vae: AutoencoderKL | None,  # None: images are only passed to `keep_image`, without latents
-    files: Dataset,  # items (image, ...), images uint8 (3, H, W)
-    rows: Sequence[int],  # row of each item in its table, stored in the shards
-    caption_ids: Sequence[int],  # caption number of each item, stored in the shards
+    vae: AutoencoderKL | None,
+    files: Dataset,
+    rows: Sequence[int],
+    caption_ids: Sequence[int],
     folder: str | Path,
     *,
-    contents: Sequence[int] = (),  # `content_numbers` of the items' files; see below
+    contents: Sequence[int] = (),
     rank: int = 0,
     processes: int = 1,
     num_workers: int = 0,
     progress: bool = True,
-    keep_image: Callable[[int, torch.Tensor], None] | None = None,  # gets each decoded (position, image), in threads
-    is_kept: Callable[[int], bool] = lambda position: True,  # was the image at this position kept by an earlier run?
+    keep_image: Callable[[int, torch.Tensor], None] | None = None,
+    is_kept: Callable[[int], bool] = lambda position: True,
 ) -> int:
     """Encode this process's shards of a data set of uint8 images; return the number of images decoded.
 
-    Shards are written atomically: a rerun continues with the missing ones, and redoes those of other `contents` (unless
-    they record none) or with images that are not kept. The number of processes does not matter.
+    Shards are written atomically: a rerun continues with the missing ones. The number of processes does not matter.
+
+    Args:
+        vae: if None, images are only passed to `keep_image`, without latents.
+        files: items (image, ...), images uint8 (3, H, W).
+        rows, caption_ids: row and caption number of each item, stored in the shards.
+        contents: `content_numbers` of the items' files; a shard of other files is redone, unless it records none.
+        keep_image: receives (position, image) of each decoded image, in threads.
+        is_kept: whether the image at a position was kept by an earlier run; if not, its shard is encoded again.
     """
     columns = {"row": rows, "caption": caption_ids} | ({"content": contents} if contents else {})
     index, hashes = Path(folder) / INDEX, {}

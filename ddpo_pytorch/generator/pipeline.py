@@ -35,10 +35,10 @@ DECODED_AT_ONCE = 4 * 64 * 64  # in latent pixels: SD's autoencoder takes 2.5 Gi
 
 
 def load_pipeline(
-    model: str | Path,  # local folder, or Hugging Face id
-    revision: str = "main",  # branch, tag or commit of a Hugging Face id
-    unet_path: str | Path = "",  # safetensors file in diffusers names that replaces the UNet's weights; "": none
-    dtype: torch.dtype = torch.float32,  # of VAE, text encoder and UNet
+    model: str | Path,
+    revision: str = "main",
+    unet_path: str | Path = "",
+    dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> StableDiffusionPipeline:
     """Load Stable Diffusion in diffusers format with DDIM sampling, frozen and in evaluation mode.
@@ -46,6 +46,11 @@ def load_pipeline(
     The safety checker is off: it misfires on medical images, and its black images would corrupt rewards and metrics.
     The DDIM scheduler keeps the model's own betas, prediction type and offsets. Raises UserError if there is no such
     model, a part is incomplete (see `load_part`), or parts or the UNet file do not match.
+
+    Args:
+        model, revision: local folder, or Hugging Face id and its branch, tag or commit.
+        unet_path: safetensors file in diffusers names that replaces the UNet's weights; "" keeps the model's own.
+        dtype: of VAE, text encoder and UNet.
     """
     pipe = _from_pretrained(str(model), revision, dtype)
     check_tokenizer(pipe.tokenizer, pipe.text_encoder, str(model))
@@ -208,17 +213,25 @@ class PromptEmbeddings:
 
 
 def guided_noise_prediction(
-    unet: nn.Module,  # wrapped (DDP, autocast) or not
-    latents: torch.Tensor,  # (B, C, H, W)
-    timesteps: torch.Tensor,  # int, 0-d or (B,)
-    prompt_embeds: torch.Tensor,  # (B, L, D)
-    negative_prompt_embeds: torch.Tensor | None,  # (1, L, D) or (B, L, D); may be None if guidance_scale <= 1
-    guidance_scale: float,  # weight w; 1 or less uses the prompt alone, at half the cost
+    unet: nn.Module,
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    negative_prompt_embeds: torch.Tensor | None,
+    guidance_scale: float,
 ) -> torch.Tensor:
     """Predict noise with classifier-free guidance: e(neg) + w (e(prompt) - e(neg)), Ho and Salimans 2022, eq. 6.
 
     Rollout and update both use this function, so that their arithmetic is the same and the PPO ratio before the first
     update is exactly 1. Returns (B, C, H, W) in float32, since the difference of the two predictions is small.
+
+    Args:
+        unet: the UNet, wrapped (DDP, autocast) or not.
+        latents: (B, C, H, W).
+        timesteps: int, 0-d or (B,).
+        prompt_embeds: (B, L, D).
+        negative_prompt_embeds: (1, L, D) or (B, L, D); may be None if guidance_scale <= 1.
+        guidance_scale: weight w; 1 or less uses the prompt alone, at half the cost.
     """
     batch, dtype = len(latents), next(unet.parameters()).dtype
     timesteps = torch.as_tensor(timesteps, device=latents.device).expand(batch)
