@@ -66,8 +66,9 @@ def compare(first: Sequence[Folder], second: Sequence[Folder], seed: int, key: s
         if np.isfinite(risen := rewards[1][order] - rewards[0]).all():
             result["reward"] = bootstrap_mean(risen, groups, seed, resample_groups=True, share=False)
         gained, lost = int((b > a).sum()), int((b < a).sum())
-        p, test = mcnemar(gained, lost), "p: McNemar, exact"
-        if key != "APR":
+        if key == "APR":
+            p, test = mcnemar(gained, lost), "p: McNemar, exact"
+        else:
             p, test = sign_flip_p(b - a, np.arange(len(a)), seed), "p: sign flips of the pairs' differences"
         test += "; p over prompts: sign flips of the prompts' mean differences"
         if few := len(np.unique(groups)) < FEW_PROMPTS:

@@ -36,8 +36,9 @@ def sample_items(folder: str | Path, table: str | Path) -> list[Item]:
 
 def table_items(csv: str | Path, data_path: str | Path, table: str | Path) -> list[Item]:
     """Return the images of a fundus table with their captions; rows without an image are skipped."""
-    pairs, where = zip(*load_split(csv, data_path)[:2], strict=True), f"{str(csv)!r}: image"
-    return [_item(path, row.caption, data_path, table, f"{where} {row.image!r}", row.patient) for row, path in pairs]
+    rows, paths, _ = load_split(csv, data_path)
+    named = [(path, row, f"{str(csv)!r}: image {row.image!r}") for row, path in zip(rows, paths, strict=True)]
+    return [_item(path, row.caption, data_path, table, where, row.patient) for path, row, where in named]
 
 
 def _item(path: Path, prompt: str, folder: str | Path, table: str | Path, where: str, patient: str) -> Item:

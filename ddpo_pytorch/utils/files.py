@@ -92,7 +92,10 @@ def atomic_write(
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same id
         try:
-            temporary.mkdir() if folder else temporary.write_bytes(b"")
+            if folder:
+                temporary.mkdir()
+            else:
+                temporary.write_bytes(b"")
             yield temporary
             written = [*temporary.rglob("*"), temporary]
             _share([file for file in written if file.is_file() and not file.is_symlink()], path)
